@@ -44,7 +44,7 @@ class ExportBenchmarkArguments:
     layers: int = flag(12, "Layers of both towers; 12 is the published architecture.")
     output: Path | None = flag(None, "JSON file for the figures.")
     folder: Path | None = flag(None, "Folder for the models; a temporary one if none.")
-    worker: Literal["make", "export", "ours", "open_clip"] | None = flag(None, "Measure in this process.")
+    worker: Literal["export", "ours", "open_clip"] | None = flag(None, "Measure in this process.")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "runs", "layers")
@@ -54,8 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print the results."""
     args = parse(ExportBenchmarkArguments, __doc__, argv)
     if args.worker:
-        work = {"make": make, "export": measure_export}.get(args.worker, measure_load)
-        finish(work(args))
+        finish((measure_export if args.worker == "export" else measure_load)(args))
         return
     with tempfile.TemporaryDirectory(prefix="capivara-export-") as temporary:
         args.folder = Path(args.folder or temporary).resolve()
@@ -64,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure(args: ExportBenchmarkArguments) -> dict[str, Any]:
     """All figures, from the making of the model on."""
-    made, exported = measured("make", args), measured("export", args)
+    made = save_random_model(args.folder / "model", args.layers)
+    exported = measured("export", args)
     over = exported["peak_bytes"] - exported["after_imports_bytes"]
     ratios = {"peak_over_imports_bytes": over, "ratio_to_weights": over / made["weights_bytes"]}
     settings = {"runs": args.runs, "layers": args.layers}
@@ -75,11 +75,6 @@ def measured(worker: str, args: ExportBenchmarkArguments) -> dict[str, Any]:
     """The result of a worker, in a process of its own."""
     flags = ["--worker", worker, "--folder", str(args.folder), "--layers", str(args.layers)]
     return in_own_process(["benchmarks.export", *flags])
-
-
-def make(args: ExportBenchmarkArguments) -> dict[str, Any]:
-    """Save the model with random weights."""
-    return save_random_model(args.folder / "model", args.layers)
 
 
 def measure_export(args: ExportBenchmarkArguments) -> dict[str, Any]:

@@ -51,7 +51,6 @@ def main(argv: list[str] | None = None) -> None:
     trees = {"old": args.old_tree, "new": timing.ROOT}
     measured = {name: main_job(tree.resolve(), args) for name, tree in trees.items() if tree}
     results = {**timing.conditions(), "threads": args.threads, "without_bf16": args.without_bf16, "measured": measured}
-    print(main_job_table(results))
     timing.finish(results, args.output)
 
 
@@ -104,23 +103,6 @@ def figures(folder: Path) -> dict[str, Any]:
             if record["metric"] == "mean_recall":
                 recalls["_".join(record[key] for key in ("model", "language", "direction"))] = record["value"]
     return {"steps": read_json(folder / "run.json", steps=int)["steps"], "mean_recall": recalls}
-
-
-def main_job_table(results: dict[str, Any]) -> str:
-    """The table of docs/benchmarks.md, out of the JSON."""
-    shown = {phase for runs in results["measured"].values() for found in runs.values() for phase in found["seconds"]}
-    phases = [phase for phase in (*PHASES, "total") if phase in shown]  # a short one has no bar
-    rows = [
-        (f"{tree}, {run}", *(f"{s:.0f}" if (s := found["seconds"].get(phase)) else "–" for phase in phases))
-        for tree, runs in results["measured"].items()
-        for run, found in runs.items()
-    ]
-    precision = ", without bfloat16" if results["without_bf16"] else ""
-    facts = (
-        f"Seconds of `make demo` after the installation, {results['threads']} threads{precision}, on "
-        f"{results['device']}; {timing.software(results, 'torch', 'transformers')}."
-    )
-    return timing.table(("run", *(phase.replace("_", " ") for phase in phases)), rows, facts)
 
 
 if __name__ == "__main__":

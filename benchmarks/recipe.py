@@ -8,34 +8,43 @@ Variants are data, in benchmarks/recipe.yaml. It needs the data of `examples.ope
 results are written (docs/recipe.md shows them). A variant that fails is listed with its error, and the others go on.
 """
 
+import json
 import os
 import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.recipe_measures import Measures
-from benchmarks.recipe_tables import REFERENCE
 from benchmarks.timing import RESULTS, ROOT, conditions
 from capivara_common.cli import flag, parse, read_config, run_command, unknown, user_errors
 from capivara_common.files import read_json, write_json, write_text
 from capivara_common.privacy import hide_paths
 from caption_data.rows import digest_of
-from eval.capivara_metrics.metrics import paired_bootstrap
+from eval.capivara_metrics.metrics import RECALL_CUTOFFS, mean_hits, paired_bootstrap
+from eval.embeddings import EmbeddingStore, distinct_texts
+from eval.records.schema import DIRECTIONS
+from eval.retrieval import RetrievalArguments, RetrievalData, RetrievalEmbeddings, flat_captions, load_data
 from modeling_capivara import CapivaraModel
-from modeling_capivara.loading import load_model
+from modeling_capivara.loading import load_model, load_processor, weights_digest
+from modeling_capivara.two_towers import capivara_embedder
 from training.trainable import interpolate_weights
 
-COMPARED = (
-    "openmoji/",
-    "twemoji/",
-    "noto/",
-)  # conditions that get an interval; the others are too small, or shown plain
+REFERENCE, OURS = "paper", "interpolate-0.7"  # what all are compared with; what configs/openmoji_plus.yaml has
+COMPARED = ("openmoji/", "twemoji/", "noto/")  # conditions that get an interval; the others are too small
+DRAWINGS = ("openmoji", "twemoji", "noto")
+# data set, split, languages
+SETS = [
+    *((name, split, ("pt", "en")) for name in DRAWINGS for split in ("validation", "test")),
+    ("photos", "test", ("pt", "en")),
+    ("neighbours", "test", ("es", "fa")),
+]
+NAMES = "names/test/hi"  # Hindi names of ImageNet's classes find the English ones, and they these: texts alone
+DRIFT = "openmoji/test/en"  # whose texts the drift is measured on
 
 
 @dataclass
@@ -102,6 +111,90 @@ def _variant(name: str, content: Any, path: Path) -> Variant:
     return replace(variant, share=float(variant.share))
 
 
+class Measures:
+    """All data, read once; models are measured one after the other, and images embedded once an image tower."""
+
+    def __init__(self, base: str, openmoji: str, proxies: Path, cache: Path) -> None:
+        """Read the data.
+
+        Args:
+            base: folder of the base model, whose processor all have.
+            openmoji: folder of the demo's data set.
+            proxies: folder that `examples.openmoji.proxies` has made.
+            cache: folder of the embeddings.
+
+        Raises:
+            ValueError: a data set is missing.
+        """
+        self.cache, self.processor = cache, load_processor(base)
+        self.data: dict[str, RetrievalData] = {}
+        for name, split, languages in SETS:
+            folder = openmoji if name == "openmoji" else str(proxies / name)
+            for language in languages:
+                key, unused = f"{name}/{split}/{language}", Path("unused.json")
+                self.data[key] = load_data(RetrievalArguments(base, folder, unused, split=split, language=language))
+        lines = (proxies / "parallel-hi.jsonl").read_text(encoding="utf-8").splitlines()
+        pairs = [json.loads(line) for line in lines]
+        self.names = {
+            code: [pair[code] for pair in pairs] for code in ("hi", "en")
+        }  # the English ones stand for images
+        model = load_model(base)
+        self.base_digest = weights_digest(model)
+        digests = [data.fingerprint() for data in self.data.values()]
+        self.fingerprint = digest_of([self.base_digest, *digests, str(self.names)])
+        found = self._embedded(model)
+        self.base_english = found[DRIFT].text_embeds
+        self.chance = {
+            f"{key}/{direction}": sum(embeddings.chance(direction, k) for k in RECALL_CUTOFFS) / len(RECALL_CUTOFFS)
+            for key, embeddings in found.items()
+            for direction in DIRECTIONS
+        }
+
+    def of(self, model: CapivaraModel) -> dict[str, Any]:
+        """Figures of a model.
+
+        Returns:
+            `hits`: condition and direction -> each query's mean hit at 1, 5 and 10, a share from 0 to 1; `drift`: mean
+            cosine of its English texts to those of the base; `data`: digest of what it was measured on.
+        """
+        found = self._embedded(model)
+        hits = {
+            f"{key}/{direction}": [round(hit, 6) for hit in mean_hits(embeddings.ranks[direction]).tolist()]
+            for key, embeddings in found.items()
+            for direction in DIRECTIONS
+        }
+        drift = (found[DRIFT].text_embeds * self.base_english).sum(dim=1).mean().item()
+        return {"hits": hits, "drift": drift, "data": self.fingerprint}
+
+    def groups(self, key: str) -> Tensor:
+        """(queries,), index of the picture that each query belongs to; `key` as in `hits`."""
+        condition, _, direction = key.rpartition("/")
+        if condition == NAMES:
+            return torch.arange(len(self.names["hi"]))
+        captions = self.data[condition].captions
+        return torch.arange(len(captions)) if direction == "image_to_text" else flat_captions(captions)[1]
+
+    def _embedded(self, model: CapivaraModel) -> dict[str, RetrievalEmbeddings]:
+        embedder = capivara_embedder("", model.eval(), self.processor, "float32")
+        images = EmbeddingStore(embedder, self.cache)  # kept for all models of this image tower
+        flat = {key: flat_captions(data.captions) for key, data in self.data.items()}
+        texts = [text for some, _ in flat.values() for text in some] + self.names["hi"] + self.names["en"]
+        distinct = distinct_texts(texts)
+        position = {text: number for number, text in enumerate(distinct)}
+        embeds = embedder.texts(distinct)
+
+        def rows(some: list[str]) -> Tensor:
+            return embeds[[position[text] for text in some]]
+
+        found = {
+            key: RetrievalEmbeddings(rows(flat[key][0]), images.images(data.images).embeds, flat[key][1])
+            for key, data in self.data.items()
+        }
+        names = torch.arange(len(self.names["hi"]))
+        found[NAMES] = RetrievalEmbeddings(rows(self.names["hi"]), rows(self.names["en"]), names)
+        return found
+
+
 @dataclass
 class Runner:
     """Makes and measures models, each once, in the work folder."""
@@ -131,7 +224,7 @@ class Runner:
         """A model, trained where it is not yet, and the seconds of training and test that are in it."""
         run = self.trained(self.variants[variant.of] if variant.of else variant, seed)
         model = load_model(run)
-        interpolate_weights(model, self.base(), variant.share)
+        interpolate_weights(model, load_model(self.args.base).state_dict(), variant.share)
         return model, sum(read_json(run / "run.json")["seconds"].values())
 
     def trained(self, variant: Variant, seed: str) -> Path:
@@ -163,10 +256,6 @@ class Runner:
         parts = [source.flags, variant.share, read_config(self.args.config), self.measures.base_digest]
         return self.args.work / f"{variant.name}-{digest_of([str(parts)])[:8]}"
 
-    def base(self) -> dict[str, torch.Tensor]:
-        """The base's weights."""
-        return _state(self.args.base)
-
     def rows(self) -> list[dict[str, Any]]:
         """A row a variant that has been run, after that of the base; hits of single queries stay in the work folder."""
         path = self.args.work / "base.json"
@@ -195,14 +284,10 @@ class Runner:
         if not all(sides):
             return {}
         keys = [key for key in sides[0][0]["hits"] if key.startswith(COMPARED)]
-        return {
-            key: _bootstrap(*(_mean_hits([one["hits"][key] for one in side]) for side in sides), self.groups(key))
-            for key in keys
+        hits = {
+            key: [torch.tensor([one["hits"][key] for one in side]).double().mean(0) for side in sides] for key in keys
         }
-
-    def groups(self, key: str) -> tuple[int, ...]:
-        """As `Measures.groups`."""
-        return tuple(self.measures.groups(key).tolist())
+        return {key: paired_bootstrap(*hits[key], self.measures.groups(key)) for key in keys}
 
 
 def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -214,20 +299,6 @@ def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "drift": [one["drift"] for one in found.values()],
         "values": {key: [sum(one["hits"][key]) / len(one["hits"][key]) for one in found.values()] for key in keys},
     }
-
-
-def _mean_hits(hits: list[list[float]]) -> tuple[float, ...]:
-    return tuple(torch.tensor(hits, dtype=torch.double).mean(dim=0).tolist())
-
-
-@cache  # the results are written after every variant
-def _bootstrap(*sides: tuple) -> tuple[float, float, float]:
-    return paired_bootstrap(*map(torch.tensor, sides))
-
-
-@cache
-def _state(folder: str) -> dict[str, torch.Tensor]:
-    return load_model(folder).state_dict()
 
 
 @user_errors

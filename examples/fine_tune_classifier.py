@@ -30,7 +30,7 @@ from capivara_common.privacy import hide_paths
 from caption_data.labelled_images import LabelledImages, load_images
 from eval.capivara_metrics.metrics import top_k_accuracy
 from eval.prompts import Prompts, load_prompts
-from modeling_capivara import CapivaraForImageClassification, CapivaraProcessor
+from modeling_capivara import CapivaraForImageClassification
 from modeling_capivara.loading import load_model, load_processor
 
 DIGITS = "mnist"  # benchmark whose names and templates the embedded images have
@@ -103,64 +103,23 @@ class LabelledRows:
         return {"image": self.found.images.image(row), "labels": self.found.labels[row]}
 
 
-Rows = Dataset | LabelledRows  # number of a row -> its `image` and its class, `labels`
-
-
-def load_splits(args: ClassifierArguments, prompts: Prompts) -> tuple[Rows, Rows]:
+def load_splits(args: ClassifierArguments, prompts: Prompts) -> list[Dataset | LabelledRows]:
     """Training images and held-out ones."""
     if args.images is None:
         if args.benchmark != DIGITS:
             raise ValueError(f"--benchmark {args.benchmark} needs its images, a folder or data set: give --images.")
-        splits = digits(prompts.names, args.seed)
-        return splits["train"], splits["test"]
+        return list(digits(prompts.names, args.seed).values())
     columns = (args.image_column, args.label_column)
     found = [load_images(args.images, split, prompts.names_en, *columns) for split in (args.train_split, args.split)]
     if any(isinstance(images.labels[0], list) for images in found):
         raise ValueError(f"{args.images} has several labels an image; this example takes one. Choose another data set.")
-    return LabelledRows(found[0]), LabelledRows(found[1])
+    return [LabelledRows(images) for images in found]
 
 
-def make_trainer(
-    args: ClassifierArguments,
-    model: CapivaraForImageClassification,
-    processor: CapivaraProcessor,
-    train: Rows,
-    test: Rows,
-    folder: Path,
-) -> Trainer:
-    """transformers' own `Trainer`: nothing in it is CAPIVARA's but the images' way into the model."""
-
-    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-        pixels = processor(images=[row["image"] for row in rows], return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
-
-    def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-        scores, labels = torch.tensor(prediction.predictions), torch.tensor(prediction.label_ids)
-        return {"accuracy": top_k_accuracy(scores, labels)}
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    training = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=args.epochs,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,  # share of all steps
-        seed=args.seed,
-        remove_unused_columns=False,  # the model takes pixels, `collate` takes the images
-        save_strategy="no",
-        logging_steps=10,
-        use_cpu=device.type == "cpu",
-        bf16=resolve_precision("auto", device) == "bf16",
-        dataloader_pin_memory=device.type != "cpu",
-        report_to="none",
-    )
-    return Trainer(model, training, collate, train, test, compute_metrics=accuracy)
-
-
-def fine_tune(args: ClassifierArguments) -> dict[str, float]:
-    """Measure, fine-tune, measure again, and save model, processor and figures; returns the two accuracies."""
+@user_errors
+def main(argv: list[str] | None = None) -> None:
+    """Measure, fine-tune, measure again, and save model, processor and figures."""
+    args = parse(ClassifierArguments, __doc__, argv)
     with whole_folder(args.output_dir, args.overwrite_output_dir) as folder:
         prompts = load_prompts(args.benchmark)
         train, test = load_splits(args, prompts)
@@ -173,30 +132,52 @@ def fine_tune(args: ClassifierArguments) -> dict[str, float]:
         model = CapivaraForImageClassification.from_zero_shot(load_model(args.model).eval(), processor, labels, ["{}"])
         if args.head_only:
             model.freeze_image_tower()
-        trainer = make_trainer(args, model, processor, train, test, folder)
+
+        def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+            pixels = processor(images=[row["image"] for row in rows], return_tensors="pt")["pixel_values"]
+            return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
+
+        def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+            scores, labels = torch.tensor(prediction.predictions), torch.tensor(prediction.label_ids)
+            return {"accuracy": top_k_accuracy(scores, labels)}
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        training = TrainingArguments(
+            output_dir=str(folder),
+            num_train_epochs=args.epochs,
+            per_device_train_batch_size=args.batch_size,
+            per_device_eval_batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.1,  # share of all steps
+            seed=args.seed,
+            remove_unused_columns=False,  # the model takes pixels, `collate` takes the images
+            save_strategy="no",
+            logging_steps=10,
+            use_cpu=device.type == "cpu",
+            bf16=resolve_precision("auto", device) == "bf16",
+            dataloader_pin_memory=device.type != "cpu",
+            report_to="none",
+        )
+        trainer = Trainer(model, training, collate, train, test, compute_metrics=accuracy)
         found = {"zero_shot": trainer.evaluate()["eval_accuracy"]}
         seconds = trainer.train().metrics["train_runtime"]
         found["fine_tuned"] = trainer.evaluate()["eval_accuracy"]
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        facts = {"accuracy": found, "train_images": len(train), "test_images": len(test), "training_s": seconds}
-        config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
-        config = hide_paths(config)
-        facts |= {"config": config, "device": device_description(model.device), "versions": package_versions()}
-        write_json(folder / "results.json", facts)
-        config["images"] = config["images"] or "scikit-learn's digits"
-        write_text(folder / "README.md", CARD.format(**config))
-    return found
-
-
-@user_errors
-def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    args = parse(ClassifierArguments, __doc__, argv)
-    found = fine_tune(args)
+        write_results(args, folder, {"accuracy": found, "training_s": seconds}, (len(train), len(test)))
     print(f"{args.benchmark}, accuracy on held-out images")
-    print(f"  zero-shot   {100 * found['zero_shot']:6.2f} %")
-    print(f"  fine-tuned  {100 * found['fine_tuned']:6.2f} %   {args.output_dir}")
+    for name, share in found.items():
+        print(f"  {name.replace('_', '-'):10}  {100 * share:6.2f} %")
+    print(args.output_dir)
+
+
+def write_results(args: ClassifierArguments, folder: Path, facts: dict, images: tuple[int, int]) -> None:
+    """`results.json` and a card beside the model."""
+    config = hide_paths({name: str(v) if isinstance(v, Path) else v for name, v in asdict(args).items()})
+    facts |= {"train_images": images[0], "test_images": images[1], "config": config}
+    write_json(folder / "results.json", facts | {"device": device_description(), "versions": package_versions()})
+    write_text(folder / "README.md", CARD.format(**config | {"images": config["images"] or "scikit-learn's digits"}))
 
 
 if __name__ == "__main__":

@@ -24,27 +24,9 @@ from eval import classification, linear_probe, prompts, retrieval
 from eval.records.schema import Record
 from examples.openmoji.dataset import load_embedded
 
-# Photographs of scikit-image that its wheel holds: function -> class in English, in Portuguese, gender and number.
-PHOTOS = {
-    "astronaut": ("astronaut", "astronauta", "f", "s"),
-    "brick": ("brick wall", "parede de tijolos", "f", "s"),
-    "camera": ("cameraman", "cinegrafista", "m", "s"),
-    "chelsea": ("cat", "gato", "m", "s"),
-    "clock": ("clock", "relógio", "m", "s"),
-    "coffee": ("cup of coffee", "xícara de café", "f", "s"),
-    "coins": ("old coins", "moedas antigas", "f", "p"),
-    "colorwheel": ("colour wheel", "círculo cromático", "m", "s"),
-    "grass": ("grass", "grama", "f", "s"),
-    "gravel": ("gravel", "cascalho", "m", "s"),
-    "horse": ("horse", "cavalo", "m", "s"),
-    "hubble_deep_field": ("galaxies", "galáxias", "f", "p"),
-    "immunohistochemistry": ("tissue under the microscope", "tecido ao microscópio", "m", "s"),
-    "moon": ("surface of the Moon", "superfície da Lua", "f", "s"),
-    "page": ("page of a book", "página de livro", "f", "s"),
-    "retina": ("retina", "retina", "f", "s"),
-    "rocket": ("rocket", "foguete", "m", "s"),
-    "stereo_motorcycle": ("motorcycle", "motocicleta", "f", "s"),
-}
+# Photographs that install from PyPI, by name: class in English and Portuguese, a sentence in both.
+PHOTOGRAPHS = read_json(Path(__file__).parent / "photographs.json")
+PHOTOS = {name: entry for name, entry in PHOTOGRAPHS.items() if "gender" in entry}  # scikit-image's, the classes
 # Those that show a class of ImageNet for which Babel-ImageNet has a Portuguese name, by ImageNet's English name.
 BABEL_PHOTOS = {"clock": "analog clock", "coffee": "espresso", "camera": "tripod", "rocket": "missile (657)"}
 TEMPLATES = ["uma foto de {um}.", "uma foto {do}.", "uma imagem de {um}.", "uma imagem que mostra {o}.", "{nome}."]
@@ -68,7 +50,7 @@ def prepare(folder: Path, openmoji: str) -> None:
     """Write the data sets that are not there yet, each with the file of its classes."""
     makers: dict[str, Callable[[], tuple[DatasetDict, dict]]] = {
         "digits": digits,
-        "photos": lambda: photos(PHOTOS.keys(), {name: words[0] for name, words in PHOTOS.items()}, photo_classes()),
+        "photos": lambda: photos(PHOTOS.keys(), {name: entry["en"] for name, entry in PHOTOS.items()}, photo_classes()),
         "babel": lambda: photos(BABEL_PHOTOS.keys(), BABEL_PHOTOS, babel_classes()),
         "concepts": lambda: concepts(openmoji),
     }
@@ -108,9 +90,17 @@ def photos(names: Iterable[str], labels: dict[str, str], classes: dict) -> tuple
 
 
 def photo(name: str) -> PIL.Image.Image:
-    """A picture of scikit-image, RGB, by the name of its function."""
+    """A photograph of `PHOTOGRAPHS`, RGB: of scikit-image by the name of its function, scikit-learn or matplotlib."""
     import skimage.data
 
+    if name == "grace_hopper":
+        from matplotlib.cbook import get_sample_data
+
+        return PIL.Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB")
+    if name not in PHOTOS:
+        from sklearn.datasets import load_sample_image
+
+        return PIL.Image.fromarray(load_sample_image(f"{name}.jpg"))
     pixels = getattr(skimage.data, name)()
     pixels = pixels[0] if isinstance(pixels, tuple) else pixels  # a stereo pair: the left one
     pixels = pixels if pixels.dtype == np.uint8 else (255 * (pixels / pixels.max())).astype(np.uint8)
@@ -119,7 +109,7 @@ def photo(name: str) -> PIL.Image.Image:
 
 def photo_classes() -> dict:
     """The classes of scikit-image's photographs, as a prompts file has them."""
-    classes = [dict(zip(("en", "pt", "gender", "number"), words, strict=True)) for words in PHOTOS.values()]
+    classes = [{key: entry[key] for key in ("en", "pt", "gender", "number")} for entry in PHOTOS.values()]
     return _classes_file("skimage-photos", "Photographs of scikit-image", classes, TEMPLATES)
 
 
@@ -148,34 +138,28 @@ def concepts(openmoji: str) -> tuple[DatasetDict, dict]:
 
 def measure(args: RealImagesArguments, model: str, role: str) -> list[Record]:
     """All tasks of one model; a result file each."""
-    records = []
+    records, shared = [], {"role": role, "device": args.device}
     for language in ("pt", "en"):
-        records += retrieval.evaluate(
-            retrieval.RetrievalArguments(
-                model, args.openmoji, args.output / f"openmoji-{language}-{role}.json", role=role, language=language,
-                device=args.device,
-            )
-        )  # fmt: skip
+        output = args.output / f"openmoji-{language}-{role}.json"
+        task = retrieval.RetrievalArguments(model, args.openmoji, output, language=language, **shared)
+        records += retrieval.evaluate(task)
     for name in ("concepts", "digits", "photos", "babel"):
-        folder, output = args.data / name, args.output / f"{name}-{role}.json"
+        classes, images = str(args.data / name / "classes.json"), str(args.data / name / "data")
+        output = args.output / f"{name}-{role}.json"
         records += classification.evaluate(
-            classification.ClassificationArguments(
-                model, str(folder / "classes.json"), str(folder / "data"), output, role=role, device=args.device
-            )
+            classification.ClassificationArguments(model, classes, images, output, **shared)
         )
     return records
 
 
 def probe(args: RealImagesArguments) -> list[Record]:
     """Linear probe on the digits; the image tower is frozen in training, so that one model stands for both."""
-    folder, records = args.data / "digits", []
+    classes, images = str(args.data / "digits" / "classes.json"), str(args.data / "digits" / "data")
+    records, shared = [], {"role": "baseline", "device": args.device}
     for name, shots in (("full", []), ("few", [1, 2, 4, 8, 16])):
-        records += linear_probe.evaluate(
-            linear_probe.LinearProbeArguments(
-                args.baseline, str(folder / "classes.json"), str(folder / "data"),
-                args.output / f"digits-probe-{name}.json", role="baseline", device=args.device, shots=shots,
-            )
-        )  # fmt: skip
+        output = args.output / f"digits-probe-{name}.json"
+        task = linear_probe.LinearProbeArguments(args.baseline, classes, images, output, shots=shots, **shared)
+        records += linear_probe.evaluate(task)
     return records
 
 

@@ -35,7 +35,7 @@ from modeling_capivara.modeling_capivara import similarity_logits
 from training.trainable import clamp_logit_scale
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+    from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
@@ -131,70 +131,6 @@ class BoundedScale(TrainerCallback):
         clamp_logit_scale(model[0].auto_model.logit_scale)
 
 
-def make_trainer(
-    args: SentenceTuningArguments, encoder: "SentenceTransformer", rows: Dataset, folder: Path
-) -> "SentenceTransformerTrainer":
-    """sentence-transformers' own trainer; the image tower is frozen, as in the paper."""
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-
-    encoder[0].auto_model.freeze_image_tower()
-    device = encoder.device
-    training = SentenceTransformerTrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=args.epochs,
-        per_device_train_batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,  # share of all steps
-        seed=args.seed,
-        dataloader_drop_last=True,  # a last batch of one pair has no wrong answer
-        save_strategy="no",
-        logging_steps=10,
-        use_cpu=device.type == "cpu",
-        bf16=resolve_precision("auto", device) == "bf16",
-        dataloader_pin_memory=device.type != "cpu",
-        report_to="none",
-    )
-    loss = clip_loss_of(encoder, args.mini_batch_size)
-    return SentenceTransformerTrainer(encoder, training, rows, loss=loss, callbacks=[BoundedScale()])
-
-
-def tune(args: SentenceTuningArguments) -> dict[str, dict[str, float]]:
-    """Measure, train, measure again, and save; returns recall@k before and after, shares from 0 to 1."""
-    require("This example", "sentence_transformers", "sentence_transformers")
-    from sentence_transformers import SentenceTransformer
-
-    if not (args.model / "modules.json").is_file():
-        raise ValueError(
-            f"{args.model} is no folder for sentence-transformers (modules.json is missing); export it: python -m "
-            f"hub_upload.export --model {args.model} --output repository --formats transformers,sentence_transformers"
-        )
-    rows = pairs(args.dataset, args.train_split, args.language, args.seed)
-    if len(rows) < args.batch_size:
-        raise ValueError(f"{args.train_split} has {len(rows)} pictures, fewer than a batch: lower --batch_size.")
-    measure = recall_evaluator(pairs(args.dataset, args.split, args.language))
-    with whole_folder(args.output_dir, args.overwrite_output_dir) as folder:
-        encoder = SentenceTransformer(str(args.model))
-
-        def recalls() -> dict[str, float]:
-            found = measure(encoder.eval())
-            return {f"recall@{k}": float(found[f"cosine_accuracy@{k}"]) for k in CUTOFFS}
-
-        found = {"before": recalls()}
-        trainer = make_trainer(args, encoder, rows, folder)
-        seconds = trainer.train().metrics["train_runtime"]
-        found["after"] = recalls()
-        encoder.save_pretrained(str(folder), create_model_card=False)
-        config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
-        config = hide_paths(config)
-        facts = {"text_to_image": found, "training_s": seconds, "config": config}
-        facts["versions"] = package_versions("sentence-transformers")
-        facts["device"] = device_description(encoder.device)
-        write_json(folder / "results.json", facts)
-        write_text(folder / "README.md", model_card(config["model"], config["dataset"], args.language))
-    return found
-
-
 def model_card(model: str, dataset: str, language: str) -> str:
     """The README.md of a model that was made of `model` by a data set."""
     about = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
@@ -205,10 +141,56 @@ def model_card(model: str, dataset: str, language: str) -> str:
 
 @user_errors
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Measure, train, measure again, and save."""
     args = parse(SentenceTuningArguments, __doc__, argv)
-    for when, recalls in tune(args).items():
-        print(f"{when:8}" + "".join(f"{name:>12} {100 * value:6.2f} %" for name, value in recalls.items()))
+    require("This example", "sentence_transformers", "sentence_transformers")
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+
+    if not (args.model / "modules.json").is_file():
+        raise ValueError(f"{args.model} is no export of the format sentence_transformers (modules.json is missing).")
+    rows = pairs(args.dataset, args.train_split, args.language, args.seed)
+    if len(rows) < args.batch_size:
+        raise ValueError(f"{args.train_split} has {len(rows)} pictures, fewer than a batch: lower --batch_size.")
+    measure = recall_evaluator(pairs(args.dataset, args.split, args.language))
+    with whole_folder(args.output_dir, args.overwrite_output_dir) as folder:
+        encoder = SentenceTransformer(str(args.model))
+        encoder[0].auto_model.freeze_image_tower()  # as in the paper
+        training = SentenceTransformerTrainingArguments(
+            output_dir=str(folder),
+            num_train_epochs=args.epochs,
+            per_device_train_batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.1,  # share of all steps
+            seed=args.seed,
+            dataloader_drop_last=True,  # a last batch of one pair has no wrong answer
+            save_strategy="no",
+            logging_steps=10,
+            use_cpu=encoder.device.type == "cpu",
+            bf16=resolve_precision("auto", encoder.device) == "bf16",
+            dataloader_pin_memory=encoder.device.type != "cpu",
+            report_to="none",
+        )
+        loss = clip_loss_of(encoder, args.mini_batch_size)
+        trainer = SentenceTransformerTrainer(encoder, training, rows, loss=loss, callbacks=[BoundedScale()])
+        before = measure(encoder.eval())
+        seconds = trainer.train().metrics["train_runtime"]
+        sides = {"before": before, "after": measure(encoder.eval())}
+        recalls = {
+            when: {f"recall@{k}": float(f[f"cosine_accuracy@{k}"]) for k in CUTOFFS} for when, f in sides.items()
+        }
+        encoder.save_pretrained(str(folder), create_model_card=False)
+        config = hide_paths({name: str(v) if isinstance(v, Path) else v for name, v in asdict(args).items()})
+        facts = {"text_to_image": recalls, "training_s": seconds, "config": config}
+        facts |= {"versions": package_versions("sentence-transformers"), "device": device_description(encoder.device)}
+        write_json(folder / "results.json", facts)
+        write_text(folder / "README.md", model_card(config["model"], config["dataset"], args.language))
+    for when, found in recalls.items():
+        print(f"{when:8}" + "".join(f"{name:>12} {100 * value:6.2f} %" for name, value in found.items()))
     print(args.output_dir)
 
 

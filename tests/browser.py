@@ -1,11 +1,14 @@
 """Headless Chromium for tests: a page that notes what it should not do."""
 
+import http.server
 import importlib.util
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page, Route
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+ISOLATED = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
 LOCAL_SCHEMES, LOCAL_HOSTS = ("file", "data", "blob", "about"), ("127.0.0.1", "localhost", "::1")
 
 
@@ -86,3 +90,24 @@ def _answer(route: "Route", browser: Browser) -> None:
     else:
         browser.refused.append(route.request.url)
         route.abort()
+
+
+@contextmanager
+def served_with_headers(folder: Path, headers: dict[str, str]) -> Iterator[str]:
+    """The folder by a plain file server on this machine that sends these headers, too."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def end_headers(self) -> None:
+            for name, text in headers.items():
+                self.send_header(name, text)
+            super().end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()

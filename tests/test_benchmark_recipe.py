@@ -1,15 +1,17 @@
-"""The runner of recipe variants: what is done is not done again, failures stop nobody, tables show what is measured."""
+"""The runner of recipe variants: what is done is not done again, failures stop nobody."""
 
 import json
 import random
+from functools import partial
 
 import PIL.Image
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
-from benchmarks import recipe, recipe_tables
-from benchmarks.recipe_measures import DRAWINGS, NAMES, SETS
+from benchmarks import recipe
+from benchmarks.recipe import DRAWINGS, NAMES, SETS
+from eval.capivara_metrics.metrics import paired_bootstrap
 
 VARIANTS = """
 paper: {what: as it is}
@@ -52,6 +54,7 @@ def runner(tmp_path, monkeypatch):
 
     monkeypatch.setattr(found, "model", model)
     monkeypatch.setattr(recipe, "load_model", lambda folder: 0.1)
+    monkeypatch.setattr(recipe, "paired_bootstrap", partial(paired_bootstrap, resamples=100))
     return found
 
 
@@ -92,24 +95,6 @@ def test_a_failed_seed_is_listed_and_the_others_go_on(runner):
     gain, low, high = rows["half"]["gain"][key]
     assert gain == pytest.approx(0.1) and low <= gain <= high, "every query gained as much"
     assert rows["paper"]["gain"] == {} and not any(key.startswith("photos") for key in rows["half"]["gain"])
-
-
-def test_tables_show_what_was_measured(runner):
-    found = run(runner) | {"device": "a CPU", "versions": {"torch": "2", "transformers": "5"}}
-    found["config"] = {"max_steps": "3", "effective_batch_size": "4"}
-    base, _, _, half = found["rows"][:4]
-    half["values"]["noto/validation/en/image_to_text"] = [base["values"][KEYS[0]][0] - 0.02] * 2
-    variants = recipe_tables.variants_table(found)
-    assert "| hotter | warmer | `--learning_rate 1e-4 --eval_languages pt en` | 1 | 60 | 0.960 |" in variants
-    assert "- hotter failed: error: Unknown flag" in variants
-    choice = recipe_tables.choice_table(found)
-    assert "| half | +20.0 | +20.0 | −2.0 (Noto, i→t) | +10.0 (+10.0 to +10.0) |" in choice
-    assert "| base |" not in choice and "| paper | +10.0 | +10.0 |" in choice
-    for split, columns in (("validation", 8), ("test", 10)):
-        head, _, *rows = recipe_tables.recall_table(found, split).splitlines()[:7]
-        assert head.count("|") == columns + 2 and len(rows) == 5
-    assert "| base | 18.8 | 18.8 |" in recipe_tables.neighbours_table(found)
-    assert f"{8} names of ImageNet's classes" in recipe_tables.neighbours_table(found)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +160,5 @@ def test_command(data, tiny_folder):
     assert set(base["values"]) == set(KEYS) == set(content["n"]) and content["chance"][KEYS[0]] == pytest.approx(
         16 / 36
     )
-    for make in (recipe_tables.variants_table, recipe_tables.choice_table, recipe_tables.neighbours_table):
-        assert "| paper |" in make(content)
     with pytest.raises(SystemExit, match=r"Unknown variant: `papr`\. Did you mean `paper`"):
         recipe.main([*flags, "--only", "papr"])

@@ -61,12 +61,3 @@ def test_pairs_at_small_size(tmp_path):
     found = json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
     assert 200 < found["pairs"] < 300 and found["measured"]["second"]["pairs"] == found["pairs"]
     assert found["minutes"] > 0 and 0 < found["imports_gib"] <= found["peak_gib"] < 4
-
-
-@pytest.mark.slow
-def test_loading_at_small_size(tmp_path):
-    from benchmarks.loading import main
-
-    main(["--images", "40", "--workers", "0", "--device", "cpu", "--output", str(tmp_path / "l.json")])
-    measured = json.loads((tmp_path / "l.json").read_text(encoding="utf-8"))["measured"]
-    assert all(found["images_per_second"] > 0 and 0 <= found["share_waiting"] <= 1 for found in measured.values())

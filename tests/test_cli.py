@@ -45,6 +45,7 @@ COMMANDS = {
     "examples.tune_sentence_transformers": "--model m --dataset d",
     "examples.caption": "",
     "examples.guide_generation": "--sentence s",
+    "examples.diffusion_guidance": "--pipeline p --sentence s",
 }
 
 

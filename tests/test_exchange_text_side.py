@@ -32,12 +32,11 @@ def trained(tiny_folder, tmp_path):
 @pytest.mark.parametrize("store", STORES)
 def test_a_store_gives_back_what_lies_in_it_and_the_nearest(store, tmp_path):
     vectors = torch.nn.functional.normalize(torch.randn(20, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
-    pictures = store(tmp_path / "store")
-    pictures.fill(vectors.numpy())
+    pictures = store(tmp_path / "store", vectors.numpy())
     np.testing.assert_allclose(pictures.vectors(), vectors, rtol=0, atol=1e-6)
     query = vectors[3] + 0.1 * vectors[4]
     assert pictures.nearest(query.numpy()) == (vectors @ query).topk(10).indices.tolist()
-    found = recalls(pictures, vectors.numpy(), torch.arange(20).roll(1), "wrong ones")
+    found = recalls(pictures, vectors.numpy(), torch.arange(20).roll(1).tolist())
     assert found["recall@1"] == 0 < found["recall@10"] < 1
     pictures.close()
 
@@ -64,8 +63,7 @@ def test_recall_is_evals_before_and_after(tiny_folder, trained, tiny_dataset_fol
     assert str(tmp_path) not in json.dumps(found)
 
     def nearest(self, query):
-        self.client.delete_collection("pictures")
-        self.fill(torch.eye(12, 24).numpy())
+        self.vectors = lambda: torch.eye(12, 24).numpy()
         return list(range(10))
 
     monkeypatch.setattr(QdrantPictures, "nearest", nearest)
@@ -80,10 +78,10 @@ def without_graphs(folder, source, towers):
 
 def test_a_text_side_of_other_pictures_is_refused(tiny_folder, tmp_path):
     flags = ["--text_side", str(tmp_path), "--base", str(tiny_folder), "--output", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match=r"is no exported text side \(drop_in.json is missing\)"):
+    with pytest.raises(SystemExit, match="is no exported text side"):
         main(flags)
     (tmp_path / "drop_in.json").write_text('{"image_digest": "0123"}')
-    with pytest.raises(SystemExit, match=r"is for pictures of the digest 0123; .* embeds them as"):
+    with pytest.raises(SystemExit, match="is for pictures of the digest 0123, not"):
         main(flags)
     assert not (tmp_path / "out").exists()
 
@@ -94,15 +92,6 @@ def test_what_is_read_is_not_overwritten(tiny_folder, tmp_path):
     (side / "drop_in.json").write_text("{}")
     for output in (side, tmp_path):
         with pytest.raises(SystemExit, match=r"holds .*side, which would be replaced"):
-            main(
-                [
-                    "--text_side",
-                    str(side),
-                    "--base",
-                    str(tiny_folder),
-                    "--output",
-                    str(output),
-                    "--overwrite_output_dir",
-                ]
-            )
+            flags = ["--text_side", str(side), "--base", str(tiny_folder), "--output", str(output)]
+            main([*flags, "--overwrite_output_dir"])
     assert (side / "drop_in.json").is_file()

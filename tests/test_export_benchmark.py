@@ -22,11 +22,12 @@ def test_export_at_small_size(tmp_path, capsys):
     assert {"device", "versions", "runs"} <= found.keys()
 
 
-def test_ratio_is_over_the_imports(monkeypatch):
-    found = {"make": {"weights_bytes": 1000}, "export": {"after_imports_bytes": 500, "peak_bytes": 1600}}
-    monkeypatch.setattr(export, "in_own_process", lambda words: found[words[words.index("--worker") + 1]])
+def test_ratio_is_over_the_imports(monkeypatch, tmp_path):
+    found = {"after_imports_bytes": 500, "peak_bytes": 1600}
+    monkeypatch.setattr(export, "save_random_model", lambda *_: {"weights_bytes": 1000})
+    monkeypatch.setattr(export, "measured", lambda worker, args: found)
     monkeypatch.setattr(export, "compare_loads", lambda args: {})
-    measured = export.measure(export.ExportBenchmarkArguments())["export"]
+    measured = export.measure(export.ExportBenchmarkArguments(folder=tmp_path))["export"]
     assert (measured["peak_over_imports_bytes"], measured["ratio_to_weights"]) == (1100, 1.1)
 
 

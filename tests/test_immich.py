@@ -1,6 +1,7 @@
 """Immich's folder: the model's numbers by a reader of the published layout."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from immich_reader import ODD_TEXTS, LayoutReader, ServiceReader, is_cropped_beside, pictures
 from safetensors.torch import load_file, save_file
 from tiny import TINY_TEXT, randomise, tiny_config
 
-from benchmarks.captions_pt import benchmark_captions
-from benchmarks.immich_service import ODD_TEXTS, LayoutReader, is_cropped_beside, pictures
+from benchmarks.train_step import benchmark_captions
 from capivara_common import environment
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_tokenizer
 from hub_upload.export import ExportArguments, export_alone, main
-from hub_upload.formats.immich import is_base
+from hub_upload.formats.immich import BASE_NAME, is_base
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
@@ -69,14 +70,18 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(source, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("immich") / "capivara"
+    """In the cache of a service of Immich, where IMMICH_CACHE names one."""
+    cache = os.environ.get("IMMICH_CACHE")
+    folder = Path(cache) / "clip" / BASE_NAME if cache else tmp_path_factory.mktemp("immich") / "capivara"
     export_alone(ExportArguments(source, folder, formats="immich"))
     return folder
 
 
 @pytest.fixture(scope="module")
 def reader(exported):
-    return LayoutReader(exported)
+    """Of the layout as published; or Immich's own service, where IMMICH_URL has one that reads IMMICH_CACHE."""
+    url = os.environ.get("IMMICH_URL")
+    return ServiceReader(url, exported) if url else LayoutReader(exported)
 
 
 @pytest.fixture(scope="module")

@@ -618,20 +618,6 @@ def test_a_large_picture_is_sent_upright_and_small(tmp_path, saved_tiny_folder):
         opened.close()
 
 
-@pytest.mark.slow
-def test_load_benchmark(tiny_folder, folder, tmp_path):
-    from benchmarks.space_load import main
-
-    flags = ["--model", str(tiny_folder), "--pictures", str(folder), "--output", str(tmp_path / "r.json")]
-    flags += ["--warm_up", "5", "--at_once", "30", "--sessions", "50", "--most_growth_mb", "-1000"]
-    with pytest.raises(SystemExit, match=r"error: grew by .* MB, 0 requests were not answered"):
-        main(flags)
-    figures = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
-    assert set(figures["answers"]) == {"200"} and figures["visitors"]["in_a_row"] == 50
-    assert figures["milliseconds_in_a_row"]["median"] > 0
-    assert figures["memory_mb"]["in_a_row"]["peak"] >= figures["memory_mb"]["in_a_row"]["after"] > 0
-
-
 @pytest.mark.parametrize(
     ("host", "name"),
     [("Fotos.local:80", "fotos.local"), ("[FD00::5]:80", "fd00::5"), ("fd00::5", "fd00::5"), ("::1", "::1")]

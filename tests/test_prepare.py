@@ -1,7 +1,5 @@
 """The embedded default's preparation: what is missing is made, once, whole or not at all."""
 
-import re
-
 import numpy as np
 import PIL.Image
 import pytest
@@ -83,27 +81,14 @@ def test_an_interrupted_alignment_goes_on_to_the_same_bits(tmp_path, small_align
     assert steps[0] == 0
 
 
-def test_features_are_kept_batch_by_batch(tmp_path, tiny_model, tiny_processor, monkeypatch):
-    monkeypatch.setattr(prepare, "IMAGE_BATCH_SIZE", 2)
-    split = Dataset.from_dict(
-        {"image": [PIL.Image.new("RGB", (40, 40), (50 * number, 90, 10)) for number in range(5)]}
-    ).cast_column("image", Image())
-    arguments = (tiny_model, tiny_processor, split)
-    whole = prepare.pooled_features(*arguments, prepare.Kept(tmp_path / "whole", {}), "train")
-    seen = []
-
-    def interrupted(*, images, **options):
-        seen.append(len(images))
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        return tiny_processor(images=images, **options)
-
+def test_features_are_kept(tmp_path, tiny_model, tiny_processor, monkeypatch):
+    pictures = [PIL.Image.new("RGB", (40, 40), (50 * number, 90, 10)) for number in range(5)]
+    split = Dataset.from_dict({"image": pictures}).cast_column("image", Image())
     kept = prepare.Kept(tmp_path / "kept", {})
-    with pytest.raises(KeyboardInterrupt):
-        prepare.pooled_features(tiny_model, interrupted, split, kept, "train")
-    assert torch.equal(prepare.pooled_features(tiny_model, interrupted, split, kept, "train"), whole)
-    assert seen == [2, 2, 1, 1], "what was kept was not used"
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["features-train.pt"]
+    found = prepare.pooled_features(tiny_model, tiny_processor, split, kept, "train")
+    monkeypatch.setattr(prepare, "pooled_output", lambda *_: pytest.fail("computed again"))
+    assert torch.equal(prepare.pooled_features(tiny_model, tiny_processor, split, kept, "train"), found)
+    assert len(found) == 5 and [path.name for path in (tmp_path / "kept").iterdir()] == ["features-train.pt"]
 
 
 @pytest.mark.slow
@@ -124,16 +109,6 @@ def test_a_run_finds_the_embeddings_of_the_pictures(tiny_folder, tiny_dataset_fo
             patch.setattr(training.inputs, "embed_pixels", lambda *_: pytest.fail("embedded again"))
             found = build_cache(model, pairs, cache_root(args), *options)
         np.testing.assert_allclose(found.arrays[0], made.arrays[0], rtol=0, atol=1e-3)
-
-
-def test_the_time_is_told_before_the_work(tiny_folder, tiny_dataset_folder, caplog):
-    model, processor, data = load_model(tiny_folder), load_processor(tiny_folder), load_from_disk(tiny_dataset_folder)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with caplog.at_level("INFO"):
-        prepare.announce(model, processor, data, data["train"]["captions-en"][:])
-    assert re.search(r"About \d+ minutes on this machine: \d+ s for the pictures, then some 30 steps of", caplog.text)
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["features-train.pt", "aligned.pt"])

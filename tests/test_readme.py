@@ -40,21 +40,26 @@ def test_figures_are_those_of_the_json(page):
     assert readme.filled(page, TEXTS[page]) == TEXTS[page], "run `python -m benchmarks.readme`"
 
 
-@pytest.mark.parametrize(("page", "block"), [("docs/benchmarks.md", "encode"), ("LEIAME.md", "demo_summary")])
-def test_a_changed_digit_is_noticed(page, block, monkeypatch, tmp_path):
-    text = re.search(rf"<!-- {block}: .*?<!-- end {block} -->", TEXTS[page], re.DOTALL)[0]
-    digit = re.search(r"\d[.,]\d", text)[0]
-    changed = TEXTS[page].replace(text, text.replace(digit, "9" + digit, 1))
-    assert readme.filled(page, changed) == TEXTS[page] != changed
-    monkeypatch.setattr(readme, "ROOT", tmp_path)
-    (tmp_path / "docs").mkdir()
+def test_every_table_is_on_a_page():
+    made = {name for name in vars(readme.template().module) if not name.startswith("_")} - {"on", "row"}
+    assert made == {name for text in TEXTS.values() for _, name, _ in readme.BLOCK.findall(text)}
+    with pytest.raises(ValueError, match="has the block 'no_such', which"):
+        readme.filled("README.md", TEXTS["README.md"].replace("demo_summary", "no_such"))
+
+
+def test_a_changed_digit_is_noticed_and_a_new_commit_shown(monkeypatch, tmp_path):
     for name in readme.pages():
-        (tmp_path / name).write_text(changed if name == page else TEXTS[name], encoding="utf-8")
-    with pytest.raises(SystemExit, match=f"{page} is not what benchmarks/results says"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(TEXTS[name].replace("| 4.31 |", "| 9.31 |"), encoding="utf-8")
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match=r"docs/benchmarks\.md is not what benchmarks/results says"):
         readme.main(["--check"])
     readme.main([])
-    assert (tmp_path / page).read_text(encoding="utf-8") == TEXTS[page]
+    assert all((tmp_path / name).read_text(encoding="utf-8") == TEXTS[name] for name in readme.pages())
     readme.main(["--check"])
+    found = readme.results("recipe") | {"commit": "0123abc", "date": "2026-11-28"}
+    monkeypatch.setattr(readme, "results", lambda name: found)
+    assert "commit 0123abc, 2026-11-28" in readme.template().module.demo_summary(False)
 
 
 @pytest.mark.slow
@@ -68,7 +73,9 @@ def test_pictures_are_small_and_copies_look_the_same(tmp_path):
 
 
 def test_the_readme_is_read_in_a_minute():
-    assert len(TEXTS["README.md"].splitlines()) <= 140, "details are for the pages in docs/"
+    for page in ("README.md", "LEIAME.md"):
+        assert len(TEXTS[page].splitlines()) <= 110, "details are for the pages in docs/"
+        assert all(code.count("\n") <= 12 for _, code in FENCE.findall(TEXTS[page]))
 
 
 def test_code_runs(tiny_folder, capsys):
@@ -276,7 +283,7 @@ def test_translations_are_in_step(page):
 
 
 @pytest.mark.parametrize(
-    "change", [("## 3. Tr", "### 3. Tr"), ("0.2\n", "0.3\n"), ("8,5 GB", "9 GB"), ("--runs 3", "")]
+    "change", [("## 3. Tr", "### 3. Tr"), ("0.2\n", "0.3\n"), ("8,5 GB", "9 GB"), ("--dry_run", "")]
 )
 def test_a_translation_out_of_step_is_noticed(change):
     text = TEXTS["docs/seu_idioma.md"]

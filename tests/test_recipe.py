@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 
 import train_accelerate
-from benchmarks.recipe import read_variants
-from benchmarks.recipe_tables import OURS
+from benchmarks.recipe import OURS, read_variants
 from capivara_common.cli import read_config
 from modeling_capivara.loading import load_model, load_processor
 from training.arguments import parse_arguments

@@ -15,15 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from browser import Browser, open_browser, require_chromium
+from browser import ISOLATED, Browser, open_browser, require_chromium, served_with_headers
 from made_pictures import bomb
 from PIL import Image
 from tokenizers import Tokenizer, normalizers
 
 pytest.importorskip("uvicorn", reason="hub_upload.space needs uvicorn: pip install -e '.[app]'")
 
-from benchmarks.static_page import ISOLATED, static_page_table
-from benchmarks.static_page import served as served_with_headers
 from capivara_search.index import PictureIndex
 from capivara_search.miniature import miniature_folder
 from examples.openmoji.concepts import concept_rows
@@ -240,17 +238,6 @@ def test_the_replacements_do_what_the_normaliser_does():
     for pattern, replacement in NMT.items():
         text = re.sub(pattern, replacement, text)
     assert text == expected
-
-
-def test_the_table_has_a_line_a_run():
-    run = {
-        "seconds_a_picture": {"12_megapixels": 1.0, "640x480": 0.5}, "first_text_s": 2.0, "text_s": 0.1, "threads": 1,
-        "memory_mb": {"12_megapixels": 300, "640x480": 200, "with_text_tower": 1400}, "chromium": "1",
-    }  # fmt: skip
-    near = {kind: {"lowest": 0.99} for kind in ("12_megapixels", "640x480", "texts")}
-    found = {"runs": {"one_thread": run, "isolated": run | {"threads": 2}}, "cosine_to_python": near}
-    made = static_page_table(found | {"title": "a", "device": "cpu", "bytes": {"wasm": 10**7}})
-    assert "| a | 2 | 1.00 | 0.50 | 2.0 | 0.10 | 300 | 1,400 |" in made and "10 MB on the host" in made
 
 
 # --- A visit ---------------------------------------------------------------------------------------------------------

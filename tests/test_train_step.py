@@ -3,24 +3,31 @@
 import json
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_config, tiny_tokenizer
 
 from benchmarks import timing
 from benchmarks import train_step as bench
-from benchmarks.train_step import PEER, PRECISIONS, TITLES, Engine, TrainStepArguments, measure_ours
+from benchmarks.train_step import (
+    PEER,
+    PRECISIONS,
+    PROGRAMS,
+    Engine,
+    TrainStepArguments,
+    benchmark_captions,
+    measure_ours,
+)
+from capivara_search.miniature_encoders import load_tokenizer
 
 CAPTIONS = ["gato preto", "uma foto de um cachorro", "casa azul", "céu", "carro verde da água", "pão", "capivara"]
 
 
 @pytest.fixture(autouse=True)
 def captions(monkeypatch):
-    """No picture package is needed."""
-
-    def repeated(number, tokenizer, tokens=20, seed=0):
-        return [CAPTIONS[i % len(CAPTIONS)] for i in range(number)]
-
+    """Few words, which the tiny vocabulary has."""
+    repeated = lambda number, tokenizer, tokens=20: [CAPTIONS[i % len(CAPTIONS)] for i in range(number)]  # noqa: E731
     monkeypatch.setattr(bench, "benchmark_captions", repeated)
 
 
@@ -57,14 +64,92 @@ def test_the_text_tower_alone_is_trained_with_dropout(cached):
     assert engine.model.text_model.training and not engine.model.vision_model.training
 
 
+def test_captions_are_as_long_as_asked_and_the_same_every_time():
+    tokenizer = load_tokenizer()
+    captions = benchmark_captions(300, tokenizer)
+    lengths = np.array([len(ids) for ids in tokenizer(captions)["input_ids"]])
+    assert abs(lengths.mean() - 20) < 1.5 and 3 < lengths.std() < 7 and lengths.max() <= 77
+    assert len(set(captions)) > 290 and all(type(caption) is str for caption in captions), "no numpy texts"
+    assert captions[:20] == benchmark_captions(20, tokenizer) != benchmark_captions(20, tokenizer, seed=1)
+    for tokens in (9, 51):
+        with pytest.raises(ValueError, match="tokens must be"):
+            benchmark_captions(1, tokenizer, tokens)
+
+
+# --- open_clip's trainer ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("accum", "precision"), [(1, "no"), (3, "no"), (3, "bf16")])
+def test_the_real_trainer_trains_the_text_tower_alone(monkeypatch, accum, precision):
+    import open_clip_train.scheduler
+
+    from modeling_capivara import convert_open_clip
+
+    seen, build = [], convert_open_clip.build_open_clip
+
+    def built(config):
+        model = build(config)
+        seen.append((model, {name: tensor.clone() for name, tensor in model.state_dict().items()}))
+        return model
+
+    monkeypatch.setattr(convert_open_clip, "build_open_clip", built)
+    # No warm-up: the weights move.
+    monkeypatch.setattr(open_clip_train.scheduler, "cosine_lr", lambda optimizer, *_: lambda step: None)
+    args = worker(PEER, pairs=2 * accum, peer_micro=2, precision=precision, steps=4)
+    results = bench.measure_open_clip(args, tiny_config(), tiny_tokenizer())
+    ((model, before),) = seen
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert moved and moved <= trained and {"logit_scale", "text.proj.0.weight"} <= moved
+    assert not [name for name in trained if name.startswith("visual.")]
+    assert model.text.transformer.is_gradient_checkpointing and model.visual.transformer.grad_checkpointing
+    seconds = [step["step_s"] for step in results["steps"]]
+    assert len(seconds) == 4, "the warm-up is not among them"
+    assert results["pairs_per_second"] == pytest.approx(2 * accum / statistics.median(seconds))
+    assert results["padded_tokens"] == 77
+    assert 0 < results["setup_peak_memory_bytes"] <= results["peak_memory_bytes"]
+
+
+def test_batches_are_the_same_at_every_step_and_time_whole_ones(monkeypatch):
+    clock = iter([1.0, 3.0, 7.0, 15.0])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    batches = bench.InMemoryBatches(torch.arange(4), torch.arange(4), micro=2, steps=3)
+    assert [pixels.tolist() for pixels, _tokens in batches] == [[0, 1], [2, 3]] * 3
+    assert batches.num_batches == 6 and batches.num_samples == 12
+    assert batches.step_seconds() == [4.0, 8.0], "without the first step's 2"
+
+
+def test_open_clips_arguments_and_optimizer_are_those_of_its_command():
+    theirs = bench.open_clip_arguments(TrainStepArguments(pairs=12, peer_micro=4, precision="bf16"))
+    assert (theirs.batch_size, theirs.accum_freq, theirs.precision) == (4, 3, "amp_bfloat16")
+    assert theirs.lock_image and theirs.grad_checkpointing and theirs.world_size == 1
+    assert (theirs.beta1, theirs.beta2, theirs.eps, theirs.wd) == (0.9, 0.98, 1e-6, 0.2), "open_clip's for a ViT"
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "ln": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
+    model["b"].requires_grad_(False)
+    free, decayed = bench.open_clip_optimizer(model, theirs).param_groups
+    assert [id(p) for p in decayed["params"]] == [id(model["a"].weight)] and decayed["weight_decay"] == 0.2
+    assert len(free["params"]) == 3 and free["weight_decay"] == 0.0, "matrices alone decay"
+
+
+@pytest.mark.slow
+def test_open_clip_at_full_size_in_a_process_of_its_own():
+    flags = ["--worker", PEER, "--pairs", "4", "--peer_micro", "2", "--steps", "1"]
+    results = timing.in_own_process(["benchmarks.train_step", *flags])
+    assert results["padded_tokens"] == 77 and results["pairs_per_second"] > 0
+    assert results["peak_memory_bytes"] > 16 * results["trained_parameters"], "weights, gradient and Adam's two states"
+
+
+# --- Side by side -----------------------------------------------------------------------------------------------------
+
+
 def fake_process(peer_rates, our_rates, seen):
     """Results of `in_own_process` in turn, without a process."""
 
     def run(command, root=timing.ROOT):
         seen.append((*command, str(root)))
-        if command[0] == "benchmarks.open_clip_peer":
+        if command[2] == PEER:
             return {
-                "pairs_per_second": next(peer_rates), "padded_tokens": 77,
+                "pairs_per_second": next(peer_rates), "padded_tokens": 77, "steps": [{"step_s": 1.0}],
                 "peak_memory_bytes": 7 * 2**30, "setup_peak_memory_bytes": 2**30,
             }  # fmt: skip
         rate = next(our_rates)
@@ -90,15 +175,13 @@ def test_programs_alternate_and_the_ratio_is_the_median_of_the_rounds(monkeypatc
     bench.main([*flags, "--output", str(output)])
     results = json.loads(output.read_text())
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == results, "JSON is the last line"
-    assert [command[0].split(".")[1] for command in seen[1:]] == ["open_clip_peer", *["train_step"] * 3] * 6
+    assert [command[2] for command in seen[1:]] == [*PROGRAMS] * 6
     measured = results["measured"]["float32"]
     assert measured["no_cache"]["ratio"] == 4.0 and measured["cache"]["ratio"] == 6.0
     assert measured["cache"]["pairs_per_second"] == {"median": 6.0, "slowest": 3.0, "fastest": 7.0}
     assert results["peer_accum"] == 2 and measured[PEER]["ratio"] == 1.0
     assert results["recipe"]["projected_hours"] == pytest.approx(8 / 2.0 * 5863 / 3600)
-    assert set(results["measured"]) == set(PRECISIONS.values()) and set(measured) == set(TITLES)
-    table = bench.train_step_table(results)
-    assert "| ours, cache | float32 | 6.00 | 6.0 | 5.0 |" in table
+    assert set(results["measured"]) == set(PRECISIONS.values()) and set(measured) == set(PROGRAMS)
 
 
 def test_both_sides_get_the_same_batch(monkeypatch):
@@ -107,7 +190,7 @@ def test_both_sides_get_the_same_batch(monkeypatch):
     for precision in PRECISIONS:
         peer = bench.measured(PEER, precision, args)
         assert peer[peer.index("--peer_micro") + 1] == "48"
-        for name in set(TITLES) - {PEER}:
+        for name in set(PROGRAMS) - {PEER}:
             ours = bench.measured(name, precision, args)
             for flag in ("--pairs", "--tokens", "--steps", "--precision"):
                 assert ours[ours.index(flag) + 1] == peer[peer.index(flag) + 1]
@@ -121,7 +204,6 @@ def test_a_gpu_leaves_the_peer_out(monkeypatch):
     results = bench.compare(TrainStepArguments(pairs=9, device="cuda", runs=1))
     assert PEER not in results["measured"]["float32"] and "peer_micro" not in results
     assert "ratio" not in results["measured"]["float32"]["cache"]
-    assert "hours" in bench.train_step_table(results)
 
 
 @pytest.mark.parametrize("wrong", [{"pairs": 48}, {"pairs": 100}, {"micro": 0}, {"runs": 0}, {"steps": 0}])

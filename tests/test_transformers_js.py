@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import in_browser
 import numpy as np
 import onnx
 import onnxruntime
@@ -15,6 +16,7 @@ import pytest
 import torch
 from browser import require_chromium
 from ftfy.fixes import uncurl_quotes
+from in_browser import LABELS, NAME, TEMPLATE, compared, inputs_and_outputs, pixel_differences, served
 from test_drop_in import TYPED
 from test_text_tower import AWKWARD, PLAIN
 from test_tokenization_capivara import LONG
@@ -22,8 +24,6 @@ from tiny import TINY_VISION, randomise, tiny_config
 from tokenizers import Tokenizer, normalizers
 from transformers import AutoProcessor, pipeline
 
-from benchmarks import in_browser
-from benchmarks.in_browser import LABELS, NAME, TEMPLATE, compared, inputs_and_outputs, pixel_differences, served
 from hub_upload.export import export, main
 from hub_upload.formats.transformers_js import join_graphs, write_tokenizer
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, repair_text

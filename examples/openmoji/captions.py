@@ -4,8 +4,7 @@
     accelerate launch train_accelerate.py --config configs/openmoji.yaml --dataset data/openmoji/captions/dataset
 
 What a person does between the two runs of `captions.build`, translating the tables, is done here with the Portuguese
-Unicode names of the same emoji. The second command trains on what was selected; `python -m
-benchmarks.captions_selection` trains on the selected captions and on all of them, and compares.
+Unicode names of the same emoji. The second command trains on what was selected.
 """
 
 import logging
@@ -43,7 +42,9 @@ def build_openmoji(args: OpenMojiCaptionsArguments) -> Path:
     english = Path(next(iter(plan.steps.values()))[0].dataset)
     if not english.exists():
         with whole_folder(english) as folder:
-            _english(source).save_to_disk(folder)
+            # Without English aliases, too: Unicode has no Portuguese ones to translate them by.
+            official = source.remove_columns(["captions-pt"])
+            official.map(lambda row: {"captions-en": row["captions-en"][:1]}, desc="English names").save_to_disk(folder)
     try:
         return build(BuildArguments(args.config))
     except ManualStepRequired:
@@ -61,19 +62,9 @@ def fill_tables(tables: list[Path], source: DatasetDict) -> None:
     for table in tables:
         if table.is_file():
             head, *lines = table.read_text(encoding="utf-8").splitlines()
-            filled = [_filled(line, portuguese) for line in lines]
+            cells = (line.split("\t")[:2] for line in lines)
+            filled = [f"{name}\t{sentence}\t{escape(portuguese[unescape(sentence)])}" for name, sentence in cells]
             write_text(table, "\n".join([head, *filled]) + "\n")
-
-
-def _english(source: DatasetDict) -> DatasetDict:
-    """Without Portuguese, and without English aliases: Unicode has no Portuguese ones to translate them by."""
-    official = source.remove_columns(["captions-pt"])
-    return official.map(lambda row: {"captions-en": row["captions-en"][:1]}, desc="English names")
-
-
-def _filled(line: str, portuguese: dict[str, str]) -> str:
-    name, sentence, _ = line.split("\t")
-    return f"{name}\t{sentence}\t{escape(portuguese[unescape(sentence)])}"
 
 
 @user_errors

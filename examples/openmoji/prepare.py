@@ -10,7 +10,6 @@ CAPIVARA starts from, in miniature.
 import logging
 import os
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from datasets import DatasetDict
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm, trange
 
 from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.environment import package_versions, resolve_precision
@@ -59,7 +58,6 @@ WARMUP_STEPS = 5
 EVAL_STEPS = 5
 PATIENCE = 3  # measurements without a new best, after which the recall has stopped rising and training ends
 MAX_STEPS = 160
-USUAL_STEPS = 30  # after which the recall stops rising, roughly: for the announcement
 SEED = 0
 LANGUAGES, WORDS = ("pt", "en"), (50_000, 50_000)  # whose most frequent words keep their pieces
 BASE_BYTES = 2_100_000_000  # on disk, generously: 50 million parameters in float32, and with Adam's state beside
@@ -157,7 +155,6 @@ def build_base(dataset: DatasetDict, folder: Path, kept: Kept) -> dict[str, Tens
     torch.manual_seed(SEED)
     model, processor = with_pieces_of(dataset, *joined_encoders())
     captions = dataset["train"]["captions-en"][:]
-    announce(model, processor, dataset, captions)
     features = {name: pooled_features(model, processor, dataset[name], kept, name) for name in ("train", "validation")}
     start_by_ridge(model, processor, features["train"], [texts[0] for texts in captions])
     curve = align(model, processor, dataset, features, kept)
@@ -197,25 +194,6 @@ def with_pieces_of(
     return model, CapivaraProcessor(processor.image_processor, cut_tokenizer(processor.tokenizer, ids))
 
 
-def announce(model: CapivaraModel, processor: CapivaraProcessor, dataset: DatasetDict, captions: list) -> None:
-    """Say how long the base model takes on this machine, by four pictures and one micro-batch."""
-    few = dataset["train"][:4]["image"]
-    (batch,), _ = micro_batches(processor, [texts[0] for texts in captions[:MICRO_BATCH_SIZE]], MICRO_BATCH_SIZE)
-    for _ in range(2):  # the first time is slower
-        started = time.perf_counter()
-        pooled_output(model.eval(), processor, few)
-        pictures = time.perf_counter()
-        model.train()(batch.input_ids, batch.attention_mask).text_embeds.sum().backward()
-        ended = time.perf_counter()
-        model.zero_grad()
-    of_pictures = (pictures - started) / len(few) * (len(dataset["train"]) + len(dataset["validation"]))
-    of_step = (ended - pictures) * BATCH_SIZE / MICRO_BATCH_SIZE
-    logger.info(
-        "About %.0f minutes on this machine: %.0f s for the pictures, then some %d steps of %.1f s. Ctrl-C keeps what "
-        "is done.", (of_pictures + USUAL_STEPS * of_step) / 60 + 0.5, of_pictures, USUAL_STEPS, of_step,
-    )  # fmt: skip
-
-
 def keep_embeddings(dataset_dir: Path, model_dir: Path, features: dict[str, Tensor]) -> None:
     """Write the pictures' embeddings into the cache where a run of the default looks for them.
 
@@ -238,14 +216,14 @@ def keep_embeddings(dataset_dir: Path, model_dir: Path, features: dict[str, Tens
 
 @torch.inference_mode()
 def pooled_features(model: CapivaraModel, processor: CapivaraProcessor, split, kept: Kept, name: str) -> Tensor:
-    """(pictures, width), the frozen image tower's pooled output before any projection; kept batch by batch."""
-    model.eval()
-    done = kept.load(f"features-{name}.pt") or []
-    starts = range(0, len(split), IMAGE_BATCH_SIZE)
-    for start in tqdm(starts[len(done) :], desc="Features", total=len(starts), initial=len(done), unit="batch"):
-        done.append(pooled_output(model, processor, split[start : start + IMAGE_BATCH_SIZE]["image"]))
-        kept.save(f"features-{name}.pt", done)
-    return torch.cat(done).clone()  # a clone may carry gradients, an inference tensor may not
+    """(pictures, width), the frozen image tower's pooled output before any projection; kept where it is done."""
+    features = kept.load(f"features-{name}.pt")
+    if features is None:
+        starts = trange(0, len(split), IMAGE_BATCH_SIZE, desc="Features", unit="batch")
+        rows = (split[start : start + IMAGE_BATCH_SIZE]["image"] for start in starts)
+        features = torch.cat([pooled_output(model.eval(), processor, images) for images in rows])
+        kept.save(f"features-{name}.pt", features)
+    return features.clone()  # a clone may carry gradients, an inference tensor may not
 
 
 @torch.inference_mode()

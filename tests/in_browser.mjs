@@ -1,6 +1,6 @@
 // What transformers.js makes of an exported repository; the same steps in Node and in a browser.
 //
-//   node benchmarks/in_browser.mjs REQUEST.json    prints the answer as JSON
+//   node tests/in_browser.mjs REQUEST.json    prints the answer as JSON
 //   (await import("/code/in_browser.mjs")).answer(library, request)
 //
 // request: env        settings of transformers.js: from where it loads

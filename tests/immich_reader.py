@@ -1,0 +1,107 @@
+"""Readers of a folder for Immich: by the layout as published, and Immich's own service; and what they are given."""
+
+import io
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from tokenizers import Tokenizer
+
+from examples.real_images import PHOTOS, photo
+from hub_upload.formats.immich import BASE_NAME
+
+ODD_TEXTS = {
+    "typographic quotation marks": "a placa \u201cproibido estacionar\u201d e o copo d\u2019água",
+    "accents of their own": "a\u0301gua, cora\u00e7a\u0303o e avo\u0302",
+    "white space": "  um \t gato\n\n dormindo ",
+    "full width and ligature": "Ｓão João, ﬁm de festa",
+    "emoji": "festa 🎉 na praia ☕",
+    "longer than 77 tokens": "uma praia com areia branca e coqueiros ao pôr do sol, " * 12,
+    "a padding token, spelled": "um <pad> gato",
+    "mojibake": "SÃ£o JoÃ£o",
+    "entities of HTML": "Tom &amp; Jerry",
+}
+
+
+class LayoutReader:
+    """Written from the published layout of a model of open_clip's kind, with none of this project's code."""
+
+    def __init__(self, folder: Path):
+        import onnxruntime
+
+        read = lambda name: json.loads((folder / name).read_text(encoding="utf-8"))  # noqa: E731
+        open_graph = partial(onnxruntime.InferenceSession, providers=["CPUExecutionProvider"])
+        length, pad = read("config.json")["text_cfg"].get("context_length", 77), read("textual/tokenizer_config.json")
+        self.tokenizer = Tokenizer.from_file(str(folder / "textual/tokenizer.json"))
+        token = pad["pad_token"]
+        self.tokenizer.enable_padding(length=length, pad_token=token, pad_id=self.tokenizer.token_to_id(token))
+        self.tokenizer.enable_truncation(max_length=length)
+        self.textual, self.visual = (open_graph(folder / name / "model.onnx") for name in ("textual", "visual"))
+        self.settings = read("visual/preprocess_cfg.json")
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids, always as many."""
+        return self.tokenizer.encode(" ".join(text.split())).ids
+
+    def text(self, text: str) -> np.ndarray:
+        """Its embedding, (width,)."""
+        return self.textual.run(None, {"text": np.array([self.ids(text)], dtype=np.int32)})[0][0]
+
+    def picture(self, image: PIL.Image.Image) -> np.ndarray:
+        """Its embedding, (width,)."""
+        size = self.settings["size"]
+        side = size[0] if isinstance(size, list) else size
+        image = image.convert("RGB")
+        shape = [int(length / min(image.size) * side) for length in image.size]
+        shape[image.width >= image.height] = side  # the shorter one, whatever the quotient is rounded to
+        image = image.resize(shape, PIL.Image.Resampling[self.settings["interpolation"].upper()])
+        left, top = (int(length / 2 - side / 2) for length in shape)
+        pixels = np.asarray(image.crop((left, top, left + side, top + side)), dtype=np.float32) / 255
+        pixels = (pixels - np.float32(self.settings["mean"])) / np.float32(self.settings["std"])
+        return self.visual.run(None, {"image": pixels.transpose(2, 0, 1)[None]})[0][0]
+
+
+class ServiceReader(LayoutReader):
+    """Immich's own service, by the request that its server sends; token ids are by the layout."""
+
+    def __init__(self, url: str, folder: Path):
+        import httpx
+
+        super().__init__(folder)
+
+        self.client = httpx.Client(base_url=url, timeout=300)
+
+    def text(self, text: str) -> np.ndarray:
+        """Its embedding, (width,)."""
+        return self._predict("textual", data={"text": text})
+
+    def picture(self, image: PIL.Image.Image) -> np.ndarray:
+        """Its embedding, (width,)."""
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return self._predict("visual", files={"image": ("image.png", buffer.getvalue())})
+
+    def _predict(self, kind: str, data: dict | None = None, files: dict | None = None) -> np.ndarray:
+        entries = json.dumps({"clip": {kind: {"modelName": BASE_NAME, "options": {}}}})
+        answer = self.client.post("/predict", data={"entries": entries, **(data or {})}, files=files)
+        answer.raise_for_status()
+        return np.array(json.loads(answer.json()["clip"]), dtype=np.float32)
+
+
+def pictures() -> list[PIL.Image.Image]:
+    """Photographs of scikit-image, each whole, high, wide, and by an odd pixel less: where crops may fall apart."""
+    shapes = ((1, 1), (0.6, 1), (1, 0.45))
+    found = []
+    for name in PHOTOS:
+        image = photo(name)
+        found += [image.crop((0, 0, int(image.width * x), int(image.height * y))) for x, y in shapes]
+        found.append(image.crop((0, 0, image.width - 1, image.height - 7)))
+    return found
+
+
+def is_cropped_beside(image: PIL.Image.Image, side: int = 224) -> bool:
+    """Whether Immich crops a pixel beside open_clip: it rounds half the margin down, open_clip to the even number."""
+    margins = [int(length / min(image.size) * side) - side for length in image.size]
+    return any(margin % 4 == 3 for margin in margins)

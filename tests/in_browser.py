@@ -1,0 +1,196 @@
+"""transformers.js on an export, by its own code from npm, in Node and in Chromium: what it computes, beside PyTorch.
+
+Repositories are served over HTTP as from the Hub. Node, npm and Chromium must be there; transformers.js is installed
+once, in ~/.cache/capivara-node.
+"""
+
+import base64
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from capivara_common.files import whole_folder
+from hub_upload.space.static_page import npm_packages
+from modeling_capivara import CapivaraImageProcessor
+from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import random_images, random_texts
+
+LIBRARY, RANGE = "@huggingface/transformers", ">=4.3 <5"
+MIN_NODE = 20
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+SCRIPT = Path(__file__).parent / "in_browser.mjs"
+NAME = "my-name/my-model"  # under which a repository is served
+LABELS, TEMPLATE = ["um gato", "um cachorro", "um céu azul"], "uma foto de {}"
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina")
+ELSEWHERE = re.compile(r"https?://(?!127\.0\.0\.1:)")  # whatever a page would fetch from there fails
+ASK = """async request => {
+  const { answer } = await import("/code/in_browser.mjs");
+  return answer(await import(request.library), request);
+}"""
+
+
+def inputs_and_outputs(repository: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What both get, as JSON, and what the model makes of it in PyTorch."""
+    model, processor = load_model(repository).eval(), load_processor(repository)
+    batch = processor(images=random_images(), text=random_texts(), return_tensors="pt")
+    with torch.inference_mode():
+        output = model(**batch)
+    expected = {name: output[name].numpy() for name in ("image_embeds", "text_embeds", "logits_per_image")}
+    pixels = batch["pixel_values"].numpy()
+    data = base64.b64encode(np.ascontiguousarray(pixels, np.float32).tobytes()).decode()
+    inputs = {name: batch[name].tolist() for name in ("input_ids", "attention_mask")}
+    return inputs | {"pixel_values": {"data": data, "dims": list(pixels.shape)}}, expected
+
+
+def compared(answer: dict[str, Any], expected: dict[str, np.ndarray]) -> dict[str, float]:
+    """Distances of an answer to the model: lowest cosine of the embeddings, largest difference of scores."""
+    found = {name: np.array(answer[name]) for name in expected}
+    return {
+        "lowest_image_cosine": float((found["image_embeds"] * expected["image_embeds"]).sum(axis=-1).min()),
+        "lowest_text_cosine": float((found["text_embeds"] * expected["text_embeds"]).sum(axis=-1).min()),
+        "largest_score_difference": float(np.abs(found["logits_per_image"] - expected["logits_per_image"]).max()),
+    }
+
+
+def save_photos(folder: Path) -> list[Path]:
+    """Photographs of scikit-image as PNG, which every program reads alike."""
+    from skimage import data
+
+    folder.mkdir(exist_ok=True)
+    for name in PHOTOS:
+        Image.fromarray(getattr(data, name)()).convert("RGB").save(folder / f"{name}.png")
+    return [folder / f"{name}.png" for name in PHOTOS]
+
+
+def pixel_differences(answers: list[dict], files: list[Path], processor: CapivaraImageProcessor) -> dict[str, float]:
+    """File -> mean absolute difference of `pixel_values` to our processor's, in steps of 255 to the full range."""
+    found = {}
+    for answer, file in zip(answers, files, strict=True):
+        theirs = np.frombuffer(base64.b64decode(answer["data"]), np.float32).reshape(answer["dims"])[0]
+        with Image.open(file) as picture:
+            ours = processor(picture, return_tensors="np")["pixel_values"][0]
+        steps = np.abs(theirs - ours) * (255 * np.array(processor.image_std)[:, None, None])
+        found[file.stem] = float(steps.mean())
+    return found
+
+
+def node_packages() -> Path:
+    """The folder `node_modules` with transformers.js, installed from npm where it is not there yet.
+
+    No script of a package runs; binaries for the CPU lie in them.
+
+    Raises:
+        RuntimeError: node or npm is missing or too old, or the registry can't be reached.
+    """
+    for program in ("node", "npm"):
+        if shutil.which(program) is None:
+            raise RuntimeError(f"{program} is not installed: apt-get install nodejs npm")
+    version = subprocess.check_output(["node", "--version"], text=True).strip()
+    if int(version.removeprefix("v").split(".")[0]) < MIN_NODE:
+        raise RuntimeError(f"Node {version} is too old for {LIBRARY}'s pictures (sharp); install {MIN_NODE} or later")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capivara-node"
+    folder = cache / f"transformers{RANGE}".translate({ord(sign): "-" for sign in ">=< "})
+    if not folder.is_dir():
+        try:
+            with whole_folder(folder) as new:
+                npm_packages(new, {LIBRARY: RANGE})
+        except (ValueError, OSError) as error:
+            if not folder.is_dir():  # else another process was first
+                raise RuntimeError(str(error)) from error
+    return folder / "node_modules"
+
+
+@contextmanager
+def served(repositories: dict[str, Path], packages: Path, **folders: Path) -> Iterator[str]:
+    """Address of a server on this machine with repositories as on the Hub, npm's packages, and further folders."""
+    mounts = {f"/{name}/resolve/main/": folder for name, folder in repositories.items()}
+    mounts |= {"/npm/": packages, "/code/": SCRIPT.parent} | {f"/{name}/": folder for name, folder in folders.items()}
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def translate_path(self, path: str) -> str:
+            for prefix, folder in mounts.items():
+                if path.startswith(prefix):
+                    self.directory = str(folder)
+                    return super().translate_path("/" + path.removeprefix(prefix))
+            return os.devnull + "/none"
+
+        def do_GET(self) -> None:
+            if self.path != "/":
+                return super().do_GET()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<!doctype html><link rel=icon href=data:,><title>transformers.js</title>")
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def request(address: str, **what: Any) -> dict[str, Any]:
+    """A request for `ask`; `what` is explained in in_browser.mjs."""
+    return {"name": NAME, "env": {"remoteHost": address, "allowLocalModels": False}, **what}
+
+
+def ask(place: str, request: dict[str, Any], packages: Path) -> dict[str, Any]:
+    """The answer of transformers.js in "node" or "chromium"."""
+    return (ask_node if place == "node" else ask_chromium)(request, packages)
+
+
+def ask_node(request: dict[str, Any], packages: Path) -> dict[str, Any]:
+    """The answer of a process of Node, with a cache of its own."""
+    with tempfile.TemporaryDirectory(prefix="capivara-node-") as temporary:
+        library = packages / LIBRARY / "dist" / "transformers.node.mjs"
+        env = request["env"] | {"cacheDir": temporary}
+        about = json.dumps(request | {"env": env, "library": library.as_uri()})  # in ASCII: texts may be no UTF-8
+        (Path(temporary) / "request.json").write_text(about, encoding="ascii")
+        done = subprocess.run(
+            ["node", SCRIPT, f"{temporary}/request.json"], capture_output=True, text=True, check=False, timeout=900
+        )
+        if done.returncode:
+            raise RuntimeError(f"Node ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        return json.loads(done.stdout.strip().splitlines()[-1]) | {"said": done.stderr}
+
+
+def ask_chromium(request: dict[str, Any], packages: Path) -> dict[str, Any]:
+    """The answer of a fresh page of headless Chromium, on one thread, as without special headers."""
+    from playwright.sync_api import sync_playwright
+
+    executable = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        try:
+            page = browser.new_page()
+            page.set_default_timeout(900_000)
+            page.route(ELSEWHERE, lambda route: route.abort())
+            page.goto(request["env"]["remoteHost"])
+            return page.evaluate(ASK, in_page(request))
+        finally:
+            browser.close()
+
+
+def in_page(request: dict[str, Any]) -> dict[str, Any]:
+    """A request as a page makes it: the library and its WebAssembly come from the same server."""
+    env = request["env"] | {"wasmPaths": f"{request['env']['remoteHost']}npm/onnxruntime-web/dist/"}
+    return request | {"env": env, "library": f"/npm/{LIBRARY}/dist/transformers.min.js"}
