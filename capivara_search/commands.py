@@ -265,7 +265,6 @@ def app(args: argparse.Namespace, words: Words) -> int:
     """The page, until Ctrl-C."""
     pictures = _filled_index(args, words)
     _say_note(pictures, words)
-    compare = _index(args, args.compare) if args.compare else None
     from capivara_search.page.guard import allowed_hosts
     from capivara_search.page.server import is_loopback, serve_index  # here: what there is no index for waits less
 
@@ -281,9 +280,8 @@ def app(args: argparse.Namespace, words: Words) -> int:
         _say(words("thumbnails_alone", folders=", ".join(names), command=command))
     for number in (signal.SIGTERM, signal.SIGINT):  # what visitors have sent is removed
         signal.signal(number, signal.default_int_handler)
-    open_browser = not args.no_open
     options = {"language": words.language, "on_open": tell, "allow_hosts": args.allow_host}
-    serve_index(pictures, args.host, args.port, compare, open_browser, **options)
+    serve_index(pictures, args.host, args.port, open_browser=not args.no_open, **options)
     return DONE
 
 

@@ -743,7 +743,7 @@ def test_a_reader_that_goes_away_is_no_error(index):
 def test_app_says_what_it_answers_to_and_whose_originals_it_hides(capivara, index, lang, monkeypatch, tmp_path):
     asked = {}
 
-    def served(pictures, host, port, compare, open_browser, on_open, allow_hosts, language):
+    def served(pictures, host, port, open_browser, on_open, allow_hosts, language):
         asked.update(host=host, allow_hosts=allow_hosts)
         on_open(f"http://{host}:{port}")
 
