@@ -224,13 +224,11 @@ class Site:
 
     def routes(self) -> list[Route]:
         """All that is answered."""
-        questions = {"search": self.answers.search, "classify": self.answers.classify}
-        asked = [Route(f"/api/{name}", self._asked(ask), methods=["POST"]) for name, ask in questions.items()]
+        asked = {"search": self.answers.search, "classify": self.answers.classify, "status": self.status}
         return [
             Route("/", self.page),
             Mount("/static", StaticFiles(directory=FOLDER / "static")),
-            *asked,
-            Route("/api/status", self.status, methods=["POST"]),
+            *(Route(f"/api/{name}", self._asked(ask), methods=["POST"]) for name, ask in asked.items()),
             Route("/api/about", self.about, methods=["POST"]),
             Route("/api/show", self.show, methods=["POST"]),
             Route("/thumbnail", self.thumbnail),
@@ -257,11 +255,9 @@ class Site:
 
         return answer
 
-    async def status(self, request: Request) -> Response:
-        """What the index holds by now."""
-        question, _ = await _read(request)
-        found = await self._questions.ask(lambda: self.answers.status(question))
-        return JSONResponse(found | {"local": self.local})
+    def status(self, question: Question, image: object) -> dict[str, Any]:
+        """What the index holds by now, and whether the visitor sits at this machine."""
+        return self.answers.status(question) | {"local": self.local}
 
     async def about(self, request: Request) -> Response:
         """Whether the file of a picture is there."""

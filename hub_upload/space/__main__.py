@@ -9,7 +9,6 @@ Thumbnails stand for the pictures, whose files stay here, as do their folders' n
 taken. To search on this machine: `capivara app`.
 """
 
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,8 @@ PACKAGES = ("lancedb", "starlette", "uvicorn", "datasets")
 @dataclass
 class SpaceArguments(ImageFileArguments):
     """Arguments of `hub_upload.space`."""
+
+    gone = {"compare": "a Space shows one model; make two Spaces"}
 
     model: str = flag(..., "Folder or Hub id of a CAPIVARA model.")
     pictures: str = flag(
@@ -71,25 +72,15 @@ class SpaceArguments(ImageFileArguments):
 
 @user_errors
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    args = parse(SpaceArguments, __doc__, argv)
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        kept = "Nothing was kept." if args.static else "The same command resumes where the index was."
-        print(f"\nStopped. {kept}", file=sys.stderr)
-        sys.exit(130)
-
-
-def run(args: SpaceArguments) -> None:
     """Write the Space or the page, list it, and send it if that was asked for."""
+    args = parse(SpaceArguments, __doc__, argv)
     require("A Space", "app", *PACKAGES)
-    from capivara_common.files import check_output_folder
     from hub_upload.remote import check_repo_id
     from hub_upload.space.publish_space import listing, open_index, push_space, write_space
 
-    if folder := args.static or args.space:
-        check_output_folder(folder)  # before the index is built, which can take an hour
+    folder = args.static or args.space
+    if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is a file or not empty. Choose another one, or remove it.")  # before an hour's work
     if args.repo_id:
         check_repo_id(args.repo_id)
     with tempfile.TemporaryDirectory() as temporary:
@@ -115,4 +106,4 @@ def run(args: SpaceArguments) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, resumes=True)
