@@ -20,7 +20,7 @@ let typing = 0;
 
 const at = (path) => new URL(`../${path}`, import.meta.url).href;
 const coded = (code, cause) => Object.assign(new Error(code, { cause }), { code });
-Object.assign(env, { allowLocalModels: true, allowRemoteModels: false, localModelPath: at("model/"), useWasmCache: false });
+Object.assign(env, { remoteHost: at("model/"), remotePathTemplate: "{model}/", allowLocalModels: false, useWasmCache: false });
 const CACHE = `capivara ${at("")} `; // of this page, whatever its model
 env.cacheKey = CACHE + MODEL.id;
 env.backends.onnx.wasm.wasmPaths = { mjs: at("library/onnxruntime.js"), wasm: at("library/onnxruntime.wasm") };
