@@ -73,6 +73,10 @@ IN_ARCHIVE = {"archive": Value("string"), "offset": Value("int64"), "size": Valu
 
 
 @dataclass(eq=False)
+class NoSplit(ValueError):
+    """A data set has no split of a name."""
+
+
 class Split:
     """One split of one data set, in a fixed order.
 
@@ -325,9 +329,9 @@ def form_hint(folder: Path) -> str:
 
 
 def of_split(splits: dict[str, Any], dataset: str, split: str, rule: str = "") -> Any:
-    """The split of a data set. Raises ValueError where there is none of the name; `rule` ends the message."""
+    """The split of a data set. Raises NoSplit where there is none of the name; `rule` ends the message."""
     if split not in splits:
-        raise ValueError(f"{dataset} has no split {split!r}; there are {sorted(splits)}.{rule}")
+        raise NoSplit(f"{dataset} has no split {split!r}; there are {sorted(splits)}.{rule}")
     return splits[split]
 
 

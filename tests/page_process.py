@@ -44,9 +44,7 @@ def resolved(host, *args, **kwargs):
 socket.socket.connect, socket.getaddrinfo = watched, resolved
 from capivara_search.index import PictureIndex
 from capivara_search.page import serve_index
-(where, model), *compare = [pair.split("=") for pair in sys.argv[1:]]
-more = [PictureIndex.open(*pair) for pair in compare]
-serve_index(PictureIndex.open(where, model), "127.0.0.1", 0, *more, on_open=lambda url: print(url, flush=True))
+serve_index(PictureIndex.open(*sys.argv[1:]), "127.0.0.1", 0, on_open=lambda url: print(url, flush=True))
 """
 
 
@@ -92,18 +90,19 @@ class Asked:
 
 
 @contextlib.contextmanager
-def running(tmp_path: Path, *pairs: str, **more: str) -> Iterator[tuple[Asked, Path]]:
+def running(tmp_path: Path, index: str, model: Path, **more: str) -> Iterator[tuple[Asked, Path]]:
     """A page in a process of its own, and the file of what it asked of the network.
 
     Args:
         tmp_path: for its files.
-        pairs: "index=model", of one or two.
+        index: its place.
+        model: folder of its model.
         more: of the environment.
     """
     log, said = tmp_path / "network.txt", tmp_path / "said.txt"
     environment = {name: text for name, text in os.environ.items() if name not in ("HF_HUB_OFFLINE", "DISPLAY")}
     log.touch()
-    command = ["timeout", "-k", "60", "400", sys.executable, "-c", WATCHED, str(log), *pairs]
+    command = ["timeout", "-k", "60", "400", sys.executable, "-c", WATCHED, str(log), index, str(model)]
     with open(said, "w") as output:
         server = subprocess.Popen(command, cwd=ROOT, env=environment | more, stdout=output, stderr=output)
     try:

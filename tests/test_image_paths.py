@@ -42,8 +42,7 @@ from eval.classification import main as classify
 from eval.report import main as report
 from eval.retrieval import main as retrieve
 from examples.openmoji.dataset import load_embedded
-from hub_upload.space.collection import picture_folder
-from hub_upload.space.publish_space import open_indexes, write_space
+from hub_upload.space.publish_space import open_index, picture_folder, write_space
 from modeling_capivara import CapivaraModel
 
 MARK = b"SENTINEL-0f3a9c"  # stands in every file that must not be read
@@ -416,17 +415,17 @@ def test_the_folder_of_the_page(tmp_path, hostile, server, tiny_model, tiny_proc
     tiny_processor.save_pretrained(tmp_path / "model")
     as_parquet(tmp_path / "data", rows_of(hostile), "test")
     model, cache = str(tmp_path / "model"), tmp_path / "cache"
-    indexes, credit = open_indexes(str(tmp_path / "data"), [model], str(cache), "cpu", 4)
-    assert len(indexes[0]) == GOOD
-    write_space(indexes, [model], tmp_path / "space", credit)
-    published = PictureIndex.open(next((tmp_path / "space").glob("index-*.lance")), model)
+    index, credit = open_index(str(tmp_path / "data"), model, str(cache), "cpu", 4)
+    assert len(index) == GOOD
+    write_space(index, model, tmp_path / "space", credit)
+    published = PictureIndex.open(tmp_path / "space" / "index.lance", model)
     shown = [published.thumbnail(hit.path) for hit in published.newest(2 * GOOD)]
     assert len(shown) == GOOD and not any(has_magenta(thumbnail) for thumbnail in shown)
     assert not server.requests
     for path in (tmp_path / "space").rglob("*"):
         assert not path.is_file() or MARK not in path.read_bytes(), path
     (tmp_path / "data" / "a.png").write_bytes(good()[0])
-    folder, _ = picture_folder(str(tmp_path / "data"), cache, form="images")
+    folder = picture_folder(str(tmp_path / "data"), cache, form="images")
     names = [Path(file.path).name for file in find_pictures([folder])[0]]
     assert names == ["a.png"], "neither a link that leads out nor a FIFO is a picture of the folder"
 
@@ -472,7 +471,7 @@ def test_the_user_decides_what_a_folder_is(other, tmp_path, caplog):
         shutil.make_archive(str(folder / "a"), "gztar", folder, "cat")
         with pytest.raises(ValueError, match=r"compressed.* --form images takes these"):
             picture_folder(str(folder), tmp_path / "cache")
-    assert picture_folder(str(folder), tmp_path / "cache", form="images")[0] == folder
+    assert picture_folder(str(folder), tmp_path / "cache", form="images") == folder
     images = load_images(str(folder), "test", ["cat", "dog"], form="images")
     assert images.labels == [0, 0, 1, 1] and [images.images.image(row).size for row in range(4)] == [(32, 32)] * 4
 

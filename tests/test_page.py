@@ -1,4 +1,4 @@
-"""The page in a browser: searching, looking, comparing and classifying, in two languages and on a telephone."""
+"""The page in a browser: searching, looking and classifying, in two languages and on a telephone."""
 
 import io
 import os
@@ -155,8 +155,10 @@ def managed(tmp_path, monkeypatch) -> Path:
 @pytest.mark.slow
 def test_a_visit(trained, collection, tmp_path, managed):
     require_chromium()
-    pair = f"{collection.parent / 'fotos.lance'}={trained}"
-    with running(tmp_path, pair) as (asked, network), open_browser() as opened:
+    with (
+        running(tmp_path, str(collection.parent / "fotos.lance"), trained) as (asked, network),
+        open_browser() as opened,
+    ):
         visitor = Visitor(opened)
         visitor.open(asked.url)
         assert opened.page.evaluate("document.documentElement.lang") == "pt-BR"
@@ -423,34 +425,3 @@ def test_suggestions_stay_in_sight_while_one_goes_through_them_by_tab(plain_inde
             assert not browser.errors
     finally:
         opened.close()
-
-
-@pytest.mark.slow
-def test_two_models_side_by_side(trained, collection, saved_tiny_folder, tmp_path):
-    require_chromium()
-    where = collection.parent
-    made_index(tmp_path / "outro.lance", collection, saved_tiny_folder)
-    pairs = (f"{where / 'fotos.lance'}={trained}", f"{tmp_path / 'outro.lance'}={saved_tiny_folder}")
-    with running(tmp_path, *pairs) as (asked, _), open_browser() as opened:
-        visitor = Visitor(opened)
-        visitor.open(f"{asked.url}/?text=branco+em+cima")
-        visitor.sees(".of-model:first-child li:first-child", "branco em cima")
-        assert opened.page.locator(".of-model h2").all_inner_texts() == ["treinado", "model"]
-        visitor.sees("#said", "em comum")
-        marks = opened.page.locator(".of-model .mark").all_inner_texts()
-        assert any(mark.startswith("▲") for mark in marks) and any(mark.startswith("▼") for mark in marks)
-        up = opened.page.locator(".of-model:first-child .mark.higher").first
-        other = opened.page.locator(".of-model:last-child .tile", has_text=up.locator("..").get_attribute("title"))
-        assert up.inner_text().replace("▲", "▼") in other.first.inner_text(), "what is higher here is lower there"
-        assert "acima do outro" in up.locator("..").get_attribute("aria-label")
-        for width in (1280, 390):
-            opened.page.set_viewport_size({"width": width, "height": 900})
-            first, second = (model.bounding_box() for model in opened.page.locator(".of-model").all())
-            assert first["y"] == second["y"] and second["x"] > first["x"] and not opened.scrolls_sideways()
-        opened.page.click("[data-part=classify]")
-        opened.page.fill("#labels", "azul inteiro\nverde embaixo\npreto em cima")
-        opened.page.select_option("#classify-folder", str(collection))
-        opened.page.click("#labels-form [type=submit]")
-        visitor.sees("#classify-said", "Os modelos discordam em")
-        visitor.sees("#classified .mark", "≠")
-        assert not opened.errors and not opened.refused

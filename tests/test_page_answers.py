@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import time
 from datetime import date
 from pathlib import Path
@@ -12,15 +11,23 @@ import numpy as np
 import pytest
 from made_pictures import CAPTIONS, made_index, save_folder
 from PIL import Image
-from tiny import randomise, tiny_config
 
 from capivara_common.image_files import decode_image
 from capivara_search.index import PictureIndex
 from capivara_search.page import server
-from capivara_search.page.answers import MAX_LABELS, MAX_LETTERS, MAX_PICTURES, Answers, Question, decoded
-from capivara_search.page.suggestions import AT_ONCE, Suggestions, nouns, standing_out
-from capivara_search.page.turns import Refusal
-from modeling_capivara import CapivaraModel
+from capivara_search.page.answers import (
+    AT_ONCE,
+    MAX_LABELS,
+    MAX_LETTERS,
+    MAX_PICTURES,
+    Answers,
+    Question,
+    Suggestions,
+    decoded,
+    nouns,
+    standing_out,
+)
+from capivara_search.refusal import Refusal
 
 PAGE = Path(server.__file__).parent
 ATTACK = "<img src=x onerror=alert(1)>\"'${alert(1)}</script>"
@@ -41,12 +48,8 @@ def answers(index):
     return Answers(index)
 
 
-def paths(answer: dict, model: int = 0) -> list[str]:
-    return [hit["path"] for hit in answer["models"][model]["hits"]]
-
-
-def names(answer: dict, model: int = 0) -> list[str]:
-    return [hit["name"] for hit in answer["models"][model]["hits"]]
+def names(answer: dict) -> list[str]:
+    return [hit["name"] for hit in answer["hits"]]
 
 
 def upload(number: int):
@@ -70,16 +73,16 @@ def test_search_is_that_of_a_plain_computation(answers, index, folder):
         answer = answers.search(Question.read({**question, "k": 9}), image)
         scores = vectors @ (query / np.linalg.norm(query))
         expected = [every[i] for i in np.argsort(-scores, kind="stable") if every[i] != question.get("like")][:9]
-        found = [hit["score"] for hit in answer["models"][0]["hits"]]
+        found = [hit["score"] for hit in answer["hits"]]
         assert len(found) == 9 and found == sorted(found, reverse=True)
         np.testing.assert_allclose(found, [scores[every.index(path)] for path in expected], atol=2e-3)
-        assert paths(answer)[0] == expected[0]
-    assert answer["count"] == 30 and answer["models"][0]["name"] == index.model.name
+        assert answer["hits"][0]["path"] == expected[0]
+    assert answer["count"] == 30
 
 
 def test_without_a_question_the_newest_come_first(answers):
     first = answers.search(Question.read({"k": 5}), None)
-    assert names(first) == CAPTIONS[:-6:-1] and {hit["score"] for hit in first["models"][0]["hits"]} == {None}
+    assert names(first) == CAPTIONS[:-6:-1] and {hit["score"] for hit in first["hits"]} == {None}
     assert answers.search(Question.read({"text": "  \n"}), None) == answers.search(Question(), None)
 
 
@@ -115,9 +118,9 @@ def test_a_picture_that_is_gone_and_an_index_without_pictures(answers, saved_tin
     with pytest.raises(Refusal, match="gone"):
         answers.search(Question.read({"like": "/etc/passwd"}), None)
     empty = Answers(PictureIndex.open(tmp_path / "new.lance", str(saved_tiny_folder)))
-    assert empty.search(Question.read({"text": "gato"}), None)["models"][0]["hits"] == []
+    assert empty.search(Question.read({"text": "gato"}), None)["hits"] == []
     assert empty.status(Question()) | {"version": 0} == {
-        "version": 0, "count": 0, "folders": {}, "models": ["model"], "note": None, "suggestions": [],
+        "version": 0, "count": 0, "folders": {}, "model": "model", "note": None, "suggestions": [],
         "suggesting": True,
     }  # fmt: skip
 
@@ -194,15 +197,15 @@ def test_uploads_that_are_refused(given, said):
         decoded(given, lambda data: decode_image({"bytes": data}))
 
 
-# --- Classification and comparison -----------------------------------------------------------------------------------
+# --- Classification --------------------------------------------------------------------------------------------------
 
 
 def test_labels_of_a_picture(answers, index):
     labels = ["gato", "casa verde", "céu"]
     answer = answers.classify(Question.read({"labels": labels, "template": "{}"}), upload(3))
     (one,) = index.classify(upload(3), labels, "{}")
-    shares = answer["models"][0]["shares"]
-    assert dict(map(tuple, shares)) == pytest.approx(one.shares) and answer["models"][0]["label"] == one.label
+    shares = answer["shares"]
+    assert dict(map(tuple, shares)) == pytest.approx(one.shares) and answer["label"] == one.label
     assert [share for _, share in shares] == sorted((share for _, share in shares), reverse=True)
 
 
@@ -210,8 +213,8 @@ def test_a_folder_by_its_labels(answers, index, folder):
     labels = ["gato", "casa verde", "céu", "um pão"]
     made_pictures.made_pictures()[0].save(folder.parent / "private.png")
     outside = answers.classify(Question.read({"labels": labels, "folder": str(folder.parent / "private.png")}), None)
-    assert outside["models"][0]["pictures"] == 0, "a file was read that is none of the index"
-    answer = answers.classify(Question.read({"labels": labels, "folder": str(folder)}), None)["models"][0]
+    assert outside["pictures"] == 0, "a file was read that is none of the index"
+    answer = answers.classify(Question.read({"labels": labels, "folder": str(folder)}), None)
     found = {one.path: one for one in index.classify(str(folder), labels)}
     assert sum(group["n"] for group in answer["groups"]) == answer["pictures"] == 30
     order = [group["label"] for group in answer["groups"]]
@@ -236,21 +239,6 @@ def test_a_folder_by_its_labels(answers, index, folder):
 def test_classifications_that_are_refused(answers, asked, said):
     with pytest.raises(Refusal, match=said):
         answers.classify(Question.read(asked), None)
-
-
-@pytest.mark.slow
-def test_two_models_answer_side_by_side(answers, index, folder, saved_tiny_folder, tmp_path):
-    other = shutil.copytree(saved_tiny_folder, tmp_path / "outro")
-    randomise(CapivaraModel(tiny_config()), seed=5).save_pretrained(other)
-    both = Answers(index, made_index(tmp_path / "outro.lance", folder, other))
-    found = both.search(Question.read({"text": "um gato", "k": 6}), None)
-    assert [model["name"] for model in found["models"]] == ["model", "outro"] and paths(found) != paths(found, 1)
-    assert paths(found) == paths(answers.search(Question.read({"text": "um gato", "k": 6}), None))
-    first, second = both.classify(Question.read({"labels": ["gato", "casa"], "folder": str(folder)}), None)["models"]
-    theirs = {hit["path"]: group["label"] for group in second["groups"] for hit in group["hits"]}
-    for group in first["groups"]:
-        assert all(theirs.get(hit["path"], hit["other"]) == hit["other"] for hit in group["hits"])
-    assert first["differ"] == second["differ"] > 0
 
 
 # --- Suggestions -----------------------------------------------------------------------------------------------------
@@ -309,12 +297,12 @@ def test_every_word_is_used_and_every_used_word_is_there():
     page = "".join(path.read_text(encoding="utf-8") for path in PAGE.glob("*.html"))
     source = "".join(path.read_text(encoding="utf-8") for path in PAGE.glob("*.py"))
     there = words("pt").keys()
-    said = set(re.findall(r'say\("(\w+)"', scripts)) | set(re.findall(r"\{\{(\w+)\}\}", page))
-    made = {"language", "words", "credit", "privacy", "viewer"}  # by the server
-    assert {key for key in said if key not in there and f"{key}_other" not in there} == made
+    page = re.sub(r"{% if own %}.*?{% (else|endif) %}", "", page, flags=re.DOTALL)  # of the page without a server
+    said = set(re.findall(r'say\("(\w+)"', scripts)) | set(re.findall(r"\bt(?:\.|\[')(\w+)", page))
+    assert not {key for key in said if key not in there and f"{key}_other" not in there}
     refusals = set(re.findall(r'Refusal\(\s*"(\w+)"', source)) | {"connection", "no_picture", "too_many_pixels"}
     assert refusals == {key.removeprefix("errors.") for key in there if key.startswith("errors.")}
-    spoken = set(re.findall(r'["`{](\w+)["`}]', scripts + page + source))
+    spoken = set(re.findall(r'["`{](\w+)["`}]', scripts + source)) | said
     plain = {key: re.sub("_(one|other|long)$", "", key) for key in there if not key.startswith("errors.")}
     assert not [key for key, start in plain.items() if not {key, start} & spoken], "words that nothing says"
 

@@ -22,11 +22,11 @@ from starlette.testclient import TestClient
 
 from capivara_common.image_files import BadImage, decode_image
 from capivara_search.index import PictureIndex
-from capivara_search.page import answers, decoder, guard, turns
+from capivara_search.page import answers, decoder, guard
 from capivara_search.page.guard import HEADERS, MAX_QUESTION_BYTES, MAX_UPLOAD_BYTES, Guard, host_name
 from capivara_search.page.server import open_page
-from capivara_search.page.turns import Refusal
 from capivara_search.picture_files import on_white
+from capivara_search.refusal import Refusal
 from capivara_search.table_columns import FOLDER_KEY
 
 PICTURE_S = 2
@@ -459,7 +459,7 @@ def test_who_reads_nothing_of_an_answer_is_given_up(tmp_path, saved_tiny_folder,
 @pytest.mark.slow
 def test_descriptors_do_not_run_out(index, saved_tiny_folder, tmp_path):
     """More visitors than the process may have files open: searches are answered, and the log stays empty."""
-    with running(tmp_path, f"{index.where}={saved_tiny_folder}", DESCRIPTORS="256") as (asked, _):
+    with running(tmp_path, index.where, saved_tiny_folder, DESCRIPTORS="256") as (asked, _):
         with silent(asked, 400), silent(asked, 400, b"POST /api/search HTTP/1.1\r\n"):
             for _ in range(5):
                 started = time.monotonic()
@@ -471,7 +471,7 @@ def test_descriptors_do_not_run_out(index, saved_tiny_folder, tmp_path):
 @pytest.mark.slow
 def test_the_image_tower_is_loaded_when_the_page_opens(index, monkeypatch):
     """A visitor's picture waits for that, and is not given up for it; words do not wait."""
-    monkeypatch.setattr(turns, "QUERY_S", 2)
+    monkeypatch.setattr(guard, "QUERY_S", 2)
     begun, released = threading.Event(), threading.Event()
     monkeypatch.setattr(answers.Answers, "prepare_images", lambda self: begun.set() or released.wait(30))
     opened = open_page(index, port=0)
@@ -527,7 +527,7 @@ def test_a_question_that_takes_too_long_is_given_up(page, monkeypatch):
         return released.wait(60) and [] if k == 24 else search(self, vector, k, **where)
 
     monkeypatch.setattr(PictureIndex, "search_vector", search_slowly)
-    monkeypatch.setattr(turns, "QUERY_S", 1)
+    monkeypatch.setattr(guard, "QUERY_S", 1)
     try:
         assert page.ask("search", {"text": "azul", "k": 24}) == (503, {"error": "too_slow", "values": {}})
         assert page.ask("search", {"text": "azul", "k": 6})[0] == 200
@@ -535,12 +535,12 @@ def test_a_question_that_takes_too_long_is_given_up(page, monkeypatch):
         released.set()
 
 
-def test_turns(monkeypatch):
-    monkeypatch.setattr(turns, "QUERY_S", 0.3)
-    monkeypatch.setattr(turns, "MAX_WAITING", 5)
+def test_the_queue(monkeypatch):
+    monkeypatch.setattr(guard, "QUERY_S", 0.3)
+    monkeypatch.setattr(guard, "MAX_WAITING", 5)
 
     async def visits() -> None:
-        queue, released, running = turns.Turns(), threading.Event(), []
+        queue, released, running = guard.Queue(), threading.Event(), []
 
         def alone() -> int:
             running.append(1)
@@ -553,10 +553,10 @@ def test_turns(monkeypatch):
         assert {str(answer) for answer in answers if answer != 1} == {"busy"}
         with pytest.raises(ZeroDivisionError):
             await queue.ask(lambda: 1 / 0)
-        for _ in range(turns.MAX_GIVEN_UP):
+        for _ in range(guard.MAX_GIVEN_UP):
             with pytest.raises(Refusal, match="too_slow"):
                 await queue.ask(released.wait)
-            if queue._given_up < turns.MAX_GIVEN_UP:
+            if queue._given_up < guard.MAX_GIVEN_UP:
                 assert await queue.ask(lambda: "next") == "next"
         with pytest.raises(Refusal, match="busy"):
             await queue.ask(lambda: "no thread is left")

@@ -21,9 +21,7 @@ pytest.importorskip("uvicorn", reason="the page needs uvicorn: pip install -e '.
 
 from capivara_search.index import PictureIndex
 from hub_upload.space.__main__ import main
-from hub_upload.space.collection import picture_folder
-from hub_upload.space.publish_space import program_files
-from hub_upload.space.published_index import publish_index
+from hub_upload.space.publish_space import credit_of, picture_folder, program_files, publish_index
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = "---\nlicense: cc-by-sa-4.0\n---\n"
@@ -46,20 +44,21 @@ def flags(tiny_folder, tmp_path):
 def test_a_plain_folder_is_taken_as_it_is(tmp_path):
     folder = save_folder(tmp_path / "fotos")
     (folder / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")  # no YAML
-    made, credit = picture_folder(str(folder), tmp_path / "cache")
-    assert (made, credit.name, credit.licence) == (folder, "fotos", "") and not (tmp_path / "cache").exists()
+    credit = credit_of(folder)
+    assert picture_folder(str(folder), tmp_path / "cache") == folder and not (tmp_path / "cache").exists()
+    assert (credit.name, credit.licence) == ("fotos", "")
 
 
 def test_pictures_of_a_data_set_are_named_by_their_captions(tmp_path):
     made_pictures.save_dataset(tmp_path / "d", "pretty_name: Áreas\nlicense: cc-by-sa-4.0\nattribution: feitas aqui\n")
-    folder, credit = picture_folder(str(tmp_path / "d"), tmp_path / "cache")
+    folder, credit = picture_folder(str(tmp_path / "d"), tmp_path / "cache"), credit_of(tmp_path / "d")
     assert sorted(path.stem for path in folder.iterdir()) == sorted(CAPTIONS)
     assert (credit.name, credit.licence, credit.attribution) == ("Áreas", "cc-by-sa-4.0", "feitas aqui")
     there = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    again, _ = picture_folder(str(tmp_path / "d"), tmp_path / "cache")
+    again = picture_folder(str(tmp_path / "d"), tmp_path / "cache")
     assert again == folder and {path: path.stat().st_mtime_ns for path in folder.iterdir()} == there
     sizes = [
-        len(list(picture_folder(str(tmp_path / "d"), tmp_path / "cache", [s])[0].iterdir())) for s in ("train", "test")
+        len(list(picture_folder(str(tmp_path / "d"), tmp_path / "cache", [s]).iterdir())) for s in ("train", "test")
     ]
     assert sizes == [20, 10]
 
@@ -71,7 +70,7 @@ def test_captions_that_are_no_names_of_files(tmp_path):
         (tmp_path / "test" / f"{number}.png").write_bytes(png(number))
     lines = [{"file_name": f"{number}.png", "caption": caption} for number, caption in enumerate(captions)]
     (tmp_path / "test" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    folder, _ = picture_folder(str(tmp_path), tmp_path / "cache")
+    folder = picture_folder(str(tmp_path), tmp_path / "cache")
     names = sorted(path.stem for path in folder.iterdir())
     assert names == sorted(["um dois mal", "um dois mal (2)", "2", "3", "4", "a" * 100, "\u732b" * 66])
     assert {path.read_bytes() for path in folder.iterdir()} == {png(number) for number in range(7)}
@@ -127,7 +126,7 @@ def test_the_folder_of_a_space(flags, tmp_path, capsys):
     space = tmp_path / "space"
     main([*flags, "--space", str(space)])
     said = capsys.readouterr().out
-    assert "README.md" in said and "files of the program" in said and "Nothing was sent" not in said
+    assert "README.md" in said and "capivara_search/ (" in said and "Nothing was sent" not in said
     _, head, body = (space / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     about = yaml.safe_load(head)
     assert (about["sdk"], about["app_port"], about["license"]) == ("docker", 7860, "cc-by-sa-4.0")
@@ -163,17 +162,12 @@ def test_a_model_that_names_this_machine_is_not_copied(flags, tiny_folder, tmp_p
 
 
 @pytest.mark.slow
-def test_an_index_becomes_a_space_with_two_models(tiny_folder, tmp_path):
-    """Two models of one image tower search one copy."""
-    folder = save_folder(tmp_path / "fotos")
-    made_index(tmp_path / "i.lance", folder, tiny_folder)
-    shutil.copytree(tiny_folder, tmp_path / "outro")
-    flags = ["--model", str(tiny_folder), "--compare", str(tmp_path / "outro"), "--pictures", str(tmp_path / "i.lance")]
-    main([*flags, "--space", str(tmp_path / "space")])
+def test_an_index_becomes_a_space(tiny_folder, tmp_path):
+    made_index(tmp_path / "i.lance", save_folder(tmp_path / "fotos"), tiny_folder)
+    main(["--model", str(tiny_folder), "--pictures", str(tmp_path / "i.lance"), "--space", str(tmp_path / "space")])
     app = (tmp_path / "space" / "app.py").read_text(encoding="utf-8")
-    assert "[('index-1.lance', 'models/model'), ('index-1.lance', 'models/outro')]" in app
-    assert sorted(path.name for path in (tmp_path / "space").glob("*.lance")) == ["index-1.lance"]
-    assert PictureIndex.open(tmp_path / "space" / "index-1.lance", str(tiny_folder)).folders() == {"/fotos": 30}
+    assert "\"index.lance\", 'models/model'" in app
+    assert PictureIndex.open(tmp_path / "space" / "index.lance", str(tiny_folder)).folders() == {"/fotos": 30}
 
 
 @pytest.mark.slow
@@ -194,8 +188,8 @@ def test_a_space_runs_from_its_folder_alone(flags, tmp_path):
         asked = Asked(server.stdout.readline().strip())
         assert "Imagens: Áreas, licença" in asked.get("")[2].decode()
         status, found = asked.ask("search", {"text": "azul", "k": 3}, png(4))
-        assert status == 200 and found["count"] == 30 and found["models"][0]["hits"][0]["name"] in CAPTIONS
-        path = found["models"][0]["hits"][0]["path"]
+        assert status == 200 and found["count"] == 30 and found["hits"][0]["name"] in CAPTIONS
+        path = found["hits"][0]["path"]
         assert path.startswith("/Áreas/") and asked.ask("about", {"like": path}) == (200, {"original": False})
         assert asked.get("picture", path)[1]["content-type"] == "image/webp", "a thumbnail stands for the picture"
         names = {"Host": "us-demo.hf.space", "Origin": "https://us-demo.hf.space"}
@@ -235,7 +229,7 @@ def test_push(commands, flags):
     assert sent.code == 0 and "Sent: http" in sent.out, sent.err
     there = set(commands.hub.files("us/demo", kind="spaces"))
     assert {"app.py", "README.md", "requirements.txt", "Dockerfile"} <= there
-    assert [name for name in there if name.startswith("index-1.lance/pictures.lance/data/")]
+    assert [name for name in there if name.startswith("index.lance/pictures.lance/data/")]
     assert commands.hub.repo("us/demo", "spaces").private
     refused = run("--repo-id", "them/demo", "--push")
     assert refused.code and "error: " in refused.err and "them" in refused.err
@@ -264,14 +258,6 @@ def test_a_wrong_target_is_said_before_the_index_is_built(flags, tmp_path, more)
     with pytest.raises(SystemExit, match=r"error: .*(must be owner/name|not empty)"):
         main([*flags, *more])
     assert not (tmp_path / "cache").exists()
-
-
-def test_two_models_of_one_name_do_not_become_one(flags, tmp_path):
-    one, other = (tmp_path / where / "runs" / "mine" for where in "ab")
-    for folder in (one, other):
-        shutil.copytree(flags[1], folder)
-    with pytest.raises(SystemExit, match=r"error: .* would both be mine"):
-        main([*flags, "--model", str(one), "--compare", str(other), "--space", str(tmp_path / "space")])
 
 
 def test_a_missing_extra_says_how_to_get_it(flags, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import unicodedata
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from tokenizers import Tokenizer, normalizers
 from transformers import AutoProcessor, pipeline
 
 from hub_upload.export import export, main
-from hub_upload.formats.transformers_js import join_graphs, write_tokenizer
+from hub_upload.formats.transformers_js import NMT, join_graphs, write_tokenizer
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, repair_text
 from modeling_capivara.loading import load_processor
 from modeling_capivara.trim_vocabulary import trim
@@ -237,3 +238,13 @@ def test_a_tower_without_int8_has_its_float32_graph_under_that_name(repository, 
         outputs.append(session.run(["image_embeds", "logits_per_image"], inputs))
     assert np.allclose(outputs[0][0], outputs[1][0], atol=1e-6) and outputs[0][1].shape == (3, 2)
     assert not np.array_equal(outputs[0][1], outputs[1][1]), "the texts are rounded"
+
+
+def test_the_replacements_do_what_the_normaliser_does():
+    """Each letter of Unicode's first plane, between two others."""
+    letters = [chr(code) for code in range(1, 0x10000) if not 0xD800 <= code < 0xE000]
+    text = "".join(f"a{letter}b" for letter in letters)
+    expected = normalizers.Nmt().normalize_str(text)
+    for pattern, replacement in NMT.items():
+        text = re.sub(pattern, replacement, text)
+    assert text == expected

@@ -1,7 +1,7 @@
-"""Answers of the page: from a question to plain values for JSON, of one index or of two with different models.
+"""Answers of the page: from a question to plain values for JSON, and words that are worth searching for.
 
 answers = Answers(index)
-answers.search(Question.read({"text": "um gato", "k": 12}), None)["models"][0]["hits"]
+answers.search(Question.read({"text": "um gato", "k": 12}), None)["hits"]
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from datetime import date, datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,7 @@ import PIL.Image
 
 from capivara_common.image_files import BadImage
 from capivara_search.labelling import checked_labels, classify_vectors
-from capivara_search.page.suggestions import Suggestions
-from capivara_search.page.turns import Refusal
+from capivara_search.refusal import Refusal
 from capivara_search.results import TEMPLATE, Classified, Hit
 
 if TYPE_CHECKING:
@@ -32,7 +32,12 @@ MAX_LABELS, MIN_LABELS = 50, 2
 MAX_CLASSIFIED = 20_000  # pictures of a folder
 LAST_YEAR = 9999  # of dates; it has a day that none follows
 GROUP_PICTURES = 24  # of a label, shown of a folder that is classified
-LANGUAGES = ("pt", "en")
+NOUNS = Path(__file__).parent / "words" / "nouns.txt"  # some three hundred, a line each: Portuguese = English
+AT_ONCE = 16  # words that are embedded in one turn, between the questions of visitors
+RANKED_PICTURES = 1000  # that words are judged by, the newest
+SHOWN = 10  # words
+NEAREST = 3  # pictures that a word is judged by; fewer in a small collection
+TEMPLATES = {"pt": TEMPLATE, "en": "an image of {}"}  # the languages of the page
 
 
 @dataclass(frozen=True)
@@ -125,16 +130,10 @@ def _is_text(text: str) -> bool:
 
 
 class Answers:
-    """All questions of the page. Called in one thread at a time.
+    """All questions of the page to an index. Called in one thread at a time."""
 
-    Args:
-        index: what is searched.
-        compare: the same pictures with another model, whose answers are shown beside.
-    """
-
-    def __init__(self, index: "PictureIndex", compare: "PictureIndex | None" = None):
-        self.indexes = [index, *([compare] if compare is not None else [])]
-        self.suggestions = Suggestions(index)
+    def __init__(self, index: "PictureIndex"):
+        self.index, self.suggestions = index, Suggestions(index)
         self._facts: tuple[int, dict[str, int], int] | None = None  # version, folders, pictures
 
     def search(self, question: Question, image: PIL.Image.Image | None) -> dict[str, Any]:
@@ -143,8 +142,14 @@ class Answers:
         Raises:
             Refusal: the picture that is asked about is no longer in the index.
         """
-        models = [{"name": index.model.name, "hits": self._hits(index, question, image)} for index in self.indexes]
-        return self._state() | {"models": models, "cut": len(question.text) > READ_LETTERS}
+        where = {"folder": question.folder or None, "since": question.since, "until": question.until}
+        vector = self._vector(question, image) if len(self.index) else None
+        if vector is None:
+            hits = [picture(hit, scored=False) for hit in self.index.newest(question.k, **where)]
+        else:
+            found = self.index.search_vector(vector, question.k + bool(question.like), **where)
+            hits = [picture(hit) for hit in found if hit.path != question.like][: question.k]
+        return self._state() | {"hits": hits, "cut": len(question.text) > READ_LETTERS}
 
     def classify(self, question: Question, image: PIL.Image.Image | None) -> dict[str, Any]:
         """The labels' shares for a picture, or the pictures of a folder by their labels.
@@ -154,84 +159,66 @@ class Answers:
         """
         labels, template = question.labels_and_template()
         if image is not None:
-            models = [_shares(index.model.name, *index.classify(image, labels, template)) for index in self.indexes]
-        elif question.folder:  # of the index alone: `PictureIndex.classify` reads other files, too
-            found = [
-                classify_vectors(index.model, *_of_folder(index, question), labels, template) for index in self.indexes
-            ]
-            other = [{one.path: one.label for one in answers} for answers in found[::-1]] if len(found) > 1 else [{}]
-            models = [
-                {"name": index.model.name, **_groups(index, labels, answers, theirs)}
-                for index, answers, theirs in zip(self.indexes, found, other, strict=True)
-            ]
-        else:
+            one = self.index.classify(image, labels, template)[0]
+            shares = sorted(one.shares.items(), key=lambda share: -share[1])
+            return self._state() | {"label": one.label, "shares": [[label, float(share)] for label, share in shares]}
+        if not question.folder:
             raise Refusal("nothing_given")
-        return self._state() | {"models": models}
+        # Of the index alone: `PictureIndex.classify` reads other files, too.
+        where = {"folder": question.folder, "since": question.since, "until": question.until}
+        paths = [hit.path for hit in self.index.newest(MAX_CLASSIFIED, **where)]
+        found = classify_vectors(self.index.model, paths, self._known_vectors(paths), labels, template)
+        return self._state() | {"groups": self._groups(labels, found), "pictures": len(found)}
 
     def prepare_images(self) -> None:
         """Load what pictures of visitors need."""
-        for index in self.indexes:
-            index.model.images([PIL.Image.new("RGB", (8, 8))])
+        self.index.model.images([PIL.Image.new("RGB", (8, 8))])
 
     def status(self, question: Question) -> dict[str, Any]:
         """What the index holds by now, and words that are worth searching for."""
-        words = self.suggestions.best(question.language)
-        names = [index.model.name for index in self.indexes]
-        notes = [note for index in self.indexes if (note := index.model.note_in(question.language))]
-        return self._state() | {
-            "folders": self._facts[1],
-            "models": names,
-            "note": notes[0] if notes else None,  # there is one model that has any
-            "suggestions": words or [],
-            "suggesting": words is None,
-        }
+        words, state, model = self.suggestions.best(question.language), self._state(), self.index.model
+        suggested = {"suggestions": words or [], "suggesting": words is None}
+        note = model.note_in(question.language)
+        return state | {"folders": self._facts[1], "model": model.name, "note": note, **suggested}
 
     def _state(self) -> dict[str, int]:
-        index = self.indexes[0]
-        if self._facts is None or self._facts[0] != index.version():
-            self._facts = (index.version(), index.folders(), len(index))
+        if self._facts is None or self._facts[0] != self.index.version():
+            self._facts = (self.index.version(), self.index.folders(), len(self.index))
         return {"version": self._facts[0], "count": self._facts[2]}
 
-    def _hits(self, index: "PictureIndex", question: Question, image: PIL.Image.Image | None) -> list[dict[str, Any]]:
-        where = {"folder": question.folder or None, "since": question.since, "until": question.until}
-        if not len(index):
-            return []
-        vector = _vector(index, question, image)
-        if vector is None:
-            return [picture(hit, scored=False) for hit in index.newest(question.k, **where)]
-        hits = index.search_vector(vector, question.k + bool(question.like), **where)
-        return [picture(hit) for hit in hits if hit.path != question.like][: question.k]
+    def _vector(self, question: Question, image: PIL.Image.Image | None) -> np.ndarray | None:
+        """(width,), unit length: the mean of all that is asked for; None where nothing is. Raises Refusal."""
+        vectors = []
+        if question.text.strip():
+            vectors.append(self.index.model.texts([question.text])[0])
+        if image is not None:
+            vectors.append(self.index.model.images([image])[0])
+        if question.like:
+            if self.index.row(question.like) is None:
+                raise Refusal("gone", 404)
+            vectors.append(self._known_vectors([question.like])[0])
+        if not vectors:
+            return None
+        mean = np.mean(vectors, axis=0)
+        return mean / max(float(np.linalg.norm(mean)), 1e-12)
 
+    def _known_vectors(self, paths: list[str]) -> np.ndarray:
+        """Vectors of rows. Raises Refusal where the model has not seen all of them."""
+        try:
+            return self.index.vectors(paths)
+        except KeyError:
+            raise Refusal("not_ready", 503) from None
 
-def _of_folder(index: "PictureIndex", question: Question) -> tuple[list[str], np.ndarray]:
-    """Paths and vectors of a folder's newest pictures. Raises Refusal where the model has not seen all of them."""
-    where = {"folder": question.folder, "since": question.since, "until": question.until}
-    paths = [hit.path for hit in index.newest(MAX_CLASSIFIED, **where)]
-    return paths, _known_vectors(index, paths)
-
-
-def _known_vectors(index: "PictureIndex", paths: list[str]) -> np.ndarray:
-    try:
-        return index.vectors(paths)
-    except KeyError:
-        raise Refusal("not_ready", 503) from None
-
-
-def _vector(index: "PictureIndex", question: Question, image: PIL.Image.Image | None) -> np.ndarray | None:
-    """(width,), unit length: the mean of all that is asked for; None where nothing is. Raises Refusal."""
-    vectors = []
-    if question.text.strip():
-        vectors.append(index.model.texts([question.text])[0])
-    if image is not None:
-        vectors.append(index.model.images([image])[0])
-    if question.like:
-        if index.row(question.like) is None:
-            raise Refusal("gone", 404)
-        vectors.append(_known_vectors(index, [question.like])[0])
-    if not vectors:
-        return None
-    mean = np.mean(vectors, axis=0)
-    return mean / max(float(np.linalg.norm(mean)), 1e-12)
+    def _groups(self, labels: Sequence[str], found: Sequence[Classified]) -> list[dict[str, Any]]:
+        """The pictures of each label, surest first; those of no label last."""
+        groups = []
+        for label in [*labels, None]:
+            members = sorted((one for one in found if one.label == label), key=lambda one: -max(one.shares.values()))
+            rows = [(self.index.row(one.path), float(max(one.shares.values()))) for one in members[:GROUP_PICTURES]]
+            hits = [picture(row, scored=False) | {"share": share} for row, share in rows if row is not None]
+            if members:
+                groups.append({"label": label, "n": len(members), "hits": hits})
+        return groups
 
 
 def picture(hit: Hit, scored: bool = True) -> dict[str, Any]:
@@ -251,24 +238,70 @@ def decoded(upload: bytes, decode: Callable[[bytes], PIL.Image.Image]) -> PIL.Im
         raise Refusal("too_many_pixels" if bad.reason == "absurd image size" else "no_picture") from bad
 
 
-def _shares(name: str, one: Classified) -> dict[str, Any]:
-    shares = sorted(one.shares.items(), key=lambda share: -share[1])
-    return {"name": name, "label": one.label, "shares": [[label, float(share)] for label, share in shares]}
+class Suggestions:
+    """Common nouns that stand out in an index: embedded once for each language, ranked anew where it has changed."""
+
+    def __init__(self, index: "PictureIndex"):
+        self._index = index
+        self._vectors: dict[str, list[np.ndarray]] = {language: [] for language in TEMPLATES}
+        self.ended = False  # whether no more words will be embedded, for an error
+        self._best: dict[str, tuple[int, list[str]]] = {}  # language -> version of the index, words
+
+    def embed_more(self, language: str) -> bool:
+        """Embed the next words; whether there were any."""
+        done = self._vectors[language]
+        start = len(done)
+        words = nouns(language)[start : start + AT_ONCE]
+        if words:  # at their own places: a turn that was given up may still end, after the one that came for it
+            done[start : start + AT_ONCE] = self._index.model.texts([TEMPLATES[language].format(w) for w in words])
+        return bool(words)
+
+    def best(self, language: str) -> list[str] | None:
+        """Words that stand out, best first; None where they are not embedded yet."""
+        if len(self._vectors[language]) < len(nouns(language)):
+            return [] if self.ended else None
+        version = self._index.version()
+        if self._best.get(language, (None,))[0] != version:
+            paths = [hit.path for hit in self._index.newest(RANKED_PICTURES)]
+            try:
+                pictures = self._index.vectors(paths) if paths else np.empty((0, self._index.model.width))
+            except KeyError:  # some are about to be embedded anew, by this model
+                return []
+            words = standing_out(np.stack(self._vectors[language]), pictures)
+            self._best[language] = (version, [nouns(language)[word] for word in words])
+        return self._best[language][1]
 
 
-def _groups(
-    index: "PictureIndex", labels: Sequence[str], found: Sequence[Classified], other: dict[str, str | None]
-) -> dict[str, Any]:
-    """The pictures of each label, surest first, with what the other model says of them; those of no label last."""
-    groups = []
-    for label in [*labels, None]:
-        members = sorted((one for one in found if one.label == label), key=lambda one: -max(one.shares.values()))
-        hits = []
-        for one in members[:GROUP_PICTURES]:
-            if (row := index.row(one.path)) is not None:
-                theirs = {"other": other[one.path]} if one.path in other else {}
-                hits.append(picture(row, scored=False) | {"share": float(max(one.shares.values()))} | theirs)
-        if members:
-            groups.append({"label": label, "n": len(members), "hits": hits})
-    differ = sum(one.path in other and other[one.path] != one.label for one in found)
-    return {"groups": groups, "pictures": len(found), "differ": differ}
+@cache
+def nouns(language: str) -> list[str]:
+    """The words, "pt" or "en", each pair of languages at the same place."""
+    return [line.split(" = ")[language == "en"] for line in NOUNS.read_text(encoding="utf-8").splitlines()]
+
+
+def standing_out(words: np.ndarray, pictures: np.ndarray, count: int = SHOWN) -> list[int]:
+    """The words that some pictures fit much better than other words and other pictures do.
+
+    Args:
+        words: (words, width), unit length.
+        pictures: (pictures, width), unit length.
+        count: of words that are wanted.
+
+    Returns:
+        Rows of `words`, best first. They have different pictures, so that each leads elsewhere; there may be fewer.
+    """
+    if not len(pictures):
+        return []
+    scores = words @ pictures.T  # (words, pictures)
+    scores = scores - scores.mean(axis=0)  # some pictures are near to all words
+    if len(pictures) > 2 * NEAREST:
+        scores -= scores.mean(axis=1, keepdims=True)  # and some words to all pictures
+    near = min(NEAREST, max(1, len(pictures) // 4))
+    nearest = np.argsort(-scores, axis=1)[:, :near]
+    strength = np.take_along_axis(scores, nearest, axis=1).mean(axis=1)
+    chosen: list[int] = []
+    for word in np.argsort(-strength):
+        if all(len(set(nearest[word]) & set(nearest[other])) <= near // 2 for other in chosen):
+            chosen.append(int(word))
+        if len(chosen) == count:
+            break
+    return chosen

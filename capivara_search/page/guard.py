@@ -2,6 +2,7 @@
 
     app = Guard(app, allowed_hosts("127.0.0.1"), behind_proxy=False)
     uvicorn.Config(app, http=Connection)
+    answer = await Queue().ask(lambda: index.search("um gato"))
 
 A question is a POST whose body is a line of JSON and, after it, the bytes of a picture or nothing.
 """
@@ -12,8 +13,12 @@ import logging
 import re
 import resource
 import socket
-from collections.abc import AsyncIterator, Collection, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
+from queue import SimpleQueue
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,7 +27,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from capivara_search.page.turns import Refusal
+from capivara_search.refusal import Refusal
 
 MAX_UPLOAD_BYTES = 20_000_000  # of a picture; photographs of telephones have under 15 MB
 MAX_QUESTION_BYTES = 200_000  # of its line of JSON; one has under 10 kB, and up to 256 wait
@@ -33,6 +38,10 @@ STEP_BYTES, STEP_S = 100_000, 5  # of a body, so many bytes, or its rest, must c
 HEAD_S = 10  # for the head of a request, of a new connection or after an answer
 UNREAD_S = 30  # for a visitor to take some of what was sent
 MAX_CONNECTIONS = 400
+QUERY_S = 20  # of a question, which takes well under 1 s; then it is given up, and the next one is answered
+WAIT_S = 30  # for the questions before it
+MAX_WAITING = 256  # questions
+MAX_GIVEN_UP = 3  # threads of questions that were given up and still run, as no thread can be ended
 BACKLOG = 64  # connections that are accepted at a time, before any of them is looked at
 OTHER_DESCRIPTORS = 128  # of the index, the model, and connections that were just accepted
 POLICY = (
@@ -48,6 +57,7 @@ HEADERS = {
 }
 
 logger = logging.getLogger("capivara")
+T = TypeVar("T")
 
 
 class Guard:
@@ -215,13 +225,8 @@ def allowed_hosts(host: str, more: Sequence[str] = ()) -> list[str]:
     Raises:
         ValueError: one of them is no name.
     """
-    names = [
-        "localhost",
-        "127.0.0.1",
-        "::1",
-        host.lower(),
-        *(name if name == "*" else host_name(name) for name in more),
-    ]
+    own = ["localhost", "127.0.0.1", "::1", host.lower()]
+    names = own + [name if name == "*" else host_name(name) for name in more]
     if "" in names:
         raise ValueError(f"--allow-host must be a name such as fotos.local, or an address, got {', '.join(more)!r}.")
     if host in ("0.0.0.0", "::"):
@@ -270,3 +275,71 @@ async def _step(receive: Receive, rest: int) -> bytearray:
 
 async def _next(waiting: list[Message], receive: Receive) -> Message:
     return waiting.pop() if waiting else await receive()
+
+
+class Queue:
+    """Questions one after another, each within a stated time: tokenizers are no good in two threads at once.
+
+    A question is answered in a thread that is left to itself where it takes too long.
+    """
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Semaphore(1)
+        self._waiting = self._given_up = 0
+        self._tasks = _thread()
+
+    async def ask(self, question: Callable[[], T], seconds: float | None = None) -> T:
+        """The answer to a question, when its turn has come; it is given up after `seconds`, or else `QUERY_S`.
+
+        Raises:
+            Refusal: too many wait, or it took too long.
+        """
+        if self._waiting >= MAX_WAITING or self._given_up >= MAX_GIVEN_UP:
+            raise Refusal("busy", 503)
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(WAIT_S):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise Refusal("busy", 503) from None
+        finally:
+            self._waiting -= 1
+        try:
+            return await self._answered(question, QUERY_S if seconds is None else seconds)
+        finally:
+            self._turn.release()
+
+    async def _answered(self, question: Callable[[], T], seconds: float) -> T:
+        answer: Future[T] = Future()
+        answer.set_running_or_notify_cancel()
+        self._tasks.put((question, answer))
+        waited = asyncio.wrap_future(answer)
+        if (await asyncio.wait([waited], timeout=seconds))[0]:
+            return waited.result()
+        waited.cancel()
+        self._given_up += 1
+        loop = asyncio.get_running_loop()
+        answer.add_done_callback(lambda _: loop.call_soon_threadsafe(self._ended))
+        self._tasks.put(None)
+        self._tasks = _thread()
+        raise Refusal("too_slow", 503)
+
+    def _ended(self) -> None:
+        self._given_up -= 1
+
+
+def _thread() -> SimpleQueue:
+    """The tasks of a new thread, pairs of question and answer, until one is None."""
+    tasks: SimpleQueue = SimpleQueue()
+
+    def work() -> None:
+        while (task := tasks.get()) is not None:
+            question, answer = task
+            try:
+                answer.set_result(question())
+            except BaseException as error:
+                answer.set_exception(error)
+            del task, question, answer  # they hold a picture
+
+    threading.Thread(target=work, daemon=True).start()
+    return tasks

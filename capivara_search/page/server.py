@@ -7,12 +7,10 @@ A small Starlette application of files and JSON: every route stands below, nothi
 
 import asyncio
 import contextlib
-import html
 import ipaddress
 import json
 import logging
 import os
-import re
 import socket
 import sys
 import threading
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import quote
 
+import jinja2
 import numpy as np
 import uvicorn
 from starlette.applications import Starlette
@@ -32,13 +31,14 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
 
-from capivara_search.page.answers import LANGUAGES, Answers, Question, decoded
+from capivara_search.page.answers import TEMPLATES, Answers, Question, decoded
 from capivara_search.page.decoder import Decoder
-from capivara_search.page.guard import BACKLOG, Connection, Guard, allowed_hosts, listening, refused
-from capivara_search.page.originals import Originals
-from capivara_search.page.turns import WAIT_S, Refusal, Turns
+from capivara_search.page.guard import BACKLOG, WAIT_S, Connection, Guard, Queue, allowed_hosts, listening, refused
+from capivara_search.page.original_files import OriginalFiles
+from capivara_search.refusal import Refusal
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
@@ -50,7 +50,6 @@ WARM_UP_S = 600  # for torch and the model, on a slow machine
 ENDING_S = 3  # for open connections, when the page ends
 CHUNK_BYTES = 2**18  # of a file that is downloaded
 KEPT_S = 3600  # by a browser, of a picture; its address changes with the file
-KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 LICENCES = {  # identifier of the Hub -> name and address, of those that ask for a link
     "cc-by-4.0": ("CC BY 4.0", "https://creativecommons.org/licenses/by/4.0/"),
     "cc-by-sa-4.0": ("CC BY-SA 4.0", "https://creativecommons.org/licenses/by-sa/4.0/"),
@@ -111,7 +110,6 @@ def serve_index(
     index: "PictureIndex",
     host: str = "127.0.0.1",
     port: int = DEFAULT_PORT,
-    compare: "PictureIndex | None" = None,
     open_browser: bool = True,
     language: str = "pt",
     credit: Credit | None = None,
@@ -124,7 +122,6 @@ def serve_index(
         index: what is searched; it may grow meanwhile.
         host: address of the page; any but that of this machine itself opens it, without a login, to a network.
         port: of the page. Where the default one is taken, a free one is.
-        compare: the same pictures with another model, whose answers are shown beside.
         open_browser: whether the visitor's browser is opened.
         language: "pt" or "en"; `?lang=` in the address of the page chooses the other one.
         credit: whose pictures they are, for a page that is open to others.
@@ -135,7 +132,7 @@ def serve_index(
         OSError: the port is taken, or there is no such host.
         ValueError: there is no such language, a name is none, or a model does not fit its index.
     """
-    page = open_page(index, host, port, compare, language, credit, allow_hosts)
+    page = open_page(index, host, port, language, credit, allow_hosts)
     try:
         if on_open is not None:
             on_open(page.url)
@@ -152,25 +149,23 @@ def open_page(
     index: "PictureIndex",
     host: str = "127.0.0.1",
     port: int = DEFAULT_PORT,
-    compare: "PictureIndex | None" = None,
     language: str = "pt",
     credit: Credit | None = None,
     allow_hosts: Sequence[str] = (),
 ) -> Page:
     """Open the page and return; arguments and errors are those of `serve_index`."""
-    if language not in LANGUAGES:
-        raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}.")
+    if language not in TEMPLATES:
+        raise ValueError(f"language must be one of {', '.join(TEMPLATES)}, got {language!r}.")
     hosts = allowed_hosts(host, allow_hosts)
-    for one in (index, compare):
-        if one is not None and len(one):
-            one.search_vector(np.ones(one.model.width, np.float32), k=1)  # says now where the model does not fit
+    if len(index):
+        index.search_vector(np.ones(index.model.width, np.float32), k=1)  # says now where the model does not fit
     try:
         taken = listening(host, port)
     except OSError:
         if port != DEFAULT_PORT:
             raise
         taken = listening(host, 0)
-    site = Site(Answers(index, compare), is_loopback(host), language, credit)
+    site = Site(Answers(index), is_loopback(host), language, credit)
     app = Starlette(
         routes=site.routes(),
         middleware=[Middleware(Guard, hosts=hosts, behind_proxy=not site.local)],
@@ -186,16 +181,16 @@ class Site:
 
     def __init__(self, answers: Answers, local: bool, language: str, credit: Credit | None):
         self.answers, self.local, self.language, self.credit = answers, local, language, credit
-        self._questions, self._views = Turns(), Turns()
+        self._questions, self._views = Queue(), Queue()
         self._decoder: Decoder
-        self._originals: Originals
+        self._files: OriginalFiles
         self._warming: asyncio.Task
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
         """Keep a process for pictures, and embed the words of suggestions between the questions."""
         self._decoder = Decoder()
-        self._originals = Originals(self.answers.indexes, self._decoder)
+        self._files = OriginalFiles(self.answers.index, self._decoder)
         self._warming = asyncio.create_task(self._warm_up())
         preparing = asyncio.create_task(self._prepare())
         yield
@@ -205,7 +200,7 @@ class Site:
 
     async def _prepare(self) -> None:
         suggestions = self.answers.suggestions
-        for language in sorted(LANGUAGES, key=lambda one: one != self.language):
+        for language in sorted(TEMPLATES, key=lambda one: one != self.language):
             more = True
             while more:
                 try:
@@ -221,7 +216,7 @@ class Site:
     async def _warm_up(self) -> None:
         """Import torch and load the image tower, in no turn: words wait for neither, and pictures are not given up."""
         try:
-            await Turns().ask(self.answers.prepare_images, WARM_UP_S)
+            await Queue().ask(self.answers.prepare_images, WARM_UP_S)
         except Refusal:
             pass
         except Exception:  # each question with a picture says so
@@ -229,14 +224,11 @@ class Site:
 
     def routes(self) -> list[Route]:
         """All that is answered."""
-        questions = {"search": self.answers.search, "classify": self.answers.classify}
-        asked = [Route(f"/api/{name}", self._asked(ask), methods=["POST"]) for name, ask in questions.items()]
-        files = [Route(f"/static/{path.name}", _file(path)) for path in (FOLDER / "static").iterdir()]
+        asked = {"search": self.answers.search, "classify": self.answers.classify, "status": self.status}
         return [
             Route("/", self.page),
-            *files,
-            *asked,
-            Route("/api/status", self.status, methods=["POST"]),
+            Mount("/static", StaticFiles(directory=FOLDER / "static")),
+            *(Route(f"/api/{name}", self._asked(ask), methods=["POST"]) for name, ask in asked.items()),
             Route("/api/about", self.about, methods=["POST"]),
             Route("/api/show", self.show, methods=["POST"]),
             Route("/thumbnail", self.thumbnail),
@@ -248,7 +240,7 @@ class Site:
         """The page itself, in the language that its address names."""
         language = request.query_params.get("lang", "")
         return Response(
-            _page(language if language in LANGUAGES else self.language, self.local, self.credit), media_type="text/html"
+            _page(language if language in TEMPLATES else self.language, self.local, self.credit), media_type="text/html"
         )
 
     def _asked(self, ask: Callable[[Question, Any], dict[str, Any]]) -> Callable[[Request], Any]:
@@ -263,39 +255,37 @@ class Site:
 
         return answer
 
-    async def status(self, request: Request) -> Response:
-        """What the index holds by now."""
-        question, _ = await _read(request)
-        found = await self._questions.ask(lambda: self.answers.status(question))
-        return JSONResponse(found | {"local": self.local})
+    def status(self, question: Question, image: object) -> dict[str, Any]:
+        """What the index holds by now, and whether the visitor sits at this machine."""
+        return self.answers.status(question) | {"local": self.local}
 
     async def about(self, request: Request) -> Response:
         """Whether the file of a picture is there."""
         question, _ = await _read(request)
-        return JSONResponse({"original": await run_in_threadpool(self._originals.is_there, question.like)})
+        return JSONResponse({"original": await run_in_threadpool(self._files.is_there, question.like)})
 
     async def show(self, request: Request) -> Response:
         """Open the folder of a picture, for a visitor who sits at this machine, and only from the page itself."""
         if not self.local or "origin" not in request.headers:  # a foreign origin was refused before
             raise Refusal("not_here", 403)
         question, _ = await _read(request)
-        await run_in_threadpool(self._originals.show, question.like)
+        await run_in_threadpool(self._files.show, question.like)
         return JSONResponse({})
 
     async def thumbnail(self, request: Request) -> Response:
         """The thumbnail of a row."""
-        data = await run_in_threadpool(self._originals.thumbnail, request.query_params.get("path", ""))
+        data = await run_in_threadpool(self._files.thumbnail, request.query_params.get("path", ""))
         return _kept(data, "image/webp")
 
     async def picture(self, request: Request) -> Response:
         """A row's picture, large."""
         path = request.query_params.get("path", "")
-        return _kept(*await self._views.ask(lambda: self._originals.view(path)))
+        return _kept(*await self._views.ask(lambda: self._files.view(path)))
 
     async def download(self, request: Request) -> Response:
         """A row's file as it is."""
         path = request.query_params.get("path", "")
-        file, size, kind = await self._views.ask(lambda: self._originals.file(path))
+        file, size, kind = await self._views.ask(lambda: self._files.file(path))
         name = quote(Path(path).name, safe="")
         headers = {"Content-Disposition": f"attachment; filename*=utf-8''{name}", "Content-Length": str(size)}
         return StreamingResponse(_chunks(file, size), media_type=kind, headers=headers)
@@ -323,40 +313,30 @@ def _kept(data: bytes, kind: str) -> Response:
     return Response(data, media_type=kind, headers={"Cache-Control": f"private, max-age={KEPT_S}"})
 
 
-def _file(path: Path) -> Callable[[Request], Any]:
-    content = path.read_bytes()
-
-    async def answer(request: Request) -> Response:
-        return Response(content, media_type=KINDS[path.suffix])
-
-    return answer
-
-
 async def _refused(request: Request, refusal: Refusal) -> Response:
     return refused(refusal)
 
 
 @cache
 def _page(language: str, local: bool, credit: Credit | None) -> str:
-    """The page's HTML with the words of a language."""
-    words = json.loads((FOLDER / "words" / f"{language}.json").read_text(encoding="utf-8"))
-    texts = {name: html.escape(text) for name, text in words.items() if isinstance(text, str)}
-    texts |= {"language": language, "privacy": texts["privacy_here" if local else "privacy_there"]}
-    texts |= {"words": json.dumps(words, ensure_ascii=False).replace("<", "\\u003c")}
-    texts |= {"credit": _credit(credit, words) if credit else ""}
-    page, viewer = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.html", "viewer.html"))
-    page = page.replace("{{viewer}}", viewer)
-    return re.sub(r"\{\{(\w+)\}\}", lambda name: texts[name[1]], page)
+    words = words_of(language)
+    licence = LICENCES.get(credit.licence, (credit.licence, "")) if credit else None
+    here, there = (f"?lang={one}" for one in (language, words["other"]))
+    privacy = words["privacy_here" if local else "privacy_there"]
+    return page_html(words, own=False, here=here, there=there, privacy=privacy, credit=credit, licence=licence)
 
 
-def _credit(credit: Credit, words: dict[str, Any]) -> str:
-    """Whose pictures they are, as HTML."""
-    name, address = LICENCES.get(credit.licence, (credit.licence, ""))
-    name = html.escape(name)
-    link = f'<a href="{address}" target="_blank" rel="noopener noreferrer">{name}</a>' if address else name
-    licence = html.escape(words["licence"]).format(licence=link) if name else ""
-    line = html.escape(words["credit_line"])
-    return line.format(name=html.escape(credit.name), licence=licence, attribution=html.escape(credit.attribution))
+def words_of(language: str) -> dict[str, Any]:
+    """What the page says, "pt" or "en"."""
+    return json.loads((FOLDER / "words" / f"{language}.json").read_text(encoding="utf-8"))
+
+
+def page_html(words: dict[str, Any], own: bool, **values: object) -> str:
+    """The page in the words of a language, or, with `own`, that of `hub_upload.space`, which has no server."""
+    strict = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    strict.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    template = strict.from_string((FOLDER / "page.html").read_text(encoding="utf-8"))
+    return template.render({"t": words, "own": own, "credit": None, **values})
 
 
 def is_loopback(host: str) -> bool:

@@ -9,7 +9,6 @@ Thumbnails stand for the pictures, whose files stay here, as do their folders' n
 taken. To search on this machine: `capivara app`.
 """
 
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,9 @@ PACKAGES = ("lancedb", "starlette", "uvicorn", "datasets")
 class SpaceArguments(ImageFileArguments):
     """Arguments of `hub_upload.space`."""
 
+    gone = {"compare": "a Space shows one model; make two Spaces"}
+
     model: str = flag(..., "Folder or Hub id of a CAPIVARA model.")
-    compare: str | None = flag(None, "A second model, whose answers are shown beside the first's.")
     pictures: str = flag(
         "data/openmoji/dataset",
         "Index of pictures, folder of pictures, or data set (saved, parquet, metadata.jsonl, WebDataset tars, Hub id).",
@@ -48,8 +48,7 @@ class SpaceArguments(ImageFileArguments):
         "own browser, and takes none of --pictures. Any file server serves the folder.",
     )
     library: Path | None = flag(
-        None,
-        "Of --static: a node_modules with onnxruntime-web and @huggingface/tokenizers; npm fetches them without it.",
+        None, "Of --static: a node_modules with @huggingface/transformers; npm fetches it where none is named."
     )
     repo_id: str | None = flag(None, "Space on the Hub, such as org/demo. Without --push its files are only listed.")
     push: bool = flag(False, "Send the Space to --repo_id, with the token of `hf`.")
@@ -61,10 +60,8 @@ class SpaceArguments(ImageFileArguments):
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
         if self.push and self.repo_id is None:
             raise ValueError("--push needs --repo_id, the Space on the Hub, such as org/demo.")
-        if self.static is not None and (self.space is not None or self.compare is not None):
-            raise ValueError(
-                "--static is a page of one model, in a folder of its own; leave --space and --compare out."
-            )
+        if self.static is not None and self.space is not None:
+            raise ValueError("--static is a page in a folder of its own; leave --space out.")
         if self.static is None and self.library is not None:
             raise ValueError("--library is of --static FOLDER alone.")
         if self.space is None and self.repo_id is None and self.static is None:
@@ -75,56 +72,38 @@ class SpaceArguments(ImageFileArguments):
 
 @user_errors
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Write the Space or the page, list it, and send it if that was asked for."""
     args = parse(SpaceArguments, __doc__, argv)
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        kept = "Nothing was kept." if args.static else "The same command resumes where the index was."
-        print(f"\nStopped. {kept}", file=sys.stderr)
-        sys.exit(130)
-
-
-def run(args: SpaceArguments) -> None:
-    """Build the index where it is not there, write the Space, list it, and send it if that was asked for."""
     require("A Space", "app", *PACKAGES)
-    if args.static:
-        return run_static(args)
-    from hub_upload.space.publish_space import check_target, listing, open_indexes, write_space
+    from hub_upload.allowed_files import check_repo_id
+    from hub_upload.space.publish_space import listing, open_index, push_space, write_space
 
-    models = [model for model in (args.model, args.compare) if model]
-    check_target(models, args.space, args.repo_id)  # before the index is built, which can take an hour
-    options = {"splits": args.split, "image_column": args.image_column, "caption_column": args.caption_column}
-    options |= {"form": args.form, **args.limits()}
-    indexes, credit = open_indexes(args.pictures, models, args.cache_dir, args.device, args.batch_size, **options)
+    folder = args.static or args.space
+    if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is a file or not empty. Choose another one, or remove it.")  # before an hour's work
+    if args.repo_id:
+        check_repo_id(args.repo_id)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.space or Path(temporary) / "space"
-        print(listing(folder, write_space(indexes, models, folder, credit)))
-        if args.space:
-            print(f"The Space is in {folder}; `python app.py` there starts it.")
-        send(args, folder, "docker")
+        if args.static:
+            from hub_upload.space.static_page import write_static_page
 
-
-def run_static(args: SpaceArguments) -> None:
-    """Write the page without a server, list it, and send it if that was asked for."""
-    from hub_upload.space.publish_space import check_target, listing
-    from hub_upload.space.static_page import write_static_page
-
-    check_target([args.model], args.static, args.repo_id)
-    print(listing(args.static, write_static_page(args.model, args.static, args.library)))
-    print(f"The page is in {args.static}; `python -m http.server` there shows it.")
-    send(args, args.static, "static")
-
-
-def send(args: SpaceArguments, folder: Path, sdk: str) -> None:
-    """Send a Space's folder, or say that it was not."""
-    from hub_upload.space.publish_space import push_space
-
-    if args.push:
-        print(f"Sent: {push_space(folder, args.repo_id, args.private, sdk)}")
-    elif args.repo_id:
-        print(f"Nothing was sent. With --push, these files go to {args.repo_id}.")
+            write_static_page(args.model, args.static, args.library)
+        else:
+            options = {"splits": args.split, "image_column": args.image_column, "caption_column": args.caption_column}
+            options |= {"form": args.form, **args.limits()}
+            made = open_index(args.pictures, args.model, args.cache_dir, args.device, args.batch_size, **options)
+            folder = folder or Path(temporary) / "space"
+            write_space(made[0], args.model, folder, made[1])
+        print(listing(folder))
+        if args.static or args.space:
+            started = "`python -m http.server` there shows it" if args.static else "`python app.py` there starts it"
+            print(f"The {'page' if args.static else 'Space'} is in {folder}; {started}.")
+        if args.push:
+            sdk = "static" if args.static else "docker"
+            print(f"Sent: {push_space(folder, args.repo_id, args.private, sdk)}")
+        elif args.repo_id:
+            print(f"Nothing was sent. With --push, these files go to {args.repo_id}.")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, resumes=True)

@@ -1,187 +1,315 @@
-"""The page as a Space: a folder with the program, the index and the models, and its upload.
+"""The page as a Space: a folder with the program, an index of pictures and the model, and its upload.
 
-    python -m hub_upload.space --model runs/mine --space demo
-    python -m hub_upload.space --model runs/mine --repo_id org/demo           # lists what would be sent
-    python -m hub_upload.space --model runs/mine --repo_id org/demo --push
+    index, credit = open_index("data/openmoji/dataset", "runs/mine")
+    write_space(index, "runs/mine", Path("demo"), credit)
+    push_space(Path("demo"), "org/demo", private=False)
 
-Requirements are pinned to the versions that built the index. The Space is one of Docker: the page is no gradio
-application.
+Pictures of a data set are written to files that are named by their captions; whose they are is read from its README.
+The index is copied without the names of this machine's folders and the places where pictures were taken; thumbnails
+stand for the pictures. Requirements are pinned to the versions that built it. The Space is one of Docker.
 """
 
-import configparser
 import hashlib
+import json
+import logging
 import re
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-import yaml
-from huggingface_hub import HfApi, get_token
+import jinja2
+import pyarrow as pa
+from huggingface_hub import HfApi, SpaceCard, SpaceCardData, get_token
+from tqdm.auto import tqdm
 
 from capivara_common.environment import cache_home
-from capivara_common.files import whole_folder, write_text
-from capivara_common.privacy import short_name
+from capivara_common.files import read_json, whole_folder, write_bytes, write_text
+from capivara_common.image_files import SUFFIXES, BadImage, image_bytes
+from capivara_common.privacy import secret_in, short_name
+from capivara_search.adding import FOLDER_KEY
 from capivara_search.index import PictureIndex
 from capivara_search.models import find_model
 from capivara_search.page.server import DEFAULT_PORT, Credit
 from capivara_search.table import PictureTable
+from caption_data.sources import FORMS, SPLIT_NAMES, NoSplit, Split, form_hint, open_split
 from hub_upload.allowed_files import TOKENIZER_FILES, check_contents, check_paths, check_repo_id, check_secrets
 from hub_upload.push import NO_TOKEN, PushError, hub_errors, readable_size
-from hub_upload.space.collection import credit_of, picture_folder
-from hub_upload.space.published_index import publish_index
 from modeling_capivara.loading import card_metadata
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT, TEMPLATES = Path(__file__).resolve().parents[2], Path(__file__).parent / "templates"
 PROGRAM = ("capivara_common", "capivara_search", "modeling_capivara")
 PROGRAM_SUFFIXES = (".py", ".html", ".css", ".js", ".svg", ".json", ".txt", ".yaml")
 STORES = ("s3://", "gs://", "az://")  # how addresses of indexes begin
-PACKAGES = ("lancedb", "pillow-heif", "starlette", "threadpoolctl", "uvicorn")  # of the page, beside those of the model
+# Of the page, beside those of the model.
+PACKAGES = ("jinja2", "lancedb", "pillow-heif", "starlette", "threadpoolctl", "uvicorn")
 MODEL_FILES = (
     *("config.json", "processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
 )
 TITLE = "CAPIVARA: busca em português"
-APP = '''"""{title}. Made by `python -m hub_upload.space`; the program is in capivara_search/page."""
+LOOK = {"emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "pinned": False}  # of the Hub's list of Spaces
+CAPTION_COLUMNS = ("captions-pt", "caption", "captions", "text")  # where none is named, the first that there is
+MAX_NAME, MAX_NAME_BYTES = 100, 200  # letters of a file's name; file systems take 255 bytes, with what is added
+MAX_SHOWN = 5  # rows without a picture that are named
+logger = logging.getLogger("capivara")
 
-import os
-
-from capivara_search.index import PictureIndex
-from capivara_search.page.server import Credit, serve_index
-
-if __name__ == "__main__":
-    index, *compare = [PictureIndex.open(where, model) for where, model in {indexes!r}]
-    credit = {credit!r}
-    names = ["*"] if "SPACE_HOST" in os.environ else []  # of a Space its proxy decides, and all may see the page
-    serve_index(index, "0.0.0.0", {port}, *compare, open_browser=False, credit=credit, allow_hosts=names)
-'''
-# torch of PyPI brings several GB for GPUs, which a free Space has none of. Spaces run as the user 1000.
-DOCKERFILE = """\
-FROM python:3.11-slim
-RUN useradd --create-home --uid 1000 user
-WORKDIR /home/user/app
-COPY requirements.txt .
-RUN pip install --no-cache-dir torch=={torch} --index-url https://download.pytorch.org/whl/cpu \\
- && pip install --no-cache-dir --requirement requirements.txt
-COPY --chown=user . .
-USER user
-EXPOSE {port}
-CMD ["python", "app.py"]
-"""
-BODY = """
-# {title}
-
-Busca de imagens e classificação com palavras em português, com o modelo CAPIVARA
-([artigo](https://arxiv.org/abs/2310.13683)). Escreva uma frase ou envie uma imagem: a página mostra o que combina.
-
-- Modelo: {models}
-- Imagens: {pictures}
-
-## Licenças
-
-O código é MIT. {licences} Quem copia este Space aceita essas licenças.
-"""
+# --- Pictures --------------------------------------------------------------------------------------------------------
 
 
-def open_indexes(
-    pictures: str, models: Sequence[str], cache_dir: str, device: str | None, batch_size: int, **options: Any
-) -> tuple[list[PictureIndex], Credit]:
-    """An index of the pictures for each model, built or brought up to date where it is not given.
+def open_index(
+    pictures: str, model: str, cache_dir: str = "auto", device: str | None = None, batch_size: int = 32, **options: Any
+) -> tuple[PictureIndex, Credit]:
+    """An index of the pictures, built or brought up to date where it is not given, and whose pictures they are.
 
     Args:
         pictures: index, folder of pictures, or data set.
-        models: folders or Hub ids.
+        model: folder or Hub id.
         cache_dir: "auto", or root of all caches.
-        device: of the models; the GPU where there is one.
+        device: of the model; the GPU where there is one.
         batch_size: pictures that are embedded at once.
         options: of `picture_folder`, for a data set.
 
     Raises:
-        ValueError: there are no such pictures, or no such model; an index was built with another model.
+        ValueError: there are no such pictures, or no such model; the index was built with another model.
     """
     if Path(pictures, "pictures.lance").is_dir() or pictures.startswith(STORES):
-        indexes = [PictureIndex.open(pictures, model, device) for model in models]
-        return indexes, credit_of(Path(next(iter(indexes[0].folders()), pictures)))
+        index = PictureIndex.open(pictures, model, device)
+        return index, credit_of(Path(next(iter(index.folders()), pictures)))
     cache = cache_home() if cache_dir == "auto" else Path(cache_dir)
-    folder, credit = picture_folder(pictures, cache, **options)
-    indexes = []
-    for model in [find_model(model, device) for model in models]:
-        key = hashlib.blake2b(f"{folder.resolve()}\0{model.image_digest}".encode(), digest_size=16).hexdigest()
-        index = PictureIndex.open(cache / "space" / key / "index.lance", model)
-        index.add(folder, batch_size=batch_size)  # what it has is not embedded again
-        indexes.append(index)
-    return indexes, credit
+    folder, found = picture_folder(pictures, cache, **options), find_model(model, device)
+    index = PictureIndex.open(cache / "space" / _key(str(folder.resolve()), found.image_digest) / "index.lance", found)
+    index.add(folder, batch_size=batch_size)  # what it has is not embedded again
+    return index, credit_of(Path(pictures))
 
 
-def write_space(indexes: Sequence[PictureIndex], models: Sequence[str], folder: Path, credit: Credit) -> list[Path]:
+def picture_folder(
+    where: str,
+    cache: Path,
+    splits: Sequence[str] = ("all",),
+    image_column: str = "image",
+    caption_column: str | None = None,
+    form: str = "auto",
+    **limits: Any,
+) -> Path:
+    """A folder of pictures.
+
+    Args:
+        where: folder of pictures, itself or in folders, which is taken as it is; or a data set as
+            `caption_data.sources.open_split` takes it, whose pictures are written below `cache`.
+        cache: root of all caches.
+        splits: of a data set; "all" stands for those of the usual names that it has.
+        image_column: column of the pictures.
+        caption_column: column of a caption or a list of captions; the first of `CAPTION_COLUMNS` where None.
+        form: "auto", or "images" for a folder of pictures whatever else it holds.
+        limits: `image_roots` and `max_pixels` of `open_split`.
+
+    Raises:
+        ValueError: there is no such folder, data set, split or column, or no picture in it.
+    """
+    folder = Path(where)
+    files = [*folder.glob("*"), *folder.glob("*/*")]
+    made_of = any(re.search(form, file.name) for file in files for form in (*FORMS, r"^dataset_dict\.json$"))
+    if form == "images" or (folder.is_dir() and not made_of):
+        return folder
+    hint = form_hint(folder)
+    try:
+        sources = _splits(where, splits, image_column, limits)
+    except ValueError as error:
+        raise ValueError(f"{error}{hint}") from error
+    if hint:
+        logger.warning("%s is read as a data set.%s", where, hint)
+    for source in sources:
+        source.check_columns([image_column, *([caption_column] if caption_column else [])])
+    there = [name for name in CAPTION_COLUMNS if all(name in source.columns for source in sources)]
+    caption_column = caption_column or next(iter(there), None)
+    asked = str(folder.resolve()) if folder.exists() else where
+    made = cache / "space" / _key(asked, list(splits), image_column, caption_column) / "pictures"
+    names = set()
+    named = _named_pictures(sources, image_column, caption_column)
+    for name, data in tqdm(named, "Pictures of the data set", sum(map(len, sources)), unit="picture"):
+        names.add(name)
+        if not (made / name).is_file() or (made / name).read_bytes() != data:  # the same file is not embedded again
+            write_bytes(made / name, data)
+    if not names:
+        raise ValueError("No row of the data set has a picture that can be read.")
+    for path in made.iterdir():
+        if path.name not in names:
+            path.unlink()
+    return made
+
+
+def _splits(where: str, splits: Sequence[str], image_column: str, limits: dict[str, Any]) -> list[Split]:
+    saved = Path(where) / "dataset_dict.json"
+    if list(splits) == ["all"] and saved.is_file():
+        splits = read_json(saved, splits=list)["splits"]
+    if list(splits) != ["all"]:
+        return [open_split(where, split, image_column, **limits) for split in dict.fromkeys(splits)]
+    sources, fault = [], None
+    for split in SPLIT_NAMES:
+        try:
+            sources.append(open_split(where, split, image_column, **limits))
+        except NoSplit as error:
+            fault = error
+    if not sources:
+        raise fault
+    return sources
+
+
+def _named_pictures(sources: list[Split], image_column: str, caption_column: str | None) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each picture of a data set; what can't be read is left out, and the log says so."""
+    taken, bad = Counter(), []
+    for source in sources:
+        for number, row in enumerate(source.rows()):
+            image, captions = row[image_column], row.get(caption_column)
+            try:
+                data = image_bytes(image, source.files)
+            except BadImage as error:
+                bad.append(f"row {number} of {source.split}: {error}")
+                continue
+            texts = captions if isinstance(captions, list) else [captions]
+            caption = next((text for text in texts if isinstance(text, str) and text.strip()), "")
+            path = Path((image or {}).get("path") or "")
+            stem = _file_name(caption) or _file_name(path.stem) or f"{number + 1}"
+            taken[stem.casefold()] += 1
+            again = f" ({taken[stem.casefold()]})" if taken[stem.casefold()] > 1 else ""
+            yield f"{stem}{again}{path.suffix.lower() if path.suffix.lower() in SUFFIXES else '.png'}", data
+    for line in bad[:MAX_SHOWN]:
+        logger.warning("Left out: %s", line)
+    if len(bad) > MAX_SHOWN:
+        logger.warning("Left out as well: %d more.", len(bad) - MAX_SHOWN)
+
+
+def _file_name(caption: str) -> str:
+    """A caption as a file of any system may be named, without its end; empty where nothing of it is left."""
+    plain = re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*\s]+', " ", caption)[:MAX_NAME]
+    return plain.encode("utf-8", "ignore")[:MAX_NAME_BYTES].decode("utf-8", "ignore").strip(" .")
+
+
+def _key(*asked: Any) -> str:
+    return hashlib.blake2b(json.dumps(asked).encode(), digest_size=16).hexdigest()
+
+
+def credit_of(folder: Path) -> Credit:
+    """Whose the pictures of a folder are, as its README says."""
+    found = card_metadata(folder / "README.md")
+    keys = ("pretty_name", "license", "attribution")
+    name, licence, attribution = (value if isinstance(value := found.get(key), str) else "" for key in keys)
+    return Credit(name or folder.resolve().name, licence, attribution)
+
+
+def publish_index(index: PictureIndex, where: Path, model: str, title: str = "") -> int:
+    """Copy an index without the names of this machine's folders, and without the places where pictures were taken.
+
+    Args:
+        index: with rows.
+        where: folder of the copy, which is not there yet.
+        model: where the Space finds the model: a folder relative to the Space's, or a Hub id.
+        title: name of the folder that stands for the one that was added, where it is only one.
+
+    Returns:
+        The number of pictures.
+
+    Raises:
+        ValueError: there is no picture that the index's model has embedded.
+    """
+    names: dict[str, str] = {}  # folder that was added -> name in its place, the innermost first
+    for folder in sorted(folders := list(index.folders()), key=len, reverse=True):
+        name = "/" + ((title if len(folders) == 1 else "") or PurePath(folder).name or "pictures").replace("/", "-")
+        while name in names.values():
+            name += "-"
+        names[folder] = name
+    source, target, width = PictureTable(index.where), PictureTable(where), index.model.width
+    target.create(width)
+    kept, digest, copied = target.pictures.schema, index.model.image_digest, 0
+    for batch in source.batches(kept.names, f"model = '{digest}'"):
+        rows, nowhere = pa.Table.from_batches([batch]), pa.nulls(len(batch), pa.float64())
+        renamed = pa.array([_renamed(path, names) for path in rows["path"].to_pylist()], pa.string())
+        changed: dict[str, Any] = {"path": renamed, "latitude": nowhere, "longitude": nowhere}
+        target.merge(pa.Table.from_arrays([changed.get(name, rows[name]) for name in kept.names], schema=kept))
+        copied += len(rows)
+    if not copied:
+        raise ValueError(f"The index {index.where} has no picture that {index.model.name} has embedded.")
+    facts = {"source": model, "name": index.model.name, "width": width, "image_digest": digest}
+    target.note({"model": json.dumps(facts), **{FOLDER_KEY + name: "" for name in names.values()}})
+    return copied
+
+
+def _renamed(path: str, names: dict[str, str]) -> str:
+    for folder, name in names.items():
+        if PurePath(path).is_relative_to(folder):
+            return str(PurePath(name, PurePath(path).relative_to(folder)))
+    return str(PurePath("/", PurePath(path).name))  # of a folder that is no longer listed
+
+
+# --- The folder, and the Hub -----------------------------------------------------------------------------------------
+
+
+def write_space(index: PictureIndex, model: str, folder: Path, credit: Credit) -> None:
     """Write the folder of a Space.
 
     Args:
-        indexes: of the pictures, one for each model; those of the same image tower may be one and the same.
-        models: folder or Hub id of each model; a folder is copied, an id is left to the Space to fetch.
+        index: of the pictures.
+        model: folder or Hub id; a folder is copied, an id is left to the Space to fetch.
         folder: where to; missing or empty.
         credit: whose pictures they are.
 
-    Returns:
-        The files, relative to `folder`, in order.
-
     Raises:
-        ValueError: the folder is not empty, or a model's file names a path of this machine or a token.
+        ValueError: the folder is not empty, or a file names a path of this machine or a token.
     """
     with whole_folder(folder) as made:
         for source in (*program_files(), Path("LICENSE")):
-            _copy(ROOT / source, made / source)
-        there = [_copied_model(model, made) for model in models]
-        places: dict[str, str] = {}
-        for index, model in zip(indexes, there, strict=True):
-            if index.where not in places:
-                places[index.where] = f"index-{len(places) + 1}.lance"
-                publish_index(index, made / places[index.where], model, credit.name)
-        opened = [(places[index.where], model) for index, model in zip(indexes, there, strict=True)]
-        app = APP.format(title=TITLE, indexes=opened, credit=credit, port=DEFAULT_PORT)
-        write_text(made / "app.py", app)
-        pinned = requirements(models)
+            copy_file(ROOT / source, made / source)
+        there = _copied_model(model, made)
+        publish_index(index, made / "index.lance", there, credit.name)
+        names = "\n".join(PictureTable(made / "index.lance").rows(["path"])["path"].to_pylist())
+        if found := secret_in(names):
+            raise ValueError(f"A picture's name holds {found[0]}. Rename it, and revoke it if it is real.")
+        pinned = requirements(model)
         write_text(made / "requirements.txt", "".join(f"{name}=={version}\n" for name, version in pinned.items()))
-        write_text(made / "Dockerfile", DOCKERFILE.format(torch=pinned["torch"], port=DEFAULT_PORT))
-        write_text(made / "README.md", _readme(models, credit))
-        write_text(made / "names.txt", "\n".join(_names(made / place) for place in places.values()))
-        for name in ("README.md", "app.py", "names.txt"):  # what a stranger's card and files are called
+        values = {"title": TITLE, "model": repr(there), "credit": repr(credit), "port": DEFAULT_PORT, "pinned": pinned}
+        for name in ("app.py", "Dockerfile"):
+            template = jinja2.Template((TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"))
+            write_text(made / name, template.render(values) + "\n")
+        licence = model_licence(Path(model))
+        known = {one for one in (credit.licence, licence) if one}
+        about = {"sdk": "docker", "app_port": DEFAULT_PORT, "license": known.pop() if len(known) == 1 else "other"}
+        about |= {"title": TITLE, "short_description": "Busca de imagens com palavras em português"}
+        about["models"] = None if Path(model).is_dir() else [model]
+        write_card(made, "space", about, name=short_name(model), credit=credit, model_licence=licence)
+        for name in ("README.md", "app.py"):  # what a stranger's card is called
             check_secrets(made / name, name)
-        for name in ("README.md", "app.py"):
             check_paths(made / name, name)
-        (made / "names.txt").unlink()
-    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
-def check_target(models: Sequence[str], folder: Path | None, repo_id: str | None) -> None:
-    """Raise ValueError where a Space of these models can't be written to `folder`, or `repo_id` is none of the Hub."""
-    if len(models) > len({short_name(model) for model in models}):
-        raise ValueError(f"{' and '.join(models)} would both be {short_name(models[0])} in the Space; rename one.")
-    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is a file or not empty. Choose another one, or remove it.")
-    if repo_id is not None:
-        check_repo_id(repo_id)
+def write_card(folder: Path, template: str, about: dict[str, Any], **values: Any) -> None:
+    """Write the README.md of a Space, of "space" or "static"; `about` is what the Hub reads."""
+    path = TEMPLATES / f"{template}.md.jinja"
+    card = SpaceCard.from_template(SpaceCardData(**about, **LOOK), template_path=str(path), **values)
+    write_text(folder / "README.md", f"{card}\n")
 
 
-def listing(folder: Path, files: Sequence[Path]) -> str:
-    """The files with their sizes, small ones of the program and of the index as a line each."""
-    parts = {"files of the program": [], "files of the index": []}
-    lines = []
-    for file in files:
-        if any(part.endswith(".lance") for part in file.parts):
-            parts["files of the index"].append(file)
-        elif file.parts[0] in PROGRAM:
-            parts["files of the program"].append(file)
-        else:
-            lines.append(f"  {file} ({readable_size((folder / file).stat().st_size)})")
-    lines += [f"  {len(group)} {name} ({_size(folder, group)})" for name, group in parts.items() if group]
-    return "\n".join([*lines, f"{len(files)} files, {_size(folder, files)}"])
+def model_licence(model: Path) -> str:
+    """What the card of a model in a folder says; the Hub shows that of others."""
+    return str(card_metadata(model / "README.md").get("license") or "")
 
 
-def _size(folder: Path, files: Sequence[Path]) -> str:
-    return readable_size(sum((folder / file).stat().st_size for file in files))
+def listing(folder: Path) -> str:
+    """The files of a Space with their sizes; those of the program and of the index as a line each."""
+    groups: dict[str, list[int]] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder)
+        many = name.parts[0] in PROGRAM or name.parts[0].endswith(".lance")
+        groups.setdefault(f"{name.parts[0]}/" if many else name.as_posix(), []).append(path.stat().st_size)
+    lines = [
+        f"  {name} ({readable_size(sum(sizes))}{f', {len(sizes)} files' if name.endswith('/') else ''})"
+        for name, sizes in groups.items()
+    ]
+    total = [size for sizes in groups.values() for size in sizes]
+    return "\n".join([*lines, f"{len(total)} files, {readable_size(sum(total))}"])
 
 
 def push_space(folder: Path, repo_id: str, private: bool, sdk: str = "docker") -> str:
@@ -215,25 +343,24 @@ def push_space(folder: Path, repo_id: str, private: bool, sdk: str = "docker") -
 
 
 def program_files() -> list[Path]:
-    """The two packages that the page consists of, relative to the checkout, with what lies beside their modules."""
+    """The packages that the page consists of, relative to the checkout, with what lies beside their modules."""
     found = [path for package in PROGRAM for path in (ROOT / package).rglob("*") if path.suffix in PROGRAM_SUFFIXES]
     return sorted(path.relative_to(ROOT) for path in found)
 
 
-def requirements(models: Sequence[str]) -> dict[str, str]:
-    """What the page and its models need: package -> version, that which is installed."""
-    config = configparser.ConfigParser()
-    config.read(ROOT / "setup.cfg", encoding="utf-8")
-    names = [re.match(r"[\w.-]+", line)[0] for line in config["options"]["install_requires"].split("\n") if line]
-    names += PACKAGES
-    if any("timm_wrapper" in (find_model(model).folder / "config.json").read_text("utf-8") for model in models):
+def requirements(model: str) -> dict[str, str]:
+    """What the page and its model need: package -> version, that which is installed."""
+    needed = [line for line in metadata.requires("modeling-capivara") if "extra ==" not in line]
+    names = [*(re.match(r"[\w.-]+", line)[0] for line in needed), *PACKAGES]
+    if "timm_wrapper" in (find_model(model).folder / "config.json").read_text("utf-8"):
         names.append("timm")
     return {name: metadata.version(name).partition("+")[0] for name in names}
 
 
-def _names(index: Path) -> str:
-    """The paths of a published index, a line each."""
-    return "\n".join(PictureTable(index).rows(["path"])["path"].to_pylist())
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file into a folder, which is made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
 
 
 def _copied_model(model: str, made: Path) -> str:
@@ -244,34 +371,6 @@ def _copied_model(model: str, made: Path) -> str:
     target = Path("models", short_name(model))
     for file in sorted(source.iterdir()):
         if file.is_file() and any(fnmatchcase(file.name, pattern) for pattern in MODEL_FILES):
-            _copy(file, made / target / file.name)
+            copy_file(file, made / target / file.name)
     check_contents(made / target)
     return str(target)
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
-
-
-def _readme(models: Sequence[str], credit: Credit) -> str:
-    licences = {"as imagens": credit.licence, **{f"o modelo {short_name(m)}": _model_licence(m) for m in models}}
-    known = {subject: licence for subject, licence in licences.items() if licence}
-    about = {
-        "title": TITLE, "emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "sdk": "docker",
-        "app_port": DEFAULT_PORT, "pinned": False,
-        "license": next(iter(known.values())) if len(set(known.values())) == 1 else "other",
-        "models": [model for model in models if not Path(model).is_dir()],
-        "short_description": "Busca de imagens com palavras em português",
-    }  # fmt: skip
-    about = {key: value for key, value in about.items() if value != []}
-    listed = "; ".join(f"{subject}: {licence}" for subject, licence in known.items())
-    listed = f"{listed[:1].upper()}{listed[1:]}." if listed else "Modelo e imagens não declaram licença."
-    pictures = ". ".join(part for part in (credit.name, credit.attribution) if part)
-    body = BODY.format(title=TITLE, models=", ".join(map(short_name, models)), pictures=pictures, licences=listed)
-    return f"---\n{yaml.safe_dump(about, allow_unicode=True, sort_keys=False)}---\n{body}"
-
-
-def _model_licence(model: str) -> str:
-    """What the card of a model in a folder says; the Hub shows that of others."""
-    return str(card_metadata(Path(model) / "README.md").get("license") or "")

@@ -37,13 +37,10 @@ async function run() {
   button.disabled = true;
   find("classify-said").textContent = say("classifying");
   try {
-    const { models } = await ask("classify", question, file && (await shrunk(file)));
+    const answer = await ask("classify", question, file && (await shrunk(file)));
     notice();
-    find("classify-said").textContent = models.length > 1 ? disagreement(models) : "";
-    find("classified").classList.toggle("two", models.length > 1);
-    const lists = models.map((model, i) => (model.groups ? groups(model, models[1 - i]) : shares(model)));
-    const named = lists.map((made, i) => element("section", { class: "of-model" }, element("h2", {}, models[i].name), made));
-    find("classified").replaceChildren(...(models.length > 1 ? named : lists));
+    find("classify-said").textContent = "";
+    find("classified").replaceChildren(answer.groups ? groups(answer.groups) : shares(answer));
   } catch (error) {
     notice(error);
     find("classify-said").textContent = "";
@@ -51,11 +48,6 @@ async function run() {
   } finally {
     button.disabled = false;
   }
-}
-
-function disagreement(models) {
-  if (!models[0].groups) return "";
-  return say("compared_classes", { differ: number(models[0].differ), n: number(models[0].pictures) });
 }
 
 /** The shares of the labels for one picture. */
@@ -71,16 +63,13 @@ function shares({ label, shares }) {
   return element("div", { class: label === null ? "shares none" : "shares" }, element("h3", {}, best), why, element("ol", {}, ...lines));
 }
 
-/** The pictures of a folder by their labels; a mark where the other model says something else. */
-function groups(model, other) {
-  const sections = model.groups.map(({ label, n, hits }) => {
+/** The pictures of a folder by their labels. */
+function groups(found) {
+  const sections = found.map(({ label, n, hits }) => {
     const name = label ?? say("no_label");
     const tiles = hits.map((hit, i) => {
-      const differs = other && hit.other !== undefined && hit.other !== label;
-      const theirs = differs ? say("differs_long", { label: hit.other ?? say("no_label") }) : null;
-      const mark = differs ? element("span", { class: "mark lower", title: theirs, "aria-hidden": "true" }, `≠ ${hit.other ?? say("no_label")}`) : null;
-      const text = [hit.name, `${name} ${number(100 * hit.share)} %`, theirs].filter(Boolean).join(", ");
-      return element("li", {}, tile(hit, text, () => open(hits, i, actions()), mark));
+      const text = `${hit.name}, ${name} ${number(100 * hit.share)} %`;
+      return element("li", {}, tile(hit, text, () => open(hits, i, actions())));
     });
     const counted = say("of_n", { n }) + (n > hits.length ? ` · ${say("shown_of", { shown: hits.length, n: number(n) })}` : "");
     const head = element("h3", {}, name, element("small", {}, counted));

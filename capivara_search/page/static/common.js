@@ -56,17 +56,41 @@ export function element(name, attributes = {}, ...children) {
 /** Address of a picture of the index; it changes with the file, so that browsers may keep the answer. */
 export const address = (kind, picture) => `${kind}?${new URLSearchParams({ path: picture.path, v: picture.v })}`;
 
-/** A picture as a button, which opens it large. `text` is its name for screen readers, `mark` an element or nothing. */
-export function tile(picture, text, open, mark = null) {
+/** A picture as a button, which opens it large. `text` is its name for screen readers. */
+export function tile(picture, text, open) {
   const made = element(
     "button",
     { type: "button", class: "tile", title: picture.name, "data-path": picture.path, "aria-label": text, click: open },
     element("img", { src: picture.source ?? address("thumbnail", picture), alt: "", loading: "lazy", decoding: "async" }),
     element("span", { class: "caption", "aria-hidden": "true" }, element("span", {}, picture.name)),
-    mark,
   );
   made.style.setProperty("--ratio", Math.min(Math.max(picture.width / picture.height, 0.6), 2.4));
   return made;
+}
+
+/** Pictures as a list of tiles; `searched`: the score beside each and its place; `open(i)` shows one large. */
+export function gallery(pictures, searched, open) {
+  const tiles = pictures.map((picture, i) => {
+    const name = searched ? say("place_of", { rank: i + 1, name: picture.name }) : picture.name;
+    if (!searched) return element("li", {}, tile(picture, name, () => open(i)));
+    const score = number(picture.score, 2);
+    const made = tile(picture, `${name}, ${say("score", { score })}`, () => open(i));
+    made.querySelector(".caption").append(element("span", { class: "score" }, score));
+    return element("li", {}, made);
+  });
+  return element("ol", { class: "gallery" }, ...tiles);
+}
+
+/** A picture on white whose sides are `scale` times as long. */
+export function drawn(image, scale) {
+  const sides = [image.width, image.height].map((side) => Math.max(1, Math.round(side * scale)));
+  const canvas = new OffscreenCanvas(...sides);
+  const context = canvas.getContext("2d", { alpha: false });
+  context.fillStyle = "#fff";
+  context.fillRect(0, 0, ...sides);
+  context.imageSmoothingQuality = "high";
+  context.drawImage(image, 0, 0, ...sides);
+  return canvas;
 }
 
 /** A picture of the visitor, made smaller where it is large: the model sees a few hundred pixels a side of it. */
@@ -74,14 +98,8 @@ export async function shrunk(file) {
   if (file.size < 600_000) return file;
   try {
     const image = await createImageBitmap(file);
-    const scale = Math.min(1, 1024 / Math.max(image.width, image.height));
-    const canvas = element("canvas", { width: Math.round(image.width * scale), height: Math.round(image.height * scale) });
-    const drawn = canvas.getContext("2d");
-    drawn.fillStyle = "#fff";
-    drawn.fillRect(0, 0, canvas.width, canvas.height);
-    drawn.imageSmoothingQuality = "high";
-    drawn.drawImage(image, 0, 0, canvas.width, canvas.height);
-    return await new Promise((done) => canvas.toBlob((made) => done(made ?? file), "image/jpeg", 0.95));
+    const canvas = drawn(image, Math.min(1, 1024 / Math.max(image.width, image.height)));
+    return await canvas.convertToBlob({ type: "image/jpeg", quality: 0.95 });
   } catch {
     return file; // a format that this browser does not know; the server may
   }

@@ -1,5 +1,5 @@
 // The search: as one types, by a picture, or by one of the results; its state is the page's address.
-import { LANGUAGE, WORDS, address, ask, element, find, given, notice, number, say, shrunk, takeFiles, tile, unquoted } from "./common.js";
+import { LANGUAGE, WORDS, address, ask, element, find, gallery, given, notice, number, say, shrunk, takeFiles, unquoted } from "./common.js";
 import { classify, setFolders } from "./classify.js";
 import { open } from "./viewer.js";
 
@@ -9,7 +9,7 @@ const POLL_MS = 10_000; // the index may grow
 const STATE = ["text", "like", "folder", "since", "until"];
 
 const asked = { text: "", like: "", folder: "", since: "", until: "", k: PAGE, file: null };
-let facts = { version: null, count: 0, models: [], folders: {}, suggestions: [], local: false };
+let facts = { version: null, count: 0, model: "", folders: {}, suggestions: [], local: false };
 let running = null; // the search whose answer is awaited
 let typing = 0;
 
@@ -78,48 +78,14 @@ async function refresh() {
 
 // --- What is shown ---------------------------------------------------------------------------------------------------
 
-function showAnswer({ models, count, version, cut }) {
+function showAnswer({ hits, count, version, cut }) {
   if (version !== facts.version && facts.version !== null) refresh();
   const [text, image] = [asked.text.trim(), asked.like || asked.file];
-  const searched = text || image;
-  const none = !models[0].hits.length;
   const found = text ? (image ? "found_both" : "found_text") : image ? "found_picture" : "newest";
-  const said = none ? say(count ? "nothing" : "empty") : say(found, { text: unquoted(text) });
-  const [first, second] = models.map((model) => new Map(model.hits.map((hit, i) => [hit.path, i])));
-  let compared = "";
-  if (second && searched && !none) {
-    const same = [...first.keys()].filter((path) => second.has(path)).length;
-    compared = ` ${say("compared", { same, only: first.size + second.size - 2 * same })}`;
-  }
-  find("said").textContent = `${said}${none ? "" : "."}${compared}${cut ? ` ${say("cut")}` : ""}`;
-  const lists = models.map((model, i) => list(model, models.length > 1 && [second, first][i], searched));
-  find("results").classList.toggle("two", models.length > 1);
-  find("results").replaceChildren(...lists);
-  find("more").hidden = Math.max(...models.map((model) => model.hits.length)) < asked.k || asked.k >= 240;
-}
-
-function list({ name, hits }, other, searched) {
-  const tiles = hits.map((hit, i) => {
-    const [mark, meaning] = other && searched ? difference(i, other.get(hit.path)) : [null, null];
-    const score = hit.score == null ? null : say("score", { score: number(hit.score, 2) });
-    const text = [searched ? say("place_of", { rank: i + 1, name: hit.name }) : hit.name, score, meaning];
-    const made = tile(hit, text.filter(Boolean).join(", "), () => open(hits, i, actions()), mark);
-    if (score) made.querySelector(".caption").append(element("span", { class: "score" }, number(hit.score, 2)));
-    return element("li", {}, made);
-  });
-  const pictures = element("ol", { class: "gallery" }, ...tiles);
-  return other ? element("section", { class: "of-model", "aria-label": name }, element("h2", {}, name), pictures) : pictures;
-}
-
-/** How the rank of a picture differs from that in the other model's answer: a mark, and its meaning. */
-function difference(rank, otherRank) {
-  const by = otherRank === undefined ? null : otherRank - rank;
-  if (by === 0) return [null, null];
-  const key = by === null ? "only_here" : by > 0 ? "higher" : "lower";
-  const sign = { only_here: "★", higher: `▲ ${by}`, lower: `▼ ${-by}` }[key];
-  const meaning = say(`${key}_long`, { n: Math.abs(by) });
-  const shown = key === "only_here" ? `${sign} ${say(key)}` : sign;
-  return [element("span", { class: `mark ${key}`, title: meaning, "aria-hidden": "true" }, shown), meaning];
+  const said = hits.length ? `${say(found, { text: unquoted(text) })}.` : say(count ? "nothing" : "empty");
+  find("said").textContent = cut ? `${said} ${say("cut")}` : said;
+  find("results").replaceChildren(gallery(hits, text || image, (i) => open(hits, i, actions())));
+  find("more").hidden = hits.length < asked.k || asked.k >= 240;
 }
 
 const actions = () => ({
@@ -175,8 +141,7 @@ function showFilters() {
 const short = (path) => path.split(/[\\/]/).filter(Boolean).slice(-2).join("/");
 
 function showFacts() {
-  const names = facts.models.join(" · ");
-  find("facts").textContent = [say("of_n", { n: facts.count }), say("models", { n: facts.models.length, names })].join(", ");
+  find("facts").textContent = `${say("of_n", { n: facts.count })}, ${say("model", { name: facts.model })}`;
   find("note").textContent = facts.note ?? "";
   find("note").hidden = !facts.note;
   showFilters();

@@ -1,7 +1,7 @@
 """The files of the pictures: only those that are rows of the index, and only as pictures.
 
-originals = Originals([index], decoder)
-originals.view("/home/ana/Fotos/praia.jpg")  # JPEG of at most 1600 pixels
+files = OriginalFiles(index, decoder)
+files.view("/home/ana/Fotos/praia.jpg")  # JPEG of at most 1600 pixels
 """
 
 import contextlib
@@ -9,16 +9,14 @@ import mimetypes
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import quote
 
 from capivara_common.image_files import BadImage, open_regular_file
 from capivara_search.page.decoder import Decoder
-from capivara_search.page.turns import Refusal
 from capivara_search.picture_files import contents
-from capivara_search.results import Hit
+from capivara_search.refusal import Refusal
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
@@ -26,37 +24,29 @@ if TYPE_CHECKING:
 MANAGER_S = 5  # for a file manager to answer; one that takes longer is opening
 
 
-class Originals:
+class OriginalFiles:
     """What is read from the disk for visitors. Every path is looked up first; one that is no row gets one answer.
 
     Args:
-        indexes: whose rows may be opened.
+        index: whose rows may be opened.
         decoder: that decodes them.
     """
 
-    def __init__(self, indexes: Sequence["PictureIndex"], decoder: Decoder):
-        self._indexes, self._decoder = indexes, decoder
-
-    def row(self, path: str) -> Hit:
-        """The row of a path. Raises Refusal where there is none."""
-        for index in self._indexes:
-            if path and (row := index.row(path)) is not None:
-                return row
-        raise Refusal("gone", 404)
+    def __init__(self, index: "PictureIndex", decoder: Decoder):
+        self._index, self._decoder = index, decoder
 
     def thumbnail(self, path: str) -> bytes:
         """WebP of a row. Raises Refusal where there is none."""
-        for index in self._indexes:
-            if path and (found := index.thumbnail(path)):
-                return found
+        if path and (found := self._index.thumbnail(path)):
+            return found
         raise Refusal("gone", 404)
 
     def _open(self, path: str) -> BinaryIO:
         """The file of a row, below a folder that `add` was told of on this machine. Raises Refusal."""
-        self.row(path)
-        folders = [real for index in self._indexes for real in index.asked_folders().values()]
+        if not path or self._index.row(path) is None:
+            raise Refusal("gone", 404)
         try:
-            return open_regular_file(path, repr(path), folders)
+            return open_regular_file(path, repr(path), list(self._index.asked_folders().values()))
         except (BadImage, OSError, ValueError):
             raise Refusal("no_original", 404) from None
 
@@ -74,10 +64,11 @@ class Originals:
 
     def is_there(self, path: str) -> bool:
         """Whether the file of a row is on this machine. Raises Refusal where the path is no row."""
-        self.row(path)
         try:
             self._open(path).close()
-        except Refusal:
+        except Refusal as refusal:
+            if refusal.code == "gone":
+                raise
             return False
         return True
 
