@@ -44,7 +44,7 @@ from capivara_search.miniature_encoders import load_tokenizer
 from examples.openmoji.concepts import concept_rows
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from training.arguments import RunArguments
-from training.batches import MicroBatch, micro_batches, padding_share
+from training.batches import MicroBatch, micro_batches
 from training.inputs import embed_pixels
 from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at
 from training.whole_batch import WholeBatch
@@ -202,6 +202,12 @@ def random_batch(
     shape = (number, config.projection_dim) if cached else (number, 3, size, size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return texts, F.normalize(images, dim=-1) if cached else images
+
+
+def padding_share(batches: list[MicroBatch]) -> float:
+    """Share of the tokens that are padding, 0 to 1."""
+    kept = sum(int(batch.attention_mask.sum()) for batch in batches)
+    return 1 - kept / sum(batch.attention_mask.numel() for batch in batches)
 
 
 def measure_ours(args: TrainStepArguments, config: CapivaraConfig | None = None, tokenizer=None) -> dict[str, Any]:

@@ -72,11 +72,11 @@ PLACE = {"bytes": Value("binary"), "path": Value("string")}  # of an image, as `
 IN_ARCHIVE = {"archive": Value("string"), "offset": Value("int64"), "size": Value("int64")}
 
 
-@dataclass(eq=False)
 class NoSplit(ValueError):
     """A data set has no split of a name."""
 
 
+@dataclass(eq=False)
 class Split:
     """One split of one data set, in a fixed order.
 

@@ -20,6 +20,7 @@ from benchmarks.train_step import (
     measure_ours,
 )
 from capivara_search.miniature_encoders import load_tokenizer
+from training.batches import MicroBatch
 
 CAPTIONS = ["gato preto", "uma foto de um cachorro", "casa azul", "céu", "carro verde da água", "pão", "capivara"]
 
@@ -62,6 +63,14 @@ def test_the_text_tower_alone_is_trained_with_dropout(cached):
     assert not [name for name in moved if name.startswith("visi") or name.startswith("visual")]
     assert losses[0] != losses[1]
     assert engine.model.text_model.training and not engine.model.vision_model.training
+
+
+def test_padding_share():
+    def batch(*mask: list[int]) -> MicroBatch:
+        mask = torch.tensor(mask)
+        return MicroBatch(0, 0, torch.zeros_like(mask), mask)
+
+    assert bench.padding_share([batch([1, 1, 0], [1, 1, 1]), batch([1, 0])]) == pytest.approx(2 / 8)
 
 
 def test_captions_are_as_long_as_asked_and_the_same_every_time():

@@ -18,7 +18,7 @@ from whole_batch_process import CAPTIONS, MICRO, SEED, STEP, build, gradients_of
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor, clip_loss
 from training import whole_batch
-from training.batches import micro_batches, padding_share
+from training.batches import micro_batches
 from training.whole_batch import WholeBatch, contrastive_loss, graph_bytes, word_rows
 
 TESTS = Path(__file__).resolve().parent
@@ -432,13 +432,6 @@ def test_micro_batches_are_in_order_of_length_and_no_wider_than_their_longest(si
     assert [len(row) for row in rows] == sorted(lengths)
     widths = [max(sorted(lengths)[start : start + size]) for start in range(0, len(lengths), size)]
     assert [batch.input_ids.shape[1] for batch in batches] == widths
-
-
-def test_padding_share():
-    batches, _ = micro_batches(CapivaraProcessor(CapivaraImageProcessor(), tiny_tokenizer()), CAPTIONS, MICRO)
-    kept = sum(int(b.attention_mask.sum()) for b in batches)
-    assert padding_share(batches) == pytest.approx(1 - kept / sum(b.input_ids.numel() for b in batches))
-    assert padding_share(batches) < 0.3 < 1 - kept / (7 * 77)
 
 
 @pytest.mark.gpu

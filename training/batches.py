@@ -51,12 +51,6 @@ def micro_batches(
     return batches, order
 
 
-def padding_share(batches: Sequence[MicroBatch]) -> float:
-    """Share of the tokens that are padding, 0 to 1."""
-    kept = sum(int(batch.attention_mask.sum()) for batch in batches)
-    return 1 - kept / sum(batch.attention_mask.numel() for batch in batches)
-
-
 def batch_counts(batch_size: int, sizes: Sequence[int]) -> list[int]:
     """Pairs of a batch from each of several data sets, by their sizes.
 
