@@ -321,7 +321,8 @@ def searches_as_python_does(visitor: Visitor, model: Path, fotos: Path, tmp_path
     expected = np.asarray(index.vectors([str(fotos / name) for name in made]), dtype=np.float64)
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     cosines = dict(zip(made, (expected * np.array([one["vector"] for one in made.values()])).sum(axis=1), strict=True))
-    assert min(cosines.values()) > 0.98, min(cosines, key=cosines.get)
+    # The canvas makes photographs smaller by a filter of its own; drawings hardly differ.
+    assert min(cosines.values()) > 0.96 and np.median(list(cosines.values())) > 0.999, min(cosines, key=cosines.get)
     chelsea = Image.open(fotos / "chelsea.jpg")
     assert (made["chelsea.jpg"]["width"], made["chelsea.jpg"]["height"]) == chelsea.size[::-1], "turned upright"
     for text in ("uma banana", "um cachorro", "um foguete decolando"):
