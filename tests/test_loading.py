@@ -65,5 +65,4 @@ def test_a_run_of_no_model_speaks_of_no_resuming(tmp_path, tiny_dataset_folder):
     done = run([*words, "--warmup_steps", "1", "--max_steps", "9", "--effective_batch_size", "4"], tmp_path)
     assert done.returncode == 1 and "resume" not in done.stderr
     assert "The model no/such is no folder here" in done.stderr.splitlines()[-1]
-    assert "9 steps with a learning_rate of at most 5e-07" in done.stderr
     assert not list((tmp_path / "runs").iterdir())
