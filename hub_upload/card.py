@@ -27,7 +27,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from huggingface_hub.utils import yaml_dump
 
 from capivara_common.cli import flag, parse, run_command, user_errors
-from capivara_common.files import write_text
+from capivara_common.files import seed_folders, write_text
 from capivara_common.privacy import machine_path_in, secret_in
 from eval.records.schema import GAIN
 from hub_upload.allowed_files import check_repo_id
@@ -44,6 +44,8 @@ FRAMES = re.compile(r"<|^\s*(```|~~~|\||#|=+$|-+$)|\]\((?!https?://)")
 VALUES = re.compile(
     r"(?<=\| )(?:\*\*)?[-+]?\d[\d.,e-]*(?: ± [\d.,]+)?(?:\*\*)?(?= \|)|(?<=[ ])[-+]\d+[.,]\d+|`[0-9a-f]{32}`"
 )
+# A row of the table of settings; the first template said what a setting is, in the group, before its name.
+SETTING = re.compile(r"^\|((?: [^|`]+ \|)?) `\w+` \| [^|]+ \|$", re.MULTILINE)
 SHOWN = 120  # letters of a line in a message
 METRIC_NAMES = {
     "mean_recall": "mean recall", "median_rank": "median rank (lower is better)", "top_5_accuracy": "top-5 accuracy",
@@ -161,8 +163,9 @@ def check(folder: Path) -> list[str]:
     The card is rendered again with the options that it names, and compared line by line. Lines may be added to its
     text, if they hold no number, and nothing that could hide or reframe the lines around them. As the card lists the
     digests of its files, a changed digit that it does not show is noticed, too. Of a card of an older template the
-    front matter, all values and all digests are compared, and its words are not.
+    front matter, all values and all digests are compared, and of its words only that they hide or reframe nothing.
     """
+    seed_folders(folder)  # refuses an unfinished run
     if not (folder / CARD).is_file():
         raise ValueError(f"{folder} has no {CARD}. Make it with `python -m hub_upload.card --model {folder}`.")
     text = _read(folder / CARD)
@@ -176,10 +179,10 @@ def check(folder: Path) -> list[str]:
         return [f"{CARD}: {error}"]
     (front, body), (wanted_front, wanted_body) = _parts(text), _parts(expected)
     faults = [*_differences(CARD, wanted_front, front)]
-    if options.get("version", 1) == VERSION:
-        faults += _differences(CARD, wanted_body, body, may_add=True)
+    if is_older(text):
+        faults += _other_values(wanted_body.replace(f', "version": {VERSION}', ""), body)
     else:
-        faults += _other_values(wanted_body, body)
+        faults += _differences(CARD, wanted_body, body, may_add=True)
     there = {path.relative_to(folder).as_posix(): path for path in (folder / ".eval_results").glob("*.y*ml")}
     for name in sorted({*wanted, *there}):
         if name not in there:
@@ -210,6 +213,13 @@ def made_with(text: str) -> dict[str, Any] | None:
     return None
 
 
+def is_older(text: str) -> bool:
+    """Whether an older template made a card. The first named no version: it is known by its table of settings."""
+    settings = SETTING.findall(text)
+    named = (made_with(text) or {}).get("version") or (1 if settings and all(settings) else VERSION)
+    return named < VERSION
+
+
 def _parts(text: str) -> tuple[str, str]:
     """Front matter and body."""
     end = text.find("\n---\n", 1) + 1
@@ -230,10 +240,16 @@ def _differences(name: str, expected: str, text: str, may_add: bool = False) -> 
 
 
 def _other_values(expected: str, text: str) -> Iterator[str]:
-    """The values and digests of two cards of different templates that only one of them has."""
+    """The values and digests of two cards of different templates that only one has, and what frames lines, but tables.
+
+    Of the older templates all such lines are in the present one.
+    """
     wanted, there = (Counter(VALUES.findall(part)) for part in (expected, text))
     yield from (f"{CARD}: the files give {value}, which it does not say so often." for value in wanted - there)
     yield from (f"{CARD}: it says {value}, which the files do not give so often." for value in there - wanted)
+    wanted, there = (Counter(line.rstrip() for line in part.split("\n")) for part in (expected, text))
+    added = (line for line in there - wanted if FRAMES.search(line.lstrip("| ")))
+    yield from (f"{CARD}: it says {line[:SHOWN]!r}." for line in added)
 
 
 def _read(path: Path) -> str:
@@ -352,7 +368,13 @@ def main(argv: list[str] | None = None) -> None:
         return
     if faults := check(args.check):
         sys.exit("\n".join([*faults, f"error: {len(faults)} faults in the card of {args.check}."]))
-    print(f"Every figure of the card of {args.check} is that of its files.")
+    if is_older(_read(args.check / CARD)):
+        print(
+            f"The tables and digests of the card of {args.check} are those of its files. An older template made it, so "
+            "its words were not compared."
+        )
+    else:
+        print(f"Every figure of the card of {args.check} is that of its files.")
 
 
 if __name__ == "__main__":

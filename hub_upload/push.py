@@ -362,13 +362,15 @@ def _commit(planned: PushPlan, parent: str) -> CommitInfo:
             ) from None
         time.sleep(WAIT_S)
         head = _look(args.repo_id, args.repo_type, args.revision).head
+        try:
+            commit = send() if head == parent else None
+        except errors.HfHubHTTPError as again:
+            if again.response.status_code != 412:
+                raise
+            commit, head = None, _look(args.repo_id, args.repo_type, args.revision).head  # the first came late, maybe
         url = f"{constants.ENDPOINT}/{constants.REPO_TYPES_URL_PREFIXES.get(args.repo_type, '')}{args.repo_id}/commit"
         # Made already, by this push or another: the files there tell.
-        commit = (
-            send()
-            if head == parent
-            else CommitInfo(commit_url=f"{url}/{head}", commit_message="", commit_description="", oid=str(head))
-        )
+        commit = commit or CommitInfo(f"{url}/{head}", commit_message="", commit_description="", oid=str(head))
     there = _files(args.repo_id, args.repo_type, commit.pr_revision or commit.oid)
     missing = [file.path_in_repo for file in planned.sent if not _is_on_hub(file, there.get(file.path_in_repo))]
     if missing or {*planned.deleted} & {*there}:

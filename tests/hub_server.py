@@ -374,6 +374,9 @@ class _Handler(HttpHandler):
         target = repo.open_pull(header.get("parentCommit", revision)) if pull else revision
         deleted = {line["value"]["path"] for line in lines if line["key"] == "deletedFile"}
         made = repo.commit(target, header["summary"], self.user, self.hub.storage.blobs_of(lines), deleted)
+        if faults.late_commit:
+            faults.late_commit = False
+            raise Refused(412, "A commit has happened since. Please refresh and try again.")
         if faults.lost_commit_replies:
             faults.lost_commit_replies -= 1
             self.drop()

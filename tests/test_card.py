@@ -12,6 +12,7 @@ import pytest
 from card_run import card_of, change, record_of, results_of, split_card, trained_run
 from huggingface_hub import ModelCard, ModelCardData
 
+from capivara_common.files import RUN_MARKER
 from hub_upload import push
 from hub_upload.card import check, main, outdated, render, write_card
 from hub_upload.card_facts import card_facts
@@ -101,12 +102,22 @@ def test_a_template_has_all_that_it_names(run, language):
     assert jinja2.meta.find_undeclared_variables(tree) - given == set()
 
 
-def test_a_card_of_an_older_template_is_checked_by_its_values(run):
-    """Its words may be others; its front matter, values and digests may not."""
+def test_a_card_of_an_older_template_is_checked_by_its_values(run, capsys):
+    """Its words may be others; its front matter, values and digests may not, and nothing may hide or reframe them."""
     text = card_of(run).replace(', "version": 2', "").replace("random scores would give", "dice would give")
     (run / "README.md").write_text(text, encoding="utf-8")
+    assert any("dice" in fault for fault in check(run))  # to leave out the version makes no older card of it
+    text = re.sub(r"^(\| )(`\w+` \| `?[^|]+ \|)$", r"\1What it is | \2", text, flags=re.MULTILINE)
+    (run / "README.md").write_text(text, encoding="utf-8")
     assert check(run) == []
+    main(["--check", str(run)])
+    assert "its words were not compared" in (said := capsys.readouterr().out) and "Every figure" not in said
+    marker = "## Technical facts\n"
+    for added in ("<script>", "| <b>a | b |", "<!-- made by hub_upload.card with {} -->", "```", "## New"):
+        (run / "README.md").write_text(text.replace(marker, f"{added}\n\n{marker}"), encoding="utf-8")
+        assert check(run) == [f"README.md: it says {added!r}."]
     for old, new in (
+        (r'("name": "run")', r'\g<1>, "version": 1'),  # no template wrote that
         (r"interval ([-+])", r"interval \g<1>9"),
         (r"(`run.json` \| `)", r"\g<1>0"),
         (r"(R@1 \| \**)", r"\g<1>1"),
@@ -237,6 +248,10 @@ def test_a_card_that_was_not_made_here(run):
     (run / "README.md").unlink()
     with pytest.raises(ValueError, match=r"has no README\.md"):
         check(run)
+    partial = run.rename(run.with_name("run.partial"))
+    (partial / RUN_MARKER).touch()
+    with pytest.raises(ValueError, match="is an unfinished run"):
+        check(partial)
 
 
 def test_a_push_looks_at_cards_that_were_made_here(run):

@@ -310,6 +310,14 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, push):
 
 
 @pytest.mark.slow
+def test_a_commit_that_arrives_while_it_is_sent_again_is_found(hub, push):
+    hub.faults = Faults(commit_statuses=[503], late_commit=True)
+    done = push("--push")
+    assert done.code == 0 and "Pushed in one commit" in done.out, done.err
+    assert hub.commits("us/model") == ["Add 4 files"]
+
+
+@pytest.mark.slow
 def test_a_pull_request_whose_answer_is_lost_is_not_opened_twice(hub, push, folder):
     push("--push")
     (folder / "config.json").write_text("{}", encoding="utf-8")

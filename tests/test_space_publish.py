@@ -231,6 +231,9 @@ def test_push(commands, flags):
     assert {"app.py", "README.md", "requirements.txt", "Dockerfile"} <= there
     assert [name for name in there if name.startswith("index.lance/pictures.lance/data/")]
     assert commands.hub.repo("us/demo", "spaces").private
+    commands.hub.faults.concurrent_commit = True
+    changed = run("--repo-id", "us/demo", "--push")
+    assert changed.code and "us/demo was changed meanwhile (412)" in changed.err
     refused = run("--repo-id", "them/demo", "--push")
     assert refused.code and "error: " in refused.err and "them" in refused.err
     assert "--push needs --repo_id" in run("--push").err

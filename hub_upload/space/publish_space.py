@@ -334,8 +334,10 @@ def push_space(folder: Path, repo_id: str, private: bool, sdk: str = "docker") -
             raise PushError(NO_TOKEN)
         api = HfApi()
         api.create_repo(repo_id, repo_type="space", space_sdk=sdk, private=private or None, exist_ok=True)
+        head = api.repo_info(repo_id, repo_type="space").sha  # what others commit meanwhile is not overwritten
         commit = api.upload_folder(
             repo_id=repo_id, repo_type="space", folder_path=folder, commit_message="Demonstração do CAPIVARA",
+            parent_commit=head,
             # of an earlier version, if it is not sent again
             delete_patterns=["index*", "models/*", "*.py", "model/*", "static/*", "library/*"],
         )  # fmt: skip
