@@ -1,11 +1,13 @@
 """Search your own pictures by a sentence: an index that grows, the command `capivara`, and its page.
 
-from capivara_search import PictureIndex
+For example:
 
-index = PictureIndex.open("fotos.lance", model="hiaac-nlp/CAPIVARA")
-index.add("~/Fotos")
-for hit in index.search("um gato dormindo", k=5):
-    print(hit.path, hit.score)
+    from capivara_search import PictureIndex
+
+    index = PictureIndex.open("fotos.lance", model="hiaac-nlp/CAPIVARA")
+    index.add("~/Fotos")
+    for hit in index.search("um gato dormindo", k=5):
+        print(hit.path, hit.score)
 """
 
 from typing import TYPE_CHECKING, Any

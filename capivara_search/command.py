@@ -138,10 +138,11 @@ class Group(Command, click.Group):
         """Raises click.UsageError, which names the nearest command."""
         name = printable(args[0])
         if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
-            nearest = difflib.get_close_matches(name, [*COMMANDS, *COMMANDS.values()], n=1, cutoff=0.0)[0]
+            near = difflib.get_close_matches(name, [*COMMANDS, *COMMANDS.values()], n=1)
             if " " in name:  # a sentence: what is meant is plain
-                nearest = f'{self.words.command("search")} "{name}"'
-            text = self.words("unknown_command", name=name, nearest=f"capivara {nearest}") + self.words("see_help")
+                near = [f'{self.words.command("search")} "{name}"']
+            shown = "".join(self.words("nearest", name=f"capivara {one}") for one in near)
+            text = self.words("unknown_command", name=name) + shown + self.words("see_help")
             raise click.UsageError(text, ctx)
         return super().resolve_command(ctx, args)
 
@@ -395,9 +396,11 @@ def wrong_use(error: click.UsageError, words: Words) -> str:
         name = printable(error.option_name)
         if words.has(f"gone.{name[2:]}"):
             return words("gone", name=name, text=words(f"gone.{name[2:]}"))
-        known = [one for param in error.ctx.command.params if isinstance(param, click.Option) for one in param.opts]
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        return words("unknown_flag", name=name, nearest=nearest) + words("see_help")
+        options = [param for param in error.ctx.command.params if isinstance(param, click.Option)]
+        known = {one.lstrip("-"): one for param in options for one in param.opts}
+        near = difflib.get_close_matches(name.lstrip("-"), known, n=1)
+        shown = "".join(words("nearest", name=known[one]) for one in near)
+        return words("unknown_flag", name=name) + shown + words("see_help")
     if isinstance(error, click.MissingParameter):
         return words("missing", name=error.param.make_metavar(error.ctx)) + words("see_help")
     if isinstance(error, click.BadOptionUsage):

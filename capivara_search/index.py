@@ -1,9 +1,11 @@
 """An index of pictures: folders go in, sentences and pictures find them.
 
-index = PictureIndex.open("fotos.lance", model="hiaac-nlp/CAPIVARA")
-index.add("~/Fotos")
-for hit in index.search("um gato dormindo", k=5):
-    print(hit.path, hit.score)
+For example:
+
+    index = PictureIndex.open("fotos.lance", model="hiaac-nlp/CAPIVARA")
+    index.add("~/Fotos")
+    for hit in index.search("um gato dormindo", k=5):
+        print(hit.path, hit.score)
 """
 
 import logging
@@ -132,10 +134,10 @@ class PictureIndex:
         return add_folders(self._table, self.model, paths, exact, batch_size, progress)
 
     def mend(self) -> None:
-        """Take the newest version of a damaged index that can be read; a line of the log says what is lost.
+        """Take the newest version of a damaged index that can be read, or none; a line of the log says what is lost.
 
         Raises:
-            ValueError: there is none.
+            ValueError: its record is whole but can't be read, as of a newer LanceDB.
         """
         with self._table.locked():
             self._table.mend()

@@ -24,7 +24,13 @@ NO_ADDRESS = re.compile(r'[^!-~]|["<>\\^`{|}]')  # letters that stand in none: t
 # Of the engine's texts. The rest of them stands for a file that is missing or broken.
 CONFLICT = re.compile(r"commit conflict|concurrent (writer|transaction|commit)|Too many concurrent|preempted", re.I)
 ENGINE = re.compile(r"lance error|LanceError|Encountered corrupt|External error: Not found")
+RUST_PLACE = re.compile(r",?\s*\S+\.rs(:\d+)+")  # of the engine's code, for its developers
 DAMAGED_FILE = re.compile(r"\S+\.lance/((data|_deletions|_indices|_versions)/\S+?)[,:]?(\s|$)")
+WAYS_OUT = {
+    "damaged": "Run `capivara index` with all its folders: it takes the newest version that can be read, or makes the "
+    "index anew, and says what is lost.",
+    "damaged_remote": "Restore it from a copy, or remove it and add the pictures again.",  # others may write to it
+}
 MAX_DETAIL = 200  # letters of the engine's own text
 # Code, what the engine says, whether of object storage alone, number of the error, and what is said of it.
 KNOWN = (
@@ -82,11 +88,9 @@ def explanation(error: Exception, where: str, part: str = "") -> Exception:
         text = "Others write to the index {path} all the time. Run the same again; what was written stays"
         return coded(partial(OSError, errno.EAGAIN), "conflict", text, path=where)
     if isinstance(error, RuntimeError | ValueError) and ENGINE.search(str(error)):
-        text = (
-            "The index {path} is damaged in its part {part}: {detail}. Add its folders again, which takes the newest "
-            "version that can be read; where there is none, remove it and add the pictures again."
-        )
-        return coded(DamagedIndex, "damaged", text, path=where, part=part or "tables", detail=detail(error))
+        code = "damaged_remote" if "://" in where else "damaged"
+        text = "The index {path} is damaged in its part {part}: {detail}. " + WAYS_OUT[code]
+        return coded(DamagedIndex, code, text, path=where, part=part or "tables", detail=detail(error))
     hidden = redact(str(error))
     return error if hidden == str(error) else OSError(errno.EIO, hidden)
 
@@ -103,7 +107,7 @@ def is_of_storage(error: Exception, where: str) -> bool:
 
 def _of_storage(error: Exception, where: str) -> OSError | None:
     # Without the name of the index, which may say anything.
-    text = redact(" ".join(str(error).replace(where, "").split()))
+    text = redact(" ".join(RUST_PLACE.sub("", str(error).replace(where, "")).split()))
     for code, pattern, is_remote, number, line in KNOWN:
         if ("://" in where or not is_remote) and re.search(
             pattern, text
@@ -114,7 +118,7 @@ def _of_storage(error: Exception, where: str) -> OSError | None:
 
 def detail(error: Exception) -> str:
     """What an error says of the part that is damaged, in a line: its file where that is named."""
-    text = " ".join(str(error).split())
+    text = " ".join(RUST_PLACE.sub("", str(error)).split())
     named = DAMAGED_FILE.search(text)
     return named[1] if named else redact(text)[:MAX_DETAIL]
 

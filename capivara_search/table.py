@@ -158,8 +158,8 @@ class PictureTable:
                     raise explanation(error, self.where, name) from error
                 text = (
                     "The index {path} is damaged: the newest record of its files in {part}/_versions can't be read by "
-                    "this LanceDB. Upgrade lancedb where a newer one wrote it; else add the folders again, and where "
-                    "that fails remove the index and add the pictures again."
+                    "this LanceDB. Upgrade lancedb where a newer one wrote it; else run `capivara index` with all its "
+                    "folders, and where that fails remove the index first."
                 )
                 raise coded(DamagedIndex, "damaged_record", text, path=self.where, part=self._folder(name)) from error
             if name == PICTURES:
@@ -489,12 +489,12 @@ class PictureTable:
     def mend(self) -> None:
         """Of a damaged index in a folder, take the newest version that can be read, and say what is lost with the rest.
 
-        Called by who has the lock.
+        Called by who has the lock. Where there is no such version, the pictures are set aside, to be added again.
 
         Raises:
-            DamagedIndex: there is no such version of the pictures.
+            DamagedIndex: the record of the pictures is whole but can't be read, as of a newer LanceDB.
         """
-        for name in () if self.remote else reversed(KEYS):  # of pictures that can't be read all is left as it lies
+        for name in () if self.remote else reversed(KEYS):
             try:
                 table = self.table(name)
             except DamagedIndex:
@@ -504,7 +504,9 @@ class PictureTable:
                         break
                 table = self._tables.get(name)
                 if table is None:
-                    self._give_up(name, 0)
+                    if name == PICTURES and any(Path(self._folder(name), "_versions").glob("*.manifest")):
+                        raise
+                    self._give_up(name)
                     continue
             if table is not None and not self._can_read(table):
                 self._restore(name, table)
@@ -543,14 +545,18 @@ class PictureTable:
         del self._tables[name]
         self._give_up(name, rows)
 
-    def _give_up(self, name: str, rows: int) -> None:
-        """An empty table in place of a small one of which nothing can be read."""
+    def _give_up(self, name: str, rows: int | str = "?") -> None:
+        """Of a table of which nothing can be read: that of the pictures is set aside, a small one becomes empty."""
         if name == PICTURES:
-            text = (
-                "The index {path} is damaged: no version of its pictures can be read, {number} rows are lost. Restore "
-                "it from a copy, or remove it and add the pictures again."
-            )
-            raise coded(DamagedIndex, "damaged_whole", text, path=self.where, number=rows)
+            folder = self._folder(name)
+            places = (f"{folder}.damaged{number or ''}" for number in range(10**6))
+            os.rename(folder, aside := next(place for place in places if not os.path.lexists(place)))
+            del self._connection  # which may remember files of that name
+            logger.warning(
+                "%s is damaged, and no version of it can be read; rows lost: %s. It lies in %s now, and the index is "
+                "made anew. Add all folders again.", folder, rows, aside, extra={"code": "set_aside"},
+            )  # fmt: skip
+            return
         logger.warning("%s is damaged and taken for empty.", self._folder(name), extra={"code": "taken_for_empty"})
         with suppress(*FAILURES):
             self._connection.drop_table(name)
@@ -560,11 +566,11 @@ class PictureTable:
 def _set_newest_aside(folder: Path) -> bool:
     """Let the version before the newest one be a table's, where the record of the newest one was not written whole.
 
-    It keeps its content under another name. False where it is whole, as of a newer LanceDB, or there is no other one.
+    It keeps its content under another name. False where it is whole, as of a newer LanceDB, or there is none.
     """
     records = sorted((folder / "_versions").glob("*.manifest"), key=lambda path: (len(path.stem), path.stem))
     with suppress(OSError):
-        if len(records) > 1 and not records[0].read_bytes().endswith(b"LANC"):  # they are numbered downwards
+        if records and not records[0].read_bytes().endswith(b"LANC"):  # they are numbered downwards
             records[0].rename(records[0].with_name(records[0].name + ".damaged"))
             (folder / "_versions" / "latest_version_hint.json").unlink(missing_ok=True)
             return True

@@ -181,11 +181,13 @@ WRONG = {
         "unknown command: serch. Did you mean capivara search?",
         "comando desconhecido: serch. Seria capivara",
     ),
+    "foo": ("unknown command: foo. (--help lists all)", "comando desconhecido: foo. (--help lista tudo)"),
     "search": ("nothing to look for: write a sentence", "nada a procurar: escreva uma frase"),
     "search x --sinc 2024": (
         "unknown flag: --sinc. Did you mean --since?",
         "opção desconhecida: --sinc. Seria --since?",
     ),
+    "index . --compar": ("unknown flag: --compar. (--help", "opção desconhecida: --compar. (--help lista tudo)"),
     "status more": ("neither a flag nor a value of one: more", "não é opção nem cabe em uma: more"),
     "search x -k many": ("-k: 'many' is no whole number", "-k: 'many' não é um número inteiro"),
     "search x -k 0": ("-k: must be from 1 to 10000, got 0", "-k: deve ser de 1 a 10000, e é 0"),

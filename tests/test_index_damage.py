@@ -9,6 +9,7 @@ import pytest
 from made_index import make_pictures, rows_of, save_model
 
 from capivara_search import adding, table
+from capivara_search.command import main
 from capivara_search.index import PictureIndex
 from capivara_search.table_columns import EMPTY, LAYOUT_KEY, schema
 
@@ -68,7 +69,7 @@ def test_a_broken_data_file_is_named_and_its_pictures_are_read_again(whole, plac
     harm(data_files(place)[1])
     before = sorted((str(path), path.stat().st_mtime_ns) for path in place.rglob("*"))
     index = PictureIndex.open(place / "i", model=model)
-    with pytest.raises(ValueError, match=r"is damaged in its part pictures: .*Add its folders again"):
+    with pytest.raises(ValueError, match=r"is damaged in its part pictures: .*Run `capivara index` with"):
         index.search("um gato", k=50)
     after = sorted((str(path), path.stat().st_mtime_ns) for path in place.rglob("*"))
     assert after == before, "reading changes nothing"
@@ -85,24 +86,52 @@ def test_a_broken_record_of_the_newest_version_gives_way_to_the_one_before(whole
     newest = min(versions.glob("*.manifest"))
     newest.write_bytes(b"broken")
     index = PictureIndex.open(place / "i", model=model)
-    with pytest.raises(ValueError, match=r"is damaged: the newest record of its files in .*add the folders again"):
+    with pytest.raises(ValueError, match=r"is damaged: the newest record of its files in .*run `capivara index` with"):
         index.search("um gato")
     assert index.add(whole / "fotos").new > 0
     assert len(PictureIndex.open(place / "i")) == ROWS
     assert newest.with_name(f"{newest.name}.damaged").read_bytes() == b"broken"
 
 
-@pytest.mark.parametrize("harm", ["broken", "gone"])
-def test_without_any_record_the_index_is_refused_with_the_way_out(place, model, harm):
-    versions = place / "i" / "pictures.lance" / "_versions"
-    for path in versions.iterdir():
-        path.write_bytes(b"broken")
-    if harm == "gone":
-        shutil.rmtree(versions)
-    before = data_files(place)
-    with pytest.raises(ValueError, match=r"is damaged: no version of its pictures can be read.*remove it and add"):
-        PictureIndex.open(place / "i", model=model).add(place / "fotos")
-    assert data_files(place) == before
+@pytest.mark.parametrize(("part", "lost"), [("data", ROWS), ("_versions", "?"), ("no _versions", "?")])
+def test_pictures_of_which_no_version_can_be_read_are_set_aside_and_added_anew(whole, place, model, part, lost, caplog):
+    index, folder = PictureIndex.open(place / "i"), place / "i" / "pictures.lance"
+    known = rows_of(index)
+    index._table.purge()  # of the first version, which has no rows and can be read
+    for path in (folder / part.removeprefix("no ")).iterdir():
+        os.truncate(path, 100)
+    if part == "no _versions":
+        shutil.rmtree(folder / "_versions")
+    (place / "i" / "pictures.lance.damaged").mkdir()  # of an earlier time
+    left = [path.read_bytes() for path in data_files(place)]
+    index = PictureIndex.open(place / "i", model=model)
+    with pytest.raises(ValueError, match=r"is damaged.* [Rr]un `capivara index` with all its folders") as caught:
+        index.search("um gato")
+    assert ".rs" not in str(caught.value)
+    added = index.add(whole / "fotos", batch_size=1)
+    assert f"no version of it can be read; rows lost: {lost}. It lies in {folder}.damaged1 now" in caplog.text
+    assert (added.new, added.embedded, len(added.left_out)) == (ROWS, ROWS, 1)
+    folder.with_name("pictures.lance.damaged1").rename(place / "i" / "kept")
+    assert [path.read_bytes() for path in sorted((place / "i/kept/data").iterdir(), key=os.path.getmtime)] == left
+    assert rows_of(PictureIndex.open(place / "i")) == known
+    assert len(index.search("um gato", k=50)) == ROWS
+
+
+def test_what_is_lost_is_said_in_portuguese(whole, place, model, capsys):
+    PictureIndex.open(place / "i")._table.purge()
+    for path in data_files(place):
+        os.truncate(path, 100)
+
+    def capivara(*words):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, "--lang", "pt", "--index", str(place / "i"), "--model", model])
+        return ended.value.code, capsys.readouterr().err
+
+    code, error = capivara("buscar", "x")
+    assert code and "Rode capivara indexar com todas as suas pastas, o que" in error
+    code, error = capivara("indexar", str(whole / "fotos"))
+    assert code == 0 and f"linhas perdidas: {ROWS}. Agora ele está em {place / 'i'}" in error
+    assert capivara("buscar", "x") == (0, "")
 
 
 @pytest.mark.parametrize("name", ["left_out", "about"])

@@ -1,7 +1,9 @@
 """Answers of the page: from a question to plain values for JSON, and words that are worth searching for.
 
-answers = Answers(index)
-answers.search(Question.read({"text": "um gato", "k": 12}), None)["hits"]
+For example:
+
+    answers = Answers(index)
+    answers.search(Question.read({"text": "um gato", "k": 12}), None)["hits"]
 """
 
 import contextlib

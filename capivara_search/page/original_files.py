@@ -1,7 +1,9 @@
 """The files of the pictures: only those that are rows of the index, and only as pictures.
 
-files = OriginalFiles(index, decoder)
-files.view("/home/ana/Fotos/praia.jpg")  # JPEG of at most 1600 pixels
+For example:
+
+    files = OriginalFiles(index, decoder)
+    files.view("/home/ana/Fotos/praia.jpg")  # JPEG of at most 1600 pixels
 """
 
 import contextlib
