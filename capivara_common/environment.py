@@ -1,6 +1,7 @@
 """The machine and the installation: versions, device, processes, memory, caches, signals, extras that are missing."""
 
 import atexit
+import ctypes
 import os
 import platform
 import signal
@@ -149,6 +150,13 @@ def resolve_precision(requested: str, device: "torch.device") -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return "bf16" if native else "no"
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: given back, it would be fetched again, page by page, at the next training step."""
+    with suppress(OSError, AttributeError):  # another system, or its C library
+        for option, value in ((-1, 2**31 - 1), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: mallopt(3)
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def free_memory(device: "torch.device") -> int:

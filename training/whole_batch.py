@@ -3,9 +3,9 @@
     step = WholeBatch(model, accelerator, seed=0)
     report = step(0, batches, pairs=2816, image_embeds=embeds)  # the gradients are in the parameters
 
-Plain autograd: every micro-batch is embedded, those whose graph does not fit under `torch.utils.checkpoint`, and the
-loss is taken of all embeddings together. A micro-batch that is embedded again has the random state of its first time,
-so the gradient is the same to the bit whatever was kept.
+Plain autograd: every micro-batch is embedded, those whose graph does not fit under `torch.utils.checkpoint`, the loss
+is taken of all embeddings together, and each micro-batch has a backward pass of its own. One that is embedded again has
+the random state of its first time, so the gradient is the same to the bit whatever was kept.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from capivara_common.environment import free_memory
+from capivara_common.environment import free_memory, keep_freed_memory
 from training.batches import MicroBatch
 
 TILE_LOGITS = 2**24  # logits at once, 64 MiB in float32
@@ -53,6 +53,9 @@ class WholeBatch:
     _bytes_a_token: float = 0.0  # of a graph, as the first micro-batch has it
     _bytes_a_text: float = 1.0
 
+    def __post_init__(self) -> None:
+        keep_freed_memory()
+
     def __call__(
         self, step: int, batches: Sequence[MicroBatch], pairs: int, image_embeds: Tensor | None = None
     ) -> StepReport:
@@ -73,23 +76,30 @@ class WholeBatch:
             raise ValueError(f"The loss needs at least 2 pairs, got {pairs}.")
         own = torch.cat([torch.empty(0, dtype=torch.long), *(batch.positions for batch in batches)])
         own = own.to(self.accelerator.device)
-        with word_rows(self.model.get_input_embeddings(), [batch.input_ids.to(own.device) for batch in batches]):
+        words = word_rows(self.model.get_input_embeddings(), [batch.input_ids.to(own.device) for batch in batches])
+        with words, self.accelerator.autocast():  # one for all micro-batches: each weight is cast once a step
             parts, kept = self._embedded(step, batches)
-            texts = self._of_all([text for text, _ in parts], own, pairs)
+            leaves = [[side.detach().requires_grad_(side.requires_grad) for side in part] for part in parts]
+            texts = self._of_all([leaf[0] for leaf in leaves], own, pairs)
             if image_embeds is None:
-                image_embeds = self._of_all([image for _, image in parts], own, pairs)
+                image_embeds = self._of_all([leaf[1] for leaf in leaves], own, pairs)
             loss = (self.loss or contrastive_loss)(texts, image_embeds, self.logit_scale, own)
             whole = loss.detach().clone()
             if self.accelerator.num_processes > 1:
                 torch.distributed.all_reduce(whole)
             if not torch.isfinite(whole):
                 raise FloatingPointError(f"The loss is {whole.item()}.")
-            self.accelerator.backward(loss)
+            with torch.autocast(own.device.type, enabled=False):
+                self.accelerator.backward(loss)
+                # One by one: of a weight's cast, which all share, a common pass would sum the gradients in 8 bits.
+                for part, leaf in zip(parts, leaves, strict=True):
+                    sides = [i for i, side in enumerate(leaf) if side.grad is not None]
+                    torch.autograd.backward([part[i] for i in sides], [leaf[i].grad for i in sides])
         if self.accelerator.num_processes > 1:
             self._sum_over_processes()
         return StepReport(whole.item(), kept)
 
-    def _embedded(self, step: int, batches: Sequence[MicroBatch]) -> tuple[list[tuple[Tensor, Tensor | None]], int]:
+    def _embedded(self, step: int, batches: Sequence[MicroBatch]) -> tuple[list[list[Tensor]], int]:
         """The embeddings of each micro-batch, and how many of them, from the longest on, keep their graph."""
         parts, kept, spent = [], 0, 0.0
         if self.budget is None and batches:  # of the first micro-batch: its graph, and what is left beside Adam
@@ -107,14 +117,12 @@ class WholeBatch:
                 parts.append(checkpoint(self._embed, step, batch, use_reentrant=False, preserve_rng_state=False))
         return parts[::-1], kept
 
-    def _embed(self, step: int, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
+    def _embed(self, step: int, batch: MicroBatch) -> list[Tensor]:
+        """(rows, width) of the texts, and of the images where the micro-batch has their pixels."""
         state = np.random.SeedSequence([self.seed, step, batch.index]).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(state >> np.uint64(1)))  # dropout: the same both times, on any number of processes
-        # An autocast of its own: within one that all share, each weight is cast once, and the gradients of the
-        # micro-batches are summed in the cast's 8 bits.
-        with self.accelerator.autocast():
-            output = self.model(**batch.inputs(self.accelerator.device))
-        return output.text_embeds, output.image_embeds
+        output = self.model(**batch.inputs(self.accelerator.device))
+        return [side for side in (output.text_embeds, output.image_embeds) if side is not None]
 
     def _of_all(self, parts: Sequence[Tensor], own: Tensor, pairs: int) -> Tensor:
         """(pairs, width) of all processes; `parts` are this one's rows `own`, and gradients come back to them."""
@@ -183,15 +191,14 @@ def word_rows(table: nn.Embedding, input_ids: Sequence[Tensor]) -> Iterator[None
     ids = torch.cat([torch.empty(0, dtype=torch.long, device=table.weight.device), *map(torch.flatten, input_ids)])
     ids = ids.unique()
     before, table.sparse = table.sparse, True  # added to the gradient that is there; a dense one is as large again
-    rows = table(ids)  # by its own forward: some tables scale their rows, and padding's has a gradient of zero
+    found = table(ids)  # by its own forward: some tables scale their rows, and padding's has a gradient of zero
     table.sparse = before
+    rows = found.detach().requires_grad_(found.requires_grad)  # a leaf, where several backward passes are summed
     ended = False
 
     def within(gradient: Tensor) -> None:
         if ended:  # what was looked up again, meanwhile, was looked up in the whole table
             raise RuntimeError("The backward pass of texts belongs within `word_rows`.")
-        if table.weight.grad is None:
-            table.weight.grad = torch.zeros_like(table.weight)
 
     if rows.requires_grad:
         rows.register_hook(within)
@@ -201,10 +208,14 @@ def word_rows(table: nn.Embedding, input_ids: Sequence[Tensor]) -> Iterator[None
     finally:
         del table.forward
         ended = True
+    if rows.grad is not None:
+        if table.weight.grad is None:
+            table.weight.grad = torch.zeros_like(table.weight)
+        found.backward(rows.grad)
 
 
 def graph_bytes(run: Callable[[], object], model: nn.Module) -> int:
-    """Bytes that autograd saves for the backward pass of `run`, the model's own tensors left out."""
+    """Bytes that autograd saves for the backward pass of `run`, the model's own tensors and their casts left out."""
     seen = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     sizes = []
 
@@ -216,6 +227,7 @@ def graph_bytes(run: Callable[[], object], model: nn.Module) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        result = run()  # alive until all is counted: freed storage would be given out again
-    del result
-    return sum(sizes)
+        results = [run()]  # alive until all is counted: freed storage would be given out again
+        shared = sum(sizes)  # with the casts of weights, which another run has again
+        results.append(run())
+    return sum(sizes) - shared
