@@ -1,8 +1,9 @@
-"""Records as a pandas table: means and deviations over seeds, gains over a baseline; and tables as Markdown.
+"""Records as a pandas table, and tables as Markdown: means and deviations over seeds, gains over a baseline.
 
-values = values_of(records_frame(files), "folder")
-for pair in pairs_of(values):
-    print(pair["metric"], pair["capivara"].mean, pair["capivara"].deviation, pair["gain"])
+    pairs = pairs_of(values_of(records_frame(files), "folder"))
+    pairs[0]["metric"], pairs[0]["capivara"].mean, pairs[0]["capivara"].deviation, pairs[0]["gain"]
+
+A row of the table is one measured value.
 """
 
 import math
