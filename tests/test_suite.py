@@ -16,7 +16,7 @@ from tiny import randomise, tiny_config
 
 from capivara_common.files import read_json
 from eval import suite
-from eval.benchmarks import FOLDER, locate, read_benchmark
+from eval.benchmarks import FOLDER, read_benchmark
 from eval.prompts import load_prompts
 from eval.records.schema import read_records
 from eval.suite import main, suite_rows
@@ -316,17 +316,3 @@ def test_two_processes_give_the_bits_of_one(models, data, tmp_path, monkeypatch)
         same = tmp_path / "two-cache" / path.relative_to(tmp_path / "one-cache")
         assert path.read_bytes() == same.read_bytes()
     assert len(shards) > 6
-
-
-def test_where_data_are_looked_for(tmp_path):
-    for key in ("imagenet-1k", "cifar-10"):
-        (tmp_path / key).mkdir()
-
-    def place(key):
-        found = locate(BENCHMARKS[key], tmp_path)
-        return found["data"], found["local"], found["reason"]
-
-    assert place("cifar-10") == (str(tmp_path / "cifar-10"), True, "")
-    assert place("babel-imagenet") == (str(tmp_path / "imagenet-1k"), True, "")
-    assert place("gtsrb") == ("clip-benchmark/wds_gtsrb", False, "")
-    assert "no Hub id is known; put them into --data_dir as food-101" in place("food-101")[2]
