@@ -24,13 +24,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
 from capivara_common.cli import run_command, user_errors
-from capivara_common.environment import (
-    device_description,
-    package_versions,
-    processes,
-    require,
-    resolve_precision,
-)
+from capivara_common.environment import device_description, package_versions, processes, require, resolve_precision
 from capivara_common.files import RUN_MARKER, finish_folder, partial_folder, read_json, write_json, write_text
 from capivara_common.privacy import short_name
 from caption_data.pairs import pairs_fingerprint
@@ -137,7 +131,6 @@ def train(args: RunArguments, inputs: Inputs, checkpoints: Checkpoints, resume: 
     settings = args.to_dict()
     tracked = {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()}
     accelerator.init_trackers("capivara", tracked)
-    inputs.base = None  # its memory is needed
     set_seed(args.seed)
     model = load_model(args.model)
     wrapped = prepare_trainable(model, args)

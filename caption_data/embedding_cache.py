@@ -12,10 +12,8 @@ batch has rows of two shards, so that a shard does not depend on who makes it, n
 import io
 import json
 import logging
-import os
 import resource
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from accelerate.utils import broadcast_object_list
 
 from capivara_common.environment import cache_home, processes
 from capivara_common.files import DIGEST_BYTES, has_digest, write_with_digest
+from capivara_common.image_files import by_threads
 
 FILES_VERSION = 2  # of the shards; raise it when their form changes
 # What makes shards, by their numbers: of each the array, and the bad rows, counted in the shard, with what is wrong.
@@ -55,8 +54,7 @@ class EmbeddingCache:
         """Shards that are still to be made, damaged ones among them; the same on all processes of a launch."""
         found: list[Any] = [None]
         if processes().is_main_process:
-            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-                found = [[number for number, good in enumerate(threads.map(has_digest, self.paths)) if not good]]
+            found = [[number for number, good in enumerate(by_threads(has_digest, self.paths)) if not good]]
             for path in filter(Path.exists, [self.paths[number] for number in found[0]]):
                 logger.warning("%s is damaged, or of an earlier version; it is made anew.", path)
         return broadcast_object_list(found)[0]

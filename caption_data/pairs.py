@@ -1,7 +1,8 @@
-"""What a run needs of a caption row, image and captions: one `map` over a split, kept in a file; bad rows are listed.
+"""What a run needs of a caption row, image and captions: one `map` over a split, kept in a file.
 
-table = pair_table(split, ["captions-pt"], lambda row: row["captions-pt"], {"captions": "all"})
-pairs, skipped = usable(table), skipped_rows(table, split)
+    table = pair_table(split, ["captions-pt"], lambda row: row["captions-pt"], {"captions": "all"})
+
+Its pairs are `usable(table)`, the bad rows are listed: `skipped_rows(table, split)`.
 """
 
 import os

@@ -132,8 +132,9 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     images = store.images(data.images)
     scores = images.embeds @ class_embeddings(store, prompts).T
     labels = [data.labels[row] for row in images.rows.tolist()]
-    unnamed = max(0, prompts.classes - scores.shape[1])  # classes that the list has no name for can't be predicted
-    scores = F.pad(scores, (0, unnamed), value=-2.0)  # below any cosine
+    # Classes that the list has no name for can't be predicted: they score below any cosine.
+    unnamed = max(0, len(prompts.names_en) - len(prompts.names)) if prompts.indices is None else 0
+    scores = F.pad(scores, (0, unnamed), value=-2.0)
     values = classification_metrics(scores, labels, prompts.metric)
     shared = {"task": "classification", "dataset": prompts.benchmark, "split": args.split, "direction": ""}
     shared |= {"language": prompts.language, "n": len(labels), "seed": args.seed}

@@ -145,11 +145,6 @@ class EmbeddingStore:
         processes().wait_for_everyone()  # the temporary folder goes with the store of the main process
         return cache
 
-    def close(self) -> None:
-        """Remove the temporary folder, where there is one, before this object goes."""
-        if self._temporary:
-            self._temporary.cleanup()
-
 
 def distinct_texts(texts: Sequence[str]) -> list[str]:
     """The different ones, so that neighbours are padded to the same length."""

@@ -109,7 +109,13 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Found:
     strict = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     with whole_folder(output, overwrite) as folder:
         blocks = [_block(rows, found, folder) for rows in tables_of(records_frame(found.results))]
-        runs = [(name, run, _run_pictures(name, run, found, folder)) for name, run in found.runs]
+        runs = []
+        for name, run in found.runs:
+            language = str(run["config"].get("language")) if isinstance(run.get("config"), dict) else ""
+            curve = run["curve"], language if language.isalpha() else "unknown"
+            curves = _draw(f"curves {name}", found, folder, plot_training_curves, *curve)
+            sheets, title = [Path(name).with_name(SHEET)], "Test captions with the pictures found for them"
+            runs.append((name, run, [curves, *_copies(sheets, title, found, folder)]))
         strict.globals = {"points": points, "line": lambda text: one_line(hide_paths(str(text)), 300)}
         page = strict.from_string(TEMPLATE.read_text("utf-8")).render(found=found, blocks=blocks, runs=runs)
         # Half a surrogate pair can't be written.
@@ -122,14 +128,6 @@ def tables_of(frame: pandas.DataFrame) -> list[pandas.DataFrame]:
     dataset = frame["dataset"].where(frame["task"] == "retrieval", "")
     order = [frame["task"].map(TASKS.index), frame["language"] != "pt", dataset, "split", "language", "dim", "protocol"]
     return [rows for _, rows in frame.groupby(order)]
-
-
-def open_picture(folder: Path, inside: str) -> Image.Image:
-    """The picture inside of the resolved `folder`, on white; raises BadImage where it may not or can't be shown."""
-    image = decode_image({"bytes": None, "path": str(folder / inside)}, ImageFiles(Bounds(folder)))
-    opaque = Image.new("RGBA", image.size, "white")
-    opaque.alpha_composite(image.convert("RGBA"))
-    return opaque.convert("RGB")
 
 
 def _check_curve(curve: Any) -> None:
@@ -180,14 +178,6 @@ def _block(rows: pandas.DataFrame, found: Found, output: Path) -> dict[str, Any]
     }  # fmt: skip
 
 
-def _run_pictures(name: str, run: dict[str, Any], found: Found, output: Path) -> list[tuple[str | None, str]]:
-    """The curves of a run, and the sheet of queries that lies beside its `run.json`."""
-    language = str(run["config"].get("language")) if isinstance(run.get("config"), dict) else ""
-    curve = run["curve"], language if language.isalpha() else "unknown"
-    sheet = _copies([Path(name).with_name(SHEET)], "Test captions with the pictures found for them", found, output)
-    return [_draw(f"curves {name}", found, output, plot_training_curves, *curve), *sheet]
-
-
 def _draw(title: str, found: Found, output: Path, plot: Callable, *what: Any) -> tuple[str, str]:
     """File and title of a chart."""
     found.pictures += 1
@@ -196,11 +186,11 @@ def _draw(title: str, found: Found, output: Path, plot: Callable, *what: Any) ->
 
 
 def _copies(sheets: list[Path], title: str, found: Found, output: Path) -> list[tuple[str | None, str]]:
-    """File and title of a copy of each picture inside of the folder that is there; no file where it can't be shown."""
-    copies = []
+    """File and title of a copy, on white, of each picture inside of the folder; no file where it can't be shown."""
+    copies, files = [], ImageFiles(Bounds(found.folder))
     for inside in (sheet for sheet in sheets if os.path.lexists(found.folder / sheet)):
         try:
-            image = open_picture(found.folder, str(inside))
+            image = decode_image({"bytes": None, "path": str(found.folder / inside)}, files).convert("RGBA")
         except BadImage as error:  # its detail may name folders of this machine
             found.faults.append((one_line(str(inside), 120), f"this picture is not shown: {error.reason}"))
             copies.append((None, title))
@@ -208,7 +198,9 @@ def _copies(sheets: list[Path], title: str, found: Found, output: Path) -> list[
             found.pictures += 1
             image.thumbnail((1600, 1600))
             copies.append((f"{found.pictures:03d}.jpg", title))
-            image.save(output / copies[-1][0], quality=85)  # encoded anew: nothing but its pixels gets out
+            opaque = Image.new("RGB", image.size, "white")
+            opaque.paste(image, mask=image)
+            opaque.save(output / copies[-1][0], quality=85)  # encoded anew: nothing but its pixels gets out
     return copies
 
 

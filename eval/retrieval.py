@@ -17,9 +17,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from capivara_common.cli import at_least, flag, run_command
+from capivara_common.cli import flag, run_command
 from capivara_common.environment import processes
 from capivara_common.files import check_output_file
 from capivara_common.image_files import DATASET_HELP, BadRow, CaptionDataArguments
@@ -63,10 +62,6 @@ class RetrievalArguments(CaptionDataArguments, ModelArguments):
     )
     seed: int | None = flag(None, "Seed of the training run, for the records.")
     dataset_name: str | None = flag(None, "What records call the data set; its last parts.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, 1, "dim")
 
 
 @dataclass(frozen=True)
@@ -215,9 +210,8 @@ def load_data(args: RetrievalArguments) -> RetrievalData:
     source = open_split(args.dataset, args.split, args.image_column, **args.limits())
     column = args.caption_column.replace("{language}", args.language)
     source.check_columns([args.image_column, column])
-    quiet = not processes().is_main_process
-    rows = tqdm(source.rows(only=[column]), total=len(source), desc="Reading captions", unit="row", disable=quiet)
-    captions = [_chosen(row.get(column), column, args.caption_positions, number) for number, row in enumerate(rows)]
+    found = source.data[column][:]
+    captions = [_chosen(value, column, args.caption_positions, number) for number, value in enumerate(found)]
     if source.damaged:
         raise ValueError(f"{source.where} is damaged: {source.damaged[0].detail}. Fetch or make it again.")
     flat_captions(captions)

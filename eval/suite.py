@@ -22,11 +22,11 @@ from typing import Any, Literal
 import jinja2
 import pandas
 
-from capivara_common.cli import WrongUse, flag, parse, run_command, user_errors
+from capivara_common.cli import WrongUse, flag, parse, run_command, unknown, user_errors
 from capivara_common.environment import package_versions, processes
 from capivara_common.files import read_json, seed_folders, write_json, write_text
 from capivara_common.privacy import hide_paths
-from eval.benchmarks import FOLDER, SUITES, Benchmark, load_benchmarks, locate, must_be_known, read_benchmark
+from eval.benchmarks import FOLDER, SUITES, Benchmark, load_benchmarks, locate, read_benchmark
 from eval.classification import ClassificationArguments
 from eval.classification import evaluate as evaluate_classification
 from eval.embeddings import EmbeddingArguments
@@ -77,9 +77,10 @@ def chosen(args: SuiteArguments) -> list[Benchmark]:
     """
     every = load_benchmarks()
     languages = dict.fromkeys(code for benchmark in every.values() for code in benchmark.all_languages)
-    must_be_known("suite", [args.suite], list(SUITES))
-    must_be_known("benchmark", args.only, list(every))
-    must_be_known("language", args.languages, list(languages))
+    asked = [("suite", [args.suite], SUITES), ("benchmark", args.only, every), ("language", args.languages, languages)]
+    for what, names, known in asked:
+        if wrong := [name for name in names if name not in known]:
+            raise WrongUse(unknown(wrong[0], what, list(known), f"There are {', '.join(known)}."))
     if args.data_dir and not args.data_dir.is_dir():
         raise WrongUse(f"--data_dir {args.data_dir} is no folder.")
     if args.protocol == "authors" and not args.authors_file:
@@ -217,10 +218,7 @@ def _summary(args: SuiteArguments, models: list[dict[str, Any]], measurements: l
 
 
 def suite_rows(
-    pairs: list[tuple[Benchmark, str]],
-    values: list[dict[str, Any]],
-    runs: dict[str, int],
-    protocol: str = "ours",
+    pairs: list[tuple[Benchmark, str]], values: list[dict[str, Any]], runs: dict[str, int], protocol: str = "ours"
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of a suite's table, as data, in per cent; and a line where the average of ELEVATER is left out.
 

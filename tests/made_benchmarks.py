@@ -29,12 +29,11 @@ def save_pictures(folder: Path) -> list[str]:
     return names
 
 
-def make_captions(folder: Path, column: str, captions: int = 5) -> None:
-    """A saved data set of the columns that the Hub's copies have."""
-    features = Features({"image": Image(), column: List(Value("string"))})
-    texts = [[f"foto {row} azul {i}" for i in range(captions)] for row in range(IMAGES)]
-    rows = Dataset.from_dict({"image": list(map(picture, range(IMAGES))), column: texts}, features=features)
-    DatasetDict(test=rows).save_to_disk(folder)
+def save_test(folder: Path, column: str, feature: List, values: list) -> None:
+    """A saved data set with a picture for each value of a column."""
+    rows = {"image": list(map(picture, range(len(values)))), column: values}
+    features = Features({"image": Image(), column: feature})
+    DatasetDict(test=Dataset.from_dict(rows, features=features)).save_to_disk(folder)
 
 
 def make_releases(folder: Path) -> None:
@@ -75,19 +74,14 @@ def make_classes(folder: Path, key: str, classes: int = 3) -> None:
             picture(10 * number + i).save(folder / name / f"{i}.png")
 
 
-def make_several_labels(folder: Path, key: str) -> None:
-    names = load_prompts(key).names_en
-    features = Features({"image": Image(), "label": List(ClassLabel(names=names))})
-    labels = [[number % len(names), (number + 3) % len(names)] for number in range(len(names))]
-    rows = {"image": [picture(number) for number in range(len(names))], "label": labels}
-    DatasetDict(test=Dataset.from_dict(rows, features=features)).save_to_disk(folder)
-
-
 def make_data(folder: Path, key: str) -> None:
     """A small folder of a benchmark."""
-    if key in ("flickr30k-pt", "coco-pt"):
-        make_captions(folder, "caption")
+    if key in ("flickr30k-pt", "coco-pt"):  # the column is that of the Hub's copies
+        texts = [[f"foto {row} azul {i}" for i in range(5)] for row in range(IMAGES)]
+        save_test(folder, "caption", List(Value("string")), texts)
     elif key == "voc-2007-classification":
-        make_several_labels(folder, key)
+        names = load_prompts(key).names_en
+        labels = [[number, (number + 3) % len(names)] for number in range(len(names))]
+        save_test(folder, "label", List(ClassLabel(names=names)), labels)
     else:
         make_classes(folder, key, classes=2 if len(load_prompts(BENCHMARKS[key].prompts).names_en) == 2 else 3)

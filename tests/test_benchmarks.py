@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,11 +12,10 @@ from benchmarks import timing
 
 @pytest.mark.slow
 def test_import_costs_little_over_transformers():
-    """In CPU time, and the least of three: seconds of two imports differ by more where others use the machine."""
+    """In CPU time, and once of three times: seconds of two imports differ by more where others use the machine."""
     base = "from transformers import PreTrainedModel, AutoModel, AutoProcessor"
     timed = f"import time; {base}; s = time.process_time(); import modeling_capivara; print(time.process_time() - s)"
-    runs = [subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True, check=True) for _ in range(3)]
-    assert min(float(run.stdout) for run in runs) < 0.3
+    assert any(float(subprocess.check_output([sys.executable, "-c", timed], text=True)) < 0.3 for _ in range(3))
 
 
 def test_programs_take_turns_and_the_warm_up_is_not_counted():
@@ -31,11 +31,13 @@ def test_a_ratio_is_the_median_of_the_runs():
 
 
 @pytest.mark.slow
-def test_encode_embeds_the_same_as_open_clip(tmp_path):
-    from benchmarks.encode import main
+def test_encode_embeds_the_same_as_open_clip(tmp_path, monkeypatch):
+    from benchmarks import encode
+    from modeling_capivara import CapivaraConfig
 
-    flags = ["--images", "2", "--captions", "4", "--runs", "1", "--output", str(tmp_path / "encode.json")]
-    main(flags)
+    tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 1}
+    monkeypatch.setattr(encode, "CapivaraConfig", lambda: CapivaraConfig(vision_config=tower, text_config=tower))
+    encode.main(["--images", "2", "--captions", "4", "--runs", "1", "--output", str(tmp_path / "encode.json")])
     measured = json.loads((tmp_path / "encode.json").read_text())["measured"]
     assert set(measured) == {f"{what}_{p}" for what in ("images", "captions") for p in ("float32", "bfloat16")}
     assert all(measured[f"{what}_float32"]["largest_difference"] < 1e-5 for what in ("images", "captions"))
@@ -54,10 +56,14 @@ def test_eval_retrieval_at_small_size(tmp_path):
 
 
 @pytest.mark.slow
-def test_pairs_at_small_size(tmp_path):
-    from benchmarks.pairs import main
+def test_pairs_at_small_size(tmp_path, monkeypatch):
+    from benchmarks import pairs
 
-    main(["--rows", "300", "--output", str(tmp_path / "p.json")])
+    monkeypatch.setenv("CAPIVARA_CACHE", str(tmp_path))  # is set, and put back after the test
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(pairs, "in_own_process", lambda words: pairs.measure_here(Path(words[-1])))
+    pairs.main(["--rows", "300", "--output", str(tmp_path / "p.json")])
     found = json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
     assert 200 < found["pairs"] < 300 and found["measured"]["second"]["pairs"] == found["pairs"]
     assert found["minutes"] > 0 and 0 < found["imports_gib"] <= found["peak_gib"] < 4

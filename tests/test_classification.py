@@ -2,36 +2,43 @@
 
 import io
 import json
+import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Sequence
+from datasets import ClassLabel, Dataset, DatasetDict, Image, Sequence
 
 from capivara_common.image_files import BadImage
 from caption_data.labelled_images import _by_name, load_images
-from eval.classification import chance_of, class_embeddings, classification_metrics, main
-from eval.embeddings import EmbeddingStore
+from eval.classification import chance_of, classification_metrics, main
 from eval.prompts import load_prompts
-from modeling_capivara.two_towers import load_embedder
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+CLASS = ClassLabel(names=CIFAR)
+SHUFFLED = sorted(CIFAR, reverse=True)
 
 
-@pytest.fixture
-def image_folder(tmp_path):
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
     """Three noisy pictures a class of CIFAR-10, a sub-folder a class."""
-    generator = np.random.default_rng(0)
+    generator, folder = np.random.default_rng(0), tmp_path_factory.mktemp("made") / "images"
     for number, name in enumerate(CIFAR):
-        folder = tmp_path / "images" / name
-        folder.mkdir(parents=True)
+        (folder / name).mkdir(parents=True)
         for i in range(3):
             colour = np.array([number * 25, 255 - number * 25, number * 13])
             pixels = (generator.random((40, 40, 3)) * 40 + colour * 0.8).astype(np.uint8)
-            PIL.Image.fromarray(pixels).save(folder / f"{i}.png")
-    return tmp_path / "images"
+            PIL.Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def own_pictures(pictures, tmp_path) -> Path:
+    """A copy of them that a test may change."""
+    return shutil.copytree(pictures, tmp_path / "images")
 
 
 def flags(folder, pictures, result, **more) -> list[str]:
@@ -39,10 +46,21 @@ def flags(folder, pictures, result, **more) -> list[str]:
     return [part for key, value in values.items() for part in (f"--{key}", str(value))]
 
 
-def test_a_folder_of_images(tiny_folder, image_folder, tmp_path, capsys):
-    (image_folder / "cat" / "1.png").write_bytes(b"no picture")
-    main(flags(tiny_folder, image_folder, tmp_path / "r.json"))
-    content = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+def result_of(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def saved(folder: Path, files: list[Path], labels: list, feature=None) -> str:
+    """A saved data set of these files."""
+    rows = Dataset.from_dict({"image": list(map(str, files)), "label": labels}).cast_column("image", Image())
+    DatasetDict(test=rows.cast_column("label", feature) if feature else rows).save_to_disk(folder / "saved")
+    return str(folder / "saved")
+
+
+def test_a_folder_of_images(saved_tiny_folder, own_pictures, tmp_path, capsys):
+    (own_pictures / "cat" / "1.png").write_bytes(b"no picture")
+    main(flags(saved_tiny_folder, own_pictures, tmp_path / "r.json"))
+    content = result_of(tmp_path / "r.json")
     assert content["skipped_rows"] == 1 and len(content["skipped"]) == 1
     values = {record["metric"]: record for record in content["records"]}
     assert set(values) == {"accuracy", "top_5_accuracy"} and values["accuracy"]["n"] == 29
@@ -50,43 +68,27 @@ def test_a_folder_of_images(tiny_folder, image_folder, tmp_path, capsys):
     assert matrix.sum() == 29 and matrix.trace() / 29 == pytest.approx(values["accuracy"]["value"])
     assert content["classes"][0] == "avião" and values["accuracy"]["chance"] == 0.1
     assert "accuracy" in capsys.readouterr().out
+    assert str(tmp_path) not in json.dumps(content) and values["accuracy"]["model_folder"] == "model"
 
 
-def test_scores_are_cosines_with_the_mean_of_the_prompts(tiny_folder, tmp_path):
-    embedder, prompts = load_embedder(str(tiny_folder)), load_prompts("cifar-10")
-    embeds = class_embeddings(EmbeddingStore(embedder, tmp_path), prompts)
-    each = embedder.texts(prompts.filled[3], 4)
-    torch.testing.assert_close(embeds[3], torch.nn.functional.normalize(each.mean(0), dim=0), rtol=1e-4, atol=1e-5)
+def test_classes_are_matched_by_name(pictures, tmp_path):
+    files = [pictures / name / "0.png" for name in SHUFFLED]
+    folder = saved(tmp_path, files, list(range(10)), ClassLabel(names=SHUFFLED))
+    assert load_images(folder, "test", CIFAR).labels == [CIFAR.index(name) for name in SHUFFLED]
+    for split, names, more, message in (
+        ("test", ["avião", *CIFAR[1:]], {}, r"don't match by name: \['airplane'.*'avião' are missing|are unknown"),
+        ("train", CIFAR, {}, "no split 'train'"),
+        ("test", CIFAR, {"label_column": "class"}, "no column 'class'; there are"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_images(folder, split, names, **more)
 
 
-def test_classes_are_matched_by_name(image_folder, tmp_path):
-    shuffled = sorted(CIFAR, reverse=True)
-    features = Features({"image": Image(), "label": ClassLabel(names=shuffled)})
-    pictures = [str(image_folder / name / "0.png") for name in shuffled]
-    rows = Dataset.from_dict({"image": pictures, "label": list(range(10))}, features=features)
-    DatasetDict(test=rows).save_to_disk(tmp_path / "saved")
-    images = load_images(str(tmp_path / "saved"), "test", CIFAR)
-    assert images.labels == [CIFAR.index(name) for name in shuffled]
-    with pytest.raises(ValueError, match=r"don't match by name: \['airplane'.*'avião' are missing|are unknown"):
-        load_images(str(tmp_path / "saved"), "test", ["avião", *CIFAR[1:]])
-    with pytest.raises(ValueError, match="no split 'train'"):
-        load_images(str(tmp_path / "saved"), "train", CIFAR)
-    with pytest.raises(ValueError, match="no column 'class'; there are"):
-        load_images(str(tmp_path / "saved"), "test", CIFAR, label_column="class")
-
-
-def test_labels_without_a_name_are_refused(image_folder, tmp_path):
-    rows = Dataset.from_dict({"image": [str(image_folder / "cat" / "0.png")], "label": [10]})
-    DatasetDict(test=rows.cast_column("image", Image())).save_to_disk(tmp_path / "saved")
+def test_labels_several_an_image_or_without_a_name(pictures, tmp_path):
+    files = [pictures / "cat" / "0.png"] * 2
     with pytest.raises(ValueError, match=r"labels \[10\] are outside the 10 classes"):
-        load_images(str(tmp_path / "saved"), "test", CIFAR)
-
-
-def test_several_labels_an_image(image_folder, tmp_path):
-    features = Features({"image": Image(), "label": Sequence(ClassLabel(names=CIFAR))})
-    rows = {"image": [str(image_folder / "cat" / "0.png")] * 2, "label": [[0, 3], [2]]}
-    DatasetDict(test=Dataset.from_dict(rows, features=features)).save_to_disk(tmp_path / "saved")
-    images = load_images(str(tmp_path / "saved"), "test", CIFAR)
+        load_images(saved(tmp_path / "outside", files, [3, 10]), "test", CIFAR)
+    images = load_images(saved(tmp_path, files, [[0, 3], [2]], Sequence(CLASS)), "test", CIFAR)
     assert images.labels == [[0, 3], [2]]
     scores = torch.zeros(2, 10)
     scores[0, [0, 3]] = scores[1, 2] = 1.0
@@ -112,13 +114,6 @@ def test_metrics_of_a_data_set():
     assert found == {"mean_per_class_accuracy": 0.75, "accuracy": pytest.approx(2 / 3)}
 
 
-def test_a_missing_split_names_its_flag_alone(tiny_folder, image_folder, tmp_path):
-    (tmp_path / "splits").mkdir()
-    image_folder.rename(tmp_path / "splits" / "train")
-    with pytest.raises(SystemExit, match=r"no split 'test'; there are \['train'\]\.$"):
-        main(flags(tiny_folder, tmp_path / "splits", tmp_path / "r.json"))
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -133,134 +128,114 @@ def test_a_missing_split_names_its_flag_alone(tiny_folder, image_folder, tmp_pat
         ({"batch_size": "0"}, "batch_size must be at least 1, got 0"),
     ],
 )
-def test_slips_end_early(tiny_folder, image_folder, tmp_path, more, message):
+def test_slips_end_early(saved_tiny_folder, pictures, tmp_path, more, message):
     with pytest.raises(SystemExit, match=message):
-        main(flags(tiny_folder, image_folder, tmp_path / "r.json", **more))
+        main(flags(saved_tiny_folder, pictures, tmp_path / "r.json", **more))
     assert not (tmp_path / "r.json").exists()
 
 
-def test_an_open_clip_baseline(tiny_folder, image_folder, tmp_path):
+def test_an_open_clip_baseline(saved_tiny_folder, pictures, tmp_path):
     """The same weights in open_clip's format give the same figures."""
     from modeling_capivara.convert_open_clip import main as convert
 
-    convert([str(tiny_folder), str(tmp_path / "open_clip"), "--to-open-clip"])
-    main(flags(tiny_folder, image_folder, tmp_path / "ours.json"))
+    convert([str(saved_tiny_folder), str(tmp_path / "open_clip"), "--to-open-clip"])
+    main(flags(saved_tiny_folder, pictures, tmp_path / "ours.json"))
     name = f"open_clip:local-dir:{tmp_path / 'open_clip'}"
-    main(flags(name, image_folder, tmp_path / "theirs.json", role="baseline"))
-    values = [
-        [record["value"] for record in json.loads((tmp_path / f"{name}.json").read_text())["records"]]
-        for name in ("ours", "theirs")
-    ]
-    assert values[0] == pytest.approx(values[1], abs=1e-6)
+    main(flags(name, pictures, tmp_path / "theirs.json", role="baseline"))
+    ours, theirs = (result_of(tmp_path / f"{name}.json")["records"] for name in ("ours", "theirs"))
+    assert [r["value"] for r in ours] == pytest.approx([r["value"] for r in theirs], abs=1e-6)
 
 
-def test_names_that_occur_twice_are_matched_in_their_order(image_folder, tmp_path):
+def test_names_are_matched_as_folders_can_have_them_and_in_their_order():
     """ImageNet has two classes called "missile", and two called "sunglasses"."""
     assert load_prompts("imagenet-1k").names_en.count("missile") == 2
     wanted = ["missile", "cat", "missile"]
     assert _by_name(["cat", "missile", "Missile"], wanted, "d") == {0: 1, 1: 0, 2: 2}
     with pytest.raises(ValueError, match=r"more often than the prompts do: \['cat'\]"):
         _by_name(["cat", "cat"], wanted, "d")
+    assert _by_name(["F-16A_B", "Boeing 737-200"], ["Boeing 737-200", "F-16A/B"], "d") == {0: 1, 1: 0}
 
 
-def test_images_of_classes_without_a_name_are_left_out(image_folder, tmp_path):
-    images = load_images(str(image_folder), "test", CIFAR, indices=[3, 0])
+def test_images_of_classes_without_a_name_are_left_out(pictures):
+    images = load_images(str(pictures), "test", CIFAR, indices=[3, 0])
     assert sorted(images.labels) == [0] * 3 + [1] * 3 and len(images.images) == 6
 
 
-@pytest.mark.parametrize("key", ["file_name", "image_file_name", "file_names"])
-@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
-def test_a_file_outside_its_folder_that_a_list_names_is_not_opened(image_folder, form, key):
-    name = ["../secret.png"] if key == "file_names" and form != "csv" else "../secret.png"
-    row, path = {key: name, "label": 0}, image_folder / f"metadata.{form}"
-    if form == "parquet":
-        Dataset.from_list([row]).to_parquet(path)
-    else:
-        path.write_text(json.dumps(row) if form == "jsonl" else f"{key},label\n{name},0\n", encoding="utf-8")
-    PIL.Image.new("RGB", (40, 40)).save(image_folder.parent / "secret.png")
+@pytest.mark.parametrize(
+    ("form", "key"), [("jsonl", "file_name"), ("jsonl", "file_names"), ("csv", "file_name"), ("parquet", "file_names")]
+)
+def test_a_file_outside_its_folder_that_a_list_names_is_not_opened(own_pictures, form, key):
+    name = ["../secret.png"] if key == "file_names" else "../secret.png"
+    row, path = {key: name, "label": 0}, own_pictures / f"metadata.{form}"
+    PIL.Image.new("RGB", (40, 40)).save(own_pictures.parent / "secret.png")
     if form == "csv":  # pictures are taken by their names
-        assert len(load_images(str(image_folder), "test", CIFAR).images) == 30
+        path.write_text(f"{key},label\n{name},0\n", encoding="utf-8")
+        assert len(load_images(str(own_pictures), "test", CIFAR).images) == 30
         return
-    (image_folder / "test").mkdir()
-    path.rename(image_folder / "test" / path.name)
+    (own_pictures / "test").mkdir()
     if form == "parquet":
+        Dataset.from_list([row]).to_parquet(own_pictures / "test" / path.name)
         with pytest.raises(ValueError, match="of images"):
-            load_images(str(image_folder), "test", CIFAR)
+            load_images(str(own_pictures), "test", CIFAR)
         return
-    images = load_images(str(image_folder), "test", CIFAR).images
+    (own_pictures / "test" / path.name).write_text(json.dumps(row), encoding="utf-8")
+    images = load_images(str(own_pictures), "test", CIFAR).images
     with pytest.raises(BadImage):
         images.image(0)
 
 
 @pytest.mark.parametrize("name", ["cat/1.png", "cat"])
-def test_links_out_of_the_folder_are_refused(image_folder, tmp_path, name):
-    (image_folder / name).rename(tmp_path / "elsewhere")
-    (image_folder / name).symlink_to(tmp_path / "elsewhere")
+def test_links_out_of_the_folder_are_refused(own_pictures, tmp_path, name):
+    (own_pictures / name).rename(tmp_path / "elsewhere")
+    (own_pictures / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=rf"links to files outside of it, refused: \['{name}'\]"):
-        load_images(str(image_folder), "test", CIFAR)
-    (tmp_path / "link").symlink_to(image_folder)
-    (image_folder / name).unlink()
-    (tmp_path / "elsewhere").rename(image_folder / name)
+        load_images(str(own_pictures), "test", CIFAR)
+    (own_pictures / name).unlink()
+    (tmp_path / "elsewhere").rename(own_pictures / name)
+    (tmp_path / "link").symlink_to(own_pictures)
     assert len(load_images(str(tmp_path / "link"), "test", CIFAR).images) == 30
 
 
-def test_clip_benchmarks_tars(tiny_folder, image_folder, tmp_path):
+def test_clip_benchmarks_tars(saved_tiny_folder, pictures, tmp_path):
     """WebDataset tars of image and class number, with the names in a file of their own, in another order."""
-    shuffled = sorted(CIFAR, reverse=True)
     (tmp_path / "wds" / "test").mkdir(parents=True)
-    (tmp_path / "wds" / "classnames.txt").write_text("\n".join(shuffled) + "\n", encoding="utf-8")
+    (tmp_path / "wds" / "classnames.txt").write_text("\n".join(SHUFFLED) + "\n", encoding="utf-8")
     with tarfile.open(tmp_path / "wds" / "test" / "0.tar", "w") as tar:
-        for number, name in enumerate(shuffled):
-            for ending, data in (("png", (image_folder / name / "0.png").read_bytes()), ("cls", str(number).encode())):
+        for number, name in enumerate(SHUFFLED):
+            PIL.Image.open(pictures / name / "0.png").save(webp := io.BytesIO(), "WEBP", lossless=True)
+            for ending, data in (("webp", webp.getvalue()), ("cls", str(number).encode())):
                 member = tarfile.TarInfo(f"s{number:04d}.{ending}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     images = load_images(str(tmp_path / "wds"), "test", CIFAR)
-    assert images.labels == [CIFAR.index(name) for name in shuffled]
-    main(flags(tiny_folder, tmp_path / "wds", tmp_path / "r.json"))
-    assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["records"][0]["n"] == 10
+    assert images.labels == [CIFAR.index(name) for name in SHUFFLED]
+    main(flags(saved_tiny_folder, tmp_path / "wds", tmp_path / "r.json"))
+    content = result_of(tmp_path / "r.json")
+    assert content["records"][0]["n"] == 10 and [sum(row) for row in content["confusion_matrix"]] == [1] * 10
 
 
-def test_a_lone_train_split_is_not_measured_as_test(image_folder, tmp_path):
+def test_folders_named_for_splits_and_a_class_called_train(own_pictures, tmp_path):
+    """What is trained on is not measured as test; CIFAR-100 has a class of that name."""
+    (own_pictures / "truck").rename(own_pictures / "train")
+    names = ["train" if name == "truck" else name for name in CIFAR]
+    assert sorted(load_images(str(own_pictures), "test", names).labels) == sorted(list(range(10)) * 3)
     (tmp_path / "splits").mkdir()
-    image_folder.rename(tmp_path / "splits" / "train")
-    with pytest.raises(ValueError, match="has no split 'test'; there are \\['train'\\]"):
-        load_images(str(tmp_path / "splits"), "test", CIFAR)
+    own_pictures.rename(tmp_path / "splits" / "train")
+    with pytest.raises(SystemExit, match=r"has no split 'test'; there are \['train'\]\.$"):
+        main(flags("no-model", tmp_path / "splits", tmp_path / "r.json"))
 
 
-def test_a_class_may_be_called_train(image_folder):
-    names = ["train" if name == "truck" else name for name in CIFAR]  # as CIFAR-100 has one
-    (image_folder / "truck").rename(image_folder / "train")
-    images = load_images(str(image_folder), "test", names)
-    assert sorted(images.labels) == sorted(list(range(10)) * 3)
-
-
-def test_signs_in_names_of_folders():
-    assert _by_name(["F-16A_B", "Boeing 737-200"], ["Boeing 737-200", "F-16A/B"], "d") == {0: 1, 1: 0}
-
-
-def test_authors_list_without_a_name_counts_its_class_as_wrong(tiny_folder, tmp_path):
+def test_authors_list_without_a_name_counts_its_class_as_wrong(saved_tiny_folder, tmp_path):
     """Food-101's list has 100 names for 101 classes; FER-2013's names are lists, of which the first counts."""
     names = load_prompts("food-101").names_en
     listed = repr([[name, "x"] for name in names[:100]])
-    (tmp_path / "authors.py").write_text(
-        f'food_classes = {listed}\nfood_templates = ["uma foto de {{}}"]\n'
-        'class_map = {"food-101": food_classes}\ntemplate_map = {"food-101": food_templates}\n',
-        encoding="utf-8",
-    )
-    for name in (names[0], names[100]):
-        (tmp_path / "d" / name).mkdir(parents=True)
-        PIL.Image.new("RGB", (40, 40), (len(name), 9, 9)).save(tmp_path / "d" / name / "0.png")
+    text = f'class_map = {{"food-101": {listed}}}\ntemplate_map = {{"food-101": ["uma foto de {{}}"]}}\n'
+    (tmp_path / "authors.py").write_text(text, encoding="utf-8")
+    files = [tmp_path / "0.png", tmp_path / "100.png"]
+    for number, file in enumerate(files):
+        PIL.Image.new("RGB", (40, 40), (90 * number, 9, 9)).save(file)
+    folder = saved(tmp_path, files, [0, 100], ClassLabel(names=names))
     more = {"benchmark": "food-101", "protocol": "authors", "authors_file": tmp_path / "authors.py"}
-    features = Features({"image": Image(), "label": ClassLabel(names=names)})
-    rows = {"image": [str(tmp_path / "d" / name / "0.png") for name in (names[0], names[100])], "label": [0, 100]}
-    DatasetDict(test=Dataset.from_dict(rows, features=features)).save_to_disk(tmp_path / "saved")
-    main(flags(tiny_folder, tmp_path / "saved", tmp_path / "r.json", **more))
-    content = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    main(flags(saved_tiny_folder, folder, tmp_path / "r.json", **more))
+    content = result_of(tmp_path / "r.json")
     assert content["per_class_accuracy"][100] == 0 and "tacos" in content["notes"][0]
-
-
-def test_results_name_no_place_of_the_machine(tiny_folder, image_folder, tmp_path):
-    main(flags(tiny_folder, image_folder, tmp_path / "r.json"))
-    text = (tmp_path / "r.json").read_text(encoding="utf-8")
-    assert str(tmp_path) not in text and '"model_folder": "model"' in text

@@ -1,28 +1,49 @@
-"""Retrieval metrics against cases counted by hand and a plain implementation."""
+"""Metrics agree with cases counted by hand, plain implementations and scikit-learn; so does the `evaluate` module."""
 
+import json
 import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+from torch.nn.functional import normalize
 from torch.utils.flop_counter import FlopCounterMode
 
 from eval.capivara_metrics import metrics
 from eval.capivara_metrics.metrics import (
     chance_recall,
+    confusion_matrix,
     cross_modal_ranks,
+    eleven_point_map,
     mean_hits,
+    mean_per_class_accuracy,
     mean_recall,
+    median_rank,
     paired_bootstrap,
+    per_class_accuracy,
+    ranks_of_scores,
     recall_at_k,
     retrieval_ranks,
+    roc_auc,
+    top_k_accuracy,
 )
 from eval.retrieval import RetrievalEmbeddings
 
+GENERATOR = torch.Generator().manual_seed(0)
+SCORES = torch.randn(200, 7, generator=GENERATOR)
+LABELS = torch.randint(7, (200,), generator=GENERATOR)
+TARGETS = (torch.rand(200, 7, generator=GENERATOR) < 0.2).long()
+TIED = torch.randint(4, (200,), generator=GENERATOR).float()  # four values: ties everywhere
+
 
 def unit(rows: int, width: int, seed: int) -> torch.Tensor:
-    return torch.nn.functional.normalize(
-        torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)), dim=-1
-    )
+    return normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
 @pytest.fixture
@@ -40,33 +61,14 @@ def test_ranks_by_hand():
     assert ranks.tolist() == [1, 0, 2]
     assert recall_at_k(ranks, 1) == pytest.approx(1 / 3)
     assert recall_at_k(ranks, 2) == pytest.approx(2 / 3)
+    twice = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    ranks = retrieval_ranks(twice[:1], twice, torch.tensor([0]), torch.tensor([0, 1, 2]))
+    assert ranks.tolist() == [1], "a tie counts against the query"
 
 
-def test_a_tie_counts_against_the_query():
-    items = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    ranks = retrieval_ranks(items[:1], items, torch.tensor([0]), torch.tensor([0, 1, 2]))
-    assert ranks.tolist() == [1]
-
-
-@pytest.mark.parametrize("block_size", [1, 7, 1000])
-def test_ranks_equal_a_plain_sort(block_size, blocks):
-    blocks(block_size)
-    images, texts = unit(30, 8, 0), unit(90, 8, 1)
-    image_of_text = torch.arange(90) % 30
-    expected = []
-    for i in range(30):
-        scores = images[i] @ texts.T
-        order = scores.argsort(descending=True).tolist()
-        expected.append(next(position for position, t in enumerate(order) if image_of_text[t] == i))
-        # the best right text may stand behind wrong ones only
-    ranks = retrieval_ranks(images, texts, torch.arange(30), image_of_text)
-    assert ranks.tolist() == expected
-
-
-@pytest.mark.parametrize("block_size", [64, 100, 333])
-def test_equal_items_tie_wherever_they_stand(block_size, blocks):
+def test_equal_items_tie_wherever_they_stand(blocks):
     """A wrong item like the right one counts against the query, in whichever block of items it is scored."""
-    blocks(block_size)
+    blocks(100)
     images, texts = unit(1009, 512, 0), unit(333, 512, 1)
     twice = torch.cat([images, images.flip(0)])
     groups = torch.cat([torch.arange(1009), torch.arange(1009, 2018)])
@@ -111,23 +113,22 @@ def test_bootstrap_draws_whole_groups():
     assert copies == pytest.approx(single)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((torch.tensor([[float("nan"), 0.0]]), torch.eye(2), torch.tensor([0]), torch.arange(2)), "NaN"),
-        ((torch.eye(2), torch.eye(2), torch.tensor([0, 5]), torch.arange(2)), r"\[1\] have no right item"),
-    ],
-)
-def test_bad_input(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        retrieval_ranks(*arguments)
-
-
-def test_bad_k_and_empty_split():
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        recall_at_k(torch.tensor([0]), 0)
-    with pytest.raises(ValueError, match="no query"):
-        mean_recall(torch.tensor([]))
+def test_bad_input():
+    nan = torch.tensor([[float("nan"), 0.0]])
+    for call, message in (
+        (
+            lambda: retrieval_ranks(nan, torch.eye(2), torch.tensor([0]), torch.arange(2)),
+            "embedding is NaN or infinite",
+        ),
+        (
+            lambda: retrieval_ranks(torch.eye(2), torch.eye(2), torch.tensor([0, 5]), torch.arange(2)),
+            r"\[1\] have no right",
+        ),
+        (lambda: recall_at_k(torch.tensor([0]), 0), "at least 1, got 0"),
+        (lambda: mean_recall(torch.tensor([])), "no query"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("block", [1, 7, 100])
@@ -138,10 +139,8 @@ def test_both_directions_equal_a_count_of_each_pair(block, blocks):
     groups = torch.cat([torch.arange(9), torch.randint(0, 9, (14,), generator=generator)])[torch.randperm(23)]
     of_texts = retrieval_ranks(texts, images, groups, torch.arange(9))
     of_images = retrieval_ranks(images, texts, torch.arange(9), groups)
-    assert [side.tolist() for side in cross_modal_ranks(texts, images, groups, torch.arange(9))] == [
-        of_texts.tolist(),
-        of_images.tolist(),
-    ]
+    both = cross_modal_ranks(texts, images, groups, torch.arange(9))
+    assert [side.tolist() for side in both] == [of_texts.tolist(), of_images.tolist()]
     scores = texts @ images.T
     for text, rank in enumerate(of_texts.tolist()):
         wrong = [scores[text, i] for i in range(9) if i != groups[text]]
@@ -151,9 +150,6 @@ def test_both_directions_equal_a_count_of_each_pair(block, blocks):
         assert rank == sum(scores[t, image] >= best for t in range(23) if groups[t] != image)
     with pytest.raises(ValueError, match=r"Queries \[9\] have no right item"):
         retrieval_ranks(torch.zeros(10, 3), texts, torch.arange(10), groups)
-    none, no_groups = torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)
-    assert retrieval_ranks(none, none, no_groups, no_groups).tolist() == []
-    assert [side.tolist() for side in cross_modal_ranks(none, none, no_groups, no_groups)] == [[], []]
     with pytest.raises(ValueError, match=r"Queries \[9\] have no right item"):
         cross_modal_ranks(texts, torch.zeros(10, 3), groups, torch.arange(10))
 
@@ -172,3 +168,128 @@ def test_both_directions_are_counted_in_one_product_where_it_may_be_kept(monkeyp
     assert counted.get_total_flops() == products * 2 * 27 * 9 * 8
     assert found["text_to_image"].tolist() == retrieval_ranks(texts, images, groups, torch.arange(9)).tolist()
     assert found["image_to_text"].tolist() == retrieval_ranks(images, texts, torch.arange(9), groups).tolist()
+
+
+# --- Classification, and the module of `evaluate` --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_top_k_equals_scikit_learn(k):
+    expected = top_k_accuracy_score(LABELS.numpy(), SCORES.numpy(), k=k, labels=range(7))
+    assert top_k_accuracy(SCORES, LABELS, k) == pytest.approx(expected)
+
+
+def test_mean_per_class_equals_scikit_learn():
+    expected = balanced_accuracy_score(LABELS.numpy(), SCORES.argmax(1).numpy())
+    assert mean_per_class_accuracy(SCORES, LABELS) == pytest.approx(expected)
+    assert per_class_accuracy(SCORES[:1], torch.tensor([2])).isnan().sum() == 6
+
+
+def test_confusions_are_counted_and_ties_count_against_the_class():
+    scores = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
+    assert confusion_matrix(scores, torch.tensor([0, 0, 1])).tolist() == [[1, 1], [1, 0]]
+    scores = torch.tensor([[0.5, 0.5, 0.1]])
+    assert top_k_accuracy(scores, torch.tensor([0]), 1) == 0 and top_k_accuracy(scores, torch.tensor([0]), 2) == 1
+    assert confusion_matrix(scores, torch.tensor([0])).tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("kind", [torch.float, torch.double, torch.long])
+def test_the_diagonal_of_the_confusion_matrix_is_the_accuracy(kind):
+    scores = torch.randint(3, (200, 7), generator=GENERATOR).to(kind)  # three values: ties in every row
+    matrix = confusion_matrix(scores, LABELS)
+    assert matrix.sum() == 200 and matrix.trace() / 200 == pytest.approx(top_k_accuracy(scores, LABELS))
+    torch.testing.assert_close(matrix.diag() / matrix.sum(dim=1), per_class_accuracy(scores, LABELS).float())
+    alone = confusion_matrix(torch.ones(2, 1).to(kind), torch.tensor([0, 0]))
+    assert alone.tolist() == [[2]], "a single class ties with none"
+
+
+@pytest.mark.parametrize("scores", [SCORES[:, 0], TIED], ids=["distinct", "tied"])
+def test_roc_auc_is_the_share_of_pairs_in_the_right_order(scores):
+    """A tie counts half."""
+    positives = TARGETS[:, 0].bool()
+    differences = scores[positives][:, None] - scores[~positives]
+    expected = ((differences > 0).double() + (differences == 0).double() / 2).mean().item()
+    assert roc_auc(scores, TARGETS[:, 0]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("scores", [SCORES, TIED[:, None].expand(-1, 7)], ids=["distinct", "tied"])
+def test_eleven_point_map_equals_the_definition(scores):
+    expected = []
+    for values, targets in zip(scores.T, TARGETS.T, strict=True):
+        shown = [values >= threshold for threshold in values.unique()]  # images of equal score enter together
+        found = [(targets[of].sum() / targets.sum(), targets[of].double().mean()) for of in shown]
+        for point in np.linspace(0, 1, 11) - 1e-9:
+            expected.append(max(precision.item() for recall, precision in found if recall >= point))
+    assert eleven_point_map(scores, TARGETS) == pytest.approx(np.mean(expected))
+
+
+def test_ranks_of_scores_are_those_of_embeddings():
+    queries, items = normalize(torch.randn(2, 9, 5, generator=GENERATOR), dim=-1)
+    groups = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 3])
+    right = [(groups == group).nonzero().flatten().tolist() for group in groups]
+    assert torch.equal(ranks_of_scores(queries @ items.T, right), retrieval_ranks(queries, items, groups, groups))
+    assert median_rank(torch.tensor([0, 4, 9])) == 5
+    tied = torch.tensor([[1.0, 1.0, 0.0], [0.5, 1.0, 0.5]])
+    assert ranks_of_scores(tied, [[0], [1]]).tolist() == [1, 0], "a tie counts against the query"
+
+
+def test_bad_scores_are_named():
+    nan = SCORES.clone()
+    nan[3, 2] = float("nan")
+    for call, message in (
+        (lambda: top_k_accuracy(nan, LABELS), "NaN or infinite"),
+        (lambda: top_k_accuracy(SCORES, LABELS, 8), "at most the number of classes, 7, got 8"),
+        (lambda: top_k_accuracy(SCORES, LABELS + 1), r"Labels \[7\] are outside the 7 classes"),
+        (lambda: top_k_accuracy(SCORES, LABELS[:5]), "200 rows of scores for 5 labels"),
+        (lambda: roc_auc(SCORES[:, 0], torch.ones(200)), "only one of them occurs"),
+        (lambda: eleven_point_map(SCORES, TARGETS[:, :3]), "same shape"),
+        (lambda: ranks_of_scores(SCORES[:1], [[]]), "no right item"),
+        (lambda: ranks_of_scores(SCORES[:1], [[9]]), "outside the 7 items"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+RIGHT = [[int(label)] for label in LABELS]
+CASES = {
+    "recall_at_k": (SCORES, RIGHT, {"k": 2}, recall_at_k(ranks_of_scores(SCORES, RIGHT), 2)),
+    "mean_recall": (SCORES, RIGHT, {}, np.mean([recall_at_k(ranks_of_scores(SCORES, RIGHT), k) for k in (1, 5, 10)])),
+    "median_rank": (SCORES, RIGHT, {}, median_rank(ranks_of_scores(SCORES, RIGHT))),
+    "top_k_accuracy": (SCORES, LABELS.tolist(), {"k": 3}, top_k_accuracy(SCORES, LABELS, 3)),
+    "mean_per_class_accuracy": (SCORES, LABELS.tolist(), {}, mean_per_class_accuracy(SCORES, LABELS)),
+    "eleven_point_map": (SCORES, TARGETS.tolist(), {}, eleven_point_map(SCORES, TARGETS)),
+    "roc_auc": (SCORES[:, 0], TARGETS[:, 0].tolist(), {}, roc_auc(SCORES[:, 0], TARGETS[:, 0])),
+}
+
+
+ELSEWHERE = """
+import json, sys
+import evaluate
+
+path, cases = json.load(sys.stdin)
+found = {}
+for name, (scores, references, options) in cases.items():
+    metric = evaluate.load(path, name)
+    found |= metric.compute(predictions=scores, references=references, **options)
+try:
+    evaluate.load(path)
+except ValueError as error:
+    found["unnamed"] = str(error)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_evaluate_loads_every_metric_away_from_the_checkout(tmp_path):
+    """By the path of a copy alone: nothing of this project can be imported there."""
+    shutil.copytree(Path(metrics.__file__).parent, tmp_path / "capivara_metrics")
+    cases = {name: (scores.tolist(), references, options) for name, (scores, references, options, _) in CASES.items()}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", ELSEWHERE], input=json.dumps(["./capivara_metrics", cases]), text=True,
+        cwd=tmp_path, env=environment | {"HF_HOME": str(tmp_path / "hf")}, capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert "Name one of recall_at_k, " in found.pop("unnamed")
+    assert found == {name: pytest.approx(expected, rel=1e-6) for name, (*_, expected) in CASES.items()}

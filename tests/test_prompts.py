@@ -4,18 +4,11 @@ import hashlib
 import json
 import re
 import unicodedata
-from importlib.resources import files
 
 import pytest
 
 from eval.prompts import FOLDER, assignments, benchmarks, fill, load_prompts
 
-COUNTS = {
-    "caltech-101": 102, "cifar-10": 10, "cifar-100": 100, "country211": 211, "dtd": 47, "eurosat_clip": 10,
-    "fer-2013": 7, "fgvc-aircraft-2013b-variants102": 100, "food-101": 101, "gtsrb": 43, "hateful-memes": 2,
-    "imagenet-1k": 1000, "kitti-distance": 4, "mnist": 10, "oxford-flower-102": 102, "oxford-iiit-pets": 37,
-    "patch-camelyon": 2, "rendered-sst2": 2, "resisc45_clip": 45, "stanford-cars": 196, "voc-2007-classification": 20,
-}  # fmt: skip
 # SHA-256, its first 16 digits, of the English names in the order of the labels, a line each: the twenty as ELEVATER
 # publishes them, ImageNet-1k as open_clip does. Computed from those lists, not from the files in pt/.
 ORDERS = {
@@ -28,11 +21,6 @@ ORDERS = {
     "patch-camelyon": "27352df7ede1fd87", "rendered-sst2": "2e61aa7558046c2c", "resisc45_clip": "3c2177013901f0ef",
     "stanford-cars": "10033eecdd6946a9", "voc-2007-classification": "7d877f185c807bc5",
 }  # fmt: skip
-THEIRS = {
-    "oxford-flower-102": "flowers", "gtsrb": "gtsrb", "country211": "country211", "eurosat_clip": "eurosat",
-    "fer-2013": "fer2013", "imagenet-1k": "imagenet1k", "mnist": "mnist", "patch-camelyon": "pcam",
-    "kitti-distance": "kitti_closest_vehicle_distance",
-}  # fmt: skip
 METRICS = {"accuracy", "mean-per-class", "11point_mAP", "roc_auc"}
 PLACEHOLDER = re.compile(r"\{(nome|um|o|do|no)\}")
 
@@ -42,12 +30,14 @@ def data(name: str) -> dict:
 
 
 def test_all_sets_are_there():
-    assert {name: len(data(name)["classes"]) for name in benchmarks()} == COUNTS
-    assert sum(COUNTS.values()) - 1000 == 1151, "ELEVATER's twenty sets"
+    assert set(benchmarks()) == set(ORDERS)
+    counts = {name: len(data(name)["classes"]) for name in ORDERS}
+    assert sum(counts.values()) - counts["imagenet-1k"] == 1151, "ELEVATER's twenty sets"
 
 
-@pytest.mark.parametrize("name", COUNTS)
-def test_names_and_templates_are_well_formed(name):
+@pytest.mark.parametrize("name", ORDERS)
+def test_names_and_templates_are_well_formed_and_in_the_order_of_the_labels(name):
+    """A list in another order would give each image the name of another class, and look like a weak model."""
     content = data(name)
     names = [entry["pt"] for entry in content["classes"]]
     assert len({n.casefold() for n in names}) == len(names), "no duplicates"
@@ -60,49 +50,32 @@ def test_names_and_templates_are_well_formed(name):
         assert entry.get("article", False) is False
     for template in content["templates"]:
         assert len(PLACEHOLDER.findall(template)) == template.count("{") == 1, template
+    english = "\n".join(load_prompts(name).names_en)
+    assert hashlib.sha256(english.encode()).hexdigest()[:16] == ORDERS[name], "a class was moved or renamed"
     for prompts in load_prompts(name).filled:
         assert len(set(prompts)) == len(prompts) == len(content["templates"]) and "{" not in "".join(prompts)
 
 
-@pytest.mark.parametrize("name", COUNTS)
-def test_the_order_is_that_of_the_labels(name):
-    """A list in another order would give each image the name of another class, and look like a weak model."""
-    names = "\n".join(load_prompts(name).names_en)
-    assert hashlib.sha256(names.encode()).hexdigest()[:16] == ORDERS[name], "a class was moved or renamed"
+SENSES = {
+    ("cifar-100", "mouse"): "rato de computador",
+    ("caltech-101", "crayfish"): "caranguejo",
+    ("food-101", "macarons"): "macarrão",
+    ("cifar-100", "ray"): "raio",
+    ("imagenet-1k", "kite (bird of prey)"): "pipa",
+}
 
 
-def test_orders_equal_those_that_packages_hold():
-    """Of clip-benchmark's lists, those that name the classes as ELEVATER does."""
-    theirs = json.loads((files("clip_benchmark.datasets") / "en_classnames.json").read_text(encoding="utf-8"))
-    for name, key in THEIRS.items():
-        assert load_prompts(name).names_en == theirs[key], name
-    food = load_prompts("food-101")
-    assert food.names_en[96] == "tacos" and len(food.names) == 101
-
-
-@pytest.mark.parametrize(
-    ("benchmark", "english", "wrong"),
-    [
-        ("cifar-100", "mouse", "rato de computador"),
-        ("caltech-101", "crayfish", "caranguejo"),
-        ("food-101", "macarons", "macarrão"),
-        ("cifar-100", "ray", "raio"),
-        ("imagenet-1k", "kite (bird of prey)", "pipa"),
-    ],
-)
-def test_senses(benchmark, english, wrong):
-    prompts = load_prompts(benchmark)
-    assert wrong not in prompts.names[prompts.names_en.index(english)]
-
-
-def test_imagenet_keeps_its_two_cranes_apart():
-    names = load_prompts("imagenet-1k").names
+def test_senses():
+    for (benchmark, english), wrong in SENSES.items():
+        prompts = load_prompts(benchmark)
+        assert wrong not in prompts.names[prompts.names_en.index(english)]
+    names = load_prompts("imagenet-1k").names  # has two cranes
     assert names[134] != names[517] and "guindaste" in names[517] and "guindaste" not in names[134]
 
 
 def test_review_is_recorded():
     review = json.loads((FOLDER / "pt" / "review.json").read_text(encoding="utf-8"))
-    assert set(review) == set(COUNTS) and sum(map(len, review.values())) > 50
+    assert set(review) == set(ORDERS) and sum(map(len, review.values())) > 50
     for name, entries in review.items():
         names = load_prompts(name)
         for entry in entries:
@@ -164,9 +137,7 @@ OWN_SLIPS = {
     "empty name": ({"classes": ["rojo", " "]}, "class 1 needs a name in the file's language, 'es', got {'es': ' '}"),
     "another language": ({"classes": [{"pt": "azul"}]}, "class 0 needs a name in the file's language, 'es', got"),
     "no text": ({"classes": [7]}, "class 0 needs a name"),
-    "no English text": ({"classes": [{"es": "azul", "en": ""}]}, "class 0 needs a name"),
     "no class": ({"classes": []}, "at least one of classes and of templates"),
-    "no template": ({"templates": []}, "at least one of classes and of templates"),
     "classes are missing": ({"classes": None}, "classes must be of type list"),
     "no list": ({"templates": "color {}"}, "templates must be of type list"),
     "no placeholder": ({"templates": ["color"]}, "'color' needs the class's name in place of {}"),
@@ -186,11 +157,6 @@ def test_a_slip_shows_a_whole_file_that_works(slip, tmp_path):
     assert "\n" not in str(error.value) and own(tmp_path / "b.json", **shown).filled[0] == ["una imagen de color rojo"]
 
 
-AUTHORS = """
-cifar10_classes = ["avião", "carro"]
-cifar10_templates = ["uma foto de um {}.", "desenho de {}"]
-food_classes = ["torta"] * 0 or ["x"]
-"""
 PLAIN = '''
 """Docstring."""
 a_classes = ["avião", "automóvel", "pássaro", "gato", "cervo", "cachorro", "sapo", "cavalo", "navio", "caminhão"]
@@ -209,7 +175,9 @@ def test_the_authors_file_is_parsed(tmp_path):
     assert "tacos" in note
 
 
-@pytest.mark.parametrize("text", ["x = __import__('os').system('true')", "x = open('f')", AUTHORS, "x = ("])
+@pytest.mark.parametrize(
+    "text", ["x = __import__('os').system('true')", "x = open('f')", "x = ['a'] * 0 or ['b']", "x = ("]
+)
 def test_code_in_the_authors_file_is_refused(text):
     with pytest.raises(ValueError, match="plain assignments"):
         assignments(text)

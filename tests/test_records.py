@@ -32,9 +32,13 @@ RECORD = Record(
         ({"direction": ""}, "direction must be one of text_to_image, image_to_text for retrieval"),
         ({"model": "clip"}, "model must be one of baseline, capivara"),
         ({"seed": True}, "seed must be a whole number or null"),
+        ({"value": True}, "value must be a finite number, got True"),
+        ({"value": 10**400}, "value must be a finite number, got 1000"),
+        ({"n": None}, "n must be a finite number, got None"),
         ({"chance": 2}, "chance must be a share from 0 to 1"),
         ({"interval_95": (0.2, 0.1)}, "interval_95 must be two numbers, the low end first"),
-        ({"language": None}, "language must be text, got None"),
+        ({"interval_95": [0.1]}, "interval_95 must be two numbers"),
+        ({"language": ["pt"]}, "language must be text, got \\['pt'\\]"),
         ({"dim": 0}, "dim must be at least 1, got 0"),
         ({"dim": "96"}, "dim must be a whole number or null, got '96'"),
     ],
@@ -65,9 +69,6 @@ def test_a_wrong_file_is_named_with_the_place_in_it(tmp_path, text, message):
     (tmp_path / "r.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         read_records(tmp_path / "r.json")
-
-
-def test_a_pipe_is_no_file(tmp_path):
     with pytest.raises(ValueError, match="is no regular file"):
         read_object(tmp_path)
 
@@ -82,16 +83,12 @@ def test_unknown_fields_of_a_record_are_left_out():
 
 
 def test_seeds_are_one_value_in_their_order():
-    seeds = [
-        replace(RECORD, seed=seed, value=value, model_folder=f"seed-{seed}") for seed, value in ((2, 0.7), (0, 0.5))
-    ]
+    seeds = [replace(RECORD, seed=seed, value=value) for seed, value in ((2, 0.7), (0, 0.5))]
     frame = records_frame([file_of(*seeds, skipped_rows=3, dataset_fingerprint="f")])
     (value,) = values_of(frame, "precision")
     assert value.mean == pytest.approx(0.6) and round(value.deviation, 3) == 0.141 and value.seeds == 2
-    assert [(one.source, one.value) for one in value.measured] == [
-        ("a.json#/records/1", 0.5),
-        ("a.json#/records/0", 0.7),
-    ]
+    expected = [("a.json#/records/1", 0.5), ("a.json#/records/0", 0.7)]
+    assert [(one.source, one.value) for one in value.measured] == expected
     assert value.data == {"f"} and value.measured[1].record == seeds[0] and set(frame["skipped_rows"]) == {3}
     (single,) = values_of(records_frame([file_of(RECORD)]), "precision")
     assert single.deviation is None and single.chance == 0.25
@@ -111,14 +108,10 @@ def test_two_values_of_one_figure_are_a_conflict():
     assert value.mean == 0.5 and value.seeds == 1
 
 
-def test_a_gain_is_model_minus_baseline():
+def test_a_gain_is_model_minus_baseline_and_the_table_has_a_row_a_model():
     baseline = replace(RECORD, model="baseline", seed=None, value=0.4, model_folder="base")
     (pair,) = pairs_of(values_of(records_frame([file_of(baseline, RECORD)]), "folder"))
     assert pair["gain"] == pytest.approx(0.1) and points(pair["gain"]) == "+10.0" and not pair["doubts"]
     assert points(-0.0312) == "−3.1" and points(0.0001) == "0.0" and points(None) == "–"
-
-
-def test_the_table_has_a_row_a_model():
-    baseline = replace(RECORD, model="baseline", seed=None, value=0.4, model_folder="base")
     rows = [line for line in retrieval_table([baseline, RECORD]).splitlines() if line.startswith("| pt")]
     assert [row.split(" | ")[1] for row in rows] == ["Baseline", "CAPIVARA", "chance"] and " 40.0 " in rows[0]

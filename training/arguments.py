@@ -97,8 +97,7 @@ class Optimisation:
         "Pooling, loss, weights and the final table stay in float32.",
     )
     frozen_parameters: list[str] = flag(
-        [],
-        r"Regular expressions: whole names of parameters that stay as they are: 'text_model\.embeddings\..*'.",
+        [], r"Regular expressions: whole names of parameters that stay as they are: 'text_model\.embeddings\..*'."
     )
     lora_rank: int = flag(0, "Rank of LoRA adapters (peft), trained beside the text projection; 0 = full fine-tuning.")
     lora_alpha: float = flag(8, "LoRA's alpha; the update is scaled by alpha / rank.")

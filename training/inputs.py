@@ -109,7 +109,6 @@ class Pairs:
 class Inputs:
     """What a run starts from."""
 
-    base: CapivaraModel  # the model before training
     processor: CapivaraProcessor
     training: list[Pairs]  # the usable pairs of each data set
     validation: Pairs  # that choices are made on
@@ -165,7 +164,6 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> Inputs:
         _refuse_bad(validation.source, bad)
         vectors = torch.from_numpy(np.concatenate(validation.cache.arrays)[:, 0].astype(np.float32))
     return Inputs(
-        base=base,
         processor=processor,
         training=list(training),
         validation=validation,

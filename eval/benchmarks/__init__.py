@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from capivara_common.cli import WrongUse, unknown
 from capivara_common.files import read_json
 from eval.records.schema import DIRECTIONS
 
@@ -92,13 +91,6 @@ def read_benchmark(path: Path) -> Benchmark:
         return Benchmark(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path.name} is no benchmark: {error}.") from error
-
-
-def must_be_known(what: str, names: list[str], known: list[str]) -> None:
-    """Raise WrongUse for the first of `names` that is not `known`; the nearest one and all are named."""
-    for name in names:
-        if name not in known:
-            raise WrongUse(unknown(name, what, known, f"There are {', '.join(known)}."))
 
 
 def locate(benchmark: Benchmark, folder: Path | None) -> dict[str, Any]:

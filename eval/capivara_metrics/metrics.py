@@ -42,8 +42,6 @@ def retrieval_ranks(query_embeds: Tensor, item_embeds: Tensor, query_groups: Ten
         ValueError: a query has no right item, or an embedding is not finite.
     """
     _check_embeddings(query_embeds, item_embeds, query_groups, item_groups)
-    if not len(query_embeds):
-        return query_groups.new_zeros(0)
     block_size = max(BLOCK_QUERIES, BLOCK_ELEMENTS // len(item_embeds))
     blocks = zip(query_embeds.split(block_size), query_groups.split(block_size), strict=True)
     return torch.cat([ranks_of(queries @ item_embeds.T, groups[:, None] == item_groups) for queries, groups in blocks])
@@ -60,7 +58,7 @@ def cross_modal_ranks(
     """
     there = query_embeds, item_embeds, query_groups, item_groups
     back = item_embeds, query_embeds, item_groups, query_groups
-    if not 0 < len(query_embeds) * len(item_embeds) <= KEPT_ELEMENTS:
+    if len(query_embeds) * len(item_embeds) > KEPT_ELEMENTS:
         return retrieval_ranks(*there), retrieval_ranks(*back)
     _check_embeddings(*there)
     _check_embeddings(*back)
@@ -179,8 +177,6 @@ def ranks_of_scores(scores: Tensor, right_items: Sequence[Sequence[int]]) -> Ten
 
 def median_rank(ranks: Tensor) -> float:
     """Median over the queries of the rank of the best right item, 1 for the best."""
-    if not len(ranks):
-        raise ValueError("There is no query to take a median of; is the split empty?")
     return ranks.double().quantile(0.5).item() + 1
 
 

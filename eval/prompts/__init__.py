@@ -44,11 +44,6 @@ class Prompts:
     notes: tuple[str, ...] = ()  # what a reader of the figure must know
     indices: list[int] | None = None  # class of these prompts -> its index in `names_en`; None where they are the same
 
-    @property
-    def classes(self) -> int:
-        """Classes that images may be of; more than `names` where a list lacks some."""
-        return len(self.names) if self.indices is not None else max(len(self.names), len(self.names_en))
-
 
 def benchmarks() -> list[str]:
     """Keys of the data sets that `ours` has."""

@@ -117,7 +117,9 @@ def plot_gallery(rows: list[list[tuple[str, Found]]], path: Path, headings: Sequ
     columns, blocks = max(len(found) for row in rows for _, found in row), len(rows[0])
     above, below = 0.3 + 0.35 * bool(headings), 0.45 * bool(note)  # inches
     height = 1.45 * len(rows) + above + below
-    with plt.rc_context({"font.family": fonts()}):
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    others = sorted(name for name in installed if name.startswith(OTHER_FONTS))
+    with plt.rc_context({"font.family": ["DejaVu Sans", *others]}):
         figure = plt.figure(figsize=(1.3 * columns * blocks + 0.3 * (blocks - 1), height))
         grid = figure.add_gridspec(
             len(rows), columns * blocks + blocks - 1, wspace=0.08, hspace=0.3, left=0.01, right=0.99,
@@ -128,7 +130,11 @@ def plot_gallery(rows: list[list[tuple[str, Found]]], path: Path, headings: Sequ
             for block, (title, found) in enumerate(row):
                 for column, (image, right) in enumerate(found):
                     axis = figure.add_subplot(grid[number, block * (columns + 1) + column])
-                    draw_image(axis, image, RIGHT_COLOUR if right else WRONG_COLOUR, 3.5 if right else 0.8)
+                    axis.imshow(image or Image.new("RGB", (8, 8), "#e5e7eb"))
+                    # At the top of its place, so that the title above a wide one is not under the picture beside it.
+                    axis.set(xticks=[], yticks=[], anchor="N")
+                    for spine in axis.spines.values():
+                        spine.set(color=RIGHT_COLOUR if right else WRONG_COLOUR, linewidth=3.5 if right else 0.8)
                     if column == 0:
                         axis.set_title(title, loc="left", fontsize=8.5, parse_math=False)
         for block, heading in enumerate(headings):
@@ -219,18 +225,3 @@ def _drawn(queries: int, seed: int) -> "Tensor":
     import torch
 
     return torch.randperm(queries, generator=torch.Generator().manual_seed(seed))
-
-
-def draw_image(axis: plt.Axes, image: Image.Image | None, colour: str, width: float) -> None:
-    """A picture in a frame of a colour and width, grey where there is none."""
-    axis.imshow(_small(image or Image.new("RGB", (8, 8), "#e5e7eb")))
-    # At the top of its place, so that the title above a wide one is not under the picture beside it.
-    axis.set(xticks=[], yticks=[], anchor="N")
-    for spine in axis.spines.values():
-        spine.set(color=colour, linewidth=width)
-
-
-def fonts() -> list[str]:
-    """Those of this machine that have the letters of more scripts, for `font.family`."""
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    return ["DejaVu Sans", *sorted(name for name in installed if name.startswith(OTHER_FONTS))]

@@ -1,8 +1,9 @@
-"""Records as a pandas table: means and deviations over seeds, gains over a baseline; and tables as Markdown.
+"""Records as a pandas table, and tables as Markdown: means and deviations over seeds, gains over a baseline.
 
-values = values_of(records_frame(files), "folder")
-for pair in pairs_of(values):
-    print(pair["metric"], pair["capivara"].mean, pair["capivara"].deviation, pair["gain"])
+    pairs = pairs_of(values_of(records_frame(files), "folder"))
+    pairs[0]["metric"], pairs[0]["capivara"].mean, pairs[0]["capivara"].deviation, pairs[0]["gain"]
+
+A row of the table is one measured value.
 """
 
 import math
@@ -170,12 +171,6 @@ def escape_markdown(text: str, limit: int = 300) -> str:
     return re.sub(r"^([-+=])|^(\d+)(?=[.)])", lambda mark: f"\\{mark[1]}" if mark[1] else f"{mark[2]}\\", text)
 
 
-def markdown_table(rows: Sequence[Sequence[str]], text_columns: int) -> str:
-    """A table in Markdown, the head first; `text_columns` of them stand to the left, before those of numbers."""
-    rule = ["---"] * text_columns + ["---:"] * (len(rows[0]) - text_columns)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [rows[0], rule, *rows[1:]])
-
-
 def retrieval_table(records: Sequence[Record]) -> str:
     """The paper's table, in per cent: a row a language and model, mean ± standard deviation over several seeds.
 
@@ -183,19 +178,20 @@ def retrieval_table(records: Sequence[Record]) -> str:
 
     The gain's interval is that of the paired bootstrap over the split's images, for each seed where there are several.
     """
-    lines = [["Language", "Model"]]
+    head = ["Language", "Model"]
     for direction in ("Text-to-image", "Image-to-text"):
-        lines[0] += [f"{direction} R@1", "R@5", "R@10", "**Mean recall**"]
+        head += [f"{direction} R@1", "R@5", "R@10", "**Mean recall**"]
+    rows = [head, ["---"] * 2 + ["---:"] * 8]
     frame = pandas.DataFrame([vars(record) | {"dim": record.dim or 0} for record in records])
-    for (language, dim), rows in frame.groupby(["language", "dim"], sort=False):
-        of_roles = [(name, "value", rows[rows["model"] == role]) for role, name in MODEL_NAMES.items()]
-        chance = rows.drop_duplicates(["direction", "metric"])
+    for (language, dim), measured in frame.groupby(["language", "dim"], sort=False):
+        of_roles = [(name, "value", measured[measured["model"] == role]) for role, name in MODEL_NAMES.items()]
+        chance = measured.drop_duplicates(["direction", "metric"])
         for name, column, found in [*of_roles, ("chance", "chance", chance)]:
             cells = found.groupby(["direction", "metric"])[column].agg(list).to_dict()
             shown = [percent(cells.get((way, metric), [])) for way in DIRECTIONS for metric in COLUMNS]
             title = f"{language}, first {dim} dimensions" if dim else language
-            lines += [[title, name, *shown]] * (not found.empty)
-    lines = [markdown_table(lines, 2), ""]
+            rows += [[title, name, *shown]] * (not found.empty)
+    lines = [*(f"| {' | '.join(cells)} |" for cells in rows), ""]
     for r in (record for record in records if record.is_gain):
         gain, low, high = (f"{100 * share:+.1f}" for share in (r.value, *r.interval_95))
         what = f"{r.language}, {r.direction.replace('_', '-')}" + ("" if r.seed is None else f", seed {r.seed}")
