@@ -9,7 +9,6 @@ and the processes of a launch, or the tasks of an executor (`capivara_common.exe
 batch has rows of two shards, so that a shard does not depend on who makes it, nor on which others are made.
 """
 
-import io
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 
 from capivara_common.environment import cache_home, processes
-from capivara_common.files import DIGEST_BYTES, has_digest, write_with_digest
+from capivara_common.files import DIGEST_BYTES, add_digest, has_digest, whole_file
 
 FILES_VERSION = 2  # of the shards; raise it when their form changes
 # What makes shards, by their numbers: of each the array, and the bad rows, counted in the shard, with what is wrong.
@@ -71,10 +70,11 @@ class EmbeddingCache:
 
     def write(self, number: int, embeds: np.ndarray, bad: list[tuple[int, Any]]) -> None:
         """Write a shard whole."""
-        file = io.BytesIO()
-        np.save(file, embeds, allow_pickle=False)
-        file.write(json.dumps(bad).encode())
-        write_with_digest(self.paths[number], file.getvalue())
+        with whole_file(self.paths[number]) as path:
+            with path.open("wb") as file:
+                np.save(file, embeds, allow_pickle=False)
+                file.write(json.dumps(bad).encode())
+            add_digest(path)
 
     def open(self, mapped: bool = False) -> None:
         """Read all shards, or leave them on the disk, memory-mapped. Raises ValueError where one is of other rows."""
