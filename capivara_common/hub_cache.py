@@ -12,14 +12,12 @@ import json
 import logging
 import re
 import shutil
-import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import (
-    HfApi,
     constants,
     get_hf_file_metadata,
     hf_hub_url,
@@ -94,27 +92,23 @@ def cached_folder(repo_id: str, revision: str | None = None) -> Path | None:
 
 
 def is_reachable(repo_id: str) -> bool:
-    """Whether the Hub answers within `SHORT_TIMEOUT_S`, and has the model; not asked with `HF_HUB_OFFLINE`."""
-    answers = []
-
-    def ask() -> None:
-        with suppress(HfHubHTTPError, HTTPError, OSError, ValueError):
-            answers.append(HfApi().model_info(repo_id, timeout=SHORT_TIMEOUT_S))
-
-    if not constants.HF_HUB_OFFLINE:
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(SHORT_TIMEOUT_S)  # its own limit is of each step: names may be looked up, or bytes drip, for ever
-    return bool(answers)
+    """Whether the Hub answers within seconds, and has the model; not asked with `HF_HUB_OFFLINE`."""
+    with suppress(ValueError):
+        check_reachable(repo_id, timeout=SHORT_TIMEOUT_S)
+        return True
+    return False
 
 
-def check_reachable(source: str | Path, *names: str, revision: str | None = None) -> None:
+def check_reachable(
+    source: str | Path, *names: str, revision: str | None = None, timeout: float = HUB_TIMEOUT_S
+) -> None:
     """Ask once, for seconds, whether a model is there, before libraries that would try again for minutes.
 
     Args:
         source: folder or Hub id, owner/name.
         names: files of which one in the Hub's cache will do without the Hub; config.json where none is given.
         revision: branch, tag or commit of a Hub id.
+        timeout: seconds of each step.
 
     Raises:
         ValueError: it is no folder and not in the cache, and the Hub has no such model or can't be reached.
@@ -125,7 +119,7 @@ def check_reachable(source: str | Path, *names: str, revision: str | None = None
     if any(_snapshot(source, name, revision) for name in names):
         return
     try:
-        get_hf_file_metadata(hf_hub_url(source, names[0], revision=revision), timeout=HUB_TIMEOUT_S)
+        get_hf_file_metadata(hf_hub_url(source, names[0], revision=revision), timeout=timeout)
     except (HfHubHTTPError, HTTPError, OSError) as error:
         if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError):
             return  # the Hub answers: the loader raises what is missing or refused
