@@ -389,28 +389,19 @@ def test_fresh_augmentations_and_workers(tiny_folder, tiny_dataset_folder, tmp_p
     assert all(torch.equal(fresh[0][name], fresh[1][name]) for name in plain)
 
 
-def test_fresh_augmentations_differ_from_step_to_step(tiny_processor, tiny_dataset_folder):
-    pairs = pairs_of(tiny_dataset_folder, tiny_processor, 0)
-    assert torch.equal(pairs.pixels(3, 5), pairs.pixels(3, 5))
-    assert not torch.equal(pairs.pixels(3, 5), pairs.pixels(3, 6)) and not torch.equal(
-        pairs.pixels(3, 5), pairs.pixels(4, 5)
-    )
-    other_seed = pairs_of(tiny_dataset_folder, tiny_processor, 0, seed=1)
-    assert not torch.equal(pairs.pixels(3, 5), other_seed.pixels(3, 5))
-
-
-def test_an_augmentation_is_a_function_of_its_state(tiny_dataset_folder):
-    image = decode_image({"bytes": image_files(tiny_dataset_folder)[0], "path": None})
+def test_an_augmentation_is_a_function_of_seed_row_and_step(tiny_processor, tiny_dataset_folder):
+    first, other_seed = (pairs_of(tiny_dataset_folder, tiny_processor, 0, seed) for seed in (0, 1))
     pixels = []
-    for state in (1, 1, 2):
-        torch.manual_seed(len(pixels))  # no other generator has a say
-        np.random.seed(len(pixels))
-        random.seed(len(pixels))
-        result = augmented(image, state)
-        assert (result.mode, result.size) == ("RGB", (224, 224))
-        pixels.append(np.asarray(result))
-    assert (pixels[0] == pixels[1]).all() and (pixels[0] != pixels[2]).any()
-    assert augmented(image.convert("L"), 1).mode == "RGB"
+    for number, (pairs, row, step) in enumerate(
+        [(first, 3, 5)] * 2 + [(first, 3, 6), (first, 4, 5), (other_seed, 3, 5)]
+    ):
+        torch.manual_seed(number)  # no other generator has a say
+        np.random.seed(number)
+        random.seed(number)
+        pixels.append(pairs.pixels(row, step))
+    assert [torch.equal(pixels[0], other) for other in pixels] == [True, True, False, False, False]
+    image = decode_image({"bytes": image_files(tiny_dataset_folder)[0], "path": None})
+    assert augmented(image.convert("L"), 1).mode == "RGB" and augmented(image, 1).size == (224, 224)
     assert len({random_state(*numbers) for numbers in ((0, 1, 2), (0, 2, 1), (1, 1, 2), (0, 1, 2))}) == 3
 
 
