@@ -17,13 +17,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import (
-    constants,
-    get_hf_file_metadata,
-    hf_hub_url,
-    snapshot_download,
-    try_to_load_from_cache,
-)
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import WeakFileLock
 
@@ -40,8 +34,7 @@ OPEN_CLIP_WEIGHT_FILES = (  # in order of preference
 NEEDED = ("config.json", "processor_config.json")  # of a CAPIVARA folder, beside its weights
 SMALL_FILES = ["*.json", "*.model", "*.txt"]
 CAPIVARA_FILES = [*SMALL_FILES, "model*.safetensors"]
-HUB_TIMEOUT_S = 10  # to ask the Hub of a model
-SHORT_TIMEOUT_S = 3  # to learn whether the Hub is there, before the miniature is taken
+HUB_TIMEOUT_S = 5  # to learn whether the Hub is there, and has a model
 MAIN = "main"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 ORIGIN = "conversion.json"  # in a converted folder: where it is from
@@ -94,21 +87,18 @@ def cached_folder(repo_id: str, revision: str | None = None) -> Path | None:
 def is_reachable(repo_id: str) -> bool:
     """Whether the Hub answers within seconds, and has the model; not asked with `HF_HUB_OFFLINE`."""
     with suppress(ValueError):
-        check_reachable(repo_id, timeout=SHORT_TIMEOUT_S)
+        check_reachable(repo_id)
         return True
     return False
 
 
-def check_reachable(
-    source: str | Path, *names: str, revision: str | None = None, timeout: float = HUB_TIMEOUT_S
-) -> None:
+def check_reachable(source: str | Path, *names: str, revision: str | None = None) -> None:
     """Ask once, for seconds, whether a model is there, before libraries that would try again for minutes.
 
     Args:
         source: folder or Hub id, owner/name.
         names: files of which one in the Hub's cache will do without the Hub; config.json where none is given.
         revision: branch, tag or commit of a Hub id.
-        timeout: seconds of each step.
 
     Raises:
         ValueError: it is no folder and not in the cache, and the Hub has no such model or can't be reached.
@@ -119,7 +109,7 @@ def check_reachable(
     if any(_snapshot(source, name, revision) for name in names):
         return
     try:
-        get_hf_file_metadata(hf_hub_url(source, names[0], revision=revision), timeout=timeout)
+        get_hf_file_metadata(hf_hub_url(source, names[0], revision=revision), timeout=HUB_TIMEOUT_S)
     except (HfHubHTTPError, HTTPError, OSError) as error:
         if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError):
             return  # the Hub answers: the loader raises what is missing or refused
