@@ -68,10 +68,11 @@ def user_errors(main: Callable[..., T]) -> Callable[..., T]:
         try:
             return main(*args, **options)
         except (ValueError, OSError, ImportError) as error:
-            if isinstance(error, WrongUse) and (not args or args[0] is None):  # not called with words, as tests do
-                print(f"error: {printable(str(error))}", file=sys.stderr)
-                sys.exit(2)
-            sys.exit(f"error: {printable(str(error))}")
+            ended = SystemExit(f"error: {printable(str(error))}")
+            if isinstance(error, WrongUse):
+                print(ended, file=sys.stderr)
+                ended.code = 2
+            raise ended from error
 
     return command
 
