@@ -28,7 +28,7 @@ E = TypeVar("E", bound=Exception)
 
 
 class WrongUse(ValueError):
-    """A value of a command line that is none, found after it was parsed: the command ends with 2 then, too."""
+    """A command line that can't be: an unknown flag, a value that breaks its type or rule. The command ends with 2."""
 
 
 def coded(kind: Callable[[str], E], code: str | None, text: str, /, **values: object) -> E:
@@ -46,7 +46,7 @@ def coded(kind: Callable[[str], E], code: str | None, text: str, /, **values: ob
 
 
 def run_command(main: Callable[[], object], resumes: bool = False) -> None:
-    """`main()`; Ctrl-C ends it in one line with the exit code 130, once it has cleaned up, and no bar fills a log.
+    """`main()` with `user_errors`; Ctrl-C ends it in one line with 130, once it has cleaned up, and no bar fills a log.
 
     Args:
         main: of the command.
@@ -54,7 +54,7 @@ def run_command(main: Callable[[], object], resumes: bool = False) -> None:
     """
     prepare_bars()
     try:
-        main()
+        user_errors(main)()
     except KeyboardInterrupt:
         print(f"\nStopped.{' Run the same command again to go on.' * resumes}", file=sys.stderr)
         sys.exit(130)
@@ -68,10 +68,11 @@ def user_errors(main: Callable[..., T]) -> Callable[..., T]:
         try:
             return main(*args, **options)
         except (ValueError, OSError, ImportError) as error:
-            if isinstance(error, WrongUse) and (not args or args[0] is None):  # not called with words, as tests do
-                print(f"error: {printable(str(error))}", file=sys.stderr)
-                sys.exit(2)
-            sys.exit(f"error: {printable(str(error))}")
+            ended = SystemExit(f"error: {printable(str(error))}")
+            if isinstance(error, WrongUse):
+                print(ended, file=sys.stderr)
+                ended.code = 2
+            raise ended from error
 
     return command
 
@@ -92,11 +93,11 @@ def parse(
         config: whether `--config FILE.yaml` gives values, too; flags win over it.
 
     Raises:
-        ValueError: a key or flag is unknown (the nearest is named) or missing, or a value breaks its type or rule.
-        SystemExit: `--help`; without `argv` any of these faults, in one line, with 2.
+        WrongUse: a key or flag is unknown (the nearest is named) or missing, or a value breaks its type or rule.
+        SystemExit: `--help`.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    flags = parser(getattr(kind, "groups", kind), getattr(kind, "gone", {}), raises=True, description=description)
+    flags = _parser(kind, description)
     try:
         if config:
             flags.add_argument("--config", help="YAML file of the same names as the flags below; flags win over it.")
@@ -107,19 +108,11 @@ def parse(
         values = vars(flags.parse_args(words))
         return kind(**{known.name: values[known.name] for known in fields(kind)})
     except (ValueError, OSError) as error:
-        if argv is not None:
-            raise
-        flags.exit(2, f"error: {printable(str(error))}\n")
+        raise WrongUse(str(error)) from error
 
 
-def parser(
-    kinds: Any, gone: dict[str, str] | None = None, raises: bool = False, **options: Any
-) -> argparse.ArgumentParser:
-    """An `HfArgumentParser` for dataclasses, with positional arguments, `null` for none, and errors of one line.
-
-    `gone` has flags of earlier versions, with what there is instead; with `raises` an error is a ValueError, else it
-    ends the program with 2; `options` are argparse's.
-    """
+def _parser(kind: Any, description: str | None) -> argparse.ArgumentParser:
+    """An `HfArgumentParser` with positional arguments, `null` for none, and errors that are a ValueError."""
     from transformers import HfArgumentParser  # half a second, which `capivara` does not have
 
     class Parser(HfArgumentParser):
@@ -129,14 +122,13 @@ def parser(
                 names = (names[0].lstrip("-"),)
             return super().add_argument(*names, **options)
 
-        def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-            words = sys.argv[1:] if args is None else args
-            for name in (word.split("=")[0] for word in words):  # what is after the = may be a secret
+        def parse_known_args(self, args: Sequence[str], namespace: Any = None) -> tuple[Any, list[str]]:
+            for name in (word.split("=")[0] for word in args):  # what is after the = may be a secret
                 if re.fullmatch(r"--?[A-Za-z][\w-]*", name) and name not in self._option_string_actions:
-                    if instead := (gone or {}).get(name.lstrip("-").replace("-", "_")):
+                    if instead := getattr(kind, "gone", {}).get(name.lstrip("-").replace("-", "_")):
                         self.error(f"`{name}` is gone: {instead}.")
                     self.error(unknown(name, "flag", [a.option_strings[0] for a in self._actions if a.option_strings]))
-            found, left = super().parse_known_args(words, namespace)
+            found, left = super().parse_known_args(args, namespace)
             return (found, left) if not left else self.error("There is a value without a flag")
 
         def _get_value(self, action: argparse.Action, word: str) -> Any:
@@ -144,15 +136,12 @@ def parser(
             return None if none else super()._get_value(action, word)
 
         def error(self, message: str) -> NoReturn:
-            message = printable(message)  # a token may stand behind the wrong flag
-            message = message if message.endswith(".") else f"{message} (--help lists all)"
-            if raises:
-                raise ValueError(message)
-            self.exit(2, f"error: {message}\n")
+            raise ValueError(message if message.endswith(".") else f"{message} (--help lists all)")
 
     module = sys.modules["__main__"].__spec__
     prog = f"python -m {module.name.removesuffix('.__main__')}" if module else None
-    return Parser(kinds, **{"prog": prog, "allow_abbrev": False, "formatter_class": CommandHelp} | options)
+    options = {"allow_abbrev": False, "formatter_class": CommandHelp}
+    return Parser(getattr(kind, "groups", kind), prog=prog, description=description, **options)
 
 
 class CommandHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import os
 import platform
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -94,10 +95,8 @@ def package_versions(*more: str) -> dict[str, str]:
     """Versions of Python and of the packages that figures depend on, `more` among them; those that are installed."""
     versions = {"python": platform.python_version()}
     for package in (*PACKAGES, *more):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[package] = _version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
 
 
@@ -110,18 +109,12 @@ def processes(timeout: timedelta | None = None) -> "PartialState":
     from accelerate import PartialState
 
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if launched and not torch.distributed.is_initialized():
-        atexit.register(_leave_processes)
+    is_first = launched and not torch.distributed.is_initialized()
     options = {"timeout": timeout} if launched and timeout else {}
-    return PartialState(cpu=launched and not torch.cuda.is_available(), **options)
-
-
-def _leave_processes() -> None:
-    """End the threads of the process group, which may abort a process that ends beside them."""
-    import torch
-
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    state = PartialState(cpu=launched and not torch.cuda.is_available(), **options)
+    if is_first:  # the threads of the process group may abort a process that ends beside them
+        atexit.register(state.destroy_process_group)
+    return state
 
 
 def torch_device(name: str | None) -> "torch.device":
@@ -191,14 +184,8 @@ def device_description(device: "torch.device | str" = "cpu") -> str:
     device = torch.device(device)
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} (cuda)"
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads ({device.type})"
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
+        about = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        name = dict(re.findall(r"^(model name)\s*: (.+)$", about, re.MULTILINE)).get("model name", name)
+    return f"{name}, {torch.get_num_threads()} threads ({device.type})"

@@ -3,13 +3,14 @@
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` in one piece: a reader, or a crash, sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as new:
+        new.write_bytes(data)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -62,19 +55,14 @@ def read_json(path: Path, **fields: type) -> Any:
     return data
 
 
-def write_with_digest(path: Path, data: bytes) -> None:
-    """`write_bytes`, with the SHA-256 of `data` after it, as `DIGEST_BYTES` letters, for `has_digest`."""
-    write_bytes(path, data + hashlib.sha256(data).hexdigest().encode())
-
-
 def add_digest(path: Path) -> None:
-    """Append to a file what `write_with_digest` would have, for one that is too large to hold in memory."""
+    """Append the SHA-256 of a file to it, as `DIGEST_BYTES` letters, for `has_digest`."""
     with path.open("r+b") as file:
         file.write(hashlib.file_digest(file, "sha256").hexdigest().encode())
 
 
 def has_digest(path: Path) -> bool:
-    """Whether a file is there, and is as `write_with_digest` has written it: every byte is read."""
+    """Whether a file is there, and is as `add_digest` has left it: every byte is read."""
     digest = hashlib.sha256()
     try:
         left = path.stat().st_size - DIGEST_BYTES
@@ -85,6 +73,16 @@ def has_digest(path: Path) -> bool:
             return file.read() == digest.hexdigest().encode()
     except OSError:
         return False
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` for a file that becomes `path` when the block ends, and vanishes when it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with _or_nothing(path, lambda: new.unlink(missing_ok=True)):
+        yield new
+        new.replace(path)
 
 
 @contextmanager
@@ -102,30 +100,51 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     path = path.resolve()  # through a link: the folder is replaced, not the link
     check_output_folder(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, lock = _temporary_folder(path)
+    new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
+    lock = os.open(new, os.O_RDONLY)  # keeps it from `remove_leftovers` of other processes
     try:
-        yield temporary
-        share_files(temporary)
-        if overwrite:
-            _replace_folder(temporary, path)
-        else:
-            temporary.rename(path)  # fails where somebody else has filled the folder in the meantime
+        with suppress(OSError):  # a disk without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _or_nothing(path, lambda: shutil.rmtree(new, ignore_errors=True)):
+            yield new
+            _put_in_place(new, path, overwrite)
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def _or_nothing(path: Path, remove: Callable[[], object]) -> Iterator[None]:
+    """Where the block fails, `remove` what it has made; that the disk is full is said of `path`."""
+    try:
+        yield
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove()
         if no_space_left(error):
             raise OSError(
                 errno.ENOSPC, f"No space left on the disk while writing {path}; nothing was kept. Free some space"
             ) from error
         raise
-    finally:
-        os.close(lock)
 
 
-def share_files(folder: Path) -> None:
-    """Give a folder and all in it the modes that new ones have: safetensors makes files that only their owner reads."""
-    for path in [folder, *folder.rglob("*")]:
-        if not path.is_symlink():
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~UMASK)
+def _put_in_place(new: Path, path: Path, overwrite: bool) -> None:
+    """Rename `new` to `path`; at any moment the old or the new folder is whole, see `remove_leftovers`.
+
+    Its files get the modes that new ones have: safetensors makes files that only their owner reads.
+    """
+    for each in [new, *new.rglob("*")]:
+        if not each.is_symlink():
+            each.chmod((0o777 if each.is_dir() else 0o666) & ~UMASK)
+    if not (overwrite and path.exists()):
+        new.rename(path)  # fails where somebody else has filled the folder in the meantime
+        return
+    old = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def partial_folder(path: Path) -> Path:
@@ -147,8 +166,7 @@ def finish_folder(path: Path, overwrite: bool = False) -> None:
     check_output_folder(path, overwrite)
     for left in partial.rglob(".*.tmp"):
         left.unlink()  # of writes that were killed
-    share_files(partial)
-    _replace_folder(partial, path) if overwrite else partial.rename(path)
+    _put_in_place(partial, path, overwrite)
 
 
 def check_output_folder(path: Path, overwrite: bool = False) -> None:
@@ -189,13 +207,10 @@ def remove_leftovers(path: Path) -> None:
             continue
         with suppress(OSError):  # it is locked, or another process has tidied up meanwhile
             lock = lock_folder(left)
-            try:
-                if match[1] == "old" and not (path.exists() and any(path.iterdir())):
-                    left.rename(path)  # killed between the two renames of `_replace_folder`
-                else:
-                    _remove_old(left)
-            finally:
-                os.close(lock)
+            if match[1] == "old" and not path.exists():
+                left.rename(path)  # killed between the two renames of `_put_in_place`
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
 
 
 def check_output_file(path: Path) -> None:
@@ -207,33 +222,16 @@ def check_output_file(path: Path) -> None:
 
 
 def _check_place(path: Path, what: str) -> None:
+    """Raise ValueError where nothing can be written at a path; permissions alone do not tell, so it is tried."""
     existing = next(parent for parent in path.parents if parent.exists() or parent.is_symlink())
-    if not existing.is_dir() or not may_write(existing):
-        fault = "can't be written to" if existing.is_dir() else "is no folder"
-        raise ValueError(f"The output {what} {path} can't be made: {existing} {fault}. Choose another place.")
-
-
-def may_write(folder: Path) -> bool:
-    """Whether a new file can be made in a folder; a full disk is another fault."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell: of root, or of a read-only disk
-            return True
-    except OSError as error:
-        return no_space_left(error)
-
-
-def check_free_space(path: Path, needed: int) -> None:
-    """Raise OSError when the disk that will hold `path` can't be written to, or has fewer than `needed` bytes free."""
-    existing = next(parent for parent in [path, *path.absolute().parents] if parent.is_dir())
-    if not may_write(existing):  # what is read-only has no byte free, too
-        raise PermissionError(errno.EACCES, "No permission to write here, choose another place", str(existing))
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"{path} needs about {needed / 1e6:,.0f} MB, but its disk has {free / 1e6:,.0f} MB free. Free some "
-            "space or choose an output folder on another disk",
-        )
+    fault = "is no folder"
+    if existing.is_dir():
+        try:
+            tempfile.TemporaryFile(dir=existing).close()
+            return
+        except OSError as error:
+            fault = f"can't be written to ({error.strerror})"
+    raise ValueError(f"The output {what} {path} can't be made: {existing} {fault}. Choose another place.")
 
 
 def no_space_left(error: BaseException) -> bool:
@@ -243,10 +241,8 @@ def no_space_left(error: BaseException) -> bool:
 
 def next_numbered_folder(parent: Path, name: str) -> Path:
     """The first of `parent/name-001`, `name-002`, … that does not exist and is no unfinished run."""
-    number = 1
-    while (parent / f"{name}-{number:03d}").exists() or partial_folder(parent / f"{name}-{number:03d}").exists():
-        number += 1
-    return parent / f"{name}-{number:03d}"
+    folders = (parent / f"{name}-{number:03d}" for number in itertools.count(1))
+    return next(folder for folder in folders if not folder.exists() and not partial_folder(folder).exists())
 
 
 def lock_folder(folder: Path) -> int:
@@ -262,45 +258,3 @@ def lock_folder(folder: Path) -> int:
         os.close(lock)
         raise
     return lock
-
-
-def _temporary_folder(path: Path) -> tuple[Path, int]:
-    """A new folder beside `path`, and the lock that keeps it from `remove_leftovers` of other processes."""
-    while True:
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
-        with suppress(FileNotFoundError):  # another process has removed it before it was locked
-            lock = os.open(temporary, os.O_RDONLY)
-            with suppress(OSError):  # a disk without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if temporary.exists():
-                return temporary, lock
-            os.close(lock)
-
-
-def _replace_folder(new: Path, path: Path) -> None:
-    """Rename `new` to `path`; at any moment the old or the new folder is whole, see `remove_leftovers`."""
-    if not path.exists():
-        new.rename(path)
-        return
-    old = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
-    lock = os.open(path, os.O_RDONLY)  # of the old folder, whatever it is called
-    try:
-        with suppress(OSError):  # a disk without locks
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.rename(old)
-        try:
-            new.rename(path)
-        except BaseException:
-            old.rename(path)
-            raise
-        with suppress(OSError):
-            _remove_old(old)
-    finally:
-        os.close(lock)
-
-
-def _remove_old(old: Path) -> None:
-    """Remove a folder that has been replaced, under a name that says that it is not whole."""
-    doomed = old.with_name(f"{old.name[: -len('old-01234567')]}tmp-{old.name[-8:]}")
-    old.rename(doomed)
-    shutil.rmtree(doomed)

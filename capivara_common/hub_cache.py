@@ -7,29 +7,19 @@ whole or not at all. What is in the cache is used as it is, without a request; a
 Of a folder of this machine, the state that was converted last is kept.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import (
-    HfApi,
-    constants,
-    get_hf_file_metadata,
-    hf_hub_download,
-    hf_hub_url,
-    snapshot_download,
-    try_to_load_from_cache,
-)
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import WeakFileLock
 
 from capivara_common.cli import coded
 from capivara_common.environment import cache_home
@@ -38,14 +28,13 @@ from capivara_common.progress import no_bars_of_transformers
 from capivara_common.weight_file import weight_files
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
-# In order of preference
-OPEN_CLIP_WEIGHT_FILES = (
+OPEN_CLIP_WEIGHT_FILES = (  # in order of preference
     *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
 )
 NEEDED = ("config.json", "processor_config.json")  # of a CAPIVARA folder, beside its weights
-CAPIVARA_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt"]
-HUB_TIMEOUT_S = 10  # to ask the Hub of a model
-SHORT_TIMEOUT_S = 3  # to learn whether the Hub is there, before the miniature is taken
+SMALL_FILES = ["*.json", "*.model", "*.txt"]
+CAPIVARA_FILES = [*SMALL_FILES, "model*.safetensors"]
+HUB_TIMEOUT_S = 5  # to learn whether the Hub is there, and has a model
 MAIN = "main"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 ORIGIN = "conversion.json"  # in a converted folder: where it is from
@@ -91,26 +80,16 @@ def cached_folder(repo_id: str, revision: str | None = None) -> Path | None:
     """The folder of a model of the Hub that is on this machine, as it is or converted; None where it is not."""
     if (found := _snapshot(repo_id, "config.json", revision)) and is_capivara(found):
         return found
-    commit = revision if revision and COMMIT.fullmatch(revision) else _kept_commit(repo_id, revision or MAIN)
-    if commit is None:
-        return None
-    folder = _converted(repo_id) / commit
+    folder = _converted(repo_id, revision or MAIN)
     return folder if is_capivara(folder) else None
 
 
 def is_reachable(repo_id: str) -> bool:
-    """Whether the Hub answers within `SHORT_TIMEOUT_S`, and has the model; not asked with `HF_HUB_OFFLINE`."""
-    answers = []
-
-    def ask() -> None:
-        with suppress(HfHubHTTPError, HTTPError, OSError, ValueError):
-            answers.append(HfApi().model_info(repo_id, timeout=SHORT_TIMEOUT_S))
-
-    if not constants.HF_HUB_OFFLINE:
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(SHORT_TIMEOUT_S)  # its own limit is of each step: names may be looked up, or bytes drip, for ever
-    return bool(answers)
+    """Whether the Hub answers within seconds, and has the model; not asked with `HF_HUB_OFFLINE`."""
+    with suppress(ValueError):
+        check_reachable(repo_id)
+        return True
+    return False
 
 
 def check_reachable(source: str | Path, *names: str, revision: str | None = None) -> None:
@@ -176,51 +155,34 @@ def reach_failure(source: str | Path, error: Exception) -> ValueError:
         "The model {model} is no folder here, nor in the cache of the Hub ({cache}), and the Hub can't be reached "
         "({error}). Check the name, or the connection and HF_HUB_OFFLINE."
     )
-    values = {"model": source, "cache": constants.HF_HUB_CACHE, "error": type(error).__name__}
+    values = {"model": source, "cache": constants.HF_HUB_CACHE, "error": type(error.__cause__ or error).__name__}
     return coded(ValueError, "no_hub", text, **values)
 
 
 def _fetched_folder(repo_id: str, converter: Converter, revision: str | None) -> Path:
-    try:
-        info = HfApi().model_info(repo_id, revision=revision, timeout=HUB_TIMEOUT_S)
-    except HfHubHTTPError as error:
-        raise reach_failure(repo_id, error) from error
-    except (HTTPError, OSError) as error:
-        # Without the network, what is in the cache serves: converted, or as the Hub's own cache has it.
-        if folder := cached_folder(repo_id, revision):
-            return folder
-        if folder := _snapshot(repo_id, OPEN_CLIP_CONFIG, revision):
-            return _converted_from_hub(repo_id, converter, folder.name, revision or MAIN)
-        raise reach_failure(repo_id, error) from error
-    files = {file.rfilename for file in info.siblings or ()}
-    if set(NEEDED) <= files:
+    try:  # without the network, what is in the cache of the Hub serves
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=SMALL_FILES))
         logger.info("Downloading the model %s from the Hub, once …", repo_id, extra={"code": "downloading"})
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=CAPIVARA_FILES))
-        if is_capivara(folder):
-            return folder
-    if OPEN_CLIP_CONFIG not in files:
+        if all((folder / name).is_file() for name in NEEDED):
+            folder = Path(snapshot_download(repo_id, revision=folder.name, allow_patterns=CAPIVARA_FILES))
+    except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError) as error:
+        raise reach_failure(repo_id, error) from error
+    if is_capivara(folder):
+        return folder
+    if not (folder / OPEN_CLIP_CONFIG).is_file():
         text = (
             "The repository {model} holds neither a CAPIVARA model ({files}, model.safetensors) nor one of open_clip "
             "({file})."
         )
         files = {"files": ", ".join(NEEDED), "file": OPEN_CLIP_CONFIG}
         raise coded(ValueError, "other_repository", text, model=repo_id, **files)
-    logger.info("Downloading the model %s from the Hub, once …", repo_id, extra={"code": "downloading"})
-    # By its branch: the Hub's cache then knows it, and what was fetched can be converted without the network.
-    hf_hub_download(repo_id, OPEN_CLIP_CONFIG, revision=revision)
-    return _converted_from_hub(repo_id, converter, str(info.sha), revision or MAIN)
-
-
-def _converted_from_hub(repo_id: str, converter: Converter, commit: str, branch: str) -> Path:
-    """Of a commit; `branch` leads to it from now on."""
-    if not COMMIT.fullmatch(commit):
-        raise ValueError(f"The Hub names the commit {commit[:80]!r} of {repo_id}; a commit has 40 hexadecimal digits.")
-    folder = _converted(repo_id) / commit
+    commit, branch = folder.name, revision or MAIN
+    folder = _converted(repo_id, commit)
     with one_at_a_time(folder):
         if not is_capivara(folder):
             _convert(f"hf-hub:{repo_id}", folder, converter, revision=commit)
         if branch != commit:
-            write_text(_converted(repo_id) / "refs" / branch, commit)
+            write_text(folder.parent / "refs" / branch, commit)
     return folder
 
 
@@ -246,17 +208,12 @@ def _converted_from_disk(path: Path, converter: Converter) -> Path:
     return place / state
 
 
-def _converted(repo_id: str) -> Path:
-    return cache_home() / "open_clip" / repo_id.replace("/", "--")
-
-
-def _kept_commit(repo_id: str, branch: str) -> str | None:
-    """The commit that a branch led to when it was converted last; None where it never was."""
-    try:
-        commit = (_converted(repo_id) / "refs" / branch).read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return None
-    return commit if COMMIT.fullmatch(commit) else None
+def _converted(repo_id: str, revision: str) -> Path:
+    """Where a commit is kept that was converted; of a branch, the commit that it led to then, as a file has it."""
+    folder = cache_home() / "open_clip" / repo_id.replace("/", "--")
+    with suppress(OSError, ValueError):
+        revision = (folder / "refs" / revision).read_text(encoding="utf-8")
+    return folder / revision
 
 
 def _snapshot(repo_id: str, name: str, revision: str | None = None) -> Path | None:
@@ -265,16 +222,10 @@ def _snapshot(repo_id: str, name: str, revision: str | None = None) -> Path | No
     return Path(found).parent if isinstance(found, str) else None
 
 
-@contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
+def one_at_a_time(folder: Path) -> AbstractContextManager:
     """Wait until no other process works on a folder of the cache: a conversion is not done twice at once."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder.parent / f".{folder.name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
+    return WeakFileLock(folder.parent / f".{folder.name}.lock")
 
 
 def first_line(error: BaseException) -> str:

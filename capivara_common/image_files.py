@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -41,8 +40,21 @@ MAX_ASPECT = 50  # long side by short side; the square crop of the image tower w
 MAX_IMAGE_BYTES = 100_000_000  # of a file; photographs have under 50 MB, and every row is held in memory
 # What photographs come in. Not all that PIL opens: EPS starts Ghostscript on the file.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "HEIF")
-SUFFIXES = (  # of pictures in a folder, as names end
-    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".heic", ".heif"),
+# Of pictures in a folder, as names end
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".jp2",
+    ".ppm",
+    ".heic",
+    ".heif",
 )
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # where none is named; cls is WebDataset's
 FORM_HELP = "images: a folder of pictures, whatever else lies in it; auto: what the files in it make of it."
@@ -80,9 +92,7 @@ class BadImage(BadRow):
 class ImageFiles:
     """Which images of a data set's rows may be opened."""
 
-    bounds: Bounds | None = (
-        None  # where local files may lie; where None, no path is followed, a row must hold the bytes
-    )
+    bounds: Bounds | None = None  # where local files may lie; None: no path is followed, a row must hold the bytes
     max_pixels: int = MAX_IMAGE_PIXELS
     hub_id: str | None = None  # of a data set of the Hub: the user's token opens its own files, and no others
 
@@ -117,10 +127,6 @@ class ImageFileArguments:
         """The flags that decide which images are left out, folders by their names alone; empty by default."""
         roots = {"image_roots": [root.name for root in self.image_roots]} if self.image_roots else {}
         return roots | ({"max_pixels": self.max_pixels} if self.max_pixels != MAX_IMAGE_PIXELS else {})
-
-    def without_paths(self) -> ImageFiles:
-        """For images whose bytes were read before."""
-        return ImageFiles(max_pixels=self.max_pixels)
 
 
 @dataclass(kw_only=True)
@@ -165,11 +171,6 @@ def by_threads(read: Callable[..., T], *rows: Iterable[Any]) -> list[T]:
         return list(threads.map(read, *rows))
 
 
-def image_digest(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> bytes:
-    """BLAKE2b-128 of the file of the image of a row. Raises BadImage as `image_bytes`."""
-    return blake2b(image_bytes(row_image, files), digest_size=16).digest()
-
-
 def _opened(row_image: dict | None, files: ImageFiles) -> tuple[bytes, PIL.Image.Image]:
     """The file, and the image with nothing but its header decoded."""
     data = _read(row_image, files)
@@ -195,7 +196,9 @@ def open_image(
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
     except PIL.UnidentifiedImageError as error:
-        raise BadImage("unreadable image", f"{name} is {_kind(data)}") from error
+        heic = 'HEIC, which the extra `heic` reads: pip install -e ".[heic]"'
+        kind = heic if needs_heif(data) else f"no image of {', '.join(_FORMATS)}"
+        raise BadImage("unreadable image", f"{name} is {kind}") from error
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
         raise BadImage("absurd image size", f"{name}: {error}") from error
     except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
@@ -205,58 +208,36 @@ def open_image(
 
 
 def eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
-    """An image of 16-bit, 32-bit or float pixels as 8-bit, as the model's image processor has it; others as they are.
+    """An image of 16-bit, 32-bit or float pixels as 8-bit; others as they are.
 
-    Raises ValueError where some of its pixels are no pixels: then it is a bad row, and does not end a run.
+    Whole numbers of 32 bits are taken as 8-bit when none exceeds 255, else as 16-bit; floats are shares from 0 to 1,
+    or, when one exceeds 1, 0 to 255: as the model's image processor has it, which travels without this package.
+
+    Raises:
+        ValueError: a pixel is negative, too large or not finite.
     """
     if not image.mode.startswith(("I", "F")):
         return image
-    return PIL.Image.fromarray(to_eight_bits(np.asarray(image)))
-
-
-def to_eight_bits(array: np.ndarray) -> np.ndarray:
-    """Pixels of any depth as uint8 of the same shape.
-
-    uint8 stays. uint16 is scaled by 255 / 65535. Wider integers are taken as 8-bit when none exceeds 255, else as
-    16-bit. Booleans become 0 and 255. Floats are shares from 0 to 1, or, when one exceeds 1, 0 to 255.
-
-    As `modeling_capivara.image_processing_capivara` has it, which travels with a model without this package; a test
-    holds them alike.
-
-    Raises:
-        ValueError: a value is negative, too large or not finite.
-    """
-    if array.dtype == np.uint8 or not array.size:
-        return array.astype(np.uint8)
-    if array.dtype == bool:
-        return array.astype(np.uint8) * 255
-    if array.dtype.kind not in "uif":
-        raise ValueError(f"Pixels must be booleans, integers or floats, got {array.dtype}.")
-    low, high = float(array.min()), float(array.max())
-    floating = np.issubdtype(array.dtype, np.floating)
+    pixels = np.asarray(image)
+    low, high, floating = float(pixels.min()), float(pixels.max()), pixels.dtype.kind == "f"
     limit = 255 if floating else 65535
     if not (low >= 0 and high <= limit):  # also False for NaN
-        raise ValueError(
-            f"Pixels must be 0 to {limit} for {array.dtype}, got {low:g} to {high:g}. Normalised `pixel_values` go to "
-            "the model, not to the processor."
-        )
+        raise ValueError(f"Pixels must be 0 to {limit} for {pixels.dtype}, got {low:g} to {high:g}.")
     if floating:
-        return np.rint(array * 255 if high <= 1 else array).astype(np.uint8)
-    if (array.dtype.itemsize == 2 and array.dtype.kind == "u") or high > 255:
-        return np.rint(array / 257).astype(np.uint8)
-    return array.astype(np.uint8)
+        pixels = pixels * 255 if high <= 1 else pixels
+    elif pixels.dtype.itemsize == 2 or high > 255:
+        pixels = pixels / 257
+    return PIL.Image.fromarray(np.rint(pixels).astype(np.uint8))
 
 
 def _read(row_image: dict | None, files: ImageFiles) -> bytes:
-    if not isinstance(row_image, dict | None):
-        raise BadImage("unreadable image", f"bytes or a path are needed, got {type(row_image).__name__}")
-    data, path, archive, *piece = map((row_image or {}).get, ("bytes", "path", "archive", "offset", "size"))
-    if not isinstance(data, bytes | None) or not isinstance(path, str | None):
-        raise BadImage("unreadable image", f"bytes and path are {type(data).__name__} and {type(path).__name__}")
-    if archive is not None and not (isinstance(archive, str) and all(type(n) is int and n >= 0 for n in piece)):
-        raise BadImage("unreadable image", f"{path!r} has no place in {archive!r}: {piece}")
+    image = row_image or {}
+    kinds = {"bytes": bytes, "path": str, "archive": str, "offset": int, "size": int}
+    if not isinstance(image, dict) or not all(isinstance(image.get(name), kind | None) for name, kind in kinds.items()):
+        raise BadImage("unreadable image", f"bytes or a path are needed, got {str(image)[:80]!r}")
+    data, path, archive, offset, size = map(image.get, kinds)
     if data is None and path:
-        data = _file_bytes(path, files) if archive is None else _file_bytes(archive, files, *piece)
+        data = _file_bytes(path, files) if archive is None else _file_bytes(archive, files, offset or 0, size or 0)
     if not data:
         raise BadImage("no image", f"the file {path!r} is empty" if path else "neither bytes nor a path")
     if len(data) > MAX_IMAGE_BYTES:
@@ -270,23 +251,21 @@ def _file_bytes(path: str, files: ImageFiles, offset: int = 0, size: int = MAX_I
         with _followed(path, files) as file:
             if offset:
                 file.seek(offset)
-            return file.read(min(size, MAX_IMAGE_BYTES + 1))
-    except BadImage as error:
-        raise BadImage("unreadable image", error.detail) from error
+            return file.read(max(0, min(size, MAX_IMAGE_BYTES + 1)))
     except Exception as error:  # of every file system that fsspec knows, and of what it installs them from
-        raise BadImage("unreadable image", f"{path!r}: {error}") from error
+        raise BadImage("unreadable image", f"{path!r}: {getattr(error, 'detail', error)}") from error
 
 
 def _followed(path: str, files: ImageFiles) -> AbstractContextManager[BinaryIO]:
-    """The file that a path or an address leads to, where it may be opened."""
+    """The file that a path or an address leads to. Raises PermissionError where it may not be opened."""
     if files.bounds is None:
-        raise BadImage("unreadable image", f"{path!r} is a path of a row that should hold the bytes")
+        raise PermissionError("a path of a row that should hold the bytes")
     if "://" not in path:
         return _local_file(path, files.bounds)
     *archives, last = path.split("::")
     on_hub = last.startswith(HUB) and ".." not in last.split("/")
     if not on_hub or not all(part.startswith(ARCHIVES) for part in archives):
-        raise BadImage("unreadable image", f"{path!r} is neither a local file nor on the Hub, and is not fetched")
+        raise PermissionError("neither a local file nor on the Hub, and not fetched")
     own = files.hub_id and re.match(rf"{HUB}datasets/{re.escape(files.hub_id)}[/@]", last)
     # Opened by its block, with the archives of a chain. A stranger's rows must not read what is private to the user.
     return fsspec.open(path, "rb", hf={} if own else {"token": False})
@@ -296,12 +275,9 @@ def _local_file(path: str, bounds: Bounds) -> BinaryIO:
     """A regular file within `bounds`; a relative path is one of the data set's folder, or else of the current one."""
     inside = [file for file in (*(folder / path for folder in bounds.folders), Path(path)) if bounds.hold(file)]
     if not inside:
-        raise BadImage(
-            "unreadable image",
-            f"{path!r} lies outside of the data set's folder; --image_roots names others that may be read",
-        )
+        raise PermissionError("lies outside of the data set's folder; --image_roots names others that may be read")
     found = next((file for file in inside if file.is_file()), inside[0])
-    return open_regular_file(found, repr(path), bounds.folders)
+    return open_regular_file(found, "it", bounds.folders)
 
 
 def open_regular_file(path: str | Path, name: str, folders: Sequence[str | Path] | None = None) -> BinaryIO:
@@ -354,12 +330,6 @@ def needs_heif(data: bytes) -> bool:
     """Whether a file is HEIC, and pillow-heif, which reads it, is not installed."""
     brands = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
     return pillow_heif is None and data[4:8] == b"ftyp" and data[8:12] in brands
-
-
-def _kind(data: bytes) -> str:
-    if needs_heif(data):
-        return 'HEIC, which the extra `heic` reads: pip install -e ".[heic]"'
-    return f"no image of {', '.join(_FORMATS)}"
 
 
 def _name(row_image: dict | None, data: bytes) -> str:

@@ -73,8 +73,8 @@ def _settings(folder: Path) -> dict[str, dict[str, Any]]:
         config, processor = (
             json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "processor_config.json")
         )
-        tower, steps = _tower(config.get("vision_config") or {}), _preprocessing(processor["image_processor"])
-        return {"vision_config": tower, "image_processor": steps}
+        steps = {name: processor["image_processor"].get(name) for name in PROCESSOR_FIELDS}
+        return {"vision_config": _tower(config.get("vision_config") or {}), "image_processor": steps}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"The settings of the model {folder} can't be read: {error!r}") from error
 
@@ -87,10 +87,6 @@ def _tower(vision: dict[str, Any]) -> dict[str, Any]:
     return {name: vision.get(name, DEFAULTS.get(name)) for name in fields}
 
 
-def _preprocessing(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: settings.get(name) for name in PROCESSOR_FIELDS}
-
-
 def _weights_digest(folder: Path) -> str:
     """Of the image side's tensors, from the cache where the files are as they were."""
     paths = weight_files(folder)
@@ -99,12 +95,10 @@ def _weights_digest(folder: Path) -> str:
     places = [[str(path.resolve()), mark.st_size, mark.st_mtime_ns, mark.st_ctime_ns] for mark, path in marks]
     name = hashlib.blake2b(json.dumps(places).encode(), digest_size=16).hexdigest()
     kept = cache_home() / "image_digests" / f"{name}-{DIGEST_VERSION}.json"
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged: made anew
         found = json.loads(kept.read_text(encoding="utf-8"))["weights"]
         if isinstance(found, str) and len(found) == 32:
             return found
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # not there, or damaged: made anew
     digest = _digest_of(paths)
     with suppress(OSError):  # a cache that can't be written to costs seconds, nothing else
         write_json(kept, {"weights": digest, "files": [Path(place[0]).name for place in places]})

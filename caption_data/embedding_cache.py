@@ -9,7 +9,6 @@ and the processes of a launch, or the tasks of an executor (`capivara_common.exe
 batch has rows of two shards, so that a shard does not depend on who makes it, nor on which others are made.
 """
 
-import io
 import json
 import logging
 import resource
@@ -21,7 +20,7 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 
 from capivara_common.environment import cache_home, processes
-from capivara_common.files import DIGEST_BYTES, has_digest, write_with_digest
+from capivara_common.files import DIGEST_BYTES, add_digest, has_digest, whole_file
 from capivara_common.image_files import by_threads
 
 FILES_VERSION = 2  # of the shards; raise it when their form changes
@@ -69,10 +68,11 @@ class EmbeddingCache:
 
     def write(self, number: int, embeds: np.ndarray, bad: list[tuple[int, Any]]) -> None:
         """Write a shard whole."""
-        file = io.BytesIO()
-        np.save(file, embeds, allow_pickle=False)
-        file.write(json.dumps(bad).encode())
-        write_with_digest(self.paths[number], file.getvalue())
+        with whole_file(self.paths[number]) as path:
+            with path.open("wb") as file:
+                np.save(file, embeds, allow_pickle=False)
+                file.write(json.dumps(bad).encode())
+            add_digest(path)
 
     def open(self, mapped: bool = False) -> None:
         """Read all shards, or leave them on the disk, memory-mapped. Raises ValueError where one is of other rows."""

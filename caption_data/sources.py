@@ -49,7 +49,7 @@ from capivara_common.image_files import (
     BadImage,
     ImageFiles,
     decode_image,
-    image_digest,
+    image_bytes,
     image_path,
 )
 from capivara_common.links import Bounds, refuse_links_out
@@ -149,11 +149,11 @@ class Split:
         digests, quiet = [], not processes().is_main_process
         for row in tqdm(range(len(self)), desc="Reading images", unit="image", disable=quiet):
             try:
-                digests.append(image_digest(self.row(row)[self.image_column], self.files))
+                image = image_bytes(self.row(row)[self.image_column], self.files)
             except BadImage as bad:
-                reason = self.fault(row, bad).encode("utf-8", "replace")  # is cached, and must be of this data set
-                digests.append(blake2b(reason, digest_size=16).digest())
-        return [digest.hex() for digest in digests]
+                image = self.fault(row, bad).encode("utf-8", "replace")  # is cached, and must be of this data set
+            digests.append(blake2b(image, digest_size=16).hexdigest())
+        return digests
 
     def fault(self, row: int, bad: BadImage) -> str:
         """What is wrong with an image, without the folder that it lies in: results name no machine's paths."""

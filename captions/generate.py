@@ -49,7 +49,7 @@ def generate(args: GenerateArguments, rank: int = 0, world_size: int = 1) -> Sta
         "precision": args.precision,
         "sampling": {name: getattr(args, name) for name in ("temperature", "top_p", "seed")} if args.sampling else None,
     }
-    process = GenerateProcess(captioner, prefixes, args.image_column, args.without_paths())
+    process = GenerateProcess(captioner, prefixes, args.image_column, ImageFiles(max_pixels=args.max_pixels))
     return stage.run({COLUMN: CAPTIONS}, settings, process, "Captions", rank, world_size)
 
 

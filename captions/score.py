@@ -82,7 +82,8 @@ def score(args: ScoreArguments, rank: int = 0, world_size: int = 1) -> StageRepo
     embedder = load_embedder(args.model, args.device, True, args.precision, args.trust_remote_code)
     settings = {"language": args.language, "model": args.model, "fingerprint": embedder.fingerprint}
     columns, batch_size = args.needed_columns(), args.embedding_batch_size
-    process = ScoreProcess(embedder, columns, result, args.image_column, batch_size, args.without_paths())
+    files = ImageFiles(max_pixels=args.max_pixels)
+    process = ScoreProcess(embedder, columns, result, args.image_column, batch_size, files)
     title = f"Similarities, {args.language}"
     return stage.run({result: SIMILARITIES}, settings, process, title, rank, world_size)
 

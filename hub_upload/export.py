@@ -25,7 +25,6 @@ import modeling_capivara
 from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.environment import require
 from capivara_common.files import (
-    check_free_space,
     check_inputs_stay,
     check_output_folder,
     read_json,
@@ -34,7 +33,6 @@ from capivara_common.files import (
     write_text,
 )
 from capivara_common.privacy import hide_paths
-from capivara_common.weight_file import weight_files
 from hub_upload import allowed_files as allowed
 from hub_upload.formats import (
     check_tensors,
@@ -55,7 +53,6 @@ FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")  # in o
 MORE_FORMATS = ("transformers_js",)  # in it, too, where they are named
 FOLDER_FORMATS = ("drop_in", "immich")  # each a folder of its own
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", *allowed.TOKENIZER_FILES)
-ONNX_SHARE, JS_SHARE = 1.3, 2.3  # of the weights: graphs in float32 and int8; in float16, and all together once more
 GIT_ATTRIBUTES = "".join(
     f"{name} filter=lfs diff=lfs merge=lfs -text\n"
     for name in ("*.safetensors", "*.onnx", "*.onnx.data", "*.onnx_data*", "tokenizer.json", "*.model", "*.png")
@@ -185,9 +182,6 @@ def export(
     if "open_clip" in formats:
         plan = open_clip.plan_open_clip(config, image_processor, text_config, repo_id)
         _log_open_clip_plan(plan, repo_id, config)
-    weights = sum(file.stat().st_size for file in weight_files(model))
-    shares = (plan is not None, ONNX_SHARE * ("onnx" in formats), JS_SHARE * ("transformers_js" in formats))
-    check_free_space(output, int(weights * (1 + sum(shares))))
     with whole_folder(output, overwrite) as folder:
         _write_weights(model, folder, config, with_open_clip=plan is not None)
         _write_processor(model, folder, config, plan)
@@ -209,9 +203,9 @@ def export_alone(args: ExportArguments) -> list[tuple[str, int]]:
     check_inputs_stay(args.output, args.model, args.base)
     with whole_folder(args.output, args.overwrite_output_dir) as folder:
         if args.format_names() == ["immich"]:
-            immich.write(args.model, folder, args.output, args.base)
+            immich.write(args.model, folder, args.base)
         else:
-            drop_in.write(args.model, folder, args.output, str(args.base), args.repo_id)
+            drop_in.write(args.model, folder, str(args.base), args.repo_id)
         return _finished(folder)
 
 

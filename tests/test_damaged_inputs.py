@@ -10,7 +10,6 @@ import pytest
 import torch
 from killed_stage import run
 from safetensors.torch import load_file, save_file
-from sampling import one_in
 from test_train_accelerate import flags
 
 import train_accelerate
@@ -78,10 +77,9 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("fault", one_in(3, CONFIGS))
 @pytest.mark.parametrize("entrance", ENTRANCES)
-def test_a_config_that_cannot_be(tiny_folder, tiny_dataset_folder, tmp_path, entrance, fault):
-    with_config(tiny_folder, CONFIGS[fault])
+def test_a_config_that_cannot_be(tiny_folder, tiny_dataset_folder, tmp_path, entrance):
+    with_config(tiny_folder, CONFIGS["ten million layers of text"])
     main, argv = ENTRANCES[entrance](tiny_folder, tiny_dataset_folder, tmp_path / "out")
     assert f"{tiny_folder}" in (said := refused(main, argv)) and "config.json" in said
     assert not list(tmp_path.glob("out*"))
@@ -89,9 +87,11 @@ def test_a_config_that_cannot_be(tiny_folder, tiny_dataset_folder, tmp_path, ent
 
 @pytest.mark.parametrize("fault", CONFIGS)
 def test_load_model_names_the_config(tiny_folder, fault):
+    started = time.monotonic()
     with_config(tiny_folder, CONFIGS[fault])
     with pytest.raises(ValueError, match=r"^[^\n]*config\.json[^\n]*$"):
         load_model(tiny_folder)
+    assert time.monotonic() - started < SECONDS
 
 
 def test_a_scale_in_the_weights_that_cannot_be(tiny_folder):
@@ -119,8 +119,7 @@ TOKENIZERS = {
 }
 
 
-@pytest.mark.parametrize("fault", TOKENIZERS)
-@pytest.mark.parametrize("entrance", one_in(3, ENTRANCES))
+@pytest.mark.parametrize(("entrance", "fault"), zip(["eval.retrieval", "hub_upload.export"], TOKENIZERS, strict=True))
 def test_a_tokenizer_that_cannot_be(tiny_folder, tiny_dataset_folder, tmp_path, entrance, fault):
     path = tiny_folder / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | TOKENIZERS[fault]), encoding="utf-8")
@@ -182,16 +181,17 @@ RECORDS = {
     "a split that is a path": of_source(split="../other/train"),
     "parts of no row": lambda record: record | {"rows_per_part": 0},
 }
-READ_BY_ALL = [*RECORDS][:7]  # the others are of no weight where rows are only read
 
 
-@pytest.mark.parametrize("fault", one_in(3, RECORDS))
-@pytest.mark.parametrize("reader", READERS)
-def test_a_stage_json_that_cannot_be(finished, stage, tiny_folder, tmp_path, reader, fault):
+READ_BY = dict(zip(("a list", "no source", "rows that are no number"), READERS, strict=True))
+
+
+@pytest.mark.parametrize("fault", RECORDS)
+def test_a_stage_json_that_cannot_be(finished, stage, tiny_folder, tmp_path, fault):
     path = stage / "stage.json"
     changed = RECORDS[fault](json.loads(path.read_text(encoding="utf-8")))
     path.write_text(changed if isinstance(changed, str) else json.dumps(changed), encoding="utf-8")
-    if fault in READ_BY_ALL:
+    if reader := READ_BY.get(fault):
         main, argv = READERS[reader](tiny_folder, stage, tmp_path / "out")
         assert f"{path}" in (said := refused(main, argv)) and "run its stage again" in said
     for step in (check_complete, lambda folder: run(str(finished / "numbered"), folder)):
@@ -210,8 +210,10 @@ def overwritten(path: Path) -> None:
         file.write(b"\xff" * 60)
 
 
-@pytest.mark.parametrize("damage", [lambda path: truncated(path, -100), lambda path: truncated(path, 0), overwritten])
-@pytest.mark.parametrize("reader", READERS)
+DAMAGES = [lambda path: truncated(path, -100), lambda path: truncated(path, 0), overwritten]
+
+
+@pytest.mark.parametrize(("reader", "damage"), zip(READERS, DAMAGES, strict=True))
 def test_a_damaged_part_is_named(stage, tiny_folder, tmp_path, reader, damage):
     path = sorted(stage.glob("*.parquet"))[0]
     damage(path)

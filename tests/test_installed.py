@@ -1,6 +1,7 @@
 """What a user has after `pip install`: the wheel, in a fresh environment, far from the checkout, with every command."""
 
-import csv
+import configparser
+import email
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import urllib.request
 import zipfile
 from collections.abc import Callable
@@ -16,7 +18,13 @@ from pathlib import Path
 
 import pytest
 
+import modeling_capivara
+
 ROOT = Path(__file__).resolve().parent.parent
+CONFIG = configparser.ConfigParser()
+CONFIG.read(ROOT / "setup.cfg", encoding="utf-8")
+NAME, VERSION = CONFIG["metadata"]["name"], modeling_capivara.__version__
+DESCRIPTION = (ROOT / "docs" / "package.md").read_text(encoding="utf-8")
 PACKAGES = ("modeling_capivara", "capivara_common", "capivara_search")
 PICTURES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "retina.jpg", "hubble_deep_field.jpg")
 # Run at the end of every process of the environment: where its modules came from.
@@ -41,21 +49,22 @@ def tracked(*folders: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
+def built(tmp_path_factory) -> Path:
+    """A wheel and a source archive of the tracked files."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in tracked():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
-    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(out)]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(source)], check=True, timeout=180)
-    (path,) = out.glob("*.whl")
-    return path
+    code = f"from setuptools import build_meta as b; b.build_wheel({str(out)!r}); b.build_sdist({str(out)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    return out
 
 
 @pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory) -> Callable[..., subprocess.CompletedProcess]:
+def installed(built, tmp_path_factory) -> Callable[..., subprocess.CompletedProcess]:
     """The command of an environment that holds the wheel, and what it depends on out of the tests' environment."""
-    place = tmp_path_factory.mktemp("user")
+    (wheel,), place = built.glob("*.whl"), tmp_path_factory.mktemp("user")
     environment, home = place / "env", place / "home"
     (home / "Fotos").mkdir(parents=True)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=60)
@@ -83,19 +92,59 @@ def installed(wheel, tmp_path_factory) -> Callable[..., subprocess.CompletedProc
         command = [str(environment / "bin" / "capivara"), *words]
         return subprocess.Popen(command, cwd=home, env=variables, stdout=subprocess.PIPE, text=True)
 
-    run.home, run.modules, run.start = home, place / "modules.txt", start
+    def model(code: str) -> str:
+        command = [str(python), "-P", "-c", code]
+        done = subprocess.run(command, cwd=home, env=variables, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run.home, run.modules, run.start, run.python = home, place / "modules.txt", start, model
     return run
 
 
-def test_the_wheel_holds_its_packages_whole(wheel):
-    with zipfile.ZipFile(wheel) as files:
-        names = set(files.namelist())
-        (points,) = (files.read(name).decode() for name in names if name.endswith("entry_points.txt"))
-    folders = {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")}
-    assert folders == set(PACKAGES)
-    assert {f"{name}/py.typed" for name in PACKAGES} <= names
+def test_the_wheel_holds_its_packages_whole_and_says_whose_it_is(built):
+    (path,) = built.glob("*.whl")
+    with zipfile.ZipFile(path) as wheel:
+        names = set(wheel.namelist())
+        points, about = (
+            wheel.read(next(name for name in names if name.endswith(end))).decode()
+            for end in ("entry_points.txt", "/METADATA")
+        )
+    assert {name.split("/")[0] for name in names} == {*PACKAGES, f"modeling_capivara-{VERSION}.dist-info"}
+    assert {f"{name}/py.typed" for name in PACKAGES} <= names and any(
+        name.endswith("licenses/LICENSE") for name in names
+    )
     assert not set(tracked(*PACKAGES)) - names, "words, pages and pictures of the packages are needed, too"
     assert "capivara = capivara_search.__main__:run" in points
+    metadata = email.message_from_string(about)
+    assert (metadata["Name"], metadata["Version"], metadata["License"]) == (NAME, VERSION, "MIT")
+    assert f"{metadata['Author']}\n" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert metadata.get_all("Project-URL") == [
+        "Paper, https://arxiv.org/abs/2310.13683",
+        "Published model, https://huggingface.co/hiaac-nlp/CAPIVARA",
+    ]
+
+
+def test_the_page_of_an_index_has_no_link_into_the_repository(built):
+    (wheel,), (archive,) = built.glob("*.whl"), built.glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as files, tarfile.open(archive) as others:
+        texts = [files.read(name) for name in files.namelist() if name.endswith("/METADATA")]
+        texts += [others.extractfile(name).read() for name in others.getnames() if name.endswith("PKG-INFO")]
+    assert len(texts) > 1
+    for text in texts:
+        shown = email.message_from_string(text.decode("utf-8")).get_payload()
+        assert shown.strip() == DESCRIPTION.strip() and email.message_from_bytes(text)["Description-Content-Type"]
+        targets = re.findall(r"\]\(([^)]*)\)|(?:src|href)=[\"']([^\"']*)", shown)
+        assert targets and all("".join(target).startswith("https://") for target in targets)
+
+
+def test_the_code_of_the_page_of_an_index_runs(installed, saved_tiny_folder):
+    code = re.search(r"```python\n(.*?)```", DESCRIPTION, re.DOTALL)[1]
+    code = code.replace('"capivara"', repr(str(saved_tiny_folder)))
+    code += f"import importlib.metadata; print(modeling_capivara.__file__, importlib.metadata.version({NAME!r}))"
+    said = installed.python(code)
+    assert "vermelho" in said and said.endswith(f"/modeling_capivara/__init__.py {VERSION}\n")
+    assert said.splitlines()[-1].startswith(str(installed.home.parent))
 
 
 def test_every_command_works_in_a_fresh_environment(installed, saved_tiny_folder):
@@ -113,17 +162,11 @@ def test_every_command_works_in_a_fresh_environment(installed, saved_tiny_folder
     assert (home / ".local" / "share" / "capivara" / "pictures.lance").is_dir()
     hits = json.loads(installed("search", "um", "gato", "--json").stdout)
     assert {hit["path"] for hit in hits} == {str(pictures / name) for name in PICTURES}
-    like = installed("buscar", "--like", "Fotos/chelsea.png", "-k", "1").stdout
-    assert re.search(r"^ *1 .*Fotos/chelsea\.png$", like, re.MULTILINE)
-    classified = installed("classify", "Fotos", "--labels", "gato", "foguete", "--json").stdout
-    assert len(json.loads(classified)) == len(PICTURES)
-    assert str(len(PICTURES)) in installed("estado").stdout
-    shutil.copy(pictures / "coffee.png", pictures / "copy.png")
-    installed("indexar", "Fotos")
-    groups = json.loads(installed("duplicates", "--threshold", "0.9999", "--json").stdout)
-    assert {"coffee.png", "copy.png"} in [{Path(hit["path"]).name for hit in group} for group in groups]
-    installed("export", "all.csv")
-    assert len(list(csv.DictReader((home / "all.csv").open(encoding="utf-8")))) == len(PICTURES) + 1
+    for words in (
+        "buscar --like Fotos/chelsea.png", "classify Fotos --labels gato foguete", "estado",
+        "duplicates --threshold 0.1", "export all.csv",
+    ):  # fmt: skip
+        assert installed(*words.split()).stdout, words
     page = installed.start("abrir", "--no-open")
     address = re.search(r"http://127\.0\.0\.1:\d+", page.stdout.readline())[0]
     for part in ("/", "/static/page.js", "/static/page.css"):

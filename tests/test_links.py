@@ -40,9 +40,7 @@ def test_a_picture_that_is_a_link_out_is_not_read(folder):
     assert images_of(folder, image_roots=[folder.parent]) == [PICTURES[1], PICTURES[2]], "unless the user says so"
     with pytest.raises(ValueError, match=r"links to files outside of it, refused: \['b.png'\]"):
         refuse_links_out(folder)
-
-
-def test_a_folder_within_that_is_a_link_out(folder):
+    (folder / "b.png").unlink()
     (folder / "more").symlink_to("..", target_is_directory=True)
     with pytest.raises(ValueError, match=r"refused: \['more'\]"):
         refuse_links_out(folder)

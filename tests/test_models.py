@@ -184,23 +184,6 @@ def test_where_none_is_named_and_none_can_be_had_it_is_the_miniature(tmp_path, n
     assert "miniatura" in portuguese and "experimentar" in portuguese and "--model hiaac-nlp/CAPIVARA" in portuguese
 
 
-@pytest.mark.slow
-def test_a_hub_that_answers_slowly_is_not_waited_for(tmp_path):
-    program = """
-import time
-from capivara_common.hub_cache import is_reachable
-started = time.perf_counter()
-print(is_reachable("us/model"), time.perf_counter() - started < 5)
-"""
-    with HubServer(tmp_path / "hub") as hub:
-        hub.faults.answers["info"], hub.faults.drip_s = (200, {}, b""), 0.5
-        environment = {**os.environ, **hub.environment(tmp_path / "home", token=None)}
-        done = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60
-        )
-    assert done.stdout.split() == ["False", "True"], done.stderr
-
-
 # --- The image side ---------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,6 @@ CAPIVARA starts from, in miniature.
 """
 
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,9 @@ from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.environment import package_versions, resolve_precision
 from capivara_common.files import (
     add_digest,
-    check_free_space,
     has_digest,
     partial_folder,
+    whole_file,
     whole_folder,
     write_json,
     write_text,
@@ -60,7 +59,6 @@ PATIENCE = 3  # measurements without a new best, after which the recall has stop
 MAX_STEPS = 160
 SEED = 0
 LANGUAGES, WORDS = ("pt", "en"), (50_000, 50_000)  # whose most frequent words keep their pieces
-BASE_BYTES = 2_100_000_000  # on disk, generously: 50 million parameters in float32, and with Adam's state beside
 
 CARD = """---
 license: cc-by-sa-4.0
@@ -106,7 +104,6 @@ def prepare(dataset_dir: Path, model_dir: Path | None) -> None:
             raise ValueError(
                 f"{model_dir} is there but holds no base model (no config.json). Remove it, or name another."
             )
-        check_free_space(model_dir, BASE_BYTES)
         dataset = load_embedded(dataset_dir)
         origin = {name: split._fingerprint for name, split in dataset.items()} | {"pieces": f"{LANGUAGES} {WORDS}"}
         kept = Kept(partial_folder(model_dir), origin)
@@ -136,14 +133,9 @@ class Kept:
 
     def save(self, name: str, kept: Any) -> None:
         """In one piece: tensors, numbers and texts, in lists and dictionaries."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{name}.{os.getpid()}"
-        try:
+        with whole_file(self.folder / name) as temporary:
             torch.save({"origin": self.origin | package_versions(), "kept": kept}, temporary)
             add_digest(temporary)
-            temporary.replace(self.folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def build_base(dataset: DatasetDict, folder: Path, kept: Kept) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from capivara_common.environment import require
-from capivara_common.files import check_free_space, read_json, write_json, write_text
+from capivara_common.files import read_json, write_json, write_text
 from capivara_common.hub_cache import model_folder
 from capivara_common.image_side_digest import image_difference, image_side_digest
 from capivara_common.privacy import hide_paths, short_name
@@ -42,14 +42,13 @@ from modeling_capivara.processing_capivara import CONTEXT_LENGTH
 
 FACTS, OPEN_CLIP_TEXT = "drop_in.json", "open_clip_text.safetensors"
 TEXT_SIDE = ("text_model.", "text_projection.")
-FILES_SHARE = 3.3  # of the text side's bytes: for transformers, for open_clip, and graphs in float32 and int8
 # Names of before version 6, which reads them, too (tried: 3.4, 4.1, 5.0, 5.2, 6.2).
 MODULES = "sentence_transformers.models"
 BETWEEN, LAST = "torch.nn.modules.activation.GELU", "torch.nn.modules.linear.Identity"  # what follows a matrix
 logger = logging.getLogger("capivara")
 
 
-def write(source: Path, folder: Path, output: Path, base: str, repo_id: str | None = None) -> None:
+def write(source: Path, folder: Path, base: str, repo_id: str | None = None) -> None:
     """Write the text side of a model into an empty folder.
 
     Raises:
@@ -62,8 +61,6 @@ def write(source: Path, folder: Path, output: Path, base: str, repo_id: str | No
     config, base_folder = read_config(source), model_folder(base, CONVERTER)
     digest = check_exchangeable(source, base_folder, base)
     model = mapped_model(source, config)
-    text_bytes = sum(tensor.nbytes for name, tensor in model.state_dict().items() if name.startswith(TEXT_SIDE))
-    check_free_space(output, int(text_bytes * FILES_SHARE))
     denses = _write_sentence_transformers(model, folder)
     has_open_clip = _write_open_clip(model, base_folder, folder)
     del model

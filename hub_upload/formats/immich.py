@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from capivara_common.environment import require
-from capivara_common.files import check_free_space, write_json, write_text
+from capivara_common.files import write_json, write_text
 from capivara_common.hub_cache import model_folder
 from capivara_common.image_side_digest import image_difference
-from capivara_common.weight_file import weight_files
 from capivara_search.models import CONVERTER
 from hub_upload.formats import read_config, with_plain_quotes
 from hub_upload.formats.onnx import ONNX_PACKAGES, TOLERANCE, data_file, open_graph, write_graph
@@ -66,8 +65,8 @@ class Picture(nn.Module):
         return self.model(pixel_values=image).image_embeds
 
 
-def write(source: Path, folder: Path, output: Path, base: str | None = None) -> None:
-    """Write both towers of the model in `source` to `folder`, which becomes `output`; of a `base` the text side alone.
+def write(source: Path, folder: Path, base: str | None = None) -> None:
+    """Write both towers of the model in `source` to `folder`; of a `base` the text side alone.
 
     Raises:
         ValueError: the model is damaged or can't be expressed, its graph differs by more than `TOLERANCE`, or its image
@@ -79,7 +78,6 @@ def write(source: Path, folder: Path, output: Path, base: str | None = None) -> 
         check_image_side(source, base)
     config, processor = read_config(source), load_processor(source)
     side, preprocess_cfg = preprocess_cfg_of(processor.image_processor)
-    check_free_space(output, int(2.5 * sum(file.stat().st_size for file in weight_files(source))))
     if base is None:
         model_cfg = open_clip_model_cfg(config, text_config_source(config, None) or "", side)
         model_cfg["text_cfg"]["context_length"] = CONTEXT_LENGTH
