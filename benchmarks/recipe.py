@@ -34,12 +34,7 @@ from training.trainable import interpolate_weights
 REFERENCE, OURS = "paper", "interpolate-0.7"  # what all are compared with; what configs/openmoji_plus.yaml has
 COMPARED = ("openmoji/", "twemoji/", "noto/")  # conditions that get an interval; the others are too small
 DRAWINGS = ("openmoji", "twemoji", "noto")
-# data set, split, languages
-SETS = [
-    *((name, split, ("pt", "en")) for name in DRAWINGS for split in ("validation", "test")),
-    ("photos", "test", ("pt", "en")),
-    ("neighbours", "test", ("es", "fa")),
-]
+SETS = [*((name, split) for name in DRAWINGS for split in ("validation", "test")), ("photos", "test")]
 
 
 @dataclass
@@ -101,9 +96,9 @@ class Measures:
     def __init__(self, args: RecipeArguments) -> None:
         """Read the data. Raises ValueError where a data set is missing."""
         self.processor, self.cache, self.data = load_processor(args.base), args.work / "cache", {}
-        for name, split, languages in SETS:
+        for name, split in SETS:
             folder = args.openmoji if name == "openmoji" else str(args.proxies / name)
-            for language in languages:
+            for language in ("pt", "en"):
                 read = RetrievalArguments(args.base, folder, Path("unused.json"), split=split, language=language)
                 self.data[f"{name}/{split}/{language}"] = load_data(read)
 

@@ -10,8 +10,8 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from benchmarks import recipe
 from benchmarks.recipe import DRAWINGS, OURS, REFERENCE, SETS
 
-LANGUAGES = ("pt", "en", "es", "fa")
-CONDITIONS = [f"{name}/{split}/{language}" for name, split, languages in SETS for language in languages]
+LANGUAGES = ("pt", "en")
+CONDITIONS = [f"{name}/{split}/{language}" for name, split in SETS for language in LANGUAGES]
 KEYS = {f"{condition}/{way}" for condition in CONDITIONS for way in ("text_to_image", "image_to_text")}
 
 
@@ -71,7 +71,7 @@ def data(tmp_path):
         images = [PIL.Image.new("RGB", (32, 32), tuple(noise.randbytes(3))) for _ in range(12)]
         return Dataset.from_dict({"image": images, **columns}, features=features)
 
-    folders = [tmp_path / "proxies" / name for name in (*DRAWINGS[1:], "photos", "neighbours")]
+    folders = [tmp_path / "proxies" / name for name in (*DRAWINGS[1:], "photos")]
     for folder in [tmp_path / "openmoji", *folders]:
         DatasetDict(train=split(), validation=split(), test=split()).save_to_disk(folder)
     return tmp_path

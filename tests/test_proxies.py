@@ -52,12 +52,6 @@ def test_only_what_is_drawn_is_kept_under_its_own_captions():
     assert drawn["emoji"][:] == ["1F41D", "1F680"] and drawn["captions-pt"][:] == [["abelha"], ["foguete"]]
 
 
-def test_neighbours_have_names_of_their_languages():
-    found = proxies.neighbours(rows(["2764-FE0F", "1F41D", "E000"], ["coração", "abelha", "nada"]))
-    assert found["captions-es"][:] == [["corazón rojo"], ["abeja"]] and found["captions-fa"][1] == ["زنبور عسل"]
-    assert found["captions-pt"][:] == [["coração"], ["abelha"]]
-
-
 def test_every_photograph_has_a_name_and_a_sentence_of_its_own():
     assert len(PHOTOGRAPHS) == 21 and list(PHOTOGRAPHS)[:18] == list(PHOTOS)
     for code in ("en", "pt"):

