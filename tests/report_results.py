@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from capivara_common.files import write_json
 from eval.records.schema import Record, write_records
 from eval.retrieval import DIRECTIONS, PROTOCOL
 
-PICTURE = Image.new("RGB", (240, 180), "#2471a3")
+COLOURS = {"vermelho": "#c0392b", "azul": "#2471a3", "verde": "#1e8449", "amarelo": "#f1c40f", "roxo": "#7d3c98"}
+SHAPES = ("círculo", "quadrado", "triângulo", "losango")
 ATTACK = "<script>alert(1)</script> & um círculo"
 CHANCES = {"recall@1": 0.003, "recall@5": 0.014, "recall@10": 0.029, "mean_recall": 0.015}
 
@@ -25,7 +26,7 @@ def make_results(folder: Path, benchmarks: tuple[str, ...] = ("cifar-10", "oxfor
                 name = f"{benchmark}_{role}_{protocol}.json"
                 write_classification(folder / "classification" / name, benchmark, role, protocol, lift, dice)
     write_json(folder / "run.json", run_content(dice))
-    PICTURE.save(folder / "retrieval.png")
+    draw_shape("losango", COLOURS["azul"]).save(folder / "retrieval.png")
     for role in ("baseline", "capivara"):
         write_with_sheet(folder, role)
     return folder
@@ -98,4 +99,19 @@ def write_with_sheet(folder: Path, role: str) -> None:
         Record(**place, metric="median_rank", value=2.0 if role == "capivara" else 4.0),
     ]
     write_records(folder / f"sheet_{role}.json", records, **facts("formas", f"models/{role}"))
-    PICTURE.save(folder / f"sheet_{role}.queries.png")
+    draw_shape("losango", COLOURS["azul"]).save(folder / f"sheet_{role}.queries.png")
+
+
+def draw_shape(shape: str, colour: str) -> Image.Image:
+    image = Image.new("RGB", (240, 180), "#f4f4f4")
+    draw = ImageDraw.Draw(image)
+    box, middle = (60, 30, 180, 150), 120
+    if shape == "círculo":
+        draw.ellipse(box, fill=colour)
+    elif shape == "quadrado":
+        draw.rectangle(box, fill=colour)
+    elif shape == "triângulo":
+        draw.polygon([(middle, 30), (60, 150), (180, 150)], fill=colour)
+    else:
+        draw.polygon([(middle, 25), (60, 90), (middle, 155), (180, 90)], fill=colour)
+    return image

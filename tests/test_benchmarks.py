@@ -3,20 +3,19 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from tiny import TINY_VISION, tiny_config, tiny_tokenizer
 
 from benchmarks import timing
 
 
 @pytest.mark.slow
 def test_import_costs_little_over_transformers():
-    """In CPU time, and the less of two: seconds of two imports differ by more where others use the machine."""
+    """In CPU time, and once of three times: seconds of two imports differ by more where others use the machine."""
     base = "from transformers import PreTrainedModel, AutoModel, AutoProcessor"
     timed = f"import time; {base}; s = time.process_time(); import modeling_capivara; print(time.process_time() - s)"
-    runs = [subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True, check=True) for _ in range(2)]
-    assert min(float(run.stdout) for run in runs) < 0.3
+    assert any(float(subprocess.check_output([sys.executable, "-c", timed], text=True)) < 0.3 for _ in range(3))
 
 
 def test_programs_take_turns_and_the_warm_up_is_not_counted():
@@ -31,12 +30,13 @@ def test_a_ratio_is_the_median_of_the_runs():
     assert timing.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "slowest": 1.0, "fastest": 3.0}
 
 
+@pytest.mark.slow
 def test_encode_embeds_the_same_as_open_clip(tmp_path, monkeypatch):
     from benchmarks import encode
+    from modeling_capivara import CapivaraConfig
 
-    config = tiny_config(vision_config=TINY_VISION | {"image_size": 224})
-    monkeypatch.setattr(encode, "CapivaraConfig", lambda: config)
-    monkeypatch.setattr(encode, "load_tokenizer", tiny_tokenizer)
+    tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 1}
+    monkeypatch.setattr(encode, "CapivaraConfig", lambda: CapivaraConfig(vision_config=tower, text_config=tower))
     encode.main(["--images", "2", "--captions", "4", "--runs", "1", "--output", str(tmp_path / "encode.json")])
     measured = json.loads((tmp_path / "encode.json").read_text())["measured"]
     assert set(measured) == {f"{what}_{p}" for what in ("images", "captions") for p in ("float32", "bfloat16")}
@@ -57,10 +57,14 @@ def test_eval_retrieval_at_small_size(tmp_path):
 
 
 @pytest.mark.slow
-def test_pairs_at_small_size(tmp_path):
-    from benchmarks.pairs import main
+def test_pairs_at_small_size(tmp_path, monkeypatch):
+    from benchmarks import pairs
 
-    main(["--rows", "300", "--output", str(tmp_path / "p.json")])
+    monkeypatch.setenv("CAPIVARA_CACHE", str(tmp_path))  # is set, and put back after the test
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(pairs, "in_own_process", lambda words: pairs.measure_here(Path(words[-1])))
+    pairs.main(["--rows", "300", "--output", str(tmp_path / "p.json")])
     found = json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
     assert 200 < found["pairs"] < 300 and found["measured"]["second"]["pairs"] == found["pairs"]
     assert found["minutes"] > 0 and 0 < found["imports_gib"] <= found["peak_gib"] < 4

@@ -20,7 +20,7 @@ from tqdm.auto import trange
 
 from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.environment import resolve_precision
-from capivara_common.files import check_free_space, whole_folder, write_json, write_text
+from capivara_common.files import whole_folder, write_json, write_text
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
 from caption_data.sources import open_split
 from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
@@ -49,7 +49,6 @@ PATIENCE = 3  # measurements without a new best, after which the recall has stop
 MAX_STEPS = 160
 SEED = 0
 LANGUAGES, WORDS = ("pt", "en"), (50_000, 50_000)  # whose most frequent words keep their pieces
-BASE_BYTES = 400_000_000  # on disk, generously: 50 million parameters in float32
 
 CARD = """---
 license: cc-by-sa-4.0
@@ -95,7 +94,6 @@ def prepare(dataset_dir: Path, model_dir: Path | None) -> None:
             raise ValueError(
                 f"{model_dir} is there but holds no base model (no config.json). Remove it, or name another."
             )
-        check_free_space(model_dir, BASE_BYTES)
         with whole_folder(model_dir) as folder:
             features = build_base(load_embedded(dataset_dir), folder)
         keep_embeddings(dataset_dir, model_dir, features)
