@@ -401,9 +401,11 @@ def test_a_card_of_before_agrees_with_its_run(card, run, language):
     main(["--check", str(card(run, language))])
 
 
-@pytest.mark.parametrize("language", ["pt", "en"])
-@pytest.mark.parametrize("fault", ["value of the card", "digest in the card", "value of a file"])
-def test_a_card_of_before_that_lies_is_refused(card, language, fault):
+@pytest.mark.parametrize(
+    ("fault", "language"),
+    [("value of the card", "pt"), ("value of the card", "en"), ("digest in the card", "pt"), ("value of a file", "en")],
+)
+def test_a_card_of_before_that_lies_is_refused(card, fault, language):
     """As it was, `--check` sees a changed digit, in the card or in its files."""
     from hub_upload.card import main
 
