@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import Blip2Config, Blip2ForConditionalGeneration, BlipImageProcessor, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
-from benchmarks.timing import conditions, finish, median_ratio, rate_spread, timed_runs
+from benchmarks.timing import conditions, finish, median_ratio, spread, timed_runs
 from capivara_common.cli import at_least, flag, parse, run_command
 from captions.captioner import Blip2Captioner, Decoding
 from captions.generate import read_prefixes
@@ -31,6 +31,8 @@ from captions.stage_arguments import PREFIXES
 
 PROGRAMS = ("plain", "encoded_once", "ours")
 IMAGE_SIDE, QUERIES = 224, 32  # of BLIP-2: pixels, and tokens that an image becomes
+DIVIDED = {"hidden_size", "intermediate_size", "encoder_hidden_size", "ffn_dim", "word_embed_proj_dim"}
+DIVIDED |= {"num_attention_heads", "vocab_size"}  # by --widths
 
 
 @dataclass
@@ -66,7 +68,7 @@ def generation(args: CaptionsArguments) -> dict[str, Any]:
     seconds = timed_runs(steps, args.runs, args.device, "generate")
     gains = {name: median_ratio(seconds["plain"], seconds[name]) for name in PROGRAMS[1:]}
     return {
-        "rows_per_second": {name: rate_spread(args.images, seconds[name]) for name in PROGRAMS},
+        "rows_per_second": {name: spread([args.images / s for s in seconds[name]]) for name in PROGRAMS},
         **{f"gain_{name}": {"measured": gain} for name, gain in gains.items()},
         "same_tokens": tokens[0] == tokens[1] == tokens[2],
         "images": args.images, "prefixes": len(prefixes), "new_tokens": args.new_tokens, "precision": args.precision,
@@ -76,27 +78,17 @@ def generation(args: CaptionsArguments) -> dict[str, Any]:
 
 def scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> Blip2Captioner:
     """BLIP-2 of the given divisors, with random weights that never end a text: every caption has the same length."""
-
-    def sizes(width: int, layers: int, heads: int) -> dict[str, int]:
-        named = {"hidden_size": width // args.widths, "num_hidden_layers": max(1, layers // args.layers)}
-        return named | {"num_attention_heads": max(1, heads // args.widths)}
-
     tokenizer = word_tokenizer(" ".join(prefixes).split())
-    # Salesforce/blip2-opt-2.7b-coco: EVA ViT-g/14, BERT base's sizes, OPT-2.7b (their config.json)
-    vision = sizes(1408, 39, 16) | {
-        "intermediate_size": 6144 // args.widths,
-        "image_size": IMAGE_SIDE,
-        "patch_size": 14,
-    }
-    qformer = sizes(768, 12, 12) | {"intermediate_size": 3072 // args.widths, "vocab_size": len(tokenizer)}
-    language, vocabulary = sizes(2560, 32, 32), 50304 // args.widths
-    language |= {"model_type": "opt", "ffn_dim": 10240 // args.widths, "word_embed_proj_dim": language["hidden_size"]}
-    language |= {"vocab_size": vocabulary, "max_position_embeddings": 2048, "bos_token_id": tokenizer.bos_token_id}
-    language |= {"eos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
-    config = Blip2Config(
-        vision_config=vision, qformer_config=qformer, text_config=language, num_query_tokens=QUERIES,
-        image_token_index=vocabulary - 1,
-    )  # fmt: skip
+    language = {"model_type": "opt", "hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32}
+    language |= {"ffn_dim": 10240, "word_embed_proj_dim": 2560, "vocab_size": 50304, "max_position_embeddings": 2048}
+    language |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": None}
+    config = Blip2Config(text_config=language)  # of vision and queries transformers has the published sizes
+    for part in (config.vision_config, config.qformer_config, config.text_config):
+        part.num_hidden_layers = max(1, part.num_hidden_layers // args.layers)
+        for name in DIVIDED & part.to_dict().keys():
+            setattr(part, name, max(1, getattr(part, name) // args.widths))
+    config.qformer_config.vocab_size = len(tokenizer)
+    config.image_token_index = config.text_config.vocab_size - 1
     torch.manual_seed(0)
     model = Blip2ForConditionalGeneration(config).eval().requires_grad_(False)
     for parameter in model.parameters():

@@ -1,10 +1,10 @@
 """Recall at 1, 5 and 10 in both directions, against clip-benchmark's own functions on the same embeddings.
 
     python -m benchmarks.eval_retrieval --output benchmarks/results/eval_retrieval.json
-    python -m benchmarks.eval_retrieval --parts large   # 1,000,000 captions x 100,000 images, ours alone; half an hour
+    python -m benchmarks.eval_retrieval --images 100000 --captions 10 --worker   # ours alone; half an hour
 
 Random unit embeddings of width 512, five captions an image. Alternating runs, medians; our peak memory over the
-embeddings is taken in a process of its own. JSON is the last line.
+embeddings is taken in a process of its own, a worker. JSON is the last line.
 """
 
 import statistics
@@ -22,7 +22,6 @@ from capivara_common.files import read_json
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, cross_modal_ranks, recall_at_k
 
 WIDTH = 512
-PARTS = ("scores", "large")
 Recalls = dict[str, float]  # such as "text_to_image@5" -> share from 0 to 1
 
 
@@ -33,21 +32,17 @@ class EvalRetrievalArguments:
     images: int = flag(5000, "Images of the scores.")
     captions: int = flag(5, "Captions of each.")
     runs: int = flag(5, "Alternating runs.")
-    parts: list[str] = flag(list(PARTS[:1]), "What is measured.", choices=PARTS)
-    worker: bool = flag(False, "Measure our memory, in this process.")
-    output: Path | None = flag(None, "JSON file to put the parts into, beside those that it has.")
+    worker: bool = flag(False, "Measure our seconds and memory alone, in this process.")
+    output: Path | None = flag(None, "JSON file to put `scores`, or a worker's `large`, into, beside the other one.")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the results."""
     args = parse(EvalRetrievalArguments, __doc__, argv)
-    if args.worker:
-        finish(measure_memory(args.images, args.captions))
-        return
-    measure = {"scores": lambda: compare_scores(args.images, args.captions, args.runs), "large": measure_large}
+    measure, part = (measure_alone, "large") if args.worker else (compare_scores, "scores")
+    found = measure(args) | {"images": args.images, "captions": args.images * args.captions} | conditions()
     kept = read_json(args.output) if args.output and args.output.is_file() else {}
-    kept = {part: kept[part] for part in PARTS if part in kept}
-    finish(kept | {part: measure[part]() | conditions() for part in args.parts}, args.output)
+    finish(kept | {part: found}, args.output)
 
 
 def random_embeddings(images: int, captions_per_image: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,46 +78,36 @@ def their_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tens
     return recalls
 
 
-def compare_scores(images: int, captions: int, runs: int) -> dict[str, Any]:
+def compare_scores(args: EvalRetrievalArguments) -> dict[str, Any]:
     """Median seconds of both, the ratio run by run, our memory, and how far their recalls are apart."""
-    sides = random_embeddings(images, captions)
+    sides = random_embeddings(args.images, args.captions)
     programs = {"clip_benchmark": their_recalls, "ours": our_recalls}
     theirs, ours = (recalls(*sides) for recalls in programs.values())  # and the warm-up of both
     steps = {name: lambda run, recalls=recalls: recalls(*sides) for name, recalls in programs.items()}
-    seconds = timed_runs(steps, runs, "cpu", "Alternating runs", warmup=0)
+    seconds = timed_runs(steps, args.runs, "cpu", "Alternating runs", warmup=0)
+    sizes = ["--images", str(args.images), "--captions", str(args.captions)]
+    alone = in_own_process(["benchmarks.eval_retrieval", *sizes, "--worker"])["large"]
     return {
-        "images": images,
-        "captions": images * captions,
         "width": WIDTH,
-        "memory_over_embeddings_bytes": in_own_process(memory_command(images, captions))["bytes"],
-        "runs": runs,
+        "memory_over_embeddings_bytes": alone["memory_over_embeddings_bytes"],
+        "runs": args.runs,
         "seconds": {name: statistics.median(taken) for name, taken in seconds.items()},
         "ratio": median_ratio(seconds["clip_benchmark"], seconds["ours"]),
         "largest_difference_of_a_recall": max(abs(ours[name] - theirs[name]) for name in theirs),
     }
 
 
-def measure_large(images: int = 100_000, captions: int = 10) -> dict[str, Any]:
-    """Ours alone, where all scores would take 400 GB."""
-    found = in_own_process(memory_command(images, captions))
-    return {
-        "images": images, "captions": images * captions, "seconds": found["seconds"],
-        "memory_over_embeddings_bytes": found["bytes"], "all_scores_bytes": 4 * images * images * captions,
-    }  # fmt: skip
-
-
-def memory_command(images: int, captions: int) -> list[str]:
-    """Module and flags of `measure_memory`."""
-    return ["benchmarks.eval_retrieval", "--images", str(images), "--captions", str(captions), "--worker"]
-
-
-def measure_memory(images: int, captions: int) -> dict[str, float]:
-    """Bytes and seconds of ours: the most this process holds, less what it held before."""
-    sides = random_embeddings(images, captions)
-    our_recalls(*random_embeddings(64, captions))  # libraries are loaded
+def measure_alone(args: EvalRetrievalArguments) -> dict[str, float]:
+    """Seconds and bytes of ours: the most this process holds, less what it held before."""
+    sides = random_embeddings(args.images, args.captions)
+    our_recalls(*random_embeddings(64, args.captions))  # libraries are loaded
     before = restart_peak()  # making the embeddings held more than they are
     seconds = seconds_of(lambda: our_recalls(*sides))
-    return {"bytes": peak_resident_bytes() - before, "seconds": seconds}
+    return {
+        "seconds": seconds,
+        "memory_over_embeddings_bytes": peak_resident_bytes() - before,
+        "all_scores_bytes": 4 * len(sides[0]) * len(sides[1]),
+    }
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 
 Vectors of 512 numbers are made, in clusters; their rows have all columns but a thumbnail. Every figure of a program is
 that of a process of its own, so that its peak of memory is its own. The text tower is of the full published size, with
-random weights. What is measured of photographs stands in `benchmarks/search_photos.py`. The last line of the output is
-JSON, kept in benchmarks/results/search.json; docs/benchmarks.md shows it.
+random weights. Photographs are made and taken in by `benchmarks/search_photos.py`. The last line of the output is JSON,
+kept in benchmarks/results/search.json; docs/benchmarks.md shows it.
 """
 
 import json
@@ -38,11 +38,11 @@ WIDTH, CLUSTERS, SPREAD = 512, 2000, 1.0  # numbers of a vector; clusters; noise
 QUERIES, K = 200, 10
 ROWS_AT_ONCE = 100_000
 ADDED = (1, 1000)  # pictures
-REDUCED = 40  # photographs that are decoded at two sizes
 QUERY_WORDS = ("um gato dormindo", "cachorro correndo na praia", "bolo de aniversário", "pôr do sol", "rua à noite")
 PACKAGES, PEERS = ("lancedb", "faiss-cpu"), ("faiss_flat", "faiss_ivfpq")
 LISTS, CODES, PROBES = 4096, 64, 64  # of faiss's IVF-PQ, as its guidelines have them for a million
-Worker = Literal["fill", "index", "faiss_flat", "faiss_ivfpq"]
+PHOTO_PROGRAMS = ("open_clip", "index", "index_exact")
+Worker = Literal["fill", "index", "faiss_flat", "faiss_ivfpq", "photos_open_clip", "photos_index", "photos_index_exact"]
 
 
 @dataclass
@@ -51,14 +51,13 @@ class SearchArguments:
 
     sizes: list[int] = flag([1_000, 10_000, 100_000, 1_000_000], "Pictures of the indexes.")
     photographs: int = flag(2000, "Photographs of 12 megapixels.")
-    parts: list[str] = flag(
-        ["index", "peers", "photographs", "reduced"], "Parts to measure; the file keeps the others."
-    )
+    parts: list[str] = flag(["index", "peers", "photographs"], "Parts to measure; the file keeps the others.")
     runs: int = flag(5, "Parts of the photographs, in which the programs take turns; runs of a new process.")
     work: Path = flag(Path("runs/search"), "Folder of vectors, indexes, photographs and model; some 10 GB.")
     output: Path = flag(RESULTS / "search.json", "JSON file.")
     worker: Worker | None = flag(None, "Measure one program, in this process.")
     rows: int = flag(1000, "Pictures (worker).")
+    first: int = flag(0, "Number of the first photograph (worker).")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -67,10 +66,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.worker:
         finish(WORKERS[args.worker](args))
         return
-    from benchmarks.search_photos import small_photos  # here: a worker does without torch
+    from benchmarks.search_photos import SMALL, make_photos  # here: a worker of the index does without torch
 
     save_random_model(args.work / "model")
-    small_photos(args.work / "small", max(ADDED))
+    make_photos(args.work / "small", max(ADDED), SMALL)
     results = read_json(args.output) if args.output.is_file() else {}
     results |= {**conditions(), "width": WIDTH, "k": K, "queries": QUERIES, "runs": args.runs}
     results["versions"] |= {name: metadata.version(name) for name in PACKAGES}
@@ -103,26 +102,38 @@ def peers_part(args: SearchArguments) -> dict[str, Any]:
 
 
 def photographs_part(args: SearchArguments) -> dict[str, Any]:
-    """Photographs into an index, and by open_clip's loop; with the machine, which may be another one."""
-    from benchmarks.search_photos import measure_photos
+    """Photographs into an index, and by open_clip's loop, in turns, each time the next ones; and how near ours are.
 
-    return {"photographs": conditions() | measure_photos(args.work, args.photographs, args.runs)}
+    With the machine, which may be another one than that of the other parts.
+    """
+    from benchmarks.search_photos import LARGE, make_photos, photo_path
+
+    photos, count = args.work / "photos", args.photographs // args.runs
+    make_photos(photos, args.photographs)
+    seconds: dict[str, list[float]] = {name: [] for name in PHOTO_PROGRAMS}
+    cosines: dict[str, list[float]] = {name: [] for name in PHOTO_PROGRAMS[1:]}
+    for run in tqdm(range(args.runs), desc="Photographs", unit="run"):
+        for name in PHOTO_PROGRAMS if run == 0 else PHOTO_PROGRAMS[:2]:  # once is enough to see what --exact costs
+            seconds[name].append(own(args, f"photos_{name}", count, run * count)["seconds"])
+            if name in cosines:
+                ours, theirs = (np.load(args.work / f"photos_{one}.npy") for one in (name, PHOTO_PROGRAMS[0]))
+                cosines[name] += (ours * theirs).sum(axis=1).tolist()
+    sizes = [photo_path(photos, number).stat().st_size for number in range(args.photographs)]
+    found = {
+        "photographs": args.photographs, "photographs_a_run": count, "megapixels": LARGE[0] * LARGE[1] / 1e6,
+        "megabytes_each": statistics.mean(sizes) / 1e6, "seconds": seconds,
+        "cosine_to_open_clip": {n: {"lowest": min(c), "mean": statistics.mean(c)} for n, c in cosines.items()},
+    }  # fmt: skip
+    return {"photographs": conditions() | found}
 
 
-def reduced_part(args: SearchArguments) -> dict[str, Any]:
-    """Photographs decoded at a reduced size and whole."""
-    from benchmarks.search_photos import reduced_cosines
-
-    return {"reduced": conditions() | reduced_cosines(min(REDUCED, args.photographs))}
+PARTS = {"index": index_part, "peers": peers_part, "photographs": photographs_part}
 
 
-PARTS = {"index": index_part, "peers": peers_part, "photographs": photographs_part, "reduced": reduced_part}
-
-
-def own(args: SearchArguments, worker: str, rows: int) -> dict[str, Any]:
+def own(args: SearchArguments, worker: str, rows: int, first: int = 0) -> dict[str, Any]:
     """What a worker measures, in a process of its own."""
-    flags = ["--worker", worker, "--rows", str(rows), "--work", str(args.work), "--sizes", *map(str, args.sizes)]
-    return in_own_process(["benchmarks.search", *flags])
+    numbers = ["--rows", str(rows), "--first", str(first), "--sizes", *map(str, args.sizes)]
+    return in_own_process(["benchmarks.search", "--worker", worker, "--work", str(args.work), *numbers])
 
 
 def first_searches(args: SearchArguments, rows: int) -> list[float]:
@@ -249,36 +260,25 @@ def search_index(args: SearchArguments) -> dict[str, Any]:
     measured["memory_with_text_tower_bytes"] = peak_memory_bytes()
     counts = ADDED if args.rows == max(args.sizes) else ADDED[:1]
     index.model.images([PIL.Image.new("RGB", (64, 64))])  # loads the image tower
-    measured["added_s"] = {count: added(args, index, count) for count in counts}
-    first, *others = [measured["added_s"][1], *(added(args, index, 1) for _ in range(args.runs))]
-    measured["added_s"][1] = {key: statistics.median(one[key] for one in others) for key in first}
-    measured["added_s"][1]["first_s"] = first["seconds"]
+    measured["added_s"] = {count: {"seconds": added(args, index, count)} for count in counts}
+    first = measured["added_s"][1]["seconds"]
+    median = statistics.median(added(args, index, 1) for _ in range(args.runs))
+    measured["added_s"][1] = {"seconds": median, "first_s": first}
     return measured
 
 
-def added(args: SearchArguments, index: PictureIndex, count: int) -> dict[str, float]:
-    """Seconds to add so many pictures of 640 x 480, and those of them that the image tower takes."""
+def added(args: SearchArguments, index: PictureIndex, count: int) -> float:
+    """Seconds to add so many pictures of 640 x 480."""
     with tempfile.TemporaryDirectory() as folder:
-        for path in sorted((args.work / "small").iterdir())[:count]:
+        for path in sorted((args.work / "small").rglob("*.jpg"))[:count]:
             shutil.copy(path, folder)
-        images, inner = index.model.images, [0.0]
-
-        def timed_images(*given: Any, **options: Any) -> np.ndarray:
-            started = time.perf_counter()
-            try:
-                return images(*given, **options)
-            finally:
-                inner[0] += time.perf_counter() - started
-
-        object.__setattr__(index.model, "images", timed_images)
         started = time.perf_counter()
         result = index.add(folder)
         seconds = time.perf_counter() - started
-        object.__setattr__(index.model, "images", images)
         index.forget(folder)
         if result.new != count:
             raise RuntimeError(f"{count} pictures were to be added, {result.new} were.")
-    return {"seconds": seconds, "image_tower_s": inner[0]}
+    return seconds
 
 
 def times(call: Callable[[Any], Any], given: Any) -> dict[str, float]:
@@ -326,11 +326,19 @@ def faiss_peer(args: SearchArguments) -> dict[str, Any]:
     return measured | {"memory_bytes": peak_memory_bytes()}
 
 
+def take_in(args: SearchArguments) -> dict[str, Any]:
+    """Photographs by one of the programs; their embeddings go into a file of the worker's name."""
+    from benchmarks.search_photos import PROGRAMS, photo_path
+
+    paths = [photo_path(args.work / "photos", number) for number in range(args.first, args.first + args.rows)]
+    seconds, embeds = PROGRAMS[args.worker.removeprefix("photos_")](paths, args.work / "model")
+    np.save(args.work / f"{args.worker}.npy", embeds)
+    return {"seconds": seconds}
+
+
 WORKERS: dict[str, Callable[[SearchArguments], dict[str, Any]]] = {
-    "fill": fill,
-    "index": search_index,
-    "faiss_flat": faiss_peer,
-    "faiss_ivfpq": faiss_peer,
+    **{"fill": fill, "index": search_index, "faiss_flat": faiss_peer, "faiss_ivfpq": faiss_peer},
+    **dict.fromkeys((f"photos_{name}" for name in PHOTO_PROGRAMS), take_in),
 }
 
 if __name__ == "__main__":

@@ -59,9 +59,8 @@ def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
-def rate_spread(number: int, seconds: Sequence[float]) -> dict[str, float]:
-    """Items per second, of `number` items in each run: median, slowest and fastest."""
-    rates = [number / s for s in seconds]
+def spread(rates: Sequence[float]) -> dict[str, float]:
+    """Of what was done per second in each run: median, slowest and fastest."""
     return {"median": statistics.median(rates), "slowest": min(rates), "fastest": max(rates)}
 
 

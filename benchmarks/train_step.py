@@ -165,26 +165,21 @@ class Engine:
         self.step = WholeBatch(self.prepared, self.model.logit_scale, self.accelerator, seed, budget=budget)
 
     def __call__(self, number: int, texts: list[MicroBatch], images: Tensor) -> dict[str, float]:
-        """One step on images of `random_batch`; its seconds, the optimiser's of them, the graphs it kept, its loss."""
+        """One step on images of `random_batch`; its seconds, the graphs it kept, its loss."""
         started = self._now()
         if images.ndim == 4:  # pixels: no cache
             self.model.vision_model.eval()
             parts = images.split(self.args.embedding_batch_size)
             images = torch.cat([embed_pixels(self.prepared, pixels, self.accelerator) for pixels in parts])
         self.model.train()
-        embedded = self._now()
         self.optimizer.zero_grad(set_to_none=False)
-        cleared = self._now()
         report = self.step(number, texts, len(images), images.to(self.accelerator.device))
-        graded = self._now()
         for group in self.optimizer.param_groups:  # as `Trainer._update`, the gradient's norm included
             group["lr"] = learning_rate_at(number, self.args)
         torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).item()
         self.optimizer.step()
         clamp_logit_scale(self.model.logit_scale)
-        ended = self._now()
-        times = {"step_s": ended - started, "optimiser_s": (cleared - embedded) + (ended - graded)}
-        return times | {"graphs_kept": report.graphs_kept, "loss": report.loss}
+        return {"step_s": self._now() - started, "graphs_kept": report.graphs_kept, "loss": report.loss}
 
     def _now(self) -> float:
         if self.accelerator.device.type == "cuda":
@@ -202,12 +197,6 @@ def random_batch(
     shape = (number, config.projection_dim) if cached else (number, 3, size, size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return texts, F.normalize(images, dim=-1) if cached else images
-
-
-def padding_share(batches: list[MicroBatch]) -> float:
-    """Share of the tokens that are padding, 0 to 1."""
-    kept = sum(int(batch.attention_mask.sum()) for batch in batches)
-    return 1 - kept / sum(batch.attention_mask.numel() for batch in batches)
 
 
 def measure_ours(args: TrainStepArguments, config: CapivaraConfig | None = None, tokenizer=None) -> dict[str, Any]:
@@ -230,7 +219,6 @@ def measure_ours(args: TrainStepArguments, config: CapivaraConfig | None = None,
     steps = [engine(number, *batch) for number in range(args.warmup + args.steps)][args.warmup :]
     return {
         **{name: getattr(args, name) for name in ("pairs", "micro", "precision", "warmup")},
-        "padding_share": padding_share(batch[0]),
         "pairs_per_second": args.pairs / statistics.median(step["step_s"] for step in steps),
         "steps": steps,
         "peak_memory_bytes": timing.peak_memory_bytes(args.device),
@@ -376,17 +364,13 @@ def measured(name: str, precision: str, args: TrainStepArguments, **changes: int
 def summary(runs: list[dict], peer: list[dict] | None, before: list[dict] | None = None) -> dict[str, Any]:
     """Rates and memory of a program's runs, and the ratios run by run to open_clip's and to another tree's."""
     rates = [run["pairs_per_second"] for run in runs]
-    found = {
-        "pairs_per_second": {"median": statistics.median(rates), "slowest": min(rates), "fastest": max(rates)},
-        **{key: max(run[key] for run in runs) for key in ("peak_memory_bytes", "setup_peak_memory_bytes")},
-    }
-    if peer:
-        found["ratio"] = timing.median_ratio(rates, [run["pairs_per_second"] for run in peer])
-    if before:
-        found["ratio_to_before"] = timing.median_ratio(rates, [run["pairs_per_second"] for run in before])
+    found = {key: max(run[key] for run in runs) for key in ("peak_memory_bytes", "setup_peak_memory_bytes")}
+    found["pairs_per_second"] = timing.spread(rates)
+    for name, others in {"ratio": peer, "ratio_to_before": before}.items():
+        if others:
+            found[name] = timing.median_ratio(rates, [run["pairs_per_second"] for run in others])
     if "graphs_kept" in runs[-1]["steps"][-1]:  # ours
-        found["optimiser_s"] = statistics.median(step["optimiser_s"] for run in runs for step in run["steps"])
-        found |= {"graphs_kept": runs[-1]["steps"][-1]["graphs_kept"], "padding_share": runs[-1]["padding_share"]}
+        found["graphs_kept"] = runs[-1]["steps"][-1]["graphs_kept"]
     return found
 
 

@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 
 import modeling_capivara  # noqa: F401  registers the tokenizer of the text side: none of its folder's code is run
 from capivara_common.cli import flag, parse, run_command, user_errors
-from capivara_common.environment import device_description, package_versions, require
+from capivara_common.environment import require
 from capivara_common.files import check_inputs_stay, read_json, whole_folder, write_json
 from capivara_common.image_side_digest import image_side_digest
-from capivara_common.privacy import short_name
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, mean_recall, recall_at_k
+from examples import run_facts
 from examples.caption import captions_of
 from examples.openmoji.dataset import load_embedded
 from modeling_capivara.loading import load_model, load_processor
@@ -128,10 +128,8 @@ def main(argv: list[str] | None = None) -> None:
                 facts["recall"][name] = {side: recalls(pictures, asked, right) for side, asked in queries.items()}
                 changed = np.abs(before - pictures.vectors()).max(axis=1) > SAME
             facts["embedded_again"] = max(facts["embedded_again"], int(changed.sum()))
-        facts |= {name: short_name(str(getattr(args, name))) for name in ("base", "text_side", "dataset")}
-        facts |= {"split": args.split, "language": args.language, "device": device_description()}
-        packages = ("qdrant-client", "lancedb", "sentence-transformers")
-        write_json(folder / "results.json", facts | {"versions": package_versions(*packages)})
+        about = run_facts(args, "cpu", "qdrant-client", "lancedb", "sentence-transformers")
+        write_json(folder / "results.json", facts | about)
     for store, sides in facts["recall"].items():
         for side, figures in sides.items():
             print(f"{store}, {side}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in figures.items()))

@@ -13,7 +13,7 @@ makes. `--images` is a folder of splits with a sub-folder of images a class, a s
     print(pipeline("image-classification", "runs/classifier")("digit.png"))
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +23,13 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from capivara_common.cli import at_least, flag, parse, run_command, user_errors
-from capivara_common.environment import device_description, package_versions, resolve_precision
+from capivara_common.environment import resolve_precision
 from capivara_common.files import whole_folder, write_json, write_text
 from capivara_common.image_files import BadImage
-from capivara_common.privacy import hide_paths
 from caption_data.labelled_images import LabelledImages, load_images
 from eval.capivara_metrics.metrics import top_k_accuracy
 from eval.prompts import Prompts, load_prompts
+from examples import run_facts
 from modeling_capivara import CapivaraForImageClassification
 from modeling_capivara.loading import load_model, load_processor
 
@@ -165,19 +165,14 @@ def main(argv: list[str] | None = None) -> None:
         found["fine_tuned"] = trainer.evaluate()["eval_accuracy"]
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        write_results(args, folder, {"accuracy": found, "training_s": seconds}, (len(train), len(test)))
+        facts = run_facts(args, device) | {"accuracy": found, "training_s": seconds}
+        write_json(folder / "results.json", facts | {"train_images": len(train), "test_images": len(test)})
+        images = facts["config"]["images"] or "scikit-learn's digits"
+        write_text(folder / "README.md", CARD.format(**facts["config"] | {"images": images}))
     print(f"{args.benchmark}, accuracy on held-out images")
     for name, share in found.items():
         print(f"  {name.replace('_', '-'):10}  {100 * share:6.2f} %")
     print(args.output_dir)
-
-
-def write_results(args: ClassifierArguments, folder: Path, facts: dict, images: tuple[int, int]) -> None:
-    """`results.json` and a card beside the model."""
-    config = hide_paths({name: str(v) if isinstance(v, Path) else v for name, v in asdict(args).items()})
-    facts |= {"train_images": images[0], "test_images": images[1], "config": config}
-    write_json(folder / "results.json", facts | {"device": device_description(), "versions": package_versions()})
-    write_text(folder / "README.md", CARD.format(**config | {"images": config["images"] or "scikit-learn's digits"}))
 
 
 if __name__ == "__main__":

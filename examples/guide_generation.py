@@ -12,7 +12,7 @@ and after, as the processor sees the files.
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import PIL.Image
@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from tqdm.auto import trange
 
 from capivara_common.cli import at_least, flag, parse, run_command, user_errors
-from capivara_common.environment import device_description, package_versions, torch_device
+from capivara_common.environment import torch_device
 from capivara_common.files import whole_folder, write_json
-from capivara_common.privacy import hide_paths
+from examples import run_facts
 from modeling_capivara import CapivaraImageProcessor
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
@@ -164,10 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         ends = embed_images(model, processor, [pictures[0], pictures[-1]])
         before, after = (ends @ embed_texts(model, processor, sentences).T).tolist()
         found = {text: {"before": b, "after": a} for text, b, a in zip(sentences, before, after, strict=True)}
-        config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
-        facts = {"cosines": found, "seconds": seconds, "config": hide_paths(config)}
-        facts |= {"device": device_description(model.device), "versions": package_versions()}
-        write_json(folder / "results.json", facts)
+        write_json(folder / "results.json", {"cosines": found, "seconds": seconds} | run_facts(args, model.device))
     print("cosine of picture and sentence, before and after")
     for text, values in found.items():
         print(f"  {values['before']:6.3f}  {values['after']:6.3f}   {text}")

@@ -4,12 +4,12 @@
     python -m eval.report runs/real_images --output report
 
 Retrieval on OpenMoji's test split (Portuguese and English), zero-shot classification of its concepts, of the digits of
-scikit-learn and of the photographs of scikit-image (Portuguese labels), Babel-ImageNet's Portuguese names on those
-photographs that show one of them, and a linear probe on the digits. Data sets are written below `data/real_images`, a
-result file a task and model below the output folder, and all records together as `real_images.json` there.
+scikit-learn and of the photographs of scikit-image (Portuguese labels), and a linear probe on the digits. Data sets are
+written below `data/real_images`, a result file a task and model below the output folder, and all records together as
+`real_images.json` there.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,8 +27,6 @@ from examples.openmoji.dataset import load_embedded
 # Photographs that install from PyPI, by name: class in English and Portuguese, a sentence in both.
 PHOTOGRAPHS = read_json(Path(__file__).parent / "photographs.json")
 PHOTOS = {name: entry for name, entry in PHOTOGRAPHS.items() if "gender" in entry}  # scikit-image's, the classes
-# Those that show a class of ImageNet for which Babel-ImageNet has a Portuguese name, by ImageNet's English name.
-BABEL_PHOTOS = {"clock": "analog clock", "coffee": "espresso", "camera": "tripod", "rocket": "missile (657)"}
 TEMPLATES = ["uma foto de {um}.", "uma foto {do}.", "uma imagem de {um}.", "uma imagem que mostra {o}.", "{nome}."]
 SUMMARY_VERSION = 1  # of real_images.json, which is no result file of its own
 DIGIT_SIDE = 96  # pixels; the pictures have 8, and are enlarged without smoothing
@@ -50,8 +48,7 @@ def prepare(folder: Path, openmoji: str) -> None:
     """Write the data sets that are not there yet, each with the file of its classes."""
     makers: dict[str, Callable[[], tuple[DatasetDict, dict]]] = {
         "digits": digits,
-        "photos": lambda: photos(PHOTOS.keys(), {name: entry["en"] for name, entry in PHOTOS.items()}, photo_classes()),
-        "babel": lambda: photos(BABEL_PHOTOS.keys(), BABEL_PHOTOS, babel_classes()),
+        "photos": photos,
         "concepts": lambda: concepts(openmoji),
     }
     for name, make in makers.items():
@@ -82,11 +79,11 @@ def digits() -> tuple[DatasetDict, dict]:
     return DatasetDict(splits), classes
 
 
-def photos(names: Iterable[str], labels: dict[str, str], classes: dict) -> tuple[DatasetDict, dict]:
-    """scikit-image's photographs by the names of its functions, with their class by its English name."""
-    images = [photo(name) for name in names]
-    order = [entry["en"] for entry in classes["classes"]]
-    return DatasetDict(test=_labelled(images, [order.index(labels[name]) for name in names], order)), classes
+def photos() -> tuple[DatasetDict, dict]:
+    """scikit-image's photographs, a class each."""
+    classes = [{key: entry[key] for key in ("en", "pt", "gender", "number")} for entry in PHOTOS.values()]
+    data = _labelled([photo(name) for name in PHOTOS], list(range(len(PHOTOS))), [entry["en"] for entry in classes])
+    return DatasetDict(test=data), _classes_file("skimage-photos", "Photographs of scikit-image", classes, TEMPLATES)
 
 
 def photo(name: str) -> PIL.Image.Image:
@@ -107,27 +104,6 @@ def photo(name: str) -> PIL.Image.Image:
     return PIL.Image.fromarray(pixels).convert("RGB")
 
 
-def photo_classes() -> dict:
-    """The classes of scikit-image's photographs, as a prompts file has them."""
-    classes = [{key: entry[key] for key in ("en", "pt", "gender", "number")} for entry in PHOTOS.values()]
-    return _classes_file("skimage-photos", "Photographs of scikit-image", classes, TEMPLATES)
-
-
-def babel_classes() -> dict:
-    """Babel-ImageNet's Portuguese names of ImageNet's classes, all that it has, in one template of ours.
-
-    Its own templates are eighty, a quarter of an hour for four photographs; `--protocol babel` has them.
-    """
-    found = prompts.load_prompts("imagenet-1k", "babel", "pt")
-    english = [found.names_en[place] for place in found.indices]
-    repeated = {name for name in english if english.count(name) > 1}
-    classes = [
-        {"en": f"{name} ({place})" if name in repeated else name, "pt": word}
-        for name, place, word in zip(english, found.indices, found.names, strict=True)
-    ]
-    return _classes_file("babel-imagenet-photos", "Babel-ImageNet's names", classes, ["uma foto de {nome}."])
-
-
 def concepts(openmoji: str) -> tuple[DatasetDict, dict]:
     """OpenMoji's test pictures, a class each, named by their first Portuguese caption."""
     rows = load_embedded(Path(openmoji))["test"]
@@ -143,7 +119,7 @@ def measure(args: RealImagesArguments, model: str, role: str) -> list[Record]:
         output = args.output / f"openmoji-{language}-{role}.json"
         task = retrieval.RetrievalArguments(model, args.openmoji, output, language=language, **shared)
         records += retrieval.evaluate(task)
-    for name in ("concepts", "digits", "photos", "babel"):
+    for name in ("concepts", "digits", "photos"):
         classes, images = str(args.data / name / "classes.json"), str(args.data / name / "data")
         output = args.output / f"{name}-{role}.json"
         records += classification.evaluate(

