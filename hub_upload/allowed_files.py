@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import PIL.Image
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from capivara_common.image_files import IMAGE_FORMATS
@@ -51,12 +50,9 @@ MAX_HEADER_BYTES = 100_000_000  # of safetensors; its own reader takes no more
 
 def check_repo_id(repo_id: str) -> None:
     """Raise ValueError unless it is `owner/name` as the Hub takes it."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(printable(f"The repository id {repo_id!r} is not one of the Hub: {error}")) from None
     if repo_id.count("/") != 1:
         raise ValueError(f"The repository id must be owner/name, such as my-name/my-model, got {printable(repo_id)!r}.")
+    validate_repo_id(repo_id)
 
 
 def allowed_files(folder: Path) -> list[Path]:

@@ -14,25 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import pandas
 from huggingface_hub import parse_local_safetensors_file_metadata
 from huggingface_hub.errors import SafetensorsParsingError
 
 from capivara_common.files import seed_folders
+from capivara_common.hub_cache import COMMIT
 from capivara_common.privacy import secret_in
-from eval.records.schema import (
-    RANK_METRICS,
-    SCHEMA_VERSION,
-    TASKS,
-    ResultFile,
-    is_number,
-    parse_result,
-    read_object,
-)
+from eval.records.schema import RANK_METRICS, SCHEMA_VERSION, TASKS, ResultFile, is_number, parse_result, read_object
 from eval.records.tables import conflicts, records_frame, values_of
+from hub_upload.allowed_files import RUN_PICTURES
 
 GRAPHS = "onnx/quantisation.json"
-PICTURES = ("curves.png", "retrieval.png")
 FORMATS = {
     "open_clip": ("open_clip_config.json", "open_clip_model.safetensors"),
     "open_clip_from_inside": ("text_model/config.json",),  # which open_clip finds only from inside the folder
@@ -41,7 +33,6 @@ FORMATS = {
     "transformers_js": ("onnx/model.onnx", "preprocessor_config.json"),
 }
 HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?<![.-])", re.ASCII)
-COMMIT = re.compile(r"[0-9a-f]{40}")
 SAME = 5e-5  # a difference that no card shows
 # The base is measured beside every seed, maybe on another device, where some queries have other ranks by last bits.
 OTHER_QUERIES, OTHER_RANKS = 3, 1
@@ -76,7 +67,7 @@ class CardFacts:
     parameters: int | None  # numbers in the weights; None where the folder holds none
     graphs: dict[str, Any]  # `onnx/quantisation.json`: sizes and differences of the graphs; empty where there is none
     formats: frozenset[str]  # keys of `FORMATS` whose files are there
-    pictures: list[str]  # paths of those of `PICTURES` that are there
+    pictures: list[str]  # paths of those of `RUN_PICTURES` that are there
     digests: dict[str, str]  # file -> SHA-256 of all that was read, and of the pictures
     license: str | None = None  # that whoever publishes the model states, where none follows from base and data
 
@@ -166,7 +157,7 @@ def card_facts(folder: Path, name: str | None = None) -> CardFacts:
     values, cut = _values([result for path in paths if (result := _result(path, folder, digests))])
     from modeling_capivara.processing_capivara import CONTEXT_LENGTH  # here: --help of the commands awaits no torch
 
-    pictures = [(model / name).relative_to(folder).as_posix() for name in PICTURES if (model / name).is_file()]
+    pictures = [(model / name).relative_to(folder).as_posix() for name in RUN_PICTURES if (model / name).is_file()]
     config, graphs = (
         _read(model / name, folder, digests) if (model / name).is_file() else {} for name in ("config.json", GRAPHS)
     )
@@ -237,35 +228,23 @@ def _result(path: Path, folder: Path, digests: dict[str, str]) -> ResultFile | N
 
 def _values(results: list[ResultFile]) -> tuple[list[Any], list[Any]]:
     """What all files hold, each the mean over the seeds: of whole embeddings, and of those that were cut."""
-    if not results:
+    if all(record.dim for result in results for record in result.records):
         raise ValueError("The folder's results hold no measurement, and a card states what was measured.")
     frame = records_frame(results)
-    for row in _conflicts(frame).itertuples():
+    far = (OTHER_QUERIES / frame["n"]).clip(lower=SAME).mask(frame["metric"].isin(RANK_METRICS), OTHER_RANKS)
+    for row in conflicts(frame, "precision", far.where(frame["model"] == "baseline", SAME)).itertuples():
         raise ValueError(
             f"{row.first_source}/value and {row.source}/value give one figure two values, {row.first:g} and "
             f"{row.value:g}. Remove the result file that is not of this model."
         )
     found = values_of(frame, "precision")
-    whole, cut = ([value for value in found if bool(value.dim) == is_cut] for is_cut in (False, True))
-    if not whole:
-        raise ValueError("The folder's results hold no measurement, and a card states what was measured.")
     for value in found:
         if value.seeds > 1 and value.measured[0].seed is None:
             raise ValueError(
                 f"{value.measured[0].source} names no seed, where others of the same figure do. Measure it with "
                 "--seed, or remove the file."
             )
-    return whole, cut
-
-
-def _conflicts(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """Rows of two values for one figure: any of one folder or model, and of the base those far apart."""
-    of_folders = [rows for _, rows in frame.groupby(frame["name"].str.split("/").str[0], sort=False)]  # seed-0/…
-    far = (OTHER_QUERIES / frame["n"]).clip(lower=SAME).mask(frame["metric"].isin(RANK_METRICS), OTHER_RANKS)
-    far = far.where(frame["model"] == "baseline", SAME)
-    return pandas.concat(
-        [conflicts(rows, "precision", SAME) for rows in of_folders] + [conflicts(frame, "precision", far)]
-    )
+    return [value for value in found if not value.dim], [value for value in found if value.dim]
 
 
 def _parameters(model: Path) -> int | None:

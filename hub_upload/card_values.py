@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 
-from eval.records.schema import DIRECTIONS, GAIN, RANK_METRICS, TASKS, is_number
+from eval.records.schema import DIRECTIONS, GAIN, RANK_METRICS, TASKS
 from eval.records.tables import pairs_of
 from hub_upload.card_facts import HUB_ID, CardFacts, Content, energy, inherited_licence, licence
 
@@ -80,14 +80,12 @@ class Numbers:
 
     def number(self, value: Any, digits: int = 0, sign: bool = False, kind: str = "f") -> str:
         """A number of the files, as format's `kind` "f" or "e" writes it. Raises ValueError where it is none."""
-        if not is_number(value):
-            raise ValueError(f"A figure of the card must be a number, got {value!r:.60}.")
         text = f"{value:{'+' if sign else ''},.{digits}{kind}}"
         return text.translate(str.maketrans(",.", ".,")) if self.language == "pt" else text
 
     def percent(self, share: Any, sign: bool = False) -> str:
         """A share in per cent, or a difference of shares in points; without the unit."""
-        return self.number(100 * share if is_number(share) else share, 2, sign)
+        return self.number(100 * share, 2, sign)
 
     def quantity(self, value: float, unit: str, thousandth: str) -> str:
         """`value` to three digits, in the unit or, where it is small, in its thousandth."""
@@ -97,8 +95,8 @@ class Numbers:
 
     def duration(self, seconds: Any) -> str:
         """Seconds, as hours or minutes where there are many."""
-        if not is_number(seconds) or seconds < 90:
-            return f"{self.number(seconds, 1 if is_number(seconds) and seconds >= 1 else 2)} s"
+        if seconds < 90:
+            return f"{self.number(seconds, 1 if seconds >= 1 else 2)} s"
         unit, part = ("h", 3600) if seconds >= 5400 else ("min", 60)
         return f"{self.number(seconds / part, 1)} {unit}"
 

@@ -44,9 +44,9 @@ from hub_upload.formats import (
     tensor_digests,
     transformers_js,
 )
-from hub_upload.formats.open_clip import OPEN_CLIP_WEIGHTS, TEXT_MODEL, OpenClipPlan
-from modeling_capivara import CapivaraConfig, CapivaraImageProcessor
-from modeling_capivara.convert_open_clip import write_open_clip_weights
+from hub_upload.formats.open_clip import OPEN_CLIP_WEIGHTS
+from modeling_capivara import CapivaraConfig, CapivaraProcessor, CapivaraTokenizer
+from modeling_capivara.convert_open_clip import capivara_state_dict, write_open_clip_weights
 from modeling_capivara.loading import WEIGHTS, load_processor, mapped_model, mapped_tensors
 
 FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")  # in one repository
@@ -102,14 +102,13 @@ class ExportArguments:
 
     def __post_init__(self) -> None:
         formats = set(self.format_names())
-        if "drop_in" in formats and self.base is None:
-            raise ValueError("drop_in needs --base: the model that the pictures of the index were embedded with.")
         if self.textual_only and formats != {"immich"}:
             raise ValueError(f"textual_only is of --formats immich, got --formats {self.formats}; leave it out.")
-        if self.textual_only and self.base is None:
-            raise ValueError("textual_only needs --base, the model that the pictures in Immich are embedded with.")
-        if self.base is not None and "drop_in" not in formats and not self.textual_only:
-            raise ValueError("--base is for --formats drop_in and for --textual_only; leave it out.")
+        if (self.base is not None) != ("drop_in" in formats or self.textual_only):
+            raise ValueError(
+                "--base, the model that the pictures were embedded with, is for --formats drop_in and for "
+                f"--textual_only, which need it; got --base {self.base} with --formats {self.formats}."
+            )
         if (alone := formats & set(FOLDER_FORMATS)) and len(formats) > 1:
             raise ValueError(
                 f"{' and '.join(alone)} is a folder of its own; name no other format beside it, got {self.formats}."
@@ -171,28 +170,27 @@ def export(
         OSError: the disk is full.
     """
     formats = _checked_formats(formats)
-    if repo_id is not None:
-        allowed.check_repo_id(repo_id)
     check_output_folder(output, overwrite)
     check_inputs_stay(output, model, text_config)
-    config, image_processor = read_config(model), _read_image_processor(model)
+    config, processor = read_config(model), _read_processor(model)
     if "transformers_js" in formats:
-        transformers_js.readable_tokenizer(model)  # or an error before the graphs, which take minutes
+        transformers_js.readable_tokenizer(model)  # or an error before anything is written
     plan = None
     if "open_clip" in formats:
-        plan = open_clip.plan_open_clip(config, image_processor, text_config, repo_id)
-        _log_open_clip_plan(plan, repo_id, config)
+        plan = open_clip.plan_open_clip(config, processor.image_processor, text_config, repo_id)
     with whole_folder(output, overwrite) as folder:
         _write_weights(model, folder, config, with_open_clip=plan is not None)
-        _write_processor(model, folder, config, plan)
-        if "transformers_js" in formats:
-            transformers_js.write_tokenizer(folder)
+        _write_processor(model, folder, processor.tokenizer)
+        if plan:
+            open_clip.write_open_clip_config(folder, config, plan, processor.tokenizer)
         if "sentence_transformers" in formats:
             open_clip.write_sentence_transformers(folder)
-        if "onnx" in formats:
-            onnx.write_onnx(folder)
         if "transformers_js" in formats:
-            transformers_js.write_transformers_js(folder)
+            transformers_js.write_tokenizer(folder)
+            onnx.write_onnx(folder, graphs=tuple(onnx.GRAPHS), precisions=("float32", "int8", "float16"))
+            transformers_js.write_settings(folder)
+        elif "onnx" in formats:
+            onnx.write_onnx(folder)
         _write_records(model, folder)
         return _finished(folder)
 
@@ -224,42 +222,11 @@ def _checked_formats(formats: Sequence[str]) -> list[str]:
     return formats
 
 
-def _read_image_processor(model: Path) -> CapivaraImageProcessor:
-    path = model / "processor_config.json"
-    if not path.is_file():
-        raise ValueError(
-            f"The folder {model} has no processor ({path.name} is missing); save one there with "
-            "`CapivaraProcessor(image_processor, tokenizer).save_pretrained(folder)`."
-        )
-    try:
-        has_code = "auto_map" in read_json(path)
-        processor = CapivaraImageProcessor.from_pretrained(model)
-    except (ValueError, TypeError, OSError) as error:
-        raise ValueError(f"The processor of {model} can't be loaded: {' '.join(str(error).split())}") from error
-    if not has_code:
-        raise ValueError(f"{path} names no code (auto_map), so nobody could load it; save the processor again.")
+def _read_processor(model: Path) -> CapivaraProcessor:
+    processor = load_processor(model)
+    if "auto_map" not in read_json(model / "processor_config.json"):
+        raise ValueError(f"The processor of {model} names no code (auto_map): nobody could load it; save it again.")
     return processor
-
-
-def _log_open_clip_plan(plan: OpenClipPlan | None, repo_id: str | None, config: CapivaraConfig) -> None:
-    if plan is None:
-        pieces = f", trimmed to {config.text_config.vocab_size:,} word pieces" if config.trimmed_vocabulary else ""
-        logger.info(
-            "open_clip is left out: it takes the text tower's configuration from XLM-RoBERTa base, and this is another "
-            "tower%s. Name a Hub id that has it by --text_config; or the model's own folder, for a repository that "
-            "open_clip loads from inside its folder alone.", pieces,
-        )  # fmt: skip
-    elif plan.source == TEXT_MODEL:
-        logger.info(
-            "open_clip: the text tower has no Hub id; its configuration lies in %s/. Users download the repository, "
-            "start in its folder, and load local-dir:. (hf-hub: can't find it).", TEXT_MODEL,
-        )  # fmt: skip
-    else:
-        hint = "" if repo_id else "; --repo_id makes it the repository's own"
-        logger.info(
-            "open_clip, hf-hub: configuration of the text tower from %s, tokenizer from %s%s.",
-            plan.source, plan.tokenizer, hint,
-        )  # fmt: skip
 
 
 def _write_weights(model: Path, folder: Path, config: CapivaraConfig, with_open_clip: bool) -> None:
@@ -275,12 +242,13 @@ def _write_weights(model: Path, folder: Path, config: CapivaraConfig, with_open_
     del mapped
     check_tensors(folder / WEIGHTS, mapped_tensors([folder / WEIGHTS]), expected)
     if with_open_clip:
-        check_tensors(folder / OPEN_CLIP_WEIGHTS, open_clip.written_tensors(folder), expected)
+        written = capivara_state_dict(mapped_tensors([folder / OPEN_CLIP_WEIGHTS]))  # under transformers' names again
+        check_tensors(folder / OPEN_CLIP_WEIGHTS, written, expected)
         logger.info("transformers and open_clip: %d tensors compared, all equal.", len(expected))
 
 
-def _write_processor(model: Path, folder: Path, config: CapivaraConfig, plan: OpenClipPlan | None) -> None:
-    """All code, open_clip's configuration, and the processor's files, paths of this machine in them made relative."""
+def _write_processor(model: Path, folder: Path, tokenizer: CapivaraTokenizer) -> None:
+    """All code, and the processor's files, paths of this machine in them made relative."""
     for name in PROCESSOR_FILES:
         if not (model / name).is_file():
             continue
@@ -293,14 +261,8 @@ def _write_processor(model: Path, folder: Path, config: CapivaraConfig, plan: Op
     package = Path(modeling_capivara.__file__).parent
     for name in allowed.MODEL_CODE:
         shutil.copyfile(package / name, folder / name)
-    try:
-        tokenizer = load_processor(folder).tokenizer  # after the weights: with them, it would be the peak of memory
-    except ValueError as error:
-        raise ValueError(str(error).replace(str(folder), str(model))) from error
     if read_json(folder / "tokenizer_config.json").get("tokenizer_class") != type(tokenizer).__name__:
         tokenizer.save_pretrained(folder)  # of an older folder: now it repairs texts also without the processor
-    if plan:
-        open_clip.write_open_clip_config(folder, config, plan, tokenizer)
 
 
 def _write_records(model: Path, folder: Path) -> None:

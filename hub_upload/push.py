@@ -45,7 +45,8 @@ from capivara_common.privacy import machine_path_in, printable, secret_in
 from hub_upload.allowed_files import allowed_files, check_contents, check_data, check_repo_id, data_files
 from hub_upload.card import CARD, outdated, write_card
 
-REF_NAME = re.compile(r"(?!.*(\.\.|//|@\{|\.lock$|[./]$))[A-Za-z0-9_][\w.+/-]{0,200}")
+# Of a branch or tag: neither a commit nor another kind of reference.
+REF_NAME = re.compile(r"(?!refs/|[0-9a-f]{40}$|.*(\.\.|//|@\{|\.lock$|[./]$))[A-Za-z0-9_][\w.+/-]{0,200}")
 PULL_REQUEST = re.compile(r"refs/pr/\d+")
 SHOWN = 20  # names of one kind
 TIMEOUT_S = 300  # of silence; the client's own is none, and a line that died would hold a run for ever
@@ -54,6 +55,20 @@ NO_TOKEN = "There is no token. Save one that may write by `hf auth login`, or se
 AGAIN = "Run the same command again: files that have arrived are not sent a second time."
 TRY_AGAIN = {408, 429, 500, 502, 503, 504}
 FULL = {402, 413, 507}  # the Hub itself says 403, with words
+# Status or kind of a refusal -> why, and the way out; of another one the Hub's own words are said.
+REFUSALS = {
+    401: "The Hub refuses the token (401): it is wrong, or no longer valid. Make one that may write at {tokens}, and "
+    "save it by `hf auth login` or set HF_TOKEN.",
+    403: "The token may not write to {repo_id} (403): {said}. Use one with write access, of a member of {owner} "
+    "({tokens}).",
+    412: "{repo_id} was changed meanwhile (412), and nothing of yours was committed. Run the command without --push to "
+    "see what is there, then with it.",
+    "missing": "There is no {repo_type} repository {repo_id} ({status}), or the token does not see it. Check the name, "
+    "and that the token is of a member of its organisation.",
+    "full": "The Hub has no more space for {repo_id} ({status}): {said}. Delete old files or repositories, or ask for "
+    "more storage; then run the same command again.",
+    "trouble": "The Hub is in trouble or takes no more requests ({status}): {said}. Run the same command again later.",
+}
 REPOSITORY = "repository"  # folder in that of the run, until it is on the Hub
 CHECKPOINTS = "checkpoints"  # branch
 FORMATS = ("transformers", "open_clip", "sentence_transformers")  # onnx takes minutes, and packages of its own
@@ -92,11 +107,10 @@ class PushArguments:
         check_repo_id(self.repo_id)
         if not self.model.is_dir():
             raise ValueError(f"The folder {self.model} does not exist.")
-        for name, value in (("revision", self.revision), ("tag", self.tag)):
-            is_commit = re.fullmatch("[0-9a-f]{40}", value or "")
-            known = REF_NAME.fullmatch(value or "v1") and not str(value).startswith("refs/") and not is_commit
-            if not known and not (name == "revision" and PULL_REQUEST.fullmatch(value)):
-                raise ValueError(f"{name} {value!r} is no name for a {'branch' if name == 'revision' else 'tag'}.")
+        if not REF_NAME.fullmatch(self.revision) and not PULL_REQUEST.fullmatch(self.revision):
+            raise ValueError(f"revision {self.revision!r} is no name for a branch.")
+        if self.tag is not None and not REF_NAME.fullmatch(self.tag):
+            raise ValueError(f"tag {self.tag!r} is no name for a tag.")
         if self.pull_request and (self.tag or self.revision != "main"):
             raise ValueError("A pull request goes to main and gets no tag: leave out --revision and --tag.")
 
@@ -120,21 +134,14 @@ class PushPlan:
     args: PushArguments
     user: str | None  # whose token it is; None without one
     remote: Remote
-    notes: list[str]
-    added: list[CommitOperationAdd] = field(default_factory=list)
-    changed: list[CommitOperationAdd] = field(default_factory=list)
-    same: list[str] = field(default_factory=list)
-    deleted: list[str] = field(default_factory=list)  # files on the Hub that go
-    stay: list[str] = field(default_factory=list)  # files on the Hub that the folder does not have
+    metadata: dict[str, Any] | None  # of the card; None where there is no card
+    sent: list[CommitOperationAdd]  # files that the commit adds or changes
+    same: list[str]  # files of the folder that the Hub has
+    deleted: list[str]  # files on the Hub that go
 
     def __post_init__(self) -> None:
         self.makes_branch = self.remote.exists and self.remote.head is None
         self.makes_tag = self.args.tag is not None and self.args.tag not in self.remote.tags
-
-    @property
-    def sent(self) -> list[CommitOperationAdd]:
-        """Files that the commit adds or changes."""
-        return self.added + self.changed
 
 
 @user_errors
@@ -169,16 +176,11 @@ def plan(args: PushArguments) -> PushPlan:
     with hub_errors(args.repo_id, args.repo_type):
         user = str(_twice(lambda: HfApi().whoami(cache=True)["name"])) if get_token() else None
         remote = _look(args.repo_id, args.repo_type, args.revision)
-    found = PushPlan(args, user, remote, _notes(args, metadata, user, remote))
-    for path in map(Path.as_posix, paths):
-        file, there = CommitOperationAdd(path, args.model / path), remote.files.get(path)
-        if _is_on_hub(file, there):
-            found.same.append(path)
-        else:
-            (found.changed if there else found.added).append(file)
-    found.deleted = [path for path in args.delete if path in remote.files]
-    ours = {".gitattributes", *found.deleted, *map(Path.as_posix, paths)}  # the first is made by the Hub
-    found.stay = sorted({*remote.files} - ours)
+    files = [CommitOperationAdd(path.as_posix(), args.model / path) for path in paths]
+    same = [file.path_in_repo for file in files if _is_on_hub(file, remote.files.get(file.path_in_repo))]
+    sent = [file for file in files if file.path_in_repo not in same]
+    deleted = [path for path in args.delete if path in remote.files]
+    found = PushPlan(args, user, remote, metadata, sent, same, deleted)
     _check_plan(found)
     return found
 
@@ -232,23 +234,30 @@ def report(planned: PushPlan) -> str:
     branch = "a pull request to main" if args.pull_request else args.revision
     branch += ", will be made from main" if planned.makes_branch else ""
     lines = [f"{args.repo_type} {args.repo_id} ({state}), {branch}; token of {_name(planned.user or 'nobody')}"]
-    for file in planned.sent:
+    for file in sorted(planned.sent, key=lambda file: file.path_in_repo in remote.files):
         there = remote.files.get(file.path_in_repo)
         before = f", was {readable_size(there.size)}" if there else ""
         size = f"({readable_size(file.upload_info.size)}{before})"
         lines.append(f"  {'change' if there else 'add   '}  {_name(file.path_in_repo)}  {size}")
     lines += [f"  delete  {_name(path)}  ({readable_size(remote.files[path].size)})" for path in planned.deleted]
     lines += [f"  same    {len(planned.same)} files"] if planned.same else []
-    lines += [f"  stays   {_name(path)}  (on the Hub, not in the folder)" for path in planned.stay]
-    return "\n".join([*lines, *(f"note: {_name(note)}" for note in planned.notes)])
+    ours = {".gitattributes", *planned.deleted, *planned.same, *(file.path_in_repo for file in planned.sent)}
+    stay = sorted({*remote.files} - ours)  # the first of ours is made by the Hub
+    lines += [f"  stays   {_name(path)}  (on the Hub, not in the folder)" for path in stay]
+    lines += [f"note: --delete {_name(path)}: it is not on the Hub." for path in {*args.delete} - {*remote.files}]
+    if planned.metadata is None:
+        lines.append(f"note: there is no {CARD}: the page on the Hub will be empty.")
+    else:
+        stated = planned.metadata.get("license") or "none, and without one nobody may use what is published"
+        lines.append(f"note: license: {_name(str(stated))}")
+    if planned.user is None:
+        lines.append("note: there is no token, which --push needs: `hf auth login`, or HF_TOKEN.")
+    return "\n".join(lines)
 
 
 def readable_size(size: int) -> str:
-    """Bytes in words, of a thousand each."""
-    for exponent, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
-        if size >= 10**exponent:
-            return f"{size / 10**exponent:.{2 if unit == 'GB' else 1}f} {unit}"
-    return f"{size} bytes"
+    """Bytes in words, of a thousand each, such as "1.46GB"."""
+    return tqdm.format_sizeof(size, "B")
 
 
 def _name(text: str) -> str:
@@ -272,29 +281,15 @@ def _is_on_hub(file: CommitOperationAdd, there: RepoFile | None) -> bool:
         return git_hash(content.read()) == there.blob_id
 
 
-def _notes(args: PushArguments, metadata: dict[str, Any] | None, user: str | None, remote: Remote) -> list[str]:
-    notes = [f"--delete {path}: it is not on the Hub." for path in args.delete if path not in remote.files]
-    if metadata is None:
-        notes.append(f"there is no {CARD}: the page on the Hub will be empty.")
-    elif "license" not in metadata:
-        notes.append("the card states no license, and without one nobody may use what is published.")
-    else:
-        notes.append(f"license: {metadata['license']}")
-    if user is None:
-        notes.append("there is no token, which --push needs: `hf auth login`, or HF_TOKEN.")
-    return notes
-
-
 def _check_plan(planned: PushPlan) -> None:
     """Raise PushError where the push would be refused, or would not be what was meant."""
     args, remote = planned.args, planned.remote
     _check_visibility(args.repo_id, remote, args.private)
     if args.pull_request and not remote.exists:
         raise PushError(f"There is no {args.repo_id}, or the token does not see it: a pull request needs one.")
-    if args.revision.startswith("refs/") and remote.head is None:
-        raise PushError(f"{args.repo_id} has no open pull request {args.revision}.")
-    if args.revision in remote.tags and remote.head is None:
-        raise PushError(f"{args.revision} is a tag of {args.repo_id}, and tags stay where they are. Name a branch.")
+    if remote.head is None and (args.revision.startswith("refs/") or args.revision in remote.tags):
+        kind = "a tag, which stays where it is" if args.revision in remote.tags else "no open pull request"
+        raise PushError(f"{args.revision} of {args.repo_id} is {kind}. Name a branch or an open pull request.")
     if both := {*args.delete} & {*planned.same, *(file.path_in_repo for file in planned.sent)}:
         raise PushError(f"--delete names {min(both)}, which the folder has. Remove it there first.")
     tagged = remote.tags.get(args.tag or "")
@@ -330,7 +325,6 @@ def push(planned: PushPlan) -> str | None:
         if not remote.exists:
             api.create_repo(args.repo_id, repo_type=args.repo_type, private=args.private or None)
             remote = _look(args.repo_id, args.repo_type, args.revision)
-            _check_visibility(args.repo_id, remote, args.private)
         if remote.head is None:
             api.create_branch(args.repo_id, branch=args.revision, revision=remote.start, repo_type=args.repo_type)
         commit = _commit(planned, str(remote.start)) if planned.sent or planned.deleted else None
@@ -351,29 +345,24 @@ def _commit(planned: PushPlan, parent: str) -> CommitInfo:
         )  # fmt: skip
 
     try:
-        commit = send()
+        commit, refused = send() if args.pull_request else _twice(send), None
     except (errors.HTTPError, errors.HfHubHTTPError) as error:
-        if not _is_lost(error):
-            raise
-        if args.pull_request:
+        if args.pull_request and _is_lost(error):
             raise PushError(
                 f"{type(error).__name__}: {error}. Whether the pull request was opened is not known: look at the page "
                 f"of {args.repo_id} before you run the same command again."
             ) from None
-        time.sleep(WAIT_S)
-        head = _look(args.repo_id, args.repo_type, args.revision).head
-        try:
-            commit = send() if head == parent else None
-        except errors.HfHubHTTPError as again:
-            if again.response.status_code != 412:
-                raise
-            commit, head = None, _look(args.repo_id, args.repo_type, args.revision).head  # the first came late, maybe
+        if not isinstance(error, errors.HfHubHTTPError) or error.response.status_code != 412:
+            raise
+        # The parent is no longer the last commit. The first of two calls may have made ours: the files there tell.
+        head, refused = _look(args.repo_id, args.repo_type, args.revision).head, error
         url = f"{constants.ENDPOINT}/{constants.REPO_TYPES_URL_PREFIXES.get(args.repo_type, '')}{args.repo_id}/commit"
-        # Made already, by this push or another: the files there tell.
-        commit = commit or CommitInfo(f"{url}/{head}", commit_message="", commit_description="", oid=str(head))
+        commit = CommitInfo(f"{url}/{head}", commit_message="", commit_description="", oid=str(head))
     there = _files(args.repo_id, args.repo_type, commit.pr_revision or commit.oid)
     missing = [file.path_in_repo for file in planned.sent if not _is_on_hub(file, there.get(file.path_in_repo))]
     if missing or {*planned.deleted} & {*there}:
+        if refused:
+            raise refused
         raise PushError(
             f"The branch is at {commit.commit_url}, but without {', '.join(missing[:SHOWN]) or 'the deletions'}. Has "
             "somebody else changed it meanwhile, or has the repository a .gitignore that leaves it out? Run the "
@@ -393,7 +382,8 @@ def _tag(args: PushArguments, commit: str) -> None:
 def _title(planned: PushPlan) -> str:
     """Of the commit, where none was given."""
     names = [file.path_in_repo for file in planned.sent] + planned.deleted
-    verb = "Update" if planned.changed else "Add" if planned.added else "Delete"
+    changes = any(file.path_in_repo in planned.remote.files for file in planned.sent)
+    verb = "Update" if changes else "Add" if planned.sent else "Delete"
     return f"{verb} {names[0]}" if len(names) == 1 else f"{verb} {len(names)} files"
 
 
@@ -405,9 +395,9 @@ def _look(repo_id: str, repo_type: str, revision: str) -> Remote:
     api = HfApi()
     try:
         info = _twice(lambda: api.repo_info(repo_id, repo_type=repo_type))
-    except errors.GatedRepoError:
-        raise
-    except errors.RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError as error:
+        if isinstance(error, errors.GatedRepoError):
+            raise
         return Remote()
     refs = _twice(lambda: api.list_repo_refs(repo_id, repo_type=repo_type, include_pull_requests=True))
     heads = {ref.name: ref.target_commit for ref in refs.branches}
@@ -475,8 +465,18 @@ def hub_errors(repo_id: str, repo_type: str) -> Iterator[None]:
 def _explained(error: BaseException, repo_id: str, repo_type: str) -> str:
     """Why a call failed, and the way out."""
     if isinstance(error, errors.HfHubHTTPError):
+        status = error.response.status_code
         said = " ".join((error.server_message or str(error)).split()).rstrip(".")
-        return _explained_status(error, error.response.status_code, said, repo_id, repo_type)
+        kind = status
+        if status in FULL or (status == 403 and re.search("storage|quota", said, re.IGNORECASE)):
+            kind = "full"
+        elif isinstance(error, errors.RepositoryNotFoundError) and (status == 404 or get_token() is None):
+            kind = "missing"
+        elif status in TRY_AGAIN:
+            kind = "trouble"
+        values = {"repo_id": repo_id, "repo_type": repo_type, "owner": repo_id.split("/")[0], "status": status}
+        tokens = f"{constants.ENDPOINT}/settings/tokens"
+        return REFUSALS.get(kind, "The Hub refused ({status}): {said}.").format(**values, said=said, tokens=tokens)
     if isinstance(error, errors.HTTPError):
         return f"The connection to the Hub broke ({type(error).__name__}: {error}). {AGAIN}"
     if isinstance(error, RuntimeError) and not isinstance(error, RecursionError):  # of Xet
@@ -488,40 +488,6 @@ def _explained(error: BaseException, repo_id: str, repo_type: str) -> str:
         "a proxy or a log-in page answer in its place? Check HF_ENDPOINT and the network, then run the same command "
         "again."
     )
-
-
-def _explained_status(error: errors.HfHubHTTPError, status: int, said: str, repo_id: str, repo_type: str) -> str:
-    tokens = f"{constants.ENDPOINT}/settings/tokens"
-    if isinstance(error, errors.GatedRepoError):
-        return f"{repo_id} is gated (403), and the token has no access to it. Ask for it on the repository's page."
-    if status == 401 and not (isinstance(error, errors.RepositoryNotFoundError) and get_token() is None):
-        return (
-            f"The Hub refuses the token (401): it is wrong, or no longer valid. Make one that may write at {tokens}, "
-            "and save it by `hf auth login` or set HF_TOKEN."
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"There is no {repo_type} repository {repo_id} ({status}), or the token does not see it. Check the name, "
-            "and that the token is of a member of its organisation."
-        )
-    if status in FULL or (status == 403 and re.search("storage|quota", said, re.IGNORECASE)):
-        return (
-            f"The Hub has no more space for {repo_id} ({status}): {said}. Delete old files or repositories, or ask for "
-            "more storage; then run the same command again."
-        )
-    if status == 403:
-        return (
-            f"The token may not write to {repo_id} (403): {said}. Use one with write access, of a member of "
-            f"{repo_id.split('/')[0]} ({tokens})."
-        )
-    if status == 412:
-        return (
-            f"{repo_id} was changed meanwhile (412), and nothing of yours was committed. Run the command without "
-            "--push to see what is there, then with it."
-        )
-    if status in TRY_AGAIN:
-        return f"The Hub is in trouble or takes no more requests ({status}): {said}. Run the same command again later."
-    return f"The Hub refused ({status}): {said}."
 
 
 # --- A training run --------------------------------------------------------------------------------------------------

@@ -46,27 +46,6 @@ class HubCommands:
         self._process.wait(timeout=30)
 
 
-PEAK = """
-import sys
-from capivara_common.environment import peak_resident_bytes
-from hub_upload.push import main
-before = peak_resident_bytes()
-main(["--model", sys.argv[1], "--repo-id", "us/large", "--push"])
-main(["--model", sys.argv[1], "--repo-id", "us/large", "--push"])  # compared by its hash
-print(before, peak_resident_bytes())
-"""
-
-
-def peak_of_a_push(hub: HubServer, folder: Path, home: Path) -> tuple[int, int]:
-    """Bytes that a process has held at most: after its imports, and after it has pushed a folder twice."""
-    environment = {**os.environ, **hub.environment(home)}
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(folder)], env=environment, capture_output=True, text=True, check=True
-    )
-    before, peak = done.stdout.splitlines()[-1].split()
-    return int(before), int(peak)
-
-
 @contextmanager
 def hub_commands(folder: Path) -> Iterator[HubCommands]:
     """A server and a process for it, both gone after the block."""

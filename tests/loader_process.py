@@ -1,8 +1,8 @@
-"""Embeds pictures and captions by one loader, as its users would, in a process that may know nothing of this project.
+"""Embeds pictures and captions by loaders, as their users would, in a process that knows nothing of this project.
 
-    python loader_process.py LOADER REPOSITORY INPUTS OUTPUT
+    python loader_process.py LOADER,LOADER REPOSITORY INPUTS OUTPUT
 
-INPUTS is a folder of `*.png` and `texts.json`; OUTPUT an .npz file with `images` and `texts`, as the loader gives them.
+INPUTS is a folder of `*.png` and `texts.json`; OUTPUT an .npz file with `LOADER/images` and `LOADER/texts`.
 """
 
 import json
@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-LOADER, REPOSITORY, INPUTS, OUTPUT = sys.argv[1:]
+NAMES, REPOSITORY, INPUTS, OUTPUT = sys.argv[1:]
 PICTURES = [Image.open(path) for path in sorted(Path(INPUTS).glob("*.png"))]
 TEXTS = json.loads((Path(INPUTS) / "texts.json").read_text(encoding="utf-8"))
 
 
-def transformers(**code):
+def transformers():
+    assert not any((Path(entry) / "modeling_capivara").exists() for entry in sys.path), "the package is in reach"
     from transformers import AutoModel, AutoProcessor, AutoTokenizer, pipeline
 
+    code = {"trust_remote_code": True}
     model, report = AutoModel.from_pretrained(REPOSITORY, output_loading_info=True, **code)
     assert not [fault for fault in report.values() if fault], report
     processor = AutoProcessor.from_pretrained(REPOSITORY, **code)
@@ -34,17 +36,6 @@ def transformers(**code):
     alone = AutoTokenizer.from_pretrained(REPOSITORY, **code)
     assert dict(alone(TEXTS, padding=True)) == dict(processor(text=TEXTS)), "the tokenizer alone reads texts otherwise"
     return output.image_embeds, output.text_embeds
-
-
-def without_package():
-    assert not any((Path(entry) / "modeling_capivara").exists() for entry in sys.path), "the package is in reach"
-    return transformers(trust_remote_code=True)
-
-
-def with_package():
-    import modeling_capivara  # noqa: F401  registers the Auto classes
-
-    return transformers()
 
 
 def open_clip():
@@ -71,14 +62,12 @@ def sentence_transformers():
     return torch.from_numpy(images), torch.from_numpy(texts)
 
 
-def onnx(suffix=""):
+def onnx():
     import onnxruntime
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(REPOSITORY, trust_remote_code=True)
-    vision, text = (
-        onnxruntime.InferenceSession(f"{REPOSITORY}/onnx/{kind}_model{suffix}.onnx") for kind in ("vision", "text")
-    )
+    vision, text = (onnxruntime.InferenceSession(f"{REPOSITORY}/onnx/{kind}_model.onnx") for kind in ("vision", "text"))
     pixels = processor(images=PICTURES, return_tensors="np")["pixel_values"]
     # By themselves and together: other batches and lengths than the exporter saw.
     batches = [TEXTS[:1], TEXTS[1:]]
@@ -88,9 +77,9 @@ def onnx(suffix=""):
     return torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(texts))
 
 
-LOADERS = {
-    function.__name__: function for function in (without_package, with_package, open_clip, sentence_transformers, onnx)
-}
-with torch.no_grad():
-    image_embeds, text_embeds = LOADERS[LOADER]()
-np.savez(OUTPUT, images=image_embeds.float().numpy(), texts=text_embeds.float().numpy())
+found = {}
+for name in NAMES.split(","):
+    with torch.no_grad():
+        image_embeds, text_embeds = globals()[name]()
+    found |= {f"{name}/images": image_embeds.float().numpy(), f"{name}/texts": text_embeds.float().numpy()}
+np.savez(OUTPUT, **found)

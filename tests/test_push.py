@@ -81,10 +81,10 @@ def written(hub) -> list[str]:
 def test_without_push_it_shows_and_changes_nothing(hub, push):
     done = push()
     assert done.code == 0 and not written(hub) and not hub.storage.repos
-    for shown in ("us/model (does not exist, will be made)", "add     README.md", "model.safetensors  (300.0 kB)"):
+    for shown in ("us/model (does not exist, will be made)", "add     README.md", "model.safetensors  (300kB)"):
         assert shown in done.out
     assert "license: mit" in done.out and "token of ana" in done.out
-    assert "Nothing was sent. With --push, 4 files (400.1 kB)" in done.out
+    assert "Nothing was sent. With --push, 4 files (400kB)" in done.out
 
 
 def test_create_push_and_push_again(hub, push, folder):
@@ -133,6 +133,7 @@ def test_only_files_of_a_model_are_sent(hub, push, folder):
     (folder / ".git").mkdir()
     (folder / ".git" / "config.json").write_text("{}", encoding="utf-8")
     (folder / "training_args.bin").write_bytes(b"a pickle")
+    (folder / "processor_config.json").symlink_to(folder.parent / "secret.json")
     assert push("--push").code == 0
     assert set(hub.files("us/model")) == {
         "README.md", "config.json", "model.safetensors", "open_clip_model.safetensors",
@@ -146,19 +147,11 @@ def test_a_path_of_this_machine_is_not_sent(hub, push, folder):
     assert not written(hub)
 
 
-def test_a_link_out_of_the_folder_is_not_followed(hub, push, folder):
-    (folder.parent / "secret.json").write_text('{"secret": 1}', encoding="utf-8")
-    (folder / "processor_config.json").symlink_to(folder.parent / "secret.json")
-    push("--push")
-    assert ("models", "us/model") not in hub.storage.repos or "processor_config.json" not in hub.files("us/model")
-
-
 @pytest.mark.slow
 def test_branch(hub, push, folder):
     push("--push")
-    assert (
-        "next, will be made from main" in push("--revision", "next").out and "next" not in hub.repo("us/model").branches
-    )
+    assert "next, will be made from main" in push("--revision", "next").out
+    assert "next" not in hub.repo("us/model").branches
     assert "no commit was made" in push("--revision", "next", "--push").out  # nothing differs, and the branch is made
     (folder / "config.json").write_text("{}", encoding="utf-8")
     assert push("--revision", "next", "--push").code == 0
@@ -181,7 +174,7 @@ def test_tag(hub, push, folder):
     assert push("--push").code == 0
     late = push("--push", "--tag", "v1.1")  # of what is there already
     assert "no commit was made" in late.out and repo.tags["v1.1"] == repo.branches["main"] != repo.tags["v1.0"]
-    assert "v1.0 is a tag" in push("--push", "--revision", "v1.0").err
+    assert "v1.0 of us/model is a tag" in push("--push", "--revision", "v1.0").err
 
 
 @pytest.mark.slow
@@ -196,7 +189,7 @@ def test_pull_request_of_somebody_who_may_only_read(hub, push, folder):
     (folder / "config.json").write_text("[]", encoding="utf-8")
     assert push("--push", "--revision", "refs/pr/1").code == 0  # further commits to it
     assert hub.files("us/model", "refs/pr/1")["config.json"] == b"[]" and len(hub.commits("us/model")) == 1
-    assert "no open pull request refs/pr/7" in push("--push", "--revision", "refs/pr/7").err
+    assert "refs/pr/7 of us/model is no open pull request" in push("--push", "--revision", "refs/pr/7").err
 
 
 @pytest.mark.slow
@@ -219,19 +212,21 @@ def test_data_set(commands, hub, tmp_path):
     done = commands(*flags, "--push")
     assert done.code == 1 and "more.parquet, column 'captions', row 1, holds what looks like" in done.err
     assert secret not in done.out + done.err and hub.requests == []
+    code = "import datasets; print(datasets.load_dataset('us/data')['train'][0]['caption'])"
+    read = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **hub.environment(tmp_path / "reader")}, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert read.stdout.splitlines()[-1] == "um gato"
 
 
 # --- What goes wrong -------------------------------------------------------------------------------------------------
 
 
-def test_wrong_token_is_refused_before_anything(hub, push):
+def test_a_token_that_is_wrong_or_missing_is_refused_before_anything(hub, push):
     for flags in ((), ("--push",)):
         done = push(*flags, token="hf_" + "w" * 34)
         assert done.code == 1 and re.search(r"error: The Hub refuses the token \(401\)", done.err)
-    assert not written(hub)
-
-
-def test_no_token(hub, push):
     assert "there is no token, which --push needs" in push(token=None).out
     done = push("--push", token=None)
     assert done.code == 1 and "There is no token. Save one" in done.err and not written(hub)
@@ -282,25 +277,6 @@ def test_a_line_that_has_died_is_noticed(hub, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_nobody_listens(folder):
-    code = "import time; time.sleep = lambda s: None; from hub_upload.push import main; main()"
-    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--model", str(folder), "--repo-id", "us/model"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 1 and "error: The connection to the Hub broke (ConnectError" in done.stderr
-    assert done.stderr.count("Trying again") == 1 and TOKEN not in done.stdout + done.stderr
-
-
-@pytest.mark.slow
-def test_offline(folder):
-    command = [sys.executable, "-m", "hub_upload.push", "--model", str(folder), "--repo-id", "us/model"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "HF_TOKEN": TOKEN}, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and "HF_HUB_OFFLINE" in done.stderr
-
-
-@pytest.mark.slow
 def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, push):
     hub.faults = Faults(lost_commit_replies=1)
     done = push("--push", "--tag", "v1")
@@ -334,11 +310,8 @@ def test_a_hub_in_trouble_is_asked_again_and_not_for_ever(hub, push):
     hub.storage.repos.clear()
     hub.faults = Faults(commit_statuses=[500] * 99)
     done = push("--push")
-    assert (
-        done.code == 1
-        and "The Hub is in trouble or takes no more requests (500)" in done.err
-        and sum(done.waits_s) < 60
-    )
+    assert done.code == 1 and "The Hub is in trouble or takes no more requests (500)" in done.err
+    assert sum(done.waits_s) < 60
 
 
 @pytest.mark.parametrize("status", one_in(3, [403, 413, 507]))
@@ -381,6 +354,42 @@ def test_a_card_that_is_no_card_is_refused_before_the_upload(hub, push, folder):
     assert done.code == 1 and "not valid YAML" in done.err and not written(hub)
 
 
+JSON = {"Content-Type": "application/json"}
+OTHER_TYPES = {
+    "id": 3, "sha": [1], "siblings": "x", "branches": {"a": 1}, "tags": 7, "files": [3], "objects": [{"oid": 1}],
+    "commitOid": {}, "commitUrl": 5, "name": ["x"], "url": 9, "private": "no", "pullRequests": 3, "errors": 4,
+}  # fmt: skip
+BODIES = {
+    "html": (200, {"Content-Type": "text/html"}, b"<html>Sign in</html>"),
+    "truncated": (200, JSON, b'{"sha": "ab'),
+    "null": (200, JSON, b"null"),
+    "list": (200, JSON, b"[3, null, {}]"),
+    "other types": (200, JSON, json.dumps(OTHER_TYPES).encode()),
+    "not utf-8": (200, JSON, b"\xff\xfe{"),
+    "too deep": (200, JSON, b"[" * 100_000),
+    "elsewhere": (302, {"Location": "/login"}, b""),
+}
+FORM = "has answered in another form than the Hub does"
+ANSWERS = [
+    ("whoami", "null", FORM), ("whoami", "html", FORM), ("create", "other types", FORM), ("info", "list", FORM),
+    ("info", "elsewhere", r"The Hub refused \(404\)|There is no"), ("refs", "list", FORM),
+    ("tree", "other types", FORM), ("tree", "not utf-8", FORM),
+    ("preupload", "null", FORM), ("preupload", "too deep", FORM),
+    ("lfs_batch", "list", FORM), ("commit", "truncated", FORM), ("validate_yaml", "null", FORM),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "answer", "message"), one_in(4, ANSWERS))
+def test_what_is_no_answer_of_the_hub_is_one_line(hub, push, call, answer, message):
+    """A proxy's page, say: nothing is taken for success."""
+    hub.faults = Faults(answers={call: BODIES[answer]})
+    done = push("--push")
+    lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert done.code == 1 and len(lines) == 1 and done.err.rstrip().endswith(lines[0]), done.err
+    assert "Traceback" not in done.err and re.search(message, lines[0]), lines
+    assert not hub.storage.repos or not hub.commits("us/model")
+
+
 # --- Secrets and terminals -------------------------------------------------------------------------------------------
 
 
@@ -407,8 +416,10 @@ def test_a_token_in_a_file_or_a_flag_goes_nowhere(hub, push, folder):
     assert done.code == 1 and "config.json, line 1, holds a token of this machine" in done.err and not written(hub)
 
 
-@pytest.mark.parametrize("flag", ["--message", "--tag", "--revision"])
-@pytest.mark.parametrize("secret", ["ghp_" + "a1B2" * 9, "hf_oauth_" + "a1B2" * 9, "AKIA" + "ABCD" * 4])
+@pytest.mark.parametrize(
+    ("flag", "secret"),
+    [("--message", "ghp_" + "a1B2" * 9), ("--tag", "hf_oauth_" + "a1B2" * 9), ("--revision", "AKIA" + "ABCD" * 4)],
+)
 def test_a_secret_in_what_everybody_reads_is_not_sent(hub, push, flag, secret):
     done = push("--push", flag, secret)
     assert done.code == 1 and f"{flag} holds what looks like an access token or key" in done.err
@@ -421,8 +432,9 @@ def test_a_place_in_the_message_is_not_sent(hub, push):
     assert push("--push", "--message", "Of 12/05, see https://x.org/a/b").code == 0
 
 
-@pytest.mark.parametrize("name", ["results/a.json", "run.json", "README.md", ".eval_results/a.yaml", "curves.png"])
-@pytest.mark.parametrize("kind", ["pipe", "socket"])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("results/a.json", "pipe"), ("README.md", "socket"), ("curves.png", "pipe")]
+)
 def test_what_is_no_regular_file_is_refused_at_once(hub, push, folder, monkeypatch, name, kind):
     path, started = folder / name, time.monotonic()
     path.unlink(missing_ok=True)
@@ -437,23 +449,11 @@ def test_what_is_no_regular_file_is_refused_at_once(hub, push, folder, monkeypat
     assert time.monotonic() - started < 30
 
 
-def test_a_wrong_flag_is_shown_as_plain_text():
-    """What stands in it, a terminal would obey: of a pasted command, or of a script's variable."""
-    command = [sys.executable, "-m", "hub_upload.push", "--model", "\x1b[2Jx", "--repo-id", "us/m"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and "\x1b" not in done.stderr
-
-
-def test_a_deadline_is_the_shells(push):
-    assert "`--deadline_hours` is gone: a call ends after 300 s" in push("--deadline_hours", "1").err
-
-
 # --- Flags -----------------------------------------------------------------------------------------------------------
 
 BAD_ARGUMENTS = {
     "one part": ({"repo_id": "model"}, "must be owner/name"),
-    "three parts": ({"repo_id": "a/b/c"}, "not one of the Hub"),
-    "not a name": ({"repo_id": "a/b?c"}, "not one of the Hub"),
+    "not a name": ({"repo_id": "a/b?c"}, "Repo id must"),
     "no folder": ({"model": "/nowhere/model"}, "does not exist"),
     "commit": ({"revision": "0" * 40}, "no name for a branch"),
     "dots": ({"revision": "a..b"}, "no name for a branch"),

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as Images
 from PIL import Image
@@ -18,7 +17,7 @@ from eval.capivara_metrics.metrics import recall_at_k, retrieval_ranks
 from eval.retrieval import RetrievalArguments, evaluate
 from examples.openmoji.concepts import concept_rows, split_concepts
 from examples.openmoji.dataset import render_png
-from examples.tune_sentence_transformers import clip_loss_of, main, model_card, pairs, recall_evaluator
+from examples.tune_sentence_transformers import clip_loss_of, main, pairs, recall_evaluator
 from hub_upload.export import export
 from hub_upload.formats.open_clip import write_sentence_transformers
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
@@ -188,14 +187,6 @@ def test_wrong_input_is_one_line_before_any_work(folder, tiny_dataset_folder, tm
     with pytest.raises(SystemExit, match=message):
         main([str(word) for pair in given.items() for word in pair])
     assert not (tmp_path / "tuned").exists()
-
-
-def test_names_on_its_card_are_names():
-    """A language `no` is none of YAML's truths, and a folder's name is no HTML."""
-    card = model_card("<b>x</b>", "data & more", "no")
-    assert (
-        yaml.safe_load(card.split("---\n")[1])["language"] == ["no"] and "<b>" not in card and "data &amp; more" in card
-    )
 
 
 XM3600 = """---

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import unicodedata
 from collections.abc import Callable
@@ -10,9 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import in_browser
-import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from browser import require_chromium
@@ -26,7 +23,7 @@ from tokenizers import Tokenizer, normalizers
 from transformers import AutoProcessor, pipeline
 
 from hub_upload.export import export, main
-from hub_upload.formats.transformers_js import NMT, join_graphs, write_tokenizer
+from hub_upload.formats.transformers_js import write_tokenizer
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, repair_text
 from modeling_capivara.loading import load_processor
 from modeling_capivara.trim_vocabulary import trim
@@ -133,11 +130,8 @@ def test_pixels_differ_little(repository, ask, place, dtype, most):
     assert others["rocket"] < 4
 
 
-@pytest.mark.parametrize("place", ["node", "chromium"])
-def test_a_trimmed_vocabulary(source, packages, place, tmp_path):
+def test_a_trimmed_vocabulary(source, packages, tmp_path):
     """Its tokens and scores, for texts whose pieces are kept and for others."""
-    if place == "chromium":
-        require_chromium()
     (tmp_path / "texts.txt").write_text("um gato e um cachorro", encoding="utf-8")
     trim(source, tmp_path / "small", ["pt"], [20], [tmp_path / "texts.txt"])
     export(tmp_path / "small", tmp_path / "repository", ["transformers", "transformers_js"])
@@ -146,7 +140,7 @@ def test_a_trimmed_vocabulary(source, packages, place, tmp_path):
     inputs, expected = inputs_and_outputs(tmp_path / "repository")
     texts = ["um gato", "um cachorro", "uma capivara", "capivara"]
     with served({NAME: tmp_path / "repository"}, packages) as address:
-        found = in_browser.ask(place, in_browser.request(address, dtype="fp32", inputs=inputs, texts=texts), packages)
+        found = in_browser.ask("node", in_browser.request(address, dtype="fp32", inputs=inputs, texts=texts), packages)
     assert found["ids"] == [small(text=[text])["input_ids"][0] for text in texts]
     for text, differs in zip(texts, [False, False, True, True], strict=True):
         words = [processor.tokenizer.tokenize(text) for processor in (whole, small)]
@@ -207,44 +201,15 @@ def test_a_normaliser_that_it_lacks_is_named(source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_are_the_towers_own(repository):
+def test_weights_lie_beside_each_graph(repository):
     folder = repository / "onnx"
     hints = json.loads((repository / "config.json").read_text())["transformers.js_config"]
-    expected = {f"{kind}_model{end}.onnx": 1 for kind in ("text", "vision") for end in ENDS}
-    expected |= {f"model{end}.onnx": 2 for end in ENDS}
-    assert hints == {"use_external_data_format": expected}
-    for end in ENDS:
-        for number, kind in (("", "vision"), ("_1", "text")):
-            data, tower = folder / f"model{end}.onnx_data{number}", folder / f"{kind}_model{end}.onnx_data"
-            assert data.read_bytes() == tower.read_bytes(), "one object on the Hub"
-        onnx.checker.check_model(str(folder / f"model{end}.onnx"))
+    names = {f"{kind}model{end}.onnx" for kind in ("text_", "vision_", "") for end in ENDS}
+    assert hints == {"use_external_data_format": dict.fromkeys(names, 1)}
+    for name in names:
+        onnx.checker.check_model(str(folder / name))
     facts = json.loads((folder / "quantisation.json").read_text())["graphs"]
-    assert set(facts) == set(expected)
+    assert set(facts) == names
     assert facts["model.onnx"]["largest_score_difference"] < 1e-4
     assert 0.999 < facts["model_quantized.onnx"]["lowest_cosine"] < 0.9999999
     assert facts["model_fp16.onnx"]["bytes"] < 0.6 * facts["model.onnx"]["bytes"]
-
-
-def test_a_tower_without_int8_has_its_float32_graph_under_that_name(repository, tmp_path):
-    folder = shutil.copytree(repository, tmp_path / "repository") / "onnx"
-    for path in [*folder.glob("vision_model_quantized*"), *folder.glob("model_quantized*")]:
-        path.unlink()
-    join_graphs(folder.parent, scale=1.0)
-    inputs = {name: np.ones((2, 5), np.int64) for name in ("input_ids", "attention_mask")}
-    inputs["pixel_values"] = np.random.default_rng(0).standard_normal((3, 3, 224, 224)).astype(np.float32)
-    outputs = []
-    for end in ("", "_quantized"):
-        session = onnxruntime.InferenceSession(folder / f"model{end}.onnx")
-        outputs.append(session.run(["image_embeds", "logits_per_image"], inputs))
-    assert np.allclose(outputs[0][0], outputs[1][0], atol=1e-6) and outputs[0][1].shape == (3, 2)
-    assert not np.array_equal(outputs[0][1], outputs[1][1]), "the texts are rounded"
-
-
-def test_the_replacements_do_what_the_normaliser_does():
-    """Each letter of Unicode's first plane, between two others."""
-    letters = [chr(code) for code in range(1, 0x10000) if not 0xD800 <= code < 0xE000]
-    text = "".join(f"a{letter}b" for letter in letters)
-    expected = normalizers.Nmt().normalize_str(text)
-    for pattern, replacement in NMT.items():
-        text = re.sub(pattern, replacement, text)
-    assert text == expected

@@ -2,6 +2,7 @@
 tensor that is written is accounted for."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capivara_common.files import seed_folders
+from capivara_common.files import seed_folders, write_text
+from capivara_common.hub_cache import model_folder
+from capivara_common.image_side_digest import image_difference
+from capivara_search.models import CONVERTER
 from modeling_capivara import CapivaraConfig, loading
 
 # What a keyboard calls for of the text repair, for programs that run no code of a folder; as ftfy does it, so that it
@@ -34,6 +38,21 @@ def read_config(folder: Path) -> CapivaraConfig:
     return loading.read_config(folder)
 
 
+def base_of(model: Path, base: str) -> Path:
+    """The folder of the base, a folder or Hub id, whose embeddings of pictures stay with the text side of a model.
+
+    Raises ValueError where the two embed pictures otherwise: the first tensor or setting that differs is named.
+    """
+    folder = model_folder(base, CONVERTER)
+    if difference := image_difference(model, folder):
+        raise ValueError(
+            f"{model} embeds pictures otherwise than {base}: {difference}. Pictures embedded with that base must be "
+            "embedded anew, by both towers of this model. Or name the base that it was trained from, its image tower "
+            "frozen."
+        )
+    return folder
+
+
 def check_tensors(file: Path, tensors: Mapping[str, Tensor], expected: dict[str, str]) -> None:
     """Raise ValueError, naming them, where tensors read from `file` are not those of the digests."""
     found = tensor_digests(tensors)
@@ -51,7 +70,13 @@ def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return digests
 
 
-def with_plain_quotes(tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """The content of a tokenizer.json that reads curly quotation marks as plain ones, and accents in one form."""
+def write_plain_tokenizer(folder: Path, tokenizer: dict[str, Any]) -> None:
+    """Write a tokenizer.json that reads curly quotation marks as plain ones, and accents in one form.
+
+    Args:
+        folder: where to.
+        tokenizer: its content but for that.
+    """
     own = [tokenizer["normalizer"]] if tokenizer["normalizer"] else []
-    return tokenizer | {"normalizer": {"type": "Sequence", "normalizers": [*PLAIN_QUOTES, *own]}}
+    plain = tokenizer | {"normalizer": {"type": "Sequence", "normalizers": [*PLAIN_QUOTES, *own]}}
+    write_text(folder / "tokenizer.json", json.dumps(plain, ensure_ascii=False))

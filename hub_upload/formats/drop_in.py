@@ -10,7 +10,6 @@
 the bit: the same tensors `vision_model.*` and `visual_projection.*`, and the same preprocessing.
 """
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -22,14 +21,20 @@ from torch import nn
 
 from capivara_common.environment import require
 from capivara_common.files import read_json, write_json, write_text
-from capivara_common.hub_cache import model_folder
-from capivara_common.image_side_digest import image_difference, image_side_digest
+from capivara_common.image_side_digest import image_side_digest
 from capivara_common.privacy import hide_paths, short_name
 from capivara_common.weight_file import weight_files
-from capivara_search.models import CONVERTER
 from hub_upload.card_facts import LICENCES
 from hub_upload.card_values import MARKDOWN_TEMPLATES, code, code_examples, escaped
-from hub_upload.formats import check_tensors, onnx, open_clip, read_config, tensor_digests, with_plain_quotes
+from hub_upload.formats import (
+    base_of,
+    check_tensors,
+    onnx,
+    open_clip,
+    read_config,
+    tensor_digests,
+    write_plain_tokenizer,
+)
 from modeling_capivara import CapivaraModel
 from modeling_capivara.convert_open_clip import (
     BASE_TEXT_MODEL,
@@ -58,18 +63,19 @@ def write(source: Path, folder: Path, base: str, repo_id: str | None = None) -> 
         OSError: the disk is full.
     """
     require("--formats drop_in", "onnx", *onnx.ONNX_PACKAGES)
-    config, base_folder = read_config(source), model_folder(base, CONVERTER)
-    digest = check_exchangeable(source, base_folder, base)
+    config, base_folder = read_config(source), base_of(source, base)
+    if _text_digests(source) == _text_digests(base_folder):
+        raise ValueError(f"The text side of {source} is that of {base}, to the bit: there is nothing to exchange.")
     model = mapped_model(source, config)
     denses = _write_sentence_transformers(model, folder)
     has_open_clip = _write_open_clip(model, base_folder, folder)
     del model
     _write_tokenizer(source, folder)
-    onnx.write_onnx(folder, source, ["text"])
+    onnx.write_onnx(folder, source, ["text_model"])
     facts = {
         "model": short_name(str(source)),
         "base": short_name(base),
-        "image_digest": digest,
+        "image_digest": image_side_digest(source),
         "width": config.projection_dim,
         "distance": "cosine",
         "unit_length": True,
@@ -78,21 +84,6 @@ def write(source: Path, folder: Path, base: str, repo_id: str | None = None) -> 
     write_text(folder / "README.md", _card(source, folder, facts, denses, has_open_clip, repo_id))
     if (source / "LICENSE").is_file():
         shutil.copyfile(source / "LICENSE", folder / "LICENSE")
-
-
-def check_exchangeable(model: Path, base: Path, name: str) -> str:
-    """The digest of the image side that two model folders share; `name` is what the user calls the base.
-
-    Raises ValueError where they share none, or their text side, too.
-    """
-    if difference := image_difference(model, base):
-        raise ValueError(
-            f"{model} embeds pictures otherwise than {name}: {difference}. Pictures embedded with that base must be "
-            "embedded anew with this model. Name the base that it was trained from, its image tower frozen."
-        )
-    if _text_digests(model) == _text_digests(base):
-        raise ValueError(f"The text side of {model} is that of {name}, to the bit: there is nothing to exchange.")
-    return image_side_digest(model)
 
 
 def _text_digests(folder: Path) -> dict[str, str]:
@@ -138,7 +129,7 @@ def _write_open_clip(model: CapivaraModel, base: Path, folder: Path) -> bool:
     """The text side for open_clip's model of the base, compared with the model; False where it does not fit there."""
     try:
         open_clip_model_cfg(model.config, BASE_TEXT_MODEL)
-        _check_shapes(model, base)
+        mapped_model(base, model.config)  # as without the same tensors no state dict can be exchanged
     except ValueError as error:
         logger.info("open_clip is left out: %s", error)
         return False
@@ -150,23 +141,12 @@ def _write_open_clip(model: CapivaraModel, base: Path, folder: Path) -> bool:
     return True
 
 
-def _check_shapes(model: CapivaraModel, base: Path) -> None:
-    """Raise ValueError unless both text sides have the same tensors, as without them no state dict can be exchanged."""
-    ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name.startswith(TEXT_SIDE)}
-    tensors = mapped_tensors(weight_files(base))
-    theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(TEXT_SIDE)}
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            raise ValueError(f"the base's model has {name} as {theirs.get(name)}, this one as {ours.get(name)}.")
-
-
 def _write_tokenizer(model: Path, folder: Path) -> None:
     """The tokenizer with its code, for texts alone; without the code, curly quotation marks are plain, too."""
     tokenizer = load_processor(model).tokenizer
     tokenizer.model_max_length = min(tokenizer.model_max_length, CONTEXT_LENGTH)
     tokenizer.save_pretrained(folder)
-    plain = with_plain_quotes(read_json(folder / "tokenizer.json"))
-    write_text(folder / "tokenizer.json", json.dumps(plain, ensure_ascii=False))
+    write_plain_tokenizer(folder, read_json(folder / "tokenizer.json"))
     path = folder / "tokenizer_config.json"
     settings = hide_paths(read_json(path))
     for name in ("is_local", "local_files_only", "processor_class"):

@@ -22,21 +22,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from capivara_common.environment import require
-from capivara_common.files import write_json, write_text
-from capivara_common.hub_cache import model_folder
-from capivara_common.image_side_digest import image_difference
-from capivara_search.models import CONVERTER
-from hub_upload.formats import read_config, with_plain_quotes
-from hub_upload.formats.onnx import ONNX_PACKAGES, TOLERANCE, data_file, open_graph, write_graph
+from capivara_common.files import write_json
+from hub_upload.formats import base_of, read_config, write_plain_tokenizer
+from hub_upload.formats.onnx import ONNX_PACKAGES, check_difference, data_file, open_graph, write_graph
 from hub_upload.formats.open_clip import text_config_source
-from modeling_capivara import CapivaraConfig, CapivaraModel
+from modeling_capivara import CapivaraModel
 from modeling_capivara.convert_open_clip import open_clip_model_cfg, preprocess_cfg_of
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.processing_capivara import CONTEXT_LENGTH
 from modeling_capivara.two_towers import random_images, random_texts
 
-BASE_NAME, BASE_WIDTH = "XLM-Roberta-Base-ViT-B-32__laion5b_s13b_b90k", 512  # of the base, in Immich's list
-LARGEST_GRAPH = 2**31 - 2**20  # bytes of weights: a protobuf message has fewer than 2 GiB
+BASE_NAME = "XLM-Roberta-Base-ViT-B-32__laion5b_s13b_b90k"  # of the published architecture, in Immich's list
 logger = logging.getLogger("capivara")
 
 
@@ -69,13 +65,13 @@ def write(source: Path, folder: Path, base: str | None = None) -> None:
     """Write both towers of the model in `source` to `folder`; of a `base` the text side alone.
 
     Raises:
-        ValueError: the model is damaged or can't be expressed, its graph differs by more than `TOLERANCE`, or its image
-            side is not the base's.
+        ValueError: the model is damaged or can't be expressed, a tower has 2 GB, its graph differs by more than
+            `TOLERANCE`, or its image side is not the base's.
         ImportError: a package of ONNX is missing.
     """
     require("immich in --formats", "onnx", *ONNX_PACKAGES)
     if base is not None:
-        check_image_side(source, base)
+        base_of(source, base)
     config, processor = read_config(source), load_processor(source)
     side, preprocess_cfg = preprocess_cfg_of(processor.image_processor)
     if base is None:
@@ -85,42 +81,15 @@ def write(source: Path, folder: Path, base: str | None = None) -> None:
         write_json(folder / "visual" / "preprocess_cfg.json", {"size": [side, side], "mode": "RGB", **preprocess_cfg})
     _write_tokenizer(processor.tokenizer, folder / "textual")
     model = load_model(source).eval()
-    examples = {"textual": _padded_ids(folder / "textual", processor.tokenizer)}
+    ids = _padded_ids(folder / "textual", processor.tokenizer)
+    _write_graph(PaddedText(model, processor.tokenizer.pad_token_id), "text", ids, folder / "textual/model.onnx")
     if base is None:
         pixels = processor(images=random_images(), return_tensors="np").pixel_values
-        examples["visual"] = [image[None] for image in pixels]
-    expected = _write_graphs(model, processor.tokenizer.pad_token_id, examples, folder)
-    del model  # before graphs are in memory, whole
-    for tower, wanted in expected.items():
-        _make_one_file(folder / tower / "model.onnx")
-        _compare(folder / tower / "model.onnx", examples[tower], wanted)
-    if is_base(config):
-        name = f"clip/{BASE_NAME}" + "/textual" * (base is not None)
-        logger.info("Immich: the folder%s takes the place of %s in its cache.", " textual/" * (base is not None), name)
-    else:
-        logger.info("Immich's list has no model of this architecture; one of the same width lends its name, if any.")
-
-
-def check_image_side(model: Path, base: str) -> None:
-    """Raise ValueError unless both models embed pictures alike, to the bit: tower, projection and preprocessing."""
-    if difference := image_difference(model, model_folder(base, CONVERTER)):
-        raise ValueError(
-            f"The image side of {model} is not that of {base}: {difference}. Pictures that Immich has embedded with "
-            "the base would not fit its texts. Leave --textual_only out, lay both towers into the cache, and run smart "
-            "search for all."
-        )
-
-
-def is_base(config: CapivaraConfig) -> bool:
-    """Whether it is the architecture that Immich knows as `BASE_NAME`, with the whole vocabulary or a trimmed one."""
-    base = CapivaraConfig()
-    same = ("hidden_size", "num_hidden_layers", "patch_size", "image_size")
-    return (
-        (config.trimmed_vocabulary or text_config_source(config, None)) is not None
-        and config.projection_dim == BASE_WIDTH
-        and config.vision_config.model_type == base.vision_config.model_type
-        and all(getattr(config.vision_config, name) == getattr(base.vision_config, name) for name in same)
-    )
+        _write_graph(Picture(model), "image", [image[None] for image in pixels], folder / "visual/model.onnx")
+    logger.info(
+        "Immich reads it as clip/NAME of its cache: NAME is one of its own list, with embeddings of %d numbers, and %s "
+        "for the published architecture.", config.projection_dim, BASE_NAME,
+    )  # fmt: skip
 
 
 def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, textual: Path) -> None:
@@ -129,9 +98,8 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, textual: Path) -> None:
             f"The tokenizer's padding token is {tokenizer.pad_token!r}; Immich gives no mask, so that it must be a "
             "token that no text has."
         )
-    plain = with_plain_quotes(json.loads(tokenizer.backend_tokenizer.to_str()))
-    plain |= {"padding": None, "truncation": None}
-    write_text(textual / "tokenizer.json", json.dumps(plain, ensure_ascii=False))
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    write_plain_tokenizer(textual, content | {"padding": None, "truncation": None})
     write_json(textual / "tokenizer_config.json", {"pad_token": tokenizer.pad_token})
 
 
@@ -152,44 +120,15 @@ def _padded_ids(textual: Path, tokenizer: PreTrainedTokenizerBase) -> list[np.nd
     return ids
 
 
-@torch.inference_mode()
-def _write_graphs(
-    model: CapivaraModel, pad_id: int, examples: dict[str, list[np.ndarray]], folder: Path
-) -> dict[str, np.ndarray]:
-    """Write the graphs, weights beside them; tower -> embeddings (examples, width) of the model itself."""
-    towers = {
-        "textual": ("text", PaddedText(model, pad_id), "text_embeds", model.text_model),
-        "visual": ("image", Picture(model), "image_embeds", model.vision_model),
-    }
-    expected = {}
-    for tower, rows in examples.items():
-        name, module, output, weights = towers[tower]
-        size = 4 * sum(parameter.numel() for parameter in weights.parameters())
-        if size > LARGEST_GRAPH:
-            raise ValueError(
-                f"The {tower} tower has {size / 1e9:.1f} GB; Immich's model.onnx is one file below 2.1 GB."
-            )
-        expected[tower] = np.concatenate([module(torch.from_numpy(row)).numpy() for row in rows])
-        write_graph(module, {name: torch.from_numpy(rows[0])}, None, output, folder / tower / "model.onnx")
-    return expected
-
-
-def _make_one_file(path: Path) -> None:
-    """Put a graph's weights, which the exporter has left beside it, into it."""
+def _write_graph(module: nn.Module, name: str, examples: list[np.ndarray], path: Path) -> None:
+    """Write a tower as one file with its weights, and compare it with the model on examples of its input `name`."""
     import onnx
 
-    model = onnx.load(path)  # its external data, too
+    with torch.inference_mode():
+        expected = np.concatenate([module(torch.from_numpy(example)).numpy() for example in examples])
+    write_graph(module, {name: torch.from_numpy(examples[0])}, [f"{name}_embeds"], path)
+    onnx.save(onnx.load(path), path)  # its external data, too
     data_file(path).unlink()
-    onnx.save(model, path)
-
-
-def _compare(path: Path, examples: list[np.ndarray], expected: np.ndarray) -> None:
     session = open_graph(path)
-    (name,) = (one.name for one in session.get_inputs())
     found = np.concatenate([session.run(None, {name: example})[0] for example in examples])
-    difference = np.abs(found - expected).max()
-    if not difference <= TOLERANCE:  # also when it is not a number
-        raise ValueError(
-            f"The graph {path.parent.name}/{path.name} differs from the model by {difference:.3g}, above "
-            f"{TOLERANCE:g}; nothing was kept."
-        )
+    check_difference(path, float(np.abs(found - expected).max()))

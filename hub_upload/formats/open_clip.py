@@ -1,11 +1,11 @@
 """What open_clip and sentence-transformers read of a repository, beside the files of transformers."""
 
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from capivara_common.files import write_json
@@ -20,7 +20,7 @@ from modeling_capivara.convert_open_clip import (
     open_clip_model_cfg,
     preprocess_cfg_of,
 )
-from modeling_capivara.loading import mapped_tensors, model_of_tensors
+from modeling_capivara.loading import model_of_tensors
 from modeling_capivara.processing_capivara import CONTEXT_LENGTH
 from modeling_capivara.two_towers import random_texts
 
@@ -38,6 +38,7 @@ ODD_TEXTS = (
     *("ﬁm de ﬁla", "Ｓão João", "a\u0301gua e a\u0303o", "zero\u200blargura"),
     *("dois  espaços", "½ xícara ☕", "日本語"),
 )
+logger = logging.getLogger("capivara")
 
 
 def text_config_source(config: CapivaraConfig, text_config: str | None) -> str | None:
@@ -85,13 +86,19 @@ class OpenClipPlan(NamedTuple):
 def plan_open_clip(
     config: CapivaraConfig, image_processor: CapivaraImageProcessor, text_config: str | None, repo_id: str | None
 ) -> OpenClipPlan | None:
-    """Check whether open_clip can build a model; None where the text tower has no name.
+    """Check whether open_clip can build a model; None where the text tower has no name. Either way it is logged.
 
     Nothing is written, no weights are read. Where open_clip is installed its own model is built, without memory, and
     its tensors are compared by name and shape. ValueError where it has no such architecture, tower or preprocessing.
     """
     source = text_config_source(config, text_config)
     if source is None:
+        pieces = f", trimmed to {config.text_config.vocab_size:,} word pieces" if config.trimmed_vocabulary else ""
+        logger.info(
+            "open_clip is left out: it takes the text tower's configuration from XLM-RoBERTa base, and this is another "
+            "tower%s. Name a Hub id that has it by --text_config; or the model's own folder, for a repository that "
+            "open_clip loads from inside its folder alone.", pieces,
+        )  # fmt: skip
         return None
     size, preprocess_cfg = preprocess_cfg_of(image_processor)
     open_clip_model_cfg(config, source, size)
@@ -103,12 +110,10 @@ def plan_open_clip(
         except (RuntimeError, ValueError) as error:  # a few timm models have, under open_clip, a head of another width
             raise ValueError(f"open_clip does not build this model: {' '.join(str(error).split())}") from error
     tokenizer = repo_id or (BASE_TEXT_MODEL if source == TEXT_MODEL else source)
+    logger.info("open_clip: configuration of the text tower from %s, tokenizer from %s.", source, tokenizer)
+    if source == TEXT_MODEL:
+        logger.info("Users download the repository, start in its folder, and load local-dir:. (hf-hub: can't find it).")
     return OpenClipPlan(source, tokenizer, size, preprocess_cfg)
-
-
-def written_tensors(folder: Path) -> dict[str, Tensor]:
-    """The weights that were written for open_clip, read from the file and under transformers' names again."""
-    return capivara_state_dict(mapped_tensors([folder / OPEN_CLIP_WEIGHTS]))
 
 
 def write_open_clip_config(

@@ -25,7 +25,10 @@ PACKAGES = ("lancedb", "starlette", "uvicorn", "datasets")
 class SpaceArguments(ImageFileArguments):
     """Arguments of `hub_upload.space`."""
 
-    gone = {"compare": "a Space shows one model; make two Spaces"}
+    gone = {
+        "compare": "a Space shows one model; make two Spaces",
+        **dict.fromkeys(("device", "batch_size"), "make the index by `capivara index`, and name it by --pictures"),
+    }
 
     model: str = flag(..., "Folder or Hub id of a CAPIVARA model.")
     pictures: str = flag(
@@ -38,8 +41,6 @@ class SpaceArguments(ImageFileArguments):
     caption_column: str | None = flag(
         None, "Column of the captions; captions-pt, caption, captions or text where there."
     )
-    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
-    batch_size: int = flag(32, "Pictures that are embedded at once.")
     cache_dir: str = flag("auto", "Folder of the index; auto = $CAPIVARA_CACHE or ~/.cache/capivara.")
     space: Path | None = flag(None, "Write the folder of the Space here, and list its files.")
     static: Path | None = flag(
@@ -56,8 +57,6 @@ class SpaceArguments(ImageFileArguments):
 
     def __post_init__(self) -> None:
         self.check_image_files()
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
         if self.push and self.repo_id is None:
             raise ValueError("--push needs --repo_id, the Space on the Hub, such as org/demo.")
         if self.static is not None and self.space is not None:
@@ -91,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             options = {"splits": args.split, "image_column": args.image_column, "caption_column": args.caption_column}
             options |= {"form": args.form, **args.limits()}
-            made = open_index(args.pictures, args.model, args.cache_dir, args.device, args.batch_size, **options)
+            made = open_index(args.pictures, args.model, args.cache_dir, **options)
             folder = folder or Path(temporary) / "space"
             write_space(made[0], args.model, folder, made[1])
         print(listing(folder))

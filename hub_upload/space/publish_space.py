@@ -60,29 +60,25 @@ logger = logging.getLogger("capivara")
 # --- Pictures --------------------------------------------------------------------------------------------------------
 
 
-def open_index(
-    pictures: str, model: str, cache_dir: str = "auto", device: str | None = None, batch_size: int = 32, **options: Any
-) -> tuple[PictureIndex, Credit]:
+def open_index(pictures: str, model: str, cache_dir: str = "auto", **options: Any) -> tuple[PictureIndex, Credit]:
     """An index of the pictures, built or brought up to date where it is not given, and whose pictures they are.
 
     Args:
         pictures: index, folder of pictures, or data set.
         model: folder or Hub id.
         cache_dir: "auto", or root of all caches.
-        device: of the model; the GPU where there is one.
-        batch_size: pictures that are embedded at once.
         options: of `picture_folder`, for a data set.
 
     Raises:
         ValueError: there are no such pictures, or no such model; the index was built with another model.
     """
     if Path(pictures, "pictures.lance").is_dir() or pictures.startswith(STORES):
-        index = PictureIndex.open(pictures, model, device)
+        index = PictureIndex.open(pictures, model)
         return index, credit_of(Path(next(iter(index.folders()), pictures)))
     cache = cache_home() if cache_dir == "auto" else Path(cache_dir)
-    folder, found = picture_folder(pictures, cache, **options), find_model(model, device)
+    folder, found = picture_folder(pictures, cache, **options), find_model(model)
     index = PictureIndex.open(cache / "space" / _key(str(folder.resolve()), found.image_digest) / "index.lance", found)
-    index.add(folder, batch_size=batch_size)  # what it has is not embedded again
+    index.add(folder)  # what it has is not embedded again
     return index, credit_of(Path(pictures))
 
 
@@ -143,19 +139,16 @@ def picture_folder(
 
 
 def _splits(where: str, splits: Sequence[str], image_column: str, limits: dict[str, Any]) -> list[Split]:
-    saved = Path(where) / "dataset_dict.json"
-    if list(splits) == ["all"] and saved.is_file():
-        splits = read_json(saved, splits=list)["splits"]
-    if list(splits) != ["all"]:
-        return [open_split(where, split, image_column, **limits) for split in dict.fromkeys(splits)]
-    sources, fault = [], None
-    for split in SPLIT_NAMES:
+    saved, all_splits = Path(where) / "dataset_dict.json", list(splits) == ["all"]
+    if all_splits:
+        splits = read_json(saved, splits=list)["splits"] if saved.is_file() else SPLIT_NAMES
+    sources = []
+    for split in dict.fromkeys(splits):
         try:
             sources.append(open_split(where, split, image_column, **limits))
-        except NoSplit as error:
-            fault = error
-    if not sources:
-        raise fault
+        except NoSplit:
+            if not all_splits or (split == splits[-1] and not sources):
+                raise
     return sources
 
 
@@ -177,10 +170,8 @@ def _named_pictures(sources: list[Split], image_column: str, caption_column: str
             taken[stem.casefold()] += 1
             again = f" ({taken[stem.casefold()]})" if taken[stem.casefold()] > 1 else ""
             yield f"{stem}{again}{path.suffix.lower() if path.suffix.lower() in SUFFIXES else '.png'}", data
-    for line in bad[:MAX_SHOWN]:
-        logger.warning("Left out: %s", line)
-    if len(bad) > MAX_SHOWN:
-        logger.warning("Left out as well: %d more.", len(bad) - MAX_SHOWN)
+    if bad:
+        logger.warning("%d rows are left out; %s", len(bad), "; ".join(bad[:MAX_SHOWN]))
 
 
 def _file_name(caption: str) -> str:
@@ -298,18 +289,14 @@ def model_licence(model: Path) -> str:
 
 
 def listing(folder: Path) -> str:
-    """The files of a Space with their sizes; those of the program and of the index as a line each."""
-    groups: dict[str, list[int]] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder)
-        many = name.parts[0] in PROGRAM or name.parts[0].endswith(".lance")
-        groups.setdefault(f"{name.parts[0]}/" if many else name.as_posix(), []).append(path.stat().st_size)
-    lines = [
-        f"  {name} ({readable_size(sum(sizes))}{f', {len(sizes)} files' if name.endswith('/') else ''})"
-        for name, sizes in groups.items()
-    ]
-    total = [size for sizes in groups.values() for size in sizes]
-    return "\n".join([*lines, f"{len(total)} files, {readable_size(sum(total))}"])
+    """What a Space consists of, a line for each file and folder in it, with their sizes."""
+    lines, total = [], 0
+    for path in sorted(folder.iterdir()):
+        sizes = [file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()]
+        files = f"/ ({len(sizes)} files, " if path.is_dir() else " ("
+        lines.append(f"  {path.name}{files}{readable_size(sum(sizes))})")
+        total += sum(sizes)
+    return "\n".join([*lines, f"{readable_size(total)} in all"])
 
 
 def push_space(folder: Path, repo_id: str, private: bool, sdk: str = "docker") -> str:
