@@ -9,14 +9,13 @@ loses no more than the last commit, and the next run does what is missing.
 """
 
 import json
-import logging
 import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import blake2b
 from itertools import islice
@@ -45,6 +44,7 @@ from capivara_search.table_columns import (
     vector_column,
     within,
 )
+from capivara_search.words import note
 
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
@@ -56,7 +56,6 @@ PICTURE_COLUMNS = ("digest", "width", "height", "taken", "latitude", "longitude"
 
 Read = tuple[FileState, Picture | Exception]
 Progress = Callable[[int, int], None]
-logger = logging.getLogger("capivara")
 
 # --- what there is to do ---------------------------------------------------------------------------------------------
 
@@ -78,7 +77,7 @@ def note_asked(table: PictureTable, folders: Sequence[Path]) -> None:
     try:
         write_json(_record(table), {"index": table.where, "folders": asked})
     except OSError as error:
-        logger.warning("The page will show thumbnails alone: %s can't be written: %s", _record(table), error)
+        note("thumbnails_alone", _record(table), error)
 
 
 def _record(table: PictureTable) -> Path:
@@ -129,7 +128,7 @@ class Plan:
         gone: paths of rows whose file is no longer there.
         unchanged: number of rows that stay as they are.
         unseen: files and folders that could not even be looked at, and why.
-        broken: files (path, size, mtime_ns) that could not be read an earlier time, and are as they were.
+        broken: files that could not be read an earlier time, and are as they were.
     """
 
     folders: Sequence[Path]
@@ -139,7 +138,7 @@ class Plan:
     gone: list[str]
     unchanged: int
     unseen: list[LeftOut]
-    broken: set[tuple[str, int, int]]
+    broken: set[FileState]
 
 
 def make_plan(table: PictureTable, image_digest: str, folders: Sequence[Path], share: tuple[int, int] = (0, 1)) -> Plan:
@@ -154,28 +153,26 @@ def make_plan(table: PictureTable, image_digest: str, folders: Sequence[Path], s
     Raises:
         ValueError: a folder is not there, or holds no picture: nothing is removed for that.
     """
+    clause = within(*folders)
     try:
         found, unseen = find_pictures(folders)
     except ValueError as error:
-        if kept := table.count(within(*folders)):
+        if kept := table.count(clause):
             text = "{error} The index keeps its {kept} pictures of these folders; `forget` removes them."
             values = {"error": error, "kept": kept} | getattr(error, "values", {})
             raise coded(ValueError, getattr(error, "code", None), text, **values) from error
         raise
-    clause = within(*folders)
     columns = ["path", "size", "mtime_ns", "digest", "model"]
     known = KnownRows(table.rows(columns, f"{clause} OR model != {quoted(image_digest)}"), image_digest)
     left_out = table.rows([*columns[:3], "reason"], clause, LEFT_OUT).to_pylist()
-    broken = {tuple(row.values())[:3] for row in left_out if not row["reason"].startswith(RETRYABLE)}
-    files = [file for file in found if not known.is_done(file)]
-    unchanged = len(found) - len(files)
-    as_before = {state for file in files if (state := (file.path, file.size, file.mtime_ns)) in broken}
-    files = [file for file in files if (file.path, file.size, file.mtime_ns) not in as_before]
+    broken = {FileState(*list(row.values())[:3]) for row in left_out if not row["reason"].startswith(RETRYABLE)}
+    todo = [file for file in found if not known.is_done(file)]
+    broken &= set(todo)
     asked = asked_folders(table)
     gone, elsewhere = _without_file(known, folders, asked, found, unseen)
-    files = [file for file in files + elsewhere if is_of_share(file.path, share)]
+    files = [file for file in todo + elsewhere if file not in broken and is_of_share(file.path, share)]
     roots = [*map(os.path.realpath, folders), *asked.values()]
-    return Plan(folders, roots, files, known, gone, unchanged, unseen, as_before)
+    return Plan(folders, roots, files, known, gone, len(found) - len(todo), unseen, broken)
 
 
 def _without_file(
@@ -199,12 +196,9 @@ def _without_file(
             continue
         if path.startswith(inside):
             gone.append(path)
-            continue
-        if not path.startswith(others):
-            continue
-        with suppress(OSError):
-            state = os.stat(path)
-            elsewhere.append(FileState(path, state.st_size, state.st_mtime_ns))
+        elif path.startswith(others):
+            with suppress(OSError):
+                elsewhere.append(FileState.of(path))
     return gone, elsewhere
 
 
@@ -324,8 +318,7 @@ class IndexWriter:
             if isinstance(picture, FileNotFoundError):  # gone since it was found; the next run sees that
                 self.done += 1
             elif isinstance(picture, BadImage | OSError):
-                row = {"path": file.path, "size": file.size, "mtime_ns": file.mtime_ns, "reason": str(picture)}
-                self.left_out[file.path] = row
+                self.left_out[file.path] = asdict(file) | {"reason": str(picture)}
                 self.all_left_out.add(file.path)
                 self.done += 1
             elif isinstance(picture, Exception):
@@ -344,14 +337,11 @@ class IndexWriter:
 
     def _put(self, file: FileState, row: dict[str, Any], vector: np.ndarray) -> None:
         """Add a row with the content of another one or of a picture, and count what it is."""
-        state = {"path": file.path, "size": file.size, "mtime_ns": file.mtime_ns, "model": self.digest}
-        self.rows[file.path] = self.by_digest[row["digest"]] = {**row, **state, VECTOR: vector}
+        digest, known = row["digest"], self.plan.known[file.path]
+        values = {**row, **asdict(file), "model": self.digest, VECTOR: vector}
+        self.rows[file.path] = self.by_digest[digest] = values
         self.sizes.add(file.size)
-        self._count(file.path, row["digest"])
         self.done += 1
-
-    def _count(self, path: str, digest: str) -> None:
-        known = self.plan.known[path]
         if known is None and self.gone[digest] > 0:
             self.gone[digest] -= 1
             self.added.moved += 1
@@ -396,11 +386,9 @@ def note_model(table: PictureTable, model: "SearchModel") -> None:
         return
     others = table.of_other_models(model.image_digest)
     if not others:
-        logger.info("Exchange of the text side, %s for %s: 0 pictures embedded again.", model.name, before.get("name"),
-                    extra={"code": "text_exchanged"})  # fmt: skip
+        note("text_exchanged", model.name, before.get("name"))
     else:
-        logger.info("%s has another image side than %s: %d pictures are embedded again.", model.name,
-                    before.get("name"), others, extra={"code": "image_side"})  # fmt: skip
+        note("image_side", model.name, before.get("name"), others)
 
 
 def finish(table: PictureTable, model: "SearchModel", plan: Plan, added: Added, left_out: Collection[str] = ()) -> None:
@@ -427,7 +415,8 @@ def _left_out(table: PictureTable, plan: Plan, new: Collection[str]) -> list[Lef
     """What was left out of the folders; the table of it is brought up to date."""
     columns = ["path", "size", "mtime_ns", "reason"]
     rows = table.rows(columns, within(*plan.folders), LEFT_OUT).to_pylist()
-    true = {row["path"]: row for row in rows if row["path"] in new or tuple(row.values())[:3] in plan.broken}
+    known = {FileState(*list(row.values())[:3]): row for row in rows}
+    true = {file.path: row for file, row in known.items() if file.path in new or file in plan.broken}
     for one in plan.unseen:  # without size and time, so that they are looked at each time
         path = one.path.encode("utf-8", "replace").decode()  # of a name that is no text
         true[path] = {"path": path, "size": -1, "mtime_ns": -1, "reason": one.reason}

@@ -21,7 +21,6 @@ import signal
 import sys
 import warnings
 from calendar import monthrange
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
@@ -38,13 +37,17 @@ from capivara_common.progress import prepare_bars
 from capivara_search import commands
 from capivara_search.commands import DONE, NOTHING, Unusable
 from capivara_search.results import TEMPLATE
-from capivara_search.show import COMMANDS, MOST_OPENED, PICTURES, Words, printable, shown_path
+from capivara_search.show import MOST_OPENED, PICTURES, shown_path
+from capivara_search.words import COMMANDS, Words, visible
 
 SHELLS = ("bash", "zsh", "fish")
 COMPLETE = "_CAPIVARA_COMPLETE"  # variable by which a shell asks click what fits
 SHARED = ("index", "model", "device", "lang")  # flags before or after the command
 WRONG_USE, UNUSABLE = 2, 3  # exit codes, beside those of `commands`; the help explains them
-EXIT_CODES = {"no_picture": NOTHING, "folder_shut": WRONG_USE}  # of errors with a code, where it is not UNUSABLE
+EXIT_CODES = {  # of errors with a code, where it is not UNUSABLE
+    "no_picture": NOTHING,
+    **dict.fromkeys(("folder_shut", "empty_label", "label_twice", "bad_template"), WRONG_USE),
+}
 OF_THE_SYSTEM = {  # number of an OSError -> its words
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "no_permission"),
     errno.EADDRINUSE: "port_in_use",
@@ -101,7 +104,7 @@ class Command(click.Command):
             error.ctx = error.ctx or ctx
             raise
         if rest and not isinstance(self, click.Group) and not ctx.resilient_parsing:
-            name = printable(rest[0])
+            name = visible(rest[0])
             raise click.UsageError(self.words("left_over", name=name) + self.words("see_help"), ctx)
         return rest
 
@@ -136,7 +139,7 @@ class Group(Command, click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Raises click.UsageError, which names the nearest command."""
-        name = printable(args[0])
+        name = visible(args[0])
         if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
             near = difflib.get_close_matches(name, [*COMMANDS, *COMMANDS.values()], n=1)
             if " " in name:  # a sentence: what is meant is plain
@@ -157,7 +160,7 @@ class Choice(click.Choice):
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
         """Names the value and the choices."""
         choices = ", ".join(map(repr, self.choices))
-        return self.words("bad_choice", value=repr(printable(value)), choices=choices) + self.words("see_help")
+        return self.words("bad_choice", value=repr(visible(value)), choices=choices) + self.words("see_help")
 
 
 def help_text(words: Words, command: str | None, name: str) -> str:
@@ -303,7 +306,7 @@ def _host(words: Words) -> Callable[[str], str]:
 
         if text == "*" or host_name(text):
             return text
-        raise click.BadParameter(words("bad_host", value=printable(text)))
+        raise click.BadParameter(words("bad_host", value=visible(text)))
 
     return read
 
@@ -332,7 +335,7 @@ def _number(words: Words, kind: type, low: float, high: float | None = None) -> 
             value = kind(text)
         except ValueError:
             key = "bad_integer" if kind is int else "bad_number"
-            raise click.BadParameter(words(key, value=repr(printable(text))) + words("see_help")) from None
+            raise click.BadParameter(words(key, value=repr(visible(text))) + words("see_help")) from None
         if value >= low and (high is None or value <= high):
             return value
         point = "," if words.language == "pt" else "."
@@ -352,7 +355,7 @@ def _day(text: str, words: Words, last: bool) -> date:
         month = month or (12 if last else 1)
         return date(year, month, day or (monthrange(year, month)[1] if last else 1))
     except (TypeError, ValueError) as error:
-        raise click.BadParameter(words("bad_date", value=printable(text))) from error
+        raise click.BadParameter(words("bad_date", value=visible(text))) from error
 
 
 def _checked(args: SimpleNamespace, words: Words) -> SimpleNamespace:
@@ -368,16 +371,8 @@ def _checked(args: SimpleNamespace, words: Words) -> SimpleNamespace:
             fault = words("empty_query")
         elif args.since and args.until and args.since > args.until:
             fault = words("dates_order", since=args.since, until=args.until)
-    elif args.command == "classify":
-        args.labels = [" ".join(label.split()) for label in args.labels]
-        times = Counter(label.casefold() for label in args.labels)
-        wrong = [label for label in args.labels if not label or times[label.casefold()] > 1]
-        if not args.labels:
-            fault = words("missing", name="--labels") + words("see_help")
-        elif wrong:
-            fault = words("label_twice" if wrong[0] else "empty_label", label=printable(wrong[0]))
-        elif args.template.count("{}") != 1:
-            fault = words("bad_template")
+    elif args.command == "classify" and not args.labels:
+        fault = words("missing", name="--labels") + words("see_help")
     elif args.command == "index":
         if args.executor == "local" and args.workers is not None:
             fault = words("gone", name="--workers", text=words("gone.workers"))
@@ -393,7 +388,7 @@ def _checked(args: SimpleNamespace, words: Words) -> SimpleNamespace:
 def wrong_use(error: click.UsageError, words: Words) -> str:
     """What click says, in the words of a language."""
     if isinstance(error, click.NoSuchOption):
-        name = printable(error.option_name)
+        name = visible(error.option_name)
         if words.has(f"gone.{name[2:]}"):
             return words("gone", name=name, text=words(f"gone.{name[2:]}"))
         options = [param for param in error.ctx.command.params if isinstance(param, click.Option)]
@@ -475,16 +470,16 @@ def explained(error: Exception, words: Words) -> tuple[int, str]:
         return UNUSABLE, words("no_space")
     code = getattr(error, "code", None)
     if words.language == "pt" and words.has(f"error.{code}"):
-        values = {name: printable(str(value)) for name, value in error.values.items()}
+        values = {name: visible(str(value)) for name, value in error.values.items()}
         return EXIT_CODES.get(code, UNUSABLE), words(f"error.{code}", **values)
     if isinstance(error, OSError) and code is None:
         number = error.errno or 0
         if (key := OF_THE_SYSTEM.get(number)) and (key != "no_permission" or error.filename):
-            return UNUSABLE, words(key, path=printable(str(error.filename)))
+            return UNUSABLE, words(key, path=visible(str(error.filename)))
         if number < 0:  # socket.gaierror, whose numbers are the resolver's
             return UNUSABLE, words("no_host")
     text = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
-    return EXIT_CODES.get(code, UNUSABLE), printable(" ".join(text.split())) or type(error).__name__
+    return EXIT_CODES.get(code, UNUSABLE), visible(" ".join(text.split())) or type(error).__name__
 
 
 @contextmanager
@@ -496,8 +491,10 @@ def _notes_shown(words: Words) -> Iterator[None]:
         from tqdm.std import tqdm  # a bar goes on below it
 
         key = f"note.{getattr(record, 'code', None)}"
-        text = words.raw(key).format(*record.args) if words.language == "pt" and words.has(key) else record.getMessage()
-        tqdm.write(printable(" ".join(text.split())), file=sys.stderr)
+        text = record.getMessage()
+        if words.language == "pt" and words.has(key):
+            text = words.raw(key).format(*getattr(record, "values", record.args))
+        tqdm.write(visible(" ".join(text.split())), file=sys.stderr)
 
     handler.emit, level = emit, logger.level
     logger.addHandler(handler)

@@ -10,7 +10,6 @@
 The index, and all that it needs, is imported when a command begins.
 """
 
-import csv
 import json
 import os
 import signal
@@ -28,19 +27,17 @@ import click
 
 from capivara_search.results import Added, Hit
 from capivara_search.show import (
-    UNSAFE,
     Unusable,
-    Words,
     contact_sheet,
     link,
     open_pictures,
-    printable,
     say,
     screen,
     shown_path,
     table,
-    text_cell,
+    write_csv,
 )
+from capivara_search.words import UNSAFE, Words, visible
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -67,7 +64,7 @@ def index(args: SimpleNamespace, words: Words) -> int:
     """Add folders to the index, with progress and a summary."""
     pictures = _index(args)
     pictures.mend()
-    say(words("model_line", model=printable(pictures.model.name)))
+    say(words("model_line", model=visible(pictures.model.name)))
     _say_note(pictures, words)
     say(words("looking", folders=", ".join(shown_path(str(folder)) for folder in args.folders)))
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
@@ -136,7 +133,7 @@ def search(args: SimpleNamespace, words: Words) -> int:
     if args.json:
         _write_json([asdict(hit) for hit in hits])
     elif args.csv:
-        _write_csv(CSV_COLUMNS, [{"rank": rank} | asdict(hit) for rank, hit in enumerate(hits, 1)])
+        write_csv(sys.stdout, CSV_COLUMNS, [{"rank": rank} | asdict(hit) for rank, hit in enumerate(hits, 1)])
     elif hits:
         show(hits, pictures, args, words)
     else:
@@ -151,7 +148,7 @@ def show(hits: Sequence[Hit], pictures: "PictureIndex", args: SimpleNamespace, w
     terminal = screen(sys.stdout, args.pictures)
     if terminal.pictures:
         thumbnails = [pictures.thumbnail(hit.path) for hit in hits]
-        captions = [f"{rank} {printable(os.path.basename(hit.path))}" for rank, hit in enumerate(hits, 1)]
+        captions = [f"{rank} {visible(os.path.basename(hit.path))}" for rank, hit in enumerate(hits, 1)]
         print(contact_sheet(thumbnails, captions, terminal, terminal.lines - len(hits) - 3))
     head = [words(f"column.{name}") for name in ("rank", "score", "taken", "path")]
     rows = [[str(rank), words.number(hit.score, 3), words.date(hit.taken), ""] for rank, hit in enumerate(hits, 1)]
@@ -165,18 +162,22 @@ def show(hits: Sequence[Hit], pictures: "PictureIndex", args: SimpleNamespace, w
 
 def classify(args: SimpleNamespace, words: Words) -> int:
     """The label of each picture of a folder, or of one picture."""
-    pictures = _index(args)
+    from capivara_search.labelling import checked_labels
+
+    labels, pictures = checked_labels(args.labels, args.template), _index(args)
     _say_note(pictures, words)
-    found = pictures.classify(args.place, args.labels, args.template)
+    found = pictures.classify(args.place, labels, args.template)
     if not found and args.place.is_file():
         _query_picture(args.place, words)  # says what is wrong with it
     rows = [asdict(one) for one in found]
     if args.json:
         _write_json(rows)
     elif args.csv:
-        columns = {label: f"share of {label}" if label in ("path", "label") else label for label in args.labels}
+        columns = {label: f"share of {label}" if label in ("path", "label") else label for label in labels}
         shares = [{columns[label]: share for label, share in row.pop("shares").items()} for row in rows]
-        _write_csv(("path", "label", *columns.values()), [row | own for row, own in zip(rows, shares, strict=True)])
+        write_csv(
+            sys.stdout, ("path", "label", *columns.values()), [row | own for row, own in zip(rows, shares, strict=True)]
+        )
     else:
         texts = [row["label"] or words("none_fits") for row in rows]
         shares = [words.number(100 * max(row["shares"].values())) + " %" for row in rows]
@@ -223,7 +224,7 @@ def status(args: SimpleNamespace, words: Words) -> int:
     facts = {
         "where": shown_path(found.where),
         "pictures": words.number(found.pictures),
-        "model": printable(found.model or ""),
+        "model": visible(found.model or ""),
         "size": "" if found.bytes is None else words.size(found.bytes),
         "search": words("status.approximate" if found.approximate else "status.exact"),
     }
@@ -267,7 +268,7 @@ def duplicates(args: SimpleNamespace, words: Words) -> int:
         rows = [
             {"group": n, "rank": r} | asdict(h) for n, group in enumerate(groups, 1) for r, h in enumerate(group, 1)
         ]
-        _write_csv(("group", *CSV_COLUMNS), rows)
+        write_csv(sys.stdout, ("group", *CSV_COLUMNS), rows)
     else:
         for number, group in enumerate(groups, 1):
             print(words("group", n=number))
@@ -340,15 +341,3 @@ def _write_json(value: Any) -> None:
     text = json.dumps(value, ensure_ascii=False, indent=1, default=datetime.isoformat)
     # Letters that a terminal obeys stand in strings alone, where JSON has its own escape; lines end outside of them.
     print(UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else json.dumps(found[0])[1:-1], text))
-
-
-def _write_csv(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(map(_cell, columns))
-    writer.writerows([_cell(row[name]) for name in columns] for row in rows)
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, datetime):
-        return value.isoformat()
-    return text_cell(value) if isinstance(value, str) else value

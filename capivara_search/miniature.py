@@ -8,7 +8,6 @@ makes it.
 """
 
 import hashlib
-import logging
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from capivara_common.files import check_free_space, whole_folder, write_text
 from capivara_common.hub_cache import is_capivara, one_at_a_time
 from capivara_common.progress import no_bars_of_transformers
 from capivara_common.weight_file import WeightFile
+from capivara_search.words import note
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +50,6 @@ EfficientNet-Lite0 (Apache-2.0) and multilingual-e5-small (MIT), neither trained
 English captions of OpenMoji's pictures and on the English names of ImageNet's classes. The pictures are OpenMoji's,
 licensed CC BY-SA 4.0 (https://openmoji.org), and so is the projection. Made by `capivara_search.miniature`.
 """
-logger = logging.getLogger("capivara")
 
 
 def miniature_folder() -> Path:
@@ -67,7 +66,7 @@ def miniature_folder() -> Path:
     check_free_space(folder, DISK_BYTES)
     with one_at_a_time(folder):
         if not is_capivara(folder):
-            logger.info("Putting the miniature together in %s, once …", folder, extra={"code": "miniature"})
+            note("miniature", folder)
             weights = WeightFile(PROJECTION)
             with no_bars_of_transformers(), whole_folder(folder, overwrite=True) as new:
                 write_miniature(new, *(weights.array(name).copy() for name in ("visual", "direction", "logit_scale")))

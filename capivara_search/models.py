@@ -9,7 +9,6 @@ is needed.
 """
 
 import json
-import logging
 import math
 import os
 import sys
@@ -25,6 +24,7 @@ from capivara_common.hub_cache import Converter, cached_folder, is_reachable, mo
 from capivara_common.image_side_digest import image_side_digest
 from capivara_common.weight_file import WeightFile, weight_files
 from capivara_search.text_tower import TextTower, checks, open_text_tower
+from capivara_search.words import note
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,7 +35,6 @@ DEFAULT_MODEL = "hiaac-nlp/CAPIVARA"
 MINIATURE = "miniature"  # as the name of a model
 MODEL_VARIABLE = "CAPIVARA_MODEL"  # of the environment; what None stands for
 MANY_TEXTS = 256  # from here on the import of torch pays
-logger = logging.getLogger("capivara")
 
 
 @dataclass
@@ -129,10 +128,7 @@ class SearchModel:
 
     @cached_property
     def _loaded(self) -> tuple["CapivaraModel", "CapivaraProcessor"]:
-        if "torch" in sys.modules:
-            logger.info("Loading the model %s …", self.name, extra={"code": "loading"})
-        else:  # whose import takes seconds
-            logger.info("Importing torch, then loading the model %s …", self.name, extra={"code": "loading_torch"})
+        note("loading" if "torch" in sys.modules else "loading_torch", self.name)  # whose import takes seconds
         from capivara_common.environment import torch_device
         from capivara_common.progress import no_bars_of_transformers
         from modeling_capivara.loading import load_model, load_processor

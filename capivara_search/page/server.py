@@ -136,7 +136,7 @@ def serve_index(
     try:
         if on_open is not None:
             on_open(page.url)
-        if open_browser and (sys.platform in ("darwin", "win32") or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
+        if open_browser and (sys.platform == "darwin" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
             webbrowser.open(page.url)  # elsewhere it would be one that fills this terminal
         page.wait()
     except KeyboardInterrupt:
