@@ -410,11 +410,6 @@ def _degrees(value: Any, side: Any, sides: str, limit: int) -> float | None:
 # --- One by one ------------------------------------------------------------------------------------------------------
 
 
-def read_bytes_digest(path: str | Path, folders: Sequence[str | Path] | None = None) -> str:
-    """BLAKE2b-128 of a file, in hexadecimal, as `Picture.digest`. Raises BadImage where it can't be read."""
-    return _digest(_read(path, folders)[0])
-
-
 def read_picture(
     file: FileState, side: int = 224, exact: bool = False, folders: Sequence[str | Path] | None = None
 ) -> Picture:
@@ -449,7 +444,7 @@ def decode_picture(data: bytes, file: FileState, side: int = 224, exact: bool = 
         width, height = preview.width, preview.height
     return Picture(
         file,
-        _digest(data),
+        blake2b(data, digest_size=16).hexdigest(),
         *((height, width) if details.orientation in QUARTER_TURNS else (width, height)),
         details.taken,
         details.latitude,
@@ -497,10 +492,6 @@ def _fault(error: OSError) -> BadImage:
     if isinstance(error, PermissionError):
         return BadImage("no permission", "it may not be read; its owner can allow it")
     return BadImage("read error", error.strerror or str(error))
-
-
-def _digest(data: bytes) -> str:
-    return blake2b(data, digest_size=16).hexdigest()
 
 
 def _opened(data: bytes, path: str) -> tuple[PIL.Image.Image, Preview | None]:

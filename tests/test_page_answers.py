@@ -27,7 +27,7 @@ from capivara_search.page.answers import (
     nouns,
     standing_out,
 )
-from capivara_search.refusal import Refusal
+from capivara_search.page.guard import Refusal
 
 PAGE = Path(server.__file__).parent
 ATTACK = "<img src=x onerror=alert(1)>\"'${alert(1)}</script>"

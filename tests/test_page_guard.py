@@ -23,10 +23,9 @@ from starlette.testclient import TestClient
 from capivara_common.image_files import BadImage, decode_image
 from capivara_search.index import PictureIndex
 from capivara_search.page import answers, decoder, guard
-from capivara_search.page.guard import HEADERS, MAX_QUESTION_BYTES, MAX_UPLOAD_BYTES, Guard, host_name
+from capivara_search.page.guard import HEADERS, MAX_QUESTION_BYTES, MAX_UPLOAD_BYTES, Guard, Refusal, host_name
 from capivara_search.page.server import open_page
 from capivara_search.picture_files import on_white
-from capivara_search.refusal import Refusal
 from capivara_search.table_columns import FOLDER_KEY
 
 PICTURE_S = 2

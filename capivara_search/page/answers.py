@@ -21,7 +21,7 @@ import PIL.Image
 
 from capivara_common.image_files import BadImage
 from capivara_search.labelling import checked_labels, classify_vectors
-from capivara_search.refusal import Refusal
+from capivara_search.page.guard import Refusal
 from capivara_search.results import TEMPLATE, Classified, Hit
 
 if TYPE_CHECKING:

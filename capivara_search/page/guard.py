@@ -26,8 +26,6 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from capivara_search.refusal import Refusal
-
 MAX_UPLOAD_BYTES = 20_000_000  # of a picture; photographs of telephones have under 15 MB
 MAX_QUESTION_BYTES = 200_000  # of its line of JSON; one has under 10 kB, and up to 256 wait
 UPLOADS_AT_ONCE = 8  # bodies over MAX_QUESTION_BYTES in memory, until they are answered; others wait
@@ -57,6 +55,20 @@ HEADERS = {
 
 logger = logging.getLogger("capivara")
 T = TypeVar("T")
+
+
+class Refusal(ValueError):
+    """A request that is not answered: `raise Refusal("too_large", 413, megabytes=20)`.
+
+    Args:
+        code: of the reason, such as "busy"; `page/words/*.json` have its text in each language.
+        status: of HTTP.
+        values: that the text names.
+    """
+
+    def __init__(self, code: str, status: int = 400, **values: object):
+        super().__init__(code)
+        self.code, self.status, self.values = code, status, values
 
 
 class Guard:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from capivara_common.image_files import BadImage, open_regular_file
 from capivara_search.page.decoder import Decoder
+from capivara_search.page.guard import Refusal
 from capivara_search.picture_files import contents
-from capivara_search.refusal import Refusal
 from capivara_search.show import opened_by_system
 
 if TYPE_CHECKING:

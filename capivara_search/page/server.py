@@ -36,9 +36,18 @@ from starlette.staticfiles import StaticFiles
 
 from capivara_search.page.answers import TEMPLATES, Answers, Question, decoded
 from capivara_search.page.decoder import Decoder
-from capivara_search.page.guard import BACKLOG, WAIT_S, Connection, Guard, Queue, allowed_hosts, listening, refused
+from capivara_search.page.guard import (
+    BACKLOG,
+    WAIT_S,
+    Connection,
+    Guard,
+    Queue,
+    Refusal,
+    allowed_hosts,
+    listening,
+    refused,
+)
 from capivara_search.page.original_files import OriginalFiles
-from capivara_search.refusal import Refusal
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
