@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import resource
 import socket
 import threading
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from made_pictures import bomb, made_index, made_pictures, png, save_folder
-from page_process import Asked, running
+from page_process import Asked
 from PIL import Image
 
 pytest.importorskip("uvicorn", reason="the page needs uvicorn: pip install -e '.[search]'")
@@ -26,6 +27,7 @@ from capivara_search.page import answers, decoder, guard
 from capivara_search.page.guard import HEADERS, MAX_QUESTION_BYTES, MAX_UPLOAD_BYTES, Guard, Refusal, host_name
 from capivara_search.page.server import open_page
 from capivara_search.picture_files import on_white
+from capivara_search.show import OPENER
 from capivara_search.table_columns import FOLDER_KEY
 
 PICTURE_S = 2
@@ -241,7 +243,7 @@ def test_on_a_network_a_page_answers_to_its_own_names(index):
 
 
 def test_a_folder_is_shown_to_who_sits_here_alone(page, row, folder, tmp_path, monkeypatch):
-    program = tmp_path / "bin" / "dbus-send"
+    program = tmp_path / "bin" / OPENER
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/shown.txt\n', encoding="utf-8")
     program.chmod(0o755)
@@ -249,15 +251,11 @@ def test_a_folder_is_shown_to_who_sits_here_alone(page, row, folder, tmp_path, m
     assert page.ask("show", {"like": row})[0] == 403, "what does not come from the page itself"
     assert page.get("api/show", row)[0] == 405 and not (tmp_path / "shown.txt").exists()
     assert page.ask("show", {"like": row}, Origin=page.url) == (200, {})
-    shown = (tmp_path / "shown.txt").read_text(encoding="utf-8")
-    assert f"array:string:file://{folder}/azul/azul%20inteiro.png" in shown
-    program.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
-    (program.parent / "xdg-open").write_text("#!/bin/sh\nexit 3\n", encoding="utf-8")
-    (program.parent / "xdg-open").chmod(0o755)
+    assert (tmp_path / "shown.txt").read_text(encoding="utf-8") == f"{folder}/azul\n"
+    program.write_text("#!/bin/sh\nexit 3\n", encoding="utf-8")
     assert page.ask("show", {"like": row}, Origin=page.url)[1]["error"] == "no_file_manager"
 
 
-@pytest.mark.slow
 def test_a_page_that_is_open_to_a_network(index, row, page):
     forwarded = {"Origin": "https://us-demo.hf.space", "X_Forwarded_Host": "us-demo.hf.space"}
     assert page.ask("search", {"text": "azul"}, **forwarded)[0] == 403, "a proxy is believed where there may be none"
@@ -319,41 +317,28 @@ def status_line(sent: socket.socket) -> bytes:
 
 
 @pytest.mark.slow
-def test_a_request_that_never_ends_is_given_up(page, monkeypatch):
-    monkeypatch.setattr(guard, "STEP_S", 1)
-    for length in (1000, 1_000_000):
-        with begun(page, b"{}", length) as sent:
-            assert b" 408 " in status_line(sent)
-
-
-@pytest.mark.slow
-def test_an_upload_that_comes_too_slowly_is_given_up(page, monkeypatch):
-    """However little time is left to all of it, or however much: each step has its own."""
-    monkeypatch.setattr(guard, "STEP_S", 0.8)
-    data = b"{}\n" + bytes(600_000)
-    for size, every, expected in ((100_000, 0.3, b" 400 "), (100, 0.1, b" 408 ")):  # 400: it is no picture
-        with begun(page, data[:150_000], len(data)) as sent:
-            sent.settimeout(every)
-            started, rest, line = time.monotonic(), data[150_000:], b""
-            while not line and time.monotonic() - started < 4:
-                sent.sendall(rest[:size])
-                rest = rest[size:]
-                with contextlib.suppress(TimeoutError):
-                    line = status_line(sent)
-            assert expected in line, (line, len(rest))
-
-
-@pytest.mark.slow
-def test_a_fast_upload_has_a_limit_for_all_of_it(page, monkeypatch):
-    monkeypatch.setattr(guard, "RECEIVE_S", 1)
-    with begun(page, b"{}\n" + bytes(150_000), 5_000_000) as sent:
-        sent.settimeout(0.1)
-        started, line = time.monotonic(), b""
+@pytest.mark.parametrize(
+    ("limits", "size", "every", "expected"),
+    [
+        ({"STEP_S": 0.8}, 100_000, 0.3, b" 400 "),  # it is no picture
+        ({"STEP_S": 0.8}, 100, 0.1, b" 408 "),  # however little time is left to all of it, or however much
+        ({"STEP_S": 0.8}, 0, 0.1, b" 408 "),
+        ({"RECEIVE_S": 1}, 100_000, 0.1, b" 408 "),  # fast, but too long
+    ],
+)
+def test_an_upload_has_a_time_for_each_step_and_for_all_of_it(page, monkeypatch, limits, size, every, expected):
+    for name, seconds in limits.items():
+        monkeypatch.setattr(guard, name, seconds)
+    length = 5_000_000 if "RECEIVE_S" in limits else 600_000
+    with begun(page, b"{}\n" + bytes(150_000), length) as sent:
+        sent.settimeout(every)
+        started, rest, line = time.monotonic(), length - 150_003, b""
         while not line and time.monotonic() - started < 4:
-            sent.sendall(bytes(guard.STEP_BYTES))
+            sent.sendall(bytes(min(size, rest)))
+            rest -= min(size, rest)
             with contextlib.suppress(TimeoutError):
                 line = status_line(sent)
-    assert b" 408 " in line
+    assert expected in line, (line, rest)
 
 
 @pytest.mark.slow
@@ -419,6 +404,12 @@ def test_silent_visitors_make_room(page, monkeypatch, capfd):
     assert not "".join(capfd.readouterr())
 
 
+def test_connections_are_fewer_where_fewer_files_may_be_open(monkeypatch):
+    for limit, most in ((256, 64), (928, 400), (resource.RLIM_INFINITY, 400)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        assert guard.most_connections() == most
+
+
 def test_a_head_that_does_not_come_is_not_waited_for(page, monkeypatch):
     """Neither of a new connection, nor after an answer, nor where it comes letter by letter."""
     monkeypatch.setattr(guard, "HEAD_S", 0.4)
@@ -453,18 +444,6 @@ def test_who_reads_nothing_of_an_answer_is_given_up(tmp_path, saved_tiny_folder,
             assert not opened._server.server_state.connections
     finally:
         opened.close()
-
-
-@pytest.mark.slow
-def test_descriptors_do_not_run_out(index, saved_tiny_folder, tmp_path):
-    """More visitors than the process may have files open: searches are answered, and the log stays empty."""
-    with running(tmp_path, index.where, saved_tiny_folder, DESCRIPTORS="256") as (asked, _):
-        with silent(asked, 400), silent(asked, 400, b"POST /api/search HTTP/1.1\r\n"):
-            for _ in range(5):
-                started = time.monotonic()
-                assert asked.ask("search", {"text": "azul"}, png(3))[0] == 200 and time.monotonic() - started < 10
-        said = (tmp_path / "said.txt").read_text(encoding="utf-8")
-        assert said.strip() == asked.url
 
 
 @pytest.mark.slow

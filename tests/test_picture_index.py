@@ -12,10 +12,10 @@ import pytest
 from made_index import make_pictures, rows_of, save_model
 
 from capivara_common.image_files import BadImage
-from capivara_search import adding, table
+from capivara_search import adding, duplicates, table
+from capivara_search.duplicates import near_groups
 from capivara_search.index import PictureIndex
 from capivara_search.models import find_model
-from capivara_search.near_duplicates import near_groups
 from capivara_search.table_columns import taken_between
 
 
@@ -46,15 +46,8 @@ def index(tmp_path, folder, models):
 
 def reads(monkeypatch) -> list[str]:
     """The paths whose files are opened from here on."""
-    opened = []
-    for name in ("read_picture", "read_bytes_digest"):
-        real = getattr(adding, name)
-
-        def noted(file, *args, real=real, **options):
-            opened.append(str(getattr(file, "path", file)))
-            return real(file, *args, **options)
-
-        monkeypatch.setattr(adding, name, noted)
+    opened, real = [], adding.read_picture
+    monkeypatch.setattr(adding, "read_picture", lambda file, **more: (opened.append(file.path), real(file, **more))[1])
     return opened
 
 
@@ -81,10 +74,10 @@ def test_text_and_picture_are_searched_by_their_mean(index, folder):
     assert index.search(like=PIL.Image.open(like).convert("RGB"), k=1)[0].path == str(like)
 
 
-@pytest.mark.parametrize("query", [{}, {"text": ""}, {"text": " \n"}, {"text": None}])
-def test_an_empty_query_is_an_error(index, query):
-    with pytest.raises(ValueError, match="The query is empty"):
-        index.search(**query)
+def test_an_empty_query_is_an_error(index):
+    for query in ({}, {"text": " \n"}):
+        with pytest.raises(ValueError, match="The query is empty"):
+            index.search(**query)
 
 
 def test_what_has_not_changed_is_not_read_again(index, folder, monkeypatch):
@@ -271,20 +264,17 @@ def test_classification_uses_kept_vectors_reads_others_and_can_say_none(index, f
     assert index.classify(PIL.Image.open(kept[0].path).convert("RGB"), labels)[0].label == kept[0].label
 
 
-@pytest.mark.parametrize(
-    ("labels", "template", "message"),
-    [
+def test_wrong_labels_are_named(index, folder):
+    for labels, template, message in (
         ([], "{}", "at least one"),
         (["a", " "], "{}", "labels must be words"),
-        (["a", "b", "a "], "{}", "The label 'a' is there twice"),
+        (["a", "b", "A "], "{}", "The label 'a' is there twice"),
         ("praia", "{}", "must be a list"),
         (["a"], "uma imagem", r"template must have one \{\}"),
         (["a"], "{} {x}", r"template must have one \{\}"),
-    ],
-)
-def test_wrong_labels_are_named(index, folder, labels, template, message):
-    with pytest.raises(ValueError, match=message):
-        index.classify(folder, labels, template)
+    ):
+        with pytest.raises(ValueError, match=message):
+            index.classify(folder, labels, template)
 
 
 def test_near_duplicates_are_grouped_with_the_largest_picture_first(index, folder, tmp_path):
@@ -301,7 +291,8 @@ def test_near_duplicates_are_grouped_with_the_largest_picture_first(index, folde
         index.duplicates(0)
 
 
-def test_groups_are_those_of_all_pairs():
+def test_groups_are_those_of_all_pairs(monkeypatch):
+    monkeypatch.setattr(duplicates, "BLOCK", 700)
     generator = np.random.default_rng(0)
     vectors = generator.standard_normal((3000, 96))
     for number in range(200):
@@ -449,7 +440,6 @@ def test_a_file_that_could_not_be_opened_is_tried_again_and_keeps_its_row(index,
             raise BadImage("read error", "the disk said no")
         return read(file, **options)
 
-    monkeypatch.setattr(adding, "read_bytes_digest", lambda path, folders: None)
     monkeypatch.setattr(adding, "read_picture", fails)
     assert [one.path for one in index.add(folder).left_out] == [str(chosen)]
     assert index.row(str(chosen)) is not None

@@ -9,7 +9,7 @@ import pytest
 from click.shell_completion import BashComplete
 
 from capivara_search.command import COMPLETE, SHELLS, command_line, main
-from capivara_search.show import COMMANDS, Words
+from capivara_search.words import COMMANDS, Words
 
 
 def offered(*words: str) -> set[str]:
