@@ -147,21 +147,10 @@ def test_a_long_text_is_read_to_where_the_model_reads(answers):
     "question",
     [
         *(None, [], "azul", 5, {"fn_index": 1}, {"text": 5}, {"text": None}, {"text": ["a"]}, {"text": "\ud800"}),
-        *(
-            {"like": {"path": "/etc"}},
-            {"like": 5},
-            {"folder": ["a"]},
-            {"folder": "~nobody"},
-            {"folder": "a/b"},
-            {"template": {}},
-            {"language": 5},
-        ),
+        *({"like": {"path": "/etc"}}, {"like": 5}, {"folder": ["a"]}, {"template": {}}, {"language": 5}),
+        *({"folder": folder} for folder in ("~root", "~nosuchuser", "../Fotos", "/Fotos/../etc", "Fotos")),
         *({"k": k} for k in (0, -1, MAX_PICTURES + 1, True, None, "6", 6.0, [6], 10**400)),
-        *(
-            {day: value}
-            for day in ("since", "until")
-            for value in (5, "ontem", "2024-13-01", "2024", "9999-12-31", None)
-        ),
+        *({"since": value} for value in (5, "ontem", "2024-13-01", "2024", "9999-12-31", None)),
         *({"labels": labels} for labels in ("azul", {}, [5], [None], ["\udfff"], [["a"]], 7)),
     ],
 )
@@ -298,9 +287,3 @@ def test_text_of_a_data_set_is_text():
     assert "{{words}} {name}" in shown
     known = server._page("en", False, server.Credit("Áreas", "cc-by-sa-4.0", "Made here"))
     assert ">CC BY-SA 4.0</a>. Made here" in known and '<html lang="en">' in known
-
-
-@pytest.mark.parametrize("folder", ["~root", "~nosuchuser", "../Fotos", "/Fotos/../etc", "Fotos"])
-def test_a_folder_is_named_as_the_index_names_it(folder):
-    with pytest.raises(Refusal, match="bad_question"):
-        Question.read({"folder": folder})
