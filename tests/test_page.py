@@ -1,5 +1,6 @@
 """The page in a browser: searching, looking and classifying, in two languages and on a telephone."""
 
+import contextlib
 import io
 import os
 import shutil
@@ -39,13 +40,10 @@ def plain_index(tmp_path_factory, saved_tiny_folder):
 
 
 def test_the_language_of_the_page(plain_index):
-    opened = open_page(plain_index, port=0, language="en")
-    try:
+    with contextlib.closing(open_page(plain_index, port=0, language="en")) as opened:
         for query, tag, word in (("", "en", "Search"), ("?lang=pt", "pt-BR", "Buscar"), ("?lang=xx", "en", "Search")):
             page = Asked(opened.url).get(query)[2].decode()
             assert f'<html lang="{tag}">' in page and f">{word}</button>" in page
-    finally:
-        opened.close()
     with pytest.raises(ValueError, match="language must be one of pt, en, got 'fr'"):
         open_page(plain_index, language="fr")
 
@@ -70,14 +68,11 @@ def test_a_model_that_does_not_fit_the_index_is_said_before_the_page_opens(plain
 
 
 def test_pictures_are_kept_by_the_browser_and_answers_are_not(plain_index):
-    opened = open_page(plain_index, port=0)
-    try:
+    with contextlib.closing(open_page(plain_index, port=0)) as opened:
         asked, path = Asked(opened.url), plain_index.newest(1)[0].path
         assert "private, max-age" in asked.get("thumbnail", path)[1]["cache-control"]
         for route in ("", "download", "static/page.js"):
             assert asked.get(route, path)[1]["cache-control"] == "no-store"
-    finally:
-        opened.close()
 
 
 # --- A visitor -------------------------------------------------------------------------------------------------------

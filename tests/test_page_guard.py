@@ -116,16 +116,13 @@ def test_a_row_whose_file_has_become_another_is_not_given_away(folder, saved_tin
     rows["other"].symlink_to(private)
     rows["text"].write_text("segredo", encoding="utf-8")
     os.mkfifo(rows["fifo"])
-    opened = open_page(index, port=0)
-    try:
+    with contextlib.closing(open_page(index, port=0)) as opened:
         asked = Asked(opened.url)
         for path in map(str, rows.values()):
             assert asked.get("download", path)[0] == 404
             status, headers, body = asked.get("picture", path)
             assert status == 200 and headers["content-type"] == "image/webp" and b"segredo" not in body
         assert not asked.ask("about", {"like": str(rows["gone"])})[1]["original"]
-    finally:
-        opened.close()
 
 
 def test_what_was_checked_is_what_is_sent(saved_tiny_folder, tmp_path, monkeypatch):
@@ -141,14 +138,11 @@ def test_what_was_checked_is_what_is_sent(saved_tiny_folder, tmp_path, monkeypat
         row.symlink_to(tmp_path / "private.png")
         return view(self, *args)
 
-    opened = open_page(index, port=0)
-    try:
+    with contextlib.closing(open_page(index, port=0)) as opened:
         monkeypatch.setattr(decoder.Decoder, "view", swapped)
         status, _, body = Asked(opened.url).get("download", str(row))
         assert (status, body) == (200, data) and b"segredo" in row.read_bytes()
         assert Asked(opened.url).get("download", str(row))[0] == 404
-    finally:
-        opened.close()
 
 
 def test_folders_that_an_index_of_others_names_are_not_opened(folder, saved_tiny_folder, tmp_path, monkeypatch):
@@ -157,16 +151,13 @@ def test_folders_that_an_index_of_others_names_are_not_opened(folder, saved_tiny
     index._table.note({FOLDER_KEY + "/": ""})
     row = str(folder / "azul" / "azul inteiro.png")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))  # as on another machine
-    opened = open_page(index, port=0)
-    try:
+    with contextlib.closing(open_page(index, port=0)) as opened:
         asked = Asked(opened.url)
         assert asked.get("download", row)[0] == 404 and not asked.ask("about", {"like": row})[1]["original"]
         assert asked.get("picture", row)[1]["content-type"] == "image/webp"
         assert asked.ask("show", {"like": row}, Origin=asked.url)[0] == 404
         index.add(folder)
         assert asked.get("download", row)[0] == 200 and asked.ask("about", {"like": row})[1]["original"]
-    finally:
-        opened.close()
 
 
 def test_what_is_served_beside_pictures(page):
@@ -259,16 +250,13 @@ def test_a_folder_is_shown_to_who_sits_here_alone(page, row, folder, tmp_path, m
 def test_a_page_that_is_open_to_a_network(index, row, page):
     forwarded = {"Origin": "https://us-demo.hf.space", "X_Forwarded_Host": "us-demo.hf.space"}
     assert page.ask("search", {"text": "azul"}, **forwarded)[0] == 403, "a proxy is believed where there may be none"
-    opened = open_page(index, "0.0.0.0", 0, allow_hosts=["*"])  # as a Space does
-    try:
+    with contextlib.closing(open_page(index, "0.0.0.0", 0, allow_hosts=["*"])) as opened:  # as a Space does
         asked = Asked(opened.url.replace("0.0.0.0", "127.0.0.1"))
         assert asked.ask("search", {"text": "azul"}, Host="10.9.8.7", **forwarded)[0] == 200
         assert asked.ask("search", {"text": "azul"}, png(3), **forwarded)[0] == 200
         assert asked.ask("search", {"text": "azul"}, **forwarded | {"Origin": "https://other.hf.space"})[0] == 403
         assert asked.ask("show", {"like": row}, Origin=asked.url) == (403, {"error": "not_here", "values": {}})
         assert not asked.ask("status", {})[1]["local"]
-    finally:
-        opened.close()
 
 
 def test_an_answer_that_fails_has_the_headers_too(caplog):
@@ -430,8 +418,9 @@ def test_who_reads_nothing_of_an_answer_is_given_up(tmp_path, saved_tiny_folder,
     path = tmp_path / "fotos" / "a.png"
     path.parent.mkdir()
     path.write_bytes(png(3) + bytes(20_000_000))
-    opened = open_page(made_index(tmp_path / "i.lance", path.parent, saved_tiny_folder), port=0)
-    try:
+    with contextlib.closing(
+        open_page(made_index(tmp_path / "i.lance", path.parent, saved_tiny_folder), port=0)
+    ) as opened:
         asked = f"GET /download?path={path} HTTP/1.1\r\nHost: localhost\r\n\r\n"
         with silent(Asked(opened.url), 1, asked.encode()):
             end = time.monotonic() + 15
@@ -441,8 +430,6 @@ def test_who_reads_nothing_of_an_answer_is_given_up(tmp_path, saved_tiny_folder,
             while opened._server.server_state.connections and time.monotonic() < end:
                 time.sleep(0.1)
             assert not opened._server.server_state.connections
-    finally:
-        opened.close()
 
 
 @pytest.mark.slow
@@ -579,8 +566,9 @@ def test_a_large_picture_is_sent_upright_and_small(tmp_path, saved_tiny_folder):
     photo.paste((30, 30, 200), (0, 0, 2000, 3000))  # its upper half
     (tmp_path / "fotos").mkdir()
     photo.save(tmp_path / "fotos" / "alta.jpg", exif=lying)
-    opened = open_page(made_index(tmp_path / "i.lance", tmp_path / "fotos", saved_tiny_folder), port=0)
-    try:
+    with contextlib.closing(
+        open_page(made_index(tmp_path / "i.lance", tmp_path / "fotos", saved_tiny_folder), port=0)
+    ) as opened:
         asked, path = Asked(opened.url), str(tmp_path / "fotos" / "alta.jpg")
         shown = Image.open(io.BytesIO(asked.get("picture", path)[2]))
         assert shown.size == (1200, 1600) and shown.getpixel((600, 300))[2] > 150 > shown.getpixel((600, 1300))[2]
@@ -591,5 +579,3 @@ def test_a_large_picture_is_sent_upright_and_small(tmp_path, saved_tiny_folder):
             and body == Path(path).read_bytes()
             and headers["content-disposition"].startswith("attachment;")
         )
-    finally:
-        opened.close()
