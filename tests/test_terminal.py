@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from capivara_search.command import command_line
+from capivara_search.commands import cli
 from capivara_search.show import Screen, contact_sheet, cut, link, screen, shown_path, table, text_cell, width
 from capivara_search.words import Words, visible
 
@@ -121,9 +121,8 @@ class Recording(Words):
 
 
 def test_no_text_is_stale_and_none_is_missing():
-    main = command_line(Recording("pt"))
-    context = click.Context(main, info_name="capivara")
-    for one in (main, *main.commands.values()):
+    context = click.Context(cli.GROUP, info_name="capivara", obj=Recording("pt"))
+    for one in (cli.GROUP, *cli.GROUP.commands.values()):
         one.get_help(click.Context(one, parent=context))
     rooms = ("capivara_search", "capivara_common", "modeling_capivara")
     code = "".join(path.read_text(encoding="utf-8") for room in rooms for path in (ROOT / room).glob("*.py"))
