@@ -26,7 +26,7 @@ import click
 from capivara_common.files import no_space_left
 from capivara_common.progress import prepare_bars
 from capivara_search.command_line import parsed, wrong_use
-from capivara_search.commands import NOTHING, Unusable
+from capivara_search.commands import NOTHING
 from capivara_search.words import COMMANDS, Words, visible
 
 WRONG_USE, UNUSABLE = 2, 3  # exit codes, beside those of `commands`; the help explains them
@@ -39,7 +39,7 @@ OF_THE_SYSTEM = {  # number of an OSError -> its words
     errno.EADDRINUSE: "port_in_use",
     errno.EADDRNOTAVAIL: "no_host",
 }
-EXPECTED = (click.UsageError, Unusable, ValueError, OSError, ImportError, RuntimeError)  # whose message is enough
+EXPECTED = (click.UsageError, ValueError, OSError, ImportError, RuntimeError)  # whose message is enough
 
 
 def language_of(argv: Sequence[str]) -> str:

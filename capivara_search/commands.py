@@ -23,7 +23,6 @@ from capivara_search import command_line as cli
 from capivara_search.results import TEMPLATE, Added, Hit
 from capivara_search.show import (
     PICTURES,
-    Unusable,
     contact_sheet,
     link,
     open_pictures,
@@ -33,7 +32,7 @@ from capivara_search.show import (
     table,
     write_csv,
 )
-from capivara_search.words import UNSAFE, Words, visible
+from capivara_search.words import UNSAFE, Words, failure, visible
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -153,7 +152,7 @@ def search(args: SimpleNamespace, words: Words) -> int:
         length, kept = words.number(len(args.query)), words.number(MAX_LETTERS)
         say(words("long_query", length=length, kept=kept))
         args.query = args.query[:MAX_LETTERS]
-    pictures = _filled_index(args, words)
+    pictures = _filled_index(args)
     _say_note(pictures, words)
     like = args.like and _query_picture(args.like, words)
     filters = {"folder": args.folder, "since": args.since, "until": args.until}
@@ -236,7 +235,7 @@ def classify(args: SimpleNamespace, words: Words) -> int:
 )
 def app(args: SimpleNamespace, words: Words) -> int:
     """The page, until Ctrl-C."""
-    pictures = _filled_index(args, words)
+    pictures = _filled_index(args)
     _say_note(pictures, words)
     from capivara_search.page.guard import allowed_hosts
     from capivara_search.page.server import is_loopback, serve_index  # here: what there is no index for waits less
@@ -261,7 +260,7 @@ def app(args: SimpleNamespace, words: Words) -> int:
 @cli.command("status", *cli.switches("--json"))
 def status(args: SimpleNamespace, words: Words) -> int:
     """What the index holds, and every file that was left out."""
-    pictures = _filled_index(args, words)
+    pictures = _filled_index(args)
     found = pictures.status()
     if args.json:
         _write_json(asdict(found))
@@ -288,7 +287,7 @@ def status(args: SimpleNamespace, words: Words) -> int:
 @cli.command("forget", cli.Argument("folder", metavar="folder", read=cli.absolute, completes="dir"))
 def forget(args: SimpleNamespace, words: Words) -> int:
     """Take a folder out of the index."""
-    pictures = _filled_index(args, words)
+    pictures = _filled_index(args)
     number, path = pictures.forget(args.folder), shown_path(str(args.folder))
     if number:
         print(words.count("forgotten", number, path=path))
@@ -300,7 +299,7 @@ def forget(args: SimpleNamespace, words: Words) -> int:
 @cli.command("export", cli.Argument("file", metavar="file", read=cli.table_file, completes="file"))
 def export(args: SimpleNamespace, words: Words) -> int:
     """Write the index to a file."""
-    number = _filled_index(args, words).export(args.file)
+    number = _filled_index(args).export(args.file)
     print(words.count("exported", number, path=shown_path(str(args.file))))
     return DONE
 
@@ -313,7 +312,7 @@ def export(args: SimpleNamespace, words: Words) -> int:
 )
 def duplicates(args: SimpleNamespace, words: Words) -> int:
     """Groups of pictures that are nearly the same."""
-    pictures = _filled_index(args, words)
+    pictures = _filled_index(args)
     groups = pictures.duplicates(args.threshold)
     if args.json:
         _write_json([[asdict(hit) for hit in group] for group in groups])
@@ -358,12 +357,11 @@ def _index(args: SimpleNamespace) -> "PictureIndex":
     return PictureIndex.open(args.index or "auto", args.model, args.device)
 
 
-def _filled_index(args: SimpleNamespace, words: Words) -> "PictureIndex":
-    """The index; raises Unusable where it holds nothing yet."""
+def _filled_index(args: SimpleNamespace) -> "PictureIndex":
+    """The index; raises RuntimeError where it holds nothing yet."""
     pictures = _index(args)
     if not len(pictures):
-        command = f"capivara {words.command('index')} {words('metavar.folder')}"
-        raise Unusable(words("no_index", where=shown_path(str(pictures.where)), command=command))
+        raise failure(RuntimeError, "no_index", where=shown_path(str(pictures.where)))
     return pictures
 
 

@@ -18,7 +18,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import quote
 
-from capivara_search.words import Words, visible
+from capivara_search.words import Words, failure, visible
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -31,10 +31,6 @@ OPENER = "open" if sys.platform == "darwin" else "xdg-open"  # of the system, wh
 OPENER_S = 3  # within which one that can't open something has ended
 TILE_COLUMNS = 34  # least width of a picture: two pixels of a block are one character
 TILE_SHAPE = 0.375  # rows by columns: 4 by 3, of characters that are twice as high as wide
-
-
-class Unusable(Exception):
-    """The index, the model or a program of the system can't be used; the text says it in the language."""
 
 
 def text_cell(text: str) -> str:
@@ -190,7 +186,7 @@ def open_pictures(paths: Sequence[str], words: Words) -> None:
     not opened, since the system would start what it finds there, by its name.
 
     Raises:
-        Unusable: the system has no viewer, or it does not open the pictures.
+        RuntimeError: the system has no viewer, or it does not open the pictures.
     """
     from capivara_common.image_files import BadImage
     from capivara_search.picture_files import is_picture_name, open_query_picture
@@ -205,7 +201,7 @@ def open_pictures(paths: Sequence[str], words: Words) -> None:
                 continue
         say(words("not_opened", path=shown_path(path)))
     if not opened_by_system(*shown):
-        raise Unusable(words("no_viewer", name=OPENER))
+        raise failure(RuntimeError, "no_viewer", name=OPENER)
 
 
 def opened_by_system(*paths: str) -> bool:
