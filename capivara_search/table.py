@@ -144,13 +144,14 @@ class PictureTable:
             with explained(self.where):
                 if not self.remote and not Path(self._folder(name)).is_dir():
                     return None
-            table, error = self._attempt(name, lambda: self._connection.open_table(name))
-            if error:
+            try:
+                table = self._connection.open_table(name)
+            except FAILURES as error:
                 # Where pictures are there, only the record of their files is not.
                 there = name == PICTURES and not self.remote and any(Path(self._folder(name), "data").glob("*"))
                 if "was not found" in str(error) and not there:
                     return None
-                if self.remote:
+                if self.remote or is_of_storage(error, self.where):
                     raise explanation(error, self.where, name) from error
                 raise failure(DamagedIndex, "damaged_record", path=self.where, part=self._folder(name)) from error
             if name == PICTURES:

@@ -205,18 +205,14 @@ def _names(config: dict[str, Any]) -> set[str]:
 
 
 def _tokenizer(path: Path, settings: dict[str, Any], pad: int) -> Tokenizer | None:
-    """The tokenizer of a folder; None where transformers would add tokens to it, or pad otherwise than the tower."""
+    """The tokenizer of a folder; None where transformers would take another, or pad otherwise than the tower."""
     if settings.get("tokenizer_class") != "CapivaraTokenizer":
         return None
     with checks().tokenizer_errors(str(path)):
         tokenizer = Tokenizer.from_file(str(path))
-    added = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
-    named = {name.removesuffix("_token"): value for name, value in settings.items() if name.endswith("_token")}
-    named = {name: value["content"] if isinstance(value, dict) else value for name, value in named.items()}
-    special = [*named.values(), *settings.get("extra_special_tokens", [])]
-    if not all(token in added for token in special if token is not None):
-        return None
-    if added.get(named.get("pad")) != pad or named["pad"] in (named.get("eos"), named.get("sep")):
+    named = (settings.get(f"{name}_token") for name in ("pad", "eos", "sep"))
+    padding, *ends = [value["content"] if isinstance(value, dict) else value for value in named]
+    if padding is None or tokenizer.token_to_id(padding) != pad or padding in ends:
         return None
     tokenizer.no_padding()
     tokenizer.enable_truncation(text_repair().CONTEXT_LENGTH, direction=settings.get("truncation_side", "right"))
