@@ -153,8 +153,8 @@ class TextTower:
 def open_text_tower(folder: str | Path) -> TextTower | None:
     """The text tower of a model folder; None where it is not exactly of the shape that is known here.
 
-    Adapters, other encoders, quantised weights, weights in several files and vocabularies that transformers would
-    complete are left to `CapivaraModel`.
+    Adapters, other encoders, other tokenizers, quantised weights and weights in several files are left to
+    `CapivaraModel`.
 
     Raises:
         ValueError: the weights or the tokenizer can't be read, or a size is outside of the limits of a model.
