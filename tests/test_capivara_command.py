@@ -353,7 +353,7 @@ def test_open_shows_the_pictures_in_the_viewer_and_starts_nothing_else(
     for path in (None, tmp_path):
         if path:
             monkeypatch.setenv("PATH", str(path))
-        code, out, error = capivara("buscar", "x", "-k", 1, "--open", "--index", own_index, "--lang", "pt")
+        code, out, error = capivara("buscar", "x", "--open", "--index", own_index, "--lang", "pt")
         assert code == 3 and out and f"erro: nenhum programa do sistema abriu as imagens: {OPENER} não existe" in error
 
 

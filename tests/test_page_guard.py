@@ -247,6 +247,7 @@ def test_a_folder_is_shown_to_who_sits_here_alone(page, row, folder, tmp_path, m
     assert page.ask("show", {"like": row}, Origin=page.url)[1]["error"] == "no_file_manager"
 
 
+@pytest.mark.slow
 def test_a_page_that_is_open_to_a_network(index, row, page):
     forwarded = {"Origin": "https://us-demo.hf.space", "X_Forwarded_Host": "us-demo.hf.space"}
     assert page.ask("search", {"text": "azul"}, **forwarded)[0] == 403, "a proxy is believed where there may be none"
