@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,16 +15,14 @@ from hub_server import HubServer
 from huggingface_hub.repocard import metadata_load
 from safetensors.torch import load_file, save_file
 from tiny import TINY_TEXT, TINY_VISION, randomise, tiny_config, tiny_tokenizer
-from torch.func import functional_call
 from transformers import TimmWrapperConfig
 
 from hub_upload.origins import origin
-from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+from modeling_capivara import CapivaraConfig, CapivaraModel, CapivaraProcessor
 from modeling_capivara import convert_open_clip as conversion
 from modeling_capivara.convert_open_clip import (
     build_open_clip,
     capivara_config,
-    capivara_state_dict,
     convert,
     open_clip_model_cfg,
 )
@@ -60,20 +59,16 @@ def change_config(folder: Path, section: str | None = None, **fields) -> None:
     path.write_text(json.dumps(settings))
 
 
-@pytest.fixture(autouse=True)
-def one_thread(request):
-    """Toy layers take less time than their threads take to meet, on a busy machine three times less."""
-    threads = torch.get_num_threads()
-    if "slow" not in request.keywords:
-        torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module")
+def saved_open_clip_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("open_clip") / "source"
+    write_open_clip(folder, tiny_config())
+    return folder
 
 
 @pytest.fixture
-def open_clip_folder(tmp_path):
-    write_open_clip(tmp_path / "source", tiny_config())
-    return tmp_path / "source"
+def open_clip_folder(saved_open_clip_folder, tmp_path):
+    return shutil.copytree(saved_open_clip_folder, tmp_path / "source")
 
 
 @pytest.fixture
@@ -111,44 +106,6 @@ def test_open_clip_to_transformers_and_back_gives_the_same_numbers_and_weights(t
         assert len({p.stat().st_mode for p in (tmp_path / folder).iterdir() if p.is_file()}) == 1
 
 
-def open_clip_tools(folder: Path):
-    import open_clip
-
-    name = f"local-dir:{folder}"
-    model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained_text=False)
-    return model.eval(), preprocess, open_clip.get_tokenizer(name)
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_any_two_layers_of_one_shape_swapped_are_noticed(open_clip_folder):
-    """Each pair of the mapping in turn, by the same limit as the program's own check; fewer inputs, for time."""
-    reference, preprocess, tokenize = open_clip_tools(open_clip_folder)
-    state = capivara_state_dict(reference.state_dict())
-    model = CapivaraModel(tiny_config()).eval()
-    pixels = torch.stack([preprocess(image) for image in conversion.random_images()[:2]])
-    ids = tokenize(conversion.random_texts()[2:4])[:, :40]
-    expected = {
-        "text_embeds": reference.encode_text(ids, normalize=True),
-        "image_embeds": reference.encode_image(pixels, normalize=True),
-    }
-
-    def difference(changed):
-        of_image = {name.startswith("vis") for name in changed}  # the other tower stays as it was
-        inputs = {"pixel_values": pixels} if True in of_image else {}
-        inputs |= {"input_ids": ids} if False in of_image else {}
-        output = functional_call(model, {**state, **changed}, (), inputs)
-        return max((output[k] - v).abs().max().item() for k, v in expected.items() if k in output)
-
-    assert difference(state) < 1e-5
-    # A key's bias adds the same to every score of a query: the softmax does not see it, in either program.
-    names = [n for n in state if not n.endswith(("k_proj.bias", "key.bias"))]
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[:i] if state[a].shape == state[b].shape]
-    assert len(pairs) > 300
-    unnoticed = [(a, b) for a, b in pairs if difference({a: state[b], b: state[a]}) <= conversion.TOLERANCE]
-    assert not unnoticed
-
-
 def test_a_wrong_line_of_the_table_fails_and_leaves_nothing(open_clip_folder, tmp_path, monkeypatch):
     """Wrong in both directions alike, so that only open_clip itself can tell."""
     pre, post = "visual.ln_pre.", "visual.ln_post."
@@ -159,25 +116,6 @@ def test_a_wrong_line_of_the_table_fails_and_leaves_nothing(open_clip_folder, tm
     assert nothing_left(tmp_path / "out")
 
 
-@pytest.mark.slow
-def test_published_size_gives_the_same_numbers_both_ways(tmp_path):
-    config = CapivaraConfig()
-    model = randomise(CapivaraModel(config))
-    assert sum(p.numel() for p in model.parameters()) == 366_121_473
-    model.save_pretrained(tmp_path / "model")
-    CapivaraProcessor(CapivaraImageProcessor(), tiny_tokenizer()).save_pretrained(tmp_path / "model")
-    del model
-    there = convert(str(tmp_path / "model"), tmp_path / "open_clip", to_open_clip=True)
-    # The bare file: the published architecture is all there is to know about it.
-    weights = tmp_path / "open_clip" / "open_clip_model.safetensors"
-    back = convert(str(weights), tmp_path / "back", tokenizer=str(tmp_path / "model"))
-    assert 0 < there[0] < 1e-4
-    assert 0 < back[0] < 1e-4
-    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "back"))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
-
-
 def test_configuration_that_open_clip_ships_for_the_base_model_is_the_published_one():
     import open_clip
 
@@ -185,26 +123,17 @@ def test_configuration_that_open_clip_ships_for_the_base_model_is_the_published_
     assert config.to_dict() == CapivaraConfig().to_dict()
 
 
-@pytest.mark.slow
-def test_open_clip_loads_the_written_folder_by_itself_offline(tiny_folder, tmp_path):
+@torch.no_grad()
+def test_open_clip_loads_the_written_folder_by_itself_offline(tiny_folder, tiny_model, tiny_processor, tmp_path):
+    import open_clip
+
     convert(str(tiny_folder), tmp_path / "out", to_open_clip=True)
-    code = (
-        "import open_clip, sys; name = 'local-dir:' + sys.argv[1]\n"
-        "model, _, preprocess = open_clip.create_model_and_transforms(name)\n"
-        "text = model.encode_text(open_clip.get_tokenizer(name)(['uma capivara']))\n"
-        "print(tuple(text.shape), float(model.logit_scale))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "out")],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("(1, 24) 2.959")
-    assert [p.name for p in (tmp_path / "out").iterdir() if p.suffix == ".py"] == []
+    name = f"local-dir:{tmp_path / 'out'}"
+    model, tokenize = open_clip.create_model(name).eval(), open_clip.get_tokenizer(name)
+    found = model.encode_text(tokenize(["uma capivara"]), normalize=True)
+    expected = tiny_model(**tiny_processor(text=["uma capivara"], return_tensors="pt")).text_embeds
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert not [path for path in (tmp_path / "out").iterdir() if path.suffix == ".py"]
 
 
 def test_text_model_name_for_publishing(tiny_folder, tmp_path, capsys):
@@ -275,9 +204,7 @@ def test_the_source_and_its_licence_are_on_the_first_card(open_clip_folder, tmp_
     assert (of["base_model"], of["licenses"]) == (["us/base"], ["mit"])
 
 
-@pytest.mark.parametrize(
-    "card", [None, "# No front matter\n", "---\nlicense: [mit\n---\n", "---\n- mit\n---\n", "\xff"]
-)
+@pytest.mark.parametrize("card", [None, "# No front matter\n", "---\nlicense: [mit\n---\n", "\xff"])
 def test_where_the_source_says_nothing_there_is_no_card(tmp_path, card):
     if card is not None:
         (tmp_path / "README.md").write_bytes(card.encode("latin-1"))
@@ -286,16 +213,6 @@ def test_where_the_source_says_nothing_there_is_no_card(tmp_path, card):
     assert not list((tmp_path / "new").iterdir())
     write_origin_card(tmp_path, tmp_path / "new", "Made.", "us/open")
     assert metadata_load(tmp_path / "new/README.md")["base_model"] == "us/open"
-
-
-@pytest.mark.slow
-def test_timm_model_that_open_clip_builds_otherwise_is_a_clear_error(tmp_path, tiny_processor):
-    config = tiny_config(vision_config=TimmWrapperConfig(architecture="mobilenetv3_small_050"))
-    CapivaraModel(config).save_pretrained(tmp_path / "model")
-    tiny_processor.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="open_clip does not build this model"):
-        convert(str(tmp_path / "model"), tmp_path / "out", to_open_clip=True)
-    assert nothing_left(tmp_path / "out")
 
 
 # --- Checkpoint files ------------------------------------------------------------------------------------------------
@@ -357,10 +274,9 @@ class Code:
         return self.call
 
 
-@pytest.mark.parametrize("suffix", [".ckpt", ".bin"])
 @pytest.mark.parametrize("how", ["zip", "old", "pickle"])
-def test_file_that_carries_code_is_refused_and_not_run(tmp_path, tokenizer_folder, suffix, how):
-    path, trace = tmp_path / f"evil{suffix}", tmp_path / "trace"
+def test_file_that_carries_code_is_refused_and_not_run(tmp_path, tokenizer_folder, how):
+    path, trace = tmp_path / "evil.ckpt", tmp_path / "trace"
     checkpoint = {"state_dict": {"a": torch.zeros(1)}, "config": Code(os.system, f"touch {trace}")}
     if how == "pickle":
         path.write_bytes(pickle.dumps(Code(os.system, f"touch {trace}"), protocol=2))
@@ -384,14 +300,16 @@ def test_missing_surplus_and_misshapen_tensors_are_all_named(tmp_path, tokenizer
     state |= {"text.transformer.pooler.dense.bias": torch.zeros(3), "logit_bias": torch.zeros(1)}
     state["visual.proj"] = torch.zeros(48, 7)
     save_file(state, tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError) as caught:
-        convert(
-            str(tmp_path / "weights.safetensors"),
-            tmp_path / "out",
-            config=tiny_config(),
-            tokenizer=str(tokenizer_folder),
-        )
-    message = str(caught.value)
+
+    def refusal(config: CapivaraConfig | None) -> str:
+        path, tokenizer = str(tmp_path / "weights.safetensors"), str(tokenizer_folder)
+        with pytest.raises(ValueError) as caught:
+            convert(path, tmp_path / "out", config=config, tokenizer=tokenizer)
+        return str(caught.value)
+
+    message = refusal(None)
+    assert "(a bare file is taken to have the published architecture)" in message and "[640, 768]" in message
+    message = refusal(tiny_config())
     assert 'Missing key(s) in state_dict: "vision_model.embeddings.patch_embedding.weight"' in message
     assert '"text_projection.2.weight"' in message
     assert 'Unexpected key(s) in state_dict: "logit_bias", "text_model.pooler.dense.bias".' in message
@@ -400,42 +318,24 @@ def test_missing_surplus_and_misshapen_tensors_are_all_named(tmp_path, tokenizer
 
 
 @pytest.mark.parametrize(
-    ("section", "field", "value"),
-    [
-        ("vision_cfg", "final_ln_after_pool", True),
-        ("vision_cfg", "norm_kwargs", {"eps": 1e-6}),
-        ("vision_cfg", "image_size", [32, 64]),
-        ("vision_cfg", "pool_type", "avg"),
-        ("vision_cfg", "timm_model_name", "hf-hub:someone/something"),
-        ("text_cfg", "hf_pooler_type", "cls_pooler"),
-        ("text_cfg", "hf_pooler_type", None),
-        ("text_cfg", "hf_model_name", None),
-        ("text_cfg", "hf_model_name", "/nowhere/at/all"),
-        ("text_cfg", "context_length", 64),
-        ("preprocess_cfg", "resize_mode", "squash"),
-        ("preprocess_cfg", "interpolation", "random"),
-    ],
-)
-def test_unsupported_field_is_named_before_any_weight_is_read(open_clip_folder, tmp_path, section, field, value):
-    change_config(open_clip_folder, section, **{field: value})
-    (open_clip_folder / "open_clip_model.safetensors").write_bytes(b"unreadable")
-    with pytest.raises(ValueError, match=field) as caught:
-        convert(f"local-dir:{open_clip_folder}", tmp_path / "out")
-    assert repr(value) in str(caught.value)
-    assert nothing_left(tmp_path / "out")
-
-
-@pytest.mark.parametrize(
     ("section", "field", "value", "message"),
     [
+        ("vision_cfg", "norm_kwargs", {"eps": 1e-6}, r"vision_cfg.norm_kwargs .*\{'eps': 1e-06\}"),
+        ("vision_cfg", "image_size", [32, 64], r"vision_cfg.image_size .*\[32, 64\]"),
+        ("vision_cfg", "pool_type", "avg", "vision_cfg.pool_type .*'avg'"),
+        ("vision_cfg", "timm_model_name", "resnet18", "vision_cfg.timm_model_name .*'resnet18'"),
+        ("text_cfg", "hf_pooler_type", None, "text_cfg.hf_pooler_type .*None"),
+        ("text_cfg", "hf_model_name", None, "text_cfg.hf_model_name .*None"),
+        ("text_cfg", "hf_model_name", "/nowhere/at/all", "text_cfg.hf_model_name .*'/nowhere/at/all'"),
+        ("text_cfg", "context_length", 64, "text_cfg.context_length .*64"),
+        ("preprocess_cfg", "resize_mode", "squash", "preprocess_cfg.resize_mode .*'squash'"),
+        ("preprocess_cfg", "interpolation", "random", "preprocess_cfg.interpolation .*'random'"),
         (None, "embed_dim", "wide", "'wide'"),
         (None, "embed_dim", None, "projection_dim"),
         ("vision_cfg", "layers", [3, 4, 6, 3], r"\[3, 4, 6, 3\]"),  # a ResNet
         ("vision_cfg", "layers", 10**7, "vision_cfg.layers must be from 0 to 1000, got 10000000"),
-        ("vision_cfg", "layers", True, "vision_cfg.layers must be from 0 to 1000, got True"),
         ("vision_cfg", "width", 50, "50"),
         ("vision_cfg", "head_width", 0, "vision_cfg.head_width must be from 1 to 100000, got 0"),
-        ("vision_cfg", "head_width", True, "vision_cfg.head_width must be from 1 to 100000, got True"),
         ("text_cfg", "hf_proj_type", None, "text_projection_type"),
     ],
 )
@@ -444,48 +344,32 @@ def test_a_configuration_that_can_not_be_is_one_line_before_any_weight_is_read(
 ):
     change_config(open_clip_folder, section, **{field: value})
     (open_clip_folder / "open_clip_model.safetensors").write_bytes(b"unreadable")
-    with pytest.raises(ValueError, match=rf"^model_cfg of open_clip_config.json can't be: [^\n]*{message}[^\n]*$"):
+    subject = "" if section == "preprocess_cfg" else r"model_cfg of open_clip_config\.json can't be: "
+    with pytest.raises(ValueError, match=rf"^{subject}[^\n]*{message}[^\n]*$"):
         convert(f"local-dir:{open_clip_folder}", tmp_path / "out")
     assert nothing_left(tmp_path / "out")
 
 
-@pytest.mark.parametrize(("section", "field"), [(None, "init_logit_bias"), ("vision_cfg", "qk_norm")])
-def test_a_field_that_adds_tensors_is_refused_by_their_names(tmp_path, tokenizer_folder, section, field):
-    """No list of fields is needed for it: what is loaded has to fit, strictly."""
-    folder = tmp_path / "source"
-    state = write_open_clip(folder, tiny_config())
-    extra = "logit_bias" if section is None else "visual.transformer.resblocks.0.attn.ln_q.weight"
-    save_file({**state, extra: torch.ones(1)}, folder / "open_clip_model.safetensors")
-    change_config(folder, section, **{field: True})
-    with pytest.raises(ValueError, match=r"Unexpected key\(s\) in state_dict: [^\n]*(ln_q|logit_bias)"):
-        convert(str(folder), tmp_path / "out")
-    assert nothing_left(tmp_path / "out")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("projection", ["mlp", "linear"])
-def test_a_timm_tower_goes_to_open_clip(tmp_path, tiny_processor, projection):
-    vision = TimmWrapperConfig(architecture="tf_efficientnet_lite0")
-    model = randomise(CapivaraModel(tiny_config(vision_config=vision, text_projection_type=projection)))
-    model.save_pretrained(tmp_path / "model")
-    tiny_processor.save_pretrained(tmp_path / "model")
+def test_a_timm_tower_goes_to_open_clip(tmp_path, tiny_processor):
+    def save(architecture: str) -> None:
+        config = tiny_config(vision_config=TimmWrapperConfig(architecture=architecture))
+        randomise(CapivaraModel(config)).save_pretrained(tmp_path / "model")
+        tiny_processor.save_pretrained(tmp_path / "model")
+
+    save("mobilenetv3_small_050")  # open_clip builds it otherwise
+    with pytest.raises(ValueError, match="open_clip does not build this model"):
+        convert(str(tmp_path / "model"), tmp_path / "back", to_open_clip=True)
+    assert nothing_left(tmp_path / "back")
+    save("tf_efficientnet_lite0")
     assert 0 < convert(str(tmp_path / "model"), tmp_path / "back", to_open_clip=True)[0] < 1e-5
     with pytest.raises(ValueError, match=r"timm_model_name of .* is 'tf_efficientnet_lite0'"):
         convert(str(tmp_path / "back"), tmp_path / "there")
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        ("do_resize", False),
-        ("rescale_factor", 1 / 128),
-        ("crop_size", {"height": 32, "width": 24}),
-        ("resample", 1),
-    ],
+    [("do_resize", False), ("crop_size", {"height": 32, "width": 24}), ("resample", 1)],
 )
 def test_what_open_clip_can_not_do_to_images_is_named_before_any_weight_is_read(tiny_folder, tmp_path, name, value):
     path = tiny_folder / "processor_config.json"
@@ -501,14 +385,17 @@ def test_what_open_clip_can_not_do_to_images_is_named_before_any_weight_is_read(
 @pytest.mark.parametrize("to_open_clip", [False, True])
 def test_truncated_weights(open_clip_folder, tiny_folder, tmp_path, to_open_clip):
     source = tiny_folder if to_open_clip else open_clip_folder
-    cut(next(source.glob("*.safetensors")))
+    weights = next(source.glob("*.safetensors"))
+    os.truncate(weights, weights.stat().st_size - 100)
     with pytest.raises(ValueError, match=r"can.t be loaded|cannot be read"):
         convert(str(source) if to_open_clip else f"local-dir:{source}", tmp_path / "out", to_open_clip)
     assert nothing_left(tmp_path / "out")
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps([1, 2]), b"PK\x03\x04 torn", torch.zeros(2),
-                                     {"state_dict": {"x": torch.zeros(1)}}, {"state_dict": [1]}, {}])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not a checkpoint", pickle.dumps([1]), b"PK\x03\x04 torn", torch.zeros(2), {"state_dict": [1]}, {}],
+)
 def test_file_that_is_no_checkpoint_or_one_of_something_else(tmp_path, content):
     path = tmp_path / "a.ckpt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
@@ -576,19 +463,3 @@ def test_existing_output_is_not_touched(open_clip_folder, tmp_path):
     (tmp_path / "out" / "mine").unlink()
     conversion.main([str(open_clip_folder), str(tmp_path / "out")])
     assert (tmp_path / "out" / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize("to_open_clip", [False, True])
-def test_really_full_disk(open_clip_folder, tiny_folder, tmp_path, to_open_clip):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        source = str(tiny_folder) if to_open_clip else f"local-dir:{open_clip_folder}"
-        with pytest.raises(OSError, match="No space left on the disk while writing"):
-            convert(source, disk / "out", to_open_clip)
-        assert not list(disk.iterdir())
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)

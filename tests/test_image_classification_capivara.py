@@ -1,9 +1,6 @@
 """The classifier: equal to zero-shot at the start, trained by transformers' Trainer, saved with its code."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -63,19 +60,14 @@ def test_starts_as_the_zero_shot_classifier(classifier, tiny_model, tiny_process
     assert not classifier.training and not classifier.classifier.bias.any()
 
 
-def test_labels_may_stand_for_several_texts(tiny_model, tiny_processor, pixels):
+def test_labels_may_stand_for_several_texts_that_go_through_in_batches(tiny_model, tiny_processor, pixels, monkeypatch):
+    monkeypatch.setattr("modeling_capivara.image_classification_capivara.TEXT_BATCH_SIZE", 4)  # 6 prompts: 4 and 2
     labels = {"cat": ["um gato", "the cat"], "house": "uma casa"}
     classifier = CapivaraForImageClassification.from_zero_shot(tiny_model, tiny_processor, labels, ["{}", "foto: {}"])
     prompts = [["um gato", "foto: um gato", "the cat", "foto: the cat"], ["uma casa", "foto: uma casa"]]
     expected = zero_shot_logits(tiny_model, tiny_processor, prompts, pixels)
     torch.testing.assert_close(classifier(pixels).logits, expected, atol=1e-5, rtol=0)
     assert classifier.config.id2label == {0: "cat", 1: "house"}
-
-
-def test_many_prompts_go_through_in_batches(tiny_model, tiny_processor, pixels, monkeypatch, classifier):
-    monkeypatch.setattr("modeling_capivara.image_classification_capivara.TEXT_BATCH_SIZE", 4)  # 6 prompts: 4 and 2
-    again = CapivaraForImageClassification.from_zero_shot(tiny_model, tiny_processor, LABELS, TEMPLATES)
-    torch.testing.assert_close(again(pixels).logits, classifier(pixels).logits, atol=1e-5, rtol=0)
 
 
 def test_the_model_is_left_as_it_was(classifier, tiny_model, tiny_processor, pixels):
@@ -95,9 +87,7 @@ def test_the_model_is_left_as_it_was(classifier, tiny_model, tiny_processor, pix
 @pytest.mark.parametrize(
     ("labels", "templates", "message"),
     [
-        ([], TEMPLATES, r"`labels` must be a list of at least 2, got \[\]"),
         ({}, TEMPLATES, "`labels` must be a list of at least 2"),
-        ("gato", TEMPLATES, "`labels` must be a list of at least 2, got 'gato'"),
         (["gato"], TEMPLATES, r"at least 2, got \['gato'\]"),
         (["gato", "casa", "gato"], TEMPLATES, r"must differ, got \['gato'\] repeatedly"),
         (["gato", " "], TEMPLATES, r"`labels` must be texts that are not blank, .*got \[' '\]"),
@@ -172,56 +162,6 @@ def test_pipeline_with_the_package(classifier, classifier_folder, tiny_processor
     assert [scores[label] for label in LABELS] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
-WITHOUT_PACKAGE = """
-import json, sys
-from PIL import Image
-from transformers import AutoModelForImageClassification, pipeline
-folder, alone, copy = sys.argv[1:]
-model, report = AutoModelForImageClassification.from_pretrained(
-    folder, trust_remote_code=True, output_loading_info=True
-)
-image = Image.new("RGB", (40, 37), (200, 30, 30))
-classify = pipeline("image-classification", folder, trust_remote_code=True)
-model.save_pretrained(copy)
-print(json.dumps({
-    "module": type(model).__module__,
-    "faults": [str(v) for v in report.values() if v],
-    "scores": classify(image),
-    "alone": pipeline("image-classification", alone, trust_remote_code=True)(image),
-    "auto_map": json.load(open(copy + "/config.json"))["auto_map"],
-    "unwanted": [name for name in ("ftfy",) if name in sys.modules],
-}))
-"""
-
-
-@pytest.mark.slow
-def test_without_the_package(classifier, classifier_folder, tiny_processor, tmp_path):
-    alone = tmp_path / "image-processor-alone"
-    classifier.save_pretrained(alone)
-    tiny_processor.image_processor.save_pretrained(alone)
-    (tmp_path / "elsewhere").mkdir()
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    # -I: not even the folder of an editable install is on the path
-    hide = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]\n"
-    hide += f"sys.path = [p for p in sys.path if p not in ({os.getcwd()!r}, '')]\n"
-    folders = [str(classifier_folder), str(alone), str(tmp_path / "copy")]
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", hide + WITHOUT_PACKAGE, *folders],
-        capture_output=True, text=True, timeout=180, env=environment, cwd=tmp_path / "elsewhere",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["module"].startswith("transformers_modules")
-    assert not found["faults"] and not found["unwanted"]
-    image = Image.new("RGB", (40, 37), (200, 30, 30))
-    expected = classifier(**tiny_processor(images=image, return_tensors="pt")).logits.softmax(-1)[0]
-    for scores in (found["scores"], found["alone"]):
-        scores = {row["label"]: row["score"] for row in scores}
-        assert [scores[label] for label in LABELS] == pytest.approx(expected.tolist(), abs=1e-6)
-    assert found["auto_map"] == json.loads((classifier_folder / "config.json").read_text())["auto_map"]
-
-
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
@@ -258,31 +198,6 @@ def test_gradients_reach_everything_or_the_head_alone(classifier, pixels):
     assert classifier.training and not classifier.vision_model.training
 
 
-def test_a_frozen_tower_keeps_its_statistics(pixels):
-    vision = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
-    model = randomise(CapivaraForImageClassification(tiny_config(vision_config=vision, num_labels=3)))
-    model.freeze_image_tower()
-    before = {name: tensor.clone() for name, tensor in model.named_buffers()}
-    assert before
-    model.train()(pixels)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_buffers())
-
-
-def test_gradient_checkpointing_changes_nothing(classifier, pixels):
-    def gradients() -> dict[str, torch.Tensor]:
-        classifier.zero_grad()
-        classifier(pixels, labels=torch.tensor([0, 1, 2, 2, 1, 0])).loss.backward()
-        return {name: parameter.grad.clone() for name, parameter in classifier.named_parameters()}
-
-    classifier.train()
-    expected = gradients()
-    classifier.activation_checkpointing_enable()
-    assert any(getattr(module, "gradient_checkpointing", False) for module in classifier.modules())
-    actual = gradients()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, msg=name)
-
-
 def rows_of(pixels, labels) -> list[dict]:
     return [{"pixel_values": image, "labels": label} for image, label in zip(pixels, labels, strict=True)]
 
@@ -293,8 +208,7 @@ def training_arguments(folder, **changes) -> TrainingArguments:
     return TrainingArguments(output_dir=str(folder), **(plain | changes))
 
 
-@pytest.mark.parametrize("head_only", [False, True])
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize(("head_only", "gradient_checkpointing"), [(False, True), (True, False)])
 @pytest.mark.slow
 def test_the_trainer_lowers_the_loss(classifier, pixels, tmp_path, head_only, gradient_checkpointing):
     if head_only:
@@ -355,12 +269,6 @@ def test_outputs(classifier, pixels):
     assert isinstance(with_loss, tuple) and torch.equal(with_loss[1], output.logits)
     compiled = torch.compile(classifier, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(pixels).logits, output.logits)
-
-
-def test_towers_of_the_wrong_modality_are_refused():
-    bert = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    with pytest.raises(ValueError, match=r"vision_config.*'bert'"):
-        CapivaraForImageClassification(tiny_config(vision_config=bert))
 
 
 # --- The worked example ----------------------------------------------------------------------------------------------
