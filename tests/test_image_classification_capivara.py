@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import randomise, tiny_config
+from tiny import tiny_config
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, pipeline
 
