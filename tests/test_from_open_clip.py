@@ -6,8 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -39,6 +39,15 @@ image = Image.effect_mandelbrot((310, 227), (-2, -1.5, 1, 1.5), 100)
 with torch.no_grad():
     outputs = model(**processor(text=sys.argv[2:], images=[image], return_tensors="pt"))
 print(json.dumps([model.name_or_path, outputs.text_embeds.tolist(), outputs.image_embeds.tolist()]))
+"""
+
+FOLDERS = """
+import logging, sys
+logging.basicConfig(level=logging.INFO)
+from capivara_common.hub_cache import model_folder
+from capivara_search.models import CONVERTER
+for revision in sys.argv[2:]:
+    print(model_folder(sys.argv[1], CONVERTER, None if revision == "-" else revision))
 """
 
 PEAK = """
@@ -77,11 +86,10 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def run(environment: dict[str, str], cache: Path, program: str = PROGRAM) -> subprocess.CompletedProcess:
-    environment = {**os.environ, **environment, "CAPIVARA_CACHE": str(cache)}
-    return subprocess.run(
-        [sys.executable, "-c", program, NAME, *TEXTS], env=environment, capture_output=True, text=True, timeout=550
-    )
+def run(environment: dict[str, str], cache: Path, program: str = PROGRAM, words: Sequence[str] = (NAME, *TEXTS)):
+    line, environment = [sys.executable, "-c", program, *words], {**os.environ, **environment}
+    environment["CAPIVARA_CACHE"] = str(cache)
+    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=550)
 
 
 def answer(done: subprocess.CompletedProcess) -> list:
@@ -107,12 +115,13 @@ def of_open_clip(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.slow
 def test_fetched_converted_and_kept(tiny_published, cache, tmp_path):
+    (tiny_published / "photo.png").write_bytes(b"not to be fetched")
     with HubServer(tmp_path / "hub") as hub:
         commit = hub.store(NAME, tiny_published).at("main").oid
         environment = hub.environment(tmp_path / "home", token=None)
         folder, *ours = answer(run(environment, cache))
         assert folder == str(cache / "open_clip" / "hiaac-nlp--CAPIVARA" / commit)
-        assert f"{NAME}/{WEIGHTS}" in hub.fetched
+        assert f"{NAME}/{WEIGHTS}" in hub.fetched and not [name for name in hub.fetched if "photo" in name]
         for found, expected in zip(ours, of_open_clip(tiny_published), strict=True):
             torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)
         card, origin = (Path(folder) / name for name in ("README.md", "conversion.json"))
@@ -135,22 +144,10 @@ def test_fetched_converted_and_kept(tiny_published, cache, tmp_path):
 
 @pytest.mark.slow
 def test_a_revision_asks_the_hub_and_a_commit_does_not(tiny_published, cache, tmp_path):
-    program = """
-import json, sys
-from capivara_common.hub_cache import model_folder
-from capivara_search.models import CONVERTER
-for revision in sys.argv[2:]:
-    print(json.dumps(str(model_folder(sys.argv[1], CONVERTER, None if revision == "-" else revision))))
-"""
-
     def folders(*revisions: str) -> list[Path]:
-        done = subprocess.run(
-            [sys.executable, "-c", program, NAME, *revisions],
-            env={**os.environ, **environment, "CAPIVARA_CACHE": str(cache)},
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+        done = run(environment, cache, FOLDERS, [NAME, *revisions])
         assert done.returncode == 0, done.stderr[-3000:]
-        return [Path(json.loads(line)) for line in done.stdout.splitlines()]
+        return [Path(line) for line in done.stdout.splitlines()]
 
     with HubServer(tmp_path / "hub") as hub:
         repo = hub.store(NAME, tiny_published)
@@ -196,19 +193,9 @@ def test_killed_at_any_moment_leaves_nothing_half(tiny_published, cache, tmp_pat
 
 @pytest.mark.slow
 def test_two_at_once_convert_once(tiny_published, cache):
-    program = textwrap.dedent(
-        f"""
-        import logging, sys
-        logging.basicConfig(level=logging.INFO)
-        from capivara_common.hub_cache import model_folder
-        from capivara_search.models import CONVERTER
-        print(model_folder({str(tiny_published)!r}, CONVERTER))
-        """
-    )
-    processes = [
-        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
+    line = [sys.executable, "-c", FOLDERS, str(tiny_published), "-"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(line, **pipes) for _ in range(2)]
     ended = [process.communicate(timeout=200) for process in processes]
     assert ended[0][0] == ended[1][0] and Path(ended[0][0].strip(), "model.safetensors").is_file()
     assert sum("Converting" in errors for _, errors in ended) == 1
