@@ -1,12 +1,12 @@
 """Which pairs a step trains on."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from caption_tars import measured_of, training_of, write_tar
+from caption_tars import measured_of, tars_by_name, training_of
 from datasets import DatasetDict, load_from_disk
+from test_sources import image_folder, parquet_of_datasets
 
 from caption_data.pairs import check_bad_share
 from training.arguments import parse_arguments
@@ -161,27 +161,17 @@ def test_a_data_set_that_is_none_is_told_in_sentences(monkeypatch):
     assert asked == ["no/such"]
 
 
-@pytest.mark.parametrize("form", ["parquet", "folder", "tar"])
-def test_what_a_config_asks_is_looked_for_in_every_form(tiny_dataset_folder, tmp_path, form):
-    for name, split in load_from_disk(tiny_dataset_folder).items():
-        (tmp_path / name).mkdir()
-        if form == "parquet":
-            split.to_parquet(tmp_path / name / "0.parquet")
-            continue
-        rows = [{"captions-pt": row["captions-pt"]} for row in split.remove_columns("image")]
-        if form == "tar":
-            samples = [((f"{i}.jpg", b"-"), (f"{i}.json", json.dumps(row).encode())) for i, row in enumerate(rows)]
-            write_tar(tmp_path / name / "0.tar", [member for sample in samples for member in sample])
-            continue
-        lines = [json.dumps({"file_name": "a.png", **row}) for row in rows]
-        (tmp_path / name / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    open_splits(arguments(tmp_path, effective_batch_size=12))  # no picture is opened: there is none
+@pytest.mark.parametrize("form", [parquet_of_datasets, image_folder, tars_by_name])
+def test_what_a_config_asks_is_looked_for_in_every_form(tmp_path, form):
+    values = {"validation_split": "train", "test_split": "train", "effective_batch_size": 7}
+    folder = form(tmp_path)
+    open_splits(arguments(folder, **values))
     for asked, message in (
         ({"min_pair_similarity": 0.1}, "no column 'similarities-pt'"),
-        ({"effective_batch_size": 13}, "takes 13 pairs .* has 12"),
+        ({"effective_batch_size": 8}, "takes 8 pairs .* has 7"),
     ):
         with pytest.raises(ValueError, match=message):
-            open_splits(arguments(tmp_path, **{"effective_batch_size": 12} | asked))
+            open_splits(arguments(folder, **values | asked))
 
 
 def test_a_column_of_another_name(tiny_dataset_folder, tmp_path):

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -172,9 +173,8 @@ def test_every_kind_of_training_resumes(run, tmp_path, variant):
 # Stopped
 
 
-@contextlib.contextmanager
-def started(argv: list[str], out: Path, launcher: tuple[str, ...] = ()):
-    """A run in a process group of its own, that has saved its first checkpoint and waits to be signalled."""
+def ctrl_c(argv: list[str], out: Path, launcher: Sequence[str]) -> str:
+    """What a run in a process group of its own says that gets SIGINT after its first checkpoint."""
     line = [sys.executable, *launcher, "tests/killed_process.py", "held:300", *argv]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     running = subprocess.Popen(line, **surroundings(), **pipes, start_new_session=True)
@@ -183,17 +183,13 @@ def started(argv: list[str], out: Path, launcher: tuple[str, ...] = ()):
         while not any("tmp" not in name for name in checkpoints_of(out)) and running.poll() is None:
             assert time.monotonic() < deadline, "the run did not get that far"
             time.sleep(0.05)
-        yield running
+        os.killpg(running.pid, signal.SIGINT)
+        (out.parent / "signalled").touch()
+        return running.communicate(timeout=300)[1]
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(running.pid, signal.SIGKILL)
-        running.communicate(timeout=60)
-
-
-def check_stopped(out: Path, stderr: str) -> None:
-    (saved,) = checkpoints_of(out)
-    step = int(saved.split("-")[1])  # 2 where the signal came before step 3 began
-    assert step in (2, 3) and f"Stopped at step {step}, which is saved. Go on with --resume auto" in stderr, stderr
+        running.wait(timeout=60)
 
 
 @pytest.mark.slow
@@ -218,19 +214,6 @@ def test_a_signal_is_taken_after_the_step(run, undisturbed, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_ends_the_process(run, undisturbed, tmp_path):
-    out = tmp_path / "out"
-    with started(run(out), out) as running:
-        running.send_signal(signal.SIGTERM)
-        (tmp_path / "signalled").touch()
-        _, stderr = running.communicate(timeout=300)
-    assert running.returncode == 128 + signal.SIGTERM and "Traceback" not in stderr, stderr
-    check_stopped(out, stderr)
-    train_accelerate.main(run(out, resume="auto"))
-    assert_as_undisturbed(out, undisturbed)
-
-
-@pytest.mark.slow
 def test_two_processes_train_what_one_trains_and_go_on_after_ctrl_c(run, undisturbed, saved_tiny_folder, tmp_path):
     """With dropout. Ctrl-C reaches the processes twice: from the terminal, and from torchrun."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -249,11 +232,10 @@ def test_two_processes_train_what_one_trains_and_go_on_after_ctrl_c(run, undistu
     assert [run["processes"] for run in runs] == [1, 2]
     losses = [[point["loss"] for point in run["curve"] if "loss" in point] for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    with started(run(out), out, launcher) as running:
-        os.killpg(running.pid, signal.SIGINT)
-        (tmp_path / "signalled").touch()
-        _, stderr = running.communicate(timeout=300)
-    check_stopped(out, stderr)
+    said = ctrl_c(run(out), out, launcher)
+    (saved,) = checkpoints_of(out)
+    step = int(saved.split("-")[1])  # 2 where the signal came before step 3 began
+    assert step in (2, 3) and f"Stopped at step {step}, which is saved. Go on with --resume auto" in said, said
     complete(out, resume="auto")
     assert_as_undisturbed(out, expected)
 
@@ -305,27 +287,11 @@ def test_a_real_divergence(run, tmp_path, eval_steps):
     assert re.search(r"( is |is )(nan|inf|NaN).*learning rate", refused(argv))
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 8 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, text=True, timeout=20
-    )
-    if mounted.returncode:
-        pytest.skip(f"a tmpfs can't be mounted here: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=20)
-
-
-@pytest.mark.skipif(not shutil.which("mount"), reason="needs mount")
 @pytest.mark.parametrize("full_in", ["model.safetensors", "optimizer.bin"])
 @pytest.mark.slow
 def test_disk_full_while_saving_keeps_the_checkpoint_before(run, undisturbed, small_disk, monkeypatch, full_in):
     out, save = small_disk / "out", Checkpoints.save
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True, timeout=20)
 
     def with_little_room(self, state):
         if state.step == 4:
@@ -379,8 +345,9 @@ def test_what_is_another_run_is_refused_and_changes_nothing(saved_tiny_folder, t
 
 @pytest.mark.slow
 def test_a_flipped_byte_ends_the_run_before_any_work_and_an_earlier_checkpoint_goes_on(
-    run, undisturbed, tmp_path, monkeypatch
+    run, undisturbed, tmp_path, monkeypatch, caplog
 ):
+    """By its name, in another folder, with settings that change no weight; another number of threads is said."""
     first, out = tmp_path / "first", tmp_path / "out"
     killed_run(run(first, keep_last=2), Trainer, "_one_step", 6)
     checkpoints = tmp_path / "first.partial/checkpoints"
@@ -392,16 +359,8 @@ def test_a_flipped_byte_ends_the_run_before_any_work_and_an_earlier_checkpoint_g
     assert re.search(r"^error: .*step-00000004 can't be loaded: optimizer.bin or .*--resume auto", message)
     assert "no checkpoint of a run: it has no trainer.json" in refused(run(out, resume=tmp_path))
     assert not list(tmp_path.glob("out*"))
-    train_accelerate.main(run(out, resume=checkpoints / "step-00000002"))  # by its name, in another folder
-    assert_as_undisturbed(out, undisturbed)
-
-
-@pytest.mark.slow
-def test_settings_that_change_no_weight_may_change_and_others_are_said(run, undisturbed, tmp_path, caplog, monkeypatch):
-    out = tmp_path / "out"
-    killed_run(run(out), Trainer, "_one_step", 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    train_accelerate.main(run(out, resume="auto", keep_last=3, save_steps=1))
+    train_accelerate.main(run(out, resume=checkpoints / "step-00000002", keep_last=3, save_steps=1))
     for part in ("with 1 CPU threads on ", "now there are 2 on ", "--num_threads 1 keep"):
         assert part in caplog.text
     assert_as_undisturbed(out, undisturbed)

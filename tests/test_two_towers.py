@@ -8,11 +8,6 @@ import torch
 from PIL import Image
 from tiny import randomise, tiny_tokenizer
 from transformers import (
-    BertTokenizer,
-    ChineseCLIPConfig,
-    ChineseCLIPImageProcessor,
-    ChineseCLIPModel,
-    ChineseCLIPProcessor,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
@@ -70,16 +65,7 @@ def clip_folder(folder: Path) -> None:
     CLIPProcessor(CLIPImageProcessor(), tokenizer).save_pretrained(folder)
 
 
-def chinese_clip_folder(folder: Path) -> None:
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
-    text = TOWER | {"vocab_size": len(pieces), "pad_token_id": 0}
-    config = ChineseCLIPConfig(text_config=text, vision_config=VISION)
-    randomise(ChineseCLIPModel(config)).save_pretrained(folder)
-    tokenizer = BertTokenizer(vocab={piece: number for number, piece in enumerate(pieces)})
-    ChineseCLIPProcessor(ChineseCLIPImageProcessor(), tokenizer).save_pretrained(folder)
-
-
-FOLDERS = {"siglip": siglip_folder, "clip": clip_folder, "chinese_clip": chinese_clip_folder, "ours": None}
+FOLDERS = {"siglip": siglip_folder, "clip": clip_folder, "ours": None}
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
