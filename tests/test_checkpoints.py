@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ from accelerate import Accelerator
 from torch import nn
 
 import training.checkpoints
-from capivara_common.files import RUN_MARKER
 from training.arguments import RunArguments
 from training.checkpoints import (
     FREE_SETTINGS,
@@ -26,7 +24,6 @@ from training.checkpoints import (
     check_finished_run,
     check_same_run,
     read_state,
-    run_folder,
 )
 
 
@@ -77,18 +74,6 @@ def test_the_last_ones_and_the_best_are_kept(checkpoints, keep_last, best, kept)
         checkpoints.save(TrainerState(step, best_step=best_step or None))
     assert checkpoints.steps() == kept
     assert names(checkpoints) == [f"step-{step:08d}" for step in kept], "nothing else is left"
-
-
-def test_what_a_kill_left_is_no_checkpoint_and_is_removed(checkpoints, tmp_path):
-    partial = tmp_path / "out.partial"
-    checkpoints.folder = partial / "checkpoints"
-    checkpoints.save(TrainerState(3))
-    (partial / RUN_MARKER).touch()
-    shutil.copytree(checkpoints.path(3), checkpoints.folder / "tmp-step-00000004")
-    shutil.copytree(checkpoints.path(3), checkpoints.folder / "tmp-old-00000002")
-    assert checkpoints.steps() == [3]
-    with run_folder(tmp_path / "out", RunArguments(model="m", dataset=["d"], resume="auto"), checkpoints.accelerator):
-        assert names(checkpoints) == ["step-00000003"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("x")])

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -76,8 +77,17 @@ def tokenizer_folder(tmp_path):
     return tmp_path / "tokenizer"
 
 
-def nothing_left(output: Path) -> bool:
-    return not output.exists() and not [p.name for p in output.parent.iterdir() if ".tmp-" in p.name]
+@pytest.fixture
+def refused(tmp_path):
+    """What is said where a source is not converted; nothing is left of it."""
+
+    def run(source, **options) -> str:
+        with pytest.raises(ValueError) as caught:
+            convert(str(source), tmp_path / "out", **options)
+        assert not [path.name for path in tmp_path.iterdir() if path.name == "out" or ".tmp-" in path.name]
+        return str(caught.value)
+
+    return run
 
 
 # --- Same numbers ----------------------------------------------------------------------------------------------------
@@ -105,14 +115,12 @@ def test_open_clip_to_transformers_and_back_gives_the_same_numbers_and_weights(t
         assert len({p.stat().st_mode for p in (tmp_path / folder).iterdir() if p.is_file()}) == 1
 
 
-def test_a_wrong_line_of_the_table_fails_and_leaves_nothing(open_clip_folder, tmp_path, monkeypatch):
+def test_a_wrong_line_of_the_table_fails_and_leaves_nothing(open_clip_folder, refused, monkeypatch):
     """Wrong in both directions alike, so that only open_clip itself can tell."""
     pre, post = "visual.ln_pre.", "visual.ln_post."
     names = conversion.NAMES | {pre: conversion.NAMES[post], post: conversion.NAMES[pre]}
     monkeypatch.setattr(conversion, "NAMES", names)
-    with pytest.raises(ValueError, match="differs from the original by"):
-        convert(f"local-dir:{open_clip_folder}", tmp_path / "out")
-    assert nothing_left(tmp_path / "out")
+    assert "differs from the original by" in refused(open_clip_folder)
 
 
 def test_configuration_that_open_clip_ships_for_the_base_model_is_the_published_one():
@@ -175,31 +183,26 @@ def test_where_the_source_says_nothing_there_is_no_card(tmp_path, card):
 # --- Checkpoint files ------------------------------------------------------------------------------------------------
 
 
-def lightning_file(tmp_path, **extra) -> Path:
+def lightning_file(folder: Path, **extra) -> Path:
     """The model two modules deep, beside tensors of the training program."""
-    state = randomise(build_open_clip(tiny_config())).state_dict()
-    state = {f"model.model.{name}": tensor for name, tensor in state.items()}
+    state = {f"model.model.{n}": t for n, t in randomise(build_open_clip(tiny_config())).state_dict().items()}
     state["model.model.text.transformer.embeddings.position_ids"] = torch.arange(82)[None]
     state |= {"train_accuracy.total": torch.tensor(3), "loss.logit_scale": torch.tensor(1.0)}
-    torch.save({"state_dict": state, "epoch": 3, **extra}, tmp_path / "epoch.ckpt")
-    return tmp_path / "epoch.ckpt"
+    torch.save({"state_dict": state, "epoch": 3, **extra}, folder / "epoch.ckpt")
+    return folder / "epoch.ckpt"
 
 
 def test_lightning_file(tmp_path, tokenizer_folder):
     path = lightning_file(tmp_path)
-    result = convert(str(path), tmp_path / "out", tokenizer=str(tokenizer_folder), config=tiny_config())
-    assert 0 < result[0] < 1e-5
-    assert any("'model.model.'" in note for note in result[1])
-    assert any("train_accuracy.total" in note for note in result[1])
-    assert not any("position_ids" in note for note in result[1])
+    difference, notes = convert(str(path), tmp_path / "out", tokenizer=str(tokenizer_folder), config=tiny_config())
+    assert 0 < difference < 1e-5
+    assert any("'model.model.'" in note for note in notes) and any("train_accuracy.total" in note for note in notes)
+    assert not any("position_ids" in note for note in notes)
 
 
-def test_lightning_file_with_objects_is_refused_and_a_way_out_named_that_works(tmp_path, tokenizer_folder):
-    path = lightning_file(tmp_path, hyper_parameters=argparse.Namespace(lr=5e-7))
-    with pytest.raises(SystemExit, match=r"objects of a program \(argparse\.Namespace\)") as caught:
-        conversion.main([str(path), str(tmp_path / "out"), "--tokenizer", str(tokenizer_folder)])
-    message = str(caught.value)
-    assert "\n" not in message and nothing_left(tmp_path / "out")
+def test_lightning_file_with_objects_is_refused_and_a_way_out_named_that_works(tmp_path, refused):
+    message = refused(lightning_file(tmp_path, hyper_parameters=argparse.Namespace(lr=5e-7)))
+    assert "objects of a program (argparse.Namespace)" in message and "\n" not in message
     command = message.partition("where it was written: ")[2]
     code = f"import safetensors.torch, torch; {command}"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
@@ -216,8 +219,7 @@ def test_other_checkpoint_files(tmp_path, tokenizer_folder, suffix, prefix, wrap
     state = {prefix + k: v.half() for k, v in randomise(build_open_clip(tiny_config())).state_dict().items()}
     torch.save({"state_dict": state, "epoch": 3} if wrapped else state, path, _use_new_zipfile_serialization=wrapped)
     result = convert(str(path), tmp_path / "out", tokenizer=str(tokenizer_folder), config=tiny_config())
-    assert 0 < result[0] < 1e-5
-    assert "float16" in result[1][-1]
+    assert 0 < result[0] < 1e-5 and "float16" in result[1][-1]
     assert load_file(tmp_path / "out" / "model.safetensors")["logit_scale"].dtype == torch.float32
 
 
@@ -232,17 +234,15 @@ class Code:
 
 
 @pytest.mark.parametrize("how", ["zip", "old", "pickle"])
-def test_file_that_carries_code_is_refused_and_not_run(tmp_path, tokenizer_folder, how):
+def test_file_that_carries_code_is_refused_and_not_run(tmp_path, refused, how):
     path, trace = tmp_path / "evil.ckpt", tmp_path / "trace"
     checkpoint = {"state_dict": {"a": torch.zeros(1)}, "config": Code(os.system, f"touch {trace}")}
     if how == "pickle":
         path.write_bytes(pickle.dumps(Code(os.system, f"touch {trace}"), protocol=2))
     else:
         torch.save(checkpoint, path, _use_new_zipfile_serialization=how == "zip")
-    with pytest.raises(ValueError, match=r"evil.*" + (r"objects of a program \(\w+\.system\)" if how == "zip" else "")):
-        convert(str(path), tmp_path / "out", tokenizer=str(tokenizer_folder))
+    assert re.search(r"evil.*" + (r"objects of a program \(\w+\.system\)" if how == "zip" else ""), refused(path))
     assert not trace.exists()
-    assert nothing_left(tmp_path / "out")
     if how == "zip":
         torch.load(path, weights_only=False)
         assert trace.exists(), "a harmless file would prove nothing"
@@ -251,27 +251,20 @@ def test_file_that_carries_code_is_refused_and_not_run(tmp_path, tokenizer_folde
 # --- Bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_missing_surplus_and_misshapen_tensors_are_all_named(tmp_path, tokenizer_folder):
+def test_missing_surplus_and_misshapen_tensors_are_all_named(tmp_path, tokenizer_folder, refused):
     state = randomise(build_open_clip(tiny_config())).state_dict()
     del state["visual.conv1.weight"], state["text.proj.2.weight"]
     state |= {"text.transformer.pooler.dense.bias": torch.zeros(3), "logit_bias": torch.zeros(1)}
     state["visual.proj"] = torch.zeros(48, 7)
-    save_file(state, tmp_path / "weights.safetensors")
-
-    def refusal(config: CapivaraConfig | None) -> str:
-        path, tokenizer = str(tmp_path / "weights.safetensors"), str(tokenizer_folder)
-        with pytest.raises(ValueError) as caught:
-            convert(path, tmp_path / "out", config=config, tokenizer=tokenizer)
-        return str(caught.value)
-
-    message = refusal(None)
+    path, tokenizer = tmp_path / "weights.safetensors", str(tokenizer_folder)
+    save_file(state, path)
+    message = refused(path, tokenizer=tokenizer)
     assert "(a bare file is taken to have the published architecture)" in message and "[640, 768]" in message
-    message = refusal(tiny_config())
+    message = refused(path, tokenizer=tokenizer, config=tiny_config())
     assert 'Missing key(s) in state_dict: "vision_model.embeddings.patch_embedding.weight"' in message
     assert '"text_projection.2.weight"' in message
     assert 'Unexpected key(s) in state_dict: "logit_bias", "text_model.pooler.dense.bias".' in message
     assert "size mismatch for visual_projection.weight" in message and "[7, 48]" in message and "\n" not in message
-    assert nothing_left(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -297,104 +290,84 @@ def test_missing_surplus_and_misshapen_tensors_are_all_named(tmp_path, tokenizer
     ],
 )
 def test_a_configuration_that_can_not_be_is_one_line_before_any_weight_is_read(
-    open_clip_folder, tmp_path, section, field, value, message
+    open_clip_folder, refused, section, field, value, message
 ):
     change_config(open_clip_folder, section, **{field: value})
     (open_clip_folder / "open_clip_model.safetensors").write_bytes(b"unreadable")
     subject = "" if section == "preprocess_cfg" else r"model_cfg of open_clip_config\.json can't be: "
-    with pytest.raises(ValueError, match=rf"^{subject}[^\n]*{message}[^\n]*$"):
-        convert(f"local-dir:{open_clip_folder}", tmp_path / "out")
-    assert nothing_left(tmp_path / "out")
+    assert re.fullmatch(rf"{subject}.*{message}.*", refused(f"local-dir:{open_clip_folder}"))
 
 
 @pytest.mark.slow
-def test_a_timm_tower_goes_to_open_clip(tmp_path, tiny_processor):
+def test_a_timm_tower_goes_to_open_clip(tmp_path, tiny_processor, refused):
     def save(architecture: str) -> None:
         config = tiny_config(vision_config=TimmWrapperConfig(architecture=architecture))
         randomise(CapivaraModel(config)).save_pretrained(tmp_path / "model")
         tiny_processor.save_pretrained(tmp_path / "model")
 
     save("mobilenetv3_small_050")  # open_clip builds it otherwise
-    with pytest.raises(ValueError, match="open_clip does not build this model"):
-        convert(str(tmp_path / "model"), tmp_path / "back", to_open_clip=True)
-    assert nothing_left(tmp_path / "back")
+    assert "open_clip does not build this model" in refused(tmp_path / "model", to_open_clip=True)
     save("tf_efficientnet_lite0")
     assert 0 < convert(str(tmp_path / "model"), tmp_path / "back", to_open_clip=True)[0] < 1e-5
-    with pytest.raises(ValueError, match=r"timm_model_name of .* is 'tf_efficientnet_lite0'"):
-        convert(str(tmp_path / "back"), tmp_path / "there")
+    assert re.search(r"timm_model_name of .* is 'tf_efficientnet_lite0'", refused(tmp_path / "back"))
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [("do_resize", False), ("crop_size", {"height": 32, "width": 24}), ("resample", 1)],
 )
-def test_what_open_clip_can_not_do_to_images_is_named_before_any_weight_is_read(tiny_folder, tmp_path, name, value):
+def test_what_open_clip_can_not_do_to_images_is_named_before_any_weight_is_read(tiny_folder, refused, name, value):
     path = tiny_folder / "processor_config.json"
     settings = json.loads(path.read_text())
     settings["image_processor"][name] = value
     path.write_text(json.dumps(settings))
     (tiny_folder / "model.safetensors").write_bytes(b"unreadable")
-    with pytest.raises(ValueError, match=f"image_processor.{name} of the processor is"):
-        convert(str(tiny_folder), tmp_path / "out", to_open_clip=True)
-    assert nothing_left(tmp_path / "out")
+    assert f"image_processor.{name} of the processor is" in refused(tiny_folder, to_open_clip=True)
 
 
 @pytest.mark.parametrize("to_open_clip", [False, True])
-def test_truncated_weights(open_clip_folder, tiny_folder, tmp_path, to_open_clip):
+def test_truncated_weights(open_clip_folder, tiny_folder, refused, to_open_clip):
     source = tiny_folder if to_open_clip else open_clip_folder
-    weights = next(source.glob("*.safetensors"))
-    os.truncate(weights, weights.stat().st_size - 100)
-    with pytest.raises(ValueError, match=r"can.t be loaded|cannot be read"):
-        convert(str(source) if to_open_clip else f"local-dir:{source}", tmp_path / "out", to_open_clip)
-    assert nothing_left(tmp_path / "out")
+    os.truncate(next(source.glob("*.safetensors")), 5000)
+    assert re.search(r"can.t be loaded|cannot be read", refused(source, to_open_clip=to_open_clip))
 
 
 @pytest.mark.parametrize(
     "content",
     [b"", b"not a checkpoint", pickle.dumps([1]), b"PK\x03\x04 torn", torch.zeros(2), {"state_dict": [1]}, {}],
 )
-def test_file_that_is_no_checkpoint_or_one_of_something_else(tmp_path, content):
+def test_file_that_is_no_checkpoint_or_one_of_something_else(tmp_path, refused, content):
     path = tmp_path / "a.ckpt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(ValueError, match=r"a\.ckpt (cannot be read|h(olds|as))"):
-        convert(str(path), tmp_path / "out", config=tiny_config())
-    assert nothing_left(tmp_path / "out")
+    assert re.search(r"a\.ckpt (cannot be read|h(olds|as))", refused(path, config=tiny_config()))
 
 
-def test_two_whole_models_in_one_file(tmp_path):
+def test_two_whole_models_in_one_file(tmp_path, refused):
     state = build_open_clip(tiny_config()).state_dict()
     torch.save({**state, **{"model." + k: v for k, v in state.items()}}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="has 2 models of open_clip"):
-        conversion.read_open_clip_state(tmp_path / "a.pt")
+    assert "has 2 models of open_clip" in refused(tmp_path / "a.pt", config=tiny_config())
 
 
-def test_sources_that_are_not_there_or_of_the_other_kind(open_clip_folder, tiny_folder, tmp_path):
+def test_sources_that_are_not_there_or_of_the_other_kind(open_clip_folder, tiny_folder, tmp_path, refused):
     (tmp_path / "a.txt").touch()
     for source, to_open_clip, message in [
-        ("/nowhere", False, "does not exist"),
         ("local-dir:/nowhere", False, "does not exist"),
         ("hf-hub:nobody/nothing", False, "could not be fetched"),
-        (str(tmp_path / "a.txt"), False, "cannot be read as a checkpoint"),
-        (str(tiny_folder), False, "use --to_open_clip"),
+        (tmp_path / "a.txt", False, "cannot be read as a checkpoint"),
         (f"local-dir:{tiny_folder}", False, "use --to_open_clip"),
         ("/nowhere", True, "does not exist"),
         ("nobody/nothing", True, "no folder here, nor in the cache of the Hub"),
-        (str(open_clip_folder), True, "leave out --to_open_clip"),
+        (open_clip_folder, True, "leave out --to_open_clip"),
     ]:
-        with pytest.raises(ValueError, match=message):
-            convert(source, tmp_path / "out", to_open_clip)
-        assert nothing_left(tmp_path / "out")
+        assert message in refused(source, to_open_clip=to_open_clip)
 
 
-def test_model_folder_without_processor_or_of_another_architecture(tiny_folder, tmp_path):
+def test_model_folder_without_processor_or_of_another_architecture(tiny_folder, refused):
     config = json.loads((tiny_folder / "config.json").read_text())
     (tiny_folder / "config.json").write_text(json.dumps({**config, "text_projection_type": "linear"}))
-    with pytest.raises(ValueError, match=r"do not fit its config.*text_projection"):
-        convert(str(tiny_folder), tmp_path / "out", to_open_clip=True)
+    assert re.search(r"do not fit its config.*text_projection", refused(tiny_folder, to_open_clip=True))
     (tiny_folder / "processor_config.json").unlink()
-    with pytest.raises(ValueError, match="has no processor"):
-        convert(str(tiny_folder), tmp_path / "out", to_open_clip=True)
-    assert nothing_left(tmp_path / "out")
+    assert "has no processor" in refused(tiny_folder, to_open_clip=True)
 
 
 @pytest.mark.parametrize(
@@ -404,11 +377,9 @@ def test_model_folder_without_processor_or_of_another_architecture(tiny_folder, 
         ({"pad_token_id": 5}, "pads with 1, the text tower .* pads with 5"),
     ],
 )
-def test_tokenizer_must_fit_the_text_tower(tmp_path, change, message):
+def test_tokenizer_must_fit_the_text_tower(tmp_path, refused, change, message):
     write_open_clip(tmp_path / "source", tiny_config(text_config={**TINY_TEXT, **change}))
-    with pytest.raises(ValueError, match=message):
-        convert(f"local-dir:{tmp_path / 'source'}", tmp_path / "out")
-    assert nothing_left(tmp_path / "out")
+    assert re.search(message, refused(f"local-dir:{tmp_path / 'source'}"))
 
 
 def test_existing_output_is_not_touched(open_clip_folder, tmp_path):

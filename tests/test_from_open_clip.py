@@ -3,10 +3,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -167,31 +165,6 @@ def test_a_revision_asks_the_hub_and_a_commit_does_not(tiny_published, cache, tm
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_leaves_nothing_half(tiny_published, cache, tmp_path):
-    """Killed by SIGKILL while fetching and converting; in the end the model is whole, and nothing else is there."""
-    with HubServer(tmp_path / "hub") as hub:
-        commit = hub.store(NAME, tiny_published).at("main").oid
-        environment = {**os.environ, **hub.environment(tmp_path / "home", token=None), "CAPIVARA_CACHE": str(cache)}
-        kept = cache / "open_clip" / "hiaac-nlp--CAPIVARA"
-        home = tmp_path / "home"
-        moments = [
-            lambda: any(home.rglob("*.incomplete")) or any(home.rglob("open_clip_config*")),
-            lambda: any(kept.glob(f".{commit}.tmp-*/model.safetensors")),
-        ]
-        for moment in moments:
-            line = [sys.executable, "-c", PROGRAM, NAME, *TEXTS]
-            process = subprocess.Popen(line, env=environment, stderr=subprocess.DEVNULL)
-            while process.poll() is None and not moment():
-                time.sleep(0.002)
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL, "the process had ended before it was killed"
-            assert not (kept / commit).exists() and not (kept / "refs").exists()
-        folder, *_ = answer(run(hub.environment(tmp_path / "home", token=None), cache))
-    assert folder == str(kept / commit)
-    assert {path.name for path in kept.iterdir()} == {commit, f".{commit}.lock", "refs"}
-
-
-@pytest.mark.slow
 def test_two_at_once_convert_once(tiny_published, cache):
     line = [sys.executable, "-c", FOLDERS, str(tiny_published), "-"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -219,16 +192,6 @@ def test_a_folder_of_open_clip_is_converted_and_again_when_it_changes(tiny_publi
     again = find_model(str(tiny_published))
     assert again.image_digest != model.image_digest
     assert [path.name for path in model.folder.parent.iterdir()] == [again.folder.name]  # the last one is kept
-
-
-def test_a_model_of_open_clip_shares_the_image_side_of_the_base_it_was_trained_from(tiny_published, cache, tmp_path):
-    shutil.copytree(tiny_published, tmp_path / "trained")
-    state = torch.load(tmp_path / "trained" / WEIGHTS, weights_only=True)
-    state["text.proj.0.weight"] = state["text.proj.0.weight"] * 2
-    torch.save(state, tmp_path / "trained" / WEIGHTS)
-    base, trained = find_model(str(tiny_published)), find_model(str(tmp_path / "trained"))
-    assert base.image_digest == trained.image_digest
-    assert abs(base.texts(TEXTS) - trained.texts(TEXTS)).max() > 0.01
 
 
 def nothing_kept(cache: Path) -> bool:

@@ -9,7 +9,7 @@ import torch
 from tiny import randomise, tiny_config, tiny_tokenizer
 from transformers import AutoProcessor, BertTokenizer
 
-from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, repair_text
+from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 
 PIECES = [
     *("São João é um avião", "coração de mãe", "ação", "PINGÜIM", "a\u0303", "e\u0301 cedilha c\u0327"),
@@ -61,23 +61,6 @@ def test_ids_equal_open_clip(xlmr):
     longest = processor(text=strings[:3], return_tensors="pt")["input_ids"]  # padded to it by default
     assert torch.equal(longest, expected[:3, : longest.shape[1]]) and longest.shape[1] < 77
     assert (longest != 1).all(dim=1).any()
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("  SÃ£o   JoÃ£o &amp;amp; cia\n", "São João & cia"),
-        ("p&amp;amp;atilde;o", "pão"),  # ftfy resolves one level, `html.unescape` two more
-        ("<b> &amp;amp;lt;", "<b> &lt;"),  # with a "<" in the text ftfy leaves entities alone
-        ("uma\tfoto\r\n\xa0de\u3000gato ", "uma foto de gato"),
-        ("“aspas”", '"aspas"'),
-        ("sa\u0303o", "são"),
-        ("a \ud800 b", "a \ufffd b"),
-        (" \n ", ""),
-    ],
-)
-def test_repair_step_by_step(text, expected):
-    assert repair_text(text) == expected
 
 
 def test_padding_token_spelled_by_a_text_is_masked_as_open_clip_does(tiny_processor):

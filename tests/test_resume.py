@@ -21,7 +21,7 @@ import pytest
 import torch
 from datasets import DatasetDict, load_from_disk
 from test_checkpoints import flipped
-from test_train_accelerate import ROOT, flags
+from test_train_accelerate import ROOT, flags, refused
 
 import train_accelerate
 from capivara_common.files import RUN_MARKER
@@ -93,12 +93,6 @@ def killed_run(argv: list[str], owner, name: str, count: int) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(owner, name, wrapped)
         train_accelerate.main(argv)
-
-
-def refused(argv: list[str]) -> str:
-    with pytest.raises(SystemExit) as stop:
-        train_accelerate.main(argv)
-    return str(stop.value.code)
 
 
 def weights(folder: Path) -> bytes:
