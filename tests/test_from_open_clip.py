@@ -5,7 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,29 +31,38 @@ sys.modules["open_clip"] = None
 import torch
 from PIL import Image
 from transformers import AutoProcessor
-from modeling_capivara import CapivaraModel
-model = CapivaraModel.from_open_clip(sys.argv[1]).eval()
-processor = AutoProcessor.from_pretrained(model.name_or_path)
-image = Image.effect_mandelbrot((310, 227), (-2, -1.5, 1, 1.5), 100)
-with torch.no_grad():
-    outputs = model(**processor(text=sys.argv[2:], images=[image], return_tensors="pt"))
-print(json.dumps([model.name_or_path, outputs.text_embeds.tolist(), outputs.image_embeds.tolist()]))
-"""
-
-FOLDERS = """
-import logging, sys
-logging.basicConfig(level=logging.INFO)
-from capivara_common.hub_cache import model_folder
-from capivara_search.models import CONVERTER
-for revision in sys.argv[2:]:
-    print(model_folder(sys.argv[1], CONVERTER, None if revision == "-" else revision))
-"""
-
-PEAK = """
-import atexit, sys
 from capivara_common.environment import peak_resident_bytes
-atexit.register(lambda: print(peak_resident_bytes(), file=sys.stderr))
+from modeling_capivara import CapivaraModel
+for line in sys.stdin:
+    name, revision, texts = json.loads(line)
+    model = CapivaraModel.from_open_clip(name, revision).eval()
+    processor = AutoProcessor.from_pretrained(model.name_or_path)
+    image = Image.effect_mandelbrot((310, 227), (-2, -1.5, 1, 1.5), 100)
+    with torch.no_grad():
+        outputs = model(**processor(text=texts, images=[image], return_tensors="pt"))
+    found = [model.name_or_path, outputs.text_embeds.tolist(), outputs.image_embeds.tolist()]
+    print(json.dumps([found, peak_resident_bytes()]), flush=True)
 """
+
+
+@contextmanager
+def user(hub: HubServer, cache: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[list, int]]]:
+    """A process that loads the model when called: its folder, embeddings of texts and image; its peak in bytes."""
+    environment = {**os.environ, **hub.environment(tmp_path / "home", token=None), "CAPIVARA_CACHE": str(cache)}
+    with (tmp_path / "stderr").open("w+") as errors:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
+        process = subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, **pipes)
+
+        def load(revision: str | None = None) -> tuple[list, int]:
+            process.stdin.write(json.dumps([NAME, revision, TEXTS]) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            assert line, (tmp_path / "stderr").read_text()[-3000:]
+            return json.loads(line)
+
+        yield load
+        process.stdin.close()
+        process.wait(timeout=60)
 
 
 def published(folder: Path, config: CapivaraConfig, tokenizer, text_model: str) -> Path:
@@ -84,17 +94,6 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def run(environment: dict[str, str], cache: Path, program: str = PROGRAM, words: Sequence[str] = (NAME, *TEXTS)):
-    line, environment = [sys.executable, "-c", program, *words], {**os.environ, **environment}
-    environment["CAPIVARA_CACHE"] = str(cache)
-    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=550)
-
-
-def answer(done: subprocess.CompletedProcess) -> list:
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def of_open_clip(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """open_clip's own embeddings of the same texts and image."""
     import open_clip
@@ -114,59 +113,62 @@ def of_open_clip(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.slow
 def test_fetched_converted_and_kept(tiny_published, cache, tmp_path):
     (tiny_published / "photo.png").write_bytes(b"not to be fetched")
-    with HubServer(tmp_path / "hub") as hub:
+    with HubServer(tmp_path / "hub") as hub, user(hub, cache, tmp_path) as load:
         commit = hub.store(NAME, tiny_published).at("main").oid
-        environment = hub.environment(tmp_path / "home", token=None)
-        folder, *ours = answer(run(environment, cache))
+        (folder, *ours), _ = load()
         assert folder == str(cache / "open_clip" / "hiaac-nlp--CAPIVARA" / commit)
         assert f"{NAME}/{WEIGHTS}" in hub.fetched and not [name for name in hub.fetched if "photo" in name]
         for found, expected in zip(ours, of_open_clip(tiny_published), strict=True):
             torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)
-        card, origin = (Path(folder) / name for name in ("README.md", "conversion.json"))
-        assert "license: mit" in card.read_text() and f"base_model: {NAME}" in card.read_text()
-        origin = json.loads(origin.read_text())
+        card, origin = ((Path(folder) / name).read_text() for name in ("README.md", "conversion.json"))
+        assert "license: mit" in card and f"base_model: {NAME}" in card
+        origin = json.loads(origin)
         assert origin["source"] == f"hf-hub:{NAME}" and origin["revision"] == commit
         assert len(origin["weights_digest"]) == 32
         # Without the Hub's own cache, and without one more request
         (tmp_path / "home").rename(tmp_path / "away")
         requests, files = len(hub.requests), {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
-        assert answer(run(environment, cache)) == [folder, *ours]
-        assert len(hub.requests) == requests
+        assert load()[0] == [folder, *ours] and len(hub.requests) == requests
         assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == files
-    # What was fetched is converted without the network, as if the conversion had been killed
-    shutil.rmtree(tmp_path / "home", ignore_errors=True)
-    (tmp_path / "away").rename(tmp_path / "home")
-    shutil.rmtree(cache)
-    assert answer(run(environment, cache)) == [folder, *ours]
+        # What was fetched is converted without the network, as if the conversion had been killed
+        hub.__exit__()
+        shutil.rmtree(tmp_path / "home", ignore_errors=True)
+        (tmp_path / "away").rename(tmp_path / "home")
+        shutil.rmtree(cache)
+        assert load()[0] == [folder, *ours]
 
 
 @pytest.mark.slow
 def test_a_revision_asks_the_hub_and_a_commit_does_not(tiny_published, cache, tmp_path):
-    def folders(*revisions: str) -> list[Path]:
-        done = run(environment, cache, FOLDERS, [NAME, *revisions])
-        assert done.returncode == 0, done.stderr[-3000:]
-        return [Path(line) for line in done.stdout.splitlines()]
-
-    with HubServer(tmp_path / "hub") as hub:
+    with HubServer(tmp_path / "hub") as hub, user(hub, cache, tmp_path) as load:
         repo = hub.store(NAME, tiny_published)
-        environment = hub.environment(tmp_path / "home", token=None)
         first = repo.at("main").oid
-        assert [folder.name for folder in folders("-")] == [first]
+
+        def folders(*revisions: str | None) -> list[Path]:
+            return [Path(load(revision)[0][0]) for revision in revisions]
+
+        assert [folder.name for folder in folders(None)] == [first]
         state = torch.load(tiny_published / WEIGHTS, weights_only=True)
         torch.save({**state, "logit_scale": state["logit_scale"] + 1}, tiny_published / WEIGHTS)
         added = hub.storage.add((tiny_published / WEIGHTS).read_bytes(), True)
         second = repo.commit("main", "trained on", "ana", {WEIGHTS: added}).oid
         # What is here is used as it is; the branch's name asks for the new one, which is the usual one from then on.
-        found = folders("-", "main", "-", first)
+        found = folders(None, "main", None, first)
         assert [folder.name for folder in found] == [first, second, second, first]
-    scales = [load_file(folder / "model.safetensors")["logit_scale"] for folder in (found[0], found[1])]
-    assert scales[1] - scales[0] == pytest.approx(1)
-    assert [folder.name for folder in folders("main", second)] == [second, second]  # nobody answers: what is here
+        scales = [load_file(folder / "model.safetensors")["logit_scale"] for folder in found[:2]]
+        assert scales[1] - scales[0] == pytest.approx(1)
+        hub.__exit__()  # nobody answers: what is here
+        assert [folder.name for folder in folders("main", second)] == [second, second]
 
 
 @pytest.mark.slow
 def test_two_at_once_convert_once(tiny_published, cache):
-    line = [sys.executable, "-c", FOLDERS, str(tiny_published), "-"]
+    program = (
+        "import logging, sys; logging.basicConfig(level=logging.INFO)\n"
+        "from capivara_common.hub_cache import model_folder; from capivara_search.models import CONVERTER\n"
+        "print(model_folder(sys.argv[1], CONVERTER))"
+    )
+    line = [sys.executable, "-c", program, str(tiny_published)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(line, **pipes) for _ in range(2)]
     ended = [process.communicate(timeout=200) for process in processes]
@@ -272,12 +274,11 @@ def test_at_full_size_in_the_published_layout(cache, tmp_path):
             **{"hf_proj_type": "mlp", "hf_pooler_type": "mean_pooler"},
         },
     }
-    with HubServer(tmp_path / "hub") as hub:
+    with HubServer(tmp_path / "hub") as hub, user(hub, cache, tmp_path) as load:
         hub.store(NAME, folder)
-        done = run(hub.environment(tmp_path / "home", token=None), cache, PEAK + PROGRAM)
-        kept, *ours = answer(done)
+        (kept, *ours), peak = load()
         # The file that is read and the one that is written, both mapped, and less than one more copy
-        assert int(done.stderr.splitlines()[-1]) < 2.9 * 4 * 366_121_473
+        assert peak < 2.9 * 4 * 366_121_473
         assert hub.fetched.count(f"{NAME}/{WEIGHTS}") == 1
     assert (Path(kept) / "model.safetensors").stat().st_size > 4 * 366_121_473
     difference, _ = convert_open_clip.convert(kept, tmp_path / "back", to_open_clip=True)  # both programs are compared
