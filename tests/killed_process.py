@@ -56,9 +56,9 @@ def prepare(phase: str, die: Callable[..., None]) -> None:
         replace(accelerate.checkpointing, "save", before=lambda state, path, **_: cut(path, die))
     elif phase == "old":  # an old checkpoint, half removed
         replace(shutil, "rmtree", before=lambda path, **_: half_removed(Path(path), die))
-    else:  # of a shard of the cache, of a checkpoint, or of the run that takes the place of another
+    else:  # of a shard of the cache, or of a checkpoint
         thing, moment = phase.split("-")
-        prefix = {"cache": ".shard-", "rename": "tmp-step-", "replace": "out.partial"}[thing]
+        prefix = {"cache": ".shard-", "rename": "tmp-step-"}[thing]
         hit = lambda path, target: die() if Path(path).name.startswith(prefix) else None  # noqa: E731
         replace(*((os, "replace") if thing == "cache" else (Path, "rename")), **{moment: hit})
 

@@ -66,7 +66,6 @@ def main() -> None:
         results[variant] = {"loss": report.loss, "gradients": gradients}
     torch.save(results, Path(sys.argv[1]) / f"{rank}.pt")
     accelerator.end_training()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
