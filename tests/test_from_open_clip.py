@@ -60,9 +60,11 @@ def user(hub: HubServer, cache: Path, tmp_path: Path) -> Iterator[Callable[..., 
             assert line, (tmp_path / "stderr").read_text()[-3000:]
             return json.loads(line)
 
-        yield load
-        process.stdin.close()
-        process.wait(timeout=60)
+        try:
+            yield load
+        finally:
+            process.kill()
+            process.communicate(timeout=60)
 
 
 def published(folder: Path, config: CapivaraConfig, tokenizer, text_model: str) -> Path:
