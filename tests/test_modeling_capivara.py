@@ -249,7 +249,7 @@ def test_fresh_weights_are_initialised(tmp_path):
     ],
 )
 def test_towers_of_the_wrong_modality_are_refused(towers, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message), torch.device("meta"):
         CapivaraModel(tiny_config(**towers))
 
 

@@ -60,6 +60,7 @@ def largest_difference(actual: dict, expected: dict) -> float:
     return max((actual[name] - gradient).abs().max().item() for name, gradient in expected.items()) / scale.item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True], ids=["both towers", "frozen image tower"])
 def test_gradients_are_those_of_the_whole_batch(tiny_processor, tmp_path, frozen):
     data = pairs()
