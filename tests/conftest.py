@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -97,6 +98,18 @@ def tiny_dataset_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "squares"
     DatasetDict(train=split(12, 0), validation=split(6, 1), test=split(8, 2)).save_to_disk(folder)
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, timeout=20).returncode:
+        pytest.skip("a small file system can't be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=20)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,12 +1,16 @@
-"""Mutate one line at a time, in a copy of this tree, and see whether the fast tests catch it.
+"""Mutate one line at a time, and see whether the fast tests catch it.
 
-    python tests/mutations.py           # all of tests/mutations.yaml
-    python tests/mutations.py training  # those whose file starts so
+    python tests/mutations.py                                # all of tests/mutations.yaml, in copies of this tree
+    python tests/mutations.py --tests OTHER_TREE/tests       # the same faults with the tests of another tree
+    python tests/mutations.py --only training                # those whose file starts so
 
 Each mutation names a file, a text that stands in it once, what stands there instead, and the test files that must
-fail. The exit code is 1 where one survives.
+fail. Their processes are forks of this one, which has imported the packages that take long. The exit code is 1 where
+one survives.
 """
 
+import argparse
+import importlib
 import os
 import re
 import shutil
@@ -16,45 +20,76 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+LARGE = ("torch", "transformers", "transformers.pipelines", "transformers.trainer", "accelerate", "datasets", "pandas")
 
 
 def main() -> None:
-    start = "".join(sys.argv[1:])
-    mutations = yaml.safe_load((ROOT / "tests/mutations.yaml").read_text(encoding="utf-8"))
-    mutations = [mutation for mutation in mutations if mutation["file"].startswith(start)]
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--only", default="", help="start of the files to mutate")
+    flags.add_argument("--tests", type=Path, default=ROOT / "tests", help="folder of the tests to run")
+    args = flags.parse_args()
+    mutations = [
+        m for m in yaml.safe_load((ROOT / "tests/mutations.yaml").read_text()) if m["file"].startswith(args.only)
+    ]
+    if not mutations or not args.tests.is_dir():
+        sys.exit(f"error: no mutation's file starts with {args.only!r}, or {args.tests} is no folder.")
     for mutation in mutations:
         if (count := (ROOT / mutation["file"]).read_text(encoding="utf-8").count(mutation["find"])) != 1:
             sys.exit(f"error: {mutation['file']} holds {mutation['find']!r} {count} times, expected once.")
-    with tempfile.TemporaryDirectory() as tree:
-        for name in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines():
-            (Path(tree) / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, Path(tree) / name)
-        caught = [is_caught(Path(tree), mutation) for mutation in mutations]
-    print(f"{sum(caught)} of {len(caught)} caught")
-    sys.exit(not all(caught))
+    sys.dont_write_bytecode = True  # a mutated file may be as old and as long as the whole one
+    for name in LARGE:
+        importlib.import_module(name)
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        copy_tree(tree, args.tests.resolve())
+        results = [is_caught(tree, mutation) for mutation in mutations]
+    print(f"{sum(results)} of {len(results)} caught")
+    sys.exit(not all(results))
+
+
+def copy_tree(tree: Path, tests: Path) -> None:
+    """Tracked files of this tree, with the given tests."""
+    names = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True).split("\0")
+    for name in filter(None, names):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tree / name)
+    shutil.rmtree(tree / "tests")
+    shutil.copytree(tests, tree / "tests")
 
 
 def is_caught(tree: Path, mutation: dict) -> bool:
     """Run the tests of one mutation, and take it back."""
-    path, started = tree / mutation["file"], time.perf_counter()
+    path, log, started = tree / mutation["file"], tree.with_name("log"), time.perf_counter()
     whole = path.read_text(encoding="utf-8")
     path.write_text(whole.replace(mutation["find"], mutation["replace"]), encoding="utf-8")
-    flags = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", *flags, *(f"tests/{name}.py" for name in mutation["tests"])],
-        cwd=tree, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"},
-    )  # fmt: skip
-    path.write_text(whole, encoding="utf-8")
-    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", run.stdout, re.MULTILINE)
-    caught, seconds = run.returncode != 0 and bool(failed), time.perf_counter() - started
-    said = " ".join(failed) if failed or not run.returncode else run.stdout[-500:] + run.stderr[-500:]
-    title = f"{'caught' if caught else 'SURVIVED'}  {mutation['file']}: {mutation['what']}"
-    print(f"{title}, {seconds:.1f} s. {said}", flush=True)
+    try:
+        if not (child := os.fork()):
+            os._exit(run_tests(tree, log, mutation["tests"]))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    finally:
+        path.write_text(whole, encoding="utf-8")
+    said = log.read_text(encoding="utf-8")
+    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", said, re.MULTILINE)
+    caught, seconds = code != 0 and bool(failed), round(time.perf_counter() - started, 1)
+    verdict, why = "caught" if caught else "SURVIVED", " ".join(failed) if failed or not code else said[-1000:]
+    print(f"{verdict}  {mutation['file']}: {mutation['what']}, {seconds} s. {why}", flush=True)
     return caught
+
+
+def run_tests(tree: Path, log: Path, names: list[str]) -> int:
+    """In a process of its own, which takes this project's modules from `tree`; returns pytest's exit code."""
+    os.chdir(tree)
+    sys.path[:] = [str(tree), *(place for place in sys.path if place not in ("", str(ROOT), str(ROOT / "tests")))]
+    os.environ["PYTHONPATH"], os.environ["PYTHONDONTWRITEBYTECODE"] = str(tree), "1"
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    chosen = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu"]
+    return int(pytest.main([*chosen, *(f"tests/{name}.py" for name in names)]))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Checkpoints: whole or not there, the last ones and the best, read without running what is in them."""
 
 import json
+import os
 import pickle
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from torch import nn
 
 import training.checkpoints
-from capivara_common.files import RUN_MARKER
 from training.arguments import RunArguments
 from training.checkpoints import (
     FREE_SETTINGS,
@@ -22,11 +21,9 @@ from training.checkpoints import (
     Checkpoints,
     TrainerState,
     _sums,
-    check_files,
     check_finished_run,
     check_same_run,
     read_state,
-    run_folder,
 )
 
 
@@ -65,35 +62,18 @@ def test_what_is_loaded_is_what_was_saved(checkpoints):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in checkpoints.model.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("keep_last", "best", "kept"),
-    [(1, None, [5]), (2, None, [4, 5]), (9, None, [1, 2, 3, 4, 5]), (1, 2, [2, 5]), (2, 4, [4, 5])],
-)
+BEST = [(1, [0] * 5, [5]), (2, [0] * 5, [4, 5]), (9, [0] * 5, [1, 2, 3, 4, 5]), (1, [0, 2, 2, 2, 2], [2, 5])]
+BEST += [(2, [0, 0, 0, 4, 4], [4, 5]), (1, [1, 1, 3, 3], [3, 4])]
+
+
+@pytest.mark.parametrize(("keep_last", "best", "kept"), BEST)
 def test_the_last_ones_and_the_best_are_kept(checkpoints, keep_last, best, kept):
+    """`best` is the best step of so far, at each step; 0 before there is one."""
     checkpoints.keep_last = keep_last
-    for step in range(1, 6):
-        checkpoints.save(TrainerState(step, best_step=best if best and step >= best else None))
+    for step, best_step in enumerate(best, 1):
+        checkpoints.save(TrainerState(step, best_step=best_step or None))
     assert checkpoints.steps() == kept
     assert names(checkpoints) == [f"step-{step:08d}" for step in kept], "nothing else is left"
-
-
-def test_a_better_one_replaces_the_best(checkpoints):
-    checkpoints.keep_last = 1
-    for step, best in ((1, 1), (2, 1), (3, 3), (4, 3)):
-        checkpoints.save(TrainerState(step, best_step=best))
-    assert checkpoints.steps() == [3, 4]
-
-
-def test_what_a_kill_left_is_no_checkpoint_and_is_removed(checkpoints, tmp_path):
-    partial = tmp_path / "out.partial"
-    checkpoints.folder = partial / "checkpoints"
-    checkpoints.save(TrainerState(3))
-    (partial / RUN_MARKER).touch()
-    shutil.copytree(checkpoints.path(3), checkpoints.folder / "tmp-step-00000004")
-    shutil.copytree(checkpoints.path(3), checkpoints.folder / "tmp-old-00000002")
-    assert checkpoints.steps() == [3]
-    with run_folder(tmp_path / "out", RunArguments(model="m", dataset=["d"], resume="auto"), checkpoints.accelerator):
-        assert names(checkpoints) == ["step-00000003"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("x")])
@@ -148,23 +128,6 @@ def flipped(path: Path, place: int, mask: int = 1) -> None:
         file.write(bytes([byte ^ mask]))
 
 
-@pytest.mark.slow
-def test_every_byte_of_a_checkpoint_flipped_in_turn_is_noticed(checkpoints):
-    checkpoints.save(TrainerState(1, [{"step": 0}], {"seed": 7}))
-    folder = checkpoints.path(1)
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    assert {"model.safetensors", "optimizer.bin", STATE, SUMS} < sizes.keys() and sum(sizes.values()) > 10_000
-    for name, size in sizes.items():
-        for place in range(size):
-            mask = 1 << place % 8
-            flipped(folder / name, place, mask)
-            with pytest.raises(ValueError, match="is not as it was written") as raised:
-                check_files(folder)
-            flipped(folder / name, place, mask)
-            assert name in str(raised.value) and "--resume auto goes on from an earlier" in str(raised.value)
-    check_files(folder)
-
-
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", STATE, SUMS])
 def test_a_flipped_byte_is_not_loaded(checkpoints, name):
     checkpoints.save(TrainerState(1))
@@ -182,29 +145,22 @@ def test_a_flipped_byte_is_not_loaded(checkpoints, name):
     assert all(torch.equal(tensor, before[key]) for key, tensor in checkpoints.model.state_dict().items())
 
 
-def not_listed(name: str) -> Callable[[Path], object]:
-    def change(folder: Path) -> None:
-        lines = (folder / SUMS).read_text().splitlines(True)
-        (folder / SUMS).write_text("".join(line for line in lines if not line.endswith(f"  {name}\n")))
-
-    return change
+def not_listed(folder: Path) -> None:
+    lines = (folder / SUMS).read_text().splitlines(True)
+    (folder / SUMS).write_text("".join(line for line in lines if not line.endswith("  optimizer.bin\n")))
 
 
 def stray(name: str) -> Callable[[Path], object]:
     return lambda folder: ((folder / name).parent.mkdir(exist_ok=True), (folder / name).write_text("of somebody"))
 
 
-def cut(name: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
-
-
 CHANGES = [  # what is done to a folder, and the files that are named then; none where it is loaded all the same
-    *((cut(name), name) for name in ("model.safetensors", "optimizer.bin")),
-    *((not_listed(name), name) for name in ("model.safetensors", "optimizer.bin", "random_states_0.pkl", STATE)),
+    (lambda folder: os.truncate(folder / "optimizer.bin", 100), "optimizer.bin"),
+    (not_listed, "optimizer.bin"),
     (lambda folder: (folder / SUMS).unlink(), "model.safetensors, optimizer.bin"),
     (lambda folder: (folder / "optimizer.bin").unlink(), "optimizer.bin"),
     (stray("custom_checkpoint_0.pkl"), "custom_checkpoint_0.pkl"),  # it would be loaded
-    *((stray(name), "") for name in (".nfs0001", "trainer.json~", "model.safetensors.orig", "Thumbs.db", "sub/a.log")),
+    *((stray(name), "") for name in (".nfs0001", "trainer.json~", "sub/a.log")),
 ]
 
 
@@ -224,67 +180,42 @@ def test_digests_can_be_checked_without_this_program(checkpoints):
     subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=checkpoints.path(1), check=True, timeout=20)
 
 
-STATES = ["", "[]", "{}", "null", "7", '{"step": "x"}', '{"step": true}', '{"step": 1.5}', '{"step"']
-STATES += ['{"step": 1, "curve": {}}', '{"step": 1, "config": []}', "[" * 1000 + "]" * 1000]
+STATES = ["", "null", '{"step": "x"}', '{"step": true}', '{"step"', '{"step": 1, "curve": {}}', "[" * 1000 + "]" * 1000]
 STATES += ['{"step": 1, "curve": [], "config": {}, "data": {}, "colour": "blue"}']
 
 
-def test_no_checkpoint_is_an_error(tmp_path):
+@pytest.mark.parametrize("content", STATES)
+def test_a_state_that_is_none_is_one_line_that_names_it(tmp_path, content):
     with pytest.raises(ValueError, match=r"is no checkpoint of a run: it has no trainer\.json"):
         read_state(tmp_path)
-
-
-@pytest.mark.parametrize("content", STATES)
-@pytest.mark.parametrize("with_sums", [True, False])
-def test_a_state_that_is_none_is_one_line_that_names_it(tmp_path, content, with_sums):
     (tmp_path / STATE).write_text(content)
-    if with_sums:
-        (tmp_path / SUMS).write_bytes(_sums(tmp_path))
+    (tmp_path / SUMS).write_bytes(_sums(tmp_path))
     with pytest.raises(ValueError, match=r"^[^\n]*trainer\.json[^\n]*$"):
         read_state(tmp_path)
 
 
 def test_every_difference_is_listed(tmp_path):
-    there = TrainerState(
-        config={"learning_rate": 1e-3, "seed": 0, "optimizer": "adam"}, data={"a train": "1", "b": "2"}
-    )
-    check_same_run(there, dict(there.config), dict(there.data), tmp_path)
+    config, data = {"learning_rate": 1e-3, "old": 2, "optimizer": "adam"}, {"a train": "1", "b": "2"}
+    there = TrainerState(config=config, data=data)
+    check_same_run(there, dict(config), dict(data), tmp_path)
+    check_same_run(there, {**config, "lora_alpha": 8.0}, data, tmp_path)  # a new setting had its default
+    now = {"learning_rate": 1e-4, "lora_alpha": 0.5, "optimizer": "adam"}
     with pytest.raises(ValueError) as raised:
-        check_same_run(
-            there, {"learning_rate": 1e-4, "seed": 1, "optimizer": "adam"}, {"a train": "3", "b": "2"}, tmp_path
-        )
+        check_same_run(there, now, {"a train": "3", "b": "2", "c": "4"}, tmp_path)
     message = str(raised.value)
-    for part in ("learning_rate: 0.001 there, 0.0001 now", "seed: 0 there, 1 now", "data a train: '1' there, '3' now"):
+    for part in (
+        "learning_rate: 0.001 there, 0.0001 now", "lora_alpha: None there, 0.5 now", "old: 2 there, None now",
+        "data a train: '1' there, '3' now", "data c: None there, '4' now", str(tmp_path),
+    ):  # fmt: skip
         assert part in message
-    assert "optimizer" not in message and "data b" not in message and str(tmp_path) in message
-
-
-def test_a_setting_or_data_set_that_only_one_run_has_is_a_difference(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"new: None there, 1 now; old: 2 there, None now; data c: None there, '3' now"
-    ):
-        check_same_run(TrainerState(config={"old": 2}), {"new": 1}, {"c": "3"}, tmp_path)
-
-
-def test_a_setting_that_there_was_not_yet_had_its_default(tmp_path):
-    before = TrainerState(config={"seed": 1})
-    check_same_run(before, {"seed": 1, "lora_alpha": 8.0}, {}, tmp_path)
-    with pytest.raises(ValueError, match=r"lora_alpha: None there, 0\.5 now"):
-        check_same_run(before, {"seed": 1, "lora_alpha": 0.5}, {}, tmp_path)
+    assert "optimizer" not in message and "data b" not in message
 
 
 def test_what_changes_no_weight_may_differ(tmp_path):
     check_same_run(TrainerState(config=dict.fromkeys(FREE_SETTINGS, 1)), dict.fromkeys(FREE_SETTINGS, 2), {}, tmp_path)
     fields = set(RunArguments.__dataclass_fields__)
     assert fields >= FREE_SETTINGS, f"no such settings: {FREE_SETTINGS - fields}"
-    assert not FREE_SETTINGS & {
-        "seed",
-        "effective_batch_size",
-        "micro_batch_size",
-        "learning_rate",
-        "max_steps",
-        "language",
-    }
+    assert not FREE_SETTINGS & {"seed", "micro_batch_size", "learning_rate", "max_steps", "language"}
 
 
 def test_a_checkpoint_of_an_earlier_version_names_the_commit_to_use(tmp_path):

@@ -31,25 +31,14 @@ def test_defaults_are_the_published_base():
 
 
 def test_what_a_dictionary_leaves_out_keeps_the_published_value():
-    config = CapivaraConfig(vision_config={"num_hidden_layers": 3}, text_config={"model_type": "xlm-roberta"})
+    vision, text = {"num_hidden_layers": 3}, {"model_type": "xlm-roberta"}
+    config = CapivaraConfig(vision_config=vision, text_config=text)
+    assert (vision, text) == ({"num_hidden_layers": 3}, {"model_type": "xlm-roberta"}), "they stay as they are"
     assert (config.vision_config.num_hidden_layers, config.vision_config.hidden_act) == (3, "gelu")
     assert config.text_config.vocab_size == 250002
     other = CapivaraConfig(text_config={"model_type": "bert"})
     assert other.text_config.vocab_size == 30522, "another kind keeps its own defaults"
     assert other.text_config.layer_norm_eps == 1e-12
-
-
-def test_given_dictionaries_stay_as_they_are():
-    vision, text = dict(TINY_VISION), {"num_hidden_layers": 1}
-    CapivaraConfig(vision_config=vision, text_config=text)
-    assert (vision, text) == (TINY_VISION, {"num_hidden_layers": 1})
-
-
-def test_objects_and_dictionaries_say_the_same():
-    objects = tiny_config(vision_config=ViTConfig(hidden_size=48), text_config=XLMRobertaConfig(**TINY_TEXT))
-    dictionaries = tiny_config(vision_config={"model_type": "vit", "hidden_size": 48})
-    assert objects.vision_config.to_dict() == dictionaries.vision_config.to_dict()
-    assert objects.text_config.hidden_size == dictionaries.text_config.hidden_size == 40
 
 
 TOWERS = {
@@ -81,14 +70,12 @@ def test_save_and_load(kind, tmp_path):
 
 BAD_CONFIGS = {
     "no width": ({"projection_dim": 0}, "projection_dim must be at least 1, got 0"),
-    "negative width": ({"projection_dim": -5}, "projection_dim must be at least 1, got -5"),
     "unknown image tower": (
         {"vision_config": {"model_type": "no_tower"}},
         "'no_tower' is not known.*clip_vision",
     ),
     "unknown text tower": ({"text_config": {"model_type": "no_tower"}}, "'no_tower' is not known.*xlm-roberta"),
     "encoder and decoder": ({"text_config": {"model_type": "t5"}}, "'t5'.*'xlm-roberta'"),
-    "no number": ({"logit_scale_init_value": math.nan}, "logit_scale_init_value must be from -20 to 20, got nan"),
     "too many layers": (
         {"text_config": {"num_hidden_layers": 1001}},
         r"^text_config.num_hidden_layers must be from 0 to 1000, got 1001\.$",
@@ -105,29 +92,22 @@ BAD_CONFIGS = {
     "too many labels": ({"num_labels": 10**10}, "^num_labels must be from 0 to 1000000"),
     "no heads": ({"text_config": {"num_attention_heads": 0}}, "text_config.num_attention_heads must be from 1 to 1000"),
     "no words": ({"text_config": {"vocab_size": 0}}, "text_config.vocab_size must be from 1 to 10000000, got 0"),
-    "a width of a million": ({"vision_config": {"hidden_size": 10**6}}, "vision_config.hidden_size must be from 1 to"),
     "not a number": ({"vision_config": {"hidden_size": math.nan}}, "vision_config.hidden_size must be .* got nan"),
     "a deep network of timm": (
         {"vision_config": {"model_type": "timm_wrapper", "architecture": "vit_tiny", "model_args": {"depth": 10**9}}},
         "vision_config.model_args.depth must be from 0 to 1000",
     ),
-    "a scale of a million": ({"logit_scale_init_value": 1e6}, "logit_scale_init_value must be from -20 to 20"),
     "infinite": ({"logit_scale_init_value": math.inf}, "logit_scale_init_value must be from -20 to 20, got inf"),
+    "words for a width": ({"projection_dim": "wide"}, "(?s)projection_dim.*wide"),
+    "half a number": ({"projection_dim": 2.5}, r"(?s)projection_dim.*2\.5"),
+    "another projection": ({"text_projection_type": "cubic"}, "(?s)text_projection_type.*cubic"),
+    "a word for a tower": ({"vision_config": "clip"}, "(?s)vision_config.*clip"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_CONFIGS)
 def test_bad_values_are_refused_by_name(kind):
     overrides, message = BAD_CONFIGS[kind]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(Exception, match=message) as caught:  # a type's own is of huggingface_hub
         tiny_config(**overrides)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("projection_dim", "wide"), ("projection_dim", 2.5), ("text_projection_type", "cubic"), ("vision_config", "clip")],
-)
-def test_values_of_a_wrong_type_are_refused_by_name(name, value):
-    with pytest.raises(Exception, match=rf"(?s){name}.*{value}") as caught:
-        tiny_config(**{name: value})
-    assert "Validation" in type(caught.value).__name__
+    assert isinstance(caught.value, ValueError) or "Validation" in type(caught.value).__name__

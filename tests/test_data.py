@@ -1,12 +1,12 @@
 """Which pairs a step trains on."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from caption_tars import measured_of, training_of, write_tar
+from caption_tars import measured_of, tars_by_name, training_of
 from datasets import DatasetDict, load_from_disk
+from test_sources import image_folder, parquet_of_datasets
 
 from caption_data.pairs import check_bad_share
 from training.arguments import parse_arguments
@@ -63,21 +63,11 @@ def test_a_plan_is_a_function_of_step_and_seed(tiny_processor):
 
 def test_texts_and_images_of_a_plan_belong_together(tiny_processor):
     """Sorted by length, each text stays with the place of its own image."""
-    planner = Planner([CAPTIONS], [8], tiny_processor, 3, 1, seed=0)
+    planner = Planner([CAPTIONS, [[f"the dog {i + 100}"] for i in range(6)]], [8, 4], tiny_processor, 3, 1, seed=0)
     for step in range(4):
         plan = planner(step)
         texts = [t for b in plan.batches for t in tiny_processor.batch_decode(b.input_ids, skip_special_tokens=True)]
-        assert [int(text.split()[-1]) for text in texts] == plan.rows.tolist()
-
-
-def test_mixed_sources_and_a_missing_column_in_one(tiny_dataset_folder, tmp_path):
-    other = load_from_disk(tiny_dataset_folder)
-    DatasetDict(train=other["train"].select(range(5))).save_to_disk(tmp_path / "good")
-    DatasetDict(train=other["train"].remove_columns("captions-pt")).save_to_disk(tmp_path / "bad")
-    splits = training_of(arguments(tiny_dataset_folder, tmp_path / "good"), [])
-    assert [len(split) for split in splits] == [12, 5] and splits[1][4].size == (36, 40)
-    with pytest.raises(ValueError, match=r"bad, split 'train' has no column 'captions-pt'; there are .*captions-en"):
-        training_of(arguments(tiny_dataset_folder, tmp_path / "bad"), [])
+        assert [int(text.split()[-1]) for text in texts] == (plan.rows + 100 * plan.sources).tolist()
 
 
 def with_captions(row: int, captions: list[str]):
@@ -95,42 +85,40 @@ BROKEN = {
 
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_split_that_is_measured_on_must_be_whole(tiny_dataset_folder, tmp_path, fault):
+    """Of the training split, rows are left out and listed."""
     break_it, message = BROKEN[fault]
     break_it(load_from_disk(tiny_dataset_folder)).save_to_disk(tmp_path / "broken")
     with pytest.raises(ValueError, match=message):
         measured_of(arguments(tmp_path / "broken"), "validation", ["pt"])
-
-
-def test_training_rows_without_captions_are_skipped_and_listed(tiny_dataset_folder, tmp_path):
-    with_captions(2, [])(load_from_disk(tiny_dataset_folder)).save_to_disk(tmp_path / "broken")
-    skipped = []
-    (split,) = training_of(arguments(tmp_path / "broken"), skipped)
-    assert len(split) == 11 and [(line.row, line.reason) for line in skipped] == [(2, "no caption")]
+    if fault == "no caption":
+        skipped = []
+        splits = training_of(arguments(tiny_dataset_folder, tmp_path / "broken"), skipped)
+        assert [len(split) for split in splits] == [12, 11] and splits[0][4].size == (36, 40)
+        assert [(line.row, line.reason) for line in skipped] == [(2, "no caption")]
 
 
 def test_pair_filter_and_strategy_read_the_authors_columns(tiny_dataset_folder, tmp_path):
+    """Also of a data set without generated captions, as `captions.select` does."""
     data = load_from_disk(tiny_dataset_folder)["train"].remove_columns("captions-pt").select(range(4))
-    rows = [{"captions-pt": [f"original {i}"], "generated-captions-pt": ["um", "dois"]} for i in range(4)]
-    similarities = [[0.3, 0.1, 0.4], [0.1, 0.9, 0.9], [0.5, 0.2, 0.3], [0.2, 0.1, 0.1]]
-    for column in rows[0]:
-        data = data.add_column(column, [row[column] for row in rows])
-    DatasetDict(train=data.add_column("similarities-pt", similarities)).save_to_disk(tmp_path / "scored")
-    args = arguments(tmp_path / "scored", caption_strategy="rank", caption_count=2, min_pair_similarity=0.2)
-    skipped = []
-    (split,) = training_of(args, skipped)
+    columns = {
+        "captions-pt": [[f"original {i}"] for i in range(4)],
+        "generated-captions-pt": [["um", "dois"]] * 4,
+        "similarities-pt": [[0.3, 0.1, 0.4], [0.1, 0.9, 0.9], [0.5, 0.2, 0.3], [0.2, 0.1, 0.1]],
+    }
+    plain = {"captions-pt": [["um", "dois"]] * 4, "similarities-pt": [[0.3, 0.4], [0.1, 0.9], [0.5], [0.6, 0.5]]}
+    for name, added in {"scored": columns, "plain": plain}.items():
+        changed = data
+        for column, values in added.items():
+            changed = changed.add_column(column, values)
+        DatasetDict(train=changed).save_to_disk(tmp_path / name)
+    values, skipped = {"caption_strategy": "rank", "caption_count": 2, "min_pair_similarity": 0.2}, []
+    (split,) = training_of(arguments(tmp_path / "scored", **values), skipped)
     assert split.captions() == [["dois", "original 0"], ["original 2", "dois"], ["original 3", "um"]]
     assert [(line.row, line.reason) for line in skipped] == [(1, "not chosen")]
     check_bad_share(skipped, 4, max_bad_share=0)  # what is not chosen is not bad
-
-
-def test_rank_takes_a_data_set_without_generated_captions(tiny_dataset_folder, tmp_path):
-    """As `captions.select` does."""
-    data = load_from_disk(tiny_dataset_folder)["train"].select(range(3)).remove_columns("captions-pt")
-    data = data.add_column("captions-pt", [["um", "dois"]] * 3)
-    DatasetDict(train=data.add_column("similarities-pt", [[0.3, 0.4], [0.1, 0.9], [0.5]])).save_to_disk(tmp_path / "d")
     skipped = []
-    (split,) = training_of(arguments(tmp_path / "d", caption_strategy="rank", min_pair_similarity=0.2), skipped)
-    assert split.captions() == [["dois", "um"]]
+    (split,) = training_of(arguments(tmp_path / "plain", **values), skipped)
+    assert split.captions() == [["dois", "um"], ["um", "dois"]]
     assert [(line.row, line.reason) for line in skipped] == [(1, "not chosen"), (2, "no caption")]
 
 
@@ -173,27 +161,17 @@ def test_a_data_set_that_is_none_is_told_in_sentences(monkeypatch):
     assert asked == ["no/such"]
 
 
-@pytest.mark.parametrize("form", ["parquet", "folder", "tar"])
-def test_what_a_config_asks_is_looked_for_in_every_form(tiny_dataset_folder, tmp_path, form):
-    for name, split in load_from_disk(tiny_dataset_folder).items():
-        (tmp_path / name).mkdir()
-        if form == "parquet":
-            split.to_parquet(tmp_path / name / "0.parquet")
-            continue
-        rows = [{"captions-pt": row["captions-pt"]} for row in split.remove_columns("image")]
-        if form == "tar":
-            samples = [((f"{i}.jpg", b"-"), (f"{i}.json", json.dumps(row).encode())) for i, row in enumerate(rows)]
-            write_tar(tmp_path / name / "0.tar", [member for sample in samples for member in sample])
-            continue
-        lines = [json.dumps({"file_name": "a.png", **row}) for row in rows]
-        (tmp_path / name / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    open_splits(arguments(tmp_path, effective_batch_size=12))  # no picture is opened: there is none
+@pytest.mark.parametrize("form", [parquet_of_datasets, image_folder, tars_by_name])
+def test_what_a_config_asks_is_looked_for_in_every_form(tmp_path, form):
+    values = {"validation_split": "train", "test_split": "train", "effective_batch_size": 7}
+    folder = form(tmp_path)
+    open_splits(arguments(folder, **values))
     for asked, message in (
         ({"min_pair_similarity": 0.1}, "no column 'similarities-pt'"),
-        ({"effective_batch_size": 13}, "takes 13 pairs .* has 12"),
+        ({"effective_batch_size": 8}, "takes 8 pairs .* has 7"),
     ):
         with pytest.raises(ValueError, match=message):
-            open_splits(arguments(tmp_path, **{"effective_batch_size": 12} | asked))
+            open_splits(arguments(folder, **values | asked))
 
 
 def test_a_column_of_another_name(tiny_dataset_folder, tmp_path):

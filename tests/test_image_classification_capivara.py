@@ -1,15 +1,11 @@
 """The classifier: equal to zero-shot at the start, trained by transformers' Trainer, saved with its code."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import randomise, tiny_config
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, pipeline
 
@@ -63,19 +59,14 @@ def test_starts_as_the_zero_shot_classifier(classifier, tiny_model, tiny_process
     assert not classifier.training and not classifier.classifier.bias.any()
 
 
-def test_labels_may_stand_for_several_texts(tiny_model, tiny_processor, pixels):
+def test_labels_may_stand_for_several_texts_that_go_through_in_batches(tiny_model, tiny_processor, pixels, monkeypatch):
+    monkeypatch.setattr("modeling_capivara.image_classification_capivara.TEXT_BATCH_SIZE", 4)  # 6 prompts: 4 and 2
     labels = {"cat": ["um gato", "the cat"], "house": "uma casa"}
     classifier = CapivaraForImageClassification.from_zero_shot(tiny_model, tiny_processor, labels, ["{}", "foto: {}"])
     prompts = [["um gato", "foto: um gato", "the cat", "foto: the cat"], ["uma casa", "foto: uma casa"]]
     expected = zero_shot_logits(tiny_model, tiny_processor, prompts, pixels)
     torch.testing.assert_close(classifier(pixels).logits, expected, atol=1e-5, rtol=0)
     assert classifier.config.id2label == {0: "cat", 1: "house"}
-
-
-def test_many_prompts_go_through_in_batches(tiny_model, tiny_processor, pixels, monkeypatch, classifier):
-    monkeypatch.setattr("modeling_capivara.image_classification_capivara.TEXT_BATCH_SIZE", 4)  # 6 prompts: 4 and 2
-    again = CapivaraForImageClassification.from_zero_shot(tiny_model, tiny_processor, LABELS, TEMPLATES)
-    torch.testing.assert_close(again(pixels).logits, classifier(pixels).logits, atol=1e-5, rtol=0)
 
 
 def test_the_model_is_left_as_it_was(classifier, tiny_model, tiny_processor, pixels):
@@ -95,9 +86,7 @@ def test_the_model_is_left_as_it_was(classifier, tiny_model, tiny_processor, pix
 @pytest.mark.parametrize(
     ("labels", "templates", "message"),
     [
-        ([], TEMPLATES, r"`labels` must be a list of at least 2, got \[\]"),
         ({}, TEMPLATES, "`labels` must be a list of at least 2"),
-        ("gato", TEMPLATES, "`labels` must be a list of at least 2, got 'gato'"),
         (["gato"], TEMPLATES, r"at least 2, got \['gato'\]"),
         (["gato", "casa", "gato"], TEMPLATES, r"must differ, got \['gato'\] repeatedly"),
         (["gato", " "], TEMPLATES, r"`labels` must be texts that are not blank, .*got \[' '\]"),
@@ -136,17 +125,6 @@ def test_loads_from_a_folder_of_the_whole_model(tiny_folder, tiny_model, pixels)
     assert 0.01 < loaded.classifier.weight.std() < 0.03, "initializer_range is 0.02"
 
 
-def test_what_a_folder_lacks_is_initialised_and_nothing_else(classifier, tmp_path):
-    fresh = CapivaraForImageClassification(tiny_config(logit_scale_init_value=1.25, num_labels=3))
-    assert fresh.logit_scale.item() == 1.25
-    state = {name: tensor for name, tensor in classifier.state_dict().items() if name != "logit_scale"}
-    classifier.save_pretrained(tmp_path, state_dict=state)
-    loaded, report = CapivaraForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
-    assert set(report["missing_keys"]) == {"logit_scale"}
-    assert loaded.logit_scale.item() == pytest.approx(classifier.config.logit_scale_init_value)
-    assert torch.equal(loaded.classifier.weight, classifier.classifier.weight)
-
-
 def test_each_folder_names_its_own_class(classifier, tiny_model, tmp_path):
     shared = CapivaraForImageClassification(tiny_model.config)  # the very same configuration object
     names = {
@@ -170,56 +148,6 @@ def test_pipeline_with_the_package(classifier, classifier_folder, tiny_processor
     scores = {row["label"]: row["score"] for row in pipeline("image-classification", str(classifier_folder))(image)}
     expected = classifier(**tiny_processor(images=image, return_tensors="pt")).logits.softmax(-1)[0]
     assert [scores[label] for label in LABELS] == pytest.approx(expected.tolist(), abs=1e-6)
-
-
-WITHOUT_PACKAGE = """
-import json, sys
-from PIL import Image
-from transformers import AutoModelForImageClassification, pipeline
-folder, alone, copy = sys.argv[1:]
-model, report = AutoModelForImageClassification.from_pretrained(
-    folder, trust_remote_code=True, output_loading_info=True
-)
-image = Image.new("RGB", (40, 37), (200, 30, 30))
-classify = pipeline("image-classification", folder, trust_remote_code=True)
-model.save_pretrained(copy)
-print(json.dumps({
-    "module": type(model).__module__,
-    "faults": [str(v) for v in report.values() if v],
-    "scores": classify(image),
-    "alone": pipeline("image-classification", alone, trust_remote_code=True)(image),
-    "auto_map": json.load(open(copy + "/config.json"))["auto_map"],
-    "unwanted": [name for name in ("ftfy",) if name in sys.modules],
-}))
-"""
-
-
-@pytest.mark.slow
-def test_without_the_package(classifier, classifier_folder, tiny_processor, tmp_path):
-    alone = tmp_path / "image-processor-alone"
-    classifier.save_pretrained(alone)
-    tiny_processor.image_processor.save_pretrained(alone)
-    (tmp_path / "elsewhere").mkdir()
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    # -I: not even the folder of an editable install is on the path
-    hide = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]\n"
-    hide += f"sys.path = [p for p in sys.path if p not in ({os.getcwd()!r}, '')]\n"
-    folders = [str(classifier_folder), str(alone), str(tmp_path / "copy")]
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", hide + WITHOUT_PACKAGE, *folders],
-        capture_output=True, text=True, timeout=180, env=environment, cwd=tmp_path / "elsewhere",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["module"].startswith("transformers_modules")
-    assert not found["faults"] and not found["unwanted"]
-    image = Image.new("RGB", (40, 37), (200, 30, 30))
-    expected = classifier(**tiny_processor(images=image, return_tensors="pt")).logits.softmax(-1)[0]
-    for scores in (found["scores"], found["alone"]):
-        scores = {row["label"]: row["score"] for row in scores}
-        assert [scores[label] for label in LABELS] == pytest.approx(expected.tolist(), abs=1e-6)
-    assert found["auto_map"] == json.loads((classifier_folder / "config.json").read_text())["auto_map"]
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -258,31 +186,6 @@ def test_gradients_reach_everything_or_the_head_alone(classifier, pixels):
     assert classifier.training and not classifier.vision_model.training
 
 
-def test_a_frozen_tower_keeps_its_statistics(pixels):
-    vision = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
-    model = randomise(CapivaraForImageClassification(tiny_config(vision_config=vision, num_labels=3)))
-    model.freeze_image_tower()
-    before = {name: tensor.clone() for name, tensor in model.named_buffers()}
-    assert before
-    model.train()(pixels)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_buffers())
-
-
-def test_gradient_checkpointing_changes_nothing(classifier, pixels):
-    def gradients() -> dict[str, torch.Tensor]:
-        classifier.zero_grad()
-        classifier(pixels, labels=torch.tensor([0, 1, 2, 2, 1, 0])).loss.backward()
-        return {name: parameter.grad.clone() for name, parameter in classifier.named_parameters()}
-
-    classifier.train()
-    expected = gradients()
-    classifier.activation_checkpointing_enable()
-    assert any(getattr(module, "gradient_checkpointing", False) for module in classifier.modules())
-    actual = gradients()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, msg=name)
-
-
 def rows_of(pixels, labels) -> list[dict]:
     return [{"pixel_values": image, "labels": label} for image, label in zip(pixels, labels, strict=True)]
 
@@ -293,8 +196,7 @@ def training_arguments(folder, **changes) -> TrainingArguments:
     return TrainingArguments(output_dir=str(folder), **(plain | changes))
 
 
-@pytest.mark.parametrize("head_only", [False, True])
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize(("head_only", "gradient_checkpointing"), [(False, True), (True, False)])
 @pytest.mark.slow
 def test_the_trainer_lowers_the_loss(classifier, pixels, tmp_path, head_only, gradient_checkpointing):
     if head_only:
@@ -357,12 +259,6 @@ def test_outputs(classifier, pixels):
     torch.testing.assert_close(compiled(pixels).logits, output.logits)
 
 
-def test_towers_of_the_wrong_modality_are_refused():
-    bert = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    with pytest.raises(ValueError, match=r"vision_config.*'bert'"):
-        CapivaraForImageClassification(tiny_config(vision_config=bert))
-
-
 # --- The worked example ----------------------------------------------------------------------------------------------
 
 
@@ -377,26 +273,20 @@ def test_example_refuses_before_long_work(tiny_folder, tmp_path):
         fine_tune_classifier.main(["--model", str(tiny_folder), "--output_dir", str(tiny_folder)])
 
 
-def test_digits_are_split_evenly():
-    splits = fine_tune_classifier.digits([str(digit) for digit in range(10)], seed=0)
-    assert [len(splits["train"]), len(splits["test"])] == [1347, 450]
-    assert set(np.bincount(splits["test"]["labels"])) <= {43, 44, 45, 46}
-    image = splits["train"][0]["image"]
-    assert image.size == (8, 8) and np.array(image).max() > 200
-
-
 @pytest.mark.slow
 def test_example_with_the_digits(tiny_folder, tmp_path, capsys):
     out = tmp_path / "out"
+    splits = fine_tune_classifier.digits([str(digit) for digit in range(10)], seed=0)
+    assert [len(splits["train"]), len(splits["test"])] == [1347, 450]
+    assert set(np.bincount(splits["test"]["labels"])) <= {43, 44, 45, 46}, "split evenly"
     fine_tune_classifier.main(["--model", str(tiny_folder), "--output_dir", str(out)])
     printed = capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
     zero_shot, fine_tuned = results["accuracy"]["zero_shot"], results["accuracy"]["fine_tuned"]
     assert f"{100 * zero_shot:.2f} %" in printed and f"{100 * fine_tuned:.2f} %" in printed
     assert zero_shot < 0.3 and fine_tuned > 0.8
-    splits = fine_tune_classifier.digits([str(digit) for digit in range(10)], seed=0)["test"]
     classify = pipeline("image-classification", str(out))
-    right = [classify(row["image"])[0]["label"] == str(row["labels"]) for row in splits.select(range(40))]
+    right = [classify(row["image"])[0]["label"] == str(row["labels"]) for row in splits["test"].select(range(40))]
     assert sum(right) > 28, "the saved folder is the fine-tuned model"
 
 

@@ -1,6 +1,7 @@
 """Pixels equal open_clip's to the last bit, whatever the size, the mode or the container of the image."""
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -26,15 +27,6 @@ OPEN_CLIP_MODES = [
     *["P", "P-index", "P-bytes", "P-RGBA", "L-index", "RGB-colour"],  # with a transparent index, alphas, a colour
 ]
 MODE_SIZES = [(224, 224), (160, 107), (37, 61), (1, 3), (225, 224)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Images this small gain nothing from more threads and lose much when the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def noise(width: int, height: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -72,19 +64,12 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, what: object)
     assert torch.equal(actual, expected), f"{what}: largest difference {(actual - expected).abs().max():.3g}"
 
 
-def swept_sizes() -> list[tuple[int, int]]:
-    """At least 300 sizes, of which many have crop margins of every residue modulo 4."""
-    rng = np.random.default_rng(7)
-    short_sides = rng.integers(5, 300, 290)
-    long_sides = short_sides * rng.uniform(1, 2, 290)
-    random_sizes = [(int(s), int(n)) for s, n in zip(short_sides, long_sides, strict=True)]
-    turned = [size if i % 2 else size[::-1] for i, size in enumerate(random_sizes)]
-    return list(dict.fromkeys([*SPECIAL_SIZES, *turned]))
-
-
 def test_every_size_gives_open_clips_bits():
-    sizes = swept_sizes()
-    assert len(sizes) >= 300
+    draw = random.Random(7)
+    sizes = [*SPECIAL_SIZES]
+    for number in range(120):
+        size = (short := draw.randint(5, 300), int(short * draw.uniform(1, 2)))
+        sizes.append(size if number % 2 else size[::-1])
     margins = {(int(224 * max(s) / min(s)) - 224) % 4 for s in sizes}
     assert margins == {0, 1, 2, 3}, "the sweep must meet the margin that other processors crop wrongly"
     for size in sizes:
@@ -98,17 +83,9 @@ def test_every_mode_gives_open_clips_bits(mode):
     for size in MODE_SIZES:
         image = image_of(mode, *size)
         assert image.mode == mode.split("-")[0]
+        if mode == "LA":  # premultiplied, which open_clip refuses
+            assert_same_bits(pixels(image.convert("La")), pixels(image.convert("La").convert("LA")), "La")
         assert_same_bits(pixels(image)[0], OPEN_CLIP(image.copy()), (mode, size))
-
-
-def test_la_with_premultiplied_alpha_works_though_open_clip_refuses_it():
-    image = image_of("LA", 60, 40)
-    assert_same_bits(pixels(image.convert("La")), pixels(image.convert("La").convert("LA")), "La")
-
-
-def test_batch_equals_single_images_at_unequal_sizes():
-    images = [Image.fromarray(noise(*size)) for size in [(50, 40), (40, 50), (224, 224), (1, 3)]]
-    assert_same_bits(pixels(images), torch.stack([OPEN_CLIP(image) for image in images]), "batch")
 
 
 @pytest.mark.parametrize("side", [32, 63, 250, 336])
@@ -156,51 +133,39 @@ def test_arrays_and_tensors_equal_the_pil_image(size):
             assert_same_bits(actual, expected, (name, channels, size))
 
 
-def test_memory_layout_does_not_matter():
-    array = noise(40, 30)
-    expected = pixels(Image.fromarray(array))
-    for view in (np.asfortranarray(array), array[::-1][::-1], torch.from_numpy(array).permute(2, 0, 1)):
-        assert_same_bits(pixels(view), expected, type(view))
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_float_shares_give_back_the_bytes_they_came_from(dtype):
-    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
-    expected = pixels(ramp)
-    assert_same_bits(pixels((ramp / 255).astype(dtype)), expected, "0 to 1")
-    assert_same_bits(pixels(ramp.astype(dtype)), expected, "0 to 255")
-
-
-def test_half_precision_tensors():
-    ramp = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).repeat(3, 1, 1)
-    assert_same_bits(pixels((ramp / 255).half()), pixels(ramp), "float16 shares")
-    assert_same_bits(pixels(ramp.bfloat16()), pixels(ramp), "bfloat16, 0 to 255: eight bits of mantissa hold them")
-    wanted = (ramp / 255).bfloat16().float().mul(255).round().byte()
-    assert_same_bits(pixels((ramp / 255).bfloat16()), pixels(wanted), "bfloat16 shares, to the nearest byte")
-
-
-@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64, np.uint32, torch.int32, torch.int64])
-def test_wide_integers_of_eight_bit_range_are_bytes(dtype):
+def test_values_of_every_type_are_read_as_the_bytes_that_they_stand_for():
     array = noise(20, 30)
-    wide = torch.from_numpy(array).to(dtype) if isinstance(dtype, torch.dtype) else array.astype(dtype)
-    assert_same_bits(pixels(wide, input_data_format="channels_last"), pixels(array), dtype)
-
-
-def test_booleans_are_black_and_white():
-    array = noise(20, 30)[..., 0] > 127
-    assert_same_bits(pixels(array), pixels(array.astype(np.uint8) * 255), "numpy")
-    assert_same_bits(pixels(torch.from_numpy(array)), pixels(array.astype(np.uint8) * 255), "torch")
-
-
-def test_tensor_that_needs_gradients_is_read():
-    tensor = torch.rand(3, 20, 20, requires_grad=True)
-    assert_same_bits(pixels(tensor), pixels(tensor.detach().numpy()), "requires_grad")
+    ramp, dark = np.arange(256, dtype=np.uint8).reshape(16, 16), noise(20, 30)[..., 0] > 127
+    tensor, shares = torch.from_numpy(ramp), torch.rand(3, 20, 20, requires_grad=True)
+    pairs = {
+        "column by column": (np.asfortranarray(array), array),
+        "upside down": (array[::-1][::-1], array),
+        "turned": (torch.from_numpy(array).permute(2, 0, 1), array),
+        "booleans": (dark, dark.astype(np.uint8) * 255),
+        "booleans, tensor": (torch.from_numpy(dark), dark.astype(np.uint8) * 255),
+        "float16 tensor, 0 to 1": ((tensor / 255).half(), ramp),
+        "bfloat16 tensor, 0 to 255": (tensor.bfloat16(), ramp),  # eight bits of mantissa hold them
+        "bfloat16 tensor, 0 to 1": (
+            (tensor / 255).bfloat16(),
+            (tensor / 255).bfloat16().float().mul(255).round().byte(),  # to the nearest byte
+        ),
+        "of a graph": (shares, shares.detach().numpy()),
+    }
+    for dtype in (np.float16, np.float32, np.float64):
+        pairs[f"{dtype}, 0 to 1"] = ((ramp / 255).astype(dtype), ramp)
+        pairs[f"{dtype}, 0 to 255"] = (ramp.astype(dtype), ramp)
+    for dtype in (np.int16, np.int32, np.int64, np.uint32):
+        pairs[dtype] = (array.astype(dtype), array)
+    for dtype in (torch.int32, torch.int64):
+        pairs[dtype] = (torch.from_numpy(array).permute(2, 0, 1).to(dtype), array)
+    for name, (given, expected) in pairs.items():
+        assert_same_bits(pixels(given), pixels(expected), name)
 
 
 # --- more than eight bits -----------------------------------------------------------------------------------------
 
 
-def test_sixteen_bit_images_are_scaled_not_clipped():
+def test_sixteen_bit_images_are_scaled_not_clipped(tmp_path):
     eight = noise(50, 40)[..., 0]
     sixteen = eight.astype(np.uint16) * 257  # 0 stays 0, 255 becomes 65535
     expected = pixels(Image.fromarray(eight))
@@ -214,30 +179,24 @@ def test_sixteen_bit_images_are_scaled_not_clipped():
         "uint16 tensor": torch.from_numpy(sixteen),
         "int32 array": sixteen.astype(np.int32),
     }
+    readings["I;16"].save(tmp_path / "deep.png")
+    readings |= {"file": Image.open(tmp_path / "deep.png"), "path": str(tmp_path / "deep.png")}
     assert [readings[m].mode for m in ("I;16", "I;16B", "I")] == ["I;16", "I;16B", "I"]
     for name, image in readings.items():
         assert_same_bits(pixels(image), expected, name)
     rgb = noise(50, 40)
     assert_same_bits(pixels(rgb.astype(np.uint16) * 257), pixels(rgb), "three channels")
-
-
-def test_sixteen_bit_png_file_is_scaled(tmp_path):
-    eight = noise(50, 40)[..., 0]
-    Image.fromarray(eight.astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    for image in (Image.open(tmp_path / "deep.png"), str(tmp_path / "deep.png")):
-        assert_same_bits(pixels(image), pixels(eight), image)
-
-
-def test_dark_sixteen_bit_image_stays_dark():
     dark = np.full((30, 30), 200, dtype=np.uint16)  # 0.3 % of white, though it would fit into a byte
-    assert_same_bits(pixels(dark), pixels(np.full((30, 30), 1, np.uint8)), "uint16")
-    assert_same_bits(pixels(Image.fromarray(dark)), pixels(dark), "I;16")
+    for image in (dark, Image.fromarray(dark)):
+        assert_same_bits(pixels(image), pixels(np.full((30, 30), 1, np.uint8)), "dark")
 
 
 # --- containers ---------------------------------------------------------------------------------------------------
 
 
 def test_containers():
+    images = [Image.fromarray(noise(*size)) for size in [(50, 40), (40, 50), (224, 224), (1, 3)]]
+    assert_same_bits(pixels(images), torch.stack([OPEN_CLIP(image) for image in images]), "of unequal sizes")
     a, b = noise(40, 40, seed=1), noise(40, 40, seed=2)
     one, two = pixels(a), pixels([a, b])
     assert one.shape == (1, 3, 224, 224)
@@ -259,79 +218,47 @@ def test_containers():
         assert_same_bits(pixels(batch), two, name)
 
 
-def test_return_tensors():
-    image = noise(40, 40)
-    expected = pixels([image, image])
-    as_numpy = PROCESSOR([image, image], return_tensors="np").pixel_values
-    assert isinstance(as_numpy, np.ndarray)
-    assert np.array_equal(as_numpy, expected.numpy())
-    untouched = PROCESSOR([image, image]).pixel_values
-    assert len(untouched) == 2
-    assert_same_bits(torch.as_tensor(untouched), expected, "return_tensors=None")
-
-
-def test_unequal_results_come_as_a_list():
-    images = [noise(40, 40), noise(60, 40)]
-    result = PROCESSOR(images, do_center_crop=False).pixel_values
-    assert [tuple(r.shape) for r in result] == [(3, 224, 224), (3, 224, 336)]
-    with pytest.raises(ValueError, match="equal size"):
-        PROCESSOR(images, do_center_crop=False, return_tensors="pt")
-
-
-def test_steps_can_be_left_out():
-    image = noise(224, 224)
-    raw = torch.from_numpy(image).permute(2, 0, 1).float()
-    assert torch.equal(pixels(image, do_rescale=False, do_normalize=False)[0], raw)
-    assert torch.equal(pixels(image, do_normalize=False)[0], raw / 255)
-    halved = pixels(image, do_normalize=False, rescale_factor=0.5)[0]
-    assert torch.equal(halved, raw * 0.5)
-
-
 @pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P-index", "P-bytes"])
-def test_file_keeps_its_mode(tmp_path, mode):
+def test_file_keeps_its_mode_and_is_turned_upright(tmp_path, mode):
     path = tmp_path / "image.png"
     image_of(mode, 61, 45).save(path)
     with Image.open(path) as image:
         expected = OPEN_CLIP(image)
     for source in (str(path), path, [path]):
         assert_same_bits(pixels(source)[0], expected, mode)
-
-
-def test_photo_file_is_turned_upright(tmp_path):
-    image = Image.fromarray(noise(60, 40))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the orientation tag: turn by 90 degrees to see it upright
-    image.save(tmp_path / "turned.png", exif=exif)
-    assert_same_bits(pixels(str(tmp_path / "turned.png")), pixels(image.transpose(Image.Transpose.ROTATE_270)), "exif")
+    turned, image = Image.Exif(), image_of(mode, 61, 45)
+    turned[0x0112] = 6  # the orientation tag: turn by 90 degrees to see it upright
+    image.save(path, exif=turned)
+    assert_same_bits(pixels(path), pixels(image.transpose(Image.Transpose.ROTATE_270)), "exif")
 
 
 def test_save_and_load_keep_every_setting(tmp_path):
     from transformers import AutoImageProcessor
 
-    changed = CapivaraImageProcessor(
-        size={"shortest_edge": 48},
-        crop_size={"height": 40, "width": 44},
-        image_mean=[0.1, 0.2, 0.3],
-        image_std=[0.4, 0.5, 0.6],
-        max_resized_pixels=12345,
-    )
-    changed.save_pretrained(tmp_path)
-    for loaded in (CapivaraImageProcessor.from_pretrained(tmp_path), AutoImageProcessor.from_pretrained(tmp_path)):
-        assert isinstance(loaded, CapivaraImageProcessor)
-        assert tuple(loaded.image_mean) == (0.1, 0.2, 0.3)
-        assert tuple(loaded.image_std) == (0.4, 0.5, 0.6)
-        assert loaded.max_resized_pixels == 12345
-        image = noise(61, 45)
-        actual, expected = (p(image, return_tensors="pt").pixel_values for p in (loaded, changed))
-        assert actual.shape == (1, 3, 40, 44)
-        assert_same_bits(actual, expected, "reloaded")
+    settings = {"size": {"shortest_edge": 48}, "crop_size": {"height": 40, "width": 44}, "max_resized_pixels": 12345}
+    settings |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    changed, image = CapivaraImageProcessor(**settings), Image.fromarray(noise(61, 45))
+    for processor, expected in ((PROCESSOR, OPEN_CLIP(image)), (changed, changed(image).pixel_values[0])):
+        processor.save_pretrained(tmp_path)
+        for loaded in (CapivaraImageProcessor.from_pretrained(tmp_path), AutoImageProcessor.from_pretrained(tmp_path)):
+            assert isinstance(loaded, CapivaraImageProcessor)
+            assert_same_bits(loaded(image, return_tensors="pt").pixel_values[0], torch.as_tensor(expected), "reloaded")
+    assert expected.shape == (3, 40, 44) and loaded.max_resized_pixels == 12345
+    assert (tuple(loaded.image_mean), tuple(loaded.image_std)) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
-def test_defaults_survive_save_and_load_to_the_last_bit(tmp_path):
-    PROCESSOR.save_pretrained(tmp_path)
-    loaded = CapivaraImageProcessor.from_pretrained(tmp_path)
-    image = Image.fromarray(noise(160, 107))
-    assert_same_bits(loaded(image, return_tensors="pt").pixel_values[0], OPEN_CLIP(image), "reloaded")
+def test_results_by_their_options():
+    image, other = noise(224, 224), noise(60, 40)
+    raw = torch.from_numpy(image).permute(2, 0, 1).float()
+    assert torch.equal(pixels(image, do_rescale=False, do_normalize=False)[0], raw)
+    assert torch.equal(pixels(image, do_normalize=False)[0], raw / 255)
+    assert torch.equal(pixels(image, do_normalize=False, rescale_factor=0.5)[0], raw * 0.5)
+    assert np.array_equal(PROCESSOR([image, other], return_tensors="np").pixel_values, pixels([image, other]).numpy())
+    plain = PROCESSOR([image, other], do_center_crop=False).pixel_values
+    assert [tuple(result.shape) for result in plain] == [(3, 224, 224), (3, 224, 336)]
+    assert_same_bits(torch.as_tensor(plain[0]), pixels(image)[0], "return_tensors=None")
+    with pytest.raises(ValueError, match="equal size"):
+        pixels([image, other], do_center_crop=False)
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------
@@ -348,20 +275,14 @@ def test_oversized_resize_is_refused_with_its_size():
 BAD_IMAGES = {
     "negative": (np.full((4, 5, 3), -0.1), r"0 to 255 for float64, got -0\.1"),
     "negative integer": (np.full((4, 5, 3), -1, np.int32), "0 to 65535 for int32, got -1"),
-    "nan": (np.full((4, 5, 3), math.nan), "got nan"),
     "one nan": (np.array([[0.5, math.nan]]), "got nan"),
-    "infinite": (np.full((4, 5, 3), math.inf), "got inf"),
     "too large a float": (np.full((4, 5, 3), 255.5), "got 255.5"),
     "too large an integer": (np.full((4, 5), 65536, np.int64), "got 65536"),
     "normalised": (torch.randn(3, 40, 40, generator=torch.Generator().manual_seed(0)), "go to the model"),
     "complex": (np.zeros((4, 5), complex), "complex128"),
-    "objects": (np.array([[None, 1]], dtype=object), "object"),
     "text": (np.array([["a"]]), "booleans, integers or floats"),
     "five channels": (np.zeros((9, 9, 5), np.uint8), r"1 to 4 channels.*\(9, 9, 5\)"),
-    "one dimension": (np.zeros(9, np.uint8), r"2 or 3 dimensions.*\(9,\)"),
     "five dimensions": (np.zeros((1, 1, 9, 9, 3), np.uint8), "2 or 3 dimensions"),
-    "no height": (np.zeros((0, 4, 3), np.uint8), "empty: 4 x 0"),
-    "no width": (np.zeros((4, 0), np.float32), "empty: 0 x 4"),
     "empty PIL": (Image.new("RGB", (0, 5)), "empty: 0 x 5"),
     "empty list": ([], "no image"),
     "empty batch": (np.zeros((0, 3, 4, 4), np.uint8), "no image"),
@@ -376,7 +297,7 @@ def test_bad_images_are_refused_by_name(kind):
         PROCESSOR(image, return_tensors="pt")
 
 
-@pytest.mark.parametrize("image", [None, 3, b"x", [None], [[None]], [Image.new("RGB", (9, 9)), None], {"image": 1}])
+@pytest.mark.parametrize("image", [None, b"x", [[None]], [Image.new("RGB", (9, 9)), None], {"image": 1}])
 def test_what_is_no_image_is_refused(image):
     with pytest.raises(ValueError, match=r"^An image must be a PIL image, array, tensor, path or URL, got \w+\.$"):
         PROCESSOR(image)
@@ -393,19 +314,15 @@ BAD_SETTINGS = {
     "channels last": ({"data_format": "channels_last"}, "channels_first"),
     "wrong layout": ({"input_data_format": "channels_first"}, r"\(30, 20, 3\).*channels_first"),
     "unknown layout": ({"input_data_format": "sideways"}, "sideways"),
+    "misspelt": ({"do_normalise": False}, "do_normalise"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_SETTINGS)
 def test_bad_settings_are_refused_by_name(kind):
     setting, message = BAD_SETTINGS[kind]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         PROCESSOR(noise(20, 30), **setting)
-
-
-def test_misspelt_setting_is_refused():
-    with pytest.raises(TypeError, match="do_normalise"):
-        PROCESSOR(noise(20, 30), do_normalise=False)
 
 
 @pytest.mark.parametrize("kind", ["uint16", "int32", "float32"])

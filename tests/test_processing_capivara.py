@@ -1,6 +1,7 @@
 """Texts: the ids of open_clip's tokenizer, on the real XLM-R vocabulary."""
 
 import itertools
+import random
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from tiny import randomise, tiny_config, tiny_tokenizer
 from transformers import AutoProcessor, BertTokenizer
 
-from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, repair_text
+from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 
 PIECES = [
     *("São João é um avião", "coração de mãe", "ação", "PINGÜIM", "a\u0303", "e\u0301 cedilha c\u0327"),
@@ -21,82 +22,45 @@ PIECES = [
 ]  # fmt: skip
 
 
+EXTRA = [
+    "\ud800",
+    "\u2028",
+    "\u0085",
+    "\xad",
+    "\u202eabc\u202c",
+    "e\u0301\u0302\u0303",
+    "H₂O",
+    "&bogus;",
+    "Ð¿Ñ€Ð¸Ð²ÐµÑ‚",
+]
+
+
 def awkward_strings() -> list[str]:
+    """The pieces alone, in pairs, and in mixtures drawn from a seed."""
+    draw = random.Random(0)
     pairs = itertools.islice(itertools.combinations(PIECES, 2), 0, None, 4)
-    return [*PIECES, *(f"{a} {b}" for a, b in pairs), *(f"{piece}{piece}" for piece in PIECES), "   ", "\n"]
+    mixed = ["".join(draw.choices([*PIECES, *EXTRA], k=draw.randint(2, 6))) for _ in range(60)]
+    return [*PIECES, *(f"{a} {b}" for a, b in pairs), *(f"{piece}{piece}" for piece in PIECES), "   ", "\n", *mixed]
 
 
 def test_ids_equal_open_clip(xlmr):
     processor, reference = xlmr
     strings = awkward_strings()
-    assert len(set(strings)) >= 200
+    assert len(set(strings)) >= 250
     actual = processor(text=strings, padding="max_length", return_tensors="pt")
     expected = reference(strings)
     different = [s for s, a, e in zip(strings, actual["input_ids"], expected, strict=True) if not torch.equal(a, e)]
     assert not different, different[:5]
     assert torch.equal(actual["attention_mask"], (expected != 1).long())
     assert max(actual["attention_mask"].sum(1)) == 77, "some strings must reach the limit"
-
-
-def test_pads_to_the_longest_by_default(xlmr):
-    processor, reference = xlmr
-    texts = ["gato", "uma foto de um gato"]
-    inputs = processor(text=texts, return_tensors="pt")
-    assert inputs["input_ids"].shape[1] == len(processor.tokenizer(texts[1])["input_ids"]) < 77
-    assert torch.equal(inputs["input_ids"], reference(texts)[:, : inputs["input_ids"].shape[1]])
-
-
-def test_save_and_load(tiny_processor, tmp_path):
-    tiny_processor(text=["a"], padding="max_length")  # what the last call asked for must not be remembered
-    tiny_processor.save_pretrained(tmp_path)
-    loaded = AutoProcessor.from_pretrained(tmp_path)
-    assert isinstance(loaded, CapivaraProcessor) and isinstance(loaded.image_processor, CapivaraImageProcessor)
-    assert dict(loaded.image_processor.size) == {"shortest_edge": 32}
-    for text in (["São João &amp; cÃ£o"], ["um gato", "uma foto de uma capivara " * 40]):
-        assert loaded(text=text)["input_ids"] == tiny_processor(text=text)["input_ids"]
-    assert len(loaded(text="um gato")["input_ids"]) < 10
-
-
-def test_a_single_text_and_both_modalities(tiny_processor):
-    single = tiny_processor(text="um gato")
-    assert single["input_ids"] == tiny_processor(text=["um gato"])["input_ids"][0]
-    both = tiny_processor(images=torch.zeros(3, 40, 50), text=["um gato"], return_tensors="pt")
-    assert set(both) == {"input_ids", "attention_mask", "pixel_values"}
-    assert both["pixel_values"].shape == (1, 3, 32, 32)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("  SÃ£o   JoÃ£o &amp;amp; cia\n", "São João & cia"),
-        ("p&amp;amp;atilde;o", "pão"),  # ftfy resolves one level, `html.unescape` two more
-        ("<b> &amp;amp;lt;", "<b> &lt;"),  # with a "<" in the text ftfy leaves entities alone
-        ("uma\tfoto\r\n\xa0de\u3000gato ", "uma foto de gato"),
-        ("“aspas”", '"aspas"'),
-        ("sa\u0303o", "são"),
-        ("a \ud800 b", "a \ufffd b"),
-        (" \n ", ""),
-    ],
-)
-def test_repair_step_by_step(text, expected):
-    assert repair_text(text) == expected
-
-
-@pytest.mark.slow
-def test_seeded_mixtures_have_open_clips_ids(xlmr):
-    processor, reference = xlmr
-    rng = np.random.default_rng(0)
-    extra = ["\ud800", "\u2028", "\u0085", "\xad", "\u202eabc\u202c", "e\u0301\u0302\u0303", "H₂O", "&bogus;"]
-    extra.append("Ð¿Ñ€Ð¸Ð²ÐµÑ‚")
-    pieces = [*PIECES, *extra]
-    texts = ["".join(rng.choice(pieces, rng.integers(2, 7))) for _ in range(200)]
-    assert torch.equal(processor(text=texts, padding="max_length", return_tensors="pt")["input_ids"], reference(texts))
-    unrepaired = processor.tokenizer.plain()(
-        [text.encode(errors="replace").decode() for text in texts],
+    plain = processor.tokenizer.plain()(
+        [text.encode(errors="replace").decode() for text in strings],
         padding="max_length", max_length=77, truncation=True, return_tensors="pt",
     )  # fmt: skip
-    changed = (unrepaired["input_ids"] != reference(texts)).any(dim=1)
-    assert changed.sum() > 100, "the repair must matter"
+    assert (plain["input_ids"] != expected).any(dim=1).sum() > 50, "the repair must matter"
+    longest = processor(text=strings[:3], return_tensors="pt")["input_ids"]  # padded to it by default
+    assert torch.equal(longest, expected[:3, : longest.shape[1]]) and longest.shape[1] < 77
+    assert (longest != 1).all(dim=1).any()
 
 
 def test_padding_token_spelled_by_a_text_is_masked_as_open_clip_does(tiny_processor):
@@ -109,6 +73,19 @@ def test_padding_token_spelled_by_a_text_is_masked_as_open_clip_does(tiny_proces
     assert tiny_processor(text=texts[0])["attention_mask"] == expected[0]
     for kind in ("pt", "np"):
         assert tiny_processor(text=texts, return_tensors=kind)["attention_mask"].tolist() == expected
+
+
+def test_what_comes_back(tiny_processor):
+    """Of a single text, of both modalities, of any container, as any tensors."""
+    image, expected = np.zeros((40, 50, 3), np.uint8), tiny_processor(text=["um", "gato"])["input_ids"]
+    assert isinstance(expected, list) and tiny_processor(text="um")["input_ids"] == expected[0]
+    for texts in (("um", "gato"), np.array(["um", "gato"]), (word for word in ["um", "gato"])):
+        assert tiny_processor(text=texts)["input_ids"] == expected
+    for name, kind in {"pt": torch.Tensor, "np": np.ndarray}.items():
+        both = tiny_processor(images=image, text=["um gato"], return_tensors=name)
+        assert set(both) == {"input_ids", "attention_mask", "pixel_values"}
+        assert {type(value) for value in both.values()} == {kind} and both["pixel_values"].shape == (1, 3, 32, 32)
+    assert list(tiny_processor(images=image, return_tensors="pt")) == ["pixel_values"]
 
 
 def test_overrides(tiny_processor):
@@ -139,20 +116,9 @@ def test_length_of_an_earlier_call_is_not_remembered(tmp_path):
     reloaded = AutoProcessor.from_pretrained(tmp_path)
     assert reloaded.tokenizer.init_kwargs.get("max_length") == 4, "else this test proves nothing"
     assert reloaded(text=texts)["input_ids"] == expected
-
-
-def test_return_tensors(tiny_processor):
-    image = np.zeros((40, 40, 3), np.uint8)
-    for name, kind in {"pt": torch.Tensor, "np": np.ndarray}.items():
-        batch = tiny_processor(images=image, text=["um gato"], return_tensors=name)
-        assert {type(value) for value in batch.values()} == {kind}
-    assert isinstance(tiny_processor(text=["um gato"])["input_ids"], list)
-    assert list(tiny_processor(images=image, return_tensors="pt")) == ["pixel_values"]
-
-
-@pytest.mark.parametrize("texts", [("um", "gato"), np.array(["um", "gato"]), (word for word in ["um", "gato"])])
-def test_containers_of_texts(tiny_processor, texts):
-    assert tiny_processor(text=texts)["input_ids"] == tiny_processor(text=["um", "gato"])["input_ids"]
+    assert isinstance(reloaded, CapivaraProcessor) and isinstance(reloaded.image_processor, CapivaraImageProcessor)
+    assert dict(reloaded.image_processor.size) == {"shortest_edge": 224}
+    assert reloaded(text=["São João &amp; cÃ£o"])["input_ids"] == processor(text=["São João &amp; cÃ£o"])["input_ids"]
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert"])
@@ -178,10 +144,8 @@ def test_token_types_of_bert_tokenizers_are_accepted(kind):
 
 BAD_TEXTS = {
     "number": (3, "must be a string, got int: 3"),
-    "bytes": (b"gato", "must be a string, got bytes"),
     "missing caption": (["um gato", None], "must be a string, got NoneType: None"),
     "not a number": (["um gato", float("nan")], "must be a string, got float: nan"),
-    "nested": ([["um gato"]], r"must be a string, got list: \['um gato'\]"),
     "empty list": ([], "no text: got an empty list"),
     "none": (None, "at least one input"),
 }
@@ -194,11 +158,8 @@ def test_bad_texts_are_refused_by_name(tiny_processor, kind):
         tiny_processor(text=text)
 
 
-def test_an_image_that_is_none_is_refused(tiny_processor):
+def test_what_is_no_image_or_no_image_processor_is_refused(tiny_processor):
     with pytest.raises(ValueError, match="got NoneType"):
         tiny_processor(images=[None], text=["um gato"])
-
-
-def test_parts_in_the_wrong_order_are_refused():
     with pytest.raises(TypeError, match="image_processor"):
         CapivaraProcessor(tiny_tokenizer(), CapivaraImageProcessor())

@@ -8,37 +8,36 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import DatasetDict, load_from_disk
-from sampling import one_in
 from test_checkpoints import flipped
-from test_train_accelerate import flags
-from tiny import randomise, tiny_config
+from test_train_accelerate import ROOT, flags, refused
 
 import train_accelerate
 from capivara_common.files import RUN_MARKER
-from modeling_capivara import CapivaraModel
+from modeling_capivara.loading import load_model
 from training import whole_batch
 from training.checkpoints import Checkpoints
 from training.loop import Trainer
 from training.whole_batch import WholeBatch
 
-ROOT = Path(__file__).resolve().parent.parent
 KILL_SEED = int(os.environ.get("CAPIVARA_KILL_SEED", "0"))
-MICRO_BATCHES = 3 * 6  # of 10 pairs in fours, in six steps
-# Phase -> how often an undisturbed run reaches it.
-PHASES = {
-    "cache-before": 2, "cache-after": 2, "forward": MICRO_BATCHES, "step-before": 6, "step-after": 6, "save": 2,
-    "save-state": 2, "rename-before": 2, "rename-after": 2, "old": 1, "end": 1, "finish": 1,
-}  # fmt: skip
+# Phase, and how often it is reached at least; each process goes on from where the one before it was killed.
+KILLS = [
+    *[("cache-before", 2), ("cache-after", 1), ("forward", 6), ("step-before", 2), ("step-after", 2), ("save", 1)],
+    *[("save-state", 1), ("rename-before", 1), ("rename-after", 1), ("forward", 6), ("old", 1), ("end", 1)],
+    *[("finish", 1), ("finished", 1)],
+]
 
 
 class Killed(BaseException):
@@ -46,41 +45,21 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module")
-def base_folder(tmp_path_factory, tiny_processor):
-    folder = tmp_path_factory.mktemp("base") / "model"
-    model = randomise(CapivaraModel(tiny_config()))
-    assert model.config.text_config.hidden_dropout_prob > 0, "without dropout the random states would not matter"
-    model.save_pretrained(folder)
-    tiny_processor.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def run(base_folder, tiny_dataset_folder):
+def run(saved_tiny_folder, tiny_dataset_folder):
     """Flags of a run that saves every second step and keeps one checkpoint."""
 
     def make(output, **overrides) -> list[str]:
-        return flags(
-            base_folder, tiny_dataset_folder, output, **{"save_steps": 2, "eval_steps": 6, "keep_last": 1, **overrides}
-        )
+        values = {"save_steps": 2, "eval_steps": 6, "keep_last": 1, **overrides}
+        return flags(saved_tiny_folder, tiny_dataset_folder, output, **values)
 
     return make
 
 
 @pytest.fixture(scope="module")
-def undisturbed(base_folder, tiny_dataset_folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    train_accelerate.main(flags(base_folder, tiny_dataset_folder, out, save_steps=2, eval_steps=6, keep_last=1))
-    return out
-
-
-def process(argv: list[str], *phase, cache: Path | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run(command(argv, *phase), **surroundings(cache), capture_output=True, text=True, timeout=300)
-
-
-def command(argv: list[str], *phase) -> list[str]:
-    script = ["tests/killed_process.py", *map(str, phase)] if phase else ["train_accelerate.py"]
-    return [sys.executable, *script, *argv]
+def undisturbed(run, tmp_path_factory, saved_tiny_folder):
+    config = load_model(saved_tiny_folder).config
+    assert config.text_config.hidden_dropout_prob > 0, "without dropout the random states would not matter"
+    return train_accelerate.main(run(tmp_path_factory.mktemp("undisturbed") / "out"))
 
 
 def surroundings(cache: Path | None = None) -> dict:
@@ -95,8 +74,8 @@ def no_pictures(monkeypatch):
         monkeypatch.setattr(train_accelerate, name, lambda *args, **options: None)
 
 
-def kill_at(monkeypatch, owner, name: str, count: int) -> None:
-    """Within the block, the `count`-th call of `owner.name` raises Killed."""
+def killed_run(argv: list[str], owner, name: str, count: int) -> None:
+    """Of this process: the `count`-th call of `owner.name` raises Killed."""
     counter, original = itertools.count(1), getattr(owner, name)
 
     def wrapped(*args, **kwargs):
@@ -104,12 +83,8 @@ def kill_at(monkeypatch, owner, name: str, count: int) -> None:
             raise Killed
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, wrapped)
-
-
-def killed_run(argv: list[str], owner, name: str, count: int) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, owner, name, count)
+        patch.setattr(owner, name, wrapped)
         train_accelerate.main(argv)
 
 
@@ -121,6 +96,10 @@ def run_json(folder: Path) -> dict:
     return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
 
+def checkpoints_of(out: Path) -> list[str]:
+    return sorted(path.name for path in out.with_name(f"{out.name}.partial").glob("checkpoints/*"))
+
+
 def assert_as_undisturbed(out: Path, expected: Path) -> None:
     assert weights(out) == weights(expected)
     curves = [
@@ -130,109 +109,84 @@ def assert_as_undisturbed(out: Path, expected: Path) -> None:
     assert curves[0] == curves[1], "each step once, with the same figures"
     assert [point["step"] for point in curves[0]] == list(range(len(curves[0])))
     assert not out.with_name(f"{out.name}.partial").exists()
-    assert not list(out.rglob("tmp-*"))
+    assert not list(out.rglob("tmp-*")) and not (out / RUN_MARKER).exists()
 
 
 # Killed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", PHASES)
-def test_sigkill(run, undisturbed, tmp_path, phase):
-    count = random.Random(f"{KILL_SEED} {phase}").randint(1, PHASES[phase])
-    print(f"CAPIVARA_KILL_SEED={KILL_SEED}: killed at number {count} of {phase}")
-    out, cache = tmp_path / "out", tmp_path / "cache"
-    killed = process(run(out), phase, count, cache=cache)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not out.exists()
-    resumed = process(run(out, resume="auto"), cache=cache)
-    assert resumed.returncode == 0, resumed.stderr
+def test_sigkill_in_every_phase(run, undisturbed, tmp_path):
+    generator, out = random.Random(KILL_SEED), tmp_path / "out"
+    kills = ",".join(f"{phase}:{generator.randint(1, most)}" for phase, most in KILLS)
+    print(f"CAPIVARA_KILL_SEED={KILL_SEED}: killed at {kills}")
+    line = [sys.executable, "tests/killed_process.py", kills, *run(out, resume="auto")]
+    done = subprocess.run(line, **surroundings(tmp_path / "cache"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    train_accelerate.main(run(out, resume="auto"))
     assert_as_undisturbed(out, undisturbed)
 
 
-@pytest.mark.slow
-def test_sigkill_again_and_again(run, undisturbed, tmp_path):
-    """Every attempt is killed, at moments that go on; the last one is left alone."""
-    generator = random.Random(f"{KILL_SEED} again")
-    out, cache = tmp_path / "out", tmp_path / "cache"
-    for phase, most in (
-        ("cache-after", 2),
-        ("forward", 6),
-        ("rename-after", 1),
-        ("step-after", 2),
-        ("save", 1),
-        ("end", 1),
-    ):
-        count = generator.randint(1, most)
-        print(f"CAPIVARA_KILL_SEED={KILL_SEED}: killed at number {count} of {phase}")
-        killed = process(run(out, resume="auto"), phase, count, cache=cache)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert process(run(out, resume="auto"), cache=cache).returncode == 0
-    assert_as_undisturbed(out, undisturbed)
-
-
-@pytest.mark.parametrize("count", one_in(4, [13, 1, 8, 19]))
-def test_killed_at_any_forward_pass(run, undisturbed, tmp_path, count):
+def test_killed_in_a_forward_pass(run, undisturbed, tmp_path):
     out = tmp_path / "out"
-    killed_run(run(out), WholeBatch, "_embed", count)
+    killed_run(run(out), WholeBatch, "_embed", 13)
     train_accelerate.main(run(out, resume="auto"))
     assert_as_undisturbed(out, undisturbed)
 
 
 VARIANTS = {
-    "lora": {"lora_rank": 2},
-    "interpolation": {"interpolate": 0.5},
-    "adamw, decay": {"optimizer": "adamw", "weight_decay": 0.3},
-    "views": {"augmented_views": 3},
-    "fresh views": {"augmented_views": 0, "image_embedding_cache": "off"},
-    "all captions": {"language": "en", "eval_languages": "en"},
+    "adapters, interpolation": {"lora_rank": 2, "interpolate": 0.5},
+    "adamw, decay, views": {"optimizer": "adamw", "weight_decay": 0.3, "augmented_views": 3},
+    "fresh views, all captions": {
+        **{"augmented_views": 0, "image_embedding_cache": "off", "language": "en", "eval_languages": "en"},
+    },
 }
 
 
-QUICK = ("lora", "interpolation")
-
-
-@pytest.mark.parametrize("variant", [v if v in QUICK else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS])
 @pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_kind_of_training_resumes(run, tmp_path, variant):
-    expected, out = tmp_path / "expected", tmp_path / "out"
-    if "lora_rank" in VARIANTS[variant]:
+    expected, out, values = tmp_path / "expected", tmp_path / "out", VARIANTS[variant]
+    if "lora_rank" in values:
         pytest.importorskip("peft")
-    train_accelerate.main(run(expected, **VARIANTS[variant]))
-    killed_run(run(out, **VARIANTS[variant]), Trainer, "_update", 6)
-    assert [p.name for p in (tmp_path / "out.partial/checkpoints").iterdir()] == ["step-00000004"]
-    train_accelerate.main(run(out, resume="auto", **VARIANTS[variant]))
+    train_accelerate.main(run(expected, **values))
+    killed_run(run(out, **values), Trainer, "_update", 6)
+    assert checkpoints_of(out) == ["step-00000004"]
+    train_accelerate.main(run(out, resume="auto", **values))
     assert_as_undisturbed(out, expected)
-    if variant == "lora":
-        adapters = [folder / "adapter" / "adapter_model.safetensors" for folder in (out, expected)]
-        assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    adapters = [sorted(folder.glob("adapter/*.safetensors")) for folder in (out, expected)]
+    assert len(adapters[0]) == len(adapters[1]) == ("lora_rank" in values)
+    assert all(one.read_bytes() == other.read_bytes() for one, other in zip(*adapters, strict=True))
 
 
 # Stopped
 
 
-@contextlib.contextmanager
-def started(argv: list[str], checkpoints: Path, launcher: tuple[str, ...] = ()):
-    """A run in a process group of its own, that has saved its first checkpoint and waits to be signalled."""
-    line = [sys.executable, *launcher, *command(argv, "held", 300)[1:]]
+def ctrl_c(argv: list[str], out: Path, launcher: Sequence[str]) -> str:
+    """What a run in a process group of its own says that gets SIGINT after its first checkpoint."""
+    line = [sys.executable, *launcher, "tests/killed_process.py", "held:300", *argv]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     running = subprocess.Popen(line, **surroundings(), **pipes, start_new_session=True)
     try:
         deadline = time.monotonic() + 300
-        while not any(checkpoints.glob("step-*")) and running.poll() is None and time.monotonic() < deadline:
+        while not any("tmp" not in name for name in checkpoints_of(out)) and running.poll() is None:
+            assert time.monotonic() < deadline, "the run did not get that far"
             time.sleep(0.05)
-        assert any(checkpoints.glob("step-*")), "the run did not get that far"
-        yield running
+        os.killpg(running.pid, signal.SIGINT)
+        (out.parent / "signalled").touch()
+        return running.communicate(timeout=300)[1]
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(running.pid, signal.SIGKILL)
-        running.communicate(timeout=60)
+        running.wait(timeout=60)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("save_steps", [2, 100])  # a run of so few steps has no checkpoints of its own
-def test_a_signal_is_taken_after_the_step(run, undisturbed, tmp_path, monkeypatch, capsys, save_steps, number):
+@pytest.mark.parametrize(
+    ("number", "save_steps"),
+    [(signal.SIGTERM, 2), (signal.SIGINT, 100)],  # a run of so few steps has no checkpoints of its own
+)
+def test_a_signal_is_taken_after_the_step(run, undisturbed, tmp_path, monkeypatch, capsys, number, save_steps):
     out, update, calls = tmp_path / "out", Trainer._update, itertools.count(1)
 
     def signalled(*args):
@@ -241,67 +195,55 @@ def test_a_signal_is_taken_after_the_step(run, undisturbed, tmp_path, monkeypatc
         return update(*args)
 
     monkeypatch.setattr(Trainer, "_update", signalled)
-    with pytest.raises(SystemExit) as stop:
-        train_accelerate.main(run(out, save_steps=save_steps))
-    assert stop.value.code == 128 + number
+    assert refused(run(out, save_steps=save_steps)) == str(128 + number)
     assert "Stopped at step 3, which is saved. Go on with --resume auto --output_dir" in capsys.readouterr().err
-    assert [p.name for p in (tmp_path / "out.partial/checkpoints").iterdir()] == ["step-00000003"]
+    assert checkpoints_of(out) == ["step-00000003"]
     train_accelerate.main(run(out, resume="auto"))
     assert_as_undisturbed(out, undisturbed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_ends_the_process(run, undisturbed, tmp_path, number):
-    out, checkpoints = tmp_path / "out", tmp_path / "out.partial" / "checkpoints"
-    with started(run(out), checkpoints) as running:
-        running.send_signal(number)
-        (tmp_path / "signalled").touch()
-        _, stderr = running.communicate(timeout=300)
-    assert running.returncode == 128 + number, stderr
-    assert "Traceback" not in stderr
-    (saved,) = checkpoints.iterdir()
-    step = int(saved.name.split("-")[1])
-    assert step in (2, 3) and f"Stopped at step {step}, which is saved. Go on with --resume auto --output_dir" in stderr
-    train_accelerate.main(run(out, resume="auto"))
-    assert_as_undisturbed(out, undisturbed)
-
-
-@pytest.mark.slow
-def test_a_signal_to_two_processes_and_their_launcher(run, tmp_path):
-    """Ctrl-C reaches the processes twice: from the terminal, and from torchrun."""
+def test_two_processes_train_what_one_trains_and_go_on_after_ctrl_c(run, undisturbed, saved_tiny_folder, tmp_path):
+    """With dropout. Ctrl-C reaches the processes twice: from the terminal, and from torchrun."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    subprocess.run(
-        [sys.executable, *launcher, *command(run(tmp_path / "expected"))[1:]],
-        **surroundings(), check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
-    out, checkpoints = tmp_path / "out", tmp_path / "out.partial" / "checkpoints"
-    with started(run(out), checkpoints, launcher) as running:
-        os.killpg(running.pid, signal.SIGINT)
-        (tmp_path / "signalled").touch()
-        _, stderr = running.communicate(timeout=300)
-    (saved,) = checkpoints.iterdir()
-    step = int(saved.name.split("-")[1])  # 2 where the signal came before step 3 began
-    assert step in (2, 3) and f"Stopped at step {step}, which is saved. Go on with --resume auto" in stderr, stderr
-    subprocess.run(
-        [sys.executable, *launcher, *command(run(out, resume="auto"))[1:]],
-        **surroundings(), check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
-    assert_as_undisturbed(out, tmp_path / "expected")
+    out = tmp_path / "out"
+    said = ctrl_c(run(out), out, launcher)
+    (saved,) = checkpoints_of(out)
+    step = int(saved.split("-")[1])  # 2 where the signal came before step 3 began
+    assert step in (2, 3) and f"Stopped at step {step}, which is saved. Go on with --resume auto" in said, said
+    line = [sys.executable, *launcher, "train_accelerate.py", *run(out, resume="auto")]
+    subprocess.run(line, **surroundings(), check=True, capture_output=True, timeout=300)
+    before, one, two = (load_model(folder).state_dict() for folder in (saved_tiny_folder, undisturbed, out))
+    for name in one:
+        # the fifth digit of a gradient near zero can change the sign of Adam's step
+        assert (one[name] - two[name]).float().norm() <= 1e-2 * (one[name] - before[name]).float().norm() + 1e-6, name
+    runs = [run_json(folder) for folder in (undisturbed, out)]
+    assert [run["processes"] for run in runs] == [1, 2]
+    losses = [[point["loss"] for point in run["curve"] if "loss" in point] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.slow
-def test_ctrl_c_outside_of_the_steps(run, undisturbed, tmp_path, monkeypatch):
-    out = tmp_path / "out"
+def test_a_finished_training_is_not_lost(run, undisturbed, tmp_path, monkeypatch):
+    """Ctrl-C while it is measured; started over by mistake; another program writes to the folder that is to be."""
+    out, measure = tmp_path / "out", train_accelerate.measure
 
-    def interrupted(*args):
+    def interrupted(*args) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train_accelerate, "measure", interrupted)
-        with pytest.raises(SystemExit) as stop:
-            train_accelerate.main(run(out))
-    assert stop.value.code == 130
+    def filled(*args) -> None:
+        measure(*args)
+        out.mkdir()
+        (out / "theirs.txt").touch()
+
+    monkeypatch.setattr(train_accelerate, "measure", interrupted)
+    assert refused(run(out, save_steps=100)) == "130" and not checkpoints_of(out)
+    assert "holds an unfinished run" in refused(run(out, save_steps=100))
+    monkeypatch.setattr(Trainer, "train", None)  # nothing is trained again
+    monkeypatch.setattr(train_accelerate, "measure", filled)
+    assert "is not empty" in refused(run(out, resume="auto"))
+    (out / "theirs.txt").unlink()
+    monkeypatch.setattr(train_accelerate, "measure", measure)
     train_accelerate.main(run(out, resume="auto"))
     assert_as_undisturbed(out, undisturbed)
 
@@ -316,9 +258,8 @@ def test_a_loss_that_is_not_finite_stops_and_names_its_step(run, tmp_path, monke
         return original(*args) * (float("nan") if next(calls) == 4 else 1)
 
     monkeypatch.setattr(whole_batch, "contrastive_loss", bad)
-    with pytest.raises(SystemExit, match=r"Step 4: The loss is nan\. Lower the learning rate"):
-        train_accelerate.main(run(tmp_path / "out"))
-    assert [path.name for path in (tmp_path / "out.partial" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert "Step 4: The loss is nan. Lower the learning rate" in refused(run(tmp_path / "out"))
+    assert checkpoints_of(tmp_path / "out") == ["step-00000002"]
 
 
 @pytest.mark.slow
@@ -326,141 +267,86 @@ def test_a_loss_that_is_not_finite_stops_and_names_its_step(run, tmp_path, monke
 def test_a_real_divergence(run, tmp_path, eval_steps):
     """Whichever notices it first, a loss or the measurement: the error says what happened, and nothing is poisoned."""
     argv = run(tmp_path / "out", learning_rate=1e30, warmup_steps=0, eval_steps=eval_steps, save_steps=1)
-    with pytest.raises(SystemExit, match=r"( is |is )(nan|inf|NaN).*learning rate"):
-        train_accelerate.main(argv)
+    assert re.search(r"( is |is )(nan|inf|NaN).*learning rate", refused(argv))
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 8 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, text=True, timeout=20
-    )
-    if mounted.returncode:
-        pytest.skip(f"a tmpfs can't be mounted here: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=20)
-
-
-@pytest.mark.skipif(not shutil.which("mount"), reason="needs mount")
-@pytest.mark.parametrize("full_in", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "trainer.json"])
+@pytest.mark.parametrize("full_in", ["model.safetensors", "optimizer.bin"])
 @pytest.mark.slow
 def test_disk_full_while_saving_keeps_the_checkpoint_before(run, undisturbed, small_disk, monkeypatch, full_in):
-    out, checkpoints = small_disk / "out", small_disk / "out.partial" / "checkpoints"
-    save = Checkpoints.save
+    out, save = small_disk / "out", Checkpoints.save
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True, timeout=20)
 
     def with_little_room(self, state):
         if state.step == 4:
-            sizes = {path.name: path.stat().st_size for path in (checkpoints / "step-00000002").iterdir()}
-            names = ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "trainer.json"]
-            room = sum(-(-sizes[name] // 4096) for name in names[: names.index(full_in)]) * 4096
-            room += sizes[full_in] // 2 // 4096 * 4096
-            fill(small_disk, room)
+            sizes = {path.name: path.stat().st_size for path in (self.folder / "step-00000002").iterdir()}
+            room = sizes[full_in] // 2 + sizes["model.safetensors"] * (full_in != "model.safetensors")
+            free = shutil.disk_usage(small_disk).free - room // 4096 * 4096
+            (small_disk / "ballast").write_bytes(bytes(free))
         save(self, state)
 
     monkeypatch.setattr(Checkpoints, "save", with_little_room)
-    with pytest.raises(SystemExit) as stop:
-        train_accelerate.main(run(out))
+    message = refused(run(out))
     for part in ("The checkpoint of step 4 can't be written", "The earlier ones are whole", "--resume auto"):
-        assert part in stop.value.code, stop.value.code
-    assert [path.name for path in checkpoints.iterdir()] == ["step-00000002"]
+        assert part in message
+    assert checkpoints_of(out) == ["step-00000002"]
     subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True, timeout=20)
     monkeypatch.setattr(Checkpoints, "save", save)
     train_accelerate.main(run(out, resume="auto"))
     assert_as_undisturbed(out, undisturbed)
 
 
-def fill(disk: Path, room: int) -> None:
-    """Leave so many bytes of a tmpfs."""
-    with (disk / "ballast").open("wb") as file:
-        file.write(bytes(max(shutil.disk_usage(disk).free - room, 0)))
-    assert shutil.disk_usage(disk).free == room
-
-
 # Not the same run
 
 
-def test_other_settings_are_listed(run, tmp_path):
-    killed_run(run(tmp_path / "out"), Trainer, "_one_step", 4)
+def test_what_is_another_run_is_refused_and_changes_nothing(saved_tiny_folder, tiny_dataset_folder, tmp_path):
+    """Started over by mistake; with other settings, each of which is named; with one other caption."""
+    dataset, out = tmp_path / "squares", tmp_path / "out"
+    shutil.copytree(tiny_dataset_folder, dataset)
+    argv = flags(saved_tiny_folder, dataset, out, save_steps=2, eval_steps=6)
+    killed_run(argv, Trainer, "_one_step", 4)
     before = sorted(path.name for path in (tmp_path / "out.partial").rglob("*"))
-    with pytest.raises(SystemExit) as stop:
-        train_accelerate.main(run(tmp_path / "out", resume="auto", learning_rate=2e-3, seed=5, micro_batch_size=2))
+    message = refused(argv)
+    assert re.search(r"out\.partial holds an unfinished run.*--resume auto.*--overwrite_output_dir", message)
+    argv += ["--resume", "auto"]
+    message = refused([*argv, "--learning_rate", "2e-3", "--seed", "5", "--micro_batch_size", "2"])
     for part in (
         "step-00000002 is of another run", "learning_rate: 0.001 there, 0.002 now", "seed: 0 there, 5 now",
         "micro_batch_size: 4 there, 2 now",
     ):  # fmt: skip
-        assert part in stop.value.code
-    assert "max_steps" not in stop.value.code and "save_steps" not in stop.value.code
-    assert sorted(path.name for path in (tmp_path / "out.partial").rglob("*")) == before
-
-
-def test_one_other_caption_is_another_data_set(run, base_folder, tiny_dataset_folder, tmp_path):
-    dataset = tmp_path / "squares"
-    shutil.copytree(tiny_dataset_folder, dataset)
-    argv = flags(base_folder, dataset, tmp_path / "out", save_steps=2)
-    killed_run(argv, Trainer, "_one_step", 4)
+        assert part in message
+    assert "max_steps" not in message and "save_steps" not in message
     splits = load_from_disk(tiny_dataset_folder)
-    captions = splits["train"]["captions-pt"][:]
+    captions, column = splits["train"]["captions-pt"][:], splits["train"].features["captions-pt"]
     captions[3] = ["foto 3 azul branca"]
-    column = splits["train"].features["captions-pt"]
     changed = splits["train"].remove_columns("captions-pt").add_column("captions-pt", captions, feature=column)
     shutil.rmtree(dataset)
     DatasetDict(splits | {"train": changed}).save_to_disk(dataset)
-    with pytest.raises(SystemExit) as stop:
-        train_accelerate.main([*argv, "--resume", "auto"])
-    assert f"data {dataset} train: '" in stop.value.code and "validation" not in stop.value.code
+    message = refused(argv)
+    assert f"data {dataset} train: '" in message and "validation" not in message
+    assert sorted(path.name for path in (tmp_path / "out.partial").rglob("*")) == before
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin"])
 def test_a_flipped_byte_ends_the_run_before_any_work_and_an_earlier_checkpoint_goes_on(
-    run, undisturbed, tmp_path, monkeypatch, name
+    run, undisturbed, tmp_path, monkeypatch, caplog
 ):
-    out = tmp_path / "out"
-    killed_run(run(out, keep_last=2), Trainer, "_one_step", 6)
-    checkpoint = tmp_path / "out.partial/checkpoints/step-00000004"
-    flipped(checkpoint / name, (checkpoint / name).stat().st_size // 2)
+    """By its name, in another folder, with settings that change no weight; another number of threads is said."""
+    first, out = tmp_path / "first", tmp_path / "out"
+    killed_run(run(first, keep_last=2), Trainer, "_one_step", 6)
+    checkpoints = tmp_path / "first.partial/checkpoints"
+    path = checkpoints / "step-00000004/optimizer.bin"
+    flipped(path, path.stat().st_size // 2)
     with monkeypatch.context() as patch:
         patch.setattr(train_accelerate, "load_inputs", None)
-        with pytest.raises(SystemExit, match=rf"^error: .*step-00000004 can't be loaded: {name} or .*--resume auto"):
-            train_accelerate.main(run(out, keep_last=2, resume="auto"))
-    shutil.rmtree(checkpoint)
-    train_accelerate.main(run(out, keep_last=2, resume="auto"))
-    assert_as_undisturbed(out, undisturbed)
-
-
-@pytest.mark.slow
-def test_settings_that_change_no_weight_may_change(run, undisturbed, tmp_path):
-    out = tmp_path / "out"
-    killed_run(run(out), Trainer, "_one_step", 4)
-    train_accelerate.main(run(out, resume="auto", keep_last=3, save_steps=1))
-    assert_as_undisturbed(out, undisturbed)
-
-
-@pytest.mark.slow
-def test_another_number_of_threads_is_said(run, tmp_path, caplog, monkeypatch):
-    killed_run(run(tmp_path / "out"), Trainer, "_one_step", 4)
+        message = refused(run(first, keep_last=2, resume="auto"))
+    assert re.search(r"^error: .*step-00000004 can't be loaded: optimizer.bin or .*--resume auto", message)
+    assert "no checkpoint of a run: it has no trainer.json" in refused(run(out, resume=tmp_path))
+    assert not list(tmp_path.glob("out*"))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    train_accelerate.main(run(tmp_path / "out", resume="auto"))
-    assert (
-        "with 1 CPU threads on " in caplog.text
-        and "now there are 2 on " in caplog.text
-        and "--num_threads 1 keep" in caplog.text
-    )
-
-
-def test_a_checkpoint_by_its_name(run, undisturbed, tmp_path):
-    killed_run(run(tmp_path / "first", keep_last=9), Trainer, "_one_step", 6)
-    checkpoint = tmp_path / "first.partial" / "checkpoints" / "step-00000002"
-    train_accelerate.main(run(tmp_path / "out", resume=checkpoint))
-    assert_as_undisturbed(tmp_path / "out", undisturbed)
-    with pytest.raises(SystemExit, match=r"no checkpoint of a run: it has no trainer\.json"):
-        train_accelerate.main(run(tmp_path / "other", resume=tmp_path))
-    assert not list(tmp_path.glob("other*"))
+    train_accelerate.main(run(out, resume=checkpoints / "step-00000002", keep_last=3, save_steps=1))
+    for part in ("with 1 CPU threads on ", "now there are 2 on ", "--num_threads 1 keep"):
+        assert part in caplog.text
+    assert_as_undisturbed(out, undisturbed)
 
 
 def test_a_complete_run_is_left_as_it_is(run, undisturbed, capsys):
@@ -470,94 +356,38 @@ def test_a_complete_run_is_left_as_it_is(run, undisturbed, capsys):
     before = state()
     assert train_accelerate.main(run(undisturbed, resume="auto")) == undisturbed
     assert "is complete; there is nothing to go on with" in capsys.readouterr().out
+    assert "learning_rate: 0.001 there, 0.5 now" in refused(run(undisturbed, resume="auto", learning_rate=0.5))
     assert state() == before
 
 
 @pytest.mark.slow
-def test_a_run_that_shall_replace_a_complete_one_goes_on(run, undisturbed, tmp_path):
-    out = tmp_path / "out"
-    train_accelerate.main(run(out, max_steps=2))
-    killed_run(run(out, overwrite_output_dir="true"), Trainer, "_one_step", 4)
-    with pytest.raises(SystemExit, match=r"not empty.*--overwrite_output_dir"):
-        train_accelerate.main(run(out, resume="auto"))
-    assert len(run_json(out)["curve"]) == 3
-    train_accelerate.main(run(out, resume="auto", overwrite_output_dir="true"))
-    assert_as_undisturbed(out, undisturbed)
-
-
-@pytest.mark.slow
-def test_a_kill_after_the_rename_leaves_nothing_for_ever(run, tmp_path, monkeypatch):
-    finish = train_accelerate.finish_folder
-
-    def finish_and_die(*args):
-        finish(*args)
-        raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train_accelerate, "finish_folder", finish_and_die)
-        train_accelerate.main(run(tmp_path / "out"))
-    assert (tmp_path / "out" / RUN_MARKER).is_file()
-    train_accelerate.main(run(tmp_path / "out", resume="auto"))
-    assert not (tmp_path / "out" / RUN_MARKER).exists()
-
-
-@pytest.mark.slow
-def test_sigkill_while_one_run_replaces_another(run, undisturbed, tmp_path):
-    """The old one is there again under its name, until the new one, which goes on, takes its place."""
-    out, cache = tmp_path / "out", tmp_path / "cache"
+def test_a_run_that_replaces_another_goes_on_and_the_old_one_stays_until_then(run, undisturbed, tmp_path):
+    """SIGKILL between the two renames is tried with `finish_folder`."""
+    out, replacing = tmp_path / "out", {"overwrite_output_dir": "true"}
     train_accelerate.main(run(out, max_steps=2))
     old = weights(out)
-    killed = process(run(out, overwrite_output_dir="true"), "replace-before", 1, cache=cache)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not out.exists(), "the moment between the two renames"
-    with pytest.raises(SystemExit, match="is not empty"):
-        train_accelerate.main(run(out))
+    killed_run(run(out, **replacing), Trainer, "_one_step", 4)
+    assert re.search(r"not empty.*--overwrite_output_dir", refused(run(out, resume="auto")))
     assert weights(out) == old
-    train_accelerate.main(run(out, overwrite_output_dir="true", resume="auto"))
+    train_accelerate.main(run(out, resume="auto", **replacing))
     assert_as_undisturbed(out, undisturbed)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_unfinished_run_is_not_started_over_by_mistake(run, tmp_path):
-    killed_run(run(tmp_path / "out"), Trainer, "_one_step", 4)
-    with pytest.raises(
-        SystemExit, match=r"out\.partial holds an unfinished run.*--resume auto.*--overwrite_output_dir"
-    ):
-        train_accelerate.main(run(tmp_path / "out"))
-    assert (tmp_path / "out.partial/checkpoints/step-00000002").is_dir()
-
-
-@pytest.mark.slow
-def test_a_finished_training_is_not_thrown_away_by_mistake(run, tmp_path):
-    killed_run(run(tmp_path / "out", save_steps=100), train_accelerate, "measure", 1)
-    assert not list((tmp_path / "out.partial").rglob("step-*"))
-    with pytest.raises(SystemExit, match="holds an unfinished run"):
-        train_accelerate.main(run(tmp_path / "out", save_steps=100))
-    assert (tmp_path / "out.partial/run.json").is_file()
-
-
-# The best
-
-
-def recalls(monkeypatch, values: list[float]) -> None:
-    """The recall that is measured at the start and then every time."""
-    left = iter(values)
-
-    def measured(trainer):
-        return dict.fromkeys(("text_to_image", "image_to_text"), next(left)) | {"loss": 1.0}
-
-    monkeypatch.setattr(Trainer, "_measured", measured)
+# The best, trackers
 
 
 @pytest.mark.slow
 def test_the_last_checkpoints_and_the_best_stay(run, tmp_path, monkeypatch):
-    recalls(monkeypatch, [0.1, 0.2, 0.9, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    recalls = iter([0.1, 0.2, 0.9, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])  # at the start, and then every time
+
+    def measured(trainer):
+        return dict.fromkeys(("text_to_image", "image_to_text"), next(recalls)) | {"loss": 1.0}
+
+    monkeypatch.setattr(Trainer, "_measured", measured)
     out = train_accelerate.main(run(tmp_path / "out", eval_steps=1, save_steps=1, max_steps=8, keep_last=2))
     steps = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert steps == ["step-00000002", "step-00000007", "step-00000008"]
-
-
-# Trackers, pickles
 
 
 @pytest.mark.slow
@@ -575,19 +405,12 @@ def test_tensorboard(run, tmp_path):
     losses = {event.step: event.value for event in accumulator.Scalars("loss")}
     curve = {point["step"]: point["loss"] for point in run_json(out)["curve"] if "loss" in point}
     assert losses == pytest.approx(curve)
-    before = sorted(path.name for path in tmp_path.rglob("*"))
-    train_accelerate.main(run(out, tracker="tensorboard", resume="auto"))
-    assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 
-def test_a_tracker_leaves_nothing_where_the_run_can_not_start(run, tmp_path):
+def test_a_tracker_leaves_nothing_where_the_run_can_not_start(run, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
-    with pytest.raises(SystemExit, match="no column"):
-        train_accelerate.main(run(tmp_path / "out", tracker="tensorboard", language="xh"))
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_tracker_that_is_not_installed(run, tmp_path, monkeypatch):
+    assert "no column" in refused(run(tmp_path / "out", tracker="tensorboard", language="xh"))
     monkeypatch.setattr("capivara_common.environment.find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"--tracker wandb needs wandb, not installed yet: pip install wandb$"):
-        train_accelerate.main(run(tmp_path / "out", tracker="wandb"))
+    message = refused(run(tmp_path / "out", tracker="wandb"))
+    assert message.endswith("--tracker wandb needs wandb, not installed yet: pip install wandb")
+    assert not list(tmp_path.iterdir())

@@ -71,8 +71,6 @@ def test_gradients_are_those_of_the_whole_batch(tiny_processor, tmp_path, frozen
     for actual, expected in zip(exact[0], whole[0], strict=True):
         assert largest_difference(actual, expected) < 1e-5
     assert exact[1] == pytest.approx(whole[1], rel=1e-3)
-    parts = trained(Trainer, build(frozen), tiny_processor, tmp_path, data)
-    assert largest_difference(parts[0][0], whole[0][0]) > 0.1, "transformers' own accumulation is another loss"
 
 
 def test_evaluation_and_a_batch_that_lacks_something(tiny_processor, tmp_path):

@@ -1,9 +1,8 @@
-"""One process of the test of the whole batch: `torchrun --nproc_per_node N tests/whole_batch_process.py OUT [options]`.
+"""One process of the test of the whole batch: `torchrun --nproc_per_node N tests/whole_batch_process.py OUT`.
 
-It takes its share of the micro-batches and saves the gradients that it ends with.
+It takes its share of the micro-batches of each variant and saves the gradients that it ends with.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from training.whole_batch import WholeBatch
 
 CAPTIONS = ["gato", "uma foto de um gato azul", "a casa", "o carro verde e a árvore", "pão", "são joão", "água"]
 SEED, STEP, MICRO = 5, 3, 2
+# Whether the image tower is trained, and the micro-batches of the first process; the others share the rest.
+VARIANTS = {"even": (False, None), "trained": (True, None), "unequal": (False, 3), "none": (True, 0)}
 
 
 def build(trained_images: bool, checkpointing: bool = False) -> CapivaraModel:
@@ -54,25 +55,17 @@ def gradients_of(model, accelerator, batches, image_embeds, budget: float | None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--trained_images", action="store_true")
-    parser.add_argument("--first", type=int, help="micro-batches of the first process; the others share the rest")
-    parser.add_argument("--unsummed", action="store_true", help="the mutation: gradients are left unsummed")
-    args = parser.parse_args()
-    if args.unsummed:
-        WholeBatch._sum_over_processes = lambda self: None
-    accelerator = Accelerator(cpu=True)
+    accelerator, results = Accelerator(cpu=True), {}
     rank, number = accelerator.process_index, accelerator.num_processes
-    batches, embeds = make_batch(args.trained_images)
-    own = batches[rank::number]
-    if args.first is not None:
-        own = batches[: args.first] if rank == 0 else batches[args.first :][rank - 1 :: number - 1]
-    report, gradients = gradients_of(build(args.trained_images), accelerator, batches, embeds, own=own)
-    torch.save({"loss": report.loss, "gradients": gradients}, args.output / f"{rank}.pt")
+    for variant, (trained_images, first) in VARIANTS.items():
+        batches, embeds = make_batch(trained_images)
+        own = batches[rank::number]
+        if first is not None:
+            own = batches[:first] if rank == 0 else batches[first:][rank - 1 :: number - 1]
+        report, gradients = gradients_of(build(trained_images), accelerator, batches, embeds, own=own)
+        results[variant] = {"loss": report.loss, "gradients": gradients}
+    torch.save(results, Path(sys.argv[1]) / f"{rank}.pt")
     accelerator.end_training()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
