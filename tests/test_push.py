@@ -422,13 +422,13 @@ def test_a_token_in_a_file_or_a_flag_goes_nowhere(hub, push, folder):
 )
 def test_a_secret_in_what_everybody_reads_is_not_sent(hub, push, flag, secret):
     done = push("--push", flag, secret)
-    assert done.code == 1 and f"{flag} holds what looks like an access token or key" in done.err
+    assert done.code == 2 and f"{flag} holds what looks like an access token or key" in done.err
     assert secret not in done.out + done.err and hub.requests == []
 
 
 def test_a_place_in_the_message_is_not_sent(hub, push):
     done = push("--push", "--message", "Of /data1/maria/runs")
-    assert done.code == 1 and "--message names a place on a machine" in done.err and hub.requests == []
+    assert done.code == 2 and "--message names a place on a machine" in done.err and hub.requests == []
     assert push("--push", "--message", "Of 12/05, see https://x.org/a/b").code == 0
 
 
