@@ -30,8 +30,8 @@ from eval.embeddings import EmbeddingStore, distinct_texts
 from eval.records.schema import DIRECTIONS
 from eval.retrieval import RetrievalArguments, RetrievalData, RetrievalEmbeddings, flat_captions, load_data
 from modeling_capivara import CapivaraModel
+from modeling_capivara.embedder import model_embedder
 from modeling_capivara.loading import load_model, load_processor, weights_digest
-from modeling_capivara.two_towers import capivara_embedder
 from training.trainable import interpolate_weights
 
 REFERENCE, OURS = "paper", "interpolate-0.7"  # what all are compared with; what configs/openmoji_plus.yaml has
@@ -175,7 +175,7 @@ class Measures:
         return torch.arange(len(captions)) if direction == "image_to_text" else flat_captions(captions)[1]
 
     def _embedded(self, model: CapivaraModel) -> dict[str, RetrievalEmbeddings]:
-        embedder = capivara_embedder("", model.eval(), self.processor, "float32")
+        embedder = model_embedder("", model.eval(), self.processor, "float32")
         images = EmbeddingStore(embedder, self.cache)  # kept for all models of this image tower
         flat = {key: flat_captions(data.captions) for key, data in self.data.items()}
         texts = [text for some, _ in flat.values() for text in some] + self.names["hi"] + self.names["en"]

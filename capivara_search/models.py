@@ -103,7 +103,7 @@ class SearchModel:
         if "_loaded" not in self.__dict__ and len(texts) <= MANY_TEXTS and self._text_tower is not None:
             return self._text_tower.embed(texts)
         from modeling_capivara.text_repair_capivara import checked_texts
-        from modeling_capivara.two_towers import embed_texts
+        from modeling_capivara.embedder import embed_texts
 
         model, processor = self._loaded
         return embed_texts(model, processor, checked_texts(list(texts))).numpy()
@@ -119,7 +119,7 @@ class SearchModel:
         if not len(images):
             return np.empty((0, self.width), np.float32)
         model, processor = self._loaded
-        from modeling_capivara.two_towers import embed_images
+        from modeling_capivara.embedder import embed_images
 
         return embed_images(model, processor, images, batch_size).numpy()
 

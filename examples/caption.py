@@ -24,7 +24,7 @@ from capivara_search.picture_files import find_pictures
 from capivara_search.show import printable
 from examples.openmoji.dataset import load_embedded
 from modeling_capivara.loading import load_model, load_processor
-from modeling_capivara.two_towers import embed_images, embed_texts
+from modeling_capivara.embedder import embed_images, embed_texts
 
 
 @dataclass

@@ -234,8 +234,8 @@ def _filled_prompts(
 
 
 def unit_length(features: Tensor) -> Tensor:
-    """`features` (rows, width) scaled to Euclidean length 1 a row, in float32."""
-    return nn.functional.normalize(features.float(), dim=-1)
+    """`features` (rows, width) scaled to Euclidean length 1 a row, in float32, or in float64 where they are."""
+    return nn.functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
 def check_truncate_dim(dim: int | None, width: int, name: str = "truncate_dim") -> None:

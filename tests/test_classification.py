@@ -15,7 +15,7 @@ from caption_data.labelled_images import _by_name, load_images
 from eval.classification import chance_of, class_embeddings, classification_metrics, main
 from eval.embeddings import EmbeddingStore
 from eval.prompts import load_prompts
-from modeling_capivara.two_towers import load_embedder
+from modeling_capivara.embedder import load_embedder
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

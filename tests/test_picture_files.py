@@ -346,7 +346,7 @@ def test_shapes_are_those_of_the_image_processor():
 
 def test_embeddings_of_reduced_pictures(tiny_model, tiny_processor, tmp_path, monkeypatch):
     """At the least size that a JPEG is decoded at: a quarter here, 129 pixels for 32."""
-    from modeling_capivara.two_towers import embed_images
+    from modeling_capivara.embedder import embed_images
 
     monkeypatch.setattr(picture_files, "THUMBNAIL_SIDE", 1)
     names = ("astronaut", "coffee", "chelsea", "rocket", "camera", "hubble_deep_field")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_checkpoints import flipped
 
-import modeling_capivara.two_towers
+import modeling_capivara.embedder
 from capivara_common.tasks import all_parts
 from caption_data.embedding_cache import EmbeddingCache
 from caption_data.pairs import pair_table, pairs_fingerprint
@@ -102,11 +102,9 @@ def test_second_run_embeds_nothing(tiny_folder, folder, tmp_path, monkeypatch):
     more = ("--cache_dir", tmp_path / "cache")
     main(flags(tiny_folder, folder, tmp_path / "a.json", *more))
     monkeypatch.setattr(
-        "modeling_capivara.two_towers.embed_images", lambda *args, **kwargs: pytest.fail("embedded again")
+        "modeling_capivara.embedder.embed_images", lambda *args, **kwargs: pytest.fail("embedded again")
     )
-    monkeypatch.setattr(
-        "modeling_capivara.two_towers.embed_texts", lambda *args, **kwargs: pytest.fail("embedded again")
-    )
+    monkeypatch.setattr("modeling_capivara.embedder.embed_texts", lambda *args, **kwargs: pytest.fail("embedded again"))
     main(flags(tiny_folder, folder, tmp_path / "b.json", *more))
     assert read_records(tmp_path / "a.json") == read_records(tmp_path / "b.json")
 
@@ -147,7 +145,7 @@ def test_another_model_or_picture_is_another_cache(tiny_folder, folder, tmp_path
 def test_an_interrupted_run_goes_on(tiny_folder, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("eval.embeddings.IMAGES_PER_SHARD", 4)
     monkeypatch.setattr("eval.embeddings.TEXTS_PER_SHARD", 10)
-    real, done = modeling_capivara.two_towers.embed_images, []
+    real, done = modeling_capivara.embedder.embed_images, []
 
     def fails_at_third(*args, **kwargs):
         done.append(1)
@@ -155,7 +153,7 @@ def test_an_interrupted_run_goes_on(tiny_folder, folder, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("modeling_capivara.two_towers.embed_images", fails_at_third)
+    monkeypatch.setattr("modeling_capivara.embedder.embed_images", fails_at_third)
     arguments = flags(tiny_folder, folder, tmp_path / "r.json", "--cache_dir", tmp_path / "cache")
     with pytest.raises(KeyboardInterrupt):
         main(arguments)

@@ -22,7 +22,7 @@ from modeling_capivara.convert_open_clip import (
 )
 from modeling_capivara.loading import mapped_tensors, model_of_tensors
 from modeling_capivara.processing_capivara import CONTEXT_LENGTH
-from modeling_capivara.two_towers import random_texts
+from modeling_capivara.embedder import random_texts
 
 OPEN_CLIP_WEIGHTS = OPEN_CLIP_WEIGHT_FILES[0]
 SENTENCE_MODULES = "sentence_transformers.base.modules"  # as version 6 writes and reads it

@@ -28,7 +28,7 @@ from hub_upload.formats.onnx import ENDINGS, OUTPUTS, data_file, graphs, move_we
 from modeling_capivara import CapivaraImageProcessor
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.text_repair_capivara import CONTEXT_LENGTH
-from modeling_capivara.two_towers import random_images, random_texts
+from modeling_capivara.embedder import random_images, random_texts
 
 if TYPE_CHECKING:
     from onnx import ModelProto

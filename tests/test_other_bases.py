@@ -1,0 +1,84 @@
+"""Training of transformers' own two-tower models: their loss and gradients, their rules, their class when saved."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from towers import MAKERS
+from transformers import AutoProcessor, CLIPModel, SiglipModel
+from whole_batch_process import CAPTIONS, gradients_of
+
+import train_accelerate
+from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import IMAGE_SIDE, freeze_image_side, image_embeds
+from training.batches import micro_batches
+from training.whole_batch import contrastive_loss, loss_of, sigmoid_loss
+
+TWELVE = [f"{caption} {ending}" for caption in CAPTIONS[:6] for ending in ("azul", "e uma casa verde")]
+CLASSES = {"siglip": SiglipModel, "clip": CLIPModel}
+
+
+@pytest.fixture(params=CLASSES)
+def kind(request, tmp_path):
+    MAKERS[request.param](tmp_path / "base")
+    return request.param
+
+
+@pytest.mark.parametrize("budget", [0.0, float("inf")])
+def test_step_equals_the_models_own_loss(kind, budget, tmp_path):
+    """Micro-batches of 5 of 12, against `return_loss=True` of all at once, gradients included."""
+    folder, pixels = tmp_path / "base", torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model, processor = CLASSES[kind].from_pretrained(folder).train(), AutoProcessor.from_pretrained(folder)
+    freeze_image_side(model)
+    padding = {"padding": "max_length", "max_length": 64} if kind == "siglip" else {"padding": True}
+    texts = processor(text=TWELVE, return_tensors="pt", **padding)
+    loss = model(**texts, pixel_values=pixels, return_loss=True).loss
+    loss.backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    model = load_model(folder).train()
+    freeze_image_side(model)
+    batches, order = micro_batches(load_processor(folder), TWELVE, 5)
+    with torch.no_grad():
+        images = image_embeds(model, pixels[order])
+    report, actual = gradients_of(model, Accelerator(cpu=True), batches, images, budget, loss_of(model))
+    assert report.loss == pytest.approx(loss.item(), rel=1e-6)
+    assert actual.keys() == expected.keys() and "logit_scale" in actual
+    assert ("logit_bias" in actual) == (kind == "siglip")
+    for name, gradient in expected.items():
+        assert (actual[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("rows", [2, 3, 50])
+def test_shares_and_tiles_of_the_sigmoid_loss_add_up(rows, monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    texts, images = (torch.nn.functional.normalize(torch.randn(11, 8, generator=draw), dim=-1) for _ in range(2))
+    scale, bias, right = torch.tensor([4.7]), torch.tensor([-16.0]), torch.arange(11)
+    logits = scale.exp() * texts @ images.T + bias
+    expected = -torch.nn.functional.logsigmoid((2 * torch.eye(11) - 1) * logits).sum() / 11
+    monkeypatch.setattr("training.whole_batch.TILE_LOGITS", rows * 11)
+    for cut in (0, 4, 11):
+        found = sum(sigmoid_loss(texts, images, scale, own, bias) for own in (right[:cut], right[cut:]))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert loss_of(torch.nn.Linear(1, 1)) is contrastive_loss
+
+
+@pytest.mark.parametrize("flags", [{}, {"lora_rank": 2, "lora_targets": r"text_model\..*\.(q_proj|v_proj)"}])
+def test_a_run_saves_the_bases_own_class(flags, kind, tmp_path, tiny_dataset_folder):
+    """The image side and what else is not trained stay to the bit, and transformers alone opens the result."""
+    words = {
+        "model": tmp_path / "base", "dataset": tiny_dataset_folder, "output_dir": tmp_path / "run", "max_steps": 2,
+        "warmup_steps": 1, "effective_batch_size": 10, "micro_batch_size": 4, "learning_rate": 1e-3,
+        "caption_strategy": "all", "min_pair_similarity": "null", "mixed_precision": "no", "interpolate": 0.5,
+    } | flags  # fmt: skip
+    train_accelerate.main([word for name, value in words.items() for word in (f"--{name}", str(value))])
+    base, trained = (CLASSES[kind].from_pretrained(tmp_path / name) for name in ("base", "run"))
+    before, after = base.state_dict(), trained.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and not any(name.startswith(IMAGE_SIDE) for name in changed)
+    assert ("logit_scale" in changed) == (kind == "clip" and not flags) and "logit_bias" not in changed
+    assert AutoProcessor.from_pretrained(tmp_path / "run")(text="um gato").input_ids
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["model_class"] == CLASSES[kind].__name__
+    assert facts["loss"] == ("sigmoid" if kind == "siglip" else "contrastive")
