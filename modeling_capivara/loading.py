@@ -22,7 +22,6 @@ from capivara_common.weight_file import weight_files
 
 from .checks_capivara import check_sizes, tokenizer_errors
 from .configuration_capivara import CapivaraConfig, sizes_of
-from .modeling_capivara import CapivaraModel
 from .two_towers import check_two_towers, limit_texts
 
 WEIGHTS = "model.safetensors"
@@ -99,20 +98,20 @@ def mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
     return tensors
 
 
-def mapped_model(folder: Path, config: CapivaraConfig) -> CapivaraModel:
+def mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     """`model_of_tensors` of a folder: its weights are views of its files."""
     model = model_of_tensors(mapped_tensors(weight_files(folder)), config, f"The weights of {folder}")
     check_sizes({"logit_scale": model.logit_scale.item()}, f"{folder}: ")
     return model
 
 
-def model_of_tensors(tensors: Mapping[str, Tensor], config: CapivaraConfig, name: str) -> CapivaraModel:
+def model_of_tensors(tensors: Mapping[str, Tensor], config: PreTrainedConfig, name: str) -> PreTrainedModel:
     """A model whose weights are these tensors, not copies, to be saved and not to be run.
 
     Raises ValueError where some are missing, surplus or of another shape; all are named. Its subject is `name`.
     """
     with torch.device("meta"):
-        model = CapivaraModel(config)
+        model = AutoModel.from_config(config, dtype=torch.float32)
     try:
         model.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:

@@ -5,13 +5,15 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from towers import MAKERS
+from towers import MAKERS, gemma_like, siglip2
 from transformers import AutoProcessor, CLIPModel, SiglipModel
 from whole_batch_process import CAPTIONS, gradients_of
 
 import train_accelerate
+from modeling_capivara.embedder import embed_texts
 from modeling_capivara.loading import load_model, load_processor
-from modeling_capivara.two_towers import IMAGE_SIDE, freeze_image_side, image_embeds
+from modeling_capivara.trim_vocabulary import language_words, trim, word_forms
+from modeling_capivara.two_towers import IMAGE_SIDE, freeze_image_side, image_embeds, tokenise
 from training.batches import micro_batches
 from training.whole_batch import contrastive_loss, loss_of, sigmoid_loss
 
@@ -82,3 +84,33 @@ def test_a_run_saves_the_bases_own_class(flags, kind, tmp_path, tiny_dataset_fol
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert facts["model_class"] == CLASSES[kind].__name__
     assert facts["loss"] == ("sigmoid" if kind == "siglip" else "contrastive")
+
+
+def trimmed(folder, output, **options):
+    done = trim(folder, output, ["pt"], words=[300], **options)
+    return done, *(load_processor(path) for path in (folder, output)), *(load_model(path) for path in (folder, output))
+
+
+def test_a_bpe_with_bytes_is_trimmed_and_texts_of_its_pieces_stay(tmp_path):
+    """Merges are closed under what is kept: the same pieces, with the same rows, in the same order."""
+    words = language_words("pt", 300) + language_words("de", 2000)
+    siglip2(tmp_path / "base", gemma_like([*map(word_forms, words), *TWELVE], 3000))
+    (tmp_path / "texts").write_text("\n".join(TWELVE), encoding="utf-8")
+    done, whole, small, base, cut = trimmed(tmp_path / "base", tmp_path / "small", texts=[tmp_path / "texts"])
+    assert done.pieces[1] < 0.8 * done.pieces[0]
+    tables = [model.text_model.get_input_embeddings().weight for model in (base, cut)]
+    changed = 0
+    for text in [*TWELVE, *map(word_forms, language_words("pt", 300)), "Über die Brücke 鮫", "geschwindigkeit"]:
+        before, after = (tokenise(processor, [text])[0]["input_ids"] for processor in (whole, small))
+        pieces = [one.tokenizer.convert_ids_to_tokens(ids) for one, ids in ((whole, before), (small, after))]
+        changed += pieces[0] != pieces[1]
+        assert torch.equal(tables[0][before], tables[1][after]) == (pieces[0] == pieces[1])
+    assert changed == 2, "of all texts the two German ones alone have pieces that were cut"
+    assert type(cut) is SiglipModel and small.tokenizer.model_max_length == 64
+    torch.testing.assert_close(embed_texts(base, whole, TWELVE), embed_texts(cut, small, TWELVE), rtol=0, atol=1e-6)
+
+
+def test_a_bpe_without_bytes_is_one_line(tmp_path):
+    MAKERS["clip"](tmp_path / "base")
+    with pytest.raises(ValueError, match=r"^The tokenizer is of the kind BPE; what can be cut: [^\n]*$"):
+        trim(tmp_path / "base", tmp_path / "small", ["pt"], words=[10])

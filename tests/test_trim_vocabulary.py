@@ -203,7 +203,7 @@ def test_what_can_not_be_is_said_in_a_line(tiny_folder, tmp_path, monkeypatch, f
 
 def test_a_folder_that_is_there_and_one_that_is_no_model(tiny_folder, tmp_path):
     assert "exists and is not an empty folder" in stopped(tiny_folder, tiny_folder, "--languages", "pt")
-    assert "is of no CAPIVARA model" in stopped(tmp_path / "none", tmp_path / "out", "--languages", "pt")
+    assert "does not exist" in stopped(tmp_path / "none", tmp_path / "out", "--languages", "pt")
 
 
 def test_without_the_lists_of_words_their_package_is_named(tiny_folder, tmp_path, monkeypatch):

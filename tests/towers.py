@@ -1,8 +1,10 @@
 """Models of two towers of transformers at toy width, saved as their publishers save them; nothing is downloaded."""
 
+import json
 from pathlib import Path
 
 from tiny import randomise, tiny_tokenizer
+from tokenizers import Tokenizer, models, normalizers, trainers
 from transformers import (
     AltCLIPConfig,
     AltCLIPModel,
@@ -19,6 +21,7 @@ from transformers import (
     CLIPTokenizer,
     MetaClip2Config,
     MetaClip2Model,
+    Siglip2Tokenizer,
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
@@ -73,3 +76,24 @@ def metaclip_2(folder: Path) -> None:
 
 
 MAKERS = {maker.__name__: maker for maker in (siglip, clip, chinese_clip, altclip, metaclip_2)}
+
+
+def gemma_like(texts: list[str], size: int) -> Siglip2Tokenizer:
+    """A tokenizer as SigLIP 2's: BPE over whole texts in small letters, with a piece for each byte."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(" ", "▁")])
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False, max_token_length=16)
+    made.train_from_iterator(texts, trainer)
+    model = json.loads(made.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    return Siglip2Tokenizer(vocab=model["vocab"], merges=merges, padding_side="right", model_max_length=64)
+
+
+def siglip2(folder: Path, tokenizer: Siglip2Tokenizer, config: SiglipConfig | None = None) -> None:
+    """SigLIP 2 of fixed resolution: its model is transformers' SigLIP, its tokenizer Gemma's kind."""
+    text = TOWER | {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "pad_token_id": 0}
+    config = config or SiglipConfig(text_config=text | {"projection_size": 32}, vision_config=VISION)
+    randomise(SiglipModel(config)).save_pretrained(folder)
+    side = config.vision_config.image_size
+    SiglipProcessor(SiglipImageProcessor(size={"height": side, "width": side}), tokenizer).save_pretrained(folder)
