@@ -38,6 +38,8 @@ class CapivaraPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if module is self:
             init.constant_(self.logit_scale, self.config.logit_scale_init_value)
+            if getattr(self, "logit_bias", None) is not None:
+                init.constant_(self.logit_bias, self.config.logit_bias_init_value)
 
     def freeze_image_tower(self) -> None:
         """Fix the image side for good: no gradient to its parameters, and evaluation mode also after `train()`.

@@ -449,15 +449,20 @@ def test_a_configuration_that_can_not_be_is_one_line_before_any_weight_is_read(
     assert nothing_left(tmp_path / "out")
 
 
-@pytest.mark.parametrize(("section", "field"), [(None, "init_logit_bias"), ("vision_cfg", "qk_norm")])
-def test_a_field_that_adds_tensors_is_refused_by_their_names(tmp_path, tokenizer_folder, section, field):
+def test_a_model_with_the_bias_of_siglips_loss_is_converted(tmp_path, tokenizer_folder):
+    state = write_open_clip(tmp_path / "source", tiny_config(logit_bias_init_value=-9.0))
+    convert(str(tmp_path / "source"), tmp_path / "out")
+    assert torch.equal(CapivaraModel.from_pretrained(tmp_path / "out").logit_bias, state["logit_bias"])
+
+
+def test_a_field_that_adds_tensors_is_refused_by_their_names(tmp_path, tokenizer_folder):
     """No list of fields is needed for it: what is loaded has to fit, strictly."""
     folder = tmp_path / "source"
     state = write_open_clip(folder, tiny_config())
-    extra = "logit_bias" if section is None else "visual.transformer.resblocks.0.attn.ln_q.weight"
+    extra = "visual.transformer.resblocks.0.attn.ln_q.weight"
     save_file({**state, extra: torch.ones(1)}, folder / "open_clip_model.safetensors")
-    change_config(folder, section, **{field: True})
-    with pytest.raises(ValueError, match=r"Unexpected key\(s\) in state_dict: [^\n]*(ln_q|logit_bias)"):
+    change_config(folder, "vision_cfg", qk_norm=True)
+    with pytest.raises(ValueError, match=r"Unexpected key\(s\) in state_dict: [^\n]*ln_q"):
         convert(str(folder), tmp_path / "out")
     assert nothing_left(tmp_path / "out")
 
