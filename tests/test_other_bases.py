@@ -7,12 +7,13 @@ import torch
 from accelerate import Accelerator
 from tiny import TINY_TEXT, randomise, tiny_config
 from towers import MAKERS, gemma_like, siglip2
-from transformers import AutoProcessor, CLIPModel, SiglipModel
+from transformers import AutoProcessor, CLIPModel, SiglipConfig, SiglipModel
 from whole_batch_process import CAPTIONS, gradients_of
 
 import train_accelerate
+from hub_upload.formats import siglip
 from modeling_capivara import CapivaraModel
-from modeling_capivara.embedder import embed_texts
+from modeling_capivara.embedder import embed_texts, load_embedder, random_images, random_texts
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.trim_vocabulary import language_words, trim, word_forms
 from modeling_capivara.two_towers import IMAGE_SIDE, freeze_image_side, image_embeds, tokenise
@@ -127,3 +128,31 @@ def test_a_bpe_without_bytes_is_one_line(tmp_path):
     MAKERS["clip"](tmp_path / "base")
     with pytest.raises(ValueError, match=r"^The tokenizer is of the kind BPE; what can be cut: [^\n]*$"):
         trim(tmp_path / "base", tmp_path / "small", ["pt"], words=[10])
+
+
+@pytest.mark.slow
+def test_siglip2_in_full_size_is_read_by_open_clip_and_sentence_transformers(tmp_path):
+    """SigLIP 2 B/16 with a made BPE of 256,000 pieces, trimmed: each library with its own code, the scores equal."""
+    import open_clip
+    from sentence_transformers import SentenceTransformer
+
+    codes = ("pt", "en", "de", "fr", "es", "it", "ru", "nl", "pl")
+    words = [word for code in codes for word in language_words(code, 25_000)]
+    tokenizer = gemma_like(list(map(word_forms, words)), 256_000)
+    text = {"vocab_size": 256_000, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
+    siglip2(tmp_path / "base", tokenizer, SiglipConfig(text_config=text))
+    folder, texts, images = tmp_path / "small", random_texts(), [image.convert("RGB") for image in random_images()]
+    done = trim(tmp_path / "base", folder, ["pt", "en"], words=[20_000])
+    assert done.pieces[0] == 256_000 and done.parameters[1] < 0.7 * done.parameters[0]
+    siglip.main([str(folder)])
+    ours = load_embedder(str(folder), "cpu")
+    model, preprocess = open_clip.create_model_from_pretrained(name := f"local-dir:{folder}")
+    tokenise_theirs = open_clip.get_tokenizer(name)
+    with torch.no_grad():
+        theirs = model.encode_text(tokenise_theirs(texts), normalize=True)
+        pictures = model.encode_image(torch.stack(list(map(preprocess, images))), normalize=True)
+    torch.testing.assert_close(theirs, ours.texts(texts), rtol=0, atol=1e-4)
+    torch.testing.assert_close(pictures, ours.images(images), rtol=0, atol=1e-3)  # PIL's resizing beside torchvision's
+    sentences = SentenceTransformer(str(folder), device="cpu")
+    torch.testing.assert_close(sentences.encode(texts, convert_to_tensor=True), ours.texts(texts), rtol=0, atol=1e-5)
+    torch.testing.assert_close(sentences.encode(images, convert_to_tensor=True), ours.images(images), rtol=0, atol=1e-5)

@@ -87,7 +87,9 @@ def gemma_like(texts: list[str], size: int) -> Siglip2Tokenizer:
     made.train_from_iterator(texts, trainer)
     model = json.loads(made.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
-    return Siglip2Tokenizer(vocab=model["vocab"], merges=merges, padding_side="right", model_max_length=64)
+    return Siglip2Tokenizer(
+        vocab=model["vocab"], merges=merges, padding_side="right", model_max_length=64, model_input_names=["input_ids"]
+    )
 
 
 def siglip2(folder: Path, tokenizer: Siglip2Tokenizer, config: SiglipConfig | None = None) -> None:

@@ -32,9 +32,9 @@ from hub_upload.formats.onnx import ONNX_PACKAGES, TOLERANCE, data_file, open_gr
 from hub_upload.formats.open_clip import text_config_source
 from modeling_capivara import CapivaraConfig, CapivaraModel
 from modeling_capivara.convert_open_clip import open_clip_model_cfg, preprocess_cfg_of
+from modeling_capivara.embedder import random_images, random_texts
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.processing_capivara import CONTEXT_LENGTH
-from modeling_capivara.embedder import random_images, random_texts
 
 BASE_NAME, BASE_WIDTH = "XLM-Roberta-Base-ViT-B-32__laion5b_s13b_b90k", 512  # of the base, in Immich's list
 LARGEST_GRAPH = 2**31 - 2**20  # bytes of weights: a protobuf message has fewer than 2 GiB

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from capivara_common.environment import package_versions
 from capivara_common.files import write_json
 from modeling_capivara import CapivaraModel, CapivaraProcessor
-from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.embedder import random_images, random_texts
+from modeling_capivara.loading import load_model, load_processor
 
 if TYPE_CHECKING:
     from onnx import GraphProto

@@ -26,9 +26,9 @@ from capivara_common.files import read_json, write_json, write_text
 from hub_upload.formats import with_plain_quotes
 from hub_upload.formats.onnx import ENDINGS, OUTPUTS, data_file, graphs, move_weights, open_graph, write_towers
 from modeling_capivara import CapivaraImageProcessor
+from modeling_capivara.embedder import random_images, random_texts
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.text_repair_capivara import CONTEXT_LENGTH
-from modeling_capivara.embedder import random_images, random_texts
 
 if TYPE_CHECKING:
     from onnx import ModelProto
