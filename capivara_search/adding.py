@@ -3,20 +3,20 @@
     added = add_folders(table, model, [Path("/home/maria/Fotos")])
 
 First files and rows are compared: a file whose size and time are those of its row is not read again, nor is one that
-has not changed since it was no picture that can be read; what only could not be opened is tried again. Rows are written
-in commits of `COMMIT_ROWS` pictures or `COMMIT_S` seconds, and what is gone is removed at the end: a kill at any moment
-loses no more than the last commit, and the next run does what is missing.
+has not changed since it was no picture that can be read; what only could not be opened is tried again. A picture whose
+content is known, of a file that was moved, copied or touched, keeps its vector. Rows are written in commits of
+`COMMIT_ROWS` pictures or `COMMIT_S` seconds, and what is gone is removed at the end: a kill at any moment loses no more
+than the last commit, and the next run does what is missing.
 """
 
 import json
-import logging
 import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import blake2b
 from itertools import islice
@@ -28,8 +28,8 @@ import pyarrow as pa
 
 from capivara_common.cli import coded
 from capivara_common.files import read_json, write_json
-from capivara_common.image_files import DECODERS, BadImage, by_threads
-from capivara_search.picture_files import RETRYABLE, FileState, Picture, find_pictures, read_bytes_digest, read_picture
+from capivara_common.image_files import DECODERS, BadImage
+from capivara_search.picture_files import RETRYABLE, FileState, Picture, find_pictures, read_picture
 from capivara_search.results import Added, LeftOut
 from capivara_search.table import PictureTable
 from capivara_search.table_columns import (
@@ -40,11 +40,13 @@ from capivara_search.table_columns import (
     PICTURES,
     VECTOR,
     among,
+    as_array,
     quoted,
     to_arrow,
     vector_column,
     within,
 )
+from capivara_search.words import note
 
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
@@ -56,7 +58,6 @@ PICTURE_COLUMNS = ("digest", "width", "height", "taken", "latitude", "longitude"
 
 Read = tuple[FileState, Picture | Exception]
 Progress = Callable[[int, int], None]
-logger = logging.getLogger("capivara")
 
 # --- what there is to do ---------------------------------------------------------------------------------------------
 
@@ -78,7 +79,7 @@ def note_asked(table: PictureTable, folders: Sequence[Path]) -> None:
     try:
         write_json(_record(table), {"index": table.where, "folders": asked})
     except OSError as error:
-        logger.warning("The page will show thumbnails alone: %s can't be written: %s", _record(table), error)
+        note("thumbnails_alone", _record(table), error)
 
 
 def _record(table: PictureTable) -> Path:
@@ -89,7 +90,7 @@ def _record(table: PictureTable) -> Path:
 
 
 class KnownRows:
-    """What the table says of some paths, held in little memory: path -> (size, mtime_ns, digest, is_current).
+    """What the table says of some paths, held in little memory: path -> (digest, is_current).
 
     `is_current`: the vector is of the model in use.
     """
@@ -100,21 +101,15 @@ class KnownRows:
         self.current = np.equal(rows["model"].to_numpy(zero_copy_only=False), image_digest)
         self.places = {path: place for place, path in enumerate(rows["path"].to_pylist())}
 
-    def __getitem__(self, path: str) -> tuple[int, int, str, bool] | None:
+    def __getitem__(self, path: str) -> tuple[str, bool] | None:
         place = self.places.get(path)
-        if place is None:
-            return None
-        digest = self.digests[place].as_py()
-        return int(self.sizes[place]), int(self.times[place]), digest, bool(self.current[place])
-
-    def is_as(self, file: FileState) -> bool:
-        """Whether a file has the size and time that its row says."""
-        place = self.places.get(file.path)
-        return place is not None and (self.sizes[place], self.times[place]) == (file.size, file.mtime_ns)
+        return None if place is None else (self.digests[place].as_py(), bool(self.current[place]))
 
     def is_done(self, file: FileState) -> bool:
-        """Whether a file is as its row says, and its vector is of the model in use."""
-        return self.is_as(file) and bool(self.current[self.places[file.path]])
+        """Whether a file has the size and time that its row says, and its vector is of the model in use."""
+        place = self.places.get(file.path)
+        is_as = place is not None and (self.sizes[place], self.times[place]) == (file.size, file.mtime_ns)
+        return is_as and bool(self.current[place])
 
 
 @dataclass
@@ -129,7 +124,7 @@ class Plan:
         gone: paths of rows whose file is no longer there.
         unchanged: number of rows that stay as they are.
         unseen: files and folders that could not even be looked at, and why.
-        broken: files (path, size, mtime_ns) that could not be read an earlier time, and are as they were.
+        broken: files that could not be read an earlier time, and are as they were.
     """
 
     folders: Sequence[Path]
@@ -139,7 +134,7 @@ class Plan:
     gone: list[str]
     unchanged: int
     unseen: list[LeftOut]
-    broken: set[tuple[str, int, int]]
+    broken: set[FileState]
 
 
 def make_plan(table: PictureTable, image_digest: str, folders: Sequence[Path], share: tuple[int, int] = (0, 1)) -> Plan:
@@ -154,28 +149,26 @@ def make_plan(table: PictureTable, image_digest: str, folders: Sequence[Path], s
     Raises:
         ValueError: a folder is not there, or holds no picture: nothing is removed for that.
     """
+    clause = within(*folders)
     try:
         found, unseen = find_pictures(folders)
     except ValueError as error:
-        if kept := table.count(within(*folders)):
+        if kept := table.count(clause):
             text = "{error} The index keeps its {kept} pictures of these folders; `forget` removes them."
             values = {"error": error, "kept": kept} | getattr(error, "values", {})
             raise coded(ValueError, getattr(error, "code", None), text, **values) from error
         raise
-    clause = within(*folders)
     columns = ["path", "size", "mtime_ns", "digest", "model"]
     known = KnownRows(table.rows(columns, f"{clause} OR model != {quoted(image_digest)}"), image_digest)
     left_out = table.rows([*columns[:3], "reason"], clause, LEFT_OUT).to_pylist()
-    broken = {tuple(row.values())[:3] for row in left_out if not row["reason"].startswith(RETRYABLE)}
-    files = [file for file in found if not known.is_done(file)]
-    unchanged = len(found) - len(files)
-    as_before = {state for file in files if (state := (file.path, file.size, file.mtime_ns)) in broken}
-    files = [file for file in files if (file.path, file.size, file.mtime_ns) not in as_before]
+    broken = {FileState(*list(row.values())[:3]) for row in left_out if not row["reason"].startswith(RETRYABLE)}
+    todo = [file for file in found if not known.is_done(file)]
+    broken &= set(todo)
     asked = asked_folders(table)
     gone, elsewhere = _without_file(known, folders, asked, found, unseen)
-    files = [file for file in files + elsewhere if is_of_share(file.path, share)]
+    files = [file for file in todo + elsewhere if file not in broken and is_of_share(file.path, share)]
     roots = [*map(os.path.realpath, folders), *asked.values()]
-    return Plan(folders, roots, files, known, gone, unchanged, unseen, as_before)
+    return Plan(folders, roots, files, known, gone, len(found) - len(todo), unseen, broken)
 
 
 def _without_file(
@@ -199,12 +192,9 @@ def _without_file(
             continue
         if path.startswith(inside):
             gone.append(path)
-            continue
-        if not path.startswith(others):
-            continue
-        with suppress(OSError):
-            state = os.stat(path)
-            elsewhere.append(FileState(path, state.st_size, state.st_mtime_ns))
+        elif path.startswith(others):
+            with suppress(OSError):
+                elsewhere.append(FileState.of(path))
     return gone, elsewhere
 
 
@@ -240,36 +230,33 @@ class IndexWriter:
         self.batch_size, self.progress = batch_size, progress
         self.columns, self.digest, self.column = table.columns(), model.image_digest, vector_column(model.width)
         self.added, self.done, self.all_left_out = Added(unchanged=plan.unchanged), 0, set[str]()
-        self.gone = Counter(plan.known[path][2] for path in plan.gone)  # digests
+        self.gone = Counter(plan.known[path][0] for path in plan.gone)  # digests
         self.sizes = set(table.rows(["size"])["size"].unique().to_pylist())  # another size is another content
         self._start_commit()
 
     def _start_commit(self) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
-        self.by_digest: dict[str, dict[str, Any]] = {}
+        self.by_digest: dict[str, np.ndarray] = {}
         self.left_out: dict[str, dict[str, Any]] = {}
         self.since = time.monotonic()
 
     def run(self, exact: bool = False) -> Added:
         """Do it; pictures are decoded at full size where `exact`."""
+        files = self.plan.files
         read = partial(read_picture, side=self.model.side, exact=exact, folders=self.plan.roots)
-        self.progress(0, len(self.plan.files))
+        self.progress(0, len(files))
         try:
-            with closing(read_ahead(self._unknown(), read, self.batch_size, exact)) as batches:
+            with closing(read_ahead(files, read, self.batch_size, exact)) as batches:
                 for batch in batches:
                     self._embed(batch)
-                    self._write_when_due()  # not after each: a rate of these would mislead
+                    self.progress(self.done, len(files))
+                    if len(self.rows) + len(self.left_out) >= COMMIT_ROWS or time.monotonic() - self.since > COMMIT_S:
+                        self.write()
         except KeyboardInterrupt:  # what was embedded is kept
             self.write()
             raise
         self.write()
         return self.added
-
-    def _write_when_due(self) -> None:
-        """Write where there is enough, or the last time is long ago."""
-        self.progress(self.done, len(self.plan.files))
-        if len(self.rows) + len(self.left_out) >= COMMIT_ROWS or time.monotonic() - self.since > COMMIT_S:
-            self.write()
 
     def write(self) -> None:
         """Write what was collected.
@@ -283,83 +270,51 @@ class IndexWriter:
             self.table.remove([path for path, row in self.left_out.items() if not row["reason"].startswith(RETRYABLE)])
         self._start_commit()
 
-    def _unknown(self) -> Iterator[FileState]:
-        """The files that must be decoded; those whose content is in the table get their rows on the way."""
-        for start in range(0, len(self.plan.files), COMMIT_ROWS):
-            group = self.plan.files[start : start + COMMIT_ROWS]
-            digests = dict(zip(group, by_threads(self._digest_before, group), strict=True))
-            kept = self._kept(digests.values())
-            for file in group:
-                if row := kept.get(digests[file]):
-                    self._put(file, row, row[VECTOR])
-                else:
-                    yield file
-            self._write_when_due()
+    def _embed(self, batch: Sequence[Read]) -> None:
+        """Embed pictures whose content is not known yet, and make the rows of all."""
+        pictures: dict[FileState, Picture] = {}
+        for file, picture in batch:
+            if isinstance(picture, Picture):
+                pictures[file] = picture
+            elif isinstance(picture, FileNotFoundError):  # gone since it was found; the next run sees that
+                self.done += 1
+            elif isinstance(picture, BadImage | OSError):
+                self.left_out[file.path] = asdict(file) | {"reason": str(picture)}
+                self.all_left_out.add(file.path)
+                self.done += 1
+            else:
+                raise picture
+        known = self._kept({one.digest for file, one in pictures.items() if file.size in self.sizes}) | self.by_digest
+        new = {one.digest: one.image for one in pictures.values() if one.digest not in known}
+        known |= dict(zip(new, self.model.images(list(new.values()), self.batch_size), strict=True))
+        self.added.embedded += len(new)
+        for file, picture in pictures.items():
+            self._put(file, picture, known[picture.digest])
 
-    def _digest_before(self, file: FileState) -> str | None:
-        """The digest of a file that may be known."""
-        if self.plan.known.is_as(file):
-            return self.plan.known[file.path][2]
-        if file.size not in self.sizes:
-            return None
-        try:
-            return read_bytes_digest(file.path, self.plan.roots)
-        except (BadImage, OSError):
-            return None  # reading it says why
-
-    def _kept(self, digests: Sequence[str | None]) -> dict[str | None, dict[str, Any]]:
-        """Digest -> a row of this model's with that content."""
-        wanted = sorted(set(digests) - {None})
+    def _kept(self, wanted: Collection[str]) -> dict[str, np.ndarray]:
+        """Digest -> vector, of contents that have one of this model's in the table."""
         if not wanted:
             return {}
         clause = f"{among('digest', wanted)} AND model = {quoted(self.digest)}"
-        copies = self.table.rows(["digest", "path"], clause)  # of one picture there may be thousands
-        paths = dict(zip(copies["digest"].to_pylist(), copies["path"].to_pylist(), strict=True))
-        rows = self.table.of_paths(self.table.columns().names, list(paths.values())).to_pylist()
-        return {row["digest"]: {**row, VECTOR: row[self.column]} for row in rows}
+        rows = self.table.rows(["digest", self.column], clause)
+        return dict(zip(rows["digest"].to_pylist(), as_array(rows[self.column]), strict=True))
 
-    def _embed(self, batch: Sequence[Read]) -> None:
-        pictures: dict[FileState, Picture] = {}
-        for file, picture in batch:
-            if isinstance(picture, FileNotFoundError):  # gone since it was found; the next run sees that
-                self.done += 1
-            elif isinstance(picture, BadImage | OSError):
-                row = {"path": file.path, "size": file.size, "mtime_ns": file.mtime_ns, "reason": str(picture)}
-                self.left_out[file.path] = row
-                self.all_left_out.add(file.path)
-                self.done += 1
-            elif isinstance(picture, Exception):
-                raise picture
-            else:
-                pictures[file] = picture
-        # Copies of what this run has met meanwhile.
-        known = self._kept([one.digest for file, one in pictures.items() if file.size in self.sizes]) | self.by_digest
-        new = {one.digest: one for one in pictures.values() if one.digest not in known}
-        vectors = self.model.images([one.image for one in new.values()], self.batch_size) if new else []
-        of_digest = dict(zip(new, vectors, strict=True))
-        self.added.embedded += len(new)
-        for file, picture in pictures.items():
-            vector = of_digest[picture.digest] if picture.digest in of_digest else known[picture.digest][VECTOR]
-            self._put(file, {name: getattr(picture, name) for name in PICTURE_COLUMNS}, vector)
-
-    def _put(self, file: FileState, row: dict[str, Any], vector: np.ndarray) -> None:
-        """Add a row with the content of another one or of a picture, and count what it is."""
-        state = {"path": file.path, "size": file.size, "mtime_ns": file.mtime_ns, "model": self.digest}
-        self.rows[file.path] = self.by_digest[row["digest"]] = {**row, **state, VECTOR: vector}
+    def _put(self, file: FileState, picture: Picture, vector: np.ndarray) -> None:
+        """Add the row of a picture, and count what it is."""
+        digest, known = picture.digest, self.plan.known[file.path]
+        values = {name: getattr(picture, name) for name in PICTURE_COLUMNS}
+        self.rows[file.path] = {**values, **asdict(file), "model": self.digest, VECTOR: vector}
+        self.by_digest[digest] = vector
         self.sizes.add(file.size)
-        self._count(file.path, row["digest"])
         self.done += 1
-
-    def _count(self, path: str, digest: str) -> None:
-        known = self.plan.known[path]
         if known is None and self.gone[digest] > 0:
             self.gone[digest] -= 1
             self.added.moved += 1
         elif known is None:
             self.added.new += 1
-        elif known[2] != digest:
+        elif known[0] != digest:
             self.added.changed += 1
-        elif known[3]:
+        elif known[1]:
             self.added.unchanged += 1
 
 
@@ -374,15 +329,21 @@ def add_folders(
     """`PictureIndex.add`; the table is made where it is missing, and locked."""
     start = time.monotonic()
     with table.locked():
-        plan = make_plan(table, model.image_digest, folders)  # says what is wrong with the folders
-        table.create(model.width)
-        note_asked(table, folders)
-        note_model(table, model)
+        plan = begin(table, model, folders)
         writer = IndexWriter(table, model, plan, batch_size, progress)
         added = writer.run(exact)
         finish(table, model, plan, added, writer.all_left_out)
     added.seconds = time.monotonic() - start
     return added
+
+
+def begin(table: PictureTable, model: "SearchModel", folders: Sequence[Path]) -> Plan:
+    """What there is to do, and a table for it. Raises ValueError as `make_plan`, and leaves no table then."""
+    plan = make_plan(table, model.image_digest, folders)
+    table.create(model.width)
+    note_asked(table, folders)
+    note_model(table, model)
+    return plan
 
 
 def note_model(table: PictureTable, model: "SearchModel") -> None:
@@ -396,11 +357,9 @@ def note_model(table: PictureTable, model: "SearchModel") -> None:
         return
     others = table.of_other_models(model.image_digest)
     if not others:
-        logger.info("Exchange of the text side, %s for %s: 0 pictures embedded again.", model.name, before.get("name"),
-                    extra={"code": "text_exchanged"})  # fmt: skip
+        note("text_exchanged", model.name, before.get("name"))
     else:
-        logger.info("%s has another image side than %s: %d pictures are embedded again.", model.name,
-                    before.get("name"), others, extra={"code": "image_side"})  # fmt: skip
+        note("image_side", model.name, before.get("name"), others)
 
 
 def finish(table: PictureTable, model: "SearchModel", plan: Plan, added: Added, left_out: Collection[str] = ()) -> None:
@@ -427,7 +386,8 @@ def _left_out(table: PictureTable, plan: Plan, new: Collection[str]) -> list[Lef
     """What was left out of the folders; the table of it is brought up to date."""
     columns = ["path", "size", "mtime_ns", "reason"]
     rows = table.rows(columns, within(*plan.folders), LEFT_OUT).to_pylist()
-    true = {row["path"]: row for row in rows if row["path"] in new or tuple(row.values())[:3] in plan.broken}
+    known = {FileState(*list(row.values())[:3]): row for row in rows}
+    true = {file.path: row for file, row in known.items() if file.path in new or file in plan.broken}
     for one in plan.unseen:  # without size and time, so that they are looked at each time
         path = one.path.encode("utf-8", "replace").decode()  # of a name that is no text
         true[path] = {"path": path, "size": -1, "mtime_ns": -1, "reason": one.reason}

@@ -1,16 +1,8 @@
-"""What each command of `capivara` does, in the words of a language.
-
-    from capivara_search.command import parsed
-    from capivara_search.commands import run
-    from capivara_search.show import Words
-
-    words = Words("en")
-    code = run(parsed(["search", "um gato", "--index", "fotos.lance"], words), words)  # prints; 0: found
+"""What each command of `capivara` takes and does, in the words of a language; its function returns the exit code.
 
 The index, and all that it needs, is imported when a command begins.
 """
 
-import csv
 import json
 import os
 import signal
@@ -25,22 +17,22 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import get_completion_class
 
-from capivara_search.results import Added, Hit
+from capivara_search import command_line as cli
+from capivara_search.results import TEMPLATE, Added, Hit
 from capivara_search.show import (
-    UNSAFE,
-    Unusable,
-    Words,
+    PICTURES,
     contact_sheet,
     link,
     open_pictures,
-    printable,
     say,
     screen,
     shown_path,
     table,
-    text_cell,
+    write_csv,
 )
+from capivara_search.words import UNSAFE, Words, failure, visible
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -48,26 +40,42 @@ if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
 
 DONE, NOTHING = 0, 1  # exit codes; the help explains them
+WHOLE = cli.number(int, 1)
+OUTPUT = cli.switches("--json", "--csv")
+SHOWN = [cli.Flag("--pictures", type=cli.Choice(PICTURES), default="auto"), *cli.switches("--no-pictures")]
 LEFT_OUT_SHOWN = 5
 MAX_LETTERS = 4096  # of a query; the model reads no more of a text
 CSV_COLUMNS = ("rank", "score", "path", "taken", "width", "height", "latitude", "longitude", "size", "modified")
 
 
-def run(args: SimpleNamespace, words: Words) -> int:
-    """Do what the arguments say, and return the exit code.
-
-    Raises:
-        Unusable: there is no index yet, or a program of the system is missing.
-        ValueError, OSError, ImportError, RuntimeError: of the index and the model.
-    """
-    return COMMANDS[args.command](args, words)
-
-
+@cli.command(
+    "index",
+    cli.Argument("folders", metavar="folder", nargs=-1, required=True, read=cli.existing("folder"), completes="dir"),
+    *cli.switches("--exact"),
+    cli.Flag("--batch-size", read=WHOLE, default=32, metavar="number"),
+    # Those of `ExecutorArguments`:
+    cli.Flag("--executor", type=cli.Choice(("local", "slurm", "ray")), default="local"),
+    cli.Flag("--tasks", read=WHOLE, metavar="number"),
+    cli.Flag("--workers", read=WHOLE, metavar="number"),
+    cli.Flag("--partition", metavar="partition"),
+    cli.Flag("--time", metavar="time"),
+    cli.Flag("--sbatch", multiple=True, metavar="pair"),
+    cli.Flag("--cpus-per-task", read=WHOLE, default=1, metavar="number"),
+    cli.Flag("--mem-per-cpu-gb", read=WHOLE, default=4, metavar="number"),
+    cli.Flag("--gpus-per-task", read=cli.number(int, 0), default=0, metavar="number"),
+    cli.Flag("--logging-dir", read=cli.absolute, metavar="folder", completes="dir"),
+)
 def index(args: SimpleNamespace, words: Words) -> int:
     """Add folders to the index, with progress and a summary."""
+    if args.executor == "local" and args.workers is not None:
+        raise click.UsageError(words("gone", name="--workers", text=words("gone.workers")))
+    if args.executor != "local" and args.tasks is None:
+        raise click.UsageError(words("needs_flags", executor=args.executor, flags="--tasks"))
+    if args.executor == "slurm" and not (args.partition and args.time and args.logging_dir):
+        raise click.UsageError(words("needs_flags", executor="slurm", flags="--partition, --time, --logging-dir"))
     pictures = _index(args)
     pictures.mend()
-    say(words("model_line", model=printable(pictures.model.name)))
+    say(words("model_line", model=visible(pictures.model.name)))
     _say_note(pictures, words)
     say(words("looking", folders=", ".join(shown_path(str(folder)) for folder in args.folders)))
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
@@ -122,13 +130,29 @@ def summary(added: Added, pictures: int, words: Words) -> Iterable[str]:
     yield words.count("in_index", pictures) + "."
 
 
+@cli.command(
+    "search",
+    cli.Argument("query", metavar="query", nargs=-1, callback=lambda ctx, param, parts: " ".join(parts).strip()),
+    cli.Flag("--like", read=cli.existing("file"), metavar="file", completes="file"),
+    cli.Flag("-k", read=cli.number(int, 1, 10_000), default=12, metavar="number"),
+    cli.Flag("--folder", read=cli.absolute, metavar="folder", completes="dir"),
+    cli.Flag("--since", read=cli.day(last=False), metavar="date"),
+    cli.Flag("--until", read=cli.day(last=True), metavar="date"),
+    *cli.switches("--exact", "--open"),
+    *OUTPUT,
+    *SHOWN,
+)
 def search(args: SimpleNamespace, words: Words) -> int:
     """Find pictures, and show or write them."""
+    if not args.query and args.like is None:
+        raise click.UsageError(words("empty_query"))
+    if args.since and args.until and args.since > args.until:
+        raise click.UsageError(words("dates_order", since=args.since, until=args.until))
     if len(args.query) > MAX_LETTERS:
         length, kept = words.number(len(args.query)), words.number(MAX_LETTERS)
         say(words("long_query", length=length, kept=kept))
         args.query = args.query[:MAX_LETTERS]
-    pictures = _filled_index(args, words)
+    pictures = _filled_index(args)
     _say_note(pictures, words)
     like = args.like and _query_picture(args.like, words)
     filters = {"folder": args.folder, "since": args.since, "until": args.until}
@@ -136,7 +160,7 @@ def search(args: SimpleNamespace, words: Words) -> int:
     if args.json:
         _write_json([asdict(hit) for hit in hits])
     elif args.csv:
-        _write_csv(CSV_COLUMNS, [{"rank": rank} | asdict(hit) for rank, hit in enumerate(hits, 1)])
+        write_csv(sys.stdout, CSV_COLUMNS, [{"rank": rank} | asdict(hit) for rank, hit in enumerate(hits, 1)])
     elif hits:
         show(hits, pictures, args, words)
     else:
@@ -148,10 +172,10 @@ def search(args: SimpleNamespace, words: Words) -> int:
 
 def show(hits: Sequence[Hit], pictures: "PictureIndex", args: SimpleNamespace, words: Words) -> None:
     """Hits as a table; in a terminal that can, above it as many as pictures as fit in the window."""
-    terminal = screen(sys.stdout, args.pictures)
+    terminal = screen(sys.stdout, "no" if args.no_pictures else args.pictures)
     if terminal.pictures:
         thumbnails = [pictures.thumbnail(hit.path) for hit in hits]
-        captions = [f"{rank} {printable(os.path.basename(hit.path))}" for rank, hit in enumerate(hits, 1)]
+        captions = [f"{rank} {visible(os.path.basename(hit.path))}" for rank, hit in enumerate(hits, 1)]
         print(contact_sheet(thumbnails, captions, terminal, terminal.lines - len(hits) - 3))
     head = [words(f"column.{name}") for name in ("rank", "score", "taken", "path")]
     rows = [[str(rank), words.number(hit.score, 3), words.date(hit.taken), ""] for rank, hit in enumerate(hits, 1)]
@@ -163,20 +187,33 @@ def show(hits: Sequence[Hit], pictures: "PictureIndex", args: SimpleNamespace, w
         print(line)
 
 
+@cli.command(
+    "classify",
+    cli.Argument("place", metavar="place", read=cli.existing("folder", "file"), completes="file"),
+    cli.Flag("--labels", multiple=True, metavar="label"),
+    cli.Flag("--template", default=TEMPLATE, metavar="text"),
+    *OUTPUT,
+)
 def classify(args: SimpleNamespace, words: Words) -> int:
     """The label of each picture of a folder, or of one picture."""
-    pictures = _index(args)
+    if not args.labels:
+        raise click.UsageError(words("missing", name="--labels") + words("see_help"))
+    from capivara_search.labelling import checked_labels
+
+    labels, pictures = checked_labels(args.labels, args.template), _index(args)
     _say_note(pictures, words)
-    found = pictures.classify(args.place, args.labels, args.template)
+    found = pictures.classify(args.place, labels, args.template)
     if not found and args.place.is_file():
         _query_picture(args.place, words)  # says what is wrong with it
     rows = [asdict(one) for one in found]
     if args.json:
         _write_json(rows)
     elif args.csv:
-        columns = {label: f"share of {label}" if label in ("path", "label") else label for label in args.labels}
+        columns = {label: f"share of {label}" if label in ("path", "label") else label for label in labels}
         shares = [{columns[label]: share for label, share in row.pop("shares").items()} for row in rows]
-        _write_csv(("path", "label", *columns.values()), [row | own for row, own in zip(rows, shares, strict=True)])
+        write_csv(
+            sys.stdout, ("path", "label", *columns.values()), [row | own for row, own in zip(rows, shares, strict=True)]
+        )
     else:
         texts = [row["label"] or words("none_fits") for row in rows]
         shares = [words.number(100 * max(row["shares"].values())) + " %" for row in rows]
@@ -189,9 +226,16 @@ def classify(args: SimpleNamespace, words: Words) -> int:
     return DONE if rows else NOTHING
 
 
+@cli.command(
+    "app",
+    cli.Flag("--port", read=cli.number(int, 1, 65535), default=7860, metavar="number"),
+    cli.Flag("--host", default="127.0.0.1", metavar="address"),
+    cli.Flag("--allow-host", read=cli.host, multiple=True, metavar="name"),
+    *cli.switches("--no-open"),
+)
 def app(args: SimpleNamespace, words: Words) -> int:
     """The page, until Ctrl-C."""
-    pictures = _filled_index(args, words)
+    pictures = _filled_index(args)
     _say_note(pictures, words)
     from capivara_search.page.guard import allowed_hosts
     from capivara_search.page.server import is_loopback, serve_index  # here: what there is no index for waits less
@@ -206,16 +250,17 @@ def app(args: SimpleNamespace, words: Words) -> int:
         names = [shown_path(folder) for folder in unasked[:LEFT_OUT_SHOWN]]
         command = f"capivara {words.command('index')} {words('metavar.folder')}"
         say(words("thumbnails_alone", folders=", ".join(names), command=command))
-    for number in (signal.SIGTERM, signal.SIGINT):  # what visitors have sent is removed
-        signal.signal(number, signal.default_int_handler)
+    for ending in (signal.SIGTERM, signal.SIGINT):  # what visitors have sent is removed
+        signal.signal(ending, signal.default_int_handler)
     options = {"language": words.language, "on_open": tell, "allow_hosts": list(args.allow_host)}
     serve_index(pictures, args.host, args.port, open_browser=not args.no_open, **options)
     return DONE
 
 
+@cli.command("status", *cli.switches("--json"))
 def status(args: SimpleNamespace, words: Words) -> int:
     """What the index holds, and every file that was left out."""
-    pictures = _filled_index(args, words)
+    pictures = _filled_index(args)
     found = pictures.status()
     if args.json:
         _write_json(asdict(found))
@@ -223,7 +268,7 @@ def status(args: SimpleNamespace, words: Words) -> int:
     facts = {
         "where": shown_path(found.where),
         "pictures": words.number(found.pictures),
-        "model": printable(found.model or ""),
+        "model": visible(found.model or ""),
         "size": "" if found.bytes is None else words.size(found.bytes),
         "search": words("status.approximate" if found.approximate else "status.exact"),
     }
@@ -239,9 +284,10 @@ def status(args: SimpleNamespace, words: Words) -> int:
     return DONE
 
 
+@cli.command("forget", cli.Argument("folder", metavar="folder", read=cli.absolute, completes="dir"))
 def forget(args: SimpleNamespace, words: Words) -> int:
     """Take a folder out of the index."""
-    pictures = _filled_index(args, words)
+    pictures = _filled_index(args)
     number, path = pictures.forget(args.folder), shown_path(str(args.folder))
     if number:
         print(words.count("forgotten", number, path=path))
@@ -250,16 +296,23 @@ def forget(args: SimpleNamespace, words: Words) -> int:
     return DONE if number else NOTHING
 
 
+@cli.command("export", cli.Argument("file", metavar="file", read=cli.table_file, completes="file"))
 def export(args: SimpleNamespace, words: Words) -> int:
     """Write the index to a file."""
-    number = _filled_index(args, words).export(args.file)
+    number = _filled_index(args).export(args.file)
     print(words.count("exported", number, path=shown_path(str(args.file))))
     return DONE
 
 
+@cli.command(
+    "duplicates",
+    cli.Flag("--threshold", read=cli.number(float, 0.01, 1), default=0.97, metavar="value"),
+    *OUTPUT,
+    *SHOWN,
+)
 def duplicates(args: SimpleNamespace, words: Words) -> int:
     """Groups of pictures that are nearly the same."""
-    pictures = _filled_index(args, words)
+    pictures = _filled_index(args)
     groups = pictures.duplicates(args.threshold)
     if args.json:
         _write_json([[asdict(hit) for hit in group] for group in groups])
@@ -267,7 +320,7 @@ def duplicates(args: SimpleNamespace, words: Words) -> int:
         rows = [
             {"group": n, "rank": r} | asdict(h) for n, group in enumerate(groups, 1) for r, h in enumerate(group, 1)
         ]
-        _write_csv(("group", *CSV_COLUMNS), rows)
+        write_csv(sys.stdout, ("group", *CSV_COLUMNS), rows)
     else:
         for number, group in enumerate(groups, 1):
             print(words("group", n=number))
@@ -277,6 +330,14 @@ def duplicates(args: SimpleNamespace, words: Words) -> int:
     return DONE if groups else NOTHING
 
 
+@cli.command("completion", cli.Argument("shell", type=cli.Choice(("bash", "zsh", "fish"))))
+def completion(args: SimpleNamespace, words: Words) -> int:
+    """Print what completes commands and flags in a shell."""
+    print(get_completion_class(args.shell)(cli.GROUP, {"obj": words}, "capivara", cli.COMPLETE).source())
+    return DONE
+
+
+@cli.command(None)
 def overview(args: SimpleNamespace, words: Words) -> int:
     """What can be done next: make an index, or use the one that is there."""
     pictures = _index(args)
@@ -290,31 +351,17 @@ def overview(args: SimpleNamespace, words: Words) -> int:
     return DONE
 
 
-COMMANDS = {
-    None: overview,
-    "index": index,
-    "search": search,
-    "classify": classify,
-    "app": app,
-    "status": status,
-    "forget": forget,
-    "export": export,
-    "duplicates": duplicates,
-}
-
-
 def _index(args: SimpleNamespace) -> "PictureIndex":
     from capivara_search.index import PictureIndex  # here: lancedb comes with it
 
     return PictureIndex.open(args.index or "auto", args.model, args.device)
 
 
-def _filled_index(args: SimpleNamespace, words: Words) -> "PictureIndex":
-    """The index; raises Unusable where it holds nothing yet."""
+def _filled_index(args: SimpleNamespace) -> "PictureIndex":
+    """The index; raises RuntimeError where it holds nothing yet."""
     pictures = _index(args)
     if not len(pictures):
-        command = f"capivara {words.command('index')} {words('metavar.folder')}"
-        raise Unusable(words("no_index", where=shown_path(str(pictures.where)), command=command))
+        raise failure(RuntimeError, "no_index", where=shown_path(str(pictures.where)))
     return pictures
 
 
@@ -340,15 +387,3 @@ def _write_json(value: Any) -> None:
     text = json.dumps(value, ensure_ascii=False, indent=1, default=datetime.isoformat)
     # Letters that a terminal obeys stand in strings alone, where JSON has its own escape; lines end outside of them.
     print(UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else json.dumps(found[0])[1:-1], text))
-
-
-def _write_csv(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(map(_cell, columns))
-    writer.writerows([_cell(row[name]) for name in columns] for row in rows)
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, datetime):
-        return value.isoformat()
-    return text_cell(value) if isinstance(value, str) else value

@@ -12,12 +12,10 @@ from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
-from pyarrow.csv import CSVWriter
 from pyarrow.parquet import ParquetWriter
 
 from capivara_common.files import UMASK, check_output_file, no_space_left
-from capivara_search.show import FORMULA
+from capivara_search.show import write_csv
 from capivara_search.table import PictureTable
 from capivara_search.table_columns import THUMBNAIL
 
@@ -48,46 +46,41 @@ def export_rows(table: PictureTable, path: str | Path) -> int:
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
         if no_space_left(error):
-            raise OSError(
-                getattr(error, "errno", None), f"No space left for {path}; nothing was kept. Free some"
-            ) from error
+            text = f"No space left for {path}; nothing was kept. Free some"
+            raise OSError(getattr(error, "errno", None), text) from error
         raise
     return rows
 
 
-def _write(table: PictureTable, temporary: str, csv: bool) -> int:
+def _write(table: PictureTable, temporary: str, as_csv: bool) -> int:
     columns = pa.schema(
         one.remove_metadata()
         for one in table.columns()
-        if one.name != THUMBNAIL and not (csv and pa.types.is_fixed_size_list(one.type))
+        if one.name != THUMBNAIL and not (as_csv and pa.types.is_fixed_size_list(one.type))
     )
-    written = _readable(pa.RecordBatch.from_pylist([], columns)).schema
-    rows, writer = 0, CSVWriter(temporary, written) if csv else ParquetWriter(temporary, written)
-    for batch in table.batches(columns.names):
-        batch = _readable(batch)
-        writer.write(_without_formulas(batch) if csv else batch)
-        rows += batch.num_rows
-    writer.close()
+    batches = (_readable(batch, as_csv) for batch in table.batches(columns.names))
+    known = _readable(pa.RecordBatch.from_pylist([], columns), as_csv).schema
+    rows = 0
+    if as_csv:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            return write_csv(file, known.names, (row for batch in batches for row in batch.to_pylist()))
+    with ParquetWriter(temporary, known) as writer:
+        for batch in batches:
+            writer.write(batch)
+            rows += batch.num_rows
     return rows
 
 
-def _readable(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Times as times, and vectors in float32, which every reader of parquet knows."""
+def _readable(batch: pa.RecordBatch, as_csv: bool) -> pa.RecordBatch:
+    """Times as times, in CSV as Arrow writes them, and vectors in float32, which every reader of parquet knows."""
     columns = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         if name == "mtime_ns":
             times = [datetime.fromtimestamp(ns.as_py() / 1e9).replace(microsecond=0) for ns in column]
-            columns["modified"] = pa.array(times, pa.timestamp("s"))
-        elif pa.types.is_fixed_size_list(column.type):
-            columns[name] = column.cast(pa.list_(pa.float32(), column.type.list_size))
-        else:
-            columns[name] = column
+            name, column = "modified", pa.array(times, pa.timestamp("s"))
+        if pa.types.is_fixed_size_list(column.type):
+            column = column.cast(pa.list_(pa.float32(), column.type.list_size))
+        if as_csv and pa.types.is_timestamp(column.type):
+            column = column.cast(pa.string())
+        columns[name] = column
     return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
-
-
-def _without_formulas(batch: pa.RecordBatch) -> pa.RecordBatch:
-    columns = [
-        pc.replace_substring_regex(column, FORMULA, r"'\1") if pa.types.is_string(column.type) else column
-        for column in batch.columns
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=batch.schema)

@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from datetime import date, datetime
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +21,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow.compute as pc
 
-from capivara_common.cli import coded
 from capivara_search.adding import KnownRows, add_folders, asked_folders, embed_files
+from capivara_search.duplicates import best_first, near_groups
 from capivara_search.labelling import checked_labels, classify_vectors
-from capivara_search.near_duplicates import near_groups
 from capivara_search.picture_files import FileState, absolute_folder, find_pictures, open_query_picture
 from capivara_search.results import TEMPLATE, Added, Classified, Hit, LeftOut, Status
 from capivara_search.storage import DamagedIndex
@@ -38,6 +36,7 @@ from capivara_search.table_columns import (
     PICTURES,
     THUMBNAIL,
     VECTOR,
+    all_of,
     as_array,
     quoted,
     taken_between,
@@ -45,6 +44,7 @@ from capivara_search.table_columns import (
     vector_column,
     within,
 )  # fmt: skip
+from capivara_search.words import failure, note
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -52,8 +52,6 @@ if TYPE_CHECKING:
     from capivara_search.models import SearchModel
 
 TIES = 4  # more rows than wanted are asked for, so that which of equal ones comes last is decided by path
-
-logger = logging.getLogger("capivara")
 
 
 def default_place() -> str | Path:
@@ -169,14 +167,11 @@ class PictureIndex:
         text = text.strip() if text else None
         if not text and like is None:
             raise ValueError("The query is empty. Give a sentence, a picture, or both.")
-        vectors = [self.model.texts([text])[0]] if text else []
+        vectors = [self.model.texts([text])] if text else []
         if like is not None:
-            vectors.append(self._vector_of(like))
-        return self.search_vector(np.mean([unit(v) for v in vectors], axis=0), k, folder, since, until, exact)
-
-    def _vector_of(self, like: "str | Path | Image.Image") -> np.ndarray:
-        image = open_query_picture(like) if isinstance(like, str | Path) else like
-        return self.model.images([image])[0]
+            image = open_query_picture(like) if isinstance(like, str | Path) else like
+            vectors.append(self.model.images([image]))
+        return self.search_vector(np.concatenate(vectors).mean(axis=0), k, folder, since, until, exact)
 
     def search_vector(
         self,
@@ -194,12 +189,10 @@ class PictureIndex:
             raise ValueError(f"The vector must have {self.model.width} numbers, got the shape {np.shape(vector)}.")
         if since and until and since > until:
             raise ValueError(f"since must not be after until, got {since} and {until}.")
-        vector, clauses = unit(vector), [*self._of_model(), *taken_between(since, until)]
-        if folder is not None:
-            clauses.append(within(absolute_folder(folder)))
+        vector, clause = unit(vector), all_of([*self._of_model(), *_filters(folder, since, until)])
         asked = k + TIES
         while True:
-            found = self._table.nearest(vector, asked, " AND ".join(clauses) or None, exact)
+            found = self._table.nearest(vector, asked, clause, exact)
             scores = np.clip(unit(as_array(found[VECTOR])) @ vector, -1, 1)
             hits = sorted(to_hits(found, scores), key=lambda hit: (-hit.score, hit.path))
             if len(hits) < asked or hits[-1].score < hits[k - 1].score:
@@ -215,10 +208,8 @@ class PictureIndex:
             k: how many at most.
             folder, since, until: as `search` has them.
         """
-        clauses = taken_between(since, until)
-        if folder is not None:
-            clauses.append(within(absolute_folder(folder)))
-        rows = self._table.rows(["taken", "mtime_ns"], " AND ".join(clauses) or None)
+        clauses = _filters(folder, since, until)
+        rows = self._table.rows(["taken", "mtime_ns"], all_of(clauses))
         taken = rows["taken"].to_numpy().astype("datetime64[us]")
         here = time.localtime().tm_gmtoff * 1_000_000  # cameras tell the time of the place
         modified = (rows["mtime_ns"].to_numpy() // 1000 + here).astype("datetime64[us]")
@@ -227,7 +218,7 @@ class PictureIndex:
             last = times[-k].astype(datetime)
             nanoseconds = (int(times[-k].astype(np.int64)) - here) * 1000
             clauses.append(f"(taken >= timestamp '{last}' OR (taken IS NULL AND mtime_ns >= {nanoseconds}))")
-        hits = to_hits(self._table.rows(HIT_COLUMNS, " AND ".join(clauses) or None))
+        hits = to_hits(self._table.rows(HIT_COLUMNS, all_of(clauses)))
         return sorted(hits, key=lambda hit: (-(hit.taken or hit.modified).timestamp(), hit.path))[:k]
 
     def _of_model(self) -> list[str]:
@@ -236,16 +227,11 @@ class PictureIndex:
         others, total = self._table.of_other_models(digest), len(self)
         if total and (others == total or self.model.width not in self._table.widths()):
             known = self._table.other_model(digest)
-            text = (
-                "{model} does not fit the index {path}: its pictures were embedded by {known}, of another image side. "
-                "Search with that model, or add the folders again with this one, which embeds the {total} anew."
-            )
             values = {"model": self.model.name, "path": self.where, "known": known, "total": total}
-            raise coded(ValueError, "other_model", text, **values)
+            raise failure(ValueError, "other_model", **values)
         if not others:
             return []
-        logger.warning("%d of %d pictures are not yet embedded by %s, and not found.", others, total, self.model.name,
-                       extra={"code": "not_yet_embedded"})  # fmt: skip
+        note("not_yet_embedded", others, total, self.model.name, level=logging.WARNING)
         return [f"model = {quoted(digest)}"]
 
     def thumbnail(self, path: str) -> bytes | None:
@@ -280,25 +266,20 @@ class PictureIndex:
         if not self._table.exists():
             return 0
         with self._table.locked():
-            self._table.remove_where(within(path), LEFT_OUT)
-            known = [key for key in self._table.about() if key.startswith(FOLDER_KEY)]
-            inside = [key for key in known if Path(key.removeprefix(FOLDER_KEY)).is_relative_to(path)]
+            removed, _ = (self._table.remove_where(within(path), name) for name in (PICTURES, LEFT_OUT))
+            inside = [FOLDER_KEY + folder for folder in self._table.folders() if Path(folder).is_relative_to(path)]
             self._table.remove(inside, ABOUT)
-            removed = self._table.remove_where(within(path), PICTURES)
             self._table.purge()
             return removed
 
     def folders(self) -> dict[str, int]:
         """Folder that was added -> pictures in it and the folders in it."""
-        return {folder: self._table.count(within(folder)) for folder in self._folders()}
-
-    def _folders(self) -> list[str]:
-        return sorted(key.removeprefix(FOLDER_KEY) for key in self._table.about() if key.startswith(FOLDER_KEY))
+        return {folder: self._table.count(within(folder)) for folder in self._table.folders()}
 
     def asked_folders(self) -> dict[str, str]:
         """Folder that was added on this machine -> its real path. An index of somebody else's has none."""
         asked = asked_folders(self._table)
-        return {folder: asked[folder] for folder in self._folders() if folder in asked}
+        return {folder: asked[folder] for folder in self._table.folders() if folder in asked}
 
     def status(self) -> Status:
         """What the index is."""
@@ -345,11 +326,7 @@ class PictureIndex:
 
     def _vectors_in(self, place: Path) -> tuple[list[str], np.ndarray]:
         """Paths of the pictures of a folder, or of one, and their vectors."""
-        if place.is_file():
-            state = place.stat()
-            files = [FileState(str(place), state.st_size, state.st_mtime_ns)]
-        else:
-            files, _ = find_pictures([place])
+        files = [FileState.of(str(place))] if place.is_file() else find_pictures([place])[0]
         rows = self._table.rows(["path", "size", "mtime_ns", "digest", "model"], within(place))
         known = KnownRows(rows, self.model.image_digest)
         vectors = self._known_vectors([file.path for file in files if known.is_done(file)])
@@ -371,18 +348,10 @@ class PictureIndex:
         if not self._table.exists():
             return []
         column = vector_column(self.model.width)
-        clause = " AND ".join(self._of_model()) or None
-        rows = self._table.rows([*HIT_COLUMNS, column], clause).sort_by("path")
+        rows = self._table.rows([*HIT_COLUMNS, column], all_of(self._of_model())).sort_by("path")
         vectors = as_array(rows[column])
-        groups = []
-        for numbers in near_groups(vectors, threshold):
-            members = to_hits(rows.take(numbers))
-            best = min(range(len(members)), key=lambda i: (-members[i].width * members[i].height, -members[i].size, i))
-            scores = np.clip(unit(vectors[numbers]) @ unit(vectors[numbers[best]]), -1, 1)
-            scored = [replace(hit, score=float(score)) for hit, score in zip(members, scores, strict=True)]
-            first = scored.pop(best)
-            groups.append([first, *sorted(scored, key=lambda hit: (-hit.score, hit.path))])
-        return groups
+        groups = near_groups(vectors, threshold)
+        return [best_first(to_hits(rows.take(numbers)), unit(vectors[numbers])) for numbers in groups]
 
     def export(self, path: str | Path) -> int:
         """Write the rows to a .parquet file, with vectors, or a .csv file; returns how many there are.
@@ -397,6 +366,11 @@ class PictureIndex:
             raise ValueError(f"There is no index at {self.where}, and nothing to export. Add a folder of pictures.")
         with self._table.locked():  # what is read is not tidied away meanwhile
             return export_rows(self._table, path)
+
+
+def _filters(folder: str | Path | None, since: date | None, until: date | None) -> list[str]:
+    """The clauses of a search."""
+    return [*taken_between(since, until), *([] if folder is None else [within(absolute_folder(folder))])]
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

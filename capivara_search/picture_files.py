@@ -4,7 +4,7 @@
     picture = read_picture(files[0])
     print(picture.width, picture.height, picture.taken, len(picture.thumbnail))
 
-What can't be read is said in one line, "reason: detail", whose reason is one of `REASONS`. Files are opened by
+What can't be read is said in one line, "reason: detail", whose reason has words in `words.yaml`. Files are opened by
 `capivara_common.image_files` alone. Programs write anything into EXIF data; what is no date or place is None.
 """
 
@@ -27,7 +27,6 @@ import PIL.Image
 from PIL.ExifTags import GPS, IFD, Base
 from PIL.Image import Resampling, Transpose
 
-from capivara_common.cli import coded
 from capivara_common.image_files import (
     MAX_IMAGE_BYTES,
     MAX_IMAGE_PIXELS,
@@ -40,6 +39,7 @@ from capivara_common.image_files import (
 )
 from capivara_common.links import Bounds
 from capivara_search.results import LeftOut
+from capivara_search.words import failure
 
 try:
     import rawpy  # extra `search`
@@ -52,11 +52,6 @@ INSTALL = 'pip install "modeling-capivara[search]"'
 FIRST_PHOTOGRAPH = 1826  # year
 DATE = re.compile(r"(\d{4})[:/.-](\d\d)[:/.-](\d\d)[ T](\d\d):(\d\d):(\d\d)", re.ASCII)
 RAW_ORIENTATIONS = {3: 3, 5: 8, 6: 6}  # LibRaw's `flip` -> EXIF orientation
-REASONS = (
-    *("no permission", "read error", "gone", "no regular file", "name is no text", "link out of the folder"),
-    *("broken link", "empty file", "no picture", "damaged picture", "too large", "no preview"),
-    *("needs rawpy", "needs pillow-heif"),
-)
 # Of these nothing is known of the content: the file is tried again each time.
 RETRYABLE = ("no permission", "read error", "gone", "needs rawpy", "needs pillow-heif")
 PICTURE_SUFFIXES = (*SUFFIXES, *RAW_SUFFIXES)
@@ -100,6 +95,12 @@ class FileState:
     path: str
     size: int
     mtime_ns: int
+
+    @classmethod
+    def of(cls, path: str, state: os.stat_result | None = None) -> "FileState":
+        """A file as it is now, or as it was when its state was asked for. Raises OSError."""
+        state = state or os.stat(path)
+        return cls(path, state.st_size, state.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -176,11 +177,9 @@ def find_pictures(folders: Sequence[str | Path]) -> tuple[list[FileState], list[
     for root in map(str, roots):
         denied = next((one for one in walk.left_out if one.path == root), None)
         if denied:
-            text = "The folder {path} can't be opened: {reason}."
-            raise coded(ValueError, "folder_shut", text, path=root, reason=denied.reason)
+            raise failure(ValueError, "folder_shut", path=root, reason=denied.reason)
         if not _is_any_in(paths, root):
-            text = "The folder {path} holds no picture. Names of pictures end in {ends}."
-            raise coded(ValueError, "no_picture", text, path=root, ends=", ".join(PICTURE_SUFFIXES))
+            raise failure(ValueError, "no_picture", path=root, ends=", ".join(PICTURE_SUFFIXES))
     return sorted(walk.found.values(), key=lambda file: file.path), sorted(walk.left_out, key=lambda one: one.path)
 
 
@@ -238,7 +237,7 @@ class _Walk:
             self.leave_out(path, _fault(PermissionError()))
         else:
             self.seen.add((state.st_dev, state.st_ino))
-            self.found[path] = FileState(path, state.st_size, state.st_mtime_ns)
+            self.found[path] = FileState.of(path, state)
 
     def follow_links(self) -> None:
         """Look at the links that were put aside, and at those that they lead to."""
@@ -411,11 +410,6 @@ def _degrees(value: Any, side: Any, sides: str, limit: int) -> float | None:
 # --- One by one ------------------------------------------------------------------------------------------------------
 
 
-def read_bytes_digest(path: str | Path, folders: Sequence[str | Path] | None = None) -> str:
-    """BLAKE2b-128 of a file, in hexadecimal, as `Picture.digest`. Raises BadImage where it can't be read."""
-    return _digest(_read(path, folders)[0])
-
-
 def read_picture(
     file: FileState, side: int = 224, exact: bool = False, folders: Sequence[str | Path] | None = None
 ) -> Picture:
@@ -432,7 +426,7 @@ def read_picture(
         BadImage: it can't be read, is no picture, damaged or too large; as `MissingPicture` where it is gone.
     """
     data, state = _read(file.path, folders)
-    return decode_picture(data, FileState(file.path, state.st_size, state.st_mtime_ns), side, exact)
+    return decode_picture(data, FileState.of(file.path, state), side, exact)
 
 
 def decode_picture(data: bytes, file: FileState, side: int = 224, exact: bool = False) -> Picture:
@@ -450,7 +444,7 @@ def decode_picture(data: bytes, file: FileState, side: int = 224, exact: bool = 
         width, height = preview.width, preview.height
     return Picture(
         file,
-        _digest(data),
+        blake2b(data, digest_size=16).hexdigest(),
         *((height, width) if details.orientation in QUARTER_TURNS else (width, height)),
         details.taken,
         details.latitude,
@@ -498,10 +492,6 @@ def _fault(error: OSError) -> BadImage:
     if isinstance(error, PermissionError):
         return BadImage("no permission", "it may not be read; its owner can allow it")
     return BadImage("read error", error.strerror or str(error))
-
-
-def _digest(data: bytes) -> str:
-    return blake2b(data, digest_size=16).hexdigest()
 
 
 def _opened(data: bytes, path: str) -> tuple[PIL.Image.Image, Preview | None]:

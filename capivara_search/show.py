@@ -1,14 +1,9 @@
-"""What a terminal is shown: words in two languages, texts that can do it no harm, tables, and pictures where it can.
+"""What a terminal is shown: paths, tables, links, and pictures where it can show them.
 
-    from capivara_search.show import Words, contact_sheet, screen
-
-    words = Words("pt")
-    print(words.count("new", 213))  # 213 imagens novas
-    print(contact_sheet(thumbnails, ["1 praia.jpg", "2 mar.jpg"], screen(sys.stdout)), end="")
-
-Names of files are other people's: whatever in them a terminal would obey is shown as an escape such as `\\x1b`.
+print(contact_sheet(thumbnails, ["1 praia.jpg", "2 mar.jpg"], screen(sys.stdout)), end="")
 """
 
+import csv
 import os
 import re
 import shutil
@@ -16,144 +11,54 @@ import subprocess
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import quote
+
+from capivara_search.words import Words, failure, visible
 
 if TYPE_CHECKING:
     import PIL.Image
 
-# English name of a command -> its Portuguese name; both work in both languages.
-COMMANDS = {
-    "index": "indexar",
-    "search": "buscar",
-    "classify": "classificar",
-    "app": "abrir",
-    "status": "estado",
-    "forget": "esquecer",
-    "export": "exportar",
-    "duplicates": "duplicatas",
-    "completion": "completar",
-}
 PICTURES = ("auto", "blocks", "no")  # how they may be shown
-# What a terminal obeys or hides: control and format characters (marks of writing direction, soft hyphens, tag letters),
-# separators of lines, and what is no character at all, such as a byte of a file's name that is no UTF-8. Format
-# characters that names need stay: joiners (Arabic, Indic, emoji), and signs that are seen (numbers in Arabic).
-UNSAFE = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
-    r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e007f]"
-)
 # How a cell begins that a spreadsheet would run or compute; a single quote before it makes it a text.
 FORMULA = r"^([=+\-@\t\r])"
 MOST_OPENED = 12  # pictures, by --open: more windows at once are of no use
-VIEWER_S = 3  # within which a viewer that can't open a picture has ended
-VIEWERS = {"darwin": "open"}  # platform -> what opens a file in the system's viewer
+OPENER = "open" if sys.platform == "darwin" else "xdg-open"  # of the system, which chooses by the kind of a file
+OPENER_S = 3  # within which one that can't open something has ended
 TILE_COLUMNS = 34  # least width of a picture: two pixels of a block are one character
 TILE_SHAPE = 0.375  # rows by columns: 4 by 3, of characters that are twice as high as wide
 
 
-class Unusable(Exception):
-    """The index, the model or a program of the system can't be used; the text says it in the language."""
-
-
-class Words:
-    """The texts of `words.yaml` in one language, with its numbers and dates."""
-
-    def __init__(self, language: str):
-        self.language = language  # "pt" or "en"
-        self._texts = _texts()
-
-    def raw(self, key: str) -> str | list[str]:
-        """The text as it stands in the file; a list is its singular and plural."""
-        return self._texts[key][self.language]
-
-    def has(self, key: str) -> bool:
-        """Whether there is such a text."""
-        return key in self._texts
-
-    def command(self, english: str) -> str:
-        """The name of a command."""
-        return COMMANDS[english] if self.language == "pt" else english
-
-    def reason(self, text: str) -> str:
-        """Why a file was left out, printable: `reason: detail`, of which other languages have the reason alone."""
-        key = f"reason.{text.partition(':')[0]}"
-        return self(key) if self.language != "en" and self.has(key) else printable(text)
-
-    def __call__(self, key: str, **values: Any) -> str:
-        """The text with its `{name}` filled in."""
-        return self.raw(key).format(**values)
-
-    def count(self, key: str, number: int, **values: Any) -> str:
-        """The singular or plural of a text, with `{n}` filled in."""
-        return self.raw(key)[number != 1].format(n=self.number(number), **values)
-
-    def number(self, value: float, digits: int = 0) -> str:
-        """1,234.5 or 1.234,5."""
-        text = f"{value:,.{digits}f}"
-        return text if self.language == "en" else text.translate(str.maketrans(",.", ".,"))
-
-    def size(self, number: int) -> str:
-        """Bytes, as 1.2 MB."""
-        for unit, divisor in (("GB", 1e9), ("MB", 1e6)):
-            if number >= divisor:
-                return f"{self.number(number / divisor, 1)} {unit}"
-        return f"{self.number(number / 1e3, 1)} kB"
-
-    def duration(self, seconds: float) -> str:
-        """Seconds, as 1 h 5 min."""
-        if seconds < 60:
-            return f"{self.number(seconds, 1 if seconds < 10 else 0)} s"
-        minutes = round(seconds / 60)
-        return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-    def date(self, moment: datetime | None) -> str:
-        """The day, as it is written in the language; empty where none is known."""
-        return "" if moment is None else moment.strftime("%d/%m/%Y" if self.language == "pt" else "%Y-%m-%d")
-
-
-@cache
-def _texts() -> dict[str, dict[str, str | list[str]]]:
-    import yaml
-
-    # The C loader takes a tenth of the time.
-    content = Path(__file__).with_name("words.yaml").read_text(encoding="utf-8")
-    return yaml.load(content, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
-
-
-def printable(text: str) -> str:
-    """A text of somebody else's, in one line, with nothing in it that a terminal obeys."""
-    return UNSAFE.sub(lambda found: _escape(ord(found[0])), text)
-
-
-def _escape(code: int) -> str:
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that is no UTF-8, as Python keeps it in a name
-        code -= 0xDC00
-    if code > 0xFFFF:
-        return f"\\U{code:08x}"
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
-
-
 def text_cell(text: str) -> str:
-    """A text of somebody else's as a cell of CSV: printable to a terminal, and to a spreadsheet."""
-    return re.sub(FORMULA, r"'\1", printable(text))
+    """A text of somebody else's as a cell of CSV, which neither a terminal nor a spreadsheet obeys."""
+    return re.sub(FORMULA, r"'\1", visible(text))
+
+
+def write_csv(file: TextIO, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> int:
+    """Write rows with a head, texts as `text_cell` has them and times in ISO 8601; returns how many there are."""
+    writer, number = csv.writer(file, lineterminator="\n"), 0
+    writer.writerow(map(text_cell, columns))
+    for row in rows:
+        cells = [row[name].isoformat() if isinstance(row[name], datetime) else row[name] for name in columns]
+        writer.writerow([text_cell(cell) if isinstance(cell, str) else cell for cell in cells])
+        number += 1
+    return number
 
 
 def shown_path(path: str) -> str:
-    """A path from the current folder where it lies below it, else from ~, else whole; printable to a terminal."""
+    """A path from the current folder where it lies below it, else from ~, else whole; `visible`."""
     for folder, name in ((os.getcwd(), ""), (os.path.expanduser("~"), "~/")):
         if folder != "/" and path.startswith(folder.rstrip("/") + "/"):
-            return printable(name + path[len(folder.rstrip("/")) + 1 :])
-    return printable(path)
+            return visible(name + path[len(folder.rstrip("/")) + 1 :])
+    return visible(path)
 
 
 def width(text: str) -> int:
-    """Columns that a printable text takes: none for a combining mark, two for a wide letter."""
+    """Columns that a text without control characters takes: none for a combining mark, two for a wide letter."""
     drawn = (c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf"))
     return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in drawn)
 
@@ -180,7 +85,7 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Iterator[
 
 def link(path: str, text: str) -> str:
     """The text, which opens the file where the terminal lets links be clicked; without a link for a strange name."""
-    return f"\x1b]8;;file://{quote(path)}\x1b\\{text}\x1b]8;;\x1b\\" if printable(path) == path else text
+    return f"\x1b]8;;file://{quote(path)}\x1b\\{text}\x1b]8;;\x1b\\" if visible(path) == path else text
 
 
 @dataclass(frozen=True)
@@ -219,7 +124,7 @@ def contact_sheet(pictures: Sequence[bytes | None], captions: Sequence[str], scr
 
     Args:
         pictures: files of small pictures; one that is None or broken leaves its place empty.
-        captions: one for each; printable.
+        captions: one for each; `visible`.
         screen: of the terminal.
         lines: that the sheet may take; rows that do not fit are left out, but for the first.
     """
@@ -277,58 +182,39 @@ def _blocks(image: "PIL.Image.Image") -> str:
 def open_pictures(paths: Sequence[str], words: Words) -> None:
     """Open pictures in the system's viewer.
 
-    An index may be of others, and its paths lead to anything: what is no picture any longer, or has another name than
-    its format, is not opened, since the system would start what it finds there, by its name.
+    An index may be of others, and its paths lead to anything: what is no picture any longer, or has no name of one, is
+    not opened, since the system would start what it finds there, by its name.
 
     Raises:
-        Unusable: the system has no viewer, or it does not open the pictures.
+        RuntimeError: the system has no viewer, or it does not open the pictures.
     """
     from capivara_common.image_files import BadImage
-    from capivara_search.picture_files import open_query_picture
+    from capivara_search.picture_files import is_picture_name, open_query_picture
 
-    viewer = VIEWERS.get(sys.platform, "xdg-open")
-    if shutil.which(viewer) is None:
-        raise Unusable(words("no_viewer", name=viewer))
     if len(paths) > MOST_OPENED:
         say(words("opening_most", most=MOST_OPENED))
-    started = {}
+    shown = []
     for path in paths[:MOST_OPENED]:
-        try:
-            open_query_picture(path)
-            other = _format_unlike_name(path)
-        except (BadImage, ValueError, OSError):
-            say(words("not_opened", path=shown_path(path)))
-            continue
-        if other:
-            say(words("not_opened_name", format=other, path=shown_path(path)))
-            continue
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        started[path] = subprocess.Popen([viewer, path], start_new_session=True, **quiet)
-    deadline = time.monotonic() + VIEWER_S
-    for path, process in started.items():
-        with suppress(subprocess.TimeoutExpired):  # it shows the picture until it is closed
-            if code := process.wait(max(0, deadline - time.monotonic())):
-                raise Unusable(words("viewer_failed", path=shown_path(path), name=viewer, code=code))
+        with suppress(BadImage, ValueError):
+            if is_picture_name(path) and open_query_picture(path):
+                shown.append(path)
+                continue
+        say(words("not_opened", path=shown_path(path)))
+    if not opened_by_system(*shown):
+        raise failure(RuntimeError, "no_viewer", name=OPENER)
 
 
-def _format_unlike_name(path: str) -> str | None:
-    """The format of the bytes of a picture, where its name ends as those of another one; else None.
-
-    Raises:
-        BadImage, OSError: it can't be read.
-    """
-    import PIL.Image
-
-    from capivara_common.image_files import MAX_IMAGE_BYTES, open_image, open_regular_file
-    from capivara_search.picture_files import MAX_PICTURE_PIXELS, RAW_SUFFIXES
-
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix in RAW_SUFFIXES:  # as which it was read before
-        return None
-    with open_regular_file(path, "the file") as file:
-        found = open_image(file.read(MAX_IMAGE_BYTES), "the file", MAX_PICTURE_PIXELS).format
-    of_name = PIL.Image.registered_extensions().get(suffix)
-    return None if of_name == {"MPO": "JPEG"}.get(found, found) else found  # phones' JPEG may hold a second picture
+def opened_by_system(*paths: str) -> bool:
+    """Whether the system has a program that opens files or folders, absolute paths, and it has not failed."""
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    try:
+        started = [subprocess.Popen([OPENER, path], start_new_session=True, **quiet) for path in paths]
+    except OSError:
+        return False
+    deadline = time.monotonic() + OPENER_S
+    with suppress(subprocess.TimeoutExpired):  # it shows the file until it is closed
+        return not any(process.wait(max(0, deadline - time.monotonic())) for process in started)
+    return True
 
 
 def say(text: str) -> None:

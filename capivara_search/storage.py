@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from functools import partial
 from urllib.parse import urlsplit
 
-from capivara_common.cli import coded
 from capivara_common.privacy import redact
+from capivara_search.words import failure
 
 FAILURES = (RuntimeError, OSError, ValueError)  # what LanceDB raises
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
@@ -26,31 +26,20 @@ CONFLICT = re.compile(r"commit conflict|concurrent (writer|transaction|commit)|T
 ENGINE = re.compile(r"lance error|LanceError|Encountered corrupt|External error: Not found")
 RUST_PLACE = re.compile(r",?\s*\S+\.rs(:\d+)+")  # of the engine's code, for its developers
 DAMAGED_FILE = re.compile(r"\S+\.lance/((data|_deletions|_indices|_versions)/\S+?)[,:]?(\s|$)")
-WAYS_OUT = {
-    "damaged": "Run `capivara index` with all its folders: it takes the newest version that can be read, or makes the "
-    "index anew, and says what is lost.",
-    "damaged_remote": "Restore it from a copy, or remove it and add the pictures again.",  # others may write to it
-}
 MAX_DETAIL = 200  # letters of the engine's own text
-# Code, what the engine says, whether of object storage alone, number of the error, and what is said of it.
+# Code, what the engine says, whether of object storage alone, and number of the error.
 KNOWN = (
-    ("no_space", r"No space left|os error 28|StorageFull|InsufficientCapacity", False, errno.ENOSPC,
-     "No space left on the disk of the index {path}. Free some and run the same again; what was written stays"),
-    ("too_many_files", r"Too many open files|os error 24", False, errno.EMFILE, "{text}"),
-    ("no_bucket", r"NoSuchBucket|(?i:bucket does not exist)", True, errno.ENOENT,
-     "There is no bucket for the index {path}. Make it, or check the name"),
+    ("index_full", r"No space left|os error 28|StorageFull|InsufficientCapacity", False, errno.ENOSPC),
+    ("too_many_files", r"Too many open files|os error 24", False, errno.EMFILE),
+    ("no_bucket", r"NoSuchBucket|(?i:bucket does not exist)", True, errno.ENOENT),
     # Without the number alone, which may be one of milliseconds.
     ("refused", r"Forbidden|AccessDenied|Unauthorized|status:? 40[13]|InvalidAccessKeyId|SignatureDoesNotMatch"
-                r"|Permission denied", True, errno.EACCES,
-     "The storage of {path} answers 403, access denied. Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they "
-     "may do in the bucket"),
+                r"|Permission denied", True, errno.EACCES),
     ("index_denied", r"Permission denied|not permitted|os error 13|os error 1\)|Read-only file system"
-                     r"|os error 30", False, errno.EACCES,
-     "The index {path} can't be opened or written: no permission. Choose another place"),
+                     r"|os error 30", False, errno.EACCES),
     ("no_answer", r"error sending request|tcp connect|dns error|Connection refused|operation timed out"
                   r"|kind: (Connect|Timeout|Request|Unknown)|Failed to resolve region|instance metadata"
-                  r"|CredentialsNotLoaded|BadScheme|URL scheme is not allowed", True, errno.EIO,
-     "The storage of {path} can't be reached. Check AWS_ENDPOINT_URL, AWS_REGION, the keys and the network: {text}"),
+                  r"|CredentialsNotLoaded|BadScheme|URL scheme is not allowed", True, errno.EIO),
 )  # fmt: skip
 
 
@@ -85,12 +74,10 @@ def explanation(error: Exception, where: str, part: str = "") -> Exception:
     if known := _of_storage(error, where):
         return known
     if is_conflict(error):
-        text = "Others write to the index {path} all the time. Run the same again; what was written stays"
-        return coded(partial(OSError, errno.EAGAIN), "conflict", text, path=where)
+        return failure(partial(OSError, errno.EAGAIN), "conflict", path=where)
     if isinstance(error, RuntimeError | ValueError) and ENGINE.search(str(error)):
         code = "damaged_remote" if "://" in where else "damaged"
-        text = "The index {path} is damaged in its part {part}: {detail}. " + WAYS_OUT[code]
-        return coded(DamagedIndex, code, text, path=where, part=part or "tables", detail=detail(error))
+        return failure(DamagedIndex, code, path=where, part=part or "tables", detail=detail(error))
     hidden = redact(str(error))
     return error if hidden == str(error) else OSError(errno.EIO, hidden)
 
@@ -108,11 +95,10 @@ def is_of_storage(error: Exception, where: str) -> bool:
 def _of_storage(error: Exception, where: str) -> OSError | None:
     # Without the name of the index, which may say anything.
     text = redact(" ".join(RUST_PLACE.sub("", str(error).replace(where, "")).split()))
-    for code, pattern, is_remote, number, line in KNOWN:
-        if ("://" in where or not is_remote) and re.search(
-            pattern, text
-        ):  # OSError makes a PermissionError of its number
-            return coded(partial(OSError, number), code, line, path=where, text=text[:MAX_DETAIL])
+    for code, pattern, is_remote, number in KNOWN:
+        if ("://" in where or not is_remote) and re.search(pattern, text):
+            # OSError makes a PermissionError of its number.
+            return failure(partial(OSError, number), code, path=where, text=text[:MAX_DETAIL])
     return None
 
 
@@ -138,10 +124,5 @@ def storage_options() -> dict[str, str] | None:
     except ValueError:  # of the port, which a password with a slash is taken for
         known = False
     if not known or NO_ADDRESS.search(endpoint):
-        raise coded(
-            ValueError,
-            "storage_address",
-            "AWS_ENDPOINT_URL must be an address such as {example}. In a password, / is written %2F and @ %40.",
-            example="https://host:9000",
-        )
+        raise failure(ValueError, "storage_address", example="https://host:9000")
     return {"aws_endpoint": endpoint, "allow_http": str(endpoint.startswith("http://")).lower()}

@@ -13,6 +13,7 @@ look at the rows that it does not have yet.
 """
 
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -30,7 +31,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capivara_common.cli import coded
 from capivara_search.storage import (
     FAILURES,
     DamagedIndex,
@@ -44,6 +44,7 @@ from capivara_search.storage import (
 from capivara_search.table_columns import (
     ABOUT,
     EMPTY,
+    FOLDER_KEY,
     HIT_COLUMNS,
     KEYS,
     LAYOUT,
@@ -58,6 +59,7 @@ from capivara_search.table_columns import (
     schema,
     vector_column,
 )
+from capivara_search.words import failure, note
 
 if TYPE_CHECKING:
     import lancedb
@@ -77,10 +79,10 @@ CACHE_BYTES = 640 << 20  # of the approximate index in memory; that of 1,000,000
 KEEP_VERSIONS = timedelta(minutes=10)  # on object storage, where others may write at the same time
 REMOTE_AGE = timedelta(seconds=1)  # how old what is known of an object storage may be: to ask costs a request
 IN_ONE_CLAUSE = 500  # paths
+BATCH_ROWS = 4096
 TRIES = 12  # of a write that others' writes get in the way of
 
 T = TypeVar("T")
-logger = logging.getLogger("capivara")
 
 
 class PictureTable:
@@ -110,16 +112,11 @@ class PictureTable:
         if not os.path.lexists(folder):
             return
         if not folder.is_dir():
-            text = "The index {path} is a file; an index is a folder. Choose another place."
-            raise coded(ValueError, "index_is_file", text, path=folder)
+            raise failure(ValueError, "index_is_file", path=folder)
         with explained(self.where):
             names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         if names and not any(f"{name}.lance" in names for name in KEYS):
-            text = (
-                "The folder {path} is no index: it holds other files, such as {name}. Choose another place for the "
-                "index, and add the folder's pictures to it."
-            )
-            raise coded(ValueError, "other_folder", text, path=folder, name=names[0])
+            raise failure(ValueError, "other_folder", path=folder, name=names[0])
 
     @cached_property
     def _connection(self) -> "lancedb.DBConnection":
@@ -156,12 +153,7 @@ class PictureTable:
                     return None
                 if self.remote or is_of_storage(error, self.where):
                     raise explanation(error, self.where, name) from error
-                text = (
-                    "The index {path} is damaged: the newest record of its files in {part}/_versions can't be read by "
-                    "this LanceDB. Upgrade lancedb where a newer one wrote it; else run `capivara index` with all its "
-                    "folders, and where that fails remove the index first."
-                )
-                raise coded(DamagedIndex, "damaged_record", text, path=self.where, part=self._folder(name)) from error
+                raise failure(DamagedIndex, "damaged_record", path=self.where, part=self._folder(name)) from error
             if name == PICTURES:
                 self._check_layout(table.schema)
             self._tables[name] = table
@@ -171,14 +163,9 @@ class PictureTable:
         """Raise ValueError where a table was not made by this project, or by a newer version of it."""
         number = (found.metadata or {}).get(LAYOUT_KEY, b"").decode(errors="replace")
         if not number.isdigit():
-            text = "The table at {path} was not made by capivara. Choose another place for the index."
-            raise coded(ValueError, "other_table", text, path=self.where)
+            raise failure(ValueError, "other_table", path=self.where)
         if int(number) > LAYOUT:
-            text = (
-                "The index {path} has layout {layout}, this version of capivara reads up to {known}. Install a newer "
-                "one, or make another index at another place."
-            )
-            raise coded(ValueError, "newer_index", text, path=self.where, layout=number, known=LAYOUT)
+            raise failure(ValueError, "newer_index", path=self.where, layout=number, known=LAYOUT)
 
     @property
     def pictures(self) -> Any:
@@ -197,7 +184,8 @@ class PictureTable:
         for name in KEYS:
             if self.table(name) is None:
                 columns = schema(width) if name == PICTURES else EMPTY[name]
-                self._again(name, partial(self._connection.create_table, name, schema=columns, exist_ok=True))
+                made = partial(self._connection.create_table, name, schema=columns, exist_ok=True)
+                self.write(name, lambda _, made=made: made())
         if width not in self.widths():
             column = pa.schema([schema(width).field(vector_column(width))])
             self.write(PICTURES, lambda table: None if width in self.widths() else table.add_columns(column))
@@ -226,14 +214,21 @@ class PictureTable:
     def read(self, name: str, operation: Callable[[Any], T]) -> T:
         """What an operation on a table returns."""
         table = self.pictures if name == PICTURES else self.table(name)
-        with explained(self.where, name):
-            try:
-                return operation(table)
-            except FAILURES as error:
-                if is_of_storage(error, self.where):
-                    raise
+        found, error = self._attempt(name, lambda: operation(table))
+        if error is None:
+            return found
+        with explained(self.where, name):  # its files may have been compacted away while they were read
             table.checkout_latest()
-            return operation(table)  # its files may have been compacted away while they were read
+            return operation(table)
+
+    def _attempt(self, name: str, call: Callable[[], T]) -> tuple[T, None] | tuple[None, Exception]:
+        """What a call returns, or its error, as of a damaged file; what the disk or the storage refuses is raised."""
+        try:
+            return call(), None
+        except FAILURES as error:
+            if is_of_storage(error, self.where):
+                raise explanation(error, self.where, name) from error
+            return None, error
 
     def rows(self, columns: Sequence[str], where: str | None = None, table: str = PICTURES) -> pa.Table:
         """Some columns of all rows, or of those of a clause; empty where the table is not there."""
@@ -247,10 +242,11 @@ class PictureTable:
         found = [self.rows(columns, among("path", part)) for part in parts]
         return pa.concat_tables(found) if found else self.rows(columns, "false")
 
-    def batches(self, columns: Sequence[str], where: str | None = None, rows: int = 4096) -> Iterator[pa.RecordBatch]:
-        """Some columns of all pictures, or of those of a clause, at most `rows` at a time, of one version."""
+    def batches(self, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
+        """Some columns of all pictures, or of those of a clause, a batch at a time, of one version."""
         with explained(self.where, PICTURES):  # it is read while it is asked for
-            yield from self.read(PICTURES, lambda table: _plain(table, columns, where).to_batches(batch_size=rows))
+            query = self.read(PICTURES, lambda table: _plain(table, columns, where).to_batches(batch_size=BATCH_ROWS))
+            yield from query
 
     def count(self, where: str | None = None, table: str = PICTURES) -> int:
         """Rows, all or those of a clause."""
@@ -279,6 +275,10 @@ class PictureTable:
         rows = self.rows(["key", "value"], table=ABOUT)
         return dict(zip(rows["key"].to_pylist(), rows["value"].to_pylist(), strict=True))
 
+    def folders(self) -> list[str]:
+        """Those that were added."""
+        return sorted(key.removeprefix(FOLDER_KEY) for key in self.about() if key.startswith(FOLDER_KEY))
+
     def model(self) -> dict[str, Any] | None:
         """Source, name, width and image_digest of the model that pictures were added with last."""
         with suppress(KeyError, json.JSONDecodeError):
@@ -298,38 +298,25 @@ class PictureTable:
         """
         column = vector_column(len(vector))
         if where and self.count(where) <= EXACT_ROWS:  # the engine would read the vectors of all rows
-            found = self._best(vector, self.rows(["path", column], where), k)
-            found = self.of_paths([*HIT_COLUMNS, column], found)
+            rows = self.rows(["path", column], where)
+            rows = rows.filter(rows[column].is_valid())
+            scores = as_array(rows[column]).astype(np.float32) @ vector
+            best = np.argpartition(-scores, k - 1)[:k] if k < len(scores) else np.arange(len(scores))
+            found = self.of_paths([*HIT_COLUMNS, column], rows["path"].take(best).to_pylist())
         elif exact or not self.is_approximate(len(vector)):
             found = self.read(PICTURES, lambda table: _search(table, vector, k, where).to_arrow())
         else:
             found = self._approximately(vector, k, where)
         return found.rename_columns([VECTOR if name == column else name for name in found.column_names])
 
-    @staticmethod
-    def _best(vector: np.ndarray, rows: pa.Table, k: int) -> list[str]:
-        """Paths of the rows nearest to a vector."""
-        if not rows.num_rows:
-            return []
-        rows = rows.filter(rows[1].is_valid())
-        scores = as_array(rows[1]).astype(np.float32) @ vector
-        best = np.argpartition(-scores, k - 1)[:k] if k < len(scores) else np.arange(len(scores))
-        return rows["path"].take(best).to_pylist()
-
     def _approximately(self, vector: np.ndarray, k: int, where: str | None) -> pa.Table:
-        try:
-            return _search(self.pictures, vector, k, where, approximate=True).to_arrow()
-        except FAILURES as error:
-            if is_of_storage(error, self.where):
-                raise explanation(error, self.where, PICTURES) from error
+        search = partial(_search, self.pictures, vector, k, where, approximate=True)
+        found, error = self._attempt(PICTURES, lambda: search().to_arrow())
+        if error:
             found = self.read(PICTURES, lambda table: _search(table, vector, k, where).to_arrow())
             self._broken.add(self.indices()[vector_column(len(vector))].index_uuid)
-            logger.warning(
-                "The approximate index of %s is damaged (%s); all pictures are compared instead, which takes longer. "
-                "Add a folder again to build it anew.",
-                self.where, detail(error), extra={"code": "approximate_damaged"},
-            )  # fmt: skip
-            return found
+            note("approximate_damaged", self.where, detail(error), level=logging.WARNING)
+        return found
 
     def is_approximate(self, width: int) -> bool:
         """Whether an approximate index of vectors of this width answers."""
@@ -348,21 +335,16 @@ class PictureTable:
 
     def write(self, name: str, operation: Callable[[Any], T]) -> T:
         """What an operation that changes a table returns; where another one writes at that moment, it is done again."""
-        return self._again(name, lambda: operation(self.table(name)), lambda: self.table(name).checkout_latest())
-
-    def _again(self, name: str, call: Callable[[], T], before: Callable[[], Any] | None = None) -> T:
-        """What a call returns that changes a table; tried again while others' writes get in its way."""
         with explained(self.where, name):
-            for left in reversed(range(TRIES)):
+            for tries in itertools.count(1):
                 try:
-                    return call()
+                    return operation(self.table(name))
                 except FAILURES as error:
-                    if not is_conflict(error) or not left:
+                    if tries == TRIES or not is_conflict(error):
                         raise
-                time.sleep(random.uniform(0.05, 0.2) * (TRIES - left))
-                if before:
-                    before()
-        raise AssertionError("unreachable")
+                time.sleep(random.uniform(0.05, 0.2) * tries)
+                if name in self._tables:
+                    self._tables[name].checkout_latest()
 
     def merge(self, rows: pa.Table, table: str = PICTURES) -> None:
         """Write rows in one piece, in place of those of the same key."""
@@ -417,11 +399,7 @@ class PictureTable:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                logger.warning(
-                    "Another process is adding to %s; waiting until it has ended.",
-                    self.where,
-                    extra={"code": "waiting"},
-                )
+                note("waiting", self.where, level=logging.WARNING)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError:
                 os.close(lock)
@@ -462,13 +440,8 @@ class PictureTable:
         """Whether the approximate index, where there is one, can be read; one partition of it is."""
         if vector_column(width) not in self.indices():
             return True
-        try:
-            _search(self.pictures, np.ones(width, np.float32), 1, None, approximate=True).nprobes(1).to_arrow()
-        except FAILURES as error:
-            if is_of_storage(error, self.where):
-                raise explanation(error, self.where, PICTURES) from error
-            return False
-        return True
+        query = _search(self.pictures, np.ones(width, np.float32), 1, None, approximate=True).nprobes(1)
+        return self._attempt(PICTURES, query.to_arrow)[1] is None
 
     def _build(self, width: int) -> None:
         from lancedb.index import BTree, IvfRq, IvfSq
@@ -481,10 +454,9 @@ class PictureTable:
                 self.write(PICTURES, lambda table, name=name, config=config: table.create_index(name, config=config))
             self.note({TRAINED_KEY: str(rows)})
         except FAILURES as error:
-            logger.warning("The approximate index of %s was not built: %s", self.where, detail(error))
-            return
-        logger.info("Approximate index of %d pictures built in %.0f s.", rows, time.monotonic() - start,
-                    extra={"code": "approximate"})  # fmt: skip
+            note("approximate_failed", self.where, detail(error), level=logging.WARNING)
+        else:
+            note("approximate", rows, time.monotonic() - start)
 
     def mend(self) -> None:
         """Of a damaged index in a folder, take the newest version that can be read, and say what is lost with the rest.
@@ -514,16 +486,14 @@ class PictureTable:
     def _can_read(self, table: Any) -> bool:
         """Whether the rows of a table's version can be read, but for thumbnails; of a large one, one column."""
         names = [name for name in table.schema.names if name != THUMBNAIL]
-        try:
+
+        def read() -> None:
             for _ in _plain(table, names if table.count_rows() <= EXACT_ROWS else ["size"]).to_batches():
                 pass
             if "path" in names:
                 table.count_rows("path = ''")  # by its search index
-        except FAILURES as error:
-            if is_of_storage(error, self.where):
-                raise explanation(error, self.where) from error
-            return False
-        return True
+
+        return self._attempt(table.name, read)[1] is None
 
     def _restore(self, name: str, table: Any) -> None:
         """Let the newest version of a table that can be read be the table."""
@@ -537,10 +507,7 @@ class PictureTable:
                 table.checkout(version)
                 if self._can_read(table):
                     table.restore()
-                    logger.warning(
-                        "%s is damaged: a version with %d of its %d rows is taken. Add all folders again.",
-                        self._folder(name), table.count_rows(), rows, extra={"code": "older_version"},
-                    )  # fmt: skip
+                    note("older_version", self._folder(name), table.count_rows(), rows, level=logging.WARNING)
                     return
         del self._tables[name]
         self._give_up(name, rows)
@@ -552,12 +519,9 @@ class PictureTable:
             places = (f"{folder}.damaged{number or ''}" for number in range(10**6))
             os.rename(folder, aside := next(place for place in places if not os.path.lexists(place)))
             del self._connection  # which may remember files of that name
-            logger.warning(
-                "%s is damaged, and no version of it can be read; rows lost: %s. It lies in %s now, and the index is "
-                "made anew. Add all folders again.", folder, rows, aside, extra={"code": "set_aside"},
-            )  # fmt: skip
+            note("set_aside", folder, rows, aside, level=logging.WARNING)
             return
-        logger.warning("%s is damaged and taken for empty.", self._folder(name), extra={"code": "taken_for_empty"})
+        note("taken_for_empty", self._folder(name), level=logging.WARNING)
         with suppress(*FAILURES):
             self._connection.drop_table(name)
         self._tables[name] = self._connection.create_table(name, schema=EMPTY[name], mode="overwrite")

@@ -104,6 +104,11 @@ def among(column: str, values: Iterable[str]) -> str:
     return f"{column} IN ({', '.join(map(quoted, values))})"
 
 
+def all_of(clauses: Sequence[str]) -> str | None:
+    """The clause for rows that meet all of some; None where there is none."""
+    return " AND ".join(clauses) or None
+
+
 def within(*folders: str | Path) -> str:
     """The clause for rows of folders, with the folders in them, or of single files."""
     paths = [str(folder).rstrip(os.sep) for folder in folders]

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,14 +51,8 @@ def model_file(file: str) -> ModuleType:
     return module
 
 
-def text_repair() -> ModuleType:
-    """The repair of texts, and their length."""
-    return model_file("text_repair_capivara")
-
-
-def checks() -> ModuleType:
-    """The limits of a model's sizes, and the errors of the tokenizers library."""
-    return model_file("checks_capivara")
+text_repair = partial(model_file, "text_repair_capivara")  # the repair of texts, and their length
+checks = partial(model_file, "checks_capivara")  # the limits of a model's sizes, the errors of the tokenizers library
 
 
 @dataclass
@@ -159,8 +153,8 @@ class TextTower:
 def open_text_tower(folder: str | Path) -> TextTower | None:
     """The text tower of a model folder; None where it is not exactly of the shape that is known here.
 
-    Adapters, other encoders, quantised weights, weights in several files and vocabularies that transformers would
-    complete are left to `CapivaraModel`.
+    Adapters, other encoders, other tokenizers, quantised weights and weights in several files are left to
+    `CapivaraModel`.
 
     Raises:
         ValueError: the weights or the tokenizer can't be read, or a size is outside of the limits of a model.
@@ -182,61 +176,43 @@ def open_text_tower(folder: str | Path) -> TextTower | None:
 
 
 def _is_known(config: dict[str, Any], weights: WeightFile) -> bool:
-    text, width = config["text_config"], config["projection_dim"]
+    text = config["text_config"]
     if any(type(text[name]) is not int for name in ("num_hidden_layers", "num_attention_heads", "pad_token_id")):
         return False
-    if not isinstance(text["layer_norm_eps"], int | float):
+    if not isinstance(text["layer_norm_eps"], int | float) or type(config["projection_dim"]) is not int:
         return False
     if config["model_type"] != "capivara" or any(text.get(name, value) != value for name, value in KNOWN.items()):
         return False
     if config.get("quantization_config") or text["hidden_size"] % text["num_attention_heads"]:
         return False
     own = {name: place for name, place in weights.places.items() if name.startswith(("text_model.", "text_projection"))}
-    if {place.kind for place in own.values()} - {"F32", "F16", "BF16"}:
-        return False
-    return {name: place.shape for name, place in own.items()} == _shapes(text, config["text_projection_type"], width)
+    kinds = {place.kind for place in own.values()}
+    return kinds <= {"F32", "F16", "BF16"} and own.keys() == _names(config)
 
 
-def _shapes(text: dict[str, Any], projection: str, projection_dim: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the text side."""
-    width, inner = text["hidden_size"], text["intermediate_size"]
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{EMBEDDINGS}word_embeddings.weight": (text["vocab_size"], width),
-        f"{EMBEDDINGS}position_embeddings.weight": (text["max_position_embeddings"], width),
-        f"{EMBEDDINGS}token_type_embeddings.weight": (text["type_vocab_size"], width),
-    }
-    linear = {f"attention.self.{part}": (width, width) for part in ("query", "key", "value")}
-    linear |= {"attention.output.dense": (width, width), "intermediate.dense": (inner, width)}
-    linear |= {"output.dense": (width, inner)}
-    norms = [f"{EMBEDDINGS}LayerNorm"]
-    for number in range(text["num_hidden_layers"]):
-        layer = f"text_model.encoder.layer.{number}."
-        for part, shape in linear.items():
-            shapes |= {f"{layer}{part}.weight": shape, f"{layer}{part}.bias": shape[:1]}
-        norms += [f"{layer}attention.output.LayerNorm", f"{layer}output.LayerNorm"]
-    shapes |= {f"{norm}.{part}": (width,) for norm in norms for part in ("weight", "bias")}
-    if projection == "linear":
-        return shapes | {"text_projection.weight": (projection_dim, width)}
-    middle = (width + projection_dim) // 2
-    return shapes | {
-        "text_projection.0.weight": (middle, width),
-        "text_projection.2.weight": (projection_dim, middle),
+def _names(config: dict[str, Any]) -> set[str]:
+    """Of every tensor of the text side."""
+    parts = [f"attention.self.{part}" for part in ("query", "key", "value")]
+    parts += [f"{part}{kind}" for part in ("attention.output.", "output.") for kind in ("dense", "LayerNorm")]
+    layers = [f"text_model.encoder.layer.{number}." for number in range(config["text_config"]["num_hidden_layers"])]
+    modules = [f"{EMBEDDINGS}LayerNorm", *(layer + part for layer in layers for part in [*parts, "intermediate.dense"])]
+    steps = [""] if config["text_projection_type"] == "linear" else [".0", ".2"]
+    return {
+        *(f"{module}.{kind}" for module in modules for kind in ("weight", "bias")),
+        *(f"{EMBEDDINGS}{kind}_embeddings.weight" for kind in ("word", "position", "token_type")),
+        *(f"text_projection{step}.weight" for step in steps),
     }
 
 
 def _tokenizer(path: Path, settings: dict[str, Any], pad: int) -> Tokenizer | None:
-    """The tokenizer of a folder; None where transformers would add tokens to it, or pad otherwise than the tower."""
+    """The tokenizer of a folder; None where transformers would take another, or pad otherwise than the tower."""
     if settings.get("tokenizer_class") != "CapivaraTokenizer":
         return None
     with checks().tokenizer_errors(str(path)):
         tokenizer = Tokenizer.from_file(str(path))
-    added = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
-    named = {name.removesuffix("_token"): value for name, value in settings.items() if name.endswith("_token")}
-    named = {name: value["content"] if isinstance(value, dict) else value for name, value in named.items()}
-    special = [*named.values(), *settings.get("extra_special_tokens", [])]
-    if not all(token in added for token in special if token is not None):
-        return None
-    if added.get(named.get("pad")) != pad or named["pad"] in (named.get("eos"), named.get("sep")):
+    named = (settings.get(f"{name}_token") for name in ("pad", "eos", "sep"))
+    padding, *ends = [value["content"] if isinstance(value, dict) else value for value in named]
+    if padding is None or tokenizer.token_to_id(padding) != pad or padding in ends:
         return None
     tokenizer.no_padding()
     tokenizer.enable_truncation(text_repair().CONTEXT_LENGTH, direction=settings.get("truncation_side", "right"))

@@ -15,7 +15,7 @@ from typing import ClassVar
 from capivara_common.cli import at_least, flag
 from capivara_common.environment import cache_home, require
 from capivara_common.tasks import ExecutorArguments, Phase
-from capivara_search.adding import IndexWriter, Plan, finish, is_of_share, make_plan, note_asked, note_model
+from capivara_search.adding import IndexWriter, Plan, begin, finish, is_of_share, make_plan
 from capivara_search.models import SearchModel, find_model
 from capivara_search.picture_files import absolute_folder
 from capivara_search.results import Added
@@ -73,11 +73,8 @@ def add_with_workers(arguments: WorkerArguments) -> bool:
     with PictureTable(arguments.where).locked():
         PictureTable(arguments.where).mend()
         table, model = arguments.opened()
-        _plan(arguments, table, model)  # says what is wrong with the folders
-        table.create(model.width)
-        note_asked(table, [Path(folder) for folder in arguments.folders])
+        begin(table, model, [Path(folder) for folder in arguments.folders])
         arguments.model = model.source  # so that all tasks have the same one
-        note_model(table, model)
         return execute(Work.of(arguments, "index"), arguments)
 
 

@@ -21,10 +21,10 @@ from capivara_common.cli import at_least, flag, parse, run_command, user_errors
 from capivara_common.environment import torch_device
 from capivara_common.image_files import BadImage, decode_image
 from capivara_search.picture_files import find_pictures
-from capivara_search.show import printable
+from capivara_search.words import visible
 from examples.openmoji.dataset import load_embedded
-from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.embedder import embed_images, embed_texts
+from modeling_capivara.loading import load_model, load_processor
 
 
 @dataclass
@@ -51,7 +51,7 @@ def pictures_in(folder: Path, names: list[str]) -> Iterator[PIL.Image.Image]:
         try:
             image = decode_image({"bytes": Path(file.path).read_bytes(), "path": file.path})
         except (BadImage, OSError) as error:
-            print(printable(str(error)), file=sys.stderr)
+            print(visible(str(error)), file=sys.stderr)
             continue
         names.append(os.path.relpath(file.path, folder.expanduser().absolute()))
         yield image
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, image in zip(names, images, strict=True):
         best = (texts @ image).topk(min(args.top_k, len(bank)))
         for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            writer.writerow([printable(name), f"{score:.4f}", printable(bank[place])])
+            writer.writerow([visible(name), f"{score:.4f}", visible(bank[place])])
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from capivara_common.environment import device_description, package_versions, to
 from capivara_common.files import whole_folder, write_json
 from capivara_common.privacy import hide_paths
 from modeling_capivara import CapivaraImageProcessor
-from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.embedder import embed_images, embed_texts
+from modeling_capivara.loading import load_model, load_processor
 
 SHOWN, STRIP_SIDE = 8, 128  # pictures of the strip of steps; pixels of one of them
 START = 0.02  # spread of the noise that the optimisation starts from

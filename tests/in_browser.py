@@ -20,17 +20,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from browser import require_chromium
 from PIL import Image
 
 from capivara_common.files import whole_folder
-from hub_upload.space.static_page import npm_packages
+from hub_upload.space import static_page
 from modeling_capivara import CapivaraImageProcessor
 from modeling_capivara.embedder import random_images, random_texts
 from modeling_capivara.loading import load_model, load_processor
 
-LIBRARY, RANGE = "@huggingface/transformers", ">=4.3 <5"
+((LIBRARY, RANGE),) = static_page.LIBRARY.items()
 MIN_NODE = 20
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 SCRIPT = Path(__file__).parent / "in_browser.mjs"
 NAME = "my-name/my-model"  # under which a repository is served
 LABELS, TEMPLATE = ["um gato", "um cachorro", "um céu azul"], "uma foto de {}"
@@ -106,7 +106,7 @@ def node_packages() -> Path:
     if not folder.is_dir():
         try:
             with whole_folder(folder) as new:
-                npm_packages(new, {LIBRARY: RANGE})
+                static_page.npm_packages(new, static_page.LIBRARY)
         except (ValueError, OSError) as error:
             if not folder.is_dir():  # else another process was first
                 raise RuntimeError(str(error)) from error
@@ -177,9 +177,8 @@ def ask_chromium(request: dict[str, Any], packages: Path) -> dict[str, Any]:
     """The answer of a fresh page of headless Chromium, on one thread, as without special headers."""
     from playwright.sync_api import sync_playwright
 
-    executable = next((found for name in CHROMIUM if (found := shutil.which(name))), None)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=require_chromium(), args=["--no-sandbox"])
         try:
             page = browser.new_page()
             page.set_default_timeout(900_000)

@@ -18,9 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 # What the server asks of the network is written to a file, and refused.
 WATCHED = """
-import ipaddress, os, resource, socket, sys
-if most := os.environ.get("DESCRIPTORS"):
-    resource.setrlimit(resource.RLIMIT_NOFILE, (int(most), int(most)))
+import ipaddress, socket, sys
 connect, resolve, log = socket.socket.connect, socket.getaddrinfo, open(sys.argv.pop(1), "a", buffering=1)
 
 def is_local(host):
@@ -90,21 +88,14 @@ class Asked:
 
 
 @contextlib.contextmanager
-def running(tmp_path: Path, index: str, model: Path, **more: str) -> Iterator[tuple[Asked, Path]]:
-    """A page in a process of its own, and the file of what it asked of the network.
-
-    Args:
-        tmp_path: for its files.
-        index: its place.
-        model: folder of its model.
-        more: of the environment.
-    """
+def running(tmp_path: Path, index: str, model: Path) -> Iterator[tuple[Asked, Path]]:
+    """A page in a process of its own, and the file of what it asked of the network; its own files are in `tmp_path`."""
     log, said = tmp_path / "network.txt", tmp_path / "said.txt"
     environment = {name: text for name, text in os.environ.items() if name not in ("HF_HUB_OFFLINE", "DISPLAY")}
     log.touch()
     command = ["timeout", "-k", "60", "400", sys.executable, "-c", WATCHED, str(log), index, str(model)]
     with open(said, "w") as output:
-        server = subprocess.Popen(command, cwd=ROOT, env=environment | more, stdout=output, stderr=output)
+        server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
     try:
         for _ in range(600):
             lines = said.read_text(encoding="utf-8").splitlines()

@@ -20,7 +20,6 @@ from capivara_search.models import DEFAULT_MODEL, MANY_TEXTS, find_model
 from modeling_capivara.embedder import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor
 
-NOBODY = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}  # nobody answers at the port of discard
 PROGRAM = """
 import json, sys, time
 started = time.perf_counter()
@@ -81,6 +80,9 @@ def test_a_folder_as_it_is(tiny_folder, tiny_model, monkeypatch):
 
 def test_embeddings_are_those_of_the_model(tiny_folder, tiny_model, tiny_processor):
     model = find_model(str(tiny_folder), device="cpu")
+    for none, message in (([], "There is no text"), (["a", 3], "must be a string, got int")):
+        with pytest.raises(ValueError, match=message):
+            model.texts(none)
     images = [Image.effect_mandelbrot((60 + 7 * n, 45), (-2, -1.5, 1, 1.5), 20 + n).convert("RGB") for n in range(5)]
     texts = ["um gato", "São João", ""]
     quick = model.texts(texts)
@@ -93,15 +95,6 @@ def test_embeddings_are_those_of_the_model(tiny_folder, tiny_model, tiny_process
     many = find_model(str(tiny_folder), device="cpu").texts(["um gato"] * (MANY_TEXTS + 1))
     np.testing.assert_allclose(many, np.tile(expected[0], (len(many), 1)), rtol=0, atol=1e-5)
     assert model.images([]).shape == (0, 24)
-
-
-@pytest.mark.parametrize(("texts", "message"), [([], "There is no text"), (["a", 3], "must be a string, got int")])
-def test_texts_that_are_none(tiny_folder, texts, message):
-    model = find_model(str(tiny_folder), device="cpu")
-    for _ in range(2):
-        with pytest.raises(ValueError, match=message):
-            model.texts(texts)
-        model.images([Image.new("RGB", (40, 40))])  # from here on the whole model answers
 
 
 def test_what_does_not_fit_is_named(tiny_folder, tmp_path):
@@ -145,39 +138,21 @@ def test_a_model_of_the_hub_is_fetched_once(tiny_folder, tmp_path):
         requests = len(hub.requests)
         again = run("us/model", **environment)
         assert len(hub.requests) == requests and again == {**found, "heavy": []}
+        Path(found["folder"], "model.safetensors").unlink()  # as where a fetch was killed
+        assert Path(run("us/model", **environment)["folder"], "model.safetensors").is_file()
+        hub.store(DEFAULT_MODEL, tiny_folder)
+        assert run(**environment)["name"] == DEFAULT_MODEL, "where none is named"
         missing = run("us/none", **environment)
         assert missing["error"].startswith("There is no model us/none: it is no folder here, and the Hub has none")
     assert run("us/model", **environment) == again  # nobody answers: it is here
+    assert run(**{**environment, "HF_HUB_OFFLINE": "1"})["name"] == DEFAULT_MODEL
     alone = run("us/none", **environment)
     assert "is no folder here, nor in the cache of the Hub" in alone["error"] and alone["seconds"] < 30
 
 
 @pytest.mark.slow
-def test_half_of_a_model_in_the_cache_of_the_hub_is_fetched_whole(tiny_folder, tmp_path):
-    with HubServer(tmp_path / "hub") as hub:
-        hub.store("us/model", tiny_folder)
-        environment = hub.environment(tmp_path / "home", token=None) | {"CAPIVARA_CACHE": str(tmp_path / "cache")}
-        folder = Path(run("us/model", **environment)["folder"])
-        (folder / "model.safetensors").unlink()  # as where a fetch was killed
-        assert Path(run("us/model", **environment)["folder"], "model.safetensors").is_file()
-
-
-@pytest.mark.slow
-def test_where_none_is_named_it_is_the_published_one_where_it_can_be_had(tiny_folder, tmp_path):
-    with HubServer(tmp_path / "hub") as hub:
-        hub.store(DEFAULT_MODEL, tiny_folder)
-        environment = hub.environment(tmp_path / "home", token=None) | {"CAPIVARA_CACHE": str(tmp_path / "cache")}
-        found = run(**environment)
-        assert found["name"] == DEFAULT_MODEL and found["note"] is None
-    assert run(**environment)["name"] == DEFAULT_MODEL  # in the cache
-    assert run(**{**environment, "HF_HUB_OFFLINE": "1"})["name"] == DEFAULT_MODEL
-    assert run(**{**environment, "CAPIVARA_MODEL": str(tiny_folder)})["name"] == "model"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("network", [NOBODY, {"HF_HUB_OFFLINE": "1"}], ids=["nobody answers", "offline"])
-def test_where_none_is_named_and_none_can_be_had_it_is_the_miniature(tmp_path, network):
-    found = run(**network, HF_HOME=str(tmp_path / "home"))
+def test_where_none_is_named_and_none_can_be_had_it_is_the_miniature(tmp_path):
+    found = run(HF_HOME=str(tmp_path / "home"), HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")  # nobody is there
     assert found["name"] == found["source"] == "miniature"
     english, portuguese = found["note"].splitlines()
     assert "This is a miniature, a toy that serves for trying" in english and "--model hiaac-nlp/CAPIVARA" in english
@@ -256,6 +231,9 @@ def test_the_digest_is_computed_once(tiny_folder, cache, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(digests, "_digest_of", lambda paths: pytest.fail("the weights were read again"))
         assert find_model(str(tiny_folder)).image_digest == digest
+    with monkeypatch.context() as patch:
+        patch.setenv("CAPIVARA_CACHE", str(tiny_folder / "config.json"))  # no folder: it costs nothing else
+        assert find_model(str(tiny_folder)).image_digest == digest
     kept.write_text('{"weights": "damaged"}')
     assert find_model(str(tiny_folder)).image_digest == digest and "damaged" not in kept.read_text()
     change_weights(tiny_folder, "vision_model.")  # the same size
@@ -275,20 +253,6 @@ def test_another_file_of_the_same_size_and_date_has_its_own_digest(tiny_folder, 
     before = digests.image_side_digest(folder)
     shutil.copy2(other / "model.safetensors", folder / "model.safetensors")
     assert digests.image_side_digest(folder) != before
-
-
-def test_a_cache_that_cannot_be_written_to_costs_nothing_else(tiny_folder, tmp_path, monkeypatch):
-    digest = find_model(str(tiny_folder)).image_digest
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("CAPIVARA_CACHE", str(tmp_path / "file"))
-    assert find_model(str(tiny_folder)).image_digest == digest
-
-
-def test_settings_that_cannot_be_read(tiny_folder):
-    model = find_model(str(tiny_folder))
-    (tiny_folder / "processor_config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"settings of the model .* can't be read"):
-        _ = model.image_digest
 
 
 def test_the_weights_in_half_precision_are_other_weights(tiny_folder, tmp_path, cache):

@@ -1,5 +1,6 @@
 """The page in a browser: searching, looking and classifying, in two languages and on a telephone."""
 
+import contextlib
 import io
 import os
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import made_pictures
 import pytest
-from browser import Browser, open_browser, require_chromium
+from browser import NAMELESS, Browser, open_browser, require_chromium
 from made_pictures import CAPTIONS, bomb, made_index, png, save_folder
 from page_process import Asked, running
 from PIL import Image
@@ -22,15 +23,11 @@ from capivara_search.index import PictureIndex
 from capivara_search.page import server
 from capivara_search.page.guard import MAX_UPLOAD_BYTES
 from capivara_search.page.server import open_page
+from capivara_search.show import OPENER
 from modeling_capivara import CapivaraModel
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
 ATTACK = "<img src=x onerror=alert(1)>"
-# Buttons, links and fields that a screen reader would have no name for.
-NAMELESS = """() => [...document.querySelectorAll("button, a[href], input, select, textarea, dialog, section, nav")]
-  .filter((one) => !(one.getAttribute("aria-label") || one.getAttribute("aria-labelledby") || one.innerText?.trim()
-    || one.closest("label")?.innerText.trim() || (one.id && document.querySelector(`label[for=${one.id}]`))))
-  .map((one) => one.outerHTML.slice(0, 80))"""
 
 
 # --- What is served --------------------------------------------------------------------------------------------------
@@ -43,13 +40,10 @@ def plain_index(tmp_path_factory, saved_tiny_folder):
 
 
 def test_the_language_of_the_page(plain_index):
-    opened = open_page(plain_index, port=0, language="en")
-    try:
+    with contextlib.closing(open_page(plain_index, port=0, language="en")) as opened:
         for query, tag, word in (("", "en", "Search"), ("?lang=pt", "pt-BR", "Buscar"), ("?lang=xx", "en", "Search")):
             page = Asked(opened.url).get(query)[2].decode()
             assert f'<html lang="{tag}">' in page and f">{word}</button>" in page
-    finally:
-        opened.close()
     with pytest.raises(ValueError, match="language must be one of pt, en, got 'fr'"):
         open_page(plain_index, language="fr")
 
@@ -74,14 +68,11 @@ def test_a_model_that_does_not_fit_the_index_is_said_before_the_page_opens(plain
 
 
 def test_pictures_are_kept_by_the_browser_and_answers_are_not(plain_index):
-    opened = open_page(plain_index, port=0)
-    try:
+    with contextlib.closing(open_page(plain_index, port=0)) as opened:
         asked, path = Asked(opened.url), plain_index.newest(1)[0].path
         assert "private, max-age" in asked.get("thumbnail", path)[1]["cache-control"]
         for route in ("", "download", "static/page.js"):
             assert asked.get(route, path)[1]["cache-control"] == "no-store"
-    finally:
-        opened.close()
 
 
 # --- A visitor -------------------------------------------------------------------------------------------------------
@@ -144,7 +135,7 @@ class Visitor:
 @pytest.fixture
 def managed(tmp_path, monkeypatch) -> Path:
     """A file manager that writes what it is asked to show to a file."""
-    program = tmp_path / "bin" / "dbus-send"
+    program = tmp_path / "bin" / OPENER
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/shown.txt\n', encoding="utf-8")
     program.chmod(program.stat().st_mode | stat.S_IEXEC)
@@ -246,7 +237,7 @@ def looks_closely(visitor: Visitor, folder: Path, shown: Path) -> None:
     assert page.evaluate("navigator.clipboard.readText()") == str(path)
     page.click("#show")
     visitor.sees("#viewer-said", "Aberta no gerenciador")
-    assert f"file://{path}" in shown.read_text(encoding="utf-8")
+    assert shown.read_text(encoding="utf-8") == f"{path.parent}\n"
     with page.expect_download() as download:
         page.click("#download")
     assert download.value.suggested_filename == "coffee.jpg"
@@ -382,46 +373,3 @@ def gives_too_much(visitor: Visitor) -> None:
     """More than the server takes, in a form that a browser does not make smaller; it is told so as an error."""
     visitor.gives("search", "grande.png", bytes(MAX_UPLOAD_BYTES + 300_000))
     visitor.sees("#notice", "o limite é de 20 MB")
-
-
-SUGGESTED = """() => {
-  const words = ["uma palavra comprida", "outra ainda mais comprida", "mar", "terceira linha de palavras", "fim"];
-  const chips = words.concat(words).map((word) => `<li><button type="button">${word}</button></li>`);
-  document.getElementById("suggestions").innerHTML = chips.join("");
-  document.getElementById("text").focus();
-}"""
-IN_SIGHT = """() => {
-  const outer = document.getElementById("suggestions").getBoundingClientRect();
-  return [...document.querySelectorAll("#suggestions button")].filter((one) => {
-    const box = one.getBoundingClientRect();
-    return box.top >= outer.top && box.bottom <= outer.bottom && box.left >= 0 && box.right <= innerWidth;
-  }).map((one) => one === document.activeElement);
-}"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [1280, 800])
-def test_suggestions_stay_in_sight_while_one_goes_through_them_by_tab(plain_index, width, monkeypatch):
-    monkeypatch.setattr(plain_index.model, "note", "A toy.\nUm brinquedo.")
-    opened = open_page(plain_index, port=0, language="pt")
-    try:
-        with open_browser(width=width) as browser:
-            visitor, page = Visitor(browser), browser.page
-            visitor.open(opened.url)
-            visitor.sees("#note", "Um brinquedo.")
-            page.evaluate(SUGGESTED)
-            shown = page.evaluate(IN_SIGHT)
-            assert 0 < len(shown) < 10 and not browser.scrolls_sideways()
-            found = []
-            while len(found) < 10:
-                page.keyboard.press("Tab")
-                if page.evaluate("!!document.activeElement.closest('#suggestions')"):
-                    found.append(page.evaluate(IN_SIGHT))
-            assert found == [[chip == focused for chip in range(10)] for focused in range(10)]
-            page.focus("#text")
-            assert page.evaluate(IN_SIGHT) == shown
-            page.fill("#text", '"um gato"')
-            visitor.sees("#said", "As mais parecidas com “um gato”.")
-            assert not browser.errors
-    finally:
-        opened.close()

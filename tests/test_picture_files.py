@@ -24,26 +24,25 @@ from capivara_common import image_files
 from capivara_common.image_files import BadImage, open_regular_file
 from capivara_search import picture_files
 from capivara_search.picture_files import (
-    REASONS,
     REDUCED_SIDES,
     TURNS,
     FileState,
     MissingPicture,
     find_pictures,
     open_query_picture,
-    read_bytes_digest,
     read_details,
     read_picture,
     short_side,
     thumbnail_file,
 )
+from capivara_search.words import Words
 from modeling_capivara import CapivaraImageProcessor
 from modeling_capivara.image_processing_capivara import resize_short_side
 
 SLOW = pytest.mark.slow
 RED, GREEN, BLUE, GREY = (220, 30, 30), (30, 200, 30), (30, 30, 220), (128, 128, 128)
-# Formats whose pictures may lie on their side.
-TURNED_KINDS = ["JPEG", "PNG", "WEBP", "TIFF", *(pytest.param(kind, marks=SLOW) for kind in ("AVIF", "HEIF"))]
+# Formats whose pictures may lie on their side, and how.
+TURNED = [*(("JPEG", turn) for turn in range(1, 9)), *((kind, 6) for kind in ("PNG", "WEBP", "TIFF", "AVIF", "HEIF"))]
 
 
 def corners(size: tuple[int, int] = (80, 60)) -> PIL.Image.Image:
@@ -102,7 +101,7 @@ def found(*folders: Path) -> tuple[list[str], dict[str, str]]:
 def reason(path: Path) -> str:
     with pytest.raises(BadImage) as error:
         read_picture(FileState(str(path), 0, 0))
-    assert error.value.reason in REASONS and str(path.parent) not in str(error.value)
+    assert Words("pt").has(f"reason.{error.value.reason}") and str(path.parent) not in str(error.value)
     return str(error.value)
 
 
@@ -249,9 +248,8 @@ def test_every_format(kind, tmp_path):
     assert as_upright(open_query_picture(file.path))
 
 
-@pytest.mark.parametrize("kind", TURNED_KINDS)
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_upright(orientation, kind, tmp_path):
+@pytest.mark.parametrize(("kind", "orientation"), TURNED)
+def test_pictures_are_upright(kind, orientation, tmp_path):
     if kind == "HEIF":
         pytest.importorskip("pillow_heif")
     # The size shows that the shape comes from the file, where reduced sides are rounded up.
@@ -320,8 +318,7 @@ def test_transparent_parts_are_white(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "size",
-    [(500, 333), *(pytest.param(size, marks=SLOW) for size in [(1805, 903), (2110, 1800), (1795, 3589), (4000, 401)])],
+    "size", [(500, 333), *(pytest.param(size, marks=SLOW) for size in [(1805, 903), (1795, 3589)])]
 )
 def test_images_are_those_of_the_image_processor(size, tmp_path):
     """All pixels to the last bit, reduced JPEGs to half a level; and none is shifted by a rounded side."""
@@ -342,23 +339,6 @@ def test_shapes_are_those_of_the_image_processor():
     for width, height in generator.integers(225, 900, (100, 2)).tolist():
         image = PIL.Image.new("L", (width, height))
         assert short_side(image, image.size, 224).size == resize_short_side(image, 224, 3, 2**30).size
-
-
-def test_embeddings_of_reduced_pictures(tiny_model, tiny_processor, tmp_path, monkeypatch):
-    """At the least size that a JPEG is decoded at: a quarter here, 129 pixels for 32."""
-    from modeling_capivara.embedder import embed_images
-
-    monkeypatch.setattr(picture_files, "THUMBNAIL_SIDE", 1)
-    names = ("astronaut", "coffee", "chelsea", "rocket", "camera", "hubble_deep_field")
-    pairs = []
-    for name in names:
-        image = PIL.Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
-        file = saved(tmp_path / "a.jpg", image.resize((762, 516)), quality=92)
-        pairs.append([read_picture(file, side=32, exact=exact) for exact in (True, False)])
-    embeds = [embed_images(tiny_model, tiny_processor, [pair[i].image for pair in pairs], 32) for i in (0, 1)]
-    assert all(pair[1].image.size == (47, 32) for pair in pairs)
-    assert (embeds[0] * embeds[1]).sum(dim=-1).min() > 0.999
-    assert (embeds[0] @ embeds[0].T).min() < 0.99, "or all pictures would look alike to this model"
 
 
 def test_thumbnails_are_sharp_however_small_the_model_is(tmp_path):
@@ -402,7 +382,6 @@ def test_raw_by_its_preview(orientation, tmp_path):
         assert picture.image.size == image.size and as_upright(picture.image)
         assert picture.taken == (datetime(2001, 1, 1) if exif else datetime(2024, 7, 9, 10, 11, 12))
         assert (picture.latitude, picture.longitude) == pytest.approx((-22.9, -47.06))
-        assert picture.digest == read_bytes_digest(file.path)
         assert as_upright(open_query_picture(file.path))
 
 
@@ -451,16 +430,12 @@ def test_when_a_picture_was_taken(tmp_path):
     assert taken(DateTimeOriginal="2024-02-29T01:02:03\0") == datetime(2024, 2, 29, 1, 2, 3)
 
 
-@pytest.mark.parametrize(
-    "date",
-    [
+def test_dates_that_are_none():
+    for date in (
         *("", "    :  :     :  :  ", "0000:00:00 00:00:00", "2023:02:30 10:00:00", "2023:12:31 24:00:00", "2023:12:31"),
-        *("0001:01:01 00:00:00", "yesterday", "2023:13:01 10:00:00", "\0" * 20, "20231231 100000"),
-        "2023:١٢:31 10:00:00",
-    ],
-)
-def test_dates_that_are_none(date):
-    assert taken(DateTimeOriginal=date) is None
+        *("0001:01:01 00:00:00", "yesterday", "\0" * 20, "20231231 100000", "2023:١٢:31 10:00:00"),
+    ):
+        assert taken(DateTimeOriginal=date) is None, date
 
 
 def placed(latitude: object, south: object, longitude: object, west: object) -> tuple[float | None, float | None]:
@@ -572,7 +547,7 @@ def test_a_file_that_is_gone(tmp_path):
         read_picture(FileState(str(path), 1, 1))
 
     for path in (tmp_path / "gone.jpg", tmp_path / "gone" / "a.jpg", "a\0b.jpg"):
-        for read in (read_bytes_digest, open_query_picture, as_row):
+        for read in (open_query_picture, as_row):
             with pytest.raises(MissingPicture, match="gone: there is no file of this name") as error:
                 read(path)
     assert isinstance(error.value, FileNotFoundError) and isinstance(error.value, BadImage)
@@ -601,9 +576,8 @@ def test_a_picture_of_folders_is_read_in_them_alone(tmp_path):
     (tmp_path / "named").symlink_to(tmp_path / "fotos")
     inside, private = str(tmp_path / "fotos"), str(tmp_path / "private")
     link = FileState(str(tmp_path / "named" / "a.jpg"), 0, 0)
-    for read in (lambda: read_picture(link, folders=[inside]), lambda: read_bytes_digest(link.path, [inside])):
-        with pytest.raises(BadImage, match="link out of the folder: it leads out"):
-            read()
+    with pytest.raises(BadImage, match="link out of the folder: it leads out"):
+        read_picture(link, folders=[inside])
     assert read_picture(link, folders=[inside, private]).image.size == (80, 60), "within one of the folders"
     with pytest.raises(BadImage, match="link out of the folder"):
         read_picture(file, folders=[private[:-1]])
@@ -627,6 +601,3 @@ def test_what_becomes_a_link_before_it_is_opened_is_not_followed(swapped, tmp_pa
         with pytest.raises(OSError):
             open_regular_file(file.path, "it", [str(tmp_path / "fotos")])
     assert Path(file.path).read_bytes() == b"secret", "the swap has not happened"
-
-
-# --- Threads ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from PIL import Image
 
 from benchmarks import readme
 from capivara_search.command import parsed
-from capivara_search.show import Words
+from capivara_search.words import Words
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "LEIAME.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]

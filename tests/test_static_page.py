@@ -1,22 +1,17 @@
 """The page without a server: its folder, and a visit in Chromium with real pictures and a model of real encoders."""
 
-import http.server
 import io
 import json
 import os
 import re
 import shutil
-import subprocess
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from browser import ISOLATED, Browser, open_browser, require_chromium
+from browser import ISOLATED, NAMELESS, Browser, open_browser, require_chromium, served_with_headers
+from in_browser import node_packages
 from made_pictures import bomb
 from PIL import Image
 from tokenizers import Tokenizer, normalizers
@@ -32,12 +27,10 @@ from hub_upload.export import export
 from hub_upload.space import static_page
 from hub_upload.space.__main__ import main
 from hub_upload.space.static_page import (
-    LIBRARY,
     OURS,
     PAGES,
     SOURCES,
     model_name,
-    npm_packages,
     page_html,
     write_static_page,
 )
@@ -46,11 +39,6 @@ ATTACK = "<img src=x onerror=alert(1)>.png"
 DRAWINGS = ["1F34C", "1F415", "1F692", "2708", "1F333", "1F34E", "1F422", "1F997", "1F6B2", "1F3B8"]
 NUMBER = 50
 MODEL = {"id": "0123456789abcdef", "name": "<b>m</b>", "megabytes": 5, "side": 224, "width": 512}
-# Buttons, links and fields that a screen reader would have no name for.
-NAMELESS = """() => [...document.querySelectorAll("button, a[href], input, dialog, section, progress")]
-  .filter((one) => !(one.getAttribute("aria-label") || one.getAttribute("aria-labelledby") || one.innerText?.trim()
-    || one.closest("label")?.innerText.trim() || (one.id && document.querySelector(`label[for=${one.id}]`))))
-  .map((one) => one.outerHTML.slice(0, 80))"""
 # What the browser keeps of the pictures that were read, vectors of `width` numbers; and how many files it keeps.
 VECTORS = """async (width) => {
   const cache = await caches.open((await caches.keys()).find((name) => name.startsWith("capivara ")));
@@ -65,17 +53,6 @@ KEPT = """async () => {
   const counts = (await caches.keys()).map(async (name) => (await (await caches.open(name)).keys()).length);
   return (await Promise.all(counts)).reduce((sum, count) => sum + count, 0);
 }"""
-
-
-def require_npm() -> None:
-    """Skip the test where npm is missing or its registry out of reach; with CI_REQUIRES_NODE=1 that fails."""
-    answer, fault = pytest.fail if os.environ.get("CI_REQUIRES_NODE") == "1" else pytest.skip, None
-    if shutil.which("npm") is None:
-        fault = "npm is not installed (apt-get install npm)"
-    elif subprocess.run(["npm", "view", *LIBRARY, "version"], capture_output=True).returncode:
-        fault = "npm's registry can't be reached"
-    if fault:
-        answer(f"{fault}, so the page's library can't be fetched")
 
 
 # --- The folder ------------------------------------------------------------------------------------------------------
@@ -200,10 +177,14 @@ def test_the_folder(small_model, stand_in, tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory) -> Path:
-    require_npm()
+def library() -> Path:
+    """npm's packages. Skips the test where they can't be had; with CI_REQUIRES_NODE=1 that fails."""
     require_chromium()
-    return npm_packages(tmp_path_factory.mktemp("npm"), LIBRARY)
+    try:
+        return node_packages()
+    except RuntimeError as error:
+        answer = pytest.fail if os.environ.get("CI_REQUIRES_NODE") == "1" else pytest.skip
+        answer(f"{error}, so the page's library can't be fetched")
 
 
 @pytest.fixture(scope="module")
@@ -223,27 +204,6 @@ def fotos(tmp_path_factory) -> Path:
     transparent.save(folder / ATTACK)
     assert len(list(folder.iterdir())) == NUMBER
     return folder
-
-
-@contextmanager
-def served(folder: Path, headers: dict[str, str]) -> Iterator[str]:
-    """The address of the folder by a plain file server that sends these headers, too."""
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def end_headers(self) -> None:
-            for name, text in headers.items():
-                self.send_header(name, text)
-            super().end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/"
-        finally:
-            server.shutdown()
 
 
 class Visitor:
@@ -271,7 +231,7 @@ class Visitor:
 def test_a_visit(library, fotos, tmp_path):
     files, model = sorted(fotos.iterdir()), miniature_folder()
     write_static_page(str(model), tmp_path / "page", library)
-    with served(tmp_path / "page", {}) as url, open_browser() as opened:
+    with served_with_headers(tmp_path / "page", {}) as url, open_browser() as opened:
         visitor = Visitor(opened, url)
         assert not opened.page.evaluate(NAMELESS)
         visitor.sees(".collect .hint", "é baixado uma vez")
@@ -406,7 +366,7 @@ def test_threads_a_broken_download_and_other_hosts(small_model, library, fotos, 
     write_static_page(str(small_model), page, library)
     (weights,) = page.glob("model/*/onnx/vision_model_quantized.onnx_data")
     weights.rename(tmp_path / "weights")
-    with served(page, ISOLATED) as url, served(page, {}) as other, open_browser() as opened:
+    with served_with_headers(page, ISOLATED) as url, served_with_headers(page, {}) as other, open_browser() as opened:
         visitor = Visitor(opened, url)
         visitor.picks(files)
         visitor.sees("#notice", "Não foi possível carregar o modelo")

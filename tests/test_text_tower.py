@@ -2,9 +2,6 @@
 
 import json
 import random
-import shutil
-import subprocess
-import sys
 import time
 import unicodedata
 from pathlib import Path
@@ -24,48 +21,13 @@ from modeling_capivara.loading import load_model, load_processor
 
 PLAIN = ["um gato dormindo", "a dog on the beach", "praia ao pôr do sol", "São João, 24 de junho", "AÇÃO", "coração"]
 AWKWARD = [
-    *(
-        "",
-        " ",
-        "\t\n",
-        "<pad>",
-        "um <pad> gato",
-        "<pad><pad>",
-        "<s>",
-        "</s> gato <s>",
-        "<mask>",
-        "<unk>",
-        "▁",
-        "▁▁gato",
-    ),
+    *("", " ", "\t\n", "<pad>", "um <pad> gato", "<pad><pad>", "<s>", "</s> gato <s>", "<mask>"),
+    *("<unk>", "▁", "▁▁gato"),
     *("SÃ£o JoÃ£o &amp;amp; cia", "&lt;gato&gt;", "&amp;" * 40, "a\x00b", "\ud800 gato", "\udcff", "\u200bgato\ufeff"),
-    *(
-        "😀",
-        "👩🏽‍🚀 astronauta",
-        "🇧🇷🇧🇷",
-        "❤️‍🔥",
-        "1️⃣",
-        "ｇａｔｏ",
-        "ﬁm",
-        "½ ㎏",
-        "日本の猫",
-        "قطة",
-        "кошка",
-        "ไมว",
-        "𝕘𝕒𝕥𝕠",
-    ),
-    *(
-        "gato " * 200,
-        "x" * 5000,
-        "é" * 300,
-        "a\n" * 600,
-        "!?" * 100,
-        "Ω≈ç√∫",
-        "não-me-toques",
-        "d'água",
-        "...",
-        "🐈" * 200,
-    ),
+    *("😀", "👩🏽‍🚀 astronauta", "🇧🇷🇧🇷", "❤️‍🔥", "1️⃣", "ｇａｔｏ", "ﬁm", "½ ㎏"),
+    *("日本の猫", "قطة", "кошка", "ไมว", "𝕘𝕒𝕥𝕠"),
+    *("gato " * 200, "x" * 5000, "é" * 300, "a\n" * 600, "!?" * 100, "Ω≈ç√∫", "não-me-toques", "d'água"),
+    *("...", "🐈" * 200),
 ]
 
 
@@ -164,11 +126,6 @@ def with_more_tensors(folder: Path) -> None:
     save_file({**load_file(path), "text_model.encoder.layer.0.lora_A": torch.zeros(2)}, path, {"format": "pt"})
 
 
-def without_a_special_token(folder: Path) -> None:
-    """transformers adds what tokenizer.json does not mark."""
-    change(folder / "tokenizer_config.json", mask_token="<mask>")
-
-
 def of_another_activation(folder: Path) -> None:
     text = json.loads((folder / "config.json").read_text())["text_config"]
     change(folder / "config.json", text_config={**text, "hidden_act": "gelu_new"})
@@ -185,7 +142,6 @@ def quantised(folder: Path) -> None:
 CASES = [
     with_adapter,
     with_more_tensors,
-    without_a_special_token,
     of_another_activation,
     of_another_tokenizer,
     quantised,
@@ -197,17 +153,13 @@ def test_other_models_are_not_taken(tiny_folder, case):
     assert open_text_tower(tiny_folder) is not None
     case(tiny_folder)
     assert open_text_tower(tiny_folder) is None
+    if case in (of_another_activation, of_another_tokenizer):
+        texts = [*PLAIN, "um <mask> gato", "um <pad> gato"]
+        found = SearchModel("tiny", str(tiny_folder), tiny_folder, device="cpu").texts(texts)
+        np.testing.assert_allclose(found, of_the_model(tiny_folder, texts), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", [without_a_special_token, of_another_activation, of_another_tokenizer])
-def test_what_is_not_taken_is_embedded_by_the_model(tiny_folder, case):
-    case(tiny_folder)
-    texts = [*PLAIN, "um <mask> gato", "um <pad> gato"]
-    found = SearchModel("tiny", str(tiny_folder), tiny_folder, device="cpu").texts(texts)
-    np.testing.assert_allclose(found, of_the_model(tiny_folder, texts), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
 def test_other_encoders_are_embedded_by_the_model(tmp_path, kind):
     sizes = {"dim": 40, "hidden_dim": 80, "n_layers": 2, "n_heads": 4} if kind == "distilbert" else {}
     text = {**TINY_TEXT, **sizes, "model_type": kind, "pad_token_id": 1}
@@ -359,35 +311,3 @@ def test_a_tokenizer_that_gives_no_token(tiny_folder):
     (tiny_folder / "tokenizer.json").write_text(json.dumps(settings | {"post_processor": None}))
     with pytest.raises(ValueError, match="Every text needs at least one token"):
         open_text_tower(tiny_folder).embed(["gato", ""])
-
-
-# --- Quick ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_neither_torch_nor_transformers_is_imported(tiny_folder, tmp_path):
-    program = (
-        "import sys\nfrom capivara_search.models import find_model\n"
-        f"print(find_model({str(tiny_folder)!r}).texts(['um gato']).shape)\n"
-        "print({'torch', 'transformers', 'modeling_capivara', 'PIL', 'lancedb'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
-    assert done.stdout.splitlines() == ["(1, 24)", "set()"], done.stderr
-
-
-@pytest.mark.slow
-def test_the_repair_is_the_processors_own(tiny_folder):
-    """Loaded beside the package, it is the same file."""
-    code = (
-        "from capivara_search.text_tower import text_repair\n"
-        "alone = text_repair()\nimport modeling_capivara.text_repair_capivara as own\n"
-        "print(alone.__file__ == own.__file__, alone is own, text_repair() is alone)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    assert done.stdout.split() == ["True", "False", "True"], done.stderr
-
-
-def test_a_copy_elsewhere_is_the_same_model(tiny_folder, tmp_path):
-    shutil.copytree(tiny_folder, tmp_path / "copy")
-    both = [open_text_tower(folder).embed(PLAIN) for folder in (tiny_folder, tmp_path / "copy")]
-    np.testing.assert_array_equal(*both)

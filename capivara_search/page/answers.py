@@ -21,7 +21,7 @@ import PIL.Image
 
 from capivara_common.image_files import BadImage
 from capivara_search.labelling import checked_labels, classify_vectors
-from capivara_search.refusal import Refusal
+from capivara_search.page.guard import Refusal
 from capivara_search.results import TEMPLATE, Classified, Hit
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ class Answers:
         return {"version": self._facts[0], "count": self._facts[2]}
 
     def _vector(self, question: Question, image: PIL.Image.Image | None) -> np.ndarray | None:
-        """(width,), unit length: the mean of all that is asked for; None where nothing is. Raises Refusal."""
+        """(width,): the mean of all that is asked for; None where nothing is. Raises Refusal."""
         vectors = []
         if question.text.strip():
             vectors.append(self.index.model.texts([question.text])[0])
@@ -199,10 +199,7 @@ class Answers:
             if self.index.row(question.like) is None:
                 raise Refusal("gone", 404)
             vectors.append(self._known_vectors([question.like])[0])
-        if not vectors:
-            return None
-        mean = np.mean(vectors, axis=0)
-        return mean / max(float(np.linalg.norm(mean)), 1e-12)
+        return np.mean(vectors, axis=0) if vectors else None
 
     def _known_vectors(self, paths: list[str]) -> np.ndarray:
         """Vectors of rows. Raises Refusal where the model has not seen all of them."""

@@ -8,7 +8,6 @@ A JPEG of 400 kB can take minutes, a JPEG 2000 of 2 kB stops all threads of its 
 can be ended.
 """
 
-import importlib
 import io
 import json
 import os
@@ -24,12 +23,11 @@ from typing import Any
 
 import PIL.Image
 
-from capivara_common.image_files import BadImage, decode_image, open_image
+from capivara_common.image_files import BadImage, decode_image
 from capivara_search.picture_files import FileState, at_most, decode_picture, on_white
 
 PROGRAM = "import sys; from capivara_search.page.decoder import main; main(int(sys.argv[1]), float(sys.argv[2]))"
 ROOT = Path(__file__).resolve().parents[2]
-PREPARED = "modeling_capivara.image_processing_capivara"  # makes 8 bits of 16; its import takes seconds
 PICTURE_S = 10  # a photograph of 50 million pixels takes under 2 s
 VIEW_SIDE = 1600  # pixels of the longer side; the model sees a few hundred
 VIEW_QUALITY = 88  # of its JPEG
@@ -101,24 +99,12 @@ def main(descriptor: int, seconds: float) -> None:
                 return
             signal.setitimer(signal.ITIMER_REAL, seconds)  # its signal ends the process, whatever that is doing
             try:
-                if _is_deep(upload) and PREPARED not in sys.modules:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
-                    importlib.import_module(PREPARED)
-                    signal.setitimer(signal.ITIMER_REAL, seconds)
                 about, answer = _view(upload, question["name"]) if "name" in question else _image(upload)
             except BadImage as bad:
                 about, answer = {"reason": bad.reason, "detail": bad.detail}, b""
             signal.setitimer(signal.ITIMER_REAL, 0)
             page.send_bytes(json.dumps(about).encode())  # what was fed strangers' files gets no say in objects
             page.send_bytes(answer)
-
-
-def _is_deep(upload: bytes) -> bool:
-    """Whether a picture has 16 bits or more, as its header says."""
-    try:
-        return open_image(upload, "").mode.startswith(("I", "F"))
-    except BadImage:  # which is said when it is decoded
-        return False
 
 
 def _image(upload: bytes) -> tuple[dict[str, Any], bytes]:

@@ -17,7 +17,6 @@ import threading
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
-from queue import SimpleQueue
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -26,8 +25,6 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
-
-from capivara_search.refusal import Refusal
 
 MAX_UPLOAD_BYTES = 20_000_000  # of a picture; photographs of telephones have under 15 MB
 MAX_QUESTION_BYTES = 200_000  # of its line of JSON; one has under 10 kB, and up to 256 wait
@@ -58,6 +55,20 @@ HEADERS = {
 
 logger = logging.getLogger("capivara")
 T = TypeVar("T")
+
+
+class Refusal(ValueError):
+    """A request that is not answered: `raise Refusal("too_large", 413, megabytes=20)`.
+
+    Args:
+        code: of the reason, such as "busy"; `page/words/*.json` have its text in each language.
+        status: of HTTP.
+        values: that the text names.
+    """
+
+    def __init__(self, code: str, status: int = 400, **values: object):
+        super().__init__(code)
+        self.code, self.status, self.values = code, status, values
 
 
 class Guard:
@@ -286,7 +297,6 @@ class Queue:
     def __init__(self) -> None:
         self._turn = asyncio.Semaphore(1)
         self._waiting = self._given_up = 0
-        self._tasks = _thread()
 
     async def ask(self, question: Callable[[], T], seconds: float | None = None) -> T:
         """The answer to a question, when its turn has come; it is given up after `seconds`, or else `QUERY_S`.
@@ -312,34 +322,21 @@ class Queue:
     async def _answered(self, question: Callable[[], T], seconds: float) -> T:
         answer: Future[T] = Future()
         answer.set_running_or_notify_cancel()
-        self._tasks.put((question, answer))
-        waited = asyncio.wrap_future(answer)
-        if (await asyncio.wait([waited], timeout=seconds))[0]:
-            return waited.result()
-        waited.cancel()
-        self._given_up += 1
-        loop = asyncio.get_running_loop()
-        answer.add_done_callback(lambda _: loop.call_soon_threadsafe(self._ended))
-        self._tasks.put(None)
-        self._tasks = _thread()
-        raise Refusal("too_slow", 503)
 
-    def _ended(self) -> None:
-        self._given_up -= 1
-
-
-def _thread() -> SimpleQueue:
-    """The tasks of a new thread, pairs of question and answer, until one is None."""
-    tasks: SimpleQueue = SimpleQueue()
-
-    def work() -> None:
-        while (task := tasks.get()) is not None:
-            question, answer = task
+        def work() -> None:
             try:
                 answer.set_result(question())
             except BaseException as error:
                 answer.set_exception(error)
-            del task, question, answer  # they hold a picture
 
-    threading.Thread(target=work, daemon=True).start()
-    return tasks
+        waited = asyncio.wrap_future(answer)
+        threading.Thread(target=work, daemon=True).start()  # which, unlike those of a pool, no end of a process awaits
+        if (await asyncio.wait([waited], timeout=seconds))[0]:
+            return waited.result()
+        self._given_up += 1
+        waited.add_done_callback(self._ended)
+        raise Refusal("too_slow", 503)
+
+    def _ended(self, answered: asyncio.Future) -> None:
+        answered.exception()  # nobody waits for it any more
+        self._given_up -= 1

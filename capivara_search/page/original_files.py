@@ -6,24 +6,19 @@ For example:
     files.view("/home/ana/Fotos/praia.jpg")  # JPEG of at most 1600 pixels
 """
 
-import contextlib
 import mimetypes
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
-from urllib.parse import quote
 
 from capivara_common.image_files import BadImage, open_regular_file
 from capivara_search.page.decoder import Decoder
+from capivara_search.page.guard import Refusal
 from capivara_search.picture_files import contents
-from capivara_search.refusal import Refusal
+from capivara_search.show import opened_by_system
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
-
-MANAGER_S = 5  # for a file manager to answer; one that takes longer is opening
 
 
 class OriginalFiles:
@@ -93,28 +88,5 @@ class OriginalFiles:
         """Open the folder of a row in the file manager of this machine. Raises Refusal where that can't be done."""
         if not self.is_there(path) or not Path(path).is_absolute():
             raise Refusal("no_original", 404)
-        for command in _manager_commands(path):
-            with contextlib.suppress(OSError):
-                # Nothing of the path is a flag: it is absolute, or part of an address.
-                opened = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                    start_new_session=True,
-                )  # fmt: skip
-                try:
-                    if opened.wait(MANAGER_S) == 0 or sys.platform == "win32":  # Explorer ends with 1
-                        return
-                except subprocess.TimeoutExpired:
-                    return
-        raise Refusal("no_file_manager", 501)
-
-
-def _manager_commands(path: str) -> list[list[str]]:
-    """Commands that show a file in its folder, the best first."""
-    if sys.platform == "darwin":
-        return [["open", "-R", path]]
-    if sys.platform == "win32":
-        return [["explorer", f"/select,{path}"]]
-    uri = "file://" + quote(os.fsencode(path), safe="/")  # a comma would part it in two
-    service, manager = "org.freedesktop.FileManager1", "/org/freedesktop/FileManager1"
-    shown = ["dbus-send", "--session", "--print-reply", f"--dest={service}", manager, f"{service}.ShowItems"]
-    return [[*shown, f"array:string:{uri}", "string:"], ["xdg-open", str(Path(path).parent)]]
+        if not opened_by_system(str(Path(path).parent)):
+            raise Refusal("no_file_manager", 501)

@@ -36,9 +36,18 @@ from starlette.staticfiles import StaticFiles
 
 from capivara_search.page.answers import TEMPLATES, Answers, Question, decoded
 from capivara_search.page.decoder import Decoder
-from capivara_search.page.guard import BACKLOG, WAIT_S, Connection, Guard, Queue, allowed_hosts, listening, refused
+from capivara_search.page.guard import (
+    BACKLOG,
+    WAIT_S,
+    Connection,
+    Guard,
+    Queue,
+    Refusal,
+    allowed_hosts,
+    listening,
+    refused,
+)
 from capivara_search.page.original_files import OriginalFiles
-from capivara_search.refusal import Refusal
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
@@ -136,7 +145,7 @@ def serve_index(
     try:
         if on_open is not None:
             on_open(page.url)
-        if open_browser and (sys.platform in ("darwin", "win32") or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
+        if open_browser and (sys.platform == "darwin" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
             webbrowser.open(page.url)  # elsewhere it would be one that fills this terminal
         page.wait()
     except KeyboardInterrupt:

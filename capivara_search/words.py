@@ -1,0 +1,136 @@
+"""What is said to people, in Portuguese or English: the texts of `words.yaml`, by their keys.
+
+    words = Words("pt")
+    print(words.count("new", 213))  # 213 imagens novas
+    raise failure(ValueError, "index_is_file", path=folder)
+
+Names of files are other people's: whatever in them a terminal would obey is shown as an escape such as `\\x1b`.
+"""
+
+import logging
+import re
+from collections.abc import Callable
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from capivara_common.cli import coded
+
+# English name of a command -> its Portuguese name; both work in both languages.
+COMMANDS = {
+    "index": "indexar",
+    "search": "buscar",
+    "classify": "classificar",
+    "app": "abrir",
+    "status": "estado",
+    "forget": "esquecer",
+    "export": "exportar",
+    "duplicates": "duplicatas",
+    "completion": "completar",
+}
+# What a terminal obeys or hides: control and format characters (marks of writing direction, soft hyphens, tag letters),
+# separators of lines, and what is no character at all, such as a byte of a file's name that is no UTF-8. Format
+# characters that names need stay: joiners (Arabic, Indic, emoji), and signs that are seen (numbers in Arabic).
+UNSAFE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+    r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e007f]"
+)
+
+
+class Words:
+    """The texts of `words.yaml` in one language, with its numbers and dates."""
+
+    def __init__(self, language: str):
+        self.language = language  # "pt" or "en"
+        self._texts = _texts()
+
+    def raw(self, key: str) -> str | list[str]:
+        """The text as it stands in the file; a list is its singular and plural."""
+        return self._texts[key][self.language]
+
+    def has(self, key: str) -> bool:
+        """Whether there is such a text."""
+        return key in self._texts
+
+    def command(self, english: str) -> str:
+        """The name of a command."""
+        return COMMANDS[english] if self.language == "pt" else english
+
+    def reason(self, text: str) -> str:
+        """Why a file was left out: `reason: detail`, of which other languages have the reason alone."""
+        key = f"reason.{text.partition(':')[0]}"
+        return self(key) if self.language != "en" and self.has(key) else visible(text)
+
+    def __call__(self, key: str, **values: Any) -> str:
+        """The text with its `{name}` filled in."""
+        return self.raw(key).format(**values)
+
+    def count(self, key: str, number: int, **values: Any) -> str:
+        """The singular or plural of a text, with `{n}` filled in."""
+        return self.raw(key)[number != 1].format(n=self.number(number), **values)
+
+    def number(self, value: float, digits: int = 0) -> str:
+        """1,234.5 or 1.234,5."""
+        text = f"{value:,.{digits}f}"
+        return text if self.language == "en" else text.translate(str.maketrans(",.", ".,"))
+
+    def size(self, number: int) -> str:
+        """Bytes, as 1.2 MB."""
+        for unit, divisor in (("GB", 1e9), ("MB", 1e6)):
+            if number >= divisor:
+                return f"{self.number(number / divisor, 1)} {unit}"
+        return f"{self.number(number / 1e3, 1)} kB"
+
+    def duration(self, seconds: float) -> str:
+        """Seconds, as 1 h 5 min."""
+        if seconds < 60:
+            return f"{self.number(seconds, 1 if seconds < 10 else 0)} s"
+        minutes = round(seconds / 60)
+        return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+    def date(self, moment: datetime | None) -> str:
+        """The day, as it is written in the language; empty where none is known."""
+        return "" if moment is None else moment.strftime("%d/%m/%Y" if self.language == "pt" else "%Y-%m-%d")
+
+
+@cache
+def _texts() -> dict[str, dict[str, str | list[str]]]:
+    import yaml
+
+    # The C loader takes a tenth of the time.
+    content = Path(__file__).with_name("words.yaml").read_text(encoding="utf-8")
+    return yaml.load(content, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
+
+
+def visible(text: str) -> str:
+    """A text of somebody else's, in one line, with nothing in it that a terminal obeys."""
+    return UNSAFE.sub(lambda found: _escape(ord(found[0])), text)
+
+
+def _escape(code: int) -> str:
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is no UTF-8, as Python keeps it in a name
+        code -= 0xDC00
+    if code > 0xFFFF:
+        return f"\\U{code:08x}"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+E = TypeVar("E", bound=Exception)
+
+
+def failure(kind: Callable[[str], E], code: str, **values: object) -> E:
+    """An error that has words in each language, `error.CODE`; its own text is the English one.
+
+    Args:
+        kind: makes the error of its text.
+        code: of the words.
+        values: that stand in them, by name.
+    """
+    return coded(kind, code, Words("en").raw(f"error.{code}"), **values)
+
+
+def note(code: str, *values: object, level: int = logging.INFO) -> None:
+    """Log something for people: `note.CODE` with its values in their order, which the command says in its language."""
+    text = Words("en").raw(f"note.{code}").format(*values)
+    logging.getLogger("capivara").log(level, "%s", text, extra={"code": code, "values": values})
