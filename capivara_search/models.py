@@ -71,7 +71,11 @@ class SearchModel:
     @property
     def width(self) -> int:
         """Numbers of an embedding."""
-        return _size(self.folder / "config.json", "projection_dim")
+        if self._text_tower is not None:
+            return self._text_tower.width
+        config = read_json(self.folder / "config.json")
+        of = ("text_config", "projection_size") if config.get("model_type") == "siglip" else ("projection_dim",)
+        return _size(self.folder / "config.json", *of)
 
     @cached_property
     def side(self) -> int:
