@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
+from transformers import PreTrainedModel
 
 from capivara_common.cli import run_command, user_errors
 from capivara_common.environment import device_description, package_versions, processes, require, resolve_precision
@@ -37,6 +38,7 @@ from hub_upload.card import write_card
 from hub_upload.origins import origins, short_card
 from hub_upload.push import check_access, publish_checkpoint, publish_run
 from modeling_capivara.loading import load_model
+from modeling_capivara.two_towers import is_sigmoid
 from training.arguments import RunArguments, parse_arguments
 from training.checkpoints import (
     Checkpoints,
@@ -48,7 +50,7 @@ from training.checkpoints import (
 )
 from training.inputs import Inputs, load_inputs
 from training.loop import Trainer
-from training.trainable import FIXED, interpolate_weights, merge_adapters, prepare_trainable
+from training.trainable import fixed, interpolate_weights, merge_adapters, prepare_trainable
 
 PROCESS_TIMEOUT = timedelta(hours=24)  # the others wait while the main one prepares, checks and measures
 logger = logging.getLogger("capivara")
@@ -163,7 +165,7 @@ def train(args: RunArguments, inputs: Inputs, checkpoints: Checkpoints, resume: 
             interpolate_weights(model, load_model(args.model).state_dict(), args.interpolate)
         model.save_pretrained(folder)
         inputs.processor.save_pretrained(folder)
-        write_run(args, state, inputs, sources, getattr(energy, "final_emissions_data", None), folder)
+        write_run(args, model, state, inputs, sources, getattr(energy, "final_emissions_data", None), folder)
     accelerator.wait_for_everyone()
 
 
@@ -200,7 +202,13 @@ def measure(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder
 
 
 def write_run(
-    args: RunArguments, state: TrainerState, inputs: Inputs, origins: dict[str, Any], used: Any, folder: Path
+    args: RunArguments,
+    model: PreTrainedModel,
+    state: TrainerState,
+    inputs: Inputs,
+    origins: dict[str, Any],
+    used: Any,
+    folder: Path,
 ) -> None:
     """Write the curves of a training that is done, and `run.json`, all that it was.
 
@@ -222,7 +230,9 @@ def write_run(
     facts = {
         "schema_version": SCHEMA_VERSION,
         "config": args.to_dict(),
-        "fixed": FIXED,
+        "model_class": type(model).__name__,
+        "loss": "sigmoid" if is_sigmoid(model) else "contrastive",
+        "fixed": fixed(model),
         "origins": origins,
         "seed": args.seed,
         "dataset_fingerprints": state.data,

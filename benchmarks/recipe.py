@@ -27,8 +27,8 @@ from eval.embeddings import EmbeddingStore
 from eval.records.schema import DIRECTIONS
 from eval.retrieval import RetrievalArguments, RetrievalEmbeddings, load_data
 from modeling_capivara import CapivaraModel
+from modeling_capivara.embedder import model_embedder
 from modeling_capivara.loading import load_model, load_processor, weights_digest
-from modeling_capivara.two_towers import capivara_embedder
 from training.trainable import interpolate_weights
 
 REFERENCE, OURS = "paper", "interpolate-0.7"  # what all are compared with; what configs/openmoji_plus.yaml has
@@ -104,7 +104,7 @@ class Measures:
 
     def embedded(self, model: CapivaraModel) -> dict[str, RetrievalEmbeddings]:
         """Data set, split and language, such as "noto/test/pt" -> embeddings of a model."""
-        store = EmbeddingStore(capivara_embedder("", model.eval(), self.processor, "float32"), self.cache)
+        store = EmbeddingStore(model_embedder("", model.eval(), self.processor, "float32"), self.cache)
         return {condition: data.embedded(store)[0] for condition, data in self.data.items()}
 
     def hits(self, model: CapivaraModel) -> dict[str, Tensor]:

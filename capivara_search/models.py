@@ -71,7 +71,11 @@ class SearchModel:
     @property
     def width(self) -> int:
         """Numbers of an embedding."""
-        return _size(self.folder / "config.json", "projection_dim")
+        if self._text_tower is not None:
+            return self._text_tower.width
+        config = read_json(self.folder / "config.json")
+        of = ("text_config", "projection_size") if config.get("model_type") == "siglip" else ("projection_dim",)
+        return _size(self.folder / "config.json", *of)
 
     @cached_property
     def side(self) -> int:
@@ -101,8 +105,8 @@ class SearchModel:
         """
         if "_loaded" not in self.__dict__ and len(texts) <= MANY_TEXTS and self._text_tower is not None:
             return self._text_tower.embed(texts)
+        from modeling_capivara.embedder import embed_texts
         from modeling_capivara.text_repair_capivara import checked_texts
-        from modeling_capivara.two_towers import embed_texts
 
         model, processor = self._loaded
         return embed_texts(model, processor, checked_texts(list(texts))).numpy()
@@ -118,7 +122,7 @@ class SearchModel:
         if not len(images):
             return np.empty((0, self.width), np.float32)
         model, processor = self._loaded
-        from modeling_capivara.two_towers import embed_images
+        from modeling_capivara.embedder import embed_images
 
         return embed_images(model, processor, images, batch_size).numpy()
 

@@ -3,7 +3,8 @@
     tower = open_text_tower("data/openmoji/base")  # None where the model is of another shape than this file knows
     tower.embed(["um gato dormindo"])  # (1, width), unit length
 
-XLM-RoBERTa, mean pooling and projection as `CapivaraModel` has them, in NumPy; the embeddings are equal to 1e-5.
+XLM-RoBERTa, mean pooling and projection as `CapivaraModel` has them, and SigLIP's text tower, in NumPy; the embeddings
+are equal to 1e-5.
 """
 
 import importlib.util
@@ -36,6 +37,15 @@ KNOWN = {
     "add_cross_attention": False,
     "quantization_config": None,
 }
+
+# Of `SiglipTextConfig`: a published config.json leaves out what has these values.
+SIGLIP_DEFAULTS = {
+    **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    **{"max_position_embeddings": 64, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"},
+}
+LOWERCASE = {"type": "Lowercase"}  # of the tokenizer.json that transformers writes for SigLIP 2
+SIGLIP_NORMS = ("layer_norm1", "layer_norm2")
+SIGLIP_LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 
 
 @cache
@@ -75,18 +85,26 @@ class TextTower:
         Raises:
             ValueError: a text is not a string, or there is none; a text has no token at all.
         """
-        repair = text_repair()
-        repaired = [repair.repair_text(text) for text in repair.checked_texts(list(texts))]
-        with checks().tokenizer_errors(f"The tokenizer beside {self.weights.path}"):
-            ids = [found.ids for found in self.tokenizer.encode_batch_fast(repaired)]
+        ids = self._ids(texts)
         order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
-        embeds = np.empty((len(ids), self.config["projection_dim"]), np.float32)
+        embeds = np.empty((len(ids), self.width), np.float32)
         batches = [order[start : start + BATCH_TEXTS] for start in range(0, len(order), BATCH_TEXTS)]
         with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count() or 1) as executor:
             found = executor.map(lambda numbers: self._embed_ids([ids[number] for number in numbers]), batches)
             for numbers, rows in zip(batches, found, strict=True):
                 embeds[numbers] = rows
         return embeds
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        repair = text_repair()
+        repaired = [repair.repair_text(text) for text in repair.checked_texts(list(texts))]
+        with checks().tokenizer_errors(f"The tokenizer beside {self.weights.path}"):
+            return [found.ids for found in self.tokenizer.encode_batch_fast(repaired)]
+
+    @property
+    def width(self) -> int:
+        """Numbers of an embedding."""
+        return self.config["projection_dim"]
 
     def _embed_ids(self, ids: list[list[int]]) -> np.ndarray:
         pad = self.config["text_config"]["pad_token_id"]
@@ -113,18 +131,18 @@ class TextTower:
         return self._normed(words + kind + places, f"{EMBEDDINGS}LayerNorm.")
 
     def _layer(self, hidden: np.ndarray, mask: np.ndarray, name: str) -> np.ndarray:
-        attended = self._attention(hidden, mask, f"{name}attention.self.")
+        names = [f"{name}attention.self.{part}." for part in ("query", "key", "value")]
+        attended = self._attention(hidden, mask, names)
         attended = self._linear(attended, f"{name}attention.output.dense.")
         hidden = self._normed(attended + hidden, f"{name}attention.output.LayerNorm.")
         inner = gelu(self._linear(hidden, f"{name}intermediate.dense."))
         return self._normed(self._linear(inner, f"{name}output.dense.") + hidden, f"{name}output.LayerNorm.")
 
-    def _attention(self, hidden: np.ndarray, mask: np.ndarray, name: str) -> np.ndarray:
+    def _attention(self, hidden: np.ndarray, mask: np.ndarray, names: list[str]) -> np.ndarray:
         texts, tokens, width = hidden.shape
         heads = self.config["text_config"]["num_attention_heads"]
         query, key, value = (
-            self._linear(hidden, f"{name}{part}.").reshape(texts, tokens, heads, -1).swapaxes(1, 2)
-            for part in ("query", "key", "value")
+            self._linear(hidden, name).reshape(texts, tokens, heads, -1).swapaxes(1, 2) for name in names
         )  # (texts, heads, tokens, width of a head)
         scores = query @ key.swapaxes(-1, -2) / np.float32((width // heads) ** 0.5)
         scores = np.where(mask[:, None, None], scores, -np.inf)
@@ -150,6 +168,39 @@ class TextTower:
         return normed * self.weights.array(f"{name}weight") + self.weights.array(f"{name}bias")
 
 
+@dataclass
+class SiglipTextTower(TextTower):
+    """The text side of a SigLIP folder; `config` has the defaults filled in, `tokenizer` pads to the length of all."""
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        with checks().tokenizer_errors(f"The tokenizer beside {self.weights.path}"):
+            found = self.tokenizer.encode_batch_fast(text_repair().checked_texts(list(texts)))
+        return [one.ids for one in found]
+
+    @property
+    def width(self) -> int:
+        """Numbers of an embedding."""
+        return self.weights.places["text_model.head.weight"].shape[0]
+
+    def _embed_ids(self, ids: list[list[int]]) -> np.ndarray:
+        tokens = np.array(ids)
+        distinct, places = np.unique(tokens, return_inverse=True)
+        words = self.weights.rows("text_model.embeddings.token_embedding.weight", distinct)
+        hidden = words[places.reshape(tokens.shape)]
+        hidden = hidden + self.weights.array("text_model.embeddings.position_embedding.weight")
+        whole = np.ones(tokens.shape, bool)
+        for number in range(self.config["text_config"]["num_hidden_layers"]):
+            name = f"text_model.encoder.layers.{number}."
+            names = [f"{name}{part}." for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")]
+            attended = self._attention(self._normed(hidden, f"{name}layer_norm1."), whole, names)
+            hidden = hidden + self._linear(attended, f"{name}self_attn.out_proj.")
+            inner = gelu_tanh(self._linear(self._normed(hidden, f"{name}layer_norm2."), f"{name}mlp.fc1."))
+            hidden = hidden + self._linear(inner, f"{name}mlp.fc2.")
+        last = self._normed(hidden[:, -1], "text_model.final_layer_norm.")
+        embeds = self._linear(last, "text_model.head.")
+        return embeds / np.maximum(np.linalg.norm(embeds, axis=-1, keepdims=True), 1e-12)
+
+
 def open_text_tower(folder: str | Path) -> TextTower | None:
     """The text tower of a model folder; None where it is not exactly of the shape that is known here.
 
@@ -167,12 +218,53 @@ def open_text_tower(folder: str | Path) -> TextTower | None:
         config, settings = (json.loads(path.read_text(encoding="utf-8")) for path in (needed[0], needed[3]))
         checks().check_sizes(config, f"{needed[0]}: ")
         weights = WeightFile(needed[1])
+        if config["model_type"] == "siglip":
+            return _siglip_tower(needed[2], weights, config, settings)
         if not _is_known(config, weights):
             return None
         tokenizer = _tokenizer(needed[2], settings, config["text_config"]["pad_token_id"])
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError, RecursionError):
         return None  # damaged: transformers says what is wrong
     return tokenizer and TextTower(weights, config, tokenizer)
+
+
+def _siglip_tower(
+    path: Path, weights: WeightFile, config: dict[str, Any], settings: dict[str, Any]
+) -> SiglipTextTower | None:
+    """The text tower of a SigLIP folder; None where it is not exactly of the shape that is known here.
+
+    Args:
+        path: its tokenizer.json.
+        weights, config, settings: its weights, config.json and tokenizer_config.json.
+    """
+    text = SIGLIP_DEFAULTS | config["text_config"]
+    config = config | {"text_config": text}
+    own = {name: place for name, place in weights.places.items() if name.startswith("text_model.")}
+    layers = [f"text_model.encoder.layers.{number}." for number in range(text["num_hidden_layers"])]
+    modules = [
+        *(layer + part for layer in layers for part in (*SIGLIP_NORMS, *SIGLIP_LINEAR)),
+        "text_model.final_layer_norm",
+    ]
+    names = {f"{module}.{kind}" for module in (*modules, "text_model.head") for kind in ("weight", "bias")}
+    names |= {f"text_model.embeddings.{kind}_embedding.weight" for kind in ("token", "position")}
+    if own.keys() != names or not {place.kind for place in own.values()} <= {"F32", "F16", "BF16"}:
+        return None
+    if text["hidden_act"] != SIGLIP_DEFAULTS["hidden_act"] or text["hidden_size"] % text["num_attention_heads"]:
+        return None
+    state, padding = json.loads(path.read_text(encoding="utf-8")), settings.get("pad_token")
+    padding = padding["content"] if isinstance(padding, dict) else padding
+    steps = (state["normalizer"] or {}).get("normalizers", [])
+    if settings.get("tokenizer_class") != "Siglip2Tokenizer" or LOWERCASE not in steps or padding is None:
+        return None  # transformers would read it in another way than its file says
+    with checks().tokenizer_errors(str(path)):
+        tokenizer = Tokenizer.from_str(json.dumps(state))
+    length = text["max_position_embeddings"]
+    if (number := tokenizer.token_to_id(padding)) is None:
+        return None
+    tokenizer.enable_truncation(length, direction=settings.get("truncation_side", "right"))
+    side = settings.get("padding_side", "left")
+    tokenizer.enable_padding(direction=side, pad_id=number, pad_token=padding, length=length)
+    return SiglipTextTower(weights, config, tokenizer)
 
 
 def _is_known(config: dict[str, Any], weights: WeightFile) -> bool:
@@ -222,6 +314,12 @@ def _tokenizer(path: Path, settings: dict[str, Any], pad: int) -> Tokenizer | No
 def gelu(values: np.ndarray) -> np.ndarray:
     """x times the share of the normal distribution below x: the exact GELU, not the one by tanh."""
     return values * np.float32(0.5) * (1 + erf(values * np.float32(0.5**0.5)))
+
+
+def gelu_tanh(values: np.ndarray) -> np.ndarray:
+    """GELU by tanh, as PyTorch's `gelu_pytorch_tanh`."""
+    inner = np.float32((2 / np.pi) ** 0.5) * (values + np.float32(0.044715) * values**3)
+    return np.float32(0.5) * values * (1 + np.tanh(inner))
 
 
 def erf(values: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from capivara_common.image_files import BYTES_ALONE, BadImage, BadRow, ImageFile
 from caption_data.rows import SIMILARITIES
 from captions.stage_arguments import ScoreArguments
 from captions.stages import Phase, RowStage, StageReport, finished_row_tasks, stage_main
-from modeling_capivara.two_towers import Embedder, load_embedder
+from modeling_capivara.embedder import Embedder, load_embedder
 
 
 @dataclass
@@ -79,7 +79,7 @@ def score(args: ScoreArguments, rank: int = 0, world_size: int = 1) -> StageRepo
     """Write the parts of one task that are missing. Raises as `RowStage` and `load_embedder` do."""
     stage = RowStage(args)  # before the model: what is wrong with the data is said at once
     result = f"similarities-{args.language}"
-    embedder = load_embedder(args.model, args.device, True, args.precision, args.trust_remote_code)
+    embedder = load_embedder(args.model, args.device, True, args.precision)
     settings = {"language": args.language, "model": args.model, "fingerprint": embedder.fingerprint}
     columns, batch_size = args.needed_columns(), args.embedding_batch_size
     files = ImageFiles(max_pixels=args.max_pixels)

@@ -250,7 +250,6 @@ class ScoreArguments(StageArguments):
     embedding_batch_size: int = flag(32, "Images that go through at once; twice as many captions.")
     precision: Literal["float32", "bf16"] = flag("float32", "bf16 is faster on most GPUs.")
     device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
-    trust_remote_code: bool = flag(False, "Execute code that a clip: model brings along.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,7 +31,7 @@ from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, cache_fo
 from caption_data.rows import digest_of
 from caption_data.sources import Split
 from eval.records.schema import Record, write_records
-from modeling_capivara.two_towers import Embedder, load_embedder
+from modeling_capivara.embedder import Embedder, load_embedder
 
 IMAGES_PER_SHARD, TEXTS_PER_SHARD = 256, 2048  # what an interruption loses, and processes share out
 
@@ -58,11 +58,10 @@ class ModelArguments(EmbeddingArguments):
 
     role: Literal["baseline", "capivara"] = flag(
         "capivara",
-        "What the records call the model. A baseline may also be open_clip:NAME:PRETRAINED, "
-        "open_clip:local-dir:FOLDER, or clip:FOLDER_OR_HUB_ID of transformers.",
+        "What the records call the model. A baseline may also be open_clip:NAME:PRETRAINED, or "
+        "open_clip:local-dir:FOLDER.",
     )
     split: str = flag("test", "Split that is measured.")
-    trust_remote_code: bool = flag(False, "Execute code that a clip: model brings along.")
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ def open_store(args: ModelArguments) -> EmbeddingStore:
     Raises:
         ValueError, OSError, ImportError: as of `load_embedder`.
     """
-    embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision, args.trust_remote_code)
+    embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision)
     return EmbeddingStore(embedder, cache_folder(args.cache_dir), args.batch_size)
 
 

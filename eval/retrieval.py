@@ -10,6 +10,7 @@ same to the bit.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
 
 from capivara_common.cli import flag, run_command
 from capivara_common.environment import processes
@@ -29,9 +31,8 @@ from eval.capivara_metrics import metrics
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS
 from eval.embeddings import EmbeddedImages, EmbeddingStore, ModelArguments, open_store, run_evaluation, write_result
 from eval.records.schema import DIRECTIONS, GAIN, Record
-from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
+from modeling_capivara.embedder import embed_texts
 from modeling_capivara.image_classification_capivara import check_truncate_dim, unit_length
-from modeling_capivara.two_towers import embed_texts
 
 PROTOCOL = "all captions of all images of the split, one pool; a tie counts against the query"
 LAUNCHED = "`accelerate launch --multi_gpu -m eval.retrieval` shares the work out to processes, see docs/cluster.md"
@@ -117,7 +118,7 @@ def flat_captions(captions: list[list[str]]) -> tuple[list[str], Tensor]:
 
 
 def embed_captions(
-    model: CapivaraModel, processor: CapivaraProcessor, captions: list[list[str]], image_embeds: Tensor
+    model: PreTrainedModel, processor: ProcessorMixin, captions: list[list[str]], image_embeds: Tensor
 ) -> RetrievalEmbeddings:
     """Embed every caption of every image, beside images that are embedded already."""
     texts, image_of_text = flat_captions(captions)
@@ -157,12 +158,11 @@ def width_facts(embeddings: RetrievalEmbeddings, protocol: str) -> dict[str, Any
 
 
 @torch.no_grad()
-def validation_measures(embeddings: RetrievalEmbeddings, logit_scale: Tensor) -> dict[str, float]:
+def validation_measures(embeddings: RetrievalEmbeddings, loss: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
     """Mean recall in each direction, a share from 0 to 1, and `loss`: of all images, each with its first caption."""
     measures = {direction: metrics.mean_recall(embeddings.ranks[direction]) for direction in DIRECTIONS}
     first = torch.searchsorted(embeddings.image_of_text, torch.arange(len(embeddings.image_embeds)))
-    loss = clip_loss(embeddings.text_embeds[first], embeddings.image_embeds, logit_scale.detach().cpu())
-    return measures | {"loss": loss.item()}
+    return measures | {"loss": loss(embeddings.text_embeds[first], embeddings.image_embeds).item()}
 
 
 def gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings, **facts) -> list[Record]:

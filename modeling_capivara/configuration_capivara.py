@@ -40,6 +40,8 @@ class CapivaraConfig(PreTrainedConfig):
         text_projection_type: "mlp" is width -> (width + projection_dim) // 2 -> GELU -> projection_dim, as published;
             "linear" is one matrix. Neither has a bias.
         logit_scale_init_value: natural logarithm of the scale that multiplies the cosines.
+        logit_bias_init_value: what is added to the scaled cosines, where the loss is SigLIP's (arXiv 2303.15343,
+            section 3.1, starts at -10); None where it is CLIP's.
         matryoshka_dims: widths, beside the whole, at which the first numbers of an embedding were trained to be
             embeddings of their own (Matryoshka representation learning, arXiv 2205.13147); kept in falling order. The
             architecture does not depend on it: any width can be cut, these keep more of the recall.
@@ -64,6 +66,7 @@ class CapivaraConfig(PreTrainedConfig):
     projection_dim: int = 512
     text_projection_type: Literal["mlp", "linear"] = "mlp"
     logit_scale_init_value: float = math.log(1 / 0.07)  # temperature 0.07, CLIP (arXiv 2103.00020) section 2.5
+    logit_bias_init_value: float | None = None
     matryoshka_dims: list[int] | None = None
     trimmed_vocabulary: dict | None = None
 

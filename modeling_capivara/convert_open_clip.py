@@ -39,6 +39,7 @@ from capivara_common.hub_cache import (
 
 from .checks_capivara import check_sizes, tokenizer_errors
 from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
+from .embedder import embed_images, embed_texts, random_images, random_texts
 from .image_processing_capivara import CapivaraImageProcessor
 from .loading import (
     checked_config,
@@ -51,7 +52,6 @@ from .loading import (
 )
 from .modeling_capivara import CapivaraModel, similarity_logits
 from .processing_capivara import CONTEXT_LENGTH, CapivaraProcessor
-from .two_towers import embed_images, embed_texts, random_images, random_texts
 
 TOLERANCE = 1e-4  # of cosines and logits in float32; the two programs differ by some 1e-6, a wrong layer by 1e-3 and up
 BASE_TEXT_MODEL = "FacebookAI/xlm-roberta-base"
@@ -61,6 +61,7 @@ BASE_TEXT_NAMES = (BASE_TEXT_MODEL, "xlm-roberta-base")
 # open_clip's name, or its beginning, and transformers'; {} is the number of a block of the vision transformer.
 NAMES = {
     "logit_scale": "logit_scale",
+    "logit_bias": "logit_bias",
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
     "visual.conv1.": "vision_model.embeddings.patch_embedding.",
@@ -175,6 +176,8 @@ def capivara_config(model_cfg: dict) -> CapivaraConfig:
         options["text_projection_type"] = text_cfg.get("hf_proj_type", "mlp")
         if model_cfg.get("init_logit_scale") is not None:
             options["logit_scale_init_value"] = float(model_cfg["init_logit_scale"])
+        if model_cfg.get("init_logit_bias") is not None:
+            options["logit_bias_init_value"] = float(model_cfg["init_logit_bias"])
         return CapivaraConfig(vision_config=vision, text_config=_text_config(text_cfg.get("hf_model_name")), **options)
     except Exception as error:  # fields that are missing or of another kind, and what the data classes raise
         reason = f"{type(error).__name__} " * (not isinstance(error, ValueError)) + " ".join(str(error).split())
@@ -192,6 +195,8 @@ def open_clip_model_cfg(config: CapivaraConfig, text_model_name: str, image_size
     if config.text_config.model_type not in TEXT_KINDS:
         refuse("text_config.model_type", config.text_config.model_type, f"one of {TEXT_KINDS}", "config.json")
     vision, model_cfg = config.vision_config, {"embed_dim": config.projection_dim}
+    if config.logit_bias_init_value is not None:
+        model_cfg["init_logit_bias"] = config.logit_bias_init_value
     if not _is_vit(config):
         if vision.model_args or not vision.do_pooling:
             refuse("vision_config.model_args", vision.model_args, "none, with do_pooling true", "config.json")

@@ -38,6 +38,8 @@ class CapivaraPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if module is self:
             init.constant_(self.logit_scale, self.config.logit_scale_init_value)
+            if getattr(self, "logit_bias", None) is not None:
+                init.constant_(self.logit_bias, self.config.logit_bias_init_value)
 
     def freeze_image_tower(self) -> None:
         """Fix the image side for good: no gradient to its parameters, and evaluation mode also after `train()`.
@@ -234,8 +236,8 @@ def _filled_prompts(
 
 
 def unit_length(features: Tensor) -> Tensor:
-    """`features` (rows, width) scaled to Euclidean length 1 a row, in float32."""
-    return nn.functional.normalize(features.float(), dim=-1)
+    """`features` (rows, width) scaled to Euclidean length 1 a row, in float32, or in float64 where they are."""
+    return nn.functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
 def check_truncate_dim(dim: int | None, width: int, name: str = "truncate_dim") -> None:

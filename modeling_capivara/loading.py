@@ -13,7 +13,7 @@ from huggingface_hub.utils import yaml_dump
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from capivara_common.cli import coded
 from capivara_common.files import read_json
@@ -22,8 +22,7 @@ from capivara_common.weight_file import weight_files
 
 from .checks_capivara import check_sizes, tokenizer_errors
 from .configuration_capivara import CapivaraConfig, sizes_of
-from .modeling_capivara import CapivaraModel
-from .processing_capivara import CapivaraProcessor
+from .two_towers import check_two_towers, limit_texts
 
 WEIGHTS = "model.safetensors"
 KEPT = ("license", "license_name", "license_link", "language", "attribution")  # of the source's own card
@@ -39,8 +38,7 @@ def read_config(folder: str | Path) -> CapivaraConfig:
     try:
         kind = read_json(Path(folder) / "config.json", model_type=str)["model_type"]
         if kind != "capivara":
-            others = "an evaluation takes other models as its baseline, as open_clip:local-dir:FOLDER or clip:FOLDER"
-            raise ValueError(f"model_type is {kind!r}, not 'capivara'; {others}")
+            raise ValueError(f"model_type is {kind!r}, not 'capivara'")
         return CapivaraConfig.from_pretrained(folder)
     except Exception as error:  # RecursionError among them, and what transformers and its data classes raise
         reason = " ".join(str(error).split())
@@ -65,19 +63,21 @@ def checked_config(source: str, **options: Any) -> PreTrainedConfig:
     return config
 
 
-def load_model(source: str | Path) -> CapivaraModel:
-    """A CAPIVARA model out of a folder or from the Hub, in float32.
+def load_model(source: str | Path) -> PreTrainedModel:
+    """A model of two towers out of a folder or from the Hub, in float32: of the class that `two_towers` takes.
 
     transformers only warns of missing weights and leaves them random; here they are an error.
 
     Raises:
-        ValueError: the folder is missing, is no CAPIVARA model, its weight file is broken, or weights are missing or
-            surplus; all of them are named.
+        ValueError: the folder is missing, is of another kind of model, its weight file is broken, or weights are
+            missing or surplus; all of them are named.
     """
     _check_folder(source, "config.json", "is no model folder")
     try:
+        config = checked_config(str(source))
+        check_two_towers(config)
         options = {"dtype": "float32", "use_safetensors": True, "output_loading_info": True}
-        model, report = CapivaraModel.from_pretrained(source, **options)
+        model, report = AutoModel.from_pretrained(source, config=config, **options)
     except Exception as error:
         raise ValueError(f"The model {source} can't be loaded: {' '.join(str(error).split())}") from error
     faults = {kind: sorted(map(str, report[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
@@ -98,20 +98,20 @@ def mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
     return tensors
 
 
-def mapped_model(folder: Path, config: CapivaraConfig) -> CapivaraModel:
+def mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     """`model_of_tensors` of a folder: its weights are views of its files."""
     model = model_of_tensors(mapped_tensors(weight_files(folder)), config, f"The weights of {folder}")
     check_sizes({"logit_scale": model.logit_scale.item()}, f"{folder}: ")
     return model
 
 
-def model_of_tensors(tensors: Mapping[str, Tensor], config: CapivaraConfig, name: str) -> CapivaraModel:
+def model_of_tensors(tensors: Mapping[str, Tensor], config: PreTrainedConfig, name: str) -> PreTrainedModel:
     """A model whose weights are these tensors, not copies, to be saved and not to be run.
 
     Raises ValueError where some are missing, surplus or of another shape; all are named. Its subject is `name`.
     """
     with torch.device("meta"):
-        model = CapivaraModel(config)
+        model = AutoModel.from_config(config, dtype=torch.float32)
     try:
         model.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
@@ -119,20 +119,24 @@ def model_of_tensors(tensors: Mapping[str, Tensor], config: CapivaraConfig, name
     return model.eval()
 
 
-def load_processor(source: str | Path) -> CapivaraProcessor:
-    """The processor that was saved beside a model.
+def load_processor(source: str | Path) -> ProcessorMixin:
+    """The processor that was saved beside a model of two towers.
 
     Raises:
-        ValueError: the folder is missing, or has no CAPIVARA processor.
+        ValueError: the folder is missing, or its processor is not for texts and images.
     """
     way_out = "save one with `CapivaraProcessor(image_processor, tokenizer).save_pretrained(folder)`"
-    _check_folder(source, "processor_config.json", f"has no processor; {way_out}")
+    older = (Path(source) / "preprocessor_config.json").is_file()  # as transformers' models have it
+    _check_folder(source, "tokenizer_config.json" if older else "processor_config.json", f"has no processor; {way_out}")
     try:
         with tokenizer_errors("its tokenizer"):
             processor = AutoProcessor.from_pretrained(source)
-        if not isinstance(processor, CapivaraProcessor):
-            raise ValueError(f"it is a {type(processor).__name__}, not a CapivaraProcessor")
+        if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+            raise ValueError(f"it is a {type(processor).__name__}, not one of texts and images")
         check_sizes(processor.image_processor.to_dict())
+        config = checked_config(str(source))
+        if config.model_type != "capivara":  # whose processor has a rule of its own
+            limit_texts(processor, config)
     except Exception as error:
         raise ValueError(f"The processor of {source} can't be loaded: {' '.join(str(error).split())}") from error
     return processor
@@ -145,11 +149,23 @@ def _check_folder(source: str | Path, needed: str, fault: str) -> None:
         if not is_hub_id(str(source)):
             raise coded(ValueError, "no_model", "The model folder {model} does not exist.", model=source)
         return check_reachable(source, needed)
+    if (folder / "config.json").is_file():
+        _check_kind(folder)  # transformers' message about a wrong one would not name it
     if not (folder / needed).is_file():
         text = "The folder {model} {fault} ({file} is missing)."
         raise coded(ValueError, "not_a_model", text, model=source, fault=fault, file=needed)
-    if (folder / "config.json").is_file():
-        read_config(folder)  # transformers' message about a wrong one would not name it
+
+
+def _check_kind(folder: Path) -> None:
+    """Raise ValueError where a model folder's configuration is damaged, or of no model of two towers."""
+    try:
+        kind = read_json(folder / "config.json", model_type=str)["model_type"]
+        if kind != "capivara":
+            return check_two_towers(checked_config(str(folder)))
+    except Exception as error:  # RecursionError among them
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The config.json of {folder} is of no model of two towers: {reason}") from error
+    read_config(folder)
 
 
 def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:

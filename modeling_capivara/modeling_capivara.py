@@ -71,7 +71,8 @@ class CapivaraModel(CapivaraPreTrainedModel):
         check_main_input("text_config", self.text_model, "input_ids", "xlm-roberta")
         self.visual_projection = nn.Linear(vision_width(config.vision_config), config.projection_dim, bias=False)
         self.text_projection = _text_projection(config)
-        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        self.logit_scale, bias = nn.Parameter(torch.tensor(config.logit_scale_init_value)), config.logit_bias_init_value
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
         self.image_tower_frozen = False
         self.post_init()
 
@@ -195,9 +196,12 @@ class CapivaraModel(CapivaraPreTrainedModel):
             image_outputs = self._image_outputs(pixel_values, **kwargs)
             image_embeds = unit_length(self.visual_projection(image_outputs.pooler_output))
         if text_embeds is not None and image_embeds is not None:
-            logits_per_text = similarity_logits(text_embeds, image_embeds, self.logit_scale)
+            logits_per_text = similarity_logits(text_embeds, image_embeds, self.logit_scale, self.logit_bias)
+        loss = None
+        if return_loss:
+            loss = clip_loss(text_embeds, image_embeds, self.logit_scale, self.logit_bias)
         return CapivaraOutput(
-            loss=clip_loss(text_embeds, image_embeds, self.logit_scale) if return_loss else None,
+            loss=loss,
             logits_per_image=logits_per_text.T if logits_per_text is not None else None,
             logits_per_text=logits_per_text,
             text_embeds=text_embeds,
@@ -208,30 +212,38 @@ class CapivaraModel(CapivaraPreTrainedModel):
         )
 
 
-def similarity_logits(text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor) -> Tensor:
+def similarity_logits(
+    text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+) -> Tensor:
     """Scaled cosines of every text with every image, in float32 also under autocast.
 
     Args:
         text_embeds: (texts, projection_dim), unit length.
         image_embeds: (images, projection_dim), unit length.
         logit_scale: scalar, natural logarithm of the scale.
+        logit_bias: scalar that is added, SigLIP's; None for none.
 
     Returns:
         (texts, images), float32.
     """
     with torch.autocast(text_embeds.device.type, enabled=False):
-        return logit_scale.float().exp() * text_embeds.float() @ image_embeds.float().T
+        logits = logit_scale.float().exp() * text_embeds.float() @ image_embeds.float().T
+        return logits if logit_bias is None else logits + logit_bias.float()
 
 
-def clip_loss(text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor) -> Tensor:
-    """Mean of the two cross-entropies over the whole batch: text to image and image to text.
+def clip_loss(
+    text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+) -> Tensor:
+    """Mean of the two cross-entropies over the whole batch: text to image and image to text; with a bias SigLIP's loss.
 
-    Source: CLIP (arXiv 2103.00020), section 2.3, figure 3. Row i of one side belongs to row i of the other.
+    Source: CLIP (arXiv 2103.00020), section 2.3, figure 3; SigLIP (arXiv 2303.15343), algorithm 1. Row i of one side
+    belongs to row i of the other.
 
     Args:
         text_embeds: (pairs, projection_dim), unit length.
         image_embeds: (pairs, projection_dim), unit length.
         logit_scale: scalar, natural logarithm of the scale.
+        logit_bias: scalar; None for CLIP's loss.
 
     Returns:
         Scalar, float32, in nats.
@@ -243,7 +255,10 @@ def clip_loss(text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor) ->
         raise ValueError(f"The loss needs as many texts as images, got {len(text_embeds)} and {len(image_embeds)}.")
     if len(text_embeds) < 2:
         raise ValueError(f"The contrastive loss needs at least 2 pairs, got {len(text_embeds)}.")
-    logits_per_text = similarity_logits(text_embeds, image_embeds, logit_scale)
+    logits_per_text = similarity_logits(text_embeds, image_embeds, logit_scale, logit_bias)
+    if logit_bias is not None:
+        signs = 2 * torch.eye(len(logits_per_text), device=logits_per_text.device) - 1
+        return -F.logsigmoid(signs * logits_per_text).sum() / len(logits_per_text)
     targets = torch.arange(len(logits_per_text), device=logits_per_text.device)
     return (F.cross_entropy(logits_per_text, targets) + F.cross_entropy(logits_per_text.T, targets)) / 2
 

@@ -8,11 +8,17 @@ valid. A Unigram tokenizer splits a text into those of its pieces whose scores a
 are fewer ways, with the scores that they had: the best one stays the best, as long as its own pieces are kept. For a
 letter without a piece the score is 10 below the lowest of the vocabulary (`Unigram` of the tokenizers library); the
 piece with the lowest score is kept, so that this does not change either.
+
+SigLIP 2's tokenizer, Gemma's, joins pieces in the order of its list of merges, and has bytes for what is unknown. A
+merge is kept with its result and both parts, and all ways to a kept piece are: those that a text takes come in the same
+order as before, and what it does not take can't come between.
 """
 
 import hashlib
 import json
+import re
 import shutil
+import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,20 +27,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.files import whole_folder
 from capivara_common.weight_file import weight_files
 
-from .configuration_capivara import CapivaraConfig
 from .convert_open_clip import free_output
-from .loading import load_processor, mapped_model, mapped_tensors, read_config, weights_digest, write_origin_card
-from .processing_capivara import CapivaraProcessor
-from .tokenization_capivara import CapivaraTokenizer
+from .loading import checked_config, load_processor, mapped_model, mapped_tensors, weights_digest, write_origin_card
 
 # Of the first language and of each further one, the most frequent: of long Portuguese sentences one in 400 loses a
 # piece, and the model stays below 215 million parameters. docs/benchmarks.md has other numbers.
@@ -42,6 +44,7 @@ WORDS = (150_000, 50_000)
 CHECKED_WORDS = 10_000  # of each language at most, that both tokenizers are compared on
 TEXTS_AT_ONCE = 10_000  # that are tokenised together
 BLANK = "▁"  # begins a piece that begins a word
+BYTE = "<0x[0-9A-F]{2}>"  # a piece of one byte
 COPIED = ("LICENSE", "run.json", "rotation.safetensors")  # results are not: they are the other model's
 MADE = (
     "Made by `python -m modeling_capivara.trim_vocabulary`: of the embeddings of word pieces those are left that "
@@ -89,7 +92,7 @@ def trim(
     """Write `model` with the pieces that some languages use into the new folder `output`, whole or not at all.
 
     Args:
-        model: folder of a CAPIVARA model.
+        model: folder of a CAPIVARA or SigLIP model.
         output: folder that does not exist yet, or is empty.
         languages, words: as for `kept_ids`.
         texts: files whose pieces are kept, too.
@@ -104,9 +107,9 @@ def trim(
     output, languages = free_output(output), list(dict.fromkeys(languages))
     if min(words) < 1:
         raise ValueError(f"--words must be at least 1, got {min(words)}.")
-    config, processor = read_config(model), load_processor(model)
-    if config.trimmed_vocabulary is not None:
-        known = ", ".join(config.trimmed_vocabulary["languages"])
+    processor, config = load_processor(model), checked_config(str(model))
+    if (done := getattr(config, "trimmed_vocabulary", None)) is not None:
+        known = ", ".join(done["languages"])
         raise ValueError(f"MODEL {model} is trimmed already, for {known}. Trim the model that it was made from.")
     rows = config.text_config.vocab_size
     if lost := [t for t in tokenizer_state(processor.tokenizer)["added_tokens"] if t["id"] >= rows]:
@@ -114,7 +117,7 @@ def trim(
         raise ValueError(f"{fault} of embeddings. Give it a row by `resize_token_embeddings`, or remove it.")
     chosen, counted = ({path: read_texts(path) for path in paths} for paths in (texts, held_out))
     kept = kept_ids(processor, languages, words, (text for found in chosen.values() for text in found))
-    small = CapivaraProcessor(processor.image_processor, cut_tokenizer(processor.tokenizer, kept))
+    small = type(processor)(processor.image_processor, cut_tokenizer(processor.tokenizer, kept))
     for language in languages:
         checked = language_words(language, min(CHECKED_WORDS, *words))
         changed_texts(processor, small, kept, list(map(word_forms, checked)))
@@ -134,17 +137,17 @@ def trim(
 
 
 def _write_model(
-    source: Path, config: CapivaraConfig, folder: Path, kept: Sequence[int], record: dict
+    source: Path, config: PreTrainedConfig, folder: Path, kept: Sequence[int], record: dict
 ) -> tuple[int, int]:
     """Write the weights of `source` with the rows `kept` of its table, and read them again; parameters of both.
 
     The weights are views of their file, never a copy; `record` gets the facts about the table that was there.
     """
     model = mapped_model(source, config)
-    before, table = model.num_parameters(), model.get_input_embeddings().weight.detach()
+    whole = model.text_model.get_input_embeddings()
+    before, table = model.num_parameters(), whole.weight.detach()
     record |= {"of": len(table), "table": weights_digest(nn.Embedding.from_pretrained(table))}
-    small = nn.Embedding.from_pretrained(table[kept], padding_idx=config.text_config.pad_token_id)
-    model.set_input_embeddings(small)
+    model.text_model.set_input_embeddings(nn.Embedding.from_pretrained(table[kept], padding_idx=whole.padding_idx))
     config.text_config.vocab_size, config.trimmed_vocabulary = len(kept), record
     model.save_pretrained(folder)
     written, expected = mapped_tensors(weight_files(folder)), model.state_dict()
@@ -170,7 +173,7 @@ def report(done: Trim) -> str:
 
 
 def kept_ids(
-    processor: CapivaraProcessor, languages: Sequence[str], words: Sequence[int], texts: Iterable[str] = ()
+    processor: ProcessorMixin, languages: Sequence[str], words: Sequence[int], texts: Iterable[str] = ()
 ) -> list[int]:
     """Ids, ascending, of the pieces that a trim keeps: no other text decides but those that are given.
 
@@ -190,7 +193,7 @@ def kept_ids(
     for language, found in lists.items():
         bar = tqdm(found, desc=f"Words of {language}", unit="word", unit_scale=True)
         kept |= used_ids(processor, map(word_forms, bar))
-    return sorted(kept | used_ids(processor, texts))
+    return sorted(_with_parts(processor.tokenizer, kept | used_ids(processor, texts)))
 
 
 def language_words(language: str, number: int) -> list[str]:
@@ -211,17 +214,19 @@ def word_forms(word: str) -> str:
     return " ".join(f"{form} ({form}" for form in dict.fromkeys((word, word.title(), word.upper())))
 
 
-def used_ids(processor: CapivaraProcessor, texts: Iterable[str]) -> set[int]:
+def used_ids(processor: ProcessorMixin, texts: Iterable[str]) -> set[int]:
     """Ids of all tokens of the texts, begin, end and padding included."""
     found = {processor.tokenizer.pad_token_id}
     for chunk in _chunks(texts):
-        found.update(*processor(text=chunk, padding=False)["input_ids"])
+        found.update(*_ids(processor, chunk))
     return found
 
 
-def changed_texts(
-    whole: CapivaraProcessor, small: CapivaraProcessor, kept: Sequence[int], texts: Sequence[str]
-) -> list[str]:
+def _ids(processor: ProcessorMixin, texts: Sequence[str]) -> list[list[int]]:
+    return processor(text=list(texts), padding=False, truncation=True)["input_ids"]
+
+
+def changed_texts(whole: ProcessorMixin, small: ProcessorMixin, kept: Sequence[int], texts: Sequence[str]) -> list[str]:
     """The texts that have a piece that was cut.
 
     Raises:
@@ -229,7 +234,7 @@ def changed_texts(
     """
     known, changed = set(kept), []
     for chunk in _chunks(texts):
-        before, after = (processor(text=chunk, padding=False)["input_ids"] for processor in (whole, small))
+        before, after = (_ids(processor, chunk) for processor in (whole, small))
         for text, ids, small_ids in zip(chunk, before, after, strict=True):
             if ids != [kept[number] for number in small_ids]:
                 if known.issuperset(ids):
@@ -255,19 +260,21 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
-def _always_kept(tokenizer: CapivaraTokenizer) -> set[int]:
+def _always_kept(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids of what any text may have: added tokens, single letters, and pieces without a letter.
 
     But for the ten thousand Chinese characters and Korean syllables, which the words of those languages bring. And what
     begins the vocabulary, so that the ids of padding, begin and end stay as they are.
     """
     state = tokenizer_state(tokenizer)
-    pieces = state["model"]["vocab"]
-    first = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, state["model"]["unk_id"]} - {None}
+    pieces, unknown = _pieces(state), tokenizer.unk_token_id
+    first = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, unknown} - {None}
     kept = {*range(max(first) + 1), *(token["id"] for token in state["added_tokens"])}
-    kept.add(min(range(len(pieces)), key=lambda number: pieces[number][1]))
-    for number, (piece, _) in enumerate(pieces):
-        text = piece.removeprefix(BLANK)
+    if state["model"]["type"] == "Unigram":
+        scores = [score for _, score in state["model"]["vocab"]]
+        kept.add(min(range(len(scores)), key=scores.__getitem__))
+    for number, piece in enumerate(pieces):
+        text = "" if re.fullmatch(BYTE, piece) else piece.removeprefix(BLANK)
         letters = sum(map(str.isalpha, text))
         if not letters or (len(text) == 1 and not unicodedata.name(text, "").startswith(("CJK", "HANGUL"))):
             kept.add(number)
@@ -278,13 +285,44 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict:
     """What its tokenizer.json holds. Raises ValueError where it is not of the kind that can be cut."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
-    if model.get("type") != "Unigram" or model.get("byte_fallback") or model.get("unk_id") is None:
-        rule = "only a Unigram one, with a token for unknown letters and without bytes, can be cut, as XLM-R's"
-        raise ValueError(f"The tokenizer is of the kind {model.get('type')}; {rule}.")
+    unigram = model.get("type") == "Unigram" and not model.get("byte_fallback") and model.get("unk_id") is not None
+    if not unigram and not (model.get("type") == "BPE" and model.get("byte_fallback")):
+        rule = "can be cut: a Unigram one with a token for unknown letters and without bytes, as XLM-R's, or a BPE with"
+        raise ValueError(
+            f"The tokenizer is of the kind {model.get('type')}; what {rule} bytes for them, as SigLIP 2's."
+        )
     return state
 
 
-def cut_tokenizer(tokenizer: CapivaraTokenizer, kept: Sequence[int]) -> CapivaraTokenizer:
+def _pieces(state: dict) -> list[str]:
+    """The pieces of a tokenizer's state, by their ids."""
+    vocabulary = state["model"]["vocab"]
+    return (
+        [piece for piece, _ in vocabulary] if isinstance(vocabulary, list) else sorted(vocabulary, key=vocabulary.get)
+    )
+
+
+def _with_parts(tokenizer: PreTrainedTokenizerBase, kept: set[int]) -> set[int]:
+    """`kept`, and of a BPE the pieces that any of its merges makes them of."""
+    state = tokenizer_state(tokenizer)
+    if state["model"]["type"] != "BPE":
+        return kept
+    number, parts = state["model"]["vocab"], {}
+    for left, right in _merges(state):
+        parts.setdefault(number[left + right], set()).update((number[left], number[right]))
+    kept, new = set(kept), set(kept)
+    while new:
+        new = set().union(*(parts.get(one, ()) for one in new)) - kept
+        kept |= new
+    return kept
+
+
+def _merges(state: dict) -> list[tuple[str, str]]:
+    """The merges of a BPE, in their order; older files write each as a text with a blank."""
+    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in state["model"]["merges"]]
+
+
+def cut_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> PreTrainedTokenizerBase:
     """A tokenizer with the pieces `kept` of another and their scores; id i of it is the other's id `kept[i]`.
 
     Raises:
@@ -293,16 +331,29 @@ def cut_tokenizer(tokenizer: CapivaraTokenizer, kept: Sequence[int]) -> Capivara
     state, new_id = tokenizer_state(tokenizer), {old: number for number, old in enumerate(kept)}
     if lost := [token["content"] for token in state["added_tokens"] if token["id"] not in new_id]:
         raise ValueError(f"The added tokens {', '.join(lost)} would be cut; a trim keeps all added tokens.")
-    pieces = state["model"]["vocab"]
-    state["model"]["vocab"] = [pieces[old] for old in kept if old < len(pieces)]
-    state["model"]["unk_id"] = new_id[state["model"]["unk_id"]]
+    model, pieces = state["model"], _pieces(state)
+    if model["type"] == "Unigram":
+        model["vocab"] = [model["vocab"][old] for old in kept if old < len(pieces)]
+        model["unk_id"] = new_id[model["unk_id"]]
+    else:
+        left = {pieces[old]: number for number, old in enumerate(kept) if old < len(pieces)}
+        merges = [list(merge) for merge in _merges(state) if {*merge, "".join(merge)} <= left.keys()]
+        model["vocab"], model["merges"] = left, merges
     for token in state["added_tokens"]:
         token["id"] = new_id[token["id"]]
-    small = tokenizer.with_backend(Tokenizer.from_str(json.dumps(state)))
+    small = _with_state(tokenizer, state)
     names, small_ids = {number: token for token, number in tokenizer.get_vocab().items()}, small.get_vocab()
     if wrong := [names[old] for number, old in enumerate(kept) if small_ids.get(names[old]) != number]:
         raise ValueError(f"The tokenizer can't be cut: {wrong[0]!r} would get another id than its row has.")
     return small
+
+
+def _with_state(tokenizer: PreTrainedTokenizerBase, state: dict) -> PreTrainedTokenizerBase:
+    """A tokenizer of the same class and settings, of another tokenizer.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        (Path(folder) / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
+        return type(tokenizer).from_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -1,278 +1,111 @@
-"""Models of two towers, one for texts and one for images, behind one protocol: `load_embedder`.
+"""What training, evaluation, search and export ask of a model of two towers, of this package or of transformers.
 
-All put texts and images into one space: (rows, width), unit length, float32, on the CPU.
+    model, processor = load_model(folder), load_processor(folder)
+    text_embeds(model, **pad(processor, tokenise(processor, ["uma foto de um gato"])))  # (texts, width), unit length
+
+The classes are transformers' own, without a wrapper: `get_text_features` and `get_image_features`, whose
+`pooler_output` is the embedding before it is scaled to unit length, `logit_scale`, and `logit_bias` where the loss is
+SigLIP's (arXiv 2303.15343, section 3).
 """
 
-import hashlib
-import random
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from itertools import islice
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import torch
-from huggingface_hub import hf_hub_download
-from PIL import Image
-from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import AutoModel, AutoProcessor
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from capivara_common.environment import processes, torch_device
-from capivara_common.files import read_json
-from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, check_reachable, first_line
-
-from .checks_capivara import check_sizes, tokenizer_errors
 from .image_classification_capivara import unit_length
-from .loading import checked_config, load_model, load_processor, weights_digest
-from .modeling_capivara import CapivaraModel
 from .processing_capivara import CapivaraProcessor
 
-# Title of a bar, or what is called after each batch with its size; None for neither
-Progress = str | Callable[[int], object] | None
-# Images that go through the tower at once: activations of more are new memory at every layer, half of the time.
-CPU_IMAGES = 4
+# `model_type` -> which models these are
+TAKEN = {
+    "capivara": "CAPIVARA",
+    "siglip": "SigLIP and SigLIP 2 of fixed resolution",
+    "clip": "CLIP",
+    "chinese_clip": "Chinese-CLIP",
+    "altclip": "AltCLIP",
+    "metaclip_2": "MetaCLIP 2",
+}
+IMAGE_SIDE = ("vision_model.", "visual_projection.")  # how the names of the image side's parameters begin
 
 
-@dataclass
-class Embedder:
-    """A model of any kind.
-
-    Attributes:
-        name, device: as it was asked for, and where it is.
-        precision: "float32", or "bf16" for autocast.
-        fingerprint: digest of all that the embeddings depend on.
-        image_fingerprint: of what those of images do; models that share their image tower share it.
-        images, texts: embed items; then how many at once, and `Progress`.
-    """
-
-    name: str
-    device: torch.device
-    precision: str
-    fingerprint: str
-    image_fingerprint: str
-    images: Callable[..., Tensor]
-    texts: Callable[..., Tensor]
-
-    def __post_init__(self) -> None:
-        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
-        self.images, self.texts = autocast(self.images), autocast(self.texts)
+def check_two_towers(config: PreTrainedConfig) -> None:
+    """Raise ValueError where a configuration is of no model that is taken; the message lists those that are."""
+    kind = config.model_type
+    if kind in TAKEN:
+        return
+    own = " (SigLIP 2 of any resolution, NaFlex)" if kind == "siglip2" else ""
+    known = ", ".join(f"{name} ({title})" for name, title in TAKEN.items())
+    raise ValueError(f"model_type is {kind!r}{own}; taken are {known}")
 
 
-def load_embedder(
-    model: str,
-    device: str | None = None,
-    baseline: bool = False,
-    precision: str = "float32",
-    trust_remote_code: bool = False,
-) -> Embedder:
-    """A model by its folder or Hub id.
-
-    Args:
-        model: folder or Hub id of a CAPIVARA model. With `baseline` also `open_clip:NAME[:PRETRAINED]`,
-            `open_clip:local-dir:FOLDER`, or folder or Hub id of a CLIP of transformers (`clip:…`).
-        device: the process's GPU where there is one, else the CPU, where None.
-        baseline: take the other kinds, too.
-        precision: "float32", or "bf16" for autocast.
-        trust_remote_code: execute code that a `clip:` model brings along.
-
-    Raises:
-        ValueError: it is no CAPIVARA model; the message says how other kinds are named.
-    """
-    where = torch_device(device) if device else processes().device
-    kind, _, rest = model.partition(":")
-    if kind not in ("open_clip", "clip") or not rest:
-        processor = load_processor(model)
-        return capivara_embedder(model, load_model(model).eval().to(where), processor, precision)
-    if not baseline:
-        raise ValueError(f"{model} is no CAPIVARA model; others need --role baseline, or eval.suite's --baseline.")
-    if kind == "open_clip":
-        return _open_clip(rest, where, precision)
-    return _transformers_clip(rest, where, precision, trust_remote_code)
+def is_sigmoid(model: nn.Module) -> bool:
+    """Whether the loss of its training is SigLIP's, over pairs, and not CLIP's, over rows."""
+    return getattr(model, "logit_bias", None) is not None
 
 
-def capivara_embedder(name: str, model: CapivaraModel, processor: CapivaraProcessor, precision: str) -> Embedder:
-    """A CAPIVARA model that is loaded, in evaluation mode."""
-    config, image_processor = model.config, processor.image_processor.to_json_string()
-    tokenizer = processor.tokenizer.backend_tokenizer.to_str() + str(processor.tokenizer.model_max_length)
-    image_side = weights_digest(model, ("vision_model.", "visual_projection."))
-    fingerprint = _digest(weights_digest(model), config.to_json_string() + image_processor, tokenizer, precision)
-    image_fingerprint = _digest(image_side, config.vision_config.to_json_string() + image_processor, precision)
-    towers = partial(embed_images, model, processor), partial(embed_texts, model, processor)
-    return Embedder(name, model.device, precision, fingerprint, image_fingerprint, *towers)
+def embedding_width(config: PreTrainedConfig) -> int:
+    """Numbers of one embedding."""
+    return config.text_config.projection_size if config.model_type == "siglip" else config.projection_dim
 
 
-def plain_embedder(
-    name: str, device: torch.device, precision: str, fingerprint: str, encode_images: Callable, encode_texts: Callable
-) -> Embedder:
-    """Any model of two functions: a batch of PIL images, and a batch of texts, to their embeddings.
-
-    Which part of it the images need is not known: their fingerprint is that of the whole model.
-    """
-
-    def embed(encode: Callable, items: Iterable, batch_size: int = 32, progress: Progress = None) -> Tensor:
-        return _in_batches(lambda batch: unit_length(encode(batch)), items, batch_size, progress)
-
-    towers = partial(embed, encode_images), partial(embed, encode_texts)
-    return Embedder(name, device, precision, fingerprint, fingerprint, *towers)
+def freeze_image_side(model: PreTrainedModel) -> None:
+    """Let the image tower and its projection get no gradient; CAPIVARA's also stays in evaluation mode, then."""
+    if hasattr(model, "freeze_image_tower"):
+        return model.freeze_image_tower()
+    for name, parameter in model.named_parameters():
+        if name.startswith(IMAGE_SIDE):
+            parameter.requires_grad_(False)
 
 
-def _open_clip(source: str, device: torch.device, precision: str) -> Embedder:
-    try:
-        import open_clip
-    except ImportError as error:
-        fault = f"open_clip:{source} needs open_clip, not installed yet"
-        raise ImportError(f"{fault}: pip install open_clip_torch") from error
-    name, pretrained, repository = source, None, ""
-    if source.startswith("hf-hub:"):
-        repository = source.removeprefix("hf-hub:")
-    elif not source.startswith("local-dir:"):
-        name, _, pretrained = source.partition(":")
-        if not pretrained:  # open_clip would draw random weights
-            known = open_clip.list_pretrained_tags_by_model(name)
-            raise ValueError(f"open_clip:{source} names no weights; say open_clip:{name}:TAG, with a tag of {known}.")
-        repository = open_clip.get_pretrained_cfg(name, pretrained).get("hf_hub", "").strip("/")
-    check_reachable(repository, OPEN_CLIP_CONFIG, *OPEN_CLIP_WEIGHT_FILES)  # one of them will be in the cache
-    try:
-        if pretrained is None:
-            folder = source.removeprefix("local-dir:")
-            config = hf_hub_download(repository, OPEN_CLIP_CONFIG) if repository else Path(folder, OPEN_CLIP_CONFIG)
-            check_sizes(read_json(Path(config), model_cfg=dict))
-        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
-        with tokenizer_errors("its tokenizer"):
-            model, tokenizer = model.eval().to(device), open_clip.get_tokenizer(name)
-    except Exception as error:  # a name or tag that open_clip does not know, or a damaged folder
-        raise ValueError(f"open_clip can't load {source!r}: {' '.join(str(error).split())}") from error
-
-    def encode_images(images: Sequence[Image.Image]) -> Tensor:
-        return model.encode_image(torch.stack([preprocess(image) for image in images]).to(device))
-
-    def encode_texts(texts: Sequence[str]) -> Tensor:
-        return model.encode_text(tokenizer(list(texts)).to(device))
-
-    fingerprint = _digest("open_clip", source, weights_digest(model), repr(preprocess), precision)
-    return plain_embedder(f"open_clip:{source}", device, precision, fingerprint, encode_images, encode_texts)
-
-
-def _transformers_clip(source: str, device: torch.device, precision: str, trust_remote_code: bool) -> Embedder:
-    if not Path(source).exists() and source.count("/") != 1:
-        raise ValueError(f"{source!r} is neither a folder nor a Hub id such as 'openai/clip-vit-base-patch32'.")
-    check_reachable(source)
-    trust = {"trust_remote_code": trust_remote_code}
-    try:
-        config = checked_config(source, **trust)
-        with tokenizer_errors("its tokenizer"):
-            processor = AutoProcessor.from_pretrained(source, **trust)
-        check_sizes(processor.image_processor.to_dict())
-        model = AutoModel.from_pretrained(source, config=config, **trust).eval().to(device)
-    except Exception as error:  # a damaged folder makes transformers raise anything at all
-        raise ValueError(f"clip:{source} can't be loaded; it must hold a CLIP: {first_line(error)}") from error
-    if not hasattr(model, "get_text_features") or not hasattr(model, "get_image_features"):
-        raise ValueError(f"clip:{source} is a {type(model).__name__}, which does not embed texts and images as CLIP.")
-    # A tokenizer that was saved without a limit would give more tokens than the model has positions for.
-    text_config = getattr(model.config, "text_config", model.config)
-    longest = min(processor.tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", sys.maxsize))
-    own = getattr(processor, "text_kwargs", {})  # Siglip2Processor's, say; most processors have no rule
-    # SigLIP reads the last token of a text that was filled up, unmasked; transformers' own pipeline asks for it, too.
-    padding = "max_length" if "siglip" in model.config.model_type else own.get("padding") or True
-    rule = {"padding": padding, "truncation": True, "max_length": min(longest, own.get("max_length", longest))}
-
-    def encode_texts(texts: Sequence[str]) -> Tensor:
-        with tokenizer_errors(f"The tokenizer of {source}"):
-            inputs = processor(text=list(texts), return_tensors="pt", **rule).to(device)
-        return model.get_text_features(**inputs).pooler_output
-
-    def encode_images(images: Sequence[Image.Image]) -> Tensor:
-        inputs = processor(images=[image.convert("RGB") for image in images], return_tensors="pt").to(device)
-        return model.get_image_features(**inputs).pooler_output
-
-    fingerprint = _digest("clip", source, weights_digest(model), processor.to_json_string(), precision)
-    return plain_embedder(f"clip:{source}", device, precision, fingerprint, encode_images, encode_texts)
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
-
-
-def embed_texts(
-    model: CapivaraModel,
-    processor: CapivaraProcessor,
-    texts: Sequence[str],
-    batch_size: int = 64,
-    progress: Progress = None,
-) -> Tensor:
-    """Embeddings of `texts`, in their order; batched by length, so that short ones are not padded to the longest.
+def text_embeds(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """(texts, width), unit length, float32.
 
     Args:
-        model: put in evaluation mode by the caller.
-        processor: the model's own.
-        texts: at least one.
-        batch_size: texts that go through at once.
-        progress: title of a bar, or what is called after each batch with its size.
-
-    Returns:
-        (texts, projection_dim), unit length, float32, on the CPU.
+        model: or a wrapper that has its methods, as peft's.
+        input_ids: (texts, tokens), as `pad` gives them.
+        attention_mask: (texts, tokens), 1 for a token and 0 for padding; None where padding is read as any token.
     """
-    tokens = [processor(text=text) for text in texts]
-    order = sorted(range(len(texts)), key=lambda i: len(tokens[i]["input_ids"]))
-
-    def encode(rows: list[int]) -> Tensor:
-        batch = processor.tokenizer.pad([dict(tokens[i]) for i in rows], return_tensors="pt").to(model.device)
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).text_embeds
-
-    embeds = _in_batches(encode, order, batch_size, progress)
-    return torch.empty_like(embeds).index_copy_(0, torch.tensor(order), embeds)
+    return unit_length(model.get_text_features(input_ids, attention_mask=attention_mask).pooler_output)
 
 
-def embed_images(
-    model: CapivaraModel,
-    processor: CapivaraProcessor,
-    images: Iterable[Image.Image],
-    batch_size: int = 32,
-    progress: Progress = None,
-) -> Tensor:
-    """Embeddings of `images`, in their order: (images, projection_dim), unit length, float32, on the CPU.
+def image_embeds(model: nn.Module, pixel_values: Tensor) -> Tensor:
+    """(images, width), unit length, float32, of `pixel_values`, (images, 3, height, width)."""
+    return unit_length(model.get_image_features(pixel_values).pooler_output)
 
-    `images` is anything that yields PIL images, at least one; they are read batch by batch. The rest as `embed_texts`.
+
+def fills_up(processor: ProcessorMixin) -> bool:
+    """Whether texts are filled up to one length without a mask, and padding is read as any token: SigLIP's are."""
+    return type(processor).__name__.startswith("Siglip")
+
+
+def tokenise(processor: ProcessorMixin, texts: Sequence[str]) -> list[dict[str, list[int]]]:
+    """`input_ids` of each text, and its `attention_mask` but for SigLIP, each of its own length.
+
+    Texts are cut, and SigLIP's filled up, as the processor that `loading.load_processor` gives does it.
     """
-
-    def encode(batch: list[Image.Image]) -> Tensor:
-        pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
-        return torch.cat([model(pixel_values=part).image_embeds for part in image_parts(pixel_values, model.device)])
-
-    return _in_batches(encode, images, batch_size, progress)
-
-
-@torch.inference_mode()
-def _in_batches(encode: Callable, items: Iterable, batch_size: int, progress: Progress) -> Tensor:
-    total, title = len(items) if hasattr(items, "__len__") else None, progress if isinstance(progress, str) else None
-    embeds, iterator = [], iter(items)
-    with tqdm(total=total, desc=title, disable=title is None) as bar:
-        while batch := list(islice(iterator, batch_size)):
-            embeds.append(encode(batch).float().cpu())
-            (progress if callable(progress) else bar.update)(len(batch))
-    return torch.cat(embeds)
+    rule: dict[str, Any] = {"padding": False}  # of CAPIVARA's processor, which cuts by itself
+    if not isinstance(processor, CapivaraProcessor):
+        # SigLIP reads the last token of a text that was filled up, unmasked; transformers' own pipeline asks for it.
+        padding = "max_length" if fills_up(processor) else False
+        rule = {"padding": padding, "truncation": True, "max_length": processor.tokenizer.model_max_length}
+    tokens = processor(text=list(texts), **rule)
+    names = ["input_ids"] if fills_up(processor) else ["input_ids", "attention_mask"]
+    return [{name: list(tokens[name][i]) for name in names} for i in range(len(texts))]
 
 
-def image_parts(pixel_values: Tensor, device: torch.device) -> Sequence[Tensor]:
-    """`pixel_values`, (images, 3, height, width), on the device, in the parts and memory order that are fast there."""
-    pixel_values = pixel_values.to(device, memory_format=torch.channels_last)
-    return pixel_values.split(CPU_IMAGES if device.type == "cpu" else max(len(pixel_values), 1))
+def pad(processor: ProcessorMixin, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+    """Rows of `tokenise` as one batch, (texts, tokens) each, padded to its longest."""
+    if fills_up(processor):
+        return {"input_ids": torch.tensor([row["input_ids"] for row in rows])}
+    return dict(processor.tokenizer.pad([dict(row) for row in rows], return_tensors="pt"))
 
 
-def random_images(seed: int = 0) -> list[Image.Image]:
-    """Colour images of odd sizes, smaller and larger than towers take, one in grey and one with transparency."""
-    numbers = np.random.default_rng(seed)
-    shapes = [(37, 61, 3), (301, 199, 3), (224, 227, 3), (97, 450, 3), (130, 131), (259, 225, 4)]
-    return [Image.fromarray(numbers.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
-
-
-def random_texts(seed: int = 0) -> list[str]:
-    """Portuguese-looking texts of 1 to 120 words: far below and above the length that is kept."""
-    numbers = random.Random(seed)
-    syllables = ("ca", "pi", "va", "ra", "ção", "ões", "nha", "lho", "ba", "tu", "gue", "mar", "é", "ão", "sol", "que")
-    lengths = (1, 2, 5, 9, 30, 120)
-    words = [["".join(numbers.choices(syllables, k=numbers.randint(1, 4))) for _ in range(n)] for n in lengths]
-    return [" ".join(text) for text in words]
+def limit_texts(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
+    """Let a tokenizer give no more tokens than the model has positions for, also one that was saved without a limit."""
+    positions = config.text_config.max_position_embeddings
+    if config.model_type == "altclip":  # as RoBERTa, it counts positions from behind the padding's number
+        positions -= config.text_config.pad_token_id + 1
+    own = getattr(processor, "text_kwargs", {}).get("max_length", positions)  # Siglip2Processor's, say
+    processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, positions, own)

@@ -298,6 +298,12 @@ def test_a_configuration_that_can_not_be_is_one_line_before_any_weight_is_read(
     assert re.fullmatch(rf"{subject}.*{message}.*", refused(f"local-dir:{open_clip_folder}"))
 
 
+def test_a_model_with_the_bias_of_siglips_loss_is_converted(tmp_path, tokenizer_folder):
+    state = write_open_clip(tmp_path / "source", tiny_config(logit_bias_init_value=-9.0))
+    convert(str(tmp_path / "source"), tmp_path / "out")
+    assert torch.equal(CapivaraModel.from_pretrained(tmp_path / "out").logit_bias, state["logit_bias"])
+
+
 @pytest.mark.slow
 def test_a_timm_tower_goes_to_open_clip(tmp_path, tiny_processor, refused):
     def save(architecture: str) -> None:

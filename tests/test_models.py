@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from capivara_common import image_side_digest as digests
 from capivara_search.models import DEFAULT_MODEL, MANY_TEXTS, find_model
+from modeling_capivara.embedder import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor
-from modeling_capivara.two_towers import embed_images, embed_texts
 
 PROGRAM = """
 import json, sys, time

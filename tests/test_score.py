@@ -10,13 +10,13 @@ from caption_tars import PICTURES, picture, rows_of, saved_train
 from datasets import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-import modeling_capivara.two_towers
+import modeling_capivara.embedder
 from capivara_common.image_files import decode_image
 from caption_data.rows import CAPTIONS, SIMILARITIES
 from captions.in_place import open_in_place
 from captions.score import ScoreArguments, main, score
 from captions.stages import stage_record
-from modeling_capivara.two_towers import load_embedder
+from modeling_capivara.embedder import load_embedder
 
 LONG = "uma foto de " + "gato " * 2000  # 10,000 letters
 ROWS = [
@@ -72,14 +72,14 @@ def test_damage_in_the_first_rows_is_told_before_the_model_is_loaded(arguments, 
 
 
 def test_an_image_that_the_model_refuses_is_left_out(arguments, monkeypatch):
-    embed = modeling_capivara.two_towers.embed_images
+    embed = modeling_capivara.embedder.embed_images
 
     def refuses(model, processor, images, *args, **options):
         if any(image.size == (9, 12) and image.format == "PNG" for image in images):
             raise ValueError("no such picture")
         return embed(model, processor, images, *args, **options)
 
-    monkeypatch.setattr("modeling_capivara.two_towers.embed_images", refuses)
+    monkeypatch.setattr("modeling_capivara.embedder.embed_images", refuses)
     report = score(arguments)
     assert report.rows == 2 and report.skipped == {"unreadable image": 3, "no caption": 1}
     assert [row["image"]["bytes"] for row in rows_of(arguments.output)] == [PICTURES[0], PICTURES[2]], "the JPEGs stay"
@@ -87,15 +87,13 @@ def test_an_image_that_the_model_refuses_is_left_out(arguments, monkeypatch):
 
 def test_each_caption_and_image_of_a_batch_is_embedded_once(arguments, monkeypatch):
     texts, images = [], []
-    embed_texts, embed_images = (
-        getattr(modeling_capivara.two_towers, name) for name in ("embed_texts", "embed_images")
-    )
+    embed_texts, embed_images = (getattr(modeling_capivara.embedder, name) for name in ("embed_texts", "embed_images"))
     monkeypatch.setattr(
-        "modeling_capivara.two_towers.embed_texts",
+        "modeling_capivara.embedder.embed_texts",
         lambda m, p, some, *a, **k: (texts.append(some), embed_texts(m, p, some, *a, **k))[1],
     )
     monkeypatch.setattr(
-        "modeling_capivara.two_towers.embed_images",
+        "modeling_capivara.embedder.embed_images",
         lambda m, p, some, *a, **k: (images.append(some), embed_images(m, p, some, *a, **k))[1],
     )
     score(arguments)
@@ -118,7 +116,7 @@ def test_tasks_give_the_same_bytes_and_what_is_done_is_not_done_again(arguments,
     whole = run(tmp_path / "one")
     run(tmp_path / "two", 1, 2)
     assert run(tmp_path / "two", 0, 2) == whole and len(whole) == 3
-    monkeypatch.setattr("modeling_capivara.two_towers.embed_images", lambda *a, **k: pytest.fail("embedded again"))
+    monkeypatch.setattr("modeling_capivara.embedder.embed_images", lambda *a, **k: pytest.fail("embedded again"))
     assert run(tmp_path / "two") == whole
 
 

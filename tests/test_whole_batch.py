@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from whole_batch_process import CAPTIONS, MICRO, SEED, STEP, VARIANTS, build, gradients_of, make_batch
 
 from modeling_capivara import clip_loss
+from modeling_capivara.two_towers import text_embeds
 from training import whole_batch
 from training.batches import micro_batches
 from training.whole_batch import WholeBatch, contrastive_loss, graph_bytes, word_rows
@@ -26,9 +27,13 @@ ALL_GRAPHS = float("inf")
 
 def forward(model, batch):
     """A micro-batch with the random state of the step."""
+    return seeded(batch, lambda inputs: model(**inputs))
+
+
+def seeded(batch, call):
     state = np.random.SeedSequence([SEED, STEP, batch.index]).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(state) >> 1)
-    return model(**batch.inputs(model.device))
+    return call(batch.inputs("cpu"))
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -92,19 +97,17 @@ class Float64Tower(torch.nn.Module):
         self.logit_scale = torch.nn.Parameter(torch.tensor(2.7))
         self.double()
 
-    def get_input_embeddings(self):
-        return self.table
+        self.text_model = SimpleNamespace(get_input_embeddings=lambda: self.table)
 
-    def forward(self, input_ids, attention_mask):
+    def get_text_features(self, input_ids, attention_mask):
         hidden = F.dropout(self.layer(self.table(input_ids)).tanh(), 0.1) * attention_mask[..., None]
-        return SimpleNamespace(text_embeds=F.normalize(hidden.sum(1), dim=-1), image_embeds=None)
+        return SimpleNamespace(pooler_output=hidden.sum(1))
 
 
 @pytest.mark.parametrize("budget", [0.0, ALL_GRAPHS])
 def test_in_float64_it_equals_one_graph_to_1e_9(budget):
     (batches, embeds), model, right = make_batch(False), Float64Tower(), torch.arange(7)
-    model.device = torch.device("cpu")
-    texts = torch.cat([forward(model, batch).text_embeds for batch in batches])
+    texts = torch.cat([seeded(batch, lambda inputs: text_embeds(model, **inputs)) for batch in batches])
     logits = model.logit_scale.exp() * texts @ embeds.double().T
     loss = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
     loss.backward()

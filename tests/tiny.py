@@ -45,7 +45,7 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             tensor.data.fill_(math.log(1 / 0.07) + 0.3)
         elif "running_var" in name:
             tensor.data.copy_(0.5 + noise.abs())
-        elif tensor.ndim == 1:  # biases around 0, norm weights around 1
+        elif tensor.ndim <= 1:  # biases around 0, norm weights around 1
             tensor.data.copy_(noise * 0.2 + (1.0 if name.endswith("weight") else 0.0))
         else:
             tensor.data.copy_(noise * 0.7 / math.sqrt(tensor[0].numel()))

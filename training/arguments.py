@@ -39,7 +39,9 @@ class ModelAndData(CaptionChoice, CaptionDataArguments):
 
     _argument_group_name = "model and data"
 
-    model: str | None = flag(None, "Base checkpoint to fine-tune: folder or Hub id of a CAPIVARA model. Required.")
+    model: str | None = flag(
+        None, "Base checkpoint to fine-tune: folder or Hub id of a CAPIVARA, SigLIP, CLIP … Required."
+    )
     dataset: list[str] = flag([], f"Where the pairs are: {DATASET_HELP} Required. Several are mixed in every batch.")
     evaluation_dataset: str | None = flag(None, "Data set of the validation and test splits; the first of `dataset`.")
     max_bad_share: float = flag(
@@ -97,7 +99,9 @@ class Optimisation:
         "Pooling, loss, weights and the final table stay in float32.",
     )
     frozen_parameters: list[str] = flag(
-        [], r"Regular expressions: whole names of parameters that stay as they are: 'text_model\.embeddings\..*'."
+        [],
+        r"Regular expressions: whole names of parameters that stay as they are: 'text_model\.embeddings\..*'. Without "
+        "any, scale and bias of a sigmoid loss stay, which fit the batch of the base's training; none = train all.",
     )
     lora_rank: int = flag(0, "Rank of LoRA adapters (peft), trained beside the text projection; 0 = full fine-tuning.")
     lora_alpha: float = flag(8, "LoRA's alpha; the update is scaled by alpha / rank.")

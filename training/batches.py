@@ -7,8 +7,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import ProcessorMixin
 
-from modeling_capivara import CapivaraProcessor
+from modeling_capivara.two_towers import pad, tokenise
 
 
 @dataclass
@@ -18,14 +19,13 @@ class MicroBatch:
     index: int  # of the micro-batch within the whole batch, over all processes; its random state derives from it
     start: int  # row of its first text in the whole batch, which is in order of length
     input_ids: Tensor  # (texts, tokens)
-    attention_mask: Tensor  # (texts, tokens)
+    attention_mask: Tensor | None = None  # (texts, tokens); None where padding is read as any token
     pixel_values: Tensor | None = None  # (texts, 3, height, width), where the image tower is trained; else None
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
         """What the model is called with, on a device."""
-        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        inputs |= {} if self.pixel_values is None else {"pixel_values": self.pixel_values}
-        return {name: values.to(device) for name, values in inputs.items()}
+        found = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "pixel_values")}
+        return {name: values.to(device) for name, values in found.items() if values is not None}
 
     @property
     def positions(self) -> Tensor:
@@ -33,21 +33,18 @@ class MicroBatch:
         return torch.arange(self.start, self.start + len(self.input_ids))
 
 
-def micro_batches(
-    processor: CapivaraProcessor, captions: Sequence[str], size: int
-) -> tuple[list[MicroBatch], list[int]]:
+def micro_batches(processor: ProcessorMixin, captions: Sequence[str], size: int) -> tuple[list[MicroBatch], list[int]]:
     """Captions tokenised and cut in order of length, each micro-batch padded to its own longest.
 
     Returns:
         The micro-batches, and the order: row in them -> index in `captions`.
     """
-    tokens = processor(text=list(captions), padding=False)
-    order = sorted(range(len(captions)), key=lambda i: len(tokens["input_ids"][i]))
+    tokens = tokenise(processor, captions)
+    order = sorted(range(len(captions)), key=lambda i: len(tokens[i]["input_ids"]))
     batches = []
     for start in range(0, len(order), size):
-        rows = [{key: tokens[key][i] for key in ("input_ids", "attention_mask")} for i in order[start : start + size]]
-        padded = processor.tokenizer.pad(rows, return_tensors="pt")
-        batches.append(MicroBatch(len(batches), start, padded["input_ids"], padded["attention_mask"]))
+        batch = pad(processor, [tokens[i] for i in order[start : start + size]])
+        batches.append(MicroBatch(len(batches), start, **batch))
     return batches, order
 
 
@@ -121,7 +118,7 @@ class Planner:
 
     captions: list[Sequence[list[str]]]  # data set -> pair -> captions
     counts: list[int]  # pairs of a batch from each data set
-    processor: CapivaraProcessor
+    processor: ProcessorMixin
     micro_batch_size: int  # texts of a micro-batch
     augmented_views: int  # of every image
     seed: int

@@ -23,6 +23,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
 
 from capivara_common.environment import cache_home
 from capivara_common.files import write_json
@@ -32,9 +33,9 @@ from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache
 from caption_data.pairs import check_bad_share, lacking, pair_table, pairs_fingerprint, skipped_rows, usable
 from caption_data.rows import Skipped, digest_of
 from caption_data.sources import Split, open_split
-from modeling_capivara import CapivaraModel, CapivaraProcessor
+from modeling_capivara.embedder import embed_images, image_parts
 from modeling_capivara.loading import load_model, load_processor, weights_digest
-from modeling_capivara.two_towers import embed_images, image_parts
+from modeling_capivara.two_towers import IMAGE_SIDE, embedding_width, image_embeds
 from training.arguments import RunArguments
 from training.batches import Planner, batch_counts
 from training.trainable import prepare_trainable
@@ -60,7 +61,7 @@ class Pairs:
 
     source: Split
     table: Dataset  # `row`, `digest` and `captions` of each pair
-    processor: CapivaraProcessor
+    processor: ProcessorMixin
     augmented_views: int = 1  # see the module's text
     seed: int = 0  # of the augmentation
     cache: EmbeddingCache | None = None  # vectors of the images (images, views, width), float16
@@ -109,7 +110,7 @@ class Pairs:
 class Inputs:
     """What a run starts from."""
 
-    processor: CapivaraProcessor
+    processor: ProcessorMixin
     training: list[Pairs]  # the usable pairs of each data set
     validation: Pairs  # that choices are made on
     validation_embeds: Tensor  # (images, width) by the frozen image tower
@@ -205,9 +206,7 @@ def _training_columns(args: RunArguments) -> list[str]:
     return list(dict.fromkeys([caption_column(args, args.language), *others, *similarities]))
 
 
-def training_pairs(
-    args: RunArguments, splits: Splits, processor: CapivaraProcessor
-) -> tuple[list[Pairs], list[Skipped]]:
+def training_pairs(args: RunArguments, splits: Splits, processor: ProcessorMixin) -> tuple[list[Pairs], list[Skipped]]:
     """The usable pairs of every training data set, and the rows that can't be used.
 
     Without a cache, which finds them, images whose pixels are damaged are found here: a step can't do without one.
@@ -228,7 +227,7 @@ def training_pairs(
 
 
 def evaluation_pairs(
-    args: RunArguments, split: Split, languages: list[str], processor: CapivaraProcessor
+    args: RunArguments, split: Split, languages: list[str], processor: ProcessorMixin
 ) -> dict[str, Pairs]:
     """Language -> the pairs of a split that is measured on: all its rows, or figures would depend on what is left.
 
@@ -345,14 +344,14 @@ def augmented(image: PIL.Image.Image, state: int) -> PIL.Image.Image:
 
 
 @torch.no_grad()
-def embed_pixels(model: CapivaraModel, pixels: Tensor, accelerator: Accelerator) -> Tensor:
+def embed_pixels(model: PreTrainedModel, pixels: Tensor, accelerator: Accelerator) -> Tensor:
     """(images, width), unit length, float32, on the device: in the precision of the run."""
     with accelerator.autocast():
         parts = image_parts(pixels, accelerator.device)
-        return torch.cat([model(pixel_values=part).image_embeds.float() for part in parts])
+        return torch.cat([image_embeds(model, part) for part in parts])
 
 
-def image_cache(model: CapivaraModel, pairs: Pairs, root: Path, precision: str) -> EmbeddingCache:
+def image_cache(model: PreTrainedModel, pairs: Pairs, root: Path, precision: str) -> EmbeddingCache:
     """Where the vectors of a data set lie: in a folder under `root` that is named after all that they depend on.
 
     The model's image tower is frozen and in evaluation mode; `precision` is as Accelerate names it.
@@ -363,7 +362,7 @@ def image_cache(model: CapivaraModel, pairs: Pairs, root: Path, precision: str) 
     parts = {
         "version": PIXELS_VERSION,
         "files": FILES_VERSION,
-        "tower_weights": weights_digest(model, ("vision_model.", "visual_projection.")),
+        "tower_weights": weights_digest(model, IMAGE_SIDE),
         "tower_config": hashlib.blake2b(model.config.vision_config.to_json_string().encode()).hexdigest()[:32],
         "preprocessing": json.loads(pairs.processor.image_processor.to_json_string()),
         "augmented_views": pairs.augmented_views,
@@ -379,11 +378,11 @@ def image_cache(model: CapivaraModel, pairs: Pairs, root: Path, precision: str) 
 
 
 def build_cache(
-    model: CapivaraModel, pairs: Pairs, root: Path, batch_size: int, workers: int, accelerator: Accelerator
+    model: PreTrainedModel, pairs: Pairs, root: Path, batch_size: int, workers: int, accelerator: Accelerator
 ) -> EmbeddingCache:
     """The cache (pairs, views, width) of a data set, float16: all processes make what is missing of it."""
     cache = image_cache(model, pairs, root, accelerator.mixed_precision)
-    views, width = row = (pairs.augmented_views, model.config.projection_dim)
+    views, width = row = (pairs.augmented_views, embedding_width(model.config))
     missing = cache.missing()
     if missing and accelerator.is_main_process:
         size = len(pairs) * views * width * 2 / 1e6

@@ -9,11 +9,10 @@ and the configuration are those of the trained model.
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from capivara_common.cli import between, flag, parse, run_command, user_errors
 from capivara_common.files import check_output_folder, whole_folder
-from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.loading import load_model, load_processor, weights_digest
+from modeling_capivara.two_towers import IMAGE_SIDE
 from training.rotate import load_rotation, rotate_, save_rotation
 from training.trainable import interpolate_weights
 
@@ -47,8 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     base, trained = start.state_dict(), model.state_dict()
     if {key: tensor.shape for key, tensor in trained.items()} != {key: tensor.shape for key, tensor in base.items()}:
         raise ValueError(f"{args.trained} was not trained from {args.base}: their tensors differ in name or shape.")
-    turned = not torch.equal(start.visual_projection.weight, model.visual_projection.weight)
-    if rotation is None and model.config.matryoshka_dims and turned:
+    turned = weights_digest(start, IMAGE_SIDE) != weights_digest(model, IMAGE_SIDE)
+    if rotation is None and getattr(model.config, "matryoshka_dims", None) and turned:
         raise ValueError(f"{args.trained} was rotated, and its rotation.safetensors is missing. Fetch the file.")
     interpolate_weights(model, base, args.share)
     with whole_folder(args.output) as folder:

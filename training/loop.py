@@ -15,16 +15,17 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from capivara_common.environment import handle_signals, used_memory
 from eval.retrieval import embed_captions, validation_measures
-from modeling_capivara import CapivaraModel
+from modeling_capivara.embedder import embedding_width, is_sigmoid
 from training.arguments import RunArguments
 from training.batches import MicroBatch, StepPlan
 from training.checkpoints import Checkpoints, TrainerState
 from training.inputs import Inputs, cached_embeds, embed_pixels, loading_workers, pixel_batches
 from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at
-from training.whole_batch import WholeBatch
+from training.whole_batch import WholeBatch, loss_of
 
 logger = logging.getLogger("capivara")
 MAX_OVERFLOWS = 20  # the scaler halves its scale at each; after as many, the loss itself is at fault
@@ -37,7 +38,7 @@ class Trainer:
 
     args: RunArguments
     inputs: Inputs  # pairs, their images, and the validation split
-    model: CapivaraModel  # the plain model; its adapters, where there are any, are in it
+    model: PreTrainedModel  # the plain model; its adapters, where there are any, are in it
     wrapped: nn.Module  # what is trained: the model, or peft's wrapper around it
     checkpoints: Checkpoints  # of the run, with its device, precision and processes
     state: TrainerState  # where the run is
@@ -143,7 +144,7 @@ class Trainer:
         if self.overflows > MAX_OVERFLOWS:
             raise FloatingPointError(f"The gradient overflowed fp16 at {self.overflows} steps in a row.")
         self.optimizer.step()  # the scaler leaves out one of a norm that is not finite
-        if self.model.logit_scale.requires_grad:
+        if self.model.logit_scale.requires_grad and not is_sigmoid(self.model):  # SigLIP's is above 100
             clamp_logit_scale(self.model.logit_scale)
         return None if self.overflows else norm
 
@@ -180,7 +181,7 @@ class Trainer:
             embeds = cached_embeds(self.inputs.training, plan.sources, plan.rows, plan.views)
             return embeds.to(self.accelerator.device)
         self.model.vision_model.eval()
-        embeds = torch.zeros(len(plan.rows), self.model.config.projection_dim, device=self.accelerator.device)
+        embeds = torch.zeros(len(plan.rows), embedding_width(self.model.config), device=self.accelerator.device)
         for positions in self._parts(plan):
             embeds[positions] = embed_pixels(self.prepared, next(pixels), self.accelerator)
         return self.accelerator.reduce(embeds, "sum")  # the rows of the other processes
@@ -211,5 +212,8 @@ class Trainer:
         measures, inputs = [None], self.inputs
         if self.accelerator.is_main_process:
             split = self.model.eval(), inputs.processor, inputs.validation.captions(), inputs.validation_embeds
-            measures = [validation_measures(embed_captions(*split), self.model.logit_scale)]
+            embeddings = embed_captions(*split)
+            own = torch.arange(len(embeddings.image_embeds))
+            loss = lambda texts, images: loss_of(self.model)(texts, images, self.model.logit_scale, own)  # noqa: E731
+            measures = [validation_measures(embeddings, loss)]
         return broadcast_object_list(measures)[0]

@@ -17,16 +17,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.files import check_output_folder, whole_folder, write_bytes
 from capivara_common.image_files import BadImage
 from caption_data.sources import open_split
-from modeling_capivara import CapivaraModel
 from modeling_capivara.configuration_capivara import checked_widths
+from modeling_capivara.embedder import embed_images
 from modeling_capivara.loading import load_model, load_processor
-from modeling_capivara.two_towers import embed_images
 
 ROTATION_FILE = "rotation.safetensors"  # beside a model's weights
 ROTATION_IMAGES = 2**14  # that the axes are taken of: enough for the second moments of a thousand dimensions
@@ -52,6 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = load_model(args.model).eval(), load_processor(args.model)
     if load_rotation(args.model) is not None:
         raise ValueError(f"{args.model} was turned before: it has a {ROTATION_FILE}. Give the model as it was trained.")
+    if not hasattr(model, "visual_projection"):
+        kind = model.config.model_type
+        raise ValueError(f"{args.model} is a {kind}, which has no projections that a rotation could be folded into.")
     width = model.config.projection_dim
     model.config.matryoshka_dims = checked_widths(args.dims, width) or None
     source = open_split(args.dataset, args.split, args.image_column)
@@ -96,7 +99,7 @@ def principal_rotation(image_embeds: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def rotate_(model: CapivaraModel, rotation: Tensor) -> None:
+def rotate_(model: PreTrainedModel, rotation: Tensor) -> None:
     """Turn the space of a model without adapters, in place: the rotation becomes part of its two projections.
 
     It is (projection_dim, projection_dim), orthogonal. Raises ValueError where it is of another width.

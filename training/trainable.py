@@ -3,30 +3,33 @@
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from modeling_capivara import CapivaraModel
+from modeling_capivara.two_towers import IMAGE_SIDE, freeze_image_side, is_sigmoid
 from training.arguments import RunArguments
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: logits are scaled by 100 at most
 BETAS = (0.9, 0.98)  # of Adam, in every recipe of arXiv 2310.13683
-WHOLE = ["text_projection"]  # what is trained as a whole beside adapters, as in arXiv 2310.13683
-# What a run states beside its settings, under the names that it had when these were settings.
-FIXED = {"adam_beta1": BETAS[0], "adam_beta2": BETAS[1], "lora_modules_to_save": WHOLE}
+# What is trained as a whole beside adapters: the projection as in arXiv 2310.13683, and what SigLIP has for it
+WHOLE = ["text_projection", "text_model.head"]
 OPTIMISERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 _PEFT_NAMES = re.compile(r"\.(base_layer|modules_to_save\.default|lora_[AB]\.default)")  # in names of a wrapped model
 
 
-def prepare_trainable(model: CapivaraModel, args: RunArguments) -> nn.Module:
+def prepare_trainable(model: PreTrainedModel, args: RunArguments) -> nn.Module:
     """Freeze what is not trained; with `lora_rank`, put adapters on the model and return peft's wrapper around it.
 
     Raises ValueError where an expression matches nothing, or nothing is left to train.
     """
-    model.freeze_image_tower()
-    names = [name for name, _ in model.named_parameters()]
-    for expression in args.frozen_parameters:
+    freeze_image_side(model)
+    names, frozen = [name for name, _ in model.named_parameters()], args.frozen_parameters
+    if frozen in ([], ["none"]):
+        frozen = ["logit_scale", "logit_bias"] if is_sigmoid(model) and not frozen else []
+    for expression in frozen:
         if not _matched(expression, names, "frozen_parameters"):
             some = names[:: max(1, len(names) // 6)]
             raise ValueError(
@@ -34,15 +37,20 @@ def prepare_trainable(model: CapivaraModel, args: RunArguments) -> nn.Module:
             )
     wrapped = _with_adapters(model, args) if args.lora_rank else model
     for name, parameter in model.named_parameters():  # also what peft has made trainable
-        if any(re.fullmatch(expression, _PEFT_NAMES.sub("", name)) for expression in args.frozen_parameters):
+        if any(re.fullmatch(expression, _PEFT_NAMES.sub("", name)) for expression in frozen):
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("Nothing is left to train: frozen_parameters match everything that is not frozen already.")
     return wrapped
 
 
+def fixed(model: PreTrainedModel) -> dict[str, Any]:
+    """What a run states beside its settings, under the names that it had when these were settings."""
+    return {"adam_beta1": BETAS[0], "adam_beta2": BETAS[1], "lora_modules_to_save": whole(model)}
+
+
 @torch.no_grad()
-def interpolate_weights(model: CapivaraModel, base: dict[str, Tensor], share: float) -> None:
+def interpolate_weights(model: PreTrainedModel, base: dict[str, Tensor], share: float) -> None:
     """Move the weights of a trained model back, in place: `share` (0 to 1) of them, the rest of the base's state.
 
     Source: Wortsman et al., Robust fine-tuning of zero-shot models (WiSE-FT, arXiv 2109.01903), section 3.
@@ -52,16 +60,23 @@ def interpolate_weights(model: CapivaraModel, base: dict[str, Tensor], share: fl
             tensor.copy_(torch.lerp(base[name].to(tensor.device), tensor, share))
 
 
-def _with_adapters(model: CapivaraModel, args: RunArguments) -> nn.Module:
+def _with_adapters(model: PreTrainedModel, args: RunArguments) -> nn.Module:
     """peft's wrapper; of itself it would train adapters of the image tower alone, which is not run in training."""
     from peft import LoraConfig, get_peft_model
 
     rank, alpha, targets = args.lora_rank, args.lora_alpha, args.lora_targets
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    linear = [name for name in linear if not name.startswith(("vision_model", "visual_projection"))]
+    linear = [name for name in linear if not name.startswith(IMAGE_SIDE)]
     if not _matched(targets, linear, "lora_targets"):
         raise ValueError(f"lora_targets: {targets!r} matches no linear layer of the text tower, like {linear[-1]!r}.")
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, modules_to_save=WHOLE))
+    return get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, modules_to_save=whole(model))
+    )
+
+
+def whole(model: PreTrainedModel) -> list[str]:
+    """Names of the modules that are trained as a whole beside adapters."""
+    return [name for name, _ in model.named_modules() if name in WHOLE]
 
 
 def _matched(expression: str, names: list[str], key: str) -> list[str]:
@@ -71,7 +86,7 @@ def _matched(expression: str, names: list[str], key: str) -> list[str]:
         raise ValueError(f"{key}: {expression!r} is no regular expression ({error}).") from error
 
 
-def merge_adapters(wrapped: nn.Module, folder: Path | None = None) -> CapivaraModel:
+def merge_adapters(wrapped: nn.Module, folder: Path | None = None) -> PreTrainedModel:
     """The plain model with the adapters' updates in its weights; the model itself where it has no adapters.
 
     In `folder`, if it is given, they are kept in peft's own format, safetensors.

@@ -11,6 +11,7 @@ the random state of its first time, so the gradient is the same to the bit whate
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from capivara_common.environment import free_memory, keep_freed_memory
+from modeling_capivara.embedder import embedding_width, image_embeds, is_sigmoid, text_embeds
 from training.batches import MicroBatch
 
 TILE_LOGITS = 2**24  # logits at once, 64 MiB in float32
@@ -44,11 +46,11 @@ class WholeBatch:
     ever where one process has fewer of them. The processes' gradients are summed once, at the end.
     """
 
-    model: nn.Module  # in training mode; `text_embeds` and `image_embeds` of its output are of unit length
+    model: nn.Module  # in training mode, of two towers (`modeling_capivara.two_towers`)
     logit_scale: nn.Parameter  # the model's own parameter
     accelerator: Accelerator  # device, precision and processes
     seed: int
-    loss: Loss | None = None  # `contrastive_loss` where None
+    loss: Loss | None = None  # `loss_of` the model where None
     budget: float | None = None  # bytes of graphs that are kept; what is free at the first step where None
     _bytes_a_token: float = 0.0  # of a graph, as the first micro-batch has it
     _bytes_a_text: float = 1.0
@@ -76,14 +78,16 @@ class WholeBatch:
             raise ValueError(f"The loss needs at least 2 pairs, got {pairs}.")
         own = torch.cat([torch.empty(0, dtype=torch.long), *(batch.positions for batch in batches)])
         own = own.to(self.accelerator.device)
-        words = word_rows(self.model.get_input_embeddings(), [batch.input_ids.to(own.device) for batch in batches])
+        words = word_rows(
+            self.model.text_model.get_input_embeddings(), [batch.input_ids.to(own.device) for batch in batches]
+        )
         with words, self.accelerator.autocast():  # one for all micro-batches: each weight is cast once a step
             parts, kept = self._embedded(step, batches)
             leaves = [[side.detach().requires_grad_(side.requires_grad) for side in part] for part in parts]
             texts = self._of_all([leaf[0] for leaf in leaves], own, pairs)
             if image_embeds is None:
                 image_embeds = self._of_all([leaf[1] for leaf in leaves], own, pairs)
-            loss = (self.loss or contrastive_loss)(texts, image_embeds, self.logit_scale, own)
+            loss = (self.loss or loss_of(self.model))(texts, image_embeds, self.logit_scale, own)
             whole = loss.detach().clone()
             if self.accelerator.num_processes > 1:
                 torch.distributed.all_reduce(whole)
@@ -121,14 +125,16 @@ class WholeBatch:
         """(rows, width) of the texts, and of the images where the micro-batch has their pixels."""
         state = np.random.SeedSequence([self.seed, step, batch.index]).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(state >> np.uint64(1)))  # dropout: the same both times, on any number of processes
-        output = self.model(**batch.inputs(self.accelerator.device))
-        return [side for side in (output.text_embeds, output.image_embeds) if side is not None]
+        inputs = batch.inputs(self.accelerator.device)
+        pixels = inputs.pop("pixel_values", None)
+        sides = [text_embeds(self.model, **inputs)]
+        return sides if pixels is None else [*sides, image_embeds(self.model, pixels)]
 
     def _of_all(self, parts: Sequence[Tensor], own: Tensor, pairs: int) -> Tensor:
         """(pairs, width) of all processes; `parts` are this one's rows `own`, and gradients come back to them."""
         if self.accelerator.num_processes == 1:
             return torch.cat(parts)
-        width = self.accelerator.unwrap_model(self.model).config.projection_dim
+        width = embedding_width(self.accelerator.unwrap_model(self.model).config)
         # It requires a gradient by itself: a process without micro-batches takes part in the backward pass, too.
         whole = torch.zeros(pairs, width, device=own.device, requires_grad=True)
         if parts:
@@ -147,6 +153,11 @@ class WholeBatch:
         return sum(p.nbytes * (2 + (p.grad is None)) for p in self.model.parameters() if p.requires_grad)
 
 
+def loss_of(model: nn.Module) -> Loss:
+    """The loss that a model of two towers is trained with: SigLIP's where it has a bias, else CLIP's."""
+    return partial(sigmoid_loss, logit_bias=model.logit_bias) if is_sigmoid(model) else contrastive_loss
+
+
 def contrastive_loss(text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, own: Tensor) -> Tensor:
     """This process's share of CLIP's loss: the sum over the processes is `clip_loss` of the whole batch.
 
@@ -161,24 +172,49 @@ def contrastive_loss(text_embeds: Tensor, image_embeds: Tensor, logit_scale: Ten
     Returns:
         Scalar, in nats, at least in float32.
     """
-    with torch.autocast(text_embeds.device.type, enabled=False):
-        dtype = torch.promote_types(text_embeds.dtype, torch.float32)
-        texts, images, scale = text_embeds.to(dtype), image_embeds.to(dtype), logit_scale.to(dtype).exp()
-        sums = _cross_entropies(scale * texts[own], images, own) + _cross_entropies(scale * images[own], texts, own)
-        return sums / (2 * len(texts))
+    texts, images, scale = _wide(text_embeds, image_embeds, logit_scale)
+    with torch.autocast(texts.device.type, enabled=False):
+        to_images = _in_tiles(_cross_entropy, scale.exp() * texts[own], images, own)
+        return (to_images + _in_tiles(_cross_entropy, scale.exp() * images[own], texts, own)) / (2 * len(texts))
 
 
-def _cross_entropies(queries: Tensor, items: Tensor, targets: Tensor) -> Tensor:
+def sigmoid_loss(
+    text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, own: Tensor, logit_bias: Tensor
+) -> Tensor:
+    """This process's share of SigLIP's loss, of every text with every image: transformers' own of the whole batch.
+
+    Source: SigLIP (arXiv 2303.15343), section 3.1, algorithm 1. The arguments and what is returned are those of
+    `contrastive_loss`; `own` are the texts whose pairs this process takes, `logit_bias` a scalar.
+    """
+    texts, images, scale, bias = _wide(text_embeds, image_embeds, logit_scale, logit_bias)
+
+    def pairs(some: Tensor, items: Tensor, right: Tensor) -> Tensor:
+        signs = torch.full((len(some), len(items)), -1.0, dtype=some.dtype, device=some.device)
+        signs[torch.arange(len(some)), right] = 1
+        return -F.logsigmoid(signs * (some @ items.T + bias)).sum()
+
+    with torch.autocast(texts.device.type, enabled=False):
+        return _in_tiles(pairs, scale.exp() * texts[own], images, own) / len(texts)
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    """`tensors` where the first is, in its precision, at least in float32."""
+    first = tensors[0]
+    return [tensor.to(first.device, torch.promote_types(first.dtype, torch.float32)) for tensor in tensors]
+
+
+def _cross_entropy(queries: Tensor, items: Tensor, right: Tensor) -> Tensor:
+    return F.cross_entropy(queries @ items.T, right, reduction="sum")
+
+
+def _in_tiles(one: Callable[..., Tensor], queries: Tensor, items: Tensor, right: Tensor) -> Tensor:
     """Sum over the queries; in tiles of rows, which are made again in the backward pass where there are several."""
     rows = max(1, TILE_LOGITS // len(items))
-
-    def tile(some: Tensor, right: Tensor) -> Tensor:
-        return F.cross_entropy(some @ items.T, right, reduction="sum")
-
     if len(queries) <= rows:
-        return tile(queries, targets)
-    tiles = zip(queries.split(rows), targets.split(rows), strict=True)
-    return sum(checkpoint(tile, *one, use_reentrant=False, preserve_rng_state=False) for one in tiles)
+        return one(queries, items, right)
+    tiles = zip(queries.split(rows), right.split(rows), strict=True)
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    return sum(checkpoint(one, some, items, targets, **options) for some, targets in tiles)
 
 
 @contextmanager

@@ -28,9 +28,9 @@ from hub_upload.formats.onnx import ONNX_PACKAGES, check_difference, data_file, 
 from hub_upload.formats.open_clip import text_config_source
 from modeling_capivara import CapivaraModel
 from modeling_capivara.convert_open_clip import open_clip_model_cfg, preprocess_cfg_of
+from modeling_capivara.embedder import random_images, random_texts
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.processing_capivara import CONTEXT_LENGTH
-from modeling_capivara.two_towers import random_images, random_texts
 
 BASE_NAME = "XLM-Roberta-Base-ViT-B-32__laion5b_s13b_b90k"  # of the published architecture, in Immich's list
 logger = logging.getLogger("capivara")

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from capivara_common.environment import package_versions
 from capivara_common.files import write_json
 from modeling_capivara import CapivaraModel
+from modeling_capivara.embedder import random_images, random_texts
 from modeling_capivara.loading import load_model, load_processor
-from modeling_capivara.two_towers import random_images, random_texts
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

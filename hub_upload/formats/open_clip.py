@@ -20,9 +20,9 @@ from modeling_capivara.convert_open_clip import (
     open_clip_model_cfg,
     preprocess_cfg_of,
 )
+from modeling_capivara.embedder import random_texts
 from modeling_capivara.loading import model_of_tensors
 from modeling_capivara.processing_capivara import CONTEXT_LENGTH
-from modeling_capivara.two_towers import random_texts
 
 OPEN_CLIP_WEIGHTS = OPEN_CLIP_WEIGHT_FILES[0]
 SENTENCE_MODULES = "sentence_transformers.base.modules"  # as version 6 writes and reads it
@@ -129,8 +129,11 @@ def write_open_clip_config(
         config.text_config.save_pretrained(folder / TEXT_MODEL)
 
 
-def write_sentence_transformers(folder: Path) -> None:
-    """Write `modules.json` of sentence-transformers and the files that it names: how to embed, and unit length."""
+def write_sentence_transformers(folder: Path, text: dict[str, Any] | None = None) -> None:
+    """Write `modules.json` of sentence-transformers and the files that it names: how to embed, and unit length.
+
+    `text` are arguments of the processor for texts, beside sentence-transformers' own.
+    """
     kinds = [("", "transformer.Transformer"), ("1_Normalize", "normalize.Normalize")]
     write_modules(folder, [(path, f"{SENTENCE_MODULES}.{kind}") for path, kind in kinds])
     settings = {
@@ -141,7 +144,7 @@ def write_sentence_transformers(folder: Path) -> None:
             "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
         },
         "module_output_name": SENTENCE_EMBEDDING,
-    }
+    } | ({"processing_kwargs": {"text": text}} if text else {})
     write_json(folder / "sentence_bert_config.json", settings)
     names = {"module_input_name": SENTENCE_EMBEDDING, "module_output_name": SENTENCE_EMBEDDING}
     write_json(folder / "1_Normalize/config.json", names)

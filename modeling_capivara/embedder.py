@@ -1,0 +1,236 @@
+"""Texts and images embedded by any model of two towers: `load_embedder`.
+
+All put texts and images into one space: (rows, width), unit length, float32, on the CPU.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import hf_hub_download
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+
+from capivara_common.environment import processes, torch_device
+from capivara_common.files import read_json
+from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, check_reachable
+
+from .checks_capivara import check_sizes, tokenizer_errors
+from .image_classification_capivara import unit_length
+from .loading import load_model, load_processor, weights_digest
+from .two_towers import IMAGE_SIDE, image_embeds, pad, text_embeds, tokenise
+
+# Title of a bar, or what is called after each batch with its size; None for neither
+Progress = str | Callable[[int], object] | None
+# Images that go through the tower at once: activations of more are new memory at every layer, half of the time.
+CPU_IMAGES = 4
+
+
+@dataclass
+class Embedder:
+    """A model of any kind.
+
+    Attributes:
+        name, device: as it was asked for, and where it is.
+        precision: "float32", or "bf16" for autocast.
+        fingerprint: digest of all that the embeddings depend on.
+        image_fingerprint: of what those of images do; models that share their image tower share it.
+        images, texts: embed items; then how many at once, and `Progress`.
+    """
+
+    name: str
+    device: torch.device
+    precision: str
+    fingerprint: str
+    image_fingerprint: str
+    images: Callable[..., Tensor]
+    texts: Callable[..., Tensor]
+
+    def __post_init__(self) -> None:
+        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        self.images, self.texts = autocast(self.images), autocast(self.texts)
+
+
+def load_embedder(
+    model: str, device: str | None = None, baseline: bool = False, precision: str = "float32"
+) -> Embedder:
+    """A model by its folder or Hub id.
+
+    Args:
+        model: folder or Hub id of a model that `two_towers` takes. With `baseline` also one of open_clip, as
+            `open_clip:NAME[:PRETRAINED]` or `open_clip:local-dir:FOLDER`.
+        device: the process's GPU where there is one, else the CPU, where None.
+        baseline: take open_clip's, too.
+        precision: "float32", or "bf16" for autocast.
+
+    Raises:
+        ValueError: it is no such model.
+    """
+    where = torch_device(device) if device else processes().device
+    kind, _, rest = model.partition(":")
+    if kind == "clip" and rest:
+        raise ValueError(f"{model}: models of transformers are named as they are, {rest}, without `clip:`.")
+    if kind != "open_clip" or not rest:
+        processor = load_processor(model)
+        return model_embedder(model, load_model(model).eval().to(where), processor, precision)
+    if not baseline:
+        raise ValueError(f"{model} is a model of open_clip, which needs --role baseline, or eval.suite's --baseline.")
+    return _open_clip(rest, where, precision)
+
+
+def model_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin, precision: str) -> Embedder:
+    """A model that is loaded, in evaluation mode."""
+    config, image_processor = model.config, processor.image_processor.to_json_string()
+    tokenizer = processor.tokenizer.backend_tokenizer.to_str() + str(processor.tokenizer.model_max_length)
+    fingerprint = _digest(weights_digest(model), config.to_json_string() + image_processor, tokenizer, precision)
+    image_side = weights_digest(model, IMAGE_SIDE)
+    image_fingerprint = _digest(image_side, config.vision_config.to_json_string() + image_processor, precision)
+    towers = partial(embed_images, model, processor), partial(embed_texts, model, processor)
+    return Embedder(name, model.device, precision, fingerprint, image_fingerprint, *towers)
+
+
+def plain_embedder(
+    name: str, device: torch.device, precision: str, fingerprint: str, encode_images: Callable, encode_texts: Callable
+) -> Embedder:
+    """Any model of two functions: a batch of PIL images, and a batch of texts, to their embeddings.
+
+    Which part of it the images need is not known: their fingerprint is that of the whole model.
+    """
+
+    def embed(encode: Callable, items: Iterable, batch_size: int = 32, progress: Progress = None) -> Tensor:
+        return _in_batches(lambda batch: unit_length(encode(batch)), items, batch_size, progress)
+
+    towers = partial(embed, encode_images), partial(embed, encode_texts)
+    return Embedder(name, device, precision, fingerprint, fingerprint, *towers)
+
+
+def _open_clip(source: str, device: torch.device, precision: str) -> Embedder:
+    try:
+        import open_clip
+    except ImportError as error:
+        fault = f"open_clip:{source} needs open_clip, not installed yet"
+        raise ImportError(f"{fault}: pip install open_clip_torch") from error
+    name, pretrained, repository = source, None, ""
+    if source.startswith("hf-hub:"):
+        repository = source.removeprefix("hf-hub:")
+    elif not source.startswith("local-dir:"):
+        name, _, pretrained = source.partition(":")
+        if not pretrained:  # open_clip would draw random weights
+            known = open_clip.list_pretrained_tags_by_model(name)
+            raise ValueError(f"open_clip:{source} names no weights; say open_clip:{name}:TAG, with a tag of {known}.")
+        repository = open_clip.get_pretrained_cfg(name, pretrained).get("hf_hub", "").strip("/")
+    check_reachable(repository, OPEN_CLIP_CONFIG, *OPEN_CLIP_WEIGHT_FILES)  # one of them will be in the cache
+    try:
+        if pretrained is None:
+            folder = source.removeprefix("local-dir:")
+            config = hf_hub_download(repository, OPEN_CLIP_CONFIG) if repository else Path(folder, OPEN_CLIP_CONFIG)
+            check_sizes(read_json(Path(config), model_cfg=dict))
+        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
+        with tokenizer_errors("its tokenizer"):
+            model, tokenizer = model.eval().to(device), open_clip.get_tokenizer(name)
+    except Exception as error:  # a name or tag that open_clip does not know, or a damaged folder
+        raise ValueError(f"open_clip can't load {source!r}: {' '.join(str(error).split())}") from error
+
+    def encode_images(images: Sequence[Image.Image]) -> Tensor:
+        return model.encode_image(torch.stack([preprocess(image) for image in images]).to(device))
+
+    def encode_texts(texts: Sequence[str]) -> Tensor:
+        return model.encode_text(tokenizer(list(texts)).to(device))
+
+    fingerprint = _digest("open_clip", source, weights_digest(model), repr(preprocess), precision)
+    return plain_embedder(f"open_clip:{source}", device, precision, fingerprint, encode_images, encode_texts)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def embed_texts(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    texts: Sequence[str],
+    batch_size: int = 64,
+    progress: Progress = None,
+) -> Tensor:
+    """Embeddings of `texts`, in their order; batched by length, so that short ones are not padded to the longest.
+
+    Args:
+        model: put in evaluation mode by the caller.
+        processor: the model's own.
+        texts: at least one.
+        batch_size: texts that go through at once.
+        progress: title of a bar, or what is called after each batch with its size.
+
+    Returns:
+        (texts, width), unit length, float32, on the CPU.
+    """
+    with tokenizer_errors("The model's tokenizer"):
+        tokens = tokenise(processor, texts)
+    order = sorted(range(len(texts)), key=lambda i: len(tokens[i]["input_ids"]))
+
+    def encode(rows: list[int]) -> Tensor:
+        batch = pad(processor, [tokens[i] for i in rows])
+        return text_embeds(model, **{name: values.to(model.device) for name, values in batch.items()})
+
+    embeds = _in_batches(encode, order, batch_size, progress)
+    return torch.empty_like(embeds).index_copy_(0, torch.tensor(order), embeds)
+
+
+def embed_images(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: Iterable[Image.Image],
+    batch_size: int = 32,
+    progress: Progress = None,
+) -> Tensor:
+    """Embeddings of `images`, in their order: (images, width), unit length, float32, on the CPU.
+
+    `images` is anything that yields PIL images, at least one; they are read batch by batch. The rest as `embed_texts`.
+    """
+
+    def encode(batch: list[Image.Image]) -> Tensor:
+        pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
+        return torch.cat([image_embeds(model, part) for part in image_parts(pixel_values, model.device)])
+
+    return _in_batches(encode, images, batch_size, progress)
+
+
+@torch.inference_mode()
+def _in_batches(encode: Callable, items: Iterable, batch_size: int, progress: Progress) -> Tensor:
+    total, title = len(items) if hasattr(items, "__len__") else None, progress if isinstance(progress, str) else None
+    embeds, iterator = [], iter(items)
+    with tqdm(total=total, desc=title, disable=title is None) as bar:
+        while batch := list(islice(iterator, batch_size)):
+            embeds.append(encode(batch).float().cpu())
+            (progress if callable(progress) else bar.update)(len(batch))
+    return torch.cat(embeds)
+
+
+def image_parts(pixel_values: Tensor, device: torch.device) -> Sequence[Tensor]:
+    """`pixel_values`, (images, 3, height, width), on the device, in the parts and memory order that are fast there."""
+    pixel_values = pixel_values.to(device, memory_format=torch.channels_last)
+    return pixel_values.split(CPU_IMAGES if device.type == "cpu" else max(len(pixel_values), 1))
+
+
+def random_images(seed: int = 0) -> list[Image.Image]:
+    """Colour images of odd sizes, smaller and larger than towers take, one in grey and one with transparency."""
+    numbers = np.random.default_rng(seed)
+    shapes = [(37, 61, 3), (301, 199, 3), (224, 227, 3), (97, 450, 3), (130, 131), (259, 225, 4)]
+    return [Image.fromarray(numbers.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
+
+
+def random_texts(seed: int = 0) -> list[str]:
+    """Portuguese-looking texts of 1 to 120 words: far below and above the length that is kept."""
+    numbers = random.Random(seed)
+    syllables = ("ca", "pi", "va", "ra", "ção", "ões", "nha", "lho", "ba", "tu", "gue", "mar", "é", "ão", "sol", "que")
+    lengths = (1, 2, 5, 9, 30, 120)
+    words = [["".join(numbers.choices(syllables, k=numbers.randint(1, 4))) for _ in range(n)] for n in lengths]
+    return [" ".join(text) for text in words]

@@ -1,0 +1,158 @@
+"""Training of transformers' own two-tower models: their loss and gradients, their rules, their class when saved."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny import TINY_TEXT, randomise, tiny_config
+from towers import MAKERS, gemma_like, siglip2
+from transformers import AutoProcessor, CLIPModel, SiglipConfig, SiglipModel
+from whole_batch_process import CAPTIONS, gradients_of
+
+import train_accelerate
+from hub_upload.formats import siglip
+from modeling_capivara import CapivaraModel
+from modeling_capivara.embedder import embed_texts, load_embedder, random_images, random_texts
+from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.trim_vocabulary import language_words, trim, word_forms
+from modeling_capivara.two_towers import IMAGE_SIDE, freeze_image_side, image_embeds, tokenise
+from training.batches import micro_batches
+from training.whole_batch import contrastive_loss, loss_of, sigmoid_loss
+
+TWELVE = [f"{caption} {ending}" for caption in CAPTIONS[:6] for ending in ("azul", "e uma casa verde")]
+CLASSES = {"siglip": SiglipModel, "clip": CLIPModel, "capivara": CapivaraModel}
+
+
+@pytest.fixture(params=CLASSES)
+def kind(request, tmp_path, tiny_processor):
+    """SigLIP, CLIP, and ours with a bias, as for the miniature under the sigmoid loss."""
+    if request.param != "capivara":
+        MAKERS[request.param](tmp_path / "base")
+    else:
+        text = TINY_TEXT | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        randomise(CapivaraModel(tiny_config(text_config=text, logit_bias_init_value=-10.0))).save_pretrained(
+            tmp_path / "base"
+        )
+        tiny_processor.save_pretrained(tmp_path / "base")
+    return request.param
+
+
+@pytest.mark.parametrize("budget", [0.0, float("inf")])
+def test_step_equals_the_models_own_loss(kind, budget, tmp_path):
+    """Micro-batches of 5 of 12, against `return_loss=True` of all at once, gradients included."""
+    folder, pixels = tmp_path / "base", torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model, processor = CLASSES[kind].from_pretrained(folder).train(), AutoProcessor.from_pretrained(folder)
+    freeze_image_side(model)
+    padding = {"padding": "max_length", "max_length": 64} if kind == "siglip" else {"padding": True}
+    texts = processor(text=TWELVE, return_tensors="pt", **padding)
+    loss = model(**texts, pixel_values=pixels, return_loss=True).loss
+    loss.backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    model = load_model(folder).train()
+    freeze_image_side(model)
+    batches, order = micro_batches(load_processor(folder), TWELVE, 5)
+    with torch.no_grad():
+        images = image_embeds(model, pixels[order])
+    report, actual = gradients_of(model, Accelerator(cpu=True), batches, images, budget, loss_of(model))
+    assert report.loss == pytest.approx(loss.item(), rel=1e-6)
+    assert actual.keys() == expected.keys() and "logit_scale" in actual
+    assert ("logit_bias" in actual) == (kind != "clip")
+    for name, gradient in expected.items():
+        assert (actual[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6, name  # of a key bias, 0
+
+
+@pytest.mark.parametrize("rows", [2, 3, 50])
+def test_shares_and_tiles_of_the_sigmoid_loss_add_up(rows, monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    texts, images = (torch.nn.functional.normalize(torch.randn(11, 8, generator=draw), dim=-1) for _ in range(2))
+    scale, bias, right = torch.tensor([4.7]), torch.tensor([-16.0]), torch.arange(11)
+    logits = scale.exp() * texts @ images.T + bias
+    expected = -torch.nn.functional.logsigmoid((2 * torch.eye(11) - 1) * logits).sum() / 11
+    monkeypatch.setattr("training.whole_batch.TILE_LOGITS", rows * 11)
+    for cut in (0, 4, 11):
+        found = sum(sigmoid_loss(texts, images, scale, own, bias) for own in (right[:cut], right[cut:]))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert loss_of(torch.nn.Linear(1, 1)) is contrastive_loss
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"lora_rank": 2, "lora_targets": r"text_model\..*\.(q_proj|v_proj|query|value)"}]
+)
+def test_a_run_saves_the_bases_own_class(flags, kind, tmp_path, tiny_dataset_folder):
+    """The image side and what else is not trained stay to the bit, and transformers alone opens the result."""
+    words = {
+        "model": tmp_path / "base", "dataset": tiny_dataset_folder, "output_dir": tmp_path / "run", "max_steps": 2,
+        "warmup_steps": 1, "effective_batch_size": 10, "micro_batch_size": 4, "learning_rate": 1e-3,
+        "caption_strategy": "all", "min_pair_similarity": "null", "mixed_precision": "no", "interpolate": 0.5,
+    } | flags  # fmt: skip
+    train_accelerate.main([word for name, value in words.items() for word in (f"--{name}", str(value))])
+    base, trained = (CLASSES[kind].from_pretrained(tmp_path / name) for name in ("base", "run"))
+    before, after = base.state_dict(), trained.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and not any(name.startswith(IMAGE_SIDE) for name in changed)
+    assert ("logit_scale" in changed) == (kind == "clip" and not flags)
+    assert "logit_bias" not in changed
+    assert AutoProcessor.from_pretrained(tmp_path / "run")(text="um gato").input_ids
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["model_class"] == CLASSES[kind].__name__
+    assert facts["loss"] == ("contrastive" if kind == "clip" else "sigmoid")
+
+
+def trimmed(folder, output, **options):
+    done = trim(folder, output, ["pt"], words=[300], **options)
+    return done, *(load_processor(path) for path in (folder, output)), *(load_model(path) for path in (folder, output))
+
+
+def test_a_bpe_with_bytes_is_trimmed_and_texts_of_its_pieces_stay(tmp_path):
+    """Merges are closed under what is kept: the same pieces, with the same rows, in the same order."""
+    words = language_words("pt", 300) + language_words("de", 2000)
+    siglip2(tmp_path / "base", gemma_like([*map(word_forms, words), *TWELVE], 3000))
+    (tmp_path / "texts").write_text("\n".join(TWELVE), encoding="utf-8")
+    done, whole, small, base, cut = trimmed(tmp_path / "base", tmp_path / "small", texts=[tmp_path / "texts"])
+    assert done.pieces[1] < 0.8 * done.pieces[0]
+    tables = [model.text_model.get_input_embeddings().weight for model in (base, cut)]
+    changed = 0
+    for text in [*TWELVE, *map(word_forms, language_words("pt", 300)), "Über die Brücke 鮫", "geschwindigkeit"]:
+        before, after = (tokenise(processor, [text])[0]["input_ids"] for processor in (whole, small))
+        pieces = [one.tokenizer.convert_ids_to_tokens(ids) for one, ids in ((whole, before), (small, after))]
+        changed += pieces[0] != pieces[1]
+        assert torch.equal(tables[0][before], tables[1][after]) == (pieces[0] == pieces[1])
+    assert changed == 2, "of all texts the two German ones alone have pieces that were cut"
+    assert type(cut) is SiglipModel and small.tokenizer.model_max_length == 64
+    torch.testing.assert_close(embed_texts(base, whole, TWELVE), embed_texts(cut, small, TWELVE), rtol=0, atol=1e-6)
+
+
+def test_a_bpe_without_bytes_is_one_line(tmp_path):
+    MAKERS["clip"](tmp_path / "base")
+    with pytest.raises(ValueError, match=r"^The tokenizer is of the kind BPE; what can be cut: [^\n]*$"):
+        trim(tmp_path / "base", tmp_path / "small", ["pt"], words=[10])
+
+
+@pytest.mark.slow
+def test_siglip2_in_full_size_is_read_by_open_clip_and_sentence_transformers(tmp_path):
+    """SigLIP 2 B/16 with a made BPE of 256,000 pieces, trimmed: each library with its own code, the scores equal."""
+    import open_clip
+    from sentence_transformers import SentenceTransformer
+
+    codes = ("pt", "en", "de", "fr", "es", "it", "ru", "nl", "pl")
+    words = [word for code in codes for word in language_words(code, 25_000)]
+    tokenizer = gemma_like(list(map(word_forms, words)), 256_000)
+    text = {"vocab_size": 256_000, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
+    siglip2(tmp_path / "base", tokenizer, SiglipConfig(text_config=text))
+    folder, texts, images = tmp_path / "small", random_texts(), [image.convert("RGB") for image in random_images()]
+    done = trim(tmp_path / "base", folder, ["pt", "en"], words=[20_000])
+    assert done.pieces[0] == 256_000 and done.parameters[1] < 0.7 * done.parameters[0]
+    siglip.main([str(folder)])
+    ours = load_embedder(str(folder), "cpu")
+    model, preprocess = open_clip.create_model_from_pretrained(name := f"local-dir:{folder}")
+    tokenise_theirs = open_clip.get_tokenizer(name)
+    with torch.no_grad():
+        theirs = model.encode_text(tokenise_theirs(texts), normalize=True)
+        pictures = model.encode_image(torch.stack(list(map(preprocess, images))), normalize=True)
+    torch.testing.assert_close(theirs, ours.texts(texts), rtol=0, atol=1e-4)
+    torch.testing.assert_close(pictures, ours.images(images), rtol=0, atol=1e-3)  # PIL's resizing beside torchvision's
+    sentences = SentenceTransformer(str(folder), device="cpu")
+    torch.testing.assert_close(sentences.encode(texts, convert_to_tensor=True), ours.texts(texts), rtol=0, atol=1e-5)
+    torch.testing.assert_close(sentences.encode(images, convert_to_tensor=True), ours.images(images), rtol=0, atol=1e-5)

@@ -1,0 +1,101 @@
+"""Models of two towers of transformers at toy width, saved as their publishers save them; nothing is downloaded."""
+
+import json
+from pathlib import Path
+
+from tiny import randomise, tiny_tokenizer
+from tokenizers import Tokenizer, models, normalizers, trainers
+from transformers import (
+    AltCLIPConfig,
+    AltCLIPModel,
+    AltCLIPProcessor,
+    BertTokenizer,
+    ChineseCLIPConfig,
+    ChineseCLIPImageProcessor,
+    ChineseCLIPModel,
+    ChineseCLIPProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    MetaClip2Config,
+    MetaClip2Model,
+    Siglip2Tokenizer,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+    SiglipProcessor,
+)
+
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION = TOWER | {"image_size": 32, "patch_size": 16}
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+SIDE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+
+
+def siglip(folder: Path) -> None:
+    """Its processor says nothing of padding, and its tokenizer gives no mask."""
+    text = TOWER | {"vocab_size": 300, "max_position_embeddings": 64, "pad_token_id": 1, "projection_size": 32}
+    randomise(SiglipModel(SiglipConfig(text_config=text, vision_config=VISION))).save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_input_names, tokenizer.model_max_length = ["input_ids"], 64
+    SiglipProcessor(SiglipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
+
+
+def clip(folder: Path) -> None:
+    pieces = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+    text = TOWER | {"vocab_size": len(pieces), "bos_token_id": 0, "eos_token_id": 1}
+    config = CLIPConfig(text_config=text, vision_config=VISION, projection_dim=24)
+    randomise(CLIPModel(config)).save_pretrained(folder)
+    tokenizer = CLIPTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[])
+    CLIPProcessor(CLIPImageProcessor(**SIDE), tokenizer).save_pretrained(folder)
+
+
+def chinese_clip(folder: Path) -> None:
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+    text = TOWER | {"vocab_size": len(pieces), "pad_token_id": 0}
+    config = ChineseCLIPConfig(text_config=text, vision_config=VISION, projection_dim=24)
+    randomise(ChineseCLIPModel(config)).save_pretrained(folder)
+    tokenizer = BertTokenizer(vocab={piece: number for number, piece in enumerate(pieces)})
+    ChineseCLIPProcessor(ChineseCLIPImageProcessor(**SIDE), tokenizer).save_pretrained(folder)
+
+
+def altclip(folder: Path) -> None:
+    text = TOWER | {"vocab_size": 300, "max_position_embeddings": 66, "pad_token_id": 1, "project_dim": 24}
+    config = AltCLIPConfig(text_config=text, vision_config=VISION, projection_dim=24)
+    randomise(AltCLIPModel(config)).save_pretrained(folder)
+    AltCLIPProcessor(CLIPImageProcessor(**SIDE), tiny_tokenizer()).save_pretrained(folder)
+
+
+def metaclip_2(folder: Path) -> None:
+    text = TOWER | {"vocab_size": 300, "max_position_embeddings": 77, "pad_token_id": 1, "eos_token_id": 2}
+    config = MetaClip2Config(text_config=text, vision_config=VISION, projection_dim=24)
+    randomise(MetaClip2Model(config)).save_pretrained(folder)
+    CLIPProcessor(CLIPImageProcessor(**SIDE), tiny_tokenizer()).save_pretrained(folder)
+
+
+MAKERS = {maker.__name__: maker for maker in (siglip, clip, chinese_clip, altclip, metaclip_2)}
+
+
+def gemma_like(texts: list[str], size: int) -> Siglip2Tokenizer:
+    """A tokenizer as SigLIP 2's: BPE over whole texts in small letters, with a piece for each byte."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(" ", "▁")])
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False, max_token_length=16)
+    made.train_from_iterator(texts, trainer)
+    model = json.loads(made.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    return Siglip2Tokenizer(
+        vocab=model["vocab"], merges=merges, padding_side="right", model_max_length=64, model_input_names=["input_ids"]
+    )
+
+
+def siglip2(folder: Path, tokenizer: Siglip2Tokenizer, config: SiglipConfig | None = None) -> None:
+    """SigLIP 2 of fixed resolution: its model is transformers' SigLIP, its tokenizer Gemma's kind."""
+    text = TOWER | {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "pad_token_id": 0}
+    config = config or SiglipConfig(text_config=text | {"projection_size": 32}, vision_config=VISION)
+    randomise(SiglipModel(config)).save_pretrained(folder)
+    side = config.vision_config.image_size
+    SiglipProcessor(SiglipImageProcessor(size={"height": side, "width": side}), tokenizer).save_pretrained(folder)
