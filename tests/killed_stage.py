@@ -43,9 +43,7 @@ def arguments(dataset: str, output: str) -> StageArguments:
 
 def run(dataset: str, output: str, task: tuple[int, int] = (0, 1), process=shout):
     """One task, (rank, world_size), of the stage."""
-    rank, world_size = task
-    columns, settings = {"captions-xx": CAPTIONS}, {"voice": "loud"}
-    return RowStage(arguments(dataset, output)).run(columns, settings, process, rank=rank, world_size=world_size)
+    return RowStage(arguments(dataset, output), *task).run({"captions-xx": CAPTIONS}, {"voice": "loud"}, process)
 
 
 def child(call: Callable[[], object], count: int) -> int:

@@ -138,22 +138,13 @@ def t5(tokenizer):
     return T5ForConditionalGeneration(config).eval()
 
 
-def test_a_model_that_takes_its_task_in_words():
-    tokenizer = tiny_tokenizer()
-    model = t5(tokenizer)
-    with pytest.raises(ValueError, match=r"has no codes of languages.*--source_prefix"):
-        Seq2SeqTranslator(model, tokenizer, "pt")
-    translator = Seq2SeqTranslator(model, tokenizer, "pt", source_prefix="the cat of: ", options=SHORT)
-    prefix = tokenizer("the cat of: ", add_special_tokens=False)["input_ids"]
-    assert translator.token_ids("a dog of the cat") == prefix + tokenizer("a dog of the cat")["input_ids"]
-    assert len(translator.translate(["a dog", "the cat"])) == 2
-
-
 def test_madlad_s_token_goes_before_the_sentence():
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<2pt>", "<2hi>", "<2xh>"])
     translator = Seq2SeqTranslator(t5(tokenizer), tokenizer, "xho", options=SHORT)
     assert translator.code == "xh"
+    with pytest.raises(ValueError, match=r"has no codes of languages, so nothing tells it to write 'pt'"):
+        Seq2SeqTranslator(t5(tokenizer), tiny_tokenizer(), "pt")
     assert tokenizer.convert_ids_to_tokens(translator.token_ids("a cat"))[:2] == ["<2xh>", "<s>"]
 
 
@@ -194,7 +185,6 @@ def test_what_a_translation_depends_on_is_in_the_fingerprint(marian, m2m100, tmp
         load(str(marian), "es", options=SHORT),
         load(str(marian), "pt", options=SHORT | {"num_beams": 1}),
         load(str(marian), "pt", options=SHORT, precision="bf16"),
-        load(str(marian), "pt", options=SHORT, source_prefix="a "),
         load(str(marian_folder(tmp_path / "model", codes=("por",))), "pt", options=SHORT),  # same name, other files
     ]
     assert all(other.fingerprint != base for other in others)
