@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -84,12 +85,13 @@ class Work(PipelineStep):
             report = self.definition().run(self.args, rank, world_size)
         except Exception as error:
             said = "; ".join(line.strip() for line in traceback.format_exception_only(error))
-            write_text(note, f"{said}\n\n{traceback.format_exc()}")
+            with suppress(OSError):  # a full disk, which `error` says
+                write_text(note, f"{said}\n\n{traceback.format_exc()}")
             if world_size == 1 or os.environ.get("DATATROVE_EXECUTOR") == "SLURM":
                 raise
         else:
             note.unlink()
-            loguru.logger.info(f"{self.title}, task {rank} of {world_size}: {report or 'done'}")
+            loguru.logger.debug(f"{self.title}, task {rank} of {world_size}: {report or 'done'}")
 
 
 def failures(logs: Path) -> dict[int, str]:

@@ -48,17 +48,19 @@ STAGES = {
     "select": SelectArguments,
 }
 READ = "read"  # the stage of a split that no other one works on: its rows as they are
-CONFIG_KEYS = {
-    "dataset": "the images: what every stage takes as --dataset",
-    "output": "folder of all that is made",
-    "language": "code of the language of the captions",
-    "source_language": "of the captions that are translated; en",
-    "split": "split that all stages work on; train",
-    "evaluation_splits": "splits of the same data set that are translated and no more, such as [validation, test]",
-    "image_column": "column of the images; image",
-    "rename": "columns that get another name, such as [caption=captions-en]",
-    "card": "pretty_name, license and sources of the data set card",
-}
+CONFIG_KEYS = (  # docs/your_language.md says what they mean
+    *(
+        "dataset",
+        "output",
+        "language",
+        "source_language",
+        "split",
+        "evaluation_splits",
+        "image_column",
+        "rename",
+        "card",
+    ),
+)
 CARD_KEYS = ("pretty_name", "description", "license", "license_name", "license_link", "sources", "attribution")
 SOURCE_KEYS = ("name", "url", "license")
 
@@ -85,7 +87,7 @@ def read_plan(config: Path, executor: dict[str, Any] | None = None, **given: str
     _check_keys(content, [*CONFIG_KEYS, *STAGES], str(config))
     for key in ("dataset", "output", "language"):
         if not content.get(key):
-            raise ValueError(f"{config} lacks `{key}`, {CONFIG_KEYS[key]}. Write it there, or give --{key}.")
+            raise ValueError(f"{config} lacks `{key}`. Write it there, or give --{key}.")
     card = _checked_card(content.get("card"), config)
     found = [(name, section) for name in STAGES for section in _listed(content.get(name, []))]
     if not found:
@@ -143,7 +145,9 @@ def _steps(
 def _checked_card(card: Any, config: Path) -> dict[str, Any]:
     """Licence and sources are nothing that a program could know, and a data set without them must not be published."""
     if not isinstance(card, dict):
-        raise ValueError(f"{config} lacks `card`, with {CONFIG_KEYS['card']}: no data set without its sources.")
+        raise ValueError(
+            f"{config} lacks `card`, with pretty_name, license and sources: no data set without its sources."
+        )
     _check_keys(card, CARD_KEYS, f"{config}, section card")
     sources = card.get("sources")
     if not isinstance(sources, list) or not sources or not all(isinstance(source, dict) for source in sources):
