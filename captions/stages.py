@@ -65,15 +65,10 @@ class StageReport:
 
     rows: int  # that were written
     skipped: dict[str, int]  # reason -> number of the rows that were left out
-    missing: int = 0  # rows that no task has written yet
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.skipped.items())
-        return (
-            f"{self.rows:,} rows written, {sum(self.skipped.values()):,} left out"
-            + f" ({reasons})" * bool(reasons)
-            + f", {self.missing:,} not done yet" * bool(self.missing)
-        )
+        return f"{self.rows:,} rows written, {sum(self.skipped.values()):,} left out" + f" ({reasons})" * bool(reasons)
 
 
 class RowStage:
@@ -371,19 +366,15 @@ def unfinished(output: Path) -> int:
 def check_complete(output: Path | str) -> StageReport:
     """Of a stage that is done. Raises ValueError, with the command that goes on, where parts are missing or broken."""
     output, record = Path(output), stage_record(output)
-    report = progress(output, record, all_parts(record["source"]["rows"], record["rows_per_part"]))
     refuse_unfinished(output)
-    return report
+    return progress(output, record, all_parts(record["source"]["rows"], record["rows_per_part"]))
 
 
 def progress(output: Path, record: dict[str, Any], parts: Iterable[range]) -> StageReport:
     """What of some parts is done. Raises ValueError where one is broken, or has lost rows."""
-    rows, skipped, missing, again = 0, Counter(), 0, f"and run again: {record['command']}"
+    rows, skipped, again = 0, Counter(), f"and run again: {record['command']}"
     for part in parts:
         path = part_path(output, record["source"]["split"], part)
-        if not path.is_file():
-            missing += len(part)
-            continue
         with opened_parquet(path, f". Remove it, {again}") as file:
             written = file.metadata.num_rows
         reasons = _reasons(skipped_path(path))
@@ -393,7 +384,7 @@ def progress(output: Path, record: dict[str, Any], parts: Iterable[range]) -> St
                 f"{len(part)}. Remove both, {again}"
             )
         rows, skipped = rows + written, skipped + reasons
-    return StageReport(rows, dict(skipped.most_common()), missing)
+    return StageReport(rows, dict(skipped.most_common()))
 
 
 def _reasons(path: Path) -> Counter[str]:
