@@ -218,24 +218,11 @@ def test_a_correction_that_moves_rows(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_tasks_and_what_is_removed(config, tmp_path):
-    """Another number of tasks ends in the same bytes; a part that was removed is made again, and no other one."""
+def test_what_fails_is_named_and_the_same_command_does_the_rest(config, tmp_path, monkeypatch, caplog):
+    """A row that fails its task and no other, a disk that is full at the end, a part that was removed: in any number of
+    tasks the end has the bytes of an undisturbed build."""
     build(BuildArguments(config, tasks=3))
-    three = files(tmp_path / "built")
-    (tmp_path / "built").rename(tmp_path / "three")
-    build(BuildArguments(config))
-    assert files(tmp_path / "built") == three
-    part = sorted((tmp_path / "built" / "2-score" / "train").glob("*.parquet"))[1]
-    kept = {path: path.stat().st_mtime_ns for path in part.parent.glob("*.parquet") if path != part}
-    part.unlink()
-    build(BuildArguments(config, tasks=2))
-    assert files(tmp_path / "built") == three
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
-
-
-@pytest.mark.slow
-def test_a_poisoned_row_fails_its_task_and_no_other(config, tmp_path, monkeypatch, caplog):
-    """It is reported with the rank and its rows, by the run and by --dry_run, until it is done."""
+    (tmp_path / "built").rename(tmp_path / "undisturbed")
     real = Selection._new_columns
 
     def poisoned(self, row):
@@ -255,7 +242,21 @@ def test_a_poisoned_row_fails_its_task_and_no_other(config, tmp_path, monkeypatc
     with caplog.at_level("INFO", "capivara"):
         build(BuildArguments(config, dry_run=True))
     assert "3-select, train: rows: task 1: ZeroDivisionError" in caplog.text
-    assert build(BuildArguments(config, tasks=2)) and not list(logs.glob("failures/*"))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("captions.dataset_folder.pa.concat_tables", full)
+        with pytest.raises(SystemExit, match=r"error: No space left on the disk while writing .*; nothing was kept"):
+            main(["--config", str(config)])
+    assert not (tmp_path / "built" / "dataset").exists() and not list(logs.glob("failures/*"))
+    part = sorted((tmp_path / "built" / "2-score" / "train").glob("*.parquet"))[1]
+    kept = {path: path.stat().st_mtime_ns for path in part.parent.glob("*.parquet") if path != part}
+    part.unlink()
+    build(BuildArguments(config, tasks=2))
+    assert files(tmp_path / "built") == files(tmp_path / "undisturbed")
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
 def test_the_flags_of_an_executor_reach_all_stages_but_those_with_their_own(config):
@@ -450,21 +451,6 @@ def test_stages_may_be_left_out(config, tmp_path):
     data = datasets.load_dataset(str(folder))
     assert data["train"].num_rows == 11 and data["test"]["captions-en"][:] == [[f"a cat {i}"] for i in range(12)]
     assert data["test"][0]["similarities-en"] is None and data["test"][0]["image"].size == (9, 12)
-
-
-@pytest.mark.slow
-def test_a_full_disk_at_the_end(config, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-
-        def full(*_, **__):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        patch.setattr("captions.dataset_folder.pa.concat_tables", full)
-        with pytest.raises(SystemExit, match=r"error: No space left on the disk while writing .*; nothing was kept"):
-            main(["--config", str(config)])
-    assert not (tmp_path / "built" / "dataset").exists()
-    assert datasets.load_dataset(str(build(BuildArguments(config))))["train"].num_rows == 11
-    assert not list((tmp_path / "built").glob(".dataset*"))
 
 
 @pytest.mark.parametrize(
