@@ -132,17 +132,18 @@ def execute(works: Iterable[Work], args: ExecutorArguments) -> bool:
 def run_here(work: Work, args: ExecutorArguments) -> None:
     """All ranks on this machine, `workers` at once, each of several workers a process with a GPU of its own.
 
-    datatrove's own pool would wait for ever for a process that was killed. This one ends with it; what it was at has a
-    note in the folder of failures.
+    datatrove's own pool would wait for ever for a process that was killed, and its manager outlive a run that was. This
+    one ends with it; what it was at has a note in the folder of failures.
     """
     loguru.logger.disable("datatrove")  # the terminal is for progress bars and errors
     gpus = _gpus() if args.workers is None else []
     workers = args.workers or len(gpus) or 1
     tasks = (args.tasks or workers) if work.definition().shared else 1
-    options = {"pipeline": [work], "tasks": tasks, "workers": 1, "logging_dir": str(work.logs), "skip_completed": False}
+    executor = LocalPipelineExecutor([work], tasks, logging_dir=str(work.logs), skip_completed=False)
     workers = min(workers, tasks)
     if workers == 1:
-        LocalPipelineExecutor(**options).run()
+        for rank in range(tasks):
+            _run_rank(executor, rank)
         return
     context = multiprocessing.get_context(START_METHOD)
     package = work.module.partition(".")[0] + "."
@@ -153,7 +154,7 @@ def run_here(work: Work, args: ExecutorArguments) -> None:
     others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(workers, context, _prepare_worker, (slots, workers, dict(os.environ)))
     try:
-        for done in as_completed([pool.submit(_run_rank, options, rank) for rank in range(tasks)]):
+        for done in as_completed([pool.submit(_run_rank, executor, rank) for rank in range(tasks)]):
             logger.info("%s: task %d of %d has ended.", work, done.result(), tasks)
     except BrokenProcessPool:
         logger.info("%s: a worker was killed, which ends the others.", work)
@@ -165,8 +166,8 @@ def run_here(work: Work, args: ExecutorArguments) -> None:
         pool.shutdown(cancel_futures=True)
 
 
-def _run_rank(options: dict[str, Any], rank: int) -> int:
-    LocalPipelineExecutor(**options, local_tasks=1, local_rank_offset=rank).run()
+def _run_rank(executor: LocalPipelineExecutor, rank: int) -> int:
+    executor._run_for_rank(rank, local_rank=1)  # above 0 its log is not shown on the terminal
     return rank
 
 
