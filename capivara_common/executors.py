@@ -146,8 +146,8 @@ def run_here(work: Work, args: ExecutorArguments) -> None:
             _run_rank(executor, rank)
         return
     context = multiprocessing.get_context(START_METHOD)
-    package = work.module.partition(".")[0] + "."
-    context.set_forkserver_preload([name for name in sys.modules if name.startswith(package)])  # once for all
+    package, main = work.module.partition(".")[0] + ".", getattr(sys.modules["__main__"].__spec__, "name", "")
+    context.set_forkserver_preload([name for name in sys.modules if name.startswith(package) and name != main])
     gpus, slots = gpus or _gpus() or [""], context.SimpleQueue()
     for number in range(workers):
         slots.put((number, gpus[number % len(gpus)]))
