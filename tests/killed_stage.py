@@ -96,7 +96,7 @@ def kill_build(config: str, generator: random.Random) -> int:
     from captions import score, select  # noqa: F401 - before the forks, none of which then has to
 
     for kills in range(MAX_ROUNDS):
-        if not was_killed(child(lambda: captions.build.main(["--config", config]), generator.randint(4, 24))):
+        if not was_killed(child(lambda: captions.build.main(["--config", config]), generator.randint(4, 40))):
             return kills
     sys.exit(f"not complete after {MAX_ROUNDS} rounds")
 
