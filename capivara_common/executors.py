@@ -3,12 +3,13 @@
     execute(Work.of(args), args)
 
 Every phase of the work (`Phase` of `tasks.py`) is a pipeline of one step, its `Work`, which starts when the phase
-before is complete. What is done is what lies on the disk: a rank with nothing left to do returns at once, whatever the
-number of tasks is and whatever datatrove's completion files say. Why a task has failed is in `failures/RANK.txt` beside
-its log.
+before is complete. What is done is what lies on the disk: a rank that finds nothing left to do returns at once, in any
+number of tasks; datatrove's completion files are not asked. Why a rank has failed, or that it has not ended, is in
+`failures/RANK.txt` beside its log.
 """
 
 import logging
+import multiprocessing
 import os
 import re
 import shlex
@@ -18,9 +19,11 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from importlib import import_module
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,7 @@ from typing import Any
 os.environ["LOGURU_DIAGNOSE"] = "NO"
 
 import loguru
-import multiprocess
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
-from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
 from capivara_common.environment import require
@@ -40,17 +41,14 @@ from capivara_common.tasks import ExecutorArguments, Phase
 
 ROOT = Path(__file__).resolve().parents[1]  # that tasks on other machines import the code from
 FAILURES_NAMED = 8
-EXPECTED = (ValueError, OSError, ImportError)  # whose message is enough; of others the traceback is kept
+NOT_ENDED = "has not ended: it is at work, or it was killed; out of memory?"
+START_METHOD = "forkserver"  # of the processes of this machine
 
 logger = logging.getLogger("capivara")
 
 
-class TaskFailed(Exception):
-    """A rank has failed; the text says why, without the frames and values of the failed call."""
-
-
 class TasksFailed(ValueError):
-    """Some tasks of a phase have failed, the others are done; the text names them."""
+    """Some tasks of a phase have failed; the text names them."""
 
 
 class Work(PipelineStep):
@@ -77,39 +75,33 @@ class Work(PipelineStep):
         """What the module says of the phase."""
         return import_module(self.module).PHASES[self.phase]
 
-    def finished(self, world_size: int) -> list[int]:
-        """The ranks with nothing left to do."""
-        find = self.definition().finished
-        return find(self.args, world_size) if find else []
-
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        """One rank. Raises TaskFailed; why is in the folder of failures, and in `error`, then."""
+        """One rank. What it raises ends a rank that is alone, and a job of Slurm, which others wait for; of several
+        ranks of one command it is in the folder of failures, and they go on."""
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        path, self.error = self.logs / "failures" / f"{rank:05d}.txt", None
-        path.unlink(missing_ok=True)
+        note = self.logs / "failures" / f"{rank:05d}.txt"
+        write_text(note, NOT_ENDED)
         try:
-            # On this machine such a rank is not started; when a job was submitted, the rows before were not known.
-            is_done = os.environ.get("DATATROVE_EXECUTOR") != "LOCAL" and rank in self.finished(world_size)
-            report = None if is_done else self.definition().run(self.args, rank, world_size)
-            loguru.logger.info(f"{self.title}, task {rank} of {world_size}: {report or 'done'}")
+            report = self.definition().run(self.args, rank, world_size)
         except Exception as error:
-            self.error = error
-            text = "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
-            if not isinstance(error, EXPECTED):
-                text = f"{type(error).__name__}: {text}\n\n{traceback.format_exc()}"
-        if self.error is not None:
-            write_text(path, text)
-            raise TaskFailed(text.split("\n\n")[0])
+            said = "; ".join(line.strip() for line in traceback.format_exception_only(error))
+            with suppress(OSError):  # a full disk, which `error` says
+                write_text(note, f"{said}\n\n{traceback.format_exc()}")
+            if world_size == 1 or os.environ.get("DATATROVE_EXECUTOR") == "SLURM":
+                raise
+        else:
+            note.unlink()
+            loguru.logger.debug(f"{self.title}, task {rank} of {world_size}: {report or 'done'}")
 
 
 def failures(logs: Path) -> dict[int, str]:
-    """Rank -> why its task has failed, of those that have at their last run."""
+    """Rank -> why its task has failed, or that it has not ended."""
     paths = sorted((logs / "failures").glob("*.txt"))
     return {int(path.stem): path.read_text(encoding="utf-8").split("\n\n")[0] for path in paths}
 
 
-def execute(works: Sequence[Work], args: ExecutorArguments) -> bool:
-    """Run phases one after the other; ranks with nothing left to do are not started.
+def execute(works: Iterable[Work], args: ExecutorArguments) -> bool:
+    """Run phases one after the other.
 
     Returns:
         Whether they are complete now. False: Slurm has taken the jobs.
@@ -118,150 +110,81 @@ def execute(works: Sequence[Work], args: ExecutorArguments) -> bool:
         ValueError, OSError, ImportError: of a task that is alone.
         TasksFailed: some tasks of several have failed, and nothing that needs them was started.
     """
-    run, before = {"local": run_here, "ray": run_in_ray, "slurm": submit}[args.executor], None
+    before = None
     for work in works:
-        executor = make_executor(work, work.args if isinstance(work.args, ExecutorArguments) else args, args.executor)
-        for name in ("completions", "failures"):  # of a start with other tasks, or other rows, maybe
-            shutil.rmtree(work.logs / name, ignore_errors=True)
-        finished = work.finished(executor.world_size)
-        if len(finished) == executor.world_size:
-            continue
-        for rank in finished if args.executor != "ray" else ():  # Ray adds up the statistics of all ranks
-            executor.mark_rank_as_completed(rank)
-        executor.depends, before = before if args.executor == "slurm" else None, executor
-        killed = run(executor) or {}
-        if args.executor != "slurm" and (left := executor.get_incomplete_ranks()):
-            reasons = killed | failures(work.logs)
-            named = [f"task {rank}: {reasons.get(rank, 'ended without a word')}" for rank in left[:FAILURES_NAMED]]
-            named += [f"and {len(left) - FAILURES_NAMED} more"] * (len(left) > FAILURES_NAMED)
+        shutil.rmtree(work.logs / "failures", ignore_errors=True)  # of a start with other tasks, maybe
+        own = work.args if isinstance(work.args, ExecutorArguments) else args
+        if args.executor == "local":
+            run_here(work, own)
+        elif args.executor == "ray":
+            run_in_ray(RayPipelineExecutor(**_options(work, own)))
+        else:
+            before = submit(work, own, before)
+        if args.executor != "slurm" and (failed := failures(work.logs)):
+            named = "".join(f"\n  task {rank}: {failed[rank]}" for rank in list(failed)[:FAILURES_NAMED])
             raise TasksFailed(
-                f"{work}: {len(left)} of {executor.world_size} tasks have failed, the others are done.\n  "
-                + "\n  ".join(named)
-                + f"\nLogs: {work.logs}. The same command does what is missing."
+                f"{work}: {len(failed)} tasks have failed:{named}\n"
+                f"Logs: {work.logs}. The same command does what is missing."
             )
     return args.executor != "slurm"
 
 
-def make_executor(work: Work, args: ExecutorArguments, kind: str) -> PipelineExecutor:
-    """datatrove's executor of one phase."""
-    phase = work.definition()
-    options: dict[str, Any] = {"pipeline": [work], "logging_dir": str(work.logs)}
-    if kind == "local":
-        workers = args.workers or len(_gpus()) or 1
-        tasks = 1 if phase.finished is None else args.tasks or workers
-        return LocalPipelineExecutor(tasks=tasks, workers=min(workers, tasks), **options)
-    options |= {
-        "tasks": 1 if phase.finished is None else args.tasks,
-        "workers": -1 if args.workers is None else args.workers,
-        "cpus_per_task": args.cpus_per_task,
-        "mem_per_cpu_gb": args.mem_per_cpu_gb,
-        "gpus_per_task": args.gpus_per_task if phase.uses_model else 0,
-    }
-    if kind == "ray":
-        return RayPipelineExecutor(**options)
-    paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": ROOT}
-    # A job whose predecessor has failed would wait for ever.
-    sbatch = {"kill-on-invalid-dep": "yes"} | dict(option.partition("=")[::2] for option in args.sbatch)
-    return SlurmPipelineExecutor(
-        time=shlex.quote(args.time),  # datatrove writes values into the script as they are
-        partition=shlex.quote(args.partition),
-        qos="",
-        job_name=re.sub(r"[^\w.-]+", "-", f"{work.module.partition('.')[0]}-{work}"),
-        env_command="; ".join(f"export {name}={shlex.quote(str(path))}:${name}" for name, path in paths.items()),
-        sbatch_args={name: value and shlex.quote(value) for name, value in sbatch.items()},
-        mail_type="NONE",
-        **options,
-    )
+def run_here(work: Work, args: ExecutorArguments) -> None:
+    """All ranks on this machine, `workers` at once, each of several workers a process with a GPU of its own.
 
-
-def submit(executor: SlurmPipelineExecutor) -> None:
-    """Submit a job array. Raises ValueError where there is no sbatch, or it refuses."""
-    if shutil.which("sbatch") is None:
-        raise ValueError("--executor slurm needs sbatch, which this machine lacks. Run it where jobs are submitted.")
-    try:
-        executor.run()
-    except subprocess.CalledProcessError as error:  # sbatch has said why on the terminal
-        raise ValueError(
-            f"sbatch has refused {executor.pipeline[0]}, for what it says above. Check --partition, --time and "
-            "--sbatch."
-        ) from error
-
-
-def run_in_ray(executor: RayPipelineExecutor) -> None:
-    """On the Ray cluster of RAY_ADDRESS or of this machine; without one, a cluster of this machine alone."""
-    require("--executor ray", "ray", "ray")
-    import ray
-
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
-    executor.run()
-
-
-def run_here(executor: LocalPipelineExecutor) -> dict[int, str]:
-    """Each rank in a process of its own, `workers` at once: what happens to one, a SIGKILL included, leaves the others.
-
-    datatrove's own pool ends all ranks when one raises, and waits for ever for one that was killed. With one worker the
-    ranks run in this process, and the error of a rank that is alone is raised as it is.
-
-    Returns:
-        Rank -> signal, of those that were killed.
+    datatrove's own pool would wait for ever for a process that was killed, and its manager outlive a run that was. This
+    one ends with it; what it was at has a note in the folder of failures.
     """
     loguru.logger.disable("datatrove")  # the terminal is for progress bars and errors
-    left, killed = executor.get_incomplete_ranks()[::-1], {}
-    if executor.workers == 1:
-        for rank in left[::-1]:
-            try:
-                executor._run_for_rank(rank, local_rank=1)  # above 0 its log is not shown on the terminal
-            except TaskFailed:
-                if executor.world_size == 1:
-                    raise executor.pipeline[0].error from None
-        return killed
-    context = multiprocess.get_context(executor.start_method)
-    package = executor.pipeline[0].module.partition(".")[0] + "."
-    context.set_forkserver_preload([name for name in sys.modules if name.startswith(package)])  # once for all
-    gpus = _gpus() or [""]
-    slots = [gpus[i % len(gpus)] for i in range(executor.workers)]
-    running: dict[int, tuple[Any, int, str]] = {}  # sentinel -> process, rank, GPU
+    gpus = _gpus() if args.workers is None else []
+    workers = args.workers or len(gpus) or 1
+    tasks = (args.tasks or workers) if work.definition().shared else 1
+    executor = LocalPipelineExecutor([work], tasks, logging_dir=str(work.logs), skip_completed=False)
+    workers = min(workers, tasks)
+    if workers == 1:
+        for rank in range(tasks):
+            _run_rank(executor, rank)
+        return
+    context = multiprocessing.get_context(START_METHOD)
+    package, main = work.module.partition(".")[0] + ".", getattr(sys.modules["__main__"].__spec__, "name", "")
+    context.set_forkserver_preload([name for name in sys.modules if name.startswith(package) and name != main])
+    gpus, slots = gpus or _gpus() or [""], context.SimpleQueue()
+    for number in range(workers):
+        slots.put((number, gpus[number % len(gpus)]))
+    others = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(workers, context, _prepare_worker, (slots, workers, dict(os.environ)))
     try:
-        while left or running:
-            while left and slots:
-                rank, gpu = left.pop(), slots.pop()
-                # The server that forks them may be of an earlier start, with another environment.
-                process = context.Process(target=_run_in_child, args=(executor, rank, gpu, dict(os.environ)))
-                process.start()
-                running[process.sentinel] = process, rank, gpu
-            for sentinel in wait(list(running)):
-                process, rank, gpu = running.pop(sentinel)
-                process.join()
-                slots.append(gpu)
-                if process.exitcode < 0:
-                    killed[rank] = f"was killed by {signal.Signals(-process.exitcode).name}; out of memory?"
-                done = "done" if process.exitcode == 0 else "failed"
-                logger.info("%s: task %d of %d is %s.", executor.pipeline[0], rank, executor.world_size, done)
-    finally:
-        for process, *_ in running.values():
+        for done in as_completed([pool.submit(_run_rank, executor, rank) for rank in range(tasks)]):
+            logger.info("%s: task %d of %d has ended.", work, done.result(), tasks)
+    except BrokenProcessPool:
+        logger.info("%s: a worker was killed, which ends the others.", work)
+    except BaseException:  # Ctrl-C: what they are at is not waited for
+        for process in set(multiprocessing.active_children()) - set(others):
             process.kill()
-    return killed
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _run_in_child(executor: LocalPipelineExecutor, rank: int, gpu: str, environment: dict[str, str]) -> None:
-    os.environ.update(environment)
+def _run_rank(executor: LocalPipelineExecutor, rank: int) -> int:
+    executor._run_for_rank(rank, local_rank=1)  # above 0 its log is not shown on the terminal
+    return rank
+
+
+def _prepare_worker(slots: Any, workers: int, environment: dict[str, str]) -> None:
+    os.environ.update(environment)  # the server that forks them may be of an earlier start
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C, and ends its children
-    threading.Thread(target=_end_with, args=(multiprocess.parent_process(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     loguru.logger.disable("datatrove")
     logging.basicConfig(format="%(message)s")  # warnings; what each task says of its work is in its log
-    prepare_bars() if rank == 0 else no_bars()
+    number, gpu = slots.get()
+    prepare_bars() if number == 0 else no_bars()
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     elif "OMP_NUM_THREADS" not in os.environ:
-        threads = max(1, (os.cpu_count() or 1) // executor.workers)
-        os.environ["OMP_NUM_THREADS"] = str(threads)
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
         if "torch" in sys.modules:  # it has read the variable
-            sys.modules["torch"].set_num_threads(threads)
-    try:
-        executor._run_for_rank(rank, local_rank=1)
-    except TaskFailed:
-        sys.exit(1)
+            sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def _end_with(parent: Any) -> None:
@@ -274,8 +197,61 @@ def _gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return visible.split(",")
-    if not (any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()):
-        return []  # without torch, whose import takes seconds that a stage may do without
-    import torch
+    import torch  # here: its import takes seconds that a stage may do without
 
     return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _options(work: Work, args: ExecutorArguments) -> dict[str, Any]:
+    """Of datatrove's executors for clusters."""
+    phase = work.definition()
+    return {
+        "pipeline": [work],
+        "tasks": args.tasks if phase.shared else 1,
+        "workers": args.workers or -1,
+        "logging_dir": str(work.logs),
+        "skip_completed": False,
+        "cpus_per_task": args.cpus_per_task,
+        "mem_per_cpu_gb": args.mem_per_cpu_gb,
+        "gpus_per_task": args.gpus_per_task if phase.uses_model else 0,
+    }
+
+
+def run_in_ray(executor: RayPipelineExecutor) -> None:
+    """On the Ray cluster of RAY_ADDRESS or of this machine; without one, a cluster of this machine alone."""
+    require("--executor ray", "ray", "ray")
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+    executor.run()
+
+
+def submit(work: Work, args: ExecutorArguments, before: SlurmPipelineExecutor | None) -> SlurmPipelineExecutor:
+    """Submit a job array, which starts when the one before is done.
+
+    Raises ValueError where there is no sbatch, or it refuses.
+    """
+    if shutil.which("sbatch") is None:
+        raise ValueError("--executor slurm needs sbatch, which this machine lacks. Run it where jobs are submitted.")
+    paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": ROOT}
+    # A job whose predecessor has failed would wait for ever.
+    sbatch = {"kill-on-invalid-dep": "yes"} | dict(option.partition("=")[::2] for option in args.sbatch)
+    executor = SlurmPipelineExecutor(
+        time=shlex.quote(args.time),  # datatrove writes values into the script as they are
+        partition=shlex.quote(args.partition),
+        qos="",
+        job_name=re.sub(r"[^\w.-]+", "-", f"{work.module.partition('.')[0]}-{work}"),
+        env_command="; ".join(f"export {name}={shlex.quote(str(path))}:${name}" for name, path in paths.items()),
+        sbatch_args={name: value and shlex.quote(value) for name, value in sbatch.items()},
+        mail_type="NONE",
+        depends=before,
+        **_options(work, args),
+    )
+    try:
+        executor.run()
+    except subprocess.CalledProcessError as error:  # sbatch has said why on the terminal
+        raise ValueError(
+            f"sbatch has refused {work}, for what it says above. Check --partition, --time and --sbatch."
+        ) from error
+    return executor

@@ -51,20 +51,18 @@ class ExecutorArguments:
             raise ValueError(f"--executor {self.executor} needs --tasks, the number of shares of the rows.")
         if self.executor == "slurm" and not (self.partition and self.time):
             raise ValueError("--executor slurm needs --partition and --time, such as --partition gpu --time 04:00:00.")
-        if self.executor == "slurm":
-            for name in ("partition", "time", "sbatch"):
-                value = getattr(self, name)
-                if re.search(r"[\x00-\x1f\x7f-\x9f\\]", "".join(value)):
+        if self.executor == "slurm":  # datatrove writes these into the jobs' script
+            for name, value in {"partition": self.partition, "time": self.time, "sbatch": "".join(self.sbatch)}.items():
+                if re.search(r"[\x00-\x1f\x7f-\x9f\\]", value):
                     raise ValueError(
                         f"{name} must have no backslash, line break or other control character where Slurm runs the "
-                        f"tasks, got {str(value)!r}."
+                        f"tasks, got {value!r}."
                     )
-            name = "logging_dir" if self.logging_dir else "output"
-            folder = self.logging_dir or getattr(self, "output", None)
-            if folder and re.search(r"[^\w./+@,=:-]", str(Path(folder).absolute())):
-                raise ValueError(  # datatrove writes it into the jobs' script as it is
-                    f"{name} must have letters, digits and ./+@,=:_- alone where Slurm runs the tasks, got "
-                    f"{str(Path(folder).absolute())!r}."
+            folder = str((self.logging_dir or getattr(self, "output", None) or Path("logs")).absolute())
+            if re.search(r"[^\w./+@,=:-]", folder):
+                raise ValueError(
+                    "The folder of the logs, logging_dir or beside the output, must have letters, digits and ./+@,=:_- "
+                    f"alone where Slurm runs the tasks, got {folder!r}."
                 )
         if not all(re.fullmatch(r"[a-z][a-z-]*(=.*)?", option) for option in self.sbatch):
             raise ValueError(f"sbatch must be options as KEY=VALUE, without dashes before them, got {self.sbatch}.")
@@ -95,14 +93,13 @@ class Phase:
     """What the tasks of one datatrove pipeline do; a command's work is one or several, in order.
 
     Attributes:
-        run: called with the command's arguments, rank and world_size.
-        finished: of the arguments and world_size: the ranks with nothing left to do. Without it the phase is one task,
-            which is always run and finds out for itself.
+        run: called with the command's arguments, rank and world_size; returns at once where nothing is left to do.
+        shared: whether the tasks share it out; else it is one task.
         uses_model: whether a task needs a GPU.
     """
 
     run: Callable[[Any, int, int], Any]
-    finished: Callable[[Any, int], list[int]] | None = None
+    shared: bool = False
     uses_model: bool = False
 
 

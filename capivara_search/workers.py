@@ -15,7 +15,7 @@ from typing import ClassVar
 from capivara_common.cli import at_least, flag
 from capivara_common.environment import cache_home, require
 from capivara_common.tasks import ExecutorArguments, Phase
-from capivara_search.adding import IndexWriter, Plan, begin, finish, is_of_share, make_plan
+from capivara_search.adding import IndexWriter, Plan, begin, finish, make_plan
 from capivara_search.models import SearchModel, find_model
 from capivara_search.picture_files import absolute_folder
 from capivara_search.results import Added
@@ -90,13 +90,6 @@ def embed(arguments: WorkerArguments, rank: int, world_size: int) -> str:
     return f"{added.embedded} pictures embedded"
 
 
-def finished(arguments: WorkerArguments, world_size: int) -> list[int]:
-    """The tasks whose share holds nothing that is not in the table."""
-    files = _plan(arguments, *arguments.opened()).files
-    busy = {rank for file in files for rank in range(world_size) if is_of_share(file.path, (rank, world_size))}
-    return sorted(set(range(world_size)) - busy)
-
-
 def end(arguments: WorkerArguments, rank: int, world_size: int) -> str:
     """Remove what is gone, and tidy up; the command has the lock."""
     table, model = arguments.opened()
@@ -105,4 +98,4 @@ def end(arguments: WorkerArguments, rank: int, world_size: int) -> str:
     return f"{added.removed} rows removed"
 
 
-PHASES = {"embed": Phase(run=embed, finished=finished, uses_model=True), "end": Phase(run=end)}
+PHASES = {"embed": Phase(run=embed, shared=True, uses_model=True), "end": Phase(run=end)}

@@ -24,7 +24,6 @@ from typing import Any
 from capivara_common.cli import WrongUse, as_flags, parse, read_config, run_command, unknown, user_errors
 from capivara_common.environment import require
 from capivara_common.executors import Work, execute, failures
-from capivara_common.files import partial_folder
 from caption_data.sources import STAGE_FILE
 from captions.dataset_folder import DATASET_FOLDER
 from captions.stage_arguments import (
@@ -38,7 +37,7 @@ from captions.stage_arguments import (
     TranslateArguments,
 )
 from captions.stages import RowStage, unfinished
-from captions.translate import corrected_sentences, export, remove_made
+from captions.translate import export, outdated_parts
 from captions.tsv import untranslated
 
 # In the order of the chain. A section may be left out; of `translate` there may be a list, one translator a time.
@@ -49,17 +48,19 @@ STAGES = {
     "select": SelectArguments,
 }
 READ = "read"  # the stage of a split that no other one works on: its rows as they are
-CONFIG_KEYS = {
-    "dataset": "the images: what every stage takes as --dataset",
-    "output": "folder of all that is made",
-    "language": "code of the language of the captions",
-    "source_language": "of the captions that are translated; en",
-    "split": "split that all stages work on; train",
-    "evaluation_splits": "splits of the same data set that are translated and no more, such as [validation, test]",
-    "image_column": "column of the images; image",
-    "rename": "columns that get another name, such as [caption=captions-en]",
-    "card": "pretty_name, license and sources of the data set card",
-}
+CONFIG_KEYS = (  # docs/your_language.md says what they mean
+    *(
+        "dataset",
+        "output",
+        "language",
+        "source_language",
+        "split",
+        "evaluation_splits",
+        "image_column",
+        "rename",
+        "card",
+    ),
+)
 CARD_KEYS = ("pretty_name", "description", "license", "license_name", "license_link", "sources", "attribution")
 SOURCE_KEYS = ("name", "url", "license")
 
@@ -86,77 +87,67 @@ def read_plan(config: Path, executor: dict[str, Any] | None = None, **given: str
     _check_keys(content, [*CONFIG_KEYS, *STAGES], str(config))
     for key in ("dataset", "output", "language"):
         if not content.get(key):
-            raise ValueError(f"{config} lacks `{key}`, {CONFIG_KEYS[key]}. Write it there, or give --{key}.")
+            raise ValueError(f"{config} lacks `{key}`. Write it there, or give --{key}.")
     card = _checked_card(content.get("card"), config)
-    sections = _sections(content, config)
-    if not sections:
+    found = [(name, section) for name in STAGES for section in _listed(content.get(name, []))]
+    if not found:
         raise ValueError(f"{config} has none of the stages {', '.join(STAGES)}; there is nothing to do.")
-    train, evaluation = content.get("split", "train"), _listed(content.get("evaluation_splits", []))
-    if train in evaluation:
-        raise ValueError(f"{config}: evaluation_splits has {train!r}, which is the split that all stages work on.")
-    steps = {train: _steps(content, sections, train, executor or {}, config)}
-    some = [section for section in sections if section[1] == "translate"] or [(0, READ, {})]
-    steps |= {split: _steps(content, some, split, executor or {}, config) for split in evaluation}
-    return Plan(steps, Path(content["output"]), content["language"], card)
-
-
-def _sections(content: dict[str, Any], config: Path) -> list[tuple[int, str, dict[str, Any]]]:
-    """(number, stage, its flags) of the chain."""
-    found = [
-        (name, section)
-        for name in STAGES
-        if name in content
-        for section in (_listed(content[name]) if name == "translate" else [content[name]])
-    ]
     for name, section in found:
         if not isinstance(section, dict):
             raise ValueError(f"{config}: `{name}` must hold `key: value` lines, got {section!r}.")
-    return [(number, name, section) for number, (name, section) in enumerate(found, 1)]
+    chain = [(f"{number}-{name}", section) for number, (name, section) in enumerate(found, 1)]
+    train, evaluation = content.get("split", "train"), _listed(content.get("evaluation_splits", []))
+    if train in evaluation:
+        raise ValueError(f"{config}: evaluation_splits has {train!r}, which is the split that all stages work on.")
+    translations = [one for one in chain if one[0].endswith("translate")] or [(f"0-{READ}", {})]
+    steps = {train: _steps(content, chain, train, executor or {}, config)}
+    steps |= {split: _steps(content, translations, split, executor or {}, config) for split in evaluation}
+    return Plan(steps, Path(content["output"]), content["language"], card)
 
 
 def _steps(
     content: dict[str, Any],
-    sections: list[tuple[int, str, dict[str, Any]]],
+    chain: list[tuple[str, dict[str, Any]]],
     split: str,
     executor: dict[str, Any],
     config: Path,
 ) -> list[StageArguments]:
-    """Every stage reads what the one before it writes."""
+    """The (folder, flags) of a chain as stages, each of which reads what the one before it writes.
+
+    Raises ValueError where a key is unknown or a value is of the wrong type.
+    """
     steps: list[StageArguments] = []
     dataset, output = content["dataset"], Path(content["output"])
-    for number, name, section in sections:
-        folder = output / f"{number}-{name}" / split
-        logs = Path(executor.get("logging_dir", output / "logs")) / f"{number}-{name}" / split
+    for title, section in chain:
+        name, folder = title.partition("-")[2], output / title / split
+        logs = Path(executor.get("logging_dir", output / "logs")) / title / split
         values = {**executor, "dataset": dataset, "output": str(folder), "split": split, "logging_dir": str(logs)}
         if not steps:  # the others read columns of our names
             values |= {key: content[key] for key in ("image_column", "rename") if key in content}
         if name in ("translate", "score", "select"):
             values["language"] = content["language"]
         if name == "translate":
-            values["memory"] = str(output / f"{number}-{name}" / "memory")
+            values["memory"] = str(output / title / "memory")
             values |= {key: content[key] for key in ("source_language",) if key in content}
         # `{split}` in a value stands for the split's name: tables of translations are of one split.
         values |= {k: v.replace("{split}", split) if isinstance(v, str) else v for k, v in section.items()}
-        steps.append(_parsed(name, values, f"{config}, section {name}"))
+        values = {"import_file" if key == "import" else key: value for key, value in values.items()}
+        kind, where = STAGES.get(name, StageArguments), f"{config}, section {name}"
+        flags = as_flags(values, kind, where)
+        try:
+            steps.append(parse(kind, None, flags))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         dataset = str(folder)
     return steps
-
-
-def _parsed(name: str, values: dict[str, Any], where: str) -> StageArguments:
-    """The arguments of a stage. Raises ValueError where a key is unknown or a value is of the wrong type."""
-    kind = STAGES.get(name, StageArguments)
-    values = {"import_file" if key == "import" else key: value for key, value in values.items()}
-    flags = as_flags(values, kind, where)
-    try:
-        return parse(kind, None, flags)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
 
 
 def _checked_card(card: Any, config: Path) -> dict[str, Any]:
     """Licence and sources are nothing that a program could know, and a data set without them must not be published."""
     if not isinstance(card, dict):
-        raise ValueError(f"{config} lacks `card`, with {CONFIG_KEYS['card']}: no data set without its sources.")
+        raise ValueError(
+            f"{config} lacks `card`, with pretty_name, license and sources: no data set without its sources."
+        )
     _check_keys(card, CARD_KEYS, f"{config}, section card")
     sources = card.get("sources")
     if not isinstance(sources, list) or not sources or not all(isinstance(source, dict) for source in sources):
@@ -205,7 +196,7 @@ def build(args: BuildArguments) -> Path | None:
     if args.dry_run:
         return None
     runnable, waiting = split_at_tables(plan)
-    remove_corrected(plan, runnable)
+    remove_outdated(plan, runnable)
     # Slurm takes jobs for what is done as well; a table is asked for once none is needed.
     left = [step for step in runnable if not waiting or _state(step) != "done"]
     works = [work for step in left for work in Work.of(step, step.title)]
@@ -234,23 +225,23 @@ def split_at_tables(plan: Plan) -> tuple[list[StageArguments], list[StageArgumen
     return runnable, waiting
 
 
-def _table(step: StageArguments) -> Path | None:
-    """A translation that is made elsewhere."""
-    return getattr(step, "import_file", None)
-
-
 def _has_translations(step: StageArguments) -> bool:
-    return _table(step) is None or (step.import_file.is_file() and not untranslated(step.import_file))
+    return step.import_file is None or (step.import_file.is_file() and not untranslated(step.import_file))
 
 
-def remove_corrected(plan: Plan, runnable: list[StageArguments]) -> None:
-    """Remove what was made of translations that a table has otherwise now: the run makes it again."""
+def remove_outdated(plan: Plan, runnable: list[StageArguments]) -> None:
+    """Remove the parts with translations that a table has otherwise now, and the stages after them.
+
+    The parts go last: a start after a kill finds them again.
+    """
     for steps in plan.steps.values():
         for number, step in enumerate(steps):
-            if _table(step) and step in runnable and corrected_sentences(step):
-                for folder in (plan.output / DATASET_FOLDER, partial_folder(plan.output / DATASET_FOLDER)):
+            if step.import_file and step in runnable and (parts := outdated_parts(step)):
+                logger.info("Translations have changed; %s and what comes of it will be made again.", step.title)
+                for folder in (plan.output / DATASET_FOLDER, *(later.output for later in steps[number + 1 :])):
                     shutil.rmtree(folder, ignore_errors=True)
-                remove_made(steps[number:])
+                for part in parts:
+                    part.unlink()
 
 
 def check_data(plan: Plan) -> None:
@@ -274,10 +265,12 @@ def described(plan: Plan) -> list[str]:
     lines = []
     for step in plan.all_steps():
         lines.append(f"{step.title}: {_state(step)}\n    {step.command()}")
-        if _table(step) and _has_translations(step) and (number := corrected_sentences(step)):
-            lines.append(f"    {number:,} of its translations have changed; what depends on them will be made again")
+        if step.import_file and _has_translations(step) and (parts := outdated_parts(step)):
+            lines.append(
+                f"    translations of {len(parts)} parts have changed; these and later stages will be made again"
+            )
         for work in Work.of(step, step.title):
-            lines += [f"    {work}: task {rank} has failed: {text}" for rank, text in failures(work.logs).items()]
+            lines += [f"    {work}: task {rank}: {text}" for rank, text in failures(work.logs).items()]
     there = (plan.output / DATASET_FOLDER).is_dir()
     return [*lines, f"{plan.output / DATASET_FOLDER}: {'done' if there else 'to be made'}"]
 

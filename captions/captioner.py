@@ -1,52 +1,33 @@
 """Captions that go on from a prefix: BLIP-2 with what an image's prefixes share computed once, others by plain calls.
 
-captioner = Blip2Captioner(model, image_processor, tokenizer, Decoding(max_new_tokens=20))
-captioner.captions([image], ["a photo of", "the picture shows"])
+    captioner = Blip2Captioner(model, image_processor, tokenizer, Decoding(max_new_tokens=20))
+    captioner.captions([image], ["a photo of", "the picture shows"])
+
+A caption is the likeliest text; the model is in `eval()`, on its device.
 """
 
+import copy
 import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     DynamicCache,
-    DynamicLayer,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TopPLogitsWarper,
 )
 
 from capivara_common.image_files import BadRow
 from captions.stage_arguments import Decoding
 
 NOT_FINITE = "no finite scores"  # reason of a `BadRow`
-
-
-class DrawnTokens(LogitsProcessor):
-    """Leaves one token of a text's scores: the one that its random number of this step falls on."""
-
-    def __init__(self, uniforms: Tensor, decoding: Decoding):
-        self.uniforms, self.temperature, self.step = uniforms, decoding.temperature, 0  # (texts, steps)
-        self.top_p = TopPLogitsWarper(decoding.top_p) if decoding.top_p < 1 else None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(texts, vocabulary), all but the token that is drawn at minus infinity."""
-        scores = scores.float() / self.temperature  # (texts, vocabulary)
-        if self.top_p:
-            scores = self.top_p(input_ids, scores)
-        reached = scores.softmax(-1).cumsum(-1)
-        goal = self.uniforms[:, self.step, None] * reached[:, -1:]
-        token = torch.searchsorted(reached, goal, right=True).clamp(max=scores.shape[-1] - 1)
-        self.step += 1
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
 class FiniteScores(LogitsProcessor):
@@ -85,20 +66,14 @@ class Captioner:
         """The part whose `generate` writes the text."""
         return self.model.text_decoder if self.kind == "blip" else self.model
 
-    def captions(
-        self, images: Sequence[PIL.Image.Image], prefixes: Sequence[str], keys: Sequence[bytes] | None = None
-    ) -> list[list[str] | BadRow]:
-        """For every image, RGB, one caption a prefix, or why it has none: the prefix, a blank and what goes on from it.
+    def captions(self, images: Sequence[PIL.Image.Image], prefixes: Sequence[str]) -> list[list[str] | BadRow]:
+        """For every image, RGB, one caption a prefix, or why it has none: the prefix, a blank and what goes on from
+        it."""
+        return self.written(self.pixels(images), prefixes) if images else []
 
-        `keys` are one an image, which its random numbers depend on; the images' numbers where None.
-        """
-        return self.written(self.pixels(images), prefixes, keys) if images else []
-
-    def written(
-        self, pixel_values: Tensor, prefixes: Sequence[str], keys: Sequence[bytes] | None = None
-    ) -> list[list[str] | BadRow]:
+    def written(self, pixel_values: Tensor, prefixes: Sequence[str]) -> list[list[str] | BadRow]:
         """`captions` of what `pixels` has prepared, (images, 3, height, width)."""
-        return [self._texts(tokens, prefixes) for tokens in self.new_tokens(pixel_values, prefixes, keys)]
+        return [self._texts(tokens, prefixes) for tokens in self.new_tokens(pixel_values, prefixes)]
 
     def pixels(self, images: Sequence[PIL.Image.Image]) -> Tensor:
         """(images, 3, height, width)."""
@@ -106,28 +81,20 @@ class Captioner:
         return pixels.to(self.device, self.writer.dtype)
 
     @torch.inference_mode()
-    def new_tokens(
-        self, pixel_values: Tensor, prefixes: Sequence[str], keys: Sequence[bytes] | None = None
-    ) -> list[list[Tensor | None]]:
+    def new_tokens(self, pixel_values: Tensor, prefixes: Sequence[str]) -> list[list[Tensor | None]]:
         """Token ids that go on from every prefix, for every image, (images, 3, height, width).
 
         Each is (steps,), end token and padding included; None where a score was no number.
         """
         encoded = self.encode(pixel_values)
         prompts = [self.prompt(prefix) for prefix in prefixes]
-        keys = [str(image).encode() for image in range(len(pixel_values))] if keys is None else keys
         found: list[list[Tensor | None]] = [[None] * len(prefixes) for _ in range(len(pixel_values))]
         for pairs in self._micro_batches(len(pixel_values), prompts):
             finite = FiniteScores(len(pairs), self.device)
-            processors = LogitsProcessorList([finite])
-            if self.decoding.sampling:
-                uniforms = np.stack([self.decoding.uniforms(keys[i], prefixes[p]) for i, p in pairs])
-                processors.append(DrawnTokens(torch.from_numpy(uniforms).to(self.device), self.decoding))
             images = torch.tensor([image for image, _ in pairs], device=self.device)
-            tokens = self.continued(
-                encoded, images, [prompts[prefix] for _, prefix in pairs], logits_processor=processors,
-                max_new_tokens=self.decoding.max_new_tokens, do_sample=False, num_beams=1,
-            )  # fmt: skip
+            options = {"max_new_tokens": self.decoding.max_new_tokens, "do_sample": False, "num_beams": 1}
+            options["logits_processor"] = LogitsProcessorList([finite])
+            tokens = self.continued(encoded, images, [prompts[prefix] for _, prefix in pairs], **options)
             for (image, prefix), row, broken in zip(pairs, tokens.cpu(), finite.broken.tolist(), strict=True):
                 found[image][prefix] = None if broken else row
         return found
@@ -169,27 +136,6 @@ class Captioner:
         return [f"{prefix} {text.strip()}".strip() for prefix, text in zip(prefixes, texts, strict=True)]
 
 
-class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer with room for the texts, where the library's copies all of them at every step."""
-
-    def __init__(self, read: DynamicLayer, images: Tensor, room: int):
-        """`read` is the layer after the images were read, (images, heads, queries, head width); `images`, (texts,), the
-        number of each text's image; `room` the positions that are to come."""
-        super().__init__()
-        self.lazy_initialization(read.keys, read.values)
-        self.length, states = 0, (read.keys, read.values)
-        self.whole = [s.new_empty(len(images), s.shape[1], s.shape[2] + room, s.shape[3]) for s in states]
-        self.update(*(s[images] for s in states))
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values of a step put behind the others, (texts, heads, positions, head width) each."""
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        for whole, states in zip(self.whole, (key_states, value_states), strict=True):
-            whole[:, :, start : self.length] = states
-        self.keys, self.values = (whole[:, :, : self.length] for whole in self.whole)
-        return self.keys, self.values
-
-
 class Blip2Captioner(Captioner):
     """BLIP-2, whose vision encoder, Q-Former and reading of the image run once an image.
 
@@ -229,13 +175,9 @@ class Blip2Captioner(Captioner):
         inputs_embeds = torch.cat([blocks[images], embeds], 1)  # (texts, tokens, text width)
         attention_mask = torch.cat([mask.new_ones(len(mask), blocks.shape[1]), mask], 1)
         if cache is not None:
-            options[self._cache_name] = own = DynamicCache()
-            own.layers = [RoomyLayer(layer, images, ids.shape[1] + options["max_new_tokens"]) for layer in cache.layers]
-        # The states of the prefixes' last tokens are a slice, for which torch would go through the vocabulary's weights
-        # once a text instead of once a batch.
-        head = self.writer.get_output_embeddings()
-        with head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),)):
-            output = self.writer.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **options)
+            options[self._cache_name] = own = copy.deepcopy(cache)
+            own.batch_select_indices(images)
+        output = self.writer.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **options)
         return output if cache is not None else output[:, 1:]  # an encoder-decoder's start token
 
     def padded(self, prompts: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:

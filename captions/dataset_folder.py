@@ -1,8 +1,7 @@
 """The end of a build: the rows of its last stages as one folder for the Hub, parquet files with a data set card.
 
-Files are written one by one, whole or not at all, into a folder beside the final one, which gets its name when all are
-there: the same command finishes an unfinished one. All splits get the same columns, empty where a split has gone
-through fewer stages; `datasets` would refuse the data set otherwise.
+It is written whole or not at all. All splits get the same columns, empty where a split has gone through fewer stages;
+`datasets` would refuse the data set otherwise.
 """
 
 import re
@@ -19,7 +18,7 @@ from datasets import Features
 from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm.auto import tqdm
 
-from capivara_common.files import finish_folder, no_space_left, partial_folder, read_json, write_json, write_text
+from capivara_common.files import read_json, whole_folder, write_json, write_text
 from capivara_common.privacy import hide_paths
 from capivara_common.tasks import Phase
 from caption_data.rows import CAPTION_COLUMN
@@ -56,26 +55,24 @@ def write_dataset(plan: Plan, rank: int = 0, world_size: int = 1) -> Path:
     last = {split: steps[-1].output for split, steps in plan.steps.items()}
     digests = {split: identity_digest(stage_record(stage)) for split, stage in last.items()}
     if output.is_dir():
-        if _digests_in(output) != digests:
+        there = read_json(output / FACTS) if (output / FACTS).is_file() else {}
+        if there.get("stages_digest") != digests:
             raise ValueError(
                 f"{output} was made from other stages than those that are there. Remove it, and run again."
             )
         return output
-    folder = partial_folder(output)
-    if folder.is_dir() and _digests_in(folder) != digests:
-        shutil.rmtree(folder)  # of stages that were made anew since
-    files = {split: _files(folder / "data", split, stage) for split, stage in last.items()}
-    parts_of = {file: parts for some in files.values() for file, parts in some.items()}
-    schema = _common_schema(part for parts in parts_of.values() for part in parts)
-    try:
-        write_json(folder / FACTS, {"stages_digest": digests})
-        for file, parts in tqdm(parts_of.items(), desc="Data set", unit="file"):
-            if not file.is_file():
-                _write_file(file, parts, schema)
+    files = {split: _files(split, stage) for split, stage in last.items()}
+    schema = _common_schema(part for some in files.values() for parts in some.values() for part in parts)
+    with whole_folder(output) as folder:
+        for some in files.values():
+            for name, parts in tqdm(some.items(), desc="Data set", unit="file"):
+                _write_file(folder / name, parts, schema)
         facts = {
             "card": plan.card,
             "language": plan.language,
-            "splits": {split: _split_facts(files[split], plan.steps[split]) for split in files},
+            "splits": {
+                split: _split_facts([folder / name for name in files[split]], plan.steps[split]) for split in files
+            },
             "columns": list(Features.from_arrow_schema(schema)),
         }
         picture = next((path for path in map(_picture, plan.all_steps()) if path.is_file()), None)
@@ -83,16 +80,7 @@ def write_dataset(plan: Plan, rank: int = 0, world_size: int = 1) -> Path:
             shutil.copyfile(picture, folder / PICTURE)
         write_json(folder / FACTS, facts | {"stages_digest": digests})
         write_text(folder / "README.md", dataset_card(facts, picture and PICTURE))
-        finish_folder(output)
-    except OSError as error:
-        if no_space_left(error):
-            raise OSError(f"No space left on the disk while writing {folder}; the same command goes on") from error
-        raise
     return output
-
-
-def _digests_in(folder: Path) -> dict[str, str] | None:
-    return read_json(folder / FACTS).get("stages_digest") if (folder / FACTS).is_file() else None
 
 
 def _picture(step: StageArguments) -> Path:
@@ -100,8 +88,8 @@ def _picture(step: StageArguments) -> Path:
     return step.output / "report" / PICTURE
 
 
-def _files(folder: Path, split: str, stage: Path) -> dict[Path, list[Path]]:
-    """The files of a split, and the parts that each is made of, none of them without a row."""
+def _files(split: str, stage: Path) -> dict[str, list[Path]]:
+    """The files of a split, by their names in the folder, and the parts that each is made of, none without a row."""
     check_complete(stage)
     parts = [path for path in sorted(stage.glob(f"{split}-*.parquet")) if pq.read_metadata(path).num_rows]
     if not parts:
@@ -110,8 +98,8 @@ def _files(folder: Path, split: str, stage: Path) -> dict[Path, list[Path]]:
     groups: dict[int, list[Path]] = {}
     for path, end in zip(parts, ends, strict=True):
         groups.setdefault(int((end - 1) // FILE_BYTES), []).append(path)
-    names = (f"{split}-{number:05d}-of-{len(groups):05d}.parquet" for number in range(len(groups)))
-    return {folder / name: group for name, group in zip(names, groups.values(), strict=True)}
+    names = (f"data/{split}-{number:05d}-of-{len(groups):05d}.parquet" for number in range(len(groups)))
+    return dict(zip(names, groups.values(), strict=True))
 
 
 def _common_schema(parts: Iterable[Path]) -> pa.Schema:

@@ -11,7 +11,6 @@ What an image's prefixes share is computed once: of BLIP-2 the vision encoder, t
 reading of the image. BLIP, GIT and vision-encoder-decoder models encode the image anew for every prefix.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from capivara_common.image_files import BYTES_ALONE, BadImage, BadRow, ImageFile
 from caption_data.rows import CAPTIONS
 from captions.captioner import KINDS, Captioner
 from captions.stage_arguments import GenerateArguments
-from captions.stages import Phase, RowStage, StageReport, finished_row_tasks, stage_main
+from captions.stages import Phase, RowStage, StageReport, stage_main
 from captions.translators import DTYPES
 from modeling_capivara.loading import checked_config, weights_digest
 
@@ -37,7 +36,9 @@ COLUMN = "generated-captions-en"
 
 def generate(args: GenerateArguments, rank: int = 0, world_size: int = 1) -> StageReport:
     """Write the parts of one task that are missing."""
-    stage = RowStage(args)  # before the model: what is wrong with the data is said at once
+    stage = RowStage(args, rank, world_size)  # before the model: what is wrong with the data is said at once
+    if report := stage.done:
+        return report
     prefixes = read_prefixes(args.prefixes)
     captioner = load_captioner(args)
     settings = {
@@ -47,13 +48,13 @@ def generate(args: GenerateArguments, rank: int = 0, world_size: int = 1) -> Sta
         "prefixes": prefixes,
         "max_new_tokens": args.max_new_tokens,
         "precision": args.precision,
-        "sampling": {name: getattr(args, name) for name in ("temperature", "top_p", "seed")} if args.sampling else None,
+        "sampling": None,  # what earlier versions could do
     }
     process = GenerateProcess(captioner, prefixes, args.image_column, ImageFiles(max_pixels=args.max_pixels))
-    return stage.run({COLUMN: CAPTIONS}, settings, process, "Captions", rank, world_size)
+    return stage.run({COLUMN: CAPTIONS}, settings, process, "Captions")
 
 
-PHASES = {"rows": Phase(generate, finished_row_tasks, uses_model=True)}
+PHASES = {"rows": Phase(generate, shared=True, uses_model=True)}
 
 
 def load_captioner(args: GenerateArguments) -> Captioner:
@@ -79,13 +80,7 @@ def load_captioner(args: GenerateArguments) -> Captioner:
 
 def read_prefixes(path: Path) -> list[str]:
     """What captions begin with, from a file of the form of captions/prefixes.json. Raises ValueError, OSError."""
-    try:
-        prefixes = read_json(path, prefixes=list)["prefixes"]
-    except ValueError as error:
-        raise ValueError(f"{error}. Write it as captions/prefixes.json is written.") from error
-    if not all(isinstance(prefix, str) for prefix in prefixes):
-        raise ValueError(f'{path} must hold {{"prefixes": [texts]}}, as captions/prefixes.json does.')
-    prefixes = [prefix.strip() for prefix in prefixes]
+    prefixes = [str(prefix).strip() for prefix in read_json(path, prefixes=list)["prefixes"]]
     if not prefixes or not all(prefixes) or len(set(prefixes)) < len(prefixes):
         raise ValueError(f"{path} must hold one prefix at least, none blank and none twice; it holds {prefixes}.")
     return prefixes
@@ -108,8 +103,7 @@ class GenerateProcess:
         if not good:
             return prepared
         try:
-            pixel_values = torch.cat([pixels for pixels, _ in good])
-            captions = self.captioner.written(pixel_values, self.prefixes, [key for _, key in good])
+            captions = self.captioner.written(torch.cat(good), self.prefixes)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise ValueError(
                 f"Out of memory with {len(good)} images and {self.captioner.decoding.micro_batch_size} captions at "
@@ -122,13 +116,12 @@ class GenerateProcess:
         found = [image if isinstance(image, BadRow) else next(rest) for image in prepared]
         return [texts if isinstance(texts, BadRow) else {COLUMN: texts} for texts in found]
 
-    def _prepared(self, row: dict[str, Any]) -> tuple[Tensor, bytes] | BadRow:
-        """Pixels (1, 3, height, width) with the digest of the file, or why there are none; the image is not kept."""
+    def _prepared(self, row: dict[str, Any]) -> Tensor | BadRow:
+        """Pixels (1, 3, height, width), or why there are none; the image is not kept."""
         try:
             image = decode_image(row[self.image_column], self.files)
             image = image.convert("LA") if image.mode == "La" else image  # PIL has no way from La to RGB
-            pixels = self.captioner.pixels([image.convert("RGB")])
-            return pixels, hashlib.sha256(row[self.image_column]["bytes"]).digest()
+            return self.captioner.pixels([image.convert("RGB")])
         except BadRow as error:
             return error
         except (ValueError, OSError) as error:

@@ -12,7 +12,6 @@ import unicodedata
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 from datasets import List, Value
@@ -117,9 +116,22 @@ def _script(letter: str) -> str | None:
 
 
 def write_quality_report(output: Path | str, language: str) -> str:
-    """Write `quality.json` of all parts that are there, and return what it says in a few lines."""
-    output = Path(output)
-    write_json(output / REPORT_FILE, quality_of(sorted(output.glob("*.parquet")), language))
+    """Write `quality.json`, counts over all parts that are there and the first examples of each flag; returns what it
+    says in a few lines."""
+    output, column = Path(output), f"quality-{language}"
+    report = {"language": language, "script_is_checked": bool(scripts_of(language)), "rows": 0, "captions": 0}
+    report |= {"flagged": 0, "flags": {flag: {"captions": 0, "examples": []} for flag in FLAGS}}
+    for path in sorted(output.glob("*.parquet")):
+        qualities = pq.read_table(path, columns=[column])[column].to_pylist()
+        report["rows"] += len(qualities)
+        report["captions"] += sum(quality["captions"] for quality in qualities)
+        for one in (one for quality in qualities for one in quality["flagged"]):
+            report["flagged"] += 1
+            for kind in (report["flags"][flag] for flag in one["flags"]):
+                kind["captions"] += 1
+                if len(kind["examples"]) < EXAMPLES:
+                    kind["examples"].append({name: one[name][:MAX_EXAMPLE] for name in ("source", "translation")})
+    write_json(output / REPORT_FILE, report)
     return quality_summary(output)
 
 
@@ -131,29 +143,3 @@ def quality_summary(output: Path) -> str:
     if not report["script_is_checked"]:
         lines.append(f"Letters were not checked: which script {report['language']!r} has is not known here.")
     return "\n".join(lines)
-
-
-def quality_of(parts: list[Path], language: str) -> dict[str, Any]:
-    """Counts over some parts, and the first examples of each flag."""
-    rows = captions = flagged = 0
-    kinds: dict[str, dict[str, Any]] = {flag: {"captions": 0, "examples": []} for flag in FLAGS}
-    column = f"quality-{language}"
-    for path in parts:
-        qualities = pq.read_table(path, columns=[column])[column].to_pylist()
-        rows += len(qualities)
-        captions += sum(quality["captions"] for quality in qualities)
-        for one in (one for quality in qualities for one in quality["flagged"]):
-            flagged += 1
-            for flag in one["flags"]:
-                kinds[flag]["captions"] += 1
-                if len(kinds[flag]["examples"]) < EXAMPLES:
-                    example = {name: one[name][:MAX_EXAMPLE] for name in ("source", "translation")}
-                    kinds[flag]["examples"].append(example)
-    return {
-        "language": language,
-        "script_is_checked": bool(scripts_of(language)),
-        "rows": rows,
-        "captions": captions,
-        "flagged": flagged,
-        "flags": kinds,
-    }

@@ -20,7 +20,7 @@ from capivara_common.cli import run_command
 from capivara_common.image_files import BYTES_ALONE, BadImage, BadRow, ImageFiles, by_threads, decode_image
 from caption_data.rows import SIMILARITIES
 from captions.stage_arguments import ScoreArguments
-from captions.stages import Phase, RowStage, StageReport, finished_row_tasks, stage_main
+from captions.stages import Phase, RowStage, StageReport, stage_main
 from modeling_capivara.embedder import Embedder, load_embedder
 
 
@@ -77,18 +77,19 @@ class ScoreProcess:
 
 def score(args: ScoreArguments, rank: int = 0, world_size: int = 1) -> StageReport:
     """Write the parts of one task that are missing. Raises as `RowStage` and `load_embedder` do."""
-    stage = RowStage(args)  # before the model: what is wrong with the data is said at once
+    stage = RowStage(args, rank, world_size)  # before the model: what is wrong with the data is said at once
+    if report := stage.done:
+        return report
     result = f"similarities-{args.language}"
     embedder = load_embedder(args.model, args.device, True, args.precision)
     settings = {"language": args.language, "model": args.model, "fingerprint": embedder.fingerprint}
     columns, batch_size = args.needed_columns(), args.embedding_batch_size
     files = ImageFiles(max_pixels=args.max_pixels)
     process = ScoreProcess(embedder, columns, result, args.image_column, batch_size, files)
-    title = f"Similarities, {args.language}"
-    return stage.run({result: SIMILARITIES}, settings, process, title, rank, world_size)
+    return stage.run({result: SIMILARITIES}, settings, process, f"Similarities, {args.language}")
 
 
-PHASES = {"rows": Phase(score, finished_row_tasks, uses_model=True)}
+PHASES = {"rows": Phase(score, shared=True, uses_model=True)}
 
 
 def main(argv: list[str] | None = None) -> None:

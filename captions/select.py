@@ -18,7 +18,7 @@ from capivara_common.cli import run_command
 from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTIONS, NOT_CHOSEN
 from captions.stage_arguments import SelectArguments
-from captions.stages import Phase, RowStage, StageReport, check_complete, finished_row_tasks, stage_main
+from captions.stages import Phase, RowStage, StageReport, check_complete, stage_main
 
 REPORT = Path("report") / "index.html"  # in the output; it is written last
 
@@ -90,8 +90,7 @@ def select_rows(args: SelectArguments, rank: int = 0, world_size: int = 1) -> St
         "min_similarity": args.min_similarity if args.caption_strategy in ("threshold", "diverse") else None,
         "min_pair_similarity": args.min_pair_similarity,
     }
-    columns = {selection.captions: CAPTIONS}
-    return RowStage(args).run(columns, settings, selection, "Selection", rank, world_size)
+    return RowStage(args, rank, world_size).run({selection.captions: CAPTIONS}, settings, selection, "Selection")
 
 
 def write_missing_report(args: SelectArguments, rank: int = 0, world_size: int = 1) -> None:
@@ -102,7 +101,7 @@ def write_missing_report(args: SelectArguments, rank: int = 0, world_size: int =
         write_report(args, Selection(args).outcome, check_complete(args.output))
 
 
-PHASES = {"rows": Phase(select_rows, finished_row_tasks), "report": Phase(write_missing_report)}
+PHASES = {"rows": Phase(select_rows, shared=True), "report": Phase(write_missing_report)}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,12 +1,9 @@
 """Arguments of the stages and of the build."""
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 from capivara_common.cli import at_least, between, flag
 from capivara_common.image_files import DATASET_HELP, CaptionDataArguments
@@ -20,6 +17,8 @@ KINDS = ("captions", "generated-captions")  # the authors' names, before the lan
 GONE = {  # flags of earlier versions
     "shard": f"{SHARED_BY_TASKS} (docs/cluster.md)",
     "wait_s": "no task waits for another one any more: a stage starts when the one before is complete",
+    "source_prefix": "models without codes of languages are not taken",
+    **dict.fromkeys(("sampling", "temperature", "top_p", "seed"), "a caption is the model's likeliest text"),
     **dict.fromkeys(
         ("characters_per_second", "max_tries", "first_wait_s", "timeout_s"),
         "the service's own limit is kept: a request that it refuses for now is sent again, after pauses that double",
@@ -35,6 +34,7 @@ class StageArguments(CaptionDataArguments, ExecutorArguments):
 
     gone = GONE
     module = "captions.stages"  # that `python -m` runs it by
+    import_file = None  # a flag of `captions.translate` alone
     dataset: str = flag(..., f"{DATASET_HELP} The output of another stage is such a folder.")
     output: Path = flag(..., "Folder of the parts; the same command finishes an unfinished one.")
     split: str = flag("train", "Split that is read, and that the parts are named by.")
@@ -80,22 +80,9 @@ class Decoding:
 
     max_new_tokens: int = flag(50, "Tokens of a generated text at most.")
     micro_batch_size: int = flag(160, "Captions that are generated at once; fewer need less memory and more time.")
-    sampling: bool = flag(False, "Draw every token at random, instead of the likeliest.")
-    temperature: float = flag(1.0, "With --sampling: above 1 is wilder, below 1 tamer.")
-    top_p: float = flag(1.0, "With --sampling: share of the probability drawn from.")
-    seed: int = flag(0, "With --sampling: seed, image and prefix determine the text.")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "max_new_tokens", "micro_batch_size")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}; leave out --sampling for none.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
-
-    def uniforms(self, key: bytes, prefix: str) -> np.ndarray:
-        """(max_new_tokens,) in [0, 1): of seed, key and prefix alone, whatever batch, task or machine they are on."""
-        digest = hashlib.sha256(f"{self.seed}\0{prefix}\0".encode() + key).digest()
-        return np.random.default_rng(int.from_bytes(digest, "big")).random(self.max_new_tokens, dtype=np.float32)
 
 
 @dataclass
@@ -153,13 +140,10 @@ class TranslateArguments(StageArguments):
 
     model: str | None = flag(
         None,
-        f"transformers: folder or Hub id of a Marian, NLLB, M2M100, mBART-50, MADLAD or another seq2seq "
-        f"model; {PAPER_MODEL}, the paper's, for en to pt where none is given.",
+        f"transformers: folder or Hub id of a Marian, NLLB, M2M100, mBART-50 or MADLAD model; "
+        f" {PAPER_MODEL}, the paper's, for en to pt where none is given.",
     )
     revision: str | None = flag(None, "transformers: branch, tag or commit of a Hub id.")
-    source_prefix: str | None = flag(
-        None, "transformers: goes before every sentence, for models without language codes."
-    )
     num_beams: int | None = flag(None, "transformers: of the search; as the model's generation_config says.")
     max_new_tokens: int | None = flag(None, "transformers: tokens of a translation at most; 512 or what the model has.")
     precision: Literal["float32", "bf16", "fp16"] = flag("float32", "transformers: of weights and activations.")
@@ -223,13 +207,8 @@ class TranslateArguments(StageArguments):
 
     @property
     def work_folder(self) -> Path:
-        """Of the sentences and their translations."""
+        """Of the sentences."""
         return self.output.with_name(self.output.name + ".translations")
-
-    @property
-    def parts_folder(self) -> Path:
-        """Of the parts of translated sentences."""
-        return self.work_folder / "parts"
 
     def needed_columns(self) -> list[str]:
         """Columns of captions in the source language, of which one must be there."""

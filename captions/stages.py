@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -33,7 +32,7 @@ from tqdm.auto import tqdm
 
 from capivara_common.cli import parse, user_errors
 from capivara_common.environment import package_versions
-from capivara_common.executors import EXPECTED, TasksFailed, Work, execute
+from capivara_common.executors import Work, execute
 from capivara_common.files import no_space_left, read_json, write_json
 from capivara_common.image_files import BadRow, image_bytes
 from capivara_common.tasks import Phase, all_parts, share
@@ -52,7 +51,6 @@ RECORD |= {"settings": dict, "columns": dict, "versions": dict}
 SOURCE = {"name": str, "split": str, "rows": int}
 MAX_ROWS = 10**9  # names of parts have nine digits
 MAX_SHOWN = 300  # letters of what a damaged file holds
-DIGEST_KEY = b"capivara_stage"  # in the schema of a part: `identity_digest` of its stage.json
 ROWS_PER_GROUP = 16  # of a parquet file: what a reader of one row reads
 PREPARED_ROWS = 50_000  # whose translations are in memory at once
 # What a stage does with some rows: for each, its new columns, or why it is left out.
@@ -67,32 +65,29 @@ class StageReport:
 
     rows: int  # that were written
     skipped: dict[str, int]  # reason -> number of the rows that were left out
-    missing: int = 0  # rows that no task has written yet
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.skipped.items())
-        return (
-            f"{self.rows:,} rows written, {sum(self.skipped.values()):,} left out"
-            + f" ({reasons})" * bool(reasons)
-            + f", {self.missing:,} not done yet" * bool(self.missing)
-        )
+        return f"{self.rows:,} rows written, {sum(self.skipped.values()):,} left out" + f" ({reasons})" * bool(reasons)
 
 
 class RowStage:
-    """The rows that a stage reads, opened and checked, and what it writes of them.
+    """The rows that a stage reads, opened and checked, and what one of its tasks writes of them.
+
+    Args:
+        args: of the stage.
+        rank, world_size: number of the task, from 0, and of all tasks.
 
     Raises:
         ValueError: there is no such data set, it is an unfinished stage, or it lacks the images or the columns.
     """
 
-    def __init__(self, args: StageArguments, read: bool = True):
-        """`read` is False where an earlier phase has seen that the first row can be read."""
+    def __init__(self, args: StageArguments, rank: int = 0, world_size: int = 1):
         StageArguments.__post_init__(args)  # in a process of its own PIL has its own limit, too
-        self.args, self.source = args, stage_source(args)
+        self.args, self.source, self.rank = args, stage_source(args), rank
         for damage in self.source.damaged:
             logger.warning("A damaged archive, read up to there: %s", damage.detail)
-        if read:
-            next(self.source.rows(), None)  # damage in the first rows is told before a model is loaded, or paid for
+        next(self.source.rows(), None)  # damage in the first rows is told before a model is loaded, or paid for
         self.features = passed_features(self.source, args.image_column, args.renamed())
         needed = args.needed_columns()
         if needed and self.features.keys().isdisjoint(needed):
@@ -100,6 +95,38 @@ class RowStage:
                 f"{self.source.where} has no column {' or '.join(needed)}; there are {list(self.features)}. A column "
                 f"of another name becomes one by --rename OLD={needed[0]}."
             )
+        # What of `stage.json` is known before a model is loaded.
+        self.record = {
+            "version": STAGE_VERSION,
+            "command": args.command(),
+            "source": {
+                "name": self.source.name,
+                "split": self.source.split,
+                "rows": len(self.source),
+                "fingerprint": fingerprint(self.source),
+                "damaged": [damage.detail for damage in self.source.damaged],
+            },
+            "rows_per_part": args.rows_per_part,
+        }
+        self.parts = share(all_parts(len(self.source), args.rows_per_part), rank, world_size)
+
+    def path(self, part: range) -> Path:
+        """The file of the rows of a part."""
+        return part_path(self.args.output, self.source.split, part)
+
+    @property
+    def done(self) -> StageReport | None:
+        """The report of a task that has nothing left to do, by the names of its files, before a model is loaded.
+
+        Parts of another command or other rows don't count: `run` then compares the whole record.
+        """
+        if not (self.args.output / STAGE_FILE).is_file():
+            return None
+        there = stage_record(self.args.output)
+        same = there["command"] == self.record["command"] and all(
+            there["source"].get(name) == self.record["source"][name] for name in ("rows", "fingerprint")
+        )
+        return self._report(there) if same and all(self.path(part).is_file() for part in self.parts) else None
 
     def run(
         self,
@@ -107,11 +134,9 @@ class RowStage:
         settings: dict[str, Any],
         process: Process,
         title: str = "Rows",
-        rank: int = 0,
-        world_size: int = 1,
         prepare: Callable[[list[range]], None] | None = None,
     ) -> StageReport:
-        """Write the parts of one task that are missing.
+        """Write the parts of the task that are missing, whole or not, each with a list of its rows that were left out.
 
         Args:
             columns: new column -> its feature of `datasets`. A column of the same name is replaced.
@@ -119,25 +144,60 @@ class RowStage:
             process: called with at most `args.batch_rows` rows. Their image is `{"bytes", "path"}`, undecoded but
                 there; columns of captions are lists of texts, where the source has the column. It must not depend on
                 how rows are batched, but in rounding.
-            title, rank, world_size, prepare: as of `write_parts`.
+            title: of the progress bar, which the first task has.
+            prepare: called before some neighbouring parts, `PREPARED_ROWS` rows at most, are made.
 
         Raises:
             ValueError: the folder is of other settings or another source; what differs is named.
             OSError: the disk is full; the parts that are there are whole, and the same command makes the others.
         """
-        features = Features(self.features | columns)
-        record = plain_record(self.source, self.args, self.args.rows_per_part) | {
+        features, output = Features(self.features | columns), self.args.output
+        added = {
             "settings": settings | self.args.image_settings(),
             "columns": {name: repr(feature) for name, feature in features.items()},
             "versions": package_versions(),
         }
+        record = claim(output, self.record | added)
+        missing = [part for part in self.parts if not self.path(part).is_file()]
+        total, left = sum(map(len, self.parts)), sum(map(len, missing))
+        with tqdm(total=total, initial=total - left, desc=title, unit="row", disable=self.rank > 0) as bar:
+            for group in groups(missing, PREPARED_ROWS):
+                if prepare:
+                    prepare(group)
+                for part in group:
+                    try:
+                        self._write_part(part, features.arrow_schema, process, bar)
+                    except Exception as error:
+                        error.add_note(f"rows {part.start} to {part.stop - 1} of {self.source.split}")
+                        raise
+        return self._report(record)
 
-        def rows(part: range, skipped: list[Skipped], bar: tqdm) -> Iterator[dict[str, Any]]:
-            for row in self._rows(process, part, skipped, bar):
-                row[IMAGE] = row[self.args.image_column]
-                yield {name: row.get(name) for name in features}
+    def _report(self, record: dict[str, Any]) -> StageReport:
+        """What of the task is done; removes what killed runs left of parts that are there by now."""
+        for path in self.args.output.glob(".*.parquet.*.tmp"):  # others may be of tasks at work
+            if path.with_name(re.sub(r"\.[^.]+\.tmp$", "", path.name[1:])).is_file():
+                path.unlink(missing_ok=True)
+        return progress(self.args.output, record, self.parts)
 
-        return write_parts(self.args.output, record, features.arrow_schema, rows, title, rank, world_size, prepare)
+    def _write_part(self, part: range, schema: pa.Schema, process: Process, bar: tqdm) -> None:
+        path, skipped = self.path(part), []
+        try:
+            with whole_parquet(path, schema) as parquet:
+                rows = self._rows(process, part, skipped, bar)
+                while group := list(itertools.islice(rows, ROWS_PER_GROUP)):
+                    for row in group:
+                        row[IMAGE] = row[self.args.image_column]
+                    parquet.write_table(pa.Table.from_pylist(group, schema=schema))
+                if path.is_file():
+                    raise FileExistsError
+                if skipped:
+                    write_skipped(skipped_path(path), skipped)
+                else:
+                    skipped_path(path).unlink(missing_ok=True)  # of a killed run that left out others
+        except (FileExistsError, FileNotFoundError):
+            if not path.is_file():
+                raise
+            # Another process has written the same part meanwhile, and maybe cleaned up.
 
     def _rows(self, process: Process, part: range, skipped: list[Skipped], bar: tqdm) -> Iterator[dict[str, Any]]:
         """Those that are not left out, with their new columns."""
@@ -198,93 +258,12 @@ def stage_source(args: StageArguments) -> Split:
     return open_in_place(args.dataset, args.split, args.image_column, **args.limits())
 
 
-def plain_record(source: Any, args: StageArguments, rows_per_part: int) -> dict[str, Any]:
-    """What of `stage.json` is known before a model is loaded; `source` has the rows."""
-    return {
-        "version": STAGE_VERSION,
-        "command": args.command(),
-        "source": {
-            "name": source.name,
-            "split": source.split,
-            "rows": len(source),
-            "fingerprint": fingerprint(source) if isinstance(source, Split) else source.fingerprint(),
-            "damaged": [damage.detail for damage in source.damaged],
-        },
-        "rows_per_part": rows_per_part,
-    }
-
-
-def write_parts(
-    output: Path,
-    record: dict[str, Any],
-    schema: pa.Schema,
-    rows: Callable[[range, list[Skipped], tqdm], Iterator[dict[str, Any]]],
-    title: str,
-    rank: int,
-    world_size: int,
-    prepare: Callable[[list[range]], None] | None = None,
-) -> StageReport:
-    """Write the parts of one task that are missing, each with the list of its rows that were left out, whole or not.
-
-    Args:
-        output, record, schema: folder of the stage, its `stage.json`, and what its parts are of.
-        rows: of a part; those that are left out are appended to the list, and the bar is moved on.
-        title: of the progress bar, which the first task has.
-        rank, world_size: number of the task, from 0, and of all tasks.
-        prepare: called before some neighbouring parts, `PREPARED_ROWS` rows at most, are made.
-
-    Raises as `RowStage.run`; what `rows` raises passes, with a note that names the part.
-    """
-    record = claim(output, record)
-    parts = share(all_parts(record["source"]["rows"], record["rows_per_part"]), rank, world_size)
-    schema = schema.with_metadata({**(schema.metadata or {}), DIGEST_KEY: identity_digest(record).encode()})
-    paths = {part: part_path(output, record["source"]["split"], part) for part in parts}
-    missing = [part for part in parts if not paths[part].is_file()]
-    total, left = sum(map(len, parts)), sum(map(len, missing))
-    try:
-        with tqdm(total=total, initial=total - left, desc=title, unit="row", disable=rank > 0) as bar:
-            for group in groups(missing, PREPARED_ROWS):
-                if prepare:
-                    prepare(group)
-                for part in group:
-                    try:
-                        _write_part(paths[part], schema, part, rows, bar)
-                    except Exception as error:
-                        error.add_note(f"rows {part.start} to {part.stop - 1} of {record['source']['split']}")
-                        raise
-        remove_leftovers(output)
-    except BaseException as error:
-        if no_space_left(error):
-            raise OSError(
-                f"No space left on the disk while writing {output}. What is there is whole; free some space, and "
-                "run the same command again"
-            ) from error
-        raise
-    return progress(output, record, parts)
-
-
-def _write_part(path: Path, schema: pa.Schema, part: range, rows: Callable, bar: tqdm) -> None:
-    skipped: list[Skipped] = []
-    try:
-        with whole_parquet(path, schema) as parquet:
-            left = rows(part, skipped, bar)
-            while group := list(itertools.islice(left, ROWS_PER_GROUP)):
-                parquet.write_table(pa.Table.from_pylist(group, schema=schema))
-            if path.is_file():
-                raise FileExistsError
-            if skipped:
-                write_skipped(skipped_path(path), skipped)
-            else:
-                skipped_path(path).unlink(missing_ok=True)  # of a killed run that left out others
-    except (FileExistsError, FileNotFoundError):
-        if not path.is_file():
-            raise
-        # Another process has written the same part meanwhile, and maybe cleaned up.
-
-
 @contextmanager
 def whole_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """A writer of a parquet file that gets its name when the block ends, and vanishes when it fails."""
+    """A writer of a parquet file that gets its name when the block ends, and vanishes when it fails.
+
+    Raises OSError where the disk is full.
+    """
     temporary = path.with_name(f".{path.name}.{socket.gethostname().replace('.', '-')}-{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -294,6 +273,13 @@ def whole_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
+    except OSError as error:
+        if no_space_left(error):
+            raise OSError(
+                f"No space left on the disk while writing {path.parent}. What is there is whole; free some space, and "
+                "run the same command again"
+            ) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -322,13 +308,6 @@ def part_path(output: Path, split: str, part: range) -> Path:
 def skipped_path(path: Path) -> Path:
     """Where the rows that a part goes without are listed; there is no file where there is none."""
     return path.with_suffix(".skipped.jsonl")
-
-
-def remove_leftovers(output: Path) -> None:
-    """Remove what killed runs left of parts that are there by now; other files may be of tasks at work."""
-    for path in output.glob(".*.parquet.*.tmp"):
-        if (output / re.sub(r"\.[^.]+\.tmp$", "", path.name[1:])).is_file():
-            path.unlink(missing_ok=True)
 
 
 def claim(output: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -377,70 +356,27 @@ def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def missing_parts(output: Path, record: dict[str, Any]) -> list[range]:
-    """The parts of a stage that no task has written yet, by the names of its files alone."""
-    there, split = {path.name for path in output.glob("*.parquet")}, record["source"]["split"]
-    parts = all_parts(record["source"]["rows"], record["rows_per_part"])
-    return [part for part in parts if part_path(output, split, part).name not in there]
-
-
 def unfinished(output: Path) -> int:
     """Rows of a stage that no task has written yet, by the names of its files alone."""
-    return sum(map(len, missing_parts(output, stage_record(output))))
-
-
-def finished_row_tasks(args: StageArguments, world_size: int) -> list[int]:
-    """`Phase.finished` of a phase that is a `RowStage`; removes what kills have left of parts that are there."""
-    remove_leftovers(args.output)
-    try:
-        source = stage_source(args)
-    except (ValueError, OSError):  # the stage before is unfinished; any other fault is for the tasks to report
-        return []
-    return finished_ranks(args.output, plain_record(source, args, args.rows_per_part), world_size)
-
-
-def finished_ranks(output: Path, record: dict[str, Any], world_size: int) -> list[int]:
-    """The tasks of a stage that have nothing left to do, by the names of the files alone.
-
-    `record` is of the `stage.json` that the tasks would write: at least `command`, `source` and `rows_per_part`. Parts
-    of another command or other rows don't count; the tasks then compare the whole record.
-    """
-    is_same = False
-    if (output / STAGE_FILE).is_file():
-        old = stage_record(output)
-        same_rows = all(old["source"].get(name) == record["source"][name] for name in ("rows", "fingerprint"))
-        is_same = same_rows and old["command"] == record["command"]
+    record, there = stage_record(output), {path.name for path in output.glob("*.parquet")}
     parts = all_parts(record["source"]["rows"], record["rows_per_part"])
-    if not parts and not is_same:
-        return list(range(1, world_size))  # one task has to say that there are no rows
-    missing = set(missing_parts(output, record)) if is_same else set(parts)
-    return [rank for rank in range(world_size) if missing.isdisjoint(share(parts, rank, world_size))]
+    return sum(len(part) for part in parts if part_path(output, record["source"]["split"], part).name not in there)
 
 
 def check_complete(output: Path | str) -> StageReport:
     """Of a stage that is done. Raises ValueError, with the command that goes on, where parts are missing or broken."""
     output, record = Path(output), stage_record(output)
-    report = progress(output, record, all_parts(record["source"]["rows"], record["rows_per_part"]))
     refuse_unfinished(output)
-    return report
+    return progress(output, record, all_parts(record["source"]["rows"], record["rows_per_part"]))
 
 
 def progress(output: Path, record: dict[str, Any], parts: Iterable[range]) -> StageReport:
-    """What of some parts is done. Raises ValueError where one is broken, is of other settings, or has lost rows."""
-    rows, skipped, missing, again = 0, Counter(), 0, f"and run again: {record['command']}"
-    digests = (identity_digest(record), *record.get("earlier", []))  # those of folders whose tables were corrected
+    """What of some parts is done. Raises ValueError where one is broken, or has lost rows."""
+    rows, skipped, again = 0, Counter(), f"and run again: {record['command']}"
     for part in parts:
         path = part_path(output, record["source"]["split"], part)
-        if not path.is_file():
-            missing += len(part)
-            continue
         with opened_parquet(path, f". Remove it, {again}") as file:
-            digest, written = (file.schema_arrow.metadata or {}).get(DIGEST_KEY, b""), file.metadata.num_rows
-        if digest.decode() not in digests:
-            raise ValueError(
-                f"{path} was made with other settings than those of {STAGE_FILE} beside it, or for another stage. "
-                f"Remove it, {again}"
-            )
+            written = file.metadata.num_rows
         reasons = _reasons(skipped_path(path))
         if written + sum(reasons.values()) != len(part):
             raise ValueError(
@@ -448,7 +384,7 @@ def progress(output: Path, record: dict[str, Any], parts: Iterable[range]) -> St
                 f"{len(part)}. Remove both, {again}"
             )
         rows, skipped = rows + written, skipped + reasons
-    return StageReport(rows, dict(skipped.most_common()), missing)
+    return StageReport(rows, dict(skipped.most_common()))
 
 
 def _reasons(path: Path) -> Counter[str]:
@@ -463,17 +399,12 @@ def _reasons(path: Path) -> Counter[str]:
 
 def read_rows(args: StageArguments, rank: int = 0, world_size: int = 1) -> StageReport:
     """The stage of a split that no other stage works on: its rows as they are."""
-    return RowStage(args).run({}, {}, lambda rows: [{} for _ in rows], rank=rank, world_size=world_size)
+    return RowStage(args, rank, world_size).run({}, {}, lambda rows: [{} for _ in rows])
 
 
-def run_stage_here(args: StageArguments) -> bool:
+def run_stage(args: StageArguments) -> bool:
     """`execute` all phases of one stage."""
-    try:
-        return execute(Work.of(args), args)
-    except EXPECTED as error:
-        if not (args.output.exists() or isinstance(error, TasksFailed)):  # nothing was begun, the error says it all
-            shutil.rmtree(args.logs, ignore_errors=True)
-        raise
+    return execute(Work.of(args), args)
 
 
 @user_errors
@@ -481,7 +412,7 @@ def stage_main(
     kind: type[StageArguments],
     description: str,
     argv: list[str] | None,
-    run: Callable[[Any], bool] = run_stage_here,
+    run: Callable[[Any], bool] = run_stage,
 ) -> StageArguments | None:
     """Parse the flags of a stage, run it, and print what was done; an error ends the process in one line.
 
@@ -496,4 +427,4 @@ def stage_main(
     return args
 
 
-PHASES = {"rows": Phase(read_rows, finished_row_tasks)}
+PHASES = {"rows": Phase(read_rows, shared=True)}

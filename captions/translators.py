@@ -1,4 +1,4 @@
-"""What can translate: sequence-to-sequence models of transformers, and Google's service; a table is of `captions.tsv`.
+"""What can translate: sequence-to-sequence models of transformers, and Google's service.
 
     python -c "from captions.translators import load; print(load('Helsinki-NLP/opus-mt-tc-big-en-pt', 'pt').code)"
 
@@ -54,7 +54,6 @@ class Seq2SeqTranslator:
     Args:
         model: in `eval()`, on the device where it shall work.
         language, source_language: that it shall write, and reads; `same_language` says which codes mean the same.
-        source_prefix: goes before every sentence of a model that takes its task in words, such as T5.
         batch_size: sentences, or pieces of long ones, that go through at once.
         options: of `generate`; what is not given is as in the model's generation_config.
         identity: of the weights, for the translation memory.
@@ -69,7 +68,6 @@ class Seq2SeqTranslator:
         tokenizer: PreTrainedTokenizerBase,
         language: str,
         source_language: str = "en",
-        source_prefix: str | None = None,
         batch_size: int = 32,
         options: dict[str, Any] | None = None,
         identity: dict[str, Any] | None = None,
@@ -89,9 +87,7 @@ class Seq2SeqTranslator:
             tokenizer.src_lang = find_code(source_language, target_codes, self.name)
             self._options["forced_bos_token_id"] = target_codes[self.code]
         else:
-            self.code = _only_language(tokenizer, language, source_prefix, self.name)
-        if source_prefix:
-            self._before += tokenizer(source_prefix, add_special_tokens=False)["input_ids"]
+            self.code = _only_language(tokenizer, language, self.name)
         # Within what the model has positions for, of which one is the start token's. Twice the source is more than
         # languages differ by, and ends a loop.
         positions = getattr(model.config, "max_position_embeddings", None) or 2 * MAX_SOURCE_TOKENS
@@ -106,7 +102,7 @@ class Seq2SeqTranslator:
             **(identity or {"model": str(model.config.name_or_path)}),
             "source": getattr(tokenizer, "src_lang", None) or source_language,
             "target": self.code,
-            "source_prefix": source_prefix,
+            "source_prefix": None,  # what earlier versions could have: their memories stay
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_source_tokens": self._max_source,
             "generation": settings,
@@ -202,17 +198,14 @@ def _language_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int]
     return before, {} if before else dict(begins)
 
 
-def _only_language(tokenizer: PreTrainedTokenizerBase, language: str, prefix: str | None, name: str) -> str:
-    """Of a tokenizer without codes: what it says that it writes, or what the prefix is trusted with."""
+def _only_language(tokenizer: PreTrainedTokenizerBase, language: str, name: str) -> str:
+    """Of a tokenizer without codes: what it says that it writes."""
     written = getattr(tokenizer, "target_lang", None) or getattr(tokenizer, "tgt_lang", None)
-    if written and same_language(written).isdisjoint(same_language(language)):
+    if not written:
+        raise ValueError(f"{name} has no codes of languages, so nothing tells it to write {language!r}. Take another.")
+    if same_language(written).isdisjoint(same_language(language)):
         raise ValueError(f"{name} translates into {written!r} only, not into {language!r}.")
-    if not written and prefix is None:
-        raise ValueError(
-            f"{name} has no codes of languages, so nothing tells it to write {language!r}. Give --source_prefix, such "
-            "as 'translate English to Portuguese: ', or '' for a model of one language."
-        )
-    return written or language
+    return written
 
 
 class BudgetExceeded(ValueError):
@@ -288,27 +281,24 @@ class GoogleTranslator:
         )
 
     def _failure(self, error: Exception) -> tuple[str, bool]:
-        """Why a request got no answer, without the key, and whether it may get one later."""
+        """Why a request got no answer, without the key, and whether it may get one later: unless Google says no."""
         from google.api_core.exceptions import GoogleAPICallError
         from google.auth.exceptions import GoogleAuthError
-        from requests import exceptions
 
         said = f"{error or type(error).__name__}"
         for secret in self._secrets:
             for form in (secret, urllib.parse.quote(secret, safe=""), repr(secret)[1:-1]):
                 said = said.replace(form, "<key>")
+        if isinstance(error, GoogleAuthError):
+            return f"Google refuses the credentials: {said}", bool(getattr(error, "retryable", False))
         if isinstance(error, GoogleAPICallError):
             too_fast = error.code == 403 and "rate limit exceeded" in said.lower()  # 403 is for quotas, too
             if error.code in REFUSED and not too_fast:
                 said = f"Google refuses the request; see to the key, its rights and its quota. It says: {said}"
             return said, error.code in RETRIED or too_fast
-        if isinstance(error, GoogleAuthError):
-            return f"Google refuses the credentials: {said}", bool(getattr(error, "retryable", False))
-        lost = (exceptions.Timeout, exceptions.ConnectionError, exceptions.ChunkedEncodingError)
-        garbled = (exceptions.JSONDecodeError, exceptions.ContentDecodingError, AttributeError, TypeError)
-        if error.args and str(error.args[0]).startswith("Expected iterations"):  # the client's words for another length
-            return "it answered without a translation", True
-        return said, isinstance(error, lost + garbled)
+        # No answer, none that is JSON, or too short a one: the client's words for that are of its own code.
+        garbled = isinstance(error, AttributeError | TypeError | ValueError) and not isinstance(error, OSError)
+        return "it answered without a translation" if garbled else said, True
 
 
 def _client(endpoint: str, secrets: list[str]) -> Any:

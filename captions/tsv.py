@@ -117,21 +117,6 @@ def untranslated(path: Path) -> str:
     return _named({f"of {len(rows)} sentences have no translation yet": names}) if names else ""
 
 
-class FileTranslator:
-    """A `Translator` that looks sentences up in a table that came back. Raises as `read_translations` does."""
-
-    name = "the table"
-
-    def __init__(self, path: Path, sentences: list[str], language: str):
-        self._translations = read_translations(path, sentences)
-        self.code = language
-        self.fingerprint = {"backend": "file", "target": language}  # not the cells: any of them may be corrected
-
-    def translate(self, sentences: list[str]) -> list[str]:
-        """The table's translation of each sentence."""
-        return [self._translations[sentence] for sentence in sentences]
-
-
 def _rows(path: Path, faults: dict[str, list[str]]) -> Iterator[tuple[int, dict[str, str]]]:
     """Line numbers, from 1, and their columns; lines that can't be read are added to `faults`."""
     data = path.read_bytes()

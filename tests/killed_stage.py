@@ -43,9 +43,7 @@ def arguments(dataset: str, output: str) -> StageArguments:
 
 def run(dataset: str, output: str, task: tuple[int, int] = (0, 1), process=shout):
     """One task, (rank, world_size), of the stage."""
-    rank, world_size = task
-    columns, settings = {"captions-xx": CAPTIONS}, {"voice": "loud"}
-    return RowStage(arguments(dataset, output)).run(columns, settings, process, rank=rank, world_size=world_size)
+    return RowStage(arguments(dataset, output), *task).run({"captions-xx": CAPTIONS}, {"voice": "loud"}, process)
 
 
 def child(call: Callable[[], object], count: int) -> int:
@@ -98,7 +96,7 @@ def kill_build(config: str, generator: random.Random) -> int:
     from captions import score, select  # noqa: F401 - before the forks, none of which then has to
 
     for kills in range(MAX_ROUNDS):
-        if not was_killed(child(lambda: captions.build.main(["--config", config]), generator.randint(4, 24))):
+        if not was_killed(child(lambda: captions.build.main(["--config", config]), generator.randint(4, 40))):
             return kills
     sys.exit(f"not complete after {MAX_ROUNDS} rounds")
 

@@ -14,25 +14,25 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import multiprocess
 import pyarrow.parquet as pq
 
 import captions.build
 import captions.score  # before the forks, none of which then has to
 import captions.select
 import captions.stages
+from capivara_common import executors
 
 MAX_SAID = 5000  # letters, of the end
-write_part, write_table = captions.stages._write_part, pq.ParquetWriter.write_table
+write_part, write_table = captions.stages.RowStage._write_part, pq.ParquetWriter.write_table
 
 
 def dying(victim: str, place: str, mark: Path) -> tuple[Callable, Callable]:
     """`_write_part` and `write_table`, the second of which kills the first time that it writes into the place."""
     current, run = [""], os.getpid()
 
-    def remembering(path: Path, *args, **kwargs) -> None:
-        current[0] = str(path)
-        write_part(path, *args, **kwargs)
+    def remembering(self, part: range, *args, **kwargs) -> None:
+        current[0] = str(self.path(part))
+        write_part(self, part, *args, **kwargs)
 
     def killing(*args, **kwargs) -> None:
         write_table(*args, **kwargs)
@@ -55,9 +55,9 @@ def build(config: str, victim: str, place: str, folder: Path) -> tuple[int, str]
         code = 70
         try:
             sys.stderr = said.open("w")
-            captions.stages._write_part, pq.ParquetWriter.write_table = dying(victim, place, folder / "mark")
-            context = multiprocess.get_context("fork")
-            multiprocess.get_context = lambda method=None: context
+            killing = dying(victim, place, folder / "mark")
+            captions.stages.RowStage._write_part, pq.ParquetWriter.write_table = killing
+            executors.START_METHOD = "fork"
             captions.build.main(["--config", config, "--workers", "2"])
             code = 0
         except SystemExit as ended:

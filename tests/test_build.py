@@ -2,32 +2,31 @@
 
 import errno
 import hashlib
-import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
 import yaml
-from caption_build import CARD, changed, files, openmoji_config, surroundings, write_config, xhosa
+from caption_build import CARD, changed, files, openmoji_config, surroundings, write_config
 from caption_tars import measured_of, picture, rows_of, training_of
 from datasets import Image, Value
 from huggingface_hub import DatasetCard
 from sampling import one_in
+from tiny import randomise, tiny_config
 
-from capivara_common.executors import TasksFailed, Work, make_executor, run_here
+from capivara_common.executors import TasksFailed, Work, execute
 from caption_data.rows import CAPTIONS, SIMILARITIES
-from captions import stages, translate
+from captions import stages
 from captions.build import STAGES, BuildArguments, ManualStepRequired, build, main, read_plan
 from captions.select import Selection
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
 from hub_upload.push import files_to_send
+from modeling_capivara import CapivaraModel
 from training.arguments import RunArguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,14 +37,41 @@ def cache_in_tmp(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory, tiny_processor):
+    """A config whose tables are filled, and its model."""
+    folder = tmp_path_factory.mktemp("template")
+    for part in (randomise(CapivaraModel(tiny_config())).eval(), tiny_processor):
+        part.save_pretrained(folder / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+        return write_config(folder, folder / "model")
+
+
+def copy_of(template: Path, folder: Path) -> Path:
+    """The config in another folder, with data and tables of its own."""
+    for name in ("data", "tables"):
+        shutil.copytree(template.parent / name, folder / name)
+    text = template.read_text(encoding="utf-8").replace(str(template.parent), str(folder))
+    (folder / "config.yaml").write_text(text.replace(f"{folder}/model", f"{template.parent}/model"), encoding="utf-8")
+    return folder / "config.yaml"
+
+
 @pytest.fixture
-def config(tmp_path, tiny_folder):
-    return write_config(tmp_path, tiny_folder)
+def config(template, tmp_path):
+    return copy_of(template, tmp_path)
 
 
-def test_from_images_to_a_data_set_with_its_card(config, tmp_path):
-    folder = build(BuildArguments(config))
-    assert folder == tmp_path / "built" / "dataset"
+@pytest.fixture(scope="module")
+def finished(template, tmp_path_factory):
+    """A config, built, to be read."""
+    config = copy_of(template, tmp_path_factory.mktemp("finished"))
+    build(BuildArguments(config))
+    return config
+
+
+def test_from_images_to_a_data_set_with_its_card(finished):
+    folder, tmp_path = finished.parent / "built" / "dataset", finished.parent
     data = datasets.load_dataset(str(folder))
     assert {split: rows.num_rows for split, rows in data.items()} == {"train": 11, "test": 12}
     features = {
@@ -72,7 +98,7 @@ def test_from_images_to_a_data_set_with_its_card(config, tmp_path):
         {"split": "train", "path": "data/train-*"}, {"split": "test", "path": "data/test-*"},
     ]  # fmt: skip
     assert "# Squares \\| \\*of\\* \\<colour\\>" in card and "[Noise](<https://example.org/noise>) | CC BY 4.0" in card
-    assert "| train | 11 | 11 | 22 | 22 | 0 |" in card or "| train | 11 | 11 | 22 | 22 |" in card
+    assert "| train | 11 | 11 | 22 | 22 |" in card
     assert "| translate | 13 | 12 | 1 unreadable image |" in card and "| select | 11 | 11 | none |" in card
     assert "| score | 12 | 11 | 1 no caption |" in card
     assert str(tmp_path) not in card and str(tmp_path) not in (folder / "build.json").read_text(), (
@@ -82,23 +108,20 @@ def test_from_images_to_a_data_set_with_its_card(config, tmp_path):
     assert len(files_to_send(folder, "dataset")) == 5, "it can be pushed as it is"
 
 
-@pytest.mark.slow
-def test_training_reads_it(config):
-    folder = build(BuildArguments(config))
+def test_training_reads_it(finished):
+    folder = finished.parent / "built" / "dataset"
     args = RunArguments(model="m", dataset=[str(folder)], language="xh", caption_strategy="all")
     (split,) = training_of(args, [])
     assert len(split) == 11 and all(len(captions) == 2 for captions in split.captions())
     assert len(measured_of(args, "test", ["xh"])["xh"]) == 12
 
 
-@pytest.mark.slow
-def test_what_is_done_is_not_done_again_and_no_model_is_loaded(config, tmp_path, monkeypatch, caplog):
-    build(BuildArguments(config))
-    before = files(tmp_path / "built")
+def test_what_is_done_is_not_done_again_and_no_model_is_loaded(finished, monkeypatch, caplog, capsys):
+    before = files(finished.parent / "built")
     monkeypatch.setattr("captions.score.load_embedder", lambda *a: pytest.fail("the model was loaded"))
     with caplog.at_level("INFO", "capivara"):
-        build(BuildArguments(config))
-    assert files(tmp_path / "built") == before
+        main(["--config", str(finished)])
+    assert files(finished.parent / "built") == before
     assert "2-score, train: done" in caplog.text and "dataset: done" in caplog.text
 
 
@@ -128,7 +151,7 @@ def corrected(table: Path, **cells: str) -> None:
 
 def times(folder: Path) -> dict[str, int]:
     """Name -> when it was written, of all parts of the stages."""
-    parts = [*folder.glob("?-*/*/*.parquet"), *folder.glob("?-*/*.translations/parts/*.parquet")]
+    parts = folder.glob("?-*/*/*.parquet")
     return {f"{path.parent.parent.name}/{path.name}": path.stat().st_mtime_ns for path in parts}
 
 
@@ -153,58 +176,31 @@ def test_a_table_waits_until_it_is_filled(config, tmp_path, capsys, caplog):
 
 
 @pytest.mark.slow
-def test_a_corrected_cell_makes_again_what_depends_on_it(config, tmp_path, caplog):
-    """Of its split; what comes of it is what a new build would be."""
+def test_a_corrected_cell_makes_again_what_depends_on_it(config, tmp_path, caplog, monkeypatch):
+    """Of its split: the part of the row, and the stages after it. What comes of it is what a new build would be, also
+    where the first start is killed, and another cell was changed meanwhile."""
+    table = tmp_path / "tables" / "train.tsv"
     build(BuildArguments(config))
     before = times(tmp_path / "built")
-    corrected(tmp_path / "tables" / "train.tsv", a_cat_9="ikati elincinane")
+    corrected(table, a_cat_9="ikati", a_cat_2="-")
     with caplog.at_level("INFO", "capivara"):
         build(BuildArguments(config, dry_run=True))
-    assert caplog.text.count("1 of its translations have changed;") == 1 and times(tmp_path / "built") == before
+    assert "translations of 2 parts have changed;" in caplog.text and times(tmp_path / "built") == before
+    for module, function in ((Path, "unlink"), (stages.RowStage, "_write_part")):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, function, lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+            build(BuildArguments(config))
+    corrected(table, a_cat_9="ikati elincinane", a_cat_2="ikati 2")
     build(BuildArguments(config))
     after = times(tmp_path / "built")
     assert after.keys() == before.keys()
-    kept = {name for name in after if after[name] == before[name]}
-    assert kept - {"1-translate/sentences.parquet"} == {
-        name for name in after if name.startswith(("1-translate/test-", "test."))
-    }
+    changed = {name for name in after if after[name] != before[name] and name.startswith("1-translate")}
+    assert changed == {f"1-translate/train-{start:09d}-{start + 2:09d}.parquet" for start in (2, 8)}
     assert "ikati elincinane" in str(rows_of(tmp_path / "built" / "dataset"))
     corrected_build = files(tmp_path / "built")
-    build(BuildArguments(config))
-    assert times(tmp_path / "built") == after, "what is done stays done"
     (tmp_path / "built").rename(tmp_path / "corrected")
     build(BuildArguments(config))
     assert files(tmp_path / "built") == corrected_build
-
-
-@pytest.mark.slow
-def test_a_correction_that_is_killed_is_done_by_the_next_start(config, tmp_path, monkeypatch):
-    """Wherever it ends, and where another translation was written meanwhile."""
-    table = tmp_path / "tables" / "train.tsv"
-    build(BuildArguments(config))
-    places = [(translate.shutil, "rmtree", 2), (translate.shutil, "rmtree", 4), (stages, "_write_part", 1)]
-    for number, (module, function, calls) in enumerate(places):
-        corrected(table, a_cat_9=f"ikati {number}", a_cat_2=f"ikati ye {number}")
-        real, left = getattr(module, function), iter(range(calls))
-
-        def dying(*args, real=real, left=left, **options):
-            if next(left, None) is None:
-                raise KeyboardInterrupt
-            return real(*args, **options)
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(module, function, dying)
-            build(BuildArguments(config))
-        corrected(table, a_cat_9=f"ikati elisha {number}")
-        build(BuildArguments(config))
-        texts = {row["url"]: row for row in rows_of(tmp_path / "built" / "1-translate" / "train")}
-        assert texts["https://example.org/9"]["captions-xh"] == [f"ikati elisha {number}"]
-        rows = rows_of(tmp_path / "built" / "dataset")
-        (tmp_path / "built").rename(tmp_path / "kept")
-        build(BuildArguments(config))
-        assert rows_of(tmp_path / "built" / "dataset") == rows
-        shutil.rmtree(tmp_path / "built")
-        (tmp_path / "kept").rename(tmp_path / "built")
 
 
 @pytest.mark.slow
@@ -221,54 +217,12 @@ def test_a_correction_that_moves_rows(config, tmp_path):
     assert rows_of(tmp_path / "built" / "dataset")[0]["captions-xh"] == ["ikati 0"]
 
 
-class EarlierTable:
-    """As tables were: their digest was a setting, and an empty cell a translation."""
-
-    name, code = "the table", "xh"
-
-    def __init__(self, path, sentences, language):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        self.fingerprint = {"backend": "file", "sha256": digest, "target": language}
-
-    def translate(self, sentences):
-        return ["" if text in ("a cat 9", "a photo of 9", "a dog") else xhosa(text) for text in sentences]
-
-
 @pytest.mark.slow
-def test_a_build_of_an_earlier_version_goes_on(config, tmp_path, monkeypatch):
-    table = tmp_path / "tables" / "train.tsv"
-    corrected(table, a_cat_9="", a_photo_of_9="", a_dog="")
-    with monkeypatch.context() as patch:
-        patch.setattr("captions.build.untranslated", lambda path: "")
-        patch.setattr("captions.translate.FileTranslator", EarlierTable)
-        build(BuildArguments(config))
-    assert len(rows_of(tmp_path / "built" / "dataset")) == 10, "a row without a caption"
-    corrected(table, a_cat_9="ikati 9", a_photo_of_9="ifoto ye 9", a_dog="inja")
-    folder = build(BuildArguments(config))
-    assert len(rows_of(folder)) == 11
-    (tmp_path / "built").rename(tmp_path / "earlier")
-    assert rows_of(build(BuildArguments(config))) == rows_of(tmp_path / "earlier" / "dataset")
-
-
-@pytest.mark.slow
-def test_tasks_and_what_is_removed(config, tmp_path):
-    """Another number of tasks ends in the same bytes; a part that was removed is made again, and no other one."""
+def test_what_fails_is_named_and_the_same_command_does_the_rest(config, tmp_path, monkeypatch, caplog):
+    """A row that fails its task and no other, a disk that is full at the end, a part that was removed: in any number of
+    tasks the end has the bytes of an undisturbed build."""
     build(BuildArguments(config, tasks=3))
-    three = files(tmp_path / "built")
-    (tmp_path / "built").rename(tmp_path / "three")
-    build(BuildArguments(config))
-    assert files(tmp_path / "built") == three
-    part = sorted((tmp_path / "built" / "2-score" / "train").glob("*.parquet"))[1]
-    kept = {path: path.stat().st_mtime_ns for path in part.parent.glob("*.parquet") if path != part}
-    part.unlink()
-    build(BuildArguments(config, tasks=2))
-    assert files(tmp_path / "built") == three
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
-
-
-@pytest.mark.slow
-def test_a_poisoned_row_fails_its_task_and_no_other(config, tmp_path, monkeypatch, caplog):
-    """It is reported with the rank and its rows, by the run and by --dry_run, until it is done."""
+    (tmp_path / "built").rename(tmp_path / "undisturbed")
     real = Selection._new_columns
 
     def poisoned(self, row):
@@ -278,11 +232,8 @@ def test_a_poisoned_row_fails_its_task_and_no_other(config, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(Selection, "_new_columns", poisoned)
-        text = (
-            r"1 of 2 tasks have failed, the others are done\.\n  task 1: ZeroDivisionError: no such row was expected; "
-        )
-        text += r"rows 6 to 10 of train\nLogs: .*The same command does what is missing"
-        with pytest.raises(TasksFailed, match=r"3-select, train: rows: " + text):
+        text = r"1 tasks have failed:\n  task 1: ZeroDivisionError: no such row was expected; rows 6 to 10 of train\n"
+        with pytest.raises(TasksFailed, match=rf"3-select, train: rows: {text}Logs: .*The same command does what is"):
             build(BuildArguments(config, tasks=2))
     parts = [path.name for path in (tmp_path / "built" / "3-select" / "train").glob("*.parquet")]
     assert parts == ["train-000000000-000000006.parquet"] and not (tmp_path / "built" / "dataset").exists()
@@ -290,8 +241,22 @@ def test_a_poisoned_row_fails_its_task_and_no_other(config, tmp_path, monkeypatc
     assert "in poisoned" in (logs / "failures" / "00001.txt").read_text(), "with its traceback"
     with caplog.at_level("INFO", "capivara"):
         build(BuildArguments(config, dry_run=True))
-    assert "3-select, train: rows: task 1 has failed: ZeroDivisionError" in caplog.text
-    assert build(BuildArguments(config, tasks=2)) and not list(logs.glob("failures/*"))
+    assert "3-select, train: rows: task 1: ZeroDivisionError" in caplog.text
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("captions.dataset_folder.pa.concat_tables", full)
+        with pytest.raises(SystemExit, match=r"error: .*No space left on the disk while writing .*; nothing was kept"):
+            main(["--config", str(config)])
+    assert not (tmp_path / "built" / "dataset").exists() and not list(logs.glob("failures/*"))
+    part = sorted((tmp_path / "built" / "2-score" / "train").glob("*.parquet"))[1]
+    kept = {path: path.stat().st_mtime_ns for path in part.parent.glob("*.parquet") if path != part}
+    part.unlink()
+    build(BuildArguments(config, tasks=2))
+    assert files(tmp_path / "built") == files(tmp_path / "undisturbed")
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
 def test_the_flags_of_an_executor_reach_all_stages_but_those_with_their_own(config):
@@ -310,11 +275,11 @@ def test_the_flags_of_an_executor_reach_all_stages_but_those_with_their_own(conf
     assert "--tasks" not in score.command() and "--time" not in score.command()
 
 
-@pytest.mark.slow
+SLURM = {"executor": "slurm", "tasks": 2, "partition": "main", "time": "00:10:00"}
+
+
 def test_every_job_of_slurm_waits_for_the_one_before(config, tmp_path, monkeypatch):
-    """Also where stages between two jobs have nothing left to do."""
-    build(BuildArguments(config))
-    sorted((tmp_path / "built" / "2-score" / "train").glob("*.parquet"))[0].unlink()
+    """What the user named is quoted in the script: a file for sbatch's output, too."""
     jobs: list[tuple[str, ...]] = []
     monkeypatch.setattr(
         "datatrove.executor.slurm.launch_slurm_job",
@@ -323,77 +288,61 @@ def test_every_job_of_slurm_waits_for_the_one_before(config, tmp_path, monkeypat
             (args and jobs.append((re.search(r"job-name=(\S+)", script)[1], *args))) or f"id-{len(jobs)}"
         ),
     )
-    flags = {"executor": "slurm", "tasks": 2, "partition": "main", "time": "00:10:00", "gpus_per_task": 1}
+    monkeypatch.setattr(shutil, "which", lambda name: name)
     logs = tmp_path / "elsewhere"
-    assert build(BuildArguments(config, **flags, logging_dir=logs)) is None
-    assert [name for name, *_ in jobs] == [
-        "captions-1-translate-train-sentences", "captions-1-translate-train-report", "captions-2-score-train-rows",
-        "captions-3-select-train-rows", "captions-3-select-train-report", "captions-1-translate-test-sentences",
-        "captions-1-translate-test-report", "captions-dataset",
+    flags = SLURM | {"gpus_per_task": 1, "sbatch": ["output=a b/%j.out"], "logging_dir": logs}
+    assert build(BuildArguments(config, **flags)) is None
+    phases = ["sentences", "translations", "rows", "report"]
+    assert [name.removeprefix("captions-") for name, *_ in jobs] == [
+        *(f"1-translate-train-{name}" for name in phases), "2-score-train-rows", "3-select-train-rows",
+        "3-select-train-report", *(f"1-translate-test-{name}" for name in phases), "dataset",
     ]  # fmt: skip
     waits = [[arg for arg in args if arg.startswith("--dependency")] for _, *args in jobs]
     assert waits == [[], *([f"--dependency=afterok:id-{number}"] for number in range(1, len(jobs)))]
     scripts = {name: (logs / name / "launch_script.slurm").read_text() for name in ("2-score/train/rows", "dataset")}
     assert "#SBATCH --gpus=1" in scripts["2-score/train/rows"] and "#SBATCH --gpus" not in scripts["dataset"]
-    assert "#SBATCH --array=0-0\n" in scripts["2-score/train/rows"], "one of two tasks has its parts"
-    assert all("#SBATCH --kill-on-invalid-dep=yes" in script for script in scripts.values())
+    assert "#SBATCH --array=0-1\n" in scripts["2-score/train/rows"] and "#SBATCH --array=0-0\n" in scripts["dataset"]
+    for script in scripts.values():
+        assert "#SBATCH --kill-on-invalid-dep=yes" in script and "#SBATCH --output='a b/%j.out'\n" in script
+        assert re.search(rf"#SBATCH --error={logs}/\S+/slurm_logs/%A_%a\.out\n", script)
+
+
+def test_slurm_asks_for_a_table_where_it_has_nothing_to_do(finished, monkeypatch):
+    """Phases that find out for themselves would be submitted at every start, and the table never written."""
+    table = finished.parent / "tables" / "test.tsv"
+    text = table.read_text(encoding="utf-8")
+    table.unlink()
+    monkeypatch.setattr("datatrove.executor.slurm.launch_slurm_job", lambda *args: pytest.fail("a job was submitted"))
+    with pytest.raises(ManualStepRequired, match=r"test\.tsv has the sentences of 1-translate, test: 25 of 25"):
+        build(BuildArguments(finished, **SLURM))
+    table.write_text(text, encoding="utf-8")
+
+
+SEEN_GPUS = """
+import os, time
+from capivara_common.tasks import Phase
+
+def run(args, rank, world_size):
+    (args.output / f"{rank}-{world_size}").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+    for _ in range(600):  # until the other one is there: a worker must not do both
+        time.sleep(0.1 * (len(list(args.output.iterdir())) < world_size))
+
+PHASES = {"rows": Phase(run, shared=True)}
+"""
 
 
 @pytest.mark.slow
-def test_slurm_asks_for_a_table_where_it_has_nothing_to_do(config, tmp_path, monkeypatch):
-    """Phases that find out for themselves would be submitted at every start, and the table never written."""
-    build(BuildArguments(config))
-    (tmp_path / "tables" / "test.tsv").unlink()
-    monkeypatch.setattr("datatrove.executor.slurm.launch_slurm_job", lambda *args: pytest.fail("a job was submitted"))
-    flags = {"executor": "slurm", "tasks": 2, "partition": "main", "time": "00:10:00"}
-    with pytest.raises(ManualStepRequired, match=r"test\.tsv has the sentences of 1-translate, test: 25 of 25"):
-        build(BuildArguments(config, **flags))
-
-
-def test_workers_are_as_many_as_gpus_and_each_gets_one(config, monkeypatch):
+def test_each_worker_has_a_gpu_of_its_own(config, monkeypatch, tmp_path):
+    """There are as many as GPUs, and their tasks see one."""
     step = read_plan(config).steps["train"][1]
-    work, started = Work.of(step)[0], []
-
-    class Process:
-        """Of a context: it ends at once."""
-
-        exitcode = 0
-
-        def __init__(self, target, args):
-            reading, writing = os.pipe()
-            os.close(writing)
-            *which, environment = args
-            assert environment["CUDA_VISIBLE_DEVICES"] == "2,5", "that of the command, before it is narrowed"
-            started.append(tuple(which[1:]))
-            self.sentinel = reading
-
-        def start(self): ...
-        def join(self): ...
-
-    context = SimpleNamespace(Process=Process, set_forkserver_preload=lambda names: None)
-    monkeypatch.setattr("capivara_common.executors.multiprocess.get_context", lambda _: context)
+    (tmp_path / "seen_gpus.py").write_text(SEEN_GPUS, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    executor = make_executor(work, step, "local")
-    assert (executor.tasks, executor.workers) == (2, 2)
-    executor = make_executor(work, replace(step, tasks=5), "local")
-    for rank in (2, 3):
-        executor.mark_rank_as_completed(rank)
-    run_here(executor)
-    assert sorted(started)[:2] == [(0, "5"), (1, "2")] and started[2][0] == 4 and started[2][1] in ("2", "5")
-    assert make_executor(work, replace(step, tasks=5, workers=9), "local").workers == 5
-
-
-def test_the_script_of_a_slurm_job(config, tmp_path, monkeypatch):
-    """What the user named is quoted: a file for sbatch's output, too."""
-    scripts = []
-    monkeypatch.setattr("datatrove.executor.slurm.launch_slurm_job", lambda text, *args: scripts.append(text) or "1")
-    monkeypatch.setattr(shutil, "which", lambda name: name)
-    flags = {"executor": "slurm", "tasks": 2, "partition": "main", "time": "00:10:00", "sbatch": ["output=a b/%j.out"]}
-    build(BuildArguments(config, logging_dir=tmp_path / "logs", **flags))
-    for script in scripts:
-        assert "#SBATCH --output='a b/%j.out'\n" in script
-        assert re.search(rf"#SBATCH --error={tmp_path}/logs/\S+/slurm_logs/%A_%a\.out\n", script)
-    assert scripts
+    monkeypatch.setattr("capivara_common.executors.START_METHOD", "fork")
+    step.output.mkdir(parents=True)
+    execute([Work("seen_gpus", "rows", step, tmp_path / "logs", "seen")], step)
+    seen = {path.name: path.read_text() for path in step.output.iterdir()}
+    assert seen.keys() == {"0-2", "1-2"} and set(seen.values()) == {"2", "5"}
 
 
 @pytest.mark.parametrize("letter", ["\n", "\x1b", "\\"])
@@ -414,7 +363,7 @@ def test_folders_of_slurm_have_plain_names(config, tmp_path, monkeypatch, flag, 
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / name)
     flags = ["--executor", "slurm", "--tasks", "2", "--partition", "gpu", "--time", "1", f"--{flag}", "x"]
-    with pytest.raises(SystemExit, match=rf"{flag} must have letters, digits and"):
+    with pytest.raises(SystemExit, match=r"folder of the logs, .* must have letters, digits and"):
         main(["--config", str(config), *flags])
 
 
@@ -503,32 +452,6 @@ def test_stages_may_be_left_out(config, tmp_path):
     data = datasets.load_dataset(str(folder))
     assert data["train"].num_rows == 11 and data["test"]["captions-en"][:] == [[f"a cat {i}"] for i in range(12)]
     assert data["test"][0]["similarities-en"] is None and data["test"][0]["image"].size == (9, 12)
-
-
-@pytest.mark.slow
-def test_the_commands_that_it_prints_can_be_pasted(config, tmp_path, capsys):
-    changed(config, output=str(tmp_path / "meus dados"))
-    main(["--config", str(config)])
-    words = shlex.split(capsys.readouterr().out)
-    folder = str(tmp_path / "meus dados" / "dataset")
-    assert words[words.index("upload") + 2] == folder and words[words.index("--dataset") + 1] == f"{folder},"
-
-
-@pytest.mark.slow
-def test_a_full_disk_at_the_end(config, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-
-        def full(*_, **__):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        patch.setattr("captions.dataset_folder.pa.concat_tables", full)
-        with pytest.raises(
-            SystemExit, match=r"error: No space left on the disk while writing .*; the same command goes on"
-        ):
-            main(["--config", str(config)])
-    assert not (tmp_path / "built" / "dataset").exists()
-    assert datasets.load_dataset(str(build(BuildArguments(config))))["train"].num_rows == 11
-    assert not (tmp_path / "built" / "dataset.partial").exists()
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from capivara_common.image_files import BadRow
-from captions.captioner import NOT_FINITE, Blip2Captioner, Captioner, Decoding, DrawnTokens
+from captions.captioner import NOT_FINITE, Blip2Captioner, Captioner, Decoding
 from captions.generate import COLUMN, GenerateArguments, GenerateProcess, load_captioner, main, read_prefixes
 from captions.stage_arguments import PREFIXES
 
@@ -139,12 +139,8 @@ def test_tokens_equal_those_of_the_plain_call(plain, micro_batch_size):
     model, expected = plain
     texts = [tuple(row) for rows in expected for row in rows]
     assert len(set(texts)) > 15, "texts that depend on neither image nor prefix would prove nothing"
+    assert model.config.is_encoder_decoder or len({len(text) for text in texts}) > 2, "they end at different steps"
     assert new_tokens(captioner_of(model, micro_batch_size=micro_batch_size), pictures(3)) == expected
-
-
-def test_texts_of_a_batch_end_at_different_steps(blip2):
-    lengths = {len(row) for rows in new_tokens(captioner_of(blip2), pictures(3)) for row in rows}
-    assert len(lengths) > 2 and STEPS in lengths
 
 
 def test_a_caption_is_prefix_blank_and_text(blip2):
@@ -199,33 +195,6 @@ def test_scores_that_are_no_numbers_cost_one_row_its_captions(blip2, monkeypatch
     first, bad, last = captioner.captions(images, TEN)
     assert isinstance(bad, BadRow) and bad.reason == NOT_FINITE and "bf16" in bad.detail
     assert [first, last] == [expected[0], expected[2]]
-
-
-def test_drawn_tokens_follow_the_probabilities():
-    scores = torch.tensor([2.0, 0.5, -torch.inf, 1.0]).repeat(20_000, 1)
-    uniforms = torch.from_numpy(np.random.default_rng(0).random((20_000, 2), dtype=np.float32))
-    for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.6)):
-        draw = DrawnTokens(uniforms, Decoding(temperature=temperature, top_p=top_p))
-        expected = (scores[0] / temperature).softmax(-1)
-        if top_p < 1:  # the likeliest alone has more than 0.6
-            expected = torch.tensor([1.0, 0, 0, 0]) if expected[0] >= top_p else expected
-            assert expected[0] == 1
-        for _ in range(2):  # every step has numbers of its own
-            share = draw(torch.empty(0), scores).softmax(-1).mean(0)
-            torch.testing.assert_close(share, expected, atol=0.015, rtol=0)
-
-
-@pytest.mark.slow
-def test_sampling_depends_on_seed_image_and_prefix_alone(blip2):
-    images, keys = pictures(4), [b"a", b"b", b"c", b"d"]
-    options = {"sampling": True, "temperature": 2.0, "top_p": 0.9}
-    whole = captioner_of(blip2, **options).captions(images, TEN, keys)
-    pieces = captioner_of(blip2, micro_batch_size=3, **options)
-    assert pieces.captions(images[2:], TEN[::-1], keys[2:]) == [captions[::-1] for captions in whole[2:]]
-    assert captioner_of(blip2, seed=1, **options).captions(images, TEN, keys) != whole
-    assert captioner_of(blip2).captions(images, TEN, keys) != whole
-    twice = captioner_of(blip2, **options).captions([images[0]] * 2, TEN, [b"a", b"e"])
-    assert twice[0] == whole[0] and twice[1] != whole[0]
 
 
 @pytest.mark.slow
@@ -352,21 +321,9 @@ def test_the_command(images_folder, blip2_folder, tmp_path, capsys):
     settings = json.loads((output / "stage.json").read_text())["settings"]
     assert settings["prefixes"] == TEN and settings["model"] == blip2_folder.name and settings["sampling"] is None
     assert (settings["max_new_tokens"], settings["precision"]) == (STEPS, "float32")
-
-
-@pytest.mark.slow
-def test_sampling_goes_on_with_the_same_captions(images_folder, blip2_folder, tmp_path):
-    sampling = ["--sampling", "--temperature", "2", "--top_p", "0.95", "--seed", "7"]
-    main(flags(images_folder, tmp_path / "once", blip2_folder, *sampling))
-    whole = rows_of(tmp_path / "once")
-    parts = sorted((tmp_path / "once").glob("*.parquet"))
-    assert len(parts) == 3
-    parts[1].unlink()
-    main(flags(images_folder, tmp_path / "once", blip2_folder, *sampling))
-    assert rows_of(tmp_path / "once") == whole
-    more = [*sampling, "--tasks", "2", "--batch_rows", "3", "--micro_batch_size", "7"]
-    main(flags(images_folder, tmp_path / "shared", blip2_folder, *more))
-    assert rows_of(tmp_path / "shared") == whole
+    sorted(output.glob("*.parquet"))[1].unlink()
+    main(flags(images_folder, output, blip2_folder, "--tasks", "2"))
+    assert rows_of(output) == rows, "what is missing is made again"
 
 
 def test_own_prefixes(images_folder, blip2_folder, tmp_path):
@@ -380,7 +337,6 @@ def test_own_prefixes(images_folder, blip2_folder, tmp_path):
     ("text", "said"),
     [
         ("", "not JSON"),
-        ("[]", "must hold"),
         ('{"prefixes": "a photo of"}', "must be of type list"),
         ('{"prefixes": []}', "at least"),
         ('{"prefixes": ["a", " "]}', "none blank"),
@@ -397,9 +353,7 @@ def test_prefixes_that_are_none(text, said, tmp_path):
     ("more", "said"),
     [
         (["--max_new_tokens", "0"], "max_new_tokens must be at least 1, got 0"),
-        (["--micro_batch_size", "0"], "micro_batch_size must be at least 1"),
-        (["--temperature", "0"], "temperature must be above 0"),
-        (["--top_p", "1.5"], "top_p must be above 0 and at most 1"),
+        (["--sampling"], "`--sampling` is gone: a caption is the model's likeliest text"),
         (["--prefixes", "no/such.json"], "no/such.json"),
         (["--device", "abacus"], "device must be cpu"),
         (["--model", "no/such/folder"], "'no/such/folder' is neither a folder nor a Hub id"),

@@ -4,7 +4,6 @@ import html
 import json
 import re
 
-import numpy as np
 import PIL.Image
 import pytest
 from caption_tars import picture, rows_of, saved_train, training_of
@@ -174,6 +173,7 @@ def test_the_command_and_its_slips(scored, tmp_path, capsys):
     for more, message in (
         (["--min_pair_similarity", "2"], "min_pair_similarity must be from -1 to 1"),
         (["--caption_count", "0"], "caption_count must be at least 1"),
+        (["--split", "nada"], r"has no split 'nada'; there are \['train'\]"),
         (["--language", "xh"], "no column similarities-xh"),
         (["--min_pair_similarity", "0.3"], "settings.min_pair_similarity: 0.2 there, 0.3 now"),
     ):
@@ -192,23 +192,3 @@ def test_what_sbatch_refuses_is_one_line(scored, tmp_path, monkeypatch):
     program.chmod(0o755)
     with pytest.raises(SystemExit, match=r"error: sbatch has refused select: rows, .*Check --partition"):
         main(flags)
-
-
-@pytest.mark.slow
-def test_a_large_selection_is_quick_to_report(tmp_path):
-    """Examples are the nearest to the cut out of all rows, not the first ones."""
-    similarities = np.random.default_rng(0).permutation(np.linspace(0, 0.5, 400))
-    rows = [([f"foto {i}"], [], [float(value)]) for i, value in enumerate(similarities)]
-    select(SelectArguments(saved(tmp_path / "data", rows), tmp_path / "out", min_pair_similarity=0.2))
-    facts = facts_of(tmp_path / "out")
-    kept = [e["similarity"] for e in facts["examples"] if e["kept"]]
-    dropped = [e["similarity"] for e in facts["examples"] if not e["kept"]]
-    assert kept == pytest.approx(sorted(s for s in similarities if s >= 0.2)[:6])
-    assert dropped == pytest.approx(sorted((s for s in similarities if s < 0.2), reverse=True)[:6])
-    assert sum(facts["first_captions"]["kept"]["bins"]) == facts["images"]["kept"] == (similarities >= 0.2).sum()
-
-
-def test_a_missing_split_names_those_that_are_there(scored, tmp_path):
-    words = ["--dataset", scored, "--split", "nada", "--output", str(tmp_path / "out"), "--language", "pt"]
-    with pytest.raises(SystemExit, match=r"has no split 'nada'; there are \['train'\]"):
-        main([*words, "--caption_strategy", "rank"])

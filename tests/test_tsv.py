@@ -33,13 +33,9 @@ def test_what_is_escaped_comes_back_and_stays_on_one_line():
     for text in texts:
         assert unescape(escape(text)) == text
         assert "\t" not in escape(text) and len(escape(text).splitlines()) <= 1, repr(text)
-    assert escape("plain text, “quoted”: ção") == "plain text, “quoted”: ção", "what is harmless stays readable"
-
-
-@pytest.mark.parametrize("text", ["=HYPERLINK(1)", "=cmd|' /C calc'!A0", "+1", "-a dash", "@SUM(1)", "="])
-def test_no_sentence_is_a_formula_to_a_spreadsheet(text):
-    assert escape(text)[0] == "\\" and unescape(escape(text)) == text
-    assert escape(f"a {text}") == f"a {text}", "inside a sentence the sign is harmless"
+    for text in ("plain text, “quoted”: ção", "a =1 + 1"):
+        assert escape(text) == text, "what is harmless stays readable"
+    assert {escape(sign)[0] for sign in "=+-@"} == {"\\"}, "no sentence is a formula to a spreadsheet"
 
 
 @pytest.mark.parametrize("text", ["\\", "a\\", "\\x", "\\u12", "\\ n"])
@@ -72,15 +68,14 @@ SENTENCES = ["a cat", "a dog", "two men", "a red car", "the sea"]
     ("change", "message"),
     [
         (lambda lines: lines[:2] + lines[3:], r"1 missing: s2_\w+ \('a dog'\)"),
-        (lambda lines: lines[:1], r"5 missing: s1_\w+ \('a cat'\), .*s5"),
+        (
+            lambda lines: [line.replace(lines[1].split("\t")[0], "s1_01234567") for line in lines],
+            r"1 unknown: line 2 .* 1 missing: s1_\w+ \('a cat'\)",
+        ),
         (lambda lines: [*lines[:3], lines[1], *lines[3:]], r"1 doubled: line 4 \(s1_\w+, as line 2\)"),
         (
             lambda lines: [lines[0], lines[5], *lines[1:5]],
             r"1 out of order: line 3 \(s1_\w+ after s5_\w+\) \(sort the rows",
-        ),
-        (
-            lambda lines: [lines[i] for i in (0, 1, 3, 2, 5, 4)],
-            r"2 out of order: line 4 \(s2_\w+ after s3_\w+\), line 6 ",
         ),
         (lambda lines: [*lines, "s9_00000000\tnew\tnovo"], r"1 unknown: line 7 \('s9_00000000'\)"),
         (
@@ -129,14 +124,6 @@ def test_all_kinds_of_faults_are_told_at_once_and_many_of_a_kind_are_counted(tmp
     assert "1 doubled" in str(caught.value)
     assert re.search(r"19 missing: s1_.*s5_\w+ \('sentence 4'\), and 14 more", str(caught.value))
     assert "\n" not in str(caught.value)
-
-
-def test_a_table_of_other_sentences_does_not_fit(tmp_path):
-    """The number alone would pass: the digest does not."""
-    path = tmp_path / "sentences.tsv"
-    write_sentences(path, SENTENCES)
-    with pytest.raises(ValueError, match=r"1 unknown: line 2 .* 1 missing: s1_\w+ \('a hat'\)"):
-        read_translations(path, ["a hat", *SENTENCES[1:]])
 
 
 def test_a_file_that_is_no_utf8(tmp_path):
