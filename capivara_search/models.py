@@ -71,11 +71,11 @@ class SearchModel:
     @property
     def width(self) -> int:
         """Numbers of an embedding."""
-        if self._text_tower is not None:
-            return self._text_tower.width
         config = read_json(self.folder / "config.json")
-        of = ("text_config", "projection_size") if config.get("model_type") == "siglip" else ("projection_dim",)
-        return _size(self.folder / "config.json", *of)
+        siglip = config.get("model_type") == "siglip"
+        return _size(
+            self.folder / "config.json", *(("text_config", "projection_size") if siglip else ("projection_dim",))
+        )
 
     @cached_property
     def side(self) -> int:

@@ -223,8 +223,8 @@ class ScoreArguments(StageArguments):
     language: str = flag("pt", "Language of the captions, the end of their columns' names.")
     model: str | None = flag(
         None,
-        "Required: folder or Hub id of a CAPIVARA model; open_clip:NAME:PRETRAINED or "
-        "open_clip:local-dir:FOLDER; or clip:FOLDER_OR_HUB_ID of transformers. It must know the language.",
+        "Required: folder or Hub id of a CAPIVARA, SigLIP, CLIP … or open_clip:NAME:PRETRAINED, or "
+        "open_clip:local-dir:FOLDER. It must know the language.",
     )
     embedding_batch_size: int = flag(32, "Images that go through at once; twice as many captions.")
     precision: Literal["float32", "bf16"] = flag("float32", "bf16 is faster on most GPUs.")

@@ -57,7 +57,6 @@ TOLERANCE = 1e-4  # of cosines and logits in float32; the two programs differ by
 BASE_TEXT_MODEL = "FacebookAI/xlm-roberta-base"
 BASE_TEXT_NAMES = (BASE_TEXT_MODEL, "xlm-roberta-base")
 
-
 # open_clip's name, or its beginning, and transformers'; {} is the number of a block of the vision transformer.
 NAMES = {
     "logit_scale": "logit_scale",
@@ -172,12 +171,10 @@ def capivara_config(model_cfg: dict) -> CapivaraConfig:
         vision["num_attention_heads"] = vision["hidden_size"] // vision_cfg.get("head_width", 64)
         vision["intermediate_size"] = int(vision["hidden_size"] * vision_cfg.get("mlp_ratio", 4.0))
         vision["hidden_act"] = "quick_gelu" if model_cfg.get("quick_gelu") else "gelu"
-        options = {"projection_dim": model_cfg["embed_dim"]}
-        options["text_projection_type"] = text_cfg.get("hf_proj_type", "mlp")
-        if model_cfg.get("init_logit_scale") is not None:
-            options["logit_scale_init_value"] = float(model_cfg["init_logit_scale"])
-        if model_cfg.get("init_logit_bias") is not None:
-            options["logit_bias_init_value"] = float(model_cfg["init_logit_bias"])
+        kind = text_cfg.get("hf_proj_type", "mlp")
+        options = {"projection_dim": model_cfg["embed_dim"], "text_projection_type": kind}
+        starts = {name: model_cfg.get(f"init_{name}") for name in ("logit_scale", "logit_bias")}
+        options |= {f"{name}_init_value": float(value) for name, value in starts.items() if value is not None}
         return CapivaraConfig(vision_config=vision, text_config=_text_config(text_cfg.get("hf_model_name")), **options)
     except Exception as error:  # fields that are missing or of another kind, and what the data classes raise
         reason = f"{type(error).__name__} " * (not isinstance(error, ValueError)) + " ".join(str(error).split())
@@ -195,8 +192,7 @@ def open_clip_model_cfg(config: CapivaraConfig, text_model_name: str, image_size
     if config.text_config.model_type not in TEXT_KINDS:
         refuse("text_config.model_type", config.text_config.model_type, f"one of {TEXT_KINDS}", "config.json")
     vision, model_cfg = config.vision_config, {"embed_dim": config.projection_dim}
-    if config.logit_bias_init_value is not None:
-        model_cfg["init_logit_bias"] = config.logit_bias_init_value
+    model_cfg |= {} if config.logit_bias_init_value is None else {"init_logit_bias": config.logit_bias_init_value}
     if not _is_vit(config):
         if vision.model_args or not vision.do_pooling:
             refuse("vision_config.model_args", vision.model_args, "none, with do_pooling true", "config.json")

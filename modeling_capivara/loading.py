@@ -22,6 +22,7 @@ from capivara_common.weight_file import weight_files
 
 from .checks_capivara import check_sizes, tokenizer_errors
 from .configuration_capivara import CapivaraConfig, sizes_of
+from .processing_capivara import CapivaraProcessor
 from .two_towers import check_two_towers, limit_texts
 
 WEIGHTS = "model.safetensors"
@@ -134,9 +135,8 @@ def load_processor(source: str | Path) -> ProcessorMixin:
         if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
             raise ValueError(f"it is a {type(processor).__name__}, not one of texts and images")
         check_sizes(processor.image_processor.to_dict())
-        config = checked_config(str(source))
-        if config.model_type != "capivara":  # whose processor has a rule of its own
-            limit_texts(processor, config)
+        if not isinstance(processor, CapivaraProcessor):  # which has a rule of its own
+            limit_texts(processor, checked_config(str(source)))
     except Exception as error:
         raise ValueError(f"The processor of {source} can't be loaded: {' '.join(str(error).split())}") from error
     return processor

@@ -22,7 +22,6 @@ PROGRAM = textwrap.dedent(
         "processor": lambda: load_processor("no/such"),
         "model": lambda: load_model("no/such"),
         "embedder": lambda: load_embedder("no/such", "cpu"),
-        "clip": lambda: load_embedder("clip:no/such", "cpu", baseline=True),
         "open_clip": lambda: load_embedder("open_clip:hf-hub:no/such", "cpu", baseline=True),
         "open_clip tag": lambda: load_embedder("open_clip:ViT-B-32:laion2b_s34b_b79k", "cpu", baseline=True),
         "captioner": lambda: load_captioner(GenerateArguments("d", "o", model="no/such")),

@@ -144,7 +144,7 @@ def test_a_clip_of_transformers(tmp_path):
     tokenizer = CLIPTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[])
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(tmp_path / "clip")
-    args = ScoreArguments(saved(tmp_path / "data"), tmp_path / "out", model=f"clip:{tmp_path / 'clip'}", device="cpu")
+    args = ScoreArguments(saved(tmp_path / "data"), tmp_path / "out", model=str(tmp_path / "clip"), device="cpu")
     assert score(args).rows == 4
     similarities = [value for row in rows_of(args.output) for value in row["similarities-pt"] if value is not None]
     assert len(similarities) == 8 and all(-1 <= value <= 1 for value in similarities)

@@ -1,9 +1,11 @@
 """The whole run at toy width, as a user starts it, and the slips that end it early."""
 
+import io
 import json
 import math
 import os
 import re
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -37,9 +39,9 @@ def flags(folder, dataset, output, **overrides) -> list[str]:
 
 def refused(argv: list[str]) -> str:
     """What the run that can't be says in a line, or its exit code."""
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as stop, redirect_stderr(io.StringIO()) as said:
         train_accelerate.main(argv)
-    return str(stop.value.code)
+    return said.getvalue() if stop.value.code == 2 else str(stop.value.code)
 
 
 @pytest.fixture(scope="module")

@@ -161,7 +161,7 @@ def test_a_model_is_trimmed_once(trimmed, tmp_path, facts):
     ("flags", "fault"),
     [
         ("model model --languages pt", "exists and is not an empty folder"),
-        ("none out --languages pt", "is of no CAPIVARA model"),
+        ("none out --languages pt", "does not exist"),
         ("model out --languages pt xx", "There is no list of words of the language 'xx'; there are ar, bg, bn,"),
         ("model out --languages pt --texts none.txt", "The texts none.txt can't be read"),
         ("model out --languages pt --texts blank.txt", "The file blank.txt holds no text"),

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from capivara_common.environment import handle_signals, used_memory
 from eval.retrieval import embed_captions, validation_measures
-from modeling_capivara.embedder import embedding_width, is_sigmoid
+from modeling_capivara.two_towers import embedding_width, is_sigmoid
 from training.arguments import RunArguments
 from training.batches import MicroBatch, StepPlan
 from training.checkpoints import Checkpoints, TrainerState

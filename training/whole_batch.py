@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from capivara_common.environment import free_memory, keep_freed_memory
-from modeling_capivara.embedder import embedding_width, image_embeds, is_sigmoid, text_embeds
+from modeling_capivara.two_towers import embedding_width, image_embeds, is_sigmoid, text_embeds
 from training.batches import MicroBatch
 
 TILE_LOGITS = 2**24  # logits at once, 64 MiB in float32
