@@ -240,7 +240,7 @@ def test_a_repository_that_holds_neither(cache, tmp_path, monkeypatch):
     from capivara_common import hub_cache
 
     monkeypatch.setattr(hub_cache, "snapshot_download", lambda *_, **__: tmp_path)
-    with pytest.raises(ValueError, match=r"us/other holds neither a CAPIVARA model .* nor one of open_clip"):
+    with pytest.raises(ValueError, match=r"us/other holds no whole model, of open_clip .*: config.json is missing"):
         model_folder("us/other", CONVERTER)
 
 
