@@ -81,8 +81,8 @@ class SearchModel:
         """Pixels a side of what the image tower sees. Raises ValueError where the image processor gives others."""
         if self._kind == "capivara":  # a tower of timm has no size of its own
             return _size(self.folder / "processor_config.json", "image_processor", "crop_size", "height")
-        side, steps = _size(self.folder / "config.json", "vision_config", "image_size", default=224), self._steps
-        given = steps["crop_size"] if steps["do_center_crop"] else steps["size"]
+        side = _size(self.folder / "config.json", "vision_config", "image_size", default=224)
+        given = self._steps["crop_size" if self._steps["do_center_crop"] else "size"]
         if given != {"height": side, "width": side}:
             raise ValueError(
                 f"The image processor of {self.folder} gives {given}, its image tower takes {side} pixels."

@@ -13,16 +13,9 @@ from huggingface_hub.utils import yaml_dump
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoProcessor,
-    GemmaTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    ProcessorMixin,
-    Siglip2Tokenizer,
-)
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.models.gemma import GemmaTokenizer
+from transformers.models.siglip2 import Siglip2Tokenizer
 
 from capivara_common.cli import coded
 from capivara_common.files import read_json

@@ -163,8 +163,9 @@ def test_the_width_of_a_siglip_that_does_not_state_it(tmp_path):
     path.write_text(json.dumps(config))
     assert find_model(str(tmp_path / "model")).width == 32
     path.write_text(json.dumps(config | {"text_config": {}, "vision_config": {}}))
+    change(tmp_path / "model" / "processor_config.json", image_processor={"size": {"height": 224, "width": 224}})
     found = find_model(str(tmp_path / "model"))
-    assert (found.width, found.side) == (768, 224)
+    assert (found.width, found.side, found.squash) == (768, 224, 3)
 
 
 @pytest.mark.slow
