@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.models.gemma import GemmaTokenizer
+from transformers.models.siglip2 import Siglip2Tokenizer
 
 from capivara_common.cli import coded
 from capivara_common.files import read_json
@@ -134,6 +136,8 @@ def load_processor(source: str | Path) -> ProcessorMixin:
             processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
         if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
             raise ValueError(f"it is a {type(processor).__name__}, not one of texts and images")
+        if isinstance(processor.tokenizer, GemmaTokenizer):  # of a published SigLIP 2, trained in small letters
+            processor.tokenizer = Siglip2Tokenizer.from_pretrained(source)
         check_sizes(processor.image_processor.to_dict())
         if not isinstance(processor, CapivaraProcessor):  # which has a rule of its own
             limit_texts(processor, checked_config(str(source)))
