@@ -258,7 +258,8 @@ def _siglip_tower(
         return None  # transformers would read it in another way than its file says
     with checks().tokenizer_errors(str(path)):
         tokenizer = Tokenizer.from_str(json.dumps(state))
-    length = text["max_position_embeddings"]
+    limit = settings.get("model_max_length")  # 10**30 where there is none
+    length = min(text["max_position_embeddings"], limit if isinstance(limit, int) else 10**30)
     if (number := tokenizer.token_to_id(padding)) is None:
         return None
     tokenizer.enable_truncation(length, direction=settings.get("truncation_side", "right"))
