@@ -38,7 +38,7 @@ from hub_upload.card import write_card
 from hub_upload.origins import origins, short_card
 from hub_upload.push import check_access, publish_checkpoint, publish_run
 from modeling_capivara.loading import load_model
-from modeling_capivara.two_towers import is_sigmoid
+from modeling_capivara.two_towers import class_and_loss
 from training.arguments import RunArguments, parse_arguments
 from training.checkpoints import (
     Checkpoints,
@@ -191,6 +191,7 @@ def measure(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder
         write_records(
             folder / "results" / name, records, dataset=args.evaluation_dataset, model=".", precision="float32",
             fingerprint=pairs_fingerprint(split.table), device=device_description(accelerator.device),
+            **class_and_loss(models["capivara"]),
         )  # fmt: skip
         table += records
     run["seconds"]["evaluation"] = time.perf_counter() - started
@@ -230,8 +231,7 @@ def write_run(
     facts = {
         "schema_version": SCHEMA_VERSION,
         "config": args.to_dict(),
-        "model_class": type(model).__name__,
-        "loss": "sigmoid" if is_sigmoid(model) else "contrastive",
+        **class_and_loss(model),
         "fixed": fixed(model),
         "origins": origins,
         "seed": args.seed,

@@ -38,7 +38,7 @@ CHANCE_DRAWS = 20  # of random scores
 class ImageArguments(ModelArguments):
     """What classification and linear probe have in common."""
 
-    model: str = flag(..., "Folder or Hub id of a CAPIVARA model; other kinds with --role baseline.")
+    model: str = flag(..., "Folder or Hub id of a model of two towers; open_clip's with --role baseline.")
     benchmark: str = flag(
         ...,
         "Key of the data set in eval/prompts/pt, such as cifar-10, or a JSON file of your own: language, classes, "

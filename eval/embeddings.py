@@ -166,7 +166,7 @@ def write_result(
     """Write the result file of a command; `started`: `time.perf_counter()` before the first embedding."""
     seconds, device = time.perf_counter() - started, device_description(store.embedder.device)
     known = {"model": args.model, "device": device, "precision": args.precision, "seconds": seconds}
-    write_records(args.output, records, **known, **facts)
+    write_records(args.output, records, **known, **store.embedder.facts, **facts)
 
 
 @user_errors

@@ -50,7 +50,7 @@ class RetrievalArguments(CaptionDataArguments, ModelArguments):
     """Flags of `eval.retrieval`."""
 
     gone = GONE
-    model: str = flag(..., "Folder or Hub id of a CAPIVARA model; other kinds with --role baseline.")
+    model: str = flag(..., "Folder or Hub id of a model of two towers; open_clip's with --role baseline.")
     dataset: str = flag(..., DATASET_HELP)
     output: Path = flag(..., "JSON file for the result records.")
     language: str = flag("pt", "Language of the captions.")

@@ -54,10 +54,10 @@ class SuiteArguments(EmbeddingArguments):
 
     gone = GONE
     suite: str = flag("paper", f"Which benchmarks: {', '.join(SUITES)}.", positional=True, nargs="?")
-    model: str | None = flag(None, "Folder or Hub id of a CAPIVARA model; the first run.")
+    model: str | None = flag(None, "Folder or Hub id of a model of two towers; the first run.")
     runs: list[str] = flag([], "Models of one recipe and several seeds, or the folder of them: mean ± deviation.")
     baseline: str | None = flag(
-        None, "CAPIVARA model, open_clip:NAME:PRETRAINED, open_clip:local-dir:FOLDER or clip:FOLDER."
+        None, "A model as for --model, open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER."
     )
     output: Path = flag(Path("results/suite"), "Folder of result files, suite.json and table.md.")
     data_dir: Path | None = flag(None, "Folder with local data, each under its key.")
@@ -95,7 +95,7 @@ def models_of(args: SuiteArguments) -> list[dict[str, Any]]:
     """The models as suite.json has them, loaded once: a wrong one ends the suite before long work.
 
     That is the name as tasks take it, the role, the number among those of its role, the seed of its training, as its
-    run.json says, and the fingerprint of weights, configuration and precision.
+    run.json says, the fingerprint of weights, configuration and precision, its class and its loss.
 
     Raises:
         ValueError: there is none, one can't be loaded, or two runs are the same model.
@@ -112,8 +112,9 @@ def models_of(args: SuiteArguments) -> list[dict[str, Any]]:
     for role, run, name in [("baseline", 0, args.baseline)] * bool(args.baseline) + runs:
         facts, is_baseline = Path(name) / "run.json", role == "baseline"
         seed = None if is_baseline or not facts.is_file() else read_json(facts).get("seed")
-        fingerprint = load_embedder(name, "cpu", is_baseline, args.precision).fingerprint
-        models.append({"name": name, "role": role, "run": run, "seed": seed, "fingerprint": fingerprint})
+        model = load_embedder(name, "cpu", is_baseline, args.precision)
+        one = {"name": name, "role": role, "run": run, "seed": seed, "fingerprint": model.fingerprint}
+        models.append(one | model.facts)
     if len({model["fingerprint"] for model in models[-len(runs) :]}) < len(runs):
         raise ValueError("Two of --runs hold the same model, so that their deviation would mean nothing.")
     return models

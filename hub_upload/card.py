@@ -31,7 +31,7 @@ from capivara_common.files import seed_folders, write_text
 from capivara_common.privacy import machine_path_in, secret_in
 from eval.records.schema import GAIN
 from hub_upload.allowed_files import check_repo_id
-from hub_upload.card_facts import HUB_ID, LICENCES, CardFacts, card_facts, energy, inherited_licence, licence
+from hub_upload.card_facts import HUB_ID, LICENCES, OWN_CLASS, CardFacts, card_facts, energy, inherited_licence, licence
 from hub_upload.card_values import LANGUAGES, TEMPLATES, card_values, escaped, one_line
 
 CARD = "README.md"
@@ -260,7 +260,8 @@ def metadata(facts: CardFacts, title: str) -> ModelCardData:
     """The front matter. What names no language, licence or Hub id as the Hub knows them is left out."""
     stated = [code.split("-")[0] for code in facts.run["config"]["eval_languages"] if isinstance(code, str)]
     languages = list(dict.fromkeys(stated))
-    tags = ["capivara", "clip", "image-text-retrieval", "zero-shot"]
+    kind = "clip" if facts.model_class == OWN_CLASS else facts.config.get("model_type", "clip")
+    tags = ["capivara", kind, "image-text-retrieval", "zero-shot"]
     tags += ["multilingual"] if len(languages) > 1 else []
     model = facts.origins.get("model") or {}
     # The base's own id, or those that the card of a local base names.

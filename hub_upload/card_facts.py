@@ -33,6 +33,7 @@ FORMATS = {
     "transformers_js": ("onnx/model.onnx", "preprocessor_config.json"),
 }
 HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?<![.-])", re.ASCII)
+OWN_CLASS = "CapivaraModel"
 SAME = 5e-5  # a difference that no card shows
 # The base is measured beside every seed, maybe on another device, where some queries have other ranks by last bits.
 OTHER_QUERIES, OTHER_RANKS = 3, 1
@@ -75,6 +76,11 @@ class CardFacts:
     def language(self) -> str:
         """Code of the language of training."""
         return self.run["config"]["language"]
+
+    @property
+    def model_class(self) -> str:
+        """The model's class; of a run before it was noted, CAPIVARA's own."""
+        return self.run.get("model_class", OWN_CLASS)
 
     @property
     def origins(self) -> Content:
@@ -157,6 +163,9 @@ def card_facts(folder: Path, name: str | None = None) -> CardFacts:
     values, cut = _values([result for path in paths if (result := _result(path, folder, digests))])
     from modeling_capivara.processing_capivara import CONTEXT_LENGTH  # here: --help of the commands awaits no torch
 
+    tokens = CONTEXT_LENGTH
+    if run.get("model_class", OWN_CLASS) != OWN_CLASS:
+        tokens = _read(model / "tokenizer_config.json", folder, digests)["model_max_length"]
     pictures = [(model / name).relative_to(folder).as_posix() for name in RUN_PICTURES if (model / name).is_file()]
     config, graphs = (
         _read(model / name, folder, digests) if (model / name).is_file() else {} for name in ("config.json", GRAPHS)
@@ -164,7 +173,7 @@ def card_facts(folder: Path, name: str | None = None) -> CardFacts:
     digests |= {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in pictures}
     formats = frozenset(key for key, files in FORMATS.items() if all((folder / file).is_file() for file in files))
     return CardFacts(
-        folder, name or _usable(folder.resolve().name), model, run, runs, values, cut, CONTEXT_LENGTH, config,
+        folder, name or _usable(folder.resolve().name), model, run, runs, values, cut, tokens, config,
         _parameters(model), graphs, formats, pictures, digests,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ import jinja2
 
 from eval.records.schema import DIRECTIONS, GAIN, RANK_METRICS, TASKS, is_number
 from eval.records.tables import pairs_of
-from hub_upload.card_facts import HUB_ID, CardFacts, Content, energy, inherited_licence, licence
+from hub_upload.card_facts import HUB_ID, OWN_CLASS, CardFacts, Content, energy, inherited_licence, licence
 
 TEMPLATES = Path(__file__).parent / "templates"
 LANGUAGES = ("en", "pt")
@@ -160,6 +160,8 @@ def card_values(facts: CardFacts, language: str, name: str, is_repository: bool)
     run, config, numbers = facts.run, facts.run["config"], Numbers(language)
     graphs = facts.graphs["graphs"] if facts.graphs else {}
     about = {"name": name, "is_repository": is_repository, "formats": facts.formats}
+    about |= {"is_own": facts.model_class == OWN_CLASS, "is_siglip": facts.model_class == "SiglipModel"}
+    about |= {"loss": run.get("loss", "contrastive")}
     return {
         **about,
         "blocks": MARKDOWN_TEMPLATES.get_template("card_code.md.j2").make_module(about),
@@ -168,6 +170,7 @@ def card_values(facts: CardFacts, language: str, name: str, is_repository: bool)
         **{key: getattr(numbers, key) for key in ("number", "percent", "quantity", "duration", "figure", "cells")},
         "graph_cells": numbers.graph_cells,
         "examples": lambda words: code_examples(facts.language, _class_names(facts) or words),
+        "width": facts.config.get("projection_dim") or (facts.config.get("text_config") or {}).get("projection_size"),
         "is_portuguese": is_portuguese(facts.language),
         **_of_origins(facts),
         **_of_training(facts, numbers),

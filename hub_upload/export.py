@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from safetensors import SafetensorError
+from transformers import PreTrainedConfig, ProcessorMixin
 
 import modeling_capivara
 from capivara_common.cli import flag, parse, run_command, user_errors
@@ -41,11 +42,12 @@ from hub_upload.formats import (
     onnx,
     open_clip,
     read_config,
+    siglip,
     tensor_digests,
     transformers_js,
 )
 from hub_upload.formats.open_clip import OPEN_CLIP_WEIGHTS
-from modeling_capivara import CapivaraConfig, CapivaraProcessor, CapivaraTokenizer
+from modeling_capivara import CapivaraConfig, CapivaraProcessor
 from modeling_capivara.convert_open_clip import capivara_state_dict, write_open_clip_weights
 from modeling_capivara.loading import WEIGHTS, load_processor, mapped_model, mapped_tensors
 
@@ -65,7 +67,7 @@ logger = logging.getLogger("capivara")
 class ExportArguments:
     """Arguments of `hub_upload.export`."""
 
-    model: Path = flag(..., "Folder of a CAPIVARA model, as a training run or `save_pretrained` leaves it.")
+    model: Path = flag(..., "Folder of a model of two towers, as a training run or `save_pretrained` leaves it.")
     output: Path = flag(..., "Folder of the repository. Must be missing or empty.")
     formats: str = flag(
         ",".join(FORMATS),
@@ -153,7 +155,7 @@ def export(
     """Write a repository's folder, whole or not at all.
 
     Args:
-        model: folder of a CAPIVARA model.
+        model: folder of a model of two towers, CAPIVARA's or another class of transformers.
         output: the folder to be made.
         formats: of `FORMATS`, transformers among them.
         text_config: Hub id or folder of the text tower's configuration, for open_clip; see `text_config_source`.
@@ -173,18 +175,24 @@ def export(
     check_output_folder(output, overwrite)
     check_inputs_stay(output, model, text_config)
     config, processor = read_config(model), _read_processor(model)
+    is_own = isinstance(config, CapivaraConfig)
+    if text_config and not is_own:
+        raise ValueError(f"text_config is for CAPIVARA's own class; open_clip needs none for {config.model_type}.")
     if "transformers_js" in formats:
         transformers_js.readable_tokenizer(model)  # or an error before anything is written
     plan = None
-    if "open_clip" in formats:
+    if "open_clip" in formats and is_own:
         plan = open_clip.plan_open_clip(config, processor.image_processor, text_config, repo_id)
+    has_siglip = "open_clip" in formats and not is_own and _has_open_clip(config)
     with whole_folder(output, overwrite) as folder:
         _write_weights(model, folder, config, with_open_clip=plan is not None)
-        _write_processor(model, folder, processor.tokenizer)
+        _write_processor(model, folder, processor)
         if plan:
             open_clip.write_open_clip_config(folder, config, plan, processor.tokenizer)
+        if has_siglip:
+            siglip.write_open_clip(folder, repo_id or output.resolve().name)
         if "sentence_transformers" in formats:
-            open_clip.write_sentence_transformers(folder)
+            open_clip.write_sentence_transformers(folder, siglip.text_rule(processor))
         if "transformers_js" in formats:
             transformers_js.write_tokenizer(folder)
             onnx.write_onnx(folder, graphs=tuple(onnx.GRAPHS), precisions=("float32", "int8", "float16"))
@@ -222,14 +230,24 @@ def _checked_formats(formats: Sequence[str]) -> list[str]:
     return formats
 
 
-def _read_processor(model: Path) -> CapivaraProcessor:
+def _read_processor(model: Path) -> ProcessorMixin:
     processor = load_processor(model)
-    if "auto_map" not in read_json(model / "processor_config.json"):
+    if isinstance(processor, CapivaraProcessor) and "auto_map" not in read_json(model / "processor_config.json"):
         raise ValueError(f"The processor of {model} names no code (auto_map): nobody could load it; save it again.")
     return processor
 
 
-def _write_weights(model: Path, folder: Path, config: CapivaraConfig, with_open_clip: bool) -> None:
+def _has_open_clip(config: PreTrainedConfig) -> bool:
+    """Whether open_clip has such a model of transformers' classes; says why it is left out."""
+    try:
+        siglip.check_open_clip(config)
+    except (ValueError, ImportError) as error:
+        logger.info("open_clip is left out: %s", error)
+        return False
+    return True
+
+
+def _write_weights(model: Path, folder: Path, config: PreTrainedConfig, with_open_clip: bool) -> None:
     """Configuration, code and weights, for transformers and open_clip, each compared with the model by tensor.
 
     Memory holds one copy of the weights at a time: pages of the file that is read or compared.
@@ -247,8 +265,8 @@ def _write_weights(model: Path, folder: Path, config: CapivaraConfig, with_open_
         logger.info("transformers and open_clip: %d tensors compared, all equal.", len(expected))
 
 
-def _write_processor(model: Path, folder: Path, tokenizer: CapivaraTokenizer) -> None:
-    """All code, and the processor's files, paths of this machine in them made relative."""
+def _write_processor(model: Path, folder: Path, processor: ProcessorMixin) -> None:
+    """All code of ours, and the processor's files, paths of this machine in them made relative."""
     for name in PROCESSOR_FILES:
         if not (model / name).is_file():
             continue
@@ -258,9 +276,12 @@ def _write_processor(model: Path, folder: Path, tokenizer: CapivaraTokenizer) ->
             for name_of_loading in ("is_local", "local_files_only"):
                 settings.pop(name_of_loading, None)
             write_json(folder / name, settings)
+    if not isinstance(processor, CapivaraProcessor):  # transformers has its code
+        return
     package = Path(modeling_capivara.__file__).parent
     for name in allowed.MODEL_CODE:
         shutil.copyfile(package / name, folder / name)
+    tokenizer = processor.tokenizer
     if read_json(folder / "tokenizer_config.json").get("tokenizer_class") != type(tokenizer).__name__:
         tokenizer.save_pretrained(folder)  # of an older folder: now it repairs texts also without the processor
 

@@ -27,7 +27,7 @@ from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, 
 from .checks_capivara import check_sizes, tokenizer_errors
 from .image_classification_capivara import unit_length
 from .loading import load_model, load_processor, weights_digest
-from .two_towers import IMAGE_SIDE, image_embeds, pad, text_embeds, tokenise
+from .two_towers import IMAGE_SIDE, class_and_loss, image_embeds, pad, text_embeds, tokenise
 
 # Title of a bar, or what is called after each batch with its size; None for neither
 Progress = str | Callable[[int], object] | None
@@ -44,6 +44,7 @@ class Embedder:
         precision: "float32", or "bf16" for autocast.
         fingerprint: digest of all that the embeddings depend on.
         image_fingerprint: of what those of images do; models that share their image tower share it.
+        facts: its `model_class` and `loss`, as of `class_and_loss`.
         images, texts: embed items; then how many at once, and `Progress`.
     """
 
@@ -52,6 +53,7 @@ class Embedder:
     precision: str
     fingerprint: str
     image_fingerprint: str
+    facts: dict[str, str]
     images: Callable[..., Tensor]
     texts: Callable[..., Tensor]
 
@@ -97,11 +99,17 @@ def model_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin,
     image_side = weights_digest(model, IMAGE_SIDE)
     image_fingerprint = _digest(image_side, config.vision_config.to_json_string() + image_processor, precision)
     towers = partial(embed_images, model, processor), partial(embed_texts, model, processor)
-    return Embedder(name, model.device, precision, fingerprint, image_fingerprint, *towers)
+    return Embedder(name, model.device, precision, fingerprint, image_fingerprint, class_and_loss(model), *towers)
 
 
 def plain_embedder(
-    name: str, device: torch.device, precision: str, fingerprint: str, encode_images: Callable, encode_texts: Callable
+    name: str,
+    device: torch.device,
+    precision: str,
+    fingerprint: str,
+    facts: dict[str, str],
+    encode_images: Callable,
+    encode_texts: Callable,
 ) -> Embedder:
     """Any model of two functions: a batch of PIL images, and a batch of texts, to their embeddings.
 
@@ -112,7 +120,7 @@ def plain_embedder(
         return _in_batches(lambda batch: unit_length(encode(batch)), items, batch_size, progress)
 
     towers = partial(embed, encode_images), partial(embed, encode_texts)
-    return Embedder(name, device, precision, fingerprint, fingerprint, *towers)
+    return Embedder(name, device, precision, fingerprint, fingerprint, facts, *towers)
 
 
 def _open_clip(source: str, device: torch.device, precision: str) -> Embedder:
@@ -149,7 +157,8 @@ def _open_clip(source: str, device: torch.device, precision: str) -> Embedder:
         return model.encode_text(tokenizer(list(texts)).to(device))
 
     fingerprint = _digest("open_clip", source, weights_digest(model), repr(preprocess), precision)
-    return plain_embedder(f"open_clip:{source}", device, precision, fingerprint, encode_images, encode_texts)
+    facts = class_and_loss(model)
+    return plain_embedder(f"open_clip:{source}", device, precision, fingerprint, facts, encode_images, encode_texts)
 
 
 def _digest(*parts: str) -> str:

@@ -154,22 +154,24 @@ def _check_folder(source: str | Path, needed: str, fault: str) -> None:
             raise coded(ValueError, "no_model", "The model folder {model} does not exist.", model=source)
         return check_reachable(source, needed)
     if (folder / "config.json").is_file():
-        _check_kind(folder)  # transformers' message about a wrong one would not name it
+        two_towers_config(folder)  # transformers' message about a wrong one would not name it
     if not (folder / needed).is_file():
         text = "The folder {model} {fault} ({file} is missing)."
         raise coded(ValueError, "not_a_model", text, model=source, fault=fault, file=needed)
 
 
-def _check_kind(folder: Path) -> None:
-    """Raise ValueError where a model folder's configuration is damaged, or of no model of two towers."""
+def two_towers_config(folder: Path) -> PreTrainedConfig:
+    """The configuration in a model folder; ValueError where it is damaged, or of no model of two towers."""
     try:
         kind = read_json(folder / "config.json", model_type=str)["model_type"]
         if kind != "capivara":
-            return check_two_towers(checked_config(str(folder)))
+            config = checked_config(str(folder))
+            check_two_towers(config)
+            return config
     except Exception as error:  # RecursionError among them
         reason = " ".join(str(error).split())
         raise ValueError(f"The config.json of {folder} is of no model of two towers: {reason}") from error
-    read_config(folder)
+    return read_config(folder)
 
 
 def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:

@@ -33,6 +33,11 @@ def is_sigmoid(model: nn.Module) -> bool:
     return getattr(model, "logit_bias", None) is not None
 
 
+def class_and_loss(model: nn.Module) -> dict[str, str]:
+    """What records and cards say of a model: its `model_class`, and its `loss`, "sigmoid" or "contrastive"."""
+    return {"model_class": type(model).__name__, "loss": "sigmoid" if is_sigmoid(model) else "contrastive"}
+
+
 def embedding_width(config: PreTrainedConfig) -> int:
     """Numbers of one embedding."""
     return config.text_config.projection_size if config.model_type == "siglip" else config.projection_dim

@@ -93,7 +93,8 @@ async function classified(library, request, answer) {
   const { pixel_values } = await classify.processor(
     await Promise.all(request.pictures.map((address) => library.RawImage.read(address))));
   const texts = request.labels.map((label) => request.template.replaceAll("{}", label));
-  const tokens = classify.tokenizer(texts, { padding: true, truncation: true });
+  const padding = classify.model.config.model_type === "siglip" ? "max_length" : true;  // as the pipeline has it
+  const tokens = classify.tokenizer(texts, { padding, truncation: true });
   answer.logits = rows((await classify.model({ ...tokens, pixel_values })).logits_per_image);
   await classify.dispose();
 }

@@ -256,8 +256,8 @@ def with_a_shard_missing(folder: Path) -> None:
 BAD_FOLDERS = {
     "gone": (shutil.rmtree, "does not exist"),
     "no config": (lambda f: (f / "config.json").unlink(), r"holds no model \(config.json is missing\)"),
-    "of another kind": (edited("config.json", model_type="clip"), "model_type is 'clip', not 'capivara'"),
-    "broken config": (torn("config.json"), "config.json of .* is of no CAPIVARA model"),
+    "of another kind": (edited("config.json", model_type="bert"), "model_type is 'bert'; taken are capivara"),
+    "broken config": (torn("config.json"), "config.json of .* is of no model of two towers"),
     "no weights": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
         r"has no weights \(model.safetensors is missing\)\. Weights in another format",

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from capivara_common.files import seed_folders, write_text
 from capivara_common.hub_cache import model_folder
 from capivara_common.image_side_digest import image_difference
 from capivara_search.models import CONVERTER
-from modeling_capivara import CapivaraConfig, loading
+from modeling_capivara import loading
 
 # What a keyboard calls for of the text repair, for programs that run no code of a folder; as ftfy does it, so that it
 # changes no text that is repaired. The other repairs are in the vocabulary's own normaliser, or of broken files' texts.
@@ -27,15 +28,24 @@ PLAIN_QUOTES = [
 ]
 
 
-def read_config(folder: Path) -> CapivaraConfig:
-    """The configuration of a model folder. Raises ValueError where it is none; a run's several seeds are named."""
+def read_config(folder: Path, of_ours: str | None = None) -> PreTrainedConfig:
+    """The configuration of a model folder, of any model of two towers; of CAPIVARA's own where a format is `of_ours`.
+
+    Raises ValueError where it is none; a run's several seeds are named.
+    """
     if not folder.is_dir():
         raise ValueError(f"The model folder {folder} does not exist.")
     if not (folder / "config.json").is_file():
         seeds = [path.name for path in seed_folders(folder) if (path / "config.json").is_file()]
         hint = f" It is a run of several seeds; name one of {', '.join(seeds)} in it." if seeds else ""
         raise ValueError(f"The folder {folder} holds no model (config.json is missing).{hint}")
-    return loading.read_config(folder)
+    config = loading.two_towers_config(folder)
+    if of_ours and config.model_type != "capivara":
+        raise ValueError(
+            f"{of_ours} is written of models of CAPIVARA's own class alone, and {folder} is {config.model_type}. The "
+            "whole model (--formats transformers,onnx) opens in place of its base, and finds the base's vectors."
+        )
+    return config
 
 
 def base_of(model: Path, base: str) -> Path:

@@ -63,7 +63,7 @@ def write(source: Path, folder: Path, base: str, repo_id: str | None = None) -> 
         OSError: the disk is full.
     """
     require("--formats drop_in", "onnx", *onnx.ONNX_PACKAGES)
-    config, base_folder = read_config(source), base_of(source, base)
+    config, base_folder = read_config(source, "drop_in"), base_of(source, base)
     if _text_digests(source) == _text_digests(base_folder):
         raise ValueError(f"The text side of {source} is that of {base}, to the bit: there is nothing to exchange.")
     model = mapped_model(source, config)

@@ -72,7 +72,7 @@ def write(source: Path, folder: Path, base: str | None = None) -> None:
     require("immich in --formats", "onnx", *ONNX_PACKAGES)
     if base is not None:
         base_of(source, base)
-    config, processor = read_config(source), load_processor(source)
+    config, processor = read_config(source, "Immich's folder"), load_processor(source)
     side, preprocess_cfg = preprocess_cfg_of(processor.image_processor)
     if base is None:
         model_cfg = open_clip_model_cfg(config, text_config_source(config, None) or "", side)

@@ -2,7 +2,8 @@
 
     onnx/vision_model.onnx  pixel_values (images, 3, side, side)               -> image_embeds (images, width)
     onnx/text_model.onnx    input_ids, attention_mask (texts, tokens), int64   -> text_embeds (texts, width)
-    onnx/model.onnx         all three -> logits_per_image (images, texts), logits_per_text, text_embeds, image_embeds
+                            of SigLIP, input_ids (texts, 64) alone
+    onnx/model.onnx         all of these -> logits_per_image (images, texts), logits_per_text, text_embeds, image_embeds
 
 The last is for transformers.js, as is float16, `_fp16`. Embeddings have unit length. Weights lie beside their graph in
 `.onnx_data`, and int8 graphs end in `_quantized`: the names that transformers.js looks for.
@@ -19,12 +20,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from capivara_common.environment import package_versions
 from capivara_common.files import write_json
-from modeling_capivara import CapivaraModel
 from modeling_capivara.embedder import random_images, random_texts
 from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.modeling_capivara import similarity_logits
+from modeling_capivara.two_towers import fills_up, image_embeds, pad, text_embeds, tokenise
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -55,7 +58,7 @@ TOWERS = ("vision_model", "text_model")
 class Graph(nn.Module):
     """Images, tokens or both to embeddings of unit length, and scores; float32 in and out for any weights."""
 
-    def __init__(self, model: CapivaraModel, outputs: Sequence[str]):
+    def __init__(self, model: PreTrainedModel, outputs: Sequence[str]):
         super().__init__()
         self.model, self.outputs = model, outputs
 
@@ -63,10 +66,17 @@ class Graph(nn.Module):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """The outputs, in their order."""
+        model, found = self.model, {}
         if pixel_values is not None:
-            pixel_values = pixel_values.to(self.model.visual_projection.weight.dtype)
-        output = self.model(input_ids, attention_mask, pixel_values)
-        return tuple(output[name].float() for name in self.outputs)
+            pixel_values = pixel_values.to(next(model.vision_model.parameters()).dtype)
+            found["image_embeds"] = image_embeds(model, pixel_values)
+        if input_ids is not None:
+            found["text_embeds"] = text_embeds(model, input_ids, attention_mask)
+        if len(found) == 2:
+            scale = model.logit_scale, getattr(model, "logit_bias", None)
+            found["logits_per_text"] = similarity_logits(found["text_embeds"], found["image_embeds"], *scale)
+            found["logits_per_image"] = found["logits_per_text"].T
+        return tuple(found[name].float() for name in self.outputs)
 
 
 def write_onnx(
@@ -87,27 +97,33 @@ def write_onnx(
     """
     model, processor, onnx = load_model(source or folder).eval(), load_processor(source or folder), folder / "onnx"
     # Six of each, and one of each alone: both of other sizes than the exporter sees.
-    items = [{"images": random_images()[:n], "text": random_texts()[:n]} for n in (6, 1)]
-    batches = [processor(**some, return_tensors="pt") for some in items]
+    pictures = [image.convert("RGB") for image in random_images()]  # not every processor does it
+    batches = [
+        pad(processor, tokenise(processor, random_texts()[:n]))
+        | {"pixel_values": processor(images=pictures[:n], return_tensors="pt")["pixel_values"]}
+        for n in (6, 1)
+    ]
     with torch.inference_mode():
         expected = [model(**batch) for batch in batches]
     images, texts, tokens = (torch.export.Dim(name, min=1) for name in ("images", "texts", "tokens"))
-    shapes = {key: {0: images} if key in IMAGES else {0: texts, 1: tokens} for key in GRAPHS["model"][0]}
-    example = {name: torch.ones(2, 7, dtype=torch.long) for name in TEXTS}
-    example |= {"pixel_values": torch.zeros_like(batches[0]["pixel_values"][:3])}
+    length = {} if fills_up(processor) else {1: tokens}
+    shapes = {key: {0: images} if key in IMAGES else {0: texts} | length for key in batches[0]}
+    example = {key: of[:3] if key in IMAGES else of[:2, : 7 if length else None] for key, of in batches[0].items()}
     onnx.mkdir()
     paths = []
     for precision in precisions:
         if precision == "float16":
-            scale = model.logit_scale.detach().clone()
-            model.half().logit_scale.data = scale
+            exact = {name: value.data.clone() for name, value in model.named_parameters() if name.startswith("logit_")}
+            model.half()
+            for key, value in exact.items():
+                getattr(model, key).data = value
         for name in graphs:
             inputs, outputs = GRAPHS[name]
             paths.append(onnx / f"{name}{ENDINGS[precision]}.onnx")
             if precision == "int8":
                 _round_weights(onnx / f"{name}.onnx", paths[-1])
                 continue
-            given, dims = ({key: of[key] for key in inputs} for of in (example, shapes))
+            given, dims = ({key: of[key] for key in inputs if key in of} for of in (example, shapes))
             write_graph(Graph(model, outputs), given, outputs, paths[-1], dims)
     del model  # before graphs are in memory, whole
     found = {path.name: _facts(path, batches, expected) for path in paths}

@@ -9,7 +9,6 @@ compared with transformers before the command ends.
 """
 
 import re
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from PIL.Image import Resampling
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.environment import require
@@ -28,7 +27,7 @@ from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
 from hub_upload.formats.open_clip import write_sentence_transformers
 from modeling_capivara.embedder import random_texts
 from modeling_capivara.loading import load_model, load_processor
-from modeling_capivara.two_towers import image_embeds, pad, text_embeds, tokenise
+from modeling_capivara.two_towers import fills_up, image_embeds, pad, text_embeds, tokenise
 
 TOLERANCE = 1e-4  # of cosines in float32
 # transformers' beginning of a name, and open_clip's; the first that fits counts.
@@ -72,25 +71,50 @@ class SiglipArguments:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(SiglipArguments, __doc__, argv)
-    require("open_clip's format", "open_clip", "open_clip")
-    model, processor = load_model(args.model).eval(), load_processor(args.model)
-    if model.config.model_type != "siglip":
-        raise ValueError(f"{args.model} is a {type(model).__name__}; these files are of a SigLIP.")
-    settings = model_cfg(model, args.repo_id or args.model.resolve().name)
-    length = settings["text_cfg"]["context_length"]
-    with tempfile.TemporaryDirectory(dir=args.model) as place:  # nothing is kept where open_clip gives other numbers
-        folder = Path(place)
-        processor.save_pretrained(folder)
-        own = {path.name for path in folder.iterdir()}
-        save_file(open_clip_tensors(model), folder / OPEN_CLIP_WEIGHT_FILES[0])
-        write_json(folder / OPEN_CLIP_CONFIG, {"model_cfg": settings, "preprocess_cfg": preprocess_cfg(processor)})
-        write_sentence_transformers(folder, {"padding": "max_length", "max_length": length})
-        difference = compare(model, processor, folder)
-        for path in folder.iterdir():
-            if path.name not in own:
-                shutil.rmtree(args.model / path.name, ignore_errors=True)
-                path.replace(args.model / path.name)
+    difference = write_open_clip(args.model, args.repo_id or args.model.resolve().name)
+    write_sentence_transformers(args.model, text_rule(load_processor(args.model)))
     print(f"Written into {args.model}; open_clip's embeddings differ by at most {difference:.1e}.")
+
+
+def write_open_clip(folder: Path, name: str) -> float:
+    """Write open_clip's files beside transformers' ones; the tokenizer is that of the repository `name`.
+
+    Returns:
+        The largest difference of embeddings, as of `compare`.
+
+    Raises:
+        ValueError, ImportError: as of `check_open_clip` and `compare`.
+    """
+    model, processor = load_model(folder).eval(), load_processor(folder)
+    check_open_clip(model.config)
+    with tempfile.TemporaryDirectory(dir=folder) as place:  # nothing is kept where open_clip gives other numbers
+        made = Path(place)
+        processor.save_pretrained(made)
+        save_file(open_clip_tensors(model), made / OPEN_CLIP_WEIGHT_FILES[0])
+        settings = {"model_cfg": model_cfg(model, name), "preprocess_cfg": preprocess_cfg(processor)}
+        write_json(made / OPEN_CLIP_CONFIG, settings)
+        difference = compare(model, processor, made)
+        for file in (OPEN_CLIP_WEIGHT_FILES[0], OPEN_CLIP_CONFIG):
+            (made / file).replace(folder / file)
+    return difference
+
+
+def text_rule(processor: ProcessorMixin) -> dict[str, Any]:
+    """How sentence-transformers shall have texts padded: SigLIP's are filled up, others are left to it."""
+    return {"padding": "max_length", "max_length": processor.tokenizer.model_max_length} if fills_up(processor) else {}
+
+
+def check_open_clip(config: PreTrainedConfig) -> None:
+    """Raise ValueError where open_clip has no such model, ImportError where it is not installed to be compared with."""
+    if config.model_type != "siglip":
+        raise ValueError(f"open_clip's layout is written of CAPIVARA and SigLIP alone, not of {config.model_type}.")
+    vision, text = config.vision_config, config.text_config
+    sizes = vision.hidden_size, vision.num_hidden_layers, vision.patch_size
+    if sizes not in TIMM or text.hidden_size % text.num_attention_heads:
+        raise ValueError(
+            f"open_clip has no SigLIP of width, layers and patch {sizes}; there are {', '.join(map(str, TIMM))}."
+        )
+    require("open_clip's format", "open_clip", "open_clip")
 
 
 def open_clip_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -127,17 +151,10 @@ def _renamed(name: str) -> str:
 
 
 def model_cfg(model: PreTrainedModel, name: str) -> dict[str, Any]:
-    """open_clip's fields of the architecture, with the tokenizer of the repository `name`; a folder has its own.
-
-    Raises ValueError where timm has no such image tower.
-    """
+    """open_clip's fields of the architecture, with the tokenizer of the repository `name`; a folder has its own."""
     vision, text = model.config.vision_config, model.config.text_config
-    sizes = vision.hidden_size, vision.num_hidden_layers, vision.patch_size
-    if sizes not in TIMM or text.hidden_size % text.num_attention_heads:
-        raise ValueError(
-            f"open_clip has no SigLIP of width, layers and patch {sizes}; there are {', '.join(map(str, TIMM))}."
-        )
-    side = {"image_size": vision.image_size, "timm_model_name": f"{TIMM[sizes]}_{vision.image_size}"}
+    tower = TIMM[vision.hidden_size, vision.num_hidden_layers, vision.patch_size]
+    side = {"image_size": vision.image_size, "timm_model_name": f"{tower}_{vision.image_size}"}
     side |= {"timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none"}
     texts = {
         "context_length": text.max_position_embeddings, "vocab_size": text.vocab_size, "width": text.hidden_size,

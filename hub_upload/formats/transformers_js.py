@@ -9,12 +9,14 @@
 Source: its `models/session.js` and `utils/model-loader.js`, 4.3.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
-from capivara_common.files import read_json, write_json
+from capivara_common.files import read_json, write_json, write_text
 from hub_upload.formats import write_plain_tokenizer
 from modeling_capivara.loading import load_processor
+from modeling_capivara.processing_capivara import CapivaraProcessor
 from modeling_capivara.text_repair_capivara import CONTEXT_LENGTH
 
 OPTION = "transformers.js_config"  # its part of config.json
@@ -42,8 +44,11 @@ def write_settings(folder: Path) -> None:
     weights = {path.name: 1 for path in sorted((folder / "onnx").glob("*.onnx"))}  # files beside each
     settings: dict[str, Any] = read_json(folder / "config.json")
     write_json(folder / "config.json", settings | {OPTION: {"use_external_data_format": weights}})
-    ours = load_processor(folder).image_processor.to_dict()
-    pixels = {name: ours[name] for name in PIXELS} | {"image_processor_type": "CLIPImageProcessor", "resample": LANCZOS}
+    processor = load_processor(folder)
+    ours, kind = processor.image_processor.to_dict(), type(processor.image_processor).__name__
+    if isinstance(processor, CapivaraProcessor):
+        kind = "CLIPImageProcessor"
+    pixels = {name: ours[name] for name in PIXELS if name in ours} | {"image_processor_type": kind, "resample": LANCZOS}
     write_json(folder / "preprocessor_config.json", pixels)
 
 
@@ -54,7 +59,9 @@ def readable_tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Make the tokenizer of a folder readable to transformers.js, its ids of repaired texts as they were."""
+    """Make the tokenizer of a folder readable to transformers.js, with its ids (CAPIVARA: of repaired texts)."""
+    if read_json(folder / "config.json")["model_type"] != "capivara":  # whose texts are repaired before
+        return write_text(folder / "tokenizer.json", json.dumps(readable_tokenizer(folder), ensure_ascii=False))
     write_plain_tokenizer(folder, readable_tokenizer(folder))
     settings = read_json(folder / "tokenizer_config.json")
     longest = min(settings.get("model_max_length", CONTEXT_LENGTH), CONTEXT_LENGTH)

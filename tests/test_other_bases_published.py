@@ -1,0 +1,201 @@
+"""What a maintainer does with a run on a model of transformers' own class: its card, export, push and figures."""
+
+import contextlib
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from card_run import BASE_CARD, DATA_CARD, card_of, split_card
+from datasets import concatenate_datasets, load_from_disk
+from hub_client import hub_commands
+from made_benchmarks import make_data
+from safetensors.torch import load_file
+from towers import MAKERS, gemma_like, siglip2
+
+import train_accelerate
+from capivara_common.files import read_json
+from eval import report, retrieval, suite
+from hub_upload.card import check, write_card
+from hub_upload.export import export, main
+from modeling_capivara.embedder import load_embedder, random_images, random_texts
+from modeling_capivara.loading import load_processor
+from modeling_capivara.two_towers import tokenise
+
+OWN = "transformers,open_clip,sentence_transformers"  # what a push after a run exports
+WORDS = ["um gato azul", "um céu verde", "uma foto vermelha", "um quadrado branco"]
+FACTS = {"siglip": ("SiglipModel", "sigmoid"), "clip": ("CLIPModel", "contrastive")}
+
+
+@pytest.fixture(scope="module", params=FACTS)
+def run(request, tmp_path_factory, tiny_dataset_folder):
+    """A short run on SigLIP 2 or CLIP, made from within its folder, so that no path of the machine is in it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "siglip":
+        siglip2(folder / "base", gemma_like(WORDS, 320))
+    else:
+        MAKERS[request.param](folder / "base")
+    (folder / "base" / "README.md").write_text(BASE_CARD, encoding="utf-8")
+    splits = load_from_disk(tiny_dataset_folder)
+    splits["test"] = concatenate_datasets([splits["test"], splits["validation"]])
+    splits.save_to_disk(folder / "squares")
+    (folder / "squares" / "README.md").write_text(DATA_CARD, encoding="utf-8")
+    values = {"model": "base", "dataset": "squares", "output_dir": "run", "max_steps": 2, "warmup_steps": 1}
+    values |= {"effective_batch_size": 10, "micro_batch_size": 4, "learning_rate": 1e-3, "num_threads": 1}
+    argv = [word for key, value in values.items() for word in (f"--{key}", str(value))]
+    with contextlib.chdir(folder):
+        train_accelerate.main([*argv, "--eval_languages", "pt", "en"])
+    return folder / "run"
+
+
+@pytest.fixture
+def kind(run) -> str:
+    return read_json(run / "config.json")["model_type"]
+
+
+def printed(code: str, folder: Path) -> str:
+    """What a block of a card prints where it is run."""
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(code, "card", "exec"), {"__name__": "card"})
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("language", ["en", "pt"])
+def test_the_card_is_of_the_models_class(run, kind, language, tmp_path):
+    export(run, tmp_path / "made", OWN.split(","))
+    for folder in (shutil.copytree(run, tmp_path / "run"), tmp_path / "made"):
+        write_card(folder, language=language)
+        assert check(folder) == []
+    data, body = split_card(card_of(tmp_path / "made"))
+    assert kind in data["tags"] and "sentence-transformers" in data["tags"]
+    assert not re.search(r"trust_remote_code|modeling_capivara|XLM|examples\.caption|get_text_features|MIT licen", body)
+    loss = {"en": FACTS[kind][1], "pt": {"sigmoid": "sigmoide", "contrastive": "contrastiva"}[FACTS[kind][1]]}[language]
+    assert f"`{FACTS[kind][0]}`" in body and re.search(rf"\b(the {loss} loss|perda {loss})\b", body)
+    assert f"{64 if kind == 'siglip' else 77} tokens" in body and f"{32 if kind == 'siglip' else 24} dim" in body
+    assert ('padding="max_length"' in body) == (kind == "siglip")
+    package, classify, sentences = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
+    scores = re.findall(r"0\.\d+", printed(package, tmp_path))
+    assert len(scores) == 4 and (".sigmoid()" if kind == "siglip" else ".softmax(dim=-1)") in package
+    assert printed(classify, tmp_path).count("'score'") == 3
+    assert printed(sentences, tmp_path).startswith("tensor([[")
+
+
+def test_one_changed_word_of_class_or_loss_is_found(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    write_card(folder)
+    text = card_of(folder)
+    for old in re.findall(r"`(?:Siglip|CLIP)Model`|(?:sigmoid|contrastive) loss", text):
+        (folder / "README.md").write_text(text.replace(old, "another", 1), encoding="utf-8")
+        assert check(folder), old
+
+
+def test_the_hub_has_the_run_and_its_export(run, kind, tmp_path):
+    """The folder of the run itself, with the files that `hub_upload.formats.siglip` adds, and what a run pushes."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    shutil.copyfile(run / "model.safetensors", folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text("{}", encoding="utf-8")
+    write_card(folder)  # which now shows open_clip, too
+    with hub_commands(tmp_path) as commands:
+        done = commands("--model", folder, "--repo-id", "us/run", "--push")
+        assert done.code == 0, done.err
+        files = set(commands.hub.files("us/run"))
+        assert files >= {"open_clip_model.safetensors", "open_clip_config.json", "model.safetensors", "run.json"}
+        made = tmp_path / "made"
+        done = commands("--model", run, "--output", made, "--formats", OWN, call="hub_upload.export:main")
+        assert done.code == 0 and "open_clip is left out: open_clip" in done.err, done.err
+        write_card(made, repo_id="us/model")
+        assert commands("--model", made, "--repo-id", "us/model", "--push").code == 0
+        sent = commands.hub.files("us/model")
+    assert {"modules.json", "sentence_bert_config.json", "1_Normalize/config.json", "README.md"} <= set(sent)
+    assert not [name for name in sent if name.endswith(".py")]
+    ours, theirs = load_file(run / "model.safetensors"), load_file(made / "model.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    rule = json.loads(sent["sentence_bert_config.json"]).get("processing_kwargs")
+    assert rule == ({"text": {"padding": "max_length", "max_length": 64}} if kind == "siglip" else None)
+
+
+@pytest.mark.parametrize("alone", ["drop_in", "immich"])
+def test_what_is_written_of_capivara_alone_says_so(run, kind, alone, tmp_path):
+    base = ["--base", str(run.parent / "base")] if alone == "drop_in" else []
+    with pytest.raises(SystemExit, match=rf"^error: [^\n]* own class alone, and \S+ is {kind}\. The whole [^\n]*$"):
+        main(["--model", str(run), "--output", str(tmp_path / "made"), "--formats", alone, *base])
+    with pytest.raises(SystemExit, match=r"^error: text_config is for CAPIVARA's own class[^\n]*$"):
+        main(["--model", str(run), "--output", str(tmp_path / "made"), "--formats", OWN, "--text_config", str(run)])
+    assert not (tmp_path / "made").exists()
+
+
+def test_figures_name_class_and_loss(run, kind, tmp_path, capsys):
+    """In result files, in the table of a suite and on the page; embeddings are cut as any model's."""
+    named, output = dict(zip(("model_class", "loss"), FACTS[kind], strict=True)), tmp_path / "results"
+    words = ["--model", str(run), "--dataset", str(run.parent / "squares"), "--output", str(output / "cut.json")]
+    retrieval.main([*words, "--dim", "16"])
+    found = read_json(output / "cut.json")
+    assert found | named == found and {record["dim"] for record in found["records"]} == {16}
+    with pytest.raises(SystemExit, match=rf"dim must be .* {32 if kind == 'siglip' else 24}, got 99"):
+        retrieval.main([*words, "--dim", "99"])
+    ours = read_json(next((run / "results").glob("*_pt.json")))
+    assert ours | named == ours
+    make_data(tmp_path / "data" / "mnist", "mnist")
+    where = ["--output", str(output / "suite"), "--data_dir", str(tmp_path / "data"), "--only", "mnist"]
+    suite.main(["--model", str(run), "--baseline", str(run.parent / "base"), *where])
+    (table,) = re.findall(r"Models: .*", capsys.readouterr().out)
+    assert table.count(f"({named['model_class']}, {named['loss']} loss)") == 2
+    shutil.copytree(run, output / "run")
+    report.main([str(output), "--output", str(tmp_path / "page")])
+    page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    assert f"model class: {named['model_class']};" in page and f"<td>{named['loss']}</td>" in page
+
+
+@pytest.mark.slow
+def test_graphs_are_the_model(run, kind, tmp_path):
+    """Texts of SigLIP are 64 ids without a mask; alone or beside a longer one, a text is the same."""
+    pytest.importorskip("onnxscript")
+    from hub_upload.formats.onnx import open_graph
+
+    folder = tmp_path / "made"
+    export(run, folder, ["transformers", "transformers_js"])
+    write_card(folder)
+    assert check(folder) == []
+    text, vision, both = (open_graph(folder / f"onnx/{name}.onnx") for name in ("text_model", "vision_model", "model"))
+    inputs = {one.name: one.shape for one in text.get_inputs()}
+    assert ("attention_mask" in inputs) == (kind == "clip")
+    assert (inputs["input_ids"][1] == 64) == (kind == "siglip")
+    model, processor = load_embedder(str(run)), load_processor(run)
+    expected, images = model.texts(random_texts()), [image.convert("RGB") for image in random_images()]
+    for row, wanted in zip(tokenise(processor, random_texts()), expected, strict=True):
+        (found,) = text.run(None, {name: [values] for name, values in row.items()})
+        torch.testing.assert_close(torch.from_numpy(found[0]), wanted, rtol=0, atol=1e-5)
+    pixels = processor(images=images, return_tensors="np")["pixel_values"]
+    (found,) = vision.run(None, {"pixel_values": pixels})
+    torch.testing.assert_close(torch.from_numpy(found), model.images(images), rtol=0, atol=1e-5)
+    assert {one.name for one in both.get_inputs()} == {*inputs, "pixel_values"}
+    block = re.findall(r"```python\n(.*?)```", card_of(folder), re.DOTALL)[-1]
+    assert "onnxruntime" in block and printed(block, tmp_path).startswith("[[")
+
+
+@pytest.mark.slow
+def test_transformers_js_classifies_as_the_pipeline(run, tmp_path):
+    in_browser = pytest.importorskip("in_browser")
+    from skimage import data
+    from transformers import pipeline
+
+    try:
+        packages = in_browser.node_packages()
+    except RuntimeError as error:
+        pytest.skip(f"transformers.js can't be asked: {error}")
+    export(run, tmp_path / "made", ["transformers", "transformers_js"])
+    (tmp_path / "photos").mkdir()
+    in_browser.Image.fromarray(data.astronaut()).resize((32, 32)).save(tmp_path / "photos" / "a.png")
+    asked = {"labels": in_browser.LABELS, "template": in_browser.TEMPLATE, "texts": WORDS, "dtype": "fp32"}
+    with in_browser.served({in_browser.NAME: tmp_path / "made"}, packages, photos=tmp_path / "photos") as address:
+        request = in_browser.request(address, pictures=[f"{address}photos/a.png"], **asked)
+        found = in_browser.ask("node", request, packages)
+    classify = pipeline("zero-shot-image-classification", str(tmp_path / "made"))
+    picture = str(tmp_path / "photos" / "a.png")
+    ours = classify(picture, candidate_labels=in_browser.LABELS, hypothesis_template=in_browser.TEMPLATE)
+    expected = {entry["label"]: entry["score"] for entry in ours}
+    assert {entry["label"]: entry["score"] for entry in found["classes"][0]} == pytest.approx(expected, abs=1e-4)
+    assert found["ids"] == [load_processor(run).tokenizer(text)["input_ids"] for text in WORDS]
