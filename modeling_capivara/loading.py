@@ -164,7 +164,8 @@ def _check_kind(folder: Path) -> None:
             return check_two_towers(checked_config(str(folder)))
     except Exception as error:  # RecursionError among them
         reason = " ".join(str(error).split())
-        raise ValueError(f"The config.json of {folder} is of no model of two towers: {reason}") from error
+        text = "The config.json of {model} is of no model of two towers: {reason}"
+        raise coded(ValueError, "no_two_towers", text, model=folder, reason=reason) from error
     read_config(folder)
 
 
