@@ -1,6 +1,6 @@
 """Models of the Hub on this machine: found without asking, fetched once, converted once where they are open_clip's.
 
-    folder = model_folder("hiaac-nlp/CAPIVARA", converter)  # of a CAPIVARA model, whatever the repository holds
+    folder = model_folder("hiaac-nlp/CAPIVARA", converter)  # of a model of two towers, as transformers loads it
 
 A converted model lies in `cache_home()/open_clip/OWNER--NAME/COMMIT`, and the name of its branch beside it; it is there
 whole or not at all. What is in the cache is used as it is, without a request; a revision asks the Hub for another one.
@@ -31,9 +31,18 @@ OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHT_FILES = (  # in order of preference
     *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
 )
-NEEDED = ("config.json", "processor_config.json")  # of a CAPIVARA folder, beside its weights
+# Models of two towers that are taken everywhere: `model_type` -> which these are
+TAKEN = {
+    "capivara": "CAPIVARA",
+    "siglip": "SigLIP and SigLIP 2 of fixed resolution",
+    "clip": "CLIP",
+    "chinese_clip": "Chinese-CLIP",
+    "altclip": "AltCLIP",
+    "metaclip_2": "MetaCLIP 2",
+}
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # the second as older versions of transformers wrote
 SMALL_FILES = ["*.json", "*.model", "*.txt"]
-CAPIVARA_FILES = [*SMALL_FILES, "model*.safetensors"]
+MODEL_FILES = [*SMALL_FILES, "model*.safetensors"]
 HUB_TIMEOUT_S = 5  # to learn whether the Hub is there, and has a model
 MAIN = "main"
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -47,7 +56,7 @@ class Converter:
 
     Attributes:
         convert: writes the model of open_clip of a source and revision into a folder, and returns its weights' digest.
-        explain: raises ValueError with what is wrong with a folder that holds no whole CAPIVARA model.
+        explain: raises ValueError with what is wrong with a folder that holds no whole model.
     """
 
     convert: Callable[[str, Path, str | None], str]
@@ -55,7 +64,7 @@ class Converter:
 
 
 def model_folder(source: str, converter: Converter, revision: str | None = None) -> Path:
-    """The folder of a CAPIVARA model, by folder or Hub id, also one of open_clip's; fetched where it is not here.
+    """The folder of a model that is `TAKEN`, by folder or Hub id, or of open_clip's; fetched where it is not here.
 
     Args:
         source: folder or Hub id, with or without open_clip's `hf-hub:` or `local-dir:` before it; or a checkpoint file
@@ -78,10 +87,10 @@ def model_folder(source: str, converter: Converter, revision: str | None = None)
 
 def cached_folder(repo_id: str, revision: str | None = None) -> Path | None:
     """The folder of a model of the Hub that is on this machine, as it is or converted; None where it is not."""
-    if (found := _snapshot(repo_id, "config.json", revision)) and is_capivara(found):
+    if (found := _snapshot(repo_id, "config.json", revision)) and is_model(found):
         return found
     folder = _converted(repo_id, revision or MAIN)
-    return folder if is_capivara(folder) else None
+    return folder if is_model(folder) else None
 
 
 def is_reachable(repo_id: str) -> bool:
@@ -122,23 +131,42 @@ def is_hub_id(source: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
-def is_capivara(folder: Path) -> bool:
-    """Whether a folder holds a whole CAPIVARA model: settings, processor and weights."""
+def kind_fault(kind: str | None) -> str | None:
+    """What is to be said of a model of this `model_type`: None where it is `TAKEN`; else all that are."""
+    own = " (SigLIP 2 of any resolution, NaFlex)" if kind == "siglip2" else ""
+    known = ", ".join(f"{name} ({title})" for name, title in TAKEN.items())
+    return None if kind in TAKEN else f"model_type is {kind!r}{own}; taken are {known}"
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a whole model that is `TAKEN`: settings, processor and weights."""
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-        return kind == "capivara" and all(path.is_file() for path in [folder / NEEDED[1], *weight_files(folder)])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return _is_begun(folder) and bool(weight_files(folder))
+    except ValueError:
         return False
 
 
+def _kind(folder: Path) -> str | None:
+    """`model_type` of its config.json; None where it has none."""
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+    return None
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether settings and processor are those of a model that is `TAKEN`."""
+    kind = _kind(folder)
+    return kind in TAKEN and any((folder / name).is_file() for name in PROCESSORS[: 1 if kind == "capivara" else 2])
+
+
 def _local_folder(path: Path, name: str, converter: Converter) -> Path:
-    if is_capivara(path):
+    if is_model(path):
         return path.resolve()
     if path.is_file() or (path / OPEN_CLIP_CONFIG).is_file():
         return _converted_from_disk(path.resolve(), converter)
     converter.explain(name)
     weight_files(path)
-    raise ValueError(f"The model folder {path} can't be read.")
+    raise coded(ValueError, "not_a_model", "The folder {model} lacks {file}.", model=path, file="config.json")
 
 
 def reach_failure(source: str | Path, error: Exception) -> ValueError:
@@ -163,23 +191,23 @@ def _fetched_folder(repo_id: str, converter: Converter, revision: str | None) ->
     try:  # without the network, what is in the cache of the Hub serves
         folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=SMALL_FILES))
         logger.info("Downloading the model %s from the Hub, once …", repo_id, extra={"code": "downloading"})
-        if all((folder / name).is_file() for name in NEEDED):
-            folder = Path(snapshot_download(repo_id, revision=folder.name, allow_patterns=CAPIVARA_FILES))
+        if begun := _is_begun(folder):
+            folder = Path(snapshot_download(repo_id, revision=folder.name, allow_patterns=MODEL_FILES))
     except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError) as error:
         raise reach_failure(repo_id, error) from error
-    if is_capivara(folder):
+    if is_model(folder):
         return folder
     if not (folder / OPEN_CLIP_CONFIG).is_file():
-        text = (
-            "The repository {model} holds neither a CAPIVARA model ({files}, model.safetensors) nor one of open_clip "
-            "({file})."
-        )
-        files = {"files": ", ".join(NEEDED), "file": OPEN_CLIP_CONFIG}
-        raise coded(ValueError, "other_repository", text, model=repo_id, **files)
+        if begun:
+            weight_files(folder)  # says which are missing
+        text = "The repository {model} holds no whole model, of open_clip ({file}) or transformers: {fault}."
+        kind = _kind(folder)
+        fault = (kind_fault(kind) if kind else "config.json is missing") or f"{PROCESSORS[0]} is missing"
+        raise coded(ValueError, "other_repository", text, model=repo_id, file=OPEN_CLIP_CONFIG, fault=fault)
     commit, branch = folder.name, revision or MAIN
     folder = _converted(repo_id, commit)
     with one_at_a_time(folder):
-        if not is_capivara(folder):
+        if not is_model(folder):
             _convert(f"hf-hub:{repo_id}", folder, converter, revision=commit)
         if branch != commit:
             write_text(folder.parent / "refs" / branch, commit)
@@ -201,7 +229,7 @@ def _converted_from_disk(path: Path, converter: Converter) -> Path:
     name = hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()
     place = cache_home() / "open_clip" / f"{path.name}-{name}"
     with one_at_a_time(place):
-        if not is_capivara(place / state):
+        if not is_model(place / state):
             _convert(f"local-dir:{path}" if path.is_dir() else str(path), place / state, converter)
             for old in set(place.iterdir()) - {place / state}:
                 shutil.rmtree(old)

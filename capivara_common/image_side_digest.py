@@ -17,7 +17,7 @@ from capivara_common.files import write_json
 from capivara_common.weight_file import WeightFile, weight_files
 
 DIGEST_VERSION = 1  # raise it when the digest covers other things
-IMAGE_SIDE = ("vision_model.", "visual_projection.")
+IMAGE_SIDE = ("vision_model.", "visual_projection.")  # how the names of the image side's parameters begin
 CHUNK_BYTES = 1 << 24
 # What the numbers of an image depend on; the rest of a configuration (names of labels, versions, dropout) changes
 # without them. Of other kinds of towers, all fields but `NEUTRAL` count.
@@ -25,6 +25,10 @@ CLIP_FIELDS = ("model_type", "hidden_act", "layer_norm_eps", "num_attention_head
 TIMM_FIELDS = ("model_type", "architecture", "model_args", "do_pooling")
 DEFAULTS = {"model_type": "clip_vision_model", "hidden_act": "gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12}
 DEFAULTS |= {"patch_size": 32, "image_size": 224, "do_pooling": True, "model_args": None}
+# Of models of transformers itself: what a published one leaves out, and one that was loaded and saved states.
+OF_TRANSFORMERS = DEFAULTS | {"hidden_act": "quick_gelu"}
+OF_SIGLIP = DEFAULTS | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "patch_size": 16}
+OF_STEPS = {"do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
 NEUTRAL = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "id2label", "label2id", "label_names"}
 PROCESSOR_FIELDS = (
     *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize"),
@@ -67,16 +71,43 @@ def image_difference(folder: Path, other: Path) -> str | None:
     return f"{field} of {part} is {here[part].get(field)!r} here and {there[part].get(field)!r} there"
 
 
+def image_steps(folder: Path) -> dict[str, Any]:
+    """What a model's image processor does: its fields `PROCESSOR_FIELDS`. Raises ValueError as `image_side_digest`."""
+    return _settings(folder)["image_processor"]
+
+
 def _settings(folder: Path) -> dict[str, dict[str, Any]]:
     """What the numbers of an image depend on beside the weights, by its place in the folder's files."""
     try:
-        config, processor = (
-            json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "processor_config.json")
-        )
-        steps = {name: processor["image_processor"].get(name) for name in PROCESSOR_FIELDS}
-        return {"vision_config": _tower(config.get("vision_config") or {}), "image_processor": steps}
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        vision, processor = config.get("vision_config") or {}, _processor(folder)
+        if (kind := config.get("model_type", "capivara")) == "capivara":
+            steps = {name: processor.get(name) for name in PROCESSOR_FIELDS}
+            return {"vision_config": _tower(vision), "image_processor": steps}
+        known = (OF_SIGLIP if kind == "siglip" else OF_TRANSFORMERS) | vision | {"model_type": kind}
+        steps = {name: _step(name, processor.get(name)) for name in PROCESSOR_FIELDS}
+        return {"vision_config": {name: known[name] for name in CLIP_FIELDS}, "image_processor": steps}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"The settings of the model {folder} can't be read: {error!r}") from error
+
+
+def _processor(folder: Path) -> dict[str, Any]:
+    """The settings of the image processor, from the file that transformers takes them from."""
+    path = folder / "processor_config.json"
+    nested = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    older = folder / "preprocessor_config.json"
+    if "image_processor" in nested or not older.is_file():
+        return nested["image_processor"]
+    return json.loads(older.read_text(encoding="utf-8"))
+
+
+def _step(name: str, value: Any) -> Any:
+    """A setting of the image processor as it is saved, also where an older file has one number for a size, or none."""
+    if value is None:
+        return OF_STEPS.get(name)
+    if type(value) is not int or name not in ("size", "crop_size"):
+        return value
+    return {"shortest_edge": value} if name == "size" else {"height": value, "width": value}
 
 
 def _tower(vision: dict[str, Any]) -> dict[str, Any]:
@@ -120,6 +151,7 @@ def _image_tensors(paths: list[Path]) -> dict[str, WeightFile]:
     """Name of each tensor of the image side -> the file that it lies in."""
     files = [WeightFile(path) for path in paths]
     tensors = {name: file for file in files for name in file.places if name.startswith(IMAGE_SIDE)}
+    tensors.pop("vision_model.embeddings.position_ids", None)  # a constant that older files of CLIP have
     if not tensors:
         raise ValueError(f"The weights of {paths[0].parent} hold no image tower.")
     return tensors

@@ -243,7 +243,9 @@ class IndexWriter:
     def run(self, exact: bool = False) -> Added:
         """Do it; pictures are decoded at full size where `exact`."""
         files = self.plan.files
-        read = partial(read_picture, side=self.model.side, exact=exact, folders=self.plan.roots)
+        read = partial(
+            read_picture, side=self.model.side, squash=self.model.squash, exact=exact, folders=self.plan.roots
+        )
         self.progress(0, len(files))
         try:
             with closing(read_ahead(files, read, self.batch_size, exact)) as batches:
@@ -338,7 +340,8 @@ def add_folders(
 
 
 def begin(table: PictureTable, model: "SearchModel", folders: Sequence[Path]) -> Plan:
-    """What there is to do, and a table for it. Raises ValueError as `make_plan`, and leaves no table then."""
+    """What there is to do, and a table for it. Raises ValueError as `make_plan`, or of the model: no table is left."""
+    _ = model.side  # before anything else, where its image processor does not fit
     plan = make_plan(table, model.image_digest, folders)
     table.create(model.width)
     note_asked(table, folders)
@@ -402,7 +405,7 @@ def embed_files(
 ) -> dict[str, np.ndarray]:
     """Path -> vector, of files of a place that can be read; nothing is written."""
     found = {}
-    read = partial(read_picture, side=model.side, folders=[os.path.realpath(place)])
+    read = partial(read_picture, side=model.side, squash=model.squash, folders=[os.path.realpath(place)])
     for batch in read_ahead(files, read, batch_size):
         pictures = {file.path: one for file, one in batch if isinstance(one, Picture)}
         vectors = model.images([one.image for one in pictures.values()], batch_size)

@@ -138,6 +138,8 @@ def _notes_shown(words: Words) -> Iterator[None]:
         tqdm.write(visible(" ".join(text.split())), file=sys.stderr)
 
     handler.emit, level = emit, logger.level
+    # transformers warns of default values of SigLIP's own configuration, whatever a model has.
+    logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import date, datetime
 from functools import cached_property
 from pathlib import Path
@@ -76,7 +77,7 @@ class PictureIndex:
 
         Args:
             where: folder, or address of object storage such as s3://bucket/fotos; auto: `default_place`.
-            model: CAPIVARA folder, Hub id, or a model; None: the index's own, or of a new one the default.
+            model: folder, Hub id, or a model; None: the index's own, or of a new one the default.
             device: such as cpu or cuda:1; None: the GPU where there is one.
 
         Raises:
@@ -167,11 +168,13 @@ class PictureIndex:
         text = text.strip() if text else None
         if not text and like is None:
             raise ValueError("The query is empty. Give a sentence, a picture, or both.")
+        self._check_model()  # before the model is loaded
         vectors = [self.model.texts([text])] if text else []
         if like is not None:
             image = open_query_picture(like) if isinstance(like, str | Path) else like
             vectors.append(self.model.images([image]))
-        return self.search_vector(np.concatenate(vectors).mean(axis=0), k, folder, since, until, exact)
+        mean = np.concatenate(vectors).mean(axis=0)
+        return self.search_vector(mean, k, folder, since, until, exact, of_text=like is None)
 
     def search_vector(
         self,
@@ -181,8 +184,9 @@ class PictureIndex:
         since: date | None = None,
         until: date | None = None,
         exact: bool = False,
+        of_text: bool = False,
     ) -> list[Hit]:
-        """`search` by a vector (width,) of the model's."""
+        """`search` by a vector (width,) of the model's; `of_text`: of a sentence, which decides the scale of scores."""
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}.")
         if np.shape(vector) != (self.model.width,):
@@ -196,8 +200,12 @@ class PictureIndex:
             scores = np.clip(unit(as_array(found[VECTOR])) @ vector, -1, 1)
             hits = sorted(to_hits(found, scores), key=lambda hit: (-hit.score, hit.path))
             if len(hits) < asked or hits[-1].score < hits[k - 1].score:
-                return hits[:k]
+                break
             asked *= 4
+        if not of_text:
+            return hits[:k]
+        own = self.model.on_own_scale(np.array([hit.score for hit in hits[:k]]))
+        return [replace(hit, score=float(score)) for hit, score in zip(hits, own, strict=False)]
 
     def newest(
         self, k: int = 12, folder: str | Path | None = None, since: date | None = None, until: date | None = None
@@ -223,16 +231,20 @@ class PictureIndex:
 
     def _of_model(self) -> list[str]:
         """The clause that leaves out vectors of other models, where there are some."""
+        if not (others := self._check_model()):
+            return []
+        note("not_yet_embedded", others, len(self), self.model.name, level=logging.WARNING)
+        return [f"model = {quoted(self.model.image_digest)}"]
+
+    def _check_model(self) -> int:
+        """How many rows are of other models. Raises ValueError where all of them are."""
         digest = self.model.image_digest
         others, total = self._table.of_other_models(digest), len(self)
         if total and (others == total or self.model.width not in self._table.widths()):
             known = self._table.other_model(digest)
             values = {"model": self.model.name, "path": self.where, "known": known, "total": total}
             raise failure(ValueError, "other_model", **values)
-        if not others:
-            return []
-        note("not_yet_embedded", others, total, self.model.name, level=logging.WARNING)
-        return [f"model = {quoted(digest)}"]
+        return others
 
     def thumbnail(self, path: str) -> bytes | None:
         """The small picture (WebP, at most 256 pixels long) of a row; None where there is no such row."""

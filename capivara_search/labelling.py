@@ -56,11 +56,14 @@ def classify_vectors(
         template: sentence with `{}` where a label goes.
     """
     texts = model.texts([*(template.replace("{}", label) for label in labels), NEUTRAL])
-    scores = model.logit_scale * (np.asarray(vectors, np.float32) @ texts.T)  # (pictures, labels + 1)
-    own = scores[:, :-1] - scores[:, :-1].max(axis=1, keepdims=True)
-    shares = np.exp(own) / np.exp(own).sum(axis=1, keepdims=True)
+    cosines = np.asarray(vectors, np.float32) @ texts.T  # (pictures, labels + 1)
+    if model.logit_bias is None:
+        own = model.logit_scale * (cosines[:, :-1] - cosines[:, :-1].max(axis=1, keepdims=True))
+        shares = np.exp(own) / np.exp(own).sum(axis=1, keepdims=True)
+    else:
+        shares = model.on_own_scale(cosines[:, :-1])
     found = []
-    for path, row, share in zip(paths, scores, shares, strict=True):
+    for path, row, share in zip(paths, cosines, shares, strict=True):
         best = int(row.argmax())
         label = labels[best] if best < len(labels) else None
         found.append(Classified(path, label, dict(zip(labels, share.tolist(), strict=True))))

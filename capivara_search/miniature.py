@@ -16,7 +16,7 @@ import numpy as np
 
 from capivara_common.environment import cache_home, require
 from capivara_common.files import whole_folder, write_text
-from capivara_common.hub_cache import is_capivara, one_at_a_time
+from capivara_common.hub_cache import is_model, one_at_a_time
 from capivara_common.progress import no_bars_of_transformers
 from capivara_common.weight_file import WeightFile
 from capivara_search.words import note
@@ -51,11 +51,11 @@ def miniature_folder() -> Path:
         OSError: no space is left for it (about 300 MB).
     """
     folder = cache_home() / "miniature" / _key()
-    if is_capivara(folder):
+    if is_model(folder):
         return folder
     require("The miniature", None, *MODULES)
     with one_at_a_time(folder):
-        if not is_capivara(folder):
+        if not is_model(folder):
             note("miniature", folder)
             weights = WeightFile(PROJECTION)
             with no_bars_of_transformers(), whole_folder(folder, overwrite=True) as new:

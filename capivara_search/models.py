@@ -4,8 +4,8 @@
     model.texts(["um gato dormindo"])  # (1, width), without torch
     model.images([picture])  # (1, width)
 
-A model of open_clip is converted when it is fetched (`capivara_common.hub_cache`). Nothing heavy is imported before it
-is needed.
+Any model of two towers that `capivara_common.hub_cache` takes; one of open_clip is converted when it is fetched.
+Nothing heavy is imported before it is needed.
 """
 
 import math
@@ -21,15 +21,14 @@ import numpy as np
 
 from capivara_common.files import read_json
 from capivara_common.hub_cache import Converter, cached_folder, is_reachable, model_folder
-from capivara_common.image_side_digest import image_side_digest
+from capivara_common.image_side_digest import image_side_digest, image_steps
 from capivara_common.weight_file import WeightFile, weight_files
-from capivara_search.text_tower import TextTower, checks, open_text_tower
+from capivara_search.text_tower import SIGLIP_DEFAULTS, TextTower, checks, open_text_tower, text_repair
 from capivara_search.words import Words, note
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from modeling_capivara import CapivaraModel, CapivaraProcessor
+    from transformers import PreTrainedModel, ProcessorMixin
 
 DEFAULT_MODEL = "hiaac-nlp/CAPIVARA"
 MINIATURE = "miniature"  # as the name of a model
@@ -39,7 +38,7 @@ MANY_TEXTS = 256  # from here on the import of torch pays
 
 @dataclass
 class SearchModel:
-    """A CAPIVARA model on this machine.
+    """A model of two towers on this machine.
 
     Attributes:
         name: for people: the Hub id, or the folder's own name.
@@ -71,29 +70,71 @@ class SearchModel:
     @property
     def width(self) -> int:
         """Numbers of an embedding."""
-        config = read_json(self.folder / "config.json")
-        siglip = config.get("model_type") == "siglip"
-        return _size(
-            self.folder / "config.json", *(("text_config", "projection_size") if siglip else ("projection_dim",))
-        )
+        path = self.folder / "config.json"
+        if self._kind != "siglip":
+            return _size(path, "projection_dim")
+        text = SIGLIP_DEFAULTS | read_json(path, text_config=dict)["text_config"]
+        return _size(path, "text_config", "projection_size", default=text["hidden_size"])
 
     @cached_property
     def side(self) -> int:
-        """Pixels a side of what the image tower sees."""
-        return _size(self.folder / "processor_config.json", "image_processor", "crop_size", "height")
+        """Pixels a side of what the image tower sees. Raises ValueError where the image processor gives others."""
+        if self._kind == "capivara":  # a tower of timm has no size of its own
+            return _size(self.folder / "processor_config.json", "image_processor", "crop_size", "height")
+        side = _size(self.folder / "config.json", "vision_config", "image_size", default=224)
+        given = self._steps["crop_size" if self._steps["do_center_crop"] else "size"]
+        if given != {"height": side, "width": side}:
+            raise ValueError(
+                f"The image processor of {self.folder} gives {given}, its image tower takes {side} pixels."
+            )
+        return side
+
+    @cached_property
+    def squash(self) -> int | None:
+        """PIL's filter that brings pictures of any shape to a square, as SigLIP sees them; None where they are cut."""
+        return self._steps["resample"] if "height" in (self._steps["size"] or {}) else None
+
+    @cached_property
+    def _steps(self) -> dict[str, Any]:
+        return image_steps(self.folder)
+
+    @cached_property
+    def _kind(self) -> str:
+        return read_json(self.folder / "config.json", model_type=str)["model_type"]
 
     @cached_property
     def logit_scale(self) -> float:
-        """What multiplies the cosines before a softmax."""
+        """What multiplies the cosines before a softmax, or SigLIP's sigmoid."""
+        if (scale := self._number("logit_scale")) is None:
+            raise ValueError(f"The weights of {self.folder} hold no logit_scale.")
+        return math.exp(scale)
+
+    @cached_property
+    def logit_bias(self) -> float | None:
+        """What SigLIP's sigmoid adds to the scaled cosines; None of a model that was trained by a softmax."""
+        return self._number("logit_bias")
+
+    def _number(self, name: str) -> float | None:
+        """A weight that is one number; None where there is none of that name. Raises ValueError."""
         for path in weight_files(self.folder):
             weights = WeightFile(path)
-            if "logit_scale" in weights.places:
-                scale = weights.array("logit_scale")
-                if scale.size != 1:
-                    raise ValueError(f"logit_scale of {path} must be one number, it has {scale.size}.")
-                checks().check_sizes({"logit_scale": scale.item()}, f"{path}: ")
-                return math.exp(scale.item())
-        raise ValueError(f"The weights of {self.folder} hold no logit_scale.")
+            if name in weights.places:
+                found = weights.array(name)
+                if found.size != 1:
+                    raise ValueError(f"{name} of {path} must be one number, it has {found.size}.")
+                checks().check_sizes({name: found.item()}, f"{path}: ")
+                return found.item()
+        return None
+
+    def on_own_scale(self, cosines: np.ndarray) -> np.ndarray:
+        """Cosines of texts with pictures as the model was trained to mean them, in their shape and order.
+
+        Of SigLIP's kind: how probable it is that the two belong together, 0 to 1. Of others, the cosines themselves: a
+        softmax says nothing of one pair.
+        """
+        if self.logit_bias is None:
+            return cosines
+        return np.exp(-np.logaddexp(0, -(self.logit_scale * cosines + self.logit_bias)))  # the sigmoid
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings of texts, in their order: (texts, width), float32, unit length.
@@ -103,13 +144,14 @@ class SearchModel:
         Raises:
             ValueError: a text is not a string, or there is none; the model is damaged.
         """
+        texts = text_repair().checked_texts(list(texts))
+        if self._kind != "capivara":  # which repairs its texts by itself
+            texts = [text.encode("utf-8", "replace").decode() for text in texts]  # half a character stops a tokenizer
         if "_loaded" not in self.__dict__ and len(texts) <= MANY_TEXTS and self._text_tower is not None:
             return self._text_tower.embed(texts)
         from modeling_capivara.embedder import embed_texts
-        from modeling_capivara.text_repair_capivara import checked_texts
 
-        model, processor = self._loaded
-        return embed_texts(model, processor, checked_texts(list(texts))).numpy()
+        return embed_texts(*self._loaded, texts).numpy()
 
     def images(self, images: Sequence["Image.Image"], batch_size: int = 32) -> np.ndarray:
         """Embeddings of PIL images, in their order: (images, width), float32, unit length.
@@ -131,7 +173,7 @@ class SearchModel:
         return open_text_tower(self.folder)
 
     @cached_property
-    def _loaded(self) -> tuple["CapivaraModel", "CapivaraProcessor"]:
+    def _loaded(self) -> tuple["PreTrainedModel", "ProcessorMixin"]:
         note("loading" if "torch" in sys.modules else "loading_torch", self.name)  # whose import takes seconds
         from capivara_common.environment import torch_device
         from capivara_common.progress import no_bars_of_transformers
@@ -146,9 +188,9 @@ def find_model(model: str | None = None, device: str | None = None) -> SearchMod
     """A model for search, by its name; it is fetched and converted where that has not been done before.
 
     Args:
-        model: folder or Hub id of a CAPIVARA model, or of one of open_clip with an XLM-RoBERTa text tower; "miniature".
-            Where None: what `CAPIVARA_MODEL` of the environment says, else `DEFAULT_MODEL` where it is in the cache or
-            the Hub can be reached, else the miniature.
+        model: folder or Hub id of a model of two towers (`hub_cache.TAKEN`), or of one of open_clip with an XLM-RoBERTa
+            text tower; "miniature". Where None: what `CAPIVARA_MODEL` of the environment says, else `DEFAULT_MODEL`
+            where it is in the cache or the Hub can be reached, else the miniature.
         device: of the images' side, such as "cuda"; the GPU where there is one.
 
     Raises:
@@ -171,12 +213,13 @@ def find_model(model: str | None = None, device: str | None = None) -> SearchMod
     return SearchModel(model, model, folder, None, device)
 
 
-def _size(path: Path, *fields: str) -> int:
+def _size(path: Path, *fields: str, default: int | None = None) -> int:
     """A number of a JSON file of the model, by the names of the fields that lead to it. Raises ValueError."""
     value: Any = read_json(path, **{fields[0]: dict if fields[1:] else int})
     checks().check_sizes(value, f"{path}: ")
     for field in fields:
         value = value.get(field) if isinstance(value, dict) else None
+    value = default if value is None else value
     if type(value) is not int or value < 1:
         raise ValueError(f"{'.'.join(fields)} of {path} must be a whole number from 1, got {str(value)[:80]}.")
     return value

@@ -411,25 +411,32 @@ def _degrees(value: Any, side: Any, sides: str, limit: int) -> float | None:
 
 
 def read_picture(
-    file: FileState, side: int = 224, exact: bool = False, folders: Sequence[str | Path] | None = None
+    file: FileState,
+    side: int = 224,
+    squash: int | None = None,
+    exact: bool = False,
+    folders: Sequence[str | Path] | None = None,
 ) -> Picture:
     """Read a picture once: digest, size, EXIF data, pixels and thumbnail. May be called by many threads.
 
     Args:
         file: of `find_pictures`.
         side: pixels that the model's image processor brings the short side to.
+        squash: PIL's filter, where it brings both sides to it.
         exact: decode and keep all pixels, unless there are more than 50 million. Otherwise a JPEG is decoded at reduced
-            size (`REDUCED_SIDES`), and the image is brought to `side` by PIL's bicubic filter, as the processor does.
+            size (`REDUCED_SIDES`), and the image is brought to `side` as the processor does, by PIL's bicubic filter.
         folders: real paths of those that it must lie in, as `open_regular_file` has them.
 
     Raises:
         BadImage: it can't be read, is no picture, damaged or too large; as `MissingPicture` where it is gone.
     """
     data, state = _read(file.path, folders)
-    return decode_picture(data, FileState.of(file.path, state), side, exact)
+    return decode_picture(data, FileState.of(file.path, state), side, squash, exact)
 
 
-def decode_picture(data: bytes, file: FileState, side: int = 224, exact: bool = False) -> Picture:
+def decode_picture(
+    data: bytes, file: FileState, side: int = 224, squash: int | None = None, exact: bool = False
+) -> Picture:
     """`read_picture`, of a file that was read: `data`."""
     opened, preview = _opened(data, file.path)
     width, height = opened.size
@@ -439,7 +446,7 @@ def decode_picture(data: bytes, file: FileState, side: int = 224, exact: bool = 
         pixels = _decoded(opened, None if is_whole else max(REDUCED_SIDES * side, THUMBNAIL_SIDE))
         details = _details(opened, preview, data)
         small = at_most(pixels, THUMBNAIL_SIDE)
-        image = pixels if is_whole else short_side(pixels, (width, height), side)
+        image = pixels if is_whole else short_side(pixels, (width, height), side, squash)
     if preview:
         width, height = preview.width, preview.height
     return Picture(
@@ -573,18 +580,21 @@ def at_most(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
     return image.resize(size, Resampling.BICUBIC, reducing_gap=2.0)
 
 
-def short_side(image: PIL.Image.Image, size: tuple[int, int], side: int) -> PIL.Image.Image:
+def short_side(image: PIL.Image.Image, size: tuple[int, int], side: int, squash: int | None = None) -> PIL.Image.Image:
     """The short side brought to `side` pixels where it has more, as the model's image processor does.
 
     Args:
         image: (width, height), perhaps decoded at reduced size.
         size: of the image in its file, which decides the shape: of reduced sides, rounded up, it would be another one.
         side: pixels.
+        squash: PIL's filter, where the long side is brought to them, too.
     """
     short, long = min(size), max(size)
     if short <= side:
         return image
     long_side = int(side * long / short)  # as `resize_short_side`, which test_picture_files.py compares
-    wanted = (side, long_side) if size[0] <= size[1] else (long_side, side)
+    wanted, resample = ((side, long_side) if size[0] <= size[1] else (long_side, side)), Resampling.BICUBIC
+    if squash is not None:
+        wanted, resample = (side, side), squash
     scale = round(size[0] / image.width)  # 1, 2, 4 or 8
-    return image.resize(wanted, Resampling.BICUBIC, box=(0, 0, size[0] / scale, size[1] / scale))
+    return image.resize(wanted, resample, box=(0, 0, size[0] / scale, size[1] / scale))

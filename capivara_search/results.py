@@ -12,7 +12,8 @@ class Hit:
 
     Attributes:
         path: of its file, absolute.
-        score: cosine similarity to the query, -1 to 1.
+        score: cosine similarity to the query, -1 to 1; of a sentence and a model of SigLIP's kind, how probable it is
+            that the two belong together, 0 to 1.
         width: pixels, upright.
         height: pixels, upright.
         taken: when, by its EXIF data, in the camera's local time; None where that is not known.
@@ -73,7 +74,7 @@ class Classified:
     Attributes:
         path: of its file.
         label: the best one; None where none fits better than a sentence that says nothing.
-        shares: label -> share, 0 to 1; they sum to 1.
+        shares: label -> share, 0 to 1; they sum to 1, but with a model of SigLIP's kind, where each stands for itself.
     """
 
     path: str

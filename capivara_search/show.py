@@ -204,11 +204,14 @@ def open_pictures(paths: Sequence[str], words: Words) -> None:
         raise failure(RuntimeError, "no_viewer", name=OPENER)
 
 
-def opened_by_system(*paths: str) -> bool:
-    """Whether the system has a program that opens files or folders, absolute paths, and it has not failed."""
+def opened_by_system(*paths: str, options: Sequence[str] = ()) -> bool:
+    """Whether the system has a program that opens files or folders, absolute paths, and it has not failed.
+
+    `options` are of that program.
+    """
     quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     try:
-        started = [subprocess.Popen([OPENER, path], start_new_session=True, **quiet) for path in paths]
+        started = [subprocess.Popen([OPENER, *options, path], start_new_session=True, **quiet) for path in paths]
     except OSError:
         return False
     deadline = time.monotonic() + OPENER_S

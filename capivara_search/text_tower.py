@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from capivara_common.weight_file import WeightFile
 
@@ -43,7 +43,7 @@ SIGLIP_DEFAULTS = {
     **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
     **{"max_position_embeddings": 64, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"},
 }
-LOWERCASE = {"type": "Lowercase"}  # of the tokenizer.json that transformers writes for SigLIP 2
+SIGLIP2_TOKENIZERS = ("Siglip2Tokenizer", "GemmaTokenizer", "GemmaTokenizerFast")  # as saved, as published
 SIGLIP_NORMS = ("layer_norm1", "layer_norm2")
 SIGLIP_LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 
@@ -187,7 +187,7 @@ class SiglipTextTower(TextTower):
         distinct, places = np.unique(tokens, return_inverse=True)
         words = self.weights.rows("text_model.embeddings.token_embedding.weight", distinct)
         hidden = words[places.reshape(tokens.shape)]
-        hidden = hidden + self.weights.array("text_model.embeddings.position_embedding.weight")
+        hidden = hidden + self.weights.array("text_model.embeddings.position_embedding.weight")[: tokens.shape[1]]
         whole = np.ones(tokens.shape, bool)
         for number in range(self.config["text_config"]["num_hidden_layers"]):
             name = f"text_model.encoder.layers.{number}."
@@ -251,20 +251,28 @@ def _siglip_tower(
         return None
     if text["hidden_act"] != SIGLIP_DEFAULTS["hidden_act"] or text["hidden_size"] % text["num_attention_heads"]:
         return None
-    state, padding = json.loads(path.read_text(encoding="utf-8")), settings.get("pad_token")
+    tokenizer = _siglip2_tokenizer(path, settings, text["max_position_embeddings"])
+    return tokenizer and SiglipTextTower(weights, config, tokenizer)
+
+
+def _siglip2_tokenizer(path: Path, settings: dict[str, Any], positions: int) -> Tokenizer | None:
+    """The tokenizer of a SigLIP 2 as `Siglip2Tokenizer` makes it of the file's pieces; None where it is another."""
+    padding = settings.get("pad_token")
     padding = padding["content"] if isinstance(padding, dict) else padding
-    steps = (state["normalizer"] or {}).get("normalizers", [])
-    if settings.get("tokenizer_class") != "Siglip2Tokenizer" or LOWERCASE not in steps or padding is None:
-        return None  # transformers would read it in another way than its file says
-    with checks().tokenizer_errors(str(path)):
-        tokenizer = Tokenizer.from_str(json.dumps(state))
-    length = text["max_position_embeddings"]
-    if (number := tokenizer.token_to_id(padding)) is None:
+    if settings.get("tokenizer_class") not in SIGLIP2_TOKENIZERS or padding is None:
         return None
+    with checks().tokenizer_errors(str(path)):
+        tokenizer = Tokenizer.from_file(str(path))
+    model, number = tokenizer.model, tokenizer.token_to_id(padding)
+    if number is None or not isinstance(model, models.BPE) or not (model.byte_fallback and model.fuse_unk):
+        return None
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    length = min(positions, settings.get("model_max_length", positions))
     tokenizer.enable_truncation(length, direction=settings.get("truncation_side", "right"))
     side = settings.get("padding_side", "left")
     tokenizer.enable_padding(direction=side, pad_id=number, pad_token=padding, length=length)
-    return SiglipTextTower(weights, config, tokenizer)
+    return tokenizer
 
 
 def _is_known(config: dict[str, Any], weights: WeightFile) -> bool:

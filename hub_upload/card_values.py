@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 
-from eval.records.schema import DIRECTIONS, GAIN, RANK_METRICS, TASKS
+from eval.records.schema import DIRECTIONS, GAIN, RANK_METRICS, TASKS, is_number
 from eval.records.tables import pairs_of
 from hub_upload.card_facts import HUB_ID, CardFacts, Content, energy, inherited_licence, licence
 
@@ -80,12 +80,14 @@ class Numbers:
 
     def number(self, value: Any, digits: int = 0, sign: bool = False, kind: str = "f") -> str:
         """A number of the files, as format's `kind` "f" or "e" writes it. Raises ValueError where it is none."""
+        if not is_number(value):
+            raise ValueError(f"{str(value)[:80]!r} stands where a number belongs; make the run's files again.")
         text = f"{value:{'+' if sign else ''},.{digits}{kind}}"
         return text.translate(str.maketrans(",.", ".,")) if self.language == "pt" else text
 
     def percent(self, share: Any, sign: bool = False) -> str:
         """A share in per cent, or a difference of shares in points; without the unit."""
-        return self.number(100 * share, 2, sign)
+        return self.number(100 * share if is_number(share) else share, 2, sign)
 
     def quantity(self, value: float, unit: str, thousandth: str) -> str:
         """`value` to three digits, in the unit or, where it is small, in its thousandth."""

@@ -63,6 +63,7 @@ REFUSALS = {
     "({tokens}).",
     412: "{repo_id} was changed meanwhile (412), and nothing of yours was committed. Run the command without --push to "
     "see what is there, then with it.",
+    "gated": "{repo_id} is gated (403), and the token has no access to it. Ask for it on the repository's page.",
     "missing": "There is no {repo_type} repository {repo_id} ({status}), or the token does not see it. Check the name, "
     "and that the token is of a member of its organisation.",
     "full": "The Hub has no more space for {repo_id} ({status}): {said}. Delete old files or repositories, or ask for "
@@ -325,6 +326,7 @@ def push(planned: PushPlan) -> str | None:
         if not remote.exists:
             api.create_repo(args.repo_id, repo_type=args.repo_type, private=args.private or None)
             remote = _look(args.repo_id, args.repo_type, args.revision)
+            _check_visibility(args.repo_id, remote, args.private)
         if remote.head is None:
             api.create_branch(args.repo_id, branch=args.revision, revision=remote.start, repo_type=args.repo_type)
         commit = _commit(planned, str(remote.start)) if planned.sent or planned.deleted else None
@@ -470,6 +472,8 @@ def _explained(error: BaseException, repo_id: str, repo_type: str) -> str:
         kind = status
         if status in FULL or (status == 403 and re.search("storage|quota", said, re.IGNORECASE)):
             kind = "full"
+        elif isinstance(error, errors.GatedRepoError):
+            kind = "gated"
         elif isinstance(error, errors.RepositoryNotFoundError) and (status == 404 or get_token() is None):
             kind = "missing"
         elif status in TRY_AGAIN:

@@ -86,6 +86,11 @@ class CapivaraConfig(PreTrainedConfig):
             raise ValueError(f"text_config must be an encoder, got {kind}.")
         super().__post_init__(**kwargs)
 
+    def to_dict(self) -> dict:
+        """As in transformers; without a bias as before there was one, so that digests of settings stay."""
+        absent = {"logit_bias_init_value"} if self.logit_bias_init_value is None else set()
+        return {key: value for key, value in super().to_dict().items() if key not in absent}
+
 
 def checked_widths(widths: Sequence[int], projection_dim: int) -> list[int]:
     """The widths that a model is trained for, the widest first, each once.

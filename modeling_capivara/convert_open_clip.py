@@ -33,7 +33,7 @@ from capivara_common.hub_cache import (
     OPEN_CLIP_WEIGHT_FILES,
     Converter,
     first_line,
-    is_capivara,
+    is_model,
     model_folder,
 )
 
@@ -439,7 +439,7 @@ def _convert(source: str, folder: Path, revision: str | None) -> str:
     return weights_digest(model)
 
 
-CONVERTER = Converter(_convert, explain=lambda folder: (load_processor(folder), read_config(folder)))
+CONVERTER = Converter(_convert, explain=load_processor)
 
 
 # --- The command, and the comparison of both programs ----------------------------------------------------------------
@@ -530,7 +530,7 @@ def _to_transformers(found: OpenClipSource, output: Path, config: CapivaraConfig
 
 
 def _to_open_clip(source: str, output: Path, hf_model_name: str | None) -> tuple[float, list[str]]:
-    if (Path(source) / OPEN_CLIP_CONFIG).is_file() and not is_capivara(Path(source)):
+    if (Path(source) / OPEN_CLIP_CONFIG).is_file() and not is_model(Path(source)):
         raise ValueError(f"SOURCE {source} is an open_clip model already: leave out --to_open_clip.")
     folder = model_folder(source, CONVERTER)
     config, processor = read_config(folder), load_processor(folder)

@@ -4,6 +4,7 @@ All put texts and images into one space: (rows, width), unit length, float32, on
 """
 
 import hashlib
+import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -89,7 +90,9 @@ def load_embedder(
 def model_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin, precision: str) -> Embedder:
     """A model that is loaded, in evaluation mode."""
     config, image_processor = model.config, processor.image_processor.to_json_string()
-    tokenizer = processor.tokenizer.backend_tokenizer.to_str() + str(processor.tokenizer.model_max_length)
+    backend = getattr(processor.tokenizer, "backend_tokenizer", None)  # none of SigLIP's own, which is sentencepiece's
+    tokenizer = backend.to_str() if backend else json.dumps(processor.tokenizer.get_vocab(), sort_keys=True)
+    tokenizer += str(processor.tokenizer.model_max_length)
     fingerprint = _digest(weights_digest(model), config.to_json_string() + image_processor, tokenizer, precision)
     image_side = weights_digest(model, IMAGE_SIDE)
     image_fingerprint = _digest(image_side, config.vision_config.to_json_string() + image_processor, precision)

@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.models.gemma import GemmaTokenizer
+from transformers.models.siglip2 import Siglip2Tokenizer
 
 from capivara_common.cli import coded
 from capivara_common.files import read_json
@@ -55,7 +57,7 @@ def checked_config(source: str, **options: Any) -> PreTrainedConfig:
     """
     try:
         check_sizes(PreTrainedConfig.get_config_dict(source, revision=options.get("revision"))[0])
-        config = AutoConfig.from_pretrained(source, **options)
+        config = AutoConfig.from_pretrained(source, **{"trust_remote_code": False, **options})
         check_sizes(sizes_of(config))  # also of kinds with names of their own
     except OSError:
         raise
@@ -77,7 +79,7 @@ def load_model(source: str | Path) -> PreTrainedModel:
     try:
         config = checked_config(str(source))
         check_two_towers(config)
-        options = {"dtype": "float32", "use_safetensors": True, "output_loading_info": True}
+        options = {"dtype": "float32", "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
         model, report = AutoModel.from_pretrained(source, config=config, **options)
     except Exception as error:
         raise ValueError(f"The model {source} can't be loaded: {' '.join(str(error).split())}") from error
@@ -131,9 +133,11 @@ def load_processor(source: str | Path) -> ProcessorMixin:
     _check_folder(source, "tokenizer_config.json" if older else "processor_config.json", f"has no processor; {way_out}")
     try:
         with tokenizer_errors("its tokenizer"):
-            processor = AutoProcessor.from_pretrained(source)
+            processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
         if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
             raise ValueError(f"it is a {type(processor).__name__}, not one of texts and images")
+        if isinstance(processor.tokenizer, GemmaTokenizer):  # of a published SigLIP 2, trained in small letters
+            processor.tokenizer = Siglip2Tokenizer.from_pretrained(source)
         check_sizes(processor.image_processor.to_dict())
         if not isinstance(processor, CapivaraProcessor):  # which has a rule of its own
             limit_texts(processor, checked_config(str(source)))

@@ -94,10 +94,12 @@ class CapivaraModel(CapivaraPreTrainedModel):
         """
         try:  # by name: cache and converter stay at home when this file travels with a model
             hub_cache = importlib.import_module("capivara_common.hub_cache")
-            converter = importlib.import_module("modeling_capivara.convert_open_clip").CONVERTER
+            converter = importlib.import_module("modeling_capivara.convert_open_clip")
         except ImportError as error:
             raise ImportError("from_open_clip needs the package modeling-capivara: install it.") from error
-        return cls.from_pretrained(hub_cache.model_folder(source, converter, revision), **kwargs)
+        folder = hub_cache.model_folder(source, converter.CONVERTER, revision)
+        converter.read_config(folder)  # says where transformers' own model, CLIP or SigLIP, lies there
+        return cls.from_pretrained(folder, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As in transformers; the folder also names the classes for image classification, zero-shot and fine-tuned."""

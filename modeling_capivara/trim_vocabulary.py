@@ -283,7 +283,8 @@ def _always_kept(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict:
     """What its tokenizer.json holds. Raises ValueError where it is not of the kind that can be cut."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(backend.to_str()) if backend else {"model": {"type": type(tokenizer).__name__}}
     model = state["model"]
     unigram = model.get("type") == "Unigram" and not model.get("byte_fallback") and model.get("unk_id") is not None
     if not unigram and not (model.get("type") == "BPE" and model.get("byte_fallback")):

@@ -15,29 +15,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from capivara_common.hub_cache import kind_fault
+from capivara_common.image_side_digest import IMAGE_SIDE
+
 from .image_classification_capivara import unit_length
 from .processing_capivara import CapivaraProcessor
-
-# `model_type` -> which models these are
-TAKEN = {
-    "capivara": "CAPIVARA",
-    "siglip": "SigLIP and SigLIP 2 of fixed resolution",
-    "clip": "CLIP",
-    "chinese_clip": "Chinese-CLIP",
-    "altclip": "AltCLIP",
-    "metaclip_2": "MetaCLIP 2",
-}
-IMAGE_SIDE = ("vision_model.", "visual_projection.")  # how the names of the image side's parameters begin
 
 
 def check_two_towers(config: PreTrainedConfig) -> None:
     """Raise ValueError where a configuration is of no model that is taken; the message lists those that are."""
-    kind = config.model_type
-    if kind in TAKEN:
-        return
-    own = " (SigLIP 2 of any resolution, NaFlex)" if kind == "siglip2" else ""
-    known = ", ".join(f"{name} ({title})" for name, title in TAKEN.items())
-    raise ValueError(f"model_type is {kind!r}{own}; taken are {known}")
+    if fault := kind_fault(config.model_type):
+        raise ValueError(fault)
 
 
 def is_sigmoid(model: nn.Module) -> bool:

@@ -422,7 +422,7 @@ LIBRARY = [  # what is done, exit code, what is said of it in Portuguese
     ("buscar x --index file.txt", 3, "o índice file.txt é um arquivo, e deve ser uma pasta"),
     ("buscar x --index INDEX --model ./none", 3, "a pasta de modelo ./none não existe"),
     ("buscar x --index INDEX --model none/none", 3, "o modelo none/none não está nesta máquina, e o Hub não responde"),
-    ("buscar x --index INDEX --model other", 3, "não é um modelo CAPIVARA: falta processor_config.json"),
+    ("buscar x --index INDEX --model other", 3, "não é um modelo: falta processor_config.json"),
     ("buscar --like square.png --index INDEX --device abacus", 3, "--device deve ser cpu, cuda ou uma GPU"),
     ("buscar x --index INDEX --model OTHER", 3, "o modelo other-model não combina com o índice"),
     ("buscar x --index INDEX --model bert", 3, "o modelo bert não é dos que se usam aqui, de duas torres, ou está"),

@@ -14,6 +14,7 @@ import torch
 from hub_server import HubServer
 from safetensors.torch import load_file
 from tiny import randomise, tiny_config, tiny_tokenizer
+from towers import MAKERS
 
 from capivara_common.hub_cache import model_folder
 from capivara_search.models import CONVERTER, find_model
@@ -240,8 +241,15 @@ def test_a_repository_that_holds_neither(cache, tmp_path, monkeypatch):
     from capivara_common import hub_cache
 
     monkeypatch.setattr(hub_cache, "snapshot_download", lambda *_, **__: tmp_path)
-    with pytest.raises(ValueError, match=r"us/other holds neither a CAPIVARA model .* nor one of open_clip"):
+    with pytest.raises(ValueError, match=r"us/other holds no whole model, of open_clip .*: config.json is missing"):
         model_folder("us/other", CONVERTER)
+
+
+def test_a_model_of_transformers_is_none_of_ours(tmp_path):
+    MAKERS["clip"](tmp_path / "clip")
+    assert model_folder(str(tmp_path / "clip"), CONVERTER) == tmp_path / "clip"
+    with pytest.raises(ValueError, match=r"^[^\n]* is of no CAPIVARA model: model_type is 'clip'[^\n]*$"):
+        CapivaraModel.from_open_clip(str(tmp_path / "clip"))
 
 
 def test_the_copy_that_travels_says_what_it_lacks(monkeypatch):

@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +131,15 @@ def read(path: Path | str) -> Any:
 
 def refusal(call: Callable[[], object]) -> str | None:
     """The line that a command ends with; None where it went through. More than a line is a fault."""
+    said = io.StringIO()
     try:
-        call()
+        with redirect_stderr(said):
+            call()
     except SystemExit as ended:
         if ended.code not in (None, 0):
-            assert isinstance(ended.code, str) and re.fullmatch(r"error: [^\n]+", ended.code), ended.code
-            return ended.code
+            line = said.getvalue().strip() if ended.code == 2 else ended.code
+            assert isinstance(line, str) and re.fullmatch(r"error: [^\n]+", line), line
+            return line
     return None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,12 +15,15 @@ import torch
 from hub_server import HubServer
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from towers import MAKERS, as_published, gemma_like, siglip2
 
 from capivara_common import image_side_digest as digests
 from capivara_search.models import DEFAULT_MODEL, MANY_TEXTS, find_model
 from modeling_capivara.embedder import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import embedding_width
 
+TEXTS = ["um gato azul", "A casa do Carro"]
 PROGRAM = """
 import json, sys, time
 started = time.perf_counter()
@@ -106,9 +110,9 @@ def test_what_does_not_fit_is_named(tiny_folder, tmp_path):
     with pytest.raises(ValueError, match=r"empty has no processor"):
         find_model(str(tmp_path / "empty"))
     for fault, message in [
-        (lambda f: change(f / "config.json", model_type="clip"), "model_type is 'clip', not 'capivara'"),
+        (lambda f: change(f / "config.json", model_type="siglip2"), r"model_type is 'siglip2' .*NaFlex.* clip .CLIP."),
         (lambda f: (f / "config.json").write_text("{"), "is of no (CAPIVARA model|model of two towers)"),
-        (lambda f: (f / "config.json").unlink(), "is of no CAPIVARA model"),
+        (lambda f: (f / "config.json").unlink(), "lacks config.json"),
         (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
         (lambda f: (f / "processor_config.json").unlink(), "has no processor"),
     ]:
@@ -119,6 +123,78 @@ def test_what_does_not_fit_is_named(tiny_folder, tmp_path):
         shutil.rmtree(folder)
     with pytest.raises(ValueError, match="device must be cpu, cuda"):
         find_model(str(tiny_folder), device="abacus").images([Image.new("RGB", (40, 40))])
+
+
+# --- Models of transformers -------------------------------------------------------------------------------------------
+
+
+KINDS = {**MAKERS, "siglip2": lambda folder: siglip2(folder, gemma_like(TEXTS * 3, 400))}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_transformers_as_saved_and_as_published(kind, tmp_path, cache):
+    """The published one, loaded and saved again by transformers alone, has the same image side."""
+    KINDS[kind](tmp_path / "model")
+    published = shutil.copytree(tmp_path / "model", tmp_path / "published")
+    as_published(published)
+    model, processor = load_model(tmp_path / "model").eval(), load_processor(tmp_path / "model")
+    found, other = (find_model(str(folder), device="cpu") for folder in (tmp_path / "model", published))
+    assert found.image_digest == other.image_digest
+    assert {(one.width, one.side) for one in (found, other)} == {(embedding_width(model.config), 32)}
+    assert found.logit_scale == other.logit_scale == pytest.approx(model.logit_scale.exp().item())
+    assert found.logit_bias == (None if "siglip" not in kind else pytest.approx(model.logit_bias.item()))
+    images = [Image.effect_mandelbrot((60, 45), (-2, -1.5, 1, 1.5), 20 + n).convert("RGB") for n in range(2)]
+    for one in (found, other):
+        np.testing.assert_allclose(one.images(images), embed_images(model, processor, images).numpy(), atol=1e-5)
+        np.testing.assert_allclose(one.texts(TEXTS), embed_texts(model, processor, TEXTS).numpy(), atol=1e-5)
+    vision = json.loads((published / "config.json").read_text())["vision_config"]
+    assert "hidden_act" not in vision and not (published / "processor_config.json").exists()
+    change(published / "config.json", vision_config=vision | {"hidden_act": "relu"})
+    assert find_model(str(published)).image_digest != found.image_digest
+    change_weights(tmp_path / "model", "text_model.")
+    assert find_model(str(tmp_path / "model")).image_digest == found.image_digest
+
+
+def test_the_width_of_a_siglip_that_does_not_state_it(tmp_path):
+    KINDS["siglip2"](tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"].pop("projection_size")
+    path.write_text(json.dumps(config))
+    assert find_model(str(tmp_path / "model")).width == 32
+    path.write_text(json.dumps(config | {"text_config": {}, "vision_config": {}}))
+    change(tmp_path / "model" / "processor_config.json", image_processor={"size": {"height": 224, "width": 224}})
+    found = find_model(str(tmp_path / "model"))
+    assert (found.width, found.side, found.squash) == (768, 224, 3)
+
+
+@pytest.mark.slow
+def test_a_model_of_transformers_is_fetched(tmp_path):
+    folders = {name: tmp_path / name for name in ("siglip2", "naflex", "pickled", "unfinished")}
+    KINDS["siglip2"](folders["siglip2"])
+    as_published(folders["siglip2"])
+    for name in ("naflex", "pickled", "unfinished"):
+        shutil.copytree(folders["siglip2"], folders[name])
+    change(folders["naflex"] / "config.json", model_type="siglip2")
+    (folders["pickled"] / "model.safetensors").rename(folders["pickled"] / "pytorch_model.bin")
+    (folders["unfinished"] / "preprocessor_config.json").unlink()
+    expected = find_model(str(folders["siglip2"]))
+    with HubServer(tmp_path / "hub") as hub:
+        environment = hub.environment(tmp_path / "home", token=None) | {"CAPIVARA_CACHE": str(tmp_path / "cache")}
+        for name, folder in folders.items():
+            hub.store(f"us/{name}", folder)
+        found = run("us/siglip2", **environment)
+        assert (found["name"], found["heavy"]) == ("us/siglip2", []) and found["digest"] == expected.image_digest
+        np.testing.assert_allclose(found["texts"], expected.texts(["um gato", "SÃ£o JoÃ£o"]), atol=1e-6)
+        for name, fault in {
+            "naflex": r"us/naflex .*: model_type is 'siglip2' \(SigLIP 2 of any resolution, NaFlex\); taken are ",
+            "pickled": r"has no weights \(model.safetensors is missing\)",
+            "unfinished": r"us/unfinished .*: processor_config.json is missing",
+        }.items():
+            assert re.search(fault, run(f"us/{name}", **environment)["error"])
+            fetched = [path.name for path in (tmp_path / "home").rglob("*") if path.name == "model.safetensors"]
+            assert len(fetched) == 1, "weights of what is refused are not fetched"
+    assert run("us/siglip2", **environment) == found  # nobody answers: it is here
 
 
 # --- The Hub ----------------------------------------------------------------------------------------------------------

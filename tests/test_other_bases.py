@@ -17,7 +17,9 @@ from modeling_capivara.embedder import embed_texts, load_embedder, random_images
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.trim_vocabulary import language_words, trim, word_forms
 from modeling_capivara.two_towers import IMAGE_SIDE, freeze_image_side, image_embeds, tokenise
+from training.arguments import RunArguments
 from training.batches import micro_batches
+from training.trainable import prepare_trainable
 from training.whole_batch import contrastive_loss, loss_of, sigmoid_loss
 
 TWELVE = [f"{caption} {ending}" for caption in CAPTIONS[:6] for ending in ("azul", "e uma casa verde")]
@@ -156,3 +158,11 @@ def test_siglip2_in_full_size_is_read_by_open_clip_and_sentence_transformers(tmp
     sentences = SentenceTransformer(str(folder), device="cpu")
     torch.testing.assert_close(sentences.encode(texts, convert_to_tensor=True), ours.texts(texts), rtol=0, atol=1e-5)
     torch.testing.assert_close(sentences.encode(images, convert_to_tensor=True), ours.images(images), rtol=0, atol=1e-5)
+
+
+def test_scale_and_bias_stay_whatever_else_is_frozen(tmp_path):
+    MAKERS["siglip"](tmp_path / "base")
+    for words, trained in ([r"text_model\.embeddings\..*"], False), (["none"], True), ([], False):
+        model = load_model(tmp_path / "base")
+        prepare_trainable(model, RunArguments(model="m", dataset=["d"], frozen_parameters=words))
+        assert model.logit_scale.requires_grad is model.logit_bias.requires_grad is trained

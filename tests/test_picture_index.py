@@ -1,5 +1,6 @@
 """An index of pictures: what is added, kept, found and answered. Everything runs on a tiny model."""
 
+import json
 import logging
 import os
 import shutil
@@ -9,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from made_index import make_pictures, rows_of, save_model
+from towers import as_published, gemma_like, siglip2
+from transformers import AutoProcessor, SiglipModel
 
 from capivara_common.image_files import BadImage
 from capivara_search import adding, duplicates, table
 from capivara_search.duplicates import near_groups
 from capivara_search.index import PictureIndex
-from capivara_search.models import find_model
+from capivara_search.models import SearchModel, find_model
 from capivara_search.table_columns import taken_between
 
 
@@ -236,6 +240,63 @@ def test_another_image_side_is_refused_in_search_and_embeds_all_again(index, fol
     assert rows_of(other) == rows_of(fresh)
     with pytest.raises(ValueError, match="does not fit"):
         index.search("um gato")
+
+
+@pytest.fixture(scope="module")
+def siglips(tmp_path_factory):
+    """A published SigLIP 2, another text side of it as transformers saves it, and another image side; no index yet."""
+    folder = tmp_path_factory.mktemp("siglips")
+    siglip2(folder / "base", gemma_like(["um gato azul na praia", "a casa e o carro"] * 3, 400))
+    for name, start in (("text", "text_model."), ("other", "vision_model.")):
+        model = SiglipModel.from_pretrained(shutil.copytree(folder / "base", folder / name))
+        for weights in (weights for key, weights in model.named_parameters() if key.startswith(start)):
+            weights.data *= 1.5
+        model.save_pretrained(folder / name)
+    as_published(folder / "base")
+    return folder
+
+
+def test_a_text_side_of_siglip_finds_in_the_index_of_its_base_on_siglips_own_scale(siglips, tmp_path, folder):
+    index = PictureIndex.open(tmp_path / "siglip.lance", model=str(siglips / "base"))
+    assert index.add(folder).embedded == 20
+    exchanged = PictureIndex.open(index.where, model=str(siglips / "text"))
+    for one in (index, exchanged):
+        hits = one.search("Um gato", k=20)
+        model, processor = (kind.from_pretrained(one.model.folder) for kind in (SiglipModel, AutoProcessor))
+        images = [PIL.Image.open(hit.path) for hit in hits]
+        text = {"text": ["um gato"], "padding": "max_length", "max_length": 64}
+        with torch.no_grad():
+            expected = model(**processor(images=images, return_tensors="pt", **text)).logits_per_image.sigmoid()[:, 0]
+        np.testing.assert_allclose([hit.score for hit in hits], expected, rtol=0.01)
+        assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+        (found,) = one.classify(hits[0].path, ["gato", "casa"], "um {}")
+        text = {"text": ["um gato", "um casa"], "padding": "max_length", "max_length": 64}
+        with torch.no_grad():
+            logits = model(**processor(images=images[0], return_tensors="pt", **text)).logits_per_image[0]
+        np.testing.assert_allclose(list(found.shares.values()), logits.sigmoid(), rtol=0.01)
+        assert one.search(like=hits[0].path, k=1)[0].score == pytest.approx(1, abs=1e-5)  # a cosine
+    assert index.search("Um gato") != exchanged.search("Um gato")
+    assert exchanged.add(folder).embedded == 0
+
+
+def test_a_processor_that_does_not_fit_leaves_no_index_behind(siglips, folder, tmp_path):
+    path = shutil.copytree(siglips / "base", tmp_path / "base") / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"size": {"height": 48, "width": 48}}))
+    with pytest.raises(
+        ValueError, match=r"^The image processor of [^\n]* gives .*48.*, its image tower takes 32 pixels\.$"
+    ):
+        PictureIndex.open(tmp_path / "i.lance", model=str(tmp_path / "base")).add(folder)
+    assert not (tmp_path / "i.lance").exists()
+
+
+@pytest.mark.parametrize("query", [{"text": "um gato"}, {"like": "p0000.png"}])
+def test_another_base_is_refused_before_it_is_loaded(siglips, index, monkeypatch, query):
+    monkeypatch.setattr(SearchModel, "_loaded", property(lambda model: pytest.fail("the model was loaded")))
+    monkeypatch.setattr(SearchModel, "_text_tower", property(lambda model: pytest.fail("the texts were embedded")))
+    with pytest.raises(
+        ValueError, match=r"^other does not fit the index [^\n]* embedded by base, of another image side"
+    ):
+        PictureIndex.open(index.where, model=str(siglips / "other")).search(**query)
 
 
 def test_while_embedded_by_two_models_only_the_rows_of_the_querys_model_are_found(

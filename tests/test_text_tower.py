@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import time
 import unicodedata
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import TINY_TEXT, randomise, tiny_config, tiny_tokenizer
+from towers import MAKERS, as_published, gemma_like, siglip2
+from transformers import AutoProcessor, SiglipModel
 
 from capivara_common.weight_file import WeightFile
 from capivara_search.models import SearchModel, find_model
@@ -112,6 +115,77 @@ def test_real_weights_of_multilingual_e5():
     """Those of the miniature: 250,037 words, twelve layers, word embeddings in float16."""
     folder, texts = find_model("miniature").folder, awkward_texts(200)
     np.testing.assert_allclose(open_text_tower(folder).embed(texts), of_the_model(folder, texts), rtol=0, atol=1e-5)
+
+
+# --- SigLIP 2 ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved_siglip2(tmp_path_factory):
+    """At toy width, with a tokenizer that has learnt some Portuguese, and a piece that no text is joined to."""
+    folder = tmp_path_factory.mktemp("siglip2") / "model"
+    tokenizer = gemma_like([*PLAIN, "a casa azul e o carro"] * 3, 420)
+    tokenizer.add_tokens(["<table>", "\n\n"])
+    siglip2(folder, tokenizer)
+    return folder
+
+
+@pytest.fixture
+def siglip2_folder(saved_siglip2, tmp_path):
+    return shutil.copytree(saved_siglip2, tmp_path / "siglip2")
+
+
+SETTINGS = {
+    "as it is": {},
+    "published": {"tokenizer_class": "GemmaTokenizer"},
+    "padded at the left": {"padding_side": "left", "truncation_side": "left"},
+    "shorter": {"model_max_length": 11},
+    "without a limit": {"model_max_length": 10**30},
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_siglip_for_awkward_texts(siglip2_folder, case):
+    if case == "published":
+        as_published(siglip2_folder)
+    change(siglip2_folder / "tokenizer_config.json", **SETTINGS[case])
+    texts = ["<table>", "a\n\n\nb", "<eos> GATO", *awkward_texts(150)]
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]
+    tower = open_text_tower(siglip2_folder)
+    found = tower.embed(texts)
+    np.testing.assert_allclose(found, of_the_model(siglip2_folder, texts), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(tower.embed(["AÇÃO"]), tower.embed(["ação"]), rtol=0, atol=1e-6)
+    assert np.abs(tower.embed(["ação"]) - tower.embed(["acao"])).max() > 0.01
+    if case in ("as it is", "padded at the left"):  # transformers alone, as its documentation calls it
+        processor, model = AutoProcessor.from_pretrained(siglip2_folder), SiglipModel.from_pretrained(siglip2_folder)
+        inputs = processor(text=texts, padding="max_length", max_length=64, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            pooled = model.eval().get_text_features(inputs["input_ids"]).pooler_output
+        expected = torch.nn.functional.normalize(pooled, dim=-1).numpy()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_siglip_of_half_precision(siglip2_folder, dtype):
+    path = siglip2_folder / "model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    expected = of_the_model(siglip2_folder, PLAIN)
+    np.testing.assert_allclose(open_text_tower(siglip2_folder).embed(PLAIN), expected, rtol=0, atol=1e-5)
+
+
+def test_half_a_character_is_no_end(siglip2_folder, tmp_path):
+    MAKERS["clip"](tmp_path / "clip")
+    for folder in (siglip2_folder, tmp_path / "clip"):
+        found = SearchModel("siglip", str(folder), folder, device="cpu").texts(["\udcff gato", "? gato"])
+        np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS])
+def test_other_kinds_and_tokenizers_are_embedded_by_the_model(tmp_path, name):
+    MAKERS[name](tmp_path / "model")  # `siglip` has a tokenizer that is not SigLIP 2's
+    assert open_text_tower(tmp_path / "model") is None
+    found = SearchModel(name, name, tmp_path / "model", device="cpu").texts(PLAIN)
+    np.testing.assert_allclose(found, of_the_model(tmp_path / "model", PLAIN), rtol=0, atol=1e-6)
 
 
 # --- Left to the model ------------------------------------------------------------------------------------------------

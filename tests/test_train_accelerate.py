@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import sys
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def refused(argv: list[str]) -> str:
     """What the run that can't be says in a line, or its exit code."""
     with pytest.raises(SystemExit) as stop, redirect_stderr(io.StringIO()) as said:
         train_accelerate.main(argv)
+    print(said.getvalue(), end="", file=sys.stderr)
     return said.getvalue() if stop.value.code == 2 else str(stop.value.code)
 
 

@@ -1,5 +1,6 @@
 """Batching must not change an embedding, nor its place."""
 
+import contextlib
 import json
 
 import pytest
@@ -146,3 +147,20 @@ def test_a_clip_whose_tokenizer_can_not_be_is_one_line(tmp_path, fault):
     path.write_text(json.dumps(json.loads(path.read_text()) | TOKENIZERS[fault]))
     with pytest.raises(ValueError, match=r"^The processor of [^\n]*its tokenizer can't be used: [^\n]*$"):
         load_embedder(str(tmp_path / "clip"), "cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "processor_config.json"])
+def test_code_that_a_folder_brings_is_never_run_nor_asked_about(tmp_path, name, monkeypatch):
+    """A config.json of an unknown kind, or a processor, that names a Python file beside it."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run the code"))
+    MAKERS["siglip"](tmp_path / "evil")
+    ran, path = tmp_path / "ran", tmp_path / "evil" / name
+    for module in ("configuration_evil", "processing_evil"):
+        (tmp_path / "evil" / f"{module}.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    kind, change = ("AutoConfig", {"model_type": "evil"}) if name == "config.json" else ("AutoProcessor", {})
+    module = "configuration_evil" if name == "config.json" else "processing_evil"
+    content = json.loads(path.read_text()) | change | {"auto_map": {kind: f"{module}.Evil"}}
+    path.write_text(json.dumps(content | ({"processor_class": "Evil"} if kind == "AutoProcessor" else {})))
+    with contextlib.suppress(ValueError):  # where transformers has a class of its own for it, that is taken
+        load_embedder(str(tmp_path / "evil"), "cpu")
+    assert not ran.exists()

@@ -9,6 +9,7 @@ from transformers import (
     AltCLIPConfig,
     AltCLIPModel,
     AltCLIPProcessor,
+    AutoConfig,
     BertTokenizer,
     ChineseCLIPConfig,
     ChineseCLIPImageProcessor,
@@ -99,3 +100,32 @@ def siglip2(folder: Path, tokenizer: Siglip2Tokenizer, config: SiglipConfig | No
     randomise(SiglipModel(config)).save_pretrained(folder)
     side = config.vision_config.image_size
     SiglipProcessor(SiglipImageProcessor(size={"height": side, "width": side}), tokenizer).save_pretrained(folder)
+
+
+def as_published(folder: Path) -> None:
+    """The same model in the files that older versions of transformers wrote, and most of the Hub has.
+
+    Default values are left out, the image processor has a file of its own, SigLIP 2's tokenizer is called Gemma's and
+    says nothing of small letters.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    known = AutoConfig.for_model(config["model_type"])
+    for name in ("text_config", "vision_config"):
+        defaults = getattr(known, name).to_dict() | {"model_type": None}
+        config[name] = {field: value for field, value in config[name].items() if defaults.get(field) != value}
+    (folder / "config.json").write_text(json.dumps(config))
+    processor = json.loads((folder / "processor_config.json").read_text())
+    steps = {
+        name: value for name, value in processor["image_processor"].items() if not name.endswith(("rescale", "_factor"))
+    }
+    if "crop_size" in steps:
+        steps |= {"size": steps["size"]["shortest_edge"], "crop_size": steps["crop_size"]["height"]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(steps))
+    (folder / "processor_config.json").unlink()
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    if settings["tokenizer_class"] == "Siglip2Tokenizer":
+        path.write_text(json.dumps(settings | {"tokenizer_class": "GemmaTokenizer"}))
+        path = folder / "tokenizer.json"
+        state = json.loads(path.read_text())
+        path.write_text(json.dumps(state | {"normalizer": state["normalizer"]["normalizers"][1]}))

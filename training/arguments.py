@@ -100,8 +100,8 @@ class Optimisation:
     )
     frozen_parameters: list[str] = flag(
         [],
-        r"Regular expressions: whole names of parameters that stay as they are: 'text_model\.embeddings\..*'. Without "
-        "any, scale and bias of a sigmoid loss stay, which fit the batch of the base's training; none = train all.",
+        r"Regular expressions: whole names of parameters that stay as they are: 'text_model\.embeddings\..*'. Scale "
+        "and bias of a sigmoid loss stay, too, unless `none` is among them: they fit the batch of the base's training.",
     )
     lora_rank: int = flag(0, "Rank of LoRA adapters (peft), trained beside the text projection; 0 = full fine-tuning.")
     lora_alpha: float = flag(8, "LoRA's alpha; the update is scaled by alpha / rank.")

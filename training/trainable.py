@@ -27,8 +27,9 @@ def prepare_trainable(model: PreTrainedModel, args: RunArguments) -> nn.Module:
     """
     freeze_image_side(model)
     names, frozen = [name for name, _ in model.named_parameters()], args.frozen_parameters
-    if frozen in ([], ["none"]):
-        frozen = ["logit_scale", "logit_bias"] if is_sigmoid(model) and not frozen else []
+    if "none" not in frozen and is_sigmoid(model):
+        frozen = [*frozen, "logit_scale", "logit_bias"]
+    frozen = [expression for expression in frozen if expression != "none"]
     for expression in frozen:
         if not _matched(expression, names, "frozen_parameters"):
             some = names[:: max(1, len(names) // 6)]

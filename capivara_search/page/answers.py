@@ -149,6 +149,7 @@ class Answers:
         if vector is None:
             hits = [picture(hit, scored=False) for hit in self.index.newest(question.k, **where)]
         else:
+            where["of_text"] = image is None and not question.like
             found = self.index.search_vector(vector, question.k + bool(question.like), **where)
             hits = [picture(hit) for hit in found if hit.path != question.like][: question.k]
         return self._state() | {"hits": hits, "cut": len(question.text) > READ_LETTERS}

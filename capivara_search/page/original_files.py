@@ -8,6 +8,7 @@ For example:
 
 import mimetypes
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -88,5 +89,6 @@ class OriginalFiles:
         """Open the folder of a row in the file manager of this machine. Raises Refusal where that can't be done."""
         if not self.is_there(path) or not Path(path).is_absolute():
             raise Refusal("no_original", 404)
-        if not opened_by_system(str(Path(path).parent)):
+        is_mac = sys.platform == "darwin"  # where a folder may be a program: `open -R` shows the file in it
+        if not opened_by_system(path if is_mac else str(Path(path).parent), options=["-R"] if is_mac else []):
             raise Refusal("no_file_manager", 501)

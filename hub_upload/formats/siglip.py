@@ -9,6 +9,8 @@ compared with transformers before the command ends.
 """
 
 import re
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,16 +74,22 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(SiglipArguments, __doc__, argv)
     require("open_clip's format", "open_clip", "open_clip")
     model, processor = load_model(args.model).eval(), load_processor(args.model)
-    settings = {
-        "model_cfg": model_cfg(model, args.repo_id or args.model.resolve().name),
-        "preprocess_cfg": preprocess_cfg(processor),
-    }
-    save_file(open_clip_tensors(model), args.model / OPEN_CLIP_WEIGHT_FILES[0])
-    write_json(args.model / OPEN_CLIP_CONFIG, settings)
-    write_sentence_transformers(
-        args.model, {"padding": "max_length", "max_length": settings["model_cfg"]["text_cfg"]["context_length"]}
-    )
-    difference = compare(model, processor, args.model)
+    if model.config.model_type != "siglip":
+        raise ValueError(f"{args.model} is a {type(model).__name__}; these files are of a SigLIP.")
+    settings = model_cfg(model, args.repo_id or args.model.resolve().name)
+    length = settings["text_cfg"]["context_length"]
+    with tempfile.TemporaryDirectory(dir=args.model) as place:  # nothing is kept where open_clip gives other numbers
+        folder = Path(place)
+        processor.save_pretrained(folder)
+        own = {path.name for path in folder.iterdir()}
+        save_file(open_clip_tensors(model), folder / OPEN_CLIP_WEIGHT_FILES[0])
+        write_json(folder / OPEN_CLIP_CONFIG, {"model_cfg": settings, "preprocess_cfg": preprocess_cfg(processor)})
+        write_sentence_transformers(folder, {"padding": "max_length", "max_length": length})
+        difference = compare(model, processor, folder)
+        for path in folder.iterdir():
+            if path.name not in own:
+                shutil.rmtree(args.model / path.name, ignore_errors=True)
+                path.replace(args.model / path.name)
     print(f"Written into {args.model}; open_clip's embeddings differ by at most {difference:.1e}.")
 
 
@@ -154,7 +162,10 @@ def compare(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> 
     """The largest difference of embeddings, of the same pixels and ids. Raises ValueError where it is no rounding."""
     import open_clip
 
-    theirs, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    try:
+        theirs, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    except RuntimeError as error:  # a size that timm lacks
+        raise ValueError(f"open_clip can't build this model: {' '.join(str(error).split())}") from error
     ids = pad(processor, tokenise(processor, random_texts()))["input_ids"]
     side = model.config.vision_config.image_size
     pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1

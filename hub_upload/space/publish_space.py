@@ -289,14 +289,18 @@ def model_licence(model: Path) -> str:
 
 
 def listing(folder: Path) -> str:
-    """What a Space consists of, a line for each file and folder in it, with their sizes."""
-    lines, total = [], 0
-    for path in sorted(folder.iterdir()):
-        sizes = [file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()]
-        files = f"/ ({len(sizes)} files, " if path.is_dir() else " ("
-        lines.append(f"  {path.name}{files}{readable_size(sum(sizes))})")
-        total += sum(sizes)
-    return "\n".join([*lines, f"{readable_size(total)} in all"])
+    """The files of a Space with their sizes; those of the program and of the index as a line each."""
+    groups: dict[str, list[int]] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder)
+        many = name.parts[0] in PROGRAM or name.parts[0].endswith(".lance")
+        groups.setdefault(f"{name.parts[0]}/" if many else name.as_posix(), []).append(path.stat().st_size)
+    lines = [
+        f"  {name} ({readable_size(sum(sizes))}{f', {len(sizes)} files' if name.endswith('/') else ''})"
+        for name, sizes in groups.items()
+    ]
+    total = [size for sizes in groups.values() for size in sizes]
+    return "\n".join([*lines, f"{len(total)} files, {readable_size(sum(total))}"])
 
 
 def push_space(folder: Path, repo_id: str, private: bool, sdk: str = "docker") -> str:
