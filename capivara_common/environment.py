@@ -73,7 +73,8 @@ def require(purpose: str, extra: str | None, *modules: str) -> None:
     """
     if missing := [module for module in modules if not _installed(module)]:
         how = how_to_install(extra) if extra else f"pip install {' '.join(missing)}"
-        raise ImportError(f"{purpose} needs {' and '.join(missing)}, not installed yet: {how}")
+        text = f"{purpose} needs {' and '.join(missing)}, not installed yet: {how}"
+        raise coded(ImportError, "not_installed", "{text}", text=text, names=" ".join(missing))
 
 
 def how_to_install(extra: str) -> str:

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from capivara_common.cli import coded
+
 RUN_MARKER = ".capivara-run"  # in the folder of an unfinished run
 DIGEST_BYTES = 64  # of SHA-256 in hexadecimal, which processors compute faster than BLAKE2
 UMASK = os.umask(0)  # it can only be read by setting it
@@ -217,7 +219,8 @@ def check_output_file(path: Path) -> None:
     """Raise ValueError unless a file can be written at `path`; one that is there may be replaced."""
     path = path.absolute()
     if path.is_dir():
-        raise ValueError(f"The output file {path} is a folder. Name a file in it, such as {path / 'result.json'}.")
+        text = "The output file {path} is a folder. Name a file in it, such as {path}/result.json."
+        raise coded(ValueError, "output_is_folder", text, path=path)
     _check_place(path, "file")
 
 
@@ -231,7 +234,8 @@ def _check_place(path: Path, what: str) -> None:
             return
         except OSError as error:
             fault = f"can't be written to ({error.strerror})"
-    raise ValueError(f"The output {what} {path} can't be made: {existing} {fault}. Choose another place.")
+    text = "The output {what} {path} can't be made: {place} {fault}. Choose another place."
+    raise coded(ValueError, "no_output", text, what=what, path=path, place=existing, fault=fault)
 
 
 def no_space_left(error: BaseException) -> bool:

@@ -17,6 +17,7 @@ from calendar import monthrange
 from collections.abc import Callable, Sequence
 from datetime import date
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -227,7 +228,9 @@ class Command(click.Command):
         pieces = [f"[{words('metavar.options')}]", *(name for name, _ in arguments)]
         pieces += [f"[{words('metavar.command')}]"] * is_group
         formatter.write_usage(ctx.command_path, " ".join(pieces), words("usage"))
-        formatter.write(f"\n{words(f'about.{self.name}' if self.name else 'description')}\n")
+        for piece in words(f"about.{self.name}" if self.name else "description").split("\n\n"):
+            lines = piece if piece.startswith(" ") else click.wrap_text(" ".join(piece.split()), formatter.width)
+            formatter.write(f"\n{lines}\n")
         for part, rows in {"arguments": arguments, "options": options, "commands": commands}.items():
             if rows:
                 with formatter.section(words(part)):
@@ -244,8 +247,9 @@ class Group(Command, click.Group):
         name, words = visible(args[0]), ctx.obj
         if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
             near = difflib.get_close_matches(name, [*COMMANDS, *COMMANDS.values()], n=1)
-            if " " in name:  # a sentence: what is meant is plain
-                near = [f'{words.command("search")} "{name}"']
+            sentence = visible(" ".join(takewhile(lambda word: not word.startswith("-"), args)))
+            if not near and " " in sentence:  # what is meant is plain
+                near = [f'{words.command("search")} "{sentence}"']
             shown = "".join(words("nearest", name=f"capivara {one}") for one in near)
             raise click.UsageError(words("unknown_command", name=name) + shown + words("see_help"), ctx)
         return super().resolve_command(ctx, args)

@@ -37,7 +37,7 @@ def checked_labels(labels: Sequence[str], template: str) -> list[str]:
     if twice := [label for label in labels if times[label.casefold()] > 1]:
         raise failure(ValueError, "label_twice", label=twice[0])
     if len(labels) > MAX_LABELS:
-        raise ValueError(f"labels must be at most {MAX_LABELS}, got {len(labels)}.")
+        raise failure(ValueError, "many_labels", most=MAX_LABELS, number=len(labels))
     if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
         raise failure(ValueError, "bad_template", template=template)
     return labels

@@ -143,7 +143,7 @@ def absolute_folder(folder: str | Path) -> Path:
     try:
         path.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"The name of the folder {path!a} is no text in UTF-8. Rename it.") from None
+        raise failure(ValueError, "folder_no_text", path=ascii(path)) from None
     return Path(path)
 
 

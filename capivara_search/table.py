@@ -120,6 +120,7 @@ class PictureTable:
 
     @cached_property
     def _connection(self) -> "lancedb.DBConnection":
+        os.environ.setdefault("LANCEDB_LOG", "error")  # its warnings are said by `note`, in a line of ours
         import lancedb  # here: it takes a second
 
         with explained(self.where):

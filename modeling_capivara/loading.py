@@ -170,7 +170,8 @@ def two_towers_config(folder: Path) -> PreTrainedConfig:
             return config
     except Exception as error:  # RecursionError among them
         reason = " ".join(str(error).split())
-        raise ValueError(f"The config.json of {folder} is of no model of two towers: {reason}") from error
+        text = "The config.json of {model} is of no model of two towers: {reason}"
+        raise coded(ValueError, "no_two_towers", text, model=folder, reason=reason) from error
     return read_config(folder)
 
 

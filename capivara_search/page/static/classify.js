@@ -41,6 +41,7 @@ async function run() {
     notice();
     find("classify-said").textContent = "";
     find("classified").replaceChildren(answer.groups ? groups(answer.groups) : shares(answer));
+    find("classified").scrollIntoView({ block: "nearest" }); // on a narrow screen it lies below the form
   } catch (error) {
     notice(error);
     find("classify-said").textContent = "";
