@@ -109,10 +109,10 @@ class PictureTable:
 
     def _check_folder(self) -> None:
         folder = Path(self.where)
-        if not os.path.lexists(folder):
-            return
-        if not folder.is_dir():
+        if folder.is_file() or (folder.is_symlink() and not folder.exists()):
             raise failure(ValueError, "index_is_file", path=folder)
+        if not folder.is_dir():
+            return
         with explained(self.where):
             names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         if names and not any(f"{name}.lance" in names for name in KEYS):
