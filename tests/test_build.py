@@ -22,6 +22,7 @@ from sampling import one_in
 from tiny import randomise, tiny_config
 
 from capivara_common.executors import TasksFailed, Work, execute
+from capivara_common.files import write_text
 from caption_data.rows import CAPTIONS, SIMILARITIES
 from captions import stages
 from captions.build import STAGES, BuildArguments, ManualStepRequired, build, main, read_plan
@@ -254,6 +255,7 @@ def test_what_fails_is_named_and_the_same_command_does_the_rest(config, tmp_path
         with pytest.raises(SystemExit, match=r"error: .*No space left on the disk while writing .*; nothing was kept"):
             main(["--config", str(config)])
     assert not (tmp_path / "built" / "dataset").exists() and not list(logs.glob("failures/*"))
+    write_text(tmp_path / "built" / "dataset.partial" / "data" / "half", "what an earlier version left")
     part = sorted((tmp_path / "built" / "2-score" / "train").glob("*.parquet"))[1]
     kept = {path: path.stat().st_mtime_ns for path in part.parent.glob("*.parquet") if path != part}
     part.unlink()
