@@ -4,8 +4,8 @@
 
 Every phase of the work (`Phase` of `tasks.py`) is a pipeline of one step, its `Work`, which starts when the phase
 before is complete. What is done is what lies on the disk: a rank that finds nothing left to do returns at once, in any
-number of tasks; datatrove's completion files are not asked. Why a rank has failed, or that it has not ended, is in
-`failures/RANK.txt` beside its log.
+number of tasks. Why a rank has failed, or that it has not ended, is in `failures/RANK.txt` beside its log; a rank that
+has neither that nor datatrove's completion file, of this start, has not ended, either.
 """
 
 import logging
@@ -42,6 +42,7 @@ from capivara_common.tasks import ExecutorArguments, Phase
 ROOT = Path(__file__).resolve().parents[1]  # that tasks on other machines import the code from
 FAILURES_NAMED = 8
 NOT_ENDED = "has not ended: it is at work, or it was killed; out of memory?"
+NO_WORD = "has not started, or could not say how it ended"
 START_METHOD = "forkserver"  # of the processes of this machine
 
 logger = logging.getLogger("capivara")
@@ -112,15 +113,17 @@ def execute(works: Iterable[Work], args: ExecutorArguments) -> bool:
     """
     before = None
     for work in works:
-        shutil.rmtree(work.logs / "failures", ignore_errors=True)  # of a start with other tasks, maybe
+        for folder in ("failures", "completions"):  # of a start with other tasks, maybe
+            shutil.rmtree(work.logs / folder, ignore_errors=True)
         own = work.args if isinstance(work.args, ExecutorArguments) else args
-        if args.executor == "local":
-            run_here(work, own)
-        elif args.executor == "ray":
-            run_in_ray(RayPipelineExecutor(**_options(work, own)))
-        else:
+        if args.executor == "slurm":
             before = submit(work, own, before)
-        if args.executor != "slurm" and (failed := failures(work.logs)):
+            continue
+        ended = run_here(work, own) if args.executor == "local" else run_in_ray(work, own)
+        failed = failures(work.logs)
+        for rank in ended.get_incomplete_ranks(skip_completed=True):
+            failed.setdefault(rank, NO_WORD)
+        if failed:
             named = "".join(f"\n  task {rank}: {failed[rank]}" for rank in list(failed)[:FAILURES_NAMED])
             raise TasksFailed(
                 f"{work}: {len(failed)} tasks have failed:{named}\n"
@@ -129,7 +132,7 @@ def execute(works: Iterable[Work], args: ExecutorArguments) -> bool:
     return args.executor != "slurm"
 
 
-def run_here(work: Work, args: ExecutorArguments) -> None:
+def run_here(work: Work, args: ExecutorArguments) -> LocalPipelineExecutor:
     """All ranks on this machine, `workers` at once, each of several workers a process with a GPU of its own.
 
     datatrove's own pool would wait for ever for a process that was killed, and its manager outlive a run that was. This
@@ -144,7 +147,7 @@ def run_here(work: Work, args: ExecutorArguments) -> None:
     if workers == 1:
         for rank in range(tasks):
             _run_rank(executor, rank)
-        return
+        return executor
     context = multiprocessing.get_context(START_METHOD)
     package, main = work.module.partition(".")[0] + ".", getattr(sys.modules["__main__"].__spec__, "name", "")
     context.set_forkserver_preload([name for name in sys.modules if name.startswith(package) and name != main])
@@ -164,6 +167,7 @@ def run_here(work: Work, args: ExecutorArguments) -> None:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+    return executor
 
 
 def _run_rank(executor: LocalPipelineExecutor, rank: int) -> int:
@@ -217,14 +221,16 @@ def _options(work: Work, args: ExecutorArguments) -> dict[str, Any]:
     }
 
 
-def run_in_ray(executor: RayPipelineExecutor) -> None:
+def run_in_ray(work: Work, args: ExecutorArguments) -> RayPipelineExecutor:
     """On the Ray cluster of RAY_ADDRESS or of this machine; without one, a cluster of this machine alone."""
     require("--executor ray", "ray", "ray")
     import ray
 
     if not ray.is_initialized():
         ray.init(include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+    executor = RayPipelineExecutor(**_options(work, args))
     executor.run()
+    return executor
 
 
 def submit(work: Work, args: ExecutorArguments, before: SlurmPipelineExecutor | None) -> SlurmPipelineExecutor:

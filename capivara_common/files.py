@@ -103,13 +103,19 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     check_output_folder(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
-    lock = os.open(new, os.O_RDONLY)  # keeps it from `remove_leftovers` of other processes
+    with _kept(new), _or_nothing(path, lambda: shutil.rmtree(new, ignore_errors=True)):
+        yield new
+        _put_in_place(new, path, overwrite)
+
+
+@contextmanager
+def _kept(folder: Path) -> Iterator[None]:
+    """Keep a folder from `remove_leftovers` of other processes, whatever it is renamed to."""
+    lock = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # a disk without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        with _or_nothing(path, lambda: shutil.rmtree(new, ignore_errors=True)):
-            yield new
-            _put_in_place(new, path, overwrite)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
         os.close(lock)
 
@@ -140,13 +146,22 @@ def _put_in_place(new: Path, path: Path, overwrite: bool) -> None:
         new.rename(path)  # fails where somebody else has filled the folder in the meantime
         return
     old = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
-    path.rename(old)
-    try:
-        new.rename(path)
-    except BaseException:
-        old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    with _kept(path):
+        path.rename(old)
+        try:
+            new.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
+        with suppress(OSError):
+            _remove(old)
+
+
+def _remove(left: Path) -> None:
+    """Remove a folder that was replaced, or was never finished, under a name that says that it is not whole."""
+    doomed = left.with_name(f"{left.name[: -len('old-01234567')]}tmp-{left.name[-8:]}")
+    left.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def partial_folder(path: Path) -> Path:
@@ -209,10 +224,13 @@ def remove_leftovers(path: Path) -> None:
             continue
         with suppress(OSError):  # it is locked, or another process has tidied up meanwhile
             lock = lock_folder(left)
-            if match[1] == "old" and not path.exists():
-                left.rename(path)  # killed between the two renames of `_put_in_place`
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(lock)
+            try:
+                if match[1] == "old" and not (path.exists() and any(path.iterdir())):
+                    left.rename(path)  # killed between the two renames of `_put_in_place`
+                else:
+                    _remove(left)
+            finally:
+                os.close(lock)
 
 
 def check_output_file(path: Path) -> None:

@@ -12,7 +12,9 @@ import json
 import logging
 import re
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +45,7 @@ TAKEN = {
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # the second as older versions of transformers wrote
 SMALL_FILES = ["*.json", "*.model", "*.txt"]
 MODEL_FILES = [*SMALL_FILES, "model*.safetensors"]
-HUB_TIMEOUT_S = 5  # to learn whether the Hub is there, and has a model
+HUB_TIMEOUT_S = 5  # of each step to learn whether the Hub is there, and has a model; twice that of all
 MAIN = "main"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 ORIGIN = "conversion.json"  # in a converted folder: where it is from
@@ -117,8 +119,17 @@ def check_reachable(source: str | Path, *names: str, revision: str | None = None
         return  # the loader raises the error
     if any(_snapshot(source, name, revision) for name in names):
         return
+    url, answer = hf_hub_url(source, names[0], revision=revision), Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(get_hf_file_metadata(url, timeout=HUB_TIMEOUT_S))
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()  # names may be looked up, or bytes drip, for ever
     try:
-        get_hf_file_metadata(hf_hub_url(source, names[0], revision=revision), timeout=HUB_TIMEOUT_S)
+        answer.result(2 * HUB_TIMEOUT_S)
     except (HfHubHTTPError, HTTPError, OSError) as error:
         if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError):
             return  # the Hub answers: the loader raises what is missing or refused

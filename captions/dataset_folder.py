@@ -18,7 +18,7 @@ from datasets import Features
 from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm.auto import tqdm
 
-from capivara_common.files import read_json, whole_folder, write_json, write_text
+from capivara_common.files import partial_folder, read_json, whole_folder, write_json, write_text
 from capivara_common.privacy import hide_paths
 from capivara_common.tasks import Phase
 from caption_data.rows import CAPTION_COLUMN
@@ -80,6 +80,7 @@ def write_dataset(plan: Plan, rank: int = 0, world_size: int = 1) -> Path:
             shutil.copyfile(picture, folder / PICTURE)
         write_json(folder / FACTS, facts | {"stages_digest": digests})
         write_text(folder / "README.md", dataset_card(facts, picture and PICTURE))
+    shutil.rmtree(partial_folder(output), ignore_errors=True)  # of an earlier version that was killed
     return output
 
 

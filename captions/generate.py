@@ -80,7 +80,10 @@ def load_captioner(args: GenerateArguments) -> Captioner:
 
 def read_prefixes(path: Path) -> list[str]:
     """What captions begin with, from a file of the form of captions/prefixes.json. Raises ValueError, OSError."""
-    prefixes = [str(prefix).strip() for prefix in read_json(path, prefixes=list)["prefixes"]]
+    prefixes = read_json(path, prefixes=list)["prefixes"]
+    if not all(isinstance(prefix, str) for prefix in prefixes):
+        raise ValueError(f'{path} must hold {{"prefixes": [texts]}}, as captions/prefixes.json does.')
+    prefixes = [prefix.strip() for prefix in prefixes]
     if not prefixes or not all(prefixes) or len(set(prefixes)) < len(prefixes):
         raise ValueError(f"{path} must hold one prefix at least, none blank and none twice; it holds {prefixes}.")
     return prefixes

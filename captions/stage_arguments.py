@@ -141,7 +141,7 @@ class TranslateArguments(StageArguments):
     model: str | None = flag(
         None,
         f"transformers: folder or Hub id of a Marian, NLLB, M2M100, mBART-50 or MADLAD model; "
-        f" {PAPER_MODEL}, the paper's, for en to pt where none is given.",
+        f"{PAPER_MODEL}, the paper's, for en to pt where none is given.",
     )
     revision: str | None = flag(None, "transformers: branch, tag or commit of a Hub id.")
     num_beams: int | None = flag(None, "transformers: of the search; as the model's generation_config says.")

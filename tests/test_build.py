@@ -2,12 +2,14 @@
 
 import errno
 import hashlib
+import os
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -20,10 +22,12 @@ from sampling import one_in
 from tiny import randomise, tiny_config
 
 from capivara_common.executors import TasksFailed, Work, execute
+from capivara_common.files import write_text
 from caption_data.rows import CAPTIONS, SIMILARITIES
 from captions import stages
 from captions.build import STAGES, BuildArguments, ManualStepRequired, build, main, read_plan
 from captions.select import Selection
+from captions.stage_arguments import StageArguments
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
 from hub_upload.push import files_to_send
 from modeling_capivara import CapivaraModel
@@ -251,6 +255,7 @@ def test_what_fails_is_named_and_the_same_command_does_the_rest(config, tmp_path
         with pytest.raises(SystemExit, match=r"error: .*No space left on the disk while writing .*; nothing was kept"):
             main(["--config", str(config)])
     assert not (tmp_path / "built" / "dataset").exists() and not list(logs.glob("failures/*"))
+    write_text(tmp_path / "built" / "dataset.partial" / "data" / "half", "what an earlier version left")
     part = sorted((tmp_path / "built" / "2-score" / "train").glob("*.parquet"))[1]
     kept = {path: path.stat().st_mtime_ns for path in part.parent.glob("*.parquet") if path != part}
     part.unlink()
@@ -343,6 +348,23 @@ def test_each_worker_has_a_gpu_of_its_own(config, monkeypatch, tmp_path):
     execute([Work("seen_gpus", "rows", step, tmp_path / "logs", "seen")], step)
     seen = {path.name: path.read_text() for path in step.output.iterdir()}
     assert seen.keys() == {"0-2", "1-2"} and set(seen.values()) == {"2", "5"}
+
+
+@pytest.mark.parametrize("executor", ["local", "ray"])
+def test_workers_that_die_before_they_say_a_word(executor, monkeypatch, tmp_path):
+    """No phase is complete whose tasks have not ended, and what needs it is not started. Ray only logs such a death."""
+    monkeypatch.setattr("capivara_common.executors.START_METHOD", "fork")
+    monkeypatch.setattr("capivara_common.executors._prepare_worker", lambda *_: os._exit(1))
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
+    monkeypatch.setattr("capivara_common.executors.require", lambda *_: None)
+    monkeypatch.setattr("capivara_common.executors.RayPipelineExecutor.run", lambda _: None)
+    args = StageArguments("no/such", tmp_path / "out", executor=executor, tasks=3, workers=2)
+    works = [Work("captions.score", "rows", args, tmp_path / name, name) for name in ("first", "second")]
+    (tmp_path / "first" / "completions").mkdir(parents=True)
+    (tmp_path / "first" / "completions" / "00001").touch()  # of an earlier start
+    with pytest.raises(TasksFailed, match=r"first: 3 tasks have failed:(\n  task [012]: has not started, or .*){3}"):
+        execute(works, args)
+    assert not (tmp_path / "second").exists()
 
 
 @pytest.mark.parametrize("letter", ["\n", "\x1b", "\\"])

@@ -119,6 +119,51 @@ def test_old_folder_stays_until_the_new_one_is_complete(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_another_process_tidies_up_between_the_two_renames(tmp_path, monkeypatch):
+    """The old folder has another name then, and no other folder has its own."""
+    out, rename = tmp_path / "out", Path.rename
+    write_json(out / "a", "old")
+
+    def renamed(self, target):
+        rename(self, target)
+        remove_leftovers(out)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    with whole_folder(out, overwrite=True) as folder:
+        write_json(folder / "a", "new")
+    assert read_json(out / "a") == "new" and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("by", ["writer", "next"])
+def test_a_replaced_folder_that_is_half_removed_is_never_put_back(tmp_path, monkeypatch, by):
+    out, old = tmp_path / "out", tmp_path / ".out.old-01234567"
+    write_json(out / "a", "old")
+    write_json(old / "a", "older")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # killed as it begins
+        remove_leftovers(out)
+        if by == "writer":
+            with whole_folder(out, overwrite=True):
+                pass
+    out.rename(tmp_path / "kept")
+    check_output_folder(out)
+    assert [p.name for p in tmp_path.iterdir()] == ["kept"]
+
+
+def test_an_empty_folder_is_in_nobodys_way(tmp_path):
+    """It does not cost the whole folder that was being replaced, nor a descriptor where that can't be put back."""
+    out, old = tmp_path / "out", tmp_path / ".out.old-01234567"
+    write_json(old / "a", "whole")
+    out.touch()
+    before = os.listdir("/proc/self/fd")
+    remove_leftovers(out)
+    assert old.is_dir() and len(os.listdir("/proc/self/fd")) == len(before)
+    out.unlink()
+    out.mkdir()
+    remove_leftovers(out)
+    assert read_json(out / "a") == "whole" and not old.exists()
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A real file system of 1 MB."""

@@ -339,6 +339,7 @@ def test_own_prefixes(images_folder, blip2_folder, tmp_path):
         ("", "not JSON"),
         ('{"prefixes": "a photo of"}', "must be of type list"),
         ('{"prefixes": []}', "at least"),
+        *((f'{{"prefixes": ["a", {other}]}}', r"must hold .*\[texts\]") for other in ("null", "1", "{}")),
         ('{"prefixes": ["a", " "]}', "none blank"),
         ('{"prefixes": ["a", "a "]}', "twice"),
     ],

@@ -20,6 +20,7 @@ from capivara_search import adding, duplicates, table
 from capivara_search.duplicates import near_groups
 from capivara_search.index import PictureIndex
 from capivara_search.models import SearchModel, find_model
+from capivara_search.results import LeftOut
 from capivara_search.table_columns import taken_between
 
 
@@ -203,7 +204,8 @@ def test_filters_by_folder_and_date(index, folder):
     assert {hit.path for hit in index.search("gato", k=50, folder=strange)} == {
         str(path) for path in strange.rglob("*.*")
     }
-    assert len(index.search("gato", k=50, folder=folder / "d0")) == 4
+    every = index.search("gato", k=50, folder=folder / "d0")
+    assert len(every) == 4 and index.search("gato", k=1, folder=folder / "d0") == every[:1]
     day = {"since": date(2021, 5, 2), "until": date(2021, 5, 2)}
     assert [hit.path for hit in index.search("gato", **day)] == [str(strange / "taken.jpg")]
     next_day = {"since": date(2021, 5, 3), "until": date(2021, 5, 3)}
@@ -562,3 +564,15 @@ def test_the_folders_that_an_index_of_others_names_are_not_read(tmp_path, models
     assert other.asked_folders() == {str(tmp_path / "own"): str(tmp_path / "own")}
     assert other.add(folder).embedded > 0 and set(other.asked_folders()) == {str(tmp_path / "own"), str(folder)}
     assert other.add().unchanged == 23
+
+
+def test_rows_of_a_folder_that_can_not_be_read_stay(index, folder, monkeypatch):
+    """An unmounted disk, say: what was there is not taken for gone."""
+    index.add(folder)
+    rows = len(index)
+    found, unseen = adding.find_pictures([folder])
+    closed = str(folder / "d0")
+    seen = [file for file in found if not file.path.startswith(closed)]
+    left_out = [*unseen, LeftOut(closed, "permission denied")]
+    monkeypatch.setattr(adding, "find_pictures", lambda folders: (seen, left_out))
+    assert len(seen) < len(found) and index.add(folder).removed == 0 and len(index) == rows
