@@ -205,7 +205,9 @@ def test_filters_by_folder_and_date(index, folder):
         str(path) for path in strange.rglob("*.*")
     }
     every = index.search("gato", k=50, folder=folder / "d0")
-    assert len(every) == 4 and index.search("gato", k=1, folder=folder / "d0") == every[:1]
+    assert len(every) == 4
+    every = index.search("gato", k=50, folder=folder)
+    assert len(every) > 8 and index.search("gato", k=1, folder=folder) == every[:1]
     day = {"since": date(2021, 5, 2), "until": date(2021, 5, 2)}
     assert [hit.path for hit in index.search("gato", **day)] == [str(strange / "taken.jpg")]
     next_day = {"since": date(2021, 5, 3), "until": date(2021, 5, 3)}
