@@ -2,10 +2,11 @@
 
     python -m benchmarks.recipe
     python -m benchmarks.recipe --only interpolate-0.5 --seeds 0
+    python -m benchmarks.recipe --base data/openmoji/base-sigmoid --output benchmarks/results/recipe_sigmoid.json
 
-Variants are data, in benchmarks/recipe.yaml. It needs the data of `examples.openmoji.prepare` and of
-`examples.openmoji.proxies`. Finished runs lie in the work folder and are not trained again; all are measured, and the
-results are written after each variant (docs/recipe.md shows them).
+Variants are data, in benchmarks/recipe.yaml; the loss is the base's, as `examples.openmoji.prepare` has aligned it. It
+needs the data of that and of `examples.openmoji.proxies`. Finished runs lie in the work folder and are not trained
+again; all are measured, and the results are written after each variant (docs/recipe.md shows them).
 """
 
 import os

@@ -2,6 +2,7 @@
 
     python -m benchmarks.train_step
     python -m benchmarks.train_step --device cuda
+    python -m benchmarks.train_step --model siglip2 --no_recipe --runs 3
     python -m benchmarks.train_step --worker cache --precision bf16 --pairs 64 --micro 32 --steps 1
 
 Random weights, the real tokenizer, Portuguese captions of 20 tokens, dropout on, the image tower frozen; whole steps,
@@ -15,6 +16,9 @@ programs alternate, and a figure is the median of the runs. Measured are
 
 With `--beside CHECKOUT` `no_cache` and `cache` alone are measured, and the same of another checkout, with
 a .venv of its own, in alternating runs; the ratio is to them. The recipe's step is measured in both.
+
+With `--model siglip2` it is SigLIP 2 B/16 under the sigmoid loss, beside open_clip's trainer with `--siglip` on its own
+ViT-B-16-SigLIP2; texts are 64 random ids, since SigLIP's are always filled up, and neither has dropout.
 
 All get the same batch; micro-batches are each program's own, and in the results. open_clip needs two of them at least:
 with one there is no accumulation, and no batch of 2816. Its cost per pair does not depend on their number beyond that.
@@ -35,7 +39,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, SiglipConfig, SiglipModel
 
 from benchmarks import timing
 from capivara_common.cli import at_least, flag, parse, run_command
@@ -43,10 +47,11 @@ from capivara_common.environment import resolve_precision
 from capivara_search.miniature_encoders import load_tokenizer
 from examples.openmoji.concepts import concept_rows
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+from modeling_capivara.two_towers import embedding_width, is_sigmoid
 from training.arguments import RunArguments
 from training.batches import MicroBatch, micro_batches
 from training.inputs import embed_pixels
-from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at
+from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at, prepare_trainable
 from training.whole_batch import WholeBatch
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16"}  # Accelerate's names -> those of the results
@@ -54,7 +59,9 @@ PEER = "open_clip"
 PROGRAMS = (PEER, "no_cache", "cache", "cache_recomputed")
 BEFORE = "_before"  # ends the names of the other checkout's programs
 RECIPE_PAIRS, RECIPE_MICRO, RECIPE_STEPS = 2816, 64, 5863  # CAPIVARA, arXiv 2310.13683, appendix
-OPEN_CLIP_MODEL = "xlm-roberta-base-ViT-B-32"  # open_clip's name of CAPIVARA's architecture
+# --model -> what open_clip's trainer is told of it: its name of the architecture, and the loss
+OPEN_CLIP_FLAGS = {"capivara": "--model xlm-roberta-base-ViT-B-32", "siglip2": "--model ViT-B-16-SigLIP2 --siglip"}
+SIGLIP_TOKENS, SIGLIP_PIECES = 64, 256_000  # of a text, always; of SigLIP 2's vocabulary
 OPEN_CLIP_PRECISIONS = {"no": "fp32", "bf16": "amp_bfloat16"}
 PEER_WARMUP = 1  # step, untimed: the optimiser makes its state in it
 TEMPLATES = ("uma foto de {}", "um desenho colorido de {}", "na imagem aparece {}", "vemos aqui {}", "{} em uma foto")
@@ -67,16 +74,17 @@ SHORTEST, LONGEST = 7, 70  # tokens that one caption aims at
 class TrainStepArguments:
     """Arguments of `benchmarks.train_step`."""
 
+    model: Literal["capivara", "siglip2"] = flag("capivara", "Architecture; siglip2 is SigLIP 2 B/16.")
     pairs: int = flag(96, "Pairs of one step, for all programs.")
     micro: int = flag(16, "Our micro-batch, pairs; the recipe's step has 64.")
     peer_micro: int = flag(48, "open_clip's --batch-size; pairs / it is its --accum-freq.")
     runs: int = flag(5, "Runs of each program, alternating.")
     steps: int = flag(1, "Timed steps of a run.")
     warmup: int = flag(1, "Untimed steps before them; ours alone, open_clip has 1.")
-    tokens: int = flag(20, "Mean tokens of a caption, begin and end included.")
+    tokens: int = flag(20, "Mean tokens of a caption, begin and end included; siglip2 has 64.")
     device: str = flag("cpu", "cpu or cuda; on cuda open_clip is left out.")
     recipe: bool = flag(True, "Also one step of the recipe's 2816 pairs.")
-    output: Path = flag(timing.RESULTS / "train_step.json", "JSON file.")
+    output: Path | None = flag(None, "JSON file; train_step.json or train_step_siglip2.json if none.")
     beside: Path | None = flag(
         None, "Another checkout of this project, with a .venv of its own: its programs are measured in the same runs."
     )
@@ -87,6 +95,9 @@ class TrainStepArguments:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "micro", "peer_micro", "runs", "steps")
+        siglip = self.model == "siglip2"
+        self.tokens = SIGLIP_TOKENS if siglip else self.tokens
+        self.output = self.output or timing.RESULTS / f"train_step{'_siglip2' if siglip else ''}.json"
         if not self.worker and self.device == "cpu" and (self.pairs % self.peer_micro or self.pairs <= self.peer_micro):
             raise ValueError(
                 f"pairs must be a multiple of peer_micro, {self.peer_micro}, and at least twice as many, lest "
@@ -138,6 +149,19 @@ def _caption(length: float, names: list[str], tokenizer: PreTrainedTokenizerBase
     return min(surplus, key=lambda caption: abs(surplus[caption]))
 
 
+def published_config(args: TrainStepArguments) -> PreTrainedConfig:
+    """Of the architecture that `--model` names: CAPIVARA's, or SigLIP 2's B/16 at 224 pixels."""
+    if args.model == "capivara":
+        return CapivaraConfig()
+    return SiglipConfig(text_config={"vocab_size": SIGLIP_PIECES, "max_position_embeddings": SIGLIP_TOKENS})
+
+
+def random_ids(config: SiglipConfig, pairs: int) -> Tensor:
+    """(pairs, 64), the texts of a batch; the same arguments give the same ids."""
+    shape = (pairs, config.text_config.max_position_embeddings)
+    return torch.randint(config.text_config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
 # ---- one measurement of ours ----
 
 
@@ -145,20 +169,21 @@ class Engine:
     """The parts of `training.loop.Trainer` that make a step, on random weights; the loop around them is left out.
 
     Args:
-        config: of the model.
+        config: of the model, `CapivaraConfig` or `SiglipConfig`.
         args: `pairs`, `micro`, `precision` and `device` of them count.
         budget: bytes of graphs that are kept; what fits where None.
     """
 
-    def __init__(self, config: CapivaraConfig, args: TrainStepArguments, budget: float | None = None) -> None:
+    def __init__(self, config: PreTrainedConfig, args: TrainStepArguments, budget: float | None = None) -> None:
         torch.manual_seed(0)
         self.accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.precision)
-        self.model = CapivaraModel(config).to(self.accelerator.device)
-        self.model.freeze_image_tower()
+        model_class = SiglipModel if isinstance(config, SiglipConfig) else CapivaraModel
+        self.model = model_class(config).to(self.accelerator.device)
         self.args = RunArguments(
             model="random weights", dataset=["random pixels"], effective_batch_size=args.pairs, max_steps=RECIPE_STEPS,
             micro_batch_size=args.micro, mixed_precision=args.precision,
         )  # fmt: skip
+        prepare_trainable(self.model, self.args)
         self.prepared = self.accelerator.prepare_model(self.model, evaluation_mode=True)  # see WholeBatch
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.model, self.args))
         seed = self.args.seed
@@ -178,7 +203,8 @@ class Engine:
             group["lr"] = learning_rate_at(number, self.args)
         torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).item()
         self.optimizer.step()
-        clamp_logit_scale(self.model.logit_scale)
+        if not is_sigmoid(self.model):
+            clamp_logit_scale(self.model.logit_scale)
         return {"step_s": self._now() - started, "graphs_kept": report.graphs_kept, "loss": report.loss}
 
     def _now(self) -> float:
@@ -188,32 +214,35 @@ class Engine:
 
 
 def random_batch(
-    config: CapivaraConfig, tokenizer: Any, captions: list[str], micro: int, cached: bool
+    config: PreTrainedConfig, tokenizer: Any, args: TrainStepArguments, cached: bool
 ) -> tuple[list[MicroBatch], Tensor]:
-    """Captions with random pixels, (pairs, 3, side, side), or with embeddings as a cache holds them, (pairs, width)."""
-    processor = CapivaraProcessor(CapivaraImageProcessor(), tokenizer)
-    texts, _ = micro_batches(processor, captions, micro)
-    size, number = config.vision_config.image_size, len(captions)
-    shape = (number, config.projection_dim) if cached else (number, 3, size, size)
+    """Texts with random pixels, (pairs, 3, side, side), or with embeddings as a cache holds them, (pairs, width)."""
+    if isinstance(config, SiglipConfig):
+        parts = random_ids(config, args.pairs).split(args.micro)
+        texts = [MicroBatch(i, i * args.micro, ids) for i, ids in enumerate(parts)]
+    else:
+        processor = CapivaraProcessor(CapivaraImageProcessor(), tokenizer)
+        texts, _ = micro_batches(processor, benchmark_captions(args.pairs, tokenizer, args.tokens), args.micro)
+    size = config.vision_config.image_size
+    shape = (args.pairs, embedding_width(config)) if cached else (args.pairs, 3, size, size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return texts, F.normalize(images, dim=-1) if cached else images
 
 
-def measure_ours(args: TrainStepArguments, config: CapivaraConfig | None = None, tokenizer=None) -> dict[str, Any]:
+def measure_ours(args: TrainStepArguments, config: PreTrainedConfig | None = None, tokenizer=None) -> dict[str, Any]:
     """One run of our engine.
 
     Args:
         args: those of the worker.
-        config: of the model; the published one where None.
+        config: of the model; `published_config` where None.
         tokenizer: of the captions; XLM-R's where None.
 
     Returns:
         `pairs_per_second` (median over the timed steps), the steps themselves, `peak_memory_bytes` of the process or of
         the GPU, and the same before the first step (if it is no lower, it hides the training's).
     """
-    config, tokenizer = config or CapivaraConfig(), tokenizer or load_tokenizer()
-    captions = benchmark_captions(args.pairs, tokenizer, args.tokens)
-    batch = random_batch(config, tokenizer, captions, args.micro, cached=args.worker != "no_cache")
+    config, tokenizer = config or published_config(args), tokenizer or load_tokenizer()
+    batch = random_batch(config, tokenizer, args, cached=args.worker != "no_cache")
     engine = Engine(config, args, 0.0 if args.worker == "cache_recomputed" else None)
     setup_peak = timing.peak_memory_bytes(args.device)
     steps = [engine(number, *batch) for number in range(args.warmup + args.steps)][args.warmup :]
@@ -254,26 +283,38 @@ class InMemoryBatches:
         return seconds[PEER_WARMUP:]
 
 
-def measure_open_clip(args: TrainStepArguments, config: CapivaraConfig | None = None, tokenizer=None) -> dict[str, Any]:
+def open_clip_peer(args: TrainStepArguments, config: PreTrainedConfig, tokenizer: Any) -> tuple[nn.Module, Tensor]:
+    """open_clip's model of the same architecture, random weights in float32, and its ids of the batch's texts."""
+    if args.model == "siglip2":
+        from open_clip import create_model
+
+        return create_model(open_clip_arguments(args).model), random_ids(config, args.pairs)
+    from open_clip.tokenizer import HFTokenizer
+
+    from modeling_capivara.convert_open_clip import build_open_clip
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        tokens = HFTokenizer(folder)(benchmark_captions(args.pairs, tokenizer, args.tokens))  # (pairs, 77)
+    return build_open_clip(config), tokens
+
+
+def measure_open_clip(
+    args: TrainStepArguments, config: PreTrainedConfig | None = None, tokenizer=None
+) -> dict[str, Any]:
     """One run of open_clip's trainer; arguments and result are as those of `measure_ours`."""
     from open_clip import create_loss
-    from open_clip.tokenizer import HFTokenizer
     from open_clip_train.data import DataInfo
     from open_clip_train.main import random_seed
     from open_clip_train.scheduler import cosine_lr
     from open_clip_train.train import train_one_epoch
 
-    from modeling_capivara.convert_open_clip import build_open_clip
-
-    config, tokenizer, steps = config or CapivaraConfig(), tokenizer or load_tokenizer(), PEER_WARMUP + args.steps
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        tokens = HFTokenizer(folder)(benchmark_captions(args.pairs, tokenizer, args.tokens))  # (pairs, 77)
-    side = config.vision_config.image_size
-    pixels = torch.randn(len(tokens), 3, side, side, generator=torch.Generator().manual_seed(0))
+    config, tokenizer, steps = config or published_config(args), tokenizer or load_tokenizer(), PEER_WARMUP + args.steps
     theirs = open_clip_arguments(args)
     random_seed(theirs.seed, theirs.rank)
-    model = build_open_clip(config)  # its weights stay float32 under amp_bfloat16, as open_clip's do
+    model, tokens = open_clip_peer(args, config, tokenizer)  # its weights stay float32 under amp_bfloat16
+    side = config.vision_config.image_size
+    pixels = torch.randn(len(tokens), 3, side, side, generator=torch.Generator().manual_seed(0))
     model.output_dict = True
     model.lock_image_tower(theirs.lock_image_unlocked_groups, theirs.lock_image_freeze_bn_stats)
     model.set_grad_checkpointing()
@@ -297,7 +338,7 @@ def open_clip_arguments(args: TrainStepArguments) -> Any:
     from open_clip_train.distributed import init_distributed_device
     from open_clip_train.params import parse_args
 
-    flags = f"--model {OPEN_CLIP_MODEL} --lock-image --grad-checkpointing --device cpu --dataset-type synthetic"
+    flags = f"{OPEN_CLIP_FLAGS[args.model]} --lock-image --grad-checkpointing --device cpu --dataset-type synthetic"
     flags += f" --epochs 1 --batch-size {args.peer_micro} --accum-freq {args.pairs // args.peer_micro}"
     theirs = parse_args([*flags.split(), "--precision", OPEN_CLIP_PRECISIONS[args.precision]])
     init_distributed_device(theirs)  # one process
@@ -334,7 +375,7 @@ def compare(args: TrainStepArguments) -> dict[str, Any]:
     found = timing.alternating(programs, args.runs, "Training steps")
     results = {
         **timing.conditions(args.device),
-        **{name: getattr(args, name) for name in ("runs", "pairs", "micro", "steps", "tokens")},
+        **{name: getattr(args, name) for name in ("model", "runs", "pairs", "micro", "steps", "tokens")},
         "measured": {
             title: {
                 name: summary(found[precision, name], *(found.get((precision, one)) for one in (PEER, name + BEFORE)))
@@ -356,6 +397,7 @@ def measured(name: str, precision: str, args: TrainStepArguments, **changes: int
     else:
         numbers |= {"micro": args.micro, "warmup": args.warmup} | changes
     words = [word for key, value in numbers.items() for word in (f"--{key}", str(value))]
+    words += ["--model", args.model] if args.model != "capivara" else []  # a checkout of before has no such flag
     module = ["benchmarks.train_step", "--worker", name.removesuffix(BEFORE), "--device", args.device]
     root = {"root": args.beside} if name.endswith(BEFORE) else {}
     return timing.in_own_process([*module, "--precision", precision, *words], **root)

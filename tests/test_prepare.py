@@ -1,5 +1,7 @@
 """The embedded default's preparation: what is missing is made, once, whole or not at all."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,27 @@ def test_the_alignment_ends_at_its_best(tiny_processor, monkeypatch):
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("loss", prepare.LOSSES)
+def test_a_step_is_of_the_loss_that_the_model_starts_for(loss, tiny_processor, monkeypatch):
+    monkeypatch.setattr(prepare, "BATCH_SIZE", 4)
+    config = tiny_config(text_projection_type="linear", projection_dim=TINY_TEXT["hidden_size"], **prepare.LOSSES[loss])
+    model = randomise(CapivaraModel(config))
+    optimizer, _ = prepare._optimizer(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pixels = torch.rand(4, 48, generator=torch.Generator().manual_seed(0))
+    captions = [["um gato"], ["são"], ["água"], ["pão"]]
+    prepare.align_step(model, tiny_processor, captions, pixels, torch.zeros(48), optimizer, 0)
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert ("logit_bias" in moved) == (loss == "sigmoid") and "logit_scale" in moved
+    assert not [name for name in moved if name.startswith("vision_model.")]
+
+
+def test_each_loss_has_a_folder_of_its_own():
+    made = [prepare.PrepareArguments(loss=loss).model for loss in prepare.LOSSES]
+    assert [folder.name for folder in made] == ["base", "base-sigmoid"]
+    assert prepare.PrepareArguments(model=Path("mine"), loss="sigmoid").model == Path("mine")
+
+
 @pytest.mark.slow
 def test_a_run_finds_the_embeddings_of_the_pictures(tiny_folder, tiny_dataset_folder, tmp_path, monkeypatch):
     """The pictures go through the tower once: the cache of a run is there, and as the run would make it."""
@@ -76,7 +99,7 @@ def test_a_run_finds_the_embeddings_of_the_pictures(tiny_folder, tiny_dataset_fo
 
 
 def test_a_failure_leaves_no_folder(tmp_path, monkeypatch):
-    def broken(dataset, folder):
+    def broken(dataset, folder, loss):
         (folder / "half").write_text("written")
         raise ValueError("no")
 

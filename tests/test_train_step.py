@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny_config, tiny_tokenizer
+from towers import TOWER, VISION
+from transformers import SiglipConfig
 
 from benchmarks import timing
 from benchmarks import train_step as bench
@@ -21,6 +23,7 @@ from benchmarks.train_step import (
 )
 from capivara_search.miniature_encoders import load_tokenizer
 
+SIGLIP = SiglipConfig(text_config=TOWER | {"vocab_size": 300, "projection_size": 32}, vision_config=VISION)
 CAPTIONS = ["gato preto", "uma foto de um cachorro", "casa azul", "céu", "carro verde da água", "pão", "capivara"]
 
 
@@ -50,7 +53,7 @@ def test_a_run_of_ours(program, precision):
 def test_the_text_tower_alone_is_trained_with_dropout(cached):
     config, args = tiny_config(), worker()
     engine = Engine(config, args)
-    batch = bench.random_batch(config, tiny_tokenizer(), CAPTIONS, args.micro, cached)
+    batch = bench.random_batch(config, tiny_tokenizer(), args, cached)
     assert batch[1].ndim == (2 if cached else 4)
     engine.args.learning_rate, engine.args.min_learning_rate = 1e-3, 1e-3
     before = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
@@ -60,6 +63,35 @@ def test_the_text_tower_alone_is_trained_with_dropout(cached):
     assert not [name for name in moved if name.startswith("visi") or name.startswith("visual")]
     assert losses[0] != losses[1]
     assert engine.model.text_model.training and not engine.model.vision_model.training
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_siglip_is_trained_under_its_own_loss(cached):
+    args = worker("cache" if cached else "no_cache", model="siglip2")
+    results = measure_ours(args, SIGLIP, tiny_tokenizer())
+    assert len(results["steps"]) == 2 and results["pairs_per_second"] > 0
+    engine, batch = Engine(SIGLIP, args), bench.random_batch(SIGLIP, None, args, cached)
+    texts = torch.cat([part.input_ids for part in batch[0]])
+    assert texts.shape == (7, 64) and [part.attention_mask for part in batch[0]] == [None] * 3
+    with torch.no_grad():
+        model = engine.model.eval()
+        words = torch.nn.functional.normalize(model.get_text_features(texts).pooler_output, dim=-1)
+        images = batch[1] if cached else model.get_image_features(batch[1]).pooler_output
+        logits = model.logit_scale.exp() * words @ torch.nn.functional.normalize(images, dim=-1).T + model.logit_bias
+    expected = -torch.nn.functional.logsigmoid((2 * torch.eye(7) - 1) * logits).sum() / 7
+    engine.args.learning_rate, engine.args.min_learning_rate = 1e-3, 1e-3
+    before = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    assert engine(0, *batch)["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    moved = {name for name, tensor in engine.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved and all(name.startswith("text_model.") for name in moved), "scale and bias stay, too"
+
+
+def test_the_published_siglip2_is_of_full_size_and_has_a_file_of_its_own():
+    args = TrainStepArguments(model="siglip2")
+    config = bench.published_config(args)
+    assert (config.text_config.vocab_size, config.vision_config.patch_size) == (256_000, 16)
+    assert args.tokens == 64 and args.output.name == "train_step_siglip2.json"
+    assert TrainStepArguments().output.name == "train_step.json"
 
 
 def test_captions_are_as_long_as_asked_and_the_same_every_time():
@@ -106,6 +138,28 @@ def test_the_real_trainer_trains_the_text_tower_alone(monkeypatch, accum, precis
     assert results["pairs_per_second"] == pytest.approx(2 * accum / statistics.median(seconds))
     assert results["padded_tokens"] == 77
     assert 0 < results["setup_peak_memory_bytes"] <= results["peak_memory_bytes"]
+
+
+def test_the_real_trainer_trains_siglip(monkeypatch):
+    import open_clip
+    import open_clip_train.scheduler
+
+    vision = {"timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none", "image_size": 160}
+    text = {"context_length": 64, "vocab_size": 300, "width": 64, "heads": 2, "layers": 1, "no_causal_mask": True}
+    text |= {"proj_bias": True, "pool_type": "last"}
+    model = open_clip.CustomTextCLIP(64, vision | {"timm_model_pretrained": False}, text, init_logit_bias=-10)
+    monkeypatch.setattr(open_clip, "create_model", lambda name: model if name == "ViT-B-16-SigLIP2" else None)
+    monkeypatch.setattr(open_clip_train.scheduler, "cosine_lr", lambda optimizer, *_: lambda step: None)
+    config = SiglipConfig(text_config=SIGLIP.text_config, vision_config=VISION | {"image_size": 160})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    args = worker(PEER, model="siglip2", pairs=4, peer_micro=2)
+    theirs = bench.open_clip_arguments(args)
+    assert theirs.siglip and theirs.accum_freq == 2 and theirs.lock_image and theirs.grad_checkpointing
+    results = bench.measure_open_clip(args, config, tiny_tokenizer())
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {"logit_bias", "text.token_embedding.weight"} <= moved, "the bias is in its loss alone"
+    assert not [name for name in moved if name.startswith("visual.")]
+    assert results["padded_tokens"] == 64 and len(results["steps"]) == 2
 
 
 def test_batches_are_the_same_at_every_step_and_time_whole_ones(monkeypatch):
@@ -177,6 +231,9 @@ def test_programs_alternate_and_the_ratio_is_the_median_of_the_rounds(monkeypatc
 def test_both_sides_get_the_same_batch(monkeypatch):
     monkeypatch.setattr(timing, "in_own_process", lambda command, root=timing.ROOT: [*command, root])
     args = TrainStepArguments(pairs=96, micro=16, peer_micro=48, tokens=21, steps=3)
+    assert "--model" not in bench.measured("cache", "no", args), "a checkout of before does not know it"
+    siglip = bench.measured("cache", "no", TrainStepArguments(model="siglip2"))
+    assert siglip[siglip.index("--model") + 1] == "siglip2"
     for precision in PRECISIONS:
         peer = bench.measured(PEER, precision, args)
         assert peer[peer.index("--peer_micro") + 1] == "48"

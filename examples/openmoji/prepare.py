@@ -1,6 +1,7 @@
 """Make the embedded default's data set and base model, where they are missing.
 
     python -m examples.openmoji.prepare
+    python -m examples.openmoji.prepare --loss sigmoid    # a second base, under SigLIP's loss
 
 The data set is OpenMoji in English and Portuguese (`dataset.py`). The base is EfficientNet-Lite0 and
 multilingual-e5-small (`miniature_encoders.py` of `capivara_search`), aligned on the English captions only: what
@@ -8,8 +9,10 @@ CAPIVARA starts from, in miniature.
 """
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import PIL.Image
 import torch
@@ -29,6 +32,7 @@ from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraMo
 from modeling_capivara.embedder import CPU_IMAGES, embed_texts, image_parts
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.trim_vocabulary import cut_tokenizer, kept_ids
+from modeling_capivara.two_towers import is_sigmoid
 from training.arguments import RunArguments
 from training.batches import batch_indices, drawn_captions, micro_batches
 from training.inputs import cache_root, evaluation_pairs, image_cache
@@ -42,12 +46,17 @@ MICRO_BATCH_SIZE = 64  # less padding than in larger ones
 IMAGE_BATCH_SIZE = 32
 TEXT_LEARNING_RATE = 1e-4
 PROJECTION_LEARNING_RATE = 2e-3
+# Under the sigmoid loss, whose first steps draw all vectors together; at the rates above they hardly come apart again.
+SIGMOID_TEXT_LEARNING_RATE = 5e-5
+SIGMOID_LEARNING_RATE = 5e-4  # of projections, scale and bias
 FEATURE_NOISE = 0.1  # standard deviations of each feature
 WARMUP_STEPS = 5
 EVAL_STEPS = 5
 PATIENCE = 3  # measurements without a new best, after which the recall has stopped rising and training ends
 MAX_STEPS = 160
 SEED = 0
+# How the model starts under each loss: scale 10 and bias -10 are those of SigLIP (arXiv 2303.15343), section 3.1
+LOSSES = {"contrastive": {}, "sigmoid": {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0}}
 LANGUAGES, WORDS = ("pt", "en"), (50_000, 50_000)  # whose most frequent words keep their pieces
 
 CARD = """---
@@ -60,10 +69,10 @@ tags: [capivara, clip]
 # Base model of CAPIVARA's embedded default
 
 EfficientNet-Lite0 (Apache-2.0) and multilingual-e5-small (MIT), aligned on the English captions of the OpenMoji data
-set until the recall of its validation concepts stopped rising; `alignment.json` has the curve. It has seen no
-Portuguese caption with a picture. Of the text encoder's vocabulary it has the word pieces of English and Portuguese,
-and those of the data set's captions: other languages are split into letters. The pictures are OpenMoji's, licensed
-CC BY-SA 4.0 (https://openmoji.org), and so is this model.
+set under the {loss} loss, until the recall of its validation concepts stopped rising; `alignment.json` has the curve.
+It has seen no Portuguese caption with a picture. Of the text encoder's vocabulary it has the word pieces of English and
+Portuguese, and those of the data set's captions: other languages are split into letters. The pictures are OpenMoji's,
+licensed CC BY-SA 4.0 (https://openmoji.org), and so is this model.
 """
 
 logger = logging.getLogger("capivara")
@@ -74,11 +83,20 @@ class PrepareArguments:
     """Arguments of `examples.openmoji.prepare`."""
 
     dataset: Path = flag(Path("data/openmoji/dataset"), "Folder of the data set.")
-    model: Path = flag(Path("data/openmoji/base"), "Folder of the base model.")
+    model: Path | None = flag(
+        None, "Folder of the base model; data/openmoji/base or data/openmoji/base-sigmoid if none."
+    )
+    loss: Literal["contrastive", "sigmoid"] = flag("contrastive", "What aligns the base: CLIP's loss, or SigLIP's.")
+
+    def __post_init__(self) -> None:
+        if self.model is None:
+            self.model = Path("data/openmoji", "base-sigmoid" if self.loss == "sigmoid" else "base")
 
 
-def prepare(dataset_dir: Path, model_dir: Path | None) -> None:
+def prepare(dataset_dir: Path, model_dir: Path | None, loss: str = "contrastive") -> None:
     """Make what is missing of the data set and the base model, if one is wanted; each appears whole or not at all.
+
+    `loss` is a name in `LOSSES`, under which a missing base is aligned; one that is there is left as it is.
 
     Raises:
         ImportError: a package of the `demo` extra is missing.
@@ -95,18 +113,20 @@ def prepare(dataset_dir: Path, model_dir: Path | None) -> None:
                 f"{model_dir} is there but holds no base model (no config.json). Remove it, or name another."
             )
         with whole_folder(model_dir) as folder:
-            features = build_base(load_embedded(dataset_dir), folder)
+            features = build_base(load_embedded(dataset_dir), folder, loss)
         keep_embeddings(dataset_dir, model_dir, features)
 
 
-def build_base(dataset: DatasetDict, folder: Path) -> dict[str, Tensor]:
+def build_base(dataset: DatasetDict, folder: Path, loss: str = "contrastive") -> dict[str, Tensor]:
     """Align the two towers on the English captions and save model, processor and curve into `folder`.
+
+    `loss` is a name in `LOSSES`.
 
     Returns:
         Split -> `pooled_features` of its pictures.
     """
     torch.manual_seed(SEED)
-    model, processor = with_pieces_of(dataset, *joined_encoders())
+    model, processor = with_pieces_of(dataset, *joined_encoders(**LOSSES[loss]))
     captions = dataset["train"]["captions-en"][:]
     features = {name: pooled_features(model, processor, dataset[name]) for name in ("train", "validation")}
     start_by_ridge(model, processor, features["train"], [texts[0] for texts in captions])
@@ -114,17 +134,20 @@ def build_base(dataset: DatasetDict, folder: Path) -> dict[str, Tensor]:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     write_json(folder / "alignment.json", curve)
-    write_text(folder / "README.md", CARD)
+    write_text(folder / "README.md", CARD.format(loss=loss))
     return features
 
 
-def joined_encoders() -> tuple[CapivaraModel, CapivaraProcessor]:
-    """Both encoders as the towers of one model; its projections, into the texts' width, are random."""
+def joined_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProcessor]:
+    """Both encoders as the towers of one model; its projections, into the texts' width, are random.
+
+    `config` are further values of `CapivaraConfig`.
+    """
     image_encoder, (text_encoder, tokenizer) = load_image_encoder(), load_text_encoder()
     processor = CapivaraProcessor(CapivaraImageProcessor(image_mean=IMAGE_MEAN, image_std=IMAGE_STD), tokenizer)
     width = text_encoder.config.hidden_size
     towers = {"vision_config": image_encoder.config, "text_config": text_encoder.config}
-    model = CapivaraModel(CapivaraConfig(**towers, projection_dim=width, text_projection_type="linear"))
+    model = CapivaraModel(CapivaraConfig(**towers, **config, projection_dim=width, text_projection_type="linear"))
     model.vision_model.load_state_dict(image_encoder.state_dict())
     model.text_model.load_state_dict(text_encoder.state_dict())
     return model, processor
@@ -229,7 +252,8 @@ def align(
         if step % EVAL_STEPS == 0:
             recall = validation_recall(model, processor, dataset["validation"], features["validation"])
             curve.append({"step": step, "loss": loss, "validation_mean_recall": recall})
-            highest = max(point["validation_mean_recall"] for point in curve)
+            # Both losses begin by losing some of what ridge regression found: the start is no candidate.
+            highest = max(point["validation_mean_recall"] for point in curve[1:] or curve)
             bar.set_postfix(recall=f"{recall:.3f}", best=f"{highest:.3f}")
             if recall == highest:
                 best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -248,6 +272,9 @@ def _optimizer(model: CapivaraModel) -> tuple[torch.optim.Optimizer, torch.optim
     text = [*model.text_model.parameters(), model.logit_scale]
     projections = [*model.text_projection.parameters(), *model.visual_projection.parameters()]
     groups = ((text, TEXT_LEARNING_RATE), (projections, PROJECTION_LEARNING_RATE))
+    if is_sigmoid(model):
+        projections += [model.logit_scale, model.logit_bias]
+        groups = ((text[:-1], SIGMOID_TEXT_LEARNING_RATE), (projections, SIGMOID_LEARNING_RATE))
     optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in groups], weight_decay=0.0, fused=True)
     return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP_STEPS, total_iters=WARMUP_STEPS - 1)
 
@@ -268,11 +295,12 @@ def align_step(
     with word_rows(model.get_input_embeddings(), [batch.input_ids for batch in batches]):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=native):
             text_embeds = torch.cat([model(b.input_ids, b.attention_mask).text_embeds for b in batches])
-        loss = clip_loss(text_embeds, image_embeds, model.logit_scale)
+        loss = clip_loss(text_embeds, image_embeds, model.logit_scale, model.logit_bias)
         optimizer.zero_grad()
         loss.backward()
     optimizer.step()
-    clamp_logit_scale(model.logit_scale)
+    if not is_sigmoid(model):
+        clamp_logit_scale(model.logit_scale)
     return loss.item()
 
 
@@ -297,7 +325,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse(PrepareArguments, __doc__, argv)
-    prepare(args.dataset, args.model)
+    prepare(args.dataset, args.model, args.loss)
     print(f"Data set: {args.dataset}\nBase model: {args.model}")
 
 
