@@ -109,9 +109,9 @@ class PictureTable:
 
     def _check_folder(self) -> None:
         folder = Path(self.where)
-        if folder.is_file() or (folder.is_symlink() and not folder.exists()):
+        if os.path.isfile(folder) or (os.path.islink(folder) and not os.path.exists(folder)):
             raise failure(ValueError, "index_is_file", path=folder)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # nor where nobody may look
             return
         with explained(self.where):
             names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))

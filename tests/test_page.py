@@ -173,7 +173,8 @@ def searches(visitor: Visitor) -> None:
     """First the newest; then as one types, with Enter, and by what the collection has."""
     visitor.first_is("rocket")
     visitor.sees("#said", "As mais recentes")
-    assert visitor.tiles() == 35 and "35 imagens, modelo treinado" in visitor.text("#facts")
+    visitor.sees("#facts", "35 imagens, modelo treinado")
+    assert visitor.tiles() == 35
     assert ATTACK in visitor.page.locator(f".tile[title='{ATTACK}'] .caption").inner_text()
     for text in ("vermelho embaixo", "azul inteiro"):
         visitor.page.fill("#text", text)  # no key but those of the words
