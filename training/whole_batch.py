@@ -55,9 +55,6 @@ class WholeBatch:
     _bytes_a_token: float = 0.0  # of a graph, as the first micro-batch has it
     _bytes_a_text: float = 1.0
 
-    def __post_init__(self) -> None:
-        keep_freed_memory()
-
     def __call__(
         self, step: int, batches: Sequence[MicroBatch], pairs: int, image_embeds: Tensor | None = None
     ) -> StepReport:
@@ -83,6 +80,8 @@ class WholeBatch:
         )
         with words, self.accelerator.autocast():  # one for all micro-batches: each weight is cast once a step
             parts, kept = self._embedded(step, batches)
+            if kept == len(batches):  # graphs that are made again need memory of other sizes, and would leave holes
+                keep_freed_memory()
             leaves = [[side.detach().requires_grad_(side.requires_grad) for side in part] for part in parts]
             texts = self._of_all([leaf[0] for leaf in leaves], own, pairs)
             if image_embeds is None:
