@@ -90,11 +90,13 @@ def test_shapes_that_are_known(tmp_path, fields):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_weights_of_half_precision(tiny_folder, dtype):
-    path = tiny_folder / "model.safetensors"
+@pytest.mark.parametrize(("kind", "texts"), [("tiny_folder", AWKWARD), ("siglip2_folder", PLAIN)])
+def test_weights_of_half_precision(request, kind, texts, dtype):
+    folder = request.getfixturevalue(kind)
+    path = folder / "model.safetensors"
     save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
-    expected = of_the_model(tiny_folder, AWKWARD)
-    np.testing.assert_allclose(open_text_tower(tiny_folder).embed(AWKWARD), expected, rtol=0, atol=1e-5)
+    expected = of_the_model(folder, texts)
+    np.testing.assert_allclose(open_text_tower(folder).embed(texts), expected, rtol=0, atol=1e-5)
 
 
 def test_the_order_is_that_of_the_texts_and_a_text_does_not_depend_on_its_neighbours(tiny_folder):
@@ -163,14 +165,6 @@ def test_siglip_for_awkward_texts(siglip2_folder, case):
             pooled = model.eval().get_text_features(inputs["input_ids"]).pooler_output
         expected = torch.nn.functional.normalize(pooled, dim=-1).numpy()
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_siglip_of_half_precision(siglip2_folder, dtype):
-    path = siglip2_folder / "model.safetensors"
-    save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
-    expected = of_the_model(siglip2_folder, PLAIN)
-    np.testing.assert_allclose(open_text_tower(siglip2_folder).embed(PLAIN), expected, rtol=0, atol=1e-5)
 
 
 def test_half_a_character_is_no_end(siglip2_folder, tmp_path):
