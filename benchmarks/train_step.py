@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_step
     python -m benchmarks.train_step --device cuda
-    python -m benchmarks.train_step --model siglip2 --no_recipe --runs 3
+    python -m benchmarks.train_step --model siglip2 --parts programs --runs 3
     python -m benchmarks.train_step --worker cache --precision bf16 --pairs 64 --micro 32 --steps 1
 
 Random weights, the real tokenizer, Portuguese captions of 20 tokens, dropout on, the image tower frozen; whole steps,
@@ -15,7 +15,7 @@ programs alternate, and a figure is the median of the runs. Measured are
 - `cache_recomputed`: as `cache`, no graph kept, as where a batch of 2816 does not fit.
 
 With `--beside CHECKOUT` `no_cache` and `cache` alone are measured, and the same of another checkout, with
-a .venv of its own, in alternating runs; the ratio is to them. The recipe's step is measured in both.
+a .venv of its own, in alternating runs; the ratio is to them. The recipe's step alternates likewise.
 
 With `--model siglip2` it is SigLIP 2 B/16 under the sigmoid loss, beside open_clip's trainer with `--siglip` on its own
 ViT-B-16-SigLIP2; texts are 64 random ids, since SigLIP's are always filled up, and neither has dropout.
@@ -83,7 +83,7 @@ class TrainStepArguments:
     warmup: int = flag(1, "Untimed steps before them; ours alone, open_clip has 1.")
     tokens: int = flag(20, "Mean tokens of a caption, begin and end included; siglip2 has 64.")
     device: str = flag("cpu", "cpu or cuda; on cuda open_clip is left out.")
-    recipe: bool = flag(True, "Also one step of the recipe's 2816 pairs.")
+    parts: list[str] = flag(["recipe", "programs"], "What is measured: one step of the recipe's 2816 pairs, programs.")
     output: Path | None = flag(None, "JSON file; train_step.json or train_step_siglip2.json if none.")
     beside: Path | None = flag(
         None, "Another checkout of this project, with a .venv of its own: its programs are measured in the same runs."
@@ -362,16 +362,16 @@ def open_clip_optimizer(model: nn.Module, theirs: Any) -> torch.optim.AdamW:
 
 def compare(args: TrainStepArguments) -> dict[str, Any]:
     """The recipe's step, then all programs in alternating runs."""
-    recipe = {"recipe": recipe_step(args)} if args.recipe else {}
     names = [name for name in PROGRAMS if args.device == "cpu" or name != PEER]
     if args.beside:
-        recipe |= {"recipe_before": recipe_step(args, BEFORE)} if args.recipe else {}
         names = [name + end for name in ("no_cache", "cache") for end in ("", BEFORE)]
+    names = names if "programs" in args.parts else []
     programs = {
         (precision, name): lambda run, of=(name, precision): measured(*of, args)
         for precision in PRECISIONS
         for name in names
     }
+    recipe = recipe_steps(args) if "recipe" in args.parts else {}
     found = timing.alternating(programs, args.runs, "Training steps")
     results = {
         **timing.conditions(args.device),
@@ -416,8 +416,20 @@ def summary(runs: list[dict], peer: list[dict] | None, before: list[dict] | None
     return found
 
 
+def recipe_steps(args: TrainStepArguments) -> dict[str, Any]:
+    """The recipe's step; with `--beside` that of the other checkout too, in alternating runs: the medians of them."""
+    ends = ("", BEFORE) if args.beside else ("",)
+    programs = {f"recipe{end}": lambda run, end=end: recipe_step(args, end) for end in ends}
+    found = timing.alternating(programs, args.runs if args.beside else 1, "The recipe's step")
+    for runs in found.values():
+        measures = {key: [run[key] for run in runs] for key in ("step_s", "peak_memory_bytes")}
+        runs[0] |= {"runs": measures, **{key: statistics.median(values) for key, values in measures.items()}}
+        runs[0]["projected_hours"] = runs[0]["step_s"] * RECIPE_STEPS / 3600
+    return {name: runs[0] for name, runs in found.items()}
+
+
 def recipe_step(args: TrainStepArguments, of: str = "") -> dict[str, Any]:
-    """A step of 2816 pairs with nothing kept, in the precision that `auto` chooses; projected to the whole recipe.
+    """A step of 2816 pairs with nothing kept, in the precision that `auto` chooses.
 
     On a CPU it is the first step, which also allocates Adam's moments.
     """
@@ -425,9 +437,7 @@ def recipe_step(args: TrainStepArguments, of: str = "") -> dict[str, Any]:
     precision = resolve_precision("auto", torch.device(args.device))
     sizes = {"pairs": RECIPE_PAIRS, "micro": RECIPE_MICRO, "steps": 3 if cuda else 1, "warmup": int(cuda)}
     found = measured("cache_recomputed" + of, precision, args, **sizes)
-    seconds = found["pairs"] / found["pairs_per_second"]
-    projected = {"projected_hours": seconds * RECIPE_STEPS / 3600, "projected_steps": RECIPE_STEPS}
-    return {**found, "step_s": seconds, **projected}
+    return {**found, "step_s": found["pairs"] / found["pairs_per_second"], "projected_steps": RECIPE_STEPS}
 
 
 if __name__ == "__main__":

@@ -153,6 +153,12 @@ def keep_freed_memory() -> None:
             ctypes.CDLL(None).mallopt(option, value)
 
 
+def give_back_freed_memory() -> None:
+    """Let glibc give the pages between what is held back to the system: what comes next may be of other sizes."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def free_memory(device: "torch.device") -> int:
     """Bytes that can still be allocated on `device`, the limit of a container included."""
     import psutil

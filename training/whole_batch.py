@@ -21,7 +21,7 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from capivara_common.environment import free_memory, keep_freed_memory
+from capivara_common.environment import free_memory, give_back_freed_memory, keep_freed_memory
 from modeling_capivara.two_towers import embedding_width, image_embeds, is_sigmoid, text_embeds
 from training.batches import MicroBatch
 
@@ -80,7 +80,7 @@ class WholeBatch:
         )
         with words, self.accelerator.autocast():  # one for all micro-batches: each weight is cast once a step
             parts, kept = self._embedded(step, batches)
-            if kept == len(batches):  # graphs that are made again need memory of other sizes, and would leave holes
+            if kept == len(batches):
                 keep_freed_memory()
             leaves = [[side.detach().requires_grad_(side.requires_grad) for side in part] for part in parts]
             texts = self._of_all([leaf[0] for leaf in leaves], own, pairs)
@@ -98,6 +98,8 @@ class WholeBatch:
                 for part, leaf in zip(parts, leaves, strict=True):
                     sides = [i for i, side in enumerate(leaf) if side.grad is not None]
                     torch.autograd.backward([part[i] for i in sides], [leaf[i].grad for i in sides])
+        if kept < len(batches):  # graphs that are made again leave holes, beside which Adam's moments would come to lie
+            give_back_freed_memory()
         if self.accelerator.num_processes > 1:
             self._sum_over_processes()
         return StepReport(whole.item(), kept)
