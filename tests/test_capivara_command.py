@@ -563,7 +563,7 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(many, tmp_path, saved_t
     for said in process.stderr:
         if str(many) in said:  # from here on pictures are read
             break
-    time.sleep(0.2)  # all are done within a second and a half on a quick machine, and a Python that ends takes no signal
+    time.sleep(0.2)  # a quick machine is done within a second and a half, and a Python that ends takes no signal
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130
