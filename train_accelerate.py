@@ -8,6 +8,8 @@
 over the file. An unfinished run lies in `<output_dir>.partial`; `--resume auto` resumes it.
 """
 
+import capivara_common.interrupt  # isort: skip # noqa: F401, first of all
+
 import copy
 import logging
 import os

@@ -20,6 +20,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from capivara_common.interrupt import stop_by_exception
 from capivara_common.privacy import printable
 from capivara_common.progress import prepare_bars
 
@@ -52,6 +53,7 @@ def run_command(main: Callable[[], object], resumes: bool = False) -> None:
         main: of the command.
         resumes: whether the same command, run again, resumes; the message of Ctrl-C then says so.
     """
+    stop_by_exception()
     prepare_bars()
     try:
         user_errors(main)()

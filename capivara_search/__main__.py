@@ -1,18 +1,8 @@
 """`python -m capivara_search` and the console script `capivara`."""
 
-import os
-import signal
-import sys
+from capivara_common.interrupt import stop_while_importing
 
-
-def stop(*_: object) -> None:
-    """Ctrl-C during the imports that follow; KeyboardInterrupt would get lost in those of C extensions."""
-    print("\nStopped.", file=sys.stderr, flush=True)
-    os._exit(128 + signal.SIGINT)  # nothing is written yet
-
-
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the shell has it ignored
-    signal.signal(signal.SIGINT, stop)
+stop_while_importing()
 
 from capivara_search.command import run  # noqa: E402
 

@@ -41,6 +41,7 @@ GONE = {  # flags of earlier versions -> what there is instead
     **dict.fromkeys(["cpus_per_task", "mem_per_cpu_gb", "gpus_per_task"], LAUNCHED),
     "gallery": "the best and the worst queries are drawn beside the result, OUTPUT.queries.png",
     "recall_at": "recall at 1, 5 and 10 is measured, as far as there are more images",
+    "trust_remote_code": "a model's own code is not run; transformers' classes are read",
 }
 POSITIONS = {"all": slice(None), "first": slice(1), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
 

@@ -44,6 +44,7 @@ GONE = {  # flags of earlier versions -> what there is instead
     "metrics": "the result file of a benchmark has all its metrics",
     "data": "put the data, or a link to them, into --data_dir under the benchmark's key",
     "published": "the benchmark's file in eval/benchmarks has the figures of the light recipe, too",
+    "trust_remote_code": "a model's own code is not run; transformers' classes are read",
     "offline": "set HF_HUB_OFFLINE=1, as for everything of Hugging Face",
 }
 

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import capivara_common.interrupt  # noqa: F401
 from capivara_common.environment import device_description, package_versions
 from capivara_common.privacy import hide_paths
 

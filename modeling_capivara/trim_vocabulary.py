@@ -65,6 +65,7 @@ class Trim(NamedTuple):
 class TrimArguments:
     """Flags of `modeling_capivara.trim_vocabulary`."""
 
+    gone = {"restore": "a trimmed model stays small; keep the model that it was made from"}
     model: Path = flag(..., "Folder of the model.", positional=True)
     output: Path = flag(..., "Folder to create; must not exist, or be empty.", positional=True)
     languages: list[str] = flag(..., "Keep the pieces of their most frequent words, as wordfreq has them: pt en.")

@@ -1,8 +1,10 @@
 """Commands: `--help`, wrong flags and values in one line, YAML files with flags on top, and Ctrl-C."""
 
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -243,3 +245,15 @@ def test_a_yaml_file_makes_no_objects(tmp_path):
     config.write_text(f"names: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n", encoding="utf-8")
     assert read("--config", config, config=True).names == [f"{tmp_path}/made"]
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc what is loaded")
+@pytest.mark.parametrize("words", [["-m", "eval.retrieval"], ["-m", "captions.score"], ["train_accelerate.py"]])
+def test_ctrl_c_while_torch_is_imported_is_one_line(words):
+    root = Path(__file__).parent.parent
+    with subprocess.Popen([sys.executable, *words, "--help"], cwd=root, stderr=subprocess.PIPE, text=True) as process:
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert (process.communicate()[1], process.returncode) == ("\nStopped.\n", 130)

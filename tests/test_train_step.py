@@ -46,7 +46,8 @@ def test_a_run_of_ours(program, precision):
     assert len(results["steps"]) == 2, "the warm-up is not among them"
     assert results["pairs_per_second"] == pytest.approx(7 / statistics.median(s["step_s"] for s in results["steps"]))
     assert {step["graphs_kept"] for step in results["steps"]} == {0 if program == "cache_recomputed" else 3}
-    assert 0 < results["setup_peak_memory_bytes"] <= results["peak_memory_bytes"]
+    # the kernel counts pages in batches
+    assert 0 < results["setup_peak_memory_bytes"] <= results["peak_memory_bytes"] + 2**20
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -137,7 +138,8 @@ def test_the_real_trainer_trains_the_text_tower_alone(monkeypatch, accum, precis
     assert len(seconds) == 4, "the warm-up is not among them"
     assert results["pairs_per_second"] == pytest.approx(2 * accum / statistics.median(seconds))
     assert results["padded_tokens"] == 77
-    assert 0 < results["setup_peak_memory_bytes"] <= results["peak_memory_bytes"]
+    # the kernel counts pages in batches
+    assert 0 < results["setup_peak_memory_bytes"] <= results["peak_memory_bytes"] + 2**20
 
 
 def test_the_real_trainer_trains_siglip(monkeypatch):
@@ -268,8 +270,10 @@ def test_another_checkout_is_measured_in_the_same_runs(monkeypatch, tmp_path):
     seen = []
     rates = iter([3.0] * 100)  # of all of ours
     monkeypatch.setattr(timing, "in_own_process", fake_process(iter([1.0] * 9), rates, seen))
-    args = TrainStepArguments(pairs=8, micro=4, peer_micro=4, runs=1, recipe=False, beside=tmp_path)
-    measured = bench.compare(args)["measured"]["float32"]
+    args = TrainStepArguments(pairs=8, micro=4, peer_micro=4, runs=1, beside=tmp_path)
+    results = bench.compare(args)
+    measured = results["measured"]["float32"]
     assert measured["cache"]["ratio_to_before"] == 1.0 and "ratio_to_before" not in measured["cache_before"]
     others = [command for command in seen if command[-1] == str(tmp_path)]
-    assert len(others) == 4 and {command[2] for command in others} == {"no_cache", "cache"}
+    assert len(others) == 5 and {command[2] for command in others} == {"cache_recomputed", "no_cache", "cache"}
+    assert results["recipe"]["ratio_to_before"] == 1.0 and "ratio_to_before" not in results["recipe_before"]

@@ -1,6 +1,6 @@
 """One loss over the whole contrastive batch, in the memory of a few micro-batches, on any number of processes.
 
-    step = WholeBatch(model, accelerator, seed=0)
+    step = WholeBatch(model, model.logit_scale, accelerator, seed=0)
     report = step(0, batches, pairs=2816, image_embeds=embeds)  # the gradients are in the parameters
 
 Plain autograd: every micro-batch is embedded, those whose graph does not fit under `torch.utils.checkpoint`, the loss
