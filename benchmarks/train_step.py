@@ -425,9 +425,6 @@ def recipe_steps(args: TrainStepArguments) -> dict[str, Any]:
         measures = {key: [run[key] for run in runs] for key in ("step_s", "peak_memory_bytes")}
         runs[0] |= {"runs": measures, **{key: statistics.median(values) for key, values in measures.items()}}
         runs[0]["projected_hours"] = runs[0]["step_s"] * RECIPE_STEPS / 3600
-    if args.beside:
-        rates = ([run["pairs_per_second"] for run in runs] for runs in found.values())
-        found["recipe"][0]["ratio_to_before"] = timing.median_ratio(*rates)
     return {name: runs[0] for name, runs in found.items()}
 
 
