@@ -33,19 +33,12 @@ CARD = "What the model is, how it was trained and under which licence it may be 
 
 
 def read_config(folder: str | Path) -> CapivaraConfig:
-    """The configuration of a model folder that is there.
-
-    Raises:
-        ValueError: its config.json is missing, damaged, of another kind of model, or asks for what can't be.
-    """
-    try:
-        kind = read_json(Path(folder) / "config.json", model_type=str)["model_type"]
-        if kind != "capivara":
-            raise ValueError(f"model_type is {kind!r}, not 'capivara'")
-        return CapivaraConfig.from_pretrained(folder)
-    except Exception as error:  # RecursionError among them, and what transformers and its data classes raise
-        reason = " ".join(str(error).split())
-        raise ValueError(f"The config.json of {folder} is of no CAPIVARA model: {reason}") from error
+    """`two_towers_config` of a CAPIVARA; ValueError where it is of another kind."""
+    config = two_towers_config(Path(folder))
+    if config.model_type != "capivara":
+        kind = f"model_type is {config.model_type!r}, not 'capivara'"
+        raise ValueError(f"The config.json of {folder} is of no CAPIVARA model: {kind}.")
+    return config
 
 
 def checked_config(source: str, **options: Any) -> PreTrainedConfig:
@@ -163,16 +156,14 @@ def _check_folder(source: str | Path, needed: str, fault: str) -> None:
 def two_towers_config(folder: Path) -> PreTrainedConfig:
     """The configuration in a model folder; ValueError where it is damaged, or of no model of two towers."""
     try:
-        kind = read_json(folder / "config.json", model_type=str)["model_type"]
-        if kind != "capivara":
-            config = checked_config(str(folder))
-            check_two_towers(config)
-            return config
+        read_json(folder / "config.json", model_type=str)
+        config = checked_config(str(folder))
+        check_two_towers(config)
+        return config
     except Exception as error:  # RecursionError among them
         reason = " ".join(str(error).split())
         text = "The config.json of {model} is of no model of two towers: {reason}"
         raise coded(ValueError, "no_two_towers", text, model=folder, reason=reason) from error
-    return read_config(folder)
 
 
 def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
