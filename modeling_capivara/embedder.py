@@ -92,11 +92,11 @@ def load_embedder(
 def model_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin, precision: str) -> Embedder:
     """A model that is loaded, in evaluation mode."""
     config, image_processor = model.config, processor.image_processor.to_json_string()
-    backend = getattr(processor.tokenizer, "backend_tokenizer", None)  # none of SigLIP's own, which is sentencepiece's
-    plain = lambda of: json.dumps([of.get_vocab(), getattr(of, "do_lower_case", None)], sort_keys=True)  # noqa: E731
-    tokenizer = backend.to_str() if backend else plain(processor.tokenizer)
-    tokenizer += str(processor.tokenizer.model_max_length)
-    fingerprint = _digest(weights_digest(model), config.to_json_string() + image_processor, tokenizer, precision)
+    tokenizer = processor.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # none of the first SigLIP's, which is sentencepiece's
+    plain = [] if backend else [tokenizer.get_vocab(), getattr(tokenizer, "do_lower_case", None)]
+    rules = (backend.to_str() if backend else json.dumps(plain, sort_keys=True)) + str(tokenizer.model_max_length)
+    fingerprint = _digest(weights_digest(model), config.to_json_string() + image_processor, rules, precision)
     image_side = weights_digest(model, IMAGE_SIDE)
     image_fingerprint = _digest(image_side, config.vision_config.to_json_string() + image_processor, precision)
     towers = partial(embed_images, model, processor), partial(embed_texts, model, processor)
