@@ -187,7 +187,7 @@ class Engine:
         self.prepared = self.accelerator.prepare_model(self.model, evaluation_mode=True)  # see WholeBatch
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.model, self.args))
         seed = self.args.seed
-        self.step = WholeBatch(self.prepared, self.model.logit_scale, self.accelerator, seed, budget=budget)
+        self.step = WholeBatch(self.prepared, self.accelerator, seed, budget)
 
     def __call__(self, number: int, texts: list[MicroBatch], images: Tensor) -> dict[str, float]:
         """One step on images of `random_batch`; its seconds, the graphs it kept, its loss."""

@@ -22,6 +22,7 @@ from capivara_common.files import check_inputs_stay, check_output_folder, whole_
 from capivara_common.image_files import BadImage, ImageFiles, decode_image
 from capivara_common.links import Bounds
 from capivara_common.privacy import hide_paths
+from eval.benchmarks import published_base
 from eval.records.plots import plot_bars, plot_training_curves
 from eval.records.schema import (
     DIRECTIONS,
@@ -154,6 +155,7 @@ def _block(rows: pandas.DataFrame, found: Found, output: Path) -> dict[str, Any]
         found.faults.append((row.name, fault))
     pairs, gains = pairs_of(values_of(measured, "folder")), rows[rows["metric"] == GAIN].to_dict("records")
     for pair in pairs:
+        pair["published"] = published_base(pair)
         pair["models"] = " against ".join(pair[role].folder for role in ("capivara", "baseline") if pair[role])
     own = measured.drop_duplicates("dataset").set_index("dataset")["metric"]  # the metric that a file has first
     drawn = [p for p in pairs if not p["is_rank"] and (is_retrieval or p["metric"] == own[p["dataset"]])]

@@ -26,7 +26,7 @@ from capivara_common.cli import WrongUse, flag, parse, run_command, unknown, use
 from capivara_common.environment import package_versions, processes
 from capivara_common.files import read_json, seed_folders, write_json, write_text
 from capivara_common.privacy import hide_paths
-from eval.benchmarks import FOLDER, SUITES, Benchmark, load_benchmarks, locate, read_benchmark
+from eval.benchmarks import FOLDER, SUITES, Benchmark, load_benchmarks, locate, published_as, read_benchmark
 from eval.classification import ClassificationArguments
 from eval.classification import evaluate as evaluate_classification
 from eval.embeddings import EmbeddingArguments
@@ -38,6 +38,7 @@ from modeling_capivara.embedder import load_embedder
 SUMMARY_VERSION = 1
 COLUMNS = ["benchmark", "language", "metric", "direction", "role", "run", "value", "n"]  # of what was measured
 TEMPLATE = Path(__file__).parent / "suite.md.j2"
+OWN_TABLE = {role: role for role in MODEL_NAMES}  # role -> what CAPIVARA's figures are published as
 GONE = {  # flags of earlier versions -> what there is instead
     "gallery": "`python -m eval.retrieval` draws the best and the worst queries beside its result",
     "list": "the files in eval/benchmarks say where the data come from and in which layout",
@@ -96,7 +97,8 @@ def models_of(args: SuiteArguments) -> list[dict[str, Any]]:
     """The models as suite.json has them, loaded once: a wrong one ends the suite before long work.
 
     That is the name as tasks take it, the role, the number among those of its role, the seed of its training, as its
-    run.json says, the fingerprint of weights, configuration and precision, its class and its loss.
+    run.json says, the fingerprint of weights, configuration and precision, its class and its loss, and what it and its
+    base are `published` as, if they were.
 
     Raises:
         ValueError: there is none, one can't be loaded, or two runs are the same model.
@@ -112,10 +114,12 @@ def models_of(args: SuiteArguments) -> list[dict[str, Any]]:
     models = []
     for role, run, name in [("baseline", 0, args.baseline)] * bool(args.baseline) + runs:
         facts, is_baseline = Path(name) / "run.json", role == "baseline"
-        seed = None if is_baseline or not facts.is_file() else read_json(facts).get("seed")
+        made = {} if is_baseline or not facts.is_file() else read_json(facts)
         model = load_embedder(name, "cpu", is_baseline, args.precision)
-        one = {"name": name, "role": role, "run": run, "seed": seed, "fingerprint": model.fingerprint}
-        models.append(one | model.facts)
+        one = {"name": name, "role": role, "run": run, "seed": made.get("seed"), "fingerprint": model.fingerprint}
+        base = str(made.get("config", {}).get("model", ""))
+        one |= {"published": published_as(name, role, **model.facts)}
+        models.append(one | model.facts | {"base_published": published_as(base, "baseline", **model.facts)})
     if len({model["fingerprint"] for model in models[-len(runs) :]}) < len(runs):
         raise ValueError("Two of --runs hold the same model, so that their deviation would mean nothing.")
     return models
@@ -206,7 +210,8 @@ def _summary(args: SuiteArguments, models: list[dict[str, Any]], measurements: l
     runs, known = {role: sum(m["role"] == role for m in models) for role in MODEL_NAMES}, load_benchmarks()
     pairs = dict.fromkeys((one["benchmark"], one["language"]) for one in measurements)
     pairs = [(known[key], language) for key, language in pairs]
-    rows, left_out = suite_rows(pairs, values, runs, args.protocol)
+    published = {"baseline": models[-1]["base_published"]} | {model["role"]: model["published"] for model in models}
+    rows, left_out = suite_rows(pairs, values, runs, args.protocol, published)
     return {
         "summary_version": SUMMARY_VERSION,
         **{name: getattr(args, name) for name in ("suite", "protocol", "precision")},
@@ -220,7 +225,11 @@ def _summary(args: SuiteArguments, models: list[dict[str, Any]], measurements: l
 
 
 def suite_rows(
-    pairs: list[tuple[Benchmark, str]], values: list[dict[str, Any]], runs: dict[str, int], protocol: str = "ours"
+    pairs: list[tuple[Benchmark, str]],
+    values: list[dict[str, Any]],
+    runs: dict[str, int],
+    protocol: str = "ours",
+    published: dict[str, str | None] | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of a suite's table, as data, in per cent; and a line where the average of ELEVATER is left out.
 
@@ -230,6 +239,7 @@ def suite_rows(
             of its role), with `value` and `n` as in a `Record`.
         runs: role -> number of its models.
         protocol: of names and prompts.
+        published: role -> what its models were published as; `OWN_TABLE` where None.
     """
     own = pandas.DataFrame([(b.key, language, b.metric) for b, language in pairs], columns=COLUMNS[:3])
     frame = pandas.DataFrame(values, columns=COLUMNS).merge(own)
@@ -255,14 +265,19 @@ def suite_rows(
     for benchmark, language in pairs:
         for direction in benchmark.directions:
             of_roles = {role: whole.get((benchmark.key, language, direction, role)) for role in runs}
-            rows.append(_row(benchmark, language, direction, of_roles, protocol))
+            rows.append(_row(benchmark, language, direction, of_roles, protocol, published or OWN_TABLE))
             if benchmark is average:
                 rows[-1]["like_for_like"] = all(row["like_for_like"] for row in rows if row["benchmark"] in members)
     return rows, left_out
 
 
 def _row(
-    benchmark: Benchmark, language: str, direction: str, of_roles: dict[str, dict[str, Any] | None], protocol: str
+    benchmark: Benchmark,
+    language: str,
+    direction: str,
+    of_roles: dict[str, dict[str, Any] | None],
+    protocol: str,
+    published: dict[str, str | None],
 ) -> dict[str, Any]:
     """Published and measured figures, and the measured minus the published ones in points."""
     title = benchmark.title + ("" if benchmark.languages == (language,) else f" ({language})")
@@ -275,7 +290,7 @@ def _row(
     like = like and (benchmark.task == "retrieval" or benchmark.protocol == "babel" or protocol == "authors")
     row |= {"images": images[0] if images else None, "test_images": benchmark.test_images, "like_for_like": like}
     for role, of in of_roles.items():
-        known = benchmark.published_figure(role, direction) if language == benchmark.language else None
+        known = benchmark.published_figure(published[role], direction) if language == benchmark.language else None
         std = of["std"] if of and of["runs"] > 1 else None
         measured = {"mean": of["mean"], "std": std, "runs": of["runs"]} if of else None
         difference = of["mean"] - known["mean"] if of and known else None

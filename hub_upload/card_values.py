@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 
+from eval.benchmarks import published_base
 from eval.records.schema import DIRECTIONS, GAIN, RANK_METRICS, TASKS, is_number
 from eval.records.tables import pairs_of
 from hub_upload.card_facts import HUB_ID, OWN_CLASS, CardFacts, Content, energy, inherited_licence, licence
@@ -278,6 +279,7 @@ def _of_results(facts: CardFacts, numbers: Numbers) -> dict[str, Any]:
 
     return {
         **{"main": main, "unsure": unsure, "dataset": dataset, "sizes": sizes, "pairs": pairs, "groups": facts.groups},
+        "published": published_base,
         "summary": [pair for pair in main if pair["task"] == "retrieval" and pair["language"] == facts.language],
         "worse": [pair for pair in main if is_worse(pair)],
         "gains": lambda group: [value for value in group if value.metric == GAIN],

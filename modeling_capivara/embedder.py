@@ -92,35 +92,15 @@ def load_embedder(
 def model_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin, precision: str) -> Embedder:
     """A model that is loaded, in evaluation mode."""
     config, image_processor = model.config, processor.image_processor.to_json_string()
-    backend = getattr(processor.tokenizer, "backend_tokenizer", None)  # none of SigLIP's own, which is sentencepiece's
-    tokenizer = backend.to_str() if backend else json.dumps(processor.tokenizer.get_vocab(), sort_keys=True)
-    tokenizer += str(processor.tokenizer.model_max_length)
-    fingerprint = _digest(weights_digest(model), config.to_json_string() + image_processor, tokenizer, precision)
+    tokenizer = processor.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # none of the first SigLIP's, which is sentencepiece's
+    plain = [] if backend else [tokenizer.get_vocab(), getattr(tokenizer, "do_lower_case", None)]
+    rules = (backend.to_str() if backend else json.dumps(plain, sort_keys=True)) + str(tokenizer.model_max_length)
+    fingerprint = _digest(weights_digest(model), config.to_json_string() + image_processor, rules, precision)
     image_side = weights_digest(model, IMAGE_SIDE)
     image_fingerprint = _digest(image_side, config.vision_config.to_json_string() + image_processor, precision)
     towers = partial(embed_images, model, processor), partial(embed_texts, model, processor)
     return Embedder(name, model.device, precision, fingerprint, image_fingerprint, class_and_loss(model), *towers)
-
-
-def plain_embedder(
-    name: str,
-    device: torch.device,
-    precision: str,
-    fingerprint: str,
-    facts: dict[str, str],
-    encode_images: Callable,
-    encode_texts: Callable,
-) -> Embedder:
-    """Any model of two functions: a batch of PIL images, and a batch of texts, to their embeddings.
-
-    Which part of it the images need is not known: their fingerprint is that of the whole model.
-    """
-
-    def embed(encode: Callable, items: Iterable, batch_size: int = 32, progress: Progress = None) -> Tensor:
-        return _in_batches(lambda batch: unit_length(encode(batch)), items, batch_size, progress)
-
-    towers = partial(embed, encode_images), partial(embed, encode_texts)
-    return Embedder(name, device, precision, fingerprint, fingerprint, facts, *towers)
 
 
 def _open_clip(source: str, device: torch.device, precision: str) -> Embedder:
@@ -150,15 +130,17 @@ def _open_clip(source: str, device: torch.device, precision: str) -> Embedder:
     except Exception as error:  # a name or tag that open_clip does not know, or a damaged folder
         raise ValueError(f"open_clip can't load {source!r}: {' '.join(str(error).split())}") from error
 
-    def encode_images(images: Sequence[Image.Image]) -> Tensor:
-        return model.encode_image(torch.stack([preprocess(image) for image in images]).to(device))
+    def images(items: Iterable[Image.Image], batch_size: int = 32, progress: Progress = None) -> Tensor:
+        pixels = lambda batch: torch.stack([preprocess(image) for image in batch]).to(device)  # noqa: E731
+        return _in_batches(lambda batch: unit_length(model.encode_image(pixels(batch))), items, batch_size, progress)
 
-    def encode_texts(texts: Sequence[str]) -> Tensor:
-        return model.encode_text(tokenizer(list(texts)).to(device))
+    def texts(items: Sequence[str], batch_size: int = 32, progress: Progress = None) -> Tensor:
+        encode = lambda batch: unit_length(model.encode_text(tokenizer(batch).to(device)))  # noqa: E731
+        return _in_batches(encode, items, batch_size, progress)
 
-    fingerprint = _digest("open_clip", source, weights_digest(model), repr(preprocess), precision)
-    facts = class_and_loss(model)
-    return plain_embedder(f"open_clip:{source}", device, precision, fingerprint, facts, encode_images, encode_texts)
+    digest = _digest("open_clip", source, weights_digest(model), repr(preprocess), precision)
+    # Which part of it the images need is not known: their fingerprint is that of the whole model.
+    return Embedder(f"open_clip:{source}", device, precision, digest, digest, class_and_loss(model), images, texts)
 
 
 def _digest(*parts: str) -> str:

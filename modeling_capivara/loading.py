@@ -19,13 +19,13 @@ from transformers.models.siglip2 import Siglip2Tokenizer
 
 from capivara_common.cli import coded
 from capivara_common.files import read_json
-from capivara_common.hub_cache import check_reachable, is_hub_id
+from capivara_common.hub_cache import check_reachable, is_hub_id, kind_fault
 from capivara_common.weight_file import weight_files
 
 from .checks_capivara import check_sizes, tokenizer_errors
 from .configuration_capivara import CapivaraConfig, sizes_of
 from .processing_capivara import CapivaraProcessor
-from .two_towers import check_two_towers, limit_texts
+from .two_towers import limit_texts
 
 WEIGHTS = "model.safetensors"
 KEPT = ("license", "license_name", "license_link", "language", "attribution")  # of the source's own card
@@ -33,19 +33,12 @@ CARD = "What the model is, how it was trained and under which licence it may be 
 
 
 def read_config(folder: str | Path) -> CapivaraConfig:
-    """The configuration of a model folder that is there.
-
-    Raises:
-        ValueError: its config.json is missing, damaged, of another kind of model, or asks for what can't be.
-    """
-    try:
-        kind = read_json(Path(folder) / "config.json", model_type=str)["model_type"]
-        if kind != "capivara":
-            raise ValueError(f"model_type is {kind!r}, not 'capivara'")
-        return CapivaraConfig.from_pretrained(folder)
-    except Exception as error:  # RecursionError among them, and what transformers and its data classes raise
-        reason = " ".join(str(error).split())
-        raise ValueError(f"The config.json of {folder} is of no CAPIVARA model: {reason}") from error
+    """`two_towers_config` of a CAPIVARA; ValueError where it is of another kind."""
+    config = two_towers_config(folder)
+    if config.model_type != "capivara":
+        kind = f"model_type is {config.model_type!r}, not 'capivara'"
+        raise ValueError(f"The config.json of {folder} is of no CAPIVARA model: {kind}.")
+    return config
 
 
 def checked_config(source: str, **options: Any) -> PreTrainedConfig:
@@ -77,10 +70,8 @@ def load_model(source: str | Path) -> PreTrainedModel:
     """
     _check_folder(source, "config.json", "is no model folder")
     try:
-        config = checked_config(str(source))
-        check_two_towers(config)
         options = {"dtype": "float32", "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
-        model, report = AutoModel.from_pretrained(source, config=config, **options)
+        model, report = AutoModel.from_pretrained(source, config=two_towers_config(source), **options)
     except Exception as error:
         raise ValueError(f"The model {source} can't be loaded: {' '.join(str(error).split())}") from error
     faults = {kind: sorted(map(str, report[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
@@ -160,19 +151,19 @@ def _check_folder(source: str | Path, needed: str, fault: str) -> None:
         raise coded(ValueError, "not_a_model", text, model=source, fault=fault, file=needed)
 
 
-def two_towers_config(folder: Path) -> PreTrainedConfig:
-    """The configuration in a model folder; ValueError where it is damaged, or of no model of two towers."""
+def two_towers_config(source: str | Path) -> PreTrainedConfig:
+    """The configuration of a folder or Hub id; ValueError where it is damaged, or of no model of two towers."""
     try:
-        kind = read_json(folder / "config.json", model_type=str)["model_type"]
-        if kind != "capivara":
-            config = checked_config(str(folder))
-            check_two_towers(config)
-            return config
+        if Path(source).is_dir():  # transformers' message would list all the kinds that it knows
+            read_json(Path(source) / "config.json", model_type=str)
+        config = checked_config(str(source))
+        if fault := kind_fault(config.model_type):
+            raise ValueError(fault)
+        return config
     except Exception as error:  # RecursionError among them
         reason = " ".join(str(error).split())
         text = "The config.json of {model} is of no model of two towers: {reason}"
-        raise coded(ValueError, "no_two_towers", text, model=folder, reason=reason) from error
-    return read_config(folder)
+        raise coded(ValueError, "no_two_towers", text, model=source, reason=reason) from error
 
 
 def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:

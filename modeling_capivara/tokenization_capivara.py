@@ -1,7 +1,6 @@
 """Texts to token ids, with the text repair that open_clip's tokenizer does."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -34,10 +33,6 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
                 "that is saved as tokenizer.json."
             )
         return cls(**_settings(tokenizer))
-
-    def with_backend(self, backend: Any) -> "CapivaraTokenizer":
-        """The same repair and the same special tokens, over another `tokenizers.Tokenizer`."""
-        return type(self)(**_settings(self) | {"tokenizer_object": backend})
 
     def plain(self) -> PreTrainedTokenizerFast:
         """The same without repair, for programs that repair texts themselves, as open_clip does."""

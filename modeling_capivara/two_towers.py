@@ -15,17 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from capivara_common.hub_cache import kind_fault
 from capivara_common.image_side_digest import IMAGE_SIDE
 
 from .image_classification_capivara import unit_length
 from .processing_capivara import CapivaraProcessor
-
-
-def check_two_towers(config: PreTrainedConfig) -> None:
-    """Raise ValueError where a configuration is of no model that is taken; the message lists those that are."""
-    if fault := kind_fault(config.model_type):
-        raise ValueError(fault)
 
 
 def is_sigmoid(model: nn.Module) -> bool:

@@ -149,6 +149,25 @@ def test_figures_name_class_and_loss(run, kind, tmp_path, capsys):
     assert f"model class: {named['model_class']};" in page and f"<td>{named['loss']}</td>" in page
 
 
+def test_the_card_and_the_report_have_what_was_published_of_the_base(run, kind, tmp_path):
+    """With its source, where as many captions were measured in the same language; of a base that has a figure."""
+    folder = shutil.copytree(run, tmp_path / "results" / "run")
+    content = read_json(next((run / "results").glob("*_pt.json")))
+    content |= {"model": "google/siglip2-base-patch16-224" if kind == "siglip" else "openai/clip-vit-base-patch32"}
+    of_xm3600 = {"dataset": "xm3600-first", "n": 3600}
+    content["records"] = [one | of_xm3600 for one in content["records"] if one["metric"] == "mean_recall"]
+    (folder / "results" / "xm3600.json").write_text(json.dumps(content), encoding="utf-8")
+    for language, figure in {"en": "published of the base: 77.54", "pt": "publicado do modelo de base: 77,54"}.items():
+        write_card(folder, language=language)
+        assert check(folder) == []
+        line = re.search(rf"^\| [^\n]* \|\n(\n?)- [^|\n]*, {figure} \(\[\w+\]\(https://", card_of(folder), re.MULTILINE)
+        assert bool(line) == (kind == "siglip")
+    report.main([str(tmp_path / "results"), "--output", str(tmp_path / "page")])
+    page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    told = re.search(r'published of the baseline: <data value="0\.7754\d*">77\.5</data>, <a href="https://', page)
+    assert bool(told) == (kind == "siglip")
+
+
 @pytest.mark.slow
 def test_graphs_are_the_model(run, kind, tmp_path):
     """Texts of SigLIP are 64 ids without a mask; alone or beside a longer one, a text is the same."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from made_benchmarks import BENCHMARKS, ELEVATER, IMAGES, make_data, make_readable, make_releases, picture
 from tiny import randomise, tiny_config
+from towers import gemma_like, siglip2
 
 from capivara_common.files import read_json
 from eval import suite
@@ -21,6 +22,7 @@ from eval.prompts import load_prompts
 from eval.records.schema import read_records
 from eval.suite import main, suite_rows
 from modeling_capivara import CapivaraModel
+from modeling_capivara.loading import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -120,6 +122,26 @@ def test_babel_takes_the_images_of_imagenet(models, tmp_path):
     main(flags(tmp_path / "out", *more, model=models / "base", data_dir=tmp_path))
     record = read_records(tmp_path / "out" / "babel-imagenet-xh-capivara-0.json")[0]
     assert (record.protocol, record.language, record.n) == ("babel", "xh", sum(name in known for name in given))
+
+
+def test_figures_of_another_base_are_its_own(models, data, tmp_path, capsys):
+    """Of SigLIP 2 by its name, as the baseline or as the base that run.json names; CAPIVARA's are not beside it."""
+    base = tmp_path / "google" / "siglip2-base-patch16-224"
+    siglip2(base, gemma_like(["um gato azul", "a casa"] * 3, 320))
+    shutil.copytree(base, tmp_path / "run")
+    weights = load_model(base)
+    randomise(weights, 1).save_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"seed": 0, "config": {"model": str(base)}}))
+    for name, more in {"alone": {}, "beside": {"baseline": base}}.items():
+        only = ["--only", "xm3600-first", "mnist", "--languages", "pt"]
+        main(flags(tmp_path / name, *only, model=tmp_path / "run", data_dir=data, **more))
+        rows = rows_of(tmp_path / name)
+        row = rows["xm3600-first", "pt", "text_to_image", "mean_recall"]
+        assert row["baseline"]["published"] == {"mean": 77.54} and row["capivara"]["published"] is None
+        assert (row["baseline"]["difference"] is None) == (name == "alone")
+        assert not rows["mnist", "pt", "", "accuracy"]["baseline"]["published"]
+    table = capsys.readouterr().out
+    assert "| 77.54 |" in table and "Immich's page on searching" in table and "SiglipModel, sigmoid loss" in table
 
 
 def test_mean_and_deviation_over_a_folder_of_runs(models, data, tmp_path):

@@ -142,7 +142,8 @@ def test_the_real_trainer_trains_the_text_tower_alone(monkeypatch, accum, precis
     assert 0 < results["setup_peak_memory_bytes"] <= results["peak_memory_bytes"] + 2**20
 
 
-def test_the_real_trainer_trains_siglip(monkeypatch):
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_real_trainer_trains_siglip(precision, monkeypatch):
     import open_clip
     import open_clip_train.scheduler
 
@@ -154,7 +155,7 @@ def test_the_real_trainer_trains_siglip(monkeypatch):
     monkeypatch.setattr(open_clip_train.scheduler, "cosine_lr", lambda optimizer, *_: lambda step: None)
     config = SiglipConfig(text_config=SIGLIP.text_config, vision_config=VISION | {"image_size": 160})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    args = worker(PEER, model="siglip2", pairs=4, peer_micro=2)
+    args = worker(PEER, model="siglip2", pairs=4, peer_micro=2, precision=precision)
     theirs = bench.open_clip_arguments(args)
     assert theirs.siglip and theirs.accum_freq == 2 and theirs.lock_image and theirs.grad_checkpointing
     results = bench.measure_open_clip(args, config, tiny_tokenizer())

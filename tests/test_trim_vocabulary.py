@@ -153,7 +153,7 @@ def test_a_model_is_trimmed_once(trimmed, tmp_path, facts):
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
         (model / "config.json").write_text(json.dumps(config | {"trimmed_vocabulary": facts}), encoding="utf-8")
     said = stopped(model, tmp_path / "out", "--languages", "pt")
-    fault = "is of no CAPIVARA model: trimmed_vocabulary must hold languages, words, "
+    fault = "can't be used: trimmed_vocabulary must hold languages, words, "
     assert ("is trimmed already, for pt." if facts is None else fault) in said and not (tmp_path / "out").exists()
 
 

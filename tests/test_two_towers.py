@@ -2,17 +2,19 @@
 
 import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from tiny import tiny_tokenizer
-from towers import MAKERS
+from towers import MAKERS, as_published, gemma_like, siglip2
 from transformers import AutoModel, AutoProcessor, SiglipModel
 
-from modeling_capivara.embedder import embed_images, embed_texts, load_embedder
+from capivara_search.text_tower import open_text_tower
+from modeling_capivara.embedder import embed_images, embed_texts, load_embedder, model_embedder
 from modeling_capivara.loading import load_model, load_processor
-from modeling_capivara.two_towers import IMAGE_SIDE, embedding_width, freeze_image_side, image_embeds
+from modeling_capivara.two_towers import IMAGE_SIDE, embedding_width, freeze_image_side, image_embeds, tokenise
 
 TEXTS = ["uma foto de uma capivara azul", "gato", "a casa verde", "são joão", "pão"]
 
@@ -93,6 +95,35 @@ def test_siglip_texts_are_filled_up_to_the_end(tmp_path):
     expected = torch.nn.functional.normalize(model.get_text_features(ids).pooler_output, dim=-1)
     found = load_embedder(str(tmp_path / "clip"), "cpu").texts(["um gato"])
     torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_the_canonical_form_of_a_text_is_the_tokenizers(published, tmp_path):
+    """SigLIP 2's: small letters, punctuation kept. In training, evaluation, search, and by transformers once saved."""
+    base, saved, texts = tmp_path / "base", tmp_path / "saved", ["Um GATO, azul!", "um gato, azul!", "um gato azul"]
+    siglip2(base, gemma_like(TEXTS * 3, 400))
+    if published:
+        as_published(base)
+    load_model(base).save_pretrained(saved)
+    load_processor(base).save_pretrained(saved)
+    of_training = [row["input_ids"] for row in tokenise(load_processor(base), texts)]
+    alone = AutoProcessor.from_pretrained(saved)(text=texts, padding="max_length", max_length=64).input_ids
+    assert of_training == alone and alone[0] == alone[1] != alone[2]
+    for folder in (base, saved):
+        found = load_embedder(str(folder), "cpu").texts(texts)
+        torch.testing.assert_close(torch.from_numpy(open_text_tower(folder).embed(texts)), found, rtol=0, atol=1e-5)
+        assert torch.equal(found[0], found[1]) and not torch.allclose(found[1], found[2])
+
+
+def test_what_was_embedded_depends_on_the_canonical_form(tmp_path):
+    """Of the first SigLIP's tokenizer, sentencepiece's, which says it by a setting."""
+    MAKERS["siglip"](tmp_path)
+    model, processor = load_model(tmp_path), load_processor(tmp_path)
+    settings = {"get_vocab": lambda: {"a": 0}, "model_max_length": 64}
+    tokenizers = [SimpleNamespace(**settings, do_lower_case=lower) for lower in (True, False)]
+    processors = [SimpleNamespace(tokenizer=one, image_processor=processor.image_processor) for one in tokenizers]
+    first, second = (model_embedder("m", model, one, "float32") for one in processors)
+    assert first.fingerprint != second.fingerprint and first.image_fingerprint == second.image_fingerprint
 
 
 @pytest.mark.parametrize(

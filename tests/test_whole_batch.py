@@ -53,6 +53,18 @@ def reference_gradients(model, batches, image_embeds, autocast: torch.dtype | No
     return loss.item(), gradients(model)
 
 
+def siglip_gradients(model, batches, image_embeds):
+    """Of all texts at once: the model's own loss, `return_loss=True`, or with images of a cache its formula."""
+    ids = torch.cat([batch.input_ids for batch in batches])
+    if image_embeds is None:
+        loss = model(ids, torch.cat([batch.pixel_values for batch in batches]), return_loss=True).loss
+    else:
+        logits = model.logit_scale.exp() * text_embeds(model, ids) @ image_embeds.double().T + model.logit_bias
+        loss = -F.logsigmoid((2 * torch.eye(len(ids)) - 1) * logits).sum() / len(ids)
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
 def largest_error(actual: dict, expected: dict) -> float:
     """Largest relative error of any parameter's gradient: norm of the difference over the norm."""
     assert actual.keys() == expected.keys()
@@ -187,7 +199,7 @@ def test_what_fits_is_kept(monkeypatch):
     """Its measure of a graph, against the memory that is said to be free."""
     batches, embeds = make_batch(False)
     model, accelerator = build(False), Accelerator(cpu=True)
-    step = WholeBatch(accelerator.prepare_model(model, evaluation_mode=True), model.logit_scale, accelerator, SEED)
+    step = WholeBatch(accelerator.prepare_model(model, evaluation_mode=True), accelerator, SEED)
     assert step(STEP, batches, 7, embeds).graphs_kept == 4, "there is memory enough"
     size = graph_bytes(lambda: model(batches[0].input_ids, batches[0].attention_mask), model)
     assert step._bytes_a_text * len(batches[0].input_ids) == pytest.approx(size, rel=0.1)
@@ -203,7 +215,7 @@ def test_a_graph_that_is_not_kept_takes_no_memory_of_the_others():
     sizes = [batch.input_ids.numel() for batch in batches]
     assert sizes == [6, 8, 16, 9]
     prepared = accelerator.prepare_model(model, evaluation_mode=True)
-    step = WholeBatch(prepared, model.logit_scale, accelerator, SEED, budget=9 + 6, _bytes_a_token=1.0)
+    step = WholeBatch(prepared, accelerator, SEED, budget=9 + 6, _bytes_a_token=1.0)
     assert step(STEP, batches, 7, embeds).graphs_kept == 2
 
 
@@ -214,7 +226,7 @@ def test_kept_and_recomputed_graphs_agree_to_the_bit(precision):
     for budget in (0.0, ALL_GRAPHS, "half"):
         batches, embeds = make_batch(False)
         model, accelerator = build(False), Accelerator(cpu=True, mixed_precision=precision)
-        step = WholeBatch(accelerator.prepare_model(model, evaluation_mode=True), model.logit_scale, accelerator, SEED)
+        step = WholeBatch(accelerator.prepare_model(model, evaluation_mode=True), accelerator, SEED)
         step.budget = budget
         if budget == "half":
             step.budget, step._bytes_a_text = 1.0, 0.25
@@ -332,19 +344,22 @@ def test_a_backward_pass_outside_of_word_rows_is_an_error():
 
 
 @pytest.mark.slow
-def test_three_processes_equal_one(tmp_path):
-    """By `torchrun`, also with unequal shares, and with a process that has none."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+@pytest.mark.parametrize("number", [2, 3])
+def test_processes_equal_one(number, tmp_path):
+    """By `torchrun`, also with unequal shares, and with a process that has none; CLIP's loss and SigLIP's."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
     subprocess.run(
         [*command, str(TESTS / "whole_batch_process.py"), str(tmp_path)],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=300,
     )  # fmt: skip
-    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
-    for variant, (trained_images, _) in VARIANTS.items():
-        loss, expected = reference_gradients(build(trained_images), *make_batch(trained_images))
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(number)]
+    for variant, (trained_images, _, siglip) in VARIANTS.items():
+        of_all = siglip_gradients if siglip else reference_gradients
+        loss, expected = of_all(build(trained_images, siglip=siglip), *make_batch(trained_images, siglip=siglip))
+        assert ("logit_bias" in expected) == siglip
         for result in results:
-            assert result[variant]["loss"] == pytest.approx(loss, rel=1e-5)
-            assert largest_error(result[variant]["gradients"], expected) < 1e-5
+            assert result[variant]["loss"] == pytest.approx(loss, rel=1e-9 if siglip else 1e-5)
+            assert largest_error(result[variant]["gradients"], expected) < (1e-9 if siglip else 1e-5)
 
 
 # ---- micro-batches ----

@@ -11,43 +11,55 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import torch
 from accelerate import Accelerator
 from tiny import randomise, tiny_config, tiny_tokenizer
+from transformers import PreTrainedModel, SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipProcessor
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+from modeling_capivara.two_towers import freeze_image_side
 from training.batches import micro_batches
 from training.whole_batch import WholeBatch
 
 CAPTIONS = ["gato", "uma foto de um gato azul", "a casa", "o carro verde e a árvore", "pão", "são joão", "água"]
 SEED, STEP, MICRO = 5, 3, 2
-# Whether the image tower is trained, and the micro-batches of the first process; the others share the rest.
-VARIANTS = {"even": (False, None), "trained": (True, None), "unequal": (False, 3), "none": (True, 0)}
+SIZES = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIGLIP = SiglipConfig(
+    text_config=SIZES | {"vocab_size": 300, "max_position_embeddings": 64, "projection_size": 24},
+    vision_config=SIZES | {"image_size": 32, "patch_size": 16},
+)
+# Whether the image tower is trained, the micro-batches of the first process, of which the others share the rest, and
+# whether the model is SigLIP's, in float64: 7 pairs in micro-batches of 2.
+VARIANTS = {"even": (False, None, False), "trained": (True, None, False), "unequal": (False, 3, False)}
+VARIANTS |= {"none": (True, 0, False), "sigmoid": (False, None, True), "sigmoid, unequal": (True, 3, True)}
 
 
-def build(trained_images: bool, checkpointing: bool = False) -> CapivaraModel:
-    model = randomise(CapivaraModel(tiny_config()))
+def build(trained_images: bool, checkpointing: bool = False, siglip: bool = False) -> PreTrainedModel:
+    model = randomise(SiglipModel(SIGLIP).double() if siglip else CapivaraModel(tiny_config()))
     if not trained_images:
-        model.freeze_image_tower()
+        freeze_image_side(model)
     if checkpointing:
         model.activation_checkpointing_enable()
     return model.train()
 
 
-def make_batch(trained_images: bool, size: int = MICRO, captions: list[str] = CAPTIONS):
+def make_batch(trained_images: bool, size: int = MICRO, captions: list[str] = CAPTIONS, siglip: bool = False):
     """Micro-batches of the captions, and their image embeddings, or their pixels within."""
     processor = CapivaraProcessor(CapivaraImageProcessor(), tiny_tokenizer())
+    if siglip:
+        processor = SiglipProcessor(SiglipImageProcessor(), tiny_tokenizer())
+        processor.tokenizer.model_max_length = SIGLIP.text_config.max_position_embeddings
     batches, order = micro_batches(processor, captions, size)
     generator = torch.Generator().manual_seed(0)
     embeds = torch.nn.functional.normalize(torch.randn(len(captions), 24, generator=generator), dim=-1)[order]
     pixels = torch.randn(len(captions), 3, 32, 32, generator=generator)[order]
     if trained_images:
         for batch in batches:
-            batch.pixel_values = pixels[batch.positions]
+            batch.pixel_values = (pixels.double() if siglip else pixels)[batch.positions]
     return batches, None if trained_images else embeds
 
 
-def gradients_of(model, accelerator, batches, image_embeds, budget: float | None = 0.0, loss=None, own=None):
+def gradients_of(model, accelerator, batches, image_embeds, budget: float | None = 0.0, own=None):
     """Report and gradients of a step, name -> tensor; `own` are the micro-batches of this process."""
     prepared = accelerator.prepare_model(model, evaluation_mode=True)  # no wrapper
-    step = WholeBatch(prepared, model.logit_scale, accelerator, SEED, loss, budget)
+    step = WholeBatch(prepared, accelerator, SEED, budget)
     pairs = sum(len(batch.input_ids) for batch in batches)
     report = step(STEP, batches if own is None else own, pairs, image_embeds)
     scale = accelerator.scaler.get_scale() if accelerator.scaler else 1
@@ -57,12 +69,13 @@ def gradients_of(model, accelerator, batches, image_embeds, budget: float | None
 def main() -> None:
     accelerator, results = Accelerator(cpu=True), {}
     rank, number = accelerator.process_index, accelerator.num_processes
-    for variant, (trained_images, first) in VARIANTS.items():
-        batches, embeds = make_batch(trained_images)
+    for variant, (trained_images, first, siglip) in VARIANTS.items():
+        batches, embeds = make_batch(trained_images, siglip=siglip)
         own = batches[rank::number]
         if first is not None:
             own = batches[:first] if rank == 0 else batches[first:][rank - 1 :: number - 1]
-        report, gradients = gradients_of(build(trained_images), accelerator, batches, embeds, own=own)
+        model = build(trained_images, siglip=siglip)
+        report, gradients = gradients_of(model, accelerator, batches, embeds, own=own)
         results[variant] = {"loss": report.loss, "gradients": gradients}
     torch.save(results, Path(sys.argv[1]) / f"{rank}.pt")
     accelerator.end_training()

@@ -60,7 +60,7 @@ class Trainer:
         if resume:
             self.state = self.checkpoints.load(resume, self.state)
         state, planner = self.state, self.inputs.planner(args)
-        self.step = WholeBatch(self.prepared, self.model.logit_scale, accelerator, args.seed)
+        self.step = WholeBatch(self.prepared, accelerator, args.seed)
         if not state.curve:
             state.curve.append({"step": 0, "validation": self._measured()})
         self.started, size = time.perf_counter() - state.seconds, args.effective_batch_size

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from modeling_capivara.two_towers import IMAGE_SIDE
 from training.batches import MicroBatch
 from training.inputs import embed_pixels
 from training.whole_batch import WholeBatch
@@ -48,12 +49,12 @@ class ExactBatchTrainer(Trainer):
         if self._given < len(self._samples):
             return torch.zeros((), device=self.args.device)
         model.train()
-        inner = self.accelerator.unwrap_model(model)
         if self._step is None:
-            self._step = WholeBatch(model, inner.logit_scale, self.accelerator, self.args.seed)
+            self._step = WholeBatch(model, self.accelerator, self.args.seed)
         batches = _micro_batches(self._samples)
         pairs, image_embeds = sum(len(batch.input_ids) for batch in batches), None
-        if not any(p.requires_grad for name, p in inner.named_parameters() if name.startswith(("vision_", "visual_"))):
+        names = [name for name, p in self.accelerator.unwrap_model(model).named_parameters() if p.requires_grad]
+        if not any(name.startswith(IMAGE_SIDE) for name in names):
             image_embeds = torch.cat([embed_pixels(model, batch.pixel_values, self.accelerator) for batch in batches])
             for batch in batches:
                 batch.pixel_values = None  # embedded once, and not with the texts again

@@ -47,10 +47,8 @@ class WholeBatch:
     """
 
     model: nn.Module  # in training mode, of two towers (`modeling_capivara.two_towers`)
-    logit_scale: nn.Parameter  # the model's own parameter
     accelerator: Accelerator  # device, precision and processes
     seed: int
-    loss: Loss | None = None  # `loss_of` the model where None
     budget: float | None = None  # bytes of graphs that are kept; what is free at the first step where None
     _bytes_a_token: float = 0.0  # of a graph, as the first micro-batch has it
     _bytes_a_text: float = 1.0
@@ -86,7 +84,7 @@ class WholeBatch:
             texts = self._of_all([leaf[0] for leaf in leaves], own, pairs)
             if image_embeds is None:
                 image_embeds = self._of_all([leaf[1] for leaf in leaves], own, pairs)
-            loss = (self.loss or loss_of(self.model))(texts, image_embeds, self.logit_scale, own)
+            loss = loss_of(self.model)(texts, image_embeds, self.model.logit_scale, own)
             whole = loss.detach().clone()
             if self.accelerator.num_processes > 1:
                 torch.distributed.all_reduce(whole)
@@ -135,9 +133,10 @@ class WholeBatch:
         """(pairs, width) of all processes; `parts` are this one's rows `own`, and gradients come back to them."""
         if self.accelerator.num_processes == 1:
             return torch.cat(parts)
-        width = embedding_width(self.accelerator.unwrap_model(self.model).config)
+        model = self.accelerator.unwrap_model(self.model)
+        options = {"device": own.device, "dtype": torch.promote_types(model.dtype, torch.float32)}
         # It requires a gradient by itself: a process without micro-batches takes part in the backward pass, too.
-        whole = torch.zeros(pairs, width, device=own.device, requires_grad=True)
+        whole = torch.zeros(pairs, embedding_width(model.config), requires_grad=True, **options)
         if parts:
             whole = whole.index_copy(0, own, torch.cat(parts).to(whole.dtype))
         return all_reduce(whole)

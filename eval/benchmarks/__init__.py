@@ -3,12 +3,13 @@
     flickr = load_benchmarks()["flickr30k-pt"]
     flickr.published_figure("baseline", "text_to_image")  # {"mean": 76.23}, per cent
 
-Published figures are those of CAPIVARA's model card and paper, and of a benchmark's own authors where `protocol_note`
-says so, in per cent; what was not published is absent. A Hub id that was not looked up is null: such data are taken
-from a local path alone.
+Published figures are those of CAPIVARA's model card and paper, and of others where `protocol_note` says so, in per
+cent; what was not published is absent. A Hub id that was not looked up is null: such data are taken from a local path
+alone.
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from capivara_common.files import read_json
 from eval.records.schema import DIRECTIONS
 
 FOLDER = Path(__file__).resolve().parent
+OWN_CLASSES = ("CapivaraModel", "CustomTextCLIP")  # CAPIVARA's, and open_clip's of the same towers
 SUITES = ("paper", "elevater", "beyond", "retrieval", "classification")  # "paper" has all of them
 
 
@@ -31,6 +33,8 @@ class Benchmark:
     protocol_note: str  # what a reader of the figures must know
     # "baseline", "capivara" or "capivara_opt" -> `mean` and `std` in per cent, of retrieval by direction
     published: dict[str, dict[str, Any]]
+    bases: dict[str, dict[str, Any]] = field(default_factory=dict)  # last part of a base's Hub id -> the same of it
+    bases_from: str = ""  # address of their source
     language: str = "pt"  # that the published figures are of
     # `hub_id` (None where it was not looked up), `local_layout` in words, and `url` of where people get it
     source: dict[str, str | None] = field(default_factory=dict)
@@ -65,10 +69,11 @@ class Benchmark:
 
     def published_figure(self, model: str, direction: str = "") -> dict[str, float] | None:
         """`mean`, and `std` where it was published, in per cent, of the benchmark's metric and language."""
-        figure = self.published.get(model)
+        figure = (self.published | self.bases).get(model)
         return figure.get(direction) if figure and self.task == "retrieval" else figure
 
 
+@cache
 def load_benchmarks() -> dict[str, Benchmark]:
     """All by key, in the order of tables: retrieval, ELEVATER, ImageNet, those beyond the paper; without the average.
 
@@ -82,6 +87,29 @@ def load_benchmarks() -> dict[str, Benchmark]:
 
     found = sorted(map(read_benchmark, FOLDER.glob("*.json")), key=order)
     return {benchmark.key: benchmark for benchmark in found if benchmark.task != "average"}
+
+
+def published_as(name: str, role: str, model_class: str, loss: str) -> str | None:
+    """What `published_figure` knows a model by: a base's own name, else its role if it is of CAPIVARA's kind."""
+    base = Path(name).name.casefold()
+    if any(base in benchmark.bases for benchmark in load_benchmarks().values()):
+        return base
+    return role if (model_class in OWN_CLASSES and loss == "contrastive") else None
+
+
+def published_base(pair: dict[str, Any]) -> tuple[float, str] | None:
+    """What was published of a pair's base, a share, and its source; None where that is not what was measured.
+
+    `pair` is of `eval.records.tables.pairs_of`.
+    """
+    value, benchmark = pair["baseline"], load_benchmarks().get(pair["dataset"])
+    if not value or not benchmark or pair["dim"]:
+        return None
+    name = Path(str(value.measured[0].file.content.get("model"))).name.casefold()
+    measured = pair["language"], pair["metric"], pair["n"]
+    same = measured == (benchmark.language, benchmark.metric, benchmark.test_images)
+    figure = benchmark.published_figure(name, pair["direction"]) if same and name in benchmark.bases else None
+    return figure and (figure["mean"] / 100, benchmark.bases_from)
 
 
 def read_benchmark(path: Path) -> Benchmark:
