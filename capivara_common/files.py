@@ -11,7 +11,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +111,10 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 @contextmanager
 def _kept(folder: Path) -> Iterator[None]:
     """Keep a folder from `remove_leftovers` of other processes, whatever it is renamed to."""
-    lock = os.open(folder, os.O_RDONLY)
-    try:
+    with ExitStack() as stack:
         with suppress(OSError):  # a disk without locks
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.callback(os.close, lock_folder(folder))
         yield
-    finally:
-        os.close(lock)
 
 
 @contextmanager

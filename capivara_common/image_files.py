@@ -42,19 +42,7 @@ MAX_IMAGE_BYTES = 100_000_000  # of a file; photographs have under 50 MB, and ev
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "HEIF")
 # Of pictures in a folder, as names end
 SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".avif",
-    ".jp2",
-    ".ppm",
-    ".heic",
-    ".heif",
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".heic", ".heif"),
 )
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # where none is named; cls is WebDataset's
 FORM_HELP = "images: a folder of pictures, whatever else lies in it; auto: what the files in it make of it."

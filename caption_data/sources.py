@@ -218,25 +218,28 @@ def open_split(
     return opened
 
 
-def refuse_unfinished(folder: Path) -> None:
-    """Raise ValueError, with the command that goes on, where a folder is of a stage that lacks parts, by their names.
+def unfinished(folder: Path) -> tuple[int, str]:
+    """Rows of a stage of `captions` that no task has written yet, by the names of its files, and its command.
 
-    `captions.stages` writes such folders; an unfinished one must not be taken for the whole.
+    Raises ValueError where its stage.json is damaged.
     """
-    if not (folder / STAGE_FILE).is_file():
-        return
     names = map(PART.search, (path.stem for path in folder.glob("*.parquet")))
     there = sum(int(name[2]) - int(name[1]) for name in names if name)
     try:
         record = read_json(folder / STAGE_FILE, command=str, source=dict)
-        missing = record["source"]["rows"] - there
+        return record["source"]["rows"] - there, record["command"]
     except (ValueError, KeyError, TypeError) as error:
         fault = f"{folder / STAGE_FILE}: {error}"
         raise ValueError(f"{fault}. Put back a copy of it, or remove {folder} and run its stage again.") from error
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Raise ValueError, with the command that goes on, where a folder is of a stage that lacks parts."""
+    missing, command = unfinished(folder) if (folder / STAGE_FILE).is_file() else (0, "")
     if missing > 0:
         raise ValueError(
             f"{folder} is unfinished: {missing} rows are missing. Other tasks may be at work on them; this command "
-            f"makes what is missing: {record['command']}"
+            f"makes what is missing: {command}"
         )
 
 

@@ -24,7 +24,7 @@ from typing import Any
 from capivara_common.cli import WrongUse, as_flags, parse, read_config, run_command, unknown, user_errors
 from capivara_common.environment import require
 from capivara_common.executors import Work, execute, failures
-from caption_data.sources import STAGE_FILE
+from caption_data.sources import STAGE_FILE, unfinished
 from captions.dataset_folder import DATASET_FOLDER
 from captions.stage_arguments import (
     GOOGLE_MODULES,
@@ -36,7 +36,7 @@ from captions.stage_arguments import (
     StageArguments,
     TranslateArguments,
 )
-from captions.stages import RowStage, unfinished
+from captions.stages import RowStage
 from captions.translate import export, outdated_parts
 from captions.tsv import untranslated
 
@@ -48,18 +48,10 @@ STAGES = {
     "select": SelectArguments,
 }
 READ = "read"  # the stage of a split that no other one works on: its rows as they are
-CONFIG_KEYS = (  # docs/your_language.md says what they mean
-    *(
-        "dataset",
-        "output",
-        "language",
-        "source_language",
-        "split",
-        "evaluation_splits",
-        "image_column",
-        "rename",
-        "card",
-    ),
+# docs/your_language.md says what they mean.
+CONFIG_KEYS = (
+    *("dataset", "output", "language", "source_language", "split", "evaluation_splits", "image_column", "rename"),
+    *("card",),
 )
 CARD_KEYS = ("pretty_name", "description", "license", "license_name", "license_link", "sources", "attribution")
 SOURCE_KEYS = ("name", "url", "license")
@@ -281,7 +273,7 @@ def _state(step: StageArguments) -> str:
         return ": ".join(filter(None, [f"waits for {step.import_file}", missing.partition(":")[0]]))
     if not (step.output / STAGE_FILE).is_file():
         return "to be done"
-    left = unfinished(step.output)
+    left, _ = unfinished(step.output)
     return f"{left:,} rows to be done" if left else "done"
 
 

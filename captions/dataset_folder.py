@@ -18,7 +18,7 @@ from datasets import Features
 from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm.auto import tqdm
 
-from capivara_common.files import partial_folder, read_json, whole_folder, write_json, write_text
+from capivara_common.files import read_json, whole_folder, write_json, write_text
 from capivara_common.privacy import hide_paths
 from capivara_common.tasks import Phase
 from caption_data.rows import CAPTION_COLUMN
@@ -75,18 +75,12 @@ def write_dataset(plan: Plan, rank: int = 0, world_size: int = 1) -> Path:
             },
             "columns": list(Features.from_arrow_schema(schema)),
         }
-        picture = next((path for path in map(_picture, plan.all_steps()) if path.is_file()), None)
-        if picture is not None:
+        pictures = (step.output / "report" / PICTURE for step in plan.all_steps())
+        if picture := next(filter(Path.is_file, pictures), None):
             shutil.copyfile(picture, folder / PICTURE)
         write_json(folder / FACTS, facts | {"stages_digest": digests})
         write_text(folder / "README.md", dataset_card(facts, picture and PICTURE))
-    shutil.rmtree(partial_folder(output), ignore_errors=True)  # of an earlier version that was killed
     return output
-
-
-def _picture(step: StageArguments) -> Path:
-    """Of a selection where there were similarities."""
-    return step.output / "report" / PICTURE
 
 
 def _files(split: str, stage: Path) -> dict[str, list[Path]]:

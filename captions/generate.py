@@ -23,7 +23,7 @@ from capivara_common.cli import run_command
 from capivara_common.environment import torch_device
 from capivara_common.files import read_json
 from capivara_common.hub_cache import check_reachable
-from capivara_common.image_files import BYTES_ALONE, BadImage, BadRow, ImageFiles, by_threads, decode_image
+from capivara_common.image_files import BadImage, BadRow, ImageFiles, by_threads, decode_image
 from caption_data.rows import CAPTIONS
 from captions.captioner import KINDS, Captioner
 from captions.stage_arguments import GenerateArguments
@@ -50,8 +50,7 @@ def generate(args: GenerateArguments, rank: int = 0, world_size: int = 1) -> Sta
         "precision": args.precision,
         "sampling": None,  # what earlier versions could do
     }
-    process = GenerateProcess(captioner, prefixes, args.image_column, ImageFiles(max_pixels=args.max_pixels))
-    return stage.run({COLUMN: CAPTIONS}, settings, process, "Captions")
+    return stage.run({COLUMN: CAPTIONS}, settings, GenerateProcess(captioner, prefixes, args), "Captions")
 
 
 PHASES = {"rows": Phase(generate, shared=True, uses_model=True)}
@@ -95,8 +94,7 @@ class GenerateProcess:
 
     captioner: Captioner
     prefixes: list[str]
-    image_column: str
-    files: ImageFiles = BYTES_ALONE
+    args: GenerateArguments
     any_caption: bool = False  # since the start
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
@@ -122,7 +120,7 @@ class GenerateProcess:
     def _prepared(self, row: dict[str, Any]) -> Tensor | BadRow:
         """Pixels (1, 3, height, width), or why there are none; the image is not kept."""
         try:
-            image = decode_image(row[self.image_column], self.files)
+            image = decode_image(row[self.args.image_column], ImageFiles(max_pixels=self.args.max_pixels))
             image = image.convert("LA") if image.mode == "La" else image  # PIL has no way from La to RGB
             return self.captioner.pixels([image.convert("RGB")])
         except BadRow as error:

@@ -17,7 +17,7 @@ import PIL.Image
 from torch import Tensor
 
 from capivara_common.cli import run_command
-from capivara_common.image_files import BYTES_ALONE, BadImage, BadRow, ImageFiles, by_threads, decode_image
+from capivara_common.image_files import BadImage, BadRow, ImageFiles, by_threads, decode_image
 from caption_data.rows import SIMILARITIES
 from captions.stage_arguments import ScoreArguments
 from captions.stages import Phase, RowStage, StageReport, stage_main
@@ -29,11 +29,10 @@ class ScoreProcess:
     """Rows -> their similarities: a `Process`."""
 
     embedder: Embedder
-    columns: list[str]  # of captions, in the order of the similarities
-    result: str  # name of the new column
-    image_column: str
-    batch_size: int  # images that go through at once
-    files: ImageFiles = BYTES_ALONE
+    args: ScoreArguments
+
+    def __post_init__(self) -> None:
+        self.columns = self.args.needed_columns()  # of captions, in the order of the similarities
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
         """The new column of each row, or what is wrong with the row."""
@@ -46,21 +45,21 @@ class ScoreProcess:
         distinct = sorted(
             {text for place in good for text in captions[place] if text.strip()}, key=lambda text: (len(text), text)
         )
-        text_embeds = self.embedder.texts(distinct, 2 * self.batch_size)  # (distinct, width)
+        text_embeds = self.embedder.texts(distinct, 2 * self.args.embedding_batch_size)  # (distinct, width)
         number = {text: place for place, text in enumerate(distinct)}
         results: list[dict[str, Any] | BadRow] = list(images)
         for embed, place in zip(image_embeds, good, strict=True):
             if not isinstance(embed, BadRow):
                 texts = captions[place]
                 cosines = [float(text_embeds[number[text]] @ embed) if text.strip() else None for text in texts]
-                embed = {self.result: cosines}
+                embed = {f"similarities-{self.args.language}": cosines}
             results[place] = embed
         return results
 
     def _embedded(self, images: list[PIL.Image.Image]) -> list[Tensor | BadRow]:
         """(width,) of each image; one that the model refuses must not end the work on all others."""
         try:
-            return list(self.embedder.images(images, self.batch_size))
+            return list(self.embedder.images(images, self.args.embedding_batch_size))
         except ValueError as error:
             if len(images) == 1:
                 return [BadImage("unreadable image", f"the model refuses it: {error}")]
@@ -70,7 +69,7 @@ class ScoreProcess:
         if not any(text.strip() for text in captions):
             return BadRow("no caption", f"all of {', '.join(self.columns)} are empty")
         try:
-            return decode_image(row[self.image_column], self.files)
+            return decode_image(row[self.args.image_column], ImageFiles(max_pixels=self.args.max_pixels))
         except BadImage as bad:
             return bad
 
@@ -80,13 +79,10 @@ def score(args: ScoreArguments, rank: int = 0, world_size: int = 1) -> StageRepo
     stage = RowStage(args, rank, world_size)  # before the model: what is wrong with the data is said at once
     if report := stage.done:
         return report
-    result = f"similarities-{args.language}"
     embedder = load_embedder(args.model, args.device, True, args.precision)
     settings = {"language": args.language, "model": args.model, "fingerprint": embedder.fingerprint}
-    columns, batch_size = args.needed_columns(), args.embedding_batch_size
-    files = ImageFiles(max_pixels=args.max_pixels)
-    process = ScoreProcess(embedder, columns, result, args.image_column, batch_size, files)
-    return stage.run({result: SIMILARITIES}, settings, process, f"Similarities, {args.language}")
+    columns, title = {f"similarities-{args.language}": SIMILARITIES}, f"Similarities, {args.language}"
+    return stage.run(columns, settings, ScoreProcess(embedder, args), title)
 
 
 PHASES = {"rows": Phase(score, shared=True, uses_model=True)}

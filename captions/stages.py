@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import re
-import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ from tqdm.auto import tqdm
 from capivara_common.cli import parse, user_errors
 from capivara_common.environment import package_versions
 from capivara_common.executors import Work, execute
-from capivara_common.files import no_space_left, read_json, write_json
+from capivara_common.files import read_json, whole_file, write_json
 from capivara_common.image_files import BadRow, image_bytes
 from capivara_common.tasks import Phase, all_parts, share
 from caption_data.rows import CAPTION_COLUMN, CAPTIONS, Skipped, caption_texts, digest_of, write_skipped
@@ -83,7 +82,6 @@ class RowStage:
     """
 
     def __init__(self, args: StageArguments, rank: int = 0, world_size: int = 1):
-        StageArguments.__post_init__(args)  # in a process of its own PIL has its own limit, too
         self.args, self.source, self.rank = args, stage_source(args), rank
         for damage in self.source.damaged:
             logger.warning("A damaged archive, read up to there: %s", damage.detail)
@@ -264,24 +262,12 @@ def whole_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
 
     Raises OSError where the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{socket.gethostname().replace('.', '-')}-{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            # No dictionary and no statistics: of images they cost time and serve nobody.
-            with pq.ParquetWriter(file, schema, use_dictionary=False, write_statistics=False) as parquet:
-                yield parquet
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except OSError as error:
-        if no_space_left(error):
-            raise OSError(
-                f"No space left on the disk while writing {path.parent}. What is there is whole; free some space, and "
-                "run the same command again"
-            ) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as new, new.open("wb") as file:
+        # No dictionary and no statistics: of images they cost time and serve nobody.
+        with pq.ParquetWriter(file, schema, use_dictionary=False, write_statistics=False) as parquet:
+            yield parquet
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def stage_record(output: Path | str) -> dict[str, Any]:
@@ -354,13 +340,6 @@ def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in data.items():
         leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return leaves
-
-
-def unfinished(output: Path) -> int:
-    """Rows of a stage that no task has written yet, by the names of its files alone."""
-    record, there = stage_record(output), {path.name for path in output.glob("*.parquet")}
-    parts = all_parts(record["source"]["rows"], record["rows_per_part"])
-    return sum(len(part) for part in parts if part_path(output, record["source"]["split"], part).name not in there)
 
 
 def check_complete(output: Path | str) -> StageReport:

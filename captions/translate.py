@@ -19,7 +19,6 @@ is missing; docs/cluster.md says how to run it on a cluster.
 
 import contextlib
 import hashlib
-import io
 import itertools
 import logging
 import sys
@@ -33,7 +32,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from capivara_common.cli import run_command
-from capivara_common.files import read_json, write_bytes, write_json
+from capivara_common.files import read_json, write_json
 from capivara_common.image_files import BadRow
 from capivara_common.tasks import Phase, all_parts, share
 from caption_data.rows import CAPTIONS, caption_texts, digest_of
@@ -234,11 +233,10 @@ class TranslationMemory:
         """Keep translations in a file of their own, all or none of them. Raises OSError where the disk is full."""
         if not (self.folder / "translator.json").is_file():
             write_json(self.folder / "translator.json", self.fingerprint)
-        file = io.BytesIO()
         columns = {"source": list(translations), "translation": list(translations.values())}
-        pq.write_table(pa.table(columns, schema=PAIR_SCHEMA), file)
         name = hashlib.blake2b("\0".join(translations).encode(), digest_size=16).hexdigest()
-        write_bytes(self.folder / f"{name}.parquet", file.getvalue())
+        with whole_parquet(self.folder / f"{name}.parquet", PAIR_SCHEMA) as parquet:
+            parquet.write_table(pa.table(columns, schema=PAIR_SCHEMA))
 
 
 def open_translator(args: TranslateArguments) -> Any:

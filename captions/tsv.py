@@ -14,22 +14,15 @@ import hashlib
 import itertools
 import re
 import unicodedata
-from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 from capivara_common.files import write_text
 
 COLUMNS = ("id", "source", "translation")
-MAX_NAMED = 5  # faults of a kind that an error names; it gives the number of all
+MAX_NAMED = 5  # rows without a translation that a message names; it gives the number of all
 BLANKS = " \xa0\u3000"  # a cell of these alone is empty to who sees it
 SHOWN = 40  # letters of a sentence in an error
-WAYS_OUT = {  # of faults
-    "out of order": "sort the rows by the number in the id",
-    "with another source": "spreadsheets that quote a column change it: open the file without a quoting sign",
-    "missing": "put the rows back as they were",
-    "without a translation": "fill their last column",
-}
+AS_THEY_WENT = "The rows must be those that were written: put back what is missing, sort them by the number in the id."
 _SHORT = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
 _LONG = {short: text for text, short in _SHORT.items()}
 # Line ends of other systems, marks that editors drop or take for the start of a file, and halves of a letter, which
@@ -76,35 +69,25 @@ def read_translations(path: Path, sentences: list[str]) -> dict[str, str]:
     """Sentence -> translation, of a table of `sentences` that came back: UTF-8, byte-order mark or not, any line ends.
 
     Raises:
-        ValueError: the file is no such table, or rows of it are missing, doubled, unknown, out of order, of another
-            source, without a translation, or broken: all are counted and the first of each kind are named.
+        ValueError: the file is no such table; a row is not the one that stood there, or has another source; rows are
+            missing, or without a translation.
     """
-    numbers = {sentence_id(number, text): number for number, text in enumerate(sentences, 1)}
-    faults: dict[str, list[str]] = defaultdict(list)
-    lines: dict[str, int] = {}  # id -> its line
-    found, before = {}, None
-    for line, row in _rows(path, faults):
-        name = row["id"]
-        if name not in numbers:
-            faults["unknown"].append(f"line {line} ({name[:SHOWN]!r})")
-            continue
-        if name in lines:
-            faults["doubled"].append(f"line {line} ({name}, as line {lines[name]})")
-            continue
-        source = sentences[numbers[name] - 1]
+    rows, ids = _rows(path), [sentence_id(number, text) for number, text in enumerate(sentences, 1)]
+    for place, (line, row) in enumerate(rows):
+        name, source = (ids[place], sentences[place]) if place < len(ids) else ("nothing", "")
+        if row["id"] != name:
+            shown = f"{path}, line {line}: {row['id'][:SHOWN]!r} in place of {name} ({source[:SHOWN]!r})"
+            raise ValueError(f"{shown}. {AS_THEY_WENT}")
         if row.get("source", source) != source:
-            shown = f"{row['source'][:SHOWN]!r} for {source[:SHOWN]!r}"
-            faults["with another source"].append(f"line {line} ({name}, {shown})")
-        if before and numbers[name] < numbers[before]:
-            faults["out of order"].append(f"line {line} ({name} after {before})")
-        if not row["translation"].strip(BLANKS):
-            faults["without a translation"].append(f"line {line} ({name})")
-        lines[name], found[source], before = line, row["translation"], name
-    if missing := [name for name in numbers if name not in lines]:
-        faults["missing"] = [f"{name} ({sentences[numbers[name] - 1][:SHOWN]!r})" for name in missing]
-    if faults:
-        raise ValueError(f"{path} does not fit these captions. {_named(faults)}")
-    return found
+            shown = f"{path}, line {line}: the source {row['source'][:SHOWN]!r} in place of {source[:SHOWN]!r}"
+            raise ValueError(
+                f"{shown}. Spreadsheets that quote a column change it: open the file without a quoting sign."
+            )
+    if len(rows) < len(ids):
+        raise ValueError(f"{path} ends before {ids[len(rows)]} ({sentences[len(rows)][:SHOWN]!r}). {AS_THEY_WENT}")
+    if missing := _untranslated(rows):
+        raise ValueError(f"{path}: {missing} Fill their last column.")
+    return {source: row["translation"] for source, (_, row) in zip(sentences, rows, strict=True)}
 
 
 def untranslated(path: Path) -> str:
@@ -112,13 +95,18 @@ def untranslated(path: Path) -> str:
 
     Raises ValueError where the file is no such table.
     """
-    rows = list(_rows(path, defaultdict(list)))  # what is broken is told when the table is used
+    return _untranslated(_rows(path))
+
+
+def _untranslated(rows: list[tuple[int, dict[str, str]]]) -> str:
     names = [f"line {line} ({row['id'][:SHOWN]})" for line, row in rows if not row["translation"].strip(BLANKS)]
-    return _named({f"of {len(rows)} sentences have no translation yet": names}) if names else ""
+    more = f", and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    said = f"{len(names)} of {len(rows)} sentences have no translation yet: {', '.join(names[:MAX_NAMED])}{more}."
+    return said if names else ""
 
 
-def _rows(path: Path, faults: dict[str, list[str]]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line numbers, from 1, and their columns; lines that can't be read are added to `faults`."""
+def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """Line numbers, from 1, and their columns. Raises ValueError where the file or a line is broken."""
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")
@@ -132,22 +120,13 @@ def _rows(path: Path, faults: dict[str, list[str]]) -> Iterator[tuple[int, dict[
             f"The first line of {path} must name the columns id and translation, and may name source, apart by tabs; "
             f"it is {lines[0][:80]!r}."
         )
+    rows = []
     for number, line in enumerate(lines[1:], 2):
         cells = line.split("\t")
+        if line and len(cells) != len(header):
+            raise ValueError(f"{path}, line {number}: {len(cells)} columns, the first line has {len(header)}.")
         try:
-            if len(cells) == len(header):
-                yield number, dict(zip(header, map(unescape, cells), strict=True))
-            elif line:
-                faults["broken"].append(f"line {number} ({len(cells)} columns, the first line has {len(header)})")
+            rows += [(number, dict(zip(header, map(unescape, cells), strict=True)))] if line else []
         except ValueError as error:
-            faults["broken"].append(f"line {number} ({error})")
-
-
-def _named(faults: dict[str, list[str]]) -> str:
-    """Of each kind the number, and the first ones."""
-    sentences = []
-    for kind, names in faults.items():
-        more = f", and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-        hint = f" ({WAYS_OUT[kind]})" if kind in WAYS_OUT else ""
-        sentences.append(f"{len(names)} {kind}: {', '.join(names[:MAX_NAMED])}{more}{hint}.")
-    return " ".join(sentences)
+            raise ValueError(f"{path}, line {number}: {error}.") from error
+    return rows

@@ -1,12 +1,11 @@
-"""A stage, or a build, that is killed again and again, alone or with other tasks at its side, until it is complete.
+"""A stage that is killed again and again, alone or with other tasks at its side, until it is complete.
 
-    python tests/killed_stage.py stage DATASET OUTPUT 1,3,2 …
-    python tests/killed_stage.py build CONFIG
+    python tests/killed_stage.py DATASET OUTPUT 1,3,2 …
 
 A process gets SIGKILL after some of the things that it does (a row batch, a row group, a list, a rename), how many is
-random. `stage`: each list makes a folder OUTPUT-0, OUTPUT-1, … of its own; its numbers say how many tasks run at once
-in each round, the last one in all further rounds; -2 is two runs of all rows at the same time. Prints how many were
-killed. The processes are forks of one that has computed nothing yet.
+random. Each list makes a folder OUTPUT-0, OUTPUT-1, … of its own; its numbers say how many tasks run at once in each
+round, the last one in all further rounds; -2 is two runs of all rows at the same time. Prints how many were killed. The
+processes are forks of one that has computed nothing yet.
 """
 
 import os
@@ -21,8 +20,9 @@ import pyarrow.parquet as pq
 import captions.stages
 from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTIONS
+from caption_data.sources import unfinished
 from captions.stage_arguments import StageArguments
-from captions.stages import RowStage, unfinished
+from captions.stages import RowStage
 
 MAX_ROUNDS = 200
 
@@ -66,7 +66,7 @@ def child(call: Callable[[], object], count: int) -> int:
     pq.ParquetWriter.write_table = counted(pq.ParquetWriter.write_table)
     captions.stages.write_skipped = counted(captions.stages.write_skipped)
     RowStage._prepared = counted(RowStage._prepared)
-    Path.rename = counted(Path.rename)
+    Path.replace = counted(Path.replace)
     Path.unlink = counted(Path.unlink)
     sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - the progress bars; it lasts as long as the process
     try:
@@ -86,26 +86,13 @@ def kill_stage(dataset: str, output: str, generator: random.Random, numbers: lis
         tasks = [(rank, together) for rank in range(together)] or [(0, 1)] * -together
         calls = [lambda task=task: run(dataset, output, task) for task in tasks]
         kills += sum([was_killed(number) for number in [child(call, generator.randint(1, 16)) for call in calls]])
-        if (Path(output) / "stage.json").is_file() and not unfinished(Path(output)):
+        if (Path(output) / "stage.json").is_file() and not unfinished(Path(output))[0]:
             return kills
     sys.exit(f"{output} is not complete after {MAX_ROUNDS} rounds")
 
 
-def kill_build(config: str, generator: random.Random) -> int:
-    import captions.build
-    from captions import score, select  # noqa: F401 - before the forks, none of which then has to
-
-    for kills in range(MAX_ROUNDS):
-        if not was_killed(child(lambda: captions.build.main(["--config", config]), generator.randint(4, 40))):
-            return kills
-    sys.exit(f"not complete after {MAX_ROUNDS} rounds")
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "build":
-        print(kill_build(sys.argv[2], random.Random(0)), flush=True)
-    else:
-        for place, text in enumerate(sys.argv[4:]):
-            wanted = [int(number) for number in text.split(",")]
-            kills = kill_stage(sys.argv[2], f"{sys.argv[3]}-{place}", random.Random(place), wanted)
-            print(kills, flush=True)  # what is not written yet would be written by the next forks, too
+    for place, text in enumerate(sys.argv[3:]):
+        wanted = [int(number) for number in text.split(",")]
+        kills = kill_stage(sys.argv[1], f"{sys.argv[2]}-{place}", random.Random(place), wanted)
+        print(kills, flush=True)  # what is not written yet would be written by the next forks, too

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,23 +14,21 @@ import datasets
 import pytest
 import yaml
 from caption_build import CARD, changed, files, openmoji_config, surroundings, write_config
-from caption_tars import measured_of, picture, rows_of, training_of
+from caption_tars import picture, rows_of
 from datasets import Image, Value
 from huggingface_hub import DatasetCard
 from sampling import one_in
 from tiny import randomise, tiny_config
 
 from capivara_common.executors import TasksFailed, Work, execute
-from capivara_common.files import write_text
 from caption_data.rows import CAPTIONS, SIMILARITIES
 from captions import stages
-from captions.build import STAGES, BuildArguments, ManualStepRequired, build, main, read_plan
+from captions.build import BuildArguments, ManualStepRequired, build, main, read_plan
 from captions.select import Selection
 from captions.stage_arguments import StageArguments
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
 from hub_upload.push import files_to_send
 from modeling_capivara import CapivaraModel
-from training.arguments import RunArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -112,14 +109,6 @@ def test_from_images_to_a_data_set_with_its_card(finished):
     assert len(files_to_send(folder, "dataset")) == 5, "it can be pushed as it is"
 
 
-def test_training_reads_it(finished):
-    folder = finished.parent / "built" / "dataset"
-    args = RunArguments(model="m", dataset=[str(folder)], language="xh", caption_strategy="all")
-    (split,) = training_of(args, [])
-    assert len(split) == 11 and all(len(captions) == 2 for captions in split.captions())
-    assert len(measured_of(args, "test", ["xh"])["xh"]) == 12
-
-
 def test_what_is_done_is_not_done_again_and_no_model_is_loaded(finished, monkeypatch, caplog, capsys):
     before = files(finished.parent / "built")
     monkeypatch.setattr("captions.score.load_embedder", lambda *a: pytest.fail("the model was loaded"))
@@ -127,21 +116,6 @@ def test_what_is_done_is_not_done_again_and_no_model_is_loaded(finished, monkeyp
         main(["--config", str(finished)])
     assert files(finished.parent / "built") == before
     assert "2-score, train: done" in caplog.text and "dataset: done" in caplog.text
-
-
-@pytest.mark.slow
-def test_killed_again_and_again_it_ends_in_the_same_bytes(config, tmp_path):
-    build(BuildArguments(config))
-    (tmp_path / "built").rename(tmp_path / "undisturbed")
-    done = subprocess.run(
-        [sys.executable, "tests/killed_stage.py", "build", str(config)], **surroundings(), timeout=500
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) >= 4, "hardly anything was killed"
-    build(BuildArguments(config))
-    expected, found = files(tmp_path / "undisturbed"), files(tmp_path / "built")
-    assert found.keys() == expected.keys(), "nothing half-made stays"
-    assert {name for name in expected if found[name] != expected[name]} == set()
 
 
 def corrected(table: Path, **cells: str) -> None:
@@ -208,20 +182,6 @@ def test_a_corrected_cell_makes_again_what_depends_on_it(config, tmp_path, caplo
 
 
 @pytest.mark.slow
-def test_a_correction_that_moves_rows(config, tmp_path):
-    """A row that has a caption now is one more for the stages after `score`, whose parts begin elsewhere."""
-    table = tmp_path / "tables" / "train.tsv"
-    translate = yaml.safe_load(config.read_text(encoding="utf-8"))["translate"]
-    changed(config, translate=translate | {"drop_flagged": "true"})
-    corrected(table, a_cat_0="-", a_photo_of_0="-", a_dog="-")
-    build(BuildArguments(config))
-    assert len(rows_of(tmp_path / "built" / "dataset")) == 10, "a dash is no caption, and left out"
-    corrected(table, a_cat_0="ikati 0")
-    build(BuildArguments(config))
-    assert rows_of(tmp_path / "built" / "dataset")[0]["captions-xh"] == ["ikati 0"]
-
-
-@pytest.mark.slow
 def test_what_fails_is_named_and_the_same_command_does_the_rest(config, tmp_path, monkeypatch, caplog):
     """A row that fails its task and no other, a disk that is full at the end, a part that was removed: in any number of
     tasks the end has the bytes of an undisturbed build."""
@@ -255,7 +215,6 @@ def test_what_fails_is_named_and_the_same_command_does_the_rest(config, tmp_path
         with pytest.raises(SystemExit, match=r"error: .*No space left on the disk while writing .*; nothing was kept"):
             main(["--config", str(config)])
     assert not (tmp_path / "built" / "dataset").exists() and not list(logs.glob("failures/*"))
-    write_text(tmp_path / "built" / "dataset.partial" / "data" / "half", "what an earlier version left")
     part = sorted((tmp_path / "built" / "2-score" / "train").glob("*.parquet"))[1]
     kept = {path: path.stat().st_mtime_ns for path in part.parent.glob("*.parquet") if path != part}
     part.unlink()
@@ -390,21 +349,6 @@ def test_folders_of_slurm_have_plain_names(config, tmp_path, monkeypatch, flag, 
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--shard", "0/4"], r"`--shard` is gone: rows are shared out by --tasks and --workers .*docs/cluster.md"),
-        (["--wait_s", "5"], r"`--wait_s` is gone: no task waits"),
-        (["--executor", "ray"], r"--executor ray needs --tasks"),
-        (["--sbatch", "--account=x"], "Unknown flag: `--account`"),
-    ],
-)
-def test_flags_that_are_gone_or_missing(config, flags, message, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["--config", str(config), *flags])
-    assert re.search(message, f"{ended.value} {capsys.readouterr().err}")
-
-
-@pytest.mark.parametrize(
     ("changes", "message"),
     one_in(
         5,
@@ -481,10 +425,6 @@ def test_stages_may_be_left_out(config, tmp_path):
     [
         ({"langage": "pt"}, r"Unknown key in .*config.yaml: `langage`\. Did you mean `language`"),
         ({"score": {"modle": "x"}}, r"section score: `modle`\. Did you mean `model`"),
-        ({"score": {"model": "x", "batch_rows": "many"}}, r"section score: argument --batch_rows.*: invalid int value"),
-        ({"score": {}}, r"section score: model is missing"),
-        ({"select": {"caption_strategy": "best"}}, r"section select: .*invalid choice: 'best'"),
-        ({"select": {"min_similarity": "7"}}, r"section select: min_similarity must be from -1 to 1"),
         ({"select": ["rank"]}, r"`select` must hold `key: value` lines"),
         ({"dataset": None}, r"lacks `dataset`.*give --dataset"),
         ({"language": None}, r"lacks `language`"),
@@ -495,7 +435,6 @@ def test_stages_may_be_left_out(config, tmp_path):
         ({"card": CARD | {"licence": "mit"}}, r"section card: `licence`\. Did you mean `license`"),
         ({"evaluation_splits": ["train"]}, r"evaluation_splits has 'train'"),
         ({"translate": None, "score": None, "select": None}, r"there is nothing to do"),
-        ({"translate": {"backend": "file"}}, r"section translate: --backend file needs"),
     ],
 )
 def test_slips_in_a_config_are_found_before_any_work(config, tmp_path, changes, message):
@@ -520,12 +459,6 @@ def test_the_papers_configs_are_whole(language, tmp_path):
         read_plan(config)
 
 
-@pytest.mark.parametrize("language", ["es", "yo"])
-def test_another_language_by_a_flag(language, tmp_path):
-    plan = read_plan(ROOT / "configs" / "captions_hi.yaml", dataset="d", output=tmp_path, language=language)
-    assert {args.language for args in plan.steps["train"] if hasattr(args, "language")} == {language}
-
-
 @pytest.mark.slow
 def test_openmoji_comes_back_with_its_own_names(tmp_path, tiny_folder, tiny_dataset_folder):
     """At toy width: the Portuguese captions go out as a table of English ones and come back exactly."""
@@ -539,24 +472,9 @@ def test_openmoji_comes_back_with_its_own_names(tmp_path, tiny_folder, tiny_data
 
 
 GUIDE = (ROOT / "docs" / "your_language.md").read_text(encoding="utf-8")
-CLUSTER = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
 
 
 def test_the_guides_config_is_one(tmp_path):
     (tmp_path / "my.yaml").write_text(re.search(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)[1], encoding="utf-8")
     plan = read_plan(tmp_path / "my.yaml")
     assert list(plan.steps) == ["train", "validation", "test"] and len(plan.steps["train"]) == 4
-
-
-@pytest.mark.parametrize("command", re.findall(r"python -m (captions\.\w+) ([^#\n]*(?:\\\n[^#\n]*)*)", GUIDE + CLUSTER))
-def test_the_guides_commands_have_these_flags(command):
-    module, flags = command
-    kind = {"build": BuildArguments, **STAGES}[module.removeprefix("captions.")]
-    known = {field.name for field in fields(kind)} | {"help", "import"}
-    assert {flag for flag in re.findall(r"--(\w+)", flags)} <= known
-
-
-def test_the_guide_names_what_there_is():
-    modules = set(re.findall(r"python -m ([\w.]+)", GUIDE))
-    assert modules and all((ROOT / name.replace(".", "/")).with_suffix(".py").is_file() for name in modules)
-    assert all((ROOT / name).is_file() for name in re.findall(r"configs/\w+\.yaml", GUIDE))

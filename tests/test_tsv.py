@@ -38,12 +38,6 @@ def test_what_is_escaped_comes_back_and_stays_on_one_line():
     assert {escape(sign)[0] for sign in "=+-@"} == {"\\"}, "no sentence is a formula to a spreadsheet"
 
 
-@pytest.mark.parametrize("text", ["\\", "a\\", "\\x", "\\u12", "\\ n"])
-def test_other_backslashes_are_refused(text):
-    with pytest.raises(ValueError, match="is none of"):
-        unescape(text)
-
-
 @pytest.mark.parametrize("kind", ["plain", "Windows", "only two columns", "other order of columns"])
 def test_a_table_round_trips(tmp_path, kind):
     path = tmp_path / "sentences.tsv"
@@ -67,23 +61,17 @@ SENTENCES = ["a cat", "a dog", "two men", "a red car", "the sea"]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda lines: lines[:2] + lines[3:], r"1 missing: s2_\w+ \('a dog'\)"),
-        (
-            lambda lines: [line.replace(lines[1].split("\t")[0], "s1_01234567") for line in lines],
-            r"1 unknown: line 2 .* 1 missing: s1_\w+ \('a cat'\)",
-        ),
-        (lambda lines: [*lines[:3], lines[1], *lines[3:]], r"1 doubled: line 4 \(s1_\w+, as line 2\)"),
-        (
-            lambda lines: [lines[0], lines[5], *lines[1:5]],
-            r"1 out of order: line 3 \(s1_\w+ after s5_\w+\) \(sort the rows",
-        ),
-        (lambda lines: [*lines, "s9_00000000\tnew\tnovo"], r"1 unknown: line 7 \('s9_00000000'\)"),
+        (lambda lines: lines[:2] + lines[3:], r", line 3: 's3_\w+' in place of s2_\w+ \('a dog'\)\. The rows must"),
+        (lambda lines: lines[:-1], r" ends before s5_\w+ \('the sea'\)\. The rows must"),
+        (lambda lines: [*lines[:3], lines[1], *lines[3:]], r", line 4: 's1_\w+' in place of s3_\w+"),
+        (lambda lines: [*lines, "s9_00000000\tnew\tnovo"], r", line 7: 's9_00000000' in place of nothing"),
         (
             lambda lines: [lines[0], lines[1].replace("a cat", "A cat"), *lines[2:]],
-            r"1 with another source: line 2 \(s1_\w+, 'A cat' for 'a cat'\)",
+            r", line 2: the source 'A cat' in place of 'a cat'\. Spreadsheets",
         ),
-        (lambda lines: [*lines[:5], lines[5] + "\tmore"], r"1 broken: line 6 \(4 columns, the first line has 3\)"),
-        (lambda lines: [*lines[:5], lines[5] + "\\q"], r"1 broken: line 6 \('\\q' is none of"),
+        (lambda lines: [*lines[:5], lines[5] + "\tmore"], r", line 6: 4 columns, the first line has 3\."),
+        (lambda lines: [*lines[:5], lines[5] + "\\q"], r", line 6: '\\q' is none of"),
+        (lambda lines: [*lines[:5], lines[5] + "\\u12"], r", line 6: .* is none of"),
         (lambda lines: lines[1:], r"The first line of .* must name the columns id and translation.*s1_"),
         (lambda lines: [], "must name the columns"),
     ],
@@ -103,27 +91,11 @@ def test_an_empty_cell_is_no_translation(tmp_path):
     assert untranslated(path).startswith("5 of 5 sentences have no translation yet: line 2 (s1_")
     fill(path, ["um gato", "", "  ", "um carro", "o mar"])
     assert re.fullmatch(r"2 of 5 sentences have no translation yet: line 3 \(s2_\w+\), line 4 .*\.", untranslated(path))
-    with pytest.raises(
-        ValueError, match=r"2 without a translation: line 3 \(s2_\w+\), line 4 .*fill their last column"
-    ):
+    with pytest.raises(ValueError, match=r"2 of 5 sentences have no .*, line 4 .*\. Fill their last column\."):
         read_translations(path, SENTENCES)
     write_sentences(path, SENTENCES)
     fill(path, ["um gato", "-", "dois homens", "um carro", "o mar"])
     assert untranslated(path) == "" and read_translations(path, SENTENCES)["a dog"] == "-"
-
-
-def test_all_kinds_of_faults_are_told_at_once_and_many_of_a_kind_are_counted(tmp_path):
-    path = tmp_path / "sentences.tsv"
-    many = [f"sentence {i}" for i in range(40)]
-    write_sentences(path, many)
-    fill(path, many)
-    lines = path.read_text(encoding="utf-8").splitlines()
-    path.write_text("\n".join([lines[0], *lines[20:], lines[30]]), encoding="utf-8")
-    with pytest.raises(ValueError) as caught:
-        read_translations(path, many)
-    assert "1 doubled" in str(caught.value)
-    assert re.search(r"19 missing: s1_.*s5_\w+ \('sentence 4'\), and 14 more", str(caught.value))
-    assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_no_utf8(tmp_path):
