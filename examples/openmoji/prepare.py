@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import PIL.Image
 import torch
 from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
@@ -190,20 +189,16 @@ def keep_embeddings(dataset_dir: Path, model_dir: Path, features: dict[str, Tens
             cache.write(number, embeds[part.start : part.stop, None].half().numpy(), [])
 
 
+@torch.no_grad()
 def pooled_features(model: CapivaraModel, processor: CapivaraProcessor, split: Dataset) -> Tensor:
     """(pictures, width), the frozen image tower's pooled output before any projection."""
-    starts = trange(0, len(split), IMAGE_BATCH_SIZE, desc="Features", unit="batch")
-    rows = (split[start : start + IMAGE_BATCH_SIZE]["image"] for start in starts)
-    return torch.cat([pooled_output(model.eval(), processor, images) for images in rows])
-
-
-@torch.no_grad()
-def pooled_output(model: CapivaraModel, processor: CapivaraProcessor, images: list[PIL.Image.Image]) -> Tensor:
-    """(pictures, width), of the image tower, before any projection."""
-    pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]
-    return torch.cat(
-        [model.vision_model(pixel_values=p).pooler_output for p in image_parts(pixel_values, model.device)]
-    )
+    model.eval()
+    found = []
+    for start in trange(0, len(split), IMAGE_BATCH_SIZE, desc="Features", unit="batch"):
+        images = split[start : start + IMAGE_BATCH_SIZE]["image"]
+        parts = image_parts(processor(images=images, return_tensors="pt")["pixel_values"], model.device)
+        found += [model.vision_model(pixel_values=part).pooler_output for part in parts]
+    return torch.cat(found)
 
 
 def start_by_ridge(model: CapivaraModel, processor: CapivaraProcessor, features: Tensor, captions: list[str]) -> None:
@@ -308,7 +303,14 @@ def align_step(
 def validation_recall(model: CapivaraModel, processor: CapivaraProcessor, split, features: Tensor) -> float:
     """Mean of both directions' mean recall on the first English caption of each picture, a share from 0 to 1."""
     texts = embed_texts(model.eval(), processor, [texts[0] for texts in split["captions-en"]])
-    images = F.normalize(model.visual_projection(features), dim=-1)
+    return both_ways_recall(F.normalize(model.visual_projection(features), dim=-1), texts)
+
+
+def both_ways_recall(images: Tensor, texts: Tensor) -> float:
+    """Mean of both directions' mean recall, a share from 0 to 1; row i of one belongs to row i of the other.
+
+    Both are (rows, width), of unit length.
+    """
     rows = torch.arange(len(texts))
     directions = ((texts, images), (images, texts))
     return sum(mean_recall(retrieval_ranks(*sides, rows, rows)) for sides in directions) / 2

@@ -28,7 +28,6 @@ from examples.openmoji.dataset import IMAGE_SIZE, drawn_png, load_embedded
 from examples.real_images import PHOTOGRAPHS, photo
 
 NOTO_POINTS = 168  # size of the glyphs: three quarters of the picture, as the other artists leave
-VARIATION_SELECTOR = "\ufe0f"
 
 CARD = """# Proxies
 
@@ -77,7 +76,7 @@ def twemoji_png(emoji: str) -> bytes | None:
 
 def noto_png(emoji: str) -> bytes | None:
     """Noto Emoji's black glyph on white; None where the font has none, or the emoji is of several code points."""
-    text = _bare(_text(emoji))
+    text = "".join(chr(int(code, 16)) for code in emoji.split("-")).replace("\ufe0f", "")  # the variation selector
     path = _folder("manimgx_fonts") / "NotoEmoji[wght].ttf"
     font = PIL.ImageFont.truetype(path, NOTO_POINTS)
     missing = font.getmask("\U0010ffff")  # what a font shows for a letter that it does not have
@@ -128,14 +127,6 @@ def card(sets: dict[str, DatasetDict]) -> str:
         languages = ", ".join(column.removeprefix("captions-") for column in columns)
         rows.append(f"| `{name}` | {pictures} | {languages} | {SOURCES[name].format(**versions)} |")
     return CARD.format(rows="\n".join(rows), photos=len(sets["photos"]["test"]))
-
-
-def _bare(text: str) -> str:
-    return text.replace(VARIATION_SELECTOR, "")
-
-
-def _text(emoji: str) -> str:
-    return "".join(chr(int(code, 16)) for code in emoji.split("-"))
 
 
 def _png(picture: PIL.Image.Image) -> bytes:
