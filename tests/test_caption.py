@@ -10,8 +10,6 @@ from PIL import Image
 from examples import caption
 from modeling_capivara.embedder import embed_images, embed_texts
 
-WORDS = ["azul", "verde", "vermelho", "branco", "foto"]
-
 
 def printed(capsys) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
@@ -47,20 +45,3 @@ def test_a_folder_with_a_bank(tiny_folder, tmp_path, capsys):
     rows = list(csv.DictReader(io.StringIO(said.out)))
     assert [row["picture"][-5:] for row in rows] == ["m.png"] * 3 + ["c.png"] * 3 and "broken.jpg" in said.err
     assert {row["caption"] for row in rows} >= {"um céu azul", "a casa"} and "\x1b" not in said.out + said.err
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--top_k", "0"], "top_k must be at least 1, got 0"),
-        (["--bank", "missing.txt"], "missing.txt"),
-        (["--bank", "EMPTY"], "has no sentence"),
-        (["--bank", "LATIN"], "utf-8"),
-    ],
-)
-def test_what_cannot_be_is_said(words, message, tiny_folder, tiny_dataset_folder, tmp_path):
-    (tmp_path / "EMPTY").write_text("\n  \n", encoding="utf-8")
-    (tmp_path / "LATIN").write_bytes("gato é".encode("latin-1"))
-    words = [str(tmp_path / word) if word.isupper() else word for word in words]
-    with pytest.raises(SystemExit, match=message):
-        caption.main(["--model", str(tiny_folder), "--dataset", str(tiny_dataset_folder), *words])

@@ -94,9 +94,7 @@ WRONG_USE = {  # of the command -> what it says
     "train_accelerate.py --model m --dataset d --max_steps 0": "max_steps must be at least 1, got 0",
     "train_accelerate.py --model m --dataset d --towers both": "`--towers` is gone: the image tower is always frozen",
     "captions.select --dataset d --outptu o": "Unknown flag: `--outptu`. Did you mean `--output`?",
-    "captions.select --dataset d": "the following arguments are required: --output",
     "captions.generate --dataset d --shard 1/2": "`--shard` is gone: ",
-    "eval.retrieval --model m --dataset d --output o.json --dim x": "--dim.*: invalid int value: 'x'",
     "hub_upload.push --model . --repo_id a/b --deadline_hours 1": "`--deadline_hours` is gone: a call ends after 300 s",
     "hub_upload.card --model m --repo-idd a/b": "Unknown flag: `--repo-idd`. Did you mean `--repo_id`?",
 }

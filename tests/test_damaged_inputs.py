@@ -63,12 +63,7 @@ def with_tower(name: str, **settings):
 CONFIGS = {
     "a thousand deep": lambda config: json.dumps(config)[:-1] + ', "x": ' + "[" * 1000 + "]" * 1000 + "}",
     "ten million layers of text": with_tower("text_config", num_hidden_layers=10**7),
-    "ten million layers of vision": with_tower("vision_config", num_hidden_layers=10**7),
     "ten thousand million positions": with_tower("text_config", max_position_embeddings=10**10),
-    "a picture of a million pixels a side": with_tower("vision_config", image_size=10**6),
-    "ten thousand million labels": lambda config: config | {"num_labels": 10**10},
-    "as many in a tower": with_tower("text_config", num_labels=10**10),
-    "no heads": with_tower("text_config", num_attention_heads=0),
     "a scale of a million": lambda config: config | {"logit_scale_init_value": 1e6},
     "empty": lambda config: "",
     "a list": lambda config: "[]",

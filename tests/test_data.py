@@ -4,9 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from caption_tars import measured_of, tars_by_name, training_of
+from caption_tars import measured_of, training_of
 from datasets import DatasetDict, load_from_disk
-from test_sources import image_folder, parquet_of_datasets
 
 from caption_data.pairs import check_bad_share
 from training.arguments import parse_arguments
@@ -159,19 +158,6 @@ def test_a_data_set_that_is_none_is_told_in_sentences(monkeypatch):
     with pytest.raises(ValueError, match=r"^no/such [^\n]*service not known\. --dataset and --train_split name the"):
         open_splits(arguments("no/such"))
     assert asked == ["no/such"]
-
-
-@pytest.mark.parametrize("form", [parquet_of_datasets, image_folder, tars_by_name])
-def test_what_a_config_asks_is_looked_for_in_every_form(tmp_path, form):
-    values = {"validation_split": "train", "test_split": "train", "effective_batch_size": 7}
-    folder = form(tmp_path)
-    open_splits(arguments(folder, **values))
-    for asked, message in (
-        ({"min_pair_similarity": 0.1}, "no column 'similarities-pt'"),
-        ({"effective_batch_size": 8}, "takes 8 pairs .* has 7"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            open_splits(arguments(folder, **values | asked))
 
 
 def test_a_column_of_another_name(tiny_dataset_folder, tmp_path):

@@ -1,6 +1,5 @@
 """Retrieval task, result records, table and pictures."""
 
-import re
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -11,12 +10,12 @@ from PIL import Image
 from capivara_common.files import read_json
 from capivara_common.image_files import BadImage
 from capivara_common.privacy import short_name
-from eval import retrieval, suite
+from eval import retrieval
 from eval.records import plots
 from eval.records.plots import plot_bars, plot_retrieval_sheet, plot_training_curves, sheet_queries
 from eval.records.schema import Record, read_records, write_records
 from eval.records.tables import retrieval_table
-from eval.retrieval import RetrievalEmbeddings, flat_captions, gain_records, retrieval_records
+from eval.retrieval import RetrievalEmbeddings, gain_records, retrieval_records
 
 FACTS = {"dataset": "d", "split": "test", "language": "pt", "model": "capivara", "model_folder": "."}
 
@@ -93,13 +92,6 @@ def test_records_survive_json_and_call_a_data_set_as_their_header_does(tmp_path,
         assert content["schema_version"] == 2 and content["versions"]["torch"] and str(tmp_path) not in str(content)
 
 
-def test_captions_are_flattened_in_order():
-    texts, image_of_text = flat_captions([["a", "b"], ["c"]])
-    assert texts == ["a", "b", "c"] and image_of_text.tolist() == [0, 0, 1]
-    with pytest.raises(ValueError, match="Row 1 has no caption or an empty one"):
-        flat_captions([["a"], [""]])
-
-
 def test_the_sheet_shows_gains_a_tie_and_a_loss_by_rule():
     before = torch.tensor([5, 5, 0, 3, 9, 1, 4, 2, 8, 7])
     after = torch.tensor([1, 2, 0, 6, 3, 1, 4, 0, 9, 1])
@@ -166,12 +158,3 @@ def test_a_sheet_holds_small_pictures_and_none_of_a_file_that_has_gone(tmp_path,
     pictures = [picture for ((_, shown),) in rows for picture, _ in shown]
     assert {(picture.mode, *picture.size) for picture in pictures if picture} == {("RGB", 400, 300)}
     assert None in pictures
-
-
-@pytest.mark.parametrize("task", [retrieval, suite])
-def test_help_can_be_pasted_from(task, capsys):
-    with pytest.raises(SystemExit):
-        task.main(["--help"])
-    shown = capsys.readouterr().out
-    assert task.__doc__ in shown and "(default: " in shown
-    assert not re.search(r"\S {2,}--", task.__doc__), "lines of a command have become one"

@@ -84,14 +84,3 @@ def test_a_text_side_of_other_pictures_is_refused(tiny_folder, tmp_path):
     with pytest.raises(SystemExit, match="is for pictures of the digest 0123, not"):
         main(flags)
     assert not (tmp_path / "out").exists()
-
-
-def test_what_is_read_is_not_overwritten(tiny_folder, tmp_path):
-    side = tmp_path / "side"
-    side.mkdir()
-    (side / "drop_in.json").write_text("{}")
-    for output in (side, tmp_path):
-        with pytest.raises(SystemExit, match=r"holds .*side, which would be replaced"):
-            flags = ["--text_side", str(side), "--base", str(tiny_folder), "--output", str(output)]
-            main([*flags, "--overwrite_output_dir"])
-    assert (side / "drop_in.json").is_file()

@@ -345,20 +345,6 @@ def test_the_digest_of_a_large_image_side_is_what_it_was(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_the_demos_base_on_this_disk_has_its_digest(tmp_path):
-    """The base that a demo made before is the one that was frozen, where it was fitted to the same bits."""
-    from safetensors.torch import load_file
-
-    base, name = ROOT / "data" / "openmoji" / "base", "visual_projection.weight"
-    if not base.is_dir():
-        pytest.skip("data/openmoji/base is not made here")
-    frozen = load_file(GOLDEN / "demo_image_side" / "visual_projection.safetensors")[name]
-    if not load_file(base / "model.safetensors")[name].equal(frozen):
-        pytest.skip("this machine has fitted another projection")
-    assert digest_of(base) == read(GOLDEN / "digests.json")["demo"]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["from_open_clip", "convert"])
 def test_a_model_of_open_clip_gives_open_clips_vectors(home, tmp_path, how):
     """A folder of open_clip's is opened and converted, and embeds texts and pictures as open_clip does, to 1e-5."""

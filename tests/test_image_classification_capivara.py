@@ -87,13 +87,10 @@ def test_the_model_is_left_as_it_was(classifier, tiny_model, tiny_processor, pix
     ("labels", "templates", "message"),
     [
         ({}, TEMPLATES, "`labels` must be a list of at least 2"),
-        (["gato"], TEMPLATES, r"at least 2, got \['gato'\]"),
         (["gato", "casa", "gato"], TEMPLATES, r"must differ, got \['gato'\] repeatedly"),
         (["gato", " "], TEMPLATES, r"`labels` must be texts that are not blank, .*got \[' '\]"),
-        ([0, 1], TEMPLATES, "`labels` must be texts that are not blank, .* for 0"),
         ({"a": [], "b": "casa"}, TEMPLATES, r"at least one each, got \[\] for 'a'"),
         (LABELS, [], r"`templates` must be a list of texts with \{\} where the label goes, got \[\]"),
-        (LABELS, "uma foto de {}", "`templates` must be a list"),
         (LABELS, ["uma foto de {}", "uma foto"], r"with \{\} where the label goes, got .*'uma foto'\]"),
     ],
 )
@@ -143,13 +140,6 @@ def test_each_folder_names_its_own_class(classifier, tiny_model, tmp_path):
     assert type(CapivaraModel.from_pretrained(tmp_path / "2")) is CapivaraModel
 
 
-def test_pipeline_with_the_package(classifier, classifier_folder, tiny_processor):
-    image = Image.new("RGB", (40, 37), (200, 30, 30))
-    scores = {row["label"]: row["score"] for row in pipeline("image-classification", str(classifier_folder))(image)}
-    expected = classifier(**tiny_processor(images=image, return_tensors="pt")).logits.softmax(-1)[0]
-    assert [scores[label] for label in LABELS] == pytest.approx(expected.tolist(), abs=1e-6)
-
-
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
@@ -194,22 +184,6 @@ def training_arguments(folder, **changes) -> TrainingArguments:
     plain = {"max_steps": 2, "per_device_train_batch_size": 6, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
     plain |= {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
     return TrainingArguments(output_dir=str(folder), **(plain | changes))
-
-
-@pytest.mark.parametrize(("head_only", "gradient_checkpointing"), [(False, True), (True, False)])
-@pytest.mark.slow
-def test_the_trainer_lowers_the_loss(classifier, pixels, tmp_path, head_only, gradient_checkpointing):
-    if head_only:
-        classifier.freeze_image_tower()
-    tower = classifier.visual_projection.weight.clone()
-    rows = rows_of(pixels, torch.tensor([0, 1, 2, 2, 1, 0]))
-    arguments = training_arguments(tmp_path, gradient_checkpointing=gradient_checkpointing)
-    trainer = Trainer(classifier, arguments, train_dataset=rows, eval_dataset=rows)
-    before = trainer.evaluate()["eval_loss"]
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] < before - 0.01
-    assert trainer.predict(rows).predictions.shape == (6, 3)
-    assert torch.equal(classifier.visual_projection.weight, tower) == head_only
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Pixels equal open_clip's to the last bit, whatever the size, the mode or the container of the image."""
 
-import math
 import random
 
 import numpy as np
@@ -274,18 +273,13 @@ def test_oversized_resize_is_refused_with_its_size():
 
 BAD_IMAGES = {
     "negative": (np.full((4, 5, 3), -0.1), r"0 to 255 for float64, got -0\.1"),
-    "negative integer": (np.full((4, 5, 3), -1, np.int32), "0 to 65535 for int32, got -1"),
-    "one nan": (np.array([[0.5, math.nan]]), "got nan"),
     "too large a float": (np.full((4, 5, 3), 255.5), "got 255.5"),
-    "too large an integer": (np.full((4, 5), 65536, np.int64), "got 65536"),
     "normalised": (torch.randn(3, 40, 40, generator=torch.Generator().manual_seed(0)), "go to the model"),
     "complex": (np.zeros((4, 5), complex), "complex128"),
     "text": (np.array([["a"]]), "booleans, integers or floats"),
     "five channels": (np.zeros((9, 9, 5), np.uint8), r"1 to 4 channels.*\(9, 9, 5\)"),
-    "five dimensions": (np.zeros((1, 1, 9, 9, 3), np.uint8), "2 or 3 dimensions"),
     "empty PIL": (Image.new("RGB", (0, 5)), "empty: 0 x 5"),
     "empty list": ([], "no image"),
-    "empty batch": (np.zeros((0, 3, 4, 4), np.uint8), "no image"),
     "missing file": ("/nowhere/image.png", "/nowhere/image.png"),
 }
 

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import resource
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -86,12 +85,6 @@ def cache_of(model, pairs, root, precision="no", batch_size=4, workers=0):
     return build_cache(model, pairs, root, batch_size, workers, accelerator)
 
 
-def with_vectors(pairs, cache) -> Pairs:
-    found, bad = pairs.with_cache(cache)
-    assert not bad
-    return found
-
-
 def vectors(pairs, numbers, views) -> torch.Tensor:
     return cached_embeds([pairs], np.zeros(len(numbers), int), np.array(numbers), np.array(views))
 
@@ -163,19 +156,6 @@ def test_what_another_cache_is_made_for(tiny_model, tiny_processor, tiny_dataset
     assert all(len(shards(folder)) == 1 for folder in folders.values())
 
 
-def test_the_embeddings_are_those_of_the_tower(tiny_model, tiny_processor, tiny_dataset_folder, tmp_path):
-    pairs = pairs_of(tiny_dataset_folder, tiny_processor)
-    cache = cache_of(tiny_model, pairs, tmp_path)
-    images = load_from_disk(tiny_dataset_folder)["train"]["image"]
-    expected = embed_images(tiny_model, tiny_processor, images)
-    assert torch.pdist(expected).min() > 0.01, "images that are alike would hide a swapped row"
-    order = [5, 0, 11, 5]
-    found = vectors(with_vectors(pairs, cache), order, [0] * 4)
-    torch.testing.assert_close(found, expected[order], rtol=2**-11, atol=2e-6)
-    assert all(isinstance(shard, np.memmap) and shard.dtype == np.float16 for shard in cache.arrays)
-    assert sum(shard.shape[0] for shard in cache.arrays) == IMAGES
-
-
 # --- the pass ---
 
 
@@ -191,49 +171,6 @@ def test_training_with_a_cache_decodes_no_image(tiny_folder, tiny_dataset_folder
         second, _, _ = train(tiny_folder, tiny_dataset_folder, tmp_path / "second", **options)
     assert not counts
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.slow
-def test_a_kill_leaves_whole_shards_and_the_pass_goes_on(
-    tiny_model, tiny_folder, tiny_processor, tiny_dataset_folder, tmp_path, monkeypatch
-):
-    script = f"""
-import os, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import numpy as np
-import training.inputs
-from test_images import Path, cache_of, load_model, pairs_of
-from modeling_capivara.loading import load_processor
-training.inputs.SHARD_ROWS = 3
-save, saved = np.save, []
-def dying(file, *args, **options):
-    if len(saved) < 2:
-        saved.append(save(file, *args, **options))
-        return
-    file.write(b"half a shard")
-    file.flush()
-    os.kill(os.getpid(), {int(signal.SIGKILL)})
-np.save = dying
-pairs = pairs_of({str(tiny_dataset_folder)!r}, load_processor({str(tiny_folder)!r}), 2)
-cache_of(load_model({str(tiny_folder)!r}).eval(), pairs, Path({str(tmp_path / "killed")!r}))
-"""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, timeout=300)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
-    (folder,) = (tmp_path / "killed").iterdir()
-    left = shards(folder)
-    assert left.keys() == {"shard-00000.npy", "shard-00001.npy"}
-
-    monkeypatch.setattr(training.inputs, "SHARD_ROWS", 3)
-    pairs = pairs_of(tiny_dataset_folder, tiny_processor, 2)
-    with counted_images(monkeypatch) as counts:
-        resumed = cache_of(tiny_model, pairs, tmp_path / "killed")
-    assert sum(counts) == 2 * 6, "two views of the six images that are missing"
-    with counted_images(monkeypatch) as counts:
-        undisturbed = cache_of(tiny_model, pairs, tmp_path / "undisturbed", workers=1)
-    assert sum(counts) == 2 * IMAGES
-    assert resumed.folder == folder and folder.name == undisturbed.folder.name
-    assert left.items() <= shards(folder).items() and shards(folder) == shards(undisturbed.folder)
 
 
 @pytest.mark.parametrize(

@@ -28,16 +28,8 @@ ALLOWED = {
         *(COMMON, "caption_data", "eval.records", "training", "eval", "modeling_capivara", "hub_upload"),
     },
     "examples": {
-        *(
-            COMMON,
-            "capivara_search",
-            "caption_data",
-            "eval.records",
-            "captions",
-            "training",
-            "eval",
-            "modeling_capivara",
-        ),
+        *(COMMON, "capivara_search", "caption_data", "eval.records", "captions", "training", "eval"),
+        "modeling_capivara",
     },
     "benchmarks": {
         *(COMMON, "caption_data", "eval.records", "captions", "training", "eval", "modeling_capivara", "examples"),

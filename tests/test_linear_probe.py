@@ -1,8 +1,6 @@
 """Logistic regression on frozen embeddings."""
 
 import json
-import shutil
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -86,10 +84,3 @@ def test_a_draw_without_a_value_is_not_left_out_of_the_mean(flags, tmp_path, mon
 def test_slips(flags, tmp_path, words, message):
     with pytest.raises(SystemExit, match=message):
         main([*flags, *words.split(), "--output", str(tmp_path / "p.json")])
-
-
-def test_the_same_images_are_not_fitted_and_measured(flags, tmp_path):
-    """A folder without splits."""
-    shutil.copytree(Path(flags[-1]) / "train", tmp_path / "d")
-    with pytest.raises(SystemExit, match="splits 'train' and 'test' hold the same images"):
-        main([*flags[:-1], str(tmp_path / "d"), "--output", str(tmp_path / "p.json")])

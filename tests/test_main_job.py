@@ -3,10 +3,7 @@
 import subprocess
 from pathlib import Path
 
-import pytest
-
 from benchmarks import main_job
-from benchmarks.main_job import MainJobArguments
 from capivara_common.files import read_json, write_json
 
 
@@ -35,8 +32,3 @@ def test_both_trees_run_twice(tmp_path, monkeypatch):
     first = found["measured"]["old"]["first"]
     assert first["records"] == [record] and found["without_bf16"] is True
     assert first["seconds"].keys() == {"prepare", "train", "total"}
-
-
-def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="old_tree must be a checkout of this project"):
-        MainJobArguments(old_tree=tmp_path)

@@ -188,17 +188,6 @@ def test_other_towers(kind, tmp_path, batch):
     torch.testing.assert_close(loaded(**batch).logits_per_text, expected.logits_per_text)
 
 
-def test_tuples_and_positional_arguments(tiny_model, batch):
-    """The order of the positional arguments is that of the signature: ids, mask, pixels, loss."""
-    expected = tiny_model(**batch, return_loss=True)
-    actual = tiny_model(batch["input_ids"], batch["attention_mask"], batch["pixel_values"], True)
-    assert torch.equal(actual.loss, expected.loss)
-    tiny_model.config.return_dict = False
-    actual = tiny_model(**batch, return_loss=True)
-    assert isinstance(actual, tuple) and len(actual) == 7 and torch.equal(actual[0], expected.loss)
-    assert isinstance(tiny_model.get_text_features(batch["input_ids"]), tuple)
-
-
 def test_errors_name_value_rule_and_way_out(tiny_model, batch):
     with pytest.raises(ValueError, match="got neither"):
         tiny_model()
@@ -284,9 +273,6 @@ def test_outputs_of_both_towers_reach_the_caller(tiny_model, batch):
     assert [type(part) for part in parts] == [torch.Tensor] * 4 + [tuple] * 2
     assert torch.equal(parts[4][0], text.last_hidden_state) and len(parts[4]) == len(parts[5]) == 4
     assert tiny_model(**batch).text_model_output.hidden_states is None
-
-
-ADAPTERS = {"r": 2, "target_modules": r"text_model\..*\.(query|value)", "init_lora_weights": False}
 
 
 def test_adapters(tiny_model, batch, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import DatasetDict, load_from_disk
 from PIL import Image
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoTokenizer
 
 from capivara_search import miniature_encoders as encoders
 from examples.openmoji import concepts, dataset
@@ -50,11 +50,6 @@ def splits(rows):
 @pytest.fixture(scope="module")
 def text_encoder():
     return encoders.load_text_encoder()
-
-
-@pytest.fixture(scope="module")
-def image_encoder():
-    return encoders.load_image_encoder()
 
 
 def characters(picture):
@@ -236,29 +231,3 @@ def test_truncated_text_encoder_names_the_file(tmp_path, size):
         path.write_bytes(file.read(size))
     with pytest.raises(ValueError, match=r"short\.bin"):
         encoders.read_text_encoder(path)
-
-
-def test_image_encoder_survives_saving(image_encoder, tmp_path):
-    assert image_encoder.config.hidden_size == 1280 and not image_encoder.training
-    image_encoder.save_pretrained(tmp_path)
-    reloaded = AutoModel.from_pretrained(tmp_path).eval()
-    assert reloaded.config.hidden_size == 1280
-    pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected, actual = (model(pixels).pooler_output for model in (image_encoder, reloaded))
-    assert expected.shape == (2, 1280) and torch.equal(expected, actual)
-
-
-def test_image_encoder_has_learnt_weights(image_encoder, rows):
-    """Two apples look more alike than an apple and a train: false for random weights with this margin."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoders.IMAGE_MEAN, encoders.IMAGE_STD))
-    pixels = []
-    for emoji in ("1F34E", "1F34F", "1F686"):
-        image = Image.open(io.BytesIO(dataset.render_png(emoji)))
-        values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(224, 224, 3).permute(2, 0, 1)
-        pixels.append((values / 255 - mean) / std)
-        torch.testing.assert_close(pixels[-1], (values - 127.0) / 128, rtol=0, atol=1e-5)
-    with torch.no_grad():
-        apple, other_apple, train = image_encoder(torch.stack(pixels)).pooler_output
-    similarity = torch.nn.functional.cosine_similarity
-    assert similarity(apple, other_apple, dim=0) > similarity(apple, train, dim=0) + 0.2

@@ -1,7 +1,5 @@
 """The embedded default's preparation: what is missing is made, once, whole or not at all."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -73,12 +71,6 @@ def test_a_step_is_of_the_loss_that_the_model_starts_for(loss, tiny_processor, m
     assert not [name for name in moved if name.startswith("vision_model.")]
 
 
-def test_each_loss_has_a_folder_of_its_own():
-    made = [prepare.PrepareArguments(loss=loss).model for loss in prepare.LOSSES]
-    assert [folder.name for folder in made] == ["base", "base-sigmoid"]
-    assert prepare.PrepareArguments(model=Path("mine"), loss="sigmoid").model == Path("mine")
-
-
 @pytest.mark.slow
 def test_a_run_finds_the_embeddings_of_the_pictures(tiny_folder, tiny_dataset_folder, tmp_path, monkeypatch):
     """The pictures go through the tower once: the cache of a run is there, and as the run would make it."""
@@ -96,20 +88,6 @@ def test_a_run_finds_the_embeddings_of_the_pictures(tiny_folder, tiny_dataset_fo
             patch.setattr(training.inputs, "embed_pixels", lambda *_: pytest.fail("embedded again"))
             found = build_cache(model, pairs, cache_root(args), *options)
         np.testing.assert_allclose(found.arrays[0], made.arrays[0], rtol=0, atol=1e-3)
-
-
-def test_a_failure_leaves_no_folder(tmp_path, monkeypatch):
-    def broken(dataset, folder, loss):
-        (folder / "half").write_text("written")
-        raise ValueError("no")
-
-    (tmp_path / "dataset").mkdir()
-    (tmp_path / "dataset" / "dataset_dict.json").touch()
-    monkeypatch.setattr(prepare, "load_embedded", lambda folder: {})
-    monkeypatch.setattr(prepare, "build_base", broken)
-    with pytest.raises(ValueError, match="no"):
-        prepare.prepare(tmp_path / "dataset", tmp_path / "base")
-    assert [p.name for p in tmp_path.iterdir()] == ["dataset"]
 
 
 @pytest.mark.parametrize("file", ["dataset_dict.json", "train-0.parquet"])

@@ -13,7 +13,6 @@ from transformers import (
     AutoModel,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
-    pipeline,
 )
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
@@ -85,20 +84,12 @@ def test_without_the_package(tiny_folder, tiny_model, tiny_processor, tmp_path):
     assert {path.name for path in (tmp_path / "copy-zero-shot").iterdir()} >= modeling
 
 
-def test_with_the_package(tiny_folder, tiny_model, tiny_processor):
+def test_with_the_package(tiny_folder):
+    """What pipelines give with it is seen beside the tokenizer."""
     assert type(AutoModel.from_pretrained(tiny_folder)) is CapivaraModel
     assert type(AutoModelForZeroShotImageClassification.from_pretrained(tiny_folder)) is CapivaraModel
     assert type(AutoProcessor.from_pretrained(tiny_folder)) is CapivaraProcessor
     assert type(AutoImageProcessor.from_pretrained(tiny_folder)) is CapivaraImageProcessor
-    image = Image.new("RGB", (40, 37), (200, 30, 30))
-    zero_shot = pipeline("zero-shot-image-classification", str(tiny_folder))
-    scores = zero_shot(image, candidate_labels=["gato", "carro"], hypothesis_template="um {}")
-    inputs = tiny_processor(images=image, text=["um gato", "um carro"], return_tensors="pt")
-    expected = tiny_model(**inputs).logits_per_image.softmax(dim=-1)[0]
-    found = {s["label"]: s["score"] for s in scores}
-    assert [found["gato"], found["carro"]] == pytest.approx(expected.tolist(), abs=1e-5)
-    features = pipeline("image-feature-extraction", str(tiny_folder))(image)
-    torch.testing.assert_close(torch.tensor(features), tiny_model(**inputs).image_embeds)
 
 
 def test_a_folder_holds_code_and_safetensors_alone(tiny_folder):

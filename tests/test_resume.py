@@ -27,7 +27,6 @@ import train_accelerate
 from capivara_common.files import RUN_MARKER
 from modeling_capivara.loading import load_model
 from training import whole_batch
-from training.checkpoints import Checkpoints
 from training.loop import Trainer
 from training.whole_batch import WholeBatch
 
@@ -261,39 +260,6 @@ def test_a_loss_that_is_not_finite_stops_and_names_its_step(run, tmp_path, monke
     monkeypatch.setattr(whole_batch, "contrastive_loss", bad)
     assert "Step 4: The loss is nan. Lower the learning rate" in refused(run(tmp_path / "out"))
     assert checkpoints_of(tmp_path / "out") == ["step-00000002"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("eval_steps", [1, 100])
-def test_a_real_divergence(run, tmp_path, eval_steps):
-    """Whichever notices it first, a loss or the measurement: the error says what happened, and nothing is poisoned."""
-    argv = run(tmp_path / "out", learning_rate=1e30, warmup_steps=0, eval_steps=eval_steps, save_steps=1)
-    assert re.search(r"( is |is )(nan|inf|NaN).*learning rate", refused(argv))
-
-
-@pytest.mark.parametrize("full_in", ["model.safetensors", "optimizer.bin"])
-@pytest.mark.slow
-def test_disk_full_while_saving_keeps_the_checkpoint_before(run, undisturbed, small_disk, monkeypatch, full_in):
-    out, save = small_disk / "out", Checkpoints.save
-    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True, timeout=20)
-
-    def with_little_room(self, state):
-        if state.step == 4:
-            sizes = {path.name: path.stat().st_size for path in (self.folder / "step-00000002").iterdir()}
-            room = sizes[full_in] // 2 + sizes["model.safetensors"] * (full_in != "model.safetensors")
-            free = shutil.disk_usage(small_disk).free - room // 4096 * 4096
-            (small_disk / "ballast").write_bytes(bytes(free))
-        save(self, state)
-
-    monkeypatch.setattr(Checkpoints, "save", with_little_room)
-    message = refused(run(out))
-    for part in ("The checkpoint of step 4 can't be written", "The earlier ones are whole", "--resume auto"):
-        assert part in message
-    assert checkpoints_of(out) == ["step-00000002"]
-    subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True, timeout=20)
-    monkeypatch.setattr(Checkpoints, "save", save)
-    train_accelerate.main(run(out, resume="auto"))
-    assert_as_undisturbed(out, undisturbed)
 
 
 # Not the same run

@@ -12,8 +12,6 @@ import pytest
 from test_checkpoints import flipped
 
 import modeling_capivara.embedder
-from capivara_common.tasks import all_parts
-from caption_data.embedding_cache import EmbeddingCache
 from caption_data.pairs import pair_table, pairs_fingerprint
 from caption_data.sources import open_split
 from eval import classification, linear_probe
@@ -151,16 +149,6 @@ def test_an_interrupted_run_goes_on(saved_tiny_folder, made, measured, tmp_path,
         measure(saved_tiny_folder, made, **given)
     assert measure(saved_tiny_folder, made, **given) == read_records(measured / "r.json")
     assert len(done) == 3 + 2, "two of the four shards were there"
-
-
-def test_many_shards_are_few_open_files(tmp_path):
-    cache = EmbeddingCache(tmp_path, all_parts(90, 3))
-    arrays = np.arange(360, dtype=np.float32).reshape(30, 3, 4)
-    cache.make(cache.missing(), lambda numbers: ((arrays[number], [(1, "bad")]) for number in numbers))
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    cache.open()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
-    assert np.array_equal(np.stack(cache.arrays), arrays) and list(cache.bad) == list(range(1, 90, 3))
 
 
 def test_positions():

@@ -12,7 +12,6 @@ from datasets import Image
 from caption_data.rows import CAPTIONS, SIMILARITIES
 from caption_data.selection import STRATEGIES
 from captions.select import SelectArguments, main, select, select_rows, write_missing_report
-from eval.records.tables import escape_markdown
 from training.arguments import RunArguments
 
 # Captions, generated ones, similarities: below, at and above CAPIVARA's 0.2, a caption twice, an image with none.
@@ -135,12 +134,6 @@ def test_texts_of_the_data_are_shown_and_not_obeyed(tmp_path):
     assert "<script>" not in page and "\u202e" not in page
     captions = [row[1] for row in table_rows(tmp_path / "out")]
     assert {"<script>alert(1)</script>", "हिन्दी में", "a b c", "[x](http://y) | `code`"} <= set(captions)
-
-
-def test_markdown_is_escaped():
-    assert escape_markdown("<b> | `x`\nc") == "\\<b\\> \\| \\`x\\` c"
-    assert escape_markdown("1. um") == "1\\. um" and escape_markdown("- a") == "\\- a"
-    assert escape_markdown("12) b") == "12\\) b" and len(escape_markdown("a" * 400)) == 300
 
 
 def test_without_similarities(tmp_path):

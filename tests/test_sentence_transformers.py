@@ -89,17 +89,6 @@ def test_the_first_numbers_are_those_of_the_model(folder, encoder, pictures):
     np.testing.assert_allclose(narrow.encode(TEXTS, normalize_embeddings=True), unit, rtol=0, atol=1e-6)
 
 
-def test_search_finds_what_the_scores_say(folder, encoder, pictures):
-    from sentence_transformers.util import semantic_search
-
-    texts, images = ours(folder, pictures)
-    scores = texts @ images.T
-    torch.testing.assert_close(encoder.similarity(encoder.encode(TEXTS), encoder.encode(pictures)), scores)
-    hits = semantic_search(encoder.encode_query(TEXTS), encoder.encode_document(pictures), top_k=3)
-    order = scores.argsort(dim=1, descending=True)[:, :3]
-    assert [[hit["corpus_id"] for hit in found] for found in hits] == order.tolist()
-
-
 def test_its_evaluator_counts_the_recall(folder, encoder, tiny_dataset_folder):
     rows = pairs(tiny_dataset_folder, "train", "pt")
     found = recall_evaluator(rows)(encoder)

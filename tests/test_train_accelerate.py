@@ -20,7 +20,6 @@ from capivara_common.files import RUN_MARKER, lock_folder
 from capivara_common.privacy import short_name
 from eval.retrieval import main as evaluate
 from hub_upload.card import check
-from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model, load_processor
 from training.interpolate import main as interpolate
 
@@ -108,13 +107,8 @@ def test_interpolation_of_a_finished_run(finished, saved_tiny_folder, tmp_path):
     for name, weight in load_model(tmp_path / "quarter").state_dict().items():
         if weight.is_floating_point():
             torch.testing.assert_close(weight, 0.75 * base[name] + 0.25 * trained[name], rtol=1e-5, atol=1e-6)
-    for more, message in (
-        (["--share", "2"], "share must be from 0 to 1"),
-        (["another"], r"^error: There is a value without a flag \(--help lists all\)\.?$"),
-        (["--validation", "data"], r"`--validation` is gone: give --share[^\n]*eval\.retrieval"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            interpolate([*words, *more, "--output", str(tmp_path / "no")])
+    with pytest.raises(SystemExit, match="share must be from 0 to 1"):
+        interpolate([*words, "--share", "2", "--output", str(tmp_path / "no")])
 
 
 def test_a_folder_that_the_run_needs_is_not_overwritten(tiny_folder, tiny_dataset_folder, tmp_path):
@@ -169,17 +163,6 @@ BAD_VALUES = {
 def test_bad_values(tiny_folder, tiny_dataset_folder, tmp_path, fault):
     overrides, message = BAD_VALUES[fault]
     assert re.search(message, refused(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out", **overrides)))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
-
-
-@pytest.mark.slow
-def test_disk_full_while_saving_leaves_nothing(tiny_folder, tiny_dataset_folder, tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(CapivaraModel, "save_pretrained", full)
-    argv = flags(tiny_folder, tiny_dataset_folder, tmp_path / "out", max_steps=1, warmup_steps=0)
-    assert re.fullmatch("error: .*No space left on device", refused(argv))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 

@@ -3,7 +3,6 @@
 import json
 import statistics
 
-import numpy as np
 import pytest
 import torch
 from tiny import tiny_config, tiny_tokenizer
@@ -18,10 +17,8 @@ from benchmarks.train_step import (
     PROGRAMS,
     Engine,
     TrainStepArguments,
-    benchmark_captions,
     measure_ours,
 )
-from capivara_search.miniature_encoders import load_tokenizer
 
 SIGLIP = SiglipConfig(text_config=TOWER | {"vocab_size": 300, "projection_size": 32}, vision_config=VISION)
 CAPTIONS = ["gato preto", "uma foto de um cachorro", "casa azul", "céu", "carro verde da água", "pão", "capivara"]
@@ -87,26 +84,6 @@ def test_siglip_is_trained_under_its_own_loss(cached):
     assert moved and all(name.startswith("text_model.") for name in moved), "scale and bias stay, too"
 
 
-def test_the_published_siglip2_is_of_full_size_and_has_a_file_of_its_own():
-    args = TrainStepArguments(model="siglip2")
-    config = bench.published_config(args)
-    assert (config.text_config.vocab_size, config.vision_config.patch_size) == (256_000, 16)
-    assert args.tokens == 64 and args.output.name == "train_step_siglip2.json"
-    assert TrainStepArguments().output.name == "train_step.json"
-
-
-def test_captions_are_as_long_as_asked_and_the_same_every_time():
-    tokenizer = load_tokenizer()
-    captions = benchmark_captions(300, tokenizer)
-    lengths = np.array([len(ids) for ids in tokenizer(captions)["input_ids"]])
-    assert abs(lengths.mean() - 20) < 1.5 and 3 < lengths.std() < 7 and lengths.max() <= 77
-    assert len(set(captions)) > 290 and all(type(caption) is str for caption in captions), "no numpy texts"
-    assert captions[:20] == benchmark_captions(20, tokenizer) != benchmark_captions(20, tokenizer, seed=1)
-    for tokens in (9, 51):
-        with pytest.raises(ValueError, match="tokens must be"):
-            benchmark_captions(1, tokenizer, tokens)
-
-
 # --- open_clip's trainer ----------------------------------------------------------------------------------------------
 
 
@@ -165,15 +142,6 @@ def test_the_real_trainer_trains_siglip(precision, monkeypatch):
     assert results["padded_tokens"] == 64 and len(results["steps"]) == 2
 
 
-def test_batches_are_the_same_at_every_step_and_time_whole_ones(monkeypatch):
-    clock = iter([1.0, 3.0, 7.0, 15.0])
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
-    batches = bench.InMemoryBatches(torch.arange(4), torch.arange(4), micro=2, steps=3)
-    assert [pixels.tolist() for pixels, _tokens in batches] == [[0, 1], [2, 3]] * 3
-    assert batches.num_batches == 6 and batches.num_samples == 12
-    assert batches.step_seconds() == [4.0, 8.0], "without the first step's 2"
-
-
 def test_open_clips_arguments_and_optimizer_are_those_of_its_command():
     theirs = bench.open_clip_arguments(TrainStepArguments(pairs=12, peer_micro=4, precision="bf16"))
     assert (theirs.batch_size, theirs.accum_freq, theirs.precision) == (4, 3, "amp_bfloat16")
@@ -229,42 +197,6 @@ def test_programs_alternate_and_the_ratio_is_the_median_of_the_rounds(monkeypatc
     assert results["peer_accum"] == 2 and measured[PEER]["ratio"] == 1.0
     assert results["recipe"]["projected_hours"] == pytest.approx(8 / 2.0 * 5863 / 3600)
     assert set(results["measured"]) == set(PRECISIONS.values()) and set(measured) == set(PROGRAMS)
-
-
-def test_both_sides_get_the_same_batch(monkeypatch):
-    monkeypatch.setattr(timing, "in_own_process", lambda command, root=timing.ROOT: [*command, root])
-    args = TrainStepArguments(pairs=96, micro=16, peer_micro=48, tokens=21, steps=3)
-    assert "--model" not in bench.measured("cache", "no", args), "a checkout of before does not know it"
-    siglip = bench.measured("cache", "no", TrainStepArguments(model="siglip2"))
-    assert siglip[siglip.index("--model") + 1] == "siglip2"
-    for precision in PRECISIONS:
-        peer = bench.measured(PEER, precision, args)
-        assert peer[peer.index("--peer_micro") + 1] == "48"
-        for name in set(PROGRAMS) - {PEER}:
-            ours = bench.measured(name, precision, args)
-            for flag in ("--pairs", "--tokens", "--steps", "--precision"):
-                assert ours[ours.index(flag) + 1] == peer[peer.index(flag) + 1]
-
-
-def test_a_gpu_leaves_the_peer_out(monkeypatch):
-    seen = []
-    monkeypatch.setattr(timing, "in_own_process", fake_process(iter([]), iter([3.0] * 100), seen))
-    monkeypatch.setattr(timing, "device_description", lambda device: "a GPU")
-    monkeypatch.setattr(bench, "resolve_precision", lambda requested, device: "bf16")
-    results = bench.compare(TrainStepArguments(pairs=9, device="cuda", runs=1))
-    assert PEER not in results["measured"]["float32"] and "peer_micro" not in results
-    assert "ratio" not in results["measured"]["float32"]["cache"]
-
-
-@pytest.mark.parametrize("wrong", [{"pairs": 48}, {"pairs": 100}, {"micro": 0}, {"runs": 0}, {"steps": 0}])
-def test_bad_sizes_fail_when_made(wrong):
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
-        TrainStepArguments(**wrong)
-
-
-def test_a_failed_process_is_no_figure():
-    with pytest.raises(RuntimeError, match="No module named"):
-        timing.in_own_process(["benchmarks.no_such_module"])
 
 
 def test_another_checkout_is_measured_in_the_same_runs(monkeypatch, tmp_path):

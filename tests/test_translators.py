@@ -21,7 +21,7 @@ from tiny import tiny_tokenizer
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, NllbTokenizer, T5Config, T5ForConditionalGeneration
 
 from captions import translators
-from captions.languages import cut, groups
+from captions.languages import cut
 from captions.stage_arguments import GOOGLE_CHARACTERS
 from captions.translators import GoogleTranslator, Seq2SeqTranslator, load
 
@@ -45,15 +45,6 @@ def nllb(tmp_path_factory):
 
 
 # Models
-
-
-@pytest.mark.parametrize(("language", "code"), [("pt", "por"), ("por", "por"), ("es", "spa"), ("xh", "xho")])
-def test_marian_is_told_the_language_by_its_token(marian, language, code):
-    translator = load(str(marian), language, options=SHORT)
-    plain = AutoTokenizer.from_pretrained(marian)
-    assert translator.code == code
-    assert translator.token_ids("a cat on a mat.") == plain(f">>{code}<< a cat on a mat.")["input_ids"]
-    assert plain.convert_ids_to_tokens(translator.token_ids("a cat"))[0] == f">>{code}<<"
 
 
 def test_marian_translates_as_the_model_itself_does(marian):
@@ -171,11 +162,6 @@ def test_where_a_long_text_is_cut():
     assert cut("x" * 30, fits) == ["x" * 7, "x" * 8, "x" * 7, "x" * 8]
     assert cut("short", fits) == ["short"] and cut("", fits) == [""]
     assert cut("ab", lambda text: False) == ["a", "b"]
-
-
-def test_groups_are_as_large_as_they_may_be():
-    assert list(groups(["aa", "bb", "cc", "dddddd", "e", "f"], 5, 2)) == [["aa", "bb"], ["cc"], ["dddddd"], ["e", "f"]]
-    assert list(groups([], 5, 2)) == []
 
 
 def test_what_a_translation_depends_on_is_in_the_fingerprint(marian, m2m100, tmp_path):
