@@ -334,7 +334,6 @@ def test_prefixes_that_are_none(text, said, tmp_path):
     ("more", "said"),
     [
         (["--max_new_tokens", "0"], "max_new_tokens must be at least 1, got 0"),
-        (["--device", "abacus"], "device must be cpu"),
         (["--model", "no/such/folder"], "'no/such/folder' is neither a folder nor a Hub id"),
         (["--executor", "slurm"], "--executor slurm needs --tasks"),
         (["--executor", "slurm", "--tasks", "2"], "--executor slurm needs --partition and --time"),

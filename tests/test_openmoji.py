@@ -183,11 +183,6 @@ def test_saved_dataset_comes_back_with_its_card(small_dataset, splits, tmp_path)
         dataset.save_dataset(small_dataset, folder)
 
 
-def test_missing_package_names_the_extra():
-    with pytest.raises(ImportError, match=re.escape('pip install -e ".[demo]"')):
-        concepts.demo_package("no_such_package_of_the_demo")
-
-
 def embed(text_encoder, text):
     model, tokenizer = text_encoder
     inputs = tokenizer(text, return_tensors="pt")

