@@ -17,7 +17,7 @@ from pathlib import Path
 import PIL.Image
 from datasets import Dataset
 
-from capivara_common.cli import at_least, flag, parse, run_command, user_errors
+from capivara_common.cli import at_least, flag, parse, run_command
 from capivara_common.environment import torch_device
 from capivara_common.image_files import BadImage, decode_image
 from capivara_search.picture_files import find_pictures
@@ -64,7 +64,6 @@ def captions_of(rows: Dataset, language: str) -> tuple[list[str], list[int]]:
     return list(texts), list(of)
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(CaptionArguments, __doc__, argv)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capivara_common.cli import at_least, between, flag, parse, run_command, user_errors
+from capivara_common.cli import at_least, between, flag, parse, run_command
 from capivara_common.environment import require, torch_device
 from capivara_common.files import whole_folder
 from examples.guide_generation import to_pixel_values
@@ -135,7 +135,6 @@ def _check(pipe: Any) -> None:
         )
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(DiffusionArguments, __doc__, argv)

@@ -20,7 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 import modeling_capivara  # noqa: F401  registers the tokenizer of the text side: none of its folder's code is run
-from capivara_common.cli import flag, parse, run_command, user_errors
+from capivara_common.cli import flag, parse, run_command
 from capivara_common.environment import require
 from capivara_common.files import check_inputs_stay, read_json, whole_folder, write_json
 from capivara_common.image_side_digest import image_side_digest
@@ -99,7 +99,6 @@ def recalls(pictures: QdrantPictures | LancePictures, queries: np.ndarray, right
     return {f"recall@{k}": recall_at_k(found, k) for k in RECALL_CUTOFFS} | {"mean_recall": mean_recall(found)}
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(ExchangeArguments, __doc__, argv)

@@ -22,7 +22,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from capivara_common.cli import at_least, flag, parse, run_command, user_errors
+from capivara_common.cli import at_least, flag, parse, run_command
 from capivara_common.environment import resolve_precision
 from capivara_common.files import whole_folder, write_json, write_text
 from capivara_common.image_files import BadImage
@@ -116,7 +116,6 @@ def load_splits(args: ClassifierArguments, prompts: Prompts) -> list[Dataset | L
     return [LabelledRows(images) for images in found]
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """Measure, fine-tune, measure again, and save model, processor and figures."""
     args = parse(ClassifierArguments, __doc__, argv)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import trange
 
-from capivara_common.cli import at_least, flag, parse, run_command, user_errors
+from capivara_common.cli import at_least, flag, parse, run_command
 from capivara_common.environment import torch_device
 from capivara_common.files import whole_folder, write_json
 from examples import run_facts
@@ -133,7 +133,6 @@ def strip(pictures: list[PIL.Image.Image]) -> PIL.Image.Image:
     return row
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(GuideArguments, __doc__, argv)

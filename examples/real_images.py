@@ -17,7 +17,7 @@ import numpy as np
 import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
-from capivara_common.cli import flag, parse, run_command, user_errors
+from capivara_common.cli import flag, parse, run_command
 from capivara_common.environment import device_description, package_versions
 from capivara_common.files import read_json, whole_folder, write_json
 from eval import classification, linear_probe, prompts, retrieval
@@ -149,7 +149,6 @@ def _classes_file(dataset: str, title: str, classes: list[dict], templates: list
     return {**shared, "classes": classes, "templates": templates}
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(RealImagesArguments, __doc__, argv)

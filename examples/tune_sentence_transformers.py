@@ -24,7 +24,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 import modeling_capivara  # noqa: F401  registers CAPIVARA with the Auto classes: no code of the folder is run
-from capivara_common.cli import at_least, flag, parse, run_command, user_errors
+from capivara_common.cli import at_least, flag, parse, run_command
 from capivara_common.environment import require, resolve_precision
 from capivara_common.files import whole_folder, write_json, write_text
 from eval.retrieval import flat_captions
@@ -139,7 +139,6 @@ def model_card(model: str, dataset: str, language: str) -> str:
     return CARD.format(language=language, model=html.escape(model), dataset=html.escape(dataset))
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """Measure, train, measure again, and save."""
     args = parse(SentenceTuningArguments, __doc__, argv)

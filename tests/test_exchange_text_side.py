@@ -78,9 +78,9 @@ def without_graphs(folder, source, towers):
 
 def test_a_text_side_of_other_pictures_is_refused(tiny_folder, tmp_path):
     flags = ["--text_side", str(tmp_path), "--base", str(tiny_folder), "--output", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match="is no exported text side"):
+    with pytest.raises(ValueError, match="is no exported text side"):
         main(flags)
     (tmp_path / "drop_in.json").write_text('{"image_digest": "0123"}')
-    with pytest.raises(SystemExit, match="is for pictures of the digest 0123, not"):
+    with pytest.raises(ValueError, match="is for pictures of the digest 0123, not"):
         main(flags)
     assert not (tmp_path / "out").exists()

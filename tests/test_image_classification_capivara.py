@@ -238,12 +238,12 @@ def test_outputs(classifier, pixels):
 
 def test_example_refuses_before_long_work(tiny_folder, tmp_path):
     flags = ["--model", str(tiny_folder), "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match="cifar-10 needs its images"):
+    with pytest.raises(ValueError, match="cifar-10 needs its images"):
         fine_tune_classifier.main([*flags, "--benchmark", "cifar-10"])
-    with pytest.raises(SystemExit, match="image_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
         fine_tune_classifier.main([*flags, "--image_size", "0"])
     assert not (tmp_path / "out").exists()
-    with pytest.raises(SystemExit, match="is not empty"):
+    with pytest.raises(ValueError, match="is not empty"):
         fine_tune_classifier.main(["--model", str(tiny_folder), "--output_dir", str(tiny_folder)])
 
 

@@ -173,7 +173,7 @@ def test_the_example_trains_the_text_side_alone(folder, tiny_dataset_folder, tmp
 def test_wrong_input_is_one_line_before_any_work(folder, tiny_dataset_folder, tmp_path, changed, message):
     given = {"--model": folder, "--dataset": tiny_dataset_folder, "--output_dir": tmp_path / "tuned"}
     given |= {"--batch_size": 4, **changed}
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ValueError, match=message):
         main([str(word) for pair in given.items() for word in pair])
     assert not (tmp_path / "tuned").exists()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from datasets import DatasetDict
 
-from capivara_common.cli import flag, parse, run_command, user_errors
+from capivara_common.cli import flag, parse, run_command
 from capivara_common.files import whole_folder, write_text
 from captions.build import BuildArguments, ManualStepRequired, build, read_plan
 from captions.select import REPORT
@@ -67,7 +67,6 @@ def fill_tables(tables: list[Path], source: DatasetDict) -> None:
             write_text(table, "\n".join([head, *filled]) + "\n")
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from capivara_common.cli import flag, parse, run_command, user_errors
+from capivara_common.cli import flag, parse, run_command
 from capivara_common.environment import package_versions
 from capivara_common.files import write_bytes
 from capivara_search.miniature_encoders import load_image_classifier
@@ -97,7 +97,6 @@ def fit(args: MiniatureArguments) -> dict[str, Tensor]:
     return {"visual": visual.half(), "direction": direction, "logit_scale": torch.tensor(scale)}
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import trange
 
-from capivara_common.cli import flag, parse, run_command, user_errors
+from capivara_common.cli import flag, parse, run_command
 from capivara_common.environment import resolve_precision
 from capivara_common.files import whole_folder, write_json, write_text
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
@@ -322,7 +322,6 @@ def _without_direction(vector: Tensor) -> Tensor:
     return torch.eye(len(vector)) - torch.outer(direction, direction)
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -21,7 +21,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
-from capivara_common.cli import flag, parse, run_command, user_errors
+from capivara_common.cli import flag, parse, run_command
 from capivara_common.environment import require
 from capivara_common.files import whole_folder, write_text
 from examples.openmoji.dataset import IMAGE_SIZE, drawn_png, load_embedded
@@ -141,7 +141,6 @@ def _folder(package: str) -> Path:
     return Path(find_spec(package).origin).parent
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(ProxiesArguments, __doc__, argv)
