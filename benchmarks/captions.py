@@ -25,7 +25,7 @@ from transformers import logging as transformers_logging
 
 from benchmarks.timing import conditions, finish, median_ratio, spread, timed_runs
 from capivara_common.cli import at_least, flag, parse, run_command
-from captions.captioner import Blip2Captioner, Decoding
+from captions.captioner import Blip2Captioner
 from captions.generate import read_prefixes
 from captions.stage_arguments import PREFIXES
 
@@ -96,8 +96,8 @@ def scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> Blip2Capti
             torch.nn.init.normal_(parameter, std=0.02)
     model.language_model.generation_config.eos_token_id = None
     processor = BlipImageProcessor(size={"height": IMAGE_SIDE, "width": IMAGE_SIDE})
-    decoding = Decoding(max_new_tokens=args.new_tokens, micro_batch_size=len(prefixes) * args.images)
-    return Blip2Captioner(model.to(args.device, getattr(torch, args.precision)), processor, tokenizer, decoding)
+    model.to(args.device, getattr(torch, args.precision))
+    return Blip2Captioner(model, processor, tokenizer, args.new_tokens, len(prefixes) * args.images)
 
 
 def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
@@ -112,7 +112,7 @@ def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
 
 def generation_steps(captioner: Blip2Captioner, prefixes: list[str], images: int) -> dict[str, Callable[[int], Tensor]]:
     """Program -> the new token ids (images x prefixes, new tokens) of random pixels."""
-    model, new_tokens = captioner.model, captioner.decoding.max_new_tokens
+    model, new_tokens = captioner.model, captioner.max_new_tokens
     pixels = torch.randn(images, 3, IMAGE_SIDE, IMAGE_SIDE, generator=torch.Generator().manual_seed(0))
     pixels = pixels.to(captioner.device, captioner.writer.dtype)
     prompts = [captioner.prompt(prefix) for prefix in prefixes] * images

@@ -1,6 +1,6 @@
 """Captions that go on from a prefix: BLIP-2 with what an image's prefixes share computed once, others by plain calls.
 
-    captioner = Blip2Captioner(model, image_processor, tokenizer, Decoding(max_new_tokens=20))
+    captioner = Blip2Captioner(model, image_processor, tokenizer, max_new_tokens=20)
     captioner.captions([image], ["a photo of", "the picture shows"])
 
 A caption is the likeliest text; the model is in `eval()`, on its device.
@@ -25,7 +25,6 @@ from transformers import (
 )
 
 from capivara_common.image_files import BadRow
-from captions.stage_arguments import Decoding
 
 NOT_FINITE = "no finite scores"  # reason of a `BadRow`
 
@@ -43,7 +42,10 @@ class FiniteScores(LogitsProcessor):
 
 
 class Captioner:
-    """An image-to-text model, in `eval()` on its device, in its plain call, which encodes an image anew per prefix."""
+    """An image-to-text model, in `eval()` on its device, in its plain call, which encodes an image anew per prefix.
+
+    A text has at most `max_new_tokens`; `micro_batch_size` of them are written at once.
+    """
 
     pads = False  # whether prefixes of several lengths go into one call
 
@@ -52,10 +54,12 @@ class Captioner:
         model: PreTrainedModel,
         image_processor: Any,
         tokenizer: PreTrainedTokenizerBase,
-        decoding: Decoding | None = None,
+        max_new_tokens: int = 50,
+        micro_batch_size: int = 160,
     ):
         self.model, self.image_processor, self.tokenizer = model, image_processor, tokenizer
-        self.decoding, self.device, self.kind = decoding or Decoding(), model.device, model.config.model_type
+        self.max_new_tokens, self.micro_batch_size = max_new_tokens, micro_batch_size
+        self.device, self.kind = model.device, model.config.model_type
         config = self.writer.generation_config
         config.max_length = None  # else `generate` warns at every call that it has two limits
         if config.pad_token_id is None:  # a batch's texts end at different steps
@@ -92,7 +96,7 @@ class Captioner:
         for pairs in self._micro_batches(len(pixel_values), prompts):
             finite = FiniteScores(len(pairs), self.device)
             images = torch.tensor([image for image, _ in pairs], device=self.device)
-            options = {"max_new_tokens": self.decoding.max_new_tokens, "do_sample": False, "num_beams": 1}
+            options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": 1}
             options["logits_processor"] = LogitsProcessorList([finite])
             tokens = self.continued(encoded, images, [prompts[prefix] for _, prefix in pairs], **options)
             for (image, prefix), row, broken in zip(pairs, tokens.cpu(), finite.broken.tolist(), strict=True):
@@ -126,7 +130,7 @@ class Captioner:
         """Numbers of image and prefix, in order of the prefix's length, so that little is padded."""
         pairs = sorted(itertools.product(range(images), range(len(prompts))), key=lambda pair: len(prompts[pair[1]]))
         for _, group in itertools.groupby(pairs, key=lambda pair: 0 if self.pads else len(prompts[pair[1]])):
-            while batch := list(itertools.islice(group, self.decoding.micro_batch_size)):
+            while batch := list(itertools.islice(group, self.micro_batch_size)):
                 yield batch
 
     def _texts(self, tokens: list[Tensor | None], prefixes: Sequence[str]) -> list[str] | BadRow:

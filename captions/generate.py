@@ -73,7 +73,8 @@ def load_captioner(args: GenerateArguments) -> Captioner:
         model.eval().to(device),
         AutoImageProcessor.from_pretrained(args.model, revision=args.revision),
         AutoTokenizer.from_pretrained(args.model, revision=args.revision),
-        args,
+        args.max_new_tokens,
+        args.micro_batch_size,
     )
 
 
@@ -107,7 +108,7 @@ class GenerateProcess:
             captions = self.captioner.written(torch.cat(good), self.prefixes)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise ValueError(
-                f"Out of memory with {len(good)} images and {self.captioner.decoding.micro_batch_size} captions at "
+                f"Out of memory with {len(good)} images and {self.args.micro_batch_size} captions at "
                 f"once. Lower --micro_batch_size, then --batch_rows, or take --precision bf16 or fp16. ({error})"
             ) from error
         self.any_caption = self.any_caption or any(not isinstance(texts, BadRow) for texts in captions)

@@ -74,22 +74,13 @@ class StageArguments(CaptionDataArguments, ExecutorArguments):
         return f"{self.output.parent.name}, {self.split}"
 
 
-@dataclass(kw_only=True)
-class Decoding:
-    """How texts are written: flags of `captions.generate`. Raises ValueError where a number is out of its range."""
-
-    max_new_tokens: int = flag(50, "Tokens of a generated text at most.")
-    micro_batch_size: int = flag(160, "Captions that are generated at once; fewer need less memory and more time.")
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "max_new_tokens", "micro_batch_size")
-
-
 @dataclass
-class GenerateArguments(Decoding, StageArguments):
+class GenerateArguments(StageArguments):
     """Arguments of `captions.generate`."""
 
     module = "captions.generate"
+    max_new_tokens: int = flag(50, "Tokens of a generated text at most.")
+    micro_batch_size: int = flag(160, "Captions that are generated at once; fewer need less memory and more time.")
     model: str = flag(
         "Salesforce/blip2-opt-2.7b-coco",
         "Folder or Hub id of a BLIP-2, BLIP, GIT or vision-encoder-decoder model of transformers.",
@@ -102,8 +93,8 @@ class GenerateArguments(Decoding, StageArguments):
     device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
 
     def __post_init__(self) -> None:
-        StageArguments.__post_init__(self)
-        Decoding.__post_init__(self)
+        super().__post_init__()
+        at_least(self, 1, "max_new_tokens", "micro_batch_size")
         self.prefixes = Path(self.prefixes)
 
 

@@ -284,30 +284,22 @@ def translate_sentences(args: TranslateArguments, rank: int = 0, world_size: int
     texts = [text for text in texts if text not in known]
     if args.backend == "google":
         translator.max_characters = task_characters(args, sum(map(len, texts)), world_size)
-    at_once = SENTENCES_PER_ROW * args.batch_rows
+    at_once, paid = SENTENCES_PER_ROW * args.batch_rows, args.backend == "google"
     title = f"Translating with {translator.name}"
     with tqdm(total=len(texts), desc=title, unit="sentence", disable=rank > 0) as bar:
         for start in range(0, len(texts), at_once):
-            add_translations(args, translator, memory, texts[start : start + at_once])
-            bar.update(len(texts[start : start + at_once]))
+            # The longest come first: where the memory of the device does not suffice, it shows at once.
+            some, made = sorted(texts[start : start + at_once], key=lambda text: (-len(text), text)), {}
+            # For Google a batch is a request, so that what was paid for is not lost when the next one fails.
+            for batch in groups(some, GOOGLE_CHARACTERS if paid else sys.maxsize, args.sentences_at_once):
+                made |= zip(batch, translator.translate(batch), strict=True)
+                if paid:
+                    memory.add(made)
+                    made = {}
+            if made:
+                memory.add(made)
+            bar.update(len(some))
     return f"{len(texts):,} sentences were translated; {memory.folder} has them"
-
-
-def add_translations(
-    args: TranslateArguments, translator: Any, memory: TranslationMemory, sentences: list[str]
-) -> None:
-    """Translate sentences; they join the memory."""
-    # The longest come first: where the memory of the device does not suffice, it shows at once.
-    sentences, made = sorted(sentences, key=lambda sentence: (-len(sentence), sentence)), {}
-    paid = args.backend == "google"
-    # For Google a batch is a request, so that what was paid for is not lost when the next one fails.
-    for batch in groups(sentences, GOOGLE_CHARACTERS if paid else sys.maxsize, args.sentences_at_once):
-        made |= zip(batch, translator.translate(batch), strict=True)
-        if paid:
-            memory.add(made)
-            made = {}
-    if made:
-        memory.add(made)
 
 
 # Rows: joined with their translations by all tasks

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from capivara_common.image_files import BadRow
-from captions.captioner import NOT_FINITE, Blip2Captioner, Captioner, Decoding
+from captions.captioner import NOT_FINITE, Blip2Captioner, Captioner
 from captions.generate import COLUMN, GenerateArguments, GenerateProcess, load_captioner, main, read_prefixes
 from captions.stage_arguments import PREFIXES
 
@@ -84,8 +84,8 @@ def pictures(number: int) -> list[PIL.Image.Image]:
     return [PIL.Image.fromarray(noise.integers(0, 256, (40, 36, 3), dtype=np.uint8)) for _ in range(number)]
 
 
-def captioner_of(model, **decoding) -> Blip2Captioner:
-    return Blip2Captioner(model, image_processor(), opt_tokenizer(), Decoding(**{"max_new_tokens": STEPS, **decoding}))
+def captioner_of(model, **options) -> Blip2Captioner:
+    return Blip2Captioner(model, image_processor(), opt_tokenizer(), STEPS, **options)
 
 
 def until_end(tokens, model) -> list[int]:
