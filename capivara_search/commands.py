@@ -43,9 +43,11 @@ DONE, NOTHING = 0, 1  # exit codes; the help explains them
 WHOLE = cli.number(int, 1)
 OUTPUT = cli.switches("--json", "--csv")
 SHOWN = [cli.Flag("--pictures", type=cli.Choice(PICTURES), default="auto"), *cli.switches("--no-pictures")]
+LINES = {"auto": None, "yes": True, "no": False}  # values of --line
+LINE = cli.Flag("--line", type=cli.Choice(tuple(LINES)), default="auto")
 LEFT_OUT_SHOWN = 5
 MAX_LETTERS = 4096  # of a query; the model reads no more of a text
-CSV_COLUMNS = ("rank", "score", "path", "taken", "width", "height", "latitude", "longitude", "size", "modified")
+CSV_COLUMNS = ("rank", "score", "path", "taken", "width", "height", "latitude", "longitude", "size", "modified", "fits")
 
 
 @cli.command(
@@ -138,12 +140,17 @@ def summary(added: Added, pictures: int, words: Words) -> Iterable[str]:
     cli.Flag("--folder", read=cli.absolute, metavar="folder", completes="dir"),
     cli.Flag("--since", read=cli.day(last=False), metavar="date"),
     cli.Flag("--until", read=cli.day(last=True), metavar="date"),
+    cli.Flag("--more", "--mais", multiple=True, metavar="pull"),
+    cli.Flag("--less", "--menos", multiple=True, metavar="pull"),
+    LINE,
     *cli.switches("--exact", "--open"),
     *OUTPUT,
     *SHOWN,
 )
 def search(args: SimpleNamespace, words: Words) -> int:
     """Find pictures, and show or write them."""
+    from capivara_search.asking import read_pull
+
     if not args.query and args.like is None:
         raise click.UsageError(words("empty_query"))
     if args.since and args.until and args.since > args.until:
@@ -152,11 +159,14 @@ def search(args: SimpleNamespace, words: Words) -> int:
         length, kept = words.number(len(args.query)), words.number(MAX_LETTERS)
         say(words("long_query", length=length, kept=kept))
         args.query = args.query[:MAX_LETTERS]
+    for text in (*args.more, *args.less):
+        read_pull(text)  # says what is wrong with it before any work
     pictures = _filled_index(args)
     _say_note(pictures, words)
     like = args.like and _query_picture(args.like, words)
     filters = {"folder": args.folder, "since": args.since, "until": args.until}
-    hits = pictures.search(args.query or None, like=like, k=args.k, exact=args.exact, **filters)
+    pulls = {"more": args.more, "less": args.less}
+    hits = pictures.search(args.query or None, like=like, k=args.k, exact=args.exact, **filters, **pulls)
     if args.json:
         _write_json([asdict(hit) for hit in hits])
     elif args.csv:
@@ -183,7 +193,10 @@ def show(hits: Sequence[Hit], pictures: "PictureIndex", args: SimpleNamespace, w
         head.pop(2), [row.pop(2) for row in rows]
     for row, hit in zip(rows, hits, strict=True):
         row[-1] = link(hit.path, shown_path(hit.path)) if terminal.links else shown_path(hit.path)
-    for line in table([head, *rows], right=(0, 1)):
+    lines = list(table([head, *rows], right=(0, 1)))
+    if below := [place for place, hit in enumerate(hits, 1) if hit.fits is False]:
+        lines.insert(below[0], f"-- {words('line' if below[0] > 1 else 'line_first')} --")
+    for line in lines:
         print(line)
 
 
@@ -231,6 +244,7 @@ def classify(args: SimpleNamespace, words: Words) -> int:
     cli.Flag("--port", read=cli.number(int, 1, 65535), default=7860, metavar="number"),
     cli.Flag("--host", default="127.0.0.1", metavar="address"),
     cli.Flag("--allow-host", read=cli.host, multiple=True, metavar="name"),
+    LINE,
     *cli.switches("--no-open"),
 )
 def app(args: SimpleNamespace, words: Words) -> int:
@@ -360,6 +374,7 @@ def _index(args: SimpleNamespace) -> "PictureIndex":
 def _filled_index(args: SimpleNamespace) -> "PictureIndex":
     """The index; raises RuntimeError where it holds nothing yet."""
     pictures = _index(args)
+    pictures.line = LINES[getattr(args, "line", "auto")]
     if not len(pictures):
         raise failure(RuntimeError, "no_index", where=shown_path(str(pictures.where)))
     return pictures

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow.compute as pc
 
+from capivara_search import asking
 from capivara_search.adding import KnownRows, add_folders, asked_folders, embed_files
 from capivara_search.duplicates import best_first, near_groups
 from capivara_search.labelling import checked_labels, classify_vectors
@@ -64,10 +65,19 @@ def default_place() -> str | Path:
 
 
 class PictureIndex:
-    """Pictures of folders, to be found by what is in them. Made by `PictureIndex.open`."""
+    """Pictures of folders, to be found by what is in them. Made by `PictureIndex.open`.
+
+    Attributes:
+        line: whether hits of a sentence say if they are better than the background (`Hit.fits`); None: where the model
+            was measured to tell (`capivara_search.asking.draws_line`).
+    """
+
+    line: bool | None = None
 
     def __init__(self, table: PictureTable, model: "str | SearchModel | None", device: str | None):
         self._table, self._asked, self._device = table, model, device
+        self._known_sample: tuple[int, np.ndarray] | None = None  # version of the index, vectors
+        self._known_background: tuple[int, asking.Background] | None = None
 
     @classmethod
     def open(
@@ -150,6 +160,8 @@ class PictureIndex:
         since: date | None = None,
         until: date | None = None,
         exact: bool = False,
+        more: str | Sequence[str] = (),
+        less: str | Sequence[str] = (),
     ) -> list[Hit]:
         """The pictures that fit a sentence, a picture, or both best.
 
@@ -161,20 +173,51 @@ class PictureIndex:
             since: only those taken on that day or later; by the file's time where no camera says when.
             until: only those taken on that day or before.
             exact: compare every picture, in an index of any size.
+            more: words that the search is pulled towards, with a weight as in "0.5:praia", which is 1 otherwise.
+            less: words that it is pulled away from. Pictures that show them sink; none is excluded.
 
         Raises:
-            ValueError: neither text nor picture, k below 1, or the model is not that of the index.
+            ValueError: neither text nor picture, k below 1, a weight breaks its rule, or the model is not that of the
+                index.
         """
         text = text.strip() if text else None
         if not text and like is None:
             raise ValueError("The query is empty. Give a sentence, a picture, or both.")
+        both = ((sign, [words] if isinstance(words, str) else words) for sign, words in ((1, more), (-1, less)))
+        given = [(sign, *asking.read_pull(one)) for sign, words in both for one in words]
         self._check_model()  # before the model is loaded
         vectors = [self.model.texts([text])] if text else []
         if like is not None:
             image = open_query_picture(like) if isinstance(like, str | Path) else like
             vectors.append(self.model.images([image]))
-        mean = np.concatenate(vectors).mean(axis=0)
-        return self.search_vector(mean, k, folder, since, until, exact, of_text=like is None)
+        vector = np.concatenate(vectors).mean(axis=0)
+        if given:
+            pulls = zip(given, self.model.texts([words for *_, words in given]), strict=True)
+            vector = self.steered(vector, [(sign * weight, pull) for (sign, weight, _), pull in pulls])
+        return self.search_vector(vector, k, folder, since, until, exact, of_text=like is None and not given)
+
+    def steered(self, vector: np.ndarray, pulls: Sequence[tuple[float, np.ndarray]]) -> np.ndarray:
+        """A query's vector (width,), pulled towards others (width,) by their weights, or away by one below 0."""
+        return asking.steered(vector, pulls, self._sample())
+
+    def _sample(self) -> np.ndarray:
+        """Vectors of pictures (rows, width), unit length, spread over the index."""
+        version = self.version()
+        if self._known_sample is None or self._known_sample[0] != version:
+            found = self._table.sample(self.model.width, self.model.image_digest, asking.SAMPLE)
+            self._known_sample = version, unit(found)
+        return self._known_sample[1]
+
+    def _background(self) -> asking.Background:
+        """What neutral sentences find."""
+        version = self.version()
+        if self._known_background is None or self._known_background[0] != version:
+            neutral = self.model.texts(asking.NEUTRAL)
+            clause = f"model = {quoted(self.model.image_digest)}" if self._check_model() else None
+            found = [as_array(self._table.nearest(vector, 1, clause)[VECTOR])[0] for vector in neutral]
+            best = (unit(np.stack(found)) * neutral).sum(axis=1)
+            self._known_background = version, asking.Background.of(self._sample(), neutral, best)
+        return self._known_background[1]
 
     def search_vector(
         self,
@@ -204,6 +247,9 @@ class PictureIndex:
             asked *= 4
         if not of_text:
             return hits[:k]
+        if hits and (asking.draws_line(self.model.folder) if self.line is None else self.line):
+            line = self._background().line(vector)
+            hits = [replace(hit, fits=hit.score >= line) for hit in hits]
         own = self.model.on_own_scale(np.array([hit.score for hit in hits[:k]]))
         return [replace(hit, score=float(score)) for hit, score in zip(hits, own, strict=False)]
 

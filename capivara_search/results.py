@@ -21,6 +21,8 @@ class Hit:
         longitude: degrees.
         size: bytes of the file.
         modified: when the file was changed last.
+        fits: False where it is no better than the index's background for the sentence (`capivara_search.asking`); None
+            where that was not asked.
     """
 
     path: str
@@ -32,6 +34,7 @@ class Hit:
     longitude: float | None = None
     size: int = 0
     modified: datetime | None = None
+    fits: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -249,6 +249,15 @@ class PictureTable:
             query = self.read(PICTURES, lambda table: _plain(table, columns, where).to_batches(batch_size=BATCH_ROWS))
             yield from query
 
+    def sample(self, width: int, image_digest: str, most: int) -> np.ndarray:
+        """Vectors (rows, width) of a model's pictures, of at most so many rows, spread evenly over the table."""
+        rows, column = self.count(), vector_column(width)
+        if not rows:
+            return np.empty((0, width), np.float16)
+        places = np.linspace(0, rows - 1, min(rows, most)).astype(int).tolist()
+        found = self.read(PICTURES, lambda table: table.take_offsets(places).select(["model", column]).to_arrow())
+        return as_array(found.filter(pc.equal(found["model"], image_digest))[column])
+
     def count(self, where: str | None = None, table: str = PICTURES) -> int:
         """Rows, all or those of a clause."""
         return 0 if self.table(table) is None else self.read(table, lambda opened: opened.count_rows(where))

@@ -166,6 +166,8 @@ def test_flags_are_taken_in_every_usual_form(tmp_path):
     assert (args.query, args.k, args.index, args.model) == ("um gato na mesa", 3, "a", "m")
     assert parsed(["index", str(tmp_path), "--batch_size", "8", "--cpus-per-task=2"], words).batch_size == 8
     assert parsed(["search", "--", "-5 graus"], words).query == "-5 graus"
+    args = parsed(["buscar", "--menos", "pessoas", "praia", "--mais=0.5:sol", "--less", "mar"], words)
+    assert (args.query, args.more, args.less) == ("praia", ("0.5:sol",), ("pessoas", "mar"))
     args = parsed(["search", "x", "--since", "2024", "--until", "2024-02"], words)
     assert [str(args.since), str(args.until)] == ["2024-01-01", "2024-02-29"]
     args = parsed(["search", "x", "--since", "24/06/2024", "--until", "2024-06-24"], words)
@@ -203,6 +205,7 @@ WRONG = {
     "classify .": ("missing: --labels", "falta: --labels"),
     "classify . --labels gato Gato": ("The label 'gato' is there twice", "o rótulo gato aparece duas vezes"),
     "classify . --labels a --template x": ("template must have one {}", "--template deve ter {} uma vez"),
+    "search x --less 9:y": ("The weight of '9:y' must be above 0", "o peso de 9:y deve ser maior que 0"),
     "export fotos.xls": (
         "must end in .parquet or .csv, got fotos.xls",
         "deve terminar em .parquet ou .csv, e é fotos.xls",
@@ -286,6 +289,17 @@ def test_search_finds_a_picture_by_itself_and_shows_it_in_a_table(capivara, inde
     assert len(lines) == 4
     code, out, _ = capivara("buscar", "--like", "2024/azul.jpg", "-k", 1, "--index", index, "--lang", "pt")
     assert "15/01/2024" in out and re.search(r"1,000|0,99", out)
+
+
+def test_the_line_stands_in_the_table_where_it_is_asked_for(capivara, index):
+    asked = ("buscar", "azul", "--menos", "0,5:verde", "--lang", "pt", "-k", 5, "--index", index)
+    assert "pouco parecidas" not in capivara(*asked, "--line", "yes")[1], "of sentences that nothing pulls at"
+    asked = ("buscar", "azul", "--lang", "pt", "-k", 5, "--index", index)
+    hits = json.loads(capivara(*asked, "--line", "yes", "--json")[1])
+    above = [hit["fits"] for hit in hits].index(False)
+    lines = capivara(*asked, "--line", "yes")[1].splitlines()
+    assert len(lines) == 7 and "daqui para baixo, pouco parecidas" in lines[1 + above]
+    assert len(capivara(*asked)[1].splitlines()) == 6
 
 
 def test_json_and_csv_hold_nothing_that_a_terminal_obeys(capivara, index, folder):

@@ -157,6 +157,7 @@ def test_a_visit(trained, collection, tmp_path, managed):
         searches(visitor)
         narrows_the_search(visitor, collection)
         looks_closely(visitor, collection, managed)
+        steers(visitor)
         searches_by_pictures(visitor)
         classifies(visitor, collection)
         uses_the_keyboard(visitor)
@@ -264,6 +265,33 @@ def looks_closely(visitor: Visitor, folder: Path, shown: Path) -> None:
     page.go_back()
     page.locator("#search-picture img").wait_for()
     page.go_back()
+    visitor.first_is("rocket")
+
+
+def steers(visitor: Visitor) -> None:
+    """By the keyboard at a hit and by the buttons of the large picture; what steers is shown, and taken out again."""
+    page = visitor.page
+    page.fill("#text", "azul")
+    visitor.sees("#said", "As mais parecidas com “azul”.")
+    first = page.locator("#results .tile").first
+    name = first.get_attribute("title")
+    first.focus()
+    page.keyboard.press("-")
+    visitor.sees("#said", f"As mais parecidas com “azul”, menos de {name}.")
+    assert page.locator("#results .tile").first.get_attribute("title") != name and visitor.focused() == "results"
+    page.click(".tile[title='coffee']")
+    page.click("#pull-more")
+    visitor.sees("#said", f"mais de coffee, menos de {name}.")
+    assert "more=" in page.url and "less=" in page.url and not page.evaluate(NAMELESS)
+    page.reload()
+    visitor.sees("#pulls li:first-child", "mais de coffee")
+    page.get_by_role("button", name=f"Tirar menos de {name}").click()
+    visitor.sees("#said", "As mais parecidas com “azul”, mais de coffee.")
+    page.locator("#results .tile[title='coffee']").focus()
+    page.keyboard.press("+")  # once more: out again
+    visitor.sees("#said", "As mais parecidas com “azul”.")
+    assert not page.locator("#pulls li").count()
+    page.fill("#text", "")
     visitor.first_is("rocket")
 
 

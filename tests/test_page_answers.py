@@ -135,6 +135,20 @@ def test_pictures_that_come_and_go_are_seen_at_once(saved_tiny_folder, tmp_path)
     assert "azul novo" in names(after) and answers.status(Question())["folders"] == {str(folder): 30}
 
 
+def test_pictures_steer_the_search(answers, index):
+    """Towards one and away from one, as the index has it; what is gone is said."""
+    paths = [hit.path for hit in index.newest(30)]
+    images = index.vectors(paths)
+    wanted = index.steered(index.model.texts(["azul"])[0], [(1.0, images[3]), (-1.0, images[8])])
+    found = answers.search(Question.read({"text": "azul", "more": [paths[3]], "less": [paths[8]]}), None)["hits"]
+    assert [hit["path"] for hit in found] == [hit.path for hit in index.search_vector(wanted, 30)]
+    alone = answers.search(Question.read({"more": [paths[3]]}), None)["hits"]
+    assert alone[0]["path"] == paths[3] and alone[0]["score"] == pytest.approx(1, abs=1e-3)
+    assert answers.search(Question.read({"less": [paths[3]]}), None)["hits"][0]["score"] is None, "nothing to steer"
+    with pytest.raises(Refusal, match="gone"):
+        answers.search(Question.read({"text": "azul", "less": ["/gone.png"]}), None)
+
+
 def test_a_long_text_is_read_to_where_the_model_reads(answers):
     sentence = "um gato azul e uma casa verde "
     short, long = (answers.search(Question.read({"text": sentence * n, "k": 3}), None) for n in (1, 300))

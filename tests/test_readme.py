@@ -254,6 +254,8 @@ PLACES = {
     "NOME": "NAME",
     "PASTA": "FOLDER",
     "meu_modelo": "mine",
+    "--mais": "--more",
+    "--menos": "--less",
 }  # in code, what a reader fills in
 OTHER_PAGE = {Path(name).name: Path(other).name for name, other in TRANSLATIONS.items()}
 OTHER_PAGE |= {other: name for name, other in OTHER_PAGE.items()}

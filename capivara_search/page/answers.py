@@ -31,6 +31,7 @@ MAX_LETTERS = 10_000  # of a text; the model reads some 400 of them
 READ_LETTERS = 400  # beyond which 77 tokens do not reach
 MAX_PICTURES = 240  # of an answer
 MAX_LABELS, MIN_LABELS = 50, 2
+MAX_PULLS = 20  # pictures, a way
 MAX_CLASSIFIED = 20_000  # pictures of a folder
 LAST_YEAR = 9999  # of dates; it has a day that none follows
 GROUP_PICTURES = 24  # of a label, shown of a folder that is classified
@@ -55,6 +56,8 @@ class Question:
         until: last day.
         labels: of a classification.
         template: sentence of a classification, with {} for the label.
+        more: paths of pictures of the index that the search is pulled towards.
+        less: those that it is pulled away from.
         language: of the suggestions.
     """
 
@@ -66,6 +69,8 @@ class Question:
     until: date | None = None
     labels: tuple[str, ...] = ()
     template: str = TEMPLATE
+    more: tuple[str, ...] = ()
+    less: tuple[str, ...] = ()
     language: str = "pt"
 
     @classmethod
@@ -114,8 +119,9 @@ def _checked(name: str, value: object) -> Any:
             with contextlib.suppress(ValueError):
                 if (day := date.fromisoformat(value)).year < LAST_YEAR:
                     return day
-        case "labels", list() if all(isinstance(label, str) and _is_text(label) for label in value):
-            return tuple(value)
+        case (("labels" | "more" | "less"), list()) if all(isinstance(one, str) and _is_text(one) for one in value):
+            if name == "labels" or len(value) <= MAX_PULLS:
+                return tuple(value)
         case "language", str():
             return "pt" if value.startswith("pt") else "en"
     raise Refusal("bad_question")
@@ -149,7 +155,7 @@ class Answers:
         if vector is None:
             hits = [picture(hit, scored=False) for hit in self.index.newest(question.k, **where)]
         else:
-            where["of_text"] = image is None and not question.like
+            where["of_text"] = image is None and not (question.like or question.more or question.less)
             found = self.index.search_vector(vector, question.k + bool(question.like), **where)
             hits = [picture(hit) for hit in found if hit.path != question.like][: question.k]
         return self._state() | {"hits": hits, "cut": len(question.text) > READ_LETTERS}
@@ -197,10 +203,21 @@ class Answers:
         if image is not None:
             vectors.append(self.index.model.images([image])[0])
         if question.like:
-            if self.index.row(question.like) is None:
-                raise Refusal("gone", 404)
-            vectors.append(self._known_vectors([question.like])[0])
-        return np.mean(vectors, axis=0) if vectors else None
+            vectors.append(self._known_vector(question.like))
+        pulls = [(1.0, self._known_vector(path)) for path in question.more]
+        pulls += [(-1.0, self._known_vector(path)) for path in question.less]
+        if question.more and not vectors:
+            vectors = [pulls.pop(0)[1]]
+        if not vectors:
+            return None
+        vector = np.mean(vectors, axis=0)
+        return self.index.steered(vector, pulls) if pulls else vector
+
+    def _known_vector(self, path: str) -> np.ndarray:
+        """The vector of a row. Raises Refusal where it is gone, or not of this model."""
+        if self.index.row(path) is None:
+            raise Refusal("gone", 404)
+        return self._known_vectors([path])[0]
 
     def _known_vectors(self, paths: list[str]) -> np.ndarray:
         """Vectors of rows. Raises Refusal where the model has not seen all of them."""

@@ -68,17 +68,17 @@ export function tile(picture, text, open) {
   return made;
 }
 
-/** Pictures as a list of tiles; `searched`: the score beside each and its place; `open(i)` shows one large. */
-export function gallery(pictures, searched, open) {
+/** Pictures as a list of tiles; `searched`: the score beside each and its place, after `from`; `open(i)` shows one large. */
+export function gallery(pictures, searched, open, from = 0) {
   const tiles = pictures.map((picture, i) => {
-    const name = searched ? say("place_of", { rank: i + 1, name: picture.name }) : picture.name;
+    const name = searched ? say("place_of", { rank: from + i + 1, name: picture.name }) : picture.name;
     if (!searched) return element("li", {}, tile(picture, name, () => open(i)));
     const score = number(picture.score, 2);
     const made = tile(picture, `${name}, ${say("score", { score })}`, () => open(i));
     made.querySelector(".caption").append(element("span", { class: "score" }, score));
     return element("li", {}, made);
   });
-  return element("ol", { class: "gallery" }, ...tiles);
+  return element("ol", { class: "gallery", start: from + 1 }, ...tiles);
 }
 
 /** A picture on white whose sides are `scale` times as long. */

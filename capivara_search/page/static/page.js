@@ -7,8 +7,9 @@ const PAGE = 48; // pictures at first, and with each "more"
 const TYPING_MS = 250; // without a key, then a search begins
 const POLL_MS = 10_000; // the index may grow
 const STATE = ["text", "like", "folder", "since", "until"];
+const PULLS = ["more", "less"]; // paths of pictures that steer the search
 
-const asked = { text: "", like: "", folder: "", since: "", until: "", k: PAGE, file: null };
+const asked = { text: "", like: "", folder: "", since: "", until: "", more: [], less: [], k: PAGE, file: null };
 let facts = { version: null, count: 0, model: "", folders: {}, suggestions: [], local: false };
 let running = null; // the search whose answer is awaited
 let typing = 0;
@@ -46,6 +47,8 @@ async function search(keep = "replace") {
 function remember(keep) {
   const address = new URL(location.href);
   for (const key of STATE) asked[key] ? address.searchParams.set(key, asked[key]) : address.searchParams.delete(key);
+  for (const key of PULLS) address.searchParams.delete(key);
+  for (const key of PULLS) asked[key].forEach((path) => address.searchParams.append(key, path));
   if (keep && address.href !== location.href) history[`${keep}State`](null, "", address);
   address.searchParams.set("lang", WORDS.other);
   document.querySelector(".language").href = address.search; // the same search, in the other language
@@ -54,10 +57,12 @@ function remember(keep) {
 function recall() {
   const saved = new URL(location.href).searchParams;
   for (const key of STATE) asked[key] = saved.get(key) ?? "";
+  for (const key of PULLS) asked[key] = saved.getAll(key);
   Object.assign(asked, { k: PAGE, file: null });
   find("text").value = asked.text;
   showFilters();
   showPicture();
+  showPulls();
 }
 
 /** What the index holds by now; the first pictures follow where it has changed and nothing is searched for. */
@@ -81,10 +86,16 @@ async function refresh() {
 function showAnswer({ hits, count, version, cut }) {
   if (version !== facts.version && facts.version !== null) refresh();
   const [text, image] = [asked.text.trim(), asked.like || asked.file];
-  const found = text ? (image ? "found_both" : "found_text") : image ? "found_picture" : "newest";
-  const said = hits.length ? `${say(found, { text: unquoted(text) })}.` : say(count ? "nothing" : "empty");
+  const found = text ? (image ? "found_both" : "found_text") : image || asked.more.length ? "found_picture" : "newest";
+  const pulls = found === "newest" ? [] : PULLS.flatMap((way) => asked[way].map((path) => pulled(way, path)));
+  const said = hits.length ? `${[say(found, { text: unquoted(text) }), ...pulls].join(", ")}.` : say(count ? "nothing" : "empty");
   find("said").textContent = cut ? `${said} ${say("cut")}` : said;
-  find("results").replaceChildren(gallery(hits, text || image, (i) => open(hits, i, actions())));
+  const line = hits.findIndex((hit) => hit.fits === false); // those below are no better than the background
+  const part = (from, to) => from < to && gallery(hits.slice(from, to), hits[0].score !== null, (i) => open(hits, from + i, actions()), from);
+  const above = line < 0 ? hits.length : line;
+  const drawn = line >= 0 && element("p", { class: "line" }, say(line ? "line" : "line_first"));
+  find("results").replaceChildren(...[part(0, above), drawn, part(above, hits.length)].filter(Boolean));
+  for (const tile of document.querySelectorAll("#results .tile")) tile.setAttribute("aria-keyshortcuts", "Plus -");
   find("more").hidden = hits.length < asked.k || asked.k >= 240;
 }
 
@@ -92,7 +103,7 @@ const actions = () => ({
   local: facts.local,
   folders: Object.keys(facts.folders),
   similar: (picture) => {
-    Object.assign(asked, { text: "", like: picture.path, file: null, k: PAGE });
+    Object.assign(asked, { text: "", like: picture.path, more: [], less: [], file: null, k: PAGE });
     find("text").value = "";
     start("push");
     find("results").focus({ preventScroll: true });
@@ -102,7 +113,28 @@ const actions = () => ({
     start("push");
     find("results").focus({ preventScroll: true });
   },
+  pull,
 });
+
+/** Steers the search towards a picture, `way` "more", or away from it, "less"; once more takes the picture out again. */
+function pull(way, path) {
+  const had = asked[way].includes(path);
+  for (const one of PULLS) asked[one] = asked[one].filter((other) => other !== path);
+  if (!had) asked[way].push(path);
+  start("push");
+  find("results").focus({ preventScroll: true });
+}
+
+const pulled = (way, path) => say(way === "more" ? "more_of" : "less_of", { name: path.split(/[\\/]/).pop().replace(/\.[^.]*$/, "") });
+
+function showPulls() {
+  const chip = (way) => (path) => {
+    const remove = element("button", { type: "button", "aria-label": say("pull_remove", { pull: pulled(way, path) }), click: () => pull(way, path) }, "×");
+    const image = element("img", { src: address("thumbnail", { path, v: 0 }), alt: "" });
+    return element("li", { title: path }, image, element("span", {}, pulled(way, path)), remove);
+  };
+  find("pulls").replaceChildren(...PULLS.flatMap((way) => asked[way].map(chip(way))));
+}
 
 /** Begins a search of another kind: the part, the picture and the filters on the page follow. */
 function start(keep) {
@@ -110,6 +142,7 @@ function start(keep) {
   asked.k = PAGE;
   showFilters();
   showPicture();
+  showPulls();
   scrollTo({ top: 0 });
   search(keep);
 }
@@ -148,7 +181,7 @@ function showFacts() {
   setFolders(facts.folders, short);
   const chip = (word) => {
     const take = () => {
-      Object.assign(asked, { text: word, like: "", file: null });
+      Object.assign(asked, { text: word, like: "", more: [], less: [], file: null });
       find("text").value = word;
       start("push");
     };
@@ -206,6 +239,12 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
   choosePart("search");
   find("text").select();
+});
+document.addEventListener("keydown", (event) => {
+  const way = { "+": "more", "-": "less" }[event.key];
+  if (!way || event.ctrlKey || event.metaKey || event.target.closest("input, textarea, select")) return;
+  if (find("viewer").open) find(`pull-${way}`).click();
+  else if (event.target.closest("#results .tile")) pull(way, event.target.dataset.path);
 });
 for (const event of ["dragover", "drop"]) document.addEventListener(event, (it) => it.preventDefault()); // beside the page
 addEventListener("popstate", () => (recall(), search(null)));

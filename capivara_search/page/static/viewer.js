@@ -5,8 +5,8 @@ import { bytes, leave, openDialog, picture, sayHere, showFacts } from "./dialog.
 let actions = {};
 
 /**
- * Opens a picture of a list. `actions` has what other parts do: `similar(picture)` and `folder(path)`; `local`, whether
- * the visitor sits at this machine; and `folders`, those of the index.
+ * Opens a picture of a list. `actions` has what other parts do: `similar(picture)`, `pull(way, path)` and `folder(path)`;
+ * `local`, whether the visitor sits at this machine; and `folders`, those of the index.
  */
 export function open(pictures, place, given) {
   actions = given;
@@ -81,3 +81,5 @@ find("viewer-actions").append(
   element("a", { id: "download", download: true }, say("download")),
 );
 find("similar").addEventListener("click", () => leave(() => actions.similar(picture())));
+for (const way of ["more", "less"])
+  find(`pull-${way}`).addEventListener("click", () => leave(() => actions.pull(way, picture().path)));

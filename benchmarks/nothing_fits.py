@@ -1,0 +1,130 @@
+"""Can it be told that no picture fits a sentence, and does steering steer? Measured on real photographs.
+
+    git clone https://github.com/lightly-ai/coco128_yolo data/coco128
+    python -m benchmarks.nothing_fits
+    python -m benchmarks.nothing_fits --model MODEL --pictures ~/Fotos --sentences mine.yaml --output mine.json --keep
+
+The last form is for another model and one's own pictures: `mine.yaml` lists sentences under `there` and `absent`, as
+benchmarks/nothing_fits.yaml does. A statistic tells them apart as well as its AUC says: 0.5 is chance. Where boxes of
+YOLO lie beside the pictures, it is counted how many of the first ten hold what is asked for less or more of.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from benchmarks.timing import RESULTS, ROOT, conditions, finish
+from capivara_common.cli import flag, parse, run_command, user_errors
+from capivara_common.files import write_json
+from capivara_search.asking import MEASURED, NEUTRAL, STRENGTH, Background, deviations, steered
+from capivara_search.models import SearchModel, find_model
+from capivara_search.picture_files import find_pictures, open_query_picture
+from examples.real_images import PHOTOGRAPHS, photo
+
+FIRST, WEIGHTS, RESAMPLES = 10, (0.25, 0.5, 1.0, 2.0), 1000
+CHOSEN = "best, in deviations"  # what the line is drawn by: hits of a sentence keep their order
+# Of a sentence's cosines with all pictures, and of what they are above those of neutral sentences: (pictures,) each.
+STATISTICS = {
+    "best": lambda own, above: own.max(),
+    CHOSEN: lambda own, above: deviations(own.max(), own),
+    "best, in quantiles": lambda own, above: (own.max() - np.median(own)) / np.ptp(np.quantile(own, [0.16, 0.84])),
+    "best five, in deviations": lambda own, above: deviations(np.sort(own)[-5:].mean(), own),
+    "best above neutral, in deviations": lambda own, above: deviations(above.max(), above),
+}
+# Query, what pulls, weight, all pictures, and the mean of neutral sentences or pictures -> the query that is asked.
+FORMS = {
+    "sum": lambda query, pull, weight, images, mean: query + weight * pull,
+    "from the mean": lambda query, pull, weight, images, mean: query + weight * (pull - mean),
+    "part along it": lambda query, pull, weight, images, mean: query + weight * (query @ pull) * pull,
+    "in deviations": lambda query, pull, weight, images, mean: steered(query, [(weight / STRENGTH, pull)], images),
+}
+
+
+@dataclass
+class NothingFitsArguments:
+    """Arguments of `benchmarks.nothing_fits`."""
+
+    model: str | None = flag(None, "Folder or Hub id; where none is given, that of a new index.")
+    pictures: Path = flag(Path("data/coco128/images"), "Folder of photographs.")
+    sentences: Path = flag(ROOT / "benchmarks" / "nothing_fits.yaml", "YAML file of the sentences.")
+    output: Path = flag(RESULTS / "nothing_fits.json", "JSON file of the results.")
+    keep: bool = flag(
+        False, "Also leave the results in the model's folder, by which the search draws the line, or not."
+    )
+
+
+def auc(there: np.ndarray, absent: np.ndarray) -> float:
+    """How probable it is that one of the first is above one of the second; a tie is a half."""
+    return float(((there[:, None] > absent) + (there[:, None] == absent) / 2).mean())
+
+
+def told_apart(there: np.ndarray, absent: np.ndarray) -> dict[str, object]:
+    """AUC of a statistic of sentences of both kinds, its interval, and that of each half of them, by turns."""
+    dice = np.random.default_rng(0)
+    drawn = [auc(dice.choice(there, len(there)), dice.choice(absent, len(absent))) for _ in range(RESAMPLES)]
+    halves = [auc(there[start::2], absent[start::2]) for start in (0, 1)]
+    return {"auc": auc(there, absent), "interval_95": np.quantile(drawn, [0.025, 0.975]).tolist(), "halves": halves}
+
+
+def classes_of(path: Path, names: dict[int, str]) -> set[str]:
+    """The classes of a picture's boxes; none where it has no such file."""
+    labels = Path(str(path).replace("/images/", "/object_detection/labels/")).with_suffix(".txt")
+    return {names[int(line.split()[0])] for line in labels.read_text().splitlines()} if labels.is_file() else set()
+
+
+def steering(model: SearchModel, asked: list[dict], images: np.ndarray, classes: list[set[str]]) -> Iterator[dict]:
+    """Of each form, weight and kind of pull: means of all queries, before and after, and how often none is left."""
+    means = {"words": model.texts(NEUTRAL).mean(axis=0), "picture": images.mean(axis=0)}
+    cases = [(one["text"], *pull, set(one["wanted"])) for one in asked for pull in one["each"].items()]
+    queries, words = (model.texts([case[place] for case in cases]) for place in (0, 2))
+    for (name, form), weight, (by, mean) in product(FORMS.items(), [*np.negative(WEIGHTS), *WEIGHTS], means.items()):
+        counts = []
+        for query, word, (_, thing, _, wanted) in zip(queries, words, cases, strict=True):
+            before = np.argsort(-images @ query)
+            hit = images[next(place for place in before if thing in classes[place])]  # which is clicked at
+            after = np.argsort(-images @ form(query, word if by == "words" else hit, weight, images, mean))
+            orders = product(({thing}, wanted), (before[:FIRST], after[:FIRST]))
+            counts.append([sum(bool(kind & classes[place]) for place in order) for kind, order in orders])
+        found = np.array(counts, float)  # (cases, object before, after, wanted before, after)
+        had, (thing_held, wanted_held) = found[found[:, 0] > 0], found.mean(axis=0).reshape(2, 2).tolist()
+        shown = {"form": name, "by": by, "weight": float(weight), "object": thing_held, "wanted": wanted_held}
+        yield shown | {"gone": float((had[:, 1] == 0).mean()), "had": len(had), "cases": len(found)}
+
+
+@user_errors
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    args = parse(NothingFitsArguments, __doc__, argv)
+    given = yaml.safe_load(args.sentences.read_text(encoding="utf-8"))
+    files = [Path(file.path) for file in find_pictures([args.pictures])[0]]
+    if not files or not given.get("there") or not given.get("absent"):
+        raise ValueError(f"{args.pictures} must hold pictures, {args.sentences} sentences under `there` and `absent`.")
+    model, pictures = find_model(args.model), [open_query_picture(path) for path in files]
+    pictures += [photo(name) for name in PHOTOGRAPHS if given.get("photographs")]
+    images, neutral_texts = model.images(pictures), model.texts(NEUTRAL)
+    neutral = neutral_texts @ images.T
+    scores = {kind: model.texts(given[kind]) @ images.T for kind in ("there", "absent", "nonsense") if given.get(kind)}
+    counts = {"pictures": len(images), "sentences": {kind: len(found) for kind, found in scores.items()}}
+    results = conditions() | {"model": model.name, **counts, "chosen": CHOSEN, "statistics": {}}
+    for name, statistic in STATISTICS.items():
+        of = {k: np.array([statistic(own, own - neutral.mean(axis=0)) for own in found]) for k, found in scores.items()}
+        results["statistics"][name] = told = told_apart(of["there"], of["absent"])
+        if name == CHOSEN:
+            results["auc"], line = told["auc"], Background.of(images, neutral_texts, neutral.max(axis=1)).best
+            results["above_the_line"] = {kind: float((found >= line).mean()) for kind, found in of.items()}
+    config = args.pictures.parent / "object_detection" / "config.yaml"
+    if given.get("steering") and config.is_file():
+        names = yaml.safe_load(config.read_text(encoding="utf-8"))["names"]
+        classes = [classes_of(path, names) for path in files]
+        results["steering"] = list(steering(model, given["steering"], images[: len(files)], classes))
+    if args.keep:
+        write_json(model.folder / MEASURED, results)
+    finish(results, args.output)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,91 @@
+"""What a question is made of beside its sentence: what pulls at it, and what no picture answers.
+
+    weight, words = read_pull("0.5:pessoas")
+    vector = steered(vector, [(-weight, people)], sample)  # away from people
+    background = Background.of(sample, neutral, best)
+    hit.score < background.line(vector)  # no better than what a sentence that says nothing finds
+
+`sample` are vectors of the index. Steering is arithmetic with vectors, and excludes nothing. Both were chosen by what
+`python -m benchmarks.nothing_fits` measures (docs/search.md).
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from capivara_common.files import read_json
+from capivara_search.words import failure
+
+PULL = re.compile(r"\s*(?:(\d+(?:[.,]\d+)?)\s*:)?+\s*(.*\S)\s*", re.DOTALL)  # 0.5:pessoas, or pessoas
+MAX_WEIGHT = 4
+STRENGTH = 0.5  # of a pull of weight 1; at twice that half of what is looked for goes with what shall sink
+SAMPLE = 2000  # vectors of an index
+MEASURED = "nothing_fits.json"  # in a model's folder: its `auc`, as `benchmarks.nothing_fits --keep` writes it
+AUC_BY_DEFAULT = 0.8  # from which on the line is drawn without being asked for
+NEUTRAL = (
+    *("uma imagem", "uma foto", "uma fotografia de alguma coisa", "isto é uma imagem", "uma imagem qualquer", "algo"),
+    *("uma foto comum", "uma imagem sem nada de especial", "o que se vê aqui", "imagem"),
+)
+QUANTILE = 0.25  # of the neutral sentences: low, for what fits and stands below the line is the worse error
+
+
+def read_pull(text: str) -> tuple[float, str]:
+    """Weight and words of "0.5:pessoas", or of "pessoas", whose weight is 1. Raises ValueError."""
+    found = PULL.fullmatch(text)
+    weight = float((found[1] or "1").replace(",", ".")) if found else 0
+    if not 0 < weight <= MAX_WEIGHT:
+        raise failure(ValueError, "bad_pull", text=text, most=MAX_WEIGHT)
+    return weight, found[2]
+
+
+def steered(vector: np.ndarray, pulls: Iterable[tuple[float, np.ndarray]], sample: np.ndarray) -> np.ndarray:
+    """A query's vector (width,), pulled towards others, or away from them.
+
+    Args:
+        vector: (width,), of a sentence or picture.
+        pulls: weights, below 0 for away, and vectors (width,), of sentences or pictures.
+        sample: (pictures, width), unit length. Each vector counts by how far it tells these apart: a picture does so
+            much further than a sentence, and would drown it.
+    """
+    if not len(sample):
+        return vector
+    together = [(1.0, vector), *((STRENGTH * weight, pull) for weight, pull in pulls)]
+    return sum(weight * one / max((sample @ one).std(), 1e-6) for weight, one in together)
+
+
+def deviations(score: float, scores: np.ndarray) -> float:
+    """How many standard deviations a score is above the mean of others."""
+    return float((score - scores.mean()) / max(scores.std(), 1e-6))
+
+
+@dataclass(frozen=True)
+class Background:
+    """What an index answers where there is nothing to find.
+
+    Attributes:
+        sample: (pictures, width), unit length, of the index.
+        best: how many deviations above the mean the best picture of a neutral sentence is.
+    """
+
+    sample: np.ndarray
+    best: float
+
+    @classmethod
+    def of(cls, sample: np.ndarray, neutral: Sequence[np.ndarray], best: Sequence[float]) -> "Background":
+        """By the vectors of neutral sentences, (width,), and the cosine of each with its best picture."""
+        found = [deviations(one, sample @ vector) for vector, one in zip(neutral, best, strict=True)]
+        return cls(sample, float(np.quantile(found, QUANTILE)))
+
+    def line(self, vector: np.ndarray) -> float:
+        """The cosine with a sentence's vector (width,) that a picture must have to be better than the background."""
+        scores = self.sample @ vector
+        return float(scores.mean() + self.best * scores.std())
+
+
+def draws_line(folder: Path) -> bool:
+    """Whether a model, by its folder, tells well enough what is not there. Raises ValueError: its file is damaged."""
+    path = folder / MEASURED
+    return path.is_file() and read_json(path, auc=float)["auc"] >= AUC_BY_DEFAULT

@@ -1,0 +1,91 @@
+"""What pulls at a question, and the line below which nothing fits: the arithmetic, and in an index."""
+
+import numpy as np
+import pytest
+from made_index import make_pictures, save_model
+
+from capivara_common.files import write_json
+from capivara_search import asking
+from capivara_search.asking import read_pull, steered
+from capivara_search.index import PictureIndex, unit
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory, tiny_processor):
+    folder = tmp_path_factory.mktemp("asking")
+    make_pictures(folder / "fotos", 30)
+    found = PictureIndex.open(folder / "i.lance", model=str(save_model(folder / "model", tiny_processor)))
+    found.add(folder / "fotos")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "weight", "words"),
+    [
+        ("pessoas", 1, "pessoas"),
+        ("0.5:pôr do sol", 0.5, "pôr do sol"),
+        (" 0,5 : mar ", 0.5, "mar"),
+        ("1:12:30", 1, "12:30"),
+    ],
+)
+def test_a_weight_stands_before_the_words(text, weight, words):
+    assert read_pull(text) == (weight, words)
+
+
+@pytest.mark.parametrize("text", ["", "  ", "0:mar", "9:mar", "0.5:", "12:30"])
+def test_a_weight_that_breaks_its_rule_is_named(text, index, monkeypatch):
+    monkeypatch.setattr(type(index.model), "texts", lambda *_: pytest.fail("work begins before the words are read"))
+    with pytest.raises(ValueError, match="must be above 0 and at most 4"):
+        index.search("gato", less=[text])
+
+
+def test_what_is_asked_for_less_of_sinks_and_stays(index):
+    """As a plain computation has it: all pictures are still found, in another order."""
+    paths = sorted(hit.path for hit in index.newest(30))
+    images = index.vectors(paths)
+    query, pull = index.model.texts(["gato", "cachorro"])
+    expected = images @ unit(steered(query, [(-0.5, pull)], images))
+    hits = index.search("gato", less=["0.5:cachorro"], k=30)
+    assert [hit.path for hit in hits] == [paths[place] for place in np.argsort(-expected)]
+    assert [hit.score for hit in hits] == pytest.approx(sorted(expected, reverse=True), abs=1e-3)
+    means = []
+    for pulls in ({"less": "4:cachorro"}, {}, {"more": ["4:cachorro"]}):
+        found = [paths.index(hit.path) for hit in index.search("gato", k=5, **pulls)]
+        means.append((images[found] @ pull).mean())
+    assert means[0] < means[1] <= means[2]
+
+
+def test_the_line_is_where_neutral_sentences_end(index):
+    images = index.vectors([hit.path for hit in index.newest(30)])
+    scores = index.model.texts(asking.NEUTRAL) @ images.T
+    best = (scores.max(axis=1) - scores.mean(axis=1)) / scores.std(axis=1)
+    found = index._background()
+    assert found.best == pytest.approx(np.quantile(best, asking.QUANTILE), abs=0.02)
+    own = images @ index.model.texts(["gato"])[0]
+    line = own.mean() + found.best * own.std()
+    index.line = True
+    try:
+        hits = index.search("gato", k=30)
+        assert [hit.fits for hit in hits] == [hit.score >= line for hit in hits] and not hits[-1].fits
+        assert index.search("gato", like=hits[0].path)[0].fits is None, "of sentences alone"
+        assert index.search("gato", less=["mar"])[0].fits is None
+    finally:
+        del index.line
+    assert index.search("gato")[0].fits is None, "a model that was not measured draws no line"
+
+
+def test_vectors_of_the_sample_are_those_of_the_model_and_follow_the_index(index, monkeypatch):
+    monkeypatch.setattr(asking, "SAMPLE", 7)
+    sample = index._table.sample(index.model.width, index.model.image_digest, 7)
+    assert sample.shape == (7, index.model.width) and len(np.unique(sample, axis=0)) == 7
+    assert not len(index._table.sample(index.model.width, "another", 7))
+
+
+def test_a_model_draws_the_line_where_it_was_measured_to_tell(index, tmp_path):
+    for auc, draws in ((0.79, False), (0.8, True)):
+        write_json(tmp_path / asking.MEASURED, {"auc": auc})
+        assert asking.draws_line(tmp_path) == draws
+    write_json(tmp_path / asking.MEASURED, {"auc": "high"})
+    with pytest.raises(ValueError, match="auc must be of type float"):
+        asking.draws_line(tmp_path)
+    assert not asking.draws_line(index.model.folder)
