@@ -30,6 +30,7 @@ from capivara_search.show import MOST_OPENED, shown_path
 from capivara_search.words import COMMANDS, Words, visible
 
 COMPLETE = "_CAPIVARA_COMPLETE"  # variable by which a shell asks click what fits
+ALONE = ("pattern", "path")  # values that take a flag each: what follows may be a folder
 SHARED = ("index", "model", "device", "lang")  # flags before or after the command
 SHAPE: dict[str, Any] = {
     "context_settings": {"token_normalize_func": lambda name: name.replace("_", "-"), "max_content_width": 100},
@@ -202,7 +203,7 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """`--labels a b` becomes what click knows, `--labels a --labels b`; what is left over is named."""
-        several = [one.opts[-1] for one in self.params if isinstance(one, click.Option) and one.multiple]
+        several = [one.opts[-1] for one in self.params if one.multiple and one.key not in ALONE]
         found, flag = [], None
         for place, word in enumerate(args):
             if word.startswith("-"):
