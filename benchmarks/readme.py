@@ -66,7 +66,6 @@ def template() -> Template:
     )
     environment.filters |= {"fixed": fixed, "percent": percent, "points": points}
     environment.filters |= {"median": statistics.median, "mean": statistics.mean}
-    environment.globals |= {"measured": lambda name: (RESULTS / f"{name}.json").is_file()}
     environment.globals |= {"results": results, "versions": versions, "median_ratio": median_ratio, "zip": zip}
     environment.globals |= {"demo_table": demo_table, "real_image_rows": real_image_rows, "recalls": recalls}
     return environment.get_template("tables.md.j2")

@@ -6,7 +6,7 @@ First files and rows are compared: a file whose size and time are those of its r
 has not changed since it was no picture that can be read; what only could not be opened is tried again. A picture whose
 content is known, of a file that was moved, copied or touched, keeps its vector. Rows are written in commits of
 `COMMIT_ROWS` pictures or `COMMIT_S` seconds, and what is gone is removed at the end: a kill at any moment loses no more
-than the last commit, and the next run does what is missing.
+than the last commit, and the next run does what is missing. What is left out of folders is kept with the index, too.
 """
 
 import json
@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from itertools import islice
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 
 from capivara_common.cli import coded
@@ -31,13 +32,16 @@ from capivara_common.files import read_json, write_json
 from capivara_common.image_files import DECODERS, BadImage
 from capivara_search.picture_files import RETRYABLE, FileState, Picture, find_pictures, read_picture
 from capivara_search.results import Added, LeftOut
+from capivara_search.rules import Rules
 from capivara_search.table import PictureTable
 from capivara_search.table_columns import (
+    ABOUT,
     EMPTY,
     FOLDER_KEY,
     LEFT_OUT,
     MODEL_KEY,
     PICTURES,
+    RULES_KEY,
     VECTOR,
     among,
     as_array,
@@ -46,7 +50,7 @@ from capivara_search.table_columns import (
     vector_column,
     within,
 )
-from capivara_search.words import note
+from capivara_search.words import Words, failure, note
 
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
@@ -54,6 +58,7 @@ if TYPE_CHECKING:
 COMMIT_ROWS = 400  # pictures; with their thumbnails some 5 MB
 COMMIT_S = 20.0  # seconds
 BATCH_PIXELS = 100_000_000  # 3 bytes each, that a batch goes beyond by one picture at most
+TRIED, TRIED_FROM = 8, 100  # pictures that tell how long so many, or more, will take
 PICTURE_COLUMNS = ("digest", "width", "height", "taken", "latitude", "longitude", "thumbnail")
 
 Read = tuple[FileState, Picture | Exception]
@@ -73,9 +78,10 @@ def asked_folders(table: PictureTable) -> dict[str, str]:
     return {}
 
 
-def note_asked(table: PictureTable, folders: Sequence[Path]) -> None:
-    """Write down that `add` was told of folders, and where they lie."""
-    asked = asked_folders(table) | {str(folder): os.path.realpath(folder) for folder in folders}
+def note_asked(table: PictureTable, folders: Iterable[str | Path], left: Path | None = None) -> None:
+    """Write down that `add` was told of folders, and where they lie; those in the folder `left` are no longer."""
+    asked = {one: real for one, real in asked_folders(table).items() if not left or not Path(one).is_relative_to(left)}
+    asked |= {str(folder): os.path.realpath(folder) for folder in folders}
     try:
         write_json(_record(table), {"index": table.where, "folders": asked})
     except OSError as error:
@@ -87,6 +93,29 @@ def _record(table: PictureTable) -> Path:
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     where = table.where if table.remote else os.path.realpath(table.where)
     return Path(state, "capivara", "folders", f"{blake2b(where.encode(), digest_size=16).hexdigest()}.json")
+
+
+def kept_rules(table: PictureTable) -> Rules:
+    """What is left out of the folders of an index."""
+    known = json.loads(table.about().get(RULES_KEY, "{}"))
+    return Rules(tuple(known.get("exclude", ())), frozenset(known.get("forgotten", ())))
+
+
+def note_rules(table: PictureTable, rules: Rules) -> None:
+    """Keep rules with an index, in place of those that it has."""
+    if rules != kept_rules(table):
+        kept = {"exclude": rules.exclude, "forgotten": sorted(rules.forgotten)}
+        table.note({RULES_KEY: json.dumps(kept, ensure_ascii=False)})
+
+
+def skipped_counts(table: PictureTable) -> Counter[str]:
+    """`Added.skipped`, of all folders of an index."""
+    counts = Counter[str]()
+    for key, value in table.about().items():
+        if key.startswith(FOLDER_KEY):
+            with suppress(ValueError, AttributeError):  # older versions have kept nothing there
+                counts.update({why: n for why, n in json.loads(value).items() if type(n) is int})
+    return counts
 
 
 class KnownRows:
@@ -121,10 +150,11 @@ class Plan:
         roots: real paths of these and of those that `add` was told of before; nothing is read outside of them.
         files: to be read, new and changed ones, and those whose vector is of another model.
         known: what the table says of the folders.
-        gone: paths of rows whose file is no longer there.
+        gone: paths of rows whose file is no longer there, or left out.
         unchanged: number of rows that stay as they are.
         unseen: files and folders that could not even be looked at, and why.
         broken: files that could not be read an earlier time, and are as they were.
+        counts: of what rules leave out, by folder, as `find_pictures` fills them in.
     """
 
     folders: Sequence[Path]
@@ -135,9 +165,16 @@ class Plan:
     unchanged: int
     unseen: list[LeftOut]
     broken: set[FileState]
+    counts: dict[str, Counter[str]]
 
 
-def make_plan(table: PictureTable, image_digest: str, folders: Sequence[Path], share: tuple[int, int] = (0, 1)) -> Plan:
+def make_plan(
+    table: PictureTable,
+    image_digest: str,
+    folders: Sequence[Path],
+    share: tuple[int, int] = (0, 1),
+    rules: Rules | None = None,
+) -> Plan:
     """Compare folders with the table.
 
     Args:
@@ -145,13 +182,14 @@ def make_plan(table: PictureTable, image_digest: str, folders: Sequence[Path], s
         image_digest: of the model in use.
         folders: absolute paths.
         share: rank and number of those who share the files among them.
+        rules: of what is left out; the index's own where None.
 
     Raises:
         ValueError: a folder is not there, or holds no picture: nothing is removed for that.
     """
-    clause = within(*folders)
+    clause, counts = within(*folders), dict[str, Counter[str]]()
     try:
-        found, unseen = find_pictures(folders)
+        found, unseen = find_pictures(folders, rules or kept_rules(table), counts)
     except ValueError as error:
         if kept := table.count(clause):
             text = "{error} The index keeps its {kept} pictures of these folders; `forget` removes them."
@@ -168,7 +206,7 @@ def make_plan(table: PictureTable, image_digest: str, folders: Sequence[Path], s
     gone, elsewhere = _without_file(known, folders, asked, found, unseen)
     files = [file for file in todo + elsewhere if file not in broken and is_of_share(file.path, share)]
     roots = [*map(os.path.realpath, folders), *asked.values()]
-    return Plan(folders, roots, files, known, gone, len(found) - len(todo), unseen, broken)
+    return Plan(folders, roots, files, known, gone, len(found) - len(todo), unseen, broken, counts)
 
 
 def _without_file(
@@ -327,11 +365,13 @@ def add_folders(
     exact: bool = False,
     batch_size: int = 32,
     progress: Progress = lambda done, total: None,
+    exclude: Sequence[str] = (),
+    include: Sequence[str | Path] = (),
 ) -> Added:
     """`PictureIndex.add`; the table is made where it is missing, and locked."""
     start = time.monotonic()
     with table.locked():
-        plan = begin(table, model, folders)
+        plan = begin(table, model, folders, exclude, include, is_tried=True)
         writer = IndexWriter(table, model, plan, batch_size, progress)
         added = writer.run(exact)
         finish(table, model, plan, added, writer.all_left_out)
@@ -339,30 +379,49 @@ def add_folders(
     return added
 
 
-def begin(table: PictureTable, model: "SearchModel", folders: Sequence[Path]) -> Plan:
-    """What there is to do, and a table for it. Raises ValueError as `make_plan`, or of the model: no table is left."""
+def begin(
+    table: PictureTable,
+    model: "SearchModel",
+    folders: Sequence[Path],
+    exclude: Sequence[str] = (),
+    include: Sequence[str | Path] = (),
+    is_tried: bool = False,
+) -> Plan:
+    """What there is to do, and a table for it; the model may be loaded, to say how long it takes, where `is_tried`.
+
+    Raises ValueError as `make_plan`, or of the model or the rules: no table is left.
+    """
     _ = model.side  # before anything else, where its image processor does not fit
-    plan = make_plan(table, model.image_digest, folders)
+    rules = kept_rules(table).changed(exclude, include)
+    plan = make_plan(table, model.image_digest, folders, rules=rules)
     table.create(model.width)
     note_asked(table, folders)
-    note_model(table, model)
+    note_rules(table, rules)
+    note_model(table, model, plan, is_tried)
     return plan
 
 
-def note_model(table: PictureTable, model: "SearchModel") -> None:
-    """Write which model the index is of from now on, and say what that means for its pictures."""
-    before, pictures = table.model(), table.count()
+def note_model(table: PictureTable, model: "SearchModel", plan: Plan, is_tried: bool) -> None:
+    """Say what the model means for pictures that another one has embedded, then write that the index is of it."""
+    before, others = table.model(), table.of_other_models(model.image_digest)
     facts = {"source": model.source, "name": model.name, "width": model.width, "image_digest": model.image_digest}
-    if before == facts:
-        return
-    table.note({"model": json.dumps(facts), MODEL_KEY + model.image_digest: model.name})
-    if not before or not pictures:
-        return
-    others = table.of_other_models(model.image_digest)
-    if not others:
+    again = sum(row is not None and not row[1] for row in (plan.known[file.path] for file in plan.files))
+    if others and (again or before != facts):
+        seconds = again * _seconds_each(model) if is_tried and again >= TRIED_FROM else 0
+        expected = f" (≈ {Words('en').duration(seconds)})" if seconds >= 60 else ""
+        note("image_side", model.name, table.other_model(model.image_digest), again, expected)
+    elif before and before != facts and table.count():
         note("text_exchanged", model.name, before.get("name"))
-    else:
-        note("image_side", model.name, before.get("name"), others)
+    table.note({"model": json.dumps(facts), MODEL_KEY + model.image_digest: model.name})
+
+
+def _seconds_each(model: "SearchModel") -> float:
+    """How long the model takes for a picture."""
+    pictures = [PIL.Image.new("RGB", (model.side, model.side))] * TRIED
+    model.images(pictures)  # which loads it
+    start = time.monotonic()
+    model.images(pictures)
+    return (time.monotonic() - start) / TRIED
 
 
 def finish(table: PictureTable, model: "SearchModel", plan: Plan, added: Added, left_out: Collection[str] = ()) -> None:
@@ -377,7 +436,8 @@ def finish(table: PictureTable, model: "SearchModel", plan: Plan, added: Added, 
     """
     table.remove(plan.gone)
     added.removed = len(plan.gone) - added.moved
-    table.note({FOLDER_KEY + str(folder): "" for folder in plan.folders})
+    added.skipped = dict(sum(plan.counts.values(), Counter()))
+    table.note({FOLDER_KEY + one: json.dumps(numbers, sort_keys=True) for one, numbers in plan.counts.items()})
     added.left_out = _left_out(table, plan, left_out)
     if len(table.widths()) > 1 and not table.of_other_models(model.image_digest):
         columns = [vector_column(width) for width in table.widths() if width != model.width]
@@ -398,6 +458,50 @@ def _left_out(table: PictureTable, plan: Plan, new: Collection[str]) -> list[Lef
     if unknown := [row for row in true.values() if row not in rows]:
         table.merge(pa.Table.from_pylist(unknown, EMPTY[LEFT_OUT]), LEFT_OUT)
     return [LeftOut(path, true[path]["reason"]) for path in sorted(true)]
+
+
+def move_folder(table: PictureTable, old: Path, new: Path) -> tuple[int, int]:
+    """`PictureIndex.move`. What is interrupted goes on by the same call: the rows come first, in one version."""
+    if old == new or old in new.parents or new in old.parents:
+        raise failure(ValueError, "move_nested", old=old, new=new)
+    with table.locked():
+        paths = table.rows(["path"], within(old))["path"].to_pylist()
+        folders, about, rules = table.folders(), table.about(), kept_rules(table)
+        inside = [FOLDER_KEY + one for one in folders if Path(one).is_relative_to(old)]
+        if not paths and not inside:
+            raise failure(ValueError, "move_nothing", path=old)
+        there = sum(os.path.isfile(_moved(path, old, new)) for path in paths)
+        if paths and not there:
+            raise failure(ValueError, "move_not_there", path=old, total=len(paths), example=_moved(paths[0], old, new))
+        for name in (PICTURES, LEFT_OUT):
+            _move_rows(table, name, old, new)
+        within_old = [one for one in rules.forgotten if Path(one).is_relative_to(old)]
+        moved = frozenset(_moved(one, old, new) for one in within_old)
+        note_rules(table, replace(rules, forgotten=(rules.forgotten - {*within_old}) | moved))
+        values = {key.replace(str(old), str(new), 1): about[key] for key in inside}
+        if any(Path(one) in old.parents for one in folders) and not any(map(new.is_relative_to, folders)):
+            values[FOLDER_KEY + str(new)] = ""  # it was part of a folder that stays
+        table.note(values)
+        # What an index says of itself may lead out of the folder that was named.
+        real = os.path.realpath(new)
+        note_asked(table, (one for one in table.folders() if Path(os.path.realpath(one)).is_relative_to(real)), old)
+        table.remove(inside, ABOUT)
+        table.purge()
+    return len(paths), there
+
+
+def _moved(path: str, old: Path, new: Path) -> str:
+    return str(new) + path[len(str(old)) :]
+
+
+def _move_rows(table: PictureTable, name: str, old: Path, new: Path) -> None:
+    """Rewrite the paths of a table; rows that are at the new place already are the newer ones."""
+    clause, taken = within(old), set(table.rows(["path"], within(new), name)["path"].to_pylist())
+    paths = table.rows(["path"], clause, name)["path"].to_pylist()
+    table.remove([path for path in paths if _moved(path, old, new) in taken], name)
+    moved = f"concat({quoted(str(new))}, substr(path, {len(str(old)) + 1}))"
+    if paths:
+        table.write(name, lambda opened: opened.update(where=clause, values_sql={"path": moved}))
 
 
 def embed_files(

@@ -31,8 +31,10 @@ from capivara_search.words import COMMANDS, Words, visible
 
 WRONG_USE, UNUSABLE = 2, 3  # exit codes, beside those of `commands`; the help explains them
 EXIT_CODES = {  # of errors with a code, where it is not UNUSABLE
-    "no_picture": NOTHING,
+    **dict.fromkeys(("no_picture", "move_nothing"), NOTHING),
     **dict.fromkeys(("folder_shut", "empty_label", "label_twice", "bad_template", "bad_pull"), WRONG_USE),
+    **dict.fromkeys(("folder_forgotten", "no_known_folder", "bad_pattern", "nothing_to_include"), WRONG_USE),
+    **dict.fromkeys(("move_nested", "move_not_there"), WRONG_USE),
 }
 OF_THE_SYSTEM = {  # number of an OSError -> its words
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "no_permission"),

@@ -30,7 +30,7 @@ from capivara_search.show import MOST_OPENED, shown_path
 from capivara_search.words import COMMANDS, Words, visible
 
 COMPLETE = "_CAPIVARA_COMPLETE"  # variable by which a shell asks click what fits
-ALONE = ("pull",)  # values that take a flag each: what follows may be another argument
+ALONE = ("pattern", "path", "pull")  # values that take a flag each: what follows may be another argument
 SHARED = ("index", "model", "device", "lang")  # flags before or after the command
 SHAPE: dict[str, Any] = {
     "context_settings": {"token_normalize_func": lambda name: name.replace("_", "-"), "max_content_width": 100},

@@ -5,10 +5,11 @@ The index, and all that it needs, is imported when a command begins.
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from datetime import datetime
@@ -46,13 +47,17 @@ SHOWN = [cli.Flag("--pictures", type=cli.Choice(PICTURES), default="auto"), *cli
 LINES = {"auto": None, "yes": True, "no": False}  # values of --line
 LINE = cli.Flag("--line", type=cli.Choice(tuple(LINES)), default="auto")
 LEFT_OUT_SHOWN = 5
+BY_RULE = ("forgotten", "excluded", "hidden", "system")
+SCREEN_SHOWN = 4  # lines of each list of `status`, which fits on a screen of 24
 MAX_LETTERS = 4096  # of a query; the model reads no more of a text
 CSV_COLUMNS = ("rank", "score", "path", "taken", "width", "height", "latitude", "longitude", "size", "modified", "fits")
 
 
 @cli.command(
     "index",
-    cli.Argument("folders", metavar="folder", nargs=-1, required=True, read=cli.existing("folder"), completes="dir"),
+    cli.Argument("folders", metavar="folder", nargs=-1, read=cli.existing("folder"), completes="dir"),
+    cli.Flag("--exclude", multiple=True, metavar="pattern"),
+    cli.Flag("--include", multiple=True, metavar="path", completes="file"),
     *cli.switches("--exact"),
     cli.Flag("--batch-size", read=WHOLE, default=32, metavar="number"),
     # Those of `ExecutorArguments`:
@@ -77,23 +82,26 @@ def index(args: SimpleNamespace, words: Words) -> int:
         raise click.UsageError(words("needs_flags", executor="slurm", flags="--partition, --time, --logging-dir"))
     pictures = _index(args)
     pictures.mend()
+    folders = pictures.folders_to_add(args.folders, args.exclude, args.include)
     say(words("model_line", model=visible(pictures.model.name)))
     _say_note(pictures, words)
-    say(words("looking", folders=", ".join(shown_path(str(folder)) for folder in args.folders)))
+    say(words("looking", folders=", ".join(shown_path(str(folder)) for folder in folders)))
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # what is under way is finished or undone
     if args.executor != "local" or args.tasks:
         from capivara_search.workers import WorkerArguments, add_with_workers
 
         names = [known.name for known in fields(WorkerArguments) if known.name not in ("where", "folders")]
-        given = {name: getattr(args, name) for name in names} | {"sbatch": list(args.sbatch)}
-        arguments = WorkerArguments(where=pictures.where, folders=list(map(str, args.folders)), **given)
+        given = {name: getattr(args, name) for name in names}
+        given |= {name: list(given[name]) for name in ("sbatch", "exclude", "include")}
+        arguments = WorkerArguments(where=pictures.where, folders=list(map(str, folders)), **given)
         done = add_with_workers(arguments)
         logs = shown_path(str(arguments.logs))
         print(words.count("in_index", len(pictures)) + "." if done else words("jobs_sent", path=logs))
         return DONE
     with progress_bar(words) as progress:
-        added = pictures.add(*args.folders, exact=args.exact, batch_size=args.batch_size, on_progress=progress)
+        rules = {"exclude": args.exclude, "include": args.include}
+        added = pictures.add(*folders, exact=args.exact, batch_size=args.batch_size, on_progress=progress, **rules)
     for line in summary(added, len(pictures), words):
         print(line)
     return DONE
@@ -128,8 +136,19 @@ def summary(added: Added, pictures: int, words: Words) -> Iterable[str]:
     for left in added.left_out[:LEFT_OUT_SHOWN]:
         yield f"  {shown_path(left.path)}: {words.reason(left.reason)}"
     if (more := len(added.left_out) - LEFT_OUT_SHOWN) > 0:
-        yield "  " + words.count("and_more", more, command=f"capivara {words.command('status')}")
+        yield "  " + words.count("and_more", more, command=f"capivara {words.command('status')} --all")
+    rules, videos = skipped(added.skipped, words)
+    if rules:
+        yield words("skipped", parts=rules)
+    if videos:
+        yield f"{videos}."
     yield words.count("in_index", pictures) + "."
+
+
+def skipped(numbers: Mapping[str, int], words: Words) -> tuple[str, str]:
+    """How much rules leave out, and how many videos; empty where there is none."""
+    parts = (words.count(f"skipped.{why}", n) for why in BY_RULE if (n := numbers.get(why)))
+    return ", ".join(parts), words.count("videos", n) if (n := numbers.get("video")) else ""
 
 
 @cli.command(
@@ -271,9 +290,9 @@ def app(args: SimpleNamespace, words: Words) -> int:
     return DONE
 
 
-@cli.command("status", *cli.switches("--json"))
+@cli.command("status", *cli.switches("--all", "--json"))
 def status(args: SimpleNamespace, words: Words) -> int:
-    """What the index holds, and every file that was left out."""
+    """What the index holds, and what was left out, on one screen."""
     pictures = _filled_index(args)
     found = pictures.status()
     if args.json:
@@ -289,25 +308,54 @@ def status(args: SimpleNamespace, words: Words) -> int:
     if found.first:
         facts["taken"] = words("status.taken_range", first=words.date(found.first), last=words.date(found.last))
     lines = [[words(f"status.{name}"), value] for name, value in facts.items() if value]
-    folders = [[shown_path(folder), words.number(number)] for folder, number in found.folders.items()]
-    lines += [[words("status.folders") * (row == 0), "  ".join(cells)] for row, cells in enumerate(folders)]
-    left = [f"{shown_path(one.path)}: {words.reason(one.reason)}" for one in found.left_out]
-    lines += [[words("status.left_out") * (row == 0), text] for row, text in enumerate(left)]
+    forget, why = words.command("forget"), Counter(one.reason.partition(":")[0] for one in found.left_out)
+    lists = {
+        "folders": [f"{shown_path(folder)}  {words.number(number)}" for folder, number in found.folders.items()],
+        "skipped": [text for text in skipped(found.skipped, words) if text],
+        "rules": [
+            *(f"--exclude {visible(pattern)}" for pattern in found.exclude),
+            *(f"{forget} {shown_path(path)}" for path in found.forgotten),
+        ],
+        "left_out": [
+            *[", ".join(f"{words.number(n)} {words.reason(one)}" for one, n in why.most_common())] * (len(why) > 1),
+            *(f"{shown_path(one.path)}: {words.reason(one.reason)}" for one in found.left_out),
+        ],
+    }
+    for name, texts in lists.items():
+        if not args.all and len(texts) > SCREEN_SHOWN:
+            command = f"capivara {words.command('status')} --all"
+            texts[SCREEN_SHOWN - 1 :] = [words.count("and_more", len(texts) - SCREEN_SHOWN + 1, command=command)]
+        lines += [[words(f"status.{name}") * (row == 0), text] for row, text in enumerate(texts)]
     for line in table(lines):
         print(line)
     return DONE
 
 
-@cli.command("forget", cli.Argument("folder", metavar="folder", read=cli.absolute, completes="dir"))
+@cli.command("forget", cli.Argument("place", metavar="place", read=cli.absolute, completes="file"))
 def forget(args: SimpleNamespace, words: Words) -> int:
-    """Take a folder out of the index."""
+    """Take a folder or a picture out of the index, for good."""
     pictures = _filled_index(args)
-    number, path = pictures.forget(args.folder), shown_path(str(args.folder))
+    number, path = pictures.forget(args.place), shown_path(str(args.place))
+    back = f"capivara {words.command('index')} --include {shlex.quote(str(args.place))}"
     if number:
-        print(words.count("forgotten", number, path=path))
+        print(words.count("forgotten", number, path=path, command=visible(back)))
+    elif os.path.lexists(args.place):
+        say(words("nothing_yet_forgotten", path=path, command=visible(back)))
     else:
         say(words("nothing_forgotten", path=path))
     return DONE if number else NOTHING
+
+
+@cli.command(
+    "move",
+    cli.Argument("old", metavar="old", read=cli.absolute, completes="dir"),
+    cli.Argument("new", metavar="new", read=cli.existing("folder"), completes="dir"),
+)
+def move(args: SimpleNamespace, words: Words) -> int:
+    """Tell the index that a folder of pictures lies elsewhere now."""
+    number, there = _filled_index(args).move(args.old, args.new)
+    print(words.count("moved_to", number, there=words.number(there), path=shown_path(str(args.new))))
+    return DONE
 
 
 @cli.command("export", cli.Argument("file", metavar="file", read=cli.table_file, completes="file"))
@@ -359,9 +407,7 @@ def overview(args: SimpleNamespace, words: Words) -> int:
     if not len(pictures):
         print(words("first_steps", where=where))
         return DONE
-    folder = next(iter(pictures.folders()), "~/Fotos")
-    number = words.count("pictures", len(pictures))
-    print(words("next_steps", pictures=number, where=where, folder=shown_path(folder)))
+    print(words("next_steps", pictures=words.count("pictures", len(pictures)), where=where))
     return DONE
 
 

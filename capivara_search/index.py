@@ -23,7 +23,16 @@ import numpy as np
 import pyarrow.compute as pc
 
 from capivara_search import asking
-from capivara_search.adding import KnownRows, add_folders, asked_folders, embed_files
+from capivara_search.adding import (
+    KnownRows,
+    add_folders,
+    asked_folders,
+    embed_files,
+    kept_rules,
+    move_folder,
+    note_rules,
+    skipped_counts,
+)
 from capivara_search.duplicates import best_first, near_groups
 from capivara_search.labelling import checked_labels, classify_vectors
 from capivara_search.picture_files import FileState, absolute_folder, find_pictures, open_query_picture
@@ -120,27 +129,53 @@ class PictureIndex:
         exact: bool = False,
         batch_size: int = 32,
         on_progress: Callable[[int, int], None] | None = None,
+        exclude: Sequence[str] = (),
+        include: Sequence[str | Path] = (),
     ) -> Added:
         """Bring the index up to date with folders: what is new is embedded, what has not changed is not read again.
 
         Args:
-            folders: of pictures, with the folders in them; none: those that were added before on this machine.
+            folders: of pictures, with the folders in them; none: as `folders_to_add` has them.
             exact: decode at full size, where otherwise JPEG is decoded at a reduced size that serves the model.
             batch_size: pictures that the model sees at once.
             on_progress: called with how many pictures were read, and how many are to be.
+            exclude: patterns of what is left out of each folder, as in its `.gitignore`; the index keeps them.
+            include: patterns that no longer hold, and what was forgotten and comes in again.
 
         Raises:
-            ValueError: no such folder, or no picture in it; then nothing is removed.
+            ValueError: no such folder, a forgotten one, or no picture in it; then nothing is removed. No such pattern.
             OSError: no space left, no permission to write the index.
         """
         self.mend()
-        paths = [absolute_folder(folder) for folder in folders or self.asked_folders()]
-        if not paths:
-            raise ValueError("No folder was named, and none was added on this machine before. Name one of pictures.")
+        paths = self.folders_to_add(folders, exclude, include)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         progress = on_progress or (lambda done, total: None)
-        return add_folders(self._table, self.model, paths, exact, batch_size, progress)
+        return add_folders(self._table, self.model, paths, exact, batch_size, progress, exclude, include)
+
+    def folders_to_add(
+        self, folders: Sequence[str | Path] = (), exclude: Sequence[str] = (), include: Sequence[str | Path] = ()
+    ) -> list[Path]:
+        """Those that `add` looks through: what is named, and included folders that lie in no known one.
+
+        Where none is named, all that were added on this machine, are there, and lie where they lay; a line of the log
+        says which are not.
+
+        Raises:
+            ValueError: there is none; no such pattern.
+        """
+        kept_rules(self._table).changed(exclude, include)  # says now what is wrong with them
+        asked, paths = self.asked_folders(), [absolute_folder(folder) for folder in folders]
+        if not folders:
+            paths = [Path(one) for one, real in asked.items() if _lies_at(one, real)]
+            if away := sorted(set(self._table.folders()) - set(map(str, paths))):
+                note("folders_away", ", ".join(away), level=logging.WARNING)
+        for place in map(absolute_folder, include):
+            if place.is_dir() and not any(map(place.is_relative_to, [*asked, *paths])):
+                paths.append(place)
+        if not paths:
+            raise failure(ValueError, "no_known_folder")
+        return paths
 
     def mend(self) -> None:
         """Take the newest version of a damaged index that can be read, or none; a line of the log says what is lost.
@@ -319,16 +354,35 @@ class PictureIndex:
         return dict(zip(found["path"].to_pylist(), unit(as_array(found[column])), strict=True))
 
     def forget(self, folder: str | Path) -> int:
-        """Remove the rows of a folder, or of a file, and their thumbnails; returns how many. The files stay."""
+        """Remove the rows of a folder, or of a file, and their thumbnails; returns how many. The files stay.
+
+        They stay out, until `add` includes them, as does what is there, and has no row yet.
+        """
         path = absolute_folder(folder)
         if not self._table.exists():
             return 0
         with self._table.locked():
-            removed, _ = (self._table.remove_where(within(path), name) for name in (PICTURES, LEFT_OUT))
+            removed, failed = (self._table.remove_where(within(path), name) for name in (PICTURES, LEFT_OUT))
+            if removed or failed or os.path.lexists(path):
+                rules = kept_rules(self._table)
+                note_rules(self._table, replace(rules, forgotten=rules.forgotten | {str(path)}))
             inside = [FOLDER_KEY + folder for folder in self._table.folders() if Path(folder).is_relative_to(path)]
             self._table.remove(inside, ABOUT)
             self._table.purge()
             return removed
+
+    def move(self, old: str | Path, new: str | Path) -> tuple[int, int]:
+        """Take the rows of a folder for those of another one, which its pictures were moved to; nothing is read again.
+
+        From now on the new folder counts as added on this machine, the old one no longer.
+
+        Returns:
+            How many rows there are, and how many of their files are in the new folder.
+
+        Raises:
+            ValueError: one folder lies in the other, nothing is known of the old one, or no file is in the new one.
+        """
+        return move_folder(self._table, absolute_folder(old), absolute_folder(new))
 
     def folders(self) -> dict[str, int]:
         """Folder that was added -> pictures in it and the folders in it."""
@@ -343,7 +397,7 @@ class PictureIndex:
         """What the index is."""
         first, last = self._table.first_and_last()
         left_out = self._table.rows(["path", "reason"], table=LEFT_OUT).to_pylist()
-        model = self._table.model() or {}
+        model, rules = self._table.model() or {}, kept_rules(self._table)
         return Status(
             where=self.where,
             pictures=len(self),
@@ -354,6 +408,9 @@ class PictureIndex:
             approximate=bool(model) and self._table.exists() and self._table.is_approximate(model["width"]),
             first=first,
             last=last,
+            exclude=list(rules.exclude),
+            forgotten=sorted(rules.forgotten),
+            skipped=dict(skipped_counts(self._table)),
         )
 
     def version(self) -> int:
@@ -424,6 +481,13 @@ class PictureIndex:
             raise ValueError(f"There is no index at {self.where}, and nothing to export. Add a folder of pictures.")
         with self._table.locked():  # what is read is not tidied away meanwhile
             return export_rows(self._table, path)
+
+
+def _lies_at(folder: str, real: str) -> bool:
+    """Whether a folder is there, not empty as an unmounted disk is, and its real path is as it was."""
+    with suppress(OSError):
+        return os.path.realpath(folder) == real and bool(os.listdir(folder))
+    return False
 
 
 def _filters(folder: str | Path | None, since: date | None, until: date | None) -> list[str]:

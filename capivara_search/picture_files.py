@@ -5,26 +5,24 @@
     print(picture.width, picture.height, picture.taken, len(picture.thumbnail))
 
 What can't be read is said in one line, "reason: detail", whose reason has words in `words.yaml`. Files are opened by
-`capivara_common.image_files` alone. Programs write anything into EXIF data; what is no date or place is None.
+`capivara_common.image_files` alone.
 """
 
 import io
-import math
 import os
-import re
 import stat
 import threading
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import PIL.Image
-from PIL.ExifTags import GPS, IFD, Base
 from PIL.Image import Resampling, Transpose
 
 from capivara_common.image_files import (
@@ -38,7 +36,9 @@ from capivara_common.image_files import (
     open_regular_file,
 )
 from capivara_common.links import Bounds
+from capivara_search.picture_details import Details, raw_exif, read_details
 from capivara_search.results import LeftOut
+from capivara_search.rules import Rules
 from capivara_search.words import failure
 
 try:
@@ -49,14 +49,13 @@ except ImportError:
 # Names end so: Adobe and phones, Canon, Nikon, Sony, Panasonic, Olympus, Fujifilm, Pentax, Samsung.
 RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".rw2", ".orf", ".raf", ".pef", ".srw")
 INSTALL = 'pip install "modeling-capivara[search]"'
-FIRST_PHOTOGRAPH = 1826  # year
-DATE = re.compile(r"(\d{4})[:/.-](\d\d)[:/.-](\d\d)[ T](\d\d):(\d\d):(\d\d)", re.ASCII)
 RAW_ORIENTATIONS = {3: 3, 5: 8, 6: 6}  # LibRaw's `flip` -> EXIF orientation
 # Of these nothing is known of the content: the file is tried again each time.
 RETRYABLE = ("no permission", "read error", "gone", "needs rawpy", "needs pillow-heif")
 PICTURE_SUFFIXES = (*SUFFIXES, *RAW_SUFFIXES)
-# Beside hidden ones: what file systems, NAS boxes and zip files of a Mac put among the pictures.
-SKIPPED_NAMES = {"@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "__MACOSX"}
+VIDEO_SUFFIXES = (
+    *(".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".3gp", ".mts", ".m2ts", ".wmv", ".mpg", ".mpeg", ".flv"),
+)
 # The best camera phones take 16,320 x 12,240. Above the gate's limit a picture is decoded alone, and reduced at once.
 MAX_PICTURE_PIXELS = 200_000_000
 # A JPEG is decoded at a half, a quarter or an eighth of its size where its short side is then still so many times that
@@ -147,20 +146,24 @@ def absolute_folder(folder: str | Path) -> Path:
     return Path(path)
 
 
-def find_pictures(folders: Sequence[str | Path]) -> tuple[list[FileState], list[LeftOut]]:
+def find_pictures(
+    folders: Sequence[str | Path], rules: Rules | None = None, counts: dict[str, Counter[str]] | None = None
+) -> tuple[list[FileState], list[LeftOut]]:
     """The pictures in folders and all folders below, by the ends of their names, sorted by path.
 
-    Hidden files and folders are skipped. A link is followed where it stays within the folders, and its target is not
-    found under its own name.
+    A link is followed where it stays within the folders, and its target is not found under its own name.
 
     Args:
         folders: to look through.
+        rules: of what is left out.
+        counts: filled in, folder that was named -> how many folders and pictures are left out, by `Rules.reason`, and
+            of each "video".
 
     Returns:
         The pictures, and what could not be looked at, with the reason.
 
     Raises:
-        ValueError: a folder is not there, can't be opened, or holds no picture.
+        ValueError: a folder is not there, can't be opened, was forgotten, or holds no picture.
     """
     roots = [absolute_folder(folder) for folder in folders]
     if not roots:
@@ -169,10 +172,15 @@ def find_pictures(folders: Sequence[str | Path]) -> tuple[list[FileState], list[
         if not root.is_dir():
             fault = "is a file, not a folder" if root.exists() else "is not there"
             raise ValueError(f"The folder {root} {fault}. Name a folder of pictures.")
-    walk = _Walk(roots)
-    for root in roots:
-        walk.folder(str(root))
+    walk = _Walk(roots, rules or Rules())
+    for root in map(str, roots):
+        if walk.rules.is_forgotten(root) or walk.rules.is_forgotten(os.path.realpath(root)):
+            raise failure(ValueError, "folder_forgotten", path=root)
+    for root in map(str, roots):
+        walk.folder(root, root)
     walk.follow_links()
+    if counts is not None:
+        counts.update({root: +numbers for root, numbers in walk.counts.items()})
     paths = [*walk.found, *(one.path for one in walk.left_out)]
     for root in map(str, roots):
         denied = next((one for one in walk.left_out if one.path == root), None)
@@ -193,15 +201,19 @@ def _is_any_in(paths: Sequence[str], root: str) -> bool:
 class _Walk:
     """Looks through folders, each once."""
 
-    def __init__(self, roots: Sequence[Path]):
+    def __init__(self, roots: Sequence[Path], rules: Rules):
         self.bounds = Bounds(roots[0], roots[1:])
+        # A forgotten folder may be reached by a link to it, or to one above it, too.
+        real = {os.path.join(os.path.realpath(os.path.dirname(one)), os.path.basename(one)) for one in rules.forgotten}
+        self.rules = Rules(rules.exclude, rules.forgotten | real)
+        self.counts = {str(root): Counter[str]() for root in roots}
         self.found: dict[str, FileState] = {}
         self.left_out: list[LeftOut] = []
-        self.links: list[str] = []
+        self.links: list[tuple[str, str]] = []  # with the folder that was named
         self.seen: set[tuple[int, int]] = set()  # folders and files that lie here themselves, by device and number
 
-    def folder(self, path: str) -> None:
-        """Look through a folder and all below; links are put aside."""
+    def folder(self, path: str, root: str) -> None:
+        """Look through a folder, which is `root` or lies in it, and all below; links are put aside."""
         waiting = [path]
         while waiting:
             folder = waiting.pop()
@@ -212,14 +224,18 @@ class _Walk:
                 self.seen.add((state.st_dev, state.st_ino))
                 with os.scandir(folder) as entries:
                     for entry in entries:
-                        if entry.name.startswith(".") or entry.name in SKIPPED_NAMES:
-                            continue
-                        if entry.is_symlink():
-                            self.links.append(entry.path)
-                        elif entry.is_dir(follow_symlinks=False):
+                        is_link = entry.is_symlink()
+                        is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
+                        if why := self.rules.reason(entry.path, root, is_folder):
+                            self.counts[root][why] += is_folder or is_picture_name(entry.name)
+                        elif is_link:
+                            self.links.append((entry.path, root))
+                        elif is_folder:
                             waiting.append(entry.path)
                         elif is_picture_name(entry.name):
                             self.file(entry.path)
+                        else:
+                            self.counts[root]["video"] += entry.name.lower().endswith(VIDEO_SUFFIXES)
             except OSError as error:
                 self.leave_out(folder, _fault(error))
 
@@ -243,10 +259,10 @@ class _Walk:
         """Look at the links that were put aside, and at those that they lead to."""
         while self.links:
             links, self.links = sorted(self.links), []
-            for link in links:
-                self._follow(link)
+            for link, root in links:
+                self._follow(link, root)
 
-    def _follow(self, link: str) -> None:
+    def _follow(self, link: str, root: str) -> None:
         try:
             state = os.stat(link)
         except OSError as error:  # it leads nowhere, or in a circle
@@ -257,11 +273,13 @@ class _Walk:
         is_folder = stat.S_ISDIR(state.st_mode)
         if (not is_folder and not is_picture_name(link)) or (state.st_dev, state.st_ino) in self.seen:
             return
-        if not self.bounds.hold(Path(link)):
+        if self.rules.is_forgotten(os.path.realpath(link)):
+            self.counts[root]["forgotten"] += 1
+        elif not self.bounds.hold(Path(link)):
             detail = f"it leads to {os.path.realpath(link)}, and is not followed; index that folder, too"
             self.leave_out(link, BadImage("link out of the folder", detail))
         elif is_folder:
-            self.folder(link)
+            self.folder(link, root)
         else:
             self.file(link)
 
@@ -276,24 +294,7 @@ def is_picture_name(name: str) -> bool:
     return name.lower().endswith(PICTURE_SUFFIXES)
 
 
-# --- What a picture says of itself -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Details:
-    """What the EXIF data say.
-
-    Attributes:
-        orientation: 1 to 8, of which 1 is upright; None where they don't say.
-        taken: when, in the camera's local time.
-        latitude: degrees, the south is negative.
-        longitude: degrees, the west is negative.
-    """
-
-    orientation: int | None = None
-    taken: datetime | None = None
-    latitude: float | None = None
-    longitude: float | None = None
+# --- The picture in a RAW file ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -311,36 +312,6 @@ class Preview:
     width: int
     height: int
     orientation: int
-
-
-def read_details(exif: PIL.Image.Exif) -> Details:
-    """What EXIF data say, as far as it can be read."""
-    camera, place = _tag(exif, IFD.Exif), _tag(exif, IFD.GPSInfo)
-    orientation = _tag(exif, Base.Orientation)
-    dates = (_tag(camera, Base.DateTimeOriginal), _tag(camera, Base.DateTimeDigitized), _tag(exif, Base.DateTime))
-    latitude = _degrees(_tag(place, GPS.GPSLatitude), _tag(place, GPS.GPSLatitudeRef), "NS", 90)
-    longitude = _degrees(_tag(place, GPS.GPSLongitude), _tag(place, GPS.GPSLongitudeRef), "EW", 180)
-    if latitude is None or longitude is None or latitude == longitude == 0:  # 0, 0 is what a phone without a fix writes
-        latitude = longitude = None
-    return Details(
-        orientation if orientation in range(1, 9) else None,
-        next((date for date in map(_date, dates) if date), None),
-        latitude,
-        longitude,
-    )
-
-
-def raw_exif(data: bytes) -> PIL.Image.Exif:
-    """The EXIF data of a RAW file that is built as TIFF is, as those of most cameras are; else none."""
-    exif = PIL.Image.Exif()
-    if data[:2] in (b"II", b"MM"):
-        # Olympus and Panasonic have letters of their own where TIFF has 42.
-        magic = b"II*\0" if data[:2] == b"II" else b"MM\0*"
-        try:
-            exif.load(magic + data[4:])
-        except Exception:  # PIL raises a dozen kinds
-            return PIL.Image.Exif()
-    return exif
 
 
 def raw_preview(data: bytes) -> Preview:
@@ -365,46 +336,6 @@ def raw_preview(data: bytes) -> Preview:
     if thumb.format != rawpy.ThumbFormat.JPEG:  # pixels, (height, width, 3), as an image file, too
         data = f"P6 {data.shape[1]} {data.shape[0]} 255\n".encode() + np.ascontiguousarray(data).tobytes()
     return Preview(data, sizes.width, sizes.height, RAW_ORIENTATIONS.get(sizes.flip, 1))
-
-
-def _tag(block: Any, tag: int) -> Any:
-    try:
-        return block.get_ifd(tag) if tag in (IFD.Exif, IFD.GPSInfo) else block.get(tag)
-    except Exception:  # PIL raises a dozen kinds; a value is decoded when it is asked for
-        return {} if tag in (IFD.Exif, IFD.GPSInfo) else None
-
-
-def _text(value: Any) -> str:
-    value = value.decode("ascii", "replace") if isinstance(value, bytes) else value
-    return value.strip("\0 ") if isinstance(value, str) else ""
-
-
-def _date(value: Any) -> datetime | None:
-    """Of `2023:12:31 23:59:59` and its like; None where there is no such moment, or photographs were none yet."""
-    if not (match := DATE.match(_text(value))):
-        return None
-    try:
-        date = datetime(*map(int, match.groups()))
-    except ValueError:
-        return None
-    return date if date.year >= FIRST_PHOTOGRAPH else None
-
-
-def _degrees(value: Any, side: Any, sides: str, limit: int) -> float | None:
-    """Degrees, minutes and seconds with the letter of their side, as degrees; None without the letter."""
-    letter = _text(side).upper()[:1]
-    if not letter or letter not in sides or not isinstance(value, Iterable) or isinstance(value, str | bytes):
-        return None
-    try:
-        parts = [float(part) for part in value]
-    except (TypeError, ValueError, ZeroDivisionError):
-        return None
-    if not 1 <= len(parts) <= 3 or not all(math.isfinite(part) and part >= 0 for part in parts):
-        return None
-    degrees = sum(part / unit for part, unit in zip(parts, (1, 60, 3600), strict=False))
-    if degrees > limit:
-        return None
-    return -degrees if letter == sides[1] else degrees
 
 
 # --- One by one ------------------------------------------------------------------------------------------------------

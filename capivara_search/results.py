@@ -55,8 +55,10 @@ class Added:
         changed: had another content before.
         moved: have another path now; their vector was kept.
         unchanged: were not read again.
-        removed: are no longer there.
+        removed: are no longer there, or left out by a rule from now on.
         left_out: files that are no pictures that can be read, of this time and of earlier ones.
+        skipped: number of folders and pictures that rules left out, by "forgotten", "hidden", "system" and
+            "excluded", and of each "video".
         seconds: that it took.
     """
 
@@ -67,6 +69,7 @@ class Added:
     unchanged: int = 0
     removed: int = 0
     left_out: list[LeftOut] = field(default_factory=list)
+    skipped: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -99,6 +102,9 @@ class Status:
         approximate: whether an approximate index answers (`capivara_search.table.EXACT_ROWS`).
         first: when the oldest picture was taken; None where no picture says so.
         last: when the newest one was.
+        exclude: patterns of what is left out.
+        forgotten: paths that stay out.
+        skipped: as `Added.skipped`, of all folders when they were added last.
     """
 
     where: str
@@ -110,3 +116,6 @@ class Status:
     approximate: bool = False
     first: datetime | None = None
     last: datetime | None = None
+    exclude: list[str] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
+    skipped: dict[str, int] = field(default_factory=dict)

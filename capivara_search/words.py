@@ -25,6 +25,7 @@ COMMANDS = {
     "app": "abrir",
     "status": "estado",
     "forget": "esquecer",
+    "move": "mover",
     "export": "exportar",
     "duplicates": "duplicatas",
     "completion": "completar",

@@ -28,6 +28,8 @@ class WorkerArguments(ExecutorArguments):
 
     where: str = flag(..., "Folder or address of the index; one that all machines reach.")
     folders: list[str] = flag([], "Folders of pictures.")
+    exclude: list[str] = flag([], "Patterns of what is left out of them from now on.")
+    include: list[str] = flag([], "Patterns that no longer hold, and paths that come in.")
     model: str | None = flag(None, "CAPIVARA folder or Hub id; the index's own where none is given.")
     device: str | None = flag(None, "Device of the model; the GPU where there is one.")
     exact: bool = flag(False, "Decode pictures at full size.")
@@ -73,7 +75,7 @@ def add_with_workers(arguments: WorkerArguments) -> bool:
     with PictureTable(arguments.where).locked():
         PictureTable(arguments.where).mend()
         table, model = arguments.opened()
-        begin(table, model, [Path(folder) for folder in arguments.folders])
+        begin(table, model, [Path(folder) for folder in arguments.folders], arguments.exclude, arguments.include)
         arguments.model = model.source  # so that all tasks have the same one
         return execute(Work.of(arguments, "index"), arguments)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import PIL.Image
@@ -114,9 +115,13 @@ def test_two_workers_fill_one_table_as_one_does(storage, tmp_path, model):
 
     (folder / "d1" / "p0001.png").unlink()
     (folder / "d2" / "p0002.png").rename(folder / "novo.png")
-    assert add_with_workers(both)
-    alone.add(folder, batch_size=1)
-    assert rows_of(filled) == rows_of(alone) and len(filled) == 39
+    filled.forget(folder / "d3")
+    assert add_with_workers(replace(both, exclude=["d4/"]))
+    assert add_with_workers(both), "the rules are kept in the bucket"
+    alone.forget(folder / "d3")
+    alone.add(folder, batch_size=1, exclude=["d4/"])
+    assert rows_of(filled) == rows_of(alone) and len(filled) == 23
+    assert filled.status().skipped == alone.status().skipped == {"excluded": 1, "forgotten": 1}
 
 
 @pytest.mark.slow

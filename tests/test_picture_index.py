@@ -530,6 +530,165 @@ def test_a_file_that_could_not_be_opened_is_tried_again_and_keeps_its_row(index,
     assert index.add(folder).left_out == []
 
 
+# --- What is left out, and where folders lie --------------------------------------------------------------------------
+
+
+def test_what_is_forgotten_stays_out_until_it_is_included(index, folder):
+    chosen, other = folder / "d1", folder / "d2" / "p0002.png"
+    assert (index.forget(chosen), index.forget(other)) == (4, 1)
+    added = index.add(folder)
+    assert (added.new, added.embedded, added.skipped, len(index)) == (0, 0, {"forgotten": 2}, 15)
+    assert index.status().forgotten == [str(chosen), str(other)] and index.status().skipped == {"forgotten": 2}
+    assert (index.add(include=[other]).new, index.status().forgotten) == (1, [str(chosen)])
+    assert index.add(folder, include=[chosen]).new == 4 and len(index) == 20
+    assert (index.status().forgotten, index.add(folder).unchanged) == ([], 20)
+
+
+def test_a_forgotten_folder_is_refused_by_its_name_and_comes_back_when_it_is_included(index, folder, tmp_path):
+    assert index.forget(folder) == 20
+    for named in (folder, folder / "d0"):
+        with pytest.raises(ValueError, match=r"was forgotten, and stays out\. To bring it back"):
+            index.add(named)
+    make_pictures(tmp_path / "outras", 1, seed=5)
+    assert index.add(tmp_path).new == 1, "below another folder it stays out"
+    assert index.add(include=[folder]).new == 20
+
+
+def test_what_is_forgotten_before_it_was_ever_read_stays_out(index, folder):
+    PIL.Image.new("RGB", (50, 50), "red").save(folder / "nova.png")
+    assert (index.forget(folder / "nova.png"), index.forget(folder / "none.png")) == (0, 0)
+    assert index.add(folder).new == 0 and index.status().forgotten == [str(folder / "nova.png")]
+
+
+def test_patterns_are_kept_with_the_index_and_take_out_what_it_has(index, folder, models):
+    (folder / "filme.MP4").write_bytes(b"x")
+    added = index.add(folder, exclude=["d1/", "*2.png"])
+    assert (added.removed, added.moved, added.skipped) == (6, 0, {"excluded": 3, "video": 1})
+    again = PictureIndex.open(index.where, model=models["base"])
+    assert (again.add(folder).unchanged, again.status().exclude, len(again)) == (14, ["d1/", "*2.png"], 14)
+    assert again.add(folder, include=["*2.png"]).new == 2
+    assert (again.status().exclude, len(again)) == (["d1/"], 16)
+    version = again.version()
+    assert again.add(folder).unchanged == 16 and again.version() == version
+    for wrong in ({"exclude": [" "]}, {"exclude": ["# x"]}, {"include": ["*.gif"]}):
+        with pytest.raises(ValueError, match=r"is no pattern of "):
+            again.add(folder, **wrong)
+    assert again.version() == version
+
+
+def test_without_a_folder_all_that_are_there_are_brought_up_to_date(index, folder, tmp_path, caplog):
+    away, linked = tmp_path / "disk", tmp_path / "linked"
+    make_pictures(away, 3, seed=5)
+    linked.symlink_to(make_pictures(tmp_path / "a", 2, seed=6)[0].parent)
+    index.add(away, linked)
+    away.rename(tmp_path / "unmounted"), away.mkdir()
+    linked.unlink(), linked.symlink_to(make_pictures(tmp_path / "private", 1, seed=7)[0].parent)
+    make_pictures(folder / "novas", 2, seed=8)
+    with caplog.at_level(logging.INFO, "capivara"):
+        added = index.add()
+    assert (added.new, added.removed, len(index)) == (2, 0, 26), "a link that leads elsewhere now is not followed"
+    assert f"were not added on this machine: {away}, {linked}" in caplog.text
+
+
+def test_a_moved_index_opens_its_pictures_again_without_reading_one(tmp_path, models, monkeypatch, caplog):
+    old, new = tmp_path / "it's é" / "Fotos", tmp_path / "outro" / "c'est là"
+    make_pictures(old, 12), make_pictures(old.with_name("Fotos2"), 2, seed=5)
+    (old / "quebrada.jpg").write_bytes(b"no picture")
+    index = PictureIndex.open(tmp_path / "i.lance", model=models["base"])
+    index.add(old, old.with_name("Fotos2"))
+    index.forget(old / "d3")
+    before = {path: row[1:] for path, row in rows_of(index).items() if path.startswith(f"{old}/")}
+    new.parent.mkdir(), old.rename(new)
+    (new / "d0" / "p0000.png").unlink()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of another machine"))
+    moved = PictureIndex.open(shutil.move(tmp_path / "i.lance", tmp_path / "j.lance"), model=models["base"])
+    opened = reads(monkeypatch)
+    assert moved.asked_folders() == {} and moved.move(old, new) == (10, 9)
+    after = {path: row[1:] for path, row in rows_of(moved).items() if path.startswith(f"{new}/")}
+    assert after == {str(new) + path.removeprefix(str(old)): row for path, row in before.items()}
+    assert moved.folders() == {str(new): 10, str(old.with_name("Fotos2")): 2}
+    assert moved.asked_folders() == {str(new): str(new)}, "that of the other folder is not this machine's"
+    status = moved.status()
+    assert (status.forgotten, status.left_out[0].path) == ([str(new / "d3")], str(new / "quebrada.jpg"))
+    added = moved.add()
+    assert (added.unchanged, added.removed, added.new, len(added.left_out), opened) == (9, 1, 0, 1, [])
+
+
+@pytest.mark.parametrize("step", ["note_rules", "note_asked", "_move_rows"])
+def test_an_interrupted_move_goes_on(index, folder, tmp_path, monkeypatch, step):
+    new, real, calls = folder.rename(tmp_path / "novo"), getattr(adding, step), []
+    (new / "quebrada.jpg").write_bytes(b"no picture")
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 1 + (step == "_move_rows"):  # between the two tables
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(adding, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        index.move(folder, new)
+    index.move(folder, new)
+    assert (index.folders(), index.asked_folders()) == ({str(new): 20}, {str(new): str(new)})
+    added = index.add()
+    assert (added.unchanged, added.embedded, len(added.left_out)) == (20, 0, 1)
+
+
+def test_a_part_of_a_folder_moves_and_rows_that_are_there_already_stay(index, folder, tmp_path):
+    new = tmp_path / "novo"
+    (folder / "d0").rename(new)
+    index.add(new)
+    assert index.move(folder / "d0", new) == (4, 4) and len(index) == 20 and len(rows_of(index)) == 20
+    (folder / "d1").rename(tmp_path / "d1")
+    assert index.move(folder / "d1", tmp_path / "d1") == (4, 4)
+    assert index.folders() == {str(folder): 12, str(new): 4, str(tmp_path / "d1"): 4}
+    assert index.add().unchanged == 20 and set(index.asked_folders()) == set(index.folders())
+
+
+def test_a_move_that_can_not_be_meant_changes_nothing(index, folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    version = index.version()
+    for old, new, text in (
+        (folder, tmp_path / "empty", r"None of the 20 pictures .* is at the new place; .*empty/d\d/p00"),
+        (folder, folder / "d0", "must be two folders"),
+        (folder / "d0", folder, "must be two folders"),
+        (tmp_path / "none", folder, "has nothing of the folder"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            index.move(old, new)
+    assert index.version() == version
+
+
+def test_a_move_gives_the_page_nothing_outside_of_the_new_folder(index, folder, tmp_path, monkeypatch):
+    """An index of somebody else's names folders that lead out of the one that is moved."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of another machine"))
+    new = shutil.copytree(folder, tmp_path / "novo")
+    (new / "link").symlink_to("/etc")
+    index._table.note({adding.FOLDER_KEY + f"{folder}/../..": "", adding.FOLDER_KEY + f"{folder}/link": ""})
+    index.move(folder, new)
+    assert index.asked_folders() == {str(new): str(new)}
+
+
+def test_what_another_model_costs_is_said_before_it_is_paid(index, folder, models, monkeypatch, caplog):
+    monkeypatch.setattr(adding, "TRIED_FROM", 10)
+    monkeypatch.setattr(adding, "_seconds_each", lambda model: 60.0)
+    other = PictureIndex.open(index.where, model=models["image"])
+
+    def interrupt(done: int, total: int) -> None:
+        assert (
+            caplog.messages[-1] == "image has another image side than base: 20 pictures are embedded again (≈ 20 min)."
+        )
+        raise KeyboardInterrupt
+
+    with caplog.at_level(logging.INFO, "capivara"), pytest.raises(KeyboardInterrupt):
+        other.add(on_progress=interrupt)
+    monkeypatch.undo()
+    with caplog.at_level(logging.INFO, "capivara"):
+        assert PictureIndex.open(index.where).add().embedded == 20
+    assert "20 pictures are embedded again.\n" in caplog.text, "of what is left it is said again"
+    assert adding._seconds_each(other.model) > 0
+
+
 # --- What others do ---------------------------------------------------------------------------------------------------
 
 
@@ -539,8 +698,8 @@ def test_a_file_that_becomes_a_link_while_indexing_is_not_read(tmp_path, models,
     private, chosen = next((tmp_path / "private").rglob("*.png")), sorted(folder.rglob("*.png"))[3]
     plan = adding.make_plan
 
-    def planned_then_swapped(*args):
-        made = plan(*args)
+    def planned_then_swapped(*args, **more):
+        made = plan(*args, **more)
         chosen.unlink()
         chosen.symlink_to(private)
         return made
@@ -576,5 +735,5 @@ def test_rows_of_a_folder_that_can_not_be_read_stay(index, folder, monkeypatch):
     closed = str(folder / "d0")
     seen = [file for file in found if not file.path.startswith(closed)]
     left_out = [*unseen, LeftOut(closed, "permission denied")]
-    monkeypatch.setattr(adding, "find_pictures", lambda folders: (seen, left_out))
+    monkeypatch.setattr(adding, "find_pictures", lambda *_: (seen, left_out))
     assert len(seen) < len(found) and index.add(folder).removed == 0 and len(index) == rows
