@@ -327,7 +327,7 @@ def test_another_way_to_the_same_pixels_is_named(model, base, file, part, field,
 def test_what_is_no_exchange(model, base, tmp_path):
     refused("to the bit: there is nothing to exchange", base, base, tmp_path / "out")
     refused("no-such does not exist", model, tmp_path / "no-such", tmp_path / "out")
-    refused("a folder of its own; name no other format", model, base, tmp_path / "out", "--formats", "drop_in,onnx")
+    refused("a folder of its own: name no other format", model, base, tmp_path / "out", "--formats", "drop_in,onnx")
     refused("and no --text_config", model, base, tmp_path / "out", "--text_config", "us/text")
     refused("is for --formats drop_in", model, base, tmp_path / "out", "--formats", "transformers")
     with pytest.raises(SystemExit, match=r"--base.*which needs it"):

@@ -124,7 +124,8 @@ def test_two_hundred_sentences_embed_as_the_models_own(kind, own, exported):
     (model, processor), (_, reader, _) = own, exported
     texts = benchmark_captions(200, processor.tokenizer)
     assert len(set(texts)) == 200
-    texts += ["", *(text for name, text in ODD_TEXTS.items() if name not in REPAIRED)]
+    texts += [text for name, text in ODD_TEXTS.items() if name not in REPAIRED]
+    texts += [""] * (not isinstance(reader, ServiceReader))  # which refuses it (3.1)
     theirs = np.stack([reader.text(text) for text in texts])
     if kind == "siglip":  # whose tokenizer takes white space as it is
         texts = [" ".join(text.split()) for text in texts]
