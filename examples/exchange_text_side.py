@@ -109,6 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     wanted, found = read_json(args.text_side / "drop_in.json", image_digest=str), image_side_digest(Path(args.base))
     if wanted["image_digest"] != found:
         raise ValueError(f"{args.text_side} is for pictures of the digest {wanted['image_digest']}, not {found}.")
+    if not (args.text_side / "modules.json").is_file():
+        raise ValueError(f"{args.text_side} is a SigLIP's; sentence-transformers opens CAPIVARA's alone.")
     with whole_folder(args.output, args.overwrite_output_dir) as folder:
         rows = load_embedded(args.dataset)[args.split]
         texts, right = captions_of(rows, args.language)

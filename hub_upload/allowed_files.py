@@ -181,17 +181,17 @@ OUTSIDE = r"^(/|~|[A-Za-z]:[\\/]|file:)|(^|/)\.\.(/|$)"  # of the path of a pict
 SECRET = "holds what looks like an access token or key. Take it out, and revoke it if it is real"
 
 
-def data_files(folder: Path) -> list[Path]:
-    """Files of a data set relative to its folder; hidden ones stay here, and whatever else lies there.
+def data_files(folder: Path, of_space: bool = False) -> list[Path]:
+    """Files of a data set, or all of a Space, relative to their folder; hidden ones stay here, and whatever else.
 
-    Raises ValueError where a link leads out of the folder, or a file of a data set is no regular file.
+    Raises ValueError where a link leads out of the folder, or a file that would be sent is no regular file.
     """
     refuse_links_out(folder)
     found = []
     for path in (path for path in folder.rglob("*") if not path.is_dir()):
         name = path.relative_to(folder)
-        is_sent = name.suffix in SUFFIXES or name.name in NAMES
-        if is_sent and not any(part.startswith((".", "__")) for part in name.parts):
+        is_sent = name.suffix != ".pyc" if of_space else name.suffix in SUFFIXES or name.name in NAMES
+        if is_sent and not any(part.startswith("." if of_space else (".", "__")) for part in name.parts):
             check_regular(path)
             found.append(name)
     return found

@@ -32,7 +32,7 @@ from capivara_common.privacy import machine_path_in, secret_in
 from eval.records.schema import GAIN
 from hub_upload.allowed_files import check_repo_id
 from hub_upload.card_facts import HUB_ID, LICENCES, OWN_CLASS, CardFacts, card_facts, energy, inherited_licence, licence
-from hub_upload.card_values import LANGUAGES, TEMPLATES, card_values, escaped, one_line
+from hub_upload.card_values import LANGUAGES, TEMPLATES, WORDS, card_values, escaped, one_line
 
 CARD = "README.md"
 VERSION = 2  # of the templates; a card of an older one is checked by its values and digests, not by its words
@@ -47,10 +47,6 @@ VALUES = re.compile(
 # A row of the table of settings; the first template said what a setting is, in the group, before its name.
 SETTING = re.compile(r"^\|((?: [^|`]+ \|)?) `\w+` \| [^|]+ \|$", re.MULTILINE)
 SHOWN = 120  # letters of a line in a message
-METRIC_NAMES = {
-    "mean_recall": "mean recall", "median_rank": "median rank (lower is better)", "top_5_accuracy": "top-5 accuracy",
-    "mean_per_class_accuracy": "mean per-class accuracy", "11point_mAP": "11-point mAP", "roc_auc": "ROC AUC",
-}  # fmt: skip
 # Of the model index; retrieval is no task of the Hub's own, so its two directions are named as they are.
 TASKS = {
     ("retrieval", "text_to_image"): ("text-to-image-retrieval", "Text-to-image retrieval"),
@@ -58,12 +54,8 @@ TASKS = {
     ("classification", ""): ("zero-shot-image-classification", "Zero-shot image classification"),
     ("linear_probe", ""): ("image-classification", "Linear probe"),
 }
-LOADERS = {
-    "open_clip": "open_clip",
-    "sentence_transformers": "sentence-transformers",
-    "onnx": "onnx",
-    "transformers_js": "transformers.js",
-}
+LOADERS = {"open_clip": "open_clip", "sentence_transformers": "sentence-transformers", "onnx": "onnx"}
+LOADERS |= {"transformers_js": "transformers.js"}
 
 
 @dataclass
@@ -343,7 +335,7 @@ def _index_entry(facts: CardFacts, measured: Any) -> EvalResult:
         dataset_split=one_line(record.split),
         dataset_revision=revision,
         metric_type=one_line(record.metric),
-        metric_name=METRIC_NAMES.get(record.metric) or re.sub(r"^recall@", "R@", record.metric),
+        metric_name=WORDS["en"]["names"].get(record.metric) or re.sub(r"^recall@", "R@", record.metric),
         metric_value=record.value,
         metric_args=arguments if record.seed is None else {**arguments, "seed": record.seed},
     )

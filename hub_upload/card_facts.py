@@ -9,17 +9,16 @@ needs it, and left out where it doesn't; nothing is guessed.
 """
 
 import hashlib
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from huggingface_hub import parse_local_safetensors_file_metadata
-from huggingface_hub.errors import SafetensorsParsingError
-
 from capivara_common.files import seed_folders
 from capivara_common.hub_cache import COMMIT
 from capivara_common.privacy import secret_in
+from capivara_common.weight_file import WeightFile
 from eval.records.schema import RANK_METRICS, SCHEMA_VERSION, TASKS, ResultFile, is_number, parse_result, read_object
 from eval.records.tables import conflicts, records_frame, values_of
 from hub_upload.allowed_files import RUN_PICTURES
@@ -258,9 +257,5 @@ def _values(results: list[ResultFile]) -> tuple[list[Any], list[Any]]:
 
 def _parameters(model: Path) -> int | None:
     """How many numbers the weights are, by the headers of their files; None where there are none."""
-    paths = [*model.glob("model.safetensors"), *model.glob("model-*-of-*.safetensors")]
-    try:
-        counts = [sum(parse_local_safetensors_file_metadata(path).parameter_count.values()) for path in paths]
-    except (SafetensorsParsingError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"The weights are no safetensors files: {' '.join(str(error).split())}") from error
-    return sum(counts) if counts else None
+    files = [WeightFile(path) for path in (*model.glob("model.safetensors"), *model.glob("model-*-of-*.safetensors"))]
+    return sum(math.prod(place.shape) for file in files for place in file.places.values()) if files else None

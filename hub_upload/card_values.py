@@ -8,19 +8,21 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from capivara_common.files import read_json
 from eval.benchmarks import published_base
 from eval.records.schema import DIRECTIONS, GAIN, RANK_METRICS, TASKS, is_number
 from eval.records.tables import pairs_of
 from hub_upload.card_facts import HUB_ID, OWN_CLASS, CardFacts, Content, energy, inherited_licence, licence
 
 TEMPLATES = Path(__file__).parent / "templates"
-LANGUAGES = ("en", "pt")
+WORDS = read_json(TEMPLATES / "card_words.json")  # language of a card -> its words for names of the files, and others
+LANGUAGES = tuple(WORDS)
 # Not HTML but Markdown: texts of others are escaped where they come in. What a template needs and lacks is an error.
 MARKDOWN_TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=False, undefined=jinja2.StrictUndefined,
@@ -77,14 +79,14 @@ class Numbers:
     """Numbers as a language writes them."""
 
     def __init__(self, language: str):
-        self.language = language
+        self.swapped = str.maketrans(",.", ".," if language == "pt" else ",.")
 
     def number(self, value: Any, digits: int = 0, sign: bool = False, kind: str = "f") -> str:
         """A number of the files, as format's `kind` "f" or "e" writes it. Raises ValueError where it is none."""
         if not is_number(value):
             raise ValueError(f"{str(value)[:80]!r} stands where a number belongs; make the run's files again.")
         text = f"{value:{'+' if sign else ''},.{digits}{kind}}"
-        return text.translate(str.maketrans(",.", ".,")) if self.language == "pt" else text
+        return text.translate(self.swapped)
 
     def percent(self, share: Any, sign: bool = False) -> str:
         """A share in per cent, or a difference of shares in points; without the unit."""
@@ -124,10 +126,65 @@ class Numbers:
         difference = "–" if pair["gain"] is None else self.measure(pair["gain"], pair["is_rank"], sign=True)
         return [*cells, difference, "–" if pair["chance"] is None else self.percent(pair["chance"])]
 
-    def graph_cells(self, graph: Content) -> list[str]:
-        """Largest difference and lowest cosine of an ONNX graph."""
+
+class Writer(Numbers):
+    """What stands in the files of a run, in the words of a card's language."""
+
+    def __init__(self, language: str, facts: CardFacts):
+        super().__init__(language)
+        self.facts, self.words, self.names = facts, WORDS[language], WORDS[language]["names"]
+        self.several_datasets = len({value.dataset for value in facts.values}) > 1
+
+    def language(self, key: str) -> str:
+        """A language by its code."""
+        return self.words["languages"].get(key) or escaped(key)
+
+    def dataset(self, name: str) -> str:
+        """A data set, by the title of its own card where that is known."""
+        title = self.facts.dataset_title(name)
+        return code(name) if title is None else escaped(title)
+
+    def phrase(self, text: str) -> str:
+        """What the project itself writes into its files, in English."""
+        for english, own in self.words["phrases"].items():
+            text = text.replace(english, own)
+        return escaped(text)
+
+    def metric(self, direction: str, key: str) -> str:
+        """A metric, with its direction where it has one."""
+        name = f"R@{key[7:]}" if key.startswith("recall@") else self.names.get(key) or escaped(key)
+        return f"{self.names[direction]}, {name}" if direction else name
+
+    def label(self, value: Any) -> str:
+        """What a row of `values_of` is a figure of; of a gain, without the metric."""
+        found = self.names[value.direction] if value.metric == GAIN else self.metric(value.direction, value.metric)
+        about = self.language(value.language) if value.task == "retrieval" else code(value.protocol)
+        return ", ".join([found, *[self.dataset(value.dataset)] * self.several_datasets, about])
+
+    def intervals(self, gain: Any, measured: list[Any]) -> str:
+        """The intervals of a gain that has some, a seed each."""
+        found = []
+        for one in (one for one in measured if one.interval_95):
+            ends = f" {self.words['to']} ".join(self.percent(end, sign=True) for end in one.interval_95)
+            found.append(f"{ends} ({self.words['seed']} {one.seed})" if gain.seeds > 1 else ends)
+        return "; ".join(found)
+
+    def rows(self, pairs: Iterable[dict[str, Any]]) -> list[list[str]]:
+        """Of a table of figures."""
+        return [[self.metric(pair["direction"], pair["metric"]), *self.cells(pair)] for pair in pairs]
+
+    def classification_rows(self, task: str) -> list[list[str]]:
+        """Of a table of classification or linear probe, data set, protocol and number of images among them."""
+        found = [pair for group in self.facts.groups(task) for pair in pairs(group)]
+        about = [(self.dataset(pair["dataset"]), code(pair["protocol"]), self.number(pair["n"])) for pair in found]
+        return [[data, how, row[0], n, *row[1:]] for (data, how, n), row in zip(about, self.rows(found), strict=True)]
+
+    def graph_row(self, name: str, graph: Content) -> list[str]:
+        """Name, size, largest difference and lowest cosine of an ONNX graph."""
         difference, cosine = graph.get("largest_difference"), graph.get("lowest_cosine")
         return [
+            code(f"onnx/{name}"),
+            f"{self.number(graph['bytes'] / 1e6, 1)} MB",
             "–" if difference is None else self.number(difference, 1, kind="e"),
             "–" if cosine is None else self.number(cosine, 4),
         ]
@@ -141,6 +198,12 @@ def is_worse(pair: dict[str, Any]) -> bool:
 def is_portuguese(language: str) -> bool:
     """Whether the code of a language is that of Portuguese, such as "pt" or "pt-BR"."""
     return re.split("[-_]", language)[0] in ("pt", "por")
+
+
+def table(columns: list[str], rows: Sequence[Sequence[Any]], left: int = 1) -> str:
+    """Rows as a table, its first columns set to the left and the others to the right."""
+    lines = [columns, ["---"] * left + ["---:"] * (len(columns) - left), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def code_examples(language: str, words: Sequence[str]) -> dict[str, str]:
@@ -158,26 +221,25 @@ def card_values(facts: CardFacts, language: str, name: str, is_repository: bool)
 
     Raises ValueError where a figure is missing.
     """
-    run, config, numbers = facts.run, facts.run["config"], Numbers(language)
-    graphs = facts.graphs["graphs"] if facts.graphs else {}
-    about = {"name": name, "is_repository": is_repository, "formats": facts.formats}
+    run, writer = facts.run, Writer(language, facts)
+    about = {"name": name, "is_repository": is_repository, "formats": facts.formats, "words": writer.words}
     about |= {"is_own": facts.model_class == OWN_CLASS, "is_siglip": facts.model_class == "SiglipModel"}
     about |= {"loss": run.get("loss", "contrastive")}
     return {
         **about,
         "blocks": MARKDOWN_TEMPLATES.get_template("card_code.md.j2").make_module(about),
         "citation": (TEMPLATES / "citation.bib").read_text(encoding="utf-8").strip(),
-        **{"facts": facts, "run": run, "config": config, "text": escaped, "code": code, "graphs": graphs},
-        **{key: getattr(numbers, key) for key in ("number", "percent", "quantity", "duration", "figure", "cells")},
-        "graph_cells": numbers.graph_cells,
+        **{"run": run, "config": run["config"], "text": escaped, "code": code, "table": table},
+        **{key: getattr(writer, key) for key in dir(writer) if not key.startswith("_")},
+        "graph_rows": [writer.graph_row(*of) for of in (facts.graphs["graphs"] if facts.graphs else {}).items()],
         "examples": lambda words: code_examples(facts.language, _class_names(facts) or words),
         "width": facts.config.get("projection_dim") or (facts.config.get("text_config") or {}).get("projection_size"),
         "is_portuguese": is_portuguese(facts.language),
         **_of_origins(facts),
-        **_of_training(facts, numbers),
-        **_of_results(facts, numbers),
+        **_of_training(facts, writer),
+        **_of_results(facts, writer),
         "towers": [(key, dict(facts.config.get(key) or {})) for key in ("vision_config", "text_config")],
-        "digests": [(file, digest[:32]) for file, digest in sorted(facts.digests.items())],
+        "digests": [(code(file), f"`{digest[:32]}`") for file, digest in sorted(facts.digests.items())],
     }
 
 
@@ -212,7 +274,7 @@ def _of_origins(facts: CardFacts) -> dict[str, Any]:
     }
 
 
-def _of_training(facts: CardFacts, numbers: Numbers) -> dict[str, Any]:
+def _of_training(facts: CardFacts, numbers: Writer) -> dict[str, Any]:
     run, config, used = facts.run, facts.run["config"], energy(facts)
     curve = [point["validation"] for point in run.get("curve") or () if point.get("validation")]
     picks: dict[str, Callable[[Content], str]] = {
@@ -235,13 +297,13 @@ def _of_training(facts: CardFacts, numbers: Numbers) -> dict[str, Any]:
         "stopped_early": any(of["steps"] < config["max_steps"] for of in facts.runs),
         "seeds": ", ".join(str(of["seed"]) for of in facts.runs),
         "validation": [(way, curve[0][way], curve[-1][way]) for way in DIRECTIONS] if len(curve) > 1 else [],
-        "settings": [*_settings(config, run.get("fixed", {}))],
+        "settings": _settings(config, run.get("fixed", {})),
         "used": used,
         "hardware": ", ".join(map(escaped, hardware or ())),
     }
 
 
-def _settings(config: Content, fixed: dict[str, Any]) -> list[tuple[str, Any]]:
+def _settings(config: Content, fixed: dict[str, Any]) -> list[tuple[str, str]]:
     """The hyperparameters as the run had them, and what is `fixed` in every run; what does not apply is left out."""
     found = []
     for key in (*_SETTINGS.split(), *_GONE):
@@ -253,20 +315,16 @@ def _settings(config: Content, fixed: dict[str, Any]) -> list[tuple[str, Any]]:
             continue
         if key == "image_embedding_cache" and value != "off":
             value = "on"  # a folder of the machine, otherwise
-        found.append((key, value))
+        found.append((f"`{key}`", code(value)))
     return found
 
 
-def _of_results(facts: CardFacts, numbers: Numbers) -> dict[str, Any]:
+def _of_results(facts: CardFacts, writer: Writer) -> dict[str, Any]:
     main = [pair for task in TASKS for group in facts.groups(task) for pair in _main_pairs(group)]
     unsure = []  # gains whose interval includes zero, with the seeds of which that is so
     for gain in (value for value in facts.values if value.metric == GAIN):
         if ends := [one for one in gain.measured if one.interval_95 and one.interval_95[0] <= 0 <= one.interval_95[1]]:
             unsure.append((gain, ends))
-
-    def dataset(name: str) -> str:
-        title = facts.dataset_title(name)
-        return code(name) if title is None else escaped(title)
 
     def sizes(group: list[Any]) -> dict[str, Any]:
         n, measured = {value.direction: value.n for value in group}, group[0].measured[0]
@@ -277,16 +335,17 @@ def _of_results(facts: CardFacts, numbers: Numbers) -> dict[str, Any]:
             "skipped": measured.file.content["skipped_rows"],
         }
 
+    summary = [pair for pair in main if pair["task"] == "retrieval" and pair["language"] == facts.language]
     return {
-        **{"main": main, "unsure": unsure, "dataset": dataset, "sizes": sizes, "pairs": pairs, "groups": facts.groups},
+        **{"main": main, "unsure": unsure, "sizes": sizes, "pairs": pairs, "groups": facts.groups},
         "published": published_base,
-        "summary": [pair for pair in main if pair["task"] == "retrieval" and pair["language"] == facts.language],
+        "summary_rows": [[writer.label(pair["capivara"]), *writer.cells(pair)[:3]] for pair in summary],
+        "retrieval_rows": lambda group: writer.rows(pairs(group)),
         "worse": [pair for pair in main if is_worse(pair)],
         "gains": lambda group: [value for value in group if value.metric == GAIN],
-        "several_datasets": len({value.dataset for value in facts.values}) > 1,
         "measured_languages": sorted({value.language for value in facts.values if value.language}),
         "measured_seeds": [of.seed for of in max(facts.values, key=lambda value: value.seeds).measured],
-        "widths": _widths(facts, numbers),
+        "widths": _widths(facts, writer),
     }
 
 
@@ -303,7 +362,7 @@ def _main_pairs(group: list[Any]) -> list[dict[str, Any]]:
     return [pair for pair in main if pair["capivara"] and pair["baseline"]]
 
 
-def _widths(facts: CardFacts, numbers: Numbers) -> list[tuple[Any, list[tuple[dict[str, Any], list[str]]]]]:
+def _widths(facts: CardFacts, writer: Writer) -> list[tuple[Any, list[list[str]]]]:
     """Of each data set and language whose recall was measured at several widths its first value and rows, in falling
     order: of the mean recall, or of R@1 where there are too few images for it; with the share of the whole's recall.
     """
@@ -321,7 +380,9 @@ def _widths(facts: CardFacts, numbers: Numbers) -> list[tuple[Any, list[tuple[di
         measured.sort(key=lambda pair: (DIRECTIONS.index(pair["direction"]), -(pair["dim"] or math.inf)))
         for pair in measured:
             whole, own = wholes.get(pair["direction"]), pair["capivara"]
-            kept = numbers.percent(own.mean / whole.mean) if pair["dim"] and own and whole and whole.mean else "–"
-            rows.append((pair, [numbers.figure(pair["baseline"]), numbers.figure(own), kept]))
+            kept = writer.percent(own.mean / whole.mean) if pair["dim"] and own and whole and whole.mean else "–"
+            width = writer.number(pair["dim"]) if pair["dim"] else writer.words["all"]
+            name = writer.metric(pair["direction"], metric)
+            rows.append([name, width, writer.figure(pair["baseline"]), writer.figure(own), kept])
         found.append((group[0], rows))
     return found

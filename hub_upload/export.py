@@ -4,14 +4,13 @@
     python -m hub_upload.export --model MODEL --output repository --formats transformers,open_clip,sentence_transformers
     python -m hub_upload.export --model MODEL --output repository --formats transformers,onnx,transformers_js
     python -m hub_upload.export --model MODEL --output text_side --formats drop_in --base data/openmoji/base
-    python -m hub_upload.export --model MODEL --output repository --formats immich   # or another place's own folder
+    python -m hub_upload.export --model MODEL --output immich --formats immich      # with --base its text side alone
 
 A format that can read another's weights gets no copy of its own. Weights are not loaded but mapped, and what open_clip
 will read is compared with the model tensor by tensor. Nothing is written but what ALLOWED_FILES names, and no file may
 hold a path of a machine or an access token.
 """
 
-import difflib
 import logging
 import shutil
 from collections.abc import Sequence
@@ -19,21 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from safetensors import SafetensorError
 from transformers import PreTrainedConfig, ProcessorMixin
 
 import modeling_capivara
 from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.environment import require
-from capivara_common.files import (
-    check_inputs_stay,
-    check_output_folder,
-    read_json,
-    whole_folder,
-    write_json,
-    write_text,
-)
-from capivara_common.privacy import hide_paths
+from capivara_common.files import check_inputs_stay, read_json, whole_folder, write_json, write_text
+from capivara_common.privacy import hide_paths, short_name
 from hub_upload import allowed_files as allowed
 from hub_upload.formats import (
     check_tensors,
@@ -52,14 +43,12 @@ from modeling_capivara.convert_open_clip import capivara_state_dict, write_open_
 from modeling_capivara.loading import WEIGHTS, load_processor, mapped_model, mapped_tensors
 
 FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")  # in one repository
-MORE_FORMATS = ("transformers_js",)  # in it, too, where they are named
-FOLDER_FORMATS = ("drop_in", "immich")  # each a folder of its own
+KNOWN = (*FORMATS, "transformers_js", "drop_in", "immich")  # the last two each a folder of its own
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", *allowed.TOKENIZER_FILES)
 GIT_ATTRIBUTES = "".join(
     f"{name} filter=lfs diff=lfs merge=lfs -text\n"
     for name in ("*.safetensors", "*.onnx", "*.onnx.data", "*.onnx_data*", "tokenizer.json", "*.model", "*.png")
 )
-NO_RECALL = "`onnx/quantisation.json` has how far each graph is from the model"
 logger = logging.getLogger("capivara")
 
 
@@ -73,14 +62,15 @@ class ExportArguments:
         ",".join(FORMATS),
         f"What shall be able to load it, with commas between, of {', '.join(FORMATS)}. transformers is "
         "always among them: the others read its files. onnx needs the extra of its name and, for the full size, "
-        f"minutes. On demand, {', '.join(MORE_FORMATS)}: the same graphs, and more, for a browser and Node. Or one "
-        "alone: drop_in, the text side for pictures that --base has embedded; immich, a folder for the "
-        "machine-learning service of Immich.",
+        "minutes. On demand, transformers_js: the same graphs, and more, for a browser and Node. Or one alone: "
+        "drop_in, the text side for pictures that --base has embedded; immich, a folder for the machine-learning "
+        "service of Immich.",
     )
     base: str | None = flag(
         None,
-        "For drop_in and --textual_only: the model that the pictures were embedded with, which this one was trained "
-        "from. A folder of CAPIVARA or open_clip, or a Hub id. Its image side must be the model's to the bit.",
+        "For drop_in and immich, which then has the text side alone: the model that the pictures were embedded with, "
+        "which this one was trained from. A folder, of CAPIVARA also open_clip's, or a Hub id. Its image side must be "
+        "the model's to the bit.",
     )
     text_config: str | None = flag(
         None,
@@ -94,35 +84,12 @@ class ExportArguments:
         "Hub id, OWNER/NAME, under which the repository will be published. hf-hub: of open_clip then takes "
         "its tokenizer from there; without it, that of the text tower's Hub id.",
     )
-    textual_only: bool = flag(
-        False, "Of immich, the text side alone, which takes the place of that of --base; no picture is embedded again."
-    )
     overwrite_output_dir: bool = flag(False, "Replace the output folder.")
-    gone: ClassVar = dict.fromkeys(
-        ("recall_dataset", "recall_split", "recall_language", "recall_caption_column"), NO_RECALL
-    )
+    gone: ClassVar = {"textual_only": "with --base, immich is the text side alone"}
 
     def __post_init__(self) -> None:
-        formats = set(self.format_names())
-        if self.textual_only and formats != {"immich"}:
-            raise ValueError(f"textual_only is of --formats immich, got --formats {self.formats}; leave it out.")
-        if (self.base is not None) != ("drop_in" in formats or self.textual_only):
-            raise ValueError(
-                "--base, the model that the pictures were embedded with, is for --formats drop_in and for "
-                f"--textual_only, which need it; got --base {self.base} with --formats {self.formats}."
-            )
-        if (alone := formats & set(FOLDER_FORMATS)) and len(formats) > 1:
-            raise ValueError(
-                f"{' and '.join(alone)} is a folder of its own; name no other format beside it, got {self.formats}."
-            )
-        if alone and self.text_config:
-            raise ValueError(f"--text_config is for a whole repository, not for {', '.join(FOLDER_FORMATS)}.")
         if self.repo_id is not None:
             allowed.check_repo_id(self.repo_id)
-
-    def format_names(self) -> list[str]:
-        """The names in `formats`, in order."""
-        return [name.strip() for name in self.formats.split(",") if name.strip()]
 
 
 @user_errors
@@ -130,14 +97,10 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse(ExportArguments, __doc__, argv)
-    formats, overwrite = args.format_names(), args.overwrite_output_dir
-    try:
-        if set(formats) & set(FOLDER_FORMATS):
-            files = export_alone(args)
-        else:
-            files = export(args.model, args.output, formats, args.text_config, overwrite, repo_id=args.repo_id)
-    except SafetensorError as error:
-        raise ValueError(f"The weights of {args.model} can't be read: {' '.join(str(error).split())}") from error
+    files = export(
+        args.model, args.output, args.formats.split(","), args.text_config, args.overwrite_output_dir,
+        repo_id=args.repo_id, base=args.base,
+    )  # fmt: skip
     for name, size in files:
         print(f"{size / 1e6:12,.2f} MB  {name}")
     print(f"{sum(size for _, size in files) / 1e6:12,.2f} MB  in {args.output}")
@@ -151,16 +114,18 @@ def export(
     overwrite: bool = False,
     *,
     repo_id: str | None = None,
+    base: str | None = None,
 ) -> list[tuple[str, int]]:
-    """Write a repository's folder, whole or not at all.
+    """Write a folder for one place or several, whole or not at all.
 
     Args:
         model: folder of a model of two towers, CAPIVARA's or another class of transformers.
         output: the folder to be made.
-        formats: of `FORMATS`, transformers among them.
+        formats: of `KNOWN`, transformers among them or one alone.
         text_config: Hub id or folder of the text tower's configuration, for open_clip; see `text_config_source`.
         overwrite: replace what is at `output`.
         repo_id: where it will be published; open_clip then takes the tokenizer from there.
+        base: folder or Hub id of the model whose pictures' embeddings a text side is for.
 
     Returns:
         Path relative to the folder and size in bytes of every file, in order.
@@ -171,57 +136,32 @@ def export(
         ImportError: a package that a format needs is missing.
         OSError: the disk is full.
     """
-    formats = _checked_formats(formats)
-    check_output_folder(output, overwrite)
-    check_inputs_stay(output, model, text_config)
-    config, processor = read_config(model), _read_processor(model)
-    is_own = isinstance(config, CapivaraConfig)
-    if text_config and not is_own:
-        raise ValueError(f"text_config is for CAPIVARA's own class; open_clip needs none for {config.model_type}.")
-    if "transformers_js" in formats:
-        transformers_js.readable_tokenizer(model)  # or an error before anything is written
-    plan = None
-    if "open_clip" in formats and is_own:
-        plan = open_clip.plan_open_clip(config, processor.image_processor, text_config, repo_id)
-    has_siglip = "open_clip" in formats and not is_own and _has_open_clip(config)
+    formats = _checked_formats(formats, text_config, base)
+    check_inputs_stay(output, model, text_config, base)
     with whole_folder(output, overwrite) as folder:
-        _write_weights(model, folder, config, with_open_clip=plan is not None)
-        _write_processor(model, folder, processor)
-        if plan:
-            open_clip.write_open_clip_config(folder, config, plan, processor.tokenizer)
-        if has_siglip:
-            siglip.write_open_clip(folder, repo_id or output.resolve().name)
-        if "sentence_transformers" in formats:
-            open_clip.write_sentence_transformers(folder, siglip.text_rule(processor))
-        if "transformers_js" in formats:
-            transformers_js.write_tokenizer(folder)
-            onnx.write_onnx(folder, graphs=tuple(onnx.GRAPHS), precisions=("float32", "int8", "float16"))
-            transformers_js.write_settings(folder)
-        elif "onnx" in formats:
-            onnx.write_onnx(folder)
-        _write_records(model, folder)
-        return _finished(folder)
-
-
-def export_alone(args: ExportArguments) -> list[tuple[str, int]]:
-    """Write a folder that is no repository of the whole model, whole or not at all; returns what `export` does."""
-    check_output_folder(args.output, args.overwrite_output_dir)
-    check_inputs_stay(args.output, args.model, args.base)
-    with whole_folder(args.output, args.overwrite_output_dir) as folder:
-        if args.format_names() == ["immich"]:
-            immich.write(args.model, folder, args.base)
+        if formats == ["drop_in"]:
+            drop_in.write(model, folder, str(base), repo_id)
+        elif formats == ["immich"]:
+            immich.write(model, folder, base)
         else:
-            drop_in.write(args.model, folder, str(args.base), args.repo_id)
+            _write_repository(model, folder, formats, text_config, repo_id)
         return _finished(folder)
 
 
-def _checked_formats(formats: Sequence[str]) -> list[str]:
-    formats, known = [name.strip() for name in formats if name.strip()], (*FORMATS, *MORE_FORMATS, *FOLDER_FORMATS)
-    for name in formats:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"There is no format {name!r}; did you mean {near}? There are {', '.join(known)}.")
-    if "transformers" not in formats:
+def _checked_formats(formats: Sequence[str], text_config: str | None, base: str | None) -> list[str]:
+    """The formats without blanks, or ValueError, or ImportError where onnx lacks a package."""
+    formats = [name.strip() for name in formats if name.strip()]
+    if unknown := [name for name in formats if name not in KNOWN]:
+        raise ValueError(f"There is no format {unknown[0]!r}; there are {', '.join(KNOWN)}.")
+    alone = [name for name in formats if name in ("drop_in", "immich")]
+    if alone and (len(formats) > 1 or text_config):
+        raise ValueError(f"{alone[0]} is a folder of its own: name no other format beside it, and no --text_config.")
+    if (base is not None and not alone) or (base is None and alone == ["drop_in"]):
+        raise ValueError(
+            "--base, the model that the pictures were embedded with, is for --formats drop_in, which needs it, and for "
+            f"immich; got --base {base} with --formats {','.join(formats)}."
+        )
+    if not alone and "transformers" not in formats:
         raise ValueError(f"formats must hold transformers, whose files the others read, got {','.join(formats)!r}.")
     if "transformers_js" in formats and "onnx" not in formats:
         formats.append("onnx")  # whose graphs and weights it reads
@@ -230,11 +170,35 @@ def _checked_formats(formats: Sequence[str]) -> list[str]:
     return formats
 
 
-def _read_processor(model: Path) -> ProcessorMixin:
-    processor = load_processor(model)
-    if isinstance(processor, CapivaraProcessor) and "auto_map" not in read_json(model / "processor_config.json"):
-        raise ValueError(f"The processor of {model} names no code (auto_map): nobody could load it; save it again.")
-    return processor
+def _write_repository(
+    model: Path, folder: Path, formats: list[str], text_config: str | None, repo_id: str | None
+) -> None:
+    """The whole model; what a format can't express is said before weights are read."""
+    config, processor = read_config(model), load_processor(model)
+    is_own = isinstance(config, CapivaraConfig)
+    if text_config and not is_own:
+        raise ValueError(f"text_config is for CAPIVARA's own class; open_clip needs none for {config.model_type}.")
+    if "transformers_js" in formats:
+        transformers_js.readable_tokenizer(model)
+    settings = None
+    if "open_clip" in formats and is_own:
+        settings = open_clip.open_clip_settings(config, processor.image_processor, text_config, repo_id)
+    has_siglip = "open_clip" in formats and not is_own and _has_open_clip(config)
+    _write_weights(model, folder, config, with_open_clip=settings is not None)
+    _write_processor(model, folder, processor)
+    if settings:
+        open_clip.write_open_clip_config(folder, config, settings, processor.tokenizer)
+    if has_siglip:
+        siglip.write_open_clip(model, folder, repo_id or short_name(str(model)))
+    if "sentence_transformers" in formats:
+        open_clip.write_sentence_transformers(folder, processor)
+    if "transformers_js" in formats:
+        transformers_js.write_tokenizer(folder)
+        onnx.write_onnx(folder, graphs=tuple(onnx.GRAPHS), precisions=("float32", "int8", "float16"))
+        transformers_js.write_settings(folder)
+    elif "onnx" in formats:
+        onnx.write_onnx(folder)
+    _write_records(model, folder)
 
 
 def _has_open_clip(config: PreTrainedConfig) -> bool:
@@ -308,10 +272,7 @@ def _write_records(model: Path, folder: Path) -> None:
 def _finished(folder: Path) -> list[tuple[str, int]]:
     """Name and bytes of all files, after a check that all may be uploaded."""
     allowed.check_contents(folder)
-    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    if surplus := set(names) - set(allowed.allowed_files(folder)):
-        raise ValueError(f"{', '.join(map(str, sorted(surplus)))} would be written, which ALLOWED_FILES does not name.")
-    return [(name.as_posix(), (folder / name).stat().st_size) for name in names]
+    return [(name.as_posix(), (folder / name).stat().st_size) for name in allowed.allowed_files(folder)]
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""Send a model or data set folder to the Hugging Face Hub, in one commit; without --push, show what it would change.
+"""Send the folder of a model, data set or Space to the Hugging Face Hub, in one commit; without --push, show what it
+would change.
 
     python -m hub_upload.export --model runs/mine --output repository   # the folder that is sent
     python -m hub_upload.push --model repository --repo-id my-name/my-model
     python -m hub_upload.push --model repository --repo-id my-name/my-model --push --private --tag v1.0
     python -m hub_upload.push --model repository --repo-id an-org/its-model --push --pull-request
     python -m hub_upload.push --model data/mine --repo-id my-name/my-data --repo-type dataset --push
+    python -m hub_upload.push --model demo --repo-id my-name/my-demo --repo-type space --push   # of hub_upload.space
 
 The token is huggingface_hub's own: HF_TOKEN, or what `hf auth login` has saved. Only files that belong to a model or a
-data set are sent; files on the Hub that the folder does not have stay. After a broken connection, run the same command
-again: files that have arrived are not sent a second time, and what has not changed makes no commit.
+data set are sent; files on the Hub that the folder does not have stay, but for those of an older Space, in folders that
+are sent. After a broken connection, run the same command again: files that have arrived are not sent a second time, and
+what has not changed makes no commit.
 """
 
 import inspect
@@ -42,7 +45,7 @@ from tqdm import tqdm
 
 from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.privacy import machine_path_in, printable, secret_in
-from hub_upload.allowed_files import allowed_files, check_contents, check_data, check_repo_id, data_files
+from hub_upload.allowed_files import allowed_files, check_contents, check_data, check_repo_id, check_secrets, data_files
 from hub_upload.card import CARD, outdated, write_card
 
 # Of a branch or tag: neither a commit nor another kind of reference.
@@ -87,10 +90,10 @@ class PushError(OSError):
 class PushArguments:
     """Arguments of `hub_upload.push`."""
 
-    model: Path = flag(..., "Folder to send: of a model or, with --repo-type dataset, of a data set.")
+    model: Path = flag(..., "Folder to send: of a model or, by --repo-type, of a data set or Space.")
     repo_id: str = flag(..., "Repository on the Hub, owner/name. It is made where there is none.")
     push: bool = flag(False, "Send it. Without this flag nothing is changed on the Hub.")
-    repo_type: Literal["model", "dataset"] = flag("model", "Kind of the repository.")
+    repo_type: Literal["model", "dataset", "space"] = flag("model", "Kind of the repository.")
     revision: str = flag("main", "Branch, made from main where it is missing; or an open pull request, as refs/pr/1.")
     pull_request: bool = flag(False, "Open a pull request to main instead of changing it.")
     private: bool = flag(False, "Make a new repository private; a public one is refused.")
@@ -181,6 +184,9 @@ def plan(args: PushArguments) -> PushPlan:
     same = [file.path_in_repo for file in files if _is_on_hub(file, remote.files.get(file.path_in_repo))]
     sent = [file for file in files if file.path_in_repo not in same]
     deleted = [path for path in args.delete if path in remote.files]
+    if args.repo_type == "space":  # of an earlier one, such as fragments of its index
+        ours, folders = {path.as_posix() for path in paths}, {path.parts[0] for path in paths}
+        deleted += [path for path in remote.files if path not in ours and path.partition("/")[0] in folders]
     found = PushPlan(args, user, remote, metadata, sent, same, deleted)
     _check_plan(found)
     return found
@@ -191,19 +197,22 @@ def files_to_send(folder: Path, repo_type: str) -> list[Path]:
 
     Not `HfApi.upload_folder`: a star of its patterns stands for folders, too, and it follows links out of the folder.
     """
-    paths = allowed_files(folder) if repo_type == "model" else data_files(folder)
+    paths = sorted(allowed_files(folder) if repo_type == "model" else data_files(folder, repo_type == "space"))
     if not paths:
         raise ValueError(f"{folder} holds no file of a {repo_type}.")
     for path in paths:
         _check_message("The name of a file", path.as_posix())
     if repo_type == "dataset":
         check_data(folder, paths)
-        return sorted(paths)
-    try:
-        check_contents(folder)
-    except ValueError as error:
-        raise ValueError(f"{error} `python -m hub_upload.export` makes a folder that can be sent.") from error
-    return sorted(paths)
+    elif repo_type == "space":
+        for path in paths:
+            check_secrets(folder / path, path)
+    else:
+        try:
+            check_contents(folder)
+        except ValueError as error:
+            raise ValueError(f"{error} `python -m hub_upload.export` makes a folder that can be sent.") from error
+    return paths
 
 
 def card_metadata(card: Path) -> dict[str, Any]:
@@ -324,7 +333,8 @@ def push(planned: PushPlan) -> str | None:
         if get_token() is None:
             raise PushError(NO_TOKEN)
         if not remote.exists:
-            api.create_repo(args.repo_id, repo_type=args.repo_type, private=args.private or None)
+            sdk = {"space_sdk": (planned.metadata or {}).get("sdk")} if args.repo_type == "space" else {}
+            api.create_repo(args.repo_id, repo_type=args.repo_type, private=args.private or None, **sdk)
             remote = _look(args.repo_id, args.repo_type, args.revision)
             _check_visibility(args.repo_id, remote, args.private)
         if remote.head is None:

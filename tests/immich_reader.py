@@ -2,6 +2,7 @@
 
 import io
 import json
+import string
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import PIL.Image
 from tokenizers import Tokenizer
 
 from examples.real_images import PHOTOS, photo
-from hub_upload.formats.immich import BASE_NAME
 
 ODD_TEXTS = {
     "typographic quotation marks": "a placa \u201cproibido estacionar\u201d e o copo d\u2019água",
@@ -33,7 +33,9 @@ class LayoutReader:
 
         read = lambda name: json.loads((folder / name).read_text(encoding="utf-8"))  # noqa: E731
         open_graph = partial(onnxruntime.InferenceSession, providers=["CPUExecutionProvider"])
-        length, pad = read("config.json")["text_cfg"].get("context_length", 77), read("textual/tokenizer_config.json")
+        text_cfg, pad = read("config.json")["text_cfg"], read("textual/tokenizer_config.json")
+        length = text_cfg.get("context_length", 77)
+        self.is_canonical = text_cfg.get("tokenizer_kwargs", {}).get("clean") == "canonicalize"
         self.tokenizer = Tokenizer.from_file(str(folder / "textual/tokenizer.json"))
         token = pad["pad_token"]
         self.tokenizer.enable_padding(length=length, pad_token=token, pad_id=self.tokenizer.token_to_id(token))
@@ -43,7 +45,10 @@ class LayoutReader:
 
     def ids(self, text: str) -> list[int]:
         """Token ids, always as many."""
-        return self.tokenizer.encode(" ".join(text.split())).ids
+        text = " ".join(text.split())
+        if self.is_canonical:
+            text = text.translate(str.maketrans("", "", string.punctuation)).lower()
+        return self.tokenizer.encode(text).ids
 
     def text(self, text: str) -> np.ndarray:
         """Its embedding, (width,)."""
@@ -56,6 +61,7 @@ class LayoutReader:
         image = image.convert("RGB")
         shape = [int(length / min(image.size) * side) for length in image.size]
         shape[image.width >= image.height] = side  # the shorter one, whatever the quotient is rounded to
+        shape = [side, side] if self.settings["resize_mode"] == "squash" else shape
         image = image.resize(shape, PIL.Image.Resampling[self.settings["interpolation"].upper()])
         left, top = (int(length / 2 - side / 2) for length in shape)
         pixels = np.asarray(image.crop((left, top, left + side, top + side)), dtype=np.float32) / 255
@@ -66,12 +72,11 @@ class LayoutReader:
 class ServiceReader(LayoutReader):
     """Immich's own service, by the request that its server sends; token ids are by the layout."""
 
-    def __init__(self, url: str, folder: Path):
+    def __init__(self, folder: Path, url: str):
         import httpx
 
         super().__init__(folder)
-
-        self.client = httpx.Client(base_url=url, timeout=300)
+        self.name, self.client = folder.name, httpx.Client(base_url=url, timeout=300)
 
     def text(self, text: str) -> np.ndarray:
         """Its embedding, (width,)."""
@@ -84,7 +89,7 @@ class ServiceReader(LayoutReader):
         return self._predict("visual", files={"image": ("image.png", buffer.getvalue())})
 
     def _predict(self, kind: str, data: dict | None = None, files: dict | None = None) -> np.ndarray:
-        entries = json.dumps({"clip": {kind: {"modelName": BASE_NAME, "options": {}}}})
+        entries = json.dumps({"clip": {kind: {"modelName": self.name, "options": {}}}})
         answer = self.client.post("/predict", data={"entries": entries, **(data or {})}, files=files)
         answer.raise_for_status()
         return np.array(json.loads(answer.json()["clip"]), dtype=np.float32)

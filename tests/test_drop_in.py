@@ -9,17 +9,22 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import TINY_TEXT, randomise, tiny_config
+from towers import TOWER, gemma_like, other_texts, siglip2
+from transformers import SiglipConfig
 
 from capivara_common.image_side_digest import image_difference, image_side_digest
 from hub_upload.export import main
 from hub_upload.formats import onnx as onnx_files
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.convert_open_clip import build_open_clip, open_clip_state_dict
-from modeling_capivara.embedder import random_images
+from modeling_capivara.embedder import embed_texts, random_images
+from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import image_embeds, pad, tokenise
 
 TEXTS = ["um gato", "uma capivara na água, ao pôr do sol", "SÃ£o JoÃ£o &amp;amp; cia", "", "foto " * 90, "ﬁm ½ ☕"]
 # What a telephone's keyboard types.
@@ -43,7 +48,8 @@ import numpy as np
 from transformers import AutoModel
 
 texts, plain = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-first, *blocks = re.findall(r"```python\\n(.*?)```", open("README.md", encoding="utf-8").read(), re.DOTALL)
+card = open("README.md", encoding="utf-8").read()
+first, *blocks = re.findall(r"```python\\n(.*?)```", card, re.DOTALL)
 found = {}
 for block in blocks:
     if "load_state_dict" in block:
@@ -59,8 +65,9 @@ for block in blocks:
             found["onnx" + ending] = names["graph"].run(["text_embeds"], names["inputs"])[0]
         else:
             found["transformers" + ending] = names["embeds"].numpy()
-_, report = AutoModel.from_pretrained(".", add_pooling_layer=False, output_loading_info=True)
-assert not [fault for fault in report.values() if fault], report
+if "AutoModel" in card:
+    _, report = AutoModel.from_pretrained(".", add_pooling_layer=False, output_loading_info=True)
+    assert not [fault for fault in report.values() if fault], report
 assert "modeling_capivara" not in sys.modules
 np.savez(sys.argv[3], **found)
 """
@@ -72,14 +79,6 @@ def saved(model: CapivaraModel, processor: CapivaraProcessor, folder: Path) -> P
     return folder
 
 
-def trained(base: Path, folder: Path, processor: CapivaraProcessor | None = None) -> Path:
-    """A model whose image side is the base's and whose text side is another."""
-    model = CapivaraModel.from_pretrained(base)
-    images = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith("vis")}
-    randomise(model, seed=1).load_state_dict(images, strict=False)
-    return saved(model, processor or CapivaraProcessor.from_pretrained(base), folder)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, tiny_processor):
     model = randomise(CapivaraModel(tiny_config()))
@@ -88,7 +87,7 @@ def base(tmp_path_factory, tiny_processor):
 
 @pytest.fixture(scope="module")
 def model(base, tmp_path_factory):
-    return trained(base, tmp_path_factory.mktemp("model") / "trained")
+    return other_texts(base, tmp_path_factory.mktemp("model") / "trained")
 
 
 def export(model: Path, base: Path, output: Path, *flags: str) -> Path:
@@ -97,15 +96,22 @@ def export(model: Path, base: Path, output: Path, *flags: str) -> Path:
     return output
 
 
-@pytest.fixture(scope="module")
-def exported(xlmr, tiny_processor, tmp_path_factory):
-    """A base, a model and its text side, with the real vocabulary and its rules, and the processor of both."""
-    processor = CapivaraProcessor(tiny_processor.image_processor, xlmr[0].tokenizer)
-    config = tiny_config(text_config={**TINY_TEXT, "vocab_size": 250002})
+@pytest.fixture(scope="module", params=["capivara", "siglip"])
+def exported(request, xlmr, tiny_processor, tmp_path_factory):
+    """A base, a model and its text side: CAPIVARA's with the real vocabulary and its rules; SigLIP's with an image
+    tower that open_clip has, and a narrow text tower."""
     folder = tmp_path_factory.mktemp("exported")
-    base = saved(randomise(CapivaraModel(config)), processor, folder / "base")
-    model = trained(base, folder / "model", processor)
-    return base, model, export(model, base, folder / "text_side"), processor
+    if request.param == "siglip":
+        tokenizer, vision = gemma_like(TEXTS, 400), TOWER | {"hidden_size": 768, "intermediate_size": 3072}
+        vision |= {"num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 256, "patch_size": 32}
+        text = TOWER | {"vocab_size": len(tokenizer), "pad_token_id": 0, "projection_size": 768}
+        siglip2(folder / "base", tokenizer, SiglipConfig(text_config=text, vision_config=vision))
+    else:
+        config = tiny_config(text_config={**TINY_TEXT, "vocab_size": 250002})
+        processor = CapivaraProcessor(tiny_processor.image_processor, xlmr[0].tokenizer)
+        saved(randomise(CapivaraModel(config)), processor, folder / "base")
+    model = other_texts(folder / "base", folder / "model")
+    return folder / "base", model, export(model, folder / "base", folder / "text_side")
 
 
 @pytest.fixture
@@ -119,13 +125,8 @@ def no_onnx(monkeypatch):
     monkeypatch.setattr(onnx_files, "write_onnx", write_onnx)
 
 
-@torch.no_grad()
-def embeddings(folder: Path, texts: list[str] = TEXTS, processor: CapivaraProcessor | None = None) -> np.ndarray:
-    model, processor = (
-        CapivaraModel.from_pretrained(folder).eval(),
-        processor or CapivaraProcessor.from_pretrained(folder),
-    )
-    return model(**processor(text=texts, return_tensors="pt")).text_embeds.numpy()
+def embeddings(folder: Path, texts: list[str] = TEXTS) -> np.ndarray:
+    return embed_texts(load_model(folder).eval(), load_processor(folder), texts).numpy()
 
 
 def as_the_card_says(folder: Path, output: Path) -> dict[str, np.ndarray]:
@@ -146,12 +147,14 @@ def as_the_card_says(folder: Path, output: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 def test_the_cards_code_gives_the_models_embeddings_without_the_package(exported, tmp_path):
-    base, model, text_side, processor = exported
-    found, expected = as_the_card_says(text_side, tmp_path), embeddings(model, TEXTS, processor)
-    assert np.abs(expected - embeddings(base, TEXTS, processor)).max() > 0.01, "the base's text side would do as well"
-    programs = ("sentence_transformers", "onnx", "transformers")
+    base, model, text_side = exported
+    found, expected = as_the_card_says(text_side, tmp_path), embeddings(model)
+    assert np.abs(expected - embeddings(base)).max() > 0.01, "the base's text side would do as well"
+    programs = {"onnx", "transformers"} | (
+        {"sentence_transformers"} if (text_side / "modules.json").exists() else set()
+    )
     assert found.keys() == {*programs, *(f"{program}_without_code" for program in programs)}
-    plain = embeddings(model, PLAIN, processor)
+    plain = embeddings(model, PLAIN)
     for program, embeds in found.items():
         wanted = plain if program.endswith("without_code") else expected
         np.testing.assert_allclose(embeds, wanted, rtol=0, atol=1e-5, err_msg=program)
@@ -159,21 +162,33 @@ def test_the_cards_code_gives_the_models_embeddings_without_the_package(exported
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_open_clip_takes_the_text_side_and_keeps_its_images(exported):
-    base, model, text_side, processor = exported
-    ours = CapivaraModel.from_pretrained(base).eval()
-    theirs = build_open_clip(ours.config)
-    theirs.load_state_dict(open_clip_state_dict(ours))
-    pixels = processor(images=random_images(), return_tensors="pt")["pixel_values"]
-    before = theirs.encode_image(pixels, normalize=True)
+def test_open_clip_takes_the_text_side_and_keeps_its_images(exported, tmp_path):
+    base, model, text_side = exported
+    ours, processor = load_model(base).eval(), load_processor(base)
+    if is_own := isinstance(ours, CapivaraModel):
+        theirs = build_open_clip(ours.config)
+        theirs.load_state_dict(open_clip_state_dict(ours))
+    else:
+        main(["--model", str(base), "--output", str(tmp_path / "whole"), "--formats", "transformers,open_clip"])
+        theirs, _ = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'whole'}")
+    pictures = [image.convert("RGB") for image in random_images()]
+    pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
+    before = theirs.eval().encode_image(pixels, normalize=True)
     (code,) = (block for block in blocks(text_side) if "load_state_dict" in block)
     exec(code, {"model": theirs, "folder": str(text_side)})
-    ids = processor(text=TEXTS, return_tensors="pt", padding="max_length")["input_ids"]
-    expected = embeddings(model, TEXTS, processor)
-    np.testing.assert_allclose(theirs.encode_text(ids, normalize=True), expected, rtol=0, atol=1e-5)
+    if is_own:
+        ids = processor(text=TEXTS, return_tensors="pt", padding="max_length")["input_ids"]
+    else:
+        card = (text_side / "README.md").read_text(encoding="utf-8")
+        (call,) = re.findall(r"`(open_clip\.tokenizer\.HFTokenizer\(.*?\))`", card)
+        texts = ["um gato", "Uma CAPIVARA, na água!"]
+        ids = eval(call, {"open_clip": open_clip, "folder": str(text_side)})(texts)
+        assert ids.tolist() == pad(processor, tokenise(processor, texts))["input_ids"].tolist()
+        ids = pad(processor, tokenise(processor, TEXTS))["input_ids"]
+    np.testing.assert_allclose(theirs.encode_text(ids, normalize=True), embeddings(model), rtol=0, atol=1e-5)
     assert torch.equal(theirs.encode_image(pixels, normalize=True), before)
-    torch.testing.assert_close(before, ours(pixel_values=pixels).image_embeds, rtol=0, atol=1e-5)
-    assert torch.equal(theirs.logit_scale, CapivaraModel.from_pretrained(model).logit_scale)
+    torch.testing.assert_close(before, image_embeds(ours, pixels), rtol=0, atol=1e-5)
+    assert torch.equal(theirs.logit_scale, load_model(model).logit_scale.reshape(()))
 
 
 def blocks(folder: Path) -> list[str]:
@@ -182,14 +197,15 @@ def blocks(folder: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_int8_graph_is_near_and_its_distance_is_on_the_card(exported):
-    _, model, text_side, processor = exported
+    _, model, text_side = exported
     graphs = json.loads((text_side / "onnx/quantisation.json").read_text())["graphs"]
     assert not [name for name in graphs if "vision" in name]
-    inputs, found = dict(processor(text=TEXTS, return_tensors="np")), []
+    processor, found = load_processor(model), []
+    inputs = {name: ids.numpy() for name, ids in pad(processor, tokenise(processor, TEXTS)).items()}
     for name in ("float32", "int8"):
         found += onnx_files.open_graph(text_side / f"onnx/text_model{onnx_files.ENDINGS[name]}.onnx").run(None, inputs)
     exact, rounded = found
-    np.testing.assert_allclose(exact, embeddings(model, TEXTS, processor), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(exact, embeddings(model), rtol=0, atol=1e-5)
     assert 0.99 < (exact * rounded).sum(axis=-1).min() < 0.9999999, "equal to the last bit: nothing was rounded"
     card = (text_side / "README.md").read_text(encoding="utf-8")
     for name, graph in graphs.items():
@@ -205,7 +221,7 @@ def test_other_forms_of_a_model(kind, tiny_processor, no_onnx, tmp_path):
     config = tiny_config(text_projection_type="linear") if kind == "linear projection" else tiny_config()
     made = randomise(CapivaraModel(config))
     base = saved(made.bfloat16() if kind == "bfloat16" else made, tiny_processor, tmp_path / "base")
-    model = trained(base, tmp_path / "model")
+    model = other_texts(base, tmp_path / "model")
     if kind == "shards":
         CapivaraModel.from_pretrained(model).save_pretrained(model, max_shard_size="40KB")
         (model / "model.safetensors").unlink(missing_ok=True)
@@ -311,10 +327,10 @@ def test_another_way_to_the_same_pixels_is_named(model, base, file, part, field,
 def test_what_is_no_exchange(model, base, tmp_path):
     refused("to the bit: there is nothing to exchange", base, base, tmp_path / "out")
     refused("no-such does not exist", model, tmp_path / "no-such", tmp_path / "out")
-    refused("a folder of its own; name no other format", model, base, tmp_path / "out", "--formats", "drop_in,onnx")
-    refused("for a whole repository", model, base, tmp_path / "out", "--text_config", "us/text")
+    refused("a folder of its own: name no other format", model, base, tmp_path / "out", "--formats", "drop_in,onnx")
+    refused("and no --text_config", model, base, tmp_path / "out", "--text_config", "us/text")
     refused("is for --formats drop_in", model, base, tmp_path / "out", "--formats", "transformers")
-    with pytest.raises(SystemExit, match=r"--base.*which need it"):
+    with pytest.raises(SystemExit, match=r"--base.*which needs it"):
         main(["--model", str(model), "--output", str(tmp_path / "out"), "--formats", "drop_in"])
 
 

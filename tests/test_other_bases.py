@@ -11,7 +11,7 @@ from transformers import AutoProcessor, CLIPModel, SiglipConfig, SiglipModel
 from whole_batch_process import CAPTIONS, gradients_of
 
 import train_accelerate
-from hub_upload.formats import siglip
+from hub_upload.export import export
 from modeling_capivara import CapivaraModel
 from modeling_capivara.embedder import embed_texts, load_embedder, random_images, random_texts
 from modeling_capivara.loading import load_model, load_processor
@@ -143,11 +143,11 @@ def test_siglip2_in_full_size_is_read_by_open_clip_and_sentence_transformers(tmp
     tokenizer = gemma_like(list(map(word_forms, words)), 256_000)
     text = {"vocab_size": 256_000, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
     siglip2(tmp_path / "base", tokenizer, SiglipConfig(text_config=text))
-    folder, images = tmp_path / "small", [image.convert("RGB") for image in random_images()]
+    folder, images = tmp_path / "made", [image.convert("RGB") for image in random_images()]
     texts = [*random_texts(), "Uma FOTO, de um_gato!"]  # made small by each, and nothing else
-    done = trim(tmp_path / "base", folder, ["pt", "en"], words=[20_000])
+    done = trim(tmp_path / "base", tmp_path / "small", ["pt", "en"], words=[20_000])
     assert done.pieces[0] == 256_000 and done.parameters[1] < 0.7 * done.parameters[0]
-    siglip.main([str(folder)])
+    export(tmp_path / "small", folder, ["transformers", "open_clip", "sentence_transformers"])
     ours = load_embedder(str(folder), "cpu")
     model, preprocess = open_clip.create_model_from_pretrained(name := f"local-dir:{folder}")
     tokenise_theirs = open_clip.get_tokenizer(name)

@@ -13,11 +13,12 @@ from card_run import BASE_CARD, DATA_CARD, card_of, split_card
 from datasets import concatenate_datasets, load_from_disk
 from hub_client import hub_commands
 from made_benchmarks import make_data
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from towers import MAKERS, gemma_like, siglip2
 
 import train_accelerate
 from capivara_common.files import read_json
+from capivara_common.image_side_digest import image_side_digest
 from eval import report, retrieval, suite
 from hub_upload.card import check, write_card
 from hub_upload.export import export, main
@@ -93,7 +94,7 @@ def test_one_changed_word_of_class_or_loss_is_found(run, tmp_path):
 
 
 def test_the_hub_has_the_run_and_its_export(run, kind, tmp_path):
-    """The folder of the run itself, with the files that `hub_upload.formats.siglip` adds, and what a run pushes."""
+    """The folder of the run itself, with open_clip's files in it, and what a run pushes."""
     folder = shutil.copytree(run, tmp_path / "run")
     shutil.copyfile(run / "model.safetensors", folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text("{}", encoding="utf-8")
@@ -117,11 +118,34 @@ def test_the_hub_has_the_run_and_its_export(run, kind, tmp_path):
     assert rule == ({"text": {"padding": "max_length", "max_length": 64}} if kind == "siglip" else None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alone", ["drop_in", "immich"])
-def test_what_is_written_of_capivara_alone_says_so(run, kind, alone, tmp_path):
-    base = ["--base", str(run.parent / "base")] if alone == "drop_in" else []
-    with pytest.raises(SystemExit, match=rf"^error: [^\n]* own class alone, and \S+ is {kind}\. The whole [^\n]*$"):
-        main(["--model", str(run), "--output", str(tmp_path / "made"), "--formats", alone, *base])
+def test_the_text_side_alone_of_a_run(run, kind, alone, tmp_path):
+    """Of SigLIP by the command that exports CAPIVARA's; where pictures do not fit, one line, and nothing is written."""
+    output, base = tmp_path / "made", shutil.copytree(run.parent / "base", tmp_path / "base")
+    words = ["--model", str(run), "--output", str(output), "--formats", alone, "--base"]
+    if kind == "clip":
+        with pytest.raises(SystemExit, match=r"^error: [^\n]* and SigLIP alone, and \S+ is clip\. The whole [^\n]*$"):
+            main([*words, str(base)])
+        return
+    with pytest.raises(SystemExit, match=r"^error: [^\n]*$"):
+        main([*words, str(run.parent / "squares")])
+    weights, name = load_file(base / "model.safetensors"), "vision_model.post_layernorm.bias"
+    save_file({**weights, name: weights[name] + 1e-6}, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match=rf"^error: [^\n]*: the tensor {name} has other numbers\. [^\n]*$"):
+        main([*words, str(base)])
+    assert not output.exists()
+    main([*words, str(run.parent / "base")])
+    made = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    if alone == "immich":
+        textual = ("model.onnx", "tokenizer.json", "tokenizer_config.json")
+        assert made == {"config.json", *(f"textual/{name}" for name in textual)}
+    else:
+        assert {"model.safetensors", "onnx/text_model.onnx", "tokenizer.json"} <= made and "modules.json" not in made
+        assert read_json(output / "drop_in.json")["image_digest"] == image_side_digest(run.parent / "base")
+
+
+def test_a_text_config_is_for_capivara_alone(run, tmp_path):
     with pytest.raises(SystemExit, match=r"^error: text_config is for CAPIVARA's own class[^\n]*$"):
         main(["--model", str(run), "--output", str(tmp_path / "made"), "--formats", OWN, "--text_config", str(run)])
     assert not (tmp_path / "made").exists()

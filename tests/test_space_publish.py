@@ -126,7 +126,7 @@ def test_the_folder_of_a_space(flags, tmp_path, capsys):
     space = tmp_path / "space"
     main([*flags, "--space", str(space)])
     said = capsys.readouterr().out
-    assert "README.md" in said and "capivara_search/ (" in said and "Nothing was sent" not in said
+    assert f"The Space is in {space}; `python app.py` there starts it" in said
     _, head, body = (space / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     about = yaml.safe_load(head)
     assert (about["sdk"], about["app_port"], about["license"]) == ("docker", 7860, "cc-by-sa-4.0")
@@ -201,32 +201,35 @@ def commands(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_push(commands, flags):
-    def run(*more, **options):
-        return commands(*flags, *more, call="hub_upload.space.__main__:main", **options)
+def test_push(commands, flags, tmp_path):
+    """By the command that sends models: shown first, then one commit; what an older Space had in its folders goes."""
+    main([*flags, "--space", str(tmp_path / "demo")])
+    (tmp_path / "demo" / "capivara_search" / "x.pyc").write_bytes(b"of a start here")
 
-    listed = run("--repo_id", "us/demo")
+    def run(*more, **options):
+        return commands("--model", tmp_path / "demo", "--repo-type", "space", "--repo-id", "us/demo", *more, **options)
+
+    listed = run()
     assert listed.code == 0 and "Nothing was sent" in listed.out and "app.py" in listed.out, listed.err
     assert ("spaces", "us/demo") not in commands.hub.storage.repos
-    assert "there is no token" in run("--repo_id", "us/demo", "--push", token=None).err.lower()
-    sent = run("--repo-id", "us/demo", "--push", "--private")
-    assert sent.code == 0 and "Sent: http" in sent.out, sent.err
+    sent = run("--push", "--private")
+    assert sent.code == 0 and "Pushed in one commit" in sent.out, sent.err
     there = set(commands.hub.files("us/demo", kind="spaces"))
-    assert {"app.py", "README.md", "requirements.txt", "Dockerfile"} <= there
-    assert [name for name in there if name.startswith("index.lance/pictures.lance/data/")]
-    assert commands.hub.repo("us/demo", "spaces").private
-    commands.hub.faults.concurrent_commit = True
-    changed = run("--repo-id", "us/demo", "--push")
-    assert changed.code and "us/demo was changed meanwhile (412)" in changed.err
-    refused = run("--repo-id", "them/demo", "--push")
-    assert refused.code and "error: " in refused.err and "them" in refused.err
-    assert "--push needs --repo_id" in run("--push").err
+    assert {"app.py", "README.md", "requirements.txt", "Dockerfile", "capivara_search/__init__.py"} <= there
+    fragment = next(name for name in there if name.startswith("index.lance/pictures.lance/data/"))
+    assert commands.hub.repo("us/demo", "spaces").private and not [name for name in there if name.endswith(".pyc")]
+    (tmp_path / "demo" / fragment).rename(tmp_path / "demo" / f"{fragment}.new")
+    assert run("--push").code == 0
+    assert set(commands.hub.files("us/demo", kind="spaces")) == there - {fragment} | {f"{fragment}.new"}
+    (tmp_path / "demo" / "app.py").write_text("token = 'hf_" + "aB3" * 11 + "'", encoding="utf-8")
+    assert "app.py, line 1, holds what looks like an access token" in run("--push").err
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "--space FOLDER or --repo_id"),
+        ([], "Say what is made: --space FOLDER, or --static"),
+        (["--space", "x", "--push"], "`--push` is gone: send the folder by `hub_upload.push --repo-type space`"),
         (["--space", "x", "--batch_size", "8"], "`--batch_size` is gone: make the index by `capivara index`"),
         (["--space", "x", "--cache_dir", "off"], "index is kept"),
         (["--space", "x", "--pictures", "no/such/folder"], "does not exist"),
@@ -240,8 +243,7 @@ def test_errors_are_one_line(flags, tmp_path, monkeypatch, more, message):
     assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("more", [["--repo_id", "demo"], ["--space", "."]])
-def test_a_wrong_target_is_said_before_the_index_is_built(flags, tmp_path, more):
-    with pytest.raises(SystemExit, match=r"error: .*(must be owner/name|not empty)"):
-        main([*flags, *more])
+def test_a_wrong_target_is_said_before_the_index_is_built(flags, tmp_path):
+    with pytest.raises(SystemExit, match=r"error: .*not empty"):
+        main([*flags, "--space", "."])
     assert not (tmp_path / "cache").exists()

@@ -30,7 +30,6 @@ from hub_upload.space.static_page import (
     OURS,
     PAGES,
     SOURCES,
-    model_name,
     page_html,
     write_static_page,
 )
@@ -84,15 +83,6 @@ def test_the_page_may_ask_no_other_host():
         assert not re.search(r"https?://|innerHTML|eval\(", text)
 
 
-def test_a_model_is_called_as_its_card_calls_it(tmp_path):
-    folder = tmp_path / "repo"
-    folder.mkdir()
-    assert model_name(str(folder), folder) == "repo"
-    (folder / "README.md").write_text("---\nmodel-index:\n- name: CAPIVARA (pt)\n---\n")
-    assert model_name(str(folder), folder) == "CAPIVARA (pt)"
-    assert model_name("hiaac-nlp/CAPIVARA", folder) == "hiaac-nlp/CAPIVARA"
-
-
 def test_a_tokenizer_that_no_browser_reads_is_refused(tiny_folder, tmp_path, stand_in):
     tokenizer = Tokenizer.from_file(str(tiny_folder / "tokenizer.json"))
     tokenizer.normalizer = normalizers.ByteLevel()
@@ -115,7 +105,7 @@ def test_the_library_comes_from_npm_or_a_folder(tiny_folder, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--static", "x", "--space", "y"], "leave --space out"),
+        (["--static", "x", "--space", "y"], "or --static FOLDER alone"),
         (["--space", "y", "--library", "x"], "--library is of --static"),
         (["--static", "."], "not empty"),
         (["--static", "x", "--model", "./no-model"], "no-model"),
@@ -150,9 +140,8 @@ def small_model(saved_tiny_folder, tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_the_folder(small_model, stand_in, tmp_path, capsys):
     page = tmp_path / "page"
-    main(["--model", str(small_model), "--static", str(page), "--library", str(stand_in), "--repo_id", "us/page"])
-    said = capsys.readouterr().out
-    assert "python -m http.server" in said and "Nothing was sent" in said and "/config.json (" in said
+    main(["--model", str(small_model), "--static", str(page), "--library", str(stand_in)])
+    assert "python -m http.server" in capsys.readouterr().out
     known = json.loads(re.search(r'id="words">(.*?)</script>', (page / "index.html").read_text("utf-8"))[1])
     folder = page / "model" / known["model"]["id"]
     assert (known["model"]["side"], known["model"]["width"]) == (32, 24)

@@ -10,6 +10,7 @@ from transformers import (
     AltCLIPModel,
     AltCLIPProcessor,
     AutoConfig,
+    AutoModel,
     BertTokenizer,
     ChineseCLIPConfig,
     ChineseCLIPImageProcessor,
@@ -28,6 +29,9 @@ from transformers import (
     SiglipModel,
     SiglipProcessor,
 )
+
+from modeling_capivara.loading import load_processor
+from modeling_capivara.two_towers import IMAGE_SIDE
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = TOWER | {"image_size": 32, "patch_size": 16}
@@ -100,6 +104,16 @@ def siglip2(folder: Path, tokenizer: Siglip2Tokenizer, config: SiglipConfig | No
     randomise(SiglipModel(config)).save_pretrained(folder)
     side = config.vision_config.image_size
     SiglipProcessor(SiglipImageProcessor(size={"height": side, "width": side}), tokenizer).save_pretrained(folder)
+
+
+def other_texts(base: Path, folder: Path) -> Path:
+    """A model whose image side is that of the one in `base`, and whose text side is another."""
+    model = AutoModel.from_pretrained(base)  # of the type that it was saved in
+    images = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith(IMAGE_SIDE)}
+    randomise(model, seed=1).load_state_dict(images, strict=False)
+    model.save_pretrained(folder)
+    load_processor(base).save_pretrained(folder)
+    return folder
 
 
 def as_published(folder: Path) -> None:

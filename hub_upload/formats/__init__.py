@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, ProcessorMixin
 
 from capivara_common.files import seed_folders, write_text
 from capivara_common.hub_cache import model_folder
 from capivara_common.image_side_digest import image_difference
 from capivara_search.models import CONVERTER
-from modeling_capivara import loading
+from modeling_capivara import CapivaraProcessor, loading
+from modeling_capivara.text_repair_capivara import CONTEXT_LENGTH
 
 # What a keyboard calls for of the text repair, for programs that run no code of a folder; as ftfy does it, so that it
 # changes no text that is repaired. The other repairs are in the vocabulary's own normaliser, or of broken files' texts.
@@ -28,8 +29,8 @@ PLAIN_QUOTES = [
 ]
 
 
-def read_config(folder: Path, of_ours: str | None = None) -> PreTrainedConfig:
-    """The configuration of a model folder, of any model of two towers; of CAPIVARA's own where a format is `of_ours`.
+def read_config(folder: Path, form: str | None = None) -> PreTrainedConfig:
+    """The configuration of a model folder, of any model of two towers; of CAPIVARA or SigLIP where a `form` is of them.
 
     Raises ValueError where it is none; a run's several seeds are named.
     """
@@ -40,12 +41,17 @@ def read_config(folder: Path, of_ours: str | None = None) -> PreTrainedConfig:
         hint = f" It is a run of several seeds; name one of {', '.join(seeds)} in it." if seeds else ""
         raise ValueError(f"The folder {folder} holds no model (config.json is missing).{hint}")
     config = loading.two_towers_config(folder)
-    if of_ours and config.model_type != "capivara":
+    if form and config.model_type not in ("capivara", "siglip"):
         raise ValueError(
-            f"{of_ours} is written of models of CAPIVARA's own class alone, and {folder} is {config.model_type}. The "
-            "whole model (--formats transformers,onnx) opens in place of its base, and finds the base's vectors."
+            f"{form} is written of CAPIVARA and SigLIP alone, and {folder} is {config.model_type}. The whole model "
+            "(--formats transformers,onnx) opens in place of its base, and finds the base's vectors."
         )
     return config
+
+
+def text_length(processor: ProcessorMixin) -> int:
+    """Tokens of the longest text."""
+    return CONTEXT_LENGTH if isinstance(processor, CapivaraProcessor) else processor.tokenizer.model_max_length
 
 
 def base_of(model: Path, base: str) -> Path:
@@ -80,13 +86,9 @@ def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return digests
 
 
-def write_plain_tokenizer(folder: Path, tokenizer: dict[str, Any]) -> None:
-    """Write a tokenizer.json that reads curly quotation marks as plain ones, and accents in one form.
-
-    Args:
-        folder: where to.
-        tokenizer: its content but for that.
-    """
-    own = [tokenizer["normalizer"]] if tokenizer["normalizer"] else []
-    plain = tokenizer | {"normalizer": {"type": "Sequence", "normalizers": [*PLAIN_QUOTES, *own]}}
-    write_text(folder / "tokenizer.json", json.dumps(plain, ensure_ascii=False))
+def write_tokenizer(folder: Path, content: dict[str, Any], is_own: bool) -> None:
+    """Write a tokenizer.json; CAPIVARA's then reads curly quotation marks as plain ones, and accents in one form."""
+    if is_own:
+        steps = [*PLAIN_QUOTES, *([content["normalizer"]] if content["normalizer"] else [])]
+        content = content | {"normalizer": {"type": "Sequence", "normalizers": steps}}
+    write_text(folder / "tokenizer.json", json.dumps(content, ensure_ascii=False))

@@ -1,9 +1,9 @@
 """The text side alone, for whoever has pictures embedded with the base: these stay, and better sentences find them.
 
-    config.json, model.safetensors, tokenizer  the text tower, which transformers opens
-    modules.json, 1_Pooling/, 2_Dense/, ...    with it the whole text side, which sentence-transformers opens
-    open_clip_text.safetensors                 `text.*` and `logit_scale`, under open_clip's names
-    onnx/text_model.onnx                       input_ids, attention_mask (texts, tokens) -> text_embeds (texts, width)
+    config.json, model.safetensors, tokenizer  the text tower, which transformers opens; of SigLIP the whole text side
+    modules.json, 1_Pooling/, 2_Dense/, ...    CAPIVARA's: with it the whole text side, for sentence-transformers
+    open_clip_text.safetensors                 `text.*`, `logit_scale` and `logit_bias`, under open_clip's names
+    onnx/text_model.onnx                       input_ids, CAPIVARA's attention_mask -> text_embeds (texts, width)
     drop_in.json, README.md                    which pictures it is for
 
 `hub_upload.export` calls it. Before anything is written it proves that the model embeds pictures as the base does, to
@@ -13,29 +13,23 @@ the bit: the same tensors `vision_model.*` and `visual_projection.*`, and the sa
 import logging
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub.utils import yaml_dump
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from capivara_common.environment import require
 from capivara_common.files import read_json, write_json, write_text
 from capivara_common.image_side_digest import image_side_digest
 from capivara_common.privacy import hide_paths, short_name
 from capivara_common.weight_file import weight_files
+from hub_upload import formats
 from hub_upload.card_facts import LICENCES
 from hub_upload.card_values import MARKDOWN_TEMPLATES, code, code_examples, escaped
-from hub_upload.formats import (
-    base_of,
-    check_tensors,
-    onnx,
-    open_clip,
-    read_config,
-    tensor_digests,
-    write_plain_tokenizer,
-)
-from modeling_capivara import CapivaraModel
+from hub_upload.formats import check_tensors, onnx, open_clip, siglip, tensor_digests, text_length
 from modeling_capivara.convert_open_clip import (
     BASE_TEXT_MODEL,
     capivara_state_dict,
@@ -43,7 +37,7 @@ from modeling_capivara.convert_open_clip import (
     open_clip_state_dict,
 )
 from modeling_capivara.loading import WEIGHTS, card_metadata, load_processor, mapped_model, mapped_tensors
-from modeling_capivara.processing_capivara import CONTEXT_LENGTH
+from modeling_capivara.two_towers import embedding_width
 
 FACTS, OPEN_CLIP_TEXT = "drop_in.json", "open_clip_text.safetensors"
 TEXT_SIDE = ("text_model.", "text_projection.")
@@ -54,7 +48,7 @@ logger = logging.getLogger("capivara")
 
 
 def write(source: Path, folder: Path, base: str, repo_id: str | None = None) -> None:
-    """Write the text side of a model into an empty folder.
+    """Write the text side of a model, CAPIVARA's or SigLIP's, into an empty folder.
 
     Raises:
         ValueError: the model embeds pictures otherwise than the base (the first tensor or setting that differs is
@@ -63,25 +57,28 @@ def write(source: Path, folder: Path, base: str, repo_id: str | None = None) -> 
         OSError: the disk is full.
     """
     require("--formats drop_in", "onnx", *onnx.ONNX_PACKAGES)
-    config, base_folder = read_config(source, "drop_in"), base_of(source, base)
+    config, base_folder = formats.read_config(source, "drop_in"), formats.base_of(source, base)
     if _text_digests(source) == _text_digests(base_folder):
         raise ValueError(f"The text side of {source} is that of {base}, to the bit: there is nothing to exchange.")
-    model = mapped_model(source, config)
-    denses = _write_sentence_transformers(model, folder)
-    has_open_clip = _write_open_clip(model, base_folder, folder)
+    model, processor, is_own = mapped_model(source, config), load_processor(source), config.model_type == "capivara"
+    about = {"is_own": is_own, "length": text_length(processor), "pooler": hasattr(model.text_model, "pooler")}
+    about["denses"] = _write_tower(model, folder)
+    if is_own:
+        _write_modules(model, folder, about["denses"])
+    about["open_clip"] = _write_open_clip(model, source, base_folder, folder)
+    _write_tokenizer(processor.tokenizer, folder, text_length(processor), is_own)
     del model
-    _write_tokenizer(source, folder)
     onnx.write_onnx(folder, source, ["text_model"])
     facts = {
         "model": short_name(str(source)),
         "base": short_name(base),
         "image_digest": image_side_digest(source),
-        "width": config.projection_dim,
+        "width": embedding_width(config),
         "distance": "cosine",
         "unit_length": True,
     }
     write_json(folder / FACTS, facts)
-    write_text(folder / "README.md", _card(source, folder, facts, denses, has_open_clip, repo_id))
+    write_text(folder / "README.md", _card(source, folder, facts, repo_id, **about))
     if (source / "LICENSE").is_file():
         shutil.copyfile(source / "LICENSE", folder / "LICENSE")
 
@@ -91,7 +88,7 @@ def _text_digests(folder: Path) -> dict[str, str]:
     return tensor_digests({name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_SIDE)})
 
 
-def _write_sentence_transformers(model: CapivaraModel, folder: Path) -> list[str]:
+def _write_tower(model: PreTrainedModel, folder: Path) -> list[str]:
     """The tower, and each matrix of the projection as a module of its own; returns the names of their folders.
 
     The written tensors are compared with the model's.
@@ -109,73 +106,77 @@ def _write_sentence_transformers(model: CapivaraModel, folder: Path) -> list[str
         written[f"{name}.weight"] = mapped_tensors([folder / dense / WEIGHTS])["linear.weight"]
     expected = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(TEXT_SIDE)}
     check_tensors(folder / WEIGHTS, written, tensor_digests(expected))
-    write_json(folder / "1_Pooling/config.json", _pooling(model.config.text_config.hidden_size))
+    return denses
+
+
+def _write_modules(model: PreTrainedModel, folder: Path, denses: list[str]) -> None:
+    """What sentence-transformers makes of CAPIVARA's tower and matrices; of SigLIP's tower it makes nothing."""
+    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
+    pooling = {"word_embedding_dimension": model.config.text_config.hidden_size}
+    pooling |= {f"pooling_mode_{mode}": mode == "mean_tokens" for mode in modes}
+    write_json(folder / "1_Pooling/config.json", pooling)
     kinds = {"": "Transformer", "1_Pooling": "Pooling", **dict.fromkeys(denses, "Dense")}
     kinds[f"{len(kinds)}_Normalize"] = "Normalize"
     open_clip.write_modules(folder, [(path, f"{MODULES}.{kind}") for path, kind in kinds.items()])
     # transformers' own encoders come with a pooler that mean pooling leaves unused, and would draw one at random.
     kwargs = {"model_args": {"add_pooling_layer": False}} if hasattr(model.text_model, "pooler") else {}
-    settings = {"max_seq_length": CONTEXT_LENGTH, "do_lower_case": False} | kwargs
+    settings = {"max_seq_length": formats.CONTEXT_LENGTH, "do_lower_case": False} | kwargs
     write_json(folder / "sentence_bert_config.json", settings)
-    return denses
 
 
-def _pooling(width: int) -> dict[str, Any]:
-    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
-    return {"word_embedding_dimension": width} | {f"pooling_mode_{mode}": mode == "mean_tokens" for mode in modes}
-
-
-def _write_open_clip(model: CapivaraModel, base: Path, folder: Path) -> bool:
+def _write_open_clip(model: PreTrainedModel, source: Path, base: Path, folder: Path) -> bool:
     """The text side for open_clip's model of the base, compared with the model; False where it does not fit there."""
     try:
-        open_clip_model_cfg(model.config, BASE_TEXT_MODEL)
         mapped_model(base, model.config)  # as without the same tensors no state dict can be exchanged
-    except ValueError as error:
+        if is_own := model.config.model_type == "capivara":
+            open_clip_model_cfg(model.config, BASE_TEXT_MODEL)
+            state = open_clip_state_dict(model)
+        else:
+            siglip.check_open_clip(model.config)
+            with TemporaryDirectory(dir=folder) as place:  # the whole model, with which it is compared
+                state = siglip.write_open_clip(source, Path(place), short_name(str(source)))
+    except (ValueError, ImportError) as error:
         logger.info("open_clip is left out: %s", error)
         return False
-    state = open_clip_state_dict(model)
     ours = {name: tensor.detach().contiguous() for name, tensor in state.items() if not name.startswith("visual.")}
     save_file(ours, folder / OPEN_CLIP_TEXT, metadata={"format": "pt"})
-    written = capivara_state_dict(state | mapped_tensors([folder / OPEN_CLIP_TEXT]))
-    check_tensors(folder / OPEN_CLIP_TEXT, written, tensor_digests(model.state_dict()))
+    if is_own:
+        written = capivara_state_dict(state | mapped_tensors([folder / OPEN_CLIP_TEXT]))
+        check_tensors(folder / OPEN_CLIP_TEXT, written, tensor_digests(model.state_dict()))
     return True
 
 
-def _write_tokenizer(model: Path, folder: Path) -> None:
-    """The tokenizer with its code, for texts alone; without the code, curly quotation marks are plain, too."""
-    tokenizer = load_processor(model).tokenizer
-    tokenizer.model_max_length = min(tokenizer.model_max_length, CONTEXT_LENGTH)
+def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, length: int, is_own: bool) -> None:
+    """The tokenizer for texts alone; CAPIVARA's with its code, without which curly quotation marks are plain, too."""
+    tokenizer.model_max_length = min(tokenizer.model_max_length, length)
     tokenizer.save_pretrained(folder)
-    write_plain_tokenizer(folder, read_json(folder / "tokenizer.json"))
+    if is_own:
+        formats.write_tokenizer(folder, read_json(folder / "tokenizer.json"), is_own)
     path = folder / "tokenizer_config.json"
     settings = hide_paths(read_json(path))
     for name in ("is_local", "local_files_only", "processor_class"):
         settings.pop(name, None)
-    settings["auto_map"] = {"AutoTokenizer": settings["auto_map"]["AutoTokenizer"]}
+    if is_own:
+        settings["auto_map"] = {"AutoTokenizer": settings["auto_map"]["AutoTokenizer"]}
     write_json(path, settings)
 
 
-def _language(model: Path) -> str:
-    """Code of the language that a model was trained in; of one that doesn't say so, Portuguese, which is CAPIVARA's."""
-    return read_json(model / "run.json", config=dict)["config"]["language"] if (model / "run.json").is_file() else "pt"
-
-
-def _card(
-    source: Path, folder: Path, facts: dict[str, Any], denses: list[str], has_open_clip: bool, repo_id: str | None
-) -> str:
+def _card(source: Path, folder: Path, facts: dict[str, Any], repo_id: str | None, **values: Any) -> str:
     """README.md: for which indexes it holds, and how each program opens it. Its figures have been measured just now."""
-    known, language = card_metadata(source / "README.md"), escaped(_language(source))
-    metadata = {"library_name": "sentence-transformers", "pipeline_tag": "feature-extraction"}
+    known, language = card_metadata(source / "README.md"), "pt"  # of a model that doesn't say in which it was trained
+    if (source / "run.json").is_file():
+        language = read_json(source / "run.json", config=dict)["config"]["language"]
+    library, kind = ("sentence-transformers", "clip") if values["is_own"] else ("transformers", "siglip")
+    metadata = {"library_name": library, "pipeline_tag": "feature-extraction"}
     metadata |= {"license": known["license"]} if known.get("license") in LICENCES else {}
-    metadata["tags"] = ["capivara", "clip", "sentence-transformers", "onnx", *["open_clip"] * has_open_clip]
+    tags = ["sentence-transformers"] * values["is_own"] + ["onnx"] + ["open_clip"] * values["open_clip"]
+    metadata["tags"] = ["capivara", kind, *tags]
+    texts = [f"{number} text in {escaped(language)}" for number in ("a", "another")]
     return MARKDOWN_TEMPLATES.get_template("drop_in.md.j2").render(
         **facts | {name: code(facts[name]) for name in ("model", "base", "image_digest")},
+        **values,
         metadata=yaml_dump(metadata).strip(),
         repo_id=repo_id,
-        examples=code_examples(language, [f"a text in {language}", f"another text in {language}"])["sentences"],
-        denses=denses,
-        open_clip=has_open_clip,
+        examples=code_examples(language, texts)["sentences"],
         graphs=read_json(folder / "onnx/quantisation.json")["graphs"],
-        length=CONTEXT_LENGTH,
-        pooler="model_args" in read_json(folder / "sentence_bert_config.json"),
     )

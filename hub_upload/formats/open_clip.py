@@ -3,10 +3,10 @@
 import logging
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from capivara_common.files import write_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
@@ -23,6 +23,7 @@ from modeling_capivara.convert_open_clip import (
 from modeling_capivara.embedder import random_texts
 from modeling_capivara.loading import model_of_tensors
 from modeling_capivara.processing_capivara import CONTEXT_LENGTH
+from modeling_capivara.two_towers import fills_up
 
 OPEN_CLIP_WEIGHTS = OPEN_CLIP_WEIGHT_FILES[0]
 SENTENCE_MODULES = "sentence_transformers.base.modules"  # as version 6 writes and reads it
@@ -74,19 +75,10 @@ def text_config_source(config: CapivaraConfig, text_config: str | None) -> str |
     return TEXT_MODEL if local else text_config
 
 
-class OpenClipPlan(NamedTuple):
-    """Fields of open_clip's configuration beside the architecture."""
-
-    source: str  # of the text tower's configuration, a Hub id or the folder `text_model`
-    tokenizer: str  # Hub id from which `hf-hub:` takes the tokenizer; a folder's own is taken from there
-    size: int  # pixels a side
-    preprocess_cfg: dict[str, Any]
-
-
-def plan_open_clip(
+def open_clip_settings(
     config: CapivaraConfig, image_processor: CapivaraImageProcessor, text_config: str | None, repo_id: str | None
-) -> OpenClipPlan | None:
-    """Check whether open_clip can build a model; None where the text tower has no name. Either way it is logged.
+) -> dict[str, Any] | None:
+    """open_clip's configuration of a model; None where the text tower has no name. Either way it is logged.
 
     Nothing is written, no weights are read. Where open_clip is installed its own model is built, without memory, and
     its tensors are compared by name and shape. ValueError where it has no such architecture, tower or preprocessing.
@@ -101,7 +93,7 @@ def plan_open_clip(
         )  # fmt: skip
         return None
     size, preprocess_cfg = preprocess_cfg_of(image_processor)
-    open_clip_model_cfg(config, source, size)
+    model_cfg = open_clip_model_cfg(config, source, size)
     if find_spec("open_clip"):
         try:
             with torch.device("meta"):
@@ -109,31 +101,29 @@ def plan_open_clip(
                 model_of_tensors(tensors, config, "Its tensors")
         except (RuntimeError, ValueError) as error:  # a few timm models have, under open_clip, a head of another width
             raise ValueError(f"open_clip does not build this model: {' '.join(str(error).split())}") from error
+    # `hf-hub:` takes the tokenizer from that repository; a folder's own is taken from there.
     tokenizer = repo_id or (BASE_TEXT_MODEL if source == TEXT_MODEL else source)
+    model_cfg["text_cfg"]["hf_tokenizer_name"] = tokenizer
     logger.info("open_clip: configuration of the text tower from %s, tokenizer from %s.", source, tokenizer)
     if source == TEXT_MODEL:
         logger.info("Users download the repository, start in its folder, and load local-dir:. (hf-hub: can't find it).")
-    return OpenClipPlan(source, tokenizer, size, preprocess_cfg)
+    return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
 
 
 def write_open_clip_config(
-    folder: Path, config: CapivaraConfig, plan: OpenClipPlan, tokenizer: CapivaraTokenizer
+    folder: Path, config: CapivaraConfig, settings: dict[str, Any], tokenizer: CapivaraTokenizer
 ) -> None:
     """Write open_clip_config.json beside the tokenizer, and the text tower's configuration where no Hub id has it."""
-    model_cfg = open_clip_model_cfg(config, plan.source, plan.size)
-    model_cfg["text_cfg"]["hf_tokenizer_name"] = plan.tokenizer
+    text_cfg = settings["model_cfg"]["text_cfg"]
     # Without it open_clip reads config.json first, and asks on the terminal whether to run the code it names.
-    model_cfg["text_cfg"]["tokenizer_kwargs"] = {"tokenizer_type": tokenizer_type(folder, config, tokenizer)}
-    write_json(folder / OPEN_CLIP_CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": plan.preprocess_cfg})
-    if plan.source == TEXT_MODEL:
+    text_cfg["tokenizer_kwargs"] = {"tokenizer_type": tokenizer_type(folder, config, tokenizer)}
+    write_json(folder / OPEN_CLIP_CONFIG, settings)
+    if text_cfg["hf_model_name"] == TEXT_MODEL:
         config.text_config.save_pretrained(folder / TEXT_MODEL)
 
 
-def write_sentence_transformers(folder: Path, text: dict[str, Any] | None = None) -> None:
-    """Write `modules.json` of sentence-transformers and the files that it names: how to embed, and unit length.
-
-    `text` are arguments of the processor for texts, beside sentence-transformers' own.
-    """
+def write_sentence_transformers(folder: Path, processor: ProcessorMixin) -> None:
+    """Write `modules.json` of sentence-transformers and the files that it names: how to embed, and unit length."""
     kinds = [("", "transformer.Transformer"), ("1_Normalize", "normalize.Normalize")]
     write_modules(folder, [(path, f"{SENTENCE_MODULES}.{kind}") for path, kind in kinds])
     settings = {
@@ -144,7 +134,10 @@ def write_sentence_transformers(folder: Path, text: dict[str, Any] | None = None
             "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
         },
         "module_output_name": SENTENCE_EMBEDDING,
-    } | ({"processing_kwargs": {"text": text}} if text else {})
+    }
+    if fills_up(processor):  # as SigLIP's texts are; others are padded as sentence-transformers does it
+        rule = {"padding": "max_length", "max_length": processor.tokenizer.model_max_length}
+        settings["processing_kwargs"] = {"text": rule}
     write_json(folder / "sentence_bert_config.json", settings)
     names = {"module_input_name": SENTENCE_EMBEDDING, "module_output_name": SENTENCE_EMBEDDING}
     write_json(folder / "1_Normalize/config.json", names)

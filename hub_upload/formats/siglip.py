@@ -1,16 +1,10 @@
-"""What open_clip and sentence-transformers read of a SigLIP or SigLIP 2 model of fixed resolution.
+"""What open_clip reads of a SigLIP or SigLIP 2 model of fixed resolution: the layout of its own ViT-…-SigLIP2.
 
-    python -m hub_upload.formats.siglip runs/siglip2          # writes beside the files of transformers
-    open_clip.create_model_from_pretrained("local-dir:runs/siglip2")
-
-open_clip's layout is that of its own ViT-…-SigLIP2: timm's image tower with attention pooling, its own text tower. All
-tensors have a counterpart; query, key and value are one tensor there. What was written is loaded by open_clip and
-compared with transformers before the command ends.
+That is timm's image tower with attention pooling, and open_clip's own text tower. All tensors have a counterpart;
+query, key and value are one tensor there. What is written is loaded by open_clip and compared with transformers.
 """
 
 import re
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.environment import require
 from capivara_common.files import write_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
-from hub_upload.formats.open_clip import write_sentence_transformers
 from modeling_capivara.embedder import random_texts
 from modeling_capivara.loading import load_model, load_processor
-from modeling_capivara.two_towers import fills_up, image_embeds, pad, text_embeds, tokenise
+from modeling_capivara.two_towers import image_embeds, pad, text_embeds, tokenise
 
 TOLERANCE = 1e-4  # of cosines in float32
 # transformers' beginning of a name, and open_clip's; the first that fits counts.
@@ -57,51 +49,23 @@ TIMM = {(768, 12, 16): "vit_base_patch16_siglip", (768, 12, 32): "vit_base_patch
 TIMM |= {(1024, 24, 16): "vit_large_patch16_siglip", (1152, 27, 14): "vit_so400m_patch14_siglip"}
 
 
-@dataclass
-class SiglipArguments:
-    """Arguments of `hub_upload.formats.siglip`."""
-
-    model: Path = flag(..., "Folder of a SigLIP model, such as that of a run, to write into.", positional=True)
-    repo_id: str | None = flag(
-        None, "Where it will be on the Hub: open_clip's `hf-hub:` takes the tokenizer from there."
-    )
-
-
-@user_errors
-def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    args = parse(SiglipArguments, __doc__, argv)
-    difference = write_open_clip(args.model, args.repo_id or args.model.resolve().name)
-    write_sentence_transformers(args.model, text_rule(load_processor(args.model)))
-    print(f"Written into {args.model}; open_clip's embeddings differ by at most {difference:.1e}.")
-
-
-def write_open_clip(folder: Path, name: str) -> float:
-    """Write open_clip's files beside transformers' ones; the tokenizer is that of the repository `name`.
+def write_open_clip(source: Path, folder: Path, name: str) -> dict[str, Tensor]:
+    """Write open_clip's files of the model in `source` to `folder`; the tokenizer is that of the repository `name`.
 
     Returns:
-        The largest difference of embeddings, as of `compare`.
+        The tensors of open_clip's model.
 
     Raises:
-        ValueError, ImportError: as of `check_open_clip` and `compare`.
+        ValueError, ImportError: as of `check_open_clip`; or open_clip's embeddings are others.
     """
-    model, processor = load_model(folder).eval(), load_processor(folder)
+    model, processor = load_model(source).eval(), load_processor(source)
     check_open_clip(model.config)
-    with tempfile.TemporaryDirectory(dir=folder) as place:  # nothing is kept where open_clip gives other numbers
-        made = Path(place)
-        processor.save_pretrained(made)
-        save_file(open_clip_tensors(model), made / OPEN_CLIP_WEIGHT_FILES[0])
-        settings = {"model_cfg": model_cfg(model, name), "preprocess_cfg": preprocess_cfg(processor)}
-        write_json(made / OPEN_CLIP_CONFIG, settings)
-        difference = compare(model, processor, made)
-        for file in (OPEN_CLIP_WEIGHT_FILES[0], OPEN_CLIP_CONFIG):
-            (made / file).replace(folder / file)
-    return difference
-
-
-def text_rule(processor: ProcessorMixin) -> dict[str, Any]:
-    """How sentence-transformers shall have texts padded: SigLIP's are filled up, others are left to it."""
-    return {"padding": "max_length", "max_length": processor.tokenizer.model_max_length} if fills_up(processor) else {}
+    tensors = open_clip_tensors(model)
+    save_file(tensors, folder / OPEN_CLIP_WEIGHT_FILES[0], metadata={"format": "pt"})
+    settings = {"model_cfg": model_cfg(model, name), "preprocess_cfg": preprocess_cfg(processor)}
+    write_json(folder / OPEN_CLIP_CONFIG, settings)
+    compare(model, processor, folder)
+    return tensors
 
 
 def check_open_clip(config: PreTrainedConfig) -> None:
@@ -119,24 +83,21 @@ def check_open_clip(config: PreTrainedConfig) -> None:
 
 def open_clip_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """The tensors of open_clip's model; ValueError for one without a counterpart, by its name."""
-    result, state = {}, model.state_dict()
+    positions, result, state = "vision_model.embeddings.position_embedding.weight", {}, model.state_dict()
+    state |= {name: state[name].reshape(()) for name in ("logit_scale", "logit_bias")}
+    state[positions] = state[positions][None]
     for name, tensor in state.items():
         if part := re.fullmatch(r"(.*\.self_attn\.)([qkv])_proj\.(weight|bias)", name):
             if part[2] == "q":
                 whole = torch.cat([state[f"{part[1]}{letter}_proj.{part[3]}"] for letter in "qkv"])
-                prefix, visual = _renamed(part[1]), name.startswith("vision_model.")
-                result[prefix.replace("self_attn.", f"attn.{'qkv.' if visual else 'in_proj_'}{part[3]}")] = whole
+                kind = "attn.qkv." if name.startswith("vision_model.") else "attn.in_proj_"
+                result[_renamed(part[1]).replace("self_attn.", kind) + part[3]] = whole
         elif name.startswith("vision_model.head.attention.in_proj_"):
             kind, width = name.rpartition("_")[2], len(tensor) // 3
             result[f"visual.trunk.attn_pool.q.{kind}"] = tensor[:width].clone()
             result[f"visual.trunk.attn_pool.kv.{kind}"] = tensor[width:].clone()
         else:
-            shape = {
-                "logit_scale": (),
-                "logit_bias": (),
-                "vision_model.embeddings.position_embedding.weight": (1, *tensor.shape),
-            }
-            result[_renamed(name)] = tensor.reshape(shape.get(name, tensor.shape)).contiguous()
+            result[_renamed(name)] = tensor.contiguous()
     return result
 
 
@@ -175,8 +136,8 @@ def preprocess_cfg(processor: ProcessorMixin) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def compare(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> float:
-    """The largest difference of embeddings, of the same pixels and ids. Raises ValueError where it is no rounding."""
+def compare(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
+    """Raise ValueError where open_clip's embeddings, of the same pixels and ids, differ by more than rounding."""
     import open_clip
 
     try:
@@ -186,14 +147,8 @@ def compare(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> 
     ids = pad(processor, tokenise(processor, random_texts()))["input_ids"]
     side = model.config.vision_config.image_size
     pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    pairs = (text_embeds(model, ids), theirs.eval().encode_text(ids, normalize=True)), (
-        image_embeds(model, pixels), theirs.encode_image(pixels, normalize=True)
-    )  # fmt: skip
+    texts, images = theirs.eval().encode_text(ids, normalize=True), theirs.encode_image(pixels, normalize=True)
+    pairs = (text_embeds(model, ids), texts), (image_embeds(model, pixels), images)
     difference = max((ours - found).abs().max().item() for ours, found in pairs)
     if not difference < TOLERANCE:
-        raise ValueError(f"open_clip's embeddings of {folder} differ by {difference:.1e}, above {TOLERANCE:.0e}.")
-    return difference
-
-
-if __name__ == "__main__":
-    run_command(main)
+        raise ValueError(f"open_clip's embeddings differ by {difference:.1e}, above {TOLERANCE:.0e}; nothing was kept.")

@@ -9,12 +9,11 @@
 Source: its `models/session.js` and `utils/model-loader.js`, 4.3.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from capivara_common.files import read_json, write_json, write_text
-from hub_upload.formats import write_plain_tokenizer
+from capivara_common.files import read_json, write_json
+from hub_upload import formats
 from modeling_capivara.loading import load_processor
 from modeling_capivara.processing_capivara import CapivaraProcessor
 from modeling_capivara.text_repair_capivara import CONTEXT_LENGTH
@@ -60,12 +59,12 @@ def readable_tokenizer(folder: Path) -> dict[str, Any]:
 
 def write_tokenizer(folder: Path) -> None:
     """Make the tokenizer of a folder readable to transformers.js, with its ids (CAPIVARA: of repaired texts)."""
-    if read_json(folder / "config.json")["model_type"] != "capivara":  # whose texts are repaired before
-        return write_text(folder / "tokenizer.json", json.dumps(readable_tokenizer(folder), ensure_ascii=False))
-    write_plain_tokenizer(folder, readable_tokenizer(folder))
-    settings = read_json(folder / "tokenizer_config.json")
-    longest = min(settings.get("model_max_length", CONTEXT_LENGTH), CONTEXT_LENGTH)
-    write_json(folder / "tokenizer_config.json", settings | {"model_max_length": longest, "remove_space": True})
+    is_own = read_json(folder / "config.json")["model_type"] == "capivara"
+    formats.write_tokenizer(folder, readable_tokenizer(folder), is_own)
+    if is_own:  # whose texts are repaired before
+        settings = read_json(folder / "tokenizer_config.json")
+        longest = min(settings.get("model_max_length", CONTEXT_LENGTH), CONTEXT_LENGTH)
+        write_json(folder / "tokenizer_config.json", settings | {"model_max_length": longest, "remove_space": True})
 
 
 def _known_steps(normaliser: dict[str, Any] | None) -> dict[str, Any] | None:

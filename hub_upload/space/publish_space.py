@@ -1,8 +1,7 @@
-"""The page as a Space: a folder with the program, an index of pictures and the model, and its upload.
+"""The page as a Space: a folder with the program, an index of pictures and the model.
 
     index, credit = open_index("data/openmoji/dataset", "runs/mine")
     write_space(index, "runs/mine", Path("demo"), credit)
-    push_space(Path("demo"), "org/demo", private=False)
 
 Pictures of a data set are written to files that are named by their captions; whose they are is read from its README.
 The index is copied without the names of this machine's folders and the places where pictures were taken; thumbnails
@@ -23,7 +22,7 @@ from typing import Any
 
 import jinja2
 import pyarrow as pa
-from huggingface_hub import HfApi, SpaceCard, SpaceCardData, get_token
+from huggingface_hub import SpaceCard, SpaceCardData
 from tqdm.auto import tqdm
 
 from capivara_common.environment import cache_home
@@ -36,8 +35,7 @@ from capivara_search.models import find_model
 from capivara_search.page.server import DEFAULT_PORT, Credit
 from capivara_search.table import PictureTable
 from caption_data.sources import FORMS, SPLIT_NAMES, NoSplit, Split, form_hint, open_split
-from hub_upload.allowed_files import TOKENIZER_FILES, check_contents, check_paths, check_repo_id, check_secrets
-from hub_upload.push import NO_TOKEN, PushError, hub_errors, readable_size
+from hub_upload.allowed_files import TOKENIZER_FILES, check_contents, check_paths, check_secrets
 from modeling_capivara.loading import card_metadata
 
 ROOT, TEMPLATES = Path(__file__).resolve().parents[2], Path(__file__).parent / "templates"
@@ -236,7 +234,7 @@ def _renamed(path: str, names: dict[str, str]) -> str:
     return str(PurePath("/", PurePath(path).name))  # of a folder that is no longer listed
 
 
-# --- The folder, and the Hub -----------------------------------------------------------------------------------------
+# --- The folder -----------------------------------------------------------------------------------------------------
 
 
 def write_space(index: PictureIndex, model: str, folder: Path, credit: Credit) -> None:
@@ -286,53 +284,6 @@ def write_card(folder: Path, template: str, about: dict[str, Any], **values: Any
 def model_licence(model: Path) -> str:
     """What the card of a model in a folder says; the Hub shows that of others."""
     return str(card_metadata(model / "README.md").get("license") or "")
-
-
-def listing(folder: Path) -> str:
-    """The files of a Space with their sizes; those of the program and of the index as a line each."""
-    groups: dict[str, list[int]] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder)
-        many = name.parts[0] in PROGRAM or name.parts[0].endswith(".lance")
-        groups.setdefault(f"{name.parts[0]}/" if many else name.as_posix(), []).append(path.stat().st_size)
-    lines = [
-        f"  {name} ({readable_size(sum(sizes))}{f', {len(sizes)} files' if name.endswith('/') else ''})"
-        for name, sizes in groups.items()
-    ]
-    total = [size for sizes in groups.values() for size in sizes]
-    return "\n".join([*lines, f"{len(total)} files, {readable_size(sum(total))}"])
-
-
-def push_space(folder: Path, repo_id: str, private: bool, sdk: str = "docker") -> str:
-    """Make the Space where there is none, and send the folder to it in one commit.
-
-    Args:
-        folder: as `write_space` writes it, or `static_page.write_static_page`.
-        repo_id: owner/name.
-        private: whether a new Space is seen by its owner alone; one that exists stays as it is.
-        sdk: of a new Space: "docker", or "static" for a page without a server.
-
-    Returns:
-        The address of the commit.
-
-    Raises:
-        ValueError: `repo_id` is none of the Hub.
-        PushError: it was not sent; the message has the way out, and no token.
-    """
-    check_repo_id(repo_id)
-    with hub_errors(repo_id, "space"):
-        if get_token() is None:
-            raise PushError(NO_TOKEN)
-        api = HfApi()
-        api.create_repo(repo_id, repo_type="space", space_sdk=sdk, private=private or None, exist_ok=True)
-        head = api.repo_info(repo_id, repo_type="space").sha  # what others commit meanwhile is not overwritten
-        commit = api.upload_folder(
-            repo_id=repo_id, repo_type="space", folder_path=folder, commit_message="Demonstração do CAPIVARA",
-            parent_commit=head,
-            # of an earlier version, if it is not sent again
-            delete_patterns=["index*", "models/*", "*.py", "model/*", "static/*", "library/*"],
-        )  # fmt: skip
-    return commit.commit_url
 
 
 def program_files() -> list[Path]:

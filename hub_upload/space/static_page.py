@@ -25,7 +25,6 @@ from capivara_search.page import server
 from hub_upload.allowed_files import check_contents, check_paths, check_secrets
 from hub_upload.formats.onnx import ONNX_PACKAGES
 from hub_upload.space.publish_space import ROOT, copy_file, model_licence, write_card
-from modeling_capivara.loading import card_metadata
 
 OURS = Path(__file__).parent / "static"
 SHARED = ("common.js", "dialog.js", "page.css", "icon.svg")  # of capivara_search's page
@@ -77,7 +76,7 @@ def write_static_page(model: str, folder: Path, library: Path | None = None) -> 
         for name in MODEL_FILES:
             copy_file(repository / name, made / "model" / digest / name)
         size = sum(path.stat().st_size for path in (*made.glob("model/**/*.*"), made / "library" / "onnxruntime.wasm"))
-        facts = {"id": digest, "name": model_name(model, source), "megabytes": round(size / 1e6)}
+        facts = {"id": digest, "name": short_name(model), "megabytes": round(size / 1e6)}
         facts["side"] = read_json(repository / "preprocessor_config.json")["size"]["shortest_edge"]
         facts["width"] = read_json(repository / "config.json")["projection_dim"]
         for path in (*OURS.glob("*.js"), *(server.FOLDER / "static" / name for name in SHARED)):
@@ -100,19 +99,6 @@ def page_html(language: str, model: dict[str, str | int]) -> str:
     words = server.words_of(language) | read_json(OURS / f"{language}.json") | {"model": model}
     _, here, there = PAGES[language]
     return server.page_html(words, own=True, here=here, there=there, model=model, privacy=words["privacy"])
-
-
-def model_name(model: str, source: Path) -> str:
-    """How the page calls a model: a Hub id as it is, a folder by the name on its card where that has one.
-
-    Args:
-        model: as it was asked for.
-        source: its folder on this machine.
-    """
-    match card_metadata(source / "README.md").get("model-index"):
-        case [{"name": str(name)}, *_] if Path(model).is_dir():
-            return name
-    return short_name(model)
 
 
 def _exported(model: Path, work: Path) -> Path:
