@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 TEMPLATE = "uma imagem de {}"  # of a label, where none is given
+SAME = (
+    0.84  # least similarity of pictures that are nearly the same (`duplicates.compared`), by benchmarks/duplicates.py
+)
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,9 @@ class Hit:
         longitude: degrees.
         size: bytes of the file.
         modified: when the file was changed last.
+        date: of the picture wherever one is shown or compared: `taken`, else `modified`.
+        date_source: "camera" or "file", which of the two that is.
+        copies: how many other pictures, nearly the same, it stands for; 0 in an answer that is not `stacked`.
     """
 
     path: str
@@ -32,6 +38,9 @@ class Hit:
     longitude: float | None = None
     size: int = 0
     modified: datetime | None = None
+    date: datetime | None = None
+    date_source: str = ""
+    copies: int = 0
 
 
 @dataclass(frozen=True)
