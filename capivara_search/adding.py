@@ -30,6 +30,7 @@ import pyarrow as pa
 from capivara_common.cli import coded
 from capivara_common.files import read_json, write_json
 from capivara_common.image_files import DECODERS, BadImage
+from capivara_search.duplicates import look_of
 from capivara_search.picture_files import RETRYABLE, FileState, Picture, find_pictures, read_picture
 from capivara_search.results import Added, LeftOut
 from capivara_search.rules import Rules
@@ -39,6 +40,7 @@ from capivara_search.table_columns import (
     EMPTY,
     FOLDER_KEY,
     LEFT_OUT,
+    LOOK,
     MODEL_KEY,
     PICTURES,
     RULES_KEY,
@@ -343,7 +345,8 @@ class IndexWriter:
         """Add the row of a picture, and count what it is."""
         digest, known = picture.digest, self.plan.known[file.path]
         values = {name: getattr(picture, name) for name in PICTURE_COLUMNS}
-        self.rows[file.path] = {**values, **asdict(file), "model": self.digest, VECTOR: vector}
+        values |= {LOOK: look_of(picture.image), "model": self.digest, VECTOR: vector}
+        self.rows[file.path] = values | asdict(file)
         self.by_digest[digest] = vector
         self.sizes.add(file.size)
         self.done += 1

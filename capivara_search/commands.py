@@ -21,7 +21,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from capivara_search import command_line as cli
-from capivara_search.results import TEMPLATE, Added, Hit
+from capivara_search.results import SAME, TEMPLATE, Added, Hit
 from capivara_search.show import (
     PICTURES,
     contact_sheet,
@@ -50,7 +50,10 @@ LEFT_OUT_SHOWN = 5
 BY_RULE = ("forgotten", "excluded", "hidden", "system")
 SCREEN_SHOWN = 4  # lines of each list of `status`, which fits on a screen of 24
 MAX_LETTERS = 4096  # of a query; the model reads no more of a text
-CSV_COLUMNS = ("rank", "score", "path", "taken", "width", "height", "latitude", "longitude", "size", "modified", "fits")
+CSV_COLUMNS = (
+    *("rank", "score", "path", "taken", "width", "height", "latitude", "longitude", "size", "modified"),
+    *("date", "date_source", "copies", "fits"),
+)
 
 
 @cli.command(
@@ -162,7 +165,7 @@ def skipped(numbers: Mapping[str, int], words: Words) -> tuple[str, str]:
     cli.Flag("--more", "--mais", multiple=True, metavar="pull"),
     cli.Flag("--less", "--menos", multiple=True, metavar="pull"),
     LINE,
-    *cli.switches("--exact", "--open"),
+    *cli.switches("--exact", "--all", "--open"),
     *OUTPUT,
     *SHOWN,
 )
@@ -184,8 +187,8 @@ def search(args: SimpleNamespace, words: Words) -> int:
     _say_note(pictures, words)
     like = args.like and _query_picture(args.like, words)
     filters = {"folder": args.folder, "since": args.since, "until": args.until}
-    pulls = {"more": args.more, "less": args.less}
-    hits = pictures.search(args.query or None, like=like, k=args.k, exact=args.exact, **filters, **pulls)
+    how = {"exact": args.exact, "stacked": not args.all, "more": args.more, "less": args.less}
+    hits = pictures.search(args.query or None, like, args.k, **filters, **how)
     if args.json:
         _write_json([asdict(hit) for hit in hits])
     elif args.csv:
@@ -206,12 +209,13 @@ def show(hits: Sequence[Hit], pictures: "PictureIndex", args: SimpleNamespace, w
         thumbnails = [pictures.thumbnail(hit.path) for hit in hits]
         captions = [f"{rank} {visible(os.path.basename(hit.path))}" for rank, hit in enumerate(hits, 1)]
         print(contact_sheet(thumbnails, captions, terminal, terminal.lines - len(hits) - 3))
-    head = [words(f"column.{name}") for name in ("rank", "score", "taken", "path")]
-    rows = [[str(rank), words.number(hit.score, 3), words.date(hit.taken), ""] for rank, hit in enumerate(hits, 1)]
-    if not any(hit.taken for hit in hits):
-        head.pop(2), [row.pop(2) for row in rows]
-    for row, hit in zip(rows, hits, strict=True):
-        row[-1] = link(hit.path, shown_path(hit.path)) if terminal.links else shown_path(hit.path)
+    head = [words(f"column.{name}") for name in ("rank", "score", "date", "path")]
+    rows = []
+    for rank, hit in enumerate(hits, 1):
+        path = link(hit.path, shown_path(hit.path)) if terminal.links else shown_path(hit.path)
+        same = f"  ({words.count('same', hit.copies + 1)})" if hit.copies else ""
+        date = words.date(hit.date) + words("of_file") * (hit.date_source == "file")
+        rows.append([str(rank), words.number(hit.score, 3), date, path + same])
     lines = list(table([head, *rows], right=(0, 1)))
     if below := [place for place, hit in enumerate(hits, 1) if hit.fits is False]:
         lines.insert(below[0], f"-- {words('line' if below[0] > 1 else 'line_first')} --")
@@ -368,7 +372,7 @@ def export(args: SimpleNamespace, words: Words) -> int:
 
 @cli.command(
     "duplicates",
-    cli.Flag("--threshold", read=cli.number(float, 0.01, 1), default=0.97, metavar="value"),
+    cli.Flag("--threshold", read=cli.number(float, 0.01, 1), default=SAME, metavar="value"),
     *OUTPUT,
     *SHOWN,
 )

@@ -1,58 +1,158 @@
-"""Groups of pictures that are nearly the same, among hundreds of thousands.
+"""Pictures that are nearly the same: groups of them among hundreds of thousands, and each group once in an answer.
 
-    groups = near_groups(vectors, threshold=0.97)  # [array([3, 17]), array([5, 40, 41])]
-    best_first(to_hits(rows.take(groups[0])), vectors[groups[0]])
+    vectors = compared(index.vectors(paths), looks)
+    first = leaders(vectors)  # array([0, 1, 0, 3]): the third is nearly the same as the first
+    groups = near_groups(vectors, threshold=0.84)  # [array([3, 17]), array([5, 40, 41])]
 
-All pairs are compared, in blocks.
+What a model sees in two pictures says little of whether one is a copy: its vector changes when a picture is reduced,
+and hardly from one lawn to another. So their looks are compared, too: the colours of a few pixels. A picture leads its
+group; every other one of it is similar to that one, and comes after it. So no chain of small differences leads from one
+scene to another.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from capivara_search.results import Hit
+from capivara_search.results import SAME, Hit
+from capivara_search.table_columns import VECTOR, all_of, as_array, looks_of, unit, vector_column
 
-BLOCK = 2048  # vectors
+if TYPE_CHECKING:
+    from capivara_search.models import SearchModel
+    from capivara_search.table import PictureTable
+
+BLOCK, LATER = 512, 2048  # vectors that are compared with one another, and with later ones, at once
 ROUNDING = 1e-3  # of float16
+SIDE = 6  # pixels of a look; as `SAME` by `python -m benchmarks.duplicates`, which tries others
+LOOK_SHARE = 2 / 3  # of the similarity
+LEAST_COSINE = (SAME - LOOK_SHARE) / (1 - LOOK_SHARE) - 3 * ROUNDING  # of vectors whose pictures may be nearly the same
+COUNTED_ROWS = 20_000  # up to which all pictures are looked at for copies; above, those that were asked for
+FLAT = 2.0  # standard deviation of the colours, of 255, below which a picture has no look
 
 
-def near_groups(vectors: np.ndarray, threshold: float) -> list[np.ndarray]:
-    """Groups of vectors, each of which is at least so similar to another one of its group.
+def look_of(image: PIL.Image.Image, side: int = SIDE) -> bytes:
+    """The look of a picture: the colours of few pixels, RGB."""
+    return image.convert("RGB").resize((side, side), PIL.Image.Resampling.BOX).tobytes()
+
+
+def compared(vectors: np.ndarray, looks: Sequence[bytes | None], share: float = LOOK_SHARE) -> np.ndarray:
+    """Vectors by whose products pictures are compared: a third the cosine of theirs, two thirds that of their looks.
 
     Args:
         vectors: (rows, width), unit length.
-        threshold: least cosine similarity, above 0 to 1.
+        looks: of each; where there is none, as of a grey picture, such pictures are compared by their vectors alone.
+        share: of the looks.
 
     Returns:
-        Row numbers of each group of two and more, rising; the largest group first.
+        (rows, width + numbers of a look), float32, unit length.
     """
-    labels = np.arange(len(vectors))  # of each row, the first row of its group
+    size = max((len(look) for look in looks if look), default=1)
+    pixels = np.frombuffer(b"".join(look or bytes(size) for look in looks), np.uint8)
+    pixels = pixels.reshape(len(looks), size).astype(np.float32)
+    pixels -= pixels.mean(axis=1, keepdims=True)
+    norms = np.linalg.norm(pixels, axis=1, keepdims=True)
+    flat = norms < FLAT * size**0.5
+    pixels *= np.where(flat, 0, share**0.5 / np.maximum(norms, 1)).astype(np.float32)
+    own = np.where(flat, 1, (1 - share) ** 0.5).astype(np.float32)
+    return np.concatenate([vectors * own, pixels], axis=1)
+
+
+def compared_columns(table: "PictureTable", model: "SearchModel") -> list[str]:
+    """Those of an index that `compared_rows` takes."""
+    return ["model", vector_column(model.width), *table.looks()]
+
+
+def compared_rows(model: "SearchModel", rows: pa.Table) -> np.ndarray:
+    """`compared` of rows; the vector of a picture that another model has embedded is zeros."""
+    vectors = np.zeros((len(rows), model.width), np.float32)
+    column = rows[VECTOR if VECTOR in rows.column_names else vector_column(model.width)]
+    own = pc.and_(column.is_valid(), pc.equal(rows["model"], model.image_digest))
+    vectors[own.to_numpy()] = unit(as_array(column.filter(own)))
+    return compared(vectors, looks_of(rows))
+
+
+def counted(
+    table: "PictureTable",
+    model: "SearchModel",
+    hits: list[Hit],
+    vectors: np.ndarray,
+    clause: str | None,
+    seen: np.ndarray,
+) -> list[Hit]:
+    """Hits with the number of their copies, by their vectors (hits, width).
+
+    Among the rows of a clause; where these are more than `COUNTED_ROWS`, among those `seen` (rows, width).
+    """
+    if len(seen) < table.count(clause) <= COUNTED_ROWS:
+        column = vector_column(model.width)
+        rows = table.rows(compared_columns(table, model), all_of([f"{column} IS NOT NULL", *filter(None, [clause])]))
+        cosines = unit(vectors[:, : model.width]) @ as_array(rows[column]).astype(np.float32).T
+        seen = compared_rows(model, rows.take(np.flatnonzero(cosines.max(axis=0, initial=-1) >= LEAST_COSINE)))
+    numbers = same(vectors, seen).sum(axis=1) - 1
+    return [replace(hit, copies=max(0, int(number))) for hit, number in zip(hits, numbers, strict=True)]
+
+
+def same(vectors: np.ndarray, others: np.ndarray, threshold: float = SAME) -> np.ndarray:
+    """Whether each of (rows, width) is nearly the same as each of (others, width): (rows, others)."""
+    return np.asarray(vectors, np.float32) @ np.asarray(others, np.float32).T >= threshold - ROUNDING
+
+
+def leaders(vectors: np.ndarray, threshold: float = SAME, most: int | None = None) -> np.ndarray:
+    """Of each vector, the first one that it is nearly the same as and that leads, or itself, which then leads.
+
+    Args:
+        vectors: (rows, width), as `compared` makes them.
+        threshold: least similarity, above 0 to 1.
+        most: end where so many lead; vectors after them may then be left at themselves.
+
+    Returns:
+        (rows,), row numbers.
+    """
+    rows = np.arange(len(vectors))
+    first = rows.copy()
     for start in range(0, len(vectors), BLOCK):
-        rows = vectors[start : start + BLOCK].astype(np.float32)
-        for other in range(start, len(vectors), BLOCK):
-            scores = rows @ vectors[other : other + BLOCK].astype(np.float32).T
-            left, right = np.nonzero(scores >= threshold - ROUNDING)
-            pairs = np.stack([labels[left + start], labels[right + other]], axis=1)
-            for pair in np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0):
-                first, second = sorted(labels[pair].tolist())  # which an earlier pair may have changed
-                if first != second:
-                    labels[labels == second] = first
-    order = np.argsort(labels, kind="stable")
-    starts = np.nonzero(np.diff(labels[order]))[0] + 1
+        own = start + np.flatnonzero(first[start : start + BLOCK] == rows[start : start + BLOCK])
+        block = vectors[own].astype(np.float32)
+        for row, near in zip(own, same(block, block, threshold), strict=True):
+            if first[row] == row:
+                first[own[near & (own > row) & (first[own] == own)]] = row
+        block, own = block[first[own] == own], own[first[own] == own]
+        if most and np.sum(first[: start + BLOCK] == rows[: start + BLOCK]) >= most:
+            break
+        for place in range(start + BLOCK, len(vectors) if len(own) else 0, LATER):
+            others = place + np.flatnonzero(first[place : place + LATER] == rows[place : place + LATER])
+            near = same(block, vectors[others], threshold)
+            first[others] = np.where(near.any(axis=0), own[near.argmax(axis=0)], others)
+    return first
+
+
+def stacks(vectors: np.ndarray, most: int) -> list[np.ndarray]:
+    """Row numbers of each group, rising, those of one row among them; by their first rows, at most so many."""
+    first = leaders(vectors, most=most)
+    return [np.flatnonzero(first == row) for row in np.flatnonzero(first == np.arange(len(first)))[:most]]
+
+
+def near_groups(vectors: np.ndarray, threshold: float) -> list[np.ndarray]:
+    """Row numbers of each group of two and more, rising; the largest group first. Arguments are those of `leaders`."""
+    first = leaders(vectors, threshold)
+    order = np.argsort(first, kind="stable")
+    starts = np.nonzero(np.diff(first[order]))[0] + 1
     groups = [group for group in np.split(order, starts) if len(group) > 1]
     return sorted(groups, key=lambda group: (-len(group), int(group[0])))
 
 
-def best_first(hits: Sequence[Hit], vectors: np.ndarray) -> list[Hit]:
-    """A group with its largest picture first, then by similarity to it, which is their score.
+def by_similarity(hits: Sequence[Hit], vectors: np.ndarray) -> list[Hit]:
+    """A group, its first picture first, then by similarity to it, which is their score.
 
     Args:
         hits: the pictures.
         vectors: (pictures, width), unit length.
     """
-    best = min(range(len(hits)), key=lambda i: (-hits[i].width * hits[i].height, -hits[i].size, i))
-    scores = np.clip(vectors @ vectors[best], -1, 1)
-    scored = [replace(hit, score=float(score)) for hit, score in zip(hits, scores, strict=True)]
-    first = scored.pop(best)
-    return [first, *sorted(scored, key=lambda hit: (-hit.score, hit.path))]
+    scores = np.clip(vectors @ vectors[0], -1, 1)
+    first, *others = [replace(hit, score=float(score)) for hit, score in zip(hits, scores, strict=True)]
+    return [first, *sorted(others, key=lambda hit: (-hit.score, hit.path))]

@@ -10,12 +10,13 @@ from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow.parquet import ParquetWriter
 
 from capivara_common.files import check_output_file, whole_file
 from capivara_search.show import write_csv
 from capivara_search.table import PictureTable
-from capivara_search.table_columns import THUMBNAIL
+from capivara_search.table_columns import LOOK, THUMBNAIL
 
 SUFFIXES = (".parquet", ".csv")
 
@@ -43,7 +44,7 @@ def _write(table: PictureTable, temporary: str, as_csv: bool) -> int:
     columns = pa.schema(
         one.remove_metadata()
         for one in table.columns()
-        if one.name != THUMBNAIL and not (as_csv and pa.types.is_fixed_size_list(one.type))
+        if one.name not in (THUMBNAIL, LOOK) and not (as_csv and pa.types.is_fixed_size_list(one.type))
     )
     batches = (_readable(batch, as_csv) for batch in table.batches(columns.names))
     known = _readable(pa.RecordBatch.from_pylist([], columns), as_csv).schema
@@ -67,7 +68,10 @@ def _readable(batch: pa.RecordBatch, as_csv: bool) -> pa.RecordBatch:
             name, column = "modified", pa.array(times, pa.timestamp("s"))
         if pa.types.is_fixed_size_list(column.type):
             column = column.cast(pa.list_(pa.float32(), column.type.list_size))
-        if as_csv and pa.types.is_timestamp(column.type):
-            column = column.cast(pa.string())
         columns[name] = column
+    columns["date"] = pc.coalesce(columns["taken"], columns["modified"].cast(pa.timestamp("us")))
+    columns["date_source"] = pc.if_else(columns["taken"].is_valid(), "camera", "file")
+    for name, column in columns.items():
+        if as_csv and pa.types.is_timestamp(column.type):
+            columns[name] = column.cast(pa.string())
     return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))

@@ -33,12 +33,21 @@ from capivara_search.adding import (
     note_rules,
     skipped_counts,
 )
-from capivara_search.duplicates import best_first, near_groups
+from capivara_search.duplicates import (
+    by_similarity,
+    compared,
+    compared_columns,
+    compared_rows,
+    counted,
+    near_groups,
+    same,
+    stacks,
+)
 from capivara_search.labelling import checked_labels, classify_vectors
 from capivara_search.picture_files import FileState, absolute_folder, find_pictures, open_query_picture
-from capivara_search.results import TEMPLATE, Added, Classified, Hit, LeftOut, Status
+from capivara_search.results import SAME, TEMPLATE, Added, Classified, Hit, LeftOut, Status
 from capivara_search.storage import DamagedIndex
-from capivara_search.table import PictureTable
+from capivara_search.table import EXACT_ROWS, PictureTable
 from capivara_search.table_columns import (
     ABOUT,
     FOLDER_KEY,
@@ -49,9 +58,11 @@ from capivara_search.table_columns import (
     VECTOR,
     all_of,
     as_array,
+    looks_of,
     quoted,
     taken_between,
     to_hits,
+    unit,
     vector_column,
     within,
 )  # fmt: skip
@@ -62,6 +73,8 @@ if TYPE_CHECKING:
 
     from capivara_search.models import SearchModel
 
+WINDOW = 4  # times the wanted hits are asked for where copies stand as one; more where that is not enough
+MORE = 64  # times as many then
 TIES = 4  # more rows than wanted are asked for, so that which of equal ones comes last is decided by path
 
 
@@ -197,6 +210,7 @@ class PictureIndex:
         exact: bool = False,
         more: str | Sequence[str] = (),
         less: str | Sequence[str] = (),
+        stacked: bool = False,
     ) -> list[Hit]:
         """The pictures that fit a sentence, a picture, or both best.
 
@@ -210,6 +224,8 @@ class PictureIndex:
             exact: compare every picture, in an index of any size.
             more: words that the search is pulled towards, with a weight as in "0.5:praia", which is 1 otherwise.
             less: words that it is pulled away from. Pictures that show them sink; none is excluded.
+            stacked: those that are nearly the same (`capivara_search.results.SAME`) stand as one, that of most pixels,
+                which says how many `copies` it has; place and score are those of the best of them.
 
         Raises:
             ValueError: neither text nor picture, k below 1, a weight breaks its rule, or the model is not that of the
@@ -229,7 +245,7 @@ class PictureIndex:
         if given:
             pulls = zip(given, self.model.texts([words for *_, words in given]), strict=True)
             vector = self.steered(vector, [(sign * weight, pull) for (sign, weight, _), pull in pulls])
-        return self.search_vector(vector, k, folder, since, until, exact, of_text=like is None and not given)
+        return self.search_vector(vector, k, folder, since, until, exact, like is None and not given, stacked)
 
     def steered(self, vector: np.ndarray, pulls: Sequence[tuple[float, np.ndarray]]) -> np.ndarray:
         """A query's vector (width,), pulled towards others (width,) by their weights, or away by one below 0."""
@@ -263,6 +279,7 @@ class PictureIndex:
         until: date | None = None,
         exact: bool = False,
         of_text: bool = False,
+        stacked: bool = False,
     ) -> list[Hit]:
         """`search` by a vector (width,) of the model's; `of_text`: of a sentence, which decides the scale of scores."""
         if k < 1:
@@ -272,14 +289,25 @@ class PictureIndex:
         if since and until and since > until:
             raise ValueError(f"since must not be after until, got {since} and {until}.")
         vector, clause = unit(vector), all_of([*self._of_model(), *_filters(folder, since, until)])
-        asked = k + TIES
+        asked = (WINDOW if stacked else 1) * k + TIES
         while True:
-            found = self._table.nearest(vector, asked, clause, exact)
-            scores = np.clip(unit(as_array(found[VECTOR])) @ vector, -1, 1)
-            hits = sorted(to_hits(found, scores), key=lambda hit: (-hit.score, hit.path))
-            if len(hits) < asked or hits[-1].score < hits[k - 1].score:
+            found = self._table.nearest(vector, asked, clause, exact, self._table.looks() if stacked else ())
+            vectors, paths = unit(as_array(found[VECTOR])), found["path"].to_pylist()
+            scores = np.clip(vectors @ vector, -1, 1)
+            places = zip((-scores).tolist(), paths, range(len(paths)), strict=True)
+            order = np.array([row for _, _, row in sorted(places)], int)
+            found, scores = found.take(order), scores[order]
+            vectors = compared(vectors[order], looks_of(found)) if stacked else vectors
+            groups = stacks(vectors, k) if stacked else np.arange(len(order))[:k, None]
+            if len(order) < asked or (len(groups) == k and scores[-1] < scores[groups[-1][0]]):
                 break
-            asked *= 4
+            asked *= MORE
+        sizes = [found[name].to_pylist() for name in ("width", "height", "size")]
+        sizes = [(width * height, size) for width, height, size in zip(*sizes, strict=True)]
+        shown = np.array([max(group, key=sizes.__getitem__) for group in groups], int)
+        hits = to_hits(found.take(shown), [scores[group[0]] for group in groups])
+        if stacked:
+            hits = counted(self._table, self.model, hits, vectors[shown], clause, vectors)
         if not of_text:
             return hits[:k]
         if hits and (asking.draws_line(self.model.folder) if self.line is None else self.line):
@@ -288,14 +316,52 @@ class PictureIndex:
         own = self.model.on_own_scale(np.array([hit.score for hit in hits[:k]]))
         return [replace(hit, score=float(score)) for hit, score in zip(hits, own, strict=False)]
 
-    def newest(
-        self, k: int = 12, folder: str | Path | None = None, since: date | None = None, until: date | None = None
+    @property
+    def _columns(self) -> list[str]:
+        return compared_columns(self._table, self.model)
+
+    def copies(
+        self,
+        path: str,
+        k: int = 240,
+        folder: str | Path | None = None,
+        since: date | None = None,
+        until: date | None = None,
     ) -> list[Hit]:
-        """The pictures that were taken last, latest first; by the file's time where no camera says when.
+        """The other pictures that are nearly the same as one of the index, most similar first.
+
+        Args:
+            path: of the picture.
+            k: how many at most.
+            folder, since, until: as `search` has them.
+
+        Raises:
+            KeyError: there is no such picture, or it has no vector of this model.
+        """
+        vector, clause = self.vectors([path])[0], all_of(_filters(folder, since, until))
+        own = compared_rows(self.model, self._table.of_paths(self._columns, [path]))
+        if self._table.count(clause) <= EXACT_ROWS:
+            rows = self._table.rows([*HIT_COLUMNS, *self._columns], clause)
+        else:
+            rows = self._table.nearest(vector, WINDOW * k, clause, more=["model", *self._table.looks()])
+        others = compared_rows(self.model, rows)
+        near = np.flatnonzero(same(own, others)[0])
+        hits = to_hits(rows.take(near), others[near] @ own[0])
+        return sorted((hit for hit in hits if hit.path != path), key=lambda hit: (-hit.score, hit.path))[:k]
+
+    def newest(
+        self,
+        k: int = 12,
+        folder: str | Path | None = None,
+        since: date | None = None,
+        until: date | None = None,
+        stacked: bool = False,
+    ) -> list[Hit]:
+        """The pictures of the latest `date`, latest first.
 
         Args:
             k: how many at most.
-            folder, since, until: as `search` has them.
+            folder, since, until, stacked: as `search` has them; of copies the latest is shown.
         """
         clauses = _filters(folder, since, until)
         rows = self._table.rows(["taken", "mtime_ns"], all_of(clauses))
@@ -303,12 +369,29 @@ class PictureIndex:
         here = time.localtime().tm_gmtoff * 1_000_000  # cameras tell the time of the place
         modified = (rows["mtime_ns"].to_numpy() // 1000 + here).astype("datetime64[us]")
         times = np.sort(np.where(np.isnat(taken), modified, taken))
-        if len(times) > k:
-            last = times[-k].astype(datetime)
-            nanoseconds = (int(times[-k].astype(np.int64)) - here) * 1000
-            clauses.append(f"(taken >= timestamp '{last}' OR (taken IS NULL AND mtime_ns >= {nanoseconds}))")
-        hits = to_hits(self._table.rows(HIT_COLUMNS, all_of(clauses)))
-        return sorted(hits, key=lambda hit: (-(hit.taken or hit.modified).timestamp(), hit.path))[:k]
+        asked, columns = k, HIT_COLUMNS
+        if stacked and self._table.exists() and self.model.width in self._table.widths():
+            asked, columns = WINDOW * k, (*HIT_COLUMNS, *self._columns)
+        while True:
+            later = []
+            if len(times) > asked:
+                last = times[-asked].astype(datetime)
+                nanoseconds = (int(times[-asked].astype(np.int64)) - here) * 1000
+                later = [f"(taken >= timestamp '{last}' OR (taken IS NULL AND mtime_ns >= {nanoseconds}))"]
+            found = self._table.rows(columns, all_of([*clauses, *later]))
+            names = ("taken", "mtime_ns", "path")
+            rows = zip(*(found[name].to_pylist() for name in names), range(len(found)), strict=True)
+            order = sorted((-(at or datetime.fromtimestamp(ns / 1e9)).timestamp(), *row) for at, ns, *row in rows)
+            found = found.take(np.array([row for *_, row in order], int))
+            if columns == HIT_COLUMNS:
+                return to_hits(found[:k])
+            vectors = compared_rows(self.model, found)
+            kept = np.array([group[0] for group in stacks(vectors, k)], int)
+            if len(kept) == k or not later:
+                return counted(
+                    self._table, self.model, to_hits(found.take(kept)), vectors[kept], all_of(clauses), vectors
+                )
+            asked *= MORE
 
     def _of_model(self) -> list[str]:
         """The clause that leaves out vectors of other models, where there are some."""
@@ -388,6 +471,18 @@ class PictureIndex:
         """Folder that was added -> pictures in it and the folders in it."""
         return {folder: self._table.count(within(folder)) for folder in self._table.folders()}
 
+    def all_folders(self) -> dict[str, int]:
+        """Every folder, from those that were added downwards -> pictures in it and the folders in it; sorted."""
+        added = self._table.folders()
+        found = dict.fromkeys(added, 0)
+        folders = pc.replace_substring_regex(self._table.rows(["path"])["path"], f"{os.sep}[^{os.sep}]*$", "")
+        for one in pc.value_counts(folders.combine_chunks()).to_pylist():
+            folder = Path(one["values"] or os.sep)
+            for above in (folder, *folder.parents):
+                if above == folder or any(above.is_relative_to(root) for root in added):
+                    found[str(above)] = found.get(str(above), 0) + one["counts"]
+        return dict(sorted(found.items()))
+
     def asked_folders(self) -> dict[str, str]:
         """Folder that was added on this machine -> its real path. An index of somebody else's has none."""
         asked = asked_folders(self._table)
@@ -449,11 +544,12 @@ class PictureIndex:
         paths = [file.path for file in files if file.path in vectors]
         return paths, np.stack([vectors[path] for path in paths]) if paths else np.empty((0, self.model.width))
 
-    def duplicates(self, threshold: float = 0.97) -> list[list[Hit]]:
+    def duplicates(self, threshold: float = SAME) -> list[list[Hit]]:
         """Groups of pictures that are nearly the same, the largest group first.
 
         Args:
-            threshold: least cosine similarity of a picture to another one of its group, above 0 to 1.
+            threshold: least similarity of a picture to the first one of its group, above 0 to 1; a third of it is the
+                cosine of the vectors, the rest is that of the looks (`capivara_search.duplicates.compared`).
 
         Returns:
             Of each group the picture with most pixels first, then by similarity to it, which is their score.
@@ -462,11 +558,12 @@ class PictureIndex:
             raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}.")
         if not self._table.exists():
             return []
-        column = vector_column(self.model.width)
-        rows = self._table.rows([*HIT_COLUMNS, column], all_of(self._of_model())).sort_by("path")
-        vectors = as_array(rows[column])
+        rows = self._table.rows([*HIT_COLUMNS, *self._columns], all_of(self._of_model())).sort_by("path")
+        pixels = pc.multiply(rows["width"], rows["height"]).to_numpy()
+        rows = rows.take(np.lexsort((-rows["size"].to_numpy(), -pixels)))  # the best of a group leads it
+        vectors = compared_rows(self.model, rows)
         groups = near_groups(vectors, threshold)
-        return [best_first(to_hits(rows.take(numbers)), unit(vectors[numbers])) for numbers in groups]
+        return [by_similarity(to_hits(rows.take(numbers)), vectors[numbers]) for numbers in groups]
 
     def export(self, path: str | Path) -> int:
         """Write the rows to a .parquet file, with vectors, or a .csv file; returns how many there are.
@@ -493,9 +590,3 @@ def _lies_at(folder: str, real: str) -> bool:
 def _filters(folder: str | Path | None, since: date | None, until: date | None) -> list[str]:
     """The clauses of a search."""
     return [*taken_between(since, until), *([] if folder is None else [within(absolute_folder(folder))])]
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors (..., width), of length 1, float32."""
-    vectors = np.asarray(vectors, np.float32)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)

@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 TEMPLATE = "uma imagem de {}"  # of a label, where none is given
+SAME = (
+    0.84  # least similarity of pictures that are nearly the same (`duplicates.compared`), by benchmarks/duplicates.py
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,9 @@ class Hit:
         modified: when the file was changed last.
         fits: False where it is no better than the index's background for the sentence (`capivara_search.asking`); None
             where that was not asked.
+        date: of the picture wherever one is shown or compared: `taken`, else `modified`.
+        date_source: "camera" or "file", which of the two that is.
+        copies: how many other pictures, nearly the same, it stands for; 0 in an answer that is not `stacked`.
     """
 
     path: str
@@ -35,6 +41,9 @@ class Hit:
     size: int = 0
     modified: datetime | None = None
     fits: bool | None = None
+    date: datetime | None = None
+    date_source: str = ""
+    copies: int = 0
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ from capivara_search.table_columns import (
     KEYS,
     LAYOUT,
     LAYOUT_KEY,
+    LOOK,
     MODEL_KEY,
     PICTURES,
     THUMBNAIL,
@@ -297,7 +298,13 @@ class PictureTable:
 
     # --- the nearest rows
 
-    def nearest(self, vector: np.ndarray, k: int, where: str | None = None, exact: bool = False) -> pa.Table:
+    def looks(self) -> list[str]:
+        """The column of looks, where there is one."""
+        return [LOOK] if LOOK in self.columns().names else []
+
+    def nearest(
+        self, vector: np.ndarray, k: int, where: str | None = None, exact: bool = False, more: Sequence[str] = ()
+    ) -> pa.Table:
         """The rows nearest to a vector, in no order, with their vectors in a column `vector`.
 
         Args:
@@ -305,6 +312,7 @@ class PictureTable:
             k: rows at most.
             where: clause that they meet.
             exact: compare every vector, in an index of any size.
+            more: columns, beside `HIT_COLUMNS`.
         """
         column = vector_column(len(vector))
         if where and self.count(where) <= EXACT_ROWS:  # the engine would read the vectors of all rows
@@ -312,18 +320,18 @@ class PictureTable:
             rows = rows.filter(rows[column].is_valid())
             scores = as_array(rows[column]).astype(np.float32) @ vector
             best = np.argpartition(-scores, k - 1)[:k] if k < len(scores) else np.arange(len(scores))
-            found = self.of_paths([*HIT_COLUMNS, column], rows["path"].take(best).to_pylist())
+            found = self.of_paths([*HIT_COLUMNS, column, *more], rows["path"].take(best).to_pylist())
         elif exact or not self.is_approximate(len(vector)):
-            found = self.read(PICTURES, lambda table: _search(table, vector, k, where).to_arrow())
+            found = self.read(PICTURES, lambda table: _search(table, vector, k, where, more).to_arrow())
         else:
-            found = self._approximately(vector, k, where)
+            found = self._approximately(vector, k, where, more)
         return found.rename_columns([VECTOR if name == column else name for name in found.column_names])
 
-    def _approximately(self, vector: np.ndarray, k: int, where: str | None) -> pa.Table:
-        search = partial(_search, self.pictures, vector, k, where, approximate=True)
+    def _approximately(self, vector: np.ndarray, k: int, where: str | None, more: Sequence[str]) -> pa.Table:
+        search = partial(_search, self.pictures, vector, k, where, more, approximate=True)
         found, error = self._attempt(PICTURES, lambda: search().to_arrow())
         if error:
-            found = self.read(PICTURES, lambda table: _search(table, vector, k, where).to_arrow())
+            found = self.read(PICTURES, lambda table: _search(table, vector, k, where, more).to_arrow())
             self._broken.add(self.indices()[vector_column(len(vector))].index_uuid)
             note("approximate_damaged", self.where, detail(error), level=logging.WARNING)
         return found
@@ -562,10 +570,12 @@ def _plain(table: Any, columns: Sequence[str], where: str | None = None) -> Any:
     return query.where(where) if where else query
 
 
-def _search(table: Any, vector: np.ndarray, k: int, where: str | None, approximate: bool = False) -> Any:
+def _search(
+    table: Any, vector: np.ndarray, k: int, where: str | None, more: Sequence[str] = (), approximate: bool = False
+) -> Any:
     column = vector_column(len(vector))
     query = table.search(np.asarray(vector, np.float32), vector_column_name=column).distance_type("cosine").limit(k)
-    query = query.select([*HIT_COLUMNS, column, "_distance"])
+    query = query.select([*HIT_COLUMNS, column, *more, "_distance"])
     query = query.where(where) if where else query
     if not approximate:
         return query.bypass_vector_index()

@@ -26,6 +26,7 @@ FOLDER_KEY = "folder:"  # in `about`, before the path of a folder that was added
 RULES_KEY = "rules"  # JSON of what is left out of all folders
 MODEL_KEY = "model:"  # before the image_digest of a model whose name is the value
 THUMBNAIL = "thumbnail"
+LOOK = "look"  # which an index of before the column has not
 VECTOR = "vector"  # in rows that are no part of a table: that of the model in use
 HIT_COLUMNS = ("path", "width", "height", "taken", "latitude", "longitude", "size", "mtime_ns")
 
@@ -48,6 +49,7 @@ def schema(width: int) -> pa.Schema:
             pa.field("latitude", pa.float64()),  # degrees
             pa.field("longitude", pa.float64()),
             pa.field(THUMBNAIL, pa.binary()),  # WebP
+            pa.field(LOOK, pa.binary()),  # `duplicates.look_of`
             pa.field("model", pa.string(), False),  # SearchModel.image_digest
             pa.field(vector_column(width), pa.list_(pa.float16(), width)),  # unit length
         ],
@@ -91,7 +93,9 @@ def to_hits(rows: pa.Table, scores: Sequence[float] | None = None) -> list[Hit]:
     hits = []
     for number, row in enumerate(rows.select(list(HIT_COLUMNS)).to_pylist()):
         modified = datetime.fromtimestamp(row.pop("mtime_ns") / 1e9)
-        hits.append(Hit(score=float(scores[number]) if scores is not None else 0.0, modified=modified, **row))
+        dated = {"date": row["taken"] or modified, "date_source": "camera" if row["taken"] else "file"}
+        score = float(scores[number]) if scores is not None else 0.0
+        hits.append(Hit(score=score, modified=modified, **dated, **row))
     return hits
 
 
@@ -127,3 +131,14 @@ def taken_between(since: date | None, until: date | None) -> list[str]:
                 f" OR (taken IS NULL AND mtime_ns {sign} {int(start.timestamp()) * 10**9}))"
             )
     return clauses
+
+
+def looks_of(rows: pa.Table) -> list[bytes | None]:
+    """The look of each row, where the index has them."""
+    return rows[LOOK].to_pylist() if LOOK in rows.column_names else [None] * len(rows)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors (..., width), of length 1, float32."""
+    vectors = np.asarray(vectors, np.float32)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)

@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -354,7 +355,7 @@ def test_search_finds_a_picture_by_itself_and_shows_it_in_a_table(capivara, inde
     lines = out.splitlines()
     assert (code, error) == (0, "Loading the model model …\n")
     assert lines[0].split() == ["no.", "similarity", "date", "file"]
-    assert re.fullmatch(r" *1 +(1\.000|0\.99\d)  2024-01-15  2024/azul.jpg", lines[1])
+    assert re.fullmatch(r" *1 +(1\.000|0\.99\d)  2024-01-15 +2024/azul.jpg", lines[1])
     assert len(lines) == 4
     code, out, _ = capivara("buscar", "--like", "2024/azul.jpg", "-k", 1, "--index", index, "--lang", "pt")
     assert "15/01/2024" in out and re.search(r"1,000|0,99", out)
@@ -369,6 +370,27 @@ def test_the_line_stands_in_the_table_where_it_is_asked_for(capivara, index):
     lines = capivara(*asked, "--line", "yes")[1].splitlines()
     assert len(lines) == 7 and "daqui para baixo, pouco parecidas" in lines[1 + above]
     assert len(capivara(*asked)[1].splitlines()) == 6
+
+
+def test_copies_are_one_line_and_a_date_says_where_it_is_from(capivara, own_index, folder, tmp_path):
+    (tmp_path / "copies").mkdir()
+    for number, quality in enumerate((60, 30)):
+        PIL.Image.open(folder / "2024" / "azul.jpg").save(tmp_path / "copies" / f"{number}.jpg", quality=quality)
+        os.utime(tmp_path / "copies" / f"{number}.jpg", (datetime(2023, 5, 1, 12).timestamp(),) * 2)
+    capivara("index", tmp_path / "copies", "--index", own_index)
+    arguments = ("search", "--like", folder / "2024" / "azul.jpg", "-k", 5, "--index", own_index)
+    one, *others = json.loads(capivara(*arguments, "--json")[1])
+    assert one["copies"] == 2 and not any(hit["copies"] for hit in others)
+    apart = json.loads(capivara(*arguments, "--all", "--json")[1])
+    names = {Path(hit["path"]).name: hit for hit in apart}
+    assert {"azul.jpg", "0.jpg", "1.jpg"} <= names.keys() and {hit["copies"] for hit in apart} == {0}
+    dates = [(names[name]["date"][:10], names[name]["date_source"]) for name in ("azul.jpg", "0.jpg")]
+    assert dates == [("2024-01-15", "camera"), ("2023-05-01", "file")]
+    rows = list(csv.DictReader(capivara(*arguments, "--csv")[1].splitlines()))
+    assert [row["copies"] for row in rows[:2]] == ["2", "0"] and rows[0]["date"] == one["date"]
+    assert "  (3 iguais)\n" in capivara(*arguments, "--lang", "pt")[1]
+    shown = capivara(*arguments, "--all", "--lang", "pt")[1]
+    assert "iguais" not in shown and "  01/05/2023 (arquivo)  " in shown and "  15/01/2024  " in shown
 
 
 def test_json_and_csv_hold_nothing_that_a_terminal_obeys(capivara, index, folder):

@@ -33,8 +33,8 @@ RUNS = ["demo", "lora", "seeds", "rotated"]
 MOST_BYTES = 10_000_000
 LABELS = "--labels azul verde vermelho branco --template {}_inteiro"
 COMMANDS = {  # file of golden outputs -> words of `capivara`
-    **{f"search_{model}": f"buscar azul em cima -k 3 --model modelos/{model}" for model in ("a", "b")},
-    "like": "buscar --like Fotos/verde/verde-inteiro.jpg -k 2 --since 2024-02 --until 2024-12 --model modelos/b",
+    **{f"search_{model}": f"buscar azul em cima -k 3 --all --model modelos/{model}" for model in ("a", "b")},
+    "like": "buscar --all --like Fotos/verde/verde-inteiro.jpg -k 2 --since 2024-02 --until 2024-12 --model modelos/b",
     "duplicates": "duplicatas --threshold 0.95 --model modelos/b",
     "classify": f"classificar Outras {LABELS} --model modelos/a",
 }
@@ -112,6 +112,14 @@ def check_same(found: Any, expected: Any, tolerance: float = 1e-6) -> None:
             check_same(one, other, tolerance)
     else:
         assert found == expected
+
+
+def without_new(rows: Any, known: Any) -> Any:
+    """Values of hits without the fields, the last ones, that a later tree has added."""
+    if isinstance(rows, list):
+        return [without_new(row, known[0]) for row in rows]
+    assert list(rows)[: len(known)] == list(known)
+    return {name: rows[name] for name in known}
 
 
 def table(text: str) -> list[dict[str, str | float]]:
@@ -248,7 +256,7 @@ def test_commands_print_what_they_printed(capivara, home, name, form):
     expected = (home / "outputs" / f"{name}.{form}").read_text(encoding="utf-8")
     parse = json.loads if form == "json" else table
     assert code == 0 and parse(expected)
-    check_same(parse(text), parse(expected))
+    check_same(without_new(parse(text), parse(expected)), parse(expected))
 
 
 def test_status_prints_what_it_printed(capivara, home):
@@ -272,7 +280,7 @@ def test_export_writes_what_it_wrote(capivara, home, tmp_path, form):
         found = pq.read_table(path).to_pylist() if form == "parquet" else table(path.read_text(encoding="utf-8"))
         rows.append(sorted(found, key=lambda row: row["path"]))
     assert len(rows[1]) == 13
-    check_same(*rows)
+    check_same(without_new(*rows), rows[1])
 
 
 # --- Models ----------------------------------------------------------------------------------------------------------

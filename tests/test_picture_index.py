@@ -16,8 +16,7 @@ from towers import as_published, gemma_like, siglip2
 from transformers import AutoProcessor, SiglipModel
 
 from capivara_common.image_files import BadImage
-from capivara_search import adding, duplicates, table
-from capivara_search.duplicates import near_groups
+from capivara_search import adding, table
 from capivara_search.index import PictureIndex
 from capivara_search.models import SearchModel, find_model
 from capivara_search.results import LeftOut
@@ -372,22 +371,6 @@ def test_near_duplicates_are_grouped_with_the_largest_picture_first(index, folde
     assert str(folder / "d0" / "p0000.png") in near
     with pytest.raises(ValueError, match="threshold must be above 0"):
         index.duplicates(0)
-
-
-def test_groups_are_those_of_all_pairs(monkeypatch):
-    monkeypatch.setattr(duplicates, "BLOCK", 700)
-    generator = np.random.default_rng(0)
-    vectors = generator.standard_normal((3000, 96))
-    for number in range(200):
-        vectors[generator.integers(3000)] = vectors[number] + generator.standard_normal(96) * 0.18
-    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
-    exact = vectors.astype(np.float32) @ vectors.astype(np.float32).T
-    pairs = {(i, j) for i, j in zip(*np.nonzero(exact >= 0.969), strict=True) if i < j}
-    groups = near_groups(vectors, 0.97)
-    assert len(groups) > 100
-    of_row = {row: number for number, group in enumerate(groups) for row in group.tolist()}
-    assert all(of_row.get(i, -1) == of_row.get(j, -2) for i, j in pairs)
-    assert {row for pair in pairs for row in pair} == set(of_row)
 
 
 def test_export_holds_every_row(known_index, tmp_path):

@@ -49,7 +49,7 @@ class Question:
 
     Attributes:
         text: that is searched for.
-        like: path of a picture of the index that is searched for, or asked about.
+        like: path of a picture of the index that is searched for, or asked about, or whose copies are.
         k: pictures of the answer.
         folder: that pictures must lie in, or that is classified; "" for all.
         since: first day.
@@ -85,6 +85,10 @@ class Question:
         if question.since and question.until and question.since > question.until:
             raise Refusal("dates")
         return question
+
+    def where(self) -> dict[str, Any]:
+        """The folder and the days, as the searches of the index take them."""
+        return {"folder": self.folder or None, "since": self.since, "until": self.until}
 
     def labels_and_template(self) -> tuple[list[str], str]:
         """The labels, without blanks and repetitions, and the sentence, which is the label alone where there is none.
@@ -150,7 +154,7 @@ class Answers:
         Raises:
             Refusal: the picture that is asked about is no longer in the index.
         """
-        where = {"folder": question.folder or None, "since": question.since, "until": question.until}
+        where = question.where() | {"stacked": True}
         vector = self._vector(question, image) if len(self.index) else None
         if vector is None:
             hits = [picture(hit, scored=False) for hit in self.index.newest(question.k, **where)]
@@ -159,6 +163,16 @@ class Answers:
             found = self.index.search_vector(vector, question.k + bool(question.like), **where)
             hits = [picture(hit) for hit in found if hit.path != question.like][: question.k]
         return self._state() | {"hits": hits, "cut": len(question.text) > READ_LETTERS}
+
+    def copies(self, question: Question, image: object = None) -> dict[str, Any]:
+        """The other pictures that are nearly the same as one of the index. Raises Refusal."""
+        self._known_vectors([question.like])
+        found = self.index.copies(question.like, MAX_PICTURES, **question.where())
+        return self._state() | {"hits": [picture(hit, scored=False) for hit in found]}
+
+    def folders(self, question: Question, image: object = None) -> dict[str, Any]:
+        """Every folder, with the number of pictures in it and below."""
+        return self._state() | {"folders": self.index.all_folders()}
 
     def classify(self, question: Question, image: PIL.Image.Image | None) -> dict[str, Any]:
         """The labels' shares for a picture, or the pictures of a folder by their labels.
@@ -174,8 +188,7 @@ class Answers:
         if not question.folder:
             raise Refusal("nothing_given")
         # Of the index alone: `PictureIndex.classify` reads other files, too.
-        where = {"folder": question.folder, "since": question.since, "until": question.until}
-        paths = [hit.path for hit in self.index.newest(MAX_CLASSIFIED, **where)]
+        paths = [hit.path for hit in self.index.newest(MAX_CLASSIFIED, **question.where())]
         found = classify_vectors(self.index.model, paths, self._known_vectors(paths), labels, template)
         return self._state() | {"groups": self._groups(labels, found), "pictures": len(found)}
 
@@ -241,7 +254,8 @@ class Answers:
 def picture(hit: Hit, scored: bool = True) -> dict[str, Any]:
     """What the page shows of a picture: its row, its name, and a number that changes with its file."""
     values = dataclasses.asdict(hit) | {"name": Path(hit.path).stem}
-    values |= {key: value.isoformat() for key in ("taken", "modified") if isinstance(value := values[key], datetime)}
+    times = ("taken", "modified", "date")
+    values |= {key: value.isoformat() for key in times if isinstance(value := values[key], datetime)}
     values["v"] = int(hit.modified.timestamp()) if hit.modified else 0
     values["score"] = float(hit.score) if scored else None
     return values

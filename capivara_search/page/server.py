@@ -233,7 +233,8 @@ class Site:
 
     def routes(self) -> list[Route]:
         """All that is answered."""
-        asked = {"search": self.answers.search, "classify": self.answers.classify, "status": self.status}
+        asked = {name: getattr(self.answers, name) for name in ("search", "classify", "copies", "folders")}
+        asked["status"] = self.status
         return [
             Route("/", self.page),
             Mount("/static", StaticFiles(directory=FOLDER / "static")),

@@ -1,29 +1,24 @@
 // Classification: a picture, or a folder of the index, with labels of the visitor.
 import { ask, element, find, given, notice, number, say, shrunk, takeFiles, tile } from "./common.js";
+import { folderChoice } from "./folders.js";
 import { open } from "./viewer.js";
 
 let file = null;
+let folder = "";
+let showFolder = null;
 let actions = () => ({});
 
 /** Makes the form work; `act` gives what the large view can do. */
 export function classify(act) {
   actions = act;
   takeFiles(document.querySelector("#classify .drop"), find("classify-file"), take, () => !find("classify").hidden);
-  find("classify-folder").addEventListener("change", () => find("classify-folder").value && take(null));
+  showFolder = folderChoice(find("classify-folder"), say("choose_folder"), (path) => (take(null), showFolder((folder = path))));
   find("labels-form").addEventListener("submit", (event) => (event.preventDefault(), run()));
-}
-
-/** The folders of the index, to choose from. */
-export function setFolders(folders, short) {
-  const chosen = find("classify-folder").value;
-  const options = Object.entries(folders).map(([path, n]) => element("option", { value: path, title: path }, `${short(path)} (${number(n)})`));
-  find("classify-folder").replaceChildren(element("option", { value: "" }, say("choose_folder")), ...options);
-  find("classify-folder").value = chosen in folders ? chosen : "";
 }
 
 function take(picture) {
   file = picture;
-  if (file) find("classify-folder").value = "";
+  if (file) showFolder((folder = ""));
   const shown = find("classify-picture");
   shown.querySelectorAll("img").forEach((image) => URL.revokeObjectURL(image.src));
   shown.replaceChildren(...(file ? [given(URL.createObjectURL(file), () => take(null))] : []));
@@ -33,7 +28,7 @@ function take(picture) {
 async function run() {
   const button = find("labels-form").querySelector("[type=submit]");
   const labels = find("labels").value.split(/[\n,;]/);
-  const question = { labels, template: find("template").value, folder: find("classify-folder").value };
+  const question = { labels, template: find("template").value, folder };
   button.disabled = true;
   find("classify-said").textContent = say("classifying");
   try {

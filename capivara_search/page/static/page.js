@@ -1,11 +1,14 @@
 // The search: as one types, by a picture, or by one of the results; its state is the page's address.
-import { LANGUAGE, WORDS, address, ask, element, find, gallery, given, notice, number, say, shrunk, takeFiles, unquoted } from "./common.js";
-import { classify, setFolders } from "./classify.js";
+import { LANGUAGE, WORDS, address, ask, element, find, gallery, given, notice, say, shrunk, takeFiles, unquoted } from "./common.js";
+import { classify } from "./classify.js";
+import { folderChoice } from "./folders.js";
+import { stack } from "./stacks.js";
 import { open } from "./viewer.js";
 
 const PAGE = 48; // pictures at first, and with each "more"
 const TYPING_MS = 250; // without a key, then a search begins
 const POLL_MS = 10_000; // the index may grow
+const TILES = "#results li:not(.copy) .tile"; // without the copies that are open
 const STATE = ["text", "like", "folder", "since", "until"];
 const PULLS = ["more", "less"]; // paths of pictures that steer the search
 
@@ -13,6 +16,10 @@ const asked = { text: "", like: "", folder: "", since: "", until: "", more: [], 
 let facts = { version: null, count: 0, model: "", folders: {}, suggestions: [], local: false };
 let running = null; // the search whose answer is awaited
 let typing = 0;
+const showFolder = folderChoice(find("folder"), say("all_folders"), (folder) => {
+  asked.folder = folder;
+  start("push");
+});
 
 // --- Questions -------------------------------------------------------------------------------------------------------
 
@@ -96,6 +103,8 @@ function showAnswer({ hits, count, version, cut }) {
   const drawn = line >= 0 && element("p", { class: "line" }, say(line ? "line" : "line_first"));
   find("results").replaceChildren(...[part(0, above), drawn, part(above, hits.length)].filter(Boolean));
   for (const tile of document.querySelectorAll("#results .tile")) tile.setAttribute("aria-keyshortcuts", "Plus -");
+  const { folder, since, until } = asked;
+  stack(hits, { folder, since, until }, (copies, i) => open(copies, i, actions()));
   find("more").hidden = hits.length < asked.k || asked.k >= 240;
 }
 
@@ -160,25 +169,16 @@ function showPicture() {
 }
 
 function showFilters() {
-  const chosen = find("folder");
-  const folders = Object.entries(facts.folders);
-  if (asked.folder && !(asked.folder in facts.folders)) folders.push([asked.folder, null]);
-  const counted = ([path, count]) => `${short(path)}${count === null ? "" : ` (${number(count)})`}`;
-  const options = folders.map((folder) => element("option", { value: folder[0], title: folder[0] }, counted(folder)));
-  chosen.replaceChildren(element("option", { value: "" }, say("all_folders")), ...options);
-  for (const id of ["folder", "since", "until"]) find(id).value = asked[id];
+  showFolder(asked.folder);
+  for (const id of ["since", "until"]) find(id).value = asked[id];
   find("clear").hidden = !asked.folder && !asked.since && !asked.until;
 }
-
-/** The end of a path, as far as it tells folders apart well enough. */
-const short = (path) => path.split(/[\\/]/).filter(Boolean).slice(-2).join("/");
 
 function showFacts() {
   find("facts").textContent = `${say("of_n", { n: facts.count })}, ${say("model", { name: facts.model })}`;
   find("note").textContent = facts.note ?? "";
   find("note").hidden = !facts.note;
   showFilters();
-  setFolders(facts.folders, short);
   const chip = (word) => {
     const take = () => {
       Object.assign(asked, { text: word, like: "", more: [], less: [], file: null });
@@ -210,7 +210,7 @@ find("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   search("push");
 });
-for (const id of ["folder", "since", "until"])
+for (const id of ["since", "until"])
   find(id).addEventListener("change", () => {
     asked[id] = find(id).value;
     start("push");
@@ -220,10 +220,10 @@ find("clear").addEventListener("click", () => {
   start("push");
 });
 find("more").addEventListener("click", async () => {
-  const shown = document.querySelectorAll("#results .tile").length;
+  const shown = document.querySelectorAll(TILES).length;
   asked.k += PAGE;
   await search(null);
-  document.querySelectorAll("#results .tile")[shown]?.focus({ preventScroll: true });
+  document.querySelectorAll(TILES)[shown]?.focus({ preventScroll: true });
 });
 takeFiles(
   find("search"),

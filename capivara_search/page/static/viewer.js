@@ -54,8 +54,7 @@ function facts(shown) {
   const degrees = (value, [plus, minus]) => `${number(Math.abs(value), 5)}° ${value < 0 ? minus : plus}`;
   const east = LANGUAGE === "en" ? "EW" : "LO";
   return [
-    shown.taken && [say("taken"), date(shown.taken)],
-    !shown.taken && shown.modified && [say("modified"), date(shown.modified)],
+    shown.date && [say("date"), date(shown.date) + (shown.date_source === "file" ? say("of_file") : "")],
     [say("dimensions"), say("pixels", { width: shown.width, height: shown.height })],
     shown.size && [say("bytes"), bytes(shown.size)],
     shown.latitude != null && [say("place"), `${degrees(shown.latitude, "NS")}, ${degrees(shown.longitude, east)}`],

@@ -1,0 +1,225 @@
+"""Pictures that are nearly the same: their groups, one hit for each in an answer, and the others when asked for."""
+
+from datetime import date, datetime, timedelta
+
+import numpy as np
+import pytest
+from made_index import save_model
+
+from capivara_search import duplicates
+from capivara_search import index as index_module
+from capivara_search.duplicates import ROUNDING, leaders, near_groups
+from capivara_search.index import PictureIndex, unit
+from capivara_search.results import SAME
+from capivara_search.table_columns import to_arrow
+
+WIDTH = 24
+SCENES = 40  # each with a number of copies that is its own, 0 to 7
+FIRST_DAY = datetime(2024, 1, 1, 12)
+
+
+def near(vector: np.ndarray, dice: np.random.Generator, size: float) -> np.ndarray:
+    """A vector at a distance from another one, of unit length."""
+    noise = dice.standard_normal(len(vector))
+    return unit(vector + size * noise / np.linalg.norm(noise))
+
+
+def naive_leaders(vectors: np.ndarray, threshold: float) -> list[int]:
+    """One vector after the other."""
+    first, leading = [], []
+    for row, vector in enumerate(vectors.astype(np.float32)):
+        found = next((one for one in leading if vectors[one].astype(np.float32) @ vector >= threshold - ROUNDING), row)
+        first.append(found)
+        leading += [row] if found == row else []
+    return first
+
+
+def filled(where, name: str, vectors: np.ndarray, folders: int = 2, **columns) -> PictureIndex:
+    """An index of rows without files, a day after the other; `columns`: values of some."""
+    index = PictureIndex.open(where, model=name)
+    index._table.create(WIDTH)
+    rows = [
+        {
+            "path": f"/fotos/{row % folders}/{row:04d}.jpg", "size": 1000, "digest": f"{row:032x}", "width": 40,
+            "height": 30, "mtime_ns": int((FIRST_DAY + timedelta(days=row)).timestamp()) * 10**9, "vector": vector,
+            "model": index.model.image_digest, **{name: values[row] for name, values in columns.items()},
+        }
+        for row, vector in enumerate(vectors)
+    ]  # fmt: skip
+    index._table.merge(to_arrow(rows, index._table.columns()))
+    return index
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tiny_processor) -> str:
+    return str(save_model(tmp_path_factory.mktemp("models") / "base", tiny_processor))
+
+
+@pytest.fixture(scope="module")
+def vectors() -> np.ndarray:
+    """Scenes that differ, with copies that differ little, in no order."""
+    dice = np.random.default_rng(0)
+    scenes = [vector for vector in unit(dice.standard_normal((SCENES, WIDTH)))]
+    distance = 0.4 * (2 * (1 - SAME)) ** 0.5  # from a scene; so all copies of one are nearly the same as one another
+    every = [near(scene, dice, distance) for number, scene in enumerate(scenes) for _ in range(number % 8 + 1)]
+    return np.array(every)[dice.permutation(len(every))].astype(np.float16)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory, model, vectors) -> PictureIndex:
+    return filled(tmp_path_factory.mktemp("stacks") / "i.lance", model, vectors)
+
+
+def number_of(path: str) -> int:
+    return int(path[-8:-4])
+
+
+def expected(vectors: np.ndarray, order: list[int], k: int) -> list[tuple[int, int]]:
+    """Row and copies of the first k of an order, each pair of rows compared."""
+    first = naive_leaders(vectors[order], SAME)
+    lead = [order[place] for place, one in enumerate(first) if place == one][:k]
+    exact = vectors.astype(np.float32)
+    return [(row, int(sum(exact[order] @ exact[row] >= SAME - ROUNDING)) - 1) for row in lead]
+
+
+def test_groups_are_those_of_one_picture_after_the_other(monkeypatch):
+    monkeypatch.setattr(duplicates, "BLOCK", 70), monkeypatch.setattr(duplicates, "LATER", 150)
+    dice = np.random.default_rng(0)
+    vectors = dice.standard_normal((1000, 96))
+    for number in range(200):
+        vectors[dice.integers(1000)] = vectors[number] + dice.standard_normal(96) * 0.18
+    vectors = unit(vectors).astype(np.float16)
+    wanted = naive_leaders(vectors, 0.97)
+    assert leaders(vectors, 0.97).tolist() == wanted
+    lead = [row for row, first in enumerate(wanted) if row == first]
+    assert np.flatnonzero(leaders(vectors, 0.97, most=5) == np.arange(1000))[:5].tolist() == lead[:5]
+    groups = near_groups(vectors, 0.97)
+    assert len(groups) > 100 and [len(group) for group in groups] == sorted(map(len, groups), reverse=True)
+    assert {tuple(group) for group in groups} == {
+        tuple(rows) for row in lead if len(rows := [place for place, first in enumerate(wanted) if first == row]) > 1
+    }
+
+
+def test_the_looks_tell_copies_from_pictures_of_the_same_thing(tmp_path, model):
+    """Two thirds of the similarity are theirs; where a picture has none, as of one grey, the vectors decide."""
+    dice = np.random.default_rng(5)
+    look, other, grey = dice.integers(0, 256, 108), dice.integers(0, 256, 108), np.full(108, 90)
+    noisy = np.clip(look + dice.integers(-9, 10, 108), 0, 255)
+    looks = [np.uint8(one).tobytes() for one in (look, noisy, other, grey, grey + 1)] + [None]
+    one = np.eye(WIDTH)[0]
+    vectors = np.stack([one, unit(one + 0.5 * np.eye(WIDTH)[1]), *[one] * 4])
+    index = filled(tmp_path / "i.lance", model, vectors, look=looks)
+    assert [sorted(number_of(hit.path) for hit in group) for group in index.duplicates()] == [[3, 4, 5], [0, 1]]
+    assert [number_of(hit.path) for hit in index.copies("/fotos/0/0000.jpg")] == [1]
+    vectors[1] = np.eye(WIDTH)[1]
+    strange = filled(tmp_path / "j.lance", model, vectors, look=looks)
+    assert strange.copies("/fotos/0/0000.jpg") == [], "the same colours of another thing"
+
+
+def test_a_chain_of_small_steps_is_no_group():
+    """A pan over a landscape: each picture is like the one before it, the last one is not like the first."""
+    angles = np.arange(8) * np.arccos(0.975)
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    assert [group.tolist() for group in near_groups(vectors, 0.97)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize("k", [1, 5, 12, SCENES, 100])
+def test_copies_stand_as_one_hit_and_as_many_as_asked_are_answered(index, vectors, k):
+    query = unit(np.random.default_rng(1).standard_normal(WIDTH))
+    order = np.argsort(-(unit(vectors) @ query), kind="stable").tolist()
+    hits = index.search_vector(query, k, stacked=True)
+    assert [(number_of(hit.path), hit.copies) for hit in hits] == expected(vectors, order, k)
+    assert len(hits) == min(k, SCENES) and [hit.score for hit in hits] == sorted((h.score for h in hits), reverse=True)
+    apart = index.search_vector(query, k)
+    assert [number_of(hit.path) for hit in apart] == order[:k] and {hit.copies for hit in apart} == {0}
+
+
+def test_the_picture_of_most_pixels_is_shown_for_its_copies(tmp_path, model, vectors):
+    widths = np.random.default_rng(2).integers(40, 4000, len(vectors)).tolist()
+    index = filled(tmp_path / "i.lance", model, vectors, width=widths)
+    query = vectors[3].astype(np.float32)
+    stacked, apart = index.search_vector(query, SCENES, stacked=True), index.search_vector(query, len(vectors))
+    assert [hit.score for hit in stacked] == sorted((hit.score for hit in stacked), reverse=True)
+    for hit in stacked:
+        own = {one.path: one for one in [*index.copies(hit.path), index.row(hit.path)]}
+        assert hit.width == max(one.width for one in own.values()) and hit.copies == len(own) - 1
+        assert hit.score == max(one.score for one in apart if one.path in own)
+
+
+@pytest.mark.parametrize("k", [1, 12, 100])
+def test_the_newest_are_stacked_too(index, vectors, k):
+    order = list(range(len(vectors)))[::-1]
+    hits = index.newest(k, stacked=True)
+    assert [(number_of(hit.path), hit.copies) for hit in hits] == expected(vectors, order, k)
+    assert [number_of(hit.path) for hit in index.newest(k)] == order[:k]
+
+
+def test_copies_are_counted_where_is_searched_and_listed_when_asked_for(index, vectors):
+    query = vectors[3].astype(np.float32)
+    where = {"folder": "/fotos/0", "since": date(2024, 1, 20), "until": date(2024, 5, 1)}
+    inside = [row for row in range(0, len(vectors), 2) if 19 <= row <= 121]
+    order = sorted(inside, key=lambda row: -float(unit(vectors[row]) @ query))
+    hits = index.search_vector(query, 12, **where, stacked=True)
+    assert [(number_of(hit.path), hit.copies) for hit in hits] == expected(vectors, order, 12)
+    for options in ({}, where):
+        for hit in index.search_vector(query, 12, **options, stacked=True):
+            others = index.copies(hit.path, **options)
+            assert len(others) == hit.copies and hit.path not in {one.path for one in others}
+            assert all(one.score >= SAME - 2 * ROUNDING for one in others)
+    assert max(hit.copies for hit in hits) > 0, "nothing was stacked"
+    with pytest.raises(KeyError, match="/nothing has no vector"):
+        index.copies("/nothing")
+
+
+def test_of_a_large_index_the_copies_among_the_nearest_are_counted(index, vectors, monkeypatch):
+    (
+        monkeypatch.setattr(index_module, "EXACT_ROWS", 10),
+        monkeypatch.setattr("capivara_search.duplicates.COUNTED_ROWS", 10),
+    )
+    hits = index.search_vector(vectors[3].astype(np.float32), 3, stacked=True)
+    assert hits[0].copies == len(index.copies(hits[0].path)) > 0
+
+
+def test_an_index_of_nothing_but_copies_is_one_hit(tmp_path, model):
+    index = filled(tmp_path / "i.lance", model, np.tile(np.eye(WIDTH)[0], (300, 1)))
+    (hit,) = index.search_vector(np.eye(WIDTH)[0], 5, stacked=True)
+    assert (number_of(hit.path), hit.copies) == (0, 299) and index.newest(5, stacked=True)[0].copies == 299
+    assert len(index.copies(hit.path, k=7)) == 7
+
+
+def test_a_picture_that_another_model_has_embedded_stands_alone(tmp_path, model):
+    digests = [PictureIndex.open(tmp_path / "x", model=model).model.image_digest] * 5
+    digests[1] = digests[3] = "of another model"
+    index = filled(tmp_path / "i.lance", model, np.tile(np.eye(WIDTH)[0], (5, 1)), model=digests)
+    assert [(number_of(hit.path), hit.copies) for hit in index.newest(9, stacked=True)] == [(4, 2), (3, 0), (1, 0)]
+
+
+def test_duplicates_are_led_by_the_picture_of_most_pixels(tmp_path, model, vectors):
+    widths = np.random.default_rng(2).integers(40, 4000, len(vectors)).tolist()
+    index = filled(tmp_path / "i.lance", model, vectors, width=widths)
+    groups = index.duplicates()
+    assert sum(len(group) - 1 for group in groups) == len(vectors) - SCENES
+    for group in groups:
+        assert group[0].width == max(hit.width for hit in group) and group[0].score == pytest.approx(1)
+        assert all(hit.score >= SAME - 2 * ROUNDING for hit in group)
+
+
+def test_every_folder_is_counted_with_those_in_it(tmp_path, model):
+    paths = ["/f/a/b/c/1.jpg", "/f/a/b/2.jpg", "/f/a/b/3.jpg", "/f/4.jpg", "/f/a b/5.jpg", "/g/h/6.jpg", "/other/7.jpg"]
+    index = filled(tmp_path / "i.lance", model, np.eye(WIDTH)[:7], path=paths)
+    index._table.note({"folder:/f": "", "folder:/g": "", "folder:/f/a": "", "folder:/empty": ""})
+    assert index.all_folders() == {
+        "/empty": 0, "/f": 5, "/f/a": 3, "/f/a b": 1, "/f/a/b": 3, "/f/a/b/c": 1, "/g": 1, "/g/h": 1, "/other": 1,
+    }  # fmt: skip
+    assert {folder: index.all_folders()[folder] for folder in index.folders()} == index.folders()
+
+
+def test_the_date_of_a_picture_is_the_cameras_or_else_the_files(tmp_path, model):
+    taken = [datetime(2020, 2, 3, 4, 5), None]
+    index = filled(tmp_path / "i.lance", model, np.eye(WIDTH)[:2], taken=taken)
+    by_file, by_camera = index.newest()
+    assert (by_camera.date, by_camera.date_source) == (taken[0], "camera")
+    assert (by_file.date, by_file.date_source) == (FIRST_DAY + timedelta(days=1), "file") and by_file.taken is None
+    index.export(tmp_path / "a.csv")
+    text = (tmp_path / "a.csv").read_text(encoding="utf-8")
+    assert "2020-02-03 04:05:00" in text and ",camera\n" in text and "2024-01-02 12:00:00.000000,file\n" in text
