@@ -29,7 +29,8 @@ import pyarrow as pa
 from capivara_common.cli import coded
 from capivara_common.files import read_json, write_json
 from capivara_common.image_files import DECODERS, BadImage
-from capivara_search.picture_files import RETRYABLE, FileState, Picture, find_pictures, read_picture
+from capivara_search.estimates import Progress, told
+from capivara_search.picture_files import RETRYABLE, FileState, Picture, find_pictures, is_picture_name, read_picture
 from capivara_search.results import Added, LeftOut
 from capivara_search.table import PictureTable
 from capivara_search.table_columns import (
@@ -53,11 +54,11 @@ if TYPE_CHECKING:
 
 COMMIT_ROWS = 400  # pictures; with their thumbnails some 5 MB
 COMMIT_S = 20.0  # seconds
+FIRST_BATCH = 4  # pictures; each later one has twice as many
 BATCH_PIXELS = 100_000_000  # 3 bytes each, that a batch goes beyond by one picture at most
 PICTURE_COLUMNS = ("digest", "width", "height", "taken", "latitude", "longitude", "thumbnail")
 
 Read = tuple[FileState, Picture | Exception]
-Progress = Callable[[int, int], None]
 
 # --- what there is to do ---------------------------------------------------------------------------------------------
 
@@ -118,6 +119,8 @@ class Plan:
 
     Attributes:
         folders: that were named.
+        clause: for the rows of what was looked at.
+        is_whole: whether these are all rows of the folders.
         roots: real paths of these and of those that `add` was told of before; nothing is read outside of them.
         files: to be read, new and changed ones, and those whose vector is of another model.
         known: what the table says of the folders.
@@ -128,6 +131,8 @@ class Plan:
     """
 
     folders: Sequence[Path]
+    clause: str
+    is_whole: bool
     roots: Sequence[str]
     files: list[FileState]
     known: KnownRows
@@ -137,7 +142,13 @@ class Plan:
     broken: set[FileState]
 
 
-def make_plan(table: PictureTable, image_digest: str, folders: Sequence[Path], share: tuple[int, int] = (0, 1)) -> Plan:
+def make_plan(
+    table: PictureTable,
+    image_digest: str,
+    folders: Sequence[Path],
+    share: tuple[int, int] = (0, 1),
+    only: Collection[str] | None = None,
+) -> Plan:
     """Compare folders with the table.
 
     Args:
@@ -145,13 +156,14 @@ def make_plan(table: PictureTable, image_digest: str, folders: Sequence[Path], s
         image_digest: of the model in use.
         folders: absolute paths.
         share: rank and number of those who share the files among them.
+        only: paths in the folders; of the others' files and rows nothing is said.
 
     Raises:
         ValueError: a folder is not there, or holds no picture: nothing is removed for that.
     """
-    clause = within(*folders)
+    clause = within(*folders) if only is None else _of_paths(only)
     try:
-        found, unseen = find_pictures(folders)
+        found, unseen = find_pictures(folders, only)
     except ValueError as error:
         if kept := table.count(clause):
             text = "{error} The index keeps its {kept} pictures of these folders; `forget` removes them."
@@ -159,16 +171,34 @@ def make_plan(table: PictureTable, image_digest: str, folders: Sequence[Path], s
             raise coded(ValueError, getattr(error, "code", None), text, **values) from error
         raise
     columns = ["path", "size", "mtime_ns", "digest", "model"]
-    known = KnownRows(table.rows(columns, f"{clause} OR model != {quoted(image_digest)}"), image_digest)
+    wanted = f"{clause} OR model != {quoted(image_digest)}" if only is None else clause
+    known = KnownRows(table.rows(columns, wanted), image_digest)
     left_out = table.rows([*columns[:3], "reason"], clause, LEFT_OUT).to_pylist()
     broken = {FileState(*list(row.values())[:3]) for row in left_out if not row["reason"].startswith(RETRYABLE)}
     todo = [file for file in found if not known.is_done(file)]
     broken &= set(todo)
     asked = asked_folders(table)
     gone, elsewhere = _without_file(known, folders, asked, found, unseen)
+    if only is not None and any(_is_emptied(table, folder, gone, found) for folder in folders):
+        return make_plan(table, image_digest, folders, share)  # which refuses it
     files = [file for file in todo + elsewhere if file not in broken and is_of_share(file.path, share)]
     roots = [*map(os.path.realpath, folders), *asked.values()]
-    return Plan(folders, roots, files, known, gone, len(found) - len(todo), unseen, broken)
+    return Plan(folders, clause, only is None, roots, files, known, gone, len(found) - len(todo), unseen, broken)
+
+
+def _of_paths(paths: Collection[str]) -> str:
+    """The clause for rows of files, and of what may be, or have been, folders."""
+    files = {path for path in paths if is_picture_name(path) and not os.path.isdir(path)}
+    folders = set(paths) - files
+    top = [path for path in folders if not any(str(parent) in folders for parent in Path(path).parents)]
+    return among("path", sorted(files) or [""]) + (f" OR {within(*top)}" if top else "")
+
+
+def _is_emptied(table: PictureTable, folder: Path, gone: Sequence[str], found: Sequence[FileState]) -> bool:
+    """Whether all rows of a folder would go, as of a disk that was taken away."""
+    inside = os.path.join(folder, "")
+    number = sum(path.startswith(inside) for path in gone)
+    return 0 < number == table.count(within(folder)) and not any(file.path.startswith(inside) for file in found)
 
 
 def _without_file(
@@ -274,7 +304,7 @@ class IndexWriter:
 
     def _embed(self, batch: Sequence[Read]) -> None:
         """Embed pictures whose content is not known yet, and make the rows of all."""
-        pictures: dict[FileState, Picture] = {}
+        before, pictures = self.done, dict[FileState, Picture]()
         for file, picture in batch:
             if isinstance(picture, Picture):
                 pictures[file] = picture
@@ -288,6 +318,9 @@ class IndexWriter:
                 raise picture
         known = self._kept({one.digest for file, one in pictures.items() if file.size in self.sizes}) | self.by_digest
         new = {one.digest: one.image for one in pictures.values() if one.digest not in known}
+        if new and not self.added.embedded:
+            self.model.prepare_images()
+            self.progress(before, len(self.plan.files))  # again: the seconds until here are not those of pictures
         known |= dict(zip(new, self.model.images(list(new.values()), self.batch_size), strict=True))
         self.added.embedded += len(new)
         for file, picture in pictures.items():
@@ -327,22 +360,26 @@ def add_folders(
     exact: bool = False,
     batch_size: int = 32,
     progress: Progress = lambda done, total: None,
+    only: Collection[str] | None = None,
 ) -> Added:
     """`PictureIndex.add`; the table is made where it is missing, and locked."""
     start = time.monotonic()
     with table.locked():
-        plan = begin(table, model, folders)
-        writer = IndexWriter(table, model, plan, batch_size, progress)
-        added = writer.run(exact)
+        plan = begin(table, model, folders, only)
+        with told(table.where, progress) as tell:
+            writer = IndexWriter(table, model, plan, batch_size, tell)
+            added = writer.run(exact)
         finish(table, model, plan, added, writer.all_left_out)
     added.seconds = time.monotonic() - start
     return added
 
 
-def begin(table: PictureTable, model: "SearchModel", folders: Sequence[Path]) -> Plan:
+def begin(
+    table: PictureTable, model: "SearchModel", folders: Sequence[Path], only: Collection[str] | None = None
+) -> Plan:
     """What there is to do, and a table for it. Raises ValueError as `make_plan`, or of the model: no table is left."""
     _ = model.side  # before anything else, where its image processor does not fit
-    plan = make_plan(table, model.image_digest, folders)
+    plan = make_plan(table, model.image_digest, folders, only=only)
     table.create(model.width)
     note_asked(table, folders)
     note_model(table, model)
@@ -377,7 +414,8 @@ def finish(table: PictureTable, model: "SearchModel", plan: Plan, added: Added, 
     """
     table.remove(plan.gone)
     added.removed = len(plan.gone) - added.moved
-    table.note({FOLDER_KEY + str(folder): "" for folder in plan.folders})
+    if plan.is_whole:
+        table.note({FOLDER_KEY + str(folder): "" for folder in plan.folders})
     added.left_out = _left_out(table, plan, left_out)
     if len(table.widths()) > 1 and not table.of_other_models(model.image_digest):
         columns = [vector_column(width) for width in table.widths() if width != model.width]
@@ -388,7 +426,7 @@ def finish(table: PictureTable, model: "SearchModel", plan: Plan, added: Added, 
 def _left_out(table: PictureTable, plan: Plan, new: Collection[str]) -> list[LeftOut]:
     """What was left out of the folders; the table of it is brought up to date."""
     columns = ["path", "size", "mtime_ns", "reason"]
-    rows = table.rows(columns, within(*plan.folders), LEFT_OUT).to_pylist()
+    rows = table.rows(columns, plan.clause, LEFT_OUT).to_pylist()
     known = {FileState(*list(row.values())[:3]): row for row in rows}
     true = {file.path: row for file, row in known.items() if file.path in new or file in plan.broken}
     for one in plan.unseen:  # without size and time, so that they are looked at each time
@@ -421,17 +459,18 @@ def read_ahead(
     Args:
         files: to be read; drawn from as they are needed.
         read: reads one, in a thread.
-        batch_size: pictures in a batch; fewer where they are large.
+        batch_size: pictures in a batch; fewer where they are large, and in the first ones, which say how long all take.
         whole: pictures of any size are kept, so that no more wait than there are threads.
     """
     files, waiting = iter(files), deque[tuple[FileState, Future[Picture]]]()
     most = DECODERS if whole else 2 * batch_size
+    size = min(FIRST_BATCH, batch_size)
     threads = ThreadPoolExecutor(DECODERS)
     try:
         while True:
             batch: list[Read] = []
             pixels = 0
-            while len(batch) < batch_size and pixels < BATCH_PIXELS:
+            while len(batch) < size and pixels < BATCH_PIXELS:
                 waiting.extend((file, threads.submit(read, file)) for file in islice(files, most - len(waiting)))
                 if not waiting:
                     break
@@ -442,5 +481,6 @@ def read_ahead(
             if not batch:
                 return
             yield batch
+            size = min(2 * size, batch_size)
     finally:
         threads.shutdown(wait=True, cancel_futures=True)

@@ -11,7 +11,7 @@ For example:
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date, datetime
@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 
 from capivara_search.adding import KnownRows, add_folders, asked_folders, embed_files
 from capivara_search.duplicates import best_first, near_groups
+from capivara_search.estimates import progress_of
 from capivara_search.labelling import checked_labels, classify_vectors
 from capivara_search.picture_files import FileState, absolute_folder, find_pictures, open_query_picture
 from capivara_search.results import TEMPLATE, Added, Classified, Hit, LeftOut, Status
@@ -48,6 +49,8 @@ from capivara_search.table_columns import (
 from capivara_search.words import failure, note
 
 if TYPE_CHECKING:
+    from threading import Event
+
     from PIL import Image
 
     from capivara_search.models import SearchModel
@@ -110,6 +113,7 @@ class PictureIndex:
         exact: bool = False,
         batch_size: int = 32,
         on_progress: Callable[[int, int], None] | None = None,
+        only: Collection[str] | None = None,
     ) -> Added:
         """Bring the index up to date with folders: what is new is embedded, what has not changed is not read again.
 
@@ -117,20 +121,55 @@ class PictureIndex:
             folders: of pictures, with the folders in them; none: those that were added before on this machine.
             exact: decode at full size, where otherwise JPEG is decoded at a reduced size that serves the model.
             batch_size: pictures that the model sees at once.
-            on_progress: called with how many pictures were read, and how many are to be.
+            on_progress: called with how many pictures were read and how many are to be, again once the model is loaded.
+            only: absolute paths in the folders, of files or folders that are there or were; nothing else is looked at.
 
         Raises:
             ValueError: no such folder, or no picture in it; then nothing is removed.
             OSError: no space left, no permission to write the index.
         """
-        self.mend()
+        if only is None:
+            self.mend()
         paths = [absolute_folder(folder) for folder in folders or self.asked_folders()]
         if not paths:
             raise ValueError("No folder was named, and none was added on this machine before. Name one of pictures.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         progress = on_progress or (lambda done, total: None)
-        return add_folders(self._table, self.model, paths, exact, batch_size, progress)
+        return add_folders(self._table, self.model, paths, exact, batch_size, progress, only)
+
+    def watch(
+        self,
+        *folders: str | Path,
+        poll: bool | None = None,
+        stop: "Event | None" = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Added]:
+        """Bring folders up to date, and follow them: what changes is in the index seconds later. Ctrl-C ends it.
+
+        Args:
+            folders, on_progress: as `add` has them.
+            poll: look at all files every two seconds; None: where a folder lies on a file system of the network.
+            stop: ends it when it is set.
+
+        Yields:
+            What was done: at first in the folders as a whole, then with each burst of changes.
+
+        Raises:
+            ImportError: the package watchfiles is not installed.
+            ValueError: as `add`, at first; later a line of the log says what is wrong with a folder.
+            OSError: no space left, no permission to write the index, or too many folders to be followed.
+        """
+        from capivara_search.watch import follow  # here: nothing else needs watchfiles
+
+        def add(there: Iterable[Path], only: Collection[str] | None) -> Added:
+            return self.add(*there, only=only, on_progress=on_progress)
+
+        return follow(add, [absolute_folder(folder) for folder in folders or self.asked_folders()], poll, stop)
+
+    def progress(self) -> dict[str, int | None] | None:
+        """`done` and `total` pictures, and `left_s`, seconds, of an indexing that goes on in any process; else None."""
+        return progress_of(self._table.where)
 
     def mend(self) -> None:
         """Take the newest version of a damaged index that can be read, or none; a line of the log says what is lost.

@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
@@ -69,14 +69,9 @@ THUMBNAIL_SIDE = 256  # pixels of the longer side
 THUMBNAIL_QUALITY = 90
 THUMBNAIL_METHOD = 2  # of WebP: takes 2.5 ms of a photograph where 4, the default, takes 16 ms, and 1 % more bytes
 TURNS = {  # EXIF orientation -> how the pixels become upright
-    2: Transpose.FLIP_LEFT_RIGHT,
-    3: Transpose.ROTATE_180,
-    4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270,
-    7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_90,
-}
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
+}  # fmt: skip
 QUARTER_TURNS = (5, 6, 7, 8)  # orientations whose width is the upright height
 
 _alone = threading.Lock()
@@ -147,7 +142,9 @@ def absolute_folder(folder: str | Path) -> Path:
     return Path(path)
 
 
-def find_pictures(folders: Sequence[str | Path]) -> tuple[list[FileState], list[LeftOut]]:
+def find_pictures(
+    folders: Sequence[str | Path], only: Collection[str] | None = None
+) -> tuple[list[FileState], list[LeftOut]]:
     """The pictures in folders and all folders below, by the ends of their names, sorted by path.
 
     Hidden files and folders are skipped. A link is followed where it stays within the folders, and its target is not
@@ -155,6 +152,7 @@ def find_pictures(folders: Sequence[str | Path]) -> tuple[list[FileState], list[
 
     Args:
         folders: to look through.
+        only: paths of files and folders in them; nothing else is looked at, and there may be no picture among them.
 
     Returns:
         The pictures, and what could not be looked at, with the reason.
@@ -169,7 +167,7 @@ def find_pictures(folders: Sequence[str | Path]) -> tuple[list[FileState], list[
         if not root.is_dir():
             fault = "is a file, not a folder" if root.exists() else "is not there"
             raise ValueError(f"The folder {root} {fault}. Name a folder of pictures.")
-    walk = _Walk(roots)
+    walk = _Walk(roots, only)
     for root in roots:
         walk.folder(str(root))
     walk.follow_links()
@@ -178,7 +176,7 @@ def find_pictures(folders: Sequence[str | Path]) -> tuple[list[FileState], list[
         denied = next((one for one in walk.left_out if one.path == root), None)
         if denied:
             raise failure(ValueError, "folder_shut", path=root, reason=denied.reason)
-        if not _is_any_in(paths, root):
+        if only is None and not _is_any_in(paths, root):
             raise failure(ValueError, "no_picture", path=root, ends=", ".join(PICTURE_SUFFIXES))
     return sorted(walk.found.values(), key=lambda file: file.path), sorted(walk.left_out, key=lambda one: one.path)
 
@@ -193,8 +191,10 @@ def _is_any_in(paths: Sequence[str], root: str) -> bool:
 class _Walk:
     """Looks through folders, each once."""
 
-    def __init__(self, roots: Sequence[Path]):
+    def __init__(self, roots: Sequence[Path], only: Collection[str] | None = None):
         self.bounds = Bounds(roots[0], roots[1:])
+        self.near = {str(one) for path in only or () for one in (path, *Path(path).parents)}
+        self.below = ("",) if only is None else tuple(os.path.join(one, "") for one in only if os.path.isdir(one))
         self.found: dict[str, FileState] = {}
         self.left_out: list[LeftOut] = []
         self.links: list[str] = []
@@ -213,6 +213,8 @@ class _Walk:
                 with os.scandir(folder) as entries:
                     for entry in entries:
                         if entry.name.startswith(".") or entry.name in SKIPPED_NAMES:
+                            continue
+                        if not entry.path.startswith(self.below) and entry.path not in self.near:
                             continue
                         if entry.is_symlink():
                             self.links.append(entry.path)
@@ -402,9 +404,7 @@ def _degrees(value: Any, side: Any, sides: str, limit: int) -> float | None:
     if not 1 <= len(parts) <= 3 or not all(math.isfinite(part) and part >= 0 for part in parts):
         return None
     degrees = sum(part / unit for part, unit in zip(parts, (1, 60, 3600), strict=False))
-    if degrees > limit:
-        return None
-    return -degrees if letter == sides[1] else degrees
+    return None if degrees > limit else -degrees if letter == sides[1] else degrees
 
 
 # --- One by one ------------------------------------------------------------------------------------------------------
