@@ -72,7 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     from benchmarks.search_photos import SMALL, make_photos  # here: a worker of the index does without torch
 
     save_random_model(args.work / "model")
-    make_photos(args.work / "small", max(ADDED), SMALL)
+    if "index" in args.parts:
+        make_photos(args.work / "small", max(ADDED), SMALL)
     results = read_json(args.output) if args.output.is_file() else {}
     results |= {**conditions(), "width": WIDTH, "k": K, "queries": QUERIES, "runs": args.runs}
     results["versions"] |= {name: metadata.version(name) for name in PACKAGES}

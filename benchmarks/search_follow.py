@@ -88,7 +88,7 @@ def seconds_of_command(words: list[str]) -> float:
 def interrupted(words: list[str], where: Path, done: int) -> None:
     """Let an indexing be interrupted by Ctrl-C when so many are done."""
     process, index = started(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), PictureIndex.open(where)
-    until(lambda: (index.progress() or {"done": 0})["done"] >= done, 3600)
+    until(lambda: process.poll() is not None or (index.progress() or {"done": 0})["done"] >= done, 3600)
     process.send_signal(signal.SIGINT)
     process.wait()
 

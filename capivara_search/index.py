@@ -165,7 +165,7 @@ class PictureIndex:
         def add(there: Iterable[Path], only: Collection[str] | None) -> Added:
             return self.add(*there, only=only, on_progress=on_progress)
 
-        return follow(add, [absolute_folder(folder) for folder in folders or self.asked_folders()], poll, stop)
+        return follow(add, lambda: [absolute_folder(one) for one in folders or self.asked_folders()], poll, stop)
 
     def progress(self) -> dict[str, int | None] | None:
         """`done` and `total` pictures, and `left_s`, seconds, of an indexing that goes on in any process; else None."""

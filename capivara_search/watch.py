@@ -1,6 +1,6 @@
 """Folders that are followed: what changes in them is in the index seconds later.
 
-    for added in follow(lambda folders, only: index.add(*folders, only=only), [Path("/home/maria/Fotos")]):
+    for added in follow(lambda folders, only: index.add(*folders, only=only), lambda: [Path("/home/maria/Fotos")]):
         print(added.new, "new", added.removed, "removed")
 
 `watchfiles` says which paths have changed. They wait until their size and time stand still, so that no half of a copy
@@ -36,18 +36,19 @@ State = tuple[int, int] | None  # size and time of a file; None of one that is n
 
 def follow(
     add: Callable[[Iterable[Path], Collection[str] | None], Added],
-    folders: Sequence[Path],
+    known: Callable[[], Sequence[Path]],
     poll: bool | None = None,
     stop: threading.Event | None = None,
 ) -> Iterator[Added]:
-    """`PictureIndex.watch`; `add` brings folders, absolute ones, up to date, or some paths in them alone."""
+    """`PictureIndex.watch`; `add` brings folders up to date, or some paths in them; `known` are those to follow."""
     from watchfiles import watch  # here: who looks at folders once does not need it
 
-    stop = stop or threading.Event()
-    if not _present(folders):
-        add(folders, None)  # says what is wrong
-    is_first = True
+    stop, is_first = stop or threading.Event(), True
+    if not _present(folders := known()):
+        yield add(folders, None)  # says what is wrong, or waits for another process that adds the first folders
+        is_first = False
     while not stop.is_set():
+        folders = known()
         there, waiting, only = _present(folders), Waiting(), None
         if missing := [str(folder) for folder in folders if folder not in there]:
             note("not_there", ", ".join(missing), level=logging.WARNING)

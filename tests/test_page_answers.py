@@ -119,7 +119,7 @@ def test_a_picture_that_is_gone_and_an_index_without_pictures(answers, saved_tin
     assert empty.search(Question.read({"text": "gato"}), None)["hits"] == []
     assert empty.status(Question()) | {"version": 0} == {
         "version": 0, "count": 0, "folders": {}, "model": "model", "note": None, "suggestions": [],
-        "suggesting": True,
+        "suggesting": True, "progress": None,
     }  # fmt: skip
 
 
