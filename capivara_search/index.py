@@ -163,7 +163,9 @@ class PictureIndex:
         from capivara_search.watch import follow  # here: nothing else needs watchfiles
 
         def add(there: Iterable[Path], only: Collection[str] | None) -> Added:
-            return self.add(*there, only=only, on_progress=on_progress)
+            added = self.add(*there, only=only, on_progress=on_progress)
+            self.model.prepare_images()  # now, so that the first change waits for none of it
+            return added
 
         return follow(add, lambda: [absolute_folder(one) for one in folders or self.asked_folders()], poll, stop)
 
