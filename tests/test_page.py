@@ -351,8 +351,8 @@ def sees_the_index_grow(visitor: Visitor, folder: Path, model: Path) -> None:
 def sees_how_far_an_indexing_is(visitor: Visitor, where: Path) -> None:
     """Of another process, which holds the lock."""
     said = {
-        None: "Indexando 120 de 3.400", 41: "falta menos de um minuto", 61: "falta 1 min", 118: "faltam 2 min",
-        7300: "faltam 2 h",
+        None: "Indexando 120 de 3.400", 41: "falta menos de um minuto", 85: "falta 1 min", 145: "faltam 2 min",
+        8500: "faltam 2 h",
     }  # fmt: skip
     with PictureTable(where).locked():
         for left_s, text in said.items():
