@@ -2,11 +2,13 @@
 
     python -m benchmarks.search
     python -m benchmarks.search --sizes 1000 10000 --parts index peers --output /tmp/search.json
+    python -m benchmarks.search --parts follow --output benchmarks/results/search_follow.json
 
 Vectors of 512 numbers are made, in clusters; their rows have all columns but a thumbnail. Every figure of a program is
 that of a process of its own, so that its peak of memory is its own. The text tower is of the full published size, with
-random weights. Photographs are made and taken in by `benchmarks/search_photos.py`. The last line of the output is JSON,
-kept in benchmarks/results/search.json; docs/benchmarks.md shows it.
+random weights. Photographs are made and taken in by `benchmarks/search_photos.py`. The part `follow`, of a folder that
+is kept up to date, is `benchmarks/search_follow.py`. The last line of the output is JSON, kept in
+benchmarks/results/search.json; docs/benchmarks.md shows it.
 """
 
 import json
@@ -52,6 +54,7 @@ class SearchArguments:
     sizes: list[int] = flag([1_000, 10_000, 100_000, 1_000_000], "Pictures of the indexes.")
     photographs: int = flag(2000, "Photographs of 12 megapixels.")
     parts: list[str] = flag(["index", "peers", "photographs"], "Parts to measure; the file keeps the others.")
+    followed: int = flag(10_000, "Photographs, of 640 x 480, of the folder that is followed.")
     runs: int = flag(5, "Parts of the photographs, in which the programs take turns; runs of a new process.")
     work: Path = flag(Path("runs/search"), "Folder of vectors, indexes, photographs and model; some 10 GB.")
     output: Path = flag(RESULTS / "search.json", "JSON file.")
@@ -69,7 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     from benchmarks.search_photos import SMALL, make_photos  # here: a worker of the index does without torch
 
     save_random_model(args.work / "model")
-    make_photos(args.work / "small", max(ADDED), SMALL)
+    if "index" in args.parts:
+        make_photos(args.work / "small", max(ADDED), SMALL)
     results = read_json(args.output) if args.output.is_file() else {}
     results |= {**conditions(), "width": WIDTH, "k": K, "queries": QUERIES, "runs": args.runs}
     results["versions"] |= {name: metadata.version(name) for name in PACKAGES}
@@ -127,7 +131,14 @@ def photographs_part(args: SearchArguments) -> dict[str, Any]:
     return {"photographs": conditions() | found}
 
 
-PARTS = {"index": index_part, "peers": peers_part, "photographs": photographs_part}
+def follow_part(args: SearchArguments) -> dict[str, Any]:
+    """A folder that is indexed, followed and asked about."""
+    from benchmarks.search_follow import measure
+
+    return measure(args.work, args.followed, args.runs)
+
+
+PARTS = {"index": index_part, "peers": peers_part, "photographs": photographs_part, "follow": follow_part}
 
 
 def own(args: SearchArguments, worker: str, rows: int, first: int = 0) -> dict[str, Any]:

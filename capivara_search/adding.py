@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import blake2b
 from itertools import islice
@@ -28,22 +28,21 @@ import PIL.Image
 import pyarrow as pa
 
 from capivara_common.cli import coded
-from capivara_common.files import read_json, write_json
 from capivara_common.image_files import DECODERS, BadImage
 from capivara_search.duplicates import look_of
-from capivara_search.picture_files import RETRYABLE, FileState, Picture, find_pictures, read_picture
+from capivara_search.estimates import Progress, told
+from capivara_search.folders import asked_folders, kept_rules, note_asked, note_rules
+from capivara_search.picture_files import RETRYABLE, FileState, Picture, find_pictures, is_picture_name, read_picture
 from capivara_search.results import Added, LeftOut
 from capivara_search.rules import Rules
 from capivara_search.table import PictureTable
 from capivara_search.table_columns import (
-    ABOUT,
     EMPTY,
     FOLDER_KEY,
     LEFT_OUT,
     LOOK,
     MODEL_KEY,
     PICTURES,
-    RULES_KEY,
     VECTOR,
     among,
     as_array,
@@ -52,72 +51,21 @@ from capivara_search.table_columns import (
     vector_column,
     within,
 )
-from capivara_search.words import Words, failure, note
+from capivara_search.words import Words, note
 
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
 
 COMMIT_ROWS = 400  # pictures; with their thumbnails some 5 MB
 COMMIT_S = 20.0  # seconds
+FIRST_BATCH = 4  # pictures; each later one has twice as many
 BATCH_PIXELS = 100_000_000  # 3 bytes each, that a batch goes beyond by one picture at most
 TRIED, TRIED_FROM = 8, 100  # pictures that tell how long so many, or more, will take
 PICTURE_COLUMNS = ("digest", "width", "height", "taken", "latitude", "longitude", "thumbnail")
 
 Read = tuple[FileState, Picture | Exception]
-Progress = Callable[[int, int], None]
 
 # --- what there is to do ---------------------------------------------------------------------------------------------
-
-
-def asked_folders(table: PictureTable) -> dict[str, str]:
-    """Folder -> its real path, of those that `add` was told of on this machine.
-
-    What an index says of itself may be somebody else's word: "/" would make every picture of the machine one of its.
-    """
-    with suppress(OSError, ValueError):
-        asked = read_json(_record(table), folders=dict)["folders"]
-        return {folder: real for folder, real in asked.items() if isinstance(real, str)}
-    return {}
-
-
-def note_asked(table: PictureTable, folders: Iterable[str | Path], left: Path | None = None) -> None:
-    """Write down that `add` was told of folders, and where they lie; those in the folder `left` are no longer."""
-    asked = {one: real for one, real in asked_folders(table).items() if not left or not Path(one).is_relative_to(left)}
-    asked |= {str(folder): os.path.realpath(folder) for folder in folders}
-    try:
-        write_json(_record(table), {"index": table.where, "folders": asked})
-    except OSError as error:
-        note("thumbnails_alone", _record(table), error)
-
-
-def _record(table: PictureTable) -> Path:
-    """Not beside the index, which may have come whole from elsewhere, nor in a cache, which may be emptied."""
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    where = table.where if table.remote else os.path.realpath(table.where)
-    return Path(state, "capivara", "folders", f"{blake2b(where.encode(), digest_size=16).hexdigest()}.json")
-
-
-def kept_rules(table: PictureTable) -> Rules:
-    """What is left out of the folders of an index."""
-    known = json.loads(table.about().get(RULES_KEY, "{}"))
-    return Rules(tuple(known.get("exclude", ())), frozenset(known.get("forgotten", ())))
-
-
-def note_rules(table: PictureTable, rules: Rules) -> None:
-    """Keep rules with an index, in place of those that it has."""
-    if rules != kept_rules(table):
-        kept = {"exclude": rules.exclude, "forgotten": sorted(rules.forgotten)}
-        table.note({RULES_KEY: json.dumps(kept, ensure_ascii=False)})
-
-
-def skipped_counts(table: PictureTable) -> Counter[str]:
-    """`Added.skipped`, of all folders of an index."""
-    counts = Counter[str]()
-    for key, value in table.about().items():
-        if key.startswith(FOLDER_KEY):
-            with suppress(ValueError, AttributeError):  # older versions have kept nothing there
-                counts.update({why: n for why, n in json.loads(value).items() if type(n) is int})
-    return counts
 
 
 class KnownRows:
@@ -149,6 +97,8 @@ class Plan:
 
     Attributes:
         folders: that were named.
+        clause: for the rows of what was looked at.
+        is_whole: whether these are all rows of the folders.
         roots: real paths of these and of those that `add` was told of before; nothing is read outside of them.
         files: to be read, new and changed ones, and those whose vector is of another model.
         known: what the table says of the folders.
@@ -160,6 +110,8 @@ class Plan:
     """
 
     folders: Sequence[Path]
+    clause: str
+    is_whole: bool
     roots: Sequence[str]
     files: list[FileState]
     known: KnownRows
@@ -176,6 +128,7 @@ def make_plan(
     folders: Sequence[Path],
     share: tuple[int, int] = (0, 1),
     rules: Rules | None = None,
+    only: Collection[str] | None = None,
 ) -> Plan:
     """Compare folders with the table.
 
@@ -185,13 +138,14 @@ def make_plan(
         folders: absolute paths.
         share: rank and number of those who share the files among them.
         rules: of what is left out; the index's own where None.
+        only: paths in the folders; of the others' files and rows nothing is said.
 
     Raises:
         ValueError: a folder is not there, or holds no picture: nothing is removed for that.
     """
-    clause, counts = within(*folders), dict[str, Counter[str]]()
+    clause, counts = within(*folders) if only is None else _of_paths(only), dict[str, Counter[str]]()
     try:
-        found, unseen = find_pictures(folders, rules or kept_rules(table), counts)
+        found, unseen = find_pictures(folders, rules or kept_rules(table), counts, only)
     except ValueError as error:
         if kept := table.count(clause):
             text = "{error} The index keeps its {kept} pictures of these folders; `forget` removes them."
@@ -199,16 +153,35 @@ def make_plan(
             raise coded(ValueError, getattr(error, "code", None), text, **values) from error
         raise
     columns = ["path", "size", "mtime_ns", "digest", "model"]
-    known = KnownRows(table.rows(columns, f"{clause} OR model != {quoted(image_digest)}"), image_digest)
+    wanted = f"{clause} OR model != {quoted(image_digest)}" if only is None else clause
+    known = KnownRows(table.rows(columns, wanted), image_digest)
     left_out = table.rows([*columns[:3], "reason"], clause, LEFT_OUT).to_pylist()
     broken = {FileState(*list(row.values())[:3]) for row in left_out if not row["reason"].startswith(RETRYABLE)}
     todo = [file for file in found if not known.is_done(file)]
     broken &= set(todo)
     asked = asked_folders(table)
     gone, elsewhere = _without_file(known, folders, asked, found, unseen)
+    if only is not None and any(_is_emptied(table, folder, gone, found) for folder in folders):
+        return make_plan(table, image_digest, folders, share, rules)  # which refuses it
     files = [file for file in todo + elsewhere if file not in broken and is_of_share(file.path, share)]
     roots = [*map(os.path.realpath, folders), *asked.values()]
-    return Plan(folders, roots, files, known, gone, len(found) - len(todo), unseen, broken, counts)
+    unchanged = len(found) - len(todo)
+    return Plan(folders, clause, only is None, roots, files, known, gone, unchanged, unseen, broken, counts)
+
+
+def _of_paths(paths: Collection[str]) -> str:
+    """The clause for rows of files, and of what may be, or have been, folders."""
+    files = {path for path in paths if is_picture_name(path) and not os.path.isdir(path)}
+    folders = set(paths) - files
+    top = [path for path in folders if not any(str(parent) in folders for parent in Path(path).parents)]
+    return among("path", sorted(files) or [""]) + (f" OR {within(*top)}" if top else "")
+
+
+def _is_emptied(table: PictureTable, folder: Path, gone: Sequence[str], found: Sequence[FileState]) -> bool:
+    """Whether all rows of a folder would go, as of a disk that was taken away."""
+    inside = os.path.join(folder, "")
+    number = sum(path.startswith(inside) for path in gone)
+    return 0 < number == table.count(within(folder)) and not any(file.path.startswith(inside) for file in found)
 
 
 def _without_file(
@@ -314,7 +287,7 @@ class IndexWriter:
 
     def _embed(self, batch: Sequence[Read]) -> None:
         """Embed pictures whose content is not known yet, and make the rows of all."""
-        pictures: dict[FileState, Picture] = {}
+        before, pictures = self.done, dict[FileState, Picture]()
         for file, picture in batch:
             if isinstance(picture, Picture):
                 pictures[file] = picture
@@ -328,6 +301,9 @@ class IndexWriter:
                 raise picture
         known = self._kept({one.digest for file, one in pictures.items() if file.size in self.sizes}) | self.by_digest
         new = {one.digest: one.image for one in pictures.values() if one.digest not in known}
+        if new and not self.added.embedded:
+            self.model.prepare_images()
+            self.progress(before, len(self.plan.files))  # again: the seconds until here are not those of pictures
         known |= dict(zip(new, self.model.images(list(new.values()), self.batch_size), strict=True))
         self.added.embedded += len(new)
         for file, picture in pictures.items():
@@ -370,13 +346,15 @@ def add_folders(
     progress: Progress = lambda done, total: None,
     exclude: Sequence[str] = (),
     include: Sequence[str | Path] = (),
+    only: Collection[str] | None = None,
 ) -> Added:
     """`PictureIndex.add`; the table is made where it is missing, and locked."""
     start = time.monotonic()
     with table.locked():
-        plan = begin(table, model, folders, exclude, include, is_tried=True)
-        writer = IndexWriter(table, model, plan, batch_size, progress)
-        added = writer.run(exact)
+        plan = begin(table, model, folders, exclude, include, only, is_tried=True)
+        with told(table.where, progress) as tell:
+            writer = IndexWriter(table, model, plan, batch_size, tell)
+            added = writer.run(exact)
         finish(table, model, plan, added, writer.all_left_out)
     added.seconds = time.monotonic() - start
     return added
@@ -388,6 +366,7 @@ def begin(
     folders: Sequence[Path],
     exclude: Sequence[str] = (),
     include: Sequence[str | Path] = (),
+    only: Collection[str] | None = None,
     is_tried: bool = False,
 ) -> Plan:
     """What there is to do, and a table for it; the model may be loaded, to say how long it takes, where `is_tried`.
@@ -396,7 +375,7 @@ def begin(
     """
     _ = model.side  # before anything else, where its image processor does not fit
     rules = kept_rules(table).changed(exclude, include)
-    plan = make_plan(table, model.image_digest, folders, rules=rules)
+    plan = make_plan(table, model.image_digest, folders, rules=rules, only=only)
     table.create(model.width)
     note_asked(table, folders)
     note_rules(table, rules)
@@ -440,7 +419,8 @@ def finish(table: PictureTable, model: "SearchModel", plan: Plan, added: Added, 
     table.remove(plan.gone)
     added.removed = len(plan.gone) - added.moved
     added.skipped = dict(sum(plan.counts.values(), Counter()))
-    table.note({FOLDER_KEY + one: json.dumps(numbers, sort_keys=True) for one, numbers in plan.counts.items()})
+    if plan.is_whole:
+        table.note({FOLDER_KEY + one: json.dumps(numbers, sort_keys=True) for one, numbers in plan.counts.items()})
     added.left_out = _left_out(table, plan, left_out)
     if len(table.widths()) > 1 and not table.of_other_models(model.image_digest):
         columns = [vector_column(width) for width in table.widths() if width != model.width]
@@ -451,7 +431,7 @@ def finish(table: PictureTable, model: "SearchModel", plan: Plan, added: Added, 
 def _left_out(table: PictureTable, plan: Plan, new: Collection[str]) -> list[LeftOut]:
     """What was left out of the folders; the table of it is brought up to date."""
     columns = ["path", "size", "mtime_ns", "reason"]
-    rows = table.rows(columns, within(*plan.folders), LEFT_OUT).to_pylist()
+    rows = table.rows(columns, plan.clause, LEFT_OUT).to_pylist()
     known = {FileState(*list(row.values())[:3]): row for row in rows}
     true = {file.path: row for file, row in known.items() if file.path in new or file in plan.broken}
     for one in plan.unseen:  # without size and time, so that they are looked at each time
@@ -461,50 +441,6 @@ def _left_out(table: PictureTable, plan: Plan, new: Collection[str]) -> list[Lef
     if unknown := [row for row in true.values() if row not in rows]:
         table.merge(pa.Table.from_pylist(unknown, EMPTY[LEFT_OUT]), LEFT_OUT)
     return [LeftOut(path, true[path]["reason"]) for path in sorted(true)]
-
-
-def move_folder(table: PictureTable, old: Path, new: Path) -> tuple[int, int]:
-    """`PictureIndex.move`. What is interrupted goes on by the same call: the rows come first, in one version."""
-    if old == new or old in new.parents or new in old.parents:
-        raise failure(ValueError, "move_nested", old=old, new=new)
-    with table.locked():
-        paths = table.rows(["path"], within(old))["path"].to_pylist()
-        folders, about, rules = table.folders(), table.about(), kept_rules(table)
-        inside = [FOLDER_KEY + one for one in folders if Path(one).is_relative_to(old)]
-        if not paths and not inside:
-            raise failure(ValueError, "move_nothing", path=old)
-        there = sum(os.path.isfile(_moved(path, old, new)) for path in paths)
-        if paths and not there:
-            raise failure(ValueError, "move_not_there", path=old, total=len(paths), example=_moved(paths[0], old, new))
-        for name in (PICTURES, LEFT_OUT):
-            _move_rows(table, name, old, new)
-        within_old = [one for one in rules.forgotten if Path(one).is_relative_to(old)]
-        moved = frozenset(_moved(one, old, new) for one in within_old)
-        note_rules(table, replace(rules, forgotten=(rules.forgotten - {*within_old}) | moved))
-        values = {key.replace(str(old), str(new), 1): about[key] for key in inside}
-        if any(Path(one) in old.parents for one in folders) and not any(map(new.is_relative_to, folders)):
-            values[FOLDER_KEY + str(new)] = ""  # it was part of a folder that stays
-        table.note(values)
-        # What an index says of itself may lead out of the folder that was named.
-        real = os.path.realpath(new)
-        note_asked(table, (one for one in table.folders() if Path(os.path.realpath(one)).is_relative_to(real)), old)
-        table.remove(inside, ABOUT)
-        table.purge()
-    return len(paths), there
-
-
-def _moved(path: str, old: Path, new: Path) -> str:
-    return str(new) + path[len(str(old)) :]
-
-
-def _move_rows(table: PictureTable, name: str, old: Path, new: Path) -> None:
-    """Rewrite the paths of a table; rows that are at the new place already are the newer ones."""
-    clause, taken = within(old), set(table.rows(["path"], within(new), name)["path"].to_pylist())
-    paths = table.rows(["path"], clause, name)["path"].to_pylist()
-    table.remove([path for path in paths if _moved(path, old, new) in taken], name)
-    moved = f"concat({quoted(str(new))}, substr(path, {len(str(old)) + 1}))"
-    if paths:
-        table.write(name, lambda opened: opened.update(where=clause, values_sql={"path": moved}))
 
 
 def embed_files(
@@ -528,17 +464,18 @@ def read_ahead(
     Args:
         files: to be read; drawn from as they are needed.
         read: reads one, in a thread.
-        batch_size: pictures in a batch; fewer where they are large.
+        batch_size: pictures in a batch; fewer where they are large, and in the first ones, which say how long all take.
         whole: pictures of any size are kept, so that no more wait than there are threads.
     """
     files, waiting = iter(files), deque[tuple[FileState, Future[Picture]]]()
     most = DECODERS if whole else 2 * batch_size
+    size = min(FIRST_BATCH, batch_size)
     threads = ThreadPoolExecutor(DECODERS)
     try:
         while True:
             batch: list[Read] = []
             pixels = 0
-            while len(batch) < batch_size and pixels < BATCH_PIXELS:
+            while len(batch) < size and pixels < BATCH_PIXELS:
                 waiting.extend((file, threads.submit(read, file)) for file in islice(files, most - len(waiting)))
                 if not waiting:
                     break
@@ -549,5 +486,6 @@ def read_ahead(
             if not batch:
                 return
             yield batch
+            size = min(2 * size, batch_size)
     finally:
         threads.shutdown(wait=True, cancel_futures=True)

@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             code = args.run(args, words)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        goes_on = {"index", COMMANDS["index"]} & set(argv)
+        goes_on = {"index", "watch", COMMANDS["index"], COMMANDS["watch"]} & set(argv)
         print("\n" + words("stopped_goes_on" if goes_on else "stopped"), file=sys.stderr)
         code = 128 + signal.SIGINT
     except BrokenPipeError:  # `capivara search … | head`; what is left must not be written at the end

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
@@ -111,21 +111,36 @@ def index(args: SimpleNamespace, words: Words) -> int:
 
 
 @contextmanager
-def progress_bar(words: Words) -> Iterator[Callable[[int, int], None]]:
-    """`on_progress` of an index: a bar with rate and time left, from the first call on."""
+def progress_bar(words: Words, leave: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """`on_progress` of an index: a bar with rate and time left, which may `leave` its last line on the screen."""
     from tqdm.std import tqdm
 
-    options = {"bar_format": words.raw("bar"), "unit": words("unit"), "dynamic_ncols": True}
-    with ExitStack() as stack:
-        bars: list[tqdm] = []
+    from capivara_search.estimates import Estimate
 
-        def show_progress(done: int, total: int) -> None:
-            if not bars:
-                bars.append(stack.enter_context(tqdm(total=total, **options)))
-            bars[0].total = total
-            bars[0].update(done - bars[0].n)
+    class Bar(tqdm):
+        @property
+        def format_dict(self) -> dict[str, Any]:
+            return super().format_dict | {"rate": estimate.rate}  # by which tqdm tells the time that is left
 
+    options = {"bar_format": words.raw("bar"), "unit": words("unit"), "dynamic_ncols": True, "leave": leave}
+    estimate, bars = Estimate(), list[Bar]()
+
+    def show_progress(done: int, total: int) -> None:
+        estimate.update(done)
+        if not bars and total:
+            bars.append(Bar(total=total, **options))
+        for bar in bars:
+            if not done:
+                bar.reset(total)
+            bar.update(done - bar.n)
+        if done == total and bars:
+            bars.pop().close()
+
+    try:
         yield show_progress
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def summary(added: Added, pictures: int, words: Words) -> Iterable[str]:
@@ -152,6 +167,31 @@ def skipped(numbers: Mapping[str, int], words: Words) -> tuple[str, str]:
     """How much rules leave out, and how many videos; empty where there is none."""
     parts = (words.count(f"skipped.{why}", n) for why in BY_RULE if (n := numbers.get(why)))
     return ", ".join(parts), words.count("videos", n) if (n := numbers.get("video")) else ""
+
+
+@cli.command(
+    "watch",
+    cli.Argument("folders", metavar="folder", nargs=-1, read=cli.existing("folder"), completes="dir"),
+    *cli.switches("--poll"),
+)
+def watch(args: SimpleNamespace, words: Words) -> int:
+    """Follow folders, with a line for what is done each time, until Ctrl-C."""
+    pictures = _index(args) if args.folders else _filled_index(args, or_filling=True)
+    say(words("model_line", model=visible(pictures.model.name)))
+    _say_note(pictures, words)
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, signal.default_int_handler)
+    is_first = True
+    with progress_bar(words, leave=False) as progress:
+        for added in pictures.watch(*args.folders, poll=args.poll or None, on_progress=progress):
+            lines = list(summary(added, len(pictures), words))
+            if is_first or added.new or added.changed or added.moved or added.removed or added.left_out:
+                print("\n".join(lines if is_first else lines[:-1]), flush=True)
+            if is_first:
+                folders = ", ".join(shown_path(str(folder)) for folder in args.folders or pictures.asked_folders())
+                say(words("watching", folders=folders))
+            is_first = False
+    return DONE
 
 
 @cli.command(
@@ -268,14 +308,15 @@ def classify(args: SimpleNamespace, words: Words) -> int:
     cli.Flag("--host", default="127.0.0.1", metavar="address"),
     cli.Flag("--allow-host", read=cli.host, multiple=True, metavar="name"),
     LINE,
-    *cli.switches("--no-open"),
+    *cli.switches("--no-open", "--watch"),
 )
 def app(args: SimpleNamespace, words: Words) -> int:
     """The page, until Ctrl-C."""
-    pictures = _filled_index(args)
+    pictures = _filled_index(args, or_filling=True)
     _say_note(pictures, words)
     from capivara_search.page.guard import allowed_hosts
     from capivara_search.page.server import is_loopback, serve_index  # here: what there is no index for waits less
+    from capivara_search.watch import follower
 
     def tell(address: str) -> None:
         print(words("page_open", address=address), flush=True)
@@ -290,7 +331,10 @@ def app(args: SimpleNamespace, words: Words) -> int:
     for ending in (signal.SIGTERM, signal.SIGINT):  # what visitors have sent is removed
         signal.signal(ending, signal.default_int_handler)
     options = {"language": words.language, "on_open": tell, "allow_hosts": list(args.allow_host)}
-    serve_index(pictures, args.host, args.port, open_browser=not args.no_open, **options)
+    own = {"--index": pictures.where, "--model": args.model, "--device": args.device, "--lang": words.language}
+    flags = [f"{name}={value}" for name, value in own.items() if value]
+    with follower(*flags) if args.watch else nullcontext():
+        serve_index(pictures, args.host, args.port, open_browser=not args.no_open, **options)
     return DONE
 
 
@@ -421,11 +465,11 @@ def _index(args: SimpleNamespace) -> "PictureIndex":
     return PictureIndex.open(args.index or "auto", args.model, args.device)
 
 
-def _filled_index(args: SimpleNamespace) -> "PictureIndex":
-    """The index; raises RuntimeError where it holds nothing yet."""
+def _filled_index(args: SimpleNamespace, or_filling: bool = False) -> "PictureIndex":
+    """The index; raises RuntimeError where it holds nothing yet, unless it is being filled and that is enough."""
     pictures = _index(args)
     pictures.line = LINES[getattr(args, "line", "auto")]
-    if not len(pictures):
+    if not len(pictures) and not (or_filling and pictures.progress()):
         raise failure(RuntimeError, "no_index", where=shown_path(str(pictures.where)))
     return pictures
 

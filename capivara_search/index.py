@@ -11,7 +11,7 @@ For example:
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date, datetime
@@ -23,16 +23,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from capivara_search import asking
-from capivara_search.adding import (
-    KnownRows,
-    add_folders,
-    asked_folders,
-    embed_files,
-    kept_rules,
-    move_folder,
-    note_rules,
-    skipped_counts,
-)
+from capivara_search.adding import KnownRows, add_folders, embed_files
 from capivara_search.duplicates import (
     by_similarity,
     compared,
@@ -43,6 +34,8 @@ from capivara_search.duplicates import (
     same,
     stacks,
 )
+from capivara_search.estimates import progress_of
+from capivara_search.folders import asked_folders, folders_to_add, kept_rules, move_folder, note_rules, skipped_counts
 from capivara_search.labelling import checked_labels, classify_vectors
 from capivara_search.picture_files import FileState, absolute_folder, find_pictures, open_query_picture
 from capivara_search.results import SAME, TEMPLATE, Added, Classified, Hit, LeftOut, Status
@@ -69,6 +62,8 @@ from capivara_search.table_columns import (
 from capivara_search.words import failure, note
 
 if TYPE_CHECKING:
+    from threading import Event
+
     from PIL import Image
 
     from capivara_search.models import SearchModel
@@ -144,6 +139,7 @@ class PictureIndex:
         on_progress: Callable[[int, int], None] | None = None,
         exclude: Sequence[str] = (),
         include: Sequence[str | Path] = (),
+        only: Collection[str] | None = None,
     ) -> Added:
         """Bring the index up to date with folders: what is new is embedded, what has not changed is not read again.
 
@@ -151,20 +147,22 @@ class PictureIndex:
             folders: of pictures, with the folders in them; none: as `folders_to_add` has them.
             exact: decode at full size, where otherwise JPEG is decoded at a reduced size that serves the model.
             batch_size: pictures that the model sees at once.
-            on_progress: called with how many pictures were read, and how many are to be.
+            on_progress: called with how many pictures were read and how many are to be, again once the model is loaded.
             exclude: patterns of what is left out of each folder, as in its `.gitignore`; the index keeps them.
             include: patterns that no longer hold, and what was forgotten and comes in again.
+            only: absolute paths in the folders, of files or folders that are there or were; nothing else is looked at.
 
         Raises:
             ValueError: no such folder, a forgotten one, or no picture in it; then nothing is removed. No such pattern.
             OSError: no space left, no permission to write the index.
         """
-        self.mend()
+        if only is None:
+            self.mend()
         paths = self.folders_to_add(folders, exclude, include)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         progress = on_progress or (lambda done, total: None)
-        return add_folders(self._table, self.model, paths, exact, batch_size, progress, exclude, include)
+        return add_folders(self._table, self.model, paths, exact, batch_size, progress, exclude, include, only)
 
     def folders_to_add(
         self, folders: Sequence[str | Path] = (), exclude: Sequence[str] = (), include: Sequence[str | Path] = ()
@@ -172,23 +170,39 @@ class PictureIndex:
         """Those that `add` looks through: what is named, and included folders that lie in no known one.
 
         Where none is named, all that were added on this machine, are there, and lie where they lay; a line of the log
-        says which are not.
+        says which are not. Raises ValueError where there is none, or no such pattern.
+        """
+        return folders_to_add(self._table, [*map(absolute_folder, folders)], exclude, include)
+
+    def watch(
+        self,
+        *folders: str | Path,
+        poll: bool | None = None,
+        stop: "Event | None" = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Added]:
+        """Bring folders up to date, and follow them: what changes is in the index seconds later. Ctrl-C ends it.
+
+        Args:
+            folders, on_progress: as `add` has them.
+            poll: look at all files every two seconds; None: where a folder lies on a file system of the network.
+            stop: ends it when it is set.
+
+        Yields:
+            What was done: at first in the folders as a whole, then with each burst of changes.
 
         Raises:
-            ValueError: there is none; no such pattern.
+            ImportError: the package watchfiles is not installed.
+            ValueError: as `add`, at first; later a line of the log says what is wrong with a folder.
+            OSError: no space left, no permission to write the index, or too many folders to be followed.
         """
-        kept_rules(self._table).changed(exclude, include)  # says now what is wrong with them
-        asked, paths = self.asked_folders(), [absolute_folder(folder) for folder in folders]
-        if not folders:
-            paths = [Path(one) for one, real in asked.items() if _lies_at(one, real)]
-            if away := sorted(set(self._table.folders()) - set(map(str, paths))):
-                note("folders_away", ", ".join(away), level=logging.WARNING)
-        for place in map(absolute_folder, include):
-            if place.is_dir() and not any(map(place.is_relative_to, [*asked, *paths])):
-                paths.append(place)
-        if not paths:
-            raise failure(ValueError, "no_known_folder")
-        return paths
+        from capivara_search.watch import follow_index  # here: nothing else needs watchfiles
+
+        return follow_index(self, [*map(absolute_folder, folders)], poll, stop, on_progress)
+
+    def progress(self) -> dict[str, int | None] | None:
+        """`done` and `total` pictures, and `left_s`, seconds, of an indexing that goes on in any process; else None."""
+        return progress_of(self._table.where)
 
     def mend(self) -> None:
         """Take the newest version of a damaged index that can be read, or none; a line of the log says what is lost.
@@ -578,13 +592,6 @@ class PictureIndex:
             raise ValueError(f"There is no index at {self.where}, and nothing to export. Add a folder of pictures.")
         with self._table.locked():  # what is read is not tidied away meanwhile
             return export_rows(self._table, path)
-
-
-def _lies_at(folder: str, real: str) -> bool:
-    """Whether a folder is there, not empty as an unmounted disk is, and its real path is as it was."""
-    with suppress(OSError):
-        return os.path.realpath(folder) == real and bool(os.listdir(folder))
-    return False
 
 
 def _filters(folder: str | Path | None, since: date | None, until: date | None) -> list[str]:

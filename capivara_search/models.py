@@ -168,6 +168,10 @@ class SearchModel:
 
         return embed_images(model, processor, images, batch_size).numpy()
 
+    def prepare_images(self) -> None:
+        """Import torch and load the model, as the first images would. Raises ValueError as `images`."""
+        _ = self._loaded
+
     @cached_property
     def _text_tower(self) -> TextTower | None:
         return open_text_tower(self.folder)

@@ -13,7 +13,7 @@ import os
 import stat
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
@@ -68,14 +68,9 @@ THUMBNAIL_SIDE = 256  # pixels of the longer side
 THUMBNAIL_QUALITY = 90
 THUMBNAIL_METHOD = 2  # of WebP: takes 2.5 ms of a photograph where 4, the default, takes 16 ms, and 1 % more bytes
 TURNS = {  # EXIF orientation -> how the pixels become upright
-    2: Transpose.FLIP_LEFT_RIGHT,
-    3: Transpose.ROTATE_180,
-    4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270,
-    7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_90,
-}
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
+}  # fmt: skip
 QUARTER_TURNS = (5, 6, 7, 8)  # orientations whose width is the upright height
 
 _alone = threading.Lock()
@@ -147,7 +142,10 @@ def absolute_folder(folder: str | Path) -> Path:
 
 
 def find_pictures(
-    folders: Sequence[str | Path], rules: Rules | None = None, counts: dict[str, Counter[str]] | None = None
+    folders: Sequence[str | Path],
+    rules: Rules | None = None,
+    counts: dict[str, Counter[str]] | None = None,
+    only: Collection[str] | None = None,
 ) -> tuple[list[FileState], list[LeftOut]]:
     """The pictures in folders and all folders below, by the ends of their names, sorted by path.
 
@@ -158,6 +156,7 @@ def find_pictures(
         rules: of what is left out.
         counts: filled in, folder that was named -> how many folders and pictures are left out, by `Rules.reason`, and
             of each "video".
+        only: paths of files and folders in them; nothing else is looked at, and there may be no picture among them.
 
     Returns:
         The pictures, and what could not be looked at, with the reason.
@@ -172,7 +171,7 @@ def find_pictures(
         if not root.is_dir():
             fault = "is a file, not a folder" if root.exists() else "is not there"
             raise ValueError(f"The folder {root} {fault}. Name a folder of pictures.")
-    walk = _Walk(roots, rules or Rules())
+    walk = _Walk(roots, rules or Rules(), only)
     for root in map(str, roots):
         if walk.rules.is_forgotten(root) or walk.rules.is_forgotten(os.path.realpath(root)):
             raise failure(ValueError, "folder_forgotten", path=root)
@@ -186,7 +185,7 @@ def find_pictures(
         denied = next((one for one in walk.left_out if one.path == root), None)
         if denied:
             raise failure(ValueError, "folder_shut", path=root, reason=denied.reason)
-        if not _is_any_in(paths, root):
+        if only is None and not _is_any_in(paths, root):
             raise failure(ValueError, "no_picture", path=root, ends=", ".join(PICTURE_SUFFIXES))
     return sorted(walk.found.values(), key=lambda file: file.path), sorted(walk.left_out, key=lambda one: one.path)
 
@@ -201,12 +200,14 @@ def _is_any_in(paths: Sequence[str], root: str) -> bool:
 class _Walk:
     """Looks through folders, each once."""
 
-    def __init__(self, roots: Sequence[Path], rules: Rules):
+    def __init__(self, roots: Sequence[Path], rules: Rules, only: Collection[str] | None = None):
         self.bounds = Bounds(roots[0], roots[1:])
         # A forgotten folder may be reached by a link to it, or to one above it, too.
         real = {os.path.join(os.path.realpath(os.path.dirname(one)), os.path.basename(one)) for one in rules.forgotten}
         self.rules = Rules(rules.exclude, rules.forgotten | real)
         self.counts = {str(root): Counter[str]() for root in roots}
+        self.near = {str(one) for path in only or () for one in (path, *Path(path).parents)}
+        self.below = ("",) if only is None else tuple(os.path.join(one, "") for one in only if os.path.isdir(one))
         self.found: dict[str, FileState] = {}
         self.left_out: list[LeftOut] = []
         self.links: list[tuple[str, str]] = []  # with the folder that was named
@@ -224,6 +225,8 @@ class _Walk:
                 self.seen.add((state.st_dev, state.st_ino))
                 with os.scandir(folder) as entries:
                     for entry in entries:
+                        if not entry.path.startswith(self.below) and entry.path not in self.near:
+                            continue
                         is_link = entry.is_symlink()
                         is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
                         if why := self.rules.reason(entry.path, root, is_folder):

@@ -20,6 +20,7 @@ from capivara_common.cli import coded
 # English name of a command -> its Portuguese name; both work in both languages.
 COMMANDS = {
     "index": "indexar",
+    "watch": "seguir",
     "search": "buscar",
     "classify": "classificar",
     "app": "abrir",

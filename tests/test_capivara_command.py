@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import PIL.Image
@@ -23,6 +24,7 @@ import pytest
 import tqdm.std
 
 from capivara_common.environment import require
+from capivara_search import estimates
 from capivara_search.command import explained, language_of, main, parsed
 from capivara_search.commands import _write_json, progress_bar
 from capivara_search.exporting import export_rows
@@ -649,13 +651,18 @@ def test_the_miniature_says_what_it_is_every_time(capivara, folder, index, tmp_p
 def test_the_bar_knows_no_rate_before_there_is_work(monkeypatch):
     now, shown = [0.0], []
     monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
+    monkeypatch.setattr(estimates, "time", SimpleNamespace(monotonic=lambda: now[0]))
     with progress_bar(Words("pt")) as show_progress:
-        for seconds, done in ((0, 0), (60, 32), (61, 64), (64, 160), (72, 416)):
-            now[0] = float(seconds)  # of which the model takes 59 to load
-            show_progress(done, 6560)
+        for seconds, done in ((0, 0), (60, 0), (61, 4), (68, 32), (70, 64), (74, 192), (82, 448)):
+            now[0] = float(seconds)  # of which the model takes 60 to load
+            show_progress(done, 6848)
             shown += [str(bar).partition("· ")[2] for bar in tqdm.std.tqdm._instances]
-    assert shown[0] == "00:00, faltam ? · ? imagens/s"
-    assert re.fullmatch(r"01:12, faltam \d\d:\d\d · \d+\.\d\d imagens/s", shown[-1])
+        show_progress(6848, 6848)
+        assert not tqdm.std.tqdm._instances, "what is printed next has a line of its own"
+        show_progress(0, 0)
+        assert not tqdm.std.tqdm._instances
+    assert shown[0] == shown[1] == "00:00, faltam ? · ? imagens/s"
+    assert shown[-1] == "00:22, faltam 03:20 · 32.00 imagens/s"
 
 
 # ---- how it ends

@@ -20,11 +20,14 @@ from tiny import randomise, tiny_config
 
 pytest.importorskip("uvicorn", reason="the page needs uvicorn: pip install -e '.[search]'")
 
+from capivara_common.files import write_json
+from capivara_search.estimates import FILE
 from capivara_search.index import PictureIndex
 from capivara_search.page import server
 from capivara_search.page.guard import MAX_UPLOAD_BYTES
 from capivara_search.page.server import open_page
 from capivara_search.show import OPENER
+from capivara_search.table import PictureTable
 from modeling_capivara import CapivaraModel
 
 if TYPE_CHECKING:
@@ -170,6 +173,7 @@ def test_a_visit(trained, collection, tmp_path, managed):
         classifies(visitor, collection)
         uses_the_keyboard(visitor)
         sees_the_index_grow(visitor, collection, trained)
+        sees_how_far_an_indexing_is(visitor, collection.parent / "fotos.lance")
         comes_from_abroad_with_a_telephone(visitor, asked.url)
         assert not [error for error in opened.errors if "status of 400" not in error], "beside what was refused"
         assert not opened.refused and not opened.dialogs
@@ -426,6 +430,21 @@ def opens_a_stack(page: "Page") -> None:
     page.locator("#viewer-title", has_text="azul na esquerda").wait_for()
     assert "4 de janeiro de 2024 às 12:00 (arquivo)" in page.locator("#viewer-facts").inner_text()
     page.keyboard.press("Escape")
+
+
+def sees_how_far_an_indexing_is(visitor: Visitor, where: Path) -> None:
+    """Of another process, which holds the lock."""
+    said = {
+        None: "Indexando 120 de 3.400", 41: "falta menos de um minuto", 85: "falta 1 min", 145: "faltam 2 min",
+        8500: "faltam 2 h",
+    }  # fmt: skip
+    with PictureTable(where).locked():
+        for left_s, text in said.items():
+            write_json(where / FILE, {"done": 120, "total": 3400, "left_s": left_s})
+            visitor.page.get_by_text(text if left_s is None else f"{said[None]}, {text}", exact=True).wait_for()
+        assert visitor.page.locator("#progress").evaluate("one => one.value / one.max") == 120 / 3400
+        assert not visitor.page.evaluate(NAMELESS)
+    visitor.page.locator("#work").wait_for(state="hidden")
 
 
 def comes_from_abroad_with_a_telephone(visitor: Visitor, url: str) -> None:

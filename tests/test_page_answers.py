@@ -119,7 +119,7 @@ def test_a_picture_that_is_gone_and_an_index_without_pictures(answers, saved_tin
     assert empty.search(Question.read({"text": "gato"}), None)["hits"] == []
     assert empty.status(Question()) | {"version": 0} == {
         "version": 0, "count": 0, "folders": {}, "model": "model", "note": None, "suggestions": [],
-        "suggesting": True,
+        "suggesting": True, "progress": None,
     }  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def test_pictures_steer_the_search(answers, index):
     images = index.vectors(paths)
     wanted = index.steered(index.model.texts(["azul"])[0], [(1.0, images[3]), (-1.0, images[8])])
     found = answers.search(Question.read({"text": "azul", "more": [paths[3]], "less": [paths[8]]}), None)["hits"]
-    assert [hit["path"] for hit in found] == [hit.path for hit in index.search_vector(wanted, 30)]
+    assert [hit["path"] for hit in found] == [hit.path for hit in index.search_vector(wanted, 30, stacked=True)]
     alone = answers.search(Question.read({"more": [paths[3]]}), None)["hits"]
     assert alone[0]["path"] == paths[3] and alone[0]["score"] == pytest.approx(1, abs=1e-3)
     assert answers.search(Question.read({"less": [paths[3]]}), None)["hits"][0]["score"] is None, "nothing to steer"

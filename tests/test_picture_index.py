@@ -17,6 +17,7 @@ from transformers import AutoProcessor, SiglipModel
 
 from capivara_common.image_files import BadImage
 from capivara_search import adding, table
+from capivara_search import folders as known_folders
 from capivara_search.index import PictureIndex
 from capivara_search.models import SearchModel, find_model
 from capivara_search.results import LeftOut
@@ -437,6 +438,55 @@ def test_what_can_not_even_be_looked_at_is_listed_and_its_rows_stay(index, folde
     assert len(index.add(folder).left_out) == len(index.status().left_out) == 1
 
 
+def test_only_some_paths_are_brought_up_to_date(index, folder, models, tmp_path, monkeypatch):
+    """By the same rules as all of them, and as if nothing else had changed."""
+    new, moved, broken, other = (folder / name for name in ("d1/new.png", "moved", "d2/broken.png", "d3/other.png"))
+    make_pictures(tmp_path / "more", 2, seed=5)[0].rename(new)
+    new.with_name(".hidden.png").write_bytes(new.read_bytes())
+    other.write_bytes(new.read_bytes())
+    (folder / "d0").rename(moved)
+    gone, *_ = sorted((folder / "d4").iterdir())
+    gone.unlink()
+    broken.write_bytes(b"no picture")
+    opened = reads(monkeypatch)
+    paths = [new, new.with_name(".hidden.png"), broken, folder / "d0", moved, folder / "not a folder"]
+    added = index.add(folder, only=list(map(str, paths)))
+    assert (added.new, added.moved, added.changed, added.removed, added.embedded) == (1, 4, 0, 0, 1)
+    assert [one.path for one in added.left_out] == [str(broken)]
+    assert sorted(opened) == sorted(map(str, [new, broken, *moved.iterdir()]))
+    assert index.row(str(gone)) and not index.row(str(other)), "nobody has asked about these"
+    assert len(index.status().left_out) == 1 and index.folders() == {str(folder): 21}
+    added = index.add(folder, only=[str(gone), str(broken)])
+    assert (added.removed, [one.path for one in added.left_out]) == (1, [str(broken)])
+    broken.unlink()
+    assert not index.add(folder, only=[str(broken)]).left_out and not index.status().left_out
+    added = index.add(folder)
+    assert (added.new, added.embedded, added.unchanged) == (1, 0, 20), "it has the content of another one"
+    whole = PictureIndex.open(tmp_path / "whole.lance", model=models["base"])
+    whole.add(folder)
+    assert rows_of(whole) == rows_of(index)
+
+
+def test_thousands_of_paths_are_asked_about_at_once(index, folder):
+    paths = [str(path) for path in folder.rglob("*.png")]
+    paths += [str(folder / f"none{n}" / f"{n}.png") for n in range(6000)] + [
+        str(folder / f"off{n}") for n in range(600)
+    ]
+    added = index.add(folder, only=paths)
+    assert (added.unchanged, added.removed, len(index)) == (20, 0, 20)
+
+
+def test_a_folder_all_of_whose_pictures_are_gone_keeps_its_rows_when_asked_about_them(index, folder):
+    paths = [str(path) for path in folder.rglob("*.png")]
+    folder.rename(folder.with_name("away"))
+    folder.mkdir()
+    with pytest.raises(ValueError, match="keeps its 20 pictures"):
+        index.add(folder, only=paths)
+    assert len(index) == 20
+    make_pictures(folder, 1, seed=9)
+    assert index.add(folder, only=paths).removed == 19
+
+
 def test_ctrl_c_keeps_what_was_embedded(tmp_path, folder, models):
     def interrupt(done: int, total: int) -> None:
         if done == 12:
@@ -599,7 +649,7 @@ def test_a_moved_index_opens_its_pictures_again_without_reading_one(tmp_path, mo
 
 @pytest.mark.parametrize("step", ["note_rules", "note_asked", "_move_rows"])
 def test_an_interrupted_move_goes_on(index, folder, tmp_path, monkeypatch, step):
-    new, real, calls = folder.rename(tmp_path / "novo"), getattr(adding, step), []
+    new, real, calls = folder.rename(tmp_path / "novo"), getattr(known_folders, step), []
     (new / "quebrada.jpg").write_bytes(b"no picture")
 
     def interrupted(*args):
@@ -608,7 +658,7 @@ def test_an_interrupted_move_goes_on(index, folder, tmp_path, monkeypatch, step)
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(adding, step, interrupted)
+    monkeypatch.setattr(known_folders, step, interrupted)
     with pytest.raises(KeyboardInterrupt):
         index.move(folder, new)
     index.move(folder, new)

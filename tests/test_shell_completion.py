@@ -26,7 +26,7 @@ def offered(*words: str) -> set[str]:
 
 def test_commands_flags_and_choices_are_offered():
     assert offered("") == {*COMMANDS, *COMMANDS.values()}
-    assert offered("s") == {"search", "status"}
+    assert offered("s") == {"search", "seguir", "status"}
     assert {"--lang", "--version"} <= offered("--")
     assert offered("buscar", "um", "gato", "--pict") == {"--pictures"}
     assert offered("--lang", "en", "search", "--s") == {"--since"}

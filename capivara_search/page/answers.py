@@ -197,11 +197,12 @@ class Answers:
         self.index.model.images([PIL.Image.new("RGB", (8, 8))])
 
     def status(self, question: Question) -> dict[str, Any]:
-        """What the index holds by now, and words that are worth searching for."""
+        """What the index holds by now, how far an indexing is, and words that are worth searching for."""
         words, state, model = self.suggestions.best(question.language), self._state(), self.index.model
         suggested = {"suggestions": words or [], "suggesting": words is None}
         note = model.note_in(question.language)
-        return state | {"folders": self._facts[1], "model": model.name, "note": note, **suggested}
+        facts = {"folders": self._facts[1], "model": model.name, "note": note, "progress": self.index.progress()}
+        return state | facts | suggested
 
     def _state(self) -> dict[str, int]:
         if self._facts is None or self._facts[0] != self.index.version():

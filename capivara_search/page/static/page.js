@@ -9,6 +9,8 @@ const PAGE = 48; // pictures at first, and with each "more"
 const TYPING_MS = 250; // without a key, then a search begins
 const POLL_MS = 10_000; // the index may grow
 const TILES = "#results li:not(.copy) .tile"; // without the copies that are open
+const OWN_POLL_MS = 3000; // of a page of this machine alone
+const WORK_POLL_MS = 1500; // while pictures are read
 const STATE = ["text", "like", "folder", "since", "until"];
 const PULLS = ["more", "less"]; // paths of pictures that steer the search
 
@@ -178,6 +180,7 @@ function showFacts() {
   find("facts").textContent = `${say("of_n", { n: facts.count })}, ${say("model", { name: facts.model })}`;
   find("note").textContent = facts.note ?? "";
   find("note").hidden = !facts.note;
+  showProgress(facts.progress);
   showFilters();
   const chip = (word) => {
     const take = () => {
@@ -189,6 +192,16 @@ function showFacts() {
   };
   find("suggestions").replaceChildren(...facts.suggestions.map(chip));
   if (!facts.suggestions.length && facts.suggesting) setTimeout(refresh, 700); // the words are being embedded
+}
+
+/** How far an indexing is that goes on, in any process of the server's machine. */
+function showProgress(progress) {
+  find("work").hidden = !progress;
+  if (!progress) return;
+  const { done, total, left_s } = progress;
+  const [key, n] = left_s < 60 ? ["left_moment"] : left_s < 7200 ? ["left", Math.round(left_s / 60)] : ["left_hours", left_s / 3600];
+  Object.assign(find("progress"), { value: done, max: total });
+  find("progress-said").textContent = [say("indexing", { done, total }), ...(left_s === null ? [] : [say(key, n ? { n } : {})])].join(", ");
 }
 
 // --- What the visitor does -------------------------------------------------------------------------------------------
@@ -252,4 +265,7 @@ classify(actions);
 recall();
 search(null);
 refresh();
-setInterval(() => document.hidden || refresh(), POLL_MS);
+(function poll() {
+  const wait = facts.progress ? WORK_POLL_MS : facts.local ? OWN_POLL_MS : POLL_MS;
+  setTimeout(() => (document.hidden ? Promise.resolve() : refresh()).finally(poll), wait);
+})();

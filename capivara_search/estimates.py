@@ -1,0 +1,92 @@
+"""How far an indexing is, and when it will have ended: for the bar of a command, and for the page, in another process.
+
+    with told("fotos.lance", on_progress) as tell:
+        tell(120, 3400)
+    progress_of("fotos.lance")  # meanwhile, anywhere: {"done": 120, "total": 3400, "left_s": 118}
+
+A small file in the folder of the index says it, as long as who writes it holds the index's lock.
+"""
+
+import fcntl
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from capivara_common.files import read_json, write_json
+
+FILE = ".progress.json"
+EVERY_S = 0.5  # that the file is written
+WINDOW_S = 120.0  # a rate is that of the later half of the time so far, and of no more than this
+
+Progress = Callable[[int, int], None]
+
+
+class Estimate:
+    """Pictures a second of late."""
+
+    def __init__(self) -> None:
+        self._marks = deque[tuple[float, int]]()  # seconds, pictures done until then
+
+    def update(self, done: int) -> None:
+        """So many are done now; as many as before, and the time begins now: a model was loaded."""
+        now = time.monotonic()
+        if not self._marks or done <= self._marks[-1][1]:
+            self._marks.clear()
+            self._start = now
+        self._marks.append((now, done))
+        since = max((now + self._start) / 2, now - WINDOW_S)
+        while len(self._marks) > 2 and self._marks[1][0] <= since:
+            self._marks.popleft()
+
+    @property
+    def rate(self) -> float | None:
+        """Pictures a second; None where that is not known yet."""
+        if len(self._marks) < 2:
+            return None
+        (start, before), (end, done) = self._marks[0], self._marks[-1]
+        return (done - before) / max(end - start, 1e-9)
+
+
+@contextmanager
+def told(where: str, progress: Progress) -> Iterator[Progress]:
+    """`progress`, which also writes how far it is beside the index, for `progress_of`; on object storage it does not.
+
+    Called by who has the lock of the index.
+    """
+    file, estimate, written = Path(where, FILE), Estimate(), float("-inf")
+
+    def tell(done: int, total: int) -> None:
+        nonlocal written
+        progress(done, total)
+        estimate.update(done)
+        now = time.monotonic()
+        if total and now - written >= EVERY_S and "://" not in where:
+            left_s = round((total - done) / rate) if (rate := estimate.rate) else None
+            with suppress(OSError):  # a disk that is full is said where pictures are written
+                write_json(file, {"done": done, "total": total, "left_s": left_s})
+                written = now
+
+    try:
+        yield tell
+    finally:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+
+
+def progress_of(where: str) -> dict[str, int | None] | None:
+    """What `told` says of an index; None where nobody adds to it: who was killed leaves the file, and no lock."""
+    with suppress(OSError, ValueError):
+        found = read_json(Path(where, FILE), done=int, total=int)
+        folder = os.open(where, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            left_s, age_s = found.get("left_s"), round(time.time() - os.stat(Path(where, FILE)).st_mtime)
+            left_s = max(0, left_s - max(0, age_s)) if type(left_s) is int else None
+            return {"done": found["done"], "total": found["total"], "left_s": left_s}
+        finally:
+            os.close(folder)
+    return None

@@ -1,0 +1,139 @@
+"""The folders of an index: which were named on this machine, what is left out of them, and where they went."""
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+
+from capivara_common.files import read_json, write_json
+from capivara_search.picture_files import absolute_folder
+from capivara_search.rules import Rules
+from capivara_search.table import PictureTable
+from capivara_search.table_columns import ABOUT, FOLDER_KEY, LEFT_OUT, PICTURES, RULES_KEY, quoted, within
+from capivara_search.words import failure, note
+
+
+def asked_folders(table: PictureTable) -> dict[str, str]:
+    """Folder -> its real path, of those that `add` was told of on this machine.
+
+    What an index says of itself may be somebody else's word: "/" would make every picture of the machine one of its.
+    """
+    with suppress(OSError, ValueError):
+        asked = read_json(_record(table), folders=dict)["folders"]
+        return {folder: real for folder, real in asked.items() if isinstance(real, str)}
+    return {}
+
+
+def note_asked(table: PictureTable, folders: Iterable[str | Path], left: Path | None = None) -> None:
+    """Write down that `add` was told of folders, and where they lie; those in the folder `left` are no longer."""
+    asked = {one: real for one, real in asked_folders(table).items() if not left or not Path(one).is_relative_to(left)}
+    asked |= {str(folder): os.path.realpath(folder) for folder in folders}
+    try:
+        write_json(_record(table), {"index": table.where, "folders": asked})
+    except OSError as error:
+        note("thumbnails_alone", _record(table), error)
+
+
+def _record(table: PictureTable) -> Path:
+    """Not beside the index, which may have come whole from elsewhere, nor in a cache, which may be emptied."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    where = table.where if table.remote else os.path.realpath(table.where)
+    return Path(state, "capivara", "folders", f"{blake2b(where.encode(), digest_size=16).hexdigest()}.json")
+
+
+def kept_rules(table: PictureTable) -> Rules:
+    """What is left out of the folders of an index."""
+    known = json.loads(table.about().get(RULES_KEY, "{}"))
+    return Rules(tuple(known.get("exclude", ())), frozenset(known.get("forgotten", ())))
+
+
+def note_rules(table: PictureTable, rules: Rules) -> None:
+    """Keep rules with an index, in place of those that it has."""
+    if rules != kept_rules(table):
+        kept = {"exclude": rules.exclude, "forgotten": sorted(rules.forgotten)}
+        table.note({RULES_KEY: json.dumps(kept, ensure_ascii=False)})
+
+
+def skipped_counts(table: PictureTable) -> Counter[str]:
+    """`Added.skipped`, of all folders of an index."""
+    counts = Counter[str]()
+    for key, value in table.about().items():
+        if key.startswith(FOLDER_KEY):
+            with suppress(ValueError, AttributeError):  # older versions have kept nothing there
+                counts.update({why: n for why, n in json.loads(value).items() if type(n) is int})
+    return counts
+
+
+def folders_to_add(
+    table: PictureTable, folders: Sequence[Path], exclude: Sequence[str] = (), include: Sequence[str | Path] = ()
+) -> list[Path]:
+    """`PictureIndex.folders_to_add`, of absolute paths."""
+    kept_rules(table).changed(exclude, include)  # says now what is wrong with them
+    known, paths = table.folders(), list(folders)
+    asked = {one: real for one, real in asked_folders(table).items() if one in known}
+    if not folders:
+        paths = [Path(one) for one, real in asked.items() if _lies_at(one, real)]
+        if away := sorted(set(known) - set(map(str, paths))):
+            note("folders_away", ", ".join(away), level=logging.WARNING)
+    for place in map(absolute_folder, include):
+        if place.is_dir() and not any(map(place.is_relative_to, [*asked, *paths])):
+            paths.append(place)
+    if not paths:
+        raise failure(ValueError, "no_known_folder")
+    return paths
+
+
+def _lies_at(folder: str, real: str) -> bool:
+    """Whether a folder is there, not empty as an unmounted disk is, and its real path is as it was."""
+    with suppress(OSError):
+        return os.path.realpath(folder) == real and bool(os.listdir(folder))
+    return False
+
+
+def move_folder(table: PictureTable, old: Path, new: Path) -> tuple[int, int]:
+    """`PictureIndex.move`. What is interrupted goes on by the same call: the rows come first, in one version."""
+    if old == new or old in new.parents or new in old.parents:
+        raise failure(ValueError, "move_nested", old=old, new=new)
+    with table.locked():
+        paths = table.rows(["path"], within(old))["path"].to_pylist()
+        folders, about, rules = table.folders(), table.about(), kept_rules(table)
+        inside = [FOLDER_KEY + one for one in folders if Path(one).is_relative_to(old)]
+        if not paths and not inside:
+            raise failure(ValueError, "move_nothing", path=old)
+        there = sum(os.path.isfile(_moved(path, old, new)) for path in paths)
+        if paths and not there:
+            raise failure(ValueError, "move_not_there", path=old, total=len(paths), example=_moved(paths[0], old, new))
+        for name in (PICTURES, LEFT_OUT):
+            _move_rows(table, name, old, new)
+        within_old = [one for one in rules.forgotten if Path(one).is_relative_to(old)]
+        moved = frozenset(_moved(one, old, new) for one in within_old)
+        note_rules(table, replace(rules, forgotten=(rules.forgotten - {*within_old}) | moved))
+        values = {key.replace(str(old), str(new), 1): about[key] for key in inside}
+        if any(Path(one) in old.parents for one in folders) and not any(map(new.is_relative_to, folders)):
+            values[FOLDER_KEY + str(new)] = ""  # it was part of a folder that stays
+        table.note(values)
+        # What an index says of itself may lead out of the folder that was named.
+        real = os.path.realpath(new)
+        note_asked(table, (one for one in table.folders() if Path(os.path.realpath(one)).is_relative_to(real)), old)
+        table.remove(inside, ABOUT)
+        table.purge()
+    return len(paths), there
+
+
+def _moved(path: str, old: Path, new: Path) -> str:
+    return str(new) + path[len(str(old)) :]
+
+
+def _move_rows(table: PictureTable, name: str, old: Path, new: Path) -> None:
+    """Rewrite the paths of a table; rows that are at the new place already are the newer ones."""
+    clause, taken = within(old), set(table.rows(["path"], within(new), name)["path"].to_pylist())
+    paths = table.rows(["path"], clause, name)["path"].to_pylist()
+    table.remove([path for path in paths if _moved(path, old, new) in taken], name)
+    moved = f"concat({quoted(str(new))}, substr(path, {len(str(old)) + 1}))"
+    if paths:
+        table.write(name, lambda opened: opened.update(where=clause, values_sql={"path": moved}))
