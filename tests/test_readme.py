@@ -178,7 +178,8 @@ def stops_when_parsed(monkeypatch, tmp_path):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parsed_all)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))  # of somebody with pictures
-    (tmp_path / "Fotos").mkdir()
+    (tmp_path / "Fotos" / "2023").mkdir(parents=True)
+    (tmp_path / "foto.jpg").touch()
     return parse_known_args
 
 
