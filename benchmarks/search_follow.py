@@ -35,6 +35,7 @@ WAIT_S = 120
 
 def measure(work: Path, number: int, runs: int) -> dict[str, Any]:
     """All of it, on so many photographs; changes and runs without any are repeated `runs` times."""
+    work = work.absolute()  # as the rows name their files
     photos, folder, where = work / "followed", work / "followed-folder", work / "followed.lance"
     make_photos(photos, number + BURST + runs, SMALL)
     for old in (folder, where):

@@ -255,7 +255,7 @@ def show(hits: Sequence[Hit], pictures: "PictureIndex", args: SimpleNamespace, w
         path = link(hit.path, shown_path(hit.path)) if terminal.links else shown_path(hit.path)
         same = f"  ({words.count('same', hit.copies + 1)})" if hit.copies else ""
         date = words.date(hit.date) + words("of_file") * (hit.date_source == "file")
-        rows.append([str(rank), words.number(hit.score, 3), date, path + same])
+        rows.append([str(rank), words.score(hit.score), date, path + same])
     lines = list(table([head, *rows], right=(0, 1)))
     if below := [place for place, hit in enumerate(hits, 1) if hit.fits is False]:
         lines.insert(below[0], f"-- {words('line' if below[0] > 1 else 'line_first')} --")

@@ -8,6 +8,7 @@ Names of files are other people's: whatever in them a terminal would obey is sho
 """
 
 import logging
+import math
 import re
 from collections.abc import Callable
 from datetime import datetime
@@ -76,6 +77,10 @@ class Words:
         """1,234.5 or 1.234,5."""
         text = f"{value:,.{digits}f}"
         return text if self.language == "en" else text.translate(str.maketrans(",.", ".,"))
+
+    def score(self, value: float) -> str:
+        """With three digits behind the point; one near 0, as SigLIP's probabilities are, with its first two digits."""
+        return self.number(value, 1 - math.floor(math.log10(value)) if 1e-12 < value < 0.01 else 3)
 
     def size(self, number: int) -> str:
         """Bytes, as 1.2 MB."""

@@ -25,7 +25,7 @@ from capivara_common.weight_file import weight_files
 from .checks_capivara import check_sizes, tokenizer_errors
 from .configuration_capivara import CapivaraConfig, sizes_of
 from .processing_capivara import CapivaraProcessor
-from .two_towers import limit_texts
+from .two_towers import check_fits, limit_texts
 
 WEIGHTS = "model.safetensors"
 KEPT = ("license", "license_name", "license_link", "language", "attribution")  # of the source's own card
@@ -131,7 +131,9 @@ def load_processor(source: str | Path) -> ProcessorMixin:
             processor.tokenizer = Siglip2Tokenizer.from_pretrained(source)
         check_sizes(processor.image_processor.to_dict())
         if not isinstance(processor, CapivaraProcessor):  # which has a rule of its own
-            limit_texts(processor, checked_config(str(source)))
+            config = checked_config(str(source))
+            check_fits(processor, config)
+            limit_texts(processor, config)
     except Exception as error:
         raise ValueError(f"The processor of {source} can't be loaded: {' '.join(str(error).split())}") from error
     return processor

@@ -88,6 +88,20 @@ def pad(processor: ProcessorMixin, rows: Sequence[Mapping[str, list[int]]]) -> d
     return dict(processor.tokenizer.pad([dict(row) for row in rows], return_tensors="pt"))
 
 
+def check_fits(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
+    """Raise ValueError where transformers' processor is that of another model: its figures would mean nothing."""
+    tokenizer, side, kind = processor.tokenizer, config.vision_config.image_size, type(processor).__name__
+    steps = processor.image_processor.to_dict()
+    size = dict((steps.get("crop_size") if steps.get("do_center_crop") else steps.get("size")) or {})
+    if fills_up(processor) != (config.model_type == "siglip") or "max_num_patches" in steps:
+        raise ValueError(f"a {kind} is none of the model's kind, {config.model_type!r}")
+    if (size.get("height"), size.get("width")) != (side, side):
+        raise ValueError(f"its images have {size}, the image tower takes {side} x {side} pixels")
+    if len(tokenizer) > config.text_config.vocab_size or tokenizer.pad_token is None:
+        known = f"{len(tokenizer)} tokens, {tokenizer.pad_token!r} for padding"
+        raise ValueError(f"its tokenizer has {known}; the model knows {config.text_config.vocab_size}")
+
+
 def limit_texts(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
     """Let a tokenizer give no more tokens than the model has positions for, also one that was saved without a limit."""
     positions = config.text_config.max_position_embeddings

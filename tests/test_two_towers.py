@@ -58,6 +58,26 @@ def test_a_text_is_embedded_alone_as_beside_a_longer_one(kind_folder):
     assert alone[0] @ both[1] < 0.999
 
 
+def test_a_processor_of_another_model_is_one_line(tmp_path):
+    """Before it: figures that mean nothing, or an error from the middle of a tower."""
+    for kind in ("siglip", "clip"):
+        MAKERS[kind](tmp_path / kind)
+    processors = {kind: load_processor(tmp_path / kind) for kind in ("siglip", "clip")}
+    processors["siglip"].save_pretrained(tmp_path / "clip")
+    with pytest.raises(ValueError, match="a SiglipProcessor is none of the model's kind, 'clip'"):
+        load_processor(tmp_path / "clip")
+    siglip = processors["siglip"]
+    siglip.image_processor.size = {"height": 48, "width": 48}
+    siglip.save_pretrained(tmp_path / "siglip")
+    with pytest.raises(ValueError, match=r"its images have .*48.*, the image tower takes 32 x 32 pixels"):
+        load_processor(tmp_path / "siglip")
+    siglip.image_processor.size = {"height": 32, "width": 32}
+    siglip.tokenizer.add_tokens([f"<{number}>" for number in range(300)])
+    siglip.save_pretrained(tmp_path / "siglip")
+    with pytest.raises(ValueError, match=r"its tokenizer has \d+ tokens.*; the model knows 300"):
+        load_processor(tmp_path / "siglip")
+
+
 def test_scores_are_those_of_the_models_own_forward(kind_folder):
     """Of transformers' own class, called as its documentation calls it."""
     model, processor = AutoModel.from_pretrained(kind_folder).eval(), AutoProcessor.from_pretrained(kind_folder)

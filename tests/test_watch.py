@@ -240,7 +240,7 @@ def test_the_command_says_each_round_in_a_line_and_ends_in_one(started, folder, 
     second = started("indexar", folder, *flags)  # who comes second waits for a round, not for the end
     assert "Nada mudou" in second.communicate(timeout=60)[0]
     (folder / "a.png").unlink()
-    assert process.stdout.readline().startswith("1 já não existe e saiu (")
+    assert process.stdout.readline().startswith("1 saiu (")
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=60)
     assert out == "" and error.splitlines()[-1] == "Interrompido. O mesmo comando continua de onde parou."

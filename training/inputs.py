@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from capivara_common.environment import cache_home
 from capivara_common.files import write_json
-from capivara_common.image_files import BadImage
+from capivara_common.image_files import BadImage, eight_bits
 from capivara_common.tasks import all_parts
 from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache
 from caption_data.pairs import check_bad_share, lacking, pair_table, pairs_fingerprint, skipped_rows, usable
@@ -86,7 +86,7 @@ class Pairs:
         image = self[pair]
         try:
             if self.augmented_views != 1:
-                image = self.processor.image_processor.process_image(image)  # 16 bits to 8; PIL would clip them
+                image = eight_bits(image)  # PIL would clip 16 bits
                 image = augmented(image, random_state(self.seed, int(self.table[pair]["digest"], 16), view))
             return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
         except ValueError as error:
@@ -338,6 +338,7 @@ def augmented(image: PIL.Image.Image, state: int) -> PIL.Image.Image:
 
     torch.manual_seed(state)
     bicubic = transforms.InterpolationMode.BICUBIC
+    image = image.convert("LA") if image.mode == "La" else image  # PIL has no way from La to RGB
     image = transforms.Resize(AUGMENTATION["resize"], bicubic)(image.convert("RGB"))
     image = transforms.RandomResizedCrop(AUGMENTATION["crop"], AUGMENTATION["scale"], interpolation=bicubic)(image)
     return transforms.AugMix(severity=AUGMENTATION["augmix_severity"])(image)

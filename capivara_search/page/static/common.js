@@ -7,6 +7,9 @@ export const find = (id) => document.getElementById(id);
 export const number = (value, digits = 0) =>
   new Intl.NumberFormat(LANGUAGE, { minimumFractionDigits: digits, maximumFractionDigits: digits }).format(value);
 
+/** A score; one near 0, as SigLIP's probabilities are, with its first two digits. */
+export const score = (value, digits) => number(value, value > 1e-12 && value < 0.01 ? 1 - Math.floor(Math.log10(value)) : digits);
+
 /** A text of the page with its values, `{name}` by `{name}`; a number `n` chooses singular or plural where there are both. */
 export function say(key, values = {}, words = WORDS) {
   const forms = "n" in values ? `${key}_${PLURAL.select(values.n) === "one" ? "one" : "other"}` : key;
@@ -73,9 +76,9 @@ export function gallery(pictures, searched, open, from = 0) {
   const tiles = pictures.map((picture, i) => {
     const name = searched ? say("place_of", { rank: from + i + 1, name: picture.name }) : picture.name;
     if (!searched) return element("li", {}, tile(picture, name, () => open(i)));
-    const score = number(picture.score, 2);
-    const made = tile(picture, `${name}, ${say("score", { score })}`, () => open(i));
-    made.querySelector(".caption").append(element("span", { class: "score" }, score));
+    const shown = score(picture.score, 2);
+    const made = tile(picture, `${name}, ${say("score", { score: shown })}`, () => open(i));
+    made.querySelector(".caption").append(element("span", { class: "score" }, shown));
     return element("li", {}, made);
   });
   return element("ol", { class: "gallery", start: from + 1 }, ...tiles);

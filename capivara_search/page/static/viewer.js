@@ -1,5 +1,5 @@
 // What is known of the picture that is shown large, and what can be done with it.
-import { LANGUAGE, address, ask, element, find, number, reason, say } from "./common.js";
+import { LANGUAGE, address, ask, element, find, number, score, reason, say } from "./common.js";
 import { bytes, leave, openDialog, picture, sayHere, showFacts } from "./dialog.js";
 
 let actions = {};
@@ -58,7 +58,7 @@ function facts(shown) {
     [say("dimensions"), say("pixels", { width: shown.width, height: shown.height })],
     shown.size && [say("bytes"), bytes(shown.size)],
     shown.latitude != null && [say("place"), `${degrees(shown.latitude, "NS")}, ${degrees(shown.longitude, east)}`],
-    shown.score != null && [say("score_short"), number(shown.score, 3)],
+    shown.score != null && [say("score_short"), score(shown.score, 3)],
   ].filter(Boolean);
 }
 
