@@ -149,7 +149,7 @@ class SearchModel:
             texts = [text.encode("utf-8", "replace").decode() for text in texts]  # half a character stops a tokenizer
         if "_loaded" not in self.__dict__ and len(texts) <= MANY_TEXTS and self._text_tower is not None:
             return self._text_tower.embed(texts)
-        from modeling_capivara.embedder import embed_texts
+        from modeling_capivara.two_towers import embed_texts
 
         return embed_texts(*self._loaded, texts).numpy()
 
@@ -164,7 +164,7 @@ class SearchModel:
         if not len(images):
             return np.empty((0, self.width), np.float32)
         model, processor = self._loaded
-        from modeling_capivara.embedder import embed_images
+        from modeling_capivara.two_towers import embed_images
 
         return embed_images(model, processor, images, batch_size).numpy()
 

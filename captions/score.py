@@ -21,7 +21,7 @@ from capivara_common.image_files import BadImage, BadRow, ImageFiles, by_threads
 from caption_data.rows import SIMILARITIES
 from captions.stage_arguments import ScoreArguments
 from captions.stages import Phase, RowStage, StageReport, stage_main
-from modeling_capivara.embedder import Embedder, load_embedder
+from modeling_capivara.two_towers import Embedder, load_embedder
 
 
 @dataclass
