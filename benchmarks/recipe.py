@@ -28,8 +28,8 @@ from eval.embeddings import EmbeddingStore
 from eval.records.schema import DIRECTIONS
 from eval.retrieval import RetrievalArguments, RetrievalEmbeddings, load_data
 from modeling_capivara import CapivaraModel
-from modeling_capivara.embedder import model_embedder
 from modeling_capivara.loading import load_model, load_processor, weights_digest
+from modeling_capivara.two_towers import model_embedder
 from training.trainable import interpolate_weights
 
 REFERENCE, OURS = "paper", "interpolate-0.7"  # what all are compared with; what configs/openmoji_plus.yaml has

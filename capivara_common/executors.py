@@ -1,6 +1,6 @@
 """Long work on datatrove's executors: this machine's processes, job arrays of a Slurm cluster, or a Ray cluster.
 
-    execute(Work.of(args), args)
+    execute(Work.of(args, PHASES, "score"), args)
 
 Every phase of the work (`Phase` of `tasks.py`) is a pipeline of one step, its `Work`, which starts when the phase
 before is complete. What is done is what lies on the disk: a rank that finds nothing left to do returns at once, in any
@@ -23,7 +23,6 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -53,28 +52,23 @@ class TasksFailed(ValueError):
 
 
 class Work(PipelineStep):
-    """One phase of a command's work: `phase` in the `PHASES` of `module`, called with `args` of the command.
+    """One phase of a command's work, called with `args` of the command; `logs` has all that its tasks say.
 
-    It is pickled by these names, so that other machines find the code. `logs` is the folder of all that its tasks say.
+    Other machines find its function by the name of its module, which therefore must not be `__main__`.
     """
 
-    def __init__(self, module: str, phase: str, args: Any, logs: Path, title: str):
-        self.module, self.phase, self.args, self.logs, self.title = module, phase, args, logs, title
+    def __init__(self, phase: Phase, args: Any, logs: Path, title: str):
+        self.phase, self.args, self.logs, self.title = phase, args, logs, title
+        self.package = phase.run.__module__.partition(".")[0]
         super().__init__()
 
     def __repr__(self) -> str:
         return self.title
 
     @classmethod
-    def of(cls, args: ExecutorArguments, title: str = "") -> "list[Work]":
-        """All phases of `args.module`."""
-        title = title or args.module.rpartition(".")[2]
-        phases = import_module(args.module).PHASES
-        return [cls(args.module, name, args, args.logs / name, f"{title}: {name}") for name in phases]
-
-    def definition(self) -> Phase:
-        """What the module says of the phase."""
-        return import_module(self.module).PHASES[self.phase]
+    def of(cls, args: ExecutorArguments, phases: dict[str, Phase], title: str) -> "list[Work]":
+        """All phases of a command, by their names."""
+        return [cls(phase, args, args.logs / name, f"{title}: {name}") for name, phase in phases.items()]
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         """One rank. What it raises ends a rank that is alone, and a job of Slurm, which others wait for; of several
@@ -83,7 +77,7 @@ class Work(PipelineStep):
         note = self.logs / "failures" / f"{rank:05d}.txt"
         write_text(note, NOT_ENDED)
         try:
-            report = self.definition().run(self.args, rank, world_size)
+            report = self.phase.run(self.args, rank, world_size)
         except Exception as error:
             said = "; ".join(line.strip() for line in traceback.format_exception_only(error))
             with suppress(OSError):  # a full disk, which `error` says
@@ -141,7 +135,7 @@ def run_here(work: Work, args: ExecutorArguments) -> LocalPipelineExecutor:
     loguru.logger.disable("datatrove")  # the terminal is for progress bars and errors
     gpus = _gpus() if args.workers is None else []
     workers = args.workers or len(gpus) or 1
-    tasks = (args.tasks or workers) if work.definition().shared else 1
+    tasks = (args.tasks or workers) if work.phase.shared else 1
     executor = LocalPipelineExecutor([work], tasks, logging_dir=str(work.logs), skip_completed=False)
     workers = min(workers, tasks)
     if workers == 1:
@@ -149,7 +143,7 @@ def run_here(work: Work, args: ExecutorArguments) -> LocalPipelineExecutor:
             _run_rank(executor, rank)
         return executor
     context = multiprocessing.get_context(START_METHOD)
-    package, main = work.module.partition(".")[0] + ".", getattr(sys.modules["__main__"].__spec__, "name", "")
+    package, main = f"{work.package}.", getattr(sys.modules["__main__"].__spec__, "name", "")
     context.set_forkserver_preload([name for name in sys.modules if name.startswith(package) and name != main])
     gpus, slots = gpus or _gpus() or [""], context.SimpleQueue()
     for number in range(workers):
@@ -208,16 +202,15 @@ def _gpus() -> list[str]:
 
 def _options(work: Work, args: ExecutorArguments) -> dict[str, Any]:
     """Of datatrove's executors for clusters."""
-    phase = work.definition()
     return {
         "pipeline": [work],
-        "tasks": args.tasks if phase.shared else 1,
+        "tasks": args.tasks if work.phase.shared else 1,
         "workers": args.workers or -1,
         "logging_dir": str(work.logs),
         "skip_completed": False,
         "cpus_per_task": args.cpus_per_task,
         "mem_per_cpu_gb": args.mem_per_cpu_gb,
-        "gpus_per_task": args.gpus_per_task if phase.uses_model else 0,
+        "gpus_per_task": args.gpus_per_task if work.phase.uses_model else 0,
     }
 
 
@@ -247,7 +240,7 @@ def submit(work: Work, args: ExecutorArguments, before: SlurmPipelineExecutor | 
         time=shlex.quote(args.time),  # datatrove writes values into the script as they are
         partition=shlex.quote(args.partition),
         qos="",
-        job_name=re.sub(r"[^\w.-]+", "-", f"{work.module.partition('.')[0]}-{work}"),
+        job_name=re.sub(r"[^\w.-]+", "-", f"{work.package}-{work}"),
         env_command="; ".join(f"export {name}={shlex.quote(str(path))}:${name}" for name, path in paths.items()),
         sbatch_args={name: value and shlex.quote(value) for name, value in sbatch.items()},
         mail_type="NONE",

@@ -17,18 +17,13 @@ if TYPE_CHECKING:
     from capivara_search.models import SearchModel, find_model
     from capivara_search.results import Added, Classified, Hit, LeftOut, Status
 
-_MODULES = {
-    "PictureIndex": "index",
-    **dict.fromkeys(("SearchModel", "find_model"), "models"),
-    **dict.fromkeys(("Added", "Classified", "Hit", "LeftOut", "Status"), "results"),
-}
 __all__ = ["Added", "Classified", "Hit", "LeftOut", "PictureIndex", "SearchModel", "Status", "find_model"]
 
 
 def __getattr__(name: str) -> Any:
     """What the package offers, imported when it is asked for: `capivara --help` waits for none of it."""
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    from capivara_search import index, models, results
 
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return next(getattr(module, name) for module in (results, models, index) if hasattr(module, name))

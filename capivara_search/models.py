@@ -23,7 +23,9 @@ from capivara_common.files import read_json
 from capivara_common.hub_cache import Converter, cached_folder, is_reachable, model_folder
 from capivara_common.image_side_digest import image_side_digest, image_steps
 from capivara_common.weight_file import WeightFile, weight_files
-from capivara_search.text_tower import SIGLIP_DEFAULTS, TextTower, checks, open_text_tower, text_repair
+from capivara_search.model_files.checks_capivara import check_sizes
+from capivara_search.model_files.text_repair_capivara import checked_texts
+from capivara_search.text_tower import SIGLIP_DEFAULTS, TextTower, open_text_tower
 from capivara_search.words import Words, note
 
 if TYPE_CHECKING:
@@ -122,7 +124,7 @@ class SearchModel:
                 found = weights.array(name)
                 if found.size != 1:
                     raise ValueError(f"{name} of {path} must be one number, it has {found.size}.")
-                checks().check_sizes({name: found.item()}, f"{path}: ")
+                check_sizes({name: found.item()}, f"{path}: ")
                 return found.item()
         return None
 
@@ -144,12 +146,12 @@ class SearchModel:
         Raises:
             ValueError: a text is not a string, or there is none; the model is damaged.
         """
-        texts = text_repair().checked_texts(list(texts))
+        texts = checked_texts(list(texts))
         if self._kind != "capivara":  # which repairs its texts by itself
             texts = [text.encode("utf-8", "replace").decode() for text in texts]  # half a character stops a tokenizer
         if "_loaded" not in self.__dict__ and len(texts) <= MANY_TEXTS and self._text_tower is not None:
             return self._text_tower.embed(texts)
-        from modeling_capivara.embedder import embed_texts
+        from modeling_capivara.two_towers import embed_texts
 
         return embed_texts(*self._loaded, texts).numpy()
 
@@ -164,7 +166,7 @@ class SearchModel:
         if not len(images):
             return np.empty((0, self.width), np.float32)
         model, processor = self._loaded
-        from modeling_capivara.embedder import embed_images
+        from modeling_capivara.two_towers import embed_images
 
         return embed_images(model, processor, images, batch_size).numpy()
 
@@ -220,7 +222,7 @@ def find_model(model: str | None = None, device: str | None = None) -> SearchMod
 def _size(path: Path, *fields: str, default: int | None = None) -> int:
     """A number of a JSON file of the model, by the names of the fields that lead to it. Raises ValueError."""
     value: Any = read_json(path, **{fields[0]: dict if fields[1:] else int})
-    checks().check_sizes(value, f"{path}: ")
+    check_sizes(value, f"{path}: ")
     for field in fields:
         value = value.get(field) if isinstance(value, dict) else None
     value = default if value is None else value

@@ -7,16 +7,12 @@ XLM-RoBERTa, mean pooling and projection as `CapivaraModel` has them, and SigLIP
 are equal to 1e-5.
 """
 
-import importlib.util
 import json
 import os
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,6 +20,8 @@ from threadpoolctl import threadpool_limits
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from capivara_common.weight_file import WeightFile
+from capivara_search.model_files.checks_capivara import check_sizes, tokenizer_errors
+from capivara_search.model_files.text_repair_capivara import CONTEXT_LENGTH, checked_texts, repair_text
 
 WEIGHTS = "model.safetensors"
 BATCH_TEXTS = 8  # a batch a thread; with threads within its products, they wait for each other on a busy machine
@@ -46,23 +44,6 @@ SIGLIP_DEFAULTS = {
 SIGLIP2_TOKENIZERS = ("Siglip2Tokenizer", "GemmaTokenizer", "GemmaTokenizerFast")  # as saved, as published
 SIGLIP_NORMS = ("layer_norm1", "layer_norm2")
 SIGLIP_LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
-
-
-@cache
-def model_file(file: str) -> ModuleType:
-    """A module of `modeling_capivara` that needs no torch, without the package, whose import takes seconds."""
-    name = f"modeling_capivara.{file}"
-    if name in sys.modules:
-        return sys.modules[name]
-    folder = Path(importlib.util.find_spec("modeling_capivara").origin).parent
-    spec = importlib.util.spec_from_file_location(f"capivara_search_{file}", folder / f"{file}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-text_repair = partial(model_file, "text_repair_capivara")  # the repair of texts, and their length
-checks = partial(model_file, "checks_capivara")  # the limits of a model's sizes, the errors of the tokenizers library
 
 
 @dataclass
@@ -96,9 +77,8 @@ class TextTower:
         return embeds
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        repair = text_repair()
-        repaired = [repair.repair_text(text) for text in repair.checked_texts(list(texts))]
-        with checks().tokenizer_errors(f"The tokenizer beside {self.weights.path}"):
+        repaired = [repair_text(text) for text in checked_texts(list(texts))]
+        with tokenizer_errors(f"The tokenizer beside {self.weights.path}"):
             return [found.ids for found in self.tokenizer.encode_batch_fast(repaired)]
 
     @property
@@ -173,8 +153,8 @@ class SiglipTextTower(TextTower):
     """The text side of a SigLIP folder; `config` has the defaults filled in, `tokenizer` pads to the length of all."""
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        with checks().tokenizer_errors(f"The tokenizer beside {self.weights.path}"):
-            found = self.tokenizer.encode_batch_fast(text_repair().checked_texts(list(texts)))
+        with tokenizer_errors(f"The tokenizer beside {self.weights.path}"):
+            found = self.tokenizer.encode_batch_fast(checked_texts(list(texts)))
         return [one.ids for one in found]
 
     @property
@@ -216,7 +196,7 @@ def open_text_tower(folder: str | Path) -> TextTower | None:
         return None
     try:
         config, settings = (json.loads(path.read_text(encoding="utf-8")) for path in (needed[0], needed[3]))
-        checks().check_sizes(config, f"{needed[0]}: ")
+        check_sizes(config, f"{needed[0]}: ")
         weights = WeightFile(needed[1])
         if config["model_type"] == "siglip":
             return _siglip_tower(needed[2], weights, config, settings)
@@ -261,7 +241,7 @@ def _siglip2_tokenizer(path: Path, settings: dict[str, Any], positions: int) -> 
     padding = padding["content"] if isinstance(padding, dict) else padding
     if settings.get("tokenizer_class") not in SIGLIP2_TOKENIZERS or padding is None:
         return None
-    with checks().tokenizer_errors(str(path)):
+    with tokenizer_errors(str(path)):
         tokenizer = Tokenizer.from_file(str(path))
     model, number = tokenizer.model, tokenizer.token_to_id(padding)
     if number is None or not isinstance(model, models.BPE) or not (model.byte_fallback and model.fuse_unk):
@@ -308,14 +288,14 @@ def _tokenizer(path: Path, settings: dict[str, Any], pad: int) -> Tokenizer | No
     """The tokenizer of a folder; None where transformers would take another, or pad otherwise than the tower."""
     if settings.get("tokenizer_class") != "CapivaraTokenizer":
         return None
-    with checks().tokenizer_errors(str(path)):
+    with tokenizer_errors(str(path)):
         tokenizer = Tokenizer.from_file(str(path))
     named = (settings.get(f"{name}_token") for name in ("pad", "eos", "sep"))
     padding, *ends = [value["content"] if isinstance(value, dict) else value for value in named]
     if padding is None or tokenizer.token_to_id(padding) != pad or padding in ends:
         return None
     tokenizer.no_padding()
-    tokenizer.enable_truncation(text_repair().CONTEXT_LENGTH, direction=settings.get("truncation_side", "right"))
+    tokenizer.enable_truncation(CONTEXT_LENGTH, direction=settings.get("truncation_side", "right"))
     return tokenizer
 
 

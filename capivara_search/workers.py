@@ -10,7 +10,6 @@ gone and tidies up. A task that was killed leaves what it has written, and the s
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import ClassVar
 
 from capivara_common.cli import at_least, flag
 from capivara_common.environment import cache_home, require
@@ -34,8 +33,6 @@ class WorkerArguments(ExecutorArguments):
     device: str | None = flag(None, "Device of the model; the GPU where there is one.")
     exact: bool = flag(False, "Decode pictures at full size.")
     batch_size: int = flag(32, "Pictures that the model sees at once.")
-
-    module: ClassVar[str] = "capivara_search.workers"
 
     def __post_init__(self) -> None:
         self.check_executor()
@@ -77,7 +74,7 @@ def add_with_workers(arguments: WorkerArguments) -> bool:
         table, model = arguments.opened()
         begin(table, model, [Path(folder) for folder in arguments.folders], arguments.exclude, arguments.include)
         arguments.model = model.source  # so that all tasks have the same one
-        return execute(Work.of(arguments, "index"), arguments)
+        return execute(Work.of(arguments, PHASES, "index"), arguments)
 
 
 def _plan(arguments: WorkerArguments, table: PictureTable, model: SearchModel, share: tuple[int, int] = (0, 1)) -> Plan:

@@ -25,6 +25,7 @@ from capivara_common.cli import WrongUse, as_flags, parse, read_config, run_comm
 from capivara_common.environment import require
 from capivara_common.executors import Work, execute, failures
 from caption_data.sources import STAGE_FILE, unfinished
+from captions import dataset_folder, generate, score, select, stages, translate
 from captions.dataset_folder import DATASET_FOLDER
 from captions.stage_arguments import (
     GOOGLE_MODULES,
@@ -46,6 +47,13 @@ STAGES = {
     "translate": TranslateArguments,
     "score": ScoreArguments,
     "select": SelectArguments,
+}
+PHASES = {
+    StageArguments: stages.PHASES,
+    GenerateArguments: generate.PHASES,
+    TranslateArguments: translate.PHASES,
+    ScoreArguments: score.PHASES,
+    SelectArguments: select.PHASES,
 }
 READ = "read"  # the stage of a split that no other one works on: its rows as they are
 # docs/your_language.md says what they mean.
@@ -191,10 +199,10 @@ def build(args: BuildArguments) -> Path | None:
     remove_outdated(plan, runnable)
     # Slurm takes jobs for what is done as well; a table is asked for once none is needed.
     left = [step for step in runnable if not waiting or _state(step) != "done"]
-    works = [work for step in left for work in Work.of(step, step.title)]
+    works = [work for step in left for work in _works(step)]
     if not waiting:
         logs = (args.logging_dir or plan.output / "logs") / "dataset"
-        works.append(Work("captions.dataset_folder", "dataset", plan, logs, "dataset"))
+        works.append(Work(dataset_folder.PHASE, plan, logs, "dataset"))
     if works and not execute(works, args):
         logger.info("The jobs are submitted. This command with --dry_run says how far they are.")
         return None
@@ -261,10 +269,14 @@ def described(plan: Plan) -> list[str]:
             lines.append(
                 f"    translations of {len(parts)} parts have changed; these and later stages will be made again"
             )
-        for work in Work.of(step, step.title):
+        for work in _works(step):
             lines += [f"    {work}: task {rank}: {text}" for rank, text in failures(work.logs).items()]
     there = (plan.output / DATASET_FOLDER).is_dir()
     return [*lines, f"{plan.output / DATASET_FOLDER}: {'done' if there else 'to be made'}"]
+
+
+def _works(step: StageArguments) -> list[Work]:
+    return Work.of(step, PHASES[type(step)], step.title)
 
 
 def _state(step: StageArguments) -> str:

@@ -204,4 +204,4 @@ def _meaning(column: str) -> str:
     return MEANINGS.get(kind, "as in the source").format(language=_code(column.removeprefix(kind + "-")))
 
 
-PHASES = {"dataset": Phase(write_dataset)}
+PHASE = Phase(write_dataset)

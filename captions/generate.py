@@ -12,6 +12,7 @@ reading of the image. BLIP, GIT and vision-encoder-decoder models encode the ima
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from capivara_common.image_files import BadImage, BadRow, ImageFiles, by_threads
 from caption_data.rows import CAPTIONS
 from captions.captioner import KINDS, Captioner
 from captions.stage_arguments import GenerateArguments
-from captions.stages import Phase, RowStage, StageReport, stage_main
+from captions.stages import Phase, RowStage, StageReport, run_stage, stage_main
 from captions.translators import DTYPES
 from modeling_capivara.loading import checked_config, weights_digest
 
@@ -132,8 +133,10 @@ class GenerateProcess:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    stage_main(GenerateArguments, __doc__, argv)
+    stage_main(GenerateArguments, __doc__, argv, partial(run_stage, phases=PHASES))
 
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    from captions import generate  # by its name, as other machines find it
+
+    run_command(generate.main, resumes=True)

@@ -11,6 +11,7 @@ The same command does what is missing.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import PIL.Image
@@ -20,8 +21,8 @@ from capivara_common.cli import run_command
 from capivara_common.image_files import BadImage, BadRow, ImageFiles, by_threads, decode_image
 from caption_data.rows import SIMILARITIES
 from captions.stage_arguments import ScoreArguments
-from captions.stages import Phase, RowStage, StageReport, stage_main
-from modeling_capivara.embedder import Embedder, load_embedder
+from captions.stages import Phase, RowStage, StageReport, run_stage, stage_main
+from modeling_capivara.two_towers import Embedder, load_embedder
 
 
 @dataclass
@@ -90,8 +91,10 @@ PHASES = {"rows": Phase(score, shared=True, uses_model=True)}
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    stage_main(ScoreArguments, __doc__, argv)
+    stage_main(ScoreArguments, __doc__, argv, partial(run_stage, phases=PHASES))
 
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    from captions import score  # by its name, as other machines find it
+
+    run_command(score.main, resumes=True)

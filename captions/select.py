@@ -11,6 +11,7 @@ out and listed. The folder `report` in the output has the counts, the histograms
 """
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from capivara_common.cli import run_command
 from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTIONS, NOT_CHOSEN
 from captions.stage_arguments import SelectArguments
-from captions.stages import Phase, RowStage, StageReport, check_complete, stage_main
+from captions.stages import Phase, RowStage, StageReport, check_complete, run_stage, stage_main
 
 REPORT = Path("report") / "index.html"  # in the output; it is written last
 
@@ -106,10 +107,12 @@ PHASES = {"rows": Phase(select_rows, shared=True), "report": Phase(write_missing
 
 def main(argv: list[str] | None = None) -> None:
     """The command; says where the report is."""
-    args = stage_main(SelectArguments, __doc__, argv)
+    args = stage_main(SelectArguments, __doc__, argv, partial(run_stage, phases=PHASES))
     if args is not None:
         print(f"Report with pictures: {args.output / REPORT}")
 
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    from captions import select  # by its name, as other machines find it
+
+    run_command(select.main, resumes=True)

@@ -381,9 +381,12 @@ def read_rows(args: StageArguments, rank: int = 0, world_size: int = 1) -> Stage
     return RowStage(args, rank, world_size).run({}, {}, lambda rows: [{} for _ in rows])
 
 
-def run_stage(args: StageArguments) -> bool:
+PHASES = {"rows": Phase(read_rows, shared=True)}
+
+
+def run_stage(args: StageArguments, phases: dict[str, Phase] = PHASES) -> bool:
     """`execute` all phases of one stage."""
-    return execute(Work.of(args), args)
+    return execute(Work.of(args, phases, args.module.rpartition(".")[2]), args)
 
 
 @user_errors
@@ -404,6 +407,3 @@ def stage_main(
         return None
     print(f"{args.output}: {check_complete(args.output)}")
     return args
-
-
-PHASES = {"rows": Phase(read_rows, shared=True)}

@@ -73,7 +73,7 @@ def translate(args: TranslateArguments) -> bool:
             return False
         for path in outdated_parts(args):
             path.unlink()
-    return run_stage(args)
+    return run_stage(args, PHASES)
 
 
 # Tables: what is translated elsewhere
@@ -398,4 +398,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    from captions import translate  # by its name, as other machines find it
+
+    run_command(translate.main, resumes=True)

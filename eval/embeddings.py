@@ -31,7 +31,7 @@ from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, cache_fo
 from caption_data.rows import digest_of
 from caption_data.sources import Split
 from eval.records.schema import Record, write_records
-from modeling_capivara.embedder import Embedder, load_embedder
+from modeling_capivara.two_towers import Embedder, load_embedder
 
 IMAGES_PER_SHARD, TEXTS_PER_SHARD = 256, 2048  # what an interruption loses, and processes share out
 

@@ -31,8 +31,8 @@ from eval.capivara_metrics import metrics
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS
 from eval.embeddings import EmbeddedImages, EmbeddingStore, ModelArguments, open_store, run_evaluation, write_result
 from eval.records.schema import DIRECTIONS, GAIN, Record
-from modeling_capivara.embedder import embed_texts
 from modeling_capivara.image_classification_capivara import check_truncate_dim, unit_length
+from modeling_capivara.two_towers import embed_texts
 
 PROTOCOL = "all captions of all images of the split, one pool; a tie counts against the query"
 LAUNCHED = "`accelerate launch --multi_gpu -m eval.retrieval` shares the work out to processes, see docs/cluster.md"

@@ -33,7 +33,7 @@ from eval.embeddings import EmbeddingArguments
 from eval.records.schema import MODEL_NAMES, Record, read_records
 from eval.retrieval import RetrievalArguments
 from eval.retrieval import evaluate as evaluate_retrieval
-from modeling_capivara.embedder import load_embedder
+from modeling_capivara.two_towers import load_embedder
 
 SUMMARY_VERSION = 1
 COLUMNS = ["benchmark", "language", "metric", "direction", "role", "run", "value", "n"]  # of what was measured

@@ -23,8 +23,8 @@ from capivara_common.image_files import BadImage, decode_image
 from capivara_search.picture_files import find_pictures
 from capivara_search.words import visible
 from examples.openmoji.dataset import load_embedded
-from modeling_capivara.embedder import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import embed_images, embed_texts
 
 
 @dataclass

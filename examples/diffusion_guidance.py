@@ -20,8 +20,8 @@ from capivara_common.environment import require, torch_device
 from capivara_common.files import whole_folder
 from examples.guide_generation import to_pixel_values
 from modeling_capivara import CapivaraModel, CapivaraProcessor
-from modeling_capivara.embedder import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import embed_images, embed_texts
 
 
 @dataclass

@@ -28,8 +28,8 @@ from eval.capivara_metrics.metrics import RECALL_CUTOFFS, mean_recall, recall_at
 from examples import run_facts
 from examples.caption import captions_of
 from examples.openmoji.dataset import load_embedded
-from modeling_capivara.embedder import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import embed_images, embed_texts
 
 NAME, DEEPEST = "pictures", max(RECALL_CUTOFFS)
 SAME = 1e-6  # of a vector's numbers: Qdrant's local mode scales all to length 1 at every query, which moves last bits

@@ -26,8 +26,8 @@ from capivara_common.environment import torch_device
 from capivara_common.files import whole_folder, write_json
 from examples import run_facts
 from modeling_capivara import CapivaraImageProcessor
-from modeling_capivara.embedder import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import embed_images, embed_texts
 
 SHOWN, STRIP_SIDE = 8, 128  # pictures of the strip of steps; pixels of one of them
 START = 0.02  # spread of the noise that the optimisation starts from

@@ -39,7 +39,6 @@ from capivara_common.hub_cache import (
 
 from .checks_capivara import check_sizes, tokenizer_errors
 from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
-from .embedder import embed_images, embed_texts, random_images, random_texts
 from .image_processing_capivara import CapivaraImageProcessor
 from .loading import (
     checked_config,
@@ -52,6 +51,7 @@ from .loading import (
 )
 from .modeling_capivara import CapivaraModel, similarity_logits
 from .processing_capivara import CONTEXT_LENGTH, CapivaraProcessor
+from .two_towers import embed_images, embed_texts, random_images, random_texts
 
 TOLERANCE = 1e-4  # of cosines and logits in float32; the two programs differ by some 1e-6, a wrong layer by 1e-3 and up
 BASE_TEXT_MODEL = "FacebookAI/xlm-roberta-base"

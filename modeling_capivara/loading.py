@@ -25,7 +25,6 @@ from capivara_common.weight_file import weight_files
 from .checks_capivara import check_sizes, tokenizer_errors
 from .configuration_capivara import CapivaraConfig, sizes_of
 from .processing_capivara import CapivaraProcessor
-from .two_towers import check_fits, limit_texts
 
 WEIGHTS = "model.safetensors"
 KEPT = ("license", "license_name", "license_link", "language", "attribution")  # of the source's own card
@@ -132,11 +131,39 @@ def load_processor(source: str | Path) -> ProcessorMixin:
         check_sizes(processor.image_processor.to_dict())
         if not isinstance(processor, CapivaraProcessor):  # which has a rule of its own
             config = checked_config(str(source))
-            check_fits(processor, config)
-            limit_texts(processor, config)
+            _check_fits(processor, config)
+            _limit_texts(processor, config)
     except Exception as error:
         raise ValueError(f"The processor of {source} can't be loaded: {' '.join(str(error).split())}") from error
     return processor
+
+
+def fills_up(processor: ProcessorMixin) -> bool:
+    """Whether texts are filled up to one length without a mask, and padding is read as any token: SigLIP's are."""
+    return type(processor).__name__.startswith("Siglip")
+
+
+def _check_fits(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
+    """Raise ValueError where transformers' processor is that of another model: its figures would mean nothing."""
+    tokenizer, side, kind = processor.tokenizer, config.vision_config.image_size, type(processor).__name__
+    steps = processor.image_processor.to_dict()
+    size = dict((steps.get("crop_size") if steps.get("do_center_crop") else steps.get("size")) or {})
+    if fills_up(processor) != (config.model_type == "siglip") or "max_num_patches" in steps:
+        raise ValueError(f"a {kind} is none of the model's kind, {config.model_type!r}")
+    if (size.get("height"), size.get("width")) != (side, side):
+        raise ValueError(f"its images have {size}, the image tower takes {side} x {side} pixels")
+    if len(tokenizer) > config.text_config.vocab_size or tokenizer.pad_token is None:
+        known = f"{len(tokenizer)} tokens, {tokenizer.pad_token!r} for padding"
+        raise ValueError(f"its tokenizer has {known}; the model knows {config.text_config.vocab_size}")
+
+
+def _limit_texts(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
+    """Let a tokenizer give no more tokens than the model has positions for, also one that was saved without a limit."""
+    positions = config.text_config.max_position_embeddings
+    if config.model_type == "altclip":  # as RoBERTa, it counts positions from behind the padding's number
+        positions -= config.text_config.pad_token_id + 1
+    own = getattr(processor, "text_kwargs", {}).get("max_length", positions)  # Siglip2Processor's, say
+    processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, positions, own)
 
 
 def _check_folder(source: str | Path, needed: str, fault: str) -> None:

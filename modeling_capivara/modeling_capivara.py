@@ -1,6 +1,5 @@
 """CAPIVARA: an image tower and a multilingual text tower that embed into one space, and the loss of their training."""
 
-import importlib
 import inspect
 import os
 from dataclasses import dataclass
@@ -92,9 +91,11 @@ class CapivaraModel(CapivaraPreTrainedModel):
             ValueError: there is no such model, it can't be converted, or the Hub can't be reached.
             ImportError: this is a copy of the code that has travelled with a model, without the rest of the package.
         """
-        try:  # by name: cache and converter stay at home when this file travels with a model
-            hub_cache = importlib.import_module("capivara_common.hub_cache")
-            converter = importlib.import_module("modeling_capivara.convert_open_clip")
+        from importlib import import_module  # cache and converter stay at home when this file travels with a model
+
+        try:
+            hub_cache = import_module("capivara_common.hub_cache")
+            converter = import_module("modeling_capivara.convert_open_clip")
         except ImportError as error:
             raise ImportError("from_open_clip needs the package modeling-capivara: install it.") from error
         folder = hub_cache.model_folder(source, converter.CONVERTER, revision)

@@ -1,24 +1,46 @@
-"""What training, evaluation, search and export ask of a model of two towers, of this package or of transformers.
+"""Models of two towers of any kind, of this package, of transformers or open_clip, behind one protocol.
 
     model, processor = load_model(folder), load_processor(folder)
-    text_embeds(model, **pad(processor, tokenise(processor, ["uma foto de um gato"])))  # (texts, width), unit length
+    embed_texts(model, processor, ["uma foto de um gato"])  # (texts, width), unit length, float32, on the CPU
+    load_embedder("open_clip:ViT-B-32:openai", baseline=True).texts(["a photo of a cat"])
 
 The classes are transformers' own, without a wrapper: `get_text_features` and `get_image_features`, whose
 `pooler_output` is the embedding before it is scaled to unit length, `logit_scale`, and `logit_bias` where the loss is
 SigLIP's (arXiv 2303.15343, section 3).
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from huggingface_hub import hf_hub_download
+from PIL import Image
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from capivara_common.environment import processes, torch_device
+from capivara_common.files import read_json
+from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, check_reachable
 from capivara_common.image_side_digest import IMAGE_SIDE
 
+from .checks_capivara import check_sizes, tokenizer_errors
 from .image_classification_capivara import unit_length
+from .loading import fills_up, load_model, load_processor, weights_digest
 from .processing_capivara import CapivaraProcessor
+
+# Title of a bar, or what is called after each batch with its size; None for neither
+Progress = str | Callable[[int], object] | None
+# Images that go through the tower at once: activations of more are new memory at every layer, half of the time.
+CPU_IMAGES = 4
 
 
 def is_sigmoid(model: nn.Module) -> bool:
@@ -61,11 +83,6 @@ def image_embeds(model: nn.Module, pixel_values: Tensor) -> Tensor:
     return unit_length(model.get_image_features(pixel_values).pooler_output)
 
 
-def fills_up(processor: ProcessorMixin) -> bool:
-    """Whether texts are filled up to one length without a mask, and padding is read as any token: SigLIP's are."""
-    return type(processor).__name__.startswith("Siglip")
-
-
 def tokenise(processor: ProcessorMixin, texts: Sequence[str]) -> list[dict[str, list[int]]]:
     """`input_ids` of each text, and its `attention_mask` but for SigLIP, each of its own length.
 
@@ -88,24 +105,196 @@ def pad(processor: ProcessorMixin, rows: Sequence[Mapping[str, list[int]]]) -> d
     return dict(processor.tokenizer.pad([dict(row) for row in rows], return_tensors="pt"))
 
 
-def check_fits(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
-    """Raise ValueError where transformers' processor is that of another model: its figures would mean nothing."""
-    tokenizer, side, kind = processor.tokenizer, config.vision_config.image_size, type(processor).__name__
-    steps = processor.image_processor.to_dict()
-    size = dict((steps.get("crop_size") if steps.get("do_center_crop") else steps.get("size")) or {})
-    if fills_up(processor) != (config.model_type == "siglip") or "max_num_patches" in steps:
-        raise ValueError(f"a {kind} is none of the model's kind, {config.model_type!r}")
-    if (size.get("height"), size.get("width")) != (side, side):
-        raise ValueError(f"its images have {size}, the image tower takes {side} x {side} pixels")
-    if len(tokenizer) > config.text_config.vocab_size or tokenizer.pad_token is None:
-        known = f"{len(tokenizer)} tokens, {tokenizer.pad_token!r} for padding"
-        raise ValueError(f"its tokenizer has {known}; the model knows {config.text_config.vocab_size}")
+@dataclass
+class Embedder:
+    """A model of any kind.
+
+    Attributes:
+        name, device: as it was asked for, and where it is.
+        precision: "float32", or "bf16" for autocast.
+        fingerprint: digest of all that the embeddings depend on.
+        image_fingerprint: of what those of images do; models that share their image tower share it.
+        facts: its `model_class` and `loss`, as of `class_and_loss`.
+        images, texts: embed items; then how many at once, and `Progress`.
+    """
+
+    name: str
+    device: torch.device
+    precision: str
+    fingerprint: str
+    image_fingerprint: str
+    facts: dict[str, str]
+    images: Callable[..., Tensor]
+    texts: Callable[..., Tensor]
+
+    def __post_init__(self) -> None:
+        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        self.images, self.texts = autocast(self.images), autocast(self.texts)
 
 
-def limit_texts(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
-    """Let a tokenizer give no more tokens than the model has positions for, also one that was saved without a limit."""
-    positions = config.text_config.max_position_embeddings
-    if config.model_type == "altclip":  # as RoBERTa, it counts positions from behind the padding's number
-        positions -= config.text_config.pad_token_id + 1
-    own = getattr(processor, "text_kwargs", {}).get("max_length", positions)  # Siglip2Processor's, say
-    processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, positions, own)
+def load_embedder(
+    model: str, device: str | None = None, baseline: bool = False, precision: str = "float32"
+) -> Embedder:
+    """A model by its folder or Hub id.
+
+    Args:
+        model: folder or Hub id of a model that `two_towers` takes. With `baseline` also one of open_clip, as
+            `open_clip:NAME[:PRETRAINED]` or `open_clip:local-dir:FOLDER`.
+        device: the process's GPU where there is one, else the CPU, where None.
+        baseline: take open_clip's, too.
+        precision: "float32", or "bf16" for autocast.
+
+    Raises:
+        ValueError: it is no such model.
+    """
+    where = torch_device(device) if device else processes().device
+    kind, _, rest = model.partition(":")
+    if kind == "clip" and rest:
+        raise ValueError(f"{model}: models of transformers are named as they are, {rest}, without `clip:`.")
+    if kind != "open_clip" or not rest:
+        processor = load_processor(model)
+        return model_embedder(model, load_model(model).eval().to(where), processor, precision)
+    if not baseline:
+        raise ValueError(f"{model} is a model of open_clip, which needs --role baseline, or eval.suite's --baseline.")
+    return _open_clip(rest, where, precision)
+
+
+def model_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin, precision: str) -> Embedder:
+    """A model that is loaded, in evaluation mode."""
+    config, image_processor = model.config, processor.image_processor.to_json_string()
+    tokenizer = processor.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # none of the first SigLIP's, which is sentencepiece's
+    plain = [] if backend else [tokenizer.get_vocab(), getattr(tokenizer, "do_lower_case", None)]
+    rules = (backend.to_str() if backend else json.dumps(plain, sort_keys=True)) + str(tokenizer.model_max_length)
+    fingerprint = _digest(weights_digest(model), config.to_json_string() + image_processor, rules, precision)
+    image_side = weights_digest(model, IMAGE_SIDE)
+    image_fingerprint = _digest(image_side, config.vision_config.to_json_string() + image_processor, precision)
+    towers = partial(embed_images, model, processor), partial(embed_texts, model, processor)
+    return Embedder(name, model.device, precision, fingerprint, image_fingerprint, class_and_loss(model), *towers)
+
+
+def _open_clip(source: str, device: torch.device, precision: str) -> Embedder:
+    try:
+        import open_clip
+    except ImportError as error:
+        fault = f"open_clip:{source} needs open_clip, not installed yet"
+        raise ImportError(f"{fault}: pip install open_clip_torch") from error
+    name, pretrained, repository = source, None, ""
+    if source.startswith("hf-hub:"):
+        repository = source.removeprefix("hf-hub:")
+    elif not source.startswith("local-dir:"):
+        name, _, pretrained = source.partition(":")
+        if not pretrained:  # open_clip would draw random weights
+            known = open_clip.list_pretrained_tags_by_model(name)
+            raise ValueError(f"open_clip:{source} names no weights; say open_clip:{name}:TAG, with a tag of {known}.")
+        repository = open_clip.get_pretrained_cfg(name, pretrained).get("hf_hub", "").strip("/")
+    check_reachable(repository, OPEN_CLIP_CONFIG, *OPEN_CLIP_WEIGHT_FILES)  # one of them will be in the cache
+    try:
+        if pretrained is None:
+            folder = source.removeprefix("local-dir:")
+            config = hf_hub_download(repository, OPEN_CLIP_CONFIG) if repository else Path(folder, OPEN_CLIP_CONFIG)
+            check_sizes(read_json(Path(config), model_cfg=dict))
+        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
+        with tokenizer_errors("its tokenizer"):
+            model, tokenizer = model.eval().to(device), open_clip.get_tokenizer(name)
+    except Exception as error:  # a name or tag that open_clip does not know, or a damaged folder
+        raise ValueError(f"open_clip can't load {source!r}: {' '.join(str(error).split())}") from error
+
+    def images(items: Iterable[Image.Image], batch_size: int = 32, progress: Progress = None) -> Tensor:
+        pixels = lambda batch: torch.stack([preprocess(image) for image in batch]).to(device)  # noqa: E731
+        return _in_batches(lambda batch: unit_length(model.encode_image(pixels(batch))), items, batch_size, progress)
+
+    def texts(items: Sequence[str], batch_size: int = 32, progress: Progress = None) -> Tensor:
+        encode = lambda batch: unit_length(model.encode_text(tokenizer(batch).to(device)))  # noqa: E731
+        return _in_batches(encode, items, batch_size, progress)
+
+    digest = _digest("open_clip", source, weights_digest(model), repr(preprocess), precision)
+    # Which part of it the images need is not known: their fingerprint is that of the whole model.
+    return Embedder(f"open_clip:{source}", device, precision, digest, digest, class_and_loss(model), images, texts)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def embed_texts(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    texts: Sequence[str],
+    batch_size: int = 64,
+    progress: Progress = None,
+) -> Tensor:
+    """Embeddings of `texts`, in their order; batched by length, so that short ones are not padded to the longest.
+
+    Args:
+        model: put in evaluation mode by the caller.
+        processor: the model's own.
+        texts: at least one.
+        batch_size: texts that go through at once.
+        progress: title of a bar, or what is called after each batch with its size.
+
+    Returns:
+        (texts, width), unit length, float32, on the CPU.
+    """
+    with tokenizer_errors("The model's tokenizer"):
+        tokens = tokenise(processor, texts)
+    order = sorted(range(len(texts)), key=lambda i: len(tokens[i]["input_ids"]))
+
+    def encode(rows: list[int]) -> Tensor:
+        batch = pad(processor, [tokens[i] for i in rows])
+        return text_embeds(model, **{name: values.to(model.device) for name, values in batch.items()})
+
+    embeds = _in_batches(encode, order, batch_size, progress)
+    return torch.empty_like(embeds).index_copy_(0, torch.tensor(order), embeds)
+
+
+def embed_images(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: Iterable[Image.Image],
+    batch_size: int = 32,
+    progress: Progress = None,
+) -> Tensor:
+    """Embeddings of `images`, in their order: (images, width), unit length, float32, on the CPU.
+
+    `images` is anything that yields PIL images, at least one; they are read batch by batch. The rest as `embed_texts`.
+    """
+
+    def encode(batch: list[Image.Image]) -> Tensor:
+        pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
+        return torch.cat([image_embeds(model, part) for part in image_parts(pixel_values, model.device)])
+
+    return _in_batches(encode, images, batch_size, progress)
+
+
+@torch.inference_mode()
+def _in_batches(encode: Callable, items: Iterable, batch_size: int, progress: Progress) -> Tensor:
+    total, title = len(items) if hasattr(items, "__len__") else None, progress if isinstance(progress, str) else None
+    embeds, iterator = [], iter(items)
+    with tqdm(total=total, desc=title, disable=title is None) as bar:
+        while batch := list(islice(iterator, batch_size)):
+            embeds.append(encode(batch).float().cpu())
+            (progress if callable(progress) else bar.update)(len(batch))
+    return torch.cat(embeds)
+
+
+def image_parts(pixel_values: Tensor, device: torch.device) -> Sequence[Tensor]:
+    """`pixel_values`, (images, 3, height, width), on the device, in the parts and memory order that are fast there."""
+    pixel_values = pixel_values.to(device, memory_format=torch.channels_last)
+    return pixel_values.split(CPU_IMAGES if device.type == "cpu" else max(len(pixel_values), 1))
+
+
+def random_images(seed: int = 0) -> list[Image.Image]:
+    """Colour images of odd sizes, smaller and larger than towers take, one in grey and one with transparency."""
+    numbers = np.random.default_rng(seed)
+    shapes = [(37, 61, 3), (301, 199, 3), (224, 227, 3), (97, 450, 3), (130, 131), (259, 225, 4)]
+    return [Image.fromarray(numbers.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
+
+
+def random_texts(seed: int = 0) -> list[str]:
+    """Portuguese-looking texts of 1 to 120 words: far below and above the length that is kept."""
+    numbers = random.Random(seed)
+    syllables = ("ca", "pi", "va", "ra", "ção", "ões", "nha", "lho", "ba", "tu", "gue", "mar", "é", "ão", "sol", "que")
+    lengths = (1, 2, 5, 9, 30, 120)
+    words = [["".join(numbers.choices(syllables, k=numbers.randint(1, 4))) for _ in range(n)] for n in lengths]
+    return [" ".join(text) for text in words]

@@ -26,8 +26,8 @@ from PIL import Image
 from capivara_common.files import whole_folder
 from hub_upload.space import static_page
 from modeling_capivara import CapivaraImageProcessor
-from modeling_capivara.embedder import random_images, random_texts
 from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import random_images, random_texts
 
 ((LIBRARY, RANGE),) = static_page.LIBRARY.items()
 MIN_NODE = 20

@@ -22,7 +22,7 @@ from tiny import randomise, tiny_config
 
 from capivara_common.executors import TasksFailed, Work, execute
 from caption_data.rows import CAPTIONS, SIMILARITIES
-from captions import stages
+from captions import score, stages
 from captions.build import BuildArguments, ManualStepRequired, build, main, read_plan
 from captions.select import Selection
 from captions.stage_arguments import StageArguments
@@ -291,7 +291,7 @@ def run(args, rank, world_size):
     for _ in range(600):  # until the other one is there: a worker must not do both
         time.sleep(0.1 * (len(list(args.output.iterdir())) < world_size))
 
-PHASES = {"rows": Phase(run, shared=True)}
+PHASE = Phase(run, shared=True)
 """
 
 
@@ -304,7 +304,9 @@ def test_each_worker_has_a_gpu_of_its_own(config, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     monkeypatch.setattr("capivara_common.executors.START_METHOD", "fork")
     step.output.mkdir(parents=True)
-    execute([Work("seen_gpus", "rows", step, tmp_path / "logs", "seen")], step)
+    import seen_gpus
+
+    execute([Work(seen_gpus.PHASE, step, tmp_path / "logs", "seen")], step)
     seen = {path.name: path.read_text() for path in step.output.iterdir()}
     assert seen.keys() == {"0-2", "1-2"} and set(seen.values()) == {"2", "5"}
 
@@ -318,7 +320,7 @@ def test_workers_that_die_before_they_say_a_word(executor, monkeypatch, tmp_path
     monkeypatch.setattr("capivara_common.executors.require", lambda *_: None)
     monkeypatch.setattr("capivara_common.executors.RayPipelineExecutor.run", lambda _: None)
     args = StageArguments("no/such", tmp_path / "out", executor=executor, tasks=3, workers=2)
-    works = [Work("captions.score", "rows", args, tmp_path / name, name) for name in ("first", "second")]
+    works = [Work(score.PHASES["rows"], args, tmp_path / name, name) for name in ("first", "second")]
     (tmp_path / "first" / "completions").mkdir(parents=True)
     (tmp_path / "first" / "completions" / "00001").touch()  # of an earlier start
     with pytest.raises(TasksFailed, match=r"first: 3 tasks have failed:(\n  task [012]: has not started, or .*){3}"):

@@ -8,7 +8,7 @@ from datasets import load_from_disk
 from PIL import Image
 
 from examples import caption
-from modeling_capivara.embedder import embed_images, embed_texts
+from modeling_capivara.two_towers import embed_images, embed_texts
 
 
 def printed(capsys) -> list[dict[str, str]]:

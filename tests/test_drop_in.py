@@ -22,9 +22,8 @@ from hub_upload.export import main
 from hub_upload.formats import onnx as onnx_files
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.convert_open_clip import build_open_clip, open_clip_state_dict
-from modeling_capivara.embedder import embed_texts, random_images
 from modeling_capivara.loading import load_model, load_processor
-from modeling_capivara.two_towers import image_embeds, pad, tokenise
+from modeling_capivara.two_towers import embed_texts, image_embeds, pad, random_images, tokenise
 
 TEXTS = ["um gato", "uma capivara na água, ao pôr do sol", "SÃ£o JoÃ£o &amp;amp; cia", "", "foto " * 90, "ﬁm ½ ☕"]
 # What a telephone's keyboard types.

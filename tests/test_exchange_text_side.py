@@ -13,7 +13,7 @@ from examples.exchange_text_side import LancePictures, QdrantPictures, main, rec
 from hub_upload import export
 from hub_upload.formats import onnx as onnx_files
 from modeling_capivara import CapivaraModel, CapivaraProcessor
-from modeling_capivara.embedder import load_embedder
+from modeling_capivara.two_towers import load_embedder
 
 STORES = [QdrantPictures, pytest.param(LancePictures, marks=pytest.mark.slow)]
 

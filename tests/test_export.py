@@ -27,7 +27,7 @@ from modeling_capivara import (
     convert_open_clip,
 )
 from modeling_capivara.convert_open_clip import capivara_state_dict, open_clip_state_dict
-from modeling_capivara.embedder import random_images
+from modeling_capivara.two_towers import random_images
 
 ROOT = Path(__file__).resolve().parent.parent
 LOADER = ROOT / "tests" / "loader_process.py"

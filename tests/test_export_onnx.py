@@ -12,8 +12,8 @@ from transformers import TimmWrapperConfig
 from hub_upload.export import export, main
 from hub_upload.formats.onnx import ENDINGS, open_graph
 from modeling_capivara import CapivaraModel
-from modeling_capivara.embedder import random_images, random_texts
 from modeling_capivara.loading import load_processor
+from modeling_capivara.two_towers import random_images, random_texts
 
 pytestmark = pytest.mark.slow
 BLOCKS_WIDE = {**TINY_VISION, "hidden_size": 128, "intermediate_size": 256}  # narrower ones would fill no block

@@ -13,7 +13,7 @@ from examples import diffusion_guidance, guide_generation
 from examples.diffusion_guidance import SentenceGuidance, clean_latents, signal_shares
 from examples.guide_generation import as_image, to_pixel_values
 from modeling_capivara import CapivaraModel
-from modeling_capivara.embedder import embed_images, embed_texts
+from modeling_capivara.two_towers import embed_images, embed_texts
 
 SENTENCE = "um gato azul"
 # --- Gradients through `pixel_values` --------------------------------------------------------------------------------

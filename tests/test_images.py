@@ -30,8 +30,8 @@ from caption_data.embedding_cache import EmbeddingCache
 from caption_data.pairs import pair_table, usable
 from caption_data.sources import open_split
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
-from modeling_capivara.embedder import embed_images
 from modeling_capivara.loading import load_model
+from modeling_capivara.two_towers import embed_images
 from training.inputs import Pairs, augmented, build_cache, cached_embeds, pixel_batches, random_state
 
 IMAGES = 12  # of the training split of `tiny_dataset_folder`

@@ -22,8 +22,8 @@ from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image
 from hub_upload.export import export, main
 from hub_upload.formats.immich import NAMES
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
-from modeling_capivara.embedder import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import embed_images, embed_texts
 
 FILES = {
     *("config.json", "textual/model.onnx", "textual/tokenizer.json", "textual/tokenizer_config.json"),

@@ -18,7 +18,7 @@ PROGRAM = textwrap.dedent(
     import json, time
     from captions.generate import GenerateArguments, load_captioner
     from captions.translators import load as load_translator
-    from modeling_capivara.embedder import load_embedder
+    from modeling_capivara.two_towers import load_embedder
     from modeling_capivara.loading import load_model, load_processor
 
     loaders = {

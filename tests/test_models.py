@@ -19,9 +19,8 @@ from towers import MAKERS, as_published, gemma_like, siglip2
 
 from capivara_common import image_side_digest as digests
 from capivara_search.models import DEFAULT_MODEL, MANY_TEXTS, find_model
-from modeling_capivara.embedder import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor
-from modeling_capivara.two_towers import embedding_width
+from modeling_capivara.two_towers import embed_images, embed_texts, embedding_width
 
 TEXTS = ["um gato azul", "A casa do Carro"]
 PROGRAM = """

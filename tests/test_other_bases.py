@@ -13,10 +13,18 @@ from whole_batch_process import CAPTIONS, gradients_of
 import train_accelerate
 from hub_upload.export import export
 from modeling_capivara import CapivaraModel
-from modeling_capivara.embedder import embed_texts, load_embedder, random_images, random_texts
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.trim_vocabulary import language_words, trim, word_forms
-from modeling_capivara.two_towers import IMAGE_SIDE, freeze_image_side, image_embeds, tokenise
+from modeling_capivara.two_towers import (
+    IMAGE_SIDE,
+    embed_texts,
+    freeze_image_side,
+    image_embeds,
+    load_embedder,
+    random_images,
+    random_texts,
+    tokenise,
+)
 from training.arguments import RunArguments
 from training.batches import micro_batches
 from training.trainable import prepare_trainable

@@ -22,9 +22,8 @@ from capivara_common.image_side_digest import image_side_digest
 from eval import report, retrieval, suite
 from hub_upload.card import check, write_card
 from hub_upload.export import export, main
-from modeling_capivara.embedder import load_embedder, random_images, random_texts
 from modeling_capivara.loading import load_processor
-from modeling_capivara.two_towers import tokenise
+from modeling_capivara.two_towers import load_embedder, random_images, random_texts, tokenise
 
 OWN = "transformers,open_clip,sentence_transformers"  # what a push after a run exports
 WORDS = ["um gato azul", "um céu verde", "uma foto vermelha", "um quadrado branco"]

@@ -12,8 +12,8 @@ from caption_data.sources import open_split
 from eval.capivara_metrics.metrics import recall_at_k, retrieval_ranks
 from examples.openmoji import prepare
 from modeling_capivara import CapivaraModel
-from modeling_capivara.embedder import embed_texts
 from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import embed_texts
 from training.arguments import RunArguments
 from training.inputs import build_cache, cache_root, evaluation_pairs
 

@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 from test_checkpoints import flipped
 
-import modeling_capivara.embedder
+import modeling_capivara.two_towers
 from caption_data.pairs import pair_table, pairs_fingerprint
 from caption_data.sources import open_split
 from eval import classification, linear_probe
@@ -105,7 +105,7 @@ def test_second_run_embeds_nothing_and_a_flipped_byte_is_made_anew(
     cache = shutil.copytree(measured / "cache", tmp_path / "cache")
     with monkeypatch.context() as patch:
         for kind in ("images", "texts"):
-            patch.setattr(f"modeling_capivara.embedder.embed_{kind}", lambda *_, **__: pytest.fail("embedded again"))
+            patch.setattr(f"modeling_capivara.two_towers.embed_{kind}", lambda *_, **__: pytest.fail("embedded again"))
         again = measure(saved_tiny_folder, made, tmp_path / "r.json", cache_dir=str(cache))
     assert again == read_records(measured / "r.json")
     whole = {path: path.read_bytes() for path in kept(cache)}
@@ -135,7 +135,7 @@ def test_another_model_or_picture_is_another_cache(tiny_folder, folder, measured
 def test_an_interrupted_run_goes_on(saved_tiny_folder, made, measured, tmp_path, monkeypatch):
     monkeypatch.setattr("eval.embeddings.IMAGES_PER_SHARD", 4)
     monkeypatch.setattr("eval.embeddings.TEXTS_PER_SHARD", 10)
-    real, done = modeling_capivara.embedder.embed_images, []
+    real, done = modeling_capivara.two_towers.embed_images, []
 
     def fails_at_third(*args, **kwargs):
         done.append(1)
@@ -143,7 +143,7 @@ def test_an_interrupted_run_goes_on(saved_tiny_folder, made, measured, tmp_path,
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("modeling_capivara.embedder.embed_images", fails_at_third)
+    monkeypatch.setattr("modeling_capivara.two_towers.embed_images", fails_at_third)
     given = {"output": tmp_path / "r.json", "cache_dir": str(tmp_path / "cache")}
     with pytest.raises(KeyboardInterrupt):
         measure(saved_tiny_folder, made, **given)

@@ -9,13 +9,13 @@ import torch
 from caption_tars import PICTURES, rows_of, saved_train
 from datasets import Image
 
-import modeling_capivara.embedder
 from capivara_common.image_files import decode_image
 from caption_data.rows import CAPTIONS, SIMILARITIES
 from captions.in_place import open_in_place
 from captions.score import ScoreArguments, main, score
 from captions.stages import stage_record
-from modeling_capivara.embedder import load_embedder
+from modeling_capivara import two_towers
+from modeling_capivara.two_towers import load_embedder
 
 LONG = "uma foto de " + "gato " * 2000  # 10,000 letters
 ROWS = [
@@ -71,14 +71,14 @@ def test_damage_in_the_first_rows_is_told_before_the_model_is_loaded(arguments, 
 
 
 def test_an_image_that_the_model_refuses_is_left_out(arguments, monkeypatch):
-    embed = modeling_capivara.embedder.embed_images
+    embed = two_towers.embed_images
 
     def refuses(model, processor, images, *args, **options):
         if any(image.size == (9, 12) and image.format == "PNG" for image in images):
             raise ValueError("no such picture")
         return embed(model, processor, images, *args, **options)
 
-    monkeypatch.setattr("modeling_capivara.embedder.embed_images", refuses)
+    monkeypatch.setattr("modeling_capivara.two_towers.embed_images", refuses)
     report = score(arguments)
     assert report.rows == 2 and report.skipped == {"unreadable image": 3, "no caption": 1}
     assert [row["image"]["bytes"] for row in rows_of(arguments.output)] == [PICTURES[0], PICTURES[2]], "the JPEGs stay"
@@ -86,13 +86,13 @@ def test_an_image_that_the_model_refuses_is_left_out(arguments, monkeypatch):
 
 def test_each_caption_and_image_of_a_batch_is_embedded_once(arguments, monkeypatch):
     texts, images = [], []
-    embed_texts, embed_images = (getattr(modeling_capivara.embedder, name) for name in ("embed_texts", "embed_images"))
+    embed_texts, embed_images = two_towers.embed_texts, two_towers.embed_images
     monkeypatch.setattr(
-        "modeling_capivara.embedder.embed_texts",
+        "modeling_capivara.two_towers.embed_texts",
         lambda m, p, some, *a, **k: (texts.append(some), embed_texts(m, p, some, *a, **k))[1],
     )
     monkeypatch.setattr(
-        "modeling_capivara.embedder.embed_images",
+        "modeling_capivara.two_towers.embed_images",
         lambda m, p, some, *a, **k: (images.append(some), embed_images(m, p, some, *a, **k))[1],
     )
     score(arguments)

@@ -22,8 +22,8 @@ from examples.tune_sentence_transformers import clip_loss_of, main, pairs, recal
 from hub_upload.export import export
 from hub_upload.formats.open_clip import write_sentence_transformers
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
-from modeling_capivara.embedder import random_images
 from modeling_capivara.loading import load_processor
+from modeling_capivara.two_towers import random_images
 
 TEXTS = ["um gato", "uma foto de cachorro na água", "SÃ£o JoÃ£o &amp; cia", "casa verde", "céu azul"]
 

@@ -19,8 +19,8 @@ from capivara_common.weight_file import WeightFile
 from capivara_search.models import SearchModel, find_model
 from capivara_search.text_tower import erf, open_text_tower
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
-from modeling_capivara.embedder import embed_texts
 from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import embed_texts
 
 PLAIN = ["um gato dormindo", "a dog on the beach", "praia ao pôr do sol", "São João, 24 de junho", "AÇÃO", "coração"]
 AWKWARD = [

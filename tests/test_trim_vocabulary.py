@@ -17,7 +17,6 @@ from capivara_common.image_side_digest import image_side_digest
 from capivara_search.text_tower import open_text_tower
 from examples.openmoji.concepts import concept_rows
 from modeling_capivara import CapivaraConfig, CapivaraModel, CapivaraProcessor, CapivaraTokenizer
-from modeling_capivara.embedder import embed_texts
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.trim_vocabulary import (
     changed_texts,
@@ -27,6 +26,7 @@ from modeling_capivara.trim_vocabulary import (
     trim,
     used_ids,
 )
+from modeling_capivara.two_towers import embed_texts
 
 TABLE = "text_model.embeddings.word_embeddings.weight"
 KEPT = ["uma foto de um gato", "São João, 24 de junho", "a cor de uma casa", "xyz 😀 &amp;", "", "<mask> e <pad>"]

@@ -12,9 +12,18 @@ from towers import MAKERS, as_published, gemma_like, siglip2
 from transformers import AutoModel, AutoProcessor, SiglipModel
 
 from capivara_search.text_tower import open_text_tower
-from modeling_capivara.embedder import embed_images, embed_texts, load_embedder, model_embedder
 from modeling_capivara.loading import load_model, load_processor
-from modeling_capivara.two_towers import IMAGE_SIDE, embedding_width, freeze_image_side, image_embeds, tokenise
+from modeling_capivara.two_towers import (
+    IMAGE_SIDE,
+    embed_images,
+    embed_texts,
+    embedding_width,
+    freeze_image_side,
+    image_embeds,
+    load_embedder,
+    model_embedder,
+    tokenise,
+)
 
 TEXTS = ["uma foto de uma capivara azul", "gato", "a casa verde", "são joão", "pão"]
 

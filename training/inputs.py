@@ -33,9 +33,8 @@ from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache
 from caption_data.pairs import check_bad_share, lacking, pair_table, pairs_fingerprint, skipped_rows, usable
 from caption_data.rows import Skipped, digest_of
 from caption_data.sources import Split, open_split
-from modeling_capivara.embedder import embed_images, image_parts
 from modeling_capivara.loading import load_model, load_processor, weights_digest
-from modeling_capivara.two_towers import IMAGE_SIDE, embedding_width, image_embeds
+from modeling_capivara.two_towers import IMAGE_SIDE, embed_images, embedding_width, image_embeds, image_parts
 from training.arguments import RunArguments
 from training.batches import Planner, batch_counts
 from training.trainable import prepare_trainable

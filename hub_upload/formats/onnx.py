@@ -24,10 +24,9 @@ from transformers import PreTrainedModel
 
 from capivara_common.environment import package_versions
 from capivara_common.files import write_json
-from modeling_capivara.embedder import random_images, random_texts
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.modeling_capivara import similarity_logits
-from modeling_capivara.two_towers import fills_up, image_embeds, pad, text_embeds, tokenise
+from modeling_capivara.two_towers import fills_up, image_embeds, pad, random_images, random_texts, text_embeds, tokenise
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

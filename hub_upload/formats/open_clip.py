@@ -20,10 +20,9 @@ from modeling_capivara.convert_open_clip import (
     open_clip_model_cfg,
     preprocess_cfg_of,
 )
-from modeling_capivara.embedder import random_texts
 from modeling_capivara.loading import model_of_tensors
 from modeling_capivara.processing_capivara import CONTEXT_LENGTH
-from modeling_capivara.two_towers import fills_up
+from modeling_capivara.two_towers import fills_up, random_texts
 
 OPEN_CLIP_WEIGHTS = OPEN_CLIP_WEIGHT_FILES[0]
 SENTENCE_MODULES = "sentence_transformers.base.modules"  # as version 6 writes and reads it

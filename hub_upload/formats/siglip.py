@@ -17,9 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from capivara_common.environment import require
 from capivara_common.files import write_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
-from modeling_capivara.embedder import random_texts
 from modeling_capivara.loading import load_model, load_processor
-from modeling_capivara.two_towers import image_embeds, pad, text_embeds, tokenise
+from modeling_capivara.two_towers import image_embeds, pad, random_texts, text_embeds, tokenise
 
 TOLERANCE = 1e-4  # of cosines in float32
 # transformers' beginning of a name, and open_clip's; the first that fits counts.

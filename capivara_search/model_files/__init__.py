@@ -1,0 +1,8 @@
+"""The files of `modeling_capivara` that need no torch, without that package's own import, which takes seconds.
+
+from capivara_search.model_files.text_repair_capivara import repair_text
+"""
+
+from pathlib import Path
+
+__path__ = [str(Path(__file__).resolve().parents[2] / "modeling_capivara")]
