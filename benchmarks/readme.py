@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas
 import PIL.Image
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from benchmarks.timing import RESULTS, ROOT, median_ratio
 from capivara_common.cli import flag, parse, run_command
 from capivara_common.files import read_json, write_json, write_text
-from eval.records.schema import Record, read_records
+from eval.records.schema import DIRECTIONS, Record, read_records
 from eval.records.tables import percent, points, retrieval_table
 
 BLOCK = re.compile(r"(<!-- (\w+): made by `python -m benchmarks.readme` -->\n).*?(<!-- end \2 -->)", re.DOTALL)
@@ -65,7 +66,7 @@ def template() -> Template:
         extensions=["jinja2.ext.do"],
     )
     environment.filters |= {"fixed": fixed, "percent": percent, "points": points}
-    environment.filters |= {"median": statistics.median, "mean": statistics.mean}
+    environment.filters |= {"median": statistics.median, "mean": lambda values: pandas.Series(values).mean()}
     environment.globals |= {"results": results, "versions": versions, "median_ratio": median_ratio, "zip": zip}
     environment.globals |= {"demo_table": demo_table, "real_image_rows": real_image_rows, "recalls": recalls}
     return environment.get_template("tables.md.j2")
@@ -95,8 +96,8 @@ def demo_table(found: dict[str, Any]) -> str:
 def recalls(one: dict[str, Any]) -> list[list[float]]:
     """Of a row of recipe.json each seed's mean recall of both directions, by test set and language (pt, en)."""
     sets = [f"{name}/test/{code}" for name in ("openmoji", "twemoji", "noto", "photos") for code in ("pt", "en")]
-    ways = [[one["values"][f"{of}/{way}"] for way in ("text_to_image", "image_to_text")] for of in sets]
-    return [[statistics.mean(both) for both in zip(*way, strict=True)] for way in ways]
+    ways = [[one["values"][f"{of}/{way}"] for way in DIRECTIONS] for of in sets]
+    return [pandas.DataFrame(both).mean().tolist() for both in ways]
 
 
 def real_image_rows(found: dict[str, Any]) -> dict[tuple[str, ...], dict[str, str]]:

@@ -23,10 +23,10 @@ from benchmarks.timing import RESULTS, ROOT, conditions
 from capivara_common.cli import flag, parse, read_config, run_command, unknown, user_errors
 from capivara_common.files import read_json, write_json
 from caption_data.rows import digest_of
-from eval.capivara_metrics.metrics import RECALL_CUTOFFS, mean_hits, paired_bootstrap
+from eval.capivara_metrics.metrics import mean_hits, paired_bootstrap
 from eval.embeddings import EmbeddingStore
 from eval.records.schema import DIRECTIONS
-from eval.retrieval import RetrievalArguments, RetrievalEmbeddings, load_data
+from eval.retrieval import RetrievalArguments, RetrievalEmbeddings, load_data, retrieval_records
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import model_embedder
@@ -170,10 +170,11 @@ def main(argv: list[str] | None = None) -> None:
     measures, base = Measures(args), load_model(args.base)
     digest, before = weights_digest(base), measures.embedded(base)
     groups, chance = {}, {}
-    for key, direction in ((key, direction) for key in before for direction in DIRECTIONS):
-        groups[f"{key}/{direction}"] = before[key].groups(direction)
-        chances = [before[key].chance(direction, k) for k in RECALL_CUTOFFS]
-        chance[f"{key}/{direction}"] = sum(chances) / len(chances)
+    for key, of in before.items():
+        for record in retrieval_records(of, dataset=key, split="", language="", model="baseline", model_folder=""):
+            if record.metric == "mean_recall":
+                condition = f"{key}/{record.direction}"
+                groups[condition], chance[condition] = of.groups(record.direction), record.chance
     facts = {"config": read_config(args.config), "n": {key: len(of) for key, of in groups.items()}, "chance": chance}
     rows: list[dict[str, Any]] = [{"name": "base", "what": "not trained", "values": values([measures.hits(base)])}]
     hits: dict[str, list[dict[str, Tensor]]] = {}

@@ -31,6 +31,7 @@ from eval.capivara_metrics import metrics
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS
 from eval.embeddings import EmbeddedImages, EmbeddingStore, ModelArguments, open_store, run_evaluation, write_result
 from eval.records.schema import DIRECTIONS, GAIN, Record
+from eval.records.tables import mean_recall_of
 from modeling_capivara.image_classification_capivara import check_truncate_dim, unit_length
 from modeling_capivara.two_towers import embed_texts
 
@@ -136,17 +137,18 @@ def retrieval_records(embeddings: RetrievalEmbeddings, protocol: str = PROTOCOL,
         protocol: in words.
         facts: the other fields of `Record`: dataset, split, language, model, model_folder and seed.
     """
-    records, cutoffs = [], tuple(k for k in RECALL_CUTOFFS if k < len(embeddings.image_embeds))
+    records, cutoffs = [], [k for k in RECALL_CUTOFFS if k < len(embeddings.image_embeds)]
     facts |= width_facts(embeddings, protocol)
     for direction in DIRECTIONS:
         ranks = embeddings.ranks[direction]
-        values = {f"recall@{k}": (metrics.recall_at_k(ranks, k), embeddings.chance(direction, k)) for k in cutoffs}
-        if cutoffs == RECALL_CUTOFFS:  # of fewer it would be another figure of the same name
-            values["mean_recall"] = tuple(sum(of) / len(of) for of in zip(*values.values(), strict=True))
-        values["median_rank"] = (metrics.median_rank(ranks), None)
-        for metric, (value, chance) in values.items():
-            of = {"direction": direction, "metric": metric, "value": value, "n": len(ranks), "chance": chance}
-            records.append(Record(task="retrieval", **of, **facts))
+        record = partial(Record, "retrieval", direction=direction, n=len(ranks), **facts)
+        recalls = [
+            record(metric=f"recall@{k}", value=metrics.recall_at_k(ranks, k), chance=embeddings.chance(direction, k))
+            for k in cutoffs
+        ]
+        if len(cutoffs) == len(RECALL_CUTOFFS):  # of fewer it would be another figure of the same name
+            recalls.append(mean_recall_of(recalls))
+        records += [*recalls, record(metric="median_rank", value=metrics.median_rank(ranks))]
     return records
 
 

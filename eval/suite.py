@@ -13,6 +13,7 @@ The same command continues an interrupted suite: what was embedded is taken from
 computed again. Give every protocol an output folder of its own.
 """
 
+import math
 import sys
 import traceback
 from dataclasses import dataclass
@@ -31,14 +32,14 @@ from eval.classification import ClassificationArguments
 from eval.classification import evaluate as evaluate_classification
 from eval.embeddings import EmbeddingArguments
 from eval.records.schema import MODEL_NAMES, Record, read_records
+from eval.records.tables import means
 from eval.retrieval import RetrievalArguments
 from eval.retrieval import evaluate as evaluate_retrieval
 from modeling_capivara.two_towers import load_embedder
 
 SUMMARY_VERSION = 1
-COLUMNS = ["benchmark", "language", "metric", "direction", "role", "run", "value", "n"]  # of what was measured
+FIGURE = ["benchmark", "language", "direction", "role"]  # what a mean over runs is of
 TEMPLATE = Path(__file__).parent / "suite.md.j2"
-OWN_TABLE = {role: role for role in MODEL_NAMES}  # role -> what CAPIVARA's figures are published as
 GONE = {  # flags of earlier versions -> what there is instead
     "gallery": "`python -m eval.retrieval` draws the best and the worst queries beside its result",
     "list": "the files in eval/benchmarks say where the data come from and in which layout",
@@ -239,62 +240,61 @@ def suite_rows(
             of its role), with `value` and `n` as in a `Record`.
         runs: role -> number of its models.
         protocol: of names and prompts.
-        published: role -> what its models were published as; `OWN_TABLE` where None.
+        published: role -> what its models were published as; each as its role where None.
     """
-    own = pandas.DataFrame([(b.key, language, b.metric) for b, language in pairs], columns=COLUMNS[:3])
-    frame = pandas.DataFrame(values, columns=COLUMNS).merge(own)
+    own = pandas.DataFrame([(b.key, language, b.metric) for b, language in pairs], columns=[*FIGURE[:2], "metric"])
+    frame = pandas.DataFrame(values, columns=[*FIGURE, "metric", "run", "value", "n"]).merge(own)
     frame["value"] = 100 * frame["value"].astype(float)
     average, left_out = read_benchmark(FOLDER / "elevater.json"), []
     members = [b.key for b, _ in pairs if average.key in b.suite]
     of_sets = frame[frame["benchmark"].isin(members)]
-    of_runs = of_sets.groupby(["role", "run"], as_index=False).agg(value=("value", "mean"), n=("value", "count"))
-    if len(members) == average.count and (of_runs["n"] == average.count).sum() == sum(runs.values()):
-        frame = pandas.concat([frame, of_runs.assign(benchmark=average.key, language="pt", direction="", n=0)])
+    of_runs = means(of_sets, ["role", "run"]).reset_index()
+    if len(members) == average.count and (of_runs["seeds"] == average.count).sum() == sum(runs.values()):
+        of_runs = of_runs.rename(columns={"mean": "value"}).assign(
+            benchmark=average.key, language="pt", direction="", n=0
+        )
+        frame = pandas.concat([frame, of_runs])
         last = max(number for number, (b, _) in enumerate(pairs) if b.key in members)
         pairs = [*pairs[: last + 1], (average, "pt"), *pairs[last + 1 :]]
     elif members:
         there = of_sets[of_sets["role"] == "capivara"].groupby("benchmark")["run"].nunique()
         there = (there == runs["capivara"]).sum()
         left_out.append(f"{average.title}: left out, since {there} of its {average.count} sets ran.")
-    found = frame.groupby(["benchmark", "language", "direction", "role"], sort=False).agg(
-        mean=("value", "mean"), std=("value", "std"), runs=("value", "count"), n=("n", "first")
-    )
-    # A mean of fewer runs would mislead.
-    whole = {key: of for key, of in found.to_dict("index").items() if of["runs"] == runs[key[-1]]}
-    rows = []
-    for benchmark, language in pairs:
-        for direction in benchmark.directions:
-            of_roles = {role: whole.get((benchmark.key, language, direction, role)) for role in runs}
-            rows.append(_row(benchmark, language, direction, of_roles, protocol, published or OWN_TABLE))
-            if benchmark is average:
-                rows[-1]["like_for_like"] = all(row["like_for_like"] for row in rows if row["benchmark"] in members)
-    return rows, left_out
+    found = means(frame, FIGURE).reset_index()
+    found = found[found["seeds"] == found["role"].map(runs)]  # a mean of fewer runs would mislead
+    published = published or {role: role for role in runs}
+    cells = [
+        {
+            **dict(zip(FIGURE, (b.key, language, direction, role), strict=True)), "of": b,
+            "published": b.published_figure(published[role], direction) if language == b.language else None,
+        }
+        for b, language in pairs for direction in b.directions for role in runs
+    ]  # fmt: skip
+    cells = pandas.DataFrame(cells).merge(found, "left")
+    cells["difference"] = cells["mean"] - [of["mean"] if of else math.nan for of in cells["published"]]
+    rows = [_row(of, protocol) for _, of in cells.groupby(FIGURE[:3], sort=False)]
+    like = all(row["like_for_like"] for row in rows if row["benchmark"] in members)
+    return [row | {"like_for_like": like} if row["benchmark"] == average.key else row for row in rows], left_out
 
 
-def _row(
-    benchmark: Benchmark,
-    language: str,
-    direction: str,
-    of_roles: dict[str, dict[str, Any] | None],
-    protocol: str,
-    published: dict[str, str | None],
-) -> dict[str, Any]:
-    """Published and measured figures, and the measured minus the published ones in points."""
-    title = benchmark.title + ("" if benchmark.languages == (language,) else f" ({language})")
+def _row(cells: pandas.DataFrame, protocol: str) -> dict[str, Any]:
+    """Published and measured figures of the roles, and the measured minus the published ones in points."""
+    first = cells.iloc[0]
+    benchmark: Benchmark = first["of"]
+    title = benchmark.title + ("" if benchmark.languages == (first["language"],) else f" ({first['language']})")
     section = "beyond" if "beyond" in benchmark.suite else "paper"
-    row = {"benchmark": benchmark.key, "title": title, "section": section, "language": language}
-    row |= {"direction": direction, "metric": benchmark.metric}
-    by_image = direction != "text_to_image"  # else `n` counts captions
-    images = [int(of["n"]) for of in of_roles.values() if of and of["n"] and by_image]
+    # Of texts `n` counts captions, of the average nothing.
+    images = [int(n) for n in cells["n"] if n > 0 and first["direction"] != "text_to_image"]
     like = benchmark.like_for_like and (benchmark.test_images is None or {*images[:1]} <= {benchmark.test_images})
     like = like and (benchmark.task == "retrieval" or benchmark.protocol == "babel" or protocol == "authors")
-    row |= {"images": images[0] if images else None, "test_images": benchmark.test_images, "like_for_like": like}
-    for role, of in of_roles.items():
-        known = benchmark.published_figure(published[role], direction) if language == benchmark.language else None
-        std = of["std"] if of and of["runs"] > 1 else None
-        measured = {"mean": of["mean"], "std": std, "runs": of["runs"]} if of else None
-        difference = of["mean"] - known["mean"] if of and known else None
-        row[role] = {"published": known, "measured": measured, "difference": difference}
+    row = {"benchmark": benchmark.key, "title": title, "section": section, "language": first["language"]}
+    row |= {"direction": first["direction"], "metric": benchmark.metric, "images": images[0] if images else None}
+    row |= {"test_images": benchmark.test_images, "like_for_like": like}
+    for of in cells.itertuples():
+        std = None if math.isnan(of.deviation) else of.deviation
+        measured = None if math.isnan(of.mean) else {"mean": of.mean, "std": std, "runs": int(of.seeds)}
+        difference = None if math.isnan(of.difference) else of.difference
+        row[of.role] = {"published": of.published, "measured": measured, "difference": difference}
     return row
 
 

@@ -9,6 +9,7 @@ A row of the table is one measured value.
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -43,6 +44,12 @@ def records_frame(files: Iterable[ResultFile]) -> pandas.DataFrame:
     return pandas.DataFrame(rows, dtype=object).astype({"value": float, "chance": float, "n": float})
 
 
+def mean_recall_of(recalls: Sequence[Record]) -> Record:
+    """The record of the mean recall, and of its chance, of a direction's recalls at 1, 5 and 10."""
+    means = pandas.DataFrame([vars(record) for record in recalls])[["value", "chance"]].mean()
+    return replace(recalls[0], metric="mean_recall", **means.to_dict())
+
+
 def folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None]:
     """The model's folder, of several seeds the one around theirs, and the training seed.
 
@@ -72,6 +79,12 @@ def conflicts(frame: pandas.DataFrame, by: str, same: float | pandas.Series = 0)
     return frame[(frame["value"] - frame["first"]).abs() > same]
 
 
+def means(frame: pandas.DataFrame, by: list[str]) -> pandas.DataFrame:
+    """Of each `by`, the `mean` of `value` over the rest, its sample `deviation`, the number of `seeds`, and the `n`."""
+    of = frame.groupby(by, sort=False, dropna=False)
+    return of.agg(mean=("value", "mean"), deviation=("value", "std"), seeds=("value", "count"), n=("n", "first"))
+
+
 def values_of(frame: pandas.DataFrame, by: str) -> list[Any]:
     """One measured value of a model, as the mean over its seeds.
 
@@ -85,16 +98,15 @@ def values_of(frame: pandas.DataFrame, by: str) -> list[Any]:
         by their fingerprints; and `measured`, the frame's rows, one a seed, in the order of seeds.
     """
     figure = [*Condition._fields, "model", by]
-    once = ~frame.duplicated([*figure, "seed"])  # what is repeated is no seed more
     frame = frame.assign(row=pandas.Series([*frame.itertuples(index=False, name="Measured")], frame.index, object))
-    groups = frame.assign(value=frame["value"].where(once), row=frame["row"].where(once))
-    values = groups.groupby(figure, sort=False, dropna=False).agg(
-        mean=("value", "mean"), deviation=("value", "std"), seeds=("value", "count"), n=("n", "first"),
-        chance=("chance", "first"), data=("fingerprint", lambda column: frozenset(column.dropna())),
-        measured=("row", lambda rows: tuple(sorted(rows.dropna(), key=lambda r: -1 if r.seed is None else r.seed))),
-    ).reset_index()  # fmt: skip
-    numbers = {name: values[name].astype(object).where(values[name].notna(), None) for name in ("deviation", "chance")}
-    return [*values.assign(**numbers).itertuples(index=False, name="Value")]
+    once = frame[~frame.duplicated([*figure, "seed"])]  # what is repeated is no seed more
+    more = once.groupby(figure, sort=False, dropna=False).agg(
+        chance=("chance", "first"),
+        measured=("row", lambda of: tuple(sorted(of, key=lambda one: -1 if one.seed is None else one.seed))),
+    )
+    more["data"] = frame.groupby(figure, sort=False, dropna=False)["fingerprint"].agg(lambda of: frozenset(of.dropna()))
+    values = means(once, figure).join(more).reset_index().astype({"deviation": object, "chance": object})
+    return [*values.where(values.notna(), None).itertuples(index=False, name="Value")]
 
 
 def pairs_of(values: Iterable[Any]) -> list[dict[str, Any]]:
@@ -116,29 +128,39 @@ def pairs_of(values: Iterable[Any]) -> list[dict[str, Any]]:
     for roles in by_condition.values():
         found = []
         for model in roles["capivara"]:
-            candidates = [_pair(baseline, model) for baseline in roles["baseline"] or [None]]
-            found += [pair for pair in candidates if not pair["doubts"]] or candidates
-        alone = [one for one in roles["baseline"] if not any(pair["baseline"] is one for pair in found)]
-        pairs += found + [_pair(baseline, None) for baseline in alone]
-    return pairs
+            candidates = [(baseline, model) for baseline in roles["baseline"] or [None]]
+            found += [pair for pair in candidates if not _doubts(*pair)] or candidates
+        alone = [one for one in roles["baseline"] if not any(baseline is one for baseline, _ in found)]
+        pairs += found + [(baseline, None) for baseline in alone]
+    sides = pandas.DataFrame(
+        [[one and one.mean for one in pair] for pair in pairs], columns=[*MODEL_NAMES], dtype=float
+    )
+    gains = (sides["capivara"] - sides["baseline"]).astype(object)
+    return [_pair(*pair, gain) for pair, gain in zip(pairs, gains.where(gains.notna(), None), strict=True)]
 
 
-def _pair(baseline: Any | None, model: Any | None) -> dict[str, Any]:
-    first, doubts = model or baseline, []
+def _doubts(baseline: Any | None, model: Any | None) -> list[str]:
+    """Why the two may be of other data."""
+    doubts = []
     if model and baseline and baseline.n != model.n:
         doubts.append(f"baseline of {baseline.n:g}, model of {model.n:g} queries or images")
     if model and baseline and model.data and baseline.data.isdisjoint(model.data):
         doubts.append("other data: the fingerprints differ")
+    return doubts
+
+
+def _pair(baseline: Any | None, model: Any | None, gain: float | None) -> dict[str, Any]:
+    sides = [one for one in (model, baseline) if one]
     return {
-        **{name: getattr(first, name) for name in Condition._fields},
+        **{name: getattr(sides[0], name) for name in Condition._fields},
         "baseline": baseline,
         "capivara": model,
-        "gain": model.mean - baseline.mean if model and baseline else None,
-        "chance": next((one.chance for one in (model, baseline) if one and one.chance is not None), None),
-        "n": first.n,
-        "seeds": max(one.seeds for one in (baseline, model) if one),
-        "is_rank": first.metric in RANK_METRICS,
-        "doubts": doubts,
+        "gain": gain,
+        "chance": next((one.chance for one in sides if one.chance is not None), None),
+        "n": sides[0].n,
+        "seeds": max(one.seeds for one in sides),
+        "is_rank": sides[0].metric in RANK_METRICS,
+        "doubts": _doubts(baseline, model),
     }
 
 
