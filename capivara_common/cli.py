@@ -1,12 +1,5 @@
 """Command lines: dataclasses of flags, YAML files of the same names, `--help`, and errors in one line.
 
-    @user_errors
-    def main(argv: list[str] | None = None) -> None:
-        args = parse(ScoreArguments, __doc__, argv)  # a dataclass with a `flag` for each argument
-
-    if __name__ == "__main__":
-        run_command(main)
-
 transformers' `HfArgumentParser` makes the flags out of the dataclass, and checks the types of their values.
 """
 
@@ -33,14 +26,7 @@ class WrongUse(ValueError):
 
 
 def coded(kind: Callable[[str], E], code: str | None, text: str, /, **values: object) -> E:
-    """An error with a code, by which its words in another language are looked up, and the values that stand in them.
-
-    Args:
-        kind: makes the error of its text.
-        code: key of `capivara_search/words.yaml`.
-        text: in English, with `{name}` where a value goes.
-        values: by name.
-    """
+    """An error of a text with `{name}` for each of the values, and a code: the key of `capivara_search/words.yaml`."""
     error = kind(text.format(**values))
     error.code, error.values = code, values
     return error
@@ -49,9 +35,7 @@ def coded(kind: Callable[[str], E], code: str | None, text: str, /, **values: ob
 def run_command(main: Callable[[], object], resumes: bool = False) -> None:
     """`main()` with `user_errors`; Ctrl-C ends it in one line with 130, once it has cleaned up, and no bar fills a log.
 
-    Args:
-        main: of the command.
-        resumes: whether the same command, run again, resumes; the message of Ctrl-C then says so.
+    That line says that the same command goes on, where it `resumes`.
     """
     stop_by_exception()
     prepare_bars()
@@ -79,18 +63,13 @@ def user_errors(main: Callable[..., T]) -> Callable[..., T]:
     return command
 
 
-def parse(
-    kind: type[T],
-    description: str | None,
-    argv: list[str] | None = None,
-    config: bool = False,
-) -> T:
+def parse(kind: type[T], description: str | None, argv: list[str] | None = None, config: bool = False) -> T:
     """The arguments of a command line.
 
     Args:
         kind: dataclass with a `flag` for each argument; `gone` in it has flags of earlier versions, with what there is
             instead, `groups` the dataclasses it consists of, each a group of the help by its `_argument_group_name`.
-        description: text of `--help`, the docstring of the command's module.
+        description: text of `--help`.
         argv: the words, `sys.argv[1:]` where None.
         config: whether `--config FILE.yaml` gives values, too; flags win over it.
 
@@ -103,10 +82,10 @@ def parse(
     try:
         if config:
             flags.add_argument("--config", help="YAML file of the same names as the flags below; flags win over it.")
-            file = flags.parse_known_args(words)[0].config
-            # The file stands before the command line: values of both are read, checked and converted by the same code,
-            # so `1e-4`, which PyYAML takes for text, becomes a number.
-            words = (as_flags(read_config(Path(file)), kind, str(Path(file))) if file else []) + words
+            if file := flags.parse_known_args(words)[0].config:
+                # Before the command line: values of both are read, checked and converted by the same code, so `1e-4`,
+                # which PyYAML takes for text, becomes a number.
+                words = as_flags(read_config(Path(file)), kind, file) + words
         values = vars(flags.parse_args(words))
         return kind(**{known.name: values[known.name] for known in fields(kind)})
     except (ValueError, OSError) as error:
@@ -154,34 +133,25 @@ class CommandHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptio
 
 
 def flag(default: Any, help: str, **options: Any) -> Any:
-    """A field of a dataclass of arguments, for `parse`.
+    """A field of a dataclass of arguments, for `parse`; without a default (`...`) the flag must be given.
 
-    Args:
-        default: a list is copied for every command line; `...` for a flag that must be given.
-        help: what `--help` says of it.
-        options: of `argparse`; `positional=True` for an argument without a flag.
+    `options` are those of `argparse`, or `positional=True` for an argument without a flag.
     """
-    metadata = {"help": help, **options}
-    if default is ...:
-        return field(metadata=metadata)
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    kept = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(metadata={"help": help, **options}, **({} if default is ... else kept))
 
 
 def at_least(arguments: Any, minimum: float, *names: str) -> None:
     """Raise ValueError where an argument of these names is below `minimum`, or not a number; None passes."""
     for name in names:
-        value = getattr(arguments, name)
-        if value is not None and not value >= minimum:
+        if (value := getattr(arguments, name)) is not None and not value >= minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {value}.")
 
 
 def between(arguments: Any, low: float, high: float, *names: str) -> None:
     """Raise ValueError where an argument of these names is not from `low` to `high`; None passes."""
     for name in names:
-        value = getattr(arguments, name)
-        if value is not None and not low <= value <= high:
+        if (value := getattr(arguments, name)) is not None and not low <= value <= high:
             raise ValueError(f"{name} must be from {low} to {high}, got {value}.")
 
 

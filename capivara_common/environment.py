@@ -66,10 +66,7 @@ def handle_signals(handler: Callable[[int, Any], None], *numbers: int) -> Iterat
 def require(purpose: str, extra: str | None, *modules: str) -> None:
     """Raise ImportError, which says how to get them, where some of `modules` are not installed.
 
-    Args:
-        purpose: what needs them, in words.
-        extra: of setup.cfg that brings them; None where users choose them for themselves.
-        modules: as they are imported, such as "google.auth".
+    `purpose` is what needs them, in words; `extra` the one of setup.cfg, None where users choose them for themselves.
     """
     if missing := [module for module in modules if not _installed(module)]:
         how = how_to_install(extra) if extra else f"pip install {' '.join(missing)}"
@@ -102,10 +99,7 @@ def package_versions(*more: str) -> dict[str, str]:
 
 
 def processes(timeout: timedelta | None = None) -> "PartialState":
-    """Accelerate's state: this process's number, and its device. One process where nothing was launched.
-
-    `timeout` is how long the others wait for one of them, ten minutes where None.
-    """
+    """Accelerate's state: this process's number, and its device; others wait for one for `timeout`, or ten minutes."""
     import torch
     from accelerate import PartialState
 
@@ -122,8 +116,7 @@ def torch_device(name: str | None) -> "torch.device":
     """The named device, or the GPU where there is one, or the CPU. Raises ValueError where there is no such device."""
     import torch
 
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError where torch is built without CUDA
@@ -132,10 +125,7 @@ def torch_device(name: str | None) -> "torch.device":
 
 
 def resolve_precision(requested: str, device: "torch.device") -> str:
-    """ "auto" as "bf16" where the device computes in it natively, else "no"; anything else as it is.
-
-    Without instructions of its own for bfloat16 a CPU emulates it, and is slower than in float32.
-    """
+    """ "auto" as "bf16" where the device computes in it natively, which is faster, else "no"; all else as it is."""
     import torch
 
     if requested != "auto":
@@ -154,7 +144,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Let glibc give the pages between what is held back to the system: what comes next may be of other sizes."""
+    """Let glibc give free pages back to the system: what comes next may be of other sizes."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -1,6 +1,4 @@
-"""Long work on datatrove's executors: this machine's processes, job arrays of a Slurm cluster, or a Ray cluster.
-
-    execute(Work.of(args, PHASES, "score"), args)
+"""Long work on datatrove's executors: `execute(Work.of(args, PHASES, "score"), args)`.
 
 Every phase of the work (`Phase` of `tasks.py`) is a pipeline of one step, its `Work`, which starts when the phase
 before is complete. What is done is what lies on the disk: a rank that finds nothing left to do returns at once, in any
@@ -96,10 +94,7 @@ def failures(logs: Path) -> dict[int, str]:
 
 
 def execute(works: Iterable[Work], args: ExecutorArguments) -> bool:
-    """Run phases one after the other.
-
-    Returns:
-        Whether they are complete now. False: Slurm has taken the jobs.
+    """Run phases one after the other; whether they are complete now: False where Slurm has taken the jobs.
 
     Raises:
         ValueError, OSError, ImportError: of a task that is alone.
@@ -137,8 +132,7 @@ def run_here(work: Work, args: ExecutorArguments) -> LocalPipelineExecutor:
     workers = args.workers or len(gpus) or 1
     tasks = (args.tasks or workers) if work.phase.shared else 1
     executor = LocalPipelineExecutor([work], tasks, logging_dir=str(work.logs), skip_completed=False)
-    workers = min(workers, tasks)
-    if workers == 1:
+    if (workers := min(workers, tasks)) == 1:
         for rank in range(tasks):
             _run_rank(executor, rank)
         return executor
@@ -180,9 +174,10 @@ def _prepare_worker(slots: Any, workers: int, environment: dict[str, str]) -> No
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     elif "OMP_NUM_THREADS" not in os.environ:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
         if "torch" in sys.modules:  # it has read the variable
-            sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+            sys.modules["torch"].set_num_threads(threads)
 
 
 def _end_with(parent: Any) -> None:
@@ -202,16 +197,10 @@ def _gpus() -> list[str]:
 
 def _options(work: Work, args: ExecutorArguments) -> dict[str, Any]:
     """Of datatrove's executors for clusters."""
-    return {
-        "pipeline": [work],
-        "tasks": args.tasks if work.phase.shared else 1,
-        "workers": args.workers or -1,
-        "logging_dir": str(work.logs),
-        "skip_completed": False,
-        "cpus_per_task": args.cpus_per_task,
-        "mem_per_cpu_gb": args.mem_per_cpu_gb,
-        "gpus_per_task": args.gpus_per_task if work.phase.uses_model else 0,
-    }
+    tasks, gpus = args.tasks if work.phase.shared else 1, args.gpus_per_task if work.phase.uses_model else 0
+    given = {"pipeline": [work], "tasks": tasks, "workers": args.workers or -1, "logging_dir": str(work.logs)}
+    machine = {"cpus_per_task": args.cpus_per_task, "mem_per_cpu_gb": args.mem_per_cpu_gb, "gpus_per_task": gpus}
+    return given | machine | {"skip_completed": False}
 
 
 def run_in_ray(work: Work, args: ExecutorArguments) -> RayPipelineExecutor:
@@ -227,10 +216,7 @@ def run_in_ray(work: Work, args: ExecutorArguments) -> RayPipelineExecutor:
 
 
 def submit(work: Work, args: ExecutorArguments, before: SlurmPipelineExecutor | None) -> SlurmPipelineExecutor:
-    """Submit a job array, which starts when the one before is done.
-
-    Raises ValueError where there is no sbatch, or it refuses.
-    """
+    """Submit a job array, which starts when the one before is done. ValueError: there is no sbatch, or it refuses."""
     if shutil.which("sbatch") is None:
         raise ValueError("--executor slurm needs sbatch, which this machine lacks. Run it where jobs are submitted.")
     paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": ROOT}

@@ -40,11 +40,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path, **fields: type) -> Any:
-    """The JSON of a file; where `fields` are named, an object that has them, each of its type.
-
-    Raises:
-        ValueError: it is something else; the file is named.
-    """
+    """The JSON of a file: where `fields` are named, an object that has them, each of its type; else ValueError."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -66,15 +62,13 @@ def add_digest(path: Path) -> None:
 def has_digest(path: Path) -> bool:
     """Whether a file is there, and is as `add_digest` has left it: every byte is read."""
     digest = hashlib.sha256()
-    try:
+    with suppress(OSError), path.open("rb") as file:
         left = path.stat().st_size - DIGEST_BYTES
-        with path.open("rb") as file:
-            while left > 0 and (data := file.read(min(left, 1 << 20))):
-                digest.update(data)
-                left -= len(data)
-            return file.read() == digest.hexdigest().encode()
-    except OSError:
-        return False
+        while left > 0 and (data := file.read(min(left, 1 << 20))):
+            digest.update(data)
+            left -= len(data)
+        return file.read() == digest.hexdigest().encode()
+    return False
 
 
 @contextmanager
@@ -91,9 +85,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path` that becomes `path` when the block ends, and vanishes when it fails.
 
-    Args:
-        path: where the folder shall be. It must be missing or empty, unless `overwrite` is set.
-        overwrite: replace what is at `path`; the old folder stays until the new one is complete.
+    With `overwrite` it replaces what is at `path`, which stays until the new one is complete.
 
     Raises:
         ValueError: `path` is a file, or a folder that is not empty and may not be replaced.
@@ -171,7 +163,7 @@ def seed_folders(folder: Path) -> list[Path]:
     """The finished runs of several seeds, `seed-0`, `seed-1` and so on. ValueError where `folder` is unfinished."""
     if folder.name.endswith(".partial") and (folder / RUN_MARKER).is_file():
         raise ValueError(f"{folder} is an unfinished run. Go on with it by --resume auto, or name a finished one.")
-    return sorted(p for p in folder.glob("seed-*") if re.fullmatch(r"seed-[0-9]+", p.name) and p.is_dir())
+    return sorted(p for p in folder.glob("seed-*/") if p.name[5:].isdecimal())
 
 
 def finish_folder(path: Path, overwrite: bool = False) -> None:
@@ -187,24 +179,21 @@ def check_output_folder(path: Path, overwrite: bool = False) -> None:
     """Raise ValueError unless a folder can be written at `path` without losing anything; tidies up beside it."""
     path = path.resolve()
     remove_leftovers(path)
+    fault = None
     if path.is_mount():
-        raise ValueError(f"The output folder {path} is a mount point and can't be replaced. Choose a folder inside it.")
-    if path.is_dir():
-        if any(path.iterdir()) and not overwrite:
-            raise ValueError(
-                f"The output folder {path} is not empty. Choose another one, or replace it with --overwrite_output_dir."
-            )
-    elif path.exists():
-        raise ValueError(f"The output folder {path} is a file. Choose another name.")
+        fault = "is a mount point and can't be replaced. Choose a folder inside it"
+    elif path.is_dir() and any(path.iterdir()) and not overwrite:
+        fault = "is not empty. Choose another one, or replace it with --overwrite_output_dir"
+    elif path.exists() and not path.is_dir():
+        fault = "is a file. Choose another name"
+    if fault:
+        raise ValueError(f"The output folder {path} {fault}.")
     _check_place(path, "folder")
 
 
 def check_inputs_stay(output: Path, *inputs: str | Path | None) -> None:
-    """Raise ValueError where what a command reads, or the working folder, lies in the output that it would replace.
-
-    Names that are no place on this machine, such as Hub ids, and None are left out.
-    """
-    for name in (*inputs, Path.cwd()):
+    """Raise ValueError where what a command reads, or the working folder, lies in the output that it would replace."""
+    for name in (*inputs, Path.cwd()):  # a Hub id is no place on this machine
         if name is not None and Path(name).exists() and Path(name).resolve().is_relative_to(output.resolve()):
             raise ValueError(f"The output folder {output} holds {name}, which would be replaced. Choose another one.")
 
@@ -219,15 +208,12 @@ def remove_leftovers(path: Path) -> None:
     for left in sorted(path.parent.glob(".*")):  # the old output before unfinished new ones
         if not (match := name.fullmatch(left.name)):
             continue
-        with suppress(OSError):  # it is locked, or another process has tidied up meanwhile
-            lock = lock_folder(left)
-            try:
-                if match[1] == "old" and not (path.exists() and any(path.iterdir())):
-                    left.rename(path)  # killed between the two renames of `_put_in_place`
-                else:
-                    _remove(left)
-            finally:
-                os.close(lock)
+        with suppress(OSError), ExitStack() as stack:  # it is locked, or another process has tidied up meanwhile
+            stack.callback(os.close, lock_folder(left))
+            if match[1] == "old" and not (path.exists() and any(path.iterdir())):
+                left.rename(path)  # killed between the two renames of `_put_in_place`
+            else:
+                _remove(left)
 
 
 def check_output_file(path: Path) -> None:
@@ -242,15 +228,12 @@ def check_output_file(path: Path) -> None:
 def _check_place(path: Path, what: str) -> None:
     """Raise ValueError where nothing can be written at a path; permissions alone do not tell, so it is tried."""
     existing = next(parent for parent in path.parents if parent.exists() or parent.is_symlink())
-    fault = "is no folder"
-    if existing.is_dir():
-        try:
-            tempfile.TemporaryFile(dir=existing).close()
-            return
-        except OSError as error:
-            fault = f"can't be written to ({error.strerror})"
-    text = "The output {what} {path} can't be made: {place} {fault}. Choose another place."
-    raise coded(ValueError, "no_output", text, what=what, path=path, place=existing, fault=fault)
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        fault = f"can't be written to ({error.strerror})" if existing.is_dir() else "is no folder"
+        text = "The output {what} {path} can't be made: {place} {fault}. Choose another place."
+        raise coded(ValueError, "no_output", text, what=what, path=path, place=existing, fault=fault) from error
 
 
 def no_space_left(error: BaseException) -> bool:
@@ -265,15 +248,10 @@ def next_numbered_folder(parent: Path, name: str) -> Path:
 
 
 def lock_folder(folder: Path) -> int:
-    """Lock a folder that is there; returns the handle to close, which a process's end closes, too.
-
-    Raises:
-        BlockingIOError: another process has locked it.
-    """
+    """Lock a folder; returns the handle, which a process's end closes, too. BlockingIOError: another one has."""
     lock = os.open(folder, os.O_RDONLY)
-    try:
+    with ExitStack() as stack:
+        stack.callback(os.close, lock)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException:
-        os.close(lock)
-        raise
+        stack.pop_all()
     return lock

@@ -1,7 +1,5 @@
 """Models of the Hub on this machine: found without asking, fetched once, converted once where they are open_clip's.
 
-    folder = model_folder("hiaac-nlp/CAPIVARA", converter)  # of a model of two towers, as transformers loads it
-
 A converted model lies in `cache_home()/open_clip/OWNER--NAME/COMMIT`, and the name of its branch beside it; it is there
 whole or not at all. What is in the cache is used as it is, without a request; a revision asks the Hub for another one.
 Of a folder of this machine, the state that was converted last is kept.
@@ -54,23 +52,17 @@ logger = logging.getLogger("capivara")
 
 @dataclass(frozen=True)
 class Converter:
-    """What imports torch, and is called only where it is needed.
+    """What imports torch, and is called only where it is needed."""
 
-    Attributes:
-        convert: writes the model of open_clip of a source and revision into a folder, and returns its weights' digest.
-        explain: raises ValueError with what is wrong with a folder that holds no whole model.
-    """
-
-    convert: Callable[[str, Path, str | None], str]
-    explain: Callable[[str], object]
+    convert: Callable[[str, Path, str | None], str]  # writes open_clip's model of (source, folder, revision); a digest
+    explain: Callable[[str], object]  # ValueError with what is wrong with a folder that holds no whole model
 
 
 def model_folder(source: str, converter: Converter, revision: str | None = None) -> Path:
-    """The folder of a model that is `TAKEN`, by folder or Hub id, or of open_clip's; fetched where it is not here.
+    """The folder of a model of two towers that is `TAKEN`, as transformers loads it; fetched where it is not here.
 
     Args:
-        source: folder or Hub id, with or without open_clip's `hf-hub:` or `local-dir:` before it; or a checkpoint file
-            of open_clip.
+        source: folder, Hub id, or checkpoint file of open_clip, with or without `hf-hub:` or `local-dir:` before it.
         converter: of models of open_clip.
         revision: branch, tag or commit of a Hub id; where None, what is in the cache, else the main branch.
 
@@ -106,18 +98,14 @@ def is_reachable(repo_id: str) -> bool:
 def check_reachable(source: str | Path, *names: str, revision: str | None = None) -> None:
     """Ask once, for seconds, whether a model is there, before libraries that would try again for minutes.
 
-    Args:
-        source: folder or Hub id, owner/name.
-        names: files of which one in the Hub's cache will do without the Hub; config.json where none is given.
-        revision: branch, tag or commit of a Hub id.
+    One file of `names`, config.json where none is given, in the Hub's cache will do without the Hub.
 
     Raises:
         ValueError: it is no folder and not in the cache, and the Hub has no such model or can't be reached.
     """
     source, names = str(source), names or ("config.json",)
-    if Path(source).exists() or not is_hub_id(source):
-        return  # the loader raises the error
-    if any(_snapshot(source, name, revision) for name in names):
+    known = Path(source).exists() or not is_hub_id(source)  # the loader raises the error
+    if known or any(_snapshot(source, name, revision) for name in names):
         return
     url, answer = hf_hub_url(source, names[0], revision=revision), Future()
 
@@ -194,8 +182,8 @@ def reach_failure(source: str | Path, error: Exception) -> ValueError:
         "The model {model} is no folder here, nor in the cache of the Hub ({cache}), and the Hub can't be reached "
         "({error}). Check the name, or the connection and HF_HUB_OFFLINE."
     )
-    values = {"model": source, "cache": constants.HF_HUB_CACHE, "error": type(error.__cause__ or error).__name__}
-    return coded(ValueError, "no_hub", text, **values)
+    name = type(error.__cause__ or error).__name__
+    return coded(ValueError, "no_hub", text, model=source, cache=constants.HF_HUB_CACHE, error=name)
 
 
 def _fetched_folder(repo_id: str, converter: Converter, revision: str | None) -> Path:

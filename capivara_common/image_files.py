@@ -1,7 +1,5 @@
 """The images of rows: the only module that opens a path that stands in a row.
 
-    image = decode_image(row["image"], split.files)
-
 A row may come from anybody, and so may the path or address in it. A local file is opened where it lies, links
 resolved, in the data set's own folder or in one that the user names; an address is followed where it is on the Hub.
 Whatever is opened must begin as an image within the limits before anything else is done with it.
@@ -65,11 +63,11 @@ class BadRow(ValueError):
     """A row that can't be used, with the reason and detail of its `Skipped`."""
 
     def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail[:MAX_DETAIL]
+        super().__init__(reason, detail[:MAX_DETAIL])  # by both it is pickled, as a result of a worker process
+        self.reason, self.detail = self.args
 
-    def __reduce__(self):  # as a result of a worker process it is pickled
-        return type(self), (self.reason, self.detail)
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
 
 
 class BadImage(BadRow):
@@ -90,14 +88,10 @@ BYTES_ALONE = ImageFiles()
 
 @dataclass(kw_only=True)
 class ImageFileArguments:
-    """The flags of every command that reads images. Raises ValueError where a value breaks its rule."""
+    """The flags of every command that reads images."""
 
-    image_roots: list[Path] = flag(
-        [], "Folders outside of the data set that image paths and links in it may lead into; no other file is opened."
-    )
-    max_pixels: int = flag(
-        MAX_IMAGE_PIXELS, "Images of more pixels (width x height) are left out; each takes 3 bytes a pixel and more."
-    )
+    image_roots: list[Path] = flag([], "Folders outside of the data set that image paths and links in it may lead to.")
+    max_pixels: int = flag(MAX_IMAGE_PIXELS, "Images of more pixels (width x height) are left out.")
 
     def check_image_files(self) -> None:
         """Raise ValueError where a root is no folder or the limit below 1."""
@@ -127,9 +121,8 @@ class CaptionDataArguments(ImageFileArguments):
 def image_bytes(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> bytes:
     """The file of the image of a row, `{"bytes", "path"}`, from the row or from where its path points.
 
-    With `{"path", "archive", "offset", "size"}` it is a piece of another file: a member of a plain tar.
-
-    It begins as an image within the limits; its pixels may still be damaged.
+    With `{"path", "archive", "offset", "size"}` it is a piece of another file: a member of a plain tar. It begins as an
+    image within the limits; its pixels may still be damaged.
 
     Raises:
         BadImage: there is none, it may not be opened, it can't be read, it is no image, or it is too large.
@@ -170,14 +163,7 @@ def open_image(
 ) -> PIL.Image.Image:
     """The image that a file holds, within the limits, with nothing but its header decoded.
 
-    Args:
-        data: the file.
-        name: of the file, for messages.
-        max_pixels: that it may have, width x height.
-        way_out: what the user can do where it has more, for the message.
-
-    Raises:
-        BadImage: it is no image, or too large.
+    `name` and `way_out`, what can be done where it has more than `max_pixels`, are for BadImage's message.
     """
     # PIL's own limit gives way to ours; here, since a task of an executor has flags that were checked elsewhere.
     PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS or 0, max_pixels)
@@ -200,9 +186,7 @@ def eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
 
     Whole numbers of 32 bits are taken as 8-bit when none exceeds 255, else as 16-bit; floats are shares from 0 to 1,
     or, when one exceeds 1, 0 to 255: as the model's image processor has it, which travels without this package.
-
-    Raises:
-        ValueError: a pixel is negative, too large or not finite.
+    ValueError: a pixel is negative, too large or not finite.
     """
     if not image.mode.startswith(("I", "F")):
         return image
@@ -271,10 +255,7 @@ def _local_file(path: str, bounds: Bounds) -> BinaryIO:
 def open_regular_file(path: str | Path, name: str, folders: Sequence[str | Path] | None = None) -> BinaryIO:
     """A regular file, its links followed once, before it is opened: one that comes into its way then is refused.
 
-    Args:
-        path: of the file.
-        name: of the file, for messages.
-        folders: real paths of folders that it must end in; None: the user has named the file itself.
+    It must end in one of `folders`, real paths; None: the user has named the file itself. `name` is for messages.
 
     Raises:
         BadImage: it is no regular file ("no regular file"), or ends elsewhere ("link out of the folder").
@@ -301,17 +282,15 @@ def open_regular_file(path: str | Path, name: str, folders: Sequence[str | Path]
 
 
 def _check_size(image: PIL.Image.Image, name: str, max_pixels: int, way_out: str) -> None:
-    short, long = sorted(image.size)
-    tile = (image.tag_v2.get(322, 0), image.tag_v2.get(323, 0)) if hasattr(image, "tag_v2") else (0, 0)
-    if tile[0] * tile[1] > max_pixels:  # of TIFF: a tile is decoded whole, however small the image is
-        detail = f"{name} has tiles of {tile[0]} x {tile[1]} pixels; all may be {max_pixels:,}"
+    (short, long), tags = sorted(image.size), getattr(image, "tag_v2", {})
+    width, height = tags.get(322, 0), tags.get(323, 0)
+    if width * height > max_pixels:  # of TIFF: a tile is decoded whole, however small the image is
+        detail = f"{name} has tiles of {width} x {height} pixels; all may be {max_pixels:,}"
         raise BadImage("absurd image size", detail)
     if long > MAX_IMAGE_SIDE or short * long > max_pixels or long > MAX_ASPECT * short:
-        raise BadImage(
-            "absurd image size",
-            f"{name} has {image.width} x {image.height} pixels; all may be {max_pixels:,}{way_out}, "
-            f"the longer side {MAX_IMAGE_SIDE:,} and {MAX_ASPECT} times the shorter one",
-        )
+        rest = f"the longer side {MAX_IMAGE_SIDE:,} and {MAX_ASPECT} times the shorter one"
+        detail = f"{name} has {image.width} x {image.height} pixels; all may be {max_pixels:,}{way_out}, {rest}"
+        raise BadImage("absurd image size", detail)
 
 
 def needs_heif(data: bytes) -> bool:

@@ -1,7 +1,5 @@
 """Which models embed images alike: a digest of the image side, kept so that it is computed once.
 
-    image_side_digest(Path("data/openmoji/base"))  # "0c1f…", 32 letters
-
 An index built with a model stays valid for every model of the same digest, such as one whose text side alone was
 trained further.
 """
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from capivara_common.environment import cache_home
-from capivara_common.files import write_json
+from capivara_common.files import read_json, write_json
 from capivara_common.weight_file import WeightFile, weight_files
 
 DIGEST_VERSION = 1  # raise it when the digest covers other things
@@ -30,20 +28,12 @@ OF_TRANSFORMERS = DEFAULTS | {"hidden_act": "quick_gelu"}
 OF_SIGLIP = DEFAULTS | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "patch_size": 16}
 OF_STEPS = {"do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
 NEUTRAL = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "id2label", "label2id", "label_names"}
-PROCESSOR_FIELDS = (
-    *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize"),
-    *("image_mean", "image_std"),
-)
+PROCESSOR_FIELDS = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor")
+PROCESSOR_FIELDS += ("do_normalize", "image_mean", "image_std")
 
 
 def image_side_digest(folder: Path) -> str:
-    """Hex digest of the image tower, its projection and the preprocessing of a model folder.
-
-    The weights are read once; their digest is kept in the cache beside size and time of their files.
-
-    Raises:
-        ValueError: the folder's files are missing or damaged.
-    """
+    """32 letters, of image tower, its projection and preprocessing. ValueError: files are missing or damaged."""
     settings = (json.dumps(part, sort_keys=True) for part in _settings(folder).values())
     return hashlib.blake2b("\0".join([_weights_digest(folder), *settings]).encode(), digest_size=16).hexdigest()
 
@@ -51,8 +41,7 @@ def image_side_digest(folder: Path) -> str:
 def image_difference(folder: Path, other: Path) -> str | None:
     """In words, the first thing by which two models embed an image otherwise: a tensor or a setting; None where none.
 
-    Raises:
-        ValueError: as `image_digest`.
+    Raises ValueError as `image_side_digest`.
     """
     if image_side_digest(folder) == image_side_digest(other):
         return None
@@ -60,15 +49,17 @@ def image_difference(folder: Path, other: Path) -> str | None:
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs:
             return f"the tensor {name} is in one of them alone"
-        kinds = [f"{file.places[name].kind} {file.places[name].shape}" for file in (ours[name], theirs[name])]
-        if kinds[0] != kinds[1]:
-            return f"the tensor {name} is {kinds[0]} here and {kinds[1]} there"
+        here, there = (f"{file.places[name].kind} {file.places[name].shape}" for file in (ours[name], theirs[name]))
+        if here != there:
+            return f"the tensor {name} is {here} here and {there} there"
         if ours[name].raw(name) != theirs[name].raw(name):
             return f"the tensor {name} has other numbers"
-    here, there = _settings(folder), _settings(other)
-    places = [(part, field) for part in here for field in sorted(here[part].keys() | there[part].keys())]
-    part, field = next(place for place in places if here[place[0]].get(place[1]) != there[place[0]].get(place[1]))
-    return f"{field} of {part} is {here[part].get(field)!r} here and {there[part].get(field)!r} there"
+    for part, there in _settings(other).items():
+        here = _settings(folder)[part]
+        for field in sorted(here.keys() | there.keys()):
+            if here.get(field) != there.get(field):
+                return f"{field} of {part} is {here.get(field)!r} here and {there.get(field)!r} there"
+    return None
 
 
 def image_steps(folder: Path) -> dict[str, Any]:
@@ -111,11 +102,10 @@ def _step(name: str, value: Any) -> Any:
 
 
 def _tower(vision: dict[str, Any]) -> dict[str, Any]:
-    kind = vision.get("model_type", DEFAULTS["model_type"])
-    fields = {"clip_vision_model": CLIP_FIELDS, "timm_wrapper": TIMM_FIELDS}.get(kind)
-    if fields is None:
-        return {name: value for name, value in vision.items() if name not in NEUTRAL}
-    return {name: vision.get(name, DEFAULTS.get(name)) for name in fields}
+    known = {"clip_vision_model": CLIP_FIELDS, "timm_wrapper": TIMM_FIELDS}
+    if fields := known.get(vision.get("model_type", DEFAULTS["model_type"])):
+        return {name: vision.get(name, DEFAULTS.get(name)) for name in fields}
+    return {name: value for name, value in vision.items() if name not in NEUTRAL}
 
 
 def _weights_digest(folder: Path) -> str:
@@ -126,9 +116,8 @@ def _weights_digest(folder: Path) -> str:
     places = [[str(path.resolve()), mark.st_size, mark.st_mtime_ns, mark.st_ctime_ns] for mark, path in marks]
     name = hashlib.blake2b(json.dumps(places).encode(), digest_size=16).hexdigest()
     kept = cache_home() / "image_digests" / f"{name}-{DIGEST_VERSION}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged: made anew
-        found = json.loads(kept.read_text(encoding="utf-8"))["weights"]
-        if isinstance(found, str) and len(found) == 32:
+    with suppress(OSError, ValueError):  # not there, or damaged: made anew
+        if len(found := read_json(kept, weights=str)["weights"]) == 32:
             return found
     digest = _digest_of(paths)
     with suppress(OSError):  # a cache that can't be written to costs seconds, nothing else
@@ -137,9 +126,8 @@ def _weights_digest(folder: Path) -> str:
 
 
 def _digest_of(paths: list[Path]) -> str:
-    tensors = _image_tensors(paths)
     digest = hashlib.blake2b(digest_size=16)
-    for name, file in sorted(tensors.items()):
+    for name, file in sorted(_image_tensors(paths).items()):
         digest.update(f"{name} {file.places[name].kind} {file.places[name].shape}".encode())
         raw = file.raw(name)
         for start in range(0, len(raw), CHUNK_BYTES):

@@ -29,11 +29,9 @@ class Bounds:
 
     def check(self, paths: Sequence[Path]) -> None:
         """Raise ValueError where a path leads out."""
-        out = [os.path.relpath(path, self.folder) for path in paths if not self.hold(path)]
-        if out:
-            raise ValueError(
-                f"{self.folder} holds links to files outside of it, refused: {out[:3]}. Copy the files into it."
-            )
+        if out := [os.path.relpath(path, self.folder) for path in paths if not self.hold(path)]:
+            fault = f"holds links to files outside of it, refused: {out[:3]}. Copy the files into it."
+            raise ValueError(f"{self.folder} {fault}")
 
 
 def refuse_links_out(folder: Path) -> None:

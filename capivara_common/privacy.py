@@ -79,11 +79,7 @@ _WHOLE = re.compile(rf"((?:[\w-]+[=:])*)((?:{_LOCAL})[^\n]*)")  # it may stand b
 
 
 def secret_in(content: str | bytes | mmap.mmap) -> tuple[str, int] | None:
-    """The first secret of a kind in a text, or in a file that is mapped, which is never held in memory.
-
-    Returns:
-        What it is, in words that do not hold it, and where; None where there is none.
-    """
+    """What the first secret in a text or mapped file is, in words that do not hold it, and where it begins."""
     code = str if isinstance(content, str) else str.encode
     for token in known_tokens():
         if (place := content.find(code(token))) >= 0:
@@ -122,20 +118,13 @@ def known_tokens() -> list[str]:
 
 
 def machine_path_in(text: str) -> str | None:
-    """The first absolute path in a text, of whatever root; None where there is none.
-
-    A path has two parts at least, or stands in quotes. Addresses, Hub ids, fractions and dates are none.
-    """
+    """The first absolute path in a text: of two parts at least, or in quotes; no address, Hub id, fraction or date."""
     return next((found[0] for found in _paths().finditer(text) if found["path"]), None)
 
 
 def hide_paths(value: Any) -> Any:
     """A text, or the texts of a JSON value, in which absolute paths are relative to the current folder, or their last
-    part where they lie elsewhere: folders above may be named after a person.
-
-    Raises:
-        ValueError: two keys of an object are the same but for their folders.
-    """
+    part where they lie elsewhere: folders above may be named after a person. ValueError: two keys become the same."""
     if isinstance(value, dict):
         cleaned = {hide_paths(key): hide_paths(item) for key, item in value.items()}
         if len(cleaned) < len(value):
@@ -151,12 +140,8 @@ def hide_paths(value: Any) -> Any:
 
 
 def short_name(name: str) -> str:
-    """How records and cards call a model or data set: a Hub id as it is, a local place as `hide_paths` has it, and of
-    that its last two parts.
-
-    Args:
-        name: folder, pattern of files, or Hub id.
-    """
+    """How records and cards call a model or data set: a Hub id as it is, of a local place the last two parts of what
+    `hide_paths` makes of it."""
     is_local = name.startswith(("/", "~", "\\\\")) or ".." in Path(name).parts or Path(name).exists()
     return "/".join(PurePosixPath(_hidden(name) if is_local else name).parts[-2:]) or "."
 

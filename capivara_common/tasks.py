@@ -21,14 +21,10 @@ class ExecutorArguments:
         "local", "local: this machine. slurm: job arrays of a Slurm cluster. ray: a Ray cluster."
     )
     tasks: int | None = flag(
-        None,
-        "Shares of the rows, each done by one process. As many as workers where none is given; slurm and "
-        "ray need it. What is done stays whatever the number is next time.",
+        None, "Shares of the rows, each done by one process; any other number goes on. slurm and ray need it."
     )
     workers: int | None = flag(
-        None,
-        "Tasks that run at once. local: as many as there are GPUs, else 1, which computes on all cores; "
-        "slurm and ray: no limit but the cluster's.",
+        None, "Tasks that run at once. local: as many as GPUs, else 1, on all cores; slurm and ray: no limit."
     )
     partition: str | None = flag(None, "slurm: partition of the jobs.")
     time: str | None = flag(None, "slurm: limit of a task, as 04:00:00.")
@@ -54,10 +50,8 @@ class ExecutorArguments:
         if self.executor == "slurm":  # datatrove writes these into the jobs' script
             for name, value in {"partition": self.partition, "time": self.time, "sbatch": "".join(self.sbatch)}.items():
                 if re.search(r"[\x00-\x1f\x7f-\x9f\\]", value):
-                    raise ValueError(
-                        f"{name} must have no backslash, line break or other control character where Slurm runs the "
-                        f"tasks, got {value!r}."
-                    )
+                    rule = "must have no backslash, line break or other control character where Slurm runs the tasks"
+                    raise ValueError(f"{name} {rule}, got {value!r}.")
             folder = str((self.logging_dir or getattr(self, "output", None) or Path("logs")).absolute())
             if re.search(r"[^\w./+@,=:-]", folder):
                 raise ValueError(
@@ -71,13 +65,12 @@ class ExecutorArguments:
 
     def executor_flags(self) -> dict[str, Any]:
         """The flags of this class that were given."""
-        defaults = ExecutorArguments()
-        given = {known.name: getattr(self, known.name) for known in fields(defaults)}
-        return {name: value for name, value in given.items() if value != getattr(defaults, name)}
+        names = vars(ExecutorArguments()).items()
+        return {name: value for name, default in names if (value := getattr(self, name)) != default}
 
     def command(self) -> str:
         """The command line, for a shell, without defaults and without where its tasks run."""
-        words, elsewhere = ["python", "-m", self.module], {known.name for known in fields(ExecutorArguments)}
+        words, elsewhere = ["python", "-m", self.module], vars(ExecutorArguments())
         for known in fields(self):
             value = getattr(self, known.name)
             default = known.default_factory() if known.default_factory is not MISSING else known.default
@@ -90,17 +83,11 @@ class ExecutorArguments:
 
 @dataclass(frozen=True)
 class Phase:
-    """What the tasks of one datatrove pipeline do; a command's work is one or several, in order.
+    """What the tasks of one datatrove pipeline do; a command's work is one or several, in order."""
 
-    Attributes:
-        run: called with the command's arguments, rank and world_size; returns at once where nothing is left to do.
-        shared: whether the tasks share it out; else it is one task.
-        uses_model: whether a task needs a GPU.
-    """
-
-    run: Callable[[Any, int, int], Any]
-    shared: bool = False
-    uses_model: bool = False
+    run: Callable[[Any, int, int], Any]  # of arguments, rank, world_size; returns at once where nothing is left to do
+    shared: bool = False  # among the tasks; else it is one task
+    uses_model: bool = False  # a task needs a GPU
 
 
 def all_parts(rows: int, rows_per_part: int) -> list[range]:

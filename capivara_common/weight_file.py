@@ -1,26 +1,22 @@
 """Tensors of a `model.safetensors`, read where they lie: torch is not needed, and no tensor is copied before its use.
 
-    weights = WeightFile(folder / "model.safetensors")
-    weights.array("text_projection.weight")  # (projection_dim, width), float32
-
 The file is mapped into memory, so that the rows of a vocabulary that nobody asks for are never read from the disk.
 """
 
-import json
 import math
 import mmap
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from capivara_common.cli import coded
+from capivara_common.files import read_json
 
 
-@dataclass(frozen=True)
-class TensorPlace:
+class TensorPlace(NamedTuple):
     """Where a tensor lies in its file: `kind` as safetensors names it ("F32"), `start` and `end` in bytes."""
 
     kind: str
@@ -30,15 +26,7 @@ class TensorPlace:
 
 
 class WeightFile:
-    """A safetensors file, mapped into memory.
-
-    Attributes:
-        path: of the file.
-        places: name of a tensor -> where it lies.
-
-    Raises:
-        ValueError: the file is missing, truncated, or no safetensors file.
-    """
+    """A safetensors file: name of a tensor -> where it lies. ValueError: it is missing, truncated, or none."""
 
     def __init__(self, path: Path):
         self.path, self.places = path, {}
@@ -62,20 +50,12 @@ class WeightFile:
         return memoryview(self._bytes)[place.start : place.end]
 
     def array(self, name: str) -> np.ndarray:
-        """A tensor as float32, of its own shape; not to be written to.
-
-        Raises:
-            ValueError: it is of a kind other than float32, float16 and bfloat16.
-        """
+        """A tensor as float32, of its own shape; not to be written to. ValueError: it is neither F32, F16 nor BF16."""
         place = self.places[name]
         return _float32(self.raw(name), place.kind, name).reshape(place.shape)
 
     def rows(self, name: str, numbers: np.ndarray) -> np.ndarray:
-        """Some rows of a matrix, (numbers, width), float32; the others are not read.
-
-        Raises:
-            ValueError: as `array`, or a number is outside of the matrix.
-        """
+        """Rows of a matrix, (numbers, width), float32; the others are not read. ValueError: a number is too large."""
         place = self.places[name]
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < place.shape[0]:
             raise ValueError(f"{name} has {place.shape[0]} rows; asked for {numbers.min()} to {numbers.max()}.")
@@ -100,11 +80,7 @@ def _float32(raw: memoryview, kind: str, name: str) -> np.ndarray:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: one, or the several that its index names.
-
-    Raises:
-        ValueError: there is none, the index is damaged, or a file that it names is missing.
-    """
+    """The safetensors files of a model folder, one or several. ValueError: one or the index is missing or damaged."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -114,12 +90,9 @@ def weight_files(folder: Path) -> list[Path]:
             "the model and save it again with `save_pretrained`."
         )
         raise coded(ValueError, "not_a_model", text, model=folder, file="model.safetensors")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError("it names no files of this folder")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} can't be read: {error}") from error
+    names = sorted({str(name) for name in read_json(index, weight_map=dict)["weight_map"].values()})
+    if not names or any(Path(name).name != name for name in names):
+        raise ValueError(f"{index} names no files of this folder.")
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ValueError(f"The model folder {folder} lacks the weights {', '.join(missing)}, which its index names.")
     return [folder / name for name in names]

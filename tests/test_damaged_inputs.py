@@ -102,7 +102,7 @@ def test_a_scale_in_the_weights_that_cannot_be(tiny_folder):
 def test_an_index_of_weights_that_cannot_be(tiny_folder, content):
     (tiny_folder / "model.safetensors").rename(tiny_folder / "model-00001-of-00001.safetensors")
     (tiny_folder / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(ValueError, match=r"^[^\n]*index\.json can't be read[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^[^\n]*index\.json[: ][^\n]*$"):
         weight_files(tiny_folder)
 
 
