@@ -19,7 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,8 +31,20 @@ from capivara_common.files import seed_folders, write_text
 from capivara_common.privacy import machine_path_in, secret_in
 from eval.records.schema import GAIN
 from hub_upload.allowed_files import check_repo_id
-from hub_upload.card_facts import HUB_ID, LICENCES, OWN_CLASS, CardFacts, card_facts, energy, inherited_licence, licence
-from hub_upload.card_values import LANGUAGES, TEMPLATES, WORDS, card_values, escaped, one_line
+from hub_upload.card_values import (
+    HUB_ID,
+    LANGUAGES,
+    LICENCES,
+    OWN_CLASS,
+    TEMPLATES,
+    WORDS,
+    card_facts,
+    card_values,
+    escaped,
+    needed_form,
+    one_line,
+    revision,
+)
 
 CARD = "README.md"
 VERSION = 2  # of the templates; a card of an older one is checked by its values and digests, not by its words
@@ -84,7 +96,9 @@ class CardArguments:
             check_repo_id(self.repo_id)
 
 
-def render(facts: CardFacts, language: str = "en", repo_id: str | None = None, license: str | None = None) -> ModelCard:
+def render(
+    facts: dict[str, Any], language: str = "en", repo_id: str | None = None, license: str | None = None
+) -> ModelCard:
     """The card of a folder, in "en" or "pt"; its code loads `repo_id`, or the folder by its name where there is none.
 
     A `license` is for a model whose base and data leave it open. Raises ValueError where it is none of the Hub's or
@@ -95,19 +109,26 @@ def render(facts: CardFacts, language: str = "en", repo_id: str | None = None, l
         raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}.")
     if repo_id is not None:
         check_repo_id(repo_id)
-    is_whole = facts.model == facts.folder
-    if repo_id and not is_whole:
+    folder, model, name = facts["folder"], facts["model"], facts["name"]
+    if repo_id and model != folder:
         raise ValueError(
-            f"{facts.folder} holds a model in each of its folders seed-*, and a repository has one. Make it of one of "
-            "them first, with `python -m hub_upload.export`."
+            f"{folder} holds a model in each of its folders seed-*, and a repository has one. Make it of one of them "
+            "first, with `python -m hub_upload.export`."
         )
+    options = {"language": language, "repo_id": repo_id, "name": None if repo_id else name, "version": VERSION}
     if license is not None:
-        facts = with_licence(facts, license)
-    title = repo_id.split("/")[1] if repo_id else f"CAPIVARA ({facts.language})"
-    options = {"language": language, "repo_id": repo_id, "name": None if repo_id else facts.name, "version": VERSION}
-    options |= {"license": license} if license else {}
-    name = repo_id or (facts.name if is_whole else f"{facts.name}/{facts.model.name}")
-    try:
+        if license not in LICENCES:
+            raise ValueError(
+                f"license must be an identifier of the Hub, such as cc-by-4.0 or mit, got {license!r:.60}."
+            )
+        if facts["license"] not in (None, license):
+            raise ValueError(
+                f"The licence {facts['license']} follows from the model's base and data, so {license} can't be stated."
+            )
+        facts, options = facts | {"license": license}, options | {"license": license}
+    name = repo_id or (name if model == folder else f"{name}/{model.name}")
+    with needed_form(folder):
+        title = repo_id.split("/")[1] if repo_id else f"CAPIVARA ({facts['config']['language']})"
         card = ModelCard.from_template(
             metadata(facts, one_line(title)),
             template_path=str(TEMPLATES / f"model_card_{language}.md.j2"),
@@ -115,8 +136,6 @@ def render(facts: CardFacts, language: str = "en", repo_id: str | None = None, l
             title=escaped(title),
             options=json.dumps(options),
         )
-    except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"A file of {facts.folder} has another form than the card needs: {error!r:.100}.") from error
     text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", str(card), flags=re.MULTILINE))
     if path := machine_path_in(text):
         raise ValueError(f"The card would hold a path of a machine, {path[:60]!r}. Take it out of the files.")
@@ -248,42 +267,33 @@ def _read(path: Path) -> str:
 # https://github.com/huggingface/hub-docs. Values are those of the JSON files, shares and not per cents.
 
 
-def metadata(facts: CardFacts, title: str) -> ModelCardData:
+def metadata(facts: dict[str, Any], title: str) -> ModelCardData:
     """The front matter. What names no language, licence or Hub id as the Hub knows them is left out."""
-    stated = [code.split("-")[0] for code in facts.run["config"]["eval_languages"] if isinstance(code, str)]
+    stated = [code.split("-")[0] for code in facts["config"]["eval_languages"] if isinstance(code, str)]
     languages = list(dict.fromkeys(stated))
-    kind = "clip" if facts.model_class == OWN_CLASS else facts.config.get("model_type", "clip")
+    kind = "clip" if facts["model_class"] == OWN_CLASS else facts["architecture"].get("model_type", "clip")
     tags = ["capivara", kind, "image-text-retrieval", "zero-shot"]
     tags += ["multilingual"] if len(languages) > 1 else []
-    model = facts.origins.get("model") or {}
+    model = facts["origins"].get("model") or {}
     # The base's own id, or those that the card of a local base names.
     base = hub_ids([model["hub_id"]] if model.get("hub_id") else model.get("base_model") or ())
     data = ModelCardData(
         language=[code for code in languages if re.fullmatch(r"[a-z]{2,3}", code)] or None,  # ISO 639-1 or -3
-        license=licence(facts),
+        license=facts["license"],
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
         base_model=base[0] if len(base) == 1 else base or None,
-        datasets=hub_ids(origin.get("hub_id") for origin in facts.origins.get("datasets", ())) or None,
-        tags=tags + [tag for kind, tag in LOADERS.items() if kind in facts.formats],
+        datasets=hub_ids(origin.get("hub_id") for origin in facts["origins"].get("datasets", ())) or None,
+        tags=tags + [tag for kind, tag in LOADERS.items() if kind in facts["formats"]],
         model_name=title,
         eval_results=[_index_entry(facts, measured) for measured in _published(facts)],
     )
-    if used := energy(facts):
-        hardware = used.get("gpu") or used.get("cpu") or facts.run["device"]
+    if used := facts["used"]:
+        hardware = used.get("gpu") or used.get("cpu") or facts["run"]["device"]
         emissions = {"emissions": 1000 * used["kg_co2e"], "source": str(used["method"]), "training_type": "fine-tuning"}
         emissions |= {"geographical_location": one_line(used["country"])} if used.get("country") else {}
         data["co2_eq_emissions"] = emissions | {"hardware_used": one_line(hardware)}
     return data
-
-
-def with_licence(facts: CardFacts, name: str) -> CardFacts:
-    """The facts with a licence that is stated. ValueError where the Hub knows none such, or another is inherited."""
-    if str(name) not in LICENCES:
-        raise ValueError(f"license must be an identifier of the Hub, such as cc-by-4.0 or mit, got {name!r:.60}.")
-    if (inherited := inherited_licence(facts) or name) != name:
-        raise ValueError(f"The licence {inherited} follows from the model's base and data, so {name} can't be stated.")
-    return replace(facts, license=name)
 
 
 def hub_ids(names: Any) -> list[str]:
@@ -291,7 +301,7 @@ def hub_ids(names: Any) -> list[str]:
     return [name for name in names if isinstance(name, str) and HUB_ID.fullmatch(name)]
 
 
-def eval_results(facts: CardFacts) -> dict[str, str]:
+def eval_results(facts: dict[str, Any]) -> dict[str, str]:
     """File in the repository -> its text in the Hub's `.eval_results` format; none for data that are not on the Hub.
 
     An entry needs a `task_id`, which a benchmark's own `eval.yaml` defines. No figure here comes with one, so it is
@@ -300,40 +310,40 @@ def eval_results(facts: CardFacts) -> dict[str, str]:
     found: dict[str, list[EvalResultEntry]] = {}
     seen: set[tuple] = set()
     for measured in _published(facts):
-        record, revision = measured.record, facts.revision(measured)
+        record, commit = measured.record, revision(facts["run"], measured)
         # The figure that stands for the others on the Hub's page; classification's is the first.
         is_main = record.task != "retrieval" or record.metric == "mean_recall"
         where = (record.condition._replace(metric=""), measured.precision)
-        if not revision or not is_main or where in seen:
+        if not commit or not is_main or where in seen:
             continue
         seen.add(where)
         notes = f"{record.metric}, language {record.language or '-'}, split {record.split}, {record.protocol}"
         task = "_".join(filter(None, (record.task, record.direction)))
-        entry = EvalResultEntry(record.dataset, task, record.value, dataset_revision=revision, notes=one_line(notes))
+        entry = EvalResultEntry(record.dataset, task, record.value, dataset_revision=commit, notes=one_line(notes))
         found.setdefault(f".eval_results/{_slug(record.dataset)}.yaml", []).append(entry)
     return {name: yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False) for name, entries in found.items()}
 
 
-def _published(facts: CardFacts) -> list[Any]:
+def _published(facts: dict[str, Any]) -> list[Any]:
     """Of each of CAPIVARA's figures of whole embeddings the one of the weights in the folder; no gains."""
-    of_model = [value for value in facts.values if value.model == "capivara" and value.metric != GAIN]
-    seed = facts.run["seed"]
+    of_model = [value for value in facts["values"] if value.model == "capivara" and value.metric != GAIN]
+    seed = facts["run"]["seed"]
     return [one for value in of_model for one in value.measured if value.seeds == 1 or one.seed == seed]
 
 
-def _index_entry(facts: CardFacts, measured: Any) -> EvalResult:
+def _index_entry(facts: dict[str, Any], measured: Any) -> EvalResult:
     """A figure for the model index; huggingface_hub puts those of one task and data set together."""
-    record, revision = measured.record, facts.revision(measured)
+    record, commit = measured.record, revision(facts["run"], measured)
     kind, task = TASKS[record.task, record.direction]
     arguments = {"protocol": one_line(record.protocol), "precision": one_line(measured.precision)}
     return EvalResult(
         task_type=kind,
         task_name=task,
-        dataset_type=record.dataset if revision else _slug(one_line(record.dataset)),
-        dataset_name=one_line(facts.dataset_title(record.dataset) or record.dataset),
+        dataset_type=record.dataset if commit else _slug(one_line(record.dataset)),
+        dataset_name=one_line(facts["titles"].get(record.dataset) or record.dataset),
         dataset_config=one_line(record.language) or None,
         dataset_split=one_line(record.split),
-        dataset_revision=revision,
+        dataset_revision=commit,
         metric_type=one_line(record.metric),
         metric_name=WORDS["en"]["names"].get(record.metric) or re.sub(r"^recall@", "R@", record.metric),
         metric_value=record.value,

@@ -1,24 +1,46 @@
-"""What the templates of a card are given: values of a run's files, and functions that write them in its language.
+"""What a model card may state: the files of a run's folder, read and checked, and given to the templates.
 
-Texts of others become Markdown that renders as itself, on one line; numbers get the language's decimal sign.
+    facts = card_facts(Path("runs/openmoji-pt-001"))
+    facts["config"]["learning_rate"]
+
+Nothing else is read than `run.json` and `results/*.json` (and those in `seed-*/`), for the architecture `config.json`
+and the header of `model.safetensors`, and for ONNX `onnx/quantisation.json`. What they lack is an error where the card
+needs it, and left out where it doesn't; nothing is guessed. Texts of others become Markdown that renders as itself, on
+one line; numbers get the language's decimal sign.
 """
 
+import hashlib
 import html
 import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jinja2
 
-from capivara_common.files import read_json
+from capivara_common.files import read_json, seed_folders
+from capivara_common.hub_cache import COMMIT
+from capivara_common.privacy import secret_in
+from capivara_common.weight_file import WeightFile
 from eval.benchmarks import published_base
-from eval.records.schema import DIRECTIONS, GAIN, RANK_METRICS, TASKS, is_number
-from eval.records.tables import pairs_of
-from hub_upload.card_facts import HUB_ID, OWN_CLASS, CardFacts, Content, energy, inherited_licence, licence
+from eval.records.schema import (
+    DIRECTIONS,
+    GAIN,
+    RANK_METRICS,
+    SCHEMA_VERSION,
+    TASKS,
+    ResultFile,
+    is_number,
+    parse_result,
+    read_object,
+)
+from eval.records.tables import conflicts, pairs_of, records_frame, values_of
+from hub_upload.allowed_files import RUN_PICTURES
 
 TEMPLATES = Path(__file__).parent / "templates"
 WORDS = read_json(TEMPLATES / "card_words.json")  # language of a card -> its words for names of the files, and others
@@ -28,6 +50,21 @@ MARKDOWN_TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=False, undefined=jinja2.StrictUndefined,
     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
+# Identifiers of https://huggingface.co/docs/hub/repositories-licenses, but for "unknown" and "other"
+LICENCES = frozenset((Path(__file__).parent / "licences.txt").read_text(encoding="utf-8").split())
+GRAPHS = "onnx/quantisation.json"
+FORMATS = {
+    "open_clip": ("open_clip_config.json", "open_clip_model.safetensors"),
+    "open_clip_from_inside": ("text_model/config.json",),  # which open_clip finds only from inside the folder
+    "sentence_transformers": ("modules.json",),
+    "onnx": ("onnx/text_model.onnx", "onnx/vision_model.onnx"),
+    "transformers_js": ("onnx/model.onnx", "preprocessor_config.json"),
+}
+HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?<![.-])", re.ASCII)
+OWN_CLASS = "CapivaraModel"
+SAME = 5e-5  # a difference that no card shows
+# The base is measured beside every seed, maybe on another device, where some queries have other ranks by last bits.
+OTHER_QUERIES, OTHER_RANKS = 3, 1
 MAX_TEXT = 300
 PLAIN_CODE = re.compile(r"[A-Za-z0-9][\w./@:+=,() -]*", re.ASCII)
 # Absolute paths of Unix, of a home and of Windows, up to their last part; not the slashes of an address.
@@ -52,6 +89,250 @@ _GONE = {
     "dataset_weights": [], "streaming": False, "patience": None, "accumulation": "auto",
 }  # fmt: skip
 
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+
+class Content(dict):
+    """An object of a JSON file; a missing key is a ValueError, which names file and JSON pointer."""
+
+    pointer = ""
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise ValueError(f"{self.pointer} has no {key!r}, which the card needs.")
+
+
+@contextmanager
+def needed_form(folder: Path) -> Iterator[None]:
+    """ValueError of whatever a value of another kind raises, in the files of a folder."""
+    try:
+        yield
+    except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"A file of {folder} has another form than the card needs: {error!r:.100}.") from error
+
+
+def card_facts(folder: Path, name: str | None = None) -> dict[str, Any]:
+    """Read and check all that the card of a folder may state: a run of one seed or several, or a repository made of it.
+
+    Code in the card names the folder `name`, or by its own name where None.
+
+    Raises:
+        ValueError: a file is missing or has another form, two records give one figure different values, or a file
+            holds an access token. The message names the file and the JSON pointer.
+    """
+    if name is not None and _usable(name) != name:
+        raise ValueError(f"{name!r} is no name of a folder that code can hold; take letters, digits, - and _.")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder. Give the one that a run of train_accelerate.py wrote.")
+    with needed_form(folder):
+        return _facts(folder, name or _usable(folder.resolve().name))
+
+
+def _facts(folder: Path, name: str) -> dict[str, Any]:
+    digests: dict[str, str] = {}
+    model, run, runs = _runs(folder, digests)
+    paths = [path for of in (folder, *seed_folders(folder)) for path in sorted((of / "results").glob("*.json"))]
+    values = _values([result for path in paths if (result := _result(path, folder, digests))])
+    from modeling_capivara.processing_capivara import CONTEXT_LENGTH  # here: --help of the commands awaits no torch
+
+    tokens, model_class = CONTEXT_LENGTH, run.get("model_class", OWN_CLASS)
+    if model_class != OWN_CLASS:
+        tokens = _read(model / "tokenizer_config.json", folder, digests)["model_max_length"]
+    pictures = [(model / name).relative_to(folder).as_posix() for name in RUN_PICTURES if (model / name).is_file()]
+    architecture, graphs = (
+        _read(model / name, folder, digests) if (model / name).is_file() else {} for name in ("config.json", GRAPHS)
+    )
+    digests |= {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in pictures}
+    weights = [WeightFile(path) for path in (*model.glob("model.safetensors"), *model.glob("model-*-of-*.safetensors"))]
+    origins = run.get("origins") or Content()  # what base and data say of themselves; a run of before did not note it
+    evaluated = origins.get("evaluation_dataset")
+    noted = str(origins.get("license"))  # "other" says nothing
+    return {
+        "folder": folder,  # of the run, or of the repository made from it
+        "name": name,  # of the folder, as code names it
+        "model": model,  # folder of the weights
+        "run": run,  # `run.json` of the weights in the folder; of the first seed where each has a folder of its own
+        "runs": runs,  # every `run.json`, in the order of seeds
+        "config": run["config"],
+        "used": _energy(runs),
+        "model_class": model_class,  # of a run before it was noted, CAPIVARA's own
+        "loss": run.get("loss", "contrastive"),
+        "origins": origins,
+        "titles": {evaluated["name"]: evaluated["title"]} if evaluated else {},  # of data sets, on their own cards
+        "license": noted if noted in LICENCES else None,
+        "is_inherited": noted in LICENCES,
+        "values": [value for value in values if not value.dim],  # what was measured, rows of `values_of`
+        "groups": _groups(values),
+        "tokens": tokens,  # longest text that the processor lets through
+        "architecture": architecture,  # `config.json` of the model; empty where the folder holds none
+        "parameters": sum(math.prod(one.shape) for file in weights for one in file.places.values()),
+        "graphs": graphs["graphs"] if graphs else {},  # sizes and differences of ONNX's
+        "formats": {key for key, files in FORMATS.items() if all((folder / file).is_file() for file in files)},
+        "pictures": pictures,  # paths of those of `RUN_PICTURES` that are there
+        "digests": dict(sorted(digests.items())),  # file -> SHA-256 of all that was read, and of the pictures
+    }
+
+
+def _usable(name: str) -> str:
+    """A folder's name where code can hold it, and it is not that of a temporary folder."""
+    return name if re.fullmatch(r"(?!.*--)[A-Za-z0-9][\w-]*(\.[\w-]+)*", name, re.ASCII) else "capivara"
+
+
+def _runs(folder: Path, digests: dict[str, str]) -> tuple[Path, Content, list[Content]]:
+    """Folder of the weights, their `run.json`, and every one in the order of seeds."""
+    paths = [path for path in (of / "run.json" for of in (folder, *seed_folders(folder))) if path.is_file()]
+    if not paths:
+        raise ValueError(f"{folder} has no run.json, and none in seed-*/: give the folder of a finished training run.")
+    read = []
+    for path in paths:
+        run = _read(path, folder, digests)
+        if run["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"{run.pointer} has schema version {run['schema_version']!r:.20}, not {SCHEMA_VERSION}.")
+        for key, kind in (("config", dict), ("versions", dict), ("seconds", dict), ("seed", int), ("device", str)):
+            if not isinstance(run[key], kind):
+                raise ValueError(f"{run.pointer}/{key} must be of type {kind.__name__}, got {run[key]!r:.60}.")
+        read.append((path.parent, run))
+    model, run = read[0] if paths[0].parent == folder else min(read, key=lambda pair: pair[1]["seed"])
+    by_seed = {of["seed"]: of for _, of in [*read, (model, run)]}
+    return model, run, [by_seed[seed] for seed in sorted(by_seed)]
+
+
+def _read(path: Path, folder: Path, digests: dict[str, str]) -> Content:
+    """The object of a JSON file; its digest is noted."""
+    name = path.relative_to(folder).as_posix()
+    try:
+        content, data = read_object(path)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}.") from error
+    if secret := secret_in(data.decode("utf-8")):
+        raise ValueError(f"{name} holds {secret[0]}. Revoke it, and take it out before publishing.")
+    digests[name] = hashlib.sha256(data).hexdigest()
+    return _with_pointers(content, f"{name}#")
+
+
+def _with_pointers(value: Any, pointer: str) -> Any:
+    """A JSON value whose objects know where they stand."""
+    if isinstance(value, list):
+        return [_with_pointers(item, f"{pointer}/{number}") for number, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    content = Content((key, _with_pointers(item, f"{pointer}/{key}")) for key, item in value.items())
+    content.pointer = pointer
+    return content
+
+
+def _result(path: Path, folder: Path, digests: dict[str, str]) -> ResultFile | None:
+    """A result file; None of another JSON file, such as a suite's summary."""
+    content = _read(path, folder, digests)
+    try:
+        return parse_result(content, path.relative_to(folder).as_posix()) if "records" in content else None
+    except ValueError as error:
+        raise ValueError(f"{content.pointer}/{error}.") from error
+
+
+def _energy(runs: list[Content]) -> Content | None:
+    """What the first run says of its energy, with `kwh`, `kg_co2e` and `hours` of all; None where one has none."""
+    of_runs = [run.get("energy") for run in runs]
+    if not all(of_runs):
+        return None
+    used = Content(of_runs[0], kwh=0, kg_co2e=0, hours=0)
+    used.pointer = of_runs[0].pointer
+    for about in of_runs:
+        if not any(word in str(about["method"]) for word in ("estimated", "measured")):
+            raise ValueError(f"{about.pointer}/method must say whether energy was measured or estimated, by what.")
+        for key in ("kwh", "kg_co2e", "hours"):
+            if not is_number(about[key]) or about[key] < 0:
+                raise ValueError(f"{about.pointer}/{key} must be a number of at least 0, got {about[key]!r:.60}.")
+            used[key] += about[key]
+    return used
+
+
+# --- What was measured -----------------------------------------------------------------------------------------------
+
+
+def _values(results: list[ResultFile]) -> list[Any]:
+    """What all files hold, each the mean over the seeds, as rows of `values_of`."""
+    if all(record.dim for result in results for record in result.records):
+        raise ValueError("The folder's results hold no measurement, and a card states what was measured.")
+    frame = records_frame(results)
+    far = (OTHER_QUERIES / frame["n"]).clip(lower=SAME).mask(frame["metric"].isin(RANK_METRICS), OTHER_RANKS)
+    for row in conflicts(frame, "precision", far.where(frame["model"] == "baseline", SAME)).itertuples():
+        raise ValueError(
+            f"{row.first_source}/value and {row.source}/value give one figure two values, {row.first:g} and "
+            f"{row.value:g}. Remove the result file that is not of this model."
+        )
+    values = values_of(frame, "precision")
+    for value in values:
+        if value.seeds > 1 and value.measured[0].seed is None:
+            raise ValueError(
+                f"{value.measured[0].source} names no seed, where others of the same figure do. Measure it with "
+                "--seed, or remove the file."
+            )
+    return values
+
+
+def revision(run: Content, measured: Any) -> str | None:
+    """Commit on the Hub of the data that were measured on; None of any other data, whose name may look like an id.
+
+    It is in the result file, or in the run's facts where the file is of the run's own evaluation: same fingerprint.
+    """
+    header, dataset = measured.file.content, measured.dataset
+    commit, fingerprint = header.get("dataset_revision"), header.get("dataset_fingerprint")
+    if not commit and fingerprint and run.get("origins"):
+        evaluated = run["origins"]["evaluation_dataset"]
+        if fingerprint in (run.get("dataset_fingerprints") or {}).values() and evaluated["hub_id"] == dataset:
+            commit = evaluated.get("revision")
+    return commit if COMMIT.fullmatch(str(commit)) and HUB_ID.fullmatch(dataset) else None
+
+
+def _groups(values: list[Any]) -> list[dict[str, Any]]:
+    """The values of the same data, protocol and precision together, in the order of the files.
+
+    Of each `first` value; `pairs` of baseline and model, by direction, and which of them are `main`: mean recalls, the
+    first metric of a classification; `gains`; and `widths`, pairs of embeddings that were cut beside those of the
+    whole ones, in falling order.
+    """
+    found: dict[tuple, list[Any]] = {}
+    for value in sorted(values, key=lambda value: bool(value.dim)):
+        protocol = value.protocol.rpartition("; first ")[0] if value.dim else value.protocol
+        key = value.task, value.dataset, value.split, value.language, protocol, value.precision
+        found.setdefault(key, []).append(value)
+    groups = []
+    for (task, *_), group in found.items():
+        pairs = _pairs(value for value in group if not value.dim)
+        main = [pair for pair in pairs if pair["metric"] == "mean_recall"] if task == "retrieval" else pairs[:1]
+        gains = [value for value in group if value.metric == GAIN]
+        n = {value.direction: value.n for value in group if not value.dim}
+        about = {"texts": n.get("text_to_image"), "images": n.get("image_to_text") or n.get("")}
+        main = [pair for pair in main if pair["capivara"] and pair["baseline"]]
+        groups.append({"task": task, "first": group[0], "pairs": pairs, "main": main, "gains": gains, **about})
+        groups[-1]["widths"] = _widths(group) if any(value.dim for value in group) else []
+    return groups
+
+
+def _pairs(values: Iterable[Any]) -> list[dict[str, Any]]:
+    """Values by direction, without gains, each of baseline and model, and whether the model `is_worse`."""
+    pairs = pairs_of(value for value in values if value.metric != GAIN)
+    for pair in pairs:
+        pair["is_worse"] = bool(pair["gain"]) and (pair["gain"] > 0) == pair["is_rank"]
+    return sorted(pairs, key=lambda pair: ("", *DIRECTIONS).index(pair["direction"]))
+
+
+def _widths(group: list[Any]) -> list[dict[str, Any]]:
+    """The pairs of a group at each width, of mean recall, or of R@1 where there are too few images for it.
+
+    `kept` is the share of the recall of whole embeddings; None of these.
+    """
+    metric = "mean_recall" if any(value.metric == "mean_recall" for value in group) else "recall@1"
+    pairs = _pairs(value for value in group if value.metric == metric)
+    wholes = {pair["direction"]: pair["capivara"] for pair in pairs if not pair["dim"]}
+    for pair in pairs:
+        whole, own = wholes.get(pair["direction"]), pair["capivara"]
+        pair["kept"] = own.mean / whole.mean if pair["dim"] and own and whole and whole.mean else None
+    return sorted(pairs, key=lambda pair: (DIRECTIONS.index(pair["direction"]), -(pair["dim"] or math.inf)))
+
+
+# --- Texts and numbers -----------------------------------------------------------------------------------------------
+
 
 def one_line(value: Any) -> str:
     """A text of others on one line, without invisible characters and folders of a machine, whatever the current one."""
@@ -75,18 +356,33 @@ def code(value: Any) -> str:
     return f"`{text}`" if text == PATHS.sub("", written) and PLAIN_CODE.fullmatch(text) else escaped(written)
 
 
-class Numbers:
-    """Numbers as a language writes them."""
+def is_portuguese(language: str) -> bool:
+    """Whether the code of a language is that of Portuguese, such as "pt" or "pt-BR"."""
+    return re.split("[-_]", language)[0] in ("pt", "por")
 
-    def __init__(self, language: str):
+
+def code_examples(language: str, words: Sequence[str]) -> dict[str, str]:
+    """Texts for the code of a card in its model's language: Portuguese ones, else `words`."""
+    texts, template, picture = EXAMPLES, "uma imagem de cor {}", "foto.jpg"
+    if not is_portuguese(language):
+        texts = {key: list(words[: len(value)]) for key, value in EXAMPLES.items()}
+        template, picture = "{}", "photo.jpg"
+    lists = {key: json.dumps(value, ensure_ascii=False) for key, value in texts.items()}
+    return {**lists, "template": template, "picture": picture}
+
+
+class Writer:
+    """What stands in the files of a run as a card's language writes it; its methods are the templates' functions."""
+
+    def __init__(self, language: str, facts: dict[str, Any]):
+        self.facts, self.words, self.names = facts, WORDS[language], WORDS[language]["names"]
         self.swapped = str.maketrans(",.", ".," if language == "pt" else ",.")
 
     def number(self, value: Any, digits: int = 0, sign: bool = False, kind: str = "f") -> str:
         """A number of the files, as format's `kind` "f" or "e" writes it. Raises ValueError where it is none."""
         if not is_number(value):
             raise ValueError(f"{str(value)[:80]!r} stands where a number belongs; make the run's files again.")
-        text = f"{value:{'+' if sign else ''},.{digits}{kind}}"
-        return text.translate(self.swapped)
+        return f"{value:{'+' if sign else ''},.{digits}{kind}}".translate(self.swapped)
 
     def percent(self, share: Any, sign: bool = False) -> str:
         """A share in per cent, or a difference of shares in points; without the unit."""
@@ -117,32 +413,14 @@ class Numbers:
         text = self.measure(value.mean, is_rank, sign)
         return text if value.deviation is None else f"{text} ± {self.measure(value.deviation, is_rank)}"
 
-    def cells(self, pair: dict[str, Any]) -> list[str]:
-        """Baseline, CAPIVARA, difference and chance of one figure. The better one is bold."""
-        cells = [self.figure(pair["baseline"]), self.figure(pair["capivara"])]
-        if pair["gain"]:
-            better = 0 if is_worse(pair) else 1
-            cells[better] = f"**{cells[better]}**"
-        difference = "–" if pair["gain"] is None else self.measure(pair["gain"], pair["is_rank"], sign=True)
-        return [*cells, difference, "–" if pair["chance"] is None else self.percent(pair["chance"])]
-
-
-class Writer(Numbers):
-    """What stands in the files of a run, in the words of a card's language."""
-
-    def __init__(self, language: str, facts: CardFacts):
-        super().__init__(language)
-        self.facts, self.words, self.names = facts, WORDS[language], WORDS[language]["names"]
-        self.several_datasets = len({value.dataset for value in facts.values}) > 1
-
     def language(self, key: str) -> str:
         """A language by its code."""
         return self.words["languages"].get(key) or escaped(key)
 
     def dataset(self, name: str) -> str:
         """A data set, by the title of its own card where that is known."""
-        title = self.facts.dataset_title(name)
-        return code(name) if title is None else escaped(title)
+        titles = self.facts["titles"]
+        return code(name) if titles.get(name) is None else escaped(titles[name])
 
     def phrase(self, text: str) -> str:
         """What the project itself writes into its files, in English."""
@@ -150,16 +428,18 @@ class Writer(Numbers):
             text = text.replace(english, own)
         return escaped(text)
 
-    def metric(self, direction: str, key: str) -> str:
-        """A metric, with its direction where it has one."""
+    def metric(self, pair: dict[str, Any]) -> str:
+        """The metric of a pair, with its direction where it has one."""
+        key, direction = pair["metric"], pair["direction"]
         name = f"R@{key[7:]}" if key.startswith("recall@") else self.names.get(key) or escaped(key)
         return f"{self.names[direction]}, {name}" if direction else name
 
     def label(self, value: Any) -> str:
         """What a row of `values_of` is a figure of; of a gain, without the metric."""
-        found = self.names[value.direction] if value.metric == GAIN else self.metric(value.direction, value.metric)
-        about = self.language(value.language) if value.task == "retrieval" else code(value.protocol)
-        return ", ".join([found, *[self.dataset(value.dataset)] * self.several_datasets, about])
+        found = [self.names[value.direction] if value.metric == GAIN else self.metric(value._asdict())]
+        if len({one.dataset for one in self.facts["values"]}) > 1:
+            found.append(self.dataset(value.dataset))
+        return ", ".join([*found, self.language(value.language) if value.task == "retrieval" else code(value.protocol)])
 
     def intervals(self, gain: Any, measured: list[Any]) -> str:
         """The intervals of a gain that has some, a seed each."""
@@ -169,220 +449,102 @@ class Writer(Numbers):
             found.append(f"{ends} ({self.words['seed']} {one.seed})" if gain.seeds > 1 else ends)
         return "; ".join(found)
 
-    def rows(self, pairs: Iterable[dict[str, Any]]) -> list[list[str]]:
-        """Of a table of figures."""
-        return [[self.metric(pair["direction"], pair["metric"]), *self.cells(pair)] for pair in pairs]
+    def each(self, name: str) -> str:
+        """A figure that every run has, in the order of seeds; one where all agree."""
+        picks: dict[str, Callable[[Content], str]] = {
+            "pairs_per_second": lambda run: self.number(run["pairs_per_second"], 1),
+            "device": lambda run: escaped(run["device"]),
+            "training_time": lambda run: self.duration(run["seconds"]["training"]),
+            "evaluation_time": lambda run: self.duration(run["seconds"]["evaluation"]),
+        }
+        pick = picks.get(name, lambda run: self.number(run[name]))
+        found = [pick(run) for run in self.facts["runs"]]
+        return found[0] if len(set(found)) == 1 else "; ".join(found)
 
-    def classification_rows(self, task: str) -> list[list[str]]:
-        """Of a table of classification or linear probe, data set, protocol and number of images among them."""
-        found = [pair for group in self.facts.groups(task) for pair in pairs(group)]
-        about = [(self.dataset(pair["dataset"]), code(pair["protocol"]), self.number(pair["n"])) for pair in found]
-        return [[data, how, row[0], n, *row[1:]] for (data, how, n), row in zip(about, self.rows(found), strict=True)]
-
-    def graph_row(self, name: str, graph: Content) -> list[str]:
-        """Name, size, largest difference and lowest cosine of an ONNX graph."""
-        difference, cosine = graph.get("largest_difference"), graph.get("lowest_cosine")
-        return [
-            code(f"onnx/{name}"),
-            f"{self.number(graph['bytes'] / 1e6, 1)} MB",
-            "–" if difference is None else self.number(difference, 1, kind="e"),
-            "–" if cosine is None else self.number(cosine, 4),
-        ]
+    def linked(self, origin: Content, kind: str) -> str:
+        """The title of base or data, with a link where it is on the Hub."""
+        hub_id, title = origin.get("hub_id"), escaped(origin["title"])
+        return f"[{title}](https://huggingface.co/{kind}{hub_id})" if HUB_ID.fullmatch(str(hub_id)) else f"*{title}*"
 
 
-def is_worse(pair: dict[str, Any]) -> bool:
-    """Whether the model does worse than the baseline."""
-    return pair["gain"] > 0 if pair["is_rank"] else pair["gain"] < 0
+# --- All of it, for a template ---------------------------------------------------------------------------------------
 
 
-def is_portuguese(language: str) -> bool:
-    """Whether the code of a language is that of Portuguese, such as "pt" or "pt-BR"."""
-    return re.split("[-_]", language)[0] in ("pt", "por")
-
-
-def table(columns: list[str], rows: Sequence[Sequence[Any]], left: int = 1) -> str:
-    """Rows as a table, its first columns set to the left and the others to the right."""
-    lines = [columns, ["---"] * left + ["---:"] * (len(columns) - left), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
-def code_examples(language: str, words: Sequence[str]) -> dict[str, str]:
-    """Texts for the code of a card in its model's language: Portuguese ones, else `words`."""
-    texts, template, picture = EXAMPLES, "uma imagem de cor {}", "foto.jpg"
-    if not is_portuguese(language):
-        texts = {key: list(words[: len(value)]) for key, value in EXAMPLES.items()}
-        template, picture = "{}", "photo.jpg"
-    lists = {key: json.dumps(value, ensure_ascii=False) for key, value in texts.items()}
-    return {**lists, "template": template, "picture": picture}
-
-
-def card_values(facts: CardFacts, language: str, name: str, is_repository: bool) -> dict[str, Any]:
+def card_values(facts: dict[str, Any], language: str, name: str, is_repository: bool) -> dict[str, Any]:
     """All that a template is given but title and options; `name` is what the code loads.
 
     Raises ValueError where a figure is missing.
     """
-    run, writer = facts.run, Writer(language, facts)
-    about = {"name": name, "is_repository": is_repository, "formats": facts.formats, "words": writer.words}
-    about |= {"is_own": facts.model_class == OWN_CLASS, "is_siglip": facts.model_class == "SiglipModel"}
-    about |= {"loss": run.get("loss", "contrastive")}
-    return {
-        **about,
-        "blocks": MARKDOWN_TEMPLATES.get_template("card_code.md.j2").make_module(about),
-        "citation": (TEMPLATES / "citation.bib").read_text(encoding="utf-8").strip(),
-        **{"run": run, "config": run["config"], "text": escaped, "code": code, "table": table},
+    run, config, trained, writer = facts["run"], facts["config"], facts["config"]["language"], Writer(language, facts)
+    groups = [group for group in facts["groups"] if group["pairs"]]
+    groups.sort(key=lambda group: (TASKS.index(group["task"]), group["first"].language != trained))
+    main = [pair for group in groups for pair in group["main"]]
+    gains = [value for value in facts["values"] if value.metric == GAIN]
+    curve = [point["validation"] for point in run.get("curve") or () if point.get("validation")]
+    used, architecture, rotated = facts["used"], facts["architecture"], facts["model"] / "rotation.safetensors"
+    hardware = used and ([used[key] for key in ("gpu", "cpu") if used.get(key)] or [run["device"]])
+    values = {
+        **facts | {"name": name, "is_repository": is_repository, "groups": groups},
         **{key: getattr(writer, key) for key in dir(writer) if not key.startswith("_")},
-        "graph_rows": [writer.graph_row(*of) for of in (facts.graphs["graphs"] if facts.graphs else {}).items()],
-        "examples": lambda words: code_examples(facts.language, _class_names(facts) or words),
-        "width": facts.config.get("projection_dim") or (facts.config.get("text_config") or {}).get("projection_size"),
-        "is_portuguese": is_portuguese(facts.language),
-        **_of_origins(facts),
-        **_of_training(facts, writer),
-        **_of_results(facts, writer),
-        "towers": [(key, dict(facts.config.get(key) or {})) for key in ("vision_config", "text_config")],
-        "digests": [(code(file), f"`{digest[:32]}`") for file, digest in sorted(facts.digests.items())],
+        **{"text": escaped, "code": code, "published": published_base, "revision": partial(revision, run)},
+        "is_portuguese": is_portuguese(trained),
+        "is_own": facts["model_class"] == OWN_CLASS,
+        "is_siglip": facts["model_class"] == "SiglipModel",
+        "citation": (TEMPLATES / "citation.bib").read_text(encoding="utf-8").strip(),
+        "examples": lambda words: code_examples(trained, _class_names(facts) or words),
+        "width": architecture.get("projection_dim") or (architecture.get("text_config") or {}).get("projection_size"),
+        "towers": [(key, dict(architecture.get(key) or {})) for key in ("vision_config", "text_config")],
+        **_works(facts),
+        "licences": lambda origin: ", ".join(map(code, origin.get("licenses") or ())),
+        "rotated": bool(config.get("matryoshka_dims")) or rotated.is_file(),
+        "stopped_early": any(of["steps"] < config["max_steps"] for of in facts["runs"]),
+        "validation": [(way, curve[0][way], curve[-1][way]) for way in DIRECTIONS] if len(curve) > 1 else [],
+        "settings": _settings(config, run.get("fixed", {})),
+        "hardware": ", ".join(map(escaped, hardware or ())),
+        **{"main": main, "gains": gains, "worse": [pair for pair in main if pair["is_worse"]]},
+        "summary": [pair for pair in main if pair["task"] == "retrieval" and pair["language"] == trained],
+        # Gains whose interval includes zero, with the seeds of which that is so
+        "unsure": [(gain, ends) for gain in gains if (ends := [*filter(_includes_zero, gain.measured)])],
+        "measured_languages": sorted({value.language for value in facts["values"] if value.language}),
+        "measured_seeds": [of.seed for of in max(facts["values"], key=lambda value: value.seeds).measured],
+        "widths": [group for group in facts["groups"] if group["widths"]],
     }
+    return values | {"parts": MARKDOWN_TEMPLATES.get_template("card_parts.md.j2").make_module(values)}
 
 
-def _class_names(facts: CardFacts) -> list[str]:
+def _includes_zero(measured: Any) -> bool:
+    return bool(measured.interval_95) and measured.interval_95[0] <= 0 <= measured.interval_95[1]
+
+
+def _class_names(facts: dict[str, Any]) -> list[str]:
     """Names of the first classes that were measured in the language of training; empty where none were."""
-    for value in facts.values:
-        if value.task == "classification" and value.language == facts.language:
+    for value in facts["values"]:
+        if value.task == "classification" and value.language == facts["config"]["language"]:
             return [one_line(name) for name in value.measured[0].file.content.get("classes", [])[:3]]
     return []
 
 
-def _of_origins(facts: CardFacts) -> dict[str, Any]:
-    """Base, data and their licences."""
-    config = facts.run["config"]
-    if facts.origins:
-        base, data = facts.origins["model"], facts.origins["datasets"]
+def _works(facts: dict[str, Any]) -> dict[str, Any]:
+    """Base, data, and all that the model was made from, each with its kind."""
+    config, origins = facts["config"], facts["origins"]
+    if origins:
+        base, data = origins["model"], origins["datasets"]
     else:  # of a run before they were noted
         base, *data = (Content(title=Path(str(name)).name) for name in (config["model"], *config["dataset"]))
     works = [("model", base), *(("dataset", origin) for origin in data)]
-    if teacher := facts.origins.get("teacher"):  # of runs that had one
+    if teacher := origins.get("teacher"):  # of runs that had one
         works.append(("teacher", teacher))
-
-    def linked(origin: Content, kind: str) -> str:
-        hub_id, title = origin.get("hub_id"), escaped(origin["title"])
-        return f"[{title}](https://huggingface.co/{kind}{hub_id})" if HUB_ID.fullmatch(str(hub_id)) else f"*{title}*"
-
-    return {
-        **{"base": base, "datasets": data, "works": works, "linked": linked},
-        "licences": lambda origin: ", ".join(map(code, origin.get("licenses") or ())),
-        "licence": licence(facts),
-        "is_inherited": inherited_licence(facts) is not None,
-    }
+    return {"base": base, "datasets": data, "works": works}
 
 
-def _of_training(facts: CardFacts, numbers: Writer) -> dict[str, Any]:
-    run, config, used = facts.run, facts.run["config"], energy(facts)
-    curve = [point["validation"] for point in run.get("curve") or () if point.get("validation")]
-    picks: dict[str, Callable[[Content], str]] = {
-        **{key: lambda run, key=key: numbers.number(run[key]) for key in ("steps", "pairs", "processes")},
-        "pairs_per_second": lambda run: numbers.number(run["pairs_per_second"], 1),
-        "device": lambda run: escaped(run["device"]),
-        "training_time": lambda run: numbers.duration(run["seconds"]["training"]),
-        "evaluation_time": lambda run: numbers.duration(run["seconds"]["evaluation"]),
-    }
-
-    def each(name: str) -> str:
-        """A figure that every run has, in the order of seeds; one where all agree."""
-        values = [picks[name](of) for of in facts.runs]
-        return values[0] if len(set(values)) == 1 else "; ".join(values)
-
-    hardware = used and ([used[key] for key in ("gpu", "cpu") if used.get(key)] or [run["device"]])
-    return {
-        "each": each,
-        "rotated": bool(config.get("matryoshka_dims")) or (facts.model / "rotation.safetensors").is_file(),
-        "stopped_early": any(of["steps"] < config["max_steps"] for of in facts.runs),
-        "seeds": ", ".join(str(of["seed"]) for of in facts.runs),
-        "validation": [(way, curve[0][way], curve[-1][way]) for way in DIRECTIONS] if len(curve) > 1 else [],
-        "settings": _settings(config, run.get("fixed", {})),
-        "used": used,
-        "hardware": ", ".join(map(escaped, hardware or ())),
-    }
-
-
-def _settings(config: Content, fixed: dict[str, Any]) -> list[tuple[str, str]]:
+def _settings(config: Content, fixed: dict[str, Any]) -> dict[str, Any]:
     """The hyperparameters as the run had them, and what is `fixed` in every run; what does not apply is left out."""
-    found = []
-    for key in (*_SETTINGS.split(), *_GONE):
-        value = config.get(key, fixed.get(key))
-        applies = config["lora_rank"] if key.startswith("lora_") else True
-        if key in ("caption_count", "min_similarity"):
-            applies = config.get("caption_strategy") != "none"
-        if value in (None, "", [], {}) or value is False or not applies or (key in _GONE and value == _GONE[key]):
-            continue
-        if key == "image_embedding_cache" and value != "off":
-            value = "on"  # a folder of the machine, otherwise
-        found.append((f"`{key}`", code(value)))
-    return found
-
-
-def _of_results(facts: CardFacts, writer: Writer) -> dict[str, Any]:
-    main = [pair for task in TASKS for group in facts.groups(task) for pair in _main_pairs(group)]
-    unsure = []  # gains whose interval includes zero, with the seeds of which that is so
-    for gain in (value for value in facts.values if value.metric == GAIN):
-        if ends := [one for one in gain.measured if one.interval_95 and one.interval_95[0] <= 0 <= one.interval_95[1]]:
-            unsure.append((gain, ends))
-
-    def sizes(group: list[Any]) -> dict[str, Any]:
-        n, measured = {value.direction: value.n for value in group}, group[0].measured[0]
-        return {
-            "text_to_image": n.get("text_to_image"),
-            "images": n.get("image_to_text") or n.get(""),
-            "revision": facts.revision(measured),
-            "skipped": measured.file.content["skipped_rows"],
-        }
-
-    summary = [pair for pair in main if pair["task"] == "retrieval" and pair["language"] == facts.language]
-    return {
-        **{"main": main, "unsure": unsure, "sizes": sizes, "pairs": pairs, "groups": facts.groups},
-        "published": published_base,
-        "summary_rows": [[writer.label(pair["capivara"]), *writer.cells(pair)[:3]] for pair in summary],
-        "retrieval_rows": lambda group: writer.rows(pairs(group)),
-        "worse": [pair for pair in main if is_worse(pair)],
-        "gains": lambda group: [value for value in group if value.metric == GAIN],
-        "measured_languages": sorted({value.language for value in facts.values if value.language}),
-        "measured_seeds": [of.seed for of in max(facts.values, key=lambda value: value.seeds).measured],
-        "widths": _widths(facts, writer),
-    }
-
-
-def pairs(group: list[Any]) -> list[dict[str, Any]]:
-    """The values of a group by direction, without gains, each of baseline and model."""
-    found = pairs_of(value for value in group if value.metric != GAIN)
-    return sorted(found, key=lambda pair: ("", *DIRECTIONS).index(pair["direction"]))
-
-
-def _main_pairs(group: list[Any]) -> list[dict[str, Any]]:
-    """Main figures that baseline and model both have: mean recalls, the first metric of each classification."""
-    found = pairs(group)
-    main = [pair for pair in found if pair["metric"] == "mean_recall"] if found[0]["direction"] else found[:1]
-    return [pair for pair in main if pair["capivara"] and pair["baseline"]]
-
-
-def _widths(facts: CardFacts, writer: Writer) -> list[tuple[Any, list[list[str]]]]:
-    """Of each data set and language whose recall was measured at several widths its first value and rows, in falling
-    order: of the mean recall, or of R@1 where there are too few images for it; with the share of the whole's recall.
-    """
-    groups: dict[tuple, list[Any]] = {}
-    for value in (*facts.values, *facts.cut):
-        protocol = value.protocol.rpartition("; first ")[0] if value.dim else value.protocol
-        if value.metric in ("mean_recall", "recall@1"):
-            key = value.dataset, value.split, value.language, protocol, value.precision
-            groups.setdefault(key, []).append(value)
-    found = []
-    for group in (group for group in groups.values() if any(value.dim for value in group)):
-        metric = "mean_recall" if any(value.metric == "mean_recall" for value in group) else "recall@1"
-        measured, rows = pairs([value for value in group if value.metric == metric]), []
-        wholes = {pair["direction"]: pair["capivara"] for pair in measured if not pair["dim"]}
-        measured.sort(key=lambda pair: (DIRECTIONS.index(pair["direction"]), -(pair["dim"] or math.inf)))
-        for pair in measured:
-            whole, own = wholes.get(pair["direction"]), pair["capivara"]
-            kept = writer.percent(own.mean / whole.mean) if pair["dim"] and own and whole and whole.mean else "–"
-            width = writer.number(pair["dim"]) if pair["dim"] else writer.words["all"]
-            name = writer.metric(pair["direction"], metric)
-            rows.append([name, width, writer.figure(pair["baseline"]), writer.figure(own), kept])
-        found.append((group[0], rows))
-    return found
+    usual = dict.fromkeys(_SETTINGS.split()) | _GONE
+    found = {key: config.get(key, fixed.get(key)) for key in usual}
+    if not config["lora_rank"]:
+        found = {key: value for key, value in found.items() if not key.startswith("lora_")}
+    if config.get("caption_strategy") == "none":
+        found |= dict.fromkeys(("caption_count", "min_similarity"))
+    if found["image_embedding_cache"] not in (None, "", "off"):
+        found["image_embedding_cache"] = "on"  # a folder of the machine, otherwise
+    return {k: v for k, v in found.items() if v is not False and v not in (None, "", [], {}, usual[k])}

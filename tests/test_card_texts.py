@@ -8,7 +8,7 @@ import pytest
 from card_run import change, split_card, trained_run
 
 from hub_upload.card import check, write_card
-from hub_upload.card_values import Numbers, code, escaped
+from hub_upload.card_values import Writer, code, escaped
 from hub_upload.origins import inherited_license, origin, origins, short_card
 
 HOSTILE = (
@@ -49,9 +49,9 @@ def test_what_escaping_keeps_and_drops():
 
 @pytest.mark.parametrize(("language", "expected"), [("en", "1,234.50"), ("pt", "1.234,50")])
 def test_numbers_are_written_as_a_language_does(language, expected):
-    assert Numbers(language).number(1234.5, 2) == expected
+    assert Writer(language, {}).number(1234.5, 2) == expected
     with pytest.raises(ValueError, match="a number belongs"):
-        Numbers(language).number("1")
+        Writer(language, {}).number("1")
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ COMMANDS = {
     "hub_upload.export": "--model m --output o",
     "hub_upload.card": "--model m",
     "hub_upload.push": "--model . --repo_id a/b",
-    "hub_upload.space": "--model m --space s",
+    "hub_upload.space": "--model m --pictures p --space s",
     "modeling_capivara.convert_open_clip": "s o",
     "modeling_capivara.trim_vocabulary": "m o --languages pt",
     "training.interpolate": "a b --output o",

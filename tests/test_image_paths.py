@@ -24,12 +24,10 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from hub_client import hub_commands
 from hub_server import TOKEN, HubServer
 from test_generate import OPT, image_processor, opt_tokenizer, tiny_blip2
-from tiny import randomise
 
 import train_accelerate
 from capivara_common.image_files import BadImage, ImageFiles, decode_image, image_bytes
 from capivara_common.links import Bounds
-from capivara_search import PictureIndex
 from capivara_search.picture_files import find_pictures
 from caption_data.labelled_images import load_images
 from caption_data.sources import open_split
@@ -39,8 +37,6 @@ from captions.score import main as score
 from captions.select import main as select
 from eval.classification import main as classify
 from examples.openmoji.dataset import load_embedded
-from hub_upload.space.publish_space import open_index, picture_folder, write_space
-from modeling_capivara import CapivaraModel
 
 MARK = b"SENTINEL-0f3a9c"  # stands in every file that must not be read
 MAGENTA = (255, 0, 255)  # of the private photo, all of it; no other picture has it
@@ -377,27 +373,6 @@ def test_training_and_its_cache(tmp_path, hostile, server, tiny_folder, monkeypa
     assert shards and MARK not in b"".join(path.read_bytes() for path in shards)
 
 
-def test_the_folder_of_the_page(tmp_path, hostile, server, tiny_model, tiny_processor, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    randomise(CapivaraModel(tiny_model.config)).save_pretrained(tmp_path / "model")
-    tiny_processor.save_pretrained(tmp_path / "model")
-    as_parquet(tmp_path / "data", rows_of(hostile), "test")
-    model, cache = str(tmp_path / "model"), tmp_path / "cache"
-    index, credit = open_index(str(tmp_path / "data"), model, str(cache))
-    assert len(index) == GOOD
-    write_space(index, model, tmp_path / "space", credit)
-    published = PictureIndex.open(tmp_path / "space" / "index.lance", model)
-    shown = [published.thumbnail(hit.path) for hit in published.newest(2 * GOOD)]
-    assert len(shown) == GOOD and not any(has_magenta(thumbnail) for thumbnail in shown)
-    assert not server.requests
-    for path in (tmp_path / "space").rglob("*"):
-        assert not path.is_file() or MARK not in path.read_bytes(), path
-    (tmp_path / "data" / "a.png").write_bytes(good()[0])
-    folder = picture_folder(str(tmp_path / "data"), cache, form="images")
-    names = [Path(file.path).name for file in find_pictures([folder])[0]]
-    assert names == ["a.png"], "neither a link that leads out nor a FIFO is a picture of the folder"
-
-
 # --- Pictures of phones, and folders that hold more than pictures ----------------------------------------------------
 
 WITHOUT_HEIF = """
@@ -422,24 +397,15 @@ def test_heic(tmp_path):
     assert "BadImage: unreadable image: 'a.heic' is HEIC, which the extra `heic` reads: pip install" in done.stderr
 
 
-@pytest.mark.parametrize("other", ["a.tar.gz", "a.parquet"])
-def test_the_user_decides_what_a_folder_is(other, tmp_path, caplog):
-    """Photographs with an archive or a table among them."""
+def test_the_user_decides_what_a_folder_is(tmp_path):
+    """Photographs with a table among them."""
     folder = tmp_path / "photos"
     for number, name in enumerate(("cat", "dog") * 2):
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / f"{number}.png").write_bytes(good()[number])
-    if other == "a.parquet":
-        pq.write_table(pa.table({"image": [good()[0]]}), folder / other)
-        picture_folder(str(folder), tmp_path / "cache")
-        assert "is read as a data set. The folder holds pictures, too: --form images takes these" in caplog.text
-        with pytest.raises(ValueError, match=r"no split 'test'.* --form images takes these"):
-            load_images(str(folder), "test", ["cat", "dog"])
-    else:
-        shutil.make_archive(str(folder / "a"), "gztar", folder, "cat")
-        with pytest.raises(ValueError, match=r"compressed.* --form images takes these"):
-            picture_folder(str(folder), tmp_path / "cache")
-    assert picture_folder(str(folder), tmp_path / "cache", form="images") == folder
+    pq.write_table(pa.table({"image": [good()[0]]}), folder / "a.parquet")
+    with pytest.raises(ValueError, match=r"no split 'test'.* --form images takes these"):
+        load_images(str(folder), "test", ["cat", "dog"])
     images = load_images(str(folder), "test", ["cat", "dog"], form="images")
     assert images.labels == [0, 0, 1, 1] and [images.images.image(row).size for row in range(4)] == [(32, 32)] * 4
 
@@ -501,11 +467,8 @@ def test_a_pipe_in_a_data_set_is_not_waited_for(place, tmp_path):
 def test_a_list_of_splits_that_is_none_is_named(content, tmp_path):
     DatasetDict(train=Dataset.from_dict({"image": [1]})).save_to_disk(tmp_path)
     (tmp_path / "dataset_dict.json").write_text(content, encoding="utf-8")
-    open_train = lambda: open_split(str(tmp_path), "train", "image")  # noqa: E731
-    as_pictures = lambda: picture_folder(str(tmp_path), tmp_path / "cache")  # noqa: E731
-    for read in (open_train, as_pictures):
-        with pytest.raises(ValueError, match=r"dataset_dict\.json"):
-            read()
+    with pytest.raises(ValueError, match=r"dataset_dict\.json"):
+        open_split(str(tmp_path), "train", "image")
 
 
 def test_a_pattern_opens_the_folders_of_its_files_alone(tmp_path, hostile):

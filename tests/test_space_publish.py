@@ -21,7 +21,7 @@ pytest.importorskip("uvicorn", reason="the page needs uvicorn: pip install -e '.
 
 from capivara_search.index import PictureIndex
 from hub_upload.space.__main__ import main
-from hub_upload.space.publish_space import credit_of, picture_folder, program_files, publish_index
+from hub_upload.space.publish_space import credit_of, program_files, publish_index
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = "---\nlicense: cc-by-sa-4.0\n---\n"
@@ -29,9 +29,8 @@ CARD = "---\nlicense: cc-by-sa-4.0\n---\n"
 
 @pytest.fixture
 def flags(tiny_folder, tmp_path):
-    made_pictures.save_dataset(
-        tmp_path / "areas", "pretty_name: Áreas\nlicense: cc-by-sa-4.0\nattribution: Made here\n"
-    )
+    about = "---\npretty_name: Áreas\nlicense: cc-by-sa-4.0\nattribution: Made here\n---\n"
+    (save_folder(tmp_path / "areas") / "README.md").write_text(about, encoding="utf-8")
     (tiny_folder / "README.md").write_text(CARD, encoding="utf-8")
     (tiny_folder / "optimizer.pt").write_bytes(b"of a training run")
     cache = tmp_path / "cache"
@@ -41,54 +40,11 @@ def flags(tiny_folder, tmp_path):
 # --- Pictures --------------------------------------------------------------------------------------------------------
 
 
-def test_a_plain_folder_is_taken_as_it_is(tmp_path):
-    folder = save_folder(tmp_path / "fotos")
-    (folder / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")  # no YAML
-    credit = credit_of(folder)
-    assert picture_folder(str(folder), tmp_path / "cache") == folder and not (tmp_path / "cache").exists()
-    assert (credit.name, credit.licence) == ("fotos", "")
-
-
-def test_pictures_of_a_data_set_are_named_by_their_captions(tmp_path):
-    made_pictures.save_dataset(tmp_path / "d", "pretty_name: Áreas\nlicense: cc-by-sa-4.0\nattribution: feitas aqui\n")
-    folder, credit = picture_folder(str(tmp_path / "d"), tmp_path / "cache"), credit_of(tmp_path / "d")
-    assert sorted(path.stem for path in folder.iterdir()) == sorted(CAPTIONS)
-    assert (credit.name, credit.licence, credit.attribution) == ("Áreas", "cc-by-sa-4.0", "feitas aqui")
-    there = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    again = picture_folder(str(tmp_path / "d"), tmp_path / "cache")
-    assert again == folder and {path: path.stat().st_mtime_ns for path in folder.iterdir()} == there
-    sizes = [
-        len(list(picture_folder(str(tmp_path / "d"), tmp_path / "cache", [s]).iterdir())) for s in ("train", "test")
-    ]
-    assert sizes == [20, 10]
-
-
-def test_captions_that_are_no_names_of_files(tmp_path):
-    captions = ["um/dois\n\tmal:*?", "um dois mal", "", None, "..", "a" * 400, "\u732b" * 300]
-    (tmp_path / "test").mkdir()
-    for number in range(len(captions)):
-        (tmp_path / "test" / f"{number}.png").write_bytes(png(number))
-    lines = [{"file_name": f"{number}.png", "caption": caption} for number, caption in enumerate(captions)]
-    (tmp_path / "test" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    folder = picture_folder(str(tmp_path), tmp_path / "cache")
-    names = sorted(path.stem for path in folder.iterdir())
-    assert names == sorted(["um dois mal", "um dois mal (2)", "2", "3", "4", "a" * 100, "\u732b" * 66])
-    assert {path.read_bytes() for path in folder.iterdir()} == {png(number) for number in range(7)}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"splits": ["tests"]}, "no split 'tests'"),
-        ({"caption_column": "captions-xx"}, "no column 'captions-xx'"),
-        ({"image_column": "foto"}, "no column 'foto'"),
-    ],
-)
-def test_what_a_data_set_lacks(tiny_dataset_folder, tmp_path, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        picture_folder(str(tiny_dataset_folder), tmp_path, **arguments)
-    with pytest.raises(ValueError, match="does not exist"):
-        picture_folder(str(tmp_path / "missing" / "folder"), tmp_path)
+def test_whose_pictures_they_are(flags, tmp_path):
+    credit = credit_of(tmp_path / "areas")
+    assert (credit.name, credit.licence, credit.attribution) == ("Áreas", "cc-by-sa-4.0", "Made here")
+    (tmp_path / "areas" / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")  # no YAML
+    assert (credit_of(tmp_path / "areas").name, credit_of(tmp_path / "areas").licence) == ("areas", "")
 
 
 def test_a_published_index_names_no_place(saved_tiny_folder, tmp_path):
@@ -172,7 +128,7 @@ def test_a_space_runs_from_its_folder_alone(flags, tmp_path):
         asked = Asked(server.stdout.readline().strip())
         assert "Imagens: Áreas, licença" in asked.get("")[2].decode()
         status, found = asked.ask("search", {"text": "azul", "k": 3}, png(4))
-        assert status == 200 and found["count"] == 30 and found["hits"][0]["name"] in CAPTIONS
+        assert status == 200 and found["count"] == 30 and found["hits"][0]["name"].removesuffix(".png") in CAPTIONS
         path = found["hits"][0]["path"]
         assert path.startswith("/Áreas/") and asked.ask("about", {"like": path}) == (200, {"original": False})
         assert asked.get("picture", path)[1]["content-type"] == "image/webp", "a thumbnail stands for the picture"
@@ -231,8 +187,9 @@ def test_push(commands, flags, tmp_path):
         ([], "Say what is made: --space FOLDER, or --static"),
         (["--space", "x", "--push"], "`--push` is gone: send the folder by `hub_upload.push --repo-type space`"),
         (["--space", "x", "--batch_size", "8"], "`--batch_size` is gone: make the index by `capivara index`"),
+        (["--space", "x", "--split", "test"], "`--split` is gone: --pictures is an index or a folder of pictures"),
         (["--space", "x", "--cache_dir", "off"], "index is kept"),
-        (["--space", "x", "--pictures", "no/such/folder"], "does not exist"),
+        (["--space", "x", "--pictures", "no/such/folder"], "is not there"),
         (["--space", "x", "--model", "./no-model"], "no-model"),
     ],
 )

@@ -27,8 +27,7 @@ from capivara_common.image_side_digest import image_side_digest
 from capivara_common.privacy import hide_paths, short_name
 from capivara_common.weight_file import weight_files
 from hub_upload import formats
-from hub_upload.card_facts import LICENCES
-from hub_upload.card_values import MARKDOWN_TEMPLATES, code, code_examples, escaped
+from hub_upload.card_values import LICENCES, MARKDOWN_TEMPLATES, code, code_examples, escaped
 from hub_upload.formats import check_tensors, onnx, open_clip, siglip, tensor_digests, text_length
 from modeling_capivara.convert_open_clip import (
     BASE_TEXT_MODEL,

@@ -1,20 +1,17 @@
 """The page as a Space: a folder with the program, an index of pictures and the model.
 
-    index, credit = open_index("data/openmoji/dataset", "runs/mine")
+    index, credit = open_index("Pictures", "runs/mine")
     write_space(index, "runs/mine", Path("demo"), credit)
 
-Pictures of a data set are written to files that are named by their captions; whose they are is read from its README.
-The index is copied without the names of this machine's folders and the places where pictures were taken; thumbnails
-stand for the pictures. Requirements are pinned to the versions that built it. The Space is one of Docker.
+Whose the pictures are is read from the README of their folder. The index is copied without the names of this machine's
+folders and the places where pictures were taken; thumbnails stand for the pictures. Requirements are pinned to the
+versions that built it. The Space is one of Docker.
 """
 
 import hashlib
 import json
-import logging
 import re
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path, PurePath
@@ -23,18 +20,15 @@ from typing import Any
 import jinja2
 import pyarrow as pa
 from huggingface_hub import SpaceCard, SpaceCardData
-from tqdm.auto import tqdm
 
 from capivara_common.environment import cache_home
-from capivara_common.files import read_json, whole_folder, write_bytes, write_text
-from capivara_common.image_files import SUFFIXES, BadImage, image_bytes
+from capivara_common.files import whole_folder, write_text
 from capivara_common.privacy import secret_in, short_name
 from capivara_search.adding import FOLDER_KEY
 from capivara_search.index import PictureIndex
 from capivara_search.models import find_model
 from capivara_search.page.server import DEFAULT_PORT, Credit
 from capivara_search.table import PictureTable
-from caption_data.sources import FORMS, SPLIT_NAMES, NoSplit, Split, form_hint, open_split
 from hub_upload.allowed_files import TOKENIZER_FILES, check_contents, check_paths, check_secrets
 from modeling_capivara.loading import card_metadata
 
@@ -50,22 +44,17 @@ MODEL_FILES = (
 )
 TITLE = "CAPIVARA: busca em português"
 LOOK = {"emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "pinned": False}  # of the Hub's list of Spaces
-CAPTION_COLUMNS = ("captions-pt", "caption", "captions", "text")  # where none is named, the first that there is
-MAX_NAME, MAX_NAME_BYTES = 100, 200  # letters of a file's name; file systems take 255 bytes, with what is added
-MAX_SHOWN = 5  # rows without a picture that are named
-logger = logging.getLogger("capivara")
 
 # --- Pictures --------------------------------------------------------------------------------------------------------
 
 
-def open_index(pictures: str, model: str, cache_dir: str = "auto", **options: Any) -> tuple[PictureIndex, Credit]:
+def open_index(pictures: str, model: str, cache_dir: str = "auto") -> tuple[PictureIndex, Credit]:
     """An index of the pictures, built or brought up to date where it is not given, and whose pictures they are.
 
     Args:
-        pictures: index, folder of pictures, or data set.
+        pictures: index, or folder of pictures.
         model: folder or Hub id.
         cache_dir: "auto", or root of all caches.
-        options: of `picture_folder`, for a data set.
 
     Raises:
         ValueError: there are no such pictures, or no such model; the index was built with another model.
@@ -73,113 +62,11 @@ def open_index(pictures: str, model: str, cache_dir: str = "auto", **options: An
     if Path(pictures, "pictures.lance").is_dir() or pictures.startswith(STORES):
         index = PictureIndex.open(pictures, model)
         return index, credit_of(Path(next(iter(index.folders()), pictures)))
-    cache = cache_home() if cache_dir == "auto" else Path(cache_dir)
-    folder, found = picture_folder(pictures, cache, **options), find_model(model)
-    index = PictureIndex.open(cache / "space" / _key(str(folder.resolve()), found.image_digest) / "index.lance", found)
+    cache, folder, found = cache_home() if cache_dir == "auto" else Path(cache_dir), Path(pictures), find_model(model)
+    key = hashlib.blake2b(json.dumps([str(folder.resolve()), found.image_digest]).encode(), digest_size=16).hexdigest()
+    index = PictureIndex.open(cache / "space" / key / "index.lance", found)
     index.add(folder)  # what it has is not embedded again
-    return index, credit_of(Path(pictures))
-
-
-def picture_folder(
-    where: str,
-    cache: Path,
-    splits: Sequence[str] = ("all",),
-    image_column: str = "image",
-    caption_column: str | None = None,
-    form: str = "auto",
-    **limits: Any,
-) -> Path:
-    """A folder of pictures.
-
-    Args:
-        where: folder of pictures, itself or in folders, which is taken as it is; or a data set as
-            `caption_data.sources.open_split` takes it, whose pictures are written below `cache`.
-        cache: root of all caches.
-        splits: of a data set; "all" stands for those of the usual names that it has.
-        image_column: column of the pictures.
-        caption_column: column of a caption or a list of captions; the first of `CAPTION_COLUMNS` where None.
-        form: "auto", or "images" for a folder of pictures whatever else it holds.
-        limits: `image_roots` and `max_pixels` of `open_split`.
-
-    Raises:
-        ValueError: there is no such folder, data set, split or column, or no picture in it.
-    """
-    folder = Path(where)
-    files = [*folder.glob("*"), *folder.glob("*/*")]
-    made_of = any(re.search(form, file.name) for file in files for form in (*FORMS, r"^dataset_dict\.json$"))
-    if form == "images" or (folder.is_dir() and not made_of):
-        return folder
-    hint = form_hint(folder)
-    try:
-        sources = _splits(where, splits, image_column, limits)
-    except ValueError as error:
-        raise ValueError(f"{error}{hint}") from error
-    if hint:
-        logger.warning("%s is read as a data set.%s", where, hint)
-    for source in sources:
-        source.check_columns([image_column, *([caption_column] if caption_column else [])])
-    there = [name for name in CAPTION_COLUMNS if all(name in source.columns for source in sources)]
-    caption_column = caption_column or next(iter(there), None)
-    asked = str(folder.resolve()) if folder.exists() else where
-    made = cache / "space" / _key(asked, list(splits), image_column, caption_column) / "pictures"
-    names = set()
-    named = _named_pictures(sources, image_column, caption_column)
-    for name, data in tqdm(named, "Pictures of the data set", sum(map(len, sources)), unit="picture"):
-        names.add(name)
-        if not (made / name).is_file() or (made / name).read_bytes() != data:  # the same file is not embedded again
-            write_bytes(made / name, data)
-    if not names:
-        raise ValueError("No row of the data set has a picture that can be read.")
-    for path in made.iterdir():
-        if path.name not in names:
-            path.unlink()
-    return made
-
-
-def _splits(where: str, splits: Sequence[str], image_column: str, limits: dict[str, Any]) -> list[Split]:
-    saved, all_splits = Path(where) / "dataset_dict.json", list(splits) == ["all"]
-    if all_splits:
-        splits = read_json(saved, splits=list)["splits"] if saved.is_file() else SPLIT_NAMES
-    sources = []
-    for split in dict.fromkeys(splits):
-        try:
-            sources.append(open_split(where, split, image_column, **limits))
-        except NoSplit:
-            if not all_splits or (split == splits[-1] and not sources):
-                raise
-    return sources
-
-
-def _named_pictures(sources: list[Split], image_column: str, caption_column: str | None) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each picture of a data set; what can't be read is left out, and the log says so."""
-    taken, bad = Counter(), []
-    for source in sources:
-        for number, row in enumerate(source.rows()):
-            image, captions = row[image_column], row.get(caption_column)
-            try:
-                data = image_bytes(image, source.files)
-            except BadImage as error:
-                bad.append(f"row {number} of {source.split}: {error}")
-                continue
-            texts = captions if isinstance(captions, list) else [captions]
-            caption = next((text for text in texts if isinstance(text, str) and text.strip()), "")
-            path = Path((image or {}).get("path") or "")
-            stem = _file_name(caption) or _file_name(path.stem) or f"{number + 1}"
-            taken[stem.casefold()] += 1
-            again = f" ({taken[stem.casefold()]})" if taken[stem.casefold()] > 1 else ""
-            yield f"{stem}{again}{path.suffix.lower() if path.suffix.lower() in SUFFIXES else '.png'}", data
-    if bad:
-        logger.warning("%d rows are left out; %s", len(bad), "; ".join(bad[:MAX_SHOWN]))
-
-
-def _file_name(caption: str) -> str:
-    """A caption as a file of any system may be named, without its end; empty where nothing of it is left."""
-    plain = re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*\s]+', " ", caption)[:MAX_NAME]
-    return plain.encode("utf-8", "ignore")[:MAX_NAME_BYTES].decode("utf-8", "ignore").strip(" .")
-
-
-def _key(*asked: Any) -> str:
-    return hashlib.blake2b(json.dumps(asked).encode(), digest_size=16).hexdigest()
+    return index, credit_of(folder)
 
 
 def credit_of(folder: Path) -> Credit:
