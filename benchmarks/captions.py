@@ -7,7 +7,7 @@ by 4 and layers by 6, goes on from the ten prefixes by 12 tokens. Measured are, 
 
 - `plain`: `Blip2ForConditionalGeneration.generate`, an image encoded once a prefix;
 - `encoded_once`: the image encoded once, its query block given to `language_model.generate` with each prefix;
-- `ours`: `captions.captioner`, where the language model reads the block once, too.
+- `ours`: `captions.generate`, where the language model reads the block once, too.
 
 A gain is that over `plain`, run by run. Prefixes are padded to the longest in all three. JSON is the last line.
 """
@@ -25,8 +25,7 @@ from transformers import logging as transformers_logging
 
 from benchmarks.timing import conditions, finish, median_ratio, spread, timed_runs
 from capivara_common.cli import at_least, flag, parse, run_command
-from captions.captioner import Blip2Captioner
-from captions.generate import read_prefixes
+from captions.generate import Captioner, read_prefixes
 from captions.stage_arguments import PREFIXES
 
 PROGRAMS = ("plain", "encoded_once", "ours")
@@ -76,7 +75,7 @@ def generation(args: CaptionsArguments) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> Blip2Captioner:
+def scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> Captioner:
     """BLIP-2 of the given divisors, with random weights that never end a text: every caption has the same length."""
     tokenizer = word_tokenizer(" ".join(prefixes).split())
     language = {"model_type": "opt", "hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -97,7 +96,7 @@ def scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> Blip2Capti
     model.language_model.generation_config.eos_token_id = None
     processor = BlipImageProcessor(size={"height": IMAGE_SIDE, "width": IMAGE_SIDE})
     model.to(args.device, getattr(torch, args.precision))
-    return Blip2Captioner(model, processor, tokenizer, args.new_tokens, len(prefixes) * args.images)
+    return Captioner(model, processor, tokenizer, args.new_tokens, len(prefixes) * args.images)
 
 
 def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
@@ -110,12 +109,12 @@ def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special)
 
 
-def generation_steps(captioner: Blip2Captioner, prefixes: list[str], images: int) -> dict[str, Callable[[int], Tensor]]:
+def generation_steps(captioner: Captioner, prefixes: list[str], images: int) -> dict[str, Callable[[int], Tensor]]:
     """Program -> the new token ids (images x prefixes, new tokens) of random pixels."""
     model, new_tokens = captioner.model, captioner.max_new_tokens
     pixels = torch.randn(images, 3, IMAGE_SIDE, IMAGE_SIDE, generator=torch.Generator().manual_seed(0))
     pixels = pixels.to(captioner.device, captioner.writer.dtype)
-    prompts = [captioner.prompt(prefix) for prefix in prefixes] * images
+    prompts = captioner.tokenizer(prefixes)["input_ids"] * images
     image_of_text = torch.arange(images, device=captioner.device).repeat_interleave(len(prefixes))
     prefix_ids, mask = captioner.padded(prompts, left=True)
     block = torch.full((len(prompts), QUERIES), model.config.image_token_index, device=captioner.device)

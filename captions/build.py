@@ -16,7 +16,6 @@ import itertools
 import logging
 import re
 import shlex
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,29 +37,18 @@ from captions.stage_arguments import (
     TranslateArguments,
 )
 from captions.stages import RowStage
-from captions.translate import export, outdated_parts
+from captions.translate import export
 from captions.tsv import untranslated
 
 # In the order of the chain. A section may be left out; of `translate` there may be a list, one translator a time.
-STAGES = {
-    "generate": GenerateArguments,
-    "translate": TranslateArguments,
-    "score": ScoreArguments,
-    "select": SelectArguments,
-}
-PHASES = {
-    StageArguments: stages.PHASES,
-    GenerateArguments: generate.PHASES,
-    TranslateArguments: translate.PHASES,
-    ScoreArguments: score.PHASES,
-    SelectArguments: select.PHASES,
-}
+STAGES = {"generate": GenerateArguments, "translate": TranslateArguments}
+STAGES |= {"score": ScoreArguments, "select": SelectArguments}
+PHASES = {StageArguments: stages.PHASES, GenerateArguments: generate.PHASES, TranslateArguments: translate.PHASES}
+PHASES |= {ScoreArguments: score.PHASES, SelectArguments: select.PHASES}
 READ = "read"  # the stage of a split that no other one works on: its rows as they are
 # docs/your_language.md says what they mean.
-CONFIG_KEYS = (
-    *("dataset", "output", "language", "source_language", "split", "evaluation_splits", "image_column", "rename"),
-    *("card",),
-)
+NEEDED_KEYS = ("dataset", "output", "language")
+CONFIG_KEYS = (*NEEDED_KEYS, "source_language", "split", "evaluation_splits", "image_column", "rename", "card")
 CARD_KEYS = ("pretty_name", "description", "license", "license_name", "license_link", "sources", "attribution")
 SOURCE_KEYS = ("name", "url", "license")
 
@@ -85,7 +73,7 @@ def read_plan(config: Path, executor: dict[str, Any] | None = None, **given: str
     content = {key: value for key, value in read_config(config).items() if value not in ("", "~", "null")}
     content |= {key: str(value) for key, value in given.items() if value is not None}
     _check_keys(content, [*CONFIG_KEYS, *STAGES], str(config))
-    for key in ("dataset", "output", "language"):
+    for key in NEEDED_KEYS:
         if not content.get(key):
             raise ValueError(f"{config} lacks `{key}`. Write it there, or give --{key}.")
     card = _checked_card(content.get("card"), config)
@@ -105,14 +93,8 @@ def read_plan(config: Path, executor: dict[str, Any] | None = None, **given: str
     return Plan(steps, Path(content["output"]), content["language"], card)
 
 
-def _steps(
-    content: dict[str, Any],
-    chain: list[tuple[str, dict[str, Any]]],
-    split: str,
-    executor: dict[str, Any],
-    config: Path,
-) -> list[StageArguments]:
-    """The (folder, flags) of a chain as stages, each of which reads what the one before it writes.
+def _steps(content: dict, chain: list[tuple[str, dict]], split: str, executor: dict, config: Path) -> list:
+    """The (folder, flags) of a chain as `StageArguments`, each of which reads what the one before it writes.
 
     Raises ValueError where a key is unknown or a value is of the wrong type.
     """
@@ -183,26 +165,25 @@ def build(args: BuildArguments) -> Path | None:
         ImportError: a stage needs a package that is not there.
         OSError: the disk is full; the same command does the rest.
     """
-    given = {name: getattr(args, name) for name in ("dataset", "output", "language")}
+    given = {name: getattr(args, name) for name in NEEDED_KEYS}
     try:
         plan = read_plan(args.config, args.executor_flags(), **given)
     except ValueError as error:  # a value of the config is one of the command's
         raise WrongUse(str(error)) from error
     check_packages(plan)
-    if not args.dry_run:
-        check_data(plan)
+    for first in (steps[0] for steps in plan.steps.values()):
+        if not args.dry_run and _state(first) != "done":
+            RowStage(first)  # whether the data set is there, with its columns, before a model is looked for
     for line in described(plan):
         logger.info("%s", line)
     if args.dry_run:
         return None
     runnable, waiting = split_at_tables(plan)
-    remove_outdated(plan, runnable)
     # Slurm takes jobs for what is done as well; a table is asked for once none is needed.
     left = [step for step in runnable if not waiting or _state(step) != "done"]
+    logs = (args.logging_dir or plan.output / "logs") / "dataset"
     works = [work for step in left for work in _works(step)]
-    if not waiting:
-        logs = (args.logging_dir or plan.output / "logs") / "dataset"
-        works.append(Work(dataset_folder.PHASE, plan, logs, "dataset"))
+    works += [] if waiting else [Work(dataset_folder.PHASE, plan, logs, "dataset")]
     if works and not execute(works, args):
         logger.info("The jobs are submitted. This command with --dry_run says how far they are.")
         return None
@@ -229,28 +210,6 @@ def _has_translations(step: StageArguments) -> bool:
     return step.import_file is None or (step.import_file.is_file() and not untranslated(step.import_file))
 
 
-def remove_outdated(plan: Plan, runnable: list[StageArguments]) -> None:
-    """Remove the parts with translations that a table has otherwise now, and the stages after them.
-
-    The parts go last: a start after a kill finds them again.
-    """
-    for steps in plan.steps.values():
-        for number, step in enumerate(steps):
-            if step.import_file and step in runnable and (parts := outdated_parts(step)):
-                logger.info("Translations have changed; %s and what comes of it will be made again.", step.title)
-                for folder in (plan.output / DATASET_FOLDER, *(later.output for later in steps[number + 1 :])):
-                    shutil.rmtree(folder, ignore_errors=True)
-                for part in parts:
-                    part.unlink()
-
-
-def check_data(plan: Plan) -> None:
-    """Raise ValueError where the data set is missing or lacks a split or columns, before a model is looked for."""
-    for first in (steps[0] for steps in plan.steps.values()):
-        if _state(first) != "done":
-            RowStage(first)
-
-
 def check_packages(plan: Plan) -> None:
     """Raise ImportError where an extra is missing that a stage would ask for, maybe after days of others."""
     for step in plan.all_steps():
@@ -265,10 +224,6 @@ def described(plan: Plan) -> list[str]:
     lines = []
     for step in plan.all_steps():
         lines.append(f"{step.title}: {_state(step)}\n    {step.command()}")
-        if step.import_file and _has_translations(step) and (parts := outdated_parts(step)):
-            lines.append(
-                f"    translations of {len(parts)} parts have changed; these and later stages will be made again"
-            )
         for work in _works(step):
             lines += [f"    {work}: task {rank}: {text}" for rank, text in failures(work.logs).items()]
     there = (plan.output / DATASET_FOLDER).is_dir()

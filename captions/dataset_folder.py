@@ -8,7 +8,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -55,26 +55,20 @@ def write_dataset(plan: Plan, rank: int = 0, world_size: int = 1) -> Path:
     last = {split: steps[-1].output for split, steps in plan.steps.items()}
     digests = {split: identity_digest(stage_record(stage)) for split, stage in last.items()}
     if output.is_dir():
-        there = read_json(output / FACTS) if (output / FACTS).is_file() else {}
-        if there.get("stages_digest") != digests:
+        if not (output / FACTS).is_file() or read_json(output / FACTS).get("stages_digest") != digests:
             raise ValueError(
                 f"{output} was made from other stages than those that are there. Remove it, and run again."
             )
         return output
     files = {split: _files(split, stage) for split, stage in last.items()}
     schema = _common_schema(part for some in files.values() for parts in some.values() for part in parts)
+    facts = {"card": plan.card, "language": plan.language, "splits": {}}
     with whole_folder(output) as folder:
-        for some in files.values():
+        for split, some in files.items():
             for name, parts in tqdm(some.items(), desc="Data set", unit="file"):
                 _write_file(folder / name, parts, schema)
-        facts = {
-            "card": plan.card,
-            "language": plan.language,
-            "splits": {
-                split: _split_facts([folder / name for name in files[split]], plan.steps[split]) for split in files
-            },
-            "columns": list(Features.from_arrow_schema(schema)),
-        }
+            facts["splits"][split] = _split_facts([folder / name for name in some], plan.steps[split])
+        facts["columns"] = list(Features.from_arrow_schema(schema))
         pictures = (step.output / "report" / PICTURE for step in plan.all_steps())
         if picture := next(filter(Path.is_file, pictures), None):
             shutil.copyfile(picture, folder / PICTURE)
@@ -89,12 +83,9 @@ def _files(split: str, stage: Path) -> dict[str, list[Path]]:
     parts = [path for path in sorted(stage.glob(f"{split}-*.parquet")) if pq.read_metadata(path).num_rows]
     if not parts:
         raise ValueError(f"{stage} has no row that is left. Its *.skipped.jsonl say why.")
-    ends = accumulate(path.stat().st_size for path in parts)
-    groups: dict[int, list[Path]] = {}
-    for path, end in zip(parts, ends, strict=True):
-        groups.setdefault(int((end - 1) // FILE_BYTES), []).append(path)
-    names = (f"data/{split}-{number:05d}-of-{len(groups):05d}.parquet" for number in range(len(groups)))
-    return dict(zip(names, groups.values(), strict=True))
+    ends = dict(zip(parts, accumulate(path.stat().st_size for path in parts), strict=True))
+    files = [list(some) for _, some in groupby(parts, key=lambda path: (ends[path] - 1) // FILE_BYTES)]
+    return {f"data/{split}-{n:05d}-of-{len(files):05d}.parquet": some for n, some in enumerate(files)}
 
 
 def _common_schema(parts: Iterable[Path]) -> pa.Schema:
@@ -109,7 +100,6 @@ def _common_schema(parts: Iterable[Path]) -> pa.Schema:
 
 def _write_file(path: Path, parts: list[Path], schema: pa.Schema) -> None:
     """A file of some parts, in the columns of all, which are empty where a part has not got them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_parquet(path, schema) as parquet:
         for part in parts:
             with pq.ParquetFile(part) as file:
@@ -134,9 +124,8 @@ def _split_facts(files: Iterable[Path], steps: list[StageArguments]) -> dict[str
 
 def _step_facts(step: StageArguments) -> dict[str, Any]:
     """Of `stage.json`, the parts, and the counts of a translation's quality."""
-    folder = step.output
-    record, report, quality = stage_record(folder), check_complete(folder), folder / REPORT_FILE
-    found = read_json(quality) if quality.is_file() else None
+    record, report, quality = stage_record(step.output), check_complete(step.output), step.output / REPORT_FILE
+    found = read_json(quality, captions=int, flagged=int) if quality.is_file() else None
     return {
         "name": step.output.parent.name.partition("-")[2],
         "settings": hide_paths(record["settings"]),
@@ -153,6 +142,7 @@ def dataset_card(facts: dict[str, Any], picture: str | None) -> str:
     card, language, splits = facts["card"], facts["language"], facts["splits"].values()
     rows, stages = sum(split["rows"] for split in splits), {step["name"] for split in splits for step in split["steps"]}
     filled = [name for split in splits for name, n in split["captions"].items() if n and CAPTION_COLUMN.fullmatch(name)]
+    files = [{"split": name, "path": f"data/{name}-*"} for name in facts["splits"]]
     languages = sorted({name.split("captions-", 1)[1] for name in filled}, key=lambda code: (code != language, code))
     data = DatasetCardData(
         # The Hub takes codes of ISO 639 alone: `zh` of `zh-Hant`, `por` of `por_Latn`.
@@ -161,12 +151,7 @@ def dataset_card(facts: dict[str, Any], picture: str | None) -> str:
         size_categories=[next((name for limit, name in SIZES if rows < limit), "n>10M")],
         task_categories=["image-to-text", "zero-shot-image-classification"],
         tags=["capivara", "image-text", *(["translated"] if "translate" in stages else [])],
-        configs=[
-            {
-                "config_name": "default",
-                "data_files": [{"split": name, "path": f"data/{name}-*"} for name in facts["splits"]],
-            }
-        ],
+        configs=[{"config_name": "default", "data_files": files}],
     )
     text = DatasetCard.from_template(
         data,

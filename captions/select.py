@@ -7,21 +7,48 @@ The strategies and the pair filter are those of the training (`caption_data.sele
 here the choice is made once, can be looked at, and makes the data set small. In the output `captions-<language>`
 holds what was picked, in the order of the strategy, `similarities-<language>` belongs to it, and
 `generated-captions-<language>` is empty; other languages stay as they were. Images that are left with nothing are left
-out and listed. The folder `report` in the output has the counts, the histograms, and the pictures at the cut.
+out and listed. The folder `report` in the output has `index.html` to look at, with the counts, the histograms and the
+pictures at the cut, and `selection.json` with every number of it.
 """
 
 import math
+from array import array
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import numpy as np
+import pandas as pd
+
 from capivara_common.cli import run_command
-from capivara_common.image_files import BadRow
-from caption_data.rows import CAPTIONS, NOT_CHOSEN
+from capivara_common.files import write_json, write_text
+from capivara_common.image_files import BadRow, decode_image
+from capivara_common.privacy import short_name
+from caption_data.rows import CAPTIONS, NOT_CHOSEN, caption_texts
+from caption_data.sources import Split
 from captions.stage_arguments import SelectArguments
-from captions.stages import Phase, RowStage, StageReport, check_complete, run_stage, stage_main
+from captions.stages import (
+    Phase,
+    RowStage,
+    StageReport,
+    check_complete,
+    run_stage,
+    skipped_rows,
+    stage_main,
+    stage_source,
+)
+from eval.records.tables import one_line
 
 REPORT = Path("report") / "index.html"  # in the output; it is written last
+TEMPLATE = Path(__file__).parent / "selection_report.html.j2"
+BINS = 200  # of cosine -1 to 1
+EXAMPLES = 6  # on either side of the cut
+CUTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)  # of the table that helps to choose one; CAPIVARA has 0.2
+SHOWN = 300  # letters of a caption on the page
+DROPPED_COLOUR = "#b9bec6"
+BARS, PICTURE_SIDE = 60, 240  # of a histogram; pixels
 
 
 class Selection:
@@ -50,12 +77,6 @@ class Selection:
         known = [None if value is None or math.isnan(value) else value for value in row.get(self.similarities) or []]
         return list(zip(captions, [*known, *[None] * len(captions)], strict=False))
 
-    def outcome(self, row: dict[str, Any]) -> tuple[list[str], list[tuple[str, float | None]], float | None]:
-        """What the report needs of a row: `chosen`, which may raise BadRow, `scored`, and what the pair filter looks
-        at, the similarity of the first original caption."""
-        scored = self.scored(row)
-        return self.chosen(row), scored, scored[0][1] if row.get(self.captions) else None
-
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
         """The new columns of each row, or what is wrong with the row."""
         return [self._new_columns(row) for row in rows]
@@ -74,13 +95,6 @@ class Selection:
         return {self.captions: chosen, self.generated: [], self.similarities: similarities}
 
 
-def select(args: SelectArguments) -> StageReport:
-    """The whole stage in this process: its rows and the report. Raises as `select_rows` does."""
-    report = select_rows(args)
-    write_missing_report(args)
-    return report
-
-
 def select_rows(args: SelectArguments, rank: int = 0, world_size: int = 1) -> StageReport:
     """Write the parts of one task that are missing. Raises as `RowStage` does."""
     selection = Selection(args)
@@ -94,15 +108,176 @@ def select_rows(args: SelectArguments, rank: int = 0, world_size: int = 1) -> St
     return RowStage(args, rank, world_size).run({selection.captions: CAPTIONS}, settings, selection, "Selection")
 
 
-def write_missing_report(args: SelectArguments, rank: int = 0, world_size: int = 1) -> None:
-    """The report of a selection that is complete, unless it is there."""
-    if not (args.output / REPORT).is_file():
-        from captions.selection_report import write_report  # here: the plots take long to import
-
-        write_report(args, Selection(args).outcome, check_complete(args.output))
+# The report: of one pass over the captions, without the images, so that it says the same however the selection was
+# shared out, killed or resumed.
 
 
-PHASES = {"rows": Phase(select_rows, shared=True), "report": Phase(write_missing_report)}
+def write_report(args: SelectArguments, rank: int = 0, world_size: int = 1) -> None:
+    """The folder `report` of a selection that is complete, unless it is there; its page is written last."""
+    if (args.output / REPORT).is_file():
+        return
+    selection, source = Selection(args), stage_source(args)
+    strategy_cut = args.min_similarity if args.caption_strategy in ("threshold", "diverse") else None
+    captions = _captions(selection, source)
+    images = captions.groupby("row")["kept"].any()
+    known = captions.dropna(subset="similarity")
+    first = known[known["first"]].assign(kept=lambda table: table["row"].map(images))
+    # The cut is that of the first captions: `rank` drops captions of images that fit well, and they would hide those
+    # that the pair filter has dropped.
+    by_first = args.min_pair_similarity is not None and strategy_cut is None
+    folder = args.output / "report"
+    folder.mkdir(exist_ok=True)
+    facts = _facts(args, captions, images, {"first_captions": first, "all_captions": known})
+    facts["examples_of"] = "images, by their first caption" if by_first else "all captions"
+    facts["examples"] = _examples(selection, source, first if by_first else known, folder)
+    panels = [("Images, by their first caption", "images", first, args.min_pair_similarity)]
+    if len(captions) != len(images) or strategy_cut is not None:  # with one caption an image it would be the first
+        panels.append(("All captions", "captions", known, strategy_cut))
+    if panels := [panel for panel in panels if len(panel[2])]:
+        plot_similarities(panels, folder / "similarities.png")
+    write_json(folder / "selection.json", facts)
+    write_text(folder / "index.html", _page(facts, folder))
+
+
+def _captions(selection: Selection, source: Split) -> pd.DataFrame:
+    """A row a distinct caption of the images that could be used: number of the image and place in it, whether it is the
+    image's first original one, whether it is kept, similarity. Texts of tens of millions are not held."""
+    args, names = selection.args, selection.args.renamed()
+    present = [old for old in source.columns if names.get(old, old) in args.columns()]
+    parts = args.output.glob(f"{args.split}-*.parquet")
+    unusable = {row for part in parts for row, reason in skipped_rows(part) if reason != NOT_CHOSEN}
+    columns = {
+        "row": array("q"),
+        "place": array("i"),
+        "first": array("b"),
+        "kept": array("b"),
+        "similarity": array("d"),
+    }
+    for number, row in enumerate(source.rows(only=present)):
+        if number in unusable:
+            continue
+        row = _texts(selection, row)
+        chosen, places = selection.chosen(row), {}
+        scored = selection.scored(row)
+        for place, (text, _) in enumerate(scored):
+            places.setdefault(text, place)
+        for text, place in places.items():
+            similarity = np.nan if scored[place][1] is None or not text.strip() else scored[place][1]
+            first = place == 0 and bool(row.get(selection.captions))
+            for column, value in zip(columns.values(), (number, place, first, text in chosen, similarity), strict=True):
+                column.append(value)
+    table = pd.DataFrame({name: np.asarray(column) for name, column in columns.items()})
+    return table.astype({"first": bool, "kept": bool})
+
+
+def _texts(selection: Selection, row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the source under the names of the output, its captions as lists of texts."""
+    names = selection.args.renamed()
+    row = {names.get(old, old): value for old, value in row.items()}
+    captions = row.keys() & {selection.captions, selection.generated}
+    return row | {name: caption_texts(row[name], name) for name in captions}
+
+
+def _facts(args: Any, captions: pd.DataFrame, images: pd.Series, sides: dict[str, pd.DataFrame]) -> dict[str, Any]:
+    """`selection.json`, but for the examples."""
+    settings = ("caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
+    unusable = {reason: n for reason, n in check_complete(args.output).skipped.items() if reason != NOT_CHOSEN}
+    first = sides["first_captions"]["similarity"]
+    return {
+        "dataset": short_name(args.dataset),
+        **{name: getattr(args, name) for name in ("split", "language", *settings)},
+        "images": {"kept": int(images.sum()), "not chosen": int((~images).sum()), "can't be used": unusable},
+        "captions": {"of these images": len(captions), "kept": int(captions["kept"].sum())},
+        **{
+            name: {
+                side: _side(of[of["kept"] == kept]["similarity"]) for side, kept in (("kept", True), ("dropped", False))
+            }
+            for name, of in sides.items()
+        },
+        "images_passing": {f"{cut:g}": int((first >= cut).sum()) for cut in CUTS},
+    }
+
+
+def _side(similarities: pd.Series) -> dict[str, Any]:
+    bins = np.histogram(similarities.clip(-1, 1), BINS, (-1, 1))[0].tolist()
+    found = {"mean": similarities.mean(), "lowest": similarities.min(), "highest": similarities.max()}
+    found = {name: float(value) if len(similarities) else None for name, value in found.items()}
+    return {"count": len(similarities), **found, "bins": bins}
+
+
+def _examples(selection: Selection, source: Split, captions: pd.DataFrame, folder: Path) -> list[dict[str, Any]]:
+    """The captions that are nearest to the other side of the cut, the nearest first; their pictures are written."""
+    examples = []
+    for kept in (False, True):
+        side = captions[captions["kept"] == kept].sort_values("similarity", ascending=kept, kind="stable")
+        for one in side.head(EXAMPLES).itertuples():
+            row = source.row(one.row)
+            text, _ = selection.scored(_texts(selection, row))[one.place]
+            examples.append({"row": one.row, "caption": text, "similarity": one.similarity, "kept": kept})
+            with suppress(BadRow):
+                image = decode_image(row[selection.args.image_column], source.files).convert("RGB")
+                image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+                image.save(folder / f"row-{one.row}.jpg")
+    return examples
+
+
+def plot_similarities(panels: list[tuple[str, str, pd.DataFrame, float | None]], path: Path) -> None:
+    """Kept over dropped, stacked, with the cut as a line; a panel a (title, unit, captions, cut)."""
+    from matplotlib import pyplot as plt  # here: they take long to import, and one task of a selection draws
+    from matplotlib.ticker import MaxNLocator
+
+    from eval.records.plots import INK, MODEL_COLOUR, save_figure, tidy
+
+    size = (6 * len(panels), 3.8)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for axis, (title, unit, captions, cut) in zip(axes[0], panels, strict=True):
+        values = [captions["similarity"][captions["kept"] == kept] for kept in (False, True)]
+        lowest, highest = captions["similarity"].min() - 0.02, captions["similarity"].max() + 0.02
+        labels = [f"{name}: {len(side):,}" for name, side in zip(("dropped", "kept"), values, strict=True)]
+        colours = [DROPPED_COLOUR, MODEL_COLOUR]
+        axis.hist(values, BARS, (lowest, highest), stacked=True, color=colours, label=labels)
+        if cut is not None:
+            axis.axvline(cut, color=INK, linewidth=1.2, linestyle="--", label=f"cut: {cut:g}")
+        xlabel = "similarity of image and caption (cosine, lowest to highest)"
+        axis.set(title=title, xlabel=xlabel, ylabel=unit)
+        tidy(axis, "y", "top", "right")
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))  # no bar is below
+    save_figure(figure, path)
+
+
+def _page(facts: dict[str, Any], folder: Path) -> str:
+    """The page of the facts; the similarities' part is left out where there are none."""
+    images, captions = facts["images"], facts["captions"]
+    usable, of_images = images["kept"] + images["not chosen"], captions["of these images"]
+    counts = [["images", f"{usable:,}", f"{images['kept']:,}", _share(images["kept"], usable)]]
+    counts.append(["captions", f"{of_images:,}", f"{captions['kept']:,}", _share(captions["kept"], of_images)])
+    counts += [[f"images that can't be used: {k}", f"{n:,}", "0", ""] for k, n in images["can't be used"].items()]
+    kinds = (("first_captions", "first captions of images"), ("all_captions", "captions"))
+    sides = [(f"{name} {side}", facts[kind][side]) for kind, name in kinds for side in ("kept", "dropped")]
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        facts=facts,
+        counts=counts,
+        similarities=[
+            [name, f"{side['count']:,}", *(f"{side[key]:.3f}" for key in ("mean", "lowest", "highest"))]
+            for name, side in sides
+            if side["count"]
+        ],
+        passing=[[cut, f"{n:,}", _share(n, usable)] for cut, n in facts["images_passing"].items()],
+        one_line=lambda text: one_line(text, SHOWN),
+        pictures={path.name for path in folder.glob("row-*.jpg")},
+    )
+    return page.encode("utf-8", "replace").decode()  # half a surrogate pair can't be written
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else ""
+
+
+PHASES = {"rows": Phase(select_rows, shared=True), "report": Phase(write_report)}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from capivara_common.cli import at_least, between, flag
+from capivara_common.cli import at_least, flag
 from capivara_common.image_files import DATASET_HELP, CaptionDataArguments
 from capivara_common.tasks import SHARED_BY_TASKS, ExecutorArguments
 from caption_data.selection import WITH_SIMILARITIES, CaptionChoice
@@ -19,6 +19,10 @@ GONE = {  # flags of earlier versions
     "wait_s": "no task waits for another one any more: a stage starts when the one before is complete",
     "source_prefix": "models without codes of languages are not taken",
     **dict.fromkeys(("sampling", "temperature", "top_p", "seed"), "a caption is the model's likeliest text"),
+    **dict.fromkeys(
+        ("price_per_million", "max_cost"),
+        "a quota of characters, in the service's console, limits what it costs; --backend file --export counts them",
+    ),
     **dict.fromkeys(
         ("characters_per_second", "max_tries", "first_wait_s", "timeout_s"),
         "the service's own limit is kept: a request that it refuses for now is sent again, after pauses that double",
@@ -81,10 +85,7 @@ class GenerateArguments(StageArguments):
     module = "captions.generate"
     max_new_tokens: int = flag(50, "Tokens of a generated text at most.")
     micro_batch_size: int = flag(160, "Captions that are generated at once; fewer need less memory and more time.")
-    model: str = flag(
-        "Salesforce/blip2-opt-2.7b-coco",
-        "Folder or Hub id of a BLIP-2, BLIP, GIT or vision-encoder-decoder model of transformers.",
-    )
+    model: str = flag("Salesforce/blip2-opt-2.7b-coco", "Folder or Hub id of a BLIP-2 of transformers.")
     revision: str | None = flag(None, "Branch, tag or commit of a Hub id.")
     prefixes: Path = flag(PREFIXES, "JSON file of the form of captions/prefixes.json.")
     precision: Literal["float32", "bf16", "fp16"] = flag(
@@ -112,8 +113,7 @@ class TranslateArguments(StageArguments):
     )
     memory: Path | None = flag(
         None,
-        "Folder of translations that are never made again; OUTPUT.memory where none is given. "
-        "Any number of tasks and builds may share it.",
+        "Folder of translations that are never made again, for any number of tasks and builds; else OUTPUT.memory.",
     )
     existing: Literal["refuse", "append", "replace"] = flag(
         "refuse",
@@ -125,13 +125,13 @@ class TranslateArguments(StageArguments):
     )
     batch_size: int | None = flag(None, "Sentences that are translated at once: 32 by a model, 128 otherwise.")
     batch_rows: int = flag(
-        256, "Rows that are worked on at once; sentences are translated 8 for a row, sorted by length."
+        256, "Rows that are worked on at once; after eight times as many sentences, what is translated is kept."
     )
-    rows_per_part: int = flag(1024, "Rows of a file, or an eighth of its sentences: at least what a task takes.")
+    rows_per_part: int = flag(1024, "Rows of a file: at least what a task takes.")
 
     model: str | None = flag(
         None,
-        f"transformers: folder or Hub id of a Marian, NLLB, M2M100, mBART-50 or MADLAD model; "
+        "transformers: folder or Hub id of a Marian, NLLB, M2M100, mBART-50 or MADLAD model; "
         f"{PAPER_MODEL}, the paper's, for en to pt where none is given.",
     )
     revision: str | None = flag(None, "transformers: branch, tag or commit of a Hub id.")
@@ -140,16 +140,6 @@ class TranslateArguments(StageArguments):
     precision: Literal["float32", "bf16", "fp16"] = flag("float32", "transformers: of weights and activations.")
     device: str | None = flag(None, "transformers: cpu or cuda; the GPU where there is one.")
 
-    price_per_million: float | None = flag(
-        None,
-        "google: price of a million characters, as cloud.google.com/translate/pricing or your contract "
-        "says. The page has named 20 US dollars for version 2, which is used here.",
-    )
-    max_cost: float | None = flag(
-        None,
-        "google: what all tasks of this command may cost together, in the currency of the price. Where it "
-        "does not cover the estimate, nothing is sent. A task may spend its share of it.",
-    )
     google_endpoint: str | None = flag(None, "google: another address of the service.")
 
     export: Path | None = flag(None, "file: write the distinct sentences of all rows to this TSV, and end.")
@@ -165,21 +155,10 @@ class TranslateArguments(StageArguments):
         if self.language == self.source_language:
             raise ValueError(f"language and source_language are both {self.language!r}; there is nothing to translate.")
         at_least(self, 1, "batch_size", "num_beams", "max_new_tokens")
-        between(self, 0, 1e12, "price_per_million", "max_cost")
-        self._check_backend()
-
-    def _check_backend(self) -> None:
         languages = (self.source_language, self.language)
         if self.backend == "transformers" and self.model is None and languages != ("en", "pt"):
-            raise ValueError(
-                f"--model is needed for {self.source_language} to {self.language}, such as "
-                f"facebook/nllb-200-distilled-600M; {PAPER_MODEL} is for en to pt."
-            )
-        if self.backend == "google" and self.price_per_million is None:
-            raise ValueError(
-                "--backend google needs --price_per_million, to know what this will cost: see "
-                "cloud.google.com/translate/pricing, or your contract. Nothing was sent."
-            )
+            way_out = f"such as facebook/nllb-200-distilled-600M; {PAPER_MODEL} is for en to pt"
+            raise ValueError(f"--model is needed for {self.source_language} to {self.language}, {way_out}.")
         tables = [self.export, self.import_file]
         if self.backend == "file" and tables.count(None) != 1:
             raise ValueError("--backend file needs --export FILE.tsv, and later --import FILE.tsv: one of the two.")
@@ -187,19 +166,9 @@ class TranslateArguments(StageArguments):
             raise ValueError("--export and --import are of --backend file.")
 
     @property
-    def sentences_at_once(self) -> int:
-        """Sentences in one call of the translator."""
-        return self.batch_size or (32 if self.backend == "transformers" else 128)
-
-    @property
     def memory_folder(self) -> Path:
         """Where translations are kept for later builds."""
         return self.memory or self.output.with_name(self.output.name + ".memory")
-
-    @property
-    def work_folder(self) -> Path:
-        """Of the sentences."""
-        return self.output.with_name(self.output.name + ".translations")
 
     def needed_columns(self) -> list[str]:
         """Columns of captions in the source language, of which one must be there."""

@@ -2,25 +2,28 @@
 
     stage = RowStage(StageArguments("images", Path("generated")))
     stage.run({"captions-pt": CAPTIONS}, {"model": "…"}, process)
-    python -c "from captions.stages import check_complete; print(check_complete('data/pt/3-score/train'))"
 
 A part is a parquet file of consecutive rows of the source, named by their numbers, with the rows that were left out in
 a list beside it. Where parts begin depends on `stage.json` alone, not on who writes them: the tasks of a stage share
 them out by `rank` and `world_size`, with nothing between them but the file system. The names of whole files alone say
 what is done, so that a task that was killed is run again, in any number of tasks, and no row is doubled or lost. The
 parts of a folder are one data set for `open_split`, and for the next stage. Images pass through as their bytes, and no
-more rows are in memory than are worked on at once.
+more rows are in memory than are worked on at once. Parquet files are read where they lie: `datasets` would copy them to
+its cache first, images included, which for a large set is as much disk again a stage.
 """
 
+import bisect
 import itertools
 import json
 import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +39,7 @@ from capivara_common.files import read_json, whole_file, write_json
 from capivara_common.image_files import BadRow, image_bytes
 from capivara_common.tasks import Phase, all_parts, share
 from caption_data.rows import CAPTION_COLUMN, CAPTIONS, Skipped, caption_texts, digest_of, write_skipped
-from caption_data.sources import STAGE_FILE, Split, opened_parquet, refuse_unfinished
-from captions.in_place import fingerprint, open_in_place
+from caption_data.sources import READ_ROWS, STAGE_FILE, Split, open_split, opened_parquet, refuse_unfinished
 from captions.languages import groups
 from captions.stage_arguments import SPLIT, StageArguments
 
@@ -47,15 +49,125 @@ IDENTITY = ("version", "source", "rows_per_part", "settings", "columns")  # what
 NOT_COMPARED = ("name", "damaged")  # of the source: another machine may reach it by another path
 RECORD = {"version": int, "command": str, "source": dict, "rows_per_part": int}
 RECORD |= {"settings": dict, "columns": dict, "versions": dict}
-SOURCE = {"name": str, "split": str, "rows": int}
 MAX_ROWS = 10**9  # names of parts have nine digits
-MAX_SHOWN = 300  # letters of what a damaged file holds
 ROWS_PER_GROUP = 16  # of a parquet file: what a reader of one row reads
 PREPARED_ROWS = 50_000  # whose translations are in memory at once
+SAMPLED_PIECES, SAMPLED_BYTES = 64, 4096  # of a file, evenly spread, for the fingerprint of a split
 # What a stage does with some rows: for each, its new columns, or why it is left out.
 Process = Callable[[list[dict[str, Any]]], list[dict[str, Any] | BadRow]]
 
 logger = logging.getLogger("capivara")
+
+
+# What is read
+
+
+@dataclass(eq=False)
+class ParquetSplit(Split):
+    """A split of parquet files, read a few rows at a time: good for few passes in order, slow for rows here and there.
+
+    No row is read when it is opened, so that damage in the first ones is told by whoever reads them.
+    """
+
+    def __post_init__(self) -> None:
+        self._groups: list[tuple[Path, int, int]] = []  # file, number and rows of each row group
+        schema = None
+        for path in tqdm(self.paths, desc=f"Parquet files, {self.where}", unit="file", leave=False):
+            with opened_parquet(path) as file:
+                schema = file.schema_arrow if schema is None else schema
+                if not file.schema_arrow.equals(schema):
+                    raise ValueError(f"{path} has other columns than {self.paths[0]}; make them alike.")
+                sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            self._groups += [(path, group, size) for group, size in enumerate(sizes)]
+        self._starts = list(itertools.accumulate((size for *_, size in self._groups), initial=0))  # and the end
+        self._features = Features.from_arrow_schema(schema)
+
+    @property
+    def features(self) -> Features:
+        """Of the schema of the files."""
+        return self._features
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Row `index`, from 0."""
+        return next(self.rows(index))
+
+    def rows(self, start: int = 0, only: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+        """The rows from row `start` on, with none but the columns `only`."""
+        if start >= len(self):
+            return
+        first = bisect.bisect_right(self._starts, start) - 1
+        surplus = start - self._starts[first]  # rows of the first group that come before
+        for path, some in itertools.groupby(self._groups[first:], key=lambda group: group[0]):
+            numbers, columns = [number for _, number, _ in some], None if only is None else list(only)
+            with opened_parquet(path) as file:
+                for batch in file.iter_batches(READ_ROWS, row_groups=numbers, columns=columns):
+                    rows = batch.slice(min(surplus, len(batch))).to_pylist()
+                    surplus -= len(batch) - len(rows)
+                    for row in rows:
+                        image = row.get(self.image_column)
+                        if isinstance(image, bytes | str):  # of files that others wrote
+                            kind = "path" if isinstance(image, str) else "bytes"
+                            row[self.image_column] = {"bytes": None, "path": None, kind: image}
+                        yield row
+
+
+open_in_place = partial(open_split, parquet=ParquetSplit)  # parquet files without a copy
+
+
+def stage_source(args: StageArguments) -> Split:
+    """The rows that a stage reads. Raises ValueError as `open_split` does."""
+    return open_in_place(args.dataset, args.split, args.image_column, **args.limits())
+
+
+def fingerprint(source: Split) -> str:
+    """Hex digest of the content, the same wherever the files lie.
+
+    It is cheap: of a large file its size and pieces all over it, of a data set of `datasets` the fingerprint that the
+    library keeps.
+    """
+    if not source.paths:
+        return str(source.data._fingerprint)
+    digest = blake2b(digest_size=16)
+    for path in tqdm(source.paths, desc="Fingerprint", unit="file", leave=False):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode("utf-8", "surrogateescape"))
+        with path.open("rb") as file:
+            if path.suffix == ".jsonl" or size <= SAMPLED_PIECES * SAMPLED_BYTES:  # a list of captions: as a whole
+                while data := file.read(1 << 20):
+                    digest.update(data)
+                continue
+            for piece in range(SAMPLED_PIECES):  # the first and the last one included, where footers are
+                file.seek((size - SAMPLED_BYTES) * piece // (SAMPLED_PIECES - 1))
+                digest.update(file.read(SAMPLED_BYTES))
+    return digest.hexdigest()
+
+
+def passed_features(source: Split, image_column: str, renamed: dict[str, str]) -> Features:
+    """The columns that a stage passes on, by their names in its output: all but those without a plain type of Arrow.
+
+    Raises:
+        ValueError: there are no images, or a name stands for two columns.
+    """
+    names = renamed | {image_column: IMAGE}
+    if image_column not in source.columns:
+        raise ValueError(f"{source.where} has no image column {image_column!r}; there are {source.columns}.")
+    source.check_columns(names)
+    features = Features()
+    for old, feature in source.features.items():
+        new = names.get(old, old)
+        if new in features or (new != old and new in source.columns and new not in names):
+            raise ValueError(f"{source.where}: two columns would be named {new!r}. Rename one with --rename OLD=NEW.")
+        if CAPTION_COLUMN.fullmatch(new):
+            features[new] = CAPTIONS
+        elif "extension<" not in str(Features({new: feature}).arrow_schema.field(new).type):
+            features[new] = feature
+    return Features(features | {IMAGE: Image()})
+
+
+# What is written
 
 
 @dataclass(frozen=True)
@@ -132,7 +244,7 @@ class RowStage:
         settings: dict[str, Any],
         process: Process,
         title: str = "Rows",
-        prepare: Callable[[list[range]], None] | None = None,
+        prepare: Callable[[list[range]], None] = lambda parts: None,
     ) -> StageReport:
         """Write the parts of the task that are missing, whole or not, each with a list of its rows that were left out.
 
@@ -149,19 +261,18 @@ class RowStage:
             ValueError: the folder is of other settings or another source; what differs is named.
             OSError: the disk is full; the parts that are there are whole, and the same command makes the others.
         """
-        features, output = Features(self.features | columns), self.args.output
+        features = Features(self.features | columns)
         added = {
             "settings": settings | self.args.image_settings(),
             "columns": {name: repr(feature) for name, feature in features.items()},
             "versions": package_versions(),
         }
-        record = claim(output, self.record | added)
+        record = claim(self.args.output, self.record | added)
         missing = [part for part in self.parts if not self.path(part).is_file()]
         total, left = sum(map(len, self.parts)), sum(map(len, missing))
         with tqdm(total=total, initial=total - left, desc=title, unit="row", disable=self.rank > 0) as bar:
             for group in groups(missing, PREPARED_ROWS):
-                if prepare:
-                    prepare(group)
+                prepare(group)
                 for part in group:
                     try:
                         self._write_part(part, features.arrow_schema, process, bar)
@@ -202,17 +313,15 @@ class RowStage:
         rows = itertools.islice(self.source.rows(part.start), len(part))
         numbered = zip(part, rows, strict=True)  # a source that has become shorter must not lose rows in silence
         while batch := list(itertools.islice(numbered, self.args.batch_rows)):
-            results: list[dict[str, Any] | BadRow] = [self._prepared(row) for _, row in batch]
-            good = [index for index, row in enumerate(results) if not isinstance(row, BadRow)]
-            if good:
-                done = process([dict(results[index]) for index in good])
-                for index, new in zip(good, done, strict=True):
-                    results[index] = new if isinstance(new, BadRow) else results[index] | new
-            for (number, _), result in zip(batch, results, strict=True):
-                if isinstance(result, BadRow):
-                    skipped.append(Skipped(self.source.name, self.source.split, number, result.reason, result.detail))
+            results = [self._prepared(row) for _, row in batch]
+            good = [row for row in results if not isinstance(row, BadRow)]
+            done = iter(process([dict(row) for row in good]) if good else [])
+            for (number, _), row in zip(batch, results, strict=True):
+                new = row if isinstance(row, BadRow) else next(done)
+                if isinstance(new, BadRow):
+                    skipped.append(Skipped(self.source.name, self.source.split, number, new.reason, new.detail))
                 else:
-                    yield result
+                    yield row | new
             bar.update(len(batch))
 
     def _prepared(self, row: dict[str, Any]) -> dict[str, Any] | BadRow:
@@ -225,35 +334,6 @@ class RowStage:
             return row | {name: caption_texts(row[name], name) for name in row if CAPTION_COLUMN.fullmatch(name)}
         except BadRow as bad:
             return bad
-
-
-def passed_features(source: Split, image_column: str, renamed: dict[str, str]) -> Features:
-    """The columns that a stage passes on, by their names in its output: all but those without a plain type of Arrow.
-
-    Raises:
-        ValueError: there are no images, or a name stands for two columns.
-    """
-    names = renamed | {image_column: IMAGE}
-    if image_column not in source.columns:
-        raise ValueError(f"{source.where} has no image column {image_column!r}; there are {source.columns}.")
-    for old in names:
-        if old not in source.columns:
-            raise ValueError(f"rename: {source.where} has no column {old!r}; there are {source.columns}.")
-    features = Features()
-    for old, feature in source.features.items():
-        new = names.get(old, old)
-        if new in features or (new != old and new in source.columns and new not in names):
-            raise ValueError(f"{source.where}: two columns would be named {new!r}. Rename one with --rename OLD=NEW.")
-        if CAPTION_COLUMN.fullmatch(new):
-            features[new] = CAPTIONS
-        elif "extension<" not in str(Features({new: feature}).arrow_schema.field(new).type):
-            features[new] = feature
-    return Features(features | {IMAGE: Image()})
-
-
-def stage_source(args: StageArguments) -> Split:
-    """The rows that a stage reads. Raises ValueError as `open_split` does."""
-    return open_in_place(args.dataset, args.split, args.image_column, **args.limits())
 
 
 @contextmanager
@@ -270,20 +350,7 @@ def whole_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
         os.fsync(file.fileno())
 
 
-def stage_record(output: Path | str) -> dict[str, Any]:
-    """`stage.json` of a folder. Raises ValueError where there is none, or it is not what a stage has written."""
-    path = Path(output) / STAGE_FILE
-    if not path.is_file():
-        raise ValueError(f"{output} is no output of a stage, it has no {STAGE_FILE}.")
-    try:
-        record = read_json(path, **RECORD)
-        source, rows_per_part = record["source"], record["rows_per_part"]
-        good = all(type(source.get(name)) is kind for name, kind in SOURCE.items()) and rows_per_part > 0
-        if not good or not 0 <= source["rows"] < MAX_ROWS or not re.fullmatch(SPLIT, source["split"]):
-            raise ValueError(f"{path}: what it says of the source can't be, {str(source)[:MAX_SHOWN]}")
-    except ValueError as error:
-        raise ValueError(f"{error}. Put back a copy of it, or remove {output} and run its stage again.") from error
-    return record
+# The folder
 
 
 def part_path(output: Path, split: str, part: range) -> Path:
@@ -296,6 +363,21 @@ def skipped_path(path: Path) -> Path:
     return path.with_suffix(".skipped.jsonl")
 
 
+def stage_record(output: Path | str) -> dict[str, Any]:
+    """`stage.json` of a folder. Raises ValueError where there is none, or it is not what a stage has written."""
+    path = Path(output) / STAGE_FILE
+    if not path.is_file():
+        raise ValueError(f"{output} is no output of a stage, it has no {STAGE_FILE}.")
+    try:
+        record = read_json(path, **RECORD)
+        rows, split, size = record["source"].get("rows"), record["source"].get("split"), record["rows_per_part"]
+        if type(rows) is not int or not 0 <= rows < MAX_ROWS or size < 1 or not re.fullmatch(SPLIT, str(split)):
+            raise ValueError(f"{path}: {rows!r} rows of split {split!r}, {size} a part, can't be")
+    except ValueError as error:
+        raise ValueError(f"{error}. Put back a copy of it, or remove {output} and run its stage again.") from error
+    return record
+
+
 def claim(output: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Make `output` the folder of this stage, or check that it is; returns the record that is there.
 
@@ -305,7 +387,7 @@ def claim(output: Path, record: dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         if output.exists() and not output.is_dir():
             raise ValueError(f"The output folder {output} is a file. Choose another name.")
-        if output.is_dir() and any(output.glob("*.parquet")):
+        if any(output.glob("*.parquet")):
             raise ValueError(f"{output} holds parquet files but no {STAGE_FILE}. Choose another --output.")
         write_json(path, record)  # several tasks write the same; else the comparison below fails
     there = stage_record(output)
@@ -317,8 +399,8 @@ def claim(output: Path, record: dict[str, Any]) -> dict[str, Any]:
     ]
     if differences:
         raise ValueError(
-            f"{output} was made from {there['source']['name']} with other settings, and parts of two kinds must not "
-            f"mix. {'; '.join(differences)}. Give these as they were, choose another --output, or remove this "
+            f"{output} was made from {there['source'].get('name')} with other settings, and parts of two kinds must "
+            f"not mix. {'; '.join(differences)}. Give these as they were, choose another --output, or remove this "
             "folder and what was made from it."
         )
     return there
@@ -356,7 +438,7 @@ def progress(output: Path, record: dict[str, Any], parts: Iterable[range]) -> St
         path = part_path(output, record["source"]["split"], part)
         with opened_parquet(path, f". Remove it, {again}") as file:
             written = file.metadata.num_rows
-        reasons = _reasons(skipped_path(path))
+        reasons = Counter(reason for _, reason in skipped_rows(path))
         if written + sum(reasons.values()) != len(part):
             raise ValueError(
                 f"{path} has {written} rows and a list of {sum(reasons.values())} that were left out, of "
@@ -366,14 +448,17 @@ def progress(output: Path, record: dict[str, Any], parts: Iterable[range]) -> St
     return StageReport(rows, dict(skipped.most_common()))
 
 
-def _reasons(path: Path) -> Counter[str]:
-    if not path.is_file():
-        return Counter()
+def skipped_rows(part: Path) -> list[tuple[int, str]]:
+    """Number and reason of the rows that a part goes without. Raises ValueError where the list is broken."""
+    path = skipped_path(part)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return Counter(str(json.loads(line)["reason"]) for line in lines)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return [(int(line["row"]), str(line["reason"])) for line in map(json.loads, lines)]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}). Remove it and the part beside it, and go on.") from error
+
+
+# The command
 
 
 def read_rows(args: StageArguments, rank: int = 0, world_size: int = 1) -> StageReport:

@@ -29,7 +29,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, 
 from capivara_common.environment import how_to_install, require, torch_device
 from capivara_common.hub_cache import check_reachable
 from captions.languages import cut, find_code, groups, same_language
-from captions.stage_arguments import GOOGLE_CHARACTERS, GOOGLE_MODULES, TranslateArguments
+from captions.stage_arguments import GOOGLE_CHARACTERS, GOOGLE_MODULES
 from modeling_capivara.checks_capivara import tokenizer_errors
 from modeling_capivara.loading import checked_config
 
@@ -49,11 +49,9 @@ REFUSED = {400, 401, 403}
 
 
 class Seq2SeqTranslator:
-    """A model with its tokenizer, told the languages.
+    """A model in `eval()`, with its tokenizer, told the languages that it writes and reads.
 
     Args:
-        model: in `eval()`, on the device where it shall work.
-        language, source_language: that it shall write, and reads; `same_language` says which codes mean the same.
         batch_size: sentences, or pieces of long ones, that go through at once.
         options: of `generate`; what is not given is as in the model's generation_config.
         identity: of the weights, for the translation memory.
@@ -157,10 +155,9 @@ def load(
     target = torch_device(device)
     try:
         check_reachable(name, revision=revision)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), tokenizer_errors("its tokenizer"):
             warnings.filterwarnings("ignore", "Recommended: pip install sacremoses")  # which the tokenizer never calls
-            with tokenizer_errors("its tokenizer"):
-                tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         checked_config(name, revision=revision)
         model = AutoModelForSeq2SeqLM.from_pretrained(name, revision=revision, dtype=DTYPES[precision])
     except ImportError as error:
@@ -170,18 +167,16 @@ def load(
         said = str(error).strip().split("\n")[0]
         raise ValueError(f"{name} can't be loaded as a translation model: {said}") from error
     identity = {"model": Path(name).name if Path(name).is_dir() else name, "revision": _revision(name, model)}
-    return Seq2SeqTranslator(
-        model.eval().to(target), tokenizer, language, source_language, identity=identity, **options
-    )
+    model.eval().to(target)
+    return Seq2SeqTranslator(model, tokenizer, language, source_language, identity=identity, **options)
 
 
 def _revision(name: str, model: PreTrainedModel) -> str:
     """The commit on the Hub, or a digest of a folder's files: weights that were trained on are other weights."""
-    folder = Path(name)
-    if not folder.is_dir():
+    if not Path(name).is_dir():
         return str(model.config._commit_hash)
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    for path in sorted(filter(Path.is_file, Path(name).iterdir())):
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -208,10 +203,6 @@ def _only_language(tokenizer: PreTrainedTokenizerBase, language: str, name: str)
     return written
 
 
-class BudgetExceeded(ValueError):
-    """One more request would be dearer than allowed."""
-
-
 class GoogleTranslator:
     """Google's service, told the languages that it writes and reads.
 
@@ -222,42 +213,25 @@ class GoogleTranslator:
 
     name = "Google Translate"
 
-    def __init__(self, language: str, source_language: str, args: TranslateArguments):
-        self.max_characters, self.sent_characters = sys.maxsize, 0
+    def __init__(self, language: str, source_language: str, endpoint: str | None = None):
         self._secrets: list[str] = []
-        self._client = _client(args.google_endpoint or ENDPOINT, self._secrets)
+        self._client = _client(endpoint or ENDPOINT, self._secrets)
         languages = self._tried(self._client.get_languages)
         known = [entry["language"] for entry in languages if isinstance(entry, dict) and "language" in entry]
-        self.code = find_code(language, known, self.name)
-        self._source = find_code(source_language, known, self.name)
+        self.code, self._source = (find_code(code, known, self.name) for code in (language, source_language))
         self.fingerprint = {"backend": "google", "api": "v2", "source": self._source, "target": self.code}
 
     def translate(self, sentences: list[str]) -> list[str]:
         """One translation a sentence; one that is too long is translated in pieces, which are joined by blanks."""
         pieces = [cut(sentence, lambda text: len(text) <= GOOGLE_CHARACTERS) for sentence in sentences]
-        requests = groups([piece for some in pieces for piece in some], GOOGLE_CHARACTERS, MAX_SENTENCES)
+        requests = groups(itertools.chain.from_iterable(pieces), GOOGLE_CHARACTERS, MAX_SENTENCES)
         made = iter([text for request in requests for text in self._tried(lambda texts=request: self._answers(texts))])
-        return [" ".join(next(made) for _ in some) for some in pieces]
+        return [" ".join(itertools.islice(made, len(some))) for some in pieces]
 
     def _answers(self, texts: list[str]) -> list[str]:
         """One request."""
-        from google.api_core.exceptions import GoogleAPICallError
-
-        characters = sum(map(len, texts))
-        if self.sent_characters + characters > self.max_characters:
-            raise BudgetExceeded(
-                f"{self.sent_characters:,} characters were sent to Google, and {characters:,} more would cost more "
-                "than --max_cost allows this run. What is translated is kept; the same command goes on."
-            )
-        self.sent_characters += characters
-        try:
-            entries = self._client.translate(
-                texts, target_language=self.code, source_language=self._source, format_="text"
-            )
-        except GoogleAPICallError:  # refused, so not charged; what is lost on the way may be
-            self.sent_characters -= characters
-            raise
-        found = [entry.get("translatedText") for entry in entries]
+        languages = {"target_language": self.code, "source_language": self._source}
+        found = [entry.get("translatedText") for entry in self._client.translate(texts, format_="text", **languages)]
         if len(found) != len(texts) or not all(isinstance(text, str) for text in found):
             raise TypeError("it answered without a translation")
         return found
@@ -265,16 +239,14 @@ class GoogleTranslator:
     def _tried(self, request: Callable[[], Any]) -> Any:
         """The result of a request, which is repeated while its failure may pass."""
         for number in range(MAX_TRIES):
+            if number:
+                time.sleep(min(FIRST_WAIT_S * 2 ** (number - 1), LONGEST_WAIT_S) * random.uniform(0.5, 1.0))
             try:
                 return request()
-            except BudgetExceeded:
-                raise
             except Exception as error:  # of google, requests and urllib3, and of answers that are no JSON
                 reason, may_pass = self._failure(error)
             if not may_pass:
                 raise ValueError(reason)  # here: an error that was raised in `except` would carry the first one
-            if number + 1 < MAX_TRIES:
-                time.sleep(min(FIRST_WAIT_S * 2**number, LONGEST_WAIT_S) * random.uniform(0.5, 1.0))
         raise ConnectionError(
             f"Google has failed {MAX_TRIES} times, at last so: {reason}. What is translated is kept; the same command "
             "goes on."

@@ -22,6 +22,7 @@ COLUMNS = ("id", "source", "translation")
 MAX_NAMED = 5  # rows without a translation that a message names; it gives the number of all
 BLANKS = " \xa0\u3000"  # a cell of these alone is empty to who sees it
 SHOWN = 40  # letters of a sentence in an error
+UNQUOTED = "Spreadsheets that quote a column change it: open the file without a quoting sign."
 AS_THEY_WENT = "The rows must be those that were written: put back what is missing, sort them by the number in the id."
 _SHORT = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
 _LONG = {short: text for text, short in _SHORT.items()}
@@ -76,16 +77,14 @@ def read_translations(path: Path, sentences: list[str]) -> dict[str, str]:
     for place, (line, row) in enumerate(rows):
         name, source = (ids[place], sentences[place]) if place < len(ids) else ("nothing", "")
         if row["id"] != name:
-            shown = f"{path}, line {line}: {row['id'][:SHOWN]!r} in place of {name} ({source[:SHOWN]!r})"
-            raise ValueError(f"{shown}. {AS_THEY_WENT}")
+            said = f"{row['id'][:SHOWN]!r} in place of {name} ({source[:SHOWN]!r}). {AS_THEY_WENT}"
+            raise ValueError(f"{path}, line {line}: {said}")
         if row.get("source", source) != source:
-            shown = f"{path}, line {line}: the source {row['source'][:SHOWN]!r} in place of {source[:SHOWN]!r}"
-            raise ValueError(
-                f"{shown}. Spreadsheets that quote a column change it: open the file without a quoting sign."
-            )
+            said = f"the source {row['source'][:SHOWN]!r} in place of {source[:SHOWN]!r}. {UNQUOTED}"
+            raise ValueError(f"{path}, line {line}: {said}")
     if len(rows) < len(ids):
         raise ValueError(f"{path} ends before {ids[len(rows)]} ({sentences[len(rows)][:SHOWN]!r}). {AS_THEY_WENT}")
-    if missing := _untranslated(rows):
+    if missing := untranslated(path):
         raise ValueError(f"{path}: {missing} Fill their last column.")
     return {source: row["translation"] for source, (_, row) in zip(sentences, rows, strict=True)}
 
@@ -95,10 +94,7 @@ def untranslated(path: Path) -> str:
 
     Raises ValueError where the file is no such table.
     """
-    return _untranslated(_rows(path))
-
-
-def _untranslated(rows: list[tuple[int, dict[str, str]]]) -> str:
+    rows = _rows(path)
     names = [f"line {line} ({row['id'][:SHOWN]})" for line, row in rows if not row["translation"].strip(BLANKS)]
     more = f", and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     said = f"{len(names)} of {len(rows)} sentences have no translation yet: {', '.join(names[:MAX_NAMED])}{more}."
@@ -116,17 +112,15 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     header = lines[0].split("\t")
     if len(set(header)) < len(header) or not {"id", "translation"} <= set(header):
-        raise ValueError(
-            f"The first line of {path} must name the columns id and translation, and may name source, apart by tabs; "
-            f"it is {lines[0][:80]!r}."
-        )
+        rule = "must name the columns id and translation, and may name source, apart by tabs"
+        raise ValueError(f"The first line of {path} {rule}; it is {lines[0][:80]!r}.")
     rows = []
-    for number, line in enumerate(lines[1:], 2):
+    for number, line in ((number, line) for number, line in enumerate(lines[1:], 2) if line):
         cells = line.split("\t")
-        if line and len(cells) != len(header):
+        if len(cells) != len(header):
             raise ValueError(f"{path}, line {number}: {len(cells)} columns, the first line has {len(header)}.")
         try:
-            rows += [(number, dict(zip(header, map(unescape, cells), strict=True)))] if line else []
+            rows.append((number, dict(zip(header, map(unescape, cells), strict=True))))
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}.") from error
     return rows

@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, Features
 
 from caption_data.pairs import pair_table, skipped_rows, usable
 from caption_data.sources import open_split
-from captions.in_place import open_in_place
+from captions.stages import open_in_place
 from training.inputs import evaluation_pairs, training_pairs
 
 CACHE = tempfile.TemporaryDirectory(prefix="capivara-tests-")

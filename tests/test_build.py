@@ -22,7 +22,7 @@ from tiny import randomise, tiny_config
 
 from capivara_common.executors import TasksFailed, Work, execute
 from caption_data.rows import CAPTIONS, SIMILARITIES
-from captions import score, stages
+from captions import score
 from captions.build import BuildArguments, ManualStepRequired, build, main, read_plan
 from captions.select import Selection
 from captions.stage_arguments import StageArguments
@@ -127,12 +127,6 @@ def corrected(table: Path, **cells: str) -> None:
     table.write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def times(folder: Path) -> dict[str, int]:
-    """Name -> when it was written, of all parts of the stages."""
-    parts = folder.glob("?-*/*/*.parquet")
-    return {f"{path.parent.parent.name}/{path.name}": path.stat().st_mtime_ns for path in parts}
-
-
 def test_a_table_waits_until_it_is_filled(config, tmp_path, capsys, caplog):
     """Neither an error nor a translation: it says how many are missing and where, one way to go on, and ends with 0."""
     table = tmp_path / "tables" / "train.tsv"
@@ -151,34 +145,6 @@ def test_a_table_waits_until_it_is_filled(config, tmp_path, capsys, caplog):
     assert not (tmp_path / "built" / "1-translate" / "train").exists() and not (tmp_path / "built" / "dataset").exists()
     corrected(table, a_cat_0="ikati 0", a_dog="inja")
     assert build(BuildArguments(config)) and "has the sentences" not in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_a_corrected_cell_makes_again_what_depends_on_it(config, tmp_path, caplog, monkeypatch):
-    """Of its split: the part of the row, and the stages after it. What comes of it is what a new build would be, also
-    where the first start is killed, and another cell was changed meanwhile."""
-    table = tmp_path / "tables" / "train.tsv"
-    build(BuildArguments(config))
-    before = times(tmp_path / "built")
-    corrected(table, a_cat_9="ikati", a_cat_2="-")
-    with caplog.at_level("INFO", "capivara"):
-        build(BuildArguments(config, dry_run=True))
-    assert "translations of 2 parts have changed;" in caplog.text and times(tmp_path / "built") == before
-    for module, function in ((Path, "unlink"), (stages.RowStage, "_write_part")):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(module, function, lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
-            build(BuildArguments(config))
-    corrected(table, a_cat_9="ikati elincinane", a_cat_2="ikati 2")
-    build(BuildArguments(config))
-    after = times(tmp_path / "built")
-    assert after.keys() == before.keys()
-    changed = {name for name in after if after[name] != before[name] and name.startswith("1-translate")}
-    assert changed == {f"1-translate/train-{start:09d}-{start + 2:09d}.parquet" for start in (2, 8)}
-    assert "ikati elincinane" in str(rows_of(tmp_path / "built" / "dataset"))
-    corrected_build = files(tmp_path / "built")
-    (tmp_path / "built").rename(tmp_path / "corrected")
-    build(BuildArguments(config))
-    assert files(tmp_path / "built") == corrected_build
 
 
 @pytest.mark.slow
@@ -256,7 +222,7 @@ def test_every_job_of_slurm_waits_for_the_one_before(config, tmp_path, monkeypat
     logs = tmp_path / "elsewhere"
     flags = SLURM | {"gpus_per_task": 1, "sbatch": ["output=a b/%j.out"], "logging_dir": logs}
     assert build(BuildArguments(config, **flags)) is None
-    phases = ["sentences", "translations", "rows", "report"]
+    phases = ["rows", "report"]
     assert [name.removeprefix("captions-") for name, *_ in jobs] == [
         *(f"1-translate-train-{name}" for name in phases), "2-score-train-rows", "3-select-train-rows",
         "3-select-train-report", *(f"1-translate-test-{name}" for name in phases), "dataset",

@@ -11,9 +11,8 @@ from datasets import Image
 
 from capivara_common.image_files import decode_image
 from caption_data.rows import CAPTIONS, SIMILARITIES
-from captions.in_place import open_in_place
 from captions.score import ScoreArguments, main, score
-from captions.stages import stage_record
+from captions.stages import open_in_place, stage_record
 from modeling_capivara import two_towers
 from modeling_capivara.two_towers import load_embedder
 

@@ -11,7 +11,7 @@ from datasets import Image
 
 from caption_data.rows import CAPTIONS, SIMILARITIES
 from caption_data.selection import STRATEGIES
-from captions.select import SelectArguments, main, select, select_rows, write_missing_report
+from captions.select import SelectArguments, main, select_rows, write_report
 from training.arguments import RunArguments
 
 # Captions, generated ones, similarities: below, at and above CAPIVARA's 0.2, a caption twice, an image with none.
@@ -38,6 +38,13 @@ def saved(folder, rows=ROWS, scored=True) -> str:
     return saved_train(folder, features, map(picture, range(len(rows))), *columns)
 
 
+def select(args):
+    """The whole stage: its rows and the report."""
+    report = select_rows(args)
+    write_report(args)
+    return report
+
+
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory) -> str:
     return saved(tmp_path_factory.mktemp("scored") / "data")
@@ -56,8 +63,8 @@ def table_rows(output) -> list[list[str]]:
 
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: "-".join(map(str, flags.values())))
 def test_it_keeps_what_the_training_draws_from(scored, tmp_path, flags, monkeypatch):
-    monkeypatch.setattr("captions.selection_report.plot_similarities", lambda *_: None)  # other tests look at it
-    monkeypatch.setattr("captions.selection_report._page", lambda *_: "")
+    monkeypatch.setattr("captions.select.plot_similarities", lambda *_: None)  # other tests look at it
+    monkeypatch.setattr("captions.select._page", lambda *_: "")
     select(SelectArguments(scored, tmp_path / "out", **flags))
     skipped = []
     (split,) = training_of(RunArguments(model="m", dataset=[scored], **flags), skipped)
@@ -153,7 +160,7 @@ def test_tasks_report_what_one_run_reports(scored, tmp_path):
     args = SelectArguments(scored, tmp_path / "three", **flags)
     for rank in (2, 0, 1):
         select_rows(args, rank, 3)
-    write_missing_report(args)
+    write_report(args)
     for path in (tmp_path / "one" / "report").iterdir():
         assert (tmp_path / "three" / "report" / path.name).read_bytes() == path.read_bytes(), path.name
 

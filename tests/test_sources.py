@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
 from capivara_common.image_files import decode_image, image_bytes, image_path
 from caption_data.sources import Split, open_split
-from captions.in_place import open_in_place
+from captions.stages import open_in_place
 
 FEATURES = Features({"image": Image(), "captions-pt": List(Value("string"))})
 

@@ -23,9 +23,8 @@ from test_sources import FORMS
 from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTIONS, SIMILARITIES
 from caption_data.sources import open_split, unfinished
-from captions.in_place import open_in_place
 from captions.stage_arguments import ScoreArguments, StageArguments
-from captions.stages import RowStage, check_complete
+from captions.stages import RowStage, check_complete, open_in_place
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = 40

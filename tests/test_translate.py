@@ -14,11 +14,10 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from google_server import KEY, google_service, translated
 from seq2seq_models import m2m100_folder, marian_folder
 
-from capivara_common.files import read_json, write_json
+from capivara_common.files import read_json
 from caption_data.sources import open_split
-from captions.stage_arguments import StageArguments, TranslateArguments
-from captions.stages import check_complete, stage_main
-from captions.translate import COST, TranslationMemory, main, task_characters
+from captions.stages import check_complete
+from captions.translate import TranslationMemory, main
 from captions.tsv import unescape
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,8 +68,7 @@ def service(monkeypatch):
 def google_flags(service, dataset: str, output: Path, *more: str) -> list[str]:
     return [
         *("--dataset", dataset, "--output", str(output), "--language", "pt", "--backend", "google"),
-        *("--google_endpoint", service.url, "--price_per_million", "20", "--max_cost", "10"),
-        *("--batch_rows", "3", "--rows_per_part", "6", "--batch_size", "4", *more),
+        *("--google_endpoint", service.url, "--batch_rows", "3", "--rows_per_part", "6", "--batch_size", "4", *more),
     ]
 
 
@@ -127,16 +125,6 @@ def test_a_launch_by_accelerate_is_refused(service, dataset, tmp_path, monkeypat
         main(google_flags(service, dataset, tmp_path / "pt"))
 
 
-def test_the_limit_of_a_task(dataset, tmp_path):
-    """Its own characters, and its share of what is left over for requests that are repeated."""
-    flags = {"language": "pt", "backend": "google", "price_per_million": 20.0, "max_cost": 0.3}
-    args = TranslateArguments(dataset=dataset, output=tmp_path / "pt", **flags)
-    write_json(args.work_folder / COST, {"characters": 11_000})
-    assert [task_characters(args, own, 4) for own in (0, 5_000)] == [1_000, 6_000]
-    free = TranslateArguments(dataset=dataset, output=tmp_path / "pt", **flags | {"price_per_million": 0.0})
-    assert task_characters(free, 5, 4) == sys.maxsize
-
-
 def test_the_memory_keeps_what_differs_apart_and_survives_damage(tmp_path, caplog):
     nasty = {"quotes \"' and \0 \t\n": "ção 🦫", "x" * 10_000: "", "a cat": "um gato"}
     fingerprint = {"backend": "transformers", "model": "marian", "target": "por"}
@@ -148,26 +136,6 @@ def test_the_memory_keeps_what_differs_apart_and_survives_damage(tmp_path, caplo
     assert TranslationMemory(tmp_path, fingerprint | {"beams": 4}).find(nasty) == {}
     (memory.folder / "broken.parquet").write_bytes(b"PAR1 half")
     assert again.find(["a dog"]) == {"a dog": "um cão"} and "broken.parquet can't be read" in caplog.text
-
-
-@pytest.mark.slow
-def test_the_estimate_is_of_what_the_memory_does_not_know(service, dataset, tmp_path, caplog):
-    """What costs more than allowed is not begun."""
-    flags = google_flags(service, dataset, tmp_path / "pt")
-    without = [flag for flag in flags if flag not in ("--max_cost", "10")]
-    with pytest.raises(SystemExit, match=r"no --max_cost is given. Nothing was sent"):
-        main(without)
-    with pytest.raises(
-        SystemExit, match=r"11,\d+ characters .*about 0.2\d at 20 a million; --max_cost allows 0.20. No"
-    ):
-        main([*flags, "--max_cost", "0.2", "--tasks", "2"])
-    assert service.requests == [] and not (tmp_path / "pt").exists()
-    main(flags)
-    estimate = f"{sum(map(len, distinct())):,} characters to translate, about"
-    assert estimate in caplog.text
-    assert sum(map(len, service.sentences())) <= sum(map(len, distinct()))
-    main([*without, "--output", str(tmp_path / "again"), "--memory", str(tmp_path / "pt.memory")])
-    assert "0 characters to translate, about 0.00" in caplog.text
 
 
 def test_google_stops_and_goes_on(service, dataset, tmp_path, monkeypatch):
@@ -257,8 +225,8 @@ def test_a_table_goes_out_and_comes_back(dataset, tmp_path, caplog):
     assert not (tmp_path / "other").exists()
 
 
-def test_a_table_waits_and_may_be_corrected(dataset, tmp_path, caplog, capsys):
-    """An empty cell is no translation, and no error. A stage that has read the rows of before does not take others."""
+def test_a_table_waits_and_is_not_changed_afterwards(dataset, tmp_path, caplog, capsys):
+    """An empty cell is no translation, and no error. What was made of other cells is refused, done or not."""
     table = tmp_path / "yo.tsv"
     main(file_flags(dataset, tmp_path / "yo", "--export", str(table)))
     text = table.read_text(encoding="utf-8")
@@ -269,16 +237,12 @@ def test_a_table_waits_and_may_be_corrected(dataset, tmp_path, caplog, capsys):
 
     table.write_text(text.replace("\t\n", "\told\n"), encoding="utf-8")
     main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
-    stage_main(StageArguments, "", ["--dataset", str(tmp_path / "yo"), "--output", str(tmp_path / "read")])
-    assert text.count("thing 23") == 1
-    table.write_text(re.sub(r"(thing 23.*\t)\n", r"\1new\n", text).replace("\t\n", "\told\n"), encoding="utf-8")
-    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "yo").glob("*.parquet")}
-    main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
-    assert [row["generated-captions-yo"][0] for row in written(tmp_path / "yo")] == ["old"] * 23 + ["new"]
-    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "yo").glob("*.parquet")}
-    assert [name for name in after if before.get(name) != after[name]] == ["train-000000018-000000024.parquet"]
-    with pytest.raises(SystemExit, match=r"source.fingerprint: .* there, .* now"):
-        stage_main(StageArguments, "", ["--dataset", str(tmp_path / "yo"), "--output", str(tmp_path / "read")])
+    table.write_text(text.replace("\t\n", "\tnew\n"), encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"yo\.tsv has changed since .*yo was made of it.*remove that folder"):
+        main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
+    next((tmp_path / "yo").glob("*.parquet")).unlink()
+    with pytest.raises(SystemExit, match=r"settings\.translator\.sha256: .* there, .* now"):
+        main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
 
 
 # Quality, columns, errors
@@ -377,8 +341,7 @@ def test_similarities_of_other_captions_are_not_kept(service, tmp_path):
         (["--backend", "file"], "one of the two"),
         (["--export", "x.tsv"], "are of --backend file"),
         (["--language", "hi"], "--model is needed for en to hi, such as facebook/nllb"),
-        (["--backend", "google"], "needs --price_per_million"),
-        (["--backend", "google", "--price_per_million", "-1"], "price_per_million must be from 0 to"),
+        (["--backend", "google", "--max_cost", "5"], "`--max_cost` is gone: a quota of characters"),
     ],
 )
 def test_bad_arguments(dataset, tmp_path, flags, message):

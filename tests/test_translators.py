@@ -8,7 +8,6 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -226,11 +225,8 @@ def waits(monkeypatch) -> list[float]:
     return found
 
 
-def google(service, language="pt", max_characters=10**6, endpoint=None):
-    args = SimpleNamespace(google_endpoint=endpoint or service.url)
-    translator = GoogleTranslator(language, "en", args)
-    translator.max_characters = max_characters
-    return translator
+def google(service, language="pt", endpoint=None):
+    return GoogleTranslator(language, "en", endpoint or service.url)
 
 
 def test_google_translates_in_requests_that_it_allows(service):
@@ -275,26 +271,6 @@ def test_what_does_not_pass_ends_at_once(service, fault, said):
     with pytest.raises(ValueError, match=said):
         translator.translate(["a cat"])
     assert len(service.requests) == 1
-
-
-def test_no_more_is_sent_than_may_be_paid(service):
-    translator = google(service, max_characters=100)
-    translator.translate(["x" * 60])
-    with pytest.raises(ValueError, match=r"60 characters were sent .* 50 more would cost more than --max_cost"):
-        translator.translate(["y" * 50])
-    assert translator.sent_characters == 60 == sum(map(len, service.sentences()))
-    service.faults[:] = [503, 429]  # which Google does not charge
-    translator.translate(["z" * 40])
-    assert translator.sent_characters == 100
-
-
-@pytest.mark.slow
-def test_what_is_lost_on_the_way_may_be_charged(service, monkeypatch):
-    monkeypatch.setattr(translators, "TIMEOUT_S", 1.0)
-    translator = google(service, max_characters=25)
-    service.faults[:] = ["timeout"] * 3
-    with pytest.raises(ValueError, match="20 characters were sent"):
-        translator.translate(["x" * 10])
 
 
 def test_languages_are_google_s(service):
