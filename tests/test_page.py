@@ -130,7 +130,7 @@ class Visitor:
         self.page.set_input_files(f"#{part}-file", [{"name": name, "mimeType": "image/png", "buffer": data}])
 
     def chooses(self, part: str, folder: Path) -> None:
-        self.page.click(f"#{part} summary")
+        self.page.click(f"#{part} > button")
         self.page.click(f"#{part} .tree button[title='{folder}']")
 
     def tiles(self) -> int:
@@ -234,23 +234,22 @@ def narrows_the_search(visitor: Visitor, folder: Path) -> None:
 def goes_down_the_tree_by_keys(visitor: Visitor, folder: Path) -> None:
     """All folders with their counts, the way to one that is deep; Escape leads back."""
     page, press = visitor.page, visitor.page.keyboard.press
-    page.focus("#folder summary")
+    page.focus("#folder > button")
     press("Enter")
     page.locator(f"#folder .tree button[title='{folder}']").wait_for()
     rows = page.locator("#folder .tree li > button[title]").all_inner_texts()
     assert [row.split("\n")[-2:] for row in rows][:2] == [[f"{folder.parent.name}/fotos", "35"], ["amarelo", "5"]]
-    assert page.locator("#folder .fold").get_attribute("aria-expanded") == "true" and not page.evaluate(NAMELESS)
-    press("Tab"), press("Tab"), press("Enter")
-    assert page.locator("#folder .fold").get_attribute("aria-expanded") == "false"
-    assert page.locator("#folder .tree li").count() == 1
+    assert page.locator("#folder details[open] details").count() == 0 and not page.evaluate(NAMELESS)
+    press("Tab"), press("Tab"), press("Tab"), press("Enter")
+    page.locator("#folder .tree li li").first.wait_for(state="hidden")
     press("Enter"), press("Escape")
-    assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
+    assert page.evaluate("document.activeElement.parentElement.id") == "folder"
     assert not page.locator("#folder .tree").is_visible()
     press("Enter")
     page.locator(f"#folder .tree button[title='{folder / 'verde'}']").focus()
     press("Enter")
     page.locator("#results .tile").nth(5).wait_for(state="detached")
-    assert visitor.tiles() == 5 and visitor.text("#folder summary").endswith("fotos/verde") and "verde" in page.url
+    assert visitor.tiles() == 5 and visitor.text("#folder > button").endswith("fotos/verde") and "verde" in page.url
     page.click("#clear")
     visitor.first_is("rocket")
 
@@ -286,7 +285,7 @@ def looks_closely(visitor: Visitor, folder: Path, shown: Path) -> None:
     page.wait_for_function("document.activeElement.title === 'coffee'")  # the focus returns to where it was
     page.keyboard.press("Enter")
     page.click("#viewer-path button:text-is('viagem')")
-    visitor.sees("#folder summary", "viagem")
+    visitor.sees("#folder > button", "viagem")
     page.locator("#results .tile").nth(5).wait_for(state="detached")
     assert visitor.tiles() == 5
     page.click("#clear")
@@ -406,7 +405,7 @@ def sees_the_index_grow(visitor: Visitor, folder: Path, model: Path) -> None:
     visitor.page.fill("#text", "azul na esquerda")
     visitor.sees("#facts", "36 imagens")
     visitor.page.fill("#text", "")
-    visitor.page.locator("#results .stack:first-child > .tile[title='novissima']").wait_for(timeout=30_000)
+    visitor.page.locator("#results li:first-child > .tile[title='novissima'] + .same").wait_for(timeout=30_000)
     opens_a_stack(visitor.page)
 
 

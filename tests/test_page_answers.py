@@ -118,7 +118,7 @@ def test_a_picture_that_is_gone_and_an_index_without_pictures(answers, saved_tin
     empty = Answers(PictureIndex.open(tmp_path / "new.lance", str(saved_tiny_folder)))
     assert empty.search(Question.read({"text": "gato"}), None)["hits"] == []
     assert empty.status(Question()) | {"version": 0} == {
-        "version": 0, "count": 0, "folders": {}, "model": "model", "note": None, "suggestions": [],
+        "version": 0, "count": 0, "folders": {}, "videos": 0, "model": "model", "note": None, "suggestions": [],
         "suggesting": True, "progress": None,
     }  # fmt: skip
 

@@ -1,9 +1,6 @@
-"""Answers of the page: from a question to plain values for JSON, and words that are worth searching for.
+"""Answers of the page, from a question to plain values for JSON, and words that are worth searching for.
 
-For example:
-
-    answers = Answers(index)
-    answers.search(Question.read({"text": "um gato", "k": 12}), None)["hits"]
+    Answers(index).search(Question.read({"text": "um gato", "k": 12}), None)["hits"]
 """
 
 import contextlib
@@ -22,7 +19,7 @@ import PIL.Image
 from capivara_common.image_files import BadImage
 from capivara_search.labelling import checked_labels, classify_vectors
 from capivara_search.page.guard import Refusal
-from capivara_search.results import TEMPLATE, Classified, Hit
+from capivara_search.results import TEMPLATE, Classified, Hit, Status
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
@@ -45,41 +42,26 @@ TEMPLATES = {"pt": TEMPLATE, "en": "an image of {}"}  # the languages of the pag
 
 @dataclass(frozen=True)
 class Question:
-    """What a visitor asks; every field may be left out.
+    """What a visitor asks; every field may be left out."""
 
-    Attributes:
-        text: that is searched for.
-        like: path of a picture of the index that is searched for, or asked about, or whose copies are.
-        k: pictures of the answer.
-        folder: that pictures must lie in, or that is classified; "" for all.
-        since: first day.
-        until: last day.
-        labels: of a classification.
-        template: sentence of a classification, with {} for the label.
-        more: paths of pictures of the index that the search is pulled towards.
-        less: those that it is pulled away from.
-        language: of the suggestions.
-    """
-
-    text: str = ""
-    like: str = ""
-    k: int = 48
-    folder: str = ""
-    since: date | None = None
-    until: date | None = None
-    labels: tuple[str, ...] = ()
-    template: str = TEMPLATE
-    more: tuple[str, ...] = ()
-    less: tuple[str, ...] = ()
-    language: str = "pt"
+    text: str = ""  # that is searched for
+    like: str = ""  # path of a picture of the index that is searched for, or asked about, or whose copies are
+    k: int = 48  # pictures of the answer
+    folder: str = ""  # that pictures must lie in, or that is classified; "" for all
+    since: date | None = None  # first day
+    until: date | None = None  # last day
+    labels: tuple[str, ...] = ()  # of a classification
+    template: str = TEMPLATE  # sentence of a classification, with {} for the label
+    more: tuple[str, ...] = ()  # paths of pictures of the index that the search is pulled towards
+    less: tuple[str, ...] = ()  # those that it is pulled away from
+    language: str = "pt"  # of the suggestions
 
     @classmethod
     def read(cls, values: object) -> "Question":
         """Check what a visitor has sent. Raises Refusal."""
         if not isinstance(values, dict) or not values.keys() <= {field.name for field in fields(cls)}:
             raise Refusal("bad_question")
-        known = {name: _checked(name, value) for name, value in values.items()}
-        question = cls(**known)
+        question = cls(**{name: _checked(name, value) for name, value in values.items()})
         if len(question.text) > MAX_LETTERS:
             raise Refusal("long_text", letters=MAX_LETTERS)
         if question.since and question.until and question.since > question.until:
@@ -91,11 +73,7 @@ class Question:
         return {"folder": self.folder or None, "since": self.since, "until": self.until}
 
     def labels_and_template(self) -> tuple[list[str], str]:
-        """The labels, without blanks and repetitions, and the sentence, which is the label alone where there is none.
-
-        Raises:
-            Refusal: there are too few labels or too many, or the sentence does not have {} once.
-        """
+        """The labels, each once, and the sentence, by default the label alone. Raises Refusal where a rule is broken."""
         names = list(dict.fromkeys(name for label in self.labels if (name := " ".join(label.split()))))
         if len(names) < MIN_LABELS:
             raise Refusal("few_labels")
@@ -146,51 +124,44 @@ class Answers:
 
     def __init__(self, index: "PictureIndex"):
         self.index, self.suggestions = index, Suggestions(index)
-        self._facts: tuple[int, dict[str, int], int] | None = None  # version, folders, pictures
+        self._about: tuple[int, Status] | None = None  # version of the index
 
     def search(self, question: Question, image: PIL.Image.Image | None) -> dict[str, Any]:
-        """The pictures that are nearest to a text, a picture or both, or the newest where neither is given.
-
-        Raises:
-            Refusal: the picture that is asked about is no longer in the index.
-        """
+        """The pictures that are nearest to what is asked for, or the newest where nothing is. Raises Refusal."""
         where = question.where() | {"stacked": True}
         vector = self._vector(question, image) if len(self.index) else None
         if vector is None:
-            hits = [picture(hit, scored=False) for hit in self.index.newest(question.k, **where)]
+            found = self.index.newest(question.k, **where)
         else:
             where["of_text"] = image is None and not (question.like or question.more or question.less)
             found = self.index.search_vector(vector, question.k + bool(question.like), **where)
-            hits = [picture(hit) for hit in found if hit.path != question.like][: question.k]
+        towards = vector is not None and (question.text.strip() or image is not None or question.like or question.more)
+        hits = [picture(hit, bool(towards)) for hit in found if hit.path != question.like][: question.k]
         return self._state() | {"hits": hits, "cut": len(question.text) > READ_LETTERS}
 
     def copies(self, question: Question, image: object = None) -> dict[str, Any]:
         """The other pictures that are nearly the same as one of the index. Raises Refusal."""
         self._known_vectors([question.like])
         found = self.index.copies(question.like, MAX_PICTURES, **question.where())
-        return self._state() | {"hits": [picture(hit, scored=False) for hit in found]}
+        return {"hits": [picture(hit, scored=False) for hit in found]}
 
     def folders(self, question: Question, image: object = None) -> dict[str, Any]:
         """Every folder, with the number of pictures in it and below."""
-        return self._state() | {"folders": self.index.all_folders()}
+        return {"folders": self.index.all_folders()}
 
     def classify(self, question: Question, image: PIL.Image.Image | None) -> dict[str, Any]:
-        """The labels' shares for a picture, or the pictures of a folder by their labels.
-
-        Raises:
-            Refusal: there is neither picture nor folder, or the labels or the template break their rules.
-        """
+        """The labels' shares for a picture, or the pictures of a folder by their labels. Raises Refusal."""
         labels, template = question.labels_and_template()
         if image is not None:
             one = self.index.classify(image, labels, template)[0]
             shares = sorted(one.shares.items(), key=lambda share: -share[1])
-            return self._state() | {"label": one.label, "shares": [[label, float(share)] for label, share in shares]}
+            return {"label": one.label, "shares": [[label, float(share)] for label, share in shares]}
         if not question.folder:
             raise Refusal("nothing_given")
         # Of the index alone: `PictureIndex.classify` reads other files, too.
         paths = [hit.path for hit in self.index.newest(MAX_CLASSIFIED, **question.where())]
         found = classify_vectors(self.index.model, paths, self._known_vectors(paths), labels, template)
-        return self._state() | {"groups": self._groups(labels, found), "pictures": len(found)}
+        return {"groups": self._groups(labels, found), "pictures": len(found)}
 
     def prepare_images(self) -> None:
         """Load what pictures of visitors need."""
@@ -199,15 +170,14 @@ class Answers:
     def status(self, question: Question) -> dict[str, Any]:
         """What the index holds by now, how far an indexing is, and words that are worth searching for."""
         words, state, model = self.suggestions.best(question.language), self._state(), self.index.model
-        suggested = {"suggestions": words or [], "suggesting": words is None}
-        note = model.note_in(question.language)
-        facts = {"folders": self._facts[1], "model": model.name, "note": note, "progress": self.index.progress()}
-        return state | facts | suggested
+        if self._about is None or self._about[0] != state["version"]:
+            self._about = state["version"], self.index.status()
+        facts = {"folders": self._about[1].folders, "videos": self._about[1].skipped.get("video", 0)}
+        facts |= {"model": model.name, "note": model.note_in(question.language), "progress": self.index.progress()}
+        return state | facts | {"suggestions": words or [], "suggesting": words is None}
 
     def _state(self) -> dict[str, int]:
-        if self._facts is None or self._facts[0] != self.index.version():
-            self._facts = (self.index.version(), self.index.folders(), len(self.index))
-        return {"version": self._facts[0], "count": self._facts[2]}
+        return {"version": self.index.version(), "count": len(self.index)}
 
     def _vector(self, question: Question, image: PIL.Image.Image | None) -> np.ndarray | None:
         """(width,): the mean of all that is asked for; None where nothing is. Raises Refusal."""
@@ -220,11 +190,10 @@ class Answers:
             vectors.append(self._known_vector(question.like))
         pulls = [(1.0, self._known_vector(path)) for path in question.more]
         pulls += [(-1.0, self._known_vector(path)) for path in question.less]
-        if question.more and not vectors:
-            vectors = [pulls.pop(0)[1]]
-        if not vectors:
-            return None
-        vector = np.mean(vectors, axis=0)
+        if pulls and not vectors:  # away from a picture alone: all are found, the farthest first
+            weight, vector = pulls.pop(0)
+            vectors = [weight * vector]
+        vector = np.mean(vectors, axis=0) if vectors else None
         return self.index.steered(vector, pulls) if pulls else vector
 
     def _known_vector(self, path: str) -> np.ndarray:
@@ -252,7 +221,7 @@ class Answers:
         return groups
 
 
-def picture(hit: Hit, scored: bool = True) -> dict[str, Any]:
+def picture(hit: Hit, scored: bool) -> dict[str, Any]:
     """What the page shows of a picture: its row, its name, and a number that changes with its file."""
     values = dataclasses.asdict(hit) | {"name": Path(hit.path).stem}
     times = ("taken", "modified", "date")
@@ -271,7 +240,7 @@ def decoded(upload: bytes, decode: Callable[[bytes], PIL.Image.Image]) -> PIL.Im
 
 
 class Suggestions:
-    """Common nouns that stand out in an index: embedded once for each language, ranked anew where it has changed."""
+    """Common nouns that stand out in an index: embedded once a language, ranked anew where the index has changed."""
 
     def __init__(self, index: "PictureIndex"):
         self._index = index
@@ -313,13 +282,8 @@ def nouns(language: str) -> list[str]:
 def standing_out(words: np.ndarray, pictures: np.ndarray, count: int = SHOWN) -> list[int]:
     """The words that some pictures fit much better than other words and other pictures do.
 
-    Args:
-        words: (words, width), unit length.
-        pictures: (pictures, width), unit length.
-        count: of words that are wanted.
-
-    Returns:
-        Rows of `words`, best first. They have different pictures, so that each leads elsewhere; there may be fewer.
+    Of words (words, width) and pictures (pictures, width), unit length, at most `count` rows of `words`, best first. They
+    have different pictures, so that each leads elsewhere.
     """
     if not len(pictures):
         return []

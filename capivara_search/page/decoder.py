@@ -43,18 +43,15 @@ class Decoder:
     def image(self, upload: bytes) -> PIL.Image.Image:
         """The image of an upload, upright, RGB, transparent parts white, its longer side at most `VIEW_SIDE` pixels.
 
-        Raises:
-            BadImage: it can't be read, has too many pixels, or takes longer than `PICTURE_S`.
+        Raises BadImage where it can't be read, has too many pixels, or takes longer than `PICTURE_S`.
         """
         about, pixels = self._answer({}, upload)
         return PIL.Image.frombytes("RGB", about["size"], pixels)
 
     def view(self, data: bytes, name: str) -> bytes:
-        """A file of the index as JPEG, upright, its longer side at most `VIEW_SIDE`. Raises BadImage as `image`.
+        """A file of the index, whose name's end says whether it is RAW, as JPEG; size and errors are those of `image`.
 
-        Args:
-            data: the file, which this process has opened: the other one opens none.
-            name: of the file, whose end says whether it is RAW.
+        This process has opened it: the other one opens none.
         """
         return self._answer({"name": name}, data)[1]
 

@@ -16,8 +16,8 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, suppress
-from typing import TypeVar
+from contextlib import asynccontextmanager, nullcontext, suppress
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -54,17 +54,10 @@ HEADERS = {
 }
 
 logger = logging.getLogger("capivara")
-T = TypeVar("T")
 
 
 class Refusal(ValueError):
-    """A request that is not answered: `raise Refusal("too_large", 413, megabytes=20)`.
-
-    Args:
-        code: of the reason, such as "busy"; `page/words/*.json` have its text in each language.
-        status: of HTTP.
-        values: that the text names.
-    """
+    """A request that is not answered: code of the reason, whose text `page/words` has, status of HTTP, values of it."""
 
     def __init__(self, code: str, status: int = 400, **values: object):
         super().__init__(code)
@@ -146,29 +139,32 @@ class Guard:
         """Pass a question on with its whole body; a large one in a place, for which it waits with its first step."""
         length = _length(Headers(scope=scope))
         body = await _step(receive, length)
-        async with self._place(length):
+        async with place(self._places, PLACE_S) if length > MAX_QUESTION_BYTES else nullcontext():
             async with asyncio.timeout(RECEIVE_S):
                 while len(body) < length:
                     body += await _step(receive, length - len(body))
             message = {"type": "http.request", "body": bytes(body), "more_body": False}
             del body
-            waiting = [message]
-            await self.app(scope, lambda: _next(waiting, receive), send)
+            messages = [message]
 
-    @asynccontextmanager
-    async def _place(self, length: int) -> AsyncIterator[None]:
-        if length <= MAX_QUESTION_BYTES:
-            yield
-            return
-        try:
-            async with asyncio.timeout(PLACE_S):
-                await self._places.acquire()
-        except TimeoutError:
-            raise Refusal("busy", 503) from None
-        try:
-            yield
-        finally:
-            self._places.release()
+            async def next_message() -> Message:
+                return messages.pop() if messages else await receive()
+
+            await self.app(scope, next_message, send)
+
+
+@asynccontextmanager
+async def place(places: asyncio.Semaphore, seconds: float) -> AsyncIterator[None]:
+    """One of some places, for as long as it is needed. Raises Refusal where none is free in time."""
+    try:
+        async with asyncio.timeout(seconds):
+            await places.acquire()
+    except TimeoutError:
+        raise Refusal("busy", 503) from None
+    try:
+        yield
+    finally:
+        places.release()
 
 
 class Connection(H11Protocol):
@@ -227,22 +223,17 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def allowed_hosts(host: str, more: Sequence[str] = ()) -> list[str]:
-    """The names that a page answers to, beside the addresses of this machine that it is bound to.
+    """The names that a page answers to, beside the addresses of this machine: those of `host`, which it is bound to.
 
-    Args:
-        host: that it is bound to.
-        more: other names of this machine, or of the proxy before it; "*" for any.
-
-    Raises:
-        ValueError: one of them is no name.
+    Raises ValueError where one of `more`, other names of the machine or of a proxy before it or "*" for any, is none.
     """
     own = ["localhost", "127.0.0.1", "::1", host.lower()]
     names = own + [name if name == "*" else host_name(name) for name in more]
     if "" in names:
         raise ValueError(f"--allow-host must be a name such as fotos.local, or an address, got {', '.join(more)!r}.")
     if host in ("0.0.0.0", "::"):
-        own = socket.gethostname().lower()
-        names += [own, f"{own.partition('.')[0]}.local"]  # as it is found in a network without a server of names
+        machine = socket.gethostname().lower()
+        names += [machine, f"{machine.partition('.')[0]}.local"]  # as a network without a server of names finds it
     return list(dict.fromkeys(names))
 
 
@@ -284,10 +275,6 @@ async def _step(receive: Receive, rest: int) -> bytearray:
     return body
 
 
-async def _next(waiting: list[Message], receive: Receive) -> Message:
-    return waiting.pop() if waiting else await receive()
-
-
 class Queue:
     """Questions one after another, each within a stated time: tokenizers are no good in two threads at once.
 
@@ -296,32 +283,25 @@ class Queue:
 
     def __init__(self) -> None:
         self._turn = asyncio.Semaphore(1)
-        self._waiting = self._given_up = 0
+        self._asked = self._given_up = 0
 
-    async def ask(self, question: Callable[[], T], seconds: float | None = None) -> T:
+    async def ask(self, question: Callable[[], Any], seconds: float | None = None) -> Any:
         """The answer to a question, when its turn has come; it is given up after `seconds`, or else `QUERY_S`.
 
         Raises:
             Refusal: too many wait, or it took too long.
         """
-        if self._waiting >= MAX_WAITING or self._given_up >= MAX_GIVEN_UP:
+        if self._asked > MAX_WAITING or self._given_up >= MAX_GIVEN_UP:
             raise Refusal("busy", 503)
-        self._waiting += 1
+        self._asked += 1
         try:
-            async with asyncio.timeout(WAIT_S):
-                await self._turn.acquire()
-        except TimeoutError:
-            raise Refusal("busy", 503) from None
+            async with place(self._turn, WAIT_S):
+                return await self._answered(question, seconds or QUERY_S)
         finally:
-            self._waiting -= 1
-        try:
-            return await self._answered(question, QUERY_S if seconds is None else seconds)
-        finally:
-            self._turn.release()
+            self._asked -= 1
 
-    async def _answered(self, question: Callable[[], T], seconds: float) -> T:
-        answer: Future[T] = Future()
-        answer.set_running_or_notify_cancel()
+    async def _answered(self, question: Callable[[], Any], seconds: float) -> Any:
+        answer: Future[Any] = Future()
 
         def work() -> None:
             try:

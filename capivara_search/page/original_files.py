@@ -1,9 +1,6 @@
 """The files of the pictures: only those that are rows of the index, and only as pictures.
 
-For example:
-
-    files = OriginalFiles(index, decoder)
-    files.view("/home/ana/Fotos/praia.jpg")  # JPEG of at most 1600 pixels
+    OriginalFiles(index, decoder).view("/home/ana/Fotos/praia.jpg")  # JPEG of at most 1600 pixels
 """
 
 import mimetypes
@@ -23,12 +20,7 @@ if TYPE_CHECKING:
 
 
 class OriginalFiles:
-    """What is read from the disk for visitors. Every path is looked up first; one that is no row gets one answer.
-
-    Args:
-        index: whose rows may be opened.
-        decoder: that decodes them.
-    """
+    """What is read from the disk for visitors. Every path is looked up first; one that is no row gets one answer."""
 
     def __init__(self, index: "PictureIndex", decoder: Decoder):
         self._index, self._decoder = index, decoder
@@ -49,11 +41,7 @@ class OriginalFiles:
             raise Refusal("no_original", 404) from None
 
     def view(self, path: str) -> tuple[bytes, str]:
-        """A picture, large, and its media type; its thumbnail where the file can't be read any more.
-
-        Raises:
-            Refusal: the path is no row.
-        """
+        """A row's picture, large, and its media type; its thumbnail where the file can't be read. Raises Refusal."""
         try:
             with self._open(path) as file:
                 return self._decoder.view(contents(file), path), "image/jpeg"

@@ -45,7 +45,6 @@ from capivara_search.page.guard import (
     Refusal,
     allowed_hosts,
     listening,
-    refused,
 )
 from capivara_search.page.original_files import OriginalFiles
 
@@ -69,25 +68,15 @@ logger = logging.getLogger("capivara")
 
 @dataclass(frozen=True)
 class Credit:
-    """Whose pictures they are, as a page says that is open to others.
+    """Whose pictures they are, as a page says that is open to others."""
 
-    Attributes:
-        name: of the data set.
-        licence: identifier, such as "cc-by-sa-4.0"; "" where none is stated.
-        attribution: the sentence that the licence asks for; "" where it asks for none.
-    """
-
-    name: str
-    licence: str = ""
-    attribution: str = ""
+    name: str  # of the data set
+    licence: str = ""  # identifier, such as "cc-by-sa-4.0"; "" where none is stated
+    attribution: str = ""  # the sentence that the licence asks for; "" where it asks for none
 
 
 class Page:
-    """A page that is open; `close` ends it.
-
-    Attributes:
-        url: its address.
-    """
+    """A page that is open at `url`; `close` ends it."""
 
     def __init__(self, app: Starlette, listening: socket.socket, url: str):
         config = uvicorn.Config(
@@ -179,7 +168,6 @@ def open_page(
         routes=site.routes(),
         middleware=[Middleware(Guard, hosts=hosts, behind_proxy=not site.local)],
         lifespan=site.lifespan,
-        exception_handlers={Refusal: _refused},
     )
     name = f"[{host}]" if ":" in host else host
     return Page(app, taken, f"http://{name}:{taken.getsockname()[1]}")
@@ -321,10 +309,6 @@ def _chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 def _kept(data: bytes, kind: str) -> Response:
     return Response(data, media_type=kind, headers={"Cache-Control": f"private, max-age={KEPT_S}"})
-
-
-async def _refused(request: Request, refusal: Refusal) -> Response:
-    return refused(refusal)
 
 
 @cache

@@ -1,6 +1,9 @@
-// What all parts of the page share: words in its language, questions to the server, elements, tiles.
+// What all parts of the page share, and the page without a server, too: words, questions, elements, tiles, the form.
 export const WORDS = JSON.parse(document.getElementById("words").textContent);
 export const LANGUAGE = WORDS.tag;
+export const PAGE = 48; // pictures at first, and with each "more"
+const TYPING_MS = 250; // without a key, then a search begins
+const TILES = "#results li:not(.copy) .tile"; // without the copies that are open
 const PLURAL = new Intl.PluralRules(LANGUAGE);
 
 export const find = (id) => document.getElementById(id);
@@ -25,9 +28,8 @@ export const reason = (error) => say(error.code ?? "failed", error.values, WORDS
 
 /** Shows what went wrong until the next question; nothing where there is no error. */
 export function notice(error) {
-  const said = find("notice");
-  said.hidden = !error;
-  said.textContent = error ? reason(error) : "";
+  find("notice").hidden = !error;
+  find("notice").textContent = error ? reason(error) : "";
 }
 
 /** The answer to a question, a line of JSON and perhaps a picture; an error has the code of its words. */
@@ -57,16 +59,14 @@ export function element(name, attributes = {}, ...children) {
 }
 
 /** Address of a picture of the index; it changes with the file, so that browsers may keep the answer. */
-export const address = (kind, picture) => `${kind}?${new URLSearchParams({ path: picture.path, v: picture.v })}`;
+export const address = (kind, picture) => `${kind}?${new URLSearchParams({ path: picture.path, v: picture.v ?? 0 })}`;
 
-/** A picture as a button, which opens it large. `text` is its name for screen readers. */
-export function tile(picture, text, open) {
-  const made = element(
-    "button",
-    { type: "button", class: "tile", title: picture.name, "data-path": picture.path, "aria-label": text, click: open },
-    element("img", { src: picture.source ?? address("thumbnail", picture), alt: "", loading: "lazy", decoding: "async" }),
-    element("span", { class: "caption", "aria-hidden": "true" }, element("span", {}, picture.name)),
-  );
+/** A picture of a list as a button, which opens it large. `text` is its name for screen readers; `more` is in its caption. */
+export function tile(picture, text, open, more = null) {
+  const image = element("img", { src: picture.source ?? address("thumbnail", picture), alt: "", loading: "lazy", decoding: "async" });
+  const caption = element("span", { class: "caption", "aria-hidden": "true" }, element("span", {}, picture.name), more);
+  const named = { title: picture.name, "data-path": picture.path, "aria-label": text };
+  const made = element("li", {}, element("button", { type: "button", class: "tile", ...named, click: open }, image, caption));
   made.style.setProperty("--ratio", Math.min(Math.max(picture.width / picture.height, 0.6), 2.4));
   return made;
 }
@@ -74,14 +74,40 @@ export function tile(picture, text, open) {
 /** Pictures as a list of tiles; `searched`: the score beside each and its place, after `from`; `open(i)` shows one large. */
 export function gallery(pictures, searched, open, from = 0) {
   const tiles = pictures.map((picture, i) => {
-    const name = searched ? say("place_of", { rank: from + i + 1, name: picture.name }) : picture.name;
-    if (!searched) return element("li", {}, tile(picture, name, () => open(i)));
+    if (!searched) return tile(picture, picture.name, () => open(i));
     const shown = score(picture.score, 2);
-    const made = tile(picture, `${name}, ${say("score", { score: shown })}`, () => open(i));
-    made.querySelector(".caption").append(element("span", { class: "score" }, shown));
-    return element("li", {}, made);
+    const text = `${say("place_of", { rank: from + i + 1, name: picture.name })}, ${say("score", { score: shown })}`;
+    return tile(picture, text, () => open(i), element("span", { class: "score" }, shown));
   });
   return element("ol", { class: "gallery", start: from + 1 }, ...tiles);
+}
+
+/** Calls `search(keep)` as one types, with Enter ("push") and for more of `asked.k` (null); "/" leads to the field. */
+export function searchForm(asked, search) {
+  const field = find("text");
+  let typing = 0;
+  field.addEventListener("input", () => {
+    Object.assign(asked, { text: field.value, k: PAGE });
+    clearTimeout(typing);
+    typing = setTimeout(search, TYPING_MS, "replace");
+  });
+  find("ask").addEventListener("submit", (event) => {
+    event.preventDefault();
+    clearTimeout(typing);
+    search("push");
+  });
+  find("more").addEventListener("click", async () => {
+    const shown = document.querySelectorAll(TILES).length;
+    asked.k += PAGE;
+    await search(null);
+    document.querySelectorAll(TILES)[shown]?.focus({ preventScroll: true });
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "/" || event.ctrlKey || event.metaKey || event.target.closest("input, textarea, dialog")) return;
+    event.preventDefault();
+    document.querySelector("[data-part=search]")?.click();
+    field.select();
+  });
 }
 
 /** A picture on white whose sides are `scale` times as long. */
@@ -96,43 +122,28 @@ export function drawn(image, scale) {
   return canvas;
 }
 
-/** A picture of the visitor, made smaller where it is large: the model sees a few hundred pixels a side of it. */
-export async function shrunk(file) {
-  if (file.size < 600_000) return file;
-  try {
-    const image = await createImageBitmap(file);
-    const canvas = drawn(image, Math.min(1, 1024 / Math.max(image.width, image.height)));
-    return await canvas.convertToBlob({ type: "image/jpeg", quality: 0.95 });
-  } catch {
-    return file; // a format that this browser does not know; the server may
-  }
+/** Calls `take(files)` for those dropped on `area`, chosen in one of `inputs`, or pasted while `area` is in sight. */
+export function takeFiles(area, inputs, take) {
+  const given = (files) => files.length && take([...files]);
+  for (const input of inputs)
+    input.addEventListener("change", () => {
+      given(input.files);
+      input.value = ""; // the same file may be chosen again
+    });
+  for (const event of ["dragover", "dragleave", "drop"])
+    area.addEventListener(event, (it) => {
+      it.preventDefault();
+      area.classList.toggle("over", event === "dragover");
+      if (event === "drop") given(it.dataTransfer.files);
+    });
+  document.addEventListener("paste", (event) => area.checkVisibility() && given(event.clipboardData.files));
 }
 
-/** Takes files dropped on `area`, chosen in `input` or, with `paste`, pasted anywhere. */
-export function takeFiles(area, input, take, paste = () => false) {
-  input.addEventListener("change", () => {
-    if (input.files[0]) take(input.files[0]);
-    input.value = ""; // the same file may be chosen again
-  });
-  area.addEventListener("dragover", (event) => (event.preventDefault(), area.classList.add("over")));
-  area.addEventListener("dragleave", () => area.classList.remove("over"));
-  area.addEventListener("drop", (event) => {
-    event.preventDefault();
-    area.classList.remove("over");
-    if (event.dataTransfer.files[0]) take(event.dataTransfer.files[0]);
-  });
-  document.addEventListener("paste", (event) => {
-    const file = event.clipboardData.files[0];
-    if (file && paste()) take(file);
-  });
-}
-
-/** A picture that was given, small, with a button that takes it away. */
-export function given(source, remove) {
-  const button = element(
-    "button",
-    { type: "button", "aria-label": say("picture_remove"), click: (event) => (event.preventDefault(), remove()) },
-    "×",
-  );
-  return element("span", { class: "given" }, element("img", { src: source, alt: say("picture_given") }), button);
+/** Shows a picture that was given, a file or an address, small, with a button that takes it away; or none. */
+export function showGiven(place, source, remove) {
+  for (const image of place.querySelectorAll("img")) URL.revokeObjectURL(image.src);
+  if (!source) return place.replaceChildren();
+  const image = element("img", { src: source instanceof Blob ? URL.createObjectURL(source) : source, alt: say("picture_given") });
+  const take = (event) => (event.preventDefault(), remove());
+  place.replaceChildren(element("span", { class: "given" }, image, element("button", { type: "button", "aria-label": say("picture_remove"), click: take }, "×")));
 }

@@ -3,13 +3,13 @@
 import { element, find, number } from "./common.js";
 
 const viewer = find("viewer");
-const state = { list: [], place: 0, draw: null, left: false };
+const state = { list: [], place: 0, draw: null };
 
 /** Opens a picture of a list; `draw(picture, image)` shows it in the element `image`, now and after each step. */
 export function openDialog(list, place, draw) {
-  Object.assign(state, { list, place, draw, left: false });
-  show();
-  if (!viewer.open) viewer.showModal();
+  Object.assign(state, { list, place, draw });
+  step(0);
+  viewer.showModal();
 }
 
 /** The picture that is shown. */
@@ -17,8 +17,7 @@ export const picture = () => state.list[state.place];
 
 /** Closes the dialog for another search, which has the focus then. */
 export function leave(action) {
-  state.left = true;
-  viewer.close();
+  viewer.close("left");
   action();
 }
 
@@ -33,13 +32,7 @@ export const showFacts = (facts) =>
 export const bytes = (size) => (size < 1e6 ? `${number(size / 1e3)} kB` : `${number(size / 1e6, 1)} MB`);
 
 function step(by) {
-  const place = state.place + by;
-  if (place < 0 || place >= state.list.length) return;
-  state.place = place;
-  show();
-}
-
-function show() {
+  state.place = Math.min(Math.max(state.place + by, 0), state.list.length - 1);
   const shown = picture();
   find("viewer-title").textContent = shown.name;
   sayHere("");
@@ -54,18 +47,15 @@ function show() {
 
 find("before").addEventListener("click", () => step(-1));
 find("after").addEventListener("click", () => step(1));
-find("close").addEventListener("click", () => viewer.close());
 viewer.addEventListener("close", () => {
-  if (state.left) return;
+  if (viewer.returnValue === "left") return (viewer.returnValue = "");
   // to the picture that was seen last, which may be another one, or drawn anew meanwhile
   const tiles = [...document.querySelectorAll(".tile")].filter((tile) => tile.dataset.path === picture().path);
   (tiles.find((tile) => tile === document.activeElement) ?? tiles.find((tile) => tile.offsetParent))?.focus();
 });
-viewer.addEventListener("click", (event) => event.target === viewer && viewer.close());
 document.addEventListener("keydown", (event) => {
-  if (!viewer.open) return; // on the document: a button that is disabled loses the focus to it
-  if (event.key === "ArrowLeft") step(-1);
-  else if (event.key === "ArrowRight") step(1);
-  else return;
+  const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (!by || !viewer.open) return; // on the document: a button that is disabled loses the focus to it
   event.preventDefault();
+  step(by);
 });

@@ -6,56 +6,41 @@ const short = (path) => path.split(/[\\/]/).filter(Boolean).slice(-2).join("/") 
 const above = (path) => path.slice(0, Math.max(path.lastIndexOf("/"), path.lastIndexOf("\\")));
 
 /**
- * Makes a tree of `details`, a summary and a place for it; `none`: what is said where no folder is chosen, and `choose`
- * is called with the path of one, "" for none. Returns what shows a path as chosen.
+ * Fills the popover of `place`, whose other child is its button; `none`: what is said where no folder is chosen, and
+ * `choose` is called with the path of one, "" for none. Returns what shows a path as chosen.
  */
-export function folderChoice(details, none, choose) {
-  const [summary, tree] = details.children;
+export function folderChoice(place, none, choose) {
+  const [button, tree] = place.children;
   let chosen = "";
   const show = (path) => {
     chosen = path;
-    summary.lastElementChild.textContent = path ? short(path) : none;
-    summary.title = path;
+    button.lastElementChild.textContent = path ? short(path) : none;
+    button.title = path;
   };
-  const close = () => (details.open = false);
-  const take = (path) => {
-    close();
-    summary.focus();
-    show(path);
-    choose(path);
-  };
-
-  const button = (path, name, n) => {
+  const take = (path) => (tree.hidePopover(), show(path), choose(path));
+  const row = (path, name, n) => {
     const count = n == null ? null : element("span", { class: "count" }, number(n));
     return element("button", { type: "button", title: path, "aria-current": path === chosen && "true", click: () => take(path) }, element("span", {}, name), count);
   };
 
   async function fill() {
-    if (!details.open) return tree.replaceChildren();
-    const { folders } = await ask("folders").catch((error) => (notice(error), close(), { folders: {} }));
-    if (!details.open) return; // closed while it was asked for
+    const { folders } = await ask("folders").catch((error) => (notice(error), { folders: {} }));
     const inside = Map.groupBy(Object.keys(folders), (path) => (above(path) in folders ? above(path) : ""));
     const list = (parent) => element("ul", {}, ...(inside.get(parent) ?? []).map((path) => leaf(path, parent)));
     const leaf = (path, parent) => {
       const name = parent ? path.slice(parent.length + 1) : short(path);
-      const made = element("li", {}, button(path, name, folders[path]));
+      const made = element("li", {}, row(path, name, folders[path]));
       if (!inside.has(path)) return made;
-      const fold = element("button", { type: "button", class: "fold", "aria-label": say("folders_in", { name }), click: () => turn(fold.ariaExpanded !== "true") });
-      const turn = (open) => {
-        fold.ariaExpanded = String(open);
-        open ? made.append(list(path)) : made.querySelector("ul")?.remove();
-      };
-      made.prepend(fold);
-      turn(chosen.startsWith(`${path}/`) || (parent === "" && inside.get("").length === 1));
+      const open = chosen.startsWith(`${path}/`) || (!parent && inside.get("").length === 1);
+      const fold = element("details", { open }, element("summary", { "aria-label": say("folders_in", { name }) }));
+      fold.addEventListener("toggle", () => fold.append(list(path)), { once: true });
+      made.append(fold);
       return made;
     };
-    tree.replaceChildren(button("", none), list(""));
+    tree.replaceChildren(row("", none), list(""));
   }
 
-  details.addEventListener("toggle", fill);
-  details.addEventListener("keydown", (event) => event.key === "Escape" && details.open && (close(), summary.focus()));
-  details.addEventListener("focusout", ({ relatedTarget: next }) => next && !details.contains(next) && close());
-  document.addEventListener("pointerdown", (event) => details.contains(event.target) || close());
+  tree.addEventListener("toggle", (event) => (event.newState === "open" ? fill() : tree.replaceChildren()));
   show("");
   return show;
 }

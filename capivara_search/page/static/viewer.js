@@ -3,6 +3,7 @@ import { LANGUAGE, address, ask, element, find, number, score, reason, say } fro
 import { bytes, leave, openDialog, picture, sayHere, showFacts } from "./dialog.js";
 
 let actions = {};
+const fault = (error) => sayHere(reason(error));
 
 /**
  * Opens a picture of a list. `actions` has what other parts do: `similar(picture)`, `pull(way, path)` and `folder(path)`;
@@ -37,14 +38,11 @@ function pathParts(shown) {
   const slash = shown.path.startsWith("/") ? "/" : "\\";
   const parts = shown.path.split(slash);
   const name = parts.pop();
-  const nodes = [];
-  parts.forEach((part, i) => {
+  const nodes = parts.flatMap((part, i) => {
     const folder = parts.slice(0, i + 1).join(slash);
-    const narrow = () => leave(() => actions.folder(folder));
-    if (actions.folders.some((root) => `${folder}${slash}`.startsWith(`${root}${slash}`)))
-      nodes.push(element("button", { type: "button", title: say("in_folder", { name: part }), click: narrow }, part));
-    else nodes.push(part);
-    nodes.push(slash, element("wbr"));
+    const isKnown = actions.folders.some((root) => `${folder}${slash}`.startsWith(`${root}${slash}`));
+    const narrow = { type: "button", title: say("in_folder", { name: part }), click: () => leave(() => actions.folder(folder)) };
+    return [isKnown ? element("button", narrow, part) : part, slash, element("wbr")];
   });
   return [...nodes, element("b", {}, name)];
 }
@@ -62,23 +60,10 @@ function facts(shown) {
   ].filter(Boolean);
 }
 
-const fault = (error) => sayHere(reason(error));
-
-async function copy() {
-  try {
-    await navigator.clipboard.writeText(picture().path);
-    sayHere(say("copied"));
-  } catch {
-    sayHere(say("not_copied"));
-  }
-}
-
-const show = () => ask("show", { like: picture().path }).then(() => sayHere(say("shown")), fault);
-find("viewer-actions").append(
-  element("button", { type: "button", id: "show", click: show }, say("show")),
-  element("button", { type: "button", id: "copy", click: copy }, say("copy")),
-  element("a", { id: "download", download: true }, say("download")),
-);
+find("show").addEventListener("click", () => ask("show", { like: picture().path }).then(() => sayHere(say("shown")), fault));
+find("copy").addEventListener("click", async () => {
+  const copied = await navigator.clipboard?.writeText(picture().path).then(() => true, () => false); // there by https alone
+  sayHere(say(copied ? "copied" : "not_copied"));
+});
 find("similar").addEventListener("click", () => leave(() => actions.similar(picture())));
-for (const way of ["more", "less"])
-  find(`pull-${way}`).addEventListener("click", () => leave(() => actions.pull(way, picture().path)));
+for (const way of ["more", "less"]) find(`pull-${way}`).addEventListener("click", () => leave(() => actions.pull(way, picture().path)));

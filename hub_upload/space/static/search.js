@@ -1,10 +1,8 @@
 // The page without a server: pictures that a visitor chooses, found by words in the visitor's own browser.
 import { AutoImageProcessor, AutoTokenizer, CLIPTextModelWithProjection, CLIPVisionModelWithProjection, RawImage, env } from "../library/transformers.js";
-import { LANGUAGE, WORDS, drawn, element, find, gallery, given, notice, number, say, unquoted } from "./common.js";
+import { LANGUAGE, PAGE, WORDS, drawn, find, gallery, notice, number, say, searchForm, showGiven, takeFiles, unquoted } from "./common.js";
 import { bytes, leave, openDialog, picture, sayHere, showFacts } from "./dialog.js";
 
-const PAGE = 48; // pictures at first, and with each "more"
-const TYPING_MS = 300; // without a key, then a search begins
 const NAMES = /\.(avif|bmp|gif|heic|heif|jfif|jpe?g|png|tiff?|webp)$/i; // where a file has no type
 const [MAX_BYTES, MAX_ASPECT] = [200e6, 50]; // of a file, and long by short side, as in Python
 const MAX_THREADS = 8;
@@ -14,7 +12,6 @@ const pictures = new Map(); // key -> what is known of a picture, and its file
 const queue = []; // files that are to be read
 let stopped = false;
 let latest = 0; // number of the search that was asked for last
-let typing = 0;
 
 // --- The model -------------------------------------------------------------------------------------------------------
 
@@ -86,7 +83,7 @@ async function described(file, key) {
 
 /** Reads the pictures among files, one after another. */
 async function collect(files) {
-  const found = [...files].filter((file) => (file.type ? file.type.startsWith("image/") : NAMES.test(file.name)));
+  const found = files.filter((file) => (file.type ? file.type.startsWith("image/") : NAMES.test(file.name)));
   notice();
   if (!found.length) return (find("said").textContent = say("no_pictures"));
   if (queue.push(...found) > found.length) return; // they are being read
@@ -139,7 +136,6 @@ function showWork(text, done, total) {
 // --- Searching -------------------------------------------------------------------------------------------------------
 
 async function search() {
-  clearTimeout(typing);
   const mine = ++latest;
   const { like, k } = asked;
   const text = asked.text.trim();
@@ -182,7 +178,7 @@ function show(found, k, said, searched) {
 
 function setLike(like) {
   asked.like = like;
-  find("search-picture").replaceChildren(...(like ? [given(like.source, () => (setLike(null), find("text").focus()))] : []));
+  showGiven(find("search-picture"), like?.thumbnail, () => (setLike(null), find("text").focus()));
   search();
 }
 
@@ -211,42 +207,14 @@ find("similar").addEventListener("click", () =>
     setLike(picture());
   }),
 );
-for (const id of ["files", "folder"])
-  find(id).addEventListener("change", () => {
-    const files = [...find(id).files];
-    find(id).value = ""; // the same files may be chosen again
-    collect(files);
-  });
+takeFiles(document.body, [find("files"), find("folder")], collect);
 find("stop").addEventListener("click", () => (stopped = true));
-find("text").addEventListener("input", () => {
-  Object.assign(asked, { text: find("text").value, k: PAGE });
-  clearTimeout(typing);
-  typing = setTimeout(search, TYPING_MS);
-});
-find("ask").addEventListener("submit", (event) => (event.preventDefault(), search()));
-find("more").addEventListener("click", async () => {
-  const shown = asked.k;
-  asked.k += PAGE;
-  await search();
-  document.querySelectorAll("#results .tile")[shown]?.focus({ preventScroll: true });
-});
+searchForm(asked, search);
 find("forget").addEventListener("click", async () => {
   if (!confirm(say("forget_what"))) return;
   await globalThis.caches?.delete(env.cacheKey);
   pictures.clear();
   setLike(null);
-});
-for (const [event, over] of [["dragover", true], ["dragleave", false], ["drop", false]])
-  document.addEventListener(event, (it) => {
-    it.preventDefault();
-    find("search").classList.toggle("over", over);
-    if (event === "drop") collect(it.dataTransfer.files);
-  });
-document.addEventListener("paste", (event) => event.clipboardData.files.length && collect(event.clipboardData.files));
-document.addEventListener("keydown", (event) => {
-  if (event.key !== "/" || event.ctrlKey || event.metaKey || event.target.closest("input, dialog")) return;
-  event.preventDefault();
-  find("text").select();
 });
 for (const name of (await globalThis.caches?.keys().catch(() => [])) ?? [])
   if (name.startsWith(CACHE) && name !== env.cacheKey) caches.delete(name); // of an earlier model
