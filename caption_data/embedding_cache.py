@@ -2,60 +2,60 @@
 
     cache = EmbeddingCache(cache_home() / "evaluation" / key, all_parts(len(images), 256))
     cache.make(cache.missing(), embed)
-    cache.open()
+    vectors_of(cache.table())
 
 Rows go through in shards, files of their own: an interrupted run continues at the first one that is missing or damaged,
-and the processes of a launch, or the tasks of an executor (`capivara_common.executors`), share them out. No
-batch has rows of two shards, so that a shard does not depend on who makes it, nor on which others are made.
+and the processes of a launch share them out. No batch has rows of two shards, so that a shard does not depend on who
+makes it, nor on which others are made.
 """
 
-import json
 import logging
-import resource
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from accelerate.utils import broadcast_object_list
 
 from capivara_common.environment import cache_home, processes
-from capivara_common.files import DIGEST_BYTES, add_digest, has_digest, whole_file
+from capivara_common.files import add_digest, has_digest, whole_file
 from capivara_common.image_files import by_threads
 
-FILES_VERSION = 2  # of the shards; raise it when their form changes
-# What makes shards, by their numbers: of each the array, and the bad rows, counted in the shard, with what is wrong.
-Embed = Callable[[list[int]], Iterator[tuple[np.ndarray, list[tuple[int, Any]]]]]
+FILES_VERSION = 2  # of what the embeddings depend on; raise it when that changes
+Bad = dict[int, tuple[str, str]]  # place of a row in its shard -> reason and detail
+# What makes shards, by their numbers: of each the array (rows, …), and the rows that are bad.
+Embed = Callable[[list[int]], Iterator[tuple[np.ndarray, Bad]]]
 logger = logging.getLogger("capivara")
 
 
 class EmbeddingCache:
-    """Embeddings of rows: a `.npy` file (rows, …) of each shard.
+    """Embeddings of rows: a file of each shard, an Arrow table of `vectors`, `reason` and `detail`, and a digest of it.
 
-    After the array, which is NaN where a row is bad, come the list of the bad rows as JSON and a digest of both; a
-    shard is there whole or not at all.
+    The list of a row's vectors is empty where it is bad. A shard is there whole or not at all.
 
     Attributes:
         folder: of the shards; its name and theirs depend on all that the embeddings do.
         parts: the rows of each shard.
         paths: the file of each shard, whether it is there or not.
-        arrays: of all shards, once they are open.
-        bad: row -> what is wrong with it, of all shards, once they are open.
     """
 
     def __init__(self, folder: Path, parts: list[range], names: Sequence[str] | None = None):
         self.folder, self.parts = folder, parts
-        self.paths = [folder / name for name in names or [f"shard-{n:05d}.npy" for n in range(len(parts))]]
-        self.arrays: list[np.ndarray] = []
-        self.bad: dict[int, Any] = {}
+        self.paths = [folder / f"{name}.arrow" for name in names or [f"shard-{n:05d}" for n in range(len(parts))]]
 
     def missing(self) -> list[int]:
         """Shards that are still to be made, damaged ones among them; the same on all processes of a launch."""
         found: list[Any] = [None]
         if processes().is_main_process:
             found = [[number for number, good in enumerate(by_threads(has_digest, self.paths)) if not good]]
-            for path in filter(Path.exists, [self.paths[number] for number in found[0]]):
-                logger.warning("%s is damaged, or of an earlier version; it is made anew.", path)
+            lost = [self.paths[number] for number in found[0]]
+            for path in filter(Path.exists, lost):
+                logger.warning("%s is damaged; it is made anew.", path)
+            if old := [path for path in (path.with_suffix(".npy") for path in lost) if path.exists()]:
+                logger.warning("%s has embeddings in files of an earlier version; they are made anew.", self.folder)
+                for path in old:
+                    path.unlink()
         return broadcast_object_list(found)[0]
 
     def make(self, numbers: Sequence[int], embed: Embed) -> None:
@@ -66,29 +66,31 @@ class EmbeddingCache:
             self.write(number, embeds, bad)
         state.wait_for_everyone()
 
-    def write(self, number: int, embeds: np.ndarray, bad: list[tuple[int, Any]]) -> None:
-        """Write a shard whole."""
+    def write(self, number: int, embeds: np.ndarray, bad: Bad) -> None:
+        """Write a shard whole; what `embeds` has in bad rows is left out."""
+        good = np.array([place not in bad for place in range(len(embeds))])
+        ends = np.cumsum(good * embeds[0].size)
+        faults = zip(*(bad.get(place, ("", "")) for place in range(len(embeds))), strict=True)
+        vectors = pa.LargeListArray.from_arrays(np.insert(ends, 0, 0), embeds[good].ravel())
+        table = pa.table([vectors, *map(pa.array, faults)], ["vectors", "reason", "detail"])
         with whole_file(self.paths[number]) as path:
-            with path.open("wb") as file:
-                np.save(file, embeds, allow_pickle=False)
-                file.write(json.dumps(bad).encode())
+            with pa.ipc.new_stream(path, table.schema) as file:
+                file.write_table(table)
             add_digest(path)
 
-    def open(self, mapped: bool = False) -> None:
-        """Read all shards, or leave them on the disk, memory-mapped. Raises ValueError where one is of other rows."""
-        if mapped:  # each then is an open file: of two million images more than the usual limit of 1024
-            most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        for path, part in zip(self.paths, self.parts, strict=True):
-            with path.open("rb") as file:
-                array = np.load(path if mapped else file, "r" if mapped else None, allow_pickle=False)
-                if mapped:
-                    file.seek(array.offset + array.nbytes)
-                bad = json.loads(file.read()[:-DIGEST_BYTES])
-            if len(array) != len(part):
-                raise ValueError(f"{path} should have {len(part)} rows, it has {len(array)}. Remove it.")
-            self.arrays.append(array)
-            self.bad |= {part[place]: what for place, what in bad}
+    def table(self) -> pa.Table:
+        """All shards, left on the disk, memory-mapped. Raises ValueError where one is of other rows."""
+        tables = [pa.ipc.open_stream(pa.memory_map(str(path))).read_all() for path in self.paths]
+        for path, part, table in zip(self.paths, self.parts, tables, strict=True):
+            if len(table) != len(part):
+                raise ValueError(f"{path} should have {len(part)} rows, it has {len(table)}. Remove it.")
+        return pa.concat_tables(tables)
+
+
+def vectors_of(table: pa.Table) -> np.ndarray:
+    """(rows, numbers), read-only, of a table whose rows all have `vectors`, at least one."""
+    vectors = table.column("vectors").combine_chunks()
+    return vectors.flatten().to_numpy().reshape(len(vectors), -1)
 
 
 def cache_folder(name: str) -> Path | None:

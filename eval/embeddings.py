@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
@@ -27,7 +29,7 @@ from capivara_common.environment import device_description, processes
 from capivara_common.files import read_json
 from capivara_common.image_files import BadImage, ImageFileArguments
 from capivara_common.tasks import all_parts
-from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, cache_folder
+from caption_data.embedding_cache import FILES_VERSION, Bad, EmbeddingCache, cache_folder, vectors_of
 from caption_data.rows import digest_of
 from caption_data.sources import Split
 from eval.records.schema import Record, write_records
@@ -92,57 +94,58 @@ class EmbeddingStore:
             ValueError: no image can be read.
         """
 
-        def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, list[tuple[int, str]]]:
-            embeds, bad, decoded = np.zeros((len(rows), 0), dtype=np.float32), [], images.decoded(rows)
+        def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, Bad]:
+            embeds, bad, decoded = np.zeros((len(rows), 0), dtype=np.float32), {}, images.decoded(rows)
             while chunk := list(islice(decoded, self.batch_size)):  # by row, so that a bad one moves no other
-                bad += [(row - rows.start, images.fault(row, why)) for row, why in chunk if isinstance(why, BadImage)]
                 good = {row - rows.start: image for row, image in chunk if not isinstance(image, BadImage)}
+                faults = ((row, why) for row, why in chunk if isinstance(why, BadImage))
+                bad |= {row - rows.start: (why.reason, images.fault(row, why)) for row, why in faults}
                 if good:
                     found = self.embedder.images([*good.values()], self.batch_size).numpy()
-                    embeds = embeds if embeds.size else np.full((len(rows), found.shape[1]), np.nan, np.float32)
+                    embeds = embeds if embeds.size else np.zeros((len(rows), found.shape[1]), np.float32)
                     embeds[[*good]] = found
                 bar.update(len(chunk))
             return embeds, bad
 
         model = self.embedder.image_fingerprint
-        cache = self._opened("images", model, images.digests, IMAGES_PER_SHARD, embed, description)
-        good = np.array([row not in cache.bad for row in range(len(images))])
-        if not good.any():
-            raise ValueError(f"None of the {len(images)} images can be read: {next(iter(cache.bad.values()))}.")
-        shards = zip(cache.arrays, (good[part.start : part.stop] for part in cache.parts), strict=True)
-        embeds = np.concatenate([array[rows] for array, rows in shards if rows.any()])
-        return EmbeddedImages(torch.from_numpy(embeds), torch.from_numpy(np.flatnonzero(good)), cache.bad)
+        table = self._opened("images", model, images.digests, IMAGES_PER_SHARD, embed, description)
+        skipped = {row: why for row, why in enumerate(table["detail"].to_pylist()) if why}
+        if len(skipped) == len(images):
+            raise ValueError(f"None of the {len(images)} images can be read: {skipped[0]}.")
+        good = np.setdiff1d(np.arange(len(images)), [*skipped])
+        embeds = vectors_of(table.filter(pc.equal(table["reason"], "")))
+        return EmbeddedImages(torch.from_numpy(embeds.copy()), torch.from_numpy(good), skipped)
 
     def texts(self, texts: Sequence[str], description: str = "Texts") -> Tensor:
         """(texts, width), unit length, float32. Equal texts are embedded once."""
         distinct = distinct_texts(texts)
 
-        def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, list]:
-            return self.embedder.texts(distinct[rows.start : rows.stop], 2 * self.batch_size, bar.update).numpy(), []
+        def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, Bad]:
+            return self.embedder.texts(distinct[rows.start : rows.stop], 2 * self.batch_size, bar.update).numpy(), {}
 
-        cache = self._opened("texts", self.embedder.fingerprint, distinct, TEXTS_PER_SHARD, embed, description)
+        table = self._opened("texts", self.embedder.fingerprint, distinct, TEXTS_PER_SHARD, embed, description)
         position = {text: number for number, text in enumerate(distinct)}
-        return torch.from_numpy(np.concatenate(cache.arrays)[[position[text] for text in texts]])
+        return torch.from_numpy(vectors_of(table)[[position[text] for text in texts]])
 
     def _opened(
         self, kind: str, model: str, items: list[str], shard: int, embed: Callable, description: str
-    ) -> EmbeddingCache:
-        """The cache of `items` (texts, or digests of images) whose missing shards `embed` makes, each from its rows."""
+    ) -> pa.Table:
+        """The cached table of `items` (texts, or digests of images); `embed` makes missing shards, each of its rows."""
         key = digest_of({"version": FILES_VERSION, "model": model, "batch_size": self.batch_size}, sort_keys=True)
         parts = all_parts(len(items), shard)
-        names = [f"{kind}-{digest_of(items[part.start : part.stop])}.npy" for part in parts]
+        names = [f"{kind}-{digest_of(items[part.start : part.stop])}" for part in parts]
         cache = EmbeddingCache(self.root / "evaluation" / key, parts, names)
 
-        def embed_all(numbers: list[int]) -> Iterator[tuple[np.ndarray, list]]:
+        def embed_all(numbers: list[int]) -> Iterator[tuple[np.ndarray, Bad]]:
             rows, quiet = sum(len(parts[number]) for number in numbers), not processes().is_main_process
             with tqdm(total=rows, desc=description, unit=kind[:-1], disable=quiet or not numbers) as bar:
                 for number in numbers:
                     yield embed(parts[number], bar)
 
         cache.make(cache.missing(), embed_all)
-        cache.open()
+        table = cache.table()
         processes().wait_for_everyone()  # the temporary folder goes with the store of the main process
-        return cache
+        return table
 
 
 def distinct_texts(texts: Sequence[str]) -> list[str]:

@@ -93,8 +93,10 @@ def tar_source(tmp_path, members):
 def training_of(args, skipped) -> list:
     """The training pairs of a run, without a model; the other rows join `skipped`."""
     splits = {(name, args.train_split): open_split(name, args.train_split, args.image_column) for name in args.dataset}
-    pairs, found = training_pairs(args, splits, None)
-    skipped += found
+    pairs = training_pairs(args, splits, None)
+    for one in pairs:
+        skipped += skipped_rows(one.table, one.source)
+        one.table = usable(one.table)
     return pairs
 
 

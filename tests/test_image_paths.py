@@ -369,7 +369,7 @@ def test_training_and_its_cache(tmp_path, hostile, server, tiny_folder, monkeypa
     assert len(lines) == len(hostile) and not server.requests
     (tmp_path / "run" / "skipped.jsonl").unlink()
     nothing_arrived(tmp_path / "run")
-    shards = list((tmp_path / "cache").rglob("shard-*.npy"))
+    shards = list((tmp_path / "cache").rglob("shard-*.arrow"))
     assert shards and MARK not in b"".join(path.read_bytes() for path in shards)
 
 

@@ -8,10 +8,12 @@ import random
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 import pytest
 import torch
 from accelerate import Accelerator
@@ -26,13 +28,14 @@ import training.inputs
 from capivara_common.files import DIGEST_BYTES
 from capivara_common.image_files import BadImage, decode_image
 from capivara_common.tasks import all_parts
-from caption_data.embedding_cache import EmbeddingCache
-from caption_data.pairs import pair_table, usable
+from caption_data.embedding_cache import EmbeddingCache, vectors_of
+from caption_data.pairs import pair_table, skipped_rows, usable
 from caption_data.sources import open_split
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import embed_images
-from training.inputs import Pairs, augmented, build_cache, cached_embeds, pixel_batches, random_state
+from training.batches import StepPlan
+from training.inputs import Pairs, augmented, cached_embeds, image_cache, pixel_batches, random_state, with_vectors
 
 IMAGES = 12  # of the training split of `tiny_dataset_folder`
 NEGATIVE = encoded(PIL.Image.fromarray(np.full((40, 36), -1, dtype=np.int32)), "TIFF")  # PIL reads it, we don't
@@ -76,17 +79,17 @@ def with_one_pixel_changed(data: bytes) -> bytes:
 def pairs_of(dataset, processor, augmented_views=1, seed=0) -> Pairs:
     source = open_split(str(dataset), "train", "image")
     table = pair_table(source, ["captions-pt"], lambda row: row["captions-pt"], {"captions": "all"})
-    return Pairs(source, usable(table), processor, augmented_views, seed)
+    return Pairs(source, table, processor, augmented_views, seed)
 
 
-def cache_of(model, pairs, root, precision="no", batch_size=4, workers=0):
+def with_cache(model, pairs, root, precision="no") -> Pairs:
     AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=precision, cpu=True)
-    return build_cache(model, pairs, root, batch_size, workers, accelerator)
+    return with_vectors(model, pairs, root, 4, 0, Accelerator(mixed_precision=precision, cpu=True))
 
 
-def vectors(pairs, numbers, views) -> torch.Tensor:
-    return cached_embeds([pairs], np.zeros(len(numbers), int), np.array(numbers), np.array(views))
+def cache_of(model, pairs, root, precision="no") -> Path:
+    with_cache(model, pairs, root, precision)
+    return image_cache(model, pairs, root, precision).folder
 
 
 def shards(folder) -> dict[str, bytes]:
@@ -131,27 +134,27 @@ def counted_images(monkeypatch):
 def test_what_another_cache_is_made_for(tiny_model, tiny_processor, tiny_dataset_folder, tmp_path):
     pairs = pairs_of(tiny_dataset_folder, tiny_processor)
     root, folders = tmp_path / "caches", {}
-    folders["first"] = cache_of(tiny_model, pairs, root).folder
+    folders["first"] = cache_of(tiny_model, pairs, root)
     for name in ("text_model.embeddings.word_embeddings.weight", "text_projection.0.weight", "logit_scale"):
         tiny_model.state_dict()[name].add_(1)
     other_caption = altered(tiny_dataset_folder, tmp_path / "caption", captions={3: ["outra foto"]})
     for same in (pairs, pairs_of(other_caption, tiny_processor)):
-        assert cache_of(tiny_model, same, root).folder == folders["first"]
-    folders["seed"] = cache_of(tiny_model, pairs_of(tiny_dataset_folder, tiny_processor, seed=1), root).folder
-    folders["views"] = cache_of(tiny_model, pairs_of(tiny_dataset_folder, tiny_processor, 2), root).folder
-    folders["precision"] = cache_of(tiny_model, pairs, root, "bf16").folder
+        assert cache_of(tiny_model, same, root) == folders["first"]
+    folders["seed"] = cache_of(tiny_model, pairs_of(tiny_dataset_folder, tiny_processor, seed=1), root)
+    folders["views"] = cache_of(tiny_model, pairs_of(tiny_dataset_folder, tiny_processor, 2), root)
+    folders["precision"] = cache_of(tiny_model, pairs, root, "bf16")
     image_processor = CapivaraImageProcessor(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=(0.48, 0.46, 0.41)
     )
     other_processor = CapivaraProcessor(image_processor, tiny_processor.tokenizer)
-    folders["preprocessing"] = cache_of(tiny_model, pairs_of(tiny_dataset_folder, other_processor), root).folder
+    folders["preprocessing"] = cache_of(tiny_model, pairs_of(tiny_dataset_folder, other_processor), root)
     pixel = {7: with_one_pixel_changed(image_files(tiny_dataset_folder)[7])}
     other_pixel = altered(tiny_dataset_folder, tmp_path / "pixel", pixel)
-    folders["pixel"] = cache_of(tiny_model, pairs_of(other_pixel, tiny_processor), root).folder
+    folders["pixel"] = cache_of(tiny_model, pairs_of(other_pixel, tiny_processor), root)
     for name in ("vision_model.encoder.layers.1.mlp.fc1.weight", "visual_projection.weight"):
         weights = tiny_model.state_dict()[name].view(-1)
         weights[5] = torch.nextafter(weights[5], torch.tensor(9.0))  # the last bit of one number
-        folders[name] = cache_of(tiny_model, pairs, root).folder
+        folders[name] = cache_of(tiny_model, pairs, root)
     assert len(set(folders.values())) == len(folders), folders
     assert all(len(shards(folder)) == 1 for folder in folders.values())
 
@@ -178,7 +181,7 @@ def test_training_with_a_cache_decodes_no_image(tiny_folder, tiny_dataset_folder
     [
         lambda path: flipped(path, path.stat().st_size - DIGEST_BYTES - 1),  # of the list of bad images
         lambda path: path.write_bytes(path.read_bytes()[:-10]),
-        lambda path: np.save(path, np.load(path)),  # as an earlier version had it
+        lambda path: path.rename(path.with_suffix(".npy")),  # as an earlier version had them
     ],
 )
 def test_a_damaged_shard_is_made_anew_and_said(
@@ -186,29 +189,32 @@ def test_a_damaged_shard_is_made_anew_and_said(
 ):
     monkeypatch.setattr(training.inputs, "SHARD_ROWS", 6)
     pairs = pairs_of(tiny_dataset_folder, tiny_processor)
-    cache = cache_of(tiny_model, pairs, tmp_path)
-    whole = shards(cache.folder)
-    damage(cache.folder / "shard-00001.npy")
+    folder = cache_of(tiny_model, pairs, tmp_path)
+    whole = shards(folder)
+    damage(folder / "shard-00001.arrow")
     with counted_images(monkeypatch) as counts:
         cache_of(tiny_model, pairs, tmp_path)
-    assert sum(counts) == 6 and shards(cache.folder) == whole
-    assert [line for line in caplog.messages if "shard-00001.npy is damaged, or of an earlier" in line]
-    cache.write(1, np.load(cache.paths[1])[1:], [])
-    with pytest.raises(ValueError, match=r"shard-00001\.npy should have 6 rows, it has 5\. Remove it"):
+    assert sum(counts) == 6 and shards(folder) == whole
+    said = ("shard-00001.arrow is damaged; it is made", f"{folder} has embeddings in files of an earlier version")
+    assert len([line for line in caplog.messages if any(part in line for part in said)]) == 1
+    EmbeddingCache(folder, all_parts(12, 6)).write(1, np.zeros((5, 2), np.float16), {})
+    with pytest.raises(ValueError, match=r"shard-00001\.arrow should have 6 rows, it has 5\. Remove it"):
         cache_of(tiny_model, pairs, tmp_path)
 
 
 def test_a_cache_may_have_more_shards_than_files_may_be_open(tmp_path):
+    """And is left on the disk: what is read of it is what is asked for."""
     cache = EmbeddingCache(tmp_path, all_parts(40, 1))
     for number in range(40):
-        cache.write(number, np.full((1, 2), number, np.float16), [])
+        cache.write(number, np.full((1, 2), number, np.float16), {})
     before, opened = resource.getrlimit(resource.RLIMIT_NOFILE), len(os.listdir("/proc/self/fd"))
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, before[1]))
-        cache.open(mapped=True)
+        held, table = pa.total_allocated_bytes(), cache.table()
+        assert pa.total_allocated_bytes() == held
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert [int(array[0, 0]) for array in cache.arrays] == list(range(40))
+    assert vectors_of(table)[:, 0].tolist() == list(range(40))
 
 
 @pytest.mark.slow
@@ -278,14 +284,17 @@ def test_a_bad_image_is_listed_and_left_out(tiny_folder, tiny_dataset_folder, tm
 def test_vectors_stay_with_their_images_where_one_is_left_out(
     tiny_model, tiny_processor, tiny_dataset_folder, tmp_path
 ):
-    dataset = altered(tiny_dataset_folder, tmp_path / "data", {3: NEGATIVE})
+    dataset = altered(tiny_dataset_folder, tmp_path / "data", {3: NEGATIVE}, {5: []})
     pairs = pairs_of(dataset, tiny_processor)
-    good, bad = pairs.with_cache(cache_of(tiny_model, pairs, tmp_path / "caches"))
-    assert [(line.row, line.reason) for line in bad] == [(3, "unreadable image")]
+    whole = with_cache(tiny_model, pairs, tmp_path / "caches")
+    bad = skipped_rows(whole.table, whole.source)
+    assert [(line.row, line.reason) for line in bad] == [(3, "unreadable image"), (5, "no caption")]
+    good = replace(whole, table=usable(whole.table))
     expected = embed_images(tiny_model, tiny_processor, good)
-    assert len(expected) == IMAGES - 1 and good.table["row"][:] == [0, 1, 2, *range(4, IMAGES)]
-    found = vectors(good, range(IMAGES - 1), [0] * (IMAGES - 1))
-    torch.testing.assert_close(found, expected, rtol=2**-11, atol=2e-6)
+    assert len(expected) == IMAGES - 2 and good.table["row"][:] == [0, 1, 2, 4, *range(6, IMAGES)]
+    rows = np.random.default_rng(0).permutation(IMAGES - 2)
+    plan = StepPlan(0, np.zeros_like(rows), rows, np.zeros_like(rows), [])
+    torch.testing.assert_close(cached_embeds([good], plan), expected[rows], rtol=2**-11, atol=2e-6)
 
 
 def test_a_bad_image_does_not_hide_behind_augmentation(tiny_processor, tiny_dataset_folder, tmp_path):
@@ -346,9 +355,9 @@ def test_the_cache_of_another_model(
     tiny_folder, tiny_model, tiny_processor, tiny_dataset_folder, tmp_path, monkeypatch
 ):
     pairs = pairs_of(tiny_dataset_folder, tiny_processor)
-    own = cache_of(tiny_model, pairs, tmp_path / "all").folder
+    own = cache_of(tiny_model, pairs, tmp_path / "all")
     tiny_model.visual_projection.weight.data[0, 0] += 1
-    other = cache_of(tiny_model, pairs, tmp_path / "all").folder
+    other = cache_of(tiny_model, pairs, tmp_path / "all")
     options = {"mixed_precision": "no", "max_steps": 2}
     with pytest.raises(SystemExit, match=rf"{other} is one cache of .*Name the folder that it lies in, {other.parent}"):
         train(tiny_folder, tiny_dataset_folder, tmp_path / "out", image_embedding_cache=other, **options)
@@ -356,7 +365,7 @@ def test_the_cache_of_another_model(
     with counted_images(monkeypatch) as counts:  # the right one is found beside it
         train(tiny_folder, tiny_dataset_folder, tmp_path / "out", image_embedding_cache=own.parent, **options)
     assert sum(counts) == 6, "of validation images"
-    assert len(list(own.glob("shard-*.npy"))) == 1
+    assert len(list(own.glob("shard-*.arrow"))) == 1
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -365,8 +374,8 @@ def test_an_image_that_has_changed_since_it_was_checked_is_named(tiny_processor,
     (tmp_path / "a.png").write_bytes(encoded(PIL.Image.new("RGB", (40, 40))))
     (tmp_path / "metadata.jsonl").write_text('{"captions-pt": ["x"]}\n{"file_name": "a.png", "captions-pt": ["x"]}')
     pairs = [pairs_of(tmp_path, tiny_processor)]
-    (pixels,) = pixel_batches(pairs, [[(0, 0, 0)]], 0)
+    (pixels,) = pixel_batches(pairs, [[(0, 1, 0)]], 0)
     assert pixels.shape == (1, 3, 32, 32)
     (tmp_path / "a.png").write_bytes(BROKEN)
     with pytest.raises(BadImage, match=r"unreadable image: .*, split 'train', row 1: .*a\.png"):
-        next(pixel_batches(pairs, [[(0, 0, 0)]], workers))
+        next(pixel_batches(pairs, [[(0, 1, 0)]], workers))

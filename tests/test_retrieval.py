@@ -8,10 +8,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 import pytest
 from test_checkpoints import flipped
 
 import modeling_capivara.two_towers
+from caption_data.embedding_cache import vectors_of
 from caption_data.pairs import pair_table, pairs_fingerprint
 from caption_data.sources import open_split
 from eval import classification, linear_probe
@@ -73,7 +75,7 @@ def measure(model: Path, dataset: Path, output: Path, **more) -> list[Record]:
 
 
 def kept(cache: Path) -> set[Path]:
-    return set((cache / "evaluation").rglob("*.npy"))
+    return set((cache / "evaluation").rglob("*.arrow"))
 
 
 def test_result_and_sheet(measured):
@@ -165,8 +167,9 @@ def test_googles_captions_in_bf16(saved_tiny_folder, made, measured, tmp_path):
     records = measure(saved_tiny_folder, made, tmp_path / "r.json", **more)
     assert {r.n for r in records} == {NUMBER, 2 * NUMBER} and all("captions: odd" in r.protocol for r in records)
     assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["precision"] == "bf16"
-    (one,), (other,) = (list(cache.rglob("images-*.npy")) for cache in (measured / "cache", tmp_path / "cache"))
-    assert one.parent.name != other.parent.name and 0 < abs(np.load(one) - np.load(other)).max() < 0.05
+    (one,), (other,) = (list(cache.rglob("images-*.arrow")) for cache in (measured / "cache", tmp_path / "cache"))
+    found = [vectors_of(pa.ipc.open_stream(path.read_bytes()).read_all()) for path in (one, other)]
+    assert one.parent.name != other.parent.name and 0 < abs(found[0] - found[1]).max() < 0.05
 
 
 def test_bad_pictures_are_counted_and_listed_and_name_no_place_of_the_machine(

@@ -219,7 +219,7 @@ def test_a_suite_that_was_stopped_continues_to_the_same_table_of_the_data_that_a
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(suite, "measure", measure_and_stop)
         main(given)
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")}
     assert kept and not (tmp_path / "out" / "suite.json").exists()
     main(given)
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
@@ -333,7 +333,7 @@ def test_two_processes_give_the_bits_of_one(models, data, tmp_path, monkeypatch)
         assert read_records(tmp_path / "one" / file) == read_records(tmp_path / "two" / file)
     tables = [(tmp_path / name / "table.md").read_text(encoding="utf-8") for name in ("one", "two")]
     assert tables[0] == tables[1] and "1 images could not be read" in tables[0]
-    shards = sorted((tmp_path / "one-cache").rglob("*.npy"))
+    shards = sorted((tmp_path / "one-cache").rglob("*.arrow"))
     for path in shards:
         same = tmp_path / "two-cache" / path.relative_to(tmp_path / "one-cache")
         assert path.read_bytes() == same.read_bytes()

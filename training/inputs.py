@@ -12,11 +12,13 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
@@ -29,14 +31,14 @@ from capivara_common.environment import cache_home
 from capivara_common.files import write_json
 from capivara_common.image_files import BadImage, eight_bits
 from capivara_common.tasks import all_parts
-from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache
+from caption_data.embedding_cache import FILES_VERSION, Bad, EmbeddingCache, vectors_of
 from caption_data.pairs import check_bad_share, lacking, pair_table, pairs_fingerprint, skipped_rows, usable
 from caption_data.rows import Skipped, digest_of
 from caption_data.sources import Split, open_split
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import IMAGE_SIDE, embed_images, embedding_width, image_embeds, image_parts
 from training.arguments import RunArguments
-from training.batches import Planner, batch_counts
+from training.batches import Planner, StepPlan, batch_counts
 from training.trainable import prepare_trainable
 
 PIXELS_VERSION = 1  # raise it when preprocessing or augmentation changes what an image becomes
@@ -56,15 +58,13 @@ Splits = dict[tuple[str, str], Split]  # data set and split -> the rows
 
 @dataclass
 class Pairs:
-    """The usable pairs of one split of one data set, as a sequence of their images."""
+    """The pairs of one split of one data set, as a sequence of their images: all rows, or the usable ones."""
 
     source: Split
-    table: Dataset  # `row`, `digest` and `captions` of each pair
+    table: Dataset  # `row`, `digest` and `captions` of each pair; with a cache `vectors`, (views x width,), float16
     processor: ProcessorMixin
     augmented_views: int = 1  # see the module's text
     seed: int = 0  # of the augmentation
-    cache: EmbeddingCache | None = None  # vectors of the images (images, views, width), float16
-    cache_rows: np.ndarray | None = None  # (pairs,), the row of each in the cache
 
     def __len__(self) -> int:
         return len(self.table)
@@ -91,18 +91,19 @@ class Pairs:
         except ValueError as error:
             raise BadImage("unreadable image", str(error)) from error
 
-    def vector(self, pair: int, view: int) -> np.ndarray:
-        """(width,), float16: of a view of a pair's image, from the cache."""
-        shard, row = divmod(self.cache_rows[pair], SHARD_ROWS)
-        return self.cache.arrays[shard][row, view]
+    @property
+    def cached(self) -> bool:
+        """Whether the images' vectors are in the table."""
+        return "vectors" in self.table.column_names
 
-    def with_cache(self, cache: EmbeddingCache) -> tuple["Pairs", list[Skipped]]:
-        """The pairs whose image has a vector in a cache of these, and the rows of the others."""
-        good, source = np.setdiff1d(np.arange(len(self)), sorted(cache.bad)), self.source
-        bad = [(self.table[pair]["row"], *cache.bad[pair]) for pair in sorted(cache.bad)]
-        table = self.table.select(good) if bad else self.table
-        kept = replace(self, table=table, cache=cache, cache_rows=good)
-        return kept, [Skipped(source.name, source.split, *line) for line in bad]
+    @cached_property
+    def _vectors(self) -> Dataset:
+        return self.table.select_columns("vectors").with_format("arrow")
+
+    def vectors(self, pairs: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """(pairs, width), float16: of a view of each pair's image, from the table."""
+        found = vectors_of(self._vectors[pairs])
+        return found.reshape(len(pairs), self.augmented_views, -1)[np.arange(len(pairs)), views]
 
 
 @dataclass
@@ -144,28 +145,24 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> Inputs:
     measured = [splits[args.evaluation_dataset, name] for name in (args.validation_split, args.test_split)]
     validation = evaluation_pairs(args, measured[0], [args.language], processor)[args.language]
     test = evaluation_pairs(args, measured[1], args.eval_languages, processor)
-    training, skipped = training_pairs(args, splits, processor)
-    rows = sum(map(len, training)) + len(skipped)
-    check_bad_share(skipped, rows, args.max_bad_share)
-    batch_counts(args.effective_batch_size, list(map(len, training)))  # before the vectors are made
+    training = training_pairs(args, splits, processor)
+    usable_pairs(training, args)  # before the vectors are made
 
-    def cached(pairs: Pairs) -> tuple[Pairs, list[Skipped]]:
-        """With the vectors of their images; the rows that have none."""
+    def cached(pairs: Pairs) -> Pairs:
         options = args.embedding_batch_size, loading_workers(args, accelerator), accelerator
-        return pairs.with_cache(build_cache(base, pairs, root, *options))
+        return with_vectors(base, pairs, root, *options)
 
     if args.image_embedding_cache == "off":
         vectors = embed_images(base, processor, validation, args.embedding_batch_size, "Images, validation")
     else:
-        training, bad = zip(*map(cached, training), strict=True)
-        skipped += [line for lines in bad for line in lines]
-        check_bad_share(skipped, rows, args.max_bad_share)
-        validation, bad = cached(validation)
-        _refuse_bad(validation.source, bad)
-        vectors = torch.from_numpy(np.concatenate(validation.cache.arrays)[:, 0].astype(np.float32))
+        validation = cached(validation)
+        _refuse_bad(validation)
+        vectors = torch.from_numpy(vectors_of(validation.table.data.table).astype(np.float32))
+        training = list(map(cached, training))
+    training, skipped = usable_pairs(training, args)
     return Inputs(
         processor=processor,
-        training=list(training),
+        training=training,
         validation=validation,
         validation_embeds=vectors,
         test=test,
@@ -173,6 +170,15 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> Inputs:
         skipped=skipped,
         base_digest=weights_digest(base),
     )
+
+
+def usable_pairs(training: list[Pairs], args: RunArguments) -> tuple[list[Pairs], list[Skipped]]:
+    """The usable pairs, and the other rows. Raises ValueError where these are too many, or those too few."""
+    good = [replace(pairs, table=usable(pairs.table)) for pairs in training]
+    skipped = [line for pairs in training for line in skipped_rows(pairs.table, pairs.source)]
+    check_bad_share(skipped, sum(map(len, good)) + len(skipped), args.max_bad_share)
+    batch_counts(args.effective_batch_size, list(map(len, good)))
+    return good, skipped
 
 
 def open_splits(args: RunArguments) -> Splits:
@@ -205,24 +211,20 @@ def _training_columns(args: RunArguments) -> list[str]:
     return list(dict.fromkeys([caption_column(args, args.language), *others, *similarities]))
 
 
-def training_pairs(args: RunArguments, splits: Splits, processor: ProcessorMixin) -> tuple[list[Pairs], list[Skipped]]:
-    """The usable pairs of every training data set, and the rows that can't be used.
-
-    Without a cache, which finds them, images whose pixels are damaged are found here: a step can't do without one.
-    """
+def training_pairs(args: RunArguments, splits: Splits, processor: ProcessorMixin) -> list[Pairs]:
+    """All rows of every training data set; without a cache, images are decoded, since a step can't do without one."""
     columns = _training_columns(args)
     column, own = caption_column(args, args.language), f"captions-{args.language}"
     choice = ("caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
     settings = {name: getattr(args, name) for name in ("language", "caption_column", *choice)}
-    found, skipped = [], []
+    found = []
     for name in args.dataset:
         split = splits[name, args.train_split]
         decode = args.image_embedding_cache == "off"
         choose = lambda row: args.chosen(row | {own: row[column]}, args.language)  # noqa: E731
         table = pair_table(split, columns, choose, settings, decode)
-        found.append(Pairs(split, usable(table), processor, args.augmented_views, args.seed))
-        skipped += skipped_rows(table, split)
-    return found, skipped
+        found.append(Pairs(split, table, processor, args.augmented_views, args.seed))
+    return found
 
 
 def evaluation_pairs(
@@ -237,8 +239,8 @@ def evaluation_pairs(
     for language in languages:
         column = caption_column(args, language)
         table = pair_table(split, [column], lambda row, c=column: _complete(row[c]), {"whole": column}, decode=True)
-        _refuse_bad(split, skipped_rows(table, split))
         found[language] = Pairs(split, table, processor, seed=args.seed)
+        _refuse_bad(found[language])
     return found
 
 
@@ -264,19 +266,21 @@ def _complete(texts: list[str]) -> list[str]:
     return texts
 
 
-def _refuse_bad(split: Split, bad: list[Skipped]) -> None:
+def _refuse_bad(pairs: Pairs) -> None:
     """Raise ValueError where a row of a split that is measured on can't be used."""
-    if bad:
+    if bad := skipped_rows(pairs.table, pairs.source):
         raise ValueError(
-            f"{split.where}: row {bad[0].row} can't be used, {bad[0].reason} ({bad[0].detail}). A split that is "
+            f"{pairs.source.where}: row {bad[0].row} can't be used, {bad[0].reason} ({bad[0].detail}). A split that is "
             f"measured on must be whole; mend the row, or remove it. {len(bad)} rows are like this."
         )
 
 
-def cached_embeds(training: list[Pairs], sources: np.ndarray, pairs: np.ndarray, views: np.ndarray) -> Tensor:
-    """(pairs, width), float32: data set of `training`, pair and view of each; only with caches."""
-    vectors = [training[number].vector(*item) for number, *item in zip(sources, pairs, views, strict=True)]
-    return torch.from_numpy(np.stack(vectors).astype(np.float32))
+def cached_embeds(training: list[Pairs], plan: StepPlan) -> Tensor:
+    """(pairs, width), float32: of the images of a step, whose data sets have caches."""
+    places = [np.flatnonzero(plan.sources == number) for number in range(len(training))]
+    vectors = [pairs.vectors(plan.rows[own], plan.views[own]) for pairs, own in zip(training, places, strict=True)]
+    order = np.argsort(np.concatenate(places))
+    return torch.from_numpy(np.concatenate(vectors)[order].astype(np.float32))
 
 
 def pixel_batches(training: list[Pairs], items: Iterable[list[tuple[int, int, int]]], workers: int) -> Iterator[Tensor]:
@@ -352,13 +356,13 @@ def embed_pixels(model: PreTrainedModel, pixels: Tensor, accelerator: Accelerato
 
 
 def image_cache(model: PreTrainedModel, pairs: Pairs, root: Path, precision: str) -> EmbeddingCache:
-    """Where the vectors of a data set lie: in a folder under `root` that is named after all that they depend on.
+    """Where the vectors of all rows of a data set lie: under `root`, in a folder named after all that they depend on.
 
     The model's image tower is frozen and in evaluation mode; `precision` is as Accelerate names it.
     """
     images = hashlib.blake2b(digest_size=16)
     for chunk in pairs.table.select_columns(["digest"]).iter(10_000):
-        images.update("".join(chunk["digest"]).encode())
+        images.update("".join(digest or "-" for digest in chunk["digest"]).encode())
     parts = {
         "version": PIXELS_VERSION,
         "files": FILES_VERSION,
@@ -377,32 +381,36 @@ def image_cache(model: PreTrainedModel, pairs: Pairs, root: Path, precision: str
     return cache
 
 
-def build_cache(
+def with_vectors(
     model: PreTrainedModel, pairs: Pairs, root: Path, batch_size: int, workers: int, accelerator: Accelerator
-) -> EmbeddingCache:
-    """The cache (pairs, views, width) of a data set, float16: all processes make what is missing of it."""
+) -> Pairs:
+    """All rows of a data set, with the column `vectors` and what is wrong with images in `reason` and `detail`.
+
+    They come out of the cache, of which all processes make what is missing.
+    """
     cache = image_cache(model, pairs, root, accelerator.mixed_precision)
     views, width = row = (pairs.augmented_views, embedding_width(model.config))
-    missing = cache.missing()
+    missing, is_usable = cache.missing(), np.asarray(pc.equal(pairs.table.data.column("reason"), ""))
     if missing and accelerator.is_main_process:
         size = len(pairs) * views * width * 2 / 1e6
         logger.info(f"Image-embedding cache: {len(pairs):,} images x {views} views, {size:,.1f} MB in {cache.folder}.")
 
     def batches_of(part: range) -> list[list[tuple[int, int, int]]]:
-        items = [(0, pair, view) for pair in part for view in range(views)]
+        items = [(0, pair, view) for pair in part if is_usable[pair] for view in range(views)]
         return [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
 
-    def embedded(numbers: list[int]) -> Iterator[tuple[np.ndarray, list[tuple[int, tuple[str, str]]]]]:
+    def embedded(numbers: list[int]) -> Iterator[tuple[np.ndarray, Bad]]:
         own = [cache.parts[number] for number in numbers]
         # One set of workers for all shards: opening them anew costs seconds.
         ahead = read_ahead([pairs], (batch for part in own for batch in batches_of(part)), workers)
         bar = {"desc": f"Images, {pairs.source.where}", "unit": "image", "disable": not accelerator.is_main_process}
         with tqdm(total=sum(map(len, own)), **bar) as progress:
             for part in own:
-                embeds, bad = np.full((len(part), *row), np.nan, dtype=np.float16), {}
-                for batch in batches_of(part):
+                embeds = np.zeros((len(part), *row), dtype=np.float16)
+                bad = {place: ("", "") for place, pair in enumerate(part) if not is_usable[pair]}
+                for batch, images in zip(batches_of(part), ahead, strict=False):
                     good = []
-                    for (_, pair, view), image in zip(batch, next(ahead), strict=True):
+                    for (_, pair, view), image in zip(batch, images, strict=True):
                         if isinstance(image, BadImage):
                             bad[pair - part.start] = image.reason, image.detail
                         else:
@@ -412,8 +420,12 @@ def build_cache(
                         vectors = embed_pixels(model, torch.stack(images), accelerator)
                         embeds[places, numbers_of_views] = vectors.half().cpu().numpy()
                     progress.update(len(batch) / views)
-                yield embeds, sorted(bad.items())
+                yield embeds, bad
 
     cache.make(missing, embedded)
-    cache.open(mapped=True)
-    return cache
+    made, table = cache.table(), pairs.table.data.table
+    for name in ("reason", "detail"):  # a row has that of the table or that of the cache, never both
+        both = pc.binary_join_element_wise(table[name], made[name], "")
+        table = table.set_column(table.column_names.index(name), name, both)
+    table = Dataset(table.append_column("vectors", made["vectors"]), fingerprint=cache.folder.name)
+    return replace(pairs, table=table)

@@ -178,8 +178,7 @@ class Trainer:
     def _image_embeds(self, plan: StepPlan, pixels: Iterator[Tensor] | None) -> Tensor:
         """(pairs, width) on the device, by the frozen image tower."""
         if pixels is None:
-            embeds = cached_embeds(self.inputs.training, plan.sources, plan.rows, plan.views)
-            return embeds.to(self.accelerator.device)
+            return cached_embeds(self.inputs.training, plan).to(self.accelerator.device)
         self.model.vision_model.eval()
         embeds = torch.zeros(len(plan.rows), embedding_width(self.model.config), device=self.accelerator.device)
         for positions in self._parts(plan):
@@ -188,7 +187,7 @@ class Trainer:
 
     def _pixels(self, plans: Callable[[int], Future]) -> Iterator[Tensor] | None:
         """The pixels of all steps to come, as they go through the tower at once; None with a cache."""
-        if self.inputs.training[0].cache is not None:
+        if self.inputs.training[0].cached:
             return None
         steps = (plans(step).result() for step in range(self.state.step, self.args.max_steps))
         items = (

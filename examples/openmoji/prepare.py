@@ -185,7 +185,7 @@ def keep_embeddings(dataset_dir: Path, model_dir: Path, features: dict[str, Tens
             embeds = torch.cat([F.normalize(model.visual_projection(part), dim=-1) for part in parts])
         cache = image_cache(model, pairs, cache_root(args), "no")
         for number, part in enumerate(cache.parts):
-            cache.write(number, embeds[part.start : part.stop, None].half().numpy(), [])
+            cache.write(number, embeds[part.start : part.stop].half().numpy(), {})
 
 
 @torch.no_grad()
