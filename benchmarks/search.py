@@ -33,6 +33,7 @@ from benchmarks.timing import RESULTS, conditions, finish, in_own_process, peak_
 from capivara_common.cli import flag, parse, run_command
 from capivara_common.files import read_json, write_json
 from capivara_search import PictureIndex
+from capivara_search.page.answers import Answers, Question
 from capivara_search.table import EXACT_ROWS
 from capivara_search.table_columns import schema, vector_column
 
@@ -268,6 +269,9 @@ def search_index(args: SearchArguments) -> dict[str, Any]:
     measured["recall"] = recall(found[-QUERIES:], expected)
     words = [QUERY_WORDS[number % len(QUERY_WORDS)] + f" {number}" for number in range(QUERIES)]
     measured["text_ms"] = times(lambda text: index.search(text, k=K), words)
+    page = Answers(index)
+    measured["page_ms"] = times(lambda text: page.search(Question(text=text), None), words)
+    measured["page_newest_ms"] = times(lambda text: page.search(Question(), None), words[:50])
     measured["memory_with_text_tower_bytes"] = peak_memory_bytes()
     counts = ADDED if args.rows == max(args.sizes) else ADDED[:1]
     index.model.images([PIL.Image.new("RGB", (64, 64))])  # loads the image tower

@@ -168,8 +168,9 @@ def follower(*flags: str) -> Iterator[None]:
     """`capivara watch` with these flags, in a process of its own, as long as the block and this process last."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command, environment = [sys.executable, "-c", PROGRAM, "watch", *flags], os.environ | {"PYTHONPATH": path}
-    # A session of its own: Ctrl-C is the page's.
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
+    # A group of its own: Ctrl-C is the page's. In the page's session: of two, Linux gives each half of the processor,
+    # however nice one is, and the page would take a second to answer while pictures are read.
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, process_group=0)
     try:
         yield
     finally:
@@ -187,5 +188,5 @@ def end_with_parent() -> None:
         os.read(0, 1)
         os.kill(os.getpid(), signal.SIGINT)
 
-    os.nice(5)
+    os.nice(10)
     threading.Thread(target=wait, daemon=True).start()

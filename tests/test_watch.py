@@ -278,7 +278,9 @@ def test_the_page_answers_while_another_process_adds_and_follows_by_itself(start
     assert asked.ask("search", {"text": "", "k": 1})[1]["hits"][0]["path"] == str(folder / "a.png")
     children = Path(f"/proc/{page.pid}/task/{page.pid}/children").read_text().split()
     commands = {child: Path(f"/proc/{child}/cmdline").read_text() for child in children}
-    follower = next(child for child, command in commands.items() if "end_with_parent" in command)
+    follower = int(next(child for child, command in commands.items() if "end_with_parent" in command))
+    assert os.getsid(follower) == os.getsid(page.pid) and os.getpgid(follower) == follower, "or its nice says nothing"
+    assert os.getpriority(os.PRIO_PROCESS, follower) == os.getpriority(os.PRIO_PROCESS, page.pid) + 10
     page.kill()  # whose follower notices
     page.wait()
     until(lambda: not Path(f"/proc/{follower}").exists() or "Z" in Path(f"/proc/{follower}/stat").read_text())
