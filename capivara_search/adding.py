@@ -351,8 +351,8 @@ def add_folders(
     """`PictureIndex.add`; the table is made where it is missing, and locked."""
     start = time.monotonic()
     with table.locked():
-        plan = begin(table, model, folders, exclude, include, only, is_tried=True)
         with told(table.where, progress) as tell:
+            plan = begin(table, model, folders, exclude, include, only, tell)
             writer = IndexWriter(table, model, plan, batch_size, tell)
             added = writer.run(exact)
         finish(table, model, plan, added, writer.all_left_out)
@@ -367,19 +367,25 @@ def begin(
     exclude: Sequence[str] = (),
     include: Sequence[str | Path] = (),
     only: Collection[str] | None = None,
-    is_tried: bool = False,
+    progress: Progress | None = None,
 ) -> Plan:
-    """What there is to do, and a table for it; the model may be loaded, to say how long it takes, where `is_tried`.
+    """What there is to do, and a table for it.
 
-    Raises ValueError as `make_plan`, or of the model or the rules: no table is left.
+    How long another model will take is tried where there is a `progress`, of a run on this machine alone. Raises
+    ValueError as `make_plan`, or of the model or the rules: then no table is left, nor one that names the model.
     """
     _ = model.side  # before anything else, where its image processor does not fit
     rules = kept_rules(table).changed(exclude, include)
     plan = make_plan(table, model.image_digest, folders, rules=rules, only=only)
+    known = table.model()
+    if plan.files and (known is None or known["image_digest"] != model.image_digest):
+        if progress and known is None:  # of which the page knows nothing yet
+            progress(0, len(plan.files))
+        model.prepare_images()  # says what else does not fit
     table.create(model.width)
     note_asked(table, folders)
     note_rules(table, rules)
-    note_model(table, model, plan, is_tried)
+    note_model(table, model, plan, progress is not None)
     return plan
 
 

@@ -1,9 +1,5 @@
 """The model of an index: found, fetched once, and quick to answer a text.
 
-    model = find_model("hiaac-nlp/CAPIVARA")  # or a folder; None: that one, or the miniature where there is no network
-    model.texts(["um gato dormindo"])  # (1, width), without torch
-    model.images([picture])  # (1, width)
-
 Any model of two towers that `capivara_common.hub_cache` takes; one of open_clip is converted when it is fetched.
 Nothing heavy is imported before it is needed.
 """
@@ -26,7 +22,7 @@ from capivara_common.weight_file import WeightFile, weight_files
 from capivara_search.model_files.checks_capivara import check_sizes
 from capivara_search.model_files.text_repair_capivara import checked_texts
 from capivara_search.text_tower import SIGLIP_DEFAULTS, TextTower, open_text_tower
-from capivara_search.words import Words, note
+from capivara_search.words import Words, failure, note
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -80,15 +76,19 @@ class SearchModel:
 
     @cached_property
     def side(self) -> int:
-        """Pixels a side of what the image tower sees. Raises ValueError where the image processor gives others."""
+        """Pixels a side of what the image tower sees. Raises ValueError where the processor is another model's."""
         if self._kind == "capivara":  # a tower of timm has no size of its own
             return _size(self.folder / "processor_config.json", "image_processor", "crop_size", "height")
+        for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+            path = self.folder / name
+            processor = read_json(path).get("processor_class") if path.is_file() else None
+            if isinstance(processor, str) and processor.startswith("Siglip") != (self._kind == "siglip"):
+                values = {"folder": self.folder, "processor": processor, "model": self._kind}
+                raise failure(ValueError, "other_processor", **values)
         side = _size(self.folder / "config.json", "vision_config", "image_size", default=224)
         given = self._steps["crop_size" if self._steps["do_center_crop"] else "size"]
         if given != {"height": side, "width": side}:
-            raise ValueError(
-                f"The image processor of {self.folder} gives {given}, its image tower takes {side} pixels."
-            )
+            raise failure(ValueError, "other_size", folder=self.folder, given=given, side=side)
         return side
 
     @cached_property
@@ -186,8 +186,13 @@ class SearchModel:
         from modeling_capivara.loading import load_model, load_processor
 
         device = torch_device(self.device)
-        with no_bars_of_transformers():
-            return load_model(self.folder).eval().to(device), load_processor(self.folder)
+        try:
+            with no_bars_of_transformers():
+                return load_model(self.folder).eval().to(device), load_processor(self.folder)
+        except ValueError as error:
+            if hasattr(error, "code"):
+                raise
+            raise failure(ValueError, "unusable_model", model=self.name, reason=error) from error
 
 
 def find_model(model: str | None = None, device: str | None = None) -> SearchModel:

@@ -283,14 +283,27 @@ def test_a_text_side_of_siglip_finds_in_the_index_of_its_base_on_siglips_own_sca
     assert exchanged.add(folder).embedded == 0
 
 
-def test_a_processor_that_does_not_fit_leaves_no_index_behind(siglips, folder, tmp_path):
-    path = shutil.copytree(siglips / "base", tmp_path / "base") / "preprocessor_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"size": {"height": 48, "width": 48}}))
-    with pytest.raises(
-        ValueError, match=r"^The image processor of [^\n]* gives .*48.*, its image tower takes 32 pixels\.$"
-    ):
-        PictureIndex.open(tmp_path / "i.lance", model=str(tmp_path / "base")).add(folder)
-    assert not (tmp_path / "i.lance").exists()
+@pytest.mark.parametrize(
+    ("file", "change", "text"),
+    [
+        ("preprocessor_config.json", {"size": {"height": 48, "width": 48}}, "gives .*48.*, its image tower takes 32"),
+        ("preprocessor_config.json", {"processor_class": "CLIPProcessor"}, "CLIPProcessor, and the model is siglip"),
+        ("config.json", {"text_config": {"num_hidden_layers": 9}}, "can't be used: .*missing keys"),
+    ],
+)
+def test_a_model_that_does_not_fit_leaves_no_index_behind(siglips, index, folder, tmp_path, file, change, text):
+    path = shutil.copytree(siglips / "base", tmp_path / "base") / file
+    known = json.loads(path.read_text())
+    path.write_text(
+        json.dumps(
+            known | {key: known.get(key, {}) | new if key == "text_config" else new for key, new in change.items()}
+        )
+    )
+    for where in (tmp_path / "new.lance", index.where):
+        with pytest.raises(ValueError, match=f"^[^\\n]*{text}[^\\n]*$"):
+            PictureIndex.open(where, model=str(path.parent)).add(folder)
+    assert not (tmp_path / "new.lance").exists()
+    assert index.status().model == "base" and index.add(folder).unchanged == 20
 
 
 @pytest.mark.parametrize("query", [{"text": "um gato"}, {"like": "p0000.png"}])
