@@ -41,19 +41,19 @@ def read_pull(text: str) -> tuple[float, str]:
     return weight, found[2]
 
 
-def steered(vector: np.ndarray, pulls: Iterable[tuple[float, np.ndarray]], sample: np.ndarray) -> np.ndarray:
+def steered(vector: np.ndarray | None, pulls: Iterable[tuple[float, np.ndarray]], sample: np.ndarray) -> np.ndarray:
     """A query's vector (width,), pulled towards others, or away from them.
 
     Args:
-        vector: (width,), of a sentence or picture.
+        vector: (width,), of a sentence or picture; None where the pulls alone decide.
         pulls: weights, below 0 for away, and vectors (width,), of sentences or pictures.
         sample: (pictures, width), unit length. Each vector counts by how far it tells these apart: a picture does so
             much further than a sentence, and would drown it.
     """
-    if not len(sample):
-        return vector
-    together = [(1.0, vector), *((STRENGTH * weight, pull) for weight, pull in pulls)]
-    return sum(weight * one / max((sample @ one).std(), 1e-6) for weight, one in together)
+    together = [(STRENGTH * weight, pull) for weight, pull in pulls]
+    together += [] if vector is None else [(1.0, vector)]
+    spread = [max((sample @ one).std(), 1e-6) if len(sample) else 1.0 for _, one in together]
+    return sum(weight * one / much for (weight, one), much in zip(together, spread, strict=True))
 
 
 def deviations(score: float, scores: np.ndarray) -> float:

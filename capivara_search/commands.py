@@ -213,7 +213,7 @@ def search(args: SimpleNamespace, words: Words) -> int:
     """Find pictures, and show or write them."""
     from capivara_search.asking import read_pull
 
-    if not args.query and args.like is None:
+    if not args.query and args.like is None and not args.more and not args.less:
         raise click.UsageError(words("empty_query"))
     if args.since and args.until and args.since > args.until:
         raise click.UsageError(words("dates_order", since=args.since, until=args.until))

@@ -1,12 +1,4 @@
-"""An index of pictures: folders go in, sentences and pictures find them.
-
-For example:
-
-    index = PictureIndex.open("fotos.lance", model="hiaac-nlp/CAPIVARA")
-    index.add("~/Fotos")
-    for hit in index.search("um gato dormindo", k=5):
-        print(hit.path, hit.score)
-"""
+"""An index of pictures: folders go in, sentences and pictures find them."""
 
 import logging
 import os
@@ -15,19 +7,18 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from capivara_search import asking
 from capivara_search.adding import KnownRows, add_folders, embed_files
 from capivara_search.duplicates import (
     by_similarity,
-    compared,
-    compared_columns,
     compared_rows,
     counted,
     near_groups,
@@ -51,7 +42,6 @@ from capivara_search.table_columns import (
     VECTOR,
     all_of,
     as_array,
-    looks_of,
     quoted,
     taken_between,
     to_hits,
@@ -93,8 +83,6 @@ class PictureIndex:
 
     def __init__(self, table: PictureTable, model: "str | SearchModel | None", device: str | None):
         self._table, self._asked, self._device = table, model, device
-        self._known_sample: tuple[int, np.ndarray] | None = None  # version of the index, vectors
-        self._known_background: tuple[int, asking.Background] | None = None
 
     @classmethod
     def open(
@@ -107,9 +95,7 @@ class PictureIndex:
             model: folder, Hub id, or a model; None: the index's own, or of a new one the default.
             device: such as cpu or cuda:1; None: the GPU where there is one.
 
-        Raises:
-            ValueError: something else lies there, or an index of a newer version.
-            OSError: it may not be read.
+        Raises ValueError where something else lies there, or an index of a newer version, OSError: it may not be read.
         """
         table = PictureTable(default_place() if where == "auto" else where)
         with suppress(DamagedIndex):  # which `add` may mend
@@ -130,6 +116,8 @@ class PictureIndex:
             return self._asked
         known = self._table.model() if self._asked is None else None
         return find_model(known["source"] if known else self._asked, self._device)
+
+    # --- what goes in
 
     def add(
         self,
@@ -188,13 +176,8 @@ class PictureIndex:
             poll: look at all files every two seconds; None: where a folder lies on a file system of the network.
             stop: ends it when it is set.
 
-        Yields:
-            What was done: at first in the folders as a whole, then with each burst of changes.
-
-        Raises:
-            ImportError: the package watchfiles is not installed.
-            ValueError: as `add`, at first; later a line of the log says what is wrong with a folder.
-            OSError: no space left, no permission to write the index, or too many folders to be followed.
+        Yields what was done, at first in the folders as a whole, then with each burst of changes. Raises as `add`, at
+        first; OSError also where these are too many folders, ImportError: watchfiles is not installed.
         """
         from capivara_search.watch import follow_index  # here: nothing else needs watchfiles
 
@@ -207,11 +190,39 @@ class PictureIndex:
     def mend(self) -> None:
         """Take the newest version of a damaged index that can be read, or none; a line of the log says what is lost.
 
-        Raises:
-            ValueError: its record is whole but can't be read, as of a newer LanceDB.
+        Raises ValueError where its record is whole but can't be read, as of a newer LanceDB.
         """
         with self._table.locked():
             self._table.mend()
+
+    def forget(self, folder: str | Path) -> int:
+        """Remove the rows of a folder, or of a file, and their thumbnails; returns how many. The files stay.
+
+        They stay out, until `add` includes them, as does what is there, and has no row yet.
+        """
+        path = absolute_folder(folder)
+        if not self._table.exists():
+            return 0
+        with self._table.locked():
+            removed, failed = (self._table.remove_where(within(path), name) for name in (PICTURES, LEFT_OUT))
+            if removed or failed or os.path.lexists(path):
+                rules = kept_rules(self._table)
+                note_rules(self._table, replace(rules, forgotten=rules.forgotten | {str(path)}))
+            inside = [FOLDER_KEY + folder for folder in self._table.folders() if Path(folder).is_relative_to(path)]
+            self._table.remove(inside, ABOUT)
+            self._table.purge()
+            return removed
+
+    def move(self, old: str | Path, new: str | Path) -> tuple[int, int]:
+        """Take the rows of a folder for those of another one, which its pictures were moved to; nothing is read again.
+
+        From now on the new folder counts as added on this machine, the old one no longer. Returns how many rows there
+        are, and how many of their files are in the new folder. Raises ValueError where one folder lies in the other,
+        nothing is known of the old one, or no file is in the new one.
+        """
+        return move_folder(self._table, absolute_folder(old), absolute_folder(new))
+
+    # --- what is found
 
     def search(
         self,
@@ -233,8 +244,7 @@ class PictureIndex:
             like: picture, or path of one.
             k: how many at most.
             folder: only those in it.
-            since: only those taken on that day or later; by the file's time where no camera says when.
-            until: only those taken on that day or before.
+            since, until: only those of that day or later, or before; by the file's time where no camera says when.
             exact: compare every picture, in an index of any size.
             more: words that the search is pulled towards, with a weight as in "0.5:praia", which is 1 otherwise.
             less: words that it is pulled away from. Pictures that show them sink; none is excluded.
@@ -242,47 +252,46 @@ class PictureIndex:
                 which says how many `copies` it has; place and score are those of the best of them.
 
         Raises:
-            ValueError: neither text nor picture, k below 1, a weight breaks its rule, or the model is not that of the
-                index.
+            ValueError: nothing is asked for, k below 1, a weight breaks its rule, or the model is not the index's.
         """
         text = text.strip() if text else None
-        if not text and like is None:
-            raise ValueError("The query is empty. Give a sentence, a picture, or both.")
         both = ((sign, [words] if isinstance(words, str) else words) for sign, words in ((1, more), (-1, less)))
         given = [(sign, *asking.read_pull(one)) for sign, words in both for one in words]
+        if not text and like is None and not given:
+            raise ValueError("The query is empty. Give a sentence, a picture, or both.")
         self._check_model()  # before the model is loaded
         vectors = [self.model.texts([text])] if text else []
         if like is not None:
             image = open_query_picture(like) if isinstance(like, str | Path) else like
             vectors.append(self.model.images([image]))
-        vector = np.concatenate(vectors).mean(axis=0)
+        vector = np.concatenate(vectors).mean(axis=0) if vectors else None
         if given:
             pulls = zip(given, self.model.texts([words for *_, words in given]), strict=True)
             vector = self.steered(vector, [(sign * weight, pull) for (sign, weight, _), pull in pulls])
         return self.search_vector(vector, k, folder, since, until, exact, like is None and not given, stacked)
 
-    def steered(self, vector: np.ndarray, pulls: Sequence[tuple[float, np.ndarray]]) -> np.ndarray:
-        """A query's vector (width,), pulled towards others (width,) by their weights, or away by one below 0."""
+    def steered(self, vector: np.ndarray | None, pulls: Sequence[tuple[float, np.ndarray]]) -> np.ndarray:
+        """A query's vector (width,), pulled towards others (width,) by their weights, or away by one below 0.
+
+        Where there is none, the pulls are all that is asked for: away from one, the pictures that differ most from it.
+        """
         return asking.steered(vector, pulls, self._sample())
 
     def _sample(self) -> np.ndarray:
         """Vectors of pictures (rows, width), unit length, spread over the index."""
-        version = self.version()
-        if self._known_sample is None or self._known_sample[0] != version:
-            found = self._table.sample(self.model.width, self.model.image_digest, asking.SAMPLE)
-            self._known_sample = version, unit(found)
-        return self._known_sample[1]
+        found = partial(self._table.sample, self.model.width, self.model.image_digest, asking.SAMPLE)
+        return self._table.kept("sample", lambda: unit(found()))
 
     def _background(self) -> asking.Background:
         """What neutral sentences find."""
-        version = self.version()
-        if self._known_background is None or self._known_background[0] != version:
+
+        def made() -> asking.Background:
             neutral = self.model.texts(asking.NEUTRAL)
             clause = f"model = {quoted(self.model.image_digest)}" if self._check_model() else None
             found = [as_array(self._table.nearest(vector, 1, clause)[VECTOR])[0] for vector in neutral]
-            best = (unit(np.stack(found)) * neutral).sum(axis=1)
-            self._known_background = version, asking.Background.of(self._sample(), neutral, best)
-        return self._known_background[1]
+            return asking.Background.of(self._sample(), neutral, (unit(np.stack(found)) * neutral).sum(axis=1))
+
+        return self._table.kept("background", made)
 
     def search_vector(
         self,
@@ -303,36 +312,52 @@ class PictureIndex:
         if since and until and since > until:
             raise ValueError(f"since must not be after until, got {since} and {until}.")
         vector, clause = unit(vector), all_of([*self._of_model(), *_filters(folder, since, until)])
-        asked = (WINDOW if stacked else 1) * k + TIES
-        while True:
-            found = self._table.nearest(vector, asked, clause, exact, self._table.looks() if stacked else ())
-            vectors, paths = unit(as_array(found[VECTOR])), found["path"].to_pylist()
-            scores = np.clip(vectors @ vector, -1, 1)
-            places = zip((-scores).tolist(), paths, range(len(paths)), strict=True)
-            order = np.array([row for _, _, row in sorted(places)], int)
-            found, scores = found.take(order), scores[order]
-            vectors = compared(vectors[order], looks_of(found)) if stacked else vectors
-            groups = stacks(vectors, k) if stacked else np.arange(len(order))[:k, None]
-            if len(order) < asked or (len(groups) == k and scores[-1] < scores[groups[-1][0]]):
-                break
-            asked *= MORE
-        sizes = [found[name].to_pylist() for name in ("width", "height", "size")]
-        sizes = [(width * height, size) for width, height, size in zip(*sizes, strict=True)]
-        shown = np.array([max(group, key=sizes.__getitem__) for group in groups], int)
-        hits = to_hits(found.take(shown), [scores[group[0]] for group in groups])
-        if stacked:
-            hits = counted(self._table, self.model, hits, vectors[shown], clause, vectors)
-        if not of_text:
-            return hits[:k]
-        if hits and (asking.draws_line(self.model.folder) if self.line is None else self.line):
+        nearest = partial(self._nearest, vector, clause, exact, ["model", *self._table.looks()] if stacked else ())
+        hits = self._stacked(k, clause, nearest, largest=True) if stacked else to_hits(nearest(k))
+        if not of_text or not hits:
+            return hits
+        if asking.draws_line(self.model.folder) if self.line is None else self.line:
             line = self._background().line(vector)
             hits = [replace(hit, fits=hit.score >= line) for hit in hits]
-        own = self.model.on_own_scale(np.array([hit.score for hit in hits[:k]]))
-        return [replace(hit, score=float(score)) for hit, score in zip(hits, own, strict=False)]
+        own = self.model.on_own_scale(np.array([hit.score for hit in hits]))
+        return [replace(hit, score=float(score)) for hit, score in zip(hits, own, strict=True)]
+
+    def _nearest(
+        self, vector: np.ndarray, clause: str | None, exact: bool, more: Sequence[str], number: int
+    ) -> pa.Table:
+        """So many rows that are nearest to a vector (width,), best first, of equal ones by path; with their `score`."""
+        asked = number + TIES
+        while True:
+            rows = self._table.nearest(vector, asked, clause, exact, more)
+            scores = np.clip(unit(as_array(rows[VECTOR])) @ vector, -1, 1)
+            rows = rows.append_column("score", pa.array(scores, pa.float64()))
+            rows = rows.sort_by([("score", "descending"), ("path", "ascending")])
+            if len(rows) < asked or rows["score"][-1].as_py() < rows["score"][number - 1].as_py():
+                return rows[:number]
+            asked *= MORE
+
+    def _stacked(
+        self, k: int, clause: str | None, first: Callable[[int], pa.Table], largest: bool = False
+    ) -> list[Hit]:
+        """Hits of an order of which `first` gives so many rows: of copies the first one, or that of most pixels."""
+        asked, groups = WINDOW * k, list[np.ndarray]()
+        while len(groups) < k:
+            rows = first(asked)
+            vectors = compared_rows(self.model, rows)
+            groups = stacks(vectors, k)
+            if len(rows) < asked:
+                break
+            asked *= MORE
+        shown = best = np.array([group[0] for group in groups], int)
+        if largest:
+            sizes = _sizes(rows)
+            shown = np.array([max(group, key=sizes.__getitem__) for group in groups], int)
+        scores = rows["score"].take(best).to_pylist() if "score" in rows.column_names else None
+        return counted(self._table, self.model, to_hits(rows.take(shown), scores), vectors[shown], clause, vectors)
 
     @property
     def _columns(self) -> list[str]:
-        return compared_columns(self._table, self.model)
+        return [*HIT_COLUMNS, vector_column(self.model.width), "model", *self._table.looks()]
 
     def copies(
         self,
@@ -344,18 +369,13 @@ class PictureIndex:
     ) -> list[Hit]:
         """The other pictures that are nearly the same as one of the index, most similar first.
 
-        Args:
-            path: of the picture.
-            k: how many at most.
-            folder, since, until: as `search` has them.
-
-        Raises:
-            KeyError: there is no such picture, or it has no vector of this model.
+        Arguments are those of `search`. Raises KeyError where there is no such picture, or it has no vector of this
+        model.
         """
         vector, clause = self.vectors([path])[0], all_of(_filters(folder, since, until))
         own = compared_rows(self.model, self._table.of_paths(self._columns, [path]))
         if self._table.count(clause) <= EXACT_ROWS:
-            rows = self._table.rows([*HIT_COLUMNS, *self._columns], clause)
+            rows = self._table.rows(self._columns, clause)
         else:
             rows = self._table.nearest(vector, WINDOW * k, clause, more=["model", *self._table.looks()])
         others = compared_rows(self.model, rows)
@@ -371,41 +391,35 @@ class PictureIndex:
         until: date | None = None,
         stacked: bool = False,
     ) -> list[Hit]:
-        """The pictures of the latest `date`, latest first.
+        """The pictures of the latest `date`, latest first; of copies, where `stacked`, the latest is shown.
 
-        Args:
-            k: how many at most.
-            folder, since, until, stacked: as `search` has them; of copies the latest is shown.
+        Arguments are those of `search`.
         """
         clauses = _filters(folder, since, until)
+        stacked = stacked and self._table.exists() and self.model.width in self._table.widths()
         rows = self._table.rows(["taken", "mtime_ns"], all_of(clauses))
         taken = rows["taken"].to_numpy().astype("datetime64[us]")
         here = time.localtime().tm_gmtoff * 1_000_000  # cameras tell the time of the place
         modified = (rows["mtime_ns"].to_numpy() // 1000 + here).astype("datetime64[us]")
         times = np.sort(np.where(np.isnat(taken), modified, taken))
-        asked, columns = k, HIT_COLUMNS
-        if stacked and self._table.exists() and self.model.width in self._table.widths():
-            asked, columns = WINDOW * k, (*HIT_COLUMNS, *self._columns)
-        while True:
+
+        def latest(number: int) -> pa.Table:
             later = []
-            if len(times) > asked:
-                last = times[-asked].astype(datetime)
-                nanoseconds = (int(times[-asked].astype(np.int64)) - here) * 1000
-                later = [f"(taken >= timestamp '{last}' OR (taken IS NULL AND mtime_ns >= {nanoseconds}))"]
-            found = self._table.rows(columns, all_of([*clauses, *later]))
-            names = ("taken", "mtime_ns", "path")
-            rows = zip(*(found[name].to_pylist() for name in names), range(len(found)), strict=True)
-            order = sorted((-(at or datetime.fromtimestamp(ns / 1e9)).timestamp(), *row) for at, ns, *row in rows)
-            found = found.take(np.array([row for *_, row in order], int))
-            if columns == HIT_COLUMNS:
-                return to_hits(found[:k])
-            vectors = compared_rows(self.model, found)
-            kept = np.array([group[0] for group in stacks(vectors, k)], int)
-            if len(kept) == k or not later:
-                return counted(
-                    self._table, self.model, to_hits(found.take(kept)), vectors[kept], all_of(clauses), vectors
-                )
-            asked *= MORE
+            if len(times) > number:
+                last = times[-number]
+                nanoseconds = (int(last.astype(np.int64)) - here) * 1000
+                later = [
+                    f"(taken >= timestamp '{last.astype(datetime)}' OR (taken IS NULL AND mtime_ns >= {nanoseconds}))"
+                ]
+            found = self._table.rows(self._columns if stacked else HIT_COLUMNS, all_of([*clauses, *later]))
+            seconds = [
+                (taken or datetime.fromtimestamp(ns / 1e9)).timestamp()
+                for taken, ns in zip(found["taken"].to_pylist(), found["mtime_ns"].to_pylist(), strict=True)
+            ]
+            found = found.append_column("second", pa.array(seconds, pa.float64()))
+            return found.sort_by([("second", "descending"), ("path", "ascending")])
+
+        return self._stacked(k, all_of(clauses), latest) if stacked else to_hits(latest(k)[:k])
 
     def _of_model(self) -> list[str]:
         """The clause that leaves out vectors of other models, where there are some."""
@@ -423,6 +437,26 @@ class PictureIndex:
             values = {"model": self.model.name, "path": self.where, "known": known, "total": total}
             raise failure(ValueError, "other_model", **values)
         return others
+
+    def duplicates(self, threshold: float = SAME) -> list[list[Hit]]:
+        """Groups of pictures that are nearly the same, the largest group first.
+
+        Of each the picture with most pixels comes first, then by similarity to it, which is their score, above 0 to 1:
+        a third is the cosine of the vectors, the rest that of the looks (`capivara_search.duplicates.compared`).
+        """
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}.")
+        if not self._table.exists():
+            return []
+        rows = self._table.rows(self._columns, all_of(self._of_model()))
+        rows = rows.append_column("pixels", pc.multiply(rows["width"], rows["height"]))
+        # the best of a group leads it
+        rows = rows.sort_by([("pixels", "descending"), ("size", "descending"), ("path", "ascending")])
+        vectors = compared_rows(self.model, rows)
+        groups = near_groups(vectors, threshold)
+        return [by_similarity(to_hits(rows.take(numbers)), vectors[numbers]) for numbers in groups]
+
+    # --- what is known
 
     def thumbnail(self, path: str) -> bytes | None:
         """The small picture (WebP, at most 256 pixels long) of a row; None where there is no such row."""
@@ -449,37 +483,6 @@ class PictureIndex:
         found = self._table.of_paths(["path", "model", column], list(paths))
         found = found.filter(pc.equal(found["model"], self.model.image_digest))
         return dict(zip(found["path"].to_pylist(), unit(as_array(found[column])), strict=True))
-
-    def forget(self, folder: str | Path) -> int:
-        """Remove the rows of a folder, or of a file, and their thumbnails; returns how many. The files stay.
-
-        They stay out, until `add` includes them, as does what is there, and has no row yet.
-        """
-        path = absolute_folder(folder)
-        if not self._table.exists():
-            return 0
-        with self._table.locked():
-            removed, failed = (self._table.remove_where(within(path), name) for name in (PICTURES, LEFT_OUT))
-            if removed or failed or os.path.lexists(path):
-                rules = kept_rules(self._table)
-                note_rules(self._table, replace(rules, forgotten=rules.forgotten | {str(path)}))
-            inside = [FOLDER_KEY + folder for folder in self._table.folders() if Path(folder).is_relative_to(path)]
-            self._table.remove(inside, ABOUT)
-            self._table.purge()
-            return removed
-
-    def move(self, old: str | Path, new: str | Path) -> tuple[int, int]:
-        """Take the rows of a folder for those of another one, which its pictures were moved to; nothing is read again.
-
-        From now on the new folder counts as added on this machine, the old one no longer.
-
-        Returns:
-            How many rows there are, and how many of their files are in the new folder.
-
-        Raises:
-            ValueError: one folder lies in the other, nothing is known of the old one, or no file is in the new one.
-        """
-        return move_folder(self._table, absolute_folder(old), absolute_folder(new))
 
     def folders(self) -> dict[str, int]:
         """Folder that was added -> pictures in it and the folders in it."""
@@ -539,8 +542,7 @@ class PictureIndex:
             labels: words, in Portuguese.
             template: sentence with `{}` where a label goes.
 
-        Raises:
-            ValueError: no label, one twice, or a template without `{}`; no such folder, or no picture in it.
+        Raises ValueError where there is no label, one twice, no `{}`, no such folder, or no picture in it.
         """
         labels = checked_labels(labels, template)
         if not isinstance(folder, str | Path):
@@ -558,33 +560,10 @@ class PictureIndex:
         paths = [file.path for file in files if file.path in vectors]
         return paths, np.stack([vectors[path] for path in paths]) if paths else np.empty((0, self.model.width))
 
-    def duplicates(self, threshold: float = SAME) -> list[list[Hit]]:
-        """Groups of pictures that are nearly the same, the largest group first.
-
-        Args:
-            threshold: least similarity of a picture to the first one of its group, above 0 to 1; a third of it is the
-                cosine of the vectors, the rest is that of the looks (`capivara_search.duplicates.compared`).
-
-        Returns:
-            Of each group the picture with most pixels first, then by similarity to it, which is their score.
-        """
-        if not 0 < threshold <= 1:
-            raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}.")
-        if not self._table.exists():
-            return []
-        rows = self._table.rows([*HIT_COLUMNS, *self._columns], all_of(self._of_model())).sort_by("path")
-        pixels = pc.multiply(rows["width"], rows["height"]).to_numpy()
-        rows = rows.take(np.lexsort((-rows["size"].to_numpy(), -pixels)))  # the best of a group leads it
-        vectors = compared_rows(self.model, rows)
-        groups = near_groups(vectors, threshold)
-        return [by_similarity(to_hits(rows.take(numbers)), vectors[numbers]) for numbers in groups]
-
     def export(self, path: str | Path) -> int:
         """Write the rows to a .parquet file, with vectors, or a .csv file; returns how many there are.
 
-        Raises:
-            ValueError: another suffix, no file can be made there, or there is no index.
-            OSError: no space left.
+        Raises ValueError where it has another suffix, can't be made, or there is no index.
         """
         from capivara_search.exporting import export_rows
 
@@ -597,3 +576,9 @@ class PictureIndex:
 def _filters(folder: str | Path | None, since: date | None, until: date | None) -> list[str]:
     """The clauses of a search."""
     return [*taken_between(since, until), *([] if folder is None else [within(absolute_folder(folder))])]
+
+
+def _sizes(rows: pa.Table) -> list[tuple[int, int]]:
+    """Pixels and bytes of rows."""
+    width, height, size = (rows[name].to_pylist() for name in ("width", "height", "size"))
+    return [(w * h, bytes) for w, h, bytes in zip(width, height, size, strict=True)]

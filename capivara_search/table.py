@@ -1,11 +1,5 @@
 """The table that an index is: a row a picture, in LanceDB, in a folder of this machine or on object storage.
 
-    table = PictureTable("fotos.lance")
-    with table.locked():
-        table.create(width=512)
-        table.merge(to_arrow(rows, table.columns()))
-    table.nearest(vector, 12, within("/home/maria/Fotos"))
-
 Beside `pictures` there are two small tables: `left_out`, the files that could not be read and why, and `about`, what is
 known of the whole. Every call sees the newest version, whole. Up to `EXACT_ROWS` pictures all vectors are compared.
 Above, an approximate index (IVF with RabitQ codes, then the vectors of its best candidates) answers, together with a
@@ -104,8 +98,7 @@ class PictureTable:
             self.where = str(Path(self.where).expanduser().absolute())
             self._check_folder()
         self._tables: dict[str, Any] = {}
-        self._others: tuple[int, str, int] | None = None
-        self._indices: tuple[int, dict[str, Any]] | None = None
+        self._kept: dict[str, tuple[int, Any]] = {}
         self._broken: set[str] = set()  # approximate indices that could not be read
 
     def _check_folder(self) -> None:
@@ -136,12 +129,7 @@ class PictureTable:
         return f"{self.where.rstrip('/')}/{name}.lance"
 
     def table(self, name: str) -> Any:
-        """One of the tables, or None where it is not there.
-
-        Raises:
-            ValueError: it is damaged, of a newer version, or not ours.
-            OSError: it may not be read.
-        """
+        """One of the tables, or None where it is not there. Raises ValueError: it is damaged, newer, or not ours."""
         if name not in self._tables:
             with explained(self.where):
                 if not self.remote and not Path(self._folder(name)).is_dir():
@@ -205,6 +193,13 @@ class PictureTable:
         with explained(self.where):
             return sum(table.version for name in names or KEYS if (table := self.table(name)) is not None)
 
+    def kept(self, name: str, make: Callable[[], T], *names: str) -> T:
+        """What is made of the index, and of a model in use, until it, or some tables, change."""
+        version = self.version(*names)
+        if self._kept.get(name, (None,))[0] != version:
+            self._kept[name] = version, make()
+        return self._kept[name][1]
+
     def bytes(self) -> int | None:
         """Of its files; None on object storage."""
         if self.remote:
@@ -265,10 +260,7 @@ class PictureTable:
 
     def of_other_models(self, image_digest: str) -> int:
         """How many rows hold vectors of other models."""
-        version = self.version(PICTURES)
-        if self._others is None or self._others[:2] != (version, image_digest):
-            self._others = version, image_digest, self.count(f"model != {quoted(image_digest)}")
-        return self._others[2]
+        return self.kept(image_digest, lambda: self.count(f"model != {quoted(image_digest)}"), PICTURES)
 
     def other_model(self, image_digest: str) -> str:
         """Name of a model, another one, that has embedded rows."""
@@ -305,14 +297,9 @@ class PictureTable:
     def nearest(
         self, vector: np.ndarray, k: int, where: str | None = None, exact: bool = False, more: Sequence[str] = ()
     ) -> pa.Table:
-        """The rows nearest to a vector, in no order, with their vectors in a column `vector`.
+        """The k rows nearest to a vector (width,) of unit length, in no order, with their vectors in a column `vector`.
 
-        Args:
-            vector: (width,), unit length.
-            k: rows at most.
-            where: clause that they meet.
-            exact: compare every vector, in an index of any size.
-            more: columns, beside `HIT_COLUMNS`.
+        They meet the clause `where`; `exact`: every vector is compared; `more` columns, beside `HIT_COLUMNS`.
         """
         column = vector_column(len(vector))
         if where and self.count(where) <= EXACT_ROWS:  # the engine would read the vectors of all rows
@@ -343,11 +330,8 @@ class PictureTable:
 
     def indices(self) -> dict[str, Any]:
         """Column -> what LanceDB says of its index."""
-        version = self.version(PICTURES)
-        if self._indices is None or self._indices[0] != version:
-            found = self.read(PICTURES, lambda table: table.list_indices())
-            self._indices = version, {one.columns[0]: one for one in found}
-        return self._indices[1]
+        found = self.kept("indices", lambda: self.read(PICTURES, lambda table: table.list_indices()), PICTURES)
+        return {one.columns[0]: one for one in found}
 
     # --- writing
 
@@ -480,9 +464,7 @@ class PictureTable:
         """Of a damaged index in a folder, take the newest version that can be read, and say what is lost with the rest.
 
         Called by who has the lock. Where there is no such version, the pictures are set aside, to be added again.
-
-        Raises:
-            DamagedIndex: the record of the pictures is whole but can't be read, as of a newer LanceDB.
+        Raises DamagedIndex where the record of the pictures is whole but can't be read, as of a newer LanceDB.
         """
         for name in () if self.remote else reversed(KEYS):
             try:

@@ -89,13 +89,14 @@ def as_array(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def to_hits(rows: pa.Table, scores: Sequence[float] | None = None) -> list[Hit]:
-    """Rows with `HIT_COLUMNS`, and their scores, as hits."""
+    """Rows with `HIT_COLUMNS` as hits; scores are these, those of a column `score`, or 0."""
+    if scores is None:
+        scores = rows["score"].to_pylist() if "score" in rows.column_names else [0.0] * len(rows)
     hits = []
-    for number, row in enumerate(rows.select(list(HIT_COLUMNS)).to_pylist()):
+    for row, score in zip(rows.select(list(HIT_COLUMNS)).to_pylist(), scores, strict=True):
         modified = datetime.fromtimestamp(row.pop("mtime_ns") / 1e9)
         dated = {"date": row["taken"] or modified, "date_source": "camera" if row["taken"] else "file"}
-        score = float(scores[number]) if scores is not None else 0.0
-        hits.append(Hit(score=score, modified=modified, **dated, **row))
+        hits.append(Hit(score=float(score), modified=modified, **dated, **row))
     return hits
 
 

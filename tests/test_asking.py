@@ -55,6 +55,14 @@ def test_what_is_asked_for_less_of_sinks_and_stays(index):
     assert means[0] < means[1] <= means[2]
 
 
+def test_less_of_something_alone_begins_with_what_differs_most(index):
+    paths = sorted(hit.path for hit in index.newest(30))
+    scores = index.vectors(paths) @ index.model.texts(["cachorro"])[0]
+    assert [hit.path for hit in index.search(less="cachorro", k=30)] == [paths[place] for place in np.argsort(scores)]
+    with pytest.raises(ValueError, match="The query is empty"):
+        index.search(" ")
+
+
 def test_the_line_is_where_neutral_sentences_end(index):
     images = index.vectors([hit.path for hit in index.newest(30)])
     scores = index.model.texts(asking.NEUTRAL) @ images.T
