@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -84,18 +85,14 @@ def class_embeddings(store: EmbeddingStore, prompts: Prompts) -> Tensor:
 
 
 def classification_metrics(scores: Tensor, labels: list, metric: str) -> dict[str, float]:
-    """The data set's own metric first, then top-1 and top-5 where they make sense.
+    """The data set's own metric, of `METRICS`, first, then top-1 and top-5 where they make sense.
 
-    Args:
-        scores: (images, classes), cosines.
-        labels: a class of each image, or a list of classes.
-        metric: "accuracy", "mean-per-class", "11point_mAP" or "roc_auc".
+    Of cosines (images, classes), and a class, or a list of classes, an image.
     """
     several = isinstance(labels[0], list)
     if several != (metric == "11point_mAP"):
-        raise ValueError(
-            f"{metric} needs {'one label' if several else 'a list of labels'} an image; look at --label_column."
-        )
+        wanted = "one label" if several else "a list of labels"
+        raise ValueError(f"{metric} needs {wanted} an image; look at --label_column.")
     if metric == "11point_mAP":
         targets = torch.zeros(scores.shape)
         for row, classes in enumerate(labels):
@@ -118,7 +115,7 @@ def chance_of(metric: str, labels: list, classes: int) -> float:
     if metric == "11point_mAP":  # interpolation has no formula: the mean of draws
         generator = torch.Generator().manual_seed(0)
         draws = [torch.rand(len(labels), classes, generator=generator) for _ in range(CHANCE_DRAWS)]
-        return sum(classification_metrics(scores, labels, metric)[metric] for scores in draws) / CHANCE_DRAWS
+        return float(np.mean([classification_metrics(scores, labels, metric)[metric] for scores in draws]))
     return {"roc_auc": 0.5, "top_5_accuracy": 5 / classes}.get(metric, 1 / classes)
 
 

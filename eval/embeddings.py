@@ -88,11 +88,7 @@ class EmbeddingStore:
         self.root = self.root or Path(broadcast_object_list([self._temporary.name])[0])  # the main process's
 
     def images(self, images: Split, description: str = "Images") -> EmbeddedImages:
-        """Embeddings of images, without those that can't be read.
-
-        Raises:
-            ValueError: no image can be read.
-        """
+        """Embeddings of images, without those that can't be read; ValueError where none can."""
 
         def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, Bad]:
             embeds, bad, decoded = np.zeros((len(rows), 0), dtype=np.float32), {}, images.decoded(rows)
@@ -154,11 +150,7 @@ def distinct_texts(texts: Sequence[str]) -> list[str]:
 
 
 def open_store(args: ModelArguments) -> EmbeddingStore:
-    """The model of the arguments, its embeddings kept in their cache folder.
-
-    Raises:
-        ValueError, OSError, ImportError: as of `load_embedder`.
-    """
+    """The model of the arguments, its embeddings kept in their cache folder; raises as `load_embedder`."""
     embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision)
     return EmbeddingStore(embedder, cache_folder(args.cache_dir), args.batch_size)
 

@@ -16,6 +16,7 @@ import numpy as np
 import pandas
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from tqdm.auto import tqdm
 
 from capivara_common.cli import flag, run_command
@@ -63,13 +64,13 @@ def few_of_each(labels: np.ndarray, shots: int, generator: np.random.Generator) 
     return np.concatenate([generator.permutation(of)[:shots] for of in rows])
 
 
-def held_out(labels: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to fit and rows to choose on: a fifth of each class, none of a class with a single image."""
-    chosen = np.zeros(len(labels), dtype=bool)
+def held_out(labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """(images,), -1 to fit and 0 to choose on: of each class a fifth, none of a class with a single image."""
+    fold = np.full(len(labels), -1)
     for label in np.unique(labels):
         rows = generator.permutation(np.flatnonzero(labels == label))
-        chosen[rows[: max(len(rows) // 5, int(len(rows) > 1))]] = True
-    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+        fold[rows[: max(len(rows) // 5, int(len(rows) > 1))]] = 0
+    return fold
 
 
 def probe_scores(
@@ -78,31 +79,25 @@ def probe_scores(
     """(images, classes) of the test images, and the chosen C.
 
     That is the C of the highest accuracy, the strongest penalty of equal ones; 1 where there is nothing to choose on.
-
-    Raises:
-        ValueError: fewer than two classes occur in training.
+    ValueError where fewer than two classes occur in training.
     """
     if len(np.unique(train.labels)) < 2:
         raise ValueError("A linear probe needs training images of at least two classes.")
-    part = both = train
     if validation is None:
-        part, validation = map(train.subset, held_out(train.labels, generator))
+        both, fold = train, held_out(train.labels, generator)
     else:
         both = Features(*map(np.concatenate, zip(train, validation, strict=True)))
-
-    def fitted(features: Features, penalty: float) -> LogisticRegression:
-        return LogisticRegression(C=penalty, max_iter=MAX_ITERATIONS).fit(*features)
-
-    best = 1.0
-    if len(validation.labels) and len(np.unique(part.labels)) > 1:
-        rights = [(fitted(part, c).predict(validation.embeds) == validation.labels).mean() for c in PENALTIES]
-        best = float(PENALTIES[int(np.argmax(rights))])
-    regression = fitted(both, best)
+        fold = np.repeat([-1, 0], [len(train.labels), len(validation.labels)])
+    regression = LogisticRegression(max_iter=MAX_ITERATIONS)
+    chooses = 0 in fold and len(np.unique(both.labels[fold < 0])) > 1
+    if chooses:  # and fits the best again, to both
+        regression = GridSearchCV(regression, {"C": PENALTIES}, cv=PredefinedSplit(fold))
+    regression.fit(*both)
     scores = torch.full((len(test.labels), classes), -1e9, dtype=torch.double)  # a class that was never seen
     decision = regression.decision_function(test.embeds)
     decision = np.stack([-decision, decision], axis=1) if decision.ndim == 1 else decision
     scores[:, torch.as_tensor(regression.classes_)] = torch.from_numpy(decision).double()
-    return scores, best
+    return scores, float(regression.best_params_["C"]) if chooses else 1.0
 
 
 def evaluate(args: LinearProbeArguments) -> list[Record]:

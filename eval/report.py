@@ -63,12 +63,9 @@ class Found:
 
 
 def read_folder(folder: Path) -> Found:
-    """Read every JSON file of `folder` and below; what can't be read is among the `faults`.
+    """Read every JSON file of `folder` and below, but for hidden ones and unfinished runs, `….partial`.
 
-    Hidden files and folders are left out, and unfinished runs, `….partial`.
-
-    Raises:
-        ValueError: the folder is missing, or holds no result file; the first files that are none are named.
+    What can't be read is among the `faults`. ValueError where there is no folder, or no result file in it.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder. Give the one that the evaluations wrote their JSON files to.")
@@ -100,9 +97,7 @@ def read_folder(folder: Path) -> Found:
 def write_report(results: Path, output: Path, overwrite: bool = False) -> Found:
     """Write the report of the folder `results` to the folder `output`, whole or not at all.
 
-    Raises:
-        ValueError: there is no result file, or `output` would overwrite something.
-        OSError: it can't be written.
+    ValueError where there is no result file, or `output` would overwrite something.
     """
     check_output_folder(output, overwrite)
     check_inputs_stay(output, results)
@@ -134,16 +129,15 @@ def tables_of(frame: pandas.DataFrame) -> list[pandas.DataFrame]:
 def _check_curve(curve: Any) -> None:
     """Raise ValueError unless `curve` has the form that `plot_training_curves` draws."""
     try:
-        trained = [point for point in curve if "loss" in point]
-        numbers = [point["step"] for point in curve]
-        numbers += [point[name] for point in trained for name in ("loss", "learning_rate")]
-        numbers += [point["validation"][name] for point in curve if "validation" in point for name in DIRECTIONS]
+        trained = [(point["loss"], point["learning_rate"]) for point in curve if "loss" in point]
+        measured = [[point["validation"][way] for way in DIRECTIONS] for point in curve if "validation" in point]
+        wrong = [n for of in ([p["step"] for p in curve], *trained, *measured) for n in of if not is_number(n)]
     except (TypeError, KeyError) as error:
-        raise ValueError(f"has a curve with an entry of another form: {type(error).__name__} {error}") from error
+        wrong, trained = [error], True
+    if wrong:
+        raise ValueError(f"has a curve with an entry of another form: {one_line(repr(wrong[0]), 80)}")
     if not trained:
         raise ValueError("has a curve without a step of training")
-    if wrong := [number for number in numbers if not is_number(number)]:
-        raise ValueError(f"has a curve with an entry of another form: {one_line(repr(wrong[0]), 80)}")
 
 
 def _block(rows: pandas.DataFrame, found: Found, output: Path) -> dict[str, Any]:

@@ -77,11 +77,7 @@ class RetrievalEmbeddings:
     whole_width: int | None = None  # of the embeddings that these are the first numbers of; None where they are whole
 
     def cut(self, dim: int | None) -> "RetrievalEmbeddings":
-        """The first `dim` numbers of every embedding, scaled to unit length; the same where it is None or the width.
-
-        Raises:
-            ValueError: `dim` is below 1 or above the width.
-        """
+        """The first `dim` numbers of every embedding, scaled to unit length; ValueError outside of 1 to the width."""
         width = self.text_embeds.shape[1]
         check_truncate_dim(dim, width, "dim")
         if dim in (None, width):
@@ -107,10 +103,9 @@ class RetrievalEmbeddings:
 
 
 def flat_captions(captions: list[list[str]]) -> tuple[list[str], Tensor]:
-    """Lists of captions, one list an image, as one list of texts and the image index (texts,) of each.
+    """Lists of captions, one an image, as one list of texts and the image index (texts,) of each.
 
-    Raises:
-        ValueError: an image has no caption, or an empty one.
+    Raises ValueError where an image has no caption, or an empty one.
     """
     for index, texts in enumerate(captions):
         if not texts or any(not (text or "").strip() for text in texts):
@@ -131,11 +126,7 @@ def retrieval_records(embeddings: RetrievalEmbeddings, protocol: str = PROTOCOL,
     """Recall at 1, 5 and 10, their mean, and the median rank, in both directions, beside chance.
 
     Recall that the images are too few for, so that every query would be a hit, is left out, and so is the mean then.
-
-    Args:
-        embeddings: of the split.
-        protocol: in words.
-        facts: the other fields of `Record`: dataset, split, language, model, model_folder and seed.
+    `facts` are the other fields of `Record`: dataset, split, language, model, model_folder and seed.
     """
     records, cutoffs = [], [k for k in RECALL_CUTOFFS if k < len(embeddings.image_embeds)]
     facts |= width_facts(embeddings, protocol)
@@ -205,16 +196,11 @@ class RetrievalData:
 
 
 def load_data(args: RetrievalArguments) -> RetrievalData:
-    """The split of the arguments, its columns and captions checked.
-
-    Raises:
-        ValueError: split or column is missing (the known ones are named), or an image has no caption.
-    """
+    """The split of the arguments; ValueError where a column or a caption is missing."""
     source = open_split(args.dataset, args.split, args.image_column, **args.limits())
     column = args.caption_column.replace("{language}", args.language)
     source.check_columns([args.image_column, column])
-    found = source.data[column][:]
-    captions = [_chosen(value, column, args.caption_positions, number) for number, value in enumerate(found)]
+    captions = [_chosen(value, column, args.caption_positions, row) for row, value in enumerate(source.data[column][:])]
     if source.damaged:
         raise ValueError(f"{source.where} is damaged: {source.damaged[0].detail}. Fetch or make it again.")
     flat_captions(captions)
@@ -254,9 +240,8 @@ def _chosen(value: Any, column: str, positions: str, row: int) -> list[str]:
     try:
         captions = caption_texts(value, column)
     except BadRow as bad:
-        raise ValueError(
-            f"Row {row} has captions that are no text: {str(value)[:100]}. Name another --caption_column."
-        ) from bad
+        fault = f"Row {row} has captions that are no text: {str(value)[:100]}"
+        raise ValueError(f"{fault}. Name another --caption_column.") from bad
     if captions and not captions[POSITIONS[positions]]:
         raise ValueError(f"Row {row} has {len(captions)} captions, none at the positions {positions!r}.")
     return captions[POSITIONS[positions]]

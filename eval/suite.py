@@ -59,9 +59,7 @@ class SuiteArguments(EmbeddingArguments):
     suite: str = flag("paper", f"Which benchmarks: {', '.join(SUITES)}.", positional=True, nargs="?")
     model: str | None = flag(None, "Folder or Hub id of a model of two towers; the first run.")
     runs: list[str] = flag([], "Models of one recipe and several seeds, or the folder of them: mean ± deviation.")
-    baseline: str | None = flag(
-        None, "A model as for --model, open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER."
-    )
+    baseline: str | None = flag(None, "As --model, or open_clip:NAME:PRETRAINED, open_clip:local-dir:FOLDER.")
     output: Path = flag(Path("results/suite"), "Folder of result files, suite.json and table.md.")
     data_dir: Path | None = flag(None, "Folder with local data, each under its key.")
     only: list[str] = flag([], "Keys of the benchmarks to measure, of any suite.")
@@ -73,11 +71,7 @@ class SuiteArguments(EmbeddingArguments):
 
 
 def chosen(args: SuiteArguments) -> list[Benchmark]:
-    """The benchmarks of a suite, or those that are asked for.
-
-    Raises:
-        ValueError: an argument is wrong; the known suites, keys and languages are listed.
-    """
+    """The benchmarks of a suite, or those that are asked for; a wrong argument lists the known ones."""
     every = load_benchmarks()
     languages = dict.fromkeys(code for benchmark in every.values() for code in benchmark.all_languages)
     asked = [("suite", [args.suite], SUITES), ("benchmark", args.only, every), ("language", args.languages, languages)]
@@ -97,12 +91,8 @@ def chosen(args: SuiteArguments) -> list[Benchmark]:
 def models_of(args: SuiteArguments) -> list[dict[str, Any]]:
     """The models as suite.json has them, loaded once: a wrong one ends the suite before long work.
 
-    That is the name as tasks take it, the role, the number among those of its role, the seed of its training, as its
-    run.json says, the fingerprint of weights, configuration and precision, its class and its loss, and what it and its
-    base are `published` as, if they were.
-
-    Raises:
-        ValueError: there is none, one can't be loaded, or two runs are the same model.
+    `run` is the number among those of its role, `seed` what its run.json says, `published` what it, or its base, was
+    published as. ValueError where there is none, one can't be loaded, or two runs are the same model.
     """
     names = [args.model] if args.model else []
     for name in args.runs:
@@ -131,9 +121,6 @@ def plan(args: SuiteArguments) -> tuple[list[dict[str, Any]], list[dict[str, Any
 
     An entry's `status` is "planned", "measured" or, with the `reason`, "not run"; `local` says that its data lie here,
     so that "not run" is a fault; `data` is what the task takes, and `skipped` counts images that could not be read.
-
-    Raises:
-        ValueError: an argument is wrong; nothing has been measured yet.
     """
     benchmarks, asked = chosen(args), args.languages
     models, measurements = models_of(args), []
@@ -172,11 +159,7 @@ def measure(
 
 
 def run(args: SuiteArguments) -> dict[str, Any] | None:
-    """Measure what is planned; the summary, on the main process.
-
-    Every process of a launch takes part in a task, so all go through the same plan. A task that fails does not end the
-    suite.
-    """
+    """Measure what is planned, each task on all processes, going on where one fails; the main one has the summary."""
     models, measurements = plan(args)
     main, benchmarks = processes().is_main_process, load_benchmarks()
     by_role = {(model["role"], model["run"]): model for model in models}
@@ -236,8 +219,7 @@ def suite_rows(
 
     Args:
         pairs: benchmarks, with a language each.
-        values: what was measured: `benchmark`, `language`, `direction`, `metric`, `role` and `run` (number of the model
-            of its role), with `value` and `n` as in a `Record`.
+        values: fields of a `Record`, with `benchmark`, `role` and `run`, the number of the model of its role.
         runs: role -> number of its models.
         protocol: of names and prompts.
         published: role -> what its models were published as; each as its role where None.
@@ -328,8 +310,7 @@ def main(argv: list[str] | None = None) -> None:
         print(suite_table(summary))
         lost = {one["benchmark"] for one in summary["measurements"] if one["status"] == "not run" and one["local"]}
         if lost:
-            faulty = ", ".join(sorted(lost))
-            sys.exit(f"error: {faulty} could not be measured although data were given; see above.")
+            sys.exit(f"error: {', '.join(sorted(lost))} could not be measured although data were given; see above.")
 
 
 if __name__ == "__main__":

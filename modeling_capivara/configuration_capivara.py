@@ -42,9 +42,8 @@ class CapivaraConfig(PreTrainedConfig):
         logit_scale_init_value: natural logarithm of the scale that multiplies the cosines.
         logit_bias_init_value: what is added to the scaled cosines, where the loss is SigLIP's (arXiv 2303.15343,
             section 3.1, starts at -10); None where it is CLIP's.
-        matryoshka_dims: widths, beside the whole, at which the first numbers of an embedding were trained to be
-            embeddings of their own (Matryoshka representation learning, arXiv 2205.13147); kept in falling order. The
-            architecture does not depend on it: any width can be cut, these keep more of the recall.
+        matryoshka_dims: widths at which the first numbers of an embedding were trained to be embeddings of their own
+            (arXiv 2205.13147), in falling order. Any width can be cut; these keep more of the recall.
         trimmed_vocabulary: how `modeling_capivara.trim_vocabulary` chose the word pieces, and of which vocabulary; None
             where it is whole.
 

@@ -164,10 +164,10 @@ def capivara_config(model_cfg: dict) -> CapivaraConfig:
         _check_supported("text_cfg", text_cfg)
         _check_supported("tokenizer_kwargs", text_cfg.get("tokenizer_kwargs") or {})
         vision = VISION_DEFAULTS | {ours: vision_cfg.get(name, own) for name, (ours, own) in VIT.items()}
-        sides = vision["image_size"]
-        if isinstance(sides, list) and len(set(sides)) != 1:
-            refuse("vision_cfg.image_size", sides, "one number of pixels, or the same twice")
-        vision["image_size"] = sides[0] if isinstance(sides, list) else sides
+        if isinstance(sides := vision["image_size"], list):
+            if len(set(sides)) != 1:
+                refuse("vision_cfg.image_size", sides, "one number of pixels, or the same twice")
+            vision["image_size"] = sides[0]
         vision["num_attention_heads"] = vision["hidden_size"] // vision_cfg.get("head_width", 64)
         vision["intermediate_size"] = int(vision["hidden_size"] * vision_cfg.get("mlp_ratio", 4.0))
         vision["hidden_act"] = "quick_gelu" if model_cfg.get("quick_gelu") else "gelu"
@@ -182,12 +182,10 @@ def capivara_config(model_cfg: dict) -> CapivaraConfig:
 
 
 def open_clip_model_cfg(config: CapivaraConfig, text_model_name: str, image_size: int | None = None) -> dict[str, Any]:
-    """The `model_cfg` of an open_clip_config.json for an architecture.
+    """The `model_cfg` of an architecture; ValueError where open_clip has no way to state it.
 
-    Args:
-        config: the architecture; ValueError where open_clip has no way to state it.
-        text_model_name: folder or Hub id of the text tower's configuration.
-        image_size: pixels a side; None is the ViT's own, 224 for a timm model (which does not state it).
+    `text_model_name` is a folder or Hub id of the text tower's configuration, `image_size` in pixels a side: None is
+    the ViT's own, 224 for a timm model (which does not state it).
     """
     if config.text_config.model_type not in TEXT_KINDS:
         refuse("text_config.model_type", config.text_config.model_type, f"one of {TEXT_KINDS}", "config.json")
@@ -217,8 +215,7 @@ def open_clip_model_cfg(config: CapivaraConfig, text_model_name: str, image_size
 
 
 def _is_vit(config: CapivaraConfig) -> bool:
-    kind = config.vision_config.model_type
-    if kind not in ("clip_vision_model", "timm_wrapper"):
+    if (kind := config.vision_config.model_type) not in ("clip_vision_model", "timm_wrapper"):
         refuse("vision_config.model_type", kind, '"clip_vision_model" or "timm_wrapper"', "config.json")
     return kind == "clip_vision_model"
 
@@ -280,32 +277,29 @@ VOCABULARY_FILES = ("tokenizer.json", "sentencepiece.bpe.model", "spiece.model",
 
 @dataclass
 class OpenClipSource:
-    """An open_clip model, found but not yet read."""
+    """An open_clip model, found but not yet read; of a bare checkpoint file there is neither `model_cfg` nor folder."""
 
-    model_cfg: dict | None  # as in open_clip_config.json; None for a bare checkpoint file
-    preprocess_cfg: dict  # as in open_clip_config.json
+    model_cfg: dict | None  # as in open_clip_config.json
+    preprocess_cfg: dict
     weights: Path  # the checkpoint file
     tokenizer: str  # folder or Hub id
-    folder: Path | None = None  # that holds it; None for a bare checkpoint file
+    folder: Path | None = None
     repo_id: str | None = None  # of the Hub, where it was fetched from there
 
 
 def find_open_clip(source: str, tokenizer: str | None = None, revision: str | None = None) -> OpenClipSource:
-    """Find an open_clip model, downloading what is needed of it; the weights are not read.
+    """Find an open_clip model (`hf-hub:OWNER/NAME`, folder or checkpoint file), downloading what is needed of it.
 
-    Args:
-        source: `hf-hub:OWNER/NAME`, folder or checkpoint file; ValueError where it is no open_clip model.
-        tokenizer: folder or Hub id, where `source` neither holds nor names one.
-        revision: branch, tag or commit of a Hub id; the main branch where None.
+    `tokenizer` is a folder or Hub id, where `source` neither holds nor names one. ValueError where it is no such model.
     """
     repo_id = source.removeprefix("hf-hub:") if source.startswith("hf-hub:") else None
     folder = _download(repo_id, revision) if repo_id else Path(source.removeprefix("local-dir:"))
-    if not folder.exists():
-        raise ValueError(f"SOURCE {source} does not exist; give hf-hub:OWNER/NAME, a folder or a file.")
     if folder.is_file():
         return OpenClipSource(None, {}, folder, tokenizer or BASE_TEXT_MODEL)
     if not (folder / OPEN_CLIP_CONFIG).is_file():
-        raise ValueError(f"SOURCE {folder} has no {OPEN_CLIP_CONFIG}; a model of transformers: use --to_open_clip.")
+        fault = f"has no {OPEN_CLIP_CONFIG}" if folder.exists() else "does not exist"
+        way_out = "give hf-hub:OWNER/NAME, a folder or a file; for a model of transformers use --to_open_clip"
+        raise ValueError(f"SOURCE {folder} {fault}; {way_out}.")
     settings = read_json(folder / OPEN_CLIP_CONFIG, model_cfg=dict)
     model_cfg, preprocess_cfg = settings["model_cfg"], settings.get("preprocess_cfg") or {}
     for name, section in {"preprocess_cfg": preprocess_cfg, "text_cfg": model_cfg.get("text_cfg")}.items():
@@ -335,8 +329,8 @@ def _download(repo_id: str, revision: str | None) -> Path:
 def read_open_clip_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of open_clip's model in a checkpoint file, in float32, and sentences that name what was left behind.
 
-    All of the model lies under one prefix (DataParallel's, or of a Lightning module around it); what is outside it
-    belongs to the training program. Raises ValueError where the file holds no such model, or more than tensors.
+    All of it lies under one prefix (DataParallel's, or of a Lightning module around it). ValueError where the file
+    holds no such model, or more than tensors.
     """
     state = _load_checkpoint(path)
     state = state.get("state_dict", state) if isinstance(state, dict) else None
@@ -401,16 +395,14 @@ def write_capivara(
     """Convert a model that was found into an empty folder, in float32, and compare what was written.
 
     A bare checkpoint file has the architecture `config`, or the published one; its `model_cfg` is filled in. ValueError
-    where it can't be converted, which is said before its weights are read, or where a tensor came back changed.
-
-    Returns:
-        The model as it was written; what was read, under open_clip's names; sentences for the person who asked.
+    where it can't be converted, said before its weights are read, or where a tensor came back changed. Returned are the
+    model as it was written, what was read, under open_clip's names, and sentences for the person who asked.
     """
-    if found.model_cfg is not None:
-        config = capivara_config(found.model_cfg)
-    else:
+    if found.model_cfg is None:
         config = config or CapivaraConfig()
         found.model_cfg = open_clip_model_cfg(config, BASE_TEXT_MODEL)
+    else:
+        config = capivara_config(found.model_cfg)
     image_processor = image_processor_of(found.preprocess_cfg, config.vision_config.image_size)
     state, notes = read_open_clip_state(found.weights)
     CapivaraProcessor(image_processor, _load_tokenizer(found.tokenizer, config)).save_pretrained(folder)
@@ -449,9 +441,7 @@ CONVERTER = Converter(_convert, explain=load_processor)
 class ConvertArguments:
     """Flags of `modeling_capivara.convert_open_clip`."""
 
-    source: str = flag(
-        ..., "hf-hub:OWNER/NAME, a folder, or a file of tensors of the published architecture.", positional=True
-    )
+    source: str = flag(..., "hf-hub:OWNER/NAME, a folder, or a file of the published architecture.", positional=True)
     output: Path = flag(..., "Folder to create; must not exist, or be empty.", positional=True)
     to_open_clip: bool = flag(False, "Convert SOURCE, a folder or Hub id of transformers, to open_clip.")
     tokenizer: str | None = flag(None, f"Where SOURCE has and names none: Hub id or folder, else {BASE_TEXT_MODEL}.")
@@ -480,19 +470,14 @@ def convert(
     hf_model_name: str | None = None,
     config: CapivaraConfig | None = None,
 ) -> tuple[float, list[str]]:
-    """Convert `source` into the new folder `output`, which appears whole and checked, or not at all.
+    """Convert as the command line does, into a new folder that appears whole and checked, or not at all.
 
-    Args:
-        source, output, to_open_clip, tokenizer, hf_model_name: as for the command line.
-        config: architecture of a bare checkpoint file; None is the published base.
-
-    Returns:
-        Largest difference of both programs' unit-length embeddings and logits; sentences for the person who asked.
+    `config` is the architecture of a bare checkpoint file, the published base where None. Returned are the largest
+    difference of both programs' unit-length embeddings and logits, and sentences for the person who asked.
 
     Raises:
         ValueError: the source is not what it should be or not supported, or the two models differ.
-        OSError: the output exists, or cannot be written (disk full).
-        ImportError: open_clip is not installed.
+        OSError, ImportError: the output exists or can't be written; open_clip is not installed.
     """
     output = free_output(output)
     if hf_model_name if not to_open_clip else tokenizer or config:
@@ -582,12 +567,11 @@ def _checked_difference(
     model, theirs, processor = model.eval(), theirs.eval(), load_processor(folder)
     images, texts = random_images(), random_texts()
     # Short texts apart: beside a long one ours would be padded to 77 tokens as open_clip's are, and prove less.
-    parts = [model(**processor(text=some, return_tensors="pt")).text_embeds for some in (texts[:3], texts[3:])]
-    ours = model(**processor(images=images, return_tensors="pt")).image_embeds, torch.cat(parts)
+    ours = embed_images(model, processor, images), embed_texts(model, processor, texts, batch_size=3)
     pixels, tokens = torch.stack([preprocess(image) for image in images]), open_clip.get_tokenizer(name)(texts)
     found = theirs.encode_image(pixels, normalize=True), theirs.encode_text(tokens, normalize=True)
     ours += (similarity_logits(ours[1], ours[0], model.logit_scale),)
-    found += (theirs.logit_scale.exp() * found[1] @ found[0].T,)
+    found += (similarity_logits(found[1], found[0], theirs.logit_scale),)
     # torch's max, unlike Python's, passes NaN on.
     difference = torch.stack([(one - other).abs().max() for one, other in zip(ours, found, strict=True)]).max().item()
     if not difference <= TOLERANCE:  # also when it is not a number

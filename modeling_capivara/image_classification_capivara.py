@@ -62,12 +62,9 @@ class CapivaraPreTrainedModel(PreTrainedModel):
     def get_image_features(
         self, pixel_values: Tensor, truncate_dim: int | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | BaseModelOutputWithPooling:
-        """Image tower and projection.
+        """Image tower and projection of `pixel_values`, (images, 3, height, width).
 
-        Args:
-            pixel_values: (images, 3, height, width), as `CapivaraImageProcessor` makes them.
-            truncate_dim: keep the first so many numbers of each embedding; all where None. See `matryoshka_dims` of
-                the configuration.
+        `truncate_dim` keeps the first so many numbers of each embedding; see `matryoshka_dims` of the configuration.
 
         Returns:
             The tower's output; `pooler_output` is (images, truncate_dim or projection_dim), projected, not normalised.
@@ -97,10 +94,9 @@ class CapivaraPreTrainedModel(PreTrainedModel):
 class CapivaraForImageClassification(CapivaraPreTrainedModel):
     """Image tower and projection of CAPIVARA with a linear head, to be fine-tuned on labelled images.
 
-    Logits are the head's, on unit-length image embeddings times exp(`logit_scale`). A head whose rows are class
-    embeddings is the zero-shot classifier (CLIP, arXiv 2103.00020, section 3.1.2); `from_zero_shot` starts there. The
-    scale is a factor of its own. Folded into the rows, which have length 1, it would make them up to a hundred times
-    longer, and Adam's steps, as long as the learning rate says, would hardly turn them.
+    Logits are the head's, on unit-length image embeddings times exp(`logit_scale`): with class embeddings as rows, as
+    `from_zero_shot` starts, the zero-shot classifier (CLIP, arXiv 2103.00020, section 3.1.2). Folded into the rows, the
+    scale would make them up to a hundred times longer, and Adam's steps would hardly turn them.
 
     A folder of `CapivaraModel` loads too: its text side is left out, and the head is new.
     """
@@ -131,20 +127,15 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         labels: Sequence[str] | Mapping[str, str | Sequence[str]],
         templates: Sequence[str],
     ) -> "CapivaraForImageClassification":
-        """A classifier whose softmax equals the zero-shot probabilities of `model`.
+        """A classifier whose softmax equals the zero-shot probabilities of `model`, a `CapivaraModel`.
 
-        A class is the normalised mean of the normalised embeddings of its filled templates (CLIP, section 3.1.4).
+        A class is the normalised mean of the normalised embeddings of its filled templates (CLIP, section 3.1.4). It
+        shares no weight with the model, and is in evaluation mode, on its device, in its type, nothing frozen.
 
         Args:
-            model: a `CapivaraModel`; is not changed, and shares no weight with the classifier.
-            processor: the model's own.
             labels: names of the classes, in the order of the logits; or name -> what stands for it in the templates,
                 one text or several: `{"0": ["o número 0", "o algarismo zero"]}`.
-            templates: texts in which `{}` is where a label goes, such as "uma foto de {}."; `["{}"]` for labels that
-                are whole texts.
-
-        Returns:
-            In evaluation mode, on the device and in the type of `model`; nothing is frozen.
+            templates: texts in which `{}` is where a label goes, such as "uma foto de {}."; `["{}"]` for whole texts.
 
         Raises:
             ValueError: fewer than two labels, an empty one or the same twice; no template, or one without `{}`.
@@ -173,17 +164,12 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | ImageClassifierOutput:
-        """Logits of every label, and the loss where `labels` are given.
+        """Logits of every label, (images, num_labels), float32, and the loss in nats where `labels` are given.
 
         Args:
             pixel_values: (images, 3, height, width), as `CapivaraImageProcessor` makes them.
             labels: (images,), whole numbers, for cross-entropy; (images, num_labels), 0.0 or 1.0, for binary
-                cross-entropy. `config.problem_type` chooses where it is set, else the type of `labels` does, and that
-                choice is kept.
-
-        Returns:
-            `loss`, scalar in nats; `logits`, (images, num_labels), float32; `hidden_states` and `attentions` of the
-            image tower, where asked for.
+                cross-entropy. `config.problem_type` chooses where it is set, else the type of `labels`, once for all.
 
         Raises:
             ValueError: `pixel_values` is no batch of images, or the shape of `labels` does not fit.
@@ -218,17 +204,16 @@ def _filled_prompts(
     labels: Sequence[str] | Mapping[str, str | Sequence[str]], templates: Sequence[str]
 ) -> dict[str, list[str]]:
     """Label -> its filled templates, in the order of the labels."""
-    names = list(labels) if isinstance(labels, Mapping) else labels
-    if isinstance(names, str) or len(names) < 2:
-        raise ValueError(f"`labels` must be a list of at least 2, got {names!r}.")
-    if len(set(names)) < len(names):
-        raise ValueError(f"`labels` must differ, got {sorted(n for n in set(names) if names.count(n) > 1)} repeatedly.")
+    if isinstance(labels, str) or len(labels) < 2:
+        raise ValueError(f"`labels` must be a list of at least 2, got {labels!r}.")
     if isinstance(templates, str) or not templates or not all("{}" in template for template in templates):
         raise ValueError(f"`templates` must be a list of texts with {{}} where the label goes, got {templates!r}.")
     prompts = {}
-    for name in names:
+    for name in labels:
         texts = labels[name] if isinstance(labels, Mapping) else name
         texts = list(texts) if isinstance(texts, list | tuple) else [texts]
+        if name in prompts:
+            raise ValueError(f"`labels` must differ, got {[name]} repeatedly.")
         if not texts or not all(isinstance(text, str) and text.strip() for text in [name, *texts]):
             raise ValueError(f"`labels` must be texts that are not blank, at least one each, got {texts} for {name!r}.")
         prompts[name] = [template.replace("{}", text) for text in texts for template in templates]
@@ -255,10 +240,7 @@ def check_main_input(name: str, tower: PreTrainedModel, wanted: str, example: st
 
 @torch.no_grad()
 def vision_width(config: PreTrainedConfig) -> int:
-    """Width of the image tower's `pooler_output`: as the configuration states, else tried on a tower without weights.
-
-    Convolutional towers state it under many names or not at all.
-    """
+    """Width of the image tower's `pooler_output`: as stated, else (of convolutions) tried on one without weights."""
     if getattr(config, "hidden_size", None):
         return config.hidden_size
     size = getattr(config, "image_size", None) or 224

@@ -33,10 +33,9 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
     image's own mode, crop offset `round(margin / 2)`, RGB only after the crop. transformers' CLIP processors convert
     first, and crop one pixel off when the margin is 3 mod 4.
 
-    Arrays and tensors give what the same pixels give as a PIL image: (height, width), with 1 to 4 channels last
-    (arrays) or first (tensors) unless only the other reading fits or `input_data_format` says otherwise. Floats are
-    shares from 0 to 1, or, when a value exceeds 1, 0 to 255. 16-bit images are scaled to 8 bits, not clipped to white.
-    Files keep their own mode too, and are turned upright as their EXIF data say; the pixels of a URL are RGB.
+    Arrays and tensors give what the same pixels give as a PIL image (`array_to_pil`). 16-bit images are scaled to 8
+    bits, not clipped to white. Files keep their own mode too, and are turned upright as their EXIF data say; the pixels
+    of a URL are RGB.
     """
 
     valid_kwargs = CapivaraImageProcessorKwargs
@@ -78,11 +77,7 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
     def process_image(
         self, image, input_data_format: str | ChannelDimension | None = None, **kwargs: Unpack[ImagesKwargs]
     ) -> Image.Image:
-        """One image of any kind as an 8-bit PIL image of its own mode.
-
-        Raises:
-            ValueError: the shape or the values of an array are not those of an image.
-        """
+        """One image of any kind as an 8-bit PIL image of its own mode. Raises ValueError as `array_to_pil`."""
         if not isinstance(image, Image.Image):
             return array_to_pil(image, input_data_format)
         if image.mode.startswith(("I", "F")):  # 16-bit, 32-bit and float pixels; PIL would clip them to white
@@ -129,8 +124,7 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
 def resize_short_side(image: Image.Image, short_side: int, resample: int, max_pixels: int) -> Image.Image:
     """`image` with its short side at `short_side` pixels, the long side rounded down, as torchvision does.
 
-    Raises:
-        ValueError: the result would have more than `max_pixels` pixels, or the image has no pixel.
+    ValueError where the result would have more than `max_pixels` pixels, or the image has none.
     """
     width, height = image.size
     if not width or not height:
@@ -156,11 +150,10 @@ def _offset(length: int, wanted: int) -> int:
 
 
 def array_to_pil(image: np.ndarray | torch.Tensor, input_data_format: str | None = None) -> Image.Image:
-    """An array or tensor as the PIL image that has the same pixels.
+    """An array or tensor as the PIL image that has the same pixels; values as of `to_eight_bits`.
 
-    Args:
-        image: (height, width), (height, width, channels) or (channels, height, width) with 1 to 4 channels.
-        input_data_format: "channels_first" or "channels_last"; without it the usual place is tried first.
+    It is (height, width), with 1 to 4 channels last (arrays) or first (tensors), unless only the other reading fits or
+    `input_data_format` ("channels_first" or "channels_last") says otherwise.
 
     Raises:
         ValueError: the shape fits neither reading, or the values are not those of an image.

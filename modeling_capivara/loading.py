@@ -217,14 +217,8 @@ def card_metadata(card: Path) -> dict[str, Any]:
 
 
 def write_origin_card(source: Path, folder: Path, made: str, repo_id: str | None = None) -> None:
-    """Write the README.md of a model that is made from another; none where nothing is known of that.
-
-    Args:
-        source: folder of the other; its README.md, if there is one, states the licence.
-        folder: of the new model.
-        made: what was done to it, a sentence.
-        repo_id: where on the Hub the other was fetched from, which is the base of what is made from it; where None, the
-            base is the one that the other's card names.
+    """Write the README.md of a model that is `made`, a sentence, from that of the folder `source`, whose card states
+    the licence; none where nothing is known. The base is `repo_id` on the Hub, else the one that the card names.
     """
     stated = card_metadata(source / "README.md")
     known = {"base_model": repo_id or stated.get("base_model"), **{key: stated.get(key) for key in KEPT}}

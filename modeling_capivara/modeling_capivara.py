@@ -25,27 +25,17 @@ from .image_classification_capivara import (
 
 @dataclass
 class CapivaraOutput(ModelOutput):
-    """What `CapivaraModel` returns; the parts of a modality that was not given are None.
+    """What `CapivaraModel` returns, in float32; the parts of a modality that was not given are None."""
 
-    Attributes:
-        loss: scalar, contrastive loss in nats, when `return_loss` was set.
-        logits_per_image: (images, texts), cosines times the scale, float32.
-        logits_per_text: (texts, images), its transpose.
-        text_embeds: (texts, projection_dim), unit length, float32.
-        image_embeds: (images, projection_dim), unit length, float32.
-        text_model_output: of the text tower; `pooler_output` is (texts, text width), the mean before the projection.
-        vision_model_output: of the image tower; `pooler_output` is (images, image width), before the projection.
-        pooler_output: `image_embeds` again where images alone are given, under the name that pipelines pool by.
-    """
-
-    loss: Tensor | None = None
-    logits_per_image: Tensor | None = None
-    logits_per_text: Tensor | None = None
-    text_embeds: Tensor | None = None
-    image_embeds: Tensor | None = None
+    loss: Tensor | None = None  # scalar in nats, when `return_loss` was set
+    logits_per_image: Tensor | None = None  # (images, texts), cosines times the scale
+    logits_per_text: Tensor | None = None  # (texts, images), its transpose
+    text_embeds: Tensor | None = None  # (texts, projection_dim), unit length
+    image_embeds: Tensor | None = None  # (images, projection_dim), unit length
+    # Of the towers, in their type; `pooler_output` is (texts or images, width) before the projection
     text_model_output: BaseModelOutputWithPooling | None = None
     vision_model_output: BaseModelOutputWithPooling | None = None
-    pooler_output: Tensor | None = None
+    pooler_output: Tensor | None = None  # `image_embeds` of images alone, under the name that pipelines pool by
 
     def to_tuple(self) -> tuple:
         """As transformers' own CLIPOutput: the outputs of the towers become tuples, too."""
@@ -81,11 +71,8 @@ class CapivaraModel(CapivaraPreTrainedModel):
 
         The first time it is fetched, converted, checked and kept in `$CAPIVARA_CACHE`, or ~/.cache/capivara; after that
         neither the Hub nor the converter is asked. Its processor: `AutoProcessor.from_pretrained(model.name_or_path)`.
-
-        Args:
-            source: Hub id, folder or checkpoint file.
-            revision: branch, tag or commit of a Hub id; where None, what is in the cache, else the main branch.
-            kwargs: as of `from_pretrained`.
+        `source` is a Hub id, folder or checkpoint file. Without a revision (branch, tag, commit), what is in the cache
+        is taken, else the main branch.
 
         Raises:
             ValueError: there is no such model, it can't be converted, or the Hub can't be reached.
@@ -129,13 +116,7 @@ class CapivaraModel(CapivaraPreTrainedModel):
         truncate_dim: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
-        """Text tower and projection.
-
-        Args:
-            input_ids: (texts, tokens).
-            attention_mask: (texts, tokens), 1 for a token and 0 for padding; without it, padding tokens are masked.
-            token_type_ids: taken because BERT's tokenizers give them, and not used: a single text has one type.
-            truncate_dim: as for `get_image_features`, to compare the two.
+        """Text tower and projection; the arguments are those of `forward`, and `truncate_dim` of `get_image_features`.
 
         Returns:
             The tower's output; `pooler_output` is (texts, truncate_dim or projection_dim), projected, not normalised.
@@ -218,16 +199,10 @@ class CapivaraModel(CapivaraPreTrainedModel):
 def similarity_logits(
     text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
 ) -> Tensor:
-    """Scaled cosines of every text with every image, in float32 also under autocast.
+    """(texts, images), scaled cosines, in float32 also under autocast.
 
-    Args:
-        text_embeds: (texts, projection_dim), unit length.
-        image_embeds: (images, projection_dim), unit length.
-        logit_scale: scalar, natural logarithm of the scale.
-        logit_bias: scalar that is added, SigLIP's; None for none.
-
-    Returns:
-        (texts, images), float32.
+    Of unit-length embeddings (texts, projection_dim) and (images, projection_dim), the natural logarithm of the scale,
+    and SigLIP's bias, scalars.
     """
     with torch.autocast(text_embeds.device.type, enabled=False):
         logits = logit_scale.float().exp() * text_embeds.float() @ image_embeds.float().T
@@ -239,17 +214,9 @@ def clip_loss(
 ) -> Tensor:
     """Mean of the two cross-entropies over the whole batch: text to image and image to text; with a bias SigLIP's loss.
 
-    Source: CLIP (arXiv 2103.00020), section 2.3, figure 3; SigLIP (arXiv 2303.15343), algorithm 1. Row i of one side
-    belongs to row i of the other.
-
-    Args:
-        text_embeds: (pairs, projection_dim), unit length.
-        image_embeds: (pairs, projection_dim), unit length.
-        logit_scale: scalar, natural logarithm of the scale.
-        logit_bias: scalar; None for CLIP's loss.
-
-    Returns:
-        Scalar, float32, in nats.
+    Source: CLIP (arXiv 2103.00020), section 2.3, figure 3; SigLIP (arXiv 2303.15343), algorithm 1. Arguments as of
+    `similarity_logits`, both sides (pairs, projection_dim), row i of one belonging to row i of the other; a scalar,
+    float32, in nats.
 
     Raises:
         ValueError: the sides differ in number, or there are fewer than two pairs (no wrong answer to tell apart).
@@ -267,15 +234,7 @@ def clip_loss(
 
 
 def mean_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
-    """Mean of the token states that the mask keeps, in float32 also under autocast.
-
-    Args:
-        last_hidden_state: (texts, tokens, width).
-        attention_mask: (texts, tokens), 1 for a token and 0 for padding.
-
-    Returns:
-        (texts, width), float32.
-    """
+    """(texts, width), the mean of token states (texts, tokens, width) that the mask (texts, tokens) keeps, float32."""
     mask = attention_mask.unsqueeze(-1).float()  # (texts, tokens, 1)
     return (last_hidden_state.float() * mask).sum(dim=1) / mask.sum(dim=1)
 

@@ -4,14 +4,12 @@
     python -m modeling_capivara.trim_vocabulary MODEL OUTPUT --languages pt en --texts chosen.txt --held_out others.txt
 
 The embedding table loses rows and the tokenizer pieces; no other number changes, so that indexes of pictures stay
-valid. A Unigram tokenizer splits a text into those of its pieces whose scores add up to most. Without some pieces there
-are fewer ways, with the scores that they had: the best one stays the best, as long as its own pieces are kept. For a
-letter without a piece the score is 10 below the lowest of the vocabulary (`Unigram` of the tokenizers library); the
-piece with the lowest score is kept, so that this does not change either.
+valid. A Unigram tokenizer splits a text into those of its pieces whose scores add up to most: with fewer pieces the
+best way stays the best, as long as its own are kept. A letter without a piece scores 10 below the lowest of the
+vocabulary (`Unigram` of the tokenizers library), so that the piece with the lowest score is kept, too.
 
-SigLIP 2's tokenizer, Gemma's, joins pieces in the order of its list of merges, and has bytes for what is unknown. A
-merge is kept with its result and both parts, and all ways to a kept piece are: those that a text takes come in the same
-order as before, and what it does not take can't come between.
+SigLIP 2's tokenizer, Gemma's, joins pieces in the order of its list of merges, and has bytes for what is unknown. All
+ways to a kept piece are kept: the merges of a text come in the same order as before, and no other can come between.
 """
 
 import hashlib
@@ -53,12 +51,12 @@ MADE = (
 
 
 class Trim(NamedTuple):
-    """What a trim has done, each pair before and after."""
+    """What a trim has done, each pair before and after; of held-out files the texts, and those with a cut piece."""
 
     pieces: tuple[int, int]
     parameters: tuple[int, int]
     weight_bytes: tuple[int, int]
-    held_out: dict[str, tuple[int, int]]  # by the path of a file, its texts and those with a piece that was cut
+    held_out: dict[str, tuple[int, int]]
 
 
 @dataclass
@@ -78,7 +76,13 @@ class TrimArguments:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(TrimArguments, __doc__, argv)
-    print(report(trim(**vars(args))))
+    done = trim(**vars(args))
+    print("{1:,} of {0:,} word pieces are kept.".format(*done.pieces))
+    print("Parameters: {:,} before, {:,} after.".format(*done.parameters))
+    print("Weights: {:,.1f} MB before, {:,.1f} MB after.".format(*(size / 1e6 for size in done.weight_bytes)))
+    for name, (texts, lost) in done.held_out.items():
+        share = f"{lost:,} of {texts:,} texts ({lost / texts:.2%})"
+        print(f"{name}: {share} lost a piece; the others are embedded as before.")
     print(f"Written: {args.output}")
 
 
@@ -90,20 +94,12 @@ def trim(
     texts: Sequence[Path] = (),
     held_out: Sequence[Path] = (),
 ) -> Trim:
-    """Write `model` with the pieces that some languages use into the new folder `output`, whole or not at all.
-
-    Args:
-        model: folder of a CAPIVARA or SigLIP model.
-        output: folder that does not exist yet, or is empty.
-        languages, words: as for `kept_ids`.
-        texts: files whose pieces are kept, too.
-        held_out: files whose texts that lose a piece are counted.
+    """As the command line: a CAPIVARA or SigLIP with the pieces that some languages use, in a new folder.
 
     Raises:
         ValueError: the model is trimmed already, is damaged or has a vocabulary of another kind, an added token has no
             row, there is no list of words of a language, or a file holds no text.
-        OSError: the output exists, or cannot be written (disk full).
-        ImportError: wordfreq is not installed.
+        OSError, ImportError: the output exists or can't be written; wordfreq is not installed.
     """
     output, languages = free_output(output), list(dict.fromkeys(languages))
     if min(words) < 1:
@@ -157,36 +153,16 @@ def _write_model(
     return before, model.num_parameters()
 
 
-def report(done: Trim) -> str:
-    """Lines for the person who asked."""
-    lines = [
-        "{1:,} of {0:,} word pieces are kept.".format(*done.pieces),
-        "Parameters: {:,} before, {:,} after.".format(*done.parameters),
-        "Weights: {:,.1f} MB before, {:,.1f} MB after.".format(*(size / 1e6 for size in done.weight_bytes)),
-    ]
-    for name, (texts, lost) in done.held_out.items():
-        share = f"{lost:,} of {texts:,} texts ({lost / texts:.2%})"
-        lines.append(f"{name}: {share} lost a piece; the others are embedded as before.")
-    return "\n".join(lines)
-
-
 # --- Pieces ----------------------------------------------------------------------------------------------------------
 
 
 def kept_ids(
     processor: ProcessorMixin, languages: Sequence[str], words: Sequence[int], texts: Iterable[str] = ()
 ) -> list[int]:
-    """Ids, ascending, of the pieces that a trim keeps: no other text decides but those that are given.
+    """Ids, ascending, of the pieces that a trim keeps: those of the most frequent `words` of each language, in small
+    letters, capitals and as a title, the last number being that of all further languages; and those of `texts`.
 
-    Args:
-        processor: with the whole vocabulary.
-        languages: codes of wordfreq, such as "pt".
-        words: of each language, the most frequent ones, in small letters, capitals and as a title; the last number is
-            that of all further languages.
-        texts: whose pieces are kept, too.
-
-    Raises:
-        ValueError, ImportError: as `language_words`, or the tokenizer is of another kind.
+    Raises ValueError or ImportError as `language_words`, or where the tokenizer is of another kind.
     """
     numbers = zip(languages, [*words, *[words[-1]] * len(languages)], strict=False)
     lists = {language: language_words(language, number) for language, number in numbers}
@@ -228,11 +204,7 @@ def _ids(processor: ProcessorMixin, texts: Sequence[str]) -> list[list[int]]:
 
 
 def changed_texts(whole: ProcessorMixin, small: ProcessorMixin, kept: Sequence[int], texts: Sequence[str]) -> list[str]:
-    """The texts that have a piece that was cut.
-
-    Raises:
-        ValueError: a text whose pieces are all kept is split in another way, which would be an error of this program.
-    """
+    """The texts that have a piece that was cut; ValueError where one whose pieces are all kept is split otherwise."""
     known, changed = set(kept), []
     for chunk in _chunks(texts):
         before, after = (_ids(processor, chunk) for processor in (whole, small))
@@ -253,10 +225,10 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 def read_texts(path: Path) -> list[str]:
     """The lines of a text file that are not blank. Raises ValueError where it can't be read, or has none."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        texts = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"The texts {path} can't be read: {error}. Give a file in UTF-8, a text a line.") from error
-    if not (texts := [line for line in lines if line.strip()]):
+    if not texts:
         raise ValueError(f"The file {path} holds no text; it takes one a line.")
     return texts
 
@@ -289,19 +261,17 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict:
     model = state["model"]
     unigram = model.get("type") == "Unigram" and not model.get("byte_fallback") and model.get("unk_id") is not None
     if not unigram and not (model.get("type") == "BPE" and model.get("byte_fallback")):
-        rule = "can be cut: a Unigram one with a token for unknown letters and without bytes, as XLM-R's, or a BPE with"
-        raise ValueError(
-            f"The tokenizer is of the kind {model.get('type')}; what {rule} bytes for them, as SigLIP 2's."
+        rule = (
+            "a Unigram one with a token for unknown letters and without bytes, as XLM-R's, or a BPE with bytes for them"
         )
+        raise ValueError(f"The tokenizer is of the kind {model.get('type')}; what can be cut: {rule}, as SigLIP 2's.")
     return state
 
 
 def _pieces(state: dict) -> list[str]:
     """The pieces of a tokenizer's state, by their ids."""
-    vocabulary = state["model"]["vocab"]
-    return (
-        [piece for piece, _ in vocabulary] if isinstance(vocabulary, list) else sorted(vocabulary, key=vocabulary.get)
-    )
+    found = state["model"]["vocab"]
+    return [piece for piece, _ in found] if isinstance(found, list) else sorted(found, key=found.get)
 
 
 def _with_parts(tokenizer: PreTrainedTokenizerBase, kept: set[int]) -> set[int]:
@@ -327,8 +297,7 @@ def _merges(state: dict) -> list[tuple[str, str]]:
 def cut_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> PreTrainedTokenizerBase:
     """A tokenizer with the pieces `kept` of another and their scores; id i of it is the other's id `kept[i]`.
 
-    Raises:
-        ValueError: an added token, or one at the vocabulary's beginning, would be lost or get another id.
+    ValueError where an added token, or one at the vocabulary's beginning, would be lost or get another id.
     """
     state, new_id = tokenizer_state(tokenizer), {old: number for number, old in enumerate(kept)}
     if lost := [token["content"] for token in state["added_tokens"] if token["id"] not in new_id]:

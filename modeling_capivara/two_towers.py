@@ -68,12 +68,9 @@ def freeze_image_side(model: PreTrainedModel) -> None:
 
 
 def text_embeds(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """(texts, width), unit length, float32.
+    """(texts, width), unit length, float32, of a model or a wrapper that has its methods, as peft's.
 
-    Args:
-        model: or a wrapper that has its methods, as peft's.
-        input_ids: (texts, tokens), as `pad` gives them.
-        attention_mask: (texts, tokens), 1 for a token and 0 for padding; None where padding is read as any token.
+    `input_ids` and `attention_mask` are (texts, tokens), as `pad` gives them; without a mask padding is read as tokens.
     """
     return unit_length(model.get_text_features(input_ids, attention_mask=attention_mask).pooler_output)
 
@@ -107,24 +104,15 @@ def pad(processor: ProcessorMixin, rows: Sequence[Mapping[str, list[int]]]) -> d
 
 @dataclass
 class Embedder:
-    """A model of any kind.
+    """A model of any kind."""
 
-    Attributes:
-        name, device: as it was asked for, and where it is.
-        precision: "float32", or "bf16" for autocast.
-        fingerprint: digest of all that the embeddings depend on.
-        image_fingerprint: of what those of images do; models that share their image tower share it.
-        facts: its `model_class` and `loss`, as of `class_and_loss`.
-        images, texts: embed items; then how many at once, and `Progress`.
-    """
-
-    name: str
+    name: str  # as it was asked for
     device: torch.device
-    precision: str
-    fingerprint: str
-    image_fingerprint: str
-    facts: dict[str, str]
-    images: Callable[..., Tensor]
+    precision: str  # "float32", or "bf16" for autocast
+    fingerprint: str  # digest of all that the embeddings depend on
+    image_fingerprint: str  # of what those of images do; models that share their image tower share it
+    facts: dict[str, str]  # of `class_and_loss`
+    images: Callable[..., Tensor]  # embeds PIL images; then how many at once, and `Progress`
     texts: Callable[..., Tensor]
 
     def __post_init__(self) -> None:
@@ -135,14 +123,9 @@ class Embedder:
 def load_embedder(
     model: str, device: str | None = None, baseline: bool = False, precision: str = "float32"
 ) -> Embedder:
-    """A model by its folder or Hub id.
+    """A model by its folder or Hub id; a `baseline` may be open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER.
 
-    Args:
-        model: folder or Hub id of a model that `two_towers` takes. With `baseline` also one of open_clip, as
-            `open_clip:NAME[:PRETRAINED]` or `open_clip:local-dir:FOLDER`.
-        device: the process's GPU where there is one, else the CPU, where None.
-        baseline: take open_clip's, too.
-        precision: "float32", or "bf16" for autocast.
+    Without a device it is on the process's GPU, else on the CPU; `precision` is "float32", or "bf16" for autocast.
 
     Raises:
         ValueError: it is no such model.
@@ -224,17 +207,10 @@ def embed_texts(
     batch_size: int = 64,
     progress: Progress = None,
 ) -> Tensor:
-    """Embeddings of `texts`, in their order; batched by length, so that short ones are not padded to the longest.
+    """(texts, width), unit length, float32, on the CPU, of at least one text, `batch_size` at once.
 
-    Args:
-        model: put in evaluation mode by the caller.
-        processor: the model's own.
-        texts: at least one.
-        batch_size: texts that go through at once.
-        progress: title of a bar, or what is called after each batch with its size.
-
-    Returns:
-        (texts, width), unit length, float32, on the CPU.
+    They are batched by length, so that short ones are not padded to the longest. The caller has put the model in
+    evaluation mode; `processor` is its own.
     """
     with tokenizer_errors("The model's tokenizer"):
         tokens = tokenise(processor, texts)
@@ -255,10 +231,7 @@ def embed_images(
     batch_size: int = 32,
     progress: Progress = None,
 ) -> Tensor:
-    """Embeddings of `images`, in their order: (images, width), unit length, float32, on the CPU.
-
-    `images` is anything that yields PIL images, at least one; they are read batch by batch. The rest as `embed_texts`.
-    """
+    """(images, width), as `embed_texts`, of anything that yields PIL images; they are read batch by batch."""
 
     def encode(batch: list[Image.Image]) -> Tensor:
         pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]

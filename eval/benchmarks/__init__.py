@@ -75,11 +75,7 @@ class Benchmark:
 
 @cache
 def load_benchmarks() -> dict[str, Benchmark]:
-    """All by key, in the order of tables: retrieval, ELEVATER, ImageNet, those beyond the paper; without the average.
-
-    Raises:
-        ValueError: a file has another form than this module describes.
-    """
+    """All but the average, in the order of tables: retrieval, ELEVATER, ImageNet, those beyond the paper."""
 
     def order(benchmark: Benchmark) -> tuple:
         suite = benchmark.suite

@@ -28,15 +28,9 @@ def ranks_of(scores: Tensor, right: Tensor) -> Tensor:
 
 @torch.no_grad()
 def retrieval_ranks(query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor) -> Tensor:
-    """(queries,), `ranks_of` the queries, where an item is right when its group is the query's.
+    """(queries,), `ranks_of` unit-length embeddings (queries, width) among (items, width).
 
-    An image and all of its captions share a group.
-
-    Args:
-        query_embeds: (queries, width), unit length.
-        item_embeds: (items, width), unit length.
-        query_groups: (queries,), integers.
-        item_groups: (items,), integers.
+    An item is right when its group, of (items,), is the query's, of (queries,): an image and its captions share one.
 
     Raises:
         ValueError: a query has no right item, or an embedding is not finite.
@@ -51,11 +45,7 @@ def retrieval_ranks(query_embeds: Tensor, item_embeds: Tensor, query_groups: Ten
 def cross_modal_ranks(
     query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`retrieval_ranks` of the queries among the items (queries,), and of the items among the queries (items,).
-
-    Raises:
-        ValueError: as `retrieval_ranks`; in addition, every item needs a right query.
-    """
+    """`retrieval_ranks` of the queries among the items (queries,), and of the items among the queries (items,)."""
     there = query_embeds, item_embeds, query_groups, item_groups
     back = item_embeds, query_embeds, item_groups, query_groups
     if len(query_embeds) * len(item_embeds) > KEPT_ELEMENTS:
@@ -78,9 +68,8 @@ def _check_embeddings(query_embeds: Tensor, item_embeds: Tensor, query_groups: T
     for name, embeds in (("query", query_embeds), ("item", item_embeds)):
         if embeds.numel() and not torch.stack(embeds.aminmax()).isfinite().all():  # these pass NaN on, and copy nothing
             raise ValueError(f"A {name} embedding is NaN or infinite; the model's weights or precision are at fault.")
-    missing = ~torch.isin(query_groups, item_groups)
-    if missing.any():
-        raise ValueError(f"Queries {missing.nonzero().flatten()[:10].tolist()} have no right item to find.")
+    if missing := (~torch.isin(query_groups, item_groups)).nonzero().flatten()[:10].tolist():
+        raise ValueError(f"Queries {missing} have no right item to find.")
 
 
 def _check_finite(scores: Tensor) -> None:
@@ -91,8 +80,7 @@ def _check_finite(scores: Tensor) -> None:
 def recall_at_k(ranks: Tensor, k: int) -> float:
     """Share (0 to 1) of queries whose best right item is among the k best-scored ones, by their ranks (queries,).
 
-    Raises:
-        ValueError: k is below 1, or there is no query.
+    Raises ValueError where k is below 1, or there is no query.
     """
     return hits_at_k(ranks, k).mean().item()
 
@@ -129,16 +117,9 @@ def paired_bootstrap(
 ) -> tuple[float, float, float]:
     """Mean of model - baseline over the same queries, then the ends of its 95 % interval (2.5th, 97.5th percentile).
 
-    Whole groups (an image with all its captions) are drawn with replacement, since their queries are not independent.
+    `baseline` and `model` are each query's value (queries,). Whole groups of (queries,), an image with all its
+    captions, are drawn with replacement, since their queries are not independent.
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13, percentile interval.
-
-    Args:
-        baseline, model: (queries,), each query's value under the one and the other model.
-        groups: (queries,), integers.
-        resamples: how many samples are drawn, by `seed`.
-
-    Raises:
-        ValueError: the three differ in length.
     """
     if not len(baseline) == len(model) == len(groups):
         raise ValueError(f"Paired values differ in number: {len(baseline)}, {len(model)} and {len(groups)}.")
@@ -157,11 +138,7 @@ def paired_bootstrap(
 
 
 def ranks_of_scores(scores: Tensor, right_items: Sequence[Sequence[int]]) -> Tensor:
-    """(queries,), `ranks_of` scores (queries, items) by the indices of each query's right items.
-
-    Raises:
-        ValueError: a score is not finite, a query has no right item, or an index is outside the items.
-    """
+    """(queries,), `ranks_of` scores (queries, items) by the indices of each query's right items, at least one."""
     _check_finite(scores)
     if len(scores) != len(right_items):
         raise ValueError(f"There are {len(scores)} rows of scores for {len(right_items)} queries.")
@@ -183,10 +160,7 @@ def median_rank(ranks: Tensor) -> float:
 def top_k_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
     """Share of images whose class is among the k best-scored ones; a tie with a wrong class counts against it.
 
-    Of scores (images, classes) and labels (images,), the index of the right class.
-
-    Raises:
-        ValueError: k or a label is outside the classes, or a score is not finite.
+    Of scores (images, classes), finite, and labels (images,), the index of the right class.
     """
     ranks = _class_ranks(scores, labels)
     if k > scores.shape[1]:
@@ -223,9 +197,6 @@ def eleven_point_map(scores: Tensor, targets: Tensor) -> float:
     Of scores and targets, both (images, classes), 1 where the image has the class; a class without images is left out,
     images of equal score enter together.
     Source: Everingham et al., The PASCAL Visual Object Classes Challenge (2010), section 4.2.
-
-    Raises:
-        ValueError: shapes differ, a score is not finite, or no class has an image.
     """
     if scores.shape != targets.shape:
         raise ValueError(f"scores {tuple(scores.shape)} and targets {tuple(targets.shape)} must have the same shape.")
@@ -242,11 +213,7 @@ def eleven_point_map(scores: Tensor, targets: Tensor) -> float:
 
 
 def roc_auc(scores: Tensor, labels: Tensor) -> float:
-    """Chance that a positive (label 1) scores above a negative (0), a tie counting half: the area under the ROC curve.
-
-    Raises:
-        ValueError: only one of the two kinds occurs, or a score is not finite.
-    """
+    """Chance that a positive (label 1) scores above a negative (0), a tie counting half: area under the ROC curve."""
     positives = labels.bool()
     if not positives.any() or positives.all():
         raise ValueError("ROC AUC needs positives and negatives; only one of them occurs.")
@@ -259,7 +226,6 @@ def _class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     if len(scores) != len(labels):
         raise ValueError(f"There are {len(scores)} rows of scores for {len(labels)} labels.")
     _check_finite(scores)
-    outside = labels[(labels < 0) | (labels >= scores.shape[1])].unique().tolist()
-    if outside:
+    if outside := labels[(labels < 0) | (labels >= scores.shape[1])].unique().tolist():
         raise ValueError(f"Labels {outside[:10]} are outside the {scores.shape[1]} classes that have a name.")
     return (scores >= scores.gather(1, labels[:, None])).sum(dim=1) - 1

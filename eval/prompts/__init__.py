@@ -53,13 +53,10 @@ def benchmarks() -> list[str]:
 def load_prompts(
     benchmark: str, protocol: str = "ours", language: str | None = None, authors_file: str | None = None
 ) -> Prompts:
-    """Names and prompts of a data set.
+    """Names and prompts of a data set: a key of `benchmarks()`, or a JSON file such as `EXAMPLE`.
 
-    Args:
-        benchmark: key, of `benchmarks()`, or a JSON file such as `EXAMPLE`, for one's own classes.
-        protocol: "ours", "authors" or "babel".
-        language: code, of babel; that of the other prompts is their file's, and another one is refused.
-        authors_file: path of the authors' `portuguese_prompts.py`; it is parsed, never executed.
+    The language is babel's; that of the other prompts is their file's, and another one is refused. `authors_file` is
+    the path of the authors' `portuguese_prompts.py`; it is parsed, never executed.
 
     Raises:
         ValueError: benchmark, protocol or language is unknown (the nearest are named), or the file is not as expected.
@@ -173,11 +170,7 @@ def _authors(ours: Prompts, source: str | None) -> Prompts:
 
 
 def assignments(text: str) -> dict:
-    """Plain assignments of a Python file, parsed and never executed: literals, and names assigned before.
-
-    Raises:
-        ValueError: the file is no Python, or holds anything else than literals and earlier names.
-    """
+    """Plain assignments of a Python file, parsed and never executed; ValueError where it holds anything else."""
     values: dict = {}
 
     def value(node: ast.expr):

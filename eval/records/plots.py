@@ -53,14 +53,9 @@ def tidy(axis: plt.Axes, grid: str, *bare_sides: str) -> None:
 
 
 def plot_training_curves(curve: list[dict], language: str, path: Path, words: str = "en") -> None:
-    """Loss and learning rate of every step, recall of the validation split.
+    """Loss and learning rate of every step, recall of the validation split, by the `curve` of run.json.
 
-    Args:
-        curve: of `run.json`: an entry a step with `step`, `loss`, `learning_rate` and, where the split was measured,
-            `validation`: direction -> mean recall.
-        language: of the validation captions.
-        path: the PNG.
-        words: language of the labels, "pt" or another one for English.
+    `language` is that of the validation captions, `words` that of the labels, "pt" or another one for English.
     """
     labels = WORDS.get(words, WORDS["en"])["curves"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
@@ -145,17 +140,10 @@ def plot_gallery(rows: list[list[tuple[str, Found]]], path: Path, headings: Sequ
 
 
 def sheet_queries(before: "Tensor", after: "Tensor", seed: int) -> list[tuple[int, str]]:
-    """Queries for a sheet of two models, and of which kind each is, chosen by a rule and not by how they look.
+    """Queries for a sheet of two models by their ranks (queries,), and "gain", "tie" or "loss" of each, by a rule.
 
     Of the queries in an order that is drawn with the seed, the first three that the trained model ranks better, the
-    first that it ranks alike, and the first that it ranks worse; fewer of a kind where there are fewer.
-
-    Args:
-        before, after: (queries,), rank of each query's right image under the baseline and under the trained model.
-        seed: of the draw.
-
-    Returns:
-        (index of the query, "gain", "tie" or "loss"), gains first.
+    first that it ranks alike, and the first that it ranks worse.
     """
     order, change = _drawn(len(before), seed), (after - before).sign()
     return [(q, kind) for kind, (sign, shown) in KINDS.items() for q in order[change[order] == sign][:shown].tolist()]
@@ -175,11 +163,9 @@ def plot_retrieval_sheet(
     beside each its right picture, too.
 
     Args:
-        path: the PNG.
         image: opens a picture of the pool that is searched, by its index; none is shown where it raises BadImage.
         queries: all texts.
         embeddings: "baseline", "capivara" or both -> the split's, as `eval.retrieval` has them.
-        seed: of the draw of queries.
         language: of the labels, "pt" or another one for English.
     """
     words, rows, note = WORDS.get(language, WORDS["en"])["sheet"], [], ""

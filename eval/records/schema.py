@@ -132,17 +132,10 @@ def write_records(
     """Write a result file in one piece: what its figures depend on, the records, and further `parts` such as a matrix.
 
     Args:
-        path: the file.
-        records: at least one.
-        dataset: folder, pattern of files, or Hub id of the images.
-        fingerprint: digest of its images and captions.
-        model: folder or Hub id.
-        device: in words.
-        precision: "float32", or the type of autocast.
+        dataset: folder, pattern of files, or Hub id of the images; `fingerprint` is that of its images and captions.
         seconds: of the measurement; None where other work is in them.
         name: what the records call the data set, by its `short_name`; None for `dataset`.
         skipped: row -> why it could not be used and is not in the figures.
-        parts: further keys of the file.
     """
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     module, skipped = spec.name if spec else Path(sys.argv[0]).stem, skipped or {}
@@ -167,12 +160,7 @@ def write_records(
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a result file.
-
-    Raises:
-        ValueError: the file has another form. The message names the file, the place in it, the value and the rule.
-        OSError: it can't be read.
-    """
+    """The records of a result file; ValueError names file, place, value and rule where it has another form."""
     try:
         content, _ = read_object(path)
     except ValueError as error:
@@ -184,16 +172,11 @@ def read_records(path: Path) -> list[Record]:
 
 
 def parse_result(content: dict[str, Any], name: str) -> ResultFile:
-    """A result file out of its JSON object.
-
-    Raises:
-        ValueError: it has another form; the message begins with the place in it, such as `records/3/value`.
-    """
+    """A result file out of its JSON object; a ValueError begins with the place in it, such as `records/3/value`."""
     version, listed, records = content.get("schema_version"), content.get("records"), []
     if version != SCHEMA_VERSION:
-        raise ValueError(
-            f"schema_version must be {SCHEMA_VERSION}, got {reprlib.repr(version)}: measure it again with this package"
-        )
+        found = f"{reprlib.repr(version)}: measure it again with this package"
+        raise ValueError(f"schema_version must be {SCHEMA_VERSION}, got {found}")
     if not isinstance(listed, list) or not listed:
         raise ValueError(f"records must be a list of at least one figure, got {reprlib.repr(listed)}")
     for number, entry in enumerate(listed):
@@ -211,10 +194,8 @@ def parse_result(content: dict[str, Any], name: str) -> ResultFile:
 def read_object(path: Path) -> tuple[dict[str, Any], bytes]:
     """A JSON object out of a file that may be anybody's, and the file's bytes, for a digest or a search in them.
 
-    Raises:
-        ValueError: it is no regular file, too large, no JSON in UTF-8, or no object; a number is NaN or infinite; a key
-            stands twice in an object. The message is to follow the file's name.
-        OSError: it can't be read.
+    ValueError, to follow the file's name, where it is no regular file, too large or no JSON object in UTF-8, a number
+    is NaN or infinite, or a key stands twice.
     """
     if not path.is_file():  # to read a pipe would wait for ever
         raise ValueError("is no regular file")

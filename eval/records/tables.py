@@ -24,10 +24,8 @@ COLUMNS = ("recall@1", "recall@5", "recall@10", "mean_recall")
 
 
 def records_frame(files: Iterable[ResultFile]) -> pandas.DataFrame:
-    """A row a record: its fields, `folder` and `seed` as `folder_and_seed` tells them, and what its file says.
-
-    That is the file's `name`, the `source` (file and JSON pointer), the `precision`, the `fingerprint` of the data and
-    the images left out (`skipped_rows`); `record` and `file` are the whole objects.
+    """A row a record: its fields, `folder` and `seed` as `folder_and_seed` tells them, and what its file says: `name`,
+    `source` (file and JSON pointer), `precision`, `fingerprint`, `skipped_rows`; `record` and `file` are whole objects.
     """
     rows = []
     for file in files:
@@ -86,16 +84,12 @@ def means(frame: pandas.DataFrame, by: list[str]) -> pandas.DataFrame:
 
 
 def values_of(frame: pandas.DataFrame, by: str) -> list[Any]:
-    """One measured value of a model, as the mean over its seeds.
+    """Measured values of models, each the mean over its seeds, in the order of files and records.
 
-    Args:
-        frame: of `records_frame`.
-        by: "folder", where several models may be in it, or "precision", of the results of one run.
-
-    Returns:
-        Rows in the order of files and records, with the fields of the condition, `model`, `by`; `mean` and the sample
-        `deviation` (None of one seed) over `seeds` of them; `n`, `chance` (or None), the `data` that were measured on,
-        by their fingerprints; and `measured`, the frame's rows, one a seed, in the order of seeds.
+    Of a `records_frame`, by "folder", where several models may be in it, or by "precision", of the results of one run.
+    A row has the fields of the condition, `model`, `by`; `mean` and the sample `deviation` (None of one seed) over
+    `seeds` of them; `n`, `chance` (or None), the `data` that were measured on, by their fingerprints; and `measured`,
+    the frame's rows, one a seed, in the order of seeds.
     """
     figure = [*Condition._fields, "model", by]
     frame = frame.assign(row=pandas.Series([*frame.itertuples(index=False, name="Measured")], frame.index, object))
@@ -112,13 +106,8 @@ def values_of(frame: pandas.DataFrame, by: str) -> list[Any]:
 def pairs_of(values: Iterable[Any]) -> list[dict[str, Any]]:
     """Every model beside every baseline of the same condition; of several baselines, those on the same data if any.
 
-    Args:
-        values: of `values_of`, without gains.
-
-    Returns:
-        A dict a pair: the fields of the condition; `baseline` and `capivara`, rows of `values_of`, or None where one
-        was not measured; `gain`, in shares or ranks, `chance`, `n`, `seeds`, `is_rank`; and `doubts`, why the two may
-        be of other data.
+    A dict a pair of `values_of`: the fields of the condition; `baseline` and `capivara`, or None where one was not
+    measured; `gain`, in shares or ranks, `chance`, `n`, `seeds`, `is_rank`; and `doubts` that they are of other data.
     """
     by_condition: dict[tuple, dict[str, list]] = {}
     for value in values:
