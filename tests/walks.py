@@ -1,7 +1,7 @@
 """Which files a value goes through: those with a function that is given it, or gives it back, in a real run.
 
 Not counted are `capivara_common/` but for the gate of pictures, files of settings and their checks, what happens in
-functions `beside` the way, and methods that have the value in `self` alone.
+functions beside the way, and methods that have the value in `self` alone.
 """
 
 import inspect
@@ -37,7 +37,10 @@ def holds(thing: Any, is_value: Callable[[Any], bool], depth: int = 4) -> bool:
 def walked(
     run: Callable[[], object], is_value: Callable[[Any], bool], first: str, last: str, beside: Collection[str] = ()
 ) -> set[str]:
-    """The files from the first call of `first` to the last return of `last`, FILE:NAME each, those two included."""
+    """The files from the first call of `first` to the last return of `last`, FILE:NAME each, those two included.
+
+    `beside` are names of functions within which nothing counts.
+    """
     found, kept, files, begun, aside = {first.split(":")[0]}, set(), {}, [], []
 
     def note(frame: FrameType, event: str, given: Any) -> None:
@@ -48,12 +51,12 @@ def walked(
         place = f"{file}:{code.co_name}"
         if event == "call":
             begun.extend([place] * (place == first))
-            aside.extend([place] * (place in beside))
+            aside.extend([place] * (code.co_name in beside))
             names, several, options, local = inspect.getargvalues(frame)
             given = [local.get(name) for name in (*names, several, options) if name not in ("self", "cls", None)]
         if begun and not aside and file not in found and holds(given, is_value):
             found.add(file)
-        if event == "return" and place in beside:
+        if event == "return" and code.co_name in beside:
             aside.pop()
         if place == last and event == "return":
             kept.update(found, [file])
