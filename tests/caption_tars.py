@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 from datasets import Dataset, DatasetDict, Features
 
+from capivara_common.image_files import BadImage, image_bytes
 from caption_data.pairs import pair_table, skipped_rows, usable
 from caption_data.sources import open_split
 from captions.stages import open_in_place
@@ -70,6 +71,17 @@ def saved_train(folder, features: dict, *columns) -> str:
     rows = dict(zip(features, [pictures, *map(list, columns[1:])], strict=True))
     DatasetDict(train=Dataset.from_dict(rows, features=Features(features))).save_to_disk(folder)
     return str(folder)
+
+
+def files_of(dataset, **limits) -> list[bytes | None]:
+    """The file of each image of the split `train`; None where it is not read."""
+    source, found = open_split(str(dataset), "train", "image", **limits), []
+    for row in source.rows():
+        try:
+            found.append(image_bytes(row["image"], source.files))
+        except BadImage:
+            found.append(None)
+    return found
 
 
 def rows_of(folder, split: str = "train") -> list[dict]:

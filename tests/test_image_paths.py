@@ -19,13 +19,14 @@ import pyarrow.parquet as pq
 import pytest
 import tifffile
 import yaml
-from caption_tars import write_tar
+from caption_tars import files_of, write_tar
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from hub_client import hub_commands
 from hub_server import TOKEN, HubServer
 from test_generate import OPT, image_processor, opt_tokenizer, tiny_blip2
 
 import train_accelerate
+from capivara_common import image_files
 from capivara_common.image_files import BadImage, ImageFiles, decode_image, image_bytes
 from capivara_common.links import Bounds
 from capivara_search.picture_files import find_pictures
@@ -188,14 +189,7 @@ def test_a_stage_with_other_limits_is_another_stage(tmp_path):
 def test_no_form_of_a_data_set_leads_out(write, tmp_path, hostile, server, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     write(tmp_path / "data", rows_of(hostile))
-    source = open_split(str(tmp_path / "data"), "train", "image")
-    read, refused = [], 0
-    for row in source.rows():
-        try:
-            read.append(image_bytes(row["image"], source.files))
-        except BadImage:
-            refused += 1
-    assert read == good() and refused == len(hostile) and not server.requests
+    assert files_of(tmp_path / "data") == good() + [None] * len(hostile) and not server.requests
 
 
 def test_a_path_is_followed_where_it_may_be(tmp_path, hostile):
@@ -233,6 +227,7 @@ HUB_READ = """
 from pathlib import Path
 from capivara_common.image_files import ImageFiles, image_bytes
 from capivara_common.links import Bounds
+from capivara_common import image_files
 from capivara_common.image_files import BadImage
 import sys
 for hub_id, name in ((None, "pictures"), ("us/private", "private"), (None, "private"), ("us/priv", "private")):
@@ -276,8 +271,7 @@ def test_what_datasets_would_open_by_itself(tmp_path, server, tiny_folder, monke
     pq.write_table(pa.table(rows, schema=features.arrow_schema), tmp_path / "data" / "test.parquet")
     head = yaml.safe_dump({"configs": [{"config_name": "default", "data_files": [{"split": "test", "path": address}]}]})
     (tmp_path / "data" / "README.md").write_text(f"---\n{head}---\n", encoding="utf-8")
-    source = open_split(str(tmp_path / "data"), "test", "image")
-    assert [image_bytes(row["image"], source.files) for row in source.rows()] == [good()[0]]
+    assert image_bytes(next(open_split(str(tmp_path / "data"), "test", "image").rows())["image"]) == good()[0]
     command = ["--model", str(tiny_folder), "--benchmark", "cifar-10", "--images", str(tmp_path / "data")]
     classify([*command, "--image_column", "image", "--output", str(tmp_path / "r.json")])
     assert json.loads((tmp_path / "r.json").read_text())["skipped"] == {} and not server.requests
@@ -375,26 +369,19 @@ def test_training_and_its_cache(tmp_path, hostile, server, tiny_folder, monkeypa
 
 # --- Pictures of phones, and folders that hold more than pictures ----------------------------------------------------
 
-WITHOUT_HEIF = """
-import sys
-sys.modules["pillow_heif"] = None  # as where the extra is not installed
-from capivara_common.image_files import decode_image
-decode_image({"bytes": open(sys.argv[1], "rb").read(), "path": "a.heic"})
-"""
 
-
-def test_heic(tmp_path):
+def test_heic(tmp_path, monkeypatch):
     pillow_heif = pytest.importorskip("pillow_heif")
     pillow_heif.from_pillow(PIL.Image.new("RGB", (64, 48), (200, 30, 30))).save(tmp_path / "a.heic")
-    image = decode_image({"bytes": (tmp_path / "a.heic").read_bytes(), "path": None})
+    row = {"bytes": (tmp_path / "a.heic").read_bytes(), "path": "a.heic"}
+    image = decode_image(row)
     red, green, blue = image.convert("RGB").getpixel((20, 20))
     assert image.size == (64, 48) and red > 180 and max(green, blue) < 60
     assert len(find_pictures([tmp_path])[0]) == 1, "a folder's pictures are counted whether they can be read or not"
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_HEIF, str(tmp_path / "a.heic")],
-        capture_output=True, text=True, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
-    assert "BadImage: unreadable image: 'a.heic' is HEIC, which the extra `heic` reads: pip install" in done.stderr
+    for name, value in {"pillow_heif": None, "_FORMATS": ("PNG",)}.items():  # as where the extra is not installed
+        monkeypatch.setattr(image_files, name, value)
+    with pytest.raises(BadImage, match=r"'a\.heic' is HEIC, which the extra `heic` reads: pip install"):
+        decode_image(row)
 
 
 def test_the_user_decides_what_a_folder_is(tmp_path):
@@ -477,14 +464,7 @@ def test_a_pattern_opens_the_folders_of_its_files_alone(tmp_path, hostile):
         (tmp_path / "sets" / name / f"{name}.png").write_bytes(good()[0])
         images = [{"bytes": None, "path": path} for path in (f"{name}.png", str(tmp_path / "home" / "private.png"))]
         as_parquet(tmp_path / "sets" / name, {"image": images, "captions-pt": [["x"], ["y"]]})
-    source = open_split(str(tmp_path / "*" / "*" / "train.parquet"), "train", "image")
-    read = []
-    for row in source.rows():
-        try:
-            read.append(image_bytes(row["image"], source.files))
-        except BadImage:
-            read.append(None)
-    assert read == [good()[0], None] * 2
+    assert files_of(tmp_path / "*" / "*" / "train.parquet") == [good()[0], None] * 2
 
 
 def test_an_example_embeds_no_file_that_a_row_names(tmp_path, hostile):

@@ -3,10 +3,9 @@
 import json
 
 import pytest
-from caption_tars import PICTURES, sample, write_tar
+from caption_tars import PICTURES, files_of, sample, write_tar
 from datasets import Dataset, DatasetDict
 
-from capivara_common.image_files import BadImage, image_bytes
 from capivara_common.links import Bounds, refuse_links_out
 from caption_data.sources import open_split
 
@@ -23,21 +22,10 @@ def folder(tmp_path):
     return tmp_path / "data"
 
 
-def images_of(folder, **limits) -> list[bytes | None]:
-    """The file of each row's image; None where it is not read."""
-    source, found = open_split(str(folder), "train", "image", **limits), []
-    for row in source.rows():
-        try:
-            found.append(image_bytes(row["image"], source.files))
-        except BadImage:
-            found.append(None)
-    return found
-
-
 def test_a_picture_that_is_a_link_out_is_not_read(folder):
     (folder / "b.png").symlink_to("../secret.png")
-    assert images_of(folder) == [PICTURES[1], None]
-    assert images_of(folder, image_roots=[folder.parent]) == [PICTURES[1], PICTURES[2]], "unless the user says so"
+    assert files_of(folder) == [PICTURES[1], None]
+    assert files_of(folder, image_roots=[folder.parent]) == [PICTURES[1], PICTURES[2]], "unless the user says so"
     with pytest.raises(ValueError, match=r"links to files outside of it, refused: \['b.png'\]"):
         refuse_links_out(folder)
     (folder / "b.png").unlink()
@@ -53,7 +41,7 @@ def test_links_within_and_a_folder_reached_by_a_link(folder):
     (folder.parent / "link").symlink_to("data", target_is_directory=True)
     for path in (folder, folder.parent / "link"):
         refuse_links_out(path)
-        assert images_of(path) == [PICTURES[1], PICTURES[1]]
+        assert files_of(path) == [PICTURES[1], PICTURES[1]]
 
 
 @pytest.mark.parametrize("inner", ["", "train"])
@@ -67,13 +55,13 @@ def test_a_snapshot_of_the_hubs_cache(folder, inner):
         file.rename(repository / "blobs" / str(number))
         (snapshot / file.name).symlink_to(repository / "blobs" / str(number))
     refuse_links_out(snapshot)
-    assert None not in images_of(snapshot)
+    assert None not in files_of(snapshot)
     (snapshot / "c.png").symlink_to(folder.parent / "secret.png")
     with pytest.raises(ValueError, match=r"c\.png"):
         refuse_links_out(snapshot)
 
 
-def test_lists_and_archives_that_are_links_out(folder, tmp_path):
+def test_lists_archives_and_tables_that_are_links_out(folder, tmp_path):
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists" / "metadata.jsonl").symlink_to(folder / "metadata.jsonl")
     with pytest.raises(ValueError, match=r"refused: \['metadata.jsonl'\]"):
@@ -85,9 +73,6 @@ def test_lists_and_archives_that_are_links_out(folder, tmp_path):
         with pytest.raises(ValueError, match=r"refused: \['0.tar'\]"):
             open_split(str(dataset), "train", "image")
     assert len(open_split(str(tmp_path / "shards" / "0.tar"), "train", "image")) == 1, "the file itself was named"
-
-
-def test_a_saved_data_set_with_a_link_out(tmp_path):
     DatasetDict(train=Dataset.from_dict({"image": [PICTURES[1]]})).save_to_disk(tmp_path / "saved")
     table = next((tmp_path / "saved" / "train").glob("*.arrow"))
     table.rename(tmp_path / "elsewhere.arrow")
