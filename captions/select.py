@@ -14,7 +14,7 @@ pictures at the cut, and `selection.json` with every number of it.
 import math
 from array import array
 from contextlib import suppress
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,19 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from capivara_common.cli import run_command
+from capivara_common.cli import flag, run_command
 from capivara_common.files import write_json, write_text
 from capivara_common.image_files import BadRow, decode_image
 from capivara_common.privacy import short_name
 from caption_data.rows import CAPTIONS, NOT_CHOSEN, caption_texts
+from caption_data.selection import WITH_SIMILARITIES, CaptionChoice
 from caption_data.sources import Split
-from captions.stage_arguments import SelectArguments
 from captions.stages import (
     Phase,
     RowStage,
+    StageArguments,
     StageReport,
     check_complete,
-    run_stage,
     skipped_rows,
     stage_main,
     stage_source,
@@ -49,6 +49,26 @@ CUTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)  # of the table that he
 SHOWN = 300  # letters of a caption on the page
 DROPPED_COLOUR = "#b9bec6"
 BARS, PICTURE_SIDE = 60, 240  # of a histogram; pixels
+
+
+@dataclass
+class SelectArguments(CaptionChoice, StageArguments):
+    """Arguments of `captions.select`."""
+
+    language: str = flag("pt", "Language of the captions, the end of their columns' names.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_choice()
+
+    def columns(self) -> list[str]:
+        """What the choice looks at: captions, generated ones, similarities."""
+        return [f"{name}-{self.language}" for name in ("captions", "generated-captions", "similarities")]
+
+    def needed_columns(self) -> list[str]:
+        """Columns of captions, and of similarities where they decide, of which one must be there."""
+        scored = self.caption_strategy in WITH_SIMILARITIES or self.min_pair_similarity is not None
+        return self.columns()[2:] if scored else self.columns()[:2]
 
 
 class Selection:
@@ -282,7 +302,7 @@ PHASES = {"rows": Phase(select_rows, shared=True), "report": Phase(write_report)
 
 def main(argv: list[str] | None = None) -> None:
     """The command; says where the report is."""
-    args = stage_main(SelectArguments, __doc__, argv, partial(run_stage, phases=PHASES))
+    args = stage_main(SelectArguments, __doc__, argv, PHASES)
     if args is not None:
         print(f"Report with pictures: {args.output / REPORT}")
 
