@@ -58,17 +58,12 @@ def filled(page: str, text: str) -> str:
 
 def template() -> Template:
     """`tables.md.j2`, a macro a block, with all that it calls."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=["jinja2.ext.do"],
-    )
-    environment.filters |= {"fixed": fixed, "percent": percent, "points": points}
-    environment.filters |= {"median": statistics.median, "mean": lambda values: pandas.Series(values).mean()}
-    environment.globals |= {"results": results, "versions": versions, "median_ratio": median_ratio, "zip": zip}
-    environment.globals |= {"demo_table": demo_table, "real_image_rows": real_image_rows, "recalls": recalls}
+    options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), extensions=["jinja2.ext.do"], **options)
+    filters = (fixed, percent, points, statistics.median, statistics.mean)
+    environment.filters |= {made.__name__: made for made in filters}
+    functions = (results, versions, median_ratio, demo_table, real_image_rows, recalls, zip)
+    environment.globals |= {made.__name__: made for made in functions}
     return environment.get_template("tables.md.j2")
 
 
@@ -103,16 +98,13 @@ def recalls(one: dict[str, Any]) -> list[list[float]]:
 def real_image_rows(found: dict[str, Any]) -> dict[tuple[str, ...], dict[str, str]]:
     """Task, data set, measure and n -> "baseline", "capivara" and "chance" in per cent."""
     cells: dict[tuple[str, ...], dict[str, str]] = {}
-    for record in (Record(**one) for one in found["records"]):
-        if record.metric != ("mean_recall" if record.task == "retrieval" else "accuracy"):
-            continue
-        of_task = {
-            "retrieval": f", {record.direction}, {record.language}", "linear_probe": f", {record.protocol}"
-        }.get(record.task, "")  # fmt: skip
-        words = [word.replace("_", " ") for word in (record.task, record.metric + of_task)]
-        row = cells.setdefault((words[0], record.dataset, words[1], str(record.n)), {})
-        row[record.model] = percent([record.value])
-        row["chance"] = "" if record.chance is None else percent([record.chance])
+    for record in (Record(**one) for one in found["records"] if one["metric"] in ("mean_recall", "accuracy")):
+        if (record.task == "retrieval") == (record.metric == "mean_recall"):
+            ways = {"retrieval": (record.direction, record.language), "linear_probe": (record.protocol,)}
+            measure = ", ".join([record.metric, *ways.get(record.task, ())]).replace("_", " ")
+            row = cells.setdefault((record.task.replace("_", " "), record.dataset, measure, str(record.n)), {})
+            row[record.model] = percent([record.value])
+            row["chance"] = "" if record.chance is None else percent([record.chance])
     return cells
 
 

@@ -69,12 +69,7 @@ class Variant:
 
 
 def read_variants(path: Path) -> dict[str, Variant]:
-    """The variants of a YAML file, by name.
-
-    Raises:
-        ValueError: a key or share is none, `paper` is not the first, or what a variant is made `of` is none that is
-            trained.
-    """
+    """The variants of a YAML file, by name, `paper` first. Raises ValueError where one can't be."""
     variants, keys = {}, [one.name for one in fields(Variant)][1:]
     for name, content in read_config(path).items():
         if not isinstance(content, dict) or not content.get("what"):
@@ -152,11 +147,12 @@ def gains(
 
     `groups` has the index of the picture that each query of a condition belongs to.
     """
+
+    def averaged(side: list[dict[str, Tensor]], key: str) -> Tensor:
+        return torch.stack([one[key] for one in side]).double().mean(0)
+
     keys = [key for key in groups if key.startswith(COMPARED)]
-    sides = {
-        key: [torch.stack([one[key] for one in side]).double().mean(0) for side in (reference, hits)] for key in keys
-    }
-    return {key: paired_bootstrap(*sides[key], groups[key]) for key in keys}
+    return {key: paired_bootstrap(averaged(reference, key), averaged(hits, key), groups[key]) for key in keys}
 
 
 @user_errors

@@ -17,27 +17,23 @@ import logging
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capivara_common.cli import WrongUse, as_flags, parse, read_config, run_command, unknown, user_errors
+from capivara_common.cli import WrongUse, as_flags, flag, parse, read_config, run_command, unknown, user_errors
 from capivara_common.environment import require
 from capivara_common.executors import Work, execute, failures
+from capivara_common.tasks import ExecutorArguments
 from caption_data.sources import STAGE_FILE, unfinished
 from captions import dataset_folder, generate, score, select, stages, translate
-from captions.dataset_folder import DATASET_FOLDER
-from captions.stage_arguments import (
-    GOOGLE_MODULES,
-    BuildArguments,
-    GenerateArguments,
-    Plan,
-    ScoreArguments,
-    SelectArguments,
-    StageArguments,
-    TranslateArguments,
-)
-from captions.stages import RowStage
-from captions.translate import export
+from captions.dataset_folder import DATASET_FOLDER, Plan
+from captions.generate import GenerateArguments
+from captions.score import ScoreArguments
+from captions.select import SelectArguments
+from captions.stages import GONE, RowStage, StageArguments
+from captions.translate import TranslateArguments, export
+from captions.translators import GOOGLE_MODULES
 from captions.tsv import untranslated
 
 # In the order of the chain. A section may be left out; of `translate` there may be a list, one translator a time.
@@ -53,6 +49,21 @@ CARD_KEYS = ("pretty_name", "description", "license", "license_name", "license_l
 SOURCE_KEYS = ("name", "url", "license")
 
 logger = logging.getLogger("capivara")
+
+
+@dataclass
+class BuildArguments(ExecutorArguments):
+    """Arguments of `captions.build`."""
+
+    gone = GONE
+    config: Path = flag(..., "YAML file of the stages, such as configs/captions_pt.yaml.")
+    dataset: str | None = flag(None, "The images, in any form that a stage takes; goes before the config's.")
+    output: Path | None = flag(None, "Folder of all that is made; goes before the config's.")
+    language: str | None = flag(None, "Code of the language of the captions; goes before the config's.")
+    dry_run: bool = flag(False, "Check the config, say what would be done, and end.")
+
+    def __post_init__(self) -> None:
+        self.check_executor()
 
 
 class ManualStepRequired(Exception):

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,7 @@ from capivara_common.privacy import hide_paths
 from capivara_common.tasks import Phase
 from caption_data.rows import CAPTION_COLUMN
 from captions.quality import REPORT_FILE
-from captions.stage_arguments import Plan, StageArguments
-from captions.stages import check_complete, flat, identity_digest, stage_record, whole_parquet
+from captions.stages import StageArguments, check_complete, flat, identity_digest, stage_record, whole_parquet
 from eval.records.tables import escape_markdown
 
 DATASET_FOLDER = "dataset"
@@ -42,6 +42,20 @@ MEANINGS = {
     "similarities": "cosine of the image and each of its captions in {language}, captions first, then generated ones",
     "quality": "translations into {language} that look wrong, and why",
 }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole build."""
+
+    steps: dict[str, list[StageArguments]]  # split -> its stages in order
+    output: Path  # folder of all
+    language: str  # of the captions
+    card: dict[str, Any]  # facts of the card that only people know
+
+    def all_steps(self) -> list[StageArguments]:
+        """The stages of all splits, in the order in which they run."""
+        return [step for steps in self.steps.values() for step in steps]
 
 
 def write_dataset(plan: Plan, rank: int = 0, world_size: int = 1) -> Path:

@@ -14,9 +14,8 @@ import inspect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import PIL.Image
 import torch
@@ -33,19 +32,39 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from capivara_common.cli import run_command
+from capivara_common.cli import at_least, flag, run_command
 from capivara_common.environment import torch_device
 from capivara_common.files import read_json
 from capivara_common.hub_cache import check_reachable
 from capivara_common.image_files import BadImage, BadRow, ImageFiles, by_threads, decode_image
 from caption_data.rows import CAPTIONS
-from captions.stage_arguments import GenerateArguments
-from captions.stages import Phase, RowStage, StageReport, run_stage, stage_main
+from captions.stages import Phase, RowStage, StageArguments, StageReport, stage_main
 from captions.translators import DTYPES
 from modeling_capivara.loading import checked_config, weights_digest
 
 COLUMN = "generated-captions-en"
 NOT_FINITE = "no finite scores"  # reason of a `BadRow`
+PREFIXES = Path(__file__).parent / "prefixes.json"
+
+
+@dataclass
+class GenerateArguments(StageArguments):
+    """Arguments of `captions.generate`."""
+
+    max_new_tokens: int = flag(50, "Tokens of a generated text at most.")
+    micro_batch_size: int = flag(160, "Captions that are generated at once; fewer need less memory and more time.")
+    model: str = flag("Salesforce/blip2-opt-2.7b-coco", "Folder or Hub id of a BLIP-2 of transformers.")
+    revision: str | None = flag(None, "Branch, tag or commit of a Hub id.")
+    prefixes: Path = flag(PREFIXES, "JSON file of the form of captions/prefixes.json.")
+    precision: Literal["float32", "bf16", "fp16"] = flag(
+        "float32", "Of weights and activations; the authors had fp16, with BLIP-2's Q-Former in float32."
+    )
+    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "max_new_tokens", "micro_batch_size")
+        self.prefixes = Path(self.prefixes)
 
 
 # The model
@@ -267,7 +286,7 @@ PHASES = {"rows": Phase(generate, shared=True, uses_model=True)}
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    stage_main(GenerateArguments, __doc__, argv, partial(run_stage, phases=PHASES))
+    stage_main(GenerateArguments, __doc__, argv, PHASES)
 
 
 if __name__ == "__main__":

@@ -11,18 +11,41 @@ The same command does what is missing.
 """
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import PIL.Image
 from torch import Tensor
 
-from capivara_common.cli import run_command
+from capivara_common.cli import at_least, flag, run_command
 from capivara_common.image_files import BadImage, BadRow, ImageFiles, by_threads, decode_image
 from caption_data.rows import SIMILARITIES
-from captions.stage_arguments import ScoreArguments
-from captions.stages import Phase, RowStage, StageReport, run_stage, stage_main
+from captions.stages import Phase, RowStage, StageArguments, StageReport, stage_main
 from modeling_capivara.two_towers import Embedder, load_embedder
+
+
+@dataclass
+class ScoreArguments(StageArguments):
+    """Arguments of `captions.score`."""
+
+    language: str = flag("pt", "Language of the captions, the end of their columns' names.")
+    model: str | None = flag(
+        None,
+        "Required: folder or Hub id of a CAPIVARA, SigLIP, CLIP … or open_clip:NAME:PRETRAINED, or "
+        "open_clip:local-dir:FOLDER. It must know the language.",
+    )
+    embedding_batch_size: int = flag(32, "Images that go through at once; twice as many captions.")
+    precision: Literal["float32", "bf16"] = flag("float32", "bf16 is faster on most GPUs.")
+    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model:
+            raise ValueError("model is missing: give the model whose similarities are wanted, such as the base model.")
+        at_least(self, 1, "embedding_batch_size")
+
+    def needed_columns(self) -> list[str]:
+        """Columns of captions, of which one must be there."""
+        return [f"captions-{self.language}", f"generated-captions-{self.language}"]
 
 
 @dataclass
@@ -91,7 +114,7 @@ PHASES = {"rows": Phase(score, shared=True, uses_model=True)}
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    stage_main(ScoreArguments, __doc__, argv, partial(run_stage, phases=PHASES))
+    stage_main(ScoreArguments, __doc__, argv, PHASES)
 
 
 if __name__ == "__main__":

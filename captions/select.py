@@ -14,7 +14,7 @@ pictures at the cut, and `selection.json` with every number of it.
 import math
 from array import array
 from contextlib import suppress
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,19 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from capivara_common.cli import run_command
+from capivara_common.cli import flag, run_command
 from capivara_common.files import write_json, write_text
 from capivara_common.image_files import BadRow, decode_image
 from capivara_common.privacy import short_name
 from caption_data.rows import CAPTIONS, NOT_CHOSEN, caption_texts
+from caption_data.selection import WITH_SIMILARITIES, CaptionChoice
 from caption_data.sources import Split
-from captions.stage_arguments import SelectArguments
 from captions.stages import (
     Phase,
     RowStage,
+    StageArguments,
     StageReport,
     check_complete,
-    run_stage,
     skipped_rows,
     stage_main,
     stage_source,
@@ -49,6 +49,31 @@ CUTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)  # of the table that he
 SHOWN = 300  # letters of a caption on the page
 DROPPED_COLOUR = "#b9bec6"
 BARS, PICTURE_SIDE = 60, 240  # of a histogram; pixels
+
+
+@dataclass
+class SelectArguments(CaptionChoice, StageArguments):
+    """Arguments of `captions.select`."""
+
+    language: str = flag("pt", "Language of the captions, the end of their columns' names.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_choice()
+
+    @property
+    def strategy_cut(self) -> float | None:
+        """The similarity that the strategy asks of every caption; None where it asks for none."""
+        return self.min_similarity if self.caption_strategy in ("threshold", "diverse") else None
+
+    def columns(self) -> list[str]:
+        """What the choice looks at: captions, generated ones, similarities."""
+        return [f"{name}-{self.language}" for name in ("captions", "generated-captions", "similarities")]
+
+    def needed_columns(self) -> list[str]:
+        """Columns of captions, and of similarities where they decide, of which one must be there."""
+        scored = self.caption_strategy in WITH_SIMILARITIES or self.min_pair_similarity is not None
+        return self.columns()[2:] if scored else self.columns()[:2]
 
 
 class Selection:
@@ -70,6 +95,12 @@ class Selection:
             return [text for text in self.args.chosen(row, self.args.language) if text.strip()]
         except ValueError as error:
             raise BadRow("no caption", f"{error}") from error
+
+    def texts(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row of the source under the names of the output, its captions as lists of texts."""
+        names = self.args.renamed()
+        row = {names.get(old, old): value for old, value in row.items()}
+        return row | {name: caption_texts(row[name], name) for name in row.keys() & {self.captions, self.generated}}
 
     def scored(self, row: dict[str, Any]) -> list[tuple[str, float | None]]:
         """Captions of a row with their similarities; None, also for NaN, where there is none."""
@@ -102,7 +133,7 @@ def select_rows(args: SelectArguments, rank: int = 0, world_size: int = 1) -> St
         "language": args.language,
         "caption_strategy": args.caption_strategy,
         "caption_count": args.caption_count if args.caption_strategy in ("first", "rank") else None,
-        "min_similarity": args.min_similarity if args.caption_strategy in ("threshold", "diverse") else None,
+        "min_similarity": args.strategy_cut,
         "min_pair_similarity": args.min_pair_similarity,
     }
     return RowStage(args, rank, world_size).run({selection.captions: CAPTIONS}, settings, selection, "Selection")
@@ -114,29 +145,42 @@ def select_rows(args: SelectArguments, rank: int = 0, world_size: int = 1) -> St
 
 def write_report(args: SelectArguments, rank: int = 0, world_size: int = 1) -> None:
     """The folder `report` of a selection that is complete, unless it is there; its page is written last."""
+    folder = args.output / REPORT.parent
     if (args.output / REPORT).is_file():
         return
+    folder.mkdir(exist_ok=True)
     selection, source = Selection(args), stage_source(args)
-    strategy_cut = args.min_similarity if args.caption_strategy in ("threshold", "diverse") else None
     captions = _captions(selection, source)
     images = captions.groupby("row")["kept"].any()
     known = captions.dropna(subset="similarity")
     first = known[known["first"]].assign(kept=lambda table: table["row"].map(images))
     # The cut is that of the first captions: `rank` drops captions of images that fit well, and they would hide those
     # that the pair filter has dropped.
-    by_first = args.min_pair_similarity is not None and strategy_cut is None
-    folder = args.output / "report"
-    folder.mkdir(exist_ok=True)
-    facts = _facts(args, captions, images, {"first_captions": first, "all_captions": known})
-    facts["examples_of"] = "images, by their first caption" if by_first else "all captions"
-    facts["examples"] = _examples(selection, source, first if by_first else known, folder)
+    by_first = args.min_pair_similarity is not None and args.strategy_cut is None
+    settings = ("split", "language", "caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
+    unusable = {reason: n for reason, n in check_complete(args.output).skipped.items() if reason != NOT_CHOSEN}
+    facts = {
+        "dataset": short_name(args.dataset),
+        **{name: getattr(args, name) for name in settings},
+        "images": {"kept": int(images.sum()), "not chosen": int((~images).sum()), "can't be used": unusable},
+        "captions": {"of these images": len(captions), "kept": int(captions["kept"].sum())},
+        "first_captions": _sides(first),
+        "all_captions": _sides(known),
+        "images_passing": {f"{cut:g}": int((first["similarity"] >= cut).sum()) for cut in CUTS},
+        "examples_of": "images, by their first caption" if by_first else "all captions",
+        "examples": _examples(selection, source, first if by_first else known, folder),
+    }
     panels = [("Images, by their first caption", "images", first, args.min_pair_similarity)]
-    if len(captions) != len(images) or strategy_cut is not None:  # with one caption an image it would be the first
-        panels.append(("All captions", "captions", known, strategy_cut))
+    if len(captions) != len(images) or args.strategy_cut is not None:  # with one caption an image it would be the first
+        panels.append(("All captions", "captions", known, args.strategy_cut))
     if panels := [panel for panel in panels if len(panel[2])]:
         plot_similarities(panels, folder / "similarities.png")
     write_json(folder / "selection.json", facts)
-    write_text(folder / "index.html", _page(facts, folder))
+    options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    page = jinja2.Environment(autoescape=True, **options).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    pictures = {path.name for path in folder.glob("row-*.jpg")}
+    text = page.render(facts=facts, pictures=pictures, one_line=lambda text: one_line(text, SHOWN))
+    write_text(args.output / REPORT, text.encode("utf-8", "replace").decode())  # half a surrogate pair can't be written
 
 
 def _captions(selection: Selection, source: Split) -> pd.DataFrame:
@@ -154,55 +198,30 @@ def _captions(selection: Selection, source: Split) -> pd.DataFrame:
         "similarity": array("d"),
     }
     for number, row in enumerate(source.rows(only=present)):
-        if number in unusable:
-            continue
-        row = _texts(selection, row)
-        chosen, places = selection.chosen(row), {}
-        scored = selection.scored(row)
-        for place, (text, _) in enumerate(scored):
-            places.setdefault(text, place)
-        for text, place in places.items():
-            similarity = np.nan if scored[place][1] is None or not text.strip() else scored[place][1]
-            first = place == 0 and bool(row.get(selection.captions))
-            for column, value in zip(columns.values(), (number, place, first, text in chosen, similarity), strict=True):
-                column.append(value)
+        if number not in unusable:
+            row = selection.texts(row)
+            chosen, scored = selection.chosen(row), selection.scored(row)
+            places = {text: place for place, (text, _) in reversed([*enumerate(scored)])}  # a text's first one
+            for text, place in places.items():
+                similarity = np.nan if scored[place][1] is None or not text.strip() else scored[place][1]
+                first = place == 0 and bool(row.get(selection.captions))
+                values = (number, place, first, text in chosen, similarity)
+                for column, value in zip(columns.values(), values, strict=True):
+                    column.append(value)
     table = pd.DataFrame({name: np.asarray(column) for name, column in columns.items()})
-    return table.astype({"first": bool, "kept": bool})
+    return table.astype({"first": bool, "kept": bool}).sort_values(["row", "place"], ignore_index=True)
 
 
-def _texts(selection: Selection, row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the source under the names of the output, its captions as lists of texts."""
-    names = selection.args.renamed()
-    row = {names.get(old, old): value for old, value in row.items()}
-    captions = row.keys() & {selection.captions, selection.generated}
-    return row | {name: caption_texts(row[name], name) for name in captions}
-
-
-def _facts(args: Any, captions: pd.DataFrame, images: pd.Series, sides: dict[str, pd.DataFrame]) -> dict[str, Any]:
-    """`selection.json`, but for the examples."""
-    settings = ("caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
-    unusable = {reason: n for reason, n in check_complete(args.output).skipped.items() if reason != NOT_CHOSEN}
-    first = sides["first_captions"]["similarity"]
-    return {
-        "dataset": short_name(args.dataset),
-        **{name: getattr(args, name) for name in ("split", "language", *settings)},
-        "images": {"kept": int(images.sum()), "not chosen": int((~images).sum()), "can't be used": unusable},
-        "captions": {"of these images": len(captions), "kept": int(captions["kept"].sum())},
-        **{
-            name: {
-                side: _side(of[of["kept"] == kept]["similarity"]) for side, kept in (("kept", True), ("dropped", False))
-            }
-            for name, of in sides.items()
-        },
-        "images_passing": {f"{cut:g}": int((first >= cut).sum()) for cut in CUTS},
-    }
-
-
-def _side(similarities: pd.Series) -> dict[str, Any]:
-    bins = np.histogram(similarities.clip(-1, 1), BINS, (-1, 1))[0].tolist()
-    found = {"mean": similarities.mean(), "lowest": similarities.min(), "highest": similarities.max()}
-    found = {name: float(value) if len(similarities) else None for name, value in found.items()}
-    return {"count": len(similarities), **found, "bins": bins}
+def _sides(captions: pd.DataFrame) -> dict[str, Any]:
+    """Of what was kept and what was dropped: number, mean, lowest, highest, histogram."""
+    found = {}
+    for side, kept in (("kept", True), ("dropped", False)):
+        values = captions[captions["kept"] == kept]["similarity"]
+        numbers = {"mean": values.mean(), "lowest": values.min(), "highest": values.max()}
+        found[side] = {"count": len(values)}
+        found[side] |= {name: float(number) if len(values) else None for name, number in numbers.items()}
+        found[side]["bins"] = np.histogram(values.clip(-1, 1), BINS, (-1, 1))[0].tolist()
+    return found
 
 
 def _examples(selection: Selection, source: Split, captions: pd.DataFrame, folder: Path) -> list[dict[str, Any]]:
@@ -212,7 +231,7 @@ def _examples(selection: Selection, source: Split, captions: pd.DataFrame, folde
         side = captions[captions["kept"] == kept].sort_values("similarity", ascending=kept, kind="stable")
         for one in side.head(EXAMPLES).itertuples():
             row = source.row(one.row)
-            text, _ = selection.scored(_texts(selection, row))[one.place]
+            text, _ = selection.scored(selection.texts(row))[one.place]
             examples.append({"row": one.row, "caption": text, "similarity": one.similarity, "kept": kept})
             with suppress(BadRow):
                 image = decode_image(row[selection.args.image_column], source.files).convert("RGB")
@@ -246,43 +265,12 @@ def plot_similarities(panels: list[tuple[str, str, pd.DataFrame, float | None]],
     save_figure(figure, path)
 
 
-def _page(facts: dict[str, Any], folder: Path) -> str:
-    """The page of the facts; the similarities' part is left out where there are none."""
-    images, captions = facts["images"], facts["captions"]
-    usable, of_images = images["kept"] + images["not chosen"], captions["of these images"]
-    counts = [["images", f"{usable:,}", f"{images['kept']:,}", _share(images["kept"], usable)]]
-    counts.append(["captions", f"{of_images:,}", f"{captions['kept']:,}", _share(captions["kept"], of_images)])
-    counts += [[f"images that can't be used: {k}", f"{n:,}", "0", ""] for k, n in images["can't be used"].items()]
-    kinds = (("first_captions", "first captions of images"), ("all_captions", "captions"))
-    sides = [(f"{name} {side}", facts[kind][side]) for kind, name in kinds for side in ("kept", "dropped")]
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        facts=facts,
-        counts=counts,
-        similarities=[
-            [name, f"{side['count']:,}", *(f"{side[key]:.3f}" for key in ("mean", "lowest", "highest"))]
-            for name, side in sides
-            if side["count"]
-        ],
-        passing=[[cut, f"{n:,}", _share(n, usable)] for cut, n in facts["images_passing"].items()],
-        one_line=lambda text: one_line(text, SHOWN),
-        pictures={path.name for path in folder.glob("row-*.jpg")},
-    )
-    return page.encode("utf-8", "replace").decode()  # half a surrogate pair can't be written
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else ""
-
-
 PHASES = {"rows": Phase(select_rows, shared=True), "report": Phase(write_report)}
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command; says where the report is."""
-    args = stage_main(SelectArguments, __doc__, argv, partial(run_stage, phases=PHASES))
+    args = stage_main(SelectArguments, __doc__, argv, PHASES)
     if args is not None:
         print(f"Report with pictures: {args.output / REPORT}")
 

@@ -32,17 +32,31 @@ import pyarrow.parquet as pq
 from datasets import Features, Image
 from tqdm.auto import tqdm
 
-from capivara_common.cli import parse, user_errors
+from capivara_common.cli import at_least, flag, parse, user_errors
 from capivara_common.environment import package_versions
 from capivara_common.executors import Work, execute
 from capivara_common.files import read_json, whole_file, write_json
-from capivara_common.image_files import BadRow, image_bytes
-from capivara_common.tasks import Phase, all_parts, share
+from capivara_common.image_files import DATASET_HELP, BadRow, CaptionDataArguments, image_bytes
+from capivara_common.tasks import SHARED_BY_TASKS, ExecutorArguments, Phase, all_parts, share
 from caption_data.rows import CAPTION_COLUMN, CAPTIONS, Skipped, caption_texts, digest_of, write_skipped
 from caption_data.sources import READ_ROWS, STAGE_FILE, Split, open_split, opened_parquet, refuse_unfinished
 from captions.languages import groups
-from captions.stage_arguments import SPLIT, StageArguments
 
+GONE = {  # flags of earlier versions
+    "shard": f"{SHARED_BY_TASKS} (docs/cluster.md)",
+    "wait_s": "no task waits for another one any more: a stage starts when the one before is complete",
+    "source_prefix": "models without codes of languages are not taken",
+    **dict.fromkeys(("sampling", "temperature", "top_p", "seed"), "a caption is the model's likeliest text"),
+    **dict.fromkeys(
+        ("price_per_million", "max_cost"),
+        "a quota of characters, in the service's console, limits what it costs; --backend file --export counts them",
+    ),
+    **dict.fromkeys(
+        ("characters_per_second", "max_tries", "first_wait_s", "timeout_s"),
+        "the service's own limit is kept: a request that it refuses for now is sent again, after pauses that double",
+    ),
+}
+SPLIT = r"\w+([.-]\w+)*"  # names of files begin with it
 IMAGE = "image"  # the authors' name, which the image column has in every output
 STAGE_VERSION = 1  # of the folder's form; raise it when parts change
 IDENTITY = ("version", "source", "rows_per_part", "settings", "columns")  # what parts of one folder have in common
@@ -57,6 +71,56 @@ SAMPLED_PIECES, SAMPLED_BYTES = 64, 4096  # of a file, evenly spread, for the fi
 Process = Callable[[list[dict[str, Any]]], list[dict[str, Any] | BadRow]]
 
 logger = logging.getLogger("capivara")
+
+
+@dataclass
+class StageArguments(CaptionDataArguments, ExecutorArguments):
+    """The flags of every stage. Raises ValueError where a value breaks its rule."""
+
+    gone = GONE
+    import_file = None  # a flag of `captions.translate` alone
+    dataset: str = flag(..., f"{DATASET_HELP} The output of another stage is such a folder.")
+    output: Path = flag(..., "Folder of the parts; the same command finishes an unfinished one.")
+    split: str = flag("train", "Split that is read, and that the parts are named by.")
+    rename: list[str] = flag([], "Columns that get another name, as OLD=NEW: caption=captions-en for most data sets.")
+    batch_rows: int = flag(16, "Rows that are worked on at once.")
+    rows_per_part: int = flag(500, "Rows of a file: at most what a kill loses, at least what a task takes.")
+
+    def __post_init__(self) -> None:
+        self.dataset, self.output = self.dataset.rstrip("/") or self.dataset, Path(self.output)
+        at_least(self, 1, "batch_rows", "rows_per_part")
+        if not re.fullmatch(SPLIT, self.split):
+            raise ValueError(f"split must be a name such as train, got {self.split!r}.")
+        folder, output = Path(self.dataset).resolve(), self.output.resolve()
+        if Path(self.dataset).exists() and folder in (output, output.parent):  # its parts would be rows of the data set
+            raise ValueError(f"The output folder {self.output} is the data set or lies in it. Choose another one.")
+        self.renamed()
+        self.check_image_files()
+        self.check_executor()
+
+    def renamed(self) -> dict[str, str]:
+        """Old name -> new name, of `rename`."""
+        pairs = [pair.split("=") for pair in self.rename]
+        names = dict(pair for pair in pairs if len(pair) == 2 and all(pair))
+        if len(names) < len(pairs) or len(set(names.values())) < len(names) or self.image_column in names:
+            raise ValueError(
+                f"rename must be different OLD=NEW such as caption=captions-en, none of the images, got {self.rename}."
+            )
+        return names
+
+    def needed_columns(self) -> list[str]:
+        """Of which the data set must have one, by their names in the output."""
+        return []
+
+    @property
+    def module(self) -> str:
+        """That `python -m` runs it by."""
+        return type(self).__module__
+
+    @property
+    def title(self) -> str:
+        """Stage and split of a build, for messages."""
+        return f"{self.output.parent.name}, {self.split}"
 
 
 # What is read
@@ -469,26 +533,22 @@ def read_rows(args: StageArguments, rank: int = 0, world_size: int = 1) -> Stage
 PHASES = {"rows": Phase(read_rows, shared=True)}
 
 
-def run_stage(args: StageArguments, phases: dict[str, Phase] = PHASES) -> bool:
-    """`execute` all phases of one stage."""
-    return execute(Work.of(args, phases, args.module.rpartition(".")[2]), args)
-
-
 @user_errors
 def stage_main(
     kind: type[StageArguments],
     description: str,
     argv: list[str] | None,
-    run: Callable[[Any], bool] = run_stage,
+    phases: dict[str, Phase] = PHASES,
+    ready: Callable[[Any], bool] = lambda args: True,
 ) -> StageArguments | None:
     """Parse the flags of a stage, run it, and print what was done; an error ends the process in one line.
 
-    Returns the arguments where the stage is complete, of which `run`, called with them, is the judge.
+    Returns the arguments; None where the stage is not `ready`, or Slurm has taken its jobs.
     """
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     args = parse(kind, description, argv)
-    if not run(args):
+    if not ready(args) or not execute(Work.of(args, phases, args.module.rpartition(".")[2]), args):
         return None
     print(f"{args.output}: {check_complete(args.output)}")
     return args

@@ -19,17 +19,18 @@ import contextlib
 import hashlib
 import itertools
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from capivara_common.cli import run_command
+from capivara_common.cli import at_least, flag, run_command
 from capivara_common.files import write_json
 from capivara_common.image_files import BadRow
 from capivara_common.tasks import Phase
@@ -37,15 +38,92 @@ from caption_data.rows import CAPTIONS, caption_texts, digest_of
 from caption_data.sources import Split
 from captions.languages import groups
 from captions.quality import QUALITY, flags, quality_summary, write_quality_report
-from captions.stage_arguments import GOOGLE_CHARACTERS, KINDS, PAPER_MODEL, TranslateArguments
-from captions.stages import RowStage, StageReport, run_stage, stage_main, stage_record, whole_parquet
+from captions.stages import RowStage, StageArguments, StageReport, stage_main, stage_record, whole_parquet
+from captions.translators import GOOGLE_CHARACTERS, GoogleTranslator, load
 from captions.tsv import read_translations, untranslated, write_sentences
 
+PAPER_MODEL = "Helsinki-NLP/opus-mt-tc-big-en-pt"  # arXiv 2310.13683; English to Portuguese alone
+KINDS = ("captions", "generated-captions")  # the authors' names, before the language
 PAIR_SCHEMA = pa.schema({"source": pa.string(), "translation": pa.string()})
 READ_AT_ONCE = 10_000  # sentences
 SENTENCES_PER_ROW = 8  # that are translated between two writes, for each of `batch_rows`
 
 logger = logging.getLogger("capivara")
+
+
+@dataclass(kw_only=True)
+class TranslateArguments(StageArguments):
+    """Arguments of `captions.translate`."""
+
+    language: str = flag(..., "To translate into: pt, hi, xh, es, yo, zh-Hant, …; also the ending of the new columns.")
+    source_language: str = flag("en", "Of the captions that are there.")
+    backend: Literal["transformers", "google", "file"] = flag(
+        "transformers",
+        "transformers: a model, here. google: Google's service, for money; the key is read from "
+        "GOOGLE_API_KEY, or an account from GOOGLE_APPLICATION_CREDENTIALS. file: a table, translated elsewhere.",
+    )
+    memory: Path | None = flag(
+        None,
+        "Folder of translations that are never made again, for any number of tasks and builds; else OUTPUT.memory.",
+    )
+    existing: Literal["refuse", "append", "replace"] = flag(
+        "refuse",
+        "What to do with columns of the language that the data set has already. append puts translations "
+        "behind them: the authors have Marian's and Google's of each caption.",
+    )
+    drop_flagged: bool = flag(
+        False, "Leave out translations that look wrong; the others close up, so positions change."
+    )
+    batch_size: int | None = flag(None, "Sentences that are translated at once: 32 by a model, 128 otherwise.")
+    batch_rows: int = flag(
+        256, "Rows that are worked on at once; after eight times as many sentences, what is translated is kept."
+    )
+    rows_per_part: int = flag(1024, "Rows of a file: at least what a task takes.")
+
+    model: str | None = flag(
+        None,
+        "transformers: folder or Hub id of a Marian, NLLB, M2M100, mBART-50 or MADLAD model; "
+        f"{PAPER_MODEL}, the paper's, for en to pt where none is given.",
+    )
+    revision: str | None = flag(None, "transformers: branch, tag or commit of a Hub id.")
+    num_beams: int | None = flag(None, "transformers: of the search; as the model's generation_config says.")
+    max_new_tokens: int | None = flag(None, "transformers: tokens of a translation at most; 512 or what the model has.")
+    precision: Literal["float32", "bf16", "fp16"] = flag("float32", "transformers: of weights and activations.")
+    device: str | None = flag(None, "transformers: cpu or cuda; the GPU where there is one.")
+
+    google_endpoint: str | None = flag(None, "google: another address of the service.")
+
+    export: Path | None = flag(None, "file: write the distinct sentences of all rows to this TSV, and end.")
+    import_file: Path | None = flag(
+        None, "file: the TSV with its last column filled, rows as they were.", aliases=["--import"]
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("language", "source_language"):
+            if not re.fullmatch(r"[A-Za-z]{2,8}([-_][A-Za-z0-9]+)*", getattr(self, name)):
+                raise ValueError(f"{name} must be a code such as pt or zh-Hant, got {getattr(self, name)!r}.")
+        if self.language == self.source_language:
+            raise ValueError(f"language and source_language are both {self.language!r}; there is nothing to translate.")
+        at_least(self, 1, "batch_size", "num_beams", "max_new_tokens")
+        languages = (self.source_language, self.language)
+        if self.backend == "transformers" and self.model is None and languages != ("en", "pt"):
+            way_out = f"such as facebook/nllb-200-distilled-600M; {PAPER_MODEL} is for en to pt"
+            raise ValueError(f"--model is needed for {self.source_language} to {self.language}, {way_out}.")
+        tables = [self.export, self.import_file]
+        if self.backend == "file" and tables.count(None) != 1:
+            raise ValueError("--backend file needs --export FILE.tsv, and later --import FILE.tsv: one of the two.")
+        if self.backend != "file" and tables.count(None) != 2:
+            raise ValueError("--export and --import are of --backend file.")
+
+    @property
+    def memory_folder(self) -> Path:
+        """Where translations are kept for later builds."""
+        return self.memory or self.output.with_name(self.output.name + ".memory")
+
+    def needed_columns(self) -> list[str]:
+        """Columns of captions in the source language, of which one must be there."""
+        return [f"{kind}-{self.source_language}" for kind in KINDS]
 
 
 # Sentences
@@ -140,8 +218,6 @@ class RememberingTranslator:
     """
 
     def __init__(self, args: TranslateArguments, shows_bar: bool):
-        from captions.translators import GoogleTranslator, load  # here: torch comes with them
-
         options = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
         languages = (args.language, args.source_language)
         # For Google a batch is a request, so that what was paid for is not lost when the next one fails.
@@ -247,8 +323,8 @@ def write_report(args: TranslateArguments, rank: int = 0, world_size: int = 1) -
 PHASES = {"rows": Phase(translate, shared=True, uses_model=True), "report": Phase(write_report)}
 
 
-def translate_or_wait(args: TranslateArguments) -> bool:
-    """Run all phases, or write the table for a translation elsewhere; returns whether the stage is complete."""
+def ready(args: TranslateArguments) -> bool:
+    """Whether there is something to run; the table for a translation elsewhere is written, or what it lacks is said."""
     if args.export:
         sentences = export(args, args.export)
         logger.info(
@@ -262,12 +338,12 @@ def translate_or_wait(args: TranslateArguments) -> bool:
     if args.import_file and (missing := untranslated(args.import_file)):
         logger.info("waiting: %s: %s Fill these cells, then run the same command again.", args.import_file, missing)
         return False
-    return run_stage(args, PHASES)
+    return True
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command; prints what the quality report says."""
-    args = stage_main(TranslateArguments, __doc__, argv, translate_or_wait)
+    args = stage_main(TranslateArguments, __doc__, argv, PHASES, ready)
     if args is not None:
         print(quality_summary(args.output))
 

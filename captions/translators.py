@@ -29,7 +29,6 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, 
 from capivara_common.environment import how_to_install, require, torch_device
 from capivara_common.hub_cache import check_reachable
 from captions.languages import cut, find_code, groups, same_language
-from captions.stage_arguments import GOOGLE_CHARACTERS, GOOGLE_MODULES
 from modeling_capivara.checks_capivara import tokenizer_errors
 from modeling_capivara.loading import checked_config
 
@@ -37,6 +36,8 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 MAX_SOURCE_TOKENS = 256  # of a piece: translation models learn from sentences, and lose the rest of long paragraphs
 SOURCE_TOKEN = re.compile(r">>(.+)<<|<2(.+)>")  # Marian's and MADLAD's
 TARGET_TOKEN = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")  # NLLB's
+GOOGLE_MODULES = ("google.auth", "google.cloud.translate_v2")  # of the extra `google`
+GOOGLE_CHARACTERS = 5_000  # of a request, as Google advises
 KEY, ACCOUNT = "GOOGLE_API_KEY", "GOOGLE_APPLICATION_CREDENTIALS"
 ENDPOINT = "https://translation.googleapis.com"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")

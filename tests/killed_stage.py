@@ -21,8 +21,7 @@ import captions.stages
 from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTIONS
 from caption_data.sources import unfinished
-from captions.stage_arguments import StageArguments
-from captions.stages import RowStage
+from captions.stages import RowStage, StageArguments
 
 MAX_ROUNDS = 200
 

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from benchmarks.captions import PROGRAMS, CaptionsArguments, main, scaled_captioner
-from captions.generate import read_prefixes
-from captions.stage_arguments import PREFIXES
+from benchmarks.captions import CaptionsArguments, main, scaled_captioner
+from captions.generate import PREFIXES, read_prefixes
 
 
 @pytest.mark.slow
@@ -25,4 +24,4 @@ def test_programs_give_the_same_tokens(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results
     found = results["measured"]["generate"]
     assert found["same_tokens"] and found["prefixes"] == 10
-    assert set(found["rows_per_second"]) == set(PROGRAMS) and found["gain_ours"]["measured"] > 0
+    assert set(found["rows_per_second"]) == {"plain", "ours"} and found["gain_ours"]["measured"] > 0

@@ -21,8 +21,17 @@ from transformers import (
 )
 
 from capivara_common.image_files import BadRow
-from captions.generate import COLUMN, NOT_FINITE, Captioner, GenerateProcess, load_captioner, main, read_prefixes
-from captions.stage_arguments import PREFIXES, GenerateArguments
+from captions.generate import (
+    COLUMN,
+    NOT_FINITE,
+    PREFIXES,
+    Captioner,
+    GenerateArguments,
+    GenerateProcess,
+    load_captioner,
+    main,
+    read_prefixes,
+)
 
 SIDE, QUERIES, IMAGE_TOKEN, STEPS = 28, 4, 299, 9
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -253,16 +262,11 @@ def test_own_prefixes(images_folder, blip2_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ('{"prefixes": []}', "at least"),
-        *((f'{{"prefixes": ["a", {other}]}}', r"must hold .*\[texts\]") for other in ("null", "1", "{}")),
-        ('{"prefixes": ["a", " "]}', "none blank"),
-        ('{"prefixes": ["a", "a "]}', "twice"),
-    ],
+    ("prefixes", "said"),
+    [([], "at least"), (["a", None], r"must hold .*\[texts\]"), (["a", " "], "none blank"), (["a", "a "], "twice")],
 )
-def test_prefixes_that_are_none(text, said, tmp_path):
-    (tmp_path / "p.json").write_text(text)
+def test_prefixes_that_are_none(prefixes, said, tmp_path):
+    (tmp_path / "p.json").write_text(json.dumps({"prefixes": prefixes}))
     with pytest.raises(ValueError, match=said):
         read_prefixes(tmp_path / "p.json")
 

@@ -64,7 +64,6 @@ def table_rows(output) -> list[list[str]]:
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: "-".join(map(str, flags.values())))
 def test_it_keeps_what_the_training_draws_from(scored, tmp_path, flags, monkeypatch):
     monkeypatch.setattr("captions.select.plot_similarities", lambda *_: None)  # other tests look at it
-    monkeypatch.setattr("captions.select._page", lambda *_: "")
     select(SelectArguments(scored, tmp_path / "out", **flags))
     skipped = []
     (split,) = training_of(RunArguments(model="m", dataset=[scored], **flags), skipped)
