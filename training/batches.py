@@ -1,7 +1,7 @@
 """Which pairs a step trains on, in micro-batches: a function of seed and step alone, so that a run resumes anywhere."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -81,6 +81,20 @@ def batch_indices(step: int, batch_size: int, number: int, seed: int) -> np.ndar
     return _permutation(seed, epoch, number)[position * batch_size : (position + 1) * batch_size]
 
 
+def spare_index(step: int, batch_size: int, number: int, seed: int, count: int) -> int:
+    """The row that follows the batch of a step by `count` (from 0) in its permutation, around its end.
+
+    Raises ValueError where all others were tried.
+    """
+    if count >= number - batch_size:
+        raise ValueError(
+            f"Step {step + 1}: images can't be used, and no pair is left to take the place of one: "
+            f"effective_batch_size takes {batch_size} of {number}. Choose a smaller batch, or mend the images."
+        )
+    epoch, position = divmod(step, number // batch_size)
+    return int(_permutation(seed, epoch, number)[((position + 1) * batch_size + count) % number])
+
+
 @lru_cache(maxsize=8)
 def _permutation(seed: int, epoch: int, number: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(number)
@@ -109,7 +123,13 @@ class StepPlan:
     sources: np.ndarray  # (pairs,), which data set each is from
     rows: np.ndarray  # (pairs,), its number there
     views: np.ndarray  # (pairs,), the view of its image
+    texts: list[str]
     batches: list[MicroBatch]  # all micro-batches, of all processes
+    spent: int = 0  # spares that were put in
+
+    def items(self, places: Tensor) -> list[tuple[int, int, int]]:
+        """Data set, row and view of the images at these places."""
+        return [(self.sources[place], self.rows[place], self.views[place]) for place in places.tolist()]
 
 
 @dataclass
@@ -138,5 +158,21 @@ class Planner:
             sources=sources,
             rows=rows,
             views=drawn_views(self.augmented_views, len(order), step, self.seed)[order],
+            texts=[texts[i] for i in order],
             batches=batches,
         )
+
+    def replaced(self, plan: StepPlan, places: Sequence[int]) -> StepPlan:
+        """A plan with the next spares of its permutations at these places, and their micro-batches tokenised anew."""
+        rows, texts = plan.rows.copy(), [*plan.texts]
+        for count, place in enumerate(places, plan.spent):
+            number = int(plan.sources[place])
+            captions, seed = self.captions[number], self.seed + (number << 32)
+            rows[place] = spare_index(plan.step, self.counts[number], len(captions), seed, count)
+            (texts[place],) = drawn_captions(captions, rows[[place]], plan.step, seed + count)
+        batches = [*plan.batches]
+        for i, batch in enumerate(batches):
+            if not {*batch.positions.tolist()}.isdisjoint(places):
+                tokens = tokenise(self.processor, [texts[place] for place in batch.positions])
+                batches[i] = MicroBatch(i, batch.start, **pad(self.processor, tokens))
+        return replace(plan, rows=rows, texts=texts, batches=batches, spent=plan.spent + len(places))

@@ -61,6 +61,7 @@ class TrainerState:
     curve: list[dict] = field(default_factory=list)  # an entry a step, see `eval.records.plots.plot_training_curves`
     config: dict[str, Any] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)  # name -> fingerprint of what it trains on
+    skipped: list[dict[str, Any]] = field(default_factory=list)  # rows whose image was found at a step to be bad
     best_step: int | None = None  # of the highest validation recall so far; None before a measurement
     best_recall: float | None = None  # mean of both directions, a share from 0 to 1
     seconds: float = 0.0  # of training so far

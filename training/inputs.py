@@ -6,7 +6,6 @@ augmentation at every step (0), as in the paper. The frozen image tower's vector
 
 import copy
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -70,8 +69,12 @@ class Pairs:
         return len(self.table)
 
     def __getitem__(self, pair: int) -> PIL.Image.Image:
-        """The image of a pair, decoded. Raises BadImage where it can't be used."""
-        return self.source.image(self.table[pair]["row"])
+        """The image of a pair that is measured on, decoded. Raises ValueError where it can't be used."""
+        row = self.table[pair]["row"]
+        try:
+            return self.source.image(row)
+        except BadImage as bad:
+            raise _not_whole(self.source, row, bad.reason, bad.detail) from bad
 
     def captions(self) -> list[list[str]]:
         """The captions of each image."""
@@ -82,7 +85,7 @@ class Pairs:
 
         An augmentation depends on the image's digest, not on its pair, whose number changes with the rows left out.
         """
-        image = self[pair]
+        image = self.source.image(self.table[pair]["row"])
         try:
             if self.augmented_views != 1:
                 image = eight_bits(image)  # PIL would clip 16 bits
@@ -147,6 +150,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> Inputs:
     test = evaluation_pairs(args, measured[1], args.eval_languages, processor)
     training = training_pairs(args, splits, processor)
     usable_pairs(training, args)  # before the vectors are made
+    test_embeds = embed_images(base, processor, test[args.language], args.embedding_batch_size, "Images, test")
 
     def cached(pairs: Pairs) -> Pairs:
         options = args.embedding_batch_size, loading_workers(args, accelerator), accelerator
@@ -155,8 +159,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> Inputs:
     if args.image_embedding_cache == "off":
         vectors = embed_images(base, processor, validation, args.embedding_batch_size, "Images, validation")
     else:
-        validation = cached(validation)
-        _refuse_bad(validation)
+        _refuse_bad(validation := cached(validation))
         vectors = torch.from_numpy(vectors_of(validation.table.data.table).astype(np.float32))
         training = list(map(cached, training))
     training, skipped = usable_pairs(training, args)
@@ -166,7 +169,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> Inputs:
         validation=validation,
         validation_embeds=vectors,
         test=test,
-        test_embeds=embed_images(base, processor, test[args.language], args.embedding_batch_size, "Images, test"),
+        test_embeds=test_embeds,
         skipped=skipped,
         base_digest=weights_digest(base),
     )
@@ -212,7 +215,7 @@ def _training_columns(args: RunArguments) -> list[str]:
 
 
 def training_pairs(args: RunArguments, splits: Splits, processor: ProcessorMixin) -> list[Pairs]:
-    """All rows of every training data set; without a cache, images are decoded, since a step can't do without one."""
+    """All rows of every training data set."""
     columns = _training_columns(args)
     column, own = caption_column(args, args.language), f"captions-{args.language}"
     choice = ("caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
@@ -220,9 +223,8 @@ def training_pairs(args: RunArguments, splits: Splits, processor: ProcessorMixin
     found = []
     for name in args.dataset:
         split = splits[name, args.train_split]
-        decode = args.image_embedding_cache == "off"
         choose = lambda row: args.chosen(row | {own: row[column]}, args.language)  # noqa: E731
-        table = pair_table(split, columns, choose, settings, decode)
+        table = pair_table(split, columns, choose, settings)
         found.append(Pairs(split, table, processor, args.augmented_views, args.seed))
     return found
 
@@ -238,7 +240,7 @@ def evaluation_pairs(
     found = {}
     for language in languages:
         column = caption_column(args, language)
-        table = pair_table(split, [column], lambda row, c=column: _complete(row[c]), {"whole": column}, decode=True)
+        table = pair_table(split, [column], lambda row, c=column: _complete(row[c]), {"whole": column})
         found[language] = Pairs(split, table, processor, seed=args.seed)
         _refuse_bad(found[language])
     return found
@@ -268,11 +270,15 @@ def _complete(texts: list[str]) -> list[str]:
 
 def _refuse_bad(pairs: Pairs) -> None:
     """Raise ValueError where a row of a split that is measured on can't be used."""
-    if bad := skipped_rows(pairs.table, pairs.source):
-        raise ValueError(
-            f"{pairs.source.where}: row {bad[0].row} can't be used, {bad[0].reason} ({bad[0].detail}). A split that is "
-            f"measured on must be whole; mend the row, or remove it. {len(bad)} rows are like this."
-        )
+    for line in skipped_rows(pairs.table, pairs.source):
+        raise _not_whole(pairs.source, line.row, line.reason, line.detail)
+
+
+def _not_whole(split: Split, row: int, reason: str, detail: str) -> ValueError:
+    return ValueError(
+        f"{split.where}: row {row} can't be used, {reason} ({detail}). A split that is measured on must be whole; mend "
+        "the row, or remove it."
+    )
 
 
 def cached_embeds(training: list[Pairs], plan: StepPlan) -> Tensor:
@@ -281,20 +287,6 @@ def cached_embeds(training: list[Pairs], plan: StepPlan) -> Tensor:
     vectors = [pairs.vectors(plan.rows[own], plan.views[own]) for pairs, own in zip(training, places, strict=True)]
     order = np.argsort(np.concatenate(places))
     return torch.from_numpy(np.concatenate(vectors)[order].astype(np.float32))
-
-
-def pixel_batches(training: list[Pairs], items: Iterable[list[tuple[int, int, int]]], workers: int) -> Iterator[Tensor]:
-    """(images, 3, height, width) for each list of data set, pair and view, read ahead by `workers` processes.
-
-    Raises BadImage, with the row, where an image has changed since it was checked.
-    """
-    items, asked = itertools.tee(items)
-    for batch, pixels in zip(asked, read_ahead(training, items, workers), strict=True):
-        for (number, pair, _), one in zip(batch, pixels, strict=True):
-            if isinstance(one, BadImage):
-                source, table = training[number].source, training[number].table
-                raise BadImage(one.reason, f"{source.where}, row {table[int(pair)]['row']}: {one.detail}")
-        yield torch.stack(pixels)
 
 
 @dataclass
