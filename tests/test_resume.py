@@ -355,7 +355,7 @@ def test_the_last_checkpoints_and_the_best_stay(run, tmp_path, monkeypatch):
     recalls = iter([0.1, 0.2, 0.9, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])  # at the start, and then every time
 
     def measured(trainer):
-        return dict.fromkeys(("text_to_image", "image_to_text"), next(recalls)) | {"loss": 1.0}
+        return dict.fromkeys(("text_to_image", "image_to_text", "mean_recall"), next(recalls)) | {"loss": 1.0}
 
     monkeypatch.setattr(Trainer, "_measured", measured)
     out = train_accelerate.main(run(tmp_path / "out", eval_steps=1, save_steps=1, max_steps=8, keep_last=2))

@@ -3,7 +3,6 @@
 import logging
 import math
 import signal
-import statistics
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -165,7 +164,7 @@ class Trainer:
                 point["validation"] = measures = self._measured()
             except ValueError as error:  # of numbers: the same measurement was taken before the first step
                 raise FloatingPointError(str(error)) from error
-            recall = statistics.mean(value for name, value in measures.items() if name != "loss")
+            recall = measures["mean_recall"]
             if checkpointed and (state.best_recall is None or recall > state.best_recall):
                 state.best_step, state.best_recall, due = state.step, recall, True
         state.curve.append(point)
@@ -240,7 +239,7 @@ class Trainer:
         return plan.batches[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def _measured(self) -> dict[str, float]:
-        """Of the validation split: mean recall in each direction, a share from 0 to 1, and the loss in nats."""
+        """Of the validation split: mean recall in each direction and of both, shares from 0 to 1; the loss in nats."""
         measures, inputs = [None], self.inputs
         if self.accelerator.is_main_process:
             split = self.model.eval(), inputs.processor, inputs.validation.captions(), inputs.validation_embeds
