@@ -212,8 +212,7 @@ def write_run(
 ) -> None:
     """Write the curves of a training that is done, and `run.json`, all that it was.
 
-    `origins` is what base and data say of themselves, as `hub_upload.origins` has it; `used` codecarbon's
-    `final_emissions_data`, None without `carbon_country`.
+    `origins` are those of `hub_upload.origins`; `used` is codecarbon's `final_emissions_data`, or None.
     """
     plot_training_curves(state.curve, args.language, folder / "curves.png", words=args.language)
     pairs = state.step * args.effective_batch_size

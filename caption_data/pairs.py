@@ -1,9 +1,4 @@
-"""What a run needs of a caption row, image and captions: one `map` over a split, kept in a file.
-
-    table = pair_table(split, ["captions-pt"], lambda row: row["captions-pt"], {"captions": "all"})
-
-Its pairs are `usable(table)`, the bad rows are listed: `skipped_rows(table, split)`.
-"""
+"""What a run needs of a caption row, image and captions: one `map` over a split, kept in a file."""
 
 import os
 import re
@@ -50,24 +45,17 @@ Choose = Callable[[dict[str, Any]], list[str]]
 
 
 def pair_table(split: Split, caption_columns: Sequence[str], choose: Choose, settings: dict[str, Any]) -> Dataset:
-    """One pass over the rows: what a run needs to know of each but its pixels.
+    """One pass over the rows: of each its number `row`, the `digest` of its image (hex, BLAKE2b-128 of the file) and
+    its `captions`, or the `reason` and `detail` why it can't be used.
 
-    The table is kept in the cache folder, named after all that it depends on: rows, image files, settings. Of the
-    processes of a launch one on each machine makes it.
+    The table is kept in the cache folder, named after all that it depends on. Of the processes of a launch one on each
+    machine makes it. Raises ValueError where the split lacks a column; those that are there are named.
 
     Args:
-        split: of a data set.
         caption_columns: that `choose` needs. A lone string in one of them becomes a list of one; where
             `lacking` does not miss it, one that is not there is an empty list.
         choose: gives the captions of a row; it gets the row without its image, and may raise ValueError.
         settings: all that `choose` depends on.
-
-    Returns:
-        A line a row: its number `row`, the `digest` of its image (hex, BLAKE2b-128 of the file) and its `captions`,
-        or the `reason` and `detail` why it can't be used.
-
-    Raises:
-        ValueError: the split lacks a column; those that are there are named.
     """
     split.check_columns([split.image_column, *lacking(caption_columns, split.columns)])
 

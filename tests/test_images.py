@@ -34,8 +34,8 @@ from caption_data.sources import open_split
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import embed_images
-from training.batches import StepPlan
-from training.inputs import Pairs, augmented, cached_embeds, image_cache, random_state, with_vectors
+from training.batches import StepPlan, random_state
+from training.inputs import Pairs, augmented, cached_embeds, image_cache, with_vectors
 from training.whole_batch import WholeBatch
 
 IMAGES = 12  # of the training split of `tiny_dataset_folder`

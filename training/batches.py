@@ -34,10 +34,8 @@ class MicroBatch:
 
 
 def micro_batches(processor: ProcessorMixin, captions: Sequence[str], size: int) -> tuple[list[MicroBatch], list[int]]:
-    """Captions tokenised and cut in order of length, each micro-batch padded to its own longest.
-
-    Returns:
-        The micro-batches, and the order: row in them -> index in `captions`.
+    """Captions tokenised and cut in order of length, each micro-batch padded to its own longest; and the order, of each
+    row in them its index in `captions`.
     """
     tokens = tokenise(processor, captions)
     order = sorted(range(len(captions)), key=lambda i: len(tokens[i]["input_ids"]))
@@ -49,11 +47,7 @@ def micro_batches(processor: ProcessorMixin, captions: Sequence[str], size: int)
 
 
 def batch_counts(batch_size: int, sizes: Sequence[int]) -> list[int]:
-    """Pairs of a batch from each of several data sets, by their sizes.
-
-    Raises:
-        ValueError: a data set would give none, or more than it has.
-    """
+    """Pairs of a batch from each data set, by their sizes; ValueError where one would give none, or has too few."""
     exact = [batch_size * size / sum(sizes) for size in sizes]
     counts = [int(share) for share in exact]
     by_rest = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])  # largest remainder first
@@ -71,7 +65,7 @@ def batch_counts(batch_size: int, sizes: Sequence[int]) -> list[int]:
 
 
 def batch_indices(step: int, batch_size: int, number: int, seed: int) -> np.ndarray:
-    """Rows of the batch of a step (counted from 0): a function of its arguments, so that a run can resume anywhere.
+    """Rows of the batch of a step (counted from 0).
 
     Every epoch is a permutation of its own, cut into whole batches; its tail is left out, since a batch over the
     border could hold an image twice, as its own negative.
@@ -82,9 +76,8 @@ def batch_indices(step: int, batch_size: int, number: int, seed: int) -> np.ndar
 
 
 def spare_index(step: int, batch_size: int, number: int, seed: int, count: int) -> int:
-    """The row that follows the batch of a step by `count` (from 0) in its permutation, around its end.
-
-    Raises ValueError where all others were tried.
+    """The row that follows the batch of a step by `count` (from 0) in its permutation, around its end; ValueError where
+    all others were tried.
     """
     if count >= number - batch_size:
         raise ValueError(
@@ -113,6 +106,11 @@ def drawn_views(views: int, number: int, step: int, seed: int) -> np.ndarray:
     if views == 0:
         return np.full(number, step)
     return np.random.default_rng([seed, step, 2]).integers(views, size=number)
+
+
+def random_state(*numbers: int) -> int:
+    """A seed that depends on all `numbers`, each at least 0, and on nothing else."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @dataclass

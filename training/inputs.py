@@ -37,7 +37,7 @@ from caption_data.sources import Split, open_split
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import IMAGE_SIDE, embed_images, embedding_width, image_embeds, image_parts
 from training.arguments import RunArguments
-from training.batches import Planner, StepPlan, batch_counts
+from training.batches import Planner, StepPlan, batch_counts, random_state
 from training.trainable import prepare_trainable
 
 PIXELS_VERSION = 1  # raise it when preprocessing or augmentation changes what an image becomes
@@ -187,9 +187,7 @@ def usable_pairs(training: list[Pairs], args: RunArguments) -> tuple[list[Pairs]
 def open_splits(args: RunArguments) -> Splits:
     """All splits that the settings ask for, each opened once; no image is read.
 
-    Raises:
-        ValueError: a data set, split or column is missing, or there are fewer rows than a batch takes. The flags that
-            name it, or do without, are told.
+    Raises ValueError, with the flags that name it, where one or a column is missing, or rows are too few for a batch.
     """
     asked = [(name, args.train_split, _training_columns(args), OF_TRAINING) for name in args.dataset]
     measured = [(args.validation_split, args.language), *((args.test_split, code) for code in args.eval_languages)]
@@ -317,11 +315,6 @@ def loading_workers(args: RunArguments, accelerator: Accelerator) -> int:
     if args.loading_workers is not None:
         return args.loading_workers
     return 0 if accelerator.device.type == "cpu" else min(12, os.cpu_count() or 1)
-
-
-def random_state(*numbers: int) -> int:
-    """A seed that depends on all `numbers`, each at least 0, and on nothing else."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def augmented(image: PIL.Image.Image, state: int) -> PIL.Image.Image:

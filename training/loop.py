@@ -50,10 +50,8 @@ class Trainer:
     def train(self, resume: Path | None = None) -> TrainerState:
         """Train to `max_steps`.
 
-        Raises:
-            KeyboardInterrupt: SIGTERM or Ctrl-C, by its number and what to say; a checkpoint is written.
-            FloatingPointError: loss or gradient is not finite; the step is named.
-            OSError: a checkpoint can't be written; earlier ones are whole.
+        Raises KeyboardInterrupt at SIGTERM and Ctrl-C, with its number and what to say, a checkpoint being written;
+        FloatingPointError, with the step, where loss or gradient is not finite; OSError as of `Checkpoints.save`.
         """
         args, accelerator = self.args, self.checkpoints.accelerator
         self.accelerator = accelerator
