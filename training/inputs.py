@@ -94,19 +94,11 @@ class Pairs:
         except ValueError as error:
             raise BadImage("unreadable image", str(error)) from error
 
-    @property
-    def cached(self) -> bool:
-        """Whether the images' vectors are in the table."""
-        return "vectors" in self.table.column_names
-
     @cached_property
-    def _vectors(self) -> Dataset:
-        return self.table.select_columns("vectors").with_format("arrow")
-
-    def vectors(self, pairs: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """(pairs, width), float16: of a view of each pair's image, from the table."""
-        found = vectors_of(self._vectors[pairs])
-        return found.reshape(len(pairs), self.augmented_views, -1)[np.arange(len(pairs)), views]
+    def vectors(self) -> Dataset | None:
+        """The column `vectors` alone, as Arrow tables; None without a cache."""
+        names = self.table.column_names
+        return self.table.select_columns("vectors").with_format("arrow") if "vectors" in names else None
 
 
 @dataclass
@@ -282,9 +274,11 @@ def _not_whole(split: Split, row: int, reason: str, detail: str) -> ValueError:
 def cached_embeds(training: list[Pairs], plan: StepPlan) -> Tensor:
     """(pairs, width), float32: of the images of a step, whose data sets have caches."""
     places = [np.flatnonzero(plan.sources == number) for number in range(len(training))]
-    vectors = [pairs.vectors(plan.rows[own], plan.views[own]) for pairs, own in zip(training, places, strict=True)]
-    order = np.argsort(np.concatenate(places))
-    return torch.from_numpy(np.concatenate(vectors)[order].astype(np.float32))
+    found = []
+    for pairs, own in zip(training, places, strict=True):
+        vectors = vectors_of(pairs.vectors[plan.rows[own]]).reshape(len(own), pairs.augmented_views, -1)
+        found.append(vectors[np.arange(len(own)), plan.views[own]])
+    return torch.from_numpy(np.concatenate(found)[np.argsort(np.concatenate(places))].astype(np.float32))
 
 
 @dataclass

@@ -220,7 +220,7 @@ class Trainer:
 
     def _pixels(self, plans: Callable[[int], Future]) -> Iterator[list[Tensor | BadImage]] | None:
         """The pixels of all steps to come, as they go through the tower at once; None with a cache."""
-        if self.inputs.training[0].cached:
+        if self.inputs.training[0].vectors is not None:
             return None
         steps = (plans(step).result() for step in range(self.state.step, self.args.max_steps))
         items = (plan.items(places) for plan in steps for places in self._parts(plan))
