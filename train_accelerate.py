@@ -31,7 +31,6 @@ from capivara_common.environment import device_description, package_versions, pr
 from capivara_common.files import RUN_MARKER, finish_folder, partial_folder, read_json, write_json, write_text
 from capivara_common.privacy import short_name
 from caption_data.pairs import pairs_fingerprint
-from caption_data.rows import write_skipped
 from eval.records.plots import plot_retrieval_sheet, plot_training_curves
 from eval.records.schema import SCHEMA_VERSION, write_records
 from eval.records.tables import retrieval_table
@@ -78,8 +77,6 @@ def main(argv: list[str] | None = None) -> Path:
         checkpoints = Checkpoints(folder / "checkpoints", args.keep_last, accelerator)
         resume = checkpoints.to_resume(args)  # its settings are checked before any long work
         inputs = load_inputs(args, accelerator)
-        if accelerator.is_main_process:
-            write_skipped(folder / "skipped.jsonl", inputs.skipped)
         if (folder / "run.json").is_file():  # the training was finished before the run was stopped
             check_finished_run(folder, args.to_dict(), inputs.fingerprints(args))
         else:
@@ -215,8 +212,7 @@ def write_run(
 ) -> None:
     """Write the curves of a training that is done, and `run.json`, all that it was.
 
-    `origins` is what base and data say of themselves, as `hub_upload.origins` has it; `used` codecarbon's
-    `final_emissions_data`, None without `carbon_country`.
+    `origins` are those of `hub_upload.origins`; `used` is codecarbon's `final_emissions_data`, or None.
     """
     plot_training_curves(state.curve, args.language, folder / "curves.png", words=args.language)
     pairs = state.step * args.effective_batch_size

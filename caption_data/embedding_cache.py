@@ -30,14 +30,10 @@ logger = logging.getLogger("capivara")
 
 
 class EmbeddingCache:
-    """Embeddings of rows: a file of each shard, an Arrow table of `vectors`, `reason` and `detail`, and a digest of it.
+    """Embeddings of rows, an Arrow table a shard: `vectors`, an empty list where a row is bad, `reason` and `detail`.
 
-    The list of a row's vectors is empty where it is bad. A shard is there whole or not at all.
-
-    Attributes:
-        folder: of the shards; its name and theirs depend on all that the embeddings do.
-        parts: the rows of each shard.
-        paths: the file of each shard, whether it is there or not.
+    The names of the folder and its files, `paths`, depend on all that the embeddings do; a file ends with a digest, and
+    is there whole or not at all. `parts` are the rows of each shard.
     """
 
     def __init__(self, folder: Path, parts: list[range], names: Sequence[str] | None = None):

@@ -1,8 +1,5 @@
 """Labelled images for classification, in every form that `datasets` has for them.
 
-    images = load_images("data/cifar-10", "test", ["airplane", "automobile", …])
-    images.labels[0]  # a class of that list
-
 A data set is a folder with a sub-folder of images a class, a saved data set, a folder of parquet files or of WebDataset
 tars (with `classnames.txt`, a name a line), or a Hub id.
 """
@@ -50,19 +47,17 @@ def load_images(
     image_roots: Sequence[Path] = (),
     max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> LabelledImages:
-    """Labelled images, their classes in the order of `names_en`.
+    """Labelled images, their classes in the order of `names_en`, which are those of all classes of the data set.
 
     A data set that names its classes is matched by name, since orders differ; one of plain numbers is taken to have
     that order.
 
     Args:
-        source, split: as `--images` and `--split` take them.
-        names_en: of all classes of the data set.
+        source, split: as `--images` and `--split` take them; `image_roots` and `max_pixels` are those of `open_split`.
         image_column, label_column: found where None.
-        indices: of the classes that are distinguished, in `names_en`; all where None. Images of others are left out
+        indices: in `names_en`, of the classes that are distinguished; all where None. Images of others are left out
             (Babel-ImageNet names a part of ImageNet).
         form: "auto", or "images" for a folder of pictures whatever else it holds.
-        image_roots, max_pixels: as of `open_split`.
 
     Raises:
         ValueError: split or column is missing, or the class names do not match; those that differ are named.

@@ -1,16 +1,10 @@
-"""What a run needs of a caption row, image and captions: one `map` over a split, kept in a file.
-
-    table = pair_table(split, ["captions-pt"], lambda row: row["captions-pt"], {"captions": "all"})
-
-Its pairs are `usable(table)`, the bad rows are listed: `skipped_rows(table, split)`.
-"""
+"""What a run needs of a caption row, image and captions: one `map` over a split, kept in a file."""
 
 import os
 import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -24,7 +18,7 @@ from datasets import Dataset, Features, Value
 
 from capivara_common.environment import cache_home, processes
 from capivara_common.files import add_digest, has_digest
-from capivara_common.image_files import BadRow, decode_image, image_bytes
+from capivara_common.image_files import BadRow, image_bytes
 from caption_data.rows import (
     CAPTIONS,
     NOT_CHOSEN,
@@ -50,28 +44,18 @@ ASCII_LETTER = re.compile("[0-9A-Za-z]")
 Choose = Callable[[dict[str, Any]], list[str]]
 
 
-def pair_table(
-    split: Split, caption_columns: Sequence[str], choose: Choose, settings: dict[str, Any], decode: bool = False
-) -> Dataset:
-    """One pass over the rows: what a run needs to know of each but its pixels.
+def pair_table(split: Split, caption_columns: Sequence[str], choose: Choose, settings: dict[str, Any]) -> Dataset:
+    """One pass over the rows: of each its number `row`, the `digest` of its image (hex, BLAKE2b-128 of the file) and
+    its `captions`, or the `reason` and `detail` why it can't be used.
 
-    The table is kept in the cache folder, named after all that it depends on: rows, image files, settings. Of the
-    processes of a launch one on each machine makes it.
+    The table is kept in the cache folder, named after all that it depends on. Of the processes of a launch one on each
+    machine makes it. Raises ValueError where the split lacks a column; those that are there are named.
 
     Args:
-        split: of a data set.
         caption_columns: that `choose` needs. A lone string in one of them becomes a list of one; where
             `lacking` does not miss it, one that is not there is an empty list.
         choose: gives the captions of a row; it gets the row without its image, and may raise ValueError.
         settings: all that `choose` depends on.
-        decode: whether all pixels are decoded, too: a damaged image must not end a run in its middle.
-
-    Returns:
-        A line a row: its number `row`, the `digest` of its image (hex, BLAKE2b-128 of the file) and its `captions`,
-        or the `reason` and `detail` why it can't be used.
-
-    Raises:
-        ValueError: the split lacks a column; those that are there are named.
     """
     split.check_columns([split.image_column, *lacking(caption_columns, split.columns)])
 
@@ -81,15 +65,13 @@ def pair_table(
             image = row.pop(split.image_column)
             captions = _captions(row, caption_columns, choose)
             data = image_bytes(image, split.files)
-            if decode:
-                decode_image(image | {"bytes": data}, split.files)
             return found | {"digest": blake2b(data, digest_size=16).hexdigest(), "captions": captions}
         except BadRow as bad:
             return found | {"reason": bad.reason, "detail": storable(bad.detail)}
 
     def lines(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        found = list((threads.map if decode else map)(line, numbers, rows))
+        found = list(map(line, numbers, rows))
         return {name: [one[name] for one in found] for name in TABLE}
 
     def made() -> Dataset:
@@ -104,11 +86,10 @@ def pair_table(
         return any(line(number, split.data[number])["reason"] in OF_TEXTS for number in bad)
 
     limits = [split.files.max_pixels, split.files.bounds and list(map(str, split.files.bounds.folders))]
-    key = digest_of([TABLE_VERSION, _state(split), limits, list(caption_columns), settings, decode], sort_keys=True)
+    key = digest_of([TABLE_VERSION, _state(split), limits, list(caption_columns), settings], sort_keys=True)
     path = cache_home() / "pairs" / f"{key}.arrow"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
-        return _kept(path, made, readable_now)
+    return _kept(path, made, readable_now)
 
 
 def lacking(columns: Sequence[str], there: Iterable[str]) -> list[str]:

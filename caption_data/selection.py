@@ -1,7 +1,5 @@
 """Which captions of an image are trained on, and which pairs: pure functions of a row.
 
-    python -c "from caption_data.selection import CaptionChoice; print(CaptionChoice().columns_of('pt'))"
-
 A row is a dict with `captions-<language>` (list, the originals), `generated-captions-<language>` (list) and
 `similarities-<language>` (list, the image-caption cosine under the base model: captions, then generated ones). The
 strategies and their constants are those of CAPIVARA, arXiv 2310.13683.
@@ -61,16 +59,10 @@ class CaptionChoice:
     def chosen(self, row: dict, language: str) -> list[str]:
         """The captions of a row that are used; it has the columns of `columns_of(language)`.
 
-        A caption that occurs twice counts once, at its first position: so `first` and `rank` give
-        `caption_count` different ones where there are as many.
-
-        Returns:
-            `none`, `first`, `all`: originals, then generated ones, in the order of the row. `rank`, `threshold`,
-            `diverse`: the most similar first, ties in the order of the row, NaN as the lowest. Empty when nothing
-            passes, or where the first original caption is not as similar to the image as `min_pair_similarity` asks.
-
-        Raises:
-            ValueError: a column is missing, or the similarities are not one for each caption.
+        A caption that occurs twice counts once, at its first position. `none`, `first` and `all` keep the order of the
+        row, generated ones after originals; of the others the most similar are first, ties in the order of the row, NaN
+        as the lowest. Empty when nothing passes, or where the first original caption is not as similar to the image as
+        `min_pair_similarity` asks. Raises ValueError where a column is missing, or similarities are not one a caption.
         """
         strategy, captions = self.caption_strategy, _column(row, f"captions-{language}")
         if (least := self.min_pair_similarity) is not None:

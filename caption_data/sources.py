@@ -1,8 +1,5 @@
 """Caption data sets of every form as one: a `datasets.Dataset` with its images undecoded.
 
-    split = open_split("shards/train-*.tar", "train", "image")
-    image_bytes(split.data[0]["image"], split.files)
-
 A data set is a saved `DatasetDict`, parquet files, folders of images with a `metadata.jsonl` (an image is its
 `file_name`), WebDataset tars in the authors' layout (`jpg|png` and `json`), or a Hub id. Parquet files and data sets of
 the Hub are copied to the cache of `datasets`, which maps them into memory. Tars and lists of images stay where they
@@ -78,11 +75,7 @@ class NoSplit(ValueError):
 
 @dataclass(eq=False)
 class Split:
-    """One split of one data set, in a fixed order.
-
-    An image of a row is left as it is, `{"bytes", "path"}` or its place in an archive: `capivara_common.image_files`
-    opens it, with the `files` of the split.
-    """
+    """One split of one data set, in a fixed order; an image of a row is as `capivara_common.image_files` opens it."""
 
     name: str  # of the data set
     split: str
@@ -170,11 +163,10 @@ def open_split(
     max_pixels: int = MAX_IMAGE_PIXELS,
     parquet: type[Split] | None = None,
 ) -> Split:
-    """One split of a data set.
+    """One split of a data set; the module's text has its forms.
 
     Args:
-        dataset: folder of a saved `DatasetDict`; a file, glob or folder of parquet files or of uncompressed tars;
-            folder of images with `metadata.jsonl`; or a Hub id. The module's text has the rule of splits.
+        dataset: folder, file, glob or Hub id.
         split: name.
         image_column: column of the images; in tars and image folders, the name their images get.
         image_roots: folders outside of the data set that image paths and links in it may lead into.
@@ -384,7 +376,7 @@ def _local_files(dataset: str) -> tuple[Path, list[Path]]:
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
         found = [Path(name) for name in glob.iglob(dataset, recursive=True)]
     by_form = [sorted(file for file in found if re.search(form, file.name) and file.is_file()) for form in FORMS]
-    there = [files for files in by_form if files]
+    there = list(filter(None, by_form))
     if len(there) != 1:
         raise ValueError(
             f"{dataset} must be a saved DatasetDict, or hold files of one form, itself or in folders: parquet, tar, or "
@@ -412,14 +404,9 @@ def _files_by_split(root: Path, files: list[Path], split: str) -> dict[str, list
 def table_of_files(paths: list[Path], image_column: str) -> tuple[Dataset, list[tuple[int, str]]]:
     """The rows of tars or of lists of images: the columns of their JSON, and where the image is.
 
-    Columns are judged by the first rows. What in a row is of another kind than its column counts as missing.
-
-    Returns:
-        The rows, and of each archive that ends too early the number of rows before, and what is wrong with it.
-
-    Raises:
-        ValueError: a tar is compressed: its samples have no offset to be read at.
-        OSError: a file can't be read.
+    Columns are judged by the first rows; what in a row is of another kind than its column counts as missing. Returned
+    are the rows, and of each archive that ends too early the number of rows before, and what is wrong with it. Raises
+    ValueError where a tar is compressed: its samples have no offset to be read at.
     """
     if compressed := [path for path in paths if path.suffix not in (".tar", ".jsonl")]:
         raise ValueError(
@@ -452,10 +439,7 @@ def samples(path: Path) -> Iterator[dict[str, tuple[str, int, int]]]:
     """Samples of a tar: "image", "json" and "cls", as far as there are, with the name, offset and size of each.
 
     Members in a row with one folder and one name up to its first dot are a sample; a repeated extension begins a new
-    one. A sample that the end of a damaged archive may have cut is left out.
-
-    Raises:
-        tarfile.ReadError: the archive is damaged; the samples before the damage were given.
+    one. Of a damaged archive the samples before the damage are given, then tarfile.ReadError is raised.
     """
     key, extensions, sample = None, set(), {}
     try:

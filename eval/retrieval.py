@@ -16,6 +16,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
@@ -153,10 +154,11 @@ def width_facts(embeddings: RetrievalEmbeddings, protocol: str) -> dict[str, Any
 
 @torch.no_grad()
 def validation_measures(embeddings: RetrievalEmbeddings, loss: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
-    """Mean recall in each direction, a share from 0 to 1, and `loss`: of all images, each with its first caption."""
-    measures = {direction: metrics.mean_recall(embeddings.ranks[direction]) for direction in DIRECTIONS}
+    """Mean recall in each direction and of both, 0 to 1, and `loss`: of all images, each with its first caption."""
+    measures = pd.Series({direction: metrics.mean_recall(embeddings.ranks[direction]) for direction in DIRECTIONS})
     first = torch.searchsorted(embeddings.image_of_text, torch.arange(len(embeddings.image_embeds)))
-    return measures | {"loss": loss(embeddings.text_embeds[first], embeddings.image_embeds).item()}
+    measures["mean_recall"] = measures.mean()
+    return measures.to_dict() | {"loss": loss(embeddings.text_embeds[first], embeddings.image_embeds).item()}
 
 
 def gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings, **facts) -> list[Record]:

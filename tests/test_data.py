@@ -69,6 +69,23 @@ def test_texts_and_images_of_a_plan_belong_together(tiny_processor):
         assert [int(text.split()[-1]) for text in texts] == (plan.rows + 100 * plan.sources).tolist()
 
 
+def test_spares_follow_the_batch_in_its_permutation(tiny_processor):
+    """Each with a caption of its own, tokenised within its micro-batch; around the permutation's end, once."""
+    planner = Planner([CAPTIONS, CAPTIONS[:6]], [8, 4], tiny_processor, 3, 1, seed=0)
+    plan, left = planner(1), [int(i) for i in range(11) if i not in batch_indices(1, 8, 11, 0)]
+    place = [int(number) for number in np.flatnonzero(plan.sources == 0)]
+    first = planner.replaced(plan, place[1:3])
+    second = planner.replaced(first, place[2:3])
+    assert sorted([*first.rows[place[1:3]], second.rows[place[2]]]) == left and second.spent == 3
+    same = np.setdiff1d(np.arange(12), place[1:3])
+    assert np.array_equal(second.rows[same], plan.rows[same]) and np.array_equal(plan.rows, planner(1).rows)
+    found = [t for b in second.batches for t in tiny_processor.batch_decode(b.input_ids, skip_special_tokens=True)]
+    assert found == second.texts and all(text in CAPTIONS[row] for text, row in zip(found, second.rows, strict=True))
+    assert [batch.index for batch in second.batches] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"Step 2: .* no pair is left .* takes 8 of 11"):
+        planner.replaced(second, place[:1])
+
+
 def with_captions(row: int, captions: list[str]):
     """A data set whose Portuguese captions of one row are replaced."""
     return lambda d: d.map(lambda _, i: {"captions-pt": captions if i == row else ["ok"]}, with_indices=True)

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from caption_tars import encoded
-from datasets import Dataset, Image, load_from_disk
+from datasets import Dataset, DatasetDict, Image, load_from_disk
 from test_checkpoints import flipped
 from test_train_accelerate import ROOT, flags
 
@@ -34,8 +34,9 @@ from caption_data.sources import open_split
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import embed_images
-from training.batches import StepPlan
-from training.inputs import Pairs, augmented, cached_embeds, image_cache, pixel_batches, random_state, with_vectors
+from training.batches import StepPlan, random_state
+from training.inputs import Pairs, augmented, cached_embeds, image_cache, with_vectors
+from training.whole_batch import WholeBatch
 
 IMAGES = 12  # of the training split of `tiny_dataset_folder`
 NEGATIVE = encoded(PIL.Image.fromarray(np.full((40, 36), -1, dtype=np.int32)), "TIFF")  # PIL reads it, we don't
@@ -247,18 +248,13 @@ train_accelerate.main()
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["01", "23"]
     monkeypatch.setattr(training.inputs, "SHARD_ROWS", 3)
-    one, losses, _ = train(tiny_folder, tiny_dataset_folder, tmp_path / "one", max_steps=2)
+    train(tiny_folder, tiny_dataset_folder, tmp_path / "one", max_steps=2)
     caches = [
         {folder.name: shards(folder) for folder in home.glob("image_embeddings/*/")}
         for home in (tmp_path / "home", tmp_path / "two-home")
     ]
     assert sorted(len(files) for files in caches[0].values()) == [2, 4], "of validation and training images"
     assert caches[0] == caches[1]
-    run = json.loads((tmp_path / "two" / "run.json").read_text(encoding="utf-8"))
-    assert run["processes"] == 2
-    assert [p["loss"] for p in run["curve"] if "loss" in p] == pytest.approx(losses, rel=1e-4)
-    before = load_model(tiny_folder).state_dict()
-    assert largest_difference(one, load_model(tmp_path / "two").state_dict(), before) < 0.02
 
 
 # --- bad images ---
@@ -293,7 +289,7 @@ def test_vectors_stay_with_their_images_where_one_is_left_out(
     expected = embed_images(tiny_model, tiny_processor, good)
     assert len(expected) == IMAGES - 2 and good.table["row"][:] == [0, 1, 2, 4, *range(6, IMAGES)]
     rows = np.random.default_rng(0).permutation(IMAGES - 2)
-    plan = StepPlan(0, np.zeros_like(rows), rows, np.zeros_like(rows), [])
+    plan = StepPlan(0, np.zeros_like(rows), rows, np.zeros_like(rows), [], [])
     torch.testing.assert_close(cached_embeds([good], plan), expected[rows], rtol=2**-11, atol=2e-6)
 
 
@@ -368,14 +364,51 @@ def test_the_cache_of_another_model(
     assert len(list(own.glob("shard-*.arrow"))) == 1
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_an_image_that_has_changed_since_it_was_checked_is_named(tiny_processor, tmp_path, workers):
-    """Without a cache, at the step: the row, so that it can be mended."""
-    (tmp_path / "a.png").write_bytes(encoded(PIL.Image.new("RGB", (40, 40))))
-    (tmp_path / "metadata.jsonl").write_text('{"captions-pt": ["x"]}\n{"file_name": "a.png", "captions-pt": ["x"]}')
-    pairs = [pairs_of(tmp_path, tiny_processor)]
-    (pixels,) = pixel_batches(pairs, [[(0, 1, 0)]], 0)
-    assert pixels.shape == (1, 3, 32, 32)
-    (tmp_path / "a.png").write_bytes(BROKEN)
-    with pytest.raises(BadImage, match=r"unreadable image: .*, split 'train', row 1: .*a\.png"):
-        next(pixel_batches(pairs, [[(0, 1, 0)]], workers))
+@pytest.mark.slow
+def test_spares_take_the_places_of_bad_pictures(tiny_folder, tiny_dataset_folder, tmp_path, monkeypatch, caplog):
+    """Without a cache: every batch stays exact, each row is listed once, and two processes do as one."""
+    batches, call = [], WholeBatch.__call__
+
+    def noted(self, step, own, pairs, image_embeds):
+        batches.append((sum(len(batch.input_ids) for batch in own), len(image_embeds.unique(dim=0))))
+        assert torch.allclose(image_embeds.norm(dim=1), torch.ones(pairs))
+        return call(self, step, own, pairs, image_embeds)
+
+    monkeypatch.setattr(WholeBatch, "__call__", noted)
+    bad = [1, 2, 5, 8]
+    dataset = altered(tiny_dataset_folder, tmp_path / "data", dict.fromkeys(bad, NEGATIVE))
+    options = {"image_embedding_cache": "off", "max_bad_share": 0.4, "effective_batch_size": 6, "micro_batch_size": 2}
+    one, losses, out = train(tiny_folder, dataset, tmp_path / "one", **options)
+    lines = [json.loads(line) for line in (out / "skipped.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert sorted(line["row"] for line in lines) == bad and batches == [(6, 6)] * 6
+    assert json.loads((out / "run.json").read_text())["skipped_rows"] == {"unreadable image": 4}
+    assert len([line for line in caplog.messages if "Other pairs take its place" in line]) == 4
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["train_accelerate.py", *flags(tiny_folder, dataset, tmp_path / "two", **options)]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=300)
+    assert (tmp_path / "two" / "skipped.jsonl").read_bytes() == (out / "skipped.jsonl").read_bytes()
+    curve = json.loads((tmp_path / "two" / "run.json").read_text(encoding="utf-8"))["curve"]
+    assert [point["loss"] for point in curve if "loss" in point] == pytest.approx(losses, rel=1e-4)
+    before = load_model(tiny_folder).state_dict()
+    assert largest_difference(one, load_model(tmp_path / "two").state_dict(), before) < 0.02
+
+
+def test_what_bad_pictures_end_in_one_line(tiny_folder, tiny_dataset_folder, tmp_path):
+    """More of them than may be; no pair that is left; one of a split that is measured on, before training."""
+
+    def said(dataset, **options) -> str:
+        options |= {"image_embedding_cache": "off", "max_steps": 2}
+        with pytest.raises(SystemExit) as end:
+            train_accelerate.main(flags(tiny_folder, dataset, tmp_path / "out", **options))
+        assert not list(tmp_path.glob("out*"))
+        return str(end.value.code)
+
+    dataset = altered(tiny_dataset_folder, tmp_path / "data", dict.fromkeys(range(5), NEGATIVE))
+    assert "of 12 rows" in (few := said(dataset)) and "unreadable image (" in few and "--max_bad_share" in few
+    assert "no pair is left to take the place of one: effective_batch_size takes 10 of 12" in said(
+        dataset, max_bad_share=1
+    )
+    data = load_from_disk(dataset)
+    DatasetDict(train=data["test"], validation=data["validation"], test=data["train"]).save_to_disk(tmp_path / "turned")
+    told = said(tmp_path / "turned", effective_batch_size=4)
+    assert "split 'test': row 0 can't be used, unreadable image (" in told and "must be whole" in told

@@ -1,16 +1,10 @@
-"""The recipe's optimiser, schedule and clamp."""
-
-import math
+"""The recipe's optimiser and schedule."""
 
 import pytest
 import torch
 
 from training.arguments import parse_arguments
-from training.trainable import (
-    build_optimizer,
-    clamp_logit_scale,
-    learning_rate_at,
-)
+from training.trainable import build_optimizer, learning_rate_at
 
 
 def arguments(**values):
@@ -42,10 +36,3 @@ def test_penalty_is_coupled_in_adam_and_decoupled_in_adamw(tiny_model, name, cou
     some = before.abs() > 1e-3
     expected = -1e-3 * before[some].sign() if coupled else -1e-3 * 0.2 * before[some]
     torch.testing.assert_close((weight - before)[some], expected, rtol=2e-2, atol=1e-7)
-
-
-def test_clamp_binds():
-    for value, expected in ((9.0, math.log(100)), (-1.0, 0.0), (2.0, 2.0)):
-        scale = torch.nn.Parameter(torch.tensor(value))
-        clamp_logit_scale(scale)
-        assert scale.item() == pytest.approx(expected)

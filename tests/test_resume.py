@@ -21,6 +21,7 @@ import pytest
 import torch
 from datasets import DatasetDict, load_from_disk
 from test_checkpoints import flipped
+from test_images import NEGATIVE, altered
 from test_train_accelerate import ROOT, flags, refused
 
 import train_accelerate
@@ -47,9 +48,9 @@ class Killed(BaseException):
 def run(saved_tiny_folder, tiny_dataset_folder):
     """Flags of a run that saves every second step and keeps one checkpoint."""
 
-    def make(output, **overrides) -> list[str]:
+    def make(output, dataset=tiny_dataset_folder, **overrides) -> list[str]:
         values = {"save_steps": 2, "eval_steps": 6, "keep_last": 1, **overrides}
-        return flags(saved_tiny_folder, tiny_dataset_folder, output, **values)
+        return flags(saved_tiny_folder, dataset, output, **values)
 
     return make
 
@@ -136,16 +137,19 @@ def test_killed_in_a_forward_pass(run, undisturbed, tmp_path):
 VARIANTS = {
     "adapters, interpolation": {"lora_rank": 2, "interpolate": 0.5},
     "adamw, decay, views": {"optimizer": "adamw", "weight_decay": 0.3, "augmented_views": 3},
-    "fresh views, all captions": {
+    "fresh views, all captions, bad pictures": {
         **{"augmented_views": 0, "image_embedding_cache": "off", "language": "en", "eval_languages": "en"},
+        **{"max_bad_share": 0.2, "effective_batch_size": 8},
     },
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_kind_of_training_resumes(run, tmp_path, variant):
+def test_every_kind_of_training_resumes(run, tiny_dataset_folder, tmp_path, variant):
     expected, out, values = tmp_path / "expected", tmp_path / "out", VARIANTS[variant]
+    if "max_bad_share" in values:
+        values = values | {"dataset": altered(tiny_dataset_folder, tmp_path / "data", {3: NEGATIVE, 7: NEGATIVE})}
     if "lora_rank" in values:
         pytest.importorskip("peft")
     train_accelerate.main(run(expected, **values))
@@ -153,6 +157,8 @@ def test_every_kind_of_training_resumes(run, tmp_path, variant):
     assert checkpoints_of(out) == ["step-00000004"]
     train_accelerate.main(run(out, resume="auto", **values))
     assert_as_undisturbed(out, expected)
+    skipped = [path.read_text() if (path := folder / "skipped.jsonl").exists() else "" for folder in (out, expected)]
+    assert skipped[0] == skipped[1] and skipped[0].count("unreadable image") == (2 if "max_bad_share" in values else 0)
     adapters = [sorted(folder.glob("adapter/*.safetensors")) for folder in (out, expected)]
     assert len(adapters[0]) == len(adapters[1]) == ("lora_rank" in values)
     assert all(one.read_bytes() == other.read_bytes() for one, other in zip(*adapters, strict=True))
@@ -349,7 +355,7 @@ def test_the_last_checkpoints_and_the_best_stay(run, tmp_path, monkeypatch):
     recalls = iter([0.1, 0.2, 0.9, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])  # at the start, and then every time
 
     def measured(trainer):
-        return dict.fromkeys(("text_to_image", "image_to_text"), next(recalls)) | {"loss": 1.0}
+        return dict.fromkeys(("text_to_image", "image_to_text", "mean_recall"), next(recalls)) | {"loss": 1.0}
 
     monkeypatch.setattr(Trainer, "_measured", measured)
     out = train_accelerate.main(run(tmp_path / "out", eval_steps=1, save_steps=1, max_steps=8, keep_last=2))

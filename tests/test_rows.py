@@ -158,7 +158,7 @@ def test_of_several_processes_one_makes_the_table(tmp_path, monkeypatch):
         state = SimpleNamespace(local_main_process_first=first, is_local_main_process=rank == 0)
         monkeypatch.setattr(pairs, "processes", lambda state=state: state)
         choose = lambda row, rank=rank: made.append(rank) or row["captions-pt"]  # noqa: E731
-        table = pair_table(source, ["captions-pt"], choose, {"at": f"{tmp_path}"}, decode=True)
+        table = pair_table(source, ["captions-pt"], choose, {"at": f"{tmp_path}"})
         assert usable(table)[:] == whole[:] and skipped_rows(table, source) == whole_skipped
     assert waited == [0, 1, 2] and made == [0] * 7 and len(whole_skipped) == 3, "one row has no captions"
 
@@ -235,17 +235,6 @@ def test_a_column_that_holds_no_images_is_named(tmp_path):
     rows = {"image": [{"path": str(tmp_path / "a.png")}], "captions-pt": [["x"]]}
     Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
     assert len(table_of(open_split(str(tmp_path), "train", "image"))) == 1, "a path alone is enough"
-
-
-def test_an_image_whose_pixels_are_damaged_is_found_where_it_is_asked_for(tmp_path):
-    whole = encoded(PIL.Image.effect_noise((64, 64), 80).convert("RGB"), "JPEG")
-    members = [("a.jpg", whole), ("a.json", b'{"captions-pt": ["x"]}')]
-    members += [("b.jpg", whole[: len(whole) // 2]), ("b.json", b'{"captions-pt": ["x"]}')]
-    source = tar_source(tmp_path, members)
-    for decode, bad in ((False, []), (True, [(1, "unreadable image")])):
-        table = pair_table(source, ["captions-pt"], plain, {"at": str(tmp_path)}, decode)
-        assert [(line.row, line.reason) for line in skipped_rows(table, source)] == bad
-        assert len(usable(table)) == 2 - len(bad)
 
 
 def test_captions_are_read_the_same_everywhere(tmp_path):

@@ -98,54 +98,38 @@ def test_a_repeated_caption_counts_once_at_its_first_place():
     assert chosen(row, "threshold") == ["a", "c", "b"]
 
 
-def test_diverse_drops_near_copies():
-    kept = chosen(NEAR_COPIES, "diverse")
-    assert kept == ["um gato preto dorme", "mesa verde", "céu azul"]
-    assert chosen(NEAR_COPIES, "threshold")[:3] == ["um gato preto dorme", "um gato preto come", "um gato preto corre"]
+NEAR = ["um gato preto dorme", "mesa verde", "céu azul"]
+FIVE = ["gato preto dorme", "mesa azul redonda", "gato preto come", "mesa azul grande", "praia"]
+COPIES = row_of(["um gato"], ["um gato só", "um gato sim", "um gato não"], [0.5, 0.9, 0.8, 0.7])
+# "uma foto de" is in every caption of the row, also in those below the threshold, so it weighs little.
+PHOTOS, MORE = ["uma foto de gato", "uma foto de rio"], [f"uma foto de {x}" for x in ("pão", "sol", "mar", "lua")]
+DIVERSE = [  # row, numbers, what is kept
+    (NEAR_COPIES, {}, NEAR),
+    (NEAR_COPIES, {"min_kept": 4}, [NEAR[0], "um gato preto come", *NEAR[1:]]),  # filled up with the most similar
+    (NEAR_COPIES, {"min_kept": 99}, [NEAR[0], "um gato preto come", "um gato preto corre", *NEAR[1:]]),  # that passed
+    (NEAR_COPIES, {"min_kept": 1, "max_overlap": 1.0}, chosen(NEAR_COPIES, "threshold")),
+    (COPIES, {}, ["um gato só", "um gato sim", "um gato não"]),
+    (COPIES, {"min_kept": 1}, ["um gato só"]),
+    # The third overlaps the first alone, the fourth the second alone: both go.
+    (row_of(FIVE, [], [0.9, 0.8, 0.7, 0.6, 0.5]), {"min_kept": 1}, [*FIVE[:2], "praia"]),
+    # A cosine rounds to a little over 1.
+    (row_of(["Gato preto.", "gato preto", "praia"], [], [0.9, 0.8, 0.7]), {"min_kept": 1, "max_overlap": 1.0},
+     ["Gato preto.", "gato preto", "praia"]),
+    (row_of(["um gato", "um pato", "uma casa", "rio"], [], [0.9, 0.8, 0.7, 0.6]), {"min_kept": 1, "max_overlap": 0.0},
+     ["um gato", "uma casa", "rio"]),
+    (row_of(["Gato preto!", "gato, preto", "rio"], [], [0.9, 0.8, 0.7]), {"min_kept": 1}, ["Gato preto!", "rio"]),
+    (row_of(PHOTOS, MORE, [0.9, 0.8, 0, 0, 0, 0]), {"min_kept": 1, "max_overlap": 0.5}, PHOTOS),
+    (row_of(PHOTOS, [], [0.9, 0.8]), {"min_kept": 1, "max_overlap": 0.5}, PHOTOS[:1]),
+    # Cut at their vowel signs, both would be the consonants ब and ल, and the second would go.
+    (row_of(["बिल्ली", "बाल"], [], [0.9, 0.8]), {"min_kept": 1}, ["बिल्ली", "बाल"]),
+    # Without any word they are unlike each other.
+    (row_of(["!!!", "??", "", "a b", "b a"], [], [0.9, 0.8, 0.7, 0.6, 0.5]), {}, ["!!!", "??", "", "a b"]),
+]  # fmt: skip
 
 
-def test_diverse_fills_up_with_the_most_similar_dropped_ones():
-    assert chosen(NEAR_COPIES, "diverse", min_kept=4) == [
-        "um gato preto dorme", "um gato preto come", "mesa verde", "céu azul",
-    ]  # fmt: skip
-    assert len(chosen(NEAR_COPIES, "diverse", min_kept=99)) == 5, "never one below the threshold"
-    copies = row_of(["um gato"], ["um gato só", "um gato sim", "um gato não"], [0.5, 0.9, 0.8, 0.7])
-    assert chosen(copies, "diverse") == ["um gato só", "um gato sim", "um gato não"]
-    assert chosen(copies, "diverse", min_kept=1) == ["um gato só"]
-
-
-def test_diverse_compares_with_every_kept_caption():
-    """The third overlaps the first alone, the fourth the second alone: both go."""
-    captions = ["gato preto dorme", "mesa azul redonda", "gato preto come", "mesa azul grande", "praia"]
-    row = row_of(captions, [], [0.9, 0.8, 0.7, 0.6, 0.5])
-    assert chosen(row, "diverse", min_kept=1) == ["gato preto dorme", "mesa azul redonda", "praia"]
-
-
-def test_overlap_is_what_decides():
-    everything = chosen(NEAR_COPIES, "threshold")
-    assert chosen(NEAR_COPIES, "diverse", min_kept=1, max_overlap=1.0) == everything
-    copies = row_of(["Gato preto.", "gato preto", "praia"], [], [0.9, 0.8, 0.7])
-    assert len(chosen(copies, "diverse", min_kept=1, max_overlap=1.0)) == 3, "a cosine rounds to a little over 1"
-    strict = row_of(["um gato", "um pato", "uma casa", "rio"], [], [0.9, 0.8, 0.7, 0.6])
-    assert chosen(strict, "diverse", min_kept=1, max_overlap=0.0) == ["um gato", "uma casa", "rio"]
-
-
-def test_overlap_ignores_case_and_punctuation_and_uses_weights_of_the_whole_row():
-    row = row_of(["Gato preto!", "gato, preto", "rio"], [], [0.9, 0.8, 0.7])
-    assert chosen(row, "diverse", min_kept=1) == ["Gato preto!", "rio"]
-    # "uma foto de" is in every caption of the row, also in those below the threshold, so it weighs little.
-    passing, rest = ["uma foto de gato", "uma foto de rio"], [f"uma foto de {x}" for x in ("pão", "sol", "mar", "lua")]
-    weighed = row_of(passing, rest, [0.9, 0.8, *[0.0] * len(rest)])
-    assert chosen(weighed, "diverse", min_kept=1, max_overlap=0.5) == passing
-    assert chosen(row_of(passing, [], [0.9, 0.8]), "diverse", min_kept=1, max_overlap=0.5) == passing[:1]
-
-
-def test_diverse_keeps_hindi_words_whole():
-    """Cut at their vowel signs, both would be the consonants ब and ल, and the second would go."""
-    row = row_of(["बिल्ली", "बाल"], [], [0.9, 0.8])
-    assert chosen(row, "diverse", min_kept=1) == ["बिल्ली", "बाल"]
-    signs = row_of(["!!!", "??", "", "a b", "b a"], [], [0.9, 0.8, 0.7, 0.6, 0.5])
-    assert chosen(signs, "diverse") == ["!!!", "??", "", "a b"], "without any word they are unlike each other"
+@pytest.mark.parametrize(("row", "numbers", "kept"), DIVERSE)
+def test_diverse_keeps_captions_unlike_each_other(row, numbers, kept):
+    assert chosen(row, "diverse", **numbers) == kept
 
 
 def test_columns_are_those_that_are_read():

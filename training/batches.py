@@ -1,7 +1,7 @@
 """Which pairs a step trains on, in micro-batches: a function of seed and step alone, so that a run resumes anywhere."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -34,10 +34,8 @@ class MicroBatch:
 
 
 def micro_batches(processor: ProcessorMixin, captions: Sequence[str], size: int) -> tuple[list[MicroBatch], list[int]]:
-    """Captions tokenised and cut in order of length, each micro-batch padded to its own longest.
-
-    Returns:
-        The micro-batches, and the order: row in them -> index in `captions`.
+    """Captions tokenised and cut in order of length, each micro-batch padded to its own longest; and the order, of each
+    row in them its index in `captions`.
     """
     tokens = tokenise(processor, captions)
     order = sorted(range(len(captions)), key=lambda i: len(tokens[i]["input_ids"]))
@@ -49,11 +47,7 @@ def micro_batches(processor: ProcessorMixin, captions: Sequence[str], size: int)
 
 
 def batch_counts(batch_size: int, sizes: Sequence[int]) -> list[int]:
-    """Pairs of a batch from each of several data sets, by their sizes.
-
-    Raises:
-        ValueError: a data set would give none, or more than it has.
-    """
+    """Pairs of a batch from each data set, by their sizes; ValueError where one would give none, or has too few."""
     exact = [batch_size * size / sum(sizes) for size in sizes]
     counts = [int(share) for share in exact]
     by_rest = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])  # largest remainder first
@@ -71,7 +65,7 @@ def batch_counts(batch_size: int, sizes: Sequence[int]) -> list[int]:
 
 
 def batch_indices(step: int, batch_size: int, number: int, seed: int) -> np.ndarray:
-    """Rows of the batch of a step (counted from 0): a function of its arguments, so that a run can resume anywhere.
+    """Rows of the batch of a step (counted from 0).
 
     Every epoch is a permutation of its own, cut into whole batches; its tail is left out, since a batch over the
     border could hold an image twice, as its own negative.
@@ -79,6 +73,19 @@ def batch_indices(step: int, batch_size: int, number: int, seed: int) -> np.ndar
     batches_per_epoch = number // batch_size
     epoch, position = divmod(step, batches_per_epoch)
     return _permutation(seed, epoch, number)[position * batch_size : (position + 1) * batch_size]
+
+
+def spare_index(step: int, batch_size: int, number: int, seed: int, count: int) -> int:
+    """The row that follows the batch of a step by `count` (from 0) in its permutation, around its end; ValueError where
+    all others were tried.
+    """
+    if count >= number - batch_size:
+        raise ValueError(
+            f"Step {step + 1}: images can't be used, and no pair is left to take the place of one: "
+            f"effective_batch_size takes {batch_size} of {number}. Choose a smaller batch, or mend the images."
+        )
+    epoch, position = divmod(step, number // batch_size)
+    return int(_permutation(seed, epoch, number)[((position + 1) * batch_size + count) % number])
 
 
 @lru_cache(maxsize=8)
@@ -101,6 +108,11 @@ def drawn_views(views: int, number: int, step: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, step, 2]).integers(views, size=number)
 
 
+def random_state(*numbers: int) -> int:
+    """A seed that depends on all `numbers`, each at least 0, and on nothing else."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 @dataclass
 class StepPlan:
     """All that is drawn for a step, in the order of its micro-batches."""
@@ -109,7 +121,13 @@ class StepPlan:
     sources: np.ndarray  # (pairs,), which data set each is from
     rows: np.ndarray  # (pairs,), its number there
     views: np.ndarray  # (pairs,), the view of its image
+    texts: list[str]
     batches: list[MicroBatch]  # all micro-batches, of all processes
+    spent: int = 0  # spares that were put in
+
+    def items(self, places: Tensor) -> list[tuple[int, int, int]]:
+        """Data set, row and view of the images at these places."""
+        return [(self.sources[place], self.rows[place], self.views[place]) for place in places.tolist()]
 
 
 @dataclass
@@ -138,5 +156,21 @@ class Planner:
             sources=sources,
             rows=rows,
             views=drawn_views(self.augmented_views, len(order), step, self.seed)[order],
+            texts=[texts[i] for i in order],
             batches=batches,
         )
+
+    def replaced(self, plan: StepPlan, places: Sequence[int]) -> StepPlan:
+        """A plan with the next spares of its permutations at these places, and their micro-batches tokenised anew."""
+        rows, texts = plan.rows.copy(), [*plan.texts]
+        for count, place in enumerate(places, plan.spent):
+            number = int(plan.sources[place])
+            captions, seed = self.captions[number], self.seed + (number << 32)
+            rows[place] = spare_index(plan.step, self.counts[number], len(captions), seed, count)
+            (texts[place],) = drawn_captions(captions, rows[[place]], plan.step, seed + count)
+        batches = [*plan.batches]
+        for i, batch in enumerate(batches):
+            if not {*batch.positions.tolist()}.isdisjoint(places):
+                tokens = tokenise(self.processor, [texts[place] for place in batch.positions])
+                batches[i] = MicroBatch(i, batch.start, **pad(self.processor, tokens))
+        return replace(plan, rows=rows, texts=texts, batches=batches, spent=plan.spent + len(places))

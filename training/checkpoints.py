@@ -1,11 +1,8 @@
 """The folder that a run works in, and its checkpoints: Accelerate's state, in a folder that is renamed when whole.
 
-Digests of all files lie beside them and are compared before anything is loaded: a flipped byte is noticed. Accelerate
-loads safetensors, and the optimiser by `torch.load(weights_only=True)`. Its own `ProjectConfiguration` is not used: it
-knows no best one, and a kill leaves a half-written folder under a good name.
-
-Everything random in a run derives from its seed and the number of the step, so weights, optimiser, fp16's scaler and
-the curve are all that a run needs to end with the same bits.
+Digests of all files lie beside them and are compared before anything is loaded. Everything random in a run derives from
+its seed and the number of the step: weights, optimiser, fp16's scaler and the curve are all that it needs to end with
+the same bits. Accelerate's `ProjectConfiguration` knows no best checkpoint, and a kill leaves a half-written one.
 """
 
 import hashlib
@@ -61,6 +58,7 @@ class TrainerState:
     curve: list[dict] = field(default_factory=list)  # an entry a step, see `eval.records.plots.plot_training_curves`
     config: dict[str, Any] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)  # name -> fingerprint of what it trains on
+    skipped: list[dict[str, Any]] = field(default_factory=list)  # rows whose image was found at a step to be bad
     best_step: int | None = None  # of the highest validation recall so far; None before a measurement
     best_recall: float | None = None  # mean of both directions, a share from 0 to 1
     seconds: float = 0.0  # of training so far
@@ -158,11 +156,7 @@ def read_state(path: Path) -> TrainerState:
 
 
 def check_files(path: Path) -> None:
-    """Raise ValueError, naming the files, where a checkpoint is not as it was written, or more would be loaded.
-
-    It reads all of them once. A file that somebody else has put there, such as an editor's backup, is left alone where
-    its name is none that is loaded.
-    """
+    """Raise ValueError, naming the files, where a checkpoint is not as it was written, or more would be loaded."""
     listed = (path / SUMS).read_bytes() if (path / SUMS).is_file() else b""
     written, found = ({*sums.split(b"\n")} for sums in (listed, _sums(path)))
     names = {line[66:].decode("utf-8", "replace") for line in written - found}
@@ -246,8 +240,7 @@ def can_resume(folder: Path) -> bool:
 def run_folder(output_dir: Path, args: RunArguments, accelerator: Accelerator) -> Iterator[Path]:
     """The folder that a run works in, locked; it stays where it holds something to resume from.
 
-    Raises SystemExit, in one line, where the run was stopped or its numbers failed, ValueError where another process
-    works in it.
+    Raises SystemExit where the run was stopped or its numbers failed, ValueError where another process works in it.
     """
     folder, lock = partial_folder(output_dir), None
     try:

@@ -6,7 +6,6 @@ augmentation at every step (0), as in the paper. The frozen image tower's vector
 
 import copy
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -38,7 +37,7 @@ from caption_data.sources import Split, open_split
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import IMAGE_SIDE, embed_images, embedding_width, image_embeds, image_parts
 from training.arguments import RunArguments
-from training.batches import Planner, StepPlan, batch_counts
+from training.batches import Planner, StepPlan, batch_counts, random_state
 from training.trainable import prepare_trainable
 
 PIXELS_VERSION = 1  # raise it when preprocessing or augmentation changes what an image becomes
@@ -70,8 +69,12 @@ class Pairs:
         return len(self.table)
 
     def __getitem__(self, pair: int) -> PIL.Image.Image:
-        """The image of a pair, decoded. Raises BadImage where it can't be used."""
-        return self.source.image(self.table[pair]["row"])
+        """The image of a pair that is measured on, decoded. Raises ValueError where it can't be used."""
+        row = self.table[pair]["row"]
+        try:
+            return self.source.image(row)
+        except BadImage as bad:
+            raise _not_whole(self.source, row, bad.reason, bad.detail) from bad
 
     def captions(self) -> list[list[str]]:
         """The captions of each image."""
@@ -82,7 +85,7 @@ class Pairs:
 
         An augmentation depends on the image's digest, not on its pair, whose number changes with the rows left out.
         """
-        image = self[pair]
+        image = self.source.image(self.table[pair]["row"])
         try:
             if self.augmented_views != 1:
                 image = eight_bits(image)  # PIL would clip 16 bits
@@ -91,19 +94,11 @@ class Pairs:
         except ValueError as error:
             raise BadImage("unreadable image", str(error)) from error
 
-    @property
-    def cached(self) -> bool:
-        """Whether the images' vectors are in the table."""
-        return "vectors" in self.table.column_names
-
     @cached_property
-    def _vectors(self) -> Dataset:
-        return self.table.select_columns("vectors").with_format("arrow")
-
-    def vectors(self, pairs: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """(pairs, width), float16: of a view of each pair's image, from the table."""
-        found = vectors_of(self._vectors[pairs])
-        return found.reshape(len(pairs), self.augmented_views, -1)[np.arange(len(pairs)), views]
+    def vectors(self) -> Dataset | None:
+        """The column `vectors` alone, as Arrow tables; None without a cache."""
+        names = self.table.column_names
+        return self.table.select_columns("vectors").with_format("arrow") if "vectors" in names else None
 
 
 @dataclass
@@ -147,6 +142,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> Inputs:
     test = evaluation_pairs(args, measured[1], args.eval_languages, processor)
     training = training_pairs(args, splits, processor)
     usable_pairs(training, args)  # before the vectors are made
+    test_embeds = embed_images(base, processor, test[args.language], args.embedding_batch_size, "Images, test")
 
     def cached(pairs: Pairs) -> Pairs:
         options = args.embedding_batch_size, loading_workers(args, accelerator), accelerator
@@ -155,8 +151,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> Inputs:
     if args.image_embedding_cache == "off":
         vectors = embed_images(base, processor, validation, args.embedding_batch_size, "Images, validation")
     else:
-        validation = cached(validation)
-        _refuse_bad(validation)
+        _refuse_bad(validation := cached(validation))
         vectors = torch.from_numpy(vectors_of(validation.table.data.table).astype(np.float32))
         training = list(map(cached, training))
     training, skipped = usable_pairs(training, args)
@@ -166,7 +161,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> Inputs:
         validation=validation,
         validation_embeds=vectors,
         test=test,
-        test_embeds=embed_images(base, processor, test[args.language], args.embedding_batch_size, "Images, test"),
+        test_embeds=test_embeds,
         skipped=skipped,
         base_digest=weights_digest(base),
     )
@@ -184,9 +179,7 @@ def usable_pairs(training: list[Pairs], args: RunArguments) -> tuple[list[Pairs]
 def open_splits(args: RunArguments) -> Splits:
     """All splits that the settings ask for, each opened once; no image is read.
 
-    Raises:
-        ValueError: a data set, split or column is missing, or there are fewer rows than a batch takes. The flags that
-            name it, or do without, are told.
+    Raises ValueError, with the flags that name it, where one or a column is missing, or rows are too few for a batch.
     """
     asked = [(name, args.train_split, _training_columns(args), OF_TRAINING) for name in args.dataset]
     measured = [(args.validation_split, args.language), *((args.test_split, code) for code in args.eval_languages)]
@@ -212,7 +205,7 @@ def _training_columns(args: RunArguments) -> list[str]:
 
 
 def training_pairs(args: RunArguments, splits: Splits, processor: ProcessorMixin) -> list[Pairs]:
-    """All rows of every training data set; without a cache, images are decoded, since a step can't do without one."""
+    """All rows of every training data set."""
     columns = _training_columns(args)
     column, own = caption_column(args, args.language), f"captions-{args.language}"
     choice = ("caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
@@ -220,9 +213,8 @@ def training_pairs(args: RunArguments, splits: Splits, processor: ProcessorMixin
     found = []
     for name in args.dataset:
         split = splits[name, args.train_split]
-        decode = args.image_embedding_cache == "off"
         choose = lambda row: args.chosen(row | {own: row[column]}, args.language)  # noqa: E731
-        table = pair_table(split, columns, choose, settings, decode)
+        table = pair_table(split, columns, choose, settings)
         found.append(Pairs(split, table, processor, args.augmented_views, args.seed))
     return found
 
@@ -238,7 +230,7 @@ def evaluation_pairs(
     found = {}
     for language in languages:
         column = caption_column(args, language)
-        table = pair_table(split, [column], lambda row, c=column: _complete(row[c]), {"whole": column}, decode=True)
+        table = pair_table(split, [column], lambda row, c=column: _complete(row[c]), {"whole": column})
         found[language] = Pairs(split, table, processor, seed=args.seed)
         _refuse_bad(found[language])
     return found
@@ -268,33 +260,25 @@ def _complete(texts: list[str]) -> list[str]:
 
 def _refuse_bad(pairs: Pairs) -> None:
     """Raise ValueError where a row of a split that is measured on can't be used."""
-    if bad := skipped_rows(pairs.table, pairs.source):
-        raise ValueError(
-            f"{pairs.source.where}: row {bad[0].row} can't be used, {bad[0].reason} ({bad[0].detail}). A split that is "
-            f"measured on must be whole; mend the row, or remove it. {len(bad)} rows are like this."
-        )
+    for line in skipped_rows(pairs.table, pairs.source):
+        raise _not_whole(pairs.source, line.row, line.reason, line.detail)
+
+
+def _not_whole(split: Split, row: int, reason: str, detail: str) -> ValueError:
+    return ValueError(
+        f"{split.where}: row {row} can't be used, {reason} ({detail}). A split that is measured on must be whole; mend "
+        "the row, or remove it."
+    )
 
 
 def cached_embeds(training: list[Pairs], plan: StepPlan) -> Tensor:
     """(pairs, width), float32: of the images of a step, whose data sets have caches."""
     places = [np.flatnonzero(plan.sources == number) for number in range(len(training))]
-    vectors = [pairs.vectors(plan.rows[own], plan.views[own]) for pairs, own in zip(training, places, strict=True)]
-    order = np.argsort(np.concatenate(places))
-    return torch.from_numpy(np.concatenate(vectors)[order].astype(np.float32))
-
-
-def pixel_batches(training: list[Pairs], items: Iterable[list[tuple[int, int, int]]], workers: int) -> Iterator[Tensor]:
-    """(images, 3, height, width) for each list of data set, pair and view, read ahead by `workers` processes.
-
-    Raises BadImage, with the row, where an image has changed since it was checked.
-    """
-    items, asked = itertools.tee(items)
-    for batch, pixels in zip(asked, read_ahead(training, items, workers), strict=True):
-        for (number, pair, _), one in zip(batch, pixels, strict=True):
-            if isinstance(one, BadImage):
-                source, table = training[number].source, training[number].table
-                raise BadImage(one.reason, f"{source.where}, row {table[int(pair)]['row']}: {one.detail}")
-        yield torch.stack(pixels)
+    found = []
+    for pairs, own in zip(training, places, strict=True):
+        vectors = vectors_of(pairs.vectors[plan.rows[own]]).reshape(len(own), pairs.augmented_views, -1)
+        found.append(vectors[np.arange(len(own)), plan.views[own]])
+    return torch.from_numpy(np.concatenate(found)[np.argsort(np.concatenate(places))].astype(np.float32))
 
 
 @dataclass
@@ -325,11 +309,6 @@ def loading_workers(args: RunArguments, accelerator: Accelerator) -> int:
     if args.loading_workers is not None:
         return args.loading_workers
     return 0 if accelerator.device.type == "cpu" else min(12, os.cpu_count() or 1)
-
-
-def random_state(*numbers: int) -> int:
-    """A seed that depends on all `numbers`, each at least 0, and on nothing else."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def augmented(image: PIL.Image.Image, state: int) -> PIL.Image.Image:

@@ -3,27 +3,29 @@
 import logging
 import math
 import signal
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from capivara_common.environment import handle_signals, used_memory
+from capivara_common.image_files import BadImage
+from caption_data.pairs import check_bad_share
+from caption_data.rows import Skipped, write_skipped
 from eval.retrieval import embed_captions, validation_measures
 from modeling_capivara.two_towers import embedding_width, is_sigmoid
 from training.arguments import RunArguments
 from training.batches import MicroBatch, StepPlan
 from training.checkpoints import Checkpoints, TrainerState
-from training.inputs import Inputs, cached_embeds, embed_pixels, loading_workers, pixel_batches
+from training.inputs import Inputs, cached_embeds, embed_pixels, loading_workers, read_ahead
 from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at
 from training.whole_batch import WholeBatch, loss_of
 
@@ -48,10 +50,8 @@ class Trainer:
     def train(self, resume: Path | None = None) -> TrainerState:
         """Train to `max_steps`.
 
-        Raises:
-            KeyboardInterrupt: SIGTERM or Ctrl-C, by its number and what to say; a checkpoint is written.
-            FloatingPointError: loss or gradient is not finite; the step is named.
-            OSError: a checkpoint can't be written; earlier ones are whole.
+        Raises KeyboardInterrupt at SIGTERM and Ctrl-C, with its number and what to say, a checkpoint being written;
+        FloatingPointError, with the step, where loss or gradient is not finite; OSError as of `Checkpoints.save`.
         """
         args, accelerator = self.args, self.checkpoints.accelerator
         self.accelerator = accelerator
@@ -59,7 +59,9 @@ class Trainer:
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(self.wrapped, args))
         if resume:
             self.state = self.checkpoints.load(resume, self.state)
-        state, planner = self.state, self.inputs.planner(args)
+        state, self.planner = self.state, self.inputs.planner(args)
+        self.inputs.skipped += [Skipped(**line) for line in state.skipped]
+        self._write_skipped()
         self.step = WholeBatch(self.prepared, accelerator, args.seed)
         if not state.curve:
             state.curve.append({"step": 0, "validation": self._measured()})
@@ -69,8 +71,8 @@ class Trainer:
             unit_scale=True, disable=not accelerator.is_main_process,
         )  # fmt: skip
         self.received = []
-        with handle_signals(self._note, signal.SIGTERM, signal.SIGINT), ThreadPoolExecutor(1) as executor, bar:
-            plans = lru_cache(PLANS_KEPT)(lambda step: executor.submit(planner, step))
+        with handle_signals(self._note, signal.SIGTERM, signal.SIGINT), ThreadPoolExecutor(1) as self.executor, bar:
+            plans = lru_cache(PLANS_KEPT)(lambda step: self.executor.submit(self.planner, step))
             pixels = self._pixels(plans)
             while state.step < args.max_steps:
                 started = time.perf_counter()
@@ -106,9 +108,9 @@ class Trainer:
         elif number == signal.SIGINT and self.received[-1][1] - self.received[0][1] > 1:
             raise KeyboardInterrupt
 
-    def _one_step(self, plan: StepPlan, pixels: Iterator[Tensor] | None, started: float) -> dict:
+    def _one_step(self, plan: StepPlan, pixels: Iterator[list] | None, started: float) -> dict:
         """One optimiser step, whose plan was awaited from `started` on; returns its entry of the curve."""
-        image_embeds = self._image_embeds(plan, pixels)
+        plan, image_embeds = self._image_embeds(plan, pixels)
         waited = time.perf_counter() - started
         self.wrapped.train()  # the image tower, whose batch norms would be moved, is not run in it
         self.optimizer.zero_grad(set_to_none=False)
@@ -160,7 +162,7 @@ class Trainer:
                 point["validation"] = measures = self._measured()
             except ValueError as error:  # of numbers: the same measurement was taken before the first step
                 raise FloatingPointError(str(error)) from error
-            recall = statistics.mean(value for name, value in measures.items() if name != "loss")
+            recall = measures["mean_recall"]
             if checkpointed and (state.best_recall is None or recall > state.best_recall):
                 state.best_step, state.best_recall, due = state.step, recall, True
         state.curve.append(point)
@@ -175,39 +177,67 @@ class Trainer:
                 self.after_checkpoint(state.step)
                 self.started += time.perf_counter() - before  # of the pushes, not of training
 
-    def _image_embeds(self, plan: StepPlan, pixels: Iterator[Tensor] | None) -> Tensor:
-        """(pairs, width) on the device, by the frozen image tower."""
+    def _image_embeds(self, plan: StepPlan, pixels: Iterator[list] | None) -> tuple[StepPlan, Tensor]:
+        """(pairs, width) on the device, by the frozen image tower; and the plan, spares where images can't be used."""
         if pixels is None:
-            return cached_embeds(self.inputs.training, plan).to(self.accelerator.device)
+            return plan, cached_embeds(self.inputs.training, plan).to(self.accelerator.device)
         self.model.vision_model.eval()
         embeds = torch.zeros(len(plan.rows), embedding_width(self.model.config), device=self.accelerator.device)
-        for positions in self._parts(plan):
-            embeds[positions] = embed_pixels(self.prepared, next(pixels), self.accelerator)
-        return self.accelerator.reduce(embeds, "sum")  # the rows of the other processes
+        parts = self._parts(plan)
+        while True:
+            bad = []
+            for places in parts:
+                images = dict(zip(places.tolist(), next(pixels), strict=True))
+                bad += [(place, images.pop(place)) for place in [*images] if isinstance(images[place], BadImage)]
+                if images:
+                    embeds[[*images]] = embed_pixels(self.prepared, torch.stack([*images.values()]), self.accelerator)
+            bad = dict(sorted(gather_object(bad), key=lambda one: one[0]))  # the same for any number of processes
+            if not bad:
+                return plan, self.accelerator.reduce(embeds, "sum")  # the rows of the other processes
+            self._list_bad(plan, bad)
+            plan = self.executor.submit(self.planner.replaced, plan, [*bad]).result()
+            parts = self._parts(plan, bad)
+            pixels = read_ahead(self.inputs.training, map(plan.items, parts), 0)
 
-    def _pixels(self, plans: Callable[[int], Future]) -> Iterator[Tensor] | None:
+    def _list_bad(self, plan: StepPlan, bad: dict[int, BadImage]) -> None:
+        """List rows of a batch, once in a run. Raises ValueError where they are more than `max_bad_share` by now."""
+        inputs, known = self.inputs, self.state.skipped
+        for place, image in bad.items():
+            pairs = inputs.training[plan.sources[place]]
+            row = pairs.table[int(plan.rows[place])]["row"]
+            line = Skipped(pairs.source.name, pairs.source.split, row, image.reason, image.detail)
+            if asdict(line) not in known:
+                known.append(asdict(line))
+                inputs.skipped.append(line)
+                logger.warning("%s, row %d: %s. Other pairs take its place.", pairs.source.where, row, image)
+        self._write_skipped()
+        rows = sum(map(len, inputs.training)) + len(inputs.skipped) - len(known)
+        check_bad_share(inputs.skipped, rows, self.args.max_bad_share)
+
+    def _write_skipped(self) -> None:
+        if self.accelerator.is_main_process:
+            write_skipped(self.checkpoints.folder.parent / "skipped.jsonl", self.inputs.skipped)
+
+    def _pixels(self, plans: Callable[[int], Future]) -> Iterator[list[Tensor | BadImage]] | None:
         """The pixels of all steps to come, as they go through the tower at once; None with a cache."""
-        if self.inputs.training[0].cached:
+        if self.inputs.training[0].vectors is not None:
             return None
         steps = (plans(step).result() for step in range(self.state.step, self.args.max_steps))
-        items = (
-            [(plan.sources[i], plan.rows[i], plan.views[i]) for i in positions.tolist()]
-            for plan in steps
-            for positions in self._parts(plan)
-        )
-        return pixel_batches(self.inputs.training, items, loading_workers(self.args, self.accelerator))
+        items = (plan.items(places) for plan in steps for places in self._parts(plan))
+        return read_ahead(self.inputs.training, items, loading_workers(self.args, self.accelerator))
 
-    def _parts(self, plan: StepPlan) -> Sequence[Tensor]:
-        """The rows of this process's micro-batches, as many at once as go through the image tower."""
-        own = [batch.positions for batch in self._own(plan)]
-        return torch.cat(own).split(self.args.embedding_batch_size) if own else []
+    def _parts(self, plan: StepPlan, among: Container[int] | None = None) -> Sequence[Tensor]:
+        """This process's places in the batch, or those `among` some, as many at once as go through the tower."""
+        own = [place for batch in self._own(plan) for place in batch.positions.tolist()]
+        own = torch.tensor(own if among is None else [place for place in own if place in among])
+        return own.split(self.args.embedding_batch_size) if len(own) else []
 
     def _own(self, plan: StepPlan) -> list[MicroBatch]:
         """Every n-th micro-batch: all processes get short and long ones."""
         return plan.batches[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def _measured(self) -> dict[str, float]:
-        """Of the validation split: mean recall in each direction, a share from 0 to 1, and the loss in nats."""
+        """Of the validation split: mean recall in each direction and of both, shares from 0 to 1; the loss in nats."""
         measures, inputs = [None], self.inputs
         if self.accelerator.is_main_process:
             split = self.model.eval(), inputs.processor, inputs.validation.captions(), inputs.validation_embeds

@@ -3,9 +3,8 @@
     python -m training.rotate runs/pt --dataset DATA --dims 256 128 64 --output runs/pt-rotated
 
 The rotation to the principal axes of a data set's images is folded into both projections: no cosine of whole embeddings
-changes, and embeddings that are cut to their first numbers lose little (docs/recipe.md). It is written beside the
-weights, as `rotation.safetensors`: vectors of the model before are turned by `stored @ rotation.T`. The image side is
-another one then: an index made before is made anew, or turned.
+changes, and those that are cut to their first numbers lose little (docs/recipe.md). It lies beside the weights, as
+`rotation.safetensors`: vectors of before are turned by `stored @ rotation.T`, or made anew, as an index is.
 """
 
 from dataclasses import dataclass
@@ -81,14 +80,9 @@ def principal_rotation(image_embeds: Tensor) -> Tensor:
 
     Eigenvectors of the second moments: of all orthogonal bases, theirs keeps the most of the images' squared length in
     every prefix (Eckart and Young), and cosines are taken about the origin, not about the mean. Each has its largest
-    number positive, so that the same images give the same matrix.
+    number positive, so that the same images give the same matrix, (width, width), float32.
 
-    Args:
-        image_embeds: (images, width), unit length; more images than the width, or the last axes are arbitrary. Raises
-            ValueError where there is none, or one is not finite.
-
-    Returns:
-        (width, width), float32: `embeds @ rotation.T` are the rotated embeddings.
+    `image_embeds` are (images, width), unit length, more than the width; ValueError where none is, or one not finite.
     """
     if not len(image_embeds) or not torch.isfinite(image_embeds).all():
         raise ValueError(f"The rotation needs finite embeddings of images, got {len(image_embeds)} of them.")

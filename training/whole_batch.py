@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from capivara_common.environment import free_memory, give_back_freed_memory, keep_freed_memory
 from modeling_capivara.two_towers import embedding_width, image_embeds, is_sigmoid, text_embeds
-from training.batches import MicroBatch
+from training.batches import MicroBatch, random_state
 
 TILE_LOGITS = 2**24  # logits at once, 64 MiB in float32
 BUDGET_SHARE = 0.6  # of the memory that is free beside optimiser and gradients; the rest is for one more micro-batch
@@ -61,13 +60,11 @@ class WholeBatch:
         Args:
             step: counted from 0.
             batches: the micro-batches of this process, any number of them, also none.
-            pairs: of the whole batch, over all processes.
+            pairs: of the whole batch, over all processes, at least 2; else ValueError.
             image_embeds: (pairs, width), unit length, in the order of the micro-batches; None where each micro-batch
                 has its pixels, whose embeddings then have a gradient.
 
-        Raises:
-            FloatingPointError: the loss is not finite. No gradient was computed.
-            ValueError: there are fewer than two pairs.
+        Raises FloatingPointError where the loss is not finite; no gradient was computed.
         """
         if pairs < 2:
             raise ValueError(f"The loss needs at least 2 pairs, got {pairs}.")
@@ -122,8 +119,8 @@ class WholeBatch:
 
     def _embed(self, step: int, batch: MicroBatch) -> list[Tensor]:
         """(rows, width) of the texts, and of the images where the micro-batch has their pixels."""
-        state = np.random.SeedSequence([self.seed, step, batch.index]).generate_state(1, np.uint64)[0]
-        torch.manual_seed(int(state >> np.uint64(1)))  # dropout: the same both times, on any number of processes
+        # Dropout: the same both times, on any number of processes.
+        torch.manual_seed(random_state(self.seed, step, batch.index))
         inputs = batch.inputs(self.accelerator.device)
         pixels = inputs.pop("pixel_values", None)
         sides = [text_embeds(self.model, **inputs)]
@@ -183,8 +180,8 @@ def sigmoid_loss(
 ) -> Tensor:
     """This process's share of SigLIP's loss, of every text with every image: transformers' own of the whole batch.
 
-    Source: SigLIP (arXiv 2303.15343), section 3.1, algorithm 1. The arguments and what is returned are those of
-    `contrastive_loss`; `own` are the texts whose pairs this process takes, `logit_bias` a scalar.
+    Source: SigLIP (arXiv 2303.15343), section 3.1, algorithm 1. Arguments and result as of `contrastive_loss`: `own`
+    are the texts whose pairs this process takes, `logit_bias` is a scalar.
     """
     texts, images, scale, bias = _wide(text_embeds, image_embeds, logit_scale, logit_bias)
 
