@@ -224,8 +224,7 @@ def evaluation_pairs(
 ) -> dict[str, Pairs]:
     """Language -> the pairs of a split that is measured on: all its rows, or figures would depend on what is left.
 
-    Raises:
-        ValueError: a row can't be used; it is named.
+    Raises ValueError, which names it, where a row can't be used.
     """
     found = {}
     for language in languages:
