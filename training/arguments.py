@@ -11,8 +11,8 @@ from caption_data.selection import CaptionChoice
 
 RECIPE = "it lost, or made no difference, see docs/recipe.md; --interpolate 0.7 is what is left of it"
 GONE = {  # flags of earlier versions -> what there is instead
-    **dict.fromkeys("text_teacher teacher_language teacher_weight teacher_loss anchor_share".split(), RECIPE),
-    **dict.fromkeys("parallel_text parallel_batch_size hard_negatives layer_decay decay_towards".split(), RECIPE),
+    **dict.fromkeys(["text_teacher", "teacher_language", "teacher_weight", "teacher_loss", "anchor_share"], RECIPE),
+    **dict.fromkeys(["parallel_text", "parallel_batch_size", "hard_negatives", "layer_decay", "decay_towards"], RECIPE),
     "matryoshka_dims": "`python -m training.rotate` makes the first numbers of embeddings hold most, after a training",
     "towers": "the image tower is always frozen",
     "patience": "a run has --max_steps; its best checkpoint by validation recall is kept",
