@@ -16,7 +16,7 @@ computed again. Give every protocol an output folder of its own.
 import math
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,9 +144,9 @@ def measure(
     args: SuiteArguments, benchmark: Benchmark, model: dict[str, Any], measurement: dict[str, Any]
 ) -> list[Record]:
     """Run a task; it writes its result file."""
-    shared = {"model": model["name"], "output": args.output / measurement["file"], "split": benchmark.split}
+    shared = {known.name: getattr(args, known.name) for known in fields(EmbeddingArguments)}
+    shared |= {"model": model["name"], "output": args.output / measurement["file"], "split": benchmark.split}
     shared |= {"role": model["role"], "language": measurement["language"], "seed": model["seed"]}
-    shared |= {key: getattr(args, key) for key in ("batch_size", "precision", "cache_dir", "device")} | args.limits()
     shared |= {"image_column": benchmark.image_column}
     if benchmark.task == "retrieval":
         shared |= {"caption_column": benchmark.caption_column, "caption_positions": benchmark.caption_positions}
