@@ -217,12 +217,8 @@ def suite_rows(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of a suite's table, as data, in per cent; and a line where the average of ELEVATER is left out.
 
-    Args:
-        pairs: benchmarks, with a language each.
-        values: fields of a `Record`, with `benchmark`, `role` and `run`, the number of the model of its role.
-        runs: role -> number of its models.
-        protocol: of names and prompts.
-        published: role -> what its models were published as; each as its role where None.
+    `values` have the fields of a `Record`, with `benchmark`, `role` and `run`, the number of the model of its role;
+    `runs` is role -> number of its models, `published` role -> what they were published as, their role where None.
     """
     own = pandas.DataFrame([(b.key, language, b.metric) for b, language in pairs], columns=[*FIGURE[:2], "metric"])
     frame = pandas.DataFrame(values, columns=[*FIGURE, "metric", "run", "value", "n"]).merge(own)

@@ -126,9 +126,7 @@ def load_embedder(
     """A model by its folder or Hub id; a `baseline` may be open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER.
 
     Without a device it is on the process's GPU, else on the CPU; `precision` is "float32", or "bf16" for autocast.
-
-    Raises:
-        ValueError: it is no such model.
+    ValueError where it is no such model.
     """
     where = torch_device(device) if device else processes().device
     kind, _, rest = model.partition(":")

@@ -42,11 +42,7 @@ Condition = namedtuple("Condition", "task dataset split language protocol direct
 
 @dataclass(frozen=True)
 class Record:
-    """One measured figure.
-
-    Raises:
-        ValueError: a field has another type, or a value out of its range; the message begins with the field's name.
-    """
+    """One measured figure; ValueError, beginning with the field, for another type, or a value out of range."""
 
     task: str  # "retrieval", "classification" or "linear_probe"
     dataset: str
@@ -130,11 +126,9 @@ def write_records(
 ) -> None:  # fmt: skip
     """Write a result file in one piece: what its figures depend on, the records, and further `parts` of the file.
 
-    Args:
-        dataset: folder, pattern of files, or Hub id of the images; `fingerprint` is that of its images and captions.
-        name: what the records call the data set, by its `short_name`; None for `dataset`.
-        skipped: row -> why it could not be used and is not in the figures.
-        parts: `device`, in words; `precision`, "float32" or the type of autocast; `seconds`, of the measurement alone.
+    `dataset` is a folder, pattern of files, or Hub id of the images, `name` what the records call it where that is
+    another, `skipped` says of a row why it is not in the figures. Parts are `device`, in words; `precision`, "float32"
+    or the type of autocast; `seconds` of the measurement alone.
     """
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     module, skipped = spec.name if spec else Path(sys.argv[0]).stem, skipped or {}
