@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import TINY_TEXT, randomise, tiny_config
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models
 from transformers import AutoModel, AutoProcessor, PreTrainedTokenizerFast
 
 from capivara_common.image_side_digest import image_side_digest
@@ -178,15 +178,7 @@ def test_what_can_not_be_is_said_in_a_line(tiny_folder, tmp_path, monkeypatch, f
     assert not Path("out").exists()
 
 
-def test_a_vocabulary_of_another_kind_is_refused(tiny_folder, tmp_path):
-    backend = Tokenizer(models.WordLevel({"<unk>": 0, "um": 1}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<unk>")
-    CapivaraProcessor(load_processor(tiny_folder).image_processor, tokenizer).save_pretrained(tiny_folder)
-    assert "of the kind WordLevel" in stopped(tiny_folder, tmp_path / "out", "--languages", "pt")
-
-
-def test_any_unigram_vocabulary_splits_kept_texts_as_before():
+def test_any_unigram_vocabulary_splits_kept_texts_as_before_and_no_other_kind_is_cut():
     """Of random vocabularies with scores that often tie, some letters without a piece of their own."""
     draw, compared, differing = random.Random(0), 0, 0
     for _ in range(100):
@@ -204,6 +196,9 @@ def test_any_unigram_vocabulary_splits_kept_texts_as_before():
             differing += ids != back
             assert ids == back or not set(ids) <= set(kept)
     assert compared > 30 and differing > 300
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "um": 1}, unk_token="<unk>"))
+    with pytest.raises(ValueError, match="of the kind WordLevel"):
+        cut_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"), [0])
 
 
 @pytest.mark.slow
