@@ -45,17 +45,6 @@ def test_either_modality_alone(tiny_model, batch):
     torch.testing.assert_close(both.loss, loss)
 
 
-def test_features_are_projected_and_not_normalised(tiny_model, batch):
-    text = tiny_model.get_text_features(batch["input_ids"], batch["attention_mask"])
-    image = tiny_model.get_image_features(batch["pixel_values"])
-    embeds = tiny_model(**batch)
-    for features, unit in ((text, embeds.text_embeds), (image, embeds.image_embeds)):
-        assert features.pooler_output.shape == (3, 24) and features.last_hidden_state.ndim == 3
-        assert (features.pooler_output.norm(dim=-1) - 1).abs().max() > 1e-2
-        torch.testing.assert_close(torch.nn.functional.normalize(features.pooler_output, dim=-1), unit)
-    assert isinstance(tiny_model(**batch, return_dict=False), tuple)
-
-
 def test_padding_does_not_matter(tiny_model, tiny_processor, batch):
     padded = tiny_processor(text=TEXTS, padding="max_length", return_tensors="pt")
     assert padded["input_ids"].shape[1] == 77 > batch["input_ids"].shape[1]
@@ -232,6 +221,13 @@ def test_outputs_of_both_towers_reach_the_caller(tiny_model, batch):
     assert [a.shape for a in image.attentions] == [(3, 4, 5, 5)] * 2
     mean = mean_pooling(text.last_hidden_state, batch["attention_mask"])
     torch.testing.assert_close(text.pooler_output, mean)
+    features = (
+        tiny_model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output,
+        tiny_model.get_image_features(batch["pixel_values"]).pooler_output,
+    )
+    for projected, unit in zip(features, (output.text_embeds, output.image_embeds), strict=True):
+        assert projected.shape == (3, 24) and (projected.norm(dim=-1) - 1).abs().max() > 1e-2
+        torch.testing.assert_close(torch.nn.functional.normalize(projected, dim=-1), unit)
     assert output.pooler_output is None, "of two modalities there is no one pooled output"
     assert [type(part) for part in output.to_tuple()] == [torch.Tensor] * 4 + [tuple] * 2
 

@@ -77,9 +77,4 @@ def test_without_the_package(tiny_folder, tiny_model, tiny_processor, tmp_path):
 
 
 def test_a_folder_holds_code_and_safetensors_alone(tiny_folder):
-    kinds = {path.suffix for path in tiny_folder.iterdir()}
-    assert kinds == {".json", ".py", ".safetensors"}
-    auto_map = json.loads((tiny_folder / "config.json").read_text())["auto_map"]
-    assert set(auto_map) == {
-        *("AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoModelForZeroShotImageClassification")
-    }
+    assert {path.suffix for path in tiny_folder.iterdir()} == {".json", ".py", ".safetensors"}
