@@ -42,13 +42,10 @@ class ImageArguments(ModelArguments):
     model: str = flag(..., "Folder or Hub id of a model of two towers; open_clip's with --role baseline.")
     benchmark: str = flag(
         ...,
-        "Key of the data set in eval/prompts/pt, such as cifar-10, or a JSON file of your own: language, classes, "
-        "templates with {} for the class (docs/evaluation.md has one).",
+        "Key in eval/prompts/pt, such as cifar-10, or a JSON file of your own classes (docs/evaluation.md has one).",
     )
     images: str = flag(
-        ...,
-        "Folder with a sub-folder of images a class, a saved HF data set, a folder of parquet files or "
-        "WebDataset tars (with classnames.txt, a name a line), or a Hub id.",
+        ..., "Folder of a folder a class, a saved HF data set, parquet files, tars with classnames.txt, or a Hub id."
     )
     output: Path = flag(..., "JSON file for the result.")
     form: Literal["auto", "images"] = flag("auto", FORM_HELP)
@@ -60,9 +57,7 @@ class ImageArguments(ModelArguments):
 class ClassificationArguments(ImageArguments):
     """Flags of `eval.classification`."""
 
-    protocol: Literal["ours", "authors", "babel"] = flag(
-        "ours", "Names and templates: ours, the paper's authors', Babel-ImageNet's."
-    )
+    protocol: Literal["ours", "authors", "babel"] = flag("ours", "Names and templates: ours, the authors', or babel's.")
     language: str | None = flag(None, "Language of the protocol babel; else it is that of the benchmark's prompts.")
     authors_file: str | None = flag(None, "Path of the authors' portuguese_prompts.py, for protocol authors.")
     seed: int | None = flag(None, "Seed of the training run, for the records.")

@@ -44,9 +44,7 @@ class EmbeddingArguments(ImageFileArguments):
 
     batch_size: int = flag(32, "Images that go through at once; twice as many captions.")
     precision: Literal["float32", "bf16"] = flag("float32", "bf16 is faster; its figures differ a little.")
-    cache_dir: str = flag(
-        "auto", "Folder of embeddings; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = none are kept."
-    )
+    cache_dir: str = flag("auto", "Folder of embeddings; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = none.")
     device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
 
     def __post_init__(self) -> None:
@@ -59,9 +57,7 @@ class ModelArguments(EmbeddingArguments):
     """What every measurement of a model takes."""
 
     role: Literal["baseline", "capivara"] = flag(
-        "capivara",
-        "What the records call the model. A baseline may also be open_clip:NAME:PRETRAINED, or "
-        "open_clip:local-dir:FOLDER.",
+        "capivara", "What records call it. A baseline may be open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER."
     )
     split: str = flag("test", "Split that is measured.")
 

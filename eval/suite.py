@@ -16,7 +16,7 @@ computed again. Give every protocol an output folder of its own.
 import math
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,9 +144,9 @@ def measure(
     args: SuiteArguments, benchmark: Benchmark, model: dict[str, Any], measurement: dict[str, Any]
 ) -> list[Record]:
     """Run a task; it writes its result file."""
-    shared = {"model": model["name"], "output": args.output / measurement["file"], "split": benchmark.split}
+    shared = {known.name: getattr(args, known.name) for known in fields(EmbeddingArguments)}
+    shared |= {"model": model["name"], "output": args.output / measurement["file"], "split": benchmark.split}
     shared |= {"role": model["role"], "language": measurement["language"], "seed": model["seed"]}
-    shared |= {key: getattr(args, key) for key in ("batch_size", "precision", "cache_dir", "device")} | args.limits()
     shared |= {"image_column": benchmark.image_column}
     if benchmark.task == "retrieval":
         shared |= {"caption_column": benchmark.caption_column, "caption_positions": benchmark.caption_positions}
@@ -217,12 +217,8 @@ def suite_rows(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of a suite's table, as data, in per cent; and a line where the average of ELEVATER is left out.
 
-    Args:
-        pairs: benchmarks, with a language each.
-        values: fields of a `Record`, with `benchmark`, `role` and `run`, the number of the model of its role.
-        runs: role -> number of its models.
-        protocol: of names and prompts.
-        published: role -> what its models were published as; each as its role where None.
+    `values` have the fields of a `Record`, with `benchmark`, `role` and `run`, the number of the model of its role;
+    `runs` is role -> number of its models, `published` role -> what they were published as, their role where None.
     """
     own = pandas.DataFrame([(b.key, language, b.metric) for b, language in pairs], columns=[*FIGURE[:2], "metric"])
     frame = pandas.DataFrame(values, columns=[*FIGURE, "metric", "run", "value", "n"]).merge(own)

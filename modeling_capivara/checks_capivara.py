@@ -29,11 +29,7 @@ NAMES_OF_LABELS = ("id2label", "label2id")  # whose keys are anybody's words
 
 
 def check_sizes(values: Mapping[str, Any], section: str = "") -> None:
-    """Check the numbers of a configuration, and of the sections within it, against `LIMITS`.
-
-    Raises:
-        ValueError: one is outside of them; the message names it as "text_config.vocab_size".
-    """
+    """Raise ValueError, which names it as "text_config.vocab_size", for a number outside of `LIMITS`."""
     for key, value in values.items():
         if isinstance(value, Mapping) and key not in NAMES_OF_LABELS:
             check_sizes(value, f"{section}{key}.")
@@ -48,10 +44,7 @@ def check_sizes(values: Mapping[str, Any], section: str = "") -> None:
 
 @contextmanager
 def tokenizer_errors(name: str) -> Iterator[None]:
-    """Raise ValueError, in one line, for what the tokenizers library raises; `name` is the subject of the message.
-
-    That is `Exception` itself, and the panics of Rust, which no `except Exception` sees.
-    """
+    """Raise ValueError, in one line, for what the tokenizers library raises: `Exception` itself, and panics of Rust."""
     try:
         yield
     except BaseException as error:

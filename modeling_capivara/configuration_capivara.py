@@ -33,8 +33,8 @@ class CapivaraConfig(PreTrainedConfig):
     Source: CAPIVARA (arXiv 2310.13683), base model OpenCLIP `xlm-roberta-base-ViT-B-32`.
 
     Args:
-        vision_config: image tower, any transformers vision model whose output has a `pooler_output`; a dictionary
-            names its kind by `model_type`. Keys left out of a dictionary for the default kind keep the base's value.
+        vision_config: image tower, any transformers vision model whose output has a `pooler_output`. Keys left out of
+            a dictionary of the default `model_type` keep the base's value.
         text_config: text encoder, any encoder-only transformers model; the same rules hold.
         projection_dim: width of the space that images and texts share, at least 1.
         text_projection_type: "mlp" is width -> (width + projection_dim) // 2 -> GELU -> projection_dim, as published;
@@ -92,11 +92,7 @@ class CapivaraConfig(PreTrainedConfig):
 
 
 def checked_widths(widths: Sequence[int], projection_dim: int) -> list[int]:
-    """The widths that a model is trained for, the widest first, each once.
-
-    Raises:
-        ValueError: one is below 1, exceeds `projection_dim` or does not divide it.
-    """
+    """The widths that a model is trained for, the widest first, each once; ValueError unless they divide the whole."""
     if wrong := [width for width in widths if not 0 < width <= projection_dim or projection_dim % width]:
         known = ", ".join([str(n) for n in range(projection_dim, 0, -1) if not projection_dim % n][:12])
         raise ValueError(

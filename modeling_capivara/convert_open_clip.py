@@ -475,9 +475,7 @@ def convert(
     `config` is the architecture of a bare checkpoint file, the published base where None. Returned are the largest
     difference of both programs' unit-length embeddings and logits, and sentences for the person who asked.
 
-    Raises:
-        ValueError: the source is not what it should be or not supported, or the two models differ.
-        OSError, ImportError: the output exists or can't be written; open_clip is not installed.
+    ValueError where the source can't be converted, or the two models differ; ImportError without open_clip.
     """
     output = free_output(output)
     if hf_model_name if not to_open_clip else tokenizer or config:

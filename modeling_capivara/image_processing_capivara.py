@@ -153,10 +153,7 @@ def array_to_pil(image: np.ndarray | torch.Tensor, input_data_format: str | None
     """An array or tensor as the PIL image that has the same pixels; values as of `to_eight_bits`.
 
     It is (height, width), with 1 to 4 channels last (arrays) or first (tensors), unless only the other reading fits or
-    `input_data_format` ("channels_first" or "channels_last") says otherwise.
-
-    Raises:
-        ValueError: the shape fits neither reading, or the values are not those of an image.
+    `input_data_format` ("channels_first" or "channels_last") says otherwise; ValueError where it is no image.
     """
     tensor_input = isinstance(image, torch.Tensor)
     array = image.detach().cpu().float().numpy() if tensor_input and image.is_floating_point() else image
@@ -173,10 +170,8 @@ def to_eight_bits(array: np.ndarray) -> np.ndarray:
     """Pixels of any depth as uint8 of the same shape.
 
     uint8 stays. uint16 is scaled by 255 / 65535. Wider integers are taken as 8-bit when none exceeds 255, else as
-    16-bit. Booleans become 0 and 255. Floats are shares from 0 to 1, or, when one exceeds 1, 0 to 255.
-
-    Raises:
-        ValueError: a value is negative, too large or not finite.
+    16-bit. Booleans become 0 and 255. Floats are shares from 0 to 1, or, when one exceeds 1, 0 to 255. ValueError where
+    a value is negative, too large or not finite.
     """
     if array.dtype == np.uint8 or not array.size:
         return array.astype(np.uint8)

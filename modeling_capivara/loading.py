@@ -41,11 +41,9 @@ def read_config(folder: str | Path) -> CapivaraConfig:
 
 
 def checked_config(source: str, **options: Any) -> PreTrainedConfig:
-    """The configuration of any model of transformers, its sizes checked; `options` are those of `AutoConfig`.
+    """The configuration of any model of transformers; ValueError where it is damaged, or a size is outside of `LIMITS`.
 
-    Raises:
-        ValueError: it is damaged, or a size is outside of `LIMITS`.
-        OSError: there is none.
+    `options` are those of `AutoConfig`. OSError where there is none.
     """
     try:
         check_sizes(PreTrainedConfig.get_config_dict(source, revision=options.get("revision"))[0])
@@ -59,13 +57,10 @@ def checked_config(source: str, **options: Any) -> PreTrainedConfig:
 
 
 def load_model(source: str | Path) -> PreTrainedModel:
-    """A model of two towers out of a folder or from the Hub, in float32: of the class that `two_towers` takes.
+    """A model of two towers out of a folder or from the Hub, in float32.
 
-    transformers only warns of missing weights and leaves them random; here they are an error.
-
-    Raises:
-        ValueError: the folder is missing, is of another kind of model, its weight file is broken, or weights are
-            missing or surplus; all of them are named.
+    transformers only warns of missing weights and leaves them random; here they are a ValueError, as surplus ones, a
+    broken file and another kind of model are.
     """
     _check_folder(source, "config.json", "is no model folder")
     try:
@@ -113,11 +108,7 @@ def model_of_tensors(tensors: Mapping[str, Tensor], config: PreTrainedConfig, na
 
 
 def load_processor(source: str | Path) -> ProcessorMixin:
-    """The processor that was saved beside a model of two towers.
-
-    Raises:
-        ValueError: the folder is missing, or its processor is not for texts and images.
-    """
+    """The processor that was saved beside a model of two towers; ValueError where there is none, or it does not fit."""
     way_out = "save one with `CapivaraProcessor(image_processor, tokenizer).save_pretrained(folder)`"
     older = (Path(source) / "preprocessor_config.json").is_file()  # as transformers' models have it
     _check_folder(source, "tokenizer_config.json" if older else "processor_config.json", f"has no processor; {way_out}")

@@ -25,12 +25,8 @@ class CapivaraProcessor(ProcessorMixin):
     """Image processor and tokenizer in one, giving the ids that open_clip's `HFTokenizer` gives.
 
     Texts are repaired, truncated at 77 tokens and padded to the longest of the batch, not always to 77; embeddings are
-    the same either way. `max_length`, `padding` and `truncation` override that as in transformers.
-
-    Args:
-        image_processor: a `CapivaraImageProcessor`.
-        tokenizer: a fast tokenizer of transformers, XLM-R's for the published model; made a `CapivaraTokenizer`, which
-            repairs texts also where it is called without the processor.
+    the same either way. `max_length`, `padding` and `truncation` override that as in transformers. Any fast tokenizer
+    is made a `CapivaraTokenizer`, which repairs texts also where it is called without the processor.
     """
 
     def __init__(self, image_processor=None, tokenizer=None, **kwargs):
@@ -39,19 +35,10 @@ class CapivaraProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, **kwargs)
 
     def __call__(self, images=None, text: str | list[str] | None = None, **kwargs) -> BatchFeature:
-        """Inputs of `CapivaraModel`.
+        """`input_ids` and `attention_mask` (texts, tokens) and `pixel_values` (images, 3, height, width), as asked.
 
-        Args:
-            images: PIL images, arrays, tensors, paths or URLs, one or a list.
-            text: a text or a list of texts.
-            kwargs: as in transformers, `return_tensors="pt"` above all.
-
-        Returns:
-            `input_ids` and `attention_mask` (texts, tokens), `pixel_values` (images, 3, height, width): of those, what
-            was asked for.
-
-        Raises:
-            ValueError: a text is not a string, the list of texts is empty, or neither images nor texts are given.
+        Images are PIL images, arrays, tensors, paths or URLs, one or a list. ValueError where a text is not a string,
+        the list of texts is empty, or neither images nor texts are given.
         """
         if text is not None:
             text = checked_texts(text)

@@ -24,9 +24,6 @@ def repair_text(text: str) -> str:
 
     The same steps as the `whitespace` cleaning of open_clip 3.3's `HFTokenizer`, on the first 4096 characters and 512
     lines; a blank of any length counts as five characters at most.
-
-    Raises:
-        ValueError: `text` is not a string.
     """
     checked_texts([text])
     if len(text) > MAX_CHARACTERS or text.count("\n") > MAX_LINES:
@@ -82,11 +79,7 @@ def _unescape_nested(text: str) -> str:
 
 
 def checked_texts(text: str | Iterable[str]) -> str | list[str]:
-    """A text as it is, several as a list.
-
-    Raises:
-        ValueError: a text is not a string, or there is none.
-    """
+    """A text as it is, several as a list; ValueError where one is not a string, or there is none."""
     if isinstance(text, str):
         return text
     texts = list(text) if isinstance(text, Iterable) and not isinstance(text, bytes) else [text]

@@ -20,18 +20,12 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "CapivaraTokenizer":
-        """The vocabulary and the rules of `tokenizer` behind the repair; itself where it is of this class already.
-
-        Raises:
-            ValueError: `tokenizer` is none of the tokenizers library.
-        """
+        """The vocabulary and the rules of `tokenizer` behind the repair; itself where it is of this class already."""
         if type(tokenizer).__name__ == cls.__name__:  # of the package, or of a folder's own copy of this file
             return tokenizer
         if not tokenizer.is_fast:
-            raise ValueError(
-                f"A CAPIVARA tokenizer must be one of the tokenizers library, got {type(tokenizer).__name__}; give one "
-                "that is saved as tokenizer.json."
-            )
+            found = f"{type(tokenizer).__name__}; give one that is saved as tokenizer.json"
+            raise ValueError(f"A CAPIVARA tokenizer must be one of the tokenizers library, got {found}.")
         return cls(**_settings(tokenizer))
 
     def plain(self) -> PreTrainedTokenizerFast:

@@ -96,10 +96,8 @@ def trim(
 ) -> Trim:
     """As the command line: a CAPIVARA or SigLIP with the pieces that some languages use, in a new folder.
 
-    Raises:
-        ValueError: the model is trimmed already, is damaged or has a vocabulary of another kind, an added token has no
-            row, there is no list of words of a language, or a file holds no text.
-        OSError, ImportError: the output exists or can't be written; wordfreq is not installed.
+    ValueError where the model is trimmed already, is damaged or has a vocabulary of another kind, an added token has no
+    row, there is no list of words of a language, or a file holds no text; ImportError without wordfreq.
     """
     output, languages = free_output(output), list(dict.fromkeys(languages))
     if min(words) < 1:

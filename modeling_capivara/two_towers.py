@@ -126,9 +126,7 @@ def load_embedder(
     """A model by its folder or Hub id; a `baseline` may be open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER.
 
     Without a device it is on the process's GPU, else on the CPU; `precision` is "float32", or "bf16" for autocast.
-
-    Raises:
-        ValueError: it is no such model.
+    ValueError where it is no such model.
     """
     where = torch_device(device) if device else processes().device
     kind, _, rest = model.partition(":")
@@ -183,14 +181,11 @@ def _open_clip(source: str, device: torch.device, precision: str) -> Embedder:
     except Exception as error:  # a name or tag that open_clip does not know, or a damaged folder
         raise ValueError(f"open_clip can't load {source!r}: {' '.join(str(error).split())}") from error
 
-    def images(items: Iterable[Image.Image], batch_size: int = 32, progress: Progress = None) -> Tensor:
-        pixels = lambda batch: torch.stack([preprocess(image) for image in batch]).to(device)  # noqa: E731
-        return _in_batches(lambda batch: unit_length(model.encode_image(pixels(batch))), items, batch_size, progress)
+    def encode_images(batch: list[Image.Image]) -> Tensor:
+        return unit_length(model.encode_image(torch.stack([preprocess(image) for image in batch]).to(device)))
 
-    def texts(items: Sequence[str], batch_size: int = 32, progress: Progress = None) -> Tensor:
-        encode = lambda batch: unit_length(model.encode_text(tokenizer(batch).to(device)))  # noqa: E731
-        return _in_batches(encode, items, batch_size, progress)
-
+    images = partial(_in_batches, encode_images)
+    texts = partial(_in_batches, lambda batch: unit_length(model.encode_text(tokenizer(batch).to(device))))
     digest = _digest("open_clip", source, weights_digest(model), repr(preprocess), precision)
     # Which part of it the images need is not known: their fingerprint is that of the whole model.
     return Embedder(f"open_clip:{source}", device, precision, digest, digest, class_and_loss(model), images, texts)
@@ -241,7 +236,7 @@ def embed_images(
 
 
 @torch.inference_mode()
-def _in_batches(encode: Callable, items: Iterable, batch_size: int, progress: Progress) -> Tensor:
+def _in_batches(encode: Callable, items: Iterable, batch_size: int = 32, progress: Progress = None) -> Tensor:
     total, title = len(items) if hasattr(items, "__len__") else None, progress if isinstance(progress, str) else None
     embeds, iterator = [], iter(items)
     with tqdm(total=total, desc=title, disable=title is None) as bar:

@@ -351,6 +351,16 @@ def test_an_index_is_moved_with_its_pictures(capivara, own_index, folder, tmp_pa
     assert code == 0 and out.startswith("Nothing has changed, 1 could not be read")
 
 
+@pytest.mark.slow
+def test_a_search_imports_neither_torch_nor_transformers(index):
+    """Which take seconds; the text tower is in NumPy, and what it needs of `modeling_capivara` comes without them."""
+    command = [sys.executable, "-X", "importtime", "-m", "capivara_search", "search", "um gato azul", "--index", index]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    imported = set(re.findall(r"^import time:.*\| +(\w+)$", done.stderr, re.MULTILINE))
+    assert done.returncode == 0 and "azul.jpg" in done.stdout, done.stderr[-2000:]
+    assert {"lancedb", "ftfy"} <= imported and not imported & {"torch", "transformers"}
+
+
 def test_search_finds_a_picture_by_itself_and_shows_it_in_a_table(capivara, index, folder, monkeypatch):
     monkeypatch.chdir(folder)
     code, out, error = capivara("search", "--like", "2024/azul.jpg", "-k", 3, "--index", index)

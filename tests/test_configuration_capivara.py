@@ -1,11 +1,10 @@
 """The configuration: published defaults, other towers, exact reload, refusals when it is made."""
 
-import json
 import math
 
 import pytest
-from tiny import TINY_TEXT, TINY_VISION, tiny_config
-from transformers import AutoConfig, CLIPVisionConfig, TimmWrapperConfig, ViTConfig, XLMRobertaConfig
+from tiny import tiny_config
+from transformers import CLIPVisionConfig, ViTConfig, XLMRobertaConfig
 
 from modeling_capivara import CapivaraConfig
 
@@ -41,40 +40,9 @@ def test_what_a_dictionary_leaves_out_keeps_the_published_value():
     assert other.text_config.layer_norm_eps == 1e-12
 
 
-TOWERS = {
-    "published": {},
-    "tiny, linear": {"vision_config": TINY_VISION, "text_config": TINY_TEXT, "text_projection_type": "linear"},
-    "vit": {"vision_config": {"model_type": "vit", "hidden_size": 48, "num_attention_heads": 4}},
-    "timm, dictionary": {"vision_config": {"model_type": "timm_wrapper", "architecture": "tf_efficientnet_lite0"}},
-    "timm, object": {"vision_config": TimmWrapperConfig(architecture="vit_tiny_patch16_224")},
-    "bert": {"text_config": {"model_type": "bert", "vocab_size": 300}, "logit_scale_init_value": 1.5},
-}
-
-
-@pytest.mark.parametrize("kind", TOWERS)
-def test_save_and_load(kind, tmp_path):
-    config = CapivaraConfig(**TOWERS[kind])
-    config.save_pretrained(tmp_path)
-    json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    for loaded in (CapivaraConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
-        assert type(loaded) is CapivaraConfig
-        assert type(loaded.vision_config) is type(config.vision_config)
-        assert type(loaded.text_config) is type(config.text_config)
-        actual, expected = loaded.to_dict(), config.to_dict()
-        for given in (actual, expected):
-            given.pop("auto_map", None)
-            for part in (given, given["vision_config"], given["text_config"]):
-                part.pop("_name_or_path", None)
-        assert actual == expected
-
-
 BAD_CONFIGS = {
     "no width": ({"projection_dim": 0}, "projection_dim must be at least 1, got 0"),
-    "unknown image tower": (
-        {"vision_config": {"model_type": "no_tower"}},
-        "'no_tower' is not known.*clip_vision",
-    ),
-    "unknown text tower": ({"text_config": {"model_type": "no_tower"}}, "'no_tower' is not known.*xlm-roberta"),
+    "unknown tower": ({"text_config": {"model_type": "no_tower"}}, "'no_tower' is not known.*xlm-roberta"),
     "encoder and decoder": ({"text_config": {"model_type": "t5"}}, "'t5'.*'xlm-roberta'"),
     "too many layers": (
         {"text_config": {"num_hidden_layers": 1001}},
@@ -89,9 +57,6 @@ BAD_CONFIGS = {
         {"vision_config": {"model_type": "vit", "image_size": [224, 10**6]}},
         "vision_config.image_size must be from 1 to 10000",
     ),
-    "too many labels": ({"num_labels": 10**10}, "^num_labels must be from 0 to 1000000"),
-    "no heads": ({"text_config": {"num_attention_heads": 0}}, "text_config.num_attention_heads must be from 1 to 1000"),
-    "no words": ({"text_config": {"vocab_size": 0}}, "text_config.vocab_size must be from 1 to 10000000, got 0"),
     "not a number": ({"vision_config": {"hidden_size": math.nan}}, "vision_config.hidden_size must be .* got nan"),
     "a deep network of timm": (
         {"vision_config": {"model_type": "timm_wrapper", "architecture": "vit_tiny", "model_args": {"depth": 10**9}}},

@@ -35,6 +35,8 @@ def test_records_of_a_perfect_and_a_random_model():
     assert perfect["text_to_image", "recall@5"].n == 80 and perfect["image_to_text", "recall@5"].n == 40
     assert perfect["text_to_image", "recall@5"].chance == pytest.approx(5 / 40)
     assert perfect["image_to_text", "recall@1"].chance == pytest.approx(2 / 80)
+    few = RetrievalEmbeddings(torch.eye(8), torch.eye(8), torch.arange(8))
+    assert {r.metric for r in retrieval_records(few, **FACTS)} == {"recall@1", "recall@5", "median_rank"}, "10 is sure"
 
 
 def test_figures_of_several_widths_are_not_one():

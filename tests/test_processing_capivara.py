@@ -121,15 +121,12 @@ def test_length_of_an_earlier_call_is_not_remembered(tmp_path):
     assert reloaded(text=["São João &amp; cÃ£o"])["input_ids"] == processor(text=["São João &amp; cÃ£o"])["input_ids"]
 
 
-@pytest.mark.parametrize("kind", ["bert", "distilbert"])
-def test_token_types_of_bert_tokenizers_are_accepted(kind):
+def test_token_types_of_bert_tokenizers_are_accepted():
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "um", "gato", "azul"]
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocab)})
     processor = CapivaraProcessor(CapivaraImageProcessor(size=32, crop_size=32), tokenizer)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    if kind == "distilbert":
-        sizes = {"dim": 16, "hidden_dim": 16, "n_layers": 1, "n_heads": 2}
-    model = CapivaraModel(tiny_config(text_config={"model_type": kind, "vocab_size": len(vocab), **sizes}))
+    model = CapivaraModel(tiny_config(text_config={"model_type": "bert", "vocab_size": len(vocab), **sizes}))
     model = randomise(model).eval()
     texts = ["um gato azul", "gato"]
     batch = processor(text=texts, images=np.zeros((40, 40, 3), np.uint8), return_tensors="pt")
@@ -145,7 +142,6 @@ def test_token_types_of_bert_tokenizers_are_accepted(kind):
 BAD_TEXTS = {
     "number": (3, "must be a string, got int: 3"),
     "missing caption": (["um gato", None], "must be a string, got NoneType: None"),
-    "not a number": (["um gato", float("nan")], "must be a string, got float: nan"),
     "empty list": ([], "no text: got an empty list"),
     "none": (None, "at least one input"),
 }

@@ -8,14 +8,6 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForZeroShotImageClassification,
-    AutoProcessor,
-)
-
-from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 
 LABELS = ["um gato", "SÃ£o JoÃ£o &amp;amp; cia", "um <pad> gato " * 40]
 # What `tests/loader_process.py` does not try: the other Auto classes, and what was loaded saved again.
@@ -84,18 +76,5 @@ def test_without_the_package(tiny_folder, tiny_model, tiny_processor, tmp_path):
     assert {path.name for path in (tmp_path / "copy-zero-shot").iterdir()} >= modeling
 
 
-def test_with_the_package(tiny_folder):
-    """What pipelines give with it is seen beside the tokenizer."""
-    assert type(AutoModel.from_pretrained(tiny_folder)) is CapivaraModel
-    assert type(AutoModelForZeroShotImageClassification.from_pretrained(tiny_folder)) is CapivaraModel
-    assert type(AutoProcessor.from_pretrained(tiny_folder)) is CapivaraProcessor
-    assert type(AutoImageProcessor.from_pretrained(tiny_folder)) is CapivaraImageProcessor
-
-
 def test_a_folder_holds_code_and_safetensors_alone(tiny_folder):
-    kinds = {path.suffix for path in tiny_folder.iterdir()}
-    assert kinds == {".json", ".py", ".safetensors"}
-    auto_map = json.loads((tiny_folder / "config.json").read_text())["auto_map"]
-    assert set(auto_map) == {
-        *("AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoModelForZeroShotImageClassification")
-    }
+    assert {path.suffix for path in tiny_folder.iterdir()} == {".json", ".py", ".safetensors"}

@@ -5,7 +5,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
 import numpy as np
 import PIL.Image
 import pyarrow as pa
@@ -241,18 +240,6 @@ def test_one_image_is_too_few(saved_tiny_folder, folder, tmp_path):
     write_lines(folder, lines_of(folder)[:1])
     with pytest.raises(SystemExit, match="has one image that can be read"):
         main(flags(saved_tiny_folder, folder, tmp_path / "r.json"))
-
-
-def test_saved_and_parquet_data_sets_give_the_same(saved_tiny_folder, tiny_dataset_folder, tmp_path):
-    rows = datasets.load_from_disk(str(tiny_dataset_folder))["test"]
-    (tmp_path / "parquet").mkdir()
-    rows.to_parquet(tmp_path / "parquet" / "test-0.parquet")
-    more = {"caption_column": "captions-{language}", "language": "en", "seed": 3}
-    places = (tmp_path / "parquet", tiny_dataset_folder)
-    one, other = (measure(saved_tiny_folder, place, tmp_path / "r.json", **more) for place in places)
-    assert [r.value for r in one] == [r.value for r in other]
-    assert {(r.language, r.seed, r.n) for r in one} == {("en", 3, 8)}
-    assert {r.metric for r in one} == {"recall@1", "recall@5", "median_rank"}, "among 8 images recall@10 is sure"
 
 
 def test_training_gives_the_same_data_the_same_fingerprint(made, tiny_dataset_folder, tmp_path):

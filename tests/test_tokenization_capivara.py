@@ -38,17 +38,13 @@ LONG = {
     "a hundred thousand blanks before": "\n \t\u3000" * 25_000 + PORTUGUESE,
     "blanks between": ("\r\n\t " * 3000).join(PORTUGUESE.split()),
     "a hard blank in mojibake": " " * 5000 + mojibake("à beira, à toa, Ã lá"),
-    "zero width": "\u200b" * 3000 + PORTUGUESE,
     "control characters": "\0" * 3000 + PORTUGUESE,
     "nested entity": "&" + "amp;" * 1000 + "lt; gato",
     "nested entity, accents": "SÃ£o &" + "amp;" * 100 + "Atilde;&amp;pound; gato",
     "nested entity beside a tag": "um <b> &" + "amp;" * 30 + "lt;b",
     "entities": entities(RUSSIAN),
     "entities of entities": entities(HINDI * 3, nested=1),
-    "entities named": "&Atilde;&pound;&eacute;" * 20,
-    "mojibake": mojibake(PORTUGUESE * 3),
     "mojibake, twice": mojibake(HINDI * 5, 2),
-    "mojibake of long text": mojibake(RUSSIAN * 300),
     "mojibake of long text, twice": mojibake(RUSSIAN * 300, 2, "cp1252"),
     "long text": PORTUGUESE * 10_000,
     "emoji": "👩‍🚀🏽❤️‍🔥 " * 5000,
@@ -82,18 +78,15 @@ def test_repair_equals_open_clips_on_nested_mixtures():
 
 
 HOSTILE = {
-    "nested entities": "&" + "amp;" * 10**6,
     "nested entities behind mojibake": "Ã©&" + "amp;" * 10**6,
     "nested at their end": "Ã©&amp" + "&semi" * 10**6 + ";",
     "nested and hidden": "Ã©&" + "\0amp;" * 10**6,
     "few levels": "Ã©&" + "amp;" * 7 + "â€™”“" * 10**6,
     "combining marks": "a" + "\u0301\u0323" * 10**6,
-    "blanks": " " * 10**6,
     "lines": "Ã©\n" * 10**6,
     "emoji": "👨\u200d👩\u200d👧" * 10**6,
     "mojibake": mojibake(PORTUGUESE * 20_000),
     "mojibake among others": "Ã©\u4e00" * 10**6,
-    "one word": "a" * 10**6,
     "brackets": "<&" * 10**6,
 }
 
@@ -116,9 +109,7 @@ def test_tokenizer_alone_reads_texts_as_the_processor_does(tiny_folder, tiny_pro
     assert max(map(len, expected["input_ids"])) == 77
     one = tiny_processor(text=LABELS[0])["input_ids"]
     assert one != tokenizer.plain()(LABELS[0])["input_ids"], "the repair must matter"
-    assert (
-        one == tokenizer(LABELS[0])["input_ids"] == tokenizer.encode(LABELS[0]) == tokenizer(LABELS[:1])["input_ids"][0]
-    )
+    assert one == tokenizer(LABELS[0])["input_ids"] == tokenizer.encode(LABELS[0])
     assert tokenizer.tokenize(LABELS[0]) == tokenizer.convert_ids_to_tokens(one)[1:-1]
     assert tokenizer.batch_decode([one], skip_special_tokens=True) == ["uma casa azul & ção"]
     for again in (copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):

@@ -31,9 +31,7 @@ def retrieval_ranks(query_embeds: Tensor, item_embeds: Tensor, query_groups: Ten
     """(queries,), `ranks_of` unit-length embeddings (queries, width) among (items, width).
 
     An item is right when its group, of (items,), is the query's, of (queries,): an image and its captions share one.
-
-    Raises:
-        ValueError: a query has no right item, or an embedding is not finite.
+    ValueError where a query has no right item, or an embedding is not finite.
     """
     _check_embeddings(query_embeds, item_embeds, query_groups, item_groups)
     block_size = max(BLOCK_QUERIES, BLOCK_ELEMENTS // len(item_embeds))

@@ -56,11 +56,8 @@ def load_prompts(
     """Names and prompts of a data set: a key of `benchmarks()`, or a JSON file such as `EXAMPLE`.
 
     The language is babel's; that of the other prompts is their file's, and another one is refused. `authors_file` is
-    the path of the authors' `portuguese_prompts.py`; it is parsed, never executed.
-
-    Raises:
-        ValueError: benchmark, protocol or language is unknown (the nearest are named), or the file is not as expected.
-        ImportError: Babel-ImageNet without clip-benchmark.
+    the path of the authors' `portuguese_prompts.py`; it is parsed, never executed. ValueError where something is
+    unknown (the nearest are named), or a file is not as expected; ImportError of babel without clip-benchmark.
     """
     if protocol not in ("ours", "authors", "babel"):
         raise ValueError(f"Unknown protocol {protocol!r}; there are ours, authors and babel.")

@@ -160,13 +160,8 @@ def plot_retrieval_sheet(
     """Queries, each with the five pictures that a model ranks first.
 
     Of two models they are those of `sheet_queries`; of one its best and its worst, of equal ones those drawn first, and
-    beside each its right picture, too.
-
-    Args:
-        image: opens a picture of the pool that is searched, by its index; none is shown where it raises BadImage.
-        queries: all texts.
-        embeddings: "baseline", "capivara" or both -> the split's, as `eval.retrieval` has them.
-        language: of the labels, "pt" or another one for English.
+    beside each its right picture, too. `image` opens a picture by its index, of which none is shown where it raises
+    BadImage; `embeddings` are of "baseline", "capivara" or both, as `eval.retrieval` has them.
     """
     words, rows, note = WORDS.get(language, WORDS["en"])["sheet"], [], ""
     ranks = {role: of_model.ranks["text_to_image"] for role, of_model in embeddings.items()}

@@ -42,11 +42,7 @@ Condition = namedtuple("Condition", "task dataset split language protocol direct
 
 @dataclass(frozen=True)
 class Record:
-    """One measured figure.
-
-    Raises:
-        ValueError: a field has another type, or a value out of its range; the message begins with the field's name.
-    """
+    """One measured figure; ValueError, beginning with the field, for another type, or a value out of range."""
 
     task: str  # "retrieval", "classification" or "linear_probe"
     dataset: str
@@ -125,17 +121,14 @@ class ResultFile:
 
 
 def write_records(
-    path: Path, records: list[Record], *, dataset: str, fingerprint: str | None, model: str, device: str,
-    precision: str, seconds: float | None = None, name: str | None = None, skipped: dict[Any, str] | None = None,
-    **parts: Any,
+    path: Path, records: list[Record], *, dataset: str, fingerprint: str | None, model: str, name: str | None = None,
+    skipped: dict[Any, str] | None = None, **parts: Any,
 ) -> None:  # fmt: skip
-    """Write a result file in one piece: what its figures depend on, the records, and further `parts` such as a matrix.
+    """Write a result file in one piece: what its figures depend on, the records, and further `parts` of the file.
 
-    Args:
-        dataset: folder, pattern of files, or Hub id of the images; `fingerprint` is that of its images and captions.
-        seconds: of the measurement; None where other work is in them.
-        name: what the records call the data set, by its `short_name`; None for `dataset`.
-        skipped: row -> why it could not be used and is not in the figures.
+    `dataset` is a folder, pattern of files, or Hub id of the images, `name` what the records call it where that is
+    another, `skipped` says of a row why it is not in the figures. Parts are `device`, in words; `precision`, "float32"
+    or the type of autocast; `seconds` of the measurement alone.
     """
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     module, skipped = spec.name if spec else Path(sys.argv[0]).stem, skipped or {}
@@ -148,9 +141,7 @@ def write_records(
         "model": hide_paths(model),
         "model_revision": hub_revision(model, "model"),
         "versions": package_versions(),
-        "device": device,
-        "precision": precision,
-        "seconds": seconds,
+        "seconds": None,
         "skipped_rows": len(skipped),
         "command": " ".join(["python", "-m", module, *hide_paths(sys.argv[1:])]),
         "records": listed,
