@@ -18,11 +18,9 @@ PERMISSIVE |= {"postgresql", "unlicense", "zlib"}
 
 
 def origins(model: str, datasets: Sequence[str], evaluation_dataset: str) -> dict[str, Any]:
-    """What the base and the data sets say of themselves on their own cards: titles, licences, Hub ids and commits.
+    """What the base and the data sets say of themselves on their own cards, as `origin` has it.
 
-    Returns:
-        Under "license" what the model inherits from all of them: the one licence that binds it, or None where one of
-        them states none, or where several bind it.
+    Under "license" is what the model inherits from all of them, as `inherited_license` has it.
     """
     base, data = origin(model, "model"), [origin(name, "dataset") for name in datasets]
     return {
@@ -34,7 +32,8 @@ def origins(model: str, datasets: Sequence[str], evaluation_dataset: str) -> dic
 
 
 def inherited_license(stated: list[list[str]]) -> str | None:
-    """The licence of a model made from works of the `stated` licences each; None where it does not follow from them."""
+    """The one licence that binds a model made from works of the `stated` licences each; None where one states none, or
+    several bind it."""
     if not all(stated):
         return None
     named = {licence for licences in stated for licence in licences}
@@ -43,15 +42,10 @@ def inherited_license(stated: list[list[str]]) -> str | None:
 
 
 def origin(name: str, repo_type: str) -> dict[str, Any]:
-    """What the card of a model or data set states.
+    """What the card of a model or data set states; `name` is a folder, a pattern of files, or a Hub id.
 
-    Args:
-        name: folder, pattern of files, or Hub id; `short_name` of it is kept.
-        repo_type: "model" or "dataset".
-
-    Returns:
-        `name`, `title`, `hub_id` and `revision` (of one that was loaded from the Hub), `base_model` (Hub ids),
-        `licenses`, `attribution`; None or an empty list for what it does not state.
+    Returns its `short_name`, `title`, `hub_id` and `revision` (of one that was loaded from the Hub), `base_model` (Hub
+    ids), `licenses`, `attribution`; None or an empty list for what it does not state.
     """
     of_hub = not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
     is_of_files = not Path(name).is_dir() and "/" in name  # one file, or a pattern: its card lies beside it
@@ -70,12 +64,7 @@ def origin(name: str, repo_type: str) -> dict[str, Any]:
 
 
 def short_card(sources: dict[str, Any], title: str) -> str:
-    """A card that states base, licence and credits, without a value: of a model that nobody has measured.
-
-    Args:
-        sources: of `origins`.
-        title: in words.
-    """
+    """A card that states base, licence and credits, `sources` of `origins`: of a model that nobody has measured."""
     base, works = sources["model"], [sources["model"], *sources["datasets"]]
     data = ModelCardData(
         license=sources["license"],

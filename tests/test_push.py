@@ -18,7 +18,7 @@ from hub_storage import Faults
 from pyarrow import parquet
 from sampling import one_in
 
-from hub_upload.push import PushArguments, card_metadata
+from hub_upload.push import PushArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = "---\nlicense: mit\nlanguage: [pt, en]\n---\n\n# Capivara\n\nA model.\n"
@@ -138,13 +138,6 @@ def test_only_files_of_a_model_are_sent(hub, push, folder):
     assert set(hub.files("us/model")) == {
         "README.md", "config.json", "model.safetensors", "open_clip_model.safetensors",
     }  # fmt: skip
-
-
-def test_a_path_of_this_machine_is_not_sent(hub, push, folder):
-    (folder / "run.json").write_text(json.dumps({"config": {"dataset": [str(folder)]}}), encoding="utf-8")
-    done = push("--push")
-    assert done.code == 1 and "run.json, line 1, names a place" in done.err and "hub_upload.export" in done.err
-    assert not written(hub)
 
 
 @pytest.mark.slow
@@ -342,12 +335,6 @@ def test_a_file_that_the_repository_ignores_is_said_to_be_missing(hub, push):
     assert done.code == 1 and "but without config.json" in done.err and ".gitignore" in done.err
 
 
-def test_damaged_weights_are_refused(hub, push, folder):
-    (folder / "model.safetensors").write_bytes(b"m" * 1000)
-    done = push("--push")
-    assert done.code == 1 and "no whole safetensors file" in done.err and not written(hub)
-
-
 def test_a_card_that_is_no_card_is_refused_before_the_upload(hub, push, folder):
     (folder / "README.md").write_text("---\nlicense: [mit\n---\n", encoding="utf-8")
     done = push("--push")
@@ -414,6 +401,9 @@ def test_a_token_in_a_file_or_a_flag_goes_nowhere(hub, push, folder):
     (folder / "config.json").write_text(json.dumps({"note": TOKEN}), encoding="utf-8")
     done = push("--push")
     assert done.code == 1 and "config.json, line 1, holds a token of this machine" in done.err and not written(hub)
+    (folder / "config.json").write_text(json.dumps({"dataset": str(folder)}), encoding="utf-8")
+    done = push("--push")
+    assert done.code == 1 and "config.json, line 1, names a place" in done.err and "hub_upload.export" in done.err
 
 
 @pytest.mark.parametrize(
@@ -424,12 +414,8 @@ def test_a_secret_in_what_everybody_reads_is_not_sent(hub, push, flag, secret):
     done = push("--push", flag, secret)
     assert done.code == 2 and f"{flag} holds what looks like an access token or key" in done.err
     assert secret not in done.out + done.err and hub.requests == []
-
-
-def test_a_place_in_the_message_is_not_sent(hub, push):
     done = push("--push", "--message", "Of /data1/maria/runs")
     assert done.code == 2 and "--message names a place on a machine" in done.err and hub.requests == []
-    assert push("--push", "--message", "Of 12/05, see https://x.org/a/b").code == 0
 
 
 @pytest.mark.parametrize(
@@ -468,12 +454,3 @@ def test_bad_arguments(tmp_path, fault):
     overrides, message = BAD_ARGUMENTS[fault]
     with pytest.raises(ValueError, match=message):
         PushArguments(**{"model": tmp_path, "repo_id": "us/model", **overrides})
-
-
-def test_card_metadata(folder):
-    assert card_metadata(folder / "README.md")["license"] == "mit"
-    (folder / "README.md").write_text("# no metadata\n", encoding="utf-8")
-    assert card_metadata(folder / "README.md") == {}
-    (folder / "README.md").write_text("---\n- a\n---\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="`key: value` lines"):
-        card_metadata(folder / "README.md")

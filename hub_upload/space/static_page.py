@@ -48,7 +48,7 @@ ABOUT = {  # of the page as a Space
 
 
 def write_static_page(model: str, folder: Path, library: Path | None = None) -> list[Path]:
-    """Write the folder of the page.
+    """Write the folder of the page; returns its files, relative to it, in order.
 
     Args:
         model: folder or Hub id of a CAPIVARA model. A folder that `hub_upload.export` has made for transformers.js is
@@ -56,13 +56,8 @@ def write_static_page(model: str, folder: Path, library: Path | None = None) -> 
         folder: where to; missing or empty.
         library: a `node_modules` that has `LIBRARY`; npm fetches it where None.
 
-    Returns:
-        The files, relative to `folder`, in order.
-
-    Raises:
-        ValueError: transformers.js can't express the model, npm is missing or fails, or a file names a path of this
-            machine or a token.
-        ImportError: a package that ONNX needs is missing.
+    Raises ValueError where transformers.js can't express the model, npm is missing or fails, or a file names a path of
+    this machine or a token; ImportError where a package that ONNX needs is missing.
     """
     require("A page without a server", "onnx", *ONNX_PACKAGES)
     with whole_folder(folder) as made, tempfile.TemporaryDirectory() as work:
@@ -112,11 +107,7 @@ def _exported(model: Path, work: Path) -> Path:
 
 
 def npm_packages(folder: Path, wanted: dict[str, str]) -> Path:
-    """The `node_modules` that npm makes in a folder; no script of a package runs.
-
-    Args:
-        folder: is there.
-        wanted: package -> range of its versions.
+    """The `node_modules` that npm makes in a folder, of packages with a range of versions; no script of one runs.
 
     Raises ValueError where there is no npm, or it fails.
     """
