@@ -156,13 +156,17 @@ def check_paths(path: Path, name: Path | str) -> None:
     """Raise ValueError, naming file and line, where a text file holds a path of a machine."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
-            check_words(_unescaped(line) if path.suffix == ".json" else line, f"{name}, line {number},")
+            _check_machine_paths(_unescaped(line) if path.suffix == ".json" else line, f"{name}, line {number},")
 
 
 def check_words(text: str, where: str) -> None:
     """Raise ValueError where a text holds an access token or key, or a path of a machine."""
     if found := secret_in(text):
         raise ValueError(f"{where} holds {found[0]}. Remove it, and revoke it if it is real.")
+    _check_machine_paths(text, where)
+
+
+def _check_machine_paths(text: str, where: str) -> None:
     if path := machine_path_in(text):
         raise ValueError(f"{where} names a place on a machine, {path!r}. Write it relative, or leave it out.")
 

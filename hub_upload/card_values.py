@@ -378,12 +378,6 @@ class Writer:
         """A share in per cent, or a difference of shares in points; without the unit."""
         return self.number(100 * share if is_number(share) else share, 2, sign)
 
-    def quantity(self, value: float, unit: str, thousandth: str) -> str:
-        """`value` to three digits, in the unit or, where it is small, in its thousandth."""
-        unit, scaled = (unit, value) if value >= 1 else (thousandth, 1000 * value)
-        digits = max(0, 2 - math.floor(math.log10(scaled))) if scaled else 0
-        return f"{self.number(scaled, digits)} {unit}"
-
     def duration(self, seconds: Any) -> str:
         """Seconds, as hours or minutes where there are many."""
         if seconds < 90:

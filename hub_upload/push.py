@@ -177,7 +177,10 @@ def plan(args: PushArguments) -> PushPlan:
     Raises ValueError where a file must not be sent, PushError where the Hub can't be asked or would refuse the push.
     """
     paths = files_to_send(args.model, args.repo_type)
-    metadata = card_metadata(args.model / CARD) if Path(CARD) in paths else None
+    try:
+        metadata = (metadata_load(args.model / CARD) or {}) if Path(CARD) in paths else None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"The metadata of {CARD} is not valid YAML of `key: value` lines: {error}") from error
     with hub_errors(args.repo_id, args.repo_type):
         user = str(_twice(lambda: HfApi().whoami(cache=True)["name"])) if get_token() else None
         remote = _look(args.repo_id, args.repo_type, args.revision)
@@ -191,14 +194,6 @@ def plan(args: PushArguments) -> PushPlan:
     found = PushPlan(args, user, remote, metadata, sent, same, deleted)
     _check_plan(found)
     return found
-
-
-def card_metadata(card: Path) -> dict[str, Any]:
-    """The YAML block that a card starts with. Raises ValueError where it is none."""
-    try:
-        return metadata_load(card) or {}
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"The metadata of {CARD} is not valid YAML of `key: value` lines: {error}") from error
 
 
 def check_card(args: PushArguments) -> None:

@@ -47,8 +47,8 @@ ABOUT = {  # of the page as a Space
 }
 
 
-def write_static_page(model: str, folder: Path, library: Path | None = None) -> list[Path]:
-    """Write the folder of the page; returns its files, relative to it, in order.
+def write_static_page(model: str, folder: Path, library: Path | None = None) -> None:
+    """Write the folder of the page.
 
     Args:
         model: folder or Hub id of a CAPIVARA model. A folder that `hub_upload.export` has made for transformers.js is
@@ -86,7 +86,6 @@ def write_static_page(model: str, folder: Path, library: Path | None = None) -> 
         for path in (*made.glob("*.*"), *made.glob("static/*")):
             check_secrets(path, path.name)
             check_paths(path, path.name)
-    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
 def page_html(language: str, model: dict[str, str | int]) -> str:
