@@ -55,11 +55,39 @@ def check_repo_id(repo_id: str) -> None:
     validate_repo_id(repo_id)
 
 
+def check_text(what: str, text: str) -> None:
+    """Raise ValueError where a text that everybody will read holds a secret, which is not shown."""
+    if found := secret_in(text):
+        raise ValueError(f"{what} holds {found[0]}. Leave it out.")
+
+
+def files_to_send(folder: Path, repo_type: str) -> list[Path]:
+    """The files of a folder that may leave this machine, relative to it, in order; no secret is in them.
+
+    Not `HfApi.upload_folder`: a star of its patterns stands for folders, too, and it follows links out of the folder.
+    """
+    paths = sorted(allowed_files(folder) if repo_type == "model" else data_files(folder, repo_type == "space"))
+    if not paths:
+        raise ValueError(f"{folder} holds no file of a {repo_type}.")
+    for path in paths:
+        check_text("The name of a file", path.as_posix())
+        if repo_type == "space":
+            check_secrets(folder / path, path)
+    if repo_type == "dataset":
+        check_data(folder, paths)
+    elif repo_type == "model":
+        try:
+            check_contents(folder)
+        except ValueError as error:
+            raise ValueError(f"{error} `python -m hub_upload.export` makes a folder that can be sent.") from error
+    return paths
+
+
 def allowed_files(folder: Path) -> list[Path]:
     """The files of a repository's folder that may be uploaded, relative to it, in order.
 
     Links are left out, and so are pictures that neither a training run writes nor README.md names. ValueError where one
-    is no regular file: to read a pipe would wait for ever.
+    is no regular file.
     """
     found, card = [], folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
@@ -76,7 +104,7 @@ def allowed_files(folder: Path) -> list[Path]:
 
 
 def check_regular(path: Path) -> None:
-    """Raise ValueError unless it is a file with content of its own: no pipe, socket, device or folder."""
+    """Raise ValueError unless it is a file with content of its own: no folder, and no pipe, which is waited for."""
     if not path.is_file():
         raise ValueError(f"{path} is no regular file. Remove it.")
 
@@ -91,11 +119,11 @@ def check_contents(folder: Path) -> None:
     for name in allowed_files(folder):
         path = folder / name
         if name.suffix == ".safetensors":
-            _check_words(_unescaped(_safetensors_header(path)), f"{name}, its header,")
+            check_words(_unescaped(_safetensors_header(path)), f"{name}, its header,")
             continue
         check_secrets(path, name)
         if name.suffix == ".png":
-            _check_words(_picture_texts(path, name), f"{name}, a text in it,")
+            check_words(_picture_texts(path, name), f"{name}, a text in it,")
         elif name.suffix not in BINARY and name.name not in NOT_SEARCHED:
             check_paths(path, name)
 
@@ -131,25 +159,29 @@ def check_paths(path: Path, name: Path | str) -> None:
             _check_machine_paths(_unescaped(line) if path.suffix == ".json" else line, f"{name}, line {number},")
 
 
-def _check_words(text: str, where: str) -> None:
-    """Raise ValueError where the text of a binary file holds an access token or key, or a path of a machine."""
+def check_words(text: str, where: str) -> None:
+    """Raise ValueError where a text holds an access token or key, or a path of a machine."""
     if found := secret_in(text):
         raise ValueError(f"{where} holds {found[0]}. Remove it, and revoke it if it is real.")
     _check_machine_paths(text, where)
 
 
-def _picture_texts(path: Path, name: Path | str) -> str:
-    """What a picture says in words before its pixels, such as comments of PNG, compressed or not."""
-    try:
-        with PIL.Image.open(path) as image:
-            return "\n".join(f"{key}: {text}" for key, text in image.info.items() if isinstance(text, str))
-    except Exception:  # PIL raises a dozen kinds
-        raise ValueError(f"{name} is no picture that can be read. Remove it.") from None
-
-
 def _check_machine_paths(text: str, where: str) -> None:
     if path := machine_path_in(text):
         raise ValueError(f"{where} names a place on a machine, {path!r}. Write it relative, or leave it out.")
+
+
+def _picture_texts(file: Path | BinaryIO, name: Path | str) -> str:
+    """What a picture says in words before its pixels, which are not read, such as comments of PNG, compressed or not.
+
+    ValueError where it is no picture.
+    """
+    PIL.Image.init()
+    try:
+        with PIL.Image.open(file, formats=[form for form in IMAGE_FORMATS if form in PIL.Image.OPEN]) as image:
+            return "\n".join(f"{key}: {text}" for key, text in image.info.items() if isinstance(text, str))
+    except Exception:  # PIL raises a dozen kinds
+        raise ValueError(f"{name} is no picture that can be read. Remove it.") from None
 
 
 def _unescaped(line: str) -> str:
@@ -204,9 +236,7 @@ def check_data(folder: Path, names: Sequence[Path]) -> None:
     for name in names:
         path = folder / name
         if name.suffix in PICTURES:
-            with path.open("rb") as file:
-                if not _is_picture(file):
-                    raise ValueError(f"{name} is no picture that can be read. Remove it.")
+            _picture_texts(path, name)
             check_secrets(path, name)
         elif name.suffix in (".parquet", ".arrow"):
             _check_rows(path, name)
@@ -269,12 +299,10 @@ def _fault(array: Any) -> str | None:
         return next(filter(None, map(_fault, halves)), None)
     if types.is_nested(kind):
         return _fault(array.flatten())
-    if str(kind) not in ("string", "large_string", "binary", "large_binary"):
-        if "string" not in str(kind) and "binary" not in str(kind):
-            return None
-        array = array.cast("large_binary")  # views, and bytes of one length
+    if "string" not in str(kind) and "binary" not in str(kind):
+        return None
     pattern = "|".join([SECRET_RE2, *map(re.escape, known_tokens())])
-    return SECRET if compute.any(compute.match_substring_regex(array, pattern)).as_py() else None
+    return SECRET if compute.any(compute.match_substring_regex(array.cast("large_binary"), pattern)).as_py() else None
 
 
 def _picture_fault(contents: Any, paths: Any) -> str | None:
@@ -282,16 +310,9 @@ def _picture_fault(contents: Any, paths: Any) -> str | None:
 
     if types.is_string(paths.type) and compute.any(compute.match_substring_regex(paths, OUTSIDE)).as_py():
         return "names the file of a picture by a path outside of the data set. Put the picture into it"
-    if not all(_is_picture(io.BytesIO(content.as_buffer())) for content in contents if content.is_valid):
+    try:
+        for content in (content for content in contents if content.is_valid):
+            _picture_texts(io.BytesIO(content.as_buffer()), "")
+    except ValueError:
         return "has bytes that are no picture that can be read. Take the row out"
     return None
-
-
-def _is_picture(file: BinaryIO) -> bool:
-    """Whether the header is that of a picture; its pixels are not read."""
-    PIL.Image.init()
-    try:
-        PIL.Image.open(file, formats=[name for name in IMAGE_FORMATS if name in PIL.Image.OPEN]).close()
-    except Exception:  # PIL raises a dozen kinds
-        return False
-    return True

@@ -5,11 +5,9 @@
     python -m hub_upload.card --model runs/mine --license cc-by-4.0    # where none follows from base and data
     python -m hub_upload.card --check runs/openmoji-pt-001
 
-The first takes `run.json`, `results/*.json` and the model's config, and replaces the README.md that the run has
-written. Where a figure is missing it is left out; nothing is guessed. `--check` renders the card again, compares it
-and `.eval_results` line by line, and names each line that differs. Sentences without figures may be added to a card by
-hand, and must be added again after it is rewritten. Make the card last: of a repository's folder after
-`hub_upload.export`, which rewrites those files, and before `hub_upload.push`.
+`--check` renders the card again, compares it and `.eval_results` line by line, and names each line that differs.
+Sentences without figures may be added to a card by hand, and must be added again after it is rewritten. Make the card
+last: of a repository's folder after `hub_upload.export`, which rewrites those files, and before `hub_upload.push`.
 """
 
 import difflib
@@ -28,26 +26,13 @@ from huggingface_hub.utils import yaml_dump
 
 from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.files import seed_folders, write_text
-from capivara_common.privacy import machine_path_in, secret_in
 from eval.records.schema import GAIN
-from hub_upload.allowed_files import check_repo_id
-from hub_upload.card_values import (
-    HUB_ID,
-    LANGUAGES,
-    LICENCES,
-    OWN_CLASS,
-    TEMPLATES,
-    WORDS,
-    card_facts,
-    card_values,
-    escaped,
-    needed_form,
-    one_line,
-    revision,
-)
+from hub_upload import card_values as values
+from hub_upload.allowed_files import check_repo_id, check_words
+from hub_upload.card_values import TEMPLATES, card_facts, escaped, one_line, revision
 
 CARD = "README.md"
-VERSION = 2  # of the templates; a card of an older one is checked by its values and digests, not by its words
+VERSION = 3  # of the templates; a card of an older one is checked by its values and digests, not by its words
 # What a card was made with, for `--check`; a comment, so that it is not seen. The first version named none.
 MADE_WITH = re.compile(r"<!-- made by hub_upload\.card with (\{[^\n]*\}) -->")
 # What could hide or reframe the lines around it: comments, code, tables, headings, links to anything but pages.
@@ -66,8 +51,6 @@ TASKS = {
     ("classification", ""): ("zero-shot-image-classification", "Zero-shot image classification"),
     ("linear_probe", ""): ("image-classification", "Linear probe"),
 }
-LOADERS = {"open_clip": "open_clip", "sentence_transformers": "sentence-transformers", "onnx": "onnx"}
-LOADERS |= {"transformers_js": "transformers.js"}
 
 
 @dataclass
@@ -89,9 +72,7 @@ class CardArguments:
         if (self.model is None) == (self.check is None):
             raise ValueError("Give --model FOLDER to write its card, or --check FOLDER to verify the one there.")
         if self.check and (self.repo_id or self.output or self.license):
-            raise ValueError(
-                "--check takes from the card what it was made with: no --repo_id, no --output, no --license."
-            )
+            raise ValueError("--check takes what a card was made with from it: no --repo_id, --output or --license.")
         if self.repo_id is not None:
             check_repo_id(self.repo_id)
 
@@ -105,8 +86,8 @@ def render(
     differs from what follows from them, where a figure is missing, or the card would hold a path of a machine or a
     secret.
     """
-    if language not in LANGUAGES:
-        raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}.")
+    if language not in values.LANGUAGES:
+        raise ValueError(f"language must be one of {', '.join(values.LANGUAGES)}, got {language!r}.")
     if repo_id is not None:
         check_repo_id(repo_id)
     folder, model, name = facts["folder"], facts["model"], facts["name"]
@@ -117,30 +98,25 @@ def render(
         )
     options = {"language": language, "repo_id": repo_id, "name": None if repo_id else name, "version": VERSION}
     if license is not None:
-        if license not in LICENCES:
-            raise ValueError(
-                f"license must be an identifier of the Hub, such as cc-by-4.0 or mit, got {license!r:.60}."
-            )
+        if license not in values.LICENCES:
+            raise ValueError(f"license must be an identifier of the Hub, such as mit, got {license!r:.60}.")
         if facts["license"] not in (None, license):
             raise ValueError(
                 f"The licence {facts['license']} follows from the model's base and data, so {license} can't be stated."
             )
         facts, options = facts | {"license": license}, options | {"license": license}
     name = repo_id or (name if model == folder else f"{name}/{model.name}")
-    with needed_form(folder):
+    with values.needed_form(folder):
         title = repo_id.split("/")[1] if repo_id else f"CAPIVARA ({facts['config']['language']})"
         card = ModelCard.from_template(
             metadata(facts, one_line(title)),
             template_path=str(TEMPLATES / f"model_card_{language}.md.j2"),
-            **card_values(facts, language, name, repo_id is not None),
+            **values.template_values(facts, language, name, repo_id is not None),
             title=escaped(title),
             options=json.dumps(options),
         )
     text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", str(card), flags=re.MULTILINE))
-    if path := machine_path_in(text):
-        raise ValueError(f"The card would hold a path of a machine, {path[:60]!r}. Take it out of the files.")
-    if secret := secret_in(text):
-        raise ValueError(f"The card would hold {secret[0]}. Revoke it, and take it out of the files.")
+    check_words(text, "The card, and so a file of the run,")
     return ModelCard(text)
 
 
@@ -172,9 +148,8 @@ def check(folder: Path) -> list[str]:
     """The faults of a folder's card; empty where card and files agree. ValueError where there is no card.
 
     The card is rendered again with the options that it names, and compared line by line. Lines may be added to its
-    text, if they hold no number, and nothing that could hide or reframe the lines around them. As the card lists the
-    digests of its files, a changed digit that it does not show is noticed, too. Of a card of an older template the
-    front matter, all values and all digests are compared, and of its words only that they hide or reframe nothing.
+    text, if they hold no number, and nothing that could hide or reframe the lines around them. Of a card of an older
+    template the front matter, all values and all digests are compared, and no such line may be added.
     """
     seed_folders(folder)  # refuses an unfinished run
     if not (folder / CARD).is_file():
@@ -185,19 +160,23 @@ def check(folder: Path) -> list[str]:
     try:
         facts = card_facts(folder, options["name"])
         expected = str(render(facts, options["language"], options["repo_id"], options.get("license")))
-        wanted = eval_results(facts)
+        published = eval_results(facts)
     except ValueError as error:
         return [f"{CARD}: {error}"]
-    (front, body), (wanted_front, wanted_body) = _parts(text), _parts(expected)
+    (front, body), (wanted_front, wanted) = _parts(text), _parts(expected)
     faults = [*_differences(CARD, wanted_front, front)]
-    if is_older(text):
-        faults += _other_values(wanted_body.replace(f', "version": {VERSION}', ""), body)
-    else:
-        faults += _differences(CARD, wanted_body, body, may_add=True)
+    if older := is_older(text):
+        named = options.get("version", 1)
+        wanted = wanted.replace(f', "version": {VERSION}', f', "version": {named}' if named > 1 else "")
+        lines, known = (Counter(line.rstrip() for line in part.split("\n")) for part in (body, wanted))
+        framing = [line for line in lines - known if FRAMES.search(line.lstrip("| "))]  # of its own it has none
+        faults += [f"{CARD}: it says {line[:SHOWN]!r}." for line in framing]
+        wanted, body = ("\n".join(sorted(VALUES.findall(part))) for part in (wanted, body))
+    faults += _differences(CARD, wanted, body, may_add=not older)
     there = {path.relative_to(folder).as_posix() for path in (folder / ".eval_results").glob("*.y*ml")}
-    for name in sorted({*wanted, *there}):
-        text = _read(folder / name) if (folder / name).is_file() else ""
-        faults += _differences(name, wanted.get(name, ""), text) if name in wanted else [f"{name}: no run made it."]
+    for name in sorted({*published, *there}):
+        text = _read(folder / name) if name in there else ""
+        faults += _differences(name, published[name], text) if name in published else [f"{name}: no run made it."]
     return faults
 
 
@@ -211,7 +190,7 @@ def made_with(text: str) -> dict[str, Any] | None:
     with suppress(ValueError, TypeError, IndexError):
         options = json.loads(MADE_WITH.findall(text)[-1])
         known = set(options) - {"license", "version"} == {"language", "repo_id", "name"}
-        if known and options["language"] in LANGUAGES and options.get("version", 1) in range(1, VERSION + 1):
+        if known and options["language"] in values.LANGUAGES and options.get("version", 1) in range(1, VERSION + 1):
             if options["repo_id"] is not None:
                 check_repo_id(options["repo_id"])
             return options
@@ -244,19 +223,6 @@ def _differences(name: str, expected: str, text: str, may_add: bool = False) -> 
         yield from (f"{name}: it says {line[:SHOWN]!r}." for line in added)
 
 
-def _other_values(expected: str, text: str) -> Iterator[str]:
-    """The values and digests of two cards of different templates that only one has, and what frames lines, but tables.
-
-    Of the older templates all such lines are in the present one.
-    """
-    wanted, there = (Counter(VALUES.findall(part)) for part in (expected, text))
-    yield from (f"{CARD}: the files give {value}, which it does not say so often." for value in wanted - there)
-    yield from (f"{CARD}: it says {value}, which the files do not give so often." for value in there - wanted)
-    wanted, there = (Counter(line.rstrip() for line in part.split("\n")) for part in (expected, text))
-    added = (line for line in there - wanted if FRAMES.search(line.lstrip("| ")))
-    yield from (f"{CARD}: it says {line[:SHOWN]!r}." for line in added)
-
-
 def _read(path: Path) -> str:
     return path.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
 
@@ -271,7 +237,7 @@ def metadata(facts: dict[str, Any], title: str) -> ModelCardData:
     """The front matter. What names no language, licence or Hub id as the Hub knows them is left out."""
     stated = [code.split("-")[0] for code in facts["config"]["eval_languages"] if isinstance(code, str)]
     languages = list(dict.fromkeys(stated))
-    kind = "clip" if facts["model_class"] == OWN_CLASS else facts["architecture"].get("model_type", "clip")
+    kind = "clip" if facts["model_class"] == values.OWN_CLASS else facts["architecture"].get("model_type", "clip")
     tags = ["capivara", kind, "image-text-retrieval", "zero-shot"]
     tags += ["multilingual"] if len(languages) > 1 else []
     model = facts["origins"].get("model") or {}
@@ -284,7 +250,7 @@ def metadata(facts: dict[str, Any], title: str) -> ModelCardData:
         pipeline_tag="zero-shot-image-classification",
         base_model=base[0] if len(base) == 1 else base or None,
         datasets=hub_ids(origin.get("hub_id") for origin in facts["origins"].get("datasets", ())) or None,
-        tags=tags + [tag for kind, tag in LOADERS.items() if kind in facts["formats"]],
+        tags=tags + facts["formats"],
         model_name=title,
         eval_results=[_index_entry(facts, measured) for measured in _published(facts)],
     )
@@ -298,7 +264,7 @@ def metadata(facts: dict[str, Any], title: str) -> ModelCardData:
 
 def hub_ids(names: Any) -> list[str]:
     """Those of some names that are Hub ids."""
-    return [name for name in names if isinstance(name, str) and HUB_ID.fullmatch(name)]
+    return [name for name in names if isinstance(name, str) and values.HUB_ID.fullmatch(name)]
 
 
 def eval_results(facts: dict[str, Any]) -> dict[str, str]:
@@ -345,7 +311,7 @@ def _index_entry(facts: dict[str, Any], measured: Any) -> EvalResult:
         dataset_split=one_line(record.split),
         dataset_revision=commit,
         metric_type=one_line(record.metric),
-        metric_name=WORDS["en"]["names"].get(record.metric) or re.sub(r"^recall@", "R@", record.metric),
+        metric_name=values.WORDS["en"]["names"].get(record.metric) or re.sub(r"^recall@", "R@", record.metric),
         metric_value=record.value,
         metric_args=arguments if record.seed is None else {**arguments, "seed": record.seed},
     )

@@ -28,17 +28,8 @@ from capivara_common.hub_cache import COMMIT
 from capivara_common.privacy import secret_in
 from capivara_common.weight_file import WeightFile
 from eval.benchmarks import published_base
-from eval.records.schema import (
-    DIRECTIONS,
-    GAIN,
-    RANK_METRICS,
-    SCHEMA_VERSION,
-    TASKS,
-    ResultFile,
-    is_number,
-    parse_result,
-    read_object,
-)
+from eval.records import schema
+from eval.records.schema import DIRECTIONS, GAIN, RANK_METRICS, TASKS, ResultFile, is_number
 from eval.records.tables import conflicts, pairs_of, records_frame, values_of
 from hub_upload.allowed_files import RUN_PICTURES
 
@@ -53,12 +44,11 @@ MARKDOWN_TEMPLATES = jinja2.Environment(
 # Identifiers of https://huggingface.co/docs/hub/repositories-licenses, but for "unknown" and "other"
 LICENCES = frozenset((Path(__file__).parent / "licences.txt").read_text(encoding="utf-8").split())
 GRAPHS = "onnx/quantisation.json"
-FORMATS = {
+FORMATS = {  # tag on the Hub -> files by which a folder has it
     "open_clip": ("open_clip_config.json", "open_clip_model.safetensors"),
-    "open_clip_from_inside": ("text_model/config.json",),  # which open_clip finds only from inside the folder
-    "sentence_transformers": ("modules.json",),
+    "sentence-transformers": ("modules.json",),
     "onnx": ("onnx/text_model.onnx", "onnx/vision_model.onnx"),
-    "transformers_js": ("onnx/model.onnx", "preprocessor_config.json"),
+    "transformers.js": ("onnx/model.onnx", "preprocessor_config.json"),
 }
 HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?<![.-])", re.ASCII)
 OWN_CLASS = "CapivaraModel"
@@ -166,7 +156,7 @@ def _facts(folder: Path, name: str) -> dict[str, Any]:
         "architecture": architecture,  # `config.json` of the model; empty where the folder holds none
         "parameters": sum(math.prod(one.shape) for file in weights for one in file.places.values()),
         "graphs": graphs["graphs"] if graphs else {},  # sizes and differences of ONNX's
-        "formats": {key for key, files in FORMATS.items() if all((folder / file).is_file() for file in files)},
+        "formats": [tag for tag, files in FORMATS.items() if all((folder / file).is_file() for file in files)],
         "pictures": pictures,  # paths of those of `RUN_PICTURES` that are there
         "digests": dict(sorted(digests.items())),  # file -> SHA-256 of all that was read, and of the pictures
     }
@@ -185,8 +175,8 @@ def _runs(folder: Path, digests: dict[str, str]) -> tuple[Path, Content, list[Co
     read = []
     for path in paths:
         run = _read(path, folder, digests)
-        if run["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(f"{run.pointer} has schema version {run['schema_version']!r:.20}, not {SCHEMA_VERSION}.")
+        if (version := run["schema_version"]) != schema.SCHEMA_VERSION:
+            raise ValueError(f"{run.pointer} has schema version {version!r:.20}, not {schema.SCHEMA_VERSION}.")
         for key, kind in (("config", dict), ("versions", dict), ("seconds", dict), ("seed", int), ("device", str)):
             if not isinstance(run[key], kind):
                 raise ValueError(f"{run.pointer}/{key} must be of type {kind.__name__}, got {run[key]!r:.60}.")
@@ -200,7 +190,7 @@ def _read(path: Path, folder: Path, digests: dict[str, str]) -> Content:
     """The object of a JSON file; its digest is noted."""
     name = path.relative_to(folder).as_posix()
     try:
-        content, data = read_object(path)
+        content, data = schema.read_object(path)
     except ValueError as error:
         raise ValueError(f"{name} {error}.") from error
     if secret := secret_in(data.decode("utf-8")):
@@ -224,7 +214,7 @@ def _result(path: Path, folder: Path, digests: dict[str, str]) -> ResultFile | N
     """A result file; None of another JSON file, such as a suite's summary."""
     content = _read(path, folder, digests)
     try:
-        return parse_result(content, path.relative_to(folder).as_posix()) if "records" in content else None
+        return schema.parse_result(content, path.relative_to(folder).as_posix()) if "records" in content else None
     except ValueError as error:
         raise ValueError(f"{content.pointer}/{error}.") from error
 
@@ -388,12 +378,6 @@ class Writer:
         """A share in per cent, or a difference of shares in points; without the unit."""
         return self.number(100 * share if is_number(share) else share, 2, sign)
 
-    def quantity(self, value: float, unit: str, thousandth: str) -> str:
-        """`value` to three digits, in the unit or, where it is small, in its thousandth."""
-        unit, scaled = (unit, value) if value >= 1 else (thousandth, 1000 * value)
-        digits = max(0, 2 - math.floor(math.log10(scaled))) if scaled else 0
-        return f"{self.number(scaled, digits)} {unit}"
-
     def duration(self, seconds: Any) -> str:
         """Seconds, as hours or minutes where there are many."""
         if seconds < 90:
@@ -470,7 +454,7 @@ class Writer:
 # --- All of it, for a template ---------------------------------------------------------------------------------------
 
 
-def card_values(facts: dict[str, Any], language: str, name: str, is_repository: bool) -> dict[str, Any]:
+def template_values(facts: dict[str, Any], language: str, name: str, is_repository: bool) -> dict[str, Any]:
     """All that a template is given but title and options; `name` is what the code loads.
 
     Raises ValueError where a figure is missing.

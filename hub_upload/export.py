@@ -6,9 +6,8 @@
     python -m hub_upload.export --model MODEL --output text_side --formats drop_in --base data/openmoji/base
     python -m hub_upload.export --model MODEL --output immich --formats immich      # with --base its text side alone
 
-A format that can read another's weights gets no copy of its own. Weights are not loaded but mapped, and what open_clip
-will read is compared with the model tensor by tensor. Nothing is written but what ALLOWED_FILES names, and no file may
-hold a path of a machine or an access token.
+A format that can read another's weights gets no copy of its own. Weights are not loaded but mapped. Nothing is written
+but what ALLOWED_FILES names.
 """
 
 import logging
@@ -23,24 +22,12 @@ from transformers import PreTrainedConfig, ProcessorMixin
 import modeling_capivara
 from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.environment import require
-from capivara_common.files import check_inputs_stay, read_json, whole_folder, write_json, write_text
+from capivara_common.files import check_inputs_stay, read_json, seed_folders, whole_folder, write_json, write_text
 from capivara_common.privacy import hide_paths, short_name
 from hub_upload import allowed_files as allowed
-from hub_upload.formats import (
-    check_tensors,
-    drop_in,
-    immich,
-    onnx,
-    open_clip,
-    read_config,
-    siglip,
-    tensor_digests,
-    transformers_js,
-)
-from hub_upload.formats.open_clip import OPEN_CLIP_WEIGHTS
+from hub_upload.formats import drop_in, immich, onnx, open_clip, siglip, transformers_js
 from modeling_capivara import CapivaraConfig, CapivaraProcessor
-from modeling_capivara.convert_open_clip import capivara_state_dict, write_open_clip_weights
-from modeling_capivara.loading import WEIGHTS, load_processor, mapped_model, mapped_tensors
+from modeling_capivara.loading import load_processor, two_towers_config
 
 FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")  # in one repository
 KNOWN = (*FORMATS, "transformers_js", "drop_in", "immich")  # the last two each a folder of its own
@@ -74,10 +61,8 @@ class ExportArguments:
     )
     text_config: str | None = flag(
         None,
-        "Where open_clip finds the text tower's configuration. The published architecture needs none: it "
-        "is that of XLM-RoBERTa base, on the Hub. For any other: a Hub id; or a folder that holds it, such as the "
-        "model's own, to be copied to text_model/ in the repository, where open_clip finds it only when started "
-        "in the downloaded folder, as local-dir:. Without it open_clip is left out.",
+        "Hub id where open_clip finds the text tower's configuration. The published architecture needs none: it is "
+        "that of XLM-RoBERTa base. Of any other open_clip is left out without it.",
     )
     repo_id: str | None = flag(
         None,
@@ -122,10 +107,8 @@ def export(
         model: folder of a model of two towers, CAPIVARA's or another class of transformers.
         output: the folder to be made.
         formats: of `KNOWN`, transformers among them or one alone.
-        text_config: Hub id or folder of the text tower's configuration, for open_clip; see `text_config_source`.
+        text_config, repo_id, base: as of `ExportArguments`.
         overwrite: replace what is at `output`.
-        repo_id: where it will be published; open_clip then takes the tokenizer from there.
-        base: folder or Hub id of the model whose pictures' embeddings a text side is for.
 
     Returns:
         Path relative to the folder and size in bytes of every file, in order.
@@ -137,19 +120,20 @@ def export(
         OSError: the disk is full.
     """
     formats = _checked_formats(formats, text_config, base)
-    check_inputs_stay(output, model, text_config, base)
+    check_inputs_stay(output, model, base)
     with whole_folder(output, overwrite) as folder:
         if formats == ["drop_in"]:
-            drop_in.write(model, folder, str(base), repo_id)
+            drop_in.write(model, folder, read_config(model, formats), str(base), repo_id)
         elif formats == ["immich"]:
-            immich.write(model, folder, base)
+            immich.write(model, folder, read_config(model, formats), base)
         else:
             _write_repository(model, folder, formats, text_config, repo_id)
-        return _finished(folder)
+        allowed.check_contents(folder)
+        return [(name.as_posix(), (folder / name).stat().st_size) for name in allowed.allowed_files(folder)]
 
 
 def _checked_formats(formats: Sequence[str], text_config: str | None, base: str | None) -> list[str]:
-    """The formats without blanks, or ValueError, or ImportError where onnx lacks a package."""
+    """The formats without blanks, or ValueError, or ImportError where ONNX lacks a package."""
     formats = [name.strip() for name in formats if name.strip()]
     if unknown := [name for name in formats if name not in KNOWN]:
         raise ValueError(f"There is no format {unknown[0]!r}; there are {', '.join(KNOWN)}.")
@@ -165,31 +149,54 @@ def _checked_formats(formats: Sequence[str], text_config: str | None, base: str 
         raise ValueError(f"formats must hold transformers, whose files the others read, got {','.join(formats)!r}.")
     if "transformers_js" in formats and "onnx" not in formats:
         formats.append("onnx")  # whose graphs and weights it reads
-    if "onnx" in formats:
-        require("onnx in --formats (leave it out to do without)", "onnx", *onnx.ONNX_PACKAGES)
+    if alone or "onnx" in formats:
+        what = f"{alone[0]} in --formats" if alone else "onnx in --formats (leave it out to do without)"
+        require(what, "onnx", *onnx.ONNX_PACKAGES)
     return formats
 
 
-def _write_repository(
-    model: Path, folder: Path, formats: list[str], text_config: str | None, repo_id: str | None
-) -> None:
+def read_config(folder: Path, formats: Sequence[str] = ()) -> PreTrainedConfig:
+    """The configuration of a model folder, of any model of two towers; of CAPIVARA or SigLIP for drop_in and immich.
+
+    Raises ValueError where it is none; a run's several seeds are named.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"The model folder {folder} does not exist.")
+    if not (folder / "config.json").is_file():
+        seeds = [path.name for path in seed_folders(folder) if (path / "config.json").is_file()]
+        hint = f" It is a run of several seeds; name one of {', '.join(seeds)} in it." if seeds else ""
+        raise ValueError(f"The folder {folder} holds no model (config.json is missing).{hint}")
+    config = two_towers_config(folder)
+    if {"drop_in", "immich"} & {*formats} and config.model_type not in immich.NAMES:
+        raise ValueError(
+            f"{formats[0]} is written of CAPIVARA and SigLIP alone, and {folder} is {config.model_type}. The whole "
+            "model (--formats transformers,onnx) opens in place of its base, and finds the base's vectors."
+        )
+    return config
+
+
+def _write_repository(model: Path, folder: Path, formats: list[str], tower: str | None, repo_id: str | None) -> None:
     """The whole model; what a format can't express is said before weights are read."""
     config, processor = read_config(model), load_processor(model)
     is_own = isinstance(config, CapivaraConfig)
-    if text_config and not is_own:
+    if tower and not is_own:
         raise ValueError(f"text_config is for CAPIVARA's own class; open_clip needs none for {config.model_type}.")
     if "transformers_js" in formats:
         transformers_js.readable_tokenizer(model)
     settings = None
     if "open_clip" in formats and is_own:
-        settings = open_clip.open_clip_settings(config, processor.image_processor, text_config, repo_id)
-    has_siglip = "open_clip" in formats and not is_own and _has_open_clip(config)
-    _write_weights(model, folder, config, with_open_clip=settings is not None)
+        settings = open_clip.open_clip_settings(config, processor.image_processor, tower, repo_id)
+    open_clip.write_weights(model, folder, config, with_open_clip=settings is not None)
     _write_processor(model, folder, processor)
     if settings:
         open_clip.write_open_clip_config(folder, config, settings, processor.tokenizer)
-    if has_siglip:
-        siglip.write_open_clip(model, folder, repo_id or short_name(str(model)))
+    if "open_clip" in formats and not is_own:
+        try:
+            siglip.check_open_clip(config)
+        except (ValueError, ImportError) as error:
+            logger.info("open_clip is left out: %s", error)
+        else:
+            siglip.write_open_clip(model, folder, repo_id or short_name(str(model)))
     if "sentence_transformers" in formats:
         open_clip.write_sentence_transformers(folder, processor)
     if "transformers_js" in formats:
@@ -199,34 +206,6 @@ def _write_repository(
     elif "onnx" in formats:
         onnx.write_onnx(folder)
     _write_records(model, folder)
-
-
-def _has_open_clip(config: PreTrainedConfig) -> bool:
-    """Whether open_clip has such a model of transformers' classes; says why it is left out."""
-    try:
-        siglip.check_open_clip(config)
-    except (ValueError, ImportError) as error:
-        logger.info("open_clip is left out: %s", error)
-        return False
-    return True
-
-
-def _write_weights(model: Path, folder: Path, config: PreTrainedConfig, with_open_clip: bool) -> None:
-    """Configuration, code and weights, for transformers and open_clip, each compared with the model by tensor.
-
-    Memory holds one copy of the weights at a time: pages of the file that is read or compared.
-    """
-    mapped = mapped_model(model, config)
-    expected = tensor_digests(mapped.state_dict())
-    mapped.save_pretrained(folder)
-    if with_open_clip:
-        write_open_clip_weights(mapped, folder)
-    del mapped
-    check_tensors(folder / WEIGHTS, mapped_tensors([folder / WEIGHTS]), expected)
-    if with_open_clip:
-        written = capivara_state_dict(mapped_tensors([folder / OPEN_CLIP_WEIGHTS]))  # under transformers' names again
-        check_tensors(folder / OPEN_CLIP_WEIGHTS, written, expected)
-        logger.info("transformers and open_clip: %d tensors compared, all equal.", len(expected))
 
 
 def _write_processor(model: Path, folder: Path, processor: ProcessorMixin) -> None:
@@ -267,12 +246,6 @@ def _write_records(model: Path, folder: Path) -> None:
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
     write_text(folder / ".gitattributes", GIT_ATTRIBUTES)
-
-
-def _finished(folder: Path) -> list[tuple[str, int]]:
-    """Name and bytes of all files, after a check that all may be uploaded."""
-    allowed.check_contents(folder)
-    return [(name.as_posix(), (folder / name).stat().st_size) for name in allowed.allowed_files(folder)]
 
 
 if __name__ == "__main__":

@@ -6,23 +6,22 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import ModelCardData, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, try_to_load_from_cache
 
 from capivara_common.privacy import short_name
-from hub_upload.card_values import escaped
+from hub_upload.card_values import TEMPLATES, escaped
 from modeling_capivara.loading import card_metadata
 
 # Licences that let what is made of several works carry the licence of the other ones, their notices kept.
 PERMISSIVE = {"apache-2.0", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0", "isc", "mit", "ncsa", "pddl"}
 PERMISSIVE |= {"postgresql", "unlicense", "zlib"}
+SHORT_CARD = TEMPLATES / "short_card.md.j2"
 
 
 def origins(model: str, datasets: Sequence[str], evaluation_dataset: str) -> dict[str, Any]:
-    """What the base and the data sets say of themselves on their own cards: titles, licences, Hub ids and commits.
+    """What the base and the data sets say of themselves on their own cards, as `origin` has it.
 
-    Returns:
-        Under "license" what the model inherits from all of them: the one licence that binds it, or None where one of
-        them states none, or where several bind it.
+    Under "license" is what the model inherits from all of them, as `inherited_license` has it.
     """
     base, data = origin(model, "model"), [origin(name, "dataset") for name in datasets]
     return {
@@ -34,7 +33,8 @@ def origins(model: str, datasets: Sequence[str], evaluation_dataset: str) -> dic
 
 
 def inherited_license(stated: list[list[str]]) -> str | None:
-    """The licence of a model made from works of the `stated` licences each; None where it does not follow from them."""
+    """The one licence that binds a model made from works of the `stated` licences each; None where one states none, or
+    several bind it."""
     if not all(stated):
         return None
     named = {licence for licences in stated for licence in licences}
@@ -43,15 +43,10 @@ def inherited_license(stated: list[list[str]]) -> str | None:
 
 
 def origin(name: str, repo_type: str) -> dict[str, Any]:
-    """What the card of a model or data set states.
+    """What the card of a model or data set states; `name` is a folder, a pattern of files, or a Hub id.
 
-    Args:
-        name: folder, pattern of files, or Hub id; `short_name` of it is kept.
-        repo_type: "model" or "dataset".
-
-    Returns:
-        `name`, `title`, `hub_id` and `revision` (of one that was loaded from the Hub), `base_model` (Hub ids),
-        `licenses`, `attribution`; None or an empty list for what it does not state.
+    Returns its `short_name`, `title`, `hub_id` and `revision` (of one that was loaded from the Hub), `base_model` (Hub
+    ids), `licenses`, `attribution`; None or an empty list for what it does not state.
     """
     of_hub = not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
     is_of_files = not Path(name).is_dir() and "/" in name  # one file, or a pattern: its card lies beside it
@@ -70,22 +65,13 @@ def origin(name: str, repo_type: str) -> dict[str, Any]:
 
 
 def short_card(sources: dict[str, Any], title: str) -> str:
-    """A card that states base, licence and credits, without a value: of a model that nobody has measured.
-
-    Args:
-        sources: of `origins`.
-        title: in words.
-    """
+    """A card that states base, licence and credits, `sources` of `origins`: of a model that nobody has measured."""
     base, works = sources["model"], [sources["model"], *sources["datasets"]]
-    data = ModelCardData(
-        license=sources["license"],
-        library_name="transformers",
-        base_model=[base["hub_id"]] if base["hub_id"] else base["base_model"] or None,
-    )
-    stated = [f"- {escaped(w['title'])}: {escaped(', '.join(w['licenses'])) or 'no licence stated'}" for w in works]
-    credits = [f"- {escaped(work['attribution'])}" for work in works if work["attribution"]]
-    said = "Licences of its base and data:"
-    return "\n".join([f"---\n{data.to_yaml()}\n---\n\n# {escaped(title)}\n\n{said}\n", *stated, *credits, ""])
+    models = [base["hub_id"]] if base["hub_id"] else base["base_model"] or None
+    said = [{key: escaped(work[key] or "") for key in ("title", "attribution")} for work in works]
+    said = [of | {"licences": escaped(", ".join(work["licenses"]))} for of, work in zip(said, works, strict=True)]
+    data = ModelCardData(license=sources["license"], library_name="transformers", base_model=models)
+    return str(ModelCard.from_template(data, template_path=str(SHORT_CARD), title=escaped(title), works=said))
 
 
 @cache  # a data set that is trained on is often measured on, too

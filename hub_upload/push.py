@@ -9,9 +9,8 @@ would change.
     python -m hub_upload.push --model demo --repo-id my-name/my-demo --repo-type space --push   # of hub_upload.space
 
 The token is huggingface_hub's own: HF_TOKEN, or what `hf auth login` has saved. Only files that belong to a model or a
-data set are sent; files on the Hub that the folder does not have stay, but for those of an older Space, in folders that
-are sent. After a broken connection, run the same command again: files that have arrived are not sent a second time, and
-what has not changed makes no commit.
+data set are sent; what else is on the Hub stays, but for files of an older Space in folders that are sent. After a
+broken connection, run the same command again.
 """
 
 import inspect
@@ -23,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
@@ -44,8 +44,8 @@ from huggingface_hub.utils.sha import git_hash
 from tqdm import tqdm
 
 from capivara_common.cli import flag, parse, run_command, user_errors
-from capivara_common.privacy import machine_path_in, printable, secret_in
-from hub_upload.allowed_files import allowed_files, check_contents, check_data, check_repo_id, check_secrets, data_files
+from capivara_common.privacy import machine_path_in, printable
+from hub_upload.allowed_files import check_repo_id, check_text, files_to_send
 from hub_upload.card import CARD, outdated, write_card
 
 # Of a branch or tag: neither a commit nor another kind of reference.
@@ -76,6 +76,7 @@ REFUSALS = {
 REPOSITORY = "repository"  # folder in that of the run, until it is on the Hub
 CHECKPOINTS = "checkpoints"  # branch
 FORMATS = ("transformers", "open_clip", "sentence_transformers")  # onnx takes minutes, and packages of its own
+readable = partial(tqdm.format_sizeof, suffix="B")  # bytes in words, of a thousand each, such as "1.46GB"
 logger = logging.getLogger("capivara")
 
 
@@ -105,7 +106,7 @@ class PushArguments:
     def __post_init__(self) -> None:
         self.model = Path(self.model)
         for name in ("repo_id", "revision", "tag", "message"):
-            _check_message(f"--{name.replace('_', '-')}", getattr(self, name))
+            check_text(f"--{name.replace('_', '-')}", getattr(self, name) or "")
         if path := machine_path_in(self.message or ""):
             raise ValueError(f"--message names a place on a machine, {path!r}. Leave it out.")
         check_repo_id(self.repo_id)
@@ -158,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     if not (planned.sent or planned.deleted or planned.makes_branch or planned.makes_tag):
         print("The Hub has all of it already; there is nothing to send.")
     elif not args.push:
-        size = readable_size(sum(file.upload_info.size for file in planned.sent))
+        size = readable(sum(file.upload_info.size for file in planned.sent))
         print(f"Nothing was sent. With --push, {len(planned.sent)} files ({size}) are sent in one commit.")
     else:
         url = push(planned)
@@ -176,7 +177,10 @@ def plan(args: PushArguments) -> PushPlan:
     Raises ValueError where a file must not be sent, PushError where the Hub can't be asked or would refuse the push.
     """
     paths = files_to_send(args.model, args.repo_type)
-    metadata = card_metadata(args.model / CARD) if Path(CARD) in paths else None
+    try:
+        metadata = (metadata_load(args.model / CARD) or {}) if Path(CARD) in paths else None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"The metadata of {CARD} is not valid YAML of `key: value` lines: {error}") from error
     with hub_errors(args.repo_id, args.repo_type):
         user = str(_twice(lambda: HfApi().whoami(cache=True)["name"])) if get_token() else None
         remote = _look(args.repo_id, args.repo_type, args.revision)
@@ -190,37 +194,6 @@ def plan(args: PushArguments) -> PushPlan:
     found = PushPlan(args, user, remote, metadata, sent, same, deleted)
     _check_plan(found)
     return found
-
-
-def files_to_send(folder: Path, repo_type: str) -> list[Path]:
-    """The files of a folder that may leave this machine, relative to it, and no secret in them.
-
-    Not `HfApi.upload_folder`: a star of its patterns stands for folders, too, and it follows links out of the folder.
-    """
-    paths = sorted(allowed_files(folder) if repo_type == "model" else data_files(folder, repo_type == "space"))
-    if not paths:
-        raise ValueError(f"{folder} holds no file of a {repo_type}.")
-    for path in paths:
-        _check_message("The name of a file", path.as_posix())
-    if repo_type == "dataset":
-        check_data(folder, paths)
-    elif repo_type == "space":
-        for path in paths:
-            check_secrets(folder / path, path)
-    else:
-        try:
-            check_contents(folder)
-        except ValueError as error:
-            raise ValueError(f"{error} `python -m hub_upload.export` makes a folder that can be sent.") from error
-    return paths
-
-
-def card_metadata(card: Path) -> dict[str, Any]:
-    """The YAML block that a card starts with. Raises ValueError where it is none."""
-    try:
-        return metadata_load(card) or {}
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"The metadata of {CARD} is not valid YAML of `key: value` lines: {error}") from error
 
 
 def check_card(args: PushArguments) -> None:
@@ -237,24 +210,22 @@ def check_card(args: PushArguments) -> None:
 
 def report(planned: PushPlan) -> str:
     """The plan in words, to be read before it is carried out."""
-    args, remote = planned.args, planned.remote
+    args, remote, there = planned.args, planned.remote, planned.remote.files
     state = f"does not exist, will be made{', private' * args.private}"
     if remote.exists:
         state = f"{'private' if remote.private else 'public'}, at {str(remote.start)[:7]}"
     branch = "a pull request to main" if args.pull_request else args.revision
     branch += ", will be made from main" if planned.makes_branch else ""
     lines = [f"{args.repo_type} {args.repo_id} ({state}), {branch}; token of {_name(planned.user or 'nobody')}"]
-    for file in sorted(planned.sent, key=lambda file: file.path_in_repo in remote.files):
-        there = remote.files.get(file.path_in_repo)
-        before = f", was {readable_size(there.size)}" if there else ""
-        size = f"({readable_size(file.upload_info.size)}{before})"
-        lines.append(f"  {'change' if there else 'add   '}  {_name(file.path_in_repo)}  {size}")
-    lines += [f"  delete  {_name(path)}  ({readable_size(remote.files[path].size)})" for path in planned.deleted]
+    sizes = {file.path_in_repo: file.upload_info.size for file in planned.sent}
+    for path in sorted(sizes, key=lambda path: path in there):
+        before = f", was {readable(there[path].size)}" if path in there else ""
+        lines.append(f"  {'change' if before else 'add   '}  {_name(path)}  ({readable(sizes[path])}{before})")
+    lines += [f"  delete  {_name(path)}  ({readable(there[path].size)})" for path in planned.deleted]
     lines += [f"  same    {len(planned.same)} files"] if planned.same else []
-    ours = {".gitattributes", *planned.deleted, *planned.same, *(file.path_in_repo for file in planned.sent)}
-    stay = sorted({*remote.files} - ours)  # the first of ours is made by the Hub
-    lines += [f"  stays   {_name(path)}  (on the Hub, not in the folder)" for path in stay]
-    lines += [f"note: --delete {_name(path)}: it is not on the Hub." for path in {*args.delete} - {*remote.files}]
+    ours = {".gitattributes", *planned.deleted, *planned.same, *sizes}  # the first is made by the Hub
+    lines += [f"  stays   {_name(path)}  (on the Hub, not in the folder)" for path in sorted({*there} - ours)]
+    lines += [f"note: --delete {_name(path)}: it is not on the Hub." for path in {*args.delete} - {*there}]
     if planned.metadata is None:
         lines.append(f"note: there is no {CARD}: the page on the Hub will be empty.")
     else:
@@ -265,20 +236,9 @@ def report(planned: PushPlan) -> str:
     return "\n".join(lines)
 
 
-def readable_size(size: int) -> str:
-    """Bytes in words, of a thousand each, such as "1.46GB"."""
-    return tqdm.format_sizeof(size, "B")
-
-
 def _name(text: str) -> str:
     """A name of others on one line, to be shown."""
     return printable(text.replace("\n", "\\n").replace("\t", "\\t"))
-
-
-def _check_message(what: str, text: str | None) -> None:
-    """Raise ValueError where a text that everybody will read holds a secret, which is not shown."""
-    if found := secret_in(text or ""):
-        raise ValueError(f"{what} holds {found[0]}. Leave it out.")
 
 
 def _is_on_hub(file: CommitOperationAdd, there: RepoFile | None) -> bool:
@@ -341,7 +301,12 @@ def push(planned: PushPlan) -> str | None:
             api.create_branch(args.repo_id, branch=args.revision, revision=remote.start, repo_type=args.repo_type)
         commit = _commit(planned, str(remote.start)) if planned.sent or planned.deleted else None
         if planned.makes_tag:
-            _tag(args, commit.oid if commit else str(remote.start))
+            at = commit.oid if commit else str(remote.start)
+            try:
+                api.create_tag(args.repo_id, tag=str(args.tag), revision=at, repo_type=args.repo_type)
+            except Exception as error:  # of whatever kind: the user must know that the files are there
+                reason = _explained(error, args.repo_id, args.repo_type)
+                raise PushError(f"The files are on the Hub, but the tag {args.tag} was not made. {reason}") from None
     return None if commit is None else commit.pr_url or commit.commit_url
 
 
@@ -381,14 +346,6 @@ def _commit(planned: PushPlan, parent: str) -> CommitInfo:
             "command without --push to see what is there."
         )
     return commit
-
-
-def _tag(args: PushArguments, commit: str) -> None:
-    try:
-        HfApi().create_tag(args.repo_id, tag=str(args.tag), revision=commit, repo_type=args.repo_type)
-    except Exception as error:  # of whatever kind: the user must know that the files are there
-        reason = _explained(error, args.repo_id, args.repo_type)
-        raise PushError(f"The files are on the Hub, but the tag {args.tag} was not made. {reason}") from None
 
 
 def _title(planned: PushPlan) -> str:

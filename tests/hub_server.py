@@ -149,14 +149,8 @@ class _Handler(HttpHandler):
         """An answer of something that is not the Hub, or of a Hub that is ill."""
         for _ in self.left:
             pass
-        pause = self.hub.faults.drip_s
-        if pause is None:
-            self.head(status, headers, len(body))
-            self.wfile.write(body if self.command != "HEAD" else b"")
-            return
-        for letter in f"HTTP/1.1 {status} OK\r\nX-Wait: {'.' * 10_000}\r\n".encode():
-            self.wfile.write(bytes([letter]))
-            time.sleep(pause)
+        self.head(status, headers, len(body))
+        self.wfile.write(body if self.command != "HEAD" else b"")
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 

@@ -40,7 +40,6 @@ class Faults:
         late_commit: the next commit is made by an earlier try that arrives late, and is itself refused.
         ignored: paths that a `.gitignore` leaves out.
         answers: call, such as "info" or "commit" -> status, headers and body that it is answered with, and not done.
-        drip_s: pause between the letters of such an answer's headers and body; None = they come at once.
     """
 
     fail_upload_after_bytes: int | None = None
@@ -55,7 +54,6 @@ class Faults:
     late_commit: bool = False
     ignored: set[str] = field(default_factory=set)
     answers: dict[str, tuple[int, dict[str, str], bytes]] = field(default_factory=dict)
-    drip_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from captions.build import BuildArguments, ManualStepRequired, build, main, read
 from captions.select import Selection
 from captions.stages import StageArguments
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
-from hub_upload.push import files_to_send
+from hub_upload.allowed_files import files_to_send
 from modeling_capivara import CapivaraModel
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,6 @@ from card_run import split_card, trained_run
 from hub_client import hub_commands
 
 from hub_upload.card import check, write_card
-from hub_upload.export import FORMATS, export
 from modeling_capivara import CapivaraConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,19 +59,6 @@ def assert_blocks_agree(found: dict[str, list[float]]) -> None:
     assert sum(found["pipeline"]) == pytest.approx(1, abs=1e-3)
 
 
-def test_code_for_a_folder(run, tmp_path):
-    export(run, tmp_path / "modelo", FORMATS, text_config=str(run))
-    write_card(tmp_path / "modelo", language="pt")
-    portuguese = blocks(tmp_path / "modelo")
-    write_card(tmp_path / "modelo")
-    assert check(tmp_path / "modelo") == []
-    english = blocks(tmp_path / "modelo")
-    without_comments = [re.sub(r"# .*", "", "".join(texts.values())) for texts in (english, portuguese)]
-    assert without_comments[0] == without_comments[1] and english != portuguese
-    theirs, ours = (numbers_printed(english[name], tmp_path, tmp_path) for name in ("open_clip", "package"))
-    assert len(ours) == 4 and theirs == pytest.approx(ours, abs=2e-3)  # from inside the folder
-
-
 def test_code_for_a_repository_on_the_hub(run, tmp_path):
     """What was exported for a Hub id and pushed there is what every loader fetches from it."""
     made = tmp_path / "made"
@@ -85,8 +70,12 @@ def test_code_for_a_repository_on_the_hub(run, tmp_path):
         flags = ["--output", made, "--text_config", "us/text-tower", "--repo_id", "us/model"]
         done = commands("--model", run, *flags, call="hub_upload.export:main")
         assert done.code == 0 and "text tower from us/text-tower, tokenizer from us/model." in done.err, done.err
+        write_card(made, repo_id="us/model", language="pt")
+        portuguese = blocks(made)
         write_card(made, repo_id="us/model")
         assert check(made) == []
+        without_comments = [re.sub(r"# .*", "", "".join(texts.values())) for texts in (blocks(made), portuguese)]
+        assert without_comments[0] == without_comments[1] and blocks(made) != portuguese
         done = commands("--model", made, "--repo-id", "us/model", "--push")
         assert done.code == 0, done.err
         (tmp_path / "elsewhere").mkdir()
@@ -96,14 +85,3 @@ def test_code_for_a_repository_on_the_hub(run, tmp_path):
         }
     assert {"us/model/model.safetensors", "us/model/open_clip_model.safetensors"} <= {*hub.fetched}
     assert_blocks_agree(found)
-
-
-def test_the_exported_folder_keeps_its_card(run, tmp_path):
-    """What was measured travels with the repository, and nothing of the machine."""
-    export(run, tmp_path / "made", ("transformers",))
-    write_card(tmp_path / "made")
-    assert check(tmp_path / "made") == []
-    shutil.copytree(tmp_path / "made", tmp_path / "copy")
-    assert check(tmp_path / "copy") == []
-    text = (tmp_path / "copy" / "README.md").read_text(encoding="utf-8")
-    assert "Quadrados coloridos" in text and str(run.parent) not in text

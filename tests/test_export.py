@@ -12,7 +12,7 @@ import torch
 import transformers
 from hub_server import HubServer
 from safetensors.torch import load_file
-from tiny import TINY_TEXT, TINY_VISION, randomise, tiny_config, tiny_tokenizer
+from tiny import TINY_VISION, randomise, tiny_config, tiny_tokenizer
 from transformers import TimmWrapperConfig
 
 from hub_upload.export import FORMATS, export
@@ -54,6 +54,17 @@ def inputs(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def text_tower_on_the_hub():
+    """`us/text` has the configuration of the tiny models' text tower."""
+    with pytest.MonkeyPatch.context() as patch:
+        known = open_clip_format.AutoConfig.from_pretrained
+        found = {"us/text": tiny_config().text_config, "us/whole": tiny_config()}
+        read = lambda name, **options: found.get(str(name)) or known(name, **options)  # noqa: E731
+        patch.setattr(open_clip_format.AutoConfig, "from_pretrained", read)
+        yield
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, tiny_processor):
     """A saved tiny model."""
@@ -69,7 +80,7 @@ def source(tmp_path_factory, tiny_processor):
 def repository(source, tmp_path_factory):
     """That model in every format."""
     folder = tmp_path_factory.mktemp("repository") / "all"
-    export(source, folder, FORMATS, text_config=str(source))
+    export(source, folder, FORMATS, text_config="us/text")
     return folder
 
 
@@ -82,21 +93,21 @@ def embeddings_of(source: Path) -> dict[str, np.ndarray]:
 
 def quick(source: Path, output: Path, **arguments) -> list[tuple[str, int]]:
     """An export without ONNX."""
-    return export(source, output, FORMATS[:3], **{"text_config": str(source), **arguments})
+    return export(source, output, FORMATS[:3], **{"text_config": "us/text", **arguments})
 
 
 def nothing_left(output: Path) -> bool:
     return not output.exists() and not [path for path in output.parent.iterdir() if ".tmp-" in path.name]
 
 
-def check_loaders(loaders: str, name: str, source: Path, inputs: Path, folder: Path, cwd: Path | None = None, **more):
+def check_loaders(loaders: str, name: str, source: Path, inputs: Path, folder: Path, **more: str):
     """Loaders, with commas between, give the embeddings of the model in `source`, in a process without the package."""
     (folder / "elsewhere").mkdir(exist_ok=True)
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     kept |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(folder / "modules"), **more}
     done = subprocess.run(
         [sys.executable, "-I", str(LOADER), loaders, name, str(inputs), str(folder / "found.npz")],
-        cwd=cwd or folder / "elsewhere", env=kept, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        cwd=folder / "elsewhere", env=kept, stdin=subprocess.DEVNULL, capture_output=True, text=True,
         timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -111,7 +122,12 @@ def check_loaders(loaders: str, name: str, source: Path, inputs: Path, folder: P
 @pytest.mark.slow
 def test_each_loader_gives_the_models_embeddings(source, repository, inputs, tmp_path):
     check_loaders("transformers,sentence_transformers,onnx", str(repository), source, inputs, tmp_path)
-    check_loaders("open_clip", "local-dir:.", source, inputs, tmp_path, cwd=repository)
+    cached = tmp_path / "cache/models--us--text"
+    tiny_config().text_config.save_pretrained(cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("0" * 40)
+    cache = {"HF_HUB_CACHE": str(tmp_path / "cache")}
+    check_loaders("open_clip", f"local-dir:{repository}", source, inputs, tmp_path, **cache)
 
 
 @pytest.fixture
@@ -156,11 +172,7 @@ def in_bfloat16(model: CapivaraModel, folder: Path) -> None:
     model.bfloat16().save_pretrained(folder)
 
 
-def after_training_mode(model: CapivaraModel, folder: Path) -> None:
-    model.train().save_pretrained(folder)
-
-
-@pytest.mark.parametrize("save", [as_one_file, as_shards, in_bfloat16, after_training_mode])
+@pytest.mark.parametrize("save", [as_one_file, as_shards, in_bfloat16])
 def test_every_tensor_is_the_models_in_both_files(tmp_path, tiny_processor, save, caplog):
     model = randomise(CapivaraModel(tiny_config()))
     save(model, tmp_path / "model")
@@ -224,7 +236,8 @@ def open_clip_embeddings(repository: Path) -> dict[str, np.ndarray]:
     import open_clip
 
     settings = json.loads((repository / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
-    settings |= {"hf_model_name": str(repository / "text_model"), "hf_model_pretrained": False}
+    tiny_config().text_config.save_pretrained(repository / "text")
+    settings |= {"hf_model_name": str(repository / "text"), "hf_model_pretrained": False}
     name = f"local-dir:{repository}"
     model, _, preprocess = open_clip.create_model_and_transforms(name, text_cfg=settings)
     pixels = torch.stack([preprocess(image) for image in random_images()])
@@ -252,24 +265,19 @@ def test_without_a_text_config_open_clip_is_left_out_and_that_is_said(source, tm
     assert "open_clip is left out" in caplog.text and "--text_config" in caplog.text
 
 
-def test_text_config_must_be_the_models(source, tmp_path):
-    tiny_config(text_config={**TINY_TEXT, "num_attention_heads": 2}).save_pretrained(tmp_path / "other")
-    for named, message in [
-        (str(tmp_path / "other"), "num_attention_heads is 2, not 4"),
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
         ("FacebookAI/xlm-roberta-base", "vocab_size is 250002, not 300"),
-        ("nobody/nothing", "no folder and no Hub id with a configuration"),
-        (str(tmp_path), "no folder and no Hub id with a configuration"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            quick(source, tmp_path / "repository", text_config=named)
-        assert nothing_left(tmp_path / "repository")
-
-
-def test_a_whole_model_on_the_hub_is_no_text_tower(source, monkeypatch):
-    config = CapivaraConfig.from_pretrained(source)
-    monkeypatch.setattr(open_clip_format.AutoConfig, "from_pretrained", lambda name, **options: config)
-    with pytest.raises(ValueError, match="is a whole CAPIVARA model"):
-        text_config_source(config, "us/capivara")
+        ("nobody/nothing", "is no Hub id with a configuration"),
+        ("us/whole", "is a whole CAPIVARA model"),
+        ("tests", r"tests is a folder\. `modeling_capivara.convert_open_clip --to_open_clip`"),
+    ],
+)
+def test_text_config_must_be_the_models(source, tmp_path, named, message):
+    with pytest.raises(ValueError, match=message):
+        quick(source, tmp_path / "repository", text_config=named)
+    assert nothing_left(tmp_path / "repository")
 
 
 def test_tokenizer_kind_is_the_one_that_gives_the_models_ids(source, tmp_path):

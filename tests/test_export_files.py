@@ -2,9 +2,7 @@
 
 import json
 import os
-import random
 import shutil
-import time
 from pathlib import Path
 
 import PIL.Image
@@ -143,21 +141,6 @@ def test_a_path_or_a_token_in_a_text_is_refused_by_file_and_line(run_folder, tmp
     assert not (tmp_path / "repository").exists()
 
 
-RESULTS = [
-    (json.dumps({"log": "failed\n/gpfs/users/maria/x"}), "line 1, names a place on a machine, '/gpfs/users/maria/x'"),
-    (r'{"model": "\/srv\/maria\/x"}', "names a place on a machine, '/srv/maria/x'"),
-    ("\n" + json.dumps({"key": "gho_" + "a1B2" * 9}), r"line 2, holds .*\(gho_…\)"),
-]
-
-
-@pytest.mark.parametrize(("text", "message"), RESULTS)
-def test_a_path_or_a_secret_in_a_result_file(tiny_folder, text, message):
-    (tiny_folder / "results").mkdir()
-    (tiny_folder / "results" / "a.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"results/a\.json, .*{message}"):
-        check_contents(tiny_folder)
-
-
 def test_a_path_in_a_binary_file_is_noticed(tiny_folder):
     path = str(Path.cwd() / "modeling.py").encode()
     check_contents(tiny_folder)
@@ -187,19 +170,6 @@ def test_words_in_a_binary_file_are_searched(tiny_folder, text):
             check_contents(tiny_folder)
 
 
-@pytest.mark.slow
-def test_a_secret_in_a_binary_file_is_named_by_its_byte(tiny_folder):
-    name, noise = "onnx/model.onnx_data", random.Random(0).randbytes(30_000_000)
-    (tiny_folder / "onnx").mkdir()
-    (tiny_folder / name).write_bytes(noise)
-    started = time.perf_counter()
-    check_contents(tiny_folder)
-    assert time.perf_counter() - started < 3
-    (tiny_folder / name).write_bytes(noise + b"\x08ghp_" + b"a1B2" * 9)
-    with pytest.raises(ValueError, match=rf"{name}, byte 30000001, holds what looks like"):
-        check_contents(tiny_folder)
-
-
 @pytest.mark.parametrize("content", [b"", (2000).to_bytes(8, "little") + b"{}"])
 def test_a_damaged_header_is_named(tiny_folder, content):
     (tiny_folder / "model.safetensors").write_bytes(content)
@@ -226,49 +196,16 @@ def test_code_is_the_packages_and_not_the_sources(tiny_folder, tmp_path):
 # --- Bad input -------------------------------------------------------------------------------------------------------
 
 
-def edited(name: str, **fields):
-    """What adds fields to a JSON file of a folder, or takes those away that are None."""
-
-    def edit(folder: Path) -> None:
-        content = {**json.loads((folder / name).read_text()), **fields}
-        (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-
-    return edit
-
-
-def torn(name: str):
-    """What cuts a file short."""
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
-
-
-def with_missing_and_surplus_tensors(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights["surplus"] = weights.pop("logit_scale")
-    save_file(weights, folder / "model.safetensors")
-
-
-def with_a_shard_missing(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    index = {"weight_map": {"logit_scale": "model-00001-of-00001.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
 BAD_FOLDERS = {
     "gone": (shutil.rmtree, "does not exist"),
     "no config": (lambda f: (f / "config.json").unlink(), r"holds no model \(config.json is missing\)"),
-    "of another kind": (edited("config.json", model_type="bert"), "model_type is 'bert'; taken are capivara"),
-    "broken config": (torn("config.json"), "config.json of .* is of no model of two towers"),
-    "no weights": (
-        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-        r"has no weights \(model.safetensors is missing\)\. Weights in another format",
+    "of another kind": (
+        lambda f: (f / "config.json").write_text('{"model_type": "bert"}'),
+        "taken are capivara",
     ),
-    "truncated weights": (torn("model.safetensors"), "model.safetensors can't be read"),
-    "other tensors": (with_missing_and_surplus_tensors, 'do not fit its config.*"logit_scale".*"surplus"'),
-    "a shard missing": (with_a_shard_missing, "lacks the weights model-00001-of-00001.safetensors"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"has no weights \(model.safetensors is missing\)"),
+    "truncated weights": (lambda f: os.truncate(f / "model.safetensors", 1000), "model.safetensors can't be read"),
     "no processor": (lambda f: (f / "processor_config.json").unlink(), "has no processor"),
-    "broken processor": (torn("processor_config.json"), "The processor of .* can't be loaded"),
-    "broken tokenizer": (torn("tokenizer.json"), "The processor of .* can't be loaded"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "The processor of .* can't be loaded"),
     "torn run": (lambda f: (f / "run.json").write_text('{"config":'), "run.json is not JSON"),
 }
 
@@ -277,35 +214,22 @@ BAD_FOLDERS = {
 def test_a_folder_that_is_no_whole_model(tiny_folder, tmp_path, fault):
     change, message = BAD_FOLDERS[fault]
     change(tiny_folder)
-    output = tmp_path / "repository"
-    with pytest.raises(SystemExit, match=rf"^error: .*{message}") as end:
-        main(["--model", str(tiny_folder), "--output", str(output), "--formats", "transformers"])
-    assert "\n" not in str(end.value.code) and ".tmp-" not in str(end.value.code)
-    assert not output.exists() and not [path for path in tmp_path.iterdir() if ".tmp-" in path.name]
-
-
-@pytest.mark.parametrize(
-    ("formats", "message"),
-    [
-        ("transformers,openclip", "no format 'openclip'; there are transformers, open_clip"),
-        ("open_clip", "must hold transformers"),
-    ],
-)
-def test_unknown_formats(tiny_folder, tmp_path, formats, message):
-    with pytest.raises(SystemExit, match=message):
-        main(["--model", str(tiny_folder), "--output", str(tmp_path / "repository"), "--formats", formats])
-    assert not (tmp_path / "repository").exists()
+    with pytest.raises(ValueError, match=message) as caught:
+        exported(tiny_folder, tmp_path / "repository")
+    assert "\n" not in str(caught.value) and ".tmp-" not in str(caught.value)
+    assert not (tmp_path / "repository").exists() and not list(tmp_path.glob(".*.tmp-*"))
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--format", "onnx"], r"error: .*--format"),
-        (["--repo_id", "my-model"], r"error: .* must be owner/name"),
+        (["--formats", "transformers,openclip"], "no format 'openclip'; there are transformers, open_clip"),
+        (["--formats", "open_clip"], "must hold transformers"),
+        (["--repo_id", "my-model"], "must be owner/name"),
     ],
 )
 def test_wrong_flags_are_one_line(tiny_folder, tmp_path, flags, message):
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match=rf"^error: [^\n]*{message}[^\n]*$"):
         main(["--model", str(tiny_folder), "--output", str(tmp_path / "repository"), *flags])
     assert not (tmp_path / "repository").exists()
 

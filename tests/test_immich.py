@@ -17,7 +17,6 @@ from towers import TOWER, gemma_like, other_texts, siglip2
 from transformers import SiglipConfig
 
 from benchmarks.train_step import benchmark_captions
-from capivara_common import environment
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_tokenizer
 from hub_upload.export import export, main
 from hub_upload.formats.immich import NAMES
@@ -175,30 +174,6 @@ def test_the_text_side_alone_where_the_image_side_is_the_bases(tiny_folder, tmp_
     with pytest.raises(SystemExit, match=r"embeds pictures otherwise than .*by both towers of this model"):
         main([*flags, "--output", str(tmp_path / "refused")])
     assert not (tmp_path / "refused").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--formats", "immich", "--textual_only"], "`--textual_only` is gone: with --base, immich is the text side"),
-        (["--formats", "immich,onnx"], "immich is a folder of its own"),
-        (
-            ["--base", "BASE"],
-            "is for --formats drop_in, which needs it, and for immich; got --base BASE with --formats",
-        ),
-    ],
-)
-def test_flags_that_do_not_go_together(tmp_path, flags, message):
-    with pytest.raises(SystemExit, match=message):
-        main(["--model", str(tmp_path), "--output", str(tmp_path / "made"), *flags])
-    assert not (tmp_path / "made").exists()
-
-
-def test_a_missing_package_is_named_before_anything_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(environment, "_installed", lambda module: module != "onnxscript")
-    with pytest.raises(SystemExit, match=r"immich in --formats needs onnxscript, .*\[onnx\]"):
-        main(["--model", str(tmp_path / "no"), "--output", str(tmp_path / "made"), "--formats", "immich"])
-    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.slow

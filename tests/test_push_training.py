@@ -11,8 +11,6 @@ from hub_storage import Faults
 from safetensors.torch import load
 from test_train_accelerate import flags
 
-from training.arguments import RunArguments
-
 PUSH = {"push_to_hub": "true", "hub_model_id": "us/run"}
 
 
@@ -114,10 +112,3 @@ def test_checkpoints_are_pushed_to_a_branch_and_a_failure_changes_no_bit(hub, tr
     assert train("alone", **values).code == 0
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "alone")]
     assert weights[0] == weights[1]
-
-
-def test_arguments_of_the_hub():
-    args = RunArguments(model="m", dataset=["d"], hub_model_id="us/run")  # written in a config for another day
-    assert args.to_dict()["push_to_hub"] is False
-    with pytest.raises(ValueError, match="must be owner/name"):
-        RunArguments(model="m", dataset=["d"], hub_model_id="us/run/x")

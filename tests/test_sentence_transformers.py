@@ -78,19 +78,6 @@ def test_encode_takes_texts_pictures_and_dictionaries(folder, encoder, pictures)
         encoder.encode(both)
 
 
-def test_the_first_numbers_are_those_of_the_model(folder, encoder, pictures):
-    from sentence_transformers import SentenceTransformer
-
-    narrow = SentenceTransformer(str(folder), device="cpu", truncate_dim=6)
-    model, processor = CapivaraModel.from_pretrained(folder).eval(), CapivaraProcessor.from_pretrained(folder)
-    with torch.no_grad():
-        cut = model.get_text_features(**processor(text=TEXTS, return_tensors="pt", padding=True), truncate_dim=6)
-    for found in (narrow.encode(TEXTS), encoder.encode(TEXTS, truncate_dim=6)):
-        assert found.shape == (len(TEXTS), 6)
-    unit = torch.nn.functional.normalize(cut.pooler_output, dim=-1)
-    np.testing.assert_allclose(narrow.encode(TEXTS, normalize_embeddings=True), unit, rtol=0, atol=1e-6)
-
-
 def test_its_evaluator_counts_the_recall(folder, encoder, tiny_dataset_folder):
     rows = pairs(tiny_dataset_folder, "train", "pt")
     found = recall_evaluator(rows)(encoder)

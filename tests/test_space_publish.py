@@ -21,7 +21,7 @@ pytest.importorskip("uvicorn", reason="the page needs uvicorn: pip install -e '.
 
 from capivara_search.index import PictureIndex
 from hub_upload.space.__main__ import main
-from hub_upload.space.publish_space import credit_of, program_files, publish_index
+from hub_upload.space.publish_space import credit_of, publish_index
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = "---\nlicense: cc-by-sa-4.0\n---\n"
@@ -68,14 +68,6 @@ def test_a_published_index_names_no_place(saved_tiny_folder, tmp_path):
 
 
 # --- The folder ------------------------------------------------------------------------------------------------------
-
-
-def test_the_program_is_all_that_the_page_is_made_of():
-    files = set(map(str, program_files()))
-    assert {"capivara_search/page/server.py", "capivara_search/page/page.html", "capivara_search/index.py"} <= files
-    assert {"capivara_search/page/static/page.js", "capivara_search/page/words/nouns.txt"} <= files
-    assert {"modeling_capivara/modeling_capivara.py", "capivara_common/files.py"} <= files
-    assert not [name for name in files if "__pycache__" in name or not name.startswith(("capivara_", "modeling_"))]
 
 
 def test_the_folder_of_a_space(flags, tmp_path, capsys):
@@ -198,9 +190,3 @@ def test_errors_are_one_line(flags, tmp_path, monkeypatch, more, message):
     with pytest.raises(SystemExit, match=message) as error:
         main([*flags, *more])
     assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
-
-
-def test_a_wrong_target_is_said_before_the_index_is_built(flags, tmp_path):
-    with pytest.raises(SystemExit, match=r"error: .*not empty"):
-        main([*flags, "--space", "."])
-    assert not (tmp_path / "cache").exists()

@@ -14,7 +14,6 @@ from browser import ISOLATED, NAMELESS, Browser, open_browser, require_chromium,
 from in_browser import node_packages
 from made_pictures import bomb
 from PIL import Image
-from tokenizers import Tokenizer, normalizers
 
 pytest.importorskip("uvicorn", reason="hub_upload.space needs uvicorn: pip install -e '.[app]'")
 
@@ -81,15 +80,6 @@ def test_the_page_may_ask_no_other_host():
     assert rules["default-src"] == "'none'" and rules["connect-src"] == "'self'" and "http" not in policy
     for text in (page, (OURS / "search.js").read_text("utf-8")):
         assert not re.search(r"https?://|innerHTML|eval\(", text)
-
-
-def test_a_tokenizer_that_no_browser_reads_is_refused(tiny_folder, tmp_path, stand_in):
-    tokenizer = Tokenizer.from_file(str(tiny_folder / "tokenizer.json"))
-    tokenizer.normalizer = normalizers.ByteLevel()
-    tokenizer.save(str(tiny_folder / "tokenizer.json"))
-    with pytest.raises(ValueError, match=r"no normaliser ByteLevel.* or --static"):
-        write_static_page(str(tiny_folder), tmp_path / "page", stand_in)
-    assert not (tmp_path / "page").exists()
 
 
 def test_the_library_comes_from_npm_or_a_folder(tiny_folder, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from browser import require_chromium
 from ftfy.fixes import uncurl_quotes
-from in_browser import LABELS, NAME, TEMPLATE, compared, inputs_and_outputs, pixel_differences, served
+from in_browser import LABELS, NAME, TEMPLATE, compared, inputs_and_outputs, served
 from test_drop_in import TYPED
 from test_text_tower import AWKWARD, PLAIN
 from test_tokenization_capivara import LONG
@@ -25,8 +25,6 @@ from transformers import AutoProcessor, pipeline
 from hub_upload.export import export, main
 from hub_upload.formats.transformers_js import write_tokenizer
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, repair_text
-from modeling_capivara.loading import load_processor
-from modeling_capivara.trim_vocabulary import trim
 
 pytestmark = pytest.mark.slow
 VISION = {**TINY_VISION, "hidden_size": 128, "intermediate_size": 256, "image_size": 224, "patch_size": 32}
@@ -116,36 +114,6 @@ def test_scores_are_the_models(repository, ask, place, dtype, taken):
         probabilities = torch.tensor(logits).softmax(dim=-1).tolist()
         made = dict(zip(LABELS, probabilities, strict=True))
         assert {entry["label"]: entry["score"] for entry in theirs} == pytest.approx(made, abs=1e-5)
-
-
-@pytest.mark.parametrize(("place", "dtype", "most"), [("node", None, 1.0), ("chromium", None, 3.0)])
-def test_pixels_differ_little(repository, ask, place, dtype, most):
-    """By the filter that makes them smaller; no step of 255 where the size stays."""
-    found, processor = ask(place, dtype), load_processor(repository).image_processor
-    differences = pixel_differences(found["pixels"], found["files"], processor)
-    assert all(value < 1e-4 for name, value in differences.items() if name.startswith("224-")), differences
-    others = {name: value for name, value in differences.items() if not name.startswith("224-")}
-    # Half a pixel is left over in the middle of the rocket's 336 columns, and is rounded the other way.
-    assert 0 < max(value for name, value in others.items() if name != "rocket") < most, differences
-    assert others["rocket"] < 4
-
-
-def test_a_trimmed_vocabulary(source, packages, tmp_path):
-    """Its tokens and scores, for texts whose pieces are kept and for others."""
-    (tmp_path / "texts.txt").write_text("um gato e um cachorro", encoding="utf-8")
-    trim(source, tmp_path / "small", ["pt"], [20], [tmp_path / "texts.txt"])
-    export(tmp_path / "small", tmp_path / "repository", ["transformers", "transformers_js"])
-    whole, small = load_processor(source), load_processor(tmp_path / "small")
-    assert len(small.tokenizer) < len(whole.tokenizer)
-    inputs, expected = inputs_and_outputs(tmp_path / "repository")
-    texts = ["um gato", "um cachorro", "uma capivara", "capivara"]
-    with served({NAME: tmp_path / "repository"}, packages) as address:
-        found = in_browser.ask("node", in_browser.request(address, dtype="fp32", inputs=inputs, texts=texts), packages)
-    assert found["ids"] == [small(text=[text])["input_ids"][0] for text in texts]
-    for text, differs in zip(texts, [False, False, True, True], strict=True):
-        words = [processor.tokenizer.tokenize(text) for processor in (whole, small)]
-        assert (words[0] != words[1]) == differs, text
-    assert compared(found, expected)["largest_score_difference"] < BOUNDS["fp32"][0]
 
 
 def as_in_javascript(text: str) -> bool:

@@ -206,11 +206,12 @@ def test_ten_thousand_sentences_with_the_real_vocabulary(xlmr, tmp_path):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_every_export_that_a_smaller_vocabulary_allows(trimmed, tmp_path, caplog, monkeypatch):
+def test_every_export_that_a_smaller_vocabulary_allows(trimmed, tmp_path, caplog):
     import open_clip
 
     from hub_upload.export import export
     from hub_upload.formats.onnx import open_graph
+    from modeling_capivara.convert_open_clip import convert
 
     caplog.set_level("INFO", "capivara")
     export(trimmed, tmp_path / "repository")
@@ -223,9 +224,8 @@ def test_every_export_that_a_smaller_vocabulary_allows(trimmed, tmp_path, caplog
     (found,) = graph.run(None, dict(load_processor(trimmed)(text=KEPT[:3], return_tensors="np")))
     torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=0)
     assert max(used_ids(load_processor(trimmed), KEPT)) < len(load_processor(trimmed).tokenizer)
-    # open_clip's own program loads it where the text tower's configuration is had from a folder
-    export(trimmed, tmp_path / "open_clip", ["transformers", "open_clip"], text_config=str(trimmed))
-    monkeypatch.chdir(tmp_path / "open_clip")
-    model, tokenize = open_clip.create_model("local-dir:."), open_clip.get_tokenizer("local-dir:.")
+    name = f"local-dir:{tmp_path / 'open_clip'}"  # of open_clip alone, with the text tower's configuration
+    convert(str(trimmed), tmp_path / "open_clip", to_open_clip=True)
+    model, tokenize = open_clip.create_model(name), open_clip.get_tokenizer(name)
     found = model.eval().encode_text(tokenize(KEPT[:3]), normalize=True)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

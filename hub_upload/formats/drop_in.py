@@ -6,8 +6,7 @@
     onnx/text_model.onnx                       input_ids, CAPIVARA's attention_mask -> text_embeds (texts, width)
     drop_in.json, README.md                    which pictures it is for
 
-`hub_upload.export` calls it. Before anything is written it proves that the model embeds pictures as the base does, to
-the bit: the same tensors `vision_model.*` and `visual_projection.*`, and the same preprocessing.
+Before anything is written it is proved that the model embeds pictures as the base does, to the bit.
 """
 
 import logging
@@ -19,16 +18,16 @@ from typing import Any
 from huggingface_hub.utils import yaml_dump
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from capivara_common.environment import require
 from capivara_common.files import read_json, write_json, write_text
 from capivara_common.image_side_digest import image_side_digest
 from capivara_common.privacy import hide_paths, short_name
 from capivara_common.weight_file import weight_files
 from hub_upload import formats
 from hub_upload.card_values import LICENCES, MARKDOWN_TEMPLATES, code, code_examples, escaped
-from hub_upload.formats import check_tensors, onnx, open_clip, siglip, tensor_digests, text_length
+from hub_upload.formats import onnx, open_clip, siglip, text_length
+from hub_upload.formats.open_clip import check_tensors, tensor_digests
 from modeling_capivara.convert_open_clip import (
     BASE_TEXT_MODEL,
     capivara_state_dict,
@@ -46,17 +45,13 @@ BETWEEN, LAST = "torch.nn.modules.activation.GELU", "torch.nn.modules.linear.Ide
 logger = logging.getLogger("capivara")
 
 
-def write(source: Path, folder: Path, base: str, repo_id: str | None = None) -> None:
-    """Write the text side of a model, CAPIVARA's or SigLIP's, into an empty folder.
+def write(source: Path, folder: Path, config: PreTrainedConfig, base: str, repo_id: str | None = None) -> None:
+    """Write the text side of the model in `source`, CAPIVARA's or SigLIP's, into an empty folder.
 
-    Raises:
-        ValueError: the model embeds pictures otherwise than the base (the first tensor or setting that differs is
-            named), its text side is the base's, too, or one of the two is damaged.
-        ImportError: a package of ONNX is missing.
-        OSError: the disk is full.
+    Raises ValueError where the model embeds pictures otherwise than the base (the first tensor or setting that differs
+    is named), its text side is the base's, too, or one of the two is damaged.
     """
-    require("--formats drop_in", "onnx", *onnx.ONNX_PACKAGES)
-    config, base_folder = formats.read_config(source, "drop_in"), formats.base_of(source, base)
+    base_folder = formats.base_of(source, base)
     if _text_digests(source) == _text_digests(base_folder):
         raise ValueError(f"The text side of {source} is that of {base}, to the bit: there is nothing to exchange.")
     model, processor, is_own = mapped_model(source, config), load_processor(source), config.model_type == "capivara"
@@ -88,10 +83,7 @@ def _text_digests(folder: Path) -> dict[str, str]:
 
 
 def _write_tower(model: PreTrainedModel, folder: Path) -> list[str]:
-    """The tower, and each matrix of the projection as a module of its own; returns the names of their folders.
-
-    The written tensors are compared with the model's.
-    """
+    """The tower, and each matrix of the projection in a folder of its own, compared with the model; their names."""
     model.text_model.save_pretrained(folder)
     written = {f"text_model.{name}": tensor for name, tensor in mapped_tensors([folder / WEIGHTS]).items()}
     matrices = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}

@@ -7,10 +7,8 @@
     visual/preprocess_cfg.json                    size, interpolation, mean, std, resize_mode
 
 Immich finds it as clip/NAME in its model cache, under a name of its own list. With a base, `visual/` is left out: the
-rest replaces that of the base, whose embeddings of pictures stay, since both have the same image side. docs/immich.md
-has the steps. Embeddings have unit length. CAPIVARA's text graph makes its mask of the ids, since Immich gives none;
-SigLIP has none. What was written is compared with the model: the ids of texts as Immich's tokenizer gives them, and
-the embeddings of each graph.
+rest replaces that of the base, whose embeddings of pictures stay. docs/immich.md has the steps. Embeddings have unit
+length. What was written is compared with the model: the ids of texts as Immich's tokenizer gives them, and the graphs.
 """
 
 import json
@@ -20,12 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from capivara_common.environment import require
 from capivara_common.files import write_json
-from hub_upload.formats import base_of, read_config, siglip, text_length, write_tokenizer
-from hub_upload.formats.onnx import ONNX_PACKAGES, check_difference, data_file, open_graph, write_graph
+from hub_upload.formats import base_of, siglip, text_length, write_tokenizer
+from hub_upload.formats.onnx import check_difference, data_file, open_graph, write_graph
 from modeling_capivara.convert_open_clip import preprocess_cfg_of
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import (
@@ -53,26 +50,22 @@ class Tower(nn.Module):
         """Ids of padded texts, (texts, tokens), int32, or pixels, (images, 3, side, side) -> (rows, width)."""
         if image is not None:
             return image_embeds(self.model, image)
-        ids = text.long()
+        ids = text.long()  # Immich gives no mask
         return text_embeds(self.model, ids, None if self.pad_id is None else (ids != self.pad_id).long())
 
 
-def write(source: Path, folder: Path, base: str | None = None) -> None:
+def write(source: Path, folder: Path, config: PreTrainedConfig, base: str | None = None) -> None:
     """Write both towers of the model in `source` to `folder`; where there is a `base`, the text side alone.
 
-    Raises:
-        ValueError: the model is damaged or can't be expressed, a tower has 2 GB, its graph differs by more than
-            `TOLERANCE`, or its image side is not the base's.
-        ImportError: a package of ONNX is missing.
+    Raises ValueError where the model is damaged or can't be expressed, a tower has 2 GB, its graph differs by more than
+    `TOLERANCE`, or its image side is not the base's.
     """
-    require("immich in --formats", "onnx", *ONNX_PACKAGES)
     if base is not None:
         base_of(source, base)
-    config, processor = read_config(source, "Immich's folder"), load_processor(source)
-    is_own = config.model_type == "capivara"
-    # Nothing else is read of it. Of a SigLIP, Immich's own asks for punctuation to be taken away: "canonicalize".
-    text_cfg = {"context_length": text_length(processor)} | ({} if is_own else {"tokenizer_kwargs": {"clean": "lower"}})
-    write_json(folder / "config.json", {"embed_dim": embedding_width(config), "text_cfg": text_cfg})
+    processor, is_own = load_processor(source), config.model_type == "capivara"
+    # Nothing else is read of it. Of a SigLIP, Immich's own asks for punctuation to be taken away, which ours reads.
+    about = {"embed_dim": embedding_width(config), "text_cfg": {"context_length": text_length(processor)}}
+    write_json(folder / "config.json", about)
     ids = _write_tokenizer(processor, folder / "textual", is_own)
     model = load_model(source).eval()
     tower = Tower(model, None if fills_up(processor) else processor.tokenizer.pad_token_id)

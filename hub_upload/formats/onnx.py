@@ -5,8 +5,8 @@
                             of SigLIP, input_ids (texts, 64) alone
     onnx/model.onnx         all of these -> logits_per_image (images, texts), logits_per_text, text_embeds, image_embeds
 
-The last is for transformers.js, as is float16, `_fp16`. Embeddings have unit length. Weights lie beside their graph in
-`.onnx_data`, and int8 graphs end in `_quantized`: the names that transformers.js looks for.
+Embeddings have unit length. Weights lie beside their graph in `.onnx_data`; int8 graphs end in `_quantized`, those of
+float16 in `_fp16`: the names that transformers.js looks for.
 """
 
 import logging
@@ -84,15 +84,10 @@ def write_onnx(
     graphs: Sequence[str] = TOWERS,
     precisions: Sequence[str] = ("float32", "int8"),
 ) -> None:
-    """Write graphs of a model to `onnx/` of a folder, and `onnx/quantisation.json` about them.
+    """Write `graphs` of the model in `source`, else in `folder`, to `onnx/` there, and `quantisation.json` about them.
 
-    Args:
-        folder: where `onnx/` is made.
-        source: folder of the model; `folder` itself where None.
-        graphs: of `GRAPHS`, those that are written.
-        precisions: of `ENDINGS`; int8, which is made of float32, after it, and float16 last.
-
-    Raises ValueError where a float32 graph differs from the model by more than `TOLERANCE` or `SCORE_TOLERANCE`.
+    `precisions` are of `ENDINGS`: int8, which is made of float32, after it, and float16 last. Raises ValueError where a
+    float32 graph differs from the model by more than `TOLERANCE` or `SCORE_TOLERANCE`.
     """
     model, processor, onnx = load_model(source or folder).eval(), load_processor(source or folder), folder / "onnx"
     # Six of each, and one of each alone: both of other sizes than the exporter sees.

@@ -1,11 +1,14 @@
-"""What open_clip and sentence-transformers read of a repository, beside the files of transformers."""
+"""What transformers, open_clip and sentence-transformers read of a repository; every tensor is accounted for."""
 
+import hashlib
 import logging
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from capivara_common.files import write_json
@@ -19,15 +22,16 @@ from modeling_capivara.convert_open_clip import (
     capivara_state_dict,
     open_clip_model_cfg,
     preprocess_cfg_of,
+    write_open_clip_weights,
 )
-from modeling_capivara.loading import model_of_tensors
+from modeling_capivara.loading import WEIGHTS, mapped_model, mapped_tensors, model_of_tensors
 from modeling_capivara.processing_capivara import CONTEXT_LENGTH
 from modeling_capivara.two_towers import fills_up, random_texts
 
 OPEN_CLIP_WEIGHTS = OPEN_CLIP_WEIGHT_FILES[0]
 SENTENCE_MODULES = "sentence_transformers.base.modules"  # as version 6 writes and reads it
 SENTENCE_EMBEDDING = "sentence_embedding"  # its name for a finished embedding, which Normalize scales to unit length
-TEXT_MODEL = "text_model"  # folder of the text tower's configuration, where no Hub repository has it
+OWN_TOWER = "`modeling_capivara.convert_open_clip --to_open_clip` makes a folder for open_clip alone."
 # What changes the tower's output; the rest of its configuration is about training and generation.
 TEXT_FIELDS = (
     *("model_type", *SIZES, "num_attention_heads", "type_vocab_size", "layer_norm_eps", "hidden_act", "pad_token_id"),
@@ -41,37 +45,66 @@ ODD_TEXTS = (
 logger = logging.getLogger("capivara")
 
 
+def write_weights(model: Path, folder: Path, config: PreTrainedConfig, with_open_clip: bool) -> None:
+    """Configuration, code and weights, for transformers and open_clip, each compared with the model by tensor.
+
+    Memory holds one copy of the weights at a time: pages of the file that is read or compared.
+    """
+    mapped = mapped_model(model, config)
+    expected = tensor_digests(mapped.state_dict())
+    mapped.save_pretrained(folder)
+    if with_open_clip:
+        write_open_clip_weights(mapped, folder)
+    del mapped
+    check_tensors(folder / WEIGHTS, mapped_tensors([folder / WEIGHTS]), expected)
+    if with_open_clip:
+        written = capivara_state_dict(mapped_tensors([folder / OPEN_CLIP_WEIGHTS]))  # under transformers' names again
+        check_tensors(folder / OPEN_CLIP_WEIGHTS, written, expected)
+        logger.info("transformers and open_clip: %d tensors compared, all equal.", len(expected))
+
+
+def check_tensors(file: Path, tensors: Mapping[str, Tensor], expected: dict[str, str]) -> None:
+    """Raise ValueError, naming them, where tensors read from `file` are not those of the digests."""
+    found = tensor_digests(tensors)
+    if wrong := sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)):
+        raise ValueError(f"{file.name} does not hold the model as it was: {', '.join(wrong)} differ; nothing was kept.")
+
+
+def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Hex digest of each tensor, of its type, shape and bytes."""
+    digests = {}
+    for name, tensor in tensors.items():
+        digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+        digests[name] = digest.hexdigest()
+    return digests
+
+
 def text_config_source(config: CapivaraConfig, text_config: str | None) -> str | None:
-    """Where open_clip shall find the text tower's configuration: a Hub id, or the repository's folder `text_model`.
+    """The Hub id where open_clip shall find the text tower's configuration: the one that is named, else the published
+    one, and None where the model's tower is another.
 
-    Args:
-        config: the architecture.
-        text_config: a Hub id, or a folder with a config.json of the text tower or of the CAPIVARA model; None for the
-            published one, and None comes back where the tower is another.
-
-    Raises:
-        ValueError: it is another text tower than the model's; the message names the fields that differ.
+    ValueError where it is no Hub id, or another text tower than the model's; the fields that differ are named.
     """
     if text_config is None:
         return None if _differences(config.text_config, CapivaraConfig().text_config) else BASE_TEXT_MODEL
-    local = Path(text_config).is_dir()
+    if Path(text_config).is_dir():
+        raise ValueError(f"--text_config takes a Hub id, and {text_config} is a folder. {OWN_TOWER}")
     try:  # of the base it is known by heart: no network
-        known = text_config in BASE_TEXT_NAMES
-        named = CapivaraConfig() if known else AutoConfig.from_pretrained(text_config, trust_remote_code=False)
+        named = CapivaraConfig().text_config
+        if text_config not in BASE_TEXT_NAMES:
+            named = AutoConfig.from_pretrained(text_config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         fault = " ".join(str(error).split())
-        raise ValueError(
-            f"text_config {text_config!r} is no folder and no Hub id with a configuration: {fault}"
-        ) from error
-    if isinstance(named, CapivaraConfig) and not local and not known:
+        raise ValueError(f"text_config {text_config!r} is no Hub id with a configuration: {fault}") from error
+    if isinstance(named, CapivaraConfig):
         raise ValueError(
             f"text_config {text_config} is a whole CAPIVARA model, from which open_clip can't take a text tower; name "
-            "a repository that holds the text tower's configuration alone, or a folder."
+            "a repository that holds the text tower's configuration alone."
         )
-    named = named.text_config if isinstance(named, CapivaraConfig) else named
     if differences := _differences(config.text_config, named):
         raise ValueError(f"text_config {text_config} is not the model's text tower: {'; '.join(differences)}.")
-    return TEXT_MODEL if local else text_config
+    return text_config
 
 
 def open_clip_settings(
@@ -87,8 +120,7 @@ def open_clip_settings(
         pieces = f", trimmed to {config.text_config.vocab_size:,} word pieces" if config.trimmed_vocabulary else ""
         logger.info(
             "open_clip is left out: it takes the text tower's configuration from XLM-RoBERTa base, and this is another "
-            "tower%s. Name a Hub id that has it by --text_config; or the model's own folder, for a repository that "
-            "open_clip loads from inside its folder alone.", pieces,
+            "tower%s. Name a Hub id that has it by --text_config. %s", pieces, OWN_TOWER,
         )  # fmt: skip
         return None
     size, preprocess_cfg = preprocess_cfg_of(image_processor)
@@ -101,24 +133,19 @@ def open_clip_settings(
         except (RuntimeError, ValueError) as error:  # a few timm models have, under open_clip, a head of another width
             raise ValueError(f"open_clip does not build this model: {' '.join(str(error).split())}") from error
     # `hf-hub:` takes the tokenizer from that repository; a folder's own is taken from there.
-    tokenizer = repo_id or (BASE_TEXT_MODEL if source == TEXT_MODEL else source)
-    model_cfg["text_cfg"]["hf_tokenizer_name"] = tokenizer
+    tokenizer = model_cfg["text_cfg"]["hf_tokenizer_name"] = repo_id or source
     logger.info("open_clip: configuration of the text tower from %s, tokenizer from %s.", source, tokenizer)
-    if source == TEXT_MODEL:
-        logger.info("Users download the repository, start in its folder, and load local-dir:. (hf-hub: can't find it).")
     return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
 
 
 def write_open_clip_config(
     folder: Path, config: CapivaraConfig, settings: dict[str, Any], tokenizer: CapivaraTokenizer
 ) -> None:
-    """Write open_clip_config.json beside the tokenizer, and the text tower's configuration where no Hub id has it."""
-    text_cfg = settings["model_cfg"]["text_cfg"]
+    """Write open_clip_config.json beside the tokenizer."""
     # Without it open_clip reads config.json first, and asks on the terminal whether to run the code it names.
-    text_cfg["tokenizer_kwargs"] = {"tokenizer_type": tokenizer_type(folder, config, tokenizer)}
+    kwargs = {"tokenizer_type": tokenizer_type(folder, config, tokenizer)}
+    settings["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = kwargs
     write_json(folder / OPEN_CLIP_CONFIG, settings)
-    if text_cfg["hf_model_name"] == TEXT_MODEL:
-        config.text_config.save_pretrained(folder / TEXT_MODEL)
 
 
 def write_sentence_transformers(folder: Path, processor: ProcessorMixin) -> None:

@@ -49,16 +49,10 @@ TIMM |= {(1024, 24, 16): "vit_large_patch16_siglip", (1152, 27, 14): "vit_so400m
 
 
 def write_open_clip(source: Path, folder: Path, name: str) -> dict[str, Tensor]:
-    """Write open_clip's files of the model in `source` to `folder`; the tokenizer is that of the repository `name`.
-
-    Returns:
-        The tensors of open_clip's model.
-
-    Raises:
-        ValueError, ImportError: as of `check_open_clip`; or open_clip's embeddings are others.
+    """Write open_clip's files of a model that `check_open_clip` lets through; the tokenizer is that of the repository
+    `name`. Returns the tensors of open_clip's model. Raises ValueError where its embeddings are others.
     """
     model, processor = load_model(source).eval(), load_processor(source)
-    check_open_clip(model.config)
     tensors = open_clip_tensors(model)
     save_file(tensors, folder / OPEN_CLIP_WEIGHT_FILES[0], metadata={"format": "pt"})
     settings = {"model_cfg": model_cfg(model, name), "preprocess_cfg": preprocess_cfg(processor)}
@@ -121,7 +115,7 @@ def model_cfg(model: PreTrainedModel, name: str) -> dict[str, Any]:
         "heads": text.num_attention_heads, "layers": text.num_hidden_layers, "no_causal_mask": True, "proj_bias": True,
         "pool_type": "last", "norm_kwargs": {"eps": text.layer_norm_eps}, "act_kwargs": {"approximate": "tanh"},
         "mlp_ratio": text.intermediate_size / text.hidden_size, "hf_tokenizer_name": name,
-        "tokenizer_kwargs": {"clean": "lower"},
+        "tokenizer_kwargs": {"clean": "whitespace"},  # small letters are the tokenizer's own affair
     }  # fmt: skip
     scale = {"init_logit_bias": model.logit_bias.item(), "custom_text": True}
     return {"embed_dim": text.projection_size, **scale, "vision_cfg": side, "text_cfg": texts}

@@ -3,8 +3,7 @@
     onnx/model.onnx, onnx/*_fp16.onnx     both towers and their scores, and every graph in float16, too
     config.json                           transformers.js_config: whose weights lie beside the graph
     preprocessor_config.json              the image processor, under a name that it knows
-    tokenizer.json                        the same tokens by steps that it knows, curly quotation marks as plain ones
-    tokenizer_config.json                 the longest text, and that white space is collapsed
+    tokenizer.json, tokenizer_config.json the same tokens by steps that it knows, and the longest text
 
 Source: its `models/session.js` and `utils/model-loader.js`, 4.3.
 """

@@ -1,8 +1,5 @@
 """The page as a Space: a folder with the program, an index of pictures and the model.
 
-    index, credit = open_index("Pictures", "runs/mine")
-    write_space(index, "runs/mine", Path("demo"), credit)
-
 Whose the pictures are is read from the README of their folder. The index is copied without the names of this machine's
 folders and the places where pictures were taken; thumbnails stand for the pictures. Requirements are pinned to the
 versions that built it. The Space is one of Docker.
@@ -49,15 +46,9 @@ LOOK = {"emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "pinned": Fa
 
 
 def open_index(pictures: str, model: str, cache_dir: str = "auto") -> tuple[PictureIndex, Credit]:
-    """An index of the pictures, built or brought up to date where it is not given, and whose pictures they are.
+    """An index of the pictures, which are one or a folder of them, and whose they are; that of a folder is cached.
 
-    Args:
-        pictures: index, or folder of pictures.
-        model: folder or Hub id.
-        cache_dir: "auto", or root of all caches.
-
-    Raises:
-        ValueError: there are no such pictures, or no such model; the index was built with another model.
+    Raises ValueError where there are no such pictures, or no such model; the index was built with another model.
     """
     if Path(pictures, "pictures.lance").is_dir() or pictures.startswith(STORES):
         index = PictureIndex.open(pictures, model)
@@ -86,11 +77,7 @@ def publish_index(index: PictureIndex, where: Path, model: str, title: str = "")
         model: where the Space finds the model: a folder relative to the Space's, or a Hub id.
         title: name of the folder that stands for the one that was added, where it is only one.
 
-    Returns:
-        The number of pictures.
-
-    Raises:
-        ValueError: there is no picture that the index's model has embedded.
+    Returns the number of pictures. Raises ValueError where the index's model has embedded none.
     """
     names: dict[str, str] = {}  # folder that was added -> name in its place, the innermost first
     for folder in sorted(folders := list(index.folders()), key=len, reverse=True):
@@ -125,16 +112,9 @@ def _renamed(path: str, names: dict[str, str]) -> str:
 
 
 def write_space(index: PictureIndex, model: str, folder: Path, credit: Credit) -> None:
-    """Write the folder of a Space.
+    """Write the folder of a Space; of the model, a folder is copied, and a Hub id left to the Space to fetch.
 
-    Args:
-        index: of the pictures.
-        model: folder or Hub id; a folder is copied, an id is left to the Space to fetch.
-        folder: where to; missing or empty.
-        credit: whose pictures they are.
-
-    Raises:
-        ValueError: the folder is not empty, or a file names a path of this machine or a token.
+    Raises ValueError where the folder is not empty, or a file names a path of this machine or a token.
     """
     with whole_folder(folder) as made:
         for source in (*program_files(), Path("LICENSE")):

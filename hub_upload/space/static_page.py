@@ -47,7 +47,7 @@ ABOUT = {  # of the page as a Space
 }
 
 
-def write_static_page(model: str, folder: Path, library: Path | None = None) -> list[Path]:
+def write_static_page(model: str, folder: Path, library: Path | None = None) -> None:
     """Write the folder of the page.
 
     Args:
@@ -56,13 +56,8 @@ def write_static_page(model: str, folder: Path, library: Path | None = None) -> 
         folder: where to; missing or empty.
         library: a `node_modules` that has `LIBRARY`; npm fetches it where None.
 
-    Returns:
-        The files, relative to `folder`, in order.
-
-    Raises:
-        ValueError: transformers.js can't express the model, npm is missing or fails, or a file names a path of this
-            machine or a token.
-        ImportError: a package that ONNX needs is missing.
+    Raises ValueError where transformers.js can't express the model, npm is missing or fails, or a file names a path of
+    this machine or a token; ImportError where a package that ONNX needs is missing.
     """
     require("A page without a server", "onnx", *ONNX_PACKAGES)
     with whole_folder(folder) as made, tempfile.TemporaryDirectory() as work:
@@ -91,7 +86,6 @@ def write_static_page(model: str, folder: Path, library: Path | None = None) -> 
         for path in (*made.glob("*.*"), *made.glob("static/*")):
             check_secrets(path, path.name)
             check_paths(path, path.name)
-    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
 def page_html(language: str, model: dict[str, str | int]) -> str:
@@ -112,11 +106,7 @@ def _exported(model: Path, work: Path) -> Path:
 
 
 def npm_packages(folder: Path, wanted: dict[str, str]) -> Path:
-    """The `node_modules` that npm makes in a folder; no script of a package runs.
-
-    Args:
-        folder: is there.
-        wanted: package -> range of its versions.
+    """The `node_modules` that npm makes in a folder, of packages with a range of versions; no script of one runs.
 
     Raises ValueError where there is no npm, or it fails.
     """
