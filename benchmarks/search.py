@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -45,7 +45,6 @@ QUERY_WORDS = ("um gato dormindo", "cachorro correndo na praia", "bolo de aniver
 PACKAGES, PEERS = ("lancedb", "faiss-cpu"), ("faiss_flat", "faiss_ivfpq")
 LISTS, CODES, PROBES = 4096, 64, 64  # of faiss's IVF-PQ, as its guidelines have them for a million
 PHOTO_PROGRAMS = ("open_clip", "index", "index_exact")
-Worker = Literal["fill", "index", "faiss_flat", "faiss_ivfpq", "photos_open_clip", "photos_index", "photos_index_exact"]
 
 
 @dataclass
@@ -59,7 +58,7 @@ class SearchArguments:
     runs: int = flag(5, "Parts of the photographs, in which the programs take turns; runs of a new process.")
     work: Path = flag(Path("runs/search"), "Folder of vectors, indexes, photographs and model; some 10 GB.")
     output: Path = flag(RESULTS / "search.json", "JSON file.")
-    worker: Worker | None = flag(None, "Measure one program, in this process.")
+    worker: str | None = flag(None, "Measure one program, in this process.")
     rows: int = flag(1000, "Pictures (worker).")
     first: int = flag(0, "Number of the first photograph (worker).")
 
@@ -194,11 +193,6 @@ def around(centres: np.ndarray, count: int, dice: np.random.Generator) -> np.nda
     return unit(centres[dice.integers(0, len(centres), count)] + noise)
 
 
-def load_vectors(args: SearchArguments) -> np.ndarray:
-    """(rows, width), float16, as they lie on the disk."""
-    return np.load(args.work / f"vectors-{args.rows}.npy", mmap_mode="r")
-
-
 def unit(vectors: np.ndarray) -> np.ndarray:
     """(rows, width), of unit length."""
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -225,8 +219,7 @@ def fill(args: SearchArguments) -> dict[str, Any]:
     index = PictureIndex.open(where, model=str(model))
     table, digest = index._table, index.model.image_digest
     table.create(WIDTH)
-    vectors = load_vectors(args)
-    started = time.perf_counter()
+    vectors, started = np.load(args.work / f"vectors-{args.rows}.npy", mmap_mode="r"), time.perf_counter()
     for start in range(0, args.rows, ROWS_AT_ONCE):
         table.pictures.add(made_rows(vectors[start : start + ROWS_AT_ONCE], start, digest))
     written = time.perf_counter()
@@ -322,7 +315,8 @@ def faiss_peer(args: SearchArguments) -> dict[str, Any]:
 
     file = args.work / f"{args.worker}.faiss"
     if not file.is_file():
-        vectors, started = load_vectors(args).astype(np.float32), time.perf_counter()
+        vectors = np.load(args.work / f"vectors-{args.rows}.npy").astype(np.float32)
+        started = time.perf_counter()
         if args.worker == "faiss_flat":
             index = faiss.IndexFlatIP(WIDTH)
         else:
@@ -351,10 +345,8 @@ def take_in(args: SearchArguments) -> dict[str, Any]:
     return {"seconds": seconds}
 
 
-WORKERS: dict[str, Callable[[SearchArguments], dict[str, Any]]] = {
-    **{"fill": fill, "index": search_index, "faiss_flat": faiss_peer, "faiss_ivfpq": faiss_peer},
-    **dict.fromkeys((f"photos_{name}" for name in PHOTO_PROGRAMS), take_in),
-}
+WORKERS = {"fill": fill, "index": search_index, **dict.fromkeys(PEERS, faiss_peer)}
+WORKERS |= dict.fromkeys((f"photos_{name}" for name in PHOTO_PROGRAMS), take_in)
 
 if __name__ == "__main__":
     run_command(main)

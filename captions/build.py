@@ -71,15 +71,10 @@ class ManualStepRequired(Exception):
 
 
 def read_plan(config: Path, executor: dict[str, Any] | None = None, **given: str | Path | None) -> Plan:
-    """The plan of a config file.
+    """The plan of a config file, whose keys are `CONFIG_KEYS` and the names of `STAGES`.
 
-    Args:
-        config: YAML; `CONFIG_KEYS` and the names of `STAGES` are its keys.
-        executor: flags of `ExecutorArguments` for all stages; the section of a stage may have its own.
-        given: values of such keys that go before those of the file; None for those that are not given.
-
-    Raises:
-        ValueError: a key is unknown or missing, or a value breaks the rule of its stage; all before any work.
+    `executor` are flags of `ExecutorArguments` for all stages; the section of a stage may have its own. What is `given`
+    and not None goes before the file. Raises ValueError where a key is unknown or missing, or a value breaks a rule.
     """
     content = {key: value for key, value in read_config(config).items() if value not in ("", "~", "null")}
     content |= {key: str(value) for key, value in given.items() if value is not None}
@@ -138,9 +133,7 @@ def _steps(content: dict, chain: list[tuple[str, dict]], split: str, executor: d
 def _checked_card(card: Any, config: Path) -> dict[str, Any]:
     """Licence and sources are nothing that a program could know, and a data set without them must not be published."""
     if not isinstance(card, dict):
-        raise ValueError(
-            f"{config} lacks `card`, with pretty_name, license and sources: no data set without its sources."
-        )
+        raise ValueError(f"{config} lacks `card`, with license and sources: no data set without its sources.")
     _check_keys(card, CARD_KEYS, f"{config}, section card")
     sources = card.get("sources")
     if not isinstance(sources, list) or not sources or not all(isinstance(source, dict) for source in sources):

@@ -61,9 +61,7 @@ class Plan:
 def write_dataset(plan: Plan, rank: int = 0, world_size: int = 1) -> Path:
     """Write the data set of a build whose stages are complete; returns its folder. One that is there stays.
 
-    Raises:
-        ValueError: splits have columns of one name and different types, or no row is left.
-        OSError: the disk is full; the same command does the rest.
+    Raises ValueError where splits have columns of one name and different types, or no row is left.
     """
     output = plan.output / DATASET_FOLDER
     last = {split: steps[-1].output for split, steps in plan.steps.items()}

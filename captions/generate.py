@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoImageProcessor,
-    AutoModelForImageTextToText,
     AutoTokenizer,
     Blip2ForConditionalGeneration,
     DynamicCache,
@@ -56,9 +55,7 @@ class GenerateArguments(StageArguments):
     model: str = flag("Salesforce/blip2-opt-2.7b-coco", "Folder or Hub id of a BLIP-2 of transformers.")
     revision: str | None = flag(None, "Branch, tag or commit of a Hub id.")
     prefixes: Path = flag(PREFIXES, "JSON file of the form of captions/prefixes.json.")
-    precision: Literal["float32", "bf16", "fp16"] = flag(
-        "float32", "Of weights and activations; the authors had fp16, with BLIP-2's Q-Former in float32."
-    )
+    precision: Literal["float32", "bf16", "fp16"] = flag("float32", "Of weights and activations; the authors had fp16.")
     device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
 
     def __post_init__(self) -> None:
@@ -195,14 +192,9 @@ def load_captioner(args: GenerateArguments) -> Captioner:
             f"{args.model} is a model of the kind {kind!r}, captions.generate takes BLIP-2, such as "
             f"{GenerateArguments.model}. Captions of another model come as the column {COLUMN} of the data set."
         )
-    model, processor, tokenizer = (
-        auto.from_pretrained(args.model, revision=args.revision, **options)
-        for auto, options in (
-            (AutoModelForImageTextToText, {"dtype": DTYPES[args.precision]}),
-            (AutoImageProcessor, {}),
-            (AutoTokenizer, {}),
-        )
-    )
+    source = {"pretrained_model_name_or_path": args.model, "revision": args.revision}
+    model = Blip2ForConditionalGeneration.from_pretrained(**source, dtype=DTYPES[args.precision])
+    processor, tokenizer = AutoImageProcessor.from_pretrained(**source), AutoTokenizer.from_pretrained(**source)
     model.eval().to(torch_device(args.device))
     return Captioner(model, processor, tokenizer, args.max_new_tokens, args.micro_batch_size)
 

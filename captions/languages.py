@@ -57,12 +57,10 @@ _GROUP_MEMBER = dict(pair.split(":") for pair in _OF_GROUP.split())
 
 
 def find_code(language: str, codes: Iterable[str], translator: str = "The translator") -> str:
-    """The code of `codes`, what a translator calls its languages, that means `language`.
+    """The code of `codes`, what a translator calls its languages, that means `language`: of ISO 639-1 or 639-3, with a
+    script or region where it matters (pt, por, zh-Hant, pt-BR), or one of `codes`.
 
-    That is of ISO 639-1 or 639-3, with a script or region where it matters: pt, por, zh-Hant, pt-BR; or one of `codes`.
-
-    Raises:
-        ValueError: there is none, and the nearest are named, or several, and all of them are.
+    Raises ValueError where there is none, and the nearest are named, or several, and all of them are.
     """
     codes = list(codes)
     same = [code for code in codes if _plain(code) == _plain(language)]

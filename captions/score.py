@@ -30,8 +30,7 @@ class ScoreArguments(StageArguments):
     language: str = flag("pt", "Language of the captions, the end of their columns' names.")
     model: str | None = flag(
         None,
-        "Required: folder or Hub id of a CAPIVARA, SigLIP, CLIP … or open_clip:NAME:PRETRAINED, or "
-        "open_clip:local-dir:FOLDER. It must know the language.",
+        "Required: folder or Hub id of a CAPIVARA, SigLIP, CLIP …; open_clip:NAME:PRETRAINED; open_clip:local-dir:X.",
     )
     embedding_batch_size: int = flag(32, "Images that go through at once; twice as many captions.")
     precision: Literal["float32", "bf16"] = flag("float32", "bf16 is faster on most GPUs.")
@@ -65,20 +64,16 @@ class ScoreProcess:
         good = [place for place, image in enumerate(images) if not isinstance(image, BadRow)]
         if not good:
             return images
-        image_embeds = self._embedded([images[place] for place in good])
-        distinct = sorted(
-            {text for place in good for text in captions[place] if text.strip()}, key=lambda text: (len(text), text)
-        )
-        text_embeds = self.embedder.texts(distinct, 2 * self.args.embedding_batch_size)  # (distinct, width)
-        number = {text: place for place, text in enumerate(distinct)}
-        results: list[dict[str, Any] | BadRow] = list(images)
-        for embed, place in zip(image_embeds, good, strict=True):
-            if not isinstance(embed, BadRow):
-                texts = captions[place]
-                cosines = [float(text_embeds[number[text]] @ embed) if text.strip() else None for text in texts]
-                embed = {f"similarities-{self.args.language}": cosines}
-            results[place] = embed
-        return results
+        results = dict(enumerate(images)) | dict(zip(good, self._embedded([images[i] for i in good]), strict=True))
+        distinct = sorted({text for place in good for text in captions[place] if text.strip()})
+        distinct.sort(key=len)
+        embeds = self.embedder.texts(distinct, 2 * self.args.embedding_batch_size)  # (distinct, width)
+        embeds = dict(zip(distinct, embeds, strict=True))
+        for place in good:
+            if not isinstance(embed := results[place], BadRow):
+                cosines = [float(embeds[text] @ embed) if text in embeds else None for text in captions[place]]
+                results[place] = {f"similarities-{self.args.language}": cosines}
+        return [results[place] for place in range(len(rows))]
 
     def _embedded(self, images: list[PIL.Image.Image]) -> list[Tensor | BadRow]:
         """(width,) of each image; one that the model refuses must not end the work on all others."""

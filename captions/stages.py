@@ -187,11 +187,8 @@ def stage_source(args: StageArguments) -> Split:
 
 
 def fingerprint(source: Split) -> str:
-    """Hex digest of the content, the same wherever the files lie.
-
-    It is cheap: of a large file its size and pieces all over it, of a data set of `datasets` the fingerprint that the
-    library keeps.
-    """
+    """Hex digest of the content, the same wherever files lie: of a large one by its size and pieces all over it; of
+    a data set of `datasets` the fingerprint that the library keeps."""
     if not source.paths:
         return str(source.data._fingerprint)
     digest = blake2b(digest_size=16)
@@ -212,8 +209,7 @@ def fingerprint(source: Split) -> str:
 def passed_features(source: Split, image_column: str, renamed: dict[str, str]) -> Features:
     """The columns that a stage passes on, by their names in its output: all but those without a plain type of Arrow.
 
-    Raises:
-        ValueError: there are no images, or a name stands for two columns.
+    Raises ValueError where there are no images, or a name stands for two columns.
     """
     names = renamed | {image_column: IMAGE}
     if image_column not in source.columns:
@@ -247,14 +243,9 @@ class StageReport:
 
 
 class RowStage:
-    """The rows that a stage reads, opened and checked, and what one of its tasks writes of them.
+    """The rows that a stage reads, opened and checked, and what its task `rank` of `world_size` writes of them.
 
-    Args:
-        args: of the stage.
-        rank, world_size: number of the task, from 0, and of all tasks.
-
-    Raises:
-        ValueError: there is no such data set, it is an unfinished stage, or it lacks the images or the columns.
+    Raises ValueError where there is no such data set, it is an unfinished stage, or lacks the images or the columns.
     """
 
     def __init__(self, args: StageArguments, rank: int = 0, world_size: int = 1):
@@ -316,14 +307,13 @@ class RowStage:
             columns: new column -> its feature of `datasets`. A column of the same name is replaced.
             settings: what the new columns depend on, such as the model; a folder holds parts of the same ones only.
             process: called with at most `args.batch_rows` rows. Their image is `{"bytes", "path"}`, undecoded but
-                there; columns of captions are lists of texts, where the source has the column. It must not depend on
-                how rows are batched, but in rounding.
+                there; columns of captions are lists of texts. It must not depend on how rows are batched.
             title: of the progress bar, which the first task has.
             prepare: called before some neighbouring parts, `PREPARED_ROWS` rows at most, are made.
 
         Raises:
             ValueError: the folder is of other settings or another source; what differs is named.
-            OSError: the disk is full; the parts that are there are whole, and the same command makes the others.
+            OSError: the disk is full; the same command makes the parts that are missing.
         """
         features = Features(self.features | columns)
         added = {

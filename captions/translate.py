@@ -63,17 +63,13 @@ class TranslateArguments(StageArguments):
         "GOOGLE_API_KEY, or an account from GOOGLE_APPLICATION_CREDENTIALS. file: a table, translated elsewhere.",
     )
     memory: Path | None = flag(
-        None,
-        "Folder of translations that are never made again, for any number of tasks and builds; else OUTPUT.memory.",
+        None, "Folder of translations that are never made again, of all builds; else OUTPUT.memory."
     )
     existing: Literal["refuse", "append", "replace"] = flag(
         "refuse",
-        "What to do with columns of the language that the data set has already. append puts translations "
-        "behind them: the authors have Marian's and Google's of each caption.",
+        "What to do with columns of the language that are there. append puts translations behind what they hold.",
     )
-    drop_flagged: bool = flag(
-        False, "Leave out translations that look wrong; the others close up, so positions change."
-    )
+    drop_flagged: bool = flag(False, "Leave out translations that look wrong; the others close up: positions change.")
     batch_size: int | None = flag(None, "Sentences that are translated at once: 32 by a model, 128 otherwise.")
     batch_rows: int = flag(
         256, "Rows that are worked on at once; after eight times as many sentences, what is translated is kept."
@@ -94,9 +90,7 @@ class TranslateArguments(StageArguments):
     google_endpoint: str | None = flag(None, "google: another address of the service.")
 
     export: Path | None = flag(None, "file: write the distinct sentences of all rows to this TSV, and end.")
-    import_file: Path | None = flag(
-        None, "file: the TSV with its last column filled, rows as they were.", aliases=["--import"]
-    )
+    import_file: Path | None = flag(None, "file: the TSV with its last column filled.", aliases=["--import"])
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -149,9 +149,8 @@ def load(
 ) -> Seq2SeqTranslator:
     """The translator of a folder or Hub id; `options` are others of `Seq2SeqTranslator`.
 
-    Raises:
-        ValueError: there is no such model, it is none that translates, or it does not know a language.
-        ImportError: its tokenizer needs a package that is not there.
+    Raises ValueError where it is no model that translates, or does not know a language; ImportError where its tokenizer
+    needs a package that is not there.
     """
     target = torch_device(device)
     try:
@@ -207,9 +206,8 @@ def _only_language(tokenizer: PreTrainedTokenizerBase, language: str, name: str)
 class GoogleTranslator:
     """Google's service, told the languages that it writes and reads.
 
-    Raises:
-        ValueError: no key is given, it is refused, or the service does not know a language.
-        OSError: the service can't be reached.
+    Raises ValueError where no key is given or it is refused, or the service does not know a language; OSError where the
+    service can't be reached.
     """
 
     name = "Google Translate"

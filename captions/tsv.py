@@ -69,9 +69,8 @@ def write_sentences(path: Path, sentences: list[str]) -> None:
 def read_translations(path: Path, sentences: list[str]) -> dict[str, str]:
     """Sentence -> translation, of a table of `sentences` that came back: UTF-8, byte-order mark or not, any line ends.
 
-    Raises:
-        ValueError: the file is no such table; a row is not the one that stood there, or has another source; rows are
-            missing, or without a translation.
+    Raises ValueError where the file is no such table, a row is not the one that stood there, or has another source, or
+    rows are missing, or without a translation.
     """
     rows, ids = _rows(path), [sentence_id(number, text) for number, text in enumerate(sentences, 1)]
     for place, (line, row) in enumerate(rows):

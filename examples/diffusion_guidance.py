@@ -45,17 +45,11 @@ class DiffusionArguments:
 
 
 class SentenceGuidance:
-    """`callback_on_step_end` of a latent diffusion pipeline with a `DDIMScheduler`.
+    """`callback_on_step_end` of a latent diffusion pipeline with a `DDIMScheduler`, whose device the model is on.
 
-    Args:
-        model: in evaluation mode, on the pipeline's device; its parameters get no gradients where they need none.
-        processor: the model's own.
-        sentence: what the picture shall show.
-        scale: how far a step is moved, as a share of the latents' length, where they are all noise; in proportion to
-            the noise that is left it becomes less.
-
-    Attributes:
-        cosines: after each step but the first, of the sentence and the picture that the latents would have become.
+    `scale` is how far a step is moved, as a share of the latents' length, where they are all noise; in proportion to
+    the noise that is left it becomes less. `cosines` are those of the sentence and the picture that the latents would
+    have become, after each step but the first.
     """
 
     def __init__(self, model: CapivaraModel, processor: CapivaraProcessor, sentence: str, scale: float = 0.1):

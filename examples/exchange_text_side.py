@@ -77,8 +77,7 @@ class LancePictures:
         import lancedb
 
         rows = [{"id": row, "vector": vector} for row, vector in enumerate(vectors)]
-        self.table = lancedb.connect(folder).create_table(NAME, rows)
-        self.close = lambda: None
+        self.table, self.close = lancedb.connect(folder).create_table(NAME, rows), lambda: None
 
     def nearest(self, query: np.ndarray) -> list[int]:
         """As `QdrantPictures.nearest`."""

@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor, nn
@@ -90,19 +91,10 @@ def random_views(pixels: Tensor, number: int, generator: torch.Generator) -> Ten
 
 
 def to_pixel_values(pixels: Tensor, image_processor: CapivaraImageProcessor) -> Tensor:
-    """What `CapivaraImageProcessor` does to square pictures, so that gradients flow back to them.
+    """What the model's own processor does to square pictures, so that gradients flow back to them.
 
-    The resize is torch's antialiased bicubic one, which is PIL's but for its roundings to eight bits.
-
-    Args:
-        pixels: (pictures, 3, side, side), 0 to 1.
-        image_processor: the model's own.
-
-    Returns:
-        (pictures, 3, height, width) of its crop.
-
-    Raises:
-        ValueError: the pictures are not square.
+    (pictures, 3, side, side), 0 to 1 -> (pictures, 3, height, width) of its crop. The resize is torch's antialiased
+    bicubic one, which is PIL's but for its roundings to eight bits. Raises ValueError where they are not square.
     """
     if pixels.shape[-1] != pixels.shape[-2]:
         height, width = pixels.shape[-2:]
@@ -113,8 +105,7 @@ def to_pixel_values(pixels: Tensor, image_processor: CapivaraImageProcessor) -> 
     top, left = round((side - crop["height"]) / 2), round((side - crop["width"]) / 2)
     pixels = pixels[..., top : top + crop["height"], left : left + crop["width"]]
     mean, std = (
-        torch.tensor(values, dtype=pixels.dtype, device=pixels.device).view(-1, 1, 1)
-        for values in (image_processor.image_mean, image_processor.image_std)
+        pixels.new_tensor(values).view(-1, 1, 1) for values in (image_processor.image_mean, image_processor.image_std)
     )
     return (pixels - mean) / std
 
@@ -123,14 +114,6 @@ def as_image(pixels: Tensor) -> PIL.Image.Image:
     """(1, 3, height, width), 0 to 1, as a PIL image of eight bits."""
     array = (255 * pixels[0].detach()).round().clamp(0, 255).to(torch.uint8)
     return PIL.Image.fromarray(array.permute(1, 2, 0).cpu().numpy())
-
-
-def strip(pictures: list[PIL.Image.Image]) -> PIL.Image.Image:
-    """Pictures in a row, small."""
-    row = PIL.Image.new("RGB", (STRIP_SIDE * len(pictures), STRIP_SIDE))
-    for place, picture in enumerate(pictures):
-        row.paste(picture.convert("RGB").resize((STRIP_SIDE, STRIP_SIDE)), (place * STRIP_SIDE, 0))
-    return row
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -158,7 +141,8 @@ def main(argv: list[str] | None = None) -> None:
                 pictures.append(as_image(picture()))
         seconds = time.perf_counter() - started
         pictures[-1].save(folder / "picture.png")
-        strip(pictures).save(folder / "steps.png")
+        small = [np.asarray(one.resize((STRIP_SIDE, STRIP_SIDE))) for one in pictures]
+        PIL.Image.fromarray(np.hstack(small)).save(folder / "steps.png")
         sentences = list(dict.fromkeys([args.sentence, *args.others]))
         ends = embed_images(model, processor, [pictures[0], pictures[-1]])
         before, after = (ends @ embed_texts(model, processor, sentences).T).tolist()

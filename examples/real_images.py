@@ -9,7 +9,6 @@ written below `data/real_images`, a result file a task and model below the outpu
 `real_images.json` there.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,18 +45,12 @@ class RealImagesArguments:
 
 def prepare(folder: Path, openmoji: str) -> None:
     """Write the data sets that are not there yet, each with the file of its classes."""
-    makers: dict[str, Callable[[], tuple[DatasetDict, dict]]] = {
-        "digits": digits,
-        "photos": photos,
-        "concepts": lambda: concepts(openmoji),
-    }
-    for name, make in makers.items():
-        if (folder / name).exists():
-            continue
-        with whole_folder(folder / name) as made:
-            data, classes = make()
-            data.save_to_disk(made / "data")
-            write_json(made / "classes.json", classes)
+    for name, make in {"digits": digits, "photos": photos, "concepts": lambda: concepts(openmoji)}.items():
+        if not (folder / name).exists():
+            with whole_folder(folder / name) as made:
+                data, classes = make()
+                data.save_to_disk(made / "data")
+                write_json(made / "classes.json", classes)
 
 
 def digits() -> tuple[DatasetDict, dict]:
@@ -66,8 +59,7 @@ def digits() -> tuple[DatasetDict, dict]:
 
     found = load_digits()
     names = prompts.load_prompts("mnist").names_en
-    classes = read_json(prompts.FOLDER / "pt" / "mnist.json")
-    classes |= {"dataset": "sklearn-digits", "title": "Digits of scikit-learn"}
+    named = {"dataset": "sklearn-digits", "title": "Digits of scikit-learn"}
     pixels = np.rint(255 - found.images * (255 / 16)).astype(np.uint8)  # dark on white, as on paper
     side = (DIGIT_SIDE, DIGIT_SIDE)
     images = [PIL.Image.fromarray(one).resize(side, PIL.Image.Resampling.NEAREST).convert("RGB") for one in pixels]
@@ -76,7 +68,7 @@ def digits() -> tuple[DatasetDict, dict]:
         name: _labelled([images[i] for i in np.flatnonzero(rows)], found.target[rows].tolist(), names)
         for name, rows in (("train", ~test), ("test", test))
     }
-    return DatasetDict(splits), classes
+    return DatasetDict(splits), read_json(prompts.FOLDER / "pt" / "mnist.json") | named
 
 
 def photos() -> tuple[DatasetDict, dict]:
@@ -122,9 +114,8 @@ def measure(args: RealImagesArguments, model: str, role: str) -> list[Record]:
     for name in ("concepts", "digits", "photos"):
         classes, images = str(args.data / name / "classes.json"), str(args.data / name / "data")
         output = args.output / f"{name}-{role}.json"
-        records += classification.evaluate(
-            classification.ClassificationArguments(model, classes, images, output, **shared)
-        )
+        task = classification.ClassificationArguments(model, classes, images, output, **shared)
+        records += classification.evaluate(task)
     return records
 
 

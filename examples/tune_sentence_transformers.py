@@ -134,20 +134,12 @@ class BoundedScale(TrainerCallback):
         clamp_logit_scale(model[0].auto_model.logit_scale)
 
 
-def model_card(model: str, dataset: str, language: str) -> str:
-    """The README.md of a model that was made of `model` by a data set."""
-    return CARD.format(language=language, model=html.escape(model), dataset=html.escape(dataset))
-
-
 def main(argv: list[str] | None = None) -> None:
     """Measure, train, measure again, and save."""
     args = parse(SentenceTuningArguments, __doc__, argv)
     require("This example", "sentence_transformers", "sentence_transformers")
-    from sentence_transformers import (
-        SentenceTransformer,
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+    from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
 
     if not (args.model / "modules.json").is_file():
         raise ValueError(f"{args.model} is no export of the format sentence_transformers (modules.json is missing).")
@@ -158,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     with whole_folder(args.output_dir, args.overwrite_output_dir) as folder:
         encoder = SentenceTransformer(str(args.model))
         encoder[0].auto_model.freeze_image_tower()  # as in the paper
-        training = SentenceTransformerTrainingArguments(
+        training = Arguments(
             output_dir=str(folder),
             num_train_epochs=args.epochs,
             per_device_train_batch_size=args.batch_size,
@@ -178,15 +170,15 @@ def main(argv: list[str] | None = None) -> None:
         trainer = SentenceTransformerTrainer(encoder, training, rows, loss=loss, callbacks=[BoundedScale()])
         before = measure(encoder.eval())
         seconds = trainer.train().metrics["train_runtime"]
-        sides = {"before": before, "after": measure(encoder.eval())}
         recalls = {
-            when: {f"recall@{k}": float(f[f"cosine_accuracy@{k}"]) for k in CUTOFFS} for when, f in sides.items()
+            when: {f"recall@{k}": float(found[f"cosine_accuracy@{k}"]) for k in CUTOFFS}
+            for when, found in (("before", before), ("after", measure(encoder.eval())))
         }
         encoder.save_pretrained(str(folder), create_model_card=False)
         facts = run_facts(args, encoder.device, "sentence-transformers")
-        shown = (facts["config"][name] for name in ("model", "dataset", "language"))
+        shown = {name: html.escape(facts["config"][name]) for name in ("model", "dataset", "language")}
         write_json(folder / "results.json", facts | {"text_to_image": recalls, "training_s": seconds})
-        write_text(folder / "README.md", model_card(*shown))
+        write_text(folder / "README.md", CARD.format(**shown))
     for when, found in recalls.items():
         print(f"{when:8}" + "".join(f"{name:>12} {100 * value:6.2f} %" for name, value in found.items()))
     print(args.output_dir)

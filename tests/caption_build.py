@@ -47,16 +47,12 @@ def write_config(folder: Path, model: Path) -> Path:
         "language": "xh",
         "image_column": "picture",
         "evaluation_splits": ["test"],
-        "translate": {
-            "backend": "file",
-            "import": str(folder / "tables" / "{split}.tsv"),
-            "rows_per_part": 2,
-            "batch_rows": 4,
-        },
+        "translate": {"backend": "file", "import": f"{folder}/tables/{{split}}.tsv"},
         "score": {"model": str(model), "device": "cpu", "rows_per_part": 4},
         "select": {"caption_strategy": "rank", "caption_count": 2, "rows_per_part": 6},
         "card": CARD,
     }
+    content["translate"] |= {"rows_per_part": 2, "batch_rows": 4}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     with pytest.raises(ManualStepRequired, match=r"train\.tsv has the sentences of 1-translate, train.*\n.*test\.tsv"):

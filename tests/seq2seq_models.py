@@ -20,16 +20,9 @@ SENTENCES = """a cat on a mat. a dog in the park. two men ride horses on the bea
 um gato no tapete. uma pessoa andando na praia. dois homens montam cavalos. o cachorro corre no parque, feliz!
 it has &quot;quotes&quot;, commas; and more? yes: 0123456789 ABCDEFGHIJKLMNOPQRSTUVWXYZ wxyz jkq >>por<< </s> <pad>
 """
-WIDTHS = {
-    "d_model": 32,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64,
-    "max_position_embeddings": 64,
-}
+WIDTHS = {"d_model": 32, "max_position_embeddings": 64}
+WIDTHS |= {f"{part}_{of}": n for part in ("encoder", "decoder") for of, n in (("layers", 1), ("attention_heads", 2))}
+WIDTHS |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
 
 
 def pieces_of(folder: Path) -> tuple[Path, list[str]]:

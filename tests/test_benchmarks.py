@@ -1,13 +1,18 @@
-"""Timings that users were promised, measured small."""
+"""Timings that users were promised, and every benchmark at small size."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks import timing
+from benchmarks import captions, main_job, search, timing
+from capivara_common.files import read_json, write_json
+from capivara_search.table_columns import schema
+from captions.generate import PREFIXES, read_prefixes
 
 
 @pytest.mark.slow
@@ -68,3 +73,89 @@ def test_pairs_at_small_size(tmp_path, monkeypatch):
     found = json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
     assert 200 < found["pairs"] < 300 and found["measured"]["second"]["pairs"] == found["pairs"]
     assert found["minutes"] > 0 and 0 < found["imports_gib"] <= found["peak_gib"] < 4
+
+
+@pytest.mark.slow
+def test_export_at_small_size(tiny_folder, tmp_path, capsys, monkeypatch):
+    from benchmarks import export
+
+    def saved(folder, layers):
+        weights = shutil.copytree(tiny_folder, folder) / "model.safetensors"
+        return {"parameters": layers, "weights_bytes": weights.stat().st_size}
+
+    monkeypatch.setattr(export, "save_random_model", saved)
+    export.main(["--output", str(tmp_path / "export.json")])
+    found = json.loads((tmp_path / "export.json").read_text(encoding="utf-8"))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found and {"device", "versions"} <= found.keys()
+    exported = found["export"]
+    assert exported["written_bytes"] > 2 * found["weights_bytes"] > 0
+    assert 0 < exported["after_imports_bytes"] <= exported["peak_bytes"]
+    over = exported["peak_bytes"] - exported["after_imports_bytes"]
+    assert exported["ratio_to_weights"] == over / found["weights_bytes"]
+
+
+@pytest.mark.slow
+def test_the_model_has_the_proportions_of_the_real_one():
+    model = captions.scaled_captioner(captions.CaptionsArguments(), read_prefixes(PREFIXES)).model
+    vision, language = model.config.vision_config, model.config.text_config
+    assert (vision.hidden_size, vision.num_hidden_layers, vision.intermediate_size) == (352, 6, 1536)
+    assert (language.hidden_size, language.num_hidden_layers, language.vocab_size) == (640, 5, 12576)
+    assert model.config.qformer_config.hidden_size == 192
+
+
+def test_programs_give_the_same_tokens(tmp_path, capsys):
+    sizes = ["--widths", "16", "--layers", "12", "--images", "2", "--new_tokens", "3", "--runs", "1"]
+    captions.main([*sizes, "--output", str(tmp_path / "c.json")])
+    results = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results
+    found = results["measured"]["generate"]
+    assert found["same_tokens"] and found["prefixes"] == 10
+    assert set(found["rows_per_second"]) == {"plain", "ours"} and found["gain_ours"]["measured"] > 0
+
+
+def test_both_trees_run_twice(tmp_path, monkeypatch):
+    """The old one in its own folder and with its own modules, before the new one; the second run keeps what is made."""
+    (tmp_path / "train_accelerate.py").touch()
+    calls, record = [], {"metric": "mean_recall", "value": 0.25}
+
+    def run(command, cwd, env, check):
+        assert check and env["OMP_NUM_THREADS"] == "2" and env["ATEN_CPU_CAPABILITY"] == "avx2"
+        calls.append((command[3], cwd, env["PYTHONPATH"], env["CAPIVARA_CACHE"]))
+        if "train_accelerate" in command:
+            write_json(Path(command[-1]) / "results" / "r.json", {"records": [record]})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", run)
+        patch.setattr(main_job.timing, "conditions", dict)
+        main_job.main(["--old_tree", str(tmp_path), "--without_bf16", "true", "--output", str(tmp_path / "o.json")])
+    assert [call[:3] for call in calls] == [
+        (name, tree, str(tree))
+        for tree in (tmp_path, main_job.timing.ROOT)
+        for name in ("examples.openmoji.prepare", "train_accelerate") * 2
+    ]
+    assert calls[0][3] == calls[3][3] != calls[4][3]
+    found = read_json(tmp_path / "o.json")
+    first = found["measured"]["old"]["first"]
+    assert first["records"] == [record] and found["without_bf16"] is True
+    assert first["seconds"].keys() == {"prepare", "train", "total"}
+
+
+def test_recall_is_the_share_of_the_nearest_rows():
+    nearest = [[number for number in range(search.K)]] * 2
+    assert search.recall([[*range(5), *range(90, 95)], list(range(search.K))], nearest) == 0.75
+
+
+def test_the_answers_are_the_nearest_vectors(tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "QUERIES", 3)
+    search.make_vectors(tmp_path, 50)
+    vectors = np.load(tmp_path / "vectors-50.npy").astype(np.float32)
+    queries, nearest = search.answers(tmp_path, 50)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3) and nearest.shape == (3, search.K)
+    for query, rows in zip(queries, nearest, strict=True):
+        scores = vectors @ query
+        assert set(rows) == set(np.argsort(-scores)[: search.K])
+
+
+def test_made_rows_are_rows_of_the_index():
+    rows = search.made_rows(np.zeros((3, search.WIDTH), np.float16), 7, "0" * 32)
+    assert rows.schema == schema(search.WIDTH) and rows["path"][0].as_py() == search.path_of(7)

@@ -1,7 +1,6 @@
 """The whole chain from a config: checked before it runs, resumable anywhere, ending in a data set with a card."""
 
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -77,9 +76,7 @@ def test_from_images_to_a_data_set_with_its_card(finished):
     assert features.items() <= data["train"].features.items() and data["train"].features["url"] == Value("string")
     rows = rows_of(folder)
     kept = [i for i in range(13) if i not in (3, 5)]
-    assert [hashlib.sha256(row["image"]["bytes"]).digest() for row in rows] == [
-        hashlib.sha256(picture(i)).digest() for i in kept
-    ]
+    assert [row["image"]["bytes"] for row in rows] == [picture(i) for i in kept]
     for i, row in zip(kept, rows, strict=True):
         assert len(row["captions-xh"]) == 2 == len(row["similarities-xh"])
         assert set(row["captions-xh"]) < {f"ikati {i}", f"ifoto ye {i}", "inja"}
@@ -95,9 +92,7 @@ def test_from_images_to_a_data_set_with_its_card(finished):
     assert "| train | 11 | 11 | 22 | 22 |" in card
     assert "| translate | 13 | 12 | 1 unreadable image |" in card and "| select | 11 | 11 | none |" in card
     assert "| score | 12 | 11 | 1 no caption |" in card
-    assert str(tmp_path) not in card and str(tmp_path) not in (folder / "build.json").read_text(), (
-        "no folder of a machine"
-    )
+    assert str(tmp_path) not in card + (folder / "build.json").read_text(), "no folder of a machine"
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "build.json", "data", "similarities.png"]
     assert len(files_to_send(folder, "dataset")) == 5, "it can be pushed as it is"
 
@@ -111,19 +106,12 @@ def test_what_is_done_is_not_done_again_and_no_model_is_loaded(finished, monkeyp
     assert "2-score, train: done" in caplog.text and "dataset: done" in caplog.text
 
 
-def corrected(table: Path, **cells: str) -> None:
-    """Other translations into the table, by their English with _ for blanks."""
-    lines = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines()]
-    cells = {name.replace("_", " "): text for name, text in cells.items()}
-    assert cells.keys() <= {source for _, source, _ in lines}
-    lines = [[name, source, cells.get(source, text)] for name, source, text in lines]
-    table.write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
-
-
 def test_a_table_waits_until_it_is_filled(config, tmp_path, capsys, caplog):
     """Neither an error nor a translation: it says how many are missing and where, one way to go on, and ends with 0."""
     table = tmp_path / "tables" / "train.tsv"
-    corrected(table, a_cat_0="", a_dog=" \xa0")  # as spreadsheets have blanks
+    text = table.read_text(encoding="utf-8")
+    emptied = text.replace("\tikati 0\n", "\t\n").replace("\tinja\n", "\t \xa0\n")  # as spreadsheets have blanks
+    table.write_text(emptied, encoding="utf-8")
     with caplog.at_level("INFO", "capivara"):
         main(["--config", str(config)])
         main(["--config", str(config), "--dry_run"])
@@ -136,7 +124,7 @@ def test_a_table_waits_until_it_is_filled(config, tmp_path, capsys, caplog):
     assert f"1-translate, train: waits for {table}: 2 of 25 sentences have no translation yet\n" in caplog.text
     assert "--import " not in caplog.text, "that is the way of another command"
     assert not (tmp_path / "built" / "1-translate" / "train").exists() and not (tmp_path / "built" / "dataset").exists()
-    corrected(table, a_cat_0="ikati 0", a_dog="inja")
+    table.write_text(text, encoding="utf-8")
     assert build(BuildArguments(config)) and "has the sentences" not in capsys.readouterr().out
 
 

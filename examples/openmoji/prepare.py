@@ -94,11 +94,8 @@ class PrepareArguments:
 def prepare(dataset_dir: Path, model_dir: Path | None, loss: str = "contrastive") -> None:
     """Make what is missing of the data set and the base model, if one is wanted; each appears whole or not at all.
 
-    `loss` is a name in `LOSSES`, under which a missing base is aligned; one that is there is left as it is.
-
-    Raises:
-        ImportError: a package of the `demo` extra is missing.
-        ValueError: a folder is there but holds something else.
+    `loss` is a name in `LOSSES`, under which a missing base is aligned; one that is there is left as it is. Raises
+    ImportError as `build_dataset`, and ValueError where a folder is there but holds something else.
     """
     there = dataset_dir.is_file() or (dataset_dir.is_dir() and any(dataset_dir.iterdir()))
     if not there:  # a data set of another form, such as a build's, is left alone
@@ -107,22 +104,15 @@ def prepare(dataset_dir: Path, model_dir: Path | None, loss: str = "contrastive"
     if model_dir is not None and not (model_dir / "config.json").is_file():
         logger.info("Preparing the base model in %s (once).", model_dir)
         if model_dir.exists() and any(model_dir.iterdir()):
-            raise ValueError(
-                f"{model_dir} is there but holds no base model (no config.json). Remove it, or name another."
-            )
+            raise ValueError(f"{model_dir} holds no base model (no config.json). Remove it, or name another.")
         with whole_folder(model_dir) as folder:
             features = build_base(load_embedded(dataset_dir), folder, loss)
         keep_embeddings(dataset_dir, model_dir, features)
 
 
 def build_base(dataset: DatasetDict, folder: Path, loss: str = "contrastive") -> dict[str, Tensor]:
-    """Align the two towers on the English captions and save model, processor and curve into `folder`.
-
-    `loss` is a name in `LOSSES`.
-
-    Returns:
-        Split -> `pooled_features` of its pictures.
-    """
+    """Align the two towers on the English captions under a loss of `LOSSES`, and save model, processor and curve into
+    `folder`; returns split -> `pooled_features` of its pictures."""
     torch.manual_seed(SEED)
     model, processor = with_pieces_of(dataset, *joined_encoders(**LOSSES[loss]))
     captions = dataset["train"]["captions-en"][:]
@@ -137,10 +127,8 @@ def build_base(dataset: DatasetDict, folder: Path, loss: str = "contrastive") ->
 
 
 def joined_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProcessor]:
-    """Both encoders as the towers of one model; its projections, into the texts' width, are random.
-
-    `config` are further values of `CapivaraConfig`.
-    """
+    """Both encoders as the towers of one model, with further values of its configuration; its projections, into the
+    texts' width, are random."""
     image_encoder, (text_encoder, tokenizer) = load_image_encoder(), load_text_encoder()
     processor = CapivaraProcessor(CapivaraImageProcessor(image_mean=IMAGE_MEAN, image_std=IMAGE_STD), tokenizer)
     width = text_encoder.config.hidden_size
@@ -155,15 +143,11 @@ def with_pieces_of(
     dataset: DatasetDict, model: CapivaraModel, processor: CapivaraProcessor
 ) -> tuple[CapivaraModel, CapivaraProcessor]:
     """The same model with the word pieces of Portuguese and English, and all those of the data set's captions."""
-    columns = [
-        (split, name) for split in dataset.values() for name in split.column_names if name.startswith("captions-")
-    ]
-    texts = (text for split, name in columns for captions in split[name] for text in captions)
-    ids = kept_ids(processor, LANGUAGES, WORDS, texts)
+    lists = (split[name] for split in dataset.values() for name in split.column_names if name.startswith("captions-"))
+    ids = kept_ids(processor, LANGUAGES, WORDS, (text for found in lists for captions in found for text in captions))
     table = model.get_input_embeddings()
-    model.set_input_embeddings(
-        nn.Embedding.from_pretrained(table.weight.detach()[ids], freeze=False, padding_idx=table.padding_idx)
-    )
+    kept = table.weight.detach()[ids]
+    model.set_input_embeddings(nn.Embedding.from_pretrained(kept, freeze=False, padding_idx=table.padding_idx))
     model.config.text_config.vocab_size = len(ids)
     return model, CapivaraProcessor(processor.image_processor, cut_tokenizer(processor.tokenizer, ids))
 
