@@ -78,8 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: its words, `sys.argv[1:]` where None.
 
-    Raises:
-        SystemExit: always, with the exit code that the help explains.
+    Raises SystemExit: always, with the exit code that the help explains.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     words = Words(language_of(argv))

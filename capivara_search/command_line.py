@@ -1,11 +1,5 @@
 """The commands of `capivara` and their flags, on click; the language is that of the `Words` in a context's `obj`.
 
-    @command("forget", Argument("folder", metavar="folder", read=absolute, completes="dir"))
-    def forget(args: SimpleNamespace, words: Words) -> int: ...  # its exit code
-
-    args = parsed(["esquecer", "~/Fotos"], Words("pt"))
-    args.run(args, Words("pt"))
-
 Both names of a command stand in `words.COMMANDS`, what its help says in `words.yaml`: `help.NAME`, `about.NAME`, and
 `flag.NAME.FLAG`, or `flag.FLAG` of several commands.
 """
@@ -42,9 +36,8 @@ Read = Callable[[str, Words], Any]  # a value of its text; raises click.BadParam
 def parsed(argv: Sequence[str], words: Words) -> SimpleNamespace:
     """The arguments; `command` is an English name, or None where there is none, `run` its function.
 
-    Raises:
-        click.UsageError: a flag or command is unknown, or a value breaks its rule.
-        SystemExit: `--help` or `--version`.
+    Raises click.UsageError: a flag or command is unknown, or a value breaks its rule. SystemExit: `--help` or
+    `--version`.
     """
     found = GROUP.main(list(argv), "capivara", complete_var=COMPLETE, standalone_mode=False, obj=words)
     if isinstance(found, int):

@@ -1,9 +1,5 @@
 """Pictures that are nearly the same: groups of them among hundreds of thousands, and each group once in an answer.
 
-    vectors = compared(index.vectors(paths), looks)
-    first = leaders(vectors)  # array([0, 1, 0, 3]): the third is nearly the same as the first
-    groups = near_groups(vectors, threshold=0.84)  # [array([3, 17]), array([5, 40, 41])]
-
 What a model sees in two pictures says little of whether one is a copy: its vector changes when a picture is reduced,
 and hardly from one lawn to another. So their looks are compared, too: the colours of a few pixels. A picture leads its
 group; every other one of it is similar to that one, and comes after it. So no chain of small differences leads from one

@@ -140,9 +140,8 @@ class PictureIndex:
             include: patterns that no longer hold, and what was forgotten and comes in again.
             only: absolute paths in the folders, of files or folders that are there or were; nothing else is looked at.
 
-        Raises:
-            ValueError: no such folder, a forgotten one, or no picture in it; then nothing is removed. No such pattern.
-            OSError: no space left, no permission to write the index.
+        Raises ValueError: no such folder, a forgotten one, or no picture in it; then nothing is removed. No such
+        pattern. OSError: no space left, no permission to write the index.
         """
         if only is None:
             self.mend()
@@ -251,8 +250,7 @@ class PictureIndex:
             stacked: those that are nearly the same (`capivara_search.results.SAME`) stand as one, that of most pixels,
                 which says how many `copies` it has; place and score are those of the best of them.
 
-        Raises:
-            ValueError: nothing is asked for, k below 1, a weight breaks its rule, or the model is not the index's.
+        Raises ValueError: nothing is asked for, k below 1, a weight breaks its rule, or the model is not the index's.
         """
         text = text.strip() if text else None
         both = ((sign, [words] if isinstance(words, str) else words) for sign, words in ((1, more), (-1, less)))

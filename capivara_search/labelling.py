@@ -1,8 +1,5 @@
 """Which of some labels fits a picture best, and whether any does.
 
-    for found in classify_vectors(model, paths, vectors, ["praia", "cidade"], "uma imagem de {}"):
-        print(found.path, found.label)
-
 Beside the labels' sentences competes one that says nothing (`NEUTRAL`): where it fits a picture best, no label does.
 """
 
@@ -25,8 +22,7 @@ MAX_LABELS = 1_000
 def checked_labels(labels: Sequence[str], template: str) -> list[str]:
     """The labels, without blanks around them.
 
-    Raises:
-        ValueError: there is none, too many, one is empty or there twice, or the template has no place for one.
+    Raises ValueError: there is none, too many, one is empty or there twice, or the template has no place for one.
     """
     if isinstance(labels, str):
         raise ValueError(f"labels must be a list of words, got the text {labels[:80]!r}. Write [{labels[:80]!r}].")

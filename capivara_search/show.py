@@ -90,19 +90,12 @@ def link(path: str, text: str) -> str:
 
 @dataclass(frozen=True)
 class Screen:
-    """What a terminal can show.
+    """What a terminal can show."""
 
-    Attributes:
-        pictures: whether it shows them, as blocks of colour, two pixels a character.
-        columns: characters of a line.
-        lines: that are seen at once.
-        links: whether files can be clicked.
-    """
-
-    pictures: bool
-    columns: int = 80
-    lines: int = 24
-    links: bool = False
+    pictures: bool  # whether it shows them, as blocks of colour, two pixels a character
+    columns: int = 80  # characters of a line
+    lines: int = 24  # that are seen at once
+    links: bool = False  # whether files can be clicked
 
 
 def screen(stream: TextIO, pictures: str = "auto", environment: Mapping[str, str] = os.environ) -> Screen:
@@ -183,10 +176,8 @@ def open_pictures(paths: Sequence[str], words: Words) -> None:
     """Open pictures in the system's viewer.
 
     An index may be of others, and its paths lead to anything: what is no picture any longer, or has no name of one, is
-    not opened, since the system would start what it finds there, by its name.
-
-    Raises:
-        RuntimeError: the system has no viewer, or it does not open the pictures.
+    not opened, since the system would start what it finds there, by its name. Raises RuntimeError: the system has no
+    viewer, or it does not open the pictures.
     """
     from capivara_common.image_files import BadImage
     from capivara_search.picture_files import is_picture_name, open_query_picture

@@ -86,9 +86,7 @@ class PictureTable:
     Args:
         where: folder, or address such as s3://bucket/fotos.
 
-    Raises:
-        ValueError: something else lies there.
-        OSError: it may not be read.
+    Raises ValueError: something else lies there. OSError: it may not be read.
     """
 
     def __init__(self, where: str | Path):

@@ -1,8 +1,5 @@
 """Texts to embeddings without torch and transformers, whose imports alone take longer than a search may.
 
-    tower = open_text_tower("data/openmoji/base")  # None where the model is of another shape than this file knows
-    tower.embed(["um gato dormindo"])  # (1, width), unit length
-
 XLM-RoBERTa, mean pooling and projection as `CapivaraModel` has them, and SigLIP's text tower, in NumPy; the embeddings
 are equal to 1e-5.
 """
@@ -48,23 +45,16 @@ SIGLIP_LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "se
 
 @dataclass
 class TextTower:
-    """The text side of a model folder.
+    """The text side of a model folder."""
 
-    Attributes:
-        weights: its tensors.
-        config: its `config.json`.
-        tokenizer: cuts at 77 tokens and does not pad.
-    """
-
-    weights: WeightFile
-    config: dict[str, Any]
-    tokenizer: Tokenizer
+    weights: WeightFile  # its tensors
+    config: dict[str, Any]  # its `config.json`
+    tokenizer: Tokenizer  # cuts at 77 tokens and does not pad
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings of texts, in their order: (texts, projection_dim), float32, unit length.
 
-        Raises:
-            ValueError: a text is not a string, or there is none; a text has no token at all.
+        Raises ValueError: a text is not a string, or there is none; a text has no token at all.
         """
         ids = self._ids(texts)
         order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
@@ -185,10 +175,8 @@ def open_text_tower(folder: str | Path) -> TextTower | None:
     """The text tower of a model folder; None where it is not exactly of the shape that is known here.
 
     Adapters, other encoders, other tokenizers, quantised weights and weights in several files are left to
-    `CapivaraModel`.
-
-    Raises:
-        ValueError: the weights or the tokenizer can't be read, or a size is outside of the limits of a model.
+    `CapivaraModel`. Raises ValueError: the weights or the tokenizer can't be read, or a size is outside of the limits
+    of a model.
     """
     folder = Path(folder)
     needed = [folder / name for name in ("config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json")]

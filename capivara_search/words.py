@@ -1,9 +1,5 @@
 """What is said to people, in Portuguese or English: the texts of `words.yaml`, by their keys.
 
-    words = Words("pt")
-    print(words.count("new", 213))  # 213 imagens novas
-    raise failure(ValueError, "index_is_file", path=folder)
-
 Names of files are other people's: whatever in them a terminal would obey is shown as an escape such as `\\x1b`.
 """
 
