@@ -28,7 +28,7 @@ import pyarrow as pa
 from capivara_common.cli import coded
 from capivara_common.image_files import DECODERS, BadImage
 from capivara_search.duplicates import look_of
-from capivara_search.estimates import Progress, told
+from capivara_search.estimates import Progress
 from capivara_search.folders import asked_folders, kept_rules, note_asked, note_rules
 from capivara_search.picture_files import RETRYABLE, FileState, Picture, find_pictures, is_picture_name, read_picture
 from capivara_search.results import Added, LeftOut
@@ -303,29 +303,6 @@ class IndexWriter:
             self.added.changed += 1
         elif known[1]:
             self.added.unchanged += 1
-
-
-def add_folders(
-    table: PictureTable,
-    model: "SearchModel",
-    folders: Sequence[Path],
-    exact: bool = False,
-    batch_size: int = 32,
-    progress: Progress = lambda done, total: None,
-    exclude: Sequence[str] = (),
-    include: Sequence[str | Path] = (),
-    only: Collection[str] | None = None,
-) -> Added:
-    """`PictureIndex.add`; the table is made where it is missing, and locked."""
-    start = time.monotonic()
-    with table.locked():
-        with told(table.where, progress) as tell:
-            plan = begin(table, model, folders, exclude, include, only, tell)
-            writer = IndexWriter(table, model, plan, batch_size, tell)
-            added = writer.run(exact)
-        finish(table, model, plan, added, writer.all_left_out)
-    added.seconds = time.monotonic() - start
-    return added
 
 
 def begin(

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capivara_search import asking
-from capivara_search.adding import KnownRows, add_folders, embed_files
+from capivara_search.adding import IndexWriter, KnownRows, begin, embed_files, finish
 from capivara_search.duplicates import (
     by_similarity,
     compared_rows,
@@ -25,19 +25,23 @@ from capivara_search.duplicates import (
     same,
     stacks,
 )
-from capivara_search.estimates import progress_of
-from capivara_search.folders import asked_folders, folders_to_add, kept_rules, move_folder, note_rules, skipped_counts
+from capivara_search.estimates import progress_of, told
+from capivara_search.folders import (
+    asked_folders,
+    folders_to_add,
+    forget_folder,
+    kept_rules,
+    move_folder,
+    skipped_counts,
+)
 from capivara_search.labelling import checked_labels, classify_vectors
 from capivara_search.picture_files import FileState, absolute_folder, find_pictures, open_query_picture
 from capivara_search.results import SAME, TEMPLATE, Added, Classified, Hit, LeftOut, Status
 from capivara_search.storage import DamagedIndex
 from capivara_search.table import EXACT_ROWS, PictureTable
 from capivara_search.table_columns import (
-    ABOUT,
-    FOLDER_KEY,
     HIT_COLUMNS,
     LEFT_OUT,
-    PICTURES,
     THUMBNAIL,
     VECTOR,
     all_of,
@@ -148,8 +152,15 @@ class PictureIndex:
         paths = self.folders_to_add(folders, exclude, include)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        progress = on_progress or (lambda done, total: None)
-        return add_folders(self._table, self.model, paths, exact, batch_size, progress, exclude, include, only)
+        start = time.monotonic()
+        with self._table.locked():
+            with told(self.where, on_progress or (lambda done, total: None)) as tell:
+                plan = begin(self._table, self.model, paths, exclude, include, only, tell)
+                writer = IndexWriter(self._table, self.model, plan, batch_size, tell)
+                added = writer.run(exact)
+            finish(self._table, self.model, plan, added, writer.all_left_out)
+        added.seconds = time.monotonic() - start
+        return added
 
     def folders_to_add(
         self, folders: Sequence[str | Path] = (), exclude: Sequence[str] = (), include: Sequence[str | Path] = ()
@@ -199,18 +210,7 @@ class PictureIndex:
 
         They stay out, until `add` includes them, as does what is there, and has no row yet.
         """
-        path = absolute_folder(folder)
-        if not self._table.exists():
-            return 0
-        with self._table.locked():
-            removed, failed = (self._table.remove_where(within(path), name) for name in (PICTURES, LEFT_OUT))
-            if removed or failed or os.path.lexists(path):
-                rules = kept_rules(self._table)
-                note_rules(self._table, replace(rules, forgotten=rules.forgotten | {str(path)}))
-            inside = [FOLDER_KEY + folder for folder in self._table.folders() if Path(folder).is_relative_to(path)]
-            self._table.remove(inside, ABOUT)
-            self._table.purge()
-            return removed
+        return forget_folder(self._table, absolute_folder(folder)) if self._table.exists() else 0
 
     def move(self, old: str | Path, new: str | Path) -> tuple[int, int]:
         """Take the rows of a folder for those of another one, which its pictures were moved to; nothing is read again.
