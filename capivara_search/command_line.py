@@ -147,10 +147,8 @@ class Value(click.ParamType):
 class Parameter(click.Parameter):
     """A flag or argument with its help in the words of a language.
 
-    Args:
-        metavar: key of what stands for its value in the help; click's own where there is none.
-        read: makes the value of its text.
-        completes: "dir" or "file", by which a shell completes the value.
+    `metavar` is the key of what stands for its value in the help, `read` makes the value of its text, and a shell
+    completes it by "dir" or "file".
     """
 
     def __init__(self, *names: str, metavar: str = "", read: Read | None = None, completes: str = "", **options: Any):
@@ -275,11 +273,9 @@ GROUP = Group(None, params=[*OF_ALL, Flag("--version", **ENDING)], invoke_withou
 
 
 def command(name: str | None, *params: click.Parameter) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Decorate the function of a command, of its arguments and words, which returns the exit code.
+    """Decorate the function of a command, by its English name, or of what is done without one.
 
-    Args:
-        name: in English; None: of what is done without a command.
-        params: its flags and arguments, beside those of all.
+    It gets its arguments, those of `params` and of all, and words, and returns the exit code.
     """
 
     def decorate(function: Callable[..., int]) -> Callable[..., int]:

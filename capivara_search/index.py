@@ -17,14 +17,7 @@ import pyarrow.compute as pc
 
 from capivara_search import asking
 from capivara_search.adding import IndexWriter, KnownRows, begin, embed_files, finish
-from capivara_search.duplicates import (
-    by_similarity,
-    compared_rows,
-    counted,
-    near_groups,
-    same,
-    stacks,
-)
+from capivara_search.duplicates import compared_rows, counted, near_groups, same, stacks
 from capivara_search.estimates import progress_of, told
 from capivara_search.folders import (
     asked_folders,
@@ -454,9 +447,12 @@ class PictureIndex:
         rows = rows.append_column("pixels", pc.multiply(rows["width"], rows["height"]))
         # the best of a group leads it
         rows = rows.sort_by([("pixels", "descending"), ("size", "descending"), ("path", "ascending")])
-        vectors = compared_rows(self.model, rows)
-        groups = near_groups(vectors, threshold)
-        return [by_similarity(to_hits(rows.take(numbers)), vectors[numbers]) for numbers in groups]
+        vectors, groups = compared_rows(self.model, rows), []
+        for numbers in near_groups(vectors, threshold):
+            scores = np.clip(vectors[numbers] @ vectors[numbers[0]], -1, 1)
+            first, *others = to_hits(rows.take(numbers), scores)
+            groups.append([first, *sorted(others, key=lambda hit: (-hit.score, hit.path))])
+        return groups
 
     # --- what is known
 

@@ -42,14 +42,9 @@ def checked_labels(labels: Sequence[str], template: str) -> list[str]:
 def classify_vectors(
     model: "SearchModel", paths: Sequence[str], vectors: np.ndarray, labels: Sequence[str], template: str
 ) -> list[Classified]:
-    """The best label of each picture.
+    """The best label of each picture, by its vector (pictures, width), of unit length.
 
-    Args:
-        model: of the vectors.
-        paths: of the pictures.
-        vectors: (pictures, width), unit length.
-        labels: as `checked_labels` returns them.
-        template: sentence with `{}` where a label goes.
+    `labels` are as `checked_labels` returns them; in the sentence `template` they stand at `{}`.
     """
     texts = model.texts([*(template.replace("{}", label) for label in labels), NEUTRAL])
     cosines = np.asarray(vectors, np.float32) @ texts.T  # (pictures, labels + 1)

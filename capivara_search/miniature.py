@@ -60,15 +60,13 @@ def miniature_folder() -> Path:
 
 
 def write_miniature(folder: Path, visual: np.ndarray, direction: np.ndarray, logit_scale: np.ndarray) -> None:
-    """Write model, processor and card into a folder.
+    """Write model, processor and card into an empty folder. Raises ImportError, ValueError of a tower's package.
 
     Args:
-        folder: that is there and empty.
+        folder: that is there.
         visual: (text width, image width), from the pooled image to the space of texts.
         direction: (text width,), unit length; what all texts have in common, which is taken off them.
         logit_scale: (), natural logarithm of the scale.
-
-    Raises ImportError, ValueError: a tower's package is missing or damaged.
     """
     import torch
 

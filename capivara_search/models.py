@@ -58,11 +58,7 @@ class SearchModel:
 
     @cached_property
     def image_digest(self) -> str:
-        """Hex digest of all that the embeddings of images depend on; models that share it can share them.
-
-        These are the weights of the image tower and its projection, and the settings of the image processor; neither
-        the text side nor the version of transformers is among them.
-        """
+        """Hex digest of all that the embeddings of images depend on; models that share it can share them."""
         return image_side_digest(self.folder)
 
     @property

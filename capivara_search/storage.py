@@ -46,11 +46,7 @@ class DamagedIndex(ValueError):
 
 @contextmanager
 def explained(where: str, part: str = "") -> Iterator[None]:
-    """Let what LanceDB raises become one line.
-
-    Args:
-        where: folder or address of the index.
-        part: name of the table that is worked on.
+    """Let what LanceDB raises, of an index and one of its tables, become one line.
 
     Raises OSError: no space left, no permission, a refusal of the object storage, no answer, or others who write.
     DamagedIndex: a file of the index is missing or broken.

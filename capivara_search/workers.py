@@ -54,13 +54,9 @@ class WorkerArguments(ExecutorArguments):
 
 
 def add_with_workers(arguments: WorkerArguments) -> bool:
-    """`PictureIndex.add` by many tasks.
+    """`PictureIndex.add` by many tasks. Returns whether it is done; False: Slurm has taken the jobs.
 
-    Returns:
-        Whether it is done. False: Slurm has taken the jobs.
-
-    Raises ValueError: as `add`; some tasks have failed, and are named. ImportError: the packages of the executors are
-    not installed.
+    Raises ValueError: as `add`; some tasks have failed, and are named. ImportError: datatrove is not installed.
     """
     require("Adding pictures by several workers", "captions", "datatrove")
     from capivara_common.executors import Work, execute
