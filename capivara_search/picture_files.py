@@ -478,7 +478,7 @@ def short_side(image: PIL.Image.Image, size: tuple[int, int], side: int, squash:
     short, long = min(size), max(size)
     if short <= side:
         return image
-    long_side = int(side * long / short)  # as `resize_short_side`, which test_picture_files.py compares
+    long_side = int(side * long / short)  # as the processor's `resize_short_side`
     wanted, resample = ((side, long_side) if size[0] <= size[1] else (long_side, side)), Resampling.BICUBIC
     if squash is not None:
         wanted, resample = (side, side), squash
