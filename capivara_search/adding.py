@@ -1,7 +1,5 @@
 """Folders into the table of an index: what is new is embedded, what is known stays, what is gone goes.
 
-    added = add_folders(table, model, [Path("/home/maria/Fotos")])
-
 First files and rows are compared: a file whose size and time are those of its row is not read again, nor is one that
 has not changed since it was no picture that can be read; what only could not be opened is tried again. A picture whose
 content is known, of a file that was moved, copied or touched, keeps its vector. Rows are written in commits of
@@ -30,7 +28,7 @@ import pyarrow as pa
 from capivara_common.cli import coded
 from capivara_common.image_files import DECODERS, BadImage
 from capivara_search.duplicates import look_of
-from capivara_search.estimates import Progress, told
+from capivara_search.estimates import Progress
 from capivara_search.folders import asked_folders, kept_rules, note_asked, note_rules
 from capivara_search.picture_files import RETRYABLE, FileState, Picture, find_pictures, is_picture_name, read_picture
 from capivara_search.results import Added, LeftOut
@@ -93,33 +91,18 @@ class KnownRows:
 
 @dataclass
 class Plan:
-    """What there is to do.
+    """What there is to do."""
 
-    Attributes:
-        folders: that were named.
-        clause: for the rows of what was looked at.
-        is_whole: whether these are all rows of the folders.
-        roots: real paths of these and of those that `add` was told of before; nothing is read outside of them.
-        files: to be read, new and changed ones, and those whose vector is of another model.
-        known: what the table says of the folders.
-        gone: paths of rows whose file is no longer there, or left out.
-        unchanged: number of rows that stay as they are.
-        unseen: files and folders that could not even be looked at, and why.
-        broken: files that could not be read an earlier time, and are as they were.
-        counts: of what rules leave out, by folder, as `find_pictures` fills them in.
-    """
-
-    folders: Sequence[Path]
-    clause: str
-    is_whole: bool
-    roots: Sequence[str]
-    files: list[FileState]
+    clause: str  # for the rows of what was looked at
+    is_whole: bool  # whether these are all rows of the folders
+    roots: Sequence[str]  # real paths of folders that were added, now or before; nothing is read outside of them
+    files: list[FileState]  # to be read: new and changed ones, and those whose vector is of another model
     known: KnownRows
-    gone: list[str]
-    unchanged: int
-    unseen: list[LeftOut]
-    broken: set[FileState]
-    counts: dict[str, Counter[str]]
+    gone: list[str]  # paths of rows whose file is no longer there, or left out
+    unchanged: int  # rows that stay as they are
+    unseen: list[LeftOut]  # could not even be looked at
+    broken: set[FileState]  # could not be read an earlier time, and are as they were
+    counts: dict[str, Counter[str]]  # of what rules leave out, by folder, as `find_pictures` fills them in
 
 
 def make_plan(
@@ -130,18 +113,14 @@ def make_plan(
     rules: Rules | None = None,
     only: Collection[str] | None = None,
 ) -> Plan:
-    """Compare folders with the table.
+    """Compare folders, absolute paths, with the table. Raises ValueError where one is not there, or holds no picture.
 
     Args:
-        table: of the index.
-        image_digest: of the model in use.
-        folders: absolute paths.
+        table, image_digest: of the index, of the model in use.
+        folders: of pictures.
         share: rank and number of those who share the files among them.
         rules: of what is left out; the index's own where None.
         only: paths in the folders; of the others' files and rows nothing is said.
-
-    Raises:
-        ValueError: a folder is not there, or holds no picture: nothing is removed for that.
     """
     clause, counts = within(*folders) if only is None else _of_paths(only), dict[str, Counter[str]]()
     try:
@@ -166,7 +145,7 @@ def make_plan(
     files = [file for file in todo + elsewhere if file not in broken and is_of_share(file.path, share)]
     roots = [*map(os.path.realpath, folders), *asked.values()]
     unchanged = len(found) - len(todo)
-    return Plan(folders, clause, only is None, roots, files, known, gone, unchanged, unseen, broken, counts)
+    return Plan(clause, only is None, roots, files, known, gone, unchanged, unseen, broken, counts)
 
 
 def _of_paths(paths: Collection[str]) -> str:
@@ -193,8 +172,8 @@ def _without_file(
 ) -> tuple[list[str], list[FileState]]:
     """Rows whose file was not found: paths that are gone from the folders, and files of other folders.
 
-    What lies in a folder that can't be read may be there. The files of other folders are those whose vectors are of
-    another model; where one is not there, or `add` was not told of its folder, its row waits for its folder's turn.
+    What lies in a folder that can't be read may be there. The files of other folders have vectors of another model;
+    where one is not there, or `add` was not told of its folder, its row waits for its folder's turn.
     """
     there = {file.path for file in found} | {one.path for one in unseen}
     inside, others = (tuple(str(one).rstrip(os.sep) + os.sep for one in group) for group in (folders, asked))
@@ -221,15 +200,7 @@ def is_of_share(path: str, share: tuple[int, int]) -> bool:
 
 
 class IndexWriter:
-    """Reads and embeds the files of a plan, and writes their rows in commits.
-
-    Args:
-        table: of the index.
-        model: that embeds.
-        plan: what there is to do.
-        batch_size: pictures that the model sees at once.
-        progress: called with the files that are done, and all of the plan.
-    """
+    """Reads and embeds the files of a plan, a batch at once, and writes their rows in commits."""
 
     def __init__(
         self,
@@ -274,10 +245,7 @@ class IndexWriter:
         return self.added
 
     def write(self) -> None:
-        """Write what was collected.
-
-        A row whose file can't be read is no longer true; what only could not be opened keeps it: it may be as it was.
-        """
+        """Write what was collected. A row whose file can't be read goes, but where it only could not be opened."""
         if self.rows:
             self.table.merge(to_arrow(list(self.rows.values()), self.columns))
         if self.left_out:
@@ -337,29 +305,6 @@ class IndexWriter:
             self.added.unchanged += 1
 
 
-def add_folders(
-    table: PictureTable,
-    model: "SearchModel",
-    folders: Sequence[Path],
-    exact: bool = False,
-    batch_size: int = 32,
-    progress: Progress = lambda done, total: None,
-    exclude: Sequence[str] = (),
-    include: Sequence[str | Path] = (),
-    only: Collection[str] | None = None,
-) -> Added:
-    """`PictureIndex.add`; the table is made where it is missing, and locked."""
-    start = time.monotonic()
-    with table.locked():
-        with told(table.where, progress) as tell:
-            plan = begin(table, model, folders, exclude, include, only, tell)
-            writer = IndexWriter(table, model, plan, batch_size, tell)
-            added = writer.run(exact)
-        finish(table, model, plan, added, writer.all_left_out)
-    added.seconds = time.monotonic() - start
-    return added
-
-
 def begin(
     table: PictureTable,
     model: "SearchModel",
@@ -413,14 +358,9 @@ def _seconds_each(model: "SearchModel") -> float:
 
 
 def finish(table: PictureTable, model: "SearchModel", plan: Plan, added: Added, left_out: Collection[str] = ()) -> None:
-    """Remove what is gone, note the folders and what was left out, and tidy up.
+    """Remove what is gone by a plan, note the folders and what was `left_out` this time, and tidy up.
 
-    Args:
-        table: of the index.
-        model: in use.
-        plan: made before files were added.
-        added: what was counted then; the rest is filled in.
-        left_out: paths of files that were left out this time.
+    `added` is what was counted; the rest is filled in.
     """
     table.remove(plan.gone)
     added.removed = len(plan.gone) - added.moved
@@ -465,13 +405,10 @@ def embed_files(
 def read_ahead(
     files: Iterable[FileState], read: Callable[[FileState], Picture], batch_size: int, whole: bool = False
 ) -> Iterator[list[Read]]:
-    """Pictures, or what was wrong with them, in the order of their files, in batches; threads read while others work.
+    """Pictures, or what was wrong with them, in the order of their files, in batches; threads `read` while others work.
 
-    Args:
-        files: to be read; drawn from as they are needed.
-        read: reads one, in a thread.
-        batch_size: pictures in a batch; fewer where they are large, and in the first ones, which say how long all take.
-        whole: pictures of any size are kept, so that no more wait than there are threads.
+    Batches have fewer pictures where these are large, and at first, which says how long all take. `whole`: pictures of
+    any size are kept, so that no more wait than there are threads.
     """
     files, waiting = iter(files), deque[tuple[FileState, Future[Picture]]]()
     most = DECODERS if whole else 2 * batch_size

@@ -1,10 +1,5 @@
 """What a question is made of beside its sentence: what pulls at it, and what no picture answers.
 
-    weight, words = read_pull("0.5:pessoas")
-    vector = steered(vector, [(-weight, people)], sample)  # away from people
-    background = Background.of(sample, neutral, best)
-    hit.score < background.line(vector)  # no better than what a sentence that says nothing finds
-
 `sample` are vectors of the index. Steering is arithmetic with vectors, and excludes nothing. Both were chosen by what
 `python -m benchmarks.nothing_fits` measures (docs/search.md).
 """
@@ -63,15 +58,10 @@ def deviations(score: float, scores: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Background:
-    """What an index answers where there is nothing to find.
+    """What an index answers where there is nothing to find."""
 
-    Attributes:
-        sample: (pictures, width), unit length, of the index.
-        best: how many deviations above the mean the best picture of a neutral sentence is.
-    """
-
-    sample: np.ndarray
-    best: float
+    sample: np.ndarray  # (pictures, width), unit length, of the index
+    best: float  # how many deviations above the mean the best picture of a neutral sentence is
 
     @classmethod
     def of(cls, sample: np.ndarray, neutral: Sequence[np.ndarray], best: Sequence[float]) -> "Background":

@@ -73,14 +73,7 @@ def run() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command.
-
-    Args:
-        argv: its words, `sys.argv[1:]` where None.
-
-    Raises:
-        SystemExit: always, with the exit code that the help explains.
-    """
+    """The command, of these words, or those of the shell. Raises SystemExit, with the exit code of the help, always."""
     argv = sys.argv[1:] if argv is None else list(argv)
     words = Words(language_of(argv))
     try:

@@ -1,11 +1,5 @@
 """The commands of `capivara` and their flags, on click; the language is that of the `Words` in a context's `obj`.
 
-    @command("forget", Argument("folder", metavar="folder", read=absolute, completes="dir"))
-    def forget(args: SimpleNamespace, words: Words) -> int: ...  # its exit code
-
-    args = parsed(["esquecer", "~/Fotos"], Words("pt"))
-    args.run(args, Words("pt"))
-
 Both names of a command stand in `words.COMMANDS`, what its help says in `words.yaml`: `help.NAME`, `about.NAME`, and
 `flag.NAME.FLAG`, or `flag.FLAG` of several commands.
 """
@@ -42,9 +36,8 @@ Read = Callable[[str, Words], Any]  # a value of its text; raises click.BadParam
 def parsed(argv: Sequence[str], words: Words) -> SimpleNamespace:
     """The arguments; `command` is an English name, or None where there is none, `run` its function.
 
-    Raises:
-        click.UsageError: a flag or command is unknown, or a value breaks its rule.
-        SystemExit: `--help` or `--version`.
+    Raises click.UsageError: a flag or command is unknown, or a value breaks its rule. SystemExit: `--help` or
+    `--version`.
     """
     found = GROUP.main(list(argv), "capivara", complete_var=COMPLETE, standalone_mode=False, obj=words)
     if isinstance(found, int):
@@ -154,10 +147,8 @@ class Value(click.ParamType):
 class Parameter(click.Parameter):
     """A flag or argument with its help in the words of a language.
 
-    Args:
-        metavar: key of what stands for its value in the help; click's own where there is none.
-        read: makes the value of its text.
-        completes: "dir" or "file", by which a shell completes the value.
+    `metavar` is the key of what stands for its value in the help, `read` makes the value of its text, and a shell
+    completes it by "dir" or "file".
     """
 
     def __init__(self, *names: str, metavar: str = "", read: Read | None = None, completes: str = "", **options: Any):
@@ -282,11 +273,9 @@ GROUP = Group(None, params=[*OF_ALL, Flag("--version", **ENDING)], invoke_withou
 
 
 def command(name: str | None, *params: click.Parameter) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Decorate the function of a command, of its arguments and words, which returns the exit code.
+    """Decorate the function of a command, by its English name, or of what is done without one.
 
-    Args:
-        name: in English; None: of what is done without a command.
-        params: its flags and arguments, beside those of all.
+    It gets its arguments, those of `params` and of all, and words, and returns the exit code.
     """
 
     def decorate(function: Callable[..., int]) -> Callable[..., int]:

@@ -1,9 +1,5 @@
 """Pictures that are nearly the same: groups of them among hundreds of thousands, and each group once in an answer.
 
-    vectors = compared(index.vectors(paths), looks)
-    first = leaders(vectors)  # array([0, 1, 0, 3]): the third is nearly the same as the first
-    groups = near_groups(vectors, threshold=0.84)  # [array([3, 17]), array([5, 40, 41])]
-
 What a model sees in two pictures says little of whether one is a copy: its vector changes when a picture is reduced,
 and hardly from one lawn to another. So their looks are compared, too: the colours of a few pixels. A picture leads its
 group; every other one of it is similar to that one, and comes after it. So no chain of small differences leads from one
@@ -43,13 +39,8 @@ def look_of(image: PIL.Image.Image, side: int = SIDE) -> bytes:
 def compared(vectors: np.ndarray, looks: Sequence[bytes | None], share: float = LOOK_SHARE) -> np.ndarray:
     """Vectors by whose products pictures are compared: a third the cosine of theirs, two thirds that of their looks.
 
-    Args:
-        vectors: (rows, width), unit length.
-        looks: of each; where there is none, as of a grey picture, such pictures are compared by their vectors alone.
-        share: of the looks.
-
-    Returns:
-        (rows, width + numbers of a look), float32, unit length.
+    Of vectors (rows, width) of unit length such ones of (rows, width + numbers of a look), float32. Where there is no
+    look, or that of a grey picture, pictures are compared by their vectors alone.
     """
     size = max((len(look) for look in looks if look), default=1)
     pixels = np.frombuffer(b"".join(look or bytes(size) for look in looks), np.uint8)
@@ -103,15 +94,9 @@ def same(vectors: np.ndarray, others: np.ndarray, threshold: float = SAME) -> np
 
 
 def leaders(vectors: np.ndarray, threshold: float = SAME, most: int | None = None) -> np.ndarray:
-    """Of each vector, the first one that it is nearly the same as and that leads, or itself, which then leads.
+    """(rows,): of each vector, the row of the first one that it is nearly the same as and that leads, or its own.
 
-    Args:
-        vectors: (rows, width), as `compared` makes them.
-        threshold: least similarity, above 0 to 1.
-        most: end where so many lead; vectors after them may then be left at themselves.
-
-    Returns:
-        (rows,), row numbers.
+    Vectors (rows, width) are as `compared` makes them. Where `most` lead, it ends, and later ones may keep their own.
     """
     rows = np.arange(len(vectors))
     first = rows.copy()
@@ -144,15 +129,3 @@ def near_groups(vectors: np.ndarray, threshold: float) -> list[np.ndarray]:
     starts = np.nonzero(np.diff(first[order]))[0] + 1
     groups = [group for group in np.split(order, starts) if len(group) > 1]
     return sorted(groups, key=lambda group: (-len(group), int(group[0])))
-
-
-def by_similarity(hits: Sequence[Hit], vectors: np.ndarray) -> list[Hit]:
-    """A group, its first picture first, then by similarity to it, which is their score.
-
-    Args:
-        hits: the pictures.
-        vectors: (pictures, width), unit length.
-    """
-    scores = np.clip(vectors @ vectors[0], -1, 1)
-    first, *others = [replace(hit, score=float(score)) for hit, score in zip(hits, scores, strict=True)]
-    return [first, *sorted(others, key=lambda hit: (-hit.score, hit.path))]

@@ -1,9 +1,5 @@
 """How far an indexing is, and when it will have ended: for the bar of a command, and for the page, in another process.
 
-    with told("fotos.lance", on_progress) as tell:
-        tell(120, 3400)
-    progress_of("fotos.lance")  # meanwhile, anywhere: {"done": 120, "total": 3400, "left_s": 118}
-
 A small file in the folder of the index says it, as long as who writes it holds the index's lock.
 """
 

@@ -1,8 +1,5 @@
 """The rows of an index as a file for other programs.
 
-    export_rows(table, "fotos.parquet")  # with the vectors
-    export_rows(table, "fotos.csv")      # without
-
 Thumbnails stay in the index. A text that a spreadsheet would run stands in CSV behind a single quote.
 """
 
@@ -22,15 +19,9 @@ SUFFIXES = (".parquet", ".csv")
 
 
 def export_rows(table: PictureTable, path: str | Path) -> int:
-    """Write all rows to a file, in one piece; returns how many there are.
+    """Write all rows to a file, in one piece, in place of one that is there; returns how many there are.
 
-    Args:
-        table: of the index.
-        path: of the file; one that is there is replaced.
-
-    Raises:
-        ValueError: another suffix than .parquet or .csv, or no file can be made there.
-        OSError: no space left.
+    Raises ValueError: another suffix than .parquet or .csv, or no file can be made there.
     """
     path = Path(path).expanduser().absolute()
     if path.suffix.lower() not in SUFFIXES:

@@ -95,6 +95,18 @@ def _lies_at(folder: str, real: str) -> bool:
     return False
 
 
+def forget_folder(table: PictureTable, path: Path) -> int:
+    """`PictureIndex.forget`, of an absolute path."""
+    with table.locked():
+        removed, failed = (table.remove_where(within(path), name) for name in (PICTURES, LEFT_OUT))
+        if removed or failed or os.path.lexists(path):
+            rules = kept_rules(table)
+            note_rules(table, replace(rules, forgotten=rules.forgotten | {str(path)}))
+        table.remove([FOLDER_KEY + one for one in table.folders() if Path(one).is_relative_to(path)], ABOUT)
+        table.purge()
+    return removed
+
+
 def move_folder(table: PictureTable, old: Path, new: Path) -> tuple[int, int]:
     """`PictureIndex.move`. What is interrupted goes on by the same call: the rows come first, in one version."""
     if old == new or old in new.parents or new in old.parents:

@@ -16,28 +16,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capivara_search import asking
-from capivara_search.adding import KnownRows, add_folders, embed_files
-from capivara_search.duplicates import (
-    by_similarity,
-    compared_rows,
-    counted,
-    near_groups,
-    same,
-    stacks,
+from capivara_search.adding import IndexWriter, KnownRows, begin, embed_files, finish
+from capivara_search.duplicates import compared_rows, counted, near_groups, same, stacks
+from capivara_search.estimates import progress_of, told
+from capivara_search.folders import (
+    asked_folders,
+    folders_to_add,
+    forget_folder,
+    kept_rules,
+    move_folder,
+    skipped_counts,
 )
-from capivara_search.estimates import progress_of
-from capivara_search.folders import asked_folders, folders_to_add, kept_rules, move_folder, note_rules, skipped_counts
 from capivara_search.labelling import checked_labels, classify_vectors
 from capivara_search.picture_files import FileState, absolute_folder, find_pictures, open_query_picture
 from capivara_search.results import SAME, TEMPLATE, Added, Classified, Hit, LeftOut, Status
 from capivara_search.storage import DamagedIndex
 from capivara_search.table import EXACT_ROWS, PictureTable
 from capivara_search.table_columns import (
-    ABOUT,
-    FOLDER_KEY,
     HIT_COLUMNS,
     LEFT_OUT,
-    PICTURES,
     THUMBNAIL,
     VECTOR,
     all_of,
@@ -140,17 +137,23 @@ class PictureIndex:
             include: patterns that no longer hold, and what was forgotten and comes in again.
             only: absolute paths in the folders, of files or folders that are there or were; nothing else is looked at.
 
-        Raises:
-            ValueError: no such folder, a forgotten one, or no picture in it; then nothing is removed. No such pattern.
-            OSError: no space left, no permission to write the index.
+        Raises ValueError: no such folder, a forgotten one, or no picture in it; then nothing is removed. No such
+        pattern. OSError: no space left, no permission to write the index.
         """
         if only is None:
             self.mend()
         paths = self.folders_to_add(folders, exclude, include)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        progress = on_progress or (lambda done, total: None)
-        return add_folders(self._table, self.model, paths, exact, batch_size, progress, exclude, include, only)
+        start = time.monotonic()
+        with self._table.locked():
+            with told(self.where, on_progress or (lambda done, total: None)) as tell:
+                plan = begin(self._table, self.model, paths, exclude, include, only, tell)
+                writer = IndexWriter(self._table, self.model, plan, batch_size, tell)
+                added = writer.run(exact)
+            finish(self._table, self.model, plan, added, writer.all_left_out)
+        added.seconds = time.monotonic() - start
+        return added
 
     def folders_to_add(
         self, folders: Sequence[str | Path] = (), exclude: Sequence[str] = (), include: Sequence[str | Path] = ()
@@ -200,18 +203,7 @@ class PictureIndex:
 
         They stay out, until `add` includes them, as does what is there, and has no row yet.
         """
-        path = absolute_folder(folder)
-        if not self._table.exists():
-            return 0
-        with self._table.locked():
-            removed, failed = (self._table.remove_where(within(path), name) for name in (PICTURES, LEFT_OUT))
-            if removed or failed or os.path.lexists(path):
-                rules = kept_rules(self._table)
-                note_rules(self._table, replace(rules, forgotten=rules.forgotten | {str(path)}))
-            inside = [FOLDER_KEY + folder for folder in self._table.folders() if Path(folder).is_relative_to(path)]
-            self._table.remove(inside, ABOUT)
-            self._table.purge()
-            return removed
+        return forget_folder(self._table, absolute_folder(folder)) if self._table.exists() else 0
 
     def move(self, old: str | Path, new: str | Path) -> tuple[int, int]:
         """Take the rows of a folder for those of another one, which its pictures were moved to; nothing is read again.
@@ -251,8 +243,7 @@ class PictureIndex:
             stacked: those that are nearly the same (`capivara_search.results.SAME`) stand as one, that of most pixels,
                 which says how many `copies` it has; place and score are those of the best of them.
 
-        Raises:
-            ValueError: nothing is asked for, k below 1, a weight breaks its rule, or the model is not the index's.
+        Raises ValueError: nothing is asked for, k below 1, a weight breaks its rule, or the model is not the index's.
         """
         text = text.strip() if text else None
         both = ((sign, [words] if isinstance(words, str) else words) for sign, words in ((1, more), (-1, less)))
@@ -397,11 +388,15 @@ class PictureIndex:
         """
         clauses = _filters(folder, since, until)
         stacked = stacked and self._table.exists() and self.model.width in self._table.widths()
-        rows = self._table.rows(["taken", "mtime_ns"], all_of(clauses))
-        taken = rows["taken"].to_numpy().astype("datetime64[us]")
         here = time.localtime().tm_gmtoff * 1_000_000  # cameras tell the time of the place
-        modified = (rows["mtime_ns"].to_numpy() // 1000 + here).astype("datetime64[us]")
-        times = np.sort(np.where(np.isnat(taken), modified, taken))
+
+        def sorted_times() -> np.ndarray:
+            rows = self._table.rows(["taken", "mtime_ns"], all_of(clauses))
+            taken = rows["taken"].to_numpy().astype("datetime64[us]")
+            modified = (rows["mtime_ns"].to_numpy() // 1000 + here).astype("datetime64[us]")
+            return np.sort(np.where(np.isnat(taken), modified, taken))
+
+        times = sorted_times() if clauses else self._table.kept("times", sorted_times)  # of a million, a quarter second
 
         def latest(number: int) -> pa.Table:
             later = []
@@ -452,9 +447,12 @@ class PictureIndex:
         rows = rows.append_column("pixels", pc.multiply(rows["width"], rows["height"]))
         # the best of a group leads it
         rows = rows.sort_by([("pixels", "descending"), ("size", "descending"), ("path", "ascending")])
-        vectors = compared_rows(self.model, rows)
-        groups = near_groups(vectors, threshold)
-        return [by_similarity(to_hits(rows.take(numbers)), vectors[numbers]) for numbers in groups]
+        vectors, groups = compared_rows(self.model, rows), []
+        for numbers in near_groups(vectors, threshold):
+            scores = np.clip(vectors[numbers] @ vectors[numbers[0]], -1, 1)
+            first, *others = to_hits(rows.take(numbers), scores)
+            groups.append([first, *sorted(others, key=lambda hit: (-hit.score, hit.path))])
+        return groups
 
     # --- what is known
 

@@ -1,8 +1,5 @@
 """Which of some labels fits a picture best, and whether any does.
 
-    for found in classify_vectors(model, paths, vectors, ["praia", "cidade"], "uma imagem de {}"):
-        print(found.path, found.label)
-
 Beside the labels' sentences competes one that says nothing (`NEUTRAL`): where it fits a picture best, no label does.
 """
 
@@ -25,8 +22,7 @@ MAX_LABELS = 1_000
 def checked_labels(labels: Sequence[str], template: str) -> list[str]:
     """The labels, without blanks around them.
 
-    Raises:
-        ValueError: there is none, too many, one is empty or there twice, or the template has no place for one.
+    Raises ValueError: there is none, too many, one is empty or there twice, or the template has no place for one.
     """
     if isinstance(labels, str):
         raise ValueError(f"labels must be a list of words, got the text {labels[:80]!r}. Write [{labels[:80]!r}].")
@@ -46,14 +42,9 @@ def checked_labels(labels: Sequence[str], template: str) -> list[str]:
 def classify_vectors(
     model: "SearchModel", paths: Sequence[str], vectors: np.ndarray, labels: Sequence[str], template: str
 ) -> list[Classified]:
-    """The best label of each picture.
+    """The best label of each picture, by its vector (pictures, width), of unit length.
 
-    Args:
-        model: of the vectors.
-        paths: of the pictures.
-        vectors: (pictures, width), unit length.
-        labels: as `checked_labels` returns them.
-        template: sentence with `{}` where a label goes.
+    `labels` are as `checked_labels` returns them; in the sentence `template` they stand at `{}`.
     """
     texts = model.texts([*(template.replace("{}", label) for label in labels), NEUTRAL])
     cosines = np.asarray(vectors, np.float32) @ texts.T  # (pictures, labels + 1)

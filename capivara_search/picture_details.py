@@ -1,8 +1,5 @@
 """What a picture says of itself (EXIF): when and where it was taken, and how it is turned.
 
-    details = read_details(PIL.Image.open("/home/maria/Fotos/praia.jpg").getexif())
-    print(details.taken, details.latitude, details.longitude)
-
 Programs write anything into EXIF data; what is no date or place is None.
 """
 
@@ -22,19 +19,12 @@ DATE = re.compile(r"(\d{4})[:/.-](\d\d)[:/.-](\d\d)[ T](\d\d):(\d\d):(\d\d)", re
 
 @dataclass(frozen=True)
 class Details:
-    """What the EXIF data say.
+    """What the EXIF data say."""
 
-    Attributes:
-        orientation: 1 to 8, of which 1 is upright; None where they don't say.
-        taken: when, in the camera's local time.
-        latitude: degrees, the south is negative.
-        longitude: degrees, the west is negative.
-    """
-
-    orientation: int | None = None
-    taken: datetime | None = None
-    latitude: float | None = None
-    longitude: float | None = None
+    orientation: int | None = None  # 1 to 8, of which 1 is upright; None where they don't say
+    taken: datetime | None = None  # when, in the camera's local time
+    latitude: float | None = None  # degrees, the south is negative
+    longitude: float | None = None  # degrees, the west is negative
 
 
 def read_details(exif: PIL.Image.Exif) -> Details:

@@ -1,9 +1,5 @@
 """Pictures on the disk: found in folders, and each read once, with what it says of itself (EXIF) and its thumbnail.
 
-    files, left_out = find_pictures([Path("/home/maria/Fotos")])
-    picture = read_picture(files[0])
-    print(picture.width, picture.height, picture.taken, len(picture.thumbnail))
-
 What can't be read is said in one line, "reason: detail", whose reason has words in `words.yaml`. Files are opened by
 `capivara_common.image_files` alone.
 """
@@ -78,17 +74,11 @@ _alone = threading.Lock()
 
 @dataclass(frozen=True)
 class FileState:
-    """A file as it was when it was seen.
+    """A file as it was when it was seen."""
 
-    Attributes:
-        path: absolute.
-        size: bytes.
-        mtime_ns: when it was changed last, nanoseconds since 1970.
-    """
-
-    path: str
-    size: int
-    mtime_ns: int
+    path: str  # absolute
+    size: int  # bytes
+    mtime_ns: int  # when it was changed last, since 1970
 
     @classmethod
     def of(cls, path: str, state: os.stat_result | None = None) -> "FileState":
@@ -99,29 +89,17 @@ class FileState:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that was read.
+    """A picture that was read."""
 
-    Attributes:
-        file: as it was when it was read.
-        digest: BLAKE2b-128 of the file, in hexadecimal.
-        width: pixels, upright; of a RAW file, of the RAW picture.
-        height: pixels.
-        taken: when, by its EXIF data, in the camera's local time.
-        latitude: degrees.
-        longitude: degrees.
-        image: upright, RGB, transparent parts white, for the model's image processor.
-        thumbnail: WebP file, upright, the longer side at most 256 pixels.
-    """
-
-    file: FileState
-    digest: str
-    width: int
+    file: FileState  # as it was then
+    digest: str  # BLAKE2b-128 of the file, in hexadecimal
+    width: int  # pixels, upright; of a RAW file, of the RAW picture
     height: int
-    taken: datetime | None
-    latitude: float | None
+    taken: datetime | None  # by its EXIF data, in the camera's local time
+    latitude: float | None  # degrees
     longitude: float | None
-    image: PIL.Image.Image
-    thumbnail: bytes
+    image: PIL.Image.Image  # upright, RGB, transparent parts white, for the model's image processor
+    thumbnail: bytes  # WebP file, upright, the longer side at most 256 pixels
 
 
 class MissingPicture(BadImage, FileNotFoundError):
@@ -147,45 +125,38 @@ def find_pictures(
     counts: dict[str, Counter[str]] | None = None,
     only: Collection[str] | None = None,
 ) -> tuple[list[FileState], list[LeftOut]]:
-    """The pictures in folders and all folders below, by the ends of their names, sorted by path.
+    """The pictures in folders and below, by the ends of their names, and what could not be looked at, sorted by path.
 
-    A link is followed where it stays within the folders, and its target is not found under its own name.
+    A link is followed where it stays within the folders, and its target is not found under its own name. Raises
+    ValueError where a folder is not there, can't be opened, was forgotten, or holds no picture.
 
     Args:
         folders: to look through.
         rules: of what is left out.
-        counts: filled in, folder that was named -> how many folders and pictures are left out, by `Rules.reason`, and
-            of each "video".
+        counts: filled in, folder that was named -> what is left out of it, by `Rules.reason`, and each "video".
         only: paths of files and folders in them; nothing else is looked at, and there may be no picture among them.
-
-    Returns:
-        The pictures, and what could not be looked at, with the reason.
-
-    Raises:
-        ValueError: a folder is not there, can't be opened, was forgotten, or holds no picture.
     """
-    roots = [absolute_folder(folder) for folder in folders]
+    roots = [str(absolute_folder(folder)) for folder in folders]
     if not roots:
         raise ValueError("No folder was named.")
     for root in roots:
-        if not root.is_dir():
-            fault = "is a file, not a folder" if root.exists() else "is not there"
+        if not os.path.isdir(root):
+            fault = "is a file, not a folder" if os.path.exists(root) else "is not there"
             raise ValueError(f"The folder {root} {fault}. Name a folder of pictures.")
     walk = _Walk(roots, rules or Rules(), only)
-    for root in map(str, roots):
+    for root in roots:
         if walk.rules.is_forgotten(root) or walk.rules.is_forgotten(os.path.realpath(root)):
             raise failure(ValueError, "folder_forgotten", path=root)
-    for root in map(str, roots):
+    for root in roots:
         walk.folder(root, root)
     walk.follow_links()
     if counts is not None:
         counts.update({root: +numbers for root, numbers in walk.counts.items()})
-    paths = [*walk.found, *(one.path for one in walk.left_out)]
-    for root in map(str, roots):
-        denied = next((one for one in walk.left_out if one.path == root), None)
-        if denied:
-            raise failure(ValueError, "folder_shut", path=root, reason=denied.reason)
-        if only is None and not _is_any_in(paths, root):
+    reasons = {one.path: one.reason for one in walk.left_out}
+    for root in roots:
+        if root in reasons:
+            raise failure(ValueError, "folder_shut", path=root, reason=reasons[root])
+        if only is None and not _is_any_in([*walk.found, *reasons], root):
             raise failure(ValueError, "no_picture", path=root, ends=", ".join(PICTURE_SUFFIXES))
     return sorted(walk.found.values(), key=lambda file: file.path), sorted(walk.left_out, key=lambda one: one.path)
 
@@ -200,12 +171,12 @@ def _is_any_in(paths: Sequence[str], root: str) -> bool:
 class _Walk:
     """Looks through folders, each once."""
 
-    def __init__(self, roots: Sequence[Path], rules: Rules, only: Collection[str] | None = None):
-        self.bounds = Bounds(roots[0], roots[1:])
+    def __init__(self, roots: Sequence[str], rules: Rules, only: Collection[str] | None):
+        self.bounds = Bounds(Path(roots[0]), [*map(Path, roots[1:])])
         # A forgotten folder may be reached by a link to it, or to one above it, too.
         real = {os.path.join(os.path.realpath(os.path.dirname(one)), os.path.basename(one)) for one in rules.forgotten}
         self.rules = Rules(rules.exclude, rules.forgotten | real)
-        self.counts = {str(root): Counter[str]() for root in roots}
+        self.counts = {root: Counter[str]() for root in roots}
         self.near = {str(one) for path in only or () for one in (path, *Path(path).parents)}
         self.below = ("",) if only is None else tuple(os.path.join(one, "") for one in only if os.path.isdir(one))
         self.found: dict[str, FileState] = {}
@@ -287,7 +258,7 @@ class _Walk:
             self.file(link)
 
     def leave_out(self, path: str, fault: BadImage) -> None:
-        """Note what is not among the pictures, and why."""
+        """Note what can't be looked at, and why."""
         shown = path.encode(errors="surrogateescape").decode(errors="replace")
         self.left_out.append(LeftOut(shown, str(fault)))
 
@@ -302,27 +273,16 @@ def is_picture_name(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Preview:
-    """The picture that a camera has put into its RAW file.
+    """The picture that a camera has put into its RAW file."""
 
-    Attributes:
-        data: an image file.
-        width: pixels of the RAW picture itself, as it lies in the file.
-        height: pixels.
-        orientation: 1 to 8, of a preview that does not say so itself.
-    """
-
-    data: bytes
-    width: int
+    data: bytes  # an image file
+    width: int  # pixels of the RAW picture itself, as it lies in the file
     height: int
-    orientation: int
+    orientation: int  # 1 to 8, of a preview that does not say so itself
 
 
 def raw_preview(data: bytes) -> Preview:
-    """The largest preview in a RAW file.
-
-    Raises:
-        BadImage: rawpy is not installed, it is no RAW file, or one without a preview.
-    """
+    """The largest preview in a RAW file. Raises BadImage where there is none, or rawpy is not installed."""
     if rawpy is None:
         raise BadImage("needs rawpy", f"RAW files of cameras are read by rawpy, which is not installed: {INSTALL}")
     try:
@@ -361,8 +321,7 @@ def read_picture(
             size (`REDUCED_SIDES`), and the image is brought to `side` as the processor does, by PIL's bicubic filter.
         folders: real paths of those that it must lie in, as `open_regular_file` has them.
 
-    Raises:
-        BadImage: it can't be read, is no picture, damaged or too large; as `MissingPicture` where it is gone.
+    Raises BadImage where it can't be read, is damaged or too large; as `MissingPicture` where it is gone.
     """
     data, state = _read(file.path, folders)
     return decode_picture(data, FileState.of(file.path, state), side, squash, exact)
@@ -492,11 +451,7 @@ def thumbnail_file(image: PIL.Image.Image) -> bytes:
 
 
 def on_white(image: PIL.Image.Image) -> PIL.Image.Image:
-    """An image as RGB, transparent parts white: as people see it.
-
-    The model's image processor leaves out transparency, and what it finds there is black most often: a logo in black
-    would be a black square.
-    """
+    """An image as RGB, transparent parts white, as people see it: the processor would see a black square in a logo."""
     if image.mode in ("La", "RGBa"):  # premultiplied
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -517,16 +472,13 @@ def at_most(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
 def short_side(image: PIL.Image.Image, size: tuple[int, int], side: int, squash: int | None = None) -> PIL.Image.Image:
     """The short side brought to `side` pixels where it has more, as the model's image processor does.
 
-    Args:
-        image: (width, height), perhaps decoded at reduced size.
-        size: of the image in its file, which decides the shape: of reduced sides, rounded up, it would be another one.
-        side: pixels.
-        squash: PIL's filter, where the long side is brought to them, too.
+    `size` is that of the image in its file, which decides the shape: of reduced sides, rounded up, it would be another.
+    `squash`: PIL's filter, where the long side is brought to them, too.
     """
     short, long = min(size), max(size)
     if short <= side:
         return image
-    long_side = int(side * long / short)  # as `resize_short_side`, which test_picture_files.py compares
+    long_side = int(side * long / short)  # as the processor's `resize_short_side`
     wanted, resample = ((side, long_side) if size[0] <= size[1] else (long_side, side)), Resampling.BICUBIC
     if squash is not None:
         wanted, resample = (side, side), squash

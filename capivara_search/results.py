@@ -4,46 +4,28 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 TEMPLATE = "uma imagem de {}"  # of a label, where none is given
-SAME = (
-    0.84  # least similarity of pictures that are nearly the same (`duplicates.compared`), by benchmarks/duplicates.py
-)
+SAME = 0.84  # least similarity (`duplicates.compared`) of what is nearly the same, by benchmarks/duplicates.py
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A picture that was found.
+    """A picture that was found."""
 
-    Attributes:
-        path: of its file, absolute.
-        score: cosine similarity to the query, -1 to 1; of a sentence and a model of SigLIP's kind, how probable it is
-            that the two belong together, 0 to 1.
-        width: pixels, upright.
-        height: pixels, upright.
-        taken: when, by its EXIF data, in the camera's local time; None where that is not known.
-        latitude: degrees, by its EXIF data; None where that is not known.
-        longitude: degrees.
-        size: bytes of the file.
-        modified: when the file was changed last.
-        fits: False where it is no better than the index's background for the sentence (`capivara_search.asking`); None
-            where that was not asked.
-        date: of the picture wherever one is shown or compared: `taken`, else `modified`.
-        date_source: "camera" or "file", which of the two that is.
-        copies: how many other pictures, nearly the same, it stands for; 0 in an answer that is not `stacked`.
-    """
-
-    path: str
+    path: str  # of its file, absolute
+    # Cosine similarity to the query, -1 to 1; of a sentence and a model of SigLIP's kind, how probable it is that the
+    # two belong together, 0 to 1.
     score: float
-    width: int
+    width: int  # pixels, upright
     height: int
-    taken: datetime | None = None
-    latitude: float | None = None
+    taken: datetime | None = None  # by its EXIF data, in the camera's local time
+    latitude: float | None = None  # degrees, by its EXIF data
     longitude: float | None = None
-    size: int = 0
-    modified: datetime | None = None
-    fits: bool | None = None
-    date: datetime | None = None
-    date_source: str = ""
-    copies: int = 0
+    size: int = 0  # bytes of the file
+    modified: datetime | None = None  # when the file was changed last
+    fits: bool | None = None  # False: no better than the index's background for the sentence; None: not asked
+    date: datetime | None = None  # wherever one is shown or compared: `taken`, else `modified`
+    date_source: str = ""  # "camera" or "file", which of the two that is
+    copies: int = 0  # other pictures, nearly the same, that it stands for in an answer that is `stacked`
 
 
 @dataclass(frozen=True)
@@ -56,75 +38,42 @@ class LeftOut:
 
 @dataclass
 class Added:
-    """What `PictureIndex.add` has done, in numbers of pictures.
+    """What `PictureIndex.add` has done, in numbers of pictures."""
 
-    Attributes:
-        embedded: went through the image tower.
-        new: are in the index for the first time; copies of known pictures among them.
-        changed: had another content before.
-        moved: have another path now; their vector was kept.
-        unchanged: were not read again.
-        removed: are no longer there, or left out by a rule from now on.
-        left_out: files that are no pictures that can be read, of this time and of earlier ones.
-        skipped: number of folders and pictures that rules left out, by "forgotten", "hidden", "system" and
-            "excluded", and of each "video".
-        seconds: that it took.
-    """
-
-    embedded: int = 0
-    new: int = 0
-    changed: int = 0
-    moved: int = 0
-    unchanged: int = 0
-    removed: int = 0
-    left_out: list[LeftOut] = field(default_factory=list)
+    embedded: int = 0  # went through the image tower
+    new: int = 0  # are in the index for the first time; copies of known pictures among them
+    changed: int = 0  # had another content before
+    moved: int = 0  # have another path now; their vector was kept
+    unchanged: int = 0  # were not read again
+    removed: int = 0  # are no longer there, or left out by a rule from now on
+    left_out: list[LeftOut] = field(default_factory=list)  # can't be read, of this time and of earlier ones
+    # Folders and pictures that rules left out, by "forgotten", "hidden", "system" and "excluded", and each "video".
     skipped: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Classified:
-    """A picture with the label that fits it best.
-
-    Attributes:
-        path: of its file.
-        label: the best one; None where none fits better than a sentence that says nothing.
-        shares: label -> share, 0 to 1; they sum to 1, but with a model of SigLIP's kind, where each stands for itself.
-    """
+    """A picture with the label that fits it best."""
 
     path: str
-    label: str | None
-    shares: dict[str, float]
+    label: str | None  # None where none fits better than a sentence that says nothing
+    shares: dict[str, float]  # by label, 0 to 1; they sum to 1, but of SigLIP's kind, where each stands for itself
 
 
 @dataclass(frozen=True)
 class Status:
-    """What an index is.
+    """What an index is."""
 
-    Attributes:
-        where: folder or address of it.
-        pictures: rows.
-        left_out: files that could not be read.
-        folders: folder that was indexed -> pictures below it.
-        model: name of the model that has embedded the pictures last.
-        bytes: on the disk; None where that can't be asked.
-        approximate: whether an approximate index answers (`capivara_search.table.EXACT_ROWS`).
-        first: when the oldest picture was taken; None where no picture says so.
-        last: when the newest one was.
-        exclude: patterns of what is left out.
-        forgotten: paths that stay out.
-        skipped: as `Added.skipped`, of all folders when they were added last.
-    """
-
-    where: str
+    where: str  # folder or address
     pictures: int
     left_out: list[LeftOut]
-    folders: dict[str, int]
-    model: str | None
-    bytes: int | None = None
-    approximate: bool = False
-    first: datetime | None = None
+    folders: dict[str, int]  # folder that was indexed -> pictures below it
+    model: str | None  # name of the one that has embedded pictures last
+    bytes: int | None = None  # on the disk; None where that can't be asked
+    approximate: bool = False  # whether an approximate index answers (`capivara_search.table.EXACT_ROWS`)
+    first: datetime | None = None  # when the oldest picture was taken, as far as pictures say so
     last: datetime | None = None
-    exclude: list[str] = field(default_factory=list)
-    forgotten: list[str] = field(default_factory=list)
-    skipped: dict[str, int] = field(default_factory=dict)
+    exclude: list[str] = field(default_factory=list)  # patterns of what is left out
+    forgotten: list[str] = field(default_factory=list)  # paths that stay out
+    skipped: dict[str, int] = field(default_factory=dict)  # as `Added.skipped`, when all folders were added last

@@ -1,8 +1,5 @@
 """What is left out of folders: hidden names, those of systems, patterns by gitignore's rules, and what was forgotten.
 
-    rules = Rules().changed(exclude=["*.gif", "rascunhos/"])
-    print(rules.reason("/home/maria/Fotos/a.gif", "/home/maria/Fotos", is_folder=False))  # excluded
-
 They are kept with an index; see `adding.kept_rules`.
 """
 
@@ -27,21 +24,15 @@ SKIPPED_NAMES = {
 
 @dataclass(frozen=True)
 class Rules:
-    """What is left out of folders.
+    """What is left out of folders."""
 
-    Attributes:
-        exclude: patterns, as of a `.gitignore` in each folder that is named.
-        forgotten: paths of folders and pictures.
-    """
-
-    exclude: tuple[str, ...] = ()
-    forgotten: frozenset[str] = frozenset()
+    exclude: tuple[str, ...] = ()  # patterns, as of a `.gitignore` in each folder that is named
+    forgotten: frozenset[str] = frozenset()  # paths of folders and pictures
 
     def changed(self, exclude: Sequence[str] = (), include: Sequence[str | Path] = ()) -> "Rules":
         """These with more patterns, and without those of them, and forgotten paths, that are included.
 
-        Raises:
-            ValueError: `exclude` names what is no pattern, `include` what is left out by none of these rules.
+        Raises ValueError: `exclude` names what is no pattern, `include` what is left out by none of these rules.
         """
         for pattern in exclude:
             if not _can_match(pattern):

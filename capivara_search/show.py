@@ -90,28 +90,18 @@ def link(path: str, text: str) -> str:
 
 @dataclass(frozen=True)
 class Screen:
-    """What a terminal can show.
+    """What a terminal can show."""
 
-    Attributes:
-        pictures: whether it shows them, as blocks of colour, two pixels a character.
-        columns: characters of a line.
-        lines: that are seen at once.
-        links: whether files can be clicked.
-    """
-
-    pictures: bool
-    columns: int = 80
-    lines: int = 24
-    links: bool = False
+    pictures: bool  # whether it shows them, as blocks of colour, two pixels a character
+    columns: int = 80  # characters of a line
+    lines: int = 24  # that are seen at once
+    links: bool = False  # whether files can be clicked
 
 
 def screen(stream: TextIO, pictures: str = "auto", environment: Mapping[str, str] = os.environ) -> Screen:
-    """What the terminal behind `stream` can show, by the variables that it has set.
+    """What the terminal behind `stream` can show, by the variables that it has set; `pictures` is one of PICTURES.
 
-    Args:
-        stream: that is written to; a file or a pipe shows no pictures, unless they are asked for.
-        pictures: one of PICTURES; blocks are taken for granted.
-        environment: as the terminal has set it.
+    A file or a pipe shows none, unless they are asked for; blocks are taken for granted.
     """
     colours = stream.isatty() and environment.get("TERM", "dumb") != "dumb"
     colours = colours and environment.get("COLORTERM", "") in ("truecolor", "24bit")
@@ -122,11 +112,7 @@ def screen(stream: TextIO, pictures: str = "auto", environment: Mapping[str, str
 def contact_sheet(pictures: Sequence[bytes | None], captions: Sequence[str], screen: Screen, lines: int = 10**9) -> str:
     """Pictures side by side in rows, each above its caption, as text for the terminal; empty where it shows none.
 
-    Args:
-        pictures: files of small pictures; one that is None or broken leaves its place empty.
-        captions: one for each; `visible`.
-        screen: of the terminal.
-        lines: that the sheet may take; rows that do not fit are left out, but for the first.
+    A file that is None or broken leaves its place empty. Rows beyond `lines` are left out, but for the first.
     """
     if not screen.pictures:
         return ""
@@ -183,10 +169,8 @@ def open_pictures(paths: Sequence[str], words: Words) -> None:
     """Open pictures in the system's viewer.
 
     An index may be of others, and its paths lead to anything: what is no picture any longer, or has no name of one, is
-    not opened, since the system would start what it finds there, by its name.
-
-    Raises:
-        RuntimeError: the system has no viewer, or it does not open the pictures.
+    not opened, since the system would start what it finds there, by its name. Raises RuntimeError: the system has no
+    viewer, or it does not open the pictures.
     """
     from capivara_common.image_files import BadImage
     from capivara_search.picture_files import is_picture_name, open_query_picture
@@ -205,10 +189,7 @@ def open_pictures(paths: Sequence[str], words: Words) -> None:
 
 
 def opened_by_system(*paths: str, options: Sequence[str] = ()) -> bool:
-    """Whether the system has a program that opens files or folders, absolute paths, and it has not failed.
-
-    `options` are of that program.
-    """
+    """Whether the system has a program, of these options, that opens files or folders, and it has not failed."""
     quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     try:
         started = [subprocess.Popen([OPENER, *options, path], start_new_session=True, **quiet) for path in paths]

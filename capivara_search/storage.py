@@ -1,8 +1,5 @@
 """What a disk or an object storage says when it fails, as one line for people: which index, which part, what to do.
 
-    with explained("s3://bucket/fotos", "pictures"):
-        table.count_rows()
-
 LanceDB raises the errors of its engine as RuntimeError or ValueError, with a text for developers over many lines; an
 object storage's answers stand somewhere in it.
 """
@@ -49,15 +46,10 @@ class DamagedIndex(ValueError):
 
 @contextmanager
 def explained(where: str, part: str = "") -> Iterator[None]:
-    """Let what LanceDB raises become one line.
+    """Let what LanceDB raises, of an index and one of its tables, become one line.
 
-    Args:
-        where: folder or address of the index.
-        part: name of the table that is worked on.
-
-    Raises:
-        OSError: no space left, no permission, a refusal of the object storage, no answer, or others who write.
-        DamagedIndex: a file of the index is missing or broken.
+    Raises OSError: no space left, no permission, a refusal of the object storage, no answer, or others who write.
+    DamagedIndex: a file of the index is missing or broken.
     """
     try:
         yield
@@ -112,8 +104,7 @@ def detail(error: Exception) -> str:
 def storage_options() -> dict[str, str] | None:
     """For the driver of object storage: what boto's variables of the environment say and its own do not.
 
-    Raises:
-        ValueError: the address of the storage is none; it is not repeated, since a password may stand in it.
+    Raises ValueError: the address of the storage is none; it is not repeated, since a password may stand in it.
     """
     endpoint = next((os.environ[name] for name in ENDPOINTS if os.environ.get(name)), None)
     if endpoint is None:

@@ -81,14 +81,9 @@ T = TypeVar("T")
 
 
 class PictureTable:
-    """The tables of one index: what is read from them, and written to them.
+    """The tables of one index, in a folder or at an address such as s3://bucket/fotos.
 
-    Args:
-        where: folder, or address such as s3://bucket/fotos.
-
-    Raises:
-        ValueError: something else lies there.
-        OSError: it may not be read.
+    Raises ValueError: something else lies there. OSError: it may not be read.
     """
 
     def __init__(self, where: str | Path):

@@ -1,8 +1,5 @@
 """The columns of an index, how rows are made of them, and the clauses that choose rows.
 
-    clause = f"{within('/home/maria/Fotos')} AND {among('model', [model.image_digest])}"
-    rows = to_arrow([{"path": "/home/maria/Fotos/a.jpg", "vector": vector, ...}], schema(512))
-
 One table `pictures`, and two small ones beside it: `left_out`, the files that could not be read and why, and `about`,
 what is known of the whole.
 """

@@ -1,8 +1,5 @@
 """Texts to embeddings without torch and transformers, whose imports alone take longer than a search may.
 
-    tower = open_text_tower("data/openmoji/base")  # None where the model is of another shape than this file knows
-    tower.embed(["um gato dormindo"])  # (1, width), unit length
-
 XLM-RoBERTa, mean pooling and projection as `CapivaraModel` has them, and SigLIP's text tower, in NumPy; the embeddings
 are equal to 1e-5.
 """
@@ -27,44 +24,33 @@ WEIGHTS = "model.safetensors"
 BATCH_TEXTS = 8  # a batch a thread; with threads within its products, they wait for each other on a busy machine
 EMBEDDINGS = "text_model.embeddings."
 # Fields of the text tower with one value that is known here; absent ones have it.
-KNOWN = {
-    "model_type": "xlm-roberta",
-    "hidden_act": "gelu",
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "quantization_config": None,
-}
-
+KNOWN = {"model_type": "xlm-roberta", "hidden_act": "gelu", "position_embedding_type": "absolute"}
+KNOWN |= {"is_decoder": False, "add_cross_attention": False, "quantization_config": None}
+KINDS = {"F32", "F16", "BF16"}  # of weights
 # Of `SiglipTextConfig`: a published config.json leaves out what has these values.
 SIGLIP_DEFAULTS = {
     **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
     **{"max_position_embeddings": 64, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"},
 }
 SIGLIP2_TOKENIZERS = ("Siglip2Tokenizer", "GemmaTokenizer", "GemmaTokenizerFast")  # as saved, as published
-SIGLIP_NORMS = ("layer_norm1", "layer_norm2")
-SIGLIP_LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+SIGLIP_LAYER = (
+    *("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"),
+    *(f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")),
+)
 
 
 @dataclass
 class TextTower:
-    """The text side of a model folder.
+    """The text side of a model folder."""
 
-    Attributes:
-        weights: its tensors.
-        config: its `config.json`.
-        tokenizer: cuts at 77 tokens and does not pad.
-    """
-
-    weights: WeightFile
-    config: dict[str, Any]
-    tokenizer: Tokenizer
+    weights: WeightFile  # its tensors
+    config: dict[str, Any]  # its `config.json`
+    tokenizer: Tokenizer  # cuts at 77 tokens and does not pad
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings of texts, in their order: (texts, projection_dim), float32, unit length.
 
-        Raises:
-            ValueError: a text is not a string, or there is none; a text has no token at all.
+        Raises ValueError: a text is not a string, or there is none; a text has no token at all.
         """
         ids = self._ids(texts)
         order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
@@ -74,7 +60,7 @@ class TextTower:
             found = executor.map(lambda numbers: self._embed_ids([ids[number] for number in numbers]), batches)
             for numbers, rows in zip(batches, found, strict=True):
                 embeds[numbers] = rows
-        return embeds
+        return embeds / np.maximum(np.linalg.norm(embeds, axis=-1, keepdims=True), 1e-12)
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         repaired = [repair_text(text) for text in checked_texts(list(texts))]
@@ -99,8 +85,7 @@ class TextTower:
             hidden = self._layer(hidden, mask, f"text_model.encoder.layer.{number}.")
         kept = mask[..., None].astype(np.float32)
         pooled = (hidden * kept).sum(axis=1) / kept.sum(axis=1)  # (texts, width)
-        embeds = self._projected(pooled)
-        return embeds / np.maximum(np.linalg.norm(embeds, axis=-1, keepdims=True), 1e-12)
+        return self._projected(pooled)
 
     def _embeddings(self, tokens: np.ndarray, mask: np.ndarray, pad: int) -> np.ndarray:
         distinct, places = np.unique(tokens, return_inverse=True)
@@ -176,19 +161,15 @@ class SiglipTextTower(TextTower):
             hidden = hidden + self._linear(attended, f"{name}self_attn.out_proj.")
             inner = gelu_tanh(self._linear(self._normed(hidden, f"{name}layer_norm2."), f"{name}mlp.fc1."))
             hidden = hidden + self._linear(inner, f"{name}mlp.fc2.")
-        last = self._normed(hidden[:, -1], "text_model.final_layer_norm.")
-        embeds = self._linear(last, "text_model.head.")
-        return embeds / np.maximum(np.linalg.norm(embeds, axis=-1, keepdims=True), 1e-12)
+        return self._linear(self._normed(hidden[:, -1], "text_model.final_layer_norm."), "text_model.head.")
 
 
 def open_text_tower(folder: str | Path) -> TextTower | None:
     """The text tower of a model folder; None where it is not exactly of the shape that is known here.
 
     Adapters, other encoders, other tokenizers, quantised weights and weights in several files are left to
-    `CapivaraModel`.
-
-    Raises:
-        ValueError: the weights or the tokenizer can't be read, or a size is outside of the limits of a model.
+    `CapivaraModel`. Raises ValueError: the weights or the tokenizer can't be read, or a size is outside of the limits
+    of a model.
     """
     folder = Path(folder)
     needed = [folder / name for name in ("config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json")]
@@ -211,34 +192,34 @@ def open_text_tower(folder: str | Path) -> TextTower | None:
 def _siglip_tower(
     path: Path, weights: WeightFile, config: dict[str, Any], settings: dict[str, Any]
 ) -> SiglipTextTower | None:
-    """The text tower of a SigLIP folder; None where it is not exactly of the shape that is known here.
-
-    Args:
-        path: its tokenizer.json.
-        weights, config, settings: its weights, config.json and tokenizer_config.json.
-    """
+    """`open_text_tower` of a SigLIP; `path` is its tokenizer.json, `settings` its tokenizer_config.json."""
     text = SIGLIP_DEFAULTS | config["text_config"]
-    config = config | {"text_config": text}
-    own = {name: place for name, place in weights.places.items() if name.startswith("text_model.")}
     layers = [f"text_model.encoder.layers.{number}." for number in range(text["num_hidden_layers"])]
-    modules = [
-        *(layer + part for layer in layers for part in (*SIGLIP_NORMS, *SIGLIP_LINEAR)),
-        "text_model.final_layer_norm",
-    ]
-    names = {f"{module}.{kind}" for module in (*modules, "text_model.head") for kind in ("weight", "bias")}
+    modules = [layer + part for layer in layers for part in SIGLIP_LAYER]
+    modules += ["text_model.final_layer_norm", "text_model.head"]
+    names = {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
     names |= {f"text_model.embeddings.{kind}_embedding.weight" for kind in ("token", "position")}
-    if own.keys() != names or not {place.kind for place in own.values()} <= {"F32", "F16", "BF16"}:
-        return None
     if text["hidden_act"] != SIGLIP_DEFAULTS["hidden_act"] or text["hidden_size"] % text["num_attention_heads"]:
         return None
     tokenizer = _siglip2_tokenizer(path, settings, text["max_position_embeddings"])
-    return tokenizer and SiglipTextTower(weights, config, tokenizer)
+    if tokenizer is None or not _holds(weights, names, "text_model."):
+        return None
+    return SiglipTextTower(weights, config | {"text_config": text}, tokenizer)
+
+
+def _holds(weights: WeightFile, names: set[str], *prefixes: str) -> bool:
+    """Whether the tensors whose names begin so are these, and of a known kind."""
+    own = {name: place.kind for name, place in weights.places.items() if name.startswith(prefixes)}
+    return own.keys() == names and KINDS.issuperset(own.values())
+
+
+def _token(value: Any) -> Any:
+    return value["content"] if isinstance(value, dict) else value
 
 
 def _siglip2_tokenizer(path: Path, settings: dict[str, Any], positions: int) -> Tokenizer | None:
     """The tokenizer of a SigLIP 2 as `Siglip2Tokenizer` makes it of the file's pieces; None where it is another."""
-    padding = settings.get("pad_token")
-    padding = padding["content"] if isinstance(padding, dict) else padding
+    padding = _token(settings.get("pad_token"))
     if settings.get("tokenizer_class") not in SIGLIP2_TOKENIZERS or padding is None:
         return None
     with tokenizer_errors(str(path)):
@@ -265,9 +246,7 @@ def _is_known(config: dict[str, Any], weights: WeightFile) -> bool:
         return False
     if config.get("quantization_config") or text["hidden_size"] % text["num_attention_heads"]:
         return False
-    own = {name: place for name, place in weights.places.items() if name.startswith(("text_model.", "text_projection"))}
-    kinds = {place.kind for place in own.values()}
-    return kinds <= {"F32", "F16", "BF16"} and own.keys() == _names(config)
+    return _holds(weights, _names(config), "text_model.", "text_projection")
 
 
 def _names(config: dict[str, Any]) -> set[str]:
@@ -290,8 +269,7 @@ def _tokenizer(path: Path, settings: dict[str, Any], pad: int) -> Tokenizer | No
         return None
     with tokenizer_errors(str(path)):
         tokenizer = Tokenizer.from_file(str(path))
-    named = (settings.get(f"{name}_token") for name in ("pad", "eos", "sep"))
-    padding, *ends = [value["content"] if isinstance(value, dict) else value for value in named]
+    padding, *ends = [_token(settings.get(f"{name}_token")) for name in ("pad", "eos", "sep")]
     if padding is None or tokenizer.token_to_id(padding) != pad or padding in ends:
         return None
     tokenizer.no_padding()

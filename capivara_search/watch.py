@@ -1,8 +1,5 @@
 """Folders that are followed: what changes in them is in the index seconds later.
 
-    for added in follow(lambda folders, only: index.add(*folders, only=only), lambda: [Path("/home/maria/Fotos")]):
-        print(added.new, "new", added.removed, "removed")
-
 `watchfiles` says which paths have changed. They wait until their size and time stand still, so that no half of a copy
 is read, and all that have changed together go through `PictureIndex.add`, which looks at them alone.
 """

@@ -1,9 +1,5 @@
 """What is said to people, in Portuguese or English: the texts of `words.yaml`, by their keys.
 
-    words = Words("pt")
-    print(words.count("new", 213))  # 213 imagens novas
-    raise failure(ValueError, "index_is_file", path=folder)
-
 Names of files are other people's: whatever in them a terminal would obey is shown as an escape such as `\\x1b`.
 """
 
@@ -19,19 +15,10 @@ from typing import Any, TypeVar
 from capivara_common.cli import coded
 
 # English name of a command -> its Portuguese name; both work in both languages.
-COMMANDS = {
-    "index": "indexar",
-    "watch": "seguir",
-    "search": "buscar",
-    "classify": "classificar",
-    "app": "abrir",
-    "status": "estado",
-    "forget": "esquecer",
-    "move": "mover",
-    "export": "exportar",
-    "duplicates": "duplicatas",
-    "completion": "completar",
-}
+COMMANDS = dict(
+    index="indexar", watch="seguir", search="buscar", classify="classificar", app="abrir", status="estado",
+    forget="esquecer", move="mover", export="exportar", duplicates="duplicatas", completion="completar",
+)  # fmt: skip
 # What a terminal obeys or hides: control and format characters (marks of writing direction, soft hyphens, tag letters),
 # separators of lines, and what is no character at all, such as a byte of a file's name that is no UTF-8. Format
 # characters that names need stay: joiners (Arabic, Indic, emoji), and signs that are seen (numbers in Arabic).
@@ -127,13 +114,7 @@ E = TypeVar("E", bound=Exception)
 
 
 def failure(kind: Callable[[str], E], code: str, **values: object) -> E:
-    """An error that has words in each language, `error.CODE`; its own text is the English one.
-
-    Args:
-        kind: makes the error of its text.
-        code: of the words.
-        values: that stand in them, by name.
-    """
+    """An error, of a `kind`, that has words in each language, `error.CODE`; its own text is the English one."""
     return coded(kind, code, Words("en").raw(f"error.{code}"), **values)
 
 

@@ -1,8 +1,5 @@
 """Many machines fill one index: the tasks of a Slurm cluster or a Ray cluster, each with a share of the files.
 
-    arguments = WorkerArguments(where="s3://bucket/fotos", folders=["/data/fotos"], executor="ray", tasks=4)
-    add_with_workers(arguments)
-
 Each task embeds the files whose names fall to its share and writes them into the table; a last task removes what is
 gone and tidies up. A task that was killed leaves what it has written, and the same command does what is missing.
 """
@@ -57,14 +54,9 @@ class WorkerArguments(ExecutorArguments):
 
 
 def add_with_workers(arguments: WorkerArguments) -> bool:
-    """`PictureIndex.add` by many tasks.
+    """`PictureIndex.add` by many tasks. Returns whether it is done; False: Slurm has taken the jobs.
 
-    Returns:
-        Whether it is done. False: Slurm has taken the jobs.
-
-    Raises:
-        ValueError: as `add`; some tasks have failed, and are named.
-        ImportError: the packages of the executors are not installed.
+    Raises ValueError: as `add`; some tasks have failed, and are named. ImportError: datatrove is not installed.
     """
     require("Adding pictures by several workers", "captions", "datatrove")
     from capivara_common.executors import Work, execute

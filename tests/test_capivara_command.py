@@ -26,7 +26,7 @@ import tqdm.std
 from capivara_common.environment import require
 from capivara_search import estimates
 from capivara_search.command import explained, language_of, main, parsed
-from capivara_search.commands import _write_json, progress_bar
+from capivara_search.commands import progress_bar
 from capivara_search.exporting import export_rows
 from capivara_search.show import OPENER
 from capivara_search.storage import detail, explanation
@@ -436,14 +436,6 @@ def test_a_picture_that_can_not_be_read_is_wrong_use(capivara, index, folder, tm
     assert not recwarn.list, "PIL warns of the large one"
 
 
-def test_pictures_are_shown_where_they_are_asked_for(capivara, index):
-    arguments = ("search", "x", "--index", index, "-k", 5)
-    code, out, _ = capivara(*arguments, "--pictures", "blocks")
-    assert code == 0 and "▀" in out and "azul.jpg" in out
-    assert capivara(*arguments, "--no-pictures")[1] == capivara(*arguments)[1]
-    assert r"cinza\x1b[31m.png" in out
-
-
 def test_open_shows_the_pictures_in_the_viewer_and_starts_nothing_else(
     capivara, own_index, folder, tmp_path, monkeypatch
 ):
@@ -510,12 +502,6 @@ def test_an_address_of_the_storage_that_is_none_is_one_line(capivara, address, m
     assert error == "erro: " + Words("pt")("error.storage_address", example="https://host:9000") + "\n"
 
 
-def test_json_holds_no_character_that_is_not_seen(capsys):
-    _write_json(["a\U000e0041\xad\x9b"])
-    out = capsys.readouterr().out
-    assert out.isascii() and json.loads(out) == ["a\U000e0041\xad\x9b"]
-
-
 def test_forget_takes_a_folder_out_and_leaves_its_files(capivara, own_index, folder):
     code, out, _ = capivara("esquecer", folder / "2024", "--index", own_index, "--lang", "pt")
     assert code == 0 and out.startswith("2 imagens de ") and (folder / "2024" / "azul.jpg").exists()
@@ -531,16 +517,6 @@ def test_forget_takes_a_folder_out_and_leaves_its_files(capivara, own_index, fol
     assert code == 0 and out.startswith("Nada mudou, ") and "de fora por regra: 1 esquecida." in out
     code, out, _ = capivara(*back.split()[1:], "--index", own_index, "--lang", "pt")
     assert code == 0 and out.startswith("2 imagens novas, ")
-
-
-def test_status_tells_what_the_index_is(capivara, index, folder, saved_tiny_folder):
-    code, out, _ = capivara("status", "--index", index)
-    facts = dict(re.findall(r"^(\S[\w ]*?)  +(.+)$", out, re.MULTILINE))
-    assert code == 0 and facts["pictures"] == "5" and facts["model"] == saved_tiny_folder.name
-    assert facts["taken"] == "2024-01-15 to 2024-04-15" and facts["folders"].startswith(str(folder))
-    assert "quebrada.jpg" in facts["failed"]
-    found = json.loads(capivara("estado", "--json", "--index", index)[1])
-    assert found["pictures"] == 5 and found["folders"] == {str(folder): 5} and len(found["left_out"]) == 1
 
 
 LIBRARY = [  # what is done, exit code, what is said of it in Portuguese

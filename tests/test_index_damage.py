@@ -224,10 +224,3 @@ def test_a_passing_error_empties_no_list(place, model, monkeypatch):
     with tables.locked(), pytest.raises(OSError, match="Too many open files"):
         tables.write("left_out", fails)
     assert PictureIndex.open(place / "i", model=model).status().left_out == known
-
-
-def test_a_damaged_index_is_exported_with_a_line_that_says_so(place, model, tmp_path):
-    remove(data_files(place)[1])
-    with pytest.raises((ValueError, OSError), match=r"^The index .* is damaged in its part"):
-        PictureIndex.open(place / "i", model=model).export(tmp_path / "all.csv")
-    assert not list(tmp_path.glob("*.csv"))

@@ -32,12 +32,9 @@ from capivara_search.picture_files import (
     open_query_picture,
     read_details,
     read_picture,
-    short_side,
-    thumbnail_file,
 )
 from capivara_search.words import Words
 from modeling_capivara import CapivaraImageProcessor
-from modeling_capivara.image_processing_capivara import resize_short_side
 
 SLOW = pytest.mark.slow
 RED, GREEN, BLUE, GREY = (220, 30, 30), (30, 200, 30), (30, 30, 220), (128, 128, 128)
@@ -332,22 +329,6 @@ def test_images_are_those_of_the_image_processor(size, tmp_path):
         assert np.asarray(exact.image).tobytes() == np.asarray(PIL.Image.open(file.path)).tobytes()
         difference = np.sqrt(np.square(wanted - got).mean())
         assert difference == 0 if kind == "PNG" or min(size) < 2 * REDUCED_SIDES * 224 else 0 < difference < 0.8
-
-
-def test_shapes_are_those_of_the_image_processor():
-    generator = np.random.default_rng(0)
-    for width, height in generator.integers(225, 900, (100, 2)).tolist():
-        image = PIL.Image.new("L", (width, height))
-        assert short_side(image, image.size, 224).size == resize_short_side(image, 224, 3, 2**30).size
-
-
-def test_thumbnails_are_sharp_however_small_the_model_is(tmp_path):
-    picture = read_picture(saved(tmp_path / "a.jpg", photograph(2400, 1800)), side=16)
-    assert picture.image.size == (21, 16)
-    thumbnail = PIL.Image.open(io.BytesIO(picture.thumbnail)).convert("RGB")
-    expected = PIL.Image.open(io.BytesIO(thumbnail_file(photograph(2400, 1800)))).convert("RGB")
-    assert thumbnail.size == (256, 192)
-    assert np.abs(np.asarray(thumbnail).astype(int) - np.asarray(expected)).mean() < 2
 
 
 def test_pictures_of_the_largest_cameras(tmp_path, monkeypatch):

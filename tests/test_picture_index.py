@@ -95,12 +95,6 @@ def test_text_and_picture_are_searched_by_their_mean(known_index, known_folder):
     assert known_index.search(like=PIL.Image.open(like).convert("RGB"), k=1)[0].path == str(like)
 
 
-def test_an_empty_query_is_an_error(known_index):
-    for query in ({}, {"text": " \n"}):
-        with pytest.raises(ValueError, match="The query is empty"):
-            known_index.search(**query)
-
-
 def test_what_has_not_changed_is_not_read_again(known_index, known_folder, monkeypatch):
     opened, before = reads(monkeypatch), known_index.version()
     added = known_index.add(known_folder)
@@ -371,20 +365,6 @@ def test_wrong_labels_are_named(known_index, known_folder):
     ):
         with pytest.raises(ValueError, match=message):
             known_index.classify(known_folder, labels, template)
-
-
-def test_near_duplicates_are_grouped_with_the_largest_picture_first(index, folder, tmp_path):
-    original = PIL.Image.open(folder / "d0" / "p0000.png")
-    original.resize((400, 400), PIL.Image.Resampling.NEAREST).save(folder / "large.png")
-    shutil.copy(folder / "d1" / "p0001.png", folder / "copia.png")
-    index.add(folder)
-    groups = [[hit.path for hit in group] for group in index.duplicates(0.9999)]
-    assert [str(folder / "copia.png"), str(folder / "d1" / "p0001.png")] in groups
-    near = next(group for group in groups if str(folder / "large.png") in group)
-    assert near[0] == str(folder / "large.png")
-    assert str(folder / "d0" / "p0000.png") in near
-    with pytest.raises(ValueError, match="threshold must be above 0"):
-        index.duplicates(0)
 
 
 def test_export_holds_every_row(known_index, tmp_path):

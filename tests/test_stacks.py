@@ -202,6 +202,8 @@ def test_duplicates_are_led_by_the_picture_of_most_pixels(tmp_path, model, vecto
     for group in groups:
         assert group[0].width == max(hit.width for hit in group) and group[0].score == pytest.approx(1)
         assert all(hit.score >= SAME - 2 * ROUNDING for hit in group)
+    with pytest.raises(ValueError, match="threshold must be above 0"):
+        index.duplicates(0)
 
 
 def test_every_folder_is_counted_with_those_in_it(tmp_path, model):
