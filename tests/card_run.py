@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 from datasets import concatenate_datasets, load_from_disk
-from tiny import randomise, tiny_config
+from tiny import save_model
 
 import train_accelerate
-from modeling_capivara import CapivaraModel, CapivaraProcessor
+from modeling_capivara import CapivaraProcessor
 
 BASE_CARD = "---\nlicense: mit\n---\n\n# A tiny base\n"
 DATA_CARD = """---
@@ -37,8 +37,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, dataset: Path, process
 
 def _train(folder: Path, dataset: Path, processor: CapivaraProcessor) -> Path:
     """Train for a moment, from within `folder`, so that no path of the machine is in it."""
-    randomise(CapivaraModel(tiny_config())).save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
+    save_model(folder / "base", processor)
     (folder / "base" / "README.md").write_text(BASE_CARD, encoding="utf-8")
     splits = load_from_disk(dataset)  # of pictures that recall@10 says something of
     splits["test"] = concatenate_datasets([splits["test"], splits["validation"]])

@@ -53,14 +53,15 @@ def xlmr(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def saved_tiny_folder(tmp_path_factory, tiny_processor):
-    from tiny import randomise, tiny_config
+    from tiny import save_model
 
-    from modeling_capivara import CapivaraModel
+    return save_model(tmp_path_factory.mktemp("tiny") / "model", tiny_processor)
 
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    randomise(CapivaraModel(tiny_config())).save_pretrained(folder)
-    tiny_processor.save_pretrained(folder)
-    return folder
+
+@pytest.fixture(scope="session")
+def model(saved_tiny_folder):
+    """The same as a word of a command; tests leave it as it is."""
+    return str(saved_tiny_folder)
 
 
 @pytest.fixture

@@ -20,20 +20,6 @@ def make_pictures(folder: Path, number: int, seed: int = 0) -> list[Path]:
     return paths
 
 
-def save_model(folder: Path, processor, seed: int = 0, text_seed: int | None = None, **overrides) -> Path:
-    """A tiny model with random weights; `text_seed`: for those of the text side alone."""
-    from tiny import randomise, tiny_config
-
-    from modeling_capivara import CapivaraModel
-
-    model = randomise(CapivaraModel(tiny_config(**overrides)), seed)
-    if text_seed is not None:
-        randomise(model.text_model, text_seed)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
 def rows_of(index) -> dict[str, tuple]:
     """Path -> all that the index holds of it."""
     rows = index._table.rows([field.name for field in index._table.columns()]).to_pylist()

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from made_index import make_pictures, save_model
+from made_index import make_pictures
+from tiny import save_model
 
 from capivara_common.files import write_json
 from capivara_search import asking

@@ -14,7 +14,7 @@ from caption_build import CARD, changed, files, openmoji_config, write_config
 from caption_tars import picture, rows_of
 from datasets import Image, Value
 from huggingface_hub import DatasetCard
-from tiny import randomise, tiny_config
+from tiny import save_model
 
 from capivara_common.executors import TasksFailed, Work, execute
 from caption_data.rows import CAPTIONS, SIMILARITIES
@@ -24,7 +24,6 @@ from captions.select import Selection
 from captions.stages import StageArguments
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
 from hub_upload.allowed_files import files_to_send
-from modeling_capivara import CapivaraModel
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,8 +37,7 @@ def cache_in_tmp(tmp_path, monkeypatch):
 def template(tmp_path_factory, tiny_processor):
     """A config whose tables are filled, and its model."""
     folder = tmp_path_factory.mktemp("template")
-    for part in (randomise(CapivaraModel(tiny_config())).eval(), tiny_processor):
-        part.save_pretrained(folder / "model")
+    save_model(folder / "model", tiny_processor)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
         return write_config(folder, folder / "model")

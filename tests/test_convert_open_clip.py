@@ -14,7 +14,7 @@ import pytest
 import torch
 from huggingface_hub.repocard import metadata_load
 from safetensors.torch import load_file, save_file
-from tiny import TINY_TEXT, TINY_VISION, randomise, tiny_config, tiny_tokenizer
+from tiny import TINY_TEXT, TINY_VISION, randomise, save_model, tiny_config, tiny_tokenizer
 from transformers import TimmWrapperConfig
 
 from hub_upload.origins import origin
@@ -299,9 +299,7 @@ def test_a_model_with_the_bias_of_siglips_loss_is_converted(tmp_path, tokenizer_
 @pytest.mark.slow
 def test_a_timm_tower_goes_to_open_clip(tmp_path, tiny_processor, refused):
     def save(architecture: str) -> None:
-        config = tiny_config(vision_config=TimmWrapperConfig(architecture=architecture))
-        randomise(CapivaraModel(config)).save_pretrained(tmp_path / "model")
-        tiny_processor.save_pretrained(tmp_path / "model")
+        save_model(tmp_path / "model", tiny_processor, vision_config=TimmWrapperConfig(architecture=architecture))
 
     save("mobilenetv3_small_050")  # open_clip builds it otherwise
     assert "open_clip does not build this model" in refused(tmp_path / "model", to_open_clip=True)

@@ -15,13 +15,12 @@ import yaml
 from caption_build import ROOT, changed, files, surroundings, write_config
 from made_index import make_pictures, rows_of
 from slurm_node import missing_programs, slurm_node
-from tiny import randomise, tiny_config
+from tiny import save_model
 
 from capivara_common import executors
 from capivara_common.executors import failures
 from capivara_search import PictureIndex
 from captions.build import BuildArguments, build
-from modeling_capivara import CapivaraModel
 
 PLACES = ("1-translate/train/", "2-score/train", "3-select/train")
 LONGEST_S = 240  # of a build on a cluster
@@ -33,8 +32,7 @@ pytestmark = pytest.mark.slow
 def config(tmp_path_factory, tiny_processor) -> Path:
     """A config, beside the undisturbed build that this process has made of it."""
     folder = tmp_path_factory.mktemp("executors")
-    for part in (randomise(CapivaraModel(tiny_config())).eval(), tiny_processor):
-        part.save_pretrained(folder / "model")
+    save_model(folder / "model", tiny_processor)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
         path = write_config(folder, folder / "model")

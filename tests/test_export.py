@@ -12,7 +12,7 @@ import torch
 import transformers
 from hub_server import HubServer
 from safetensors.torch import load_file
-from tiny import TINY_VISION, randomise, tiny_config, tiny_tokenizer
+from tiny import TINY_VISION, randomise, save_model, tiny_config, tiny_tokenizer
 from transformers import TimmWrapperConfig
 
 from hub_upload.export import FORMATS, export
@@ -70,10 +70,8 @@ def source(tmp_path_factory, tiny_processor):
     """A saved tiny model."""
     folder = tmp_path_factory.mktemp("source") / "model"
     # Wide enough for int8, which rounds blocks of 128 numbers.
-    config = tiny_config(vision_config={**TINY_VISION, "hidden_size": 128, "intermediate_size": 256})
-    randomise(CapivaraModel(config)).save_pretrained(folder)
-    tiny_processor.save_pretrained(folder)
-    return folder
+    wide = {**TINY_VISION, "hidden_size": 128, "intermediate_size": 256}
+    return save_model(folder, tiny_processor, vision_config=wide)
 
 
 @pytest.fixture(scope="module")

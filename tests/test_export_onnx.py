@@ -5,7 +5,7 @@ import json
 import onnx
 import pytest
 import torch
-from tiny import TINY_VISION, randomise, tiny_config
+from tiny import TINY_VISION, randomise, save_model, tiny_config
 from transformers import TimmWrapperConfig
 
 from hub_upload.export import export, main
@@ -85,9 +85,7 @@ def test_graphs_say_nothing_of_this_machine(repository):
 
 def test_tower_of_convolutions_stays_near_in_int8(tmp_path, tiny_processor):
     """In 8 bits its convolutions would lose the image: they stay float32."""
-    config = tiny_config(vision_config=TimmWrapperConfig(architecture="test_efficientnet"))
-    randomise(CapivaraModel(config)).save_pretrained(tmp_path / "model")
-    tiny_processor.save_pretrained(tmp_path / "model")
+    save_model(tmp_path / "model", tiny_processor, vision_config=TimmWrapperConfig(architecture="test_efficientnet"))
     command = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "repository")]
     main([*command, "--formats", "transformers,onnx"])
     facts = json.loads((tmp_path / "repository" / "onnx" / "quantisation.json").read_text())["graphs"]

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from made_index import make_pictures, rows_of, save_model
+from made_index import make_pictures, rows_of
 
 from capivara_search import adding, table
 from capivara_search.command import main
@@ -14,11 +14,6 @@ from capivara_search.index import PictureIndex
 from capivara_search.table_columns import EMPTY, LAYOUT_KEY, schema
 
 ROWS, COMMIT = 24, 8
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory, tiny_processor):
-    return str(save_model(tmp_path_factory.mktemp("model") / "m", tiny_processor))
 
 
 @pytest.fixture(scope="session")
@@ -141,7 +136,7 @@ def test_a_broken_small_table_is_made_anew(whole, place, model, name, part, capl
     assert f"{name}.lance is damaged" in caplog.text
     assert (added.unchanged, added.embedded, len(added.left_out)) == (ROWS, 0, 1)
     fresh = PictureIndex.open(place / "i")
-    assert fresh.model.name == "m"
+    assert fresh.model.name == "model"
     assert fresh.folders() == {str(whole / "fotos"): ROWS}
     assert len(fresh.status().left_out) == 1
 

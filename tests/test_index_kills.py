@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from index_process import add
-from made_index import make_pictures, rows_of, save_model
+from made_index import make_pictures, rows_of
 
 from capivara_search.index import PictureIndex
 
@@ -30,11 +30,6 @@ def processes():
         patch.setenv("PYTHONPATH", f"{tests}{os.pathsep}{tests.parent}")  # sys.path is not handed on before Python 3.12
         multiprocessing.forkserver.ensure_running()
     return context
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory, tiny_processor):
-    return str(save_model(tmp_path_factory.mktemp("model") / "m", tiny_processor))
 
 
 def start(processes, tmp_path, where: str, model: str, folder, **options):

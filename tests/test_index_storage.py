@@ -12,7 +12,7 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from made_index import make_pictures, rows_of, save_model
+from made_index import make_pictures, rows_of
 
 from capivara_search import adding
 from capivara_search.index import PictureIndex
@@ -73,11 +73,6 @@ def storage(tmp_path_factory):
         yield endpoint
     server.terminate()
     server.wait(30)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_processor):
-    return str(save_model(tmp_path_factory.mktemp("model") / "m", tiny_processor))
 
 
 def test_an_index_in_a_bucket_is_as_one_in_a_folder(storage, tmp_path, model):

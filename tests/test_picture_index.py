@@ -11,7 +11,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from made_index import make_pictures, rows_of, save_model
+from made_index import make_pictures, rows_of
+from tiny import save_model
 from towers import as_published, gemma_like, siglip2
 from transformers import AutoProcessor, SiglipModel
 

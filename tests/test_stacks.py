@@ -4,7 +4,6 @@ from datetime import date, datetime, timedelta
 
 import numpy as np
 import pytest
-from made_index import save_model
 
 from capivara_search import duplicates
 from capivara_search import index as index_module
@@ -48,11 +47,6 @@ def filled(where, name: str, vectors: np.ndarray, folders: int = 2, **columns) -
     ]  # fmt: skip
     index._table.merge(to_arrow(rows, index._table.columns()))
     return index
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_processor) -> str:
-    return str(save_model(tmp_path_factory.mktemp("models") / "base", tiny_processor))
 
 
 @pytest.fixture(scope="module")

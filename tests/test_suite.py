@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from made_benchmarks import BENCHMARKS, ELEVATER, IMAGES, make_data, make_readable, make_releases, picture
-from tiny import randomise, tiny_config
+from tiny import randomise, save_model
 from towers import gemma_like, siglip2
 
 from capivara_common.files import read_json
@@ -21,7 +21,6 @@ from eval.benchmarks import FOLDER, read_benchmark
 from eval.prompts import load_prompts
 from eval.records.schema import read_records
 from eval.suite import main, suite_rows
-from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,8 +44,7 @@ def models(tmp_path_factory, tiny_processor) -> Path:
     """Tiny models with weights of their own: `base`, and a folder of two `runs`."""
     folder = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("base", "runs/seed-1", "runs/seed-2")):
-        randomise(CapivaraModel(tiny_config()), seed).save_pretrained(folder / name)
-        tiny_processor.save_pretrained(folder / name)
+        save_model(folder / name, tiny_processor, seed)
         (folder / name / "run.json").write_text(json.dumps({"seed": 40 + seed}), encoding="utf-8")
     return folder
 

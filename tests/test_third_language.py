@@ -8,13 +8,12 @@ import PIL.Image
 import pytest
 from card_run import card_of, split_card
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
-from tiny import randomise, tiny_config
+from tiny import save_model
 
 import train_accelerate
 from eval import classification, linear_probe, report, retrieval
 from eval.records.schema import read_records
 from hub_upload import card
-from modeling_capivara import CapivaraModel
 
 COLOURS = {"rojo": (255, 0, 0), "azul": (0, 0, 255), "verde": (0, 255, 0)}
 CLASSES = {"dataset": "colores", "language": "es", "classes": list(COLOURS), "templates": ["una imagen de color {}"]}
@@ -48,8 +47,7 @@ def make_data(folder, splits: dict[str, int]) -> None:
 @pytest.mark.slow
 def test_spanish_from_end_to_end(tmp_path, tiny_processor):
     make_data(tmp_path, {"train": 20, "validation": 12, "test": 14})
-    randomise(CapivaraModel(tiny_config())).save_pretrained(tmp_path / "base")
-    tiny_processor.save_pretrained(tmp_path / "base")
+    save_model(tmp_path / "base", tiny_processor)
     with contextlib.chdir(tmp_path):
         given = ["--model", "base", "--dataset", "captions", "--language", "es", "--output_dir", "run"]
         train_accelerate.main([*given, *TRAINING, "--learning_rate", "1e-3"])

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from made_index import make_pictures, save_model
+from made_index import make_pictures
 from page_process import Asked
 
 pytest.importorskip("watchfiles", reason="folders are followed by watchfiles: pip install -e '.[search]'")
@@ -23,11 +23,6 @@ from capivara_search.results import Added
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 60  # on a busy machine; `benchmarks.search --parts follow` measures how long it takes
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_processor) -> str:
-    return str(save_model(tmp_path_factory.mktemp("model") / "model", tiny_processor))
 
 
 @pytest.fixture

@@ -1,12 +1,13 @@
 """The real model at toy width, and a small tokenizer of XLM-R's kind: built here, nothing is downloaded."""
 
 import math
+from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from modeling_capivara import CapivaraConfig
+from modeling_capivara import CapivaraConfig, CapivaraModel, CapivaraProcessor
 
 TINY_VISION = {
     "model_type": "clip_vision_model",
@@ -50,6 +51,18 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         else:
             tensor.data.copy_(noise * 0.7 / math.sqrt(tensor[0].numel()))
     return model
+
+
+def save_model(
+    folder: Path, processor: CapivaraProcessor, seed: int = 0, text_seed: int | None = None, **overrides
+) -> Path:
+    """A tiny model with random weights beside its processor; `text_seed`: for those of the text side alone."""
+    model = randomise(CapivaraModel(tiny_config(**overrides)), seed)
+    if text_seed is not None:
+        randomise(model.text_model, text_seed)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
