@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 ISOLATED = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
-# Buttons, links and fields that a screen reader would have no name for.
-NAMELESS = """() => [...document.querySelectorAll("button, a[href], input, select, textarea, dialog, section, nav")]
-  .filter((one) => !(one.getAttribute("aria-label") || one.getAttribute("aria-labelledby") || one.innerText?.trim()
-    || one.closest("label")?.innerText.trim() || (one.id && document.querySelector(`label[for=${one.id}]`))))
-  .map((one) => one.outerHTML.slice(0, 80))"""
 LOCAL_SCHEMES, LOCAL_HOSTS = ("file", "data", "blob", "about"), ("127.0.0.1", "localhost", "::1")
 
 

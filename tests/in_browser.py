@@ -16,9 +16,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 import torch
 from browser import require_chromium
 from PIL import Image
@@ -29,7 +30,13 @@ from modeling_capivara import CapivaraImageProcessor
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import random_images, random_texts
 
-((LIBRARY, RANGE),) = static_page.LIBRARY.items()
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+(LIBRARY,) = static_page.LIBRARY
+AXE = {"axe-core": ">=4.10 <5"}  # of npm: a checker of accessibility
+FAULTS = """axe.run().then(({ violations }) => violations.filter(({ impact }) => /serious|critical/.test(impact))
+  .map(({ id, nodes }) => [id, ...nodes.map((node) => node.html)]))"""
 MIN_NODE = 20
 SCRIPT = Path(__file__).parent / "in_browser.mjs"
 NAME = "my-name/my-model"  # under which a repository is served
@@ -87,8 +94,8 @@ def pixel_differences(answers: list[dict], files: list[Path], processor: Capivar
     return found
 
 
-def node_packages() -> Path:
-    """The folder `node_modules` with transformers.js, installed from npm where it is not there yet.
+def node_packages(wanted: dict[str, str] = static_page.LIBRARY) -> Path:
+    """The folder `node_modules` with packages and their versions, installed from npm where they are not there yet.
 
     No script of a package runs; binaries for the CPU lie in them.
 
@@ -100,17 +107,34 @@ def node_packages() -> Path:
             raise RuntimeError(f"{program} is not installed: apt-get install nodejs npm")
     version = subprocess.check_output(["node", "--version"], text=True).strip()
     if int(version.removeprefix("v").split(".")[0]) < MIN_NODE:
-        raise RuntimeError(f"Node {version} is too old for {LIBRARY}'s pictures (sharp); install {MIN_NODE} or later")
+        raise RuntimeError(f"Node {version} is too old (sharp of {LIBRARY}); install {MIN_NODE} or later")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capivara-node"
-    folder = cache / f"transformers{RANGE}".translate({ord(sign): "-" for sign in ">=< "})
+    name = "-".join(f"{package.split('/')[-1]}{versions}" for package, versions in wanted.items())
+    folder = cache / name.translate({ord(sign): "-" for sign in ">=< "})
     if not folder.is_dir():
         try:
             with whole_folder(folder) as new:
-                static_page.npm_packages(new, static_page.LIBRARY)
+                static_page.npm_packages(new, wanted)
         except (ValueError, OSError) as error:
             if not folder.is_dir():  # else another process was first
                 raise RuntimeError(str(error)) from error
     return folder / "node_modules"
+
+
+def required_packages(wanted: dict[str, str] = static_page.LIBRARY) -> Path:
+    """`node_packages`, and Chromium. Skips the test where they can't be had; with CI_REQUIRES_…=1 that fails."""
+    require_chromium()
+    try:
+        return node_packages(wanted)
+    except RuntimeError as error:
+        required = "1" in (os.environ.get("CI_REQUIRES_NODE"), os.environ.get("CI_REQUIRES_CHROMIUM"))
+        (pytest.fail if required else pytest.skip)(f"{error}, so {', '.join(wanted)} can't be fetched")
+
+
+def serious_faults(page: "Page") -> list[list[str]]:
+    """What axe-core, from npm, finds serious or critical in a page as it is now: rule and elements of each fault."""
+    page.evaluate((required_packages(AXE) / "axe-core" / "axe.min.js").read_text(encoding="utf-8"))
+    return page.evaluate(FAULTS)
 
 
 @contextmanager

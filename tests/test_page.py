@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import made_pictures
 import pytest
-from browser import NAMELESS, Browser, open_browser, require_chromium
+from browser import Browser, open_browser, require_chromium
+from in_browser import AXE, required_packages, serious_faults
 from made_pictures import CAPTIONS, bomb, made_index, png, save_folder
 from page_process import Asked, running
 from PIL import Image
@@ -21,11 +22,12 @@ from tiny import randomise, tiny_config
 pytest.importorskip("uvicorn", reason="the page needs uvicorn: pip install -e '.[search]'")
 
 from capivara_common.files import write_json
+from capivara_search.asking import Background
 from capivara_search.estimates import FILE
 from capivara_search.index import PictureIndex
 from capivara_search.page import server
 from capivara_search.page.guard import MAX_UPLOAD_BYTES
-from capivara_search.page.server import open_page
+from capivara_search.page.server import Credit, open_page
 from capivara_search.show import OPENER
 from capivara_search.table import PictureTable
 from modeling_capivara import CapivaraModel
@@ -164,7 +166,6 @@ def test_a_visit(trained, collection, tmp_path, managed):
         visitor = Visitor(opened)
         visitor.open(asked.url)
         assert opened.page.evaluate("document.documentElement.lang") == "pt-BR"
-        assert not opened.page.evaluate(NAMELESS)
         searches(visitor)
         narrows_the_search(visitor, collection)
         looks_closely(visitor, collection, managed)
@@ -239,7 +240,7 @@ def goes_down_the_tree_by_keys(visitor: Visitor, folder: Path) -> None:
     page.locator(f"#folder .tree button[title='{folder}']").wait_for()
     rows = page.locator("#folder .tree li > button[title]").all_inner_texts()
     assert [row.split("\n")[-2:] for row in rows][:2] == [[f"{folder.parent.name}/fotos", "35"], ["amarelo", "5"]]
-    assert page.locator("#folder details[open] details").count() == 0 and not page.evaluate(NAMELESS)
+    assert page.locator("#folder details[open] details").count() == 0
     press("Tab"), press("Tab"), press("Tab"), press("Enter")
     page.locator("#folder .tree li li").first.wait_for(state="hidden")
     press("Enter"), press("Escape")
@@ -264,7 +265,6 @@ def looks_closely(visitor: Visitor, folder: Path, shown: Path) -> None:
     assert "5 de março de 2025" in facts and "600 × 400 pixels" in facts and "12,97083° S, 38,51000° O" in facts
     assert f"{round(path.stat().st_size / 1000)} kB" in facts
     assert visitor.text("#viewer-path") == str(path) and visitor.text("#viewer-title") == "coffee"
-    assert not page.evaluate(NAMELESS)
     page.keyboard.press("ArrowRight")
     visitor.sees("#viewer-title", "chelsea")
     page.keyboard.press("ArrowLeft")
@@ -307,6 +307,12 @@ def looks_closely(visitor: Visitor, folder: Path, shown: Path) -> None:
 def steers(visitor: Visitor) -> None:
     """By the keyboard at a hit and by the buttons of the large picture; what steers is shown, and taken out again."""
     page = visitor.page
+    page.focus(".tile[title='rocket']")
+    page.keyboard.press("-")
+    visitor.sees("#said", "As mais diferentes primeiro, menos de rocket.")
+    assert page.locator("#results .tile").last.get_attribute("title") == "rocket"
+    page.get_by_role("button", name="Tirar menos de rocket").click()
+    visitor.first_is("rocket")
     page.fill("#text", "azul")
     visitor.sees("#said", "As mais parecidas com “azul”.")
     first = page.locator("#results .tile").first
@@ -318,7 +324,7 @@ def steers(visitor: Visitor) -> None:
     page.click(".tile[title='coffee']")
     page.click("#pull-more")
     visitor.sees("#said", f"mais de coffee, menos de {name}.")
-    assert "more=" in page.url and "less=" in page.url and not page.evaluate(NAMELESS)
+    assert "more=" in page.url and "less=" in page.url
     page.reload()
     visitor.sees("#pulls li:first-child", "mais de coffee")
     page.get_by_role("button", name=f"Tirar menos de {name}").click()
@@ -361,7 +367,7 @@ def searches_by_pictures(visitor: Visitor) -> None:
 def classifies(visitor: Visitor, folder: Path) -> None:
     page = visitor.page
     page.click("[data-part=classify]")
-    assert page.locator("#search").is_hidden() and not page.evaluate(NAMELESS)
+    assert page.locator("#search").is_hidden()
     page.click("#labels-form [type=submit]")
     visitor.sees("#notice", "Escolha uma imagem ou uma pasta")
     page.fill("#labels", "azul inteiro\nverde embaixo\npreto em cima")
@@ -400,10 +406,17 @@ def uses_the_keyboard(visitor: Visitor) -> None:
 
 
 def sees_the_index_grow(visitor: Visitor, folder: Path, model: Path) -> None:
-    made_pictures.made_pictures()[3].save(folder / "novissima.png")
-    made_index(folder.parent / "fotos.lance", folder, model)
+    """In answers that stand there, which keep the focus; a video is named as left out."""
     visitor.page.fill("#text", "azul na esquerda")
-    visitor.sees("#facts", "36 imagens")
+    visitor.first_is("azul na esquerda")
+    visitor.page.focus("#results li:nth-child(2) .tile")
+    second = visitor.page.evaluate("document.activeElement.title")
+    made_pictures.made_pictures()[3].save(folder / "novissima.png")
+    (folder / "filme.mp4").write_bytes(bytes(9))
+    made_index(folder.parent / "fotos.lance", folder, model)
+    visitor.sees("#results li:first-child .same", "2 iguais")
+    assert visitor.page.evaluate("document.activeElement.title") == second
+    visitor.sees("#facts", "36 imagens, 1 vídeo não entra")
     visitor.page.fill("#text", "")
     visitor.page.locator("#results li:first-child > .tile[title='novissima'] + .same").wait_for(timeout=30_000)
     opens_a_stack(visitor.page)
@@ -412,7 +425,7 @@ def sees_the_index_grow(visitor: Visitor, folder: Path, model: Path) -> None:
 def opens_a_stack(page: "Page") -> None:
     """By its count, by keys, too; what was hidden follows, and is a picture like any other."""
     count, copies = page.locator("#results .same").first, page.locator("#results .copy .tile")
-    assert count.inner_text() == "2 iguais" and not page.evaluate(NAMELESS)
+    assert count.inner_text() == "2 iguais"
     assert count.get_attribute("aria-label") == "2 iguais: novissima"
     for key in ("Enter", "Space"):
         count.focus()
@@ -442,7 +455,6 @@ def sees_how_far_an_indexing_is(visitor: Visitor, where: Path) -> None:
             write_json(where / FILE, {"done": 120, "total": 3400, "left_s": left_s})
             visitor.page.get_by_text(text if left_s is None else f"{said[None]}, {text}", exact=True).wait_for()
         assert visitor.page.locator("#progress").evaluate("one => one.value / one.max") == 120 / 3400
-        assert not visitor.page.evaluate(NAMELESS)
     visitor.page.locator("#work").wait_for(state="hidden")
 
 
@@ -466,10 +478,59 @@ def comes_from_abroad_with_a_telephone(visitor: Visitor, url: str) -> None:
     page.fill("#labels", "azul inteiro, verde embaixo")
     visitor.gives("classify", "boa.png", png(0))
     visitor.sees("#classified h3", "It is: azul inteiro")
-    assert not visitor.opened.scrolls_sideways() and not page.evaluate(NAMELESS)
+    assert not visitor.opened.scrolls_sideways()
     page.goto(f"{url}/?lang=pt")
     visitor.sees("#results .same", "2 iguais")
     page.set_viewport_size({"width": 1280, "height": 900})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_axe_finds_no_serious_fault(width, scheme, trained, collection, tmp_path, monkeypatch):
+    """In any state, with the credit of a Space and with the line below which nothing fits."""
+    required_packages(AXE)
+    monkeypatch.setattr(Background, "line", lambda self, vector: 0.5)
+    indices = [
+        PictureIndex.open(where, str(trained)) for where in (tmp_path / "new", collection.parent / "fotos.lance")
+    ]
+    indices[1].line = True
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(open_browser(width))
+        page, visitor = opened.page, Visitor(opened)
+        page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+        for index in indices:
+            served = open_page(index, port=0, credit=Credit("Áreas", "cc-by-sa-4.0", "Feitas aqui."))
+            stack.callback(served.close)
+            page.goto(served.url)
+            visitor.sees("#facts", "modelo treinado")
+            assert not serious_faults(page)
+        page.fill("#text", "azul inteiro")
+        visitor.sees("#results .gallery + .line", "Daqui para baixo, pouco parecidas")
+        page.locator("#results .same").first.click()
+        page.locator("#results .copy .tile").first.wait_for()
+        assert not serious_faults(page)
+        page.locator("#results .tile").first.focus()
+        page.keyboard.press("-")
+        page.locator("#pulls li").wait_for()
+        page.click("#folder > button")
+        page.locator("#folder .tree li li").first.wait_for()
+        assert not serious_faults(page) and not opened.scrolls_sideways()
+        page.keyboard.press("Escape")
+        page.locator("#results .tile").first.click()
+        visitor.sees("#copy", "Copiar caminho")
+        assert not serious_faults(page)
+        page.keyboard.press("Escape")
+        page.click("[data-part=classify]")
+        visitor.gives("classify", "boa.png", png(0))
+        visitor.sees("#classified h3", "")
+        assert not serious_faults(page) and not opened.errors
+        page.set_content("<img src=data:,><button></button>")
+        assert [rule for rule, *_ in serious_faults(page)] == [
+            "button-name",
+            "document-title",
+            "html-has-lang",
+            "image-alt",
+        ]
 
 
 def gives_too_much(visitor: Visitor) -> None:

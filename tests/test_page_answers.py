@@ -144,7 +144,8 @@ def test_pictures_steer_the_search(answers, index):
     assert [hit["path"] for hit in found] == [hit.path for hit in index.search_vector(wanted, 30, stacked=True)]
     alone = answers.search(Question.read({"more": [paths[3]]}), None)["hits"]
     assert alone[0]["path"] == paths[3] and alone[0]["score"] == pytest.approx(1, abs=1e-3)
-    assert answers.search(Question.read({"less": [paths[3]]}), None)["hits"][0]["score"] is None, "nothing to steer"
+    away = answers.search(Question.read({"less": [paths[3]]}), None)["hits"]
+    assert away[-1]["path"] == paths[3] and {hit["score"] for hit in away} == {None}, "all, the farthest first"
     with pytest.raises(Refusal, match="gone"):
         answers.search(Question.read({"text": "azul", "less": ["/gone.png"]}), None)
 

@@ -1,6 +1,6 @@
 """Answers of the page, from a question to plain values for JSON, and words that are worth searching for.
 
-    Answers(index).search(Question.read({"text": "um gato", "k": 12}), None)["hits"]
+Answers(index).search(Question.read({"text": "um gato", "k": 12}), None)["hits"]
 """
 
 import contextlib
@@ -73,7 +73,7 @@ class Question:
         return {"folder": self.folder or None, "since": self.since, "until": self.until}
 
     def labels_and_template(self) -> tuple[list[str], str]:
-        """The labels, each once, and the sentence, by default the label alone. Raises Refusal where a rule is broken."""
+        """The labels, each once, and the sentence, by default the label alone. Raises Refusal."""
         names = list(dict.fromkeys(name for label in self.labels if (name := " ".join(label.split()))))
         if len(names) < MIN_LABELS:
             raise Refusal("few_labels")
@@ -282,8 +282,8 @@ def nouns(language: str) -> list[str]:
 def standing_out(words: np.ndarray, pictures: np.ndarray, count: int = SHOWN) -> list[int]:
     """The words that some pictures fit much better than other words and other pictures do.
 
-    Of words (words, width) and pictures (pictures, width), unit length, at most `count` rows of `words`, best first. They
-    have different pictures, so that each leads elsewhere.
+    Of words (words, width) and pictures (pictures, width), unit length, at most `count` rows of `words`, best first.
+    They have different pictures, so that each leads elsewhere.
     """
     if not len(pictures):
         return []

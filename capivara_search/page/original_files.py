@@ -1,6 +1,6 @@
 """The files of the pictures: only those that are rows of the index, and only as pictures.
 
-    OriginalFiles(index, decoder).view("/home/ana/Fotos/praia.jpg")  # JPEG of at most 1600 pixels
+OriginalFiles(index, decoder).view("/home/ana/Fotos/praia.jpg")  # JPEG of at most 1600 pixels
 """
 
 import mimetypes
