@@ -120,7 +120,7 @@ class Split:
 
     def image(self, row: int) -> PIL.Image.Image:
         """Decoded. Raises BadImage where it can't be used."""
-        return decode_image(self.row(row)[self.image_column], self.files)
+        return decode_image(self.data[row][self.image_column], self.files)
 
     def decoded(self, rows: range) -> Iterator[tuple[int, PIL.Image.Image | BadImage]]:
         """Rows with their images or what is wrong with them, decoded some at once by a few threads."""
@@ -142,7 +142,7 @@ class Split:
         digests, quiet = [], not processes().is_main_process
         for row in tqdm(range(len(self)), desc="Reading images", unit="image", disable=quiet):
             try:
-                image = image_bytes(self.row(row)[self.image_column], self.files)
+                image = image_bytes(self.data[row][self.image_column], self.files)
             except BadImage as bad:
                 image = self.fault(row, bad).encode("utf-8", "replace")  # is cached, and must be of this data set
             digests.append(blake2b(image, digest_size=16).hexdigest())
@@ -150,7 +150,7 @@ class Split:
 
     def fault(self, row: int, bad: BadImage) -> str:
         """What is wrong with an image, without the folder that it lies in: results name no machine's paths."""
-        path = image_path(self.row(row)[self.image_column])
+        path = image_path(self.data[row][self.image_column])
         folder = path.removesuffix(Path(path).name)  # not the path: odd signs in the name are escaped, long ones cut
         return str(bad).replace(folder, "").replace(repr(folder)[1:-1], "")
 
