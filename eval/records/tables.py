@@ -44,8 +44,8 @@ def records_frame(files: Iterable[ResultFile]) -> pandas.DataFrame:
 
 def mean_recall_of(recalls: Sequence[Record]) -> Record:
     """The record of the mean recall, and of its chance, of a direction's recalls at 1, 5 and 10."""
-    means = pandas.DataFrame([vars(record) for record in recalls])[["value", "chance"]].mean()
-    return replace(recalls[0], metric="mean_recall", **means.to_dict())
+    of_cutoffs = pandas.DataFrame([vars(record) for record in recalls])
+    return replace(recalls[0], metric="mean_recall", **of_cutoffs[["value", "chance"]].mean().to_dict())
 
 
 def folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None]:
