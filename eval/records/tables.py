@@ -121,9 +121,8 @@ def pairs_of(values: Iterable[Any]) -> list[dict[str, Any]]:
             found += [pair for pair in candidates if not _doubts(*pair)] or candidates
         alone = [one for one in roles["baseline"] if not any(baseline is one for baseline, _ in found)]
         pairs += found + [(baseline, None) for baseline in alone]
-    sides = pandas.DataFrame(
-        [[one and one.mean for one in pair] for pair in pairs], columns=[*MODEL_NAMES], dtype=float
-    )
+    values = [[one and one.mean for one in pair] for pair in pairs]
+    sides = pandas.DataFrame(values, columns=[*MODEL_NAMES], dtype=float)
     gains = (sides["capivara"] - sides["baseline"]).astype(object)
     return [_pair(*pair, gain) for pair, gain in zip(pairs, gains.where(gains.notna(), None), strict=True)]
 
