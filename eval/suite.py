@@ -228,9 +228,7 @@ def suite_rows(
     of_sets = frame[frame["benchmark"].isin(members)]
     of_runs = means(of_sets, ["role", "run"]).reset_index()
     if len(members) == average.count and (of_runs["seeds"] == average.count).sum() == sum(runs.values()):
-        of_runs = of_runs.rename(columns={"mean": "value"}).assign(
-            benchmark=average.key, language="pt", direction="", n=0
-        )
+        of_runs = of_runs.assign(value=of_runs["mean"], benchmark=average.key, language="pt", direction="", n=0)
         frame = pandas.concat([frame, of_runs])
         last = max(number for number, (b, _) in enumerate(pairs) if b.key in members)
         pairs = [*pairs[: last + 1], (average, "pt"), *pairs[last + 1 :]]

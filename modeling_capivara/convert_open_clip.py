@@ -446,9 +446,7 @@ class ConvertArguments:
     to_open_clip: bool = flag(False, "Convert SOURCE, a folder or Hub id of transformers, to open_clip.")
     tokenizer: str | None = flag(None, f"Where SOURCE has and names none: Hub id or folder, else {BASE_TEXT_MODEL}.")
     hf_model_name: str | None = flag(
-        None,
-        "With --to_open_clip, to publish the folder: Hub id of the text tower's configuration, such as "
-        f"{BASE_TEXT_MODEL}. Without it OUTPUT/text_model has it, and must stay there.",
+        None, "With --to_open_clip, to publish it: Hub id of the text tower's configuration; else in OUTPUT/text_model."
     )
 
 

@@ -44,8 +44,8 @@ def records_frame(files: Iterable[ResultFile]) -> pandas.DataFrame:
 
 def mean_recall_of(recalls: Sequence[Record]) -> Record:
     """The record of the mean recall, and of its chance, of a direction's recalls at 1, 5 and 10."""
-    means = pandas.DataFrame([vars(record) for record in recalls])[["value", "chance"]].mean()
-    return replace(recalls[0], metric="mean_recall", **means.to_dict())
+    of_cutoffs = pandas.DataFrame([vars(record) for record in recalls])
+    return replace(recalls[0], metric="mean_recall", **of_cutoffs[["value", "chance"]].mean().to_dict())
 
 
 def folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None]:
@@ -121,9 +121,8 @@ def pairs_of(values: Iterable[Any]) -> list[dict[str, Any]]:
             found += [pair for pair in candidates if not _doubts(*pair)] or candidates
         alone = [one for one in roles["baseline"] if not any(baseline is one for baseline, _ in found)]
         pairs += found + [(baseline, None) for baseline in alone]
-    sides = pandas.DataFrame(
-        [[one and one.mean for one in pair] for pair in pairs], columns=[*MODEL_NAMES], dtype=float
-    )
+    values = [[one and one.mean for one in pair] for pair in pairs]
+    sides = pandas.DataFrame(values, columns=[*MODEL_NAMES], dtype=float)
     gains = (sides["capivara"] - sides["baseline"]).astype(object)
     return [_pair(*pair, gain) for pair, gain in zip(pairs, gains.where(gains.notna(), None), strict=True)]
 
