@@ -385,18 +385,6 @@ class Writer:
         unit, part = ("h", 3600) if seconds >= 5400 else ("min", 60)
         return f"{self.number(seconds / part, 1)} {unit}"
 
-    def measure(self, value: float, is_rank: bool, sign: bool = False) -> str:
-        """A rank, or a share in per cent."""
-        return self.number(value, 1, sign) if is_rank else self.percent(value, sign)
-
-    def figure(self, value: Any, sign: bool = False) -> str:
-        """Mean of the seeds, ± their standard deviation where there are several; of a row of `values_of`."""
-        if value is None:
-            return "–"
-        is_rank = value.metric in RANK_METRICS
-        text = self.measure(value.mean, is_rank, sign)
-        return text if value.deviation is None else f"{text} ± {self.measure(value.deviation, is_rank)}"
-
     def language(self, key: str) -> str:
         """A language by its code."""
         return self.words["languages"].get(key) or escaped(key)
@@ -411,27 +399,6 @@ class Writer:
         for english, own in self.words["phrases"].items():
             text = text.replace(english, own)
         return escaped(text)
-
-    def metric(self, pair: dict[str, Any]) -> str:
-        """The metric of a pair, with its direction where it has one."""
-        key, direction = pair["metric"], pair["direction"]
-        name = f"R@{key[7:]}" if key.startswith("recall@") else self.names.get(key) or escaped(key)
-        return f"{self.names[direction]}, {name}" if direction else name
-
-    def label(self, value: Any) -> str:
-        """What a row of `values_of` is a figure of; of a gain, without the metric."""
-        found = [self.names[value.direction] if value.metric == GAIN else self.metric(value._asdict())]
-        if len({one.dataset for one in self.facts["values"]}) > 1:
-            found.append(self.dataset(value.dataset))
-        return ", ".join([*found, self.language(value.language) if value.task == "retrieval" else code(value.protocol)])
-
-    def intervals(self, gain: Any, measured: list[Any]) -> str:
-        """The intervals of a gain that has some, a seed each."""
-        found = []
-        for one in (one for one in measured if one.interval_95):
-            ends = f" {self.words['to']} ".join(self.percent(end, sign=True) for end in one.interval_95)
-            found.append(f"{ends} ({self.words['seed']} {one.seed})" if gain.seeds > 1 else ends)
-        return "; ".join(found)
 
     def each(self, name: str) -> str:
         """A figure that every run has, in the order of seeds; one where all agree."""
@@ -471,7 +438,7 @@ def template_values(facts: dict[str, Any], language: str, name: str, is_reposito
         **facts | {"name": name, "is_repository": is_repository, "groups": groups},
         **{key: getattr(writer, key) for key in dir(writer) if not key.startswith("_")},
         **{"text": escaped, "code": code, "published": published_base, "revision": partial(revision, run)},
-        "is_portuguese": is_portuguese(trained),
+        **{"is_portuguese": is_portuguese(trained), "rank_metrics": RANK_METRICS},
         "is_own": facts["model_class"] == OWN_CLASS,
         "is_siglip": facts["model_class"] == "SiglipModel",
         "citation": (TEMPLATES / "citation.bib").read_text(encoding="utf-8").strip(),
@@ -489,6 +456,7 @@ def template_values(facts: dict[str, Any], language: str, name: str, is_reposito
         "summary": [pair for pair in main if pair["task"] == "retrieval" and pair["language"] == trained],
         # Gains whose interval includes zero, with the seeds of which that is so
         "unsure": [(gain, ends) for gain in gains if (ends := [*filter(_includes_zero, gain.measured)])],
+        "has_several_datasets": len({value.dataset for value in facts["values"]}) > 1,
         "measured_languages": sorted({value.language for value in facts["values"] if value.language}),
         "measured_seeds": [of.seed for of in max(facts["values"], key=lambda value: value.seeds).measured],
         "widths": [group for group in facts["groups"] if group["widths"]],

@@ -102,7 +102,7 @@ def exported(kind, source, tmp_path_factory):
         return folder, read(), None
     export(source.with_name("base"), folder, ["immich"])
     settings = json.loads((folder / "config.json").read_text())
-    settings["text_cfg"]["tokenizer_kwargs"]["clean"] = "canonicalize"  # as Immich's own has it
+    settings["text_cfg"]["tokenizer_kwargs"] = {"clean": "canonicalize"}  # as Immich's own has it
     (folder / "config.json").write_text(json.dumps(settings))
     visual, before = (folder / "visual/model.onnx").read_bytes(), read().picture(pictures()[0])
     export(source, folder.parent / "new", ["immich"], base=str(source.with_name("base")))
