@@ -435,13 +435,9 @@ def ready(args: TranslateArguments) -> bool:
     """Whether there is something to run; the table for a translation elsewhere is written, or what it lacks is said."""
     if args.export:
         sentences = export(args, args.export)
-        logger.info(
-            "%s has %s sentences, %s characters. Fill its last column, leave the rows as they are, and run the command "
-            "with --import in place of --export.",
-            args.export,
-            f"{len(sentences):,}",
-            f"{sum(map(len, sentences)):,}",
-        )
+        counts = f"{len(sentences):,} sentences, {sum(map(len, sentences)):,} characters"
+        way_on = "Fill its last column, leave the rows as they are, and say --import in place of --export."
+        logger.info("%s has %s. %s", args.export, counts, way_on)
         return False
     if args.import_file and (missing := untranslated(args.import_file)):
         logger.info("waiting: %s: %s Fill these cells, then run the same command again.", args.import_file, missing)
