@@ -45,11 +45,8 @@ class EncodeArguments:
 def main(argv: list[str] | None = None) -> None:
     """Measure both programs and print the results."""
     args = parse(EncodeArguments, __doc__, argv)
-    results = {
-        **conditions(args.device),
-        **{name: getattr(args, name) for name in ("runs", "images", "captions", "tokens")},
-        "image_size": IMAGE_SIZE,
-    }
+    results = conditions(args.device) | {"image_size": IMAGE_SIZE}
+    results |= {name: getattr(args, name) for name in ("runs", "images", "captions", "tokens")}
     encoders = build_encoders(args)
     results["measured"] = {
         f"{what}_{precision}": compare(encoders[what], getattr(args, what), precision, args)

@@ -60,10 +60,10 @@ def template() -> Template:
     """`tables.md.j2`, a macro a block, with all that it calls."""
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), extensions=["jinja2.ext.do"], **options)
-    filters = (fixed, percent, points, statistics.median, statistics.mean)
-    environment.filters |= {made.__name__: made for made in filters}
-    functions = (results, versions, median_ratio, demo_table, real_image_rows, recalls, zip)
-    environment.globals |= {made.__name__: made for made in functions}
+    environment.filters |= {"fixed": fixed, "percent": percent, "points": points}
+    environment.filters |= {"median": statistics.median, "mean": statistics.mean}
+    environment.globals |= {"results": results, "versions": versions, "median_ratio": median_ratio, "zip": zip}
+    environment.globals |= {"demo_table": demo_table, "real_image_rows": real_image_rows, "recalls": recalls}
     return environment.get_template("tables.md.j2")
 
 

@@ -7,15 +7,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
 from capivara_common.environment import device_description, package_versions, peak_resident_bytes
 from capivara_common.files import write_json
-
-if TYPE_CHECKING:
-    import torch  # within functions elsewhere: a program without it is measured without its memory
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,7 +21,7 @@ R = TypeVar("R")
 
 def seconds_of(call: Callable[[], Any], device: str = "cpu") -> float:
     """Wall-clock seconds of one call, the device's queue drained before and after."""
-    import torch
+    import torch  # here, as below: a program without it is measured without its memory
 
     synchronise = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     synchronise()
@@ -67,12 +64,8 @@ def spread(rates: Sequence[float]) -> dict[str, float]:
 def in_own_process(module_and_flags: Sequence[str], root: Path = ROOT) -> Any:
     """The JSON in the last line that a module of this project prints. A process of its own has its own peak of memory.
 
-    Args:
-        module_and_flags: what follows `python -m`.
-        root: checkout of this project; another than this one has a .venv of its own.
-
-    Raises:
-        RuntimeError: it failed; the end of its error output is in the message.
+    `root` is a checkout of this project; another than this one has a .venv of its own. Raises RuntimeError where it
+    failed, with the end of its error output.
     """
     python = sys.executable if root == ROOT else str(root.absolute() / ".venv" / "bin" / "python")
     done = subprocess.run([python, "-m", *module_and_flags], cwd=root, capture_output=True, text=True, check=False)
@@ -82,12 +75,8 @@ def in_own_process(module_and_flags: Sequence[str], root: Path = ROOT) -> Any:
 
 
 def save_random_model(folder: Path, layers: int = 12) -> dict[str, int]:
-    """Save the published architecture with random weights and XLM-R's vocabulary; parameters and bytes of the weights.
-
-    Args:
-        folder: of the model; what is there stays.
-        layers: of both towers; 12 is the published architecture.
-    """
+    """Save the published architecture (of 12 layers a tower) with random weights and XLM-R's vocabulary, if it is not
+    there; parameters and bytes of the weights."""
     import torch
 
     from capivara_search.miniature_encoders import load_tokenizer
@@ -113,17 +102,12 @@ def peak_memory_bytes(device: str = "cpu") -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def conditions(device: "str | torch.device" = "cpu") -> dict[str, Any]:
+def conditions(device: Any = "cpu") -> dict[str, Any]:
     """What figures depend on: commit, day, device, threads and versions of the packages."""
     import torch
 
-    return {
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
-        "device": device_description(device),
-        "threads": torch.get_num_threads(),
-        "versions": package_versions(),
-    }
+    about = {"commit": commit(), "date": time.strftime("%Y-%m-%d"), "device": device_description(device)}
+    return about | {"threads": torch.get_num_threads(), "versions": package_versions()}
 
 
 def commit() -> str:

@@ -32,9 +32,8 @@ from captions.generate import GenerateArguments
 from captions.score import ScoreArguments
 from captions.select import SelectArguments
 from captions.stages import GONE, RowStage, StageArguments
-from captions.translate import TranslateArguments, export
+from captions.translate import TranslateArguments, export, untranslated
 from captions.translators import GOOGLE_MODULES
-from captions.tsv import untranslated
 
 # In the order of the chain. A section may be left out; of `translate` there may be a list, one translator a time.
 STAGES = {"generate": GenerateArguments, "translate": TranslateArguments}

@@ -18,7 +18,28 @@ from datasets import List, Value
 
 from capivara_common.files import read_json, write_json
 from caption_data.selection import TOKEN_PATTERN
-from captions.languages import scripts_of
+from captions.translators import language_parts, same_language
+
+# Which letters a language is written with, by the first word of their names in Unicode; rare second scripts included,
+# so that a right translation is never called wrong. A language that is not here is not checked.
+_SCRIPTS = {
+    "LATIN": "af ay az bm br bs ca ceb co cs cy da de ee en eo es et eu fi fil fo fr fy ga gd gl gn gv ha haw hr ht hu "
+    "id ig is it jv kk ku la lb lg ln lt lv mg mi ms mt nb nl nn no nso ny oc om pl pt qu rm rn ro rw sg sk sl sm sn "
+    "so sq sr ss st su sv sw tk tl tn to tr ts tw ty ug uz ve vi wo xh yo zu",
+    "CYRILLIC": "ba be bg kk ky mk mn ru sr tg tk tt ug uk uz", "ARABIC": "ar az ckb fa ku pa ps sd ug ur",
+    "DEVANAGARI": "hi mr ne sa bho mai", "BENGALI": "as bn", "GURMUKHI": "pa", "GUJARATI": "gu", "ORIYA": "or",
+    "TAMIL": "ta", "TELUGU": "te", "KANNADA": "kn", "MALAYALAM": "ml", "SINHALA": "si", "THAI": "th", "LAO": "lo",
+    "KHMER": "km", "MYANMAR": "my", "TIBETAN": "bo dz", "ETHIOPIC": "am ti", "GEORGIAN": "ka", "ARMENIAN": "hy",
+    "HEBREW": "he yi", "GREEK": "el", "HANGUL": "ko", "CJK": "ja zh yue", "HIRAGANA": "ja", "KATAKANA": "ja",
+}  # fmt: skip
+# Codes of ISO 15924, as in zh-Hant and por_Latn.
+_SCRIPT_CODES = {
+    "latn": "LATIN", "deva": "DEVANAGARI", "cyrl": "CYRILLIC", "arab": "ARABIC", "beng": "BENGALI", "guru": "GURMUKHI",
+    "gujr": "GUJARATI", "orya": "ORIYA", "taml": "TAMIL", "telu": "TELUGU", "knda": "KANNADA", "mlym": "MALAYALAM",
+    "sinh": "SINHALA", "thai": "THAI", "laoo": "LAO", "khmr": "KHMER", "mymr": "MYANMAR", "tibt": "TIBETAN",
+    "ethi": "ETHIOPIC", "geor": "GEORGIAN", "armn": "ARMENIAN", "hebr": "HEBREW", "grek": "GREEK", "hang": "HANGUL",
+    "hans": "CJK", "hant": "CJK",
+}  # fmt: skip
 
 FLAGS = ("empty", "copy", "wrong script", "length", "repetition", "markup")
 MAX_NAME_WORDS = 3  # so much may be a name: "Rio de Janeiro" is right in every language
@@ -55,6 +76,16 @@ QUALITY = {
         }
     ),
 }
+
+
+@lru_cache
+def scripts_of(language: str) -> frozenset[str]:
+    """First words of the Unicode names of its letters; empty for a language that is not in the table."""
+    for part in language_parts(language)[1:]:
+        if part in _SCRIPT_CODES:
+            return frozenset({_SCRIPT_CODES[part]})
+    names = same_language(language)
+    return frozenset(script for script, known in _SCRIPTS.items() if names & set(known.split()))
 
 
 def flags(source: str, translation: str, language: str) -> list[str]:

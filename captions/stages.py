@@ -18,14 +18,15 @@ import json
 import logging
 import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,7 +41,6 @@ from capivara_common.image_files import DATASET_HELP, BadRow, CaptionDataArgumen
 from capivara_common.tasks import SHARED_BY_TASKS, ExecutorArguments, Phase, all_parts, share
 from caption_data.rows import CAPTION_COLUMN, CAPTIONS, Skipped, caption_texts, digest_of, write_skipped
 from caption_data.sources import READ_ROWS, STAGE_FILE, Split, open_split, opened_parquet, refuse_unfinished
-from captions.languages import groups
 
 GONE = {  # flags of earlier versions
     "shard": f"{SHARED_BY_TASKS} (docs/cluster.md)",
@@ -70,6 +70,7 @@ SAMPLED_PIECES, SAMPLED_BYTES = 64, 4096  # of a file, evenly spread, for the fi
 # What a stage does with some rows: for each, its new columns, or why it is left out.
 Process = Callable[[list[dict[str, Any]]], list[dict[str, Any] | BadRow]]
 
+S = TypeVar("S", bound=Sized)
 logger = logging.getLogger("capivara")
 
 
@@ -402,6 +403,20 @@ def whole_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
             yield parquet
         file.flush()
         os.fsync(file.fileno())
+
+
+def groups(items: Iterable[S], total: int, size: int = sys.maxsize) -> Iterator[list[S]]:
+    """Items in their order, at most `size` at once and together no longer than `total`, but for a single one."""
+    group: list[S] = []
+    length = 0
+    for item in items:
+        if group and (len(group) == size or length + len(item) > total):
+            yield group
+            group, length = [], 0
+        group.append(item)
+        length += len(item)
+    if group:
+        yield group
 
 
 # The folder

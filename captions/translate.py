@@ -21,6 +21,7 @@ import itertools
 import logging
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,22 +32,33 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from capivara_common.cli import at_least, flag, run_command
-from capivara_common.files import write_json
+from capivara_common.files import write_json, write_text
 from capivara_common.image_files import BadRow
 from capivara_common.tasks import Phase
 from caption_data.rows import CAPTIONS, caption_texts, digest_of
 from caption_data.sources import Split
-from captions.languages import groups
 from captions.quality import QUALITY, flags, quality_summary, write_quality_report
-from captions.stages import RowStage, StageArguments, StageReport, stage_main, stage_record, whole_parquet
+from captions.stages import RowStage, StageArguments, StageReport, groups, stage_main, stage_record, whole_parquet
 from captions.translators import GOOGLE_CHARACTERS, GoogleTranslator, load
-from captions.tsv import read_translations, untranslated, write_sentences
 
 PAPER_MODEL = "Helsinki-NLP/opus-mt-tc-big-en-pt"  # arXiv 2310.13683; English to Portuguese alone
 KINDS = ("captions", "generated-captions")  # the authors' names, before the language
 PAIR_SCHEMA = pa.schema({"source": pa.string(), "translation": pa.string()})
 READ_AT_ONCE = 10_000  # sentences
 SENTENCES_PER_ROW = 8  # that are translated between two writes, for each of `batch_rows`
+
+COLUMNS = ("id", "source", "translation")
+MAX_NAMED = 5  # rows without a translation that a message names; it gives the number of all
+BLANKS = " \xa0\u3000"  # a cell of these alone is empty to who sees it
+SHOWN = 40  # letters of a sentence in an error
+UNQUOTED = "Spreadsheets that quote a column change it: open the file without a quoting sign."
+AS_THEY_WENT = "The rows must be those that were written: put back what is missing, sort them by the number in the id."
+_SHORT = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
+_LONG = {short: text for text, short in _SHORT.items()}
+# Line ends of other systems, marks that editors drop or take for the start of a file, and halves of a letter, which
+# UTF-8 has no bytes for.
+_RISKY = ("Cc", "Zl", "Zp", "Cs")
+_FORMULA = "=+-@"  # a cell that begins so is computed, and may fetch an address or start a program
 
 logger = logging.getLogger("capivara")
 
@@ -151,7 +163,7 @@ def distinct_sentences(args: TranslateArguments, source: Split, parts: Iterable[
     seen: set[bytes] = set()  # digests: of tens of millions of sentences they need a tenth of the memory
     for part in parts:
         rows = itertools.islice(source.rows(part.start, only=columns), len(part))
-        for row, column in itertools.product(rows, columns):
+        for row, column in ((row, column) for row in rows for column in columns):
             texts: list[str] = []
             with contextlib.suppress(BadRow):  # which every stage refuses
                 texts = caption_texts(row.get(column), column)
@@ -167,8 +179,110 @@ def export(args: TranslateArguments, path: Path) -> list[str]:
     if path.exists():
         raise ValueError(f"{path} is there already, and may hold translations. Choose another --export.")
     source = RowStage(args).source
-    write_sentences(path, sentences := list(distinct_sentences(args, source, [range(len(source))])))
+    sentences = list(distinct_sentences(args, source, [range(len(source))]))
+    write_sentences(path, sentences)
     return sentences
+
+
+# Tables: sentences on their way to a translation made elsewhere, and back
+
+
+def escape(text: str) -> str:
+    """`text` on one line, without a tab, no formula to a spreadsheet; `unescape` gives it back exactly."""
+
+    def escaped(place: int, letter: str) -> str:
+        risky = letter == "\ufeff" or unicodedata.category(letter) in _RISKY or (place == 0 and letter in _FORMULA)
+        return _SHORT.get(letter) or (f"\\u{ord(letter):04x}" if risky else letter)  # all have at most four digits
+
+    return "".join(itertools.starmap(escaped, enumerate(text)))
+
+
+def unescape(text: str) -> str:
+    """What `escape` was given. Raises ValueError where a backslash begins none of the five signs."""
+
+    def unescaped(found: re.Match) -> str:
+        if found[1]:
+            return chr(int(found[1], 16))
+        if found[0] not in _LONG:
+            raise ValueError(rf"'\{found[2]}' is none of \t, \n, \r, \\ and \u with four hex digits")
+        return _LONG[found[0]]
+
+    return re.sub(r"\\(?:u([0-9a-fA-F]{4})|(.?))", unescaped, text, flags=re.DOTALL)
+
+
+def sentence_id(number: int, sentence: str) -> str:
+    """Of the `number`-th sentence, from 1. It begins with a letter: spreadsheets make dates and times of the rest."""
+    return f"s{number}_{hashlib.sha256(sentence.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+
+
+def write_sentences(path: Path, sentences: list[str]) -> None:
+    """The table to be translated, its last column empty: a TSV that nothing inside a caption can break.
+
+    One line a sentence, UTF-8, and no quoting: a tab, a line break, a backslash and whatever an editor may take for one
+    of them is escaped; so is the first sign of a sentence that a spreadsheet would take for a formula. The id has the
+    number of the sentence and a digest of its text, so that a translation can't reach another sentence.
+    """
+    lines = [f"{sentence_id(number, text)}\t{escape(text)}\t" for number, text in enumerate(sentences, 1)]
+    write_text(path, "\n".join(["\t".join(COLUMNS), *lines]) + "\n")
+
+
+def read_translations(path: Path, sentences: list[str]) -> dict[str, str]:
+    """Sentence -> translation, of a table of `sentences` that came back: UTF-8, byte-order mark or not, any line ends.
+
+    Raises ValueError where the file is no such table, a row is not the one that stood there, or has another source, or
+    rows are missing, or without a translation.
+    """
+    rows, ids = _rows(path), [sentence_id(number, text) for number, text in enumerate(sentences, 1)]
+    for place, (line, row) in enumerate(rows):
+        name, source = (ids[place], sentences[place]) if place < len(ids) else ("nothing", "")
+        if row["id"] != name:
+            said = f"{row['id'][:SHOWN]!r} in place of {name} ({source[:SHOWN]!r}). {AS_THEY_WENT}"
+            raise ValueError(f"{path}, line {line}: {said}")
+        if row.get("source", source) != source:
+            said = f"the source {row['source'][:SHOWN]!r} in place of {source[:SHOWN]!r}. {UNQUOTED}"
+            raise ValueError(f"{path}, line {line}: {said}")
+    if len(rows) < len(ids):
+        raise ValueError(f"{path} ends before {ids[len(rows)]} ({sentences[len(rows)][:SHOWN]!r}). {AS_THEY_WENT}")
+    if missing := untranslated(path):
+        raise ValueError(f"{path}: {missing} Fill their last column.")
+    return {source: row["translation"] for source, (_, row) in zip(sentences, rows, strict=True)}
+
+
+def untranslated(path: Path) -> str:
+    """Which rows of a table have no translation yet, in a sentence; empty where all have one.
+
+    Raises ValueError where the file is no such table.
+    """
+    rows = _rows(path)
+    names = [f"line {line} ({row['id'][:SHOWN]})" for line, row in rows if not row["translation"].strip(BLANKS)]
+    more = f", and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    said = f"{len(names)} of {len(rows)} sentences have no translation yet: {', '.join(names[:MAX_NAMED])}{more}."
+    return said if names else ""
+
+
+def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """Line numbers, from 1, and their columns. Raises ValueError where the file or a line is broken."""
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path} is no UTF-8, line {line}: {error.reason}. Save it as UTF-8.") from error
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    header = lines[0].split("\t")
+    if len(set(header)) < len(header) or not {"id", "translation"} <= set(header):
+        rule = "must name the columns id and translation, and may name source, apart by tabs"
+        raise ValueError(f"The first line of {path} {rule}; it is {lines[0][:80]!r}.")
+    rows = []
+    for number, line in ((number, line) for number, line in enumerate(lines[1:], 2) if line):
+        cells = line.split("\t")
+        if len(cells) != len(header):
+            raise ValueError(f"{path}, line {number}: {len(cells)} columns, the first line has {len(header)}.")
+        try:
+            rows.append((number, dict(zip(header, map(unescape, cells), strict=True))))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}.") from error
+    return rows
 
 
 # Translations
@@ -321,13 +435,9 @@ def ready(args: TranslateArguments) -> bool:
     """Whether there is something to run; the table for a translation elsewhere is written, or what it lacks is said."""
     if args.export:
         sentences = export(args, args.export)
-        logger.info(
-            "%s has %s sentences, %s characters. Fill its last column, leave the rows as they are, and run the command "
-            "with --import in place of --export.",
-            args.export,
-            f"{len(sentences):,}",
-            f"{sum(map(len, sentences)):,}",
-        )
+        counts = f"{len(sentences):,} sentences, {sum(map(len, sentences)):,} characters"
+        way_on = "Fill its last column, leave the rows as they are, and say --import in place of --export."
+        logger.info("%s has %s. %s", args.export, counts, way_on)
         return False
     if args.import_file and (missing := untranslated(args.import_file)):
         logger.info("waiting: %s: %s Fill these cells, then run the same command again.", args.import_file, missing)

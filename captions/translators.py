@@ -10,6 +10,7 @@ Google's is version 2 of the service ("Basic"), by its official client, which ta
 not in the address, is sent to no other host, and is removed from whatever an error says.
 """
 
+import difflib
 import hashlib
 import itertools
 import os
@@ -19,7 +20,7 @@ import sys
 import time
 import urllib.parse
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,36 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, 
 
 from capivara_common.environment import how_to_install, require, torch_device
 from capivara_common.hub_cache import check_reachable
-from captions.languages import cut, find_code, groups, same_language
+from captions.stages import groups
 from modeling_capivara.checks_capivara import tokenizer_errors
 from modeling_capivara.loading import checked_config
+
+CODES_NAMED = 8  # codes that an error shows
+# ISO 639-1 and the code of ISO 639-3 for the same, from the tables of the Library of Congress and SIL.
+_PAIRS = """
+aa:aar ab:abk ae:ave af:afr ak:aka am:amh an:arg ar:ara as:asm av:ava ay:aym az:aze ba:bak be:bel bg:bul bi:bis bm:bam
+bn:ben bo:bod br:bre bs:bos ca:cat ce:che ch:cha co:cos cr:cre cs:ces cu:chu cv:chv cy:cym da:dan de:deu dv:div dz:dzo
+ee:ewe el:ell en:eng eo:epo es:spa et:est eu:eus fa:fas ff:ful fi:fin fj:fij fo:fao fr:fra fy:fry ga:gle gd:gla gl:glg
+gn:grn gu:guj gv:glv ha:hau he:heb hi:hin ho:hmo hr:hrv ht:hat hu:hun hy:hye hz:her ia:ina id:ind ie:ile ig:ibo ii:iii
+ik:ipk io:ido is:isl it:ita iu:iku ja:jpn jv:jav ka:kat kg:kon ki:kik kj:kua kk:kaz kl:kal km:khm kn:kan ko:kor kr:kau
+ks:kas ku:kur kv:kom kw:cor ky:kir la:lat lb:ltz lg:lug li:lim ln:lin lo:lao lt:lit lu:lub lv:lav mg:mlg mh:mah mi:mri
+mk:mkd ml:mal mn:mon mr:mar ms:msa mt:mlt my:mya na:nau nb:nob nd:nde ne:nep ng:ndo nl:nld nn:nno no:nor nr:nbl nv:nav
+ny:nya oc:oci oj:oji om:orm or:ori os:oss pa:pan pi:pli pl:pol ps:pus pt:por qu:que rm:roh rn:run ro:ron ru:rus rw:kin
+sa:san sc:srd sd:snd se:sme sg:sag si:sin sk:slk sl:slv sm:smo sn:sna so:som sq:sqi sr:srp ss:ssw st:sot su:sun sv:swe
+sw:swa ta:tam te:tel tg:tgk th:tha ti:tir tk:tuk tl:tgl tn:tsn to:ton tr:tur ts:tso tt:tat tw:twi ty:tah ug:uig uk:ukr
+ur:urd uz:uzb ve:ven vi:vie vo:vol wa:wln wo:wol xh:xho yi:yid yo:yor za:zha zh:zho zu:zul
+"""
+# A group of languages, and the one of it that translators mean (the codes of NLLB-200 and of Tatoeba's models).
+_OF_GROUP = """
+ara:arb aym:ayr aze:azj est:ekk fas:pes ful:fuv kau:knc kur:kmr lav:lvs mlg:plt mon:khk msa:zsm nep:npi nor:nob ori:ory
+orm:gaz pus:pbt que:quy sqi:als swa:swh uzb:uzn yid:ydd zho:cmn
+"""
+_THREE_LETTERS = dict(pair.split(":") for pair in _PAIRS.split())
+TWO_LETTERS = {long: short for short, long in _THREE_LETTERS.items()}
+_GROUP_MEMBER = dict(pair.split(":") for pair in _OF_GROUP.split())
+# Where a text is cut, the best place first: ends of sentences, with no blank behind them in Chinese and Japanese; then
+# of clauses; then of words.
+BOUNDARIES = (r"(?<=[.!?…।॥؟])\s+|(?<=[。！？])|\n+", r"(?<=[,;:،؛、])\s+|(?<=[，；：])", r"\s+")
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SOURCE_TOKENS = 256  # of a piece: translation models learn from sentences, and lose the rest of long paragraphs
@@ -47,6 +75,83 @@ MAX_TRIES = 8  # of a request, with pauses that double and lose a random part
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # Google's quotas are by the minute, cloud.google.com/translate/quotas
 RETRIED = {408, 429, 500, 502, 503, 504}
 REFUSED = {400, 401, 403}
+
+
+# Names of languages: `pt` of the columns is `>>por<<`, `por_Latn`, `pt_XX` or `pt` to a translator.
+
+
+def find_code(language: str, codes: Iterable[str], translator: str = "The translator") -> str:
+    """The code of `codes`, what a translator calls its languages, that means `language`: of ISO 639-1 or 639-3, with a
+    script or region where it matters (pt, por, zh-Hant, pt-BR), or one of `codes`.
+
+    Raises ValueError where there is none, and the nearest are named, or several, and all of them are.
+    """
+    codes = list(codes)
+    same = [code for code in codes if language_parts(code) == language_parts(language)]
+    found = same or [code for code in codes if _fits(language, code)]
+    bare = [code for code in found if len(language_parts(code)) == 1]
+    if len(same) == 1 or len(bare) == 1 or len(found) == 1:
+        return (same or bare or found)[0]
+    if found:
+        raise ValueError(f"{translator} knows {language!r} as several: {', '.join(sorted(found))}. Say which.")
+    names = sorted(same_language(language))
+    near = dict.fromkeys(code for name in names for code in difflib.get_close_matches(name, codes, CODES_NAMED, 0.5))
+    near |= dict.fromkeys(sorted(code for code in codes if code[:1] == language[:1].lower()))
+    shown = ", ".join(list(near or sorted(codes))[:CODES_NAMED])
+    raise ValueError(
+        f"{translator} does not know the language {language!r}; of its {len(codes)} codes the nearest are {shown}."
+    )
+
+
+def same_language(language: str) -> set[str]:
+    """The codes, without script and region, for the language of a code."""
+    name = language_parts(language)[0]
+    long = _THREE_LETTERS.get(name, name)
+    group = next((group for group, member in _GROUP_MEMBER.items() if member == long), long)
+    return {name, long, group, TWO_LETTERS.get(group, name), _GROUP_MEMBER.get(group, group)}
+
+
+def _fits(language: str, code: str) -> bool:
+    """Whether two codes mean one language; two scripts or two regions differ, one and none do not."""
+    if same_language(language).isdisjoint(same_language(code)):
+        return False
+    (_, *ours), (_, *theirs) = language_parts(language), language_parts(code)
+    for length in (4, 2):  # scripts have four letters, regions two; XX is mBART's for "none"
+        one, other = ({part for part in rest if len(part) == length and part != "xx"} for rest in (ours, theirs))
+        if one and other and one != other:
+            return False
+    return True
+
+
+def language_parts(code: str) -> list[str]:
+    """Language, script and region, as far as a code has them: ["zh", "hant"] of zh-Hant."""
+    return code.strip().lower().replace("_", "-").split("-")
+
+
+def cut(text: str, fits: Callable[[str], bool]) -> list[str]:
+    """Pieces of `text` that fit, as long as possible, in order; `text` itself where it fits.
+
+    A word that does not fit is cut into halves. A single letter is a piece even if it does not fit.
+    """
+    if len(text) < 2 or fits(text):
+        return [text]
+    for boundary in BOUNDARIES:
+        units = [unit for unit in re.split(boundary, text) if unit.strip()]
+        if len(units) > 1:
+            break
+    else:
+        return cut(text[: len(text) // 2], fits) + cut(text[len(text) // 2 :], fits)
+    pieces: list[str] = []
+    for unit in units:
+        for part in cut(unit, fits):
+            if pieces and fits(f"{pieces[-1]} {part}"):
+                pieces[-1] += f" {part}"
+            else:
+                pieces.append(part)
+    return pieces
+
+
+# What translates
 
 
 class Seq2SeqTranslator:

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 
 from caption_data.rows import CAPTIONS
 from captions.build import BuildArguments, ManualStepRequired, build
-from captions.tsv import escape, unescape
+from captions.translate import escape, unescape
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = {

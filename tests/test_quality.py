@@ -2,8 +2,8 @@
 
 import pytest
 
-from captions.languages import find_code, scripts_of
-from captions.quality import FLAGS, flags
+from captions.quality import FLAGS, flags, scripts_of
+from captions.translators import find_code
 
 GOOD = [
     ("a cat on a mat", "um gato em um tapete", "pt"),

@@ -17,8 +17,7 @@ from seq2seq_models import m2m100_folder, marian_folder
 from capivara_common.files import read_json
 from caption_data.sources import open_split
 from captions.stages import check_complete
-from captions.translate import TranslationMemory, main
-from captions.tsv import unescape
+from captions.translate import TranslationMemory, main, unescape
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 24

@@ -18,8 +18,7 @@ from tiny import tiny_tokenizer
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, NllbTokenizer, T5Config, T5ForConditionalGeneration
 
 from captions import translators
-from captions.languages import cut
-from captions.translators import GOOGLE_CHARACTERS, GoogleTranslator, Seq2SeqTranslator, load
+from captions.translators import GOOGLE_CHARACTERS, GoogleTranslator, Seq2SeqTranslator, cut, load
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {"max_new_tokens": 6, "num_beams": 2}

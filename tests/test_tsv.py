@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from captions.tsv import escape, read_translations, unescape, untranslated, write_sentences
+from captions.translate import escape, read_translations, unescape, untranslated, write_sentences
 
 NASTY = ["a cat\ton a mat", "she said \"hello\", and 'bye'", '"all of it is quoted"', "two\nlines", "  blanks around  "]
 NASTY += ["Windows\r\nline\rends", "back\\slash \\t \\n \\u0041 \\", "\ufeffa mark at the start", "=HYPERLINK(1)"]

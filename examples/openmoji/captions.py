@@ -17,7 +17,7 @@ from capivara_common.cli import flag, parse, run_command
 from capivara_common.files import whole_folder, write_text
 from captions.build import BuildArguments, ManualStepRequired, build, read_plan
 from captions.select import REPORT
-from captions.tsv import escape, unescape
+from captions.translate import escape, unescape
 from examples.openmoji.dataset import load_embedded
 
 
