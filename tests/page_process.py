@@ -15,6 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from capivara_search.show import OPENER
+
 ROOT = Path(__file__).resolve().parent.parent
 # What the server asks of the network is written to a file, and refused.
 WATCHED = """
@@ -58,9 +62,10 @@ def answered(url: str, data: bytes | None = None, **headers: str) -> tuple[int, 
 
 @dataclass
 class Asked:
-    """A page, and what a program sends to it."""
+    """A page, which may run in this process, and what a program sends to it."""
 
     url: str
+    page: Any = None
 
     @property
     def port(self) -> int:
@@ -85,6 +90,28 @@ class Asked:
         connection.request(method, path, headers={name.replace("_", "-"): text for name, text in headers.items()})
         with contextlib.closing(connection):
             return connection.getresponse().status
+
+
+def file_manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A program that takes the file manager's place, and the file to which it writes what it is asked to show."""
+    program, shown = tmp_path / "bin" / OPENER, tmp_path / "shown.txt"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {shown}\n', encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    return program, shown
+
+
+@contextlib.contextmanager
+def served(index: Any, host: str = "127.0.0.1", **options: Any) -> Iterator[Asked]:
+    """A page of an index in this process, at a free port."""
+    from capivara_search.page.server import open_page
+
+    opened = open_page(index, host, 0, **options)
+    try:
+        yield Asked(opened.url.replace("0.0.0.0", "127.0.0.1"), opened)
+    finally:
+        opened.close()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ import io
 import os
 import shutil
 import socket
-import stat
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ import pytest
 from browser import Browser, open_browser, require_chromium
 from in_browser import AXE, required_packages, serious_faults
 from made_pictures import CAPTIONS, bomb, made_index, png, save_folder
-from page_process import Asked, running
+from page_process import Asked, file_manager, running, served
 from PIL import Image
 from tiny import randomise, tiny_config
 
@@ -28,7 +27,6 @@ from capivara_search.index import PictureIndex
 from capivara_search.page import server
 from capivara_search.page.guard import MAX_UPLOAD_BYTES
 from capivara_search.page.server import Credit, open_page
-from capivara_search.show import OPENER
 from capivara_search.table import PictureTable
 from modeling_capivara import CapivaraModel
 
@@ -49,10 +47,10 @@ def plain_index(tmp_path_factory, saved_tiny_folder):
 
 
 def test_the_language_of_the_page(plain_index):
-    with contextlib.closing(open_page(plain_index, port=0, language="en")) as opened:
+    with served(plain_index, language="en") as asked:
         for query, tag, word in (("", "en", "Search"), ("?lang=pt", "pt-BR", "Buscar"), ("?lang=xx", "en", "Search")):
-            page = Asked(opened.url).get(query)[2].decode()
-            assert f'<html lang="{tag}">' in page and f">{word}</button>" in page
+            page = asked.get(query)[2].decode()
+            assert f'<html lang="{tag}">' in page and f">{word}</button>" in page and "<built-in" not in page
     with pytest.raises(ValueError, match="language must be one of pt, en, got 'fr'"):
         open_page(plain_index, language="fr")
 
@@ -77,8 +75,8 @@ def test_a_model_that_does_not_fit_the_index_is_said_before_the_page_opens(plain
 
 
 def test_pictures_are_kept_by_the_browser_and_answers_are_not(plain_index):
-    with contextlib.closing(open_page(plain_index, port=0)) as opened:
-        asked, path = Asked(opened.url), plain_index.newest(1)[0].path
+    with served(plain_index) as asked:
+        path = plain_index.newest(1)[0].path
         assert "private, max-age" in asked.get("thumbnail", path)[1]["cache-control"]
         for route in ("", "download", "static/page.js"):
             assert asked.get(route, path)[1]["cache-control"] == "no-store"
@@ -145,20 +143,10 @@ class Visitor:
         return self.page.evaluate("document.activeElement.id || document.activeElement.className")
 
 
-@pytest.fixture
-def managed(tmp_path, monkeypatch) -> Path:
-    """A file manager that writes what it is asked to show to a file."""
-    program = tmp_path / "bin" / OPENER
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/shown.txt\n', encoding="utf-8")
-    program.chmod(program.stat().st_mode | stat.S_IEXEC)
-    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    return tmp_path / "shown.txt"
-
-
 @pytest.mark.slow
-def test_a_visit(trained, collection, tmp_path, managed):
+def test_a_visit(trained, collection, tmp_path, monkeypatch):
     require_chromium()
+    _, shown = file_manager(tmp_path, monkeypatch)
     with (
         running(tmp_path, str(collection.parent / "fotos.lance"), trained) as (asked, network),
         open_browser() as opened,
@@ -168,7 +156,7 @@ def test_a_visit(trained, collection, tmp_path, managed):
         assert opened.page.evaluate("document.documentElement.lang") == "pt-BR"
         searches(visitor)
         narrows_the_search(visitor, collection)
-        looks_closely(visitor, collection, managed)
+        looks_closely(visitor, collection, shown)
         steers(visitor)
         searches_by_pictures(visitor)
         classifies(visitor, collection)
@@ -317,10 +305,12 @@ def steers(visitor: Visitor) -> None:
     visitor.sees("#said", "As mais parecidas com “azul”.")
     first = page.locator("#results .tile").first
     name = first.get_attribute("title")
+    score = page.locator(f"#results .tile[title='{name}'] .score")
+    before = score.text_content()
     first.focus()
     page.keyboard.press("-")
     visitor.sees("#said", f"As mais parecidas com “azul”, menos de {name}.")
-    assert page.locator("#results .tile").first.get_attribute("title") != name and visitor.focused() == "results"
+    assert score.text_content() < before and visitor.focused() == "results"
     page.click(".tile[title='coffee']")
     page.click("#pull-more")
     visitor.sees("#said", f"mais de coffee, menos de {name}.")
@@ -499,9 +489,7 @@ def test_axe_finds_no_serious_fault(width, scheme, trained, collection, tmp_path
         page, visitor = opened.page, Visitor(opened)
         page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
         for index in indices:
-            served = open_page(index, port=0, credit=Credit("Áreas", "cc-by-sa-4.0", "Feitas aqui."))
-            stack.callback(served.close)
-            page.goto(served.url)
+            page.goto(stack.enter_context(served(index, credit=Credit("Áreas", "cc-by-sa-4.0", "Feitas aqui."))).url)
             visitor.sees("#facts", "modelo treinado")
             assert not serious_faults(page)
         page.fill("#text", "azul inteiro")

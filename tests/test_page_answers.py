@@ -96,10 +96,8 @@ def test_the_newest_by_the_camera_or_else_by_the_file(zone, saved_tiny_folder, t
     index = made_index(tmp_path / "i.lance", folder, saved_tiny_folder)
     every = index.newest(100)
     times = [hit.taken or hit.modified for hit in every]
-    assert (
-        len(every) == 38 and times == sorted(times, reverse=True) and sum(hit.taken is not None for hit in every) == 8
-    )
-    assert all(index.newest(k) == every[:k] for k in range(1, 39))
+    assert len(every) == 38 and times == sorted(times, reverse=True)
+    assert sum(hit.taken is not None for hit in every) == 8 and all(index.newest(k) == every[:k] for k in range(1, 39))
     monkeypatch.undo()
     time.tzset()
 
@@ -178,9 +176,8 @@ def test_what_is_a_question_is_read():
     asked = {"since": "2024-02-01", "until": "", "labels": [" um  gato", "casa", "casa", ""], "language": "pt-BR"}
     question = Question.read(asked)
     assert (question.since, question.until, question.language) == (date(2024, 2, 1), None, "pt")
-    assert (
-        question.labels_and_template()[0] == ["um gato", "casa"] and Question.read({"language": "fr"}).language == "en"
-    )
+    assert question.labels_and_template()[0] == ["um gato", "casa"]
+    assert Question.read({"language": "fr"}).language == "en"
     with pytest.raises(Refusal, match="dates"):
         Question.read({"since": "2024-02-02", "until": "2024-02-01"})
 
@@ -250,11 +247,9 @@ def test_words_lead_to_different_pictures():
 
 
 def test_words_are_embedded_a_few_at_a_time(index, monkeypatch):
-    suggestions, seen = Suggestions(index), []
-    texts = type(index.model).texts
-    monkeypatch.setattr(
-        type(index.model), "texts", lambda self, given: (seen.append(len(given)), texts(self, given))[1]
-    )
+    suggestions, seen, model = Suggestions(index), [], type(index.model)
+    texts = model.texts
+    monkeypatch.setattr(model, "texts", lambda self, given: (seen.append(len(given)), texts(self, given))[1])
     assert suggestions.best("pt") is None
     while suggestions.embed_more("pt"):
         pass

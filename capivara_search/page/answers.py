@@ -190,9 +190,6 @@ class Answers:
             vectors.append(self._known_vector(question.like))
         pulls = [(1.0, self._known_vector(path)) for path in question.more]
         pulls += [(-1.0, self._known_vector(path)) for path in question.less]
-        if pulls and not vectors:  # away from a picture alone: all are found, the farthest first
-            weight, vector = pulls.pop(0)
-            vectors = [weight * vector]
         vector = np.mean(vectors, axis=0) if vectors else None
         return self.index.steered(vector, pulls) if pulls else vector
 

@@ -114,10 +114,9 @@ def serve_index(
     on_open: Callable[[str], None] | None = None,
     allow_hosts: Sequence[str] = (),
 ) -> None:
-    """Serve the page until Ctrl-C.
+    """Serve the page of an index, which may grow meanwhile, until Ctrl-C.
 
     Args:
-        index: what is searched; it may grow meanwhile.
         host: address of the page; any but that of this machine itself opens it, without a login, to a network.
         port: of the page. Where the default one is taken, a free one is.
         open_browser: whether the visitor's browser is opened.
@@ -179,9 +178,6 @@ class Site:
     def __init__(self, answers: Answers, local: bool, language: str, credit: Credit | None):
         self.answers, self.local, self.language, self.credit = answers, local, language, credit
         self._questions, self._views = Queue(), Queue()
-        self._decoder: Decoder
-        self._files: OriginalFiles
-        self._warming: asyncio.Task
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -222,7 +218,7 @@ class Site:
     def routes(self) -> list[Route]:
         """All that is answered."""
         asked = {name: getattr(self.answers, name) for name in ("search", "classify", "copies", "folders")}
-        asked["status"] = self.status
+        asked["status"] = lambda question, _: self.answers.status(question) | {"local": self.local}
         return [
             Route("/", self.page),
             Mount("/static", StaticFiles(directory=FOLDER / "static")),
@@ -237,9 +233,8 @@ class Site:
     async def page(self, request: Request) -> Response:
         """The page itself, in the language that its address names."""
         language = request.query_params.get("lang", "")
-        return Response(
-            _page(language if language in TEMPLATES else self.language, self.local, self.credit), media_type="text/html"
-        )
+        html = _page(language if language in TEMPLATES else self.language, self.local, self.credit)
+        return Response(html, media_type="text/html")
 
     def _asked(self, ask: Callable[[Question, Any], dict[str, Any]]) -> Callable[[Request], Any]:
         async def answer(request: Request) -> Response:
@@ -252,10 +247,6 @@ class Site:
             return JSONResponse(await self._questions.ask(lambda: ask(question, image)))
 
         return answer
-
-    def status(self, question: Question, image: object) -> dict[str, Any]:
-        """What the index holds by now, and whether the visitor sits at this machine."""
-        return self.answers.status(question) | {"local": self.local}
 
     async def about(self, request: Request) -> Response:
         """Whether the file of a picture is there."""
@@ -272,17 +263,15 @@ class Site:
 
     async def thumbnail(self, request: Request) -> Response:
         """The thumbnail of a row."""
-        data = await run_in_threadpool(self._files.thumbnail, request.query_params.get("path", ""))
-        return _kept(data, "image/webp")
+        return _kept(await run_in_threadpool(self._files.thumbnail, _path(request)), "image/webp")
 
     async def picture(self, request: Request) -> Response:
         """A row's picture, large."""
-        path = request.query_params.get("path", "")
-        return _kept(*await self._views.ask(lambda: self._files.view(path)))
+        return _kept(*await self._views.ask(partial(self._files.view, _path(request))))
 
     async def download(self, request: Request) -> Response:
         """A row's file as it is."""
-        path = request.query_params.get("path", "")
+        path = _path(request)
         file, size, kind = await self._views.ask(lambda: self._files.file(path))
         name = quote(Path(path).name, safe="")
         headers = {"Content-Disposition": f"attachment; filename*=utf-8''{name}", "Content-Length": str(size)}
@@ -305,6 +294,10 @@ def _chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
         while size > 0 and (chunk := file.read(min(CHUNK_BYTES, size))):
             size -= len(chunk)
             yield chunk
+
+
+def _path(request: Request) -> str:
+    return request.query_params.get("path", "")
 
 
 def _kept(data: bytes, kind: str) -> Response:
