@@ -316,15 +316,15 @@ def begin(
 ) -> Plan:
     """What there is to do, and a table for it.
 
-    How long another model will take is tried where there is a `progress`, of a run on this machine alone. Raises
-    ValueError as `make_plan`, or of the model or the rules: then no table is left, nor one that names the model.
+    Where there is a `progress`, of a run on this machine alone, another model is loaded, and how long it will take is
+    tried. Raises ValueError as `make_plan`, or of the model or the rules: no table is left, nor one that names it.
     """
     _ = model.side  # before anything else, where its image processor does not fit
     rules = kept_rules(table).changed(exclude, include)
     plan = make_plan(table, model.image_digest, folders, rules=rules, only=only)
     known = table.model()
-    if plan.files and (known is None or known["image_digest"] != model.image_digest):
-        if progress and known is None:  # of which the page knows nothing yet
+    if progress and plan.files and (known is None or known["image_digest"] != model.image_digest):
+        if known is None:  # of which the page knows nothing yet
             progress(0, len(plan.files))
         model.prepare_images()  # says what else does not fit
     table.create(model.width)

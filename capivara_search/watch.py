@@ -34,29 +34,21 @@ State = tuple[int, int] | None  # size and time of a file; None of one that is n
 
 def follow_index(
     index: Any,
-    folders: Sequence[Path],
+    named: Sequence[Path],
     poll: bool | None,
     stop: threading.Event | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> Iterator[Added]:
     """`PictureIndex.watch`; `index` is one."""
+    from watchfiles import watch  # here: who looks at folders once does not need it
+
+    def known() -> Sequence[Path]:
+        return named or [*map(Path, index.asked_folders())]
 
     def add(there: Iterable[Path], only: Collection[str] | None) -> Added:
         added = index.add(*there, only=only, on_progress=on_progress)
         index.model.prepare_images()  # now, so that the first change waits for none of it
         return added
-
-    return follow(add, lambda: folders or [*map(Path, index.asked_folders())], poll, stop)
-
-
-def follow(
-    add: Callable[[Iterable[Path], Collection[str] | None], Added],
-    known: Callable[[], Sequence[Path]],
-    poll: bool | None = None,
-    stop: threading.Event | None = None,
-) -> Iterator[Added]:
-    """`add` brings folders up to date, or some paths in them; `known` are those to follow."""
-    from watchfiles import watch  # here: who looks at folders once does not need it
 
     stop, is_first = stop or threading.Event(), True
     if not _present(folders := known()):
