@@ -157,9 +157,8 @@ def test_examples_of_the_help_are_commands_that_are_taken(command, monkeypatch, 
             line = re.split(r"\)\"| \||  +#| >", line)[0].replace("/media/camera", "Fotos/2024")
             line = line.replace("~", str(tmp_path))
             args = parsed(shlex.split(line)[1:], words)
-            assert (
-                args.command == parsed(shlex.split(line)[1:], Words({"pt": "en", "en": "pt"}[lang])).command == command
-            )
+            other = parsed(shlex.split(line)[1:], Words({"pt": "en", "en": "pt"}[lang]))
+            assert args.command == other.command == command
             assert line.split()[1] == (COMMANDS[command] if lang == "pt" else command)
 
 
@@ -178,24 +177,15 @@ def test_flags_are_taken_in_every_usual_form(tmp_path):
 
 
 WRONG = {
-    "serch gato": (
-        "unknown command: serch. Did you mean capivara search?",
-        "comando desconhecido: serch. Seria capivara",
-    ),
+    "serch gato": ("unknown command: serch. Did you mean capivara search?", "desconhecido: serch. Seria capivara"),
     "search": ("nothing to look for: write a sentence", "nada a procurar: escreva uma frase"),
-    "search x --sinc 2024": (
-        "unknown flag: --sinc. Did you mean --since?",
-        "opção desconhecida: --sinc. Seria --since?",
-    ),
+    "search x --sinc 2024": ("unknown flag: --sinc. Did you mean --since?", "desconhecida: --sinc. Seria --since?"),
     "index . --compar": ("unknown flag: --compar. (--help", "opção desconhecida: --compar. (--help lista tudo)"),
     "status more": ("neither a flag nor a value of one: more", "não é opção nem cabe em uma: more"),
     "search x -k many": ("-k: 'many' is no whole number", "-k: 'many' não é um número inteiro"),
     "search x -k 0": ("-k: must be from 1 to 10000, got 0", "-k: deve ser de 1 a 10000, e é 0"),
     "search x --like none.jpg": ("--like: there is no file none.jpg", "--like: o arquivo none.jpg não existe"),
-    "search x --since 31/02/2024": (
-        "--since: 31/02/2024 is no date such as",
-        "--since: 31/02/2024 não é uma data como",
-    ),
+    "search x --since 31/02/2024": ("--since: 31/02/2024 is no date such as", "31/02/2024 não é uma data como"),
     "search x --since 2025 --until 2024": ("is after --until (2024-12-31)", "vem depois de --until (2024-12-31)"),
     "search x --json --csv": ("--csv: does not go with --json", "--csv: não combina com --json"),
     "search x --lang fr": ("--lang: 'fr' is none of: 'pt', 'en'", "--lang: 'fr' não é uma das opções: 'pt', 'en'"),
@@ -213,14 +203,8 @@ WRONG = {
     "classify . --labels gato Gato": ("The label 'gato' is there twice", "o rótulo gato aparece duas vezes"),
     "classify . --labels a --template x": ("template must have one {}", "--template deve ter {} uma vez"),
     "search x --less 9:y": ("The weight of '9:y' must be above 0", "o peso de 9:y deve ser maior que 0"),
-    "export fotos.xls": (
-        "must end in .parquet or .csv, got fotos.xls",
-        "deve terminar em .parquet ou .csv, e é fotos.xls",
-    ),
-    "duplicates --threshold 2": (
-        "--threshold: must be from 0.01 to 1, got 2",
-        "--threshold: deve ser de 0,01 a 1, e é 2",
-    ),
+    "export fotos.xls": ("must end in .parquet or .csv, got fotos.xls", "em .parquet ou .csv, e é fotos.xls"),
+    "duplicates --threshold 2": ("must be from 0.01 to 1, got 2", "--threshold: deve ser de 0,01 a 1, e é 2"),
     "app --allow-host http://fotos": ("http://fotos is neither a name nor", "http://fotos não é nome nem endereço"),
 }
 
@@ -297,10 +281,8 @@ def test_status_fits_on_a_screen_whatever_there_is_to_say(capivara, tmp_path, sa
         PIL.Image.new("RGB", (40, 40), (number, 0, 0)).save(folder / "good.png")
         PIL.Image.new("RGB", (40, 40), (number, 9, 0)).save(folder / "other.gif")
     code, out, _ = capivara("index", *folders, "--exclude", "*.tmp", "--exclude=*.gif", *flags, "--lang", "pt")
-    assert (
-        code == 0
-        and "\nPastas ou imagens de fora por regra: 9 por --exclude, 9 ocultas.\n9 vídeos não entram.\n" in out
-    )
+    said = "\nPastas ou imagens de fora por regra: 9 por --exclude, 9 ocultas.\n9 vídeos não entram.\n"
+    assert code == 0 and said in out
     for folder in folders[:6]:
         capivara("forget", folder / "vazia.jpg", *flags)
     code, out, _ = capivara("estado", *flags, "--lang", "pt")
@@ -313,17 +295,15 @@ def test_status_fits_on_a_screen_whatever_there_is_to_say(capivara, tmp_path, sa
     whole = capivara("status", "--all", *flags)[1]
     assert whole.count("bad.png") == 9 and whole.count("forget ") == 6 and "more;" not in whole
     found = json.loads(capivara("status", "--json", *flags)[1])
-    assert found["exclude"] == ["*.tmp", "*.gif"] and found["forgotten"] == [
-        str(one / "vazia.jpg") for one in folders[:6]
-    ]
+    assert found["exclude"] == ["*.tmp", "*.gif"]
+    assert found["forgotten"] == [str(one / "vazia.jpg") for one in folders[:6]]
     assert found["skipped"] == {"excluded": 9, "hidden": 9, "video": 9} and len(found["left_out"]) == 12
 
 
 def test_a_pattern_takes_no_folder_that_stands_behind_it(tmp_path):
     (tmp_path / "Fotos").mkdir()
-    args = parsed(
-        ["indexar", "--exclude", "*.gif", str(tmp_path / "Fotos"), "--include", "a", "--include=b"], Words("pt")
-    )
+    words = ["indexar", "--exclude", "*.gif", str(tmp_path / "Fotos"), "--include", "a", "--include=b"]
+    args = parsed(words, Words("pt"))
     assert (args.folders, args.exclude, args.include) == ((tmp_path / "Fotos",), ("*.gif",), ("a", "b"))
 
 
@@ -455,11 +435,8 @@ def test_open_shows_the_pictures_in_the_viewer_and_starts_nothing_else(
     finally:
         blue.write_bytes(kept)
     assert code == 0
-    assert {Path(path).name for path in opened.read_text().splitlines()} == {
-        "verde.jpg",
-        "branco.jpg",
-        "cinza\x1b[31m.png",
-    }
+    names = {Path(path).name for path in opened.read_text().splitlines()}
+    assert names == {"verde.jpg", "branco.jpg", "cinza\x1b[31m.png"}
     assert error.count("not opened, since it is no picture any longer, or has no name of one") == 2
     viewer.write_text("#!/bin/sh\nexit 3\n")
     for path in (None, tmp_path):

@@ -237,50 +237,38 @@ def test_where_none_is_named_and_none_can_be_had_it_is_the_miniature(tmp_path):
 # --- The image side ---------------------------------------------------------------------------------------------------
 
 
+def part(folder: Path, file: str, name: str, **fields) -> None:
+    change(folder / file, **{name: json.loads((folder / file).read_text())[name] | fields})
+
+
+VISION, PROCESSOR = ("config.json", "vision_config"), ("processor_config.json", "image_processor")
+SAME = {
+    **{
+        name: lambda f, name=name: change_weights(f, name)
+        for name in ("text_model.", "text_projection.", "logit_scale")
+    },
+    "copy": lambda f: None,
+    "version": lambda f: change(f / "config.json", transformers_version="9.9"),
+    "dropout": lambda f: part(f, *VISION, attention_dropout=0.1, dtype="bfloat16", initializer_range=1.0),
+    "limit": lambda f: part(f, *PROCESSOR, max_resized_pixels=10_000_000),
+}
+OTHERS = {
+    **{name: lambda f, name=name: change_weights(f, name) for name in ("vision_model.", "visual_projection.")},
+    "activation": lambda f: part(f, *VISION, hidden_act="quick_gelu"),
+    "heads": lambda f: part(f, *VISION, num_attention_heads=2),
+    "mean": lambda f: part(f, *PROCESSOR, image_mean=[0.5, 0.5, 0.5]),
+    "crop": lambda f: part(f, *PROCESSOR, crop_size={"height": 32, "width": 31}),
+    "resample": lambda f: part(f, *PROCESSOR, resample=2),
+}
+
+
 def test_models_that_share_their_image_side_share_the_digest(tiny_folder, cache, tmp_path):
-    digest = find_model(str(tiny_folder)).image_digest
-    assert len(digest) == 32
-    same = {
-        "text": lambda f: change_weights(f, "text_model."),
-        "projection": lambda f: change_weights(f, "text_projection."),
-        "scale": lambda f: change_weights(f, "logit_scale"),
-        "version": lambda f: change(f / "config.json", transformers_version="9.9"),
-        "copy": lambda f: None,
-    }
-    for name, alter in same.items():
+    digest, found = find_model(str(tiny_folder)).image_digest, {}
+    for name, alter in {**SAME, **OTHERS}.items():
         alter(shutil.copytree(tiny_folder, tmp_path / name))
-        assert find_model(str(tmp_path / name)).image_digest == digest, name
-
-    def vision(folder: Path, **fields) -> None:
-        change(
-            folder / "config.json",
-            vision_config=json.loads((folder / "config.json").read_text())["vision_config"] | fields,
-        )
-
-    def processor(folder: Path, **fields) -> None:
-        path = folder / "processor_config.json"
-        change(path, image_processor=json.loads(path.read_text())["image_processor"] | fields)
-
-    for name, alter in {
-        "dropout": lambda f: vision(f, attention_dropout=0.1, dtype="bfloat16", initializer_range=1.0),
-        "limit": lambda f: processor(f, max_resized_pixels=10_000_000),
-    }.items():
-        alter(shutil.copytree(tiny_folder, tmp_path / name))
-        assert find_model(str(tmp_path / name)).image_digest == digest, name
-    others = {
-        "tower": lambda f: change_weights(f, "vision_model."),
-        "visual": lambda f: change_weights(f, "visual_projection."),
-        "activation": lambda f: vision(f, hidden_act="quick_gelu"),
-        "heads": lambda f: vision(f, num_attention_heads=2),
-        "mean": lambda f: processor(f, image_mean=[0.5, 0.5, 0.5]),
-        "crop": lambda f: processor(f, crop_size={"height": 32, "width": 31}),
-        "resample": lambda f: processor(f, resample=2),
-    }
-    found = {digest}
-    for name, alter in others.items():
-        alter(shutil.copytree(tiny_folder, tmp_path / name))
-        found.add(find_model(str(tmp_path / name)).image_digest)
-    assert len(found) == 1 + len(others)
+        found[name] = find_model(str(tmp_path / name)).image_digest
+    assert len(digest) == 32 and {name for name in found if found[name] == digest} == SAME.keys()
+    assert len(set(found.values())) == 1 + len(OTHERS)
 
 
 def test_the_digest_is_computed_once(tiny_folder, cache, monkeypatch):

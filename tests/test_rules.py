@@ -9,15 +9,8 @@ from capivara_search.picture_files import find_pictures
 from capivara_search.rules import Rules
 
 PATTERNS = (
-    "*.gif",
-    "/so aqui/",
-    "rascunhos/",
-    "**/cache/*.png",
-    "a/b*",
-    "!a/bom.jpg",
-    "[0-9]*.jpg",
-    "a/**/z.jpg",
-    r"\#x.jpg",
+    *("*.gif", "/so aqui/", "rascunhos/", "**/cache/*.png", "a/b*", "!a/bom.jpg"),
+    *("[0-9]*.jpg", "a/**/z.jpg", r"\#x.jpg"),
 )
 NAMES = (
     *("a.gif", "a.jpg", "so aqui/a.jpg", "a/so aqui/a.jpg", "rascunhos/a.jpg", "a/rascunhos/a.jpg", "b/rascunhos.jpg"),
