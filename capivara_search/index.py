@@ -341,7 +341,8 @@ class PictureIndex:
             asked *= MORE
         shown = best = np.array([group[0] for group in groups], int)
         if largest:
-            sizes = _sizes(rows)
+            pixels = pc.multiply(rows["width"], rows["height"]).to_pylist()
+            sizes = list(zip(pixels, rows["size"].to_pylist(), strict=True))
             shown = np.array([max(group, key=sizes.__getitem__) for group in groups], int)
         scores = rows["score"].take(best).to_pylist() if "score" in rows.column_names else None
         return counted(self._table, self.model, to_hits(rows.take(shown), scores), vectors[shown], clause, vectors)
@@ -574,9 +575,3 @@ class PictureIndex:
 def _filters(folder: str | Path | None, since: date | None, until: date | None) -> list[str]:
     """The clauses of a search."""
     return [*taken_between(since, until), *([] if folder is None else [within(absolute_folder(folder))])]
-
-
-def _sizes(rows: pa.Table) -> list[tuple[int, int]]:
-    """Pixels and bytes of rows."""
-    width, height, size = (rows[name].to_pylist() for name in ("width", "height", "size"))
-    return [(w * h, bytes) for w, h, bytes in zip(width, height, size, strict=True)]

@@ -25,16 +25,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capivara_search.storage import (
-    FAILURES,
-    DamagedIndex,
-    detail,
-    explained,
-    explanation,
-    is_conflict,
-    is_of_storage,
-    storage_options,
-)
+from capivara_search import storage
+from capivara_search.storage import FAILURES, DamagedIndex
 from capivara_search.table_columns import (
     ABOUT,
     EMPTY,
@@ -102,7 +94,7 @@ class PictureTable:
             raise failure(ValueError, "index_is_file", path=folder)
         if not os.path.isdir(folder):  # nor where nobody may look
             return
-        with explained(self.where):
+        with storage.explained(self.where):
             names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         if names and not any(f"{name}.lance" in names for name in KEYS):
             raise failure(ValueError, "other_folder", path=folder, name=names[0])
@@ -112,11 +104,11 @@ class PictureTable:
         os.environ.setdefault("LANCEDB_LOG", "error")  # its warnings are said by `note`, in a line of ours
         import lancedb  # here: it takes a second
 
-        with explained(self.where):
+        with storage.explained(self.where):
             return lancedb.connect(
                 self.where,
                 read_consistency_interval=REMOTE_AGE if self.remote else timedelta(0),
-                storage_options=storage_options() if self.remote else None,
+                storage_options=storage.storage_options() if self.remote else None,
                 session=lancedb.Session(index_cache_size_bytes=CACHE_BYTES),
             )
 
@@ -126,7 +118,7 @@ class PictureTable:
     def table(self, name: str) -> Any:
         """One of the tables, or None where it is not there. Raises ValueError: it is damaged, newer, or not ours."""
         if name not in self._tables:
-            with explained(self.where):
+            with storage.explained(self.where):
                 if not self.remote and not Path(self._folder(name)).is_dir():
                     return None
             try:
@@ -136,8 +128,8 @@ class PictureTable:
                 there = name == PICTURES and not self.remote and any(Path(self._folder(name), "data").glob("*"))
                 if "was not found" in str(error) and not there:
                     return None
-                if self.remote or is_of_storage(error, self.where):
-                    raise explanation(error, self.where, name) from error
+                if self.remote or storage.is_of_storage(error, self.where):
+                    raise storage.explanation(error, self.where, name) from error
                 raise failure(DamagedIndex, "damaged_record", path=self.where, part=self._folder(name)) from error
             if name == PICTURES:
                 self._check_layout(table.schema)
@@ -185,7 +177,7 @@ class PictureTable:
 
     def version(self, *names: str) -> int:
         """A number that grows with every change of some tables, or of all."""
-        with explained(self.where):
+        with storage.explained(self.where):
             return sum(table.version for name in names or KEYS if (table := self.table(name)) is not None)
 
     def kept(self, name: str, make: Callable[[], T], *names: str) -> T:
@@ -209,7 +201,7 @@ class PictureTable:
         found, error = self._attempt(name, lambda: operation(table))
         if error is None:
             return found
-        with explained(self.where, name):  # its files may have been compacted away while they were read
+        with storage.explained(self.where, name):  # its files may have been compacted away while they were read
             table.checkout_latest()
             return operation(table)
 
@@ -218,8 +210,8 @@ class PictureTable:
         try:
             return call(), None
         except FAILURES as error:
-            if is_of_storage(error, self.where):
-                raise explanation(error, self.where, name) from error
+            if storage.is_of_storage(error, self.where):
+                raise storage.explanation(error, self.where, name) from error
             return None, error
 
     def rows(self, columns: Sequence[str], where: str | None = None, table: str = PICTURES) -> pa.Table:
@@ -236,7 +228,7 @@ class PictureTable:
 
     def batches(self, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
         """Some columns of all pictures, or of those of a clause, a batch at a time, of one version."""
-        with explained(self.where, PICTURES):  # it is read while it is asked for
+        with storage.explained(self.where, PICTURES):  # it is read while it is asked for
             query = self.read(PICTURES, lambda table: _plain(table, columns, where).to_batches(batch_size=BATCH_ROWS))
             yield from query
 
@@ -315,7 +307,7 @@ class PictureTable:
         if error:
             found = self.read(PICTURES, lambda table: _search(table, vector, k, where, more).to_arrow())
             self._broken.add(self.indices()[vector_column(len(vector))].index_uuid)
-            note("approximate_damaged", self.where, detail(error), level=logging.WARNING)
+            note("approximate_damaged", self.where, storage.detail(error), level=logging.WARNING)
         return found
 
     def is_approximate(self, width: int) -> bool:
@@ -332,12 +324,12 @@ class PictureTable:
 
     def write(self, name: str, operation: Callable[[Any], T]) -> T:
         """What an operation that changes a table returns; where another one writes at that moment, it is done again."""
-        with explained(self.where, name):
+        with storage.explained(self.where, name):
             for tries in itertools.count(1):
                 try:
                     return operation(self.table(name))
                 except FAILURES as error:
-                    if tries == TRIES or not is_conflict(error):
+                    if tries == TRIES or not storage.is_conflict(error):
                         raise
                 time.sleep(random.uniform(0.05, 0.2) * tries)
                 if name in self._tables:
@@ -390,7 +382,7 @@ class PictureTable:
         """The folder, made where it is missing, and locked; None on a disk without locks."""
         folder = Path(self.where)
         while True:
-            with explained(self.where):
+            with storage.explained(self.where):
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = os.open(folder, os.O_RDONLY)
             try:
@@ -451,7 +443,7 @@ class PictureTable:
                 self.write(PICTURES, lambda table, name=name, config=config: table.create_index(name, config=config))
             self.note({TRAINED_KEY: str(rows)})
         except FAILURES as error:
-            note("approximate_failed", self.where, detail(error), level=logging.WARNING)
+            note("approximate_failed", self.where, storage.detail(error), level=logging.WARNING)
         else:
             note("approximate", rows, time.monotonic() - start)
 
