@@ -1,11 +1,9 @@
 """The model card states what its files say, in both languages, and `--check` sees every digit that does not."""
 
-import importlib
 import json
 import random
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import jinja2.meta
@@ -214,28 +212,6 @@ def test_a_push_looks_at_cards_that_were_made_here(run):
         push.check_card(PushArguments(model=run, repo_id="us/model", push=True))
     (run / "README.md").write_text("# Written by hand: 99 % right\n", encoding="utf-8")
     assert outdated(run) == [] and push.check_card(args) is None
-
-
-def test_the_walk_to_the_hub_names_every_file_that_runs(run, monkeypatch):
-    """That of docs/architecture.md, of a run's own class; what is only imported is none."""
-    importlib.import_module("hub_upload.export")
-    gone_through = {"hub_upload/templates/model_card_en.md.j2"}  # which Jinja compiles without its name
-
-    def look(frame, *_) -> None:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT / "hub_upload"):
-            gone_through.add(path.relative_to(ROOT).as_posix())
-
-    monkeypatch.setattr(push, "plan", lambda args: json.loads("no Hub here"))
-    sys.setprofile(look)
-    try:
-        assert not push.publish_run(run, "us/model")
-    finally:
-        sys.setprofile(None)
-    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    walk = text.split("\n## From a run folder to the Hub\n")[1].split("\n## ")[0]
-    rows = "".join(re.findall(r"^\| \d.*", walk, re.MULTILINE))
-    assert gone_through == set(re.findall(r"hub_upload/[\w./]+\.(?:py|j2)", rows))
 
 
 def test_no_path_of_a_machine(run):

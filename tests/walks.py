@@ -80,7 +80,7 @@ def publish(argv: list[str]) -> None:
 
     def of_run(thing: Any) -> bool:
         is_path = isinstance(thing, Path) and thing.resolve().is_relative_to(run)
-        return is_path or type(thing).__name__ in ("CardFacts", "ModelCard", "PushPlan")
+        return is_path or type(thing).__name__ in ("ModelCard", "PushPlan")
 
     place = "hub_upload/push.py:"
     found = walked(lambda: publish_run(run, argv[1]), of_run, f"{place}publish_run", f"{place}push")

@@ -23,6 +23,7 @@ from capivara_common.privacy import short_name
 from capivara_search.models import find_model
 from capivara_search.page import server
 from hub_upload.allowed_files import check_contents, check_paths, check_secrets
+from hub_upload.export import export
 from hub_upload.formats.onnx import ONNX_PACKAGES
 from hub_upload.space.publish_space import ROOT, copy_file, model_licence, write_card
 
@@ -64,7 +65,10 @@ def write_static_page(model: str, folder: Path, library: Path | None = None) -> 
         source = find_model(model).folder
         modules = library or npm_packages(Path(work), LIBRARY)
         _write_library(modules, made / "library")
-        repository = _exported(source, Path(work))
+        repository = source
+        if not all((source / name).is_file() for name in MODEL_FILES):
+            repository = Path(work, "repository")
+            export(source, repository, ["transformers", "transformers_js"])
         check_contents(repository)
         digests = [hashlib.sha256((repository / name).read_bytes()).digest() for name in MODEL_FILES]
         digest = hashlib.sha256(b"".join(digests)).hexdigest()[:16]  # browsers keep a model under its address
@@ -93,16 +97,6 @@ def page_html(language: str, model: dict[str, str | int]) -> str:
     words = server.words_of(language) | read_json(OURS / f"{language}.json") | {"model": model}
     _, here, there = PAGES[language]
     return server.page_html(words, own=True, here=here, there=there, model=model, privacy=words["privacy"])
-
-
-def _exported(model: Path, work: Path) -> Path:
-    """A folder with the files of transformers.js: the model's own where it has them, else one that is made."""
-    if all((model / name).is_file() for name in MODEL_FILES):
-        return model
-    from hub_upload.export import export
-
-    export(model, work / "repository", ["transformers", "transformers_js"])
-    return work / "repository"
 
 
 def npm_packages(folder: Path, wanted: dict[str, str]) -> Path:
