@@ -26,7 +26,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
-from capivara_common.cli import run_command, user_errors
+from capivara_common.cli import run_command
 from capivara_common.environment import device_description, package_versions, processes, require, resolve_precision
 from capivara_common.files import RUN_MARKER, finish_folder, partial_folder, read_json, write_json, write_text
 from capivara_common.privacy import short_name
@@ -57,9 +57,8 @@ PROCESS_TIMEOUT = timedelta(hours=24)  # the others wait while the main one prep
 logger = logging.getLogger("capivara")
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> Path:
-    """Train, measure and save; returns the folder of the run. Raises SystemExit with the fault in one line."""
+    """Train, measure and save; returns the folder of the run."""
     args = parse_arguments(argv, __doc__)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("accelerate", "httpx", "httpx2"):  # the client of the Hub would show every request

@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 
 from benchmarks.timing import RESULTS, ROOT, conditions, finish
-from capivara_common.cli import flag, parse, run_command, user_errors
+from capivara_common.cli import flag, parse, run_command
 from capivara_common.files import write_json
 from capivara_search.asking import MEASURED, NEUTRAL, STRENGTH, Background, deviations, steered
 from capivara_search.models import SearchModel, find_model
@@ -83,7 +83,6 @@ def steering(model: SearchModel, asked: list[dict], images: np.ndarray, classes:
         yield shown | {"gone": float((had[:, 1] == 0).mean()), "had": len(had), "cases": len(found)}
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(NothingFitsArguments, __doc__, argv)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import RESULTS, ROOT, conditions
-from capivara_common.cli import flag, parse, read_config, run_command, unknown, user_errors
+from capivara_common.cli import flag, parse, read_config, run_command, unknown
 from capivara_common.files import read_json, write_json
 from caption_data.rows import digest_of
 from eval.capivara_metrics.metrics import mean_hits, paired_bootstrap
@@ -155,7 +155,6 @@ def gains(
     return {key: paired_bootstrap(averaged(reference, key), averaged(hits, key), groups[key]) for key in keys}
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """Run the variants, and write the results after each."""
     args = parse(RecipeArguments, __doc__, argv)

@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import field, fields
-from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -33,34 +32,20 @@ def coded(kind: Callable[[str], E], code: str | None, text: str, /, **values: ob
 
 
 def run_command(main: Callable[[], object], resumes: bool = False) -> None:
-    """`main()` with `user_errors`; Ctrl-C ends it in one line with 130, once it has cleaned up, and no bar fills a log.
+    """`main()` of a process: an error in what the user has given (a value, a file, a package) ends it with one line.
 
-    That line says that the same command goes on, where it `resumes`.
+    So does Ctrl-C, once it has cleaned up, with 130; its line says that the same command goes on, where it `resumes`.
     """
     stop_by_exception()
     prepare_bars()
     try:
-        user_errors(main)()
+        main()
     except KeyboardInterrupt:
         print(f"\nStopped.{' Run the same command again to go on.' * resumes}", file=sys.stderr)
         sys.exit(130)
-
-
-def user_errors(main: Callable[..., T]) -> Callable[..., T]:
-    """Decorate `main` of a command: an error in what the user has given (a value, a file, a package) is one line."""
-
-    @wraps(main)
-    def command(*args: Any, **options: Any) -> T:
-        try:
-            return main(*args, **options)
-        except (ValueError, OSError, ImportError) as error:
-            ended = SystemExit(f"error: {printable(str(error))}")
-            if isinstance(error, WrongUse):
-                print(ended, file=sys.stderr)
-                ended.code = 2
-            raise ended from error
-
-    return command
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, WrongUse) else 1)
 
 
 def parse(kind: type[T], description: str | None, argv: list[str] | None = None, config: bool = False) -> T:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capivara_common.cli import WrongUse, as_flags, flag, parse, read_config, run_command, unknown, user_errors
+from capivara_common.cli import WrongUse, as_flags, flag, parse, read_config, run_command, unknown
 from capivara_common.environment import require
 from capivara_common.executors import Work, execute, failures
 from capivara_common.tasks import ExecutorArguments
@@ -247,7 +247,6 @@ def _state(step: StageArguments) -> str:
     return f"{left:,} rows to be done" if left else "done"
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """The command; ends with 1 where tasks have failed."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")

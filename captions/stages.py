@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from datasets import Features, Image
 from tqdm.auto import tqdm
 
-from capivara_common.cli import at_least, flag, parse, user_errors
+from capivara_common.cli import at_least, flag, parse
 from capivara_common.environment import package_versions
 from capivara_common.executors import Work, execute
 from capivara_common.files import read_json, whole_file, write_json
@@ -538,7 +538,6 @@ def read_rows(args: StageArguments, rank: int = 0, world_size: int = 1) -> Stage
 PHASES = {"rows": Phase(read_rows, shared=True)}
 
 
-@user_errors
 def stage_main(
     kind: type[StageArguments],
     description: str,
@@ -546,7 +545,7 @@ def stage_main(
     phases: dict[str, Phase] = PHASES,
     ready: Callable[[Any], bool] = lambda args: True,
 ) -> StageArguments | None:
-    """Parse the flags of a stage, run it, and print what was done; an error ends the process in one line.
+    """Parse the flags of a stage, run it, and print what was done.
 
     Returns the arguments; None where the stage is not `ready`, or Slurm has taken its jobs.
     """

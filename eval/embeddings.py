@@ -24,7 +24,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from capivara_common.cli import at_least, flag, parse, user_errors
+from capivara_common.cli import at_least, flag, parse
 from capivara_common.environment import device_description, processes
 from capivara_common.files import read_json
 from capivara_common.image_files import BadImage, ImageFileArguments
@@ -160,7 +160,6 @@ def write_result(
     write_records(args.output, records, **known, **store.embedder.facts, **facts)
 
 
-@user_errors
 def run_evaluation(
     kind: type[ModelArguments], doc: str, evaluate: Callable[[Any], list[Record]], argv: list[str] | None = None
 ) -> None:

@@ -17,7 +17,7 @@ import jinja2
 import pandas
 from PIL import Image
 
-from capivara_common.cli import flag, parse, run_command, user_errors
+from capivara_common.cli import flag, parse, run_command
 from capivara_common.files import check_inputs_stay, check_output_folder, whole_folder, write_text
 from capivara_common.image_files import BadImage, ImageFiles, decode_image
 from capivara_common.links import Bounds
@@ -204,7 +204,6 @@ def _words(name: str) -> str:
     return name.replace("_to_", " → ").replace("_", " ")
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """The command; says what was left out and where the page is."""
     args = parse(ReportArguments, __doc__, argv)

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import jinja2
 import pandas
 
-from capivara_common.cli import WrongUse, flag, parse, run_command, unknown, user_errors
+from capivara_common.cli import WrongUse, flag, parse, run_command, unknown
 from capivara_common.environment import package_versions, processes
 from capivara_common.files import read_json, seed_folders, write_json, write_text
 from capivara_common.privacy import hide_paths
@@ -297,7 +297,6 @@ def suite_table(summary: dict[str, Any]) -> str:
     return template.render(summary, names=MODEL_NAMES, facts=facts).strip() + "\n"
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     if summary := run(parse(SuiteArguments, __doc__, argv)):

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump
 
-from capivara_common.cli import flag, parse, run_command, user_errors
+from capivara_common.cli import flag, parse, run_command
 from capivara_common.files import seed_folders, write_text
 from eval.records.schema import GAIN
 from hub_upload import card_values as values
@@ -321,7 +321,6 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "data"
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(CardArguments, __doc__, argv)

@@ -20,7 +20,7 @@ from typing import ClassVar
 from transformers import PreTrainedConfig, ProcessorMixin
 
 import modeling_capivara
-from capivara_common.cli import flag, parse, run_command, user_errors
+from capivara_common.cli import flag, parse, run_command
 from capivara_common.environment import require
 from capivara_common.files import check_inputs_stay, read_json, seed_folders, whole_folder, write_json, write_text
 from capivara_common.privacy import hide_paths, short_name
@@ -77,7 +77,6 @@ class ExportArguments:
             allowed.check_repo_id(self.repo_id)
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")

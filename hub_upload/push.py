@@ -43,7 +43,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 from tqdm import tqdm
 
-from capivara_common.cli import flag, parse, run_command, user_errors
+from capivara_common.cli import flag, parse, run_command
 from capivara_common.privacy import machine_path_in, printable
 from hub_upload.allowed_files import check_repo_id, check_text, files_to_send
 from hub_upload.card import CARD, outdated, write_card
@@ -149,7 +149,6 @@ class PushPlan:
         self.makes_tag = self.args.tag is not None and self.args.tag not in self.remote.tags
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(PushArguments, __doc__, argv)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 
-from capivara_common.cli import flag, parse, run_command, user_errors
+from capivara_common.cli import flag, parse, run_command
 from capivara_common.environment import require
 from capivara_common.files import read_json, whole_folder, write_json
 from capivara_common.hub_cache import (
@@ -450,7 +450,6 @@ class ConvertArguments:
     )
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """The command; above a difference of `TOLERANCE` of the two models, loaded from files, nothing is kept."""
     args = parse(ConvertArguments, __doc__, argv)

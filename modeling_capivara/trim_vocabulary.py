@@ -29,7 +29,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
-from capivara_common.cli import flag, parse, run_command, user_errors
+from capivara_common.cli import flag, parse, run_command
 from capivara_common.files import whole_folder
 from capivara_common.weight_file import weight_files
 
@@ -72,7 +72,6 @@ class TrimArguments:
     held_out: list[Path] = flag([], "Files that choose nothing; counted are their texts with a piece that was cut.")
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(TrimArguments, __doc__, argv)

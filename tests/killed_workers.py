@@ -22,6 +22,7 @@ import captions.score  # before the forks, none of which then has to
 import captions.select
 import captions.stages
 from capivara_common import executors
+from capivara_common.cli import run_command
 
 MAX_SAID = 5000  # letters, of the end
 write_part, write_table = captions.stages.RowStage._write_part, pq.ParquetWriter.write_table
@@ -62,11 +63,10 @@ def build(config: str, victim: str, place: str, folder: Path) -> tuple[int, str]
             killing = dying(victim, place, folder / "mark")
             captions.stages.RowStage._write_part, pq.ParquetWriter.write_table = killing
             executors.START_METHOD = "fork"
-            captions.build.main(["--config", config, "--workers", "2"])
+            run_command(lambda: captions.build.main(["--config", config, "--workers", "2"]))
             code = 0
         except SystemExit as ended:
-            print(ended.code, file=sys.stderr)
-            code = 1
+            code = ended.code
         finally:
             sys.stderr.flush()
             os._exit(code)

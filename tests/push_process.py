@@ -16,6 +16,8 @@ import time
 import traceback
 from contextlib import contextmanager
 
+from capivara_common.cli import run_command
+
 
 @contextmanager
 def caught(number: int, texts: dict[str, str], name: str):
@@ -42,7 +44,8 @@ def answer(request: dict) -> dict:
     time.sleep = waits.append
     with caught(1, texts, "out"), caught(2, texts, "err"):
         try:
-            getattr(importlib.import_module(module), name)(request["argv"])
+            command = getattr(importlib.import_module(module), name)
+            run_command(lambda: command(request["argv"]))
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
             print(end.code if isinstance(end.code, str) else "", file=sys.stderr)

@@ -101,5 +101,5 @@ def test_command(data, tiny_folder, monkeypatch):
     monkeypatch.setattr(recipe, "subprocess", None)  # nothing is trained again
     recipe.main([*flags, "--only", "none"])
     assert json.loads((data / "recipe.json").read_text())["rows"] == content["rows"]
-    with pytest.raises(SystemExit, match=r"Unknown variant: `papr`\. Did you mean `paper`"):
+    with pytest.raises(ValueError, match=r"Unknown variant: `papr`\. Did you mean `paper`"):
         recipe.main([*flags, "--only", "papr"])

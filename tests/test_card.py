@@ -242,5 +242,5 @@ def test_the_command(run, tmp_path, capsys):
         (["--model", str(tmp_path / "none")], "is no folder"),
         (["--model", str(run), "--modell", "x"], "modell"),
     ):
-        with pytest.raises(SystemExit, match=rf"^error: [^\n]*{message}[^\n]*$"):
+        with pytest.raises(ValueError, match=rf"^[^\n]*{message}[^\n]*$"):
             main(argv)

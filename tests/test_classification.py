@@ -130,7 +130,7 @@ def test_metrics_of_a_data_set():
     ],
 )
 def test_slips_end_early(saved_tiny_folder, pictures, tmp_path, more, message):
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ValueError, match=message):
         main(flags(saved_tiny_folder, pictures, tmp_path / "r.json", **more))
     assert not (tmp_path / "r.json").exists()
 
@@ -209,5 +209,5 @@ def test_folders_named_for_splits_and_a_class_called_train(own_pictures, tmp_pat
     assert sorted(load_images(str(own_pictures), "test", names).labels) == sorted(list(range(10)) * 3)
     (tmp_path / "splits").mkdir()
     own_pictures.rename(tmp_path / "splits" / "train")
-    with pytest.raises(SystemExit, match=r"has no split 'test'; there are \['train'\]\.$"):
+    with pytest.raises(ValueError, match=r"has no split 'test'; there are \['train'\]\.$"):
         main(flags("no-model", tmp_path / "splits", tmp_path / "r.json"))

@@ -270,7 +270,7 @@ def test_open_clip_is_left_out_where_the_base_has_another_vocabulary(base, model
 
 
 def refused(match: str, model: Path, base: Path, output: Path, *flags: str) -> None:
-    with pytest.raises(SystemExit, match=match):
+    with pytest.raises((ValueError, ImportError), match=match):
         export(model, base, output, *flags)
     assert not output.exists() and not [path for path in output.parent.iterdir() if ".tmp-" in path.name]
 
@@ -305,7 +305,7 @@ def test_what_is_no_exchange(model, base, tmp_path):
     refused("a folder of its own: name no other format", model, base, tmp_path / "out", "--formats", "drop_in,onnx")
     refused("and no --text_config", model, base, tmp_path / "out", "--text_config", "us/text")
     refused("is for --formats drop_in", model, base, tmp_path / "out", "--formats", "transformers")
-    with pytest.raises(SystemExit, match=r"--base.*which needs it"):
+    with pytest.raises(ValueError, match=r"--base.*which needs it"):
         main(["--model", str(model), "--output", str(tmp_path / "out"), "--formats", "drop_in"])
 
 

@@ -229,7 +229,7 @@ def test_a_folder_that_is_no_whole_model(tiny_folder, tmp_path, fault):
     ],
 )
 def test_wrong_flags_are_one_line(tiny_folder, tmp_path, flags, message):
-    with pytest.raises(SystemExit, match=rf"^error: [^\n]*{message}[^\n]*$"):
+    with pytest.raises(ValueError, match=rf"^[^\n]*{message}[^\n]*$"):
         main(["--model", str(tiny_folder), "--output", str(tmp_path / "repository"), *flags])
     assert not (tmp_path / "repository").exists()
 
@@ -239,7 +239,7 @@ def test_output_is_replaced_only_when_asked(tiny_folder, tmp_path, capsys):
     output.mkdir()
     (output / "mine").write_text("mine")
     command = ["--model", str(tiny_folder), "--output", str(output), "--formats", "transformers"]
-    with pytest.raises(SystemExit, match=r"error: .*is not empty.*--overwrite_output_dir"):
+    with pytest.raises(ValueError, match=r"is not empty.*--overwrite_output_dir"):
         main(command)
     assert [path.name for path in output.iterdir()] == ["mine"]
     main([*command, "--overwrite_output_dir"])

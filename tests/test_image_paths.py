@@ -176,12 +176,12 @@ def test_what_is_no_image_is_a_bad_row(image, tmp_path):
 def test_a_stage_with_other_limits_is_another_stage(tmp_path):
     as_parquet(tmp_path, {"image": [{"bytes": png((1, 2, 3)), "path": None}], "captions-pt": [["x"]]})
     command = ["--dataset", str(tmp_path / "train.parquet"), "--output", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match=r"max_pixels must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"max_pixels must be at least 1, got 0"):
         select([*command, "--max_pixels", "0"])
-    with pytest.raises(SystemExit, match=r"image_roots must be folders that are there, got .*nowhere"):
+    with pytest.raises(ValueError, match=r"image_roots must be folders that are there, got .*nowhere"):
         select([*command, "--image_roots", str(tmp_path / "nowhere")])
     select(command)
-    with pytest.raises(SystemExit, match=r"other settings.*max_pixels: None there, 9 now"):
+    with pytest.raises(ValueError, match=r"other settings.*max_pixels: None there, 9 now"):
         select([*command, "--max_pixels", "9"])
 
 

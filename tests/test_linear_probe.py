@@ -69,7 +69,7 @@ def test_command(flags, tmp_path):
 def test_a_draw_without_a_value_is_not_left_out_of_the_mean(flags, tmp_path, monkeypatch):
     values = iter([0.5, float("nan")])
     monkeypatch.setattr(linear_probe, "classification_metrics", lambda *_: {"accuracy": next(values)})
-    with pytest.raises(SystemExit, match="value must be a finite number, got nan"):
+    with pytest.raises(ValueError, match="value must be a finite number, got nan"):
         main([*flags, "--shots", "1", "--draws", "2", "--output", str(tmp_path / "p.json")])
 
 
@@ -82,5 +82,5 @@ def test_a_draw_without_a_value_is_not_left_out_of_the_mean(flags, tmp_path, mon
     ],
 )
 def test_slips(flags, tmp_path, words, message):
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ValueError, match=message):
         main([*flags, *words.split(), "--output", str(tmp_path / "p.json")])

@@ -124,14 +124,14 @@ def test_the_text_side_alone_of_a_run(run, kind, alone, tmp_path):
     output, base = tmp_path / "made", shutil.copytree(run.parent / "base", tmp_path / "base")
     words = ["--model", str(run), "--output", str(output), "--formats", alone, "--base"]
     if kind == "clip":
-        with pytest.raises(SystemExit, match=r"^error: [^\n]* and SigLIP alone, and \S+ is clip\. The whole [^\n]*$"):
+        with pytest.raises(ValueError, match=r"^[^\n]* and SigLIP alone, and \S+ is clip\. The whole [^\n]*$"):
             main([*words, str(base)])
         return
-    with pytest.raises(SystemExit, match=r"^error: [^\n]*$"):
+    with pytest.raises(ValueError, match=r"^[^\n]*$"):
         main([*words, str(run.parent / "squares")])
     weights, name = load_file(base / "model.safetensors"), "vision_model.post_layernorm.bias"
     save_file({**weights, name: weights[name] + 1e-6}, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SystemExit, match=rf"^error: [^\n]*: the tensor {name} has other numbers\. [^\n]*$"):
+    with pytest.raises(ValueError, match=rf"^[^\n]*: the tensor {name} has other numbers\. [^\n]*$"):
         main([*words, str(base)])
     assert not output.exists()
     main([*words, str(run.parent / "base")])
@@ -145,7 +145,7 @@ def test_the_text_side_alone_of_a_run(run, kind, alone, tmp_path):
 
 
 def test_a_text_config_is_for_capivara_alone(run, tmp_path):
-    with pytest.raises(SystemExit, match=r"^error: text_config is for CAPIVARA's own class[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^text_config is for CAPIVARA's own class[^\n]*$"):
         main(["--model", str(run), "--output", str(tmp_path / "made"), "--formats", OWN, "--text_config", str(run)])
     assert not (tmp_path / "made").exists()
 
@@ -157,7 +157,7 @@ def test_figures_name_class_and_loss(run, kind, tmp_path, capsys):
     retrieval.main([*words, "--dim", "16"])
     found = read_json(output / "cut.json")
     assert found | named == found and {record["dim"] for record in found["records"]} == {16}
-    with pytest.raises(SystemExit, match=rf"dim must be .* {32 if kind == 'siglip' else 24}, got 99"):
+    with pytest.raises(ValueError, match=rf"dim must be .* {32 if kind == 'siglip' else 24}, got 99"):
         retrieval.main([*words, "--dim", "99"])
     ours = read_json(next((run / "results").glob("*_pt.json")))
     assert ours | named == ours

@@ -186,7 +186,7 @@ def test_lora_trains_adapters_and_projection_alone_and_merges(tiny_folder, tiny_
 )
 def test_bad_choices_end_before_training(tiny_folder, tiny_dataset_folder, tmp_path, overrides, message):
     argv = {key: str(value).split() for key, value in overrides.items()}
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ValueError, match=message):
         values = {"model": [tiny_folder], "dataset": [tiny_dataset_folder], "output_dir": [tmp_path / "out"], **argv}
         values |= {"effective_batch_size": [10], "max_steps": [1], "warmup_steps": [0]}
         train_accelerate.main([p for key, value in values.items() for p in (f"--{key}", *map(str, value))])

@@ -96,7 +96,7 @@ def test_embeddings_are_cut(saved_tiny_folder, made, measured, tmp_path):
     assert all_numbers == read_records(measured / "r.json") != cut
     assert {(r.dim, r.protocol.rpartition("; ")[2]) for r in cut} == {(6, "first 6 of 24 dimensions")}
     assert kept(measured / "cache") == before
-    with pytest.raises(SystemExit, match="dim must be from 1 to the embedding's width, 24, got 25"):
+    with pytest.raises(ValueError, match="dim must be from 1 to the embedding's width, 24, got 25"):
         main(flags(saved_tiny_folder, made, tmp_path / "r.json", "--dim", 25))
 
 
@@ -210,7 +210,7 @@ BAD_DATA = [
 def test_bad_data_is_refused_before_the_model_is_loaded(folder, tmp_path, changes, message):
     lines = [line | changes.get(row, {}) for row, line in enumerate(lines_of(folder))]
     write_lines(folder, [{name: value for name, value in line.items() if value is not None} for line in lines])
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ValueError, match=message):
         main(flags("no-model", folder, tmp_path / "r.json"))
     assert not (tmp_path / "r.json").exists()
 
@@ -225,20 +225,20 @@ def test_bad_data_is_refused_before_the_model_is_loaded(folder, tmp_path, change
     ],
 )  # fmt: skip
 def test_slips_are_said_before_any_work(made, tmp_path, words, message):
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ValueError, match=message):
         main(flags("no-model", made, tmp_path / "r.json", *words.split()))
 
 
 @pytest.mark.parametrize("command", [main, classification.main, linear_probe.main])
 def test_a_result_that_cannot_be_written_is_said_before_any_work(command, tmp_path):
     where = ["--dataset", "no-data"] if command is main else ["--benchmark", "cifar-10", "--images", "no-data"]
-    with pytest.raises(SystemExit, match=r"output file .* is a folder"):
+    with pytest.raises(ValueError, match=r"output file .* is a folder"):
         command(["--model", "no-model", *where, "--output", str(tmp_path)])
 
 
 def test_one_image_is_too_few(saved_tiny_folder, folder, tmp_path):
     write_lines(folder, lines_of(folder)[:1])
-    with pytest.raises(SystemExit, match="has one image that can be read"):
+    with pytest.raises(ValueError, match="has one image that can be read"):
         main(flags(saved_tiny_folder, folder, tmp_path / "r.json"))
 
 

@@ -1,12 +1,9 @@
 """The whole run at toy width, as a user starts it, and the slips that end it early."""
 
-import io
 import json
 import math
 import os
 import re
-import sys
-from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -40,10 +37,9 @@ def flags(folder, dataset, output, **overrides) -> list[str]:
 
 def refused(argv: list[str]) -> str:
     """What the run that can't be says in a line, or its exit code."""
-    with pytest.raises(SystemExit) as stop, redirect_stderr(io.StringIO()) as said:
+    with pytest.raises((SystemExit, ValueError, OSError, ImportError)) as stop:
         train_accelerate.main(argv)
-    print(said.getvalue(), end="", file=sys.stderr)
-    return said.getvalue() if stop.value.code == 2 else str(stop.value.code)
+    return str(stop.value)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +104,7 @@ def test_interpolation_of_a_finished_run(finished, saved_tiny_folder, tmp_path):
     for name, weight in load_model(tmp_path / "quarter").state_dict().items():
         if weight.is_floating_point():
             torch.testing.assert_close(weight, 0.75 * base[name] + 0.25 * trained[name], rtol=1e-5, atol=1e-6)
-    with pytest.raises(SystemExit, match="share must be from 0 to 1"):
+    with pytest.raises(ValueError, match="share must be from 0 to 1"):
         interpolate([*words, "--share", "2", "--output", str(tmp_path / "no")])
 
 

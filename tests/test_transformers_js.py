@@ -165,7 +165,7 @@ def test_a_normaliser_that_it_lacks_is_named(source, tmp_path):
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.ByteLevel()])
     tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
     command = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--formats"]
-    with pytest.raises(SystemExit, match=r"error: transformers\.js has no normaliser ByteLevel, .* Leave"):
+    with pytest.raises(ValueError, match=r"transformers\.js has no normaliser ByteLevel, .* Leave"):
         main([*command, "transformers,transformers_js"])
     assert not (tmp_path / "out").exists()
 

@@ -9,7 +9,7 @@ and the configuration are those of the trained model.
 from dataclasses import dataclass
 from pathlib import Path
 
-from capivara_common.cli import between, flag, parse, run_command, user_errors
+from capivara_common.cli import between, flag, parse, run_command
 from capivara_common.files import check_output_folder, whole_folder
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import IMAGE_SIDE
@@ -34,7 +34,6 @@ class InterpolateArguments:
         between(self, 0, 1, "share")
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(InterpolateArguments, __doc__, argv)

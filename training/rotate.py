@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from capivara_common.cli import flag, parse, run_command, user_errors
+from capivara_common.cli import flag, parse, run_command
 from capivara_common.files import check_output_folder, whole_folder, write_bytes
 from capivara_common.image_files import BadImage
 from caption_data.sources import open_split
@@ -43,7 +43,6 @@ class RotateArguments:
     image_column: str = flag("image", "Name of the image column.")
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """The command. Of more than `ROTATION_IMAGES` images so many are taken, evenly spaced; bad ones are left out."""
     args = parse(RotateArguments, __doc__, argv)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from capivara_common.cli import flag, parse, run_command, user_errors
+from capivara_common.cli import flag, parse, run_command
 from capivara_common.environment import require
 
 DATA_SET = "--pictures is an index or a folder of pictures; save those of a data set as files in one"
@@ -52,7 +52,6 @@ class SpaceArguments:
             raise ValueError("The index is kept; cache_dir must be auto or a folder, got 'off'.")
 
 
-@user_errors
 def main(argv: list[str] | None = None) -> None:
     """Write the Space or the page."""
     args = parse(SpaceArguments, __doc__, argv)
