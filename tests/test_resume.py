@@ -312,7 +312,7 @@ def test_a_flipped_byte_ends_the_run_before_any_work_and_an_earlier_checkpoint_g
     with monkeypatch.context() as patch:
         patch.setattr(train_accelerate, "load_inputs", None)
         message = refused(run(first, keep_last=2, resume="auto"))
-    assert re.search(r"^error: .*step-00000004 can't be loaded: optimizer.bin or .*--resume auto", message)
+    assert re.search(r"step-00000004 can't be loaded: optimizer.bin or .*--resume auto", message)
     assert "no checkpoint of a run: it has no trainer.json" in refused(run(out, resume=tmp_path))
     assert not list(tmp_path.glob("out*"))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
