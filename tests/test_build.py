@@ -157,7 +157,7 @@ def test_what_fails_is_named_and_the_same_command_does_the_rest(config, tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr("captions.dataset_folder.pa.concat_tables", full)
-        with pytest.raises(ValueError, match=r"No space left on the disk while writing .*; nothing was kept"):
+        with pytest.raises(OSError, match=r"No space left on the disk while writing .*; nothing was kept"):
             main(["--config", str(config)])
     assert not (tmp_path / "built" / "dataset").exists() and not list(logs.glob("failures/*"))
     part = sorted((tmp_path / "built" / "2-score" / "train").glob("*.parquet"))[1]
