@@ -94,7 +94,7 @@ def test_only_rows_are_opened(page, folder, row, tmp_path, route):
     assert len(answers) == 1 and answers.pop()[0] == 404, "answers that differ tell which files there are"
 
 
-@pytest.mark.parametrize("name", ["search", "about", "show"])
+@pytest.mark.parametrize("name", ["search", "copies", "about", "show"])
 def test_only_rows_are_asked_about(page, folder, tmp_path, name):
     answers = set()
     for path in (path for path in outside(folder, tmp_path) if path):

@@ -89,10 +89,10 @@ class Question:
 def _checked(name: str, value: object) -> Any:
     """A value of a question in the type of its field. Raises Refusal."""
     match name, value:
-        case (("text" | "like" | "template"), str()) if _is_text(value):
-            return value
-        case "folder", str() if _is_text(value) and (not value or _is_plain(value)):
-            return value
+        case (("text" | "like" | "template" | "folder"), str()) if _is_text(value):
+            # A folder as the index names it: "~ana" would say who has a home here, ".." how deep it lies.
+            if name != "folder" or not value or (os.path.isabs(value) and ".." not in Path(value).parts):
+                return value
         case "k", int() if not isinstance(value, bool) and 1 <= value <= MAX_PICTURES:
             return value
         case (("since" | "until"), ""):
@@ -107,11 +107,6 @@ def _checked(name: str, value: object) -> Any:
         case "language", str():
             return "pt" if value.startswith("pt") else "en"
     raise Refusal("bad_question")
-
-
-def _is_plain(folder: str) -> bool:
-    """Whether a folder is named as the index names it; "~ana" would say who has a home here, ".." how deep it lies."""
-    return os.path.isabs(folder) and ".." not in Path(folder).parts
 
 
 def _is_text(text: str) -> bool:
@@ -187,24 +182,19 @@ class Answers:
         if image is not None:
             vectors.append(self.index.model.images([image])[0])
         if question.like:
-            vectors.append(self._known_vector(question.like))
-        pulls = [(1.0, self._known_vector(path)) for path in question.more]
-        pulls += [(-1.0, self._known_vector(path)) for path in question.less]
+            vectors.append(self._known_vectors([question.like])[0])
+        pulls = [(1.0, self._known_vectors([path])[0]) for path in question.more]
+        pulls += [(-1.0, self._known_vectors([path])[0]) for path in question.less]
         vector = np.mean(vectors, axis=0) if vectors else None
         return self.index.steered(vector, pulls) if pulls else vector
 
-    def _known_vector(self, path: str) -> np.ndarray:
-        """The vector of a row. Raises Refusal where it is gone, or not of this model."""
-        if self.index.row(path) is None:
-            raise Refusal("gone", 404)
-        return self._known_vectors([path])[0]
-
     def _known_vectors(self, paths: list[str]) -> np.ndarray:
-        """Vectors of rows. Raises Refusal where the model has not seen all of them."""
+        """Vectors of rows. Raises Refusal where the first is gone, or the model has not seen all of them."""
         try:
             return self.index.vectors(paths)
         except KeyError:
-            raise Refusal("not_ready", 503) from None
+            gone = self.index.row(paths[0]) is None
+            raise (Refusal("gone", 404) if gone else Refusal("not_ready", 503)) from None
 
     def _groups(self, labels: Sequence[str], found: Sequence[Classified]) -> list[dict[str, Any]]:
         """The pictures of each label, surest first; those of no label last."""
