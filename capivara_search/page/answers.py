@@ -185,6 +185,8 @@ class Answers:
             vectors.append(self._known_vectors([question.like])[0])
         pulls = [(1.0, self._known_vectors([path])[0]) for path in question.more]
         pulls += [(-1.0, self._known_vectors([path])[0]) for path in question.less]
+        if question.more and not vectors:  # what is looked for, by which a pull away counts half
+            vectors = [pulls.pop(0)[1]]
         vector = np.mean(vectors, axis=0) if vectors else None
         return self.index.steered(vector, pulls) if pulls else vector
 
