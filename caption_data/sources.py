@@ -69,10 +69,6 @@ PLACE = {"bytes": Value("binary"), "path": Value("string")}  # of an image, as `
 IN_ARCHIVE = {"archive": Value("string"), "offset": Value("int64"), "size": Value("int64")}
 
 
-class NoSplit(ValueError):
-    """A data set has no split of a name."""
-
-
 @dataclass(eq=False)
 class Split:
     """One split of one data set, in a fixed order; an image of a row is as `capivara_common.image_files` opens it."""
@@ -324,9 +320,9 @@ def form_hint(folder: Path) -> str:
 
 
 def of_split(splits: dict[str, Any], dataset: str, split: str, rule: str = "") -> Any:
-    """The split of a data set. Raises NoSplit where there is none of the name; `rule` ends the message."""
+    """The split of a data set. Raises ValueError where there is none of the name; `rule` ends the message."""
     if split not in splits:
-        raise NoSplit(f"{dataset} has no split {split!r}; there are {sorted(splits)}.{rule}")
+        raise ValueError(f"{dataset} has no split {split!r}; there are {sorted(splits)}.{rule}")
     return splits[split]
 
 

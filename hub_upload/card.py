@@ -252,7 +252,7 @@ def metadata(facts: dict[str, Any], title: str) -> ModelCardData:
         datasets=hub_ids(origin.get("hub_id") for origin in facts["origins"].get("datasets", ())) or None,
         tags=tags + facts["formats"],
         model_name=title,
-        eval_results=[_index_entry(facts, measured) for measured in _published(facts)],
+        eval_results=[_index_entry(facts, measured) for measured in _published(facts, facts["values"])],
     )
     if used := facts["used"]:
         hardware = used.get("gpu") or used.get("cpu") or facts["run"]["device"]
@@ -274,15 +274,11 @@ def eval_results(facts: dict[str, Any]) -> dict[str, str]:
     the record's task and direction.
     """
     found: dict[str, list[EvalResultEntry]] = {}
-    seen: set[tuple] = set()
-    for measured in _published(facts):
+    stands_for_others = [pair["capivara"] for group in facts["groups"] for pair in group["main"] if pair["capivara"]]
+    for measured in _published(facts, stands_for_others):
         record, commit = measured.record, revision(facts["run"], measured)
-        # The figure that stands for the others on the Hub's page; classification's is the first.
-        is_main = record.task != "retrieval" or record.metric == "mean_recall"
-        where = (record.condition._replace(metric=""), measured.precision)
-        if not commit or not is_main or where in seen:
+        if not commit:
             continue
-        seen.add(where)
         notes = f"{record.metric}, language {record.language or '-'}, split {record.split}, {record.protocol}"
         task = "_".join(filter(None, (record.task, record.direction)))
         entry = EvalResultEntry(record.dataset, task, record.value, dataset_revision=commit, notes=one_line(notes))
@@ -290,9 +286,9 @@ def eval_results(facts: dict[str, Any]) -> dict[str, str]:
     return {name: yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False) for name, entries in found.items()}
 
 
-def _published(facts: dict[str, Any]) -> list[Any]:
-    """Of each of CAPIVARA's figures of whole embeddings the one of the weights in the folder; no gains."""
-    of_model = [value for value in facts["values"] if value.model == "capivara" and value.metric != GAIN]
+def _published(facts: dict[str, Any], figures: list[Any]) -> list[Any]:
+    """Of each of CAPIVARA's figures among some the one of the weights in the folder; no gains."""
+    of_model = [value for value in figures if value.model == "capivara" and value.metric != GAIN]
     seed = facts["run"]["seed"]
     return [one for value in of_model for one in value.measured if value.seeds == 1 or one.seed == seed]
 

@@ -293,7 +293,6 @@ def _groups(values: list[Any]) -> list[dict[str, Any]]:
         gains = [value for value in group if value.metric == GAIN]
         n = {value.direction: value.n for value in group if not value.dim}
         about = {"texts": n.get("text_to_image"), "images": n.get("image_to_text") or n.get("")}
-        main = [pair for pair in main if pair["capivara"] and pair["baseline"]]
         groups.append({"task": task, "first": group[0], "pairs": pairs, "main": main, "gains": gains, **about})
         groups[-1]["widths"] = _widths(group) if any(value.dim for value in group) else []
     return groups
@@ -429,7 +428,7 @@ def template_values(facts: dict[str, Any], language: str, name: str, is_reposito
     run, config, trained, writer = facts["run"], facts["config"], facts["config"]["language"], Writer(language, facts)
     groups = [group for group in facts["groups"] if group["pairs"]]
     groups.sort(key=lambda group: (TASKS.index(group["task"]), group["first"].language != trained))
-    main = [pair for group in groups for pair in group["main"]]
+    main = [pair for group in groups for pair in group["main"] if pair["capivara"] and pair["baseline"]]
     gains = [value for value in facts["values"] if value.metric == GAIN]
     curve = [point["validation"] for point in run.get("curve") or () if point.get("validation")]
     used, architecture, rotated = facts["used"], facts["architecture"], facts["model"] / "rotation.safetensors"

@@ -28,7 +28,8 @@ LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".arrow", ".tar", ".onnx", "
 SILENCE_S = 10
 LFS_BYTES = 10 * 2**20  # a larger file goes to LFS, whatever its name
 QUOTA = "Private repository storage limit reached, please upgrade your plan to increase your private storage limit."
-REPO = r"/api/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)"
+FILES = r"/(?P<kind>datasets/|spaces/)?(?P<name>[^/]+/[^/]+)"
+REPO = r"/api/(?P<kind>models|datasets|spaces)/(?P<name>[^/]+/[^/]+)"
 ROUTES = [
     (method, re.compile(path), action)
     for method, path, action in (
@@ -45,10 +46,10 @@ ROUTES = [
         ("POST", REPO + r"/commit/(?P<revision>[^/]+)", "commit"),
         ("POST", REPO + r"/branch/(?P<branch>[^/]+)", "create_branch"),
         ("POST", REPO + r"/tag/(?P<revision>[^/]+)", "create_tag"),
-        ("POST", r"/(?P<kind>datasets/)?(?P<name>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
+        ("POST", FILES + r"\.git/info/lfs/objects/batch", "lfs_batch"),
         ("PUT", r"/lfs-upload/(?P<sha256>[0-9a-f]{64})", "lfs_put"),
         ("POST", r"/lfs-verify/(?P<sha256>[0-9a-f]{64})", "lfs_verify"),
-        ("GET", r"/(?P<kind>datasets/)?(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+        ("GET", FILES + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
     )
 ]
 

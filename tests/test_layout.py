@@ -23,7 +23,7 @@ ALLOWED = {
     "training": {COMMON, "caption_data", "eval.records", "modeling_capivara", "eval"},  # it measures what it trains
     "eval": {COMMON, "caption_data", "eval.records", "modeling_capivara"},
     # hub_upload/space: the page of capivara_search, as a Space
-    "hub_upload": {COMMON, "capivara_search", "caption_data", "eval.records", "modeling_capivara", "eval"},
+    "hub_upload": {COMMON, "capivara_search", "eval.records", "modeling_capivara", "eval"},
     # hub_upload: a run can end with a push; `training` itself knows nothing of it
     "train_accelerate": {
         *(COMMON, "caption_data", "eval.records", "training", "eval", "modeling_capivara", "hub_upload"),

@@ -153,7 +153,6 @@ def test_the_example_trains_the_text_side_alone(folder, tiny_dataset_folder, tmp
     ("changed", "message"),
     [
         ({"--model": "missing"}, "modules.json is missing"),
-        ({"--split": "prova"}, "has no split 'prova'; it has train"),
         ({"--train_split": "prova"}, "has no split 'prova'; it has train"),
         ({"--batch_size": "500"}, "train has 12 pictures, fewer than a batch: lower --batch_size"),
         ({"--language": "eo"}, "needs the columns image and captions-eo"),

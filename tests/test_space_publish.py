@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hub_server
 import made_pictures
 import pytest
 import yaml
@@ -135,15 +134,7 @@ def test_a_space_runs_from_its_folder_alone(flags, tmp_path):
 
 
 @pytest.fixture
-def commands(tmp_path, monkeypatch):
-    """The command against a stand-in for the Hub, which learns of Spaces here."""
-
-    def with_spaces(pattern: re.Pattern) -> re.Pattern:
-        known = pattern.pattern.replace("models|datasets", "models|datasets|spaces")
-        return re.compile(known.replace("(?P<kind>datasets/)", "(?P<kind>datasets/|spaces/)"))
-
-    routes = [(method, with_spaces(pattern), action) for method, pattern, action in hub_server.ROUTES]
-    monkeypatch.setattr(hub_server, "ROUTES", routes)
+def commands(tmp_path):
     with hub_commands(tmp_path / "hub") as found:
         yield found
 

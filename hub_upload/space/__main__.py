@@ -44,10 +44,10 @@ class SpaceArguments:
     def __post_init__(self) -> None:
         if (self.static is None) == (self.space is None):
             raise ValueError("Say what is made: --space FOLDER, or --static FOLDER alone; `capivara app` searches.")
-        if self.space is not None and self.pictures is None:
-            raise ValueError("--space FOLDER needs --pictures, an index or a folder of pictures.")
         if self.static is None and self.library is not None:
             raise ValueError("--library is of --static FOLDER alone.")
+        if self.static is None and self.pictures is None:
+            raise ValueError("--space FOLDER needs --pictures, an index or a folder of pictures.")
         if self.cache_dir == "off":
             raise ValueError("The index is kept; cache_dir must be auto or a folder, got 'off'.")
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 import shutil
-from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any
@@ -117,8 +116,9 @@ def write_space(index: PictureIndex, model: str, folder: Path, credit: Credit) -
     Raises ValueError where the folder is not empty, or a file names a path of this machine or a token.
     """
     with whole_folder(folder) as made:
-        for source in (*program_files(), Path("LICENSE")):
-            copy_file(ROOT / source, made / source)
+        program = (path for package in PROGRAM for path in (ROOT / package).rglob("*"))
+        for path in (ROOT / "LICENSE", *(path for path in program if path.suffix in PROGRAM_SUFFIXES)):
+            copy_file(path, made / path.relative_to(ROOT))
         there = _copied_model(model, made)
         publish_index(index, made / "index.lance", there, credit.name)
         names = "\n".join(PictureTable(made / "index.lance").rows(["path"])["path"].to_pylist())
@@ -153,12 +153,6 @@ def model_licence(model: Path) -> str:
     return str(card_metadata(model / "README.md").get("license") or "")
 
 
-def program_files() -> list[Path]:
-    """The packages that the page consists of, relative to the checkout, with what lies beside their modules."""
-    found = [path for package in PROGRAM for path in (ROOT / package).rglob("*") if path.suffix in PROGRAM_SUFFIXES]
-    return sorted(path.relative_to(ROOT) for path in found)
-
-
 def requirements(model: str) -> dict[str, str]:
     """What the page and its model need: package -> version, that which is installed."""
     needed = [line for line in metadata.requires("modeling-capivara") if "extra ==" not in line]
@@ -180,8 +174,7 @@ def _copied_model(model: str, made: Path) -> str:
     if not source.is_dir():
         return model
     target = Path("models", short_name(model))
-    for file in sorted(source.iterdir()):
-        if file.is_file() and any(fnmatchcase(file.name, pattern) for pattern in MODEL_FILES):
-            copy_file(file, made / target / file.name)
+    for file in (file for pattern in MODEL_FILES for file in source.glob(pattern)):
+        copy_file(file, made / target / file.name)
     check_contents(made / target)
     return str(target)
