@@ -34,9 +34,8 @@ from caption_data.sources import open_split
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import embed_images
-from training.batches import StepPlan, random_state
 from training.inputs import Pairs, augmented, cached_embeds, image_cache, with_vectors
-from training.whole_batch import WholeBatch
+from training.whole_batch import StepPlan, WholeBatch, random_state
 
 IMAGES = 12  # of the training split of `tiny_dataset_folder`
 NEGATIVE = encoded(PIL.Image.fromarray(np.full((40, 36), -1, dtype=np.int32)), "TIFF")  # PIL reads it, we don't

@@ -37,8 +37,8 @@ from caption_data.sources import Split, open_split
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import IMAGE_SIDE, embed_images, embedding_width, image_embeds, image_parts
 from training.arguments import RunArguments
-from training.batches import Planner, StepPlan, batch_counts, random_state
 from training.trainable import prepare_trainable
+from training.whole_batch import Planner, StepPlan, batch_counts, random_state
 
 PIXELS_VERSION = 1  # raise it when preprocessing or augmentation changes what an image becomes
 AUGMENTATION = {"resize": 250, "crop": 224, "scale": [0.9, 1.0], "augmix_severity": 2}  # arXiv 2310.13683, section 4
