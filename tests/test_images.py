@@ -28,9 +28,9 @@ import training.inputs
 from capivara_common.files import DIGEST_BYTES
 from capivara_common.image_files import BadImage, decode_image
 from capivara_common.tasks import all_parts
-from caption_data.embedding_cache import EmbeddingCache, vectors_of
 from caption_data.pairs import pair_table, skipped_rows, usable
 from caption_data.sources import open_split
+from eval.embeddings import EmbeddingCache, vectors_of
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import embed_images
