@@ -25,7 +25,7 @@ from datasets import Features, Image, List, Value
 
 from benchmarks.timing import conditions, finish, in_own_process, peak_memory_bytes
 from capivara_common.cli import at_least, flag, parse
-from caption_data.selection import CaptionChoice
+from caption_data.rows import CaptionChoice
 
 TEXT = (
     "um uma o a homem mulher criança gato cachorro casa rua praia mesa bola carro bicicleta sol azul verde vermelho "

@@ -49,10 +49,9 @@ from examples.openmoji.concepts import concept_rows
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.two_towers import embedding_width, is_sigmoid
 from training.arguments import RunArguments
-from training.batches import MicroBatch, micro_batches
 from training.inputs import embed_pixels
 from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at, prepare_trainable
-from training.whole_batch import WholeBatch
+from training.whole_batch import MicroBatch, WholeBatch, micro_batches
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16"}  # Accelerate's names -> those of the results
 PEER = "open_clip"

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from datasets import List, Value
 
 from capivara_common.files import read_json, write_json
-from caption_data.selection import TOKEN_PATTERN
+from caption_data.rows import TOKEN_PATTERN
 from captions.translators import language_parts, same_language
 
 # Which letters a language is written with, by the first word of their names in Unicode; rare second scripts included,

@@ -3,7 +3,7 @@
     python -m captions.select --dataset data/scored --output data/selected --language pt \\
         --caption_strategy rank --caption_count 5 --min_pair_similarity 0.2
 
-The strategies and the pair filter are those of the training (`caption_data.selection`), under its names for them:
+The strategies and the pair filter are those of the training (`caption_data.rows`), under its names for them:
 here the choice is made once, can be looked at, and makes the data set small. In the output `captions-<language>`
 holds what was picked, in the order of the strategy, `similarities-<language>` belongs to it, and
 `generated-captions-<language>` is empty; other languages stay as they were. Images that are left with nothing are left
@@ -26,8 +26,7 @@ from capivara_common.cli import flag, run_command
 from capivara_common.files import write_json, write_text
 from capivara_common.image_files import BadRow, decode_image
 from capivara_common.privacy import short_name
-from caption_data.rows import CAPTIONS, NOT_CHOSEN, caption_texts
-from caption_data.selection import WITH_SIMILARITIES, CaptionChoice
+from caption_data.rows import CAPTIONS, NOT_CHOSEN, WITH_SIMILARITIES, CaptionChoice, caption_texts
 from caption_data.sources import Split
 from captions.stages import (
     Phase,

@@ -1,13 +1,16 @@
 """What all measurements share: embeddings of a data set, the result file, and what a command prints.
 
-    store = EmbeddingStore(load_embedder("data/openmoji/base"), cache_folder("auto"), batch_size=32)
+    store = EmbeddingStore(load_embedder("data/openmoji/base"), cache_home(), batch_size=32)
     images = store.images(open_split("data/openmoji/dataset", "test", "image"))
     text_embeds = store.texts(["uma foto de um gato"])
 
-Embeddings are computed once, kept by what they depend on, and shared out to all processes of a launch. A shard of
-`caption_data.embedding_cache` is named by its own images or texts: a data set that has grown has its first shards.
+Embeddings are computed once, and kept in files by what they depend on; training keeps its own so, too. Rows go through
+in shards: an interrupted run continues at the first one that is missing or damaged, and the processes of a launch share
+them out. No batch has rows of two shards, so that a shard depends neither on who makes it nor on which others are made.
+One of a measurement is named by its own images or texts: a data set that has grown has its first shards.
 """
 
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,17 +28,82 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from capivara_common.cli import at_least, flag, parse
-from capivara_common.environment import device_description, processes
-from capivara_common.files import read_json
-from capivara_common.image_files import BadImage, ImageFileArguments
+from capivara_common.environment import cache_home, device_description, processes
+from capivara_common.files import add_digest, has_digest, read_json, whole_file
+from capivara_common.image_files import BadImage, ImageFileArguments, by_threads
 from capivara_common.tasks import all_parts
-from caption_data.embedding_cache import FILES_VERSION, Bad, EmbeddingCache, cache_folder, vectors_of
 from caption_data.rows import digest_of
 from caption_data.sources import Split
 from eval.records.schema import Record, write_records
 from modeling_capivara.two_towers import Embedder, load_embedder
 
 IMAGES_PER_SHARD, TEXTS_PER_SHARD = 256, 2048  # what an interruption loses, and processes share out
+FILES_VERSION = 2  # of what the embeddings depend on; raise it when that changes
+Bad = dict[int, tuple[str, str]]  # place of a row in its shard -> reason and detail
+logger = logging.getLogger("capivara")
+
+
+class EmbeddingCache:
+    """Embeddings of rows, an Arrow table a shard: `vectors`, an empty list where a row is bad, `reason` and `detail`.
+
+    The names of the folder and its files, `paths`, depend on all that the embeddings do; a file ends with a digest, and
+    is there whole or not at all. `parts` are the rows of each shard.
+    """
+
+    def __init__(self, folder: Path, parts: list[range], names: Sequence[str] | None = None):
+        self.folder, self.parts = folder, parts
+        self.paths = [folder / f"{name}.arrow" for name in names or [f"shard-{n:05d}" for n in range(len(parts))]]
+
+    def missing(self) -> list[int]:
+        """Shards that are still to be made, damaged ones among them; the same on all processes of a launch."""
+        found: list[Any] = [None]
+        if processes().is_main_process:
+            found = [[number for number, good in enumerate(by_threads(has_digest, self.paths)) if not good]]
+            lost = [self.paths[number] for number in found[0]]
+            for path in filter(Path.exists, lost):
+                logger.warning("%s is damaged; it is made anew.", path)
+            if old := [path for path in (path.with_suffix(".npy") for path in lost) if path.exists()]:
+                logger.warning("%s has embeddings in files of an earlier version; they are made anew.", self.folder)
+                for path in old:
+                    path.unlink()
+        return broadcast_object_list(found)[0]
+
+    def make(self, numbers: Sequence[int], embed: Callable[[list[int]], Iterator[tuple[np.ndarray, Bad]]]) -> None:
+        """Make shards: each process of a launch a run of neighbours, since a source may be read to its end.
+
+        `embed` is given their numbers, and yields of each the array (rows, …), and the rows that are bad.
+        """
+        state = processes()
+        own = np.array_split(np.array(numbers, dtype=int), state.num_processes)[state.process_index].tolist()
+        for number, (embeds, bad) in zip(own, embed(own), strict=True):
+            self.write(number, embeds, bad)
+        state.wait_for_everyone()
+
+    def write(self, number: int, embeds: np.ndarray, bad: Bad) -> None:
+        """Write a shard whole; what `embeds` has in bad rows is left out."""
+        good = np.array([place not in bad for place in range(len(embeds))])
+        ends = np.cumsum(good * embeds[0].size)
+        faults = zip(*(bad.get(place, ("", "")) for place in range(len(embeds))), strict=True)
+        vectors = pa.LargeListArray.from_arrays(np.insert(ends, 0, 0), embeds[good].ravel())
+        table = pa.table([vectors, *map(pa.array, faults)], ["vectors", "reason", "detail"])
+        with whole_file(self.paths[number]) as path:
+            with pa.ipc.new_stream(path, table.schema) as file:
+                file.write_table(table)
+            add_digest(path)
+
+    def table(self) -> pa.Table:
+        """All shards, left on the disk, memory-mapped. Raises ValueError where one is of other rows."""
+        tables = [pa.ipc.open_stream(pa.memory_map(str(path))).read_all() for path in self.paths]
+        for path, part, table in zip(self.paths, self.parts, tables, strict=True):
+            if len(table) != len(part):
+                raise ValueError(f"{path} should have {len(part)} rows, it has {len(table)}. Remove it.")
+        return pa.concat_tables(tables)
+
+
+def vectors_of(table: pa.Table) -> np.ndarray:
+    """(rows, numbers), read-only, of a table whose rows all have `vectors`, at least one."""
+    vectors = table.column("vectors").combine_chunks()
+    return vectors.flatten().to_numpy().reshape(len(vectors), -1)
 
 
 @dataclass(kw_only=True)
@@ -148,7 +216,8 @@ def distinct_texts(texts: Sequence[str]) -> list[str]:
 def open_store(args: ModelArguments) -> EmbeddingStore:
     """The model of the arguments, its embeddings kept in their cache folder; raises as `load_embedder`."""
     embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision)
-    return EmbeddingStore(embedder, cache_folder(args.cache_dir), args.batch_size)
+    root = None if args.cache_dir == "off" else cache_home() if args.cache_dir == "auto" else Path(args.cache_dir)
+    return EmbeddingStore(embedder, root, args.batch_size)
 
 
 def write_result(

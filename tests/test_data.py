@@ -9,8 +9,8 @@ from datasets import DatasetDict, load_from_disk
 
 from caption_data.pairs import check_bad_share
 from training.arguments import parse_arguments
-from training.batches import Planner, batch_counts, batch_indices, drawn_captions, drawn_views
 from training.inputs import open_splits
+from training.whole_batch import Planner, batch_counts, batch_indices, drawn_captions, drawn_views
 
 CAPTIONS = [[f"gato {i}", f"uma casa azul {i}"][: 1 + i % 2] for i in range(11)]
 

@@ -28,15 +28,14 @@ import training.inputs
 from capivara_common.files import DIGEST_BYTES
 from capivara_common.image_files import BadImage, decode_image
 from capivara_common.tasks import all_parts
-from caption_data.embedding_cache import EmbeddingCache, vectors_of
 from caption_data.pairs import pair_table, skipped_rows, usable
 from caption_data.sources import open_split
+from eval.embeddings import EmbeddingCache, vectors_of
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import embed_images
-from training.batches import StepPlan, random_state
 from training.inputs import Pairs, augmented, cached_embeds, image_cache, with_vectors
-from training.whole_batch import WholeBatch
+from training.whole_batch import StepPlan, WholeBatch, random_state
 
 IMAGES = 12  # of the training split of `tiny_dataset_folder`
 NEGATIVE = encoded(PIL.Image.fromarray(np.full((40, 36), -1, dtype=np.int32)), "TIFF")  # PIL reads it, we don't

@@ -26,9 +26,8 @@ from modeling_capivara.two_towers import (
     tokenise,
 )
 from training.arguments import RunArguments
-from training.batches import micro_batches
 from training.trainable import prepare_trainable
-from training.whole_batch import contrastive_loss, loss_of, sigmoid_loss
+from training.whole_batch import contrastive_loss, loss_of, micro_batches, sigmoid_loss
 
 TWELVE = [f"{caption} {ending}" for caption in CAPTIONS[:6] for ending in ("azul", "e uma casa verde")]
 CLASSES = {"siglip": SiglipModel, "clip": CLIPModel, "capivara": CapivaraModel}

@@ -8,9 +8,9 @@ from datasets import load_from_disk
 from tiny import TINY_TEXT, randomise, tiny_config
 
 import training.inputs
-from caption_data.embedding_cache import vectors_of
 from caption_data.sources import open_split
 from eval.capivara_metrics.metrics import recall_at_k, retrieval_ranks
+from eval.embeddings import vectors_of
 from examples.openmoji import prepare
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model, load_processor

@@ -12,10 +12,10 @@ import pytest
 from test_checkpoints import flipped
 
 import modeling_capivara.two_towers
-from caption_data.embedding_cache import vectors_of
 from caption_data.pairs import pair_table, pairs_fingerprint
 from caption_data.sources import open_split
 from eval import classification, linear_probe
+from eval.embeddings import vectors_of
 from eval.records.schema import Record, read_records
 from eval.retrieval import RetrievalArguments, _chosen, evaluate, load_data, main
 from modeling_capivara import CapivaraModel

@@ -9,8 +9,7 @@ import pytest
 from caption_tars import picture, rows_of, saved_train, training_of
 from datasets import Image
 
-from caption_data.rows import CAPTIONS, SIMILARITIES
-from caption_data.selection import STRATEGIES
+from caption_data.rows import CAPTIONS, SIMILARITIES, STRATEGIES
 from captions.select import SelectArguments, main, select_rows, write_report
 from training.arguments import RunArguments
 

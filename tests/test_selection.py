@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from caption_data.selection import STRATEGIES, CaptionChoice
+from caption_data.rows import STRATEGIES, CaptionChoice
 
 ROW = {
     "captions-pt": ["gato preto", "cão na praia"],

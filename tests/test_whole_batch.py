@@ -17,8 +17,7 @@ from whole_batch_process import CAPTIONS, MICRO, SEED, STEP, VARIANTS, build, gr
 from modeling_capivara import clip_loss
 from modeling_capivara.two_towers import text_embeds
 from training import whole_batch
-from training.batches import micro_batches
-from training.whole_batch import WholeBatch, contrastive_loss, graph_bytes, word_rows
+from training.whole_batch import WholeBatch, contrastive_loss, graph_bytes, micro_batches, word_rows
 
 TESTS = Path(__file__).resolve().parent
 TOLERANCE = {"no": 1e-6, "bf16": 1e-2}

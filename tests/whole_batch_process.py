@@ -15,8 +15,7 @@ from transformers import PreTrainedModel, SiglipConfig, SiglipImageProcessor, Si
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.two_towers import freeze_image_side
-from training.batches import micro_batches
-from training.whole_batch import WholeBatch
+from training.whole_batch import WholeBatch, micro_batches
 
 CAPTIONS = ["gato", "uma foto de um gato azul", "a casa", "o carro verde e a árvore", "pão", "são joão", "água"]
 SEED, STEP, MICRO = 5, 3, 2

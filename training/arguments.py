@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from capivara_common.cli import at_least, between, flag, parse
 from capivara_common.image_files import DATASET_HELP, CaptionDataArguments
-from caption_data.selection import CaptionChoice
+from caption_data.rows import CaptionChoice
 
 RECIPE = "it lost, or made no difference, see docs/recipe.md; --interpolate 0.7 is what is left of it"
 GONE = {  # flags of earlier versions -> what there is instead

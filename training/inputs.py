@@ -30,15 +30,15 @@ from capivara_common.environment import cache_home
 from capivara_common.files import write_json
 from capivara_common.image_files import BadImage, eight_bits
 from capivara_common.tasks import all_parts
-from caption_data.embedding_cache import FILES_VERSION, Bad, EmbeddingCache, vectors_of
 from caption_data.pairs import check_bad_share, lacking, pair_table, pairs_fingerprint, skipped_rows, usable
 from caption_data.rows import Skipped, digest_of
 from caption_data.sources import Split, open_split
+from eval.embeddings import FILES_VERSION, Bad, EmbeddingCache, vectors_of
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import IMAGE_SIDE, embed_images, embedding_width, image_embeds, image_parts
 from training.arguments import RunArguments
-from training.batches import Planner, StepPlan, batch_counts, random_state
 from training.trainable import prepare_trainable
+from training.whole_batch import Planner, StepPlan, batch_counts, random_state
 
 PIXELS_VERSION = 1  # raise it when preprocessing or augmentation changes what an image becomes
 AUGMENTATION = {"resize": 250, "crop": 224, "scale": [0.9, 1.0], "augmix_severity": 2}  # arXiv 2310.13683, section 4

@@ -23,11 +23,10 @@ from caption_data.rows import Skipped, write_skipped
 from eval.retrieval import embed_captions, validation_measures
 from modeling_capivara.two_towers import embedding_width, is_sigmoid
 from training.arguments import RunArguments
-from training.batches import MicroBatch, StepPlan
 from training.checkpoints import Checkpoints, TrainerState
 from training.inputs import Inputs, cached_embeds, embed_pixels, loading_workers, read_ahead
 from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at
-from training.whole_batch import WholeBatch, loss_of
+from training.whole_batch import MicroBatch, StepPlan, WholeBatch, loss_of
 
 logger = logging.getLogger("capivara")
 MAX_OVERFLOWS = 20  # the scaler halves its scale at each; after as many, the loss itself is at fault

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from modeling_capivara.two_towers import IMAGE_SIDE
-from training.batches import MicroBatch
 from training.inputs import embed_pixels
-from training.whole_batch import WholeBatch
+from training.whole_batch import MicroBatch, WholeBatch
 
 NEEDED = ("input_ids", "attention_mask", "pixel_values")
 

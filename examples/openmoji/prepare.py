@@ -32,10 +32,9 @@ from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.trim_vocabulary import cut_tokenizer, kept_ids
 from modeling_capivara.two_towers import CPU_IMAGES, embed_texts, image_parts, is_sigmoid
 from training.arguments import RunArguments
-from training.batches import batch_indices, drawn_captions, micro_batches
 from training.inputs import cache_root, evaluation_pairs, image_cache
 from training.trainable import clamp_logit_scale
-from training.whole_batch import word_rows
+from training.whole_batch import batch_indices, drawn_captions, micro_batches, word_rows
 
 # Chosen on the validation concepts, English captions; the test split played no part.
 RIDGE_PENALTY = 3.0  # times the number of training pictures
