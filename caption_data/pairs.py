@@ -149,7 +149,7 @@ def _kept(path: Path, made: Callable[[], Dataset], readable_now: Callable[[Datas
         if state.is_local_main_process:
             os.utime(path)
             for old in path.parent.iterdir():  # also what a kill has left of one
-                with suppress(FileNotFoundError):  # another run tidies, too
+                with suppress(OSError):  # another run tidies, too; a folder is nobody's of ours
                     if time.time() - old.stat().st_mtime > KEPT_S:
                         old.unlink()
     return table

@@ -59,13 +59,11 @@ class EmbeddingCache:
         found: list[Any] = [None]
         if processes().is_main_process:
             found = [[number for number, good in enumerate(by_threads(has_digest, self.paths)) if not good]]
-            lost = [self.paths[number] for number in found[0]]
-            for path in filter(Path.exists, lost):
+            for path in filter(Path.exists, (self.paths[number] for number in found[0])):
                 logger.warning("%s is damaged; it is made anew.", path)
-            if old := [path for path in (path.with_suffix(".npy") for path in lost) if path.exists()]:
-                logger.warning("%s has embeddings in files of an earlier version; they are made anew.", self.folder)
-                for path in old:
-                    path.unlink()
+            if found[0] and next(self.folder.parent.glob("*/*.npy"), None):  # their folders may have other names
+                text = "%s has embeddings of an earlier version, *.npy: they are made anew, the files can be removed."
+                logger.warning(text, self.folder.parent)
         return broadcast_object_list(found)[0]
 
     def make(self, numbers: Sequence[int], embed: Callable[[list[int]], Iterator[tuple[np.ndarray, Bad]]]) -> None:
@@ -93,10 +91,14 @@ class EmbeddingCache:
 
     def table(self) -> pa.Table:
         """All shards, left on the disk, memory-mapped. Raises ValueError where one is of other rows."""
-        tables = [pa.ipc.open_stream(pa.memory_map(str(path))).read_all() for path in self.paths]
-        for path, part, table in zip(self.paths, self.parts, tables, strict=True):
-            if len(table) != len(part):
-                raise ValueError(f"{path} should have {len(part)} rows, it has {len(table)}. Remove it.")
+        tables = []
+        for path, part in zip(self.paths, self.parts, strict=True):
+            try:
+                tables.append(pa.ipc.open_stream(pa.memory_map(str(path))).read_all())
+            except pa.ArrowInvalid as error:
+                raise ValueError(f"{path} is no table of embeddings ({error}). Remove it.") from error
+            if len(tables[-1]) != len(part):
+                raise ValueError(f"{path} should have {len(part)} rows, it has {len(tables[-1])}. Remove it.")
         return pa.concat_tables(tables)
 
 

@@ -91,7 +91,7 @@ def probe_scores(
     regression = LogisticRegression(max_iter=MAX_ITERATIONS)
     chooses = 0 in fold and len(np.unique(both.labels[fold < 0])) > 1
     if chooses:  # and fits the best again, to both
-        regression = GridSearchCV(regression, {"C": PENALTIES}, cv=PredefinedSplit(fold))
+        regression = GridSearchCV(regression, {"C": PENALTIES.tolist()}, cv=PredefinedSplit(fold))
     regression.fit(*both)
     scores = torch.full((len(test.labels), classes), -1e9, dtype=torch.double)  # a class that was never seen
     decision = regression.decision_function(test.embeds)

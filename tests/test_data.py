@@ -47,6 +47,8 @@ def test_counts_follow_the_sizes():
     assert sum(batch_counts(2816, [999_999, 31_000, 5_000])) == 2816
     with pytest.raises(ValueError, match="takes 9 pairs from a data set that has 8 usable"):
         batch_counts(9, [8])
+    with pytest.raises(ValueError, match="No usable pair is left"):
+        batch_counts(9, [0])
     with pytest.raises(ValueError, match="no room for a data set of 3 pairs"):
         batch_counts(10, [1000, 3])
 
@@ -76,7 +78,9 @@ def test_spares_follow_the_batch_in_its_permutation(tiny_processor):
     place = [int(number) for number in np.flatnonzero(plan.sources == 0)]
     first = planner.replaced(plan, place[1:3])
     second = planner.replaced(first, place[2:3])
-    assert sorted([*first.rows[place[1:3]], second.rows[place[2]]]) == left and second.spent == 3
+    assert sorted([*first.rows[place[1:3]], second.rows[place[2]]]) == left and second.spent == {0: 3}
+    other = np.flatnonzero(plan.sources == 1)[:2].tolist()  # of the second data set, which has two of its own
+    assert len({*planner.replaced(second, other).rows[plan.sources == 1]}) == 4
     same = np.setdiff1d(np.arange(12), place[1:3])
     assert np.array_equal(second.rows[same], plan.rows[same]) and np.array_equal(plan.rows, planner(1).rows)
     found = [t for b in second.batches for t in tiny_processor.batch_decode(b.input_ids, skip_special_tokens=True)]

@@ -35,7 +35,7 @@ from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import embed_images
 from training.inputs import Pairs, augmented, cached_embeds, image_cache, with_vectors
-from training.whole_batch import StepPlan, WholeBatch, random_state
+from training.whole_batch import StepPlan, WholeBatch, batch_indices, random_state
 
 IMAGES = 12  # of the training split of `tiny_dataset_folder`
 NEGATIVE = encoded(PIL.Image.fromarray(np.full((40, 36), -1, dtype=np.int32)), "TIFF")  # PIL reads it, we don't
@@ -93,8 +93,8 @@ def cache_of(model, pairs, root, precision="no") -> Path:
 
 
 def shards(folder) -> dict[str, bytes]:
-    """Name -> bytes of all that a cache holds, but what a kill left of a file that was being written."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name.startswith("shard-")}
+    """Name -> bytes of all that a cache holds, but what a kill or an earlier version left."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix == ".arrow"}
 
 
 def train(*args, **overrides) -> tuple[dict[str, torch.Tensor], list[float], Path]:
@@ -181,7 +181,7 @@ def test_a_damaged_shard_is_made_anew_and_said(
     with counted_images(monkeypatch) as counts:
         cache_of(tiny_model, pairs, tmp_path)
     assert sum(counts) == 6 and shards(folder) == whole
-    said = ("shard-00001.arrow is damaged; it is made", f"{folder} has embeddings in files of an earlier version")
+    said = ("shard-00001.arrow is damaged; it is made", f"{folder.parent} has embeddings of an earlier version, *.npy")
     assert len([line for line in caplog.messages if any(part in line for part in said)]) == 1
     EmbeddingCache(folder, all_parts(12, 6)).write(1, np.zeros((5, 2), np.float16), {})
     with pytest.raises(ValueError, match=r"shard-00001\.arrow should have 6 rows, it has 5\. Remove it"):
@@ -378,6 +378,17 @@ def test_spares_take_the_places_of_bad_pictures(tiny_folder, tiny_dataset_folder
     assert [point["loss"] for point in curve if "loss" in point] == pytest.approx(losses, rel=1e-4)
     before = load_model(tiny_folder).state_dict()
     assert largest_difference(one, load_model(tmp_path / "two").state_dict(), before) < 0.02
+
+
+def test_a_run_with_too_many_bad_pictures_goes_on_with_a_larger_share(tiny_folder, tiny_dataset_folder, tmp_path):
+    bad = [batch_indices(step, 6, IMAGES, 42)[-1] for step in (0, 1)]  # of the first step, and of the second
+    dataset = altered(tiny_dataset_folder, tmp_path / "data", dict.fromkeys(map(int, bad), NEGATIVE))
+    options = {"image_embedding_cache": "off", "effective_batch_size": 6, "micro_batch_size": 2, "seed": 42}
+    with pytest.raises(ValueError, match=r"2 of 12 rows (?s:.*) Step 1 is saved, which a larger share goes on from"):
+        train(tiny_folder, dataset, tmp_path / "out", max_bad_share=0.1, **options)
+    resumed, losses, _ = train(tiny_folder, dataset, tmp_path / "out", max_bad_share=0.2, resume="auto", **options)
+    whole, expected, _ = train(tiny_folder, dataset, tmp_path / "whole", max_bad_share=0.2, **options)
+    assert losses == expected and all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 def test_what_bad_pictures_end_in_one_line(tiny_folder, tiny_dataset_folder, tmp_path):

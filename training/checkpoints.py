@@ -44,7 +44,7 @@ LOADED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pkl", ".json")  # what may b
 # Settings that may differ between a run and its continuation: they change no weight.
 FREE_SETTINGS = {
     *("output_dir", "overwrite_output_dir", "resume", "save_steps", "keep_last", "tracker", "carbon_country"),
-    *("loading_workers", "num_threads", "push_to_hub", "hub_model_id", "hub_strategy", "hub_private"),
+    *("loading_workers", "num_threads", "max_bad_share", "push_to_hub", "hub_model_id", "hub_strategy", "hub_private"),
 }
 DEFAULTS = {known.name: known.default for known in fields(RunArguments)}  # what a run had before there was a setting
 logger = logging.getLogger("capivara")

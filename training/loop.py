@@ -211,7 +211,13 @@ class Trainer:
                 logger.warning("%s, row %d: %s. Other pairs take its place.", pairs.source.where, row, image)
         self._write_skipped()
         rows = sum(map(len, inputs.training)) + len(inputs.skipped) - len(known)
-        check_bad_share(inputs.skipped, rows, self.args.max_bad_share)
+        try:
+            check_bad_share(inputs.skipped, rows, self.args.max_bad_share)
+        except ValueError as error:
+            if not self.state.step:
+                raise
+            self.checkpoints.save(self.state)
+            raise ValueError(f"{error} Step {self.state.step} is saved, which a larger share goes on from.") from error
 
     def _write_skipped(self) -> None:
         if self.accelerator.is_main_process:

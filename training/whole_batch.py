@@ -9,9 +9,10 @@ embeddings together, and each micro-batch has a backward pass of its own. One th
 state of its first time, so the gradient is the same to the bit whatever was kept.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 import numpy as np
@@ -67,6 +68,8 @@ def micro_batches(processor: ProcessorMixin, captions: Sequence[str], size: int)
 
 def batch_counts(batch_size: int, sizes: Sequence[int]) -> list[int]:
     """Pairs of a batch from each data set, by their sizes; ValueError where one would give none, or has too few."""
+    if not sum(sizes):
+        raise ValueError("No usable pair is left: --min_pair_similarity and --caption_strategy leave all others out.")
     exact = [batch_size * size / sum(sizes) for size in sizes]
     counts = [int(share) for share in exact]
     by_rest = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])  # largest remainder first
@@ -142,7 +145,7 @@ class StepPlan:
     views: np.ndarray  # (pairs,), the view of its image
     texts: list[str]
     batches: list[MicroBatch]  # all micro-batches, of all processes
-    spent: int = 0  # spares that were put in
+    spent: Counter[int] = field(default_factory=Counter)  # data set -> its spares that were put in
 
     def items(self, places: Tensor) -> list[tuple[int, int, int]]:
         """Data set, row and view of the images at these places."""
@@ -181,9 +184,10 @@ class Planner:
 
     def replaced(self, plan: StepPlan, places: Sequence[int]) -> StepPlan:
         """A plan with the next spares of its permutations at these places, and their micro-batches tokenised anew."""
-        rows, texts = plan.rows.copy(), [*plan.texts]
-        for count, place in enumerate(places, plan.spent):
+        rows, texts, spent = plan.rows.copy(), [*plan.texts], Counter(plan.spent)
+        for place in places:
             number = int(plan.sources[place])
+            count, spent[number] = spent[number], spent[number] + 1
             captions, seed = self.captions[number], self.seed + (number << 32)
             rows[place] = spare_index(plan.step, self.counts[number], len(captions), seed, count)
             (texts[place],) = drawn_captions(captions, rows[[place]], plan.step, seed + count)
@@ -192,7 +196,7 @@ class Planner:
             if not {*batch.positions.tolist()}.isdisjoint(places):
                 tokens = tokenise(self.processor, [texts[place] for place in batch.positions])
                 batches[i] = MicroBatch(i, batch.start, **pad(self.processor, tokens))
-        return replace(plan, rows=rows, texts=texts, batches=batches, spent=plan.spent + len(places))
+        return replace(plan, rows=rows, texts=texts, batches=batches, spent=spent)
 
 
 @dataclass(frozen=True)

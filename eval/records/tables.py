@@ -94,11 +94,11 @@ def values_of(frame: pandas.DataFrame, by: str) -> list[Any]:
     figure = [*Condition._fields, "model", by]
     frame = frame.assign(row=pandas.Series([*frame.itertuples(index=False, name="Measured")], frame.index, object))
     once = frame[~frame.duplicated([*figure, "seed"])]  # what is repeated is no seed more
-    more = once.groupby(figure, sort=False, dropna=False).agg(
-        chance=("chance", "first"),
-        measured=("row", lambda of: tuple(sorted(of, key=lambda one: -1 if one.seed is None else one.seed))),
+    more = frame.groupby(figure, sort=False, dropna=False).agg(
+        chance=("chance", "first"), data=("fingerprint", lambda of: frozenset(of.dropna()))
     )
-    more["data"] = frame.groupby(figure, sort=False, dropna=False)["fingerprint"].agg(lambda of: frozenset(of.dropna()))
+    by_seed = lambda of: tuple(sorted(of, key=lambda one: -1 if one.seed is None else one.seed))  # noqa: E731
+    more["measured"] = once.groupby(figure, sort=False, dropna=False)["row"].agg(by_seed)
     values = means(once, figure).join(more).reset_index().astype({"deviation": object, "chance": object})
     return [*values.where(values.notna(), None).itertuples(index=False, name="Value")]
 
