@@ -9,7 +9,7 @@ import io
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from capivara_common.cli import at_least, flag
+from capivara_common.environment import processes
 from capivara_common.links import Bounds
 
 try:
@@ -49,6 +50,7 @@ DATASET_HELP = (
     "or a Hub id."
 )
 DECODERS = 4  # threads
+DECODED_AHEAD = 64  # images; a photograph of 12 million pixels takes 36 MB
 HUB, ARCHIVES = "hf://", ("zip://", "tar://", "gzip://")  # addresses: a file on the Hub, or in an archive there
 
 # A folder on the way to a file; where the system can, one that may be passed through but not listed, too.
@@ -144,6 +146,23 @@ def decode_image(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> PIL
     except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
         raise BadImage("unreadable image", f"{_name(row_image, data)}: {error}") from error
     return image
+
+
+def decode_images(
+    rows: range, row_image: Callable[[int], dict | None], files: ImageFiles
+) -> Iterator[tuple[int, PIL.Image.Image | BadImage]]:
+    """Rows with their images or what is wrong with them, decoded some at once by a few threads."""
+
+    def read(row: int) -> PIL.Image.Image | BadImage:
+        try:
+            return decode_image(row_image(row), files)
+        except BadImage as bad:
+            return bad
+
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // processes().num_processes))) as threads:
+        for start in range(0, len(rows), DECODED_AHEAD):
+            part = rows[start : start + DECODED_AHEAD]
+            yield from zip(part, threads.map(read, part), strict=True)
 
 
 def by_threads(read: Callable[..., T], *rows: Iterable[Any]) -> list[T]:

@@ -18,7 +18,6 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -46,6 +45,7 @@ from capivara_common.image_files import (
     BadImage,
     ImageFiles,
     decode_image,
+    decode_images,
     image_bytes,
     image_path,
 )
@@ -58,7 +58,6 @@ STAGE_FILE = "stage.json"  # of a folder that a stage of `captions` writes
 PART = re.compile(r"-(\d{9})-(\d{9})$")  # rows of a part, in its name
 HUB_TIMEOUT = 20  # seconds
 READ_ROWS = 16  # of a parquet file at once
-DECODED_AHEAD = 64  # images; a photograph of 12 million pixels takes 36 MB
 IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
 MAX_JSON_BYTES = 1_000_000  # of a row; twenty captions and their similarities have under 10 kB
 KINDS = {str: Value("string"), bool: Value("bool"), int: Value("int64"), float: Value("float64")}
@@ -119,18 +118,8 @@ class Split:
         return decode_image(self.data[row][self.image_column], self.files)
 
     def decoded(self, rows: range) -> Iterator[tuple[int, PIL.Image.Image | BadImage]]:
-        """Rows with their images or what is wrong with them, decoded some at once by a few threads."""
-
-        def read(row: int) -> PIL.Image.Image | BadImage:
-            try:
-                return self.image(row)
-            except BadImage as bad:
-                return bad
-
-        with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // processes().num_processes))) as threads:
-            for start in range(0, len(rows), DECODED_AHEAD):
-                part = rows[start : start + DECODED_AHEAD]
-                yield from zip(part, threads.map(read, part), strict=True)
+        """Rows with their images or what is wrong with them, by `decode_images`."""
+        return decode_images(rows, lambda row: self.data[row][self.image_column], self.files)
 
     @cached_property
     def digests(self) -> list[str]:
