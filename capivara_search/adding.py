@@ -30,9 +30,16 @@ from capivara_common.image_files import DECODERS, BadImage
 from capivara_search.duplicates import look_of
 from capivara_search.estimates import Progress
 from capivara_search.folders import asked_folders, kept_rules, note_asked, note_rules
-from capivara_search.picture_files import RETRYABLE, FileState, Picture, find_pictures, is_picture_name, read_picture
+from capivara_search.picture_files import (
+    RETRYABLE,
+    FileState,
+    Picture,
+    Rules,
+    find_pictures,
+    is_picture_name,
+    read_picture,
+)
 from capivara_search.results import Added, LeftOut
-from capivara_search.rules import Rules
 from capivara_search.table import PictureTable
 from capivara_search.table_columns import (
     EMPTY,

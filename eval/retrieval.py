@@ -33,7 +33,7 @@ from eval.capivara_metrics.metrics import RECALL_CUTOFFS
 from eval.embeddings import EmbeddedImages, EmbeddingStore, ModelArguments, open_store, run_evaluation, write_result
 from eval.records.schema import DIRECTIONS, GAIN, Record
 from eval.records.tables import mean_recall_of
-from modeling_capivara.image_classification_capivara import check_truncate_dim, unit_length
+from modeling_capivara.modeling_capivara import check_truncate_dim, unit_length
 from modeling_capivara.two_towers import embed_texts
 
 PROTOCOL = "all captions of all images of the split, one pool; a tie counts against the query"

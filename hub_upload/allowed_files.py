@@ -16,8 +16,8 @@ from capivara_common.image_files import IMAGE_FORMATS
 from capivara_common.links import refuse_links_out
 from capivara_common.privacy import SECRET_RE2, known_tokens, machine_path_in, own_paths, printable, secret_in
 
-_PARTS = "checks configuration image_classification image_processing modeling processing"
-MODEL_CODE = tuple(f"{part}_capivara.py" for part in (*_PARTS.split(), "text_repair", "tokenization"))
+_PARTS = "checks configuration image_processing modeling processing text_repair tokenization"
+MODEL_CODE = tuple(f"{part}_capivara.py" for part in _PARTS.split())
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt"),
@@ -25,7 +25,7 @@ TOKENIZER_FILES = (
 # A star stands for any part of one name, never for a folder. Export and upload know no other list.
 ALLOWED_FILES = (
     # Code of folders that were exported when these were files of their own
-    *("image_tower_capivara.py", "loss_capivara.py"),
+    *("image_classification_capivara.py", "image_tower_capivara.py", "loss_capivara.py"),
     *("config.json", "processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES, *MODEL_CODE),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "rotation.safetensors"),
     *("open_clip_config.json", "open_clip_model.safetensors", "text_model/config.json"),

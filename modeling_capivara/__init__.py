@@ -11,9 +11,8 @@ from transformers import (
 )
 
 from .configuration_capivara import CapivaraConfig
-from .image_classification_capivara import CapivaraForImageClassification
 from .image_processing_capivara import CapivaraImageProcessor
-from .modeling_capivara import CapivaraModel, CapivaraOutput, clip_loss
+from .modeling_capivara import CapivaraForImageClassification, CapivaraModel, CapivaraOutput, clip_loss
 from .processing_capivara import CapivaraProcessor
 from .text_repair_capivara import repair_text
 from .tokenization_capivara import CapivaraTokenizer

@@ -33,8 +33,8 @@ from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, 
 from capivara_common.image_side_digest import IMAGE_SIDE
 
 from .checks_capivara import check_sizes, tokenizer_errors
-from .image_classification_capivara import unit_length
 from .loading import fills_up, load_model, load_processor, weights_digest
+from .modeling_capivara import unit_length
 from .processing_capivara import CapivaraProcessor
 
 # Title of a bar, or what is called after each batch with its size; None for neither

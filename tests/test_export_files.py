@@ -83,7 +83,7 @@ def test_only_files_of_the_list_are_written(run_folder, tmp_path):
     assert names == [
         *(".gitattributes", "README.md", "checks_capivara.py", "config.json", "configuration_capivara.py"),
         *("curves.png", "hits.png"),
-        *("image_classification_capivara.py", "image_processing_capivara.py", "model.safetensors"),
+        *("image_processing_capivara.py", "model.safetensors"),
         *("modeling_capivara.py", "processing_capivara.py", "processor_config.json", "results/a.json"),
         *("retrieval.png", "rotation.safetensors", "run.json", "text_repair_capivara.py"),
         *("tokenization_capivara.py", "tokenizer.json"),
@@ -171,13 +171,19 @@ def test_the_list_names_the_model_files_of_the_package():
     assert sorted(MODEL_CODE) == sorted(Path(name).name for name in MODEL_FILES)
     assert set(MODEL_CODE) <= set(ALLOWED_FILES)
     # A folder that was exported before, whose modeling_capivara.py imports them, is still uploaded whole.
-    assert {"image_tower_capivara.py", "loss_capivara.py"} <= set(ALLOWED_FILES)
+    assert {"image_classification_capivara.py", "image_tower_capivara.py", "loss_capivara.py"} <= set(ALLOWED_FILES)
     assert not [name for name in ALLOWED_FILES if name.endswith((".bin", ".pt", ".pkl", ".ckpt", ".pth"))]
 
 
 def test_code_is_the_packages_and_not_the_sources(tiny_folder, tmp_path):
     (tiny_folder / "modeling_capivara.py").write_text("raise SystemExit", encoding="utf-8")
+    config = json.loads((tiny_folder / "config.json").read_text(encoding="utf-8"))
+    older = "image_classification_capivara.CapivaraForImageClassification"  # a file of its own, once
+    config["auto_map"]["AutoModelForImageClassification"] = older
+    (tiny_folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     exported(tiny_folder, tmp_path / "repository")
+    named = json.loads((tmp_path / "repository/config.json").read_text(encoding="utf-8"))["auto_map"]
+    assert {where.partition(".")[0] + ".py" for where in named.values()} <= set(MODEL_CODE)
     for name in MODEL_CODE:
         own = Path(export_module.__file__).parents[1] / "modeling_capivara" / name
         assert (tmp_path / "repository" / name).read_bytes() == own.read_bytes()

@@ -58,7 +58,7 @@ def test_starts_as_the_zero_shot_classifier(classifier, tiny_model, tiny_process
     assert classifier.config.label2id == {"gato": 0, "cachorro": 1, "casa": 2}
     compiled = torch.compile(classifier, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(pixels).logits, actual.logits)
-    monkeypatch.setattr("modeling_capivara.image_classification_capivara.TEXT_BATCH_SIZE", 4)  # 6 prompts: 4 and 2
+    monkeypatch.setattr("modeling_capivara.modeling_capivara.TEXT_BATCH_SIZE", 4)  # 6 prompts: 4 and 2
     labels = {"cat": ["um gato", "the cat"], "house": "uma casa"}
     several = CapivaraForImageClassification.from_zero_shot(tiny_model, tiny_processor, labels, ["{}", "foto: {}"])
     prompts = [["um gato", "foto: um gato", "the cat", "foto: the cat"], ["uma casa", "foto: uma casa"]]

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from capivara_search.picture_files import find_pictures
-from capivara_search.rules import Rules
+from capivara_search.picture_files import Rules, find_pictures
 
 PATTERNS = (
     *("*.gif", "/so aqui/", "rascunhos/", "**/cache/*.png", "a/b*", "!a/bom.jpg"),
