@@ -1,6 +1,7 @@
 """Which files a value goes through: those with a function that is given it, or gives it back, in a real run.
 
-Not counted are `capivara_common/` but for the gate of pictures, files of settings and their checks, what happens in
+The model is one place, `modeling_capivara/`: it is called as one, whether its classes are transformers' or ours. Not
+counted are `capivara_common/` but for the gate of pictures, files of settings and their checks, what happens in
 functions beside the way, and methods that have the value in `self` alone.
 """
 
@@ -14,7 +15,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-GATE = "capivara_common/image_files.py"
+GATE, MODEL = "capivara_common/image_files.py", "modeling_capivara/"
 SETTINGS = ("arguments", "configuration_capivara", "checks_capivara")
 LOOKED_AT = 40  # items of a list
 
@@ -69,6 +70,7 @@ def walked(
         sys.setprofile(None)
         threading.setprofile(None)
     counted = {file for file in kept if not Path(file).stem.endswith(SETTINGS)}
+    counted = {MODEL if file.startswith(MODEL) else file for file in counted}
     return {file for file in counted if file == GATE or not file.startswith("capivara_common/")}
 
 
