@@ -43,9 +43,9 @@ def write_csv(file: TextIO, columns: Sequence[str], rows: Iterable[Mapping[str, 
     writer, number = csv.writer(file, lineterminator="\n"), 0
     writer.writerow(map(text_cell, columns))
     for row in rows:
+        number += 1
         cells = [row[name].isoformat() if isinstance(row[name], datetime) else row[name] for name in columns]
         writer.writerow([text_cell(cell) if isinstance(cell, str) else cell for cell in cells])
-        number += 1
     return number
 
 
@@ -131,6 +131,7 @@ def contact_sheet(pictures: Sequence[bytes | None], captions: Sequence[str], scr
 def _side_by_side(pictures: Sequence[bytes | None], across: int, place: tuple[int, int]) -> "PIL.Image.Image":
     """One transparent picture of a row of `across` places, in pixels; each picture as large as its place lets it be."""
     import PIL.Image
+    import PIL.ImageOps
 
     from capivara_common.image_files import BadImage, decode_image
 
@@ -140,10 +141,8 @@ def _side_by_side(pictures: Sequence[bytes | None], across: int, place: tuple[in
             picture = decode_image({"bytes": data, "path": None}).convert("RGBA")
         except BadImage:
             continue
-        scale = min((place[0] - 1) / picture.width, place[1] / picture.height)
-        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-        at = (number * place[0] + 1, place[1] - size[1])  # above the first letter of its caption
-        sheet.paste(picture.resize(size, PIL.Image.Resampling.LANCZOS), at)
+        picture = PIL.ImageOps.contain(picture, (place[0] - 1, place[1]), PIL.Image.Resampling.LANCZOS)
+        sheet.paste(picture, (number * place[0] + 1, place[1] - picture.height))  # above its caption's first letter
     return sheet
 
 
@@ -152,15 +151,11 @@ def _blocks(image: "PIL.Image.Image") -> str:
     import numpy as np
 
     text = ""
-    for upper, lower in np.asarray(image).reshape(-1, 2, image.width, 4):
-        before = ""
-        for top, bottom in zip(upper.tolist(), lower.tolist(), strict=True):
-            drawn = top[3] > 127, bottom[3] > 127
-            front, back = (top if drawn[0] else bottom), (bottom if all(drawn) else None)
-            style = f"\x1b[0;38;2;{front[0]};{front[1]};{front[2]}" if any(drawn) else "\x1b[0"
-            style += f";48;2;{back[0]};{back[1]};{back[2]}m" if back else "m"
-            text += (style if style != before else "") + ("▀" if drawn[0] else "▄" if drawn[1] else " ")
-            before = style
+    for upper, lower in np.asarray(image).reshape(-1, 2, image.width, 4).tolist():
+        for (*top, above), (*bottom, below) in zip(upper, lower, strict=True):
+            front, back = (top if above > 127 else bottom), (bottom if above > 127 < below else [])
+            style = [0, *([38, 2, *front] if max(above, below) > 127 else []), *([48, 2, *back] if back else [])]
+            text += f"\x1b[{';'.join(map(str, style))}m{'▀' if above > 127 else '▄' if below > 127 else ' '}"
         text += "\x1b[0m\n"
     return text
 

@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +22,11 @@ from typing import Any
 import PIL.Image
 import pytest
 import tqdm.std
+from parsed_command import parsed
 
 from capivara_common.environment import require
 from capivara_search import estimates
-from capivara_search.command import explained, language_of, main, parsed
+from capivara_search.command import explained, language_of, main
 from capivara_search.commands import progress_bar
 from capivara_search.exporting import export_rows
 from capivara_search.show import OPENER
@@ -37,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "transformers", "lancedb", "pyarrow", "numpy", "PIL", "starlette", "datatrove", "huggingface_hub"}
 COLOURS = {"azul": (0, 0, 255), "verde": (0, 255, 0), "vermelho": (255, 0, 0), "branco": (255, 255, 255)}
 HELP_CPU_S = 0.5
+LEAP = date(2024, 2, 29)
 # A line of click's own, had it been left in English.
 OF_CLICK = re.compile(r"usage:|options|show this|invalid|required|missing|such|default|argument ", re.IGNORECASE)
 
@@ -156,24 +158,29 @@ def test_examples_of_the_help_are_commands_that_are_taken(command, monkeypatch, 
         for line in lines:
             line = re.split(r"\)\"| \||  +#| >", line)[0].replace("/media/camera", "Fotos/2024")
             line = line.replace("~", str(tmp_path))
-            args = parsed(shlex.split(line)[1:], words)
-            other = parsed(shlex.split(line)[1:], Words({"pt": "en", "en": "pt"}[lang]))
-            assert args.command == other.command == command
+            assert {parsed(shlex.split(line)[1:], one).command.name for one in ("pt", "en")} == {command}
             assert line.split()[1] == (COMMANDS[command] if lang == "pt" else command)
 
 
 def test_flags_are_taken_in_every_usual_form(tmp_path):
-    words = Words("en")
-    args = parsed(["--index", "a", "search", "um", "gato", "-k", "3", "na", "mesa", "--model=m"], words)
-    assert (args.query, args.k, args.index, args.model) == ("um gato na mesa", 3, "a", "m")
-    assert parsed(["index", str(tmp_path), "--batch_size", "8", "--cpus-per-task=2"], words).batch_size == 8
-    assert parsed(["search", "--", "-5 graus"], words).query == "-5 graus"
-    args = parsed(["buscar", "--menos", "pessoas", "praia", "--mais=0.5:sol", "--less", "mar"], words)
-    assert (args.query, args.more, args.less) == ("praia", ("0.5:sol",), ("pessoas", "mar"))
-    args = parsed(["search", "x", "--since", "2024", "--until", "2024-02"], words)
-    assert [str(args.since), str(args.until)] == ["2024-01-01", "2024-02-29"]
-    args = parsed(["search", "x", "--since", "24/06/2024", "--until", "2024-06-24"], words)
-    assert args.since == args.until
+    found = parsed(["--index", "a", "--model", "b", "search", "um", "gato", "-k", "3", "na", "mesa", "--model=m"])
+    assert found.meta["index"] == "a" and found.meta["model"] == "m", "before the command or after it, where it wins"
+    assert (found.params["query"], found.params["k"]) == (("um", "gato", "na", "mesa"), 3)
+    folder = tmp_path / "Fotos"
+    folder.mkdir()
+    for words, taken in (
+        (["index", folder, "--batch_size", "8", "--cpus-per-task=2"], {"batch_size": 8, "cpus_per_task": 2}),
+        (["search", "--", "-5 graus"], {"query": ("-5 graus",)}),
+        (["buscar", "--menos", "a", "b", "--mais=0.5:c", "--less", "d"], {"query": ("b",), "less": ("a", "d")}),
+        (["search", "x", "--since", "2024", "--until", "2024-02"], {"since": date(2024, 1, 1), "until": LEAP}),
+        (["search", "x", "--since", "29/02/2024", "--until", "2024-2-29"], {"since": LEAP, "until": LEAP}),
+        (["search", "x", "--until", "2024"], {"until": date(2024, 12, 31)}),
+        (["classify", folder, "--labels", "a", "b", "--csv"], {"labels": ("a", "b"), "csv": True}),
+        (["indexar", "--exclude", "*.gif", folder, "--include", "a", "--include=b"], {"folders": (folder,)}),
+        (["index", "--sbatch", "qos=a", "mem=b"], {"sbatch": ("qos=a", "mem=b")}),
+    ):
+        params = parsed(list(map(str, words))).params
+        assert {name: params[name] for name in taken} == taken
 
 
 WRONG = {
@@ -182,8 +189,10 @@ WRONG = {
     "search x --sinc 2024": ("unknown flag: --sinc. Did you mean --since?", "desconhecida: --sinc. Seria --since?"),
     "index . --compar": ("unknown flag: --compar. (--help", "opção desconhecida: --compar. (--help lista tudo)"),
     "status more": ("neither a flag nor a value of one: more", "não é opção nem cabe em uma: more"),
-    "search x -k many": ("-k: 'many' is no whole number", "-k: 'many' não é um número inteiro"),
-    "search x -k 0": ("-k: must be from 1 to 10000, got 0", "-k: deve ser de 1 a 10000, e é 0"),
+    "search x -k many": ("-k: must be a whole number from 1 to 10000, got many", "inteiro de 1 a 10000, e é many"),
+    "index . --tasks 0": ("--tasks: must be a whole number, at least 1", "deve ser um número inteiro, pelo menos 1"),
+    "search x -k": ("-k: its value is missing", "-k: falta o valor"),
+    "search x --json=1": ("--json: it takes no value", "--json: não tem valor"),
     "search x --like none.jpg": ("--like: there is no file none.jpg", "--like: o arquivo none.jpg não existe"),
     "search x --since 31/02/2024": ("--since: 31/02/2024 is no date such as", "31/02/2024 não é uma data como"),
     "search x --since 2025 --until 2024": ("is after --until (2024-12-31)", "vem depois de --until (2024-12-31)"),
@@ -298,13 +307,6 @@ def test_status_fits_on_a_screen_whatever_there_is_to_say(capivara, tmp_path, sa
     assert found["exclude"] == ["*.tmp", "*.gif"]
     assert found["forgotten"] == [str(one / "vazia.jpg") for one in folders[:6]]
     assert found["skipped"] == {"excluded": 9, "hidden": 9, "video": 9} and len(found["left_out"]) == 12
-
-
-def test_a_pattern_takes_no_folder_that_stands_behind_it(tmp_path):
-    (tmp_path / "Fotos").mkdir()
-    words = ["indexar", "--exclude", "*.gif", str(tmp_path / "Fotos"), "--include", "a", "--include=b"]
-    args = parsed(words, Words("pt"))
-    assert (args.folders, args.exclude, args.include) == ((tmp_path / "Fotos",), ("*.gif",), ("a", "b"))
 
 
 def test_index_without_a_folder_brings_known_ones_up_to_date(capivara, own_index, folder, tmp_path):
