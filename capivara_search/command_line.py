@@ -247,6 +247,8 @@ def wrong_use(error: click.UsageError, words: Words) -> str:
     if isinstance(error, click.MissingParameter):
         return words("missing", name=option or error.param.make_metavar(error.ctx)) + words("see_help")
     if isinstance(error, click.BadOptionUsage):
-        takes_none = any(error.option_name in one.opts and one.is_flag for one in error.ctx.command.params)
+        takes_none = any(
+            error.option_name in one.opts and one.is_flag for one in error.ctx.command.get_params(error.ctx)
+        )
         return f"{error.option_name}: {words('no_value' if takes_none else 'needs_value')}{words('see_help')}"
     return f"{option}: {error.message}" if option else error.message

@@ -21,8 +21,8 @@ from click.shell_completion import get_completion_class
 
 from capivara_search import command_line as cli
 from capivara_search.command_line import Choice, Whole, argument, flag, switches
-from capivara_search.results import SAME, TEMPLATE, Added, Hit
-from capivara_search.show import PICTURES, contact_sheet, link, open_pictures, say, screen, shown_path, table, write_csv
+from capivara_search.results import SAME, TEMPLATE, Added
+from capivara_search.show import PICTURES, open_pictures, say, show_hits, shown_path, table, write_csv
 from capivara_search.words import UNSAFE, Words, failure, visible
 
 if TYPE_CHECKING:
@@ -230,31 +230,12 @@ def search(
     elif csv:
         write_csv(sys.stdout, CSV_COLUMNS, [{"rank": rank} | asdict(hit) for rank, hit in enumerate(hits, 1)])
     elif hits:
-        show(hits, pictures, words, **drawn)
+        show_hits(hits, pictures, words, **drawn)
     else:
         say(words("no_hit_filtered" if folder or since or until else "no_hit"))
     if open:
         open_pictures([hit.path for hit in hits], words)
     return 0 if hits else NOTHING
-
-
-def show(hits: Sequence[Hit], found_in: "PictureIndex", words: Words, pictures: str, no_pictures: bool) -> None:
-    """Hits as a table; in a terminal that can, above it as many as pictures as fit in the window."""
-    terminal = screen(sys.stdout, "no" if no_pictures else pictures)
-    if terminal.pictures:
-        thumbnails = [found_in.thumbnail(hit.path) for hit in hits]
-        captions = [f"{rank} {visible(os.path.basename(hit.path))}" for rank, hit in enumerate(hits, 1)]
-        print(contact_sheet(thumbnails, captions, terminal, terminal.lines - len(hits) - 3))
-    rows = [[words(f"column.{name}") for name in ("rank", "score", "date", "path")]]
-    for rank, hit in enumerate(hits, 1):
-        path = link(hit.path, shown_path(hit.path)) if terminal.links else shown_path(hit.path)
-        same = f"  ({words.count('same', hit.copies + 1)})" if hit.copies else ""
-        date = words.date(hit.date) + words("of_file") * (hit.date_source == "file")
-        rows.append([str(rank), words.score(hit.score), date, path + same])
-    lines = list(table(rows, right=(0, 1)))
-    if below := [place for place, hit in enumerate(hits, 1) if hit.fits is False]:
-        lines.insert(below[0], f"-- {words('line' if below[0] > 1 else 'line_first')} --")
-    print(*lines, sep="\n")
 
 
 @command("classify")
@@ -392,8 +373,6 @@ def export(words: Words, file: Path) -> None:
     """Write the index to a file."""
     if not file.parent.is_dir():
         raise click.UsageError(words("no_folder", path=shown_path(str(file.parent))))
-    if file.suffix.lower() not in (".parquet", ".csv"):
-        raise click.UsageError(words("bad_suffix", path=shown_path(str(file))))
     print(words.count("exported", _filled_index().export(file), path=shown_path(str(file))))
 
 
@@ -414,7 +393,7 @@ def duplicates(words: Words, threshold: float, json: bool, csv: bool, **drawn: A
     else:
         for number, group in enumerate(groups, 1):
             print(words("group", n=number))
-            show(group, pictures, words, **drawn)
+            show_hits(group, pictures, words, **drawn)
         least = words.number(threshold, 2)
         say(words.count("groups", len(groups)) if groups else words("no_duplicates", threshold=least))
     return 0 if groups else NOTHING

@@ -1,6 +1,6 @@
 """What a terminal is shown: paths, tables, links, and pictures where it can show them.
 
-print(contact_sheet(thumbnails, ["1 praia.jpg", "2 mar.jpg"], screen(sys.stdout)), end="")
+print(contact_sheet(thumbnails, ["1 praia.jpg", "2 mar.jpg"], 80), end="")
 """
 
 import csv
@@ -13,7 +13,6 @@ import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import quote
@@ -22,6 +21,9 @@ from capivara_search.words import Words, failure, visible
 
 if TYPE_CHECKING:
     import PIL.Image
+
+    from capivara_search.index import PictureIndex
+    from capivara_search.results import Hit
 
 PICTURES = ("auto", "blocks", "no")  # how they may be shown
 # How a cell begins that a spreadsheet would run or compute; a single quote before it makes it a text.
@@ -88,36 +90,25 @@ def link(path: str, text: str) -> str:
     return f"\x1b]8;;file://{quote(path)}\x1b\\{text}\x1b]8;;\x1b\\" if visible(path) == path else text
 
 
-@dataclass(frozen=True)
-class Screen:
-    """What a terminal can show."""
-
-    pictures: bool  # whether it shows them, as blocks of colour, two pixels a character
-    columns: int = 80  # characters of a line
-    lines: int = 24  # that are seen at once
-    links: bool = False  # whether files can be clicked
+def has_colours(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a stream is a terminal of all colours, by the variables that it has set; links come with it."""
+    known = environment.get("TERM", "dumb") != "dumb" and environment.get("COLORTERM") in ("truecolor", "24bit")
+    return stream.isatty() and known
 
 
-def screen(stream: TextIO, pictures: str = "auto", environment: Mapping[str, str] = os.environ) -> Screen:
-    """What the terminal behind `stream` can show, by the variables that it has set; `pictures` is one of PICTURES.
-
-    A file or a pipe shows none, unless they are asked for; blocks are taken for granted.
-    """
-    colours = stream.isatty() and environment.get("TERM", "dumb") != "dumb"
-    colours = colours and environment.get("COLORTERM", "") in ("truecolor", "24bit")
-    shown = colours and "NO_COLOR" not in environment and "utf" in (stream.encoding or "").lower()
-    return Screen(pictures == "blocks" or (pictures == "auto" and shown), *shutil.get_terminal_size(), links=colours)
+def draws(stream: TextIO, pictures: str = "auto", environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether `pictures`, one of PICTURES, are shown: in a file or a pipe only where they are asked for."""
+    able = has_colours(stream, environment) and "NO_COLOR" not in environment
+    return pictures == "blocks" or (pictures == "auto" and able and "utf" in (stream.encoding or "").lower())
 
 
-def contact_sheet(pictures: Sequence[bytes | None], captions: Sequence[str], screen: Screen, lines: int = 10**9) -> str:
-    """Pictures side by side in rows, each above its caption, as text for the terminal; empty where it shows none.
+def contact_sheet(pictures: Sequence[bytes | None], captions: Sequence[str], width: int, lines: int = 10**9) -> str:
+    """Pictures side by side in rows, each above its caption, as text for a terminal of `width` characters.
 
     A file that is None or broken leaves its place empty. Rows beyond `lines` are left out, but for the first.
     """
-    if not screen.pictures:
-        return ""
-    across = max(1, (screen.columns - 1) // TILE_COLUMNS)
-    columns = min((screen.columns - 1) // across, 60)
+    across = max(1, (width - 1) // TILE_COLUMNS)
+    columns = min((width - 1) // across, 60)
     rows = max(1, round(columns * TILE_SHAPE))
     shown = max(1, lines // (rows + 1)) * across
     text = ""
@@ -158,6 +149,25 @@ def _blocks(image: "PIL.Image.Image") -> str:
             text += f"\x1b[{';'.join(map(str, style))}m{'▀' if above > 127 else '▄' if below > 127 else ' '}"
         text += "\x1b[0m\n"
     return text
+
+
+def show_hits(hits: "Sequence[Hit]", found_in: "PictureIndex", words: Words, pictures: str, no_pictures: bool) -> None:
+    """Hits as a table; in a terminal that can, above it as many as pictures as fit in the window."""
+    if draws(sys.stdout, "no" if no_pictures else pictures):
+        columns, lines = shutil.get_terminal_size()
+        thumbnails = [found_in.thumbnail(hit.path) for hit in hits]
+        captions = [f"{rank} {visible(os.path.basename(hit.path))}" for rank, hit in enumerate(hits, 1)]
+        print(contact_sheet(thumbnails, captions, columns, lines - len(hits) - 3))
+    rows = [[words(f"column.{name}") for name in ("rank", "score", "date", "path")]]
+    for rank, hit in enumerate(hits, 1):
+        path = link(hit.path, shown_path(hit.path)) if has_colours(sys.stdout) else shown_path(hit.path)
+        same = f"  ({words.count('same', hit.copies + 1)})" if hit.copies else ""
+        date = words.date(hit.date) + words("of_file") * (hit.date_source == "file")
+        rows.append([str(rank), words.score(hit.score), date, path + same])
+    lines = list(table(rows, right=(0, 1)))
+    if below := [place for place, hit in enumerate(hits, 1) if hit.fits is False]:
+        lines.insert(below[0], f"-- {words('line' if below[0] > 1 else 'line_first')} --")
+    print(*lines, sep="\n")
 
 
 def open_pictures(paths: Sequence[str], words: Words) -> None:

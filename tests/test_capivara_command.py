@@ -212,7 +212,6 @@ WRONG = {
     "classify . --labels gato Gato": ("The label 'gato' is there twice", "o rótulo gato aparece duas vezes"),
     "classify . --labels a --template x": ("template must have one {}", "--template deve ter {} uma vez"),
     "search x --less 9:y": ("The weight of '9:y' must be above 0", "o peso de 9:y deve ser maior que 0"),
-    "export fotos.xls": ("must end in .parquet or .csv, got fotos.xls", "em .parquet ou .csv, e é fotos.xls"),
     "duplicates --threshold 2": ("must be from 0.01 to 1, got 2", "--threshold: deve ser de 0,01 a 1, e é 2"),
     "app --allow-host http://fotos": ("http://fotos is neither a name nor", "http://fotos não é nome nem endereço"),
 }
@@ -508,6 +507,7 @@ LIBRARY = [  # what is done, exit code, what is said of it in Portuguese
     ("buscar --like square.png --index INDEX --device abacus", 3, "--device deve ser cpu, cuda ou uma GPU"),
     ("buscar x --index INDEX --model OTHER", 3, "o modelo other-model não combina com o índice"),
     ("buscar x --index INDEX --model bert", 3, "o modelo bert não é dos que se usam aqui, de duas torres, ou está"),
+    ("exportar fotos.xls --index INDEX", 2, "o arquivo deve terminar em .parquet ou .csv, e é fotos.xls"),
     ("exportar taken.csv --index INDEX", 3, "taken.csv é uma pasta. Escolha o nome de um arquivo"),
     ("exportar /proc/x.csv --index INDEX", 3, "/proc/x.csv não pode ser criado: não se grava em /proc. Escolha"),
     ("classificar empty --labels MANY", 3, "são rótulos demais: 1001; o limite é de 1000"),

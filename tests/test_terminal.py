@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 
 from capivara_search.commands import capivara
-from capivara_search.show import Screen, contact_sheet, cut, link, screen, shown_path, table, text_cell, width
+from capivara_search.show import contact_sheet, cut, draws, has_colours, link, shown_path, table, text_cell, width
 from capivara_search.words import Words, visible
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,7 +155,7 @@ def drawn(text: str) -> np.ndarray:
 
 def test_pictures_are_drawn_in_their_places():
     pictures, captions = [*map(picture, COLOURS[:2]), b"broken", None], ["1 a.png", "2 b.png", "3 c.png", "4 d.png"]
-    text = contact_sheet(pictures, captions, Screen(True, columns=80, lines=40))
+    text = contact_sheet(pictures, captions, 80)
     image = drawn(text)
     height, wide = image.shape[:2]
     for number, colour in enumerate(COLOURS[:2]):
@@ -169,9 +169,8 @@ def test_pictures_are_drawn_in_their_places():
 
 def test_a_sheet_takes_no_more_lines_than_it_may():
     pictures, captions = [picture(COLOURS[0])] * 12, [str(number) for number in range(1, 13)]
-    assert contact_sheet(pictures, captions, Screen(False)) == ""
     for lines, last in ((10**9, "12"), (1, "2")):
-        sheet = contact_sheet(pictures, captions, Screen(True, columns=80, lines=24), lines)
+        sheet = contact_sheet(pictures, captions, 80, lines)
         assert re.findall(r"\d+$", sheet.rstrip()) == [last]
 
 
@@ -188,13 +187,10 @@ COLOURED = {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
     ],
 )
 def test_a_terminal_gets_the_pictures_that_its_variables_speak_of(environment, shown):
-    assert screen(Terminal(), environment=environment).pictures == shown
-    assert not screen(Terminal(), "no", environment).pictures
-    assert screen(Terminal(), "blocks", environment).pictures
+    assert draws(Terminal(), environment=environment) == shown
+    assert not draws(Terminal(), "no", environment) and draws(Terminal(), "blocks", environment)
 
 
 def test_a_pipe_gets_no_pictures_unless_they_are_asked_for():
-    pipe = io.StringIO()
-    assert not screen(pipe, environment=COLOURED).pictures
-    assert screen(pipe, "blocks", {}).pictures
-    assert not screen(pipe, "blocks", COLOURED).links
+    assert not draws(io.StringIO(), environment=COLOURED) and draws(io.StringIO(), "blocks", {})
+    assert not has_colours(io.StringIO(), COLOURED)
