@@ -22,7 +22,7 @@ from click.shell_completion import shell_complete
 
 from capivara_common.files import no_space_left
 from capivara_common.progress import prepare_bars
-from capivara_search.command_line import COMPLETE, wrong_use
+from capivara_search.command_line import COMPLETE
 from capivara_search.commands import NOTHING, capivara
 from capivara_search.words import COMMANDS, Words, visible
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def explained(error: Exception, words: Words) -> tuple[int, str]:
     """The exit code of an error, and one line about it; in the language, where the error has a code."""
     if isinstance(error, click.UsageError):
-        return WRONG_USE, wrong_use(error, words)
+        return WRONG_USE, error.message
     if isinstance(error, ModuleNotFoundError) and error.name:
         return UNUSABLE, words("missing_package", name=error.name.partition(".")[0])
     if no_space_left(error):

@@ -17,7 +17,7 @@ import click
 
 from capivara_search.results import TEMPLATE
 from capivara_search.show import MOST_OPENED, shown_path
-from capivara_search.words import COMMANDS, Words, visible
+from capivara_search.words import COMMANDS, visible
 
 COMPLETE = "_CAPIVARA_COMPLETE"  # variable by which a shell asks click what fits
 ENGLISH = {portuguese: english for english, portuguese in COMMANDS.items()}
@@ -179,12 +179,11 @@ class Command(click.Command):
         try:
             rest = super().parse_args(ctx, found)
         except click.UsageError as error:
-            error.ctx = error.ctx or ctx
-            raise
+            raise click.UsageError(wrong_use(error, ctx)) from error
         if rest and not isinstance(self, click.Group) and not ctx.resilient_parsing:
-            raise click.UsageError(ctx.obj("left_over", name=visible(rest[0])) + ctx.obj("see_help"), ctx)
+            raise click.UsageError(ctx.obj("left_over", name=visible(rest[0])) + ctx.obj("see_help"))
         if ctx.params.get("json") and ctx.params.get("csv"):
-            raise click.UsageError("--csv: " + ctx.obj("not_both", other="--json") + ctx.obj("see_help"), ctx)
+            raise click.UsageError("--csv: " + ctx.obj("not_both", other="--json") + ctx.obj("see_help"))
         return rest
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -232,11 +231,12 @@ class Group(Command, click.Group):
         if not near and " " in sentence:  # what is meant is plain
             near = [f'{words.command("search")} "{sentence}"']
         shown = "".join(words("nearest", name=f"capivara {one}") for one in near)
-        raise click.UsageError(words("unknown_command", name=name) + shown + words("see_help"), ctx)
+        raise click.UsageError(words("unknown_command", name=name) + shown + words("see_help"))
 
 
-def wrong_use(error: click.UsageError, words: Words) -> str:
+def wrong_use(error: click.UsageError, ctx: click.Context) -> str:
     """What click says, in the words of a language."""
+    words = ctx.obj
     if isinstance(error, click.NoSuchOption):
         name = visible(error.option_name)
         if words.has(f"gone.{name[2:]}"):
@@ -245,10 +245,8 @@ def wrong_use(error: click.UsageError, words: Words) -> str:
         return words("unknown_flag", name=name) + shown + words("see_help")
     option = isinstance(getattr(error, "param", None), click.Option) and error.param.opts[-1]
     if isinstance(error, click.MissingParameter):
-        return words("missing", name=option or error.param.make_metavar(error.ctx)) + words("see_help")
+        return words("missing", name=option or error.param.make_metavar(ctx)) + words("see_help")
     if isinstance(error, click.BadOptionUsage):
-        takes_none = any(
-            error.option_name in one.opts and one.is_flag for one in error.ctx.command.get_params(error.ctx)
-        )
+        takes_none = any(error.option_name in one.opts and one.is_flag for one in ctx.command.get_params(ctx))
         return f"{error.option_name}: {words('no_value' if takes_none else 'needs_value')}{words('see_help')}"
     return f"{option}: {error.message}" if option else error.message

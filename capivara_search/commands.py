@@ -86,10 +86,9 @@ def index(
     executor = tasks["executor"]
     if executor == "local" and tasks["workers"] is not None:
         raise click.UsageError(words("gone", name="--workers", text=words("gone.workers")))
-    if executor != "local" and tasks["tasks"] is None:
-        raise click.UsageError(words("needs_flags", executor=executor, flags="--tasks"))
-    if executor == "slurm" and not (tasks["partition"] and tasks["time"] and tasks["logging_dir"]):
-        raise click.UsageError(words("needs_flags", executor=executor, flags="--partition, --time, --logging-dir"))
+    needed = {"slurm": ("tasks", "partition", "time", "logging_dir"), "ray": ("tasks",)}.get(executor, ())
+    if missing := ", ".join(f"--{name}".replace("_", "-") for name in needed if not tasks[name]):
+        raise click.UsageError(words("needs_flags", executor=executor, flags=missing))
     pictures = _index()
     pictures.mend()
     folders = pictures.folders_to_add(folders, exclude, include)
@@ -230,7 +229,7 @@ def search(
     elif csv:
         write_csv(sys.stdout, CSV_COLUMNS, [{"rank": rank} | asdict(hit) for rank, hit in enumerate(hits, 1)])
     elif hits:
-        show_hits(hits, pictures, words, **drawn)
+        show_hits(hits, pictures.thumbnail, words, **drawn)
     else:
         say(words("no_hit_filtered" if folder or since or until else "no_hit"))
     if open:
@@ -393,7 +392,7 @@ def duplicates(words: Words, threshold: float, json: bool, csv: bool, **drawn: A
     else:
         for number, group in enumerate(groups, 1):
             print(words("group", n=number))
-            show_hits(group, pictures, words, **drawn)
+            show_hits(group, pictures.thumbnail, words, **drawn)
         least = words.number(threshold, 2)
         say(words.count("groups", len(groups)) if groups else words("no_duplicates", threshold=least))
     return 0 if groups else NOTHING

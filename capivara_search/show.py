@@ -11,19 +11,17 @@ import subprocess
 import sys
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import quote
 
+from capivara_search.results import Hit
 from capivara_search.words import Words, failure, visible
 
 if TYPE_CHECKING:
     import PIL.Image
-
-    from capivara_search.index import PictureIndex
-    from capivara_search.results import Hit
 
 PICTURES = ("auto", "blocks", "no")  # how they may be shown
 # How a cell begins that a spreadsheet would run or compute; a single quote before it makes it a text.
@@ -151,11 +149,13 @@ def _blocks(image: "PIL.Image.Image") -> str:
     return text
 
 
-def show_hits(hits: "Sequence[Hit]", found_in: "PictureIndex", words: Words, pictures: str, no_pictures: bool) -> None:
+def show_hits(
+    hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], words: Words, pictures: str, no_pictures: bool
+) -> None:
     """Hits as a table; in a terminal that can, above it as many as pictures as fit in the window."""
     if draws(sys.stdout, "no" if no_pictures else pictures):
         columns, lines = shutil.get_terminal_size()
-        thumbnails = [found_in.thumbnail(hit.path) for hit in hits]
+        thumbnails = [thumbnail(hit.path) for hit in hits]
         captions = [f"{rank} {visible(os.path.basename(hit.path))}" for rank, hit in enumerate(hits, 1)]
         print(contact_sheet(thumbnails, captions, columns, lines - len(hits) - 3))
     rows = [[words(f"column.{name}") for name in ("rank", "score", "date", "path")]]

@@ -5,7 +5,7 @@ import errno
 import json
 import os
 import re
-import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -106,24 +106,21 @@ def own_index(index, tmp_path) -> Path:
 # ---- help, flags, wrong use
 
 
-def helped(*words: str) -> tuple[str, set[str], float]:
-    """A help, the packages that were imported for it, and seconds of computing."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-X", "importtime", "-m", "capivara_search", *words, "--help"]
+def traced(*words: Any) -> tuple[str, set[str]]:
+    """What a command writes, and the packages that are imported for it."""
+    command = [sys.executable, "-X", "importtime", "-m", "capivara_search", *map(str, words)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    imported = set(re.findall(r"^import time:.*\| +(\w+)$", done.stderr, re.MULTILINE))
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return done.stdout, imported, seconds
+    return done.stdout, set(re.findall(r"^import time:.*\| +(\w+)$", done.stderr, re.MULTILINE))
 
 
 @pytest.mark.parametrize("command", ["", "search"])
 def test_help_is_answered_at_once(command):
-    text, imported, seconds = helped(*command.split())
+    before = sum(os.times()[2:4])  # seconds of computing of processes that have ended
+    text, imported = traced(*command.split(), "--help")
+    assert sum(os.times()[2:4]) - before < HELP_CPU_S
     assert "click" in imported and not imported & HEAVY
-    assert seconds < HELP_CPU_S
-    assert re.match(f"usage: {' '.join(['capivara', *command.split()])} \\[OPTIONS\\]", text)
+    assert text.startswith(f"usage: {' '.join(['capivara', *command.split()])} [OPTIONS]")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -144,8 +141,6 @@ def test_help_is_in_the_language_that_is_asked_for_and_teaches_by_examples(capiv
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_examples_of_the_help_are_commands_that_are_taken(command, monkeypatch, tmp_path):
-    import shlex
-
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for name in ("Fotos/2024", "Fotos/privado", "Pictures/2024", "Pictures/private"):
@@ -185,6 +180,8 @@ def test_flags_are_taken_in_every_usual_form(tmp_path):
 
 WRONG = {
     "serch gato": ("unknown command: serch. Did you mean capivara search?", "desconhecido: serch. Seria capivara"),
+    "'um gato preto'": ('mean capivara search "um gato preto"?', 'Seria capivara buscar "um gato preto"?'),
+    "um gato preto -k 3": ('mean capivara search "um gato preto"?', 'Seria capivara buscar "um gato preto"?'),
     "search": ("nothing to look for: write a sentence", "nada a procurar: escreva uma frase"),
     "search x --sinc 2024": ("unknown flag: --sinc. Did you mean --since?", "desconhecida: --sinc. Seria --since?"),
     "index . --compar": ("unknown flag: --compar. (--help", "opção desconhecida: --compar. (--help lista tudo)"),
@@ -223,15 +220,10 @@ def test_wrong_use_is_one_line_in_the_language_and_exit_code_2(capivara, line, t
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     (tmp_path / "file.txt").touch()
     for lang, start, text in (("en", "error: ", WRONG[line][0]), ("pt", "erro: ", WRONG[line][1])):
-        code, out, error = capivara("--lang", lang, *line.split())
+        code, out, error = capivara("--lang", lang, *shlex.split(line))
         assert (code, out) == (2, "")
         assert error.startswith(start) and text in error and error.count("\n") == 1
         assert lang == "en" or not OF_CLICK.search(error)
-
-
-def test_a_sentence_in_the_place_of_a_command_shows_how_it_is_searched_for(capivara):
-    for words in (["um gato preto"], ["um", "gato", "preto", "-k", "3"]):
-        assert 'Seria capivara buscar "um gato preto"?' in capivara("--lang=pt", *words)[2]
 
 
 def test_what_a_terminal_obeys_is_not_repeated_in_an_error(capivara):
@@ -266,31 +258,19 @@ def test_index_says_with_which_model_what_it_did_and_what_it_left_out(capivara, 
     assert code == 0 and out.startswith("Nada mudou, 1 não pôde ser lida")
 
 
-def test_of_many_files_that_are_left_out_five_are_shown_and_status_lists_all(capivara, tmp_path, saved_tiny_folder):
-    folder = tmp_path / "many"
-    folder.mkdir()
-    PIL.Image.new("RGB", (40, 40)).save(folder / "good.png")
-    for number in range(8):
-        (folder / f"bad{number}\x1b[2J.png").write_bytes(b"x")
-    code, out, _ = capivara("index", folder, "--index", tmp_path / "i.lance", "--model", saved_tiny_folder)
-    assert code == 0 and out.count("bad") == 5 and "and 3 more; capivara status --all lists all" in out
-    code, listed, _ = capivara("status", "--all", "--index", tmp_path / "i.lance")
-    assert code == 0 and listed.count("bad") == 8
-    assert "\x1b" not in out + listed
-
-
 def test_status_fits_on_a_screen_whatever_there_is_to_say(capivara, tmp_path, saved_tiny_folder):
     flags = ("--index", tmp_path / "i.lance", "--model", saved_tiny_folder)
     folders = [tmp_path / f"pasta{number}" for number in range(9)]
     for number, folder in enumerate(folders):
         (folder / ".oculta").mkdir(parents=True)
         (folder / "filme.mp4").write_bytes(b"x")
-        (folder / "vazia.jpg").touch(), (folder / "bad.png").write_bytes(b"x")
+        (folder / "vazia.jpg").touch(), (folder / "bad\x1b[2J.png").write_bytes(b"x")
         PIL.Image.new("RGB", (40, 40), (number, 0, 0)).save(folder / "good.png")
         PIL.Image.new("RGB", (40, 40), (number, 9, 0)).save(folder / "other.gif")
     code, out, _ = capivara("index", *folders, "--exclude", "*.tmp", "--exclude=*.gif", *flags, "--lang", "pt")
     said = "\nPastas ou imagens de fora por regra: 9 por --exclude, 9 ocultas.\n9 vídeos não entram.\n"
     assert code == 0 and said in out
+    assert out.count("/bad") + out.count("/vazia") == 5 and "e mais 13; capivara estado --all lista tudo" in out
     for folder in folders[:6]:
         capivara("forget", folder / "vazia.jpg", *flags)
     code, out, _ = capivara("estado", *flags, "--lang", "pt")
@@ -301,7 +281,7 @@ def test_status_fits_on_a_screen_whatever_there_is_to_say(capivara, tmp_path, sa
     assert "9 vídeos não entram" in out and facts["não lidas"] == "9 não é uma imagem, 3 arquivo vazio"
     assert re.findall(r"e mais (\d+); capivara estado --all", out) == ["6", "5", "10"]
     whole = capivara("status", "--all", *flags)[1]
-    assert whole.count("bad.png") == 9 and whole.count("forget ") == 6 and "more;" not in whole
+    assert "\x1b" not in whole and whole.count("/bad") == 9 and whole.count("forget ") == 6 and "more;" not in whole
     found = json.loads(capivara("status", "--json", *flags)[1])
     assert found["exclude"] == ["*.tmp", "*.gif"]
     assert found["forgotten"] == [str(one / "vazia.jpg") for one in folders[:6]]
@@ -335,10 +315,8 @@ def test_an_index_is_moved_with_its_pictures(capivara, own_index, folder, tmp_pa
 @pytest.mark.slow
 def test_a_search_imports_neither_torch_nor_transformers(index):
     """Which take seconds; the text tower is in NumPy, and what it needs of `modeling_capivara` comes without them."""
-    command = [sys.executable, "-X", "importtime", "-m", "capivara_search", "search", "um gato azul", "--index", index]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    imported = set(re.findall(r"^import time:.*\| +(\w+)$", done.stderr, re.MULTILINE))
-    assert done.returncode == 0 and "azul.jpg" in done.stdout, done.stderr[-2000:]
+    text, imported = traced("search", "um gato azul", "--index", index)
+    assert "azul.jpg" in text
     assert {"lancedb", "ftfy"} <= imported and not imported & {"torch", "transformers"}
 
 
@@ -395,17 +373,12 @@ def test_json_and_csv_hold_nothing_that_a_terminal_obeys(capivara, index, folder
     assert "\x1b" not in "".join(row["path"] for row in rows)
 
 
-def test_nothing_found_is_exit_code_1(capivara, index):
+def test_nothing_found_is_exit_code_1_and_a_long_query_is_cut_with_a_notice(capivara, index):
     code, out, error = capivara("search", "x", "--until", "1999", "--index", index)
-    assert (code, out) == (1, ""), error
-    assert "No picture found with --folder, --since and --until" in error
+    assert (code, out, error) == (1, "", "No picture found with --folder, --since and --until as they are.\n")
     assert capivara("search", "x", "--until", "1999", "--json", "--index", index)[:2] == (1, "[]\n")
-
-
-def test_a_query_of_ten_thousand_letters_is_cut_with_a_notice(capivara, index):
     code, out, error = capivara("buscar", "gato " * 2000, "--index", index, "--lang", "pt", "-k", 1)
-    assert code == 0 and out
-    assert error == "A consulta tem 9.999 letras; só as primeiras 4.096 contam.\n"
+    assert code == 0 and out and error == "A consulta tem 9.999 letras; só as primeiras 4.096 contam.\n"
 
 
 def test_a_picture_that_can_not_be_read_is_wrong_use(capivara, index, folder, tmp_path, recwarn):
@@ -547,16 +520,17 @@ def test_usual_errors_of_the_library_are_said_in_portuguese(
     assert english[0] == code and english[2].splitlines()[-1].startswith("error: ")
 
 
-def test_a_disk_without_space_is_said_in_the_language():
-    full = OSError(errno.ENOSPC, "No space left on the disk of the index /x. Free some")
-    assert explained(full, Words("pt")) == (3, "não há espaço no disco. " + Words("pt")("no_space").partition(". ")[2])
-    denied = PermissionError(errno.EACCES, "Permission denied", "/x\x1b")
-    assert explained(denied, Words("pt")) == (3, r"sem permissão: /x\x1b")
-    missing = ModuleNotFoundError("No module named 'lancedb'", name="lancedb.x")
-    assert explained(missing, Words("pt")) == (3, "falta um pacote: lancedb. Instale: pip install lancedb")
-    with pytest.raises(ImportError) as caught:
+def test_errors_of_the_system_and_of_packages_are_said_in_the_language():
+    with pytest.raises(ImportError) as of_an_extra:
         require("X", "captions", "no_such_package")
-    assert explained(caught.value, Words("pt"))[1].endswith("no_such_package. Instale: pip install no_such_package")
+    for error, said in (
+        (OSError(errno.ENOSPC, "No space left on the disk of the index /x. Free some"), Words("pt")("no_space")),
+        (PermissionError(errno.EACCES, "Permission denied", "/x\x1b"), r"sem permissão: /x\x1b"),
+        (ModuleNotFoundError("No", name="lancedb.x"), "falta um pacote: lancedb. Instale: pip install lancedb"),
+        (of_an_extra.value, "no_such_package. Instale: pip install no_such_package"),
+    ):
+        code, text = explained(error, Words("pt"))
+        assert code == 3 and text.endswith(said)
 
 
 def test_classify_gives_each_picture_a_label_or_none(capivara, index, folder, monkeypatch):
@@ -567,12 +541,8 @@ def test_classify_gives_each_picture_a_label_or_none(capivara, index, folder, mo
     assert code == 0 and lines[0].split() == ["label", "share", "file"] and len(lines) == 6
     assert sum(int(n) for n in re.findall(r": (\d+)", error)) == 5, "the summary counts every picture"
     rows = json.loads(capivara("classificar", ".", *arguments, "--json")[1])
-    assert {Path(row["path"]).stem for row in rows} >= set(COLOURS)
     for row in rows:
         assert sum(row["shares"].values()) == pytest.approx(1) and row["label"] in (None, "azul", "carro vermelho")
-    table = list(csv.DictReader(capivara("classify", ".", *arguments, "--csv")[1].splitlines()))
-    assert [float(row["carro vermelho"]) for row in table] == [row["shares"]["carro vermelho"] for row in rows]
-    assert [row["label"] for row in table] == [row["label"] or "" for row in rows]
 
 
 def test_classify_takes_one_picture_and_needs_no_index(capivara, folder, tmp_path, saved_tiny_folder):
@@ -592,13 +562,9 @@ def test_duplicates_are_shown_in_groups(capivara, own_index, folder, tmp_path, s
     for name in ("a.jpg", "b.jpg"):
         shutil.copy(folder / "branco.jpg", copies / name)
     capivara("index", copies, "--index", own_index)
-    code, out, _ = capivara("duplicates", "--threshold", "0.999", "--json", "--index", own_index)
-    groups = json.loads(out)
-    assert code == 0 and {"a.jpg", "b.jpg", "branco.jpg"} <= {Path(hit["path"]).name for hit in groups[0]}
     code, out, error = capivara("duplicates", "--threshold", "0.999", "--index", own_index)
-    assert out.startswith("group 1\n") and "a.jpg" in out and "of pictures that are nearly the same." in error
-    rows = list(csv.DictReader(capivara("duplicates", "--csv", "--index", own_index)[1].splitlines()))
-    assert {"group", "rank", "path"} <= rows[0].keys()
+    assert code == 0 and out.startswith("group 1\n") and "of pictures that are nearly the same." in error
+    assert all(name in out for name in ("a.jpg", "b.jpg", "branco.jpg"))
 
 
 @pytest.mark.slow

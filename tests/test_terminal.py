@@ -177,20 +177,14 @@ def test_a_sheet_takes_no_more_lines_than_it_may():
 COLOURED = {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
 
 
-@pytest.mark.parametrize(
-    ("environment", "shown"),
-    [
+def test_a_terminal_gets_the_pictures_that_its_variables_speak_of_and_a_pipe_none():
+    for environment, shown in (
         ({"TERM": "xterm-256color"}, False),
         (COLOURED, True),
         (COLOURED | {"NO_COLOR": "1"}, False),
-        ({"TERM": "dumb", "COLORTERM": "truecolor"}, False),
-    ],
-)
-def test_a_terminal_gets_the_pictures_that_its_variables_speak_of(environment, shown):
-    assert draws(Terminal(), environment=environment) == shown
-    assert not draws(Terminal(), "no", environment) and draws(Terminal(), "blocks", environment)
-
-
-def test_a_pipe_gets_no_pictures_unless_they_are_asked_for():
+        (COLOURED | {"TERM": "dumb"}, False),
+    ):
+        assert draws(Terminal(), environment=environment) == shown
+        assert not draws(Terminal(), "no", environment) and draws(Terminal(), "blocks", environment)
     assert not draws(io.StringIO(), environment=COLOURED) and draws(io.StringIO(), "blocks", {})
     assert not has_colours(io.StringIO(), COLOURED)
