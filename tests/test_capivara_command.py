@@ -243,6 +243,7 @@ def test_before_the_first_index_every_command_says_which_one_makes_it(capivara, 
     assert "Este comando o faz: capivara indexar PASTA" in capivara("buscar", "x", "--lang", "pt", "--index", where)[2]
     code, out, _ = capivara("--index", where)
     assert code == 0 and "capivara index ~/Pictures" in out
+    assert re.fullmatch(r"capivara \d\S+\n", capivara("--version")[1])
     assert not where.exists()
 
 
@@ -350,15 +351,11 @@ def test_copies_are_one_line_and_a_date_says_where_it_is_from(capivara, own_inde
         os.utime(tmp_path / "copies" / f"{number}.jpg", (datetime(2023, 5, 1, 12).timestamp(),) * 2)
     capivara("index", tmp_path / "copies", "--index", own_index)
     arguments = ("search", "--like", folder / "2024" / "azul.jpg", "-k", 5, "--index", own_index)
-    one, *others = json.loads(capivara(*arguments, "--json")[1])
-    assert one["copies"] == 2 and not any(hit["copies"] for hit in others)
-    apart = json.loads(capivara(*arguments, "--all", "--json")[1])
-    names = {Path(hit["path"]).name: hit for hit in apart}
-    assert {"azul.jpg", "0.jpg", "1.jpg"} <= names.keys() and {hit["copies"] for hit in apart} == {0}
-    dates = [(names[name]["date"][:10], names[name]["date_source"]) for name in ("azul.jpg", "0.jpg")]
-    assert dates == [("2024-01-15", "camera"), ("2023-05-01", "file")]
     rows = list(csv.DictReader(capivara(*arguments, "--csv")[1].splitlines()))
-    assert [row["copies"] for row in rows[:2]] == ["2", "0"] and rows[0]["date"] == one["date"]
+    assert [row["copies"] for row in rows[:2]] == ["2", "0"]
+    apart = json.loads(capivara(*arguments, "--all", "--json")[1])
+    found = {Path(hit["path"]).name: (hit["copies"], hit["date"][:10], hit["date_source"]) for hit in apart}
+    assert (found["azul.jpg"], found["0.jpg"]) == ((0, "2024-01-15", "camera"), (0, "2023-05-01", "file"))
     assert "  (3 iguais)\n" in capivara(*arguments, "--lang", "pt")[1]
     shown = capivara(*arguments, "--all", "--lang", "pt")[1]
     assert "iguais" not in shown and "  01/05/2023 (arquivo)  " in shown and "  15/01/2024  " in shown
@@ -458,10 +455,11 @@ def test_forget_takes_a_folder_out_and_leaves_its_files(capivara, own_index, fol
     assert code == 0 and out.startswith("2 imagens de ") and (folder / "2024" / "azul.jpg").exists()
     back = f"capivara indexar --include {folder / '2024'}\n"
     assert out.endswith(back)
-    code, out, error = capivara("forget", folder / "2024", "--index", own_index)
-    assert (code, out) == (1, "") and "has no pictures of" in error
-    code, out, error = capivara("forget", folder / "2023", "--index", own_index)
-    assert (code, out) == (1, "") and error == f"The index has no pictures of {folder / '2023'}.\n"
+    assert (
+        "and takes none until it is told to: capivara" in capivara("forget", folder / "2024", "--index", own_index)[2]
+    )
+    of_none = capivara("forget", folder / "2023", "--index", own_index)
+    assert of_none == (1, "", f"The index has no pictures of {folder / '2023'}.\n")
     code, out, error = capivara("indexar", folder / "2024", "--index", own_index, "--lang", "pt")
     assert (code, out) == (2, "") and f"a pasta {folder / '2024'} foi esquecida, e fica de fora" in error
     code, out, _ = capivara("indexar", folder, "--index", own_index, "--lang", "pt")
@@ -478,7 +476,6 @@ LIBRARY = [  # what is done, exit code, what is said of it in Portuguese
     ("buscar x --index INDEX --model none/none", 3, "o modelo none/none não está nesta máquina, e o Hub não responde"),
     ("buscar x --index INDEX --model other", 3, "não é um modelo: falta processor_config.json"),
     ("buscar --like square.png --index INDEX --device abacus", 3, "--device deve ser cpu, cuda ou uma GPU"),
-    ("buscar x --index INDEX --model OTHER", 3, "o modelo other-model não combina com o índice"),
     ("buscar x --index INDEX --model bert", 3, "o modelo bert não é dos que se usam aqui, de duas torres, ou está"),
     ("exportar fotos.xls --index INDEX", 2, "o arquivo deve terminar em .parquet ou .csv, e é fotos.xls"),
     ("exportar taken.csv --index INDEX", 3, "taken.csv é uma pasta. Escolha o nome de um arquivo"),
@@ -488,21 +485,9 @@ LIBRARY = [  # what is done, exit code, what is said of it in Portuguese
 ]
 
 
-@pytest.fixture(scope="module")
-def other_model(saved_tiny_folder, tmp_path_factory) -> Path:
-    """A model whose image side is another one."""
-    from safetensors.numpy import load_file, save_file
-
-    folder = shutil.copytree(saved_tiny_folder, tmp_path_factory.mktemp("models") / "other-model")
-    weights = load_file(folder / "model.safetensors")
-    name = next(name for name in weights if name.startswith("visual_projection"))
-    save_file(weights | {name: weights[name] * 2}, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
 @pytest.mark.parametrize(("line", "code", "text"), LIBRARY)
 def test_usual_errors_of_the_library_are_said_in_portuguese(
-    capivara, line, code, text, index, saved_tiny_folder, other_model, tmp_path, monkeypatch
+    capivara, line, code, text, index, saved_tiny_folder, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CAPIVARA_INDEX", str(tmp_path / "new.lance"))
@@ -511,7 +496,7 @@ def test_usual_errors_of_the_library_are_said_in_portuguese(
     PIL.Image.new("RGB", (40, 40)).save(tmp_path / "square.png")
     (tmp_path / "bert").mkdir(), (tmp_path / "taken.csv").mkdir(), (tmp_path / "\udcff").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    places = {"INDEX": index, "TINY": saved_tiny_folder, "OTHER": other_model, "MANY": " ".join(map(str, range(1001)))}
+    places = {"INDEX": index, "TINY": saved_tiny_folder, "MANY": " ".join(map(str, range(1001)))}
     words = " ".join(str(places.get(word, word)) for word in line.split()).split()
     ended, out, error = capivara("--lang", "pt", *words)
     last = error.replace(f"{tmp_path}/", "").splitlines()[-1]
@@ -533,24 +518,20 @@ def test_errors_of_the_system_and_of_packages_are_said_in_the_language():
         assert code == 3 and text.endswith(said)
 
 
-def test_classify_gives_each_picture_a_label_or_none(capivara, index, folder, monkeypatch):
+def test_classify_gives_each_picture_a_label_or_none_and_needs_no_index(
+    capivara, index, folder, tmp_path, saved_tiny_folder, monkeypatch
+):
     monkeypatch.chdir(folder)
-    arguments = ("--labels", "azul", "carro vermelho", "--index", index)
-    code, out, error = capivara("classify", ".", *arguments)
+    labels = ("--labels", "azul", "carro vermelho")
+    code, out, error = capivara("classify", ".", *labels, "--index", index)
     lines = out.splitlines()
     assert code == 0 and lines[0].split() == ["label", "share", "file"] and len(lines) == 6
     assert sum(int(n) for n in re.findall(r": (\d+)", error)) == 5, "the summary counts every picture"
-    rows = json.loads(capivara("classificar", ".", *arguments, "--json")[1])
-    for row in rows:
-        assert sum(row["shares"].values()) == pytest.approx(1) and row["label"] in (None, "azul", "carro vermelho")
-
-
-def test_classify_takes_one_picture_and_needs_no_index(capivara, folder, tmp_path, saved_tiny_folder):
-    arguments = ("--labels", "azul", "verde", "--index", tmp_path / "none.lance", "--model", saved_tiny_folder)
-    code, out, _ = capivara("classify", folder / "branco.jpg", *arguments, "--json")
-    assert code == 0 and [row["path"] for row in json.loads(out)] == [str(folder / "branco.jpg")]
-    assert not (tmp_path / "none.lance").exists()
-    code, out, error = capivara("classify", folder / "quebrada.jpg", *arguments, "--lang", "pt")
+    alone = (*labels, "--index", tmp_path / "none.lance", "--model", saved_tiny_folder, "--lang", "pt")
+    (row,) = json.loads(capivara("classificar", "branco.jpg", *alone, "--json")[1])
+    assert row["path"] == str(folder / "branco.jpg") and row["label"] in (None, "azul", "carro vermelho")
+    assert sum(row["shares"].values()) == pytest.approx(1) and not (tmp_path / "none.lance").exists()
+    code, out, error = capivara("classify", "quebrada.jpg", *alone)
     assert (code, out) == (2, "") and "não pode ser lido como imagem" in error
 
 
@@ -599,18 +580,12 @@ def test_the_bar_knows_no_rate_before_there_is_work(monkeypatch):
 # ---- how it ends
 
 
-@pytest.fixture
-def many(tmp_path) -> Path:
-    """Enough pictures for a kill in the middle."""
-    folder = tmp_path / "many"
-    folder.mkdir()
-    for number in range(400):
-        PIL.Image.new("RGB", (64, 48), (number % 256, number // 256, 99)).save(folder / f"{number:03d}.png")
-    return folder
-
-
 @pytest.mark.slow
-def test_ctrl_c_is_one_line_and_the_same_command_goes_on(many, tmp_path, saved_tiny_folder, capivara):
+def test_ctrl_c_is_one_line_and_the_same_command_goes_on(tmp_path, saved_tiny_folder, capivara):
+    many = tmp_path / "many"
+    many.mkdir()
+    for number in range(400):  # enough for an end in the middle
+        PIL.Image.new("RGB", (64, 48), (number % 256, number // 256, 99)).save(many / f"{number:03d}.png")
     words = ("index", many, "--index", tmp_path / "i.lance", "--model", saved_tiny_folder, "--batch-size", 2)
     process = started(*words, "--lang", "pt")
     for said in process.stderr:

@@ -136,35 +136,22 @@ def test_no_text_is_stale_and_none_is_missing():
         assert {f"{kind}.{key}" for key in re.findall(rf"\b{start}\"(\w+)\"", code)} <= known
 
 
-def drawn(text: str) -> np.ndarray:
-    """The first row of pictures of a text for the terminal, (height, width, RGBA)."""
-    rows = []
-    for line in text.split("\n")[: -1 if "▀" in text else 0]:
-        cells = re.findall(r"(?:\x1b\[0(?:;38;2;(\d+);(\d+);(\d+))?(?:;48;2;(\d+);(\d+);(\d+))?m)?([ ▀▄])", line)
-        if len(cells) < 60:
-            break
-        style, halves = ("",) * 6, ([], [])
-        for cell in cells:
-            style = cell[:6] if any(cell[:6]) or cell[6] == " " else style
-            front, back = ([int(v) for v in part] + [255] if part[0] else [0] * 4 for part in (style[:3], style[3:]))
-            halves[0].append(front if cell[6] == "▀" else [0] * 4)
-            halves[1].append(front if cell[6] == "▄" else back if cell[6] == "▀" else [0] * 4)
-        rows += halves
-    return np.array(rows, np.uint8)
+STYLED = re.compile(r"\x1b\[0(?:;38;2;(\d+);(\d+);(\d+))?(?:;48;2;\d+;\d+;\d+)?m([ ▀▄])")
 
 
 def test_pictures_are_drawn_in_their_places():
     pictures, captions = [*map(picture, COLOURS[:2]), b"broken", None], ["1 a.png", "2 b.png", "3 c.png", "4 d.png"]
-    text = contact_sheet(pictures, captions, 80)
-    image = drawn(text)
-    height, wide = image.shape[:2]
+    lines = contact_sheet(pictures, captions, 80).split("\n")
+    caption = next(number for number, line in enumerate(lines) if "a.png" in line)
+    cells = STYLED.findall(lines[caption // 2])  # of a line through the middle of the first two pictures
+    assert len(cells) == 2 * ((80 - 1) // 2)
     for number, colour in enumerate(COLOURS[:2]):
-        place = image[:, number * wide // 2 : (number + 1) * wide // 2]
-        middle = place[height * 3 // 4, place.shape[1] // 2].astype(int)
-        assert abs(middle[:3] - colour).max() < 12 and middle[3] == 255
-    assert (image[..., 3] == 0).any(), "beside the pictures the terminal's own ground is seen"
-    lines = [line for line in text.split("\n") if "a.png" in line or "d.png" in line]
-    assert lines[0].startswith(" 1 a.png") and lines[0].index("2 b.png") == (80 - 1) // 2 + 1
+        *found, sign = cells[(2 * number + 1) * len(cells) // 4]
+        assert sign == "▀" and np.abs(np.array(found, int) - colour).max() < 12
+    assert ("", "", "", " ") in cells, "beside the pictures the terminal's own ground is seen"
+    assert lines[caption].startswith(" 1 a.png") and lines[caption].index("2 b.png") == (80 - 1) // 2 + 1
+    assert all(STYLED.sub(r"\4", line).strip() == "\x1b[0m" for line in lines[caption + 1 : -2]), "two of no picture"
+    assert lines[-2].startswith(" 3 c.png")
 
 
 def test_a_sheet_takes_no_more_lines_than_it_may():
