@@ -106,10 +106,9 @@ def explained(error: Exception, words: Words) -> tuple[int, str]:
         return EXIT_CODES.get(code, UNUSABLE), words(f"error.{code}", **values)
     if isinstance(error, OSError) and code is None:
         number = error.errno or 0
-        if (key := OF_THE_SYSTEM.get(number)) and (key != "no_permission" or error.filename):
+        key = "no_host" if number < 0 else OF_THE_SYSTEM.get(number)  # below 0: the resolver's, of socket.gaierror
+        if key and (key != "no_permission" or error.filename):
             return UNUSABLE, words(key, path=visible(str(error.filename)))
-        if number < 0:  # socket.gaierror, whose numbers are the resolver's
-            return UNUSABLE, words("no_host")
     text = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
     return EXIT_CODES.get(code, UNUSABLE), visible(" ".join(text.split())) or type(error).__name__
 

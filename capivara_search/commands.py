@@ -178,16 +178,15 @@ def watch(words: Words, folders: Sequence[Path], poll: bool) -> None:
     pictures = _index() if folders else _filled_index(or_filling=True)
     _say_model(pictures, words)
     _end_by_exception()
-    is_first = True
     with progress_bar(words, leave=False) as progress:
-        for added in pictures.watch(*folders, poll=poll or None, on_progress=progress):
+        for turn, added in enumerate(pictures.watch(*folders, poll=poll or None, on_progress=progress)):
             lines = list(summary(added, len(pictures), words))
-            if is_first or added.new or added.changed or added.moved or added.removed or added.left_out:
-                print("\n".join(lines if is_first else lines[:-1]), flush=True)
-            if is_first:
+            if turn == 0:
+                print(*lines, sep="\n", flush=True)
                 followed = ", ".join(shown_path(str(folder)) for folder in folders or pictures.asked_folders())
                 say(words("watching", folders=followed))
-            is_first = False
+            elif added.new or added.changed or added.moved or added.removed or added.left_out:
+                print(*lines[:-1], sep="\n", flush=True)
 
 
 @command("search")

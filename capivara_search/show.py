@@ -14,14 +14,11 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 from urllib.parse import quote
 
 from capivara_search.results import Hit
 from capivara_search.words import Words, failure, visible
-
-if TYPE_CHECKING:
-    import PIL.Image
 
 PICTURES = ("auto", "blocks", "no")  # how they may be shown
 # How a cell begins that a spreadsheet would run or compute; a single quote before it makes it a text.
@@ -112,41 +109,31 @@ def contact_sheet(pictures: Sequence[bytes | None], captions: Sequence[str], wid
     text = ""
     for start in range(0, min(shown, len(pictures)), across):
         row = slice(start, min(start + across, shown))
-        text += _blocks(_side_by_side(pictures[row], across, (columns, 2 * rows)))
+        for parts in zip(*(_blocks(data, columns, rows) for data in pictures[row]), strict=True):
+            text += "".join(parts) + "\n"
         text += "".join(cut(f" {caption}", columns) for caption in captions[row]).rstrip() + "\n"
     return text
 
 
-def _side_by_side(pictures: Sequence[bytes | None], across: int, place: tuple[int, int]) -> "PIL.Image.Image":
-    """One transparent picture of a row of `across` places, in pixels; each picture as large as its place lets it be."""
+def _blocks(data: bytes | None, columns: int, rows: int) -> list[str]:
+    """The lines of a picture in its place, as large as fits: two pixels a character, its colour and its ground's."""
+    import numpy as np
     import PIL.Image
-    import PIL.ImageOps
 
     from capivara_common.image_files import BadImage, decode_image
 
-    sheet = PIL.Image.new("RGBA", (place[0] * across, place[1]))
-    for number, data in enumerate(pictures):
-        try:
-            picture = decode_image({"bytes": data, "path": None}).convert("RGBA")
-        except BadImage:
-            continue
-        picture = PIL.ImageOps.contain(picture, (place[0] - 1, place[1]), PIL.Image.Resampling.LANCZOS)
-        sheet.paste(picture, (number * place[0] + 1, place[1] - picture.height))  # above its caption's first letter
-    return sheet
-
-
-def _blocks(image: "PIL.Image.Image") -> str:
-    """Two pixels a character: the letter's colour is that of the upper half, its ground's that of the lower one."""
-    import numpy as np
-
-    text = ""
-    for upper, lower in np.asarray(image).reshape(-1, 2, image.width, 4).tolist():
-        for (*top, above), (*bottom, below) in zip(upper, lower, strict=True):
-            front, back = (top if above > 127 else bottom), (bottom if above > 127 < below else [])
-            style = [0, *([38, 2, *front] if max(above, below) > 127 else []), *([48, 2, *back] if back else [])]
-            text += f"\x1b[{';'.join(map(str, style))}m{'▀' if above > 127 else '▄' if below > 127 else ' '}"
-        text += "\x1b[0m\n"
-    return text
+    try:
+        picture = decode_image({"bytes": data, "path": None}).convert("RGB")
+    except BadImage:
+        return [" " * columns] * rows
+    scale = min((columns - 1) / picture.width, 2 * rows / picture.height)
+    wide, high = max(1, round(picture.width * scale)), max(2, round(picture.height * scale) // 2 * 2)
+    picture = picture.resize((wide, high), PIL.Image.Resampling.LANCZOS)
+    lines = []
+    for upper, lower in np.asarray(picture).reshape(-1, 2, wide, 3).tolist():
+        cells = ("\x1b[38;2;{};{};{};48;2;{};{};{}m▀".format(*a, *b) for a, b in zip(upper, lower, strict=True))
+        lines.append(f" {''.join(cells)}\x1b[0m{' ' * (columns - 1 - wide)}")
+    return [" " * columns] * (rows - len(lines)) + lines  # above the first letter of its caption
 
 
 def show_hits(

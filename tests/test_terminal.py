@@ -136,22 +136,21 @@ def test_no_text_is_stale_and_none_is_missing():
         assert {f"{kind}.{key}" for key in re.findall(rf"\b{start}\"(\w+)\"", code)} <= known
 
 
-STYLED = re.compile(r"\x1b\[0(?:;38;2;(\d+);(\d+);(\d+))?(?:;48;2;\d+;\d+;\d+)?m([ ▀▄])")
+STYLE = re.compile(r"\x1b\[(?:38;2;(\d+);(\d+);(\d+);48;2;\d+;\d+;\d+|0)m")
 
 
 def test_pictures_are_drawn_in_their_places():
     pictures, captions = [*map(picture, COLOURS[:2]), b"broken", None], ["1 a.png", "2 b.png", "3 c.png", "4 d.png"]
     lines = contact_sheet(pictures, captions, 80).split("\n")
     caption = next(number for number, line in enumerate(lines) if "a.png" in line)
-    cells = STYLED.findall(lines[caption // 2])  # of a line through the middle of the first two pictures
-    assert len(cells) == 2 * ((80 - 1) // 2)
-    for number, colour in enumerate(COLOURS[:2]):
-        *found, sign = cells[(2 * number + 1) * len(cells) // 4]
-        assert sign == "▀" and np.abs(np.array(found, int) - colour).max() < 12
-    assert ("", "", "", " ") in cells, "beside the pictures the terminal's own ground is seen"
-    assert lines[caption].startswith(" 1 a.png") and lines[caption].index("2 b.png") == (80 - 1) // 2 + 1
-    assert all(STYLED.sub(r"\4", line).strip() == "\x1b[0m" for line in lines[caption + 1 : -2]), "two of no picture"
-    assert lines[-2].startswith(" 3 c.png")
+    middle, place = lines[caption // 2], (80 - 1) // 2
+    seen = STYLE.sub("", middle)
+    assert len(seen) == 2 * place and all(set(seen[at + 1 : at + 37]) == {"▀"} for at in (0, place)), seen
+    cells = np.array([found for found in STYLE.findall(middle) if found[0]], int)  # without what ends a style
+    for found, colour in zip(np.split(cells, 2), COLOURS[:2], strict=True):
+        assert np.abs(found - colour).max() < 12
+    assert lines[caption].startswith(" 1 a.png") and lines[caption].index("2 b.png") == place + 1
+    assert not "".join(lines[caption + 1 : -2]).strip() and lines[-2].startswith(" 3 c.png"), "two of no picture"
 
 
 def test_a_sheet_takes_no_more_lines_than_it_may():
