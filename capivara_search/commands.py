@@ -58,7 +58,7 @@ def capivara(ctx: click.Context) -> None:
 
 def command(name: str) -> Callable[[Callable], click.Command]:
     """Decorate the function of a command: it gets words and the values of its flags; None is exit code 0."""
-    return lambda function: capivara.command(name)(click.pass_obj(function))
+    return lambda function: capivara.command(name, help="")(click.pass_obj(function))  # its help is in words.yaml
 
 
 @command("index")
