@@ -2,11 +2,6 @@
 
     capivara index ~/Fotos                        # capivara indexar
     capivara search "cachorro correndo na praia"  # capivara buscar
-    python -m capivara_search --help
-
-    from capivara_search.command import main
-
-    main(["buscar", "um gato dormindo", "--index", "fotos.lance", "--json"])
 
 What it says stands in `words.yaml`. Nothing that takes time is imported before a command begins: `--help` and wrong use
 are answered at once.
@@ -15,6 +10,7 @@ are answered at once.
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -22,20 +18,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import click
+from click.shell_completion import shell_complete
 
 from capivara_common.files import no_space_left
 from capivara_common.progress import prepare_bars
-from capivara_search.command_line import parsed, wrong_use
-from capivara_search.commands import NOTHING
+from capivara_search.command_line import COMPLETE
+from capivara_search.commands import NOTHING, capivara
 from capivara_search.words import COMMANDS, Words, visible
 
 WRONG_USE, UNUSABLE = 2, 3  # exit codes, beside those of `commands`; the help explains them
-EXIT_CODES = {  # of errors with a code, where it is not UNUSABLE
-    **dict.fromkeys(("no_picture", "move_nothing"), NOTHING),
-    **dict.fromkeys(("folder_shut", "empty_label", "label_twice", "bad_template", "bad_pull"), WRONG_USE),
-    **dict.fromkeys(("folder_forgotten", "no_known_folder", "bad_pattern", "nothing_to_include"), WRONG_USE),
-    **dict.fromkeys(("move_nested", "move_not_there"), WRONG_USE),
-}
+WRONG = "folder_shut empty_label label_twice bad_template bad_pull folder_forgotten no_known_folder bad_pattern"
+WRONG += " nothing_to_include move_nested move_not_there bad_suffix"
+# Of errors with a code, where it is not UNUSABLE.
+EXIT_CODES = {"no_picture": NOTHING, "move_nothing": NOTHING, **dict.fromkeys(WRONG.split(), WRONG_USE)}
 OF_THE_SYSTEM = {  # number of an OSError -> its words
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "no_permission"),
     errno.EADDRINUSE: "port_in_use",
@@ -46,11 +41,8 @@ EXPECTED = (click.UsageError, ValueError, OSError, ImportError, RuntimeError)  #
 
 def language_of(argv: Sequence[str]) -> str:
     """ "pt" or "en": what `--lang` says, else the first of LC_ALL, LC_MESSAGES and LANG that is set."""
-    for number, word in enumerate(argv):
-        name, equals, value = word.partition("=")
-        value = value if equals else "".join(argv[number + 1 : number + 2])
-        if name == "--lang" and value in ("pt", "en"):
-            return value
+    if asked := re.search(r"^--lang[=\n](pt|en)$", "\n".join(argv), re.MULTILINE):
+        return asked[1]
     names = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
     return "pt" if next(filter(None, names), "").startswith("pt") else "en"
 
@@ -80,9 +72,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         with _notes_shown(words), warnings.catch_warnings():
             # PIL's, in English, of pictures that are refused next, in one line.
             warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
-            args = parsed(argv, words)
-            code = args.run(args, words)
+            if asked := os.environ.get(COMPLETE):  # by a shell
+                sys.exit(shell_complete(capivara, {"obj": words}, "capivara", COMPLETE, asked))
+            with capivara.make_context("capivara", argv, obj=words) as ctx:
+                code = capivara.invoke(ctx) or 0
         sys.stdout.flush()
+    except click.exceptions.Exit as ended:  # --help and --version
+        code = ended.exit_code
     except KeyboardInterrupt:
         goes_on = {"index", "watch", COMMANDS["index"], COMMANDS["watch"]} & set(argv)
         print("\n" + words("stopped_goes_on" if goes_on else "stopped"), file=sys.stderr)
@@ -99,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def explained(error: Exception, words: Words) -> tuple[int, str]:
     """The exit code of an error, and one line about it; in the language, where the error has a code."""
     if isinstance(error, click.UsageError):
-        return WRONG_USE, wrong_use(error, words)
+        return WRONG_USE, error.message
     if isinstance(error, ModuleNotFoundError) and error.name:
         return UNUSABLE, words("missing_package", name=error.name.partition(".")[0])
     if no_space_left(error):
@@ -110,10 +106,9 @@ def explained(error: Exception, words: Words) -> tuple[int, str]:
         return EXIT_CODES.get(code, UNUSABLE), words(f"error.{code}", **values)
     if isinstance(error, OSError) and code is None:
         number = error.errno or 0
-        if (key := OF_THE_SYSTEM.get(number)) and (key != "no_permission" or error.filename):
+        key = "no_host" if number < 0 else OF_THE_SYSTEM.get(number)  # below 0: the resolver's, of socket.gaierror
+        if key and (key != "no_permission" or error.filename):
             return UNUSABLE, words(key, path=visible(str(error.filename)))
-        if number < 0:  # socket.gaierror, whose numbers are the resolver's
-            return UNUSABLE, words("no_host")
     text = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
     return EXIT_CODES.get(code, UNUSABLE), visible(" ".join(text.split())) or type(error).__name__
 
@@ -121,18 +116,17 @@ def explained(error: Exception, words: Words) -> tuple[int, str]:
 @contextmanager
 def _notes_shown(words: Words) -> Iterator[None]:
     """What the library logs for people, such as that it waits, is shown on stderr, in the language."""
-    handler, logger = logging.Handler(logging.INFO), logging.getLogger("capivara")
+    handler, logger = logging.Handler(), logging.getLogger("capivara")
 
     def emit(record: logging.LogRecord) -> None:
         from tqdm.std import tqdm  # a bar goes on below it
 
-        key = f"note.{getattr(record, 'code', None)}"
-        text = record.getMessage()
+        text, key = record.getMessage(), f"note.{getattr(record, 'code', None)}"
         if words.language == "pt" and words.has(key):
-            text = words.raw(key).format(*getattr(record, "values", record.args))
+            text = words(key, *getattr(record, "values", record.args))
         tqdm.write(visible(" ".join(text.split())), file=sys.stderr)
 
-    handler.emit, level = emit, logger.level
+    handler.emit = emit
     # transformers warns of default values of SigLIP's own configuration, whatever a model has.
     logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
     logger.addHandler(handler)
@@ -141,4 +135,3 @@ def _notes_shown(words: Words) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(level)

@@ -1,172 +1,123 @@
-"""The commands of `capivara` and their flags, on click; the language is that of the `Words` in a context's `obj`.
+"""What the commands of `capivara` have beyond click: two languages, two names each, several values after one flag.
 
-Both names of a command stand in `words.COMMANDS`, what its help says in `words.yaml`: `help.NAME`, `about.NAME`, and
-`flag.NAME.FLAG`, or `flag.FLAG` of several commands.
+A context's `obj` is the `Words` of a language. They have `help.NAME` and `about.NAME` of each command, `flag.NAME.FLAG`
+or, of several commands, `flag.FLAG`, and `metavar.KEY`, what stands for a value in the help.
 """
 
 import difflib
-import re
-import sys
 from calendar import monthrange
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import date
-from importlib import metadata
+from functools import partial, reduce
 from itertools import takewhile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import click
-from click.shell_completion import CompletionItem
 
 from capivara_search.results import TEMPLATE
 from capivara_search.show import MOST_OPENED, shown_path
-from capivara_search.words import COMMANDS, Words, visible
+from capivara_search.words import COMMANDS, visible
 
 COMPLETE = "_CAPIVARA_COMPLETE"  # variable by which a shell asks click what fits
-ALONE = ("pattern", "path", "pull")  # values that take a flag each: what follows may be another argument
-SHARED = ("index", "model", "device", "lang")  # flags before or after the command
-SHAPE: dict[str, Any] = {
-    "context_settings": {"token_normalize_func": lambda name: name.replace("_", "-"), "max_content_width": 100},
-    "add_help_option": False,
+ENGLISH = {portuguese: english for english, portuguese in COMMANDS.items()}
+SEVERAL = ("--labels", "--sbatch", "--allow-host")  # flags whose values go on up to the next flag
+SETTINGS = {
+    "token_normalize_func": lambda name: name.replace("_", "-"),
+    "max_content_width": 100,
+    "help_option_names": ["-h", "--help"],
 }
-Read = Callable[[str, Words], Any]  # a value of its text; raises click.BadParameter
 
 
-def parsed(argv: Sequence[str], words: Words) -> SimpleNamespace:
-    """The arguments; `command` is an English name, or None where there is none, `run` its function.
-
-    Raises click.UsageError: a flag or command is unknown, or a value breaks its rule. SystemExit: `--help` or
-    `--version`.
-    """
-    found = GROUP.main(list(argv), "capivara", complete_var=COMPLETE, standalone_mode=False, obj=words)
-    if isinstance(found, int):
-        sys.exit(found)
-    return found
+# --- values: what click checks, said in the language -----------------------------------------------------------------
 
 
-# --- values ----------------------------------------------------------------------------------------------------------
+class Place(click.Path):
+    """A path, absolute, whose ~ is the user's folder."""
 
-
-def absolute(text: str, words: Words) -> Path:
-    """A path, which need not be there."""
-    return Path(text).expanduser().absolute()
-
-
-def existing(*kinds: str) -> Read:
-    """A path that is there, of a "folder" or a "file"."""
-
-    def read(text: str, words: Words) -> Path:
-        path = absolute(text, words)
-        if not ("folder" in kinds and path.is_dir()) and not ("file" in kinds and path.is_file()):
-            fault = f"{'not' if path.exists() else 'no'}_{kinds[0]}"
-            raise click.BadParameter(words(fault, path=shown_path(str(path))))
-        return path
-
-    return read
-
-
-def table_file(text: str, words: Words) -> Path:
-    """A file of a table that can be made."""
-    path = absolute(text, words)
-    if not path.parent.is_dir():
-        raise click.BadParameter(words("no_folder", path=shown_path(str(path.parent))))
-    if path.suffix.lower() not in (".parquet", ".csv"):
-        raise click.BadParameter(words("bad_suffix", path=shown_path(str(path))))
-    return path
-
-
-def number(kind: type, low: float, high: float | None = None) -> Read:
-    """An int or a float within bounds."""
-
-    def read(text: str, words: Words) -> float:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context) -> Path:
+        """Says what is not there, or of another kind."""
+        path = Path(value).expanduser().absolute()
         try:
-            value = kind(text)
-        except ValueError:
-            key = "bad_integer" if kind is int else "bad_number"
-            raise click.BadParameter(words(key, value=repr(visible(text))) + words("see_help")) from None
-        if value >= low and (high is None or value <= high):
-            return value
-        point = "," if words.language == "pt" else "."
-        bounds = {name: str(bound).replace(".", point) for name, bound in (("low", low), ("high", high))}
-        raise click.BadParameter(words("below" if high is None else "out_of_range", **bounds, value=text))
-
-    return read
+            return super().convert(path, param, ctx)
+        except click.BadParameter as error:
+            fault = f"{'not' if path.exists() else 'no'}_{'folder' if self.dir_okay else 'file'}"
+            raise click.BadParameter(ctx.obj(fault, path=shown_path(str(path)))) from error
 
 
-def day(last: bool) -> Read:
-    """The day that a text names; of a month or a year its first day, or its last one."""
-    form = re.compile(r"(?P<y>\d{4})(-(?P<m>\d\d?)(-(?P<d>\d\d?))?)?|(?P<d2>\d\d?)/(?P<m2>\d\d?)/(?P<y2>\d{4})")
+ANY_FOLDER = Place(file_okay=False, readable=False)
+FOLDER = Place(exists=True, file_okay=False, readable=False)
+FILE = Place(exists=True, dir_okay=False, readable=False)
+EITHER = Place(exists=True, readable=False)
+ANY = Place(readable=False)
 
-    def read(text: str, words: Words) -> date:
-        found = form.fullmatch(text)
+
+class Said:
+    """A type of click's, whose `fault` is a key of the words of a language."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context) -> Any:
+        """The value. Raises click.BadParameter."""
         try:
-            year, month, day = (int(found[name] or found[f"{name}2"] or 0) for name in "ymd")
-            month = month or (12 if last else 1)
-            return date(year, month, day or (monthrange(year, month)[1] if last else 1))
-        except (TypeError, ValueError) as error:
-            raise click.BadParameter(words("bad_date", value=visible(text))) from error
-
-    return read
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            fault = ctx.obj(self.fault, **vars(self) | {"value": visible(str(value))})
+            raise click.BadParameter(fault) from error
 
 
-def host(text: str, words: Words) -> str:
-    """A name or address that a page answers to, or "*"."""
-    from capivara_search.page.guard import host_name  # here: the server comes with it
+class Whole(Said, click.IntRange):
+    """A whole number."""
 
-    if text == "*" or host_name(text):
-        return text
-    raise click.BadParameter(words("bad_host", value=visible(text)))
+    fault = property(lambda self: "below" if self.max is None else "out_of_range")
+
+
+class Similarity(Said, click.FloatRange):
+    """A number from 0.01 to 1."""
+
+    fault = "bad_similarity"
+
+
+class Day(Said, click.DateTime):
+    """A day; of a month or a year its first one, or its last one."""
+
+    fault = "bad_date"
+
+    def __init__(self, last: bool):
+        super().__init__(["%Y", "%Y-%m", "%Y-%m-%d", "%d/%m/%Y"])
+        self.last = last
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context) -> date:
+        """The day."""
+        day = super().convert(value, param, ctx).date()
+        if self.last and "/" not in value and value.count("-") < 2:
+            month = day.month if "-" in value else 12
+            return date(day.year, month, monthrange(day.year, month)[1])
+        return day
 
 
 class Choice(click.Choice):
-    """click's, in the words of a language."""
+    """One of some words."""
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context) -> str:
-        """Names the value and the choices."""
-        choices = ", ".join(map(repr, self.choices))
-        return ctx.obj("bad_choice", value=repr(visible(value)), choices=choices) + ctx.obj("see_help")
-
-
-class Value(click.ParamType):
-    """What a function reads of a text."""
-
-    name = "value"
-
-    def __init__(self, read: Read):
-        self.read = read
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context) -> Any:
-        """The value; a default is one already."""
-        return self.read(value, ctx.obj) if isinstance(value, str) else value
+        """Says all of them."""
+        return ctx.obj("bad_choice", value=repr(visible(value)), choices=", ".join(map(repr, self.choices)))
 
 
 # --- flags and commands ----------------------------------------------------------------------------------------------
 
 
 class Parameter(click.Parameter):
-    """A flag or argument with its help in the words of a language.
-
-    `metavar` is the key of what stands for its value in the help, `read` makes the value of its text, and a shell
-    completes it by "dir" or "file".
-    """
-
-    def __init__(self, *names: str, metavar: str = "", read: Read | None = None, completes: str = "", **options: Any):
-        self.key = metavar
-        if read:
-            options["type"] = Value(read)
-        if completes:
-            options["shell_complete"] = lambda ctx, param, text: [CompletionItem(text, type=completes)]
-        super().__init__(names, **options)
+    """A flag or argument with its help in the words of a language; `metavar` is a key of them."""
 
     def make_metavar(self, ctx: click.Context) -> str:
         """What stands for its value."""
-        return ctx.obj(f"metavar.{self.key}") + " …" * (self.nargs == -1) if self.key else super().make_metavar(ctx)
+        named = self.metavar and ctx.obj(f"metavar.{self.metavar}") + " …" * (self.nargs == -1)
+        return named or super().make_metavar(ctx)
 
-    def about(self, ctx: click.Context) -> str:
-        """What the help says of it."""
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        """Its names and what the help says of it."""
         own = f"flag.{ctx.command.name}.{self.name}"
-        return ctx.obj(own if ctx.obj.has(own) else f"flag.{self.name}", most=MOST_OPENED, template=TEMPLATE)
+        self.help = ctx.obj(own if ctx.obj.has(own) else f"flag.{self.name}", most=MOST_OPENED, template=TEMPLATE)
+        return super().get_help_record(ctx) if isinstance(self, click.Option) else (self.make_metavar(ctx), self.help)
 
 
 class Argument(Parameter, click.Argument):
@@ -176,54 +127,80 @@ class Argument(Parameter, click.Argument):
 class Flag(Parameter, click.Option):
     """A flag."""
 
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """Its names and its help."""
-        self.help = self.about(ctx)
-        return super().get_help_record(ctx)
+    def get_help_extra(self, ctx: click.Context) -> dict[str, Any]:
+        """Nothing in click's English."""
+        return {}
 
 
-def switches(*names: str) -> list[Flag]:
+argument, flag = partial(click.argument, cls=Argument), partial(click.option, cls=Flag)
+
+
+def switches(*names: str) -> Callable[[Callable], Callable]:
     """Flags without a value."""
-    return [Flag(name, is_flag=True) for name in names]
+    return lambda function: reduce(lambda given, name: flag(name, is_flag=True)(given), reversed(names), function)
+
+
+def _keep(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """Of a flag that may stand before the command and after it, where it wins."""
+    if value is not None:
+        ctx.meta[param.name] = value
+
+
+def of_all(name: str) -> str | None:
+    """The value of a flag of all commands."""
+    return click.get_current_context().meta.get(name)
+
+
+OF_ALL = [
+    Flag(["--index"], metavar="where", shell_complete=ANY_FOLDER.shell_complete, expose_value=False, callback=_keep),
+    Flag(["--model"], metavar="model", shell_complete=ANY_FOLDER.shell_complete, expose_value=False, callback=_keep),
+    Flag(["--device"], metavar="device", expose_value=False, callback=_keep),
+    Flag(["--lang"], type=Choice(("pt", "en")), expose_value=False),  # `command.language_of` has read it
+]
 
 
 class Command(click.Command):
-    """click's, with its help in the words of a language; one flag may have several values after it."""
+    """click's, with the flags of all commands, and its help in the words of a language."""
 
     allow_extra_args = True
 
+    def __init__(self, name: str | None, params: list[click.Parameter] | None = None, **options: Any):
+        super().__init__(name, params=[*(params or []), *OF_ALL], context_settings=SETTINGS, **options)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """`--labels a b` becomes what click knows, `--labels a --labels b`; what is left over is named."""
-        several = [one.opts[-1] for one in self.params if one.multiple and one.key not in ALONE]
-        found, flag = [], None
-        for place, word in enumerate(args):
+        found, several = list[str](), None
+        for word in args:
             if word.startswith("-"):
-                flag = word if word.replace("_", "-") in several and args[place + 1 : place + 2] else None
-            if flag != word:
-                found += [flag, word] if flag else [word]
+                several = word if word.replace("_", "-") in SEVERAL else None
+            elif several and found[-1] != several:
+                found.append(several)
+            found.append(word)
         try:
             rest = super().parse_args(ctx, found)
         except click.UsageError as error:
-            error.ctx = error.ctx or ctx
-            raise
+            raise click.UsageError(wrong_use(error, ctx)) from error
         if rest and not isinstance(self, click.Group) and not ctx.resilient_parsing:
-            raise click.UsageError(ctx.obj("left_over", name=visible(rest[0])) + ctx.obj("see_help"), ctx)
+            raise click.UsageError(ctx.obj("left_over", name=visible(rest[0])) + ctx.obj("see_help"))
+        if ctx.params.get("json") and ctx.params.get("csv"):
+            raise click.UsageError("--csv: " + ctx.obj("not_both", other="--json") + ctx.obj("see_help"))
         return rest
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Usage, description, arguments, flags, commands and exit codes."""
         words, is_group = ctx.obj, isinstance(self, click.Group)
-        arguments = [(one.make_metavar(ctx), one.about(ctx)) for one in self.params if isinstance(one, Argument)]
-        options = [one.get_help_record(ctx) for one in self.params if isinstance(one, Flag)]
-        names = [names if words.language == "en" else names[::-1] for names in COMMANDS.items() if is_group]
-        commands = [(", ".join(shown), words(f"help.{name}")) for shown, name in zip(names, COMMANDS, strict=False)]
-        pieces = [f"[{words('metavar.options')}]", *(name for name, _ in arguments)]
-        pieces += [f"[{words('metavar.command')}]"] * is_group
-        formatter.write_usage(ctx.command_path, " ".join(pieces), words("usage"))
-        for piece in words(f"about.{self.name}" if self.name else "description").split("\n\n"):
+        arguments = [one.get_help_record(ctx) for one in self.params if isinstance(one, Argument)]
+        flags = [one.get_help_record(ctx) for one in self.params if isinstance(one, Flag)]
+        flags.append(("-h, --help", words("flag.help")))
+        order = 1 if words.language == "en" else -1
+        commands = [(", ".join(names[::order]), words(f"help.{names[0]}")) for names in COMMANDS.items() if is_group]
+        usage = [f"[{words('metavar.options')}]", *(name for name, _ in arguments)]
+        usage += [f"[{words('metavar.command')}]"] * is_group
+        formatter.write_usage(ctx.command_path, " ".join(usage), words("usage"))
+        for piece in words(f"about.{self.name}").split("\n\n"):
             lines = piece if piece.startswith(" ") else click.wrap_text(" ".join(piece.split()), formatter.width)
             formatter.write(f"\n{lines}\n")
-        for part, rows in {"arguments": arguments, "options": options, "commands": commands}.items():
+        for part, rows in {"arguments": arguments, "options": flags, "commands": commands}.items():
             if rows:
                 with formatter.section(words(part)):
                     formatter.write_dl(rows)
@@ -232,87 +209,44 @@ class Command(click.Command):
 
 
 class Group(Command, click.Group):
-    """All commands."""
+    """All commands, each by its name in both languages."""
+
+    command_class = Command
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """By either name."""
+        return super().get_command(ctx, ENGLISH.get(name, name))
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Both names of each."""
+        return [*COMMANDS, *ENGLISH]
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Raises click.UsageError, which names the nearest command."""
+        if self.get_command(ctx, args[0]) or ctx.resilient_parsing:
+            return super().resolve_command(ctx, args)
         name, words = visible(args[0]), ctx.obj
-        if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
-            near = difflib.get_close_matches(name, [*COMMANDS, *COMMANDS.values()], n=1)
-            sentence = visible(" ".join(takewhile(lambda word: not word.startswith("-"), args)))
-            if not near and " " in sentence:  # what is meant is plain
-                near = [f'{words.command("search")} "{sentence}"']
-            shown = "".join(words("nearest", name=f"capivara {one}") for one in near)
-            raise click.UsageError(words("unknown_command", name=name) + shown + words("see_help"), ctx)
-        return super().resolve_command(ctx, args)
+        near = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
+        sentence = visible(" ".join(takewhile(lambda word: not word.startswith("-"), args)))
+        if not near and " " in sentence:  # what is meant is plain
+            near = [f'{words.command("search")} "{sentence}"']
+        shown = "".join(words("nearest", name=f"capivara {one}") for one in near)
+        raise click.UsageError(words("unknown_command", name=name) + shown + words("see_help"))
 
 
-def _ended(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    """`--help` and `--version`."""
-    if not value or ctx.resilient_parsing:
-        return
-    if param.name == "help":
-        print(ctx.get_help())
-    else:
-        try:
-            print(f"capivara {metadata.version('modeling-capivara')}")
-        except metadata.PackageNotFoundError:  # in a folder that is not installed
-            print("capivara")
-    ctx.exit()
-
-
-ENDING = {"is_flag": True, "is_eager": True, "expose_value": False, "callback": _ended}
-OF_ALL = [  # flags of every command
-    Flag("--index", metavar="where", completes="dir"),
-    Flag("--model", metavar="model", completes="dir"),
-    Flag("--device", metavar="device"),
-    Flag("--lang", type=Choice(("pt", "en"))),
-    Flag("-h", "--help", **ENDING),
-]
-GROUP = Group(None, params=[*OF_ALL, Flag("--version", **ENDING)], invoke_without_command=True, **SHAPE)
-
-
-def command(name: str | None, *params: click.Parameter) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Decorate the function of a command, by its English name, or of what is done without one.
-
-    It gets its arguments, those of `params` and of all, and words, and returns the exit code.
-    """
-
-    def decorate(function: Callable[..., int]) -> Callable[..., int]:
-        def collected(**values: Any) -> SimpleNamespace:
-            ctx = click.get_current_context()
-            before = ctx.find_root().params
-            values |= {one: values[one] if values[one] is not None else before.get(one) for one in SHARED}
-            if values.get("json") and values.get("csv"):
-                raise click.UsageError("--csv: " + ctx.obj("not_both", other="--json") + ctx.obj("see_help"))
-            return SimpleNamespace(command=name, run=function, **values)
-
-        if name is None:
-            GROUP.callback = collected
-            return function
-        one = Command(name, params=[*params, *OF_ALL], callback=collected, **SHAPE)
-        for known in (name, COMMANDS[name]):
-            GROUP.add_command(one, known)
-        return function
-
-    return decorate
-
-
-def wrong_use(error: click.UsageError, words: Words) -> str:
+def wrong_use(error: click.UsageError, ctx: click.Context) -> str:
     """What click says, in the words of a language."""
+    words = ctx.obj
     if isinstance(error, click.NoSuchOption):
         name = visible(error.option_name)
         if words.has(f"gone.{name[2:]}"):
             return words("gone", name=name, text=words(f"gone.{name[2:]}"))
-        options = [param for param in error.ctx.command.params if isinstance(param, click.Option)]
-        known = {one.lstrip("-"): one for param in options for one in param.opts}
-        near = difflib.get_close_matches(name.lstrip("-"), known, n=1)
-        shown = "".join(words("nearest", name=known[one]) for one in near)
+        shown = "".join(words("nearest", name=one) for one in (error.possibilities or [])[:1])
         return words("unknown_flag", name=name) + shown + words("see_help")
+    option = isinstance(getattr(error, "param", None), click.Option) and error.param.opts[-1]
     if isinstance(error, click.MissingParameter):
-        return words("missing", name=error.param.make_metavar(error.ctx)) + words("see_help")
+        return words("missing", name=option or error.param.make_metavar(ctx)) + words("see_help")
     if isinstance(error, click.BadOptionUsage):
-        takes_none = any(error.option_name in one.opts and one.is_flag for one in error.ctx.command.params)
+        takes_none = any(error.option_name in one.opts and one.is_flag for one in ctx.command.get_params(ctx))
         return f"{error.option_name}: {words('no_value' if takes_none else 'needs_value')}{words('see_help')}"
-    named = isinstance(error, click.BadParameter) and isinstance(error.param, click.Option)
-    return f"{error.param.opts[-1]}: {error.message}" if named else error.message
+    return f"{option}: {error.message}" if option else error.message

@@ -1,9 +1,8 @@
-"""What each command of `capivara` takes and does, in the words of a language; its function returns the exit code.
+"""What each command of `capivara` takes and does, in the words of a language.
 
 The index, and all that it needs, is imported when a command begins.
 """
 
-import json
 import os
 import shlex
 import signal
@@ -11,28 +10,19 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, fields
-from datetime import datetime
+from dataclasses import asdict
+from datetime import date, datetime
+from json import dumps
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import get_completion_class
 
 from capivara_search import command_line as cli
-from capivara_search.results import SAME, TEMPLATE, Added, Hit
-from capivara_search.show import (
-    PICTURES,
-    contact_sheet,
-    link,
-    open_pictures,
-    say,
-    screen,
-    shown_path,
-    table,
-    write_csv,
-)
+from capivara_search.command_line import Choice, Whole, argument, flag, switches
+from capivara_search.results import SAME, TEMPLATE, Added
+from capivara_search.show import PICTURES, open_pictures, say, show_hits, shown_path, table, write_csv
 from capivara_search.words import UNSAFE, Words, failure, visible
 
 if TYPE_CHECKING:
@@ -40,12 +30,10 @@ if TYPE_CHECKING:
 
     from capivara_search.index import PictureIndex
 
-DONE, NOTHING = 0, 1  # exit codes; the help explains them
-WHOLE = cli.number(int, 1)
-OUTPUT = cli.switches("--json", "--csv")
-SHOWN = [cli.Flag("--pictures", type=cli.Choice(PICTURES), default="auto"), *cli.switches("--no-pictures")]
-LINES = {"auto": None, "yes": True, "no": False}  # values of --line
-LINE = cli.Flag("--line", type=cli.Choice(tuple(LINES)), default="auto")
+NOTHING = 1  # the exit code where nothing is found; the help explains them
+LINES = {"auto": None, "yes": True, "no": False}
+LINE = flag("--line", type=Choice(tuple(LINES)), default="auto", callback=lambda ctx, param, value: LINES[value])
+DRAWN = flag("--pictures", type=Choice(PICTURES), default="auto")
 LEFT_OUT_SHOWN = 5
 BY_RULE = ("forgotten", "excluded", "hidden", "system")
 SCREEN_SHOWN = 4  # lines of each list of `status`, which fits on a screen of 24
@@ -56,58 +44,72 @@ CSV_COLUMNS = (
 )
 
 
-@cli.command(
-    "index",
-    cli.Argument("folders", metavar="folder", nargs=-1, read=cli.existing("folder"), completes="dir"),
-    cli.Flag("--exclude", multiple=True, metavar="pattern"),
-    cli.Flag("--include", multiple=True, metavar="path", completes="file"),
-    *cli.switches("--exact"),
-    cli.Flag("--batch-size", read=WHOLE, default=32, metavar="number"),
-    # Those of `ExecutorArguments`:
-    cli.Flag("--executor", type=cli.Choice(("local", "slurm", "ray")), default="local"),
-    cli.Flag("--tasks", read=WHOLE, metavar="number"),
-    cli.Flag("--workers", read=WHOLE, metavar="number"),
-    cli.Flag("--partition", metavar="partition"),
-    cli.Flag("--time", metavar="time"),
-    cli.Flag("--sbatch", multiple=True, metavar="pair"),
-    cli.Flag("--cpus-per-task", read=WHOLE, default=1, metavar="number"),
-    cli.Flag("--mem-per-cpu-gb", read=WHOLE, default=4, metavar="number"),
-    cli.Flag("--gpus-per-task", read=cli.number(int, 0), default=0, metavar="number"),
-    cli.Flag("--logging-dir", read=cli.absolute, metavar="folder", completes="dir"),
-)
-def index(args: SimpleNamespace, words: Words) -> int:
+@click.group("capivara", cls=cli.Group, invoke_without_command=True)
+@click.version_option(package_name="modeling-capivara", message="capivara %(version)s", cls=cli.Flag)
+@click.pass_context
+def capivara(ctx: click.Context) -> None:
+    """Without a command: what can be done next, make an index, or use the one that is there."""
+    if ctx.invoked_subcommand:
+        return
+    words, pictures = ctx.obj, _index()
+    key, count = "next_steps" if len(pictures) else "first_steps", words.count("pictures", len(pictures))
+    print(words(key, pictures=count, where=shown_path(str(pictures.where))))
+
+
+def command(name: str) -> Callable[[Callable], click.Command]:
+    """Decorate the function of a command: it gets words and the values of its flags; None is exit code 0."""
+    return lambda function: capivara.command(name, help="")(click.pass_obj(function))  # its help is in words.yaml
+
+
+@command("index")
+@argument("folders", metavar="folder", nargs=-1, type=cli.FOLDER)
+@flag("--exclude", multiple=True, metavar="pattern")
+@flag("--include", multiple=True, metavar="path", shell_complete=cli.ANY.shell_complete)
+@switches("--exact")
+@flag("--batch-size", type=Whole(1), default=32, metavar="number")
+# Those of `ExecutorArguments`:
+@flag("--executor", type=Choice(("local", "slurm", "ray")), default="local")
+@flag("--tasks", type=Whole(1), metavar="number")
+@flag("--workers", type=Whole(1), metavar="number")
+@flag("--partition", metavar="partition")
+@flag("--time", metavar="time")
+@flag("--sbatch", multiple=True, metavar="pair")
+@flag("--cpus-per-task", type=Whole(1), default=1, metavar="number")
+@flag("--mem-per-cpu-gb", type=Whole(1), default=4, metavar="number")
+@flag("--gpus-per-task", type=Whole(0), default=0, metavar="number")
+@flag("--logging-dir", type=cli.ANY_FOLDER, metavar="folder")
+def index(
+    words: Words, folders: Sequence[Path], exclude: Sequence[str], include: Sequence[str], exact: bool, batch_size: int,
+    **tasks: Any,
+) -> None:  # fmt: skip
     """Add folders to the index, with progress and a summary."""
-    if args.executor == "local" and args.workers is not None:
+    executor = tasks["executor"]
+    if executor == "local" and tasks["workers"] is not None:
         raise click.UsageError(words("gone", name="--workers", text=words("gone.workers")))
-    if args.executor != "local" and args.tasks is None:
-        raise click.UsageError(words("needs_flags", executor=args.executor, flags="--tasks"))
-    if args.executor == "slurm" and not (args.partition and args.time and args.logging_dir):
-        raise click.UsageError(words("needs_flags", executor="slurm", flags="--partition, --time, --logging-dir"))
-    pictures = _index(args)
+    needed = {"slurm": ("tasks", "partition", "time", "logging_dir"), "ray": ("tasks",)}.get(executor, ())
+    if missing := ", ".join(f"--{name}".replace("_", "-") for name in needed if not tasks[name]):
+        raise click.UsageError(words("needs_flags", executor=executor, flags=missing))
+    pictures = _index()
     pictures.mend()
-    folders = pictures.folders_to_add(args.folders, args.exclude, args.include)
-    say(words("model_line", model=visible(pictures.model.name)))
-    _say_note(pictures, words)
+    folders = pictures.folders_to_add(folders, exclude, include)
+    _say_model(pictures, words)
     say(words("looking", folders=", ".join(shown_path(str(folder)) for folder in folders)))
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # what is under way is finished or undone
-    if args.executor != "local" or args.tasks:
+    how = {"exact": exact, "batch_size": batch_size, "exclude": list(exclude), "include": list(include)}
+    if executor != "local" or tasks["tasks"]:
         from capivara_search.workers import WorkerArguments, add_with_workers
 
-        names = [known.name for known in fields(WorkerArguments) if known.name not in ("where", "folders")]
-        given = {name: getattr(args, name) for name in names}
-        given |= {name: list(given[name]) for name in ("sbatch", "exclude", "include")}
-        arguments = WorkerArguments(where=pictures.where, folders=list(map(str, folders)), **given)
+        how |= tasks | {name: cli.of_all(name) for name in ("model", "device")}
+        how["sbatch"] = list(tasks["sbatch"])
+        arguments = WorkerArguments(where=pictures.where, folders=list(map(str, folders)), **how)
         done = add_with_workers(arguments)
         logs = shown_path(str(arguments.logs))
         print(words.count("in_index", len(pictures)) + "." if done else words("jobs_sent", path=logs))
-        return DONE
+        return
     with progress_bar(words) as progress:
-        rules = {"exclude": args.exclude, "include": args.include}
-        added = pictures.add(*folders, exact=args.exact, batch_size=args.batch_size, on_progress=progress, **rules)
-    for line in summary(added, len(pictures), words):
-        print(line)
-    return DONE
+        added = pictures.add(*folders, on_progress=progress, **how)
+    print(*summary(added, len(pictures), words), sep="\n")
 
 
 @contextmanager
@@ -149,8 +151,7 @@ def summary(added: Added, pictures: int, words: Words) -> Iterable[str]:
     parts = parts or [words("nothing_changed")]
     if added.left_out:
         parts.append(words.count("left_out", len(added.left_out)))
-    line = ", ".join(parts)
-    yield f"{line} ({words.duration(added.seconds)}){':' if added.left_out else '.'}"
+    yield f"{', '.join(parts)} ({words.duration(added.seconds)}){':' if added.left_out else '.'}"
     for left in added.left_out[:LEFT_OUT_SHOWN]:
         yield f"  {shown_path(left.path)}: {words.reason(left.reason)}"
     if (more := len(added.left_out) - LEFT_OUT_SHOWN) > 0:
@@ -169,195 +170,159 @@ def skipped(numbers: Mapping[str, int], words: Words) -> tuple[str, str]:
     return ", ".join(parts), words.count("videos", n) if (n := numbers.get("video")) else ""
 
 
-@cli.command(
-    "watch",
-    cli.Argument("folders", metavar="folder", nargs=-1, read=cli.existing("folder"), completes="dir"),
-    *cli.switches("--poll"),
-)
-def watch(args: SimpleNamespace, words: Words) -> int:
+@command("watch")
+@argument("folders", metavar="folder", nargs=-1, type=cli.FOLDER)
+@switches("--poll")
+def watch(words: Words, folders: Sequence[Path], poll: bool) -> None:
     """Follow folders, with a line for what is done each time, until Ctrl-C."""
-    pictures = _index(args) if args.folders else _filled_index(args, or_filling=True)
-    say(words("model_line", model=visible(pictures.model.name)))
-    _say_note(pictures, words)
-    for ending in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(ending, signal.default_int_handler)
-    is_first = True
+    pictures = _index() if folders else _filled_index(or_filling=True)
+    _say_model(pictures, words)
+    _end_by_exception()
     with progress_bar(words, leave=False) as progress:
-        for added in pictures.watch(*args.folders, poll=args.poll or None, on_progress=progress):
+        for turn, added in enumerate(pictures.watch(*folders, poll=poll or None, on_progress=progress)):
             lines = list(summary(added, len(pictures), words))
-            if is_first or added.new or added.changed or added.moved or added.removed or added.left_out:
-                print("\n".join(lines if is_first else lines[:-1]), flush=True)
-            if is_first:
-                folders = ", ".join(shown_path(str(folder)) for folder in args.folders or pictures.asked_folders())
-                say(words("watching", folders=folders))
-            is_first = False
-    return DONE
+            if turn == 0:
+                print(*lines, sep="\n", flush=True)
+                followed = ", ".join(shown_path(str(folder)) for folder in folders or pictures.asked_folders())
+                say(words("watching", folders=followed))
+            elif added.new or added.changed or added.moved or added.removed or added.left_out:
+                print(*lines[:-1], sep="\n", flush=True)
 
 
-@cli.command(
-    "search",
-    cli.Argument("query", metavar="query", nargs=-1, callback=lambda ctx, param, parts: " ".join(parts).strip()),
-    cli.Flag("--like", read=cli.existing("file"), metavar="file", completes="file"),
-    cli.Flag("-k", read=cli.number(int, 1, 10_000), default=12, metavar="number"),
-    cli.Flag("--folder", read=cli.absolute, metavar="folder", completes="dir"),
-    cli.Flag("--since", read=cli.day(last=False), metavar="date"),
-    cli.Flag("--until", read=cli.day(last=True), metavar="date"),
-    cli.Flag("--more", "--mais", multiple=True, metavar="pull"),
-    cli.Flag("--less", "--menos", multiple=True, metavar="pull"),
-    LINE,
-    *cli.switches("--exact", "--all", "--open"),
-    *OUTPUT,
-    *SHOWN,
-)
-def search(args: SimpleNamespace, words: Words) -> int:
+@command("search")
+@argument("query", metavar="query", nargs=-1)
+@flag("--like", type=cli.FILE, metavar="file")
+@flag("-k", type=Whole(1, 10_000), default=12, metavar="number")
+@flag("--folder", type=cli.ANY_FOLDER, metavar="folder")
+@flag("--since", type=cli.Day(last=False), metavar="date")
+@flag("--until", type=cli.Day(last=True), metavar="date")
+@flag("--more", "--mais", multiple=True, metavar="pull")
+@flag("--less", "--menos", multiple=True, metavar="pull")
+@LINE
+@DRAWN
+@switches("--no-pictures", "--exact", "--all", "--open", "--json", "--csv")
+def search(
+    words: Words, query: Sequence[str], like: Path | None, k: int, folder: Path | None, since: date | None,
+    until: date | None, more: Sequence[str], less: Sequence[str], line: bool | None, exact: bool, all: bool, open: bool,
+    json: bool, csv: bool, **drawn: Any,
+) -> int:  # fmt: skip
     """Find pictures, and show or write them."""
     from capivara_search.asking import read_pull
 
-    if not args.query and args.like is None and not args.more and not args.less:
+    text = " ".join(query).strip()
+    if not (text or like or more or less):
         raise click.UsageError(words("empty_query"))
-    if args.since and args.until and args.since > args.until:
-        raise click.UsageError(words("dates_order", since=args.since, until=args.until))
-    if len(args.query) > MAX_LETTERS:
-        length, kept = words.number(len(args.query)), words.number(MAX_LETTERS)
-        say(words("long_query", length=length, kept=kept))
-        args.query = args.query[:MAX_LETTERS]
-    for text in (*args.more, *args.less):
-        read_pull(text)  # says what is wrong with it before any work
-    pictures = _filled_index(args)
+    if since and until and since > until:
+        raise click.UsageError(words("dates_order", since=since, until=until))
+    if len(text) > MAX_LETTERS:
+        say(words("long_query", length=words.number(len(text)), kept=words.number(MAX_LETTERS)))
+    for pull in (*more, *less):
+        read_pull(pull)  # says what is wrong with it before any work
+    pictures = _filled_index(line=line)
     _say_note(pictures, words)
-    like = args.like and _query_picture(args.like, words)
-    filters = {"folder": args.folder, "since": args.since, "until": args.until}
-    how = {"exact": args.exact, "stacked": not args.all, "more": args.more, "less": args.less}
-    hits = pictures.search(args.query or None, like, args.k, **filters, **how)
-    if args.json:
+    how = {"exact": exact, "stacked": not all, "more": more, "less": less}
+    picture = like and _query_picture(like, words)
+    hits = pictures.search(text[:MAX_LETTERS] or None, picture, k, folder=folder, since=since, until=until, **how)
+    if json:
         _write_json([asdict(hit) for hit in hits])
-    elif args.csv:
+    elif csv:
         write_csv(sys.stdout, CSV_COLUMNS, [{"rank": rank} | asdict(hit) for rank, hit in enumerate(hits, 1)])
     elif hits:
-        show(hits, pictures, args, words)
+        show_hits(hits, pictures.thumbnail, words, **drawn)
     else:
-        say(words("no_hit_filtered" if any(filters.values()) else "no_hit"))
-    if args.open:
+        say(words("no_hit_filtered" if folder or since or until else "no_hit"))
+    if open:
         open_pictures([hit.path for hit in hits], words)
-    return DONE if hits else NOTHING
+    return 0 if hits else NOTHING
 
 
-def show(hits: Sequence[Hit], pictures: "PictureIndex", args: SimpleNamespace, words: Words) -> None:
-    """Hits as a table; in a terminal that can, above it as many as pictures as fit in the window."""
-    terminal = screen(sys.stdout, "no" if args.no_pictures else args.pictures)
-    if terminal.pictures:
-        thumbnails = [pictures.thumbnail(hit.path) for hit in hits]
-        captions = [f"{rank} {visible(os.path.basename(hit.path))}" for rank, hit in enumerate(hits, 1)]
-        print(contact_sheet(thumbnails, captions, terminal, terminal.lines - len(hits) - 3))
-    head = [words(f"column.{name}") for name in ("rank", "score", "date", "path")]
-    rows = []
-    for rank, hit in enumerate(hits, 1):
-        path = link(hit.path, shown_path(hit.path)) if terminal.links else shown_path(hit.path)
-        same = f"  ({words.count('same', hit.copies + 1)})" if hit.copies else ""
-        date = words.date(hit.date) + words("of_file") * (hit.date_source == "file")
-        rows.append([str(rank), words.score(hit.score), date, path + same])
-    lines = list(table([head, *rows], right=(0, 1)))
-    if below := [place for place, hit in enumerate(hits, 1) if hit.fits is False]:
-        lines.insert(below[0], f"-- {words('line' if below[0] > 1 else 'line_first')} --")
-    for line in lines:
-        print(line)
-
-
-@cli.command(
-    "classify",
-    cli.Argument("place", metavar="place", read=cli.existing("folder", "file"), completes="file"),
-    cli.Flag("--labels", multiple=True, metavar="label"),
-    cli.Flag("--template", default=TEMPLATE, metavar="text"),
-    *OUTPUT,
-)
-def classify(args: SimpleNamespace, words: Words) -> int:
+@command("classify")
+@argument("place", metavar="place", type=cli.EITHER)
+@flag("--labels", multiple=True, required=True, metavar="label")
+@flag("--template", default=TEMPLATE, metavar="text")
+@switches("--json", "--csv")
+def classify(words: Words, place: Path, labels: Sequence[str], template: str, json: bool, csv: bool) -> int:
     """The label of each picture of a folder, or of one picture."""
-    if not args.labels:
-        raise click.UsageError(words("missing", name="--labels") + words("see_help"))
     from capivara_search.labelling import checked_labels
 
-    labels, pictures = checked_labels(args.labels, args.template), _index(args)
+    labels, pictures = checked_labels(labels, template), _index()
     _say_note(pictures, words)
-    found = pictures.classify(args.place, labels, args.template)
-    if not found and args.place.is_file():
-        _query_picture(args.place, words)  # says what is wrong with it
-    rows = [asdict(one) for one in found]
-    if args.json:
-        _write_json(rows)
-    elif args.csv:
+    found = pictures.classify(place, labels, template)
+    if not found and place.is_file():
+        _query_picture(place, words)  # says what is wrong with it
+    if json:
+        _write_json([asdict(one) for one in found])
+    elif csv:
         columns = {label: f"share of {label}" if label in ("path", "label") else label for label in labels}
-        shares = [{columns[label]: share for label, share in row.pop("shares").items()} for row in rows]
-        write_csv(
-            sys.stdout, ("path", "label", *columns.values()), [row | own for row, own in zip(rows, shares, strict=True)]
-        )
+        rows = [{columns[label]: share for label, share in one.shares.items()} for one in found]
+        rows = [row | {"path": one.path, "label": one.label} for row, one in zip(rows, found, strict=True)]
+        write_csv(sys.stdout, ("path", "label", *columns.values()), rows)
     else:
-        texts = [row["label"] or words("none_fits") for row in rows]
-        shares = [words.number(100 * max(row["shares"].values())) + " %" for row in rows]
-        head = [words(f"column.{name}") for name in ("label", "share", "path")]
-        cells = [[text, share, shown_path(row["path"])] for text, share, row in zip(texts, shares, rows, strict=True)]
-        for line in table([head, *cells], right=(1,)):
-            print(line)
-        if len(rows) > 1:
-            say(", ".join(f"{text}: {words.number(n)}" for text, n in Counter(texts).most_common()))
-    return DONE if rows else NOTHING
+        rows = [[words(f"column.{name}") for name in ("label", "share", "path")]]
+        for one in found:
+            share = words.number(100 * max(one.shares.values())) + " %"
+            rows.append([one.label or words("none_fits"), share, shown_path(one.path)])
+        print(*table(rows, right=(1,)), sep="\n")
+        if len(found) > 1:
+            times = Counter(label for label, *_ in rows[1:])
+            say(", ".join(f"{label}: {words.number(n)}" for label, n in times.most_common()))
+    return 0 if found else NOTHING
 
 
-@cli.command(
-    "app",
-    cli.Flag("--port", read=cli.number(int, 1, 65535), default=7860, metavar="number"),
-    cli.Flag("--host", default="127.0.0.1", metavar="address"),
-    cli.Flag("--allow-host", read=cli.host, multiple=True, metavar="name"),
-    LINE,
-    *cli.switches("--no-open", "--watch"),
-)
-def app(args: SimpleNamespace, words: Words) -> int:
+@command("app")
+@flag("--port", type=Whole(1, 65535), default=7860, metavar="number")
+@flag("--host", default="127.0.0.1", metavar="address")
+@flag("--allow-host", multiple=True, metavar="name")
+@LINE
+@switches("--no-open", "--watch")
+def app(
+    words: Words, port: int, host: str, allow_host: Sequence[str], line: bool | None, no_open: bool, watch: bool
+) -> None:
     """The page, until Ctrl-C."""
-    pictures = _filled_index(args, or_filling=True)
-    _say_note(pictures, words)
-    from capivara_search.page.guard import allowed_hosts
-    from capivara_search.page.server import is_loopback, serve_index  # here: what there is no index for waits less
+    from capivara_search.page.guard import allowed_hosts, host_name
+    from capivara_search.page.server import is_loopback, serve_index
     from capivara_search.watch import follower
+
+    if wrong := [name for name in allow_host if name != "*" and not host_name(name)]:
+        raise click.UsageError(words("bad_host", value=visible(wrong[0])))
+    pictures = _filled_index(or_filling=True, line=line)
+    _say_note(pictures, words)
 
     def tell(address: str) -> None:
         print(words("page_open", address=address), flush=True)
-        if not is_loopback(args.host):
-            say(words("open_to_all", names=", ".join(allowed_hosts(args.host, list(args.allow_host)))))
+        if not is_loopback(host):
+            say(words("open_to_all", names=", ".join(allowed_hosts(host, allow_host))))
 
     unasked = sorted(filter(os.path.isdir, pictures.folders().keys() - pictures.asked_folders().keys()))
     if unasked:
-        names = [shown_path(folder) for folder in unasked[:LEFT_OUT_SHOWN]]
-        command = f"capivara {words.command('index')} {words('metavar.folder')}"
-        say(words("thumbnails_alone", folders=", ".join(names), command=command))
-    for ending in (signal.SIGTERM, signal.SIGINT):  # what visitors have sent is removed
-        signal.signal(ending, signal.default_int_handler)
-    options = {"language": words.language, "on_open": tell, "allow_hosts": list(args.allow_host)}
-    own = {"--index": pictures.where, "--model": args.model, "--device": args.device, "--lang": words.language}
-    flags = [f"{name}={value}" for name, value in own.items() if value]
-    with follower(*flags) if args.watch else nullcontext():
-        serve_index(pictures, args.host, args.port, open_browser=not args.no_open, **options)
-    return DONE
+        names = ", ".join(shown_path(folder) for folder in unasked[:LEFT_OUT_SHOWN])
+        again = f"capivara {words.command('index')} {words('metavar.folder')}"
+        say(words("thumbnails_alone", folders=names, command=again))
+    _end_by_exception()  # what visitors have sent is removed
+    options = {"language": words.language, "on_open": tell, "allow_hosts": list(allow_host)}
+    own = {"index": pictures.where, "model": cli.of_all("model"), "device": cli.of_all("device")}
+    flags = [f"--{name}={value}" for name, value in (own | {"lang": words.language}).items() if value]
+    with follower(*flags) if watch else nullcontext():
+        serve_index(pictures, host, port, open_browser=not no_open, **options)
 
 
-@cli.command("status", *cli.switches("--all", "--json"))
-def status(args: SimpleNamespace, words: Words) -> int:
+@command("status")
+@switches("--all", "--json")
+def status(words: Words, all: bool, json: bool) -> None:
     """What the index holds, and what was left out, on one screen."""
-    pictures = _filled_index(args)
-    found = pictures.status()
-    if args.json:
+    found = _filled_index().status()
+    if json:
         _write_json(asdict(found))
-        return DONE
-    facts = {
-        "where": shown_path(found.where),
-        "pictures": words.number(found.pictures),
-        "model": visible(found.model or ""),
-        "size": "" if found.bytes is None else words.size(found.bytes),
-        "search": words("status.approximate" if found.approximate else "status.exact"),
-    }
-    if found.first:
-        facts["taken"] = words("status.taken_range", first=words.date(found.first), last=words.date(found.last))
-    lines = [[words(f"status.{name}"), value] for name, value in facts.items() if value]
+        return
     forget, why = words.command("forget"), Counter(one.reason.partition(":")[0] for one in found.left_out)
+    taken = {"first": words.date(found.first), "last": words.date(found.last)}
     lists = {
+        "where": [shown_path(found.where)],
+        "pictures": [words.number(found.pictures)],
+        "model": [visible(found.model)] if found.model else [],
+        "size": [] if found.bytes is None else [words.size(found.bytes)],
+        "search": [words("status.approximate" if found.approximate else "status.exact")],
+        "taken": [words("status.taken_range", **taken)] if found.first else [],
         "folders": [f"{shown_path(folder)}  {words.number(number)}" for folder, number in found.folders.items()],
         "skipped": [text for text in skipped(found.skipped, words) if text],
         "rules": [
@@ -369,106 +334,86 @@ def status(args: SimpleNamespace, words: Words) -> int:
             *(f"{shown_path(one.path)}: {words.reason(one.reason)}" for one in found.left_out),
         ],
     }
+    lines = []
     for name, texts in lists.items():
-        if not args.all and len(texts) > SCREEN_SHOWN:
-            command = f"capivara {words.command('status')} --all"
-            texts[SCREEN_SHOWN - 1 :] = [words.count("and_more", len(texts) - SCREEN_SHOWN + 1, command=command)]
+        if not all and len(texts) > SCREEN_SHOWN:
+            whole = f"capivara {words.command('status')} --all"
+            texts[SCREEN_SHOWN - 1 :] = [words.count("and_more", len(texts) - SCREEN_SHOWN + 1, command=whole)]
         lines += [[words(f"status.{name}") * (row == 0), text] for row, text in enumerate(texts)]
-    for line in table(lines):
-        print(line)
-    return DONE
+    print(*table(lines), sep="\n")
 
 
-@cli.command("forget", cli.Argument("place", metavar="place", read=cli.absolute, completes="file"))
-def forget(args: SimpleNamespace, words: Words) -> int:
+@command("forget")
+@argument("place", metavar="place", type=cli.ANY)
+def forget(words: Words, place: Path) -> int:
     """Take a folder or a picture out of the index, for good."""
-    pictures = _filled_index(args)
-    number, path = pictures.forget(args.place), shown_path(str(args.place))
-    back = f"capivara {words.command('index')} --include {shlex.quote(str(args.place))}"
+    number, path = _filled_index().forget(place), shown_path(str(place))
+    back = visible(f"capivara {words.command('index')} --include {shlex.quote(str(place))}")
     if number:
-        print(words.count("forgotten", number, path=path, command=visible(back)))
-    elif os.path.lexists(args.place):
-        say(words("nothing_yet_forgotten", path=path, command=visible(back)))
-    else:
-        say(words("nothing_forgotten", path=path))
-    return DONE if number else NOTHING
+        print(words.count("forgotten", number, path=path, command=back))
+        return 0
+    say(words("nothing_yet_forgotten" if os.path.lexists(place) else "nothing_forgotten", path=path, command=back))
+    return NOTHING
 
 
-@cli.command(
-    "move",
-    cli.Argument("old", metavar="old", read=cli.absolute, completes="dir"),
-    cli.Argument("new", metavar="new", read=cli.existing("folder"), completes="dir"),
-)
-def move(args: SimpleNamespace, words: Words) -> int:
+@command("move")
+@argument("old", metavar="old", type=cli.ANY_FOLDER)
+@argument("new", metavar="new", type=cli.FOLDER)
+def move(words: Words, old: Path, new: Path) -> None:
     """Tell the index that a folder of pictures lies elsewhere now."""
-    number, there = _filled_index(args).move(args.old, args.new)
-    print(words.count("moved_to", number, there=words.number(there), path=shown_path(str(args.new))))
-    return DONE
+    number, there = _filled_index().move(old, new)
+    print(words.count("moved_to", number, there=words.number(there), path=shown_path(str(new))))
 
 
-@cli.command("export", cli.Argument("file", metavar="file", read=cli.table_file, completes="file"))
-def export(args: SimpleNamespace, words: Words) -> int:
+@command("export")
+@argument("file", metavar="file", type=cli.ANY)
+def export(words: Words, file: Path) -> None:
     """Write the index to a file."""
-    number = _filled_index(args).export(args.file)
-    print(words.count("exported", number, path=shown_path(str(args.file))))
-    return DONE
+    if not file.parent.is_dir():
+        raise click.UsageError(words("no_folder", path=shown_path(str(file.parent))))
+    print(words.count("exported", _filled_index().export(file), path=shown_path(str(file))))
 
 
-@cli.command(
-    "duplicates",
-    cli.Flag("--threshold", read=cli.number(float, 0.01, 1), default=SAME, metavar="value"),
-    *OUTPUT,
-    *SHOWN,
-)
-def duplicates(args: SimpleNamespace, words: Words) -> int:
+@command("duplicates")
+@flag("--threshold", type=cli.Similarity(0.01, 1), default=SAME, metavar="value")
+@DRAWN
+@switches("--no-pictures", "--json", "--csv")
+def duplicates(words: Words, threshold: float, json: bool, csv: bool, **drawn: Any) -> int:
     """Groups of pictures that are nearly the same."""
-    pictures = _filled_index(args)
-    groups = pictures.duplicates(args.threshold)
-    if args.json:
+    pictures = _filled_index()
+    groups = pictures.duplicates(threshold)
+    if json:
         _write_json([[asdict(hit) for hit in group] for group in groups])
-    elif args.csv:
-        rows = [
-            {"group": n, "rank": r} | asdict(h) for n, group in enumerate(groups, 1) for r, h in enumerate(group, 1)
-        ]
+    elif csv:
+        ranked = [(n, r, hit) for n, group in enumerate(groups, 1) for r, hit in enumerate(group, 1)]
+        rows = [{"group": number, "rank": rank} | asdict(hit) for number, rank, hit in ranked]
         write_csv(sys.stdout, ("group", *CSV_COLUMNS), rows)
     else:
         for number, group in enumerate(groups, 1):
             print(words("group", n=number))
-            show(group, pictures, args, words)
-        threshold = words.number(args.threshold, 2)
-        say(words.count("groups", len(groups)) if groups else words("no_duplicates", threshold=threshold))
-    return DONE if groups else NOTHING
+            show_hits(group, pictures.thumbnail, words, **drawn)
+        least = words.number(threshold, 2)
+        say(words.count("groups", len(groups)) if groups else words("no_duplicates", threshold=least))
+    return 0 if groups else NOTHING
 
 
-@cli.command("completion", cli.Argument("shell", type=cli.Choice(("bash", "zsh", "fish"))))
-def completion(args: SimpleNamespace, words: Words) -> int:
+@command("completion")
+@argument("shell", type=Choice(("bash", "zsh", "fish")))
+def completion(words: Words, shell: str) -> None:
     """Print what completes commands and flags in a shell."""
-    print(get_completion_class(args.shell)(cli.GROUP, {"obj": words}, "capivara", cli.COMPLETE).source())
-    return DONE
+    print(get_completion_class(shell)(capivara, {"obj": words}, "capivara", cli.COMPLETE).source())
 
 
-@cli.command(None)
-def overview(args: SimpleNamespace, words: Words) -> int:
-    """What can be done next: make an index, or use the one that is there."""
-    pictures = _index(args)
-    where = shown_path(str(pictures.where))
-    if not len(pictures):
-        print(words("first_steps", where=where))
-        return DONE
-    print(words("next_steps", pictures=words.count("pictures", len(pictures)), where=where))
-    return DONE
-
-
-def _index(args: SimpleNamespace) -> "PictureIndex":
+def _index() -> "PictureIndex":
     from capivara_search.index import PictureIndex  # here: lancedb comes with it
 
-    return PictureIndex.open(args.index or "auto", args.model, args.device)
+    return PictureIndex.open(cli.of_all("index") or "auto", cli.of_all("model"), cli.of_all("device"))
 
 
-def _filled_index(args: SimpleNamespace, or_filling: bool = False) -> "PictureIndex":
+def _filled_index(or_filling: bool = False, line: bool | None = None) -> "PictureIndex":
     """The index; raises RuntimeError where it holds nothing yet, unless it is being filled and that is enough."""
-    pictures = _index(args)
-    pictures.line = LINES[getattr(args, "line", "auto")]
+    pictures = _index()
+    pictures.line = line
     if not len(pictures) and not (or_filling and pictures.progress()):
         raise failure(RuntimeError, "no_index", where=shown_path(str(pictures.where)))
     return pictures
@@ -486,13 +431,23 @@ def _query_picture(path: Path, words: Words) -> "PIL.Image.Image":
         raise click.UsageError(words("bad_picture", path=shown_path(str(path)), reason=reason)) from error
 
 
+def _say_model(pictures: "PictureIndex", words: Words) -> None:
+    say(words("model_line", model=visible(pictures.model.name)))
+    _say_note(pictures, words)
+
+
 def _say_note(pictures: "PictureIndex", words: Words) -> None:
     """What has to be said of the model every time: that it is a miniature."""
     if note := pictures.model.note_in(words.language):
         say(note)
 
 
+def _end_by_exception() -> None:
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, signal.default_int_handler)
+
+
 def _write_json(value: Any) -> None:
-    text = json.dumps(value, ensure_ascii=False, indent=1, default=datetime.isoformat)
+    text = dumps(value, ensure_ascii=False, indent=1, default=datetime.isoformat)
     # Letters that a terminal obeys stand in strings alone, where JSON has its own escape; lines end outside of them.
-    print(UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else json.dumps(found[0])[1:-1], text))
+    print(UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else dumps(found[0])[1:-1], text))

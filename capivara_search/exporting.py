@@ -14,8 +14,7 @@ from capivara_common.files import check_output_file, whole_file
 from capivara_search.show import write_csv
 from capivara_search.table import PictureTable
 from capivara_search.table_columns import LOOK, THUMBNAIL
-
-SUFFIXES = (".parquet", ".csv")
+from capivara_search.words import failure
 
 
 def export_rows(table: PictureTable, path: str | Path) -> int:
@@ -24,8 +23,8 @@ def export_rows(table: PictureTable, path: str | Path) -> int:
     Raises ValueError: another suffix than .parquet or .csv, or no file can be made there.
     """
     path = Path(path).expanduser().absolute()
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"The file to export to must end in {' or '.join(SUFFIXES)}, got {path.name}.")
+    if path.suffix.lower() not in (".parquet", ".csv"):
+        raise failure(ValueError, "bad_suffix", path=path.name)
     check_output_file(path)
     with whole_file(path) as temporary:
         return _write(table, str(temporary), path.suffix.lower() == ".csv")
@@ -39,10 +38,10 @@ def _write(table: PictureTable, temporary: str, as_csv: bool) -> int:
     )
     batches = (_readable(batch, as_csv) for batch in table.batches(columns.names))
     known = _readable(pa.RecordBatch.from_pylist([], columns), as_csv).schema
-    rows = 0
     if as_csv:
         with open(temporary, "w", encoding="utf-8", newline="") as file:
             return write_csv(file, known.names, (row for batch in batches for row in batch.to_pylist()))
+    rows = 0
     with ParquetWriter(temporary, known) as writer:
         for batch in batches:
             writer.write(batch)

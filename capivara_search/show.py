@@ -1,6 +1,6 @@
 """What a terminal is shown: paths, tables, links, and pictures where it can show them.
 
-print(contact_sheet(thumbnails, ["1 praia.jpg", "2 mar.jpg"], screen(sys.stdout)), end="")
+print(contact_sheet(thumbnails, ["1 praia.jpg", "2 mar.jpg"], 80), end="")
 """
 
 import csv
@@ -11,17 +11,14 @@ import subprocess
 import sys
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 from urllib.parse import quote
 
+from capivara_search.results import Hit
 from capivara_search.words import Words, failure, visible
-
-if TYPE_CHECKING:
-    import PIL.Image
 
 PICTURES = ("auto", "blocks", "no")  # how they may be shown
 # How a cell begins that a spreadsheet would run or compute; a single quote before it makes it a text.
@@ -43,9 +40,9 @@ def write_csv(file: TextIO, columns: Sequence[str], rows: Iterable[Mapping[str, 
     writer, number = csv.writer(file, lineterminator="\n"), 0
     writer.writerow(map(text_cell, columns))
     for row in rows:
+        number += 1
         cells = [row[name].isoformat() if isinstance(row[name], datetime) else row[name] for name in columns]
         writer.writerow([text_cell(cell) if isinstance(cell, str) else cell for cell in cells])
-        number += 1
     return number
 
 
@@ -88,81 +85,76 @@ def link(path: str, text: str) -> str:
     return f"\x1b]8;;file://{quote(path)}\x1b\\{text}\x1b]8;;\x1b\\" if visible(path) == path else text
 
 
-@dataclass(frozen=True)
-class Screen:
-    """What a terminal can show."""
-
-    pictures: bool  # whether it shows them, as blocks of colour, two pixels a character
-    columns: int = 80  # characters of a line
-    lines: int = 24  # that are seen at once
-    links: bool = False  # whether files can be clicked
+def has_colours(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a stream is a terminal of all colours, by the variables that it has set; links come with it."""
+    known = environment.get("TERM", "dumb") != "dumb" and environment.get("COLORTERM") in ("truecolor", "24bit")
+    return stream.isatty() and known
 
 
-def screen(stream: TextIO, pictures: str = "auto", environment: Mapping[str, str] = os.environ) -> Screen:
-    """What the terminal behind `stream` can show, by the variables that it has set; `pictures` is one of PICTURES.
-
-    A file or a pipe shows none, unless they are asked for; blocks are taken for granted.
-    """
-    colours = stream.isatty() and environment.get("TERM", "dumb") != "dumb"
-    colours = colours and environment.get("COLORTERM", "") in ("truecolor", "24bit")
-    shown = colours and "NO_COLOR" not in environment and "utf" in (stream.encoding or "").lower()
-    return Screen(pictures == "blocks" or (pictures == "auto" and shown), *shutil.get_terminal_size(), links=colours)
+def draws(stream: TextIO, pictures: str = "auto", environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether `pictures`, one of PICTURES, are shown: in a file or a pipe only where they are asked for."""
+    able = has_colours(stream, environment) and "NO_COLOR" not in environment
+    return pictures == "blocks" or (pictures == "auto" and able and "utf" in (stream.encoding or "").lower())
 
 
-def contact_sheet(pictures: Sequence[bytes | None], captions: Sequence[str], screen: Screen, lines: int = 10**9) -> str:
-    """Pictures side by side in rows, each above its caption, as text for the terminal; empty where it shows none.
+def contact_sheet(pictures: Sequence[bytes | None], captions: Sequence[str], width: int, lines: int = 10**9) -> str:
+    """Pictures side by side in rows, each above its caption, as text for a terminal of `width` characters.
 
     A file that is None or broken leaves its place empty. Rows beyond `lines` are left out, but for the first.
     """
-    if not screen.pictures:
-        return ""
-    across = max(1, (screen.columns - 1) // TILE_COLUMNS)
-    columns = min((screen.columns - 1) // across, 60)
+    across = max(1, (width - 1) // TILE_COLUMNS)
+    columns = min((width - 1) // across, 60)
     rows = max(1, round(columns * TILE_SHAPE))
     shown = max(1, lines // (rows + 1)) * across
     text = ""
     for start in range(0, min(shown, len(pictures)), across):
         row = slice(start, min(start + across, shown))
-        text += _blocks(_side_by_side(pictures[row], across, (columns, 2 * rows)))
+        for parts in zip(*(_blocks(data, columns, rows) for data in pictures[row]), strict=True):
+            text += "".join(parts) + "\n"
         text += "".join(cut(f" {caption}", columns) for caption in captions[row]).rstrip() + "\n"
     return text
 
 
-def _side_by_side(pictures: Sequence[bytes | None], across: int, place: tuple[int, int]) -> "PIL.Image.Image":
-    """One transparent picture of a row of `across` places, in pixels; each picture as large as its place lets it be."""
+def _blocks(data: bytes | None, columns: int, rows: int) -> list[str]:
+    """The lines of a picture in its place, as large as fits: two pixels a character, its colour and its ground's."""
+    import numpy as np
     import PIL.Image
 
     from capivara_common.image_files import BadImage, decode_image
 
-    sheet = PIL.Image.new("RGBA", (place[0] * across, place[1]))
-    for number, data in enumerate(pictures):
-        try:
-            picture = decode_image({"bytes": data, "path": None}).convert("RGBA")
-        except BadImage:
-            continue
-        scale = min((place[0] - 1) / picture.width, place[1] / picture.height)
-        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-        at = (number * place[0] + 1, place[1] - size[1])  # above the first letter of its caption
-        sheet.paste(picture.resize(size, PIL.Image.Resampling.LANCZOS), at)
-    return sheet
+    try:
+        picture = decode_image({"bytes": data, "path": None}).convert("RGB")
+    except BadImage:
+        return [" " * columns] * rows
+    scale = min((columns - 1) / picture.width, 2 * rows / picture.height)
+    wide, high = max(1, round(picture.width * scale)), max(2, round(picture.height * scale) // 2 * 2)
+    picture = picture.resize((wide, high), PIL.Image.Resampling.LANCZOS)
+    lines = []
+    for upper, lower in np.asarray(picture).reshape(-1, 2, wide, 3).tolist():
+        cells = ("\x1b[38;2;{};{};{};48;2;{};{};{}m▀".format(*a, *b) for a, b in zip(upper, lower, strict=True))
+        lines.append(f" {''.join(cells)}\x1b[0m{' ' * (columns - 1 - wide)}")
+    return [" " * columns] * (rows - len(lines)) + lines  # above the first letter of its caption
 
 
-def _blocks(image: "PIL.Image.Image") -> str:
-    """Two pixels a character: the letter's colour is that of the upper half, its ground's that of the lower one."""
-    import numpy as np
-
-    text = ""
-    for upper, lower in np.asarray(image).reshape(-1, 2, image.width, 4):
-        before = ""
-        for top, bottom in zip(upper.tolist(), lower.tolist(), strict=True):
-            drawn = top[3] > 127, bottom[3] > 127
-            front, back = (top if drawn[0] else bottom), (bottom if all(drawn) else None)
-            style = f"\x1b[0;38;2;{front[0]};{front[1]};{front[2]}" if any(drawn) else "\x1b[0"
-            style += f";48;2;{back[0]};{back[1]};{back[2]}m" if back else "m"
-            text += (style if style != before else "") + ("▀" if drawn[0] else "▄" if drawn[1] else " ")
-            before = style
-        text += "\x1b[0m\n"
-    return text
+def show_hits(
+    hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], words: Words, pictures: str, no_pictures: bool
+) -> None:
+    """Hits as a table; in a terminal that can, above it as many as pictures as fit in the window."""
+    if draws(sys.stdout, "no" if no_pictures else pictures):
+        columns, lines = shutil.get_terminal_size()
+        thumbnails = [thumbnail(hit.path) for hit in hits]
+        captions = [f"{rank} {visible(os.path.basename(hit.path))}" for rank, hit in enumerate(hits, 1)]
+        print(contact_sheet(thumbnails, captions, columns, lines - len(hits) - 3))
+    rows = [[words(f"column.{name}") for name in ("rank", "score", "date", "path")]]
+    for rank, hit in enumerate(hits, 1):
+        path = link(hit.path, shown_path(hit.path)) if has_colours(sys.stdout) else shown_path(hit.path)
+        same = f"  ({words.count('same', hit.copies + 1)})" if hit.copies else ""
+        date = words.date(hit.date) + words("of_file") * (hit.date_source == "file")
+        rows.append([str(rank), words.score(hit.score), date, path + same])
+    lines = list(table(rows, right=(0, 1)))
+    if below := [place for place, hit in enumerate(hits, 1) if hit.fits is False]:
+        lines.insert(below[0], f"-- {words('line' if below[0] > 1 else 'line_first')} --")
+    print(*lines, sep="\n")
 
 
 def open_pictures(paths: Sequence[str], words: Words) -> None:

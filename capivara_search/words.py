@@ -52,9 +52,9 @@ class Words:
         key = f"reason.{text.partition(':')[0]}"
         return self(key) if self.language != "en" and self.has(key) else visible(text)
 
-    def __call__(self, key: str, **values: Any) -> str:
-        """The text with its `{name}` filled in."""
-        return self.raw(key).format(**values)
+    def __call__(self, key: str, *places: object, **values: object) -> str:
+        """The text with its `{0}` or `{name}` filled in."""
+        return self.raw(key).format(*places, **values)
 
     def count(self, key: str, number: int, **values: Any) -> str:
         """The singular or plural of a text, with `{n}` filled in."""
@@ -71,10 +71,8 @@ class Words:
 
     def size(self, number: int) -> str:
         """Bytes, as 1.2 MB."""
-        for unit, divisor in (("GB", 1e9), ("MB", 1e6)):
-            if number >= divisor:
-                return f"{self.number(number / divisor, 1)} {unit}"
-        return f"{self.number(number / 1e3, 1)} kB"
+        unit, divisor = ("GB", 1e9) if number >= 1e9 else ("MB", 1e6)
+        return f"{self.number(number / divisor, 1)} {unit}"
 
     def duration(self, seconds: float) -> str:
         """Seconds, as 1 h 5 min."""
@@ -99,15 +97,8 @@ def _texts() -> dict[str, dict[str, str | list[str]]]:
 
 def visible(text: str) -> str:
     """A text of somebody else's, in one line, with nothing in it that a terminal obeys."""
-    return UNSAFE.sub(lambda found: _escape(ord(found[0])), text)
-
-
-def _escape(code: int) -> str:
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that is no UTF-8, as Python keeps it in a name
-        code -= 0xDC00
-    if code > 0xFFFF:
-        return f"\\U{code:08x}"
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+    # \udcXX is a byte that is no UTF-8, as Python keeps it in a name.
+    return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode().replace("\\udc", "\\x"), text)
 
 
 E = TypeVar("E", bound=Exception)
@@ -120,5 +111,5 @@ def failure(kind: Callable[[str], E], code: str, **values: object) -> E:
 
 def note(code: str, *values: object, level: int = logging.INFO) -> None:
     """Log something for people: `note.CODE` with its values in their order, which the command says in its language."""
-    text = Words("en").raw(f"note.{code}").format(*values)
-    logging.getLogger("capivara").log(level, "%s", text, extra={"code": code, "values": values})
+    text, extra = Words("en")(f"note.{code}", *values), {"code": code, "values": values}
+    logging.getLogger("capivara").log(level, "%s", text, extra=extra)

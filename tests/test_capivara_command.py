@@ -5,7 +5,7 @@ import errno
 import json
 import os
 import re
-import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +22,11 @@ from typing import Any
 import PIL.Image
 import pytest
 import tqdm.std
+from parsed_command import parsed
 
 from capivara_common.environment import require
 from capivara_search import estimates
-from capivara_search.command import explained, language_of, main, parsed
+from capivara_search.command import explained, language_of, main
 from capivara_search.commands import progress_bar
 from capivara_search.exporting import export_rows
 from capivara_search.show import OPENER
@@ -37,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "transformers", "lancedb", "pyarrow", "numpy", "PIL", "starlette", "datatrove", "huggingface_hub"}
 COLOURS = {"azul": (0, 0, 255), "verde": (0, 255, 0), "vermelho": (255, 0, 0), "branco": (255, 255, 255)}
 HELP_CPU_S = 0.5
+LEAP = date(2024, 2, 29)
 # A line of click's own, had it been left in English.
 OF_CLICK = re.compile(r"usage:|options|show this|invalid|required|missing|such|default|argument ", re.IGNORECASE)
 
@@ -104,24 +106,21 @@ def own_index(index, tmp_path) -> Path:
 # ---- help, flags, wrong use
 
 
-def helped(*words: str) -> tuple[str, set[str], float]:
-    """A help, the packages that were imported for it, and seconds of computing."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-X", "importtime", "-m", "capivara_search", *words, "--help"]
+def traced(*words: Any) -> tuple[str, set[str]]:
+    """What a command writes, and the packages that are imported for it."""
+    command = [sys.executable, "-X", "importtime", "-m", "capivara_search", *map(str, words)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    imported = set(re.findall(r"^import time:.*\| +(\w+)$", done.stderr, re.MULTILINE))
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return done.stdout, imported, seconds
+    return done.stdout, set(re.findall(r"^import time:.*\| +(\w+)$", done.stderr, re.MULTILINE))
 
 
 @pytest.mark.parametrize("command", ["", "search"])
 def test_help_is_answered_at_once(command):
-    text, imported, seconds = helped(*command.split())
+    before = sum(os.times()[2:4])  # seconds of computing of processes that have ended
+    text, imported = traced(*command.split(), "--help")
+    assert sum(os.times()[2:4]) - before < HELP_CPU_S
     assert "click" in imported and not imported & HEAVY
-    assert seconds < HELP_CPU_S
-    assert re.match(f"usage: {' '.join(['capivara', *command.split()])} \\[OPTIONS\\]", text)
+    assert text.startswith(f"usage: {' '.join(['capivara', *command.split()])} [OPTIONS]")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -142,8 +141,6 @@ def test_help_is_in_the_language_that_is_asked_for_and_teaches_by_examples(capiv
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_examples_of_the_help_are_commands_that_are_taken(command, monkeypatch, tmp_path):
-    import shlex
-
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for name in ("Fotos/2024", "Fotos/privado", "Pictures/2024", "Pictures/private"):
@@ -156,34 +153,43 @@ def test_examples_of_the_help_are_commands_that_are_taken(command, monkeypatch, 
         for line in lines:
             line = re.split(r"\)\"| \||  +#| >", line)[0].replace("/media/camera", "Fotos/2024")
             line = line.replace("~", str(tmp_path))
-            args = parsed(shlex.split(line)[1:], words)
-            other = parsed(shlex.split(line)[1:], Words({"pt": "en", "en": "pt"}[lang]))
-            assert args.command == other.command == command
+            assert {parsed(shlex.split(line)[1:], one).command.name for one in ("pt", "en")} == {command}
             assert line.split()[1] == (COMMANDS[command] if lang == "pt" else command)
 
 
 def test_flags_are_taken_in_every_usual_form(tmp_path):
-    words = Words("en")
-    args = parsed(["--index", "a", "search", "um", "gato", "-k", "3", "na", "mesa", "--model=m"], words)
-    assert (args.query, args.k, args.index, args.model) == ("um gato na mesa", 3, "a", "m")
-    assert parsed(["index", str(tmp_path), "--batch_size", "8", "--cpus-per-task=2"], words).batch_size == 8
-    assert parsed(["search", "--", "-5 graus"], words).query == "-5 graus"
-    args = parsed(["buscar", "--menos", "pessoas", "praia", "--mais=0.5:sol", "--less", "mar"], words)
-    assert (args.query, args.more, args.less) == ("praia", ("0.5:sol",), ("pessoas", "mar"))
-    args = parsed(["search", "x", "--since", "2024", "--until", "2024-02"], words)
-    assert [str(args.since), str(args.until)] == ["2024-01-01", "2024-02-29"]
-    args = parsed(["search", "x", "--since", "24/06/2024", "--until", "2024-06-24"], words)
-    assert args.since == args.until
+    found = parsed(["--index", "a", "--model", "b", "search", "um", "gato", "-k", "3", "na", "mesa", "--model=m"])
+    assert found.meta["index"] == "a" and found.meta["model"] == "m", "before the command or after it, where it wins"
+    assert (found.params["query"], found.params["k"]) == (("um", "gato", "na", "mesa"), 3)
+    folder = tmp_path / "Fotos"
+    folder.mkdir()
+    for words, taken in (
+        (["index", folder, "--batch_size", "8", "--cpus-per-task=2"], {"batch_size": 8, "cpus_per_task": 2}),
+        (["search", "--", "-5 graus"], {"query": ("-5 graus",)}),
+        (["buscar", "--menos", "a", "b", "--mais=0.5:c", "--less", "d"], {"query": ("b",), "less": ("a", "d")}),
+        (["search", "x", "--since", "2024", "--until", "2024-02"], {"since": date(2024, 1, 1), "until": LEAP}),
+        (["search", "x", "--since", "29/02/2024", "--until", "2024-2-29"], {"since": LEAP, "until": LEAP}),
+        (["search", "x", "--until", "2024"], {"until": date(2024, 12, 31)}),
+        (["classify", folder, "--labels", "a", "b", "--csv"], {"labels": ("a", "b"), "csv": True}),
+        (["indexar", "--exclude", "*.gif", folder, "--include", "a", "--include=b"], {"folders": (folder,)}),
+        (["index", "--sbatch", "qos=a", "mem=b"], {"sbatch": ("qos=a", "mem=b")}),
+    ):
+        params = parsed(list(map(str, words))).params
+        assert {name: params[name] for name in taken} == taken
 
 
 WRONG = {
     "serch gato": ("unknown command: serch. Did you mean capivara search?", "desconhecido: serch. Seria capivara"),
+    "'um gato preto'": ('mean capivara search "um gato preto"?', 'Seria capivara buscar "um gato preto"?'),
+    "um gato preto -k 3": ('mean capivara search "um gato preto"?', 'Seria capivara buscar "um gato preto"?'),
     "search": ("nothing to look for: write a sentence", "nada a procurar: escreva uma frase"),
     "search x --sinc 2024": ("unknown flag: --sinc. Did you mean --since?", "desconhecida: --sinc. Seria --since?"),
     "index . --compar": ("unknown flag: --compar. (--help", "opção desconhecida: --compar. (--help lista tudo)"),
     "status more": ("neither a flag nor a value of one: more", "não é opção nem cabe em uma: more"),
-    "search x -k many": ("-k: 'many' is no whole number", "-k: 'many' não é um número inteiro"),
-    "search x -k 0": ("-k: must be from 1 to 10000, got 0", "-k: deve ser de 1 a 10000, e é 0"),
+    "search x -k many": ("-k: must be a whole number from 1 to 10000, got many", "inteiro de 1 a 10000, e é many"),
+    "index . --tasks 0": ("--tasks: must be a whole number, at least 1", "deve ser um número inteiro, pelo menos 1"),
+    "search x -k": ("-k: its value is missing", "-k: falta o valor"),
+    "search x --json=1": ("--json: it takes no value", "--json: não tem valor"),
     "search x --like none.jpg": ("--like: there is no file none.jpg", "--like: o arquivo none.jpg não existe"),
     "search x --since 31/02/2024": ("--since: 31/02/2024 is no date such as", "31/02/2024 não é uma data como"),
     "search x --since 2025 --until 2024": ("is after --until (2024-12-31)", "vem depois de --until (2024-12-31)"),
@@ -203,7 +209,6 @@ WRONG = {
     "classify . --labels gato Gato": ("The label 'gato' is there twice", "o rótulo gato aparece duas vezes"),
     "classify . --labels a --template x": ("template must have one {}", "--template deve ter {} uma vez"),
     "search x --less 9:y": ("The weight of '9:y' must be above 0", "o peso de 9:y deve ser maior que 0"),
-    "export fotos.xls": ("must end in .parquet or .csv, got fotos.xls", "em .parquet ou .csv, e é fotos.xls"),
     "duplicates --threshold 2": ("must be from 0.01 to 1, got 2", "--threshold: deve ser de 0,01 a 1, e é 2"),
     "app --allow-host http://fotos": ("http://fotos is neither a name nor", "http://fotos não é nome nem endereço"),
 }
@@ -215,15 +220,10 @@ def test_wrong_use_is_one_line_in_the_language_and_exit_code_2(capivara, line, t
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     (tmp_path / "file.txt").touch()
     for lang, start, text in (("en", "error: ", WRONG[line][0]), ("pt", "erro: ", WRONG[line][1])):
-        code, out, error = capivara("--lang", lang, *line.split())
+        code, out, error = capivara("--lang", lang, *shlex.split(line))
         assert (code, out) == (2, "")
         assert error.startswith(start) and text in error and error.count("\n") == 1
         assert lang == "en" or not OF_CLICK.search(error)
-
-
-def test_a_sentence_in_the_place_of_a_command_shows_how_it_is_searched_for(capivara):
-    for words in (["um gato preto"], ["um", "gato", "preto", "-k", "3"]):
-        assert 'Seria capivara buscar "um gato preto"?' in capivara("--lang=pt", *words)[2]
 
 
 def test_what_a_terminal_obeys_is_not_repeated_in_an_error(capivara):
@@ -243,6 +243,7 @@ def test_before_the_first_index_every_command_says_which_one_makes_it(capivara, 
     assert "Este comando o faz: capivara indexar PASTA" in capivara("buscar", "x", "--lang", "pt", "--index", where)[2]
     code, out, _ = capivara("--index", where)
     assert code == 0 and "capivara index ~/Pictures" in out
+    assert re.fullmatch(r"capivara \d\S+\n", capivara("--version")[1])
     assert not where.exists()
 
 
@@ -258,31 +259,19 @@ def test_index_says_with_which_model_what_it_did_and_what_it_left_out(capivara, 
     assert code == 0 and out.startswith("Nada mudou, 1 não pôde ser lida")
 
 
-def test_of_many_files_that_are_left_out_five_are_shown_and_status_lists_all(capivara, tmp_path, saved_tiny_folder):
-    folder = tmp_path / "many"
-    folder.mkdir()
-    PIL.Image.new("RGB", (40, 40)).save(folder / "good.png")
-    for number in range(8):
-        (folder / f"bad{number}\x1b[2J.png").write_bytes(b"x")
-    code, out, _ = capivara("index", folder, "--index", tmp_path / "i.lance", "--model", saved_tiny_folder)
-    assert code == 0 and out.count("bad") == 5 and "and 3 more; capivara status --all lists all" in out
-    code, listed, _ = capivara("status", "--all", "--index", tmp_path / "i.lance")
-    assert code == 0 and listed.count("bad") == 8
-    assert "\x1b" not in out + listed
-
-
 def test_status_fits_on_a_screen_whatever_there_is_to_say(capivara, tmp_path, saved_tiny_folder):
     flags = ("--index", tmp_path / "i.lance", "--model", saved_tiny_folder)
     folders = [tmp_path / f"pasta{number}" for number in range(9)]
     for number, folder in enumerate(folders):
         (folder / ".oculta").mkdir(parents=True)
         (folder / "filme.mp4").write_bytes(b"x")
-        (folder / "vazia.jpg").touch(), (folder / "bad.png").write_bytes(b"x")
+        (folder / "vazia.jpg").touch(), (folder / "bad\x1b[2J.png").write_bytes(b"x")
         PIL.Image.new("RGB", (40, 40), (number, 0, 0)).save(folder / "good.png")
         PIL.Image.new("RGB", (40, 40), (number, 9, 0)).save(folder / "other.gif")
     code, out, _ = capivara("index", *folders, "--exclude", "*.tmp", "--exclude=*.gif", *flags, "--lang", "pt")
     said = "\nPastas ou imagens de fora por regra: 9 por --exclude, 9 ocultas.\n9 vídeos não entram.\n"
     assert code == 0 and said in out
+    assert out.count("/bad") + out.count("/vazia") == 5 and "e mais 13; capivara estado --all lista tudo" in out
     for folder in folders[:6]:
         capivara("forget", folder / "vazia.jpg", *flags)
     code, out, _ = capivara("estado", *flags, "--lang", "pt")
@@ -293,18 +282,11 @@ def test_status_fits_on_a_screen_whatever_there_is_to_say(capivara, tmp_path, sa
     assert "9 vídeos não entram" in out and facts["não lidas"] == "9 não é uma imagem, 3 arquivo vazio"
     assert re.findall(r"e mais (\d+); capivara estado --all", out) == ["6", "5", "10"]
     whole = capivara("status", "--all", *flags)[1]
-    assert whole.count("bad.png") == 9 and whole.count("forget ") == 6 and "more;" not in whole
+    assert "\x1b" not in whole and whole.count("/bad") == 9 and whole.count("forget ") == 6 and "more;" not in whole
     found = json.loads(capivara("status", "--json", *flags)[1])
     assert found["exclude"] == ["*.tmp", "*.gif"]
     assert found["forgotten"] == [str(one / "vazia.jpg") for one in folders[:6]]
     assert found["skipped"] == {"excluded": 9, "hidden": 9, "video": 9} and len(found["left_out"]) == 12
-
-
-def test_a_pattern_takes_no_folder_that_stands_behind_it(tmp_path):
-    (tmp_path / "Fotos").mkdir()
-    words = ["indexar", "--exclude", "*.gif", str(tmp_path / "Fotos"), "--include", "a", "--include=b"]
-    args = parsed(words, Words("pt"))
-    assert (args.folders, args.exclude, args.include) == ((tmp_path / "Fotos",), ("*.gif",), ("a", "b"))
 
 
 def test_index_without_a_folder_brings_known_ones_up_to_date(capivara, own_index, folder, tmp_path):
@@ -334,10 +316,8 @@ def test_an_index_is_moved_with_its_pictures(capivara, own_index, folder, tmp_pa
 @pytest.mark.slow
 def test_a_search_imports_neither_torch_nor_transformers(index):
     """Which take seconds; the text tower is in NumPy, and what it needs of `modeling_capivara` comes without them."""
-    command = [sys.executable, "-X", "importtime", "-m", "capivara_search", "search", "um gato azul", "--index", index]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    imported = set(re.findall(r"^import time:.*\| +(\w+)$", done.stderr, re.MULTILINE))
-    assert done.returncode == 0 and "azul.jpg" in done.stdout, done.stderr[-2000:]
+    text, imported = traced("search", "um gato azul", "--index", index)
+    assert "azul.jpg" in text
     assert {"lancedb", "ftfy"} <= imported and not imported & {"torch", "transformers"}
 
 
@@ -371,15 +351,11 @@ def test_copies_are_one_line_and_a_date_says_where_it_is_from(capivara, own_inde
         os.utime(tmp_path / "copies" / f"{number}.jpg", (datetime(2023, 5, 1, 12).timestamp(),) * 2)
     capivara("index", tmp_path / "copies", "--index", own_index)
     arguments = ("search", "--like", folder / "2024" / "azul.jpg", "-k", 5, "--index", own_index)
-    one, *others = json.loads(capivara(*arguments, "--json")[1])
-    assert one["copies"] == 2 and not any(hit["copies"] for hit in others)
-    apart = json.loads(capivara(*arguments, "--all", "--json")[1])
-    names = {Path(hit["path"]).name: hit for hit in apart}
-    assert {"azul.jpg", "0.jpg", "1.jpg"} <= names.keys() and {hit["copies"] for hit in apart} == {0}
-    dates = [(names[name]["date"][:10], names[name]["date_source"]) for name in ("azul.jpg", "0.jpg")]
-    assert dates == [("2024-01-15", "camera"), ("2023-05-01", "file")]
     rows = list(csv.DictReader(capivara(*arguments, "--csv")[1].splitlines()))
-    assert [row["copies"] for row in rows[:2]] == ["2", "0"] and rows[0]["date"] == one["date"]
+    assert [row["copies"] for row in rows[:2]] == ["2", "0"]
+    apart = json.loads(capivara(*arguments, "--all", "--json")[1])
+    found = {Path(hit["path"]).name: (hit["copies"], hit["date"][:10], hit["date_source"]) for hit in apart}
+    assert (found["azul.jpg"], found["0.jpg"]) == ((0, "2024-01-15", "camera"), (0, "2023-05-01", "file"))
     assert "  (3 iguais)\n" in capivara(*arguments, "--lang", "pt")[1]
     shown = capivara(*arguments, "--all", "--lang", "pt")[1]
     assert "iguais" not in shown and "  01/05/2023 (arquivo)  " in shown and "  15/01/2024  " in shown
@@ -394,17 +370,12 @@ def test_json_and_csv_hold_nothing_that_a_terminal_obeys(capivara, index, folder
     assert "\x1b" not in "".join(row["path"] for row in rows)
 
 
-def test_nothing_found_is_exit_code_1(capivara, index):
+def test_nothing_found_is_exit_code_1_and_a_long_query_is_cut_with_a_notice(capivara, index):
     code, out, error = capivara("search", "x", "--until", "1999", "--index", index)
-    assert (code, out) == (1, ""), error
-    assert "No picture found with --folder, --since and --until" in error
+    assert (code, out, error) == (1, "", "No picture found with --folder, --since and --until as they are.\n")
     assert capivara("search", "x", "--until", "1999", "--json", "--index", index)[:2] == (1, "[]\n")
-
-
-def test_a_query_of_ten_thousand_letters_is_cut_with_a_notice(capivara, index):
     code, out, error = capivara("buscar", "gato " * 2000, "--index", index, "--lang", "pt", "-k", 1)
-    assert code == 0 and out
-    assert error == "A consulta tem 9.999 letras; só as primeiras 4.096 contam.\n"
+    assert code == 0 and out and error == "A consulta tem 9.999 letras; só as primeiras 4.096 contam.\n"
 
 
 def test_a_picture_that_can_not_be_read_is_wrong_use(capivara, index, folder, tmp_path, recwarn):
@@ -484,10 +455,11 @@ def test_forget_takes_a_folder_out_and_leaves_its_files(capivara, own_index, fol
     assert code == 0 and out.startswith("2 imagens de ") and (folder / "2024" / "azul.jpg").exists()
     back = f"capivara indexar --include {folder / '2024'}\n"
     assert out.endswith(back)
-    code, out, error = capivara("forget", folder / "2024", "--index", own_index)
-    assert (code, out) == (1, "") and "has no pictures of" in error
-    code, out, error = capivara("forget", folder / "2023", "--index", own_index)
-    assert (code, out) == (1, "") and error == f"The index has no pictures of {folder / '2023'}.\n"
+    assert (
+        "and takes none until it is told to: capivara" in capivara("forget", folder / "2024", "--index", own_index)[2]
+    )
+    of_none = capivara("forget", folder / "2023", "--index", own_index)
+    assert of_none == (1, "", f"The index has no pictures of {folder / '2023'}.\n")
     code, out, error = capivara("indexar", folder / "2024", "--index", own_index, "--lang", "pt")
     assert (code, out) == (2, "") and f"a pasta {folder / '2024'} foi esquecida, e fica de fora" in error
     code, out, _ = capivara("indexar", folder, "--index", own_index, "--lang", "pt")
@@ -504,8 +476,8 @@ LIBRARY = [  # what is done, exit code, what is said of it in Portuguese
     ("buscar x --index INDEX --model none/none", 3, "o modelo none/none não está nesta máquina, e o Hub não responde"),
     ("buscar x --index INDEX --model other", 3, "não é um modelo: falta processor_config.json"),
     ("buscar --like square.png --index INDEX --device abacus", 3, "--device deve ser cpu, cuda ou uma GPU"),
-    ("buscar x --index INDEX --model OTHER", 3, "o modelo other-model não combina com o índice"),
     ("buscar x --index INDEX --model bert", 3, "o modelo bert não é dos que se usam aqui, de duas torres, ou está"),
+    ("exportar fotos.xls --index INDEX", 2, "o arquivo deve terminar em .parquet ou .csv, e é fotos.xls"),
     ("exportar taken.csv --index INDEX", 3, "taken.csv é uma pasta. Escolha o nome de um arquivo"),
     ("exportar /proc/x.csv --index INDEX", 3, "/proc/x.csv não pode ser criado: não se grava em /proc. Escolha"),
     ("classificar empty --labels MANY", 3, "são rótulos demais: 1001; o limite é de 1000"),
@@ -513,21 +485,9 @@ LIBRARY = [  # what is done, exit code, what is said of it in Portuguese
 ]
 
 
-@pytest.fixture(scope="module")
-def other_model(saved_tiny_folder, tmp_path_factory) -> Path:
-    """A model whose image side is another one."""
-    from safetensors.numpy import load_file, save_file
-
-    folder = shutil.copytree(saved_tiny_folder, tmp_path_factory.mktemp("models") / "other-model")
-    weights = load_file(folder / "model.safetensors")
-    name = next(name for name in weights if name.startswith("visual_projection"))
-    save_file(weights | {name: weights[name] * 2}, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
 @pytest.mark.parametrize(("line", "code", "text"), LIBRARY)
 def test_usual_errors_of_the_library_are_said_in_portuguese(
-    capivara, line, code, text, index, saved_tiny_folder, other_model, tmp_path, monkeypatch
+    capivara, line, code, text, index, saved_tiny_folder, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CAPIVARA_INDEX", str(tmp_path / "new.lance"))
@@ -536,7 +496,7 @@ def test_usual_errors_of_the_library_are_said_in_portuguese(
     PIL.Image.new("RGB", (40, 40)).save(tmp_path / "square.png")
     (tmp_path / "bert").mkdir(), (tmp_path / "taken.csv").mkdir(), (tmp_path / "\udcff").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    places = {"INDEX": index, "TINY": saved_tiny_folder, "OTHER": other_model, "MANY": " ".join(map(str, range(1001)))}
+    places = {"INDEX": index, "TINY": saved_tiny_folder, "MANY": " ".join(map(str, range(1001)))}
     words = " ".join(str(places.get(word, word)) for word in line.split()).split()
     ended, out, error = capivara("--lang", "pt", *words)
     last = error.replace(f"{tmp_path}/", "").splitlines()[-1]
@@ -545,40 +505,33 @@ def test_usual_errors_of_the_library_are_said_in_portuguese(
     assert english[0] == code and english[2].splitlines()[-1].startswith("error: ")
 
 
-def test_a_disk_without_space_is_said_in_the_language():
-    full = OSError(errno.ENOSPC, "No space left on the disk of the index /x. Free some")
-    assert explained(full, Words("pt")) == (3, "não há espaço no disco. " + Words("pt")("no_space").partition(". ")[2])
-    denied = PermissionError(errno.EACCES, "Permission denied", "/x\x1b")
-    assert explained(denied, Words("pt")) == (3, r"sem permissão: /x\x1b")
-    missing = ModuleNotFoundError("No module named 'lancedb'", name="lancedb.x")
-    assert explained(missing, Words("pt")) == (3, "falta um pacote: lancedb. Instale: pip install lancedb")
-    with pytest.raises(ImportError) as caught:
+def test_errors_of_the_system_and_of_packages_are_said_in_the_language():
+    with pytest.raises(ImportError) as of_an_extra:
         require("X", "captions", "no_such_package")
-    assert explained(caught.value, Words("pt"))[1].endswith("no_such_package. Instale: pip install no_such_package")
+    for error, said in (
+        (OSError(errno.ENOSPC, "No space left on the disk of the index /x. Free some"), Words("pt")("no_space")),
+        (PermissionError(errno.EACCES, "Permission denied", "/x\x1b"), r"sem permissão: /x\x1b"),
+        (ModuleNotFoundError("No", name="lancedb.x"), "falta um pacote: lancedb. Instale: pip install lancedb"),
+        (of_an_extra.value, "no_such_package. Instale: pip install no_such_package"),
+    ):
+        code, text = explained(error, Words("pt"))
+        assert code == 3 and text.endswith(said)
 
 
-def test_classify_gives_each_picture_a_label_or_none(capivara, index, folder, monkeypatch):
+def test_classify_gives_each_picture_a_label_or_none_and_needs_no_index(
+    capivara, index, folder, tmp_path, saved_tiny_folder, monkeypatch
+):
     monkeypatch.chdir(folder)
-    arguments = ("--labels", "azul", "carro vermelho", "--index", index)
-    code, out, error = capivara("classify", ".", *arguments)
+    labels = ("--labels", "azul", "carro vermelho")
+    code, out, error = capivara("classify", ".", *labels, "--index", index)
     lines = out.splitlines()
     assert code == 0 and lines[0].split() == ["label", "share", "file"] and len(lines) == 6
     assert sum(int(n) for n in re.findall(r": (\d+)", error)) == 5, "the summary counts every picture"
-    rows = json.loads(capivara("classificar", ".", *arguments, "--json")[1])
-    assert {Path(row["path"]).stem for row in rows} >= set(COLOURS)
-    for row in rows:
-        assert sum(row["shares"].values()) == pytest.approx(1) and row["label"] in (None, "azul", "carro vermelho")
-    table = list(csv.DictReader(capivara("classify", ".", *arguments, "--csv")[1].splitlines()))
-    assert [float(row["carro vermelho"]) for row in table] == [row["shares"]["carro vermelho"] for row in rows]
-    assert [row["label"] for row in table] == [row["label"] or "" for row in rows]
-
-
-def test_classify_takes_one_picture_and_needs_no_index(capivara, folder, tmp_path, saved_tiny_folder):
-    arguments = ("--labels", "azul", "verde", "--index", tmp_path / "none.lance", "--model", saved_tiny_folder)
-    code, out, _ = capivara("classify", folder / "branco.jpg", *arguments, "--json")
-    assert code == 0 and [row["path"] for row in json.loads(out)] == [str(folder / "branco.jpg")]
-    assert not (tmp_path / "none.lance").exists()
-    code, out, error = capivara("classify", folder / "quebrada.jpg", *arguments, "--lang", "pt")
+    alone = (*labels, "--index", tmp_path / "none.lance", "--model", saved_tiny_folder, "--lang", "pt")
+    (row,) = json.loads(capivara("classificar", "branco.jpg", *alone, "--json")[1])
+    assert row["path"] == str(folder / "branco.jpg") and row["label"] in (None, "azul", "carro vermelho")
+    assert sum(row["shares"].values()) == pytest.approx(1) and not (tmp_path / "none.lance").exists()
+    code, out, error = capivara("classify", "quebrada.jpg", *alone)
     assert (code, out) == (2, "") and "não pode ser lido como imagem" in error
 
 
@@ -590,13 +543,9 @@ def test_duplicates_are_shown_in_groups(capivara, own_index, folder, tmp_path, s
     for name in ("a.jpg", "b.jpg"):
         shutil.copy(folder / "branco.jpg", copies / name)
     capivara("index", copies, "--index", own_index)
-    code, out, _ = capivara("duplicates", "--threshold", "0.999", "--json", "--index", own_index)
-    groups = json.loads(out)
-    assert code == 0 and {"a.jpg", "b.jpg", "branco.jpg"} <= {Path(hit["path"]).name for hit in groups[0]}
     code, out, error = capivara("duplicates", "--threshold", "0.999", "--index", own_index)
-    assert out.startswith("group 1\n") and "a.jpg" in out and "of pictures that are nearly the same." in error
-    rows = list(csv.DictReader(capivara("duplicates", "--csv", "--index", own_index)[1].splitlines()))
-    assert {"group", "rank", "path"} <= rows[0].keys()
+    assert code == 0 and out.startswith("group 1\n") and "of pictures that are nearly the same." in error
+    assert all(name in out for name in ("a.jpg", "b.jpg", "branco.jpg"))
 
 
 @pytest.mark.slow
@@ -631,18 +580,12 @@ def test_the_bar_knows_no_rate_before_there_is_work(monkeypatch):
 # ---- how it ends
 
 
-@pytest.fixture
-def many(tmp_path) -> Path:
-    """Enough pictures for a kill in the middle."""
-    folder = tmp_path / "many"
-    folder.mkdir()
-    for number in range(400):
-        PIL.Image.new("RGB", (64, 48), (number % 256, number // 256, 99)).save(folder / f"{number:03d}.png")
-    return folder
-
-
 @pytest.mark.slow
-def test_ctrl_c_is_one_line_and_the_same_command_goes_on(many, tmp_path, saved_tiny_folder, capivara):
+def test_ctrl_c_is_one_line_and_the_same_command_goes_on(tmp_path, saved_tiny_folder, capivara):
+    many = tmp_path / "many"
+    many.mkdir()
+    for number in range(400):  # enough for an end in the middle
+        PIL.Image.new("RGB", (64, 48), (number % 256, number // 256, 99)).save(many / f"{number:03d}.png")
     words = ("index", many, "--index", tmp_path / "i.lance", "--model", saved_tiny_folder, "--batch-size", 2)
     process = started(*words, "--lang", "pt")
     for said in process.stderr:

@@ -9,11 +9,10 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from parsed_command import parsed
 from PIL import Image
 
 from benchmarks import readme
-from capivara_search.command import parsed
-from capivara_search.words import Words
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "LEIAME.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
@@ -138,7 +137,7 @@ def commands_of(text: str) -> list[list[str]]:
 def parse_command(words: list[str], language: str, parse_known_args: Callable) -> None:
     """Parse a command as it would itself. Raises SystemExit, ValueError or AssertionError where it is refused."""
     if words[:1] == ["capivara"] or words[:3] == ["python", "-m", "capivara_search"]:
-        parsed(words[1 if words[0] == "capivara" else 3 :], Words(language))
+        parsed(words[1 if words[0] == "capivara" else 3 :], language)
     elif words[:2] == ["python", "-m"] and words[2] not in OF_OTHERS:
         run_until_parsed(words[2], words[3:])
     elif words[:2] == ["accelerate", "launch"]:

@@ -9,7 +9,8 @@ import pytest
 from click.shell_completion import BashComplete
 
 from capivara_search.command import main
-from capivara_search.command_line import COMPLETE, GROUP
+from capivara_search.command_line import COMPLETE
+from capivara_search.commands import capivara
 from capivara_search.words import COMMANDS, Words
 
 SHELLS = ("bash", "zsh", "fish")
@@ -17,7 +18,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 def offered(*words: str) -> set[str]:
     """What fits the last of some words."""
-    complete = BashComplete(GROUP, {"obj": Words("en")}, "capivara", COMPLETE)
+    complete = BashComplete(capivara, {"obj": Words("en")}, "capivara", COMPLETE)
     return {
         item.value if item.type == "plain" else item.type
         for item in complete.get_completions(list(words[:-1]), words[-1])

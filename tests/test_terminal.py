@@ -12,8 +12,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from capivara_search.commands import cli
-from capivara_search.show import Screen, contact_sheet, cut, link, screen, shown_path, table, text_cell, width
+from capivara_search.commands import capivara
+from capivara_search.show import contact_sheet, cut, draws, has_colours, link, shown_path, table, text_cell, width
 from capivara_search.words import Words, visible
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +40,7 @@ def picture(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> b
     ("name", "shown"),
     [
         ("a\x1b[2Jb.png", r"a\x1b[2Jb.png"),
-        ("a\nb\r\x07\x9b31m", r"a\x0ab\x0d\x07\x9b31m"),
+        ("a\nb\r\x07\x9b31m", r"a\nb\r\x07\x9b31m"),
         ("gpj\u202e.exe", r"gpj\u202e.exe"),
         (os.fsdecode(b"caf\xe9.png"), r"caf\xe9.png"),
         ("\ud83d", r"\ud83d"),
@@ -96,7 +96,7 @@ def test_numbers_are_written_as_the_language_does():
     assert (pt.number(1234.5, 1), en.number(1234.5, 1)) == ("1.234,5", "1,234.5")
     assert (pt.count("new", 1), pt.count("new", 2000)) == ("1 imagem nova", "2.000 imagens novas")
     assert [en.duration(s) for s in (1.25, 42, 61, 3700)] == ["1.2 s", "42 s", "1 min", "1 h 2 min"]
-    assert [pt.size(n) for n in (300, 2_500_000, 3_100_000_000)] == ["0,3 kB", "2,5 MB", "3,1 GB"]
+    assert [pt.size(n) for n in (300, 2_500_000, 3_100_000_000)] == ["0,0 MB", "2,5 MB", "3,1 GB"]
 
 
 def test_every_text_is_there_in_both_languages_with_the_same_places():
@@ -121,8 +121,8 @@ class Recording(Words):
 
 
 def test_no_text_is_stale_and_none_is_missing():
-    context = click.Context(cli.GROUP, info_name="capivara", obj=Recording("pt"))
-    for one in (cli.GROUP, *cli.GROUP.commands.values()):
+    context = click.Context(capivara, info_name="capivara", obj=Recording("pt"))
+    for one in (capivara, *capivara.commands.values()):
         one.get_help(click.Context(one, parent=context))
     rooms = ("capivara_search", "capivara_common", "modeling_capivara")
     code = "".join(path.read_text(encoding="utf-8") for room in rooms for path in (ROOT / room).glob("*.py"))
@@ -136,65 +136,41 @@ def test_no_text_is_stale_and_none_is_missing():
         assert {f"{kind}.{key}" for key in re.findall(rf"\b{start}\"(\w+)\"", code)} <= known
 
 
-def drawn(text: str) -> np.ndarray:
-    """The first row of pictures of a text for the terminal, (height, width, RGBA)."""
-    rows = []
-    for line in text.split("\n")[: -1 if "▀" in text else 0]:
-        cells = re.findall(r"(?:\x1b\[0(?:;38;2;(\d+);(\d+);(\d+))?(?:;48;2;(\d+);(\d+);(\d+))?m)?([ ▀▄])", line)
-        if len(cells) < 60:
-            break
-        style, halves = ("",) * 6, ([], [])
-        for cell in cells:
-            style = cell[:6] if any(cell[:6]) or cell[6] == " " else style
-            front, back = ([int(v) for v in part] + [255] if part[0] else [0] * 4 for part in (style[:3], style[3:]))
-            halves[0].append(front if cell[6] == "▀" else [0] * 4)
-            halves[1].append(front if cell[6] == "▄" else back if cell[6] == "▀" else [0] * 4)
-        rows += halves
-    return np.array(rows, np.uint8)
+STYLE = re.compile(r"\x1b\[(?:38;2;(\d+);(\d+);(\d+);48;2;\d+;\d+;\d+|0)m")
 
 
 def test_pictures_are_drawn_in_their_places():
     pictures, captions = [*map(picture, COLOURS[:2]), b"broken", None], ["1 a.png", "2 b.png", "3 c.png", "4 d.png"]
-    text = contact_sheet(pictures, captions, Screen(True, columns=80, lines=40))
-    image = drawn(text)
-    height, wide = image.shape[:2]
-    for number, colour in enumerate(COLOURS[:2]):
-        place = image[:, number * wide // 2 : (number + 1) * wide // 2]
-        middle = place[height * 3 // 4, place.shape[1] // 2].astype(int)
-        assert abs(middle[:3] - colour).max() < 12 and middle[3] == 255
-    assert (image[..., 3] == 0).any(), "beside the pictures the terminal's own ground is seen"
-    lines = [line for line in text.split("\n") if "a.png" in line or "d.png" in line]
-    assert lines[0].startswith(" 1 a.png") and lines[0].index("2 b.png") == (80 - 1) // 2 + 1
+    lines = contact_sheet(pictures, captions, 80).split("\n")
+    caption = next(number for number, line in enumerate(lines) if "a.png" in line)
+    middle, place = lines[caption // 2], (80 - 1) // 2
+    seen = STYLE.sub("", middle)
+    assert len(seen) == 2 * place and all(set(seen[at + 1 : at + 37]) == {"▀"} for at in (0, place)), seen
+    cells = np.array([found for found in STYLE.findall(middle) if found[0]], int)  # without what ends a style
+    for found, colour in zip(np.split(cells, 2), COLOURS[:2], strict=True):
+        assert np.abs(found - colour).max() < 12
+    assert lines[caption].startswith(" 1 a.png") and lines[caption].index("2 b.png") == place + 1
+    assert not "".join(lines[caption + 1 : -2]).strip() and lines[-2].startswith(" 3 c.png"), "two of no picture"
 
 
 def test_a_sheet_takes_no_more_lines_than_it_may():
     pictures, captions = [picture(COLOURS[0])] * 12, [str(number) for number in range(1, 13)]
-    assert contact_sheet(pictures, captions, Screen(False)) == ""
     for lines, last in ((10**9, "12"), (1, "2")):
-        sheet = contact_sheet(pictures, captions, Screen(True, columns=80, lines=24), lines)
+        sheet = contact_sheet(pictures, captions, 80, lines)
         assert re.findall(r"\d+$", sheet.rstrip()) == [last]
 
 
 COLOURED = {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
 
 
-@pytest.mark.parametrize(
-    ("environment", "shown"),
-    [
+def test_a_terminal_gets_the_pictures_that_its_variables_speak_of_and_a_pipe_none():
+    for environment, shown in (
         ({"TERM": "xterm-256color"}, False),
         (COLOURED, True),
         (COLOURED | {"NO_COLOR": "1"}, False),
-        ({"TERM": "dumb", "COLORTERM": "truecolor"}, False),
-    ],
-)
-def test_a_terminal_gets_the_pictures_that_its_variables_speak_of(environment, shown):
-    assert screen(Terminal(), environment=environment).pictures == shown
-    assert not screen(Terminal(), "no", environment).pictures
-    assert screen(Terminal(), "blocks", environment).pictures
-
-
-def test_a_pipe_gets_no_pictures_unless_they_are_asked_for():
-    pipe = io.StringIO()
-    assert not screen(pipe, environment=COLOURED).pictures
-    assert screen(pipe, "blocks", {}).pictures
-    assert not screen(pipe, "blocks", COLOURED).links
+        (COLOURED | {"TERM": "dumb"}, False),
+    ):
+        assert draws(Terminal(), environment=environment) == shown
+        assert not draws(Terminal(), "no", environment) and draws(Terminal(), "blocks", environment)
+    assert not draws(io.StringIO(), environment=COLOURED) and draws(io.StringIO(), "blocks", {})
+    assert not has_colours(io.StringIO(), COLOURED)
