@@ -72,7 +72,8 @@ def folders_to_add(
     table: PictureTable, folders: Sequence[Path], exclude: Sequence[str] = (), include: Sequence[str | Path] = ()
 ) -> list[Path]:
     """`PictureIndex.folders_to_add`, of absolute paths."""
-    kept_rules(table).changed(exclude, include)  # says now what is wrong with them
+    rules = kept_rules(table)
+    rules.changed(exclude, include)  # says now what is wrong with them
     known, paths = table.folders(), list(folders)
     asked = {one: real for one, real in asked_folders(table).items() if one in known}
     if not folders:
@@ -80,7 +81,7 @@ def folders_to_add(
         if away := sorted(set(known) - set(map(str, paths))):
             note("folders_away", ", ".join(away), level=logging.WARNING)
     for place in map(absolute_folder, include):
-        if place.is_dir() and not any(map(place.is_relative_to, [*asked, *paths])):
+        if rules.is_forgotten(str(place)) and place.is_dir() and not any(map(place.is_relative_to, [*asked, *paths])):
             paths.append(place)
     if not paths:
         raise failure(ValueError, "no_known_folder")

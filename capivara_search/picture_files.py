@@ -6,6 +6,7 @@ What can't be read is said in one line, "reason: detail", whose reason has words
 
 import io
 import os
+import shlex
 import stat
 import threading
 from collections import Counter
@@ -136,6 +137,8 @@ class Rules:
             place = os.path.abspath(Path(one).expanduser())
             kept = frozenset(path for path in forgotten if not Path(path).is_relative_to(place))
             if kept == forgotten and str(one) not in self.exclude:
+                if above := self.forgotten_with(place):
+                    raise failure(ValueError, "folder_forgotten", path=place, forgotten=shlex.quote(above))
                 raise failure(ValueError, "nothing_to_include", path=one)
             forgotten = kept
         patterns = dict.fromkeys([*self.exclude, *exclude])
@@ -144,6 +147,11 @@ class Rules:
     def is_forgotten(self, path: str) -> bool:
         """Whether a path was forgotten, or lies in a folder that was."""
         return not self.forgotten.isdisjoint((path, *map(str, Path(path).parents)))
+
+    def forgotten_with(self, path: str) -> str | None:
+        """The forgotten path that a path, by this or its real name, is or lies in; the outermost of several."""
+        names = {str(one) for name in (path, os.path.realpath(path)) for one in (Path(name), *Path(name).parents)}
+        return min((one for one in self.forgotten if names & {one, _real_place(one)}), default=None)
 
     def reason(self, path: str, root: str, is_folder: bool) -> str | None:
         """Why what lies in a folder that is looked through, below `root`, is left out; None where it is not."""
@@ -168,6 +176,11 @@ def _can_match(pattern: str) -> bool:
     with suppress(ValueError):
         return any(one.include is not None for one in Rules((pattern,))._spec.patterns)
     return False
+
+
+def _real_place(path: str) -> str:
+    """Where a path, which may be a link, lies."""
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
 def absolute_folder(folder: str | Path) -> Path:
@@ -204,10 +217,11 @@ def find_pictures(
         if not os.path.isdir(root):
             fault = "is a file, not a folder" if os.path.exists(root) else "is not there"
             raise ValueError(f"The folder {root} {fault}. Name a folder of pictures.")
-    walk = _Walk(roots, rules or Rules(), only)
+    rules = rules or Rules()
     for root in roots:
-        if walk.rules.is_forgotten(root) or walk.rules.is_forgotten(os.path.realpath(root)):
-            raise failure(ValueError, "folder_forgotten", path=root)
+        if forgotten := rules.forgotten_with(root):
+            raise failure(ValueError, "folder_forgotten", path=root, forgotten=shlex.quote(forgotten))
+    walk = _Walk(roots, rules, only)
     for root in roots:
         walk.folder(root, root)
     walk.follow_links()
@@ -235,8 +249,7 @@ class _Walk:
     def __init__(self, roots: Sequence[str], rules: Rules, only: Collection[str] | None):
         self.bounds = Bounds(Path(roots[0]), [*map(Path, roots[1:])])
         # A forgotten folder may be reached by a link to it, or to one above it, too.
-        real = {os.path.join(os.path.realpath(os.path.dirname(one)), os.path.basename(one)) for one in rules.forgotten}
-        self.rules = Rules(rules.exclude, rules.forgotten | real)
+        self.rules = Rules(rules.exclude, rules.forgotten | set(map(_real_place, rules.forgotten)))
         self.counts = {root: Counter[str]() for root in roots}
         self.near = {str(one) for path in only or () for one in (path, *Path(path).parents)}
         self.below = ("",) if only is None else tuple(os.path.join(one, "") for one in only if os.path.isdir(one))

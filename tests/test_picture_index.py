@@ -567,6 +567,7 @@ def test_what_is_forgotten_stays_out_until_it_is_included(index, folder):
     assert (added.new, added.embedded, added.skipped, len(index)) == (0, 0, {"forgotten": 2}, 15)
     assert index.status().forgotten == [str(chosen), str(other)] and index.status().skipped == {"forgotten": 2}
     assert (index.add(include=[other]).new, index.status().forgotten) == (1, [str(chosen)])
+    assert index.folders_to_add(include=[folder.parent]) == [folder], "what was not forgotten itself is no new folder"
     assert index.add(folder, include=[chosen]).new == 4 and len(index) == 20
     assert (index.status().forgotten, index.add(folder).unchanged) == ([], 20)
 
@@ -574,7 +575,7 @@ def test_what_is_forgotten_stays_out_until_it_is_included(index, folder):
 def test_a_forgotten_folder_is_refused_by_its_name_and_comes_back_when_it_is_included(index, folder, tmp_path):
     assert index.forget(folder) == 20
     for named in (folder, folder / "d0"):
-        with pytest.raises(ValueError, match=r"was forgotten, and stays out\. To bring it back"):
+        with pytest.raises(ValueError, match=rf"was forgotten\. To bring it back: capivara index --include {folder}$"):
             index.add(named)
     make_pictures(tmp_path / "outras", 1, seed=5)
     assert index.add(tmp_path).new == 1, "below another folder it stays out"
