@@ -4,17 +4,17 @@
 `python -m benchmarks.nothing_fits` measures (docs/search.md).
 """
 
-import re
+import logging
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from capivara_common.files import read_json
-from capivara_search.words import failure
+from capivara_search.words import failure, note
 
-PULL = re.compile(r"\s*(?:(\d+(?:[.,]\d+)?)\s*:)?+\s*(.*\S)\s*", re.DOTALL)  # 0.5:pessoas, or pessoas
 MAX_WEIGHT = 4
 STRENGTH = 0.5  # of a pull of weight 1; at twice that half of what is looked for goes with what shall sink
 SAMPLE = 2000  # vectors of an index
@@ -29,11 +29,13 @@ QUANTILE = 0.25  # of the neutral sentences: low, for what fits and stands below
 
 def read_pull(text: str) -> tuple[float, str]:
     """Weight and words of "0.5:pessoas", or of "pessoas", whose weight is 1. Raises ValueError."""
-    found = PULL.fullmatch(text)
-    weight = float((found[1] or "1").replace(",", ".")) if found else 0
-    if not 0 < weight <= MAX_WEIGHT:
+    weight, words = 1.0, text.strip()
+    before, colon, rest = text.partition(":")
+    with suppress(ValueError):  # a word stands before the colon
+        weight, words = (float(before.replace(",", ".")), rest.strip()) if colon else (weight, words)
+    if not (words and 0 < weight <= MAX_WEIGHT):
         raise failure(ValueError, "bad_pull", text=text, most=MAX_WEIGHT)
-    return weight, found[2]
+    return weight, words
 
 
 def steered(vector: np.ndarray | None, pulls: Iterable[tuple[float, np.ndarray]], sample: np.ndarray) -> np.ndarray:
@@ -76,6 +78,10 @@ class Background:
 
 
 def draws_line(folder: Path) -> bool:
-    """Whether a model, by its folder, tells well enough what is not there. Raises ValueError: its file is damaged."""
+    """Whether a model, by its folder, tells well enough what is not there; a damaged file is noted, and says no."""
     path = folder / MEASURED
-    return path.is_file() and read_json(path, auc=float)["auc"] >= AUC_BY_DEFAULT
+    try:
+        return path.is_file() and read_json(path)["auc"] >= AUC_BY_DEFAULT
+    except (OSError, ValueError, TypeError, KeyError):
+        note("not_measured", path, level=logging.WARNING)
+        return False

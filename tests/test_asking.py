@@ -27,13 +27,15 @@ def index(tmp_path_factory, tiny_processor):
         ("0.5:pôr do sol", 0.5, "pôr do sol"),
         (" 0,5 : mar ", 0.5, "mar"),
         ("1:12:30", 1, "12:30"),
+        ("às: 12", 1, "às: 12"),
+        ("5", 1, "5"),
     ],
 )
 def test_a_weight_stands_before_the_words(text, weight, words):
     assert read_pull(text) == (weight, words)
 
 
-@pytest.mark.parametrize("text", ["", "  ", "0:mar", "9:mar", "0.5:", "12:30"])
+@pytest.mark.parametrize("text", ["", "  ", "0:mar", "9:mar", "0.5:", "12:30", "-1:mar", "nan:mar", "1e3:mar"])
 def test_a_weight_that_breaks_its_rule_is_named(text, index, monkeypatch):
     monkeypatch.setattr(type(index.model), "texts", lambda *_: pytest.fail("work begins before the words are read"))
     with pytest.raises(ValueError, match="must be above 0 and at most 4"):
@@ -90,11 +92,13 @@ def test_vectors_of_the_sample_are_those_of_the_model_and_follow_the_index(index
     assert not len(index._table.sample(index.model.width, "another", 7))
 
 
-def test_a_model_draws_the_line_where_it_was_measured_to_tell(index, tmp_path):
-    for auc, draws in ((0.79, False), (0.8, True)):
+def test_a_model_draws_the_line_where_it_was_measured_to_tell(index, tmp_path, caplog):
+    for auc, draws in ((0.79, False), (0.8, True), (1, True)):
         write_json(tmp_path / asking.MEASURED, {"auc": auc})
         assert asking.draws_line(tmp_path) == draws
-    write_json(tmp_path / asking.MEASURED, {"auc": "high"})
-    with pytest.raises(ValueError, match="auc must be of type float"):
-        asking.draws_line(tmp_path)
-    assert not asking.draws_line(index.model.folder)
+    assert not asking.draws_line(index.model.folder) and not caplog.records
+    for damaged in ('{"auc": "high"}', '{"auc": null}', "{}", "[]", "{", "\0"):
+        (tmp_path / asking.MEASURED).write_text(damaged)
+        caplog.clear()
+        assert not asking.draws_line(tmp_path)
+        assert [record.code for record in caplog.records] == ["not_measured"], "and searches go on"

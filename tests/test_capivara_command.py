@@ -208,7 +208,8 @@ WRONG = {
     "classify .": ("missing: --labels", "falta: --labels"),
     "classify . --labels gato Gato": ("The label 'gato' is there twice", "o rótulo gato aparece duas vezes"),
     "classify . --labels a --template x": ("template must have one {}", "--template deve ter {} uma vez"),
-    "search x --less 9:y": ("The weight of '9:y' must be above 0", "o peso de 9:y deve ser maior que 0"),
+    "search x --less 9:y": ("The weight of '9:y' must be above 0", "o peso de '9:y' deve ser maior que 0"),
+    "search x --mais ''": ("The weight of '' must be above 0", "o peso de '' deve ser maior que 0"),
     "duplicates --threshold 2": ("must be from 0.01 to 1, got 2", "--threshold: deve ser de 0,01 a 1, e é 2"),
     "app --allow-host http://fotos": ("http://fotos is neither a name nor", "http://fotos não é nome nem endereço"),
 }
