@@ -29,6 +29,7 @@ from capivara_search import estimates
 from capivara_search.command import explained, language_of, main
 from capivara_search.commands import progress_bar
 from capivara_search.exporting import export_rows
+from capivara_search.index import PictureIndex
 from capivara_search.show import OPENER
 from capivara_search.storage import detail, explanation
 from capivara_search.table import PictureTable
@@ -197,6 +198,7 @@ WRONG = {
     "search x --lang fr": ("--lang: 'fr' is none of: 'pt', 'en'", "--lang: 'fr' não é uma das opções: 'pt', 'en'"),
     "index": ("No folder was named, and none was added on this machine", "nenhuma pasta foi dada, e nenhuma das"),
     "index . --exclude #x": ("'#x' is no pattern of a .gitignore", "o padrão '#x' não cabe em um .gitignore"),
+    "index . --exclude ./file.txt": ("--exclude ./file.txt: it is a path", "--exclude ./file.txt: é um caminho, e"),
     "index . --include none": ("none is no pattern of this index, nor", "none não é um padrão deste índice, nem foi"),
     "move a": ("missing: NEW", "falta: NOVA"),
     "move a none": ("there is no folder none", "a pasta none não existe"),
@@ -467,6 +469,24 @@ def test_forget_takes_a_folder_out_and_leaves_its_files(capivara, own_index, fol
     assert code == 0 and out.startswith("Nada mudou, ") and "de fora por regra: 1 esquecida." in out
     code, out, _ = capivara(*back.split()[1:], "--index", own_index, "--lang", "pt")
     assert code == 0 and out.startswith("2 imagens novas, ")
+
+
+def test_a_path_that_would_leave_nothing_out_is_no_pattern(own_index, folder, tmp_path, monkeypatch):
+    """Who hides a folder so would believe it hidden; a pattern that begins at the folder, or holds anywhere, is one."""
+    monkeypatch.setenv("HOME", str(folder.parent))
+    index, root = PictureIndex.open(own_index), folder / "2024"
+    (root / "a" / "2024").mkdir(parents=True, exist_ok=True)
+    for here, wrong, right in (
+        (tmp_path, [root, f"{root}/", "~/Fotos/2024", folder, folder.parent, tmp_path, f"{folder}/*.gif"], ["a/2024"]),
+        (folder.parent, ["Fotos/2024", "./Fotos/2024/", "Fotos/branco.jpg", "Fotos"], ["*.gif", "~$*.doc"]),
+        (folder, ["./2024", "../Fotos/2024", "."], ["2024", "/2024/", "2024/azul.jpg", "!2024", "/rascunhos", "x/y"]),
+        (root, ["a/2024", "azul.jpg/."], ["azul.jpg", "2024"]),
+    ):
+        monkeypatch.chdir(here)
+        for pattern in map(str, wrong):
+            with pytest.raises(ValueError, match=r"it is a path, .* capivara forget FOLDER$"):
+                index.folders_to_add([folder], exclude=[pattern])
+        assert index.folders_to_add([folder], exclude=right) == [folder]
 
 
 LIBRARY = [  # what is done, exit code, what is said of it in Portuguese
