@@ -22,7 +22,7 @@ from click.shell_completion import shell_complete
 
 from capivara_common.files import no_space_left
 from capivara_common.progress import prepare_bars
-from capivara_search.command_line import COMPLETE
+from capivara_search.command_line import COMPLETE, ENGLISH
 from capivara_search.commands import NOTHING, capivara
 from capivara_search.words import COMMANDS, Words, visible
 
@@ -80,9 +80,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except click.exceptions.Exit as ended:  # --help and --version
         code = ended.exit_code
     except KeyboardInterrupt:
-        goes_on = {"index", "watch", COMMANDS["index"], COMMANDS["watch"]} & set(argv)
-        print("\n" + words("stopped_goes_on" if goes_on else "stopped"), file=sys.stderr)
-        code = 128 + signal.SIGINT
+        name = next((ENGLISH.get(one, one) for one in argv if one in COMMANDS or one in ENGLISH), None)
+        is_server = name in ("watch", "app")  # which ends by nothing else
+        said = "ended" if is_server else "stopped_goes_on" if name == "index" else "stopped"
+        print("\n" + words(said), file=sys.stderr)
+        code = 0 if is_server else 128 + signal.SIGINT
     except BrokenPipeError:  # `capivara search … | head`; what is left must not be written at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE

@@ -194,7 +194,8 @@ class Command(click.Command):
         flags.append(("-h, --help", words("flag.help")))
         order = 1 if words.language == "en" else -1
         commands = [(", ".join(names[::order]), words(f"help.{names[0]}")) for names in COMMANDS.items() if is_group]
-        usage = [f"[{words('metavar.options')}]", *(name for name, _ in arguments)]
+        named = {one.make_metavar(ctx): one.required for one in self.params if isinstance(one, Argument)}
+        usage = [f"[{words('metavar.options')}]", *(name if need else f"[{name}]" for name, need in named.items())]
         usage += [f"[{words('metavar.command')}]"] * is_group
         formatter.write_usage(ctx.command_path, " ".join(usage), words("usage"))
         for piece in words(f"about.{self.name}").split("\n\n"):

@@ -362,7 +362,7 @@ def forget(words: Words, place: Path) -> int:
 def move(words: Words, old: Path, new: Path) -> None:
     """Tell the index that a folder of pictures lies elsewhere now."""
     number, there = _filled_index().move(old, new)
-    print(words.count("moved_to", number, there=words.number(there), path=shown_path(str(new))))
+    print(words.count("moved_to", number, there=words.count("moved_there", there), path=shown_path(str(new))))
 
 
 @command("export")

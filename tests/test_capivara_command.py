@@ -138,6 +138,7 @@ def test_help_is_in_the_language_that_is_asked_for_and_teaches_by_examples(capiv
         long = [one for one in shown.splitlines() if len(one) > 100]
         assert all(one.startswith("    capivara ") for one in long), (lang, long)
     assert len(re.findall(r"^  (0|1|2|3|130)  ", text, re.MULTILINE)) == (0 if command else 5)
+    assert ("[PASTA …]\n" in text.partition("\n\n")[0] + "\n") == (command in ("index", "watch"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -256,10 +257,10 @@ def test_index_says_with_which_model_what_it_did_and_what_it_left_out(capivara, 
     code, out, error = capivara("indexar", folder, *arguments)
     assert code == 0
     assert error.startswith(f"Modelo: {saved_tiny_folder.name}\n")
-    assert re.search(r"^5 imagens novas, 1 não pôde ser lida \(.* s\):\n  .*quebrada.jpg: ", out)
+    assert re.search(r"^5 imagens novas, 1 imagem não pôde ser lida \(.* s\):\n  .*quebrada.jpg: ", out)
     assert out.endswith("5 imagens no índice.\n")
     code, out, _ = capivara("index", folder, *arguments)
-    assert code == 0 and out.startswith("Nada mudou, 1 não pôde ser lida")
+    assert code == 0 and out.startswith("Nada mudou, 1 imagem não pôde ser lida")
 
 
 def test_status_fits_on_a_screen_whatever_there_is_to_say(capivara, tmp_path, saved_tiny_folder):
@@ -272,7 +273,7 @@ def test_status_fits_on_a_screen_whatever_there_is_to_say(capivara, tmp_path, sa
         PIL.Image.new("RGB", (40, 40), (number, 0, 0)).save(folder / "good.png")
         PIL.Image.new("RGB", (40, 40), (number, 9, 0)).save(folder / "other.gif")
     code, out, _ = capivara("index", *folders, "--exclude", "*.tmp", "--exclude=*.gif", *flags, "--lang", "pt")
-    said = "\nPastas ou imagens de fora por regra: 9 por --exclude, 9 ocultas.\n9 vídeos não entram.\n"
+    said = "\nFora por regra: 9 por --exclude, 9 ocultas.\n9 vídeos ficaram de fora.\n"
     assert code == 0 and said in out
     assert out.count("/bad") + out.count("/vazia") == 5 and "e mais 13; capivara estado --all lista tudo" in out
     for folder in folders[:6]:
@@ -282,7 +283,7 @@ def test_status_fits_on_a_screen_whatever_there_is_to_say(capivara, tmp_path, sa
     assert code == 0 and len(lines) <= 24 and max(map(len, lines)) < 200
     facts = dict(re.findall(r"^(\S[\w ]*?)  +(.+)$", out, re.MULTILINE))
     assert facts["de fora"] == "9 por --exclude, 9 ocultas" and facts["regras"] == "--exclude *.tmp"
-    assert "9 vídeos não entram" in out and facts["não lidas"] == "9 não é uma imagem, 3 arquivo vazio"
+    assert "9 vídeos ficaram de fora" in out and facts["não lidas"] == "9 não é uma imagem, 3 arquivo vazio"
     assert re.findall(r"e mais (\d+); capivara estado --all", out) == ["6", "5", "10"]
     whole = capivara("status", "--all", *flags)[1]
     assert "\x1b" not in whole and whole.count("/bad") == 9 and whole.count("forget ") == 6 and "more;" not in whole
@@ -309,11 +310,11 @@ def test_index_without_a_folder_brings_known_ones_up_to_date(capivara, own_index
 def test_an_index_is_moved_with_its_pictures(capivara, own_index, folder, tmp_path):
     new = shutil.copytree(folder, tmp_path / "media" / "Fotos")
     code, out, _ = capivara("mover", folder, new, "--index", own_index, "--lang", "pt")
-    assert (code, out) == (0, f"No índice, 5 imagens estão agora em {new}; no disco: 5.\n")
+    assert (code, out) == (0, f"No índice, 5 imagens estão agora em {new}; 5 delas estão de fato lá.\n")
     code, out, error = capivara("move", folder, new, "--index", own_index)
     assert (code, out) == (1, "") and f"has nothing of the folder {folder}" in error
     code, out, _ = capivara("index", "--index", own_index)
-    assert code == 0 and out.startswith("Nothing has changed, 1 could not be read")
+    assert code == 0 and out.startswith("Nothing has changed, 1 picture could not be read")
 
 
 @pytest.mark.slow
@@ -466,7 +467,7 @@ def test_forget_takes_a_folder_out_and_leaves_its_files(capivara, own_index, fol
     code, out, error = capivara("indexar", folder / "2024", "--index", own_index, "--lang", "pt")
     assert (code, out) == (2, "") and f"pois {folder / '2024'} foi esquecida. Para" in error
     code, out, _ = capivara("indexar", folder, "--index", own_index, "--lang", "pt")
-    assert code == 0 and out.startswith("Nada mudou, ") and "de fora por regra: 1 esquecida." in out
+    assert code == 0 and out.startswith("Nada mudou, ") and "Fora por regra: 1 esquecida." in out
     code, out, _ = capivara(*back.split()[1:], "--index", own_index, "--lang", "pt")
     assert code == 0 and out.startswith("2 imagens novas, ")
 
