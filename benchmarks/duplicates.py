@@ -5,9 +5,10 @@
 
 Photographs that install from PyPI are copied in every kind of `KINDS`, written as files and indexed as a user would.
 A copy is found where its similarity to its original reaches the threshold. What must not be found: any two files of
-different photographs, and the quarters of one photograph, which show the same thing by the same camera and share no
-pixel. Compared are vectors alone, looks alone, and both in some shares. The last line of the output is JSON, kept in
-benchmarks/results/duplicates.json; docs/benchmarks.md shows it, and `capivara_search.results.SAME` is chosen by it.
+different photographs, and cuts of one picture, of half its width and height, which show the same thing in the same
+colours and share at most a quarter of their pixels. Compared are vectors alone, looks alone, and both in some shares.
+The last line of the output is JSON, kept in benchmarks/results/duplicates.json; docs/benchmarks.md shows it, and
+`capivara_search.results.SAME` is chosen by it.
 """
 
 import tempfile
@@ -27,9 +28,9 @@ from capivara_search.duplicates import compared, look_of
 from capivara_search.results import SAME
 from examples.real_images import PHOTOGRAPHS, photo
 
-DRAWINGS = ("colorwheel", "horse")  # of `PHOTOGRAPHS`, that are no photographs
+DRAWINGS = ("colorwheel", "horse")  # of `PHOTOGRAPHS`, that are no photographs; they are cut, not copied
 THRESHOLDS = (0.7, 0.75, 0.8, 0.82, SAME, 0.86, 0.9, 0.95, 0.97)
-QUARTERS = [f"quarter {number}" for number in range(4)]
+CUTS = {f"cut {x} {y}": (x, y) for x in range(3) for y in range(3)}  # corner, in quarters of a picture
 RULES = [(6, 0), (6, 1), (6, 2 / 3), (6, 1 / 2), (6, 3 / 4), (4, 2 / 3), (8, 2 / 3)]  # pixels of a look, its share
 
 
@@ -67,28 +68,37 @@ KINDS: dict[str, tuple[Any, int]] = {  # name -> how a copy is made, quality of 
 
 
 def write_files(folder: Path) -> dict[tuple[str, str], str]:
-    """Originals, copies and quarters of all photographs: photograph and kind -> path."""
+    """Originals and copies of all photographs, and cuts of all pictures: picture and kind -> path."""
     files = {}
-    for name in sorted(PHOTOGRAPHS.keys() - DRAWINGS):
+    for name in sorted(PHOTOGRAPHS):
         image = photo(name)
-        x, y = image.width // 2, image.height // 2
         made = {"original": (image, 95)} | {kind: (copy(image), quality) for kind, (copy, quality) in KINDS.items()}
-        corners = [(left, top) for left in (0, x) for top in (0, y)]
-        made |= {one: (image.crop((*at, at[0] + x, at[1] + y)), 95) for one, at in zip(QUARTERS, corners, strict=True)}
+        made = {} if name in DRAWINGS else made
+        width, height = image.width // 2, image.height // 2
+        for kind, corner in CUTS.items():
+            left, top = (side * place // 2 for side, place in zip((width, height), corner, strict=True))
+            made[kind] = (image.crop((left, top, left + width, top + height)), 95)
         for kind, (picture, quality) in made.items():
             files[name, kind] = str(folder / f"{len(files):04d}.jpg")
             picture.save(files[name, kind], quality=quality)
     return files
 
 
+def shared(one: str, other: str) -> float:
+    """The share of a cut's pixels that another of `CUTS` has, too."""
+    (x, y), (right, down) = CUTS[one], CUTS[other]
+    return (1 - abs(x - right) / 2) * (1 - abs(y - down) / 2)
+
+
 def measure(names: list[tuple[str, str]], scores: np.ndarray) -> dict[str, Any]:
     """Recall of copies at each threshold, and how many pairs are found that must not be; their highest similarity."""
-    place, whole = {own: number for number, own in enumerate(names)}, [own for own in names if own[1] not in QUARTERS]
-    photographs = sorted({name for name, _ in names})
+    place, whole = {own: number for number, own in enumerate(names)}, [own for own in names if own[1] not in CUTS]
+    photographs, pictures = sorted({name for name, _ in whole}), sorted({name for name, _ in names})
     copies = {kind: np.array([scores[place[p, "original"], place[p, kind]] for p in photographs]) for kind in KINDS}
-    pairs = [(a, b) for a, b in combinations(whole, 2) if a[0] != b[0]]
-    parts = [((p, a), (p, b)) for p in photographs for a, b in combinations(QUARTERS, 2)]
-    others = {"different photographs": pairs, "quarters of one": parts}
+    others = {"different photographs": [(a, b) for a, b in combinations(whole, 2) if a[0] != b[0]]}
+    for part, title in ((0, "cuts of one that share nothing"), (0.25, "cuts of one that share a quarter")):
+        cuts = [pair for pair in combinations(CUTS, 2) if shared(*pair) == part]
+        others[title] = [((name, a), (name, b)) for name in pictures for a, b in cuts]
     others = {name: np.array([scores[place[a], place[b]] for a, b in found]) for name, found in others.items()}
     at = {}
     for least in THRESHOLDS:
@@ -112,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         for side, share in RULES:
             own = compared(vectors, [look_of(image, side) for image in images], share)
             rules.append({"side": side, "share": share, **measure(list(files), own @ own.T)})
-    photographs = len({name for name, _ in files})
+    photographs = len(PHOTOGRAPHS.keys() - DRAWINGS)
     finish({**conditions(), "model": args.model, "photographs": photographs, "same": SAME, "rules": rules}, args.output)
 
 

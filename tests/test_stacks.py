@@ -7,7 +7,7 @@ import pytest
 
 from capivara_search import duplicates
 from capivara_search import index as index_module
-from capivara_search.duplicates import ROUNDING, leaders, near_groups
+from capivara_search.duplicates import ROUNDING, compared, leaders, near_groups, same
 from capivara_search.index import PictureIndex, unit
 from capivara_search.results import SAME
 from capivara_search.table_columns import to_arrow
@@ -108,6 +108,15 @@ def test_the_looks_tell_copies_from_pictures_of_the_same_thing(tmp_path, model):
     vectors[1] = np.eye(WIDTH)[1]
     strange = filled(tmp_path / "j.lance", model, vectors, look=looks)
     assert strange.copies("/fotos/0/0000.jpg") == [], "the same colours of another thing"
+
+
+def test_the_colour_of_all_of_a_picture_makes_no_copy_of_it():
+    """Two cuts of a red retina, and sheets of one colour, which the same vectors tell nothing of."""
+    dice, red = np.random.default_rng(5), np.tile([200, 60, 40], 36)
+    cuts = [np.uint8(red + dice.integers(-40, 41, 108)).tobytes() for _ in range(2)]
+    sheets = [np.uint8(np.roll(red, turn)).tobytes() for turn in (0, 1)]
+    vectors = compared(np.tile(np.eye(WIDTH)[0], (4, 1)), cuts + sheets)
+    assert same(vectors, vectors)[:2, :2].tolist() == same(vectors, vectors)[2:, 2:].tolist() == np.eye(2).tolist()
 
 
 def test_a_chain_of_small_steps_is_no_group():
