@@ -299,7 +299,7 @@ def steers(visitor: Visitor) -> None:
     page.keyboard.press("-")
     visitor.sees("#said", "As mais diferentes primeiro, menos de rocket.")
     assert page.locator("#results .tile").last.get_attribute("title") == "rocket"
-    page.get_by_role("button", name="Tirar menos de rocket").click()
+    page.get_by_role("button", name="Tirar “menos de rocket”").click()
     visitor.first_is("rocket")
     page.fill("#text", "azul")
     visitor.sees("#said", "As mais parecidas com “azul”.")
@@ -317,7 +317,7 @@ def steers(visitor: Visitor) -> None:
     assert "more=" in page.url and "less=" in page.url
     page.reload()
     visitor.sees("#pulls li:first-child", "mais de coffee")
-    page.get_by_role("button", name=f"Tirar menos de {name}").click()
+    page.get_by_role("button", name=f"Tirar “menos de {name}”").click()
     visitor.sees("#said", "As mais parecidas com “azul”, mais de coffee.")
     page.locator("#results .tile[title='coffee']").focus()
     page.keyboard.press("+")  # once more: out again
@@ -417,6 +417,7 @@ def opens_a_stack(page: "Page") -> None:
     count, copies = page.locator("#results .same").first, page.locator("#results .copy .tile")
     assert count.inner_text() == "2 iguais"
     assert count.get_attribute("aria-label") == "2 iguais: novissima"
+    assert count.get_attribute("title") == "Imagens quase iguais a novissima"
     for key in ("Enter", "Space"):
         count.focus()
         page.keyboard.press(key)

@@ -128,7 +128,7 @@ function stack(place, picture) {
     place.after(...copies);
     Object.assign(button, { disabled: false, ariaExpanded: String(copies.length > 0) }).focus();
   };
-  const button = element("button", { type: "button", class: "same", "aria-expanded": "false", "aria-label": `${same}: ${picture.name}`, click: turn }, same);
+  const button = element("button", { type: "button", class: "same", "aria-expanded": "false", "aria-label": `${same}: ${picture.name}`, title: say("same_title", picture), click: turn }, same);
   place.append(button);
 }
 
