@@ -131,6 +131,10 @@ def test_pictures_that_come_and_go_are_seen_at_once(saved_tiny_folder, tmp_path)
     after = answers.search(Question.read({"text": "azul", "k": 240}), None)
     assert (before["count"], after["count"]) == (29, 30) and before["version"] != after["version"]
     assert "azul novo" in names(after) and answers.status(Question())["folders"] == {str(folder): 30}
+    (folder / "azul" / "azul novo.png").unlink()
+    made_index(tmp_path / "i.lance", folder, saved_tiny_folder)
+    with pytest.raises(Refusal, match="gone"):  # a hit of the page that is still open
+        answers.copies(Question(like=str(folder / "azul" / "azul novo.png")))
 
 
 def test_pictures_steer_the_search(answers, index):
