@@ -51,8 +51,7 @@ def measure(layers: int) -> dict[str, Any]:
 def measure_export(source: Path) -> dict[str, Any]:
     """Memory and seconds of an export, and the size of what it wrote."""
     before, started = peak_resident_bytes(), time.perf_counter()
-    # The text tower's configuration beside it: open_clip must find it without the network.
-    files = export(source, source.with_name("repository"), EXPORTED, text_config=str(source))
+    files = export(source, source.with_name("repository"), EXPORTED)
     seconds = time.perf_counter() - started
     written = {"written_bytes": sum(size for _, size in files), "files": len(files)}
     return {"after_imports_bytes": before, "peak_bytes": peak_resident_bytes(), "seconds": seconds, **written}

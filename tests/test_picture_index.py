@@ -678,8 +678,8 @@ def test_a_move_that_can_not_be_meant_changes_nothing(index, folder, tmp_path):
     version = index.version()
     for old, new, text in (
         (folder, tmp_path / "empty", r"None of the 20 pictures .* is at the new place; .*empty/d\d/p00"),
-        (folder, folder / "d0", "must be two folders"),
-        (folder / "d0", folder, "must be two folders"),
+        (folder, folder / "d0", "must differ"),
+        (folder / "d0", folder, "must differ"),
         (tmp_path / "none", folder, "has nothing of the folder"),
     ):
         with pytest.raises(ValueError, match=text):
