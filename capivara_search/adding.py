@@ -8,6 +8,7 @@ than the last commit, and the next run does what is missing. What is left out of
 """
 
 import json
+import logging
 import os
 import time
 from collections import Counter, deque
@@ -122,6 +123,8 @@ def make_plan(
 ) -> Plan:
     """Compare folders, absolute paths, with the table. Raises ValueError where one is not there, or holds no picture.
 
+    Where all are known, as without named ones, and others are left, a line of the log says so instead.
+
     Args:
         table, image_digest: of the index, of the model in use.
         folders: of pictures.
@@ -133,10 +136,13 @@ def make_plan(
     try:
         found, unseen = find_pictures(folders, rules or kept_rules(table), counts, only)
     except ValueError as error:
-        if kept := table.count(clause):
-            text = "{error} The index keeps its {kept} pictures of these folders; `forget` removes them."
-            values = {"error": error, "kept": kept} | getattr(error, "values", {})
-            raise coded(ValueError, getattr(error, "code", None), text, **values) from error
+        others = [one for one in folders if str(one) != error.values["path"]]
+        if others and {*map(str, folders)} <= {*table.folders()}:
+            note("left_as_it_is", error, level=logging.WARNING)
+            return make_plan(table, image_digest, others, share, rules, only)
+        if kept := table.count(within(error.values["path"])):
+            text = "{error} The index keeps its {kept} pictures of this folder; `forget` removes them."
+            raise coded(ValueError, error.code, text, error=error, kept=kept, **error.values) from error
         raise
     columns = ["path", "size", "mtime_ns", "digest", "model"]
     wanted = f"{clause} OR model != {quoted(image_digest)}" if only is None else clause

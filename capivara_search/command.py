@@ -125,7 +125,8 @@ def _notes_shown(words: Words) -> Iterator[None]:
 
         text, key = record.getMessage(), f"note.{getattr(record, 'code', None)}"
         if words.language == "pt" and words.has(key):
-            text = words(key, *getattr(record, "values", record.args))
+            values = getattr(record, "values", record.args)
+            text = words(key, *(explained(one, words)[1] if isinstance(one, Exception) else one for one in values))
         tqdm.write(visible(" ".join(text.split())), file=sys.stderr)
 
     handler.emit = emit

@@ -23,6 +23,7 @@ import numpy as np
 import PIL.Image
 from PIL.Image import Resampling, Transpose
 
+from capivara_common.cli import coded
 from capivara_common.image_files import (
     MAX_IMAGE_BYTES,
     MAX_IMAGE_PIXELS,
@@ -202,7 +203,7 @@ def find_pictures(
     """The pictures in folders and below, by the ends of their names, and what could not be looked at, sorted by path.
 
     A link is followed where it stays within the folders, and its target is not found under its own name. Raises
-    ValueError where a folder is not there, can't be opened, was forgotten, or holds no picture.
+    ValueError where a folder is not there, can't be opened, was forgotten, or holds no picture but by these rules.
 
     Args:
         folders: to look through.
@@ -216,7 +217,8 @@ def find_pictures(
     for root in roots:
         if not os.path.isdir(root):
             fault = "is a file, not a folder" if os.path.exists(root) else "is not there"
-            raise ValueError(f"The folder {root} {fault}. Name a folder of pictures.")
+            text = "The folder {path} {fault}. Name a folder of pictures."
+            raise coded(ValueError, None, text, path=root, fault=fault)
     rules = rules or Rules()
     for root in roots:
         if forgotten := rules.forgotten_with(root):
@@ -231,7 +233,8 @@ def find_pictures(
     for root in roots:
         if root in reasons:
             raise failure(ValueError, "folder_shut", path=root, reason=reasons[root])
-        if only is None and not _is_any_in([*walk.found, *reasons], root):
+        ruled = walk.counts[root]["forgotten"] + walk.counts[root]["excluded"]  # then the user wants it to be empty
+        if only is None and not ruled and not _is_any_in([*walk.found, *reasons], root):
             raise failure(ValueError, "no_picture", path=root, ends=", ".join(PICTURE_SUFFIXES))
     return sorted(walk.found.values(), key=lambda file: file.path), sorted(walk.left_out, key=lambda one: one.path)
 

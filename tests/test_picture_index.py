@@ -170,7 +170,7 @@ def test_a_folder_that_has_become_empty_or_unreachable_removes_nothing(index, fo
     kept = folder.rename(folder.with_name("disk"))
     if fault == "empty":
         folder.mkdir()
-    with pytest.raises(ValueError, match=r"keeps its 20 pictures of these folders; `forget` removes them"):
+    with pytest.raises(ValueError, match=r"keeps its 20 pictures of this folder; `forget` removes them"):
         index.add(folder)
     with pytest.raises(ValueError, match="keeps its 20 pictures"):
         index.add(kept, folder)
@@ -616,6 +616,23 @@ def test_without_a_folder_all_that_are_there_are_brought_up_to_date(index, folde
         added = index.add()
     assert (added.new, added.removed, len(index)) == (2, 0, 26), "a link that leads elsewhere now is not followed"
     assert f"were not added on this machine: {away}, {linked}" in caplog.text
+
+
+def test_one_of_all_folders_that_has_nothing_left_keeps_no_other_from_its_turn(index, folder, tmp_path, caplog):
+    for name in ("coffee", "notes", "shut"):
+        make_pictures(tmp_path / name, 3, seed=len(name))
+    index.add(*(tmp_path / name for name in ("coffee", "notes", "shut")))
+    assert index.add(tmp_path / "coffee", exclude=["/d0", "/d1", "/d2"]).removed == 3, "the user wants it to be empty"
+    shutil.rmtree(tmp_path / "notes"), (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("no picture")
+    (tmp_path / "coffee" / "a.txt").write_text("no picture")
+    make_pictures(folder / "d3", 2, seed=8)
+    with caplog.at_level(logging.INFO, "capivara"):
+        assert (added := index.add()).new == 2 and added.removed == 15, "the pattern holds in all folders"
+        assert (index.add(include=["/d0", "/d1", "/d2"]).new, len(index)) == (18, 31)
+    assert caplog.text.count(f"Left as it is: The folder {tmp_path / 'notes'} holds no picture") == 2
+    with pytest.raises(ValueError, match="keeps its 3 pictures of this folder"):
+        index.add(tmp_path / "notes")
 
 
 def test_a_moved_index_opens_its_pictures_again_without_reading_one(tmp_path, models, monkeypatch, caplog):
