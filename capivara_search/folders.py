@@ -77,7 +77,7 @@ def folders_to_add(
     known, paths = table.folders(), list(folders)
     asked = {one: real for one, real in asked_folders(table).items() if one in known}
     if not folders:
-        paths = [Path(one) for one, real in asked.items() if _lies_at(one, real)]
+        paths = [Path(one) for one, real in asked.items() if lies_at(one, real)]
         if away := sorted(set(known) - set(map(str, paths))):
             note("folders_away", ", ".join(away), level=logging.WARNING)
     for place in map(absolute_folder, include):
@@ -102,10 +102,10 @@ def _is_path(pattern: str, folders: Iterable[Path]) -> bool:
     return bool(inside) + os.path.isabs(own) + place.exists() > 1
 
 
-def _lies_at(folder: str, real: str) -> bool:
+def lies_at(folder: str, real: str) -> bool:
     """Whether a folder is there, not empty as an unmounted disk is, and its real path is as it was."""
-    with suppress(OSError):
-        return os.path.realpath(folder) == real and bool(os.listdir(folder))
+    with suppress(OSError), os.scandir(folder) as entries:
+        return os.path.realpath(folder) == real and next(entries, None) is not None
     return False
 
 

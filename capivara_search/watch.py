@@ -11,17 +11,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from capivara_search.picture_files import is_picture_name
+from capivara_search.folders import kept_rules, lies_at
+from capivara_search.picture_files import Rules, is_picture_name
 from capivara_search.results import Added
 from capivara_search.words import note
 
 TICK_MS = 250  # between two looks at what is waited for
 STILL_S = 1.0  # without a change, then a file is whole; one that goes on after all is read again
+KNOWN_TICKS = 8  # between two looks at which folders are known: another process may add or forget some
 BURST_S = 3.0  # that a whole file waits for others at most
 POLL_MS = 2000  # between two looks at folders of whose changes the system does not tell
 NETWORK = ("nfs.", "nfs4.", "cifs.", "smb", "9p.", "afs.", "ceph.", "virtiofs.", "vboxsf.", "fuse.")  # kinds, with "."
@@ -42,8 +44,12 @@ def follow_index(
     """`PictureIndex.watch`; `index` is one."""
     from watchfiles import watch  # here: who looks at folders once does not need it
 
-    def known() -> Sequence[Path]:
-        return named or [*map(Path, index.asked_folders())]
+    def known() -> dict[Path, str]:
+        """Folders to follow, with the real path of those that were not named now."""
+        if not named:
+            return {Path(one): real for one, real in index.asked_folders().items()}
+        rules = Rules() if is_first else kept_rules(index._table)
+        return {one: "" for one in named if not rules.is_forgotten(str(one))}
 
     def add(there: Iterable[Path], only: Collection[str] | None) -> Added:
         added = index.add(*there, only=only, on_progress=on_progress)
@@ -51,7 +57,8 @@ def follow_index(
         return added
 
     stop, is_first = stop or threading.Event(), True
-    if not _present(folders := known()):
+    folders = known()
+    if not (_present(folders) if named else folders):
         yield add(folders, None)  # says what is wrong, or waits for another process that adds the first folders
         is_first = False
     while not stop.is_set():
@@ -59,15 +66,16 @@ def follow_index(
         there, waiting, only = _present(folders), Waiting(), None
         if missing := [str(folder) for folder in folders if folder not in there]:
             note("not_there", ", ".join(missing), level=logging.WARNING)
-        while not there and not stop.wait(TICK_MS / 1000):
-            there = _present(folders)
+        while not there and not stop.wait(POLL_MS / 1000):
+            there = _present(folders := known())
         polling = any(map(is_remote, there)) if poll is None else poll
-        for changes in watch(
+        all_changes = watch(
             *there, watch_filter=None, debounce=TICK_MS, rust_timeout=TICK_MS, yield_on_timeout=True, stop_event=stop,
             force_polling=polling, poll_delay_ms=POLL_MS, ignore_permission_denied=True,
-        ):  # fmt: skip
+        )  # fmt: skip
+        for tick, changes in enumerate(all_changes, 1):
             waiting.take((change.name, path) for change, path in changes)
-            if _present(folders) != there:
+            if _present(folders) != there or (tick % KNOWN_TICKS == 0 and known() != folders):
                 break
             if only is None or (only := waiting.whole()):  # all at first, since the watching has begun
                 linked = any(is_linked(path, there) for path in only or ())
@@ -122,13 +130,14 @@ def _state(path: str) -> State:
     return found.st_size, found.st_mtime_ns
 
 
-def _present(folders: Sequence[Path]) -> dict[Path, tuple[int, int]]:
-    """Those that are there, with device and number: where a disk was taken away, another folder is."""
+def _present(folders: Mapping[Path, str]) -> dict[Path, tuple[int, int]]:
+    """Those that are there, with device and number: where a disk was taken away, another folder is, or an empty one."""
     found = {}
-    for folder in folders:
+    for folder, real in folders.items():
         with suppress(OSError):
             state = os.stat(folder)
-            found[folder] = state.st_dev, state.st_ino
+            if not real or lies_at(str(folder), real):
+                found[folder] = state.st_dev, state.st_ino
     return found
 
 

@@ -164,6 +164,27 @@ def test_a_disk_that_is_taken_away_keeps_its_rows_and_is_followed_when_it_is_bac
 
 
 @pytest.mark.slow
+def test_all_known_folders_are_followed_as_they_come_and_go(follow, folder, spare, model, tmp_path, caplog):
+    """Without named ones: an unmounted disk at the start, one that is forgotten, one that is added meanwhile."""
+    disk, forgotten, later = (tmp_path / name for name in ("disk", "forgotten", "later"))
+    for number, one in enumerate((disk, forgotten, later)):
+        make_pictures(one, 3, seed=20 + number)
+    other = PictureIndex.open(tmp_path / "i.lance", model=model)
+    other.add(folder, disk, forgotten)
+    disk.rename(away := tmp_path / "away"), disk.mkdir()
+    followed = follow()
+    assert len(followed.index) == 16 and f"followed when it is back: {disk}" in caplog.text
+    other.forget(forgotten), other.add(later)
+    followed.until(lambda: len(followed.rounds) == 2)
+    shutil.copy(spare[0], folder / "a.png"), shutil.copy(spare[1], later / "b.png")
+    shutil.copy(spare[2], forgotten / "c.png")
+    followed.until(lambda: followed.has(folder / "a.png") and followed.has(later / "b.png"))
+    disk.rmdir(), shutil.copy(spare[3], away / "d.png"), away.rename(disk)
+    followed.until(lambda: followed.has(disk / "d.png"))
+    assert not followed.has(forgotten / "c.png") and "Nothing changes in the index" not in caplog.text
+
+
+@pytest.mark.slow
 def test_what_a_link_leads_to_is_found_as_a_look_at_all_finds_it(follow, folder, spare, model):
     (folder / ".real").mkdir()
     (folder / "linked").symlink_to(folder / ".real")
