@@ -263,7 +263,9 @@ class IndexWriter:
             self.table.merge(to_arrow(list(self.rows.values()), self.columns))
         if self.left_out:
             self.table.merge(pa.Table.from_pylist(list(self.left_out.values()), EMPTY[LEFT_OUT]), LEFT_OUT)
-            self.table.remove([path for path, row in self.left_out.items() if not row["reason"].startswith(RETRYABLE)])
+            bad = [path for path, row in self.left_out.items() if not row["reason"].startswith(RETRYABLE)]
+            self.table.remove(bad)
+            self.added.removed += sum(path in self.plan.known.places for path in bad)
         self._start_commit()
 
     def _embed(self, batch: Sequence[Read]) -> None:
@@ -316,6 +318,8 @@ class IndexWriter:
             self.added.changed += 1
         elif known[1]:
             self.added.unchanged += 1
+        else:
+            self.added.again += 1
 
 
 def begin(
@@ -343,6 +347,8 @@ def begin(
     table.create(model.width)
     note_asked(table, folders)
     note_rules(table, rules)
+    if plan.is_whole:  # now, so that they are known when this run is interrupted; `finish` knows more
+        table.note({FOLDER_KEY + one: "" for one in plan.counts.keys() - set(table.folders())})
     note_model(table, model, plan, progress is not None)
     return plan
 
@@ -376,7 +382,7 @@ def finish(table: PictureTable, model: "SearchModel", plan: Plan, added: Added, 
     `added` is what was counted; the rest is filled in.
     """
     table.remove(plan.gone)
-    added.removed = len(plan.gone) - added.moved
+    added.removed += len(plan.gone) - added.moved
     added.skipped = dict(sum(plan.counts.values(), Counter()))
     if plan.is_whole:
         table.note({FOLDER_KEY + one: json.dumps(numbers, sort_keys=True) for one, numbers in plan.counts.items()})

@@ -147,7 +147,8 @@ def progress_bar(words: Words, leave: bool = True) -> Iterator[Callable[[int, in
 
 def summary(added: Added, pictures: int, words: Words) -> Iterable[str]:
     """What was done, in words: numbers, some of the files that were left out, and what can be done next."""
-    parts = [words.count(key, n) for key in ("new", "changed", "moved", "removed") if (n := getattr(added, key))]
+    keys = ("new", "changed", "moved", "again", "removed")
+    parts = [words.count(key, n) for key in keys if (n := getattr(added, key))]
     parts = parts or [words("nothing_changed")]
     if added.left_out:
         parts.append(words.count("left_out", len(added.left_out)))

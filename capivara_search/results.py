@@ -44,8 +44,9 @@ class Added:
     new: int = 0  # are in the index for the first time; copies of known pictures among them
     changed: int = 0  # had another content before
     moved: int = 0  # have another path now; their vector was kept
+    again: int = 0  # have the content of before, and a vector of another model now
     unchanged: int = 0  # were not read again
-    removed: int = 0  # are no longer there, or left out by a rule from now on
+    removed: int = 0  # are no longer there, can't be read any more, or are left out by a rule from now on
     left_out: list[LeftOut] = field(default_factory=list)  # can't be read, of this time and of earlier ones
     # Folders and pictures that rules left out, by "forgotten", "hidden", "system" and "excluded", and each "video".
     skipped: dict[str, int] = field(default_factory=dict)

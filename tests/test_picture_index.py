@@ -123,7 +123,7 @@ def test_moved_copied_changed_vanished_and_broken_files(index, folder):
     (folder / "d4" / "p0004.png").write_bytes(b"no picture")
     added = index.add(folder)
     counts = (added.moved, added.new, added.changed, added.removed, added.embedded, added.unchanged)
-    assert counts == (1, 1, 1, 1, 1, 16)
+    assert counts == (1, 1, 1, 2, 1, 16)
     assert [one.path for one in added.left_out] == [str(folder / "d4" / "p0004.png")]
     assert added.left_out[0].reason
     np.testing.assert_array_equal(index.vectors([str(folder / "novo.png")]), vector)
@@ -233,7 +233,7 @@ def test_another_image_side_is_refused_in_search_and_embeds_all_again(index, fol
     with caplog.at_level(logging.INFO, "capivara"):
         added = other.add(folder)  # those of the other folder, too
     assert "has another image side than base: 24 pictures are embedded again" in caplog.text
-    assert (added.embedded, added.new, added.changed, added.moved) == (24, 0, 0, 0)
+    assert (added.embedded, added.again, added.new, added.changed, added.moved) == (24, 24, 0, 0, 0)
     fresh = PictureIndex.open(tmp_path / "fresh.lance", model=models[name])
     fresh.add(folder, folder.with_name("outras"))
     assert rows_of(other) == rows_of(fresh)
@@ -490,7 +490,8 @@ def test_ctrl_c_keeps_what_was_embedded(tmp_path, folder, models):
     with pytest.raises(KeyboardInterrupt):
         index.add(folder, batch_size=4, on_progress=interrupt)
     assert len(index) == 12
-    assert index.add(folder).embedded == 8
+    assert index.status().folders == {str(folder): 12} and index.asked_folders(), "the page opens originals meanwhile"
+    assert index.add().embedded == 8
 
 
 def test_the_place_of_the_index_is_the_users(tmp_path, monkeypatch):
