@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from capivara_search.folders import kept_rules, lies_at
-from capivara_search.picture_files import Rules, is_picture_name
+from capivara_search.picture_files import VIDEO_SUFFIXES, Rules, is_picture_name
 from capivara_search.results import Added
 from capivara_search.words import note
 
@@ -29,6 +29,7 @@ POLL_MS = 2000  # between two looks at folders of whose changes the system does 
 NETWORK = ("nfs.", "nfs4.", "cifs.", "smb", "9p.", "afs.", "ceph.", "virtiofs.", "vboxsf.", "fuse.")  # kinds, with "."
 MOUNTS = Path("/proc/self/mountinfo")  # of Linux
 ROOT = Path(__file__).resolve().parents[1]
+AGAIN_S, AGAIN_MOST_S = 5, 600  # until one that has ended starts again, twice as long each time
 ENDING_S = 15  # for a batch that is under way
 PROGRAM = "from capivara_search import command, watch; watch.end_with_parent(); command.run()"
 State = tuple[int, int] | None  # size and time of a file; None of one that is not there
@@ -78,9 +79,10 @@ def follow_index(
             if _present(folders) != there or (tick % KNOWN_TICKS == 0 and known() != folders):
                 break
             if only is None or (only := waiting.whole()):  # all at first, since the watching has begun
-                linked = any(is_linked(path, there) for path in only or ())
+                # Videos are counted by a look at all.
+                whole = any(_is_video(path) or is_linked(path, there) for path in only or ())
                 try:
-                    yield add(there, None if linked else only)
+                    yield add(there, None if whole else only)
                 except ValueError as error:  # as of a folder that was emptied: the index keeps what it has of it
                     if is_first:
                         raise
@@ -96,14 +98,15 @@ class Waiting:
         self._since = 0.0  # when the first of them came
 
     def take(self, changes: Iterable[tuple[str, str]]) -> None:
-        """What may be pictures, or may have been, or folders, among changes: "added", or another word, and a path."""
+        """What is or may have been a picture, a video or a folder, of changes: "added", or another word, and a path."""
         now = time.monotonic()
         for kind, path in changes:
             inside = [path]
             if kind == "added" and os.path.isdir(path):  # whose files may have come before it was watched
                 inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
             for one in inside:
-                if is_picture_name(one) or not (os.path.lexists(one) or os.path.basename(one).startswith(".")):
+                gone = not (os.path.lexists(one) or os.path.basename(one).startswith("."))
+                if gone or is_picture_name(one) or _is_video(one):
                     self._since = self._since if self._seen else now
                     self._seen[one] = _state(one), now
 
@@ -120,6 +123,10 @@ class Waiting:
         for path in still:
             del self._seen[path]
         return still
+
+
+def _is_video(path: str) -> bool:
+    return path.lower().endswith(VIDEO_SUFFIXES)
 
 
 def _state(path: str) -> State:
@@ -163,20 +170,38 @@ def is_remote(folder: Path) -> bool:
 
 @contextmanager
 def follower(*flags: str) -> Iterator[None]:
-    """`capivara watch` with these flags, in a process of its own, as long as the block and this process last."""
+    """`capivara watch` with these flags, in a process of its own, as long as the block and this process last.
+
+    One that ends before, as by an error, whose line it has said, is started again.
+    """
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command, environment = [sys.executable, "-c", PROGRAM, "watch", *flags], os.environ | {"PYTHONPATH": path}
     # A group of its own: Ctrl-C is the page's. In the page's session: of two, Linux gives each half of the processor,
     # however nice one is, and the page would take a second to answer while pictures are read.
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, process_group=0)
+    ending, pause_s = threading.Event(), AGAIN_S
+
+    def tend() -> None:
+        nonlocal pause_s
+        while not ending.is_set():
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, process_group=0)
+            while not ending.wait(TICK_MS / 1000) and process.poll() is None:
+                pass
+            process.stdin.close()
+            try:
+                process.wait(ENDING_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            if not ending.is_set():
+                note("follower_ended", process.returncode, pause_s, level=logging.WARNING)
+            ending.wait(pause_s)
+            pause_s = min(2 * pause_s, AGAIN_MOST_S)
+
+    (thread := threading.Thread(target=tend, daemon=True)).start()
     try:
         yield
     finally:
-        process.stdin.close()
-        try:
-            process.wait(ENDING_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        ending.set()
+        thread.join()
 
 
 def end_with_parent() -> None:
