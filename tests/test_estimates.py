@@ -7,7 +7,8 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from made_index import make_pictures, save_model
+from made_index import make_pictures
+from tiny import save_model
 
 from capivara_search import estimates
 from capivara_search.estimates import FILE, Estimate, progress_of, told
