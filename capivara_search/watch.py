@@ -76,7 +76,7 @@ def follow_index(
         )  # fmt: skip
         for tick, changes in enumerate(all_changes, 1):
             waiting.take((change.name, path) for change, path in changes)
-            if _present(folders) != there or (tick % KNOWN_TICKS == 0 and known() != folders):
+            if _present(folders) != there or ((changes or tick % KNOWN_TICKS == 0) and known() != folders):
                 break
             if only is None or (only := waiting.whole()):  # all at first, since the watching has begun
                 # Videos are counted by a look at all.
