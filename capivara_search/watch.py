@@ -50,7 +50,7 @@ def follow_index(
         if not named:
             return {Path(one): real for one, real in index.asked_folders().items()}
         rules = Rules() if is_first else kept_rules(index._table)
-        return {one: "" for one in named if not rules.is_forgotten(str(one))}
+        return {one: "" for one in named if not rules.forgotten_with(str(one))}
 
     def add(there: Iterable[Path], only: Collection[str] | None) -> Added:
         added = index.add(*there, only=only, on_progress=on_progress)

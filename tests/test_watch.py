@@ -153,7 +153,7 @@ def test_a_whole_file_does_not_wait_for_one_that_never_ends(follow, folder, spar
 def test_a_disk_that_is_taken_away_keeps_its_rows_and_is_followed_when_it_is_back(follow, folder, spare, caplog):
     followed, away = follow(folder), folder.with_name("away")
     folder.rename(away)
-    followed.until(lambda: "Not there" in caplog.text)
+    followed.until(lambda: "Not here" in caplog.text)
     shutil.copy(spare[0], away / "meanwhile.png")
     away.rename(folder)
     followed.until(lambda: followed.has(folder / "meanwhile.png"))
