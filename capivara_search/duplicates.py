@@ -26,7 +26,6 @@ BLOCK, LATER = 512, 2048  # vectors that are compared with one another, and with
 ROUNDING = 1e-3  # of float16
 SIDE = 6  # pixels of a look; as `SAME` by `python -m benchmarks.duplicates`, which tries others
 LOOK_SHARE = 2 / 3  # of the similarity
-LEAST_COSINE = (SAME - LOOK_SHARE) / (1 - LOOK_SHARE) - 3 * ROUNDING  # of vectors whose pictures may be nearly the same
 COUNTED_ROWS = 20_000  # up to which all pictures are looked at for copies; above, those that were asked for
 FLAT = 2.0  # standard deviation of the colours, of 255, below which a picture has no look
 
@@ -82,10 +81,13 @@ def counted(
     Among the rows of a clause; where these are more than `COUNTED_ROWS`, among those `seen` (rows, width).
     """
     if len(seen) < table.count(clause) <= COUNTED_ROWS:
-        column = vector_column(model.width)
-        rows = table.rows(compared_columns(table, model), all_of([f"{column} IS NOT NULL", *filter(None, [clause])]))
-        cosines = unit(vectors[:, : model.width]) @ as_array(rows[column]).astype(np.float32).T
-        seen = compared_rows(model, rows.take(np.flatnonzero(cosines.max(axis=0, initial=-1) >= LEAST_COSINE)))
+        kept, key = table.kept("compared", dict), (model.image_digest, clause)  # of the last one alone
+        if key not in kept:
+            has_vector = f"{vector_column(model.width)} IS NOT NULL"
+            rows = table.rows(compared_columns(table, model), all_of([has_vector, *filter(None, [clause])]))
+            kept.clear()
+            kept[key] = compared_rows(model, rows)
+        seen = kept[key]
     numbers = same(vectors, seen).sum(axis=1) - 1
     return [replace(hit, copies=max(0, int(number))) for hit, number in zip(hits, numbers, strict=True)]
 

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from capivara_search.models import SearchModel
 
 WINDOW = 4  # times the wanted hits are asked for where copies stand as one; more where that is not enough
-MORE = 64  # times as many then
+MORE = 16  # times as many then
 TIES = 4  # more rows than wanted are asked for, so that which of equal ones comes last is decided by path
 
 
