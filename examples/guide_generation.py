@@ -4,8 +4,7 @@
 
 The picture is optimised out of faint noise. Of single pixels (`--cells` as many as `--size`, `--views 0`) that gives
 noise which the model alone takes for the sentence; coarse cells, and random noisy views at each step, give shapes that
-people see, too, at times, though hardly a picture: nothing here knows what pictures look like. A generator does:
-`examples.diffusion_guidance` steers one.
+people see, too, at times, though hardly a picture: nothing here knows what pictures look like.
 
 The folder gets `picture.png`, `steps.png` and `results.json`: the cosine of picture and sentence, and of others, before
 and after, as the processor sees the files.
@@ -18,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms import functional
 from tqdm.auto import trange
 
 from capivara_common.cli import at_least, flag, parse, run_command
@@ -61,19 +61,6 @@ class GuideArguments:
             raise ValueError("The sentence is empty. Say what the picture shall show.")
 
 
-class CellPicture(nn.Module):
-    """A picture by the colours of `cells` x `cells` places, enlarged smoothly; it begins as grey with faint noise."""
-
-    def __init__(self, size: int, cells: int, generator: torch.Generator):
-        super().__init__()
-        self.size = size
-        self.colours = nn.Parameter(START * torch.randn(1, 3, cells, cells, generator=generator))
-
-    def forward(self) -> Tensor:
-        """(1, 3, size, size), 0 to 1."""
-        return F.interpolate(self.colours, size=(self.size, self.size), mode="bicubic").sigmoid()
-
-
 def random_views(pixels: Tensor, number: int, generator: torch.Generator) -> Tensor:
     """(1, 3, side, side) -> (number, 3, side, side): turned and noisy crops, enlarged to the whole side."""
 
@@ -94,20 +81,12 @@ def to_pixel_values(pixels: Tensor, image_processor: CapivaraImageProcessor) -> 
     """What the model's own processor does to square pictures, so that gradients flow back to them.
 
     (pictures, 3, side, side), 0 to 1 -> (pictures, 3, height, width) of its crop. The resize is torch's antialiased
-    bicubic one, which is PIL's but for its roundings to eight bits. Raises ValueError where they are not square.
+    bicubic one, which is PIL's but for its roundings to eight bits.
     """
-    if pixels.shape[-1] != pixels.shape[-2]:
-        height, width = pixels.shape[-2:]
-        raise ValueError(f"Pictures that are guided must be square, got {width} x {height} pixels.")
     side, crop = image_processor.size["shortest_edge"], image_processor.crop_size
-    if pixels.shape[-1] != side:
-        pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
-    top, left = round((side - crop["height"]) / 2), round((side - crop["width"]) / 2)
-    pixels = pixels[..., top : top + crop["height"], left : left + crop["width"]]
-    mean, std = (
-        pixels.new_tensor(values).view(-1, 1, 1) for values in (image_processor.image_mean, image_processor.image_std)
-    )
-    return (pixels - mean) / std
+    pixels = functional.resize(pixels, [side], functional.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+    pixels = functional.center_crop(pixels, [crop["height"], crop["width"]])
+    return functional.normalize(pixels, image_processor.image_mean, image_processor.image_std)
 
 
 def as_image(pixels: Tensor) -> PIL.Image.Image:
@@ -123,14 +102,19 @@ def main(argv: list[str] | None = None) -> None:
         model, processor = load_model(args.model).eval().to(torch_device(args.device)), load_processor(args.model)
         model.requires_grad_(False)  # gradients flow to the pixels alone
         generator, started = torch.Generator().manual_seed(args.seed), time.perf_counter()
-        picture = CellPicture(args.size, min(args.cells, args.size), generator).to(model.device)
+        cells = min(args.cells, args.size)
+        colours = START * torch.randn(1, 3, cells, cells, generator=generator)  # it begins as grey with faint noise
+        colours = colours.to(model.device).requires_grad_()
+
+        def picture() -> Tensor:  # (1, 3, size, size), 0 to 1
+            return F.interpolate(colours, size=(args.size, args.size), mode="bicubic").sigmoid()
+
         target = embed_texts(model, processor, [args.sentence]).clone().to(model.device)  # a clone takes gradients
-        optimiser = torch.optim.Adam(picture.parameters(), lr=args.learning_rate)
+        optimiser = torch.optim.Adam([colours], lr=args.learning_rate)
         pictures = [as_image(picture())]
         shown = {round(step * args.steps / (SHOWN - 1)) for step in range(1, SHOWN)}
         for step in (bar := trange(1, args.steps + 1, desc="Optimising", unit="step")):
-            pixels = picture()
-            views = random_views(pixels, args.views, generator) if args.views else pixels
+            views = random_views(picture(), args.views, generator) if args.views else picture()
             embeds = model(pixel_values=to_pixel_values(views, processor.image_processor)).image_embeds
             cosine = (embeds @ target.T).mean()
             optimiser.zero_grad()

@@ -47,7 +47,6 @@ COMMANDS = {
     "examples.tune_sentence_transformers": "--model m --dataset d",
     "examples.caption": "",
     "examples.guide_generation": "--sentence s",
-    "examples.diffusion_guidance": "--pipeline p --sentence s",
 }
 
 
