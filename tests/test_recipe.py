@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 
 import train_accelerate
-from benchmarks.recipe import OURS, read_variants
+from benchmarks.recipe import SHARES
 from capivara_common.cli import read_config
 from modeling_capivara.loading import load_model, load_processor
 from training.arguments import parse_arguments
@@ -47,10 +47,9 @@ def test_configs_hold_the_published_recipe(name, published):
 
 def test_our_recipe_is_part_of_the_way_to_the_paper_s():
     """At full size, and in the embedded default as docs/recipe.md has chosen it."""
-    ours = read_variants(ROOT / "benchmarks" / "recipe.yaml")[OURS]
     for name in ("capivara", "openmoji"):
         paper, plus = (read_config(ROOT / "configs" / f"{name}{suffix}.yaml") for suffix in ("", "_plus"))
-        assert plus == paper | {"interpolate": str(ours.share)} and ours.of == "paper"
+        assert plus == paper | {"interpolate": str(SHARES["interpolate-0.7"])}
 
 
 def test_the_augmentation_is_the_published_one():
