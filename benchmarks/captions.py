@@ -14,7 +14,6 @@ The gain is taken run by run. Prefixes are padded to the longest in both. JSON i
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -23,7 +22,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, BlipImagePr
 from transformers import logging as transformers_logging
 
 from benchmarks.timing import conditions, finish, median_ratio, spread, timed_runs
-from capivara_common.cli import at_least, flag, parse, run_command
+from capivara_common.cli import flag, parse, run_command
 from captions.generate import PREFIXES, Captioner, read_prefixes
 
 IMAGE_SIDE, QUERIES = 224, 32  # of BLIP-2: pixels, and tokens that an image becomes
@@ -40,35 +39,25 @@ class CaptionsArguments:
     runs: int = flag(5, "Alternating runs.")
     widths: int = flag(4, "What BLIP-2's widths, heads and vocabulary are divided by.")
     layers: int = flag(6, "What BLIP-2's layers are divided by.")
-    device: str = flag("cpu", "cpu or cuda.")
-    precision: str = flag("float32", "float32, bfloat16 or float16.")
     output: Path | None = flag(None, "JSON file for the figures.")
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "images", "new_tokens", "runs", "widths", "layers")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure and print the results."""
+    """Rates of both programs, and the gain."""
     args = parse(CaptionsArguments, __doc__, argv)
     transformers_logging.set_verbosity_error()
-    results = conditions(args.device) | {"runs": args.runs, "measured": {"generate": generation(args)}}
-    finish(results, args.output)
-
-
-def generation(args: CaptionsArguments) -> dict[str, Any]:
-    """Rates of both programs, and the gain."""
     prefixes = read_prefixes(PREFIXES)
     steps = generation_steps(scaled_captioner(args, prefixes), prefixes, args.images)
-    plain, ours = (step(0).tolist() for step in steps.values())
-    seconds = timed_runs(steps, args.runs, args.device, "generate")
-    return {
+    plain, ours = (step().tolist() for step in steps.values())
+    seconds = timed_runs(steps, args.runs, "generate")
+    found = {
         "rows_per_second": {name: spread([args.images / s for s in found]) for name, found in seconds.items()},
         "gain_ours": {"measured": median_ratio(seconds["plain"], seconds["ours"])},
         "same_tokens": plain == ours,
-        "images": args.images, "prefixes": len(prefixes), "new_tokens": args.new_tokens, "precision": args.precision,
+        "images": args.images, "prefixes": len(prefixes), "new_tokens": args.new_tokens, "precision": "float32",
         "divided": {"widths": args.widths, "layers": args.layers},
     }  # fmt: skip
+    finish(conditions() | {"runs": args.runs, "measured": {"generate": found}}, args.output)
 
 
 def scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> Captioner:
@@ -91,7 +80,6 @@ def scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> Captioner:
             torch.nn.init.normal_(parameter, std=0.02)
     model.language_model.generation_config.eos_token_id = None
     processor = BlipImageProcessor(size={"height": IMAGE_SIDE, "width": IMAGE_SIDE})
-    model.to(args.device, getattr(torch, args.precision))
     return Captioner(model, processor, tokenizer, args.new_tokens, len(prefixes) * args.images)
 
 
@@ -105,25 +93,24 @@ def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special)
 
 
-def generation_steps(captioner: Captioner, prefixes: list[str], images: int) -> dict[str, Callable[[int], Tensor]]:
+def generation_steps(captioner: Captioner, prefixes: list[str], images: int) -> dict[str, Callable[[], Tensor]]:
     """Program -> the new token ids (images x prefixes, new tokens) of random pixels."""
     model, new_tokens = captioner.model, captioner.max_new_tokens
     pixels = torch.randn(images, 3, IMAGE_SIDE, IMAGE_SIDE, generator=torch.Generator().manual_seed(0))
-    pixels = pixels.to(captioner.device, captioner.writer.dtype)
     prompts = captioner.tokenizer(prefixes)["input_ids"] * images
-    image_of_text = torch.arange(images, device=captioner.device).repeat_interleave(len(prefixes))
+    image_of_text = torch.arange(images).repeat_interleave(len(prefixes))
     prefix_ids, mask = captioner.padded(prompts, left=True)
-    block = torch.full((len(prompts), QUERIES), model.config.image_token_index, device=captioner.device)
+    block = torch.full((len(prompts), QUERIES), model.config.image_token_index)
     ids, mask = torch.cat([block, prefix_ids], 1), torch.cat([torch.ones_like(block), mask], 1)
     options = {"max_new_tokens": new_tokens, "do_sample": False}
 
     @torch.inference_mode()
-    def plain(run: int) -> Tensor:
+    def plain() -> Tensor:
         output = model.generate(pixel_values=pixels[image_of_text], input_ids=ids, attention_mask=mask, **options)
         return output[:, ids.shape[1] :]
 
     @torch.inference_mode()
-    def ours(run: int) -> Tensor:
+    def ours() -> Tensor:
         return captioner.continued(captioner.encode(pixels), image_of_text, prompts, **options)
 
     return {"plain": plain, "ours": ours}

@@ -19,14 +19,14 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.timing import conditions, finish, median_ratio, spread, timed_runs
+from benchmarks.timing import conditions, finish, made_captions, median_ratio, spread, timed_runs
 from capivara_common.cli import flag, parse, run_command
 from capivara_search.miniature_encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.convert_open_clip import build_open_clip, capivara_state_dict
 
 IMAGE_SIZE = (320, 240)  # pixels, width and height
-WORDS = ["uma", "foto", "de", "um", "gato", "na", "casa", "azul", "com"]  # a token each
+TOKENS = 20  # of a caption, begin and end included
 Encoder = Callable[[], Tensor]  # from raw input to unit-length embeddings
 
 
@@ -36,7 +36,6 @@ class EncodeArguments:
 
     images: int = flag(32, "Images of one run.")
     captions: int = flag(64, "Captions of one run.")
-    tokens: int = flag(20, "Tokens of a caption, begin and end included.")
     runs: int = flag(5, "Runs of each program, alternating.")
     device: str = flag("cpu", "cpu or cuda.")
     output: Path | None = flag(None, "JSON file for the figures.")
@@ -45,15 +44,15 @@ class EncodeArguments:
 def main(argv: list[str] | None = None) -> None:
     """Measure both programs and print the results."""
     args = parse(EncodeArguments, __doc__, argv)
-    results = conditions(args.device) | {"image_size": IMAGE_SIZE}
-    results |= {name: getattr(args, name) for name in ("runs", "images", "captions", "tokens")}
     encoders = build_encoders(args)
-    results["measured"] = {
+    measured = {
         f"{what}_{precision}": compare(encoders[what], getattr(args, what), precision, args)
         for precision in ("float32", "bfloat16")
         for what in ("images", "captions")
     }
-    finish(results, args.output)
+    sizes = {name: getattr(args, name) for name in ("runs", "images", "captions")}
+    sizes |= {"tokens": TOKENS, "image_size": IMAGE_SIZE}
+    finish(conditions(args.device) | sizes | {"measured": measured}, args.output)
 
 
 def build_encoders(args: EncodeArguments) -> dict[str, dict[str, Encoder]]:
@@ -66,10 +65,9 @@ def build_encoders(args: EncodeArguments) -> dict[str, dict[str, Encoder]]:
     ours.eval().to(args.device)
     processor = CapivaraProcessor(CapivaraImageProcessor(), tokenizer)
     preprocess = image_transform_v2(PreprocessCfg(), is_train=False)
-    noise = np.random.default_rng(0)
-    pixels = noise.integers(0, 256, (args.images, IMAGE_SIZE[1], IMAGE_SIZE[0], 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (args.images, *IMAGE_SIZE[::-1], 3), dtype=np.uint8)
     images = [Image.fromarray(one) for one in pixels]
-    texts = [" ".join(words) for words in noise.choice(WORDS, (args.captions, args.tokens - 2))]  # and begin and end
+    texts = made_captions(args.captions, TOKENS - 2, deviation=0)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         tokenize = HFTokenizer(folder)
@@ -91,14 +89,12 @@ def build_encoders(args: EncodeArguments) -> dict[str, dict[str, Encoder]]:
 
 def compare(encoders: dict[str, Encoder], number: int, precision: str, args: EncodeArguments) -> dict[str, Any]:
     """Rates of both programs for `number` items, the ratio run by run, and the largest difference of the embeddings."""
-    programs = {name: lambda run, encode=encode: encode() for name, encode in encoders.items()}
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=precision == "bfloat16")
     with torch.inference_mode(), autocast:
         ours, theirs = (encode().float() for encode in encoders.values())  # and the warm-up of both
-        seconds = timed_runs(programs, args.runs, args.device, f"{number} items, {precision}", warmup=0)
+        seconds = timed_runs(encoders, args.runs, f"{number} items, {precision}", args.device)
     return {
         **{name: spread([number / s for s in found]) for name, found in seconds.items()},
-        "unit": "per second",
         "ratio": median_ratio(seconds["open_clip"], seconds["ours"]),
         "largest_difference": (ours - theirs).abs().max().item(),
     }

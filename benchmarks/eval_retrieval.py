@@ -3,8 +3,8 @@
     python -m benchmarks.eval_retrieval --output benchmarks/results/eval_retrieval.json
     python -m benchmarks.eval_retrieval --images 100000 --captions 10 --worker   # ours alone; half an hour
 
-Random unit embeddings of width 512, five captions an image. Alternating runs, medians; our peak memory over the
-embeddings is taken in a process of its own, a worker. JSON is the last line.
+Random unit embeddings of width 512, five captions an image. Ours runs first, for its peak of memory over them, and
+both then in alternating runs. JSON is the last line.
 """
 
 import statistics
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import conditions, finish, in_own_process, median_ratio, seconds_of, timed_runs
+from benchmarks.timing import conditions, finish, median_ratio, seconds_of, timed_runs
 from capivara_common.cli import flag, parse, run_command
 from capivara_common.environment import peak_resident_bytes, restart_peak
 from capivara_common.files import read_json
@@ -32,17 +32,25 @@ class EvalRetrievalArguments:
     images: int = flag(5000, "Images of the scores.")
     captions: int = flag(5, "Captions of each.")
     runs: int = flag(5, "Alternating runs.")
-    worker: bool = flag(False, "Measure our seconds and memory alone, in this process.")
-    output: Path | None = flag(None, "JSON file to put `scores`, or a worker's `large`, into, beside the other one.")
+    worker: bool = flag(False, "Measure our seconds and memory alone.")
+    output: Path | None = flag(None, "JSON file to put `scores`, or, of ours alone, `large`, into, beside the other.")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the results."""
     args = parse(EvalRetrievalArguments, __doc__, argv)
-    measure, part = (measure_alone, "large") if args.worker else (compare_scores, "scores")
-    found = measure(args) | {"images": args.images, "captions": args.images * args.captions} | conditions()
+    embeddings = random_embeddings(args.images, args.captions)
+    our_recalls(*random_embeddings(64, args.captions))  # libraries are loaded
+    before = restart_peak()  # making the embeddings held more than they are
+    found = {
+        **conditions(), "width": WIDTH, "images": args.images, "captions": args.images * args.captions,
+        "seconds": seconds_of(lambda: our_recalls(*embeddings)),
+        "memory_over_embeddings_bytes": peak_resident_bytes() - before,
+        "all_scores_bytes": 4 * len(embeddings[0]) * len(embeddings[1]),
+    }  # fmt: skip
+    part = {"large": found} if args.worker else {"scores": found | compare(embeddings, args.runs)}
     kept = read_json(args.output) if args.output and args.output.is_file() else {}
-    finish(kept | {part: found}, args.output)
+    finish(kept | part, args.output)
 
 
 def random_embeddings(images: int, captions_per_image: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,35 +86,16 @@ def their_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tens
     return recalls
 
 
-def compare_scores(args: EvalRetrievalArguments) -> dict[str, Any]:
-    """Median seconds of both, the ratio run by run, our memory, and how far their recalls are apart."""
-    sides = random_embeddings(args.images, args.captions)
-    programs = {"clip_benchmark": their_recalls, "ours": our_recalls}
-    theirs, ours = (recalls(*sides) for recalls in programs.values())  # and the warm-up of both
-    steps = {name: lambda run, recalls=recalls: recalls(*sides) for name, recalls in programs.items()}
-    seconds = timed_runs(steps, args.runs, "cpu", "Alternating runs", warmup=0)
-    sizes = ["--images", str(args.images), "--captions", str(args.captions)]
-    alone = in_own_process(["benchmarks.eval_retrieval", *sizes, "--worker"])["large"]
+def compare(embeddings: tuple[Tensor, Tensor, Tensor], runs: int) -> dict[str, Any]:
+    """Median seconds of both, the ratio run by run, and how far their recalls are apart."""
+    steps = {"clip_benchmark": lambda: their_recalls(*embeddings), "ours": lambda: our_recalls(*embeddings)}
+    theirs, ours = (recalls() for recalls in steps.values())  # and the warm-up of both
+    seconds = timed_runs(steps, runs, "Alternating runs")
     return {
-        "width": WIDTH,
-        "memory_over_embeddings_bytes": alone["memory_over_embeddings_bytes"],
-        "runs": args.runs,
+        "runs": runs,
         "seconds": {name: statistics.median(taken) for name, taken in seconds.items()},
         "ratio": median_ratio(seconds["clip_benchmark"], seconds["ours"]),
         "largest_difference_of_a_recall": max(abs(ours[name] - theirs[name]) for name in theirs),
-    }
-
-
-def measure_alone(args: EvalRetrievalArguments) -> dict[str, float]:
-    """Seconds and bytes of ours: the most this process holds, less what it held before."""
-    sides = random_embeddings(args.images, args.captions)
-    our_recalls(*random_embeddings(64, args.captions))  # libraries are loaded
-    before = restart_peak()  # making the embeddings held more than they are
-    seconds = seconds_of(lambda: our_recalls(*sides))
-    return {
-        "seconds": seconds,
-        "memory_over_embeddings_bytes": peak_resident_bytes() - before,
-        "all_scores_bytes": 4 * len(sides[0]) * len(sides[1]),
     }
 
 

@@ -1,10 +1,10 @@
 """Seconds of the main job, `make demo` after the installation, end to end: the first run and a second one.
 
-    python -m benchmarks.main_job --without_bf16
-    python -m benchmarks.main_job --without_bf16 --old_tree ../capivara-before
+    python -m benchmarks.main_job
+    python -m benchmarks.main_job --old_tree ../capivara-before
 
-Everything is made in a temporary folder, cache included; the commands are timed from outside, imports included.
-`--without_bf16` keeps torch to AVX2, as on a processor without instructions for bfloat16. JSON is the last line.
+Everything is made in a temporary folder, cache included; the commands are timed from outside, imports included. JSON is
+the last line.
 """
 
 import os
@@ -20,16 +20,11 @@ from benchmarks import timing
 from capivara_common.cli import flag, parse, run_command
 from capivara_common.files import read_json
 
-AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-WITHOUT_BF16 = "torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False; "
-RUN = "import sys, runpy, torch; {}del sys.argv[0]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
-
 
 @dataclass
 class MainJobArguments:
     """Arguments of `benchmarks.main_job`."""
 
-    without_bf16: bool = flag(False, "Compute as a processor without bfloat16 does.")
     threads: int = flag(2, "CPU threads.")
     old_tree: Path | None = flag(None, "Checkout that is measured as well, before this one.")
     output: Path = flag(timing.RESULTS / "main_job.json", "JSON file.")
@@ -43,30 +38,24 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print the results."""
     args = parse(MainJobArguments, __doc__, argv)
     trees = {"old": args.old_tree, "new": timing.ROOT}
-    measured = {name: main_job(tree.resolve(), args) for name, tree in trees.items() if tree}
-    results = {**timing.conditions(), "threads": args.threads, "without_bf16": args.without_bf16, "measured": measured}
-    timing.finish(results, args.output)
+    measured = {name: main_job(tree.resolve(), args.threads) for name, tree in trees.items() if tree}
+    timing.finish(timing.conditions() | {"threads": args.threads, "measured": measured}, args.output)
 
 
-def main_job(tree: Path, args: MainJobArguments) -> dict[str, Any]:
+def main_job(tree: Path, threads: int) -> dict[str, Any]:
     """ "first" and "second" run of a checkout: seconds of the two commands, and the records of what was measured."""
-    code = RUN.format(WITHOUT_BF16 if args.without_bf16 else "")
     found = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        own = {"CAPIVARA_CACHE": str(folder / "cache"), "PYTHONPATH": str(tree), "OMP_NUM_THREADS": str(args.threads)}
-        environment = {**os.environ, **own, **(AVX2 if args.without_bf16 else {})}
-        made = ["--model", str(folder / "base"), "--dataset", str(folder / "dataset")]
+    with tempfile.TemporaryDirectory() as folder:
+        own = {"CAPIVARA_CACHE": f"{folder}/cache", "PYTHONPATH": str(tree), "OMP_NUM_THREADS": str(threads)}
+        made = ["--model", f"{folder}/base", "--dataset", f"{folder}/dataset"]
         for run in ("first", "second"):
-            flags = ["--config", "configs/openmoji.yaml", *made, "--output_dir", str(folder / run)]
-            commands = {"prepare": ["examples.openmoji.prepare", *made], "train": ["train_accelerate", *flags]}
+            flags = ["--config", "configs/openmoji.yaml", *made, "--output_dir", f"{folder}/{run}"]
             seconds = {}
-            for name, words in commands.items():
-                job = partial(
-                    subprocess.run, [sys.executable, "-c", code, *words], cwd=tree, env=environment, check=True
-                )
-                seconds[name] = timing.seconds_of(job)
-            paths = sorted((folder / run / "results").glob("*.json"))
+            for words in (["examples.openmoji.prepare", *made], ["train_accelerate", *flags]):
+                command = [sys.executable, "-m", *words]
+                job = partial(subprocess.run, command, cwd=tree, env=os.environ | own, check=True)
+                seconds[words[0].removeprefix("examples.openmoji.")] = timing.seconds_of(job)
+            paths = sorted(Path(folder, run, "results").glob("*.json"))
             records = [record for path in paths for record in read_json(path, records=list)["records"]]
             found[run] = {"seconds": seconds | {"total": sum(seconds.values())}, "records": records}
     return found

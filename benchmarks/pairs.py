@@ -23,14 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, Image, List, Value
 
-from benchmarks.timing import conditions, finish, in_own_process, peak_memory_bytes
-from capivara_common.cli import at_least, flag, parse
+from benchmarks.timing import conditions, finish, in_own_process, made_captions, peak_memory_bytes
+from capivara_common.cli import at_least, flag, parse, run_command
 from caption_data.rows import CaptionChoice
 
-TEXT = (
-    "um uma o a homem mulher criança gato cachorro casa rua praia mesa bola carro bicicleta sol azul verde vermelho "
-    "grande pequeno sentado correndo olhando perto sobre dentro com de na no para duas três pessoas árvore janela"
-)
 IMAGES, GENERATED = 100, 5  # different images; generated captions a row
 FEATURES = Features(
     {
@@ -69,7 +65,7 @@ def write_rows(folder: Path, rows: int) -> int:
         pixels = PIL.Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
         pixels.save(file := io.BytesIO(), "JPEG", quality=30)
         pictures.append({"bytes": file.getvalue(), "path": None})
-    texts = [" ".join(generator.choice(TEXT.split(), length)) for length in generator.integers(6, 16, 5000)]
+    texts = made_captions(5000, 11, deviation=3)
     for start in range(0, rows, ROWS_PER_FILE):
         count = min(ROWS_PER_FILE, rows - start)
         drawn = generator.integers(len(texts), size=(count, 1 + GENERATED))
@@ -97,8 +93,8 @@ def measure_here(folder: Path) -> dict[str, Any]:
     columns, settings = choice.columns_of("pt"), {"strategy": "rank", "least": 0.2}
     pairs = usable(pair_table(split, columns, lambda row: choice.chosen(row, "pt"), settings))
     return {
-        "rows": len(split), "pairs": len(pairs), "open_s": opened - started, "pairs_s": time.perf_counter() - opened,
-        "peak_bytes": peak_memory_bytes(), "imports_bytes": before,
+        "pairs": len(pairs), "open_s": opened - started, "pairs_s": time.perf_counter() - opened,
+        "peak_gib": peak_memory_bytes() / 2**30, "imports_gib": before / 2**30,
     }  # fmt: skip
 
 
@@ -109,18 +105,16 @@ def measure(rows: int) -> dict[str, Any]:
         data.mkdir()
         written = write_rows(data, rows)
         os.environ |= {"HF_DATASETS_CACHE": f"{folder}/datasets", "CAPIVARA_CACHE": f"{folder}/capivara"}
-        runs = {name: in_own_process(["benchmarks.pairs", "--folder", str(data)]) for name in ("first", "second")}
-        kept = [path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()]
-    first = runs["first"]["open_s"] + runs["first"]["pairs_s"]
+        first, second = (in_own_process("benchmarks.pairs", folder=data) for _ in range(2))
+        kept = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    seconds = [run["open_s"] + run["pairs_s"] for run in (first, second)]
     return {
-        **conditions(), "rows": rows, "pairs": runs["first"]["pairs"],
-        "minutes": first / 60, "rows_per_s": rows / first, "rows_per_s_to_pairs": rows / runs["first"]["pairs_s"],
-        "second_run_s": runs["second"]["open_s"] + runs["second"]["pairs_s"],
-        "peak_gib": runs["first"]["peak_bytes"] / 2**30, "peak_gib_second_run": runs["second"]["peak_bytes"] / 2**30,
-        "imports_gib": runs["first"]["imports_bytes"] / 2**30,
-        "parquet_gib": written / 2**30, "disk_gib": sum(kept) / 2**30, "measured": runs,
+        **conditions(), "rows": rows, "pairs": first["pairs"], "minutes": seconds[0] / 60,
+        "rows_per_s": rows / seconds[0], "rows_per_s_to_pairs": rows / first["pairs_s"], "second_run_s": seconds[1],
+        "peak_gib": first["peak_gib"], "peak_gib_second_run": second["peak_gib"], "imports_gib": first["imports_gib"],
+        "parquet_gib": written / 2**30, "disk_gib": kept / 2**30,
     }  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,25 +1,21 @@
-"""Fills the marked blocks of the pages: a table of `tables.md.j2` out of the JSON in benchmarks/results, by its name.
+"""Fills the marked blocks of the pages: a macro of `tables.md.j2` each, out of the JSON in benchmarks/results.
 
 python -m benchmarks.readme           # rewrites the blocks between the markers
 python -m benchmarks.readme --demo runs/openmoji-pt-001   # takes over the results of a run of the demo first
-python -m benchmarks.readme --real_images runs/real_images   # and of examples.real_images
-python -m benchmarks.readme --exchange runs/exchange_text_side   # and of examples.exchange_text_side
 python -m benchmarks.readme --check   # fails where a block is not what the JSON says
 """
 
 import re
-import shutil
 import statistics
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pandas
 import PIL.Image
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from benchmarks.timing import RESULTS, ROOT, median_ratio
+from benchmarks.timing import RESULTS, ROOT
 from capivara_common.cli import flag, parse, run_command
 from capivara_common.files import read_json, write_json, write_text
 from eval.records.schema import DIRECTIONS, Record, read_records
@@ -33,8 +29,6 @@ class ReadmeArguments:
     """Arguments of `benchmarks.readme`."""
 
     demo: list[Path] = flag([], "Folders of runs of configs/openmoji.yaml, one a seed.")
-    real_images: Path | None = flag(None, "Output folder of examples.real_images.")
-    exchange: Path | None = flag(None, "Output folder of examples.exchange_text_side.")
     check: bool = flag(False, "Change nothing, fail where a figure is not the JSON's.")
 
 
@@ -60,11 +54,16 @@ def template() -> Template:
     """`tables.md.j2`, a macro a block, with all that it calls."""
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), extensions=["jinja2.ext.do"], **options)
-    environment.filters |= {"fixed": fixed, "percent": percent, "points": points}
-    environment.filters |= {"median": statistics.median, "mean": statistics.mean}
-    environment.globals |= {"results": results, "versions": versions, "median_ratio": median_ratio, "zip": zip}
-    environment.globals |= {"demo_table": demo_table, "real_image_rows": real_image_rows, "recalls": recalls}
+    environment.filters |= {"fixed": fixed, "points": points, "median": statistics.median, "mean": statistics.mean}
+    environment.filters["percent"] = lambda shares: percent([shares] if isinstance(shares, float) else shares)
+    environment.globals |= {"results": results, "table": table, "versions": versions, "ms": ms, "zip": zip}
+    environment.globals |= {"demo_table": demo_table, "recalls": recalls}
     return environment.get_template("tables.md.j2")
+
+
+def results(name: str) -> dict[str, Any]:
+    """The JSON of a benchmark."""
+    return read_json(RESULTS / f"{name}.json")
 
 
 def fixed(number: float, digits: int = 0) -> str:
@@ -72,9 +71,15 @@ def fixed(number: float, digits: int = 0) -> str:
     return f"{number:,.{digits}f}"
 
 
-def results(name: str) -> dict[str, Any]:
-    """The JSON of a benchmark."""
-    return read_json(RESULTS / f"{name}.json")
+def ms(found: dict[str, float], digits: int = 0) -> list[str]:
+    """The cells of a median and a 95th percentile."""
+    return [fixed(found["p50"], digits), fixed(found["p95"], digits)]
+
+
+def table(head: list[str], rows: list[list[str]], text: int = 1) -> str:
+    """A table of Markdown, whose first columns, as many as `text` says, are no figures."""
+    lines = [head, ["---"] * text + ["---:"] * (len(head) - text), *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
 
 def versions(found: dict[str, Any], *packages: str) -> str:
@@ -91,21 +96,8 @@ def demo_table(found: dict[str, Any]) -> str:
 def recalls(one: dict[str, Any]) -> list[list[float]]:
     """Of a row of recipe.json each seed's mean recall of both directions, by test set and language (pt, en)."""
     sets = [f"{name}/test/{code}" for name in ("openmoji", "twemoji", "noto", "photos") for code in ("pt", "en")]
-    ways = [[one["values"][f"{of}/{way}"] for way in DIRECTIONS] for of in sets]
-    return [pandas.DataFrame(both).mean().tolist() for both in ways]
-
-
-def real_image_rows(found: dict[str, Any]) -> dict[tuple[str, ...], dict[str, str]]:
-    """Task, data set, measure and n -> "baseline", "capivara" and "chance" in per cent."""
-    cells: dict[tuple[str, ...], dict[str, str]] = {}
-    for record in (Record(**one) for one in found["records"] if one["metric"] in ("mean_recall", "accuracy")):
-        if (record.task == "retrieval") == (record.metric == "mean_recall"):
-            ways = {"retrieval": (record.direction, record.language), "linear_probe": (record.protocol,)}
-            measure = ", ".join([record.metric, *ways.get(record.task, ())]).replace("_", " ")
-            row = cells.setdefault((record.task.replace("_", " "), record.dataset, measure, str(record.n)), {})
-            row[record.model] = percent([record.value])
-            row["chance"] = "" if record.chance is None else percent([record.chance])
-    return cells
+    ways = [zip(*(one["values"][f"{of}/{way}"] for way in DIRECTIONS), strict=True) for of in sets]
+    return [[statistics.mean(both) for both in seeds] for seeds in ways]
 
 
 def take_over(runs: list[Path]) -> None:
@@ -115,10 +107,9 @@ def take_over(runs: list[Path]) -> None:
         for path in sorted((run / "results").glob("*.json"), reverse=True):
             for record in read_records(path):
                 if record.model != "baseline":
-                    record = replace(record, model_folder=f"seed-{record.seed}")
-                elif run != runs[0]:
-                    continue  # the same in all
-                records.append(asdict(record))
+                    records.append(asdict(replace(record, model_folder=f"seed-{record.seed}")))
+                elif run == runs[0]:  # the same in all
+                    records.append(asdict(record))
     write_json(RESULTS / "demo.json", {"records": records, "runs": [read_json(run / "run.json") for run in runs]})
     for name in ("curves.png", "retrieval.png"):
         save_small_picture(runs[0] / name, ROOT / "docs" / name)
@@ -135,10 +126,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(ReadmeArguments, __doc__, argv)
     if args.demo:
         take_over(args.demo)
-    if args.real_images:
-        shutil.copyfile(args.real_images / "real_images.json", RESULTS / "real_images.json")
-    if args.exchange:
-        shutil.copyfile(args.exchange / "results.json", RESULTS / "exchange_text_side.json")
     for page in pages():
         text = (ROOT / page).read_text(encoding="utf-8")
         if not args.check:

@@ -1,9 +1,11 @@
 """A folder of photographs that is kept up to date; `benchmarks.search --parts follow` runs it.
 
 By the command, in processes of its own, as its user meets it: how right the time is that an indexing says it will take,
-an indexing that finds nothing new, and the page with a follower beside it.
+an indexing that finds nothing new, and the page with a follower beside it. The photographs, of 640 x 480 pixels, are
+made from real ones: crops, enlarged, with the noise of a sensor.
 """
 
+import io
 import json
 import shutil
 import signal
@@ -15,15 +17,20 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 from tqdm.auto import tqdm
 
-from benchmarks.search_photos import SMALL, make_photos, photo_path
+from benchmarks.timing import seconds_of
+from capivara_common.files import write_bytes
 from capivara_search import PictureIndex
+from examples.real_images import PHOTOS, photo
 
+SIZE, NOISE = (640, 480), 3.0  # pixels of a photograph; standard deviation of a pixel, of 255
 SHARES = {"first": (0, 0.6), "second": (0.6, 0.8), "resumed": (0.8, 1)}  # of the photographs, which come run by run
 INTERRUPTED = 0.4  # of the last share: so many are done when it is interrupted
 FIFTH_S = 5  # from here on an estimate is asked for
@@ -36,59 +43,82 @@ WAIT_S = 120
 def measure(work: Path, number: int, runs: int) -> dict[str, Any]:
     """All of it, on so many photographs; changes and runs without any are repeated `runs` times."""
     work = work.absolute()  # as the rows name their files
-    photos, folder, where = work / "followed", work / "followed-folder", work / "followed.lance"
-    make_photos(photos, number + BURST + runs, SMALL)
+    folder, where = work / "followed", work / "followed.lance"
+    photos = make_photos(work / "photographs", number + BURST + runs)
     for old in (folder, where):
         shutil.rmtree(old, ignore_errors=True)
-    spare = [photo_path(photos, one) for one in range(number, number + BURST + runs)]
+    burst, spare = photos[number:][:BURST], photos[number + BURST :]
     flags = ["--index", str(where), "--model", str(work / "model"), "--lang", "en"]
-    index = ["index", str(folder), *flags]
+    words = ["index", str(folder), *flags]
     estimates = {}
     for name, (start, end) in tqdm(SHARES.items(), desc="Indexing", unit="run"):
-        come(photos, folder, range(round(number * start), round(number * end)))
+        come(photos[round(number * start) : round(number * end)], folder)
         if name == "resumed":
-            interrupted(index, where, round(number * (end - start) * INTERRUPTED))
-        estimates[name] = estimated(index, where)
-    nothing_new = [seconds_of_command(index) for _ in tqdm(range(runs), desc="Nothing new", unit="run")]
+            interrupted(words, where, round(number * (end - start) * INTERRUPTED))
+        estimates[name] = estimated(words, where)
+    nothing_new = [seconds_of(lambda: indexed(words)) for _ in range(runs)]
+    index = PictureIndex.open(where)
     with page(flags) as ask:
-        changes = {name: [] for name in ("new", "changed", "moved", "removed")}
-        for run in tqdm(range(runs), desc="Changes", unit="run"):
-            for name, seconds in changed(where, folder, spare[BURST + run], spare[run]).items():
-                changes[name].append(seconds)
+        found = [changed(index, folder, one, burst[0]) for one in tqdm(spare, desc="Changes")]
         idle = asked(ask, lambda done: done < QUERIES)
-        come(photos, folder, range(number, number + BURST))
-        index = PictureIndex.open(where)
+        come(burst, folder)
         busy = asked(ask, lambda done: len(index) < number + BURST)
     return {
-        "pictures": number, "estimates": estimates, "nothing_new_s": nothing_new, "change_in_the_answers_s": changes,
+        "pictures": number, "estimates": estimates, "nothing_new_s": nothing_new,
+        "change_in_the_answers_s": {name: [one[name] for one in found] for name in found[0]},
         "page_ms": {"following": idle, "while_a_burst_is_read": busy}, "burst": BURST,
     }  # fmt: skip
 
 
-def come(photos: Path, folder: Path, numbers: range) -> None:
+def make_photos(folder: Path, number: int) -> list[Path]:
+    """So many photographs; those that are missing are made."""
+    paths = [folder / f"IMG_{one:05d}.jpg" for one in range(number)]
+    for one, path in enumerate(tqdm(paths, desc="Photographs", unit="picture")):
+        if not path.is_file():
+            made_photo(one).save(buffer := io.BytesIO(), "JPEG", quality=90)
+            write_bytes(path, buffer.getvalue())
+    return paths
+
+
+@cache
+def sources() -> list[PIL.Image.Image]:
+    """The real photographs."""
+    return [photo(name) for name in PHOTOS]
+
+
+def made_photo(number: int) -> PIL.Image.Image:
+    """The same number gives the same picture."""
+    dice, image = np.random.default_rng(number), sources()[number % len(PHOTOS)]
+    width = int(min(image.width, image.height * 4 / 3) * dice.uniform(0.6, 1))
+    height = width * 3 // 4
+    left, top = dice.integers(0, image.width - width + 1), dice.integers(0, image.height - height + 1)
+    image = image.resize(SIZE, PIL.Image.Resampling.BICUBIC, (left, top, left + width, top + height))
+    pixels = np.asarray(image) + NOISE * dice.standard_normal((*SIZE[::-1], 3), dtype=np.float32)
+    return PIL.Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def come(paths: list[Path], folder: Path) -> None:
     """Photographs come into a folder."""
-    for number in numbers:
-        path = photo_path(folder, number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(photo_path(photos, number), path)
+    folder.mkdir(exist_ok=True)
+    for path in paths:
+        shutil.copy(path, folder)
 
 
-def started(words: list[str], **options: Any) -> subprocess.Popen:
+def started(words: list[str], stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
     """The command, in a process of its own."""
-    return subprocess.Popen([sys.executable, "-m", "capivara_search", *words], **options)
+    words = [sys.executable, "-m", "capivara_search", *words]
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=stderr, text=True)
 
 
-def seconds_of_command(words: list[str]) -> float:
-    """Seconds of a command, from its start to its end."""
-    began = time.perf_counter()
-    if code := started(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).wait():
+def indexed(words: list[str]) -> None:
+    """Let an indexing run to its end."""
+    if code := started(words).wait():
         raise RuntimeError(f"capivara {' '.join(words)} has ended with {code}.")
-    return time.perf_counter() - began
 
 
 def interrupted(words: list[str], where: Path, done: int) -> None:
     """Let an indexing be interrupted by Ctrl-C when so many are done."""
-    process, index = started(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), PictureIndex.open(where)
+    process, index = started(words), PictureIndex.open(where)
     until(lambda: process.poll() is not None or (index.progress() or {"done": 0})["done"] >= done, 3600)
     process.send_signal(signal.SIGINT)
     process.wait()
@@ -96,7 +126,7 @@ def interrupted(words: list[str], where: Path, done: int) -> None:
 
 def estimated(words: list[str], where: Path) -> dict[str, Any]:
     """How far what an indexing says of the time that is left was off, from its fifth second of reading pictures on."""
-    process, index = started(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), PictureIndex.open(where)
+    process, index = started(words), PictureIndex.open(where)
     began, said = time.perf_counter(), []
     while process.poll() is None:
         if found := index.progress():
@@ -125,9 +155,9 @@ def until(true: Callable[[], object], seconds: float = WAIT_S) -> float:
     return time.perf_counter() - began
 
 
-def changed(where: Path, folder: Path, photo: Path, other: Path) -> dict[str, float]:
+def changed(index: PictureIndex, folder: Path, photo: Path, other: Path) -> dict[str, float]:
     """Seconds until a photograph that comes, changes, moves and goes is found so in the index."""
-    index, path, moved = PictureIndex.open(where), folder / "changing.jpg", folder / "moved.jpg"
+    path, moved = folder / "changing.jpg", folder / "moved.jpg"
 
     def has(one: Path) -> bool:
         row = index.row(str(one))
@@ -148,8 +178,7 @@ def page(flags: list[str]) -> Iterator[Callable[[str], None]]:
     """The page with a follower beside it, which has begun to follow; a function asks it for a text."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    words = ["app", "--watch", "--no-open", "--port", str(port), *flags]
-    process = started(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = started(["app", "--watch", "--no-open", "--port", str(port), *flags], subprocess.PIPE)
 
     def ask(text: str) -> None:
         body = json.dumps({"text": text, "k": 48}).encode() + b"\n"
@@ -170,9 +199,7 @@ def asked(ask: Callable[[str], None], goes_on: Callable[[int], bool]) -> dict[st
     """Milliseconds of answers of the page, one question after another as long as it goes on."""
     spent: list[float] = []
     while goes_on(len(spent)):
-        began = time.perf_counter()
-        ask(TEXTS[len(spent) % len(TEXTS)])
-        spent.append(1000 * (time.perf_counter() - began))
+        spent.append(1000 * seconds_of(lambda: ask(TEXTS[len(spent) % len(TEXTS)])))
         time.sleep(0.05)
     percentiles = {f"p{share}": float(np.percentile(spent, share)) for share in (50, 95)}
     return percentiles | {"max": max(spent), "questions": len(spent)}

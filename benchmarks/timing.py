@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from capivara_common.environment import device_description, package_versions, peak_resident_bytes
@@ -16,14 +17,20 @@ from capivara_common.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+WORDS = (
+    "um uma o a homem mulher criança gato cachorro casa rua praia mesa bola carro bicicleta sol azul verde vermelho "
+    "grande pequeno foto mar livro perto sobre dentro com de na no para duas três pessoas árvore porta"
+)  # of made captions; each is a token of XLM-R
 R = TypeVar("R")
 
 
 def seconds_of(call: Callable[[], Any], device: str = "cpu") -> float:
     """Wall-clock seconds of one call, the device's queue drained before and after."""
-    import torch  # here, as below: a program without it is measured without its memory
+    synchronise = lambda: None  # noqa: E731
+    if device.startswith("cuda"):
+        import torch  # here, as below: a program without it is measured without its memory
 
-    synchronise = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+        synchronise = torch.cuda.synchronize
     synchronise()
     started = time.perf_counter()
     call()
@@ -31,24 +38,19 @@ def seconds_of(call: Callable[[], Any], device: str = "cpu") -> float:
     return time.perf_counter() - started
 
 
-def alternating(programs: dict[Any, Callable[[int], R]], runs: int, title: str, warmup: int = 0) -> dict[Any, list[R]]:
-    """Results of all programs, which take turns in every run, so that a slow minute of the machine is everyone's.
-
-    A program gets the number of the run; the results of `warmup` runs before those that count are dropped.
-    """
+def alternating(programs: dict[Any, Callable[[], R]], runs: int, title: str) -> dict[Any, list[R]]:
+    """Results of all programs, which take turns in every run, so that a slow minute of the machine is everyone's."""
     results: dict[Any, list[R]] = {name: [] for name in programs}
-    for run in tqdm(range(warmup + runs), desc=title, unit="run"):
+    for _ in tqdm(range(runs), desc=title, unit="run"):
         for name, program in programs.items():
-            results[name].append(program(run))
-    return {name: found[warmup:] for name, found in results.items()}
+            results[name].append(program())
+    return results
 
 
-def timed_runs(
-    steps: dict[str, Callable[[int], Any]], runs: int, device: str, title: str, warmup: int = 1
-) -> dict[str, list[float]]:
-    """Seconds of all steps in alternating runs; a step gets the number of the run."""
-    timed = {name: lambda run, step=step: seconds_of(lambda: step(run), device) for name, step in steps.items()}
-    return alternating(timed, runs, title, warmup)
+def timed_runs(steps: dict[str, Callable[[], Any]], runs: int, title: str, device: str = "cpu") -> dict[str, list]:
+    """Seconds of all steps in alternating runs; each has been called before."""
+    timed = {name: lambda step=step: seconds_of(step, device) for name, step in steps.items()}
+    return alternating(timed, runs, title)
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
@@ -61,22 +63,29 @@ def spread(rates: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(rates), "slowest": min(rates), "fastest": max(rates)}
 
 
-def in_own_process(module_and_flags: Sequence[str], root: Path = ROOT) -> Any:
+def in_own_process(module: str, root: Path = ROOT, **flags: Any) -> Any:
     """The JSON in the last line that a module of this project prints. A process of its own has its own peak of memory.
 
     `root` is a checkout of this project; another than this one has a .venv of its own. Raises RuntimeError where it
     failed, with the end of its error output.
     """
     python = sys.executable if root == ROOT else str(root.absolute() / ".venv" / "bin" / "python")
-    done = subprocess.run([python, "-m", *module_and_flags], cwd=root, capture_output=True, text=True, check=False)
+    words = [python, "-m", module, *(f"--{name}={value}" for name, value in flags.items())]
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(module_and_flags)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{' '.join(words)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def save_random_model(folder: Path, layers: int = 12) -> dict[str, int]:
-    """Save the published architecture (of 12 layers a tower) with random weights and XLM-R's vocabulary, if it is not
-    there; parameters and bytes of the weights."""
+def made_captions(number: int, words: int = 18, deviation: float = 4.5) -> list[str]:
+    """Captions of `words` words on average, at least 5 and at most 68; the same arguments give the same ones."""
+    dice = np.random.default_rng(0)
+    lengths = dice.normal(words, deviation, number).round().clip(5, 68).astype(int)
+    return [" ".join(dice.choice(WORDS.split(), length)) for length in lengths]
+
+
+def save_random_model(folder: Path) -> int:
+    """Save the published architecture with random weights, if it is not there; the bytes of its weights."""
     import torch
 
     from capivara_search.miniature_encoders import load_tokenizer
@@ -85,12 +94,9 @@ def save_random_model(folder: Path, layers: int = 12) -> dict[str, int]:
 
     if not (folder / "config.json").is_file():
         torch.manual_seed(0)
-        towers = {"num_hidden_layers": layers}
-        CapivaraModel(CapivaraConfig(vision_config=towers, text_config=towers)).save_pretrained(folder)
+        CapivaraModel(CapivaraConfig()).save_pretrained(folder)
         CapivaraProcessor(CapivaraImageProcessor(), load_tokenizer()).save_pretrained(folder)
-    with torch.device("meta"):
-        parameters = CapivaraModel(CapivaraConfig.from_pretrained(folder)).num_parameters()
-    return {"parameters": parameters, "weights_bytes": (folder / WEIGHTS).stat().st_size}
+    return (folder / WEIGHTS).stat().st_size
 
 
 def peak_memory_bytes(device: str = "cpu") -> int:
@@ -102,18 +108,14 @@ def peak_memory_bytes(device: str = "cpu") -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def conditions(device: Any = "cpu") -> dict[str, Any]:
-    """What figures depend on: commit, day, device, threads and versions of the packages."""
+def conditions(device: Any = "cpu", *packages: str) -> dict[str, Any]:
+    """What figures depend on: commit (with a + where files differ from it), day, device, threads and versions."""
     import torch
 
-    about = {"commit": commit(), "date": time.strftime("%Y-%m-%d"), "device": device_description(device)}
-    return about | {"threads": torch.get_num_threads(), "versions": package_versions()}
-
-
-def commit() -> str:
-    """Short hash of what is checked out, with a + where files differ from it; empty where git can't say."""
     words = ["git", "describe", "--always", "--exclude=*", "--abbrev=7", "--dirty=+"]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    about = {"commit": commit, "date": time.strftime("%Y-%m-%d"), "device": device_description(device)}
+    return about | {"threads": torch.get_num_threads(), "versions": package_versions(*packages)}
 
 
 def finish(results: Any, output: Path | None = None) -> None:

