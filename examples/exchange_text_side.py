@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lancedb
 import numpy as np
 import torch
+from qdrant_client import QdrantClient
+from qdrant_client.models import Distance, PointStruct, VectorParams
+from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 import modeling_capivara  # noqa: F401  registers the tokenizer of the text side: none of its folder's code is run
 from capivara_common.cli import flag, parse, run_command
-from capivara_common.environment import require
 from capivara_common.files import check_inputs_stay, read_json, whole_folder, write_json
 from capivara_common.image_side_digest import image_side_digest
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, mean_recall, recall_at_k
@@ -52,9 +55,6 @@ class QdrantPictures:
     """A collection of Qdrant in a folder, by the local mode of its client; a picture's number is that of its row."""
 
     def __init__(self, folder: Path, vectors: np.ndarray):
-        from qdrant_client import QdrantClient
-        from qdrant_client.models import Distance, PointStruct, VectorParams
-
         self.client = QdrantClient(path=str(folder))
         self.client.create_collection(NAME, VectorParams(size=vectors.shape[1], distance=Distance.COSINE))
         self.client.upsert(NAME, [PointStruct(id=row, vector=vector.tolist()) for row, vector in enumerate(vectors)])
@@ -74,8 +74,6 @@ class LancePictures:
     """A table of LanceDB in a folder; its methods are those of `QdrantPictures`."""
 
     def __init__(self, folder: Path, vectors: np.ndarray):
-        import lancedb
-
         rows = [{"id": row, "vector": vector} for row, vector in enumerate(vectors)]
         self.table, self.close = lancedb.connect(folder).create_table(NAME, rows), lambda: None
 
@@ -101,7 +99,6 @@ def recalls(pictures: QdrantPictures | LancePictures, queries: np.ndarray, right
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(ExchangeArguments, __doc__, argv)
-    require("examples.exchange_text_side", "vector_stores", "qdrant_client", "lancedb", "sentence_transformers")
     check_inputs_stay(args.output, args.text_side, args.base, args.dataset)
     if not (args.text_side / "drop_in.json").is_file():
         raise ValueError(f"{args.text_side} is no exported text side; hub_upload.export --formats drop_in makes one.")
@@ -115,8 +112,6 @@ def main(argv: list[str] | None = None) -> None:
         texts, right = captions_of(rows, args.language)
         model, processor = load_model(args.base).eval(), load_processor(args.base)
         vectors = embed_images(model, processor, rows["image"], progress="Pictures, by the base").numpy()
-        from sentence_transformers import SentenceTransformer
-
         queries = {
             "base": embed_texts(model, processor, texts, progress="Captions, by the base").numpy(),
             "exchanged": SentenceTransformer(str(args.text_side), device="cpu").encode(texts, show_progress_bar=True),

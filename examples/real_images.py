@@ -5,11 +5,10 @@
 
 Retrieval on OpenMoji's test split (Portuguese and English), zero-shot classification of its concepts, of the digits of
 scikit-learn and of the photographs of scikit-image (Portuguese labels), and a linear probe on the digits. Data sets are
-written below `data/real_images`, a result file a task and model below the output folder, and all records together as
-`real_images.json` there.
+written below `data/real_images`, and a result file a task and model in the output folder.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +16,14 @@ import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
 from capivara_common.cli import flag, parse, run_command
-from capivara_common.environment import device_description, package_versions
 from capivara_common.files import read_json, whole_folder, write_json
 from eval import classification, linear_probe, prompts, retrieval
-from eval.records.schema import Record
 from examples.openmoji.dataset import load_embedded
 
 # Photographs that install from PyPI, by name: class in English and Portuguese, a sentence in both.
 PHOTOGRAPHS = read_json(Path(__file__).parent / "photographs.json")
 PHOTOS = {name: entry for name, entry in PHOTOGRAPHS.items() if "gender" in entry}  # scikit-image's, the classes
 TEMPLATES = ["uma foto de {um}.", "uma foto {do}.", "uma imagem de {um}.", "uma imagem que mostra {o}.", "{nome}."]
-SUMMARY_VERSION = 1  # of real_images.json, which is no result file of its own
 DIGIT_SIDE = 96  # pixels; the pictures have 8, and are enlarged without smoothing
 
 
@@ -104,30 +100,28 @@ def concepts(openmoji: str) -> tuple[DatasetDict, dict]:
     return DatasetDict(test=data), _classes_file("openmoji-concepts", "Concepts of OpenMoji", classes, ["{nome}"])
 
 
-def measure(args: RealImagesArguments, model: str, role: str) -> list[Record]:
+def measure(args: RealImagesArguments, model: str, role: str) -> None:
     """All tasks of one model; a result file each."""
-    records, shared = [], {"role": role, "device": args.device}
+    shared = {"role": role, "device": args.device}
     for language in ("pt", "en"):
         output = args.output / f"openmoji-{language}-{role}.json"
         task = retrieval.RetrievalArguments(model, args.openmoji, output, language=language, **shared)
-        records += retrieval.evaluate(task)
+        retrieval.evaluate(task)
     for name in ("concepts", "digits", "photos"):
         classes, images = str(args.data / name / "classes.json"), str(args.data / name / "data")
         output = args.output / f"{name}-{role}.json"
         task = classification.ClassificationArguments(model, classes, images, output, **shared)
-        records += classification.evaluate(task)
-    return records
+        classification.evaluate(task)
 
 
-def probe(args: RealImagesArguments) -> list[Record]:
+def probe(args: RealImagesArguments) -> None:
     """Linear probe on the digits; the image tower is frozen in training, so that one model stands for both."""
     classes, images = str(args.data / "digits" / "classes.json"), str(args.data / "digits" / "data")
-    records, shared = [], {"role": "baseline", "device": args.device}
+    shared = {"role": "baseline", "device": args.device}
     for name, shots in (("full", []), ("few", [1, 2, 4, 8, 16])):
         output = args.output / f"digits-probe-{name}.json"
         task = linear_probe.LinearProbeArguments(args.baseline, classes, images, output, shots=shots, **shared)
-        records += linear_probe.evaluate(task)
-    return records
+        linear_probe.evaluate(task)
 
 
 def _labelled(images: list, labels: list[int], names: list[str]) -> Dataset:
@@ -144,10 +138,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(RealImagesArguments, __doc__, argv)
     prepare(args.data, args.openmoji)
-    records = measure(args, args.baseline, "baseline") + measure(args, args.model, "capivara") + probe(args)
-    facts = {"summary_version": SUMMARY_VERSION, "device": device_description(args.device or "cpu")}
-    facts |= {"versions": package_versions()}
-    write_json(args.output / "real_images.json", facts | {"records": [asdict(record) for record in records]})
+    measure(args, args.baseline, "baseline")
+    measure(args, args.model, "capivara")
+    probe(args)
     print(f"Results: {args.output}. As a page: python -m eval.report {args.output} --output report")
 
 

@@ -18,25 +18,23 @@ import random
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from transformers import TrainerCallback
 
 import modeling_capivara  # noqa: F401  registers CAPIVARA with the Auto classes: no code of the folder is run
 from capivara_common.cli import at_least, flag, parse, run_command
-from capivara_common.environment import require, resolve_precision
+from capivara_common.environment import resolve_precision
 from capivara_common.files import whole_folder, write_json, write_text
 from eval.retrieval import flat_captions
 from examples import run_facts
 from examples.openmoji.dataset import load_embedded
 from modeling_capivara.modeling_capivara import similarity_logits
 from training.trainable import clamp_logit_scale
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
 CUTOFFS = [1, 5, 10]
 
@@ -97,14 +95,12 @@ def pairs(dataset: Path, split: str, language: str, seed: int = 0) -> Dataset:
     return data[split].select_columns("image").add_column("text", texts).select_columns(["text", "image"])
 
 
-def clip_loss_of(encoder: "SentenceTransformer", mini_batch_size: int) -> "CachedMultipleNegativesRankingLoss":
+def clip_loss_of(encoder: SentenceTransformer, mini_batch_size: int) -> CachedMultipleNegativesRankingLoss:
     """`modeling_capivara.clip_loss` of a whole batch, of which `mini_batch_size` rows are embedded at once.
 
     Exact on one device without accumulation of gradients, by which the scale's would not be divided. On several, where
     it would need `gather_across_devices`, it was not tried.
     """
-    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
-
     return CachedMultipleNegativesRankingLoss(
         encoder,
         scale=1.0,  # in the similarity, where it is learnt
@@ -115,10 +111,8 @@ def clip_loss_of(encoder: "SentenceTransformer", mini_batch_size: int) -> "Cache
     )
 
 
-def recall_evaluator(rows: Dataset) -> "InformationRetrievalEvaluator":
+def recall_evaluator(rows: Dataset) -> InformationRetrievalEvaluator:
     """Texts find their picture: its accuracy@k is `eval.retrieval`'s recall@k, but for ties."""
-    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-
     names = [f"{number:08}" for number in range(len(rows))]
     return InformationRetrievalEvaluator(
         dict(zip(names, rows["text"], strict=True)), dict(zip(names, rows["image"], strict=True)),
@@ -137,10 +131,6 @@ class BoundedScale(TrainerCallback):
 def main(argv: list[str] | None = None) -> None:
     """Measure, train, measure again, and save."""
     args = parse(SentenceTuningArguments, __doc__, argv)
-    require("This example", "sentence_transformers", "sentence_transformers")
-    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
-    from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
-
     if not (args.model / "modules.json").is_file():
         raise ValueError(f"{args.model} is no export of the format sentence_transformers (modules.json is missing).")
     rows = pairs(args.dataset, args.train_split, args.language, args.seed)

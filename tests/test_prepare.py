@@ -1,22 +1,13 @@
 """The embedded default's preparation: what is missing is made, once, whole or not at all."""
 
-import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from datasets import load_from_disk
 from tiny import TINY_TEXT, randomise, tiny_config
 
-import training.inputs
-from caption_data.sources import open_split
 from eval.capivara_metrics.metrics import recall_at_k, retrieval_ranks
-from eval.embeddings import vectors_of
 from examples.openmoji import prepare
 from modeling_capivara import CapivaraModel
-from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_texts
-from training.arguments import RunArguments
-from training.inputs import cache_root, evaluation_pairs, with_vectors
 
 
 def test_ridge_finds_the_pictures_of_its_captions(tiny_processor):
@@ -70,26 +61,6 @@ def test_a_step_is_of_the_loss_that_the_model_starts_for(loss, tiny_processor, m
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert ("logit_bias" in moved) == (loss == "sigmoid") and "logit_scale" in moved
     assert not [name for name in moved if name.startswith("vision_model.")]
-
-
-@pytest.mark.slow
-def test_a_run_finds_the_embeddings_of_the_pictures(tiny_folder, tiny_dataset_folder, tmp_path, monkeypatch):
-    """The pictures go through the tower once: the cache of a run is there, and as the run would make it."""
-    monkeypatch.setattr(prepare, "resolve_precision", lambda *_: "no")
-    model, processor, data = load_model(tiny_folder), load_processor(tiny_folder), load_from_disk(tiny_dataset_folder)
-    features = {name: prepare.pooled_features(model, processor, data[name]) for name in data}
-    prepare.keep_embeddings(tiny_dataset_folder, tiny_folder, features)
-    args = RunArguments(model=str(tiny_folder), dataset=[str(tiny_dataset_folder)])
-    for name in data:
-        split = open_split(str(tiny_dataset_folder), name, "image")
-        pairs = evaluation_pairs(args, split, ["pt"], processor)["pt"]
-        options = 4, 0, Accelerator(cpu=True, mixed_precision="no")
-        made = with_vectors(model, pairs, tmp_path / "cache", *options)
-        with monkeypatch.context() as patch:
-            patch.setattr(training.inputs, "embed_pixels", lambda *_: pytest.fail("embedded again"))
-            found = with_vectors(model, pairs, cache_root(args), *options)
-        found, made = (vectors_of(pairs.table.data.table) for pairs in (found, made))
-        np.testing.assert_allclose(found, made, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("file", ["dataset_dict.json", "train-0.parquet"])

@@ -62,6 +62,6 @@ def test_command(tmp_path):
         assert made["test"]["captions-pt"][:] == data["test"]["captions-pt"][:]
     photographs = load_from_disk(str(tmp_path / "out" / "photos"))["test"]
     assert len(photographs) == 21 and all(len(texts) == 2 for texts in photographs["captions-pt"])
-    assert "| `noto` | 12 validation, 12 test | en, pt |" in (tmp_path / "out" / "README.md").read_text()
+    assert "| `noto` | 12 + 12 | Noto Emoji" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(ValueError, match="not empty"):
         proxies.main(["--openmoji", str(tmp_path / "openmoji"), "--output", str(tmp_path / "out")])

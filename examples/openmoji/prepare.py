@@ -24,15 +24,11 @@ from capivara_common.cli import flag, parse, run_command
 from capivara_common.environment import resolve_precision
 from capivara_common.files import whole_folder, write_json, write_text
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
-from caption_data.sources import open_split
 from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
 from examples.openmoji.dataset import build_dataset, load_embedded, save_dataset
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
-from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.trim_vocabulary import cut_tokenizer, kept_ids
-from modeling_capivara.two_towers import CPU_IMAGES, embed_texts, image_parts, is_sigmoid
-from training.arguments import RunArguments
-from training.inputs import cache_root, evaluation_pairs, image_cache
+from modeling_capivara.two_towers import embed_texts, image_parts, is_sigmoid
 from training.trainable import clamp_logit_scale
 from training.whole_batch import batch_indices, drawn_captions, micro_batches, word_rows
 
@@ -105,13 +101,12 @@ def prepare(dataset_dir: Path, model_dir: Path | None, loss: str = "contrastive"
         if model_dir.exists() and any(model_dir.iterdir()):
             raise ValueError(f"{model_dir} holds no base model (no config.json). Remove it, or name another.")
         with whole_folder(model_dir) as folder:
-            features = build_base(load_embedded(dataset_dir), folder, loss)
-        keep_embeddings(dataset_dir, model_dir, features)
+            build_base(load_embedded(dataset_dir), folder, loss)
 
 
-def build_base(dataset: DatasetDict, folder: Path, loss: str = "contrastive") -> dict[str, Tensor]:
+def build_base(dataset: DatasetDict, folder: Path, loss: str) -> None:
     """Align the two towers on the English captions under a loss of `LOSSES`, and save model, processor and curve into
-    `folder`; returns split -> `pooled_features` of its pictures."""
+    `folder`."""
     torch.manual_seed(SEED)
     model, processor = with_pieces_of(dataset, *joined_encoders(**LOSSES[loss]))
     captions = dataset["train"]["captions-en"][:]
@@ -122,7 +117,6 @@ def build_base(dataset: DatasetDict, folder: Path, loss: str = "contrastive") ->
     processor.save_pretrained(folder)
     write_json(folder / "alignment.json", curve)
     write_text(folder / "README.md", CARD.format(loss=loss))
-    return features
 
 
 def joined_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProcessor]:
@@ -149,26 +143,6 @@ def with_pieces_of(
     model.set_input_embeddings(nn.Embedding.from_pretrained(kept, freeze=False, padding_idx=table.padding_idx))
     model.config.text_config.vocab_size = len(ids)
     return model, CapivaraProcessor(processor.image_processor, cut_tokenizer(processor.tokenizer, ids))
-
-
-def keep_embeddings(dataset_dir: Path, model_dir: Path, features: dict[str, Tensor]) -> None:
-    """Write the pictures' embeddings into the cache where a run of the default looks for them.
-
-    Not where it computes in bfloat16: these are in float32.
-    """
-    if resolve_precision("auto", torch.device("cpu")) != "no":
-        return
-    args = RunArguments(model=str(model_dir), dataset=[str(dataset_dir)])
-    model, processor = load_model(model_dir), load_processor(model_dir)
-    for name, pooled in features.items():
-        split = open_split(str(dataset_dir), name, args.image_column)
-        pairs = evaluation_pairs(args, split, [args.language], processor)[args.language]
-        with torch.no_grad():
-            parts = pooled.split(CPU_IMAGES)  # as a run embeds them: the bits depend on it
-            embeds = torch.cat([F.normalize(model.visual_projection(part), dim=-1) for part in parts])
-        cache = image_cache(model, pairs, cache_root(args), "no")
-        for number, part in enumerate(cache.parts):
-            cache.write(number, embeds[part.start : part.stop].half().numpy(), {})
 
 
 @torch.no_grad()

