@@ -84,21 +84,15 @@ def write_files(folder: Path) -> dict[tuple[str, str], str]:
     return files
 
 
-def shared(one: str, other: str) -> float:
-    """The share of a cut's pixels that another of `CUTS` has, too."""
-    (x, y), (right, down) = CUTS[one], CUTS[other]
-    return (1 - abs(x - right) / 2) * (1 - abs(y - down) / 2)
-
-
 def measure(names: list[tuple[str, str]], scores: np.ndarray) -> dict[str, Any]:
-    """Recall of copies at each threshold, and how many pairs are found that must not be; their highest similarity."""
+    """Recall of copies at each threshold, and how many pairs are found that must not be."""
     place, whole = {own: number for number, own in enumerate(names)}, [own for own in names if own[1] not in CUTS]
     photographs, pictures = sorted({name for name, _ in whole}), sorted({name for name, _ in names})
     copies = {kind: np.array([scores[place[p, "original"], place[p, kind]] for p in photographs]) for kind in KINDS}
     others = {"different photographs": [(a, b) for a, b in combinations(whole, 2) if a[0] != b[0]]}
-    for part, title in ((0, "cuts of one that share nothing"), (0.25, "cuts of one that share a quarter")):
-        cuts = [pair for pair in combinations(CUTS, 2) if shared(*pair) == part]
-        others[title] = [((name, a), (name, b)) for name in pictures for a, b in cuts]
+    for title, apart in (("share nothing", lambda x, y: 2 in (x, y)), ("share a quarter", lambda x, y: x == y == 1)):
+        cuts = [(a, b) for a, b in combinations(CUTS, 2) if apart(*np.abs(np.subtract(CUTS[a], CUTS[b])))]
+        others[f"cuts of one that {title}"] = [((name, a), (name, b)) for name in pictures for a, b in cuts]
     others = {name: np.array([scores[place[a], place[b]] for a, b in found]) for name, found in others.items()}
     at = {}
     for least in THRESHOLDS:
@@ -106,8 +100,7 @@ def measure(names: list[tuple[str, str]], scores: np.ndarray) -> dict[str, Any]:
         wrong = {name: int(np.sum(one >= least)) for name, one in others.items()}
         right = sum(recall.values()) * len(photographs)
         at[str(least)] = {"recall": recall, "wrong": wrong, "precision": right / (right + sum(wrong.values()))}
-    highest = {name: float(one.max()) for name, one in others.items()}
-    return {"pairs": {name: len(one) for name, one in others.items()}, "highest": highest, "thresholds": at}
+    return {"pairs": {name: len(one) for name, one in others.items()}, "thresholds": at}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -57,7 +57,10 @@ def template() -> Template:
     environment.filters |= {"fixed": fixed, "points": points, "median": statistics.median, "mean": statistics.mean}
     environment.filters["percent"] = lambda shares: percent([shares] if isinstance(shares, float) else shares)
     environment.globals |= {"results": results, "table": table, "versions": versions, "ms": ms, "zip": zip}
-    environment.globals |= {"demo_table": demo_table, "recalls": recalls}
+    environment.globals |= {
+        "recalls": recalls,
+        "retrieval_table": lambda rows: retrieval_table([Record(**r) for r in rows]),
+    }
     return environment.get_template("tables.md.j2")
 
 
@@ -86,11 +89,6 @@ def versions(found: dict[str, Any], *packages: str) -> str:
     """ "torch 2.13.0, transformers 5.24.0" out of the versions in the results, in the given order."""
     known = [package for package in packages if package in found["versions"]]
     return ", ".join(f"{package.removesuffix('_torch')} {found['versions'][package]}" for package in known)
-
-
-def demo_table(found: dict[str, Any]) -> str:
-    """Recalls of every model of the demo, and the gains with their intervals."""
-    return retrieval_table([Record(**record) for record in found["records"]])
 
 
 def recalls(one: dict[str, Any]) -> list[list[float]]:

@@ -23,9 +23,9 @@ with one there is no accumulation, and no batch of 2816. Its cost per pair does 
 """
 
 import statistics
-import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -39,13 +39,12 @@ from transformers import PreTrainedConfig, SiglipConfig, SiglipModel
 from benchmarks import timing
 from capivara_common.cli import at_least, flag, parse, run_command
 from capivara_common.environment import resolve_precision
-from capivara_search.miniature_encoders import load_tokenizer
-from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+from modeling_capivara import CapivaraConfig, CapivaraModel, convert_open_clip
 from modeling_capivara.two_towers import embedding_width, is_sigmoid
 from training.arguments import RunArguments
 from training.inputs import embed_pixels
 from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at, prepare_trainable
-from training.whole_batch import MicroBatch, StepReport, WholeBatch, micro_batches
+from training.whole_batch import MicroBatch, StepReport, WholeBatch
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16"}  # Accelerate's names -> those of the results
 PEER = "open_clip"
@@ -56,6 +55,8 @@ RECIPE = {"pairs": 2816, "micro": 64}  # CAPIVARA, arXiv 2310.13683, appendix
 OPEN_CLIP_FLAGS = {"capivara": "--model xlm-roberta-base-ViT-B-32", "siglip2": "--model ViT-B-16-SigLIP2 --siglip"}
 TOKENS = {"capivara": 20, "siglip2": 64}  # of a caption, on average; of SigLIP 2's, which are always filled up
 SIGLIP_PIECES = 256_000  # of its vocabulary
+PADDING, PEER_TOKENS = 1, 77  # XLM-R's padding; what open_clip fills up to
+SPREAD, SHORTEST, LONGEST = 0.25, 7, 70  # of the lengths: standard deviation over the mean, and limits, in tokens
 OPEN_CLIP_PRECISIONS = {"no": "fp32", "bf16": "amp_bfloat16"}
 
 
@@ -178,15 +179,15 @@ def published_config(args: TrainStepArguments) -> PreTrainedConfig:
     return SiglipConfig(text_config={"vocab_size": SIGLIP_PIECES, "max_position_embeddings": TOKENS[args.model]})
 
 
-def captions(args: TrainStepArguments) -> list[str]:
-    """The texts of a batch; a word is a token, and two are begin and end."""
-    return timing.made_captions(args.pairs, TOKENS[args.model] - 2)
-
-
-def random_ids(config: SiglipConfig, pairs: int) -> Tensor:
-    """(pairs, 64), the texts of a batch; the same arguments give the same ids."""
-    shape = (pairs, config.text_config.max_position_embeddings)
-    return torch.randint(config.text_config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+def random_texts(config: PreTrainedConfig, pairs: int) -> Tensor:
+    """(pairs, 77), ids in order of length, 20 on average, filled up; of SigLIP (pairs, 64), all of one length."""
+    dice, siglip = torch.Generator().manual_seed(0), isinstance(config, SiglipConfig)
+    shape = pairs, TOKENS["siglip2"] if siglip else PEER_TOKENS
+    ids = torch.randint(PADDING + 1, config.text_config.vocab_size, shape, generator=dice)
+    if not siglip:
+        lengths = TOKENS["capivara"] * (1 + SPREAD * torch.randn(pairs, 1, generator=dice))
+        ids[torch.arange(PEER_TOKENS) >= lengths.round().clamp(SHORTEST, LONGEST).sort(dim=0).values] = PADDING
+    return ids
 
 
 def random_pixels(config: PreTrainedConfig, pairs: int) -> Tensor:
@@ -236,41 +237,28 @@ class Engine:
         return report
 
 
-def random_batch(
-    config: PreTrainedConfig, tokenizer: Any, args: TrainStepArguments, cached: bool
-) -> tuple[list[MicroBatch], Tensor]:
+def random_batch(config: PreTrainedConfig, args: TrainStepArguments) -> tuple[list[MicroBatch], Tensor]:
     """Texts with random pixels, (pairs, 3, side, side), or with embeddings as a cache holds them, (pairs, width)."""
-    if isinstance(config, SiglipConfig):
-        parts = random_ids(config, args.pairs).split(args.micro)
-        texts = [MicroBatch(i, i * args.micro, ids) for i, ids in enumerate(parts)]
-    else:
-        processor = CapivaraProcessor(CapivaraImageProcessor(), tokenizer)
-        texts, _ = micro_batches(processor, captions(args), args.micro)
-    if not cached:
+    texts = []
+    for number, ids in enumerate(random_texts(config, args.pairs).split(args.micro)):
+        ids = ids[:, : (ids != PADDING).sum(dim=1).max()].contiguous()  # to the longest of the micro-batch
+        mask = None if isinstance(config, SiglipConfig) else (ids != PADDING).long()
+        texts.append(MicroBatch(number, number * args.micro, ids, mask))
+    if args.worker == "no_cache":
         return texts, random_pixels(config, args.pairs)
     vectors = torch.randn(args.pairs, embedding_width(config), generator=torch.Generator().manual_seed(0))
     return texts, F.normalize(vectors, dim=-1)
 
 
-def measure_ours(args: TrainStepArguments, config: PreTrainedConfig | None = None, tokenizer=None) -> dict[str, Any]:
-    """One run of our engine.
-
-    Args:
-        args: those of the worker.
-        config: of the model; `published_config` where None.
-        tokenizer: of the captions; XLM-R's where None.
-
-    Returns:
-        `pairs_per_second` (median over the timed steps), the seconds of these and how many graphs each has kept, and
-        `peak_memory_bytes` of the process or of the GPU.
-    """
-    config, tokenizer = config or published_config(args), tokenizer or load_tokenizer()
-    batch = random_batch(config, tokenizer, args, cached=args.worker != "no_cache")
+def measure_ours(args: TrainStepArguments) -> dict[str, Any]:
+    """One run of our engine: `pairs_per_second` (median over the timed steps), the seconds of these, how many graphs
+    each has kept, and `peak_memory_bytes` of the process or of the GPU."""
+    config, seconds, reports = published_config(args), [], []
+    batch = random_batch(config, args)
     engine = Engine(config, args, 0.0 if args.worker == "cache_recomputed" else None)
-    seconds, reports = [], []
     for number in range(args.warmup + args.steps):
-        step = timing.seconds_of(lambda number=number: reports.append(engine(number, *batch)), args.device)
-        seconds.append(step)
+        step = partial(engine, number, *batch)
+        seconds.append(timing.seconds_of(lambda step=step: reports.append(step()), args.device))
     return {
         "pairs_per_second": args.pairs / statistics.median(seconds[args.warmup :]),
         "step_s": seconds[args.warmup :],
@@ -286,50 +274,32 @@ class Batches(list):
     """Micro-batches as `train_one_epoch` reads them, which asks for `num_batches` and `num_samples`."""
 
 
-def open_clip_peer(args: TrainStepArguments, config: PreTrainedConfig, tokenizer: Any) -> tuple[nn.Module, Tensor]:
-    """open_clip's model of the same architecture, random weights in float32, and its ids of the batch's texts."""
-    if args.model == "siglip2":
-        from open_clip import create_model
-
-        return create_model(open_clip_arguments(args).model), random_ids(config, args.pairs)
-    from open_clip.tokenizer import HFTokenizer
-
-    from modeling_capivara.convert_open_clip import build_open_clip
-
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        tokens = HFTokenizer(folder)(captions(args))  # (pairs, 77)
-    return build_open_clip(config), tokens
-
-
-def measure_open_clip(
-    args: TrainStepArguments, config: PreTrainedConfig | None = None, tokenizer=None
-) -> dict[str, Any]:
-    """One run of open_clip's trainer; arguments and result are as those of `measure_ours`."""
-    from open_clip import create_loss
+def measure_open_clip(args: TrainStepArguments) -> dict[str, Any]:
+    """One run of open_clip's trainer on its model of the same architecture; its result is as that of `measure_ours`."""
+    from open_clip import create_loss, create_model
     from open_clip_train.data import DataInfo
     from open_clip_train.main import random_seed
     from open_clip_train.scheduler import cosine_lr
     from open_clip_train.train import train_one_epoch
 
-    config, tokenizer = config or published_config(args), tokenizer or load_tokenizer()
-    theirs, steps = open_clip_arguments(args), 1 + args.steps  # the optimiser makes its state in the first one
+    config, theirs = published_config(args), open_clip_arguments(args)
+    steps = 1 + args.steps  # the optimiser makes its state in the first one
     random_seed(theirs.seed, theirs.rank)
-    model, tokens = open_clip_peer(args, config, tokenizer)  # its weights stay float32 under amp_bfloat16
+    model = create_model(theirs.model) if args.model == "siglip2" else convert_open_clip.build_open_clip(config)
     model.output_dict = True
     model.lock_image_tower(theirs.lock_image_unlocked_groups, theirs.lock_image_freeze_bn_stats)
     model.set_grad_checkpointing()
     optimizer, ends = open_clip_optimizer(model, theirs), []
     optimizer.register_step_post_hook(lambda *_: ends.append(time.perf_counter()))
-    parts = random_pixels(config, args.pairs).split(args.peer_micro), tokens.split(args.peer_micro)
-    batches = Batches([*zip(*parts, strict=True)] * steps)
+    sides = random_pixels(config, args.pairs), random_texts(config, args.pairs)
+    batches = Batches([*zip(*(side.split(args.peer_micro) for side in sides), strict=True)] * steps)
     batches.num_batches, batches.num_samples = len(batches), steps * args.pairs
     scheduler, data = cosine_lr(optimizer, theirs.lr, theirs.warmup, steps), {"train": DataInfo(batches)}
     train_one_epoch(model, data, create_loss(theirs), 0, optimizer, None, scheduler, None, theirs)
     seconds = [end - start for start, end in pairwise(ends)]  # from one step's end to the next one's
     return {
-        "padded_tokens": tokens.shape[1],
-        "pairs_per_second": len(tokens) / statistics.median(seconds),
+        "padded_tokens": sides[1].shape[1],
+        "pairs_per_second": args.pairs / statistics.median(seconds),
         "step_s": seconds,
         "peak_memory_bytes": timing.peak_memory_bytes(),
     }

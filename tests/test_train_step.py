@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 import torch
-from tiny import tiny_config, tiny_tokenizer
+from tiny import tiny_config
 from towers import TOWER, VISION
 from transformers import SiglipConfig
 
@@ -21,13 +21,14 @@ from benchmarks.train_step import (
 )
 
 SIGLIP = SiglipConfig(text_config=TOWER | {"vocab_size": 300, "projection_size": 32}, vision_config=VISION)
-CAPTIONS = ["gato preto", "uma foto de um cachorro", "casa azul", "céu", "carro verde da água", "pão", "capivara"]
 
 
 @pytest.fixture(autouse=True)
-def captions(monkeypatch):
-    """Few words, which the tiny vocabulary has."""
-    monkeypatch.setattr(timing, "made_captions", lambda number, words: (CAPTIONS * number)[:number])
+def config(monkeypatch):
+    """Toy widths of both architectures."""
+    monkeypatch.setattr(
+        bench, "published_config", lambda args: {"capivara": tiny_config(), "siglip2": SIGLIP}[args.model]
+    )
 
 
 def worker(name: str = "cache", **changes) -> TrainStepArguments:
@@ -37,7 +38,7 @@ def worker(name: str = "cache", **changes) -> TrainStepArguments:
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("program", ["no_cache", "cache", "cache_recomputed"])
 def test_a_run_of_ours(program, precision):
-    results = measure_ours(worker(program, precision=precision), tiny_config(), tiny_tokenizer())
+    results = measure_ours(worker(program, precision=precision))
     json.dumps(results, allow_nan=False)
     assert len(results["step_s"]) == 2, "the warm-up is not among them"
     assert results["pairs_per_second"] == pytest.approx(7 / statistics.median(results["step_s"]))
@@ -45,11 +46,20 @@ def test_a_run_of_ours(program, precision):
     assert results["peak_memory_bytes"] > 2**20
 
 
+def test_texts_are_padded_to_the_longest_of_a_micro_batch():
+    config = tiny_config()
+    ids, (texts, _) = bench.random_texts(config, 200), bench.random_batch(config, worker(pairs=200, micro=16))
+    lengths = (ids != 1).sum(dim=1)
+    assert ids.shape == (200, 77) and abs(lengths.float().mean() - 20) < 1 and lengths.tolist() == sorted(lengths)
+    for batch, of in zip(texts, lengths.split(16), strict=True):
+        assert batch.input_ids.shape == batch.attention_mask.shape == (len(of), of.max())
+        assert batch.attention_mask.sum(dim=1).tolist() == of.tolist()
+
+
 @pytest.mark.parametrize("cached", [True, False])
 def test_the_text_tower_alone_is_trained_with_dropout(cached):
-    config, args = tiny_config(), worker()
-    engine = Engine(config, args)
-    batch = bench.random_batch(config, tiny_tokenizer(), args, cached)
+    config, args = tiny_config(), worker("cache" if cached else "no_cache")
+    engine, batch = Engine(config, args), bench.random_batch(config, args)
     assert batch[1].ndim == (2 if cached else 4)
     engine.args.learning_rate, engine.args.min_learning_rate = 1e-3, 1e-3
     before = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
@@ -64,9 +74,9 @@ def test_the_text_tower_alone_is_trained_with_dropout(cached):
 @pytest.mark.parametrize("cached", [True, False])
 def test_siglip_is_trained_under_its_own_loss(cached):
     args = worker("cache" if cached else "no_cache", model="siglip2")
-    results = measure_ours(args, SIGLIP, tiny_tokenizer())
+    results = measure_ours(args)
     assert len(results["step_s"]) == 2 and results["pairs_per_second"] > 0
-    engine, batch = Engine(SIGLIP, args), bench.random_batch(SIGLIP, None, args, cached)
+    engine, batch = Engine(SIGLIP, args), bench.random_batch(SIGLIP, args)
     texts = torch.cat([part.input_ids for part in batch[0]])
     assert texts.shape == (7, 64) and [part.attention_mask for part in batch[0]] == [None] * 3
     with torch.no_grad():
@@ -102,7 +112,7 @@ def test_the_real_trainer_trains_the_text_tower_alone(monkeypatch, accum, precis
     # No warm-up: the weights move.
     monkeypatch.setattr(open_clip_train.scheduler, "cosine_lr", lambda optimizer, *_: lambda step: None)
     args = worker(PEER, pairs=2 * accum, peer_micro=2, precision=precision, steps=4)
-    results = bench.measure_open_clip(args, tiny_config(), tiny_tokenizer())
+    results = bench.measure_open_clip(args)
     ((model, before),) = seen
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -130,7 +140,8 @@ def test_the_real_trainer_trains_siglip(precision, monkeypatch):
     args = worker(PEER, model="siglip2", pairs=4, peer_micro=2, precision=precision)
     theirs = bench.open_clip_arguments(args)
     assert theirs.siglip and theirs.accum_freq == 2 and theirs.lock_image and theirs.grad_checkpointing
-    results = bench.measure_open_clip(args, config, tiny_tokenizer())
+    monkeypatch.setattr(bench, "published_config", lambda args: config)
+    results = bench.measure_open_clip(args)
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert {"logit_bias", "text.token_embedding.weight"} <= moved, "the bias is in its loss alone"
     assert not [name for name in moved if name.startswith("visual.")]
