@@ -37,7 +37,6 @@ class EncodeArguments:
     images: int = flag(32, "Images of one run.")
     captions: int = flag(64, "Captions of one run.")
     runs: int = flag(5, "Runs of each program, alternating.")
-    device: str = flag("cpu", "cpu or cuda.")
     output: Path | None = flag(None, "JSON file for the figures.")
 
 
@@ -52,17 +51,17 @@ def main(argv: list[str] | None = None) -> None:
     }
     sizes = {name: getattr(args, name) for name in ("runs", "images", "captions")}
     sizes |= {"tokens": TOKENS, "image_size": IMAGE_SIZE}
-    finish(conditions(args.device) | sizes | {"measured": measured}, args.output)
+    finish(conditions() | sizes | {"measured": measured}, args.output)
 
 
 def build_encoders(args: EncodeArguments) -> dict[str, dict[str, Encoder]]:
     """ "images" and "captions" -> program -> its encoder."""
     torch.manual_seed(0)
     config, tokenizer = CapivaraConfig(), load_tokenizer()
-    theirs = build_open_clip(config).eval().to(args.device)
+    theirs = build_open_clip(config).eval()
     ours = CapivaraModel(config)
     ours.load_state_dict(capivara_state_dict(theirs.state_dict()))
-    ours.eval().to(args.device)
+    ours.eval()
     processor = CapivaraProcessor(CapivaraImageProcessor(), tokenizer)
     preprocess = image_transform_v2(PreprocessCfg(), is_train=False)
     pixels = np.random.default_rng(0).integers(0, 256, (args.images, *IMAGE_SIZE[::-1], 3), dtype=np.uint8)
@@ -72,27 +71,24 @@ def build_encoders(args: EncodeArguments) -> dict[str, dict[str, Encoder]]:
         tokenizer.save_pretrained(folder)
         tokenize = HFTokenizer(folder)
 
-    def their_images() -> Tensor:
-        return theirs.encode_image(torch.stack([preprocess(image) for image in images]).to(args.device), normalize=True)
-
-    def our_images() -> Tensor:
-        return ours(**processor(images=images, return_tensors="pt").to(args.device)).image_embeds
-
     return {
-        "images": {"ours": our_images, "open_clip": their_images},
+        "images": {
+            "ours": lambda: ours(**processor(images=images, return_tensors="pt")).image_embeds,
+            "open_clip": lambda: theirs.encode_image(torch.stack([*map(preprocess, images)]), normalize=True),
+        },
         "captions": {
-            "ours": lambda: ours(**processor(text=texts, return_tensors="pt").to(args.device)).text_embeds,
-            "open_clip": lambda: theirs.encode_text(tokenize(texts).to(args.device), normalize=True),
+            "ours": lambda: ours(**processor(text=texts, return_tensors="pt")).text_embeds,
+            "open_clip": lambda: theirs.encode_text(tokenize(texts), normalize=True),
         },
     }
 
 
 def compare(encoders: dict[str, Encoder], number: int, precision: str, args: EncodeArguments) -> dict[str, Any]:
     """Rates of both programs for `number` items, the ratio run by run, and the largest difference of the embeddings."""
-    autocast = torch.autocast(args.device, torch.bfloat16, enabled=precision == "bfloat16")
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
     with torch.inference_mode(), autocast:
         ours, theirs = (encode().float() for encode in encoders.values())  # and the warm-up of both
-        seconds = timed_runs(encoders, args.runs, f"{number} items, {precision}", args.device)
+        seconds = timed_runs(encoders, args.runs, f"{number} items, {precision}")
     return {
         **{name: spread([number / s for s in found]) for name, found in seconds.items()},
         "ratio": median_ratio(seconds["open_clip"], seconds["ours"]),

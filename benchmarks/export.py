@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import conditions, finish, in_own_process, peak_memory_bytes, save_random_model, seconds_of
+from benchmarks.timing import conditions, finish, in_own_process, save_random_model, seconds_of
 from capivara_common.cli import flag, parse, run_command
+from capivara_common.environment import peak_resident_bytes
 from hub_upload.export import export
 
 EXPORTED = ("transformers", "open_clip", "sentence_transformers")  # ONNX loads the model, and is not measured here
@@ -42,9 +43,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure_export(source: Path) -> dict[str, Any]:
     """Memory and seconds of an export."""
-    before = peak_memory_bytes()
+    before = peak_resident_bytes()
     seconds = seconds_of(lambda: export(source, source.with_name("repository"), EXPORTED))
-    return {"after_imports_bytes": before, "peak_bytes": peak_memory_bytes(), "seconds": seconds}
+    return {"after_imports_bytes": before, "peak_bytes": peak_resident_bytes(), "seconds": seconds}
 
 
 if __name__ == "__main__":

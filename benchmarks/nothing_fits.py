@@ -28,8 +28,6 @@ from examples.real_images import PHOTOGRAPHS, photo
 
 FIRST, WEIGHTS, RESAMPLES = 10, (0.25, 0.5, 1.0, 2.0), 1000
 CHOSEN = "best, in deviations"  # what the line is drawn by: hits of a sentence keep their order
-# Of a sentence's cosines with all pictures, (pictures,).
-STATISTICS = {"best": np.max, CHOSEN: lambda own: deviations(own.max(), own)}
 
 
 @dataclass
@@ -93,16 +91,14 @@ def main(argv: list[str] | None = None) -> None:
     model, pictures = find_model(args.model), [open_query_picture(path) for path in files]
     pictures += [photo(name) for name in PHOTOGRAPHS if given.get("photographs")]
     images, neutral_texts = model.images(pictures), model.texts(NEUTRAL)
-    neutral = neutral_texts @ images.T
     scores = {kind: model.texts(given[kind]) @ images.T for kind in ("there", "absent", "nonsense") if given.get(kind)}
     counts = {"pictures": len(images), "sentences": {kind: len(found) for kind, found in scores.items()}}
-    results = conditions() | {"model": model.name, **counts, "chosen": CHOSEN, "statistics": {}}
-    for name, statistic in STATISTICS.items():
-        of = {kind: np.array([statistic(own) for own in found]) for kind, found in scores.items()}
-        results["statistics"][name] = told = told_apart(of["there"], of["absent"])
-        if name == CHOSEN:
-            results["auc"], line = told["auc"], Background.of(images, neutral_texts, neutral.max(axis=1)).best
-            results["above_the_line"] = {kind: float((found >= line).mean()) for kind, found in of.items()}
+    best = {kind: np.array([deviations(own.max(), own) for own in found]) for kind, found in scores.items()}
+    told = told_apart(best["there"], best["absent"])
+    line = Background.of(images, neutral_texts, (neutral_texts @ images.T).max(axis=1)).best
+    results = conditions() | {"model": model.name, **counts, "chosen": CHOSEN, "statistics": {CHOSEN: told}}
+    results["auc"] = told["auc"]
+    results["above_the_line"] = {kind: float((found >= line).mean()) for kind, found in best.items()}
     config = args.pictures.parent / "object_detection" / "config.yaml"
     if given.get("steering") and config.is_file():
         names = yaml.safe_load(config.read_text(encoding="utf-8"))["names"]

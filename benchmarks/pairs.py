@@ -23,18 +23,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, Image, List, Value
 
-from benchmarks.timing import conditions, finish, in_own_process, made_captions, peak_memory_bytes
+from benchmarks.timing import conditions, finish, in_own_process, made_captions
 from capivara_common.cli import at_least, flag, parse, run_command
+from capivara_common.environment import peak_resident_bytes
 from caption_data.rows import CaptionChoice
 
 IMAGES, GENERATED = 100, 5  # different images; generated captions a row
+TEXTS, NUMBERS = List(Value("string")), List(Value("float32"))
 FEATURES = Features(
-    {
-        "image": Image(),
-        "captions-pt": List(Value("string")),
-        "generated-captions-pt": List(Value("string")),
-        "similarities-pt": List(Value("float32")),
-    }
+    {"image": Image(), "captions-pt": TEXTS, "generated-captions-pt": TEXTS, "similarities-pt": NUMBERS}
 )
 ROWS_PER_FILE = 50_000
 
@@ -87,14 +84,14 @@ def measure_here(folder: Path) -> dict[str, Any]:
     from caption_data.sources import open_split
 
     choice = CaptionChoice(caption_strategy="rank", min_pair_similarity=0.2)
-    before, started = peak_memory_bytes(), time.perf_counter()
+    before, started = peak_resident_bytes(), time.perf_counter()
     split = open_split(str(folder), "train", "image")
     opened = time.perf_counter()
     columns, settings = choice.columns_of("pt"), {"strategy": "rank", "least": 0.2}
     pairs = usable(pair_table(split, columns, lambda row: choice.chosen(row, "pt"), settings))
     return {
         "pairs": len(pairs), "open_s": opened - started, "pairs_s": time.perf_counter() - opened,
-        "peak_gib": peak_memory_bytes() / 2**30, "imports_gib": before / 2**30,
+        "peak_gib": peak_resident_bytes() / 2**30, "imports_gib": before / 2**30,
     }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from caption_data.rows import digest_of
 from eval.capivara_metrics.metrics import mean_hits, paired_bootstrap
 from eval.embeddings import EmbeddingStore
 from eval.records.schema import DIRECTIONS
-from eval.retrieval import RetrievalArguments, RetrievalEmbeddings, load_data, retrieval_records
+from eval.retrieval import RetrievalArguments, RetrievalData, RetrievalEmbeddings, load_data, retrieval_records
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import model_embedder
@@ -54,27 +54,16 @@ class RecipeArguments:
             raise ValueError(f"seeds must be different numbers, at least one, got {self.seeds}.")
 
 
-class Measures:
-    """All data, read once; models are measured one after the other, and images embedded once an image tower."""
-
-    def __init__(self, args: RecipeArguments) -> None:
-        """Read the data. Raises ValueError where a data set is missing."""
-        self.processor, self.cache, self.data = load_processor(args.base), args.work / "cache", {}
-        for name, split in SETS:
-            folder = args.openmoji if name == "openmoji" else str(args.proxies / name)
-            for language in ("pt", "en"):
-                read = RetrievalArguments(args.base, folder, Path("unused.json"), split=split, language=language)
-                self.data[f"{name}/{split}/{language}"] = load_data(read)
-
-    def embedded(self, model: CapivaraModel) -> dict[str, RetrievalEmbeddings]:
-        """Data set, split and language, such as "noto/test/pt" -> embeddings of a model."""
-        store = EmbeddingStore(model_embedder("", model.eval(), self.processor, "float32"), self.cache)
-        return {condition: data.embedded(store)[0] for condition, data in self.data.items()}
-
-    def hits(self, model: CapivaraModel) -> Hits:
-        """Of a model, by such a condition and direction."""
-        found = self.embedded(model).items()
-        return {f"{key}/{direction}": mean_hits(of.ranks[direction]) for key, of in found for direction in DIRECTIONS}
+def read_all(args: RecipeArguments) -> dict[str, RetrievalData]:
+    """Data set, split and language, such as "noto/test/pt" -> its data; ValueError where a data set is missing."""
+    folders = {name: args.openmoji if name == "openmoji" else str(args.proxies / name) for name, _ in SETS}
+    return {
+        f"{name}/{split}/{code}": load_data(
+            RetrievalArguments(args.base, folders[name], Path("unused.json"), split=split, language=code)
+        )
+        for name, split in SETS
+        for code in ("pt", "en")
+    }
 
 
 def trained(seed: int, args: RecipeArguments, base_digest: str) -> Path:
@@ -115,21 +104,30 @@ def row(name: str, hits: list[Hits], reference: list[Hits], groups: dict[str, Te
 def main(argv: list[str] | None = None) -> None:
     """Train what is missing, measure all, and write the results."""
     args = parse(RecipeArguments, __doc__, argv)
-    measures, base = Measures(args), load_model(args.base)
+    data, processor, base = read_all(args), load_processor(args.base), load_model(args.base)
+
+    def embedded(model: CapivaraModel) -> dict[str, RetrievalEmbeddings]:  # images once an image tower
+        store = EmbeddingStore(model_embedder("", model.eval(), processor, "float32"), args.work / "cache")
+        return {condition: one.embedded(store)[0] for condition, one in data.items()}
+
+    def measured(model: CapivaraModel) -> Hits:
+        found = embedded(model).items()
+        return {f"{key}/{direction}": mean_hits(of.ranks[direction]) for key, of in found for direction in DIRECTIONS}
+
     groups, chance = {}, {}
-    for key, of in measures.embedded(base).items():
+    for key, of in embedded(base).items():
         for record in retrieval_records(of, dataset=key, split="", language="", model="baseline", model_folder=""):
             if record.metric == "mean_recall":
                 condition = f"{key}/{record.direction}"
                 groups[condition], chance[condition] = of.groups(record.direction), record.chance
     hits: dict[str, list[Hits]] = {name: [] for name in SHARES}
-    digest, seconds, before = weights_digest(base), [], [measures.hits(base)]
+    digest, seconds, before = weights_digest(base), [], [measured(base)]
     for seed in args.seeds:
         run = trained(seed, args, digest)
         seconds.append(sum(read_json(run / "run.json")["seconds"].values()))
         for name, share in SHARES.items():
             interpolate_weights(model := load_model(run), base.state_dict(), share)
-            hits[name].append(measures.hits(model))
+            hits[name].append(measured(model))
     about = {"seeds": args.seeds, "seconds": seconds}
     rows = [row("base", before, before, groups)]
     rows += [row(name, found, hits[REFERENCE], groups) | about for name, found in hits.items()]

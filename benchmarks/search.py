@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from benchmarks import timing
 from capivara_common.cli import flag, parse, run_command
+from capivara_common.environment import peak_resident_bytes
 from capivara_search import PictureIndex
 from capivara_search.page.answers import Answers, Question
 from capivara_search.table import EXACT_ROWS
@@ -70,9 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         found = search_follow.measure(args.work, args.followed, args.runs)
     name = "search.json" if args.parts == "index" else "search_follow.json"
-    timing.finish(
-        timing.conditions("cpu", "lancedb") | {"runs": args.runs} | found, args.output or timing.RESULTS / name
-    )
+    timing.finish(timing.conditions("lancedb") | {"runs": args.runs} | found, args.output or timing.RESULTS / name)
 
 
 def indexes(args: SearchArguments) -> dict[str, Any]:
@@ -185,9 +184,9 @@ def search_index(args: SearchArguments) -> dict[str, Any]:
     index = PictureIndex.open(place(args.work, args.rows), model=str(args.work / "model"))
     found: list[set[str]] = []
     timed = times(lambda query: found.append({hit.path for hit in index.search_vector(query, K)}), known["queries"])
-    measured = {"vector_ms": timed, "memory_bytes": timing.peak_memory_bytes()}
-    expected = [{path_of(row) for row in rows} for rows in known["nearest"]]
-    measured["recall"] = recall(found[-QUERIES:], expected)
+    measured = {"vector_ms": timed, "memory_bytes": peak_resident_bytes()}
+    nearest = [{path_of(row) for row in rows} for rows in known["nearest"]]
+    measured["recall"] = statistics.mean(len(a & b) / K for a, b in zip(nearest, found[-QUERIES:], strict=True))
     words = [QUERY_WORDS[number % len(QUERY_WORDS)] + f" {number}" for number in range(QUERIES)]
     measured["text_ms"] = times(lambda text: index.search(text, k=K), words)
     page = Answers(index)
@@ -219,11 +218,6 @@ def times(call: Callable[[Any], Any], given: Any) -> dict[str, float]:
         call(one)
     milliseconds = [1000 * timing.seconds_of(lambda one=one: call(one)) for one in given]
     return {f"p{share}": float(np.percentile(milliseconds, share)) for share in (50, 95)}
-
-
-def recall(found: list[set[str]], nearest: list[set[str]]) -> float:
-    """Mean share of the K nearest rows that were found."""
-    return statistics.mean(len(a & b) / K for a, b in zip(found, nearest, strict=True))
 
 
 if __name__ == "__main__":

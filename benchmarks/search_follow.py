@@ -132,17 +132,13 @@ def estimated(words: list[str], where: Path) -> dict[str, Any]:
         if found := index.progress():
             said.append((time.perf_counter(), found["done"], found["left_s"]))
         time.sleep(LOOK_S)
-    end = max(now for now, _, _ in said)
-    reading = max(now for now, done, _ in said if not done)  # a model is loaded until then
-    later = [(end - now, left) for now, _, left in said if now - reading >= FIFTH_S]
-    known = [(true, left) for true, left in later if left is not None]
-    factors = [max(true, 1) / max(left, 1) for true, left in known]  # it is told in whole seconds
+    end = max((now for now, _, _ in said), default=began)
+    reading = max((now for now, done, _ in said if not done), default=began)  # a model is loaded until then
+    later = [(end - now, left) for now, _, left in said if now - reading >= FIFTH_S and left is not None]
+    factors = [max(true, 1) / max(left, 1) for true, left in later]  # it is told in whole seconds
     off = [max(factor, 1 / factor) for factor in factors]
-    return {
-        "seconds": end - began, "until_reading_s": reading - began,
-        "looks": len(later), "unknown": len(later) - len(known),
-        "factor_off": {"median": statistics.median(off), "max": max(off)} if off else None,
-    }  # fmt: skip
+    factor_off = {"median": statistics.median(off), "max": max(off)} if off else None
+    return {"seconds": end - began, "looks": len(later), "factor_off": factor_off}
 
 
 def until(true: Callable[[], object], seconds: float = WAIT_S) -> float:

@@ -6,13 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from capivara_common.environment import device_description, package_versions, peak_resident_bytes
+from capivara_common.environment import device_description, package_versions
 from capivara_common.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,17 +25,10 @@ WORDS = (
 R = TypeVar("R")
 
 
-def seconds_of(call: Callable[[], Any], device: str = "cpu") -> float:
-    """Wall-clock seconds of one call, the device's queue drained before and after."""
-    synchronise = lambda: None  # noqa: E731
-    if device.startswith("cuda"):
-        import torch  # here, as below: a program without it is measured without its memory
-
-        synchronise = torch.cuda.synchronize
-    synchronise()
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Wall-clock seconds of one call."""
     started = time.perf_counter()
     call()
-    synchronise()
     return time.perf_counter() - started
 
 
@@ -47,10 +41,9 @@ def alternating(programs: dict[Any, Callable[[], R]], runs: int, title: str) -> 
     return results
 
 
-def timed_runs(steps: dict[str, Callable[[], Any]], runs: int, title: str, device: str = "cpu") -> dict[str, list]:
+def timed_runs(steps: dict[str, Callable[[], Any]], runs: int, title: str) -> dict[str, list[float]]:
     """Seconds of all steps in alternating runs; each has been called before."""
-    timed = {name: lambda step=step: seconds_of(step, device) for name, step in steps.items()}
-    return alternating(timed, runs, title)
+    return alternating({name: partial(seconds_of, step) for name, step in steps.items()}, runs, title)
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
@@ -99,22 +92,13 @@ def save_random_model(folder: Path) -> int:
     return (folder / WEIGHTS).stat().st_size
 
 
-def peak_memory_bytes(device: str = "cpu") -> int:
-    """The most this process has held so far: resident, or allocated on the GPU."""
-    if not device.startswith("cuda"):
-        return peak_resident_bytes()
-    import torch
-
-    return torch.cuda.max_memory_allocated()
-
-
-def conditions(device: Any = "cpu", *packages: str) -> dict[str, Any]:
+def conditions(*packages: str) -> dict[str, Any]:
     """What figures depend on: commit (with a + where files differ from it), day, device, threads and versions."""
-    import torch
+    import torch  # here, as above: a program without it is measured without its memory
 
     words = ["git", "describe", "--always", "--exclude=*", "--abbrev=7", "--dirty=+"]
     commit = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    about = {"commit": commit, "date": time.strftime("%Y-%m-%d"), "device": device_description(device)}
+    about = {"commit": commit, "date": time.strftime("%Y-%m-%d"), "device": device_description()}
     return about | {"threads": torch.get_num_threads(), "versions": package_versions(*packages)}
 
 

@@ -38,7 +38,7 @@ from transformers import PreTrainedConfig, SiglipConfig, SiglipModel
 
 from benchmarks import timing
 from capivara_common.cli import at_least, flag, parse, run_command
-from capivara_common.environment import resolve_precision
+from capivara_common.environment import peak_resident_bytes, resolve_precision
 from modeling_capivara import CapivaraConfig, CapivaraModel, convert_open_clip
 from modeling_capivara.two_towers import embedding_width, is_sigmoid
 from training.arguments import RunArguments
@@ -48,7 +48,8 @@ from training.whole_batch import MicroBatch, StepReport, WholeBatch
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16"}  # Accelerate's names -> those of the results
 PEER = "open_clip"
-PROGRAMS = (PEER, "no_cache", "cache", "cache_recomputed")
+NOTHING_KEPT = "cache_recomputed"
+PROGRAMS = (PEER, "no_cache", "cache", NOTHING_KEPT)
 BEFORE = "_before"  # ends the names of the other checkout's programs
 RECIPE = {"pairs": 2816, "micro": 64}  # CAPIVARA, arXiv 2310.13683, appendix
 # --model -> what open_clip's trainer is told of it: its name of the architecture, and the loss
@@ -71,7 +72,6 @@ class TrainStepArguments:
     runs: int = flag(5, "Runs of each program, alternating.")
     steps: int = flag(1, "Timed steps of a run.")
     warmup: int = flag(1, "Untimed steps before them; ours alone, open_clip has 1.")
-    device: str = flag("cpu", "cpu or cuda; on cuda open_clip is left out.")
     parts: list[str] = flag(["recipe", "programs"], "What is measured: one step of the recipe's 2816 pairs, programs.")
     output: Path | None = flag(None, "JSON file; train_step.json or train_step_siglip2.json if none.")
     beside: Path | None = flag(None, "Another checkout, with a .venv of its own, measured in the same runs.")
@@ -83,7 +83,7 @@ class TrainStepArguments:
     def __post_init__(self) -> None:
         at_least(self, 1, "micro", "peer_micro", "runs", "steps")
         self.output = self.output or timing.RESULTS / f"train_step{'_siglip2' * (self.model == 'siglip2')}.json"
-        if not self.worker and self.device == "cpu" and (self.pairs % self.peer_micro or self.pairs <= self.peer_micro):
+        if not self.worker and (self.pairs % self.peer_micro or self.pairs <= self.peer_micro):
             raise ValueError(
                 f"pairs must be a multiple of peer_micro, {self.peer_micro}, and at least twice as many, lest "
                 f"open_clip not accumulate; got {self.pairs}."
@@ -100,39 +100,32 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def compare(args: TrainStepArguments) -> dict[str, Any]:
-    """The recipe's step, then all programs in alternating runs."""
-    names = [name for name in PROGRAMS if args.device == "cpu" or name != PEER]
-    if args.beside:
-        names = [name + end for name in ("no_cache", "cache") for end in ("", BEFORE)]
-    names = names if "programs" in args.parts else []
-    recipe = recipe_steps(args) if "recipe" in args.parts else {}
-    programs = {
-        (precision, name): lambda of=name, precision=precision: measured(of, args, precision=precision)
-        for precision in PRECISIONS
-        for name in names
-    }
-    found = timing.alternating(programs, args.runs, "Training steps")
-    results = {
-        **timing.conditions(args.device),
-        **{name: getattr(args, name) for name in ("model", "runs", "pairs", "micro", "steps")},
-        "tokens": TOKENS[args.model],
-        "measured": {
-            title: {
-                name: summary(found[precision, name], *(found.get((precision, one)) for one in (PEER, name + BEFORE)))
-                for name in names
-            }
-            for precision, title in PRECISIONS.items()
-        },
-    }
-    if PEER in names:
-        results |= {"peer_micro": args.peer_micro, "peer_accum": args.pairs // args.peer_micro}
-    return results | recipe
+    """All programs, and the recipe's step with nothing kept, in alternating runs."""
+    ends = ["", BEFORE] if args.beside else [""]
+    names = [name + end for name in ("no_cache", "cache") for end in ends] if args.beside else PROGRAMS
+    programs = {(title, name): {"precision": key} for key, title in PRECISIONS.items() for name in names}
+    sizes = RECIPE | {"precision": resolve_precision("auto", torch.device("cpu"))}
+    recipe = {("recipe", NOTHING_KEPT + end): sizes | {"steps": 1, "warmup": 0} for end in ends}
+    wanted = (recipe if "recipe" in args.parts else {}) | (programs if "programs" in args.parts else {})
+    steps = {key: partial(measured, key[1], args, **flags) for key, flags in wanted.items()}
+    found = timing.alternating(steps, args.runs, "Training steps")
+    results = timing.conditions() | {"tokens": TOKENS[args.model], "measured": {}}
+    results |= {name: getattr(args, name) for name in ("model", "runs", "pairs", "micro", "steps", "peer_micro")}
+    results["peer_accum"] = args.pairs // args.peer_micro
+    for (of, name), runs in found.items():
+        one = summary(runs, found.get((of, PEER)), found.get((of, name + BEFORE)))
+        if of == "recipe":  # a first step, which also allocates Adam's moments
+            seconds = RECIPE["pairs"] / one["pairs_per_second"]["median"]
+            results[of + name.removeprefix(NOTHING_KEPT)] = sizes | one | {"step_s": seconds}
+        else:
+            results["measured"].setdefault(of, {})[name] = one
+    return results
 
 
 def measured(name: str, args: TrainStepArguments, **flags: Any) -> dict[str, Any]:
     """The result of one program, in a process of its own; `flags` win over those of `args`."""
     numbers = ("pairs", "steps", *(["peer_micro"] if name == PEER else ["micro", "warmup"]))
-    flags = {key: getattr(args, key) for key in (*numbers, "device")} | flags
+    flags = {key: getattr(args, key) for key in numbers} | flags
     if args.model != "capivara":  # a checkout of before may have no such flag
         flags["model"] = args.model
     root = args.beside if name.endswith(BEFORE) else timing.ROOT
@@ -148,28 +141,6 @@ def summary(runs: list[dict], peer: list[dict] | None, before: list[dict] | None
         if others:
             found[name] = timing.median_ratio(rates, [run["pairs_per_second"] for run in others])
     return found
-
-
-def recipe_steps(args: TrainStepArguments) -> dict[str, Any]:
-    """A step of the recipe's pairs with nothing kept, in the precision that `auto` chooses; medians of all runs.
-
-    On a CPU it is the first step, which also allocates Adam's moments. With `--beside` the other checkout's, too.
-    """
-    cuda = args.device != "cpu"
-    sizes = RECIPE | {"precision": resolve_precision("auto", torch.device(args.device))}
-    flags = sizes | {"steps": 3 if cuda else 1, "warmup": int(cuda)}
-    programs = {
-        f"recipe{end}": lambda end=end: measured(f"cache_recomputed{end}", args, **flags)
-        for end in (["", BEFORE] if args.beside else [""])
-    }
-    found = timing.alternating(programs, args.runs if args.beside else 1, "The recipe's step")
-    results = {}
-    for name, runs in found.items():
-        seconds = [RECIPE["pairs"] / run["pairs_per_second"] for run in runs]
-        measures = {"step_s": seconds, "peak_memory_bytes": [run["peak_memory_bytes"] for run in runs]}
-        medians = {key: statistics.median(values) for key, values in measures.items()}
-        results[name] = sizes | {"runs": measures} | medians
-    return results
 
 
 def published_config(args: TrainStepArguments) -> PreTrainedConfig:
@@ -207,9 +178,9 @@ class Engine:
 
     def __init__(self, config: PreTrainedConfig, args: TrainStepArguments, budget: float | None = None) -> None:
         torch.manual_seed(0)
-        self.accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.precision)
+        self.accelerator = Accelerator(cpu=True, mixed_precision=args.precision)
         model_class = SiglipModel if isinstance(config, SiglipConfig) else CapivaraModel
-        self.model = model_class(config).to(self.accelerator.device)
+        self.model = model_class(config)
         self.args = RunArguments(
             model="random weights", dataset=["random pixels"], effective_batch_size=args.pairs,
             micro_batch_size=args.micro, mixed_precision=args.precision,
@@ -227,7 +198,7 @@ class Engine:
             images = torch.cat([embed_pixels(self.prepared, pixels, self.accelerator) for pixels in parts])
         self.model.train()
         self.optimizer.zero_grad(set_to_none=False)
-        report = self.step(number, texts, len(images), images.to(self.accelerator.device))
+        report = self.step(number, texts, len(images), images)
         for group in self.optimizer.param_groups:  # as `Trainer._update`, the gradient's norm included
             group["lr"] = learning_rate_at(number, self.args)
         torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).item()
@@ -252,18 +223,18 @@ def random_batch(config: PreTrainedConfig, args: TrainStepArguments) -> tuple[li
 
 def measure_ours(args: TrainStepArguments) -> dict[str, Any]:
     """One run of our engine: `pairs_per_second` (median over the timed steps), the seconds of these, how many graphs
-    each has kept, and `peak_memory_bytes` of the process or of the GPU."""
+    each has kept, and `peak_memory_bytes` of the process."""
     config, seconds, reports = published_config(args), [], []
     batch = random_batch(config, args)
-    engine = Engine(config, args, 0.0 if args.worker == "cache_recomputed" else None)
+    engine = Engine(config, args, 0.0 if args.worker == NOTHING_KEPT else None)
     for number in range(args.warmup + args.steps):
         step = partial(engine, number, *batch)
-        seconds.append(timing.seconds_of(lambda step=step: reports.append(step()), args.device))
+        seconds.append(timing.seconds_of(lambda step=step: reports.append(step())))
     return {
         "pairs_per_second": args.pairs / statistics.median(seconds[args.warmup :]),
         "step_s": seconds[args.warmup :],
         "graphs_kept": [report.graphs_kept for report in reports[args.warmup :]],
-        "peak_memory_bytes": timing.peak_memory_bytes(args.device),
+        "peak_memory_bytes": peak_resident_bytes(),
     }
 
 
@@ -301,7 +272,7 @@ def measure_open_clip(args: TrainStepArguments) -> dict[str, Any]:
         "padded_tokens": sides[1].shape[1],
         "pairs_per_second": args.pairs / statistics.median(seconds),
         "step_s": seconds,
-        "peak_memory_bytes": timing.peak_memory_bytes(),
+        "peak_memory_bytes": peak_resident_bytes(),
     }
 
 

@@ -139,11 +139,6 @@ def test_both_trees_run_twice(tmp_path, monkeypatch):
     assert first["records"] == [record] and first["seconds"].keys() == {"prepare", "train_accelerate", "total"}
 
 
-def test_recall_is_the_share_of_the_nearest_rows():
-    nearest = [set(range(search.K))] * 2
-    assert search.recall([{*range(5), *range(90, 95)}, nearest[0]], nearest) == 0.75
-
-
 def test_the_answers_are_the_nearest_vectors(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "QUERIES", 3)
     search.make_vectors(tmp_path, 50)
