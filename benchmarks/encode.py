@@ -27,7 +27,6 @@ from modeling_capivara.convert_open_clip import build_open_clip, capivara_state_
 
 IMAGE_SIZE = (320, 240)  # pixels, width and height
 TOKENS = 20  # of a caption, begin and end included
-Encoder = Callable[[], Tensor]  # from raw input to unit-length embeddings
 
 
 @dataclass
@@ -45,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(EncodeArguments, __doc__, argv)
     encoders = build_encoders(args)
     measured = {
-        f"{what}_{precision}": compare(encoders[what], getattr(args, what), precision, args)
+        f"{what}_{precision}": compare(encoders[what], getattr(args, what), precision, args.runs)
         for precision in ("float32", "bfloat16")
         for what in ("images", "captions")
     }
@@ -54,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     finish(conditions() | sizes | {"measured": measured}, args.output)
 
 
-def build_encoders(args: EncodeArguments) -> dict[str, dict[str, Encoder]]:
+def build_encoders(args: EncodeArguments) -> dict[str, dict[str, Callable[[], Tensor]]]:
     """ "images" and "captions" -> program -> its encoder."""
     torch.manual_seed(0)
     config, tokenizer = CapivaraConfig(), load_tokenizer()
@@ -83,12 +82,12 @@ def build_encoders(args: EncodeArguments) -> dict[str, dict[str, Encoder]]:
     }
 
 
-def compare(encoders: dict[str, Encoder], number: int, precision: str, args: EncodeArguments) -> dict[str, Any]:
+def compare(encoders: dict[str, Callable[[], Tensor]], number: int, precision: str, runs: int) -> dict[str, Any]:
     """Rates of both programs for `number` items, the ratio run by run, and the largest difference of the embeddings."""
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
     with torch.inference_mode(), autocast:
         ours, theirs = (encode().float() for encode in encoders.values())  # and the warm-up of both
-        seconds = timed_runs(encoders, args.runs, f"{number} items, {precision}")
+        seconds = timed_runs(encoders, runs, f"{number} items, {precision}")
     return {
         **{name: spread([number / s for s in found]) for name, found in seconds.items()},
         "ratio": median_ratio(seconds["open_clip"], seconds["ours"]),

@@ -9,7 +9,6 @@ process of its own, a worker: its peak of memory is taken after the imports and 
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.timing import conditions, finish, in_own_process, save_random_model, seconds_of
 from capivara_common.cli import flag, parse, run_command
@@ -31,7 +30,9 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print the results."""
     args = parse(ExportBenchmarkArguments, __doc__, argv)
     if args.worker:
-        finish(measure_export(args.worker))
+        before, target = peak_resident_bytes(), args.worker.with_name("repository")
+        seconds = seconds_of(lambda: export(args.worker, target, EXPORTED))
+        finish({"after_imports_bytes": before, "peak_bytes": peak_resident_bytes(), "seconds": seconds})
         return
     with tempfile.TemporaryDirectory(prefix="capivara-export-") as folder:
         weights = save_random_model(Path(folder) / "model")
@@ -39,13 +40,6 @@ def main(argv: list[str] | None = None) -> None:
     over = found["peak_bytes"] - found["after_imports_bytes"]
     found |= {"peak_over_imports_bytes": over, "ratio_to_weights": over / weights}
     finish(conditions() | {"weights_bytes": weights, "export": found}, args.output)
-
-
-def measure_export(source: Path) -> dict[str, Any]:
-    """Memory and seconds of an export."""
-    before = peak_resident_bytes()
-    seconds = seconds_of(lambda: export(source, source.with_name("repository"), EXPORTED))
-    return {"after_imports_bytes": before, "peak_bytes": peak_resident_bytes(), "seconds": seconds}
 
 
 if __name__ == "__main__":

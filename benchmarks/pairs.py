@@ -26,7 +26,9 @@ from datasets import Features, Image, List, Value
 from benchmarks.timing import conditions, finish, in_own_process, made_captions
 from capivara_common.cli import at_least, flag, parse, run_command
 from capivara_common.environment import peak_resident_bytes
+from caption_data.pairs import pair_table, usable
 from caption_data.rows import CaptionChoice
+from caption_data.sources import open_split
 
 IMAGES, GENERATED = 100, 5  # different images; generated captions a row
 TEXTS, NUMBERS = List(Value("string")), List(Value("float32"))
@@ -80,9 +82,6 @@ def write_rows(folder: Path, rows: int) -> int:
 
 def measure_here(folder: Path) -> dict[str, Any]:
     """Seconds to open the rows and to make pairs of them, and the peak of this process's memory."""
-    from caption_data.pairs import pair_table, usable
-    from caption_data.sources import open_split
-
     choice = CaptionChoice(caption_strategy="rank", min_pair_similarity=0.2)
     before, started = peak_resident_bytes(), time.perf_counter()
     split = open_split(str(folder), "train", "image")
