@@ -241,13 +241,9 @@ def caption_column(args: RunArguments, language: str) -> str:
 
 
 def cache_root(args: RunArguments) -> Path:
-    """Where image embeddings are kept. Raises ValueError where that is one cache of them."""
-    if args.image_embedding_cache in ("auto", "off"):
-        return cache_home() / "image_embeddings"
-    root = Path(args.image_embedding_cache)
-    if (root / "cache.json").is_file():
-        raise ValueError(f"{root} is one cache of image embeddings. Name the folder that it lies in, {root.parent}.")
-    return root
+    """Where image embeddings are kept."""
+    named = args.image_embedding_cache
+    return cache_home() / "image_embeddings" if named in ("auto", "off") else Path(named)
 
 
 def _complete(texts: list[str]) -> list[str]:
