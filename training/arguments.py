@@ -29,6 +29,11 @@ GONE = {  # flags of earlier versions -> what there is instead
     "lora_modules_to_save": "beside adapters the text projection is trained, as in the paper",
     "prepare": "run `python -m examples.openmoji.prepare` before, which makes what is missing of data/openmoji",
 }
+# Flags without which a run of before goes on.
+GONE_SINCE = {
+    "hub_strategy": "the finished model is pushed, no checkpoint; --push_to_hub true is enough",
+    "carbon_country": "run `codecarbon monitor --offline --country-iso-code BRA` beside it",
+}
 
 
 @dataclass
@@ -130,18 +135,12 @@ class Output:
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = flag(
         "none", "Where the curves also go, through Accelerate (extra: trackers)."
     )
-    carbon_country: str | None = flag(
-        None, "ISO code such as BRA: energy and CO2e by codecarbon, offline, into run.json (extra: carbon)."
-    )
     push_to_hub: bool = flag(
         False,
         "Push the model to the Hub when the run is complete, by HF_TOKEN or `hf auth login`. The right to write is "
         "checked before it; a push that fails costs nothing, and the command that repeats it is said.",
     )
     hub_model_id: str | None = flag(None, "Repository on the Hub, owner/name.")
-    hub_strategy: Literal["end", "checkpoint"] = flag(
-        "end", "The finished model; checkpoint = also every checkpoint's, as a commit on the branch `checkpoints`."
-    )
     hub_private: bool = flag(False, "Make a new repository private.")
 
 
@@ -150,7 +149,7 @@ class RunArguments(Output, Optimisation, Batch, ModelAndData):
     """All arguments of a run, flat. Raises ValueError where a value breaks its rule."""
 
     groups = (ModelAndData, Batch, Optimisation, Output)
-    gone = GONE
+    gone = GONE | GONE_SINCE
     embedding_batch_size = 32  # images that go through the frozen image tower at once
 
     def __post_init__(self) -> None:

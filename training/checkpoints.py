@@ -35,7 +35,7 @@ from capivara_common.files import (
     write_bytes,
     write_json,
 )
-from training.arguments import GONE, RunArguments
+from training.arguments import GONE, GONE_SINCE, RunArguments
 
 BEFORE = "a876dd5"  # the last commit with settings of another step, whose checkpoints have other names, too
 STATE = "trainer.json"
@@ -43,8 +43,9 @@ SUMS = "SHA256SUMS"  # of all other files, as sha256sum writes them; processors 
 LOADED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pkl", ".json")  # what may be read of a checkpoint
 # Settings that may differ between a run and its continuation: they change no weight.
 FREE_SETTINGS = {
-    *("output_dir", "overwrite_output_dir", "resume", "save_steps", "keep_last", "tracker", "carbon_country"),
-    *("loading_workers", "num_threads", "max_bad_share", "push_to_hub", "hub_model_id", "hub_strategy", "hub_private"),
+    *("output_dir", "overwrite_output_dir", "resume", "save_steps", "keep_last", "tracker"),
+    *("loading_workers", "num_threads", "max_bad_share", "push_to_hub", "hub_model_id", "hub_private"),
+    *GONE_SINCE,
 }
 DEFAULTS = {known.name: known.default for known in fields(RunArguments)}  # what a run had before there was a setting
 logger = logging.getLogger("capivara")
