@@ -109,20 +109,6 @@ def test_languages_of_what_is_named(models, data, tmp_path, capsys):
     assert rows["xm3600", "hi", "image_to_text", "mean_recall"]["capivara"]["published"] is None
 
 
-@pytest.mark.slow
-def test_babel_takes_the_images_of_imagenet(models, tmp_path):
-    prompts = load_prompts("imagenet-1k", "babel", language="xh")
-    known = [prompts.names_en[place] for place in prompts.indices]
-    given = ["tench", "goldfish", *[name for name in known if "/" not in name][:3]]
-    for number, name in enumerate(given):
-        (tmp_path / "imagenet-1k" / name).mkdir(parents=True)
-        picture(number).save(tmp_path / "imagenet-1k" / name / "0.png")
-    more = ["--only", "babel-imagenet", "--languages", "xh"]
-    main(flags(tmp_path / "out", *more, model=models / "base", data_dir=tmp_path))
-    record = read_records(tmp_path / "out" / "babel-imagenet-xh-capivara-0.json")[0]
-    assert (record.protocol, record.language, record.n) == ("babel", "xh", sum(name in known for name in given))
-
-
 def test_figures_of_another_base_are_its_own(models, data, tmp_path, capsys):
     """Of SigLIP 2 by its name, as the baseline or as the base that run.json names; CAPIVARA's are not beside it."""
     base = tmp_path / "google" / "siglip2-base-patch16-224"
@@ -193,18 +179,15 @@ def test_a_broken_folder_does_not_end_the_suite(models, data, tmp_path):
     assert status["xm3600"]["status"] == "not run" and str(tmp_path) not in str(status)
 
 
-def test_a_suite_that_was_stopped_continues_to_the_same_table_of_the_data_that_are_there(
-    models, data, tmp_path, monkeypatch
-):
+def test_a_suite_that_was_stopped_continues_to_the_same_table(models, data, tmp_path, monkeypatch):
     """What was embedded is taken from the cache, and no file of it is made again. By the authors' prompts."""
     digits = ["zero", "um", "dois", "três", "quatro", "cinco", "seis", "sete", "oito", "nove"]
-    names, templates = (
-        {"mnist": digits, "hateful-memes": ["meme", "ódio"]},
-        {"mnist": ["o {}"], "hateful-memes": ["{}"]},
-    )
+    names = {"mnist": digits, "hateful-memes": ["meme", "ódio"]}
+    templates = {key: ["{}"] for key in names}
     (tmp_path / "prompts.py").write_text(f"class_map = {names}\ntemplate_map = {templates}\n", encoding="utf-8")
-    shutil.copytree(data / "mnist", tmp_path / "data" / "mnist")
-    (tmp_path / "data" / "hateful-memes").symlink_to(data / "hateful-memes")  # a link serves
+    (tmp_path / "data").mkdir()
+    for key in names:
+        (tmp_path / "data" / key).symlink_to(data / key)  # a link serves
     given = {"model": models / "base", "data_dir": tmp_path / "data", "cache_dir": tmp_path / "cache"}
     given |= {"protocol": "authors", "authors_file": tmp_path / "prompts.py"}
     given = flags(tmp_path / "out", "--only", "hateful-memes", "mnist", **given)
@@ -224,10 +207,6 @@ def test_a_suite_that_was_stopped_continues_to_the_same_table_of_the_data_that_a
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     tables = [(tmp_path / name / "table.md").read_text(encoding="utf-8") for name in ("whole", "out")]
     assert tables[0] == tables[1] and "Names and prompts: authors" in tables[0]
-    before = read_json(tmp_path / "out" / "mnist-pt-capivara-0.json")["dataset_fingerprint"]
-    picture(77).save(next((tmp_path / "data" / "mnist").glob("*/0.png")))
-    main(given)
-    assert read_json(tmp_path / "out" / "mnist-pt-capivara-0.json")["dataset_fingerprint"] != before
 
 
 @pytest.mark.parametrize(
@@ -236,12 +215,10 @@ def test_a_suite_that_was_stopped_continues_to_the_same_table_of_the_data_that_a
         ("papers", "Unknown suite: `papers`. Did you mean `paper`?"),
         ("paper --only food101", "Unknown benchmark: `food101`. Did you mean `food-101`? There are "),
         ("paper --data cifar10=.", "`--data` is gone: put the data, or a link to them, into --data_dir"),
-        ("paper --data_dir nowhere", "--data_dir nowhere is no folder"),
         ("paper --languages ptt", "Unknown language: `ptt`. Did you mean `pt`?"),
         ("paper --only cifar-10 --languages hi", "None of the benchmarks has one of the languages"),
         ("paper --protocol authors", "needs --authors_file"),
         ("paper --baseline nowhere/at/all", "nowhere"),
-        ("paper --model /nowhere/at/all", "nowhere"),
         ("paper --model null", "No model is given"),
     ],
 )
@@ -269,25 +246,19 @@ def test_the_average_needs_all_twenty_of_every_model():
     assert row["capivara"]["measured"] == {"mean": pytest.approx(10.0), "std": pytest.approx(0.5**0.5), "runs": 2}
     assert row["capivara"]["published"] == {"mean": 57.51, "std": 0.02} and row["images"] is None
     assert row["like_for_like"] is all(other["like_for_like"] for other in rows[:-1])
-    for missing in (values[0], values[-1]):
-        rows, left_out = suite_rows(pairs, [value for value in values if value is not missing], runs)
-        assert average.key not in {row["benchmark"] for row in rows} and left_out[0].startswith(
-            "ELEVATER average: left"
-        )
-        (row,) = [row for row in rows if row["benchmark"] == missing["benchmark"]]
-        assert row[missing["role"]]["measured"] is None, "a mean of fewer runs would mislead"
+    rows, left_out = suite_rows(pairs, values[1:], runs)
+    assert average.key not in {row["benchmark"] for row in rows} and left_out[0].startswith("ELEVATER average: left")
+    row = next(row for row in rows if row["benchmark"] == values[0]["benchmark"])
+    assert row[values[0]["role"]]["measured"] is None, "a mean of fewer runs would mislead"
     rows, left_out = suite_rows(pairs[:19], values, runs)
     assert average.key not in {row["benchmark"] for row in rows} and "since 19 of its 20 sets ran" in left_out[0]
 
 
 def test_what_is_like_for_like():
     """Of names and prompts as they were published, on as many images; a language that was not published has none."""
-    cases = [
-        ("dtd", "pt", 1880, "authors", True),
-        ("dtd", "pt", 1880, "ours", False),
-        ("dtd", "pt", 1879, "authors", False),
-    ]
-    for key, language, images, protocol, expected in [*cases, ("babel-imagenet", "xh", 3, "ours", True)]:
+    cases = [("dtd", "pt", 1880, "authors", True), ("dtd", "pt", 1880, "ours", False)]
+    cases += [("dtd", "pt", 1879, "authors", False), ("babel-imagenet", "xh", 3, "ours", True)]
+    for key, language, images, protocol, expected in cases:
         values = [measured(BENCHMARKS[key], "capivara", 0, 0.5, images) | {"language": language}]
         ((row,), _) = suite_rows([(BENCHMARKS[key], language)], values, {"capivara": 1}, protocol=protocol)
         assert row["like_for_like"] is expected
@@ -330,8 +301,6 @@ def test_two_processes_give_the_bits_of_one(models, data, tmp_path, monkeypatch)
     assert {path.name for path in tmp_path.glob("process*")} == {"process0", "process1"}
     for file in ("mnist-pt-capivara-0.json", "pracegover-pt-capivara-0.json"):
         assert read_records(tmp_path / "one" / file) == read_records(tmp_path / "two" / file)
-    tables = [(tmp_path / name / "table.md").read_text(encoding="utf-8") for name in ("one", "two")]
-    assert tables[0] == tables[1] and "1 images could not be read" in tables[0]
     shards = sorted((tmp_path / "one-cache").rglob("*.arrow"))
     for path in shards:
         same = tmp_path / "two-cache" / path.relative_to(tmp_path / "one-cache")
