@@ -13,9 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 import training.checkpoints
-from training.arguments import RunArguments
 from training.checkpoints import (
-    FREE_SETTINGS,
     STATE,
     SUMS,
     Checkpoints,
@@ -187,11 +185,6 @@ def test_every_difference_is_listed(tmp_path):
         "learning_rate: 0.001 there, 0.0001 now", "lora_alpha: None there, 0.5 now", "old: 2 there, None now",
         "data a train: '1' there, '3' now", "data c: None there, '4' now",
     ]  # fmt: skip
-
-
-def test_what_changes_no_weight_may_differ(tmp_path):
-    check_same_run(TrainerState(config=dict.fromkeys(FREE_SETTINGS, 1)), dict.fromkeys(FREE_SETTINGS, 2), {}, tmp_path)
-    assert RunArguments.__dataclass_fields__.keys() | RunArguments.gone.keys() >= FREE_SETTINGS
 
 
 def test_what_an_earlier_version_has_left_is_said_to_be_so(tmp_path):

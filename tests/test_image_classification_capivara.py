@@ -43,9 +43,6 @@ def zero_shot_logits(model, processor, prompts: list[list[str]], pixels) -> torc
     return model.logit_scale.exp() * torch.stack(columns, dim=1)
 
 
-# --- From zero-shot --------------------------------------------------------------------------------------------------
-
-
 def test_starts_as_the_zero_shot_classifier(classifier, tiny_model, tiny_processor, pixels, monkeypatch):
     """Also where labels stand for several texts, which go through in batches."""
     prompts = [[template.replace("{}", label) for template in TEMPLATES] for label in LABELS]
@@ -64,20 +61,6 @@ def test_starts_as_the_zero_shot_classifier(classifier, tiny_model, tiny_process
     assert several.config.label2id == {"cat": 0, "house": 1}
 
 
-def test_the_model_is_left_as_it_was(classifier, tiny_model, tiny_processor, pixels):
-    tiny_model.freeze_image_tower()
-    tiny_model.train()
-    before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
-    again = CapivaraForImageClassification.from_zero_shot(tiny_model, tiny_processor, LABELS, TEMPLATES)
-    torch.testing.assert_close(again(pixels).logits, classifier(pixels).logits)  # no dropout in the class embeddings
-    assert tiny_model.training and tiny_model.config.num_labels == 2
-    assert all(parameter.requires_grad for parameter in again.parameters())
-    with torch.no_grad():
-        for parameter in again.parameters():
-            parameter.zero_()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_model.state_dict().items())
-
-
 @pytest.mark.parametrize(
     ("labels", "templates", "message"),
     [
@@ -92,9 +75,6 @@ def test_the_model_is_left_as_it_was(classifier, tiny_model, tiny_processor, pix
 def test_errors_name_value_rule_and_way_out(tiny_model, tiny_processor, labels, templates, message):
     with pytest.raises(ValueError, match=message):
         CapivaraForImageClassification.from_zero_shot(tiny_model, tiny_processor, labels, templates)
-
-
-# --- Folders ---------------------------------------------------------------------------------------------------------
 
 
 def test_loads_from_a_folder_of_the_whole_model(tiny_folder, tiny_model, pixels):
@@ -120,9 +100,6 @@ def test_each_folder_names_its_own_class(tiny_model, tmp_path):
     assert type(AutoModelForImageClassification.from_pretrained(tmp_path / "3")) is CapivaraForImageClassification
 
 
-# --- Training --------------------------------------------------------------------------------------------------------
-
-
 def test_losses(classifier, pixels):
     """Of one label an image or several: the type of the labels chooses."""
     single, several = torch.tensor([0, 1, 2, 2, 1, 0]), torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1]] * 2).float()
@@ -131,8 +108,6 @@ def test_losses(classifier, pixels):
     classifier.config.problem_type = None
     loss = classifier(pixels, labels=several).loss
     torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(output.logits, several))
-    with pytest.raises(ValueError):
-        classifier(pixels, labels=several[:4])
     with pytest.raises(ValueError, match=r"pixel_values.*\(3, 32, 32\)"):
         classifier(pixels[0])
 
@@ -146,9 +121,6 @@ def test_gradients_reach_the_head_alone_where_the_tower_is_frozen(classifier, pi
     assert classifier.training and not classifier.vision_model.training
 
 
-# --- Precision and ways to call --------------------------------------------------------------------------------------
-
-
 def test_half_precision_keeps_the_head_in_float32(classifier, classifier_folder, pixels):
     expected = classifier(pixels).logits
     loaded = CapivaraForImageClassification.from_pretrained(classifier_folder, dtype=torch.bfloat16)
@@ -160,9 +132,6 @@ def test_half_precision_keeps_the_head_in_float32(classifier, classifier_folder,
         torch.testing.assert_close(actual, expected, atol=0.5, rtol=0)
     image = Image.new("RGB", (40, 37), (200, 30, 30))
     assert len(pipeline("image-classification", str(classifier_folder), dtype=torch.bfloat16)(image)) == 3
-
-
-# --- The worked example ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

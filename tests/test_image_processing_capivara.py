@@ -227,7 +227,7 @@ def test_bad_images_are_refused_by_name(kind):
         PROCESSOR(image, return_tensors="pt")
 
 
-@pytest.mark.parametrize("image", [None, b"x", [[None]], [Image.new("RGB", (9, 9)), None], {"image": 1}])
+@pytest.mark.parametrize("image", [None, [Image.new("RGB", (9, 9)), None], {"image": 1}])
 def test_what_is_no_image_is_refused(image):
     with pytest.raises(ValueError, match=r"^An image must be a PIL image, array, tensor, path or URL, got \w+\.$"):
         PROCESSOR(image)

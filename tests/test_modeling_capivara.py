@@ -6,7 +6,7 @@ from sampling import one_in
 from tiny import randomise, tiny_config
 
 from modeling_capivara import CapivaraConfig, CapivaraModel, clip_loss
-from modeling_capivara.modeling_capivara import _check_mask, mean_pooling
+from modeling_capivara.modeling_capivara import mean_pooling
 
 TEXTS = ["um gato", "uma foto de uma capivara azul", "a casa"]
 
@@ -194,9 +194,3 @@ def test_outputs_of_both_towers_reach_the_caller(tiny_model, batch):
     torch.testing.assert_close(torch.nn.functional.normalize(features, dim=-1), output.text_embeds)
     assert output.pooler_output is None, "of two modalities there is no one pooled output"
     assert [type(part) for part in output.to_tuple()] == [torch.Tensor] * 4 + [tuple] * 2
-
-
-def test_the_check_of_the_mask_waits_for_no_device():
-    """A meta tensor has no values: looking at one is what a GPU would be waited for."""
-    ids = torch.ones(2, 5, dtype=torch.long, device="meta")
-    _check_mask(ids, ids)

@@ -56,16 +56,6 @@ def test_names_and_templates_are_well_formed_and_in_the_order_of_the_labels(name
         assert len(set(prompts)) == len(prompts) == len(content["templates"]) and "{" not in "".join(prompts)
 
 
-def test_review_is_recorded():
-    review = json.loads((FOLDER / "pt" / "review.json").read_text(encoding="utf-8"))
-    assert set(review) == set(ORDERS) and sum(map(len, review.values())) > 50
-    for name, entries in review.items():
-        names = load_prompts(name)
-        for entry in entries:
-            assert names.names_en[entry["index"]] == entry["en"] and names.names[entry["index"]] == entry["kept"]
-            assert entry["why"]
-
-
 def test_articles_agree():
     forms, cat = ["{nome}", "{um}", "{o}", "{do}", "{no}"], {"pt": "gato", "gender": "m", "number": "s"}
     houses = {"pt": "casas", "gender": "f", "number": "p"}

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from eval.records.schema import Record, ResultFile, parse_result, read_object, read_records
-from eval.records.tables import conflicts, pairs_of, points, records_frame, retrieval_table, values_of
+from eval.records.tables import pairs_of, points, records_frame, values_of
 
 RECORD = Record(
     task="retrieval", dataset="d", split="test", language="pt", protocol="p", direction="text_to_image",
@@ -80,19 +80,8 @@ def test_seeds_are_one_value_in_their_order():
     assert single.deviation is None and single.chance == 0.25
 
 
-def test_two_values_of_one_figure_are_a_conflict():
-    frame = records_frame([file_of(RECORD), file_of(replace(RECORD, value=0.6), name="b.json")])
-    (row,) = conflicts(frame, "precision").itertuples()
-    assert (row.first_source, row.source) == ("a.json#/records/0", "b.json#/records/0")
-    assert conflicts(frame, "precision", same=0.2).empty
-    (value,) = values_of(frame, "precision")
-    assert value.mean == 0.5 and value.seeds == 1
-
-
-def test_a_gain_is_model_minus_baseline_and_the_table_has_a_row_a_model():
+def test_a_gain_is_model_minus_baseline():
     baseline = replace(RECORD, model="baseline", seed=None, value=0.4, model_folder="base")
     (pair,) = pairs_of(values_of(records_frame([file_of(baseline, RECORD)]), "folder"))
     assert pair["gain"] == pytest.approx(0.1) and points(pair["gain"]) == "+10.0" and not pair["doubts"]
     assert points(-0.0312) == "−3.1" and points(0.0001) == "0.0" and points(None) == "–"
-    rows = [line for line in retrieval_table([baseline, RECORD]).splitlines() if line.startswith("| pt")]
-    assert [row.split(" | ")[1] for row in rows] == ["Baseline", "CAPIVARA", "chance"] and " 40.0 " in rows[0]

@@ -149,18 +149,6 @@ def test_numbers_are_those_of_the_records(results, report):
     assert checked == 12 and len(groups) == 42
 
 
-def test_a_report_of_little_replaces_another(tmp_path):
-    """Neither half a character in a name ends it, nor what would be a formula."""
-    write_json(tmp_path / "r.json", {"schema_version": 2, "records": [BASELINE | {"dataset": "$d_1^ $"}]})
-    text = (tmp_path / "r.json").read_text(encoding="utf-8").replace("$d_1^ $", "$d_1^ $ \\ud800")
-    (tmp_path / "r.json").write_text(text, encoding="utf-8")
-    write_json(tmp_path / "report" / "old.png", {})
-    main([str(tmp_path), "--output", str(tmp_path / "report"), "--overwrite_output_dir"])
-    page = page_of(tmp_path / "report")
-    assert "$d_1^ $ ?" in page and "50.0" in page and "Best and worst" not in page
-    assert "Training" not in page and "Not read" not in page and not (tmp_path / "report" / "old.png").exists()
-
-
 # --- What is compared ------------------------------------------------------------------------------------------------
 
 

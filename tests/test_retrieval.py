@@ -153,8 +153,6 @@ def test_positions():
     captions = ["a", "b", "c"]
     found = {name: _chosen(captions, "captions-pt", name, 0) for name in ("all", "first", "even", "odd")}
     assert found == {"all": captions, "first": ["a"], "even": ["a", "c"], "odd": ["b"]}
-    with pytest.raises(ValueError, match="Row 7 has 1 captions, none at the positions 'odd'"):
-        _chosen(["a"], "captions-pt", "odd", 7)
 
 
 def test_bad_pictures_are_counted_and_listed_and_name_no_place_of_the_machine(

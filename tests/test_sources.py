@@ -130,9 +130,8 @@ def test_unusable_folders(tmp_path):
 
 
 def test_missing_column_and_empty_source(tmp_path):
-    source = tar_source(tmp_path, [member for i in range(3) for member in sample(i)])
     with pytest.raises(ValueError, match=r"has no column 'captions-xh'; there are \['image', 'captions-pt'\]"):
-        table_of(source, columns=["captions-xh"])
+        table_of(tar_source(tmp_path, sample(0)), columns=["captions-xh"])
     with pytest.raises(ValueError, match=r"x\.tar, split 'train' is empty"):
         tar_source(tmp_path, [("readme.txt", b"")])
     (tmp_path / "x.tar").write_bytes(b"garbage" * 1000)
@@ -201,12 +200,3 @@ def test_places_in_tars_are_no_images_of_another_data_set(tmp_path, form):
     opened = open_in_place if form == "parquet in place" else open_split
     with pytest.raises(ValueError, match=r"'image' are places in tars, which may have changed.*Name the tars"):
         opened(str(tmp_path / "shards" / "copy"), "train", "image")
-
-
-def test_an_image_of_a_tar_is_that_of_the_tar_that_was_named(tmp_path, monkeypatch):
-    """Also where the same relative path leads to another one from the data set's own folder."""
-    for folder, number in (("nest", 1), ("nest/nest", 2)):
-        write_tar(tmp_path / folder / "train-0.tar", sample(number))
-    monkeypatch.chdir(tmp_path)
-    split = open_split("nest/*.tar", "train", "image")
-    assert image_bytes(split.data[0]["image"], split.files) == PICTURES[1]

@@ -92,21 +92,16 @@ def test_every_benchmark_on_its_layout(models, data, tmp_path, capsys, monkeypat
     assert "| ELEVATER average | average |" in table and str(data) not in table + str(summary)
 
 
-def test_languages_of_what_is_named(models, data, tmp_path, capsys):
+def test_languages_of_what_is_named(models, data, tmp_path):
     """A benchmark that is named is run or listed, also where it has none of the languages; no other is heard of."""
-    more = ["--only", "xm3600", "xm3600-first", "flickr30k_200", "--languages", "pt", "hi"]
+    more = ["--only", "xm3600-first", "flickr30k_200", "--languages", "pt", "hi"]
     main(flags(tmp_path, *more, model=models / "base", data_dir=data))
     rows, measurements = rows_of(tmp_path), summary_of(tmp_path)["measurements"]
     assert {(m["benchmark"], m["language"], m["status"]) for m in measurements} == {
-        *((key, code, "measured") for key in ("xm3600", "xm3600-first") for code in ("pt", "hi")),
-        ("flickr30k_200", "por_Latn", "not run"),
-    }
-    assert "it is in por_Latn hin_Deva xho_Latn, and --languages asks for pt hi." in capsys.readouterr().out
-    counts = {key: read_records(tmp_path / f"{key}-pt-capivara-0.json")[0].n for key in ("xm3600", "xm3600-first")}
-    assert counts == {"xm3600": 2 * IMAGES, "xm3600-first": IMAGES}
+        *(("xm3600-first", code, "measured") for code in ("pt", "hi")), ("flickr30k_200", "por_Latn", "not run"),
+    }  # fmt: skip
     assert rows["xm3600-first", "pt", "text_to_image", "mean_recall"]["baseline"]["published"] == {"mean": 73.02}
     assert rows["xm3600-first", "hi", "text_to_image", "mean_recall"]["baseline"]["published"] is None
-    assert rows["xm3600", "hi", "image_to_text", "mean_recall"]["capivara"]["published"] is None
 
 
 def test_figures_of_another_base_are_its_own(models, data, tmp_path, capsys):
@@ -266,9 +261,8 @@ def test_what_is_like_for_like():
 
 
 PROGRAM = """
-import os, sys
+import sys
 from eval import embeddings, suite
-open("process" + os.environ["RANK"], "w").close()
 embeddings.IMAGES_PER_SHARD, embeddings.TEXTS_PER_SHARD = 4, 10
 suite.main(sys.argv[1:])
 """
@@ -298,11 +292,8 @@ def test_two_processes_give_the_bits_of_one(models, data, tmp_path, monkeypatch)
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("## The paper's benchmarks") == 1, "one process prints"
-    assert {path.name for path in tmp_path.glob("process*")} == {"process0", "process1"}
     for file in ("mnist-pt-capivara-0.json", "pracegover-pt-capivara-0.json"):
         assert read_records(tmp_path / "one" / file) == read_records(tmp_path / "two" / file)
-    shards = sorted((tmp_path / "one-cache").rglob("*.arrow"))
-    for path in shards:
-        same = tmp_path / "two-cache" / path.relative_to(tmp_path / "one-cache")
-        assert path.read_bytes() == same.read_bytes()
-    assert len(shards) > 6
+    shards = [{path.name: path.read_bytes() for path in (tmp_path / cache).rglob("*.arrow")}
+              for cache in ("one-cache", "two-cache")]  # fmt: skip
+    assert shards[0] == shards[1] and len(shards[0]) > 6

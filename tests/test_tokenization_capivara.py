@@ -57,12 +57,9 @@ def test_long_texts_have_open_clips_ids(xlmr):
 
 HOSTILE = {
     "nested entities behind mojibake": "Ã©&" + "amp;" * 10**6,
-    "nested at their end": "Ã©&amp" + "&semi" * 10**6 + ";",
-    "few levels": "Ã©&" + "amp;" * 7 + "â€™”“" * 10**6,
     "combining marks": "a" + "\u0301\u0323" * 10**6,
     "lines": "Ã©\n" * 10**6,
     "mojibake": mojibake(PORTUGUESE * 20_000),
-    "brackets": "<&" * 10**6,
 }
 
 

@@ -95,14 +95,12 @@ def test_the_saved_model_is_the_trained_one(finished, saved_tiny_folder, tiny_da
 
 
 def test_a_folder_that_the_run_needs_is_not_overwritten(tiny_folder, tiny_dataset_folder, tmp_path):
-    argv = flags(tiny_folder, tiny_dataset_folder, tiny_folder.parent, overwrite_output_dir="true")
-    assert "which would be replaced" in refused(argv)
-    assert load_model(tiny_folder)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.tar").touch()
-    argv = flags(tiny_folder, tmp_path / "data" / "*.tar", tmp_path / "data", overwrite_output_dir="true")
-    assert "which would be replaced" in refused(argv)
-    assert (tmp_path / "data" / "a.tar").is_file()
+    for dataset, output in ((tiny_dataset_folder, tiny_folder.parent), (tmp_path / "data/*.tar", tmp_path / "data")):
+        argv = flags(tiny_folder, dataset, output, overwrite_output_dir="true")
+        assert "which would be replaced" in refused(argv)
+    assert load_model(tiny_folder) and (tmp_path / "data" / "a.tar").is_file()
 
 
 def change_keys(path: Path) -> None:

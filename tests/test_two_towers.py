@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from modeling_capivara.two_towers import (
     freeze_image_side,
     image_embeds,
     load_embedder,
-    model_embedder,
     tokenise,
 )
 
@@ -116,17 +114,6 @@ def test_the_canonical_form_of_a_text_is_the_tokenizers(published, tmp_path):
         found = load_embedder(str(folder), "cpu").texts(texts)
         torch.testing.assert_close(torch.from_numpy(open_text_tower(folder).embed(texts)), found, rtol=0, atol=1e-5)
         assert torch.equal(found[0], found[1]) and not torch.allclose(found[1], found[2])
-
-
-def test_what_was_embedded_depends_on_the_canonical_form(tmp_path):
-    """Of the first SigLIP's tokenizer, sentencepiece's, which says it by a setting."""
-    MAKERS["siglip"](tmp_path)
-    model, processor = load_model(tmp_path), load_processor(tmp_path)
-    settings = {"get_vocab": lambda: {"a": 0}, "model_max_length": 64}
-    tokenizers = [SimpleNamespace(**settings, do_lower_case=lower) for lower in (True, False)]
-    processors = [SimpleNamespace(tokenizer=one, image_processor=processor.image_processor) for one in tokenizers]
-    first, second = (model_embedder("m", model, one, "float32") for one in processors)
-    assert first.fingerprint != second.fingerprint and first.image_fingerprint == second.image_fingerprint
 
 
 @pytest.mark.parametrize(
