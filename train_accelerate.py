@@ -23,7 +23,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
-from capivara_common.cli import run_command
+from capivara_common.cli import parse, run_command
 from capivara_common.environment import device_description, package_versions, processes, require, resolve_precision
 from capivara_common.files import RUN_MARKER, finish_folder, partial_folder, read_json, write_json, write_text
 from capivara_common.privacy import short_name
@@ -37,7 +37,7 @@ from hub_upload.origins import origins
 from hub_upload.push import check_access, publish_run
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import class_and_loss
-from training.arguments import RunArguments, parse_arguments
+from training.arguments import RunArguments
 from training.checkpoints import (
     Checkpoints,
     TrainerState,
@@ -56,7 +56,7 @@ logger = logging.getLogger("capivara")
 
 def main(argv: list[str] | None = None) -> Path:
     """Train, measure and save; returns the folder of the run."""
-    args = parse_arguments(argv, __doc__)
+    args = parse(RunArguments, __doc__, argv, config=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("accelerate", "httpx", "httpx2"):  # the client of the Hub would show every request
         logging.getLogger(name).setLevel(logging.WARNING)

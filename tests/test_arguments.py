@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from training.arguments import RunArguments, parse_arguments
+from capivara_common.cli import parse
+from training.arguments import RunArguments
 from training.trainable import BETAS, build_optimizer, learning_rate_at
 
 MINIMUM = ["--model", "m", "--dataset", "d"]
@@ -19,27 +20,26 @@ def config(tmp_path, text: str) -> list[str]:
 
 def arguments(**values):
     flags = [part for key, value in values.items() for part in (f"--{key}", str(value))]
-    return parse_arguments([*MINIMUM, *flags], "")
+    return parse(RunArguments, None, [*MINIMUM, *flags], config=True)
 
 
 @pytest.mark.parametrize("text", ["1e-4", "0.0001", "'1e-4'"])
 def test_a_number_is_a_number_however_yaml_reads_it_and_words_stay_words(tmp_path, text):
     lines = f"model: m\ndataset: d\nlearning_rate: {text}\nlanguage: no\nmixed_precision: no\nseed: 007\noutput_dir:\n"
-    args = parse_arguments([*config(tmp_path, lines), "--overwrite_output_dir", "true"], "")
+    args = parse(RunArguments, None, [*config(tmp_path, lines), "--overwrite_output_dir", "true"], config=True)
     assert (args.learning_rate, args.language, args.mixed_precision, args.seed) == (1e-4, "no", "no", 7)
     assert args.overwrite_output_dir is True and args.output_dir is None
 
 
 def test_defaults_are_the_paper_s_recipe():
-    args = parse_arguments(MINIMUM, "")
+    args = parse(RunArguments, None, MINIMUM, config=True)
     assert (args.effective_batch_size, args.max_steps, args.warmup_steps) == (2816, 5863, 500)
     assert (args.learning_rate, args.min_learning_rate, args.weight_decay) == (5e-7, 1e-7, 0.2)
     assert (BETAS, args.adam_epsilon) == ((0.9, 0.98), 1e-8)
 
 
 def test_settings_are_json_with_image_roots_and_all(tmp_path):
-    settings = parse_arguments([*MINIMUM, "--image_roots", str(tmp_path), "--output_dir", str(tmp_path / "o")], "")
-    settings = settings.to_dict()
+    settings = arguments(image_roots=tmp_path, output_dir=tmp_path / "o").to_dict()
     assert json.loads(json.dumps(settings)) == settings
     assert (settings["image_roots"], settings["output_dir"]) == ([str(tmp_path)], str(tmp_path / "o"))
 
@@ -60,13 +60,13 @@ def test_settings_are_json_with_image_roots_and_all(tmp_path):
 )
 def test_bad_config(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
-        parse_arguments(config(tmp_path, text), "")
+        parse(RunArguments, None, config(tmp_path, text), config=True)
 
 
 @pytest.mark.parametrize("flag", sorted(RunArguments.gone))
 def test_a_flag_of_before_is_answered_with_what_there_is(flag):
     with pytest.raises(ValueError, match=rf"^`--{flag}` is gone: [^\n]+\.$"):
-        parse_arguments([*MINIMUM, f"--{flag}", "1"], "")
+        parse(RunArguments, None, [*MINIMUM, f"--{flag}", "1"], config=True)
     assert flag not in RunArguments.__dataclass_fields__
 
 

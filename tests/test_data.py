@@ -5,8 +5,9 @@ import pytest
 from caption_tars import measured_of, training_of
 from datasets import DatasetDict, load_from_disk
 
+from capivara_common.cli import parse
 from caption_data.pairs import check_bad_share
-from training.arguments import parse_arguments
+from training.arguments import RunArguments
 from training.whole_batch import Planner, batch_counts, batch_indices, drawn_captions, drawn_views
 
 CAPTIONS = [[f"gato {i}", f"uma casa azul {i}"][: 1 + i % 2] for i in range(11)]
@@ -14,7 +15,7 @@ CAPTIONS = [[f"gato {i}", f"uma casa azul {i}"][: 1 + i % 2] for i in range(11)]
 
 def arguments(*datasets, **values):
     flags = [part for key, value in values.items() for part in (f"--{key}", str(value))]
-    return parse_arguments(["--model", "m", "--dataset", *map(str, datasets), *flags], "")
+    return parse(RunArguments, None, ["--model", "m", "--dataset", *map(str, datasets), *flags], config=True)
 
 
 def test_an_epoch_holds_every_image_at_most_once():

@@ -15,9 +15,9 @@ from torchvision.transforms import v2 as transforms
 
 import train_accelerate
 from benchmarks.recipe import OURS, read_variants
-from capivara_common.cli import read_config
+from capivara_common.cli import parse, read_config
 from modeling_capivara.loading import load_model, load_processor
-from training.arguments import parse_arguments
+from training.arguments import RunArguments
 from training.inputs import AUGMENTATION, augmented
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +41,7 @@ OPT = {
 @pytest.mark.parametrize(("name", "published"), [("capivara", FULL), ("capivara_opt", OPT)])
 def test_configs_hold_the_published_recipe(name, published):
     config = str(ROOT / "configs" / f"{name}.yaml")
-    args = parse_arguments(["--config", config, "--model", "m", "--dataset", "d"], "")
+    args = parse(RunArguments, None, ["--config", config, "--model", "m", "--dataset", "d"], config=True)
     assert {key: getattr(args, key) for key in PUBLISHED | published} == PUBLISHED | published
 
 

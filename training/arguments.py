@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from capivara_common.cli import at_least, between, flag, parse
+from capivara_common.cli import at_least, between, flag
 from capivara_common.image_files import DATASET_HELP, CaptionDataArguments
 from caption_data.rows import CaptionChoice
 
@@ -189,8 +189,3 @@ class RunArguments(Output, Optimisation, Batch, ModelAndData):
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         return json.loads(json.dumps(asdict(self), default=str))  # paths, also those in a list, are text
-
-
-def parse_arguments(argv: list[str] | None, description: str) -> RunArguments:
-    """Arguments out of `--config FILE.yaml` and flags, as `capivara_common.cli.parse` reads them."""
-    return parse(RunArguments, description, argv, config=True)
