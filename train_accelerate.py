@@ -10,14 +10,11 @@ over the file. An unfinished run lies in `<output_dir>.partial`; `--resume auto`
 
 import capivara_common.interrupt  # isort: skip # noqa: F401, first of all
 
-import copy
 import logging
 import os
 import time
 from collections import Counter
-from contextlib import nullcontext
 from datetime import timedelta
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
-from capivara_common.cli import run_command
+from capivara_common.cli import parse, run_command
 from capivara_common.environment import device_description, package_versions, processes, require, resolve_precision
 from capivara_common.files import RUN_MARKER, finish_folder, partial_folder, read_json, write_json, write_text
 from capivara_common.privacy import short_name
@@ -36,11 +33,11 @@ from eval.records.schema import SCHEMA_VERSION, write_records
 from eval.records.tables import retrieval_table
 from eval.retrieval import embed_captions, gain_records, retrieval_records
 from hub_upload.card import write_card
-from hub_upload.origins import origins, short_card
-from hub_upload.push import check_access, publish_checkpoint, publish_run
+from hub_upload.origins import origins
+from hub_upload.push import check_access, publish_run
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import class_and_loss
-from training.arguments import RunArguments, parse_arguments
+from training.arguments import RunArguments
 from training.checkpoints import (
     Checkpoints,
     TrainerState,
@@ -59,7 +56,7 @@ logger = logging.getLogger("capivara")
 
 def main(argv: list[str] | None = None) -> Path:
     """Train, measure and save; returns the folder of the run."""
-    args = parse_arguments(argv, __doc__)
+    args = parse(RunArguments, __doc__, argv, config=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("accelerate", "httpx", "httpx2"):  # the client of the Hub would show every request
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -105,17 +102,11 @@ def join_processes() -> PartialState:
 def create_accelerator(args: RunArguments, output_dir: Path) -> Accelerator:
     """Device, precision, processes and tracker of the run; nothing is written yet.
 
-    Raises ValueError where codecarbon does not know the country, ImportError where a package is not installed.
+    Raises ImportError where a package is not installed.
     """
     # `accelerate launch` starts a lone process with one thread.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(args.num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    if country := args.carbon_country:
-        require("--carbon_country", "carbon", "codecarbon")
-        from codecarbon.input import DataSource
-
-        if country not in DataSource().get_global_energy_mix_data():  # it would take the world's without a word
-            raise ValueError(f"carbon_country {country!r} is unknown to codecarbon: give a three-letter ISO code.")
     if args.lora_rank:
         require("--lora_rank", "lora", "peft")
     tracker = {}
@@ -137,33 +128,15 @@ def train(args: RunArguments, inputs: Inputs, checkpoints: Checkpoints, resume: 
     state = TrainerState(config=settings, data=inputs.fingerprints(args), threads=torch.get_num_threads())
     state.device = f"{device_description(accelerator.device)}, {accelerator.num_processes} processes"
     sources = origins(args.model, args.dataset, args.evaluation_dataset)
-
-    def publish_step(step: int) -> None:
-        def save(to: Path) -> None:  # merging changes the weights that are being trained: it is done to a copy
-            (merge_adapters(copy.deepcopy(wrapped)) if args.lora_rank else wrapped).save_pretrained(to)
-            inputs.processor.save_pretrained(to)
-            card = short_card(sources, f"CAPIVARA ({args.language}), step {step} of a run")
-            (to / "README.md").write_text(card, encoding="utf-8")
-
-        publish_checkpoint(save, checkpoints.folder, args.hub_model_id, step)
-
-    publish = publish_step if args.push_to_hub and args.hub_strategy == "checkpoint" else None
-    trainer = Trainer(args, inputs, model, wrapped, checkpoints, state, publish)
-    energy = nullcontext()
-    if args.carbon_country and accelerator.is_main_process:  # of its machine: one of several is not the whole
-        from codecarbon import OfflineEmissionsTracker
-
-        options = {"save_to_file": False, "log_level": "error"}
-        energy = OfflineEmissionsTracker(country_iso_code=args.carbon_country, **options)
-    with energy:
-        state = trainer.train(resume)
+    trainer = Trainer(args, inputs, model, wrapped, checkpoints, state)
+    state = trainer.train(resume)
     if accelerator.is_main_process:
         model = merge_adapters(wrapped, folder)
         if args.interpolate != 1:
             interpolate_weights(model, load_model(args.model).state_dict(), args.interpolate)
         model.save_pretrained(folder)
         inputs.processor.save_pretrained(folder)
-        write_run(args, model, state, inputs, sources, getattr(energy, "final_emissions_data", None), folder)
+        write_run(args, model, state, inputs, sources, folder)
     accelerator.wait_for_everyone()
 
 
@@ -206,25 +179,11 @@ def write_run(
     state: TrainerState,
     inputs: Inputs,
     origins: dict[str, Any],
-    used: Any,
     folder: Path,
 ) -> None:
-    """Write the curves of a training that is done, and `run.json`, all that it was.
-
-    `origins` are those of `hub_upload.origins`; `used` is codecarbon's `final_emissions_data`, or None.
-    """
+    """Write the curves of a training that is done, and `run.json`, all that it was; `origins` is of `hub_upload`."""
     plot_training_curves(state.curve, args.language, folder / "curves.png", words=args.language)
     pairs = state.step * args.effective_batch_size
-    energy = used and {
-        "kwh": used.energy_consumed,
-        "kg_co2e": used.emissions,
-        "hours": used.duration / 3600,
-        "country": args.carbon_country,
-        "cpu": used.cpu_model,
-        "gpu": used.gpu_model or None,
-        "covers": "this session of the run, on the machine of the main process",
-        "method": f"codecarbon {metadata.version('codecarbon')}, offline; estimated without a power meter",
-    }
     facts = {
         "schema_version": SCHEMA_VERSION,
         "config": args.to_dict(),
@@ -241,7 +200,6 @@ def write_run(
         "pairs": pairs,
         "seconds": {"training": state.seconds},  # with the measurements of the validation split in it
         "pairs_per_second": pairs / state.seconds,
-        "energy": energy or {},
         "curve": state.curve,
     }
     write_json(folder / "run.json", facts)

@@ -44,7 +44,6 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".heic", ".heif"),
 )
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # where none is named; cls is WebDataset's
-FORM_HELP = "images: a folder of pictures, whatever else lies in it; auto: what the files in it make of it."
 DATASET_HELP = (
     "Saved HF data set, folder or pattern of parquet files or WebDataset tars, folder of images with metadata.jsonl, "
     "or a Hub id."

@@ -17,7 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from capivara_common.image_files import LABEL_COLUMNS, MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
 from capivara_common.links import refuse_links_out
 from caption_data.rows import digest_of
-from caption_data.sources import Split, copied_bounds, form_hint, load_files, of_split, open_split, undecoded
+from caption_data.sources import Split, copied_bounds, load_files, of_split, open_split, undecoded
 
 SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # name of a folder -> split
 SPLIT_FOLDERS |= {"training": "train", "testing": "test"} | dict.fromkeys(("valid", "val", "dev"), "validation")
@@ -43,7 +43,6 @@ def load_images(
     image_column: str | None = None,
     label_column: str | None = None,
     indices: Sequence[int] | None = None,
-    form: str = "auto",
     image_roots: Sequence[Path] = (),
     max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> LabelledImages:
@@ -57,12 +56,18 @@ def load_images(
         image_column, label_column: found where None.
         indices: in `names_en`, of the classes that are distinguished; all where None. Images of others are left out
             (Babel-ImageNet names a part of ImageNet).
-        form: "auto", or "images" for a folder of pictures whatever else it holds.
 
     Raises:
         ValueError: split or column is missing, or the class names do not match; those that differ are named.
     """
-    opened = _opened(source, split, form, image_column or "image", image_roots, max_pixels)
+    path = Path(source)
+    tables = ("**/*.tar", "**/*.parquet", "**/metadata.jsonl", "dataset_dict.json")
+    if path.is_dir() and not any(file for pattern in tables for file in path.glob(pattern)):
+        column, files = image_column or "image", ImageFiles(copied_bounds(source, image_roots), max_pixels)
+        rows = load_files("imagefolder", _pictures(path, split), source)
+        opened = Split(source, split, column, undecoded(rows, column), files)
+    else:
+        opened = open_split(source, split, image_column or "image", image_roots, max_pixels)
     rows = opened.data
     if image_column is None:
         of_images = [name for name, feature in rows.features.items() if isinstance(feature, Image) or name == "image"]
@@ -91,22 +96,7 @@ def load_images(
     return LabelledImages(images, [classes[row] if isinstance(labels[row], list) else classes[row][0] for row in kept])
 
 
-def _opened(
-    source: str, split: str, form: str, image_column: str, image_roots: Sequence[Path], max_pixels: int
-) -> Split:
-    path = Path(source)
-    patterns = ("**/*.tar", "**/*.parquet", "**/metadata.jsonl", "dataset_dict.json")
-    if path.is_dir() and (form == "images" or not any(file for pattern in patterns for file in path.glob(pattern))):
-        rows = load_files("imagefolder", _pictures(path, split, form), source)
-        files = ImageFiles(copied_bounds(source, image_roots), max_pixels)
-        return Split(source, split, image_column, undecoded(rows, image_column), files)
-    try:
-        return open_split(source, split, image_column, image_roots, max_pixels)
-    except ValueError as error:
-        raise ValueError(f"{error}{form_hint(path)}") from error
-
-
-def _pictures(folder: Path, split: str, form: str) -> list[Path]:
+def _pictures(folder: Path, split: str) -> list[Path]:
     """The pictures of a folder, a sub-folder a class, below one of the split where its folders are named for splits.
 
     By name, neither hidden ones nor links that lead out: `datasets` would unpack an archive among them, and open
@@ -114,9 +104,7 @@ def _pictures(folder: Path, split: str, form: str) -> list[Path]:
     """
     refuse_links_out(folder)
     root, names = folder, [inner.name for inner in folder.iterdir() if inner.is_dir()]
-    if form == "images":
-        root = folder / split if split in names else folder
-    elif names and all(name.casefold() in SPLIT_FOLDERS for name in names):
+    if names and all(name.casefold() in SPLIT_FOLDERS for name in names):
         root = of_split({SPLIT_FOLDERS[name.casefold()]: folder / name for name in names}, str(folder), split)
     files = sorted(file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts)]

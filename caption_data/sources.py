@@ -41,7 +41,6 @@ from capivara_common.files import read_json
 from capivara_common.image_files import (
     MAX_DETAIL,
     MAX_IMAGE_PIXELS,
-    SUFFIXES,
     BadImage,
     ImageFiles,
     decode_image,
@@ -298,14 +297,6 @@ def copied_bounds(dataset: str, image_roots: Sequence[Path] = ()) -> Bounds:
     cached = Path(HF_HUB_CACHE) / f"datasets--{dataset.replace('/', '--')}"
     folder = Path(dataset) if Path(dataset).exists() else cached
     return Bounds(folder, [Path(datasets.config.EXTRACTED_DATASETS_PATH), *image_roots])
-
-
-def form_hint(folder: Path) -> str:
-    """A sentence for where a folder of pictures was taken for something else; empty where it was not."""
-    listed = not folder.is_dir() or any(folder.rglob("metadata.*"))  # its pictures are rows of the list
-    if listed or not any(file.suffix.lower() in SUFFIXES for file in folder.rglob("*")):
-        return ""
-    return " The folder holds pictures, too: --form images takes these, and leaves all else."
 
 
 def of_split(splits: dict[str, Any], dataset: str, split: str, rule: str = "") -> Any:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from capivara_common.cli import flag, run_command
 from capivara_common.environment import processes
 from capivara_common.files import check_output_file
-from capivara_common.image_files import FORM_HELP, LABEL_COLUMNS
+from capivara_common.image_files import LABEL_COLUMNS
 from caption_data.labelled_images import LabelledImages, load_images
 from eval.capivara_metrics import metrics
 from eval.embeddings import EmbeddingStore, ModelArguments, open_store, run_evaluation, write_result
@@ -39,6 +39,7 @@ CHANCE_DRAWS = 20  # of random scores
 class ImageArguments(ModelArguments):
     """What classification and linear probe have in common."""
 
+    gone = {"form": "a folder of pictures holds no table, list or tar; keep the pictures in a folder of their own"}
     model: str = flag(..., "Folder or Hub id of a model of two towers; open_clip's with --role baseline.")
     benchmark: str = flag(
         ...,
@@ -48,7 +49,6 @@ class ImageArguments(ModelArguments):
         ..., "Folder of a folder a class, a saved HF data set, parquet files, tars with classnames.txt, or a Hub id."
     )
     output: Path = flag(..., "JSON file for the result.")
-    form: Literal["auto", "images"] = flag("auto", FORM_HELP)
     image_column: str | None = flag(None, "Name of the image column; the only one of images where none is given.")
     label_column: str | None = flag(None, f"Name of the column of a label or a list of labels; one of {LABEL_COLUMNS}.")
 
@@ -68,7 +68,7 @@ def load_split(
 ) -> LabelledImages:
     """A split of the images of the arguments; `load_images` has the rest."""
     columns = (args.image_column, args.label_column)
-    return load_images(args.images, split, names_en, *columns, indices, args.form, **args.limits())
+    return load_images(args.images, split, names_en, *columns, indices, **args.limits())
 
 
 def class_embeddings(store: EmbeddingStore, prompts: Prompts) -> Tensor:

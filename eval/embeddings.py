@@ -180,7 +180,7 @@ class EmbeddingStore:
 
     def texts(self, texts: Sequence[str], description: str = "Texts") -> Tensor:
         """(texts, width), unit length, float32. Equal texts are embedded once."""
-        distinct = distinct_texts(texts)
+        distinct = sorted(set(texts), key=lambda text: (len(text), text))  # neighbours are padded to one length
 
         def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, Bad]:
             return self.embedder.texts(distinct[rows.start : rows.stop], 2 * self.batch_size, bar.update).numpy(), {}
@@ -208,11 +208,6 @@ class EmbeddingStore:
         table = cache.table()
         processes().wait_for_everyone()  # the temporary folder goes with the store of the main process
         return table
-
-
-def distinct_texts(texts: Sequence[str]) -> list[str]:
-    """The different ones, so that neighbours are padded to the same length."""
-    return sorted(set(texts), key=lambda text: (len(text), text))
 
 
 def open_store(args: ModelArguments) -> EmbeddingStore:

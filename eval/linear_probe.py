@@ -10,7 +10,6 @@ regression is fitted to both (ELEVATER, arXiv 2204.08790, section 4). Few-shot f
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import pandas
@@ -47,15 +46,7 @@ class LinearProbeArguments(ImageArguments):
             raise ValueError(f"shots and draws must be at least 1, got {self.shots} and {self.draws}.")
 
 
-class Features(NamedTuple):
-    """Embedded images (images, width) and their classes (images,)."""
-
-    embeds: np.ndarray
-    labels: np.ndarray
-
-    def subset(self, rows: np.ndarray) -> "Features":
-        """The features of some images."""
-        return Features(self.embeds[rows], self.labels[rows])
+Features = tuple[np.ndarray, np.ndarray]  # embedded images (images, width) and their classes (images,)
 
 
 def few_of_each(labels: np.ndarray, shots: int, generator: np.random.Generator) -> np.ndarray:
@@ -81,20 +72,20 @@ def probe_scores(
     That is the C of the highest accuracy, the strongest penalty of equal ones; 1 where there is nothing to choose on.
     ValueError where fewer than two classes occur in training.
     """
-    if len(np.unique(train.labels)) < 2:
+    if len(np.unique(train[1])) < 2:
         raise ValueError("A linear probe needs training images of at least two classes.")
     if validation is None:
-        both, fold = train, held_out(train.labels, generator)
+        both, fold = train, held_out(train[1], generator)
     else:
-        both = Features(*map(np.concatenate, zip(train, validation, strict=True)))
-        fold = np.repeat([-1, 0], [len(train.labels), len(validation.labels)])
+        both = tuple(map(np.concatenate, zip(train, validation, strict=True)))
+        fold = np.repeat([-1, 0], [len(train[1]), len(validation[1])])
     regression = LogisticRegression(max_iter=MAX_ITERATIONS)
-    chooses = 0 in fold and len(np.unique(both.labels[fold < 0])) > 1
+    chooses = 0 in fold and len(np.unique(both[1][fold < 0])) > 1
     if chooses:  # and fits the best again, to both
         regression = GridSearchCV(regression, {"C": PENALTIES.tolist()}, cv=PredefinedSplit(fold))
     regression.fit(*both)
-    scores = torch.full((len(test.labels), classes), -1e9, dtype=torch.double)  # a class that was never seen
-    decision = regression.decision_function(test.embeds)
+    scores = torch.full((len(test[1]), classes), -1e9, dtype=torch.double)  # a class that was never seen
+    decision = regression.decision_function(test[0])
     decision = np.stack([-decision, decision], axis=1) if decision.ndim == 1 else decision
     scores[:, torch.as_tensor(regression.classes_)] = torch.from_numpy(decision).double()
     return scores, float(regression.best_params_["C"]) if chooses else 1.0
@@ -121,18 +112,19 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
     features, skipped = [], {}
     for name, data in loaded.items():
         images = store.images(data.images, f"Images, {name}")
-        features.append(Features(images.embeds.numpy(), np.array(data.labels)[images.rows.numpy()]))
+        features.append((images.embeds.numpy(), np.array(data.labels)[images.rows.numpy()]))
         skipped |= {f"{name} {row}": why for row, why in images.skipped.items()}
     if not processes().is_main_process:
         return []
     train, test, validation = (*features, None)[:3]
-    records, chosen, labels, classes = [], {}, test.labels.tolist(), len(prompts.names)
+    records, chosen, labels, classes = [], {}, test[1].tolist(), len(prompts.names)
     for shots in args.shots or [None]:
         name = f"{shots}-shot" if shots else "full"
         results, chosen[name] = [], []
         for draw in tqdm(range(args.draws if shots else 1), desc=f"Regression, {name}", unit="draw"):
             generator = np.random.default_rng([args.seed, draw, shots or 0])
-            part = train.subset(few_of_each(train.labels, shots, generator)) if shots else train
+            rows = few_of_each(train[1], shots, generator) if shots else slice(None)
+            part = train[0][rows], train[1][rows]
             scores, penalty = probe_scores(part, validation if not shots else None, test, classes, generator)
             results.append(classification_metrics(scores, labels, prompts.metric))
             chosen[name].append(penalty)

@@ -25,12 +25,10 @@ from capivara_common.privacy import hide_paths
 from eval.benchmarks import published_base
 from eval.records.plots import plot_bars, plot_training_curves
 from eval.records.schema import (
-    DIRECTIONS,
     GAIN,
     SCHEMA_VERSION,
     TASKS,
     ResultFile,
-    is_number,
     parse_result,
     read_object,
 )
@@ -81,7 +79,6 @@ def read_folder(folder: Path) -> Found:
             if "records" in content:
                 found.results.append(parse_result(content, name))
             elif "curve" in content:
-                _check_curve(content["curve"])
                 found.runs.append((name, content))
             elif not (path.parent / "config.json").is_file():  # a model's folder: its configuration and tokenizer
                 raise ValueError("holds neither records of a measurement nor the curve of a training run")
@@ -107,9 +104,12 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Found:
         blocks = [_block(rows, found, folder) for rows in tables_of(records_frame(found.results))]
         runs = []
         for name, run in found.runs:
-            language = str(run["config"].get("language")) if isinstance(run.get("config"), dict) else ""
-            curve = run["curve"], language if language.isalpha() else "unknown"
-            curves = _draw(f"curves {name}", found, folder, plot_training_curves, *curve)
+            try:
+                curve = plot_training_curves, run["curve"], run["config"]["language"]
+                curves = _draw(f"curves {name}", found, folder, *curve)
+            except (TypeError, KeyError, ValueError, AttributeError) as error:
+                found.faults.append((name, f"has a curve of another form: {one_line(repr(error), 80)}"))
+                continue
             sheets, title = [Path(name).with_name(SHEET)], "Test captions with the pictures found for them"
             runs.append((name, run, [curves, *_copies(sheets, title, found, folder)]))
         strict.globals = {"points": points, "line": lambda text: one_line(hide_paths(str(text)), 300)}
@@ -124,20 +124,6 @@ def tables_of(frame: pandas.DataFrame) -> list[pandas.DataFrame]:
     dataset = frame["dataset"].where(frame["task"] == "retrieval", "")
     order = [frame["task"].map(TASKS.index), frame["language"] != "pt", dataset, "split", "language", "dim", "protocol"]
     return [rows for _, rows in frame.groupby(order)]
-
-
-def _check_curve(curve: Any) -> None:
-    """Raise ValueError unless `curve` has the form that `plot_training_curves` draws."""
-    try:
-        trained = [(point["loss"], point["learning_rate"]) for point in curve if "loss" in point]
-        measured = [[point["validation"][way] for way in DIRECTIONS] for point in curve if "validation" in point]
-        wrong = [n for of in ([p["step"] for p in curve], *trained, *measured) for n in of if not is_number(n)]
-    except (TypeError, KeyError) as error:
-        wrong, trained = [error], True
-    if wrong:
-        raise ValueError(f"has a curve with an entry of another form: {one_line(repr(wrong[0]), 80)}")
-    if not trained:
-        raise ValueError("has a curve without a step of training")
 
 
 def _block(rows: pandas.DataFrame, found: Found, output: Path) -> dict[str, Any]:

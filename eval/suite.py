@@ -5,12 +5,10 @@ r"""The paper's benchmarks in one command, beside its published figures; what is
     python -m eval.suite elevater --runs runs/a runs/b runs/c --protocol authors --authors_file portuguese_prompts.py
     python -m eval.suite beyond --model capivara --only xm3600 --languages pt hi --data_dir data/benchmarks
 
-The suite "paper" has all benchmarks, with those beyond the paper (XM3600, Flickr30k-200, Babel-ImageNet); elevater,
-beyond, retrieval and classification are parts of it. Data are looked for in --data_dir under the benchmark's key, and
-on the Hub where its id is known; the benchmark's file in eval/benchmarks says in which layout (`local_layout`).
-
-The same command continues an interrupted suite: what was embedded is taken from --cache_dir, and only the figures are
-computed again. Give every protocol an output folder of its own.
+The suite "paper" has all benchmarks, with those beyond it (XM3600, Flickr30k-200, Babel-ImageNet); the others are parts
+of it. Data are looked for in --data_dir under the benchmark's key, and on the Hub where its id is known; its file
+in eval/benchmarks says in which layout (`local_layout`). The same command continues an interrupted suite: what was
+embedded is taken from --cache_dir. Give every protocol an output folder of its own.
 """
 
 import math

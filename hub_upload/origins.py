@@ -6,16 +6,14 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
 from capivara_common.privacy import short_name
-from hub_upload.card_values import TEMPLATES, escaped
 from modeling_capivara.loading import card_metadata
 
 # Licences that let what is made of several works carry the licence of the other ones, their notices kept.
 PERMISSIVE = {"apache-2.0", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0", "isc", "mit", "ncsa", "pddl"}
 PERMISSIVE |= {"postgresql", "unlicense", "zlib"}
-SHORT_CARD = TEMPLATES / "short_card.md.j2"
 
 
 def origins(model: str, datasets: Sequence[str], evaluation_dataset: str) -> dict[str, Any]:
@@ -62,16 +60,6 @@ def origin(name: str, repo_type: str) -> dict[str, Any]:
         "licenses": _texts(card.get("license")),
         "attribution": str(card["attribution"]) if card.get("attribution") else None,
     }
-
-
-def short_card(sources: dict[str, Any], title: str) -> str:
-    """A card that states base, licence and credits, `sources` of `origins`: of a model that nobody has measured."""
-    base, works = sources["model"], [sources["model"], *sources["datasets"]]
-    models = [base["hub_id"]] if base["hub_id"] else base["base_model"] or None
-    said = [{key: escaped(work[key] or "") for key in ("title", "attribution")} for work in works]
-    said = [of | {"licences": escaped(", ".join(work["licenses"]))} for of, work in zip(said, works, strict=True)]
-    data = ModelCardData(license=sources["license"], library_name="transformers", base_model=models)
-    return str(ModelCard.from_template(data, template_path=str(SHORT_CARD), title=escaped(title), works=said))
 
 
 @cache  # a data set that is trained on is often measured on, too

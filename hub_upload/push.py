@@ -24,7 +24,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 
 import yaml
@@ -74,7 +73,6 @@ REFUSALS = {
     "trouble": "The Hub is in trouble or takes no more requests ({status}): {said}. Run the same command again later.",
 }
 REPOSITORY = "repository"  # folder in that of the run, until it is on the Hub
-CHECKPOINTS = "checkpoints"  # branch
 FORMATS = ("transformers", "open_clip", "sentence_transformers")  # onnx takes minutes, and packages of its own
 readable = partial(tqdm.format_sizeof, suffix="B")  # bytes in words, of a thousand each, such as "1.46GB"
 logger = logging.getLogger("capivara")
@@ -502,26 +500,6 @@ def publish_run(run: Path, repo_id: str, private: bool = False, card_language: s
         return False
     shutil.rmtree(repository, ignore_errors=True)
     logger.info("Pushed to %s.", _name(url)) if url else logger.info("%s has all of it already.", repo_id)
-    return True
-
-
-def publish_checkpoint(save: Callable[[Path], None], folder: Path, repo_id: str, step: int) -> bool:
-    """Push the model as it is after a step to the branch `checkpoints`; whether the Hub has it now.
-
-    `save` writes a model folder; `folder` is for temporary files, twice the size of the model.
-    """
-    from hub_upload.export import export
-
-    try:
-        with TemporaryDirectory(dir=folder, prefix="tmp-hub-") as temporary:
-            model, repository = Path(temporary, "model"), Path(temporary, REPOSITORY)
-            save(model)
-            export(model, repository, ("transformers",))
-            push(plan(PushArguments(repository, repo_id, revision=CHECKPOINTS, message=f"Step {step}")))
-    except Exception as error:  # of whatever kind: the run matters more
-        logger.warning("Step %s was not pushed to %s: %s Training continues.", step, repo_id, _said(error))
-        return False
-    logger.info("Pushed step %s to the branch %s of %s.", step, CHECKPOINTS, repo_id)
     return True
 
 

@@ -86,14 +86,9 @@ class CapivaraPreTrainedModel(PreTrainedModel):
     ) -> tuple | BaseModelOutputWithPooling:
         """Image tower and projection of `pixel_values`, (images, 3, height, width).
 
-        `truncate_dim` keeps the first so many numbers of each embedding; see `matryoshka_dims` of the configuration.
-
-        Returns:
-            The tower's output; `pooler_output` is (images, truncate_dim or projection_dim), projected, not normalised.
-
-        Raises:
-            ValueError: `pixel_values` is no batch of images, the tower has no pooled output, or `truncate_dim` is below
-                1 or above `projection_dim`.
+        `truncate_dim` keeps the first so many numbers of each embedding; see `matryoshka_dims` of the configuration. Of
+        the tower's output `pooler_output` is (images, truncate_dim or projection_dim), projected, not normalised.
+        ValueError for no batch of images, or a `truncate_dim` below 1 or above `projection_dim`.
         """
         check_truncate_dim(truncate_dim, self.config.projection_dim)
         outputs = self._image_outputs(pixel_values, **kwargs)
@@ -185,14 +180,9 @@ class CapivaraModel(CapivaraPreTrainedModel):
         truncate_dim: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
-        """Text tower and projection; the arguments are those of `forward`, and `truncate_dim` of `get_image_features`.
+        """Text tower and projection; arguments as of `forward`, `truncate_dim` and result as of `get_image_features`.
 
-        Returns:
-            The tower's output; `pooler_output` is (texts, truncate_dim or projection_dim), projected, not normalised.
-
-        Raises:
-            ValueError: a row has no token that the mask keeps, a shape is wrong, or `truncate_dim` is below 1 or above
-                `projection_dim`.
+        Raises ValueError where a row has no token that the mask keeps, a shape or `truncate_dim` is wrong.
         """
         check_truncate_dim(truncate_dim, self.config.projection_dim)
         outputs = self._text_outputs(input_ids, attention_mask, **kwargs)

@@ -8,15 +8,12 @@ import re
 from collections.abc import Iterable
 
 import ftfy
-from ftfy.fixes import unescape_html
 
 CONTEXT_LENGTH = 77  # tokens, begin and end included; open_clip's default, kept by CAPIVARA
 # What is read of a text, its long blanks counted as short ones. 77 tokens need a quarter of it even where every letter
-# is written as an entity, and ftfy's time grows with the square of the length, and by the line.
+# is written as an entity, and ftfy's time grows with the square of the length: half a second for entities in entities.
 MAX_CHARACTERS, MAX_LINES = 4096, 512
 LONG_BLANK = re.compile(r"\s{6,}")
-MANY_ENTITY_SIGNS = 8  # ftfy may need a round for each; with more of them the rounds are counted here
-NESTED_LEVELS = 4  # entities within entities that are resolved one a round, as ftfy does; the deeper ones all in one
 
 
 def repair_text(text: str) -> str:
@@ -28,54 +25,18 @@ def repair_text(text: str) -> str:
     checked_texts([text])
     if len(text) > MAX_CHARACTERS or text.count("\n") > MAX_LINES:
         text = _beginning(text)
-    return " ".join(html.unescape(html.unescape(_fixed(text))).split())
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
 def _beginning(text: str) -> str:
-    """The first characters and lines of `text` with short blanks, up to the limits."""
-    short = ""
-    for start in range(0, len(text), MAX_CHARACTERS):
-        short = LONG_BLANK.sub(_short_blank, short + text[start : start + MAX_CHARACTERS])
-        if len(short) > MAX_CHARACTERS:
-            break
+    """The first characters and lines of `text`, its long blanks cut to their ends and a line break, if any."""
+    short = LONG_BLANK.sub(lambda blank: blank[0][:2] + "\n" * ("\n" in blank[0]) + blank[0][-2:], text)
     kept = "\n".join(short[:MAX_CHARACTERS].split("\n")[:MAX_LINES])
     if kept == short:
         return short
     # Cut behind an ASCII character, where there is one: half a letter of mojibake would hide what the line is.
     ends = range(len(kept), max(len(kept) - 256, 0), -1)
     return kept[: next((end for end in ends if kept[end - 1].isascii()), len(kept))]
-
-
-def _short_blank(blank: re.Match) -> str:
-    """What ftfy sees of a long blank: its ends, and whether it has a line break."""
-    return blank[0][:2] + "\n" * ("\n" in blank[0]) + blank[0][-2:]
-
-
-def _fixed(text: str) -> str:
-    """`ftfy.fix_text` in a bounded number of rounds; its own are as many as entities are nested, a quadratic time."""
-    if sum(map(text.count, "&;＆；")) <= MANY_ENTITY_SIGNS:
-        return ftfy.fix_text(text)
-    bracket = text.find("<")  # from its line on, ftfy leaves entities alone
-    end = len(text) if bracket < 0 else text.rfind("\n", 0, bracket) + 1
-    return "".join(map(_fixed_line, re.split("(?<=\n)", text[:end]))) + ftfy.fix_text(text[end:])
-
-
-def _fixed_line(line: str) -> str:
-    for unescape in (*[unescape_html] * NESTED_LEVELS, _unescape_nested):
-        before, line = line, ftfy.fix_text_segment(unescape(line), unescape_html=False)
-        if line == before:
-            break
-    return line
-
-
-def _unescape_nested(text: str) -> str:
-    """ftfy's `unescape_html`, all levels in one go."""
-    done = ""
-    for part in re.split("(?<=;)", text):
-        done += part
-        while (start := done.rfind("&", -27)) >= 0 and (resolved := unescape_html(done[start:])) != done[start:]:
-            done = done[:start] + resolved
-    return done
 
 
 def checked_texts(text: str | Iterable[str]) -> str | list[str]:

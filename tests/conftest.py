@@ -83,18 +83,12 @@ def tiny_dataset_folder(tmp_path_factory):
     def split(number: int, seed: int) -> Dataset:
         generator = np.random.default_rng(seed)
         names = [list(colours)[i % len(colours)] for i in range(number)]
-        images = [
-            PIL.Image.fromarray((generator.random((40, 36, 3)) * 60 + 0.7 * np.array(colours[name])).astype(np.uint8))
-            for name in names
-        ]
-        return Dataset.from_dict(
-            {
-                "image": images,
-                "captions-pt": [[f"foto {i} azul {name}", f"{name} {i}"][: 1 + i % 2] for i, name in enumerate(names)],
-                "captions-en": [[f"the {name} {i}"] for i, name in enumerate(names)],
-            },
-            features=features,
-        )
+        pixels = [generator.random((40, 36, 3)) * 60 + 0.7 * np.array(colours[name]) for name in names]
+        portuguese = [[f"foto {i} azul {name}", f"{name} {i}"][: 1 + i % 2] for i, name in enumerate(names)]
+        english = [[f"the {name} {i}"] for i, name in enumerate(names)]
+        images = [PIL.Image.fromarray(one.astype(np.uint8)) for one in pixels]
+        rows = {"image": images, "captions-pt": portuguese, "captions-en": english}
+        return Dataset.from_dict(rows, features=features)
 
     folder = tmp_path_factory.mktemp("data") / "squares"
     DatasetDict(train=split(12, 0), validation=split(6, 1), test=split(8, 2)).save_to_disk(folder)

@@ -1,8 +1,7 @@
 """Mutate one line at a time, and see whether the fast tests catch it.
 
-    python tests/mutations.py                                # all of tests/mutations.yaml, in copies of this tree
-    python tests/mutations.py --tests OTHER_TREE/tests       # the same faults with the tests of another tree
-    python tests/mutations.py --only training                # those whose file starts so
+    python tests/mutations.py                    # all of tests/mutations.yaml, in copies of this tree
+    python tests/mutations.py --only training    # those whose file starts so
 
 Each mutation names a file, a text that stands in it once, what stands there instead, and the test files that must
 fail. Their processes are forks of this one, which has imported the packages that take long. The exit code is 1 where
@@ -30,13 +29,12 @@ LARGE = ("torch", "transformers", "transformers.pipelines", "transformers.traine
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--only", default="", help="start of the files to mutate")
-    flags.add_argument("--tests", type=Path, default=ROOT / "tests", help="folder of the tests to run")
     args = flags.parse_args()
     mutations = [
         m for m in yaml.safe_load((ROOT / "tests/mutations.yaml").read_text()) if m["file"].startswith(args.only)
     ]
-    if not mutations or not args.tests.is_dir():
-        sys.exit(f"error: no mutation's file starts with {args.only!r}, or {args.tests} is no folder.")
+    if not mutations:
+        sys.exit(f"error: no mutation's file starts with {args.only!r}.")
     for mutation in mutations:
         if (count := (ROOT / mutation["file"]).read_text(encoding="utf-8").count(mutation["find"])) != 1:
             sys.exit(f"error: {mutation['file']} holds {mutation['find']!r} {count} times, expected once.")
@@ -45,20 +43,19 @@ def main() -> None:
         importlib.import_module(name)
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
-        copy_tree(tree, args.tests.resolve())
+        copy_tree(tree)
         results = [is_caught(tree, mutation) for mutation in mutations]
     print(f"{sum(results)} of {len(results)} caught")
     sys.exit(not all(results))
 
 
-def copy_tree(tree: Path, tests: Path) -> None:
-    """Tracked files of this tree, with the given tests."""
-    names = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True).split("\0")
-    for name in filter(None, names):
+def copy_tree(tree: Path) -> None:
+    """Files of this tree, whether committed yet or not."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.check_output(listed, cwd=ROOT, text=True).split("\0")
+    for name in (name for name in names if (ROOT / name).is_file()):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, tree / name)
-    shutil.rmtree(tree / "tests")
-    shutil.copytree(tests, tree / "tests")
 
 
 def is_caught(tree: Path, mutation: dict) -> bool:

@@ -9,7 +9,7 @@ from card_run import change, split_card, trained_run
 
 from hub_upload.card import check, write_card
 from hub_upload.card_values import code, escaped
-from hub_upload.origins import inherited_license, origin, origins, short_card
+from hub_upload.origins import inherited_license, origin
 
 HOSTILE = (
     "</table><script>alert(1)</script>",
@@ -136,15 +136,3 @@ def test_where_base_and_data_come_from(tmp_path):
     assert origin("/srv/ana/data", "dataset")["name"] == "data", "nothing of a person's folder is published"
     assert origin("../ana/data", "dataset")["name"] == "data"
     assert origin(f"{Path.cwd()}/data/openmoji/base", "model")["name"] == "openmoji/base"
-
-
-def test_the_short_card_names_base_licences_and_credits(tmp_path):
-    for name, front in {"base": "base_model: owner/base\nlicense: mit", "data": "license: cc-by-sa-4.0"}.items():
-        (tmp_path / name).mkdir()
-        credit = "attribution: by <b>Ana</b>" if name == "data" else ""
-        (tmp_path / name / "README.md").write_text(f"---\n{front}\n{credit}\n---\n\n# A {name}\n", encoding="utf-8")
-    sources = origins(str(tmp_path / "base"), [str(tmp_path / "data")], str(tmp_path / "data"))
-    front_matter, body = split_card(short_card(sources, "Mine, step 3"))
-    assert front_matter["base_model"] == ["owner/base"] and front_matter["license"] == "cc-by-sa-4.0"
-    assert "# Mine, step 3" in body and "- A base: mit" in body and "- A data: cc-by-sa-4.0" in body
-    assert "- by &lt;b&gt;Ana&lt;/b&gt;" in body

@@ -5,6 +5,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,9 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 import training.checkpoints
-from training.arguments import RunArguments
 from training.checkpoints import (
-    FREE_SETTINGS,
     STATE,
     SUMS,
     Checkpoints,
@@ -61,11 +60,10 @@ def test_what_is_loaded_is_what_was_saved(checkpoints):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in checkpoints.model.state_dict().items())
 
 
-BEST = [(1, [0] * 5, [5]), (2, [0] * 5, [4, 5]), (9, [0] * 5, [1, 2, 3, 4, 5]), (1, [0, 2, 2, 2, 2], [2, 5])]
-BEST += [(2, [0, 0, 0, 4, 4], [4, 5]), (1, [1, 1, 3, 3], [3, 4])]
-
-
-@pytest.mark.parametrize(("keep_last", "best", "kept"), BEST)
+@pytest.mark.parametrize(
+    ("keep_last", "best", "kept"),
+    [(2, [0] * 5, [4, 5]), (9, [0] * 5, [1, 2, 3, 4, 5]), (1, [0, 2, 2, 2, 2], [2, 5]), (1, [1, 1, 3, 3], [3, 4])],
+)
 def test_the_last_ones_and_the_best_are_kept(checkpoints, keep_last, best, kept):
     """`best` is the best step of so far, at each step; 0 before there is one."""
     checkpoints.keep_last = keep_last
@@ -79,16 +77,10 @@ def test_the_last_ones_and_the_best_are_kept(checkpoints, keep_last, best, kept)
 def test_a_failed_save_leaves_the_one_before(checkpoints, monkeypatch, error):
     checkpoints.keep_last = 1
     checkpoints.save(TrainerState(1))
-
-    def fail(*args):
-        raise error
-
-    monkeypatch.setattr(training.checkpoints, "write_json", fail)
-    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else OSError) as raised:
+    monkeypatch.setattr(training.checkpoints, "write_json", Mock(side_effect=error))
+    with pytest.raises((KeyboardInterrupt, OSError), match=r"^$|The earlier ones are whole; go on with --resume auto"):
         checkpoints.save(TrainerState(2))
     assert names(checkpoints) == ["step-00000001"]
-    if not isinstance(error, KeyboardInterrupt):
-        assert f"{error}. The earlier ones are whole; go on with --resume auto" in str(raised.value)
 
 
 class Malicious:
@@ -130,18 +122,13 @@ def flipped(path: Path, place: int, mask: int = 1) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", STATE, SUMS])
 def test_a_flipped_byte_is_not_loaded(checkpoints, name):
     checkpoints.save(TrainerState(1))
-    before = {key: tensor.clone() for key, tensor in checkpoints.model.state_dict().items()}
     one_step(checkpoints)
-    moved = {key: tensor.clone() for key, tensor in checkpoints.model.state_dict().items()}
+    moved = checkpoints.model.weight.clone()
     path = checkpoints.path(1) / name
-    middle = path.stat().st_size // 2
-    flipped(path, middle)
+    flipped(path, path.stat().st_size // 2)
     with pytest.raises(ValueError, match=rf"step-00000001 can't be loaded: .*{name}.* earlier one"):
         checkpoints.load(checkpoints.path(1), TrainerState())
-    assert all(torch.equal(tensor, moved[key]) for key, tensor in checkpoints.model.state_dict().items())
-    flipped(path, middle)
-    checkpoints.load(checkpoints.path(1), TrainerState())
-    assert all(torch.equal(tensor, before[key]) for key, tensor in checkpoints.model.state_dict().items())
+    assert torch.equal(checkpoints.model.weight, moved)
 
 
 def not_listed(folder: Path) -> None:
@@ -174,11 +161,10 @@ def test_a_changed_folder_is_named_unless_a_stray_file_is_not_loaded(checkpoints
         checkpoints.load(checkpoints.path(1), TrainerState())
 
 
-STATES = ["", "null", '{"step": "x"}', '{"step": true}', '{"step"', '{"step": 1, "curve": {}}', "[" * 1000 + "]" * 1000]
-STATES += ['{"step": 1, "curve": [], "config": {}, "data": {}, "colour": "blue"}']
+COLOUR = '{"step": 1, "curve": [], "config": {}, "data": {}, "colour": "blue"}'
 
 
-@pytest.mark.parametrize("content", STATES)
+@pytest.mark.parametrize("content", ["", '{"step": true}', '{"step": 1, "curve": {}}', "[" * 1000 + "]" * 1000, COLOUR])
 def test_a_state_that_is_none_is_one_line_that_names_it(tmp_path, content):
     with pytest.raises(ValueError, match=r"is no checkpoint of a run: it has no trainer\.json"):
         read_state(tmp_path)
@@ -191,35 +177,18 @@ def test_a_state_that_is_none_is_one_line_that_names_it(tmp_path, content):
 def test_every_difference_is_listed(tmp_path):
     config, data = {"learning_rate": 1e-3, "old": 2, "optimizer": "adam"}, {"a train": "1", "b": "2"}
     there = TrainerState(config=config, data=data)
-    check_same_run(there, dict(config), dict(data), tmp_path)
     check_same_run(there, {**config, "lora_alpha": 8.0}, data, tmp_path)  # a new setting had its default
     now = {"learning_rate": 1e-4, "lora_alpha": 0.5, "optimizer": "adam"}
     with pytest.raises(ValueError) as raised:
         check_same_run(there, now, {"a train": "3", "b": "2", "c": "4"}, tmp_path)
-    message = str(raised.value)
-    for part in (
+    assert str(raised.value).partition(". ")[2].partition(". ")[0].split("; ") == [
         "learning_rate: 0.001 there, 0.0001 now", "lora_alpha: None there, 0.5 now", "old: 2 there, None now",
-        "data a train: '1' there, '3' now", "data c: None there, '4' now", str(tmp_path),
-    ):  # fmt: skip
-        assert part in message
-    assert "optimizer" not in message and "data b" not in message
+        "data a train: '1' there, '3' now", "data c: None there, '4' now",
+    ]  # fmt: skip
 
 
-def test_what_changes_no_weight_may_differ(tmp_path):
-    check_same_run(TrainerState(config=dict.fromkeys(FREE_SETTINGS, 1)), dict.fromkeys(FREE_SETTINGS, 2), {}, tmp_path)
-    fields = set(RunArguments.__dataclass_fields__)
-    assert fields >= FREE_SETTINGS, f"no such settings: {FREE_SETTINGS - fields}"
-    assert not FREE_SETTINGS & {"seed", "micro_batch_size", "learning_rate", "max_steps", "language"}
-
-
-def test_a_checkpoint_of_an_earlier_version_names_the_commit_to_use(tmp_path):
-    message = r"^[^\n]*is of an earlier version of the program[^\n]*commit a876dd5[^\n]*$"
-    for setting in ({"towers": "text"}, {"adam_beta2": 0.98}):
-        with pytest.raises(ValueError, match=message):
-            check_same_run(TrainerState(config={"seed": 1, **setting}), {"seed": 1}, {}, tmp_path)
-
-
-def test_a_finished_run_has_its_data_and_one_of_an_earlier_version_is_said_to_be_complete(tmp_path):
+def test_a_finished_run_has_its_data_and_one_of_an_earlier_version_is_said_to_be_so(tmp_path):
+    """With the commit to use, and that the model of a complete one lies there."""
     finished = {"config": {"seed": 1}, "dataset_fingerprints": {"a train": "1"}}
     (tmp_path / "run.json").write_text(json.dumps(finished), encoding="utf-8")
     check_finished_run(tmp_path, {"seed": 1}, {"a train": "1"})
@@ -227,6 +196,5 @@ def test_a_finished_run_has_its_data_and_one_of_an_earlier_version_is_said_to_be
         check_finished_run(tmp_path, {"seed": 1}, {"a train": "2"})
     finished["config"]["text_teacher"] = "base"
     (tmp_path / "run.json").write_text(json.dumps(finished), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"complete, by an earlier version[^\n]*its model lies there") as raised:
+    with pytest.raises(ValueError, match=r"^[^\n]*is of an earlier version[^\n]*a876dd5[^\n]* its model there[^\n]*$"):
         check_finished_run(tmp_path, {"seed": 1}, {})
-    assert "a876dd5" not in str(raised.value) and "overwrite" not in str(raised.value)

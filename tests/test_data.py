@@ -1,15 +1,13 @@
 """Which pairs a step trains on."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from caption_tars import measured_of, training_of
 from datasets import DatasetDict, load_from_disk
 
+from capivara_common.cli import parse
 from caption_data.pairs import check_bad_share
-from training.arguments import parse_arguments
-from training.inputs import open_splits
+from training.arguments import RunArguments
 from training.whole_batch import Planner, batch_counts, batch_indices, drawn_captions, drawn_views
 
 CAPTIONS = [[f"gato {i}", f"uma casa azul {i}"][: 1 + i % 2] for i in range(11)]
@@ -17,7 +15,7 @@ CAPTIONS = [[f"gato {i}", f"uma casa azul {i}"][: 1 + i % 2] for i in range(11)]
 
 def arguments(*datasets, **values):
     flags = [part for key, value in values.items() for part in (f"--{key}", str(value))]
-    return parse_arguments(["--model", "m", "--dataset", *map(str, datasets), *flags], "")
+    return parse(RunArguments, None, ["--model", "m", "--dataset", *map(str, datasets), *flags], config=True)
 
 
 def test_an_epoch_holds_every_image_at_most_once():
@@ -120,65 +118,21 @@ def test_a_split_that_is_measured_on_must_be_whole(tiny_dataset_folder, tmp_path
 def test_pair_filter_and_strategy_read_the_authors_columns(tiny_dataset_folder, tmp_path):
     """Also of a data set without generated captions, as `captions.select` does."""
     data = load_from_disk(tiny_dataset_folder)["train"].remove_columns("captions-pt").select(range(4))
-    columns = {
-        "captions-pt": [[f"original {i}"] for i in range(4)],
-        "generated-captions-pt": [["um", "dois"]] * 4,
-        "similarities-pt": [[0.3, 0.1, 0.4], [0.1, 0.9, 0.9], [0.5, 0.2, 0.3], [0.2, 0.1, 0.1]],
+    generated, texts = ("generated-captions-pt", [["um", "dois"]] * 4), [[f"original {i}"] for i in range(4)]
+    scored = [[0.3, 0.1, 0.4], [0.1, 0.9, 0.9], [0.5, 0.2, 0.3], [0.2, 0.1, 0.1]]
+    scored = data.add_column(*generated).add_column("captions-pt", texts).add_column("similarities-pt", scored)
+    plain = data.add_column("captions-pt", generated[1])
+    plain = plain.add_column("similarities-pt", [[0.3, 0.4], [0.1, 0.9], [0.5], [0.6, 0.5]])
+    expected = {
+        "scored": ([["dois", "original 0"], ["original 2", "dois"], ["original 3", "um"]], [(1, "not chosen")]),
+        "plain": ([["dois", "um"], ["um", "dois"]], [(1, "not chosen"), (2, "no caption")]),
     }
-    plain = {"captions-pt": [["um", "dois"]] * 4, "similarities-pt": [[0.3, 0.4], [0.1, 0.9], [0.5], [0.6, 0.5]]}
-    for name, added in {"scored": columns, "plain": plain}.items():
-        changed = data
-        for column, values in added.items():
-            changed = changed.add_column(column, values)
-        DatasetDict(train=changed).save_to_disk(tmp_path / name)
-    values, skipped = {"caption_strategy": "rank", "caption_count": 2, "min_pair_similarity": 0.2}, []
-    (split,) = training_of(arguments(tmp_path / "scored", **values), skipped)
-    assert split.captions() == [["dois", "original 0"], ["original 2", "dois"], ["original 3", "um"]]
-    assert [(line.row, line.reason) for line in skipped] == [(1, "not chosen")]
-    check_bad_share(skipped, 4, max_bad_share=0)  # what is not chosen is not bad
-    skipped = []
-    (split,) = training_of(arguments(tmp_path / "plain", **values), skipped)
-    assert split.captions() == [["dois", "um"], ["um", "dois"]]
-    assert [(line.row, line.reason) for line in skipped] == [(1, "not chosen"), (2, "no caption")]
-
-
-OPT = str(Path(__file__).resolve().parent.parent / "configs" / "capivara_opt.yaml")
-
-
-def test_what_a_config_asks_of_the_data_is_told_with_its_flags(tiny_dataset_folder, tmp_path):
-    data = load_from_disk(tiny_dataset_folder)["train"]
-    DatasetDict(train=data, validation=data.remove_columns("captions-pt")).save_to_disk(tmp_path / "mine")
-
-    def told(*flags: str) -> str:
-        with pytest.raises(ValueError) as caught:
-            asked = ["--config", OPT, "--model", "m", "--dataset", str(tmp_path / "mine"), *flags]
-            open_splits(parse_arguments(asked, ""))
-        return str(caught.value)
-
-    first = told()
-    assert "split 'train' has no column 'similarities-pt'; there are ['image', " in first
-    assert "--caption_strategy none --min_pair_similarity null do without" in first
-    without = ["--caption_strategy", "none", "--min_pair_similarity", "null"]
-    second = told(*without)
-    assert "split 'validation' has no column 'captions-pt'" in second and "--caption_column" in second
-    third = told(*without, "--validation_split", "train")
-    assert "no split 'test'" in third and "--evaluation_dataset" in third
-    fourth = told(*without, "--validation_split", "train", "--test_split", "train")
-    assert "effective_batch_size (1000) takes 1000 pairs from a data set that has 12" in fourth
-
-
-def test_a_data_set_that_is_none_is_told_in_sentences(monkeypatch):
-    """In one line, and the Hub is asked once."""
-    asked = []
-
-    def dataset_info(hub, name, **options):
-        asked.append(name)
-        raise OSError("Name or service not known")
-
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
-    with pytest.raises(ValueError, match=r"^no/such [^\n]*service not known\. --dataset and --train_split name the"):
-        open_splits(arguments("no/such"))
-    assert asked == ["no/such"]
+    values = {"caption_strategy": "rank", "caption_count": 2, "min_pair_similarity": 0.2}
+    for (name, found), dataset in zip(expected.items(), (scored, plain), strict=True):
+        DatasetDict(train=dataset).save_to_disk(tmp_path / name)
+        (split,) = training_of(arguments(tmp_path / name, **values), skipped := [])
+        assert (split.captions(), [(line.row, line.reason) for line in skipped]) == found
+    check_bad_share(skipped[:1], 4, max_bad_share=0)  # what is not chosen is not bad
 
 
 def test_a_column_of_another_name(tiny_dataset_folder, tmp_path):

@@ -1,7 +1,6 @@
 """Retrieval task, result records, table and pictures."""
 
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from capivara_common.image_files import BadImage
 from capivara_common.privacy import short_name
 from eval import retrieval
 from eval.records import plots
-from eval.records.plots import plot_bars, plot_retrieval_sheet, plot_training_curves, sheet_queries
+from eval.records.plots import plot_retrieval_sheet, sheet_queries
 from eval.records.schema import Record, read_records, write_records
 from eval.records.tables import retrieval_table
 from eval.retrieval import RetrievalEmbeddings, gain_records, retrieval_records
@@ -98,50 +97,12 @@ def test_the_sheet_shows_gains_a_tie_and_a_loss_by_rule():
     before = torch.tensor([5, 5, 0, 3, 9, 1, 4, 2, 8, 7])
     after = torch.tensor([1, 2, 0, 6, 3, 1, 4, 0, 9, 1])
     chosen = sheet_queries(before, after, seed=0)
-    assert [kind for _, kind in chosen] == ["gain"] * 3 + ["tie", "loss"] and chosen == sheet_queries(before, after, 0)
+    assert [kind for _, kind in chosen] == ["gain"] * 3 + ["tie", "loss"]
     change = {"gain": -1, "tie": 0, "loss": 1}
     assert all(torch.sign(after[query] - before[query]) == change[kind] for query, kind in chosen)
     order = torch.randperm(10, generator=torch.Generator().manual_seed(0)).tolist()
     gains = [query for query in order if after[query] < before[query]]
     assert [query for query, _ in chosen[:3]] == gains[:3], "the first of the draw, not the largest"
-    first = torch.randperm(10, generator=torch.Generator().manual_seed(1))[0].item()
-    assert sheet_queries(before, before, seed=1) == [(first, "tie")]
-
-
-@pytest.mark.slow
-def test_pictures(tmp_path):
-    images = [Image.new("RGB", (30, 30), (6 * i, 0, 0)) for i in range(40)]
-    queries, path = ["água $x$", "<b>"] * 40, tmp_path / "sheet.png"
-    both = {"baseline": embeddings(0, 1.5), "capivara": embeddings(0, 0.3)}
-    plot_retrieval_sheet(path, images.__getitem__, queries, both, 0, "hi")
-    recalls = {"text_to_image": 0.1, "image_to_text": 0.2}
-    curve = [{"step": 0, "validation": recalls}]
-    curve += [{"step": 1, "loss": 2.0, "learning_rate": 1e-4, "validation": recalls}]
-    plot_training_curves(curve, "pt", tmp_path / "curves.png", words="hi")
-    for name in ("sheet.png", "curves.png"):
-        colours = Image.open(tmp_path / name).convert("RGB").getcolors(1 << 20)
-        assert len(colours) > 20, "an empty picture"
-
-
-def bar(label: str, baseline: tuple | None, model: tuple | None, chance: float | None = None) -> dict:
-    """A row of `pairs_of`, of (mean, deviation)."""
-    roles = {"baseline": baseline, "capivara": model}
-    of_roles = {role: of and SimpleNamespace(mean=of[0], deviation=of[1]) for role, of in roles.items()}
-    return {"short": label, "chance": chance, **of_roles}
-
-
-def test_bars_of_any_rows(tmp_path):
-    """A label that is no formula, and rows where one of the two is missing or zero."""
-    plot_bars([bar("$a_", (0.0, None), None), bar("b", None, (1.0, 0.1), 0.5)], tmp_path / "bars.png")
-    assert len(Image.open(tmp_path / "bars.png").convert("RGB").getcolors(1 << 24)) > 5
-
-
-def test_chance_is_on_the_axis_however_low_the_bars(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
-    plot_bars([bar("a", (0.05, None), (0.1, 0.01), 0.5)], tmp_path / "bars.png")
-    (axis,) = drawn[0].axes
-    assert axis.get_xlim()[1] > 50
 
 
 def test_a_sheet_holds_small_pictures_and_none_of_a_file_that_has_gone(tmp_path, monkeypatch):

@@ -384,19 +384,6 @@ def test_heic(tmp_path, monkeypatch):
         decode_image(row)
 
 
-def test_the_user_decides_what_a_folder_is(tmp_path):
-    """Photographs with a table among them."""
-    folder = tmp_path / "photos"
-    for number, name in enumerate(("cat", "dog") * 2):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / f"{number}.png").write_bytes(good()[number])
-    pq.write_table(pa.table({"image": [good()[0]]}), folder / "a.parquet")
-    with pytest.raises(ValueError, match=r"no split 'test'.* --form images takes these"):
-        load_images(str(folder), "test", ["cat", "dog"])
-    images = load_images(str(folder), "test", ["cat", "dog"], form="images")
-    assert images.labels == [0, 0, 1, 1] and [images.images.image(row).size for row in range(4)] == [(32, 32)] * 4
-
-
 # --- What a reviewer got past the gate -------------------------------------------------------------------------------
 
 

@@ -96,16 +96,6 @@ def test_other_sizes_give_open_clips_bits(side):
         assert_same_bits(processor(image, return_tensors="pt").pixel_values[0], reference(image), (side, size))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "P-bytes"])
-@pytest.mark.parametrize("size", [(20, 30), (100, 30), (31, 33)])
-def test_crop_larger_than_the_image_pads_as_torchvision(mode, size):
-    from torchvision.transforms import CenterCrop, Compose
-
-    image = image_of(mode, *size)
-    reference = Compose([CenterCrop(64), *OPEN_CLIP.transforms[2:]])(image)
-    assert_same_bits(pixels(image, do_resize=False, crop_size=64)[0], reference, (mode, size))
-
-
 # --- arrays and tensors -------------------------------------------------------------------------------------------
 
 
@@ -116,47 +106,30 @@ def test_arrays_and_tensors_equal_the_pil_image(size):
         expected = pixels(Image.fromarray(array.squeeze(-1) if channels == 1 else array, mode))
         first = array.transpose(2, 0, 1)
         readings = {
-            "numpy channels last": pixels(array, input_data_format="channels_last"),
-            "numpy channels first": pixels(first, input_data_format="channels_first"),
+            "channels last": pixels(array, input_data_format="channels_last"),
+            "channels first": pixels(first, input_data_format="channels_first"),
             "tensor channels first": pixels(torch.from_numpy(first.copy())),
             "tensor channels last": pixels(torch.from_numpy(array), input_data_format="channels_last"),
-            "numpy": pixels(array),
         }
         if channels == 1:
-            readings["two dimensions"] = pixels(array[..., 0])
-            readings["two dimensions, tensor"] = pixels(torch.from_numpy(array[..., 0]))
+            readings["two dimensions"] = pixels(torch.from_numpy(array[..., 0]))
         if min(size) > 4:  # no doubt which axis holds the channels
-            readings["numpy channels first, guessed"] = pixels(first)
+            readings["channels first, guessed"] = pixels(first)
             readings["tensor channels last, guessed"] = pixels(torch.from_numpy(array))
         for name, actual in readings.items():
             assert_same_bits(actual, expected, (name, channels, size))
 
 
 def test_values_of_every_type_are_read_as_the_bytes_that_they_stand_for():
-    array = noise(20, 30)
-    ramp, dark = np.arange(256, dtype=np.uint8).reshape(16, 16), noise(20, 30)[..., 0] > 127
-    tensor, shares = torch.from_numpy(ramp), torch.rand(3, 20, 20, requires_grad=True)
-    pairs = {
-        "column by column": (np.asfortranarray(array), array),
-        "upside down": (array[::-1][::-1], array),
-        "booleans": (dark, dark.astype(np.uint8) * 255),
-        "float16 tensor, 0 to 1": ((tensor / 255).half(), ramp),
-        "bfloat16 tensor, 0 to 255": (tensor.bfloat16(), ramp),  # eight bits of mantissa hold them
-        "bfloat16 tensor, 0 to 1": (
-            (tensor / 255).bfloat16(),
-            (tensor / 255).bfloat16().float().mul(255).round().byte(),  # to the nearest byte
-        ),
-        "of a graph": (shares, shares.detach().numpy()),
-    }
-    for dtype in (np.float16, np.float32, np.float64):
-        pairs[f"{dtype}, 0 to 1"] = ((ramp / 255).astype(dtype), ramp)
-        pairs[f"{dtype}, 0 to 255"] = (ramp.astype(dtype), ramp)
-    for dtype in (np.int16, np.int32, np.int64, np.uint32):
-        pairs[dtype] = (array.astype(dtype), array)
-    for dtype in (torch.int32, torch.int64):
-        pairs[dtype] = (torch.from_numpy(array).permute(2, 0, 1).to(dtype), array)
-    for name, (given, expected) in pairs.items():
-        assert_same_bits(pixels(given), pixels(expected), name)
+    array, ramp = noise(20, 30), np.arange(256, dtype=np.uint8).reshape(16, 16)
+    dark, tensor, shares = ramp > 127, torch.from_numpy(ramp), torch.rand(3, 20, 20, requires_grad=True)
+    pairs = [(np.asfortranarray(array), array), (array[::-1][::-1], array), (dark, dark.astype(np.uint8) * 255)]
+    pairs += [((tensor / 255).half(), ramp), (tensor.bfloat16(), ramp), (shares, shares.detach().numpy())]
+    pairs += [((ramp / 255).astype(kind), ramp) for kind in (np.float16, np.float32, np.float64)]
+    pairs += [(ramp.astype(kind), ramp) for kind in (np.float16, np.float64, np.int16, np.int64, np.uint32)]
+    pairs += [(torch.from_numpy(array).permute(2, 0, 1).to(torch.int32), array)]
+    for number, (given, expected) in enumerate(pairs):
+        assert_same_bits(pixels(given), pixels(expected), number)
 
 
 # --- more than eight bits -----------------------------------------------------------------------------------------
@@ -165,22 +138,16 @@ def test_values_of_every_type_are_read_as_the_bytes_that_they_stand_for():
 def test_sixteen_bit_images_are_scaled_not_clipped(tmp_path):
     eight = noise(50, 40)[..., 0]
     sixteen = eight.astype(np.uint16) * 257  # 0 stays 0, 255 becomes 65535
-    expected = pixels(Image.fromarray(eight))
-    big_endian = Image.frombytes("I;16B", (50, 40), sixteen.astype(">u2").tobytes())
     readings = {
         "I;16": Image.fromarray(sixteen),
-        "I;16B": big_endian,
+        "I;16B": Image.frombytes("I;16B", (50, 40), sixteen.astype(">u2").tobytes()),
         "I": Image.fromarray(sixteen.astype(np.int32)),
-        "uint16 array": sixteen,
-        "uint16 array, three dimensions": sixteen[..., None],
-        "uint16 tensor": torch.from_numpy(sixteen),
-        "int32 array": sixteen.astype(np.int32),
     }
+    assert all(image.mode == mode for mode, image in readings.items())
     readings["I;16"].save(tmp_path / "deep.png")
-    readings |= {"file": Image.open(tmp_path / "deep.png"), "path": str(tmp_path / "deep.png")}
-    assert [readings[m].mode for m in ("I;16", "I;16B", "I")] == ["I;16", "I;16B", "I"]
+    readings |= {"array": sixteen, "tensor": torch.from_numpy(sixteen), "path": str(tmp_path / "deep.png")}
     for name, image in readings.items():
-        assert_same_bits(pixels(image), expected, name)
+        assert_same_bits(pixels(image), pixels(Image.fromarray(eight)), name)
     rgb = noise(50, 40)
     assert_same_bits(pixels(rgb.astype(np.uint16) * 257), pixels(rgb), "three channels")
     dark = np.full((30, 30), 200, dtype=np.uint16)  # 0.3 % of white, though it would fit into a byte
@@ -195,22 +162,11 @@ def test_containers():
     images = [Image.fromarray(noise(*size)) for size in [(50, 40), (40, 50), (224, 224), (1, 3)]]
     assert_same_bits(pixels(images), torch.stack([OPEN_CLIP(image) for image in images]), "of unequal sizes")
     a, b = noise(40, 40, seed=1), noise(40, 40, seed=2)
-    one, two = pixels(a), pixels([a, b])
-    assert one.shape == (1, 3, 224, 224)
-    assert two.shape == (2, 3, 224, 224)
-    assert not torch.equal(two[0], two[1])
-    pil = [Image.fromarray(a), Image.fromarray(b)]
-    batches = {
-        "tuple": (a, b),
-        "nested": [[a], [b]],
-        "batch array": np.stack([a, b]),
-        "batch tensor": torch.from_numpy(np.stack([a, b])).permute(0, 3, 1, 2),
-        "list of batches": [np.stack([a]), np.stack([b])],
-        "PIL": pil,
-        "mixed": [pil[0], torch.from_numpy(b).permute(2, 0, 1)],
-    }
-    for name, batch in batches.items():
-        assert_same_bits(pixels(batch), two, name)
+    two, tensors = pixels([a, b]), torch.from_numpy(np.stack([a, b])).permute(0, 3, 1, 2)
+    assert two.shape == (2, 3, 224, 224) and not torch.equal(two[0], two[1])
+    batches = [(a, b), [[a], [b]], np.stack([a, b]), tensors, [a[None], b[None]], [Image.fromarray(a), tensors[1]]]
+    for number, batch in enumerate(batches):
+        assert_same_bits(pixels(batch), two, number)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P-index", "P-bytes"])
@@ -242,20 +198,6 @@ def test_save_and_load_keep_every_setting(tmp_path):
     assert (tuple(loaded.image_mean), tuple(loaded.image_std)) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
-def test_results_by_their_options():
-    image, other = noise(224, 224), noise(60, 40)
-    raw = torch.from_numpy(image).permute(2, 0, 1).float()
-    assert torch.equal(pixels(image, do_rescale=False, do_normalize=False)[0], raw)
-    assert torch.equal(pixels(image, do_normalize=False)[0], raw / 255)
-    assert torch.equal(pixels(image, do_normalize=False, rescale_factor=0.5)[0], raw * 0.5)
-    assert np.array_equal(PROCESSOR([image, other], return_tensors="np").pixel_values, pixels([image, other]).numpy())
-    plain = PROCESSOR([image, other], do_center_crop=False).pixel_values
-    assert [tuple(result.shape) for result in plain] == [(3, 224, 224), (3, 224, 336)]
-    assert_same_bits(torch.as_tensor(plain[0]), pixels(image)[0], "return_tensors=None")
-    with pytest.raises(ValueError, match="equal size"):
-        pixels([image, other], do_center_crop=False)
-
-
 # --- refusals -----------------------------------------------------------------------------------------------------
 
 
@@ -269,9 +211,7 @@ def test_oversized_resize_is_refused_with_its_size():
 
 BAD_IMAGES = {
     "negative": (np.full((4, 5, 3), -0.1), r"0 to 255 for float64, got -0\.1"),
-    "too large a float": (np.full((4, 5, 3), 255.5), "got 255.5"),
     "normalised": (torch.randn(3, 40, 40, generator=torch.Generator().manual_seed(0)), "go to the model"),
-    "complex": (np.zeros((4, 5), complex), "complex128"),
     "text": (np.array([["a"]]), "booleans, integers or floats"),
     "five channels": (np.zeros((9, 9, 5), np.uint8), r"1 to 4 channels.*\(9, 9, 5\)"),
     "empty PIL": (Image.new("RGB", (0, 5)), "empty: 0 x 5"),
@@ -287,7 +227,7 @@ def test_bad_images_are_refused_by_name(kind):
         PROCESSOR(image, return_tensors="pt")
 
 
-@pytest.mark.parametrize("image", [None, b"x", [[None]], [Image.new("RGB", (9, 9)), None], {"image": 1}])
+@pytest.mark.parametrize("image", [None, [Image.new("RGB", (9, 9)), None], {"image": 1}])
 def test_what_is_no_image_is_refused(image):
     with pytest.raises(ValueError, match=r"^An image must be a PIL image, array, tensor, path or URL, got \w+\.$"):
         PROCESSOR(image)
@@ -297,8 +237,6 @@ BAD_SETTINGS = {
     "both sides": ({"size": {"height": 20, "width": 30}}, "shortest_edge.*20"),
     "negative size": ({"size": {"shortest_edge": -3}}, "at least 1.*-3"),
     "empty crop": ({"crop_size": {"height": 0, "width": 3}}, "crop_size must be"),
-    "two means": ({"image_mean": [0.5, 0.5]}, r"image_mean.*\(0\.5, 0\.5\)"),
-    "no spread": ({"image_std": [0.5, 0.5, 0.0]}, "image_std.*above 0"),
     "no conversion": ({"do_convert_rgb": False}, "three channels"),
     "channels last": ({"data_format": "channels_last"}, "channels_first"),
     "wrong layout": ({"input_data_format": "channels_first"}, r"\(30, 20, 3\).*channels_first"),

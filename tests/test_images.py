@@ -1,11 +1,10 @@
 """The image side of training: a cache that is never stale, and training that is the same with it and without."""
 
-import contextlib
+import copy
 import io
 import json
 import os
-import random
-import resource
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-import pyarrow as pa
 import pytest
 import torch
 from accelerate import Accelerator
@@ -21,21 +19,21 @@ from accelerate.state import AcceleratorState
 from caption_tars import encoded
 from datasets import Dataset, DatasetDict, Image, load_from_disk
 from test_checkpoints import flipped
-from test_train_accelerate import ROOT, flags
+from test_train_accelerate import ROOT, flags, refused
 
 import train_accelerate
 import training.inputs
 from capivara_common.files import DIGEST_BYTES
-from capivara_common.image_files import BadImage, decode_image
+from capivara_common.image_files import BadImage
 from capivara_common.tasks import all_parts
 from caption_data.pairs import pair_table, skipped_rows, usable
 from caption_data.sources import open_split
-from eval.embeddings import EmbeddingCache, vectors_of
-from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
+from eval.embeddings import EmbeddingCache
+from modeling_capivara import CapivaraProcessor
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import embed_images
-from training.inputs import Pairs, augmented, cached_embeds, image_cache, with_vectors
-from training.whole_batch import StepPlan, WholeBatch, batch_indices, random_state
+from training.inputs import Pairs, cached_embeds, image_cache, with_vectors
+from training.whole_batch import StepPlan, WholeBatch, batch_indices
 
 IMAGES = 12  # of the training split of `tiny_dataset_folder`
 NEGATIVE = encoded(PIL.Image.fromarray(np.full((40, 36), -1, dtype=np.int32)), "TIFF")  # PIL reads it, we don't
@@ -118,45 +116,32 @@ def largest_difference(one, other, before) -> float:
     return max(shares)
 
 
-@contextlib.contextmanager
-def counted_images(monkeypatch):
-    """A list that gets the number of images of every call of the frozen tower."""
-    counts, embed_pixels = [], training.inputs.embed_pixels
-    with monkeypatch.context() as patch:
-        patch.setattr(training.inputs, "embed_pixels", lambda m, p, a: counts.append(len(p)) or embed_pixels(m, p, a))
-        yield counts
-
-
 # --- what a cache is of ---
 
 
-@pytest.mark.slow
 def test_what_another_cache_is_made_for(tiny_model, tiny_processor, tiny_dataset_folder, tmp_path):
-    pairs = pairs_of(tiny_dataset_folder, tiny_processor)
-    root, folders = tmp_path / "caches", {}
-    folders["first"] = cache_of(tiny_model, pairs, root)
-    for name in ("text_model.embeddings.word_embeddings.weight", "text_projection.0.weight", "logit_scale"):
-        tiny_model.state_dict()[name].add_(1)
+    pairs, names = pairs_of(tiny_dataset_folder, tiny_processor), []
+
+    def name(pairs=pairs, precision="no") -> str:
+        return image_cache(tiny_model, pairs, tmp_path / "caches", precision).folder.name
+
+    first = name()
+    for part in ("text_model.embeddings.word_embeddings.weight", "text_projection.0.weight", "logit_scale"):
+        tiny_model.state_dict()[part].add_(1)
     other_caption = altered(tiny_dataset_folder, tmp_path / "caption", captions={3: ["outra foto"]})
-    for same in (pairs, pairs_of(other_caption, tiny_processor)):
-        assert cache_of(tiny_model, same, root) == folders["first"]
-    folders["seed"] = cache_of(tiny_model, pairs_of(tiny_dataset_folder, tiny_processor, seed=1), root)
-    folders["views"] = cache_of(tiny_model, pairs_of(tiny_dataset_folder, tiny_processor, 2), root)
-    folders["precision"] = cache_of(tiny_model, pairs, root, "bf16")
-    image_processor = CapivaraImageProcessor(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=(0.48, 0.46, 0.41)
-    )
-    other_processor = CapivaraProcessor(image_processor, tiny_processor.tokenizer)
-    folders["preprocessing"] = cache_of(tiny_model, pairs_of(tiny_dataset_folder, other_processor), root)
+    assert name() == name(pairs_of(other_caption, tiny_processor)) == first
+    image_processor = copy.deepcopy(tiny_processor.image_processor)
+    image_processor.image_mean = (0.48, 0.46, 0.41)
     pixel = {7: with_one_pixel_changed(image_files(tiny_dataset_folder)[7])}
     other_pixel = altered(tiny_dataset_folder, tmp_path / "pixel", pixel)
-    folders["pixel"] = cache_of(tiny_model, pairs_of(other_pixel, tiny_processor), root)
-    for name in ("vision_model.encoder.layers.1.mlp.fc1.weight", "visual_projection.weight"):
-        weights = tiny_model.state_dict()[name].view(-1)
+    names += [first, name(precision="bf16"), name(pairs_of(other_pixel, tiny_processor))]
+    names += [name(replace(pairs, seed=1)), name(replace(pairs, augmented_views=2))]
+    names.append(name(replace(pairs, processor=CapivaraProcessor(image_processor, tiny_processor.tokenizer))))
+    for part in ("vision_model.encoder.layers.1.mlp.fc1.weight", "visual_projection.weight"):
+        weights = tiny_model.state_dict()[part].view(-1)
         weights[5] = torch.nextafter(weights[5], torch.tensor(9.0))  # the last bit of one number
-        folders[name] = cache_of(tiny_model, pairs, root)
-    assert len(set(folders.values())) == len(folders), folders
-    assert all(len(shards(folder)) == 1 for folder in folders.values())
+        names.append(name())
+    assert len(set(names)) == len(names) == 8
 
 
 # --- the pass ---
@@ -178,9 +163,8 @@ def test_a_damaged_shard_is_made_anew_and_said(
     folder = cache_of(tiny_model, pairs, tmp_path)
     whole = shards(folder)
     damage(folder / "shard-00001.arrow")
-    with counted_images(monkeypatch) as counts:
-        cache_of(tiny_model, pairs, tmp_path)
-    assert sum(counts) == 6 and shards(folder) == whole
+    cache_of(tiny_model, pairs, tmp_path)
+    assert shards(folder) == whole
     said = ("shard-00001.arrow is damaged; it is made", f"{folder.parent} has embeddings of an earlier version, *.npy")
     assert len([line for line in caplog.messages if any(part in line for part in said)]) == 1
     EmbeddingCache(folder, all_parts(12, 6)).write(1, np.zeros((5, 2), np.float16), {})
@@ -188,77 +172,20 @@ def test_a_damaged_shard_is_made_anew_and_said(
         cache_of(tiny_model, pairs, tmp_path)
 
 
-def test_a_cache_may_have_more_shards_than_files_may_be_open(tmp_path):
-    """And is left on the disk: what is read of it is what is asked for."""
-    cache = EmbeddingCache(tmp_path, all_parts(40, 1))
-    for number in range(40):
-        cache.write(number, np.full((1, 2), number, np.float16), {})
-    before, opened = resource.getrlimit(resource.RLIMIT_NOFILE), len(os.listdir("/proc/self/fd"))
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, before[1]))
-        held, table = pa.total_allocated_bytes(), cache.table()
-        assert pa.total_allocated_bytes() == held
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert vectors_of(table)[:, 0].tolist() == list(range(40))
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_pass(tiny_folder, tiny_dataset_folder, tmp_path, monkeypatch):
-    script = tmp_path / "two.py"
-    script.write_text(f"""
-import os, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import training.inputs
-import train_accelerate
-training.inputs.SHARD_ROWS = 3
-write = training.inputs.EmbeddingCache.write
-def noted(cache, shard, *args):
-    if sum(map(len, cache.parts)) == {IMAGES}:
-        with open({str(tmp_path)!r} + "/rank-" + os.environ["RANK"], "a") as file:
-            file.write(str(shard))
-    write(cache, shard, *args)
-training.inputs.EmbeddingCache.write = noted
-image_cache = training.inputs.image_cache
-def slow(*args):  # one process comes late; the other must not have written shards by then
-    time.sleep(int(os.environ["RANK"]))
-    return image_cache(*args)
-training.inputs.image_cache = slow
-train_accelerate.main()
-""")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CAPIVARA_CACHE": str(tmp_path / "two-home")}
-    command += flags(tiny_folder, tiny_dataset_folder, tmp_path / "two", max_steps=2)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
-    assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["01", "23"]
-    monkeypatch.setattr(training.inputs, "SHARD_ROWS", 3)
-    train(tiny_folder, tiny_dataset_folder, tmp_path / "one", max_steps=2)
-    caches = [
-        {folder.name: shards(folder) for folder in home.glob("image_embeddings/*/")}
-        for home in (tmp_path / "home", tmp_path / "two-home")
-    ]
-    assert sorted(len(files) for files in caches[0].values()) == [2, 4], "of validation and training images"
-    assert caches[0] == caches[1]
-
-
 # --- bad images ---
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["auto", "off"])
-def test_a_bad_image_is_listed_and_left_out(tiny_folder, tiny_dataset_folder, tmp_path, cache):
+def test_a_bad_image_is_listed_and_left_out(tiny_folder, tiny_dataset_folder, tmp_path):
     dataset = altered(tiny_dataset_folder, tmp_path / "data", {0: BROKEN, 7: NEGATIVE})
-    options = {"image_embedding_cache": cache, "max_steps": 2}
-    weights, losses, out = train(tiny_folder, dataset, tmp_path / "out", max_bad_share=0.2, **options)
+    weights, losses, out = train(tiny_folder, dataset, tmp_path / "out", max_bad_share=0.2, max_steps=2)
     lines = [json.loads(line) for line in (out / "skipped.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [line["row"] for line in lines] == [0, 7]
-    assert all((line["source"], line["split"]) == (str(dataset), "train") for line in lines)
+    assert [line["row"] for line in lines] == [0, 7] and {line["source"] for line in lines} == {str(dataset)}
     assert lines[0]["reason"] == "unreadable image" and all(line["reason"] and line["detail"] for line in lines)
     assert all(np.isfinite(losses)) and all(w.isfinite().all() for w in weights.values())
     assert sum(json.loads((out / "run.json").read_text())["skipped_rows"].values()) == 2
-    with pytest.raises(ValueError, match=r"2 of 12 rows .* can't be used.*(?s:.*)row 0: unreadable image"):
-        train_accelerate.main(flags(tiny_folder, dataset, tmp_path / "over", max_bad_share=0.1, **options))
+    message = refused(flags(tiny_folder, dataset, tmp_path / "over", max_bad_share=0.1, max_steps=2))
+    assert re.search(r"2 of 12 rows .* can't be used.*(?s:.*)row 0: unreadable image", message)
     assert not list(tmp_path.glob("over*"))
 
 
@@ -318,39 +245,6 @@ def test_fresh_augmentations_and_workers(tiny_folder, tiny_dataset_folder, tmp_p
     assert all(torch.equal(fresh[0][name], fresh[1][name]) for name in plain)
 
 
-def test_an_augmentation_is_a_function_of_seed_row_and_step(tiny_processor, tiny_dataset_folder):
-    first, other_seed = (pairs_of(tiny_dataset_folder, tiny_processor, 0, seed) for seed in (0, 1))
-    pixels = []
-    for number, (pairs, row, step) in enumerate(
-        [(first, 3, 5)] * 2 + [(first, 3, 6), (first, 4, 5), (other_seed, 3, 5)]
-    ):
-        torch.manual_seed(number)  # no other generator has a say
-        np.random.seed(number)
-        random.seed(number)
-        pixels.append(pairs.pixels(row, step))
-    assert [torch.equal(pixels[0], other) for other in pixels] == [True, True, False, False, False]
-    image = decode_image({"bytes": image_files(tiny_dataset_folder)[0], "path": None})
-    assert augmented(image.convert("L"), 1).mode == "RGB" and augmented(image, 1).size == (224, 224)
-    assert len({random_state(*numbers) for numbers in ((0, 1, 2), (0, 2, 1), (1, 1, 2), (0, 1, 2))}) == 3
-
-
-def test_the_cache_of_another_model(
-    tiny_folder, tiny_model, tiny_processor, tiny_dataset_folder, tmp_path, monkeypatch
-):
-    pairs = pairs_of(tiny_dataset_folder, tiny_processor)
-    own = cache_of(tiny_model, pairs, tmp_path / "all")
-    tiny_model.visual_projection.weight.data[0, 0] += 1
-    other = cache_of(tiny_model, pairs, tmp_path / "all")
-    options = {"mixed_precision": "no", "max_steps": 2}
-    with pytest.raises(ValueError, match=rf"{other} is one cache of .*Name the folder that it lies in, {other.parent}"):
-        train(tiny_folder, tiny_dataset_folder, tmp_path / "out", image_embedding_cache=other, **options)
-    assert not list(tmp_path.glob("out*"))
-    with counted_images(monkeypatch) as counts:  # the right one is found beside it
-        train(tiny_folder, tiny_dataset_folder, tmp_path / "out", image_embedding_cache=own.parent, **options)
-    assert sum(counts) == 6, "of validation images"
-    assert len(list(own.glob("shard-*.arrow"))) == 1
-
-
 @pytest.mark.slow
 def test_spares_take_the_places_of_bad_pictures(tiny_folder, tiny_dataset_folder, tmp_path, monkeypatch, caplog):
     """Without a cache: every batch stays exact, each row is listed once, and two processes do as one."""
@@ -395,17 +289,13 @@ def test_what_bad_pictures_end_in_one_line(tiny_folder, tiny_dataset_folder, tmp
     """More of them than may be; no pair that is left; one of a split that is measured on, before training."""
 
     def said(dataset, **options) -> str:
-        options |= {"image_embedding_cache": "off", "max_steps": 2}
-        with pytest.raises(ValueError) as end:
-            train_accelerate.main(flags(tiny_folder, dataset, tmp_path / "out", **options))
+        message = refused(flags(tiny_folder, dataset, tmp_path / "out", image_embedding_cache="off", **options))
         assert not list(tmp_path.glob("out*"))
-        return str(end.value)
+        return message
 
     dataset = altered(tiny_dataset_folder, tmp_path / "data", dict.fromkeys(range(5), NEGATIVE))
     assert "of 12 rows" in (few := said(dataset)) and "unreadable image (" in few and "--max_bad_share" in few
-    assert "no pair is left to take the place of one: effective_batch_size takes 10 of 12" in said(
-        dataset, max_bad_share=1
-    )
+    assert "no pair is left to take the place of one: effective_batch_size takes" in said(dataset, max_bad_share=1)
     data = load_from_disk(dataset)
     DatasetDict(train=data["test"], validation=data["validation"], test=data["train"]).save_to_disk(tmp_path / "turned")
     told = said(tmp_path / "turned", effective_batch_size=4)

@@ -167,15 +167,12 @@ def test_no_two_modules_of_one_name():
 
 def test_files_and_functions_are_of_a_size_to_be_read():
     assert not [path for path in sources().values() if lines_of(path) > MAX_FILE_LINES]
+    small = {str(path) for path in sources().values() if lines_of(path) < SMALL_FILE_LINES and path.stem[0] != "_"}
+    assert len(small) <= MAX_SMALL_FILES, sorted(small)
     for path in sources().values():
         functions = [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef)]
         large = [one.name for one in functions if one.end_lineno - one.lineno >= MAX_FUNCTION_LINES]
         assert not large, path
-
-
-def test_few_files_are_small():
-    small = {str(path) for path in sources().values() if lines_of(path) < SMALL_FILE_LINES and path.stem[0] != "_"}
-    assert len(small) <= MAX_SMALL_FILES, sorted(small)
 
 
 def test_every_mutation_has_a_place():

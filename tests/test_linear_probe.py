@@ -6,32 +6,30 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from eval import linear_probe
-from eval.linear_probe import Features as Embedded
-from eval.linear_probe import few_of_each, held_out, main, probe_scores
+from eval.linear_probe import Features, few_of_each, held_out, main, probe_scores
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
-def blobs(number: int, seed: int, classes: int = 4) -> Embedded:
+def blobs(number: int, seed: int, classes: int = 4) -> Features:
     generator = np.random.default_rng(seed)
     labels = np.arange(number) % classes
     centres = np.random.default_rng(99).normal(size=(classes, 8))
-    return Embedded((centres[labels] + 0.3 * generator.normal(size=(number, 8))).astype(np.float32), labels)
+    return ((centres[labels] + 0.3 * generator.normal(size=(number, 8))).astype(np.float32), labels)
 
 
 def test_separable_classes_are_learnt_and_unseen_ones_never_chosen():
     test = blobs(80, 1)
     scores, penalty = probe_scores(blobs(80, 0), None, test, classes=6, generator=np.random.default_rng(0))
-    assert (scores.argmax(1).numpy() == test.labels).mean() > 0.9 and penalty > 0
+    assert (scores.argmax(1).numpy() == test[1]).mean() > 0.9 and penalty > 0
     assert (scores[:, 4:] == -1e9).all()
 
 
 def test_two_classes_and_one():
     test = blobs(20, 1, classes=2)
     scores, _ = probe_scores(blobs(20, 0, classes=2), None, test, 2, np.random.default_rng(0))
-    assert (scores.argmax(1).numpy() == test.labels).mean() > 0.9
-    train = Embedded(np.zeros((3, 2), dtype=np.float32), np.zeros(3, dtype=int))
+    assert (scores.argmax(1).numpy() == test[1]).mean() > 0.9
+    train = (np.zeros((3, 2), dtype=np.float32), np.zeros(3, dtype=int))
     with pytest.raises(ValueError, match="at least two classes"):
         probe_scores(train, None, train, 2, np.random.default_rng(0))
 
@@ -64,13 +62,6 @@ def test_command(flags, tmp_path):
     (full,) = [record for record in content["records"] if record["metric"] == "accuracy"]
     assert (full["protocol"], full["n"], full["chance"]) == ("full", 6, 0.1) and full["value"] >= 1 / 3
     assert len(content["chosen_penalties"]["full"]) == 1
-
-
-def test_a_draw_without_a_value_is_not_left_out_of_the_mean(flags, tmp_path, monkeypatch):
-    values = iter([0.5, float("nan")])
-    monkeypatch.setattr(linear_probe, "classification_metrics", lambda *_: {"accuracy": next(values)})
-    with pytest.raises(ValueError, match="value must be a finite number, got nan"):
-        main([*flags, "--shots", "1", "--draws", "2", "--output", str(tmp_path / "p.json")])
 
 
 @pytest.mark.parametrize(

@@ -134,12 +134,6 @@ def test_a_bpe_with_bytes_is_trimmed_and_texts_of_its_pieces_stay(tmp_path):
     torch.testing.assert_close(embed_texts(base, whole, TWELVE), embed_texts(cut, small, TWELVE), rtol=0, atol=1e-6)
 
 
-def test_a_bpe_without_bytes_is_one_line(tmp_path):
-    MAKERS["clip"](tmp_path / "base")
-    with pytest.raises(ValueError, match=r"^The tokenizer is of the kind BPE; what can be cut: [^\n]*$"):
-        trim(tmp_path / "base", tmp_path / "small", ["pt"], words=[10])
-
-
 @pytest.mark.slow
 def test_siglip2_in_full_size_is_read_by_open_clip_and_sentence_transformers(tmp_path):
     """SigLIP 2 B/16 with a made BPE of 256,000 pieces, trimmed: each library with its own code, the scores equal."""

@@ -22,17 +22,8 @@ PIECES = [
 ]  # fmt: skip
 
 
-EXTRA = [
-    "\ud800",
-    "\u2028",
-    "\u0085",
-    "\xad",
-    "\u202eabc\u202c",
-    "e\u0301\u0302\u0303",
-    "H₂O",
-    "&bogus;",
-    "Ð¿Ñ€Ð¸Ð²ÐµÑ‚",
-]
+EXTRA = ["\ud800", "\u2028", "\u0085", "\xad", "\u202eabc\u202c", "e\u0301\u0302\u0303", "H₂O", "&bogus;"]
+EXTRA.append("Ð¿Ñ€Ð¸Ð²ÐµÑ‚")
 
 
 def awkward_strings() -> list[str]:
@@ -63,44 +54,27 @@ def test_ids_equal_open_clip(xlmr):
     assert (longest != 1).all(dim=1).any()
 
 
-def test_padding_token_spelled_by_a_text_is_masked_as_open_clip_does(tiny_processor):
-    texts = ["um <pad> gato", "a"]
-    listed = tiny_processor(text=texts)
-    pad = tiny_processor.tokenizer.pad_token_id
-    assert listed["input_ids"][0].count(pad) == 1
-    expected = [[int(token != pad) for token in row] for row in listed["input_ids"]]
-    assert listed["attention_mask"] == expected
-    assert tiny_processor(text=texts[0])["attention_mask"] == expected[0]
-    for kind in ("pt", "np"):
-        assert tiny_processor(text=texts, return_tensors=kind)["attention_mask"].tolist() == expected
-
-
 def test_what_comes_back(tiny_processor):
     """Of a single text, of both modalities, of any container, as any tensors."""
     image, expected = np.zeros((40, 50, 3), np.uint8), tiny_processor(text=["um", "gato"])["input_ids"]
     assert isinstance(expected, list) and tiny_processor(text="um")["input_ids"] == expected[0]
     for texts in (("um", "gato"), np.array(["um", "gato"]), (word for word in ["um", "gato"])):
         assert tiny_processor(text=texts)["input_ids"] == expected
-    for name, kind in {"pt": torch.Tensor, "np": np.ndarray}.items():
-        both = tiny_processor(images=image, text=["um gato"], return_tensors=name)
-        assert set(both) == {"input_ids", "attention_mask", "pixel_values"}
-        assert {type(value) for value in both.values()} == {kind} and both["pixel_values"].shape == (1, 3, 32, 32)
-    assert list(tiny_processor(images=image, return_tensors="pt")) == ["pixel_values"]
+    both = tiny_processor(images=image, text=["um <pad> gato"], return_tensors="np")
+    assert set(both) == {"input_ids", "attention_mask", "pixel_values"}
+    assert both["attention_mask"].tolist() == [[1, 1, 1, 0, 1, 1]]
+    assert {type(value) for value in both.values()} == {np.ndarray} and both["pixel_values"].shape == (1, 3, 32, 32)
 
 
 def test_overrides(tiny_processor):
     text = "um gato azul de casa"
     full = tiny_processor(text=[text], padding="max_length", return_tensors="pt")
-    assert full["input_ids"].shape == (1, 77)
-    assert full["attention_mask"].sum() == 7
+    assert full["input_ids"].shape == (1, 77) and full["attention_mask"].sum() == 7
     assert len(tiny_processor(text=text, max_length=4)["input_ids"]) == 4
     assert len(tiny_processor(text=text, text_kwargs={"max_length": 5})["input_ids"]) == 5
     assert len(tiny_processor(text="gato " * 100, truncation=False)["input_ids"]) == 102
     assert [len(ids) for ids in tiny_processor(text=["um", text], padding=False)["input_ids"]] == [3, 7]
-    with pytest.raises(ValueError, match="max_length was passed two times"):
-        tiny_processor(text=text, max_length=4, text_kwargs={"max_length": 5})
-    image = np.zeros((40, 50, 3), np.uint8)
-    smaller = tiny_processor(images=image, text=text, size=16, crop_size=16, return_tensors="pt")
+    smaller = tiny_processor(images=np.zeros((40, 50, 3), np.uint8), size=16, crop_size=16, return_tensors="pt")
     assert smaller["pixel_values"].shape == (1, 3, 16, 16)
 
 
@@ -117,8 +91,6 @@ def test_length_of_an_earlier_call_is_not_remembered(tmp_path):
     assert reloaded.tokenizer.init_kwargs.get("max_length") == 4, "else this test proves nothing"
     assert reloaded(text=texts)["input_ids"] == expected
     assert isinstance(reloaded, CapivaraProcessor) and isinstance(reloaded.image_processor, CapivaraImageProcessor)
-    assert dict(reloaded.image_processor.size) == {"shortest_edge": 224}
-    assert reloaded(text=["São João &amp; cÃ£o"])["input_ids"] == processor(text=["São João &amp; cÃ£o"])["input_ids"]
 
 
 def test_token_types_of_bert_tokenizers_are_accepted():
@@ -126,17 +98,11 @@ def test_token_types_of_bert_tokenizers_are_accepted():
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocab)})
     processor = CapivaraProcessor(CapivaraImageProcessor(size=32, crop_size=32), tokenizer)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = CapivaraModel(tiny_config(text_config={"model_type": "bert", "vocab_size": len(vocab), **sizes}))
-    model = randomise(model).eval()
-    texts = ["um gato azul", "gato"]
-    batch = processor(text=texts, images=np.zeros((40, 40, 3), np.uint8), return_tensors="pt")
-    expected = model(**batch).text_embeds
+    text_config = {"model_type": "bert", "vocab_size": len(vocab), **sizes}
+    model, texts = randomise(CapivaraModel(tiny_config(text_config=text_config))).eval(), ["um gato azul", "gato"]
     types = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=True)
     assert "token_type_ids" in types
-    assert torch.equal(model(**types).text_embeds, expected)
-    assert torch.equal(model(**types, pixel_values=batch["pixel_values"]).text_embeds, expected)
-    features = model.get_text_features(**types).pooler_output
-    torch.testing.assert_close(torch.nn.functional.normalize(features), expected)
+    assert torch.equal(model(**types).text_embeds, model(**processor(text=texts, return_tensors="pt")).text_embeds)
 
 
 BAD_TEXTS = {
@@ -152,10 +118,3 @@ def test_bad_texts_are_refused_by_name(tiny_processor, kind):
     text, message = BAD_TEXTS[kind]
     with pytest.raises(ValueError, match=message):
         tiny_processor(text=text)
-
-
-def test_what_is_no_image_or_no_image_processor_is_refused(tiny_processor):
-    with pytest.raises(ValueError, match="got NoneType"):
-        tiny_processor(images=[None], text=["um gato"])
-    with pytest.raises(TypeError, match="image_processor"):
-        CapivaraProcessor(tiny_tokenizer(), CapivaraImageProcessor())

@@ -56,28 +56,15 @@ def test_names_and_templates_are_well_formed_and_in_the_order_of_the_labels(name
         assert len(set(prompts)) == len(prompts) == len(content["templates"]) and "{" not in "".join(prompts)
 
 
-def test_review_is_recorded():
-    review = json.loads((FOLDER / "pt" / "review.json").read_text(encoding="utf-8"))
-    assert set(review) == set(ORDERS) and sum(map(len, review.values())) > 50
-    for name, entries in review.items():
-        names = load_prompts(name)
-        for entry in entries:
-            assert names.names_en[entry["index"]] == entry["en"] and names.names[entry["index"]] == entry["kept"]
-            assert entry["why"]
-
-
 def test_articles_agree():
-    cat = {"pt": "gato", "gender": "m", "number": "s"}
+    forms, cat = ["{nome}", "{um}", "{o}", "{do}", "{no}"], {"pt": "gato", "gender": "m", "number": "s"}
     houses = {"pt": "casas", "gender": "f", "number": "p"}
     cuba = {"pt": "Cuba", "gender": "f", "number": "s", "article": False}
-    forms = ["{nome}", "{um}", "{o}", "{do}", "{no}"]
     assert [fill(f, cat) for f in forms] == ["gato", "um gato", "o gato", "do gato", "no gato"]
     assert [fill(f, houses) for f in forms] == ["casas", "umas casas", "as casas", "das casas", "nas casas"]
     assert [fill(f, cuba) for f in forms] == ["Cuba", "Cuba", "Cuba", "de Cuba", "em Cuba"]
-    assert fill("{} e {um}", cat) == "gato e um gato"
-    for template in ("uma foto", "uma foto de {name}", "uma foto de {} {cor}"):
-        with pytest.raises(ValueError, match=r"needs the class's name in place of {}, {nome}, {um}, "):
-            fill(template, cat)
+    with pytest.raises(ValueError, match=r"needs the class's name in place of {}, {nome}, {um}, "):
+        fill("uma foto de {} {cor}", cat)
 
 
 # --- One's own classes -----------------------------------------------------------------------------------------------
@@ -90,12 +77,10 @@ def own(path, **content):
 
 
 def test_names_alone_and_an_empty_placeholder(tmp_path):
-    prompts = own(tmp_path / "cores.json", classes=["azul", "verde"], templates=["uma imagem de cor {}"])
-    assert prompts.filled == [["uma imagem de cor azul"], ["uma imagem de cor verde"]]
-    assert prompts.names == prompts.names_en == ["azul", "verde"] and prompts.benchmark == "cores"
+    prompts = own(tmp_path / "cores.json", classes=["azul", {"pt": "Cuba"}], templates=["cor {}", "{um}!"])
+    assert prompts.filled == [["cor azul", "azul!"], ["cor Cuba", "Cuba!"]], "no gender, no article"
+    assert prompts.names == prompts.names_en == ["azul", "Cuba"] and prompts.benchmark == "cores"
     assert (prompts.language, prompts.protocol, prompts.metric) == ("pt", "own", "accuracy")
-    prompts = own(tmp_path / "mine.json", classes=[{"pt": "gato"}, {"pt": "Cuba"}], templates=["{nome}!", "{um}!"])
-    assert prompts.filled == [["gato!", "gato!"], ["Cuba!", "Cuba!"]], "no gender, no article"
 
 
 def test_the_file_in_the_docs_is_one(tmp_path):
@@ -118,10 +103,7 @@ def test_classes_of_another_language(tmp_path):
 OWN_SLIPS = {
     "twice": ({"classes": ["rojo", "azul", "rojo"]}, r"no class may be there twice, as \['rojo'\] are"),
     "empty name": ({"classes": ["rojo", " "]}, "class 1 needs a name in the file's language, 'es', got {'es': ' '}"),
-    "another language": ({"classes": [{"pt": "azul"}]}, "class 0 needs a name in the file's language, 'es', got"),
-    "no text": ({"classes": [7]}, "class 0 needs a name"),
     "no class": ({"classes": []}, "at least one of classes and of templates"),
-    "classes are missing": ({"classes": None}, "classes must be of type list"),
     "no list": ({"templates": "color {}"}, "templates must be of type list"),
     "no placeholder": ({"templates": ["color"]}, "'color' needs the class's name in place of {}"),
     "Portuguese placeholder": ({"templates": ["color {um}"]}, "'color {um}' needs the class's name in place of {}"),
@@ -174,7 +156,6 @@ def test_babel_names_a_part_of_imagenet():
 def test_slips_are_named(tmp_path):
     for call, message in (
         (lambda: load_prompts("cifar10"), "Unknown benchmark: `cifar10`. Did you mean `cifar-10`"),
-        (lambda: load_prompts("cifar-10", "theirs"), "Unknown protocol 'theirs'"),
         (lambda: load_prompts("cifar-10", language="es"), "are in 'pt'; leave out --language es"),
         (lambda: load_prompts("cifar-10", "authors"), "give --authors_file"),
         (lambda: load_prompts("cifar-10", "authors", authors_file=str(tmp_path / "no.py")), "a path; got .*no.py"),

@@ -94,21 +94,3 @@ def test_a_push_that_fails_costs_nothing_and_is_made_later(commands, hub, train,
     assert command[:3] == ["python", "-m", "hub_upload.push"]
     later = commands(*command[3:])
     assert later.code == 0 and "model.safetensors" in hub.files("us/run"), later.err
-
-
-@pytest.mark.slow
-def test_checkpoints_are_pushed_to_a_branch_and_a_failure_changes_no_bit(hub, train, tmp_path):
-    """Those of adapters are merged in a copy."""
-    values = {"max_steps": 6, "save_steps": 2, "eval_steps": 6, "lora_rank": 2}
-    hub.faults = Faults(commit_statuses=[400], commit_message="no checkpoint today")
-    done = train(**PUSH, **values, hub_strategy="checkpoint")
-    assert done.code == 0, done.err
-    assert "Step 2 was not pushed to us/run: " in done.err and "no checkpoint today" in done.err
-    assert hub.commits("us/run", "checkpoints") == ["Step 6", "Step 4"] and len(hub.commits("us/run")) == 1
-    assert "step 6 of a run" in hub.files("us/run", "checkpoints")["README.md"].decode()
-    last, final = (load(hub.files("us/run", name)["model.safetensors"]) for name in ("checkpoints", "main"))
-    assert last.keys() == final.keys() and all(last[name].equal(final[name]) for name in last)
-    assert not list((tmp_path / "out").rglob("tmp-*"))
-    assert train("alone", **values).code == 0
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "alone")]
-    assert weights[0] == weights[1]

@@ -15,9 +15,9 @@ from torchvision.transforms import v2 as transforms
 
 import train_accelerate
 from benchmarks.recipe import SHARES
-from capivara_common.cli import read_config
+from capivara_common.cli import parse, read_config
 from modeling_capivara.loading import load_model, load_processor
-from training.arguments import parse_arguments
+from training.arguments import RunArguments
 from training.inputs import AUGMENTATION, augmented
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +41,7 @@ OPT = {
 @pytest.mark.parametrize(("name", "published"), [("capivara", FULL), ("capivara_opt", OPT)])
 def test_configs_hold_the_published_recipe(name, published):
     config = str(ROOT / "configs" / f"{name}.yaml")
-    args = parse_arguments(["--config", config, "--model", "m", "--dataset", "d"], "")
+    args = parse(RunArguments, None, ["--config", config, "--model", "m", "--dataset", "d"], config=True)
     assert {key: getattr(args, key) for key in PUBLISHED | published} == PUBLISHED | published
 
 
@@ -179,8 +179,6 @@ def test_lora_trains_adapters_and_projection_alone_and_merges(tiny_folder, tiny_
         ({"frozen_parameters": ".*"}, "Nothing is left to train"),
         ({"frozen_parameters": "("}, "is no regular expression"),
         ({"interpolate": 1.5}, "interpolate must be from 0 to 1"),
-        ({"carbon_country": "Brasil"}, "three-letter ISO code"),
-        ({"carbon_country": "BRZ"}, "'BRZ' is unknown to codecarbon"),
     ],
 )
 def test_bad_choices_end_before_training(tiny_folder, tiny_dataset_folder, tmp_path, overrides, message):
@@ -210,13 +208,9 @@ def test_layers_can_be_left_as_they_are(tiny_folder, tiny_dataset_folder, tmp_pa
 
 
 @pytest.mark.slow
-def test_interpolation_is_half_way_and_energy_is_in_the_run(tiny_folder, tiny_dataset_folder, tmp_path):
+def test_interpolation_is_half_way(tiny_folder, tiny_dataset_folder, tmp_path):
     whole = load_model(run(tiny_folder, tiny_dataset_folder, tmp_path / "whole")).state_dict()
-    options = {"interpolate": 0.5, "carbon_country": "BRA"}
-    half = load_model(run(tiny_folder, tiny_dataset_folder, tmp_path / "half", **options)).state_dict()
+    half = load_model(run(tiny_folder, tiny_dataset_folder, tmp_path / "half", interpolate=0.5)).state_dict()
     for name, base in load_model(tiny_folder).state_dict().items():
         if base.is_floating_point():
             torch.testing.assert_close(half[name], (base + whole[name]) / 2, rtol=1e-5, atol=1e-6)
-    energy = json.loads((tmp_path / "half" / "run.json").read_text(encoding="utf-8"))["energy"]
-    assert energy["kwh"] > 0 and energy["kg_co2e"] > 0 and energy["hours"] > 0 and energy["country"] == "BRA"
-    assert "codecarbon" in energy["method"]

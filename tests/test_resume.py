@@ -9,17 +9,16 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
-from datasets import DatasetDict, load_from_disk
 from test_checkpoints import flipped
 from test_images import NEGATIVE, altered
 from test_train_accelerate import ROOT, flags, refused
@@ -27,7 +26,6 @@ from test_train_accelerate import ROOT, flags, refused
 import train_accelerate
 from capivara_common.files import RUN_MARKER
 from modeling_capivara.loading import load_model
-from training import whole_batch
 from training.loop import Trainer
 from training.whole_batch import WholeBatch
 
@@ -150,8 +148,6 @@ def test_every_kind_of_training_resumes(run, tiny_dataset_folder, tmp_path, vari
     expected, out, values = tmp_path / "expected", tmp_path / "out", VARIANTS[variant]
     if "max_bad_share" in values:
         values = values | {"dataset": altered(tiny_dataset_folder, tmp_path / "data", {3: NEGATIVE, 7: NEGATIVE})}
-    if "lora_rank" in values:
-        pytest.importorskip("peft")
     train_accelerate.main(run(expected, **values))
     killed_run(run(out, **values), Trainer, "_update", 6)
     assert checkpoints_of(out) == ["step-00000004"]
@@ -230,25 +226,22 @@ def test_two_processes_train_what_one_trains_and_go_on_after_ctrl_c(run, undistu
 
 @pytest.mark.slow
 def test_a_finished_training_is_not_lost(run, undisturbed, tmp_path, monkeypatch):
-    """Ctrl-C while it is measured; started over by mistake; another program writes to the folder that is to be."""
+    """Ctrl-C while it is measured; another program writes to the folder that is to be."""
     out, measure = tmp_path / "out", train_accelerate.measure
-
-    def interrupted(*args) -> None:
-        raise KeyboardInterrupt
 
     def filled(*args) -> None:
         measure(*args)
         out.mkdir()
         (out / "theirs.txt").touch()
 
-    monkeypatch.setattr(train_accelerate, "measure", interrupted)
-    assert refused(run(out, save_steps=100)) == "130" and not checkpoints_of(out)
-    assert "holds an unfinished run" in refused(run(out, save_steps=100))
+    with monkeypatch.context() as patch:
+        patch.setattr(train_accelerate, "measure", Mock(side_effect=KeyboardInterrupt))
+        assert refused(run(out, save_steps=100)) == "130" and not checkpoints_of(out)
     monkeypatch.setattr(Trainer, "train", None)  # nothing is trained again
-    monkeypatch.setattr(train_accelerate, "measure", filled)
-    assert "is not empty" in refused(run(out, resume="auto"))
+    with monkeypatch.context() as patch:
+        patch.setattr(train_accelerate, "measure", filled)
+        assert "is not empty" in refused(run(out, resume="auto"))
     (out / "theirs.txt").unlink()
-    monkeypatch.setattr(train_accelerate, "measure", measure)
     train_accelerate.main(run(out, resume="auto"))
     assert_as_undisturbed(out, undisturbed)
 
@@ -256,95 +249,35 @@ def test_a_finished_training_is_not_lost(run, undisturbed, tmp_path, monkeypatch
 # Failed
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_its_step(run, tmp_path, monkeypatch):
-    original, calls = whole_batch.contrastive_loss, itertools.count(1)
-
-    def bad(*args):
-        measured = not torch.is_grad_enabled()  # of the validation split
-        return original(*args) * (1 if measured or next(calls) != 4 else float("nan"))
-
-    monkeypatch.setattr(whole_batch, "contrastive_loss", bad)
-    assert "Step 4: The loss is nan. Lower the learning rate" in refused(run(tmp_path / "out"))
-    assert checkpoints_of(tmp_path / "out") == ["step-00000002"]
-
-
 # Not the same run
 
 
-def test_what_is_another_run_is_refused_and_changes_nothing(saved_tiny_folder, tiny_dataset_folder, tmp_path):
-    """Started over by mistake; with other settings, each of which is named; with one other caption."""
-    dataset, out = tmp_path / "squares", tmp_path / "out"
-    shutil.copytree(tiny_dataset_folder, dataset)
-    argv = flags(saved_tiny_folder, dataset, out, save_steps=2, eval_steps=6)
+def test_what_is_another_run_is_refused_and_changes_nothing(run, tmp_path):
+    """Started over by mistake; with other settings, each of which is named."""
+    argv = run(tmp_path / "out")
     killed_run(argv, Trainer, "_one_step", 4)
     before = sorted(path.name for path in (tmp_path / "out.partial").rglob("*"))
-    message = refused(argv)
-    assert re.search(r"out\.partial holds an unfinished run.*--resume auto.*--overwrite_output_dir", message)
-    argv += ["--resume", "auto"]
-    message = refused([*argv, "--learning_rate", "2e-3", "--seed", "5", "--micro_batch_size", "2"])
-    for part in (
-        "step-00000002 is of another run", "learning_rate: 0.001 there, 0.002 now", "seed: 0 there, 5 now",
-        "micro_batch_size: 4 there, 2 now",
-    ):  # fmt: skip
-        assert part in message
-    assert "max_steps" not in message and "save_steps" not in message
-    splits = load_from_disk(tiny_dataset_folder)
-    captions, column = splits["train"]["captions-pt"][:], splits["train"].features["captions-pt"]
-    captions[3] = ["foto 3 azul branca"]
-    changed = splits["train"].remove_columns("captions-pt").add_column("captions-pt", captions, feature=column)
-    shutil.rmtree(dataset)
-    DatasetDict(splits | {"train": changed}).save_to_disk(dataset)
-    message = refused(argv)
-    assert f"data {dataset} train: '" in message and "validation" not in message
+    assert re.search(r"out\.partial holds an unfinished run.*--resume auto.*--overwrite_output_dir", refused(argv))
+    message = refused([*argv, "--resume", "auto", "--learning_rate", "2e-3", "--seed", "5", "--save_steps", "9"])
+    assert "step-00000002 is of another run" in message and "save_steps" not in message
+    assert "learning_rate: 0.001 there, 0.002 now" in message and "seed: 0 there, 5 now" in message
     assert sorted(path.name for path in (tmp_path / "out.partial").rglob("*")) == before
 
 
 @pytest.mark.slow
-def test_a_flipped_byte_ends_the_run_before_any_work_and_an_earlier_checkpoint_goes_on(
-    run, undisturbed, tmp_path, monkeypatch, caplog
-):
+def test_an_earlier_checkpoint_goes_on_where_a_later_one_is_damaged(run, undisturbed, tmp_path, monkeypatch, caplog):
     """By its name, in another folder, with settings that change no weight; another number of threads is said."""
     first, out = tmp_path / "first", tmp_path / "out"
     killed_run(run(first, keep_last=2), Trainer, "_one_step", 6)
     checkpoints = tmp_path / "first.partial/checkpoints"
     path = checkpoints / "step-00000004/optimizer.bin"
     flipped(path, path.stat().st_size // 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(train_accelerate, "load_inputs", None)
-        message = refused(run(first, keep_last=2, resume="auto"))
+    message = refused(run(first, keep_last=2, resume="auto"))
     assert re.search(r"step-00000004 can't be loaded: optimizer.bin or .*--resume auto", message)
-    assert "no checkpoint of a run: it has no trainer.json" in refused(run(out, resume=tmp_path))
-    assert not list(tmp_path.glob("out*"))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     train_accelerate.main(run(out, resume=checkpoints / "step-00000002", keep_last=3, save_steps=1))
-    for part in ("with 1 CPU threads on ", "now there are 2 on ", "--num_threads 1 keep"):
-        assert part in caplog.text
+    assert "with 1 CPU threads on " in caplog.text and "--num_threads 1 keep" in caplog.text
     assert_as_undisturbed(out, undisturbed)
-
-
-def test_a_complete_run_is_left_as_it_is(run, undisturbed, capsys):
-    def state():
-        return {path: path.stat().st_mtime_ns for path in [undisturbed.parent, *undisturbed.parent.rglob("*")]}
-
-    before = state()
-    assert train_accelerate.main(run(undisturbed, resume="auto")) == undisturbed
-    assert "is complete; there is nothing to go on with" in capsys.readouterr().out
-    assert "learning_rate: 0.001 there, 0.5 now" in refused(run(undisturbed, resume="auto", learning_rate=0.5))
-    assert state() == before
-
-
-@pytest.mark.slow
-def test_a_run_that_replaces_another_goes_on_and_the_old_one_stays_until_then(run, undisturbed, tmp_path):
-    """SIGKILL between the two renames is tried with `finish_folder`."""
-    out, replacing = tmp_path / "out", {"overwrite_output_dir": "true"}
-    train_accelerate.main(run(out, max_steps=2))
-    old = weights(out)
-    killed_run(run(out, **replacing), Trainer, "_one_step", 4)
-    assert re.search(r"not empty.*--overwrite_output_dir", refused(run(out, resume="auto")))
-    assert weights(out) == old
-    train_accelerate.main(run(out, resume="auto", **replacing))
-    assert_as_undisturbed(out, undisturbed)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # The best, trackers
@@ -361,29 +294,3 @@ def test_the_last_checkpoints_and_the_best_stay(run, tmp_path, monkeypatch):
     out = train_accelerate.main(run(tmp_path / "out", eval_steps=1, save_steps=1, max_steps=8, keep_last=2))
     steps = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert steps == ["step-00000002", "step-00000007", "step-00000008"]
-
-
-@pytest.mark.slow
-def test_tensorboard(run, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    out = train_accelerate.main(run(tmp_path / "out", tracker="tensorboard"))
-    (events,) = {path.parent for path in out.rglob("events.out.tfevents.*") if path.parent.name == "capivara"}
-    accumulator = EventAccumulator(str(events))
-    accumulator.Reload()
-    tags = set(accumulator.Tags()["scalars"])
-    assert {"loss", "validation/loss", "learning_rate", "gradient_norm", "logit_scale", "pairs_per_second"} <= tags
-    assert any(tag.startswith("validation/") and tag != "validation/loss" for tag in tags)
-    losses = {event.step: event.value for event in accumulator.Scalars("loss")}
-    curve = {point["step"]: point["loss"] for point in run_json(out)["curve"] if "loss" in point}
-    assert losses == pytest.approx(curve)
-
-
-def test_a_tracker_leaves_nothing_where_the_run_can_not_start(run, tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
-    assert "no column" in refused(run(tmp_path / "out", tracker="tensorboard", language="xh"))
-    monkeypatch.setattr("capivara_common.environment.find_spec", lambda name: None)
-    message = refused(run(tmp_path / "out", tracker="wandb"))
-    assert message.endswith("--tracker wandb needs wandb, not installed yet: pip install wandb")
-    assert not list(tmp_path.iterdir())

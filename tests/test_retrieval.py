@@ -7,15 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-import pyarrow as pa
 import pytest
 from test_checkpoints import flipped
 
 import modeling_capivara.two_towers
 from caption_data.pairs import pair_table, pairs_fingerprint
 from caption_data.sources import open_split
-from eval import classification, linear_probe
-from eval.embeddings import vectors_of
 from eval.records.schema import Record, read_records
 from eval.retrieval import RetrievalArguments, _chosen, evaluate, load_data, main
 from modeling_capivara import CapivaraModel
@@ -156,19 +153,6 @@ def test_positions():
     captions = ["a", "b", "c"]
     found = {name: _chosen(captions, "captions-pt", name, 0) for name in ("all", "first", "even", "odd")}
     assert found == {"all": captions, "first": ["a"], "even": ["a", "c"], "odd": ["b"]}
-    with pytest.raises(ValueError, match="Row 7 has 1 captions, none at the positions 'odd'"):
-        _chosen(["a"], "captions-pt", "odd", 7)
-
-
-def test_googles_captions_in_bf16(saved_tiny_folder, made, measured, tmp_path):
-    """Another protocol, another cache, and both are recorded."""
-    more = {"caption_positions": "odd", "precision": "bf16", "cache_dir": str(tmp_path / "cache")}
-    records = measure(saved_tiny_folder, made, tmp_path / "r.json", **more)
-    assert {r.n for r in records} == {NUMBER, 2 * NUMBER} and all("captions: odd" in r.protocol for r in records)
-    assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["precision"] == "bf16"
-    (one,), (other,) = (list(cache.rglob("images-*.arrow")) for cache in (measured / "cache", tmp_path / "cache"))
-    found = [vectors_of(pa.ipc.open_stream(path.read_bytes()).read_all()) for path in (one, other)]
-    assert one.parent.name != other.parent.name and 0 < abs(found[0] - found[1]).max() < 0.05
 
 
 def test_bad_pictures_are_counted_and_listed_and_name_no_place_of_the_machine(
@@ -178,25 +162,19 @@ def test_bad_pictures_are_counted_and_listed_and_name_no_place_of_the_machine(
     (folder / "test" / "00.png").write_bytes(b"no picture")
     (folder / "test" / "01.png").rename(tmp_path / "secret.png")
     (folder / "test" / "01.png").symlink_to(tmp_path / "secret.png")
-    outside = {2: "../../secret.png", 3: "/etc/passwd"}
-    odd = dict(enumerate(["gone.png", "a\0b.png", "é\\n.png", "'.png", "x" * 400], 4))
+    names = dict(enumerate(["../../secret.png", "/etc/passwd", "gone.png", "é\\n.png", "'.png", "x" * 400], 2))
     lines = lines_of(folder)
-    for row, name in (outside | odd).items():
+    for row, name in names.items():
         lines[row]["file_name"] = name
     write_lines(folder, lines)
-    command = flags(saved_tiny_folder, folder, tmp_path / "r.json")
-    main(command)
+    main(flags(saved_tiny_folder, folder, tmp_path / "r.json"))
     content = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
-    skipped, printed = content["skipped"], capsys.readouterr().out
-    assert list(skipped) == list(map(str, range(9))) and content["skipped_rows"] == 9
-    assert {record["n"] for record in content["records"]} == {NUMBER - 9, 4 * (NUMBER - 9)}
-    assert "9 images could not be read" in printed and "median_rank" in printed
-    assert all("lies outside" in skipped[str(row)] for row in (1, *outside))
-    assert all(skipped[str(row)].startswith(f"unreadable image: {name!r}"[:200]) for row, name in odd.items())
-    assert str(tmp_path) not in json.dumps(content)
-    main([*command, "--image_roots", str(tmp_path)])
-    skipped = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["skipped"]
-    assert not skipped.keys() & {"1", "2"} and "lies outside" in skipped["3"]
+    skipped = content["skipped"]
+    assert list(skipped) == list(map(str, range(8))) and content["skipped_rows"] == 8
+    assert {record["n"] for record in content["records"]} == {NUMBER - 8, 4 * (NUMBER - 8)}
+    assert "8 images could not be read" in capsys.readouterr().out and str(tmp_path) not in json.dumps(content)
+    assert all("lies outside" in skipped[str(row)] for row in (1, 2, 3))
+    assert all(skipped[str(row)].startswith(f"unreadable image: {names[row]!r}"[:200]) for row in range(4, 8))
 
 
 BAD_DATA = [
@@ -219,27 +197,13 @@ def test_bad_data_is_refused_before_the_model_is_loaded(folder, tmp_path, change
     ("words", "message"),
     [
         ("--split dev", r"no split 'dev'; there are \['test'\]"),
-        ("--gallery 2", "`--gallery` is gone: the best and the worst queries are drawn beside"),
-        *((f"--{flag} 2", f"`--{flag}` is gone: `accelerate launch --multi_gpu -m eval.retrieval` shares")
-          for flag in ("executor", "tasks", "gpus_per_task")),
+        ("--output .", r"output file .* is a folder"),
+        ("--tasks 2", "`--tasks` is gone: `accelerate launch --multi_gpu -m eval.retrieval` shares"),
     ],
-)  # fmt: skip
+)
 def test_slips_are_said_before_any_work(made, tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
         main(flags("no-model", made, tmp_path / "r.json", *words.split()))
-
-
-@pytest.mark.parametrize("command", [main, classification.main, linear_probe.main])
-def test_a_result_that_cannot_be_written_is_said_before_any_work(command, tmp_path):
-    where = ["--dataset", "no-data"] if command is main else ["--benchmark", "cifar-10", "--images", "no-data"]
-    with pytest.raises(ValueError, match=r"output file .* is a folder"):
-        command(["--model", "no-model", *where, "--output", str(tmp_path)])
-
-
-def test_one_image_is_too_few(saved_tiny_folder, folder, tmp_path):
-    write_lines(folder, lines_of(folder)[:1])
-    with pytest.raises(ValueError, match="has one image that can be read"):
-        main(flags(saved_tiny_folder, folder, tmp_path / "r.json"))
 
 
 def test_training_gives_the_same_data_the_same_fingerprint(made, tiny_dataset_folder, tmp_path):

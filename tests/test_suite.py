@@ -92,35 +92,16 @@ def test_every_benchmark_on_its_layout(models, data, tmp_path, capsys, monkeypat
     assert "| ELEVATER average | average |" in table and str(data) not in table + str(summary)
 
 
-def test_languages_of_what_is_named(models, data, tmp_path, capsys):
+def test_languages_of_what_is_named(models, data, tmp_path):
     """A benchmark that is named is run or listed, also where it has none of the languages; no other is heard of."""
-    more = ["--only", "xm3600", "xm3600-first", "flickr30k_200", "--languages", "pt", "hi"]
+    more = ["--only", "xm3600-first", "flickr30k_200", "--languages", "pt", "hi"]
     main(flags(tmp_path, *more, model=models / "base", data_dir=data))
     rows, measurements = rows_of(tmp_path), summary_of(tmp_path)["measurements"]
     assert {(m["benchmark"], m["language"], m["status"]) for m in measurements} == {
-        *((key, code, "measured") for key in ("xm3600", "xm3600-first") for code in ("pt", "hi")),
-        ("flickr30k_200", "por_Latn", "not run"),
-    }
-    assert "it is in por_Latn hin_Deva xho_Latn, and --languages asks for pt hi." in capsys.readouterr().out
-    counts = {key: read_records(tmp_path / f"{key}-pt-capivara-0.json")[0].n for key in ("xm3600", "xm3600-first")}
-    assert counts == {"xm3600": 2 * IMAGES, "xm3600-first": IMAGES}
+        *(("xm3600-first", code, "measured") for code in ("pt", "hi")), ("flickr30k_200", "por_Latn", "not run"),
+    }  # fmt: skip
     assert rows["xm3600-first", "pt", "text_to_image", "mean_recall"]["baseline"]["published"] == {"mean": 73.02}
     assert rows["xm3600-first", "hi", "text_to_image", "mean_recall"]["baseline"]["published"] is None
-    assert rows["xm3600", "hi", "image_to_text", "mean_recall"]["capivara"]["published"] is None
-
-
-@pytest.mark.slow
-def test_babel_takes_the_images_of_imagenet(models, tmp_path):
-    prompts = load_prompts("imagenet-1k", "babel", language="xh")
-    known = [prompts.names_en[place] for place in prompts.indices]
-    given = ["tench", "goldfish", *[name for name in known if "/" not in name][:3]]
-    for number, name in enumerate(given):
-        (tmp_path / "imagenet-1k" / name).mkdir(parents=True)
-        picture(number).save(tmp_path / "imagenet-1k" / name / "0.png")
-    more = ["--only", "babel-imagenet", "--languages", "xh"]
-    main(flags(tmp_path / "out", *more, model=models / "base", data_dir=tmp_path))
-    record = read_records(tmp_path / "out" / "babel-imagenet-xh-capivara-0.json")[0]
-    assert (record.protocol, record.language, record.n) == ("babel", "xh", sum(name in known for name in given))
 
 
 def test_figures_of_another_base_are_its_own(models, data, tmp_path, capsys):
@@ -193,18 +174,15 @@ def test_a_broken_folder_does_not_end_the_suite(models, data, tmp_path):
     assert status["xm3600"]["status"] == "not run" and str(tmp_path) not in str(status)
 
 
-def test_a_suite_that_was_stopped_continues_to_the_same_table_of_the_data_that_are_there(
-    models, data, tmp_path, monkeypatch
-):
+def test_a_suite_that_was_stopped_continues_to_the_same_table(models, data, tmp_path, monkeypatch):
     """What was embedded is taken from the cache, and no file of it is made again. By the authors' prompts."""
     digits = ["zero", "um", "dois", "três", "quatro", "cinco", "seis", "sete", "oito", "nove"]
-    names, templates = (
-        {"mnist": digits, "hateful-memes": ["meme", "ódio"]},
-        {"mnist": ["o {}"], "hateful-memes": ["{}"]},
-    )
+    names = {"mnist": digits, "hateful-memes": ["meme", "ódio"]}
+    templates = {key: ["{}"] for key in names}
     (tmp_path / "prompts.py").write_text(f"class_map = {names}\ntemplate_map = {templates}\n", encoding="utf-8")
-    shutil.copytree(data / "mnist", tmp_path / "data" / "mnist")
-    (tmp_path / "data" / "hateful-memes").symlink_to(data / "hateful-memes")  # a link serves
+    (tmp_path / "data").mkdir()
+    for key in names:
+        (tmp_path / "data" / key).symlink_to(data / key)  # a link serves
     given = {"model": models / "base", "data_dir": tmp_path / "data", "cache_dir": tmp_path / "cache"}
     given |= {"protocol": "authors", "authors_file": tmp_path / "prompts.py"}
     given = flags(tmp_path / "out", "--only", "hateful-memes", "mnist", **given)
@@ -224,10 +202,6 @@ def test_a_suite_that_was_stopped_continues_to_the_same_table_of_the_data_that_a
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     tables = [(tmp_path / name / "table.md").read_text(encoding="utf-8") for name in ("whole", "out")]
     assert tables[0] == tables[1] and "Names and prompts: authors" in tables[0]
-    before = read_json(tmp_path / "out" / "mnist-pt-capivara-0.json")["dataset_fingerprint"]
-    picture(77).save(next((tmp_path / "data" / "mnist").glob("*/0.png")))
-    main(given)
-    assert read_json(tmp_path / "out" / "mnist-pt-capivara-0.json")["dataset_fingerprint"] != before
 
 
 @pytest.mark.parametrize(
@@ -236,12 +210,10 @@ def test_a_suite_that_was_stopped_continues_to_the_same_table_of_the_data_that_a
         ("papers", "Unknown suite: `papers`. Did you mean `paper`?"),
         ("paper --only food101", "Unknown benchmark: `food101`. Did you mean `food-101`? There are "),
         ("paper --data cifar10=.", "`--data` is gone: put the data, or a link to them, into --data_dir"),
-        ("paper --data_dir nowhere", "--data_dir nowhere is no folder"),
         ("paper --languages ptt", "Unknown language: `ptt`. Did you mean `pt`?"),
         ("paper --only cifar-10 --languages hi", "None of the benchmarks has one of the languages"),
         ("paper --protocol authors", "needs --authors_file"),
         ("paper --baseline nowhere/at/all", "nowhere"),
-        ("paper --model /nowhere/at/all", "nowhere"),
         ("paper --model null", "No model is given"),
     ],
 )
@@ -269,25 +241,19 @@ def test_the_average_needs_all_twenty_of_every_model():
     assert row["capivara"]["measured"] == {"mean": pytest.approx(10.0), "std": pytest.approx(0.5**0.5), "runs": 2}
     assert row["capivara"]["published"] == {"mean": 57.51, "std": 0.02} and row["images"] is None
     assert row["like_for_like"] is all(other["like_for_like"] for other in rows[:-1])
-    for missing in (values[0], values[-1]):
-        rows, left_out = suite_rows(pairs, [value for value in values if value is not missing], runs)
-        assert average.key not in {row["benchmark"] for row in rows} and left_out[0].startswith(
-            "ELEVATER average: left"
-        )
-        (row,) = [row for row in rows if row["benchmark"] == missing["benchmark"]]
-        assert row[missing["role"]]["measured"] is None, "a mean of fewer runs would mislead"
+    rows, left_out = suite_rows(pairs, values[1:], runs)
+    assert average.key not in {row["benchmark"] for row in rows} and left_out[0].startswith("ELEVATER average: left")
+    row = next(row for row in rows if row["benchmark"] == values[0]["benchmark"])
+    assert row[values[0]["role"]]["measured"] is None, "a mean of fewer runs would mislead"
     rows, left_out = suite_rows(pairs[:19], values, runs)
     assert average.key not in {row["benchmark"] for row in rows} and "since 19 of its 20 sets ran" in left_out[0]
 
 
 def test_what_is_like_for_like():
     """Of names and prompts as they were published, on as many images; a language that was not published has none."""
-    cases = [
-        ("dtd", "pt", 1880, "authors", True),
-        ("dtd", "pt", 1880, "ours", False),
-        ("dtd", "pt", 1879, "authors", False),
-    ]
-    for key, language, images, protocol, expected in [*cases, ("babel-imagenet", "xh", 3, "ours", True)]:
+    cases = [("dtd", "pt", 1880, "authors", True), ("dtd", "pt", 1880, "ours", False)]
+    cases += [("dtd", "pt", 1879, "authors", False), ("babel-imagenet", "xh", 3, "ours", True)]
+    for key, language, images, protocol, expected in cases:
         values = [measured(BENCHMARKS[key], "capivara", 0, 0.5, images) | {"language": language}]
         ((row,), _) = suite_rows([(BENCHMARKS[key], language)], values, {"capivara": 1}, protocol=protocol)
         assert row["like_for_like"] is expected
@@ -295,9 +261,8 @@ def test_what_is_like_for_like():
 
 
 PROGRAM = """
-import os, sys
+import sys
 from eval import embeddings, suite
-open("process" + os.environ["RANK"], "w").close()
 embeddings.IMAGES_PER_SHARD, embeddings.TEXTS_PER_SHARD = 4, 10
 suite.main(sys.argv[1:])
 """
@@ -327,13 +292,8 @@ def test_two_processes_give_the_bits_of_one(models, data, tmp_path, monkeypatch)
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("## The paper's benchmarks") == 1, "one process prints"
-    assert {path.name for path in tmp_path.glob("process*")} == {"process0", "process1"}
     for file in ("mnist-pt-capivara-0.json", "pracegover-pt-capivara-0.json"):
         assert read_records(tmp_path / "one" / file) == read_records(tmp_path / "two" / file)
-    tables = [(tmp_path / name / "table.md").read_text(encoding="utf-8") for name in ("one", "two")]
-    assert tables[0] == tables[1] and "1 images could not be read" in tables[0]
-    shards = sorted((tmp_path / "one-cache").rglob("*.arrow"))
-    for path in shards:
-        same = tmp_path / "two-cache" / path.relative_to(tmp_path / "one-cache")
-        assert path.read_bytes() == same.read_bytes()
-    assert len(shards) > 6
+    shards = [{path.name: path.read_bytes() for path in (tmp_path / cache).rglob("*.arrow")}
+              for cache in ("one-cache", "two-cache")]  # fmt: skip
+    assert shards[0] == shards[1] and len(shards[0]) > 6

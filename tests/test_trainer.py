@@ -74,19 +74,12 @@ def test_gradients_are_those_of_the_whole_batch(tiny_processor, tmp_path, frozen
 
 
 def test_evaluation_and_a_batch_that_lacks_something(tiny_processor, tmp_path):
-    arguments = TrainingArguments(
-        tmp_path, gradient_accumulation_steps=2, use_cpu=True, remove_unused_columns=False, report_to="none"
-    )
+    plain = {"use_cpu": True, "remove_unused_columns": False, "report_to": "none"}
+    arguments = TrainingArguments(tmp_path, gradient_accumulation_steps=2, **plain)
     batch = tiny_processor(text=CAPTIONS, images=[row["image"] for row in pairs()], return_tensors="pt")
-
-    def without_mask(rows: list) -> dict:
-        return {"input_ids": batch["input_ids"], "pixel_values": batch["pixel_values"]}
-
-    def whole(rows: list) -> dict:
-        return {**batch, "return_loss": True}
-
+    whole = lambda rows: {**batch, "return_loss": True}  # noqa: E731
     trainer = ExactBatchTrainer(build(False), arguments, whole, train_dataset=pairs(), eval_dataset=pairs()[:3])
     assert trainer.evaluate()["eval_loss"] > 0
-    trainer.data_collator = without_mask
+    trainer.data_collator = lambda rows: {name: batch[name] for name in ("input_ids", "pixel_values")}
     with pytest.raises(ValueError, match="attention_mask is missing from input_ids, pixel_values"):
         trainer.train()

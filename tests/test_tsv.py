@@ -1,7 +1,6 @@
 """Sentences out to a table and back: nothing inside them breaks it, and every wrong row is named."""
 
 import random
-import re
 
 import pytest
 
@@ -25,20 +24,17 @@ def test_what_is_escaped_comes_back_and_stays_on_one_line():
     assert {escape(sign)[0] for sign in "=+-@"} == {"\\"}, "no sentence is a formula to a spreadsheet"
 
 
-@pytest.mark.parametrize("kind", ["plain", "Windows", "only two columns", "other order of columns"])
-def test_a_table_round_trips(tmp_path, kind):
-    path = tmp_path / "sentences.tsv"
+@pytest.mark.parametrize("order", [None, [0, 2], [2, 0, 1]])  # as Windows writes it; two columns; in another order
+def test_a_table_round_trips(tmp_path, order):
+    path, translations = tmp_path / "sentences.tsv", [text[::-1] for text in NASTY]
     write_sentences(path, NASTY)
-    translations = [text[::-1] for text in NASTY]
     fill(path, translations)
     data = path.read_bytes()
-    if kind == "Windows":
-        data = b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n")
-    elif kind != "plain":
-        order = [0, 2] if kind == "only two columns" else [2, 0, 1]
+    if order is None:
+        path.write_bytes(b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n"))
+    else:
         cells = [line.split(b"\t") for line in data.split(b"\n") if line]
-        data = b"\n".join(b"\t".join(line[i] for i in order) for line in cells)
-    path.write_bytes(data)
+        path.write_bytes(b"\n".join(b"\t".join(line[i] for i in order) for line in cells))
     assert read_translations(path, NASTY) == dict(zip(NASTY, translations, strict=True))
 
 
@@ -52,13 +48,9 @@ SENTENCES = ["a cat", "a dog", "two men", "a red car", "the sea"]
         (lambda lines: lines[:-1], r" ends before s5_\w+ \('the sea'\)\. The rows must"),
         (lambda lines: [*lines[:3], lines[1], *lines[3:]], r", line 4: 's1_\w+' in place of s3_\w+"),
         (lambda lines: [*lines, "s9_00000000\tnew\tnovo"], r", line 7: 's9_00000000' in place of nothing"),
-        (
-            lambda lines: [lines[0], lines[1].replace("a cat", "A cat"), *lines[2:]],
-            r", line 2: the source 'A cat' in place of 'a cat'\. Spreadsheets",
-        ),
+        (lambda lines: [lines[0], lines[1].replace("a cat", "A cat")], r", line 2: the source 'A cat' in place"),
         (lambda lines: [*lines[:5], lines[5] + "\tmore"], r", line 6: 4 columns, the first line has 3\."),
         (lambda lines: [*lines[:5], lines[5] + "\\q"], r", line 6: '\\q' is none of"),
-        (lambda lines: [*lines[:5], lines[5] + "\\u12"], r", line 6: .* is none of"),
         (lambda lines: lines[1:], r"The first line of .* must name the columns id and translation.*s1_"),
         (lambda lines: [], "must name the columns"),
     ],
@@ -77,22 +69,8 @@ def test_an_empty_cell_is_no_translation(tmp_path):
     write_sentences(path, SENTENCES)
     assert untranslated(path).startswith("5 of 5 sentences have no translation yet: line 2 (s1_")
     fill(path, ["um gato", "", "  ", "um carro", "o mar"])
-    assert re.fullmatch(r"2 of 5 sentences have no translation yet: line 3 \(s2_\w+\), line 4 .*\.", untranslated(path))
     with pytest.raises(ValueError, match=r"2 of 5 sentences have no .*, line 4 .*\. Fill their last column\."):
         read_translations(path, SENTENCES)
-    write_sentences(path, SENTENCES)
-    fill(path, ["um gato", "-", "dois homens", "um carro", "o mar"])
-    assert untranslated(path) == "" and read_translations(path, SENTENCES)["a dog"] == "-"
-
-
-def test_a_file_that_is_no_utf8(tmp_path):
-    path = tmp_path / "sentences.tsv"
-    path.write_bytes("id\ttranslation\ns1_0\tção\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"is no UTF-8, line 2.*Save it as UTF-8"):
-        read_translations(path, [])
-    path.write_bytes("id\ttranslation\n".encode("utf-16"))
-    with pytest.raises(ValueError, match="is no UTF-8"):
-        read_translations(path, [])
 
 
 def fill(path, translations: list[str]) -> None:

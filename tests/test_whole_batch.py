@@ -265,12 +265,6 @@ def test_the_shares_of_processes_add_up_to_the_plain_formula(cut, tile, monkeypa
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-def test_one_pair_has_nothing_to_tell_apart():
-    batches, embeds = make_batch(False, 1, CAPTIONS[:1])
-    with pytest.raises(ValueError, match="at least 2 pairs, got 1"):
-        gradients_of(build(False), Accelerator(cpu=True), batches, embeds)
-
-
 class Scaled(torch.nn.Embedding):
     """As Gemma's and BART's tables scale their rows."""
 

@@ -10,23 +10,13 @@ from transformers import PreTrainedTokenizerFast
 from modeling_capivara import CapivaraConfig, CapivaraModel, CapivaraProcessor
 
 TINY_VISION = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 32,
-    "patch_size": 16,
-}
+    "model_type": "clip_vision_model", "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "image_size": 32, "patch_size": 16,
+}  # fmt: skip
 TINY_TEXT = {
-    "model_type": "xlm-roberta",
-    "vocab_size": 300,
-    "hidden_size": 40,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 82,
-}
+    "model_type": "xlm-roberta", "vocab_size": 300, "hidden_size": 40, "intermediate_size": 80, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 82,
+}  # fmt: skip
 WORDS = "um uma foto de gato cachorro capivara casa carro árvore água são joão pão céu azul verde a o the of cat dog"
 
 
@@ -79,14 +69,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
+    special = {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "pad_token": "<pad>"}
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        cls_token="<s>",
-        sep_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        model_input_names=["input_ids", "attention_mask"],
-        model_max_length=77,
-    )
+        tokenizer_object=tokenizer, unk_token="<unk>", model_max_length=77,
+        model_input_names=["input_ids", "attention_mask"], **special,
+    )  # fmt: skip

@@ -39,45 +39,46 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SIDE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
 
 
+def save(folder: Path, config: type, model: type, text: dict, processor: object, **sizes) -> None:
+    made = config(text_config=TOWER | text, vision_config=VISION, **sizes)
+    randomise(model(made)).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
 def siglip(folder: Path) -> None:
     """Its processor says nothing of padding, and its tokenizer gives no mask."""
-    text = TOWER | {"vocab_size": 300, "max_position_embeddings": 64, "pad_token_id": 1, "projection_size": 32}
-    randomise(SiglipModel(SiglipConfig(text_config=text, vision_config=VISION))).save_pretrained(folder)
     tokenizer = tiny_tokenizer()
     tokenizer.model_input_names, tokenizer.model_max_length = ["input_ids"], 64
-    SiglipProcessor(SiglipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
+    processor = SiglipProcessor(SiglipImageProcessor(size={"height": 32, "width": 32}), tokenizer)
+    text = {"vocab_size": 300, "max_position_embeddings": 64, "pad_token_id": 1, "projection_size": 32}
+    save(folder, SiglipConfig, SiglipModel, text, processor)
 
 
 def clip(folder: Path) -> None:
     pieces = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
-    text = TOWER | {"vocab_size": len(pieces), "bos_token_id": 0, "eos_token_id": 1}
-    config = CLIPConfig(text_config=text, vision_config=VISION, projection_dim=24)
-    randomise(CLIPModel(config)).save_pretrained(folder)
     tokenizer = CLIPTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[])
-    CLIPProcessor(CLIPImageProcessor(**SIDE), tokenizer).save_pretrained(folder)
+    text = {"vocab_size": len(pieces), "bos_token_id": 0, "eos_token_id": 1}
+    save(folder, CLIPConfig, CLIPModel, text, CLIPProcessor(CLIPImageProcessor(**SIDE), tokenizer), projection_dim=24)
 
 
 def chinese_clip(folder: Path) -> None:
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
-    text = TOWER | {"vocab_size": len(pieces), "pad_token_id": 0}
-    config = ChineseCLIPConfig(text_config=text, vision_config=VISION, projection_dim=24)
-    randomise(ChineseCLIPModel(config)).save_pretrained(folder)
     tokenizer = BertTokenizer(vocab={piece: number for number, piece in enumerate(pieces)})
-    ChineseCLIPProcessor(ChineseCLIPImageProcessor(**SIDE), tokenizer).save_pretrained(folder)
+    processor = ChineseCLIPProcessor(ChineseCLIPImageProcessor(**SIDE), tokenizer)
+    text = {"vocab_size": len(pieces), "pad_token_id": 0}
+    save(folder, ChineseCLIPConfig, ChineseCLIPModel, text, processor, projection_dim=24)
 
 
 def altclip(folder: Path) -> None:
-    text = TOWER | {"vocab_size": 300, "max_position_embeddings": 66, "pad_token_id": 1, "project_dim": 24}
-    config = AltCLIPConfig(text_config=text, vision_config=VISION, projection_dim=24)
-    randomise(AltCLIPModel(config)).save_pretrained(folder)
-    AltCLIPProcessor(CLIPImageProcessor(**SIDE), tiny_tokenizer()).save_pretrained(folder)
+    text = {"vocab_size": 300, "max_position_embeddings": 66, "pad_token_id": 1, "project_dim": 24}
+    processor = AltCLIPProcessor(CLIPImageProcessor(**SIDE), tiny_tokenizer())
+    save(folder, AltCLIPConfig, AltCLIPModel, text, processor, projection_dim=24)
 
 
 def metaclip_2(folder: Path) -> None:
-    text = TOWER | {"vocab_size": 300, "max_position_embeddings": 77, "pad_token_id": 1, "eos_token_id": 2}
-    config = MetaClip2Config(text_config=text, vision_config=VISION, projection_dim=24)
-    randomise(MetaClip2Model(config)).save_pretrained(folder)
-    CLIPProcessor(CLIPImageProcessor(**SIDE), tiny_tokenizer()).save_pretrained(folder)
+    text = {"vocab_size": 300, "max_position_embeddings": 77, "pad_token_id": 1, "eos_token_id": 2}
+    processor = CLIPProcessor(CLIPImageProcessor(**SIDE), tiny_tokenizer())
+    save(folder, MetaClip2Config, MetaClip2Model, text, processor, projection_dim=24)
 
 
 MAKERS = {maker.__name__: maker for maker in (siglip, clip, chinese_clip, altclip, metaclip_2)}

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from capivara_common.cli import at_least, between, flag, parse
+from capivara_common.cli import at_least, between, flag
 from capivara_common.image_files import DATASET_HELP, CaptionDataArguments
 from caption_data.rows import CaptionChoice
 
@@ -28,6 +28,11 @@ GONE = {  # flags of earlier versions -> what there is instead
     "lora_dropout": "adapters have no dropout, as in the paper; the model's own stays",
     "lora_modules_to_save": "beside adapters the text projection is trained, as in the paper",
     "prepare": "run `python -m examples.openmoji.prepare` before, which makes what is missing of data/openmoji",
+}
+# Flags without which a run of before goes on.
+GONE_SINCE = {
+    "hub_strategy": "the finished model is pushed, no checkpoint; --push_to_hub true is enough",
+    "carbon_country": "run `codecarbon monitor --offline --country-iso-code BRA` beside it",
 }
 
 
@@ -130,18 +135,12 @@ class Output:
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = flag(
         "none", "Where the curves also go, through Accelerate (extra: trackers)."
     )
-    carbon_country: str | None = flag(
-        None, "ISO code such as BRA: energy and CO2e by codecarbon, offline, into run.json (extra: carbon)."
-    )
     push_to_hub: bool = flag(
         False,
         "Push the model to the Hub when the run is complete, by HF_TOKEN or `hf auth login`. The right to write is "
         "checked before it; a push that fails costs nothing, and the command that repeats it is said.",
     )
     hub_model_id: str | None = flag(None, "Repository on the Hub, owner/name.")
-    hub_strategy: Literal["end", "checkpoint"] = flag(
-        "end", "The finished model; checkpoint = also every checkpoint's, as a commit on the branch `checkpoints`."
-    )
     hub_private: bool = flag(False, "Make a new repository private.")
 
 
@@ -150,7 +149,7 @@ class RunArguments(Output, Optimisation, Batch, ModelAndData):
     """All arguments of a run, flat. Raises ValueError where a value breaks its rule."""
 
     groups = (ModelAndData, Batch, Optimisation, Output)
-    gone = GONE
+    gone = GONE | GONE_SINCE
     embedding_batch_size = 32  # images that go through the frozen image tower at once
 
     def __post_init__(self) -> None:
@@ -190,8 +189,3 @@ class RunArguments(Output, Optimisation, Batch, ModelAndData):
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         return json.loads(json.dumps(asdict(self), default=str))  # paths, also those in a list, are text
-
-
-def parse_arguments(argv: list[str] | None, description: str) -> RunArguments:
-    """Arguments out of `--config FILE.yaml` and flags, as `capivara_common.cli.parse` reads them."""
-    return parse(RunArguments, description, argv, config=True)

@@ -35,7 +35,7 @@ from capivara_common.files import (
     write_bytes,
     write_json,
 )
-from training.arguments import GONE, RunArguments
+from training.arguments import GONE, GONE_SINCE, RunArguments
 
 BEFORE = "a876dd5"  # the last commit with settings of another step, whose checkpoints have other names, too
 STATE = "trainer.json"
@@ -43,8 +43,9 @@ SUMS = "SHA256SUMS"  # of all other files, as sha256sum writes them; processors 
 LOADED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pkl", ".json")  # what may be read of a checkpoint
 # Settings that may differ between a run and its continuation: they change no weight.
 FREE_SETTINGS = {
-    *("output_dir", "overwrite_output_dir", "resume", "save_steps", "keep_last", "tracker", "carbon_country"),
-    *("loading_workers", "num_threads", "max_bad_share", "push_to_hub", "hub_model_id", "hub_strategy", "hub_private"),
+    *("output_dir", "overwrite_output_dir", "resume", "save_steps", "keep_last", "tracker"),
+    *("loading_workers", "num_threads", "max_bad_share", "push_to_hub", "hub_model_id", "hub_private"),
+    *GONE_SINCE,
 }
 DEFAULTS = {known.name: known.default for known in fields(RunArguments)}  # what a run had before there was a setting
 logger = logging.getLogger("capivara")
@@ -172,8 +173,8 @@ def check_same_run(state: TrainerState, config: dict[str, Any], data: dict[str, 
     """Raise ValueError where a checkpoint or a finished run is of other settings or data; each difference is named."""
     if state.config.keys() & GONE.keys():
         raise ValueError(
-            f"{path} is of an earlier version of the program, such as commit {BEFORE}. Go on with it by that one, or "
-            "start anew by --overwrite_output_dir true in place of --resume."
+            f"{path} is of an earlier version of the program, such as commit {BEFORE}. A complete run has its model "
+            "there; go on with another by that commit, or train anew at another --output_dir."
         )
     # Where the cache lies changes nothing; whether there is one does: its embeddings are float16.
     old, new = ({**c, "image_embedding_cache": c.get("image_embedding_cache") != "off"} for c in (state.config, config))
@@ -191,11 +192,6 @@ def check_same_run(state: TrainerState, config: dict[str, Any], data: dict[str, 
 def check_finished_run(folder: Path, config: dict[str, Any], data: dict[str, str]) -> None:
     """Raise ValueError where the finished run in `folder` has other settings, or other `data` of those given."""
     finished = read_json(folder / "run.json", config=dict, dataset_fingerprints=dict)
-    if finished["config"].keys() & GONE.keys():
-        raise ValueError(
-            f"The training of the run in {folder} is complete, by an earlier version of the program, and its model "
-            "lies there; there is nothing to go on with. Train another one at another --output_dir."
-        )
     check_same_run(TrainerState(config=finished["config"], data=finished["dataset_fingerprints"]), config, data, folder)
 
 

@@ -44,13 +44,10 @@ PIXELS_VERSION = 1  # raise it when preprocessing or augmentation changes what a
 AUGMENTATION = {"resize": 250, "crop": 224, "scale": [0.9, 1.0], "augmix_severity": 2}  # arXiv 2310.13683, section 4
 SHARD_ROWS = 2048  # images of one file of the cache: what a kill can lose
 logger = logging.getLogger("capivara")
-OF_TRAINING = (
-    "--dataset and --train_split name the training data, --image_column, --caption_column and --language its columns; "
-    "--caption_strategy none --min_pair_similarity null do without similarities."
-)
-OF_MEASURING = (
-    "--evaluation_dataset, --validation_split and --test_split name what is measured on, --image_column, "
-    "--caption_column, --language and --eval_languages its columns."
+FLAGS = (
+    "--dataset and --train_split name what is trained on; --evaluation_dataset, --validation_split, --test_split what "
+    "is measured on; --image_column, --caption_column, --language and --eval_languages the columns; --caption_strategy "
+    "none --min_pair_similarity null do without similarities."
 )
 Splits = dict[tuple[str, str], Split]  # data set and split -> the rows
 
@@ -181,18 +178,18 @@ def open_splits(args: RunArguments) -> Splits:
 
     Raises ValueError, with the flags that name it, where one or a column is missing, or rows are too few for a batch.
     """
-    asked = [(name, args.train_split, _training_columns(args), OF_TRAINING) for name in args.dataset]
+    asked = [(name, args.train_split, _training_columns(args)) for name in args.dataset]
     measured = [(args.validation_split, args.language), *((args.test_split, code) for code in args.eval_languages)]
-    asked += [(args.evaluation_dataset, split, [caption_column(args, c)], OF_MEASURING) for split, c in measured]
+    asked += [(args.evaluation_dataset, split, [caption_column(args, code)]) for split, code in measured]
     splits: Splits = {}
-    for dataset, split, columns, flags in asked:
+    for dataset, split, columns in asked:
         try:
             if (dataset, split) not in splits:
                 splits[dataset, split] = open_split(dataset, split, args.image_column, **args.limits())
             found = splits[dataset, split]
             found.check_columns([args.image_column, *lacking(columns, found.columns)])
         except ValueError as error:
-            raise ValueError(f"{str(error).rstrip('.')}. {flags}") from error
+            raise ValueError(f"{str(error).rstrip('.')}. {FLAGS}") from error
     batch_counts(args.effective_batch_size, [len(splits[name, args.train_split]) for name in args.dataset])
     return splits
 
@@ -241,13 +238,9 @@ def caption_column(args: RunArguments, language: str) -> str:
 
 
 def cache_root(args: RunArguments) -> Path:
-    """Where image embeddings are kept. Raises ValueError where that is one cache of them."""
-    if args.image_embedding_cache in ("auto", "off"):
-        return cache_home() / "image_embeddings"
-    root = Path(args.image_embedding_cache)
-    if (root / "cache.json").is_file():
-        raise ValueError(f"{root} is one cache of image embeddings. Name the folder that it lies in, {root.parent}.")
-    return root
+    """Where image embeddings are kept."""
+    named = args.image_embedding_cache
+    return cache_home() / "image_embeddings" if named in ("auto", "off") else Path(named)
 
 
 def _complete(texts: list[str]) -> list[str]:

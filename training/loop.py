@@ -43,7 +43,6 @@ class Trainer:
     wrapped: nn.Module  # what is trained: the model, or peft's wrapper around it
     checkpoints: Checkpoints  # of the run, with its device, precision and processes
     state: TrainerState  # where the run is
-    after_checkpoint: Callable[[int], object] | None = None  # on the main process, with the step of a new checkpoint
     overflows: int = field(default=0, init=False)  # in a row, of fp16
 
     def train(self, resume: Path | None = None) -> TrainerState:
@@ -171,10 +170,6 @@ class Trainer:
         self.accelerator.log(logged, step=state.step)
         if due:
             self.checkpoints.save(state)
-            if self.after_checkpoint and self.accelerator.is_main_process:
-                before = time.perf_counter()
-                self.after_checkpoint(state.step)
-                self.started += time.perf_counter() - before  # of the pushes, not of training
 
     def _image_embeds(self, plan: StepPlan, pixels: Iterator[list] | None) -> tuple[StepPlan, Tensor]:
         """(pairs, width) on the device, by the frozen image tower; and the plan, spares where images can't be used."""
