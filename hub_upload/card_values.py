@@ -59,11 +59,8 @@ MAX_TEXT = 300
 PLAIN_CODE = re.compile(r"[A-Za-z0-9][\w./@:+=,() -]*", re.ASCII)
 # Absolute paths of Unix, of a home and of Windows, up to their last part; not the slashes of an address.
 PATHS = re.compile(r"(?<![\w.:/])~?/(?:[^\s/'\"<>]+/)+|\b[A-Za-z]:\\(?:[^\s\\]+\\)+")
-# Of the code on a card: two texts for its red and its blue picture, two others, and labels.
-EXAMPLES = {
-    "texts": ["um quadrado vermelho", "um céu azul"],
-    "labels": ["vermelho", "azul", "verde"],
-}
+# Of the code on a card: two texts for its red and its blue picture, and labels.
+EXAMPLES = {"texts": ["um quadrado vermelho", "um céu azul"], "labels": ["vermelho", "azul", "verde"]}
 _SETTINGS = (
     "effective_batch_size micro_batch_size max_steps optimizer learning_rate min_learning_rate warmup_steps "
     "weight_decay adam_beta1 adam_beta2 adam_epsilon mixed_precision frozen_parameters gradient_checkpointing "
@@ -215,12 +212,8 @@ def _values(results: list[ResultFile]) -> list[Any]:
             f"{row.value:g}. Remove the result file that is not of this model."
         )
     values = values_of(frame, "precision")
-    for value in values:
-        if value.seeds > 1 and value.measured[0].seed is None:
-            raise ValueError(
-                f"{value.measured[0].source} names no seed, where others of the same figure do. Measure it with "
-                "--seed, or remove the file."
-            )
+    if unnamed := [value.measured[0] for value in values if value.seeds > 1 and value.measured[0].seed is None]:
+        raise ValueError(f"{unnamed[0].source} names no seed, where others do. Measure it with --seed, or remove it.")
     return values
 
 
@@ -364,7 +357,7 @@ class Writer:
         return escaped(text)
 
     def each(self, name: str) -> str:
-        """A figure that every run has, in the order of seeds; one where all agree."""
+        """A figure that every run has, in the order of seeds; equal ones once."""
         picks: dict[str, Callable[[dict[str, Any]], str]] = {
             "pairs_per_second": lambda run: self.number(run["pairs_per_second"], 1),
             "device": lambda run: escaped(run["device"]),
@@ -372,8 +365,7 @@ class Writer:
             "evaluation_time": lambda run: self.duration(run["seconds"]["evaluation"]),
         }
         pick = picks.get(name, lambda run: self.number(run[name]))
-        found = [pick(run) for run in self.facts["runs"]]
-        return found[0] if len(set(found)) == 1 else "; ".join(found)
+        return "; ".join(dict.fromkeys(pick(run) for run in self.facts["runs"]))
 
     def linked(self, origin: dict[str, Any], kind: str) -> str:
         """The title of base or data, with a link where it is on the Hub."""
@@ -419,17 +411,17 @@ def template_values(facts: dict[str, Any], language: str, name: str, is_reposito
         **{"main": main, "gains": gains, "worse": [pair for pair in main if pair["is_worse"]]},
         "summary": [pair for pair in main if pair["task"] == "retrieval" and pair["language"] == trained],
         # Gains whose interval includes zero, with the seeds of which that is so
-        "unsure": [(gain, ends) for gain in gains if (ends := [*filter(_includes_zero, gain.measured)])],
+        "unsure": [
+            (gain, ends)
+            for gain in gains
+            if (ends := [of for of in gain.measured if of.interval_95 and of.interval_95[0] <= 0 <= of.interval_95[1]])
+        ],
         "has_several_datasets": len({value.dataset for value in facts["values"]}) > 1,
         "measured_languages": ", ".join(map(writer.language, languages)),
         "measured_seeds": [of.seed for of in max(facts["values"], key=lambda value: value.seeds).measured],
         "widths": [group for group in facts["groups"] if group["widths"]],
         "layout": MARKDOWN_TEMPLATES.get_template("model_card.md.j2"),
     }
-
-
-def _includes_zero(measured: Any) -> bool:
-    return bool(measured.interval_95) and measured.interval_95[0] <= 0 <= measured.interval_95[1]
 
 
 def _works(facts: dict[str, Any]) -> dict[str, Any]:

@@ -203,9 +203,9 @@ def report(planned: PushPlan) -> str:
     lines = [f"{args.repo_type} {args.repo_id} ({state}), {branch}; token of {_name(planned.user or 'nobody')}"]
     sizes = {file.path_in_repo: file.upload_info.size for file in planned.sent}
     for path in sorted(sizes, key=lambda path: path in there):
-        before = f", was {readable(there[path].size)}" if path in there else ""
-        lines.append(f"  {'change' if before else 'add   '}  {_name(path)}  ({readable(sizes[path])}{before})")
-    lines += [f"  delete  {_name(path)}  ({readable(there[path].size)})" for path in planned.deleted]
+        verb = "change" if path in there else "add   "
+        lines.append(f"  {verb}  {_name(path)}  ({readable(sizes[path])})")
+    lines += [f"  delete  {_name(path)}" for path in planned.deleted]
     lines += [f"  same    {len(planned.same)} files"] if planned.same else []
     ours = {".gitattributes", *planned.deleted, *planned.same, *sizes}  # the first is made by the Hub
     lines += [f"  stays   {_name(path)}  (on the Hub, not in the folder)" for path in sorted({*there} - ours)]
@@ -370,9 +370,7 @@ def _explained(error: BaseException, repo_id: str) -> str:
         return text.format(repo_id=repo_id, owner=repo_id.split("/")[0], status=status, said=said, tokens=tokens)
     if isinstance(error, errors.HTTPError):
         return f"The connection to the Hub broke ({type(error).__name__}: {error}). {AGAIN}"
-    if isinstance(error, RuntimeError) and not isinstance(error, RecursionError):  # of Xet
-        return f"The upload failed: {error}. {AGAIN}"
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) or type(error) is RuntimeError:  # the second of Xet
         return str(error) or type(error).__name__
     return (
         f"{constants.ENDPOINT} has answered in another form than the Hub does ({type(error).__name__}: {error}). Does "
@@ -416,7 +414,7 @@ def publish_run(run: Path, repo_id: str, private: bool = False, card_language: s
         write_card(repository, repo_id, card_language)
         url = push(plan(PushArguments(repository, repo_id, private=private)))
     except (Exception, KeyboardInterrupt) as error:  # of whatever kind: the run is complete, and must not seem to fail
-        way_out = "Make its repository by `python -m hub_upload.export`, and push that by `python -m hub_upload.push`."
+        way_out = "Make its repository by `python -m hub_upload.export`, and push that."
         if repository.is_dir():
             way_out = f"Push it later: {shlex.join(words + ['--private'] * private)}"
         logger.warning("NOT PUSHED to %s: %s\nThe run is complete in %s. %s", repo_id, _said(error), run, way_out)

@@ -109,8 +109,7 @@ def test_seeds_that_are_runs_of_their_own(trained, tmp_path):
 
 @pytest.mark.parametrize(
     ("model", "metric", "step", "is_refused"),
-    [("baseline", "recall@1", 2.9, False), ("baseline", "recall@1", 4, True), ("capivara", "recall@1", 1, True),
-     ("baseline", "median_rank", 1, False), ("baseline", "median_rank", 2, True)],
+    [("baseline", "recall@1", 2.9, False), ("baseline", "recall@1", 4, True), ("capivara", "recall@1", 1, True)],
 )  # fmt: skip
 def test_a_base_that_was_measured_on_other_devices_may_differ_by_a_query(
     trained, tmp_path, model, metric, step, is_refused
@@ -120,9 +119,8 @@ def test_a_base_that_was_measured_on_other_devices_may_differ_by_a_query(
 
     def edit(content: dict) -> None:
         record = next(r for r in content["records"] if (r["model"], r["metric"]) == (model, metric))
-        by = step if metric == "median_rank" else step / record["n"]
-        way = 1 if metric == "median_rank" or record["value"] + by <= 1 else -1
-        other = {**record, "value": record["value"] + way * by}
+        by = step / record["n"]
+        other = {**record, "value": record["value"] + (by if record["value"] + by <= 1 else -by)}
         content["records"].append(other) if model == "capivara" else record.update(other)
 
     change(next((folder / "seed-2" / "results").glob("*_pt.json")), edit)
@@ -141,34 +139,6 @@ def test_an_unfinished_run_is_no_seed(tmp_path):
     (partial / RUN_MARKER).touch()
     with pytest.raises(ValueError, match=r"seed-3\.partial is an unfinished run\. Go on with it by --resume auto"):
         card_facts(partial)
-
-
-def test_recall_at_each_width_has_a_table_of_its_own(run):
-    """Figures of cut embeddings stand there alone, beside those of the whole ones."""
-
-    def add_widths(content: dict) -> None:
-        cut = []
-        for dim, share in ((8, 0.5), (12, 0.75)):
-            about = {"dim": dim, "protocol": f"{content['records'][0]['protocol']}; first {dim} of 24 dimensions"}
-            shares = [r for r in content["records"] if r["metric"] == "mean_recall"]
-            cut += [{**r, **about, "value": share * r["value"]} for r in shares]
-        content["records"] += cut
-
-    whole = card_facts(run)
-    change(results_of(run), add_widths)
-    facts = card_facts(run)
-    assert [v.mean for v in facts["values"]] == [v.mean for v in whole["values"]]
-    write_card(run)
-    assert check(run) == []
-    sections = card_of(run).split("#### Retrieval by the first dimensions")
-    assert len(sections) == 2, "one data set and language of the two has such figures"
-    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in sections[1].splitlines() if "|" in line][2:8]
-    assert [row[1] for row in rows] == 2 * ["all", "12", "8"] and [row[4] for row in rows] == 2 * [
-        "–",
-        "75.00",
-        "50.00",
-    ]
-    assert "first 8 of 24" not in card_of(run) and "truncate_dim" in sections[1]
 
 
 def test_energy_is_marked_as_estimated_or_measured(run):

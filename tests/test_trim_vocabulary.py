@@ -24,7 +24,6 @@ from modeling_capivara.trim_vocabulary import (
     cut_tokenizer,
     main,
     trim,
-    used_ids,
 )
 from modeling_capivara.two_towers import embed_texts
 
@@ -212,7 +211,6 @@ def test_every_export_that_a_smaller_vocabulary_allows(trimmed, tmp_path, caplog
     graph = open_graph(tmp_path / "repository/onnx/text_model.onnx")
     (found,) = graph.run(None, dict(load_processor(trimmed)(text=KEPT[:3], return_tensors="np")))
     torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=0)
-    assert max(used_ids(load_processor(trimmed), KEPT)) < len(load_processor(trimmed).tokenizer)
     name = f"local-dir:{tmp_path / 'open_clip'}"  # of open_clip alone, with the text tower's configuration
     as_open_clip(trimmed, tmp_path / "open_clip")
     model, tokenize = open_clip.create_model(name), open_clip.get_tokenizer(name)
