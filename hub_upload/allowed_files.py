@@ -22,6 +22,7 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt"),
 )
+RUN_PICTURES = ("curves.png", "retrieval.png")  # of a training run
 # A star stands for any part of one name, never for a folder. Export and upload know no other list.
 ALLOWED_FILES = (
     # Code of folders that were exported when these were files of their own
@@ -35,9 +36,8 @@ ALLOWED_FILES = (
     *("onnx/*.onnx", "onnx/*.onnx.data", "onnx/*.onnx_data", "onnx/*.onnx_data_*", "onnx/quantisation.json"),
     *("textual/model.onnx", "textual/tokenizer.json", "textual/tokenizer_config.json"),  # Immich's
     *("visual/model.onnx", "visual/preprocess_cfg.json"),
-    *("README.md", "LICENSE", "run.json", "results/*.json", ".eval_results/*.yaml", "*.png", ".gitattributes"),
+    *("README.md", "LICENSE", "run.json", "results/*.json", *RUN_PICTURES),
 )
-RUN_PICTURES = ("curves.png", "retrieval.png")  # of a training run; any other picture must be named in the card
 # Pieces of a vocabulary may look like paths.
 NOT_SEARCHED = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
 BINARY = (
@@ -84,22 +84,17 @@ def files_to_send(folder: Path, repo_type: str) -> list[Path]:
 
 
 def allowed_files(folder: Path) -> list[Path]:
-    """The files of a repository's folder that may be uploaded, relative to it, in order.
+    """The files of a repository's folder that may be uploaded, relative to it, in order; no links.
 
-    Links are left out, and so are pictures that neither a training run writes nor README.md names. ValueError where one
-    is no regular file.
+    Raises ValueError where one is no regular file.
     """
-    found, card = [], folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    found = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         depth = len(name.parts) - 1
-        if path.is_symlink() or not any(rule.count("/") == depth and name.match(rule) for rule in ALLOWED_FILES):
-            continue
-        check_regular(path)
-        if name.suffix == ".png" and name.name not in (*RUN_PICTURES, *re.findall(r"[\w.-]+\.png", text)):
-            continue
-        found.append(name)
+        if not path.is_symlink() and any(rule.count("/") == depth and name.match(rule) for rule in ALLOWED_FILES):
+            check_regular(path)
+            found.append(name)
     return found
 
 

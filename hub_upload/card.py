@@ -1,28 +1,26 @@
-"""The model card of a run or repository: README.md and .eval_results/*.yaml, with no figure but those of its files.
+"""The model card of a run or repository, README.md, with no figure but those of its files.
 
     python -m hub_upload.card --model runs/openmoji-pt-001
     python -m hub_upload.card --model runs/openmoji-pt-001 --repo_id my-name/my-model --language pt
     python -m hub_upload.card --model runs/mine --license cc-by-4.0    # where none follows from base and data
     python -m hub_upload.card --check runs/openmoji-pt-001
 
-`--check` renders the card again, compares it and `.eval_results` line by line, and names each line that differs.
-Sentences without figures may be added to a card by hand, and must be added again after it is rewritten. Make the card
-last: of a repository's folder after `hub_upload.export`, which rewrites those files, and before `hub_upload.push`.
+`--check` renders the card again, compares it line by line, and names each line that differs. Sentences without figures
+may be added to a card by hand, and must be added again after it is rewritten. Make the card last: of a repository's
+folder after `hub_upload.export`, which rewrites its files, and before `hub_upload.push`.
 """
 
 import difflib
 import json
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
-from huggingface_hub.utils import yaml_dump
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from capivara_common.cli import flag, parse, run_command
 from capivara_common.files import seed_folders, write_text
@@ -32,7 +30,7 @@ from hub_upload.allowed_files import check_repo_id, check_words
 from hub_upload.card_values import TEMPLATES, card_facts, escaped, one_line, revision
 
 CARD = "README.md"
-VERSION = 3  # of the templates; a card of an older one is checked by its values and digests, not by its words
+VERSION = 4  # of the templates; a card of another one is checked by its values and digests, not by its words
 # What a card was made with, for `--check`; a comment, so that it is not seen. The first version named none.
 MADE_WITH = re.compile(r"<!-- made by hub_upload\.card with (\{[^\n]*\}) -->")
 # What could hide or reframe the lines around it: comments, code, tables, headings, links to anything but pages.
@@ -41,8 +39,6 @@ FRAMES = re.compile(r"<|^\s*(```|~~~|\||#|=+$|-+$)|\]\((?!https?://)")
 VALUES = re.compile(
     r"(?<=\| )(?:\*\*)?[-+]?\d[\d.,e-]*(?: ± [\d.,]+)?(?:\*\*)?(?= \|)|(?<=[ ])[-+]\d+[.,]\d+|`[0-9a-f]{32}`"
 )
-# A row of the table of settings; the first template said what a setting is, in the group, before its name.
-SETTING = re.compile(r"^\|((?: [^|`]+ \|)?) `\w+` \| [^|]+ \|$", re.MULTILINE)
 SHOWN = 120  # letters of a line in a message
 # Of the model index; retrieval is no task of the Hub's own, so its two directions are named as they are.
 TASKS = {
@@ -73,8 +69,6 @@ class CardArguments:
             raise ValueError("Give --model FOLDER to write its card, or --check FOLDER to verify the one there.")
         if self.check and (self.repo_id or self.output or self.license):
             raise ValueError("--check takes what a card was made with from it: no --repo_id, --output or --license.")
-        if self.repo_id is not None:
-            check_repo_id(self.repo_id)
 
 
 def render(
@@ -115,7 +109,7 @@ def render(
             title=escaped(title),
             options=json.dumps(options),
         )
-    text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", str(card), flags=re.MULTILINE))
+    text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", str(card), flags=re.MULTILINE)).strip()
     check_words(text, "The card, and so a file of the run,")
     return ModelCard(text)
 
@@ -127,17 +121,11 @@ def write_card(
     output: Path | None = None,
     license: str | None = None,
 ) -> Path:
-    """Write the card of a run or of a repository made from it, each file in one piece, and return the card's path.
-
-    Where an `output` is named it alone is written, else README.md and `.eval_results` in the folder. ValueError as of
-    `card_facts` and `render`.
+    """Write the card of a run or of a repository made from it, to `output` in place of its README.md, and return its
+    path. ValueError as of `card_facts` and `render`.
     """
-    facts = card_facts(folder)
-    card = render(facts, language, repo_id, license)
-    for file, text in eval_results(facts).items() if output is None else ():
-        write_text(folder / file, text)
     path = output or folder / CARD
-    write_text(path, str(card))
+    write_text(path, str(render(card_facts(folder), language, repo_id, license)))
     return path
 
 
@@ -149,7 +137,7 @@ def check(folder: Path) -> list[str]:
 
     The card is rendered again with the options that it names, and compared line by line. Lines may be added to its
     text, if they hold no number, and nothing that could hide or reframe the lines around them. Of a card of an older
-    template the front matter, all values and all digests are compared, and no such line may be added.
+    template the front matter, all values and all digests are compared, and it may hold no HTML.
     """
     seed_folders(folder)  # refuses an unfinished run
     if not (folder / CARD).is_file():
@@ -158,26 +146,17 @@ def check(folder: Path) -> list[str]:
     if not (options := made_with(text)):
         return [f"{CARD}: it was not made by `python -m hub_upload.card`, so its figures have no known source."]
     try:
-        facts = card_facts(folder, options["name"])
-        expected = str(render(facts, options["language"], options["repo_id"], options.get("license")))
-        published = eval_results(facts)
+        with values.needed_form(folder):
+            facts = card_facts(folder, options.pop("name"))
+        expected = str(render(facts, **{name: options.get(name) for name in ("language", "repo_id", "license")}))
     except ValueError as error:
         return [f"{CARD}: {error}"]
     (front, body), (wanted_front, wanted) = _parts(text), _parts(expected)
-    faults = [*_differences(CARD, wanted_front, front)]
-    if older := is_older(text):
-        named = options.get("version", 1)
-        wanted = wanted.replace(f', "version": {VERSION}', f', "version": {named}' if named > 1 else "")
-        lines, known = (Counter(line.rstrip() for line in part.split("\n")) for part in (body, wanted))
-        framing = [line for line in lines - known if FRAMES.search(line.lstrip("| "))]  # of its own it has none
-        faults += [f"{CARD}: it says {line[:SHOWN]!r}." for line in framing]
-        wanted, body = ("\n".join(sorted(VALUES.findall(part))) for part in (wanted, body))
-    faults += _differences(CARD, wanted, body, may_add=not older)
-    there = {path.relative_to(folder).as_posix() for path in (folder / ".eval_results").glob("*.y*ml")}
-    for name in sorted({*published, *there}):
-        text = _read(folder / name) if name in there else ""
-        faults += _differences(name, published[name], text) if name in published else [f"{name}: no run made it."]
-    return faults
+    faults = [*_differences(wanted_front, front)]
+    if options["version"] == VERSION:
+        return [*faults, *_differences(wanted, body, may_add=True)]
+    faults += [f"{CARD}: it says {line[:SHOWN]!r}." for line in body.rstrip().split("\n")[:-1] if "<" in line]
+    return [*faults, *_differences(*("\n".join(sorted(VALUES.findall(part))) for part in (wanted, body)))]
 
 
 def outdated(folder: Path) -> list[str]:
@@ -188,20 +167,9 @@ def outdated(folder: Path) -> list[str]:
 def made_with(text: str) -> dict[str, Any] | None:
     """The options that a card was made with; None where it does not say so."""
     with suppress(ValueError, TypeError, IndexError):
-        options = json.loads(MADE_WITH.findall(text)[-1])
-        known = set(options) - {"license", "version"} == {"language", "repo_id", "name"}
-        if known and options["language"] in values.LANGUAGES and options.get("version", 1) in range(1, VERSION + 1):
-            if options["repo_id"] is not None:
-                check_repo_id(options["repo_id"])
-            return options
+        options = {"version": 1} | json.loads(MADE_WITH.findall(text)[-1])
+        return options if {"language", "repo_id", "name"} <= options.keys() else None
     return None
-
-
-def is_older(text: str) -> bool:
-    """Whether an older template made a card. The first named no version: it is known by its table of settings."""
-    settings = SETTING.findall(text)
-    named = (made_with(text) or {}).get("version") or (1 if settings and all(settings) else VERSION)
-    return named < VERSION
 
 
 def _parts(text: str) -> tuple[str, str]:
@@ -210,7 +178,7 @@ def _parts(text: str) -> tuple[str, str]:
     return text[:end], text[end:]
 
 
-def _differences(name: str, expected: str, text: str, may_add: bool = False) -> Iterator[str]:
+def _differences(expected: str, text: str, may_add: bool = False) -> Iterator[str]:
     """How a text differs from the expected one, line by line; sentences without a number are none if they `may_add`."""
     wanted, there = ([line.rstrip() for line in part.split("\n") if line.strip()] for part in (expected, text))
     for _, start, end, first, last in difflib.SequenceMatcher(None, wanted, there, autojunk=False).get_opcodes():
@@ -219,18 +187,18 @@ def _differences(name: str, expected: str, text: str, may_add: bool = False) -> 
             continue
         if may_add and not gone:
             added = [line for line in added if FRAMES.search(line) or any(letter.isnumeric() for letter in line)]
-        yield from (f"{name}: the files give {line[:SHOWN]!r}." for line in gone)
-        yield from (f"{name}: it says {line[:SHOWN]!r}." for line in added)
+        yield from (f"{CARD}: the files give {line[:SHOWN]!r}." for line in gone)
+        yield from (f"{CARD}: it says {line[:SHOWN]!r}." for line in added)
 
 
 def _read(path: Path) -> str:
     return path.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
 
 
-# --- What machines read: front matter with the model index, and .eval_results/*.yaml ---------------------------------
+# --- What machines read: front matter with the model index -----------------------------------------------------------
 
-# The formats: modelcard.md, docs/hub/model-cards-co2.md and docs/hub/eval-results.md of
-# https://github.com/huggingface/hub-docs. Values are those of the JSON files, shares and not per cents.
+# The formats: modelcard.md and docs/hub/model-cards-co2.md of https://github.com/huggingface/hub-docs. Values are those
+# of the JSON files, shares and not per cents.
 
 
 def metadata(facts: dict[str, Any], title: str) -> ModelCardData:
@@ -252,7 +220,7 @@ def metadata(facts: dict[str, Any], title: str) -> ModelCardData:
         datasets=hub_ids(origin.get("hub_id") for origin in facts["origins"].get("datasets", ())) or None,
         tags=tags + facts["formats"],
         model_name=title,
-        eval_results=[_index_entry(facts, measured) for measured in _published(facts, facts["values"])],
+        eval_results=[_index_entry(facts, measured) for measured in _published(facts)],
     )
     if used := facts["used"]:
         hardware = used.get("gpu") or used.get("cpu") or facts["run"]["device"]
@@ -267,28 +235,9 @@ def hub_ids(names: Any) -> list[str]:
     return [name for name in names if isinstance(name, str) and values.HUB_ID.fullmatch(name)]
 
 
-def eval_results(facts: dict[str, Any]) -> dict[str, str]:
-    """File in the repository -> its text in the Hub's `.eval_results` format; none for data that are not on the Hub.
-
-    An entry needs a `task_id`, which a benchmark's own `eval.yaml` defines. No figure here comes with one, so it is
-    the record's task and direction.
-    """
-    found: dict[str, list[EvalResultEntry]] = {}
-    stands_for_others = [pair["capivara"] for group in facts["groups"] for pair in group["main"] if pair["capivara"]]
-    for measured in _published(facts, stands_for_others):
-        record, commit = measured.record, revision(facts["run"], measured)
-        if not commit:
-            continue
-        notes = f"{record.metric}, language {record.language or '-'}, split {record.split}, {record.protocol}"
-        task = "_".join(filter(None, (record.task, record.direction)))
-        entry = EvalResultEntry(record.dataset, task, record.value, dataset_revision=commit, notes=one_line(notes))
-        found.setdefault(f".eval_results/{_slug(record.dataset)}.yaml", []).append(entry)
-    return {name: yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False) for name, entries in found.items()}
-
-
-def _published(facts: dict[str, Any], figures: list[Any]) -> list[Any]:
-    """Of each of CAPIVARA's figures among some the one of the weights in the folder; no gains."""
-    of_model = [value for value in figures if value.model == "capivara" and value.metric != GAIN]
+def _published(facts: dict[str, Any]) -> list[Any]:
+    """Of each of CAPIVARA's figures the one of the weights in the folder; no gains."""
+    of_model = [value for value in facts["values"] if value.model == "capivara" and value.metric != GAIN]
     seed = facts["run"]["seed"]
     return [one for value in of_model for one in value.measured if value.seeds == 1 or one.seed == seed]
 
@@ -326,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if faults := check(args.check):
         sys.exit("\n".join([*faults, f"error: {len(faults)} faults in the card of {args.check}."]))
-    if is_older(_read(args.check / CARD)):
+    if made_with(_read(args.check / CARD))["version"] != VERSION:
         print(
             f"The tables and digests of the card of {args.check} are those of its files. An older template made it, so "
             "its words were not compared."

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
 
@@ -59,36 +59,17 @@ MAX_TEXT = 300
 PLAIN_CODE = re.compile(r"[A-Za-z0-9][\w./@:+=,() -]*", re.ASCII)
 # Absolute paths of Unix, of a home and of Windows, up to their last part; not the slashes of an address.
 PATHS = re.compile(r"(?<![\w.:/])~?/(?:[^\s/'\"<>]+/)+|\b[A-Za-z]:\\(?:[^\s\\]+\\)+")
-# Of the code on a card: two texts for its red and its blue picture, two others, and labels.
-EXAMPLES = {
-    "texts": ["um quadrado vermelho", "um céu azul"],
-    "sentences": ["um gato dormindo no sofá", "uma praia ao pôr do sol"],
-    "labels": ["vermelho", "azul", "verde"],
-}
+# Of the code on a card: two texts for its red and its blue picture, and labels.
+EXAMPLES = {"texts": ["um quadrado vermelho", "um céu azul"], "labels": ["vermelho", "azul", "verde"]}
 _SETTINGS = (
     "effective_batch_size micro_batch_size max_steps optimizer learning_rate min_learning_rate warmup_steps "
     "weight_decay adam_beta1 adam_beta2 adam_epsilon mixed_precision frozen_parameters gradient_checkpointing "
     "lora_rank lora_alpha lora_dropout lora_targets lora_modules_to_save interpolate caption_strategy caption_count "
     "min_similarity min_pair_similarity image_embedding_cache augmented_views eval_steps num_threads"
 )
-# Settings that are gone, of runs that had them, and what was usual.
-_GONE = {
-    "towers": "text", "trained_vocabulary": "all", "matryoshka_dims": [], "text_teacher": None,
-    "teacher_language": "en", "teacher_weight": 1.0, "teacher_loss": "contrastive", "anchor_share": 0,
-    "parallel_text": None, "parallel_batch_size": 256, "hard_negatives": 0, "decay_towards": "zero", "layer_decay": 1,
-    "dataset_weights": [], "streaming": False, "patience": None, "accumulation": "auto",
-}  # fmt: skip
+
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
-
-
-class Content(dict):
-    """An object of a JSON file; a missing key is a ValueError, which names file and JSON pointer."""
-
-    pointer = ""
-
-    def __missing__(self, key: str) -> NoReturn:
-        raise ValueError(f"{self.pointer} has no {key!r}, which the card needs.")
 
 
 @contextmanager
@@ -96,7 +77,7 @@ def needed_form(folder: Path) -> Iterator[None]:
     """ValueError of whatever a value of another kind raises, in the files of a folder."""
     try:
         yield
-    except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
+    except (TypeError, LookupError, AttributeError, ArithmeticError, jinja2.UndefinedError) as error:
         raise ValueError(f"A file of {folder} has another form than the card needs: {error!r:.100}.") from error
 
 
@@ -107,7 +88,7 @@ def card_facts(folder: Path, name: str | None = None) -> dict[str, Any]:
 
     Raises:
         ValueError: a file is missing or has another form, two records give one figure different values, or a file
-            holds an access token. The message names the file and the JSON pointer.
+            holds an access token.
     """
     if name is not None and _usable(name) != name:
         raise ValueError(f"{name!r} is no name of a folder that code can hold; take letters, digits, - and _.")
@@ -133,7 +114,7 @@ def _facts(folder: Path, name: str) -> dict[str, Any]:
     )
     digests |= {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in pictures}
     weights = [WeightFile(path) for path in (*model.glob("model.safetensors"), *model.glob("model-*-of-*.safetensors"))]
-    origins = run.get("origins") or Content()  # what base and data say of themselves; a run of before did not note it
+    origins = run.get("origins") or {}  # what base and data say of themselves; a run of before did not note it
     evaluated = origins.get("evaluation_dataset")
     noted = str(origins.get("license"))  # "other" says nothing
     return {
@@ -167,7 +148,7 @@ def _usable(name: str) -> str:
     return name if re.fullmatch(r"(?!.*--)[A-Za-z0-9][\w-]*(\.[\w-]+)*", name, re.ASCII) else "capivara"
 
 
-def _runs(folder: Path, digests: dict[str, str]) -> tuple[Path, Content, list[Content]]:
+def _runs(folder: Path, digests: dict[str, str]) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
     """Folder of the weights, their `run.json`, and every one in the order of seeds."""
     paths = [path for path in (of / "run.json" for of in (folder, *seed_folders(folder))) if path.is_file()]
     if not paths:
@@ -176,17 +157,14 @@ def _runs(folder: Path, digests: dict[str, str]) -> tuple[Path, Content, list[Co
     for path in paths:
         run = _read(path, folder, digests)
         if (version := run["schema_version"]) != schema.SCHEMA_VERSION:
-            raise ValueError(f"{run.pointer} has schema version {version!r:.20}, not {schema.SCHEMA_VERSION}.")
-        for key, kind in (("config", dict), ("versions", dict), ("seconds", dict), ("seed", int), ("device", str)):
-            if not isinstance(run[key], kind):
-                raise ValueError(f"{run.pointer}/{key} must be of type {kind.__name__}, got {run[key]!r:.60}.")
+            raise ValueError(f"{path} has schema version {version!r:.20}, not {schema.SCHEMA_VERSION}.")
         read.append((path.parent, run))
     model, run = read[0] if paths[0].parent == folder else min(read, key=lambda pair: pair[1]["seed"])
     by_seed = {of["seed"]: of for _, of in [*read, (model, run)]}
     return model, run, [by_seed[seed] for seed in sorted(by_seed)]
 
 
-def _read(path: Path, folder: Path, digests: dict[str, str]) -> Content:
+def _read(path: Path, folder: Path, digests: dict[str, str]) -> dict[str, Any]:
     """The object of a JSON file; its digest is noted."""
     name = path.relative_to(folder).as_posix()
     try:
@@ -196,44 +174,27 @@ def _read(path: Path, folder: Path, digests: dict[str, str]) -> Content:
     if secret := secret_in(data.decode("utf-8")):
         raise ValueError(f"{name} holds {secret[0]}. Revoke it, and take it out before publishing.")
     digests[name] = hashlib.sha256(data).hexdigest()
-    return _with_pointers(content, f"{name}#")
-
-
-def _with_pointers(value: Any, pointer: str) -> Any:
-    """A JSON value whose objects know where they stand."""
-    if isinstance(value, list):
-        return [_with_pointers(item, f"{pointer}/{number}") for number, item in enumerate(value)]
-    if not isinstance(value, dict):
-        return value
-    content = Content((key, _with_pointers(item, f"{pointer}/{key}")) for key, item in value.items())
-    content.pointer = pointer
     return content
 
 
 def _result(path: Path, folder: Path, digests: dict[str, str]) -> ResultFile | None:
     """A result file; None of another JSON file, such as a suite's summary."""
-    content = _read(path, folder, digests)
+    content, name = _read(path, folder, digests), path.relative_to(folder).as_posix()
     try:
-        return schema.parse_result(content, path.relative_to(folder).as_posix()) if "records" in content else None
+        return schema.parse_result(content, name) if "records" in content else None
     except ValueError as error:
-        raise ValueError(f"{content.pointer}/{error}.") from error
+        raise ValueError(f"{name}#/{error}.") from error
 
 
-def _energy(runs: list[Content]) -> Content | None:
+def _energy(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
     """What the first run says of its energy, with `kwh`, `kg_co2e` and `hours` of all; None where one has none."""
     of_runs = [run.get("energy") for run in runs]
     if not all(of_runs):
         return None
-    used = Content(of_runs[0], kwh=0, kg_co2e=0, hours=0)
-    used.pointer = of_runs[0].pointer
     for about in of_runs:
-        if not any(word in str(about["method"]) for word in ("estimated", "measured")):
-            raise ValueError(f"{about.pointer}/method must say whether energy was measured or estimated, by what.")
-        for key in ("kwh", "kg_co2e", "hours"):
-            if not is_number(about[key]) or about[key] < 0:
-                raise ValueError(f"{about.pointer}/{key} must be a number of at least 0, got {about[key]!r:.60}.")
-            used[key] += about[key]
-    return used
+        if not re.search("estimated|measured", about["method"]):
+            raise ValueError("energy/method of run.json must say whether it was measured or estimated, by what.")
+    return of_runs[0] | {key: sum(about[key] for about in of_runs) for key in ("kwh", "kg_co2e", "hours")}
 
 
 # --- What was measured -----------------------------------------------------------------------------------------------
@@ -251,16 +212,12 @@ def _values(results: list[ResultFile]) -> list[Any]:
             f"{row.value:g}. Remove the result file that is not of this model."
         )
     values = values_of(frame, "precision")
-    for value in values:
-        if value.seeds > 1 and value.measured[0].seed is None:
-            raise ValueError(
-                f"{value.measured[0].source} names no seed, where others of the same figure do. Measure it with "
-                "--seed, or remove the file."
-            )
+    if unnamed := [value.measured[0] for value in values if value.seeds > 1 and value.measured[0].seed is None]:
+        raise ValueError(f"{unnamed[0].source} names no seed, where others do. Measure it with --seed, or remove it.")
     return values
 
 
-def revision(run: Content, measured: Any) -> str | None:
+def revision(run: dict[str, Any], measured: Any) -> str | None:
     """Commit on the Hub of the data that were measured on; None of any other data, whose name may look like an id.
 
     It is in the result file, or in the run's facts where the file is of the run's own evaluation: same fingerprint.
@@ -400,18 +357,17 @@ class Writer:
         return escaped(text)
 
     def each(self, name: str) -> str:
-        """A figure that every run has, in the order of seeds; one where all agree."""
-        picks: dict[str, Callable[[Content], str]] = {
+        """A figure that every run has, in the order of seeds; equal ones once."""
+        picks: dict[str, Callable[[dict[str, Any]], str]] = {
             "pairs_per_second": lambda run: self.number(run["pairs_per_second"], 1),
             "device": lambda run: escaped(run["device"]),
             "training_time": lambda run: self.duration(run["seconds"]["training"]),
             "evaluation_time": lambda run: self.duration(run["seconds"]["evaluation"]),
         }
         pick = picks.get(name, lambda run: self.number(run[name]))
-        found = [pick(run) for run in self.facts["runs"]]
-        return found[0] if len(set(found)) == 1 else "; ".join(found)
+        return "; ".join(dict.fromkeys(pick(run) for run in self.facts["runs"]))
 
-    def linked(self, origin: Content, kind: str) -> str:
+    def linked(self, origin: dict[str, Any], kind: str) -> str:
         """The title of base or data, with a link where it is on the Hub."""
         hub_id, title = origin.get("hub_id"), escaped(origin["title"])
         return f"[{title}](https://huggingface.co/{kind}{hub_id})" if HUB_ID.fullmatch(str(hub_id)) else f"*{title}*"
@@ -426,6 +382,7 @@ def template_values(facts: dict[str, Any], language: str, name: str, is_reposito
     Raises ValueError where a figure is missing.
     """
     run, config, trained, writer = facts["run"], facts["config"], facts["config"]["language"], Writer(language, facts)
+    languages = sorted({value.language for value in facts["values"] if value.language})
     groups = [group for group in facts["groups"] if group["pairs"]]
     groups.sort(key=lambda group: (TASKS.index(group["task"]), group["first"].language != trained))
     main = [pair for group in groups for pair in group["main"] if pair["capivara"] and pair["baseline"]]
@@ -433,7 +390,7 @@ def template_values(facts: dict[str, Any], language: str, name: str, is_reposito
     curve = [point["validation"] for point in run.get("curve") or () if point.get("validation")]
     used, architecture, rotated = facts["used"], facts["architecture"], facts["model"] / "rotation.safetensors"
     hardware = used and ([used[key] for key in ("gpu", "cpu") if used.get(key)] or [run["device"]])
-    values = {
+    return {
         **facts | {"name": name, "is_repository": is_repository, "groups": groups},
         **{key: getattr(writer, key) for key in dir(writer) if not key.startswith("_")},
         **{"text": escaped, "code": code, "published": published_base, "revision": partial(revision, run)},
@@ -441,9 +398,9 @@ def template_values(facts: dict[str, Any], language: str, name: str, is_reposito
         "is_own": facts["model_class"] == OWN_CLASS,
         "is_siglip": facts["model_class"] == "SiglipModel",
         "citation": (TEMPLATES / "citation.bib").read_text(encoding="utf-8").strip(),
-        "examples": lambda words: code_examples(trained, _class_names(facts) or words),
+        "examples": partial(code_examples, trained),
         "width": architecture.get("projection_dim") or (architecture.get("text_config") or {}).get("projection_size"),
-        "towers": [(key, dict(architecture.get(key) or {})) for key in ("vision_config", "text_config")],
+        "towers": [(key, architecture.get(key) or {}) for key in ("vision_config", "text_config")],
         **_works(facts),
         "licences": lambda origin: ", ".join(map(code, origin.get("licenses") or ())),
         "rotated": bool(config.get("matryoshka_dims")) or rotated.is_file(),
@@ -454,25 +411,17 @@ def template_values(facts: dict[str, Any], language: str, name: str, is_reposito
         **{"main": main, "gains": gains, "worse": [pair for pair in main if pair["is_worse"]]},
         "summary": [pair for pair in main if pair["task"] == "retrieval" and pair["language"] == trained],
         # Gains whose interval includes zero, with the seeds of which that is so
-        "unsure": [(gain, ends) for gain in gains if (ends := [*filter(_includes_zero, gain.measured)])],
+        "unsure": [
+            (gain, ends)
+            for gain in gains
+            if (ends := [of for of in gain.measured if of.interval_95 and of.interval_95[0] <= 0 <= of.interval_95[1]])
+        ],
         "has_several_datasets": len({value.dataset for value in facts["values"]}) > 1,
-        "measured_languages": sorted({value.language for value in facts["values"] if value.language}),
+        "measured_languages": ", ".join(map(writer.language, languages)),
         "measured_seeds": [of.seed for of in max(facts["values"], key=lambda value: value.seeds).measured],
         "widths": [group for group in facts["groups"] if group["widths"]],
+        "layout": MARKDOWN_TEMPLATES.get_template("model_card.md.j2"),
     }
-    return values | {"parts": MARKDOWN_TEMPLATES.get_template("card_parts.md.j2").make_module(values)}
-
-
-def _includes_zero(measured: Any) -> bool:
-    return bool(measured.interval_95) and measured.interval_95[0] <= 0 <= measured.interval_95[1]
-
-
-def _class_names(facts: dict[str, Any]) -> list[str]:
-    """Names of the first classes that were measured in the language of training; empty where none were."""
-    for value in facts["values"]:
-        if value.task == "classification" and value.language == facts["config"]["language"]:
-            return [one_line(name) for name in value.measured[0].file.content.get("classes", [])[:3]]
-    return []
 
 
 def _works(facts: dict[str, Any]) -> dict[str, Any]:
@@ -481,21 +430,20 @@ def _works(facts: dict[str, Any]) -> dict[str, Any]:
     if origins:
         base, data = origins["model"], origins["datasets"]
     else:  # of a run before they were noted
-        base, *data = (Content(title=Path(str(name)).name) for name in (config["model"], *config["dataset"]))
+        base, *data = ({"title": Path(str(name)).name} for name in (config["model"], *config["dataset"]))
     works = [("model", base), *(("dataset", origin) for origin in data)]
     if teacher := origins.get("teacher"):  # of runs that had one
         works.append(("teacher", teacher))
     return {"base": base, "datasets": data, "works": works}
 
 
-def _settings(config: Content, fixed: dict[str, Any]) -> dict[str, Any]:
+def _settings(config: dict[str, Any], fixed: dict[str, Any]) -> dict[str, Any]:
     """The hyperparameters as the run had them, and what is `fixed` in every run; what does not apply is left out."""
-    usual = dict.fromkeys(_SETTINGS.split()) | _GONE
-    found = {key: config.get(key, fixed.get(key)) for key in usual}
+    found = {key: config.get(key, fixed.get(key)) for key in _SETTINGS.split()}
     if not config["lora_rank"]:
         found = {key: value for key, value in found.items() if not key.startswith("lora_")}
     if config.get("caption_strategy") == "none":
         found |= dict.fromkeys(("caption_count", "min_similarity"))
     if found["image_embedding_cache"] not in (None, "", "off"):
         found["image_embedding_cache"] = "on"  # a folder of the machine, otherwise
-    return {k: v for k, v in found.items() if v is not False and v not in (None, "", [], {}, usual[k])}
+    return {k: v for k, v in found.items() if v is not False and v not in (None, "", [], {})}

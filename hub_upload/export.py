@@ -22,20 +22,17 @@ from transformers import PreTrainedConfig, ProcessorMixin
 import modeling_capivara
 from capivara_common.cli import flag, parse, run_command
 from capivara_common.environment import require
-from capivara_common.files import check_inputs_stay, read_json, seed_folders, whole_folder, write_json, write_text
+from capivara_common.files import check_inputs_stay, read_json, seed_folders, whole_folder, write_json
+from capivara_common.hub_cache import OPEN_CLIP_CONFIG
 from capivara_common.privacy import hide_paths, short_name
 from hub_upload import allowed_files as allowed
-from hub_upload.formats import drop_in, immich, onnx, open_clip, siglip, transformers_js
+from hub_upload.formats import drop_in, immich, onnx, open_clip, transformers_js
 from modeling_capivara import CapivaraConfig, CapivaraProcessor
 from modeling_capivara.loading import load_processor, two_towers_config
 
 FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")  # in one repository
 KNOWN = (*FORMATS, "transformers_js", "drop_in", "immich")  # the last two each a folder of its own
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", *allowed.TOKENIZER_FILES)
-GIT_ATTRIBUTES = "".join(
-    f"{name} filter=lfs diff=lfs merge=lfs -text\n"
-    for name in ("*.safetensors", "*.onnx", "*.onnx.data", "*.onnx_data*", "tokenizer.json", "*.model", "*.png")
-)
 logger = logging.getLogger("capivara")
 
 
@@ -47,11 +44,10 @@ class ExportArguments:
     output: Path = flag(..., "Folder of the repository. Must be missing or empty.")
     formats: str = flag(
         ",".join(FORMATS),
-        f"What shall be able to load it, with commas between, of {', '.join(FORMATS)}. transformers is "
-        "always among them: the others read its files. onnx needs the extra of its name and, for the full size, "
-        "minutes. On demand, transformers_js: the same graphs, and more, for a browser and Node. Or one alone: "
-        "drop_in, the text side for pictures that --base has embedded; immich, a folder for the machine-learning "
-        "service of Immich.",
+        f"What shall be able to load it, with commas between, of {', '.join(FORMATS)}; transformers is always among "
+        "them. onnx needs the extra of its name and, for the full size, minutes. On demand, transformers_js: the same "
+        "graphs, and more, for a browser and Node. Or one alone: drop_in, the text side for pictures that --base has "
+        "embedded; immich, a folder for the machine-learning service of Immich.",
     )
     base: str | None = flag(
         None,
@@ -61,13 +57,11 @@ class ExportArguments:
     )
     text_config: str | None = flag(
         None,
-        "Hub id where open_clip finds the text tower's configuration. The published architecture needs none: it is "
-        "that of XLM-RoBERTa base. Of any other open_clip is left out without it.",
+        "Hub id where open_clip finds the text tower's configuration, where that is not XLM-RoBERTa base; without it, "
+        "open_clip is left out, then.",
     )
     repo_id: str | None = flag(
-        None,
-        "Hub id, OWNER/NAME, under which the repository will be published. hf-hub: of open_clip then takes "
-        "its tokenizer from there; without it, that of the text tower's Hub id.",
+        None, "Hub id, OWNER/NAME, of the repository to be: hf-hub: of open_clip takes its tokenizer from there."
     )
     overwrite_output_dir: bool = flag(False, "Replace the output folder.")
     gone: ClassVar = {"textual_only": "with --base, immich is the text side alone"}
@@ -100,23 +94,11 @@ def export(
     repo_id: str | None = None,
     base: str | None = None,
 ) -> list[tuple[str, int]]:
-    """Write a folder for one place or several, whole or not at all.
+    """Write the folder `output` for one place or several, whole or not at all; path and bytes of every file, in order.
 
-    Args:
-        model: folder of a model of two towers, CAPIVARA's or another class of transformers.
-        output: the folder to be made.
-        formats: of `KNOWN`, transformers among them or one alone.
-        text_config, repo_id, base: as of `ExportArguments`.
-        overwrite: replace what is at `output`.
-
-    Returns:
-        Path relative to the folder and size in bytes of every file, in order.
-
-    Raises:
-        ValueError: an argument is wrong, the model is damaged or a format can't express it, or a file holds a path of a
-            machine or an access token.
-        ImportError: a package that a format needs is missing.
-        OSError: the disk is full.
+    `model` is a folder of a model of two towers, `formats` are of `KNOWN`, transformers among them or one alone, the
+    rest as of `ExportArguments`. ValueError: an argument is wrong, the model is damaged or a format can't express it,
+    or a file holds a path of a machine or an access token. ImportError: a package that a format needs is missing.
     """
     formats = _checked_formats(formats, text_config, base)
     check_inputs_stay(output, model, base)
@@ -139,7 +121,7 @@ def _checked_formats(formats: Sequence[str], text_config: str | None, base: str 
     alone = [name for name in formats if name in ("drop_in", "immich")]
     if alone and (len(formats) > 1 or text_config):
         raise ValueError(f"{alone[0]} is a folder of its own: name no other format beside it, and no --text_config.")
-    if (base is not None and not alone) or (base is None and alone == ["drop_in"]):
+    if bool(base) != bool(alone) and alone != ["immich"]:
         raise ValueError(
             "--base, the model that the pictures were embedded with, is for --formats drop_in, which needs it, and for "
             f"immich; got --base {base} with --formats {','.join(formats)}."
@@ -162,8 +144,8 @@ def read_config(folder: Path, formats: Sequence[str] = ()) -> PreTrainedConfig:
     if not folder.is_dir():
         raise ValueError(f"The model folder {folder} does not exist.")
     if not (folder / "config.json").is_file():
-        seeds = [path.name for path in seed_folders(folder) if (path / "config.json").is_file()]
-        hint = f" It is a run of several seeds; name one of {', '.join(seeds)} in it." if seeds else ""
+        seeds = ", ".join(path.name for path in seed_folders(folder))
+        hint = f" It is a run of several seeds; name one of {seeds} in it." if seeds else ""
         raise ValueError(f"The folder {folder} holds no model (config.json is missing).{hint}")
     config = two_towers_config(folder)
     if {"drop_in", "immich"} & {*formats} and config.model_type not in immich.NAMES:
@@ -188,14 +170,14 @@ def _write_repository(model: Path, folder: Path, formats: list[str], tower: str 
     open_clip.write_weights(model, folder, config, with_open_clip=settings is not None)
     _write_processor(model, folder, processor)
     if settings:
-        open_clip.write_open_clip_config(folder, config, settings, processor.tokenizer)
+        write_json(folder / OPEN_CLIP_CONFIG, settings)
     if "open_clip" in formats and not is_own:
         try:
-            siglip.check_open_clip(config)
+            open_clip.check_siglip(config)
         except (ValueError, ImportError) as error:
             logger.info("open_clip is left out: %s", error)
         else:
-            siglip.write_open_clip(model, folder, repo_id or short_name(str(model)))
+            open_clip.write_siglip(model, folder, repo_id or short_name(str(model)))
     if "sentence_transformers" in formats:
         open_clip.write_sentence_transformers(folder, processor)
     if "transformers_js" in formats:
@@ -239,12 +221,10 @@ def _write_records(model: Path, folder: Path) -> None:
     for name, path in records.items():
         allowed.check_regular(path)
         write_json(folder / name, hide_paths(read_json(path)))
-    card = (model / "README.md").read_text(encoding="utf-8") if (model / "README.md").is_file() else ""
-    pictures = [path for path in model.glob("*.png") if path.name in allowed.RUN_PICTURES or path.name in card]
-    for path in (model / "README.md", model / "LICENSE", model / "rotation.safetensors", *pictures):
+    for name in ("README.md", "LICENSE", "rotation.safetensors", *allowed.RUN_PICTURES):
+        path = model / name
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
-    write_text(folder / ".gitattributes", GIT_ATTRIBUTES)
 
 
 if __name__ == "__main__":

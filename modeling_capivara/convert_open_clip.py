@@ -1,15 +1,13 @@
-"""CAPIVARA between open_clip's format and transformers', both ways: names of tensors, configurations, folders.
+"""open_clip's format and transformers': names of tensors and configurations both ways, and models of open_clip read.
 
     python -m modeling_capivara.convert_open_clip hf-hub:hiaac-nlp/CAPIVARA capivara-transformers
-    python -m modeling_capivara.convert_open_clip capivara-transformers capivara-open-clip --to_open_clip
 
-Every tensor that is written is compared with the source's; the command compares the outputs of both programs, too, and
-`CapivaraModel.from_open_clip` needs no open_clip. Tensors alone are read: nothing of a file is ever executed.
+It is what `CapivaraModel.from_open_clip` does, into a folder of one's own; open_clip itself is not needed, and every
+tensor that is written is compared with the source's. `hub_upload.export` writes open_clip's format. Tensors alone are
+read: nothing of a file is ever executed.
 """
 
-import logging
 import re
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -20,40 +18,24 @@ from typing import Any, NoReturn
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 
 from capivara_common.cli import flag, parse, run_command
-from capivara_common.environment import require
-from capivara_common.files import read_json, whole_folder, write_json
-from capivara_common.hub_cache import (
-    OPEN_CLIP_CONFIG,
-    OPEN_CLIP_WEIGHT_FILES,
-    Converter,
-    first_line,
-    is_model,
-    model_folder,
-)
+from capivara_common.files import read_json, whole_folder
+from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, Converter, first_line
 
 from .checks_capivara import check_sizes, tokenizer_errors
 from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
 from .image_processing_capivara import CapivaraImageProcessor
-from .loading import (
-    checked_config,
-    load_model,
-    load_processor,
-    model_of_tensors,
-    read_config,
-    weights_digest,
-    write_origin_card,
-)
-from .modeling_capivara import CapivaraModel, similarity_logits
+from .loading import checked_config, load_model, load_processor, model_of_tensors, weights_digest, write_origin_card
+from .modeling_capivara import CapivaraModel
 from .processing_capivara import CONTEXT_LENGTH, CapivaraProcessor
 from .two_towers import embed_images, embed_texts, random_images, random_texts
 
-TOLERANCE = 1e-4  # of cosines and logits in float32; the two programs differ by some 1e-6, a wrong layer by 1e-3 and up
 BASE_TEXT_MODEL = "FacebookAI/xlm-roberta-base"
 BASE_TEXT_NAMES = (BASE_TEXT_MODEL, "xlm-roberta-base")
 
@@ -76,9 +58,35 @@ NAMES = {
     "visual.transformer.resblocks.{}.mlp.c_fc.": "vision_model.encoder.layers.{}.mlp.fc1.",
     "visual.transformer.resblocks.{}.mlp.c_proj.": "vision_model.encoder.layers.{}.mlp.fc2.",
 }
-NUMBER = re.compile(r"(?<=^visual\.transformer\.resblocks\.)\d+|(?<=^vision_model\.encoder\.layers\.)\d+")
+# The same of SigLIP: timm's image tower with attention pooling, and open_clip's own text tower.
+SIGLIP_NAMES = {
+    "logit_": "logit_",
+    "visual.trunk.patch_embed.proj.": "vision_model.embeddings.patch_embedding.",
+    "visual.trunk.pos_embed": "vision_model.embeddings.position_embedding.weight",
+    "visual.trunk.norm.": "vision_model.post_layernorm.",
+    "visual.trunk.attn_pool.latent": "vision_model.head.probe",
+    "visual.trunk.attn_pool.proj.": "vision_model.head.attention.out_proj.",
+    "visual.trunk.attn_pool.norm.": "vision_model.head.layernorm.",
+    "visual.trunk.attn_pool.mlp.": "vision_model.head.mlp.",
+    "visual.trunk.attn_pool.": "vision_model.head.attention.",
+    "visual.trunk.blocks.{}.norm1.": "vision_model.encoder.layers.{}.layer_norm1.",
+    "visual.trunk.blocks.{}.norm2.": "vision_model.encoder.layers.{}.layer_norm2.",
+    "visual.trunk.blocks.{}.attn.qkv.": "vision_model.encoder.layers.{}.self_attn.in_proj_",
+    "visual.trunk.blocks.{}.attn.proj.": "vision_model.encoder.layers.{}.self_attn.out_proj.",
+    "visual.trunk.blocks.{}.mlp.": "vision_model.encoder.layers.{}.mlp.",
+    "text.token_embedding.": "text_model.embeddings.token_embedding.",
+    "text.positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "text.ln_final.": "text_model.final_layer_norm.",
+    "text.text_projection.": "text_model.head.",
+    "text.transformer.resblocks.{}.ln_1.": "text_model.encoder.layers.{}.layer_norm1.",
+    "text.transformer.resblocks.{}.ln_2.": "text_model.encoder.layers.{}.layer_norm2.",
+    "text.transformer.resblocks.{}.attn.": "text_model.encoder.layers.{}.self_attn.",
+    "text.transformer.resblocks.{}.mlp.c_fc.": "text_model.encoder.layers.{}.mlp.fc1.",
+    "text.transformer.resblocks.{}.mlp.c_proj.": "text_model.encoder.layers.{}.mlp.fc2.",
+}
+NUMBER = re.compile(r"(?<=resblocks\.)\d+|(?<=trunk\.blocks\.)\d+|(?<=_model\.encoder\.layers\.)\d+")
 # Of a block's attention open_clip has query, key and value in one tensor, in_proj_weight and in_proj_bias.
-PART = re.compile(r"(vision_model\.encoder\.layers\.\d+\.self_attn\.)([qkv])_proj\.(weight|bias)")
+PART = re.compile(r"(.*_model\.encoder\.layers\.\d+\.self_attn\.)([qkv])_proj\.(weight|bias)")
 # A constant (0, 1, 2, ...) that transformers before 4.31 saved with every text encoder; no model reads it any more.
 POSITION_IDS = "text.transformer.embeddings.position_ids"
 
@@ -102,26 +110,33 @@ def capivara_state_dict(open_clip_state: Mapping[str, Tensor]) -> dict[str, Tens
     return result
 
 
-def open_clip_state_dict(model: CapivaraModel) -> dict[str, Tensor]:
-    """The tensors of open_clip's model, the other way. Raises ValueError where it has no such image tower."""
-    names, vit = {ours: theirs for theirs, ours in NAMES.items()}, _is_vit(model.config)
-    result, state = {}, model.state_dict()
+def open_clip_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors of open_clip's model, the other way, of CAPIVARA or SigLIP; ValueError for another image tower."""
+    is_own, result, state = model.config.model_type == "capivara", {}, model.state_dict()
+    names = {ours: theirs for theirs, ours in (NAMES if is_own else SIGLIP_NAMES).items()}
+    is_vit = is_own and _is_vit(model.config)
     for name, tensor in state.items():
+        theirs = _renamed(name, names)
         if part := PART.fullmatch(name):
             if part[2] == "q":
                 parts = [state[f"{part[1]}{letter}_proj.{part[3]}"] for letter in "qkv"]
                 result[_renamed(f"{part[1]}in_proj_{part[3]}", names)] = torch.cat(parts)
-        elif vit and name == "visual_projection.weight":
+        elif is_vit and name == "visual_projection.weight":
             result["visual.proj"] = tensor.T.contiguous()
+        elif not is_own and ".attn_pool.in_proj_" in theirs:  # of the pooling, query apart from key and value
+            for part, values in {"q.": tensor[: len(tensor) // 3], "kv.": tensor[len(tensor) // 3 :]}.items():
+                result[theirs.replace("in_proj_", part)] = values.clone()
+        elif not is_own and theirs == "visual.trunk.pos_embed":
+            result[theirs] = tensor[None]
         else:
-            result[_renamed(name, names)] = tensor
+            result[theirs] = tensor if is_own or not theirs.startswith("logit_") else tensor.reshape(())
     return result
 
 
 def _renamed(name: str, names: dict[str, str]) -> str:
     number, plain = NUMBER.search(name), NUMBER.sub("{}", name)
     for old, new in names.items():
-        if plain == old or (old.endswith(".") and plain.startswith(old)):
+        if plain == old or (old.endswith((".", "_")) and plain.startswith(old)):
             return (new + plain[len(old) :]).replace("{}", number[0] if number else "{}")
     return name
 
@@ -138,7 +153,6 @@ def build_open_clip(config: CapivaraConfig) -> nn.Module:
 
 
 TEXT_KINDS = ("xlm-roberta", "roberta", "bert")  # those that open_clip 3.3 can pool by the mean
-SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
 # open_clip's fields of a ViT, transformers' names for them, and open_clip's defaults
 VIT = {"layers": ("num_hidden_layers", 12), "width": ("hidden_size", 768)}
 VIT |= {"patch_size": ("patch_size", 16), "image_size": ("image_size", 224)}
@@ -245,18 +259,20 @@ def image_processor_of(preprocess_cfg: dict, size: int) -> CapivaraImageProcesso
     )
 
 
-def preprocess_cfg_of(processor: CapivaraImageProcessor) -> tuple[int, dict[str, Any]]:
-    """Side in pixels and `preprocess_cfg`. Raises ValueError where open_clip can't do what the processor does."""
-    size, found = dict(processor.size).get("shortest_edge"), processor.to_dict()
+def preprocess_cfg_of(processor: BaseImageProcessor) -> dict[str, Any]:
+    """The `preprocess_cfg` of CAPIVARA's image processor or SigLIP's. ValueError where open_clip can't do the same."""
+    found, is_own = processor.to_dict(), isinstance(processor, CapivaraImageProcessor)
+    side = dict(processor.size).get("shortest_edge")
     fixed = dict.fromkeys(("do_resize", "do_center_crop", "do_convert_rgb", "do_rescale", "do_normalize"), True)
-    for name, value in (fixed | {"rescale_factor": 1 / 255, "crop_size": {"height": size, "width": size}}).items():
+    fixed |= {"rescale_factor": 1 / 255, "crop_size": {"height": side, "width": side}}
+    for name, value in fixed.items() if is_own else ():
         if found[name] != value:
             refuse(f"image_processor.{name}", found[name], str(value), "the processor")
     interpolation = PILImageResampling(processor.resample).name.lower()
     if interpolation not in SUPPORTED["preprocess_cfg.interpolation"]:
         refuse("image_processor.resample", interpolation, "bicubic or bilinear", "the processor")
     cfg = {"mean": found["image_mean"], "std": found["image_std"], "interpolation": interpolation}
-    return size, {**cfg, "resize_mode": "shortest"}
+    return cfg | {"resize_mode": "shortest" if is_own else "squash"}
 
 
 def _check_supported(section: str, given: dict) -> None:
@@ -298,7 +314,7 @@ def find_open_clip(source: str, tokenizer: str | None = None, revision: str | No
         return OpenClipSource(None, {}, folder, tokenizer or BASE_TEXT_MODEL)
     if not (folder / OPEN_CLIP_CONFIG).is_file():
         fault = f"has no {OPEN_CLIP_CONFIG}" if folder.exists() else "does not exist"
-        way_out = "give hf-hub:OWNER/NAME, a folder or a file; for a model of transformers use --to_open_clip"
+        way_out = "give hf-hub:OWNER/NAME, a folder or a file of open_clip's; hub_upload.export writes its format"
         raise ValueError(f"SOURCE {folder} {fault}; {way_out}.")
     settings = read_json(folder / OPEN_CLIP_CONFIG, model_cfg=dict)
     model_cfg, preprocess_cfg = settings["model_cfg"], settings.get("preprocess_cfg") or {}
@@ -383,26 +399,16 @@ def _load_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def write_open_clip_weights(model: CapivaraModel, folder: Path) -> None:
-    """Write the weights under open_clip's names; only those that are joined or turned are copied in memory."""
-    tensors = {name: tensor.detach().contiguous() for name, tensor in open_clip_state_dict(model).items()}
-    save_file(tensors, folder / OPEN_CLIP_WEIGHT_FILES[0], metadata={"format": "pt"})
-
-
 def write_capivara(
     found: OpenClipSource, folder: Path, config: CapivaraConfig | None = None
-) -> tuple[CapivaraModel, dict[str, Tensor], list[str]]:
+) -> tuple[CapivaraModel, list[str]]:
     """Convert a model that was found into an empty folder, in float32, and compare what was written.
 
-    A bare checkpoint file has the architecture `config`, or the published one; its `model_cfg` is filled in. ValueError
-    where it can't be converted, said before its weights are read, or where a tensor came back changed. Returned are the
-    model as it was written, what was read, under open_clip's names, and sentences for the person who asked.
+    A bare checkpoint file has the architecture `config`, or the published one. ValueError where it can't be converted,
+    said before its weights are read, where a tensor came back changed, or embeddings of random inputs are none.
+    Returned are the model as it was written, and sentences for the person who asked.
     """
-    if found.model_cfg is None:
-        config = config or CapivaraConfig()
-        found.model_cfg = open_clip_model_cfg(config, BASE_TEXT_MODEL)
-    else:
-        config = capivara_config(found.model_cfg)
+    config = capivara_config(found.model_cfg) if found.model_cfg else config or CapivaraConfig()
     image_processor = image_processor_of(found.preprocess_cfg, config.vision_config.image_size)
     state, notes = read_open_clip_state(found.weights)
     CapivaraProcessor(image_processor, _load_tokenizer(found.tokenizer, config)).save_pretrained(folder)
@@ -411,30 +417,27 @@ def write_capivara(
     if found.folder:
         made = "Converted to transformers by `python -m modeling_capivara.convert_open_clip`, its weights as they were."
         write_origin_card(found.folder, folder, made, found.repo_id)
-    model = load_model(folder).eval()
+    model, processor = load_model(folder).eval(), load_processor(folder)
     returned, names = open_clip_state_dict(model), state.keys()
     # As whole numbers, since what is not a number is unequal to itself
     bits = {name: (returned[name].view(torch.int32), state[name].view(torch.int32)) for name in returned.keys() & names}
     if changed := {name for name in bits if not torch.equal(*bits[name])} | (returned.keys() ^ names):
         raise ValueError(f"Tensors were changed by the conversion, nothing was kept: {', '.join(sorted(changed))}.")
-    return model, state, [f"Weights: {found.weights}; tokenizer: {found.tokenizer}", *notes]
-
-
-def _convert(source: str, folder: Path, revision: str | None) -> str:
-    """Without open_clip to compare with, embeddings of random inputs have to be what embeddings are."""
-    found = find_open_clip(source, revision=revision)
-    model, processor = write_capivara(found, folder)[0], load_processor(folder)
     for embeds in (embed_images(model, processor, random_images()), embed_texts(model, processor, random_texts())):
         if not (embeds[0] - embeds[1:]).abs().amax(dim=1).min() > 1e-6:  # also where it is not a number
             fault = "embeddings of random images or texts are not finite, or do not differ"
             raise ValueError(f"{found.weights}: {fault}; the file is damaged, or holds no trained model.")
-    return weights_digest(model)
+    return model, [f"Weights: {found.weights}; tokenizer: {found.tokenizer}", *notes]
+
+
+def _convert(source: str, folder: Path, revision: str | None) -> str:
+    return weights_digest(write_capivara(find_open_clip(source, revision=revision), folder)[0])
 
 
 CONVERTER = Converter(_convert, explain=load_processor)
 
 
-# --- The command, and the comparison of both programs ----------------------------------------------------------------
+# --- The command -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -443,44 +446,22 @@ class ConvertArguments:
 
     source: str = flag(..., "hf-hub:OWNER/NAME, a folder, or a file of the published architecture.", positional=True)
     output: Path = flag(..., "Folder to create; must not exist, or be empty.", positional=True)
-    to_open_clip: bool = flag(False, "Convert SOURCE, a folder or Hub id of transformers, to open_clip.")
     tokenizer: str | None = flag(None, f"Where SOURCE has and names none: Hub id or folder, else {BASE_TEXT_MODEL}.")
-    hf_model_name: str | None = flag(
-        None, "With --to_open_clip, to publish it: Hub id of the text tower's configuration; else in OUTPUT/text_model."
-    )
+    gone = dict.fromkeys(("to_open_clip", "hf_model_name"), "`hub_upload.export` writes open_clip's format")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; above a difference of `TOLERANCE` of the two models, loaded from files, nothing is kept."""
+    """The command."""
     args = parse(ConvertArguments, __doc__, argv)
-    difference, notes = convert(**vars(args))
-    print(*notes, sep="\n")
-    print(f"Largest difference between open_clip and transformers: {difference:.2e}")
-    print(f"Written: {args.output}")
+    print(*convert(**vars(args)), f"Written: {args.output}", sep="\n")
 
 
 def convert(
-    source: str,
-    output: str | Path,
-    to_open_clip: bool = False,
-    tokenizer: str | None = None,
-    hf_model_name: str | None = None,
-    config: CapivaraConfig | None = None,
-) -> tuple[float, list[str]]:
-    """Convert as the command line does, into a new folder that appears whole and checked, or not at all.
-
-    `config` is the architecture of a bare checkpoint file, the published base where None. Returned are the largest
-    difference of both programs' unit-length embeddings and logits, and sentences for the person who asked.
-
-    ValueError where the source can't be converted, or the two models differ; ImportError without open_clip.
-    """
-    output = free_output(output)
-    if hf_model_name if not to_open_clip else tokenizer or config:
-        raise ValueError("--hf_model_name is for --to_open_clip, --tokenizer for the other direction.")
-    require("The comparison of the two models", "open_clip", "open_clip")
-    if to_open_clip:
-        return _to_open_clip(source, output, hf_model_name)
-    return _to_transformers(find_open_clip(source, tokenizer), output, config)
+    source: str, output: str | Path, tokenizer: str | None = None, config: CapivaraConfig | None = None
+) -> list[str]:
+    """`write_capivara` of a source into a new folder that appears whole and checked, or not at all; its sentences."""
+    with whole_folder(free_output(output)) as folder:
+        return write_capivara(find_open_clip(source, tokenizer), folder, config)[1]
 
 
 def free_output(output: str | Path) -> Path:
@@ -489,90 +470,6 @@ def free_output(output: str | Path) -> Path:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"OUTPUT {output} exists and is not an empty folder; remove it or name another.")
     return output
-
-
-def _to_transformers(found: OpenClipSource, output: Path, config: CapivaraConfig | None) -> tuple[float, list[str]]:
-    with whole_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
-        model, state, notes = write_capivara(found, folder, config)
-        # open_clip is given the source's own fields and tokenizer, and the text tower's configuration without the Hub.
-        text_cfg = found.model_cfg["text_cfg"] | {"hf_model_name": f"{scratch}/text_model"}
-        text_cfg |= {"hf_tokenizer_name": BASE_TEXT_MODEL}  # any name: a local folder's own tokenizer is taken
-        settings = {"model_cfg": found.model_cfg | {"text_cfg": text_cfg}, "preprocess_cfg": found.preprocess_cfg}
-        write_json(Path(scratch, OPEN_CLIP_CONFIG), settings)
-        model.config.text_config.save_pretrained(f"{scratch}/text_model")
-        if Path(found.tokenizer).is_dir():
-            for path in Path(found.tokenizer).iterdir():
-                if path.suffix in TOKENIZER_SUFFIXES and path.name not in (OPEN_CLIP_CONFIG, "config.json"):
-                    shutil.copy(path, scratch)
-        else:
-            load_processor(folder).tokenizer.plain().save_pretrained(scratch)
-        return _checked_difference(model, folder, Path(scratch), text_cfg, state), notes
-
-
-def _to_open_clip(source: str, output: Path, hf_model_name: str | None) -> tuple[float, list[str]]:
-    if (Path(source) / OPEN_CLIP_CONFIG).is_file() and not is_model(Path(source)):
-        raise ValueError(f"SOURCE {source} is an open_clip model already: leave out --to_open_clip.")
-    folder = model_folder(source, CONVERTER)
-    config, processor = read_config(folder), load_processor(folder)
-    # What open_clip's configuration can't state is refused here, before the weights are read.
-    size, preprocess_cfg = preprocess_cfg_of(processor.image_processor)
-    text_name = hf_model_name or str(output / "text_model")  # where it will be
-    model_cfg = open_clip_model_cfg(config, text_name, size)
-    model_cfg["text_cfg"]["hf_tokenizer_name"] = hf_model_name or BASE_TEXT_MODEL  # read for the Hub only
-    model = load_model(folder)
-    with whole_folder(output) as target, tempfile.TemporaryDirectory() as scratch:
-        write_json(target / OPEN_CLIP_CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
-        write_open_clip_weights(model, target)
-        processor.tokenizer.plain().save_pretrained(target)  # open_clip repairs texts itself
-        text_folder = scratch if hf_model_name else str(target / "text_model")
-        config.text_config.save_pretrained(text_folder)
-        text_cfg = model_cfg["text_cfg"] | {"hf_model_name": text_folder}  # where it lies for now
-        difference = _checked_difference(model, folder, target, text_cfg)
-    note, base = f"open_clip reads the text tower's configuration from {text_name}", CapivaraConfig().text_config
-    if not hf_model_name:
-        note += f": if the folder moves, change text_cfg.hf_model_name in {OPEN_CLIP_CONFIG}."
-    elif hf_model_name in BASE_TEXT_NAMES and any(getattr(config.text_config, k) != getattr(base, k) for k in SIZES):
-        note += " on the Hub. Careful: this text tower is not of the size of that one."
-    return difference, [note]
-
-
-@torch.no_grad()
-def _checked_difference(
-    model: CapivaraModel, folder: Path, theirs: Path, text_cfg: dict, state: Mapping[str, Tensor] | None = None
-) -> float:
-    """Largest difference of unit-length embeddings and of logits; above `TOLERANCE` it raises ValueError.
-
-    Of our `model`, its processor in `folder`, and open_clip's of the folder `theirs`, given another `text_cfg` and,
-    where they are not there, the weights `state`.
-    """
-    import open_clip  # takes seconds, and only this program needs it
-
-    name, text_cfg = f"local-dir:{theirs}", text_cfg | {"hf_model_pretrained": False}
-    options = {"load_weights": state is None, "pretrained_text": False, "text_cfg": text_cfg}
-    silenced = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # "no pretrained weights": they come two lines below
-    try:
-        theirs, _, preprocess = open_clip.create_model_and_transforms(name, **options)
-        if state is not None:
-            theirs.load_state_dict(state, strict=True)
-    except RuntimeError as error:  # a few timm models have, under open_clip, a head of another width
-        raise ValueError(f"open_clip does not build this model: {' '.join(str(error).split())}") from error
-    finally:
-        logging.disable(silenced)
-    model, theirs, processor = model.eval(), theirs.eval(), load_processor(folder)
-    images, texts = random_images(), random_texts()
-    # Short texts apart: beside a long one ours would be padded to 77 tokens as open_clip's are, and prove less.
-    ours = embed_images(model, processor, images), embed_texts(model, processor, texts, batch_size=3)
-    pixels, tokens = torch.stack([preprocess(image) for image in images]), open_clip.get_tokenizer(name)(texts)
-    found = theirs.encode_image(pixels, normalize=True), theirs.encode_text(tokens, normalize=True)
-    ours += (similarity_logits(ours[1], ours[0], model.logit_scale),)
-    found += (similarity_logits(found[1], found[0], theirs.logit_scale),)
-    # torch's max, unlike Python's, passes NaN on.
-    difference = torch.stack([(one - other).abs().max() for one, other in zip(ours, found, strict=True)]).max().item()
-    if not difference <= TOLERANCE:  # also when it is not a number
-        found = f"{difference:.3g} on random inputs, above {TOLERANCE:g}"
-        raise ValueError(f"The converted model differs from the original by {found}; nothing was kept.")
-    return difference
 
 
 if __name__ == "__main__":

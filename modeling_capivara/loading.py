@@ -23,21 +23,12 @@ from capivara_common.hub_cache import check_reachable, is_hub_id, kind_fault
 from capivara_common.weight_file import weight_files
 
 from .checks_capivara import check_sizes, tokenizer_errors
-from .configuration_capivara import CapivaraConfig, sizes_of
+from .configuration_capivara import sizes_of
 from .processing_capivara import CapivaraProcessor
 
 WEIGHTS = "model.safetensors"
 KEPT = ("license", "license_name", "license_link", "language", "attribution")  # of the source's own card
 CARD = "What the model is, how it was trained and under which licence it may be used is stated where it comes from."
-
-
-def read_config(folder: str | Path) -> CapivaraConfig:
-    """`two_towers_config` of a CAPIVARA; ValueError where it is of another kind."""
-    config = two_towers_config(folder)
-    if config.model_type != "capivara":
-        kind = f"model_type is {config.model_type!r}, not 'capivara'"
-        raise ValueError(f"The config.json of {folder} is of no CAPIVARA model: {kind}.")
-    return config
 
 
 def checked_config(source: str, **options: Any) -> PreTrainedConfig:

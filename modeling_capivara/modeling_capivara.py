@@ -152,7 +152,8 @@ class CapivaraModel(CapivaraPreTrainedModel):
         except ImportError as error:
             raise ImportError("from_open_clip needs the package modeling-capivara: install it.") from error
         folder = hub_cache.model_folder(source, converter.CONVERTER, revision)
-        converter.read_config(folder)  # says where transformers' own model, CLIP or SigLIP, lies there
+        if (kind := CapivaraConfig.get_config_dict(folder)[0].get("model_type")) != "capivara":
+            raise ValueError(f"{folder} is of no CAPIVARA model: model_type is {kind!r}, not 'capivara'.")
         return cls.from_pretrained(folder, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:

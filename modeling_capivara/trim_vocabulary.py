@@ -1,7 +1,7 @@
 """A model that has only the word pieces of some languages: most of a multilingual text tower are others'.
 
     python -m modeling_capivara.trim_vocabulary MODEL OUTPUT --languages pt en
-    python -m modeling_capivara.trim_vocabulary MODEL OUTPUT --languages pt en --texts chosen.txt --held_out others.txt
+    python -m modeling_capivara.trim_vocabulary MODEL OUTPUT --languages pt en --texts chosen.txt
 
 The embedding table loses rows and the tokenizer pieces; no other number changes, so that indexes of pictures stay
 valid. A Unigram tokenizer splits a text into those of its pieces whose scores add up to most: with fewer pieces the
@@ -22,7 +22,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -50,39 +49,25 @@ MADE = (
 )
 
 
-class Trim(NamedTuple):
-    """What a trim has done, each pair before and after; of held-out files the texts, and those with a cut piece."""
-
-    pieces: tuple[int, int]
-    parameters: tuple[int, int]
-    weight_bytes: tuple[int, int]
-    held_out: dict[str, tuple[int, int]]
-
-
 @dataclass
 class TrimArguments:
     """Flags of `modeling_capivara.trim_vocabulary`."""
 
-    gone = {"restore": "a trimmed model stays small; keep the model that it was made from"}
+    gone = {
+        "restore": "a trimmed model stays small; keep the model that it was made from",
+        "held_out": "measure the small model as any other",
+    }
     model: Path = flag(..., "Folder of the model.", positional=True)
     output: Path = flag(..., "Folder to create; must not exist, or be empty.", positional=True)
     languages: list[str] = flag(..., "Keep the pieces of their most frequent words, as wordfreq has them: pt en.")
     words: list[int] = flag([*WORDS], "Words of each language, in their order; the last is that of all further ones.")
     texts: list[Path] = flag([], "Keep the pieces of these files, too; UTF-8, a text a line.")
-    held_out: list[Path] = flag([], "Files that choose nothing; counted are their texts with a piece that was cut.")
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(TrimArguments, __doc__, argv)
-    done = trim(**vars(args))
-    print("{1:,} of {0:,} word pieces are kept.".format(*done.pieces))
-    print("Parameters: {:,} before, {:,} after.".format(*done.parameters))
-    print("Weights: {:,.1f} MB before, {:,.1f} MB after.".format(*(size / 1e6 for size in done.weight_bytes)))
-    for name, (texts, lost) in done.held_out.items():
-        share = f"{lost:,} of {texts:,} texts ({lost / texts:.2%})"
-        print(f"{name}: {share} lost a piece; the others are embedded as before.")
-    print(f"Written: {args.output}")
+    print(*trim(**vars(args)), f"Written: {args.output}", sep="\n")
 
 
 def trim(
@@ -91,9 +76,8 @@ def trim(
     languages: Sequence[str],
     words: Sequence[int] = WORDS,
     texts: Sequence[Path] = (),
-    held_out: Sequence[Path] = (),
-) -> Trim:
-    """As the command line: a CAPIVARA or SigLIP with the pieces that some languages use, in a new folder.
+) -> list[str]:
+    """As the command line: a CAPIVARA or SigLIP with the pieces of some languages, in a new folder; what was done.
 
     ValueError where the model is trimmed already, is damaged or has a vocabulary of another kind, an added token has no
     row, there is no list of words of a language, or a file holds no text; ImportError without wordfreq.
@@ -109,13 +93,11 @@ def trim(
     if lost := [t for t in tokenizer_state(processor.tokenizer)["added_tokens"] if t["id"] >= rows]:
         fault = f"The added token {lost[0]['content']!r} has the id {lost[0]['id']}, but MODEL {model} has {rows} rows"
         raise ValueError(f"{fault} of embeddings. Give it a row by `resize_token_embeddings`, or remove it.")
-    chosen, counted = ({path: read_texts(path) for path in paths} for paths in (texts, held_out))
-    kept = kept_ids(processor, languages, words, (text for found in chosen.values() for text in found))
+    kept = kept_ids(processor, languages, words, [text for path in texts for text in read_texts(path)])
     small = type(processor)(processor.image_processor, cut_tokenizer(processor.tokenizer, kept))
     for language in languages:
         checked = language_words(language, min(CHECKED_WORDS, *words))
-        changed_texts(processor, small, kept, list(map(word_forms, checked)))
-    found = {str(path): (len(of), len(changed_texts(processor, small, kept, of))) for path, of in counted.items()}
+        check_splits(processor, small, kept, map(word_forms, checked))
     pieces = sorted(processor.tokenizer.get_vocab().items(), key=lambda item: item[1])
     digest = hashlib.blake2b(json.dumps(pieces).encode(), digest_size=16).hexdigest()
     record = {"languages": languages, "words": list(words), "tokenizer": digest}
@@ -126,8 +108,12 @@ def trim(
             if (model / name).is_file():
                 shutil.copyfile(model / name, folder / name)
         write_origin_card(model, folder, MADE.format(languages=" and ".join(languages)))
-        weight_bytes = tuple(sum(file.stat().st_size for file in weight_files(path)) for path in (model, folder))
-    return Trim((record["of"], len(kept)), parameters, weight_bytes, found)
+        sizes = [sum(file.stat().st_size for file in weight_files(path)) / 1e6 for path in (model, folder)]
+    return [
+        f"{len(kept):,} of {record['of']:,} word pieces are kept.",
+        "Parameters: {:,} before, {:,} after.".format(*parameters),
+        "Weights: {:,.1f} MB before, {:,.1f} MB after.".format(*sizes),
+    ]
 
 
 def _write_model(
@@ -200,17 +186,14 @@ def _ids(processor: ProcessorMixin, texts: Sequence[str]) -> list[list[int]]:
     return processor(text=list(texts), padding=False, truncation=True)["input_ids"]
 
 
-def changed_texts(whole: ProcessorMixin, small: ProcessorMixin, kept: Sequence[int], texts: Sequence[str]) -> list[str]:
-    """The texts that have a piece that was cut; ValueError where one whose pieces are all kept is split otherwise."""
-    known, changed = set(kept), []
+def check_splits(whole: ProcessorMixin, small: ProcessorMixin, kept: Sequence[int], texts: Iterable[str]) -> None:
+    """Raise ValueError where a text whose pieces are all kept is split otherwise by the small tokenizer."""
+    known = set(kept)
     for chunk in _chunks(texts):
         before, after = (_ids(processor, chunk) for processor in (whole, small))
         for text, ids, small_ids in zip(chunk, before, after, strict=True):
-            if ids != [kept[number] for number in small_ids]:
-                if known.issuperset(ids):
-                    raise ValueError(f"The trimmed tokenizer splits {text[:200]!r} in another way; nothing was kept.")
-                changed.append(text)
-    return changed
+            if known.issuperset(ids) and ids != [kept[number] for number in small_ids]:
+                raise ValueError(f"The trimmed tokenizer splits {text[:200]!r} in another way; nothing was kept.")
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -10,6 +10,7 @@ The calls are those of huggingface_hub 2.4 with Xet off. It stops with the block
 import json
 import os
 import re
+import shutil
 import threading
 import time
 import urllib.parse
@@ -40,15 +41,12 @@ ROUTES = [
         ("GET", REPO + r"/revision/(?P<revision>[^/]+)", "info"),
         ("GET", REPO + r"/auth-check(?P<write>/write)?", "auth_check"),
         ("GET", REPO + r"/refs", "refs"),
-        ("GET", REPO + r"/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", "tree"),
-        ("POST", REPO + r"/paths-info/(?P<revision>[^/]+)", "paths_info"),
+        ("GET", REPO + r"/tree/(?P<revision>[^/]+)", "tree"),
         ("POST", REPO + r"/preupload/(?P<revision>[^/]+)", "preupload"),
         ("POST", REPO + r"/commit/(?P<revision>[^/]+)", "commit"),
         ("POST", REPO + r"/branch/(?P<branch>[^/]+)", "create_branch"),
-        ("POST", REPO + r"/tag/(?P<revision>[^/]+)", "create_tag"),
         ("POST", FILES + r"\.git/info/lfs/objects/batch", "lfs_batch"),
         ("PUT", r"/lfs-upload/(?P<sha256>[0-9a-f]{64})", "lfs_put"),
-        ("POST", r"/lfs-verify/(?P<sha256>[0-9a-f]{64})", "lfs_verify"),
         ("GET", FILES + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
     )
 ]
@@ -217,13 +215,9 @@ class _Handler(HttpHandler):
         self.json({})
 
     def refs(self, kind: str, name: str) -> None:
-        repo = self._repo(kind, name)
-
-        def listed(refs: dict[str, str], prefix: str) -> list[dict[str, str]]:
-            return [{"name": key, "ref": prefix + key, "targetCommit": oid} for key, oid in refs.items()]
-
-        answer = {"branches": listed(repo.branches, "refs/heads/"), "tags": listed(repo.tags, "refs/tags/")}
-        self.json(answer | {"converts": [], "pullRequests": listed(repo.pulls, "")})
+        heads = self._repo(kind, name).branches.items()
+        branches = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": oid} for name, oid in heads]
+        self.json({"branches": branches, "tags": [], "converts": []})
 
     def create_branch(self, kind: str, name: str, branch: str) -> None:
         repo = self._repo(kind, name, write=True)
@@ -232,36 +226,16 @@ class _Handler(HttpHandler):
         repo.branches[branch] = repo.at(json.loads(self.body or b"{}").get("startingPoint", "main")).oid
         self.json({})
 
-    def create_tag(self, kind: str, name: str, revision: str) -> None:
-        repo, tag = self._repo(kind, name, write=True), json.loads(self.body)["tag"]
-        if tag in repo.tags:
-            raise Refused(409, f"Tag already exists: {tag}")
-        repo.tags[tag] = repo.at(revision).oid
-        self.json({})
-
     # --- Files -------------------------------------------------------------------------------------------------------
 
-    def tree(self, kind: str, name: str, revision: str, path: str = "") -> None:
+    def tree(self, kind: str, name: str, revision: str) -> None:
         files = self._repo(kind, name).at(revision).files
-        prefix = f"{path}/" if path else ""
-        inside = {p: blob.entry(p) for p, blob in files.items() if p.startswith(prefix)}
-        if path and not inside:
-            raise Refused(404, f"{path} does not exist", "EntryNotFound")
-        folders = {p[: len(prefix) + at] for p in inside for at in _slashes(p[len(prefix) :])}
-        entries = {f: {"type": "directory", "path": f, "oid": "0" * 40, "size": 0} for f in folders} | inside
-        if self.query.get("recursive", "false").lower() != "true":
-            entries = {p: entry for p, entry in entries.items() if "/" not in p[len(prefix) :]}
+        entries, more = [blob.entry(path) for path, blob in sorted(files.items())], {}
         start, size = int(self.query.get("cursor", 0)), self.hub.page_size
-        more = {}
         if start + size < len(entries):
             query = urllib.parse.urlencode({**self.query, "cursor": start + size})
             more = {"Link": f'<{self.hub.url}{self.path.partition("?")[0]}?{query}>; rel="next"'}
-        self.json([entry for _, entry in sorted(entries.items())][start : start + size], headers=more)
-
-    def paths_info(self, kind: str, name: str, revision: str) -> None:
-        files = self._repo(kind, name).at(revision).files
-        asked = [value for key, value in urllib.parse.parse_qsl(self.body.decode()) if key == "paths"]
-        self.json([files[path].entry(path) for path in asked if path in files])
+        self.json(entries[start : start + size], headers=more)
 
     def resolve(self, kind: str, name: str, revision: str, path: str) -> None:
         repo = self._repo(kind, name)
@@ -269,21 +243,15 @@ class _Handler(HttpHandler):
         if path not in commit.files:
             raise Refused(404, "Entry not found", "EntryNotFound")
         blob = commit.files[path]
-        headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{blob.sha256 or blob.oid}"', "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{blob.sha256 or blob.oid}"'}
         if blob.sha256:
             headers |= {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(blob.size)}
-        start, end, status = 0, blob.size - 1, 200
-        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            start, end, status = int(match[1]), min(int(match[2] or end), end), 206
-            headers["Content-Range"] = f"bytes {start}-{end}/{blob.size}"
-        self.head(status, {**headers, "Content-Type": "application/octet-stream"}, end - start + 1)
+        self.head(200, {**headers, "Content-Type": "application/octet-stream"}, blob.size)
         if self.command == "HEAD":
             return
         self.hub.fetched.append(f"{name}/{path}")
         with self.hub.storage.path(blob).open("rb") as file:
-            file.seek(start)
-            for at in range(start, end + 1, CHUNK):
-                self.wfile.write(file.read(min(CHUNK, end + 1 - at)))
+            shutil.copyfileobj(file, self.wfile, CHUNK)
 
     # --- Uploads -----------------------------------------------------------------------------------------------------
 
@@ -307,7 +275,7 @@ class _Handler(HttpHandler):
             mode = "lfs" if is_lfs(file["path"], b64decode(file["sample"]), file["size"]) else "regular"
             blob = there.get(file["path"])
             answers.append({"path": file["path"], "uploadMode": mode, "oid": blob and (blob.sha256 or blob.oid)})
-            answers[-1]["shouldIgnore"] = file["path"] in self.hub.faults.ignored
+            answers[-1]["shouldIgnore"] = False
         self.json({"files": answers})
 
     def lfs_batch(self, kind: str, name: str) -> None:
@@ -319,10 +287,8 @@ class _Handler(HttpHandler):
             found = {"oid": asked["oid"], "size": asked["size"]}
             if not self.hub.storage.has(asked["oid"]):
                 missing += asked["size"]
-                found["actions"] = {
-                    "upload": {"href": f"{self.hub.url}/lfs-upload/{asked['oid']}?X-Amz-Signature={SIGNATURE}"},
-                    "verify": {"href": f"{self.hub.url}/lfs-verify/{asked['oid']}"},
-                }
+                upload = f"{self.hub.url}/lfs-upload/{asked['oid']}?X-Amz-Signature={SIGNATURE}"
+                found["actions"] = {"upload": {"href": upload}}
             objects.append(found)
         quota = self.hub.faults.quota_bytes
         if quota is not None and self.hub.storage.lfs_bytes() + missing > quota:
@@ -349,11 +315,6 @@ class _Handler(HttpHandler):
                 self.drop()
             yield chunk
 
-    def lfs_verify(self, sha256: str) -> None:
-        if not self.hub.storage.has(sha256):
-            raise Refused(404, "The object was not uploaded")
-        self.json({})
-
     def commit(self, kind: str, name: str, revision: str) -> None:
         pull = "create_pr" in self.query
         repo, faults = self._repo(kind, name, write=not pull), self.hub.faults
@@ -378,7 +339,3 @@ class _Handler(HttpHandler):
         url = f"{self.hub.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
         answer = {"success": True, "commitOid": made.oid, "commitUrl": f"{url}/commit/{made.oid}"}
         self.json(answer | ({"pullRequestUrl": f"{url}/discussions/{target.split('/')[-1]}"} if pull else {}))
-
-
-def _slashes(path: str) -> list[int]:
-    return [at for at, sign in enumerate(path) if sign == "/"]

@@ -38,7 +38,6 @@ class Faults:
         commit_message: what they say.
         lost_commit_replies: how many commits are made without the client getting to know it.
         late_commit: the next commit is made by an earlier try that arrives late, and is itself refused.
-        ignored: paths that a `.gitignore` leaves out.
         answers: call, such as "info" or "commit" -> status, headers and body that it is answered with, and not done.
     """
 
@@ -52,7 +51,6 @@ class Faults:
     commit_message: str = "Internal Server Error"
     lost_commit_replies: int = 0
     late_commit: bool = False
-    ignored: set[str] = field(default_factory=set)
     answers: dict[str, tuple[int, dict[str, str], bytes]] = field(default_factory=dict)
 
 

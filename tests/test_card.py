@@ -94,40 +94,37 @@ def test_the_portuguese_card_has_the_same_figures(run):
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_a_template_has_all_that_it_names(run, language):
-    """Jinja would print nothing for what it is not given."""
-    tree = jinja2.Environment().parse((TEMPLATES / f"model_card_{language}.md.j2").read_text(encoding="utf-8"))
+    """Jinja would print nothing for what it is not given, and for a sentence or label that a language lacks."""
+    texts = [
+        (TEMPLATES / name).read_text(encoding="utf-8") for name in (f"model_card_{language}.md.j2", "model_card.md.j2")
+    ]
+    trees = [jinja2.Environment().parse(text) for text in texts]
     given = {*template_values(card_facts(run), language, "x", False), "title", "options", "card_data"}
-    assert jinja2.meta.find_undeclared_variables(tree) - given == set()
+    named = set().union(*map(jinja2.meta.find_undeclared_variables, trees))
+    assert named - given <= {"of", "e", "w"}
+    blocks = [{block.name for block in tree.find_all(jinja2.nodes.Block)} for tree in trees]
+    labels = set(re.findall(r"\bw\.(\w+)", "".join(texts)))
+    assert blocks[0] == blocks[1] and labels <= set(re.findall(r'"([\w.]+)":', texts[0]))
 
 
 def test_a_card_of_an_older_template_is_checked_by_its_values(run, capsys):
-    """Its words may be others; its front matter, values and digests may not, and nothing may hide or reframe them."""
-    text = card_of(run).replace(', "version": 3', "").replace("random scores would give", "dice would give")
+    """Its words may be others; its front matter, values and digests may not, and no HTML may hide them."""
+    text = card_of(run).replace("random scores would give", "dice would give")
     (run / "README.md").write_text(text, encoding="utf-8")
-    assert any("dice" in fault for fault in check(run))  # to leave out the version makes no older card of it
-    second = text.replace('"name": "run"', '"name": "run", "version": 2')
-    text = re.sub(r"^(\| )(`\w+` \| `?[^|]+ \|)$", r"\1What it is | \2", text, flags=re.MULTILINE)
-    for older in (second, text):
-        (run / "README.md").write_text(older, encoding="utf-8")
-        assert check(run) == []
+    assert any("dice" in fault for fault in check(run))
+    text = text.replace(', "version": 4', "")
+    (run / "README.md").write_text(text, encoding="utf-8")
     main(["--check", str(run)])
     assert "its words were not compared" in (said := capsys.readouterr().out) and "Every figure" not in said
     marker = "## Technical facts\n"
-    for added in ("<script>", "| <b>a | b |", "<!-- made by hub_upload.card with {} -->", "```", "## New"):
+    for added in ("<script>", "| <b>a | b |", "<!-- made by hub_upload.card with {} -->"):
         (run / "README.md").write_text(text.replace(marker, f"{added}\n\n{marker}"), encoding="utf-8")
         assert check(run) == [f"README.md: it says {added!r}."]
-    for old, new in (
-        (r'("name": "run")', r'\g<1>, "version": 1'),  # no template wrote that
-        (r"interval ([-+])", r"interval \g<1>9"),
-        (r"(`run.json` \| `)", r"\g<1>0"),
-        (r"(R@1 \| \**)", r"\g<1>1"),
-    ):
-        changed = re.sub(old, new, text, count=1)
+    for old in (r"interval ([-+])", r"(`run.json` \| `)", r"(R@1 \| \**)", r"(license: )"):
+        changed = re.sub(old, r"\g<1>9", text, count=1)
         assert changed != text
         (run / "README.md").write_text(changed, encoding="utf-8")
-        assert check(run), new
-    (run / "README.md").write_text(text.replace('"name":', '"version": 4, "name":'), encoding="utf-8")
-    assert "it was not made by" in check(run)[0]
+        assert check(run), old
 
 
 def test_templates_hold_no_figure():
@@ -135,7 +132,6 @@ def test_templates_hold_no_figure():
     allowed = (
         r"arxiv\.org/abs/2310\.13683|95 ?%|8 bits|int8|CO2e|co2e|santos2023capivara|\{2023\}|model_type|\(320, 240\)"
         r"|R@k|dim=-1|a11y|SHA-256|float32|float16|top[-_]5|11-?point_?|mAP de 11|adam_beta[12]"
-        r"|length of an embedding \| 1"
     )
     for path in TEMPLATES.iterdir():
         text = re.sub(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}|```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)
@@ -143,22 +139,12 @@ def test_templates_hold_no_figure():
 
 
 @pytest.mark.slow
-def test_one_changed_digit_in_the_card_fails(run):
-    text = card_of(run)
-    places = [match.start() for match in re.finditer(r"\d", text)]
+def test_one_changed_digit_of_the_card_or_a_file_fails(run):
     generator = random.Random(0)
-    for place in generator.sample(places, 20):
-        digit = str((int(text[place]) + generator.randint(1, 9)) % 10)
-        (run / "README.md").write_text(text[:place] + digit + text[place + 1 :], encoding="utf-8")
-        assert check(run), f"{text[max(0, place - 60) : place + 20]!r} changed to {digit}"
-
-
-@pytest.mark.slow
-def test_one_changed_digit_in_a_json_file_fails(run):
-    generator = random.Random(1)
-    for path in [run / "run.json", *(run / "results").glob("*.json"), run / "config.json"]:
+    for path, places in [(run / "README.md", 20), (run / "run.json", 6), (run / "config.json", 6),
+                         *((path, 6) for path in (run / "results").glob("*.json"))]:  # fmt: skip
         text = path.read_text(encoding="utf-8")
-        for place in generator.sample([match.start() for match in re.finditer(r"\d", text)], 6):
+        for place in generator.sample([match.start() for match in re.finditer(r"\d", text)], places):
             digit = str((int(text[place]) + generator.randint(1, 9)) % 10)
             path.write_text(text[:place] + digit + text[place + 1 :], encoding="utf-8")
             faults = check(run)
@@ -190,9 +176,10 @@ def test_a_card_that_was_not_made_here(run):
     assert check(run) == [
         "README.md: it was not made by `python -m hub_upload.card`, so its figures have no known source."
     ]
-    name = '{"language": "en", "repo_id": null, "name": "x\\"); import os; (\\""}'
-    (run / "README.md").write_text(f"---\na: b\n---\n\n# Mine\n\n<!-- made by hub_upload.card with {name} -->\n")
-    assert "no name of a folder" in check(run)[0]
+    for name, fault in (('"x\\"); import os; (\\""', "no name of a folder"), ("5", "has another form")):
+        options = f'{{"language": "en", "repo_id": null, "name": {name}}}'
+        (run / "README.md").write_text(f"---\na: b\n---\n\n# Mine\n\n<!-- made by hub_upload.card with {options} -->\n")
+        assert fault in check(run)[0]
     (run / "README.md").unlink()
     with pytest.raises(ValueError, match=r"has no README\.md"):
         check(run)

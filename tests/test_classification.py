@@ -11,6 +11,7 @@ import PIL.Image
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Sequence
+from towers import as_open_clip
 
 from caption_data.labelled_images import _by_name, load_images
 from eval.classification import chance_of, classification_metrics, main
@@ -133,9 +134,7 @@ def test_slips_end_early(saved_tiny_folder, pictures, tmp_path, more, message):
 
 def test_an_open_clip_baseline(saved_tiny_folder, pictures, tmp_path):
     """The same weights in open_clip's format give the same figures."""
-    from modeling_capivara.convert_open_clip import main as convert
-
-    convert([str(saved_tiny_folder), str(tmp_path / "open_clip"), "--to-open-clip"])
+    as_open_clip(saved_tiny_folder, tmp_path / "open_clip")
     main(flags(saved_tiny_folder, pictures, tmp_path / "ours.json"))
     name = f"open_clip:local-dir:{tmp_path / 'open_clip'}"
     main(flags(name, pictures, tmp_path / "theirs.json", role="baseline"))

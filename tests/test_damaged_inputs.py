@@ -17,8 +17,7 @@ from captions import score, select
 from captions.stages import check_complete
 from eval import retrieval
 from hub_upload import export
-from modeling_capivara import convert_open_clip
-from modeling_capivara.loading import load_model, mapped_model, read_config
+from modeling_capivara.loading import load_model, mapped_model, two_towers_config
 from training import interpolate
 
 SECONDS = 20  # a config of 10^7 layers takes hours; the longest of these takes three
@@ -44,7 +43,6 @@ ENTRANCES = {
     ),
     "training.interpolate": lambda model, data, out: (interpolate.main, [model, model, "--output", out]),
     "hub_upload.export": lambda model, data, out: (export.main, ["--model", model, "--output", out]),
-    "convert_open_clip": lambda model, data, out: (convert_open_clip.main, [model, out, "--to-open-clip"]),
 }  # fmt: skip
 
 
@@ -78,7 +76,7 @@ def test_a_scale_in_the_weights_that_cannot_be(tiny_folder):
     with pytest.raises(ValueError, match=r"model: logit_scale must be from -20 to 20, got 1000000\.0\.$"):
         load_model(tiny_folder)
     with pytest.raises(ValueError, match=r"logit_scale must be from -20 to 20"):
-        mapped_model(tiny_folder, read_config(tiny_folder))
+        mapped_model(tiny_folder, two_towers_config(tiny_folder))
 
 
 @pytest.mark.parametrize("content", ["[]", '{"weight_map": [1]}', "[" * 5000])

@@ -65,7 +65,7 @@ for block in blocks:
             found["onnx" + ending] = names["graph"].run(["text_embeds"], names["inputs"])[0]
         else:
             found["transformers" + ending] = names["embeds"].numpy()
-if "AutoModel" in card:
+if "SentenceTransformer" in card:
     _, report = AutoModel.from_pretrained(".", add_pooling_layer=False, output_loading_info=True)
     assert not [fault for fault in report.values() if fault], report
 assert "modeling_capivara" not in sys.modules
@@ -155,9 +155,7 @@ def test_the_cards_code_gives_the_models_embeddings_without_the_package(exported
     base, model, text_side = exported
     found, expected = as_the_card_says(text_side, tmp_path), embeddings(model)
     assert np.abs(expected - embeddings(base)).max() > 0.01, "the base's text side would do as well"
-    programs = {"onnx", "transformers"} | (
-        {"sentence_transformers"} if (text_side / "modules.json").exists() else set()
-    )
+    programs = {"onnx", "sentence_transformers" if (text_side / "modules.json").exists() else "transformers"}
     assert found.keys() == {*programs, *(f"{program}_without_code" for program in programs)}
     plain = embeddings(model, PLAIN)
     for program, embeds in found.items():
@@ -198,17 +196,6 @@ def test_open_clip_takes_the_text_side_and_keeps_its_images(exported, tmp_path):
 
 def blocks(folder: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-
-
-@pytest.mark.slow
-def test_what_was_measured_of_the_graphs_is_on_the_card(exported):
-    text_side = exported[2]
-    graphs = json.loads((text_side / "onnx/quantisation.json").read_text())["graphs"]
-    assert {*graphs} == {"text_model.onnx", "text_model_quantized.onnx"}
-    card = (text_side / "README.md").read_text(encoding="utf-8")
-    for name, graph in graphs.items():
-        figure = f"{graph['lowest_cosine']:.4f}" if "lowest_cosine" in graph else f"{graph['largest_difference']:.1e}"
-        assert re.search(rf"`onnx/{name}` \|.*{re.escape(figure)}", card)
 
 
 @pytest.mark.slow
@@ -275,13 +262,12 @@ def refused(match: str, model: Path, base: Path, output: Path, *flags: str) -> N
     assert not output.exists() and not [path for path in output.parent.iterdir() if ".tmp-" in path.name]
 
 
-@pytest.mark.parametrize("name", ["visual_projection.weight", "vision_model.post_layernorm.bias"])
-def test_a_model_whose_image_side_was_trained_names_the_tensor(model, base, name, tmp_path):
-    other = shutil.copytree(model, tmp_path / "other")
+def test_a_model_whose_image_side_was_trained_names_the_tensor(model, base, tmp_path):
+    other, name = shutil.copytree(model, tmp_path / "other"), "visual_projection.weight"
     tensors = load_file(model / "model.safetensors")
     tensors[name].flatten()[0] = torch.nextafter(tensors[name].flatten()[0], torch.tensor(2.0))
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    refused(rf"{re.escape(name)} has other numbers.*embedded anew", other, base, tmp_path / "out")
+    refused(rf"{name} has other numbers.*embedded anew", other, base, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -307,8 +293,3 @@ def test_what_is_no_exchange(model, base, tmp_path):
     refused("is for --formats drop_in", model, base, tmp_path / "out", "--formats", "transformers")
     with pytest.raises(ValueError, match=r"--base.*which needs it"):
         main(["--model", str(model), "--output", str(tmp_path / "out"), "--formats", "drop_in"])
-
-
-def test_a_package_that_is_missing_is_said_before_anything_is_read(monkeypatch, tmp_path):
-    monkeypatch.setattr(onnx_files, "ONNX_PACKAGES", ("no_such_package",))
-    refused(r'needs no_such_package.*"\.\[onnx\]"', tmp_path / "model", tmp_path / "base", tmp_path / "out")

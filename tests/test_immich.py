@@ -41,16 +41,15 @@ def test_the_pages_exchange_keeps_the_original_when_it_is_repeated(tmp_path):
     (back,) = re.findall(r"\*\*Para voltar atrás\*\*: `(.+?)`", page)
     (tmp_path / "textual").mkdir()
     (tmp_path / "textual/model.onnx").write_text("the base's")
-    for _ in range(2):
-        for new in ("first", "second", "third"):
-            (tmp_path / "novo").mkdir()
-            (tmp_path / "novo/model.onnx").write_text(new)
-            subprocess.run(["sh", "-c", there], cwd=tmp_path, check=True)
-            assert files(tmp_path) == {"original/model.onnx", "textual/model.onnx"}
-            assert (tmp_path / "textual/model.onnx").read_text() == new
-        subprocess.run(["sh", "-c", back], cwd=tmp_path, check=True)
-        assert files(tmp_path) == {"textual/model.onnx"}
-        assert (tmp_path / "textual/model.onnx").read_text() == "the base's"
+    for new in ("first", "second"):
+        (tmp_path / "novo").mkdir()
+        (tmp_path / "novo/model.onnx").write_text(new)
+        subprocess.run(["sh", "-c", there], cwd=tmp_path, check=True)
+        assert files(tmp_path) == {"original/model.onnx", "textual/model.onnx"}
+        assert (tmp_path / "textual/model.onnx").read_text() == new
+    subprocess.run(["sh", "-c", back], cwd=tmp_path, check=True)
+    assert files(tmp_path) == {"textual/model.onnx"}
+    assert (tmp_path / "textual/model.onnx").read_text() == "the base's"
     (tmp_path / "config.json").write_text("the base's")
     for new in ("first", "second"):
         (tmp_path / "novo.json").write_text(new)
@@ -169,11 +168,6 @@ def test_the_text_side_alone_where_the_image_side_is_the_bases(tiny_folder, tmp_
     flags = ["--model", str(tiny_folder), "--formats", "immich", "--base", str(base)]
     main([*flags, "--output", str(tmp_path / "alone")])
     assert files(tmp_path / "alone") == {name for name in FILES if not name.startswith("visual/")}
-    pixels = "visual_projection.weight"
-    save_file({**weights, pixels: weights[pixels] + 1e-3}, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"embeds pictures otherwise than .*by both towers of this model"):
-        main([*flags, "--output", str(tmp_path / "refused")])
-    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.slow

@@ -74,22 +74,13 @@ def test_the_card_is_of_the_models_class(run, kind, language, tmp_path):
     assert not re.search(r"trust_remote_code|modeling_capivara|XLM|examples\.caption|get_text_features|MIT licen", body)
     loss = {"en": FACTS[kind][1], "pt": {"sigmoid": "sigmoide", "contrastive": "contrastiva"}[FACTS[kind][1]]}[language]
     assert f"`{FACTS[kind][0]}`" in body and re.search(rf"\b(the {loss} loss|perda {loss})\b", body)
-    assert f"{64 if kind == 'siglip' else 77} tokens" in body and f"{32 if kind == 'siglip' else 24} dim" in body
+    assert f"{64 if kind == 'siglip' else 77} tokens" in body and f":** {32 if kind == 'siglip' else 24}\n" in body
     assert ('padding="max_length"' in body) == (kind == "siglip")
     package, classify, sentences = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
     scores = re.findall(r"0\.\d+", printed(package, tmp_path))
     assert len(scores) == 4 and (".sigmoid()" if kind == "siglip" else ".softmax(dim=-1)") in package
     assert printed(classify, tmp_path).count("'score'") == 3
     assert printed(sentences, tmp_path).startswith("tensor([[")
-
-
-def test_one_changed_word_of_class_or_loss_is_found(run, tmp_path):
-    folder = shutil.copytree(run, tmp_path / "run")
-    write_card(folder)
-    text = card_of(folder)
-    for old in re.findall(r"`(?:Siglip|CLIP)Model`|(?:sigmoid|contrastive) loss", text):
-        (folder / "README.md").write_text(text.replace(old, "another", 1), encoding="utf-8")
-        assert check(folder), old
 
 
 def test_the_hub_has_the_run_and_its_export(run, kind, tmp_path):
@@ -127,8 +118,6 @@ def test_the_text_side_alone_of_a_run(run, kind, alone, tmp_path):
         with pytest.raises(ValueError, match=r"^[^\n]* and SigLIP alone, and \S+ is clip\. The whole [^\n]*$"):
             main([*words, str(base)])
         return
-    with pytest.raises(ValueError, match=r"^[^\n]*$"):
-        main([*words, str(run.parent / "squares")])
     weights, name = load_file(base / "model.safetensors"), "vision_model.post_layernorm.bias"
     save_file({**weights, name: weights[name] + 1e-6}, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=rf"^[^\n]*: the tensor {name} has other numbers\. [^\n]*$"):

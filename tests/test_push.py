@@ -104,33 +104,18 @@ def test_only_what_changed_is_sent_and_what_others_have_put_there_stays(hub, pus
     hub.page_size = 2  # of the Hub's list of files: all of its pages are read
     push("--push")
     there = hub.storage.add(b"of others", lfs=False)
-    hub.repo("us/model").commit("main", "theirs", "bob", {"notes.txt": there, "old.bin": there})
+    hub.repo("us/model").commit("main", "theirs", "bob", {"notes.txt": there})
     (folder / "README.md").write_text(CARD.replace("mit", "apache-2.0"), encoding="utf-8")
     (folder / "config.json").unlink()
     hub.uploaded = 0
-    done = push("--push", "--delete", "old.bin", "gone.bin")
+    done = push("--push")
     assert done.code == 0, done.err
-    shown = ("change  README.md", "same    2 files", "delete  old.bin", "stays   config.json", "stays   notes.txt")
-    assert all(line in done.out for line in shown)
-    assert "gone.bin: it is not on the Hub" in done.out
-    assert ".gitattributes" not in done.out
+    shown = ("change  README.md", "same    2 files", "stays   config.json", "stays   notes.txt")
+    assert all(line in done.out for line in shown) and ".gitattributes" not in done.out
     files = hub.files("us/model")
     assert set(files) == {"README.md", "config.json", "model.safetensors", "open_clip_model.safetensors", "notes.txt"}
     assert b"apache" in files["README.md"] and hub.uploaded == 0
-    assert hub.commits("us/model") == ["Update 2 files", "theirs", "Add 4 files"]
-
-
-def test_only_files_of_a_model_are_sent(hub, push, folder):
-    (folder.parent / "secret.json").write_text("{}", encoding="utf-8")
-    (folder / ".env").write_text("HF_TOKEN=x", encoding="utf-8")
-    (folder / ".git").mkdir()
-    (folder / ".git" / "config.json").write_text("{}", encoding="utf-8")
-    (folder / "training_args.bin").write_bytes(b"a pickle")
-    (folder / "processor_config.json").symlink_to(folder.parent / "secret.json")
-    assert push("--push").code == 0
-    assert set(hub.files("us/model")) == {
-        "README.md", "config.json", "model.safetensors", "open_clip_model.safetensors",
-    }  # fmt: skip
+    assert hub.commits("us/model") == ["Update README.md", "theirs", "Add 4 files"]
 
 
 @pytest.mark.slow
@@ -148,22 +133,6 @@ def test_branch(hub, push, folder):
 
 
 @pytest.mark.slow
-def test_tag(hub, push, folder):
-    assert "Tagged v1.0" in push("--push", "--tag", "v1.0").out
-    repo = hub.repo("us/model")
-    assert repo.tags == {"v1.0": repo.branches["main"]}
-    assert "nothing to send" in push("--push", "--tag", "v1.0").out
-    (folder / "model.safetensors").write_bytes(weights(b"n", 300_000))
-    hub.requests.clear()
-    done = push("--push", "--tag", "v1.0")
-    assert done.code == 1 and "The tag v1.0 of us/model exists already" in done.err and not written(hub)
-    assert push("--push").code == 0
-    late = push("--push", "--tag", "v1.1")  # of what is there already
-    assert "no commit was made" in late.out and repo.tags["v1.1"] == repo.branches["main"] != repo.tags["v1.0"]
-    assert "v1.0 of us/model is a tag" in push("--push", "--revision", "v1.0").err
-
-
-@pytest.mark.slow
 def test_pull_request_of_somebody_who_may_only_read(hub, push, folder):
     assert "a pull request needs one" in push("--push", "--pull-request", token=READ_TOKEN).err
     push("--push")
@@ -172,10 +141,10 @@ def test_pull_request_of_somebody_who_may_only_read(hub, push, folder):
     done = push("--push", "--pull-request", token=READ_TOKEN)
     assert done.code == 0 and f"{hub.url}/us/model/discussions/1" in done.out, done.err
     assert hub.files("us/model")["config.json"] != b"{}" == hub.files("us/model", "refs/pr/1")["config.json"]
-    (folder / "config.json").write_text("[]", encoding="utf-8")
-    assert push("--push", "--revision", "refs/pr/1").code == 0  # further commits to it
-    assert hub.files("us/model", "refs/pr/1")["config.json"] == b"[]" and len(hub.commits("us/model")) == 1
-    assert "refs/pr/7 of us/model is no open pull request" in push("--push", "--revision", "refs/pr/7").err
+    hub.faults = Faults(lost_commit_replies=9)
+    done = push("--push", "--pull-request")
+    assert done.code == 1 and "Whether a pull request was opened is seen on the page" in done.err
+    assert len(hub.repo("us/model").pulls) == 2, "it is not sent once more"
 
 
 @pytest.mark.slow
@@ -188,9 +157,9 @@ def test_data_set(commands, hub, tmp_path):
     (data / ".cache").mkdir()
     (data / ".cache" / "x.json").write_text("{}", encoding="utf-8")
     flags = ("--model", data, "--repo-id", "us/data", "--repo-type", "dataset")
-    assert commands(*flags, "--push", "--tag", "v1").code == 0
+    assert commands(*flags, "--push").code == 0
     assert set(hub.files("us/data", kind="datasets")) == {"README.md", "train/rows.parquet"}
-    assert "nothing to send" in commands(*flags, "--push").out and "v1" in hub.repo("us/data", "datasets").tags
+    assert "nothing to send" in commands(*flags, "--push").out
     assert ("models", "us/data") not in hub.storage.repos
     hub.requests.clear()
     secret = "github_pat_" + "a1B2c3" * 9
@@ -224,7 +193,7 @@ def test_forbidden(hub, push, folder, there):
         push("--push")
         (folder / "config.json").write_text("{}", encoding="utf-8")
     done = push("--push", token=READ_TOKEN)
-    assert done.code == 1 and "The token may not write to us/model (403)" in done.err
+    assert done.code == 1 and "The Hub refuses it to the token (403)" in done.err
     assert "member of us" in done.err and done.err.strip().count("\n") == 0
 
 
@@ -256,30 +225,13 @@ def test_a_line_that_has_died_is_noticed(hub, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, push):
-    hub.faults = Faults(lost_commit_replies=1)
-    done = push("--push", "--tag", "v1")
-    assert done.code == 0, done.err
-    assert hub.commits("us/model") == ["Add 4 files"]
-    assert hub.repo("us/model").tags["v1"] == hub.repo("us/model").branches["main"]
-
-
-@pytest.mark.slow
-def test_a_commit_that_arrives_while_it_is_sent_again_is_found(hub, push):
-    hub.faults = Faults(commit_statuses=[503], late_commit=True)
+@pytest.mark.parametrize("faults", [{"lost_commit_replies": 1}, {"commit_statuses": [503], "late_commit": True}])
+def test_a_commit_whose_answer_is_lost_or_that_arrives_late_is_not_made_twice(hub, push, faults):
+    hub.faults = Faults(**faults)
     done = push("--push")
-    assert done.code == 0 and "Pushed in one commit" in done.out, done.err
+    assert done.code == 0 and f"Pushed in one commit: {hub.url}/us/model/commit/" in done.out, done.err
     assert hub.commits("us/model") == ["Add 4 files"]
-
-
-@pytest.mark.slow
-def test_a_pull_request_whose_answer_is_lost_is_not_opened_twice(hub, push, folder):
-    push("--push")
-    (folder / "config.json").write_text("{}", encoding="utf-8")
-    hub.faults = Faults(lost_commit_replies=9)
-    done = push("--push", "--pull-request")
-    assert done.code == 1 and "Whether the pull request was opened is not known" in done.err
-    assert len(hub.repo("us/model").pulls) == 1
+    assert hub.repo("us/model").branches["main"] in done.out
 
 
 @pytest.mark.slow
@@ -289,15 +241,16 @@ def test_a_hub_in_trouble_is_asked_again_and_not_for_ever(hub, push):
     hub.storage.repos.clear()
     hub.faults = Faults(commit_statuses=[500] * 99)
     done = push("--push")
-    assert done.code == 1 and "The Hub is in trouble or takes no more requests (500)" in done.err
+    assert done.code == 1 and "The Hub refused (500): " in done.err and "Run the same command again" in done.err
     assert sum(done.waits_s) < 60
 
 
-@pytest.mark.parametrize("status", one_in(3, [403, 413, 507]))
+@pytest.mark.parametrize("status", [403, 507])
 def test_full_quota(hub, push, status):
+    """By the Hub's own words."""
     hub.faults = Faults(quota_bytes=350_000, quota_status=status)
     done = push("--push")
-    assert done.code == 1 and f"no more space for us/model ({status}): {QUOTA.rstrip('.')}" in done.err
+    assert done.code == 1 and f"({status}): {QUOTA.rstrip('.')}" in done.err
     assert hub.uploaded == 0 and not hub.commits("us/model")
     hub.faults = Faults()
     assert push("--push").code == 0
@@ -315,12 +268,6 @@ def test_somebody_else_commits_meanwhile(hub, push, folder):
     assert done.code == 0 and "stays   theirs.txt" in done.out and hub.files("us/model")["config.json"] == b"{}"
 
 
-def test_a_file_that_the_repository_ignores_is_said_to_be_missing(hub, push):
-    hub.faults = Faults(ignored={"config.json"})
-    done = push("--push")
-    assert done.code == 1 and "but without config.json" in done.err and ".gitignore" in done.err
-
-
 def test_a_card_that_is_no_card_is_refused_before_the_upload(hub, push, folder):
     (folder / "README.md").write_text("---\nlicense: [mit\n---\n", encoding="utf-8")
     done = push("--push")
@@ -331,17 +278,14 @@ JSON = {"Content-Type": "application/json"}
 FORM = "has answered in another form than the Hub does"
 ANSWERS = {
     ("whoami", FORM): (200, {"Content-Type": "text/html"}, b"<html>Sign in</html>"),
-    ("info", FORM): (200, JSON, b"[3, null, {}]"),
-    ("info", r"The Hub refused \(404\)|There is no"): (302, {"Location": "/login"}, b""),
-    ("refs", FORM): (200, JSON, b'{"branches": {"a": 1}, "tags": 7, "pullRequests": 3}'),
+    ("info", r"The Hub refused \(404\)"): (302, {"Location": "/login"}, b""),
     ("tree", FORM): (200, JSON, b"\xff\xfe{"),
     ("preupload", FORM): (200, JSON, b"[" * 100_000),
-    ("lfs_batch", FORM): (200, JSON, b"null"),
     ("commit", FORM): (200, JSON, b'{"sha": "ab'),
 }
 
 
-@pytest.mark.parametrize(("call", "message"), one_in(4, [*ANSWERS]))
+@pytest.mark.parametrize(("call", "message"), one_in(2, [*ANSWERS]))
 def test_what_is_no_answer_of_the_hub_is_one_line(hub, push, call, message):
     """A proxy's page, say: nothing is taken for success."""
     hub.faults = Faults(answers={call: ANSWERS[call, message]})
@@ -383,7 +327,7 @@ def test_a_token_in_a_file_or_a_flag_goes_nowhere(hub, push, folder):
 
 @pytest.mark.parametrize(
     ("flag", "secret"),
-    [("--message", "ghp_" + "a1B2" * 9), ("--tag", "hf_oauth_" + "a1B2" * 9), ("--revision", "AKIA" + "ABCD" * 4)],
+    [("--message", "ghp_" + "a1B2" * 9), ("--revision", "AKIA" + "ABCD" * 4)],
 )
 def test_a_secret_in_what_everybody_reads_is_not_sent(hub, push, flag, secret):
     done = push("--push", flag, secret)
@@ -409,11 +353,7 @@ BAD_ARGUMENTS = {
     "one part": ({"repo_id": "model"}, "must be owner/name"),
     "not a name": ({"repo_id": "a/b?c"}, "Repo id must"),
     "no folder": ({"model": "/nowhere/model"}, "does not exist"),
-    "commit": ({"revision": "0" * 40}, "no name for a branch"),
-    "dots": ({"revision": "a..b"}, "no name for a branch"),
-    "ref": ({"revision": "refs/heads/x"}, "no name for a branch"),
-    "tag": ({"tag": "-x"}, "no name for a tag"),
-    "tag of a pull request": ({"tag": "v1", "pull_request": True}, "goes to main and gets no tag"),
+    "branch of a pull request": ({"revision": "next", "pull_request": True}, "goes to main"),
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import TINY_TEXT, randomise, tiny_config
 from tokenizers import Tokenizer, models
+from towers import as_open_clip
 from transformers import PreTrainedTokenizerFast
 
 from capivara_common.image_side_digest import image_side_digest
@@ -19,11 +20,10 @@ from examples.openmoji.concepts import concept_rows
 from modeling_capivara import CapivaraConfig, CapivaraModel, CapivaraProcessor, CapivaraTokenizer
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.trim_vocabulary import (
-    changed_texts,
+    check_splits,
     cut_tokenizer,
     main,
     trim,
-    used_ids,
 )
 from modeling_capivara.two_towers import embed_texts
 
@@ -75,30 +75,18 @@ def test_all_else_stays_as_it_was(tiny_folder, tmp_path):
     weights = {name: tensor.half() for name, tensor in load_file(tiny_folder / "model.safetensors").items()}
     save_file(weights, tiny_folder / "model.safetensors", metadata={"format": "pt"})
     (tiny_folder / "README.md").write_text("---\nlicense: mit\nlanguage: [pt, en]\n---\n# Theirs\n", encoding="utf-8")
-    done = trim(tiny_folder, tmp_path / "small", ["pt", "es", "pt"], WORDS)
+    said = trim(tiny_folder, tmp_path / "small", ["pt", "es", "pt"], WORDS)
     assert image_side_digest(tmp_path / "small") == image_side_digest(tiny_folder)
     small = load_file(tmp_path / "small" / "model.safetensors")
     assert small.keys() == weights.keys() and {tensor.dtype for tensor in small.values()} == {torch.float16}
     assert {name for name in small if not torch.equal(small[name], weights[name])} == {TABLE}
-    assert done.parameters[1] == sum(tensor.numel() for tensor in small.values())
-    assert done.parameters[0] - done.parameters[1] == (done.pieces[0] - done.pieces[1]) * TINY_TEXT["hidden_size"]
+    before, after = (sum(tensor.numel() for tensor in found.values()) for found in (weights, small))
+    kept = len(small[TABLE])
+    assert before - after == (300 - kept) * TINY_TEXT["hidden_size"] > 0
+    assert said[:2] == [f"{kept} of 300 word pieces are kept.", f"Parameters: {before:,} before, {after:,} after."]
     assert CapivaraConfig.from_pretrained(tmp_path / "small").trimmed_vocabulary["languages"] == ["pt", "es"]
     text = (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
     assert "those are left that pt and es use" in text and "license: mit" in text and "convert_open_clip" not in text
-
-
-def test_what_was_lost_is_measured_on_other_texts(tiny_folder, tmp_path, capsys):
-    texts = [*KEPT[:4], "uma capivara", "a árvore verde"]
-    (tmp_path / "others.txt").write_text("\n".join(texts), encoding="utf-8")
-    files = [str(tmp_path / name) for name in ("small", "others.txt")]
-    main([str(tiny_folder), files[0], "--languages", "pt", "--words", "20", "--held-out", files[1]])
-    said = capsys.readouterr().out
-    done = trim(tiny_folder, tmp_path / "again", ["pt"], WORDS, held_out=[tmp_path / "others.txt"])
-    whole, small = load_processor(tiny_folder), load_processor(tmp_path / "small")
-    lost = [text for text in texts if not set(pieces_of(whole, text)) <= set(small.tokenizer.get_vocab())]
-    assert lost[-2:] == texts[-2:] and list(done.held_out.values()) == [(6, len(lost))]
-    assert f"others.txt: {len(lost)} of 6 texts ({len(lost) / 6:.2%}) lost a piece" in said
-    assert f"{done.pieces[1]} of 300 word pieces are kept." in said and said.endswith(f"{tmp_path / 'small'}\n")
 
 
 def pieces_of(processor: CapivaraProcessor, text: str) -> list[str]:
@@ -145,7 +133,7 @@ def test_a_model_is_trimmed_once(trimmed, tmp_path, facts):
         ("model out --languages pt xx", "There is no list of words of the language 'xx'; there are ar, bg, bn,"),
         ("model out --languages pt --texts none.txt", "The texts none.txt can't be read"),
         ("model out --languages pt --texts blank.txt", "The file blank.txt holds no text"),
-        ("model out --languages pt --held-out latin.txt", "Give a file in UTF-8"),
+        ("model out --languages pt --texts latin.txt", "Give a file in UTF-8"),
     ],
 )
 def test_what_can_not_be_is_said_in_a_line(tiny_folder, tmp_path, monkeypatch, flags, fault):
@@ -188,10 +176,10 @@ def test_ten_thousand_sentences_with_the_real_vocabulary(xlmr, tmp_path):
     config = tiny_config(text_config={**TINY_TEXT, "vocab_size": 250_002})
     randomise(CapivaraModel(config)).save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    done = trim(tmp_path / "model", tmp_path / "small", ["pt", "en"], [20_000])
-    assert done.pieces[0] == 250_002 and 20_000 < done.pieces[1] < 60_000
+    trim(tmp_path / "model", tmp_path / "small", ["pt", "en"], [20_000])
     whole, small = (load_processor(tmp_path / name) for name in ("model", "small"))
     ids, pieces = whole.tokenizer.get_vocab(), small.tokenizer.get_vocab()
+    assert len(ids) == 250_002 and 20_000 < len(pieces) < 60_000
     order = [ids[piece] for piece in sorted(pieces, key=pieces.get)]
     pictures = [picture for found in concept_rows().values() for picture in found]
     names = {caption for picture in pictures for caption in (*picture.captions_pt, *picture.captions_en)}
@@ -199,7 +187,8 @@ def test_ten_thousand_sentences_with_the_real_vocabulary(xlmr, tmp_path):
     texts = [pattern.format(name) for name in sorted(names) for pattern in patterns]
     found, known = whole(text=texts)["input_ids"], set(order)
     kept = [text for text, tokens in zip(texts, found, strict=True) if known.issuperset(tokens)]
-    assert len(changed_texts(whole, small, order, texts)) == len(texts) - len(kept) > 0
+    check_splits(whole, small, order, texts)
+    assert len(texts) > len(kept)
     torch.testing.assert_close(embeds(tmp_path / "small", kept), embeds(tmp_path / "model", kept), atol=1e-6, rtol=0)
     assert len(kept) >= 10_000
 
@@ -211,7 +200,6 @@ def test_every_export_that_a_smaller_vocabulary_allows(trimmed, tmp_path, caplog
 
     from hub_upload.export import export
     from hub_upload.formats.onnx import open_graph
-    from modeling_capivara.convert_open_clip import convert
 
     caplog.set_level("INFO", "capivara")
     export(trimmed, tmp_path / "repository")
@@ -223,9 +211,8 @@ def test_every_export_that_a_smaller_vocabulary_allows(trimmed, tmp_path, caplog
     graph = open_graph(tmp_path / "repository/onnx/text_model.onnx")
     (found,) = graph.run(None, dict(load_processor(trimmed)(text=KEPT[:3], return_tensors="np")))
     torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=0)
-    assert max(used_ids(load_processor(trimmed), KEPT)) < len(load_processor(trimmed).tokenizer)
     name = f"local-dir:{tmp_path / 'open_clip'}"  # of open_clip alone, with the text tower's configuration
-    convert(str(trimmed), tmp_path / "open_clip", to_open_clip=True)
+    as_open_clip(trimmed, tmp_path / "open_clip")
     model, tokenize = open_clip.create_model(name), open_clip.get_tokenizer(name)
     found = model.eval().encode_text(tokenize(KEPT[:3]), normalize=True)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

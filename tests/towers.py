@@ -30,7 +30,9 @@ from transformers import (
     SiglipProcessor,
 )
 
-from modeling_capivara.loading import load_processor
+from hub_upload.formats.open_clip import save_state
+from modeling_capivara.convert_open_clip import open_clip_model_cfg, open_clip_state_dict, preprocess_cfg_of
+from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import IMAGE_SIDE
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -144,3 +146,16 @@ def as_published(folder: Path) -> None:
         path = folder / "tokenizer.json"
         state = json.loads(path.read_text())
         path.write_text(json.dumps(state | {"normalizer": state["normalizer"]["normalizers"][1]}))
+
+
+def as_open_clip(source: Path, folder: Path) -> Path:
+    """A CAPIVARA in open_clip's own format, the configuration of its text tower beside it."""
+    model, processor = load_model(source), load_processor(source)
+    processor.tokenizer.plain().save_pretrained(folder)  # open_clip repairs texts itself
+    model.config.text_config.save_pretrained(folder / "text")
+    pixels = preprocess_cfg_of(processor.image_processor)
+    model_cfg = open_clip_model_cfg(model.config, str(folder / "text"), processor.image_processor.size["shortest_edge"])
+    settings = {"model_cfg": model_cfg, "preprocess_cfg": pixels}
+    (folder / "open_clip_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    save_state(open_clip_state_dict(model), folder / "open_clip_model.safetensors")
+    return folder

@@ -16,8 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub.utils import yaml_dump
-from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from capivara_common.files import read_json, write_json, write_text
@@ -26,8 +25,8 @@ from capivara_common.privacy import hide_paths, short_name
 from capivara_common.weight_file import weight_files
 from hub_upload import formats
 from hub_upload.card_values import LICENCES, MARKDOWN_TEMPLATES, code, code_examples, escaped
-from hub_upload.formats import onnx, open_clip, siglip, text_length
-from hub_upload.formats.open_clip import check_tensors, tensor_digests
+from hub_upload.formats import onnx, open_clip, text_length
+from hub_upload.formats.open_clip import check_tensors, differing, save_state
 from modeling_capivara.convert_open_clip import (
     BASE_TEXT_MODEL,
     capivara_state_dict,
@@ -52,13 +51,13 @@ def write(source: Path, folder: Path, config: PreTrainedConfig, base: str, repo_
     is named), its text side is the base's, too, or one of the two is damaged.
     """
     base_folder = formats.base_of(source, base)
-    if _text_digests(source) == _text_digests(base_folder):
+    if not differing(_text_side(source), _text_side(base_folder)):
         raise ValueError(f"The text side of {source} is that of {base}, to the bit: there is nothing to exchange.")
     model, processor, is_own = mapped_model(source, config), load_processor(source), config.model_type == "capivara"
-    about = {"is_own": is_own, "length": text_length(processor), "pooler": hasattr(model.text_model, "pooler")}
-    about["denses"] = _write_tower(model, folder)
+    about = {"is_own": is_own, "length": text_length(processor)}
+    denses = _write_tower(model, folder)
     if is_own:
-        _write_modules(model, folder, about["denses"])
+        _write_modules(model, folder, denses)
     about["open_clip"] = _write_open_clip(model, source, base_folder, folder)
     _write_tokenizer(processor.tokenizer, folder, text_length(processor), is_own)
     del model
@@ -77,9 +76,9 @@ def write(source: Path, folder: Path, config: PreTrainedConfig, base: str, repo_
         shutil.copyfile(source / "LICENSE", folder / "LICENSE")
 
 
-def _text_digests(folder: Path) -> dict[str, str]:
+def _text_side(folder: Path) -> dict[str, Tensor]:
     tensors = mapped_tensors(weight_files(folder))
-    return tensor_digests({name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_SIDE)})
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_SIDE)}
 
 
 def _write_tower(model: PreTrainedModel, folder: Path) -> list[str]:
@@ -93,10 +92,10 @@ def _write_tower(model: PreTrainedModel, folder: Path) -> list[str]:
         settings = {"in_features": matrix.in_features, "out_features": matrix.out_features, "bias": False}
         settings["activation_function"] = LAST if dense == denses[-1] else BETWEEN
         write_json(folder / dense / "config.json", settings)
-        save_file({"linear.weight": matrix.weight.detach()}, folder / dense / WEIGHTS, metadata={"format": "pt"})
+        save_state({"linear.weight": matrix.weight}, folder / dense / WEIGHTS)
         written[f"{name}.weight"] = mapped_tensors([folder / dense / WEIGHTS])["linear.weight"]
     expected = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(TEXT_SIDE)}
-    check_tensors(folder / WEIGHTS, written, tensor_digests(expected))
+    check_tensors(folder / WEIGHTS, written, expected)
     return denses
 
 
@@ -123,17 +122,17 @@ def _write_open_clip(model: PreTrainedModel, source: Path, base: Path, folder: P
             open_clip_model_cfg(model.config, BASE_TEXT_MODEL)
             state = open_clip_state_dict(model)
         else:
-            siglip.check_open_clip(model.config)
+            open_clip.check_siglip(model.config)
             with TemporaryDirectory(dir=folder) as place:  # the whole model, with which it is compared
-                state = siglip.write_open_clip(source, Path(place), short_name(str(source)))
+                state = open_clip.write_siglip(source, Path(place), short_name(str(source)))
     except (ValueError, ImportError) as error:
         logger.info("open_clip is left out: %s", error)
         return False
-    ours = {name: tensor.detach().contiguous() for name, tensor in state.items() if not name.startswith("visual.")}
-    save_file(ours, folder / OPEN_CLIP_TEXT, metadata={"format": "pt"})
+    ours = {name: tensor for name, tensor in state.items() if not name.startswith("visual.")}
+    save_state(ours, folder / OPEN_CLIP_TEXT)
     if is_own:
         written = capivara_state_dict(state | mapped_tensors([folder / OPEN_CLIP_TEXT]))
-        check_tensors(folder / OPEN_CLIP_TEXT, written, tensor_digests(model.state_dict()))
+        check_tensors(folder / OPEN_CLIP_TEXT, written, model.state_dict())
     return True
 
 
@@ -168,6 +167,5 @@ def _card(source: Path, folder: Path, facts: dict[str, Any], repo_id: str | None
         **values,
         metadata=yaml_dump(metadata).strip(),
         repo_id=repo_id,
-        examples=code_examples(language, texts)["sentences"],
-        graphs=read_json(folder / "onnx/quantisation.json")["graphs"],
+        examples=code_examples(language, texts)["texts"],
     )

@@ -1,14 +1,13 @@
 """A folder that Immich's machine-learning service reads, as a model of open_clip's kind (read in 1.134 and 2.5).
 
     config.json                                   text_cfg: the tokens of a text, and how it is cleaned
-    textual/model.onnx                            text (1, tokens), int32 -> embedding (1, width)
+    textual/model.onnx                            text (1, tokens), int32 -> embedding (1, width), unit length
     textual/tokenizer.json, tokenizer_config.json pad_token, which fills every text up
     visual/model.onnx                             image (1, 3, side, side), float32 -> embedding (1, width)
     visual/preprocess_cfg.json                    size, interpolation, mean, std, resize_mode
 
-Immich finds it as clip/NAME in its model cache, under a name of its own list. With a base, `visual/` is left out: the
-rest replaces that of the base, whose embeddings of pictures stay. docs/immich.md has the steps. Embeddings have unit
-length. What was written is compared with the model: the ids of texts as Immich's tokenizer gives them, and the graphs.
+It lies as clip/NAME in Immich's model cache, under a name of its own list. With a base, `visual/` is left out: the rest
+replaces that of the base. What was written is compared with the model. docs/immich.md has the steps.
 """
 
 import json
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from capivara_common.files import write_json
-from hub_upload.formats import base_of, siglip, text_length, write_tokenizer
+from hub_upload.formats import base_of, text_length, write_tokenizer
 from hub_upload.formats.onnx import check_difference, data_file, open_graph, write_graph
 from modeling_capivara.convert_open_clip import preprocess_cfg_of
 from modeling_capivara.loading import load_model, load_processor
@@ -71,7 +70,7 @@ def write(source: Path, folder: Path, config: PreTrainedConfig, base: str | None
     tower = Tower(model, None if fills_up(processor) else processor.tokenizer.pad_token_id)
     _write_graph(tower, "text", ids, folder / "textual/model.onnx")
     if base is None:
-        steps = preprocess_cfg_of(processor.image_processor)[1] if is_own else siglip.preprocess_cfg(processor)
+        steps = preprocess_cfg_of(processor.image_processor)
         pictures = [image.convert("RGB") for image in random_images()]
         pixels = processor(images=pictures, return_tensors="np")["pixel_values"]
         write_json(folder / "visual/preprocess_cfg.json", {"size": [*pixels.shape[2:]], "mode": "RGB", **steps})
@@ -87,13 +86,6 @@ def _write_tokenizer(processor: ProcessorMixin, textual: Path, is_own: bool) -> 
     from tokenizers import Tokenizer
 
     tokenizer, length = processor.tokenizer, text_length(processor)
-    if tokenizer.pad_token is None or (
-        not fills_up(processor) and tokenizer.pad_token in (tokenizer.eos_token, tokenizer.sep_token)
-    ):
-        raise ValueError(
-            f"The tokenizer's padding token is {tokenizer.pad_token!r}; Immich gives no mask, so that it must be a "
-            "token that no text has."
-        )
     if not tokenizer.is_fast:
         raise ValueError(f"A {type(tokenizer).__name__} has no tokenizer.json, which Immich reads.")
     content = json.loads(tokenizer.backend_tokenizer.to_str())

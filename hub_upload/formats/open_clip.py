@@ -1,6 +1,5 @@
 """What transformers, open_clip and sentence-transformers read of a repository; every tensor is accounted for."""
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -8,76 +7,77 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from capivara_common.environment import require
 from capivara_common.files import write_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
-from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraTokenizer
+from modeling_capivara import CapivaraConfig, CapivaraImageProcessor
 from modeling_capivara.convert_open_clip import (
     BASE_TEXT_MODEL,
     BASE_TEXT_NAMES,
-    SIZES,
     build_open_clip,
     capivara_state_dict,
     open_clip_model_cfg,
+    open_clip_state_dict,
     preprocess_cfg_of,
-    write_open_clip_weights,
 )
-from modeling_capivara.loading import WEIGHTS, mapped_model, mapped_tensors, model_of_tensors
-from modeling_capivara.processing_capivara import CONTEXT_LENGTH
-from modeling_capivara.two_towers import fills_up, random_texts
+from modeling_capivara.loading import (
+    WEIGHTS,
+    load_model,
+    load_processor,
+    mapped_model,
+    mapped_tensors,
+    model_of_tensors,
+)
+from modeling_capivara.two_towers import fills_up, image_embeds, pad, random_texts, text_embeds, tokenise
 
 OPEN_CLIP_WEIGHTS = OPEN_CLIP_WEIGHT_FILES[0]
 SENTENCE_MODULES = "sentence_transformers.base.modules"  # as version 6 writes and reads it
 SENTENCE_EMBEDDING = "sentence_embedding"  # its name for a finished embedding, which Normalize scales to unit length
-OWN_TOWER = "`modeling_capivara.convert_open_clip --to_open_clip` makes a folder for open_clip alone."
 # What changes the tower's output; the rest of its configuration is about training and generation.
-TEXT_FIELDS = (
-    *("model_type", *SIZES, "num_attention_heads", "type_vocab_size", "layer_norm_eps", "hidden_act", "pad_token_id"),
-)
-# A type whose tokenizer is read as tokenizer.json has it; XLM-R's is rebuilt and loses its own normaliser.
-PLAIN_TOKENIZER_TYPE = "xlm-roberta-xl"
-ODD_TEXTS = (
-    *("ﬁm de ﬁla", "Ｓão João", "a\u0301gua e a\u0303o", "zero\u200blargura"),
-    *("dois  espaços", "½ xícara ☕", "日本語"),
-)
+TEXT_FIELDS = "model_type vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
+TEXT_FIELDS += "layer_norm_eps max_position_embeddings type_vocab_size pad_token_id"
+# A type whose tokenizer is read as tokenizer.json has it; XLM-R's is rebuilt and loses its own normaliser. Without one
+# open_clip reads config.json first, and asks on the terminal whether to run the code that it names.
+TOKENIZER = {"tokenizer_type": "xlm-roberta-xl"}
 logger = logging.getLogger("capivara")
 
 
 def write_weights(model: Path, folder: Path, config: PreTrainedConfig, with_open_clip: bool) -> None:
     """Configuration, code and weights, for transformers and open_clip, each compared with the model by tensor.
 
-    Memory holds one copy of the weights at a time: pages of the file that is read or compared.
+    All are views of their files: memory holds the pages that are read or compared.
     """
     mapped = mapped_model(model, config)
-    expected = tensor_digests(mapped.state_dict())
     mapped.save_pretrained(folder)
+    check_tensors(folder / WEIGHTS, mapped_tensors([folder / WEIGHTS]), mapped.state_dict())
     if with_open_clip:
-        write_open_clip_weights(mapped, folder)
-    del mapped
-    check_tensors(folder / WEIGHTS, mapped_tensors([folder / WEIGHTS]), expected)
-    if with_open_clip:
+        save_state(open_clip_state_dict(mapped), folder / OPEN_CLIP_WEIGHTS)
         written = capivara_state_dict(mapped_tensors([folder / OPEN_CLIP_WEIGHTS]))  # under transformers' names again
-        check_tensors(folder / OPEN_CLIP_WEIGHTS, written, expected)
-        logger.info("transformers and open_clip: %d tensors compared, all equal.", len(expected))
+        check_tensors(folder / OPEN_CLIP_WEIGHTS, written, mapped.state_dict())
+        logger.info("transformers and open_clip: %d tensors compared, all equal.", len(written))
 
 
-def check_tensors(file: Path, tensors: Mapping[str, Tensor], expected: dict[str, str]) -> None:
-    """Raise ValueError, naming them, where tensors read from `file` are not those of the digests."""
-    found = tensor_digests(tensors)
-    if wrong := sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)):
+def save_state(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as safetensors; none is copied but what is no row after row in memory."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def check_tensors(file: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming them, where tensors read from `file` are not the expected ones."""
+    if wrong := differing(found, expected):
         raise ValueError(f"{file.name} does not hold the model as it was: {', '.join(wrong)} differ; nothing was kept.")
 
 
-def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Hex digest of each tensor, of its type, shape and bytes."""
-    digests = {}
-    for name, tensor in tensors.items():
-        digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
-        digests[name] = digest.hexdigest()
-    return digests
+def differing(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that are not in both, or of another type, shape or value."""
+    both = {name: (found[name], expected[name]) for name in found.keys() & expected.keys()}
+    same = {name for name, (one, other) in both.items() if one.dtype == other.dtype and torch.equal(one, other)}
+    return sorted((found.keys() | expected.keys()) - same)
 
 
 def text_config_source(config: CapivaraConfig, text_config: str | None) -> str | None:
@@ -86,22 +86,17 @@ def text_config_source(config: CapivaraConfig, text_config: str | None) -> str |
 
     ValueError where it is no Hub id, or another text tower than the model's; the fields that differ are named.
     """
+    base = CapivaraConfig().text_config  # known by heart: no network
     if text_config is None:
-        return None if _differences(config.text_config, CapivaraConfig().text_config) else BASE_TEXT_MODEL
-    if Path(text_config).is_dir():
-        raise ValueError(f"--text_config takes a Hub id, and {text_config} is a folder. {OWN_TOWER}")
-    try:  # of the base it is known by heart: no network
-        named = CapivaraConfig().text_config
-        if text_config not in BASE_TEXT_NAMES:
-            named = AutoConfig.from_pretrained(text_config, trust_remote_code=False)
+        return None if _differences(config.text_config, base) else BASE_TEXT_MODEL
+    try:
+        if Path(text_config).is_dir():
+            raise ValueError("it is a folder, and everybody shall find it")
+        is_base = text_config in BASE_TEXT_NAMES
+        named = base if is_base else AutoConfig.from_pretrained(text_config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         fault = " ".join(str(error).split())
         raise ValueError(f"text_config {text_config!r} is no Hub id with a configuration: {fault}") from error
-    if isinstance(named, CapivaraConfig):
-        raise ValueError(
-            f"text_config {text_config} is a whole CAPIVARA model, from which open_clip can't take a text tower; name "
-            "a repository that holds the text tower's configuration alone."
-        )
     if differences := _differences(config.text_config, named):
         raise ValueError(f"text_config {text_config} is not the model's text tower: {'; '.join(differences)}.")
     return text_config
@@ -120,11 +115,11 @@ def open_clip_settings(
         pieces = f", trimmed to {config.text_config.vocab_size:,} word pieces" if config.trimmed_vocabulary else ""
         logger.info(
             "open_clip is left out: it takes the text tower's configuration from XLM-RoBERTa base, and this is another "
-            "tower%s. Name a Hub id that has it by --text_config. %s", pieces, OWN_TOWER,
+            "tower%s. Put its config.json on the Hub, and name the id by --text_config.", pieces,
         )  # fmt: skip
         return None
-    size, preprocess_cfg = preprocess_cfg_of(image_processor)
-    model_cfg = open_clip_model_cfg(config, source, size)
+    preprocess_cfg = preprocess_cfg_of(image_processor)
+    model_cfg = open_clip_model_cfg(config, source, dict(image_processor.size)["shortest_edge"])
     if find_spec("open_clip"):
         try:
             with torch.device("meta"):
@@ -134,18 +129,9 @@ def open_clip_settings(
             raise ValueError(f"open_clip does not build this model: {' '.join(str(error).split())}") from error
     # `hf-hub:` takes the tokenizer from that repository; a folder's own is taken from there.
     tokenizer = model_cfg["text_cfg"]["hf_tokenizer_name"] = repo_id or source
+    model_cfg["text_cfg"]["tokenizer_kwargs"] = TOKENIZER
     logger.info("open_clip: configuration of the text tower from %s, tokenizer from %s.", source, tokenizer)
     return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
-
-
-def write_open_clip_config(
-    folder: Path, config: CapivaraConfig, settings: dict[str, Any], tokenizer: CapivaraTokenizer
-) -> None:
-    """Write open_clip_config.json beside the tokenizer."""
-    # Without it open_clip reads config.json first, and asks on the terminal whether to run the code it names.
-    kwargs = {"tokenizer_type": tokenizer_type(folder, config, tokenizer)}
-    settings["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = kwargs
-    write_json(folder / OPEN_CLIP_CONFIG, settings)
 
 
 def write_sentence_transformers(folder: Path, processor: ProcessorMixin) -> None:
@@ -178,23 +164,72 @@ def write_modules(folder: Path, kinds: list[tuple[str, str]]) -> None:
     write_json(folder / "config_sentence_transformers.json", facts)
 
 
-def tokenizer_type(folder: Path, config: CapivaraConfig, tokenizer: CapivaraTokenizer) -> str:
-    """The kind by which open_clip shall load the folder's tokenizer, that gives the model's own ids, or ValueError."""
-    texts = [*random_texts(), *ODD_TEXTS]
-    expected = _ids(tokenizer.plain(), texts)  # open_clip repairs them before
-    for kind in (config.text_config.model_type, PLAIN_TOKENIZER_TYPE):
-        if _ids(AutoTokenizer.from_pretrained(folder, tokenizer_type=kind), texts) == expected:
-            return kind
-    raise ValueError(
-        f"open_clip would read the tokenizer of {folder} as another one: neither {config.text_config.model_type!r} nor "
-        f"{PLAIN_TOKENIZER_TYPE!r} gives its ids. Leave open_clip out of --formats."
-    )
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, truncation=True, max_length=CONTEXT_LENGTH)["input_ids"]
-
-
 def _differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[str]:
-    pairs = {name: (getattr(ours, name, None), getattr(theirs, name, None)) for name in TEXT_FIELDS}
+    pairs = {name: (getattr(ours, name, None), getattr(theirs, name, None)) for name in TEXT_FIELDS.split()}
     return [f"{name} is {theirs!r}, not {ours!r}" for name, (ours, theirs) in pairs.items() if ours != theirs]
+
+
+# --- SigLIP: the layout of open_clip's own ViT-…-SigLIP2 -------------------------------------------------------------
+
+TOLERANCE = 1e-4  # of cosines in float32
+# Towers of timm that are these, by width, layers and patch: its name, and pixels a side follow
+TIMM = {(768, 12, 16): "vit_base_patch16_siglip", (768, 12, 32): "vit_base_patch32_siglip"}
+TIMM |= {(1024, 24, 16): "vit_large_patch16_siglip", (1152, 27, 14): "vit_so400m_patch14_siglip"}
+
+
+def check_siglip(config: PreTrainedConfig) -> None:
+    """Raise ValueError where open_clip has no such model, ImportError where it is not installed to be compared with."""
+    if config.model_type != "siglip":
+        raise ValueError(f"open_clip's layout is written of CAPIVARA and SigLIP alone, not of {config.model_type}.")
+    if _sizes(config) not in TIMM or config.text_config.hidden_size % config.text_config.num_attention_heads:
+        known = ", ".join(map(str, TIMM))
+        raise ValueError(f"open_clip has no SigLIP of width, layers and patch {_sizes(config)}; there are {known}.")
+    require("open_clip's format", "open_clip", "open_clip")
+
+
+def _sizes(config: PreTrainedConfig) -> tuple[int, int, int]:
+    return config.vision_config.hidden_size, config.vision_config.num_hidden_layers, config.vision_config.patch_size
+
+
+def write_siglip(source: Path, folder: Path, name: str) -> dict[str, Tensor]:
+    """Write open_clip's files of a model that `check_siglip` lets through; the tokenizer is that of the repository
+    `name`. Returns the tensors of open_clip's model. Raises ValueError where its embeddings are others.
+    """
+    model, processor = load_model(source).eval(), load_processor(source)
+    vision, text = model.config.vision_config, model.config.text_config
+    side = {"image_size": vision.image_size, "timm_model_name": f"{TIMM[_sizes(model.config)]}_{vision.image_size}"}
+    side |= {"timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none"}
+    texts = {
+        "context_length": text.max_position_embeddings, "vocab_size": text.vocab_size, "width": text.hidden_size,
+        "heads": text.num_attention_heads, "layers": text.num_hidden_layers, "no_causal_mask": True, "proj_bias": True,
+        "pool_type": "last", "norm_kwargs": {"eps": text.layer_norm_eps}, "act_kwargs": {"approximate": "tanh"},
+        "mlp_ratio": text.intermediate_size / text.hidden_size, "hf_tokenizer_name": name,
+        "tokenizer_kwargs": {"clean": "whitespace"},  # small letters are the tokenizer's own affair
+    }  # fmt: skip
+    model_cfg = {"embed_dim": text.projection_size, "init_logit_bias": model.logit_bias.item(), "custom_text": True}
+    model_cfg |= {"vision_cfg": side, "text_cfg": texts}
+    state = open_clip_state_dict(model)
+    save_state(state, folder / OPEN_CLIP_WEIGHTS)
+    preprocess_cfg = preprocess_cfg_of(processor.image_processor)
+    write_json(folder / OPEN_CLIP_CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
+    _compare(model, processor, folder)
+    return state
+
+
+@torch.inference_mode()
+def _compare(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
+    """Raise ValueError where open_clip's embeddings, of the same pixels and ids, differ by more than rounding."""
+    import open_clip
+
+    try:
+        theirs, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    except RuntimeError as error:  # a size that timm lacks
+        raise ValueError(f"open_clip can't build this model: {' '.join(str(error).split())}") from error
+    ids = pad(processor, tokenise(processor, random_texts()))["input_ids"]
+    side = model.config.vision_config.image_size
+    pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    texts, images = theirs.eval().encode_text(ids, normalize=True), theirs.encode_image(pixels, normalize=True)
+    pairs = (text_embeds(model, ids), texts), (image_embeds(model, pixels), images)
+    difference = max((ours - found).abs().max().item() for ours, found in pairs)
+    if not difference < TOLERANCE:
+        raise ValueError(f"open_clip's embeddings differ by {difference:.1e}, above {TOLERANCE:.0e}; nothing was kept.")
