@@ -99,7 +99,7 @@ def generation_steps(captioner: Captioner, prefixes: list[str], images: int) -> 
     pixels = torch.randn(images, 3, IMAGE_SIDE, IMAGE_SIDE, generator=torch.Generator().manual_seed(0))
     prompts = captioner.tokenizer(prefixes)["input_ids"] * images
     image_of_text = torch.arange(images).repeat_interleave(len(prefixes))
-    prefix_ids, mask = captioner.padded(prompts, left=True)
+    prefix_ids, mask = captioner.padded(prompts)
     block = torch.full((len(prompts), QUERIES), model.config.image_token_index)
     ids, mask = torch.cat([block, prefix_ids], 1), torch.cat([torch.ones_like(block), mask], 1)
     options = {"max_new_tokens": new_tokens, "do_sample": False}

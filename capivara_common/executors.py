@@ -2,10 +2,11 @@
 
 Every phase of the work (`Phase` of `tasks.py`) is a pipeline of one step, its `Work`, which starts when the phase
 before is complete. What is done is what lies on the disk: a rank that finds nothing left to do returns at once, in any
-number of tasks. Why a rank has failed, or that it has not ended, is in `failures/RANK.txt` beside its log; a rank that
-has neither that nor datatrove's completion file, of this start, has not ended, either.
+number of tasks. A rank without datatrove's completion file, of this start, has failed or has not ended; why is in
+`failures/RANK.txt` beside its log.
 """
 
+import itertools
 import logging
 import multiprocessing
 import os
@@ -18,8 +19,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,8 +40,6 @@ FAILURES_NAMED = 8
 NOT_ENDED = "has not ended: it is at work, or it was killed; out of memory?"
 NO_WORD = "has not started, or could not say how it ended"
 START_METHOD = "forkserver"  # of the processes of this machine
-
-logger = logging.getLogger("capivara")
 
 
 class TasksFailed(ValueError):
@@ -69,8 +66,7 @@ class Work(PipelineStep):
         return [cls(phase, args, args.logs / name, f"{title}: {name}") for name, phase in phases.items()]
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        """One rank. What it raises ends a rank that is alone, and a job of Slurm, which others wait for; of several
-        ranks of one command it is in the folder of failures, and they go on."""
+        """One rank; what it raises is in the folder of failures, too."""
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         note = self.logs / "failures" / f"{rank:05d}.txt"
         write_text(note, NOT_ENDED)
@@ -80,11 +76,9 @@ class Work(PipelineStep):
             said = "; ".join(line.strip() for line in traceback.format_exception_only(error))
             with suppress(OSError):  # a full disk, which `error` says
                 write_text(note, f"{said}\n\n{traceback.format_exc()}")
-            if world_size == 1 or os.environ.get("DATATROVE_EXECUTOR") == "SLURM":
-                raise
-        else:
-            note.unlink()
-            loguru.logger.debug(f"{self.title}, task {rank} of {world_size}: {report or 'done'}")
+            raise
+        note.unlink()
+        loguru.logger.debug(f"{self.title}, task {rank} of {world_size}: {report or 'done'}")
 
 
 def failures(logs: Path) -> dict[int, str]:
@@ -109,11 +103,9 @@ def execute(works: Iterable[Work], args: ExecutorArguments) -> bool:
             before = submit(work, own, before)
             continue
         ended = run_here(work, own) if args.executor == "local" else run_in_ray(work, own)
-        failed = failures(work.logs)
-        for rank in ended.get_incomplete_ranks(skip_completed=True):
-            failed.setdefault(rank, NO_WORD)
-        if failed:
-            named = "".join(f"\n  task {rank}: {failed[rank]}" for rank in list(failed)[:FAILURES_NAMED])
+        if failed := ended.get_incomplete_ranks(skip_completed=True):
+            said = failures(work.logs)
+            named = "".join(f"\n  task {rank}: {said.get(rank, NO_WORD)}" for rank in failed[:FAILURES_NAMED])
             raise TasksFailed(
                 f"{work}: {len(failed)} tasks have failed:{named}\n"
                 f"Logs: {work.logs}. The same command does what is missing."
@@ -122,75 +114,60 @@ def execute(works: Iterable[Work], args: ExecutorArguments) -> bool:
 
 
 def run_here(work: Work, args: ExecutorArguments) -> LocalPipelineExecutor:
-    """All ranks on this machine, `workers` at once, each of several workers a process with a GPU of its own.
+    """All ranks on this machine, by `workers` processes, each with a GPU of its own; by this one where there is one.
 
-    datatrove's own pool would wait for ever for a process that was killed, and its manager outlive a run that was. This
-    one ends with it; what it was at has a note in the folder of failures.
+    datatrove's own pool would wait for ever for a process that was killed. Of one that was, the others go on.
     """
     loguru.logger.disable("datatrove")  # the terminal is for progress bars and errors
-    gpus = _gpus() if args.workers is None else []
+    gpus = _gpus()
     workers = args.workers or len(gpus) or 1
     tasks = (args.tasks or workers) if work.phase.shared else 1
     executor = LocalPipelineExecutor([work], tasks, logging_dir=str(work.logs), skip_completed=False)
     if (workers := min(workers, tasks)) == 1:
-        for rank in range(tasks):
-            _run_rank(executor, rank)
+        _run_ranks(executor, range(tasks))
         return executor
-    context = multiprocessing.get_context(START_METHOD)
-    package, main = f"{work.package}.", getattr(sys.modules["__main__"].__spec__, "name", "")
-    context.set_forkserver_preload([name for name in sys.modules if name.startswith(package) and name != main])
-    gpus, slots = gpus or _gpus() or [""], context.SimpleQueue()
-    for number in range(workers):
-        slots.put((number, gpus[number % len(gpus)]))
-    others = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(workers, context, _prepare_worker, (slots, workers, dict(os.environ)))
-    try:
-        for done in as_completed([pool.submit(_run_rank, executor, rank) for rank in range(tasks)]):
-            logger.info("%s: task %d of %d has ended.", work, done.result(), tasks)
-    except BrokenProcessPool:
-        logger.info("%s: a worker was killed, which ends the others.", work)
-    except BaseException:  # Ctrl-C: what they are at is not waited for
-        for process in set(multiprocessing.active_children()) - set(others):
-            process.kill()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+    context, main = multiprocessing.get_context(START_METHOD), getattr(sys.modules["__main__"].__spec__, "name", "")
+    context.set_forkserver_preload([name for name in sys.modules if name.startswith(work.package) and name != main])
+    processes = [
+        context.Process(target=_worker, args=(executor, number, workers, gpu), daemon=True)  # which Ctrl-C ends
+        for number, gpu in zip(range(workers), itertools.cycle(gpus or [""]), strict=False)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
     return executor
 
 
-def _run_rank(executor: LocalPipelineExecutor, rank: int) -> int:
-    executor._run_for_rank(rank, local_rank=1)  # above 0 its log is not shown on the terminal
-    return rank
+def _run_ranks(executor: LocalPipelineExecutor, ranks: range) -> None:
+    """One after the other; of several tasks one that fails keeps none of the others from work."""
+    for rank in ranks:
+        with suppress(*[Exception] * (executor.tasks > 1)):
+            executor._run_for_rank(rank, local_rank=1)  # above 0 its log is not shown on the terminal
 
 
-def _prepare_worker(slots: Any, workers: int, environment: dict[str, str]) -> None:
-    os.environ.update(environment)  # the server that forks them may be of an earlier start
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C, and ends its children
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+def _worker(executor: LocalPipelineExecutor, number: int, workers: int, gpu: str) -> None:
+    """Each `workers`-th rank from `number` on, in a process that ends with the one that has started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the parent hears
+    parent = multiprocessing.parent_process()  # a new start must not meet the tasks of one that was killed
+    threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
     loguru.logger.disable("datatrove")
     logging.basicConfig(format="%(message)s")  # warnings; what each task says of its work is in its log
-    number, gpu = slots.get()
     prepare_bars() if number == 0 else no_bars()
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     elif "OMP_NUM_THREADS" not in os.environ:
-        threads = max(1, (os.cpu_count() or 1) // workers)
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        if "torch" in sys.modules:  # it has read the variable
-            sys.modules["torch"].set_num_threads(threads)
+        import torch
 
-
-def _end_with(parent: Any) -> None:
-    """End this process when its parent ends, however that ends: a new start must not meet its tasks."""
-    parent.join()
-    os.kill(os.getpid(), signal.SIGKILL)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    _run_ranks(executor, range(number, executor.tasks, workers))
 
 
 def _gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return visible.split(",")
-    import torch  # here: its import takes seconds that a stage may do without
+    import torch  # here: its import takes seconds
 
     return [str(number) for number in range(torch.cuda.device_count())]
 
@@ -220,15 +197,14 @@ def submit(work: Work, args: ExecutorArguments, before: SlurmPipelineExecutor | 
     if shutil.which("sbatch") is None:
         raise ValueError("--executor slurm needs sbatch, which this machine lacks. Run it where jobs are submitted.")
     paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": ROOT}
-    # A job whose predecessor has failed would wait for ever.
-    sbatch = {"kill-on-invalid-dep": "yes"} | dict(option.partition("=")[::2] for option in args.sbatch)
     executor = SlurmPipelineExecutor(
-        time=shlex.quote(args.time),  # datatrove writes values into the script as they are
-        partition=shlex.quote(args.partition),
+        time=args.time,
+        partition=args.partition,
         qos="",
         job_name=re.sub(r"[^\w.-]+", "-", f"{work.package}-{work}"),
         env_command="; ".join(f"export {name}={shlex.quote(str(path))}:${name}" for name, path in paths.items()),
-        sbatch_args={name: value and shlex.quote(value) for name, value in sbatch.items()},
+        # A job whose predecessor has failed would wait for ever.
+        sbatch_args={"kill-on-invalid-dep": "yes"} | dict(option.partition("=")[::2] for option in args.sbatch),
         mail_type="NONE",
         depends=before,
         **_options(work, args),

@@ -10,9 +10,7 @@ import json
 import logging
 import re
 import shutil
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +26,8 @@ from capivara_common.progress import no_bars_of_transformers
 from capivara_common.weight_file import weight_files
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
-OPEN_CLIP_WEIGHT_FILES = (  # in order of preference
-    *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
+OPEN_CLIP_WEIGHT_FILES = tuple(  # in order of preference
+    f"open_clip_{name}" for name in ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
 )
 # Models of two towers that are taken everywhere: `model_type` -> which these are
 TAKEN = {
@@ -43,7 +41,7 @@ TAKEN = {
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # the second as older versions of transformers wrote
 SMALL_FILES = ["*.json", "*.model", "*.txt"]
 MODEL_FILES = [*SMALL_FILES, "model*.safetensors"]
-HUB_TIMEOUT_S = 5  # of each step to learn whether the Hub is there, and has a model; twice that of all
+HUB_TIMEOUT_S = 5  # of each step to learn whether the Hub is there, and has a model
 MAIN = "main"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 ORIGIN = "conversion.json"  # in a converted folder: where it is from
@@ -107,17 +105,8 @@ def check_reachable(source: str | Path, *names: str, revision: str | None = None
     known = Path(source).exists() or not is_hub_id(source)  # the loader raises the error
     if known or any(_snapshot(source, name, revision) for name in names):
         return
-    url, answer = hf_hub_url(source, names[0], revision=revision), Future()
-
-    def ask() -> None:
-        try:
-            answer.set_result(get_hf_file_metadata(url, timeout=HUB_TIMEOUT_S))
-        except Exception as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=ask, daemon=True).start()  # names may be looked up, or bytes drip, for ever
     try:
-        answer.result(2 * HUB_TIMEOUT_S)
+        get_hf_file_metadata(hf_hub_url(source, names[0], revision=revision), timeout=HUB_TIMEOUT_S)
     except (HfHubHTTPError, HTTPError, OSError) as error:
         if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError):
             return  # the Hub answers: the loader raises what is missing or refused

@@ -47,17 +47,14 @@ class ExecutorArguments:
             raise ValueError(f"--executor {self.executor} needs --tasks, the number of shares of the rows.")
         if self.executor == "slurm" and not (self.partition and self.time):
             raise ValueError("--executor slurm needs --partition and --time, such as --partition gpu --time 04:00:00.")
-        if self.executor == "slurm":  # datatrove writes these into the jobs' script
-            for name, value in {"partition": self.partition, "time": self.time, "sbatch": "".join(self.sbatch)}.items():
-                if re.search(r"[\x00-\x1f\x7f-\x9f\\]", value):
-                    rule = "must have no backslash, line break or other control character where Slurm runs the tasks"
+        if self.executor == "slurm":  # datatrove writes these into the jobs' script as they are
+            folder = (self.logging_dir or getattr(self, "output", None) or Path("logs")).absolute()
+            given = [("partition", self.partition), ("time", self.time), ("The folder of the logs", str(folder))]
+            for name, value in [*given, *(("sbatch", option) for option in self.sbatch)]:
+                signs = "./+@,=:_-" + "%|&*" * (name == "sbatch")
+                if re.search(rf"[^\w{re.escape(signs)}]", value):
+                    rule = f"must have letters, digits and {signs} alone where Slurm runs the tasks"
                     raise ValueError(f"{name} {rule}, got {value!r}.")
-            folder = str((self.logging_dir or getattr(self, "output", None) or Path("logs")).absolute())
-            if re.search(r"[^\w./+@,=:-]", folder):
-                raise ValueError(
-                    "The folder of the logs, logging_dir or beside the output, must have letters, digits and ./+@,=:_- "
-                    f"alone where Slurm runs the tasks, got {folder!r}."
-                )
         if not all(re.fullmatch(r"[a-z][a-z-]*(=.*)?", option) for option in self.sbatch):
             raise ValueError(f"sbatch must be options as KEY=VALUE, without dashes before them, got {self.sbatch}.")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -70,7 +67,7 @@ class ExecutorArguments:
 
     def command(self) -> str:
         """The command line, for a shell, without defaults and without where its tasks run."""
-        words, elsewhere = ["python", "-m", self.module], vars(ExecutorArguments())
+        words, elsewhere = ["python", "-m", type(self).__module__], vars(ExecutorArguments())
         for known in fields(self):
             value = getattr(self, known.name)
             default = known.default_factory() if known.default_factory is not MISSING else known.default

@@ -16,36 +16,70 @@ import itertools
 import logging
 import re
 import shlex
-from collections.abc import Sequence
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets import Features
+from huggingface_hub import DatasetCard, DatasetCardData
+from tqdm.auto import tqdm
+
 from capivara_common.cli import WrongUse, as_flags, flag, parse, read_config, run_command, unknown
 from capivara_common.environment import require
 from capivara_common.executors import Work, execute, failures
-from capivara_common.tasks import ExecutorArguments
+from capivara_common.files import read_json, whole_folder, write_json, write_text
+from capivara_common.privacy import hide_paths
+from capivara_common.tasks import ExecutorArguments, Phase
+from caption_data.rows import CAPTION_COLUMN
 from caption_data.sources import STAGE_FILE, unfinished
-from captions import dataset_folder, generate, score, select, stages, translate
-from captions.dataset_folder import DATASET_FOLDER, Plan
 from captions.generate import GenerateArguments
 from captions.score import ScoreArguments
 from captions.select import SelectArguments
-from captions.stages import GONE, RowStage, StageArguments
-from captions.translate import TranslateArguments, export, untranslated
+from captions.stages import (
+    GONE,
+    RowStage,
+    StageArguments,
+    check_complete,
+    flat,
+    identity_digest,
+    stage_record,
+    whole_parquet,
+)
+from captions.translate import REPORT_FILE, TranslateArguments, export, untranslated
 from captions.translators import GOOGLE_MODULES
+from eval.records.tables import escape_markdown
 
 # In the order of the chain. A section may be left out; of `translate` there may be a list, one translator a time.
 STAGES = {"generate": GenerateArguments, "translate": TranslateArguments}
 STAGES |= {"score": ScoreArguments, "select": SelectArguments}
-PHASES = {StageArguments: stages.PHASES, GenerateArguments: generate.PHASES, TranslateArguments: translate.PHASES}
-PHASES |= {ScoreArguments: score.PHASES, SelectArguments: select.PHASES}
 READ = "read"  # the stage of a split that no other one works on: its rows as they are
 # docs/your_language.md says what they mean.
 NEEDED_KEYS = ("dataset", "output", "language")
 CONFIG_KEYS = (*NEEDED_KEYS, "source_language", "split", "evaluation_splits", "image_column", "rename", "card")
 CARD_KEYS = ("pretty_name", "description", "license", "license_name", "license_link", "sources", "attribution")
 SOURCE_KEYS = ("name", "url", "license")
+
+DATASET_FOLDER = "dataset"
+FILE_BYTES = 300_000_000  # of a file, about: the Hub advises some hundred megabytes
+FACTS = "build.json"  # what the card says, as JSON
+PICTURE = "similarities.png"  # of the selection's report
+TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"
+SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+# Digests and long lists of settings.
+NOT_SHOWN = re.compile(r"(^|\.)(fingerprint|sha256|generation|prefixes|existing|target)(\.|$)")
+MEANINGS = {
+    "image": "picture, as the bytes of its source",
+    "captions": "captions in {language}, of the source or translated",
+    "generated-captions": "captions in {language} that a model generated, or translations of such",
+    "similarities": "cosine of the image and each of its captions in {language}, captions first, then generated ones",
+    "quality": "translations into {language} that look wrong, and why",
+}
 
 logger = logging.getLogger("capivara")
 
@@ -63,6 +97,20 @@ class BuildArguments(ExecutorArguments):
 
     def __post_init__(self) -> None:
         self.check_executor()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole build."""
+
+    steps: dict[str, list[StageArguments]]  # split -> its stages in order
+    output: Path  # folder of all
+    language: str  # of the captions
+    card: dict[str, Any]  # facts of the card that only people know
+
+    def all_steps(self) -> list[StageArguments]:
+        """The stages of all splits, in the order in which they run."""
+        return [step for steps in self.steps.values() for step in steps]
 
 
 class ManualStepRequired(Exception):
@@ -134,19 +182,17 @@ def _checked_card(card: Any, config: Path) -> dict[str, Any]:
     if not isinstance(card, dict):
         raise ValueError(f"{config} lacks `card`, with license and sources: no data set without its sources.")
     _check_keys(card, CARD_KEYS, f"{config}, section card")
-    sources = card.get("sources")
-    if not isinstance(sources, list) or not sources or not all(isinstance(source, dict) for source in sources):
-        raise ValueError(f"{config}: card.sources must list the sources, each with {', '.join(SOURCE_KEYS)}.")
+    sources = [source if isinstance(source, dict) else {} for source in _listed(card.get("sources") or {})]
     for source in sources:
         _check_keys(source, SOURCE_KEYS, f"{config}, section card, sources")
-        if not (source.get("name") and source.get("license")):
-            raise ValueError(f"{config}: every one of card.sources needs a name and a license, got {source}.")
+    if not all(source.get("name") and source.get("license") for source in sources):
+        raise ValueError(f"{config}: card.sources must list the sources, each with a name and a license.")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", str(card.get("license", ""))):
         raise ValueError(
             f"{config}: card.license must be an identifier of the Hub such as cc-by-sa-4.0, or other (with "
             f"license_name and license_link), got {card.get('license')!r}."
         )
-    return card
+    return card | {"sources": sources}
 
 
 def _listed(value: Any) -> list[Any]:
@@ -186,7 +232,7 @@ def build(args: BuildArguments) -> Path | None:
     left = [step for step in runnable if not waiting or _state(step) != "done"]
     logs = (args.logging_dir or plan.output / "logs") / "dataset"
     works = [work for step in left for work in _works(step)]
-    works += [] if waiting else [Work(dataset_folder.PHASE, plan, logs, "dataset")]
+    works += [] if waiting else [Work(Phase(write_dataset), plan, logs, "dataset")]
     if works and not execute(works, args):
         logger.info("The jobs are submitted. This command with --dry_run says how far they are.")
         return None
@@ -234,7 +280,7 @@ def described(plan: Plan) -> list[str]:
 
 
 def _works(step: StageArguments) -> list[Work]:
-    return Work.of(step, PHASES[type(step)], step.title)
+    return Work.of(step, step.phases, step.title)
 
 
 def _state(step: StageArguments) -> str:
@@ -245,6 +291,150 @@ def _state(step: StageArguments) -> str:
         return "to be done"
     left, _ = unfinished(step.output)
     return f"{left:,} rows to be done" if left else "done"
+
+
+# The end: the rows of the last stages as one folder for the Hub, written whole or not at all. All splits get the same
+# columns, empty where a split has gone through fewer stages; `datasets` would refuse the data set otherwise.
+
+
+def write_dataset(plan: Plan, rank: int = 0, world_size: int = 1) -> None:
+    """Write the data set of a build whose stages are complete. One that is there stays.
+
+    Raises ValueError where splits have columns of one name and different types, or no row is left.
+    """
+    output = plan.output / DATASET_FOLDER
+    last = {split: steps[-1].output for split, steps in plan.steps.items()}
+    digests = {split: identity_digest(stage_record(stage)) for split, stage in last.items()}
+    if output.is_dir():
+        if not (output / FACTS).is_file() or read_json(output / FACTS).get("stages_digest") != digests:
+            raise ValueError(
+                f"{output} was made from other stages than those that are there. Remove it, and run again."
+            )
+        return
+    files = {split: _files(split, stage) for split, stage in last.items()}
+    schema = _common_schema(part for some in files.values() for parts in some for part in parts)
+    facts = {"card": plan.card, "language": plan.language, "splits": {}}
+    with whole_folder(output) as folder:
+        (folder / "data").mkdir()
+        for split, some in files.items():
+            names = [folder / "data" / f"{split}-{n:05d}-of-{len(some):05d}.parquet" for n in range(len(some))]
+            progress = tqdm(zip(names, some, strict=True), desc="Data set", unit="file", total=len(some))
+            counts = sum((_write_file(path, parts, schema) for path, parts in progress), Counter())
+            steps = [_step_facts(step) for step in plan.steps[split]]
+            facts["splits"][split] = {"rows": counts.pop("rows"), "captions": dict(counts), "steps": steps}
+        facts["columns"] = list(Features.from_arrow_schema(schema))
+        pictures = (step.output / "report" / PICTURE for step in plan.all_steps())
+        if picture := next(filter(Path.is_file, pictures), None):
+            shutil.copyfile(picture, folder / PICTURE)
+        write_json(folder / FACTS, facts | {"stages_digest": digests})
+        write_text(folder / "README.md", dataset_card(facts, picture and PICTURE))
+
+
+def _files(split: str, stage: Path) -> list[list[Path]]:
+    """For each file of a split the parts that it is made of, none without a row."""
+    check_complete(stage)
+    parts = [path for path in sorted(stage.glob(f"{split}-*.parquet")) if pq.read_metadata(path).num_rows]
+    if not parts:
+        raise ValueError(f"{stage} has no row that is left. Its *.skipped.jsonl say why.")
+    ends = itertools.accumulate(path.stat().st_size for path in parts)
+    numbers = {path: (end - 1) // FILE_BYTES for path, end in zip(parts, ends, strict=True)}
+    return [list(some) for _, some in itertools.groupby(parts, key=numbers.get)]
+
+
+def _common_schema(parts: Iterable[Path]) -> pa.Schema:
+    """The columns of all parts."""
+    features = Features()
+    for part in parts:
+        for name, feature in Features.from_arrow_schema(pq.read_schema(part)).items():
+            if features.setdefault(name, feature) != feature:
+                raise ValueError(f"The column {name!r} is {features[name]} in one split and {feature} in another.")
+    return features.arrow_schema
+
+
+def _write_file(path: Path, parts: list[Path], schema: pa.Schema) -> Counter[str]:
+    """A file of some parts, in the columns of all, which are empty where a part has not got them.
+
+    Returns the number of its "rows", and by column of captions that of those that are not blank.
+    """
+    counts = Counter()
+    with whole_parquet(path, schema) as parquet:
+        for file in map(pq.ParquetFile, parts):
+            for group in range(file.num_row_groups):
+                table = pa.concat_tables([schema.empty_table(), file.read_row_group(group)], promote_options="default")
+                parquet.write_table(table)
+                counts["rows"] += len(table)
+                for name in filter(CAPTION_COLUMN.fullmatch, schema.names):
+                    texts = pc.utf8_trim_whitespace(pc.list_flatten(table[name]))
+                    counts[name] += pc.sum(pc.not_equal(texts, "")).as_py() or 0
+            file.close()
+    return counts
+
+
+def _step_facts(step: StageArguments) -> dict[str, Any]:
+    """Of `stage.json`, the parts, and the counts of a translation's quality."""
+    record, report, quality = stage_record(step.output), check_complete(step.output), step.output / REPORT_FILE
+    found = read_json(quality, captions=int, flagged=int) if quality.is_file() else None
+    return {
+        "name": step.output.parent.name.partition("-")[2],
+        "settings": hide_paths(record["settings"]),
+        "rows_in": record["source"]["rows"],
+        "rows_out": report.rows,
+        "left_out": report.skipped,
+        "quality": found and {key: found[key] for key in ("captions", "flagged")},
+        "versions": record["versions"],
+    }
+
+
+def dataset_card(facts: dict[str, Any], picture: str | None) -> str:
+    """The data set's README.md, of the facts of build.json and the file with the similarities beside it."""
+    card, language, splits = facts["card"], facts["language"], facts["splits"].values()
+    rows, stages = sum(split["rows"] for split in splits), {step["name"] for split in splits for step in split["steps"]}
+    filled = [name for split in splits for name, n in split["captions"].items() if n and CAPTION_COLUMN.fullmatch(name)]
+    files = [{"split": name, "path": f"data/{name}-*"} for name in facts["splits"]]
+    languages = sorted({name.split("captions-", 1)[1] for name in filled}, key=lambda code: (code != language, code))
+    data = DatasetCardData(
+        # The Hub takes codes of ISO 639 alone: `zh` of `zh-Hant`, `por` of `por_Latn`.
+        language=list(dict.fromkeys(re.split(r"[-_]", code)[0].lower() for code in languages)),
+        **{key: card.get(key) for key in ("license", "license_name", "license_link", "pretty_name")},
+        size_categories=[next((name for limit, name in SIZES if rows < limit), "n>10M")],
+        task_categories=["image-to-text", "zero-shot-image-classification"],
+        tags=["capivara", "image-text", *(["translated"] if "translate" in stages else [])],
+        configs=[{"config_name": "default", "data_files": files}],
+    )
+    text = DatasetCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        facts=facts,
+        title=card.get("pretty_name") or f"Images with captions in {', '.join(languages)}",
+        description=card.get("description") or "Images with captions, to train image-text models on.",
+        caption_columns=list(dict.fromkeys(filled)),
+        stages=stages,
+        picture=picture,
+        escape=escape_markdown,  # of all texts of others
+        code=_code,
+        link=lambda name, url: f"[{name}](<{url}>)" if re.fullmatch(r"https?://[^\s<>]+", url) else name,
+        meaning=_meaning,
+        settings=_settings,
+    )
+    return f"{text}\n"
+
+
+def _code(name: str) -> str:
+    """A name in backticks."""
+    return "`" + re.sub(r"[`|\s]", "_", name) + "`"
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    """Settings in words, the model first; digests and long lists are left to build.json."""
+    leaves = sorted(flat(settings).items(), key=lambda leaf: not leaf[0].endswith("model"))
+    shown = [(k, v) for k, v in leaves if v is not None and v is not False and not NOT_SHOWN.search(k)]
+    return ", ".join(f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in shown)
+
+
+def _meaning(column: str) -> str:
+    """What a column holds, in words."""
+    kind = next((kind for kind in MEANINGS if column.startswith(kind + "-")), column)
+    return MEANINGS.get(kind, "as in the source").format(language=_code(column.removeprefix(kind + "-")))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -264,4 +454,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    from captions import build as module  # by its name, as other machines find it
+
+    run_command(module.main, resumes=True)

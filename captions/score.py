@@ -17,9 +17,9 @@ import PIL.Image
 from torch import Tensor
 
 from capivara_common.cli import at_least, flag, run_command
-from capivara_common.image_files import BadImage, BadRow, ImageFiles, by_threads, decode_image
+from capivara_common.image_files import BadImage, BadRow
 from caption_data.rows import SIMILARITIES
-from captions.stages import Phase, RowStage, StageArguments, StageReport, stage_main
+from captions.stages import DECODED, RowStage, StageArguments, stage_main
 from modeling_capivara.two_towers import Embedder, load_embedder
 
 
@@ -27,6 +27,7 @@ from modeling_capivara.two_towers import Embedder, load_embedder
 class ScoreArguments(StageArguments):
     """Arguments of `captions.score`."""
 
+    uses_model = decodes = True
     language: str = flag("pt", "Language of the captions, the end of their columns' names.")
     model: str | None = flag(
         None,
@@ -46,6 +47,12 @@ class ScoreArguments(StageArguments):
         """Columns of captions, of which one must be there."""
         return [f"captions-{self.language}", f"generated-captions-{self.language}"]
 
+    def process(self, stage: RowStage) -> tuple[Any, ...]:
+        """Similarities of each row's captions. Raises as `load_embedder` does."""
+        embedder = load_embedder(self.model, self.device, True, self.precision)
+        settings = {"language": self.language, "model": self.model, "fingerprint": embedder.fingerprint}
+        return {f"similarities-{self.language}": SIMILARITIES}, settings, ScoreProcess(embedder, self)
+
 
 @dataclass
 class ScoreProcess:
@@ -60,56 +67,31 @@ class ScoreProcess:
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
         """The new column of each row, or what is wrong with the row."""
         captions = [[text for column in self.columns for text in row.get(column) or []] for row in rows]
-        images = by_threads(self._image, rows, captions)
-        good = [place for place, image in enumerate(images) if not isinstance(image, BadRow)]
-        if not good:
-            return images
-        results = dict(enumerate(images)) | dict(zip(good, self._embedded([images[i] for i in good]), strict=True))
-        distinct = sorted({text for place in good for text in captions[place] if text.strip()})
-        distinct.sort(key=len)
-        embeds = self.embedder.texts(distinct, 2 * self.args.embedding_batch_size)  # (distinct, width)
+        good = [place for place, texts in enumerate(captions) if any(map(str.strip, texts))]
+        results = [BadRow("no caption", f"all of {', '.join(self.columns)} are empty")] * len(rows)
+        distinct = sorted({text for place in good for text in captions[place] if text.strip()}, key=len)
+        embeds = self.embedder.texts(distinct, 2 * self.args.embedding_batch_size) if good else []  # (distinct, width)
         embeds = dict(zip(distinct, embeds, strict=True))
-        for place in good:
-            if not isinstance(embed := results[place], BadRow):
+        for place, embed in zip(good, self._embedded([rows[place][DECODED] for place in good]), strict=True):
+            results[place] = embed
+            if not isinstance(embed, BadRow):
                 cosines = [float(embeds[text] @ embed) if text in embeds else None for text in captions[place]]
                 results[place] = {f"similarities-{self.args.language}": cosines}
-        return [results[place] for place in range(len(rows))]
+        return results
 
     def _embedded(self, images: list[PIL.Image.Image]) -> list[Tensor | BadRow]:
         """(width,) of each image; one that the model refuses must not end the work on all others."""
         try:
-            return list(self.embedder.images(images, self.args.embedding_batch_size))
+            return list(self.embedder.images(images, self.args.embedding_batch_size)) if images else []
         except ValueError as error:
             if len(images) == 1:
                 return [BadImage("unreadable image", f"the model refuses it: {error}")]
         return [embed for image in images for embed in self._embedded([image])]
 
-    def _image(self, row: dict[str, Any], captions: list[str]) -> PIL.Image.Image | BadRow:
-        if not any(text.strip() for text in captions):
-            return BadRow("no caption", f"all of {', '.join(self.columns)} are empty")
-        try:
-            return decode_image(row[self.args.image_column], ImageFiles(max_pixels=self.args.max_pixels))
-        except BadImage as bad:
-            return bad
-
-
-def score(args: ScoreArguments, rank: int = 0, world_size: int = 1) -> StageReport:
-    """Write the parts of one task that are missing. Raises as `RowStage` and `load_embedder` do."""
-    stage = RowStage(args, rank, world_size)  # before the model: what is wrong with the data is said at once
-    if report := stage.done:
-        return report
-    embedder = load_embedder(args.model, args.device, True, args.precision)
-    settings = {"language": args.language, "model": args.model, "fingerprint": embedder.fingerprint}
-    columns, title = {f"similarities-{args.language}": SIMILARITIES}, f"Similarities, {args.language}"
-    return stage.run(columns, settings, ScoreProcess(embedder, args), title)
-
-
-PHASES = {"rows": Phase(score, shared=True, uses_model=True)}
-
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    stage_main(ScoreArguments, __doc__, argv, PHASES)
+    stage_main(ScoreArguments, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -28,21 +28,11 @@ from capivara_common.image_files import BadRow, decode_image
 from capivara_common.privacy import short_name
 from caption_data.rows import CAPTIONS, NOT_CHOSEN, WITH_SIMILARITIES, CaptionChoice, caption_texts
 from caption_data.sources import Split
-from captions.stages import (
-    Phase,
-    RowStage,
-    StageArguments,
-    StageReport,
-    check_complete,
-    skipped_rows,
-    stage_main,
-    stage_source,
-)
+from captions.stages import RowStage, StageArguments, check_complete, skipped_rows, stage_main, stage_source
 from eval.records.tables import one_line
 
 REPORT = Path("report") / "index.html"  # in the output; it is written last
 TEMPLATE = Path(__file__).parent / "selection_report.html.j2"
-BINS = 200  # of cosine -1 to 1
 EXAMPLES = 6  # on either side of the cut
 CUTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)  # of the table that helps to choose one; CAPIVARA has 0.2
 SHOWN = 300  # letters of a caption on the page
@@ -73,6 +63,22 @@ class SelectArguments(CaptionChoice, StageArguments):
         """Columns of captions, and of similarities where they decide, of which one must be there."""
         scored = self.caption_strategy in WITH_SIMILARITIES or self.min_pair_similarity is not None
         return self.columns()[2:] if scored else self.columns()[:2]
+
+    def process(self, stage: RowStage) -> tuple[Any, ...]:
+        """The choice of each row."""
+        choice = {
+            "language": self.language,
+            "caption_strategy": self.caption_strategy,
+            "caption_count": self.caption_count if self.caption_strategy in ("first", "rank") else None,
+            "min_similarity": self.strategy_cut,
+            "min_pair_similarity": self.min_pair_similarity,
+        }
+        return {f"captions-{self.language}": CAPTIONS}, choice, Selection(self)
+
+    def report(self, rank: int = 0, world_size: int = 1) -> None:
+        """Write the folder `report` of a selection that is complete, unless it is there."""
+        if not (self.output / REPORT).is_file():
+            write_report(self)
 
 
 class Selection:
@@ -125,55 +131,42 @@ class Selection:
         return {self.captions: chosen, self.generated: [], self.similarities: similarities}
 
 
-def select_rows(args: SelectArguments, rank: int = 0, world_size: int = 1) -> StageReport:
-    """Write the parts of one task that are missing. Raises as `RowStage` does."""
-    selection = Selection(args)
-    settings = {
-        "language": args.language,
-        "caption_strategy": args.caption_strategy,
-        "caption_count": args.caption_count if args.caption_strategy in ("first", "rank") else None,
-        "min_similarity": args.strategy_cut,
-        "min_pair_similarity": args.min_pair_similarity,
-    }
-    return RowStage(args, rank, world_size).run({selection.captions: CAPTIONS}, settings, selection, "Selection")
-
-
 # The report: of one pass over the captions, without the images, so that it says the same however the selection was
 # shared out, killed or resumed.
 
 
-def write_report(args: SelectArguments, rank: int = 0, world_size: int = 1) -> None:
-    """The folder `report` of a selection that is complete, unless it is there; its page is written last."""
-    folder = args.output / REPORT.parent
-    if (args.output / REPORT).is_file():
-        return
+def write_report(args: SelectArguments) -> None:
+    """The folder `report`; its page is written last."""
+    folder, selection, source = args.output / REPORT.parent, Selection(args), stage_source(args)
     folder.mkdir(exist_ok=True)
-    selection, source = Selection(args), stage_source(args)
     captions = _captions(selection, source)
     images = captions.groupby("row")["kept"].any()
     known = captions.dropna(subset="similarity")
-    first = known[known["first"]].assign(kept=lambda table: table["row"].map(images))
-    # The cut is that of the first captions: `rank` drops captions of images that fit well, and they would hide those
-    # that the pair filter has dropped.
+    first = known[known["first"]].assign(kept=lambda table: table["row"].map(images).astype(bool))
+    # Of the pair filter's cut the first captions are shown: `rank` drops captions of images that fit well, and they
+    # would hide those that the filter has dropped.
     by_first = args.min_pair_similarity is not None and args.strategy_cut is None
+    shown, unit = (first, "images, by their first caption") if by_first else (known, "captions")
     settings = ("split", "language", "caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
     unusable = {reason: n for reason, n in check_complete(args.output).skipped.items() if reason != NOT_CHOSEN}
+    sides = {"dropped": shown[~shown["kept"]]["similarity"], "kept": shown[shown["kept"]]["similarity"]}
     facts = {
         "dataset": short_name(args.dataset),
         **{name: getattr(args, name) for name in settings},
         "images": {"kept": int(images.sum()), "not chosen": int((~images).sum()), "can't be used": unusable},
         "captions": {"of these images": len(captions), "kept": int(captions["kept"].sum())},
-        "first_captions": _sides(first),
-        "all_captions": _sides(known),
         "images_passing": {f"{cut:g}": int((first["similarity"] >= cut).sum()) for cut in CUTS},
-        "examples_of": "images, by their first caption" if by_first else "all captions",
-        "examples": _examples(selection, source, first if by_first else known, folder),
+        "shown": unit,
+        "similarities": {
+            side: {"count": len(values), **values.agg(["mean", "min", "max"]).to_dict()}
+            for side, values in sides.items()
+            if len(values)
+        },
+        "examples": _examples(selection, source, shown, folder),
     }
-    panels = [("Images, by their first caption", "images", first, args.min_pair_similarity)]
-    if len(captions) != len(images) or args.strategy_cut is not None:  # with one caption an image it would be the first
-        panels.append(("All captions", "captions", known, args.strategy_cut))
-    if panels := [panel for panel in panels if len(panel[2])]:
-        plot_similarities(panels, folder / "similarities.png")
+    if len(shown):
+        cut = args.min_pair_similarity if by_first else args.strategy_cut
+        plot_similarities(sides, unit, cut, folder / "similarities.png")
     write_json(folder / "selection.json", facts)
     options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     page = jinja2.Environment(autoescape=True, **options).from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -211,18 +204,6 @@ def _captions(selection: Selection, source: Split) -> pd.DataFrame:
     return table.astype({"first": bool, "kept": bool}).sort_values(["row", "place"], ignore_index=True)
 
 
-def _sides(captions: pd.DataFrame) -> dict[str, Any]:
-    """Of what was kept and what was dropped: number, mean, lowest, highest, histogram."""
-    found = {}
-    for side, kept in (("kept", True), ("dropped", False)):
-        values = captions[captions["kept"] == kept]["similarity"]
-        numbers = {"mean": values.mean(), "lowest": values.min(), "highest": values.max()}
-        found[side] = {"count": len(values)}
-        found[side] |= {name: float(number) if len(values) else None for name, number in numbers.items()}
-        found[side]["bins"] = np.histogram(values.clip(-1, 1), BINS, (-1, 1))[0].tolist()
-    return found
-
-
 def _examples(selection: Selection, source: Split, captions: pd.DataFrame, folder: Path) -> list[dict[str, Any]]:
     """The captions that are nearest to the other side of the cut, the nearest first; their pictures are written."""
     examples = []
@@ -239,37 +220,28 @@ def _examples(selection: Selection, source: Split, captions: pd.DataFrame, folde
     return examples
 
 
-def plot_similarities(panels: list[tuple[str, str, pd.DataFrame, float | None]], path: Path) -> None:
-    """Kept over dropped, stacked, with the cut as a line; a panel a (title, unit, captions, cut)."""
+def plot_similarities(sides: dict[str, pd.Series], unit: str, cut: float | None, path: Path) -> None:
+    """What was kept over what was dropped, stacked, with the cut as a line."""
     from matplotlib import pyplot as plt  # here: they take long to import, and one task of a selection draws
     from matplotlib.ticker import MaxNLocator
 
     from eval.records.plots import INK, MODEL_COLOUR, save_figure, tidy
 
-    size = (6 * len(panels), 3.8)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
-    for axis, (title, unit, captions, cut) in zip(axes[0], panels, strict=True):
-        values = [captions["similarity"][captions["kept"] == kept] for kept in (False, True)]
-        lowest, highest = captions["similarity"].min() - 0.02, captions["similarity"].max() + 0.02
-        labels = [f"{name}: {len(side):,}" for name, side in zip(("dropped", "kept"), values, strict=True)]
-        colours = [DROPPED_COLOUR, MODEL_COLOUR]
-        axis.hist(values, BARS, (lowest, highest), stacked=True, color=colours, label=labels)
-        if cut is not None:
-            axis.axvline(cut, color=INK, linewidth=1.2, linestyle="--", label=f"cut: {cut:g}")
-        xlabel = "similarity of image and caption (cosine, lowest to highest)"
-        axis.set(title=title, xlabel=xlabel, ylabel=unit)
-        tidy(axis, "y", "top", "right")
-        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))  # no bar is below
+    figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
+    labels = [f"{name}: {len(values):,}" for name, values in sides.items()]
+    axis.hist(list(sides.values()), BARS, stacked=True, color=[DROPPED_COLOUR, MODEL_COLOUR], label=labels)
+    if cut is not None:
+        axis.axvline(cut, color=INK, linewidth=1.2, linestyle="--", label=f"cut: {cut:g}")
+    axis.set(xlabel="similarity of image and caption (cosine, lowest to highest)", ylabel=unit)
+    tidy(axis, "y", "top", "right")
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))  # no bar is below
     save_figure(figure, path)
-
-
-PHASES = {"rows": Phase(select_rows, shared=True), "report": Phase(write_report)}
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command; says where the report is."""
-    args = stage_main(SelectArguments, __doc__, argv, PHASES)
+    args = stage_main(SelectArguments, __doc__, argv)
     if args is not None:
         print(f"Report with pictures: {args.output / REPORT}")
 

@@ -1,7 +1,6 @@
 """One stage of building a caption data set: rows in, the same rows with more columns out, in parts written whole.
 
-    stage = RowStage(StageArguments("images", Path("generated")))
-    stage.run({"captions-pt": CAPTIONS}, {"model": "…"}, process)
+    StageArguments("images", Path("read")).rows()  # a kind of its own for every stage: its flags, and its `process`
 
 A part is a parquet file of consecutive rows of the source, named by their numbers, with the rows that were left out in
 a list beside it. Where parts begin depends on `stage.json` alone, not on who writes them: the tasks of a stage share
@@ -13,6 +12,7 @@ its cache first, images included, which for a large set is as much disk again a 
 """
 
 import bisect
+import hashlib
 import itertools
 import json
 import logging
@@ -24,7 +24,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,7 +36,15 @@ from capivara_common.cli import at_least, flag, parse
 from capivara_common.environment import package_versions
 from capivara_common.executors import Work, execute
 from capivara_common.files import read_json, whole_file, write_json
-from capivara_common.image_files import DATASET_HELP, BadRow, CaptionDataArguments, image_bytes
+from capivara_common.image_files import (
+    DATASET_HELP,
+    BadRow,
+    CaptionDataArguments,
+    ImageFiles,
+    by_threads,
+    decode_image,
+    image_bytes,
+)
 from capivara_common.tasks import SHARED_BY_TASKS, ExecutorArguments, Phase, all_parts, share
 from caption_data.rows import CAPTION_COLUMN, CAPTIONS, Skipped, caption_texts, digest_of, write_skipped
 from caption_data.sources import READ_ROWS, STAGE_FILE, Split, open_split, opened_parquet, refuse_unfinished
@@ -46,6 +53,7 @@ GONE = {  # flags of earlier versions
     "shard": f"{SHARED_BY_TASKS} (docs/cluster.md)",
     "wait_s": "no task waits for another one any more: a stage starts when the one before is complete",
     "source_prefix": "models without codes of languages are not taken",
+    "existing": "columns that are there get another name by --rename OLD=NEW",
     **dict.fromkeys(("sampling", "temperature", "top_p", "seed"), "a caption is the model's likeliest text"),
     **dict.fromkeys(
         ("price_per_million", "max_cost"),
@@ -58,6 +66,7 @@ GONE = {  # flags of earlier versions
 }
 SPLIT = r"\w+([.-]\w+)*"  # names of files begin with it
 IMAGE = "image"  # the authors' name, which the image column has in every output
+DECODED = "decoded image"  # of a row that is worked on
 STAGE_VERSION = 1  # of the folder's form; raise it when parts change
 IDENTITY = ("version", "source", "rows_per_part", "settings", "columns")  # what parts of one folder have in common
 NOT_COMPARED = ("name", "damaged")  # of the source: another machine may reach it by another path
@@ -76,9 +85,13 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class StageArguments(CaptionDataArguments, ExecutorArguments):
-    """The flags of every stage. Raises ValueError where a value breaks its rule."""
+    """A stage: its flags, and what its tasks do. This one passes rows on as they are.
+
+    Raises ValueError where a value breaks its rule.
+    """
 
     gone = GONE
+    uses_model = decodes = False  # whether a task needs a GPU, and images decoded
     import_file = None  # a flag of `captions.translate` alone
     dataset: str = flag(..., f"{DATASET_HELP} The output of another stage is such a folder.")
     output: Path = flag(..., "Folder of the parts; the same command finishes an unfinished one.")
@@ -113,10 +126,24 @@ class StageArguments(CaptionDataArguments, ExecutorArguments):
         """Of which the data set must have one, by their names in the output."""
         return []
 
+    def known_settings(self) -> dict[str, Any]:
+        """Of the settings of `process`, those that are known before it is made."""
+        return {}
+
+    def process(self, stage: "RowStage") -> tuple[Any, ...]:
+        """What `RowStage.run` is given: new columns, settings, what makes them; a model is loaded here."""
+        return {}, {}, lambda rows: [{} for _ in rows]
+
+    def rows(self, rank: int = 0, world_size: int = 1) -> "StageReport":
+        """Write the parts of one task that are missing. Raises as `RowStage` and `process` do."""
+        stage = RowStage(self, rank, world_size)  # before the model: what is wrong with the data is said at once
+        return stage.report() if stage.done else stage.run(*self.process(stage))
+
     @property
-    def module(self) -> str:
-        """That `python -m` runs it by."""
-        return type(self).__module__
+    def phases(self) -> dict[str, Phase]:
+        """The work of a stage: its rows, shared out; then its report, where it has one."""
+        rows = Phase(StageArguments.rows, shared=True, uses_model=self.uses_model)
+        return {"rows": rows} | ({"report": Phase(type(self).report)} if hasattr(self, "report") else {})
 
     @property
     def title(self) -> str:
@@ -192,29 +219,28 @@ def fingerprint(source: Split) -> str:
     a data set of `datasets` the fingerprint that the library keeps."""
     if not source.paths:
         return str(source.data._fingerprint)
-    digest = blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     for path in tqdm(source.paths, desc="Fingerprint", unit="file", leave=False):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode("utf-8", "surrogateescape"))
         with path.open("rb") as file:
-            if path.suffix == ".jsonl" or size <= SAMPLED_PIECES * SAMPLED_BYTES:  # a list of captions: as a whole
-                while data := file.read(1 << 20):
-                    digest.update(data)
-                continue
-            for piece in range(SAMPLED_PIECES):  # the first and the last one included, where footers are
+            whole = path.suffix == ".jsonl" or size <= SAMPLED_PIECES * SAMPLED_BYTES  # the first: a list of captions
+            if whole:
+                hashlib.file_digest(file, lambda: digest)
+            for piece in range(
+                0 if whole else SAMPLED_PIECES
+            ):  # the first and the last one included, where footers are
                 file.seek((size - SAMPLED_BYTES) * piece // (SAMPLED_PIECES - 1))
                 digest.update(file.read(SAMPLED_BYTES))
     return digest.hexdigest()
 
 
-def passed_features(source: Split, image_column: str, renamed: dict[str, str]) -> Features:
+def passed_features(source: Split, args: StageArguments) -> Features:
     """The columns that a stage passes on, by their names in its output: all but those without a plain type of Arrow.
 
-    Raises ValueError where there are no images, or a name stands for two columns.
+    Raises ValueError where there are no images or none of the columns that it needs, or a name stands for two columns.
     """
-    names = renamed | {image_column: IMAGE}
-    if image_column not in source.columns:
-        raise ValueError(f"{source.where} has no image column {image_column!r}; there are {source.columns}.")
+    names = args.renamed() | {args.image_column: IMAGE}
     source.check_columns(names)
     features = Features()
     for old, feature in source.features.items():
@@ -225,6 +251,12 @@ def passed_features(source: Split, image_column: str, renamed: dict[str, str]) -
             features[new] = CAPTIONS
         elif "extension<" not in str(Features({new: feature}).arrow_schema.field(new).type):
             features[new] = feature
+    needed = args.needed_columns()
+    if needed and features.keys().isdisjoint(needed):
+        raise ValueError(
+            f"{source.where} has no column {' or '.join(needed)}; there are {list(features)}. A column of another name "
+            f"becomes one by --rename OLD={needed[0]}."
+        )
     return Features(features | {IMAGE: Image()})
 
 
@@ -254,15 +286,8 @@ class RowStage:
         for damage in self.source.damaged:
             logger.warning("A damaged archive, read up to there: %s", damage.detail)
         next(self.source.rows(), None)  # damage in the first rows is told before a model is loaded, or paid for
-        self.features = passed_features(self.source, args.image_column, args.renamed())
-        needed = args.needed_columns()
-        if needed and self.features.keys().isdisjoint(needed):
-            raise ValueError(
-                f"{self.source.where} has no column {' or '.join(needed)}; there are {list(self.features)}. A column "
-                f"of another name becomes one by --rename OLD={needed[0]}."
-            )
-        # What of `stage.json` is known before a model is loaded.
-        self.record = {
+        self.features = passed_features(self.source, args)
+        self.record = {  # what of `stage.json` is known before a model is loaded
             "version": STAGE_VERSION,
             "command": args.command(),
             "source": {
@@ -281,25 +306,20 @@ class RowStage:
         return part_path(self.args.output, self.source.split, part)
 
     @property
-    def done(self) -> StageReport | None:
-        """The report of a task that has nothing left to do, by the names of its files, before a model is loaded.
-
-        Parts of another command or other rows don't count: `run` then compares the whole record.
-        """
+    def done(self) -> bool:
+        """Whether the task has nothing left to do, by the names of its files. Parts of another command, of other rows
+        or settings don't count: `run` then says what differs."""
         if not (self.args.output / STAGE_FILE).is_file():
-            return None
+            return False
         there = stage_record(self.args.output)
-        same = there["command"] == self.record["command"] and all(
-            there["source"].get(name) == self.record["source"][name] for name in ("rows", "fingerprint")
-        )
-        return self._report(there) if same and all(self.path(part).is_file() for part in self.parts) else None
+        now = self.record | {"settings": there["settings"] | self.args.known_settings()}
+        return all(there[key] == now[key] for key in now) and all(self.path(part).is_file() for part in self.parts)
 
     def run(
         self,
         columns: dict[str, Any],
         settings: dict[str, Any],
         process: Process,
-        title: str = "Rows",
         prepare: Callable[[list[range]], None] = lambda parts: None,
     ) -> StageReport:
         """Write the parts of the task that are missing, whole or not, each with a list of its rows that were left out.
@@ -307,9 +327,9 @@ class RowStage:
         Args:
             columns: new column -> its feature of `datasets`. A column of the same name is replaced.
             settings: what the new columns depend on, such as the model; a folder holds parts of the same ones only.
-            process: called with at most `args.batch_rows` rows. Their image is `{"bytes", "path"}`, undecoded but
-                there; columns of captions are lists of texts. It must not depend on how rows are batched.
-            title: of the progress bar, which the first task has.
+            process: called with at most `args.batch_rows` rows. Their image is `{"bytes", "path"}`, and decoded in
+                `DECODED` where `args.decodes`; columns of captions are lists of texts. It must not depend on how rows
+                are batched.
             prepare: called before some neighbouring parts, `PREPARED_ROWS` rows at most, are made.
 
         Raises:
@@ -322,9 +342,10 @@ class RowStage:
             "columns": {name: repr(feature) for name, feature in features.items()},
             "versions": package_versions(),
         }
-        record = claim(self.args.output, self.record | added)
+        claim(self.args.output, self.record | added)
         missing = [part for part in self.parts if not self.path(part).is_file()]
         total, left = sum(map(len, self.parts)), sum(map(len, missing))
+        title = type(self.args).__module__.rpartition(".")[2].capitalize()
         with tqdm(total=total, initial=total - left, desc=title, unit="row", disable=self.rank > 0) as bar:
             for group in groups(missing, PREPARED_ROWS):
                 prepare(group)
@@ -334,14 +355,14 @@ class RowStage:
                     except Exception as error:
                         error.add_note(f"rows {part.start} to {part.stop - 1} of {self.source.split}")
                         raise
-        return self._report(record)
+        return self.report()
 
-    def _report(self, record: dict[str, Any]) -> StageReport:
+    def report(self) -> StageReport:
         """What of the task is done; removes what killed runs left of parts that are there by now."""
         for path in self.args.output.glob(".*.parquet.*.tmp"):  # others may be of tasks at work
             if path.with_name(re.sub(r"\.[^.]+\.tmp$", "", path.name[1:])).is_file():
                 path.unlink(missing_ok=True)
-        return progress(self.args.output, record, self.parts)
+        return progress(self.args.output, self.record, self.parts)
 
     def _write_part(self, part: range, schema: pa.Schema, process: Process, bar: tqdm) -> None:
         path, skipped = self.path(part), []
@@ -352,23 +373,20 @@ class RowStage:
                     for row in group:
                         row[IMAGE] = row[self.args.image_column]
                     parquet.write_table(pa.Table.from_pylist(group, schema=schema))
-                if path.is_file():
-                    raise FileExistsError
                 if skipped:
                     write_skipped(skipped_path(path), skipped)
                 else:
                     skipped_path(path).unlink(missing_ok=True)  # of a killed run that left out others
-        except (FileExistsError, FileNotFoundError):
-            if not path.is_file():
+        except FileNotFoundError:
+            if not path.is_file():  # else another process has written the same part meanwhile, and cleaned up
                 raise
-            # Another process has written the same part meanwhile, and maybe cleaned up.
 
     def _rows(self, process: Process, part: range, skipped: list[Skipped], bar: tqdm) -> Iterator[dict[str, Any]]:
         """Those that are not left out, with their new columns."""
         rows = itertools.islice(self.source.rows(part.start), len(part))
         numbered = zip(part, rows, strict=True)  # a source that has become shorter must not lose rows in silence
         while batch := list(itertools.islice(numbered, self.args.batch_rows)):
-            results = [self._prepared(row) for _, row in batch]
+            results = by_threads(self._prepared, (row for _, row in batch))
             good = [row for row in results if not isinstance(row, BadRow)]
             done = iter(process([dict(row) for row in good]) if good else [])
             for (number, _), row in zip(batch, results, strict=True):
@@ -386,6 +404,8 @@ class RowStage:
         try:
             data = image_bytes(row.get(column), self.source.files)
             row[column] = {"bytes": data, "path": Path(row[column].get("path") or "").name or None}
+            if self.args.decodes:
+                row[DECODED] = decode_image(row[column], ImageFiles(max_pixels=self.args.max_pixels))
             return row | {name: caption_texts(row[name], name) for name in row if CAPTION_COLUMN.fullmatch(name)}
         except BadRow as bad:
             return bad
@@ -447,8 +467,8 @@ def stage_record(output: Path | str) -> dict[str, Any]:
     return record
 
 
-def claim(output: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Make `output` the folder of this stage, or check that it is; returns the record that is there.
+def claim(output: Path, record: dict[str, Any]) -> None:
+    """Make `output` the folder of this stage, or check that it is.
 
     Raises ValueError where it is of another stage, and what differs is named, or holds other parquet files.
     """
@@ -472,7 +492,6 @@ def claim(output: Path, record: dict[str, Any]) -> dict[str, Any]:
             f"not mix. {'; '.join(differences)}. Give these as they were, choose another --output, or remove this "
             "folder and what was made from it."
         )
-    return there
 
 
 def identity_digest(record: dict[str, Any]) -> str:
@@ -530,19 +549,10 @@ def skipped_rows(part: Path) -> list[tuple[int, str]]:
 # The command
 
 
-def read_rows(args: StageArguments, rank: int = 0, world_size: int = 1) -> StageReport:
-    """The stage of a split that no other stage works on: its rows as they are."""
-    return RowStage(args, rank, world_size).run({}, {}, lambda rows: [{} for _ in rows])
-
-
-PHASES = {"rows": Phase(read_rows, shared=True)}
-
-
 def stage_main(
     kind: type[StageArguments],
     description: str,
     argv: list[str] | None,
-    phases: dict[str, Phase] = PHASES,
     ready: Callable[[Any], bool] = lambda args: True,
 ) -> StageArguments | None:
     """Parse the flags of a stage, run it, and print what was done.
@@ -552,7 +562,7 @@ def stage_main(
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     args = parse(kind, description, argv)
-    if not ready(args) or not execute(Work.of(args, phases, args.module.rpartition(".")[2]), args):
+    if not ready(args) or not execute(Work.of(args, args.phases, kind.__module__.rpartition(".")[2]), args):
         return None
     print(f"{args.output}: {check_complete(args.output)}")
     return args

@@ -10,36 +10,39 @@
 `captions-en` gives `captions-pt`, `generated-captions-en` gives `generated-captions-pt`, in the same order. What is
 translated stays in the folder --memory and is never translated again with the same settings, whichever data set, run or
 machine meets it: plain parquet files that are written whole and never changed, so that any number of tasks and builds
-add to it; only a sentence that two tasks meet at the same moment is translated by both. Translations that look wrong
-(`captions.quality`) are counted and shown in OUTPUT/quality.json, and listed in the column `quality-pt`; --drop_flagged
-leaves them out. The same command does what is missing; docs/cluster.md says how to run it on a cluster.
+add to it; only a sentence that two tasks meet at the same moment is translated by both. Translations that look wrong by
+their letters are counted and shown in OUTPUT/quality.json, and listed in the column `quality-pt`; --drop_flagged leaves
+them out. The same command does what is missing; docs/cluster.md says how to run it on a cluster.
 """
 
-import contextlib
+import csv
 import hashlib
 import itertools
+import json
 import logging
 import re
 import sys
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import regex
+from datasets import List, Value
 from tqdm.auto import tqdm
 
 from capivara_common.cli import at_least, flag, run_command
-from capivara_common.files import write_json, write_text
+from capivara_common.files import read_json, write_json, write_text
 from capivara_common.image_files import BadRow
-from capivara_common.tasks import Phase
-from caption_data.rows import CAPTIONS, caption_texts, digest_of
+from caption_data.rows import CAPTIONS, TOKEN_PATTERN, caption_texts, digest_of
 from caption_data.sources import Split
-from captions.quality import QUALITY, flags, quality_summary, write_quality_report
-from captions.stages import RowStage, StageArguments, StageReport, groups, stage_main, stage_record, whole_parquet
-from captions.translators import GOOGLE_CHARACTERS, GoogleTranslator, load
+from captions.stages import RowStage, StageArguments, groups, stage_main, whole_parquet
+from captions.translators import GOOGLE_CHARACTERS, GoogleTranslator, Seq2SeqTranslator, language_of
 
 PAPER_MODEL = "Helsinki-NLP/opus-mt-tc-big-en-pt"  # arXiv 2310.13683; English to Portuguese alone
 KINDS = ("captions", "generated-captions")  # the authors' names, before the language
@@ -53,12 +56,44 @@ BLANKS = " \xa0\u3000"  # a cell of these alone is empty to who sees it
 SHOWN = 40  # letters of a sentence in an error
 UNQUOTED = "Spreadsheets that quote a column change it: open the file without a quoting sign."
 AS_THEY_WENT = "The rows must be those that were written: put back what is missing, sort them by the number in the id."
-_SHORT = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
-_LONG = {short: text for text, short in _SHORT.items()}
-# Line ends of other systems, marks that editors drop or take for the start of a file, and halves of a letter, which
-# UTF-8 has no bytes for.
-_RISKY = ("Cc", "Zl", "Zp", "Cs")
-_FORMULA = "=+-@"  # a cell that begins so is computed, and may fetch an address or start a program
+# Beside what JSON escapes: the start of a formula, which may fetch an address or start a program; line ends of other
+# systems, marks that editors drop or take for the start of a file, halves of a letter, which UTF-8 has no bytes for.
+RISKY = re.compile("^[=+@-]|[\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
+
+FLAGS = ("empty", "copy", "wrong script", "length", "repetition", "markup")
+MAX_NAME_WORDS = 3  # so much may be a name: "Rio de Janeiro" is right in every language
+MIN_SCRIPT_SHARE = 0.3  # of the letters; brands and names keep theirs, so that a Hindi caption may be half Latin
+TWO_SCRIPTS = ("az", "kk", "ku", "pa", "sr", "tk", "ug", "uz")  # languages that may be written in either
+SCRIPTS = {"Hans": r"\p{Hani}", "Hant": r"\p{Hani}", "Jpan": r"\p{Hani}\p{Hira}\p{Kana}", "Kore": r"\p{Hang}\p{Hani}"}
+LETTER, DENSE = regex.compile(r"\p{L}"), regex.compile(r"[\p{Hani}\p{Hira}\p{Kana}\p{Hang}]")
+# Three times the letters, and a long word beside, say something else, and so does a third of them; "isilwane sasekhaya"
+# for "cat" stays below. One sign of a dense script stands for about three letters of an alphabet.
+MAX_LENGTH_RATIO, SPARE_LETTERS, DENSITY = 3, 20, 3
+MIN_REPEATS = 3  # in a row; twice is emphasis ("muito muito", and isiXhosa doubles verbs: "hamba hamba")
+MAX_REPEATED_WORDS = 6  # of a sequence that is repeated: longer ones are counted by their parts
+LETTER_LOOP = re.compile(r"([^\W_]\S{1,19}?)\1{3,}")  # "haha" is laughter
+# Character references and tags, and what translation models write when they have no word: the sign of sentencepiece for
+# unknown, its mark for a blank, a letter that could not be decoded, and codes of languages.
+MARKUP = re.compile(
+    r"&(?:[a-zA-Z][a-zA-Z0-9]{1,9}|#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6});|</?[a-zA-Z][a-zA-Z0-9]*(?:\s[^<>]*)?/?>|<!--"
+    r"|\u2047|\u2581|\ufffd|>>[\w-]+<<|__[a-z]{2,3}__"
+)
+REPORT_FILE = "quality.json"
+EXAMPLES, MAX_EXAMPLE = 5, 200  # of a flag; letters of a sentence, which can be a book
+# The column `quality-<language>`: how many captions were translated, and those that look wrong by their place in the
+# source's captions.
+QUALITY = {
+    "captions": Value("int32"),
+    "flagged": List(
+        {
+            "column": Value("string"),
+            "position": Value("int32"),
+            "flags": List(Value("string")),
+            "source": Value("string"),
+            "translation": Value("string"),
+        }
+    ),
+}
 
 logger = logging.getLogger("capivara")
 
@@ -67,6 +102,7 @@ logger = logging.getLogger("capivara")
 class TranslateArguments(StageArguments):
     """Arguments of `captions.translate`."""
 
+    uses_model = True
     language: str = flag(..., "To translate into: pt, hi, xh, es, yo, zh-Hant, …; also the ending of the new columns.")
     source_language: str = flag("en", "Of the captions that are there.")
     backend: Literal["transformers", "google", "file"] = flag(
@@ -77,10 +113,6 @@ class TranslateArguments(StageArguments):
     memory: Path | None = flag(
         None, "Folder of translations that are never made again, of all builds; else OUTPUT.memory."
     )
-    existing: Literal["refuse", "append", "replace"] = flag(
-        "refuse",
-        "What to do with columns of the language that are there. append puts translations behind what they hold.",
-    )
     drop_flagged: bool = flag(False, "Leave out translations that look wrong; the others close up: positions change.")
     batch_size: int | None = flag(None, "Sentences that are translated at once: 32 by a model, 128 otherwise.")
     batch_rows: int = flag(
@@ -90,7 +122,7 @@ class TranslateArguments(StageArguments):
 
     model: str | None = flag(
         None,
-        "transformers: folder or Hub id of a Marian, NLLB, M2M100, mBART-50 or MADLAD model; "
+        "transformers: folder or Hub id of a Marian, NLLB, M2M100 or mBART-50 model; "
         f"{PAPER_MODEL}, the paper's, for en to pt where none is given.",
     )
     revision: str | None = flag(None, "transformers: branch, tag or commit of a Hub id.")
@@ -122,14 +154,66 @@ class TranslateArguments(StageArguments):
         if self.backend != "file" and tables.count(None) != 2:
             raise ValueError("--export and --import are of --backend file.")
 
-    @property
-    def memory_folder(self) -> Path:
-        """Where translations are kept for later builds."""
-        return self.memory or self.output.with_name(self.output.name + ".memory")
-
     def needed_columns(self) -> list[str]:
         """Columns of captions in the source language, of which one must be there."""
         return [f"{kind}-{self.source_language}" for kind in KINDS]
+
+    def known_settings(self) -> dict[str, Any]:
+        """The digest of a table, with which a stage that is done is compared."""
+        if self.backend != "file":
+            return {}
+        digest = hashlib.sha256(self.import_file.read_bytes()).hexdigest()
+        return {"translator": {"backend": "file", "target": self.language, "sha256": digest}}
+
+    def process(self, stage: RowStage) -> tuple[Any, ...]:
+        """Captions with their translations beside them. Raises as `read_translations` and the translators do."""
+        columns, known = translated_columns(stage.source, self), {}  # known: sentence -> translation
+        if self.backend == "file":
+            identity = self.known_settings()["translator"]
+            sentences = list(distinct_sentences(self, stage.source, [range(len(stage.source))]))
+            known.update(read_translations(self.import_file, sentences))
+        else:
+            translator = self.translator()
+            identity = translator.fingerprint
+            memory = TranslationMemory(self.memory or self.output.with_name(self.output.name + ".memory"), identity)
+
+        def prepare(parts: list[range]) -> None:
+            if self.backend != "file":
+                wanted = set(distinct_sentences(self, stage.source, parts))
+                known.clear()
+                known.update(translations(self, translator, memory, wanted, shows_bar=stage.rank == 0))
+
+        new = dict.fromkeys(columns.values(), CAPTIONS) | {f"quality-{self.language}": QUALITY}
+        settings = {"translator": identity, "language": self.language, "source_language": self.source_language}
+        settings |= {"existing": "refuse", "drop_flagged": self.drop_flagged}  # the first: what versions before could
+        return new, settings, lambda rows: [translated(self, row, columns, known) for row in rows], prepare
+
+    def translator(self) -> Seq2SeqTranslator | GoogleTranslator:
+        """What translates; both have `translate`, of sentences that are not blank, in order, and `fingerprint`: all
+        that a translation depends on beside the sentence."""
+        languages = (self.language, self.source_language)
+        if self.backend == "google":
+            return GoogleTranslator(*languages, self.google_endpoint)
+        given = {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens}
+        options = {name: value for name, value in given.items() if value is not None}
+        where = (self.revision, self.precision, self.device)
+        return Seq2SeqTranslator(self.model or PAPER_MODEL, *languages, *where, self.batch_size or 32, options)
+
+    def report(self, rank: int = 0, world_size: int = 1) -> None:
+        """Write `quality.json`: counts over all parts, and the first examples of each flag."""
+        column, kinds = f"quality-{self.language}", {name: {"captions": 0, "examples": []} for name in FLAGS}
+        report = {"language": self.language, "rows": 0, "captions": 0, "flagged": 0, "flags": kinds}
+        for path in sorted(self.output.glob("*.parquet")):
+            for quality in pq.read_table(path, columns=[column])[column].to_pylist():
+                report["rows"] += 1
+                report["captions"] += quality["captions"]
+                report["flagged"] += len(quality["flagged"])
+                for one in quality["flagged"]:
+                    for kind in (kinds[name] for name in one["flags"]):
+                        kind["captions"] += 1
+                        example = {name: one[name][:MAX_EXAMPLE] for name in ("source", "translation")}
+                        kind["examples"] += [example][: EXAMPLES - len(kind["examples"])]
+        write_json(self.output / REPORT_FILE, report)
 
 
 # Sentences
@@ -140,16 +224,12 @@ def translated_columns(source: Split, args: TranslateArguments) -> dict[str, str
     there = [args.renamed().get(name, name) for name in source.columns]
     columns = {f"{kind}-{args.source_language}": f"{kind}-{args.language}" for kind in KINDS}
     columns = {column: target for column, target in columns.items() if column in there}
-    taken = [target for target in columns.values() if target in there]
-    if taken and args.existing == "refuse":
-        raise ValueError(
-            f"{source.where} has {', '.join(taken)} already. Say --existing append, or --existing replace."
-        )
-    if f"similarities-{args.language}" in there:
-        raise ValueError(
-            f"{source.where} has similarities-{args.language}, which would not be those of the new captions. Translate "
-            "first, then score."
-        )
+    for name in (*columns.values(), f"similarities-{args.language}"):
+        if name in there:
+            raise ValueError(
+                f"{source.where} has {name} already. Give it another name, --rename {name}=old-{name}; similarities "
+                "are computed after a translation."
+            )
     return columns
 
 
@@ -165,7 +245,7 @@ def distinct_sentences(args: TranslateArguments, source: Split, parts: Iterable[
         rows = itertools.islice(source.rows(part.start, only=columns), len(part))
         for row, column in ((row, column) for row in rows for column in columns):
             texts: list[str] = []
-            with contextlib.suppress(BadRow):  # which every stage refuses
+            with suppress(BadRow):  # which every stage refuses
                 texts = caption_texts(row.get(column), column)
             for sentence in filter(str.strip, texts):
                 digest = hashlib.blake2b(sentence.encode(), digest_size=16).digest()
@@ -188,26 +268,17 @@ def export(args: TranslateArguments, path: Path) -> list[str]:
 
 
 def escape(text: str) -> str:
-    """`text` on one line, without a tab, no formula to a spreadsheet; `unescape` gives it back exactly."""
-
-    def escaped(place: int, letter: str) -> str:
-        risky = letter == "\ufeff" or unicodedata.category(letter) in _RISKY or (place == 0 and letter in _FORMULA)
-        return _SHORT.get(letter) or (f"\\u{ord(letter):04x}" if risky else letter)  # all have at most four digits
-
-    return "".join(itertools.starmap(escaped, enumerate(text)))
+    """`text` as within a string of JSON, with bare quotes: on one line, without a tab, no formula to a spreadsheet."""
+    text = json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', '"')
+    return RISKY.sub(lambda sign: f"\\u{ord(sign[0]):04x}", text)  # all have at most four digits
 
 
 def unescape(text: str) -> str:
-    """What `escape` was given. Raises ValueError where a backslash begins none of the five signs."""
-
-    def unescaped(found: re.Match) -> str:
-        if found[1]:
-            return chr(int(found[1], 16))
-        if found[0] not in _LONG:
-            raise ValueError(rf"'\{found[2]}' is none of \t, \n, \r, \\ and \u with four hex digits")
-        return _LONG[found[0]]
-
-    return re.sub(r"\\(?:u([0-9a-fA-F]{4})|(.?))", unescaped, text, flags=re.DOTALL)
+    """What `escape` was given. Raises ValueError where a backslash begins none of JSON's escapes."""
+    try:
+        return json.loads('"' + text.replace('"', '\\"') + '"', strict=False)
+    except ValueError as error:
+        raise ValueError(f"{text[:SHOWN]!r} has a backslash that begins no escape of JSON; write it twice") from error
 
 
 def sentence_id(number: int, sentence: str) -> str:
@@ -216,11 +287,9 @@ def sentence_id(number: int, sentence: str) -> str:
 
 
 def write_sentences(path: Path, sentences: list[str]) -> None:
-    """The table to be translated, its last column empty: a TSV that nothing inside a caption can break.
+    """The table to be translated, its last column empty: UTF-8, a line a sentence, nothing quoted.
 
-    One line a sentence, UTF-8, and no quoting: a tab, a line break, a backslash and whatever an editor may take for one
-    of them is escaped; so is the first sign of a sentence that a spreadsheet would take for a formula. The id has the
-    number of the sentence and a digest of its text, so that a translation can't reach another sentence.
+    The id has the number of the sentence and a digest of its text, so that a translation can't reach another sentence.
     """
     lines = [f"{sentence_id(number, text)}\t{escape(text)}\t" for number, text in enumerate(sentences, 1)]
     write_text(path, "\n".join(["\t".join(COLUMNS), *lines]) + "\n")
@@ -233,19 +302,19 @@ def read_translations(path: Path, sentences: list[str]) -> dict[str, str]:
     rows are missing, or without a translation.
     """
     rows, ids = _rows(path), [sentence_id(number, text) for number, text in enumerate(sentences, 1)]
-    for place, (line, row) in enumerate(rows):
+    for place, row in enumerate(rows):
         name, source = (ids[place], sentences[place]) if place < len(ids) else ("nothing", "")
         if row["id"] != name:
             said = f"{row['id'][:SHOWN]!r} in place of {name} ({source[:SHOWN]!r}). {AS_THEY_WENT}"
-            raise ValueError(f"{path}, line {line}: {said}")
+            raise ValueError(f"{path}, line {place + 2}: {said}")
         if row.get("source", source) != source:
             said = f"the source {row['source'][:SHOWN]!r} in place of {source[:SHOWN]!r}. {UNQUOTED}"
-            raise ValueError(f"{path}, line {line}: {said}")
+            raise ValueError(f"{path}, line {place + 2}: {said}")
     if len(rows) < len(ids):
         raise ValueError(f"{path} ends before {ids[len(rows)]} ({sentences[len(rows)][:SHOWN]!r}). {AS_THEY_WENT}")
     if missing := untranslated(path):
         raise ValueError(f"{path}: {missing} Fill their last column.")
-    return {source: row["translation"] for source, (_, row) in zip(sentences, rows, strict=True)}
+    return {source: row["translation"] for source, row in zip(sentences, rows, strict=True)}
 
 
 def untranslated(path: Path) -> str:
@@ -254,34 +323,25 @@ def untranslated(path: Path) -> str:
     Raises ValueError where the file is no such table.
     """
     rows = _rows(path)
-    names = [f"line {line} ({row['id'][:SHOWN]})" for line, row in rows if not row["translation"].strip(BLANKS)]
+    names = [
+        f"line {line} ({row['id'][:SHOWN]})" for line, row in enumerate(rows, 2) if not row["translation"].strip(BLANKS)
+    ]
     more = f", and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     said = f"{len(names)} of {len(rows)} sentences have no translation yet: {', '.join(names[:MAX_NAMED])}{more}."
     return said if names else ""
 
 
-def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Line numbers, from 1, and their columns. Raises ValueError where the file or a line is broken."""
-    data = path.read_bytes()
+def _rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a table. Raises ValueError where it is none."""
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path} is no UTF-8, line {line}: {error.reason}. Save it as UTF-8.") from error
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    header = lines[0].split("\t")
-    if len(set(header)) < len(header) or not {"id", "translation"} <= set(header):
+        table = pd.read_csv(path, sep="\t", dtype=str, quoting=csv.QUOTE_NONE, na_filter=False, encoding="utf-8-sig")
+        rows = [{name: unescape(cell) for name, cell in row.items()} for row in table.fillna("").to_dict("records")]
+    except ValueError as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path} can't be read: {said}. It must be UTF-8, columns apart by tabs.") from error
+    if not {"id", "translation"} <= set(table):
         rule = "must name the columns id and translation, and may name source, apart by tabs"
-        raise ValueError(f"The first line of {path} {rule}; it is {lines[0][:80]!r}.")
-    rows = []
-    for number, line in ((number, line) for number, line in enumerate(lines[1:], 2) if line):
-        cells = line.split("\t")
-        if len(cells) != len(header):
-            raise ValueError(f"{path}, line {number}: {len(cells)} columns, the first line has {len(header)}.")
-        try:
-            rows.append((number, dict(zip(header, map(unescape, cells), strict=True))))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}.") from error
+        raise ValueError(f"The first line of {path} {rule}; it is {' '.join(map(str, table))[:80]!r}.")
     return rows
 
 
@@ -318,117 +378,99 @@ class TranslationMemory:
             parquet.write_table(pa.table(columns, schema=PAIR_SCHEMA))
 
 
-class RememberingTranslator:
-    """The model or the service, asked for what the memory does not know.
-
-    Either has `translate`, of sentences that are not blank, in order, and `fingerprint`: all that a translation depends
-    on beside the sentence, which the memory keeps apart.
-    """
-
-    def __init__(self, args: TranslateArguments, shows_bar: bool):
-        options = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
-        languages = (args.language, args.source_language)
-        # For Google a batch is a request, so that what was paid for is not lost when the next one fails.
-        self.characters, self.at_once, self.shows_bar = GOOGLE_CHARACTERS, args.batch_size or 128, shows_bar
-        if args.backend == "google":
-            self.translator = GoogleTranslator(*languages, args.google_endpoint)
-        else:
-            self.characters, self.at_once = sys.maxsize, SENTENCES_PER_ROW * args.batch_rows
-            self.translator = load(
-                args.model or PAPER_MODEL, *languages, args.revision, args.precision, args.device,
-                batch_size=args.batch_size or 32,
-                options={name: value for name, value in options.items() if value is not None},
-            )  # fmt: skip
-        self.memory = TranslationMemory(args.memory_folder, self.translator.fingerprint)
-
-    def find(self, sentences: set[str]) -> dict[str, str]:
-        """Sentence -> translation. Those that are made are in the memory, however it ends."""
-        found = self.memory.find(sentences)
-        # The longest come first: where the memory of the device does not suffice, it shows at once.
-        left = sorted(sentences - found.keys(), key=lambda text: (-len(text), text))
-        title = f"Translating with {self.translator.name}"
-        with tqdm(total=len(left), desc=title, unit="sentence", leave=False, disable=not self.shows_bar) as bar:
-            for some in groups(left, self.characters, self.at_once):
-                made = dict(zip(some, self.translator.translate(some), strict=True))
-                self.memory.add(made)
-                found |= made
-                bar.update(len(some))
-        return found
+def translations(
+    args: TranslateArguments, translator: Any, memory: TranslationMemory, sentences: set[str], shows_bar: bool
+) -> dict[str, str]:
+    """Sentence -> translation. Those that are made are in the memory, however it ends."""
+    found = memory.find(sentences)
+    # The longest come first: where the memory of the device does not suffice, it shows at once.
+    left = sorted(sentences - found.keys(), key=lambda text: (-len(text), text))
+    limits = (sys.maxsize, SENTENCES_PER_ROW * args.batch_rows)
+    if args.backend == "google":  # a request at a time, so that what was paid for is not lost when the next one fails
+        limits = (GOOGLE_CHARACTERS, args.batch_size or 128)
+    title = f"Translating with {translator.name}"
+    with tqdm(total=len(left), desc=title, unit="sentence", leave=False, disable=not shows_bar) as bar:
+        for some in groups(left, *limits):
+            made = dict(zip(some, translator.translate(some), strict=True))
+            memory.add(made)
+            found |= made
+            bar.update(len(some))
+    return found
 
 
-# Rows
+def translated(
+    args: TranslateArguments, row: dict[str, Any], columns: dict[str, str], known: dict[str, str]
+) -> dict[str, Any]:
+    """`captions-<language>`, `generated-captions-<language>` and `quality-<language>` of a row."""
+    new, number, flagged = {}, 0, []
+    for column, target in columns.items():
+        new[target] = []
+        for position, source in enumerate(row.get(column) or []):
+            translation = known[source] if source.strip() else ""
+            found = flags(source, translation, args.language)
+            number += 1
+            if found:
+                where = {"column": target, "position": position, "flags": found}
+                flagged.append(where | {"source": source, "translation": translation})
+            if not (found and args.drop_flagged):
+                new[target].append(translation)
+    return new | {f"quality-{args.language}": {"captions": number, "flagged": flagged}}
 
 
-@dataclass
-class CaptionJoin:
-    """Captions of some rows with their translations beside them: a `Process`."""
-
-    args: TranslateArguments
-    source: Split
-    find: Callable[[set[str]], dict[str, str]] | None = None  # sentences -> all of them with their translations
-    translations: dict[str, str] = field(default_factory=dict)  # of the sentences that are needed next
-
-    def __post_init__(self) -> None:
-        self.columns = translated_columns(self.source, self.args)
-        self.quality = f"quality-{self.args.language}"
-
-    def prepare(self, parts: list[range]) -> None:
-        """Find the translations of some parts."""
-        self.translations = self.find(set(distinct_sentences(self.args, self.source, parts)))
-
-    def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """`captions-<language>`, `generated-captions-<language>` and `quality-<language>` of each row."""
-        return [self._new_columns(row) for row in rows]
-
-    def _new_columns(self, row: dict[str, Any]) -> dict[str, Any]:
-        new, number, flagged = {}, 0, []
-        for column, target in self.columns.items():
-            new[target] = list(row.get(target) or []) if self.args.existing == "append" else []
-            for position, source in enumerate(row.get(column) or []):
-                translation = self.translations[source] if source.strip() else ""
-                found = flags(source, translation, self.args.language)
-                number += 1
-                if found:
-                    where = {"column": target, "position": position, "flags": found}
-                    flagged.append(where | {"source": source, "translation": translation})
-                if not (found and self.args.drop_flagged):
-                    new[target].append(translation)
-        return new | {self.quality: {"captions": number, "flagged": flagged}}
+# What looks wrong: a suspicion, not a verdict. A name stays as it is, and a rhyme repeats; so thresholds leave what
+# people write alone, and catch what translators do when they fail.
 
 
-def translate(args: TranslateArguments, rank: int = 0, world_size: int = 1) -> StageReport:
-    """Write the parts of one task that are missing. Raises as `RowStage`, `read_translations` and the translators."""
-    stage = RowStage(args, rank, world_size)  # before the model: what is wrong with the data is said at once
-    identity, digest = {"backend": "file", "target": args.language}, ""
-    if args.backend == "file":
-        identity["sha256"] = digest = hashlib.sha256(args.import_file.read_bytes()).hexdigest()
-    if report := stage.done:
-        if stage_record(args.output)["settings"]["translator"].get("sha256", digest) != digest:
-            raise ValueError(
-                f"{args.import_file} has changed since {args.output} was made of it. Put it back; or remove that "
-                "folder and what was made from it, and run again."
-            )
-        return report
-    join = CaptionJoin(args, stage.source)
-    if args.backend == "file":
-        sentences = distinct_sentences(args, stage.source, [range(len(stage.source))])
-        table = read_translations(args.import_file, list(sentences))
-        join.find = lambda wanted: table
-    else:
-        translator = RememberingTranslator(args, shows_bar=rank == 0)
-        join.find, identity = translator.find, translator.memory.fingerprint
-    new = dict.fromkeys(join.columns.values(), CAPTIONS) | {join.quality: QUALITY}
-    settings = {"translator": identity}
-    settings |= {name: getattr(args, name) for name in ("language", "source_language", "existing", "drop_flagged")}
-    return stage.run(new, settings, join, "Translations of the captions", join.prepare)
+def flags(source: str, translation: str, language: str) -> list[str]:
+    """Which of `FLAGS` a translation into `language` gets; none for one that looks right, or for a blank source."""
+    if not source.strip():
+        return []
+    if not translation.strip() or (_has_letters(source) and not _has_letters(translation)):
+        return ["empty"]
+    words, letters = _words(source), "".join(LETTER.findall(translation))
+    short, long = sorted(len(text) + (DENSITY - 1) * len(DENSE.findall(text)) for text in (source, translation))
+    found = {
+        "copy": len(words) > MAX_NAME_WORDS and words == _words(translation),
+        "wrong script": len(_script(language).findall(letters)) < MIN_SCRIPT_SHARE * len(letters),
+        "length": long > MAX_LENGTH_RATIO * short + SPARE_LETTERS,
+        "repetition": repeats(translation) and not repeats(source),
+        "markup": bool(MARKUP.search(translation)),
+    }
+    return [name for name, is_so in found.items() if is_so]
 
 
-def write_report(args: TranslateArguments, rank: int = 0, world_size: int = 1) -> str:
-    """Count what looks wrong."""
-    return write_quality_report(args.output, args.language)
+def repeats(text: str) -> bool:
+    """Whether a sequence of words or letters comes again and again."""
+    words = _words(text)
+    for size in range(1, MAX_REPEATED_WORDS + 1):
+        run = 0  # words in a row that are those of `size` words before
+        for i in range(size, len(words)):
+            run = run + 1 if words[i] == words[i - size] else 0
+            if run >= size * (MIN_REPEATS - 1):
+                return True
+    return bool(LETTER_LOOP.search(text.lower()))
 
 
-PHASES = {"rows": Phase(translate, shared=True, uses_model=True), "report": Phase(write_report)}
+def _words(text: str) -> list[str]:
+    return re.findall(TOKEN_PATTERN, text.lower())
+
+
+def _has_letters(text: str) -> bool:
+    return any(map(str.isalnum, text))
+
+
+@lru_cache
+def _script(language: str) -> regex.Pattern:
+    """The letters of a language; all where it has none of its own."""
+    known = language_of(language)
+    if known is None or (known.language in TWO_SCRIPTS and not known.script):
+        return LETTER
+    script = known.maximize().script
+    letters = SCRIPTS.get(script, rf"\p{{{script}}}")
+    return regex.compile(f"[{letters}]")
+
+
+# The command
 
 
 def ready(args: TranslateArguments) -> bool:
@@ -447,9 +489,14 @@ def ready(args: TranslateArguments) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     """The command; prints what the quality report says."""
-    args = stage_main(TranslateArguments, __doc__, argv, PHASES, ready)
+    args = stage_main(TranslateArguments, __doc__, argv, ready)
     if args is not None:
-        print(quality_summary(args.output))
+        report = read_json(args.output / REPORT_FILE)
+        counts = "".join(
+            f"\n{kind['captions']:12,}  {name}" for name, kind in report["flags"].items() if kind["captions"]
+        )
+        where = args.output / REPORT_FILE
+        print(f"{report['flagged']:,} of {report['captions']:,} translations look wrong, see {where}.{counts}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """What can translate: sequence-to-sequence models of transformers, and Google's service.
 
-    python -c "from captions.translators import load; print(load('Helsinki-NLP/opus-mt-tc-big-en-pt', 'pt').code)"
+    python -c "from captions.translators import Seq2SeqTranslator as T; print(T('facebook/m2m100_418M', 'hi').code)"
 
-How a model is told the language it shall write is read off its tokenizer: Marian's and MADLAD's have a token for each,
-`>>por<<` or `<2pt>`, which goes before the sentence; NLLB, M2M100 and mBART begin the translation with one. Neither is
-skipped in decoding, so it is cut off here.
+How a model is told the language it shall write is read off its tokenizer: Marian's have a token for each, `>>por<<`,
+which goes before the sentence; NLLB, M2M100 and mBART begin the translation with one. Neither is skipped in decoding,
+so it is cut off here.
 
 Google's is version 2 of the service ("Basic"), by its official client, which takes a key. The key travels in a header,
 not in the address, is sent to no other host, and is removed from whatever an error says.
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from langcodes import Language, LanguageTagError
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from capivara_common.environment import how_to_install, require, torch_device
@@ -34,35 +35,13 @@ from modeling_capivara.checks_capivara import tokenizer_errors
 from modeling_capivara.loading import checked_config
 
 CODES_NAMED = 8  # codes that an error shows
-# ISO 639-1 and the code of ISO 639-3 for the same, from the tables of the Library of Congress and SIL.
-_PAIRS = """
-aa:aar ab:abk ae:ave af:afr ak:aka am:amh an:arg ar:ara as:asm av:ava ay:aym az:aze ba:bak be:bel bg:bul bi:bis bm:bam
-bn:ben bo:bod br:bre bs:bos ca:cat ce:che ch:cha co:cos cr:cre cs:ces cu:chu cv:chv cy:cym da:dan de:deu dv:div dz:dzo
-ee:ewe el:ell en:eng eo:epo es:spa et:est eu:eus fa:fas ff:ful fi:fin fj:fij fo:fao fr:fra fy:fry ga:gle gd:gla gl:glg
-gn:grn gu:guj gv:glv ha:hau he:heb hi:hin ho:hmo hr:hrv ht:hat hu:hun hy:hye hz:her ia:ina id:ind ie:ile ig:ibo ii:iii
-ik:ipk io:ido is:isl it:ita iu:iku ja:jpn jv:jav ka:kat kg:kon ki:kik kj:kua kk:kaz kl:kal km:khm kn:kan ko:kor kr:kau
-ks:kas ku:kur kv:kom kw:cor ky:kir la:lat lb:ltz lg:lug li:lim ln:lin lo:lao lt:lit lu:lub lv:lav mg:mlg mh:mah mi:mri
-mk:mkd ml:mal mn:mon mr:mar ms:msa mt:mlt my:mya na:nau nb:nob nd:nde ne:nep ng:ndo nl:nld nn:nno no:nor nr:nbl nv:nav
-ny:nya oc:oci oj:oji om:orm or:ori os:oss pa:pan pi:pli pl:pol ps:pus pt:por qu:que rm:roh rn:run ro:ron ru:rus rw:kin
-sa:san sc:srd sd:snd se:sme sg:sag si:sin sk:slk sl:slv sm:smo sn:sna so:som sq:sqi sr:srp ss:ssw st:sot su:sun sv:swe
-sw:swa ta:tam te:tel tg:tgk th:tha ti:tir tk:tuk tl:tgl tn:tsn to:ton tr:tur ts:tso tt:tat tw:twi ty:tah ug:uig uk:ukr
-ur:urd uz:uzb ve:ven vi:vie vo:vol wa:wln wo:wol xh:xho yi:yid yo:yor za:zha zh:zho zu:zul
-"""
-# A group of languages, and the one of it that translators mean (the codes of NLLB-200 and of Tatoeba's models).
-_OF_GROUP = """
-ara:arb aym:ayr aze:azj est:ekk fas:pes ful:fuv kau:knc kur:kmr lav:lvs mlg:plt mon:khk msa:zsm nep:npi nor:nob ori:ory
-orm:gaz pus:pbt que:quy sqi:als swa:swh uzb:uzn yid:ydd zho:cmn
-"""
-_THREE_LETTERS = dict(pair.split(":") for pair in _PAIRS.split())
-TWO_LETTERS = {long: short for short, long in _THREE_LETTERS.items()}
-_GROUP_MEMBER = dict(pair.split(":") for pair in _OF_GROUP.split())
 # Where a text is cut, the best place first: ends of sentences, with no blank behind them in Chinese and Japanese; then
 # of clauses; then of words.
 BOUNDARIES = (r"(?<=[.!?…।॥؟])\s+|(?<=[。！？])|\n+", r"(?<=[,;:،؛、])\s+|(?<=[，；：])", r"\s+")
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SOURCE_TOKENS = 256  # of a piece: translation models learn from sentences, and lose the rest of long paragraphs
-SOURCE_TOKEN = re.compile(r">>(.+)<<|<2(.+)>")  # Marian's and MADLAD's
+SOURCE_TOKEN = re.compile(r">>(.+)<<")  # Marian's
 TARGET_TOKEN = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")  # NLLB's
 GOOGLE_MODULES = ("google.auth", "google.cloud.translate_v2")  # of the extra `google`
 GOOGLE_CHARACTERS = 5_000  # of a request, as Google advises
@@ -74,58 +53,42 @@ TIMEOUT_S = 60.0
 MAX_TRIES = 8  # of a request, with pauses that double and lose a random part
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # Google's quotas are by the minute, cloud.google.com/translate/quotas
 RETRIED = {408, 429, 500, 502, 503, 504}
-REFUSED = {400, 401, 403}
 
 
 # Names of languages: `pt` of the columns is `>>por<<`, `por_Latn`, `pt_XX` or `pt` to a translator.
 
 
-def find_code(language: str, codes: Iterable[str], translator: str = "The translator") -> str:
-    """The code of `codes`, what a translator calls its languages, that means `language`: of ISO 639-1 or 639-3, with a
-    script or region where it matters (pt, por, zh-Hant, pt-BR), or one of `codes`.
+def language_of(code: str) -> Language | None:
+    """What a code means, of BCP 47 or a translator's own: language, with a script or region where it has one."""
+    try:
+        return Language.get(code.strip()).prefer_macrolanguage()
+    except LanguageTagError:
+        return None
 
-    Raises ValueError where there is none, and the nearest are named, or several, and all of them are.
+
+def find_code(language: str, codes: Iterable[str], translator: str = "The translator") -> str:
+    """The code of `codes`, what a translator calls its languages, that means `language`: of ISO 639, with a script or
+    region where it matters: pt, por, zh-Hant, pt-BR.
+
+    Raises ValueError where there is none, and the nearest are named.
     """
-    codes = list(codes)
-    same = [code for code in codes if language_parts(code) == language_parts(language)]
-    found = same or [code for code in codes if _fits(language, code)]
-    bare = [code for code in found if len(language_parts(code)) == 1]
-    if len(same) == 1 or len(bare) == 1 or len(found) == 1:
-        return (same or bare or found)[0]
-    if found:
-        raise ValueError(f"{translator} knows {language!r} as several: {', '.join(sorted(found))}. Say which.")
-    names = sorted(same_language(language))
-    near = dict.fromkeys(code for name in names for code in difflib.get_close_matches(name, codes, CODES_NAMED, 0.5))
-    near |= dict.fromkeys(sorted(code for code in codes if code[:1] == language[:1].lower()))
-    shown = ", ".join(list(near or sorted(codes))[:CODES_NAMED])
+    codes, wanted = list(codes), language_of(language)
+    known = {code: one for code in codes if (one := language_of(code)) and wanted and _means(wanted, one)}
+    if found := sorted(known, key=lambda code: (code != language, known[code] != wanted, bool(known[code].territory))):
+        return found[0]
+    near = sorted(codes, key=lambda code: -difflib.SequenceMatcher(None, language.lower(), code.lower()).ratio())
     raise ValueError(
-        f"{translator} does not know the language {language!r}; of its {len(codes)} codes the nearest are {shown}."
+        f"{translator} does not know the language {language!r}; of its {len(codes)} codes the nearest are "
+        f"{', '.join(near[:CODES_NAMED])}."
     )
 
 
-def same_language(language: str) -> set[str]:
-    """The codes, without script and region, for the language of a code."""
-    name = language_parts(language)[0]
-    long = _THREE_LETTERS.get(name, name)
-    group = next((group for group, member in _GROUP_MEMBER.items() if member == long), long)
-    return {name, long, group, TWO_LETTERS.get(group, name), _GROUP_MEMBER.get(group, group)}
-
-
-def _fits(language: str, code: str) -> bool:
-    """Whether two codes mean one language; two scripts or two regions differ, one and none do not."""
-    if same_language(language).isdisjoint(same_language(code)):
-        return False
-    (_, *ours), (_, *theirs) = language_parts(language), language_parts(code)
-    for length in (4, 2):  # scripts have four letters, regions two; XX is mBART's for "none"
-        one, other = ({part for part in rest if len(part) == length and part != "xx"} for rest in (ours, theirs))
-        if one and other and one != other:
-            return False
-    return True
-
-
-def language_parts(code: str) -> list[str]:
-    """Language, script and region, as far as a code has them: ["zh", "hant"] of zh-Hant."""
-    return code.strip().lower().replace("_", "-").split("-")
+def _means(wanted: Language, other: Language) -> bool:
+    """Whether two codes mean one language in one script; two regions differ, one and none do not."""
+    regions = {one.territory for one in (wanted, other)} - {None, "XX"}  # XX is mBART's for "none"
+    return (
+        wanted.language == other.language and len(regions) < 2 and wanted.maximize().script == other.maximize().script
+    )
 
 
 def cut(text: str, fits: Callable[[str], bool]) -> list[str]:
@@ -155,29 +118,34 @@ def cut(text: str, fits: Callable[[str], bool]) -> list[str]:
 
 
 class Seq2SeqTranslator:
-    """A model in `eval()`, with its tokenizer, told the languages that it writes and reads.
+    """A model, told the languages that it writes and reads.
 
     Args:
+        name: folder or Hub id; `revision` is of the latter.
         batch_size: sentences, or pieces of long ones, that go through at once.
         options: of `generate`; what is not given is as in the model's generation_config.
-        identity: of the weights, for the translation memory.
 
     Raises:
-        ValueError: the model does not know a language; the nearest codes are named.
+        ValueError: it is no model that translates, or does not know a language; the nearest codes are named. Or, later,
+            the memory of the device does not suffice.
+        ImportError: its tokenizer needs a package that is not there.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        name: str,
         language: str,
         source_language: str = "en",
+        revision: str | None = None,
+        precision: str = "float32",
+        device: str | None = None,
         batch_size: int = 32,
         options: dict[str, Any] | None = None,
-        identity: dict[str, Any] | None = None,
     ):
-        self.model, self.tokenizer, self._batch_size = model, tokenizer, batch_size
-        self.name = f"{model.config.model_type} {Path(model.config.name_or_path).name}".strip()
+        self.tokenizer, model = _loaded(name, revision, precision)
+        self.model, tokenizer = model.eval().to(torch_device(device)), self.tokenizer
+        self._batch_size = batch_size
+        self.name = f"{model.config.model_type} {Path(name).name}"
         self._before: list[int] = []  # token ids before every sentence
         self._options = dict(options or {})
         source_codes, target_codes = _language_tokens(tokenizer)
@@ -191,7 +159,7 @@ class Seq2SeqTranslator:
             tokenizer.src_lang = find_code(source_language, target_codes, self.name)
             self._options["forced_bos_token_id"] = target_codes[self.code]
         else:
-            self.code = _only_language(tokenizer, language, self.name)
+            self.code = find_code(language, filter(None, [getattr(tokenizer, "target_lang", None)]), self.name)
         # Within what the model has positions for, of which one is the start token's. Twice the source is more than
         # languages differ by, and ends a loop.
         positions = getattr(model.config, "max_position_embeddings", None) or 2 * MAX_SOURCE_TOKENS
@@ -203,7 +171,8 @@ class Seq2SeqTranslator:
         settings.pop("transformers_version", None)
         self.fingerprint = {
             "backend": "transformers",
-            **(identity or {"model": str(model.config.name_or_path)}),
+            "model": Path(name).name if Path(name).is_dir() else name,
+            "revision": _revision(name, model),
             "source": getattr(tokenizer, "src_lang", None) or source_language,
             "target": self.code,
             "source_prefix": None,  # what earlier versions could have: their memories stay
@@ -230,50 +199,29 @@ class Seq2SeqTranslator:
 
     def _translated(self, texts: list[str]) -> list[str]:
         inputs = self.tokenizer.pad({"input_ids": [self.token_ids(text) for text in texts]}, return_tensors="pt")
-        ids = None
         try:
             ids = self.model.generate(**inputs.to(self.model.device), **self._options)  # (texts, tokens)
         except torch.OutOfMemoryError as error:
-            if len(texts) == 1:
-                raise ValueError(f"Out of memory with one sentence at once. Lower --num_beams. ({error})") from error
-        if ids is None:  # not in `except`, where the error keeps the tensors of the failed try
-            middle = len(texts) // 2
-            return self._translated(texts[:middle]) + self._translated(texts[middle:])
+            said = f"Out of memory with {len(texts)} sentences at once. Lower --batch_size, then --num_beams. ({error})"
+            raise ValueError(said) from error
         kept = [[i for i in row if i not in self._language_ids] for row in ids.tolist()]
         return [text.strip() for text in self.tokenizer.batch_decode(kept, skip_special_tokens=True)]
 
 
-def load(
-    name: str,
-    language: str,
-    source_language: str = "en",
-    revision: str | None = None,
-    precision: str = "float32",
-    device: str | None = None,
-    **options: Any,
-) -> Seq2SeqTranslator:
-    """The translator of a folder or Hub id; `options` are others of `Seq2SeqTranslator`.
-
-    Raises ValueError where it is no model that translates, or does not know a language; ImportError where its tokenizer
-    needs a package that is not there.
-    """
-    target = torch_device(device)
+def _loaded(name: str, revision: str | None, precision: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     try:
         check_reachable(name, revision=revision)
         with warnings.catch_warnings(), tokenizer_errors("its tokenizer"):
             warnings.filterwarnings("ignore", "Recommended: pip install sacremoses")  # which the tokenizer never calls
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         checked_config(name, revision=revision)
-        model = AutoModelForSeq2SeqLM.from_pretrained(name, revision=revision, dtype=DTYPES[precision])
+        return tokenizer, AutoModelForSeq2SeqLM.from_pretrained(name, revision=revision, dtype=DTYPES[precision])
     except ImportError as error:
         said = str(error).strip().split(". ")[0]  # transformers adds where else to read on
         raise ImportError(f"{said}. What translators need: {how_to_install('translate')}") from error
     except (OSError, ValueError, KeyError, AttributeError) as error:
         said = str(error).strip().split("\n")[0]
         raise ValueError(f"{name} can't be loaded as a translation model: {said}") from error
-    identity = {"model": Path(name).name if Path(name).is_dir() else name, "revision": _revision(name, model)}
-    model.eval().to(target)
-    return Seq2SeqTranslator(model, tokenizer, language, source_language, identity=identity, **options)
 
 
 def _revision(name: str, model: PreTrainedModel) -> str:
@@ -290,22 +238,11 @@ def _revision(name: str, model: PreTrainedModel) -> str:
 def _language_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], dict[str, int]]:
     """Codes with their token ids: those that go before the source, and those that begin the translation."""
     vocabulary = tokenizer.get_vocab()
-    found = {token: SOURCE_TOKEN.fullmatch(token) for token in vocabulary}
-    before = {match[1] or match[2]: vocabulary[token] for token, match in found.items() if match}
-    begins = getattr(tokenizer, "lang_code_to_id", None)
-    if begins is None:  # NLLB's has no table
-        begins = {token: number for token, number in vocabulary.items() if TARGET_TOKEN.fullmatch(token)}
-    return before, {} if before else dict(begins)
-
-
-def _only_language(tokenizer: PreTrainedTokenizerBase, language: str, name: str) -> str:
-    """Of a tokenizer without codes: what it says that it writes."""
-    written = getattr(tokenizer, "target_lang", None) or getattr(tokenizer, "tgt_lang", None)
-    if not written:
-        raise ValueError(f"{name} has no codes of languages, so nothing tells it to write {language!r}. Take another.")
-    if same_language(written).isdisjoint(same_language(language)):
-        raise ValueError(f"{name} translates into {written!r} only, not into {language!r}.")
-    return written
+    before = {token[2:-2]: number for token, number in vocabulary.items() if SOURCE_TOKEN.fullmatch(token)}
+    begins = {
+        token: number for token, number in vocabulary.items() if TARGET_TOKEN.fullmatch(token)
+    }  # NLLB has no table
+    return before, {} if before else dict(getattr(tokenizer, "lang_code_to_id", begins))
 
 
 class GoogleTranslator:
@@ -320,8 +257,7 @@ class GoogleTranslator:
     def __init__(self, language: str, source_language: str, endpoint: str | None = None):
         self._secrets: list[str] = []
         self._client = _client(endpoint or ENDPOINT, self._secrets)
-        languages = self._tried(self._client.get_languages)
-        known = [entry["language"] for entry in languages if isinstance(entry, dict) and "language" in entry]
+        known = self._tried(lambda: [entry["language"] for entry in self._client.get_languages()])
         self.code, self._source = (find_code(code, known, self.name) for code in (language, source_language))
         self.fingerprint = {"backend": "google", "api": "v2", "source": self._source, "target": self.code}
 
@@ -349,8 +285,8 @@ class GoogleTranslator:
                 return request()
             except Exception as error:  # of google, requests and urllib3, and of answers that are no JSON
                 reason, may_pass = self._failure(error)
-            if not may_pass:
-                raise ValueError(reason)  # here: an error that was raised in `except` would carry the first one
+            if not may_pass:  # here: an error that was raised in `except` would carry the first one
+                raise ValueError(f"Google refuses it; see to the key, its rights and its quota. It says: {reason}")
         raise ConnectionError(
             f"Google has failed {MAX_TRIES} times, at last so: {reason}. What is translated is kept; the same command "
             "goes on."
@@ -366,14 +302,13 @@ class GoogleTranslator:
             for form in (secret, urllib.parse.quote(secret, safe=""), repr(secret)[1:-1]):
                 said = said.replace(form, "<key>")
         if isinstance(error, GoogleAuthError):
-            return f"Google refuses the credentials: {said}", bool(getattr(error, "retryable", False))
+            return said, bool(getattr(error, "retryable", False))
         if isinstance(error, GoogleAPICallError):
-            too_fast = error.code == 403 and "rate limit exceeded" in said.lower()  # 403 is for quotas, too
-            if error.code in REFUSED and not too_fast:
-                said = f"Google refuses the request; see to the key, its rights and its quota. It says: {said}"
-            return said, error.code in RETRIED or too_fast
+            return said, error.code in RETRIED or "rate limit exceeded" in said.lower()  # 403 is for quotas, too
         # No answer, none that is JSON, or too short a one: the client's words for that are of its own code.
-        garbled = isinstance(error, AttributeError | TypeError | ValueError) and not isinstance(error, OSError)
+        garbled = isinstance(error, LookupError | AttributeError | TypeError | ValueError) and not isinstance(
+            error, OSError
+        )
         return "it answered without a translation" if garbled else said, True
 
 
@@ -398,21 +333,19 @@ def _client(endpoint: str, secrets: list[str]) -> Any:
 
 
 def _credentials(scopes: tuple[str, ...], secrets: list[str]) -> Any:
-    import google.auth
     from google.auth import api_key
+    from google.oauth2.service_account import Credentials
 
-    key = os.environ.get(KEY, "").strip()
+    key, account = os.environ.get(KEY, "").strip(), os.environ.get(ACCOUNT, "")
     if key:
-        if not key.isascii() or not key.isprintable() or " " in key:
+        if not re.fullmatch(r"[!-~]+", key):
             raise ValueError(f"The key in {KEY} has blanks, line breaks or letters that no key has. Copy it anew.")
         secrets.append(key)
         return api_key.Credentials(key)
-    if not os.environ.get(ACCOUNT):
+    try:
+        return Credentials.from_service_account_file(account, scopes=scopes)
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"--backend google needs a key of Google Cloud's Translation API in the environment variable {KEY}, or the "
-            f"file of a service account in {ACCOUNT}. Neither is set."
-        )
-    try:
-        return google.auth.default(scopes=scopes)[0]
-    except google.auth.exceptions.GoogleAuthError as error:
-        raise ValueError(f"{ACCOUNT} names no usable account: {error}") from error
+            f"file of a service account in {ACCOUNT}: {error}"
+        ) from error

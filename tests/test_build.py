@@ -18,7 +18,6 @@ from tiny import save_model
 
 from capivara_common.executors import TasksFailed, Work, execute
 from caption_data.rows import CAPTIONS, SIMILARITIES
-from captions import score
 from captions.build import BuildArguments, ManualStepRequired, build, main, read_plan
 from captions.select import Selection
 from captions.stages import StageArguments
@@ -156,7 +155,7 @@ def test_what_fails_is_named_and_the_same_command_does_the_rest(config, tmp_path
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("captions.dataset_folder.pa.concat_tables", full)
+        patch.setattr("captions.build.pa.concat_tables", full)
         with pytest.raises(OSError, match=r"No space left on the disk while writing .*; nothing was kept"):
             main(["--config", str(config)])
     assert not (tmp_path / "built" / "dataset").exists() and not list(logs.glob("failures/*"))
@@ -193,7 +192,7 @@ def test_every_job_of_slurm_waits_for_the_one_before(config, tmp_path, monkeypat
     )
     monkeypatch.setattr(shutil, "which", lambda name: name)
     logs = tmp_path / "elsewhere"
-    flags = SLURM | {"gpus_per_task": 1, "sbatch": ["output=a b/%j.out"], "logging_dir": logs}
+    flags = SLURM | {"gpus_per_task": 1, "sbatch": ["output=a/%j.out"], "logging_dir": logs}
     assert build(BuildArguments(config, **flags)) is None
     phases = ["rows", "report"]
     assert [name.removeprefix("captions-") for name, *_ in jobs] == [
@@ -206,7 +205,7 @@ def test_every_job_of_slurm_waits_for_the_one_before(config, tmp_path, monkeypat
     assert "#SBATCH --gpus=1" in scripts["2-score/train/rows"] and "#SBATCH --gpus" not in scripts["dataset"]
     assert "#SBATCH --array=0-1\n" in scripts["2-score/train/rows"] and "#SBATCH --array=0-0\n" in scripts["dataset"]
     for script in scripts.values():
-        assert "#SBATCH --kill-on-invalid-dep=yes" in script and "#SBATCH --output='a b/%j.out'\n" in script
+        assert "#SBATCH --kill-on-invalid-dep=yes" in script and "#SBATCH --output=a/%j.out\n" in script
         assert re.search(rf"#SBATCH --error={logs}/\S+/slurm_logs/%A_%a\.out\n", script)
 
 
@@ -254,12 +253,12 @@ def test_each_worker_has_a_gpu_of_its_own(config, monkeypatch, tmp_path):
 def test_workers_that_die_before_they_say_a_word(executor, monkeypatch, tmp_path):
     """No phase is complete whose tasks have not ended, and what needs it is not started. Ray only logs such a death."""
     monkeypatch.setattr("capivara_common.executors.START_METHOD", "fork")
-    monkeypatch.setattr("capivara_common.executors._prepare_worker", lambda *_: os._exit(1))
+    monkeypatch.setattr("capivara_common.executors._worker", lambda *_: os._exit(1))
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
     monkeypatch.setattr("capivara_common.executors.require", lambda *_: None)
     monkeypatch.setattr("capivara_common.executors.RayPipelineExecutor.run", lambda _: None)
     args = StageArguments("no/such", tmp_path / "out", executor=executor, tasks=3, workers=2)
-    works = [Work(score.PHASES["rows"], args, tmp_path / name, name) for name in ("first", "second")]
+    works = [Work(args.phases["rows"], args, tmp_path / name, name) for name in ("first", "second")]
     (tmp_path / "first" / "completions").mkdir(parents=True)
     (tmp_path / "first" / "completions" / "00001").touch()  # of an earlier start
     with pytest.raises(TasksFailed, match=r"first: 3 tasks have failed:(\n  task [012]: has not started, or .*){3}"):
@@ -270,16 +269,15 @@ def test_workers_that_die_before_they_say_a_word(executor, monkeypatch, tmp_path
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("partition", "gpu\n#SBATCH --wrap=x", "partition must have no backslash, line break"),
-        ("time", "1\x1b", "time must have no backslash"),
-        ("sbatch", "comment=x\\", "sbatch must have no backslash"),
-        *(("logging_dir", name, "folder of the logs, .* must have letters") for name in ("a b", "$(touch x)")),
-        *(("output", name, "folder of the logs, .* must have letters") for name in ("a;touch x", "50%j")),
+        ("partition", "gpu\n#SBATCH --wrap=x", "partition must have letters, digits and"),
+        ("time", "1\x1b", "time must have letters"),
+        ("sbatch", "comment=x $(touch x)", "sbatch must have letters"),
+        ("logging_dir", "a b", "folder of the logs must have letters"),
+        ("output", "50%j", "folder of the logs must have letters"),
     ],
 )
 def test_slurm_gets_what_stands_in_its_script_as_it_is(config, tmp_path, monkeypatch, flag, value, message):
-    """A line break would be a directive of its own; of a backslash sbatch and a shell make different things. A relative
-    folder lies in the current one."""
+    """A line break would be a directive of its own. A relative folder lies in the current one."""
     monkeypatch.chdir(tmp_path)
     flags = {"executor": "slurm", "tasks": 2, "partition": "gpu", "time": 1, flag: value}
     with pytest.raises(ValueError, match=message):
@@ -291,7 +289,7 @@ def test_slurm_gets_what_stands_in_its_script_as_it_is(config, tmp_path, monkeyp
     [
         ({"dataset": "no/such/folder"}, r"no/such/folder does not exist"),
         ({"split": "training"}, r"no split 'training'; there are \['test', 'train'\]"),
-        ({"image_column": "photo"}, r"no image column 'photo'; there are"),
+        ({"image_column": "photo"}, r"no column 'photo'; there are"),
         ({"rename": ["captions-en=a", "generated-captions-en=b"]}, r"no column captions-en or generated-captions-en"),
     ],
 )
@@ -356,8 +354,8 @@ def test_stages_may_be_left_out(config, tmp_path):
         ({"dataset": None}, r"lacks `dataset`.*give --dataset"),
         ({"language": None}, r"lacks `language`"),
         ({"card": None}, r"lacks `card`.*no data set without its sources"),
-        ({"card": CARD | {"sources": []}}, r"card.sources must list the sources"),
-        ({"card": CARD | {"sources": [{"name": "x"}]}}, r"needs a name and a license"),
+        ({"card": CARD | {"sources": []}}, r"card.sources must list the sources, each with a name and a license"),
+        ({"card": CARD | {"sources": [{"name": "x"}]}}, r"each with a name and a license"),
         ({"card": CARD | {"license": "Free for all"}}, r"card.license must be an identifier of the Hub"),
         ({"card": CARD | {"licence": "mit"}}, r"section card: `licence`\. Did you mean `license`"),
         ({"evaluation_splits": ["train"]}, r"evaluation_splits has 'train'"),

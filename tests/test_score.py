@@ -11,7 +11,7 @@ from datasets import Image
 
 from capivara_common.image_files import decode_image
 from caption_data.rows import CAPTIONS, SIMILARITIES
-from captions.score import ScoreArguments, main, score
+from captions.score import ScoreArguments, main
 from captions.stages import open_in_place, stage_record
 from modeling_capivara import two_towers
 from modeling_capivara.two_towers import load_embedder
@@ -39,7 +39,7 @@ def arguments(tmp_path, tiny_folder):
 
 
 def test_captions_then_generated_ones_each_against_its_image(arguments):
-    report = score(arguments)
+    report = arguments.rows()
     assert (report.rows, report.skipped) == (4, {"unreadable image": 1, "no caption": 1})
     embedder = load_embedder(arguments.model, "cpu")
     rows = rows_of(arguments.output)
@@ -66,7 +66,7 @@ def test_damage_in_the_first_rows_is_told_before_the_model_is_loaded(arguments, 
     start = pq.read_metadata(path).row_group(0).column(0).data_page_offset
     path.write_bytes(path.read_bytes()[:start] + b"\xff" * 40 + path.read_bytes()[start + 40 :])
     with pytest.raises(ValueError, match=r"train-0\.parquet can't be loaded"):
-        score(replace(arguments, dataset=str(path.parent), model="no/such"))
+        replace(arguments, dataset=str(path.parent), model="no/such").rows()
 
 
 def test_an_image_that_the_model_refuses_is_left_out(arguments, monkeypatch):
@@ -78,7 +78,7 @@ def test_an_image_that_the_model_refuses_is_left_out(arguments, monkeypatch):
         return embed(model, processor, images, *args, **options)
 
     monkeypatch.setattr("modeling_capivara.two_towers.embed_images", refuses)
-    report = score(arguments)
+    report = arguments.rows()
     assert report.rows == 2 and report.skipped == {"unreadable image": 3, "no caption": 1}
     assert [row["image"]["bytes"] for row in rows_of(arguments.output)] == [PICTURES[0], PICTURES[2]], "the JPEGs stay"
 
@@ -94,7 +94,7 @@ def test_each_caption_and_image_of_a_batch_is_embedded_once(arguments, monkeypat
         "modeling_capivara.two_towers.embed_images",
         lambda m, p, some, *a, **k: (images.append(some), embed_images(m, p, some, *a, **k))[1],
     )
-    score(arguments)
+    arguments.rows()
     assert [sorted(some) for some in texts] == [
         sorted({"uma foto de um gato", "um cachorro azul", "casa", LONG, "carro"}),
         ["água"],
@@ -103,15 +103,15 @@ def test_each_caption_and_image_of_a_batch_is_embedded_once(arguments, monkeypat
 
 
 def test_another_model_is_another_data_set(arguments, tiny_model):
-    score(arguments)
+    arguments.rows()
     assert stage_record(arguments.output)["settings"]["model"] == arguments.model
     with torch.no_grad():
         tiny_model.text_projection[0].weight.mul_(1.5)
     tiny_model.save_pretrained(arguments.model)
-    assert score(arguments).rows == 4, "what is done is not done again"
+    assert arguments.rows().rows == 4, "what is done is not done again"
     next(arguments.output.glob("*.parquet")).unlink()
     with pytest.raises(ValueError, match=r"settings.fingerprint: .* there, .* now"):
-        score(arguments)
+        arguments.rows()
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_another_model_is_another_data_set(arguments, tiny_model):
         (["--language", "xh"], r"has no column captions-xh or generated-captions-xh; there are \['image'"),
         (["--model", ""], r"model is missing"),
         (["--model", "no/such/folder"], r"does not exist"),
-        (["--image_column", "picture"], r"no image column 'picture'"),
+        (["--image_column", "picture"], r"no column 'picture'"),
     ],
 )
 def test_slips_are_one_line(tmp_path, tiny_folder, flags, message, capsys):

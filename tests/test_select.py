@@ -10,7 +10,7 @@ from caption_tars import picture, rows_of, saved_train, training_of
 from datasets import Image
 
 from caption_data.rows import CAPTIONS, SIMILARITIES, STRATEGIES
-from captions.select import SelectArguments, main, select_rows, write_report
+from captions.select import SelectArguments, main
 from training.arguments import RunArguments
 
 # Captions, generated ones, similarities: below, at and above CAPIVARA's 0.2, a caption twice, an image with none.
@@ -39,9 +39,9 @@ def saved(folder, rows=ROWS, scored=True) -> str:
 
 def select(args):
     """The whole stage: its rows and the report."""
-    report = select_rows(args)
-    write_report(args)
-    return report
+    rows = args.rows()
+    args.report()
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +90,9 @@ def test_the_report_counts_each_image_and_caption(scored, tmp_path):
     select(args)
     facts = facts_of(tmp_path / "out")
     assert facts["images"] == {"kept": 3, "not chosen": 4, "can't be used": {"no caption": 2}}
-    assert facts["first_captions"]["kept"]["count"] == 3 and facts["first_captions"]["dropped"]["count"] == 2
-    assert facts["first_captions"]["kept"]["lowest"] == pytest.approx(0.2)
     assert facts["captions"] == {"of these images": 14, "kept": 5}, "an image's caption that occurs twice counts once"
-    assert facts["all_captions"]["dropped"]["highest"] == pytest.approx(0.5), "of the image without an original"
+    assert facts["similarities"]["kept"]["count"] == 5 and facts["similarities"]["kept"]["min"] == pytest.approx(0.2)
+    assert facts["similarities"]["dropped"]["max"] == pytest.approx(0.5), "of the image without an original"
     assert facts["images_passing"]["0.2"] == 3 and facts["images_passing"]["0.1"] == 5
     kept = [example for example in facts["examples"] if example["kept"]]
     dropped = [example["similarity"] for example in facts["examples"] if not example["kept"]]
@@ -150,8 +149,8 @@ def test_tasks_report_what_one_run_reports(scored, tmp_path):
     select(SelectArguments(scored, tmp_path / "one", **flags))
     args = SelectArguments(scored, tmp_path / "three", **flags)
     for rank in (2, 0, 1):
-        select_rows(args, rank, 3)
-    write_report(args)
+        args.rows(rank, 3)
+    args.report()
     for path in (tmp_path / "one" / "report").iterdir():
         assert (tmp_path / "three" / "report" / path.name).read_bytes() == path.read_bytes(), path.name
 

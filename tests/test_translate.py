@@ -159,7 +159,7 @@ def test_languages_and_keys_are_refused_before_any_work(service, dataset, tmp_pa
         with pytest.raises(ValueError, match=message):
             main(google_flags(service, dataset, tmp_path / "pt", *flags))
     monkeypatch.setenv("GOOGLE_API_KEY", "wrong")
-    with pytest.raises(ValueError, match=r"Google refuses the request.*API key not valid: <key>"):
+    with pytest.raises(ValueError, match=r"Google refuses it.*API key not valid: <key>"):
         main(google_flags(service, dataset, tmp_path / "pt"))
     monkeypatch.delenv("GOOGLE_API_KEY")
     with pytest.raises(ValueError, match="needs a key"):
@@ -233,9 +233,6 @@ def test_a_table_waits_and_is_not_changed_afterwards(dataset, tmp_path, caplog, 
     table.write_text(text.replace("\t\n", "\told\n"), encoding="utf-8")
     main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
     table.write_text(text.replace("\t\n", "\tnew\n"), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"yo\.tsv has changed since .*yo was made of it.*remove that folder"):
-        main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
-    next((tmp_path / "yo").glob("*.parquet")).unlink()
     with pytest.raises(ValueError, match=r"settings\.translator\.sha256: .* there, .* now"):
         main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
 
@@ -256,7 +253,7 @@ def test_flagged_translations_are_counted_shown_and_dropped(dataset, tmp_path, c
     report = read_json(tmp_path / "kept" / "quality.json")
     counts = {flag: kind["captions"] for flag, kind in report["flags"].items() if kind["captions"]}
     assert counts == {"copy": ROWS // 2, "empty": 1, "markup": 1, "wrong script": 1}
-    assert report["flagged"] == ROWS // 2 + 2 and report["script_is_checked"]
+    assert report["flagged"] == ROWS // 2 + 2
     example = {"source": "thing 3 in a park", "translation": "-"}
     assert report["flags"]["empty"]["examples"] == [example]
     assert "12  copy" in capsys.readouterr().out
@@ -269,21 +266,6 @@ def test_flagged_translations_are_counted_shown_and_dropped(dataset, tmp_path, c
     (flagged,) = [one for one in there[3]["quality-yo"]["flagged"] if one["column"] == "generated-captions-yo"]
     assert flagged == {"column": "generated-captions-yo", "position": 0, "flags": ["empty"]} | example
     assert read_json(tmp_path / "dropped" / "quality.json")["flags"] == report["flags"]
-
-
-@pytest.mark.slow
-def test_columns_that_are_there(service, dataset, tmp_path):
-    main(google_flags(service, dataset, tmp_path / "pt"))
-    first = str(tmp_path / "pt")
-    with pytest.raises(ValueError, match=r"has captions-pt, generated-captions-pt already. Say --existing append"):
-        main(google_flags(service, first, tmp_path / "two"))
-    main(google_flags(service, first, tmp_path / "two", "--existing", "append", "--language", "pt-PT"))
-    for language, there in (("pt", written(tmp_path / "two")), ("pt-PT", written(tmp_path / "two"))):
-        assert there[0][f"captions-{language}"] == [translated("a photo of thing 0", language)]
-    main(google_flags(service, first, tmp_path / "both", "--existing", "append"))
-    assert written(tmp_path / "both")[0]["captions-pt"] == [translated("a photo of thing 0", "pt")] * 2
-    main(google_flags(service, first, tmp_path / "new", "--existing", "replace"))
-    check_rows(tmp_path / "new")
 
 
 def test_columns_of_other_names_and_forms(service, tmp_path):
@@ -306,11 +288,15 @@ def test_columns_of_other_names_and_forms(service, tmp_path):
         main(google_flags(service, str(folder), tmp_path / "other"))
 
 
-def test_similarities_of_other_captions_are_not_kept(service, tmp_path):
-    data = {"image": [picture(0)], "captions-en": [["a cat"]], "similarities-pt": [[0.5]]}
+@pytest.mark.parametrize("column", ["captions-pt", "similarities-pt"])
+def test_columns_of_other_translations_are_not_replaced(service, tmp_path, column):
+    data = {"image": [picture(0)], "captions-en": [["a cat"]], column: [["um gato"] if "cap" in column else [0.5]]}
     DatasetDict(train=Dataset.from_dict(data)).save_to_disk(tmp_path / "data")
-    with pytest.raises(ValueError, match="Translate first, then score"):
-        main(google_flags(service, str(tmp_path / "data"), tmp_path / "pt"))
+    flags = google_flags(service, str(tmp_path / "data"), tmp_path / "pt")
+    with pytest.raises(ValueError, match=f"has {column} already. Give it another name, --rename {column}=old-"):
+        main(flags)
+    main([*flags, "--rename", f"{column}=old-{column}"])
+    assert {f"old-{column}", "captions-pt"} <= written(tmp_path / "pt")[0].keys()
 
 
 @pytest.mark.parametrize(

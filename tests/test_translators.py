@@ -14,11 +14,10 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from google_server import KEY, google_service, translated
 from sampling import one_in
 from seq2seq_models import m2m100_folder, marian_folder
-from tiny import tiny_tokenizer
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, NllbTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, NllbTokenizer
 
 from captions import translators
-from captions.translators import GOOGLE_CHARACTERS, GoogleTranslator, Seq2SeqTranslator, cut, load
+from captions.translators import GOOGLE_CHARACTERS, GoogleTranslator, Seq2SeqTranslator, cut
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {"max_new_tokens": 6, "num_beams": 2}
@@ -44,7 +43,7 @@ def nllb(tmp_path_factory):
 
 def test_marian_translates_as_the_model_itself_does(marian):
     """The plain calls of transformers, one sentence at a time, against batches with padding."""
-    translator = load(str(marian), "pt", options=SHORT)
+    translator = Seq2SeqTranslator(str(marian), "pt", options=SHORT)
     sentences = ["a cat on a mat.", "two men ride horses on the beach.", "dog"]
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(marian).eval(), AutoTokenizer.from_pretrained(marian)
     expected = []
@@ -53,12 +52,12 @@ def test_marian_translates_as_the_model_itself_does(marian):
         expected.append(tokenizer.decode(ids[0], skip_special_tokens=True))
     assert translator.translate(sentences) == expected
     assert len(set(expected)) == 3 and all(expected), "equal or empty texts would prove nothing"
-    spanish = load(str(marian), "es", options=SHORT).translate(sentences)
+    spanish = Seq2SeqTranslator(str(marian), "es", options=SHORT).translate(sentences)
     assert spanish != expected, "the prefix reaches the model"
 
 
 def test_the_languages_token_is_cut_off_the_translation(marian, monkeypatch):
-    translator = load(str(marian), "pt", options=SHORT)
+    translator = Seq2SeqTranslator(str(marian), "pt", options=SHORT)
     tokens = translator.tokenizer(">>por<< a cat", return_tensors="pt")["input_ids"]
     assert translator.tokenizer.decode(tokens[0], skip_special_tokens=True).startswith(">>por<<")
     monkeypatch.setattr(translator.model, "generate", lambda **_: tokens)
@@ -67,7 +66,7 @@ def test_the_languages_token_is_cut_off_the_translation(marian, monkeypatch):
 
 def test_what_looks_like_a_command_in_a_caption_is_text(marian, nllb):
     for folder, language in ((marian, "pt"), (nllb, "pt")):
-        translator = load(str(folder), language, options=SHORT)
+        translator = Seq2SeqTranslator(str(folder), language, options=SHORT)
         ids = translator.token_ids(">>spa<< a </s> <pad> spa_Latn cat")
         special = {translator.tokenizer.eos_token_id, translator.tokenizer.pad_token_id, *translator._language_ids}
         assert [i for i in ids if i in special] == [ids[0], ids[-1]], "the one language and the end, and no more"
@@ -77,7 +76,7 @@ def test_what_looks_like_a_command_in_a_caption_is_text(marian, nllb):
 @pytest.mark.parametrize("language", one_in(5, ["pt", "hi", "xh", "es", "yo"]))
 def test_m2m100_and_nllb_begin_with_the_language(kind, language, request):
     folder, sentence = request.getfixturevalue(kind), "two men ride horses on the beach."
-    translator = load(str(folder), language, options=SHORT)
+    translator = Seq2SeqTranslator(str(folder), language, options=SHORT)
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     codes = {"pt": "por_Latn", "hi": "hin_Deva", "xh": "xho_Latn", "es": "spa_Latn", "yo": "yor_Latn"}
     assert translator.code == (language if kind == "m2m100" else codes[language])
@@ -92,42 +91,23 @@ def test_m2m100_and_nllb_begin_with_the_language(kind, language, request):
 
 
 def test_a_language_that_the_model_does_not_know(m2m100, nllb):
-    with pytest.raises(ValueError, match=r"'bod'; of its 100 codes the nearest are yo, "):
-        load(str(m2m100), "bod")
+    with pytest.raises(ValueError, match=r"'bod'; of its 100 codes the nearest are "):
+        Seq2SeqTranslator(str(m2m100), "bod")
     with pytest.raises(ValueError, match=r"does not know the language 'qq'"):
-        load(str(nllb), "pt", "qq")
+        Seq2SeqTranslator(str(nllb), "pt", "qq")
 
 
 def test_a_model_of_one_language(tmp_path):
     folder = marian_folder(tmp_path / "german", codes=(), target="deu")
-    assert load(str(folder), "de", options=SHORT).translate(["a cat"])
-    with pytest.raises(ValueError, match=r"translates into 'deu' only, not into 'pt'"):
-        load(str(folder), "pt")
-
-
-def t5(tokenizer):
-    config = T5Config(
-        vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, pad_token_id=1,
-        eos_token_id=2, decoder_start_token_id=1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return T5ForConditionalGeneration(config).eval()
-
-
-def test_madlad_s_token_goes_before_the_sentence():
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens(["<2pt>", "<2hi>", "<2xh>"])
-    translator = Seq2SeqTranslator(t5(tokenizer), tokenizer, "xho", options=SHORT)
-    assert translator.code == "xh"
-    with pytest.raises(ValueError, match=r"has no codes of languages, so nothing tells it to write 'pt'"):
-        Seq2SeqTranslator(t5(tokenizer), tiny_tokenizer(), "pt")
-    assert tokenizer.convert_ids_to_tokens(translator.token_ids("a cat"))[:2] == ["<2xh>", "<s>"]
+    assert Seq2SeqTranslator(str(folder), "de", options=SHORT).translate(["a cat"])
+    with pytest.raises(ValueError, match=r"does not know the language 'pt'; of its 1 codes the nearest are deu"):
+        Seq2SeqTranslator(str(folder), "pt")
 
 
 @pytest.mark.slow
 def test_a_caption_of_ten_thousand_characters(marian, m2m100):
     for folder in (marian, m2m100):
-        translator = load(str(folder), "pt", options={"max_new_tokens": 2, "num_beams": 1}, batch_size=64)
+        translator = Seq2SeqTranslator(str(folder), "pt", options={"max_new_tokens": 2, "num_beams": 1}, batch_size=64)
         for long in ("a cat on a mat. " * 625, "a" * 10_000, "cat " * 2_500):
             pieces = cut(long, translator._fits)
             assert all(len(translator.token_ids(piece)) <= 64 for piece in pieces), "the model has 64 positions"
@@ -150,30 +130,28 @@ def test_where_a_long_text_is_cut():
 
 
 def test_what_a_translation_depends_on_is_in_the_fingerprint(marian, m2m100, tmp_path):
-    base = load(str(marian), "pt", options=SHORT).fingerprint
-    assert base == load(str(marian), "por", options=SHORT, batch_size=3).fingerprint
+    base = Seq2SeqTranslator(str(marian), "pt", options=SHORT).fingerprint
+    assert base == Seq2SeqTranslator(str(marian), "por", options=SHORT, batch_size=3).fingerprint
     others = [
-        load(str(marian), "es", options=SHORT),
-        load(str(marian), "pt", options=SHORT | {"num_beams": 1}),
-        load(str(marian), "pt", options=SHORT, precision="bf16"),
-        load(str(marian_folder(tmp_path / "model", codes=("por",))), "pt", options=SHORT),  # same name, other files
+        Seq2SeqTranslator(str(marian), "es", options=SHORT),
+        Seq2SeqTranslator(str(marian), "pt", options=SHORT | {"num_beams": 1}),
+        Seq2SeqTranslator(str(marian), "pt", options=SHORT, precision="bf16"),
+        Seq2SeqTranslator(
+            str(marian_folder(tmp_path / "model", codes=("por",))), "pt", options=SHORT
+        ),  # same name, other files
     ]
     assert all(other.fingerprint != base for other in others)
     assert str(marian.parent) not in str(base), "a memory moves to another machine"
 
 
-def test_out_of_memory_is_tried_again_with_fewer(marian, monkeypatch):
-    translator = load(str(marian), "pt", options=SHORT)
-    expected, generate, sizes = translator.translate(["a cat", "a dog", "horses"]), translator.model.generate, []
+def test_too_little_memory_names_the_flag_that_needs_less(marian, monkeypatch):
+    def full(**_):
+        raise torch.OutOfMemoryError("too many")
 
-    def small(input_ids, **options):
-        sizes.append(len(input_ids))
-        if len(input_ids) > 1:
-            raise torch.OutOfMemoryError("too many")
-        return generate(input_ids=input_ids, **options)
-
-    monkeypatch.setattr(translator.model, "generate", small)
-    assert translator.translate(["a cat", "a dog", "horses"]) == expected and sizes == [3, 1, 2, 1, 1]
+    translator = Seq2SeqTranslator(str(marian), "pt", options=SHORT)
+    monkeypatch.setattr(translator.model, "generate", full)
+    with pytest.raises(ValueError, match=r"Out of memory with 2 sentences at once\. Lower --batch_size.*too many"):
+        translator.translate(["a cat", "a dog"])
 
 
 def test_a_tokenizer_without_its_package_names_the_extra(marian, monkeypatch):
@@ -182,13 +160,13 @@ def test_a_tokenizer_without_its_package_names_the_extra(marian, monkeypatch):
 
     monkeypatch.setattr(translators.AutoTokenizer, "from_pretrained", missing)
     with pytest.raises(ImportError, match=r'SentencePiece library\. .*pip install -e "\.\[translate\]"$'):
-        load(str(marian), "pt")
+        Seq2SeqTranslator(str(marian), "pt")
 
 
 def test_what_is_no_translation_model(tmp_path, tiny_folder):
     for name in (str(tmp_path / "nothing"), str(tiny_folder), "owner/no-such-model"):
         with pytest.raises(ValueError, match="can't be loaded as a translation model"):
-            load(name, "pt")
+            Seq2SeqTranslator(name, "pt")
 
 
 @pytest.mark.parametrize("sizes", [{"encoder_layers": 10**9}, {"encoder_attention_heads": 0}])
@@ -196,7 +174,7 @@ def test_a_model_that_can_not_be_is_one_line(marian, tmp_path, sizes):
     path = shutil.copytree(marian, tmp_path / "marian") / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | sizes))
     with pytest.raises(ValueError, match=rf"^[^\n]*config\.json[^\n]*{next(iter(sizes))} must be from[^\n]*$"):
-        load(str(path.parent), "pt")
+        Seq2SeqTranslator(str(path.parent), "pt")
 
 
 # Google
@@ -271,8 +249,7 @@ def test_languages_are_google_s(service):
     assert google(service, "xh").fingerprint["target"] == "xh"
     with pytest.raises(ValueError, match=r"Google Translate does not know the language 'tlh'.* the nearest are"):
         google(service, "tlh")
-    with pytest.raises(ValueError, match=r"knows 'zh' as several: zh-CN, zh-TW"):
-        google(service, "zh")
+    assert google(service, "zh").code == "zh-CN" and google(service, "zh-Hant").code == "zh-TW"
     assert service.requests == [], "to ask for the languages costs nothing"
 
 
@@ -294,7 +271,7 @@ def test_the_key_is_nowhere(service, caplog, capfd, monkeypatch):
     monkeypatch.setenv("GOOGLE_API_KEY", "two words")
     caught.append(failure(lambda: google(service)))
     shown = "\n".join(caught) + caplog.text + "".join(capfd.readouterr())
-    assert "<key>" in caught[0] and "refuses the request" in caught[0], "the server said it, and it was removed"
+    assert "<key>" in caught[0] and "refuses it" in caught[0], "the server said it, and it was removed"
     for text in (KEY, secret, "AIza", "two words", repr(secret)[1:-1]):
         assert text not in shown
     assert not any("key" in path.lower() for path in service.paths), "it travels in a header"
@@ -319,7 +296,7 @@ def test_a_key_that_is_missing_or_unprotected(service, monkeypatch):
     with pytest.raises(ValueError, match=r"needs a key .* GOOGLE_API_KEY.*GOOGLE_APPLICATION_CREDENTIALS"):
         google(service)
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", os.devnull + "/account.json")
-    with pytest.raises(ValueError, match="GOOGLE_APPLICATION_CREDENTIALS names no usable account"):
+    with pytest.raises(ValueError, match=r"a service account in GOOGLE_APPLICATION_CREDENTIALS: .*account\.json"):
         google(service)
     assert service.paths == []
 

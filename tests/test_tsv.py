@@ -48,11 +48,14 @@ SENTENCES = ["a cat", "a dog", "two men", "a red car", "the sea"]
         (lambda lines: lines[:-1], r" ends before s5_\w+ \('the sea'\)\. The rows must"),
         (lambda lines: [*lines[:3], lines[1], *lines[3:]], r", line 4: 's1_\w+' in place of s3_\w+"),
         (lambda lines: [*lines, "s9_00000000\tnew\tnovo"], r", line 7: 's9_00000000' in place of nothing"),
-        (lambda lines: [lines[0], lines[1].replace("a cat", "A cat")], r", line 2: the source 'A cat' in place"),
-        (lambda lines: [*lines[:5], lines[5] + "\tmore"], r", line 6: 4 columns, the first line has 3\."),
-        (lambda lines: [*lines[:5], lines[5] + "\\q"], r", line 6: '\\q' is none of"),
+        (
+            lambda lines: [lines[0], lines[1].replace("a cat", "A cat"), *lines[2:]],
+            r", line 2: the source 'A cat' in place of 'a cat'\. Spreadsheets",
+        ),
+        (lambda lines: [*lines[:5], lines[5] + "\tmore"], "Expected 3 fields in line 6, saw 4. It must be UTF-8"),
+        (lambda lines: [*lines[:5], lines[5] + "\\q"], "'the sea.+q' has a backslash that begins no escape"),
         (lambda lines: lines[1:], r"The first line of .* must name the columns id and translation.*s1_"),
-        (lambda lines: [], "must name the columns"),
+        (lambda lines: [], "No columns"),
     ],
 )
 def test_wrong_rows_are_named(tmp_path, change, message):
@@ -71,6 +74,19 @@ def test_an_empty_cell_is_no_translation(tmp_path):
     fill(path, ["um gato", "", "  ", "um carro", "o mar"])
     with pytest.raises(ValueError, match=r"2 of 5 sentences have no .*, line 4 .*\. Fill their last column\."):
         read_translations(path, SENTENCES)
+    write_sentences(path, SENTENCES)
+    fill(path, ["um gato", "-", "dois homens", "um carro", "o mar"])
+    assert untranslated(path) == "" and read_translations(path, SENTENCES)["a dog"] == "-"
+
+
+def test_a_file_that_is_no_utf8(tmp_path):
+    path = tmp_path / "sentences.tsv"
+    path.write_bytes("id\ttranslation\ns1_0\tção\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"codec can't decode byte .* It must be UTF-8"):
+        read_translations(path, [])
+    path.write_bytes("id\ttranslation\n".encode("utf-16"))
+    with pytest.raises(ValueError, match="It must be UTF-8"):
+        read_translations(path, [])
 
 
 def fill(path, translations: list[str]) -> None:

@@ -32,7 +32,7 @@ MOST_FILES = {  # a walk may become shorter, never longer: lower its number then
     "From a caption row to the loss": 7,
     "From pixels to a score": 5,
     "From a run folder to the Hub": 8,
-    "From a caption row through build": 10,
+    "From a caption row through build": 8,
     "From a folder of pictures to a hit": 11,
 }
 
@@ -105,7 +105,7 @@ def test_from_a_caption_row_through_build(tiny_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     config = write_config(tmp_path, tiny_folder)
-    first, last = "captions/build.py:main", "captions/dataset_folder.py:write_dataset"
+    first, last = "captions/build.py:main", "captions/build.py:write_dataset"
     found = walked(lambda: build(["--config", str(config)]), is_value, first, last)
     check("From a caption row through build", found - {GATE})  # which starts threads for others
 
