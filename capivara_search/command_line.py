@@ -69,16 +69,6 @@ ANY = Place(readable=False)
 DAY = said(Day(["%Y", "%Y-%m", "%Y-%m-%d", "%d/%m/%Y"]))
 
 
-def number(least: int, most: int = 1_000_000) -> click.ParamType:
-    """A whole number."""
-    return said(click.IntRange(least, most))
-
-
-def one_of(*words: str) -> click.ParamType:
-    """One of some words."""
-    return said(click.Choice(words))
-
-
 def switches(*names: str) -> Callable[[Callable], Callable]:
     """Flags without a value."""
     return lambda function: reduce(lambda given, name: click.option(name, is_flag=True)(given), names[::-1], function)
@@ -100,7 +90,8 @@ OF_ALL = [
     click.Option(["--index"], expose_value=False, callback=_keep, **_folder),
     click.Option(["--model"], expose_value=False, callback=_keep, **_folder),
     click.Option(["--device"], expose_value=False, callback=_keep),
-    click.Option(["--lang"], expose_value=False, type=one_of("pt", "en")),  # `command.language_of` has read it
+    # `command.language_of` has read it:
+    click.Option(["--lang"], expose_value=False, type=said(click.Choice(("pt", "en")))),
 ]
 
 

@@ -22,7 +22,7 @@ from click.shell_completion import get_completion_class
 
 from capivara_common.interrupt import stop_by_exception
 from capivara_search import command_line as cli
-from capivara_search.command_line import DAY, number, of_all, one_of, said, switches
+from capivara_search.command_line import DAY, of_all, said, switches
 from capivara_search.results import SAME, TEMPLATE, Added
 from capivara_search.show import open_pictures, say, show_hits, shown_path, table, write_csv
 from capivara_search.words import UNSAFE, Words, failure, visible
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 NOTHING = 1  # the exit code where nothing is found; the help explains them
 LINES = {"auto": None, "yes": True, "no": False}
-LINE = option("--line", type=one_of(*LINES), default="auto", callback=lambda ctx, param, value: LINES[value])
+LINE = option("--line", type=said(click.Choice(tuple(LINES))), default="auto")
 LEFT_OUT_SHOWN = 5
 BY_RULE = ("forgotten", "excluded", "hidden", "system")
 SCREEN_SHOWN = 4  # lines of each list of `status`, which fits on a screen of 24
@@ -64,43 +64,17 @@ def command(name: str) -> Callable[[Callable], click.Command]:
 @option("--exclude", multiple=True, metavar="pattern")
 @option("--include", multiple=True, metavar="path", shell_complete=cli.ANY.shell_complete)
 @switches("--exact")
-@option("--batch-size", type=number(1), default=32)
-# Those of `ExecutorArguments`:
-@option("--executor", type=one_of("local", "slurm", "ray"), default="local")
-@option("--tasks", type=number(1))
-@option("--workers", type=number(1))
-@option("--partition")
-@option("--time")
-@option("--sbatch", multiple=True)
-@option("--cpus-per-task", type=number(1), default=1)
-@option("--mem-per-cpu-gb", type=number(1), default=4)
-@option("--gpus-per-task", type=number(0), default=0)
-@option("--logging-dir", type=cli.ANY_FOLDER)
-def index(
-    words: Words, folders: Sequence[Path], exclude: Sequence[str], include: Sequence[str], exact: bool, batch_size: int,
-    **tasks: Any,
-) -> None:  # fmt: skip
+@option("--batch-size", type=said(click.IntRange(1, 10_000)), default=32)
+def index(words: Words, folders: Sequence[Path], exclude: Sequence[str], include: Sequence[str], **how: Any) -> None:
     """Add folders to the index, with progress and a summary."""
-    if tasks["executor"] == "local" and tasks["workers"] is not None:
-        raise click.NoSuchOption("--workers")
     pictures = _index()
     pictures.mend()
     folders = pictures.folders_to_add(folders, exclude, include)
     _say_model(pictures, words, named=True)
     say(words("looking", folders=", ".join(shown_path(str(folder)) for folder in folders)))
     stop_by_exception()  # what is under way is finished or undone
-    how = {"exact": exact, "batch_size": batch_size, "exclude": list(exclude), "include": list(include)}
-    if tasks["executor"] != "local" or tasks["tasks"]:
-        from capivara_search.workers import WorkerArguments, add_with_workers
-
-        how |= tasks | {"sbatch": list(tasks["sbatch"]), "model": of_all("model"), "device": of_all("device")}
-        arguments = WorkerArguments(where=pictures.where, folders=list(map(str, folders)), **how)
-        done = add_with_workers(arguments)
-        logs = shown_path(str(arguments.logs))
-        click.echo(words.count("in_index", len(pictures)) + "." if done else words("jobs_sent", path=logs))
-        return
     with progress_bar(words) as progress:
-        added = pictures.add(*folders, on_progress=progress, **how)
+        added = pictures.add(*folders, on_progress=progress, exclude=exclude, include=include, **how)
     click.echo("\n".join(summary(added, len(pictures), words)))
 
 
@@ -183,7 +157,7 @@ def watch(words: Words, folders: Sequence[Path], poll: bool) -> None:
 @command("search")
 @argument("query", metavar="query", nargs=-1)
 @option("--like", type=cli.FILE)
-@option("-k", type=number(1, 10_000), default=12)
+@option("-k", type=said(click.IntRange(1, 10_000)), default=12)
 @option("--folder", type=cli.ANY_FOLDER)
 @option("--since", type=DAY)
 @option("--until", type=DAY)
@@ -193,7 +167,7 @@ def watch(words: Words, folders: Sequence[Path], poll: bool) -> None:
 @switches("--exact", "--all", "--open", "--json", "--csv")
 def search(
     words: Words, query: Sequence[str], like: Path | None, k: int, folder: Path | None, since: date | None,
-    until: date | None, more: Sequence[str], less: Sequence[str], line: bool | None, exact: bool, all: bool, open: bool,
+    until: date | None, more: Sequence[str], less: Sequence[str], line: str, exact: bool, all: bool, open: bool,
     json: bool, csv: bool,
 ) -> int:  # fmt: skip
     """Find pictures, and show or write them."""
@@ -244,31 +218,24 @@ def classify(
     if json:
         _write_json([asdict(one) for one in found])
     elif csv:
-        columns = {label: f"share of {label}" if label in ("path", "label") else label for label in labels}
-        rows = [{columns[label]: share for label, share in one.shares.items()} for one in found]
-        rows = [row | {"path": one.path, "label": one.label} for row, one in zip(rows, found, strict=True)]
-        write_csv(sys.stdout, ("path", "label", *columns.values()), rows)
+        rows = [one.shares | {"path": one.path, "label": one.label} for one in found]
+        write_csv(sys.stdout, ("path", "label", *labels), rows)
     else:
         rows = [[words(f"column.{name}") for name in ("label", "share", "path")]]
         for one in found:
             share = words.number(100 * max(one.shares.values())) + " %"
             rows.append([one.label or words("none_fits"), share, shown_path(one.path)])
         click.echo("\n".join(table(rows, right=(1,))))
-        if len(found) > 1:
-            times = Counter(label for label, *_ in rows[1:])
-            say(", ".join(f"{label}: {words.number(n)}" for label, n in times.most_common()))
     return 0 if found else NOTHING
 
 
 @command("app")
-@option("--port", type=number(1, 65535), default=7860)
+@option("--port", type=said(click.IntRange(1, 65535)), default=7860)
 @option("--host", default="127.0.0.1")
 @option("--allow-host", multiple=True)
 @LINE
 @switches("--no-open", "--watch")
-def app(
-    words: Words, port: int, host: str, allow_host: Sequence[str], line: bool | None, no_open: bool, watch: bool
-) -> None:
+def app(words: Words, port: int, host: str, allow_host: Sequence[str], line: str, no_open: bool, watch: bool) -> None:
     """The page, until Ctrl-C."""
     from capivara_search.page.guard import allowed_hosts
     from capivara_search.page.server import is_loopback, serve_index
@@ -312,7 +279,7 @@ def status(words: Words, all: bool, json: bool) -> None:
         "skipped": [text for text in skipped(found.skipped, words) if text],
         "rules": [
             *(f"--exclude {visible(pattern)}" for pattern in found.exclude),
-            *(f"{words.command('forget')} {shown_path(path)}" for path in found.forgotten),
+            *(words("status.forgotten", path=shown_path(path)) for path in found.forgotten),
         ],
         "left_out": [
             *[", ".join(f"{words.number(n)} {words.reason(one)}" for one, n in why.most_common())] * (len(why) > 1),
@@ -374,7 +341,7 @@ def duplicates(words: Words, threshold: float, json: bool, csv: bool) -> int:
 
 
 @command("completion")
-@argument("shell", type=one_of("bash", "zsh", "fish"))
+@argument("shell", type=said(click.Choice(("bash", "zsh", "fish"))))
 def completion(words: Words, shell: str) -> None:
     """Print what completes commands and flags in a shell."""
     click.echo(get_completion_class(shell)(capivara, {"obj": words}, "capivara", "_CAPIVARA_COMPLETE").source())
@@ -386,10 +353,10 @@ def _index() -> "PictureIndex":
     return PictureIndex.open(of_all("index") or "auto", of_all("model"), of_all("device"))
 
 
-def _filled_index(or_filling: bool = False, line: bool | None = None) -> "PictureIndex":
+def _filled_index(or_filling: bool = False, line: str = "auto") -> "PictureIndex":
     """The index; raises RuntimeError where it holds nothing yet, unless it is being filled and that is enough."""
     pictures = _index()
-    pictures.line = line
+    pictures.line = LINES[line]
     if not len(pictures) and not (or_filling and pictures.progress()):
         raise failure(RuntimeError, "no_index", where=shown_path(str(pictures.where)))
     return pictures

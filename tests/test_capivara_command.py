@@ -165,7 +165,7 @@ def test_flags_are_taken_in_every_usual_form(tmp_path):
     folder = tmp_path / "Fotos"
     folder.mkdir()
     for words, taken in (
-        (["index", folder, "--batch_size", "8", "--cpus-per-task=2"], {"batch_size": 8, "cpus_per_task": 2}),
+        (["index", folder, "--batch_size", "8", "--model=m"], {"batch_size": 8}),
         (["search", "--", "-5 graus"], {"query": ("-5 graus",)}),
         (["buscar", "--menos", "a", "b", "--mais=0.5:c", "--less", "d"], {"query": ("b",), "less": ("a", "d")}),
         (["search", "x", "--since", "2024", "--until", "2024-02"], {"since": date(2024, 1, 1), "until": LEAP}),
@@ -199,7 +199,7 @@ WRONG = {
     "index . --include none": ("none is no pattern of this index, nor", "none não é um padrão deste índice, nem foi"),
     "move a": ("missing: NEW", "falta: NOVA"),
     "index none": ("there is no folder none", "não há pasta none"),
-    "index . --workers 2": ("--workers is gone: one machine uses all", "--workers saiu: uma máquina usa"),
+    "index . --executor ray": ("--executor is gone: many machines: python", "--executor saiu: muitas máquinas: "),
     "app --compare x": ("--compare is gone: open two pages", "--compare saiu: abra duas páginas"),
     "search x --no-pictures": ("--no-pictures is gone: NO_COLOR=1", "--no-pictures saiu: NO_COLOR=1 deixa"),
     "classify .": ("missing: --labels", "falta: --labels"),
@@ -400,15 +400,14 @@ def test_open_shows_the_pictures_in_the_viewer_and_starts_nothing_else(
     finally:
         blue.write_bytes(kept)
     assert code == 0
+    for _ in range(100):  # nobody waits for a viewer
+        time.sleep(0.05 * (not opened.exists() or opened.read_text().count("\n") < 3))
     names = {Path(path).name for path in opened.read_text().splitlines()}
     assert names == {"verde.jpg", "branco.jpg", "cinza\x1b[31m.png"}
     assert error.count("not opened, since it is no picture any longer, or has no name of one") == 2
-    viewer.write_text("#!/bin/sh\nexit 3\n")
-    for path in (None, tmp_path):
-        if path:
-            monkeypatch.setenv("PATH", str(path))
-        code, out, error = capivara("buscar", "x", "--open", "--index", own_index, "--lang", "pt")
-        assert code == 3 and out and f"erro: nenhum programa do sistema abriu as imagens: {OPENER} não existe" in error
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, out, error = capivara("buscar", "x", "--open", "--index", own_index, "--lang", "pt")
+    assert code == 3 and out and "erro: o sistema não tem um programa que abra as imagens" in error
 
 
 def test_texts_of_csv_are_no_formulas_and_numbers_stay_numbers(capivara, own_index, folder, tmp_path):
@@ -535,7 +534,6 @@ def test_classify_gives_each_picture_a_label_or_none_and_needs_no_index(
     code, out, error = capivara("classify", ".", *labels, "--index", index)
     lines = out.splitlines()
     assert code == 0 and lines[0].split() == ["label", "share", "file"] and len(lines) == 6
-    assert sum(int(n) for n in re.findall(r": (\d+)", error)) == 5, "the summary counts every picture"
     alone = (*labels, "--index", tmp_path / "none.lance", "--model", saved_tiny_folder, "--lang", "pt")
     (row,) = json.loads(capivara("classificar", "branco.jpg", *alone, "--json")[1])
     assert row["path"] == str(folder / "branco.jpg") and row["label"] in (None, "azul", "carro vermelho")

@@ -31,7 +31,7 @@ def test_commands_flags_and_choices_are_offered():
     assert {"--lang", "--version"} <= offered("--")
     assert offered("buscar", "um", "gato", "--thr") == set() and offered("duplicates", "--thr") == {"--threshold"}
     assert offered("--lang", "en", "search", "--s") == {"--since"}
-    assert offered("index", "--executor", "") == {"local", "slurm", "ray"}
+    assert offered("search", "--line", "") == {"auto", "yes", "no"}
     assert offered("completar", "") == set(SHELLS)
     assert offered("index", "fo") == {"dir"} and offered("search", "--like", "x") == {"file"}
 
