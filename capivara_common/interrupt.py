@@ -4,10 +4,12 @@ import os
 import signal
 import sys
 
+said = "Stopped."
+
 
 def stop(*_: object) -> None:
     """End at once; KeyboardInterrupt would get lost in the imports of C extensions, and nothing is written yet."""
-    print("\nStopped.", file=sys.stderr, flush=True)
+    print(f"\n{said}", file=sys.stderr, flush=True)
     os._exit(128 + signal.SIGINT)
 
 

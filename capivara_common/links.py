@@ -6,6 +6,7 @@ links into the folder `blobs` of its repository, which counts as part of it.
 
 import os
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 
@@ -39,14 +40,10 @@ def refuse_links_out(folder: Path) -> None:
 
     For what others read as a whole: opening a pipe would wait for ever.
     """
-    links, waiting = [], [folder]
-    while waiting:
-        with os.scandir(waiting.pop()) as entries:
-            for entry in entries:
-                if entry.is_symlink():
-                    links.append(Path(entry.path))
-                elif entry.is_dir():
-                    waiting.append(Path(entry.path))
-                elif not entry.is_file():
-                    raise ValueError(f"{entry.path} is no regular file, and can't be read. Remove it.")
+    links = []
+    for path in (Path(root, name) for root, *names in os.walk(folder) for name in chain(*names)):
+        if path.is_symlink():
+            links.append(path)
+        elif not (path.is_dir() or path.is_file()):
+            raise ValueError(f"{path} is no regular file, and can't be read. Remove it.")
     Bounds(folder).check(links)

@@ -1,22 +1,24 @@
-"""Progress bars are drawn in a terminal; a log file gets a line of each every half minute."""
+"""Progress bars are drawn in a terminal; a log file has the state of each once in half a minute."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partialmethod
 
 from tqdm.std import tqdm
 
-LINE_EVERY_S = 30
+EVERY_S = 30  # in a file or a pipe; what takes less leaves nothing there
 
 
 def prepare_bars() -> None:
-    """Let all bars of this process, those of libraries too, write lines where stderr is a file or a pipe.
+    """Let all bars of this process, those of libraries too, write seldom where stderr is a file or a pipe.
 
     datasets, transformers, huggingface_hub and accelerate all show tqdm's bars, so that the rule stands in its class.
     """
-    if not sys.stderr.isatty() and tqdm.close is not _close:
-        tqdm.display, tqdm.close = _display, _close
+    if not sys.stderr.isatty():
+        seldom = {"mininterval": EVERY_S, "maxinterval": EVERY_S, "delay": EVERY_S}
+        tqdm.__init__ = partialmethod(tqdm.__init__, **seldom)
+        tqdm.set_postfix = partialmethod(tqdm.set_postfix, refresh=False)
 
 
 def no_bars() -> None:
@@ -36,27 +38,3 @@ def no_bars_of_transformers() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-_close_of_tqdm = tqdm.close
-
-
-def _display(bar: tqdm, *args: Any, **options: Any) -> None:
-    """In place of drawing: a line where the last one, or the start, is long enough ago."""
-    now = bar._time()
-    if now - getattr(bar, "last_line_t", getattr(bar, "start_t", now)) >= LINE_EVERY_S:
-        bar.last_line_t = now
-        _write_line(bar)
-
-
-def _close(bar: tqdm) -> None:
-    """The last line of a bar that has written one; a quick one leaves nothing."""
-    if hasattr(bar, "last_line_t") and not bar.disable:
-        _write_line(bar)
-    bar.delay = float("inf")  # tqdm itself then takes it for one that was never shown
-    _close_of_tqdm(bar)
-
-
-def _write_line(bar: tqdm) -> None:
-    bar.fp.write(f"{bar}\n")
-    bar.fp.flush()

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click import argument, option
 from click.shell_completion import get_completion_class
 
+from capivara_common.interrupt import stop_by_exception
 from capivara_search import command_line as cli
-from capivara_search.command_line import Choice, Whole, argument, flag, switches
+from capivara_search.command_line import DAY, of_all, said, switches
 from capivara_search.results import SAME, TEMPLATE, Added
-from capivara_search.show import PICTURES, open_pictures, say, show_hits, shown_path, table, write_csv
+from capivara_search.show import open_pictures, say, show_hits, shown_path, table, write_csv
 from capivara_search.words import UNSAFE, Words, failure, visible
 
 if TYPE_CHECKING:
@@ -32,8 +34,7 @@ if TYPE_CHECKING:
 
 NOTHING = 1  # the exit code where nothing is found; the help explains them
 LINES = {"auto": None, "yes": True, "no": False}
-LINE = flag("--line", type=Choice(tuple(LINES)), default="auto", callback=lambda ctx, param, value: LINES[value])
-DRAWN = flag("--pictures", type=Choice(PICTURES), default="auto")
+LINE = option("--line", type=said(click.Choice(tuple(LINES))), default="auto")
 LEFT_OUT_SHOWN = 5
 BY_RULE = ("forgotten", "excluded", "hidden", "system")
 SCREEN_SHOWN = 4  # lines of each list of `status`, which fits on a screen of 24
@@ -44,72 +45,37 @@ CSV_COLUMNS = (
 )
 
 
-@click.group("capivara", cls=cli.Group, invoke_without_command=True)
-@click.version_option(package_name="modeling-capivara", message="capivara %(version)s", cls=cli.Flag)
+@click.group("capivara", cls=cli.Group, context_settings=cli.SETTINGS, invoke_without_command=True)
+@click.version_option(package_name="modeling-capivara", message="capivara %(version)s")
 @click.pass_context
 def capivara(ctx: click.Context) -> None:
-    """Without a command: what can be done next, make an index, or use the one that is there."""
-    if ctx.invoked_subcommand:
-        return
-    words, pictures = ctx.obj, _index()
-    key, count = "next_steps" if len(pictures) else "first_steps", words.count("pictures", len(pictures))
-    print(words(key, pictures=count, where=shown_path(str(pictures.where))))
+    """Without a command: the help."""
+    if not ctx.invoked_subcommand:
+        click.echo(ctx.get_help())
 
 
 def command(name: str) -> Callable[[Callable], click.Command]:
     """Decorate the function of a command: it gets words and the values of its flags; None is exit code 0."""
-    return lambda function: capivara.command(name, help="")(click.pass_obj(function))  # its help is in words.yaml
+    return lambda function: capivara.command(name)(click.pass_obj(function))
 
 
 @command("index")
-@argument("folders", metavar="folder", nargs=-1, type=cli.FOLDER)
-@flag("--exclude", multiple=True, metavar="pattern")
-@flag("--include", multiple=True, metavar="path", shell_complete=cli.ANY.shell_complete)
+@argument("folders", nargs=-1, type=cli.FOLDER)
+@option("--exclude", multiple=True, metavar="pattern")
+@option("--include", multiple=True, metavar="path", shell_complete=cli.ANY.shell_complete)
 @switches("--exact")
-@flag("--batch-size", type=Whole(1), default=32, metavar="number")
-# Those of `ExecutorArguments`:
-@flag("--executor", type=Choice(("local", "slurm", "ray")), default="local")
-@flag("--tasks", type=Whole(1), metavar="number")
-@flag("--workers", type=Whole(1), metavar="number")
-@flag("--partition", metavar="partition")
-@flag("--time", metavar="time")
-@flag("--sbatch", multiple=True, metavar="pair")
-@flag("--cpus-per-task", type=Whole(1), default=1, metavar="number")
-@flag("--mem-per-cpu-gb", type=Whole(1), default=4, metavar="number")
-@flag("--gpus-per-task", type=Whole(0), default=0, metavar="number")
-@flag("--logging-dir", type=cli.ANY_FOLDER, metavar="folder")
-def index(
-    words: Words, folders: Sequence[Path], exclude: Sequence[str], include: Sequence[str], exact: bool, batch_size: int,
-    **tasks: Any,
-) -> None:  # fmt: skip
+@option("--batch-size", type=said(click.IntRange(1, 10_000)), default=32)
+def index(words: Words, folders: Sequence[Path], exclude: Sequence[str], include: Sequence[str], **how: Any) -> None:
     """Add folders to the index, with progress and a summary."""
-    executor = tasks["executor"]
-    if executor == "local" and tasks["workers"] is not None:
-        raise click.UsageError(words("gone", name="--workers", text=words("gone.workers")))
-    needed = {"slurm": ("tasks", "partition", "time", "logging_dir"), "ray": ("tasks",)}.get(executor, ())
-    if missing := ", ".join(f"--{name}".replace("_", "-") for name in needed if not tasks[name]):
-        raise click.UsageError(words("needs_flags", executor=executor, flags=missing))
     pictures = _index()
     pictures.mend()
     folders = pictures.folders_to_add(folders, exclude, include)
-    _say_model(pictures, words)
+    _say_model(pictures, words, named=True)
     say(words("looking", folders=", ".join(shown_path(str(folder)) for folder in folders)))
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # what is under way is finished or undone
-    how = {"exact": exact, "batch_size": batch_size, "exclude": list(exclude), "include": list(include)}
-    if executor != "local" or tasks["tasks"]:
-        from capivara_search.workers import WorkerArguments, add_with_workers
-
-        how |= tasks | {name: cli.of_all(name) for name in ("model", "device")}
-        how["sbatch"] = list(tasks["sbatch"])
-        arguments = WorkerArguments(where=pictures.where, folders=list(map(str, folders)), **how)
-        done = add_with_workers(arguments)
-        logs = shown_path(str(arguments.logs))
-        print(words.count("in_index", len(pictures)) + "." if done else words("jobs_sent", path=logs))
-        return
+    stop_by_exception()  # what is under way is finished or undone
     with progress_bar(words) as progress:
-        added = pictures.add(*folders, on_progress=progress, **how)
-    print(*summary(added, len(pictures), words), sep="\n")
+        added = pictures.add(*folders, on_progress=progress, exclude=exclude, include=include, **how)
+    click.echo("\n".join(summary(added, len(pictures), words)))
 
 
 @contextmanager
@@ -148,15 +114,14 @@ def progress_bar(words: Words, leave: bool = True) -> Iterator[Callable[[int, in
 def summary(added: Added, pictures: int, words: Words) -> Iterable[str]:
     """What was done, in words: numbers, some of the files that were left out, and what can be done next."""
     keys = ("new", "changed", "moved", "again", "removed")
-    parts = [words.count(key, n) for key in keys if (n := getattr(added, key))]
-    parts = parts or [words("nothing_changed")]
+    parts = [words.count(key, n) for key in keys if (n := getattr(added, key))] or [words("nothing_changed")]
     if added.left_out:
         parts.append(words.count("left_out", len(added.left_out)))
     yield f"{', '.join(parts)} ({words.duration(added.seconds)}){':' if added.left_out else '.'}"
     for left in added.left_out[:LEFT_OUT_SHOWN]:
         yield f"  {shown_path(left.path)}: {words.reason(left.reason)}"
     if (more := len(added.left_out) - LEFT_OUT_SHOWN) > 0:
-        yield "  " + words.count("and_more", more, command=f"capivara {words.command('status')} --all")
+        yield "  " + words("and_more", n=more)
     rules, videos = skipped(added.skipped, words)
     if rules:
         yield words("skipped", parts=rules)
@@ -172,40 +137,38 @@ def skipped(numbers: Mapping[str, int], words: Words) -> tuple[str, str]:
 
 
 @command("watch")
-@argument("folders", metavar="folder", nargs=-1, type=cli.FOLDER)
+@argument("folders", nargs=-1, type=cli.FOLDER)
 @switches("--poll")
 def watch(words: Words, folders: Sequence[Path], poll: bool) -> None:
     """Follow folders, with a line for what is done each time, until Ctrl-C."""
     pictures = _index() if folders else _filled_index(or_filling=True)
-    _say_model(pictures, words)
-    _end_by_exception()
-    with progress_bar(words, leave=False) as progress:
+    _say_model(pictures, words, named=True)
+    with _until_ctrl_c(words), progress_bar(words, leave=False) as progress:
         for turn, added in enumerate(pictures.watch(*folders, poll=poll or None, on_progress=progress)):
             lines = list(summary(added, len(pictures), words))
             if turn == 0:
-                print(*lines, sep="\n", flush=True)
+                click.echo("\n".join(lines))
                 followed = ", ".join(shown_path(str(folder)) for folder in folders or pictures.asked_folders())
                 say(words("watching", folders=followed))
             elif added.new or added.changed or added.moved or added.removed or added.left_out:
-                print(*lines[:-1], sep="\n", flush=True)
+                click.echo("\n".join(lines[:-1]))
 
 
 @command("search")
 @argument("query", metavar="query", nargs=-1)
-@flag("--like", type=cli.FILE, metavar="file")
-@flag("-k", type=Whole(1, 10_000), default=12, metavar="number")
-@flag("--folder", type=cli.ANY_FOLDER, metavar="folder")
-@flag("--since", type=cli.Day(last=False), metavar="date")
-@flag("--until", type=cli.Day(last=True), metavar="date")
-@flag("--more", "--mais", multiple=True, metavar="pull")
-@flag("--less", "--menos", multiple=True, metavar="pull")
+@option("--like", type=cli.FILE)
+@option("-k", type=said(click.IntRange(1, 10_000)), default=12)
+@option("--folder", type=cli.ANY_FOLDER)
+@option("--since", type=DAY)
+@option("--until", type=DAY)
+@option("--more", "--mais", multiple=True, metavar="pull")
+@option("--less", "--menos", multiple=True, metavar="pull")
 @LINE
-@DRAWN
-@switches("--no-pictures", "--exact", "--all", "--open", "--json", "--csv")
+@switches("--exact", "--all", "--open", "--json", "--csv")
 def search(
     words: Words, query: Sequence[str], like: Path | None, k: int, folder: Path | None, since: date | None,
-    until: date | None, more: Sequence[str], less: Sequence[str], line: bool | None, exact: bool, all: bool, open: bool,
-    json: bool, csv: bool, **drawn: Any,
+    until: date | None, more: Sequence[str], less: Sequence[str], line: str, exact: bool, all: bool, open: bool,
+    json: bool, csv: bool,
 ) -> int:  # fmt: skip
     """Find pictures, and show or write them."""
     from capivara_search.asking import read_pull
@@ -215,12 +178,10 @@ def search(
         raise click.UsageError(words("empty_query"))
     if since and until and since > until:
         raise click.UsageError(words("dates_order", since=since, until=until))
-    if len(text) > MAX_LETTERS:
-        say(words("long_query", length=words.number(len(text)), kept=words.number(MAX_LETTERS)))
     for pull in (*more, *less):
         read_pull(pull)  # says what is wrong with it before any work
     pictures = _filled_index(line=line)
-    _say_note(pictures, words)
+    _say_model(pictures, words)
     how = {"exact": exact, "stacked": not all, "more": more, "less": less}
     picture = like and _query_picture(like, words)
     hits = pictures.search(text[:MAX_LETTERS] or None, picture, k, folder=folder, since=since, until=until, **how)
@@ -229,81 +190,72 @@ def search(
     elif csv:
         write_csv(sys.stdout, CSV_COLUMNS, [{"rank": rank} | asdict(hit) for rank, hit in enumerate(hits, 1)])
     elif hits:
-        show_hits(hits, pictures.thumbnail, words, **drawn)
+        show_hits(hits, pictures.thumbnail, words)
     else:
-        say(words("no_hit_filtered" if folder or since or until else "no_hit"))
+        say(words("no_hit"))
     if open:
         open_pictures([hit.path for hit in hits], words)
     return 0 if hits else NOTHING
 
 
 @command("classify")
-@argument("place", metavar="place", type=cli.EITHER)
-@flag("--labels", multiple=True, required=True, metavar="label")
-@flag("--template", default=TEMPLATE, metavar="text")
+@argument("place", type=cli.EITHER)
+@argument("label", metavar="label", nargs=-1)
+@option("--labels", multiple=True, required=True, metavar="label")
+@option("--template", default=TEMPLATE)
 @switches("--json", "--csv")
-def classify(words: Words, place: Path, labels: Sequence[str], template: str, json: bool, csv: bool) -> int:
+def classify(
+    words: Words, place: Path, label: Sequence[str], labels: Sequence[str], template: str, json: bool, csv: bool
+) -> int:
     """The label of each picture of a folder, or of one picture."""
     from capivara_search.labelling import checked_labels
 
-    labels, pictures = checked_labels(labels, template), _index()
-    _say_note(pictures, words)
+    labels, pictures = checked_labels([*labels, *label], template), _index()  # click's flag takes the first one alone
+    _say_model(pictures, words)
     found = pictures.classify(place, labels, template)
     if not found and place.is_file():
         _query_picture(place, words)  # says what is wrong with it
     if json:
         _write_json([asdict(one) for one in found])
     elif csv:
-        columns = {label: f"share of {label}" if label in ("path", "label") else label for label in labels}
-        rows = [{columns[label]: share for label, share in one.shares.items()} for one in found]
-        rows = [row | {"path": one.path, "label": one.label} for row, one in zip(rows, found, strict=True)]
-        write_csv(sys.stdout, ("path", "label", *columns.values()), rows)
+        rows = [one.shares | {"path": one.path, "label": one.label} for one in found]
+        write_csv(sys.stdout, ("path", "label", *labels), rows)
     else:
         rows = [[words(f"column.{name}") for name in ("label", "share", "path")]]
         for one in found:
             share = words.number(100 * max(one.shares.values())) + " %"
             rows.append([one.label or words("none_fits"), share, shown_path(one.path)])
-        print(*table(rows, right=(1,)), sep="\n")
-        if len(found) > 1:
-            times = Counter(label for label, *_ in rows[1:])
-            say(", ".join(f"{label}: {words.number(n)}" for label, n in times.most_common()))
+        click.echo("\n".join(table(rows, right=(1,))))
     return 0 if found else NOTHING
 
 
 @command("app")
-@flag("--port", type=Whole(1, 65535), default=7860, metavar="number")
-@flag("--host", default="127.0.0.1", metavar="address")
-@flag("--allow-host", multiple=True, metavar="name")
+@option("--port", type=said(click.IntRange(1, 65535)), default=7860)
+@option("--host", default="127.0.0.1")
+@option("--allow-host", multiple=True)
 @LINE
 @switches("--no-open", "--watch")
-def app(
-    words: Words, port: int, host: str, allow_host: Sequence[str], line: bool | None, no_open: bool, watch: bool
-) -> None:
+def app(words: Words, port: int, host: str, allow_host: Sequence[str], line: str, no_open: bool, watch: bool) -> None:
     """The page, until Ctrl-C."""
-    from capivara_search.page.guard import allowed_hosts, host_name
+    from capivara_search.page.guard import allowed_hosts
     from capivara_search.page.server import is_loopback, serve_index
     from capivara_search.watch import follower
 
-    if wrong := [name for name in allow_host if name != "*" and not host_name(name)]:
-        raise click.UsageError(words("bad_host", value=visible(wrong[0])))
+    names = ", ".join(allowed_hosts(host, allow_host))
     pictures = _filled_index(or_filling=True, line=line)
-    _say_note(pictures, words)
+    _say_model(pictures, words)
 
     def tell(address: str) -> None:
-        print(words("page_open", address=address), flush=True)
+        click.echo(words("page_open", address=address))
         if not is_loopback(host):
-            say(words("open_to_all", names=", ".join(allowed_hosts(host, allow_host))))
+            say(words("open_to_all", names=names))
 
-    unasked = sorted(filter(os.path.isdir, pictures.folders().keys() - pictures.asked_folders().keys()))
-    if unasked:
-        names = ", ".join(shown_path(folder) for folder in unasked[:LEFT_OUT_SHOWN])
-        again = f"capivara {words.command('index')} {words('metavar.folder')}"
-        say(words("thumbnails_alone", folders=names, command=again))
-    _end_by_exception()  # what visitors have sent is removed
+    if unasked := sorted(filter(os.path.isdir, pictures.folders().keys() - pictures.asked_folders().keys())):
+        say(words("thumbnails_alone", folders=", ".join(map(shown_path, unasked))))
+    own = {"index": pictures.where, "model": of_all("model"), "device": of_all("device"), "lang": words.language}
+    flags = [f"--{name}={value}" for name, value in own.items() if value]
     options = {"language": words.language, "on_open": tell, "allow_hosts": list(allow_host)}
-    own = {"index": pictures.where, "model": cli.of_all("model"), "device": cli.of_all("device")}
-    flags = [f"--{name}={value}" for name, value in (own | {"lang": words.language}).items() if value]
-    with follower(*flags) if watch else nullcontext():
+    with _until_ctrl_c(words), follower(*flags) if watch else nullcontext():  # what visitors have sent is removed
         serve_index(pictures, host, port, open_browser=not no_open, **options)
 
 
@@ -315,20 +267,19 @@ def status(words: Words, all: bool, json: bool) -> None:
     if json:
         _write_json(asdict(found))
         return
-    forget, why = words.command("forget"), Counter(one.reason.partition(":")[0] for one in found.left_out)
-    taken = {"first": words.date(found.first), "last": words.date(found.last)}
+    why = Counter(one.reason.partition(":")[0] for one in found.left_out)
     lists = {
         "where": [shown_path(found.where)],
         "pictures": [words.number(found.pictures)],
-        "model": [visible(found.model)] if found.model else [],
+        "model": [visible(found.model or "")],
         "size": [] if found.bytes is None else [words.size(found.bytes)],
         "search": [words("status.approximate" if found.approximate else "status.exact")],
-        "taken": [words("status.taken_range", **taken)] if found.first else [],
+        "taken": [f"{words.date(found.first)} – {words.date(found.last)}"] if found.first else [],
         "folders": [f"{shown_path(folder)}  {words.number(number)}" for folder, number in found.folders.items()],
         "skipped": [text for text in skipped(found.skipped, words) if text],
         "rules": [
             *(f"--exclude {visible(pattern)}" for pattern in found.exclude),
-            *(f"{forget} {shown_path(path)}" for path in found.forgotten),
+            *(words("status.forgotten", path=shown_path(path)) for path in found.forgotten),
         ],
         "left_out": [
             *[", ".join(f"{words.number(n)} {words.reason(one)}" for one, n in why.most_common())] * (len(why) > 1),
@@ -338,23 +289,18 @@ def status(words: Words, all: bool, json: bool) -> None:
     lines = []
     for name, texts in lists.items():
         if not all and len(texts) > SCREEN_SHOWN:
-            whole = f"capivara {words.command('status')} --all"
-            texts[SCREEN_SHOWN - 1 :] = [words.count("and_more", len(texts) - SCREEN_SHOWN + 1, command=whole)]
+            texts[SCREEN_SHOWN - 1 :] = [words("and_more", n=len(texts) - SCREEN_SHOWN + 1)]
         lines += [[words(f"status.{name}") * (row == 0), text] for row, text in enumerate(texts)]
-    print(*table(lines), sep="\n")
+    click.echo("\n".join(table(lines)))
 
 
 @command("forget")
-@argument("place", metavar="place", type=cli.ANY)
+@argument("place", type=cli.ANY)
 def forget(words: Words, place: Path) -> int:
     """Take a folder or a picture out of the index, for good."""
-    number, path = _filled_index().forget(place), shown_path(str(place))
-    back = visible(f"capivara {words.command('index')} --include {shlex.quote(str(place))}")
-    if number:
-        print(words.count("forgotten", number, path=path, command=back))
-        return 0
-    say(words("nothing_yet_forgotten" if os.path.lexists(place) else "nothing_forgotten", path=path, command=back))
-    return NOTHING
+    number, again = _filled_index().forget(place), visible(shlex.quote(str(place)))
+    click.echo(words("forgotten", n=words.number(number), path=shown_path(str(place)), again=again))
+    return 0 if number else NOTHING
 
 
 @command("move")
@@ -362,24 +308,21 @@ def forget(words: Words, place: Path) -> int:
 @argument("new", metavar="new", type=cli.FOLDER)
 def move(words: Words, old: Path, new: Path) -> None:
     """Tell the index that a folder of pictures lies elsewhere now."""
-    number, there = _filled_index().move(old, new)
-    print(words.count("moved_to", number, there=words.count("moved_there", there), path=shown_path(str(new))))
+    number, there = map(words.number, _filled_index().move(old, new))
+    click.echo(words("moved_to", n=number, there=there, path=shown_path(str(new))))
 
 
 @command("export")
 @argument("file", metavar="file", type=cli.ANY)
 def export(words: Words, file: Path) -> None:
     """Write the index to a file."""
-    if not file.parent.is_dir():
-        raise click.UsageError(words("no_folder", path=shown_path(str(file.parent))))
-    print(words.count("exported", _filled_index().export(file), path=shown_path(str(file))))
+    click.echo(words.count("exported", _filled_index().export(file), path=shown_path(str(file))))
 
 
 @command("duplicates")
-@flag("--threshold", type=cli.Similarity(0.01, 1), default=SAME, metavar="value")
-@DRAWN
-@switches("--no-pictures", "--json", "--csv")
-def duplicates(words: Words, threshold: float, json: bool, csv: bool, **drawn: Any) -> int:
+@option("--threshold", type=said(click.FloatRange(0.01, 1)), default=SAME)
+@switches("--json", "--csv")
+def duplicates(words: Words, threshold: float, json: bool, csv: bool) -> int:
     """Groups of pictures that are nearly the same."""
     pictures = _filled_index()
     groups = pictures.duplicates(threshold)
@@ -391,30 +334,29 @@ def duplicates(words: Words, threshold: float, json: bool, csv: bool, **drawn: A
         write_csv(sys.stdout, ("group", *CSV_COLUMNS), rows)
     else:
         for number, group in enumerate(groups, 1):
-            print(words("group", n=number))
-            show_hits(group, pictures.thumbnail, words, **drawn)
-        least = words.number(threshold, 2)
-        say(words.count("groups", len(groups)) if groups else words("no_duplicates", threshold=least))
+            click.echo(words("group", n=number))
+            show_hits(group, pictures.thumbnail, words)
+        say(words("groups", n=len(groups), threshold=words.number(threshold, 2)))
     return 0 if groups else NOTHING
 
 
 @command("completion")
-@argument("shell", type=Choice(("bash", "zsh", "fish")))
+@argument("shell", type=said(click.Choice(("bash", "zsh", "fish"))))
 def completion(words: Words, shell: str) -> None:
     """Print what completes commands and flags in a shell."""
-    print(get_completion_class(shell)(capivara, {"obj": words}, "capivara", cli.COMPLETE).source())
+    click.echo(get_completion_class(shell)(capivara, {"obj": words}, "capivara", "_CAPIVARA_COMPLETE").source())
 
 
 def _index() -> "PictureIndex":
     from capivara_search.index import PictureIndex  # here: lancedb comes with it
 
-    return PictureIndex.open(cli.of_all("index") or "auto", cli.of_all("model"), cli.of_all("device"))
+    return PictureIndex.open(of_all("index") or "auto", of_all("model"), of_all("device"))
 
 
-def _filled_index(or_filling: bool = False, line: bool | None = None) -> "PictureIndex":
+def _filled_index(or_filling: bool = False, line: str = "auto") -> "PictureIndex":
     """The index; raises RuntimeError where it holds nothing yet, unless it is being filled and that is enough."""
     pictures = _index()
-    pictures.line = line
+    pictures.line = LINES[line]
     if not len(pictures) and not (or_filling and pictures.progress()):
         raise failure(RuntimeError, "no_index", where=shown_path(str(pictures.where)))
     return pictures
@@ -432,23 +374,26 @@ def _query_picture(path: Path, words: Words) -> "PIL.Image.Image":
         raise click.UsageError(words("bad_picture", path=shown_path(str(path)), reason=reason)) from error
 
 
-def _say_model(pictures: "PictureIndex", words: Words) -> None:
-    say(words("model_line", model=visible(pictures.model.name)))
-    _say_note(pictures, words)
-
-
-def _say_note(pictures: "PictureIndex", words: Words) -> None:
-    """What has to be said of the model every time: that it is a miniature."""
+def _say_model(pictures: "PictureIndex", words: Words, named: bool = False) -> None:
+    """Its name, and what has to be said of the model every time: that it is a miniature."""
+    if named:
+        say(words("model_line", model=visible(pictures.model.name)))
     if note := pictures.model.note_in(words.language):
         say(note)
 
 
-def _end_by_exception() -> None:
+@contextmanager
+def _until_ctrl_c(words: Words) -> Iterator[None]:
+    """What ends by nothing else: it cleans up, and has done what it should."""
     for ending in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ending, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("\n" + words("ended"))
 
 
 def _write_json(value: Any) -> None:
     text = dumps(value, ensure_ascii=False, indent=1, default=datetime.isoformat)
     # Letters that a terminal obeys stand in strings alone, where JSON has its own escape; lines end outside of them.
-    print(UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else dumps(found[0])[1:-1], text))
+    click.echo(UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else dumps(found[0])[1:-1], text))

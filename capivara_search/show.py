@@ -14,18 +14,21 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from typing import Any, TextIO
 from urllib.parse import quote
+
+import click
 
 from capivara_search.results import Hit
 from capivara_search.words import Words, failure, visible
 
-PICTURES = ("auto", "blocks", "no")  # how they may be shown
 # How a cell begins that a spreadsheet would run or compute; a single quote before it makes it a text.
 FORMULA = r"^([=+\-@\t\r])"
-MOST_OPENED = 12  # pictures, by --open: more windows at once are of no use
+MOST_OPENED = 12  # pictures, by --open, as its help says: more windows at once are of no use
 OPENER = "open" if sys.platform == "darwin" else "xdg-open"  # of the system, which chooses by the kind of a file
 OPENER_S = 3  # within which one that can't open something has ended
+say = partial(click.echo, err=True)  # beside the results: what is no result goes to stderr
 TILE_COLUMNS = 34  # least width of a picture: two pixels of a block are one character
 TILE_SHAPE = 0.375  # rows by columns: 4 by 3, of characters that are twice as high as wide
 
@@ -43,6 +46,7 @@ def write_csv(file: TextIO, columns: Sequence[str], rows: Iterable[Mapping[str, 
         number += 1
         cells = [row[name].isoformat() if isinstance(row[name], datetime) else row[name] for name in columns]
         writer.writerow([text_cell(cell) if isinstance(cell, str) else cell for cell in cells])
+    file.flush()  # says now that a reader has gone
     return number
 
 
@@ -91,10 +95,9 @@ def has_colours(stream: TextIO, environment: Mapping[str, str] = os.environ) -> 
     return stream.isatty() and known
 
 
-def draws(stream: TextIO, pictures: str = "auto", environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether `pictures`, one of PICTURES, are shown: in a file or a pipe only where they are asked for."""
-    able = has_colours(stream, environment) and "NO_COLOR" not in environment
-    return pictures == "blocks" or (pictures == "auto" and able and "utf" in (stream.encoding or "").lower())
+def draws(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether pictures are shown."""
+    return has_colours(stream, environment) and "NO_COLOR" not in environment and "utf" in stream.encoding.lower()
 
 
 def contact_sheet(pictures: Sequence[bytes | None], captions: Sequence[str], width: int, lines: int = 10**9) -> str:
@@ -136,15 +139,13 @@ def _blocks(data: bytes | None, columns: int, rows: int) -> list[str]:
     return [" " * columns] * (rows - len(lines)) + lines  # above the first letter of its caption
 
 
-def show_hits(
-    hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], words: Words, pictures: str, no_pictures: bool
-) -> None:
+def show_hits(hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], words: Words) -> None:
     """Hits as a table; in a terminal that can, above it as many as pictures as fit in the window."""
-    if draws(sys.stdout, "no" if no_pictures else pictures):
+    if draws(sys.stdout):
         columns, lines = shutil.get_terminal_size()
         thumbnails = [thumbnail(hit.path) for hit in hits]
         captions = [f"{rank} {visible(os.path.basename(hit.path))}" for rank, hit in enumerate(hits, 1)]
-        print(contact_sheet(thumbnails, captions, columns, lines - len(hits) - 3))
+        click.echo(contact_sheet(thumbnails, captions, columns, lines - len(hits) - 3))
     rows = [[words(f"column.{name}") for name in ("rank", "score", "date", "path")]]
     for rank, hit in enumerate(hits, 1):
         path = link(hit.path, shown_path(hit.path)) if has_colours(sys.stdout) else shown_path(hit.path)
@@ -153,22 +154,19 @@ def show_hits(
         rows.append([str(rank), words.score(hit.score), date, path + same])
     lines = list(table(rows, right=(0, 1)))
     if below := [place for place, hit in enumerate(hits, 1) if hit.fits is False]:
-        lines.insert(below[0], f"-- {words('line' if below[0] > 1 else 'line_first')} --")
-    print(*lines, sep="\n")
+        lines.insert(below[0], f"-- {words('line')} --")
+    click.echo("\n".join(lines))
 
 
 def open_pictures(paths: Sequence[str], words: Words) -> None:
     """Open pictures in the system's viewer.
 
     An index may be of others, and its paths lead to anything: what is no picture any longer, or has no name of one, is
-    not opened, since the system would start what it finds there, by its name. Raises RuntimeError: the system has no
-    viewer, or it does not open the pictures.
+    not opened, since the system would start what it finds there, by its name. Raises RuntimeError: it has no viewer.
     """
     from capivara_common.image_files import BadImage
     from capivara_search.picture_files import is_picture_name, open_query_picture
 
-    if len(paths) > MOST_OPENED:
-        say(words("opening_most", most=MOST_OPENED))
     shown = []
     for path in paths[:MOST_OPENED]:
         with suppress(BadImage, ValueError):
@@ -176,8 +174,8 @@ def open_pictures(paths: Sequence[str], words: Words) -> None:
                 shown.append(path)
                 continue
         say(words("not_opened", path=shown_path(path)))
-    if not opened_by_system(*shown):
-        raise failure(RuntimeError, "no_viewer", name=OPENER)
+    if any(map(click.launch, shown)):
+        raise failure(RuntimeError, "no_viewer")
 
 
 def opened_by_system(*paths: str, options: Sequence[str] = ()) -> bool:
@@ -191,8 +189,3 @@ def opened_by_system(*paths: str, options: Sequence[str] = ()) -> bool:
     with suppress(subprocess.TimeoutExpired):  # it shows the file until it is closed
         return not any(process.wait(max(0, deadline - time.monotonic())) for process in started)
     return True
-
-
-def say(text: str) -> None:
-    """Beside the results: what is no result goes to stderr."""
-    print(text, file=sys.stderr)

@@ -43,10 +43,6 @@ class Words:
         """Whether there is such a text."""
         return key in self._texts
 
-    def command(self, english: str) -> str:
-        """The name of a command."""
-        return COMMANDS[english] if self.language == "pt" else english
-
     def reason(self, text: str) -> str:
         """Why a file was left out: `reason: detail`, of which other languages have the reason alone."""
         key = f"reason.{text.partition(':')[0]}"

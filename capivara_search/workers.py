@@ -1,5 +1,8 @@
 """Many machines fill one index: the tasks of a Slurm cluster or a Ray cluster, each with a share of the files.
 
+    python -m capivara_search.workers --where s3://bucket/fotos --folders ~/Fotos --executor slurm --tasks 100 \\
+        --partition gpu --time 04:00:00 --logging_dir ~/logs
+
 Each task embeds the files whose names fall to its share and writes them into the table; a last task removes what is
 gone and tidies up. A task that was killed leaves what it has written, and the same command does what is missing.
 """
@@ -8,10 +11,11 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from capivara_common.cli import at_least, flag
+from capivara_common.cli import at_least, flag, parse, run_command
 from capivara_common.environment import cache_home, require
 from capivara_common.tasks import ExecutorArguments, Phase
 from capivara_search.adding import IndexWriter, Plan, begin, finish, make_plan
+from capivara_search.index import PictureIndex
 from capivara_search.models import SearchModel, find_model
 from capivara_search.picture_files import absolute_folder
 from capivara_search.results import Added
@@ -90,3 +94,19 @@ def end(arguments: WorkerArguments, rank: int, world_size: int) -> str:
 
 
 PHASES = {"embed": Phase(run=embed, shared=True, uses_model=True), "end": Phase(run=end)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    args = parse(WorkerArguments, __doc__, argv)
+    index = PictureIndex.open(args.where, args.model, args.device)
+    index.mend()
+    args.folders = [str(folder) for folder in index.folders_to_add(args.folders, args.exclude, args.include)]
+    done = add_with_workers(args)
+    print(f"{len(index)} pictures are in the index." if done else f"Slurm has the jobs; their logs are in {args.logs}.")
+
+
+if __name__ == "__main__":
+    from capivara_search import workers  # by its name, as other machines find it
+
+    run_command(workers.main, resumes=True)

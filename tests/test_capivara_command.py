@@ -137,7 +137,6 @@ def test_help_is_in_the_language_that_is_asked_for_and_teaches_by_examples(capiv
         assert len(re.findall(r"^    capivara |^    eval ", shown, re.MULTILINE)) >= 1
         long = [one for one in shown.splitlines() if len(one) > 100]
         assert all(one.startswith("    capivara ") for one in long), (lang, long)
-    assert len(re.findall(r"^  (0|1|2|3|130)  ", text, re.MULTILINE)) == (0 if command else 5)
     assert ("[PASTA …]\n" in text.partition("\n\n")[0] + "\n") == (command in ("index", "watch"))
 
 
@@ -166,55 +165,48 @@ def test_flags_are_taken_in_every_usual_form(tmp_path):
     folder = tmp_path / "Fotos"
     folder.mkdir()
     for words, taken in (
-        (["index", folder, "--batch_size", "8", "--cpus-per-task=2"], {"batch_size": 8, "cpus_per_task": 2}),
+        (["index", folder, "--batch_size", "8", "--model=m"], {"batch_size": 8}),
         (["search", "--", "-5 graus"], {"query": ("-5 graus",)}),
         (["buscar", "--menos", "a", "b", "--mais=0.5:c", "--less", "d"], {"query": ("b",), "less": ("a", "d")}),
         (["search", "x", "--since", "2024", "--until", "2024-02"], {"since": date(2024, 1, 1), "until": LEAP}),
         (["search", "x", "--since", "29/02/2024", "--until", "2024-2-29"], {"since": LEAP, "until": LEAP}),
         (["search", "x", "--until", "2024"], {"until": date(2024, 12, 31)}),
-        (["classify", folder, "--labels", "a", "b", "--csv"], {"labels": ("a", "b"), "csv": True}),
+        (["classify", folder, "--labels", "a", "b", "--csv"], {"labels": ("a",), "label": ("b",), "csv": True}),
         (["indexar", "--exclude", "*.gif", folder, "--include", "a", "--include=b"], {"folders": (folder,)}),
-        (["index", "--sbatch", "qos=a", "mem=b"], {"sbatch": ("qos=a", "mem=b")}),
     ):
         params = parsed(list(map(str, words))).params
         assert {name: params[name] for name in taken} == taken
 
 
 WRONG = {
-    "serch gato": ("unknown command: serch. Did you mean capivara search?", "desconhecido: serch. Seria capivara"),
-    "'um gato preto'": ('mean capivara search "um gato preto"?', 'Seria capivara buscar "um gato preto"?'),
-    "um gato preto -k 3": ('mean capivara search "um gato preto"?', 'Seria capivara buscar "um gato preto"?'),
+    "serch gato": ("there is no serch; --help lists all. Did you mean search?", "não existe: serch; --help lista"),
+    "search x --sinc 2024": (
+        "no --sinc; --help lists all. Did you mean --since?",
+        "--sinc; --help lista tudo. Seria --si",
+    ),
     "search": ("nothing to look for: write a sentence", "nada a procurar: escreva uma frase"),
-    "search x --sinc 2024": ("unknown flag: --sinc. Did you mean --since?", "desconhecida: --sinc. Seria --since?"),
-    "index . --compar": ("unknown flag: --compar. (--help", "opção desconhecida: --compar. (--help lista tudo)"),
     "status more": ("neither a flag nor a value of one: more", "não é opção nem cabe em uma: more"),
     "search x -k many": ("-k: must be a whole number from 1 to 10000, got many", "inteiro de 1 a 10000, e é many"),
-    "index . --tasks 0": ("--tasks: must be a whole number, at least 1", "deve ser um número inteiro, pelo menos 1"),
-    "search x -k": ("-k: its value is missing", "-k: falta o valor"),
-    "search x --json=1": ("--json: it takes no value", "--json: não tem valor"),
-    "search x --like none.jpg": ("--like: there is no file none.jpg", "--like: o arquivo none.jpg não existe"),
+    "search x -k": ("-k: its value is missing, or it takes", "-k: falta o valor, ou ela não tem um"),
+    "search x --json=1": ("--json: its value is missing, or it", "--json: falta o valor, ou ela"),
+    "search x --like none.jpg": ("--like: there is no file none.jpg", "--like: não há arquivo none.jpg"),
     "search x --since 31/02/2024": ("--since: 31/02/2024 is no date such as", "31/02/2024 não é uma data como"),
     "search x --since 2025 --until 2024": ("is after --until (2024-12-31)", "vem depois de --until (2024-12-31)"),
-    "search x --json --csv": ("--csv: does not go with --json", "--csv: não combina com --json"),
-    "search x --lang fr": ("--lang: 'fr' is none of: 'pt', 'en'", "--lang: 'fr' não é uma das opções: 'pt', 'en'"),
+    "search x --lang fr": ("--lang: fr is none of ('pt', 'en')", "--lang: fr não é uma das opções ('pt', 'en')"),
     "index": ("No folder was named, and none was added on this machine", "nenhuma pasta foi dada, e nenhuma das"),
     "index . --exclude #x": ("'#x' is no pattern of a .gitignore", "o padrão '#x' não cabe em um .gitignore"),
     "index . --exclude ./file.txt": ("--exclude ./file.txt: it is a path", "--exclude ./file.txt: é um caminho, e"),
     "index . --include none": ("none is no pattern of this index, nor", "none não é um padrão deste índice, nem foi"),
     "move a": ("missing: NEW", "falta: NOVA"),
-    "move a none": ("there is no folder none", "a pasta none não existe"),
-    "index none": ("there is no folder none", "a pasta none não existe"),
-    "index . --workers 2": ("--workers is gone: one machine uses all", "--workers saiu: uma máquina usa"),
+    "index none": ("there is no folder none", "não há pasta none"),
+    "index . --executor ray": ("--executor is gone: many machines: python", "--executor saiu: muitas máquinas: "),
     "app --compare x": ("--compare is gone: open two pages", "--compare saiu: abra duas páginas"),
-    "index . --executor ray": ("--executor ray needs --tasks", "--executor ray precisa de --tasks"),
-    "index . --executor slurm --tasks 2": ("needs --partition, --time", "precisa de --partition, --time"),
+    "search x --no-pictures": ("--no-pictures is gone: NO_COLOR=1", "--no-pictures saiu: NO_COLOR=1 deixa"),
     "classify .": ("missing: --labels", "falta: --labels"),
     "classify . --labels gato Gato": ("The label 'gato' is there twice", "o rótulo gato aparece duas vezes"),
     "classify . --labels a --template x": ("template must have one {}", "--template deve ter {} uma vez"),
     "search x --less 9:y": ("The weight of '9:y' must be above 0", "o peso de '9:y' deve ser maior que 0"),
-    "search x --mais ''": ("The weight of '' must be above 0", "o peso de '' deve ser maior que 0"),
-    "duplicates --threshold 2": ("must be from 0.01 to 1, got 2", "--threshold: deve ser de 0,01 a 1, e é 2"),
-    "app --allow-host http://fotos": ("http://fotos is neither a name nor", "http://fotos não é nome nem endereço"),
+    "duplicates --threshold 2": ("must be a number from 0.01 to 1, got 2", "deve ser um número de 0.01 a 1, e é 2"),
 }
 
 
@@ -245,8 +237,7 @@ def test_before_the_first_index_every_command_says_which_one_makes_it(capivara, 
         code, out, error = capivara(*words, "--index", where)
         assert (code, out) == (3, "") and "This command makes it: capivara index FOLDER" in error
     assert "Este comando o faz: capivara indexar PASTA" in capivara("buscar", "x", "--lang", "pt", "--index", where)[2]
-    code, out, _ = capivara("--index", where)
-    assert code == 0 and "capivara index ~/Pictures" in out
+    assert capivara("--index", where) == capivara("--help")
     assert re.fullmatch(r"capivara \d\S+\n", capivara("--version")[1])
     assert not where.exists()
 
@@ -310,7 +301,7 @@ def test_index_without_a_folder_brings_known_ones_up_to_date(capivara, own_index
 def test_an_index_is_moved_with_its_pictures(capivara, own_index, folder, tmp_path):
     new = shutil.copytree(folder, tmp_path / "media" / "Fotos")
     code, out, _ = capivara("mover", folder, new, "--index", own_index, "--lang", "pt")
-    assert (code, out) == (0, f"No índice, 5 imagens estão agora em {new}; 5 delas estão de fato lá.\n")
+    assert (code, out) == (0, f"Imagens que no índice estão agora em {new}: 5. De fato lá: 5.\n")
     code, out, error = capivara("move", folder, new, "--index", own_index)
     assert (code, out) == (1, "") and f"has nothing of the folder {folder}" in error
     code, out, _ = capivara("index", "--index", own_index)
@@ -374,12 +365,11 @@ def test_json_and_csv_hold_nothing_that_a_terminal_obeys(capivara, index, folder
     assert "\x1b" not in "".join(row["path"] for row in rows)
 
 
-def test_nothing_found_is_exit_code_1_and_a_long_query_is_cut_with_a_notice(capivara, index):
+def test_nothing_found_is_exit_code_1_and_a_long_query_is_cut(capivara, index):
     code, out, error = capivara("search", "x", "--until", "1999", "--index", index)
     assert (code, out, error) == (1, "", "No picture found with --folder, --since and --until as they are.\n")
     assert capivara("search", "x", "--until", "1999", "--json", "--index", index)[:2] == (1, "[]\n")
-    code, out, error = capivara("buscar", "gato " * 2000, "--index", index, "--lang", "pt", "-k", 1)
-    assert code == 0 and out and error == "A consulta tem 9.999 letras; só as primeiras 4.096 contam.\n"
+    assert capivara("buscar", "gato " * 2000, "--index", index, "-k", 1)[0] == 0
 
 
 def test_a_picture_that_can_not_be_read_is_wrong_use(capivara, index, folder, tmp_path, recwarn):
@@ -410,15 +400,14 @@ def test_open_shows_the_pictures_in_the_viewer_and_starts_nothing_else(
     finally:
         blue.write_bytes(kept)
     assert code == 0
+    for _ in range(100):  # nobody waits for a viewer
+        time.sleep(0.05 * (not opened.exists() or opened.read_text().count("\n") < 3))
     names = {Path(path).name for path in opened.read_text().splitlines()}
     assert names == {"verde.jpg", "branco.jpg", "cinza\x1b[31m.png"}
     assert error.count("not opened, since it is no picture any longer, or has no name of one") == 2
-    viewer.write_text("#!/bin/sh\nexit 3\n")
-    for path in (None, tmp_path):
-        if path:
-            monkeypatch.setenv("PATH", str(path))
-        code, out, error = capivara("buscar", "x", "--open", "--index", own_index, "--lang", "pt")
-        assert code == 3 and out and f"erro: nenhum programa do sistema abriu as imagens: {OPENER} não existe" in error
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, out, error = capivara("buscar", "x", "--open", "--index", own_index, "--lang", "pt")
+    assert code == 3 and out and "erro: o sistema não tem um programa que abra as imagens" in error
 
 
 def test_texts_of_csv_are_no_formulas_and_numbers_stay_numbers(capivara, own_index, folder, tmp_path):
@@ -456,14 +445,11 @@ def test_an_address_of_the_storage_that_is_none_is_one_line(capivara, address, m
 
 def test_forget_takes_a_folder_out_and_leaves_its_files(capivara, own_index, folder):
     code, out, _ = capivara("esquecer", folder / "2024", "--index", own_index, "--lang", "pt")
-    assert code == 0 and out.startswith("2 imagens de ") and (folder / "2024" / "azul.jpg").exists()
+    assert code == 0 and "que saíram do índice: 2." in out and (folder / "2024" / "azul.jpg").exists()
     back = f"capivara indexar --include {folder / '2024'}\n"
     assert out.endswith(back)
-    assert (
-        "and takes none until it is told to: capivara" in capivara("forget", folder / "2024", "--index", own_index)[2]
-    )
-    of_none = capivara("forget", folder / "2023", "--index", own_index)
-    assert of_none == (1, "", f"The index has no pictures of {folder / '2023'}.\n")
+    code, out, _ = capivara("forget", folder / "2023", "--index", own_index)
+    assert code == 1 and "2023 that have left the index: 0." in out
     code, out, error = capivara("indexar", folder / "2024", "--index", own_index, "--lang", "pt")
     assert (code, out) == (2, "") and f"pois {folder / '2024'} foi esquecida. Para" in error
     code, out, _ = capivara("indexar", folder, "--index", own_index, "--lang", "pt")
@@ -548,7 +534,6 @@ def test_classify_gives_each_picture_a_label_or_none_and_needs_no_index(
     code, out, error = capivara("classify", ".", *labels, "--index", index)
     lines = out.splitlines()
     assert code == 0 and lines[0].split() == ["label", "share", "file"] and len(lines) == 6
-    assert sum(int(n) for n in re.findall(r": (\d+)", error)) == 5, "the summary counts every picture"
     alone = (*labels, "--index", tmp_path / "none.lance", "--model", saved_tiny_folder, "--lang", "pt")
     (row,) = json.loads(capivara("classificar", "branco.jpg", *alone, "--json")[1])
     assert row["path"] == str(folder / "branco.jpg") and row["label"] in (None, "azul", "carro vermelho")
@@ -559,14 +544,14 @@ def test_classify_gives_each_picture_a_label_or_none_and_needs_no_index(
 
 def test_duplicates_are_shown_in_groups(capivara, own_index, folder, tmp_path, saved_tiny_folder):
     code, out, error = capivara("duplicatas", "--threshold", "1", "--index", own_index, "--lang", "pt")
-    assert (code, out) == (1, "") and error == "Nenhuma imagem quase igual a outra, a partir de 1,00.\n"
+    assert (code, out, error) == (1, "", "Grupos de imagens quase iguais, a partir de 1,00: 0.\n")
     copies = tmp_path / "copies"
     copies.mkdir()
     for name in ("a.jpg", "b.jpg"):
         shutil.copy(folder / "branco.jpg", copies / name)
     capivara("index", copies, "--index", own_index)
     code, out, error = capivara("duplicates", "--threshold", "0.999", "--index", own_index)
-    assert code == 0 and out.startswith("group 1\n") and "of pictures that are nearly the same." in error
+    assert code == 0 and out.startswith("group 1\n") and "nearly the same, from 1.00 on: 1." in error
     assert all(name in out for name in ("a.jpg", "b.jpg", "branco.jpg"))
 
 
@@ -653,7 +638,7 @@ def test_ctrl_c_during_the_imports_is_one_line(imported, index, folder):
 def test_a_reader_that_goes_away_is_no_error(index):
     process = started("search", "x", "--json", "--index", index)
     process.stdout.close()
-    assert process.stderr.read() == "" and process.wait(timeout=60) == 128 + signal.SIGPIPE
+    assert process.stderr.read() == "" and process.wait(timeout=60) == 1
 
 
 @pytest.mark.parametrize("lang", ["en", "pt"])
@@ -689,7 +674,7 @@ def test_app_opens_the_page_until_it_is_ended(index):
     with urllib.request.urlopen(address, timeout=30) as answer:
         assert b'lang="pt' in answer.read()
     second = started("app", "--no-open", "--port", port, "--index", index)
-    assert "the port is in use; choose another one by --port" in second.communicate(timeout=60)[1]
+    assert "at this --host and --port; choose another one: " in second.communicate(timeout=60)[1]
     assert second.returncode == 3
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1].strip()  # the image tower is loaded while the page is open

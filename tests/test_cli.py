@@ -35,6 +35,7 @@ COMMANDS = {
     "hub_upload.space": "--model m --pictures p --space s",
     "modeling_capivara.convert_open_clip": "s o",
     "modeling_capivara.trim_vocabulary": "m o --languages pt",
+    "capivara_search.workers": "--where w",
     "training.interpolate": "a b --output o",
     "training.rotate": "m --dataset d --dims 8 --output o",
     "examples.openmoji.prepare": "",

@@ -189,9 +189,9 @@ def test_an_index_on_a_cluster(executor, request, config, tmp_path):
         pytest.importorskip("ray")
     make_pictures(tmp_path / "fotos", 20)
     model = str(config.parent / "model")
-    command = [sys.executable, "-m", "capivara_search", "index", str(tmp_path / "fotos"), "--model", model]
-    command += ["--index", str(tmp_path / "many"), "--logging-dir", str(tmp_path / "logs"), "--lang", "en"]
-    command += ["--executor", executor, "--tasks", "2", "--mem-per-cpu-gb", "1"]
+    command = [sys.executable, "-m", "capivara_search.workers", "--folders", str(tmp_path / "fotos"), "--model", model]
+    command += ["--where", str(tmp_path / "many"), "--logging_dir", str(tmp_path / "logs")]
+    command += ["--executor", executor, "--tasks", "2", "--mem_per_cpu_gb", "1"]
     command += ["--partition", "main", "--time", "00:10:00"] if executor == "slurm" else []
     options = surroundings()
     options["env"] |= variables

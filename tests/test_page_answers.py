@@ -1,4 +1,4 @@
-"""The page's answers, without the page: what is found, refused, suggested and said."""
+"""The page's answers, without the page: what is found, refused and said."""
 
 import json
 import re
@@ -15,15 +15,11 @@ from PIL import Image
 from capivara_search.index import PictureIndex
 from capivara_search.page import server
 from capivara_search.page.answers import (
-    AT_ONCE,
     MAX_LABELS,
     MAX_LETTERS,
     MAX_PICTURES,
     Answers,
     Question,
-    Suggestions,
-    nouns,
-    standing_out,
 )
 from capivara_search.page.guard import Refusal
 
@@ -116,8 +112,8 @@ def test_a_picture_that_is_gone_and_an_index_without_pictures(answers, saved_tin
     empty = Answers(PictureIndex.open(tmp_path / "new.lance", str(saved_tiny_folder)))
     assert empty.search(Question.read({"text": "gato"}), None)["hits"] == []
     assert empty.status(Question()) | {"version": 0} == {
-        "version": 0, "count": 0, "folders": {}, "videos": 0, "model": "model", "note": None, "suggestions": [],
-        "suggesting": True, "progress": None,
+        "version": 0, "count": 0, "folders": {}, "videos": 0, "model": "model", "note": None,
+        "progress": None,
     }  # fmt: skip
 
 
@@ -230,38 +226,6 @@ def test_classifications_that_are_refused(answers, asked, said):
         answers.classify(Question.read(asked), None)
 
 
-# --- Suggestions -----------------------------------------------------------------------------------------------------
-
-
-def test_words_of_pictures_that_are_there_stand_out():
-    generator = np.random.default_rng(0)
-    words = generator.normal(size=(40, 64))
-    words /= np.linalg.norm(words, axis=1, keepdims=True)
-    shown = words[[4, 9, 23]].repeat(5, axis=0) + 0.05 * generator.normal(size=(15, 64))
-    hub = 5 * words[30]  # a word that is near to every picture
-    pictures = np.concatenate([shown, generator.normal(size=(60, 64)) / 8]) + hub
-    pictures /= np.linalg.norm(pictures, axis=1, keepdims=True)
-    assert set(standing_out(words, pictures, 3)) == {4, 9, 23}
-
-
-def test_words_lead_to_different_pictures():
-    words = np.eye(6)[[0, 0, 1, 2, 2]]  # the first two are the same, and so are the last
-    assert sorted(standing_out(words, np.eye(6)[[0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 4, 5]], 5)) in ([0, 2, 3], [1, 2, 3])
-    assert standing_out(words, np.empty((0, 6))) == [] and len(standing_out(words, np.eye(6)[:1])) == 1
-
-
-def test_words_are_embedded_a_few_at_a_time(index, monkeypatch):
-    suggestions, seen, model = Suggestions(index), [], type(index.model)
-    texts = model.texts
-    monkeypatch.setattr(model, "texts", lambda self, given: (seen.append(len(given)), texts(self, given))[1])
-    assert suggestions.best("pt") is None
-    while suggestions.embed_more("pt"):
-        pass
-    words = suggestions.best("pt")
-    assert words and set(words) <= set(nouns("pt")) and max(seen) == AT_ONCE and sum(seen) == len(nouns("pt"))
-    assert suggestions.best("pt") is words and suggestions.best("en") is None
-
-
 # --- Words -----------------------------------------------------------------------------------------------------------
 
 
@@ -276,7 +240,6 @@ def test_both_languages_say_the_same():
     for key, text in portuguese.items():
         assert set(re.findall(r"\{\w*\}", text)) == set(re.findall(r"\{\w*\}", english[key])), key
         assert text != english[key] or key == "pixels", f"{key} is not translated"
-    assert len(nouns("pt")) == len(nouns("en")) == len(set(nouns("pt"))) == len(set(nouns("en"))) > 300
 
 
 def test_every_word_is_used_and_every_used_word_is_there():

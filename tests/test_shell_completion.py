@@ -9,10 +9,10 @@ import pytest
 from click.shell_completion import BashComplete
 
 from capivara_search.command import main
-from capivara_search.command_line import COMPLETE
 from capivara_search.commands import capivara
 from capivara_search.words import COMMANDS, Words
 
+COMPLETE = "_CAPIVARA_COMPLETE"
 SHELLS = ("bash", "zsh", "fish")
 
 
@@ -29,9 +29,9 @@ def test_commands_flags_and_choices_are_offered():
     assert offered("") == {*COMMANDS, *COMMANDS.values()}
     assert offered("s") == {"search", "seguir", "status"}
     assert {"--lang", "--version"} <= offered("--")
-    assert offered("buscar", "um", "gato", "--pict") == {"--pictures"}
+    assert offered("buscar", "um", "gato", "--thr") == set() and offered("duplicates", "--thr") == {"--threshold"}
     assert offered("--lang", "en", "search", "--s") == {"--since"}
-    assert offered("index", "--executor", "") == {"local", "slurm", "ray"}
+    assert offered("search", "--line", "") == {"auto", "yes", "no"}
     assert offered("completar", "") == set(SHELLS)
     assert offered("index", "fo") == {"dir"} and offered("search", "--like", "x") == {"file"}
 
@@ -52,8 +52,8 @@ def test_bash_asks_the_command(tmp_path):
     program = tmp_path / "capivara"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m capivara_search "$@"\n')
     program.chmod(0o755)
-    ask = 'eval "$(capivara completion bash)"; COMP_WORDS=(capivara buscar --pict); COMP_CWORD=2; '
+    ask = 'eval "$(capivara completion bash)"; COMP_WORDS=(capivara buscar --sin); COMP_CWORD=2; '
     ask += '_capivara_completion capivara; echo "${COMPREPLY[@]}"'
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "--norc", "-c", ask], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.split() == ["--pictures"], done.stderr
+    assert done.stdout.split() == ["--since"], done.stderr

@@ -1,4 +1,4 @@
-"""Answers of the page, from a question to plain values for JSON, and words that are worth searching for.
+"""Answers of the page, from a question to plain values for JSON.
 
 Answers(index).search(Question.read({"text": "um gato", "k": 12}), None)["hits"]
 """
@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from datetime import date, datetime
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +31,6 @@ MAX_PULLS = 20  # pictures, a way
 MAX_CLASSIFIED = 20_000  # pictures of a folder
 LAST_YEAR = 9999  # of dates; it has a day that none follows
 GROUP_PICTURES = 24  # of a label, shown of a folder that is classified
-NOUNS = Path(__file__).parent / "words" / "nouns.txt"  # some three hundred, a line each: Portuguese = English
-AT_ONCE = 16  # words that are embedded in one turn, between the questions of visitors
-RANKED_PICTURES = 1000  # that words are judged by, the newest
-SHOWN = 10  # words
-NEAREST = 3  # pictures that a word is judged by; fewer in a small collection
-TEMPLATES = {"pt": TEMPLATE, "en": "an image of {}"}  # the languages of the page
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,7 @@ class Question:
     template: str = TEMPLATE  # sentence of a classification, with {} for the label
     more: tuple[str, ...] = ()  # paths of pictures of the index that the search is pulled towards
     less: tuple[str, ...] = ()  # those that it is pulled away from
-    language: str = "pt"  # of the suggestions
+    language: str = "pt"  # of what is said of the model
 
     @classmethod
     def read(cls, values: object) -> "Question":
@@ -118,7 +111,7 @@ class Answers:
     """All questions of the page to an index. Called in one thread at a time."""
 
     def __init__(self, index: "PictureIndex"):
-        self.index, self.suggestions = index, Suggestions(index)
+        self.index = index
         self._about: tuple[int, Status] | None = None  # version of the index
 
     def search(self, question: Question, image: PIL.Image.Image | None) -> dict[str, Any]:
@@ -163,13 +156,13 @@ class Answers:
         self.index.model.images([PIL.Image.new("RGB", (8, 8))])
 
     def status(self, question: Question) -> dict[str, Any]:
-        """What the index holds by now, how far an indexing is, and words that are worth searching for."""
-        words, state, model = self.suggestions.best(question.language), self._state(), self.index.model
+        """What the index holds by now, and how far an indexing is."""
+        state, model = self._state(), self.index.model
         if self._about is None or self._about[0] != state["version"]:
             self._about = state["version"], self.index.status()
         facts = {"folders": self._about[1].folders, "videos": self._about[1].skipped.get("video", 0)}
         facts |= {"model": model.name, "note": model.note_in(question.language), "progress": self.index.progress()}
-        return state | facts | {"suggestions": words or [], "suggesting": words is None}
+        return state | facts
 
     def _state(self) -> dict[str, int]:
         return {"version": self.index.version(), "count": len(self.index)}
@@ -226,67 +219,3 @@ def decoded(upload: bytes, decode: Callable[[bytes], PIL.Image.Image]) -> PIL.Im
         return decode(upload)
     except BadImage as bad:
         raise Refusal("too_many_pixels" if bad.reason == "absurd image size" else "no_picture") from bad
-
-
-class Suggestions:
-    """Common nouns that stand out in an index: embedded once a language, ranked anew where the index has changed."""
-
-    def __init__(self, index: "PictureIndex"):
-        self._index = index
-        self._vectors: dict[str, list[np.ndarray]] = {language: [] for language in TEMPLATES}
-        self.ended = False  # whether no more words will be embedded, for an error
-        self._best: dict[str, tuple[int, list[str]]] = {}  # language -> version of the index, words
-
-    def embed_more(self, language: str) -> bool:
-        """Embed the next words; whether there were any."""
-        done = self._vectors[language]
-        start = len(done)
-        words = nouns(language)[start : start + AT_ONCE]
-        if words:  # at their own places: a turn that was given up may still end, after the one that came for it
-            done[start : start + AT_ONCE] = self._index.model.texts([TEMPLATES[language].format(w) for w in words])
-        return bool(words)
-
-    def best(self, language: str) -> list[str] | None:
-        """Words that stand out, best first; None where they are not embedded yet."""
-        if len(self._vectors[language]) < len(nouns(language)):
-            return [] if self.ended else None
-        version = self._index.version()
-        if self._best.get(language, (None,))[0] != version:
-            paths = [hit.path for hit in self._index.newest(RANKED_PICTURES)]
-            try:
-                pictures = self._index.vectors(paths) if paths else np.empty((0, self._index.model.width))
-            except KeyError:  # some are about to be embedded anew, by this model
-                return []
-            words = standing_out(np.stack(self._vectors[language]), pictures)
-            self._best[language] = (version, [nouns(language)[word] for word in words])
-        return self._best[language][1]
-
-
-@cache
-def nouns(language: str) -> list[str]:
-    """The words, "pt" or "en", each pair of languages at the same place."""
-    return [line.split(" = ")[language == "en"] for line in NOUNS.read_text(encoding="utf-8").splitlines()]
-
-
-def standing_out(words: np.ndarray, pictures: np.ndarray, count: int = SHOWN) -> list[int]:
-    """The words that some pictures fit much better than other words and other pictures do.
-
-    Of words (words, width) and pictures (pictures, width), unit length, at most `count` rows of `words`, best first.
-    They have different pictures, so that each leads elsewhere.
-    """
-    if not len(pictures):
-        return []
-    scores = words @ pictures.T  # (words, pictures)
-    scores = scores - scores.mean(axis=0)  # some pictures are near to all words
-    if len(pictures) > 2 * NEAREST:
-        scores -= scores.mean(axis=1, keepdims=True)  # and some words to all pictures
-    near = min(NEAREST, max(1, len(pictures) // 4))
-    nearest = np.argsort(-scores, axis=1)[:, :near]
-    strength = np.take_along_axis(scores, nearest, axis=1).mean(axis=1)
-    chosen: list[int] = []
-    for word in np.argsort(-strength):
-        if all(len(set(nearest[word]) & set(nearest[other])) <= near // 2 for other in chosen):
-            chosen.append(int(word))
-        if len(chosen) == count:
-            break
-    return chosen

@@ -34,7 +34,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from capivara_search.page.answers import TEMPLATES, Answers, Question, decoded
+from capivara_search.page.answers import Answers, Question, decoded
 from capivara_search.page.decoder import Decoder
 from capivara_search.page.guard import (
     BACKLOG,
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
 
 FOLDER = Path(__file__).parent
+LANGUAGES = ("pt", "en")
 DEFAULT_PORT = 7860
 START_S = 30  # for the server to listen
 WARM_UP_S = 600  # for torch and the model, on a slow machine
@@ -151,8 +152,8 @@ def open_page(
     allow_hosts: Sequence[str] = (),
 ) -> Page:
     """Open the page and return; arguments and errors are those of `serve_index`."""
-    if language not in TEMPLATES:
-        raise ValueError(f"language must be one of {', '.join(TEMPLATES)}, got {language!r}.")
+    if language not in LANGUAGES:
+        raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}.")
     hosts = allowed_hosts(host, allow_hosts)
     if len(index):
         index.search_vector(np.ones(index.model.width, np.float32), k=1)  # says now where the model does not fit
@@ -181,7 +182,7 @@ class Site:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """Keep a process for pictures, and embed the words of suggestions between the questions."""
+        """Keep a process for pictures, and load the model before it is asked."""
         self._decoder = Decoder()
         self._files = OriginalFiles(self.answers.index, self._decoder)
         self._warming = asyncio.create_task(self._warm_up())
@@ -192,19 +193,8 @@ class Site:
         self._decoder.close()
 
     async def _prepare(self) -> None:
-        suggestions = self.answers.suggestions
-        for language in sorted(TEMPLATES, key=lambda one: one != self.language):
-            more = True
-            while more:
-                try:
-                    more = await self._questions.ask(partial(suggestions.embed_more, language))
-                except Refusal:
-                    pass
-                except Exception:  # the page does without
-                    logger.exception("No words can be suggested.")
-                    suggestions.ended = True
-                    return
-                await asyncio.sleep(0.05)
+        with contextlib.suppress(Exception):  # each question says so
+            await self._questions.ask(lambda: self.answers.index.model.texts(["gato"]))
 
     async def _warm_up(self) -> None:
         """Import torch and load the image tower, in no turn: words wait for neither, and pictures are not given up."""
@@ -233,7 +223,7 @@ class Site:
     async def page(self, request: Request) -> Response:
         """The page itself, in the language that its address names."""
         language = request.query_params.get("lang", "")
-        html = _page(language if language in TEMPLATES else self.language, self.local, self.credit)
+        html = _page(language if language in LANGUAGES else self.language, self.local, self.credit)
         return Response(html, media_type="text/html")
 
     def _asked(self, ask: Callable[[Question, Any], dict[str, Any]]) -> Callable[[Request], Any]:

@@ -8,7 +8,7 @@ const [WORK_POLL_MS, OWN_POLL_MS, POLL_MS] = [1500, 3000, 10_000]; // while pict
 const STATE = ["text", "like", "folder", "since", "until", "more", "less"]; // what the address has
 const PULLS = ["more", "less"]; // paths of pictures that steer the search
 const asked = { k: PAGE, file: null };
-let facts = { version: null, count: 0, model: "", folders: {}, suggestions: [], local: false };
+let facts = { version: null, count: 0, model: "", folders: {}, local: false };
 let running = null; // the search whose answer is awaited
 const showFolder = folderChoice(find("folder"), say("all_folders"), (folder) => begin({ folder }));
 
@@ -169,9 +169,6 @@ function showFacts() {
   find("note").textContent = facts.note ?? "";
   find("note").hidden = !facts.note;
   showProgress(facts.progress);
-  const chip = (text) => element("li", {}, element("button", { type: "button", click: () => begin({ text, like: "", more: [], less: [], file: null }, null) }, text));
-  find("suggestions").replaceChildren(...facts.suggestions.map(chip));
-  if (!facts.suggestions.length && facts.suggesting) setTimeout(refresh, 700); // the words are being embedded
 }
 
 /** How far an indexing is that goes on, in any process of the server's machine. */
