@@ -38,30 +38,6 @@ def image_side_digest(folder: Path) -> str:
     return hashlib.blake2b("\0".join([_weights_digest(folder), *settings]).encode(), digest_size=16).hexdigest()
 
 
-def image_difference(folder: Path, other: Path) -> str | None:
-    """In words, the first thing by which two models embed an image otherwise: a tensor or a setting; None where none.
-
-    Raises ValueError as `image_side_digest`.
-    """
-    if image_side_digest(folder) == image_side_digest(other):
-        return None
-    ours, theirs = (_image_tensors(weight_files(path)) for path in (folder, other))
-    for name in sorted(ours.keys() | theirs.keys()):
-        if name not in ours or name not in theirs:
-            return f"the tensor {name} is in one of them alone"
-        here, there = (f"{file.places[name].kind} {file.places[name].shape}" for file in (ours[name], theirs[name]))
-        if here != there:
-            return f"the tensor {name} is {here} here and {there} there"
-        if ours[name].raw(name) != theirs[name].raw(name):
-            return f"the tensor {name} has other numbers"
-    for part, there in _settings(other).items():
-        here = _settings(folder)[part]
-        for field in sorted(here.keys() | there.keys()):
-            if here.get(field) != there.get(field):
-                return f"{field} of {part} is {here.get(field)!r} here and {there.get(field)!r} there"
-    return None
-
-
 def image_steps(folder: Path) -> dict[str, Any]:
     """What a model's image processor does: its fields `PROCESSOR_FIELDS`. Raises ValueError as `image_side_digest`."""
     return _settings(folder)["image_processor"]

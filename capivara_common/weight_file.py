@@ -3,9 +3,8 @@
 The file is mapped into memory, so that the rows of a vocabulary that nobody asks for are never read from the disk.
 """
 
-import math
+import json
 import mmap
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,20 +28,19 @@ class WeightFile:
     """A safetensors file: name of a tensor -> where it lies. ValueError: it is missing, truncated, or none."""
 
     def __init__(self, path: Path):
-        self.path, self.places = path, {}
+        self.path = path
         try:
-            with safe_open(path, "np") as header:  # checks its sizes and offsets; the tensors lie without gaps
-                parts = {name: header.get_slice(name) for name in header.offset_keys()}
-                kinds = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
-            with path.open("rb") as file:
+            with safe_open(path, "np"), path.open("rb") as file:  # which checks all sizes and offsets
                 start = 8 + int.from_bytes(file.read(8), "little")  # the header has its length before it
+                header = json.loads(file.read(start - 8))
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"The weights {path} can't be read: {error!s:.300}. Fetch or write them again.") from error
-        for name, (kind, shape) in kinds.items():
-            end = start + math.prod(shape) * _bits(kind) // 8
-            self.places[name] = TensorPlace(kind, shape, start, end)
-            start = end
+        self.places = {
+            name: TensorPlace(one["dtype"], tuple(one["shape"]), *(start + offset for offset in one["data_offsets"]))
+            for name, one in header.items()
+            if name != "__metadata__"
+        }
 
     def raw(self, name: str) -> memoryview:
         """The bytes of a tensor."""
@@ -59,14 +57,8 @@ class WeightFile:
         place = self.places[name]
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < place.shape[0]:
             raise ValueError(f"{name} has {place.shape[0]} rows; asked for {numbers.min()} to {numbers.max()}.")
-        items = np.frombuffer(self.raw(name), np.dtype(f"u{_bits(place.kind) // 8}")).reshape(place.shape)
-        found = np.ascontiguousarray(items[numbers])
-        return _float32(found.data.cast("B"), place.kind, name).reshape(found.shape)
-
-
-def _bits(kind: str) -> int:
-    """Of a number; its name tells, as "F8_E4M3" has 8."""
-    return 8 if kind == "BOOL" else int(re.search(r"\d+", kind)[0])
+        found = np.frombuffer(self.raw(name), np.uint8).reshape(place.shape[0], -1)[numbers]
+        return _float32(found.data.cast("B"), place.kind, name).reshape(len(numbers), *place.shape[1:])
 
 
 def _float32(raw: memoryview, kind: str, name: str) -> np.ndarray:

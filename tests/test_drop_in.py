@@ -262,27 +262,12 @@ def refused(match: str, model: Path, base: Path, output: Path, *flags: str) -> N
     assert not output.exists() and not [path for path in output.parent.iterdir() if ".tmp-" in path.name]
 
 
-def test_a_model_whose_image_side_was_trained_names_the_tensor(model, base, tmp_path):
-    other, name = shutil.copytree(model, tmp_path / "other"), "visual_projection.weight"
+def test_a_model_whose_image_side_was_trained_is_refused(model, base, tmp_path):
+    other, name = shutil.copytree(model, tmp_path / "other"), "vision_model.post_layernorm.bias"
     tensors = load_file(model / "model.safetensors")
     tensors[name].flatten()[0] = torch.nextafter(tensors[name].flatten()[0], torch.tensor(2.0))
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    refused(rf"{name} has other numbers.*embedded anew", other, base, tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("file", "part", "field", "value"),
-    [
-        ("processor_config.json", "image_processor", "resample", 2),
-        ("config.json", "vision_config", "hidden_act", "relu"),
-    ],
-)
-def test_another_way_to_the_same_pixels_is_named(model, base, file, part, field, value, tmp_path):
-    other = shutil.copytree(base, tmp_path / "other")
-    settings = json.loads((other / file).read_text())
-    settings[part][field] = value
-    (other / file).write_text(json.dumps(settings))
-    refused(rf"{field} of {part} is .* here and {value!r} there", model, other, tmp_path / "out")
+    refused("embeds pictures otherwise than .*embedded anew", other, base, tmp_path / "out")
 
 
 def test_what_is_no_exchange(model, base, tmp_path):

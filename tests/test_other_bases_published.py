@@ -120,7 +120,7 @@ def test_the_text_side_alone_of_a_run(run, kind, alone, tmp_path):
         return
     weights, name = load_file(base / "model.safetensors"), "vision_model.post_layernorm.bias"
     save_file({**weights, name: weights[name] + 1e-6}, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"^[^\n]*: the tensor {name} has other numbers\. [^\n]*$"):
+    with pytest.raises(ValueError, match=r"^[^\n]* embeds pictures otherwise than [^\n]*$"):
         main([*words, str(base)])
     assert not output.exists()
     main([*words, str(run.parent / "base")])

@@ -8,7 +8,7 @@ from transformers import ProcessorMixin
 
 from capivara_common.files import write_text
 from capivara_common.hub_cache import model_folder
-from capivara_common.image_side_digest import image_difference
+from capivara_common.image_side_digest import image_side_digest
 from capivara_search.models import CONVERTER
 from modeling_capivara import CapivaraProcessor
 from modeling_capivara.text_repair_capivara import CONTEXT_LENGTH
@@ -32,14 +32,13 @@ def text_length(processor: ProcessorMixin) -> int:
 def base_of(model: Path, base: str) -> Path:
     """The folder of the base, a folder or Hub id, whose embeddings of pictures stay with the text side of a model.
 
-    Raises ValueError where the two embed pictures otherwise: the first tensor or setting that differs is named.
+    Raises ValueError where the two embed pictures otherwise.
     """
     folder = model_folder(base, CONVERTER)
-    if difference := image_difference(model, folder):
+    if image_side_digest(model) != image_side_digest(folder):
         raise ValueError(
-            f"{model} embeds pictures otherwise than {base}: {difference}. Pictures embedded with that base must be "
-            "embedded anew, by both towers of this model. Or name the base that it was trained from, its image tower "
-            "frozen."
+            f"{model} embeds pictures otherwise than {base}. Pictures embedded with that base must be embedded anew, "
+            "by both towers of this model. Or name the base that it was trained from, its image tower frozen."
         )
     return folder
 
