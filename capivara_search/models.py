@@ -1,27 +1,32 @@
 """The model of an index: found, fetched once, and quick to answer a text.
 
 Any model of two towers that `capivara_common.hub_cache` takes; one of open_clip is converted when it is fetched.
-Nothing heavy is imported before it is needed.
+Nothing heavy is imported before it is needed: texts are embedded by NumPy, as `CapivaraModel` with XLM-RoBERTa and
+SigLIP embed them to 1e-5, without torch and transformers, whose imports alone take longer than a search may.
 """
 
+import json
 import math
+import operator
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from threadpoolctl import threadpool_limits
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from capivara_common.files import read_json
 from capivara_common.hub_cache import Converter, cached_folder, is_reachable, model_folder
 from capivara_common.image_side_digest import image_side_digest, image_steps
 from capivara_common.weight_file import WeightFile, weight_files
-from capivara_search.model_files.checks_capivara import check_sizes
-from capivara_search.model_files.text_repair_capivara import checked_texts
-from capivara_search.text_tower import SIGLIP_DEFAULTS, TextTower, open_text_tower
+from capivara_search.model_files.checks_capivara import check_sizes, tokenizer_errors
+from capivara_search.model_files.text_repair_capivara import CONTEXT_LENGTH, checked_texts, repair_text
 from capivara_search.words import Words, failure, note
 
 if TYPE_CHECKING:
@@ -32,6 +37,9 @@ DEFAULT_MODEL = "hiaac-nlp/CAPIVARA"
 MINIATURE = "miniature"  # as the name of a model
 MODEL_VARIABLE = "CAPIVARA_MODEL"  # of the environment; what None stands for
 MANY_TEXTS = 256  # from here on the import of torch pays
+BATCH_TEXTS = 8  # a batch a thread; with threads within its products, they wait for each other on a busy machine
+KINDS = {"F32", "F16", "BF16"}  # of weights
+EMBEDDINGS = "text_model.embeddings."
 
 
 @dataclass
@@ -42,19 +50,17 @@ class SearchModel:
         name: for people: the Hub id, or the folder's own name.
         source: what it was asked for by, and can be found by again.
         folder: that holds it.
-        note: what has to be said of it, a line in English and one in Portuguese; None where there is nothing.
         device: "cpu", "cuda", …; the GPU where there is one, for images, where None.
     """
 
     name: str
     source: str
     folder: Path
-    note: str | None = None
     device: str | None = None
 
     def note_in(self, language: str) -> str | None:
-        """The line of `note` in a language, "en" or "pt"."""
-        return self.note and self.note.splitlines()[language == "pt"]
+        """What has to be said of it, a line in "en" or "pt"; None where there is nothing."""
+        return Words(language)("miniature") if self.source == MINIATURE else None
 
     @cached_property
     def image_digest(self) -> str:
@@ -64,28 +70,32 @@ class SearchModel:
     @property
     def width(self) -> int:
         """Numbers of an embedding."""
-        path = self.folder / "config.json"
         if self._kind != "siglip":
-            return _size(path, "projection_dim")
-        text = SIGLIP_DEFAULTS | read_json(path, text_config=dict)["text_config"]
-        return _size(path, "text_config", "projection_size", default=text["hidden_size"])
+            return self._size("projection_dim", self._config.get("projection_dim"))
+        text = SiglipTextTower.DEFAULTS | (self._config.get("text_config") or {})
+        return self._size("projection_size", text.get("projection_size", text["hidden_size"]))
 
     @cached_property
     def side(self) -> int:
         """Pixels a side of what the image tower sees. Raises ValueError where the processor is another model's."""
         if self._kind == "capivara":  # a tower of timm has no size of its own
-            return _size(self.folder / "processor_config.json", "image_processor", "crop_size", "height")
+            return self._size("crop_size", (self._steps["crop_size"] or {}).get("height"))
         for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
             path = self.folder / name
             processor = read_json(path).get("processor_class") if path.is_file() else None
             if isinstance(processor, str) and processor.startswith("Siglip") != (self._kind == "siglip"):
                 values = {"folder": self.folder, "processor": processor, "model": self._kind}
                 raise failure(ValueError, "other_processor", **values)
-        side = _size(self.folder / "config.json", "vision_config", "image_size", default=224)
+        side = self._size("image_size", (self._config.get("vision_config") or {}).get("image_size", 224))
         given = self._steps["crop_size" if self._steps["do_center_crop"] else "size"]
         if given != {"height": side, "width": side}:
             raise failure(ValueError, "other_size", folder=self.folder, given=given, side=side)
         return side
+
+    def _size(self, name: str, value: Any) -> int:
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} of the model {self.folder} must be a whole number from 1, got {value!s:.80}.")
+        return value
 
     @cached_property
     def squash(self) -> int | None:
@@ -97,15 +107,19 @@ class SearchModel:
         return image_steps(self.folder)
 
     @cached_property
+    def _config(self) -> dict[str, Any]:
+        config = read_json(self.folder / "config.json", model_type=str)
+        check_sizes(config, f"{self.folder}/config.json: ")
+        return config
+
+    @property
     def _kind(self) -> str:
-        return read_json(self.folder / "config.json", model_type=str)["model_type"]
+        return self._config["model_type"]
 
     @cached_property
     def logit_scale(self) -> float:
         """What multiplies the cosines before a softmax, or SigLIP's sigmoid."""
-        if (scale := self._number("logit_scale")) is None:
-            raise ValueError(f"The weights of {self.folder} hold no logit_scale.")
-        return math.exp(scale)
+        return math.exp(self._number("logit_scale"))
 
     @cached_property
     def logit_bias(self) -> float | None:
@@ -114,14 +128,11 @@ class SearchModel:
 
     def _number(self, name: str) -> float | None:
         """A weight that is one number; None where there is none of that name. Raises ValueError."""
-        for path in weight_files(self.folder):
-            weights = WeightFile(path)
+        for weights in map(WeightFile, weight_files(self.folder)):
             if name in weights.places:
-                found = weights.array(name)
-                if found.size != 1:
-                    raise ValueError(f"{name} of {path} must be one number, it has {found.size}.")
-                check_sizes({name: found.item()}, f"{path}: ")
-                return found.item()
+                number = weights.array(name).item()
+                check_sizes({name: number}, f"{weights.path}: ")
+                return number
         return None
 
     def on_own_scale(self, cosines: np.ndarray) -> np.ndarray:
@@ -137,8 +148,8 @@ class SearchModel:
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings of texts, in their order: (texts, width), float32, unit length.
 
-        Few texts are answered without torch where the model's shape allows; see `text_tower.py`. Raises ValueError: a
-        text is not a string, or there is none; the model is damaged.
+        Few texts are answered without torch where the model's shape allows. Raises ValueError: a text is not a string,
+        or there is none; the model is damaged.
         """
         texts = checked_texts(list(texts))
         if self._kind != "capivara":  # which repairs its texts by itself
@@ -167,7 +178,7 @@ class SearchModel:
         _ = self._loaded
 
     @cached_property
-    def _text_tower(self) -> TextTower | None:
+    def _text_tower(self) -> "TextTower | None":
         return open_text_tower(self.folder)
 
     @cached_property
@@ -202,28 +213,14 @@ def find_model(model: str | None = None, device: str | None = None) -> SearchMod
     model = model or os.environ.get(MODEL_VARIABLE) or None
     if model is None:
         model = DEFAULT_MODEL if cached_folder(DEFAULT_MODEL) or is_reachable(DEFAULT_MODEL) else MINIATURE
-    if model == MINIATURE and not Path(model).exists():
+    here = Path(model).expanduser()
+    if model == MINIATURE and not here.exists():
         from capivara_search.miniature import miniature_folder
 
-        lines = (Words(language)("miniature") for language in ("en", "pt"))
-        return SearchModel(MINIATURE, MINIATURE, miniature_folder(), "\n".join(lines), device)
+        return SearchModel(MINIATURE, MINIATURE, miniature_folder(), device)
     folder = model_folder(model, CONVERTER)
-    here = Path(model).expanduser()
-    if here.exists():
-        return SearchModel(here.resolve().name, str(here.resolve()), folder, None, device)
-    return SearchModel(model, model, folder, None, device)
-
-
-def _size(path: Path, *fields: str, default: int | None = None) -> int:
-    """A number of a JSON file of the model, by the names of the fields that lead to it. Raises ValueError."""
-    value: Any = read_json(path, **{fields[0]: dict if fields[1:] else int})
-    check_sizes(value, f"{path}: ")
-    for field in fields:
-        value = value.get(field) if isinstance(value, dict) else None
-    value = default if value is None else value
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{'.'.join(fields)} of {path} must be a whole number from 1, got {str(value)[:80]}.")
-    return value
+    name, source = (here.resolve().name, str(here.resolve())) if here.exists() else (model, model)
+    return SearchModel(name, source, folder, device)
 
 
 def _convert(source: str, folder: Path, revision: str | None) -> str:
@@ -239,3 +236,194 @@ def _explain(folder: str) -> None:
 
 
 CONVERTER = Converter(_convert, _explain)  # which imports torch only where something is converted
+
+
+# --- Texts without torch ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TextTower:
+    """The text side of a `CapivaraModel`: XLM-RoBERTa, mean pooling and projection."""
+
+    DEFAULTS: ClassVar[dict[str, Any]] = {}  # of `text_config`, what a published config.json leaves out
+    # What is known here alone; absent fields have it.
+    KNOWN: ClassVar[dict[str, Any]] = {
+        **{"model_type": "xlm-roberta", "hidden_act": "gelu", "position_embedding_type": "absolute"},
+        **{"is_decoder": False, "add_cross_attention": False},
+    }
+    OTHER_TENSORS: ClassVar[tuple[int, ...]] = (6, 7)  # beside 16 a layer
+    REPAIR: ClassVar = staticmethod(repair_text)
+
+    weights: WeightFile
+    tokenizer: Tokenizer
+    layers: int
+    heads: int
+    epsilon: np.float32
+    pad: int | None
+
+    @classmethod
+    def tokenizer_of(cls, tokenizer: Tokenizer, settings: dict[str, Any], text: dict[str, Any]) -> Tokenizer | None:
+        """As transformers makes it; None where it would take another, or pad otherwise than the tower."""
+        is_own = settings.get("tokenizer_class") == "CapivaraTokenizer"
+        if not is_own or tokenizer.token_to_id(_token(settings["pad_token"])) != text["pad_token_id"]:
+            return None
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(CONTEXT_LENGTH, direction=settings.get("truncation_side", "right"))
+        return tokenizer
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeddings of texts, in their order: (texts, width), float32, unit length.
+
+        Raises ValueError: a text has no token at all.
+        """
+        with tokenizer_errors(f"The tokenizer beside {self.weights.path}"):
+            ids = [found.ids for found in self.tokenizer.encode_batch_fast([self.REPAIR(text) for text in texts])]
+        order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
+        batches = [[ids[n] for n in order[start : start + BATCH_TEXTS]] for start in range(0, len(ids), BATCH_TEXTS)]
+        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count() or 1) as executor:
+            embeds = np.concatenate(list(executor.map(self._embed_ids, batches)))[np.argsort(order)]
+        return embeds / np.maximum(np.linalg.norm(embeds, axis=-1, keepdims=True), 1e-12)
+
+    def _embed_ids(self, ids: list[list[int]]) -> np.ndarray:
+        tokens = np.full((len(ids), max(map(len, ids))), self.pad)
+        for row, found in zip(tokens, ids, strict=True):
+            row[: len(found)] = found
+        mask = tokens != self.pad  # (texts, tokens); also of the padding tokens that a text spells
+        if not mask.any(axis=1).all():
+            raise ValueError("Every text needs at least one token; the tokenizer gives none for an empty one.")
+        positions = np.where(mask, mask.cumsum(axis=1) + self.pad, self.pad)  # XLM-R numbers them from pad + 1
+        hidden = self._words(f"{EMBEDDINGS}word_embeddings.weight", tokens)
+        hidden = hidden + self.weights.array(f"{EMBEDDINGS}token_type_embeddings.weight")[0]
+        hidden = hidden + self.weights.array(f"{EMBEDDINGS}position_embeddings.weight")[positions]
+        hidden = self._normed(hidden, f"{EMBEDDINGS}LayerNorm.")
+        for number in range(self.layers):
+            name = f"text_model.encoder.layer.{number}."
+            names = [f"{name}attention.self.{part}." for part in ("query", "key", "value")]
+            attended = self._linear(self._attention(hidden, mask, names), f"{name}attention.output.dense.")
+            hidden = self._normed(attended + hidden, f"{name}attention.output.LayerNorm.")
+            inner = gelu(self._linear(hidden, f"{name}intermediate.dense."))
+            hidden = self._normed(self._linear(inner, f"{name}output.dense.") + hidden, f"{name}output.LayerNorm.")
+        kept = mask[..., None].astype(np.float32)
+        pooled = (hidden * kept).sum(axis=1) / kept.sum(axis=1)  # (texts, width of the tower)
+        if "text_projection.weight" in self.weights.places:
+            return pooled @ self.weights.array("text_projection.weight").T
+        inner = gelu(pooled @ self.weights.array("text_projection.0.weight").T)
+        return inner @ self.weights.array("text_projection.2.weight").T
+
+    def _words(self, name: str, tokens: np.ndarray) -> np.ndarray:
+        distinct, places = np.unique(tokens, return_inverse=True)
+        return self.weights.rows(name, distinct)[places.reshape(tokens.shape)]
+
+    def _attention(self, hidden: np.ndarray, mask: np.ndarray, names: list[str]) -> np.ndarray:
+        texts, tokens, width = hidden.shape
+        query, key, value = (
+            self._linear(hidden, name).reshape(texts, tokens, self.heads, -1).swapaxes(1, 2) for name in names
+        )  # (texts, heads, tokens, width of a head)
+        scores = query @ key.swapaxes(-1, -2) / np.float32((width // self.heads) ** 0.5)
+        scores = np.where(mask[:, None, None], scores, -np.inf)
+        shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        shares /= shares.sum(axis=-1, keepdims=True)
+        return (shares @ value).swapaxes(1, 2).reshape(hidden.shape)
+
+    def _linear(self, hidden: np.ndarray, name: str) -> np.ndarray:
+        flat = hidden.reshape(-1, hidden.shape[-1])  # one product of matrices, not one a text
+        result = flat @ self.weights.array(f"{name}weight").T + self.weights.array(f"{name}bias")
+        return result.reshape(*hidden.shape[:-1], -1)
+
+    def _normed(self, hidden: np.ndarray, name: str) -> np.ndarray:
+        centred = hidden - hidden.mean(axis=-1, keepdims=True)
+        normed = centred / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + self.epsilon)
+        return normed * self.weights.array(f"{name}weight") + self.weights.array(f"{name}bias")
+
+
+@dataclass
+class SiglipTextTower(TextTower):
+    """The text side of a SigLIP with the tokenizer of SigLIP 2."""
+
+    DEFAULTS = {  # of `SiglipTextConfig`
+        **{"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "layer_norm_eps": 1e-6},
+        **{"max_position_embeddings": 64},
+    }
+    KNOWN = {"hidden_act": "gelu_pytorch_tanh"}
+    OTHER_TENSORS = (6,)
+    REPAIR = str
+
+    @classmethod
+    def tokenizer_of(cls, tokenizer: Tokenizer, settings: dict[str, Any], text: dict[str, Any]) -> Tokenizer | None:
+        """As `Siglip2Tokenizer` makes it of the file's pieces, padded to one length; None where it is another."""
+        if settings.get("tokenizer_class") not in ("Siglip2Tokenizer", "GemmaTokenizer", "GemmaTokenizerFast"):
+            return None
+        padding = _token(settings["pad_token"])
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(" ", "▁")])
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        length = min(text["max_position_embeddings"], settings.get("model_max_length", math.inf))
+        tokenizer.enable_truncation(length, direction=settings.get("truncation_side", "right"))
+        side, number = settings.get("padding_side", "left"), tokenizer.token_to_id(padding)
+        tokenizer.enable_padding(direction=side, pad_id=number, pad_token=padding, length=length)
+        return tokenizer
+
+    def _embed_ids(self, ids: list[list[int]]) -> np.ndarray:
+        tokens = np.array(ids)
+        hidden = self._words(f"{EMBEDDINGS}token_embedding.weight", tokens)
+        hidden = hidden + self.weights.array(f"{EMBEDDINGS}position_embedding.weight")[: tokens.shape[1]]
+        whole = np.ones(tokens.shape, bool)
+        for number in range(self.layers):
+            name = f"text_model.encoder.layers.{number}."
+            names = [f"{name}{part}." for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")]
+            attended = self._attention(self._normed(hidden, f"{name}layer_norm1."), whole, names)
+            hidden = hidden + self._linear(attended, f"{name}self_attn.out_proj.")
+            inner = gelu_tanh(self._linear(self._normed(hidden, f"{name}layer_norm2."), f"{name}mlp.fc1."))
+            hidden = hidden + self._linear(inner, f"{name}mlp.fc2.")
+        return self._linear(self._normed(hidden[:, -1], "text_model.final_layer_norm."), "text_model.head.")
+
+
+def open_text_tower(folder: str | Path) -> TextTower | None:
+    """The text tower of a model folder; None where it is not exactly of a shape that is known here.
+
+    Adapters, other encoders, other tokenizers, quantised weights and weights in several files are left to the model
+    itself. Raises ValueError: the weights or the tokenizer can't be read, or a size is outside of a model's limits.
+    """
+    paths = [Path(folder, n) for n in ("config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors")]
+    if not all(path.is_file() for path in paths) or Path(folder, "adapter_config.json").exists():
+        return None
+    try:
+        config, settings = (json.loads(path.read_text(encoding="utf-8")) for path in paths[:2])
+        check_sizes(config, f"{paths[0]}: ")
+        kind = {"capivara": TextTower, "siglip": SiglipTextTower}[config["model_type"]]
+        text, weights = kind.DEFAULTS | config["text_config"], WeightFile(paths[3])
+        layers, heads = (operator.index(text[name]) for name in ("num_hidden_layers", "num_attention_heads"))
+        kinds = [place.kind for name, place in weights.places.items() if name.startswith("text_")]
+        is_known = all(text.get(name, value) == value for name, value in kind.KNOWN.items())
+        if not (is_known and KINDS.issuperset(kinds) and len(kinds) - 16 * layers in kind.OTHER_TENSORS):
+            return None
+        with tokenizer_errors(str(paths[2])):
+            tokenizer = kind.tokenizer_of(Tokenizer.from_file(str(paths[2])), settings, text)
+        epsilon = np.float32(text["layer_norm_eps"])
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError, RecursionError):
+        return None  # damaged: transformers says what is wrong
+    return tokenizer and kind(weights, tokenizer, layers, heads, epsilon, text.get("pad_token_id"))
+
+
+def _token(value: Any) -> Any:
+    return value["content"] if isinstance(value, dict) else value
+
+
+def gelu(values: np.ndarray) -> np.ndarray:
+    """x times the share of the normal distribution below x: the exact GELU, not the one by tanh."""
+    return values * np.float32(0.5) * (1 + erf(values * np.float32(0.5**0.5)))
+
+
+def gelu_tanh(values: np.ndarray) -> np.ndarray:
+    """GELU by tanh, as PyTorch's `gelu_pytorch_tanh`."""
+    inner = np.float32((2 / np.pi) ** 0.5) * (values + np.float32(0.044715) * values**3)
+    return np.float32(0.5) * values * (1 + np.tanh(inner))
+
+
+def erf(values: np.ndarray) -> np.ndarray:
+    """The error function to 6e-7, a few units of float32's last place: Abramowitz and Stegun, formula 7.1.26."""
+    size = np.abs(values)
+    t = 1 / (1 + np.float32(0.3275911) * size)
+    series = np.full_like(t, 1.061405429)
+    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        series = series * t + np.float32(coefficient)
+    return np.copysign(1 - series * t * np.exp(-size * size), values)

@@ -34,8 +34,9 @@ except ValueError as error:
 else:
     texts = model.texts(["um gato", "SÃ£o JoÃ£o"]).tolist()
     heavy = sorted({"torch", "transformers"} & set(sys.modules))
-    print(json.dumps({"name": model.name, "source": model.source, "folder": str(model.folder), "note": model.note,
-                      "texts": texts, "digest": model.image_digest, "heavy": heavy}))
+    print(json.dumps({"name": model.name, "source": model.source, "folder": str(model.folder),
+                      "note": [model.note_in("en"), model.note_in("pt")], "texts": texts,
+                      "digest": model.image_digest, "heavy": heavy}))
 """
 
 
@@ -70,7 +71,8 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 def test_a_folder_as_it_is(tiny_folder, tiny_model, monkeypatch):
     model = find_model(str(tiny_folder), device="cpu")
-    assert (model.name, model.source, model.folder, model.note) == ("model", str(tiny_folder), tiny_folder, None)
+    assert (model.name, model.source, model.folder) == ("model", str(tiny_folder), tiny_folder)
+    assert model.note_in("en") is None
     assert (model.width, model.side) == (24, 32)
     assert model.logit_scale == pytest.approx(tiny_model.logit_scale.exp().item())
     monkeypatch.setenv("HOME", str(tiny_folder.parent))
@@ -229,7 +231,7 @@ def test_a_model_of_the_hub_is_fetched_once(tiny_folder, tmp_path):
 def test_where_none_is_named_and_none_can_be_had_it_is_the_miniature(tmp_path):
     found = run(HF_HOME=str(tmp_path / "home"), HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")  # nobody is there
     assert found["name"] == found["source"] == "miniature"
-    english, portuguese = found["note"].splitlines()
+    english, portuguese = found["note"]
     assert "This is a miniature, a toy that serves for trying" in english and "--model hiaac-nlp/CAPIVARA" in english
     assert "miniatura" in portuguese and "experimentar" in portuguese and "--model hiaac-nlp/CAPIVARA" in portuguese
 

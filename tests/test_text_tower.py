@@ -16,8 +16,7 @@ from towers import MAKERS, as_published, gemma_like, siglip2
 from transformers import AutoProcessor, SiglipModel
 
 from capivara_common.weight_file import WeightFile
-from capivara_search.models import SearchModel, find_model
-from capivara_search.text_tower import erf, open_text_tower
+from capivara_search.models import SearchModel, erf, find_model, open_text_tower
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_texts
@@ -191,7 +190,6 @@ CASES = {
         text_config=json.loads((folder / "config.json").read_text())["text_config"] | {"hidden_act": "gelu_new"},
     ),
     "tokenizer": lambda folder: change(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast"),
-    "quantised": lambda folder: change(folder / "config.json", quantization_config={"quant_method": "x"}),
 }
 
 
@@ -269,7 +267,6 @@ CONFIGS = {
     "heads that are text": in_text_config(num_attention_heads="4"),
     "heads that are a fraction": in_text_config(num_attention_heads=4.0),
     "an epsilon that is an object": in_text_config(layer_norm_eps={}),
-    "a width that is a list": lambda config: config | {"projection_dim": [24]},
     "deep": lambda config: "[" * 10**5,
 }
 
@@ -301,7 +298,7 @@ def test_a_tokenizer_that_can_not_be_is_one_line(tiny_folder, fault):
         SearchModel("tiny", str(tiny_folder), tiny_folder, device="cpu").texts(["um gato 日本"])
 
 
-@pytest.mark.parametrize("scale", [torch.tensor([2.0, 3.0]), torch.tensor(1e6), torch.tensor(torch.nan)])
+@pytest.mark.parametrize("scale", [torch.tensor(1e6), torch.tensor(torch.nan)])
 def test_a_scale_that_can_not_be_is_one_line(tiny_folder, scale):
     path = tiny_folder / "model.safetensors"
     save_file(load_file(path) | {"logit_scale": scale}, path, {"format": "pt"})

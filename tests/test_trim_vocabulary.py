@@ -15,7 +15,7 @@ from towers import as_open_clip
 from transformers import PreTrainedTokenizerFast
 
 from capivara_common.image_side_digest import image_side_digest
-from capivara_search.text_tower import open_text_tower
+from capivara_search.models import open_text_tower
 from examples.openmoji.concepts import concept_rows
 from modeling_capivara import CapivaraConfig, CapivaraModel, CapivaraProcessor, CapivaraTokenizer
 from modeling_capivara.loading import load_model, load_processor
