@@ -31,8 +31,7 @@ from capivara_common.cli import flag, parse, run_command
 from capivara_common.environment import peak_resident_bytes
 from capivara_search import PictureIndex
 from capivara_search.page.answers import Answers, Question
-from capivara_search.table import EXACT_ROWS
-from capivara_search.table_columns import schema, vector_column
+from capivara_search.table import EXACT_ROWS, schema, vector_column
 
 WIDTH, CLUSTERS, SPREAD = 512, 2000, 1.0  # numbers of a vector; clusters; noise beside a centre of length 1
 QUERIES, K = 200, 10

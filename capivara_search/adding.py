@@ -17,13 +17,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import PIL.Image
 import pyarrow as pa
 
 from capivara_common.cli import coded
@@ -37,19 +35,17 @@ from capivara_search.picture_files import (
     Picture,
     Rules,
     find_pictures,
-    is_picture_name,
     read_picture,
 )
 from capivara_search.results import Added, LeftOut
-from capivara_search.table import PictureTable
-from capivara_search.table_columns import (
+from capivara_search.table import (
     EMPTY,
     FOLDER_KEY,
     LEFT_OUT,
     LOOK,
-    MODEL_KEY,
     PICTURES,
     VECTOR,
+    PictureTable,
     among,
     as_array,
     quoted,
@@ -57,7 +53,7 @@ from capivara_search.table_columns import (
     vector_column,
     within,
 )
-from capivara_search.words import Words, note
+from capivara_search.words import note
 
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
@@ -66,7 +62,6 @@ COMMIT_ROWS = 400  # pictures; with their thumbnails some 5 MB
 COMMIT_S = 20.0  # seconds
 FIRST_BATCH = 4  # pictures; each later one has twice as many
 BATCH_PIXELS = 100_000_000  # 3 bytes each, that a batch goes beyond by one picture at most
-TRIED, TRIED_FROM = 8, 100  # pictures that tell how long so many, or more, will take
 PICTURE_COLUMNS = ("digest", "width", "height", "taken", "latitude", "longitude", "thumbnail")
 
 Read = tuple[FileState, Picture | Exception]
@@ -117,29 +112,23 @@ def make_plan(
     table: PictureTable,
     image_digest: str,
     folders: Sequence[Path],
-    share: tuple[int, int] = (0, 1),
     rules: Rules | None = None,
     only: Collection[str] | None = None,
 ) -> Plan:
-    """Compare folders, absolute paths, with the table. Raises ValueError where one is not there, or holds no picture.
+    """Compare folders, absolute paths, with the table.
 
-    Where all are known, as without named ones, and others are left, a line of the log says so instead.
-
-    Args:
-        table, image_digest: of the index, of the model in use.
-        folders: of pictures.
-        share: rank and number of those who share the files among them.
-        rules: of what is left out; the index's own where None.
-        only: paths in the folders; of the others' files and rows nothing is said.
+    `rules`, by default the index's own, leave out some; of paths that are not in `only` nothing is said. Raises
+    ValueError where a folder is not there, or holds no picture; where all are known, as without named ones, and others
+    are left, a line of the log says so.
     """
-    clause, counts = within(*folders) if only is None else _of_paths(only), dict[str, Counter[str]]()
+    clause, counts = within(*folders if only is None else only), dict[str, Counter[str]]()
     try:
         found, unseen = find_pictures(folders, rules or kept_rules(table), counts, only)
     except ValueError as error:
         others = [one for one in folders if str(one) != error.values["path"]]
         if others and {*map(str, folders)} <= {*table.folders()}:
             note("left_as_it_is", error, level=logging.WARNING)
-            return make_plan(table, image_digest, others, share, rules, only)
+            return make_plan(table, image_digest, others, rules, only)
         if kept := table.count(within(error.values["path"])):
             text = "{error} The index keeps its {kept} pictures of this folder; `forget` removes them."
             raise coded(ValueError, error.code, text, error=error, kept=kept, **error.values) from error
@@ -154,19 +143,11 @@ def make_plan(
     asked = asked_folders(table)
     gone, elsewhere = _without_file(known, folders, asked, found, unseen)
     if only is not None and any(_is_emptied(table, folder, gone, found) for folder in folders):
-        return make_plan(table, image_digest, folders, share, rules)  # which refuses it
-    files = [file for file in todo + elsewhere if file not in broken and is_of_share(file.path, share)]
+        return make_plan(table, image_digest, folders, rules)  # which refuses it
+    files = [file for file in todo + elsewhere if file not in broken]
     roots = [*map(os.path.realpath, folders), *asked.values()]
     unchanged = len(found) - len(todo)
     return Plan(clause, only is None, roots, files, known, gone, unchanged, unseen, broken, counts)
-
-
-def _of_paths(paths: Collection[str]) -> str:
-    """The clause for rows of files, and of what may be, or have been, folders."""
-    files = {path for path in paths if is_picture_name(path) and not os.path.isdir(path)}
-    folders = set(paths) - files
-    top = [path for path in folders if not any(str(parent) in folders for parent in Path(path).parents)]
-    return among("path", sorted(files) or [""]) + (f" OR {within(*top)}" if top else "")
 
 
 def _is_emptied(table: PictureTable, folder: Path, gone: Sequence[str], found: Sequence[FileState]) -> bool:
@@ -203,12 +184,6 @@ def _without_file(
     return gone, elsewhere
 
 
-def is_of_share(path: str, share: tuple[int, int]) -> bool:
-    """Whether a file is that of one rank; by its name, so that all ranks agree whatever each of them sees."""
-    rank, number = share
-    return number == 1 or int.from_bytes(blake2b(path.encode(), digest_size=8).digest(), "big") % number == rank
-
-
 # --- reading, embedding, writing -------------------------------------------------------------------------------------
 
 
@@ -226,9 +201,8 @@ class IndexWriter:
         self.table, self.model, self.plan = table, model, plan
         self.batch_size, self.progress = batch_size, progress
         self.columns, self.digest, self.column = table.columns(), model.image_digest, vector_column(model.width)
-        self.added, self.done, self.all_left_out = Added(unchanged=plan.unchanged), 0, set[str]()
+        self.added, self.done = Added(unchanged=plan.unchanged), 0
         self.gone = Counter(plan.known[path][0] for path in plan.gone)  # digests
-        self.sizes = set(table.rows(["size"])["size"].unique().to_pylist())  # another size is another content
         self._start_commit()
 
     def _start_commit(self) -> None:
@@ -278,11 +252,11 @@ class IndexWriter:
                 self.done += 1
             elif isinstance(picture, BadImage | OSError):
                 self.left_out[file.path] = asdict(file) | {"reason": str(picture)}
-                self.all_left_out.add(file.path)
+                self.added.left_out.append(LeftOut(file.path, str(picture)))
                 self.done += 1
             else:
                 raise picture
-        known = self._kept({one.digest for file, one in pictures.items() if file.size in self.sizes}) | self.by_digest
+        known = self._kept({one.digest for one in pictures.values()}) | self.by_digest
         new = {one.digest: one.image for one in pictures.values() if one.digest not in known}
         if new and not self.added.embedded:
             self.model.prepare_images()
@@ -307,19 +281,13 @@ class IndexWriter:
         values |= {LOOK: look_of(picture.image), "model": self.digest, VECTOR: vector}
         self.rows[file.path] = values | asdict(file)
         self.by_digest[digest] = vector
-        self.sizes.add(file.size)
         self.done += 1
-        if known is None and self.gone[digest] > 0:
-            self.gone[digest] -= 1
-            self.added.moved += 1
-        elif known is None:
-            self.added.new += 1
-        elif known[0] != digest:
-            self.added.changed += 1
-        elif known[1]:
-            self.added.unchanged += 1
+        if known is None:
+            kind = "moved" if self.gone[digest] > 0 else "new"
         else:
-            self.added.again += 1
+            kind = "changed" if known[0] != digest else "unchanged" if known[1] else "again"
+        self.gone[digest] -= kind == "moved"
+        setattr(self.added, kind, getattr(self.added, kind) + 1)
 
 
 def begin(
@@ -333,60 +301,45 @@ def begin(
 ) -> Plan:
     """What there is to do, and a table for it.
 
-    Where there is a `progress`, of a run on this machine alone, another model is loaded, and how long it will take is
-    tried. Raises ValueError as `make_plan`, or of the model or the rules: no table is left, nor one that names it.
+    Where there is a `progress`, of a run on this machine alone, another model is loaded. Raises ValueError as
+    `make_plan`, or of the model or the rules: no table is left, nor one that names it.
     """
     _ = model.side  # before anything else, where its image processor does not fit
     rules = kept_rules(table).changed(exclude, include)
     plan = make_plan(table, model.image_digest, folders, rules=rules, only=only)
     known = table.model()
     if progress and plan.files and (known is None or known["image_digest"] != model.image_digest):
-        if known is None:  # of which the page knows nothing yet
-            progress(0, len(plan.files))
+        progress(0, len(plan.files))  # of a new index the page knows nothing yet
         model.prepare_images()  # says what else does not fit
     table.create(model.width)
     note_asked(table, folders)
     note_rules(table, rules)
     if plan.is_whole:  # now, so that they are known when this run is interrupted; `finish` knows more
         table.note({FOLDER_KEY + one: "" for one in plan.counts.keys() - set(table.folders())})
-    note_model(table, model, plan, progress is not None)
+    note_model(table, model, plan)
     return plan
 
 
-def note_model(table: PictureTable, model: "SearchModel", plan: Plan, is_tried: bool) -> None:
+def note_model(table: PictureTable, model: "SearchModel", plan: Plan) -> None:
     """Say what the model means for pictures that another one has embedded, then write that the index is of it."""
     before, others = table.model(), table.of_other_models(model.image_digest)
     facts = {"source": model.source, "name": model.name, "width": model.width, "image_digest": model.image_digest}
     again = sum(row is not None and not row[1] for row in (plan.known[file.path] for file in plan.files))
     if others and (again or before != facts):
-        seconds = again * _seconds_each(model) if is_tried and again >= TRIED_FROM else 0
-        expected = f" (≈ {Words('en').duration(seconds)})" if seconds >= 60 else ""
-        note("image_side", model.name, table.other_model(model.image_digest), again, expected)
+        note("image_side", model.name, (before or {}).get("name"), again)
     elif before and before != facts and table.count():
         note("text_exchanged", model.name, before.get("name"))
-    table.note({"model": json.dumps(facts), MODEL_KEY + model.image_digest: model.name})
+    table.note({"model": json.dumps(facts)})
 
 
-def _seconds_each(model: "SearchModel") -> float:
-    """How long the model takes for a picture."""
-    pictures = [PIL.Image.new("RGB", (model.side, model.side))] * TRIED
-    model.images(pictures)  # which loads it
-    start = time.monotonic()
-    model.images(pictures)
-    return (time.monotonic() - start) / TRIED
-
-
-def finish(table: PictureTable, model: "SearchModel", plan: Plan, added: Added, left_out: Collection[str] = ()) -> None:
-    """Remove what is gone by a plan, note the folders and what was `left_out` this time, and tidy up.
-
-    `added` is what was counted; the rest is filled in.
-    """
+def finish(table: PictureTable, model: "SearchModel", plan: Plan, added: Added) -> None:
+    """Remove what is gone by a plan, note the folders and what was left out, and tidy up; fill in what was `added`."""
     table.remove(plan.gone)
     added.removed += len(plan.gone) - added.moved
     added.skipped = dict(sum(plan.counts.values(), Counter()))
     if plan.is_whole:
         table.note({FOLDER_KEY + one: json.dumps(numbers, sort_keys=True) for one, numbers in plan.counts.items()})
-    added.left_out = _left_out(table, plan, left_out)
+    added.left_out = _left_out(table, plan, {one.path for one in added.left_out})
     if len(table.widths()) > 1 and not table.of_other_models(model.image_digest):
         columns = [vector_column(width) for width in table.widths() if width != model.width]
         table.write(PICTURES, lambda opened: opened.drop_columns(columns))

@@ -1,19 +1,25 @@
-"""What a question is made of beside its sentence: what pulls at it, and what no picture answers.
+"""What a question is made of beside its sentence: what pulls at it, and what no picture answers; labels for pictures.
 
 `sample` are vectors of the index. Steering is arithmetic with vectors, and excludes nothing. Both were chosen by what
 `python -m benchmarks.nothing_fits` measures (docs/search.md).
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from capivara_common.files import read_json
+from capivara_search.results import Classified
 from capivara_search.words import failure, note
+
+if TYPE_CHECKING:
+    from capivara_search.models import SearchModel
 
 MAX_WEIGHT = 4
 STRENGTH = 0.5  # of a pull of weight 1; at twice that half of what is looked for goes with what shall sink
@@ -85,3 +91,41 @@ def draws_line(folder: Path) -> bool:
     except (OSError, ValueError, TypeError, KeyError):
         note("not_measured", path, level=logging.WARNING)
         return False
+
+
+def checked_labels(labels: Sequence[str], template: str) -> list[str]:
+    """The labels, without blanks around them.
+
+    Raises ValueError: there is none, one is empty or there twice, or the template has no place for one.
+    """
+    labels = [" ".join(str(label).split()) for label in labels]
+    times = Counter(label.casefold() for label in labels)
+    if not labels or not all(labels):
+        raise failure(ValueError, "empty_label")
+    if twice := [label for label in labels if times[label.casefold()] > 1]:
+        raise failure(ValueError, "label_twice", label=twice[0])
+    if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+        raise failure(ValueError, "bad_template", template=template)
+    return labels
+
+
+def classify_vectors(
+    model: "SearchModel", paths: Sequence[str], vectors: np.ndarray, labels: Sequence[str], template: str
+) -> list[Classified]:
+    """The best label of each picture, by its vector (pictures, width), of unit length; none where `NEUTRAL` fits best.
+
+    `labels` are as `checked_labels` returns them; in the sentence `template` they stand at `{}`.
+    """
+    texts = model.texts([*(template.replace("{}", label) for label in labels), NEUTRAL[0]])
+    cosines = np.asarray(vectors, np.float32) @ texts.T  # (pictures, labels + 1)
+    if model.logit_bias is None:
+        own = model.logit_scale * (cosines[:, :-1] - cosines[:, :-1].max(axis=1, keepdims=True))
+        shares = np.exp(own) / np.exp(own).sum(axis=1, keepdims=True)
+    else:
+        shares = model.on_own_scale(cosines[:, :-1])
+    found = []
+    for path, row, share in zip(paths, cosines, shares, strict=True):
+        best = int(row.argmax())
+        label = labels[best] if best < len(labels) else None
+        found.append(Classified(path, label, dict(zip(labels, share.tolist(), strict=True))))
+    return found

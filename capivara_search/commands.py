@@ -208,7 +208,7 @@ def classify(
     words: Words, place: Path, label: Sequence[str], labels: Sequence[str], template: str, json: bool, csv: bool
 ) -> int:
     """The label of each picture of a folder, or of one picture."""
-    from capivara_search.labelling import checked_labels
+    from capivara_search.asking import checked_labels
 
     labels, pictures = checked_labels([*labels, *label], template), _index()  # click's flag takes the first one alone
     _say_model(pictures, words)

@@ -7,7 +7,6 @@ scene to another.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,18 +14,16 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capivara_search.results import SAME, Hit
-from capivara_search.table_columns import VECTOR, all_of, as_array, looks_of, unit, vector_column
+from capivara_search.results import SAME
+from capivara_search.table import LOOK, VECTOR, as_array, unit, vector_column
 
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
-    from capivara_search.table import PictureTable
 
 BLOCK, LATER = 512, 2048  # vectors that are compared with one another, and with later ones, at once
 ROUNDING = 1e-3  # of float16
 SIDE = 6  # pixels of a look; as `SAME` by `python -m benchmarks.duplicates`, which tries others
 LOOK_SHARE = 2 / 3  # of the similarity
-COUNTED_ROWS = 20_000  # up to which all pictures are looked at for copies; above, those that were asked for
 FLAT = 2.0  # standard deviation of the colours, of 255, below which a picture has no look
 
 
@@ -54,42 +51,14 @@ def compared(vectors: np.ndarray, looks: Sequence[bytes | None], share: float = 
     return np.concatenate([vectors * own, pixels], axis=1)
 
 
-def compared_columns(table: "PictureTable", model: "SearchModel") -> list[str]:
-    """Those of an index that `compared_rows` takes."""
-    return ["model", vector_column(model.width), *table.looks()]
-
-
 def compared_rows(model: "SearchModel", rows: pa.Table) -> np.ndarray:
     """`compared` of rows; the vector of a picture that another model has embedded is zeros."""
     vectors = np.zeros((len(rows), model.width), np.float32)
     column = rows[VECTOR if VECTOR in rows.column_names else vector_column(model.width)]
     own = pc.and_(column.is_valid(), pc.equal(rows["model"], model.image_digest))
     vectors[own.to_numpy()] = unit(as_array(column.filter(own)))
-    return compared(vectors, looks_of(rows))
-
-
-def counted(
-    table: "PictureTable",
-    model: "SearchModel",
-    hits: list[Hit],
-    vectors: np.ndarray,
-    clause: str | None,
-    seen: np.ndarray,
-) -> list[Hit]:
-    """Hits with the number of their copies, by their vectors (hits, width).
-
-    Among the rows of a clause; where these are more than `COUNTED_ROWS`, among those `seen` (rows, width).
-    """
-    if len(seen) < table.count(clause) <= COUNTED_ROWS:
-        kept, key = table.kept("compared", dict), (model.image_digest, clause)  # of the last one alone
-        if key not in kept:
-            has_vector = f"{vector_column(model.width)} IS NOT NULL"
-            rows = table.rows(compared_columns(table, model), all_of([has_vector, *filter(None, [clause])]))
-            kept.clear()
-            kept[key] = compared_rows(model, rows)
-        seen = kept[key]
-    numbers = same(vectors, seen).sum(axis=1) - 1
-    return [replace(hit, copies=max(0, int(number))) for hit, number in zip(hits, numbers, strict=True)]
+    looks = rows[LOOK].to_pylist() if LOOK in rows.column_names else [None] * len(rows)
+    return compared(vectors, looks)
 
 
 def same(vectors: np.ndarray, others: np.ndarray, threshold: float = SAME) -> np.ndarray:
@@ -120,16 +89,8 @@ def leaders(vectors: np.ndarray, threshold: float = SAME, most: int | None = Non
     return first
 
 
-def stacks(vectors: np.ndarray, most: int) -> list[np.ndarray]:
-    """Row numbers of each group, rising, those of one row among them; by their first rows, at most so many."""
-    first = leaders(vectors, most=most)
-    return [np.flatnonzero(first == row) for row in np.flatnonzero(first == np.arange(len(first)))[:most]]
-
-
-def near_groups(vectors: np.ndarray, threshold: float) -> list[np.ndarray]:
-    """Row numbers of each group of two and more, rising; the largest group first. Arguments are those of `leaders`."""
-    first = leaders(vectors, threshold)
+def groups(vectors: np.ndarray, threshold: float = SAME, most: int | None = None) -> list[np.ndarray]:
+    """Row numbers of each group, rising, those of one row among them; by their first rows. Arguments: of `leaders`."""
+    first = leaders(vectors, threshold, most)
     order = np.argsort(first, kind="stable")
-    starts = np.nonzero(np.diff(first[order]))[0] + 1
-    groups = [group for group in np.split(order, starts) if len(group) > 1]
-    return sorted(groups, key=lambda group: (-len(group), int(group[0])))
+    return np.split(order, np.flatnonzero(np.diff(first[order])) + 1)[:most] if len(order) else []

@@ -4,6 +4,7 @@ Thumbnails stay in the index. A text that a spreadsheet would run stands in CSV 
 """
 
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,8 +13,7 @@ from pyarrow.parquet import ParquetWriter
 
 from capivara_common.files import check_output_file, whole_file
 from capivara_search.show import write_csv
-from capivara_search.table import PictureTable
-from capivara_search.table_columns import LOOK, THUMBNAIL
+from capivara_search.table import LOOK, THUMBNAIL, PictureTable
 from capivara_search.words import failure
 
 
@@ -26,42 +26,32 @@ def export_rows(table: PictureTable, path: str | Path) -> int:
     if path.suffix.lower() not in (".parquet", ".csv"):
         raise failure(ValueError, "bad_suffix", path=path.name)
     check_output_file(path)
+    readable = partial(_readable, as_csv=path.suffix.lower() == ".csv")
+    names = [name for name in table.columns().names if name not in (THUMBNAIL, LOOK)]
+    known, batches = readable(table.rows(names, "false")).schema, map(readable, table.batches(names))
     with whole_file(path) as temporary:
-        return _write(table, str(temporary), path.suffix.lower() == ".csv")
+        if path.suffix.lower() == ".csv":
+            with temporary.open("w", encoding="utf-8", newline="") as file:
+                return write_csv(file, known.names, (row for batch in batches for row in batch.to_pylist()))
+        number = 0
+        with ParquetWriter(temporary, known) as writer:
+            for batch in batches:
+                writer.write(batch)
+                number += batch.num_rows
+        return number
 
 
-def _write(table: PictureTable, temporary: str, as_csv: bool) -> int:
-    columns = pa.schema(
-        one.remove_metadata()
-        for one in table.columns()
-        if one.name not in (THUMBNAIL, LOOK) and not (as_csv and pa.types.is_fixed_size_list(one.type))
-    )
-    batches = (_readable(batch, as_csv) for batch in table.batches(columns.names))
-    known = _readable(pa.RecordBatch.from_pylist([], columns), as_csv).schema
-    if as_csv:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            return write_csv(file, known.names, (row for batch in batches for row in batch.to_pylist()))
-    rows = 0
-    with ParquetWriter(temporary, known) as writer:
-        for batch in batches:
-            writer.write(batch)
-            rows += batch.num_rows
-    return rows
-
-
-def _readable(batch: pa.RecordBatch, as_csv: bool) -> pa.RecordBatch:
-    """Times as times, in CSV as Arrow writes them, and vectors in float32, which every reader of parquet knows."""
-    columns = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        if name == "mtime_ns":
-            times = [datetime.fromtimestamp(ns.as_py() / 1e9).replace(microsecond=0) for ns in column]
-            name, column = "modified", pa.array(times, pa.timestamp("s"))
-        if pa.types.is_fixed_size_list(column.type):
-            column = column.cast(pa.list_(pa.float32(), column.type.list_size))
-        columns[name] = column
-    columns["date"] = pc.coalesce(columns["taken"], columns["modified"].cast(pa.timestamp("us")))
-    columns["date_source"] = pc.if_else(columns["taken"].is_valid(), "camera", "file")
-    for name, column in columns.items():
-        if as_csv and pa.types.is_timestamp(column.type):
-            columns[name] = column.cast(pa.string())
-    return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
+def _readable(rows: pa.Table | pa.RecordBatch, as_csv: bool) -> pa.Table | pa.RecordBatch:
+    """Times as times, in CSV as Arrow writes them, without vectors; these in float32, which every reader knows."""
+    modified = pa.array([datetime.fromtimestamp(ns // 10**9) for ns in rows["mtime_ns"].to_pylist()], pa.timestamp("s"))
+    rows = rows.set_column(rows.schema.get_field_index("mtime_ns"), "modified", modified)
+    rows = rows.append_column("date", pc.coalesce(rows["taken"], modified.cast(pa.timestamp("us"))))
+    rows = rows.append_column("date_source", pc.if_else(rows["taken"].is_valid(), "camera", "file"))
+    types = {one.name: one.type for one in rows.schema}
+    for name, kind in list(types.items()):
+        if pa.types.is_fixed_size_list(kind):
+            types[name] = None if as_csv else pa.list_(pa.float32(), kind.list_size)
+        elif pa.types.is_timestamp(kind) and as_csv:
+            types[name] = pa.string()
+    columns = pa.schema([(name, kind) for name, kind in types.items() if kind])
+    return rows.select(columns.names).cast(columns)

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from capivara_common.files import read_json, write_json
 from capivara_search.picture_files import Rules, absolute_folder
-from capivara_search.table import PictureTable
-from capivara_search.table_columns import ABOUT, FOLDER_KEY, LEFT_OUT, PICTURES, RULES_KEY, quoted, within
+from capivara_search.table import ABOUT, FOLDER_KEY, LEFT_OUT, PICTURES, RULES_KEY, PictureTable, quoted, within
 from capivara_search.words import failure, note
 
 

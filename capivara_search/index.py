@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from datetime import date, datetime
+from datetime import date
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from capivara_search import asking
 from capivara_search.adding import IndexWriter, KnownRows, begin, embed_files, finish
-from capivara_search.duplicates import compared_rows, counted, near_groups, same, stacks
+from capivara_search.duplicates import compared_rows, groups, same
 from capivara_search.estimates import progress_of, told
 from capivara_search.folders import (
     asked_folders,
@@ -27,18 +27,19 @@ from capivara_search.folders import (
     move_folder,
     skipped_counts,
 )
-from capivara_search.labelling import checked_labels, classify_vectors
 from capivara_search.picture_files import FileState, absolute_folder, find_pictures, open_query_picture
 from capivara_search.results import SAME, TEMPLATE, Added, Classified, Hit, LeftOut, Status
 from capivara_search.storage import DamagedIndex
-from capivara_search.table import EXACT_ROWS, PictureTable
-from capivara_search.table_columns import (
+from capivara_search.table import (
+    EXACT_ROWS,
     HIT_COLUMNS,
+    IN_ONE_CLAUSE,
     LEFT_OUT,
     THUMBNAIL,
-    VECTOR,
+    PictureTable,
     all_of,
     as_array,
+    compared_columns,
     quoted,
     taken_between,
     to_hits,
@@ -57,7 +58,9 @@ if TYPE_CHECKING:
 
 WINDOW = 4  # times the wanted hits are asked for where copies stand as one; more where that is not enough
 MORE = 16  # times as many then
-TIES = 4  # more rows than wanted are asked for, so that which of equal ones comes last is decided by path
+COUNTED_ROWS = 20_000  # up to which all pictures are looked at for copies; above, those that were asked for
+
+Place, Day = str | Path | None, date | None  # that a search is held to
 
 
 def default_place() -> str | Path:
@@ -135,12 +138,14 @@ class PictureIndex:
             on_progress: called with how many pictures were read and how many are to be, again once the model is loaded.
             exclude: patterns of what is left out of each folder, as in its `.gitignore`; the index keeps them.
             include: patterns that no longer hold, and what was forgotten and comes in again.
-            only: absolute paths in the folders, of files or folders that are there or were; nothing else is looked at.
+            only: absolute paths in the folders, of files or folders that are there or were, at least one: of a few,
+                nothing else is looked at.
 
         Raises ValueError: no such folder, a forgotten one, or no picture in it; then nothing is removed. No such
         pattern. OSError: no space left, no permission to write the index.
         """
-        if only is None:
+        if only is None or len(only) > IN_ONE_CLAUSE:  # then all are looked at
+            only = None
             self.mend()
         paths = self.folders_to_add(folders, exclude, include)
         if batch_size < 1:
@@ -149,9 +154,8 @@ class PictureIndex:
         with self._table.locked():
             with told(self.where, on_progress or (lambda done, total: None)) as tell:
                 plan = begin(self._table, self.model, paths, exclude, include, only, tell)
-                writer = IndexWriter(self._table, self.model, plan, batch_size, tell)
-                added = writer.run(exact)
-            finish(self._table, self.model, plan, added, writer.all_left_out)
+                added = IndexWriter(self._table, self.model, plan, batch_size, tell).run(exact)
+            finish(self._table, self.model, plan, added)
         added.seconds = time.monotonic() - start
         return added
 
@@ -221,9 +225,9 @@ class PictureIndex:
         text: str | None = None,
         like: "str | Path | Image.Image | None" = None,
         k: int = 12,
-        folder: str | Path | None = None,
-        since: date | None = None,
-        until: date | None = None,
+        folder: Place = None,
+        since: Day = None,
+        until: Day = None,
         exact: bool = False,
         more: str | Sequence[str] = (),
         less: str | Sequence[str] = (),
@@ -240,8 +244,8 @@ class PictureIndex:
             exact: compare every picture, in an index of any size.
             more: words that the search is pulled towards, with a weight as in "0.5:praia", which is 1 otherwise.
             less: words that it is pulled away from. Pictures that show them sink; none is excluded.
-            stacked: those that are nearly the same (`capivara_search.results.SAME`) stand as one, that of most pixels,
-                which says how many `copies` it has; place and score are those of the best of them.
+            stacked: those that are nearly the same (`capivara_search.results.SAME`) stand as the best of them, which
+                says how many `copies` it has.
 
         Raises ValueError: nothing is asked for, k below 1, a weight breaks its rule, or the model is not the index's.
         """
@@ -279,8 +283,8 @@ class PictureIndex:
         def made() -> asking.Background:
             neutral = self.model.texts(asking.NEUTRAL)
             clause = f"model = {quoted(self.model.image_digest)}" if self._check_model() else None
-            found = [as_array(self._table.nearest(vector, 1, clause)[VECTOR])[0] for vector in neutral]
-            return asking.Background.of(self._sample(), neutral, (unit(np.stack(found)) * neutral).sum(axis=1))
+            best = [self._table.nearest(vector, 1, clause)["score"][0].as_py() for vector in neutral]
+            return asking.Background.of(self._sample(), neutral, best)
 
         return self._table.kept("background", made)
 
@@ -288,9 +292,9 @@ class PictureIndex:
         self,
         vector: np.ndarray,
         k: int = 12,
-        folder: str | Path | None = None,
-        since: date | None = None,
-        until: date | None = None,
+        folder: Place = None,
+        since: Day = None,
+        until: Day = None,
         exact: bool = False,
         of_text: bool = False,
         stacked: bool = False,
@@ -303,8 +307,9 @@ class PictureIndex:
         if since and until and since > until:
             raise ValueError(f"since must not be after until, got {since} and {until}.")
         vector, clause = unit(vector), all_of([*self._of_model(), *_filters(folder, since, until)])
-        nearest = partial(self._nearest, vector, clause, exact, ["model", *self._table.looks()] if stacked else ())
-        hits = self._stacked(k, clause, nearest, largest=True) if stacked else to_hits(nearest(k))
+
+        nearest = partial(self._table.nearest, vector, where=clause, exact=exact)
+        hits = self._stacked(k, clause, nearest) if stacked else to_hits(nearest(k))
         if not of_text or not hits:
             return hits
         if asking.draws_line(self.model.folder) if self.line is None else self.line:
@@ -313,109 +318,76 @@ class PictureIndex:
         own = self.model.on_own_scale(np.array([hit.score for hit in hits]))
         return [replace(hit, score=float(score)) for hit, score in zip(hits, own, strict=True)]
 
-    def _nearest(
-        self, vector: np.ndarray, clause: str | None, exact: bool, more: Sequence[str], number: int
-    ) -> pa.Table:
-        """So many rows that are nearest to a vector (width,), best first, of equal ones by path; with their `score`."""
-        asked = number + TIES
-        while True:
-            rows = self._table.nearest(vector, asked, clause, exact, more)
-            scores = np.clip(unit(as_array(rows[VECTOR])) @ vector, -1, 1)
-            rows = rows.append_column("score", pa.array(scores, pa.float64()))
-            rows = rows.sort_by([("score", "descending"), ("path", "ascending")])
-            if len(rows) < asked or rows["score"][-1].as_py() < rows["score"][number - 1].as_py():
-                return rows[:number]
-            asked *= MORE
-
-    def _stacked(
-        self, k: int, clause: str | None, first: Callable[[int], pa.Table], largest: bool = False
-    ) -> list[Hit]:
-        """Hits of an order of which `first` gives so many rows: of copies the first one, or that of most pixels."""
-        asked, groups = WINDOW * k, list[np.ndarray]()
-        while len(groups) < k:
+    def _stacked(self, k: int, clause: str | None, first: Callable[[int], pa.Table]) -> list[Hit]:
+        """Hits of an order of which `first` gives so many rows: of copies the first one."""
+        asked, found = WINDOW * k, list[np.ndarray]()
+        while len(found) < k:
             rows = first(asked)
             vectors = compared_rows(self.model, rows)
-            groups = stacks(vectors, k)
+            found = groups(vectors, most=k)
             if len(rows) < asked:
                 break
             asked *= MORE
-        shown = best = np.array([group[0] for group in groups], int)
-        if largest:
-            pixels = pc.multiply(rows["width"], rows["height"]).to_pylist()
-            sizes = list(zip(pixels, rows["size"].to_pylist(), strict=True))
-            shown = np.array([max(group, key=sizes.__getitem__) for group in groups], int)
-        scores = rows["score"].take(best).to_pylist() if "score" in rows.column_names else None
-        return counted(self._table, self.model, to_hits(rows.take(shown), scores), vectors[shown], clause, vectors)
+        shown = np.array([group[0] for group in found], int)
+        numbers = same(vectors[shown], self._counted(clause, vectors)).sum(axis=1) - 1
+        hits = zip(to_hits(rows.take(shown)), numbers, strict=True)
+        return [replace(hit, copies=max(0, int(number))) for hit, number in hits]
 
-    @property
-    def _columns(self) -> list[str]:
-        return [*HIT_COLUMNS, vector_column(self.model.width), "model", *self._table.looks()]
+    def _counted(self, clause: str | None, seen: np.ndarray) -> np.ndarray:
+        """What copies are looked for among: all rows of a clause, or, of very many, those that were seen."""
+        if not len(seen) < self._table.count(clause) <= COUNTED_ROWS:
+            return seen
 
-    def copies(
-        self,
-        path: str,
-        k: int = 240,
-        folder: str | Path | None = None,
-        since: date | None = None,
-        until: date | None = None,
-    ) -> list[Hit]:
+        def read() -> np.ndarray:
+            return compared_rows(self.model, self._table.rows(compared_columns(self.model.width)[-3:], clause))
+
+        return read() if clause else self._table.kept("compared", read)
+
+    def copies(self, path: str, k: int = 240, folder: Place = None, since: Day = None, until: Day = None) -> list[Hit]:
         """The other pictures that are nearly the same as one of the index, most similar first.
 
         Arguments are those of `search`. Raises KeyError where there is no such picture, or it has no vector of this
         model.
         """
         vector, clause = self.vectors([path])[0], all_of(_filters(folder, since, until))
-        own = compared_rows(self.model, self._table.of_paths(self._columns, [path]))
+        columns = compared_columns(self.model.width)
+        own = compared_rows(self.model, self._table.of_paths(columns, [path]))
         if self._table.count(clause) <= EXACT_ROWS:
-            rows = self._table.rows(self._columns, clause)
+            rows = self._table.rows(columns, clause)
         else:
-            rows = self._table.nearest(vector, WINDOW * k, clause, more=["model", *self._table.looks()])
+            rows = self._table.nearest(vector, WINDOW * k, clause)
         others = compared_rows(self.model, rows)
         near = np.flatnonzero(same(own, others)[0])
         hits = to_hits(rows.take(near), others[near] @ own[0])
         return sorted((hit for hit in hits if hit.path != path), key=lambda hit: (-hit.score, hit.path))[:k]
 
     def newest(
-        self,
-        k: int = 12,
-        folder: str | Path | None = None,
-        since: date | None = None,
-        until: date | None = None,
-        stacked: bool = False,
+        self, k: int = 12, folder: Place = None, since: Day = None, until: Day = None, stacked: bool = False
     ) -> list[Hit]:
         """The pictures of the latest `date`, latest first; of copies, where `stacked`, the latest is shown.
 
         Arguments are those of `search`.
         """
-        clauses = _filters(folder, since, until)
+        clause = all_of(_filters(folder, since, until))
         stacked = stacked and self._table.exists() and self.model.width in self._table.widths()
-        here = time.localtime().tm_gmtoff * 1_000_000  # cameras tell the time of the place
+        columns = compared_columns(self.model.width) if stacked else HIT_COLUMNS
 
-        def sorted_times() -> np.ndarray:
-            rows = self._table.rows(["taken", "mtime_ns"], all_of(clauses))
-            taken = rows["taken"].to_numpy().astype("datetime64[us]")
-            modified = (rows["mtime_ns"].to_numpy() // 1000 + here).astype("datetime64[us]")
-            return np.sort(np.where(np.isnat(taken), modified, taken))
+        def in_order() -> pa.ChunkedArray:
+            rows = self._table.rows(["path", "taken", "mtime_ns"], clause)
+            here = time.localtime().tm_gmtoff * 10**9  # cameras tell the time of the place
+            modified = ((rows["mtime_ns"].to_numpy() + here) // 1000).astype("datetime64[us]")
+            rows = rows.append_column("date", pc.coalesce(rows["taken"], pa.array(modified)))
+            return rows.sort_by([("date", "descending"), ("path", "ascending")])["path"]
 
-        times = sorted_times() if clauses else self._table.kept("times", sorted_times)  # of a million, a quarter second
+        paths = in_order() if clause else self._table.kept("newest", in_order)  # of a million, a second
 
         def latest(number: int) -> pa.Table:
-            later = []
-            if len(times) > number:
-                last = times[-number]
-                nanoseconds = (int(last.astype(np.int64)) - here) * 1000
-                later = [
-                    f"(taken >= timestamp '{last.astype(datetime)}' OR (taken IS NULL AND mtime_ns >= {nanoseconds}))"
-                ]
-            found = self._table.rows(self._columns if stacked else HIT_COLUMNS, all_of([*clauses, *later]))
-            seconds = [
-                (taken or datetime.fromtimestamp(ns / 1e9)).timestamp()
-                for taken, ns in zip(found["taken"].to_pylist(), found["mtime_ns"].to_pylist(), strict=True)
-            ]
-            found = found.append_column("second", pa.array(seconds, pa.float64()))
-            return found.sort_by([("second", "descending"), ("path", "ascending")])
+            wanted = paths[:number]
+            whole = number >= len(paths)
+            found = self._table.rows(columns, clause) if whole else self._table.of_paths(columns, wanted.to_pylist())
+            return found.take(pc.index_in(wanted, found["path"]).drop_null())
 
-        return self._stacked(k, all_of(clauses), latest) if stacked else to_hits(latest(k)[:k])
+        return self._stacked(k, clause, latest) if stacked else to_hits(latest(k))
 
     def _of_model(self) -> list[str]:
         """The clause that leaves out vectors of other models, where there are some."""
@@ -429,9 +401,8 @@ class PictureIndex:
         digest = self.model.image_digest
         others, total = self._table.of_other_models(digest), len(self)
         if total and (others == total or self.model.width not in self._table.widths()):
-            known = self._table.other_model(digest)
-            values = {"model": self.model.name, "path": self.where, "known": known, "total": total}
-            raise failure(ValueError, "other_model", **values)
+            known = (self._table.model() or {}).get("name")
+            raise failure(ValueError, "other_model", model=self.model.name, path=self.where, known=known, total=total)
         return others
 
     def duplicates(self, threshold: float = SAME) -> list[list[Hit]]:
@@ -444,16 +415,16 @@ class PictureIndex:
             raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}.")
         if not self._table.exists():
             return []
-        rows = self._table.rows(self._columns, all_of(self._of_model()))
+        rows = self._table.rows(compared_columns(self.model.width), all_of(self._of_model()))
         rows = rows.append_column("pixels", pc.multiply(rows["width"], rows["height"]))
         # the best of a group leads it
         rows = rows.sort_by([("pixels", "descending"), ("size", "descending"), ("path", "ascending")])
-        vectors, groups = compared_rows(self.model, rows), []
-        for numbers in near_groups(vectors, threshold):
+        vectors, found = compared_rows(self.model, rows), []
+        for numbers in (group for group in groups(vectors, threshold) if len(group) > 1):
             scores = np.clip(vectors[numbers] @ vectors[numbers[0]], -1, 1)
             first, *others = to_hits(rows.take(numbers), scores)
-            groups.append([first, *sorted(others, key=lambda hit: (-hit.score, hit.path))])
-        return groups
+            found.append([first, *sorted(others, key=lambda hit: (-hit.score, hit.path))])
+        return sorted(found, key=len, reverse=True)
 
     # --- what is known
 
@@ -506,7 +477,7 @@ class PictureIndex:
 
     def status(self) -> Status:
         """What the index is."""
-        first, last = self._table.first_and_last()
+        taken = pc.min_max(self._table.rows(["taken"], "taken IS NOT NULL")["taken"]).as_py()
         left_out = self._table.rows(["path", "reason"], table=LEFT_OUT).to_pylist()
         model, rules = self._table.model() or {}, kept_rules(self._table)
         return Status(
@@ -517,8 +488,8 @@ class PictureIndex:
             model=model.get("name"),
             bytes=self._table.bytes(),
             approximate=bool(model) and self._table.exists() and self._table.is_approximate(model["width"]),
-            first=first,
-            last=last,
+            first=taken["min"],
+            last=taken["max"],
             exclude=list(rules.exclude),
             forgotten=sorted(rules.forgotten),
             skipped=dict(skipped_counts(self._table)),
@@ -543,11 +514,11 @@ class PictureIndex:
 
         Raises ValueError where there is no label, one twice, no `{}`, no such folder, or no picture in it.
         """
-        labels = checked_labels(labels, template)
+        labels = asking.checked_labels(labels, template)
         if not isinstance(folder, str | Path):
-            return classify_vectors(self.model, [""], self.model.images([folder]), labels, template)
+            return asking.classify_vectors(self.model, [""], self.model.images([folder]), labels, template)
         paths, vectors = self._vectors_in(absolute_folder(folder))
-        return classify_vectors(self.model, paths, vectors, labels, template)
+        return asking.classify_vectors(self.model, paths, vectors, labels, template)
 
     def _vectors_in(self, place: Path) -> tuple[list[str], np.ndarray]:
         """Paths of the pictures of a folder, or of one, and their vectors."""
@@ -566,12 +537,10 @@ class PictureIndex:
         """
         from capivara_search.exporting import export_rows
 
-        if not self._table.exists():
-            raise ValueError(f"There is no index at {self.where}, and nothing to export. Add a folder of pictures.")
         with self._table.locked():  # what is read is not tidied away meanwhile
             return export_rows(self._table, path)
 
 
-def _filters(folder: str | Path | None, since: date | None, until: date | None) -> list[str]:
+def _filters(folder: Place, since: Day, until: Day) -> list[str]:
     """The clauses of a search."""
     return [*taken_between(since, until), *([] if folder is None else [within(absolute_folder(folder))])]

@@ -10,33 +10,29 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from urllib.parse import urlsplit
 
 from capivara_common.privacy import redact
 from capivara_search.words import failure
 
 FAILURES = (RuntimeError, OSError, ValueError)  # what LanceDB raises
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-NO_ADDRESS = re.compile(r'[^!-~]|["<>\\^`{|}]')  # letters that stand in none: the driver of object storage panics
+ADDRESS = re.compile(r"https?://([\w.~!$&'()*+,;=%:-]+@)?(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~%-]*)?", re.ASCII)
 # Of the engine's texts. The rest of them stands for a file that is missing or broken.
 CONFLICT = re.compile(r"commit conflict|concurrent (writer|transaction|commit)|Too many concurrent|preempted", re.I)
 ENGINE = re.compile(r"lance error|LanceError|Encountered corrupt|External error: Not found")
 RUST_PLACE = re.compile(r",?\s*\S+\.rs(:\d+)+")  # of the engine's code, for its developers
-DAMAGED_FILE = re.compile(r"\S+\.lance/((data|_deletions|_indices|_versions)/\S+?)[,:]?(\s|$)")
 MAX_DETAIL = 200  # letters of the engine's own text
-# Code, what the engine says, whether of object storage alone, and number of the error.
+# Code, what the engine says, and number of the error; `no_answer` is of object storage alone.
 KNOWN = (
-    ("index_full", r"No space left|os error 28|StorageFull|InsufficientCapacity", False, errno.ENOSPC),
-    ("too_many_files", r"Too many open files|os error 24", False, errno.EMFILE),
-    ("no_bucket", r"NoSuchBucket|(?i:bucket does not exist)", True, errno.ENOENT),
-    # Without the number alone, which may be one of milliseconds.
-    ("refused", r"Forbidden|AccessDenied|Unauthorized|status:? 40[13]|InvalidAccessKeyId|SignatureDoesNotMatch"
-                r"|Permission denied", True, errno.EACCES),
+    ("index_full", r"No space left|os error 28|StorageFull|InsufficientCapacity", errno.ENOSPC),
+    ("too_many_files", r"Too many open files|os error 24", errno.EMFILE),
+    # Without the number of a status alone, which may be one of milliseconds.
+    ("no_answer", r"NoSuchBucket|(?i:bucket does not exist)|Forbidden|AccessDenied|Unauthorized|status:? 40[13]"
+                  r"|InvalidAccessKeyId|SignatureDoesNotMatch|Permission denied|error sending request|tcp connect"
+                  r"|dns error|Connection refused|operation timed out|kind: (Connect|Timeout|Request|Unknown)|BadScheme"
+                  r"|CredentialsNotLoaded|Failed to resolve region|instance metadata|URL scheme is not", errno.EIO),
     ("index_denied", r"Permission denied|not permitted|os error 13|os error 1\)|Read-only file system"
-                     r"|os error 30", False, errno.EACCES),
-    ("no_answer", r"error sending request|tcp connect|dns error|Connection refused|operation timed out"
-                  r"|kind: (Connect|Timeout|Request|Unknown)|Failed to resolve region|instance metadata"
-                  r"|CredentialsNotLoaded|BadScheme|URL scheme is not allowed", True, errno.EIO),
+                     r"|os error 30", errno.EACCES),
 )  # fmt: skip
 
 
@@ -63,8 +59,8 @@ def explanation(error: Exception, where: str, part: str = "") -> Exception:
     """The error in our words, with a code and values; itself where it is none of the known ones."""
     if hasattr(error, "code"):
         return error
-    if known := _of_storage(error, where):
-        return known
+    if refused := refusal(error, where):
+        return refused
     if is_conflict(error):
         return failure(partial(OSError, errno.EAGAIN), "conflict", path=where)
     if isinstance(error, RuntimeError | ValueError) and ENGINE.search(str(error)):
@@ -79,41 +75,23 @@ def is_conflict(error: Exception) -> bool:
     return bool(CONFLICT.search(str(error)))
 
 
-def is_of_storage(error: Exception, where: str) -> bool:
-    """Whether the disk or the object storage of an index has refused: what lies there may be whole."""
-    return _of_storage(error, where) is not None
-
-
-def _of_storage(error: Exception, where: str) -> OSError | None:
+def refusal(error: Exception, where: str) -> OSError | None:
+    """What the disk or the object storage of an index has refused, in our words: what lies there may be whole."""
     # Without the name of the index, which may say anything.
     text = redact(" ".join(RUST_PLACE.sub("", str(error).replace(where, "")).split()))
-    for code, pattern, is_remote, number in KNOWN:
-        if ("://" in where or not is_remote) and re.search(pattern, text):
+    for code, pattern, number in KNOWN:
+        if ("://" in where or code != "no_answer") and re.search(pattern, text):
             # OSError makes a PermissionError of its number.
             return failure(partial(OSError, number), code, path=where, text=text[:MAX_DETAIL])
     return None
 
 
 def detail(error: Exception) -> str:
-    """What an error says of the part that is damaged, in a line: its file where that is named."""
-    text = " ".join(RUST_PLACE.sub("", str(error)).split())
-    named = DAMAGED_FILE.search(text)
-    return named[1] if named else redact(text)[:MAX_DETAIL]
+    """What an error says of the part that is damaged, in a line."""
+    return redact(" ".join(RUST_PLACE.sub("", str(error)).split()))[:MAX_DETAIL]
 
 
-def storage_options() -> dict[str, str] | None:
-    """For the driver of object storage: what boto's variables of the environment say and its own do not.
-
-    Raises ValueError: the address of the storage is none; it is not repeated, since a password may stand in it.
-    """
-    endpoint = next((os.environ[name] for name in ENDPOINTS if os.environ.get(name)), None)
-    if endpoint is None:
-        return None
-    try:
-        parts = urlsplit(endpoint)
-        known = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
-    except ValueError:  # of the port, which a password with a slash is taken for
-        known = False
-    if not known or NO_ADDRESS.search(endpoint):
+def check_address() -> None:
+    """Raise ValueError where the storage's address is none, of which its driver panics; a password may stand in it."""
+    if not all(ADDRESS.fullmatch(os.environ.get(name) or "http://none") for name in ENDPOINTS):
         raise failure(ValueError, "storage_address", example="https://host:9000")
-    return {"aws_endpoint": endpoint, "allow_http": str(endpoint.startswith("http://")).lower()}

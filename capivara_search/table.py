@@ -14,9 +14,9 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,30 +26,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capivara_search import storage
+from capivara_search.results import Hit
 from capivara_search.storage import FAILURES, DamagedIndex
-from capivara_search.table_columns import (
-    ABOUT,
-    EMPTY,
-    FOLDER_KEY,
-    HIT_COLUMNS,
-    KEYS,
-    LAYOUT,
-    LAYOUT_KEY,
-    LOOK,
-    MODEL_KEY,
-    PICTURES,
-    THUMBNAIL,
-    VECTOR,
-    among,
-    as_array,
-    quoted,
-    schema,
-    vector_column,
-)
 from capivara_search.words import failure, note
 
 if TYPE_CHECKING:
     import lancedb
+
+LAYOUT = 1  # of the tables; a later one that this version can't read has a larger number
+LAYOUT_KEY = b"capivara.layout"
+PICTURES, LEFT_OUT, ABOUT = "pictures", "left_out", "about"
+KEYS = {LEFT_OUT: "path", ABOUT: "key", PICTURES: "path"}  # an index is there when its pictures are, the last of them
+FOLDER_KEY = "folder:"  # in `about`, before the path of a folder that was added; JSON of what rules left out of it
+RULES_KEY = "rules"  # JSON of what is left out of all folders
+THUMBNAIL = "thumbnail"
+LOOK = "look"  # which an index of before the column has not
+VECTOR = "vector"  # in rows that are no part of a table: that of the model in use
+HIT_COLUMNS = ("path", "width", "height", "taken", "latitude", "longitude", "size", "mtime_ns")
+
+EARLIEST, LATEST = date(1800, 1, 1), date(2200, 1, 1)  # days that a file's time in nanoseconds can be compared with
+# Two who insert the same key at the same time are told apart by it.
+KEY = {b"lance-schema:unenforced-primary-key:position": b"1"}
 
 EXACT_ROWS = 50_000
 TRAINED_KEY = "approximate_rows"  # of `about`: rows that the approximate index was learnt from
@@ -72,6 +69,46 @@ TRIES = 12  # of a write that others' writes get in the way of
 T = TypeVar("T")
 
 
+def schema(width: int) -> pa.Schema:
+    """The columns of `pictures`, with vectors of `width` numbers."""
+    return pa.schema(
+        [
+            pa.field("path", pa.string(), False, KEY),  # absolute
+            pa.field("size", pa.int64(), False),  # bytes
+            pa.field("mtime_ns", pa.int64(), False),
+            pa.field("digest", pa.string(), False),  # BLAKE2b-128 of the file, in hexadecimal
+            pa.field("width", pa.int32(), False),  # pixels, upright
+            pa.field("height", pa.int32(), False),
+            pa.field("taken", pa.timestamp("us")),  # the camera's local time
+            pa.field("latitude", pa.float64()),  # degrees
+            pa.field("longitude", pa.float64()),
+            pa.field(THUMBNAIL, pa.binary()),  # WebP
+            pa.field(LOOK, pa.binary()),  # `duplicates.look_of`
+            pa.field("model", pa.string(), False),  # SearchModel.image_digest
+            pa.field(vector_column(width), pa.list_(pa.float16(), width)),  # unit length
+        ],
+        metadata={LAYOUT_KEY: str(LAYOUT).encode()},
+    )
+
+
+def vector_column(width: int) -> str:
+    """The column of vectors of one width: a model of another width adds its own."""
+    return f"vector_{width}"
+
+
+def compared_columns(width: int) -> list[str]:
+    """Those that `duplicates.compared_rows` takes, with those of hits; an older index has no `look`."""
+    return [*HIT_COLUMNS, vector_column(width), "model", LOOK]
+
+
+EMPTY = {
+    PICTURES: schema(1),
+    LEFT_OUT: pa.schema([*(schema(1).field(name) for name in ("path", "size", "mtime_ns")),
+                         pa.field("reason", pa.string(), False)]),
+    ABOUT: pa.schema([pa.field("key", pa.string(), False, KEY), pa.field("value", pa.string(), False)]),
+}  # fmt: skip
+
+
 class PictureTable:
     """The tables of one index, in a folder or at an address such as s3://bucket/fotos.
 
@@ -86,7 +123,6 @@ class PictureTable:
             self._check_folder()
         self._tables: dict[str, Any] = {}
         self._kept: dict[str, tuple[int, Any]] = {}
-        self._broken: set[str] = set()  # approximate indices that could not be read
 
     def _check_folder(self) -> None:
         folder = Path(self.where)
@@ -104,11 +140,13 @@ class PictureTable:
         os.environ.setdefault("LANCEDB_LOG", "error")  # its warnings are said by `note`, in a line of ours
         import lancedb  # here: it takes a second
 
+        if self.remote:
+            storage.check_address()
         with storage.explained(self.where):
             return lancedb.connect(
                 self.where,
                 read_consistency_interval=REMOTE_AGE if self.remote else timedelta(0),
-                storage_options=storage.storage_options() if self.remote else None,
+                storage_options={"allow_http": "true"},  # where the address begins so
                 session=lancedb.Session(index_cache_size_bytes=CACHE_BYTES),
             )
 
@@ -118,19 +156,19 @@ class PictureTable:
     def table(self, name: str) -> Any:
         """One of the tables, or None where it is not there. Raises ValueError: it is damaged, newer, or not ours."""
         if name not in self._tables:
-            with storage.explained(self.where):
+            with storage.explained(self.where, name):
                 if not self.remote and not Path(self._folder(name)).is_dir():
                     return None
-            try:
-                table = self._connection.open_table(name)
-            except FAILURES as error:
-                # Where pictures are there, only the record of their files is not.
-                there = name == PICTURES and not self.remote and any(Path(self._folder(name), "data").glob("*"))
-                if "was not found" in str(error) and not there:
-                    return None
-                if self.remote or storage.is_of_storage(error, self.where):
-                    raise storage.explanation(error, self.where, name) from error
-                raise failure(DamagedIndex, "damaged_record", path=self.where, part=self._folder(name)) from error
+                try:
+                    table = self._connection.open_table(name)
+                except FAILURES as error:
+                    # Where rows are there, only the record of their files is not.
+                    there = not self.remote and any(Path(self._folder(name), "data").glob("*"))
+                    if "was not found" in str(error) and not there:
+                        return None
+                    if self.remote or storage.refusal(error, self.where):
+                        raise
+                    raise failure(DamagedIndex, "damaged_record", path=self.where, part=self._folder(name)) from error
             if name == PICTURES:
                 self._check_layout(table.schema)
             self._tables[name] = table
@@ -198,21 +236,14 @@ class PictureTable:
     def read(self, name: str, operation: Callable[[Any], T]) -> T:
         """What an operation on a table returns."""
         table = self.pictures if name == PICTURES else self.table(name)
-        found, error = self._attempt(name, lambda: operation(table))
-        if error is None:
-            return found
-        with storage.explained(self.where, name):  # its files may have been compacted away while they were read
-            table.checkout_latest()
-            return operation(table)
-
-    def _attempt(self, name: str, call: Callable[[], T]) -> tuple[T, None] | tuple[None, Exception]:
-        """What a call returns, or its error, as of a damaged file; what the disk or the storage refuses is raised."""
-        try:
-            return call(), None
-        except FAILURES as error:
-            if storage.is_of_storage(error, self.where):
-                raise storage.explanation(error, self.where, name) from error
-            return None, error
+        with storage.explained(self.where, name):
+            try:
+                return operation(table)
+            except FAILURES as error:
+                if storage.refusal(error, self.where):
+                    raise
+                table.checkout_latest()  # its files may have been compacted away while they were read
+                return operation(table)
 
     def rows(self, columns: Sequence[str], where: str | None = None, table: str = PICTURES) -> pa.Table:
         """Some columns of all rows, or of those of a clause; empty where the table is not there."""
@@ -249,17 +280,6 @@ class PictureTable:
         """How many rows hold vectors of other models."""
         return self.kept(image_digest, lambda: self.count(f"model != {quoted(image_digest)}"), PICTURES)
 
-    def other_model(self, image_digest: str) -> str:
-        """Name of a model, another one, that has embedded rows."""
-        digests = self.rows(["model"], f"model != {quoted(image_digest)}")["model"].unique().to_pylist()
-        names = [name for digest in digests if (name := self.about().get(MODEL_KEY + digest))]
-        return names[0] if names else "another model"
-
-    def first_and_last(self) -> tuple[datetime | None, datetime | None]:
-        """When the oldest and the newest picture were taken."""
-        bounds = pc.min_max(self.rows(["taken"], "taken IS NOT NULL")["taken"]).as_py()
-        return bounds["min"], bounds["max"]
-
     def about(self) -> dict[str, str]:
         """What is known of the whole: key -> value."""
         rows = self.rows(["key", "value"], table=ABOUT)
@@ -277,43 +297,30 @@ class PictureTable:
 
     # --- the nearest rows
 
-    def looks(self) -> list[str]:
-        """The column of looks, where there is one."""
-        return [LOOK] if LOOK in self.columns().names else []
+    def nearest(self, vector: np.ndarray, k: int, where: str | None = None, exact: bool = False) -> pa.Table:
+        """The k rows nearest to a vector (width,) of unit length, best first, of equal ones by path.
 
-    def nearest(
-        self, vector: np.ndarray, k: int, where: str | None = None, exact: bool = False, more: Sequence[str] = ()
-    ) -> pa.Table:
-        """The k rows nearest to a vector (width,) of unit length, in no order, with their vectors in a column `vector`.
-
-        They meet the clause `where`; `exact`: every vector is compared; `more` columns, beside `HIT_COLUMNS`.
+        They meet the clause `where`, and have the `compared_columns`, with their vectors as `vector`, and as `score`
+        their cosines. `exact`: every vector is compared.
         """
-        column = vector_column(len(vector))
+        column, columns = vector_column(len(vector)), compared_columns(len(vector))
         if where and self.count(where) <= EXACT_ROWS:  # the engine would read the vectors of all rows
             rows = self.rows(["path", column], where)
             rows = rows.filter(rows[column].is_valid())
             scores = as_array(rows[column]).astype(np.float32) @ vector
             best = np.argpartition(-scores, k - 1)[:k] if k < len(scores) else np.arange(len(scores))
-            found = self.of_paths([*HIT_COLUMNS, column, *more], rows["path"].take(best).to_pylist())
-        elif exact or not self.is_approximate(len(vector)):
-            found = self.read(PICTURES, lambda table: _search(table, vector, k, where, more).to_arrow())
+            found = self.of_paths(columns, rows["path"].take(best).to_pylist())
         else:
-            found = self._approximately(vector, k, where, more)
-        return found.rename_columns([VECTOR if name == column else name for name in found.column_names])
-
-    def _approximately(self, vector: np.ndarray, k: int, where: str | None, more: Sequence[str]) -> pa.Table:
-        search = partial(_search, self.pictures, vector, k, where, more, approximate=True)
-        found, error = self._attempt(PICTURES, lambda: search().to_arrow())
-        if error:
-            found = self.read(PICTURES, lambda table: _search(table, vector, k, where, more).to_arrow())
-            self._broken.add(self.indices()[vector_column(len(vector))].index_uuid)
-            note("approximate_damaged", self.where, storage.detail(error), level=logging.WARNING)
-        return found
+            quick = not exact and self.is_approximate(len(vector))
+            found = self.read(PICTURES, lambda table: _search(table, vector, k, where, quick).to_arrow())
+        found = found.rename_columns([VECTOR if name == column else name for name in found.column_names])
+        scores = np.clip(unit(as_array(found[VECTOR])) @ vector, -1, 1)
+        found = found.append_column("score", pa.array(scores, pa.float64()))
+        return found.sort_by([("score", "descending"), ("path", "ascending")])
 
     def is_approximate(self, width: int) -> bool:
         """Whether an approximate index of vectors of this width answers."""
-        found = self.indices().get(vector_column(width))
-        return found is not None and found.index_uuid not in self._broken
+        return vector_column(width) in self.indices()
 
     def indices(self) -> dict[str, Any]:
         """Column -> what LanceDB says of its index."""
@@ -402,10 +409,18 @@ class PictureTable:
 
     def tidy(self, width: int) -> None:
         """Put small files together, bring the indices up to date, and remove old versions, where that is due."""
-        if self._is_to_be_built(width) or not self._answers(width):
-            self._build(width)
-        found = [self.indices().get(column) for column in ("path", vector_column(width))]
-        behind = max((one.num_unindexed_rows for one in found if one), default=0)
+        from lancedb.index import BTree, IvfRq
+
+        column, rows = vector_column(width), self.count()
+        is_learnt = column in self.indices() and rows < GROWTH * int(self.about().get(TRAINED_KEY, 0))
+        if rows > EXACT_ROWS and not is_learnt and width % 8 == 0:  # as the codes ask for
+            start = time.monotonic()
+            code = IvfRq(distance_type="cosine", num_bits=CODE_BITS)
+            for name, config in (("path", BTree()), (column, code)):
+                self.write(PICTURES, lambda table, name=name, config=config: table.create_index(name, config=config))
+            self.note({TRAINED_KEY: str(rows)})
+            note("approximate", rows, time.monotonic() - start)
+        behind = max((one.num_unindexed_rows for one in self.indices().values()), default=0)
         small = self.read(PICTURES, lambda table: table.stats()["fragment_stats"]["num_small_fragments"])
         if small >= SMALL_FILES or behind > UNINDEXED_ROWS:
             self.write(PICTURES, partial(_optimize, age=KEEP_VERSIONS if self.remote else timedelta(0)))
@@ -416,116 +431,137 @@ class PictureTable:
             if self.table(name) is not None:
                 self.write(name, partial(_optimize, age=timedelta(0)))
 
-    def _is_to_be_built(self, width: int) -> bool:
-        rows = self.count()
-        if rows <= EXACT_ROWS:
-            return False
-        found = self.indices().get(vector_column(width))
-        if found is None or found.index_uuid in self._broken:
-            return True
-        return rows >= GROWTH * int(self.about().get(TRAINED_KEY, 0))
-
-    def _answers(self, width: int) -> bool:
-        """Whether the approximate index, where there is one, can be read; one partition of it is."""
-        if vector_column(width) not in self.indices():
-            return True
-        query = _search(self.pictures, np.ones(width, np.float32), 1, None, approximate=True).nprobes(1)
-        return self._attempt(PICTURES, query.to_arrow)[1] is None
-
-    def _build(self, width: int) -> None:
-        from lancedb.index import BTree, IvfRq, IvfSq
-
-        column, rows = vector_column(width), self.count()
-        code = IvfSq(distance_type="cosine") if width % 8 else IvfRq(distance_type="cosine", num_bits=CODE_BITS)
-        start = time.monotonic()
-        try:
-            for name, config in (("path", BTree()), (column, code)):
-                self.write(PICTURES, lambda table, name=name, config=config: table.create_index(name, config=config))
-            self.note({TRAINED_KEY: str(rows)})
-        except FAILURES as error:
-            note("approximate_failed", self.where, storage.detail(error), level=logging.WARNING)
-        else:
-            note("approximate", rows, time.monotonic() - start)
-
     def mend(self) -> None:
         """Of a damaged index in a folder, take the newest version that can be read, and say what is lost with the rest.
 
-        Called by who has the lock. Where there is no such version, the pictures are set aside, to be added again.
-        Raises DamagedIndex where the record of the pictures is whole but can't be read, as of a newer LanceDB.
+        Called by who has the lock. A table of which no version can be read is set aside, to be made anew. Raises
+        DamagedIndex where the newest record of a table is whole but can't be read, as of a newer LanceDB.
         """
         for name in () if self.remote else reversed(KEYS):
-            try:
-                table = self.table(name)
-            except DamagedIndex:
-                while _set_newest_aside(Path(self._folder(name))):
-                    with suppress(DamagedIndex):
-                        self.table(name)
-                        break
-                table = self._tables.get(name)
-                if table is None:
-                    if name == PICTURES and any(Path(self._folder(name), "_versions").glob("*.manifest")):
-                        raise
-                    self._give_up(name)
-                    continue
-            if table is not None and not self._can_read(table):
-                self._restore(name, table)
+            self._mend(name)
 
-    def _can_read(self, table: Any) -> bool:
-        """Whether the rows of a table's version can be read, but for thumbnails; of a large one, one column."""
-        names = [name for name in table.schema.names if name != THUMBNAIL]
-
-        def read() -> None:
-            for _ in _plain(table, names if table.count_rows() <= EXACT_ROWS else ["size"]).to_batches():
-                pass
-            if "path" in names:
-                table.count_rows("path = ''")  # by its search index
-
-        return self._attempt(table.name, read)[1] is None
-
-    def _restore(self, name: str, table: Any) -> None:
-        """Let the newest version of a table that can be read be the table."""
+    def _mend(self, name: str) -> None:
+        folder = Path(self._folder(name))
+        try:
+            table = self.table(name)
+        except DamagedIndex:
+            record = min(folder.glob("_versions/*.manifest"), default=None)  # they are numbered downwards
+            if record is None:
+                return self._set_aside(folder, "?")
+            if record.read_bytes().endswith(b"LANC"):
+                raise
+            record.rename(record.with_name(f"{record.name}.damaged"))  # it was not written whole: the one before counts
+            record.with_name("latest_version_hint.json").unlink(missing_ok=True)
+            return self._mend(name)
+        if table is None or self._can_read(table):
+            return None
         rows = table.count_rows()
         for one in table.list_indices():  # they are built anew
             self.write(name, lambda opened, index=one.name: opened.drop_index(index))
-        if self._can_read(table):
-            return
         for version in sorted((one["version"] for one in table.list_versions()), reverse=True):
             with suppress(*FAILURES):
                 table.checkout(version)
                 if self._can_read(table):
                     table.restore()
-                    note("older_version", self._folder(name), table.count_rows(), rows, level=logging.WARNING)
-                    return
+                    if (kept := table.count_rows()) < rows:
+                        note("older_version", folder, kept, rows, level=logging.WARNING)
+                    return None
         del self._tables[name]
-        self._give_up(name, rows)
+        return self._set_aside(folder, rows)
 
-    def _give_up(self, name: str, rows: int | str = "?") -> None:
-        """Of a table of which nothing can be read: that of the pictures is set aside, a small one becomes empty."""
-        if name == PICTURES:
-            folder = self._folder(name)
-            places = (f"{folder}.damaged{number or ''}" for number in range(10**6))
-            os.rename(folder, aside := next(place for place in places if not os.path.lexists(place)))
-            del self._connection  # which may remember files of that name
-            note("set_aside", folder, rows, aside, level=logging.WARNING)
-            return
-        note("taken_for_empty", self._folder(name), level=logging.WARNING)
-        with suppress(*FAILURES):
-            self._connection.drop_table(name)
-        self._tables[name] = self._connection.create_table(name, schema=EMPTY[name], mode="overwrite")
+    def _can_read(self, table: Any) -> bool:
+        """Whether the rows of a table's version can be read, but for thumbnails; of a large one, one column."""
+        names = [name for name in table.schema.names if name != THUMBNAIL]
+        try:
+            for _ in _plain(table, names if table.count_rows() <= EXACT_ROWS else ["size"]).to_batches():
+                pass
+            for (column,) in (one.columns for one in table.list_indices()):
+                if column == "path":
+                    table.count_rows("path = ''")
+                else:  # one partition of it
+                    query = np.ones(table.schema.field(column).type.list_size, np.float32)
+                    _search(table, query, 1, None, approximate=True).nprobes(1).to_arrow()
+        except FAILURES as error:
+            if refused := storage.refusal(error, self.where):
+                raise refused from error
+            return False
+        return True
+
+    def _set_aside(self, folder: Path, rows: int | str) -> None:
+        places = (Path(f"{folder}.damaged{number or ''}") for number in itertools.count())
+        folder.rename(aside := next(place for place in places if not os.path.lexists(place)))
+        del self._connection  # which may remember files of that name
+        note("set_aside", folder, rows, aside, level=logging.WARNING)
 
 
-def _set_newest_aside(folder: Path) -> bool:
-    """Let the version before the newest one be a table's, where the record of the newest one was not written whole.
+def to_arrow(rows: Sequence[Mapping[str, Any]], columns: pa.Schema) -> pa.Table:
+    """Rows as a table; `vector` of each, (width,), goes where vectors of its width are."""
+    arrays = []
+    for one in columns:
+        if one.name == vector_column(len(rows[0][VECTOR])):
+            flat = np.concatenate([np.asarray(row[VECTOR], np.float16) for row in rows])
+            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(flat), one.type.list_size))
+        else:  # vectors of another width are of another model, and no longer true
+            arrays.append(pa.array([row.get(one.name) for row in rows], one.type))
+    return pa.Table.from_arrays(arrays, schema=columns)
 
-    It keeps its content under another name. False where it is whole, as of a newer LanceDB, or there is none.
-    """
-    records = sorted((folder / "_versions").glob("*.manifest"), key=lambda path: (len(path.stem), path.stem))
-    with suppress(OSError):
-        if records and not records[0].read_bytes().endswith(b"LANC"):  # they are numbered downwards
-            records[0].rename(records[0].with_name(records[0].name + ".damaged"))
-            (folder / "_versions" / "latest_version_hint.json").unlink(missing_ok=True)
-            return True
-    return False
+
+def as_array(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of vectors, without empty ones, as (rows, width) float16."""
+    column = column.combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
+
+
+def to_hits(rows: pa.Table, scores: Sequence[float] | None = None) -> list[Hit]:
+    """Rows with `HIT_COLUMNS` as hits; scores are these, those of a column `score`, or 0."""
+    if scores is None:
+        scores = rows["score"].to_pylist() if "score" in rows.column_names else [0.0] * len(rows)
+    hits = []
+    for row, score in zip(rows.select(list(HIT_COLUMNS)).to_pylist(), scores, strict=True):
+        modified = datetime.fromtimestamp(row.pop("mtime_ns") / 1e9)
+        dated = {"date": row["taken"] or modified, "date_source": "camera" if row["taken"] else "file"}
+        hits.append(Hit(score=float(score), modified=modified, **dated, **row))
+    return hits
+
+
+def quoted(text: str) -> str:
+    """A text as SQL writes it."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def among(column: str, values: Iterable[str]) -> str:
+    """The clause for rows whose column has one of some values."""
+    return f"{column} IN ({', '.join(map(quoted, values))})"
+
+
+def all_of(clauses: Sequence[str]) -> str | None:
+    """The clause for rows that meet all of some; None where there is none."""
+    return " AND ".join(clauses) or None
+
+
+def within(*folders: str | Path) -> str:
+    """The clause for rows of folders, with the folders in them, or of single files."""
+    paths = [str(folder).rstrip(os.sep) for folder in folders]
+    return "(" + " OR ".join(f"path = {quoted(p)} OR starts_with(path, {quoted(p + os.sep)})" for p in paths) + ")"
+
+
+def taken_between(since: date | None, until: date | None) -> list[str]:
+    """The clauses for pictures of some days, both included; by the file's time where no camera says when."""
+    clauses = []
+    for day, sign, after in ((since, ">=", 0), (until, "<", 1)):
+        if day is not None:
+            start = datetime.combine(min(max(day, EARLIEST), LATEST) + timedelta(days=after), datetime.min.time())
+            clauses.append(
+                f"((taken IS NOT NULL AND taken {sign} timestamp '{start:%Y-%m-%d %H:%M:%S}')"
+                f" OR (taken IS NULL AND mtime_ns {sign} {int(start.timestamp()) * 10**9}))"
+            )
+    return clauses
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors (..., width), of length 1, float32."""
+    vectors = np.asarray(vectors, np.float32)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def _optimize(table: Any, age: timedelta) -> None:
@@ -535,16 +571,14 @@ def _optimize(table: Any, age: timedelta) -> None:
 
 
 def _plain(table: Any, columns: Sequence[str], where: str | None = None) -> Any:
-    query = table.search().select(list(columns))
+    query = table.search().select([name for name in columns if name in table.schema.names])
     return query.where(where) if where else query
 
 
-def _search(
-    table: Any, vector: np.ndarray, k: int, where: str | None, more: Sequence[str] = (), approximate: bool = False
-) -> Any:
-    column = vector_column(len(vector))
+def _search(table: Any, vector: np.ndarray, k: int, where: str | None, approximate: bool = False) -> Any:
+    column, columns = vector_column(len(vector)), compared_columns(len(vector))
     query = table.search(np.asarray(vector, np.float32), vector_column_name=column).distance_type("cosine").limit(k)
-    query = query.select([*HIT_COLUMNS, column, *more, "_distance"])
+    query = query.select([*(name for name in columns if name in table.schema.names), "_distance"])
     query = query.where(where) if where else query
     if not approximate:
         return query.bypass_vector_index()

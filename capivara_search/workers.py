@@ -7,6 +7,7 @@ Each task embeds the files whose names fall to its share and writes them into th
 gone and tidies up. A task that was killed leaves what it has written, and the same command does what is missing.
 """
 
+import zlib
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -16,8 +17,7 @@ from capivara_common.environment import cache_home, require
 from capivara_common.tasks import ExecutorArguments, Phase
 from capivara_search.adding import IndexWriter, Plan, begin, finish, make_plan
 from capivara_search.index import PictureIndex
-from capivara_search.models import SearchModel, find_model
-from capivara_search.picture_files import absolute_folder
+from capivara_search.models import SearchModel
 from capivara_search.results import Added
 from capivara_search.table import PictureTable
 
@@ -38,9 +38,6 @@ class WorkerArguments(ExecutorArguments):
     def __post_init__(self) -> None:
         self.check_executor()
         at_least(self, 1, "batch_size")
-        self.folders = [str(absolute_folder(folder)) for folder in self.folders]
-        if not self.folders:
-            raise ValueError("No folder was named. Name a folder of pictures.")
         if self.executor == "slurm" and self.logging_dir is None:
             raise ValueError("--executor slurm needs --logging_dir, a folder that all machines see.")
 
@@ -52,9 +49,8 @@ class WorkerArguments(ExecutorArguments):
 
     def opened(self) -> tuple[PictureTable, SearchModel]:
         """The index, and the model that pictures are embedded with."""
-        table = PictureTable(self.where)
-        known = table.model() if self.model is None else None
-        return table, find_model(known["source"] if known else self.model, self.device)
+        index = PictureIndex.open(self.where, self.model, self.device)
+        return index._table, index.model
 
 
 def add_with_workers(arguments: WorkerArguments) -> bool:
@@ -66,30 +62,30 @@ def add_with_workers(arguments: WorkerArguments) -> bool:
     from capivara_common.executors import Work, execute
 
     with PictureTable(arguments.where).locked():
-        PictureTable(arguments.where).mend()
         table, model = arguments.opened()
         begin(table, model, [Path(folder) for folder in arguments.folders], arguments.exclude, arguments.include)
         arguments.model = model.source  # so that all tasks have the same one
         return execute(Work.of(arguments, PHASES, "index"), arguments)
 
 
-def _plan(arguments: WorkerArguments, table: PictureTable, model: SearchModel, share: tuple[int, int] = (0, 1)) -> Plan:
-    return make_plan(table, model.image_digest, [Path(folder) for folder in arguments.folders], share)
+def _planned(arguments: WorkerArguments) -> tuple[PictureTable, SearchModel, Plan]:
+    table, model = arguments.opened()
+    return table, model, make_plan(table, model.image_digest, [*map(Path, arguments.folders)])
 
 
 def embed(arguments: WorkerArguments, rank: int, world_size: int) -> str:
     """Embed the share of a task."""
-    table, model = arguments.opened()
-    plan = _plan(arguments, table, model, (rank, world_size))
+    table, model, plan = _planned(arguments)
+    # By its name, so that all ranks agree on whose a file is whatever each of them sees.
+    plan.files = [file for file in plan.files if zlib.crc32(file.path.encode()) % world_size == rank]
     added = IndexWriter(table, model, plan, arguments.batch_size).run(arguments.exact)
     return f"{added.embedded} pictures embedded"
 
 
 def end(arguments: WorkerArguments, rank: int, world_size: int) -> str:
     """Remove what is gone, and tidy up; the command has the lock."""
-    table, model = arguments.opened()
     added = Added()
-    finish(table, model, _plan(arguments, table, model), added)
+    finish(*_planned(arguments), added)
     return f"{added.removed} rows removed"
 
 

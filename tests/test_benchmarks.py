@@ -12,7 +12,7 @@ import pytest
 from benchmarks import captions, main_job, search, timing
 from capivara_common.files import read_json, write_json
 from capivara_search.miniature_encoders import load_tokenizer
-from capivara_search.table_columns import schema
+from capivara_search.table import schema
 from captions.generate import PREFIXES, read_prefixes
 
 

@@ -11,7 +11,7 @@ from made_index import make_pictures, rows_of
 from capivara_search import adding, table
 from capivara_search.command import main
 from capivara_search.index import PictureIndex
-from capivara_search.table_columns import EMPTY, LAYOUT_KEY, schema
+from capivara_search.table import EMPTY, LAYOUT_KEY, schema
 
 ROWS, COMMIT = 24, 8
 
@@ -141,40 +141,25 @@ def test_a_broken_small_table_is_made_anew(whole, place, model, name, part, capl
     assert len(fresh.status().left_out) == 1
 
 
-def test_a_broken_approximate_index_is_named_and_built_anew(tmp_path, model, monkeypatch, caplog):
-    monkeypatch.setattr(table, "EXACT_ROWS", 280)
-    make_pictures(tmp_path / "fotos", 300)
-    index = PictureIndex.open(tmp_path / "i", model=model)
-    index.add(tmp_path / "fotos")
-    assert index.status().approximate
-    expected = paths(index.search("um gato", k=5, exact=True))
-    for path in (tmp_path / "i" / "pictures.lance" / "_indices").rglob("*.idx"):
-        path.write_bytes(b"broken")
-    index = PictureIndex.open(tmp_path / "i", model=model)
-    assert paths(index.search("um gato", k=5)) == paths(index.search("um gato", k=5)) == expected
-    assert caplog.text.count("The approximate index of ") == 1
-    assert "all pictures are compared instead" in caplog.text
-    with caplog.at_level(logging.INFO, "capivara"):
-        PictureIndex.open(tmp_path / "i", model=model).add(tmp_path / "fotos")
-    assert "Approximate index of 300 pictures built" in caplog.text
-    caplog.clear()
-    assert index.status().approximate
-    assert len(index.search("um gato", k=5)) == 5
-    assert not caplog.text
-
-
-def test_a_broken_index_of_paths_is_made_anew(tmp_path, model, monkeypatch):
+@pytest.mark.parametrize("files", ["*.idx", "page_*.lance"])  # of the vectors, of the paths
+def test_a_broken_search_index_is_named_and_built_anew(tmp_path, model, monkeypatch, caplog, files):
     monkeypatch.setattr(table, "EXACT_ROWS", 280)
     fotos = tmp_path / "fotos"
     make_pictures(fotos, 300)
     index = PictureIndex.open(tmp_path / "i", model=model)
     index.add(fotos)
-    expected = paths(index.search("um gato", k=5, folder=fotos / "d1"))
-    for path in (tmp_path / "i" / "pictures.lance" / "_indices").rglob("page_*.lance"):
+    assert index.status().approximate
+    expected, inside = paths(index.search("um gato", k=5)), paths(index.search("um gato", k=5, folder=fotos / "d1"))
+    for path in (tmp_path / "i" / "pictures.lance" / "_indices").rglob(files):
         path.write_bytes(b"broken")
-    assert PictureIndex.open(tmp_path / "i", model=model).add(fotos).unchanged == 300
-    index = PictureIndex.open(tmp_path / "i", model=model)
-    assert paths(index.search("um gato", k=5, folder=fotos / "d1")) == expected
+    with pytest.raises(ValueError, match=r"is damaged in its part pictures: .*Run `capivara index` with"):
+        broken = PictureIndex.open(tmp_path / "i", model=model)
+        broken.search("um gato", k=5), broken.row(expected[0])
+    with caplog.at_level(logging.INFO, "capivara"):
+        assert PictureIndex.open(tmp_path / "i", model=model).add(fotos).unchanged == 300
+    assert "Approximate index of 300 pictures built" in caplog.text and "rows is taken" not in caplog.text
+    assert paths(index.search("um gato", k=5)) == expected, "who was reading finds it again"
+    assert paths(index.search("um gato", k=5, folder=fotos / "d1")) == inside
     assert index.row(expected[0]).path == expected[0] and index.status().approximate
 
 

@@ -26,7 +26,7 @@ from capivara_search.page import answers, decoder, guard
 from capivara_search.page.guard import HEADERS, MAX_QUESTION_BYTES, MAX_UPLOAD_BYTES, Guard, Refusal
 from capivara_search.page.server import open_page
 from capivara_search.picture_files import on_white
-from capivara_search.table_columns import FOLDER_KEY
+from capivara_search.table import FOLDER_KEY
 
 PICTURE_S = 2
 LABELS = {"labels": ["azul", "verde"]}

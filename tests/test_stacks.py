@@ -7,10 +7,10 @@ import pytest
 
 from capivara_search import duplicates
 from capivara_search import index as index_module
-from capivara_search.duplicates import ROUNDING, compared, leaders, near_groups, same
+from capivara_search.duplicates import ROUNDING, compared, groups, leaders, same
 from capivara_search.index import PictureIndex, unit
 from capivara_search.results import SAME
-from capivara_search.table_columns import to_arrow
+from capivara_search.table import to_arrow
 
 WIDTH = 24
 SCENES = 40  # each with a number of copies that is its own, 0 to 7
@@ -87,11 +87,10 @@ def test_groups_are_those_of_one_picture_after_the_other(monkeypatch):
     assert leaders(vectors, 0.97).tolist() == wanted
     lead = [row for row, first in enumerate(wanted) if row == first]
     assert np.flatnonzero(leaders(vectors, 0.97, most=5) == np.arange(1000))[:5].tolist() == lead[:5]
-    groups = near_groups(vectors, 0.97)
-    assert len(groups) > 100 and [len(group) for group in groups] == sorted(map(len, groups), reverse=True)
-    assert {tuple(group) for group in groups} == {
-        tuple(rows) for row in lead if len(rows := [place for place, first in enumerate(wanted) if first == row]) > 1
-    }
+    found = [group.tolist() for group in groups(vectors, 0.97)]
+    assert found == [[place for place, first in enumerate(wanted) if first == row] for row in lead]
+    assert sum(len(group) > 1 for group in found) > 100
+    assert [group[0] for group in groups(vectors, 0.97, most=5)] == lead[:5]
 
 
 def test_the_looks_tell_copies_from_pictures_of_the_same_thing(tmp_path, model):
@@ -123,7 +122,7 @@ def test_a_chain_of_small_steps_is_no_group():
     """A pan over a landscape: each picture is like the one before it, the last one is not like the first."""
     angles = np.arange(8) * np.arccos(0.975)
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    assert [group.tolist() for group in near_groups(vectors, 0.97)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [group.tolist() for group in groups(vectors, 0.97)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
 @pytest.mark.parametrize("k", [1, 5, 12, SCENES, 100])
@@ -135,18 +134,6 @@ def test_copies_stand_as_one_hit_and_as_many_as_asked_are_answered(index, vector
     assert len(hits) == min(k, SCENES) and [hit.score for hit in hits] == sorted((h.score for h in hits), reverse=True)
     apart = index.search_vector(query, k)
     assert [number_of(hit.path) for hit in apart] == order[:k] and {hit.copies for hit in apart} == {0}
-
-
-def test_the_picture_of_most_pixels_is_shown_for_its_copies(tmp_path, model, vectors):
-    widths = np.random.default_rng(2).integers(40, 4000, len(vectors)).tolist()
-    index = filled(tmp_path / "i.lance", model, vectors, width=widths)
-    query = vectors[3].astype(np.float32)
-    stacked, apart = index.search_vector(query, SCENES, stacked=True), index.search_vector(query, len(vectors))
-    assert [hit.score for hit in stacked] == sorted((hit.score for hit in stacked), reverse=True)
-    for hit in stacked:
-        own = {one.path: one for one in [*index.copies(hit.path), index.row(hit.path)]}
-        assert hit.width == max(one.width for one in own.values()) and hit.copies == len(own) - 1
-        assert hit.score == max(one.score for one in apart if one.path in own)
 
 
 @pytest.mark.parametrize("k", [1, 12, 100])
@@ -175,10 +162,7 @@ def test_copies_are_counted_where_is_searched_and_listed_when_asked_for(index, v
 
 
 def test_of_a_large_index_the_copies_among_the_nearest_are_counted(index, vectors, monkeypatch):
-    (
-        monkeypatch.setattr(index_module, "EXACT_ROWS", 10),
-        monkeypatch.setattr("capivara_search.duplicates.COUNTED_ROWS", 10),
-    )
+    monkeypatch.setattr(index_module, "EXACT_ROWS", 10), monkeypatch.setattr(index_module, "COUNTED_ROWS", 10)
     hits = index.search_vector(vectors[3].astype(np.float32), 3, stacked=True)
     assert hits[0].copies == len(index.copies(hits[0].path)) > 0
 

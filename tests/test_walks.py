@@ -33,7 +33,7 @@ MOST_FILES = {  # a walk may become shorter, never longer: lower its number then
     "From pixels to a score": 5,
     "From a run folder to the Hub": 8,
     "From a caption row through build": 8,
-    "From a folder of pictures to a hit": 11,
+    "From a folder of pictures to a hit": 9,
 }
 
 
@@ -94,7 +94,7 @@ def test_from_a_folder_of_pictures_to_a_hit(tiny_folder, tmp_path):
                 capivara([*words, "--model", str(tiny_folder), "--index", str(tmp_path / "i"), "--lang", "en"])
 
     make_pictures(tmp_path / "fotos", 5)
-    first, last = "capivara_search/command.py:main", "capivara_search/table_columns.py:to_hits"
+    first, last = "capivara_search/command.py:main", "capivara_search/table.py:to_hits"
     check("From a folder of pictures to a hit", walked(run, is_value, first, last))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 
 from capivara_common.image_files import BadImage
-from capivara_search.labelling import checked_labels, classify_vectors
+from capivara_search.asking import checked_labels, classify_vectors
 from capivara_search.page.guard import Refusal
 from capivara_search.results import TEMPLATE, Classified, Hit, Status
 
