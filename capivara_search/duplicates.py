@@ -6,7 +6,9 @@ group; every other one of it is similar to that one, and comes after it. So no c
 scene to another.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capivara_search.results import SAME
-from capivara_search.table import LOOK, VECTOR, as_array, unit, vector_column
+from capivara_search.table import HIT_COLUMNS, LOOK, VECTOR, as_array, unit, vector_column
 
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
@@ -24,6 +26,7 @@ BLOCK, LATER = 512, 2048  # vectors that are compared with one another, and with
 ROUNDING = 1e-3  # of float16
 SIDE = 6  # pixels of a look; as `SAME` by `python -m benchmarks.duplicates`, which tries others
 LOOK_SHARE = 2 / 3  # of the similarity
+Ordered = tuple[pa.Table, np.ndarray]  # rows in an order, and what `compared_rows` makes of them
 FLAT = 2.0  # standard deviation of the colours, of 255, below which a picture has no look
 
 
@@ -51,14 +54,49 @@ def compared(vectors: np.ndarray, looks: Sequence[bytes | None], share: float = 
     return np.concatenate([vectors * own, pixels], axis=1)
 
 
-def compared_rows(model: "SearchModel", rows: pa.Table) -> np.ndarray:
-    """`compared` of rows; the vector of a picture that another model has embedded is zeros."""
+def own_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
+    """Vectors (rows, width) of unit length; that of a picture that another model has embedded is zeros."""
     vectors = np.zeros((len(rows), model.width), np.float32)
     column = rows[VECTOR if VECTOR in rows.column_names else vector_column(model.width)]
     own = pc.and_(column.is_valid(), pc.equal(rows["model"], model.image_digest))
     vectors[own.to_numpy()] = unit(as_array(column.filter(own)))
+    return vectors
+
+
+def compared_rows(model: "SearchModel", rows: pa.Table) -> np.ndarray:
+    """`compared` of rows."""
     looks = rows[LOOK].to_pylist() if LOOK in rows.column_names else [None] * len(rows)
-    return compared(vectors, looks)
+    return compared(own_vectors(model, rows), looks)
+
+
+def by_date(rows: pa.Table) -> pa.Array:
+    """The order of rows by when a picture was taken, else its file's time, latest first; of equal ones by path."""
+    here = time.localtime().tm_gmtoff * 10**9  # cameras tell the time of the place
+    modified = ((rows["mtime_ns"].to_numpy() + here) // 1000).astype("datetime64[us]")
+    dated = pa.table({"path": rows["path"], "date": pc.coalesce(rows["taken"], pa.array(modified))})
+    return pc.sort_indices(dated, [("date", "descending"), ("path", "ascending")])
+
+
+class HeldRows:
+    """All rows of an index, or of a part of it, in memory: of `HIT_COLUMNS`, with what they are compared by."""
+
+    def __init__(self, model: "SearchModel", rows: pa.Table):
+        rows = rows.sort_by("path")
+        self.rows = rows.select(HIT_COLUMNS)
+        self.vectors, self.compared = own_vectors(model, rows), compared_rows(model, rows)
+
+    def nearest(self, vector: np.ndarray) -> Callable[[int], Ordered]:
+        """So many rows that are nearest to a vector (width,) of unit length, best first, with their `score`."""
+        scores = np.clip(self.vectors @ vector, -1, 1)
+        rows = self.rows.append_column("score", pa.array(scores, pa.float64()))
+        return partial(self._first, rows, np.argsort(-scores, kind="stable"))
+
+    def newest(self) -> Callable[[int], Ordered]:
+        """So many rows of the latest date, latest first."""
+        return partial(self._first, self.rows, by_date(self.rows).to_numpy())
+
+    def _first(self, rows: pa.Table, order: np.ndarray, number: int) -> Ordered:
+        return rows.take(order[:number]), self.compared[order[:number]]
 
 
 def same(vectors: np.ndarray, others: np.ndarray, threshold: float = SAME) -> np.ndarray:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from capivara_search import asking
 from capivara_search.adding import IndexWriter, KnownRows, begin, embed_files, finish
-from capivara_search.duplicates import compared_rows, groups, same
+from capivara_search.duplicates import HeldRows, Ordered, by_date, compared_rows, groups, same
 from capivara_search.estimates import progress_of, told
 from capivara_search.folders import (
     asked_folders,
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 WINDOW = 4  # times the wanted hits are asked for where copies stand as one; more where that is not enough
 MORE = 16  # times as many then
-COUNTED_ROWS = 20_000  # up to which all pictures are looked at for copies; above, those that were asked for
+HELD_ROWS = 20_000  # up to which all pictures are looked at for copies; above, those that were asked for
 
 Place, Day = str | Path | None, date | None  # that a search is held to
 
@@ -308,8 +308,13 @@ class PictureIndex:
             raise ValueError(f"since must not be after until, got {since} and {until}.")
         vector, clause = unit(vector), all_of([*self._of_model(), *_filters(folder, since, until)])
 
-        nearest = partial(self._table.nearest, vector, where=clause, exact=exact)
-        hits = self._stacked(k, clause, nearest) if stacked else to_hits(nearest(k))
+        held, nearest = self._held(clause) if stacked else None, partial(self._table.nearest, vector, where=clause)
+        if held:
+            hits = self._stacked(k, held.nearest(vector), held.compared)
+        elif stacked:
+            hits = self._stacked(k, lambda number: self._with_compared(nearest(number, exact=exact)))
+        else:
+            hits = to_hits(nearest(k, exact=exact))
         if not of_text or not hits:
             return hits
         if asking.draws_line(self.model.folder) if self.line is None else self.line:
@@ -318,30 +323,35 @@ class PictureIndex:
         own = self.model.on_own_scale(np.array([hit.score for hit in hits]))
         return [replace(hit, score=float(score)) for hit, score in zip(hits, own, strict=True)]
 
-    def _stacked(self, k: int, clause: str | None, first: Callable[[int], pa.Table]) -> list[Hit]:
-        """Hits of an order of which `first` gives so many rows: of copies the first one."""
+    def _held(self, clause: str | None) -> HeldRows | None:
+        """The rows of a clause, kept until others are asked for or the index changes; None of very many."""
+        if self._table.count(clause) > HELD_ROWS:
+            return None
+        kept, key = self._table.kept("held", dict), (self.model.image_digest, clause)
+        if key not in kept:
+            kept.clear()
+            kept[key] = HeldRows(self.model, self._table.rows(compared_columns(self.model.width), clause))
+        return kept[key]
+
+    def _with_compared(self, rows: pa.Table) -> Ordered:
+        return rows, compared_rows(self.model, rows)
+
+    def _stacked(self, k: int, first: Callable[[int], Ordered], counted: np.ndarray | None = None) -> list[Hit]:
+        """Hits of an order of which `first` gives so many rows: of copies the first, with the number of the others.
+
+        They are counted among `counted`, as `compared` makes them, by default among the rows that were asked for.
+        """
         asked, found = WINDOW * k, list[np.ndarray]()
         while len(found) < k:
-            rows = first(asked)
-            vectors = compared_rows(self.model, rows)
+            rows, vectors = first(asked)
             found = groups(vectors, most=k)
             if len(rows) < asked:
                 break
             asked *= MORE
         shown = np.array([group[0] for group in found], int)
-        numbers = same(vectors[shown], self._counted(clause, vectors)).sum(axis=1) - 1
+        numbers = same(vectors[shown], vectors if counted is None else counted).sum(axis=1) - 1
         hits = zip(to_hits(rows.take(shown)), numbers, strict=True)
         return [replace(hit, copies=max(0, int(number))) for hit, number in hits]
-
-    def _counted(self, clause: str | None, seen: np.ndarray) -> np.ndarray:
-        """What copies are looked for among: all rows of a clause, or, of very many, those that were seen."""
-        if not len(seen) < self._table.count(clause) <= COUNTED_ROWS:
-            return seen
-
-        def read() -> np.ndarray:
-            return compared_rows(self.model, self._table.rows(compared_columns(self.model.width)[-3:], clause))
-
-        return read() if clause else self._table.kept("compared", read)
 
     def copies(self, path: str, k: int = 240, folder: Place = None, since: Day = None, until: Day = None) -> list[Hit]:
         """The other pictures that are nearly the same as one of the index, most similar first.
@@ -370,24 +380,21 @@ class PictureIndex:
         """
         clause = all_of(_filters(folder, since, until))
         stacked = stacked and self._table.exists() and self.model.width in self._table.widths()
+        if stacked and (held := self._held(clause)):
+            return self._stacked(k, held.newest(), held.compared)
         columns = compared_columns(self.model.width) if stacked else HIT_COLUMNS
 
-        def in_order() -> pa.ChunkedArray:
+        def paths_in_order() -> pa.ChunkedArray:
             rows = self._table.rows(["path", "taken", "mtime_ns"], clause)
-            here = time.localtime().tm_gmtoff * 10**9  # cameras tell the time of the place
-            modified = ((rows["mtime_ns"].to_numpy() + here) // 1000).astype("datetime64[us]")
-            rows = rows.append_column("date", pc.coalesce(rows["taken"], pa.array(modified)))
-            return rows.sort_by([("date", "descending"), ("path", "ascending")])["path"]
+            return rows["path"].take(by_date(rows))
 
-        paths = in_order() if clause else self._table.kept("newest", in_order)  # of a million, a second
+        paths = paths_in_order() if clause else self._table.kept("newest", paths_in_order)  # of a million, a second
 
         def latest(number: int) -> pa.Table:
-            wanted = paths[:number]
-            whole = number >= len(paths)
-            found = self._table.rows(columns, clause) if whole else self._table.of_paths(columns, wanted.to_pylist())
-            return found.take(pc.index_in(wanted, found["path"]).drop_null())
+            found = self._table.of_paths(columns, paths[:number].to_pylist())
+            return found.take(pc.index_in(paths[:number], found["path"]).drop_null())
 
-        return self._stacked(k, clause, latest) if stacked else to_hits(latest(k))
+        return self._stacked(k, lambda number: self._with_compared(latest(number))) if stacked else to_hits(latest(k))
 
     def _of_model(self) -> list[str]:
         """The clause that leaves out vectors of other models, where there are some."""

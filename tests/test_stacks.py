@@ -162,7 +162,7 @@ def test_copies_are_counted_where_is_searched_and_listed_when_asked_for(index, v
 
 
 def test_of_a_large_index_the_copies_among_the_nearest_are_counted(index, vectors, monkeypatch):
-    monkeypatch.setattr(index_module, "EXACT_ROWS", 10), monkeypatch.setattr(index_module, "COUNTED_ROWS", 10)
+    monkeypatch.setattr(index_module, "EXACT_ROWS", 10), monkeypatch.setattr(index_module, "HELD_ROWS", 10)
     hits = index.search_vector(vectors[3].astype(np.float32), 3, stacked=True)
     assert hits[0].copies == len(index.copies(hits[0].path)) > 0
 
