@@ -122,7 +122,6 @@ class PictureIndex:
     def add(
         self,
         *folders: str | Path,
-        exact: bool = False,
         batch_size: int = 32,
         on_progress: Callable[[int, int], None] | None = None,
         exclude: Sequence[str] = (),
@@ -133,7 +132,6 @@ class PictureIndex:
 
         Args:
             folders: of pictures, with the folders in them; none: as `folders_to_add` has them.
-            exact: decode at full size, where otherwise JPEG is decoded at a reduced size that serves the model.
             batch_size: pictures that the model sees at once.
             on_progress: called with how many pictures were read and how many are to be, again once the model is loaded.
             exclude: patterns of what is left out of each folder, as in its `.gitignore`; the index keeps them.
@@ -154,7 +152,7 @@ class PictureIndex:
         with self._table.locked():
             with told(self.where, on_progress or (lambda done, total: None)) as tell:
                 plan = begin(self._table, self.model, paths, exclude, include, only, tell)
-                added = IndexWriter(self._table, self.model, plan, batch_size, tell).run(exact)
+                added = IndexWriter(self._table, self.model, plan, batch_size, tell).run()
             finish(self._table, self.model, plan, added)
         added.seconds = time.monotonic() - start
         return added

@@ -32,7 +32,6 @@ class WorkerArguments(ExecutorArguments):
     include: list[str] = flag([], "Patterns that no longer hold, and paths that come in.")
     model: str | None = flag(None, "CAPIVARA folder or Hub id; the index's own where none is given.")
     device: str | None = flag(None, "Device of the model; the GPU where there is one.")
-    exact: bool = flag(False, "Decode pictures at full size.")
     batch_size: int = flag(32, "Pictures that the model sees at once.")
 
     def __post_init__(self) -> None:
@@ -78,7 +77,7 @@ def embed(arguments: WorkerArguments, rank: int, world_size: int) -> str:
     table, model, plan = _planned(arguments)
     # By its name, so that all ranks agree on whose a file is whatever each of them sees.
     plan.files = [file for file in plan.files if zlib.crc32(file.path.encode()) % world_size == rank]
-    added = IndexWriter(table, model, plan, arguments.batch_size).run(arguments.exact)
+    added = IndexWriter(table, model, plan, arguments.batch_size).run()
     return f"{added.embedded} pictures embedded"
 
 
