@@ -1,10 +1,9 @@
 """Folders into the table of an index: what is new is embedded, what is known stays, what is gone goes.
 
-First files and rows are compared: a file whose size and time are those of its row is not read again, nor is one that
-has not changed since it was no picture that can be read; what only could not be opened is tried again. A picture whose
-content is known, of a file that was moved, copied or touched, keeps its vector. Rows are written in commits of
-`COMMIT_ROWS` pictures or `COMMIT_S` seconds, and what is gone is removed at the end: a kill at any moment loses no more
-than the last commit, and the next run does what is missing. What is left out of folders is kept with the index, too.
+A file whose size and time are those of its row is not read again, nor is one that was no picture then; what only could
+not be opened is tried again. A picture whose content is known, of a file that was moved, copied or touched, keeps its
+vector. Rows are written in commits of `COMMIT_ROWS` pictures or `COMMIT_S` seconds, and what is gone is removed at the
+end: a kill at any moment loses no more than the last commit, and the next run does what is missing.
 """
 
 import json

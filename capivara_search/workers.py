@@ -46,11 +46,6 @@ class WorkerArguments(ExecutorArguments):
         name = blake2b(self.where.encode(), digest_size=8).hexdigest()
         return self.logging_dir or cache_home() / "index_logs" / name
 
-    def opened(self) -> tuple[PictureTable, SearchModel]:
-        """The index, and the model that pictures are embedded with."""
-        index = PictureIndex.open(self.where, self.model, self.device)
-        return index._table, index.model
-
 
 def add_with_workers(arguments: WorkerArguments) -> bool:
     """`PictureIndex.add` by many tasks. Returns whether it is done; False: Slurm has taken the jobs.
@@ -60,16 +55,17 @@ def add_with_workers(arguments: WorkerArguments) -> bool:
     require("Adding pictures by several workers", "captions", "datatrove")
     from capivara_common.executors import Work, execute
 
-    with PictureTable(arguments.where).locked():
-        table, model = arguments.opened()
-        begin(table, model, [Path(folder) for folder in arguments.folders], arguments.exclude, arguments.include)
-        arguments.model = model.source  # so that all tasks have the same one
+    index = PictureIndex.open(arguments.where, arguments.model, arguments.device)
+    with index._table.locked():
+        begin(index._table, index.model, [*map(Path, arguments.folders)], arguments.exclude, arguments.include)
+        arguments.model = index.model.source  # so that all tasks have the same one
         return execute(Work.of(arguments, PHASES, "index"), arguments)
 
 
 def _planned(arguments: WorkerArguments) -> tuple[PictureTable, SearchModel, Plan]:
-    table, model = arguments.opened()
-    return table, model, make_plan(table, model.image_digest, [*map(Path, arguments.folders)])
+    index = PictureIndex.open(arguments.where, arguments.model, arguments.device)
+    plan = make_plan(index._table, index.model.image_digest, [*map(Path, arguments.folders)])
+    return index._table, index.model, plan
 
 
 def embed(arguments: WorkerArguments, rank: int, world_size: int) -> str:
