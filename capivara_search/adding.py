@@ -1,10 +1,9 @@
 """Folders into the table of an index: what is new is embedded, what is known stays, what is gone goes.
 
-First files and rows are compared: a file whose size and time are those of its row is not read again, nor is one that
-has not changed since it was no picture that can be read; what only could not be opened is tried again. A picture whose
-content is known, of a file that was moved, copied or touched, keeps its vector. Rows are written in commits of
-`COMMIT_ROWS` pictures or `COMMIT_S` seconds, and what is gone is removed at the end: a kill at any moment loses no more
-than the last commit, and the next run does what is missing. What is left out of folders is kept with the index, too.
+A file whose size and time are those of its row is not read again, nor is one that was no picture then; what only could
+not be opened is tried again. A picture whose content is known, of a file that was moved, copied or touched, keeps its
+vector. Rows are written in commits of `COMMIT_ROWS` pictures or `COMMIT_S` seconds, and what is gone is removed at the
+end: a kill at any moment loses no more than the last commit, and the next run does what is missing.
 """
 
 import json
@@ -61,7 +60,6 @@ if TYPE_CHECKING:
 COMMIT_ROWS = 400  # pictures; with their thumbnails some 5 MB
 COMMIT_S = 20.0  # seconds
 FIRST_BATCH = 4  # pictures; each later one has twice as many
-BATCH_PIXELS = 100_000_000  # 3 bytes each, that a batch goes beyond by one picture at most
 PICTURE_COLUMNS = ("digest", "width", "height", "taken", "latitude", "longitude", "thumbnail")
 
 Read = tuple[FileState, Picture | Exception]
@@ -211,15 +209,13 @@ class IndexWriter:
         self.left_out: dict[str, dict[str, Any]] = {}
         self.since = time.monotonic()
 
-    def run(self, exact: bool = False) -> Added:
-        """Do it; pictures are decoded at full size where `exact`."""
+    def run(self) -> Added:
+        """Do it."""
         files = self.plan.files
-        read = partial(
-            read_picture, side=self.model.side, squash=self.model.squash, exact=exact, folders=self.plan.roots
-        )
+        read = partial(read_picture, side=self.model.side, squash=self.model.squash, folders=self.plan.roots)
         self.progress(0, len(files))
         try:
-            with closing(read_ahead(files, read, self.batch_size, exact)) as batches:
+            with closing(read_ahead(files, read, self.batch_size)) as batches:
                 for batch in batches:
                     self._embed(batch)
                     self.progress(self.done, len(files))
@@ -375,32 +371,22 @@ def embed_files(
 
 
 def read_ahead(
-    files: Iterable[FileState], read: Callable[[FileState], Picture], batch_size: int, whole: bool = False
+    files: Iterable[FileState], read: Callable[[FileState], Picture], batch_size: int
 ) -> Iterator[list[Read]]:
     """Pictures, or what was wrong with them, in the order of their files, in batches; threads `read` while others work.
 
-    Batches have fewer pictures where these are large, and at first, which says how long all take. `whole`: pictures of
-    any size are kept, so that no more wait than there are threads.
+    The first batches are smaller, which says how long all take.
     """
     files, waiting = iter(files), deque[tuple[FileState, Future[Picture]]]()
-    most = DECODERS if whole else 2 * batch_size
     size = min(FIRST_BATCH, batch_size)
     threads = ThreadPoolExecutor(DECODERS)
     try:
         while True:
-            batch: list[Read] = []
-            pixels = 0
-            while len(batch) < size and pixels < BATCH_PIXELS:
-                waiting.extend((file, threads.submit(read, file)) for file in islice(files, most - len(waiting)))
-                if not waiting:
-                    break
-                file, future = waiting.popleft()
-                picture = future.exception() or future.result()
-                batch.append((file, picture))
-                pixels += 0 if isinstance(picture, Exception) else picture.image.width * picture.image.height
+            waiting.extend((file, threads.submit(read, file)) for file in islice(files, 2 * batch_size - len(waiting)))
+            batch = [waiting.popleft() for _ in range(min(size, len(waiting)))]
             if not batch:
                 return
-            yield batch
+            yield [(file, future.exception() or future.result()) for file, future in batch]
             size = min(2 * size, batch_size)
     finally:
         threads.shutdown(wait=True, cancel_futures=True)

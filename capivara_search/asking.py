@@ -4,7 +4,6 @@
 `python -m benchmarks.nothing_fits` measures (docs/search.md).
 """
 
-import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -16,7 +15,7 @@ import numpy as np
 
 from capivara_common.files import read_json
 from capivara_search.results import Classified
-from capivara_search.words import failure, note
+from capivara_search.words import failure
 
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
@@ -84,13 +83,10 @@ class Background:
 
 
 def draws_line(folder: Path) -> bool:
-    """Whether a model, by its folder, tells well enough what is not there; a damaged file is noted, and says no."""
-    path = folder / MEASURED
-    try:
-        return path.is_file() and read_json(path)["auc"] >= AUC_BY_DEFAULT
-    except (OSError, ValueError, TypeError, KeyError):
-        note("not_measured", path, level=logging.WARNING)
-        return False
+    """Whether a model, by its folder, was measured to tell well enough what is not there."""
+    with suppress(OSError, ValueError, TypeError, KeyError):  # not there, or damaged
+        return read_json(folder / MEASURED)["auc"] >= AUC_BY_DEFAULT
+    return False
 
 
 def checked_labels(labels: Sequence[str], template: str) -> list[str]:

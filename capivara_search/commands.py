@@ -63,7 +63,6 @@ def command(name: str) -> Callable[[Callable], click.Command]:
 @argument("folders", nargs=-1, type=cli.FOLDER)
 @option("--exclude", multiple=True, metavar="pattern")
 @option("--include", multiple=True, metavar="path", shell_complete=cli.ANY.shell_complete)
-@switches("--exact")
 @option("--batch-size", type=said(click.IntRange(1, 10_000)), default=32)
 def index(words: Words, folders: Sequence[Path], exclude: Sequence[str], include: Sequence[str], **how: Any) -> None:
     """Add folders to the index, with progress and a summary."""

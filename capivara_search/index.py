@@ -16,17 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capivara_search import asking
+from capivara_search import folders as known_folders
 from capivara_search.adding import IndexWriter, KnownRows, begin, embed_files, finish
 from capivara_search.duplicates import HeldRows, Ordered, by_date, compared_rows, groups, same
 from capivara_search.estimates import progress_of, told
-from capivara_search.folders import (
-    asked_folders,
-    folders_to_add,
-    forget_folder,
-    kept_rules,
-    move_folder,
-    skipped_counts,
-)
 from capivara_search.picture_files import FileState, absolute_folder, find_pictures, open_query_picture
 from capivara_search.results import SAME, TEMPLATE, Added, Classified, Hit, LeftOut, Status
 from capivara_search.storage import DamagedIndex
@@ -90,11 +83,8 @@ class PictureIndex:
     ) -> "PictureIndex":
         """An index that is there, or a new one, which is made by the first `add`.
 
-        Args:
-            where: folder, or address of object storage such as s3://bucket/fotos; auto: `default_place`.
-            model: folder, Hub id, or a model; None: the index's own, or of a new one the default.
-            device: such as cpu or cuda:1; None: the GPU where there is one.
-
+        `where`: folder, or address such as s3://bucket/fotos; auto: `default_place`. `model`: folder, Hub id, a model;
+        None: the index's own, or of a new one the default. `device`: such as cuda:1; None: the GPU where there is one.
         Raises ValueError where something else lies there, or an index of a newer version, OSError: it may not be read.
         """
         table = PictureTable(default_place() if where == "auto" else where)
@@ -122,7 +112,6 @@ class PictureIndex:
     def add(
         self,
         *folders: str | Path,
-        exact: bool = False,
         batch_size: int = 32,
         on_progress: Callable[[int, int], None] | None = None,
         exclude: Sequence[str] = (),
@@ -133,7 +122,6 @@ class PictureIndex:
 
         Args:
             folders: of pictures, with the folders in them; none: as `folders_to_add` has them.
-            exact: decode at full size, where otherwise JPEG is decoded at a reduced size that serves the model.
             batch_size: pictures that the model sees at once.
             on_progress: called with how many pictures were read and how many are to be, again once the model is loaded.
             exclude: patterns of what is left out of each folder, as in its `.gitignore`; the index keeps them.
@@ -154,7 +142,7 @@ class PictureIndex:
         with self._table.locked():
             with told(self.where, on_progress or (lambda done, total: None)) as tell:
                 plan = begin(self._table, self.model, paths, exclude, include, only, tell)
-                added = IndexWriter(self._table, self.model, plan, batch_size, tell).run(exact)
+                added = IndexWriter(self._table, self.model, plan, batch_size, tell).run()
             finish(self._table, self.model, plan, added)
         added.seconds = time.monotonic() - start
         return added
@@ -164,10 +152,10 @@ class PictureIndex:
     ) -> list[Path]:
         """Those that `add` looks through: what is named, and included folders that lie in no known one.
 
-        Where none is named, all that were added on this machine, are there, and lie where they lay; a line of the log
-        says which are not. Raises ValueError where there is none, or no such pattern.
+        Where none is named, all that were added on this machine and lie where they lay; a line of the log says which do
+        not. Raises ValueError where there is none, or no such pattern.
         """
-        return folders_to_add(self._table, [*map(absolute_folder, folders)], exclude, include)
+        return known_folders.folders_to_add(self._table, [*map(absolute_folder, folders)], exclude, include)
 
     def watch(
         self,
@@ -176,15 +164,11 @@ class PictureIndex:
         stop: "Event | None" = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[Added]:
-        """Bring folders up to date, and follow them: what changes is in the index seconds later. Ctrl-C ends it.
+        """Bring folders up to date, as `add` does, and follow them: what changes is in the index seconds later.
 
-        Args:
-            folders, on_progress: as `add` has them.
-            poll: look at all files every two seconds; None: where a folder lies on a file system of the network.
-            stop: ends it when it is set.
-
-        Yields what was done, at first in the folders as a whole, then with each burst of changes. Raises as `add`, at
-        first; OSError also where these are too many folders, ImportError: watchfiles is not installed.
+        `poll`: look at all files every two seconds; None: where a folder lies on a file system of the network. `stop`
+        ends it when it is set, as Ctrl-C does. Yields what was done, at first in the folders as a whole, then with each
+        burst of changes. Raises as `add`; OSError also of too many folders, ImportError without watchfiles.
         """
         from capivara_search.watch import follow_index  # here: nothing else needs watchfiles
 
@@ -195,28 +179,21 @@ class PictureIndex:
         return progress_of(self._table.where)
 
     def mend(self) -> None:
-        """Take the newest version of a damaged index that can be read, or none; a line of the log says what is lost.
-
-        Raises ValueError where its record is whole but can't be read, as of a newer LanceDB.
-        """
+        """Take the newest version of a damaged index that can be read, or none; a line of the log says what is lost."""
         with self._table.locked():
             self._table.mend()
 
     def forget(self, folder: str | Path) -> int:
-        """Remove the rows of a folder, or of a file, and their thumbnails; returns how many. The files stay.
-
-        They stay out, until `add` includes them, as does what is there, and has no row yet.
-        """
-        return forget_folder(self._table, absolute_folder(folder)) if self._table.exists() else 0
+        """Remove the rows of a folder, or of a file; returns how many. They stay out, until `add` includes them."""
+        return known_folders.forget_folder(self._table, absolute_folder(folder)) if self._table.exists() else 0
 
     def move(self, old: str | Path, new: str | Path) -> tuple[int, int]:
         """Take the rows of a folder for those of another one, which its pictures were moved to; nothing is read again.
 
-        From now on the new folder counts as added on this machine, the old one no longer. Returns how many rows there
-        are, and how many of their files are in the new folder. Raises ValueError where one folder lies in the other,
-        nothing is known of the old one, or no file is in the new one.
+        Returns how many rows there are, and how many of their files are in the new folder. Raises ValueError where one
+        folder lies in the other, nothing is known of the old one, or no file is in the new one.
         """
-        return move_folder(self._table, absolute_folder(old), absolute_folder(new))
+        return known_folders.move_folder(self._table, absolute_folder(old), absolute_folder(new))
 
     # --- what is found
 
@@ -254,7 +231,7 @@ class PictureIndex:
         given = [(sign, *asking.read_pull(one)) for sign, words in both for one in words]
         if not text and like is None and not given:
             raise ValueError("The query is empty. Give a sentence, a picture, or both.")
-        self._check_model()  # before the model is loaded
+        self._of_model()  # before the model is loaded
         vectors = [self.model.texts([text])] if text else []
         if like is not None:
             image = open_query_picture(like) if isinstance(like, str | Path) else like
@@ -266,23 +243,20 @@ class PictureIndex:
         return self.search_vector(vector, k, folder, since, until, exact, like is None and not given, stacked)
 
     def steered(self, vector: np.ndarray | None, pulls: Sequence[tuple[float, np.ndarray]]) -> np.ndarray:
-        """A query's vector (width,), pulled towards others (width,) by their weights, or away by one below 0.
-
-        Where there is none, the pulls are all that is asked for: away from one, the pictures that differ most from it.
-        """
+        """A query's vector (width,), or none, pulled towards others (width,) by their weights, away by one below 0."""
         return asking.steered(vector, pulls, self._sample())
 
     def _sample(self) -> np.ndarray:
         """Vectors of pictures (rows, width), unit length, spread over the index."""
-        found = partial(self._table.sample, self.model.width, self.model.image_digest, asking.SAMPLE)
-        return self._table.kept("sample", lambda: unit(found()))
+        width, digest = self.model.width, self.model.image_digest
+        return self._table.kept("sample", lambda: unit(self._table.sample(width, digest, asking.SAMPLE)))
 
     def _background(self) -> asking.Background:
         """What neutral sentences find."""
 
         def made() -> asking.Background:
             neutral = self.model.texts(asking.NEUTRAL)
-            clause = f"model = {quoted(self.model.image_digest)}" if self._check_model() else None
+            clause = all_of(self._of_model())
             best = [self._table.nearest(vector, 1, clause)["score"][0].as_py() for vector in neutral]
             return asking.Background.of(self._sample(), neutral, best)
 
@@ -306,7 +280,10 @@ class PictureIndex:
             raise ValueError(f"The vector must have {self.model.width} numbers, got the shape {np.shape(vector)}.")
         if since and until and since > until:
             raise ValueError(f"since must not be after until, got {since} and {until}.")
-        vector, clause = unit(vector), all_of([*self._of_model(), *_filters(folder, since, until)])
+        if own := self._of_model():
+            others = self._table.of_other_models(self.model.image_digest)
+            note("not_yet_embedded", others, len(self), self.model.name, level=logging.WARNING)
+        vector, clause = unit(vector), all_of([*own, *_filters(folder, since, until)])
 
         held, nearest = self._held(clause) if stacked else None, partial(self._table.nearest, vector, where=clause)
         if held:
@@ -356,8 +333,7 @@ class PictureIndex:
     def copies(self, path: str, k: int = 240, folder: Place = None, since: Day = None, until: Day = None) -> list[Hit]:
         """The other pictures that are nearly the same as one of the index, most similar first.
 
-        Arguments are those of `search`. Raises KeyError where there is no such picture, or it has no vector of this
-        model.
+        Arguments are those of `search`. Raises KeyError where the picture has no vector of this model.
         """
         vector, clause = self.vectors([path])[0], all_of(_filters(folder, since, until))
         columns = compared_columns(self.model.width)
@@ -374,10 +350,7 @@ class PictureIndex:
     def newest(
         self, k: int = 12, folder: Place = None, since: Day = None, until: Day = None, stacked: bool = False
     ) -> list[Hit]:
-        """The pictures of the latest `date`, latest first; of copies, where `stacked`, the latest is shown.
-
-        Arguments are those of `search`.
-        """
+        """The pictures of the latest `date`, latest first; of copies, the latest. Arguments are those of `search`."""
         clause = all_of(_filters(folder, since, until))
         stacked = stacked and self._table.exists() and self.model.width in self._table.widths()
         if stacked and (held := self._held(clause)):
@@ -397,26 +370,18 @@ class PictureIndex:
         return self._stacked(k, lambda number: self._with_compared(latest(number))) if stacked else to_hits(latest(k))
 
     def _of_model(self) -> list[str]:
-        """The clause that leaves out vectors of other models, where there are some."""
-        if not (others := self._check_model()):
-            return []
-        note("not_yet_embedded", others, len(self), self.model.name, level=logging.WARNING)
-        return [f"model = {quoted(self.model.image_digest)}"]
-
-    def _check_model(self) -> int:
-        """How many rows are of other models. Raises ValueError where all of them are."""
-        digest = self.model.image_digest
-        others, total = self._table.of_other_models(digest), len(self)
+        """The clause that leaves out vectors of other models, where there are some. Raises ValueError where all are."""
+        digest, total = self.model.image_digest, len(self)
+        others = self._table.of_other_models(digest)
         if total and (others == total or self.model.width not in self._table.widths()):
             known = (self._table.model() or {}).get("name")
             raise failure(ValueError, "other_model", model=self.model.name, path=self.where, known=known, total=total)
-        return others
+        return [f"model = {quoted(digest)}"] if others else []
 
     def duplicates(self, threshold: float = SAME) -> list[list[Hit]]:
         """Groups of pictures that are nearly the same, the largest group first.
 
-        Of each the picture with most pixels comes first, then by similarity to it, which is their score, above 0 to 1:
-        a third is the cosine of the vectors, the rest that of the looks (`capivara_search.duplicates.compared`).
+        Of each the picture with most pixels comes first, then by similarity to it (`duplicates.compared`), their score.
         """
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}.")
@@ -479,14 +444,14 @@ class PictureIndex:
 
     def asked_folders(self) -> dict[str, str]:
         """Folder that was added on this machine -> its real path. An index of somebody else's has none."""
-        asked = asked_folders(self._table)
+        asked = known_folders.asked_folders(self._table)
         return {folder: asked[folder] for folder in self._table.folders() if folder in asked}
 
     def status(self) -> Status:
         """What the index is."""
         taken = pc.min_max(self._table.rows(["taken"], "taken IS NOT NULL")["taken"]).as_py()
         left_out = self._table.rows(["path", "reason"], table=LEFT_OUT).to_pylist()
-        model, rules = self._table.model() or {}, kept_rules(self._table)
+        model, rules = self._table.model() or {}, known_folders.kept_rules(self._table)
         return Status(
             where=self.where,
             pictures=len(self),
@@ -499,7 +464,7 @@ class PictureIndex:
             last=taken["max"],
             exclude=list(rules.exclude),
             forgotten=sorted(rules.forgotten),
-            skipped=dict(skipped_counts(self._table)),
+            skipped=dict(known_folders.skipped_counts(self._table)),
         )
 
     def version(self) -> int:
@@ -514,11 +479,7 @@ class PictureIndex:
     ) -> list[Classified]:
         """The label that fits each picture best, by the vectors of the index; other pictures are read, and not kept.
 
-        Args:
-            folder: of pictures, one picture's path, or a picture.
-            labels: words, in Portuguese.
-            template: sentence with `{}` where a label goes.
-
+        `folder`: of pictures, one's path, or a picture; `labels` are Portuguese, and stand at `{}` in `template`.
         Raises ValueError where there is no label, one twice, no `{}`, no such folder, or no picture in it.
         """
         labels = asking.checked_labels(labels, template)
@@ -538,10 +499,7 @@ class PictureIndex:
         return paths, np.stack([vectors[path] for path in paths]) if paths else np.empty((0, self.model.width))
 
     def export(self, path: str | Path) -> int:
-        """Write the rows to a .parquet file, with vectors, or a .csv file; returns how many there are.
-
-        Raises ValueError where it has another suffix, can't be made, or there is no index.
-        """
+        """Write the rows to a .parquet file, with vectors, or a .csv file; returns how many. Raises ValueError."""
         from capivara_search.exporting import export_rows
 
         with self._table.locked():  # what is read is not tidied away meanwhile

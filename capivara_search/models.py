@@ -136,11 +136,7 @@ class SearchModel:
         return None
 
     def on_own_scale(self, cosines: np.ndarray) -> np.ndarray:
-        """Cosines of texts with pictures as the model was trained to mean them, in their shape and order.
-
-        Of SigLIP's kind: how probable it is that the two belong together, 0 to 1. Of others, the cosines themselves: a
-        softmax says nothing of one pair.
-        """
+        """Cosines of texts with pictures; of SigLIP's kind how probable it is that the two belong together, 0 to 1."""
         if self.logit_bias is None:
             return cosines
         return np.exp(-np.logaddexp(0, -(self.logit_scale * cosines + self.logit_bias)))  # the sigmoid
@@ -148,8 +144,7 @@ class SearchModel:
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings of texts, in their order: (texts, width), float32, unit length.
 
-        Few texts are answered without torch where the model's shape allows. Raises ValueError: a text is not a string,
-        or there is none; the model is damaged.
+        Raises ValueError: a text is not a string, or there is none; the model is damaged.
         """
         texts = checked_texts(list(texts))
         if self._kind != "capivara":  # which repairs its texts by itself
@@ -163,8 +158,7 @@ class SearchModel:
     def images(self, images: Sequence["Image.Image"], batch_size: int = 32) -> np.ndarray:
         """Embeddings of PIL images, in their order: (images, width), float32, unit length.
 
-        The first call imports torch and loads the model. Raises ValueError: the model can't be loaded, or there is no
-        such device.
+        Raises ValueError: the model can't be loaded, or there is no such device.
         """
         if not len(images):
             return np.empty((0, self.width), np.float32)
@@ -201,12 +195,9 @@ class SearchModel:
 def find_model(model: str | None = None, device: str | None = None) -> SearchModel:
     """A model for search, by its name; it is fetched and converted where that has not been done before.
 
-    Args:
-        model: folder or Hub id of a model of two towers (`hub_cache.TAKEN`), or of one of open_clip with an XLM-RoBERTa
-            text tower; "miniature". Where None: what `CAPIVARA_MODEL` of the environment says, else `DEFAULT_MODEL`
-            where it is in the cache or the Hub can be reached, else the miniature.
-        device: of the images' side, such as "cuda"; the GPU where there is one.
-
+    `model`: folder or Hub id of a model of two towers (`hub_cache.TAKEN`), or of one of open_clip with an XLM-RoBERTa
+    text tower; "miniature". Where None: what `CAPIVARA_MODEL` of the environment says, else `DEFAULT_MODEL` where it is
+    in the cache or the Hub can be reached, else the miniature. `device`: of images, such as "cuda".
     Raises ValueError: there is no such model, or it is of another kind; the Hub can't be reached. ImportError: a
     package that the miniature is made of is not installed. OSError: no space is left for it.
     """
@@ -247,10 +238,7 @@ class TextTower:
 
     DEFAULTS: ClassVar[dict[str, Any]] = {}  # of `text_config`, what a published config.json leaves out
     # What is known here alone; absent fields have it.
-    KNOWN: ClassVar[dict[str, Any]] = {
-        **{"model_type": "xlm-roberta", "hidden_act": "gelu", "position_embedding_type": "absolute"},
-        **{"is_decoder": False, "add_cross_attention": False},
-    }
+    KNOWN: ClassVar[dict[str, Any]] = {"model_type": "xlm-roberta", "hidden_act": "gelu", "is_decoder": False}
     OTHER_TENSORS: ClassVar[tuple[int, ...]] = (6, 7)  # beside 16 a layer
     REPAIR: ClassVar = staticmethod(repair_text)
 

@@ -65,7 +65,8 @@ def explanation(error: Exception, where: str, part: str = "") -> Exception:
         return failure(partial(OSError, errno.EAGAIN), "conflict", path=where)
     if isinstance(error, RuntimeError | ValueError) and ENGINE.search(str(error)):
         code = "damaged_remote" if "://" in where else "damaged"
-        return failure(DamagedIndex, code, path=where, part=part or "tables", detail=detail(error))
+        detail = redact(" ".join(RUST_PLACE.sub("", str(error)).split()))[:MAX_DETAIL]
+        return failure(DamagedIndex, code, path=where, part=part or "tables", detail=detail)
     hidden = redact(str(error))
     return error if hidden == str(error) else OSError(errno.EIO, hidden)
 
@@ -84,11 +85,6 @@ def refusal(error: Exception, where: str) -> OSError | None:
             # OSError makes a PermissionError of its number.
             return failure(partial(OSError, number), code, path=where, text=text[:MAX_DETAIL])
     return None
-
-
-def detail(error: Exception) -> str:
-    """What an error says of the part that is damaged, in a line."""
-    return redact(" ".join(RUST_PLACE.sub("", str(error)).split()))[:MAX_DETAIL]
 
 
 def check_address() -> None:

@@ -63,7 +63,6 @@ CACHE_BYTES = 640 << 20  # of the approximate index in memory; that of 1,000,000
 KEEP_VERSIONS = timedelta(minutes=10)  # on object storage, where others may write at the same time
 REMOTE_AGE = timedelta(seconds=1)  # how old what is known of an object storage may be: to ask costs a request
 IN_ONE_CLAUSE = 500  # paths
-BATCH_ROWS = 4096
 TRIES = 12  # of a write that others' writes get in the way of
 
 T = TypeVar("T")
@@ -257,11 +256,10 @@ class PictureTable:
         found = [self.rows(columns, among("path", part)) for part in parts]
         return pa.concat_tables(found) if found else self.rows(columns, "false")
 
-    def batches(self, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
-        """Some columns of all pictures, or of those of a clause, a batch at a time, of one version."""
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Some columns of all pictures, a batch at a time, of one version."""
         with storage.explained(self.where, PICTURES):  # it is read while it is asked for
-            query = self.read(PICTURES, lambda table: _plain(table, columns, where).to_batches(batch_size=BATCH_ROWS))
-            yield from query
+            yield from self.read(PICTURES, lambda table: _plain(table, columns).to_batches())
 
     def sample(self, width: int, image_digest: str, most: int) -> np.ndarray:
         """Vectors (rows, width) of a model's pictures, of at most so many rows, spread evenly over the table."""

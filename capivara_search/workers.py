@@ -32,7 +32,6 @@ class WorkerArguments(ExecutorArguments):
     include: list[str] = flag([], "Patterns that no longer hold, and paths that come in.")
     model: str | None = flag(None, "CAPIVARA folder or Hub id; the index's own where none is given.")
     device: str | None = flag(None, "Device of the model; the GPU where there is one.")
-    exact: bool = flag(False, "Decode pictures at full size.")
     batch_size: int = flag(32, "Pictures that the model sees at once.")
 
     def __post_init__(self) -> None:
@@ -47,11 +46,6 @@ class WorkerArguments(ExecutorArguments):
         name = blake2b(self.where.encode(), digest_size=8).hexdigest()
         return self.logging_dir or cache_home() / "index_logs" / name
 
-    def opened(self) -> tuple[PictureTable, SearchModel]:
-        """The index, and the model that pictures are embedded with."""
-        index = PictureIndex.open(self.where, self.model, self.device)
-        return index._table, index.model
-
 
 def add_with_workers(arguments: WorkerArguments) -> bool:
     """`PictureIndex.add` by many tasks. Returns whether it is done; False: Slurm has taken the jobs.
@@ -61,16 +55,17 @@ def add_with_workers(arguments: WorkerArguments) -> bool:
     require("Adding pictures by several workers", "captions", "datatrove")
     from capivara_common.executors import Work, execute
 
-    with PictureTable(arguments.where).locked():
-        table, model = arguments.opened()
-        begin(table, model, [Path(folder) for folder in arguments.folders], arguments.exclude, arguments.include)
-        arguments.model = model.source  # so that all tasks have the same one
+    index = PictureIndex.open(arguments.where, arguments.model, arguments.device)
+    with index._table.locked():
+        begin(index._table, index.model, [*map(Path, arguments.folders)], arguments.exclude, arguments.include)
+        arguments.model = index.model.source  # so that all tasks have the same one
         return execute(Work.of(arguments, PHASES, "index"), arguments)
 
 
 def _planned(arguments: WorkerArguments) -> tuple[PictureTable, SearchModel, Plan]:
-    table, model = arguments.opened()
-    return table, model, make_plan(table, model.image_digest, [*map(Path, arguments.folders)])
+    index = PictureIndex.open(arguments.where, arguments.model, arguments.device)
+    plan = make_plan(index._table, index.model.image_digest, [*map(Path, arguments.folders)])
+    return index._table, index.model, plan
 
 
 def embed(arguments: WorkerArguments, rank: int, world_size: int) -> str:
@@ -78,7 +73,7 @@ def embed(arguments: WorkerArguments, rank: int, world_size: int) -> str:
     table, model, plan = _planned(arguments)
     # By its name, so that all ranks agree on whose a file is whatever each of them sees.
     plan.files = [file for file in plan.files if zlib.crc32(file.path.encode()) % world_size == rank]
-    added = IndexWriter(table, model, plan, arguments.batch_size).run(arguments.exact)
+    added = IndexWriter(table, model, plan, arguments.batch_size).run()
     return f"{added.embedded} pictures embedded"
 
 

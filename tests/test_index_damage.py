@@ -9,7 +9,6 @@ import pytest
 from made_index import make_pictures, rows_of
 
 from capivara_search import adding, table
-from capivara_search.command import main
 from capivara_search.index import PictureIndex
 from capivara_search.table import EMPTY, LAYOUT_KEY, schema
 
@@ -107,24 +106,6 @@ def test_pictures_of_which_no_version_can_be_read_are_set_aside_and_added_anew(w
     assert len(index.search("um gato", k=50)) == ROWS
 
 
-def test_what_is_lost_is_said_in_portuguese(whole, place, model, capfd):
-    PictureIndex.open(place / "i")._table.purge()
-    for path in data_files(place):
-        os.truncate(path, 100)
-
-    def capivara(*words):
-        with pytest.raises(SystemExit) as ended:
-            main([*words, "--lang", "pt", "--index", str(place / "i"), "--model", model])
-        return ended.value.code, capfd.readouterr().err
-
-    code, error = capivara("buscar", "x")
-    assert code and "Rode capivara indexar com todas as suas pastas, o que" in error
-    code, error = capivara("indexar", str(whole / "fotos"))
-    assert code == 0 and f"linhas perdidas: {ROWS}. Agora ele está em {place / 'i'}" in error
-    assert "WARN" not in error  # LanceDB's own log
-    assert capivara("buscar", "x") == (0, "")
-
-
 @pytest.mark.parametrize(("name", "part"), [("left_out", "data"), ("about", "_versions")])
 def test_a_broken_small_table_is_made_anew(whole, place, model, name, part, caplog):
     for path in (place / "i" / f"{name}.lance" / part).iterdir():
@@ -192,15 +173,13 @@ def test_an_index_of_a_newer_lancedb_is_refused_and_left_as_it_lies(place, model
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_passing_error_empties_no_list(place, model, monkeypatch):
+def test_a_passing_error_is_no_damage(place, model, monkeypatch):
     index = PictureIndex.open(place / "i", model=model)
-    known = index.status().left_out
-    assert known
-    tables = index._table
 
-    def fails(table):
+    def fails(*_):
         raise OSError(24, "Too many open files")
 
-    with tables.locked(), pytest.raises(OSError, match="Too many open files"):
-        tables.write("left_out", fails)
-    assert PictureIndex.open(place / "i", model=model).status().left_out == known
+    monkeypatch.setattr(table, "_plain", fails)
+    with pytest.raises(OSError, match="Too many open files"):
+        index.mend()
+    assert not list((place / "i").glob("*.damaged"))

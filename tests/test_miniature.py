@@ -17,7 +17,6 @@ from capivara_common.hub_cache import is_model
 from capivara_search import miniature
 from capivara_search.miniature import PROJECTION, miniature_folder
 from capivara_search.models import find_model
-from examples.openmoji.fit_miniature import class_features
 from examples.openmoji.prepare import both_ways_recall
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,16 +97,3 @@ def test_it_finds_photographs_in_portuguese():
     found = 100 * both_ways_recall(torch.from_numpy(images), torch.from_numpy(texts))
     expected = np.mean([measured["photo_names_pt"][way] for way in ("text_to_image", "image_to_text")])
     assert found == pytest.approx(expected, abs=2)  # the committed figures are of the committed projection
-
-
-def test_features_of_classes_without_a_picture():
-    generator = torch.Generator().manual_seed(0)
-    features, weights = torch.rand(50, 8, generator=generator) + 3, torch.randn(5, 8, generator=generator)
-    found = class_features(features, weights, 1.0)
-    mean = features.mean(dim=0)
-    usual = (features - mean).norm(dim=-1).mean()
-    torch.testing.assert_close((found - mean).norm(dim=-1), usual.expand(5))
-    scores = (found - mean) @ (weights - weights.mean(dim=0)).T
-    assert (scores.argmax(dim=1) == torch.arange(5)).all()  # each lies where its own class is
-    assert (class_features(features, weights, 100.0) >= 0).all()
-    assert both_ways_recall(torch.eye(12), torch.eye(12)) == 1

@@ -106,16 +106,12 @@ def test_what_does_not_fit_is_named(tiny_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"The model folder /no/such does not exist"):
         find_model("/no/such")
-    with pytest.raises(ValueError, match=r"The model folder \./such/no does not exist"):
-        find_model("./such/no")
     with pytest.raises(ValueError, match=r"empty has no processor"):
         find_model(str(tmp_path / "empty"))
     for fault, message in [
         (lambda f: change(f / "config.json", model_type="siglip2"), r"model_type is 'siglip2' .*NaFlex.* clip .CLIP."),
-        (lambda f: (f / "config.json").write_text("{"), "is of no (CAPIVARA model|model of two towers)"),
         (lambda f: (f / "config.json").unlink(), "lacks config.json"),
         (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
-        (lambda f: (f / "processor_config.json").unlink(), "has no processor"),
     ]:
         folder = shutil.copytree(tiny_folder, tmp_path / "copy", dirs_exist_ok=True)
         fault(folder)
@@ -170,32 +166,21 @@ def test_the_width_of_a_siglip_that_does_not_state_it(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_of_transformers_is_fetched(tmp_path):
-    folders = {name: tmp_path / name for name in ("siglip2", "naflex", "pickled", "unfinished")}
-    KINDS["siglip2"](folders["siglip2"])
-    as_published(folders["siglip2"])
-    for name in ("naflex", "pickled", "unfinished"):
-        shutil.copytree(folders["siglip2"], folders[name])
-    change(folders["naflex"] / "config.json", model_type="siglip2")
-    (folders["pickled"] / "model.safetensors").rename(folders["pickled"] / "pytorch_model.bin")
-    (folders["unfinished"] / "preprocessor_config.json").unlink()
-    expected = find_model(str(folders["siglip2"]))
+def test_a_model_of_transformers_is_fetched_and_no_weights_of_what_is_refused(tmp_path):
+    KINDS["siglip2"](tmp_path / "siglip2")
+    as_published(tmp_path / "siglip2")
+    change(shutil.copytree(tmp_path / "siglip2", tmp_path / "naflex") / "config.json", model_type="siglip2")
+    expected = find_model(str(tmp_path / "siglip2"))
     with HubServer(tmp_path / "hub") as hub:
         environment = hub.environment(tmp_path / "home", token=None) | {"CAPIVARA_CACHE": str(tmp_path / "cache")}
-        for name, folder in folders.items():
-            hub.store(f"us/{name}", folder)
+        for name in ("siglip2", "naflex"):
+            hub.store(f"us/{name}", tmp_path / name)
         found = run("us/siglip2", **environment)
         assert (found["name"], found["heavy"]) == ("us/siglip2", []) and found["digest"] == expected.image_digest
         np.testing.assert_allclose(found["texts"], expected.texts(["um gato", "SÃ£o JoÃ£o"]), atol=1e-6)
-        for name, fault in {
-            "naflex": r"us/naflex .*: model_type is 'siglip2' \(SigLIP 2 of any resolution, NaFlex\); taken are ",
-            "pickled": r"has no weights \(model.safetensors is missing\)",
-            "unfinished": r"us/unfinished .*: processor_config.json is missing",
-        }.items():
-            assert re.search(fault, run(f"us/{name}", **environment)["error"])
-            fetched = [path.name for path in (tmp_path / "home").rglob("*") if path.name == "model.safetensors"]
-            assert len(fetched) == 1, "weights of what is refused are not fetched"
-    assert run("us/siglip2", **environment) == found  # nobody answers: it is here
+        fault = r"us/naflex .*: model_type is 'siglip2' \(SigLIP 2 of any resolution, NaFlex\); taken are "
+        assert re.search(fault, run("us/naflex", **environment)["error"])
+    assert len([path for path in (tmp_path / "home").rglob("*") if path.name == "model.safetensors"]) == 1
 
 
 # --- The Hub ----------------------------------------------------------------------------------------------------------

@@ -169,16 +169,6 @@ def test_a_folder_that_has_become_empty_or_unreachable_removes_nothing(index, fo
     assert index.forget(folder) == 20
 
 
-def test_the_table_of_another_folder_is_left_alone(index, folder, tmp_path):
-    other = tmp_path / "fotos2"  # a name that begins like the other one's
-    make_pictures(other, 3, seed=5)
-    assert index.add(other).new == 3
-    assert index.folders() == {str(folder): 20, str(other): 3}
-    assert index.add().unchanged == 23
-    assert index.forget(folder) == 20
-    assert index.folders() == {str(other): 3}
-
-
 def test_filters_by_folder_and_date(index, folder):
     strange = folder / "d'0%_x"
     make_pictures(strange, 3, seed=8)
@@ -292,14 +282,12 @@ def test_a_model_that_does_not_fit_leaves_no_index_behind(siglips, index, folder
     assert index.status().model == "base" and index.add(folder).unchanged == 20
 
 
-@pytest.mark.parametrize("query", [{"text": "um gato"}, {"like": "p0000.png"}])
-def test_another_base_is_refused_before_it_is_loaded(siglips, index, monkeypatch, query):
+def test_another_base_is_refused_before_it_is_loaded(siglips, index, monkeypatch):
     monkeypatch.setattr(SearchModel, "_loaded", property(lambda model: pytest.fail("the model was loaded")))
-    monkeypatch.setattr(SearchModel, "_text_tower", property(lambda model: pytest.fail("the texts were embedded")))
     with pytest.raises(
         ValueError, match=r"^other does not fit the index [^\n]* embedded by base, of another image side"
     ):
-        PictureIndex.open(index.where, model=str(siglips / "other")).search(**query)
+        PictureIndex.open(index.where, model=str(siglips / "other")).search(like="p0000.png")
 
 
 def test_while_embedded_by_two_models_only_the_rows_of_the_querys_model_are_found(
@@ -374,16 +362,11 @@ def test_export_holds_every_row(known_index, tmp_path):
         known_index.export(tmp_path / "a.csv" / "b.csv")
 
 
-def test_thumbnails_rows_and_vectors_of_unknown_paths(known_index, known_folder):
-    import io
-
+def test_thumbnails_and_vectors_of_unknown_paths(known_index, known_folder):
     path = str(known_folder / "d0" / "p0000.png")
-    assert PIL.Image.open(io.BytesIO(known_index.thumbnail(path))).format == "WEBP"
-    assert known_index.thumbnail("/nothing") is known_index.row("/nothing") is None
-    assert known_index.row("'") is None
+    assert known_index.thumbnail(path)[8:12] == b"WEBP" and known_index.row("'") is known_index.thumbnail("/no") is None
     with pytest.raises(KeyError, match="/nothing has no vector"):
         known_index.vectors([path, "/nothing"])
-    assert known_index.vectors([]).shape == (0, 24)
 
 
 def test_what_is_no_index_yet_is_empty_and_is_not_made_by_reading(tmp_path, models):
@@ -397,13 +380,12 @@ def test_what_is_no_index_yet_is_empty_and_is_not_made_by_reading(tmp_path, mode
     assert not (tmp_path / "none.lance").exists()
 
 
-@pytest.mark.parametrize("fault", ["missing", "empty"])
-def test_a_wrong_folder_leaves_no_index_behind(tmp_path, models, fault):
-    if fault == "empty":
-        (tmp_path / "fotos").mkdir()
+def test_a_wrong_folder_leaves_no_index_behind(tmp_path, models):
+    (tmp_path / "empty").mkdir()
     index = PictureIndex.open(tmp_path / "i.lance", model=models["base"])
-    with pytest.raises(ValueError, match=r"is not there|holds no picture"):
-        index.add(tmp_path / "fotos")
+    for name, message in (("missing", "is not there"), ("empty", "holds no picture")):
+        with pytest.raises(ValueError, match=message):
+            index.add(tmp_path / name)
     assert not (tmp_path / "i.lance").exists()
 
 
@@ -571,12 +553,6 @@ def test_a_forgotten_folder_is_refused_by_its_name_and_comes_back_when_it_is_inc
     make_pictures(tmp_path / "outras", 1, seed=5)
     assert index.add(tmp_path).new == 1, "below another folder it stays out"
     assert index.add(include=[folder]).new == 20
-
-
-def test_what_is_forgotten_before_it_was_ever_read_stays_out(index, folder):
-    PIL.Image.new("RGB", (50, 50), "red").save(folder / "nova.png")
-    assert (index.forget(folder / "nova.png"), index.forget(folder / "none.png")) == (0, 0)
-    assert index.add(folder).new == 0 and index.status().forgotten == [str(folder / "nova.png")]
 
 
 def test_patterns_are_kept_with_the_index_and_take_out_what_it_has(index, folder, models):

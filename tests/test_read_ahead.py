@@ -6,10 +6,7 @@ import time
 from contextlib import closing
 
 import PIL.Image
-import pytest
 
-from capivara_common.image_files import DECODERS
-from capivara_search import adding
 from capivara_search.adding import read_ahead
 from capivara_search.picture_files import FileState, Picture
 
@@ -25,13 +22,7 @@ def picture(file: FileState) -> Picture:
     return Picture(file, str(file.size), SIDE, SIDE, None, None, None, image, b"")
 
 
-def batches_of(number: int, read, batch_size: int) -> list[list]:
-    return list(read_ahead(files(number), read, batch_size))
-
-
-@pytest.mark.parametrize("allowed", [1, SIDE * SIDE, 5 * SIDE * SIDE, 10**9])
-def test_all_pictures_come_in_order_whatever_the_bound(monkeypatch, allowed):
-    monkeypatch.setattr(adding, "BATCH_PIXELS", allowed)
+def test_all_pictures_come_in_order_and_the_first_batch_is_small():
     times = random.Random(0)
 
     def read(file: FileState) -> Picture:
@@ -40,17 +31,14 @@ def test_all_pictures_come_in_order_whatever_the_bound(monkeypatch, allowed):
             raise ValueError(str(file.size))
         return picture(file)
 
-    batches = batches_of(100, read, 8)
+    batches = list(read_ahead(files(100), read, 8))
     got = [(file, found) for batch in batches for file, found in batch]
     assert [file for file, _ in got] == files(100)
     assert all(isinstance(found, ValueError) == (file.size % 7 == 3) for file, found in got)
-    assert max(map(len, batches)) <= 8
-    if allowed == 10**9:
-        assert [len(batch) for batch in batches] == [4, *[8] * 12], "the first is small"
+    assert [len(batch) for batch in batches] == [4, *[8] * 12]
 
 
-def test_of_whole_pictures_no_more_wait_than_a_batch_and_the_threads(monkeypatch):
-    monkeypatch.setattr(adding, "BATCH_PIXELS", 5 * SIDE * SIDE)
+def test_no_more_wait_than_two_batches():
     held, most, lock = [0], [0], threading.Lock()
 
     def read(file: FileState) -> Picture:
@@ -59,11 +47,11 @@ def test_of_whole_pictures_no_more_wait_than_a_batch_and_the_threads(monkeypatch
             most[0] = max(most[0], held[0])
         return picture(file)
 
-    for batch in read_ahead(files(60), read, 16, whole=True):
+    for batch in read_ahead(files(60), read, 8):
         time.sleep(0.005)  # the model computes, and the threads go on
         with lock:
             held[0] -= len(batch)
-    assert 5 <= most[0] <= 5 + DECODERS
+    assert 8 < most[0] <= 2 * 8 + len(batch)
 
 
 def test_leaving_early_ends_the_threads():

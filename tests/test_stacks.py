@@ -86,7 +86,6 @@ def test_groups_are_those_of_one_picture_after_the_other(monkeypatch):
     wanted = naive_leaders(vectors, 0.97)
     assert leaders(vectors, 0.97).tolist() == wanted
     lead = [row for row, first in enumerate(wanted) if row == first]
-    assert np.flatnonzero(leaders(vectors, 0.97, most=5) == np.arange(1000))[:5].tolist() == lead[:5]
     found = [group.tolist() for group in groups(vectors, 0.97)]
     assert found == [[place for place, first in enumerate(wanted) if first == row] for row in lead]
     assert sum(len(group) > 1 for group in found) > 100

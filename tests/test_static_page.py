@@ -245,7 +245,7 @@ def indexes(visitor: Visitor, files: list[Path]) -> None:
 def searches_as_python_does(visitor: Visitor, model: Path, fotos: Path, tmp_path: Path) -> None:
     """Vectors near to those of the index, by 8 bits and the canvas's filter, and the same pictures first."""
     index = PictureIndex.open(tmp_path / "fotos.lance", str(model))
-    index.add(fotos, exact=True)
+    index.add(fotos)
     made = {one["name"]: one for one in visitor.page.evaluate(VECTORS, index.model.width)}
     assert made.keys() == {path.name for path in fotos.iterdir()}
     expected = np.asarray(index.vectors([str(fotos / name) for name in made]), dtype=np.float64)

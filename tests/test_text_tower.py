@@ -226,24 +226,11 @@ def test_weights_in_several_files_are_embedded_by_the_model(tiny_folder):
 # --- Damage -----------------------------------------------------------------------------------------------------------
 
 
-def tensor(**fields) -> bytes:
-    header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} | fields}).encode()
-    return len(header).to_bytes(8, "little") + header + bytes(64)
-
-
 HEADERS = {
     "cut": lambda data: data[:-8],
     "wrong offsets": lambda data: data.replace(b'"shape":[24,32]', b'"shape":[24,33]', 1),
     "a giant": lambda data: (2**62).to_bytes(8, "little") + data[8:],
-    "an empty file": lambda data: b"",
-    "a list": lambda data: (2).to_bytes(8, "little") + b"[]" + bytes(64),
     "deep": lambda data: (10**5).to_bytes(8, "little") + b"[" * 10**5,
-    "a shape of long numbers": lambda data: tensor(shape=[10**3999] * 1000),
-    "a shape of fractions": lambda data: tensor(shape=[4.0]),
-    "numbers below none": lambda data: tensor(shape=[-2, -2]),
-    "offsets turned round": lambda data: tensor(dtype="X16", data_offsets=[4, 0]),
-    "an unknown kind": lambda data: tensor(dtype="Z" * 9999),
-    "beyond the end": lambda data: tensor(shape=[40], data_offsets=[0, 160]),
 }
 
 
@@ -263,8 +250,6 @@ def in_text_config(**values):
 
 CONFIGS = {
     "a thousand million layers": in_text_config(num_hidden_layers=10**9),
-    "no heads": in_text_config(num_attention_heads=0),
-    "heads that are text": in_text_config(num_attention_heads="4"),
     "heads that are a fraction": in_text_config(num_attention_heads=4.0),
     "an epsilon that is an object": in_text_config(layer_norm_eps={}),
     "deep": lambda config: "[" * 10**5,
@@ -276,14 +261,11 @@ def test_a_config_that_can_not_be_is_one_line(tiny_folder, fault):
     path = tiny_folder / "config.json"
     content = CONFIGS[fault](json.loads(path.read_text()))
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    started = time.monotonic()
     with pytest.raises(ValueError, match=r"^[^\n]*config\.json[^\n]*$"):
         SearchModel("tiny", str(tiny_folder), tiny_folder, device="cpu").texts(["um gato"])
-    assert time.monotonic() - started < 5
 
 
 TOKENIZERS = {
-    "cut": lambda state: json.dumps(state)[:500],
     "a panic of Rust": lambda state: state | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
     "no piece for unknown letters": lambda state: state | {"model": state["model"] | {"unk_id": None}},
 }
@@ -292,8 +274,7 @@ TOKENIZERS = {
 @pytest.mark.parametrize("fault", TOKENIZERS)
 def test_a_tokenizer_that_can_not_be_is_one_line(tiny_folder, fault):
     path = tiny_folder / "tokenizer.json"
-    content = TOKENIZERS[fault](json.loads(path.read_text()))
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    path.write_text(json.dumps(TOKENIZERS[fault](json.loads(path.read_text()))))
     with pytest.raises(ValueError, match=r"^[^\n]*can't be used: [^\n]*$"):
         SearchModel("tiny", str(tiny_folder), tiny_folder, device="cpu").texts(["um gato 日本"])
 
