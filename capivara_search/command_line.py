@@ -6,11 +6,10 @@ in the help (by its type, where a flag names no KEY), and `bad.TYPE`, what a val
 """
 
 import difflib
-import os
 from calendar import monthrange
 from collections.abc import Callable
 from datetime import date
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +40,6 @@ def said(kind: click.ParamType) -> click.ParamType:
     return kind
 
 
-class Place(click.Path):
-    """A path, absolute, whose ~ is the user's folder."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """The path. Raises click.BadParameter."""
-        return Path(super().convert(os.path.abspath(os.path.expanduser(value)), param, ctx))
-
-
 class Day(click.DateTime):
     """A day; of a month or a year its first one, of `--until` its last one."""
 
@@ -61,11 +52,9 @@ class Day(click.DateTime):
         return day
 
 
-ANY_FOLDER = said(Place(file_okay=False, readable=False))
-FOLDER = said(Place(exists=True, file_okay=False, readable=False))
-FILE = said(Place(exists=True, dir_okay=False, readable=False))
-EITHER = said(Place(exists=True, readable=False))
-ANY = Place(readable=False)
+_path = partial(click.Path, readable=False, path_type=Path)
+ANY, EITHER, FILE = _path(), said(_path(exists=True)), said(_path(exists=True, dir_okay=False))
+ANY_FOLDER, FOLDER = said(_path(file_okay=False)), said(_path(exists=True, file_okay=False))
 DAY = said(Day(["%Y", "%Y-%m", "%Y-%m-%d", "%d/%m/%Y"]))
 
 
