@@ -17,14 +17,13 @@ from capivara_common.privacy import printable
 from capivara_common.progress import prepare_bars
 
 T = TypeVar("T")
-E = TypeVar("E", bound=Exception)
 
 
 class WrongUse(ValueError):
     """A command line that can't be: an unknown flag, a value that breaks its type or rule. The command ends with 2."""
 
 
-def coded(kind: Callable[[str], E], code: str | None, text: str, /, **values: object) -> E:
+def coded(kind: Callable[[str], Exception], code: str | None, text: str, /, **values: object) -> Exception:
     """An error of a text with `{name}` for each of the values, and a code: the key of `capivara_search/words.yaml`."""
     error = kind(text.format(**values))
     error.code, error.values = code, values

@@ -22,7 +22,6 @@ from huggingface_hub.utils import WeakFileLock
 from capivara_common.cli import coded
 from capivara_common.environment import cache_home
 from capivara_common.files import whole_folder, write_json, write_text
-from capivara_common.progress import no_bars_of_transformers
 from capivara_common.weight_file import weight_files
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -204,7 +203,7 @@ def _fetched_folder(repo_id: str, converter: Converter, revision: str | None) ->
 
 def _convert(source: str, folder: Path, converter: Converter, revision: str | None = None) -> None:
     logger.info("Converting %s from open_clip's format, once …", source, extra={"code": "converting"})
-    with no_bars_of_transformers(), whole_folder(folder, overwrite=True) as new:
+    with whole_folder(folder, overwrite=True) as new:
         digest = converter.convert(source, new, revision)
         write_json(new / ORIGIN, {"source": source, "revision": revision, "weights_digest": digest})
 

@@ -45,7 +45,6 @@ def run() -> None:
     """The console script: `main`, which Ctrl-C ends in one line from the start."""
     interrupt.said = Words(language_of(sys.argv[1:]))("stopped")
     interrupt.stop_while_importing()
-    prepare_bars()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # of a terminal with few letters
     main()
@@ -55,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command, of these words, or those of the shell. Raises SystemExit, with the exit code of the help, always."""
     argv = sys.argv[1:] if argv is None else list(argv)
     words = Words(language_of(argv))
+    prepare_bars()
     # PIL's, in English, of pictures that are refused next, in one line.
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
     try:

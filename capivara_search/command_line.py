@@ -6,11 +6,10 @@ in the help (by its type, where a flag names no KEY), and `bad.TYPE`, what a val
 """
 
 import difflib
-import os
 from calendar import monthrange
 from collections.abc import Callable
 from datetime import date
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +40,6 @@ def said(kind: click.ParamType) -> click.ParamType:
     return kind
 
 
-class Place(click.Path):
-    """A path, absolute, whose ~ is the user's folder."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """The path. Raises click.BadParameter."""
-        return Path(super().convert(os.path.abspath(os.path.expanduser(value)), param, ctx))
-
-
 class Day(click.DateTime):
     """A day; of a month or a year its first one, of `--until` its last one."""
 
@@ -61,11 +52,9 @@ class Day(click.DateTime):
         return day
 
 
-ANY_FOLDER = said(Place(file_okay=False, readable=False))
-FOLDER = said(Place(exists=True, file_okay=False, readable=False))
-FILE = said(Place(exists=True, dir_okay=False, readable=False))
-EITHER = said(Place(exists=True, readable=False))
-ANY = Place(readable=False)
+_path = partial(click.Path, readable=False, path_type=Path)
+ANY, EITHER, FILE = _path(), said(_path(exists=True)), said(_path(exists=True, dir_okay=False))
+ANY_FOLDER, FOLDER = said(_path(file_okay=False)), said(_path(exists=True, file_okay=False))
 DAY = said(Day(["%Y", "%Y-%m", "%Y-%m-%d", "%d/%m/%Y"]))
 
 
@@ -112,28 +101,23 @@ class Command(click.Command):
         return rest
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Usage, description, arguments, flags, commands and exit codes."""
-        words, is_group = ctx.obj, isinstance(self, click.Group)
-        kinds = {"arguments": click.Argument, "options": click.Option}
-        parts = {
-            part: [shown(one, ctx) for one in self.get_params(ctx) if isinstance(one, kind)]
-            for part, kind in kinds.items()
-        }
-        parts["commands"] = [
-            (", ".join(names if words.language == "en" else names[::-1]), _in_short(words, names[0]))
-            for names in COMMANDS.items()
-            if is_group
-        ]
-        usage = [words("metavar.flags"), *(name for name, _ in parts["arguments"]), words("metavar.command") * is_group]
+        """Usage, description, flags, commands and exit codes."""
+        words, is_group, order = ctx.obj, isinstance(self, click.Group), 1 if ctx.obj.language == "en" else -1
+        arguments, flags = [], []
+        for param in self.get_params(ctx):
+            (flags if isinstance(param, click.Option) else arguments).append(shown(param, ctx))
+        usage = [words("metavar.flags"), *(name for name, _ in arguments), words("metavar.command") * is_group]
         formatter.write_usage(ctx.command_path, " ".join(usage), words("usage"))
         for piece in words(f"about.{self.name}").split("\n\n"):
             lines = piece if piece.startswith(" ") else click.wrap_text(" ".join(piece.split()), formatter.width)
             formatter.write(f"\n{lines}\n")
-        for part, rows in parts.items():
-            if rows:
-                with formatter.section(words(part)):
-                    formatter.write_dl(rows)
-        formatter.write(f"\n{click.wrap_text(words('exit_codes'), formatter.width)}\n" if is_group else "")
+        with formatter.section(words("options")):
+            formatter.write_dl(flags)
+        if is_group:
+            first = {names: words(f"about.{names[0]}").partition("\n\n")[0] for names in COMMANDS.items()}
+            with formatter.section(words("commands")):
+                formatter.write_dl([(", ".join(names[::order]), text) for names, text in first.items()])
+            formatter.write(f"\n{click.wrap_text(words('exit_codes'), formatter.width)}\n")
 
 
 class Group(Command, click.Group):
@@ -158,21 +142,16 @@ class Group(Command, click.Group):
 
 
 def shown(param: click.Parameter, ctx: click.Context) -> tuple[str, str]:
-    """A flag or an argument, with what stands for its value, and what the help says of it."""
+    """A flag or an argument, with what stands for its value, and what the help says of a flag."""
     words, name = ctx.obj, param.opts[0].lstrip("-").replace("-", "_")
-    own = f"flag.{ctx.command.name}.{name}"
-    text = words(own if words.has(own) else f"flag.{name}")
     value = ""
     if not getattr(param, "is_flag", False):
         value = "|".join(getattr(param.type, "choices", ())) or words(f"metavar.{param.metavar or param.type.name}")
-    if isinstance(param, click.Option):
-        return f"{', '.join(param.opts)} {value}".rstrip(), text
-    value += " …" * (param.nargs == -1)
-    return value if param.required else f"[{value}]", text
-
-
-def _in_short(words: Words, command: str) -> str:
-    return " ".join(words(f"about.{command}").partition("\n\n")[0].split())
+    if isinstance(param, click.Argument):
+        value += " …" * (param.nargs == -1)
+        return value if param.required else f"[{value}]", ""
+    own = f"flag.{ctx.command.name}.{name}"
+    return f"{', '.join(param.opts)} {value}".rstrip(), words(own if words.has(own) else f"flag.{name}")
 
 
 def wrong_use(error: click.UsageError, words: Words) -> str:

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import date, datetime
 from json import dumps
@@ -36,7 +36,7 @@ NOTHING = 1  # the exit code where nothing is found; the help explains them
 LINES = {"auto": None, "yes": True, "no": False}
 LINE = option("--line", type=said(click.Choice(tuple(LINES))), default="auto")
 LEFT_OUT_SHOWN = 5
-BY_RULE = ("forgotten", "excluded", "hidden", "system")
+BY_RULE = ("forgotten", "excluded", "hidden", "system", "video")
 SCREEN_SHOWN = 4  # lines of each list of `status`, which fits on a screen of 24
 MAX_LETTERS = 4096  # of a query; the model reads no more of a text
 CSV_COLUMNS = (
@@ -90,24 +90,21 @@ def progress_bar(words: Words, leave: bool = True) -> Iterator[Callable[[int, in
             return super().format_dict | {"rate": estimate.rate}  # by which tqdm tells the time that is left
 
     options = {"bar_format": words.raw("bar"), "unit": words("unit"), "dynamic_ncols": True, "leave": leave}
-    estimate, bars = Estimate(), list[Bar]()
+    with ExitStack() as open_bars:
+        estimate, bars = Estimate(), list[Bar]()
 
-    def show_progress(done: int, total: int) -> None:
-        estimate.update(done)
-        if not bars and total:
-            bars.append(Bar(total=total, **options))
-        for bar in bars:
-            if not done:
-                bar.reset(total)
-            bar.update(done - bar.n)
-        if done == total and bars:
-            bars.pop().close()
+        def show_progress(done: int, total: int) -> None:
+            estimate.update(done)
+            if not bars and total:
+                bars.append(open_bars.enter_context(Bar(total=total, **options)))
+            for bar in bars:
+                if not done:
+                    bar.reset(total)
+                bar.update(done - bar.n)
+            if done == total and bars:
+                bars.pop().close()
 
-    try:
         yield show_progress
-    finally:
-        for bar in bars:
-            bar.close()
 
 
 def summary(added: Added, pictures: int, words: Words) -> Iterable[str]:
@@ -121,18 +118,14 @@ def summary(added: Added, pictures: int, words: Words) -> Iterable[str]:
         yield f"  {shown_path(left.path)}: {words.reason(left.reason)}"
     if (more := len(added.left_out) - LEFT_OUT_SHOWN) > 0:
         yield "  " + words("and_more", n=more)
-    rules, videos = skipped(added.skipped, words)
-    if rules:
+    if rules := skipped(added.skipped, words):
         yield words("skipped", parts=rules)
-    if videos:
-        yield f"{videos}."
     yield words.count("in_index", pictures) + "."
 
 
-def skipped(numbers: Mapping[str, int], words: Words) -> tuple[str, str]:
+def skipped(numbers: Mapping[str, int], words: Words) -> str:
     """How much rules leave out, and how many videos; empty where there is none."""
-    parts = (words.count(f"skipped.{why}", n) for why in BY_RULE if (n := numbers.get(why)))
-    return ", ".join(parts), words.count("videos", n) if (n := numbers.get("video")) else ""
+    return ", ".join(words.count(f"skipped.{why}", n) for why in BY_RULE if (n := numbers.get(why)))
 
 
 @command("watch")
@@ -243,19 +236,15 @@ def app(words: Words, port: int, host: str, allow_host: Sequence[str], line: str
     names = ", ".join(allowed_hosts(host, allow_host))
     pictures = _filled_index(or_filling=True, line=line)
     _say_model(pictures, words)
-
-    def tell(address: str) -> None:
-        click.echo(words("page_open", address=address))
-        if not is_loopback(host):
-            say(words("open_to_all", names=names))
-
+    if not is_loopback(host):
+        say(words("open_to_all", names=names))
     if unasked := sorted(filter(os.path.isdir, pictures.folders().keys() - pictures.asked_folders().keys())):
         say(words("thumbnails_alone", folders=", ".join(map(shown_path, unasked))))
     own = {"index": pictures.where, "model": of_all("model"), "device": of_all("device"), "lang": words.language}
     flags = [f"--{name}={value}" for name, value in own.items() if value]
-    options = {"language": words.language, "on_open": tell, "allow_hosts": list(allow_host)}
+    options = {"language": words.language, "allow_hosts": list(allow_host), "open_browser": not no_open}
     with _until_ctrl_c(words), follower(*flags) if watch else nullcontext():  # what visitors have sent is removed
-        serve_index(pictures, host, port, open_browser=not no_open, **options)
+        serve_index(pictures, host, port, on_open=lambda url: click.echo(words("page_open", address=url)), **options)
 
 
 @command("status")
@@ -275,7 +264,7 @@ def status(words: Words, all: bool, json: bool) -> None:
         "search": [words("status.approximate" if found.approximate else "status.exact")],
         "taken": [f"{words.date(found.first)} – {words.date(found.last)}"] if found.first else [],
         "folders": [f"{shown_path(folder)}  {words.number(number)}" for folder, number in found.folders.items()],
-        "skipped": [text for text in skipped(found.skipped, words) if text],
+        "skipped": [skipped(found.skipped, words)] * bool(found.skipped),
         "rules": [
             *(f"--exclude {visible(pattern)}" for pattern in found.exclude),
             *(words("status.forgotten", path=shown_path(path)) for path in found.forgotten),

@@ -84,21 +84,10 @@ def folders_to_add(
             paths.append(place)
     if not paths:
         raise failure(ValueError, "no_known_folder")
-    if wrong := [one for one in exclude if _is_path(one, {*map(Path, known), *paths})]:
+    # Who hides a folder by its path from here would believe it hidden: patterns begin at each folder that is indexed.
+    if wrong := [one for one in exclude if "/" in one.rstrip("/") and os.path.lexists(os.path.expanduser(one))]:
         raise failure(ValueError, "path_excluded", pattern=wrong[0])
     return paths
-
-
-def _is_path(pattern: str, folders: Iterable[Path]) -> bool:
-    """Whether a pattern is a path, from here or absolute, that leaves nothing out: patterns begin at each folder."""
-    own = os.path.expanduser(pattern)
-    place = Path(os.path.abspath(own))
-    inside = [folder for folder in folders if place.is_relative_to(folder)]
-    named = [(folder, Path(os.path.normpath(f"{folder}/{pattern}"))) for folder in folders]
-    for folder, one in named + [(folder, place) for folder in inside]:
-        if one.exists() and Rules((pattern,)).reason(str(one), str(folder), one.is_dir()):
-            return False
-    return bool(inside) + os.path.isabs(own) + place.exists() > 1
 
 
 def lies_at(folder: str, real: str) -> bool:

@@ -12,7 +12,6 @@ from pathlib import Path
 from capivara_common.environment import cache_home, require
 from capivara_common.files import whole_folder, write_text
 from capivara_common.hub_cache import is_model, one_at_a_time
-from capivara_common.progress import no_bars_of_transformers
 from capivara_search.words import note
 
 PROJECTION = Path(__file__).with_name("miniature.safetensors")
@@ -46,7 +45,7 @@ def miniature_folder() -> Path:
     with one_at_a_time(folder):
         if not is_model(folder):
             note("miniature", folder)
-            with no_bars_of_transformers(), whole_folder(folder, overwrite=True) as new:
+            with whole_folder(folder, overwrite=True) as new:
                 _write(new)
     return folder
 

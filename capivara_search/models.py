@@ -179,13 +179,11 @@ class SearchModel:
     def _loaded(self) -> tuple["PreTrainedModel", "ProcessorMixin"]:
         note("loading" if "torch" in sys.modules else "loading_torch", self.name)  # whose import takes seconds
         from capivara_common.environment import torch_device
-        from capivara_common.progress import no_bars_of_transformers
         from modeling_capivara.loading import load_model, load_processor
 
         device = torch_device(self.device)
         try:
-            with no_bars_of_transformers():
-                return load_model(self.folder).eval().to(device), load_processor(self.folder)
+            return load_model(self.folder).eval().to(device), load_processor(self.folder)
         except ValueError as error:
             if hasattr(error, "code"):
                 raise

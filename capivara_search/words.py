@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from capivara_common.cli import coded
 
@@ -97,10 +97,7 @@ def visible(text: str) -> str:
     return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode().replace("\\udc", "\\x"), text)
 
 
-E = TypeVar("E", bound=Exception)
-
-
-def failure(kind: Callable[[str], E], code: str, **values: object) -> E:
+def failure(kind: Callable[[str], Exception], code: str, **values: object) -> Exception:
     """An error, of a `kind`, that has words in each language, `error.CODE`; its own text is the English one."""
     return coded(kind, code, Words("en").raw(f"error.{code}"), **values)
 

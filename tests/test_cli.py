@@ -155,14 +155,9 @@ def test_a_wrong_value_is_named_with_its_rule(words, message):
         read(*words.split())
 
 
-def test_the_value_of_an_unknown_flag_may_be_a_secret():
-    for words in (["--token=hf_secret"], ["--token", "hf_secret"], ["hf_secret"]):
-        with pytest.raises(ValueError) as raised:
-            read(*words)
-        assert "hf_secret" not in str(raised.value)
-
-
-@pytest.mark.parametrize("words", ["--sure {}", "--sure={}", "--share {}", "--steps={}", "--config {}", "--folder {}"])
+@pytest.mark.parametrize(
+    "words", ["--token={}", "--token {}", "{}", "--sure {}", "--share {}", "--steps={}", "--folder {}"]
+)
 def test_no_message_shows_a_token(words, monkeypatch, capsys):
     token = "hf_" + "aB3" * 11
 
@@ -173,34 +168,29 @@ def test_no_message_shows_a_token(words, monkeypatch, capsys):
     with pytest.raises(SystemExit) as raised:
         capivara_common.cli.run_command(main)
     message = capsys.readouterr().err
-    assert raised.value.code and "error: " in message and "hf_***" in message and token not in message
+    assert raised.value.code and "error: " in message and token not in message
 
 
 def test_null_is_none_where_none_is_the_default(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("steps: 3\nfolder: there\n", encoding="utf-8")
-    found = read("--config", config, config=True)
-    assert (found.steps, found.folder) == (3, Path("there"))
-    found = read("--config", config, "--steps", "null", "--folder", "null", config=True)
-    assert (found.steps, found.folder) == (None, None)
-    with pytest.raises(ValueError, match="invalid int value: 'nul'"):
-        read("--steps", "nul")
+    assert read("--config", config, "--steps", "null", config=True) == Flags(steps=None, folder=Path("there"))
     with pytest.raises(ValueError, match="invalid float value: 'null'"):
         read("--share", "null")  # which has a number
 
 
 def test_values_of_a_config_are_no_flags(tmp_path):
     config = tmp_path / "config.yaml"
-    config.write_text("share: -1e-3\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"^share must be from 0 to 1, got -0\.001\.$"):
-        read("--config", config, config=True)
-    config.write_text("names: [x, --steps=7]\n", encoding="utf-8")
-    with pytest.raises(
-        ValueError, match=rf"^{re.escape(str(config))}: `names` lists '--steps=7', which would be a flag"
+    for text, said in (
+        ("share: -1e-3", r"^share must be from 0 to 1, got -0\.001\.$"),
+        ("names: [x, --steps=7]", "be a flag"),
     ):
-        read("--config", config, config=True)
-    config.write_text("names: ['-1', x]\n", encoding="utf-8")
-    assert read("--config", config, config=True).names == ["-1", "x"]
+        config.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=said):
+            read("--config", config, config=True)
+    config.write_text(f"names: !!python/object/apply:os.mkdir ['{tmp_path}/made', '-1']\n", encoding="utf-8")
+    assert read("--config", config, config=True).names == [f"{tmp_path}/made", "-1"]
+    assert not (tmp_path / "made").exists(), "a file makes no objects"
 
 
 def test_flags_config_and_rules_are_one(tmp_path):
@@ -217,13 +207,6 @@ def test_flags_config_and_rules_are_one(tmp_path):
     config.write_text("old_share: 1\n", encoding="utf-8")
     with pytest.raises(ValueError, match=rf"^{re.escape(str(config))}: `old_share` is gone: say --share\.$"):
         read("--config", config, config=True)
-
-
-def test_a_yaml_file_makes_no_objects(tmp_path):
-    config = tmp_path / "config.yaml"
-    config.write_text(f"names: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n", encoding="utf-8")
-    assert read("--config", config, config=True).names == [f"{tmp_path}/made"]
-    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.slow

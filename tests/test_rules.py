@@ -62,11 +62,8 @@ def test_what_is_forgotten_stays_out_until_it_or_what_holds_it_is_included(tmp_p
     folder = Rules(forgotten=frozenset([str(tmp_path / "a")]))
     with pytest.raises(ValueError, match=f"a/b stays out, since {tmp_path}/a was .* --include {tmp_path}/a$"):
         folder.changed(include=[tmp_path / "a" / "b"])
-    for one in (tmp_path / "g.jpg", "*.gif"):
-        with pytest.raises(
-            ValueError, match=r"is no pattern of this index, nor was it forgotten; capivara status --all"
-        ):
-            folder.changed(include=[one])
+    with pytest.raises(ValueError, match="is no pattern of this index, nor was it forgotten; capivara status --all"):
+        folder.changed(include=["*.gif"])
     assert folder.changed(["*.gif"]).changed(["x/"], ["*.gif", tmp_path / "a"]) == Rules(("x/",))
 
 
@@ -83,7 +80,7 @@ def test_no_link_leads_to_what_was_forgotten_or_out_of_the_folder(tmp_path):
             find_pictures([root, home], rules)
 
 
-@pytest.mark.parametrize("pattern", ["", " ", "# x", "/", "!"])
-def test_what_is_no_pattern_is_refused(pattern):
-    with pytest.raises(ValueError, match=r"is no pattern of a \.gitignore\. Write one such as"):
-        Rules().changed([pattern])
+def test_what_is_no_pattern_is_refused():
+    for pattern in ("", " ", "# x", "/", "!"):
+        with pytest.raises(ValueError, match=r"is no pattern of a \.gitignore\. Write one such as"):
+            Rules().changed([pattern])

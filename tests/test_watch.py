@@ -115,7 +115,7 @@ def test_new_changed_moved_and_removed_files(follow, folder, spare, poll):
 
 @pytest.mark.slow
 def test_a_file_is_read_when_it_is_whole_and_a_burst_is_one_round(follow, folder, spare, monkeypatch):
-    monkeypatch.setattr(watch, "STILL_S", 2.5)  # on a busy machine a writer may rest for a second
+    monkeypatch.setattr(watch, "STILL_MS", 2500)  # on a busy machine a writer may rest for a second
     followed, data = follow(folder), spare[0].read_bytes()
     slow = folder / "slow.png"
     with open(slow, "wb", buffering=0) as file:
@@ -145,7 +145,7 @@ def test_a_whole_file_does_not_wait_for_one_that_never_ends(follow, folder, spar
     seconds = followed.until(lambda: followed.has(folder / "whole.png"))
     ended.set()
     thread.join()
-    assert seconds > watch.STILL_S and not followed.rounds[-1].left_out
+    assert seconds > watch.STILL_MS / 1000 and not followed.rounds[-1].left_out
     followed.until(lambda: followed.rounds[-1].left_out)  # a picture it is not
 
 
