@@ -483,26 +483,18 @@ def test_files_that_are_no_pictures(tmp_path, monkeypatch):
 
 
 def test_a_file_that_is_gone(tmp_path):
-    def as_row(path: str | Path) -> None:
-        read_picture(FileState(str(path), 1, 1))
-
     for path in (tmp_path / "gone.jpg", tmp_path / "gone" / "a.jpg", "a\0b.jpg"):
-        for read in (open_query_picture, as_row):
+        for read in (open_query_picture, lambda path: read_picture(FileState(str(path), 1, 1))):
             with pytest.raises(MissingPicture, match="gone: there is no file of this name") as error:
                 read(path)
     assert isinstance(error.value, FileNotFoundError) and isinstance(error.value, BadImage)
 
 
 def test_a_disk_that_fails(tmp_path, monkeypatch):
-    saved(tmp_path / "a.jpg", corners())
-    real = os.open
+    def failing(*_: object) -> None:
+        raise OSError(5, "Input/output error")
 
-    def failing(path, flags, **options):
-        if str(path).endswith("a.jpg"):
-            raise OSError(5, "Input/output error")
-        return real(path, flags, **options)
-
-    monkeypatch.setattr(os, "open", failing)
+    monkeypatch.setattr(picture_files, "open_regular_file", failing)
     assert reason(tmp_path / "a.jpg") == "read error: Input/output error"
 
 

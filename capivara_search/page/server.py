@@ -178,6 +178,8 @@ class Site:
         # In no turn: words wait for neither torch nor the image tower, and a picture is not given up for them.
         self._warming = asyncio.create_task(Queue().ask(self.answers.prepare_images, WARM_UP_S))
         preparing = asyncio.create_task(self._questions.ask(lambda: self.answers.index.model.texts(["gato"])))
+        for task in (self._warming, preparing):
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # each question says so
         yield
         self._warming.cancel()
         preparing.cancel()
