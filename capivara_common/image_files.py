@@ -1,8 +1,8 @@
-"""The images of rows: the only module that opens a path that stands in a row.
+"""The gate: what images are opened, and how, for rows of data sets, the search's folders and the page's visitors.
 
 A row may come from anybody, and so may the path or address in it. A local file is opened where it lies, links
-resolved, in the data set's own folder or in one that the user names; an address is followed where it is on the Hub.
-Whatever is opened must begin as an image within the limits before anything else is done with it.
+resolved, in the data set's own folder or in one that the user names (`open_regular_file`); an address is followed where
+it is on the Hub. Whatever is opened must begin as an image within the limits (`open_image`) before it is `decoded`.
 """
 
 import io
@@ -11,7 +11,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -19,17 +19,15 @@ from typing import Any, BinaryIO, TypeVar
 import fsspec
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
+from PIL.Image import Transpose
 
 from capivara_common.cli import at_least, flag
 from capivara_common.environment import processes
 from capivara_common.links import Bounds
 
-try:
+with suppress(ImportError):
     import pillow_heif  # extra `heic`
-except ImportError:
-    pillow_heif = None
-else:
+
     pillow_heif.register_heif_opener()
 
 # A side of one pixel is allowed: the image processor takes it, and the aspect limit keeps out what is a mere line.
@@ -50,6 +48,10 @@ DATASET_HELP = (
 )
 DECODERS = 4  # threads
 DECODED_AHEAD = 64  # images; a photograph of 12 million pixels takes 36 MB
+TURNS = {  # EXIF orientation -> how the pixels become upright
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
+}  # fmt: skip
 HUB, ARCHIVES = "hf://", ("zip://", "tar://", "gzip://")  # addresses: a file on the Hub, or in an archive there
 
 # A folder on the way to a file; where the system can, one that may be passed through but not listed, too.
@@ -128,23 +130,16 @@ def image_bytes(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> byte
     Raises:
         BadImage: there is none, it may not be opened, it can't be read, it is no image, or it is too large.
     """
-    return _opened(row_image, files)[0]
+    data = _read(row_image, files)
+    open_image(data, _name(row_image, data), files.max_pixels)
+    return data
 
 
 def decode_image(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> PIL.Image.Image:
-    """The image of a row, loaded, upright by its EXIF orientation as `datasets` gives it; its mode is left as it is.
-
-    Raises BadImage as `image_bytes`, and where its pixels can't be decoded.
-    """
-    data, image = _opened(row_image, files)
-    try:
-        image.load()
-        if image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1) != 1:
-            image = PIL.ImageOps.exif_transpose(image)
-        image = eight_bits(image)
-    except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
-        raise BadImage("unreadable image", f"{_name(row_image, data)}: {error}") from error
-    return image
+    """The image of a row, `decoded`, its mode left as it is. Raises BadImage as `image_bytes` and `decoded`."""
+    data = _read(row_image, files)
+    name = _name(row_image, data)
+    return decoded(open_image(data, name, files.max_pixels), name)
 
 
 def decode_images(
@@ -170,12 +165,6 @@ def by_threads(read: Callable[..., T], *rows: Iterable[Any]) -> list[T]:
         return list(threads.map(read, *rows))
 
 
-def _opened(row_image: dict | None, files: ImageFiles) -> tuple[bytes, PIL.Image.Image]:
-    """The file, and the image with nothing but its header decoded."""
-    data = _read(row_image, files)
-    return data, open_image(data, _name(row_image, data), files.max_pixels)
-
-
 def open_image(
     data: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS, way_out: str = " (--max_pixels raises it)"
 ) -> PIL.Image.Image:
@@ -188,15 +177,42 @@ def open_image(
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
     except PIL.UnidentifiedImageError as error:
-        heic = 'HEIC, which the extra `heic` reads: pip install -e ".[heic]"'
-        kind = heic if needs_heif(data) else f"no image of {', '.join(_FORMATS)}"
-        raise BadImage("unreadable image", f"{name} is {kind}") from error
+        heic = "" if "HEIF" in _FORMATS else "; the extra `heic` reads HEIC, too: pip install -e '.[heic]'"
+        detail = f"{name} is no image of {', '.join(_FORMATS)}, or its beginning is damaged{heic}"
+        raise BadImage("unreadable image", detail) from error
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
         raise BadImage("absurd image size", f"{name}: {error}") from error
     except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
         raise BadImage("unreadable image", f"{name}: {error}") from error
     _check_size(image, name, max_pixels, way_out)
     return image
+
+
+def decoded(image: PIL.Image.Image, name: str, reduced_to: int = 0) -> PIL.Image.Image:
+    """The pixels of an image of `open_image`, upright by its EXIF orientation, of 8 bits, in its own mode.
+
+    A JPEG may be decoded at a half, a quarter or an eighth of its size, its short side at least `reduced_to`. Raises
+    BadImage where the pixels can't be decoded; data of EXIF that are broken fail no image.
+    """
+    try:
+        if reduced_to:
+            image.draft(None, (reduced_to, reduced_to))
+        image.load()
+        turn = TURNS.get(orientation(image))
+        image = eight_bits(image)
+        return image if turn is None else image.transpose(turn)
+    except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
+        detail = f"the pixels of {name} can't be decoded: {str(error) or type(error).__name__}"
+        raise BadImage("unreadable image", detail) from error
+
+
+def orientation(image: PIL.Image.Image) -> int:
+    """The EXIF orientation of a loaded image, 1 to 8; where it says none, 1. PIL itself turns TIFF."""
+    try:
+        found = image.getexif().get(PIL.Image.ExifTags.Base.Orientation)
+    except Exception:  # PIL raises a dozen kinds
+        return 1
+    return found if found in TURNS else 1
 
 
 def eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -228,10 +244,15 @@ def _read(row_image: dict | None, files: ImageFiles) -> bytes:
     data, path, archive, offset, size = map(image.get, kinds)
     if data is None and path:
         data = _file_bytes(path, files) if archive is None else _file_bytes(archive, files, offset or 0, size or 0)
+    return bounded(data or b"", repr(path) if path else "what is in the row")
+
+
+def bounded(data: bytes, name: str) -> bytes:
+    """The bytes of a file. Raises BadImage where there are none, or more than pictures have."""
     if not data:
-        raise BadImage("no image", f"the file {path!r} is empty" if path else "neither bytes nor a path")
+        raise BadImage("no image", f"{name} has 0 bytes")
     if len(data) > MAX_IMAGE_BYTES:
-        raise BadImage("absurd image size", f"{path!r} has more than {MAX_IMAGE_BYTES / 1e6:.0f} MB")
+        raise BadImage("absurd image size", f"{name} has more than {MAX_IMAGE_BYTES / 1e6:.0f} MB")
     return data
 
 
@@ -309,12 +330,6 @@ def _check_size(image: PIL.Image.Image, name: str, max_pixels: int, way_out: str
         rest = f"the longer side {MAX_IMAGE_SIDE:,} and {MAX_ASPECT} times the shorter one"
         detail = f"{name} has {image.width} x {image.height} pixels; all may be {max_pixels:,}{way_out}, {rest}"
         raise BadImage("absurd image size", detail)
-
-
-def needs_heif(data: bytes) -> bool:
-    """Whether a file is HEIC, and pillow-heif, which reads it, is not installed."""
-    brands = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
-    return pillow_heif is None and data[4:8] == b"ftyp" and data[8:12] in brands
 
 
 def _name(row_image: dict | None, data: bytes) -> str:

@@ -17,11 +17,11 @@ from datetime import datetime
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
 import PIL.Image
-from PIL.Image import Resampling, Transpose
+from PIL.ExifTags import GPS, IFD, Base
+from PIL.Image import Resampling
 
 from capivara_common.cli import coded
 from capivara_common.image_files import (
@@ -29,30 +29,22 @@ from capivara_common.image_files import (
     MAX_IMAGE_PIXELS,
     SUFFIXES,
     BadImage,
-    eight_bits,
-    needs_heif,
+    bounded,
+    decoded,
     open_image,
     open_regular_file,
+    orientation,
 )
-from capivara_common.links import Bounds
-from capivara_search.picture_details import Details, raw_exif, read_details
 from capivara_search.results import LeftOut
 from capivara_search.words import failure
 
 if TYPE_CHECKING:
     from pathspec import GitIgnoreSpec
 
-try:
-    import rawpy  # extra `search`
-except ImportError:
-    rawpy = None
-
 # Names end so: Adobe and phones, Canon, Nikon, Sony, Panasonic, Olympus, Fujifilm, Pentax, Samsung.
 RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".rw2", ".orf", ".raf", ".pef", ".srw")
-INSTALL = 'pip install "modeling-capivara[search]"'
-RAW_ORIENTATIONS = {3: 3, 5: 8, 6: 6}  # LibRaw's `flip` -> EXIF orientation
 # Of these nothing is known of the content: the file is tried again each time.
-RETRYABLE = ("no permission", "read error", "gone", "needs rawpy", "needs pillow-heif")
+RETRYABLE = ("no permission", "read error", "gone")
 PICTURE_SUFFIXES = (*SUFFIXES, *RAW_SUFFIXES)
 VIDEO_SUFFIXES = (
     *(".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".3gp", ".mts", ".m2ts", ".wmv", ".mpg", ".mpeg", ".flv"),
@@ -72,11 +64,7 @@ THUMBNAIL_SIDE = 256  # pixels of the longer side
 # 7.3 kB and has 0.950. A random picture that the page draws is a thumbnail, so it had better be found again.
 THUMBNAIL_QUALITY = 90
 THUMBNAIL_METHOD = 2  # of WebP: takes 2.5 ms of a photograph where 4, the default, takes 16 ms, and 1 % more bytes
-TURNS = {  # EXIF orientation -> how the pixels become upright
-    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
-}  # fmt: skip
-QUARTER_TURNS = (5, 6, 7, 8)  # orientations whose width is the upright height
+FIRST_PHOTOGRAPH = 1826  # year
 
 _alone = threading.Lock()
 
@@ -202,8 +190,8 @@ def find_pictures(
 ) -> tuple[list[FileState], list[LeftOut]]:
     """The pictures in folders and below, by the ends of their names, and what could not be looked at, sorted by path.
 
-    A link is followed where it stays within the folders, and its target is not found under its own name. Raises
-    ValueError where a folder is not there, can't be opened, was forgotten, or holds no picture but by these rules.
+    A link is not followed, but for a folder that is named; it is said where what it leads to is not found by itself.
+    Raises ValueError where a folder is not there, can't be opened, was forgotten, or holds no picture but by the rules.
 
     Args:
         folders: to look through.
@@ -225,8 +213,9 @@ def find_pictures(
             raise failure(ValueError, "folder_forgotten", path=root, forgotten=shlex.quote(forgotten))
     walk = _Walk(roots, rules, only)
     for root in roots:
-        walk.folder(root, root)
-    walk.follow_links()
+        walk.folder(root)
+    if only is None:  # else what they lead to may not have been looked at
+        walk.name_links()
     if counts is not None:
         counts.update({root: +numbers for root, numbers in walk.counts.items()})
     reasons = {one.path: one.reason for one in walk.left_out}
@@ -250,20 +239,19 @@ class _Walk:
     """Looks through folders, each once."""
 
     def __init__(self, roots: Sequence[str], rules: Rules, only: Collection[str] | None):
-        self.bounds = Bounds(Path(roots[0]), [*map(Path, roots[1:])])
-        # A forgotten folder may be reached by a link to it, or to one above it, too.
+        # What was forgotten may have another name, by a link that was named.
         self.rules = Rules(rules.exclude, rules.forgotten | set(map(_real_place, rules.forgotten)))
         self.counts = {root: Counter[str]() for root in roots}
         self.near = {str(one) for path in only or () for one in (path, *Path(path).parents)}
         self.below = ("",) if only is None else tuple(os.path.join(one, "") for one in only if os.path.isdir(one))
         self.found: dict[str, FileState] = {}
         self.left_out: list[LeftOut] = []
-        self.links: list[tuple[str, str]] = []  # with the folder that was named
+        self.links: list[str] = []
         self.seen: set[tuple[int, int]] = set()  # folders and files that lie here themselves, by device and number
 
-    def folder(self, path: str, root: str) -> None:
-        """Look through a folder, which is `root` or lies in it, and all below; links are put aside."""
-        waiting = [path]
+    def folder(self, root: str) -> None:
+        """Look through a folder and all below; links are put aside."""
+        waiting = [root]
         while waiting:
             folder = waiting.pop()
             try:
@@ -280,7 +268,7 @@ class _Walk:
                         if why := self.rules.reason(entry.path, root, is_folder):
                             self.counts[root][why] += is_folder or is_picture_name(entry.name)
                         elif is_link:
-                            self.links.append((entry.path, root))
+                            self.links += [entry.path] * (is_folder or is_picture_name(entry.name))
                         elif is_folder:
                             waiting.append(entry.path)
                         elif is_picture_name(entry.name):
@@ -306,33 +294,15 @@ class _Walk:
             self.seen.add((state.st_dev, state.st_ino))
             self.found[path] = FileState.of(path, state)
 
-    def follow_links(self) -> None:
-        """Look at the links that were put aside, and at those that they lead to."""
-        while self.links:
-            links, self.links = sorted(self.links), []
-            for link, root in links:
-                self._follow(link, root)
-
-    def _follow(self, link: str, root: str) -> None:
-        try:
-            state = os.stat(link)
-        except OSError as error:  # it leads nowhere, or in a circle
-            if is_picture_name(link):
-                detail = f"it leads to {os.path.realpath(link)}, which can't be opened: {error.strerror}"
-                self.leave_out(link, BadImage("broken link", detail))
-            return
-        is_folder = stat.S_ISDIR(state.st_mode)
-        if (not is_folder and not is_picture_name(link)) or (state.st_dev, state.st_ino) in self.seen:
-            return
-        if self.rules.is_forgotten(os.path.realpath(link)):
-            self.counts[root]["forgotten"] += 1
-        elif not self.bounds.hold(Path(link)):
+    def name_links(self) -> None:
+        """Leave out the links that were put aside, but for those to what was found, or forgotten."""
+        for link in self.links:
+            with suppress(OSError):
+                state = os.stat(link)
+                if (state.st_dev, state.st_ino) in self.seen or self.rules.is_forgotten(os.path.realpath(link)):
+                    continue
             detail = f"it leads to {os.path.realpath(link)}, and is not followed; index that folder, too"
             self.leave_out(link, BadImage("link out of the folder", detail))
-        elif is_folder:
-            self.folder(link, root)
-        else:
-            self.file(link)
 
     def leave_out(self, path: str, fault: BadImage) -> None:
         """Note what can't be looked at, and why."""
@@ -345,37 +315,57 @@ def is_picture_name(name: str) -> bool:
     return name.lower().endswith(PICTURE_SUFFIXES)
 
 
-# --- The picture in a RAW file ----------------------------------------------------------------------------------------
+# --- What a picture says of itself ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Preview:
-    """The picture that a camera has put into its RAW file."""
+def raw_preview(data: bytes) -> tuple[bytes, tuple[int, int]]:
+    """The largest preview in a RAW file, a JPEG, and the size of the RAW picture itself, as it lies in the file.
 
-    data: bytes  # an image file
-    width: int  # pixels of the RAW picture itself, as it lies in the file
-    height: int
-    orientation: int  # 1 to 8, of a preview that does not say so itself
+    LibRaw writes EXIF data into a preview that has none. Raises BadImage where there is no such preview.
+    """
+    import rawpy  # extra `search`
 
-
-def raw_preview(data: bytes) -> Preview:
-    """The largest preview in a RAW file. Raises BadImage where there is none, or rawpy is not installed."""
-    if rawpy is None:
-        raise BadImage("needs rawpy", f"RAW files of cameras are read by rawpy, which is not installed: {INSTALL}")
     try:
         with rawpy.imread(io.BytesIO(data)) as raw:
-            sizes = raw.sizes
-            thumb = raw.extract_thumb()
-    except (rawpy.LibRawNoThumbnailError, rawpy.LibRawUnsupportedThumbnailError) as error:
-        raise BadImage("no preview", "the RAW file holds no preview that can be read; export it as JPEG") from error
+            sizes, thumb = raw.sizes, raw.extract_thumb()
     except Exception as error:  # LibRaw's own, and those of memory and files
-        text = error.args[0] if error.args else error
-        text = text.decode(errors="replace") if isinstance(text, bytes) else text
-        raise BadImage("damaged picture", f"the RAW file can't be read: {text}") from error
-    data = thumb.data
-    if thumb.format != rawpy.ThumbFormat.JPEG:  # pixels, (height, width, 3), as an image file, too
-        data = f"P6 {data.shape[1]} {data.shape[0]} 255\n".encode() + np.ascontiguousarray(data).tobytes()
-    return Preview(data, sizes.width, sizes.height, RAW_ORIENTATIONS.get(sizes.flip, 1))
+        detail = f"the RAW file has no preview that can be read: {error}"
+        raise BadImage("unreadable image", detail) from error
+    if thumb.format != rawpy.ThumbFormat.JPEG:
+        raise BadImage("unreadable image", "the RAW file has no preview of JPEG; export it as one")
+    return thumb.data, (sizes.width, sizes.height)
+
+
+def read_details(image: PIL.Image.Image) -> tuple[datetime | None, float | None, float | None]:
+    """When a loaded picture was taken, by the camera's local time, and where: degrees, the south and west negative.
+
+    Programs write anything into EXIF data, for which PIL raises a dozen kinds; what is no date or place is None.
+    """
+    taken, place, dates, exif = None, (None, None), [], PIL.Image.Exif()
+    with suppress(Exception):
+        exif = image.getexif()
+    with suppress(Exception):
+        dates += map(exif.get_ifd(IFD.Exif).get, (Base.DateTimeOriginal, Base.DateTimeDigitized))
+    with suppress(Exception):
+        dates.append(exif.get(Base.DateTime))
+    for text in reversed(dates):
+        with suppress(Exception):  # "2023:12:31 23:59:59" and its like
+            date = datetime.fromisoformat(text[:10].replace(":", "-") + text[10:19])
+            taken = date if date.year >= FIRST_PHOTOGRAPH else taken
+    with suppress(Exception):
+        gps = exif.get_ifd(IFD.GPSInfo)
+        latitude = _degrees(gps[GPS.GPSLatitude], {"N": 1, "S": -1}[gps[GPS.GPSLatitudeRef]], 90)
+        longitude = _degrees(gps[GPS.GPSLongitude], {"E": 1, "W": -1}[gps[GPS.GPSLongitudeRef]], 180)
+        place = (latitude, longitude) if latitude or longitude else place  # 0, 0 is what a phone without a fix writes
+    return taken, *place
+
+
+def _degrees(parts: Sequence[Any], sign: int, limit: int) -> float:
+    """Degrees, minutes and seconds as degrees. Raises ValueError, and what else PIL's fractions raise."""
+    degrees = sum(float(part) / unit for part, unit in zip(parts, (1, 60, 3600), strict=True))
+    if not 0 <= degrees <= limit:  # NaN, too
+        raise ValueError(f"must be 0 to {limit}, got {degrees}")
+    return sign * degrees
 
 
 # --- One by one ------------------------------------------------------------------------------------------------------
@@ -401,43 +391,32 @@ def read_picture(
     Raises BadImage where it can't be read, is damaged or too large; as `MissingPicture` where it is gone.
     """
     data, state = _read(file.path, folders)
-    return decode_picture(data, FileState.of(file.path, state), side, squash, exact)
-
-
-def decode_picture(
-    data: bytes, file: FileState, side: int = 224, squash: int | None = None, exact: bool = False
-) -> Picture:
-    """`read_picture`, of a file that was read: `data`."""
-    opened, preview = _opened(data, file.path)
-    width, height = opened.size
-    is_large = width * height > MAX_IMAGE_PIXELS
+    opened, size = _opened(data, file.path)
+    shape = opened.size
+    is_large = shape[0] * shape[1] > MAX_IMAGE_PIXELS
     with _alone if is_large else nullcontext():
         is_whole = exact and not is_large
-        pixels = _decoded(opened, None if is_whole else max(REDUCED_SIDES * side, THUMBNAIL_SIDE))
-        details = _details(opened, preview, data)
-        small = at_most(pixels, THUMBNAIL_SIDE)
-        image = pixels if is_whole else short_side(pixels, (width, height), side, squash)
-    if preview:
-        width, height = preview.width, preview.height
-    return Picture(
-        file,
-        blake2b(data, digest_size=16).hexdigest(),
-        *((height, width) if details.orientation in QUARTER_TURNS else (width, height)),
-        details.taken,
-        details.latitude,
-        details.longitude,
-        upright(image, details.orientation),
-        thumbnail_file(upright(small, details.orientation)),
-    )
+        pixels = on_white(decoded(opened, "the file", 0 if is_whole else max(REDUCED_SIDES * side, THUMBNAIL_SIDE)))
+        if orientation(opened) > 4:  # by a quarter
+            size, shape = size[::-1], shape[::-1]
+        image = pixels if is_whole else short_side(pixels, shape, side, squash)
+        thumbnail = thumbnail_file(pixels)
+    digest = blake2b(data, digest_size=16).hexdigest()
+    return Picture(FileState.of(file.path, state), digest, *size, *read_details(opened), image, thumbnail)
 
 
 def open_query_picture(path: str | Path) -> PIL.Image.Image:
     """A picture to search with, whole, upright, RGB, transparent parts white. Raises BadImage as `read_picture`."""
     path = absolute_folder(path)
-    data = _read(path)[0]
-    opened, preview = _opened(data, str(path))
-    image = _decoded(opened, None)
-    return upright(image, _details(opened, preview, data).orientation)
+    return open_picture(_read(path)[0], str(path))
+
+
+def open_picture(data: bytes, name: str, max_pixels: int = MAX_PICTURE_PIXELS, reduced_to: int = 0) -> PIL.Image.Image:
+    """A picture of a file that was read, upright, RGB, transparent parts white; the rest as `decoded` has it.
+
+    The end of its `name` says whether it is RAW.
+    """
+    return on_white(decoded(_opened(data, name, max_pixels)[0], "the file", reduced_to))
 
 
 def _read(path: str | Path, folders: Sequence[str | Path] | None = None) -> tuple[bytes, os.stat_result]:
@@ -455,12 +434,7 @@ def _read(path: str | Path, folders: Sequence[str | Path] | None = None) -> tupl
 
 def contents(file: BinaryIO) -> bytes:
     """The bytes of an open file. Raises BadImage where there are none, or more than pictures have."""
-    data = file.read(MAX_IMAGE_BYTES + 1)
-    if not data:
-        raise BadImage("empty file", "it has 0 bytes")
-    if len(data) > MAX_IMAGE_BYTES:
-        raise BadImage("too large", f"it has more than {MAX_IMAGE_BYTES / 1e6:.0f} MB")
-    return data
+    return bounded(file.read(MAX_IMAGE_BYTES + 1), "the file")
 
 
 def _fault(error: OSError) -> BadImage:
@@ -471,66 +445,22 @@ def _fault(error: OSError) -> BadImage:
     return BadImage("read error", error.strerror or str(error))
 
 
-def _opened(data: bytes, path: str) -> tuple[PIL.Image.Image, Preview | None]:
-    """The image with nothing but its header decoded, and the preview that it is of, where the file is RAW."""
-    preview = raw_preview(data) if path.lower().endswith(RAW_SUFFIXES) else None
-    try:
-        return open_image(preview.data if preview else data, "the file", MAX_PICTURE_PIXELS, way_out=""), preview
-    except BadImage as error:
-        if needs_heif(data):
-            detail = f"HEIC files of phones are read by pillow-heif, which is not installed: {INSTALL}"
-            raise BadImage("needs pillow-heif", detail) from error
-        if error.reason == "absurd image size":
-            raise BadImage("too large", error.detail) from error
-        if isinstance(error.__cause__, PIL.UnidentifiedImageError):
-            raise BadImage("no picture", f"{error.detail}, or its beginning is damaged") from error
-        raise BadImage("damaged picture", error.detail) from error
-
-
-def _decoded(image: PIL.Image.Image, reduced_to: int | None) -> PIL.Image.Image:
-    """RGB, as it lies in the file; a JPEG perhaps at reduced size, its short side at least `reduced_to`."""
-    try:
-        if reduced_to:
-            image.draft(None, (reduced_to, reduced_to))
-        image.load()
-        return on_white(eight_bits(image))
-    except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
-        detail = f"its pixels can't be decoded: {str(error) or type(error).__name__}"
-        raise BadImage("damaged picture", detail) from error
-
-
-def _details(image: PIL.Image.Image, preview: Preview | None, data: bytes) -> Details:
-    """What the EXIF data of a decoded image say: in PNG they may stand behind the pixels, and TIFF is turned by PIL."""
-    try:
-        details = read_details(image.getexif())
-    except Exception:  # PIL raises a dozen kinds
-        details = Details()
-    if preview:
-        raw = read_details(raw_exif(data))
-        place = details if details.latitude is not None else raw
-        orientation = details.orientation or preview.orientation
-        details = Details(orientation, details.taken or raw.taken, place.latitude, place.longitude)
-    return details
-
-
-def upright(image: PIL.Image.Image, orientation: int | None) -> PIL.Image.Image:
-    """An image turned as its EXIF orientation says."""
-    turn = TURNS.get(orientation or 1)
-    return image if turn is None else image.transpose(turn)
+def _opened(data: bytes, name: str, max_pixels: int = MAX_PICTURE_PIXELS) -> tuple[PIL.Image.Image, tuple[int, int]]:
+    """The image with nothing but its header decoded, of RAW the preview, and the size of the picture itself."""
+    data, size = raw_preview(data) if name.lower().endswith(RAW_SUFFIXES) else (data, None)
+    image = open_image(data, "the file", max_pixels, way_out="")
+    return image, size or image.size
 
 
 def thumbnail_file(image: PIL.Image.Image) -> bytes:
-    """A thumbnail as WebP file, transparent images on white."""
-    buffer = io.BytesIO()
-    small = at_most(on_white(image), THUMBNAIL_SIDE)
-    small.save(buffer, "WEBP", quality=THUMBNAIL_QUALITY, method=THUMBNAIL_METHOD)
-    return buffer.getvalue()
+    """The thumbnail of an image, RGB, as WebP file."""
+    small = at_most(image, THUMBNAIL_SIDE)
+    small.save(file := io.BytesIO(), "WEBP", quality=THUMBNAIL_QUALITY, method=THUMBNAIL_METHOD)
+    return file.getvalue()
 
 
 def on_white(image: PIL.Image.Image) -> PIL.Image.Image:
     """An image as RGB, transparent parts white, as people see it: the processor would see a black square in a logo."""
-    if image.mode in ("La", "RGBa"):  # premultiplied
-        image = image.convert("LA" if image.mode == "La" else "RGBA")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)

@@ -74,7 +74,7 @@ def follow_index(
                 break
             if only is None or (only := take_whole(waiting)):  # all at first, since the watching has begun
                 # Videos are counted by a look at all.
-                whole = any(_is_video(path) or is_linked(path, there) for path in only or ())
+                whole = any(map(_is_video, only or ()))
                 try:
                     yield add(there, None if whole else only)
                 except ValueError as error:  # as of a folder that was emptied: the index keeps what it has of it
@@ -127,12 +127,6 @@ def _present(folders: Mapping[Path, str]) -> dict[Path, tuple[int, int]]:
             if not real or lies_at(str(folder), real):
                 found[folder] = state.st_dev, state.st_ino
     return found
-
-
-def is_linked(path: str, folders: Iterable[Path]) -> bool:
-    """Whether a link leads to a path within folders: which of its names is taken, a look at all of them decides."""
-    inside = [folder for folder in folders if Path(path).is_relative_to(folder)]
-    return any(os.path.realpath(path) != os.path.join(os.path.realpath(f), os.path.relpath(path, f)) for f in inside)
 
 
 def is_remote(folder: Path) -> bool:

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -93,19 +92,26 @@ def _answer(route: "Route", browser: Browser) -> None:
 
 
 @contextmanager
-def served_with_headers(folder: Path, headers: dict[str, str]) -> Iterator[str]:
-    """The folder by a plain file server on this machine that sends these headers, too."""
+def served_folders(mounts: dict[str, Path], headers: dict[str, str] | None = None) -> Iterator[str]:
+    """Address of a plain file server on this machine: folders by the paths that they stand for, such as "/models/"."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
+        def translate_path(self, path: str) -> str:
+            for prefix, folder in mounts.items():
+                if path.startswith(prefix):
+                    self.directory = str(folder)
+                    return super().translate_path("/" + path.removeprefix(prefix))
+            return os.devnull + "/none"
+
         def end_headers(self) -> None:
-            for name, text in headers.items():
+            for name, text in (headers or {}).items():
                 self.send_header(name, text)
             super().end_headers()
 
         def log_message(self, *_: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_port}/"

@@ -5,35 +5,31 @@ once, in ~/.cache/capivara-node.
 """
 
 import base64
-import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
 import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from browser import require_chromium
+from browser import require_chromium, served_folders
 from PIL import Image
 
 from capivara_common.files import whole_folder
-from hub_upload.space import static_page
-from modeling_capivara import CapivaraImageProcessor
+from hub_upload.space.static_page import LIBRARY
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import random_images, random_texts
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-(LIBRARY,) = static_page.LIBRARY
+PACKAGES = {LIBRARY: ">=4.3 <5"}  # of npm: package -> the versions that are taken. Tried: 4.3.2
 AXE = {"axe-core": ">=4.10 <5"}  # of npm: a checker of accessibility
 FAULTS = """axe.run().then(({ violations }) => violations.filter(({ impact }) => /serious|critical/.test(impact))
   .map(({ id, nodes }) => [id, ...nodes.map((node) => node.html)]))"""
@@ -82,19 +78,7 @@ def save_photos(folder: Path) -> list[Path]:
     return [folder / f"{name}.png" for name in PHOTOS]
 
 
-def pixel_differences(answers: list[dict], files: list[Path], processor: CapivaraImageProcessor) -> dict[str, float]:
-    """File -> mean absolute difference of `pixel_values` to our processor's, in steps of 255 to the full range."""
-    found = {}
-    for answer, file in zip(answers, files, strict=True):
-        theirs = np.frombuffer(base64.b64decode(answer["data"]), np.float32).reshape(answer["dims"])[0]
-        with Image.open(file) as picture:
-            ours = processor(picture, return_tensors="np")["pixel_values"][0]
-        steps = np.abs(theirs - ours) * (255 * np.array(processor.image_std)[:, None, None])
-        found[file.stem] = float(steps.mean())
-    return found
-
-
-def node_packages(wanted: dict[str, str] = static_page.LIBRARY) -> Path:
+def node_packages(wanted: dict[str, str] = PACKAGES) -> Path:
     """The folder `node_modules` with packages and their versions, installed from npm where they are not there yet.
 
     No script of a package runs; binaries for the CPU lie in them.
@@ -112,16 +96,18 @@ def node_packages(wanted: dict[str, str] = static_page.LIBRARY) -> Path:
     name = "-".join(f"{package.split('/')[-1]}{versions}" for package, versions in wanted.items())
     folder = cache / name.translate({ord(sign): "-" for sign in ">=< "})
     if not folder.is_dir():
+        packages = [f"{package}@{versions}" for package, versions in wanted.items()]
+        flags = ("--ignore-scripts", "--no-save", "--no-audit", "--no-fund")
         try:
             with whole_folder(folder) as new:
-                static_page.npm_packages(new, wanted)
-        except (ValueError, OSError) as error:
+                subprocess.run(["npm", "install", *flags, *packages], cwd=new, capture_output=True, check=True)
+        except (subprocess.CalledProcessError, OSError) as error:
             if not folder.is_dir():  # else another process was first
-                raise RuntimeError(str(error)) from error
+                raise RuntimeError(f"npm could not fetch {', '.join(wanted)}: {error}") from error
     return folder / "node_modules"
 
 
-def required_packages(wanted: dict[str, str] = static_page.LIBRARY) -> Path:
+def required_packages(wanted: dict[str, str] = PACKAGES) -> Path:
     """`node_packages`, and Chromium. Skips the test where they can't be had; with CI_REQUIRES_…=1 that fails."""
     require_chromium()
     try:
@@ -137,39 +123,11 @@ def serious_faults(page: "Page") -> list[list[str]]:
     return page.evaluate(FAULTS)
 
 
-@contextmanager
-def served(repositories: dict[str, Path], packages: Path, **folders: Path) -> Iterator[str]:
+def served(repositories: dict[str, Path], packages: Path, **folders: Path) -> AbstractContextManager[str]:
     """Address of a server on this machine with repositories as on the Hub, npm's packages, and further folders."""
     mounts = {f"/{name}/resolve/main/": folder for name, folder in repositories.items()}
     mounts |= {"/npm/": packages, "/code/": SCRIPT.parent} | {f"/{name}/": folder for name, folder in folders.items()}
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def translate_path(self, path: str) -> str:
-            for prefix, folder in mounts.items():
-                if path.startswith(prefix):
-                    self.directory = str(folder)
-                    return super().translate_path("/" + path.removeprefix(prefix))
-            return os.devnull + "/none"
-
-        def do_GET(self) -> None:
-            if self.path != "/":
-                return super().do_GET()
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html")
-            self.end_headers()
-            self.wfile.write(b"<!doctype html><link rel=icon href=data:,><title>transformers.js</title>")
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/"
-        finally:
-            server.shutdown()
-            thread.join()
+    return served_folders(mounts)
 
 
 def request(address: str, **what: Any) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class _Tiff:
 
 
 def made_dng(preview: bytes | None, orientation: int = 1, size: tuple[int, int] = (64, 48)) -> bytes:
-    """A DNG file of a grey sensor, taken on 9 July 2024 at 10:11:12 in Campinas.
+    """A DNG file of a grey sensor, taken on 9 July 2024 at 10:11:12.
 
     Args:
         preview: JPEG file in it; none where None.
@@ -55,10 +55,7 @@ def made_dng(preview: bytes | None, orientation: int = 1, size: tuple[int, int] 
         **{50708: (2, "Capivara Teste"), 50728: (5, [(1, 1)] * 3), 50778: (3, [21])},
         50721: (10, [(int(row == column), 1) for row in range(3) for column in range(3)]),
         34665: (4, [tiff.folder({36867: (2, "2024:07:09 10:11:12")})]),
-        34853: (4, [tiff.folder({
-            1: (2, "S"), 2: (5, [(22, 1), (54, 1), (0, 1)]), 3: (2, "W"), 4: (5, [(47, 1), (3, 1), (36, 1)]),
-        })]),
-    }  # fmt: skip
+    }
     if preview is None:
         first = {**sensor, **camera}
     else:

@@ -15,10 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from capivara_search.show import OPENER
-
 ROOT = Path(__file__).resolve().parent.parent
 # What the server asks of the network is written to a file, and refused.
 WATCHED = """
@@ -90,16 +86,6 @@ class Asked:
         connection.request(method, path, headers={name.replace("_", "-"): text for name, text in headers.items()})
         with contextlib.closing(connection):
             return connection.getresponse().status
-
-
-def file_manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """A program that takes the file manager's place, and the file to which it writes what it is asked to show."""
-    program, shown = tmp_path / "bin" / OPENER, tmp_path / "shown.txt"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {shown}\n', encoding="utf-8")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    return program, shown
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from capivara_search.page.answers import (
     Question,
 )
 from capivara_search.page.guard import Refusal
+from hub_upload.space import static_page
 
 PAGE = Path(server.__file__).parent
 ATTACK = "<img src=x onerror=alert(1)>\"'${alert(1)}</script>"
@@ -112,7 +113,7 @@ def test_a_picture_that_is_gone_and_an_index_without_pictures(answers, saved_tin
     empty = Answers(PictureIndex.open(tmp_path / "new.lance", str(saved_tiny_folder)))
     assert empty.search(Question.read({"text": "gato"}), None)["hits"] == []
     assert empty.status(Question()) | {"version": 0} == {
-        "version": 0, "count": 0, "folders": {}, "videos": 0, "model": "model", "note": None,
+        "version": 0, "count": 0, "videos": 0, "model": "model", "note": None,
         "progress": None,
     }  # fmt: skip
 
@@ -126,7 +127,7 @@ def test_pictures_that_come_and_go_are_seen_at_once(saved_tiny_folder, tmp_path)
     made_index(tmp_path / "i.lance", folder, saved_tiny_folder)  # as another process does
     after = answers.search(Question.read({"text": "azul", "k": 240}), None)
     assert (before["count"], after["count"]) == (29, 30) and before["version"] != after["version"]
-    assert "azul novo" in names(after) and answers.status(Question())["folders"] == {str(folder): 30}
+    assert "azul novo" in names(after)
     (folder / "azul" / "azul novo.png").unlink()
     made_index(tmp_path / "i.lance", folder, saved_tiny_folder)
     with pytest.raises(Refusal, match="gone"):  # a hit of the page that is still open
@@ -194,22 +195,6 @@ def test_labels_of_a_picture(answers, index):
     assert [share for _, share in shares] == sorted((share for _, share in shares), reverse=True)
 
 
-def test_a_folder_by_its_labels(answers, index, folder):
-    labels = ["gato", "casa verde", "céu", "um pão"]
-    made_pictures.made_pictures()[0].save(folder.parent / "private.png")
-    outside = answers.classify(Question.read({"labels": labels, "folder": str(folder.parent / "private.png")}), None)
-    assert outside["pictures"] == 0, "a file was read that is none of the index"
-    answer = answers.classify(Question.read({"labels": labels, "folder": str(folder)}), None)
-    found = {one.path: one for one in index.classify(str(folder), labels)}
-    assert sum(group["n"] for group in answer["groups"]) == answer["pictures"] == 30
-    order = [group["label"] for group in answer["groups"]]
-    assert order == sorted(order, key=[*labels, None].index), "labels as they were given, what fits none last"
-    for group in answer["groups"]:
-        assert all(found[hit["path"]].label == group["label"] for hit in group["hits"])
-        shares = [hit["share"] for hit in group["hits"]]
-        assert shares == sorted(shares, reverse=True) and len(shares) == min(group["n"], 24)
-
-
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
@@ -229,13 +214,17 @@ def test_classifications_that_are_refused(answers, asked, said):
 # --- Words -----------------------------------------------------------------------------------------------------------
 
 
-def words(language: str) -> dict:
-    found = json.loads((PAGE / "words" / f"{language}.json").read_text(encoding="utf-8"))
-    return found | {f"errors.{key}": text for key, text in found.pop("errors").items()}
+def flat(words: dict, before: str = "") -> dict[str, str]:
+    """Texts by their keys, those of errors and of the page without a server with what stands before them."""
+    nested = [flat(text, f"{before}{key}.") for key, text in words.items() if isinstance(text, dict)]
+    plain = {before + key: text for key, text in words.items() if isinstance(text, str)}
+    return plain | {key: text for one in nested for key, text in one.items()}
 
 
 def test_both_languages_say_the_same():
-    portuguese, english = words("pt"), words("en")
+    portuguese, english = (
+        flat(json.loads((PAGE / "words" / f"{one}.json").read_text("utf-8"))) for one in ("pt", "en")
+    )
     assert portuguese.keys() == english.keys()
     for key, text in portuguese.items():
         assert set(re.findall(r"\{\w*\}", text)) == set(re.findall(r"\{\w*\}", english[key])), key
@@ -243,15 +232,17 @@ def test_both_languages_say_the_same():
 
 
 def test_every_word_is_used_and_every_used_word_is_there():
-    scripts = "".join(path.read_text(encoding="utf-8") for path in (PAGE / "static").glob("*.js"))
-    page = "".join(path.read_text(encoding="utf-8") for path in PAGE.glob("*.html"))
-    source = "".join(path.read_text(encoding="utf-8") for path in PAGE.glob("*.py"))
-    there = words("pt").keys()
-    page = re.sub(r"{% if own %}.*?{% (else|endif) %}", "", page, flags=re.DOTALL)  # of the page without a server
+    """In the page with a server and in that without."""
+    scripts = "".join(path.read_text("utf-8") for path in (*(PAGE / "static").glob("*.js"), static_page.SOURCE))
+    page, source = (
+        (PAGE / "page.html").read_text("utf-8"),
+        "".join(path.read_text("utf-8") for path in PAGE.glob("*.py")),
+    )
+    there = flat(server.words_of("pt")) | flat(server.words_of("pt", own=True))
     said = set(re.findall(r'say\("(\w+)"', scripts)) | set(re.findall(r"\bt(?:\.|\[')(\w+)", page))
     assert not {key for key in said if key not in there and f"{key}_other" not in there}
-    refusals = set(re.findall(r'Refusal\(\s*"(\w+)"', source)) | {"connection", "no_picture", "too_many_pixels"}
-    assert refusals == {key.removeprefix("errors.") for key in there if key.startswith("errors.")}
+    codes = set(re.findall(r'(?:Refusal|coded)\(\s*"(\w+)"', source + scripts)) | {"connection", "too_many_pixels"}
+    assert codes == {key.removeprefix("errors.") for key in there if key.startswith("errors.")}
     spoken = set(re.findall(r'["`{](\w+)["`}]', scripts + source)) | said
     plain = {key: re.sub("_(one|other|long)$", "", key) for key in there if not key.startswith("errors.")}
     assert not [key for key, start in plain.items() if not {key, start} & spoken], "words that nothing says"
@@ -263,4 +254,4 @@ def test_text_of_a_data_set_is_text():
     assert "<img src=x" not in shown.replace('<img src="static', "") and shown.count("</script>") == 2
     assert "{{words}} {name}" in shown
     known = server._page("en", False, server.Credit("Áreas", "cc-by-sa-4.0", "Made here"))
-    assert ">CC BY-SA 4.0</a>. Made here" in known and '<html lang="en">' in known
+    assert "Áreas, licence cc-by-sa-4.0. Made here" in known and '<html lang="en">' in known

@@ -186,19 +186,6 @@ def test_all_known_folders_are_followed_as_they_come_and_go(follow, folder, spar
     assert not followed.has(forgotten / "c.png") and "Nothing changes in the index" not in caplog.text
 
 
-@pytest.mark.slow
-def test_what_a_link_leads_to_is_found_as_a_look_at_all_finds_it(follow, folder, spare, model):
-    (folder / ".real").mkdir()
-    (folder / "linked").symlink_to(folder / ".real")
-    followed = follow(folder)
-    shutil.copy(spare[0], folder / "linked" / "a.png")
-    (folder / "twin.png").symlink_to(folder / "d0" / "p0000.png")
-    followed.until(lambda: followed.has(folder / "linked" / "a.png"))
-    shutil.copy(spare[1], folder / "b.png")
-    followed.until(lambda: followed.has(folder / "b.png"))
-    assert not followed.has(folder / "twin.png") and followed.index.add(folder).unchanged == 12
-
-
 def test_wrong_folders_are_named_at_once(tmp_path, model, folder):
     index = PictureIndex.open(tmp_path / "i.lance", model=model)
     for folders, text in ((), "No folder was named"), ([tmp_path / "none"], "is not there"):

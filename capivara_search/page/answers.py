@@ -6,7 +6,6 @@ Answers(index).search(Question.read({"text": "um gato", "k": 12}), None)["hits"]
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from datetime import date, datetime
 from pathlib import Path
@@ -15,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL.Image
 
-from capivara_common.image_files import BadImage
-from capivara_search.asking import checked_labels, classify_vectors
+from capivara_search.asking import checked_labels
 from capivara_search.page.guard import Refusal
-from capivara_search.results import TEMPLATE, Classified, Hit, Status
+from capivara_search.results import TEMPLATE, Hit
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
@@ -28,9 +26,7 @@ READ_LETTERS = 400  # beyond which 77 tokens do not reach
 MAX_PICTURES = 240  # of an answer
 MAX_LABELS, MIN_LABELS = 50, 2
 MAX_PULLS = 20  # pictures, a way
-MAX_CLASSIFIED = 20_000  # pictures of a folder
 LAST_YEAR = 9999  # of dates; it has a day that none follows
-GROUP_PICTURES = 24  # of a label, shown of a folder that is classified
 
 
 @dataclass(frozen=True)
@@ -38,9 +34,9 @@ class Question:
     """What a visitor asks; every field may be left out."""
 
     text: str = ""  # that is searched for
-    like: str = ""  # path of a picture of the index that is searched for, or asked about, or whose copies are
+    like: str = ""  # path of a picture of the index that is searched for, or whose copies are
     k: int = 48  # pictures of the answer
-    folder: str = ""  # that pictures must lie in, or that is classified; "" for all
+    folder: str = ""  # that pictures must lie in; "" for all
     since: date | None = None  # first day
     until: date | None = None  # last day
     labels: tuple[str, ...] = ()  # of a classification
@@ -112,7 +108,7 @@ class Answers:
 
     def __init__(self, index: "PictureIndex"):
         self.index = index
-        self._about: tuple[int, Status] | None = None  # version of the index
+        self._videos = (-1, 0)  # version of the index, how many are left out
 
     def search(self, question: Question, image: PIL.Image.Image | None) -> dict[str, Any]:
         """The pictures that are nearest to what is asked for, or the newest where nothing is. Raises Refusal."""
@@ -138,18 +134,13 @@ class Answers:
         return {"folders": self.index.all_folders()}
 
     def classify(self, question: Question, image: PIL.Image.Image | None) -> dict[str, Any]:
-        """The labels' shares for a picture, or the pictures of a folder by their labels. Raises Refusal."""
+        """The labels' shares for a picture. Raises Refusal."""
         labels, template = question.labels_and_template()
-        if image is not None:
-            one = self.index.classify(image, labels, template)[0]
-            shares = sorted(one.shares.items(), key=lambda share: -share[1])
-            return {"label": one.label, "shares": [[label, float(share)] for label, share in shares]}
-        if not question.folder:
+        if image is None:
             raise Refusal("nothing_given")
-        # Of the index alone: `PictureIndex.classify` reads other files, too.
-        paths = [hit.path for hit in self.index.newest(MAX_CLASSIFIED, **question.where())]
-        found = classify_vectors(self.index.model, paths, self._known_vectors(paths), labels, template)
-        return {"groups": self._groups(labels, found), "pictures": len(found)}
+        one = self.index.classify(image, labels, template)[0]
+        shares = sorted(one.shares.items(), key=lambda share: -share[1])
+        return {"label": one.label, "shares": [[label, float(share)] for label, share in shares]}
 
     def prepare_images(self) -> None:
         """Load what pictures of visitors need."""
@@ -158,11 +149,10 @@ class Answers:
     def status(self, question: Question) -> dict[str, Any]:
         """What the index holds by now, and how far an indexing is."""
         state, model = self._state(), self.index.model
-        if self._about is None or self._about[0] != state["version"]:
-            self._about = state["version"], self.index.status()
-        facts = {"folders": self._about[1].folders, "videos": self._about[1].skipped.get("video", 0)}
-        facts |= {"model": model.name, "note": model.note_in(question.language), "progress": self.index.progress()}
-        return state | facts
+        if self._videos[0] != state["version"]:
+            self._videos = state["version"], self.index.status().skipped.get("video", 0)
+        facts = {"model": model.name, "note": model.note_in(question.language), "progress": self.index.progress()}
+        return state | facts | {"videos": self._videos[1]}
 
     def _state(self) -> dict[str, int]:
         return {"version": self.index.version(), "count": len(self.index)}
@@ -191,17 +181,6 @@ class Answers:
             gone = self.index.row(paths[0]) is None
             raise (Refusal("gone", 404) if gone else Refusal("not_ready", 503)) from None
 
-    def _groups(self, labels: Sequence[str], found: Sequence[Classified]) -> list[dict[str, Any]]:
-        """The pictures of each label, surest first; those of no label last."""
-        groups = []
-        for label in [*labels, None]:
-            members = sorted((one for one in found if one.label == label), key=lambda one: -max(one.shares.values()))
-            rows = [(self.index.row(one.path), float(max(one.shares.values()))) for one in members[:GROUP_PICTURES]]
-            hits = [picture(row, scored=False) | {"share": share} for row, share in rows if row is not None]
-            if members:
-                groups.append({"label": label, "n": len(members), "hits": hits})
-        return groups
-
 
 def picture(hit: Hit, scored: bool) -> dict[str, Any]:
     """What the page shows of a picture: its row, its name, and a number that changes with its file."""
@@ -211,11 +190,3 @@ def picture(hit: Hit, scored: bool) -> dict[str, Any]:
     values["v"] = int(hit.modified.timestamp()) if hit.modified else 0
     values["score"] = float(hit.score) if scored else None
     return values
-
-
-def decoded(upload: bytes, decode: Callable[[bytes], PIL.Image.Image]) -> PIL.Image.Image:
-    """The picture that came with a question. Raises Refusal where it can't be read."""
-    try:
-        return decode(upload)
-    except BadImage as bad:
-        raise Refusal("too_many_pixels" if bad.reason == "absurd image size" else "no_picture") from bad

@@ -1,7 +1,6 @@
 """What stands before the page: who may ask, with how much and in what time; nothing outside of this machine is fetched.
 
     app = Guard(app, allowed_hosts("127.0.0.1"), behind_proxy=False)
-    uvicorn.Config(app, http=Connection)
     answer = await Queue().ask(lambda: index.search("um gato"))
 
 A question is a POST whose body is a line of JSON and, after it, the bytes of a picture or nothing.
@@ -11,7 +10,6 @@ import asyncio
 import ipaddress
 import logging
 import re
-import resource
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -24,23 +22,15 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_UPLOAD_BYTES = 20_000_000  # of a picture; photographs of telephones have under 15 MB
-MAX_QUESTION_BYTES = 200_000  # of its line of JSON; one has under 10 kB, and up to 256 wait
+MAX_QUESTION_BYTES = 200_000  # of its line of JSON; one has under 10 kB
 UPLOADS_AT_ONCE = 8  # bodies over MAX_QUESTION_BYTES in memory, until they are answered; others wait
 PLACE_S = 30  # for one of these places
-RECEIVE_S = 60  # for a body in its place
-STEP_BYTES, STEP_S = 100_000, 5  # of a body, so many bytes, or its rest, must come within each such time
-HEAD_S = 10  # for the head of a request, of a new connection or after an answer
-UNREAD_S = 30  # for a visitor to take some of what was sent
-MAX_CONNECTIONS = 400
+RECEIVE_S = 30  # for a body; the page makes large pictures smaller before it sends them
 QUERY_S = 20  # of a question, which takes well under 1 s; then it is given up, and the next one is answered
 WAIT_S = 30  # for the questions before it
-MAX_WAITING = 256  # questions
 MAX_GIVEN_UP = 3  # threads of questions that were given up and still run, as no thread can be ended
-BACKLOG = 64  # connections that are accepted at a time, before any of them is looked at
-OTHER_DESCRIPTORS = 128  # of the index, the model, and connections that were just accepted
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors "
@@ -70,9 +60,6 @@ class Guard:
     The name of a host that a header says was asked of a proxy is believed only `behind_proxy`, and where it is one of
     `hosts`. A request by another name is refused: a foreign page whose own name resolves to this machine would pass for
     this one, and read the pictures.
-
-    Slow uploads hold no place for long by a least rate rather than by a limit for each address: all visitors of a Space
-    have its proxy's address, and what a header says of theirs can be made up where there is no proxy.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str], behind_proxy: bool):
@@ -136,13 +123,15 @@ class Guard:
             raise Refusal("foreign", 403)  # a picture of this page in another one comes without an origin
 
     async def _with_body(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a question on with its whole body; a large one in a place, for which it waits with its first step."""
-        length = _length(Headers(scope=scope))
-        body = await _step(receive, length)
+        """Pass a question on with its whole body; a large one in a place."""
+        length, body = _length(Headers(scope=scope)), bytearray()
         async with place(self._places, PLACE_S) if length > MAX_QUESTION_BYTES else nullcontext():
             async with asyncio.timeout(RECEIVE_S):
                 while len(body) < length:
-                    body += await _step(receive, length - len(body))
+                    message = await receive()
+                    if message["type"] != "http.request":
+                        raise ClientDisconnect
+                    body += message.get("body", b"")
             message = {"type": "http.request", "body": bytes(body), "more_body": False}
             del body
             messages = [message]
@@ -165,61 +154,6 @@ async def place(places: asyncio.Semaphore, seconds: float) -> AsyncIterator[None
         yield
     finally:
         places.release()
-
-
-class Connection(H11Protocol):
-    """uvicorn's, with a time for the head of a request and a limit of connections, which uvicorn has none of.
-
-    Where there are too many, the one that is idle longest makes room: a visitor who asks is idle for a moment. Were new
-    ones refused, whoever holds them all could keep everybody out; were all accepted, descriptors would run out.
-    """
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        """Take a connection, perhaps in the place of another one."""
-        super().connection_made(transport)
-        self._idle_since = self.loop.time()
-        self._look()
-        if len(self.connections) > most_connections():
-            idle = min((one for one in self.connections if one.is_idle()), key=lambda one: one._idle_since)
-            self.connections.discard(idle)
-            idle.transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """It has ended."""
-        self._timer.cancel()
-        super().connection_lost(exc)
-
-    def on_response_complete(self) -> None:
-        """Wait for the next request."""
-        self._idle_since = self.loop.time()
-        super().on_response_complete()
-
-    def is_idle(self) -> bool:
-        """Whether no question of its is being answered."""
-        return self.cycle is None or self.cycle.response_complete
-
-    def _look(self) -> None:
-        """End it where no head has come in time; what comes of one in small pieces gains none."""
-        late = self.is_idle() and self.loop.time() - self._idle_since >= HEAD_S
-        if late and not self.transport.get_write_buffer_size():  # else an answer is under way: see `listening`
-            self.transport.abort()
-        self._timer = self.loop.call_later(HEAD_S / 4, self._look)
-
-
-def most_connections() -> int:
-    """How many there may be: a download takes two descriptors, and the process needs some beside."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if limit == resource.RLIM_INFINITY:
-        return MAX_CONNECTIONS
-    return max(1, min(MAX_CONNECTIONS, (limit - OTHER_DESCRIPTORS) // 2))
-
-
-def listening(host: str, port: int) -> socket.socket:
-    """A socket for a page. Raises OSError where the port is taken, or there is no such host."""
-    made = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: who takes nothing of an answer would hold it for ever
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_S * 1000)
-    return made
 
 
 def allowed_hosts(host: str, more: Sequence[str] = ()) -> list[str]:
@@ -263,18 +197,6 @@ def _length(headers: Headers) -> int:
     return int(length)
 
 
-async def _step(receive: Receive, rest: int) -> bytearray:
-    """The next `STEP_BYTES` of a body, or its rest. Raises TimeoutError, and ClientDisconnect."""
-    body = bytearray()
-    async with asyncio.timeout(STEP_S):
-        while len(body) < min(rest, STEP_BYTES):
-            message = await receive()
-            if message["type"] != "http.request":
-                raise ClientDisconnect
-            body += message.get("body", b"")
-    return body
-
-
 class Queue:
     """Questions one after another, each within a stated time: tokenizers are no good in two threads at once.
 
@@ -283,24 +205,15 @@ class Queue:
 
     def __init__(self) -> None:
         self._turn = asyncio.Semaphore(1)
-        self._asked = self._given_up = 0
+        self._given_up = 0
 
     async def ask(self, question: Callable[[], Any], seconds: float | None = None) -> Any:
         """The answer to a question, when its turn has come; it is given up after `seconds`, or else `QUERY_S`.
 
-        Raises:
-            Refusal: too many wait, or it took too long.
+        Raises Refusal where its turn does not come within `WAIT_S`, or it took too long.
         """
-        if self._asked > MAX_WAITING or self._given_up >= MAX_GIVEN_UP:
+        if self._given_up >= MAX_GIVEN_UP:
             raise Refusal("busy", 503)
-        self._asked += 1
-        try:
-            async with place(self._turn, WAIT_S):
-                return await self._answered(question, seconds or QUERY_S)
-        finally:
-            self._asked -= 1
-
-    async def _answered(self, question: Callable[[], Any], seconds: float) -> Any:
         answer: Future[Any] = Future()
 
         def work() -> None:
@@ -309,10 +222,12 @@ class Queue:
             except BaseException as error:
                 answer.set_exception(error)
 
-        waited = asyncio.wrap_future(answer)
-        threading.Thread(target=work, daemon=True).start()  # which, unlike those of a pool, no end of a process awaits
-        if (await asyncio.wait([waited], timeout=seconds))[0]:
-            return waited.result()
+        async with place(self._turn, WAIT_S):
+            waited = asyncio.wrap_future(answer)
+            # A thread of its own, which, unlike those of a pool, no end of a process awaits.
+            threading.Thread(target=work, daemon=True).start()
+            if (await asyncio.wait([waited], timeout=seconds or QUERY_S))[0]:
+                return waited.result()
         self._given_up += 1
         waited.add_done_callback(self._ended)
         raise Refusal("too_slow", 503)

@@ -7,9 +7,10 @@ A small Starlette application of files and JSON: every route stands below, nothi
 
 import asyncio
 import contextlib
+import io
 import ipaddress
 import json
-import logging
+import mimetypes
 import os
 import socket
 import sys
@@ -34,19 +35,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from capivara_search.page.answers import Answers, Question, decoded
+from capivara_common.image_files import BadImage, open_regular_file
+from capivara_search.page.answers import Answers, Question
 from capivara_search.page.decoder import Decoder
-from capivara_search.page.guard import (
-    BACKLOG,
-    WAIT_S,
-    Connection,
-    Guard,
-    Queue,
-    Refusal,
-    allowed_hosts,
-    listening,
-)
-from capivara_search.page.original_files import OriginalFiles
+from capivara_search.page.guard import WAIT_S, Guard, Queue, Refusal, allowed_hosts
+from capivara_search.picture_files import contents, is_picture_name
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
@@ -57,14 +50,10 @@ DEFAULT_PORT = 7860
 START_S = 30  # for the server to listen
 WARM_UP_S = 600  # for torch and the model, on a slow machine
 ENDING_S = 3  # for open connections, when the page ends
+MAX_CONNECTIONS = 400  # others are told that there are too many
 CHUNK_BYTES = 2**18  # of a file that is downloaded
+VIEW_QUALITY = 88  # of the JPEG of a large picture
 KEPT_S = 3600  # by a browser, of a picture; its address changes with the file
-LICENCES = {  # identifier of the Hub -> name and address, of those that ask for a link
-    "cc-by-4.0": ("CC BY 4.0", "https://creativecommons.org/licenses/by/4.0/"),
-    "cc-by-sa-4.0": ("CC BY-SA 4.0", "https://creativecommons.org/licenses/by-sa/4.0/"),
-    "cc0-1.0": ("CC0 1.0", "https://creativecommons.org/publicdomain/zero/1.0/"),
-}
-logger = logging.getLogger("capivara")
 
 
 @dataclass(frozen=True)
@@ -81,7 +70,8 @@ class Page:
 
     def __init__(self, app: Starlette, listening: socket.socket, url: str):
         config = uvicorn.Config(
-            app, http=Connection, backlog=BACKLOG, ws="none", lifespan="on", timeout_graceful_shutdown=ENDING_S,
+            app, http="h11", ws="none", lifespan="on", timeout_graceful_shutdown=ENDING_S,
+            limit_concurrency=MAX_CONNECTIONS,
             log_level="error", access_log=False,  # visitors could fill a log with warnings
             server_header=False, proxy_headers=False,
         )  # fmt: skip
@@ -157,12 +147,13 @@ def open_page(
     hosts = allowed_hosts(host, allow_hosts)
     if len(index):
         index.search_vector(np.ones(index.model.width, np.float32), k=1)  # says now where the model does not fit
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        taken = listening(host, port)
+        taken = socket.create_server((host, port), family=family)
     except OSError:
         if port != DEFAULT_PORT:
             raise
-        taken = listening(host, 0)
+        taken = socket.create_server((host, 0), family=family)
     site = Site(Answers(index), is_loopback(host), language, credit)
     app = Starlette(
         routes=site.routes(),
@@ -184,26 +175,15 @@ class Site:
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
         """Keep a process for pictures, and load the model before it is asked."""
         self._decoder = Decoder()
-        self._files = OriginalFiles(self.answers.index, self._decoder)
-        self._warming = asyncio.create_task(self._warm_up())
-        preparing = asyncio.create_task(self._prepare())
+        # In no turn: words wait for neither torch nor the image tower, and a picture is not given up for them.
+        self._warming = asyncio.create_task(Queue().ask(self.answers.prepare_images, WARM_UP_S))
+        preparing = asyncio.create_task(self._questions.ask(lambda: self.answers.index.model.texts(["gato"])))
+        for task in (self._warming, preparing):
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # each question says so
         yield
         self._warming.cancel()
         preparing.cancel()
         self._decoder.close()
-
-    async def _prepare(self) -> None:
-        with contextlib.suppress(Exception):  # each question says so
-            await self._questions.ask(lambda: self.answers.index.model.texts(["gato"]))
-
-    async def _warm_up(self) -> None:
-        """Import torch and load the image tower, in no turn: words wait for neither, and pictures are not given up."""
-        try:
-            await Queue().ask(self.answers.prepare_images, WARM_UP_S)
-        except Refusal:
-            pass
-        except Exception:  # each question with a picture says so
-            logger.exception("No pictures can be searched with.")
 
     def routes(self) -> list[Route]:
         """All that is answered."""
@@ -213,8 +193,6 @@ class Site:
             Route("/", self.page),
             Mount("/static", StaticFiles(directory=FOLDER / "static")),
             *(Route(f"/api/{name}", self._asked(ask), methods=["POST"]) for name, ask in asked.items()),
-            Route("/api/about", self.about, methods=["POST"]),
-            Route("/api/show", self.show, methods=["POST"]),
             Route("/thumbnail", self.thumbnail),
             Route("/picture", self.picture),
             Route("/download", self.download),
@@ -231,41 +209,61 @@ class Site:
             question, upload = await _read(request)
             image = None
             if upload:  # in another turn: one that takes long keeps no question of words waiting
-                image = await self._views.ask(lambda: decoded(upload, self._decoder.image))
+                try:
+                    image = await self._views.ask(lambda: self._decoder.image(upload))
+                except BadImage as bad:
+                    code = "too_many_pixels" if bad.reason == "absurd image size" else "no_picture"
+                    raise Refusal(code) from bad
                 if not (await asyncio.wait([self._warming], timeout=WAIT_S))[0]:
                     raise Refusal("busy", 503)
             return JSONResponse(await self._questions.ask(lambda: ask(question, image)))
 
         return answer
 
-    async def about(self, request: Request) -> Response:
-        """Whether the file of a picture is there."""
-        question, _ = await _read(request)
-        return JSONResponse({"original": await run_in_threadpool(self._files.is_there, question.like)})
-
-    async def show(self, request: Request) -> Response:
-        """Open the folder of a picture, for a visitor who sits at this machine, and only from the page itself."""
-        if not self.local or "origin" not in request.headers:  # a foreign origin was refused before
-            raise Refusal("not_here", 403)
-        question, _ = await _read(request)
-        await run_in_threadpool(self._files.show, question.like)
-        return JSONResponse({})
-
     async def thumbnail(self, request: Request) -> Response:
         """The thumbnail of a row."""
-        return _kept(await run_in_threadpool(self._files.thumbnail, _path(request)), "image/webp")
+        return _kept(await run_in_threadpool(self._thumbnail, _path(request)), "image/webp")
 
     async def picture(self, request: Request) -> Response:
-        """A row's picture, large."""
-        return _kept(*await self._views.ask(partial(self._files.view, _path(request))))
+        """A row's picture, large; its thumbnail where the file is not there, or can't be read."""
+        return _kept(*await self._views.ask(partial(self._view, _path(request))))
 
     async def download(self, request: Request) -> Response:
         """A row's file as it is."""
         path = _path(request)
-        file, size, kind = await self._views.ask(lambda: self._files.file(path))
-        name = quote(Path(path).name, safe="")
-        headers = {"Content-Disposition": f"attachment; filename*=utf-8''{name}", "Content-Length": str(size)}
-        return StreamingResponse(_chunks(file, size), media_type=kind, headers=headers)
+        file = await run_in_threadpool(self._open, path)
+        size, kind = os.fstat(file.fileno()).st_size, mimetypes.guess_type(path)[0] or "application/octet-stream"
+        headers = {"Content-Disposition": f"attachment; filename*=utf-8''{quote(Path(path).name, safe='')}"}
+        return StreamingResponse(_chunks(file, size), media_type=kind, headers=headers | {"Content-Length": str(size)})
+
+    # Of the disk: every path is looked up first, and one that is no row gets one answer.
+
+    def _thumbnail(self, path: str) -> bytes:
+        """WebP. Raises Refusal where there is no such row."""
+        if path and (found := self.answers.index.thumbnail(path)):
+            return found
+        raise Refusal("gone", 404)
+
+    def _open(self, path: str) -> BinaryIO:
+        """The file of a row, below a folder that `add` was told of on this machine. Raises Refusal."""
+        if not path or self.answers.index.row(path) is None:
+            raise Refusal("gone", 404)
+        try:
+            if is_picture_name(path):  # the rows of an index of others may name any file
+                return open_regular_file(path, repr(path), list(self.answers.index.asked_folders().values()))
+        except (BadImage, OSError, ValueError):
+            pass
+        raise Refusal("no_original", 404)
+
+    def _view(self, path: str) -> tuple[bytes, str]:
+        """A JPEG, or WebP of the thumbnail, and its media type. Raises Refusal where there is no such row."""
+        try:
+            with self._open(path) as file:
+                image = self._decoder.image(contents(file), path)
+        except (BadImage, Refusal, OSError):
+            return self._thumbnail(path), "image/webp"
+        image.save(view := io.BytesIO(), "JPEG", quality=VIEW_QUALITY)
+        return view.getvalue(), "image/jpeg"
 
 
 async def _read(request: Request) -> tuple[Question, bytes]:
@@ -297,19 +295,20 @@ def _kept(data: bytes, kind: str) -> Response:
 @cache
 def _page(language: str, local: bool, credit: Credit | None) -> str:
     words = words_of(language)
-    licence = LICENCES.get(credit.licence, (credit.licence, "")) if credit else None
     here, there = (f"?lang={one}" for one in (language, words["other"]))
     privacy = words["privacy_here" if local else "privacy_there"]
-    return page_html(words, own=False, here=here, there=there, privacy=privacy, credit=credit, licence=licence)
+    return page_html(words, here=here, there=there, privacy=privacy, credit=credit)
 
 
-def words_of(language: str) -> dict[str, Any]:
-    """What the page says, "pt" or "en"."""
-    return json.loads((FOLDER / "words" / f"{language}.json").read_text(encoding="utf-8"))
+def words_of(language: str, own: bool = False) -> dict[str, Any]:
+    """What the page says, "pt" or "en", or, with `own`, that of `hub_upload.space`, which has no server."""
+    words = json.loads((FOLDER / "words" / f"{language}.json").read_text(encoding="utf-8"))
+    ours = words.pop("own")
+    return words | ours | {"errors": words["errors"] | ours["errors"]} if own else words
 
 
-def page_html(words: dict[str, Any], own: bool, **values: object) -> str:
-    """The page in the words of a language, or, with `own`, that of `hub_upload.space`, which has no server."""
+def page_html(words: dict[str, Any], own: bool = False, **values: object) -> str:
+    """The page in the words of a language, with a server or, `own`, without."""
     strict = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     strict.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     template = strict.from_string((FOLDER / "page.html").read_text(encoding="utf-8"))

@@ -1,11 +1,10 @@
 """The page as a Space: a folder with the program, an index of pictures and the model.
 
-Whose the pictures are is read from the README of their folder. The index is copied without the names of this machine's
-folders and the places where pictures were taken; thumbnails stand for the pictures. Requirements are pinned to the
-versions that built it. The Space is one of Docker.
+Whose the pictures are is read from the README of their folder, where that is there. The index is copied without the
+names of this machine's folders and the places where pictures were taken; thumbnails stand for the pictures.
+Requirements are pinned to the versions that built it. The Space is one of Docker.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -17,7 +16,6 @@ import jinja2
 import pyarrow as pa
 from huggingface_hub import SpaceCard, SpaceCardData
 
-from capivara_common.environment import cache_home
 from capivara_common.files import whole_folder, write_text
 from capivara_common.privacy import secret_in, short_name
 from capivara_search.adding import FOLDER_KEY
@@ -44,19 +42,12 @@ LOOK = {"emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "pinned": Fa
 # --- Pictures --------------------------------------------------------------------------------------------------------
 
 
-def open_index(pictures: str, model: str, cache_dir: str = "auto") -> tuple[PictureIndex, Credit]:
-    """An index of the pictures, which are one or a folder of them, and whose they are; that of a folder is cached.
-
-    Raises ValueError where there are no such pictures, or no such model; the index was built with another model.
-    """
-    if Path(pictures, "pictures.lance").is_dir() or pictures.startswith(STORES):
-        index = PictureIndex.open(pictures, model)
-        return index, credit_of(Path(next(iter(index.folders()), pictures)))
-    cache, folder, found = cache_home() if cache_dir == "auto" else Path(cache_dir), Path(pictures), find_model(model)
-    key = hashlib.blake2b(json.dumps([str(folder.resolve()), found.image_digest]).encode(), digest_size=16).hexdigest()
-    index = PictureIndex.open(cache / "space" / key / "index.lance", found)
-    index.add(folder)  # what it has is not embedded again
-    return index, credit_of(folder)
+def open_index(pictures: str, model: str) -> tuple[PictureIndex, Credit]:
+    """An index of pictures, and whose they are. Raises ValueError where there is no such index, or no such model."""
+    if not Path(pictures, "pictures.lance").is_dir() and not pictures.startswith(STORES):
+        raise ValueError(f"--pictures {pictures} is no index. Make one: capivara index FOLDER --index pictures.lance")
+    index = PictureIndex.open(pictures, model)
+    return index, credit_of(Path(next(iter(index.folders()), pictures)))
 
 
 def credit_of(folder: Path) -> Credit:
@@ -110,7 +101,7 @@ def _renamed(path: str, names: dict[str, str]) -> str:
 # --- The folder -----------------------------------------------------------------------------------------------------
 
 
-def write_space(index: PictureIndex, model: str, folder: Path, credit: Credit) -> None:
+def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -> None:
     """Write the folder of a Space; of the model, a folder is copied, and a Hub id left to the Space to fetch.
 
     Raises ValueError where the folder is not empty, or a file names a path of this machine or a token.

@@ -1,9 +1,11 @@
 """A page without a server: the search of one's own pictures in the browser, as a folder of plain files.
 
-    python -m hub_upload.space --static page --model runs/mine     # then: cd page && python -m http.server
+    npm install --ignore-scripts @huggingface/transformers          # version 4.3 or later
+    python -m hub_upload.space --static page --model runs/mine --library node_modules
+    cd page && python -m http.server
 
     index.html, en.html    the page, in Portuguese and in English
-    static/                its scripts and style sheet: hub_upload/space/static, and those of capivara_search's page
+    static/                those of capivara_search's page, with our source.js in place of the server's
     library/               transformers.js and its onnxruntime, as npm gives them
     model/<digest>/        both towers in 8 bits, tokenizer and settings, as `hub_upload.export` makes them for it
 
@@ -12,8 +14,6 @@ Nothing is asked of another host: the page's own policy forbids it.
 
 import hashlib
 import re
-import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 
@@ -27,10 +27,9 @@ from hub_upload.export import export
 from hub_upload.formats.onnx import ONNX_PACKAGES
 from hub_upload.space.publish_space import ROOT, copy_file, model_licence, write_card
 
-OURS = Path(__file__).parent / "static"
-SHARED = ("common.js", "dialog.js", "page.css", "icon.svg")  # of capivara_search's page
+SOURCE = Path(__file__).parent / "static" / "source.js"
 PAGES = {"pt": ("index.html", "./", "en.html"), "en": ("en.html", "en.html", "./")}  # file, its address, the other's
-LIBRARY = {"@huggingface/transformers": ">=4.3 <5"}  # of npm: package -> the versions that are taken. Tried: 4.3.2
+LIBRARY = "@huggingface/transformers"  # of npm
 # File of the page -> where it lies in node_modules; the ends of their names are known to every file server.
 SOURCES = {
     "transformers.js": "@huggingface/transformers/dist/transformers.min.js",
@@ -48,23 +47,22 @@ ABOUT = {  # of the page as a Space
 }
 
 
-def write_static_page(model: str, folder: Path, library: Path | None = None) -> None:
+def write_static_page(model: str, folder: Path, library: Path) -> None:
     """Write the folder of the page.
 
     Args:
         model: folder or Hub id of a CAPIVARA model. A folder that `hub_upload.export` has made for transformers.js is
             taken as it is; of others the graphs are made, which takes minutes at full size.
         folder: where to; missing or empty.
-        library: a `node_modules` that has `LIBRARY`; npm fetches it where None.
+        library: a `node_modules` that has `LIBRARY`.
 
-    Raises ValueError where transformers.js can't express the model, npm is missing or fails, or a file names a path of
+    Raises ValueError where transformers.js can't express the model, the library is not there, or a file names a path of
     this machine or a token; ImportError where a package that ONNX needs is missing.
     """
     require("A page without a server", "onnx", *ONNX_PACKAGES)
     with whole_folder(folder) as made, tempfile.TemporaryDirectory() as work:
         source = find_model(model).folder
-        modules = library or npm_packages(Path(work), LIBRARY)
-        _write_library(modules, made / "library")
+        _write_library(library, made / "library")
         repository = source
         if not all((source / name).is_file() for name in MODEL_FILES):
             repository = Path(work, "repository")
@@ -77,14 +75,13 @@ def write_static_page(model: str, folder: Path, library: Path | None = None) -> 
         size = sum(path.stat().st_size for path in (*made.glob("model/**/*.*"), made / "library" / "onnxruntime.wasm"))
         facts = {"id": digest, "name": short_name(model), "megabytes": round(size / 1e6)}
         facts["side"] = read_json(repository / "preprocessor_config.json")["size"]["shortest_edge"]
-        facts["width"] = read_json(repository / "config.json")["projection_dim"]
-        for path in (*OURS.glob("*.js"), *(server.FOLDER / "static" / name for name in SHARED)):
-            copy_file(path, made / "static" / path.name)
+        for path in (server.FOLDER / "static").iterdir():
+            copy_file(SOURCE if path.name == SOURCE.name else path, made / "static" / path.name)
         copy_file(ROOT / "LICENSE", made / "LICENSE")
         for language, (page, *_) in PAGES.items():
             write_text(made / page, page_html(language, facts))
         licence, about = model_licence(source), ABOUT | {"models": None if Path(model).is_dir() else [facts["name"]]}
-        version = read_json(modules / next(iter(LIBRARY)) / "package.json", version=str)["version"]
+        version = read_json(library / LIBRARY / "package.json", version=str)["version"]
         values = {"name": facts["name"], "model_licence": licence, "version": version}
         write_card(made, "static", about | {"license": licence or "other"}, **values)
         for path in (*made.glob("*.*"), *made.glob("static/*")):
@@ -94,38 +91,14 @@ def write_static_page(model: str, folder: Path, library: Path | None = None) -> 
 
 def page_html(language: str, model: dict[str, str | int]) -> str:
     """The page in a language, "pt" or "en", with what it says and needs to know of its model."""
-    words = server.words_of(language) | read_json(OURS / f"{language}.json") | {"model": model}
+    words = server.words_of(language, own=True) | {"own_model": model}
     _, here, there = PAGES[language]
-    return server.page_html(words, own=True, here=here, there=there, model=model, privacy=words["privacy"])
-
-
-def npm_packages(folder: Path, wanted: dict[str, str]) -> Path:
-    """The `node_modules` that npm makes in a folder, of packages with a range of versions; no script of one runs.
-
-    Raises ValueError where there is no npm, or it fails.
-    """
-    npm, names = shutil.which("npm"), " ".join(wanted)
-    if npm is None:
-        raise ValueError(
-            f"npm, which {names} comes from, is not installed. Install Node.js (apt-get install nodejs npm); or run "
-            f"`npm install --ignore-scripts {names}` on a machine that has it and name its node_modules by --library."
-        )
-    flags = ("--ignore-scripts", "--no-save", "--no-audit", "--no-fund", "--prefix", folder)
-    packages = [f"{name}@{versions}" for name, versions in wanted.items()]
-    done = subprocess.run([npm, "install", *flags, *packages], cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = next((line for line in done.stderr.splitlines() if line.strip()), "it said nothing")
-        raise ValueError(f"npm could not fetch {names}: {said} Or name a node_modules by --library.")
-    return folder / "node_modules"
+    return server.page_html(words, own=True, here=here, there=there, model=model)
 
 
 def _write_library(modules: Path, target: Path) -> None:
-    (library,) = LIBRARY
     if missing := [name for name in SOURCES.values() if not (modules / name).is_file()]:
-        raise ValueError(
-            f"--library {modules} has no {missing[0]}. It must be the node_modules of `npm install --ignore-scripts "
-            f"{library}`."
-        )
+        raise ValueError(f"--library {modules} has no {missing[0]}. It must be a node_modules with {LIBRARY} of npm.")
     for name, source in SOURCES.items():
         write_bytes(target / name, re.sub(rb"(?m)^//# sourceMappingURL=.*$", b"", (modules / source).read_bytes()))
-    copy_file(modules / library / "LICENSE", target / "transformers.js-LICENSE")
+    copy_file(modules / LIBRARY / "LICENSE", target / "transformers.js-LICENSE")

@@ -1,17 +1,12 @@
-// Classification: a picture, or a folder of the index, with labels of the visitor.
-import { ask, drawn, element, find, notice, number, say, showGiven, takeFiles, tile } from "./common.js";
-import { folderChoice } from "./folders.js";
-import { open } from "./viewer.js";
+// Classification of a picture with labels of the visitor.
+import { ask } from "./source.js";
+import { drawn, element, find, notice, number, say, showGiven, takeFiles } from "./common.js";
 
 let file = null;
-let folder = "";
-let actions = () => ({});
-const showFolder = folderChoice(find("classify-folder"), say("choose_folder"), (path) => (take(null), showFolder((folder = path))));
 
-/** Makes the form work; `act` gives what the large view can do. */
-export function classify(act) {
-  actions = act;
-  takeFiles(document.querySelector("#classify .drop"), [find("classify-file")], ([picture]) => take(picture));
+/** Makes the form work. */
+export function classify() {
+  takeFiles(document.querySelector("#classify .drop"), [find("classify-file")], ([picture]) => (take(picture), run()));
   find("labels-form").addEventListener("submit", (event) => (event.preventDefault(), run()));
 }
 
@@ -30,9 +25,6 @@ export async function shrunk(picture) {
 function take(picture) {
   file = picture;
   showGiven(find("classify-picture"), file, () => take(null));
-  if (!file) return;
-  showFolder((folder = ""));
-  run();
 }
 
 async function run() {
@@ -41,9 +33,9 @@ async function run() {
   button.disabled = true;
   find("classify-said").textContent = say("classifying");
   try {
-    const answer = await ask("classify", { labels, template: find("template").value, folder }, file && (await shrunk(file)));
+    const answer = await ask("classify", { labels, template: find("template").value }, file && (await shrunk(file)));
     notice();
-    find("classified").replaceChildren(...(answer.groups ? answer.groups.map(group) : [shares(answer)]));
+    find("classified").replaceChildren(shares(answer));
     find("classified").scrollIntoView({ block: "nearest" }); // on a narrow screen it lies below the form
   } catch (error) {
     notice(error);
@@ -53,7 +45,7 @@ async function run() {
   button.disabled = false;
 }
 
-/** The shares of the labels for one picture. */
+/** The shares of the labels for the picture. */
 function shares({ label, shares }) {
   const best = label === null ? say("no_label") : say("label_is", { label });
   const lines = shares.map(([name, share]) => {
@@ -63,13 +55,4 @@ function shares({ label, shares }) {
   });
   const why = label === null ? element("p", { class: "hint" }, say("no_label_long")) : null;
   return element("div", { class: label === null ? "shares none" : "shares" }, element("h3", {}, best), why, element("ol", {}, ...lines));
-}
-
-/** The pictures of a folder that have a label, or none. */
-function group({ label, n, hits }) {
-  const name = label ?? say("no_label");
-  const tiles = hits.map((hit, i) => tile(hit, `${hit.name}, ${name} ${number(100 * hit.share)} %`, () => open(hits, i, actions())));
-  const counted = say("of_n", { n }) + (n > hits.length ? ` · ${say("shown_of", { shown: hits.length, n: number(n) })}` : "");
-  const head = element("h3", {}, name, element("small", {}, counted));
-  return element("section", { class: label === null ? "group none" : "group" }, head, element("ol", { class: "gallery" }, ...tiles));
 }

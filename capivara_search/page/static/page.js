@@ -1,20 +1,21 @@
 // The search: as one types, by a picture, or by one of the results; its state is the page's address.
-import { LANGUAGE, PAGE, WORDS, address, ask, element, find, gallery, notice, say, searchForm, showGiven, takeFiles, tile, unquoted } from "./common.js";
+import { PAGE, WORDS, element, find, notice, say, showGiven, takeFiles, unquoted } from "./common.js";
 import { classify, shrunk } from "./classify.js";
-import { folderChoice } from "./folders.js";
-import { open } from "./viewer.js";
+import { onFolder, showFolder } from "./folders.js";
+import { gallery, leave, tile } from "./pictures.js";
+import { address, ask, start } from "./source.js";
 
+const TYPING_MS = 250; // without a key, then a search begins
 const [WORK_POLL_MS, OWN_POLL_MS, POLL_MS] = [1500, 3000, 10_000]; // while pictures are read, of one's own page, of others
 const STATE = ["text", "like", "folder", "since", "until", "more", "less"]; // what the address has
 const PULLS = ["more", "less"]; // paths of pictures that steer the search
 const asked = { k: PAGE, file: null };
-let facts = { version: null, count: 0, model: "", folders: {}, local: false };
+let facts = { version: null, count: 0, model: "", local: false };
 let running = null; // the search whose answer is awaited
-const showFolder = folderChoice(find("folder"), say("all_folders"), (folder) => begin({ folder }));
 
 // --- Questions -------------------------------------------------------------------------------------------------------
 
-/** Asks the server and shows the answer. `keep`: how the address changes, "push", "replace" or not at all. */
+/** Asks and shows the answer. `keep`: how the address changes, "push", "replace" or not at all. */
 async function search(keep) {
   running?.abort();
   const mine = (running = new AbortController());
@@ -26,10 +27,11 @@ async function search(keep) {
   try {
     const { file, ...question } = asked;
     const answer = await ask("search", question, file && (await shrunk(file)), mine.signal);
+    if (running !== mine) return;
     notice();
     showAnswer(answer);
   } catch (error) {
-    if (error.name === "AbortError") return;
+    if (running !== mine) return;
     notice(error);
     if (["no_picture", "too_many_pixels", "too_large"].includes(error.code)) {
       asked.file = null; // the next word shall not fail because of it
@@ -44,7 +46,6 @@ async function search(keep) {
 /** Begins a search of another kind; the part, the fields and the place on the page follow. */
 function begin(changes, focused = find("results")) {
   Object.assign(asked, changes, { k: PAGE });
-  choosePart("search");
   showAsked();
   scrollTo({ top: 0 });
   search("push");
@@ -59,7 +60,7 @@ function remember(keep) {
   }
   if (keep && address.href !== location.href) history[`${keep}State`](null, "", address);
   address.searchParams.set("lang", WORDS.other);
-  document.querySelector(".language").href = address.search; // the same search, in the other language
+  document.querySelector(".language").search = address.search; // the same search, in the other language
 }
 
 function recall() {
@@ -74,7 +75,7 @@ function recall() {
 async function refresh() {
   const before = facts.version;
   try {
-    facts = await ask("status", { language: LANGUAGE });
+    facts = await ask("status", { language: WORDS.tag });
   } catch (error) {
     if (before === null) notice(error);
     return;
@@ -93,12 +94,11 @@ function showAnswer({ hits, count, version, cut }) {
   find("said").textContent = `${hits.length ? found() : say(count ? "nothing" : "empty")}${cut ? ` ${say("cut")}` : ""}`;
   const line = hits.findIndex((hit) => hit.fits === false); // those below are no better than the background
   const above = line < 0 ? hits.length : line;
-  const part = (from, to) => from < to && gallery(hits.slice(from, to), hits[0].score !== null, (i) => open(hits, from + i, actions()), from);
   const drawn = line >= 0 && element("p", { class: "line" }, say(line ? "line" : "line_first"));
   const focused = document.activeElement.closest("#results li")?.firstChild.dataset.path;
-  find("results").replaceChildren(...[part(0, above), drawn, part(above, hits.length)].filter(Boolean));
+  const parts = [above > 0 && gallery(hits, 0, above), drawn, above < hits.length && gallery(hits, above, hits.length)];
+  find("results").replaceChildren(...parts.filter(Boolean));
   document.querySelectorAll("#results .tile").forEach((tile, i) => {
-    tile.setAttribute("aria-keyshortcuts", "Plus -");
     if (hits[i].copies) stack(tile.parentElement, hits[i]);
     if (hits[i].path === focused) tile.focus({ preventScroll: true });
   });
@@ -123,7 +123,7 @@ function stack(place, picture) {
     const asks = () => ask("copies", { folder, since, until, like: picture.path }).catch((error) => (notice(error), { hits: [] }));
     const { hits } = copies.length ? { hits: [] } : await asks();
     copies.forEach((one) => one.remove());
-    copies = hits.map((hit, i) => tile(hit, say("same_as", { name: hit.name, other: picture.name }), () => open(hits, i, actions())));
+    copies = hits.map((hit, i) => tile(hits, i, say("same_as", { name: hit.name, other: picture.name })));
     copies.forEach((one) => (one.className = "copy"));
     place.after(...copies);
     Object.assign(button, { disabled: false, ariaExpanded: String(copies.length > 0) }).focus();
@@ -131,14 +131,6 @@ function stack(place, picture) {
   const button = element("button", { type: "button", class: "same", "aria-expanded": "false", "aria-label": `${same}: ${picture.name}`, title: say("same_title", picture), click: turn }, same);
   place.append(button);
 }
-
-const actions = () => ({
-  local: facts.local,
-  folders: Object.keys(facts.folders),
-  similar: (picture) => begin({ text: "", like: picture.path, more: [], less: [], file: null }),
-  folder: (folder) => begin({ folder }),
-  pull,
-});
 
 /** Steers the search towards a picture, `way` "more", or away from it, "less"; once more takes the picture out again. */
 function pull(way, path) {
@@ -171,38 +163,56 @@ function showFacts() {
   showProgress(facts.progress);
 }
 
-/** How far an indexing is that goes on, in any process of the server's machine. */
+/** How far an indexing is that goes on, in any process of the server's machine, or a download of the model. */
 function showProgress(progress) {
   find("work").hidden = !progress;
   if (!progress) return;
-  const { done, total, left_s } = progress;
+  const { what = "indexing", done, total, left_s } = progress;
   const [key, n] = left_s < 60 ? ["left_moment"] : left_s < 7200 ? ["left", Math.round(left_s / 60)] : ["left_hours", left_s / 3600];
   Object.assign(find("progress"), { value: done, max: total });
-  find("progress-said").textContent = [say("indexing", { done, total }), ...(left_s === null ? [] : [say(key, n ? { n } : {})])].join(", ");
+  find("progress-said").textContent = [say(what, { done, total }), ...(left_s === null ? [] : [say(key, n ? { n } : {})])].join(", ");
 }
 
 // --- What the visitor does -------------------------------------------------------------------------------------------
 
-function choosePart(name) {
-  for (const part of ["search", "classify"]) find(part).hidden = part !== name;
-  for (const button of document.querySelectorAll("[data-part]")) button.setAttribute("aria-pressed", button.dataset.part === name);
-  notice();
-}
-
-for (const button of document.querySelectorAll("[data-part]")) button.addEventListener("click", () => choosePart(button.dataset.part));
-searchForm(asked, search);
+let typing = 0;
+find("text").addEventListener("input", () => {
+  Object.assign(asked, { text: find("text").value, k: PAGE });
+  clearTimeout(typing);
+  typing = setTimeout(search, TYPING_MS, "replace");
+});
+find("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  clearTimeout(typing);
+  search("push");
+});
+find("more").addEventListener("click", async () => {
+  const tiles = () => document.querySelectorAll("#results li:not(.copy) .tile");
+  const shown = tiles().length;
+  asked.k += PAGE;
+  await search(null);
+  tiles()[shown]?.focus({ preventScroll: true });
+});
 for (const id of ["since", "until"]) find(id).addEventListener("change", () => begin({ [id]: find(id).value }, null));
 find("clear").addEventListener("click", () => begin({ folder: "", since: "", until: "" }));
-takeFiles(find("search"), [find("search-file")], ([file]) => begin({ file, like: "" }, null));
-document.addEventListener("keydown", (event) => {
-  const way = { "+": "more", "-": "less" }[event.key];
-  if (!way || event.ctrlKey || event.metaKey || event.target.closest("input, textarea")) return;
-  if (find("viewer").open) find(`pull-${way}`).click();
-  else if (event.target.closest("#results .tile")) pull(way, event.target.dataset.path);
-});
+onFolder((folder) => begin({ folder }));
+find("similar").addEventListener("click", () => leave(({ path }) => begin({ text: "", like: path, more: [], less: [], file: null })));
+for (const way of PULLS) find(`pull-${way}`).addEventListener("click", () => leave(({ path }) => pull(way, path)));
+for (const button of document.querySelectorAll("[data-part]"))
+  button.addEventListener("click", () => {
+    for (const one of document.querySelectorAll("[data-part]")) {
+      one.setAttribute("aria-pressed", one === button);
+      find(one.dataset.part).hidden = one !== button;
+    }
+    notice();
+  });
 for (const event of ["dragover", "drop"]) document.addEventListener(event, (it) => it.preventDefault()); // beside the page
 addEventListener("popstate", recall);
-classify(actions);
+if (find("classify")) {
+  takeFiles(find("search"), [find("search-file")], ([file]) => begin({ file, like: "" }, null));
+  classify();
+}
+start(refresh);
 recall();
 refresh();
 (function poll() {

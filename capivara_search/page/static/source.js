@@ -1,0 +1,28 @@
+// Where answers and pictures come from: here the server. The page without one has another file of this name.
+
+/** The answer to a question, a line of JSON and perhaps a picture; an error has the code of its words. */
+export async function ask(name, question = {}, picture = null, signal = undefined) {
+  const body = new Blob([JSON.stringify(question), "\n", ...(picture ? [picture] : [])]);
+  let answer, values;
+  try {
+    answer = await fetch(`api/${name}`, { method: "POST", body, signal });
+    values = await answer.json();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw Object.assign(new Error(name), { code: answer ? "failed" : "connection", values: {} });
+  }
+  if (!answer.ok) throw Object.assign(new Error(name), { code: values.error, values: values.values ?? {} });
+  return values;
+}
+
+/** Address of a picture of the index; it changes with the file, so that browsers may keep the answer. */
+export const address = (kind, picture) => `${kind}?${new URLSearchParams({ path: picture.path, v: picture.v ?? 0 })}`;
+
+/** The picture large, as a file; null where its original is not there, for which the server sends the thumbnail. */
+export async function large(picture) {
+  const data = await (await fetch(address("picture", picture))).blob();
+  return data.type === "image/jpeg" ? data : null;
+}
+
+/** Begins what goes on beside the search; `refresh` is to be called where it changed something. */
+export function start(refresh) {}
