@@ -54,6 +54,7 @@ GONE = {  # flags of earlier versions
     "wait_s": "no task waits for another one any more: a stage starts when the one before is complete",
     "source_prefix": "models without codes of languages are not taken",
     "existing": "columns that are there get another name by --rename OLD=NEW",
+    "num_beams": "the search is as the model's generation_config says",
     **dict.fromkeys(("sampling", "temperature", "top_p", "seed"), "a caption is the model's likeliest text"),
     **dict.fromkeys(
         ("price_per_million", "max_cost"),
@@ -129,6 +130,10 @@ class StageArguments(CaptionDataArguments, ExecutorArguments):
     def known_settings(self) -> dict[str, Any]:
         """Of the settings of `process`, those that are known before it is made."""
         return {}
+
+    def waiting(self) -> str:
+        """What a person has to do before it can run; empty where it can."""
+        return ""
 
     def process(self, stage: "RowStage") -> tuple[Any, ...]:
         """What `RowStage.run` is given: new columns, settings, what makes them; a model is loaded here."""

@@ -28,7 +28,7 @@ import torch
 from langcodes import Language, LanguageTagError
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from capivara_common.environment import how_to_install, require, torch_device
+from capivara_common.environment import how_to_install, torch_device
 from capivara_common.hub_cache import check_reachable
 from captions.stages import groups
 from modeling_capivara.checks_capivara import tokenizer_errors
@@ -123,7 +123,7 @@ class Seq2SeqTranslator:
     Args:
         name: folder or Hub id; `revision` is of the latter.
         batch_size: sentences, or pieces of long ones, that go through at once.
-        options: of `generate`; what is not given is as in the model's generation_config.
+        max_new_tokens: of a translation; the search is as the model's generation_config says.
 
     Raises:
         ValueError: it is no model that translates, or does not know a language; the nearest codes are named. Or, later,
@@ -140,14 +140,14 @@ class Seq2SeqTranslator:
         precision: str = "float32",
         device: str | None = None,
         batch_size: int = 32,
-        options: dict[str, Any] | None = None,
+        max_new_tokens: int | None = None,
     ):
         self.tokenizer, model = _loaded(name, revision, precision)
         self.model, tokenizer = model.eval().to(torch_device(device)), self.tokenizer
         self._batch_size = batch_size
         self.name = f"{model.config.model_type} {Path(name).name}"
         self._before: list[int] = []  # token ids before every sentence
-        self._options = dict(options or {})
+        self._options: dict[str, Any] = {}  # of `generate`
         source_codes, target_codes = _language_tokens(tokenizer)
         self._commands = {*source_codes.values()}  # token ids that a caption must not have
         self._language_ids = {*source_codes.values(), *target_codes.values()}
@@ -164,8 +164,7 @@ class Seq2SeqTranslator:
         # languages differ by, and ends a loop.
         positions = getattr(model.config, "max_position_embeddings", None) or 2 * MAX_SOURCE_TOKENS
         self._max_source = min(positions, tokenizer.model_max_length, MAX_SOURCE_TOKENS + len(self._before))
-        longest = self._options.get("max_new_tokens") or 2 * MAX_SOURCE_TOKENS
-        self._options["max_new_tokens"] = min(positions - 1, longest)
+        self._options["max_new_tokens"] = min(positions - 1, max_new_tokens or 2 * MAX_SOURCE_TOKENS)
         model.generation_config.max_length = None  # else `generate` warns at every call that it has two limits
         settings = model.generation_config.to_diff_dict() | self._options
         settings.pop("transformers_version", None)
@@ -202,7 +201,7 @@ class Seq2SeqTranslator:
         try:
             ids = self.model.generate(**inputs.to(self.model.device), **self._options)  # (texts, tokens)
         except torch.OutOfMemoryError as error:
-            said = f"Out of memory with {len(texts)} sentences at once. Lower --batch_size, then --num_beams. ({error})"
+            said = f"Out of memory with {len(texts)} sentences at once. Lower --batch_size. ({error})"
             raise ValueError(said) from error
         kept = [[i for i in row if i not in self._language_ids] for row in ids.tolist()]
         return [text.strip() for text in self.tokenizer.batch_decode(kept, skip_special_tokens=True)]
@@ -317,7 +316,6 @@ def _client(endpoint: str, secrets: list[str]) -> Any:
     address = urllib.parse.urlsplit(endpoint)
     if address.scheme != "https" and not (address.scheme == "http" and address.hostname in LOOPBACK):
         raise ValueError(f"The key would travel unprotected to {endpoint!r}; it must begin with https://.")
-    require("--backend google", "google", *GOOGLE_MODULES)
     from google.auth.transport.requests import AuthorizedSession
     from google.cloud import translate_v2
 

@@ -304,7 +304,7 @@ def test_what_the_data_lack_is_said_before_any_stage(config, tmp_path, changes, 
 def test_a_missing_extra_is_said_before_any_stage(config, monkeypatch):
     changed(config, score={"model": "open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k"})
     monkeypatch.setattr("capivara_common.environment.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'stage score .* needs open_clip, .*: pip install -e "\.\[open_clip\]"$'):
+    with pytest.raises(ImportError, match=r'The stage score needs open_clip, .*: pip install -e "\.\[open_clip\]"$'):
         build(BuildArguments(config, dry_run=True))
 
 
