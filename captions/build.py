@@ -8,8 +8,7 @@
 
 The stages generate, translate, score and select run in this order, those that the config has a section for; each writes
 OUTPUT/<number>-<stage>/<split>, and the last one's rows become OUTPUT/dataset: parquet files with a data set card. The
-same command does what is missing after a kill, whatever the number of tasks. docs/your_language.md says how to write a
-config, docs/cluster.md how to run it on a cluster.
+same command does what is missing. docs/your_language.md says how to write a config, docs/cluster.md how to run it.
 """
 
 import itertools

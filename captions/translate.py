@@ -9,10 +9,9 @@
 
 `captions-en` gives `captions-pt`, `generated-captions-en` gives `generated-captions-pt`, in the same order. What is
 translated stays in the folder --memory and is never translated again with the same settings, whichever data set, run or
-machine meets it: plain parquet files that are written whole and never changed, so that any number of tasks and builds
-add to it; only a sentence that two tasks meet at the same moment is translated by both. Translations that look wrong by
-their letters are counted and shown in OUTPUT/quality.json, and listed in the column `quality-pt`; --drop_flagged leaves
-them out. The same command does what is missing; docs/cluster.md says how to run it on a cluster.
+machine meets it: parquet files that are written whole and never changed; only a sentence that two tasks meet at the
+same moment is translated by both. Translations that look wrong by their letters are counted and shown in
+OUTPUT/quality.json, and listed in the column `quality-pt`. The same command does what is missing.
 """
 
 import csv
@@ -107,8 +106,8 @@ class TranslateArguments(StageArguments):
     source_language: str = flag("en", "Of the captions that are there.")
     backend: Literal["transformers", "google", "file"] = flag(
         "transformers",
-        "transformers: a model, here. google: Google's service, for money; the key is read from "
-        "GOOGLE_API_KEY, or an account from GOOGLE_APPLICATION_CREDENTIALS. file: a table, translated elsewhere.",
+        "transformers: a model, here. google: Google's service, for money; the key is read from GOOGLE_API_KEY. "
+        "file: a table, translated elsewhere.",
     )
     memory: Path | None = flag(
         None, "Folder of translations that are never made again, of all builds; else OUTPUT.memory."

@@ -118,12 +118,6 @@ def test_what_a_task_says_has_no_key_in_it(service, dataset, tmp_path):
     assert not [text for text in [done.stdout, done.stderr, *written_down] if KEY in text]
 
 
-def test_a_launch_by_accelerate_is_refused(dataset, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match=r"is not launched by Accelerate or torchrun: rows are shared out by --tasks"):
-        main(file_flags(dataset, tmp_path / "pt", "--export", "x.tsv"))
-
-
 def test_the_memory_keeps_what_differs_apart_and_survives_damage(tmp_path, caplog):
     nasty = {"quotes \"' and \0 \t\n": "ção 🦫", "x" * 10_000: "", "a cat": "um gato"}
     fingerprint = {"backend": "transformers", "model": "marian", "target": "por"}

@@ -2,15 +2,12 @@
 
 import json
 import logging
-import os
 import shutil
 import traceback
 from pathlib import Path
 
 import pytest
 import torch
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
 from google_server import KEY, google_service, translated
 from sampling import one_in
 from seq2seq_models import m2m100_folder, marian_folder
@@ -104,18 +101,6 @@ def test_a_model_of_one_language(tmp_path):
         Seq2SeqTranslator(str(folder), "pt")
 
 
-@pytest.mark.slow
-def test_a_caption_of_ten_thousand_characters(marian, m2m100):
-    for folder in (marian, m2m100):
-        translator = Seq2SeqTranslator(str(folder), "pt", max_new_tokens=2, batch_size=64)
-        for long in ("a cat on a mat. " * 625, "a" * 10_000, "cat " * 2_500):
-            pieces = cut(long, translator._fits)
-            assert all(len(translator.token_ids(piece)) <= 64 for piece in pieces), "the model has 64 positions"
-            assert "".join(pieces).replace(" ", "") == long.replace(" ", ""), "nothing is lost"
-            short, translation = translator.translate(["dog", long])
-            assert translation.count(" ") <= 4 * len(pieces) and short == translator.translate(["dog"])[0]
-
-
 def test_where_a_long_text_is_cut():
     def fits(text: str) -> bool:
         return len(text) <= 12
@@ -183,7 +168,6 @@ def test_a_model_that_can_not_be_is_one_line(marian, tmp_path, sizes):
 @pytest.fixture
 def service(monkeypatch):
     monkeypatch.setenv("GOOGLE_API_KEY", KEY)
-    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
     with google_service() as service:
         yield service
 
@@ -212,7 +196,7 @@ def test_google_translates_in_requests_that_it_allows(service):
 
 @pytest.mark.parametrize(
     "fault",
-    [429, 503, "quota", pytest.param("timeout", marks=pytest.mark.slow), "cut", "html", "list", "fewer", "null"],
+    [429, "quota", pytest.param("timeout", marks=pytest.mark.slow), "cut", "list", "fewer"],
 )
 def test_what_passes_is_tried_again(service, fault, monkeypatch):
     monkeypatch.setattr(translators, "TIMEOUT_S", 5.0 if fault == "timeout" else 60.0)
@@ -223,7 +207,7 @@ def test_what_passes_is_tried_again(service, fault, monkeypatch):
     assert len(service.requests) == 3
 
 
-@pytest.mark.parametrize(("faults", "said"), [([503] * 8, ".*503"), (["null", "fewer"] * 4, "it answered without a")])
+@pytest.mark.parametrize(("faults", "said"), [([503] * 8, ".*503"), (["list", "fewer"] * 4, "it answered without a")])
 def test_pauses_double_and_end(service, waits, faults, said):
     translator = google(service)
     service.faults[:] = faults
@@ -261,7 +245,7 @@ def test_the_key_is_nowhere(service, caplog, capfd, monkeypatch):
     monkeypatch.setattr(translators, "MAX_TRIES", 2)
     caught = [failure(lambda: google(service))]
     monkeypatch.setenv("GOOGLE_API_KEY", KEY)
-    for fault in (400, 401, 403, 404, 500, "timeout", "cut", "html", "list", 302):
+    for fault in (400, 403, 500, "timeout", "cut", "list", 302):
         monkeypatch.setattr(translators, "TIMEOUT_S", 3.0 if fault == "timeout" else 60.0)
         translator = google(service)
         service.faults[:] = [fault] * 2
@@ -293,24 +277,6 @@ def test_a_key_that_is_missing_or_unprotected(service, monkeypatch):
     with pytest.raises(ValueError, match="must begin with https://"):
         google(service, endpoint="http://translation.example.org")
     monkeypatch.delenv("GOOGLE_API_KEY")
-    with pytest.raises(ValueError, match=r"needs a key .* GOOGLE_API_KEY.*GOOGLE_APPLICATION_CREDENTIALS"):
-        google(service)
-    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", os.devnull + "/account.json")
-    with pytest.raises(ValueError, match=r"a service account in GOOGLE_APPLICATION_CREDENTIALS: .*account\.json"):
+    with pytest.raises(ValueError, match=r"needs a key .* GOOGLE_API_KEY; there is none"):
         google(service)
     assert service.paths == []
-
-
-@pytest.mark.slow
-def test_a_service_account(service, monkeypatch, tmp_path):
-    """What GOOGLE_APPLICATION_CREDENTIALS names signs for a token, with which the service is asked."""
-    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-    form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    account = {"type": "service_account", "project_id": "p", "client_email": "translator@p.iam.gserviceaccount.com"}
-    account |= {"private_key_id": "1", "private_key": key.private_bytes(*form).decode()}
-    account |= {"token_uri": f"{service.url}/token"}
-    (tmp_path / "account.json").write_text(json.dumps(account), encoding="utf-8")
-    monkeypatch.delenv("GOOGLE_API_KEY")
-    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "account.json"))
-    assert google(service).translate(["a cat"]) == [translated("a cat", "pt")]
-    assert not any("x-goog-api-key" in headers for headers in service.headers)
