@@ -9,7 +9,6 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -86,15 +85,12 @@ def _installed(module: str) -> bool:
         return False
 
 
-_version = cache(metadata.version)  # every phase of a stage notes them
-
-
 def package_versions(*more: str) -> dict[str, str]:
     """Versions of Python and of the packages that figures depend on, `more` among them; those that are installed."""
     versions = {"python": platform.python_version()}
     for package in (*PACKAGES, *more):
         with suppress(metadata.PackageNotFoundError):
-            versions[package] = _version(package)
+            versions[package] = metadata.version(package)
     return versions
 
 

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,8 @@ def add_digest(path: Path) -> None:
 
 def has_digest(path: Path) -> bool:
     """Whether a file is there, and is as `add_digest` has left it: every byte is read."""
-    digest = hashlib.sha256()
-    with suppress(OSError), path.open("rb") as file:
-        left = path.stat().st_size - DIGEST_BYTES
-        while left > 0 and (data := file.read(min(left, 1 << 20))):
-            digest.update(data)
-            left -= len(data)
-        return file.read() == digest.hexdigest().encode()
+    with suppress(OSError, ValueError), path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+        return data[-DIGEST_BYTES:] == hashlib.sha256(memoryview(data)[:-DIGEST_BYTES]).hexdigest().encode()
     return False
 
 
@@ -137,20 +133,8 @@ def _put_in_place(new: Path, path: Path, overwrite: bool) -> None:
     old = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
     with _kept(path):
         path.rename(old)
-        try:
-            new.rename(path)
-        except BaseException:
-            old.rename(path)
-            raise
-        with suppress(OSError):
-            _remove(old)
-
-
-def _remove(left: Path) -> None:
-    """Remove a folder that was replaced, or was never finished, under a name that says that it is not whole."""
-    doomed = left.with_name(f"{left.name[: -len('old-01234567')]}tmp-{left.name[-8:]}")
-    left.rename(doomed)
-    shutil.rmtree(doomed)
+        new.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def partial_folder(path: Path) -> Path:
@@ -213,7 +197,7 @@ def remove_leftovers(path: Path) -> None:
             if match[1] == "old" and not (path.exists() and any(path.iterdir())):
                 left.rename(path)  # killed between the two renames of `_put_in_place`
             else:
-                _remove(left)
+                shutil.rmtree(left)
 
 
 def check_output_file(path: Path) -> None:

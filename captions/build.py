@@ -8,8 +8,7 @@
 
 The stages generate, translate, score and select run in this order, those that the config has a section for; each writes
 OUTPUT/<number>-<stage>/<split>, and the last one's rows become OUTPUT/dataset: parquet files with a data set card. The
-same command does what is missing after a kill, whatever the number of tasks. docs/your_language.md says how to write a
-config, docs/cluster.md how to run it on a cluster.
+same command does what is missing. docs/your_language.md says how to write a config, docs/cluster.md how to run it.
 """
 
 import itertools
@@ -31,7 +30,6 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm.auto import tqdm
 
 from capivara_common.cli import WrongUse, as_flags, flag, parse, read_config, run_command, unknown
-from capivara_common.environment import require
 from capivara_common.executors import Work, execute, failures
 from capivara_common.files import read_json, whole_folder, write_json, write_text
 from capivara_common.privacy import hide_paths
@@ -51,8 +49,7 @@ from captions.stages import (
     stage_record,
     whole_parquet,
 )
-from captions.translate import REPORT_FILE, TranslateArguments, export, untranslated
-from captions.translators import GOOGLE_MODULES
+from captions.translate import REPORT_FILE, TranslateArguments, export
 from eval.records.tables import escape_markdown
 
 # In the order of the chain. A section may be left out; of `translate` there may be a list, one translator a time.
@@ -219,7 +216,6 @@ def build(args: BuildArguments) -> Path | None:
         plan = read_plan(args.config, args.executor_flags(), **given)
     except ValueError as error:  # a value of the config is one of the command's
         raise WrongUse(str(error)) from error
-    check_packages(plan)
     for first in (steps[0] for steps in plan.steps.values()):
         if not args.dry_run and _state(first) != "done":
             RowStage(first)  # whether the data set is there, with its columns, before a model is looked for
@@ -227,11 +223,14 @@ def build(args: BuildArguments) -> Path | None:
         logger.info("%s", line)
     if args.dry_run:
         return None
-    runnable, waiting = split_at_tables(plan)
+    runnable, waiting = [], []  # the latter: of each split the first stage whose table is not there yet, or not filled
+    for steps in plan.steps.values():
+        ready = list(itertools.takewhile(lambda step: not step.waiting(), steps))
+        runnable, waiting = runnable + ready, waiting + steps[len(ready) :][:1]
     # Slurm takes jobs for what is done as well; a table is asked for once none is needed.
     left = [step for step in runnable if not waiting or _state(step) != "done"]
     logs = (args.logging_dir or plan.output / "logs") / "dataset"
-    works = [work for step in left for work in _works(step)]
+    works = [work for step in left for work in Work.of(step, step.phases, step.title)]
     works += [] if waiting else [Work(Phase(write_dataset), plan, logs, "dataset")]
     if works and not execute(works, args):
         logger.info("The jobs are submitted. This command with --dry_run says how far they are.")
@@ -240,32 +239,9 @@ def build(args: BuildArguments) -> Path | None:
         for step in waiting:
             if not step.import_file.is_file():
                 export(step, step.import_file)
-        tables = [(step.import_file, step.title) for step in waiting]
-        lines = [f"{table} has the sentences of {title}: {untranslated(table)}" for table, title in tables]
+        lines = [f"{step.import_file} has the sentences of {step.title}: {step.waiting()}" for step in waiting]
         raise ManualStepRequired("\n".join(lines) + "\nFill the last column, then run the same command again.")
     return plan.output / DATASET_FOLDER
-
-
-def split_at_tables(plan: Plan) -> tuple[list[StageArguments], list[StageArguments]]:
-    """The stages that can run now, and of each split the first one whose table is not there yet, or not filled."""
-    runnable, waiting = [], []
-    for steps in plan.steps.values():
-        ready = list(itertools.takewhile(_has_translations, steps))
-        runnable, waiting = runnable + ready, waiting + steps[len(ready) :][:1]
-    return runnable, waiting
-
-
-def _has_translations(step: StageArguments) -> bool:
-    return step.import_file is None or (step.import_file.is_file() and not untranslated(step.import_file))
-
-
-def check_packages(plan: Plan) -> None:
-    """Raise ImportError where an extra is missing that a stage would ask for, maybe after days of others."""
-    for step in plan.all_steps():
-        if isinstance(step, ScoreArguments) and step.model.startswith("open_clip:"):
-            require("The stage score of the config", "open_clip", "open_clip")
-        elif isinstance(step, TranslateArguments) and step.backend == "google":
-            require("The stage translate of the config", "google", *GOOGLE_MODULES)
 
 
 def described(plan: Plan) -> list[str]:
@@ -273,20 +249,15 @@ def described(plan: Plan) -> list[str]:
     lines = []
     for step in plan.all_steps():
         lines.append(f"{step.title}: {_state(step)}\n    {step.command()}")
-        for work in _works(step):
+        for work in Work.of(step, step.phases, step.title):
             lines += [f"    {work}: task {rank}: {text}" for rank, text in failures(work.logs).items()]
     there = (plan.output / DATASET_FOLDER).is_dir()
     return [*lines, f"{plan.output / DATASET_FOLDER}: {'done' if there else 'to be made'}"]
 
 
-def _works(step: StageArguments) -> list[Work]:
-    return Work.of(step, step.phases, step.title)
-
-
 def _state(step: StageArguments) -> str:
-    if not _has_translations(step):
-        missing = untranslated(step.import_file) if step.import_file.is_file() else ""
-        return ": ".join(filter(None, [f"waits for {step.import_file}", missing.partition(":")[0]]))
+    if waiting := step.waiting():
+        return f"waits for {step.import_file}: {waiting.partition(':')[0]}"
     if not (step.output / STAGE_FILE).is_file():
         return "to be done"
     left, _ = unfinished(step.output)
@@ -315,7 +286,6 @@ def write_dataset(plan: Plan, rank: int = 0, world_size: int = 1) -> None:
     schema = _common_schema(part for some in files.values() for parts in some for part in parts)
     facts = {"card": plan.card, "language": plan.language, "splits": {}}
     with whole_folder(output) as folder:
-        (folder / "data").mkdir()
         for split, some in files.items():
             names = [folder / "data" / f"{split}-{n:05d}-of-{len(some):05d}.parquet" for n in range(len(some))]
             progress = tqdm(zip(names, some, strict=True), desc="Data set", unit="file", total=len(some))

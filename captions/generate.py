@@ -179,8 +179,6 @@ class Captioner:
 
 def load_captioner(args: GenerateArguments) -> Captioner:
     """The model of the arguments. Raises ValueError or OSError where it is none, or no BLIP-2."""
-    if not Path(args.model).exists() and args.model.count("/") != 1:
-        raise ValueError(f"{args.model!r} is neither a folder nor a Hub id such as {GenerateArguments.model}.")
     check_reachable(args.model, revision=args.revision)
     kind = checked_config(args.model, revision=args.revision).model_type
     if kind != "blip-2":
@@ -200,12 +198,11 @@ def load_captioner(args: GenerateArguments) -> Captioner:
 
 def read_prefixes(path: Path) -> list[str]:
     """What captions begin with, from a file of the form of captions/prefixes.json. Raises ValueError, OSError."""
-    prefixes = read_json(path, prefixes=list)["prefixes"]
-    if not all(isinstance(prefix, str) for prefix in prefixes):
-        raise ValueError(f'{path} must hold {{"prefixes": [texts]}}, as captions/prefixes.json does.')
-    prefixes = [prefix.strip() for prefix in prefixes]
-    if not prefixes or not all(prefixes) or len(set(prefixes)) < len(prefixes):
-        raise ValueError(f"{path} must hold one prefix at least, none blank and none twice; it holds {prefixes}.")
+    given = read_json(path, prefixes=list)["prefixes"]
+    prefixes = [prefix.strip() for prefix in given if isinstance(prefix, str)]
+    if not prefixes or not all(prefixes) or len(set(prefixes)) < len(given):
+        rule = 'must hold {"prefixes": [texts]}, one at least, none blank and none twice'
+        raise ValueError(f"{path} {rule}, as captions/prefixes.json does; it holds {given}.")
     return prefixes
 
 

@@ -17,6 +17,7 @@ import PIL.Image
 from torch import Tensor
 
 from capivara_common.cli import at_least, flag, run_command
+from capivara_common.environment import require
 from capivara_common.image_files import BadImage, BadRow
 from caption_data.rows import SIMILARITIES
 from captions.stages import DECODED, RowStage, StageArguments, stage_main
@@ -42,6 +43,8 @@ class ScoreArguments(StageArguments):
         if not self.model:
             raise ValueError("model is missing: give the model whose similarities are wanted, such as the base model.")
         at_least(self, 1, "embedding_batch_size")
+        if self.model.startswith("open_clip:"):
+            require("The stage score", "open_clip", "open_clip")
 
     def needed_columns(self) -> list[str]:
         """Columns of captions, of which one must be there."""

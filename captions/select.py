@@ -11,6 +11,7 @@ out and listed. The folder `report` in the output has `index.html` to look at, w
 pictures at the cut, and `selection.json` with every number of it.
 """
 
+import itertools
 import math
 from array import array
 from contextlib import suppress
@@ -66,14 +67,14 @@ class SelectArguments(CaptionChoice, StageArguments):
 
     def process(self, stage: RowStage) -> tuple[Any, ...]:
         """The choice of each row."""
-        choice = {
+        settings = {
             "language": self.language,
             "caption_strategy": self.caption_strategy,
             "caption_count": self.caption_count if self.caption_strategy in ("first", "rank") else None,
             "min_similarity": self.strategy_cut,
             "min_pair_similarity": self.min_pair_similarity,
         }
-        return {f"captions-{self.language}": CAPTIONS}, choice, Selection(self)
+        return {f"captions-{self.language}": CAPTIONS}, settings, lambda rows: [selected(self, row) for row in rows]
 
     def report(self, rank: int = 0, world_size: int = 1) -> None:
         """Write the folder `report` of a selection that is complete, unless it is there."""
@@ -81,54 +82,35 @@ class SelectArguments(CaptionChoice, StageArguments):
             write_report(self)
 
 
-class Selection:
-    """The choice of a row, for the data set and for its report."""
+def choice(args: SelectArguments, row: dict[str, Any]) -> tuple[dict[str, float | None], list[str]]:
+    """The distinct captions of a row in their order, with the similarity of each, None where there is none; and those
+    that are kept, none where the image is left out. A column that the row lacks counts as empty.
 
-    def __init__(self, args: SelectArguments):
-        self.args = args
-        self.captions, self.generated, self.similarities = args.columns()
+    Raises BadRow where the row has no caption, or other than one similarity for each.
+    """
+    captions, generated, similarities = args.columns()
+    row = {captions: [], generated: [], **row}
+    texts, scored = [*row[captions], *row[generated]], {}
+    if not any(map(str.strip, texts)):
+        raise BadRow("no caption", f"{captions!r} and {generated!r} are empty")
+    try:
+        chosen = [text for text in args.chosen(row, args.language) if text.strip()]
+    except ValueError as error:
+        raise BadRow("no caption", f"{error}") from error
+    for text, value in zip(texts, itertools.chain(row.get(similarities) or [], itertools.repeat(None)), strict=False):
+        scored.setdefault(text, None if value is None or math.isnan(value) else value)
+    return scored, chosen
 
-    def chosen(self, row: dict[str, Any]) -> list[str]:
-        """Captions that are kept, none where the image is left out; a column that the row lacks counts as empty.
 
-        Raises BadRow where the row has no caption, or other than one similarity for each.
-        """
-        row = {self.captions: [], self.generated: [], **row}
-        if not any(text.strip() for text in [*row[self.captions], *row[self.generated]]):
-            raise BadRow("no caption", f"{self.captions!r} and {self.generated!r} are empty")
-        try:
-            return [text for text in self.args.chosen(row, self.args.language) if text.strip()]
-        except ValueError as error:
-            raise BadRow("no caption", f"{error}") from error
-
-    def texts(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row of the source under the names of the output, its captions as lists of texts."""
-        names = self.args.renamed()
-        row = {names.get(old, old): value for old, value in row.items()}
-        return row | {name: caption_texts(row[name], name) for name in row.keys() & {self.captions, self.generated}}
-
-    def scored(self, row: dict[str, Any]) -> list[tuple[str, float | None]]:
-        """Captions of a row with their similarities; None, also for NaN, where there is none."""
-        captions = [*(row.get(self.captions) or []), *(row.get(self.generated) or [])]
-        known = [None if value is None or math.isnan(value) else value for value in row.get(self.similarities) or []]
-        return list(zip(captions, [*known, *[None] * len(captions)], strict=False))
-
-    def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
-        """The new columns of each row, or what is wrong with the row."""
-        return [self._new_columns(row) for row in rows]
-
-    def _new_columns(self, row: dict[str, Any]) -> dict[str, Any] | BadRow:
-        try:
-            chosen = self.chosen(row)
-        except BadRow as bad:
-            return bad
-        if not chosen:
-            return BadRow(NOT_CHOSEN, "no caption passes the pair filter and the strategy")
-        of_text: dict[str, float | None] = {}
-        for text, similarity in self.scored(row):
-            of_text.setdefault(text, similarity)
-        similarities = [of_text[text] for text in chosen]
-        return {self.captions: chosen, self.generated: [], self.similarities: similarities}
+def selected(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any] | BadRow:
+    """The new columns of a row, or what is wrong with it."""
+    try:
+        scored, chosen = choice(args, row)
+    except BadRow as bad:
+        return bad
+    if not chosen:
+        return BadRow(NOT_CHOSEN, "no caption passes the pair filter and the strategy")
+    return dict(zip(args.columns(), (chosen, [], [scored[text] for text in chosen]), strict=True))
 
 
 # The report: of one pass over the captions, without the images, so that it says the same however the selection was
@@ -137,9 +119,9 @@ class Selection:
 
 def write_report(args: SelectArguments) -> None:
     """The folder `report`; its page is written last."""
-    folder, selection, source = args.output / REPORT.parent, Selection(args), stage_source(args)
+    folder, source = args.output / REPORT.parent, stage_source(args)
     folder.mkdir(exist_ok=True)
-    captions = _captions(selection, source)
+    captions = _captions(args, source)
     images = captions.groupby("row")["kept"].any()
     known = captions.dropna(subset="similarity")
     first = known[known["first"]].assign(kept=lambda table: table["row"].map(images).astype(bool))
@@ -162,7 +144,7 @@ def write_report(args: SelectArguments) -> None:
             for side, values in sides.items()
             if len(values)
         },
-        "examples": _examples(selection, source, shown, folder),
+        "examples": _examples(args, source, shown, folder),
     }
     if len(shown):
         cut = args.min_pair_similarity if by_first else args.strategy_cut
@@ -175,46 +157,44 @@ def write_report(args: SelectArguments) -> None:
     write_text(args.output / REPORT, text.encode("utf-8", "replace").decode())  # half a surrogate pair can't be written
 
 
-def _captions(selection: Selection, source: Split) -> pd.DataFrame:
+def _captions(args: SelectArguments, source: Split) -> pd.DataFrame:
     """A row a distinct caption of the images that could be used: number of the image and place in it, whether it is the
     image's first original one, whether it is kept, similarity. Texts of tens of millions are not held."""
-    args, names = selection.args, selection.args.renamed()
-    present = [old for old in source.columns if names.get(old, old) in args.columns()]
+    present = [old for old in source.columns if args.renamed().get(old, old) in args.columns()]
     parts = args.output.glob(f"{args.split}-*.parquet")
     unusable = {row for part in parts for row, reason in skipped_rows(part) if reason != NOT_CHOSEN}
-    columns = {
-        "row": array("q"),
-        "place": array("i"),
-        "first": array("b"),
-        "kept": array("b"),
-        "similarity": array("d"),
-    }
+    table = {"row": array("q"), "place": array("i"), "first": array("b"), "kept": array("b"), "similarity": array("d")}
     for number, row in enumerate(source.rows(only=present)):
         if number not in unusable:
-            row = selection.texts(row)
-            chosen, scored = selection.chosen(row), selection.scored(row)
-            places = {text: place for place, (text, _) in reversed([*enumerate(scored)])}  # a text's first one
-            for text, place in places.items():
-                similarity = np.nan if scored[place][1] is None or not text.strip() else scored[place][1]
-                first = place == 0 and bool(row.get(selection.captions))
-                values = (number, place, first, text in chosen, similarity)
-                for column, value in zip(columns.values(), values, strict=True):
-                    column.append(value)
-    table = pd.DataFrame({name: np.asarray(column) for name, column in columns.items()})
-    return table.astype({"first": bool, "kept": bool}).sort_values(["row", "place"], ignore_index=True)
+            row = _texts(args, row)
+            scored, chosen = choice(args, row)
+            for place, (text, value) in enumerate(scored.items()):
+                first, known = place == 0 and bool(row.get(args.columns()[0])), value is not None and text.strip()
+                values = (number, place, first, text in chosen, value if known else math.nan)
+                for column, one in zip(table.values(), values, strict=True):
+                    column.append(one)
+    return pd.DataFrame({name: np.asarray(column) for name, column in table.items()}).astype(
+        {"first": bool, "kept": bool}
+    )
 
 
-def _examples(selection: Selection, source: Split, captions: pd.DataFrame, folder: Path) -> list[dict[str, Any]]:
+def _texts(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the source under the names of the output, its captions as lists of texts."""
+    row = {args.renamed().get(old, old): value for old, value in row.items()}
+    return row | {name: caption_texts(row[name], name) for name in args.columns()[:2] if name in row}
+
+
+def _examples(args: SelectArguments, source: Split, captions: pd.DataFrame, folder: Path) -> list[dict[str, Any]]:
     """The captions that are nearest to the other side of the cut, the nearest first; their pictures are written."""
     examples = []
     for kept in (False, True):
         side = captions[captions["kept"] == kept].sort_values("similarity", ascending=kept, kind="stable")
         for one in side.head(EXAMPLES).itertuples():
             row = source.row(one.row)
-            text, _ = selection.scored(selection.texts(row))[one.place]
+            text = list(choice(args, _texts(args, row))[0])[one.place]
             examples.append({"row": one.row, "caption": text, "similarity": one.similarity, "kept": kept})
             with suppress(BadRow):
-                image = decode_image(row[selection.args.image_column], source.files).convert("RGB")
+                image = decode_image(row[args.image_column], source.files).convert("RGB")
                 image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
                 image.save(folder / f"row-{one.row}.jpg")
     return examples

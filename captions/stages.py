@@ -2,13 +2,11 @@
 
     StageArguments("images", Path("read")).rows()  # a kind of its own for every stage: its flags, and its `process`
 
-A part is a parquet file of consecutive rows of the source, named by their numbers, with the rows that were left out in
-a list beside it. Where parts begin depends on `stage.json` alone, not on who writes them: the tasks of a stage share
-them out by `rank` and `world_size`, with nothing between them but the file system. The names of whole files alone say
-what is done, so that a task that was killed is run again, in any number of tasks, and no row is doubled or lost. The
-parts of a folder are one data set for `open_split`, and for the next stage. Images pass through as their bytes, and no
-more rows are in memory than are worked on at once. Parquet files are read where they lie: `datasets` would copy them to
-its cache first, images included, which for a large set is as much disk again a stage.
+A part is a parquet file of consecutive rows of the source, named by their numbers, with a list of the rows that were
+left out beside it. Tasks share the parts out by `rank` and `world_size`, with nothing between them but the file system:
+the names of whole files alone say what is done, so that a task that was killed is run again, in any number of tasks,
+and no row is doubled or lost. The parts of a folder are one data set for the next stage. Parquet files are read where
+they lie: `datasets` would copy them to its cache first, which for a large set is as much disk again a stage.
 """
 
 import bisect
@@ -50,18 +48,14 @@ from caption_data.rows import CAPTION_COLUMN, CAPTIONS, Skipped, caption_texts, 
 from caption_data.sources import READ_ROWS, STAGE_FILE, Split, open_split, opened_parquet, refuse_unfinished
 
 GONE = {  # flags of earlier versions
-    "shard": f"{SHARED_BY_TASKS} (docs/cluster.md)",
-    "wait_s": "no task waits for another one any more: a stage starts when the one before is complete",
+    **dict.fromkeys(("shard", "wait_s"), f"{SHARED_BY_TASKS} (docs/cluster.md)"),
     "source_prefix": "models without codes of languages are not taken",
     "existing": "columns that are there get another name by --rename OLD=NEW",
+    "num_beams": "the search is as the model's generation_config says",
     **dict.fromkeys(("sampling", "temperature", "top_p", "seed"), "a caption is the model's likeliest text"),
     **dict.fromkeys(
-        ("price_per_million", "max_cost"),
-        "a quota of characters, in the service's console, limits what it costs; --backend file --export counts them",
-    ),
-    **dict.fromkeys(
-        ("characters_per_second", "max_tries", "first_wait_s", "timeout_s"),
-        "the service's own limit is kept: a request that it refuses for now is sent again, after pauses that double",
+        ("price_per_million", "max_cost", "characters_per_second", "max_tries", "first_wait_s", "timeout_s"),
+        "a quota of characters, in the service's console, limits what it costs; after a refusal pauses double",
     ),
 }
 SPLIT = r"\w+([.-]\w+)*"  # names of files begin with it
@@ -129,6 +123,10 @@ class StageArguments(CaptionDataArguments, ExecutorArguments):
     def known_settings(self) -> dict[str, Any]:
         """Of the settings of `process`, those that are known before it is made."""
         return {}
+
+    def waiting(self) -> str:
+        """What a person has to do before it can run; empty where it can."""
+        return ""
 
     def process(self, stage: "RowStage") -> tuple[Any, ...]:
         """What `RowStage.run` is given: new columns, settings, what makes them; a model is loaded here."""
@@ -325,11 +323,10 @@ class RowStage:
         """Write the parts of the task that are missing, whole or not, each with a list of its rows that were left out.
 
         Args:
-            columns: new column -> its feature of `datasets`. A column of the same name is replaced.
-            settings: what the new columns depend on, such as the model; a folder holds parts of the same ones only.
-            process: called with at most `args.batch_rows` rows. Their image is `{"bytes", "path"}`, and decoded in
-                `DECODED` where `args.decodes`; columns of captions are lists of texts. It must not depend on how rows
-                are batched.
+            columns: new column -> its feature of `datasets`; it replaces one of the same name.
+            settings: what the new columns depend on; a folder holds parts of the same ones only.
+            process: called with at most `args.batch_rows` rows, on which its results must not depend. Their image is
+                `{"bytes", "path"}`, and decoded in `DECODED` where `args.decodes`; captions are lists of texts.
             prepare: called before some neighbouring parts, `PREPARED_ROWS` rows at most, are made.
 
         Raises:
@@ -481,16 +478,12 @@ def claim(output: Path, record: dict[str, Any]) -> None:
         write_json(path, record)  # several tasks write the same; else the comparison below fails
     there = stage_record(output)
     old, new = flat(_identity(there)), flat(_identity(json.loads(json.dumps(record))))
-    differences = [
-        f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
-        for name in {**old, **new}
-        if old.get(name) != new.get(name)
-    ]
-    if differences:
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    if differences := "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names):
         raise ValueError(
             f"{output} was made from {there['source'].get('name')} with other settings, and parts of two kinds must "
-            f"not mix. {'; '.join(differences)}. Give these as they were, choose another --output, or remove this "
-            "folder and what was made from it."
+            f"not mix. {differences}. Give these as they were, choose another --output, or remove this folder and what "
+            "was made from it."
         )
 
 

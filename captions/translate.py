@@ -9,10 +9,9 @@
 
 `captions-en` gives `captions-pt`, `generated-captions-en` gives `generated-captions-pt`, in the same order. What is
 translated stays in the folder --memory and is never translated again with the same settings, whichever data set, run or
-machine meets it: plain parquet files that are written whole and never changed, so that any number of tasks and builds
-add to it; only a sentence that two tasks meet at the same moment is translated by both. Translations that look wrong by
-their letters are counted and shown in OUTPUT/quality.json, and listed in the column `quality-pt`; --drop_flagged leaves
-them out. The same command does what is missing; docs/cluster.md says how to run it on a cluster.
+machine meets it: parquet files that are written whole and never changed; only a sentence that two tasks meet at the
+same moment is translated by both. Translations that look wrong by their letters are counted and shown in
+OUTPUT/quality.json, and listed in the column `quality-pt`. The same command does what is missing.
 """
 
 import csv
@@ -25,7 +24,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,12 +36,13 @@ from datasets import List, Value
 from tqdm.auto import tqdm
 
 from capivara_common.cli import at_least, flag, run_command
+from capivara_common.environment import require
 from capivara_common.files import read_json, write_json, write_text
 from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTIONS, TOKEN_PATTERN, caption_texts, digest_of
 from caption_data.sources import Split
 from captions.stages import RowStage, StageArguments, groups, stage_main, whole_parquet
-from captions.translators import GOOGLE_CHARACTERS, GoogleTranslator, Seq2SeqTranslator, language_of
+from captions.translators import GOOGLE_CHARACTERS, GOOGLE_MODULES, GoogleTranslator, Seq2SeqTranslator, language_of
 
 PAPER_MODEL = "Helsinki-NLP/opus-mt-tc-big-en-pt"  # arXiv 2310.13683; English to Portuguese alone
 KINDS = ("captions", "generated-captions")  # the authors' names, before the language
@@ -54,13 +54,15 @@ COLUMNS = ("id", "source", "translation")
 MAX_NAMED = 5  # rows without a translation that a message names; it gives the number of all
 BLANKS = " \xa0\u3000"  # a cell of these alone is empty to who sees it
 SHOWN = 40  # letters of a sentence in an error
-UNQUOTED = "Spreadsheets that quote a column change it: open the file without a quoting sign."
-AS_THEY_WENT = "The rows must be those that were written: put back what is missing, sort them by the number in the id."
+AS_THEY_WENT = (
+    "The rows must be those that were written: put back what is missing, sort them by the number in the id, and open "
+    "the file without a quoting sign, by which spreadsheets change a source."
+)
 # Beside what JSON escapes: the start of a formula, which may fetch an address or start a program; line ends of other
 # systems, marks that editors drop or take for the start of a file, halves of a letter, which UTF-8 has no bytes for.
 RISKY = re.compile("^[=+@-]|[\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
 
-FLAGS = ("empty", "copy", "wrong script", "length", "repetition", "markup")
+FLAGS = ("empty", "copy", "wrong script", "length", "markup")
 MAX_NAME_WORDS = 3  # so much may be a name: "Rio de Janeiro" is right in every language
 MIN_SCRIPT_SHARE = 0.3  # of the letters; brands and names keep theirs, so that a Hindi caption may be half Latin
 TWO_SCRIPTS = ("az", "kk", "ku", "pa", "sr", "tk", "ug", "uz")  # languages that may be written in either
@@ -69,9 +71,6 @@ LETTER, DENSE = regex.compile(r"\p{L}"), regex.compile(r"[\p{Hani}\p{Hira}\p{Kan
 # Three times the letters, and a long word beside, say something else, and so does a third of them; "isilwane sasekhaya"
 # for "cat" stays below. One sign of a dense script stands for about three letters of an alphabet.
 MAX_LENGTH_RATIO, SPARE_LETTERS, DENSITY = 3, 20, 3
-MIN_REPEATS = 3  # in a row; twice is emphasis ("muito muito", and isiXhosa doubles verbs: "hamba hamba")
-MAX_REPEATED_WORDS = 6  # of a sequence that is repeated: longer ones are counted by their parts
-LETTER_LOOP = re.compile(r"([^\W_]\S{1,19}?)\1{3,}")  # "haha" is laughter
 # Character references and tags, and what translation models write when they have no word: the sign of sentencepiece for
 # unknown, its mark for a blank, a letter that could not be decoded, and codes of languages.
 MARKUP = re.compile(
@@ -107,8 +106,8 @@ class TranslateArguments(StageArguments):
     source_language: str = flag("en", "Of the captions that are there.")
     backend: Literal["transformers", "google", "file"] = flag(
         "transformers",
-        "transformers: a model, here. google: Google's service, for money; the key is read from "
-        "GOOGLE_API_KEY, or an account from GOOGLE_APPLICATION_CREDENTIALS. file: a table, translated elsewhere.",
+        "transformers: a model, here. google: Google's service, for money; the key is read from GOOGLE_API_KEY. "
+        "file: a table, translated elsewhere.",
     )
     memory: Path | None = flag(
         None, "Folder of translations that are never made again, of all builds; else OUTPUT.memory."
@@ -126,7 +125,6 @@ class TranslateArguments(StageArguments):
         f"{PAPER_MODEL}, the paper's, for en to pt where none is given.",
     )
     revision: str | None = flag(None, "transformers: branch, tag or commit of a Hub id.")
-    num_beams: int | None = flag(None, "transformers: of the search; as the model's generation_config says.")
     max_new_tokens: int | None = flag(None, "transformers: tokens of a translation at most; 512 or what the model has.")
     precision: Literal["float32", "bf16", "fp16"] = flag("float32", "transformers: of weights and activations.")
     device: str | None = flag(None, "transformers: cpu or cuda; the GPU where there is one.")
@@ -143,7 +141,7 @@ class TranslateArguments(StageArguments):
                 raise ValueError(f"{name} must be a code such as pt or zh-Hant, got {getattr(self, name)!r}.")
         if self.language == self.source_language:
             raise ValueError(f"language and source_language are both {self.language!r}; there is nothing to translate.")
-        at_least(self, 1, "batch_size", "num_beams", "max_new_tokens")
+        at_least(self, 1, "batch_size", "max_new_tokens")
         languages = (self.source_language, self.language)
         if self.backend == "transformers" and self.model is None and languages != ("en", "pt"):
             way_out = f"such as facebook/nllb-200-distilled-600M; {PAPER_MODEL} is for en to pt"
@@ -153,6 +151,8 @@ class TranslateArguments(StageArguments):
             raise ValueError("--backend file needs --export FILE.tsv, and later --import FILE.tsv: one of the two.")
         if self.backend != "file" and tables.count(None) != 2:
             raise ValueError("--export and --import are of --backend file.")
+        if self.backend == "google":
+            require("--backend google", "google", *GOOGLE_MODULES)
 
     def needed_columns(self) -> list[str]:
         """Columns of captions in the source language, of which one must be there."""
@@ -165,24 +165,28 @@ class TranslateArguments(StageArguments):
         digest = hashlib.sha256(self.import_file.read_bytes()).hexdigest()
         return {"translator": {"backend": "file", "target": self.language, "sha256": digest}}
 
+    def waiting(self) -> str:
+        """Which sentences of its table have no translation yet."""
+        if self.import_file is None:
+            return ""
+        return untranslated(self.import_file) if self.import_file.is_file() else "it is not there yet"
+
     def process(self, stage: RowStage) -> tuple[Any, ...]:
         """Captions with their translations beside them. Raises as `read_translations` and the translators do."""
         columns, known = translated_columns(stage.source, self), {}  # known: sentence -> translation
-        if self.backend == "file":
-            identity = self.known_settings()["translator"]
-            sentences = list(distinct_sentences(self, stage.source, [range(len(stage.source))]))
-            known.update(read_translations(self.import_file, sentences))
-        else:
-            translator = self.translator()
-            identity = translator.fingerprint
-            memory = TranslationMemory(self.memory or self.output.with_name(self.output.name + ".memory"), identity)
 
         def prepare(parts: list[range]) -> None:
             if self.backend != "file":
-                wanted = set(distinct_sentences(self, stage.source, parts))
                 known.clear()
-                known.update(translations(self, translator, memory, wanted, shows_bar=stage.rank == 0))
+                known.update(translations(self, translator, set(sentences_of(parts)), shows_bar=stage.rank == 0))
 
+        sentences_of = partial(distinct_sentences, self, stage.source)
+        if self.backend == "file":
+            identity = self.known_settings()["translator"]
+            known.update(read_translations(self.import_file, list(sentences_of([range(len(stage.source))]))))
+        else:
+            translator = self.translator()
+            identity = translator.fingerprint
         new = dict.fromkeys(columns.values(), CAPTIONS) | {f"quality-{self.language}": QUALITY}
         settings = {"translator": identity, "language": self.language, "source_language": self.source_language}
         settings |= {"existing": "refuse", "drop_flagged": self.drop_flagged}  # the first: what versions before could
@@ -194,10 +198,8 @@ class TranslateArguments(StageArguments):
         languages = (self.language, self.source_language)
         if self.backend == "google":
             return GoogleTranslator(*languages, self.google_endpoint)
-        given = {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens}
-        options = {name: value for name, value in given.items() if value is not None}
-        where = (self.revision, self.precision, self.device)
-        return Seq2SeqTranslator(self.model or PAPER_MODEL, *languages, *where, self.batch_size or 32, options)
+        where, sizes = (self.revision, self.precision, self.device), (self.batch_size or 32, self.max_new_tokens)
+        return Seq2SeqTranslator(self.model or PAPER_MODEL, *languages, *where, *sizes)
 
     def report(self, rank: int = 0, world_size: int = 1) -> None:
         """Write `quality.json`: counts over all parts, and the first examples of each flag."""
@@ -301,17 +303,14 @@ def read_translations(path: Path, sentences: list[str]) -> dict[str, str]:
     Raises ValueError where the file is no such table, a row is not the one that stood there, or has another source, or
     rows are missing, or without a translation.
     """
-    rows, ids = _rows(path), [sentence_id(number, text) for number, text in enumerate(sentences, 1)]
-    for place, row in enumerate(rows):
-        name, source = (ids[place], sentences[place]) if place < len(ids) else ("nothing", "")
-        if row["id"] != name:
-            said = f"{row['id'][:SHOWN]!r} in place of {name} ({source[:SHOWN]!r}). {AS_THEY_WENT}"
-            raise ValueError(f"{path}, line {place + 2}: {said}")
-        if row.get("source", source) != source:
-            said = f"the source {row['source'][:SHOWN]!r} in place of {source[:SHOWN]!r}. {UNQUOTED}"
-            raise ValueError(f"{path}, line {place + 2}: {said}")
-    if len(rows) < len(ids):
-        raise ValueError(f"{path} ends before {ids[len(rows)]} ({sentences[len(rows)][:SHOWN]!r}). {AS_THEY_WENT}")
+    rows = _rows(path)
+    for number, (row, text) in enumerate(itertools.zip_longest(rows, sentences), 1):
+        expected = {"id": sentence_id(number, text), "source": text} if text is not None else {}
+        if row is None or not expected or any(row.get(name, value) != value for name, value in expected.items()):
+            there, wanted = (one and f"{one['id']} ({one.get('source', '')[:SHOWN]!r})" for one in (row, expected))
+            raise ValueError(
+                f"{path}, line {number + 1}: {there or 'nothing'} in place of {wanted or 'nothing'}. {AS_THEY_WENT}"
+            )
     if missing := untranslated(path):
         raise ValueError(f"{path}: {missing} Fill their last column.")
     return {source: row["translation"] for source, row in zip(sentences, rows, strict=True)}
@@ -378,10 +377,10 @@ class TranslationMemory:
             parquet.write_table(pa.table(columns, schema=PAIR_SCHEMA))
 
 
-def translations(
-    args: TranslateArguments, translator: Any, memory: TranslationMemory, sentences: set[str], shows_bar: bool
-) -> dict[str, str]:
+def translations(args: TranslateArguments, translator: Any, sentences: set[str], shows_bar: bool) -> dict[str, str]:
     """Sentence -> translation. Those that are made are in the memory, however it ends."""
+    folder = args.memory or args.output.with_name(args.output.name + ".memory")
+    memory = TranslationMemory(folder, translator.fingerprint)
     found = memory.find(sentences)
     # The longest come first: where the memory of the device does not suffice, it shows at once.
     left = sorted(sentences - found.keys(), key=lambda text: (-len(text), text))
@@ -417,8 +416,8 @@ def translated(
     return new | {f"quality-{args.language}": {"captions": number, "flagged": flagged}}
 
 
-# What looks wrong: a suspicion, not a verdict. A name stays as it is, and a rhyme repeats; so thresholds leave what
-# people write alone, and catch what translators do when they fail.
+# What looks wrong: a suspicion, not a verdict. Thresholds leave what people write alone, and catch what translators do
+# when they fail; of loops they see the length.
 
 
 def flags(source: str, translation: str, language: str) -> list[str]:
@@ -433,22 +432,9 @@ def flags(source: str, translation: str, language: str) -> list[str]:
         "copy": len(words) > MAX_NAME_WORDS and words == _words(translation),
         "wrong script": len(_script(language).findall(letters)) < MIN_SCRIPT_SHARE * len(letters),
         "length": long > MAX_LENGTH_RATIO * short + SPARE_LETTERS,
-        "repetition": repeats(translation) and not repeats(source),
         "markup": bool(MARKUP.search(translation)),
     }
     return [name for name, is_so in found.items() if is_so]
-
-
-def repeats(text: str) -> bool:
-    """Whether a sequence of words or letters comes again and again."""
-    words = _words(text)
-    for size in range(1, MAX_REPEATED_WORDS + 1):
-        run = 0  # words in a row that are those of `size` words before
-        for i in range(size, len(words)):
-            run = run + 1 if words[i] == words[i - size] else 0
-            if run >= size * (MIN_REPEATS - 1):
-                return True
-    return bool(LETTER_LOOP.search(text.lower()))
 
 
 def _words(text: str) -> list[str]:
@@ -481,7 +467,7 @@ def ready(args: TranslateArguments) -> bool:
         way_on = "Fill its last column, leave the rows as they are, and say --import in place of --export."
         logger.info("%s has %s. %s", args.export, counts, way_on)
         return False
-    if args.import_file and (missing := untranslated(args.import_file)):
+    if missing := args.waiting():
         logger.info("waiting: %s: %s Fill these cells, then run the same command again.", args.import_file, missing)
         return False
     return True

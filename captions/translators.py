@@ -3,11 +3,8 @@
     python -c "from captions.translators import Seq2SeqTranslator as T; print(T('facebook/m2m100_418M', 'hi').code)"
 
 How a model is told the language it shall write is read off its tokenizer: Marian's have a token for each, `>>por<<`,
-which goes before the sentence; NLLB, M2M100 and mBART begin the translation with one. Neither is skipped in decoding,
-so it is cut off here.
-
-Google's is version 2 of the service ("Basic"), by its official client, which takes a key. The key travels in a header,
-not in the address, is sent to no other host, and is removed from whatever an error says.
+which goes before the sentence; NLLB, M2M100 and mBART begin the translation with one. Neither is skipped in decoding.
+Google's is version 2 of the service ("Basic"), by its official client; the key travels in a header, to no other host.
 """
 
 import difflib
@@ -19,7 +16,6 @@ import re
 import sys
 import time
 import urllib.parse
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -28,7 +24,7 @@ import torch
 from langcodes import Language, LanguageTagError
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from capivara_common.environment import how_to_install, require, torch_device
+from capivara_common.environment import how_to_install, torch_device
 from capivara_common.hub_cache import check_reachable
 from captions.stages import groups
 from modeling_capivara.checks_capivara import tokenizer_errors
@@ -45,7 +41,7 @@ SOURCE_TOKEN = re.compile(r">>(.+)<<")  # Marian's
 TARGET_TOKEN = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")  # NLLB's
 GOOGLE_MODULES = ("google.auth", "google.cloud.translate_v2")  # of the extra `google`
 GOOGLE_CHARACTERS = 5_000  # of a request, as Google advises
-KEY, ACCOUNT = "GOOGLE_API_KEY", "GOOGLE_APPLICATION_CREDENTIALS"
+KEY = "GOOGLE_API_KEY"
 ENDPOINT = "https://translation.googleapis.com"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MAX_SENTENCES = 128  # of a request, version 2 of the service
@@ -114,6 +110,18 @@ def cut(text: str, fits: Callable[[str], bool]) -> list[str]:
     return pieces
 
 
+def in_pieces(
+    sentences: list[str],
+    fits: Callable[[str], bool],
+    limits: tuple[int, int],
+    made_of: Callable[[list[str]], list[str]],
+) -> list[str]:
+    """One translation a sentence, `made_of` `groups` of these `limits`; those of pieces are joined by blanks."""
+    pieces = [cut(sentence, fits) for sentence in sentences]
+    made = (text for some in groups(itertools.chain.from_iterable(pieces), *limits) for text in made_of(some))
+    return [" ".join(itertools.islice(made, len(some))).strip() for some in pieces]
+
+
 # What translates
 
 
@@ -123,7 +131,7 @@ class Seq2SeqTranslator:
     Args:
         name: folder or Hub id; `revision` is of the latter.
         batch_size: sentences, or pieces of long ones, that go through at once.
-        options: of `generate`; what is not given is as in the model's generation_config.
+        max_new_tokens: of a translation; the search is as the model's generation_config says.
 
     Raises:
         ValueError: it is no model that translates, or does not know a language; the nearest codes are named. Or, later,
@@ -140,32 +148,33 @@ class Seq2SeqTranslator:
         precision: str = "float32",
         device: str | None = None,
         batch_size: int = 32,
-        options: dict[str, Any] | None = None,
+        max_new_tokens: int | None = None,
     ):
         self.tokenizer, model = _loaded(name, revision, precision)
         self.model, tokenizer = model.eval().to(torch_device(device)), self.tokenizer
         self._batch_size = batch_size
         self.name = f"{model.config.model_type} {Path(name).name}"
         self._before: list[int] = []  # token ids before every sentence
-        self._options = dict(options or {})
-        source_codes, target_codes = _language_tokens(tokenizer)
-        self._commands = {*source_codes.values()}  # token ids that a caption must not have
-        self._language_ids = {*source_codes.values(), *target_codes.values()}
-        if source_codes:
-            self.code = find_code(language, source_codes, self.name)
-            self._before = [source_codes[self.code]]
-        elif target_codes:
-            self.code = find_code(language, target_codes, self.name)
-            tokenizer.src_lang = find_code(source_language, target_codes, self.name)
-            self._options["forced_bos_token_id"] = target_codes[self.code]
-        else:
-            self.code = find_code(language, filter(None, [getattr(tokenizer, "target_lang", None)]), self.name)
+        self._options: dict[str, Any] = {}  # of `generate`
+        # Codes with their token ids: those that go before the source, and those that begin the translation.
+        vocabulary = tokenizer.get_vocab()
+        before = {token[2:-2]: number for token, number in vocabulary.items() if SOURCE_TOKEN.fullmatch(token)}
+        begins = {token: number for token, number in vocabulary.items() if TARGET_TOKEN.fullmatch(token)}
+        begins = {} if before else getattr(tokenizer, "lang_code_to_id", begins)  # NLLB has no such table
+        self._commands = {*before.values()}  # token ids that a caption must not have
+        self._language_ids = {*before.values(), *begins.values()}
+        only = filter(None, [getattr(tokenizer, "target_lang", None)])
+        self.code = find_code(language, before or begins or only, self.name)
+        if before:
+            self._before = [before[self.code]]
+        elif begins:
+            tokenizer.src_lang = find_code(source_language, begins, self.name)
+            self._options["forced_bos_token_id"] = begins[self.code]
         # Within what the model has positions for, of which one is the start token's. Twice the source is more than
         # languages differ by, and ends a loop.
         positions = getattr(model.config, "max_position_embeddings", None) or 2 * MAX_SOURCE_TOKENS
         self._max_source = min(positions, tokenizer.model_max_length, MAX_SOURCE_TOKENS + len(self._before))
-        longest = self._options.get("max_new_tokens") or 2 * MAX_SOURCE_TOKENS
-        self._options["max_new_tokens"] = min(positions - 1, longest)
+        self._options["max_new_tokens"] = min(positions - 1, max_new_tokens or 2 * MAX_SOURCE_TOKENS)
         model.generation_config.max_length = None  # else `generate` warns at every call that it has two limits
         settings = model.generation_config.to_diff_dict() | self._options
         settings.pop("transformers_version", None)
@@ -183,11 +192,8 @@ class Seq2SeqTranslator:
 
     @torch.inference_mode()
     def translate(self, sentences: list[str]) -> list[str]:
-        """One translation a sentence; one that is too long is translated in pieces, which are joined by blanks."""
-        pieces = [cut(sentence, self._fits) for sentence in sentences]
-        batches = groups(itertools.chain.from_iterable(pieces), sys.maxsize, self._batch_size)
-        made = (text for batch in batches for text in self._translated(batch))
-        return [" ".join(itertools.islice(made, len(some))).strip() for some in pieces]
+        """One translation a sentence."""
+        return in_pieces(sentences, self._fits, (sys.maxsize, self._batch_size), self._translated)
 
     def token_ids(self, text: str) -> list[int]:
         """What the encoder reads. A language's token inside a caption is no command, nor is `</s>` an end."""
@@ -202,7 +208,7 @@ class Seq2SeqTranslator:
         try:
             ids = self.model.generate(**inputs.to(self.model.device), **self._options)  # (texts, tokens)
         except torch.OutOfMemoryError as error:
-            said = f"Out of memory with {len(texts)} sentences at once. Lower --batch_size, then --num_beams. ({error})"
+            said = f"Out of memory with {len(texts)} sentences at once. Lower --batch_size. ({error})"
             raise ValueError(said) from error
         kept = [[i for i in row if i not in self._language_ids] for row in ids.tolist()]
         return [text.strip() for text in self.tokenizer.batch_decode(kept, skip_special_tokens=True)]
@@ -211,8 +217,7 @@ class Seq2SeqTranslator:
 def _loaded(name: str, revision: str | None, precision: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     try:
         check_reachable(name, revision=revision)
-        with warnings.catch_warnings(), tokenizer_errors("its tokenizer"):
-            warnings.filterwarnings("ignore", "Recommended: pip install sacremoses")  # which the tokenizer never calls
+        with tokenizer_errors("its tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         checked_config(name, revision=revision)
         return tokenizer, AutoModelForSeq2SeqLM.from_pretrained(name, revision=revision, dtype=DTYPES[precision])
@@ -235,16 +240,6 @@ def _revision(name: str, model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _language_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], dict[str, int]]:
-    """Codes with their token ids: those that go before the source, and those that begin the translation."""
-    vocabulary = tokenizer.get_vocab()
-    before = {token[2:-2]: number for token, number in vocabulary.items() if SOURCE_TOKEN.fullmatch(token)}
-    begins = {
-        token: number for token, number in vocabulary.items() if TARGET_TOKEN.fullmatch(token)
-    }  # NLLB has no table
-    return before, {} if before else dict(getattr(tokenizer, "lang_code_to_id", begins))
-
-
 class GoogleTranslator:
     """Google's service, told the languages that it writes and reads.
 
@@ -255,18 +250,17 @@ class GoogleTranslator:
     name = "Google Translate"
 
     def __init__(self, language: str, source_language: str, endpoint: str | None = None):
-        self._secrets: list[str] = []
-        self._client = _client(endpoint or ENDPOINT, self._secrets)
+        self._key = os.environ.get(KEY, "").strip()
+        self._client = _client(endpoint or ENDPOINT, self._key)
         known = self._tried(lambda: [entry["language"] for entry in self._client.get_languages()])
         self.code, self._source = (find_code(code, known, self.name) for code in (language, source_language))
         self.fingerprint = {"backend": "google", "api": "v2", "source": self._source, "target": self.code}
 
     def translate(self, sentences: list[str]) -> list[str]:
-        """One translation a sentence; one that is too long is translated in pieces, which are joined by blanks."""
-        pieces = [cut(sentence, lambda text: len(text) <= GOOGLE_CHARACTERS) for sentence in sentences]
-        requests = groups(itertools.chain.from_iterable(pieces), GOOGLE_CHARACTERS, MAX_SENTENCES)
-        made = iter([text for request in requests for text in self._tried(lambda texts=request: self._answers(texts))])
-        return [" ".join(itertools.islice(made, len(some))) for some in pieces]
+        """One translation a sentence."""
+        limits = (GOOGLE_CHARACTERS, MAX_SENTENCES)
+        fits, tried = lambda text: len(text) <= GOOGLE_CHARACTERS, lambda some: self._tried(lambda: self._answers(some))
+        return in_pieces(sentences, fits, limits, tried)
 
     def _answers(self, texts: list[str]) -> list[str]:
         """One request."""
@@ -295,14 +289,10 @@ class GoogleTranslator:
     def _failure(self, error: Exception) -> tuple[str, bool]:
         """Why a request got no answer, without the key, and whether it may get one later: unless Google says no."""
         from google.api_core.exceptions import GoogleAPICallError
-        from google.auth.exceptions import GoogleAuthError
 
         said = f"{error or type(error).__name__}"
-        for secret in self._secrets:
-            for form in (secret, urllib.parse.quote(secret, safe=""), repr(secret)[1:-1]):
-                said = said.replace(form, "<key>")
-        if isinstance(error, GoogleAuthError):
-            return said, bool(getattr(error, "retryable", False))
+        for form in (self._key, urllib.parse.quote(self._key, safe=""), repr(self._key)[1:-1]):
+            said = said.replace(form, "<key>")
         if isinstance(error, GoogleAPICallError):
             return said, error.code in RETRIED or "rate limit exceeded" in said.lower()  # 403 is for quotas, too
         # No answer, none that is JSON, or too short a one: the client's words for that are of its own code.
@@ -312,12 +302,15 @@ class GoogleTranslator:
         return "it answered without a translation" if garbled else said, True
 
 
-def _client(endpoint: str, secrets: list[str]) -> Any:
-    """The official client, with the key or the account of the environment; what must not be shown joins `secrets`."""
+def _client(endpoint: str, key: str) -> Any:
+    """The official client, with a key."""
     address = urllib.parse.urlsplit(endpoint)
     if address.scheme != "https" and not (address.scheme == "http" and address.hostname in LOOPBACK):
         raise ValueError(f"The key would travel unprotected to {endpoint!r}; it must begin with https://.")
-    require("--backend google", "google", *GOOGLE_MODULES)
+    if not re.fullmatch(r"[!-~]+", key):
+        rule = f"needs a key of Google Cloud's Translation API in the environment variable {KEY}"
+        raise ValueError(f"--backend google {rule}; there is {'one with blanks or odd letters' if key else 'none'}.")
+    from google.auth import api_key
     from google.auth.transport.requests import AuthorizedSession
     from google.cloud import translate_v2
 
@@ -327,25 +320,6 @@ def _client(endpoint: str, secrets: list[str]) -> Any:
         def request(self, method: str, url: str, **options: Any) -> Any:
             return super().request(method, url, **options | {"timeout": TIMEOUT_S, "allow_redirects": False})
 
-    credentials = _credentials(translate_v2.Client.SCOPE, secrets)
-    session = Session(credentials, max_refresh_attempts=0 if secrets else 2)  # a refused key stays refused
+    credentials = api_key.Credentials(key)
+    session = Session(credentials, max_refresh_attempts=0)  # a refused key stays refused
     return translate_v2.Client(credentials=credentials, _http=session, client_options={"api_endpoint": endpoint})
-
-
-def _credentials(scopes: tuple[str, ...], secrets: list[str]) -> Any:
-    from google.auth import api_key
-    from google.oauth2.service_account import Credentials
-
-    key, account = os.environ.get(KEY, "").strip(), os.environ.get(ACCOUNT, "")
-    if key:
-        if not re.fullmatch(r"[!-~]+", key):
-            raise ValueError(f"The key in {KEY} has blanks, line breaks or letters that no key has. Copy it anew.")
-        secrets.append(key)
-        return api_key.Credentials(key)
-    try:
-        return Credentials.from_service_account_file(account, scopes=scopes)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--backend google needs a key of Google Cloud's Translation API in the environment variable {KEY}, or the "
-            f"file of a service account in {ACCOUNT}: {error}"
-        ) from error

@@ -10,7 +10,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 KEY = "AIzaTest-key_0123456789"
-TOKEN = "ya29.test-token"  # that a service account gets
 LANGUAGES = ("en", "es", "hi", "pt", "pt-PT", "xh", "yo", "zh-CN", "zh-TW")
 PATH = "/language/translate/v2"
 
@@ -21,8 +20,8 @@ class GoogleService:
 
     Attributes:
         faults: of the next translation requests, in order; then it works. A number is an HTTP status; `timeout`
-            never answers, `cut` in the middle of the JSON, `html` with a page, `list` with other JSON; `fewer`
-            leaves out an entry, `null` the text of one, `quota` and `daily` are Google's two refusals of a quota.
+            never answers, `cut` in the middle of the JSON, `list` with other JSON; `fewer` leaves out an entry, `quota`
+            and `daily` are Google's two refusals of a quota.
         requests: bodies of the translation requests that came with the right key.
         headers: of all requests.
         paths: of all requests, with their queries.
@@ -68,10 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, {"data": {"languages": [{"language": code} for code in LANGUAGES]}})
 
     def do_POST(self) -> None:
-        content = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.path == "/token":
-            return self._send(200, {"access_token": TOKEN, "expires_in": 3600, "token_type": "Bearer"})
-        body = json.loads(content)
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if not self._is_allowed():
             return
         self.service.requests.append(body)
@@ -82,14 +78,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         elif fault == "fewer":
             entries.pop(len(entries) // 2)
-        elif fault == "null":
-            entries[len(entries) // 2] = {"translatedText": None}
         elif fault == "quota":
             return self._fail(403, "User Rate Limit Exceeded", "userRateLimitExceeded")
         elif fault == "daily":
             return self._fail(403, "Daily Limit Exceeded", "dailyLimitExceeded")
-        elif fault == "html":
-            return self._send_bytes(200, b"<html>a proxy's page</html>", "text/html")
         elif fault == "list":
             return self._send(200, [1, 2])
         elif isinstance(fault, int):
@@ -102,8 +94,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.service.paths.append(self.path)
         if not self.path.startswith(PATH):
             self._fail(404, f"no such path {self.path}", "notFound")
-        elif self.headers.get("Authorization") == f"Bearer {TOKEN}":
-            return True
         elif (key := self.headers.get("x-goog-api-key")) != KEY:  # as Google does, and worse: it says the key again
             self._fail(400, f"API key not valid: {key}. Please pass a valid API key.", "badRequest")
         else:
@@ -115,12 +105,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, {"error": error})
 
     def _send(self, status: int, content: Any, cut: bool = False) -> None:
-        self._send_bytes(status, json.dumps(content).encode(), "application/json", cut)
-
-    def _send_bytes(self, status: int, data: bytes, kind: str, cut: bool = False) -> None:
+        data = json.dumps(content).encode()
         try:
             self.send_response(status)
-            self.send_header("Content-Type", kind)
+            self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             if status == 302:
                 self.send_header("Location", "http://localhost:9/elsewhere")

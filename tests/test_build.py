@@ -18,8 +18,8 @@ from tiny import save_model
 
 from capivara_common.executors import TasksFailed, Work, execute
 from caption_data.rows import CAPTIONS, SIMILARITIES
+from captions import select
 from captions.build import BuildArguments, ManualStepRequired, build, main, read_plan
-from captions.select import Selection
 from captions.stages import StageArguments
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
 from hub_upload.allowed_files import files_to_send
@@ -131,15 +131,15 @@ def test_what_fails_is_named_and_the_same_command_does_the_rest(config, tmp_path
     tasks the end has the bytes of an undisturbed build."""
     build(BuildArguments(config, tasks=3))
     (tmp_path / "built").rename(tmp_path / "undisturbed")
-    real = Selection._new_columns
+    real = select.selected
 
-    def poisoned(self, row):
+    def poisoned(args, row):
         if row["captions-en"] == ["a cat 9"]:
             raise ZeroDivisionError("no such row was expected")
-        return real(self, row)
+        return real(args, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Selection, "_new_columns", poisoned)
+        patch.setattr(select, "selected", poisoned)
         text = r"1 tasks have failed:\n  task 1: ZeroDivisionError: no such row was expected; rows 6 to 10 of train\n"
         with pytest.raises(TasksFailed, match=rf"3-select, train: rows: {text}Logs: .*The same command does what is"):
             build(BuildArguments(config, tasks=2))
@@ -304,7 +304,7 @@ def test_what_the_data_lack_is_said_before_any_stage(config, tmp_path, changes, 
 def test_a_missing_extra_is_said_before_any_stage(config, monkeypatch):
     changed(config, score={"model": "open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k"})
     monkeypatch.setattr("capivara_common.environment.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'stage score .* needs open_clip, .*: pip install -e "\.\[open_clip\]"$'):
+    with pytest.raises(ImportError, match=r'The stage score needs open_clip, .*: pip install -e "\.\[open_clip\]"$'):
         build(BuildArguments(config, dry_run=True))
 
 

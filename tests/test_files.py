@@ -126,22 +126,6 @@ def test_another_process_tidies_up_between_the_two_renames(tmp_path, monkeypatch
     assert read_json(out / "a") == "new" and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("by", ["writer", "next"])
-def test_a_replaced_folder_that_is_half_removed_is_never_put_back(tmp_path, monkeypatch, by):
-    out, old = tmp_path / "out", tmp_path / ".out.old-01234567"
-    write_json(out / "a", "old")
-    write_json(old / "a", "older")
-    with monkeypatch.context() as patch:
-        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # killed as it begins
-        remove_leftovers(out)
-        if by == "writer":
-            with whole_folder(out, overwrite=True):
-                pass
-    out.rename(tmp_path / "kept")
-    check_output_folder(out)
-    assert [p.name for p in tmp_path.iterdir()] == ["kept"]
-
-
 def test_an_empty_folder_is_in_nobodys_way(tmp_path):
     """It does not cost the whole folder that was being replaced, nor a descriptor where that can't be put back."""
     out, old = tmp_path / "out", tmp_path / ".out.old-01234567"

@@ -23,7 +23,7 @@ from caption_tars import files_of, write_tar
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from hub_client import hub_commands
 from hub_server import TOKEN, HubServer
-from test_generate import OPT, image_processor, opt_tokenizer, tiny_blip2
+from test_generate import image_processor, opt_tokenizer, tiny_blip2
 
 import train_accelerate
 from capivara_common import image_files
@@ -290,7 +290,7 @@ def test_what_datasets_would_open_by_itself(tmp_path, server, tiny_folder, monke
 @pytest.fixture(scope="module")
 def blip2_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("blip2")
-    tiny_blip2(OPT).save_pretrained(folder)
+    tiny_blip2().save_pretrained(folder)
     image_processor().save_pretrained(folder)
     opt_tokenizer().save_pretrained(folder)
     return folder

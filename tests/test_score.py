@@ -83,25 +83,6 @@ def test_an_image_that_the_model_refuses_is_left_out(arguments, monkeypatch):
     assert [row["image"]["bytes"] for row in rows_of(arguments.output)] == [PICTURES[0], PICTURES[2]], "the JPEGs stay"
 
 
-def test_each_caption_and_image_of_a_batch_is_embedded_once(arguments, monkeypatch):
-    texts, images = [], []
-    embed_texts, embed_images = two_towers.embed_texts, two_towers.embed_images
-    monkeypatch.setattr(
-        "modeling_capivara.two_towers.embed_texts",
-        lambda m, p, some, *a, **k: (texts.append(some), embed_texts(m, p, some, *a, **k))[1],
-    )
-    monkeypatch.setattr(
-        "modeling_capivara.two_towers.embed_images",
-        lambda m, p, some, *a, **k: (images.append(some), embed_images(m, p, some, *a, **k))[1],
-    )
-    arguments.rows()
-    assert [sorted(some) for some in texts] == [
-        sorted({"uma foto de um gato", "um cachorro azul", "casa", LONG, "carro"}),
-        ["água"],
-    ]
-    assert [len(some) for some in images] == [3, 1], "not the broken one, nor the one without a caption"
-
-
 def test_another_model_is_another_data_set(arguments, tiny_model):
     arguments.rows()
     assert stage_record(arguments.output)["settings"]["model"] == arguments.model

@@ -173,27 +173,6 @@ def test_all_columns_with_a_feature_pass_and_old_ones_are_replaced(tmp_path):
             run_stage(StageArguments(args.dataset, tmp_path / "x", rename=[rename], **names), {}, {}, shout)
 
 
-def test_what_json_can_hold(tmp_path):
-    """In tars nothing declares the columns: they are judged by the first rows, and what is of another kind is empty."""
-    others = {"url": 5, "width": 2**70, "share": 0.5, "ok": 1}
-    fields = [
-        {"captions-pt": "só um texto", "url": "u", "width": 3, "share": 1, "ok": True, "deep": {"a": 1}, "key": "0"},
-        {"captions-pt": ["a\ud800b", None], "similarities-pt": [1, "x"]} | others,
-        {"captions-pt": [], "url": None, "width": True},
-        {"captions-pt": [3], "url": "u"},
-        {"captions-pt": {"a": "b"}},
-    ]
-    members = [member for number, some in enumerate(fields) for member in sample(number, **some)]
-    args = StageArguments(str(write_tar(tmp_path / "x.tar", members)), tmp_path / "out")
-    assert not args.rows().skipped
-    rows = rows_of(tmp_path / "out")
-    assert [row["captions-pt"] for row in rows] == [["só um texto"], ["a?b", ""], [], [""], []]
-    assert [row["url"] for row in rows] == ["u", None, None, "u", None]
-    assert [row["width"] for row in rows] == [3, *[None] * 4] and [row["ok"] for row in rows] == [True, *[None] * 4]
-    assert [row["share"] for row in rows] == [1.0, 0.5, None, None, None]
-    assert rows[1]["similarities-pt"] == [1.0, None] and rows[0]["key"] == "0" and "deep" not in rows[0]
-
-
 def test_rows_that_cannot_be_used_are_listed(tmp_path):
     features = Features({"image": Image(), "captions-pt": CAPTIONS})
     pairs = [(b"", None), (None, "/no/such.png"), (PICTURES[0], "a/b"), (b"no", "a/b")]

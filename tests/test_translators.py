@@ -2,15 +2,12 @@
 
 import json
 import logging
-import os
 import shutil
 import traceback
 from pathlib import Path
 
 import pytest
 import torch
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
 from google_server import KEY, google_service, translated
 from sampling import one_in
 from seq2seq_models import m2m100_folder, marian_folder
@@ -20,7 +17,7 @@ from captions import translators
 from captions.translators import GOOGLE_CHARACTERS, GoogleTranslator, Seq2SeqTranslator, cut
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = {"max_new_tokens": 6, "num_beams": 2}
+SHORT = {"max_new_tokens": 6}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +40,7 @@ def nllb(tmp_path_factory):
 
 def test_marian_translates_as_the_model_itself_does(marian):
     """The plain calls of transformers, one sentence at a time, against batches with padding."""
-    translator = Seq2SeqTranslator(str(marian), "pt", options=SHORT)
+    translator = Seq2SeqTranslator(str(marian), "pt", **SHORT)
     sentences = ["a cat on a mat.", "two men ride horses on the beach.", "dog"]
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(marian).eval(), AutoTokenizer.from_pretrained(marian)
     expected = []
@@ -52,12 +49,12 @@ def test_marian_translates_as_the_model_itself_does(marian):
         expected.append(tokenizer.decode(ids[0], skip_special_tokens=True))
     assert translator.translate(sentences) == expected
     assert len(set(expected)) == 3 and all(expected), "equal or empty texts would prove nothing"
-    spanish = Seq2SeqTranslator(str(marian), "es", options=SHORT).translate(sentences)
+    spanish = Seq2SeqTranslator(str(marian), "es", **SHORT).translate(sentences)
     assert spanish != expected, "the prefix reaches the model"
 
 
 def test_the_languages_token_is_cut_off_the_translation(marian, monkeypatch):
-    translator = Seq2SeqTranslator(str(marian), "pt", options=SHORT)
+    translator = Seq2SeqTranslator(str(marian), "pt", **SHORT)
     tokens = translator.tokenizer(">>por<< a cat", return_tensors="pt")["input_ids"]
     assert translator.tokenizer.decode(tokens[0], skip_special_tokens=True).startswith(">>por<<")
     monkeypatch.setattr(translator.model, "generate", lambda **_: tokens)
@@ -66,7 +63,7 @@ def test_the_languages_token_is_cut_off_the_translation(marian, monkeypatch):
 
 def test_what_looks_like_a_command_in_a_caption_is_text(marian, nllb):
     for folder, language in ((marian, "pt"), (nllb, "pt")):
-        translator = Seq2SeqTranslator(str(folder), language, options=SHORT)
+        translator = Seq2SeqTranslator(str(folder), language, **SHORT)
         ids = translator.token_ids(">>spa<< a </s> <pad> spa_Latn cat")
         special = {translator.tokenizer.eos_token_id, translator.tokenizer.pad_token_id, *translator._language_ids}
         assert [i for i in ids if i in special] == [ids[0], ids[-1]], "the one language and the end, and no more"
@@ -76,7 +73,7 @@ def test_what_looks_like_a_command_in_a_caption_is_text(marian, nllb):
 @pytest.mark.parametrize("language", one_in(5, ["pt", "hi", "xh", "es", "yo"]))
 def test_m2m100_and_nllb_begin_with_the_language(kind, language, request):
     folder, sentence = request.getfixturevalue(kind), "two men ride horses on the beach."
-    translator = Seq2SeqTranslator(str(folder), language, options=SHORT)
+    translator = Seq2SeqTranslator(str(folder), language, **SHORT)
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     codes = {"pt": "por_Latn", "hi": "hin_Deva", "xh": "xho_Latn", "es": "spa_Latn", "yo": "yor_Latn"}
     assert translator.code == (language if kind == "m2m100" else codes[language])
@@ -99,21 +96,9 @@ def test_a_language_that_the_model_does_not_know(m2m100, nllb):
 
 def test_a_model_of_one_language(tmp_path):
     folder = marian_folder(tmp_path / "german", codes=(), target="deu")
-    assert Seq2SeqTranslator(str(folder), "de", options=SHORT).translate(["a cat"])
+    assert Seq2SeqTranslator(str(folder), "de", **SHORT).translate(["a cat"])
     with pytest.raises(ValueError, match=r"does not know the language 'pt'; of its 1 codes the nearest are deu"):
         Seq2SeqTranslator(str(folder), "pt")
-
-
-@pytest.mark.slow
-def test_a_caption_of_ten_thousand_characters(marian, m2m100):
-    for folder in (marian, m2m100):
-        translator = Seq2SeqTranslator(str(folder), "pt", options={"max_new_tokens": 2, "num_beams": 1}, batch_size=64)
-        for long in ("a cat on a mat. " * 625, "a" * 10_000, "cat " * 2_500):
-            pieces = cut(long, translator._fits)
-            assert all(len(translator.token_ids(piece)) <= 64 for piece in pieces), "the model has 64 positions"
-            assert "".join(pieces).replace(" ", "") == long.replace(" ", ""), "nothing is lost"
-            short, translation = translator.translate(["dog", long])
-            assert translation.count(" ") <= 4 * len(pieces) and short == translator.translate(["dog"])[0]
 
 
 def test_where_a_long_text_is_cut():
@@ -130,14 +115,14 @@ def test_where_a_long_text_is_cut():
 
 
 def test_what_a_translation_depends_on_is_in_the_fingerprint(marian, m2m100, tmp_path):
-    base = Seq2SeqTranslator(str(marian), "pt", options=SHORT).fingerprint
-    assert base == Seq2SeqTranslator(str(marian), "por", options=SHORT, batch_size=3).fingerprint
+    base = Seq2SeqTranslator(str(marian), "pt", **SHORT).fingerprint
+    assert base == Seq2SeqTranslator(str(marian), "por", **SHORT, batch_size=3).fingerprint
     others = [
-        Seq2SeqTranslator(str(marian), "es", options=SHORT),
-        Seq2SeqTranslator(str(marian), "pt", options=SHORT | {"num_beams": 1}),
-        Seq2SeqTranslator(str(marian), "pt", options=SHORT, precision="bf16"),
+        Seq2SeqTranslator(str(marian), "es", **SHORT),
+        Seq2SeqTranslator(str(marian), "pt", max_new_tokens=5),
+        Seq2SeqTranslator(str(marian), "pt", **SHORT, precision="bf16"),
         Seq2SeqTranslator(
-            str(marian_folder(tmp_path / "model", codes=("por",))), "pt", options=SHORT
+            str(marian_folder(tmp_path / "model", codes=("por",))), "pt", **SHORT
         ),  # same name, other files
     ]
     assert all(other.fingerprint != base for other in others)
@@ -148,7 +133,7 @@ def test_too_little_memory_names_the_flag_that_needs_less(marian, monkeypatch):
     def full(**_):
         raise torch.OutOfMemoryError("too many")
 
-    translator = Seq2SeqTranslator(str(marian), "pt", options=SHORT)
+    translator = Seq2SeqTranslator(str(marian), "pt", **SHORT)
     monkeypatch.setattr(translator.model, "generate", full)
     with pytest.raises(ValueError, match=r"Out of memory with 2 sentences at once\. Lower --batch_size.*too many"):
         translator.translate(["a cat", "a dog"])
@@ -183,7 +168,6 @@ def test_a_model_that_can_not_be_is_one_line(marian, tmp_path, sizes):
 @pytest.fixture
 def service(monkeypatch):
     monkeypatch.setenv("GOOGLE_API_KEY", KEY)
-    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
     with google_service() as service:
         yield service
 
@@ -212,7 +196,7 @@ def test_google_translates_in_requests_that_it_allows(service):
 
 @pytest.mark.parametrize(
     "fault",
-    [429, 503, "quota", pytest.param("timeout", marks=pytest.mark.slow), "cut", "html", "list", "fewer", "null"],
+    [429, "quota", pytest.param("timeout", marks=pytest.mark.slow), "cut", "list", "fewer"],
 )
 def test_what_passes_is_tried_again(service, fault, monkeypatch):
     monkeypatch.setattr(translators, "TIMEOUT_S", 5.0 if fault == "timeout" else 60.0)
@@ -223,7 +207,7 @@ def test_what_passes_is_tried_again(service, fault, monkeypatch):
     assert len(service.requests) == 3
 
 
-@pytest.mark.parametrize(("faults", "said"), [([503] * 8, ".*503"), (["null", "fewer"] * 4, "it answered without a")])
+@pytest.mark.parametrize(("faults", "said"), [([503] * 8, ".*503"), (["list", "fewer"] * 4, "it answered without a")])
 def test_pauses_double_and_end(service, waits, faults, said):
     translator = google(service)
     service.faults[:] = faults
@@ -261,7 +245,7 @@ def test_the_key_is_nowhere(service, caplog, capfd, monkeypatch):
     monkeypatch.setattr(translators, "MAX_TRIES", 2)
     caught = [failure(lambda: google(service))]
     monkeypatch.setenv("GOOGLE_API_KEY", KEY)
-    for fault in (400, 401, 403, 404, 500, "timeout", "cut", "html", "list", 302):
+    for fault in (400, 403, 500, "timeout", "cut", "list", 302):
         monkeypatch.setattr(translators, "TIMEOUT_S", 3.0 if fault == "timeout" else 60.0)
         translator = google(service)
         service.faults[:] = [fault] * 2
@@ -293,24 +277,6 @@ def test_a_key_that_is_missing_or_unprotected(service, monkeypatch):
     with pytest.raises(ValueError, match="must begin with https://"):
         google(service, endpoint="http://translation.example.org")
     monkeypatch.delenv("GOOGLE_API_KEY")
-    with pytest.raises(ValueError, match=r"needs a key .* GOOGLE_API_KEY.*GOOGLE_APPLICATION_CREDENTIALS"):
-        google(service)
-    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", os.devnull + "/account.json")
-    with pytest.raises(ValueError, match=r"a service account in GOOGLE_APPLICATION_CREDENTIALS: .*account\.json"):
+    with pytest.raises(ValueError, match=r"needs a key .* GOOGLE_API_KEY; there is none"):
         google(service)
     assert service.paths == []
-
-
-@pytest.mark.slow
-def test_a_service_account(service, monkeypatch, tmp_path):
-    """What GOOGLE_APPLICATION_CREDENTIALS names signs for a token, with which the service is asked."""
-    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-    form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    account = {"type": "service_account", "project_id": "p", "client_email": "translator@p.iam.gserviceaccount.com"}
-    account |= {"private_key_id": "1", "private_key": key.private_bytes(*form).decode()}
-    account |= {"token_uri": f"{service.url}/token"}
-    (tmp_path / "account.json").write_text(json.dumps(account), encoding="utf-8")
-    monkeypatch.delenv("GOOGLE_API_KEY")
-    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "account.json"))
-    assert google(service).translate(["a cat"]) == [translated("a cat", "pt")]
-    assert not any("x-goog-api-key" in headers for headers in service.headers)
