@@ -4,7 +4,6 @@ stay here."""
 import io
 import mmap
 import re
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,8 +24,6 @@ TOKENIZER_FILES = (
 RUN_PICTURES = ("curves.png", "retrieval.png")  # of a training run
 # A star stands for any part of one name, never for a folder. Export and upload know no other list.
 ALLOWED_FILES = (
-    # Code of folders that were exported when these were files of their own
-    *("image_classification_capivara.py", "image_tower_capivara.py", "loss_capivara.py"),
     *("config.json", "processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES, *MODEL_CODE),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "rotation.safetensors"),
     *("open_clip_config.json", "open_clip_model.safetensors", "text_model/config.json"),
@@ -202,7 +199,7 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 SUFFIXES = PICTURES | {".parquet", ".tar", ".arrow", ".json", ".jsonl", ".csv", ".tsv"}
 NAMES = {"README.md", "LICENSE", "LICENSE.txt", "LICENSE.md"}
 RECORD_BYTES = 2**21  # JSON files that are not larger say how a data set was made; larger ones are rows
-BATCH_BYTES = 2**25  # of rows that are looked at together
+ROWS = 256  # that are looked at together: some megabytes, also of pictures
 BUFFER_BYTES = 2**20  # of a column that is read at once
 OUTSIDE = r"^(/|~|[A-Za-z]:[\\/]|file:)|(^|/)\.\.(/|$)"  # of the path of a picture
 SECRET = "holds what looks like an access token or key. Take it out, and revoke it if it is real"
@@ -251,8 +248,7 @@ def _check_rows(path: Path, name: Path) -> None:
                 raise ValueError(f"{name}, its header, {SECRET}.")
             for column, array in zip(batch.schema.names, batch.columns, strict=True):
                 if _fault(array):
-                    row = bisect_left(range(len(array)), True, key=lambda row, of=array: bool(_fault(of[: row + 1])))
-                    fault = _fault(array[row : row + 1])
+                    row, fault = next((n, bad) for n in range(len(array)) if (bad := _fault(array[n : n + 1])))
                     raise ValueError(f"{name}, column {column!r}, row {first + row}, {fault}.")
             first += len(batch)
     except pyarrow.ArrowException as error:
@@ -270,10 +266,7 @@ def _batches(path: Path) -> Iterator[Any]:
         return
     with parquet.ParquetFile(path, buffer_size=BUFFER_BYTES) as file:
         yield pyarrow.RecordBatch.from_pylist([], file.schema_arrow)
-        for group in range(file.num_row_groups):
-            about = file.metadata.row_group(group)
-            rows = BATCH_BYTES * about.num_rows // max(1, about.total_byte_size)
-            yield from file.iter_batches(max(1, min(rows, 2**16)), [group])
+        yield from file.iter_batches(ROWS)
 
 
 def _fault(array: Any) -> str | None:

@@ -208,7 +208,7 @@ def metadata(facts: dict[str, Any], title: str) -> ModelCardData:
     kind = "clip" if facts["model_class"] == values.OWN_CLASS else facts["architecture"].get("model_type", "clip")
     tags = ["capivara", kind, "image-text-retrieval", "zero-shot"]
     tags += ["multilingual"] if len(languages) > 1 else []
-    model = facts["origins"].get("model") or {}
+    model = facts["origins"]["model"]
     # The base's own id, or those that the card of a local base names.
     base = hub_ids([model["hub_id"]] if model.get("hub_id") else model.get("base_model") or ())
     data = ModelCardData(
@@ -217,7 +217,7 @@ def metadata(facts: dict[str, Any], title: str) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
         base_model=base[0] if len(base) == 1 else base or None,
-        datasets=hub_ids(origin.get("hub_id") for origin in facts["origins"].get("datasets", ())) or None,
+        datasets=hub_ids(origin.get("hub_id") for origin in facts["origins"]["datasets"]) or None,
         tags=tags + facts["formats"],
         model_name=title,
         eval_results=[_index_entry(facts, measured) for measured in _published(facts)],

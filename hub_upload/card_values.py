@@ -114,9 +114,8 @@ def _facts(folder: Path, name: str) -> dict[str, Any]:
     )
     digests |= {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in pictures}
     weights = [WeightFile(path) for path in (*model.glob("model.safetensors"), *model.glob("model-*-of-*.safetensors"))]
-    origins = run.get("origins") or {}  # what base and data say of themselves; a run of before did not note it
-    evaluated = origins.get("evaluation_dataset")
-    noted = str(origins.get("license"))  # "other" says nothing
+    origins = run["origins"]  # what base and data say of themselves
+    evaluated, noted = origins["evaluation_dataset"], str(origins["license"])  # "other" says nothing
     return {
         "folder": folder,  # of the run, or of the repository made from it
         "name": name,  # of the folder, as code names it
@@ -128,7 +127,7 @@ def _facts(folder: Path, name: str) -> dict[str, Any]:
         "model_class": model_class,  # of a run before it was noted, CAPIVARA's own
         "loss": run.get("loss", "contrastive"),
         "origins": origins,
-        "titles": {evaluated["name"]: evaluated["title"]} if evaluated else {},  # of data sets, on their own cards
+        "titles": {evaluated["name"]: evaluated["title"]},  # of data sets, on their own cards
         "license": noted if noted in LICENCES else None,
         "is_inherited": noted in LICENCES,
         "values": [value for value in values if not value.dim],  # what was measured, rows of `values_of`
@@ -224,7 +223,7 @@ def revision(run: dict[str, Any], measured: Any) -> str | None:
     """
     header, dataset = measured.file.content, measured.dataset
     commit, fingerprint = header.get("dataset_revision"), header.get("dataset_fingerprint")
-    if not commit and fingerprint and run.get("origins"):
+    if not commit and fingerprint:
         evaluated = run["origins"]["evaluation_dataset"]
         if fingerprint in (run.get("dataset_fingerprints") or {}).values() and evaluated["hub_id"] == dataset:
             commit = evaluated.get("revision")
@@ -401,7 +400,7 @@ def template_values(facts: dict[str, Any], language: str, name: str, is_reposito
         "examples": partial(code_examples, trained),
         "width": architecture.get("projection_dim") or (architecture.get("text_config") or {}).get("projection_size"),
         "towers": [(key, architecture.get(key) or {}) for key in ("vision_config", "text_config")],
-        **_works(facts),
+        **_works(facts["origins"]),
         "licences": lambda origin: ", ".join(map(code, origin.get("licenses") or ())),
         "rotated": bool(config.get("matryoshka_dims")) or rotated.is_file(),
         "stopped_early": any(of["steps"] < config["max_steps"] for of in facts["runs"]),
@@ -424,17 +423,12 @@ def template_values(facts: dict[str, Any], language: str, name: str, is_reposito
     }
 
 
-def _works(facts: dict[str, Any]) -> dict[str, Any]:
+def _works(origins: dict[str, Any]) -> dict[str, Any]:
     """Base, data, and all that the model was made from, each with its kind."""
-    config, origins = facts["config"], facts["origins"]
-    if origins:
-        base, data = origins["model"], origins["datasets"]
-    else:  # of a run before they were noted
-        base, *data = ({"title": Path(str(name)).name} for name in (config["model"], *config["dataset"]))
-    works = [("model", base), *(("dataset", origin) for origin in data)]
+    works = [("model", origins["model"]), *(("dataset", origin) for origin in origins["datasets"])]
     if teacher := origins.get("teacher"):  # of runs that had one
         works.append(("teacher", teacher))
-    return {"base": base, "datasets": data, "works": works}
+    return {"base": origins["model"], "datasets": origins["datasets"], "works": works}
 
 
 def _settings(config: dict[str, Any], fixed: dict[str, Any]) -> dict[str, Any]:

@@ -205,9 +205,6 @@ def _write_processor(model: Path, folder: Path, processor: ProcessorMixin) -> No
     package = Path(modeling_capivara.__file__).parent
     for name in allowed.MODEL_CODE:
         shutil.copyfile(package / name, folder / name)
-    tokenizer = processor.tokenizer
-    if read_json(folder / "tokenizer_config.json").get("tokenizer_class") != type(tokenizer).__name__:
-        tokenizer.save_pretrained(folder)  # of an older folder: now it repairs texts also without the processor
 
 
 def _write_records(model: Path, folder: Path) -> None:

@@ -11,13 +11,10 @@ import torch
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 from test_layout import MODEL_FILES
-from tiny import tiny_tokenizer
-from transformers import AutoTokenizer
 
 from hub_upload import export as export_module
 from hub_upload.allowed_files import ALLOWED_FILES, MODEL_CODE, allowed_files, check_contents
 from hub_upload.export import FORMATS, export, main
-from modeling_capivara.loading import load_processor
 
 TOKEN = "hf_" + "a1B2c3" * 6
 STRAY = [
@@ -58,18 +55,6 @@ def run_folder(tiny_folder):
 
 def exported(folder: Path, output: Path, **arguments) -> list[str]:
     return [name for name, _ in export(folder, output, ["transformers"], **arguments)]
-
-
-def test_tokenizer_of_an_older_folder_is_written_anew(run_folder, tmp_path):
-    tiny_tokenizer().save_pretrained(run_folder)
-    exported(run_folder, tmp_path / "repository")
-    settings = json.loads((tmp_path / "repository/tokenizer_config.json").read_text())
-    assert settings["tokenizer_class"] == "CapivaraTokenizer"
-    assert settings["auto_map"] == {"AutoTokenizer": ["tokenization_capivara.CapivaraTokenizer", None]}
-    assert not {"is_local", "local_files_only", "name_or_path"} & settings.keys()
-    text = "SÃ£o JoÃ£o &amp;amp; ção"
-    expected = load_processor(run_folder)(text=text)["input_ids"]
-    assert AutoTokenizer.from_pretrained(tmp_path / "repository")(text)["input_ids"] == expected
 
 
 def test_only_files_of_the_list_are_written(run_folder, tmp_path):
@@ -170,10 +155,6 @@ def test_the_list_names_the_model_files_of_the_package():
 
 def test_code_is_the_packages_and_not_the_sources(tiny_folder, tmp_path):
     (tiny_folder / "modeling_capivara.py").write_text("raise SystemExit", encoding="utf-8")
-    config = json.loads((tiny_folder / "config.json").read_text(encoding="utf-8"))
-    older = "image_classification_capivara.CapivaraForImageClassification"  # a file of its own, once
-    config["auto_map"]["AutoModelForImageClassification"] = older
-    (tiny_folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     exported(tiny_folder, tmp_path / "repository")
     named = json.loads((tmp_path / "repository/config.json").read_text(encoding="utf-8"))["auto_map"]
     assert {where.partition(".")[0] + ".py" for where in named.values()} <= set(MODEL_CODE)
