@@ -8,8 +8,6 @@ The loss is the base's, as `examples.openmoji.prepare` has aligned it. It needs 
 (docs/recipe.md shows the results).
 """
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import train_accelerate
 from benchmarks.timing import RESULTS, ROOT, conditions
 from capivara_common.cli import flag, parse, read_config, run_command
 from capivara_common.files import read_json, write_json
@@ -67,22 +66,14 @@ def read_all(args: RecipeArguments) -> dict[str, RetrievalData]:
 
 
 def trained(seed: int, args: RecipeArguments, base_digest: str) -> Path:
-    """The folder of a finished run; another config or base is another folder. Raises ValueError where it fails."""
+    """The folder of a finished run; another config or base is another folder. Raises as `train_accelerate.main`."""
     made_of = digest_of([str([read_config(args.config), base_digest])])[:8]
-    folder = (args.work / made_of / f"seed-{seed}").absolute()
+    folder = args.work / made_of / f"seed-{seed}"
     if (folder / "run.json").is_file():
         return folder
-    print(f"Training, seed {seed}", flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    flags = {"config": args.config.absolute(), "output_dir": folder, "resume": "auto", "seed": seed}
-    flags |= {"model": Path(args.base).absolute(), "dataset": Path(args.openmoji).absolute()}
-    command = [sys.executable, "train_accelerate.py", *(f"--{name}={value}" for name, value in flags.items())]
-    log = folder.with_suffix(".log")
-    with log.open("w", encoding="utf-8") as out:
-        done = subprocess.run(command, cwd=ROOT, stdout=out, stderr=out, check=False)
-    if done.returncode:
-        *_, last = ["", *log.read_text(encoding="utf-8", errors="replace").strip().splitlines()]
-        raise ValueError(f"Seed {seed} ended with {done.returncode}, see {log}: {last}")
+    flags = {"config": args.config, "output_dir": folder, "resume": "auto", "seed": seed}
+    flags |= {"model": args.base, "dataset": args.openmoji}
+    train_accelerate.main([f"--{name}={value}" for name, value in flags.items()])
     return folder
 
 

@@ -55,7 +55,7 @@ RECIPE = {"pairs": 2816, "micro": 64}  # CAPIVARA, arXiv 2310.13683, appendix
 # --model -> what open_clip's trainer is told of it: its name of the architecture, and the loss
 OPEN_CLIP_FLAGS = {"capivara": "--model xlm-roberta-base-ViT-B-32", "siglip2": "--model ViT-B-16-SigLIP2 --siglip"}
 TOKENS = {"capivara": 20, "siglip2": 64}  # of a caption, on average; of SigLIP 2's, which are always filled up
-SIGLIP_PIECES = 256_000  # of its vocabulary
+SIGLIP_PIECES, PIECES = 256_000, 2000  # of its vocabulary, all drawn; of XLM-R's about as many as the demo's names have
 PADDING, PEER_TOKENS = 1, 77  # XLM-R's padding; what open_clip fills up to
 SPREAD, SHORTEST, LONGEST = 0.25, 7, 70  # of the lengths: standard deviation over the mean, and limits, in tokens
 OPEN_CLIP_PRECISIONS = {"no": "fp32", "bf16": "amp_bfloat16"}
@@ -154,7 +154,8 @@ def random_texts(config: PreTrainedConfig, pairs: int) -> Tensor:
     """(pairs, 77), ids in order of length, 20 on average, filled up; of SigLIP (pairs, 64), all of one length."""
     dice, siglip = torch.Generator().manual_seed(0), isinstance(config, SiglipConfig)
     shape = pairs, TOKENS["siglip2"] if siglip else PEER_TOKENS
-    ids = torch.randint(PADDING + 1, config.text_config.vocab_size, shape, generator=dice)
+    pieces = min(SIGLIP_PIECES if siglip else PIECES, config.text_config.vocab_size)
+    ids = torch.randint(PADDING + 1, pieces, shape, generator=dice)
     if not siglip:
         lengths = TOKENS["capivara"] * (1 + SPREAD * torch.randn(pairs, 1, generator=dice))
         ids[torch.arange(PEER_TOKENS) >= lengths.round().clamp(SHORTEST, LONGEST).sort(dim=0).values] = PADDING

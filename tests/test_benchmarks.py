@@ -13,7 +13,6 @@ from benchmarks import captions, main_job, search, timing
 from capivara_common.files import read_json, write_json
 from capivara_search.miniature_encoders import load_tokenizer
 from capivara_search.table import schema
-from captions.generate import PREFIXES, read_prefixes
 
 
 @pytest.mark.slow
@@ -94,15 +93,6 @@ def test_export_at_small_size(tiny_folder, tmp_path, capsys, monkeypatch):
     assert exported["ratio_to_weights"] == over / found["weights_bytes"]
 
 
-@pytest.mark.slow
-def test_the_model_has_the_proportions_of_the_real_one():
-    model = captions.scaled_captioner(captions.CaptionsArguments(), read_prefixes(PREFIXES)).model
-    vision, language = model.config.vision_config, model.config.text_config
-    assert (vision.hidden_size, vision.num_hidden_layers, vision.intermediate_size) == (352, 6, 1536)
-    assert (language.hidden_size, language.num_hidden_layers, language.vocab_size) == (640, 5, 12576)
-    assert model.config.qformer_config.hidden_size == 192
-
-
 def test_programs_give_the_same_tokens(tmp_path, capsys):
     sizes = ["--widths", "16", "--layers", "12", "--images", "2", "--new_tokens", "3", "--runs", "1"]
     captions.main([*sizes, "--output", str(tmp_path / "c.json")])
@@ -115,28 +105,22 @@ def test_programs_give_the_same_tokens(tmp_path, capsys):
 
 def test_both_trees_run_twice(tmp_path, monkeypatch):
     """The old one in its own folder and with its own modules, before the new one; the second run keeps what is made."""
-    (tmp_path / "train_accelerate.py").touch()
-    calls, record = [], {"metric": "mean_recall", "value": 0.25}
+    calls = []
 
     def run(command, cwd, env, check):
-        assert check and env["OMP_NUM_THREADS"] == "2"
         calls.append((command[2], cwd, env["PYTHONPATH"], env["CAPIVARA_CACHE"]))
         if "train_accelerate" in command:
-            write_json(Path(command[-1]) / "results" / "r.json", {"records": [record]})
+            write_json(Path(command[-1]) / "results" / "r.json", {"records": [{"value": 0.25}]})
 
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "run", run)
         patch.setattr(main_job.timing, "conditions", dict)
         main_job.main(["--old_tree", str(tmp_path), "--output", str(tmp_path / "o.json")])
-    assert [call[:3] for call in calls] == [
-        (name, tree, str(tree))
-        for tree in (tmp_path, main_job.timing.ROOT)
-        for name in ("examples.openmoji.prepare", "train_accelerate") * 2
-    ]
+    trees, names = (tmp_path, main_job.timing.ROOT), ("examples.openmoji.prepare", "train_accelerate") * 2
+    assert [call[:3] for call in calls] == [(name, tree, str(tree)) for tree in trees for name in names]
     assert calls[0][3] == calls[3][3] != calls[4][3]
-    found = read_json(tmp_path / "o.json")
-    first = found["measured"]["old"]["first"]
-    assert first["records"] == [record] and first["seconds"].keys() == {"prepare", "train_accelerate", "total"}
+    first = read_json(tmp_path / "o.json")["measured"]["old"]["first"]
+    assert first["records"] == [{"value": 0.25}] and first["seconds"].keys() == {"prepare", "train_accelerate", "total"}
 
 
 def test_the_answers_are_the_nearest_vectors(tmp_path, monkeypatch):

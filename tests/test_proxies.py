@@ -46,11 +46,6 @@ def test_noto_is_black_on_white_and_of_single_code_points():
     assert proxies.twemoji_png("E000") is None
 
 
-def test_only_what_is_drawn_is_kept_under_its_own_captions():
-    drawn = proxies.drawings(rows(), lambda emoji: b"" if emoji in ("1F41D", "1F680") else None)
-    assert drawn["emoji"][:] == ["1F41D", "1F680"] and drawn["captions-pt"][:] == [["abelha"], ["foguete"]]
-
-
 @pytest.mark.slow
 def test_command(tmp_path):
     data = DatasetDict(train=rows(["2600"], ["sol"]), validation=rows(seed=1), test=rows())
