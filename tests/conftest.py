@@ -96,6 +96,13 @@ def tiny_dataset_folder(tmp_path_factory):
 
 
 @pytest.fixture
+def no_pictures(monkeypatch):
+    from tiny import draw_nothing
+
+    draw_nothing(monkeypatch)
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """A real file system of 1 MB."""
     folder = tmp_path / "disk"
