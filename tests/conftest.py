@@ -123,8 +123,9 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate_state():
-    """Accelerate keeps one state a process; a test must not inherit the one before."""
+    """Accelerate keeps one state a process, torch its threads; a test must not inherit those of the one before."""
     yield
     if state := sys.modules.get("accelerate.state"):
         for one in (state.AcceleratorState, state.GradientState, state.PartialState):
             one._reset_state()
+        sys.modules["torch"].set_num_threads(1)
