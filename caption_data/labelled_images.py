@@ -49,16 +49,11 @@ def load_images(
     """Labelled images, their classes in the order of `names_en`, which are those of all classes of the data set.
 
     A data set that names its classes is matched by name, since orders differ; one of plain numbers is taken to have
-    that order.
+    that order. `source` and `split` are as `--images` and `--split` take them, columns are found where None, and
+    `image_roots` and `max_pixels` those of `open_split`. `indices`, in `names_en`, are of the classes that are
+    distinguished, all where None: images of others are left out (Babel-ImageNet names a part of ImageNet).
 
-    Args:
-        source, split: as `--images` and `--split` take them; `image_roots` and `max_pixels` are those of `open_split`.
-        image_column, label_column: found where None.
-        indices: in `names_en`, of the classes that are distinguished; all where None. Images of others are left out
-            (Babel-ImageNet names a part of ImageNet).
-
-    Raises:
-        ValueError: split or column is missing, or the class names do not match; those that differ are named.
+    Raises ValueError where split or column is missing, or the class names do not match; those that differ are named.
     """
     path = Path(source)
     tables = ("**/*.tar", "**/*.parquet", "**/metadata.jsonl", "dataset_dict.json")

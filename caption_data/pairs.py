@@ -51,11 +51,9 @@ def pair_table(split: Split, caption_columns: Sequence[str], choose: Choose, set
     The table is kept in the cache folder, named after all that it depends on. Of the processes of a launch one on each
     machine makes it. Raises ValueError where the split lacks a column; those that are there are named.
 
-    Args:
-        caption_columns: that `choose` needs. A lone string in one of them becomes a list of one; where
-            `lacking` does not miss it, one that is not there is an empty list.
-        choose: gives the captions of a row; it gets the row without its image, and may raise ValueError.
-        settings: all that `choose` depends on.
+    `choose` gives the captions of a row without its image, and may raise ValueError; `settings` are all that it depends
+    on, `caption_columns` what it reads: a lone string there becomes a list of one, and a column that is not there an
+    empty list, where `lacking` does not miss it.
     """
     split.check_columns([split.image_column, *lacking(caption_columns, split.columns)])
 

@@ -147,20 +147,15 @@ def open_split(
     max_pixels: int = MAX_IMAGE_PIXELS,
     parquet: type[Split] | None = None,
 ) -> Split:
-    """One split of a data set; the module's text has its forms.
+    """One split of a data set: a folder, file, glob or Hub id, in one of the forms of the module's text.
 
-    Args:
-        dataset: folder, file, glob or Hub id.
-        split: name.
-        image_column: column of the images; in tars and image folders, the name their images get.
-        image_roots: folders outside of the data set that image paths and links in it may lead into.
-        max_pixels: of an image.
-        parquet: what reads parquet files where they lie, from its `paths`; they are copied where None.
+    `image_column` is the images' name, which those of tars and image folders get; `image_roots` are folders outside of
+    the data set that image paths and links in it may lead into, `max_pixels` those of an image. `parquet` reads parquet
+    files where they lie, from its `paths`; they are copied where None.
 
-    Raises:
-        ValueError: there is no such data set or split (those that are there are named), it is empty, its tars are
-            compressed, its images lie in tars without being in one, a file of it is a link out of it, or it is the
-            output of a stage that is unfinished.
+    Raises ValueError where there is no such data set or split (those that are there are named), it is empty, its tars
+    are compressed, its images lie in tars without being in one, a file of it is a link out of it, or it is the output
+    of a stage that is unfinished.
     """
     path, paths, damages, data = Path(dataset), [], [], None
     refuse_unfinished(path)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers import BatchFeature, CLIPImageProcessorPil
-from transformers.image_utils import ChannelDimension, SizeDict, is_valid_image
+from transformers.image_utils import ChannelDimension, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
@@ -49,8 +49,6 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
         if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
             with Image.open(source) as image:
                 return ImageOps.exif_transpose(image)
-        if not isinstance(source, (str, os.PathLike)) and not is_valid_image(source):
-            raise ValueError(f"An image must be a PIL image, array, tensor, path or URL, got {type(source).__name__}.")
         return super().fetch_images(os.fspath(source) if isinstance(source, os.PathLike) else source)
 
     def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:

@@ -297,13 +297,10 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         A class is the normalised mean of the normalised embeddings of its filled templates (CLIP, section 3.1.4). It
         shares no weight with the model, and is in evaluation mode, on its device, in its type, nothing frozen.
 
-        Args:
-            labels: names of the classes, in the order of the logits; or name -> what stands for it in the templates,
-                one text or several: `{"0": ["o número 0", "o algarismo zero"]}`.
-            templates: texts in which `{}` is where a label goes, such as "uma foto de {}."; `["{}"]` for whole texts.
-
-        Raises:
-            ValueError: fewer than two labels, an empty one or the same twice; no template, or one without `{}`.
+        `labels` are names of the classes, in the order of the logits; or name -> what stands for it in the templates,
+        one text or several: `{"0": ["o número 0", "o algarismo zero"]}`. `templates` are texts in which `{}` is where a
+        label goes, such as "uma foto de {}."; `["{}"]` for whole texts. ValueError for fewer than two labels, an empty
+        one or the same twice; no template, or one without `{}`.
         """
         prompts = _filled_prompts(labels, templates)
         config = copy.deepcopy(model.config)
@@ -331,13 +328,9 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
     ) -> tuple | ImageClassifierOutput:
         """Logits of every label, (images, num_labels), float32, and the loss in nats where `labels` are given.
 
-        Args:
-            pixel_values: (images, 3, height, width), as `CapivaraImageProcessor` makes them.
-            labels: (images,), whole numbers, for cross-entropy; (images, num_labels), 0.0 or 1.0, for binary
-                cross-entropy. `config.problem_type` chooses where it is set, else the type of `labels`, once for all.
-
-        Raises:
-            ValueError: `pixel_values` is no batch of images, or the shape of `labels` does not fit.
+        These are (images,), whole numbers, for cross-entropy; (images, num_labels), 0.0 or 1.0, for binary
+        cross-entropy: `config.problem_type` chooses where it is set, else their type, once for all. ValueError where
+        their shape does not fit, or `pixel_values` is no batch of images, (images, 3, height, width).
         """
         outputs = self.get_image_features(pixel_values, return_dict=True, **kwargs)
         image_embeds = unit_length(outputs.pooler_output)  # (images, projection_dim), float32

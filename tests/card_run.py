@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from datasets import concatenate_datasets, load_from_disk
-from tiny import save_model
+from tiny import draw_nothing, save_model
 
 import train_accelerate
 from modeling_capivara import CapivaraProcessor
@@ -47,7 +47,8 @@ def _train(folder: Path, dataset: Path, processor: CapivaraProcessor) -> Path:
     values |= {"effective_batch_size": 10, "micro_batch_size": 4, "max_steps": 4, "warmup_steps": 1, "eval_steps": 2}
     values |= {"learning_rate": 1e-3, "min_learning_rate": 0, "weight_decay": 0, "num_threads": 1}
     argv = [word for key, value in values.items() for word in (f"--{key}", str(value))]
-    with contextlib.chdir(folder):
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
         train_accelerate.main([*argv, "--eval_languages", "pt", "en"])
     return folder / "run"
 

@@ -96,6 +96,13 @@ def tiny_dataset_folder(tmp_path_factory):
 
 
 @pytest.fixture
+def no_pictures(monkeypatch):
+    from tiny import draw_nothing
+
+    draw_nothing(monkeypatch)
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """A real file system of 1 MB."""
     folder = tmp_path / "disk"
@@ -116,8 +123,9 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate_state():
-    """Accelerate keeps one state a process; a test must not inherit the one before."""
+    """Accelerate keeps one state a process, torch its threads; a test must not inherit those of the one before."""
     yield
     if state := sys.modules.get("accelerate.state"):
         for one in (state.AcceleratorState, state.GradientState, state.PartialState):
             one._reset_state()
+        sys.modules["torch"].set_num_threads(1)

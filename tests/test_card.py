@@ -27,12 +27,17 @@ def trained(tmp_path_factory, tiny_dataset_folder, tiny_processor):
     return trained_run(tmp_path_factory, tiny_dataset_folder, tiny_processor)
 
 
+@pytest.fixture(scope="module")
+def with_card(trained, tmp_path_factory):
+    folder = shutil.copytree(trained, tmp_path_factory.mktemp("with_card") / "run")
+    write_card(folder)
+    return folder
+
+
 @pytest.fixture
-def run(trained, tmp_path):
+def run(with_card, tmp_path):
     """A copy of the run, with its card."""
-    shutil.copytree(trained, tmp_path / "run")
-    write_card(tmp_path / "run")
-    return tmp_path / "run"
+    return shutil.copytree(with_card, tmp_path / "run")
 
 
 def test_a_run_gets_a_card_with_all_sections(run):

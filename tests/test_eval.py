@@ -1,7 +1,5 @@
 """Retrieval task, result records, table and pictures."""
 
-from dataclasses import asdict
-
 import pytest
 import torch
 from PIL import Image
@@ -12,7 +10,7 @@ from capivara_common.privacy import short_name
 from eval import retrieval
 from eval.records import plots
 from eval.records.plots import plot_retrieval_sheet, sheet_queries
-from eval.records.schema import Record, read_records, write_records
+from eval.records.schema import read_records, write_records
 from eval.records.tables import retrieval_table
 from eval.retrieval import RetrievalEmbeddings, gain_records, retrieval_records
 
@@ -65,19 +63,6 @@ def test_gain_is_the_difference_of_the_records():
         assert record.value == pytest.approx(now - was)
         low, high = record.interval_95
         assert 0 < low < record.value < high
-
-
-def test_table_of_several_seeds():
-    records = [Record(**{**asdict(r), "model": "baseline"}) for r in retrieval_records(embeddings(0, 1.5), **FACTS)]
-    for seed in (0, 1):
-        facts = {**FACTS, "seed": seed}
-        records += retrieval_records(embeddings(seed, 0.8), **facts)
-        records += gain_records(embeddings(0, 1.5), embeddings(seed, 0.8), **facts)
-    table = retrieval_table(records)
-    rows = [line for line in table.splitlines() if line.startswith("| pt")]
-    assert [row.split("|")[2].strip() for row in rows] == ["Baseline", "CAPIVARA", "chance"]
-    assert rows[1].count("±") == 8 and "±" not in rows[0]
-    assert table.count("95 % interval") == 4 and "seed 1" in table
 
 
 def test_records_survive_json_and_call_a_data_set_as_their_header_does(tmp_path, monkeypatch):

@@ -503,7 +503,7 @@ MEASURED = {
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "linear_probe")) for name in MEASURED]
 )
-def test_a_measurement_is_what_it_was(home, tmp_path, name):
+def test_a_measurement_is_what_it_was(home, tmp_path, name, no_pictures):
     """Model and data of before, measured again, give the figures of the records, to 1e-6."""
     import importlib
 

@@ -41,12 +41,9 @@ BROKEN = b"\x89PNG\r\n\x1a\n no picture"
 
 
 @pytest.fixture(autouse=True)
-def cache_home(tmp_path, monkeypatch) -> Path:
-    """Every test starts with no cache; runs draw no pictures, which would take most of their time."""
-    monkeypatch.setattr(train_accelerate, "plot_training_curves", lambda *args, **options: None)
-    monkeypatch.setattr(train_accelerate, "plot_retrieval_sheet", lambda *args, **options: None)
+def cache_home(no_pictures, tmp_path, monkeypatch) -> None:
+    """Every test starts with no cache."""
     monkeypatch.setenv("CAPIVARA_CACHE", str(tmp_path / "home"))
-    return tmp_path / "home" / "image_embeddings"
 
 
 def altered(dataset, folder, images=None, captions=None):

@@ -157,14 +157,6 @@ def test_nothing_is_imported_by_name():
     assert not wrong
 
 
-def test_no_two_modules_of_one_name():
-    files: dict[str, list[str]] = {}
-    for path in sources().values():
-        if path.parts[0] != "benchmarks" and not path.stem.startswith("__"):
-            files.setdefault(path.stem, []).append(str(path))
-    assert not [same for same in files.values() if len(same) > 1]
-
-
 def test_files_and_functions_are_of_a_size_to_be_read():
     assert not [path for path in sources().values() if lines_of(path) > MAX_FILE_LINES]
     small = {str(path) for path in sources().values() if lines_of(path) < SMALL_FILE_LINES and path.stem[0] != "_"}

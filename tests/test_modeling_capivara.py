@@ -143,7 +143,10 @@ def test_fresh_weights_are_initialised(tmp_path):
 @pytest.mark.parametrize(
     ("towers", "message"),
     [
-        ({"vision_config": {"model_type": "clip"}}, "vision_config.*'clip'.*clip_vision_model"),
+        (
+            {"vision_config": {"model_type": "clip", "vision_config": SMALL, "text_config": SMALL}},
+            "vision_config.*'clip'.*clip_vision_model",
+        ),
         ({"vision_config": {"model_type": "bert", **SMALL}}, "vision_config.*`pixel_values`.*'bert'"),
         ({"text_config": {"model_type": "vit", **SMALL}}, "text_config.*`input_ids`.*'vit'.*xlm-roberta"),
         (

@@ -29,6 +29,7 @@ from training.arguments import RunArguments
 from training.trainable import prepare_trainable
 from training.whole_batch import contrastive_loss, loss_of, micro_batches, sigmoid_loss
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 TWELVE = [f"{caption} {ending}" for caption in CAPTIONS[:6] for ending in ("azul", "e uma casa verde")]
 CLASSES = {"siglip": SiglipModel, "clip": CLIPModel, "capivara": CapivaraModel}
 
@@ -86,16 +87,17 @@ def test_shares_and_tiles_of_the_sigmoid_loss_add_up(rows, monkeypatch):
     assert loss_of(torch.nn.Linear(1, 1)) is contrastive_loss
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [{}, {"augmented_views": 2}, {"lora_rank": 2, "lora_targets": r"text_model\..*\.(q_proj|v_proj|query|value)"}],
-)
+LORA = {"lora_rank": 2, "lora_targets": r"text_model\..*\.(q_proj|v_proj|query|value)"}
+
+
+@pytest.mark.parametrize("flags", [{}, pytest.param({"augmented_views": 2}, marks=pytest.mark.slow), LORA])
 def test_a_run_saves_the_bases_own_class(flags, kind, tmp_path, tiny_dataset_folder):
     """The image side and what else is not trained stay to the bit, and transformers alone opens the result."""
     words = {
         "model": tmp_path / "base", "dataset": tiny_dataset_folder, "output_dir": tmp_path / "run", "max_steps": 2,
         "warmup_steps": 1, "effective_batch_size": 10, "micro_batch_size": 4, "learning_rate": 1e-3,
         "caption_strategy": "all", "min_pair_similarity": "null", "mixed_precision": "no", "interpolate": 0.5,
+        "num_threads": 1,
     } | flags  # fmt: skip
     train_accelerate.main([word for name, value in words.items() for word in (f"--{name}", str(value))])
     base, trained = (CLASSES[kind].from_pretrained(tmp_path / name) for name in ("base", "run"))

@@ -14,6 +14,7 @@ from datasets import concatenate_datasets, load_from_disk
 from hub_client import hub_commands
 from made_benchmarks import make_data
 from safetensors.torch import load_file, save_file
+from tiny import draw_nothing
 from towers import MAKERS, gemma_like, siglip2
 
 import train_accelerate
@@ -46,7 +47,8 @@ def run(request, tmp_path_factory, tiny_dataset_folder):
     values = {"model": "base", "dataset": "squares", "output_dir": "run", "max_steps": 2, "warmup_steps": 1}
     values |= {"effective_batch_size": 10, "micro_batch_size": 4, "learning_rate": 1e-3, "num_threads": 1}
     argv = [word for key, value in values.items() for word in (f"--{key}", str(value))]
-    with contextlib.chdir(folder):
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
         train_accelerate.main([*argv, "--eval_languages", "pt", "en"])
     return folder / "run"
 
@@ -83,6 +85,7 @@ def test_the_card_is_of_the_models_class(run, kind, language, tmp_path):
     assert printed(sentences, tmp_path).startswith("tensor([[")
 
 
+@pytest.mark.slow
 def test_the_hub_has_the_run_and_its_export(run, kind, tmp_path):
     """The folder of the run itself, with open_clip's files in it, and what a run pushes."""
     folder = shutil.copytree(run, tmp_path / "run")
@@ -139,6 +142,7 @@ def test_a_text_config_is_for_capivara_alone(run, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.slow
 def test_figures_name_class_and_loss(run, kind, tmp_path, capsys):
     """In result files, in the table of a suite and on the page; embeddings are cut as any model's."""
     named, output = dict(zip(("model_class", "loss"), FACTS[kind], strict=True)), tmp_path / "results"

@@ -38,6 +38,9 @@ KILLS = [
 ]
 
 
+pytestmark = pytest.mark.usefixtures("no_pictures")  # those of other processes are drawn
+
+
 class Killed(BaseException):
     """Ends a run within this process, which is quicker than to start another."""
 
@@ -63,13 +66,6 @@ def undisturbed(run, tmp_path_factory, saved_tiny_folder):
 def surroundings(cache: Path | None = None) -> dict:
     own = {"CAPIVARA_CACHE": str(cache)} if cache else {}
     return {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **own}}
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """They are proven elsewhere, and take longer than a run; those of other processes are drawn."""
-    for name in ("plot_training_curves", "plot_retrieval_sheet"):
-        monkeypatch.setattr(train_accelerate, name, lambda *args, **options: None)
 
 
 def killed_run(argv: list[str], owner, name: str, count: int) -> None:

@@ -156,7 +156,7 @@ def test_positions():
 
 
 def test_bad_pictures_are_counted_and_listed_and_name_no_place_of_the_machine(
-    saved_tiny_folder, folder, tmp_path, capsys
+    saved_tiny_folder, folder, tmp_path, capsys, no_pictures
 ):
     """Damaged, missing, of odd names, outside of the folder, which are not read."""
     (folder / "test" / "00.png").write_bytes(b"no picture")

@@ -139,9 +139,6 @@ def test_mean_and_deviation_over_a_folder_of_runs(models, data, tmp_path):
     assert row["baseline"]["difference"] == pytest.approx(row["baseline"]["measured"]["mean"] - 87.93)
     assert [m["seed"] for m in summary_of(tmp_path)["models"]] == [None, 41, 42]
     assert f"{measured['mean']:.2f} ± {measured['std']:.2f}" in (tmp_path / "table.md").read_text(encoding="utf-8")
-    copy = shutil.copytree(runs / "seed-1", tmp_path / "copy")
-    with pytest.raises(ValueError, match="Two of --runs hold the same model"):
-        main(flags(tmp_path / "other", *more, model=copy, **given))
 
 
 def test_what_is_not_reached_is_not_run_and_never_zero(models, tmp_path, capsys):

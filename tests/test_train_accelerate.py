@@ -13,14 +13,12 @@ from safetensors.torch import load_file, save_file
 
 import train_accelerate
 from capivara_common.files import RUN_MARKER, lock_folder
-from capivara_common.privacy import short_name
 from eval.retrieval import main as evaluate
 from hub_upload.card import check
 from modeling_capivara.loading import load_model, load_processor
 from training.trainable import clamp_logit_scale
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORD_FIELDS = {"task", "dataset", "split", "language", "protocol", "direction", "metric", "value", "n", "model"}
 
 
 def flags(folder, dataset, output, **overrides) -> list[str]:
@@ -62,14 +60,11 @@ def test_a_run_and_all_that_it_leaves(finished, tiny_dataset_folder):
     assert names == {"model", "train", "validation", "test pt", "test en"}
     for name in results:
         records = json.loads((out / name).read_text(encoding="utf-8"))["records"]
-        assert all(set(record) >= RECORD_FIELDS for record in records)
         assert {(r["model"], r["direction"]) for r in records if r["metric"] == "recall@5"} == {
             (model, direction) for model in ("baseline", "capivara") for direction in ("text_to_image", "image_to_text")
         }
         metrics = {"recall@1", "recall@5", "median_rank"}  # of 8 pictures: those that eval reports
-        assert {r["metric"] for r in records} == metrics
-        assert {r["dataset"] for r in records} == {short_name(str(tiny_dataset_folder))} == {"squares"}
-        assert all(0 <= r["value"] <= 1 for r in records if r["metric"] != "median_rank")
+        assert {(r["metric"], r["dataset"]) for r in records} == {(metric, "squares") for metric in metrics}
     for name in pictures:
         assert min(Image.open(out / name).size) > 300
     table = (out / "table.md").read_text(encoding="utf-8")

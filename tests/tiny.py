@@ -3,6 +3,8 @@
 import math
 from pathlib import Path
 
+import PIL.Image
+import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -53,6 +55,18 @@ def save_model(
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """A dot stands for each picture of a run or a measurement, which takes longer to draw than what it shows."""
+    from eval.records import plots
+
+    def dot(figure: object, path: Path) -> None:
+        plots.plt.close(figure)
+        PIL.Image.new("RGB", (9, 9)).save(path)
+
+    patch.setattr(plots, "save_figure", dot)
+    patch.setattr(plots, "plot_gallery", lambda rows, path, *_: dot("all", path))
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

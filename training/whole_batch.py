@@ -225,14 +225,11 @@ class WholeBatch:
     def __call__(
         self, step: int, batches: Sequence[MicroBatch], pairs: int, image_embeds: Tensor | None = None
     ) -> StepReport:
-        """Fill the gradients; they are zero or None before.
+        """Fill the gradients of a step, counted from 0; they are zero or None before.
 
-        Args:
-            step: counted from 0.
-            batches: the micro-batches of this process, any number of them, also none.
-            pairs: of the whole batch, over all processes, at least 2; else ValueError.
-            image_embeds: (pairs, width), unit length, in the order of the micro-batches; None where each micro-batch
-                has its pixels, whose embeddings then have a gradient.
+        `batches` are the micro-batches of this process, any number of them, also none; `pairs` those of the whole batch
+        over all processes, at least 2, else ValueError. `image_embeds` are (pairs, width), unit length, in the order of
+        the micro-batches; None where each has its pixels, whose embeddings then have a gradient.
 
         Raises FloatingPointError where the loss is not finite; no gradient was computed.
         """
@@ -328,16 +325,9 @@ def loss_of(model: nn.Module) -> Loss:
 def contrastive_loss(text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, own: Tensor) -> Tensor:
     """This process's share of CLIP's loss: the sum over the processes is `clip_loss` of the whole batch.
 
-    Source: CLIP (arXiv 2103.00020), section 2.3, figure 3. Row i of one side belongs to row i of the other.
-
-    Args:
-        text_embeds: (pairs, width), unit length; of the whole batch.
-        image_embeds: (pairs, width), unit length.
-        logit_scale: scalar, natural logarithm of the scale.
-        own: (rows,), the rows whose cross-entropies this process takes.
-
-    Returns:
-        Scalar, in nats, at least in float32.
+    Source: CLIP (arXiv 2103.00020), section 2.3, figure 3. Of both sides of the whole batch, (pairs, width), unit
+    length, row i of one belonging to row i of the other; the natural logarithm of the scale; and `own`, (rows,), those
+    whose cross-entropies this process takes. A scalar, in nats, at least in float32.
     """
     texts, images, scale = _wide(text_embeds, image_embeds, logit_scale)
     with torch.autocast(texts.device.type, enabled=False):
