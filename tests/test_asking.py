@@ -85,13 +85,6 @@ def test_the_line_is_where_neutral_sentences_end(index):
     assert index.search("gato")[0].fits is None, "a model that was not measured draws no line"
 
 
-def test_vectors_of_the_sample_are_those_of_the_model_and_follow_the_index(index, monkeypatch):
-    monkeypatch.setattr(asking, "SAMPLE", 7)
-    sample = index._table.sample(index.model.width, index.model.image_digest, 7)
-    assert sample.shape == (7, index.model.width) and len(np.unique(sample, axis=0)) == 7
-    assert not len(index._table.sample(index.model.width, "another", 7))
-
-
 def test_a_model_draws_the_line_where_it_was_measured_to_tell(index, tmp_path):
     for auc, draws in ((0.79, False), (0.8, True), (1, True)):
         write_json(tmp_path / asking.MEASURED, {"auc": auc})

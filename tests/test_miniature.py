@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from capivara_common.hub_cache import is_model
 from capivara_search import miniature
-from capivara_search.miniature import PROJECTION, miniature_folder
+from capivara_search.miniature import PROJECTION
 from capivara_search.models import find_model
 from examples.openmoji.prepare import both_ways_recall
 
@@ -43,16 +43,6 @@ def test_the_projection_that_is_installed_is_small_and_whole():
     assert PROJECTION.stat().st_size < 1_100_000
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert tensors["direction"].norm().item() == pytest.approx(1, abs=1e-6)
-
-
-def test_without_its_packages_it_says_how_to_get_them(monkeypatch, tmp_path):
-    monkeypatch.setenv("CAPIVARA_CACHE", str(tmp_path))
-    monkeypatch.setattr(miniature, "MODULES", ("no_such_package",))
-    with pytest.raises(
-        ImportError, match="The miniature needs no_such_package, not installed yet: pip install no_such"
-    ):
-        miniature_folder()
-    assert not list(tmp_path.iterdir())
 
 
 def test_another_projection_is_another_folder(monkeypatch, tmp_path):

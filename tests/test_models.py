@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hub_server import HubServer
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -286,13 +285,3 @@ def test_another_file_of_the_same_size_and_date_has_its_own_digest(tiny_folder, 
     before = digests.image_side_digest(folder)
     shutil.copy2(other / "model.safetensors", folder / "model.safetensors")
     assert digests.image_side_digest(folder) != before
-
-
-def test_the_weights_in_half_precision_are_other_weights(tiny_folder, tmp_path, cache):
-    shutil.copytree(tiny_folder, tmp_path / "half")
-    path = tmp_path / "half" / "model.safetensors"
-    save_file({name: tensor.to(torch.float16) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
-    half, whole = find_model(str(tmp_path / "half")), find_model(str(tiny_folder))
-    assert half.image_digest != whole.image_digest
-    assert half.logit_scale == pytest.approx(load_model(half.folder).logit_scale.exp().item())
-    assert load_processor(half.folder) is not None
