@@ -28,7 +28,7 @@ from capivara_search.words import Words, visible
 
 WRONG_USE, UNUSABLE = 2, 3  # exit codes, beside those of `commands`; the help explains them
 WRONG = "folder_shut empty_label label_twice bad_template bad_pull folder_forgotten no_known_folder bad_pattern"
-WRONG += " path_excluded nothing_to_include move_nested move_not_there bad_suffix"
+WRONG += " empty_query path_excluded nothing_to_include move_nested move_not_there bad_suffix"
 # Of errors with a code, where it is not UNUSABLE.
 EXIT_CODES = {"no_picture": NOTHING, "move_nothing": NOTHING, **dict.fromkeys(WRONG.split(), WRONG_USE)}
 

@@ -184,7 +184,6 @@ WRONG = {
         "no --sinc; --help lists all. Did you mean --since?",
         "--sinc; --help lista tudo. Seria --si",
     ),
-    "search": ("nothing to look for: write a sentence", "nada a procurar: escreva uma frase"),
     "status more": ("neither a flag nor a value of one: more", "não é opção nem cabe em uma: more"),
     "search x -k many": ("-k: must be a whole number from 1 to 10000, got many", "inteiro de 1 a 10000, e é many"),
     "search x -k": ("-k: its value is missing, or it takes", "-k: falta o valor, ou ela não tem um"),
@@ -206,7 +205,6 @@ WRONG = {
     "classify .": ("missing: --labels", "falta: --labels"),
     "classify . --labels gato Gato": ("The label 'gato' is there twice", "o rótulo gato aparece duas vezes"),
     "classify . --labels a --template x": ("template must have one {}", "--template deve ter {} uma vez"),
-    "search x --less 9:y": ("The weight of '9:y' must be above 0", "o peso de '9:y' deve ser maior que 0"),
     "duplicates --threshold 2": ("must be a number from 0.01 to 1, got 2", "deve ser um número de 0.01 a 1, e é 2"),
 }
 
@@ -462,6 +460,8 @@ LIBRARY = [  # what is done, exit code, what is said of it in Portuguese
     ("buscar x --index INDEX --model other", 3, "não é um modelo: falta processor_config.json"),
     ("buscar --like square.png --index INDEX --device abacus", 3, "--device deve ser cpu, cuda ou uma GPU"),
     ("buscar x --index INDEX --model bert", 3, "o modelo bert não é dos que se usam aqui, de duas torres, ou está"),
+    ("buscar --index INDEX", 2, "nada a procurar: escreva uma frase"),
+    ("buscar x --menos 9:y --index INDEX", 2, "o peso de '9:y' deve ser maior que 0 e no máximo 4"),
     ("exportar fotos.xls --index INDEX", 2, "o arquivo deve terminar em .parquet ou .csv, e é fotos.xls"),
     ("exportar taken.csv --index INDEX", 3, "taken.csv é uma pasta. Escolha o nome de um arquivo"),
     ("exportar /proc/x.csv --index INDEX", 3, "/proc/x.csv não pode ser criado: não se grava em /proc. Escolha"),
