@@ -25,7 +25,7 @@ from capivara_search import command_line as cli
 from capivara_search.command_line import DAY, of_all, said, switches
 from capivara_search.results import SAME, TEMPLATE, Added
 from capivara_search.show import open_pictures, say, show_hits, shown_path, table, write_csv
-from capivara_search.words import UNSAFE, Words, failure, visible
+from capivara_search.words import COMMANDS, UNSAFE, Words, failure, visible
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -54,8 +54,14 @@ def capivara(ctx: click.Context) -> None:
 
 
 def command(name: str) -> Callable[[Callable], click.Command]:
-    """Decorate the function of a command: it gets words and the values of its flags; None is exit code 0."""
-    return lambda function: capivara.command(name)(click.pass_obj(function))
+    """Decorate the function of a command, of two names: it gets words and values of flags; None is exit code 0."""
+
+    def made(function: Callable) -> click.Command:
+        one = capivara.command(name)(click.pass_obj(function))
+        capivara.add_command(one, COMMANDS[name])
+        return one
+
+    return made
 
 
 @command("index")
