@@ -23,14 +23,10 @@ from capivara_common import interrupt
 from capivara_common.files import no_space_left
 from capivara_common.progress import prepare_bars
 from capivara_search.command_line import wrong_use
-from capivara_search.commands import NOTHING, capivara
+from capivara_search.commands import capivara
 from capivara_search.words import Words, visible
 
-WRONG_USE, UNUSABLE = 2, 3  # exit codes, beside those of `commands`; the help explains them
-WRONG = "folder_shut empty_label label_twice bad_template bad_pull folder_forgotten no_known_folder bad_pattern"
-WRONG += " path_excluded nothing_to_include move_nested move_not_there bad_suffix"
-# Of errors with a code, where it is not UNUSABLE.
-EXIT_CODES = {"no_picture": NOTHING, "move_nothing": NOTHING, **dict.fromkeys(WRONG.split(), WRONG_USE)}
+WRONG_USE, UNUSABLE = 2, 3  # exit codes, beside that of `commands`; the help explains them
 
 
 def language_of(argv: Sequence[str]) -> str:
@@ -85,7 +81,7 @@ def explained(error: Exception, words: Words) -> tuple[int, str]:
         text = words("no_permission", path=error.filename)
     elif number in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) or (number or 0) < 0:  # of socket.gaierror
         text = words("no_page", reason=error.strerror)
-    return EXIT_CODES.get(code, UNUSABLE), visible(" ".join(text.split())) or type(error).__name__
+    return WRONG_USE if type(error) is ValueError else UNUSABLE, visible(" ".join(text.split())) or type(error).__name__
 
 
 @contextmanager

@@ -17,7 +17,6 @@ import click
 
 from capivara_search.words import COMMANDS, Words, visible
 
-ENGLISH = {portuguese: english for english, portuguese in COMMANDS.items()}
 SETTINGS = {
     "token_normalize_func": lambda name: name.replace("_", "-"),
     "max_content_width": 100,
@@ -121,17 +120,9 @@ class Command(click.Command):
 
 
 class Group(Command, click.Group):
-    """All commands, each by its name in both languages."""
+    """All commands."""
 
     command_class = Command
-
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """By either name."""
-        return super().get_command(ctx, ENGLISH.get(name, name))
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Both names of each."""
-        return [*COMMANDS, *ENGLISH]
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Raises click.UsageError, which names the nearest command."""

@@ -25,7 +25,7 @@ from capivara_search import command_line as cli
 from capivara_search.command_line import DAY, of_all, said, switches
 from capivara_search.results import SAME, TEMPLATE, Added
 from capivara_search.show import open_pictures, say, show_hits, shown_path, table, write_csv
-from capivara_search.words import UNSAFE, Words, failure, visible
+from capivara_search.words import COMMANDS, UNSAFE, Words, failure, visible
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -38,7 +38,6 @@ LINE = option("--line", type=said(click.Choice(tuple(LINES))), default="auto")
 LEFT_OUT_SHOWN = 5
 BY_RULE = ("forgotten", "excluded", "hidden", "system", "video")
 SCREEN_SHOWN = 4  # lines of each list of `status`, which fits on a screen of 24
-MAX_LETTERS = 4096  # of a query; the model reads no more of a text
 CSV_COLUMNS = (
     *("rank", "score", "path", "taken", "width", "height", "latitude", "longitude", "size", "modified"),
     *("date", "date_source", "copies", "fits"),
@@ -55,8 +54,14 @@ def capivara(ctx: click.Context) -> None:
 
 
 def command(name: str) -> Callable[[Callable], click.Command]:
-    """Decorate the function of a command: it gets words and the values of its flags; None is exit code 0."""
-    return lambda function: capivara.command(name)(click.pass_obj(function))
+    """Decorate the function of a command, of two names: it gets words and values of flags; None is exit code 0."""
+
+    def made(function: Callable) -> click.Command:
+        one = capivara.command(name)(click.pass_obj(function))
+        capivara.add_command(one, COMMANDS[name])
+        return one
+
+    return made
 
 
 @command("index")
@@ -163,20 +168,13 @@ def search(
     json: bool, csv: bool,
 ) -> int:  # fmt: skip
     """Find pictures, and show or write them."""
-    from capivara_search.asking import read_pull
-
-    text = " ".join(query).strip()
-    if not (text or like or more or less):
-        raise click.UsageError(words("empty_query"))
     if since and until and since > until:
         raise click.UsageError(words("dates_order", since=since, until=until))
-    for pull in (*more, *less):
-        read_pull(pull)  # says what is wrong with it before any work
     pictures = _filled_index(line=line)
     _say_model(pictures, words)
     how = {"exact": exact, "stacked": not all, "more": more, "less": less}
     picture = like and _query_picture(like, words)
-    hits = pictures.search(text[:MAX_LETTERS] or None, picture, k, folder=folder, since=since, until=until, **how)
+    hits = pictures.search(" ".join(query), picture, k, folder=folder, since=since, until=until, **how)
     if json:
         _write_json([asdict(hit) for hit in hits])
     elif csv:
@@ -261,7 +259,6 @@ def status(words: Words, all: bool, json: bool) -> None:
         "pictures": [words.number(found.pictures)],
         "model": [visible(found.model or "")],
         "size": [] if found.bytes is None else [words.size(found.bytes)],
-        "search": [words("status.approximate" if found.approximate else "status.exact")],
         "taken": [f"{words.date(found.first)} – {words.date(found.last)}"] if found.first else [],
         "folders": [f"{shown_path(folder)}  {words.number(number)}" for folder, number in found.folders.items()],
         "skipped": [skipped(found.skipped, words)] * bool(found.skipped),

@@ -230,7 +230,7 @@ class PictureIndex:
         both = ((sign, [words] if isinstance(words, str) else words) for sign, words in ((1, more), (-1, less)))
         given = [(sign, *asking.read_pull(one)) for sign, words in both for one in words]
         if not text and like is None and not given:
-            raise ValueError("The query is empty. Give a sentence, a picture, or both.")
+            raise failure(ValueError, "empty_query")
         self._of_model()  # before the model is loaded
         vectors = [self.model.texts([text])] if text else []
         if like is not None:

@@ -7,9 +7,7 @@ import csv
 import os
 import re
 import shutil
-import subprocess
 import sys
-import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -26,8 +24,6 @@ from capivara_search.words import Words, failure, visible
 # How a cell begins that a spreadsheet would run or compute; a single quote before it makes it a text.
 FORMULA = r"^([=+\-@\t\r])"
 MOST_OPENED = 12  # pictures, by --open, as its help says: more windows at once are of no use
-OPENER = "open" if sys.platform == "darwin" else "xdg-open"  # of the system, which chooses by the kind of a file
-OPENER_S = 3  # within which one that can't open something has ended
 say = partial(click.echo, err=True)  # beside the results: what is no result goes to stderr
 TILE_COLUMNS = 34  # least width of a picture: two pixels of a block are one character
 TILE_SHAPE = 0.375  # rows by columns: 4 by 3, of characters that are twice as high as wide
@@ -176,16 +172,3 @@ def open_pictures(paths: Sequence[str], words: Words) -> None:
         say(words("not_opened", path=shown_path(path)))
     if any(map(click.launch, shown)):
         raise failure(RuntimeError, "no_viewer")
-
-
-def opened_by_system(*paths: str, options: Sequence[str] = ()) -> bool:
-    """Whether the system has a program, of these options, that opens files or folders, and it has not failed."""
-    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    try:
-        started = [subprocess.Popen([OPENER, *options, path], start_new_session=True, **quiet) for path in paths]
-    except OSError:
-        return False
-    deadline = time.monotonic() + OPENER_S
-    with suppress(subprocess.TimeoutExpired):  # it shows the file until it is closed
-        return not any(process.wait(max(0, deadline - time.monotonic())) for process in started)
-    return True

@@ -30,7 +30,6 @@ from capivara_search.command import explained, language_of, main
 from capivara_search.commands import progress_bar
 from capivara_search.exporting import export_rows
 from capivara_search.index import PictureIndex
-from capivara_search.show import OPENER
 from capivara_search.storage import explanation
 from capivara_search.table import PictureTable
 from capivara_search.words import COMMANDS, Words
@@ -184,11 +183,9 @@ WRONG = {
         "no --sinc; --help lists all. Did you mean --since?",
         "--sinc; --help lista tudo. Seria --si",
     ),
-    "search": ("nothing to look for: write a sentence", "nada a procurar: escreva uma frase"),
     "status more": ("neither a flag nor a value of one: more", "não é opção nem cabe em uma: more"),
     "search x -k many": ("-k: must be a whole number from 1 to 10000, got many", "inteiro de 1 a 10000, e é many"),
     "search x -k": ("-k: its value is missing, or it takes", "-k: falta o valor, ou ela não tem um"),
-    "search x --json=1": ("--json: its value is missing, or it", "--json: falta o valor, ou ela"),
     "search x --like none.jpg": ("--like: there is no file none.jpg", "--like: não há arquivo none.jpg"),
     "search x --since 31/02/2024": ("--since: 31/02/2024 is no date such as", "31/02/2024 não é uma data como"),
     "search x --since 2025 --until 2024": ("is after --until (2024-12-31)", "vem depois de --until (2024-12-31)"),
@@ -201,12 +198,9 @@ WRONG = {
     "index none": ("there is no folder none", "não há pasta none"),
     "index . --executor ray": ("--executor is gone: many machines: python", "--executor saiu: muitas máquinas: "),
     "index . --exact": ("--exact is gone: pictures are reduced", "--exact saiu: as imagens são reduzidas"),
-    "app --compare x": ("--compare is gone: open two pages", "--compare saiu: abra duas páginas"),
     "search x --no-pictures": ("--no-pictures is gone: NO_COLOR=1", "--no-pictures saiu: NO_COLOR=1 deixa"),
     "classify .": ("missing: --labels", "falta: --labels"),
     "classify . --labels gato Gato": ("The label 'gato' is there twice", "o rótulo gato aparece duas vezes"),
-    "classify . --labels a --template x": ("template must have one {}", "--template deve ter {} uma vez"),
-    "search x --less 9:y": ("The weight of '9:y' must be above 0", "o peso de '9:y' deve ser maior que 0"),
     "duplicates --threshold 2": ("must be a number from 0.01 to 1, got 2", "deve ser um número de 0.01 a 1, e é 2"),
 }
 
@@ -300,7 +294,7 @@ def test_an_index_is_moved_with_its_pictures(capivara, own_index, folder, tmp_pa
     code, out, _ = capivara("mover", folder, new, "--index", own_index, "--lang", "pt")
     assert (code, out) == (0, f"Imagens que no índice estão agora em {new}: 5. De fato lá: 5.\n")
     code, out, error = capivara("move", folder, new, "--index", own_index)
-    assert (code, out) == (1, "") and f"has nothing of the folder {folder}" in error
+    assert (code, out) == (2, "") and f"has nothing of the folder {folder}" in error
     code, out, _ = capivara("index", "--index", own_index)
     assert code == 0 and out.startswith("Nothing has changed, 1 picture could not be read")
 
@@ -368,7 +362,7 @@ def test_a_picture_that_can_not_be_read_is_wrong_use(capivara, index, folder, tm
 def test_open_shows_the_pictures_in_the_viewer_and_starts_nothing_else(
     capivara, own_index, folder, tmp_path, monkeypatch
 ):
-    opened, viewer = tmp_path / "opened.txt", tmp_path / "bin" / OPENER
+    opened, viewer = tmp_path / "opened.txt", tmp_path / "bin" / ("open" if sys.platform == "darwin" else "xdg-open")
     viewer.parent.mkdir()
     viewer.write_text(f'#!/bin/sh\necho "$1" >> {opened}\n')
     viewer.chmod(0o755)
@@ -422,7 +416,7 @@ def test_a_password_of_the_storage_is_not_printed():
 def test_an_address_of_the_storage_that_is_none_is_one_line(capivara, address, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", address)
     code, out, error = capivara("buscar", "x", "--index", "s3://bucket/fotos", "--lang", "pt")
-    assert (code, out) == (3, "") and "s3gre" not in error
+    assert (code, out) == (2, "") and "s3gre" not in error
     assert error == "erro: " + Words("pt")("error.storage_address", example="https://host:9000") + "\n"
 
 
@@ -453,40 +447,39 @@ def test_a_path_that_would_leave_nothing_out_is_no_pattern(own_index, folder, mo
     assert index.folders_to_add([folder], exclude=right) == [folder]
 
 
-LIBRARY = [  # what is done, exit code, what is said of it in Portuguese
-    ("indexar empty --model TINY", 1, "não há imagens na pasta empty"),
-    ("buscar x --index other", 3, "a pasta other não é um índice: nela há outros arquivos, como file.txt"),
-    ("buscar x --index file.txt", 3, "o índice file.txt é um arquivo, e deve ser uma pasta"),
-    ("buscar x --index INDEX --model ./none", 3, "a pasta de modelo ./none não existe"),
-    ("buscar x --index INDEX --model none/none", 3, "o modelo none/none não está nesta máquina, e o Hub não responde"),
-    ("buscar x --index INDEX --model other", 3, "não é um modelo: falta processor_config.json"),
-    ("buscar --like square.png --index INDEX --device abacus", 3, "--device deve ser cpu, cuda ou uma GPU"),
-    ("buscar x --index INDEX --model bert", 3, "o modelo bert não é dos que se usam aqui, de duas torres, ou está"),
-    ("exportar fotos.xls --index INDEX", 2, "o arquivo deve terminar em .parquet ou .csv, e é fotos.xls"),
-    ("exportar taken.csv --index INDEX", 3, "taken.csv é uma pasta. Escolha o nome de um arquivo"),
-    ("exportar /proc/x.csv --index INDEX", 3, "/proc/x.csv não pode ser criado: não se grava em /proc. Escolha"),
-    ("indexar \udcff --model TINY", 3, r"o nome da pasta '\udcff' não está em UTF-8. Dê-lhe outro nome"),
+LIBRARY = [  # what is done, what is said of it in Portuguese
+    ("indexar empty --model TINY", "não há imagens na pasta empty"),
+    ("buscar x --index other", "a pasta other não é um índice: nela há outros arquivos, como file.txt"),
+    ("buscar x --index INDEX --model ./none", "a pasta de modelo ./none não existe"),
+    ("buscar x --index INDEX --model other", "não é um modelo: falta processor_config.json"),
+    ("buscar --like square.png --index INDEX --device abacus", "--device deve ser cpu, cuda ou uma GPU"),
+    ("buscar x --index INDEX --model bert", "o modelo bert não é dos que se usam aqui, de duas torres, ou está"),
+    ("buscar --index INDEX", "nada a procurar: escreva uma frase"),
+    ("buscar x --menos 9:y --index INDEX", "o peso de '9:y' deve ser maior que 0 e no máximo 4"),
+    ("exportar fotos.xls --index INDEX", "o arquivo deve terminar em .parquet ou .csv, e é fotos.xls"),
+    ("exportar /proc/x.csv --index INDEX", "/proc/x.csv não pode ser criado: não se grava em /proc. Escolha"),
+    ("indexar \udcff --model TINY", r"o nome da pasta '\udcff' não está em UTF-8. Dê-lhe outro nome"),
 ]
 
 
-@pytest.mark.parametrize(("line", "code", "text"), LIBRARY)
+@pytest.mark.parametrize(("line", "text"), LIBRARY)
 def test_usual_errors_of_the_library_are_said_in_portuguese(
-    capivara, line, code, text, index, saved_tiny_folder, tmp_path, monkeypatch
+    capivara, line, text, index, saved_tiny_folder, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CAPIVARA_INDEX", str(tmp_path / "new.lance"))
     (tmp_path / "empty").mkdir(), (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file.txt").touch(), (tmp_path / "file.txt").touch()
     PIL.Image.new("RGB", (40, 40)).save(tmp_path / "square.png")
-    (tmp_path / "bert").mkdir(), (tmp_path / "taken.csv").mkdir(), (tmp_path / "\udcff").mkdir()
+    (tmp_path / "bert").mkdir(), (tmp_path / "\udcff").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     places = {"INDEX": index, "TINY": saved_tiny_folder}
     words = " ".join(str(places.get(word, word)) for word in line.split()).split()
     ended, out, error = capivara("--lang", "pt", *words)
     last = error.replace(f"{tmp_path}/", "").splitlines()[-1]
-    assert (ended, out) == (code, "") and last.startswith("erro: ") and text in last, error
+    assert (ended, out) == (2, "") and last.startswith("erro: ") and text in last, error
     english = capivara("--lang", "en", *words)
-    assert english[0] == code and english[2].splitlines()[-1].startswith("error: ")
+    assert english[0] == 2 and english[2].splitlines()[-1].startswith("error: ")
 
 
 def test_errors_of_the_system_and_of_packages_are_said_in_the_language():
@@ -585,29 +578,21 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(tmp_path, saved_tiny_fo
 
 
 def test_the_first_locale_that_is_set_decides(monkeypatch):
-    assert language_of([]) == "en"
-    monkeypatch.setenv("LANG", "pt_BR.UTF-8")
-    assert language_of([]) == "pt"
-    monkeypatch.setenv("LC_ALL", "en_US.UTF-8")
-    assert language_of([]) == "en"
+    for name, value, language in (("LANG", "pt_BR.UTF-8", "pt"), ("LC_ALL", "en_US.UTF-8", "en")):
+        monkeypatch.setenv(name, value)
+        assert language_of([]) == language
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("imported", ["click", "lancedb"])
-def test_ctrl_c_during_the_imports_is_one_line(imported, index, folder):
-    command = [sys.executable, "-X", "importtime", "-m", "capivara_search", "--lang", "pt", "buscar"]
+def test_ctrl_c_during_the_imports_is_one_line(index, folder):
     process = subprocess.Popen(
-        [*command, "--like", str(folder / "branco.jpg"), "--index", str(index)],
+        [sys.executable, "-X", "importtime", "-m", "capivara_search", "--lang=pt", "buscar", "x", f"--index={index}"],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    said = ""
-    for line in process.stderr:
-        if re.search(rf"\| +{imported}$", line):
-            process.send_signal(signal.SIGINT)
-            break
+    next(line for line in process.stderr if re.search(r"\| +lancedb$", line))
+    process.send_signal(signal.SIGINT)
     said = re.sub(r"^import time:.*\n", "", process.communicate(timeout=60)[1], flags=re.MULTILINE)
-    assert process.returncode == 130
-    assert said.strip() == "Interrompido." or (said.strip(), imported) == ("Stopped.", "click")
+    assert (process.returncode, said.strip()) == (130, "Interrompido.")
 
 
 @pytest.mark.slow

@@ -69,9 +69,8 @@ def test_lists_archives_and_tables_that_are_links_out(folder, tmp_path):
     write_tar(tmp_path / "0.tar", sample(1))
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "0.tar").symlink_to(tmp_path / "0.tar")
-    for dataset in (tmp_path / "shards", tmp_path / "shards" / "*.tar"):
-        with pytest.raises(ValueError, match=r"refused: \['0.tar'\]"):
-            open_split(str(dataset), "train", "image")
+    with pytest.raises(ValueError, match=r"refused: \['0.tar'\]"):
+        open_split(str(tmp_path / "shards" / "*.tar"), "train", "image")
     assert len(open_split(str(tmp_path / "shards" / "0.tar"), "train", "image")) == 1, "the file itself was named"
     DatasetDict(train=Dataset.from_dict({"image": [PICTURES[1]]})).save_to_disk(tmp_path / "saved")
     table = next((tmp_path / "saved" / "train").glob("*.arrow"))

@@ -1,7 +1,6 @@
 """What the Tab key offers: every command and flag, by click's own completion of the shells."""
 
 import os
-import shutil
 import subprocess
 import sys
 
@@ -37,15 +36,10 @@ def test_commands_flags_and_choices_are_offered():
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_the_shell_itself_reads_the_script(shell, tmp_path, capsys):
+def test_each_shell_has_its_script(shell, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["completion", shell])
-    script = capsys.readouterr().out
-    assert ended.value.code == 0 and f"{COMPLETE}={shell}_complete" in script
-    if shutil.which(shell) is None:
-        pytest.skip(f"{shell} is not installed")
-    (tmp_path / "script").write_text(script, encoding="utf-8")
-    subprocess.run([shell, "-n", str(tmp_path / "script")], check=True)
+    assert ended.value.code == 0 and f"{COMPLETE}={shell}_complete" in capsys.readouterr().out
 
 
 def test_bash_asks_the_command(tmp_path):

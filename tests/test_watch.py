@@ -197,11 +197,10 @@ def test_folders_of_the_network_are_known_by_their_file_system(tmp_path, monkeyp
     device = os.stat(tmp_path).st_dev
     monkeypatch.setattr(watch, "MOUNTS", tmp_path / "mounts")
     assert not watch.is_remote(tmp_path), "nothing says so"
-    kinds = {"ext4": False, "fuseblk": False, "nfs4": True, "cifs": True, "smb3": True, "fuse.sshfs": True}
-    for kind, remote in kinds.items():
-        place = f"{os.major(device)}:{os.minor(device)}"
-        lines = f"22 1 9:9 / / rw - nfs x:/ rw\n30 22 {place} / /mnt/f rw,relatime shared:1 - {kind} server:/f rw\n"
-        (tmp_path / "mounts").write_text(lines)
+    place = f"{os.major(device)}:{os.minor(device)}"
+    for kind, remote in {"ext4": False, "fuseblk": False, "nfs4": True, "cifs": True, "fuse.sshfs": True}.items():
+        line = f"30 22 {place} / /mnt/f rw,relatime shared:1 - {kind} server:/f rw\n"
+        (tmp_path / "mounts").write_text(f"22 1 9:9 / / rw - nfs x:/ rw\n{line}")
         assert watch.is_remote(tmp_path) == remote, kind
 
 
