@@ -268,7 +268,7 @@ def test_threads_a_broken_download_and_other_hosts(small_model, library, fotos, 
     with served_folders({"/": page}, ISOLATED) as url, served_folders({"/": page}) as other, open_browser() as opened:
         visitor = Visitor(opened, url)
         visitor.picks(files)
-        visitor.sees("#notice", "Não foi possível carregar o modelo")
+        visitor.sees("#collected", "Não foi possível carregar o modelo")
         (tmp_path / "weights").rename(weights)
         visitor.picks(files)
         visitor.sees("#collected", "3 imagens novas")

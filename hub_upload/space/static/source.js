@@ -1,6 +1,6 @@
 // Where answers and pictures come from on the page without a server: a visitor's own files, by the model in the browser.
 import { AutoImageProcessor, AutoTokenizer, CLIPTextModelWithProjection, CLIPVisionModelWithProjection, RawImage, env } from "../library/transformers.js";
-import { WORDS, drawn, find, notice, say, takeFiles } from "./common.js";
+import { WORDS, drawn, find, reason, say, takeFiles } from "./common.js";
 
 const NAMES = /\.(avif|bmp|gif|heic|heif|jfif|jpe?g|png|tiff?|webp)$/i; // where a file has no type
 const [MAX_BYTES, MAX_ASPECT, MAX_THREADS] = [200e6, 50, 8]; // of a file; long by short side, as in Python
@@ -93,10 +93,9 @@ async function read(file, path) {
 /** Reads the pictures among files, one after another; those that are there already are not read again. */
 async function collect(files) {
   const found = files.filter((file) => (file.type ? file.type.startsWith("image/") : NAMES.test(file.name)));
-  notice();
   if (!found.length) return (find("collected").textContent = say("no_pictures"));
   if (queue.push(...found) > found.length) return; // they are being read
-  const [unreadable, before] = [[], pictures.size];
+  const [said, unreadable, before] = [[], [], pictures.size];
   for (let done = 0; queue.length; done++) {
     const [file] = queue;
     const path = file.webkitRelativePath || file.name;
@@ -106,7 +105,7 @@ async function collect(files) {
     } catch (error) {
       console.warn(error, error.cause);
       if (error.code !== "no_picture") {
-        notice(error);
+        said.push(reason(error));
         queue.length = 0;
       } else unreadable.push(file.name);
     }
@@ -118,9 +117,9 @@ async function collect(files) {
   progress = null;
   changed();
   const added = pictures.size - before;
-  const parts = [added ? say("indexed", { n: added }) : say("indexed_none")];
-  if (unreadable.length) parts.push(say("unreadable", { n: unreadable.length, names: unreadable.slice(0, 3).join(", ") }));
-  find("collected").textContent = parts.join(" ");
+  said.push(added ? say("indexed", { n: added }) : say("indexed_none"));
+  if (unreadable.length) said.push(say("unreadable", { n: unreadable.length, names: unreadable.slice(0, 3).join(", ") }));
+  find("collected").textContent = said.join(" ");
 }
 
 /** Makes the choice of files work; `refresh` shows what has changed. */
