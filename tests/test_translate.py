@@ -1,19 +1,19 @@
 """Captions out, translations in: each sentence once, by any number of tasks, whatever is killed."""
 
-import io
 import json
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
-import PIL.Image
 import pytest
-from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from caption_tars import picture, saved_train
+from datasets import Dataset, DatasetDict, Image, Value
 from google_server import KEY, google_service, translated
 from seq2seq_models import m2m100_folder, marian_folder
 
 from capivara_common.files import read_json
+from caption_data.rows import CAPTIONS
 from caption_data.sources import open_split
 from captions.stages import check_complete
 from captions.translate import TranslationMemory, main, unescape
@@ -41,19 +41,12 @@ def distinct() -> set[str]:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> str:
-    """A saved data set of one-pixel pictures."""
-    texts = List(Value("string"))
-    features = Features({"image": Image(), "id": Value("int32"), "captions-en": texts, "generated-captions-en": texts})
-    data = [row | {"image": picture(i), "id": i} for i, row in enumerate(rows())]
-    folder = tmp_path_factory.mktemp("translate") / "data"
-    DatasetDict(train=Dataset.from_list(data, features=features)).save_to_disk(folder)
-    return str(folder)
-
-
-def picture(number: int) -> dict:
-    file = io.BytesIO()
-    PIL.Image.new("RGB", (2, 2), (number, 0, 0)).save(file, "PNG")
-    return {"bytes": file.getvalue(), "path": f"{number}.png"}
+    """A saved data set."""
+    features = {"image": Image(), "id": Value("int32"), "captions-en": CAPTIONS, "generated-captions-en": CAPTIONS}
+    columns = [[row[name] for row in rows()] for name in list(features)[2:]]
+    return saved_train(
+        tmp_path_factory.mktemp("translate") / "data", features, map(picture, range(ROWS)), range(ROWS), *columns
+    )
 
 
 @pytest.fixture
@@ -79,7 +72,7 @@ def check_rows(output: Path, language: str = "pt") -> None:
     there, expected = written(output), rows()
     assert [row["id"] for row in there] == list(range(ROWS))
     for number, (row, source) in enumerate(zip(there, expected, strict=True)):
-        assert row["image"]["bytes"] == picture(number)["bytes"]
+        assert row["image"]["bytes"] == picture(number)
         for column, texts in source.items():
             assert row[column] == texts, "what was there stays"
             for text, translation in zip(texts, row[column.removesuffix("en") + language], strict=True):
@@ -264,7 +257,7 @@ def test_columns_of_other_names_and_forms(service, tmp_path):
     captions = ["a cat", ["a dog", "a cat"], None, "half \ud83e", 7, ["a", 3]]
     lines = []
     for number, caption in enumerate(captions):
-        (folder / f"{number}.png").write_bytes(picture(number)["bytes"])
+        (folder / f"{number}.png").write_bytes(picture(number))
         lines.append(json.dumps({"file_name": f"{number}.png", "caption": caption}))
     (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
     main(google_flags(service, str(folder), tmp_path / "pt", "--rename", "caption=captions-en"))
@@ -279,7 +272,11 @@ def test_columns_of_other_names_and_forms(service, tmp_path):
 
 @pytest.mark.parametrize("column", ["captions-pt", "similarities-pt"])
 def test_columns_of_other_translations_are_not_replaced(service, tmp_path, column):
-    data = {"image": [picture(0)], "captions-en": [["a cat"]], column: [["um gato"] if "cap" in column else [0.5]]}
+    data = {
+        "image": [{"bytes": picture(0), "path": None}],
+        "captions-en": [["a cat"]],
+        column: [["um gato"] if "cap" in column else [0.5]],
+    }
     DatasetDict(train=Dataset.from_dict(data)).save_to_disk(tmp_path / "data")
     flags = google_flags(service, str(tmp_path / "data"), tmp_path / "pt")
     with pytest.raises(ValueError, match=f"has {column} already. Give it another name, --rename {column}=old-"):
