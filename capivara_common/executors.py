@@ -42,10 +42,6 @@ NO_WORD = "has not started, or could not say how it ended"
 START_METHOD = "forkserver"  # of the processes of this machine
 
 
-class TasksFailed(ValueError):
-    """Some tasks of a phase have failed; the text names them."""
-
-
 class Work(PipelineStep):
     """One phase of a command's work, called with `args` of the command; `logs` has all that its tasks say.
 
@@ -91,8 +87,8 @@ def execute(works: Iterable[Work], args: ExecutorArguments) -> bool:
     """Run phases one after the other; whether they are complete now: False where Slurm has taken the jobs.
 
     Raises:
-        ValueError, OSError, ImportError: of a task that is alone.
-        TasksFailed: some tasks of several have failed, and nothing that needs them was started.
+        ValueError, OSError, ImportError: of a task that is alone; some of several have failed, which are named, and
+            nothing that needs them was started.
     """
     before = None
     for work in works:
@@ -106,7 +102,7 @@ def execute(works: Iterable[Work], args: ExecutorArguments) -> bool:
         if failed := ended.get_incomplete_ranks(skip_completed=True):
             said = failures(work.logs)
             named = "".join(f"\n  task {rank}: {said.get(rank, NO_WORD)}" for rank in failed[:FAILURES_NAMED])
-            raise TasksFailed(
+            raise ValueError(
                 f"{work}: {len(failed)} tasks have failed:{named}\n"
                 f"Logs: {work.logs}. The same command does what is missing."
             )

@@ -67,17 +67,8 @@ FILE_BYTES = 300_000_000  # of a file, about: the Hub advises some hundred megab
 FACTS = "build.json"  # what the card says, as JSON
 PICTURE = "similarities.png"  # of the selection's report
 TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"
-SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
 # Digests and long lists of settings.
 NOT_SHOWN = re.compile(r"(^|\.)(fingerprint|sha256|generation|prefixes|existing|target)(\.|$)")
-MEANINGS = {
-    "image": "picture, as the bytes of its source",
-    "captions": "captions in {language}, of the source or translated",
-    "generated-captions": "captions in {language} that a model generated, or translations of such",
-    "similarities": "cosine of the image and each of its captions in {language}, captions first, then generated ones",
-    "quality": "translations into {language} that look wrong, and why",
-}
-
 logger = logging.getLogger("capivara")
 
 
@@ -292,7 +283,6 @@ def write_dataset(plan: Plan, rank: int = 0, world_size: int = 1) -> None:
             counts = sum((_write_file(path, parts, schema) for path, parts in progress), Counter())
             steps = [_step_facts(step) for step in plan.steps[split]]
             facts["splits"][split] = {"rows": counts.pop("rows"), "captions": dict(counts), "steps": steps}
-        facts["columns"] = list(Features.from_arrow_schema(schema))
         pictures = (step.output / "report" / PICTURE for step in plan.all_steps())
         if picture := next(filter(Path.is_file, pictures), None):
             shutil.copyfile(picture, folder / PICTURE)
@@ -358,7 +348,7 @@ def _step_facts(step: StageArguments) -> dict[str, Any]:
 def dataset_card(facts: dict[str, Any], picture: str | None) -> str:
     """The data set's README.md, of the facts of build.json and the file with the similarities beside it."""
     card, language, splits = facts["card"], facts["language"], facts["splits"].values()
-    rows, stages = sum(split["rows"] for split in splits), {step["name"] for split in splits for step in split["steps"]}
+    stages = {step["name"] for split in splits for step in split["steps"]}
     filled = [name for split in splits for name, n in split["captions"].items() if n and CAPTION_COLUMN.fullmatch(name)]
     files = [{"split": name, "path": f"data/{name}-*"} for name in facts["splits"]]
     languages = sorted({name.split("captions-", 1)[1] for name in filled}, key=lambda code: (code != language, code))
@@ -366,7 +356,6 @@ def dataset_card(facts: dict[str, Any], picture: str | None) -> str:
         # The Hub takes codes of ISO 639 alone: `zh` of `zh-Hant`, `por` of `por_Latn`.
         language=list(dict.fromkeys(re.split(r"[-_]", code)[0].lower() for code in languages)),
         **{key: card.get(key) for key in ("license", "license_name", "license_link", "pretty_name")},
-        size_categories=[next((name for limit, name in SIZES if rows < limit), "n>10M")],
         task_categories=["image-to-text", "zero-shot-image-classification"],
         tags=["capivara", "image-text", *(["translated"] if "translate" in stages else [])],
         configs=[{"config_name": "default", "data_files": files}],
@@ -383,7 +372,6 @@ def dataset_card(facts: dict[str, Any], picture: str | None) -> str:
         escape=escape_markdown,  # of all texts of others
         code=_code,
         link=lambda name, url: f"[{name}](<{url}>)" if re.fullmatch(r"https?://[^\s<>]+", url) else name,
-        meaning=_meaning,
         settings=_settings,
     )
     return f"{text}\n"
@@ -399,12 +387,6 @@ def _settings(settings: dict[str, Any]) -> str:
     leaves = sorted(flat(settings).items(), key=lambda leaf: not leaf[0].endswith("model"))
     shown = [(k, v) for k, v in leaves if v is not None and v is not False and not NOT_SHOWN.search(k)]
     return ", ".join(f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in shown)
-
-
-def _meaning(column: str) -> str:
-    """What a column holds, in words."""
-    kind = next((kind for kind in MEANINGS if column.startswith(kind + "-")), column)
-    return MEANINGS.get(kind, "as in the source").format(language=_code(column.removeprefix(kind + "-")))
 
 
 def main(argv: list[str] | None = None) -> None:

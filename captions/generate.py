@@ -81,6 +81,7 @@ class GenerateArguments(StageArguments):
 # The model
 
 
+@dataclass
 class Captioner:
     """BLIP-2, in `eval()` on its device, whose vision encoder, Q-Former and reading of the image run once an image.
 
@@ -89,17 +90,14 @@ class Captioner:
     has at most `max_new_tokens`; `micro_batch_size` of them are written at once.
     """
 
-    def __init__(
-        self,
-        model: Blip2ForConditionalGeneration,
-        image_processor: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        max_new_tokens: int = 50,
-        micro_batch_size: int = 160,
-    ):
-        self.model, self.image_processor, self.tokenizer = model, image_processor, tokenizer
-        self.max_new_tokens, self.micro_batch_size = max_new_tokens, micro_batch_size
-        self.device, self.writer = model.device, model.language_model
+    model: Blip2ForConditionalGeneration
+    image_processor: Any
+    tokenizer: PreTrainedTokenizerBase
+    max_new_tokens: int = 50
+    micro_batch_size: int = 160
+
+    def __post_init__(self) -> None:
+        self.device, self.writer, tokenizer = self.model.device, self.model.language_model, self.tokenizer
         config = self.writer.generation_config
         config.max_length = None  # else `generate` warns at every call that it has two limits
         if config.pad_token_id is None:  # a batch's texts end at different steps

@@ -54,42 +54,33 @@ class ScoreArguments(StageArguments):
         """Similarities of each row's captions. Raises as `load_embedder` does."""
         embedder = load_embedder(self.model, self.device, True, self.precision)
         settings = {"language": self.language, "model": self.model, "fingerprint": embedder.fingerprint}
-        return {f"similarities-{self.language}": SIMILARITIES}, settings, ScoreProcess(embedder, self)
+        return {f"similarities-{self.language}": SIMILARITIES}, settings, lambda rows: scored(embedder, self, rows)
 
 
-@dataclass
-class ScoreProcess:
-    """Rows -> their similarities: a `Process`."""
+def scored(embedder: Embedder, args: ScoreArguments, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
+    """The new column of each row, or what is wrong with the row."""
+    columns, size = args.needed_columns(), args.embedding_batch_size  # columns in the order of the similarities
+    captions = [[text for column in columns for text in row.get(column) or []] for row in rows]
+    good = [place for place, texts in enumerate(captions) if any(map(str.strip, texts))]
+    results = [BadRow("no caption", f"all of {', '.join(columns)} are empty")] * len(rows)
+    distinct = sorted({text for place in good for text in captions[place] if text.strip()}, key=len)
+    embeds = dict(zip(distinct, embedder.texts(distinct, 2 * size) if distinct else [], strict=True))  # each (width,)
+    for place, embed in zip(good, embedded(embedder, [rows[place][DECODED] for place in good], size), strict=True):
+        results[place] = embed
+        if not isinstance(embed, BadRow):
+            cosines = [float(embeds[text] @ embed) if text in embeds else None for text in captions[place]]
+            results[place] = {f"similarities-{args.language}": cosines}
+    return results
 
-    embedder: Embedder
-    args: ScoreArguments
 
-    def __post_init__(self) -> None:
-        self.columns = self.args.needed_columns()  # of captions, in the order of the similarities
-
-    def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
-        """The new column of each row, or what is wrong with the row."""
-        captions = [[text for column in self.columns for text in row.get(column) or []] for row in rows]
-        good = [place for place, texts in enumerate(captions) if any(map(str.strip, texts))]
-        results = [BadRow("no caption", f"all of {', '.join(self.columns)} are empty")] * len(rows)
-        distinct = sorted({text for place in good for text in captions[place] if text.strip()}, key=len)
-        embeds = self.embedder.texts(distinct, 2 * self.args.embedding_batch_size) if good else []  # (distinct, width)
-        embeds = dict(zip(distinct, embeds, strict=True))
-        for place, embed in zip(good, self._embedded([rows[place][DECODED] for place in good]), strict=True):
-            results[place] = embed
-            if not isinstance(embed, BadRow):
-                cosines = [float(embeds[text] @ embed) if text in embeds else None for text in captions[place]]
-                results[place] = {f"similarities-{self.args.language}": cosines}
-        return results
-
-    def _embedded(self, images: list[PIL.Image.Image]) -> list[Tensor | BadRow]:
-        """(width,) of each image; one that the model refuses must not end the work on all others."""
-        try:
-            return list(self.embedder.images(images, self.args.embedding_batch_size)) if images else []
-        except ValueError as error:
-            if len(images) == 1:
-                return [BadImage("unreadable image", f"the model refuses it: {error}")]
-        return [embed for image in images for embed in self._embedded([image])]
+def embedded(embedder: Embedder, images: list[PIL.Image.Image], batch_size: int) -> list[Tensor | BadRow]:
+    """(width,) of each image; one that the model refuses must not end the work on all others."""
+    try:
+        return list(embedder.images(images, batch_size)) if images else []
+    except ValueError as error:
+        if len(images) == 1:
+            return [BadImage("unreadable image", f"the model refuses it: {error}")]
+    return [embed for image in images for embed in embedded(embedder, [image], batch_size)]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -29,7 +29,7 @@ from capivara_common.image_files import BadRow, decode_image
 from capivara_common.privacy import short_name
 from caption_data.rows import CAPTIONS, NOT_CHOSEN, WITH_SIMILARITIES, CaptionChoice, caption_texts
 from caption_data.sources import Split
-from captions.stages import RowStage, StageArguments, check_complete, skipped_rows, stage_main, stage_source
+from captions.stages import RowStage, StageArguments, check_complete, skipped_rows, stage_main
 from eval.records.tables import one_line
 
 REPORT = Path("report") / "index.html"  # in the output; it is written last
@@ -119,7 +119,7 @@ def selected(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any] | Bad
 
 def write_report(args: SelectArguments) -> None:
     """The folder `report`; its page is written last."""
-    folder, source = args.output / REPORT.parent, stage_source(args)
+    folder, source = args.output / REPORT.parent, args.source()
     folder.mkdir(exist_ok=True)
     captions = _captions(args, source)
     images = captions.groupby("row")["kept"].any()

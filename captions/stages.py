@@ -124,6 +124,10 @@ class StageArguments(CaptionDataArguments, ExecutorArguments):
         """Of the settings of `process`, those that are known before it is made."""
         return {}
 
+    def source(self) -> Split:
+        """The rows that it reads. Raises ValueError as `open_split` does."""
+        return open_in_place(self.dataset, self.split, self.image_column, **self.limits())
+
     def waiting(self) -> str:
         """What a person has to do before it can run; empty where it can."""
         return ""
@@ -207,11 +211,6 @@ class ParquetSplit(Split):
 open_in_place = partial(open_split, parquet=ParquetSplit)  # parquet files without a copy
 
 
-def stage_source(args: StageArguments) -> Split:
-    """The rows that a stage reads. Raises ValueError as `open_split` does."""
-    return open_in_place(args.dataset, args.split, args.image_column, **args.limits())
-
-
 def fingerprint(source: Split) -> str:
     """Hex digest of the content, the same wherever files lie: of a large one by its size and pieces all over it; of
     a data set of `datasets` the fingerprint that the library keeps."""
@@ -280,7 +279,7 @@ class RowStage:
     """
 
     def __init__(self, args: StageArguments, rank: int = 0, world_size: int = 1):
-        self.args, self.source, self.rank = args, stage_source(args), rank
+        self.args, self.source, self.rank = args, args.source(), rank
         for damage in self.source.damaged:
             logger.warning("A damaged archive, read up to there: %s", damage.detail)
         next(self.source.rows(), None)  # damage in the first rows is told before a model is loaded, or paid for

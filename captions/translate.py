@@ -40,7 +40,7 @@ from capivara_common.environment import require
 from capivara_common.files import read_json, write_json, write_text
 from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTIONS, TOKEN_PATTERN, caption_texts, digest_of
-from caption_data.sources import Split
+from caption_data.sources import Split, opened_parquet
 from captions.stages import RowStage, StageArguments, groups, stage_main, whole_parquet
 from captions.translators import GOOGLE_CHARACTERS, GOOGLE_MODULES, GoogleTranslator, Seq2SeqTranslator, language_of
 
@@ -81,18 +81,9 @@ REPORT_FILE = "quality.json"
 EXAMPLES, MAX_EXAMPLE = 5, 200  # of a flag; letters of a sentence, which can be a book
 # The column `quality-<language>`: how many captions were translated, and those that look wrong by their place in the
 # source's captions.
-QUALITY = {
-    "captions": Value("int32"),
-    "flagged": List(
-        {
-            "column": Value("string"),
-            "position": Value("int32"),
-            "flags": List(Value("string")),
-            "source": Value("string"),
-            "translation": Value("string"),
-        }
-    ),
-}
+_FLAGGED = {"column": Value("string"), "position": Value("int32"), "flags": List(Value("string"))}
+_FLAGGED |= {"source": Value("string"), "translation": Value("string")}
+QUALITY = {"captions": Value("int32"), "flagged": List(_FLAGGED)}
 
 logger = logging.getLogger("capivara")
 
@@ -354,17 +345,13 @@ class TranslationMemory:
         self.folder, self.fingerprint = folder / digest_of(fingerprint, sort_keys=True), fingerprint
 
     def find(self, sentences: Iterable[str]) -> dict[str, str]:
-        """Sentence -> translation, of those that are known. All files are read, so ask for many at once; a damaged one
-        is left out with a warning."""
+        """Sentence -> translation, of those that are known. All files are read, so ask for many at once."""
         wanted, found = set(sentences), {}
         for path in sorted(self.folder.glob("*.parquet")) if wanted else ():
-            try:
-                with pq.ParquetFile(path) as file:
-                    for batch in file.iter_batches(READ_AT_ONCE, columns=list(PAIR_SCHEMA.names)):
-                        pairs = zip(batch["source"].to_pylist(), batch["translation"].to_pylist(), strict=True)
-                        found |= {source: made for source, made in pairs if source in wanted}
-            except (pa.ArrowException, OSError, KeyError) as error:
-                logger.warning("The translations in %s can't be read (%s); it is done without them.", path, error)
+            with opened_parquet(path, ". Remove it: its sentences are translated again") as file:
+                for batch in file.iter_batches(READ_AT_ONCE, columns=list(PAIR_SCHEMA.names)):
+                    pairs = zip(batch["source"].to_pylist(), batch["translation"].to_pylist(), strict=True)
+                    found |= {source: made for source, made in pairs if source in wanted}
         return found
 
     def add(self, translations: dict[str, str]) -> None:

@@ -126,20 +126,6 @@ def test_another_process_tidies_up_between_the_two_renames(tmp_path, monkeypatch
     assert read_json(out / "a") == "new" and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_empty_folder_is_in_nobodys_way(tmp_path):
-    """It does not cost the whole folder that was being replaced, nor a descriptor where that can't be put back."""
-    out, old = tmp_path / "out", tmp_path / ".out.old-01234567"
-    write_json(old / "a", "whole")
-    out.touch()
-    before = os.listdir("/proc/self/fd")
-    remove_leftovers(out)
-    assert old.is_dir() and len(os.listdir("/proc/self/fd")) == len(before)
-    out.unlink()
-    out.mkdir()
-    remove_leftovers(out)
-    assert read_json(out / "a") == "whole" and not old.exists()
-
-
 def test_disk_full(small_disk, tiny_model):
     with (
         pytest.raises(OSError, match="No space left on the disk") as caught,

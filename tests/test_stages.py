@@ -194,19 +194,6 @@ def test_rows_that_cannot_be_used_are_listed(tmp_path):
         run_stage(StageArguments(str(tmp_path / "none"), tmp_path / "x"), {}, {}, shout)
 
 
-def test_no_more_rows_are_held_than_asked_for(numbered, tmp_path):
-    sizes = []
-
-    def process(rows):
-        sizes.append(len(rows))
-        return shout(rows)
-
-    run(numbered, tmp_path / "out", process=process)
-    assert set(sizes) == {3, 1, 2} and sum(sizes) == NUMBER  # parts of seven, and one of five
-    with pq.ParquetFile(tmp_path / "out" / "train-000000000-000000007.parquet") as file:
-        assert file.num_row_groups == 1
-
-
 def test_other_settings_are_refused_and_named(numbered, tmp_path):
     run(numbered, tmp_path / "out", (0, 2))
     there = parts(tmp_path / "out")
