@@ -197,8 +197,7 @@ def _read(path: Path) -> str:
 
 # --- What machines read: front matter with the model index -----------------------------------------------------------
 
-# The formats: modelcard.md and docs/hub/model-cards-co2.md of https://github.com/huggingface/hub-docs. Values are those
-# of the JSON files, shares and not per cents.
+# The format: modelcard.md of https://github.com/huggingface/hub-docs. Values are those of the JSON files, shares.
 
 
 def metadata(facts: dict[str, Any], title: str) -> ModelCardData:
@@ -211,7 +210,7 @@ def metadata(facts: dict[str, Any], title: str) -> ModelCardData:
     model = facts["origins"]["model"]
     # The base's own id, or those that the card of a local base names.
     base = hub_ids([model["hub_id"]] if model.get("hub_id") else model.get("base_model") or ())
-    data = ModelCardData(
+    return ModelCardData(
         language=[code for code in languages if re.fullmatch(r"[a-z]{2,3}", code)] or None,  # ISO 639-1 or -3
         license=facts["license"],
         library_name="transformers",
@@ -222,12 +221,6 @@ def metadata(facts: dict[str, Any], title: str) -> ModelCardData:
         model_name=title,
         eval_results=[_index_entry(facts, measured) for measured in _published(facts)],
     )
-    if used := facts["used"]:
-        hardware = used.get("gpu") or used.get("cpu") or facts["run"]["device"]
-        emissions = {"emissions": 1000 * used["kg_co2e"], "source": str(used["method"]), "training_type": "fine-tuning"}
-        emissions |= {"geographical_location": one_line(used["country"])} if used.get("country") else {}
-        data["co2_eq_emissions"] = emissions | {"hardware_used": one_line(hardware)}
-    return data
 
 
 def hub_ids(names: Any) -> list[str]:

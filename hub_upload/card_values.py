@@ -43,7 +43,6 @@ MARKDOWN_TEMPLATES = jinja2.Environment(
 )  # fmt: skip
 # Identifiers of https://huggingface.co/docs/hub/repositories-licenses, but for "unknown" and "other"
 LICENCES = frozenset((Path(__file__).parent / "licences.txt").read_text(encoding="utf-8").split())
-GRAPHS = "onnx/quantisation.json"
 FORMATS = {  # tag on the Hub -> files by which a folder has it
     "open_clip": ("open_clip_config.json", "open_clip_model.safetensors"),
     "sentence-transformers": ("modules.json",),
@@ -109,9 +108,8 @@ def _facts(folder: Path, name: str) -> dict[str, Any]:
     if model_class != OWN_CLASS:
         tokens = _read(model / "tokenizer_config.json", folder, digests)["model_max_length"]
     pictures = [(model / name).relative_to(folder).as_posix() for name in RUN_PICTURES if (model / name).is_file()]
-    architecture, graphs = (
-        _read(model / name, folder, digests) if (model / name).is_file() else {} for name in ("config.json", GRAPHS)
-    )
+    files = [name for name in ("config.json", "onnx/quantisation.json") if (model / name).is_file()]
+    known = {name: _read(model / name, folder, digests) for name in files}
     digests |= {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in pictures}
     weights = [WeightFile(path) for path in (*model.glob("model.safetensors"), *model.glob("model-*-of-*.safetensors"))]
     origins = run["origins"]  # what base and data say of themselves
@@ -123,7 +121,6 @@ def _facts(folder: Path, name: str) -> dict[str, Any]:
         "run": run,  # `run.json` of the weights in the folder; of the first seed where each has a folder of its own
         "runs": runs,  # every `run.json`, in the order of seeds
         "config": run["config"],
-        "used": _energy(runs),
         "model_class": model_class,  # of a run before it was noted, CAPIVARA's own
         "loss": run.get("loss", "contrastive"),
         "origins": origins,
@@ -133,9 +130,9 @@ def _facts(folder: Path, name: str) -> dict[str, Any]:
         "values": [value for value in values if not value.dim],  # what was measured, rows of `values_of`
         "groups": _groups(values),
         "tokens": tokens,  # longest text that the processor lets through
-        "architecture": architecture,  # `config.json` of the model; empty where the folder holds none
+        "architecture": known.get("config.json", {}),  # `config.json` of the model; empty where the folder holds none
         "parameters": sum(math.prod(one.shape) for file in weights for one in file.places.values()),
-        "graphs": graphs["graphs"] if graphs else {},  # sizes and differences of ONNX's
+        "graphs": known.get("onnx/quantisation.json", {}).get("graphs", {}),  # sizes and differences of ONNX's
         "formats": [tag for tag, files in FORMATS.items() if all((folder / file).is_file() for file in files)],
         "pictures": pictures,  # paths of those of `RUN_PICTURES` that are there
         "digests": dict(sorted(digests.items())),  # file -> SHA-256 of all that was read, and of the pictures
@@ -183,17 +180,6 @@ def _result(path: Path, folder: Path, digests: dict[str, str]) -> ResultFile | N
         return schema.parse_result(content, name) if "records" in content else None
     except ValueError as error:
         raise ValueError(f"{name}#/{error}.") from error
-
-
-def _energy(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What the first run says of its energy, with `kwh`, `kg_co2e` and `hours` of all; None where one has none."""
-    of_runs = [run.get("energy") for run in runs]
-    if not all(of_runs):
-        return None
-    for about in of_runs:
-        if not re.search("estimated|measured", about["method"]):
-            raise ValueError("energy/method of run.json must say whether it was measured or estimated, by what.")
-    return of_runs[0] | {key: sum(about[key] for about in of_runs) for key in ("kwh", "kg_co2e", "hours")}
 
 
 # --- What was measured -----------------------------------------------------------------------------------------------
@@ -387,8 +373,7 @@ def template_values(facts: dict[str, Any], language: str, name: str, is_reposito
     main = [pair for group in groups for pair in group["main"] if pair["capivara"] and pair["baseline"]]
     gains = [value for value in facts["values"] if value.metric == GAIN]
     curve = [point["validation"] for point in run.get("curve") or () if point.get("validation")]
-    used, architecture, rotated = facts["used"], facts["architecture"], facts["model"] / "rotation.safetensors"
-    hardware = used and ([used[key] for key in ("gpu", "cpu") if used.get(key)] or [run["device"]])
+    architecture = facts["architecture"]
     return {
         **facts | {"name": name, "is_repository": is_repository, "groups": groups},
         **{key: getattr(writer, key) for key in dir(writer) if not key.startswith("_")},
@@ -402,11 +387,10 @@ def template_values(facts: dict[str, Any], language: str, name: str, is_reposito
         "towers": [(key, architecture.get(key) or {}) for key in ("vision_config", "text_config")],
         **_works(facts["origins"]),
         "licences": lambda origin: ", ".join(map(code, origin.get("licenses") or ())),
-        "rotated": bool(config.get("matryoshka_dims")) or rotated.is_file(),
+        "rotated": (facts["model"] / "rotation.safetensors").is_file(),
         "stopped_early": any(of["steps"] < config["max_steps"] for of in facts["runs"]),
         "validation": [(way, curve[0][way], curve[-1][way]) for way in DIRECTIONS] if len(curve) > 1 else [],
         "settings": _settings(config, run.get("fixed", {})),
-        "hardware": ", ".join(map(escaped, hardware or ())),
         **{"main": main, "gains": gains, "worse": [pair for pair in main if pair["is_worse"]]},
         "summary": [pair for pair in main if pair["task"] == "retrieval" and pair["language"] == trained],
         # Gains whose interval includes zero, with the seeds of which that is so

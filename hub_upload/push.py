@@ -45,7 +45,6 @@ from capivara_common.privacy import machine_path_in, printable
 from hub_upload.allowed_files import check_repo_id, check_text, files_to_send
 from hub_upload.card import CARD, outdated, write_card
 
-SHOWN = 20  # lines about a card
 TIMEOUT_S = 300  # of silence; the client's own is none, and a line that died would hold a run for ever
 WAIT_S = 2  # before a call whose answer was lost is made once more
 NO_TOKEN = "There is no token. Save one that may write by `hf auth login`, or set HF_TOKEN."
@@ -183,7 +182,7 @@ def check_card(args: PushArguments) -> None:
     faults = outdated(args.model) if args.repo_type == "model" else []
     if not faults:
         return
-    listed = "".join(f"\n  {_name(fault)}" for fault in faults[:SHOWN])
+    listed = "".join(f"\n  {_name(fault)}" for fault in faults)
     message = f"The card differs from its files; write it again with `python -m hub_upload.card`. {listed}"
     if args.push:
         raise ValueError(f"Nothing was sent. {message}")

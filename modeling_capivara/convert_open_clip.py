@@ -2,9 +2,8 @@
 
     python -m modeling_capivara.convert_open_clip hf-hub:hiaac-nlp/CAPIVARA capivara-transformers
 
-It is what `CapivaraModel.from_open_clip` does, into a folder of one's own; open_clip itself is not needed, and every
-tensor that is written is compared with the source's. `hub_upload.export` writes open_clip's format. Tensors alone are
-read: nothing of a file is ever executed.
+As `CapivaraModel.from_open_clip`, into a folder of one's own, without open_clip. Tensors alone are read, nothing of a
+file is executed, and what is written is compared. `hub_upload.export` writes open_clip's format.
 """
 
 import re
@@ -178,10 +177,8 @@ def capivara_config(model_cfg: dict) -> CapivaraConfig:
         _check_supported("text_cfg", text_cfg)
         _check_supported("tokenizer_kwargs", text_cfg.get("tokenizer_kwargs") or {})
         vision = VISION_DEFAULTS | {ours: vision_cfg.get(name, own) for name, (ours, own) in VIT.items()}
-        if isinstance(sides := vision["image_size"], list):
-            if len(set(sides)) != 1:
-                refuse("vision_cfg.image_size", sides, "one number of pixels, or the same twice")
-            vision["image_size"] = sides[0]
+        if not isinstance(side := vision["image_size"], int):
+            refuse("vision_cfg.image_size", side, "one number of pixels")
         vision["num_attention_heads"] = vision["hidden_size"] // vision_cfg.get("head_width", 64)
         vision["intermediate_size"] = int(vision["hidden_size"] * vision_cfg.get("mlp_ratio", 4.0))
         vision["hidden_act"] = "quick_gelu" if model_cfg.get("quick_gelu") else "gelu"
@@ -359,11 +356,9 @@ def read_open_clip_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     prefix = prefixes[0]
     found = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
     found = {name: t for name, t in found.items() if isinstance(t, Tensor) and name != POSITION_IDS}
-    notes = [f"The model lies under the prefix {prefix!r}."] if prefix else []
+    notes = []
     if outside := [key for key in state if not key.startswith(prefix)]:
         notes.append(f"Left behind, as the training program's own and not the model's: {', '.join(outside)}.")
-    if kinds := {str(t.dtype) for t in found.values()} - {"torch.float32"}:
-        notes.append(f"Stored as {', '.join(sorted(kinds))}, written as float32.")
     return {name: t.float() for name, t in found.items()}, notes
 
 
@@ -430,11 +425,10 @@ def write_capivara(
     return model, [f"Weights: {found.weights}; tokenizer: {found.tokenizer}", *notes]
 
 
-def _convert(source: str, folder: Path, revision: str | None) -> str:
-    return weights_digest(write_capivara(find_open_clip(source, revision=revision), folder)[0])
-
-
-CONVERTER = Converter(_convert, explain=load_processor)
+CONVERTER = Converter(
+    lambda source, folder, at: weights_digest(write_capivara(find_open_clip(source, revision=at), folder)[0]),
+    explain=load_processor,
+)
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -446,6 +440,7 @@ class ConvertArguments:
 
     source: str = flag(..., "hf-hub:OWNER/NAME, a folder, or a file of the published architecture.", positional=True)
     output: Path = flag(..., "Folder to create; must not exist, or be empty.", positional=True)
+    overwrite_output_dir: bool = flag(False, "Replace the output folder.")
     tokenizer: str | None = flag(None, f"Where SOURCE has and names none: Hub id or folder, else {BASE_TEXT_MODEL}.")
     gone = dict.fromkeys(("to_open_clip", "hf_model_name"), "`hub_upload.export` writes open_clip's format")
 
@@ -457,19 +452,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def convert(
-    source: str, output: str | Path, tokenizer: str | None = None, config: CapivaraConfig | None = None
+    source: str,
+    output: str | Path,
+    tokenizer: str | None = None,
+    overwrite_output_dir: bool = False,
+    config: CapivaraConfig | None = None,
 ) -> list[str]:
     """`write_capivara` of a source into a new folder that appears whole and checked, or not at all; its sentences."""
-    with whole_folder(free_output(output)) as folder:
+    with whole_folder(Path(output), overwrite_output_dir) as folder:
         return write_capivara(find_open_clip(source, tokenizer), folder, config)[1]
-
-
-def free_output(output: str | Path) -> Path:
-    """Its absolute path. Raises FileExistsError where something is there."""
-    output = Path(output).resolve()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"OUTPUT {output} exists and is not an empty folder; remove it or name another.")
-    return output
 
 
 if __name__ == "__main__":

@@ -112,9 +112,7 @@ def load_processor(source: str | Path) -> ProcessorMixin:
             processor.tokenizer = Siglip2Tokenizer.from_pretrained(source)
         check_sizes(processor.image_processor.to_dict())
         if not isinstance(processor, CapivaraProcessor):  # which has a rule of its own
-            config = checked_config(str(source))
-            _check_fits(processor, config)
-            _limit_texts(processor, config)
+            _fit(processor, checked_config(str(source)))
     except Exception as error:
         raise ValueError(f"The processor of {source} can't be loaded: {' '.join(str(error).split())}") from error
     return processor
@@ -125,8 +123,11 @@ def fills_up(processor: ProcessorMixin) -> bool:
     return type(processor).__name__.startswith("Siglip")
 
 
-def _check_fits(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
-    """Raise ValueError where transformers' processor is that of another model: its figures would mean nothing."""
+def _fit(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
+    """Raise ValueError where transformers' processor is that of another model: its figures would mean nothing.
+
+    Let its tokenizer give no more tokens than the model has positions for, also one that was saved without a limit.
+    """
     tokenizer, side, kind = processor.tokenizer, config.vision_config.image_size, type(processor).__name__
     steps = processor.image_processor.to_dict()
     size = dict((steps.get("crop_size") if steps.get("do_center_crop") else steps.get("size")) or {})
@@ -137,15 +138,11 @@ def _check_fits(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
     if len(tokenizer) > config.text_config.vocab_size or tokenizer.pad_token is None:
         known = f"{len(tokenizer)} tokens, {tokenizer.pad_token!r} for padding"
         raise ValueError(f"its tokenizer has {known}; the model knows {config.text_config.vocab_size}")
-
-
-def _limit_texts(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
-    """Let a tokenizer give no more tokens than the model has positions for, also one that was saved without a limit."""
     positions = config.text_config.max_position_embeddings
     if config.model_type == "altclip":  # as RoBERTa, it counts positions from behind the padding's number
         positions -= config.text_config.pad_token_id + 1
     own = getattr(processor, "text_kwargs", {}).get("max_length", positions)  # Siglip2Processor's, say
-    processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, positions, own)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions, own)
 
 
 def _check_folder(source: str | Path, needed: str, fault: str) -> None:

@@ -3,10 +3,9 @@
     python -m modeling_capivara.trim_vocabulary MODEL OUTPUT --languages pt en
     python -m modeling_capivara.trim_vocabulary MODEL OUTPUT --languages pt en --texts chosen.txt
 
-The embedding table loses rows and the tokenizer pieces; no other number changes, so that indexes of pictures stay
-valid. A Unigram tokenizer splits a text into those of its pieces whose scores add up to most: with fewer pieces the
-best way stays the best, as long as its own are kept. A letter without a piece scores 10 below the lowest of the
-vocabulary (`Unigram` of the tokenizers library), so that the piece with the lowest score is kept, too.
+The embedding table loses rows and the tokenizer pieces; nothing else changes, so that indexes of pictures stay valid. A
+Unigram tokenizer splits a text into those pieces whose scores add up to most: with fewer the best way stays the best,
+as long as its own are kept. A letter without a piece scores 10 below the vocabulary's lowest, whose piece is kept, too.
 
 SigLIP 2's tokenizer, Gemma's, joins pieces in the order of its list of merges, and has bytes for what is unknown. All
 ways to a kept piece are kept: the merges of a text come in the same order as before, and no other can come between.
@@ -29,10 +28,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from capivara_common.cli import flag, parse, run_command
-from capivara_common.files import whole_folder
+from capivara_common.files import check_output_folder, whole_folder
 from capivara_common.weight_file import weight_files
 
-from .convert_open_clip import free_output
 from .loading import checked_config, load_processor, mapped_model, mapped_tensors, weights_digest, write_origin_card
 
 # Of the first language and of each further one, the most frequent: of long Portuguese sentences one in 400 loses a
@@ -61,6 +59,7 @@ class TrimArguments:
     output: Path = flag(..., "Folder to create; must not exist, or be empty.", positional=True)
     languages: list[str] = flag(..., "Keep the pieces of their most frequent words, as wordfreq has them: pt en.")
     words: list[int] = flag([*WORDS], "Words of each language, in their order; the last is that of all further ones.")
+    overwrite_output_dir: bool = flag(False, "Replace the output folder.")
     texts: list[Path] = flag([], "Keep the pieces of these files, too; UTF-8, a text a line.")
 
 
@@ -76,13 +75,15 @@ def trim(
     languages: Sequence[str],
     words: Sequence[int] = WORDS,
     texts: Sequence[Path] = (),
+    overwrite_output_dir: bool = False,
 ) -> list[str]:
     """As the command line: a CAPIVARA or SigLIP with the pieces of some languages, in a new folder; what was done.
 
     ValueError where the model is trimmed already, is damaged or has a vocabulary of another kind, an added token has no
     row, there is no list of words of a language, or a file holds no text; ImportError without wordfreq.
     """
-    output, languages = free_output(output), list(dict.fromkeys(languages))
+    check_output_folder(output, overwrite_output_dir)
+    languages = list(dict.fromkeys(languages))
     if min(words) < 1:
         raise ValueError(f"--words must be at least 1, got {min(words)}.")
     processor, config = load_processor(model), checked_config(str(model))
@@ -101,7 +102,7 @@ def trim(
     pieces = sorted(processor.tokenizer.get_vocab().items(), key=lambda item: item[1])
     digest = hashlib.blake2b(json.dumps(pieces).encode(), digest_size=16).hexdigest()
     record = {"languages": languages, "words": list(words), "tokenizer": digest}
-    with whole_folder(output) as folder:
+    with whole_folder(output, overwrite_output_dir) as folder:
         parameters = _write_model(model, config, folder, kept, record)
         small.save_pretrained(folder)
         for name in COPIED:
@@ -277,11 +278,9 @@ def _merges(state: dict) -> list[tuple[str, str]]:
 def cut_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> PreTrainedTokenizerBase:
     """A tokenizer with the pieces `kept` of another and their scores; id i of it is the other's id `kept[i]`.
 
-    ValueError where an added token, or one at the vocabulary's beginning, would be lost or get another id.
+    ValueError where one at the vocabulary's beginning would get another id.
     """
     state, new_id = tokenizer_state(tokenizer), {old: number for number, old in enumerate(kept)}
-    if lost := [token["content"] for token in state["added_tokens"] if token["id"] not in new_id]:
-        raise ValueError(f"The added tokens {', '.join(lost)} would be cut; a trim keeps all added tokens.")
     model, pieces = state["model"], _pieces(state)
     if model["type"] == "Unigram":
         model["vocab"] = [model["vocab"][old] for old in kept if old < len(pieces)]
@@ -292,19 +291,14 @@ def cut_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> Pr
         model["vocab"], model["merges"] = left, merges
     for token in state["added_tokens"]:
         token["id"] = new_id[token["id"]]
-    small = _with_state(tokenizer, state)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        (Path(folder) / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
+        small = type(tokenizer).from_pretrained(folder)
     names, small_ids = {number: token for token, number in tokenizer.get_vocab().items()}, small.get_vocab()
     if wrong := [names[old] for number, old in enumerate(kept) if small_ids.get(names[old]) != number]:
         raise ValueError(f"The tokenizer can't be cut: {wrong[0]!r} would get another id than its row has.")
     return small
-
-
-def _with_state(tokenizer: PreTrainedTokenizerBase, state: dict) -> PreTrainedTokenizerBase:
-    """A tokenizer of the same class and settings, of another tokenizer.json."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        (Path(folder) / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
-        return type(tokenizer).from_pretrained(folder)
 
 
 if __name__ == "__main__":

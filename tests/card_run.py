@@ -31,21 +31,23 @@ _made: list[Path] = []
 def trained_run(tmp_path_factory: pytest.TempPathFactory, dataset: Path, processor: CapivaraProcessor) -> Path:
     """Folder of a run, trained once in a session; tests change copies of it."""
     if not _made:
-        _made.append(_train(tmp_path_factory.mktemp("trained"), dataset, processor))
+        folder = tmp_path_factory.mktemp("trained")
+        _made.append(short_run(folder, dataset, lambda base: save_model(base, processor), max_steps=4))
     return _made[0]
 
 
-def _train(folder: Path, dataset: Path, processor: CapivaraProcessor) -> Path:
-    """Train for a moment, from within `folder`, so that no path of the machine is in it."""
-    save_model(folder / "base", processor)
+def short_run(folder: Path, dataset: Path, make_base: Callable[[Path], Any], **more: Any) -> Path:
+    """Train for a moment, from within `folder`, so that no path of the machine is in it; `base` and `data/squares` lie
+    beside the run."""
+    make_base(folder / "base")
     (folder / "base" / "README.md").write_text(BASE_CARD, encoding="utf-8")
     splits = load_from_disk(dataset)  # of pictures that recall@10 says something of
     splits["test"] = concatenate_datasets([splits["test"], splits["validation"]])
     splits.save_to_disk(folder / "data" / "squares")
     (folder / "data" / "squares" / "README.md").write_text(DATA_CARD, encoding="utf-8")
     values = {"model": "base", "dataset": "data/squares", "output_dir": "run"}
-    values |= {"effective_batch_size": 10, "micro_batch_size": 4, "max_steps": 4, "warmup_steps": 1, "eval_steps": 2}
-    values |= {"learning_rate": 1e-3, "min_learning_rate": 0, "weight_decay": 0, "num_threads": 1}
+    values |= {"effective_batch_size": 10, "micro_batch_size": 4, "warmup_steps": 1, "eval_steps": 2}
+    values |= {"learning_rate": 1e-3, "min_learning_rate": 0, "weight_decay": 0, "num_threads": 1} | more
     argv = [word for key, value in values.items() for word in (f"--{key}", str(value))]
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
         draw_nothing(patch)

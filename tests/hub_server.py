@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.parse
 from base64 import b64decode
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import yaml
 from hub_http import CHUNK, Dropped, HttpHandler, HttpServer
@@ -41,7 +41,8 @@ ROUTES = [
         ("GET", REPO + r"/revision/(?P<revision>[^/]+)", "info"),
         ("GET", REPO + r"/auth-check(?P<write>/write)?", "auth_check"),
         ("GET", REPO + r"/refs", "refs"),
-        ("GET", REPO + r"/tree/(?P<revision>[^/]+)", "tree"),
+        ("GET", REPO + r"/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", "tree"),
+        ("POST", REPO + r"/paths-info/(?P<revision>[^/]+)", "paths_info"),
         ("POST", REPO + r"/preupload/(?P<revision>[^/]+)", "preupload"),
         ("POST", REPO + r"/commit/(?P<revision>[^/]+)", "commit"),
         ("POST", REPO + r"/branch/(?P<branch>[^/]+)", "create_branch"),
@@ -228,14 +229,27 @@ class _Handler(HttpHandler):
 
     # --- Files -------------------------------------------------------------------------------------------------------
 
-    def tree(self, kind: str, name: str, revision: str) -> None:
+    def tree(self, kind: str, name: str, revision: str, path: str = "") -> None:
         files = self._repo(kind, name).at(revision).files
-        entries, more = [blob.entry(path) for path, blob in sorted(files.items())], {}
+        prefix = f"{path}/" if path else ""
+        inside = {p: blob.entry(p) for p, blob in files.items() if p.startswith(prefix)}
+        if path and not inside:
+            raise Refused(404, f"{path} does not exist", "EntryNotFound")
+        folders = {str(folder) for p in inside for folder in PurePosixPath(p).parents if str(folder).startswith(prefix)}
+        found = {f: {"type": "directory", "path": f, "oid": "0" * 40, "size": 0} for f in folders - {"."}} | inside
+        if self.query.get("recursive", "false").lower() != "true":
+            found = {p: entry for p, entry in found.items() if "/" not in p[len(prefix) :]}
+        entries, more = [entry for _, entry in sorted(found.items())], {}
         start, size = int(self.query.get("cursor", 0)), self.hub.page_size
         if start + size < len(entries):
             query = urllib.parse.urlencode({**self.query, "cursor": start + size})
             more = {"Link": f'<{self.hub.url}{self.path.partition("?")[0]}?{query}>; rel="next"'}
         self.json(entries[start : start + size], headers=more)
+
+    def paths_info(self, kind: str, name: str, revision: str) -> None:
+        files = self._repo(kind, name).at(revision).files
+        asked = [value for key, value in urllib.parse.parse_qsl(self.body.decode()) if key == "paths"]
+        self.json([files[path].entry(path) for path in asked if path in files])
 
     def resolve(self, kind: str, name: str, revision: str, path: str) -> None:
         repo = self._repo(kind, name)

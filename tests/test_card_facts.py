@@ -48,11 +48,6 @@ MISSING = {
     "another role": ("pt", lambda r: r["records"][0].update(model="best"), "model must be one of baseline, capivara"),
     "two values": ("pt", lambda r: r["records"].append({**r["records"][0], "value": 0.9}), "one figure two values"),
     "a token": ("run.json", lambda run: run["config"].update(model="hf_" + "a" * 34), "looks like an access token"),
-    "energy of unknown origin": (
-        "run.json",
-        lambda run: run.update(energy={"kwh": 1, "kg_co2e": 1, "hours": 1, "method": "a guess"}),
-        "must say whether it was measured or estimated",
-    ),
 }
 
 
@@ -144,26 +139,6 @@ def test_an_unfinished_run_is_no_seed(tmp_path):
     (partial / RUN_MARKER).touch()
     with pytest.raises(ValueError, match=r"seed-3\.partial is an unfinished run\. Go on with it by --resume auto"):
         card_facts(partial)
-
-
-def test_energy_is_marked_as_estimated_or_measured(run):
-    energy = {"kwh": 6.49, "kg_co2e": 0.5, "hours": 31, "country": "BRA", "cpu": "A CPU", "gpu": "1 x A GPU"}
-    energy |= {"covers": "the run", "method": "codecarbon 3.3.2, offline; estimated without a power meter"}
-    change(run / "run.json", lambda content: content.update(energy=energy))
-    write_card(run)
-    data, body = split_card(card_of(run))
-    assert data["co2_eq_emissions"] == {
-        "emissions": 500.0, "source": energy["method"], "training_type": "fine-tuning", "geographical_location": "BRA",
-        "hardware_used": "1 x A GPU",
-    }  # fmt: skip
-    assert "Estimated: codecarbon 3.3.2" in body and "6,490.0 Wh" in body and "500.0 g" in body and "31.0 h" in body
-    assert check(run) == []
-    change(run / "run.json", lambda content: content["energy"].update(method="a power meter; measured"))
-    write_card(run, language="pt")
-    assert "Medido: a power meter" in card_of(run)
-    change(run / "run.json", lambda content: content.update(energy={}))
-    write_card(run)
-    assert "co2_eq_emissions" not in card_of(run) and "were not recorded" in card_of(run)
 
 
 def test_only_what_is_on_the_hub_is_named_as_such(run):

@@ -76,8 +76,6 @@ def hostile(tmp_path_factory, tiny_dataset_folder, tiny_processor):
             origin_of |= {"hub_id": texts[1], "base_model": [texts[2]]}
         content["origins"] |= {"license": texts[2], "teacher": dict(content["origins"]["model"])}
         content["config"] |= {"optimizer": texts[1], "mixed_precision": texts[2], "lora_targets": texts[0]}
-        content["energy"] = {"kwh": 1, "kg_co2e": 1, "hours": 1, "country": texts[2], "cpu": texts[0], "gpu": texts[8]}
-        content["energy"] |= {"covers": texts[6], "method": f"estimated {texts[2]}"}
 
     change(run / "run.json", edit)
     for path, text in zip(sorted((run / "results").glob("*.json")), (texts[0], texts[2]), strict=True):

@@ -186,14 +186,14 @@ def test_lightning_file_with_objects_is_refused_and_a_way_out_named_that_works(t
 @pytest.mark.parametrize("kind", ["Lightning", ".bin", ".pt"])
 def test_checkpoint_files(tmp_path, tokenizer_folder, kind):
     if kind == "Lightning":
-        path, said = lightning_file(tmp_path), ("'model.model.'", "train_accuracy.total")
+        path, said = lightning_file(tmp_path), "train_accuracy.total"
     else:
-        path, said, prefix = tmp_path / f"weights{kind}", ["float16"], "module." * (kind == ".pt")
+        path, said, prefix = tmp_path / f"weights{kind}", "Weights: ", "module." * (kind == ".pt")
         state = {prefix + k: v.half() for k, v in randomise(build_open_clip(tiny_config())).state_dict().items()}
         is_new = kind == ".pt"
         torch.save({"state_dict": state, "epoch": 3} if is_new else state, path, _use_new_zipfile_serialization=is_new)
     notes = " ".join(convert(str(path), tmp_path / "out", tokenizer=str(tokenizer_folder), config=tiny_config()))
-    assert all(word in notes for word in said) and "position_ids" not in notes
+    assert said in notes and "position_ids" not in notes
     assert load_file(tmp_path / "out" / "model.safetensors")["logit_scale"].dtype == torch.float32
 
 

@@ -5,10 +5,9 @@ import json
 import onnx
 import pytest
 import torch
-from tiny import TINY_VISION, randomise, save_model, tiny_config
-from transformers import TimmWrapperConfig
+from tiny import TINY_VISION, randomise, tiny_config
 
-from hub_upload.export import export, main
+from hub_upload.export import export
 from hub_upload.formats.onnx import ENDINGS, open_graph
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_processor
@@ -81,12 +80,3 @@ def test_graphs_say_nothing_of_this_machine(repository):
         assert names[0] == ("texts" if "text" in path.name else "images") and names[1] in ("tokens", "")
         onnx.checker.check_model(str(path))
         assert {file.name for file in path.parent.glob(f"{path.name}*")} == {path.name, f"{path.name}_data"}
-
-
-def test_tower_of_convolutions_stays_near_in_int8(tmp_path, tiny_processor):
-    """In 8 bits its convolutions would lose the image: they stay float32."""
-    save_model(tmp_path / "model", tiny_processor, vision_config=TimmWrapperConfig(architecture="test_efficientnet"))
-    command = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "repository")]
-    main([*command, "--formats", "transformers,onnx"])
-    facts = json.loads((tmp_path / "repository" / "onnx" / "quantisation.json").read_text())["graphs"]
-    assert facts["vision_model_quantized.onnx"]["lowest_cosine"] > 0.99

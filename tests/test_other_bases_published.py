@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from card_run import BASE_CARD, DATA_CARD, card_of, split_card
-from datasets import concatenate_datasets, load_from_disk
+from card_run import card_of, short_run, split_card
 from hub_client import hub_commands
 from made_benchmarks import make_data
 from safetensors.torch import load_file, save_file
 from tiny import draw_nothing
 from towers import MAKERS, gemma_like, siglip2
 
-import train_accelerate
 from capivara_common.files import read_json
 from capivara_common.image_side_digest import image_side_digest
 from eval import report, retrieval, suite
@@ -34,23 +32,10 @@ FACTS = {"siglip": ("SiglipModel", "sigmoid"), "clip": ("CLIPModel", "contrastiv
 @pytest.fixture(scope="module", params=FACTS)
 def run(request, tmp_path_factory, tiny_dataset_folder):
     """A short run on SigLIP 2 or CLIP, made from within its folder, so that no path of the machine is in it."""
-    folder = tmp_path_factory.mktemp(request.param)
-    if request.param == "siglip":
-        siglip2(folder / "base", gemma_like(WORDS, 320))
-    else:
-        MAKERS[request.param](folder / "base")
-    (folder / "base" / "README.md").write_text(BASE_CARD, encoding="utf-8")
-    splits = load_from_disk(tiny_dataset_folder)
-    splits["test"] = concatenate_datasets([splits["test"], splits["validation"]])
-    splits.save_to_disk(folder / "squares")
-    (folder / "squares" / "README.md").write_text(DATA_CARD, encoding="utf-8")
-    values = {"model": "base", "dataset": "squares", "output_dir": "run", "max_steps": 2, "warmup_steps": 1}
-    values |= {"effective_batch_size": 10, "micro_batch_size": 4, "learning_rate": 1e-3, "num_threads": 1}
-    argv = [word for key, value in values.items() for word in (f"--{key}", str(value))]
-    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+    make = MAKERS[request.param] if request.param == "clip" else lambda base: siglip2(base, gemma_like(WORDS, 320))
+    with pytest.MonkeyPatch.context() as patch:
         draw_nothing(patch)
-        train_accelerate.main([*argv, "--eval_languages", "pt", "en"])
-    return folder / "run"
+        return short_run(tmp_path_factory.mktemp(request.param), tiny_dataset_folder, make, max_steps=2)
 
 
 @pytest.fixture
@@ -146,7 +131,7 @@ def test_a_text_config_is_for_capivara_alone(run, tmp_path):
 def test_figures_name_class_and_loss(run, kind, tmp_path, capsys):
     """In result files, in the table of a suite and on the page; embeddings are cut as any model's."""
     named, output = dict(zip(("model_class", "loss"), FACTS[kind], strict=True)), tmp_path / "results"
-    words = ["--model", str(run), "--dataset", str(run.parent / "squares"), "--output", str(output / "cut.json")]
+    words = ["--model", str(run), "--dataset", str(run.parent / "data/squares"), "--output", str(output / "cut.json")]
     retrieval.main([*words, "--dim", "16"])
     found = read_json(output / "cut.json")
     assert found | named == found and {record["dim"] for record in found["records"]} == {16}
