@@ -256,10 +256,10 @@ class PictureTable:
         found = [self.rows(columns, among("path", part)) for part in parts]
         return pa.concat_tables(found) if found else self.rows(columns, "false")
 
-    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """Some columns of all pictures, a batch at a time, of one version."""
+    def batches(self, columns: Sequence[str], where: str | None = None) -> Iterator[pa.RecordBatch]:
+        """Some columns of all pictures, or of those of a clause, a batch at a time, of one version."""
         with storage.explained(self.where, PICTURES):  # it is read while it is asked for
-            yield from self.read(PICTURES, lambda table: _plain(table, columns).to_batches())
+            yield from self.read(PICTURES, lambda table: _plain(table, columns, where).to_batches())
 
     def sample(self, width: int, image_digest: str, most: int) -> np.ndarray:
         """Vectors (rows, width) of a model's pictures, of at most so many rows, spread evenly over the table."""
