@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import click
+from tqdm.std import tqdm
 
 from capivara_common import interrupt
 from capivara_common.files import no_space_left
@@ -90,13 +91,11 @@ def _notes_shown(words: Words) -> Iterator[None]:
     handler, logger = logging.Handler(), logging.getLogger("capivara")
 
     def emit(record: logging.LogRecord) -> None:
-        from tqdm.std import tqdm  # a bar goes on below it
-
         text, key = record.getMessage(), f"note.{getattr(record, 'code', None)}"
         if words.language == "pt" and words.has(key):
             values = getattr(record, "values", record.args)
             text = words(key, *(explained(one, words)[1] if isinstance(one, Exception) else one for one in values))
-        tqdm.write(visible(" ".join(text.split())), file=sys.stderr)
+        tqdm.write(visible(" ".join(text.split())), file=sys.stderr)  # a bar goes on below it
 
     handler.emit = emit
     # transformers warns of default values of SigLIP's own configuration, whatever a model has.

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click import argument, option
 from click.shell_completion import get_completion_class
+from tqdm.std import tqdm
 
 from capivara_common.interrupt import stop_by_exception
 from capivara_search import command_line as cli
@@ -33,8 +34,7 @@ if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
 
 NOTHING = 1  # the exit code where nothing is found; the help explains them
-LINES = {"auto": None, "yes": True, "no": False}
-LINE = option("--line", type=said(click.Choice(tuple(LINES))), default="auto")
+LINE = option("--line", type=said(click.Choice(("auto", "yes", "no"))), default="auto")
 LEFT_OUT_SHOWN = 5
 BY_RULE = ("forgotten", "excluded", "hidden", "system", "video")
 SCREEN_SHOWN = 4  # lines of each list of `status`, which fits on a screen of 24
@@ -85,8 +85,6 @@ def index(words: Words, folders: Sequence[Path], exclude: Sequence[str], include
 @contextmanager
 def progress_bar(words: Words, leave: bool = True) -> Iterator[Callable[[int, int], None]]:
     """`on_progress` of an index: a bar with rate and time left, which may `leave` its last line on the screen."""
-    from tqdm.std import tqdm
-
     from capivara_search.estimates import Estimate
 
     class Bar(tqdm):
@@ -118,7 +116,7 @@ def summary(added: Added, pictures: int, words: Words) -> Iterable[str]:
     parts = [words.count(key, n) for key in keys if (n := getattr(added, key))] or [words("nothing_changed")]
     if added.left_out:
         parts.append(words.count("left_out", len(added.left_out)))
-    yield f"{', '.join(parts)} ({words.duration(added.seconds)}){':' if added.left_out else '.'}"
+    yield f"{', '.join(parts)} ({tqdm.format_interval(added.seconds)}){':' if added.left_out else '.'}"
     for left in added.left_out[:LEFT_OUT_SHOWN]:
         yield f"  {shown_path(left.path)}: {words.reason(left.reason)}"
     if (more := len(added.left_out) - LEFT_OUT_SHOWN) > 0:
@@ -341,7 +339,7 @@ def _index() -> "PictureIndex":
 def _filled_index(or_filling: bool = False, line: str = "auto") -> "PictureIndex":
     """The index; raises RuntimeError where it holds nothing yet, unless it is being filled and that is enough."""
     pictures = _index()
-    pictures.line = LINES[line]
+    pictures.line = None if line == "auto" else line == "yes"
     if not len(pictures) and not (or_filling and pictures.progress()):
         raise failure(RuntimeError, "no_index", where=shown_path(str(pictures.where)))
     return pictures

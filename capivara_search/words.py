@@ -70,16 +70,9 @@ class Words:
         unit, divisor = ("GB", 1e9) if number >= 1e9 else ("MB", 1e6)
         return f"{self.number(number / divisor, 1)} {unit}"
 
-    def duration(self, seconds: float) -> str:
-        """Seconds, as 1 h 5 min."""
-        if seconds < 60:
-            return f"{self.number(seconds, 1 if seconds < 10 else 0)} s"
-        minutes = round(seconds / 60)
-        return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-    def date(self, moment: datetime | None) -> str:
-        """The day, as it is written in the language; empty where none is known."""
-        return "" if moment is None else moment.strftime("%d/%m/%Y" if self.language == "pt" else "%Y-%m-%d")
+    def date(self, moment: datetime) -> str:
+        """The day, as it is written in the language."""
+        return moment.strftime("%d/%m/%Y" if self.language == "pt" else "%Y-%m-%d")
 
 
 @cache

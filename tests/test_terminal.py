@@ -84,7 +84,6 @@ def test_numbers_are_written_as_the_language_does():
     pt, en = Words("pt"), Words("en")
     assert (pt.number(1234.5, 1), en.number(1234.5, 1)) == ("1.234,5", "1,234.5")
     assert (pt.count("new", 1), pt.count("new", 2000)) == ("1 imagem nova", "2.000 imagens novas")
-    assert [en.duration(s) for s in (1.25, 42, 61, 3700)] == ["1.2 s", "42 s", "1 min", "1 h 2 min"]
     assert [pt.size(n) for n in (300, 2_500_000, 3_100_000_000)] == ["0,0 MB", "2,5 MB", "3,1 GB"]
 
 
