@@ -10,17 +10,7 @@ from capivara_search.picture_files import Rules, find_pictures
 PATTERNS = ("*.gif", "/so aqui/", "rascunhos/", "**/cache/*.png", "a/b*", "!a/bom.jpg", "a/**/z.jpg", r"\#x.jpg")
 NAMES = (
     *("a.gif", "a.jpg", "so aqui/a.jpg", "a/so aqui/a.jpg", "rascunhos/a.jpg", "a/rascunhos/a.jpg", "a/cache/a.png"),
-    *(
-        "a/cache/a.jpg",
-        "a/bola.jpg",
-        "a/bom.jpg",
-        "b/bom.jpg",
-        "a/b/bom.jpg",
-        "a/c/d/z.jpg",
-        "z.jpg",
-        "#x.jpg",
-        "x.GIF",
-    ),
+    *("a/cache/a.jpg", "a/bola.jpg", "a/bom.jpg", "b/bom.jpg", "a/b/bom.jpg", "a/c/d/z.jpg", "#x.jpg", "x.GIF"),
 )
 
 
