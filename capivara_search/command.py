@@ -77,7 +77,7 @@ def explained(error: Exception, words: Words) -> tuple[int, str]:
     code, number = getattr(error, "code", None), getattr(error, "errno", None)
     text = str(error)
     if words.language == "pt" and words.has(f"error.{code}"):
-        text = words(f"error.{code}", **{name: visible(str(value)) for name, value in error.values.items()})
+        text = words(f"error.{code}", **{name: words.reason(str(value)) for name, value in error.values.items()})
     elif number in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
         text = words("no_permission", path=error.filename)
     elif number in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) or (number or 0) < 0:  # of socket.gaierror

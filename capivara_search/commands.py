@@ -29,8 +29,6 @@ from capivara_search.show import open_pictures, say, show_hits, shown_path, tabl
 from capivara_search.words import COMMANDS, UNSAFE, Words, failure, visible
 
 if TYPE_CHECKING:
-    import PIL.Image
-
     from capivara_search.index import PictureIndex
 
 NOTHING = 1  # the exit code where nothing is found; the help explains them
@@ -171,8 +169,7 @@ def search(
     pictures = _filled_index(line=line)
     _say_model(pictures, words)
     how = {"exact": exact, "stacked": not all, "more": more, "less": less}
-    picture = like and _query_picture(like, words)
-    hits = pictures.search(" ".join(query), picture, k, folder=folder, since=since, until=until, **how)
+    hits = pictures.search(" ".join(query), like, k, folder=folder, since=since, until=until, **how)
     if json:
         _write_json([asdict(hit) for hit in hits])
     elif csv:
@@ -197,12 +194,13 @@ def classify(
 ) -> int:
     """The label of each picture of a folder, or of one picture."""
     from capivara_search.asking import checked_labels
+    from capivara_search.picture_files import open_query_picture
 
     labels, pictures = checked_labels([*labels, *label], template), _index()  # click's flag takes the first one alone
     _say_model(pictures, words)
     found = pictures.classify(place, labels, template)
     if not found and place.is_file():
-        _query_picture(place, words)  # says what is wrong with it
+        open_query_picture(place)  # says what is wrong with it
     if json:
         _write_json([asdict(one) for one in found])
     elif csv:
@@ -343,18 +341,6 @@ def _filled_index(or_filling: bool = False, line: str = "auto") -> "PictureIndex
     if not len(pictures) and not (or_filling and pictures.progress()):
         raise failure(RuntimeError, "no_index", where=shown_path(str(pictures.where)))
     return pictures
-
-
-def _query_picture(path: Path, words: Words) -> "PIL.Image.Image":
-    """The picture of a file that the user names. Raises click.UsageError where it is none that can be read."""
-    from capivara_common.image_files import BadImage
-    from capivara_search.picture_files import open_query_picture
-
-    try:
-        return open_query_picture(path)
-    except BadImage as error:
-        reason = words.reason(str(error))
-        raise click.UsageError(words("bad_picture", path=shown_path(str(path)), reason=reason)) from error
 
 
 def _say_model(pictures: "PictureIndex", words: Words, named: bool = False) -> None:

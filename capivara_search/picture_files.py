@@ -406,9 +406,12 @@ def read_picture(
 
 
 def open_query_picture(path: str | Path) -> PIL.Image.Image:
-    """A picture to search with, whole, upright, RGB, transparent parts white. Raises BadImage as `read_picture`."""
+    """A picture to search with, whole, upright, RGB, transparent parts white. Raises ValueError, which names it."""
     path = absolute_folder(path)
-    return open_picture(_read(path)[0], str(path))
+    try:
+        return open_picture(_read(path)[0], str(path))
+    except BadImage as error:
+        raise failure(ValueError, "bad_picture", path=path, reason=error) from error
 
 
 def open_picture(data: bytes, name: str, max_pixels: int = MAX_PICTURE_PIXELS, reduced_to: int = 0) -> PIL.Image.Image:

@@ -160,12 +160,11 @@ def open_pictures(paths: Sequence[str], words: Words) -> None:
     An index may be of others, and its paths lead to anything: what is no picture any longer, or has no name of one, is
     not opened, since the system would start what it finds there, by its name. Raises RuntimeError: it has no viewer.
     """
-    from capivara_common.image_files import BadImage
     from capivara_search.picture_files import is_picture_name, open_query_picture
 
     shown = []
     for path in paths[:MOST_OPENED]:
-        with suppress(BadImage, ValueError):
+        with suppress(ValueError):
             if is_picture_name(path) and open_query_picture(path):
                 shown.append(path)
                 continue
