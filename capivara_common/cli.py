@@ -103,10 +103,8 @@ def _parser(kind: Any, description: str | None) -> argparse.ArgumentParser:
         def error(self, message: str) -> NoReturn:
             raise ValueError(message if message.endswith(".") else f"{message} (--help lists all)")
 
-    module = sys.modules["__main__"].__spec__
-    prog = f"python -m {module.name.removesuffix('.__main__')}" if module else None
     options = {"allow_abbrev": False, "formatter_class": CommandHelp}
-    return Parser(getattr(kind, "groups", kind), prog=prog, description=description, **options)
+    return Parser(getattr(kind, "groups", kind), description=description, **options)
 
 
 class CommandHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -140,11 +138,9 @@ def between(arguments: Any, low: float, high: float, *names: str) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file, every scalar as text. Raises ValueError where it is none, or no mapping."""
+    """The keys and values of a YAML file, every scalar as text. Raises OSError, ValueError where it is no mapping."""
     import yaml
 
-    if not path.is_file():
-        raise ValueError(f"The config file {path} does not exist.")
     try:
         # BaseLoader: `no` stays "no", and `1e-4` is converted like a flag's value.
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}

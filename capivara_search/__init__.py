@@ -1,13 +1,8 @@
 """Search your own pictures by a sentence: an index that grows, the command `capivara`, and its page.
 
-For example:
-
-    from capivara_search import PictureIndex
-
-    index = PictureIndex.open("fotos.lance", model="hiaac-nlp/CAPIVARA")
-    index.add("~/Fotos")
-    for hit in index.search("um gato dormindo", k=5):
-        print(hit.path, hit.score)
+index = PictureIndex.open("fotos.lance", model="hiaac-nlp/CAPIVARA")
+index.add("~/Fotos")
+paths = [hit.path for hit in index.search("um gato dormindo", k=5)]
 """
 
 from typing import TYPE_CHECKING, Any
