@@ -52,7 +52,7 @@ TURNS = {  # EXIF orientation -> how the pixels become upright
     2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
     6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }  # fmt: skip
-HUB, ARCHIVES = "hf://", ("zip://", "tar://", "gzip://")  # addresses: a file on the Hub, or in an archive there
+HUB = "hf://"  # how the address of a file on the Hub begins
 
 # A folder on the way to a file; where the system can, one that may be passed through but not listed, too.
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -273,13 +273,11 @@ def _followed(path: str, files: ImageFiles) -> AbstractContextManager[BinaryIO]:
         raise PermissionError("a path of a row that should hold the bytes")
     if "://" not in path:
         return _local_file(path, files.bounds)
-    *archives, last = path.split("::")
-    on_hub = last.startswith(HUB) and ".." not in last.split("/")
-    if not on_hub or not all(part.startswith(ARCHIVES) for part in archives):
-        raise PermissionError("neither a local file nor on the Hub, and not fetched")
-    own = files.hub_id and re.match(rf"{HUB}datasets/{re.escape(files.hub_id)}[/@]", last)
-    # Opened by its block, with the archives of a chain. A stranger's rows must not read what is private to the user.
-    return fsspec.open(path, "rb", hf={} if own else {"token": False})
+    if not path.startswith(HUB) or "::" in path or ".." in path.split("/"):
+        raise PermissionError("neither a local file nor one on the Hub, and not fetched")
+    own = files.hub_id and re.match(rf"{HUB}datasets/{re.escape(files.hub_id)}[/@]", path)
+    # A stranger's rows must not read what is private to the user.
+    return fsspec.open(path, "rb", **({} if own else {"token": False}))
 
 
 def _local_file(path: str, bounds: Bounds) -> BinaryIO:

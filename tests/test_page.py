@@ -439,6 +439,7 @@ def comes_from_abroad_with_a_telephone(visitor: Visitor, url: str) -> None:
     page.click("#results .tile >> nth=0")
     visitor.sees("#similar", "More like this")
     assert not visitor.opened.scrolls_sideways() and "Similarity" in visitor.text("#viewer-facts")
+    page.locator("#download").wait_for()
     assert page.locator("#download").bounding_box()["x"] < 390
     page.click("#close")
     page.click("[data-part=classify]")
