@@ -367,16 +367,11 @@ def dataset_card(facts: dict[str, Any], picture: str | None) -> str:
         stages=stages,
         picture=picture,
         escape=escape_markdown,  # of all texts of others
-        code=_code,
+        code=lambda name: "`" + re.sub(r"[`|\s]", "_", name) + "`",
         link=lambda name, url: f"[{name}](<{url}>)" if re.fullmatch(r"https?://[^\s<>]+", url) else name,
         settings=_settings,
     )
     return f"{text}\n"
-
-
-def _code(name: str) -> str:
-    """A name in backticks."""
-    return "`" + re.sub(r"[`|\s]", "_", name) + "`"
 
 
 def _settings(settings: dict[str, Any]) -> str:

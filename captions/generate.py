@@ -176,11 +176,11 @@ class Captioner:
 def load_captioner(args: GenerateArguments) -> Captioner:
     """The model of the arguments. Raises ValueError or OSError where it is none, or no BLIP-2."""
     check_reachable(args.model, revision=args.revision)
-    kind = checked_config(args.model, revision=args.revision).model_type
-    if kind != "blip-2":
+    config = checked_config(args.model, revision=args.revision)
+    if config.model_type != "blip-2" or config.text_config.is_encoder_decoder:
         raise ValueError(
-            f"{args.model} is a model of the kind {kind!r}, captions.generate takes BLIP-2, such as "
-            f"{GenerateArguments.model}. Captions of another model come as the column {COLUMN} of the data set."
+            f"{args.model} is a model of the kind {config.model_type!r}, captions.generate takes BLIP-2 over a decoder "
+            f"such as {GenerateArguments.model}. Captions of others come as the column {COLUMN} of the data set."
         )
     source = {"pretrained_model_name_or_path": args.model, "revision": args.revision}
     model = Blip2ForConditionalGeneration.from_pretrained(**source, dtype=DTYPES[args.precision])

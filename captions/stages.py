@@ -297,11 +297,8 @@ class RowStage:
             },
             "rows_per_part": args.rows_per_part,
         }
+        self.path = partial(part_path, args.output, self.source.split)  # of the rows of a part
         self.parts = share(all_parts(len(self.source), args.rows_per_part), rank, world_size)
-
-    def path(self, part: range) -> Path:
-        """The file of the rows of a part."""
-        return part_path(self.args.output, self.source.split, part)
 
     @property
     def done(self) -> bool:
