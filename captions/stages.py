@@ -51,6 +51,7 @@ GONE = {  # flags of earlier versions
     **dict.fromkeys(("shard", "wait_s"), f"{SHARED_BY_TASKS} (docs/cluster.md)"),
     "source_prefix": "models without codes of languages are not taken",
     "existing": "columns that are there get another name by --rename OLD=NEW",
+    "export": "--import FILE.tsv writes the table where it is not there",
     "num_beams": "the search is as the model's generation_config says",
     **dict.fromkeys(("sampling", "temperature", "top_p", "seed"), "a caption is the model's likeliest text"),
     **dict.fromkeys(
@@ -296,11 +297,8 @@ class RowStage:
             },
             "rows_per_part": args.rows_per_part,
         }
+        self.path = partial(part_path, args.output, self.source.split)  # of the rows of a part
         self.parts = share(all_parts(len(self.source), args.rows_per_part), rank, world_size)
-
-    def path(self, part: range) -> Path:
-        """The file of the rows of a part."""
-        return part_path(self.args.output, self.source.split, part)
 
     @property
     def done(self) -> bool:
@@ -541,20 +539,18 @@ def skipped_rows(part: Path) -> list[tuple[int, str]]:
 # The command
 
 
-def stage_main(
-    kind: type[StageArguments],
-    description: str,
-    argv: list[str] | None,
-    ready: Callable[[Any], bool] = lambda args: True,
-) -> StageArguments | None:
+def stage_main(kind: type[StageArguments], description: str, argv: list[str] | None) -> StageArguments | None:
     """Parse the flags of a stage, run it, and print what was done.
 
-    Returns the arguments; None where the stage is not `ready`, or Slurm has taken its jobs.
+    Returns the arguments; None where the stage waits for a person, or Slurm has taken its jobs.
     """
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     args = parse(kind, description, argv)
-    if not ready(args) or not execute(Work.of(args, args.phases, kind.__module__.rpartition(".")[2]), args):
+    if args.waiting():
+        logger.info("waiting: %s Fill the last column, then run the same command again.", args.ask())
+        return None
+    if not execute(Work.of(args, args.phases, kind.__module__.rpartition(".")[2]), args):
         return None
     print(f"{args.output}: {check_complete(args.output)}")
     return args

@@ -4,7 +4,6 @@
     python -m captions.translate --dataset data/generated --output data/xh --language xh --workers 4 \\
         --model facebook/nllb-200-distilled-600M --precision bf16
     python -m captions.translate --dataset data/generated --output data/hi --language hi --backend google
-    python -m captions.translate --dataset data/generated --output data/yo --language yo --backend file --export yo.tsv
     python -m captions.translate --dataset data/generated --output data/yo --language yo --backend file --import yo.tsv
 
 `captions-en` gives `captions-pt`, `generated-captions-en` gives `generated-captions-pt`, in the same order. What is
@@ -122,8 +121,9 @@ class TranslateArguments(StageArguments):
 
     google_endpoint: str | None = flag(None, "google: another address of the service.")
 
-    export: Path | None = flag(None, "file: write the distinct sentences of all rows to this TSV, and end.")
-    import_file: Path | None = flag(None, "file: the TSV with its last column filled.", aliases=["--import"])
+    import_file: Path | None = flag(
+        None, "file: the TSV of sentences; it is written where it is not there, to be filled.", aliases=["--import"]
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,11 +137,8 @@ class TranslateArguments(StageArguments):
         if self.backend == "transformers" and self.model is None and languages != ("en", "pt"):
             way_out = f"such as facebook/nllb-200-distilled-600M; {PAPER_MODEL} is for en to pt"
             raise ValueError(f"--model is needed for {self.source_language} to {self.language}, {way_out}.")
-        tables = [self.export, self.import_file]
-        if self.backend == "file" and tables.count(None) != 1:
-            raise ValueError("--backend file needs --export FILE.tsv, and later --import FILE.tsv: one of the two.")
-        if self.backend != "file" and tables.count(None) != 2:
-            raise ValueError("--export and --import are of --backend file.")
+        if (self.backend == "file") != (self.import_file is not None):
+            raise ValueError("--backend file needs --import FILE.tsv, which is written first; the others have none.")
         if self.backend == "google":
             require("--backend google", "google", *GOOGLE_MODULES)
 
@@ -162,15 +159,19 @@ class TranslateArguments(StageArguments):
             return ""
         return untranslated(self.import_file) if self.import_file.is_file() else "it is not there yet"
 
+    def ask(self) -> str:
+        """What a person has to do; the table is written where there is none."""
+        if not self.import_file.is_file():
+            source = RowStage(self).source
+            sentences = list(distinct_sentences(self, source, [range(len(source))]))
+            write_sentences(self.import_file, sentences)
+            counts = f"{len(sentences):,} sentences, {sum(map(len, sentences)):,} characters"
+            logger.info("%s has %s. Leave its rows as they are.", self.import_file, counts)
+        return f"{self.import_file} has the sentences of {self.title}: {self.waiting()}"
+
     def process(self, stage: RowStage) -> tuple[Any, ...]:
         """Captions with their translations beside them. Raises as `read_translations` and the translators do."""
         columns, known = translated_columns(stage.source, self), {}  # known: sentence -> translation
-
-        def prepare(parts: list[range]) -> None:
-            if self.backend != "file":
-                known.clear()
-                known.update(translations(self, translator, set(sentences_of(parts)), shows_bar=stage.rank == 0))
-
         sentences_of = partial(distinct_sentences, self, stage.source)
         if self.backend == "file":
             identity = self.known_settings()["translator"]
@@ -178,6 +179,12 @@ class TranslateArguments(StageArguments):
         else:
             translator = self.translator()
             identity = translator.fingerprint
+
+        def prepare(parts: list[range]) -> None:
+            if self.backend != "file":
+                known.clear()
+                known.update(translations(self, translator, set(sentences_of(parts)), shows_bar=stage.rank == 0))
+
         new = dict.fromkeys(columns.values(), CAPTIONS) | {f"quality-{self.language}": QUALITY}
         settings = {"translator": identity, "language": self.language, "source_language": self.source_language}
         settings |= {"existing": "refuse", "drop_flagged": self.drop_flagged}  # the first: what versions before could
@@ -245,16 +252,6 @@ def distinct_sentences(args: TranslateArguments, source: Split, parts: Iterable[
                 if digest not in seen:
                     seen.add(digest)
                     yield sentence
-
-
-def export(args: TranslateArguments, path: Path) -> list[str]:
-    """Write the table for a translation elsewhere; returns its sentences. Raises ValueError where it is there."""
-    if path.exists():
-        raise ValueError(f"{path} is there already, and may hold translations. Choose another --export.")
-    source = RowStage(args).source
-    sentences = list(distinct_sentences(args, source, [range(len(source))]))
-    write_sentences(path, sentences)
-    return sentences
 
 
 # Tables: sentences on their way to a translation made elsewhere, and back
@@ -446,23 +443,9 @@ def _script(language: str) -> regex.Pattern:
 # The command
 
 
-def ready(args: TranslateArguments) -> bool:
-    """Whether there is something to run; the table for a translation elsewhere is written, or what it lacks is said."""
-    if args.export:
-        sentences = export(args, args.export)
-        counts = f"{len(sentences):,} sentences, {sum(map(len, sentences)):,} characters"
-        way_on = "Fill its last column, leave the rows as they are, and say --import in place of --export."
-        logger.info("%s has %s. %s", args.export, counts, way_on)
-        return False
-    if missing := args.waiting():
-        logger.info("waiting: %s: %s Fill these cells, then run the same command again.", args.import_file, missing)
-        return False
-    return True
-
-
 def main(argv: list[str] | None = None) -> None:
     """The command; prints what the quality report says."""
-    args = stage_main(TranslateArguments, __doc__, argv, ready)
+    args = stage_main(TranslateArguments, __doc__, argv)
     if args is not None:
         report = read_json(args.output / REPORT_FILE)
         counts = "".join(

@@ -179,9 +179,12 @@ def test_half_precision(blip2_folder, precision):
     assert [caption.startswith(prefix) for prefix, caption in zip(TEN, captions, strict=True)] == [True] * len(TEN)
 
 
-def test_an_unknown_kind_is_refused(tiny_folder):
-    with pytest.raises(ValueError, match=r"of the kind 'capivara', captions.generate takes BLIP-2"):
-        load_captioner(arguments(tiny_folder))
+def test_an_unknown_kind_is_refused(tiny_folder, tmp_path):
+    config = {"model_type": "blip-2", "text_config": {"model_type": "t5"}}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for folder, kind in ((tiny_folder, "capivara"), (tmp_path, "blip-2")):
+        with pytest.raises(ValueError, match=rf"of the kind '{kind}', captions.generate takes BLIP-2 over a decoder"):
+            load_captioner(arguments(folder))
 
 
 # ---- the command ----

@@ -187,13 +187,12 @@ def file_flags(dataset: str, output: Path, *more: str) -> list[str]:
 
 def test_a_table_goes_out_and_comes_back(dataset, tmp_path, caplog):
     table = tmp_path / "yo.tsv"
-    main(file_flags(dataset, tmp_path / "yo", "--export", str(table)))
+    main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
     assert f"has {len(distinct())} sentences" in caplog.text and not (tmp_path / "yo").exists()
     head, *lines = table.read_text(encoding="utf-8").split("\n")[:-1]
     assert {unescape(line.split("\t")[1]) for line in lines} == distinct()
-    with pytest.raises(ValueError, match="is there already, and may hold translations"):
-        main(file_flags(dataset, tmp_path / "yo", "--export", str(table)))
-
+    main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
+    assert "34 of 34 sentences have no translation yet" in caplog.text and head in table.read_text(encoding="utf-8")
     filled = [line + "yo: " + line.split("\t")[1] for line in lines]
     table.write_text("\n".join([head, *filled]) + "\n", encoding="utf-8")
     main(file_flags(dataset, tmp_path / "yo", "--import", str(table), "--tasks", "2"))  # a table is for all tasks
@@ -210,7 +209,7 @@ def test_a_table_goes_out_and_comes_back(dataset, tmp_path, caplog):
 def test_a_table_is_not_changed_afterwards(dataset, tmp_path):
     """What was made of other cells is refused, done or not."""
     table = tmp_path / "yo.tsv"
-    main(file_flags(dataset, tmp_path / "yo", "--export", str(table)))
+    main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
     text = table.read_text(encoding="utf-8")
     table.write_text(text.replace("\t\n", "\told\n"), encoding="utf-8")
     main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
@@ -224,7 +223,7 @@ def test_a_table_is_not_changed_afterwards(dataset, tmp_path):
 
 def test_flagged_translations_are_counted_shown_and_dropped(dataset, tmp_path, capsys):
     table = tmp_path / "yo.tsv"
-    main(file_flags(dataset, tmp_path / "yo", "--export", str(table)))
+    main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
     lines = table.read_text(encoding="utf-8").split("\n")[:-1]
     wrong = {"a cat on a mat": "a cat on a mat", "thing 3 in a park": "-", "thing 4 in a park": "&amp; кошка кошка"}
     for number, line in enumerate(lines[1:], 1):
@@ -288,8 +287,8 @@ def test_columns_of_other_translations_are_not_replaced(service, tmp_path, colum
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--backend", "file"], "one of the two"),
-        (["--export", "x.tsv"], "are of --backend file"),
+        (["--backend", "file"], "needs --import FILE.tsv"),
+        (["--import", "x.tsv"], "the others have none"),
         (["--language", "hi"], "--model is needed for en to hi, such as facebook/nllb"),
         (["--backend", "google", "--max_cost", "5"], "`--max_cost` is gone: a quota of characters"),
         (["--num_beams", "5"], "`--num_beams` is gone: the search is as the model's generation_config says"),
