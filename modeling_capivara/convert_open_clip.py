@@ -342,8 +342,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
 def read_open_clip_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of open_clip's model in a checkpoint file, in float32, and sentences that name what was left behind.
 
-    All of it lies under one prefix (DataParallel's, or of a Lightning module around it). ValueError where the file
-    holds no such model, or more than tensors.
+    All lies under one prefix, a Lightning module's, say. ValueError: it holds no such model, or more than tensors.
     """
     state = _load_checkpoint(path)
     state = state.get("state_dict", state) if isinstance(state, dict) else None

@@ -124,9 +124,9 @@ def fills_up(processor: ProcessorMixin) -> bool:
 
 
 def _fit(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
-    """Raise ValueError where transformers' processor is that of another model: its figures would mean nothing.
+    """ValueError where transformers' processor is that of another model, whose figures would mean nothing.
 
-    Let its tokenizer give no more tokens than the model has positions for, also one that was saved without a limit.
+    Its tokenizer gives no more tokens than the model has positions for, also one that was saved without a limit.
     """
     tokenizer, side, kind = processor.tokenizer, config.vision_config.image_size, type(processor).__name__
     steps = processor.image_processor.to_dict()

@@ -240,13 +240,6 @@ def test_published_architecture_takes_its_text_tower_from_the_hub():
         text_config_source(changed, "FacebookAI/xlm-roberta-base")
 
 
-def test_without_a_text_config_open_clip_is_left_out_and_that_is_said(source, tmp_path, caplog):
-    caplog.set_level("INFO")
-    names = [name for name, _ in quick(source, tmp_path / "repository", text_config=None)]
-    assert "model.safetensors" in names and not [name for name in names if "open_clip" in name]
-    assert "open_clip is left out" in caplog.text and "--text_config" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("named", "message"),
     [
