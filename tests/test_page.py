@@ -128,6 +128,16 @@ class Visitor:
     def gives(self, part: str, name: str, data: bytes) -> None:
         self.page.set_input_files(f"#{part}-file", [{"name": name, "mimeType": "image/png", "buffer": data}])
 
+    def pastes(self, data: bytes) -> None:
+        self.page.evaluate(
+            """(numbers) => {
+                const clipboardData = new DataTransfer();
+                clipboardData.items.add(new File([new Uint8Array(numbers)], "colada.png", { type: "image/png" }));
+                document.dispatchEvent(new ClipboardEvent("paste", { clipboardData }));
+            }""",
+            list(data),
+        )
+
     def chooses(self, part: str, folder: Path) -> None:
         self.page.click(f"#{part} > button")
         self.page.click(f"#{part} .tree button[title='{folder}']")
@@ -321,7 +331,7 @@ def searches_by_pictures(visitor: Visitor) -> None:
     ):
         visitor.gives("search", name, data)
         visitor.sees("#notice", said)
-    visitor.gives("search", "boa.png", png(13))
+    visitor.pastes(png(13))
     visitor.first_is(CAPTIONS[13])
     assert "1,00" in visitor.page.locator("#results .tile .score").first.inner_text()
     noise = Image.effect_noise((1500, 1500), 90).convert("RGB")

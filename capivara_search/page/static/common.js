@@ -53,7 +53,7 @@ export function drawn(image, scale) {
   return canvas;
 }
 
-/** Calls `take(files)` for those dropped on `area` or chosen in one of `inputs`. */
+/** Calls `take(files)` for those dropped on `area`, chosen in one of `inputs`, or pasted while `area` is in sight. */
 export function takeFiles(area, inputs, take) {
   const given = (files) => files.length && take([...files]);
   for (const input of inputs)
@@ -67,6 +67,7 @@ export function takeFiles(area, inputs, take) {
       area.classList.toggle("over", event === "dragover");
       if (event === "drop") given(it.dataTransfer.files);
     });
+  document.addEventListener("paste", (event) => area.checkVisibility() && given(event.clipboardData.files));
 }
 
 /** Shows a picture that was given, a file or an address, small, with a button that takes it away; or none. */
