@@ -342,15 +342,15 @@ class Writer:
         return escaped(text)
 
     def each(self, name: str) -> str:
-        """A figure that every run has, in the order of seeds; equal ones once."""
+        """A figure that every run has, in the order of seeds; one where all agree."""
         picks: dict[str, Callable[[dict[str, Any]], str]] = {
             "pairs_per_second": lambda run: self.number(run["pairs_per_second"], 1),
             "device": lambda run: escaped(run["device"]),
             "training_time": lambda run: self.duration(run["seconds"]["training"]),
             "evaluation_time": lambda run: self.duration(run["seconds"]["evaluation"]),
         }
-        pick = picks.get(name, lambda run: self.number(run[name]))
-        return "; ".join(dict.fromkeys(pick(run) for run in self.facts["runs"]))
+        found = [picks.get(name, lambda of: self.number(of[name]))(run) for run in self.facts["runs"]]
+        return found[0] if len(set(found)) == 1 else "; ".join(found)
 
     def linked(self, origin: dict[str, Any], kind: str) -> str:
         """The title of base or data, with a link where it is on the Hub."""
