@@ -100,6 +100,17 @@ def test_half_precision_weights(tiny_folder, tmp_path, batch, dtype):
     assert {parameter.dtype for parameter in anew.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
+def test_compiles_in_one_graph_and_exports_both_towers(tiny_model, batch):
+    expected = tiny_model(**batch).logits_per_text
+    compiled, exported = (
+        torch.compile(tiny_model, backend="eager", fullgraph=True),
+        torch.export.export(tiny_model, (), batch),
+    )
+    for model in (compiled, exported.module()):
+        torch.testing.assert_close(model(**batch).logits_per_text, expected)
+
+
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 VISION_TOWERS = {
     "vit": {"model_type": "vit", **SMALL, "image_size": 32, "patch_size": 16},
