@@ -80,8 +80,9 @@ def progress_of(where: str) -> dict[str, int | None] | None:
         try:
             fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            left_s = found.get("left_s")
-            return {"done": found["done"], "total": found["total"], "left_s": left_s if type(left_s) is int else None}
+            left_s, age_s = found.get("left_s"), round(time.time() - os.stat(Path(where, FILE)).st_mtime)
+            left_s = max(0, left_s - max(0, age_s)) if type(left_s) is int else None
+            return {"done": found["done"], "total": found["total"], "left_s": left_s}
         finally:
             os.close(folder)
     return None

@@ -136,4 +136,7 @@ def test_another_process_is_told_as_long_as_there_is_somebody_who_adds(tmp_path)
     with table.locked(), told(table.where, lambda done, total: None) as tell:
         tell(0, 5)
         assert progress_of(where) == {"done": 0, "total": 5, "left_s": None}
+        (tmp_path / "i.lance" / FILE).write_text('{"done": 1, "total": 5, "left_s": 100}')
+        os.utime(tmp_path / "i.lance" / FILE, (time.time() - 30,) * 2)
+        assert progress_of(where)["left_s"] in (69, 70), "since it was said, time has passed"
     assert progress_of(where) is None and not os.listdir(tmp_path)
