@@ -38,7 +38,7 @@ from starlette.staticfiles import StaticFiles
 from capivara_common.image_files import BadImage, open_regular_file
 from capivara_search.page.answers import Answers, Question
 from capivara_search.page.decoder import Decoder
-from capivara_search.page.guard import WAIT_S, Guard, Queue, Refusal, allowed_hosts
+from capivara_search.page.guard import BACKLOG, WAIT_S, Connection, Guard, Queue, Refusal, allowed_hosts
 from capivara_search.picture_files import contents, is_picture_name
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ DEFAULT_PORT = 7860
 START_S = 30  # for the server to listen
 WARM_UP_S = 600  # for torch and the model, on a slow machine
 ENDING_S = 3  # for open connections, when the page ends
-MAX_CONNECTIONS = 400  # others are told that there are too many
 CHUNK_BYTES = 2**18  # of a file that is downloaded
 VIEW_QUALITY = 88  # of the JPEG of a large picture
 KEPT_S = 3600  # by a browser, of a picture; its address changes with the file
@@ -70,8 +69,7 @@ class Page:
 
     def __init__(self, app: Starlette, listening: socket.socket, url: str):
         config = uvicorn.Config(
-            app, http="h11", ws="none", lifespan="on", timeout_graceful_shutdown=ENDING_S,
-            limit_concurrency=MAX_CONNECTIONS,
+            app, http=Connection, backlog=BACKLOG, ws="none", lifespan="on", timeout_graceful_shutdown=ENDING_S,
             log_level="error", access_log=False,  # visitors could fill a log with warnings
             server_header=False, proxy_headers=False,
         )  # fmt: skip
