@@ -111,13 +111,14 @@ def test_a_row_whose_file_has_become_another_is_not_given_away(folder, saved_tin
     for path in (private, notes):
         path.write_bytes(png(7) + b"segredo")
     rows = {"gone": made / "azul" / "azul inteiro.png", "other": made / "verde" / "verde inteiro.png"}
-    rows |= {"fifo": made / "branco" / "branco inteiro.png"}
+    rows |= {"fifo": made / "branco" / "branco inteiro.png", "text": made / "preto" / "preto inteiro.png"}
     row = index._table.rows(index._table.columns().names, f"path = '{rows['gone']}'")
     index._table.merge(pa.Table.from_pylist([row.to_pylist()[0] | {"path": str(notes)}], row.schema))
     for path in rows.values():
         path.unlink()
     rows["other"].symlink_to(private)
     os.mkfifo(rows["fifo"])
+    rows["text"].write_text("segredo", encoding="utf-8")
     with served(index) as asked:
         for path in map(str, (*rows.values(), notes)):
             assert asked.get("download", path)[0] == 404

@@ -229,7 +229,7 @@ class Site:
     async def download(self, request: Request) -> Response:
         """A row's file as it is."""
         path = _path(request)
-        file = await run_in_threadpool(self._open, path)
+        file = await self._views.ask(lambda: self._shown(path))
         size, kind = os.fstat(file.fileno()).st_size, mimetypes.guess_type(path)[0] or "application/octet-stream"
         headers = {"Content-Disposition": f"attachment; filename*=utf-8''{quote(Path(path).name, safe='')}"}
         return StreamingResponse(_chunks(file, size), media_type=kind, headers=headers | {"Content-Length": str(size)})
@@ -252,6 +252,17 @@ class Site:
         except (BadImage, OSError, ValueError):
             pass
         raise Refusal("no_original", 404)
+
+    def _shown(self, path: str) -> BinaryIO:
+        """The file of a row that can be shown: what is decoded and what is sent are one open file. Raises Refusal."""
+        file = self._open(path)
+        try:
+            self._decoder.image(contents(file), path)
+            file.seek(0)
+        except (BadImage, OSError):
+            file.close()
+            raise Refusal("no_original", 404) from None
+        return file
 
     def _view(self, path: str) -> tuple[bytes, str]:
         """A JPEG, or WebP of the thumbnail, and its media type. Raises Refusal where there is no such row."""
