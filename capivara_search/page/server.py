@@ -12,6 +12,7 @@ import ipaddress
 import json
 import mimetypes
 import os
+import re
 import socket
 import sys
 import threading
@@ -62,6 +63,12 @@ class Credit:
     name: str  # of the data set
     licence: str = ""  # identifier, such as "cc-by-sa-4.0"; "" where none is stated
     attribution: str = ""  # the sentence that the licence asks for; "" where it asks for none
+
+    @property
+    def link(self) -> str:
+        """Address of a Creative Commons licence that asks to be linked to; "" of others."""
+        known = re.fullmatch(r"cc-(by[a-z-]*)-(\d\.\d)", self.licence, re.ASCII)
+        return f"https://creativecommons.org/licenses/{known[1]}/{known[2]}/" if known else ""
 
 
 class Page:
