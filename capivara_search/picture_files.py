@@ -6,6 +6,7 @@ What can't be read is said in one line, "reason: detail", whose reason has words
 
 import io
 import os
+import re
 import shlex
 import stat
 import threading
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 # Names end so: Adobe and phones, Canon, Nikon, Sony, Panasonic, Olympus, Fujifilm, Pentax, Samsung.
 RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".rw2", ".orf", ".raf", ".pef", ".srw")
 # Of these nothing is known of the content: the file is tried again each time.
-RETRYABLE = ("no permission", "read error", "gone")
+RETRYABLE = ("no permission", "read error", "gone", "needs rawpy")
 PICTURE_SUFFIXES = (*SUFFIXES, *RAW_SUFFIXES)
 VIDEO_SUFFIXES = (
     *(".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".3gp", ".mts", ".m2ts", ".wmv", ".mpg", ".mpeg", ".flv"),
@@ -321,10 +322,12 @@ def is_picture_name(name: str) -> bool:
 def raw_preview(data: bytes) -> tuple[bytes, tuple[int, int]]:
     """The largest preview in a RAW file, a JPEG, and the size of the RAW picture itself, as it lies in the file.
 
-    LibRaw writes EXIF data into a preview that has none. Raises BadImage where there is no such preview.
+    LibRaw writes EXIF data into a preview that has none. Raises BadImage where there is no such preview, or no rawpy.
     """
-    import rawpy  # extra `search`
-
+    try:
+        import rawpy  # extra `search`
+    except ImportError as error:
+        raise BadImage("needs rawpy", "RAW files of cameras are read by rawpy: pip install rawpy") from error
     try:
         with rawpy.imread(io.BytesIO(data)) as raw:
             sizes, thumb = raw.sizes, raw.extract_thumb()
@@ -349,8 +352,8 @@ def read_details(image: PIL.Image.Image) -> tuple[datetime | None, float | None,
     with suppress(Exception):
         dates.append(exif.get(Base.DateTime))
     for text in reversed(dates):
-        with suppress(Exception):  # "2023:12:31 23:59:59" and its like
-            date = datetime.fromisoformat(text[:10].replace(":", "-") + text[10:19])
+        with suppress(Exception):  # "2023:12:31 23:59:59" and its like, with / or . too
+            date = datetime.fromisoformat(re.sub("[:/.]", "-", text[:10]) + text[10:19])
             taken = date if date.year >= FIRST_PHOTOGRAPH else taken
     with suppress(Exception):
         gps = exif.get_ifd(IFD.GPSInfo)
@@ -360,9 +363,10 @@ def read_details(image: PIL.Image.Image) -> tuple[datetime | None, float | None,
     return taken, *place
 
 
-def _degrees(parts: Sequence[Any], sign: int, limit: int) -> float:
-    """Degrees, minutes and seconds as degrees. Raises ValueError, and what else PIL's fractions raise."""
-    degrees = sum(float(part) / unit for part, unit in zip(parts, (1, 60, 3600), strict=True))
+def _degrees(parts: Any, sign: int, limit: int) -> float:
+    """Degrees, or with minutes, or seconds too, as degrees. Raises ValueError, and what else PIL's fractions raise."""
+    parts = parts if isinstance(parts, tuple) else (parts / 1,)  # of degrees alone PIL makes a number
+    degrees = sum(float(part) / unit for part, unit in zip(parts, (1, 60, 3600)[: len(parts) or 1], strict=True))
     if not 0 <= degrees <= limit:  # NaN, too
         raise ValueError(f"must be 0 to {limit}, got {degrees}")
     return sign * degrees

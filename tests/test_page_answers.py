@@ -254,4 +254,5 @@ def test_text_of_a_data_set_is_text():
     assert "<img src=x" not in shown.replace('<img src="static', "") and shown.count("</script>") == 2
     assert "{{words}} {name}" in shown
     known = server._page("en", False, server.Credit("Áreas", "cc-by-sa-4.0", "Made here"))
-    assert "Áreas, licence cc-by-sa-4.0. Made here" in known and '<html lang="en">' in known
+    assert 'Áreas, licence <a href="https://creativecommons.org/licenses/by-sa/4.0/"' in known
+    assert ">cc-by-sa-4.0</a>. Made here" in known and '<html lang="en">' in known

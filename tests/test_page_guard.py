@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import resource
 import socket
 import threading
 import time
@@ -22,7 +23,7 @@ pytest.importorskip("uvicorn", reason="the page needs uvicorn: pip install -e '.
 from starlette.testclient import TestClient
 
 from capivara_common.image_files import BadImage, decode_image
-from capivara_search.page import answers, decoder, guard, server
+from capivara_search.page import answers, decoder, guard
 from capivara_search.page.guard import HEADERS, MAX_QUESTION_BYTES, MAX_UPLOAD_BYTES, Guard, Refusal
 from capivara_search.page.server import open_page
 from capivara_search.picture_files import on_white
@@ -110,13 +111,14 @@ def test_a_row_whose_file_has_become_another_is_not_given_away(folder, saved_tin
     for path in (private, notes):
         path.write_bytes(png(7) + b"segredo")
     rows = {"gone": made / "azul" / "azul inteiro.png", "other": made / "verde" / "verde inteiro.png"}
-    rows |= {"fifo": made / "branco" / "branco inteiro.png"}
+    rows |= {"fifo": made / "branco" / "branco inteiro.png", "text": made / "preto" / "preto inteiro.png"}
     row = index._table.rows(index._table.columns().names, f"path = '{rows['gone']}'")
     index._table.merge(pa.Table.from_pylist([row.to_pylist()[0] | {"path": str(notes)}], row.schema))
     for path in rows.values():
         path.unlink()
     rows["other"].symlink_to(private)
     os.mkfifo(rows["fifo"])
+    rows["text"].write_text("segredo", encoding="utf-8")
     with served(index) as asked:
         for path in map(str, (*rows.values(), notes)):
             assert asked.get("download", path)[0] == 404
@@ -287,13 +289,51 @@ def test_slow_visitors_keep_nobody_from_asking(page, monkeypatch):
         assert page.ask("search", {}, large)[0] == 200
 
 
-def test_connections_are_bounded(index, monkeypatch):
-    monkeypatch.setattr(server, "MAX_CONNECTIONS", 5)
-    with served(index) as asked, contextlib.ExitStack() as silent:
-        assert asked.get("")[0] == 200
-        for _ in range(6):
-            silent.enter_context(socket.create_connection(("127.0.0.1", asked.port), timeout=20))
-        assert asked.get("")[0] == 503
+@contextlib.contextmanager
+def silent(page: Asked, number: int, first: bytes = b""):
+    """Sockets of visitors who have sent `first`, and nothing more."""
+    with contextlib.ExitStack() as stack:
+        sockets = [socket.create_connection(("127.0.0.1", page.port), timeout=20) for _ in range(number)]
+        for one in sockets:
+            stack.enter_context(one).sendall(first)
+        yield sockets
+
+
+def has_ended(sent: socket.socket) -> bool:
+    """Whether the page has closed a connection by now."""
+    sent.settimeout(0.01)
+    try:
+        while sent.recv(100_000):
+            pass
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        pass
+    return True
+
+
+def test_silent_visitors_make_room(page, monkeypatch, capfd):
+    """However many hold connections that ask nothing, the next one is answered."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (guard.OTHER_DESCRIPTORS + 2 * 20,) * 2)
+    with silent(page, 60), silent(page, 60, b"GET / HTTP/1.1\r\nHost: loc") as sockets:
+        started = time.monotonic()
+        assert page.ask("search", {"text": "azul"})[0] == 200 and time.monotonic() - started < 2
+        time.sleep(0.1)
+        assert sum(not has_ended(one) for one in sockets) == 19
+    assert not "".join(capfd.readouterr())
+
+
+def test_a_head_that_does_not_come_is_not_waited_for(page, monkeypatch):
+    """Neither of a new connection, nor after an answer, nor where it comes letter by letter."""
+    monkeypatch.setattr(guard, "HEAD_S", 0.4)
+    asked = b"GET /static/icon.svg HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with silent(page, 2) as new, silent(page, 2, asked) as answered, silent(page, 2, asked + asked[:30]) as begun:
+        for _ in range(8):
+            time.sleep(0.1)
+            for one in (new[0], answered[0], begun[0]):
+                with contextlib.suppress(OSError):
+                    one.sendall(b"G")
+        assert all(map(has_ended, (*new, *answered, *begun)))
 
 
 @pytest.mark.slow

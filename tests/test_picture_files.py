@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import struct
+import sys
 import tempfile
 import time
 import zlib
@@ -374,6 +375,13 @@ def test_raw_that_cannot_be_read(tmp_path):
     assert len(find_pictures([tmp_path])[0]) == 4, "a folder's pictures are counted whether they can be read or not"
 
 
+def test_raw_without_rawpy_is_left_out_and_tried_again(tmp_path, monkeypatch):
+    saved(tmp_path / "a.dng", b"of a camera")
+    monkeypatch.setitem(sys.modules, "rawpy", None)
+    said = reason(tmp_path / "a.dng")
+    assert said.startswith(("needs rawpy: ", *picture_files.RETRYABLE)) and said.endswith("pip install rawpy")
+
+
 # --- EXIF ------------------------------------------------------------------------------------------------------------
 
 
@@ -390,6 +398,8 @@ def test_when_a_picture_was_taken(tmp_path):
             file = saved(tmp_path / "a", corners(), kind=kind, exif=exif.tobytes())
             assert read_picture(file).taken == datetime(2023, 12, 31, 23, 59, 58), kind
     assert said(exif_of(DateTimeDigitized=digitized, DateTime=changed))[0] == datetime(2024, 1, 2, 3, 4, 5)
+    for date in ("2023/12/31 23:59:58", "2023.12.31 23:59:58"):
+        assert said(exif_of(DateTimeOriginal=date))[0] == datetime(2023, 12, 31, 23, 59, 58)
     unset = exif_of(DateTimeOriginal="0000:00:00 00:00:00", DateTime=changed)
     assert said(unset)[0] == datetime(2024, 5, 6, 7, 8, 9)
     for date in (
@@ -411,8 +421,10 @@ def test_where_a_picture_was_taken(tmp_path):
     assert not PIL.Image.open(io.BytesIO(picture.thumbnail)).getexif(), "it may be shown to others"
     good, zero, nothing = (10.0, 30.0, 0.0), (0.0, 0.0, 0.0), (None, None)
     assert said(placed(zero, "N", good, "E"))[1:] == (0.0, 10.5), "the equator"
+    picture = read_picture(saved(tmp_path / "b.jpg", corners(), exif=placed((22.5,), "S", (47.0, 3.6), "W")))
+    assert (picture.latitude, picture.longitude) == pytest.approx((-22.5, -47.06)), "of degrees alone, and with minutes"
     assert said(placed(zero, "N", zero, "E"))[1:] == nothing, "a phone without a fix"
-    for bad in ((91.0, 0.0, 0.0), (-3.0, 0.0, 0.0), (float("nan"),) * 3, (float("inf"), 0, 0), (), "10", 5):
+    for bad in ((91.0, 0.0, 0.0), (-3.0, 0.0, 0.0), (float("nan"),) * 3, (float("inf"), 0, 0), (), "10", (1.0,) * 4):
         assert said(placed(bad, "N", good, "E"))[1:] == nothing, bad
     for side in (None, "", "X", 7, b"\xff"):
         assert said(placed(good, side, good, "E"))[1:] == said(placed(good, "N", good, side))[1:] == nothing, side

@@ -1,6 +1,7 @@
 """What stands before the page: who may ask, with how much and in what time; nothing outside of this machine is fetched.
 
     app = Guard(app, allowed_hosts("127.0.0.1"), behind_proxy=False)
+    uvicorn.Config(app, http=Connection, backlog=BACKLOG)
     answer = await Queue().ask(lambda: index.search("um gato"))
 
 A question is a POST whose body is a line of JSON and, after it, the bytes of a picture or nothing.
@@ -10,6 +11,7 @@ import asyncio
 import ipaddress
 import logging
 import re
+import resource
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -22,12 +24,17 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_UPLOAD_BYTES = 20_000_000  # of a picture; photographs of telephones have under 15 MB
 MAX_QUESTION_BYTES = 200_000  # of its line of JSON; one has under 10 kB
 UPLOADS_AT_ONCE = 8  # bodies over MAX_QUESTION_BYTES in memory, until they are answered; others wait
 PLACE_S = 30  # for one of these places
 RECEIVE_S = 30  # for a body; the page makes large pictures smaller before it sends them
+HEAD_S = 10  # for the head of a request, of a new connection or after an answer
+MAX_CONNECTIONS = 400
+OTHER_DESCRIPTORS = 128  # of the index, the model, and connections that were just accepted
+BACKLOG = 64  # connections that are accepted at a time, before any of them is looked at
 QUERY_S = 20  # of a question, which takes well under 1 s; then it is given up, and the next one is answered
 WAIT_S = 30  # for the questions before it
 MAX_GIVEN_UP = 3  # threads of questions that were given up and still run, as no thread can be ended
@@ -154,6 +161,44 @@ async def place(places: asyncio.Semaphore, seconds: float) -> AsyncIterator[None
         yield
     finally:
         places.release()
+
+
+class Connection(H11Protocol):
+    """uvicorn's, with a time for the head of a request and a limit of connections, which uvicorn has none of.
+
+    Where there are too many, the one that is silent longest makes room: who asks is silent for a moment. Were new ones
+    refused, whoever holds them all could keep everybody out; were all accepted, descriptors would run out.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """Take a connection, perhaps in the place of another one."""
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(HEAD_S, self._end_late)
+        if len(self.connections) > most_connections():
+            silent = min((one for one in self.connections if one.is_silent()), key=lambda one: one._deadline.when())
+            self.connections.discard(silent)
+            silent.transport.abort()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        self._deadline.cancel()
+        self._deadline = self.loop.call_later(HEAD_S, self._end_late)
+        super().on_response_complete()
+
+    def is_silent(self) -> bool:
+        """Whether no head has come since the connection, or the last answer."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _end_late(self) -> None:
+        if self.is_silent() and not self.transport.get_write_buffer_size():  # else an answer is still under way
+            self.transport.abort()
+
+
+def most_connections() -> int:
+    """How many there may be: a download takes two descriptors, and the process needs some beside."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    most = MAX_CONNECTIONS if limit == resource.RLIM_INFINITY else (limit - OTHER_DESCRIPTORS) // 2
+    return max(1, min(MAX_CONNECTIONS, most))
 
 
 def allowed_hosts(host: str, more: Sequence[str] = ()) -> list[str]:

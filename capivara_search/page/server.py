@@ -12,6 +12,7 @@ import ipaddress
 import json
 import mimetypes
 import os
+import re
 import socket
 import sys
 import threading
@@ -38,7 +39,7 @@ from starlette.staticfiles import StaticFiles
 from capivara_common.image_files import BadImage, open_regular_file
 from capivara_search.page.answers import Answers, Question
 from capivara_search.page.decoder import Decoder
-from capivara_search.page.guard import WAIT_S, Guard, Queue, Refusal, allowed_hosts
+from capivara_search.page.guard import BACKLOG, WAIT_S, Connection, Guard, Queue, Refusal, allowed_hosts
 from capivara_search.picture_files import contents, is_picture_name
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ DEFAULT_PORT = 7860
 START_S = 30  # for the server to listen
 WARM_UP_S = 600  # for torch and the model, on a slow machine
 ENDING_S = 3  # for open connections, when the page ends
-MAX_CONNECTIONS = 400  # others are told that there are too many
 CHUNK_BYTES = 2**18  # of a file that is downloaded
 VIEW_QUALITY = 88  # of the JPEG of a large picture
 KEPT_S = 3600  # by a browser, of a picture; its address changes with the file
@@ -64,14 +64,19 @@ class Credit:
     licence: str = ""  # identifier, such as "cc-by-sa-4.0"; "" where none is stated
     attribution: str = ""  # the sentence that the licence asks for; "" where it asks for none
 
+    @property
+    def link(self) -> str:
+        """Address of a Creative Commons licence that asks to be linked to; "" of others."""
+        known = re.fullmatch(r"cc-(by[a-z-]*)-(\d\.\d)", self.licence, re.ASCII)
+        return f"https://creativecommons.org/licenses/{known[1]}/{known[2]}/" if known else ""
+
 
 class Page:
     """A page that is open at `url`; `close` ends it."""
 
     def __init__(self, app: Starlette, listening: socket.socket, url: str):
         config = uvicorn.Config(
-            app, http="h11", ws="none", lifespan="on", timeout_graceful_shutdown=ENDING_S,
-            limit_concurrency=MAX_CONNECTIONS,
+            app, http=Connection, backlog=BACKLOG, ws="none", lifespan="on", timeout_graceful_shutdown=ENDING_S,
             log_level="error", access_log=False,  # visitors could fill a log with warnings
             server_header=False, proxy_headers=False,
         )  # fmt: skip
@@ -231,7 +236,7 @@ class Site:
     async def download(self, request: Request) -> Response:
         """A row's file as it is."""
         path = _path(request)
-        file = await run_in_threadpool(self._open, path)
+        file = await self._views.ask(lambda: self._shown(path))
         size, kind = os.fstat(file.fileno()).st_size, mimetypes.guess_type(path)[0] or "application/octet-stream"
         headers = {"Content-Disposition": f"attachment; filename*=utf-8''{quote(Path(path).name, safe='')}"}
         return StreamingResponse(_chunks(file, size), media_type=kind, headers=headers | {"Content-Length": str(size)})
@@ -254,6 +259,17 @@ class Site:
         except (BadImage, OSError, ValueError):
             pass
         raise Refusal("no_original", 404)
+
+    def _shown(self, path: str) -> BinaryIO:
+        """The file of a row that can be shown: what is decoded and what is sent are one open file. Raises Refusal."""
+        file = self._open(path)
+        try:
+            self._decoder.image(contents(file), path)
+            file.seek(0)
+        except (BadImage, OSError):
+            file.close()
+            raise Refusal("no_original", 404) from None
+        return file
 
     def _view(self, path: str) -> tuple[bytes, str]:
         """A JPEG, or WebP of the thumbnail, and its media type. Raises Refusal where there is no such row."""
