@@ -99,8 +99,8 @@ def progress_bar(words: Words, leave: bool = True) -> Iterator[Callable[[int, in
             if not bars and total:
                 bars.append(open_bars.enter_context(Bar(total=total, **options)))
             for bar in bars:
-                if not done:
-                    bar.reset(total)
+                if not done:  # the time begins now; `reset` would draw
+                    bar.total, bar.n, bar.start_t = total, 0, bar._time()
                 bar.update(done - bar.n)
             if done == total and bars:
                 bars.pop().close()

@@ -25,6 +25,7 @@ import tqdm.std
 from parsed_command import parsed
 
 from capivara_common.environment import require
+from capivara_common.progress import prepare_bars
 from capivara_search import estimates
 from capivara_search.command import explained, language_of, main
 from capivara_search.commands import progress_bar
@@ -241,7 +242,7 @@ def test_index_says_with_which_model_what_it_did_and_what_it_left_out(capivara, 
     where = tmp_path / "new.lance"
     arguments = ("--index", where, "--model", saved_tiny_folder, "--lang", "pt")
     code, out, error = capivara("indexar", folder, *arguments)
-    assert code == 0
+    assert code == 0 and "\r" not in error, "a log file has no bar of what is quick"
     assert error.startswith(f"Modelo: {saved_tiny_folder.name}\n")
     assert re.search(r"^5 imagens novas, 1 imagem não pôde ser lida \(\d\d:\d\d\):\n  .*quebrada.jpg: ", out)
     assert out.endswith("5 imagens no índice.\n")
@@ -536,8 +537,9 @@ def test_the_miniature_says_what_it_is_every_time(capivara, folder, index, tmp_p
     assert capivara("search", "gato", "--index", where, "--model", "miniature", "-k", 1)[2] == error
 
 
-def test_the_bar_knows_no_rate_before_there_is_work(monkeypatch):
+def test_the_bar_knows_no_rate_before_there_is_work_and_a_log_file_is_told_seldom(monkeypatch, capsys):
     now, shown = [0.0], []
+    prepare_bars()
     monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
     monkeypatch.setattr(estimates, "time", SimpleNamespace(monotonic=lambda: now[0]))
     with progress_bar(Words("pt")) as show_progress:
@@ -545,8 +547,11 @@ def test_the_bar_knows_no_rate_before_there_is_work(monkeypatch):
             now[0] = float(seconds)  # of which the model takes 60 to load
             show_progress(done, 6848)
             shown += [str(bar).partition("· ")[2] for bar in tqdm.std.tqdm._instances]
+        assert capsys.readouterr().err == "", "within half a minute of the first picture"
+        now[0] = 95.0
         show_progress(6848, 6848)
-        assert not tqdm.std.tqdm._instances, "what is printed next has a line of its own"
+        said = capsys.readouterr().err
+        assert re.fullmatch(r"(\r100%\|.* imagens/s){2}\n", said), "what is printed next has a line of its own"
     assert shown[1] == "00:00, faltam ? · ? imagens/s" and shown[-1] == "00:22, faltam 03:20 · 32.00 imagens/s"
 
 
