@@ -6,6 +6,7 @@ in the help (by its type, where a flag names no KEY), and `bad.TYPE`, what a val
 """
 
 import difflib
+import os
 from calendar import monthrange
 from collections.abc import Callable
 from datetime import date
@@ -29,6 +30,7 @@ def said(kind: click.ParamType) -> click.ParamType:
     convert = kind.convert
 
     def checked(value: Any, param: click.Parameter | None, ctx: click.Context) -> Any:
+        value = os.path.expanduser(value) if isinstance(kind, click.Path) else value  # as no shell does after --flag=
         try:
             return convert(value, param, ctx)
         except click.BadParameter as error:
@@ -52,7 +54,7 @@ class Day(click.DateTime):
 
 
 _path = partial(click.Path, readable=False, path_type=Path)
-ANY, EITHER, FILE = _path(), said(_path(exists=True)), said(_path(exists=True, dir_okay=False))
+ANY, EITHER, FILE = said(_path()), said(_path(exists=True)), said(_path(exists=True, dir_okay=False))
 ANY_FOLDER, FOLDER = said(_path(file_okay=False)), said(_path(exists=True, file_okay=False))
 DAY = said(Day(["%Y", "%Y-%m", "%Y-%m-%d", "%d/%m/%Y"]))
 

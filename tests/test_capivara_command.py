@@ -158,7 +158,8 @@ def test_examples_of_the_help_are_commands_that_are_taken(command, monkeypatch, 
             assert line.split()[1] == (COMMANDS[command] if lang == "pt" else command)
 
 
-def test_flags_are_taken_in_every_usual_form(tmp_path):
+def test_flags_are_taken_in_every_usual_form(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     found = parsed(["--index", "a", "--model", "b", "search", "um", "gato", "-k", "3", "na", "mesa", "--model=m"])
     assert found.meta["index"] == "a" and found.meta["model"] == "m", "before the command or after it, where it wins"
     assert (found.params["query"], found.params["k"]) == (("um", "gato", "na", "mesa"), 3)
@@ -166,7 +167,8 @@ def test_flags_are_taken_in_every_usual_form(tmp_path):
     folder.mkdir()
     for words, taken in (
         (["index", folder, "--batch_size", "8", "--model=m"], {"batch_size": 8}),
-        (["search", "--", "-5 graus"], {"query": ("-5 graus",)}),
+        (["search", "--folder=~/Fotos", "--", "-5 graus"], {"query": ("-5 graus",), "folder": folder}),
+        (["forget", "~/Fotos"], {"place": folder}),
         (["buscar", "--menos", "a", "b", "--mais=0.5:c", "--less", "d"], {"query": ("b",), "less": ("a", "d")}),
         (["search", "x", "--since", "2024", "--until", "2024-02"], {"since": date(2024, 1, 1), "until": LEAP}),
         (["search", "x", "--since", "29/02/2024", "--until", "2024-2-29"], {"since": LEAP, "until": LEAP}),
