@@ -95,8 +95,15 @@ class Command(click.Command):
         self.params += OF_ALL
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Raises click.UsageError, which names what is left over."""
-        rest = super().parse_args(ctx, args)
+        """`--labels a b` becomes `--labels a --labels b`. Raises click.UsageError, which names what is left over."""
+        found, several = list[str](), False
+        for word in args:
+            if word.startswith("-"):
+                several = word == "--labels"
+            elif several and found[-1] != "--labels":
+                found.append("--labels")
+            found.append(word)
+        rest = super().parse_args(ctx, found)
         if rest and not isinstance(self, click.Group) and not ctx.resilient_parsing:
             raise click.UsageError(ctx.obj("left_over", name=visible(rest[0])))
         return rest

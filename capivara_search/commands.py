@@ -185,18 +185,15 @@ def search(
 
 @command("classify")
 @argument("place", type=cli.EITHER)
-@argument("label", metavar="label", nargs=-1)
 @option("--labels", multiple=True, required=True, metavar="label")
 @option("--template", default=TEMPLATE)
 @switches("--json", "--csv")
-def classify(
-    words: Words, place: Path, label: Sequence[str], labels: Sequence[str], template: str, json: bool, csv: bool
-) -> int:
+def classify(words: Words, place: Path, labels: Sequence[str], template: str, json: bool, csv: bool) -> int:
     """The label of each picture of a folder, or of one picture."""
     from capivara_search.asking import checked_labels
     from capivara_search.picture_files import open_query_picture
 
-    labels, pictures = checked_labels([*labels, *label], template), _index()  # click's flag takes the first one alone
+    labels, pictures = checked_labels(labels, template), _index()
     _say_model(pictures, words)
     found = pictures.classify(place, labels, template)
     if not found and place.is_file():

@@ -173,7 +173,8 @@ def test_flags_are_taken_in_every_usual_form(tmp_path, monkeypatch):
         (["search", "x", "--since", "2024", "--until", "2024-02"], {"since": date(2024, 1, 1), "until": LEAP}),
         (["search", "x", "--since", "29/02/2024", "--until", "2024-2-29"], {"since": LEAP, "until": LEAP}),
         (["search", "x", "--until", "2024"], {"until": date(2024, 12, 31)}),
-        (["classify", folder, "--labels", "a", "b", "--csv"], {"labels": ("a",), "label": ("b",), "csv": True}),
+        (["classify", "--labels", "a", "b", "--csv", folder], {"labels": ("a", "b"), "csv": True, "place": folder}),
+        (["classify", folder, "--labels", "a", "--labels", "b", "c"], {"labels": ("a", "b", "c")}),
         (["indexar", "--exclude", "*.gif", folder, "--include", "a", "--include=b"], {"folders": (folder,)}),
     ):
         params = parsed(list(map(str, words))).params
