@@ -227,15 +227,19 @@ def app(words: Words, port: int, host: str, allow_host: Sequence[str], line: str
     names = ", ".join(allowed_hosts(host, allow_host))
     pictures = _filled_index(or_filling=True, line=line)
     _say_model(pictures, words)
-    if not is_loopback(host):
-        say(words("open_to_all", names=names))
     if unasked := sorted(filter(os.path.isdir, pictures.folders().keys() - pictures.asked_folders().keys())):
         say(words("thumbnails_alone", folders=", ".join(map(shown_path, unasked))))
     own = {"index": pictures.where, "model": of_all("model"), "device": of_all("device"), "lang": words.language}
     flags = [f"--{name}={value}" for name, value in own.items() if value]
     options = {"language": words.language, "allow_hosts": list(allow_host), "open_browser": not no_open}
+
+    def tell(address: str) -> None:
+        click.echo(words("page_open", address=address))
+        if not is_loopback(host):
+            say(words("open_to_all", names=names))
+
     with _until_ctrl_c(words), follower(*flags) if watch else nullcontext():  # what visitors have sent is removed
-        serve_index(pictures, host, port, on_open=lambda url: click.echo(words("page_open", address=url)), **options)
+        serve_index(pictures, host, port, on_open=tell, **options)
 
 
 @command("status")

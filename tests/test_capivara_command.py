@@ -460,6 +460,7 @@ LIBRARY = [  # what is done, what is said of it in Portuguese
     ("buscar x --index INDEX --model bert", "o modelo bert não é dos que se usam aqui, de duas torres, ou está"),
     ("buscar --index INDEX", "nada a procurar: escreva uma frase"),
     ("buscar x --menos 9:y --index INDEX", "o peso de '9:y' deve ser maior que 0 e no máximo 4"),
+    ("abrir --allow-host a/b --index INDEX", "--allow-host deve ser um nome como fotos.local, ou um endereço, e é"),
     ("exportar fotos.xls --index INDEX", "o arquivo deve terminar em .parquet ou .csv, e é fotos.xls"),
     ("exportar /proc/x.csv --index INDEX", "/proc/x.csv não pode ser criado: não se grava em /proc. Escolha"),
     ("indexar \udcff --model TINY", r"o nome da pasta '\udcff' não está em UTF-8. Dê-lhe outro nome"),
@@ -614,8 +615,10 @@ def test_app_says_what_it_answers_to_and_whose_originals_it_hides(capivara, inde
         asked.update(host=host, allow_hosts=allow_hosts)
         on_open(f"http://{host}:{port}")
 
-    monkeypatch.setattr("capivara_search.page.server.serve_index", served)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    code, out, error = capivara("abrir", "--lang", "pt", "--index", index, "--host", "256.1.1.1")
+    assert (code, out, error) == (3, "", f"erro: {Words('pt')('no_host')}\n"), "nothing is open to anybody"
+    monkeypatch.setattr("capivara_search.page.server.serve_index", served)
     flags = ["--lang", "pt", "app", "--index", index, "--allow-host", "fotos.local", "--allow_host=10.0.0.9"]
     assert capivara(*flags)[2].strip() == "", "on this machine alone there is nothing to say"
     said = capivara(*flags, "--host", "0.0.0.0")[2]
@@ -637,7 +640,7 @@ def test_app_opens_the_page_until_it_is_ended(index):
     with urllib.request.urlopen(address, timeout=30) as answer:
         assert b'lang="pt' in answer.read()
     second = started("app", "--no-open", "--port", port, "--index", index)
-    assert "at this --host and --port; choose another one: " in second.communicate(timeout=60)[1]
+    assert "the port is in use; choose another one by --port" in second.communicate(timeout=60)[1]
     assert second.returncode == 3
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1].strip()  # the image tower is loaded while the page is open
