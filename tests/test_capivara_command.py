@@ -201,6 +201,7 @@ WRONG = {
     "move a": ("missing: NEW", "falta: NOVA"),
     "index none": ("there is no folder none", "não há pasta none"),
     "index . --executor ray": ("--executor is gone: many machines: python", "--executor saiu: muitas máquinas: "),
+    "index . --cpus_per_task 2": ("-per-task is gone: many machines: python", "-per-task saiu: muitas máquinas: "),
     "index . --exact": ("--exact is gone: pictures are reduced", "--exact saiu: as imagens são reduzidas"),
     "search x --no-pictures": ("--no-pictures is gone: NO_COLOR=1", "--no-pictures saiu: NO_COLOR=1 deixa"),
     "classify .": ("missing: --labels", "falta: --labels"),
