@@ -11,6 +11,7 @@ from calendar import monthrange
 from collections.abc import Callable
 from datetime import date
 from functools import partial, reduce
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +135,12 @@ class Group(Command, click.Group):
     command_class = Command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Raises click.UsageError, which names the nearest command."""
+        """Raises click.UsageError, which names the nearest command; of a sentence, the search for it."""
         if not self.get_command(ctx, args[0]) and not ctx.resilient_parsing:
             near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            sentence = visible(" ".join(takewhile(lambda word: not word.startswith("-"), args)))
+            if not near and " " in sentence:  # what is meant is plain
+                near = [f'capivara {"search" if ctx.obj.language == "en" else COMMANDS["search"]} "{sentence}"']
             raise click.NoSuchOption(args[0], possibilities=near)
         return super().resolve_command(ctx, args)
 

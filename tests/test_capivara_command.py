@@ -183,6 +183,7 @@ def test_flags_are_taken_in_every_usual_form(tmp_path, monkeypatch):
 
 WRONG = {
     "serch gato": ("there is no serch; --help lists all. Did you mean search?", "não existe: serch; --help lista"),
+    "'gato preto'": ('all. Did you mean capivara search "gato preto"?', 'tudo. Seria capivara buscar "gato preto"?'),
     "search x --sinc 2024": (
         "no --sinc; --help lists all. Did you mean --since?",
         "--sinc; --help lista tudo. Seria --si",
