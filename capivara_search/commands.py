@@ -281,7 +281,8 @@ def status(words: Words, all: bool, json: bool) -> None:
 def forget(words: Words, place: Path) -> int:
     """Take a folder or a picture out of the index, for good."""
     number, again = _filled_index().forget(place), visible(shlex.quote(str(place)))
-    click.echo(words("forgotten", n=words.number(number), path=shown_path(str(place)), again=again))
+    key = "forgotten" if number else "stays_out" if os.path.lexists(place) else "nothing_of"
+    click.echo(words(key, n=words.number(number), path=shown_path(str(place)), again=again), err=not number)
     return 0 if number else NOTHING
 
 

@@ -431,8 +431,10 @@ def test_forget_takes_a_folder_out_and_leaves_its_files(capivara, own_index, fol
     assert code == 0 and "que saíram do índice: 2." in out and (folder / "2024" / "azul.jpg").exists()
     back = f"capivara indexar --include {folder / '2024'}\n"
     assert out.endswith(back)
-    code, out, _ = capivara("forget", folder / "2023", "--index", own_index)
-    assert code == 1 and "2023 that have left the index: 0." in out
+    code, out, error = capivara("forget", folder / "2023", "--index", own_index)
+    assert (code, out) == (1, "") and error.endswith("2023.\n"), "no rule is kept of what is not there"
+    code, out, error = capivara("forget", folder / "2024", "--index", own_index)
+    assert (code, out) == (1, "") and f"and takes none until it is told to: {back[:8]}" in error
     code, out, error = capivara("indexar", folder / "2024", "--index", own_index, "--lang", "pt")
     assert (code, out) == (2, "") and f"pois {folder / '2024'} foi esquecida. Para" in error
     code, out, _ = capivara("indexar", folder, "--index", own_index, "--lang", "pt")
