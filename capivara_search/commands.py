@@ -299,6 +299,8 @@ def move(words: Words, old: Path, new: Path) -> None:
 @argument("file", metavar="file", type=cli.ANY)
 def export(words: Words, file: Path) -> None:
     """Write the index to a file."""
+    if not file.parent.is_dir():
+        raise click.UsageError(words("bad.directory", value=visible(str(file.parent))))
     click.echo(words.count("exported", _filled_index().export(file), path=shown_path(str(file))))
 
 
