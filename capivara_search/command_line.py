@@ -107,6 +107,8 @@ class Command(click.Command):
         rest = super().parse_args(ctx, found)
         if rest and not isinstance(self, click.Group) and not ctx.resilient_parsing:
             raise click.UsageError(ctx.obj("left_over", name=visible(rest[0])))
+        if ctx.params.get("json") and ctx.params.get("csv"):
+            raise click.UsageError(ctx.obj("json_or_csv"))
         return rest
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

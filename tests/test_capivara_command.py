@@ -208,6 +208,7 @@ WRONG = {
     "classify .": ("missing: --labels", "falta: --labels"),
     "classify . --labels gato Gato": ("The label 'gato' is there twice", "o rótulo gato aparece duas vezes"),
     "export none/all.csv": ("there is no folder none", "não há pasta none"),
+    "duplicates --json --csv": ("--csv does not go with --json", "--csv não combina com --json"),
     "duplicates --threshold 2": ("must be a number from 0.01 to 1, got 2", "deve ser um número de 0.01 a 1, e é 2"),
 }
 

@@ -329,6 +329,8 @@ def test_classification_uses_kept_vectors_reads_others_and_can_say_none(
     scores = known_index.vectors([one.path for one in kept]) @ texts.T
     expected = [[*labels, None][best] for best in scores.argmax(axis=1)]
     assert [one.label for one in kept] == expected
+    with pytest.raises(ValueError, match="labels must be a list of words, got the text 'gato'"):
+        known_index.classify(known_folder, "gato")
     assert known_index.classify(PIL.Image.open(kept[0].path).convert("RGB"), labels)[0].label == kept[0].label
 
 
