@@ -453,8 +453,10 @@ def test_a_path_that_would_leave_nothing_out_is_no_pattern(own_index, folder, mo
     for pattern in (str(folder / "2024"), f"{folder}/2024/", "~/Fotos/2024", "./Fotos/2024/", "Fotos/branco.jpg"):
         with pytest.raises(ValueError, match=r"it is a path from here; .* capivara forget FOLDER$"):
             index.folders_to_add([folder], exclude=[pattern])
-    right = ["a/2024", "*.gif", "~$*.doc", "2024", "/2024/", "2024/azul.jpg", "!2024", "/rascunhos"]
+    right = ["a/2024", "*.gif", "~$*.doc", "2024", "/2024/", "2024/azul.jpg", "!2024", "/rascunhos", "/tmp/"]
     assert index.folders_to_add([folder], exclude=right) == [folder]
+    monkeypatch.chdir(folder)
+    assert index.folders_to_add([folder], exclude=["2024/azul.jpg"]) == [folder], "which is one from here, too"
 
 
 LIBRARY = [  # what is done, what is said of it in Portuguese
