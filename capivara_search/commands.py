@@ -112,8 +112,9 @@ def summary(added: Added, pictures: int, words: Words) -> Iterable[str]:
     """What was done, in words: numbers, some of the files that were left out, and what can be done next."""
     keys = ("new", "changed", "moved", "again", "removed")
     parts = [words.count(key, n) for key in keys if (n := getattr(added, key))] or [words("nothing_changed")]
-    if added.left_out:
-        parts.append(words.count("left_out", len(added.left_out)))
+    links = sum(one.reason.startswith("link") for one in added.left_out)
+    numbers = {"left_out": len(added.left_out) - links, "links": links}
+    parts += [words.count(key, n) for key, n in numbers.items() if n]
     yield f"{', '.join(parts)} ({tqdm.format_interval(added.seconds)}){':' if added.left_out else '.'}"
     for left in added.left_out[:LEFT_OUT_SHOWN]:
         yield f"  {shown_path(left.path)}: {words.reason(left.reason)}"

@@ -28,9 +28,10 @@ from capivara_common.environment import require
 from capivara_common.progress import prepare_bars
 from capivara_search import estimates
 from capivara_search.command import explained, language_of, main
-from capivara_search.commands import progress_bar
+from capivara_search.commands import progress_bar, summary
 from capivara_search.exporting import export_rows
 from capivara_search.index import PictureIndex
+from capivara_search.results import Added, LeftOut
 from capivara_search.storage import explanation
 from capivara_search.table import PictureTable
 from capivara_search.words import COMMANDS, Words
@@ -255,6 +256,13 @@ def test_index_says_with_which_model_what_it_did_and_what_it_left_out(capivara, 
     assert out.endswith("5 imagens no índice.\n")
     code, out, _ = capivara("index", folder, *arguments)
     assert code == 0 and out.startswith("Nada mudou, 1 imagem não pôde ser lida")
+
+
+def test_a_link_is_told_from_what_can_not_be_read():
+    left_out = [LeftOut("/f/l", "link out of the folder: it leads to /x"), LeftOut("/f/v.jpg", "no image: it is empty")]
+    first, link, *_ = summary(Added(left_out=left_out), 3, Words("pt"))
+    assert first == "Nada mudou, 1 imagem não pôde ser lida, 1 link não seguido (00:00):"
+    assert link == "  /f/l: link que não é seguido (indexe também a pasta a que ele leva)"
 
 
 def test_status_fits_on_a_screen_whatever_there_is_to_say(capivara, tmp_path, saved_tiny_folder):
