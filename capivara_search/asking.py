@@ -94,6 +94,8 @@ def checked_labels(labels: Sequence[str], template: str) -> list[str]:
 
     Raises ValueError: there is none, one is empty or there twice, or the template has no place for one.
     """
+    if isinstance(labels, str):
+        raise ValueError(f"labels must be a list of words, got the text {labels[:80]!r}. Write [{labels[:80]!r}].")
     labels = [" ".join(str(label).split()) for label in labels]
     times = Counter(label.casefold() for label in labels)
     if not labels or not all(labels):

@@ -80,8 +80,10 @@ def explained(error: Exception, words: Words) -> tuple[int, str]:
         text = words(f"error.{code}", **{name: words.reason(str(value)) for name, value in error.values.items()})
     elif number in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
         text = words("no_permission", path=error.filename)
-    elif number in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) or (number or 0) < 0:  # of socket.gaierror
-        text = words("no_page", reason=error.strerror)
+    elif number == errno.EADDRINUSE:
+        text = words("port_in_use")
+    elif number == errno.EADDRNOTAVAIL or (number or 0) < 0:  # of socket.gaierror
+        text = words("no_host")
     return WRONG_USE if type(error) is ValueError else UNUSABLE, visible(" ".join(text.split())) or type(error).__name__
 
 

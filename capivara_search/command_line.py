@@ -6,10 +6,12 @@ in the help (by its type, where a flag names no KEY), and `bad.TYPE`, what a val
 """
 
 import difflib
+import os
 from calendar import monthrange
 from collections.abc import Callable
 from datetime import date
 from functools import partial, reduce
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ def said(kind: click.ParamType) -> click.ParamType:
     convert = kind.convert
 
     def checked(value: Any, param: click.Parameter | None, ctx: click.Context) -> Any:
+        value = os.path.expanduser(value) if isinstance(kind, click.Path) else value  # as no shell does after --flag=
         try:
             return convert(value, param, ctx)
         except click.BadParameter as error:
@@ -52,7 +55,7 @@ class Day(click.DateTime):
 
 
 _path = partial(click.Path, readable=False, path_type=Path)
-ANY, EITHER, FILE = _path(), said(_path(exists=True)), said(_path(exists=True, dir_okay=False))
+ANY, EITHER, FILE = said(_path()), said(_path(exists=True)), said(_path(exists=True, dir_okay=False))
 ANY_FOLDER, FOLDER = said(_path(file_okay=False)), said(_path(exists=True, file_okay=False))
 DAY = said(Day(["%Y", "%Y-%m", "%Y-%m-%d", "%d/%m/%Y"]))
 
@@ -93,10 +96,19 @@ class Command(click.Command):
         self.params += OF_ALL
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Raises click.UsageError, which names what is left over."""
-        rest = super().parse_args(ctx, args)
+        """`--labels a b` becomes `--labels a --labels b`. Raises click.UsageError, which names what is left over."""
+        found, several = list[str](), False
+        for word in args:
+            if word.startswith("-"):
+                several = word == "--labels"
+            elif several and found[-1] != "--labels":
+                found.append("--labels")
+            found.append(word)
+        rest = super().parse_args(ctx, found)
         if rest and not isinstance(self, click.Group) and not ctx.resilient_parsing:
             raise click.UsageError(ctx.obj("left_over", name=visible(rest[0])))
+        if ctx.params.get("json") and ctx.params.get("csv"):
+            raise click.UsageError(ctx.obj("json_or_csv"))
         return rest
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -125,9 +137,12 @@ class Group(Command, click.Group):
     command_class = Command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Raises click.UsageError, which names the nearest command."""
+        """Raises click.UsageError, which names the nearest command; of a sentence, the search for it."""
         if not self.get_command(ctx, args[0]) and not ctx.resilient_parsing:
             near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            sentence = visible(" ".join(takewhile(lambda word: not word.startswith("-"), args)))
+            if not near and " " in sentence:  # what is meant is plain
+                near = [f'capivara {"search" if ctx.obj.language == "en" else COMMANDS["search"]} "{sentence}"']
             raise click.NoSuchOption(args[0], possibilities=near)
         return super().resolve_command(ctx, args)
 

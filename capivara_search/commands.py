@@ -99,8 +99,8 @@ def progress_bar(words: Words, leave: bool = True) -> Iterator[Callable[[int, in
             if not bars and total:
                 bars.append(open_bars.enter_context(Bar(total=total, **options)))
             for bar in bars:
-                if not done:
-                    bar.reset(total)
+                if not done:  # the time begins now; `reset` would draw
+                    bar.total, bar.n, bar.start_t = total, 0, bar._time()
                 bar.update(done - bar.n)
             if done == total and bars:
                 bars.pop().close()
@@ -112,8 +112,9 @@ def summary(added: Added, pictures: int, words: Words) -> Iterable[str]:
     """What was done, in words: numbers, some of the files that were left out, and what can be done next."""
     keys = ("new", "changed", "moved", "again", "removed")
     parts = [words.count(key, n) for key in keys if (n := getattr(added, key))] or [words("nothing_changed")]
-    if added.left_out:
-        parts.append(words.count("left_out", len(added.left_out)))
+    links = sum(one.reason.startswith("link") for one in added.left_out)
+    numbers = {"left_out": len(added.left_out) - links, "links": links}
+    parts += [words.count(key, n) for key, n in numbers.items() if n]
     yield f"{', '.join(parts)} ({tqdm.format_interval(added.seconds)}){':' if added.left_out else '.'}"
     for left in added.left_out[:LEFT_OUT_SHOWN]:
         yield f"  {shown_path(left.path)}: {words.reason(left.reason)}"
@@ -185,18 +186,15 @@ def search(
 
 @command("classify")
 @argument("place", type=cli.EITHER)
-@argument("label", metavar="label", nargs=-1)
 @option("--labels", multiple=True, required=True, metavar="label")
 @option("--template", default=TEMPLATE)
 @switches("--json", "--csv")
-def classify(
-    words: Words, place: Path, label: Sequence[str], labels: Sequence[str], template: str, json: bool, csv: bool
-) -> int:
+def classify(words: Words, place: Path, labels: Sequence[str], template: str, json: bool, csv: bool) -> int:
     """The label of each picture of a folder, or of one picture."""
     from capivara_search.asking import checked_labels
     from capivara_search.picture_files import open_query_picture
 
-    labels, pictures = checked_labels([*labels, *label], template), _index()  # click's flag takes the first one alone
+    labels, pictures = checked_labels(labels, template), _index()
     _say_model(pictures, words)
     found = pictures.classify(place, labels, template)
     if not found and place.is_file():
@@ -230,15 +228,19 @@ def app(words: Words, port: int, host: str, allow_host: Sequence[str], line: str
     names = ", ".join(allowed_hosts(host, allow_host))
     pictures = _filled_index(or_filling=True, line=line)
     _say_model(pictures, words)
-    if not is_loopback(host):
-        say(words("open_to_all", names=names))
     if unasked := sorted(filter(os.path.isdir, pictures.folders().keys() - pictures.asked_folders().keys())):
         say(words("thumbnails_alone", folders=", ".join(map(shown_path, unasked))))
     own = {"index": pictures.where, "model": of_all("model"), "device": of_all("device"), "lang": words.language}
     flags = [f"--{name}={value}" for name, value in own.items() if value]
     options = {"language": words.language, "allow_hosts": list(allow_host), "open_browser": not no_open}
+
+    def tell(address: str) -> None:
+        click.echo(words("page_open", address=address))
+        if not is_loopback(host):
+            say(words("open_to_all", names=names))
+
     with _until_ctrl_c(words), follower(*flags) if watch else nullcontext():  # what visitors have sent is removed
-        serve_index(pictures, host, port, on_open=lambda url: click.echo(words("page_open", address=url)), **options)
+        serve_index(pictures, host, port, on_open=tell, **options)
 
 
 @command("status")
@@ -280,7 +282,8 @@ def status(words: Words, all: bool, json: bool) -> None:
 def forget(words: Words, place: Path) -> int:
     """Take a folder or a picture out of the index, for good."""
     number, again = _filled_index().forget(place), visible(shlex.quote(str(place)))
-    click.echo(words("forgotten", n=words.number(number), path=shown_path(str(place)), again=again))
+    key = "forgotten" if number else "stays_out" if os.path.lexists(place) else "nothing_of"
+    click.echo(words(key, n=words.number(number), path=shown_path(str(place)), again=again), err=not number)
     return 0 if number else NOTHING
 
 
@@ -297,6 +300,8 @@ def move(words: Words, old: Path, new: Path) -> None:
 @argument("file", metavar="file", type=cli.ANY)
 def export(words: Words, file: Path) -> None:
     """Write the index to a file."""
+    if not file.parent.is_dir():
+        raise click.UsageError(words("bad.directory", value=visible(str(file.parent))))
     click.echo(words.count("exported", _filled_index().export(file), path=shown_path(str(file))))
 
 

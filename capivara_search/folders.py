@@ -84,10 +84,17 @@ def folders_to_add(
             paths.append(place)
     if not paths:
         raise failure(ValueError, "no_known_folder")
-    # Who hides a folder by its path from here would believe it hidden: patterns begin at each folder that is indexed.
-    if wrong := [one for one in exclude if "/" in one.rstrip("/") and os.path.lexists(os.path.expanduser(one))]:
+    if wrong := [one for one in exclude if _is_path(one, {*map(Path, known), *paths})]:
         raise failure(ValueError, "path_excluded", pattern=wrong[0])
     return paths
+
+
+def _is_path(pattern: str, folders: Iterable[Path]) -> bool:
+    """Whether a pattern is a path from here into one of these folders, and leaves nothing out, unlike what is meant."""
+    place = Path(os.path.abspath(os.path.expanduser(pattern)))
+    inside = [one for one in folders if place.is_relative_to(one)] if "/" in pattern.rstrip("/") else []
+    excluded = (Rules((pattern,)).reason(str(place), str(one), place.is_dir()) for one in inside)
+    return bool(inside) and os.path.lexists(place) and not any(excluded)
 
 
 def lies_at(folder: str, real: str) -> bool:

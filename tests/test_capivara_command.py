@@ -25,11 +25,13 @@ import tqdm.std
 from parsed_command import parsed
 
 from capivara_common.environment import require
+from capivara_common.progress import prepare_bars
 from capivara_search import estimates
 from capivara_search.command import explained, language_of, main
-from capivara_search.commands import progress_bar
+from capivara_search.commands import progress_bar, summary
 from capivara_search.exporting import export_rows
 from capivara_search.index import PictureIndex
+from capivara_search.results import Added, LeftOut
 from capivara_search.storage import explanation
 from capivara_search.table import PictureTable
 from capivara_search.words import COMMANDS, Words
@@ -157,7 +159,8 @@ def test_examples_of_the_help_are_commands_that_are_taken(command, monkeypatch, 
             assert line.split()[1] == (COMMANDS[command] if lang == "pt" else command)
 
 
-def test_flags_are_taken_in_every_usual_form(tmp_path):
+def test_flags_are_taken_in_every_usual_form(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     found = parsed(["--index", "a", "--model", "b", "search", "um", "gato", "-k", "3", "na", "mesa", "--model=m"])
     assert found.meta["index"] == "a" and found.meta["model"] == "m", "before the command or after it, where it wins"
     assert (found.params["query"], found.params["k"]) == (("um", "gato", "na", "mesa"), 3)
@@ -165,12 +168,14 @@ def test_flags_are_taken_in_every_usual_form(tmp_path):
     folder.mkdir()
     for words, taken in (
         (["index", folder, "--batch_size", "8", "--model=m"], {"batch_size": 8}),
-        (["search", "--", "-5 graus"], {"query": ("-5 graus",)}),
+        (["search", "--folder=~/Fotos", "--", "-5 graus"], {"query": ("-5 graus",), "folder": folder}),
+        (["forget", "~/Fotos"], {"place": folder}),
         (["buscar", "--menos", "a", "b", "--mais=0.5:c", "--less", "d"], {"query": ("b",), "less": ("a", "d")}),
         (["search", "x", "--since", "2024", "--until", "2024-02"], {"since": date(2024, 1, 1), "until": LEAP}),
         (["search", "x", "--since", "29/02/2024", "--until", "2024-2-29"], {"since": LEAP, "until": LEAP}),
         (["search", "x", "--until", "2024"], {"until": date(2024, 12, 31)}),
-        (["classify", folder, "--labels", "a", "b", "--csv"], {"labels": ("a",), "label": ("b",), "csv": True}),
+        (["classify", "--labels", "a", "b", "--csv", folder], {"labels": ("a", "b"), "csv": True, "place": folder}),
+        (["classify", folder, "--labels", "a", "--labels", "b", "c"], {"labels": ("a", "b", "c")}),
         (["indexar", "--exclude", "*.gif", folder, "--include", "a", "--include=b"], {"folders": (folder,)}),
     ):
         params = parsed(list(map(str, words))).params
@@ -179,6 +184,7 @@ def test_flags_are_taken_in_every_usual_form(tmp_path):
 
 WRONG = {
     "serch gato": ("there is no serch; --help lists all. Did you mean search?", "não existe: serch; --help lista"),
+    "'gato preto'": ('all. Did you mean capivara search "gato preto"?', 'tudo. Seria capivara buscar "gato preto"?'),
     "search x --sinc 2024": (
         "no --sinc; --help lists all. Did you mean --since?",
         "--sinc; --help lista tudo. Seria --si",
@@ -197,10 +203,13 @@ WRONG = {
     "move a": ("missing: NEW", "falta: NOVA"),
     "index none": ("there is no folder none", "não há pasta none"),
     "index . --executor ray": ("--executor is gone: many machines: python", "--executor saiu: muitas máquinas: "),
+    "index . --cpus_per_task 2": ("-per-task is gone: many machines: python", "-per-task saiu: muitas máquinas: "),
     "index . --exact": ("--exact is gone: pictures are reduced", "--exact saiu: as imagens são reduzidas"),
     "search x --no-pictures": ("--no-pictures is gone: NO_COLOR=1", "--no-pictures saiu: NO_COLOR=1 deixa"),
     "classify .": ("missing: --labels", "falta: --labels"),
     "classify . --labels gato Gato": ("The label 'gato' is there twice", "o rótulo gato aparece duas vezes"),
+    "export none/all.csv": ("there is no folder none", "não há pasta none"),
+    "duplicates --json --csv": ("--csv does not go with --json", "--csv não combina com --json"),
     "duplicates --threshold 2": ("must be a number from 0.01 to 1, got 2", "deve ser um número de 0.01 a 1, e é 2"),
 }
 
@@ -241,12 +250,19 @@ def test_index_says_with_which_model_what_it_did_and_what_it_left_out(capivara, 
     where = tmp_path / "new.lance"
     arguments = ("--index", where, "--model", saved_tiny_folder, "--lang", "pt")
     code, out, error = capivara("indexar", folder, *arguments)
-    assert code == 0
+    assert code == 0 and "\r" not in error, "a log file has no bar of what is quick"
     assert error.startswith(f"Modelo: {saved_tiny_folder.name}\n")
     assert re.search(r"^5 imagens novas, 1 imagem não pôde ser lida \(\d\d:\d\d\):\n  .*quebrada.jpg: ", out)
     assert out.endswith("5 imagens no índice.\n")
     code, out, _ = capivara("index", folder, *arguments)
     assert code == 0 and out.startswith("Nada mudou, 1 imagem não pôde ser lida")
+
+
+def test_a_link_is_told_from_what_can_not_be_read():
+    left_out = [LeftOut("/f/l", "link out of the folder: it leads to /x"), LeftOut("/f/v.jpg", "no image: it is empty")]
+    first, link, *_ = summary(Added(left_out=left_out), 3, Words("pt"))
+    assert first == "Nada mudou, 1 imagem não pôde ser lida, 1 link não seguido (00:00):"
+    assert link == "  /f/l: link que não é seguido (indexe também a pasta a que ele leva)"
 
 
 def test_status_fits_on_a_screen_whatever_there_is_to_say(capivara, tmp_path, saved_tiny_folder):
@@ -425,8 +441,10 @@ def test_forget_takes_a_folder_out_and_leaves_its_files(capivara, own_index, fol
     assert code == 0 and "que saíram do índice: 2." in out and (folder / "2024" / "azul.jpg").exists()
     back = f"capivara indexar --include {folder / '2024'}\n"
     assert out.endswith(back)
-    code, out, _ = capivara("forget", folder / "2023", "--index", own_index)
-    assert code == 1 and "2023 that have left the index: 0." in out
+    code, out, error = capivara("forget", folder / "2023", "--index", own_index)
+    assert (code, out) == (1, "") and error.endswith("2023.\n"), "no rule is kept of what is not there"
+    code, out, error = capivara("forget", folder / "2024", "--index", own_index)
+    assert (code, out) == (1, "") and f"and takes none until it is told to: {back[:8]}" in error
     code, out, error = capivara("indexar", folder / "2024", "--index", own_index, "--lang", "pt")
     assert (code, out) == (2, "") and f"pois {folder / '2024'} foi esquecida. Para" in error
     code, out, _ = capivara("indexar", folder, "--index", own_index, "--lang", "pt")
@@ -443,8 +461,10 @@ def test_a_path_that_would_leave_nothing_out_is_no_pattern(own_index, folder, mo
     for pattern in (str(folder / "2024"), f"{folder}/2024/", "~/Fotos/2024", "./Fotos/2024/", "Fotos/branco.jpg"):
         with pytest.raises(ValueError, match=r"it is a path from here; .* capivara forget FOLDER$"):
             index.folders_to_add([folder], exclude=[pattern])
-    right = ["a/2024", "*.gif", "~$*.doc", "2024", "/2024/", "2024/azul.jpg", "!2024", "/rascunhos"]
+    right = ["a/2024", "*.gif", "~$*.doc", "2024", "/2024/", "2024/azul.jpg", "!2024", "/rascunhos", "/tmp/"]
     assert index.folders_to_add([folder], exclude=right) == [folder]
+    monkeypatch.chdir(folder)
+    assert index.folders_to_add([folder], exclude=["2024/azul.jpg"]) == [folder], "which is one from here, too"
 
 
 LIBRARY = [  # what is done, what is said of it in Portuguese
@@ -456,6 +476,7 @@ LIBRARY = [  # what is done, what is said of it in Portuguese
     ("buscar x --index INDEX --model bert", "o modelo bert não é dos que se usam aqui, de duas torres, ou está"),
     ("buscar --index INDEX", "nada a procurar: escreva uma frase"),
     ("buscar x --menos 9:y --index INDEX", "o peso de '9:y' deve ser maior que 0 e no máximo 4"),
+    ("abrir --allow-host a/b --index INDEX", "--allow-host deve ser um nome como fotos.local, ou um endereço, e é"),
     ("exportar fotos.xls --index INDEX", "o arquivo deve terminar em .parquet ou .csv, e é fotos.xls"),
     ("exportar /proc/x.csv --index INDEX", "/proc/x.csv não pode ser criado: não se grava em /proc. Escolha"),
     ("indexar \udcff --model TINY", r"o nome da pasta '\udcff' não está em UTF-8. Dê-lhe outro nome"),
@@ -536,8 +557,9 @@ def test_the_miniature_says_what_it_is_every_time(capivara, folder, index, tmp_p
     assert capivara("search", "gato", "--index", where, "--model", "miniature", "-k", 1)[2] == error
 
 
-def test_the_bar_knows_no_rate_before_there_is_work(monkeypatch):
+def test_the_bar_knows_no_rate_before_there_is_work_and_a_log_file_is_told_seldom(monkeypatch, capsys):
     now, shown = [0.0], []
+    prepare_bars()
     monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
     monkeypatch.setattr(estimates, "time", SimpleNamespace(monotonic=lambda: now[0]))
     with progress_bar(Words("pt")) as show_progress:
@@ -545,8 +567,11 @@ def test_the_bar_knows_no_rate_before_there_is_work(monkeypatch):
             now[0] = float(seconds)  # of which the model takes 60 to load
             show_progress(done, 6848)
             shown += [str(bar).partition("· ")[2] for bar in tqdm.std.tqdm._instances]
+        assert capsys.readouterr().err == "", "within half a minute of the first picture"
+        now[0] = 95.0
         show_progress(6848, 6848)
-        assert not tqdm.std.tqdm._instances, "what is printed next has a line of its own"
+        said = capsys.readouterr().err
+        assert re.fullmatch(r"(\r100%\|.* imagens/s){2}\n", said), "what is printed next has a line of its own"
     assert shown[1] == "00:00, faltam ? · ? imagens/s" and shown[-1] == "00:22, faltam 03:20 · 32.00 imagens/s"
 
 
@@ -606,8 +631,10 @@ def test_app_says_what_it_answers_to_and_whose_originals_it_hides(capivara, inde
         asked.update(host=host, allow_hosts=allow_hosts)
         on_open(f"http://{host}:{port}")
 
-    monkeypatch.setattr("capivara_search.page.server.serve_index", served)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    code, out, error = capivara("abrir", "--lang", "pt", "--index", index, "--host", "256.1.1.1")
+    assert (code, out, error) == (3, "", f"erro: {Words('pt')('no_host')}\n"), "nothing is open to anybody"
+    monkeypatch.setattr("capivara_search.page.server.serve_index", served)
     flags = ["--lang", "pt", "app", "--index", index, "--allow-host", "fotos.local", "--allow_host=10.0.0.9"]
     assert capivara(*flags)[2].strip() == "", "on this machine alone there is nothing to say"
     said = capivara(*flags, "--host", "0.0.0.0")[2]
@@ -629,7 +656,7 @@ def test_app_opens_the_page_until_it_is_ended(index):
     with urllib.request.urlopen(address, timeout=30) as answer:
         assert b'lang="pt' in answer.read()
     second = started("app", "--no-open", "--port", port, "--index", index)
-    assert "at this --host and --port; choose another one: " in second.communicate(timeout=60)[1]
+    assert "the port is in use; choose another one by --port" in second.communicate(timeout=60)[1]
     assert second.returncode == 3
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1].strip()  # the image tower is loaded while the page is open

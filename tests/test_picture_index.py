@@ -309,7 +309,9 @@ def test_while_embedded_by_two_models_only_the_rows_of_the_querys_model_are_foun
     assert 0 < newer < 20
     assert f"{20 - newer} of 20 pictures are not yet embedded by wide, and not found." in caplog.text
     assert len(index.search("um gato", k=50)) == 20 - newer
-    assert other.add(folder).embedded == 20 - newer
+    with caplog.at_level(logging.INFO, "capivara"):
+        assert other.add(folder).embedded == 20 - newer
+    assert f"{20 - newer} pictures are still of another model, and are embedded again by wide." in caplog.text
     assert len(other.search("um gato", k=50)) == 20
 
 
@@ -329,6 +331,8 @@ def test_classification_uses_kept_vectors_reads_others_and_can_say_none(
     scores = known_index.vectors([one.path for one in kept]) @ texts.T
     expected = [[*labels, None][best] for best in scores.argmax(axis=1)]
     assert [one.label for one in kept] == expected
+    with pytest.raises(ValueError, match="labels must be a list of words, got the text 'gato'"):
+        known_index.classify(known_folder, "gato")
     assert known_index.classify(PIL.Image.open(kept[0].path).convert("RGB"), labels)[0].label == kept[0].label
 
 

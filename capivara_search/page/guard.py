@@ -26,6 +26,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from capivara_search.words import failure
+
 MAX_UPLOAD_BYTES = 20_000_000  # of a picture; photographs of telephones have under 15 MB
 MAX_QUESTION_BYTES = 200_000  # of its line of JSON; one has under 10 kB
 UPLOADS_AT_ONCE = 8  # bodies over MAX_QUESTION_BYTES in memory, until they are answered; others wait
@@ -209,7 +211,8 @@ def allowed_hosts(host: str, more: Sequence[str] = ()) -> list[str]:
     own = ["localhost", "127.0.0.1", "::1", host.lower()]
     names = own + [name if name == "*" else host_name(name) for name in more]
     if "" in names:
-        raise ValueError(f"--allow-host must be a name such as fotos.local, or an address, got {', '.join(more)!r}.")
+        wrong = (name for name in more if name != "*" and not host_name(name))
+        raise failure(ValueError, "bad_host", value=", ".join(wrong))
     if host in ("0.0.0.0", "::"):
         machine = socket.gethostname().lower()
         names += [machine, f"{machine.partition('.')[0]}.local"]  # as a network without a server of names finds it
