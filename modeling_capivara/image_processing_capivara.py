@@ -64,6 +64,11 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
             raise ValueError(f'size must be {{"shortest_edge": pixels}}, at least 1, got {dict(size)}.')
         if kwargs["do_center_crop"] and not min(crop_size.height or 0, crop_size.width or 0) > 0:
             raise ValueError(f'crop_size must be {{"height": pixels, "width": pixels}}, at least 1, got {crop_size}.')
+        for name, least in {"image_mean": -np.inf, "image_std": 0}.items() if kwargs["do_normalize"] else ():
+            found = np.atleast_1d(np.asarray(kwargs[name], dtype=float))
+            if found.shape not in ((1,), (3,)) or not (np.isfinite(found) & (found > least)).all():
+                rule = f"one finite number above {least}, or three, a channel each"
+                raise ValueError(f"{name} must be {rule}, got {kwargs[name]}.")
         if kwargs["do_convert_rgb"] is False or kwargs.get("data_format") not in (None, ChannelDimension.FIRST):
             raise ValueError("The model takes three channels, channels_first: leave do_convert_rgb, data_format out.")
 
