@@ -133,8 +133,20 @@ def _put_in_place(new: Path, path: Path, overwrite: bool) -> None:
     old = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
     with _kept(path):
         path.rename(old)
-        new.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            new.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
+        with suppress(OSError):
+            _remove(old)
+
+
+def _remove(left: Path) -> None:
+    """Remove a replaced or unfinished folder, under a name that says that it is not whole."""
+    doomed = left.with_name(f"{left.name[: -len('old-01234567')]}tmp-{left.name[-8:]}")
+    left.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def partial_folder(path: Path) -> Path:
@@ -197,7 +209,7 @@ def remove_leftovers(path: Path) -> None:
             if match[1] == "old" and not (path.exists() and any(path.iterdir())):
                 left.rename(path)  # killed between the two renames of `_put_in_place`
             else:
-                shutil.rmtree(left)
+                _remove(left)
 
 
 def check_output_file(path: Path) -> None:

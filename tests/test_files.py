@@ -95,8 +95,8 @@ def test_weights_are_as_readable_as_their_neighbours(tmp_path, kind):
         assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~UMASK, path
 
 
-def test_old_folder_stays_until_the_new_one_is_complete(tmp_path):
-    out = tmp_path / "out"
+def test_old_folder_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
+    out, rename = tmp_path / "out", Path.rename
     out.mkdir()
     (out / "old").write_text("1")
     with pytest.raises(ValueError, match=r"not empty.*--overwrite_output_dir"), whole_folder(out):
@@ -107,6 +107,9 @@ def test_old_folder_stays_until_the_new_one_is_complete(tmp_path):
     assert [p.name for p in out.iterdir()] == ["old"] and [p.name for p in tmp_path.iterdir()] == ["out"]
     with whole_folder(out, overwrite=True) as folder:
         (folder / "new").write_text("1")
+    monkeypatch.setattr(Path, "rename", lambda path, to: rename(path, "/no/such" if "tmp-" in path.name else to))
+    with pytest.raises(FileNotFoundError), whole_folder(out, overwrite=True):
+        pass
     assert [p.name for p in out.iterdir()] == ["new"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -124,6 +127,19 @@ def test_another_process_tidies_up_between_the_two_renames(tmp_path, monkeypatch
     with whole_folder(out, overwrite=True) as folder:
         write_json(folder / "a", "new")
     assert read_json(out / "a") == "new" and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_replaced_folder_that_is_half_removed_is_never_put_back(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    write_json(out / "a", "old")
+    write_json(tmp_path / ".out.old-01234567" / "a", "older")
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # killed as it begins
+    with whole_folder(out, overwrite=True):  # removes what is older, then what is old
+        pass
+    monkeypatch.undo()
+    out.rename(tmp_path / "kept")
+    check_output_folder(out)
+    assert [p.name for p in tmp_path.iterdir()] == ["kept"]
 
 
 def test_disk_full(small_disk, tiny_model):
