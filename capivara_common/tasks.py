@@ -1,5 +1,6 @@
 """Work that is shared out to tasks: its flags and its phases. Light, so that `--help` answers at once."""
 
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -56,6 +57,8 @@ class ExecutorArguments:
                     raise ValueError(f"{name} {rule}, got {value!r}.")
         if not all(re.fullmatch(r"[a-z][a-z-]*(=.*)?", option) for option in self.sbatch):
             raise ValueError(f"sbatch must be options as KEY=VALUE, without dashes before them, got {self.sbatch}.")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process would do all rows
+            raise ValueError(f"This command is not launched by Accelerate or torchrun: {SHARED_BY_TASKS}.")
 
     def executor_flags(self) -> dict[str, Any]:
         """The flags of this class that were given."""

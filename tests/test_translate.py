@@ -151,6 +151,9 @@ def test_languages_and_keys_are_refused_before_any_work(service, dataset, tmp_pa
     monkeypatch.delenv("GOOGLE_API_KEY")
     with pytest.raises(ValueError, match="needs a key"):
         main(google_flags(service, dataset, tmp_path / "pt"))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="not launched by Accelerate or torchrun: rows are shared out by --tasks"):
+        main(google_flags(service, dataset, tmp_path / "pt"))
     assert service.requests == [] and [path.name for path in tmp_path.iterdir()] == ["pt.logs"]
 
 
