@@ -34,6 +34,7 @@ DIVIDED |= {"num_attention_heads", "vocab_size"}  # by --widths
 class CaptionsArguments:
     """Arguments of `benchmarks.captions`."""
 
+    gone = {"device": "the figures are of a processor"}
     images: int = flag(16, "Images, all in one batch.")
     new_tokens: int = flag(12, "Tokens of every generated text.")
     runs: int = flag(5, "Alternating runs.")

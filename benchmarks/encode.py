@@ -33,6 +33,7 @@ TOKENS = 20  # of a caption, begin and end included
 class EncodeArguments:
     """Arguments of `benchmarks.encode`."""
 
+    gone = {"device": "the figures are of a processor"}
     images: int = flag(32, "Images of one run.")
     captions: int = flag(64, "Captions of one run.")
     runs: int = flag(5, "Runs of each program, alternating.")

@@ -25,6 +25,7 @@ from capivara_common.files import read_json
 class MainJobArguments:
     """Arguments of `benchmarks.main_job`."""
 
+    gone = {"without_bf16": "the processor computes in all that it has instructions for"}
     threads: int = flag(2, "CPU threads.")
     old_tree: Path | None = flag(None, "Checkout that is measured as well, before this one.")
     output: Path = flag(timing.RESULTS / "main_job.json", "JSON file.")

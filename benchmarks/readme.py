@@ -28,6 +28,7 @@ BLOCK = re.compile(r"(<!-- (\w+): made by `python -m benchmarks.readme` -->\n).*
 class ReadmeArguments:
     """Arguments of `benchmarks.readme`."""
 
+    gone = dict.fromkeys(("real_images", "exchange"), "their figures stay in docs as they are")
     demo: list[Path] = flag([], "Folders of runs of configs/openmoji.yaml, one a seed.")
     check: bool = flag(False, "Change nothing, fail where a figure is not the JSON's.")
 

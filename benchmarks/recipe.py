@@ -40,6 +40,7 @@ Hits = dict[str, Tensor]  # such as "noto/test/pt/text_to_image" -> each query's
 class RecipeArguments:
     """Arguments of `benchmarks.recipe`. Raises ValueError where a seed is there twice, or none."""
 
+    gone = dict.fromkeys(("only", "variants"), "three shares of the weights are measured, from one training a seed")
     config: Path = flag(ROOT / "configs" / "openmoji.yaml", "Config of the training.")
     seeds: list[int] = flag([0, 1, 2], "Seeds of each.")
     base: str = flag("data/openmoji/base", "Folder of the base model.")

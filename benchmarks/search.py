@@ -44,6 +44,7 @@ QUERY_WORDS = ("um gato dormindo", "cachorro correndo na praia", "bolo de aniver
 class SearchArguments:
     """Arguments of `benchmarks.search`."""
 
+    gone = {"photographs": "those of 12 megapixels are not measured any more; --parts index and follow are"}
     parts: Literal["index", "follow"] = flag("index", "What is measured: indexes of all sizes, a folder followed.")
     sizes: list[int] = flag([1_000, 10_000, 100_000, 1_000_000], "Pictures of the indexes.")
     followed: int = flag(10_000, "Photographs, of 640 x 480, of the folder that is followed.")

@@ -65,6 +65,7 @@ OPEN_CLIP_PRECISIONS = {"no": "fp32", "bf16": "amp_bfloat16"}
 class TrainStepArguments:
     """Arguments of `benchmarks.train_step`."""
 
+    gone = {"device": "the figures are of a processor"}
     model: Literal["capivara", "siglip2"] = flag("capivara", "Architecture; siglip2 is SigLIP 2 B/16.")
     pairs: int = flag(96, "Pairs of one step, for all programs.")
     micro: int = flag(16, "Our micro-batch, pairs; the recipe's step has 64.")

@@ -41,6 +41,7 @@ OTHERS = ["lua crescente", "coração azul", "coração vermelho", "gato", "carr
 class GuideArguments:
     """Arguments of `examples.guide_generation`. Raises ValueError where a value breaks its rule."""
 
+    gone = {"pipeline": "a pipeline of diffusers is no longer steered; without it, a picture is optimised"}
     sentence: str = flag(..., "What the picture shall show, in Portuguese.")
     model: str = flag("data/openmoji/base", "Folder or Hub id of a CAPIVARA model.")
     output_dir: Path = flag(Path("runs/guided"), "Folder for the pictures and the figures.")
