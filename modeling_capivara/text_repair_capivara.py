@@ -8,12 +8,15 @@ import re
 from collections.abc import Iterable
 
 import ftfy
+from ftfy.fixes import unescape_html
 
 CONTEXT_LENGTH = 77  # tokens, begin and end included; open_clip's default, kept by CAPIVARA
 # What is read of a text, its long blanks counted as short ones. 77 tokens need a quarter of it even where every letter
-# is written as an entity, and ftfy's time grows with the square of the length: half a second for entities in entities.
+# is written as an entity, and ftfy's time grows with the square of the length, and by the line.
 MAX_CHARACTERS, MAX_LINES = 4096, 512
 LONG_BLANK = re.compile(r"\s{6,}")
+MANY_ENTITY_SIGNS = 8  # ftfy may need a round for each; with more of them the rounds are counted here
+NESTED_LEVELS = 4  # entities within entities that are resolved one a round, as ftfy does; the deeper ones all in one
 
 
 def repair_text(text: str) -> str:
@@ -25,18 +28,39 @@ def repair_text(text: str) -> str:
     checked_texts([text])
     if len(text) > MAX_CHARACTERS or text.count("\n") > MAX_LINES:
         text = _beginning(text)
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+    return " ".join(html.unescape(html.unescape(_fixed(text))).split())
 
 
 def _beginning(text: str) -> str:
     """The first characters and lines of `text`, its long blanks cut to their ends and a line break, if any."""
-    short = LONG_BLANK.sub(lambda blank: blank[0][:2] + "\n" * ("\n" in blank[0]) + blank[0][-2:], text)
+    shortened = lambda blank: blank[0][:2] + "\n" * ("\n" in blank[0]) + blank[0][-2:]  # noqa: E731
+    short = LONG_BLANK.sub(shortened, text, count=MAX_CHARACTERS)  # each leaves four or five
     kept = "\n".join(short[:MAX_CHARACTERS].split("\n")[:MAX_LINES])
     if kept == short:
         return short
     # Cut behind an ASCII character, where there is one: half a letter of mojibake would hide what the line is.
     ends = range(len(kept), max(len(kept) - 256, 0), -1)
     return kept[: next((end for end in ends if kept[end - 1].isascii()), len(kept))]
+
+
+def _fixed(text: str) -> str:
+    """`ftfy.fix_text` in a bounded number of rounds; its own are as many as entities are nested, a quadratic time."""
+    if sum(map(text.count, "&;＆；")) <= MANY_ENTITY_SIGNS:
+        return ftfy.fix_text(text)
+    bracket = text.find("<")  # from its line on, ftfy leaves entities alone
+    end = len(text) if bracket < 0 else text.rfind("\n", 0, bracket) + 1
+    return "".join(map(_fixed_line, re.split("(?<=\n)", text[:end]))) + ftfy.fix_text(text[end:])
+
+
+def _fixed_line(line: str) -> str:
+    for level in range(NESTED_LEVELS + 1):
+        before, line = line, unescape_html(line)
+        while level == NESTED_LEVELS and line != (deeper := unescape_html(line)):
+            line = deeper
+        line = ftfy.fix_text_segment(line, unescape_html=False)
+        if line == before:
+            break
+    return line
 
 
 def checked_texts(text: str | Iterable[str]) -> str | list[str]:

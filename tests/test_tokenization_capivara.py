@@ -3,6 +3,7 @@
 import copy
 import pickle
 import time
+import timeit
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ LONG = {
     "blanks between": ("\r\n\t " * 3000).join(PORTUGUESE.split()),
     "a hard blank in mojibake": " " * 5000 + mojibake("à beira, à toa, Ã lá"),
     "nested entity, accents": "SÃ£o &" + "amp;" * 100 + "Atilde;&amp;pound; gato",
+    "nested entity, its end": "SÃ£o &amp" + "&semi" * 20 + "; &Atilde;&pound; gato",
     "nested entity beside a tag": "um <b> &" + "amp;" * 30 + "lt;b",
     "entities of entities": entities(HINDI * 3, nested=1),
     "mojibake of long text, twice": mojibake(RUSSIAN * 300, 2, "cp1252"),
@@ -57,6 +59,8 @@ def test_long_texts_have_open_clips_ids(xlmr):
 
 HOSTILE = {
     "nested entities behind mojibake": "Ã©&" + "amp;" * 10**6,
+    "nested at their end": "Ã©&amp" + "&semi" * 800 + ";",
+    "nested and hidden": "Ã©&" + "\0amp;" * 10**6,
     "combining marks": "a" + "\u0301\u0323" * 10**6,
     "lines": "Ã©\n" * 10**6,
     "mojibake": mojibake(PORTUGUESE * 20_000),
@@ -64,10 +68,11 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_megabyte_of_anything_costs_a_second_at_most(tiny_processor, kind):
-    text, start = HOSTILE[kind][: 10**6], time.process_time()
+def test_a_megabyte_of_anything_costs_a_twentieth_of_a_second(tiny_processor, kind):
+    text = HOSTILE[kind][: 10**6]
     assert len(tiny_processor(text=text)["input_ids"]) <= 77
-    assert time.process_time() - start < 1
+    once = {"timer": time.process_time, "number": 1, "repeat": 3}
+    assert min(timeit.repeat(lambda: tiny_processor(text=text), **once)) < 0.05
 
 
 def test_tokenizer_alone_reads_texts_as_the_processor_does(tiny_folder, tiny_processor):
