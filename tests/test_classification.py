@@ -13,6 +13,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Sequence
 from towers import as_open_clip
 
+from capivara_common.image_files import BadImage
 from caption_data.labelled_images import _by_name, load_images
 from eval.classification import chance_of, classification_metrics, main
 from eval.prompts import load_prompts
@@ -155,6 +156,13 @@ def test_names_are_matched_as_folders_can_have_them_and_in_their_order():
 def test_images_of_classes_without_a_name_are_left_out(pictures):
     images = load_images(str(pictures), "test", CIFAR, indices=[3, 0])
     assert sorted(images.labels) == [0] * 3 + [1] * 3 and len(images.images) == 6
+
+
+def test_a_file_outside_its_folder_that_a_list_names_is_refused(own_pictures):
+    shutil.copy(own_pictures / "cat/1.png", own_pictures.parent / "secret.png")
+    (own_pictures / "metadata.jsonl").write_text(json.dumps({"file_name": "../secret.png", "label": 0}))
+    with pytest.raises(BadImage, match="lies outside"):
+        load_images(str(own_pictures), "train", CIFAR).images.image(0)
 
 
 @pytest.mark.parametrize("name", ["cat/1.png", "cat"])

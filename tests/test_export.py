@@ -169,7 +169,8 @@ def in_bfloat16(model: CapivaraModel, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [as_one_file, as_shards, in_bfloat16])
-def test_every_tensor_is_the_models_in_both_files(tmp_path, tiny_processor, save, caplog):
+def test_every_tensor_is_the_models_in_both_files(tmp_path, tiny_processor, save, caplog, monkeypatch):
+    monkeypatch.setattr(CapivaraModel, "from_pretrained", None)  # weights are written as they are mapped, not loaded
     model = randomise(CapivaraModel(tiny_config()))
     save(model, tmp_path / "model")
     tiny_processor.save_pretrained(tmp_path / "model")

@@ -100,6 +100,15 @@ def test_half_precision_weights(tiny_folder, tmp_path, batch, dtype):
     assert {parameter.dtype for parameter in anew.parameters()} == {torch.float32}
 
 
+def test_sdpa_equals_eager_and_reaches_both_towers(tiny_folder, batch):
+    outputs = []
+    for kind in ("sdpa", "eager"):
+        model = CapivaraModel.from_pretrained(tiny_folder, attn_implementation=kind)
+        assert {tower.config._attn_implementation for tower in (model.text_model, model.vision_model)} == {kind}
+        outputs.append(model(**batch).logits_per_text)
+    torch.testing.assert_close(*outputs)
+
+
 @pytest.mark.slow
 def test_compiles_in_one_graph_and_exports_both_towers(tiny_model, batch):
     expected = tiny_model(**batch).logits_per_text

@@ -290,3 +290,14 @@ def test_the_last_checkpoints_and_the_best_stay(run, tmp_path, monkeypatch):
     out = train_accelerate.main(run(tmp_path / "out", eval_steps=1, save_steps=1, max_steps=8, keep_last=2))
     steps = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert steps == ["step-00000002", "step-00000007", "step-00000008"]
+
+
+@pytest.mark.slow
+def test_tensorboard(run, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out = train_accelerate.main(run(tmp_path / "out", tracker="tensorboard"))
+    (folder,) = {path.parent for path in out.rglob("events.out.tfevents.*") if path.parent.name == "capivara"}
+    curves = events.EventAccumulator(str(folder)).Reload()
+    losses = {point["step"]: point["loss"] for point in run_json(out)["curve"] if "loss" in point}
+    assert {event.step: event.value for event in curves.Scalars("loss")} == pytest.approx(losses)
+    assert {"validation/loss", "learning_rate", "gradient_norm"} <= set(curves.Tags()["scalars"])
