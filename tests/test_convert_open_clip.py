@@ -268,8 +268,7 @@ def test_a_configuration_that_can_not_be_is_one_line_before_any_weight_is_read(
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("do_resize", False), ("crop_size", {"height": 32, "width": 24}), ("resample", 1)],
+    ("name", "value"), [("do_resize", False), ("crop_size", {"height": 32, "width": 24}), ("resample", 1)]
 )
 def test_what_open_clip_can_not_do_to_images_is_named(tiny_processor, name, value):
     changed = type(tiny_processor.image_processor)(**tiny_processor.image_processor.to_dict() | {name: value})

@@ -18,12 +18,7 @@ from transformers import TimmWrapperConfig
 from hub_upload.export import FORMATS, export
 from hub_upload.formats import open_clip as open_clip_format
 from hub_upload.formats.open_clip import text_config_source
-from modeling_capivara import (
-    CapivaraConfig,
-    CapivaraImageProcessor,
-    CapivaraModel,
-    CapivaraProcessor,
-)
+from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.convert_open_clip import capivara_state_dict, open_clip_state_dict
 from modeling_capivara.two_towers import random_images
 

@@ -169,10 +169,7 @@ def test_code_is_the_packages_and_not_the_sources(tiny_folder, tmp_path):
 BAD_FOLDERS = {
     "gone": (shutil.rmtree, "does not exist"),
     "no config": (lambda f: (f / "config.json").unlink(), r"holds no model \(config.json is missing\)"),
-    "of another kind": (
-        lambda f: (f / "config.json").write_text('{"model_type": "bert"}'),
-        "taken are capivara",
-    ),
+    "of another kind": (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "taken are capivara"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"has no weights \(model.safetensors is missing\)"),
     "truncated weights": (lambda f: os.truncate(f / "model.safetensors", 1000), "model.safetensors can't be read"),
     "no processor": (lambda f: (f / "processor_config.json").unlink(), "has no processor"),

@@ -43,16 +43,3 @@ def test_a_picture_comes_nearer_to_its_sentence(cells, views, tiny_folder, tmp_p
     assert Image.open(tmp_path / "out" / "steps.png").size == (8 * 128, 128) and picture.size == (40, 40)
     assert f"{found[SENTENCE]['after']:6.3f}   {SENTENCE}" in capsys.readouterr().out
     assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--sentence", " "], "The sentence is empty"),
-        (["--sentence", "a", "--steps", "0"], "steps must be at least 1, got 0"),
-    ],
-)
-def test_what_cannot_be_is_said_before_any_work(words, message, tiny_folder, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        guide_generation.main(["--model", str(tiny_folder), "--output_dir", str(tmp_path / "out"), *words])
-    assert not (tmp_path / "out").exists()

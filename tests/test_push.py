@@ -325,10 +325,7 @@ def test_a_token_in_a_file_or_a_flag_goes_nowhere(hub, push, folder):
     assert done.code == 1 and "config.json, line 1, names a place" in done.err and "hub_upload.export" in done.err
 
 
-@pytest.mark.parametrize(
-    ("flag", "secret"),
-    [("--message", "ghp_" + "a1B2" * 9), ("--revision", "AKIA" + "ABCD" * 4)],
-)
+@pytest.mark.parametrize(("flag", "secret"), [("--message", "ghp_" + "a1B2" * 9), ("--revision", "AKIA" + "ABCD" * 4)])
 def test_a_secret_in_what_everybody_reads_is_not_sent(hub, push, flag, secret):
     done = push("--push", flag, secret)
     assert done.code == 2 and f"{flag} holds what looks like an access token or key" in done.err
