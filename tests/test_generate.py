@@ -262,10 +262,7 @@ def test_prefixes_that_are_none(prefixes, said, tmp_path):
     ("more", "said"),
     [
         (["--max_new_tokens", "0"], "max_new_tokens must be at least 1, got 0"),
-        (
-            ["--model", "no/such/folder"],
-            "Repo id must be in the form",
-        ),
+        (["--model", "no/such/folder"], "Repo id must be in the form"),
         (["--executor", "slurm"], "--executor slurm needs --tasks"),
     ],
 )

@@ -14,13 +14,7 @@ from PIL import Image
 
 from capivara_search.index import PictureIndex
 from capivara_search.page import server
-from capivara_search.page.answers import (
-    MAX_LABELS,
-    MAX_LETTERS,
-    MAX_PICTURES,
-    Answers,
-    Question,
-)
+from capivara_search.page.answers import MAX_LABELS, MAX_LETTERS, MAX_PICTURES, Answers, Question
 from capivara_search.page.guard import Refusal
 from hub_upload.space import static_page
 

@@ -185,8 +185,7 @@ def test_google_translates_in_requests_that_it_allows(service):
 
 
 @pytest.mark.parametrize(
-    "fault",
-    [429, "quota", pytest.param("timeout", marks=pytest.mark.slow), "cut", "list", "fewer"],
+    "fault", [429, "quota", pytest.param("timeout", marks=pytest.mark.slow), "cut", "list", "fewer"]
 )
 def test_what_passes_is_tried_again(service, fault, monkeypatch):
     monkeypatch.setattr(translators, "TIMEOUT_S", 5.0 if fault == "timeout" else 60.0)
