@@ -61,7 +61,6 @@ WRONG_USE = {  # of the command -> what it says
     "hub_upload.push --model . --repo_id a/b --deadline_hours 1": "`--deadline_hours` is gone: a call ends after 300 s",
     "benchmarks.recipe --only paper": "`--only` is gone: three shares of the weights are measured, from one training",
     "examples.guide_generation --sentence a --steps 0": "steps must be at least 1, got 0",
-    "benchmarks.search --parts peers": "argument --parts: invalid choice: 'peers' .choose from .?index",
     "hub_upload.card --model m --repo-idd a/b": "Unknown flag: `--repo-idd`. Did you mean `--repo_id`?",
 }
 
