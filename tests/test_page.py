@@ -234,7 +234,7 @@ def goes_down_the_tree_by_keys(visitor: Visitor, folder: Path) -> None:
     page.locator("#folder .tree li li").first.wait_for(state="hidden")
     press("Enter"), press("Escape")
     assert page.evaluate("document.activeElement.parentElement.id") == "folder"
-    assert not page.locator("#folder .tree").is_visible()
+    page.locator("#folder .tree li").first.wait_for(state="detached")
     press("Enter")
     page.locator(f"#folder .tree button[title='{folder / 'verde'}']").focus()
     press("Enter")
