@@ -234,7 +234,7 @@ def goes_down_the_tree_by_keys(visitor: Visitor, folder: Path) -> None:
     page.locator("#folder .tree li li").first.wait_for(state="hidden")
     press("Enter"), press("Escape")
     assert page.evaluate("document.activeElement.parentElement.id") == "folder"
-    assert not page.locator("#folder .tree").is_visible()
+    page.locator("#folder .tree li").first.wait_for(state="detached")
     press("Enter")
     page.locator(f"#folder .tree button[title='{folder / 'verde'}']").focus()
     press("Enter")
@@ -254,6 +254,10 @@ def looks_closely(visitor: Visitor, folder: Path) -> None:
     assert "5 de março de 2025" in facts and "600 × 400 pixels" in facts and "12,97083° S, 38,51000° O" in facts
     assert f"{round(path.stat().st_size / 1000)} kB" in facts
     assert visitor.text("#viewer-path") == str(path) and visitor.text("#viewer-title") == "coffee"
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.click("#copy")
+    visitor.sees("#viewer-said", "Copiado.")
+    assert page.evaluate("navigator.clipboard.readText()") == str(path)
     page.keyboard.press("ArrowRight")
     visitor.sees("#viewer-title", "chelsea")
     page.keyboard.press("ArrowLeft")

@@ -379,7 +379,7 @@ def test_raw_without_rawpy_is_left_out_and_tried_again(tmp_path, monkeypatch):
     saved(tmp_path / "a.dng", b"of a camera")
     monkeypatch.setitem(sys.modules, "rawpy", None)
     said = reason(tmp_path / "a.dng")
-    assert said.startswith(("needs rawpy: ", *picture_files.RETRYABLE)) and said.endswith("pip install rawpy")
+    assert said.startswith("needs rawpy: ") and said.startswith(picture_files.RETRYABLE)
 
 
 # --- EXIF ------------------------------------------------------------------------------------------------------------

@@ -181,6 +181,11 @@ class Connection(H11Protocol):
             self.connections.discard(silent)
             silent.transport.abort()
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It has ended."""
+        self._deadline.cancel()  # which would keep it for its time
+        super().connection_lost(exc)
+
     def on_response_complete(self) -> None:
         """Wait for the next request."""
         self._deadline.cancel()

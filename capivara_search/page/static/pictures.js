@@ -77,6 +77,11 @@ function facts(shown) {
 
 find("before").addEventListener("click", () => step(-1));
 find("after").addEventListener("click", () => step(1));
+find("copy").addEventListener("click", async () => {
+  getSelection().selectAllChildren(find("viewer-path")); // for Ctrl+C, where a page without https may not copy
+  const copied = await navigator.clipboard?.writeText(list[place].path).then(() => true, () => false);
+  if (copied) find("viewer-said").textContent = say("copied");
+});
 viewer.addEventListener("close", () => {
   if (viewer.returnValue === "left") return (viewer.returnValue = "");
   // to the picture that was seen last, which may be another one, or drawn anew meanwhile
