@@ -1,14 +1,16 @@
 """Progress bars: in a terminal of what takes a second and more; a log file has each once in half a minute."""
 
+import math
 import sys
 from functools import partialmethod
+from typing import Any
 
 from tqdm.std import tqdm
 
 QUICK_S = 1  # in which nothing needs a bar, such as reading weights
 EVERY_S = 30  # in a file or a pipe
 
-_init, _set_postfix = tqdm.__init__, tqdm.set_postfix
+_init, _set_postfix, _display = tqdm.__init__, tqdm.set_postfix, tqdm.display
 
 
 def prepare_bars() -> None:
@@ -19,6 +21,12 @@ def prepare_bars() -> None:
     seldom = dict.fromkeys(("mininterval", "maxinterval", "delay"), EVERY_S)
     tqdm.__init__ = partialmethod(_init, **{"delay": QUICK_S} if sys.stderr.isatty() else seldom)
     tqdm.set_postfix = partialmethod(_set_postfix, refresh=False)
+    tqdm.display = _display_in_time
+
+
+def _display_in_time(bar: tqdm, *args: Any, **options: Any) -> bool:
+    """Nothing before the delay: `tqdm.write` would draw a bar that `close` then gives no end of a line."""
+    return bar._time() >= getattr(bar, "start_t", math.inf) + bar.delay and _display(bar, *args, **options)
 
 
 def no_bars() -> None:

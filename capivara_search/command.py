@@ -97,7 +97,11 @@ def _notes_shown(words: Words) -> Iterator[None]:
         if words.language == "pt" and words.has(key):
             values = getattr(record, "values", record.args)
             text = words(key, *(explained(one, words)[1] if isinstance(one, Exception) else one for one in values))
-        tqdm.write(visible(" ".join(text.split())), file=sys.stderr)  # a bar goes on below it
+        text = visible(" ".join(text.split()))
+        if sys.stderr.isatty():
+            tqdm.write(text, file=sys.stderr)  # a bar goes on below it
+        else:
+            click.echo(text, err=True)
 
     handler.emit = emit
     # transformers warns of default values of SigLIP's own configuration, whatever a model has.

@@ -5,7 +5,6 @@ the list of commands, too, `flag.NAME.FLAG` or, of several commands, `flag.FLAG`
 in the help (by its type, where a flag names no KEY), and `bad.TYPE`, what a value must be.
 """
 
-import difflib
 import os
 from calendar import monthrange
 from collections.abc import Callable
@@ -139,11 +138,11 @@ class Group(Command, click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Raises click.UsageError, which names the nearest command; of a sentence, the search for it."""
         if not self.get_command(ctx, args[0]) and not ctx.resilient_parsing:
-            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            error = click.NoSuchOption(args[0], possibilities=self.list_commands(ctx))
             sentence = visible(" ".join(takewhile(lambda word: not word.startswith("-"), args)))
-            if not near and " " in sentence:  # what is meant is plain
-                near = [f'capivara {"search" if ctx.obj.language == "en" else COMMANDS["search"]} "{sentence}"']
-            raise click.NoSuchOption(args[0], possibilities=near)
+            if not error.possibilities and " " in sentence:
+                error.possibilities = [f'capivara {"search" if ctx.obj.language == "en" else "buscar"} "{sentence}"']
+            raise error
         return super().resolve_command(ctx, args)
 
 
