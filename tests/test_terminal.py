@@ -113,7 +113,7 @@ def test_no_text_is_stale_and_none_is_missing():
     for one in (capivara, *capivara.commands.values()):
         one.get_help(click.Context(one, parent=context))
     rooms = ("capivara_search", "capivara_common", "modeling_capivara")
-    code = "".join(path.read_text(encoding="utf-8") for room in rooms for path in (ROOT / room).glob("*.py"))
+    code = "".join(path.read_text(encoding="utf-8") for room in rooms for path in (ROOT / room).rglob("*.py"))
     named = set(re.findall(r"[\"']([\w.]+)[\"']", code))
     known = Words("pt")._texts.keys()
     coded = {key for key in known if key.startswith(("error.", "note.")) and key.partition(".")[2] in named}
