@@ -129,14 +129,9 @@ class Visitor:
         self.page.set_input_files(f"#{part}-file", [{"name": name, "mimeType": "image/png", "buffer": data}])
 
     def pastes(self, data: bytes) -> None:
-        self.page.evaluate(
-            """(numbers) => {
-                const clipboardData = new DataTransfer();
-                clipboardData.items.add(new File([new Uint8Array(numbers)], "colada.png", { type: "image/png" }));
-                document.dispatchEvent(new ClipboardEvent("paste", { clipboardData }));
-            }""",
-            list(data),
-        )
+        made = f"const clipboardData = new DataTransfer(), data = new Uint8Array({list(data)});"
+        made += "clipboardData.items.add(new File([data], 'colada.png', { type: 'image/png' }));"
+        self.page.evaluate(f"{{ {made} document.dispatchEvent(new ClipboardEvent('paste', {{ clipboardData }})); }}")
 
     def chooses(self, part: str, folder: Path) -> None:
         self.page.click(f"#{part} > button")
