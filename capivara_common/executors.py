@@ -125,7 +125,8 @@ def run_here(work: Work, args: ExecutorArguments) -> LocalPipelineExecutor:
     context, main = multiprocessing.get_context(START_METHOD), getattr(sys.modules["__main__"].__spec__, "name", "")
     context.set_forkserver_preload([name for name in sys.modules if name.startswith(work.package) and name != main])
     processes = [
-        context.Process(target=_worker, args=(executor, number, workers, gpu), daemon=True)  # which Ctrl-C ends
+        # Ctrl-C ends it. The server that forks it may be of an earlier start, with the environment of then.
+        context.Process(target=_worker, args=(executor, number, workers, gpu, dict(os.environ)), daemon=True)
         for number, gpu in zip(range(workers), itertools.cycle(gpus or [""]), strict=False)
     ]
     for process in processes:
@@ -142,8 +143,9 @@ def _run_ranks(executor: LocalPipelineExecutor, ranks: range) -> None:
             executor._run_for_rank(rank, local_rank=1)  # above 0 its log is not shown on the terminal
 
 
-def _worker(executor: LocalPipelineExecutor, number: int, workers: int, gpu: str) -> None:
+def _worker(executor: LocalPipelineExecutor, number: int, workers: int, gpu: str, environment: dict[str, str]) -> None:
     """Each `workers`-th rank from `number` on, in a process that ends with the one that has started it."""
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the parent hears
     parent = multiprocessing.parent_process()  # a new start must not meet the tasks of one that was killed
     threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()

@@ -1,5 +1,6 @@
 """An index on object storage, filled by several workers; and storage that refuses: 403, no permission, no space."""
 
+import multiprocessing
 import os
 import re
 import socket
@@ -20,7 +21,7 @@ from capivara_search.index import PictureIndex
 from capivara_search.storage import explanation
 from capivara_search.workers import WorkerArguments, add_with_workers
 
-BUCKET, NOBODY = "fotos", "http://127.0.0.1:9"
+BUCKET, NOBODY, START = "fotos", "http://127.0.0.1:9", multiprocessing.get_context("forkserver")
 
 
 # moto looks whether an object is there and then writes it; the storages of the world do both in one, as Lance needs.
@@ -64,6 +65,7 @@ def storage(tmp_path_factory):
     import boto3
 
     pytest.importorskip("moto.server")
+    START.Process(target=int).start()  # by a server that forks, which has the environment of now
     server, endpoint = start_server(tmp_path_factory.mktemp("server"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", endpoint)
