@@ -27,6 +27,7 @@ from modeling_capivara.two_towers import load_embedder, random_images, random_te
 OWN = "transformers,open_clip,sentence_transformers"  # what a push after a run exports
 WORDS = ["um gato azul", "um céu verde", "uma foto vermelha", "um quadrado branco"]
 FACTS = {"siglip": ("SiglipModel", "sigmoid"), "clip": ("CLIPModel", "contrastive")}
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", params=FACTS)
@@ -70,7 +71,6 @@ def test_the_card_is_of_the_models_class(run, kind, language, tmp_path):
     assert printed(sentences, tmp_path).startswith("tensor([[")
 
 
-@pytest.mark.slow
 def test_the_hub_has_the_run_and_its_export(run, kind, tmp_path):
     """The folder of the run itself, with open_clip's files in it, and what a run pushes."""
     folder = shutil.copytree(run, tmp_path / "run")
@@ -96,7 +96,6 @@ def test_the_hub_has_the_run_and_its_export(run, kind, tmp_path):
     assert rule == ({"text": {"padding": "max_length", "max_length": 64}} if kind == "siglip" else None)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("alone", ["drop_in", "immich"])
 def test_the_text_side_alone_of_a_run(run, kind, alone, tmp_path):
     """Of SigLIP by the command that exports CAPIVARA's; where pictures do not fit, one line, and nothing is written."""
@@ -127,7 +126,6 @@ def test_a_text_config_is_for_capivara_alone(run, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.slow
 def test_figures_name_class_and_loss(run, kind, tmp_path, capsys):
     """In result files, in the table of a suite and on the page; embeddings are cut as any model's."""
     named, output = dict(zip(("model_class", "loss"), FACTS[kind], strict=True)), tmp_path / "results"
@@ -169,7 +167,6 @@ def test_the_card_and_the_report_have_what_was_published_of_the_base(run, kind, 
     assert bool(told) == (kind == "siglip")
 
 
-@pytest.mark.slow
 def test_graphs_are_the_model(run, kind, tmp_path):
     """Texts of SigLIP are 64 ids without a mask; alone or beside a longer one, a text is the same."""
     pytest.importorskip("onnxscript")
@@ -196,7 +193,6 @@ def test_graphs_are_the_model(run, kind, tmp_path):
     assert "onnxruntime" in block and printed(block, tmp_path).startswith("[[")
 
 
-@pytest.mark.slow
 def test_transformers_js_classifies_as_the_pipeline(run, tmp_path):
     in_browser = pytest.importorskip("in_browser")
     from skimage import data
