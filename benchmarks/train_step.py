@@ -3,6 +3,7 @@
     python -m benchmarks.train_step
     python -m benchmarks.train_step --model siglip2 --parts programs --runs 3
     python -m benchmarks.train_step --parts recipe --beside ../capivara-before
+    python -m benchmarks.train_step --parts demo --output benchmarks/results/main_job.json
 
 Random weights, captions of 20 tokens, dropout on, the image tower frozen; whole steps, optimiser included, after an
 untimed one. Every measurement is a process of its own, with its own peak of memory. Measured in alternating runs are
@@ -13,7 +14,8 @@ untimed one. Every measurement is a process of its own, with its own peak of mem
 - `cache_recomputed`: as `cache`, no graph kept, as where a batch of 2816 does not fit.
 
 With `--beside CHECKOUT` `no_cache` and `cache` alone are measured, and the same of another checkout, with
-a .venv of its own, in alternating runs; the ratio is to them. The recipe's step alternates likewise.
+a .venv of its own, in alternating runs; the ratio is to them. The recipe's step alternates likewise. `--parts demo` is
+the main job, `make demo` after the installation, end to end: the first run and a second one of each checkout.
 
 With `--model siglip2` it is SigLIP 2 B/16 under the sigmoid loss, beside open_clip's trainer with `--siglip` on its own
 ViT-B-16-SigLIP2; texts are 64 random ids, since SigLIP's are always filled up, and neither has dropout.
@@ -22,7 +24,11 @@ All get the same batch; micro-batches are each program's own, and in the results
 with one there is no accumulation, and no batch of 2816. Its cost per pair does not depend on their number beyond that.
 """
 
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +45,7 @@ from transformers import PreTrainedConfig, SiglipConfig, SiglipModel
 from benchmarks import timing
 from capivara_common.cli import at_least, flag, parse, run_command
 from capivara_common.environment import peak_resident_bytes, resolve_precision
+from capivara_common.files import read_json
 from modeling_capivara import CapivaraConfig, CapivaraModel, convert_open_clip
 from modeling_capivara.two_towers import embedding_width, is_sigmoid
 from training.arguments import RunArguments
@@ -73,7 +80,7 @@ class TrainStepArguments:
     runs: int = flag(5, "Runs of each program, alternating.")
     steps: int = flag(1, "Timed steps of a run.")
     warmup: int = flag(1, "Untimed steps before them; ours alone, open_clip has 1.")
-    parts: list[str] = flag(["recipe", "programs"], "What is measured: one step of the recipe's 2816 pairs, programs.")
+    parts: list[str] = flag(["recipe", "programs"], "recipe: one step of its 2816 pairs; programs; demo: see above.")
     output: Path | None = flag(None, "JSON file; train_step.json or train_step_siglip2.json if none.")
     beside: Path | None = flag(None, "Another checkout, with a .venv of its own, measured in the same runs.")
     worker: Literal["open_clip", "no_cache", "cache", "cache_recomputed"] | None = flag(
@@ -120,7 +127,28 @@ def compare(args: TrainStepArguments) -> dict[str, Any]:
             results[of + name.removeprefix(NOTHING_KEPT)] = sizes | one | {"step_s": seconds}
         else:
             results["measured"].setdefault(of, {})[name] = one
+    if "demo" in args.parts:
+        trees = {"old": args.beside, "new": timing.ROOT}
+        results["demo"] = {name: demo(tree.resolve()) for name, tree in trees.items() if tree}
     return results
+
+
+def demo(tree: Path) -> dict[str, Any]:
+    """ "first" and "second" run of a checkout: seconds of the two commands of `make demo`, and what was measured."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        own = os.environ | {"CAPIVARA_CACHE": f"{folder}/cache", "PYTHONPATH": str(tree)}
+        made = ["--model", f"{folder}/base", "--dataset", f"{folder}/dataset"]
+        for run in ("first", "second"):
+            flags = ["--config", "configs/openmoji.yaml", *made, "--output_dir", f"{folder}/{run}"]
+            seconds = {}
+            for words in (["examples.openmoji.prepare", *made], ["train_accelerate", *flags]):
+                job = partial(subprocess.run, [sys.executable, "-m", *words], cwd=tree, env=own, check=True)
+                seconds[words[0]] = timing.seconds_of(job)
+            paths = sorted(Path(folder, run, "results").glob("*.json"))
+            records = [record for path in paths for record in read_json(path, records=list)["records"]]
+            found[run] = {"seconds": seconds | {"total": sum(seconds.values())}, "records": records}
+    return found
 
 
 def measured(name: str, args: TrainStepArguments, **flags: Any) -> dict[str, Any]:

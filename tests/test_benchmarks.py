@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import captions, main_job, search, timing
-from capivara_common.files import read_json, write_json
+from benchmarks import captions, search, timing, train_step
+from capivara_common.files import write_json
 from capivara_search.miniature_encoders import load_tokenizer
 from capivara_search.table import schema
 
@@ -114,13 +114,13 @@ def test_both_trees_run_twice(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "run", run)
-        patch.setattr(main_job.timing, "conditions", dict)
-        main_job.main(["--old_tree", str(tmp_path), "--output", str(tmp_path / "o.json")])
-    trees, names = (tmp_path, main_job.timing.ROOT), ("examples.openmoji.prepare", "train_accelerate") * 2
+        patch.setattr(timing, "conditions", dict)
+        results = train_step.compare(train_step.TrainStepArguments(parts=["demo"], beside=tmp_path))
+    trees, names = (tmp_path, timing.ROOT), ("examples.openmoji.prepare", "train_accelerate") * 2
     assert [call[:3] for call in calls] == [(name, tree, str(tree)) for tree in trees for name in names]
     assert calls[0][3] == calls[3][3] != calls[4][3]
-    first = read_json(tmp_path / "o.json")["measured"]["old"]["first"]
-    assert first["records"] == [{"value": 0.25}] and first["seconds"].keys() == {"prepare", "train_accelerate", "total"}
+    first = results["demo"]["old"]["first"]
+    assert first["records"] == [{"value": 0.25}] and first["seconds"].keys() == {*names, "total"}
 
 
 def test_the_answers_are_the_nearest_vectors(tmp_path, monkeypatch):
