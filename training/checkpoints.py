@@ -32,6 +32,7 @@ from capivara_common.files import (
     partial_folder,
     read_json,
     remove_leftovers,
+    seed_folders,
     write_bytes,
     write_json,
 )
@@ -208,6 +209,12 @@ def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
     if state.is_main_process:
         remove_leftovers(args.output_dir)  # before any process looks at what is there
     state.wait_for_everyone()
+    if args.resume and (seeds := seed_folders(args.output_dir)):
+        names = ", ".join(folder.name for folder in seeds)
+        raise ValueError(
+            f"{args.output_dir} holds finished runs of several seeds ({names}), which do not go on as one. "
+            "Choose another folder, one a --seed."
+        )
     if not is_complete(args, args.output_dir):
         check_output_folder(args.output_dir, args.overwrite_output_dir)
     if args.overwrite_output_dir:
