@@ -36,7 +36,7 @@ from eval.retrieval import evaluate as evaluate_retrieval
 from modeling_capivara.two_towers import load_embedder
 
 SUMMARY_VERSION = 1
-FIGURE = ["benchmark", "language", "direction", "role"]  # what a mean over runs is of
+KEYS = ["benchmark", "language", "direction", "role"]  # what a mean over runs is of
 TEMPLATE = Path(__file__).parent / "suite.md.j2"
 GONE = {  # flags of earlier versions -> what there is instead
     "gallery": "`python -m eval.retrieval` draws the best and the worst queries beside its result",
@@ -218,8 +218,8 @@ def suite_rows(
     `values` have the fields of a `Record`, with `benchmark`, `role` and `run`, the number of the model of its role;
     `runs` is role -> number of its models, `published` role -> what they were published as, their role where None.
     """
-    own = pandas.DataFrame([(b.key, language, b.metric) for b, language in pairs], columns=[*FIGURE[:2], "metric"])
-    frame = pandas.DataFrame(values, columns=[*FIGURE, "metric", "run", "value", "n"]).merge(own)
+    own = pandas.DataFrame([(b.key, language, b.metric) for b, language in pairs], columns=[*KEYS[:2], "metric"])
+    frame = pandas.DataFrame(values, columns=[*KEYS, "metric", "run", "value", "n"]).merge(own)
     frame["value"] = 100 * frame["value"].astype(float)
     average, left_out = read_benchmark(FOLDER / "elevater.json"), []
     members = [b.key for b, _ in pairs if average.key in b.suite]
@@ -234,19 +234,19 @@ def suite_rows(
         there = of_sets[of_sets["role"] == "capivara"].groupby("benchmark")["run"].nunique()
         there = (there == runs["capivara"]).sum()
         left_out.append(f"{average.title}: left out, since {there} of its {average.count} sets ran.")
-    found = means(frame, FIGURE).reset_index()
+    found = means(frame, KEYS).reset_index()
     found = found[found["seeds"] == found["role"].map(runs)]  # a mean of fewer runs would mislead
     published = published or {role: role for role in runs}
     cells = [
         {
-            **dict(zip(FIGURE, (b.key, language, direction, role), strict=True)), "of": b,
+            **dict(zip(KEYS, (b.key, language, direction, role), strict=True)), "of": b,
             "published": b.published_figure(published[role], direction) if language == b.language else None,
         }
         for b, language in pairs for direction in b.directions for role in runs
     ]  # fmt: skip
     cells = pandas.DataFrame(cells).merge(found, "left")
     cells["difference"] = cells["mean"] - [of["mean"] if of else math.nan for of in cells["published"]]
-    rows = [_row(of, protocol) for _, of in cells.groupby(FIGURE[:3], sort=False)]
+    rows = [_row(of, protocol) for _, of in cells.groupby(KEYS[:3], sort=False)]
     like = all(row["like_for_like"] for row in rows if row["benchmark"] in members)
     return [row | {"like_for_like": like} if row["benchmark"] == average.key else row for row in rows], left_out
 

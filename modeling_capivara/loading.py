@@ -94,7 +94,7 @@ def model_of_tensors(tensors: Mapping[str, Tensor], config: PreTrainedConfig, na
     try:
         model.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{name} do not fit its config. {' '.join(str(error).split()).partition(': ')[2]}") from error
+        raise ValueError(f"{name} do not fit its config: {' '.join(str(error).split())}") from error
     return model.eval()
 
 

@@ -66,13 +66,13 @@ def folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None]:
 
 
 def conflicts(frame: pandas.DataFrame, by: str, same: float | pandas.Series = 0) -> pandas.DataFrame:
-    """Rows of `records_frame` that give a figure another value than its `first`, which `first_source` gives.
+    """Rows of `records_frame` whose value is not the `first` of its kind, which `first_source` gives.
 
-    A figure is what one condition, role, seed and `by` ("folder" or "precision") have; differences up to `same`, one
+    Of one kind are those of one condition, role, seed and `by` ("folder" or "precision"); differences up to `same`, one
     number or one a row, are none.
     """
-    of_figure = frame.groupby([*Condition._fields, "model", by, "seed"], sort=False, dropna=False)
-    firsts = {"first": of_figure["value"].transform("first"), "first_source": of_figure["source"].transform("first")}
+    of_keys = frame.groupby([*Condition._fields, "model", by, "seed"], sort=False, dropna=False)
+    firsts = {"first": of_keys["value"].transform("first"), "first_source": of_keys["source"].transform("first")}
     frame = frame.assign(**firsts)
     return frame[(frame["value"] - frame["first"]).abs() > same]
 
@@ -91,15 +91,15 @@ def values_of(frame: pandas.DataFrame, by: str) -> list[Any]:
     `seeds` of them; `n`, `chance` (or None), the `data` that were measured on, by their fingerprints; and `measured`,
     the frame's rows, one a seed, in the order of seeds.
     """
-    figure = [*Condition._fields, "model", by]
+    keys = [*Condition._fields, "model", by]
     frame = frame.assign(row=pandas.Series([*frame.itertuples(index=False, name="Measured")], frame.index, object))
-    once = frame[~frame.duplicated([*figure, "seed"])]  # what is repeated is no seed more
-    more = frame.groupby(figure, sort=False, dropna=False).agg(
+    once = frame[~frame.duplicated([*keys, "seed"])]  # what is repeated is no seed more
+    more = frame.groupby(keys, sort=False, dropna=False).agg(
         chance=("chance", "first"), data=("fingerprint", lambda of: frozenset(of.dropna()))
     )
     by_seed = lambda of: tuple(sorted(of, key=lambda one: -1 if one.seed is None else one.seed))  # noqa: E731
-    more["measured"] = once.groupby(figure, sort=False, dropna=False)["row"].agg(by_seed)
-    values = means(once, figure).join(more).reset_index().astype({"deviation": object, "chance": object})
+    more["measured"] = once.groupby(keys, sort=False, dropna=False)["row"].agg(by_seed)
+    values = means(once, keys).join(more).reset_index().astype({"deviation": object, "chance": object})
     return [*values.where(values.notna(), None).itertuples(index=False, name="Value")]
 
 
