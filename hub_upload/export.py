@@ -64,7 +64,13 @@ class ExportArguments:
         None, "Hub id, OWNER/NAME, of the repository to be: hf-hub: of open_clip takes its tokenizer from there."
     )
     overwrite_output_dir: bool = flag(False, "Replace the output folder.")
-    gone: ClassVar = {"textual_only": "with --base, immich is the text side alone"}
+    gone: ClassVar = {
+        "textual_only": "with --base, immich is the text side alone",
+        **dict.fromkeys(
+            ("recall_dataset", "recall_split", "recall_language", "recall_caption_column"),
+            "onnx/quantisation.json says how far each graph is from the model",
+        ),
+    }
 
     def __post_init__(self) -> None:
         if self.repo_id is not None:

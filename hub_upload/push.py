@@ -2,11 +2,11 @@
 would change.
 
     python -m hub_upload.export --model runs/mine --output repository   # the folder that is sent
-    python -m hub_upload.push --model repository --repo-id my-name/my-model
-    python -m hub_upload.push --model repository --repo-id my-name/my-model --push --private
-    python -m hub_upload.push --model repository --repo-id an-org/its-model --push --pull-request
-    python -m hub_upload.push --model data/mine --repo-id my-name/my-data --repo-type dataset --push
-    python -m hub_upload.push --model demo --repo-id my-name/my-demo --repo-type space --push   # of hub_upload.space
+    python -m hub_upload.push --model repository --repo_id my-name/my-model
+    python -m hub_upload.push --model repository --repo_id my-name/my-model --push --private
+    python -m hub_upload.push --model repository --repo_id an-org/its-model --push --pull_request
+    python -m hub_upload.push --model data/mine --repo_id my-name/my-data --repo_type dataset --push
+    python -m hub_upload.push --model demo --repo_id my-name/my-demo --repo_type space --push   # of hub_upload.space
 
 The token is huggingface_hub's own: HF_TOKEN, or what `hf auth login` has saved. Only files that belong to a model or a
 data set are sent; what else is on the Hub stays, but for files of an older Space in folders that are sent. `hf` itself
@@ -78,7 +78,7 @@ class PushError(OSError):
 class PushArguments:
     """Arguments of `hub_upload.push`."""
 
-    model: Path = flag(..., "Folder to send: of a model or, by --repo-type, of a data set or Space.")
+    model: Path = flag(..., "Folder to send: of a model or, by --repo_type, of a data set or Space.")
     repo_id: str = flag(..., "Repository on the Hub, owner/name. It is made where there is none.")
     push: bool = flag(False, "Send it. Without this flag nothing is changed on the Hub.")
     repo_type: Literal["model", "dataset", "space"] = flag("model", "Kind of the repository.")
@@ -95,7 +95,7 @@ class PushArguments:
     def __post_init__(self) -> None:
         self.model = Path(self.model)
         for name in ("repo_id", "revision", "message"):
-            check_text(f"--{name.replace('_', '-')}", getattr(self, name) or "")
+            check_text(f"--{name}", getattr(self, name) or "")
         if path := machine_path_in(self.message or ""):
             raise ValueError(f"--message names a place on a machine, {path!r}. Leave it out.")
         check_repo_id(self.repo_id)
@@ -405,7 +405,7 @@ def publish_run(run: Path, repo_id: str, private: bool = False, card_language: s
     from hub_upload.export import export  # torch, without which a folder is pushed
 
     repository = run / REPOSITORY
-    words = ["python", "-m", "hub_upload.push", "--model", str(repository), "--repo-id", repo_id, "--push"]
+    words = ["python", "-m", "hub_upload.push", "--model", str(repository), "--repo_id", repo_id, "--push"]
     try:
         export(run, repository, FORMATS, overwrite=True, repo_id=repo_id)
         write_card(repository, repo_id, card_language)

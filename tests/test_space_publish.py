@@ -166,7 +166,7 @@ def test_push(commands, flags, tmp_path):
     ("more", "message"),
     [
         ([], "Say what is made: --space FOLDER, or --static"),
-        (["--space", "x", "--push"], "`--push` is gone: send the folder by `hub_upload.push --repo-type space`"),
+        (["--space", "x", "--push"], "`--push` is gone: send the folder by `hub_upload.push --repo_type space`"),
         (["--space", "x", "--batch_size", "8"], "`--batch_size` is gone: make the index by `capivara index`"),
         (["--space", "x", "--split", "test"], "`--split` is gone: make the index by `capivara index`"),
         (["--space", "x", "--pictures", "areas"], "areas is no index. Make one: capivara index FOLDER"),

@@ -2,7 +2,7 @@
 
     python -m hub_upload.space --model runs/mine --pictures pictures.lance --space demo
     python -m hub_upload.space --model runs/mine --static page --library node_modules  # searches visitors' own pictures
-    python -m hub_upload.push --model demo --repo-id org/demo --repo-type space --push     # sends either folder
+    python -m hub_upload.push --model demo --repo_id org/demo --repo_type space --push     # sends either folder
 
 Thumbnails stand for the pictures, whose files stay here, as do their folders' names and the places where they were
 taken. To search on this machine: `capivara app`.
@@ -36,7 +36,7 @@ class SpaceArguments:
         "compare": "a Space shows one model; make two Spaces",
         **dict.fromkeys(("cache_dir", "device", "batch_size", "image_roots", "max_pixels"), INDEX),
         **dict.fromkeys(("form", "split", "image_column", "caption_column"), INDEX),
-        **dict.fromkeys(("repo_id", "push", "private"), "send the folder by `hub_upload.push --repo-type space`"),
+        **dict.fromkeys(("repo_id", "push", "private"), "send the folder by `hub_upload.push --repo_type space`"),
     }
 
     def __post_init__(self) -> None:
