@@ -59,6 +59,7 @@ WRONG_USE = {  # of the command -> what it says
     "captions.select --dataset d --outptu o": "Unknown flag: `--outptu`. Did you mean `--output`?",
     "captions.generate --dataset d --shard 1/2": "`--shard` is gone: ",
     "hub_upload.push --model . --repo_id a/b --deadline_hours 1": "`--deadline_hours` is gone: a call ends after 300 s",
+    "hub_upload.export --model m --output o --recall_split test": "`--recall_split` is gone: onnx/quantisation.json",
     "benchmarks.recipe --only paper": "`--only` is gone: three shares of the weights are measured, from one training",
     "examples.guide_generation --sentence a --steps 0": "steps must be at least 1, got 0",
     "hub_upload.card --model m --repo-idd a/b": "Unknown flag: `--repo-idd`. Did you mean `--repo_id`?",
