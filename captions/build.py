@@ -393,7 +393,7 @@ def main(argv: list[str] | None = None) -> None:
         word = shlex.quote(str(folder))
         print(
             f"The data set is in {folder}; its README.md is the data set card. Train on it with --dataset {word}, "
-            f"publish it with: hf upload YOU/NAME {word} --repo-type dataset"
+            f"publish it with: python -m hub_upload.push --model {word} --repo_id YOU/NAME --repo_type dataset"
         )
 
 
