@@ -30,7 +30,7 @@ from hub_upload.allowed_files import check_repo_id, check_words
 from hub_upload.card_values import TEMPLATES, card_facts, escaped, one_line, revision
 
 CARD = "README.md"
-VERSION = 4  # of the templates; a card of another one is checked by its values and digests, not by its words
+VERSION = 5  # of the templates; a card of another one is checked by its values and digests, not by its words
 # What a card was made with, for `--check`; a comment, so that it is not seen. The first version named none.
 MADE_WITH = re.compile(r"<!-- made by hub_upload\.card with (\{[^\n]*\}) -->")
 # What could hide or reframe the lines around it: comments, code, tables, headings, links to anything but pages.
@@ -55,7 +55,7 @@ class CardArguments:
 
     model: Path | None = flag(None, "Folder of a finished run, or a repository made from it; its card is written.")
     repo_id: str | None = flag(
-        None, "Hub id, owner/name, that the card's code loads; without it, the folder by its name, from the one above."
+        None, "Hub id, owner/name, that the card's code loads; without it, the code runs from within the folder."
     )
     language: Literal["en", "pt"] = flag("en", "Language of the card's text.")
     license: str | None = flag(
@@ -74,7 +74,7 @@ class CardArguments:
 def render(
     facts: dict[str, Any], language: str = "en", repo_id: str | None = None, license: str | None = None
 ) -> ModelCard:
-    """The card of a folder, in "en" or "pt"; its code loads `repo_id`, or the folder by its name where there is none.
+    """The card of a folder, in "en" or "pt"; its code loads `repo_id`, or from within the folder where there is none.
 
     A `license` is for a model whose base and data leave it open. Raises ValueError where it is none of the Hub's or
     differs from what follows from them, where a figure is missing, or the card would hold a path of a machine or a
@@ -84,13 +84,13 @@ def render(
         raise ValueError(f"language must be one of {', '.join(values.LANGUAGES)}, got {language!r}.")
     if repo_id is not None:
         check_repo_id(repo_id)
-    folder, model, name = facts["folder"], facts["model"], facts["name"]
+    folder, model = facts["folder"], facts["model"]
     if repo_id and model != folder:
         raise ValueError(
             f"{folder} holds a model in each of its folders seed-*, and a repository has one. Make it of one of them "
             "first, with `python -m hub_upload.export`."
         )
-    options = {"language": language, "repo_id": repo_id, "name": None if repo_id else name, "version": VERSION}
+    options = {"language": language, "repo_id": repo_id, "version": VERSION}
     if license is not None:
         if license not in values.LICENCES:
             raise ValueError(f"license must be an identifier of the Hub, such as mit, got {license!r:.60}.")
@@ -99,13 +99,12 @@ def render(
                 f"The licence {facts['license']} follows from the model's base and data, so {license} can't be stated."
             )
         facts, options = facts | {"license": license}, options | {"license": license}
-    name = repo_id or (name if model == folder else f"{name}/{model.name}")
     with values.needed_form(folder):
         title = repo_id.split("/")[1] if repo_id else f"CAPIVARA ({facts['config']['language']})"
         card = ModelCard.from_template(
             metadata(facts, one_line(title)),
             template_path=str(TEMPLATES / f"model_card_{language}.md.j2"),
-            **values.template_values(facts, language, name, repo_id is not None),
+            **values.template_values(facts, language, repo_id),
             title=escaped(title),
             options=json.dumps(options),
         )
@@ -146,9 +145,9 @@ def check(folder: Path) -> list[str]:
     if not (options := made_with(text)):
         return [f"{CARD}: it was not made by `python -m hub_upload.card`, so its figures have no known source."]
     try:
-        with values.needed_form(folder):
-            facts = card_facts(folder, options.pop("name"))
-        expected = str(render(facts, **{name: options.get(name) for name in ("language", "repo_id", "license")}))
+        with values.needed_form(folder):  # the card's options may be anything, too
+            kept = {name: options.get(name) for name in ("language", "repo_id", "license")}
+            expected = str(render(card_facts(folder), **kept))
     except ValueError as error:
         return [f"{CARD}: {error}"]
     (front, body), (wanted_front, wanted) = _parts(text), _parts(expected)
@@ -168,7 +167,7 @@ def made_with(text: str) -> dict[str, Any] | None:
     """The options that a card was made with; None where it does not say so."""
     with suppress(ValueError, TypeError, IndexError):
         options = {"version": 1} | json.loads(MADE_WITH.findall(text)[-1])
-        return options if {"language", "repo_id", "name"} <= options.keys() else None
+        return options if {"language", "repo_id"} <= options.keys() else None
     return None
 
 
@@ -205,11 +204,13 @@ def metadata(facts: dict[str, Any], title: str) -> ModelCardData:
     stated = [code.split("-")[0] for code in facts["config"]["eval_languages"] if isinstance(code, str)]
     languages = list(dict.fromkeys(stated))
     kind = "clip" if facts["model_class"] == values.OWN_CLASS else facts["architecture"].get("model_type", "clip")
-    tags = ["capivara", kind, "image-text-retrieval", "zero-shot"]
-    tags += ["multilingual"] if len(languages) > 1 else []
-    model = facts["origins"]["model"]
+    tags = ["capivara", kind, "image-text-retrieval", "zero-shot", *["multilingual"] * (len(languages) > 1)]
+    model, seed = facts["origins"]["model"], facts["run"]["seed"]
     # The base's own id, or those that the card of a local base names.
     base = hub_ids([model["hub_id"]] if model.get("hub_id") else model.get("base_model") or ())
+    of_model = [value for value in facts["values"] if value.model == "capivara" and value.metric != GAIN]
+    # Of several seeds, the one of the weights in the folder.
+    published = [one for value in of_model for one in value.measured if value.seeds == 1 or one.seed == seed]
     return ModelCardData(
         language=[code for code in languages if re.fullmatch(r"[a-z]{2,3}", code)] or None,  # ISO 639-1 or -3
         license=facts["license"],
@@ -219,7 +220,7 @@ def metadata(facts: dict[str, Any], title: str) -> ModelCardData:
         datasets=hub_ids(origin.get("hub_id") for origin in facts["origins"]["datasets"]) or None,
         tags=tags + facts["formats"],
         model_name=title,
-        eval_results=[_index_entry(facts, measured) for measured in _published(facts)],
+        eval_results=[_index_entry(facts, measured) for measured in published],
     )
 
 
@@ -228,22 +229,16 @@ def hub_ids(names: Any) -> list[str]:
     return [name for name in names if isinstance(name, str) and values.HUB_ID.fullmatch(name)]
 
 
-def _published(facts: dict[str, Any]) -> list[Any]:
-    """Of each of CAPIVARA's figures the one of the weights in the folder; no gains."""
-    of_model = [value for value in facts["values"] if value.model == "capivara" and value.metric != GAIN]
-    seed = facts["run"]["seed"]
-    return [one for value in of_model for one in value.measured if value.seeds == 1 or one.seed == seed]
-
-
 def _index_entry(facts: dict[str, Any], measured: Any) -> EvalResult:
     """A figure for the model index; huggingface_hub puts those of one task and data set together."""
     record, commit = measured.record, revision(facts["run"], measured)
     kind, task = TASKS[record.task, record.direction]
     arguments = {"protocol": one_line(record.protocol), "precision": one_line(measured.precision)}
+    slug = re.sub(r"[^a-z0-9]+", "-", one_line(record.dataset).lower()).strip("-") or "data"
     return EvalResult(
         task_type=kind,
         task_name=task,
-        dataset_type=record.dataset if commit else _slug(one_line(record.dataset)),
+        dataset_type=record.dataset if commit else slug,
         dataset_name=one_line(facts["titles"].get(record.dataset) or record.dataset),
         dataset_config=one_line(record.language) or None,
         dataset_split=one_line(record.split),
@@ -253,10 +248,6 @@ def _index_entry(facts: dict[str, Any], measured: Any) -> EvalResult:
         metric_value=record.value,
         metric_args=arguments if record.seed is None else {**arguments, "seed": record.seed},
     )
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "data"
 
 
 def main(argv: list[str] | None = None) -> None:

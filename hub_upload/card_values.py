@@ -80,24 +80,20 @@ def needed_form(folder: Path) -> Iterator[None]:
         raise ValueError(f"A file of {folder} has another form than the card needs: {error!r:.100}.") from error
 
 
-def card_facts(folder: Path, name: str | None = None) -> dict[str, Any]:
+def card_facts(folder: Path) -> dict[str, Any]:
     """Read and check all that the card of a folder may state: a run of one seed or several, or a repository made of it.
-
-    Code in the card names the folder `name`, or by its own name where None.
 
     Raises:
         ValueError: a file is missing or has another form, two records give one figure different values, or a file
             holds an access token.
     """
-    if name is not None and _usable(name) != name:
-        raise ValueError(f"{name!r} is no name of a folder that code can hold; take letters, digits, - and _.")
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder. Give the one that a run of train_accelerate.py wrote.")
     with needed_form(folder):
-        return _facts(folder, name or _usable(folder.resolve().name))
+        return _facts(folder)
 
 
-def _facts(folder: Path, name: str) -> dict[str, Any]:
+def _facts(folder: Path) -> dict[str, Any]:
     digests: dict[str, str] = {}
     model, run, runs = _runs(folder, digests)
     paths = [path for of in (folder, *seed_folders(folder)) for path in sorted((of / "results").glob("*.json"))]
@@ -116,7 +112,6 @@ def _facts(folder: Path, name: str) -> dict[str, Any]:
     evaluated, noted = origins["evaluation_dataset"], str(origins["license"])  # "other" says nothing
     return {
         "folder": folder,  # of the run, or of the repository made from it
-        "name": name,  # of the folder, as code names it
         "model": model,  # folder of the weights
         "run": run,  # `run.json` of the weights in the folder; of the first seed where each has a folder of its own
         "runs": runs,  # every `run.json`, in the order of seeds
@@ -137,11 +132,6 @@ def _facts(folder: Path, name: str) -> dict[str, Any]:
         "pictures": pictures,  # paths of those of `RUN_PICTURES` that are there
         "digests": dict(sorted(digests.items())),  # file -> SHA-256 of all that was read, and of the pictures
     }
-
-
-def _usable(name: str) -> str:
-    """A folder's name where code can hold it, and it is not that of a temporary folder."""
-    return name if re.fullmatch(r"(?!.*--)[A-Za-z0-9][\w-]*(\.[\w-]+)*", name, re.ASCII) else "capivara"
 
 
 def _runs(folder: Path, digests: dict[str, str]) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
@@ -233,7 +223,7 @@ def _groups(values: list[Any]) -> list[dict[str, Any]]:
         pairs = _pairs(value for value in group if not value.dim)
         main = [pair for pair in pairs if pair["metric"] == "mean_recall"] if task == "retrieval" else pairs[:1]
         gains = [value for value in group if value.metric == GAIN]
-        n = {value.direction: value.n for value in group if not value.dim}
+        n = {value.direction: value.n for value in group}
         about = {"texts": n.get("text_to_image"), "images": n.get("image_to_text") or n.get("")}
         groups.append({"task": task, "first": group[0], "pairs": pairs, "main": main, "gains": gains, **about})
         groups[-1]["widths"] = _widths(group) if any(value.dim for value in group) else []
@@ -361,21 +351,21 @@ class Writer:
 # --- All of it, for a template ---------------------------------------------------------------------------------------
 
 
-def template_values(facts: dict[str, Any], language: str, name: str, is_repository: bool) -> dict[str, Any]:
-    """All that a template is given but title and options; `name` is what the code loads.
+def template_values(facts: dict[str, Any], language: str, repo_id: str | None) -> dict[str, Any]:
+    """All that a template is given but title and options; its code loads `repo_id`, or from within the folder.
 
     Raises ValueError where a figure is missing.
     """
     run, config, trained, writer = facts["run"], facts["config"], facts["config"]["language"], Writer(language, facts)
-    languages = sorted({value.language for value in facts["values"] if value.language})
-    groups = [group for group in facts["groups"] if group["pairs"]]
-    groups.sort(key=lambda group: (TASKS.index(group["task"]), group["first"].language != trained))
+    order = lambda group: (TASKS.index(group["task"]), group["first"].language != trained)  # noqa: E731
+    groups = sorted(facts["groups"], key=order)
     main = [pair for group in groups for pair in group["main"] if pair["capivara"] and pair["baseline"]]
     gains = [value for value in facts["values"] if value.metric == GAIN]
     curve = [point["validation"] for point in run.get("curve") or () if point.get("validation")]
-    architecture = facts["architecture"]
+    architecture, origins = facts["architecture"], facts["origins"]
     return {
-        **facts | {"name": name, "is_repository": is_repository, "groups": groups},
+        **facts | {"name": repo_id or facts["model"].relative_to(facts["folder"]).as_posix(), "groups": groups},
+        "is_repository": repo_id is not None,
         **{key: getattr(writer, key) for key in dir(writer) if not key.startswith("_")},
         **{"text": escaped, "code": code, "published": published_base, "revision": partial(revision, run)},
         **{"is_portuguese": is_portuguese(trained), "rank_metrics": RANK_METRICS},
@@ -385,7 +375,11 @@ def template_values(facts: dict[str, Any], language: str, name: str, is_reposito
         "examples": partial(code_examples, trained),
         "width": architecture.get("projection_dim") or (architecture.get("text_config") or {}).get("projection_size"),
         "towers": [(key, architecture.get(key) or {}) for key in ("vision_config", "text_config")],
-        **_works(facts["origins"]),
+        "works": [  # of a run that had one, the teacher, too
+            ("model", origins["model"]),
+            *(("dataset", origin) for origin in origins["datasets"]),
+            *(("teacher", origin) for origin in [origins.get("teacher")] if origin),
+        ],
         "licences": lambda origin: ", ".join(map(code, origin.get("licenses") or ())),
         "rotated": (facts["model"] / "rotation.safetensors").is_file(),
         "stopped_early": any(of["steps"] < config["max_steps"] for of in facts["runs"]),
@@ -400,19 +394,9 @@ def template_values(facts: dict[str, Any], language: str, name: str, is_reposito
             if (ends := [of for of in gain.measured if of.interval_95 and of.interval_95[0] <= 0 <= of.interval_95[1]])
         ],
         "has_several_datasets": len({value.dataset for value in facts["values"]}) > 1,
-        "measured_languages": ", ".join(map(writer.language, languages)),
         "measured_seeds": [of.seed for of in max(facts["values"], key=lambda value: value.seeds).measured],
-        "widths": [group for group in facts["groups"] if group["widths"]],
         "layout": MARKDOWN_TEMPLATES.get_template("model_card.md.j2"),
     }
-
-
-def _works(origins: dict[str, Any]) -> dict[str, Any]:
-    """Base, data, and all that the model was made from, each with its kind."""
-    works = [("model", origins["model"]), *(("dataset", origin) for origin in origins["datasets"])]
-    if teacher := origins.get("teacher"):  # of runs that had one
-        works.append(("teacher", teacher))
-    return {"base": origins["model"], "datasets": origins["datasets"], "works": works}
 
 
 def _settings(config: dict[str, Any], fixed: dict[str, Any]) -> dict[str, Any]:

@@ -62,13 +62,13 @@ def test_the_card_is_of_the_models_class(run, kind, language, tmp_path):
     assert not re.search(r"trust_remote_code|modeling_capivara|XLM|examples\.caption|get_text_features|MIT licen", body)
     loss = {"en": FACTS[kind][1], "pt": {"sigmoid": "sigmoide", "contrastive": "contrastiva"}[FACTS[kind][1]]}[language]
     assert f"`{FACTS[kind][0]}`" in body and re.search(rf"\b(the {loss} loss|perda {loss})\b", body)
-    assert f"{64 if kind == 'siglip' else 77} tokens" in body and f":** {32 if kind == 'siglip' else 24}\n" in body
+    assert f"{64 if kind == 'siglip' else 77} tokens" in body and f": {32 if kind == 'siglip' else 24}." in body
     assert ('padding="max_length"' in body) == (kind == "siglip")
-    package, classify, sentences = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
-    scores = re.findall(r"0\.\d+", printed(package, tmp_path))
+    given, package, classify, sentences = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
+    scores = re.findall(r"0\.\d+", printed(given + package, tmp_path / "made"))
     assert len(scores) == 4 and (".sigmoid()" if kind == "siglip" else ".softmax(dim=-1)") in package
-    assert printed(classify, tmp_path).count("'score'") == 3
-    assert printed(sentences, tmp_path).startswith("tensor([[")
+    assert printed(given + classify, tmp_path / "made").count("'score'") == 3
+    assert printed(given + sentences, tmp_path / "made").startswith("tensor([[")
 
 
 def test_the_hub_has_the_run_and_its_export(run, kind, tmp_path):
@@ -189,8 +189,8 @@ def test_graphs_are_the_model(run, kind, tmp_path):
     (found,) = vision.run(None, {"pixel_values": pixels})
     torch.testing.assert_close(torch.from_numpy(found), model.images(images), rtol=0, atol=1e-5)
     assert {one.name for one in both.get_inputs()} == {*inputs, "pixel_values"}
-    block = re.findall(r"```python\n(.*?)```", card_of(folder), re.DOTALL)[-1]
-    assert "onnxruntime" in block and printed(block, tmp_path).startswith("[[")
+    given, *_, block = re.findall(r"```python\n(.*?)```", card_of(folder), re.DOTALL)
+    assert "onnxruntime" in block and printed(given + block, folder).startswith("[[")
 
 
 def test_transformers_js_classifies_as_the_pipeline(run, tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub.utils import yaml_dump
+from huggingface_hub import ModelCardData
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -156,16 +156,15 @@ def _card(source: Path, folder: Path, facts: dict[str, Any], repo_id: str | None
     known, language = card_metadata(source / "README.md"), "pt"  # of a model that doesn't say in which it was trained
     if (source / "run.json").is_file():
         language = read_json(source / "run.json", config=dict)["config"]["language"]
-    library, kind = ("sentence-transformers", "clip") if values["is_own"] else ("transformers", "siglip")
-    metadata = {"library_name": library, "pipeline_tag": "feature-extraction"}
-    metadata |= {"license": known["license"]} if known.get("license") in LICENCES else {}
-    tags = ["sentence-transformers"] * values["is_own"] + ["onnx"] + ["open_clip"] * values["open_clip"]
-    metadata["tags"] = ["capivara", kind, *tags]
+    library, *tags = ["sentence-transformers", "clip"] if values["is_own"] else ["transformers", "siglip"]
+    tags += ["sentence-transformers"] * values["is_own"] + ["onnx"] + ["open_clip"] * values["open_clip"]
+    licence = known["license"] if known.get("license") in LICENCES else None
+    about = {"library_name": library, "license": licence, "tags": ["capivara", *tags]}
     texts = [f"{number} text in {escaped(language)}" for number in ("a", "another")]
     return MARKDOWN_TEMPLATES.get_template("drop_in.md.j2").render(
         **facts | {name: code(facts[name]) for name in ("model", "base", "image_digest")},
         **values,
-        metadata=yaml_dump(metadata).strip(),
+        metadata=ModelCardData(pipeline_tag="feature-extraction", **about),
         repo_id=repo_id,
         examples=code_examples(language, texts)["texts"],
     )
