@@ -52,12 +52,6 @@ def check_repo_id(repo_id: str) -> None:
     validate_repo_id(repo_id)
 
 
-def check_text(what: str, text: str) -> None:
-    """Raise ValueError where a text that everybody will read holds a secret, which is not shown."""
-    if found := secret_in(text):
-        raise ValueError(f"{what} holds {found[0]}. Leave it out.")
-
-
 def files_to_send(folder: Path, repo_type: str) -> list[Path]:
     """The files of a folder that may leave this machine, relative to it, in order; no secret is in them.
 
@@ -67,7 +61,7 @@ def files_to_send(folder: Path, repo_type: str) -> list[Path]:
     if not paths:
         raise ValueError(f"{folder} holds no file of a {repo_type}.")
     for path in paths:
-        check_text("The name of a file", path.as_posix())
+        check_words(path.as_posix(), "The name of a file")
         if repo_type == "space":
             check_secrets(folder / path, path)
     if repo_type == "dataset":

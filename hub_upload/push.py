@@ -41,8 +41,8 @@ from huggingface_hub.utils.sha import git_hash
 from tqdm import tqdm
 
 from capivara_common.cli import flag, parse, run_command
-from capivara_common.privacy import machine_path_in, printable
-from hub_upload.allowed_files import check_repo_id, check_text, files_to_send
+from capivara_common.privacy import printable
+from hub_upload.allowed_files import check_repo_id, check_words, files_to_send
 from hub_upload.card import CARD, outdated, write_card
 
 TIMEOUT_S = 300  # of silence; the client's own is none, and a line that died would hold a run for ever
@@ -93,11 +93,8 @@ class PushArguments:
     }
 
     def __post_init__(self) -> None:
-        self.model = Path(self.model)
         for name in ("repo_id", "revision", "message"):
-            check_text(f"--{name}", getattr(self, name) or "")
-        if path := machine_path_in(self.message or ""):
-            raise ValueError(f"--message names a place on a machine, {path!r}. Leave it out.")
+            check_words(getattr(self, name) or "", f"--{name}")
         check_repo_id(self.repo_id)
         if not self.model.is_dir():
             raise ValueError(f"The folder {self.model} does not exist.")
