@@ -102,19 +102,20 @@ def export(
 ) -> list[tuple[str, int]]:
     """Write the folder `output` for one place or several, whole or not at all; path and bytes of every file, in order.
 
-    `model` is a folder of a model of two towers, `formats` are of `KNOWN`, transformers among them or one alone, the
-    rest as of `ExportArguments`. ValueError: an argument is wrong, the model is damaged or a format can't express it,
-    or a file holds a path of a machine or an access token. ImportError: a package that a format needs is missing.
+    `model` is a folder of a model of two towers, `formats` are of `KNOWN`, the rest as of `ExportArguments`.
+    ValueError: an argument is wrong, the model is damaged or a format can't express it, or a file holds a path of a
+    machine or an access token. ImportError: a package that a format needs is missing.
     """
     formats = _checked_formats(formats, text_config, base)
     check_inputs_stay(output, model, base)
     with whole_folder(output, overwrite) as folder:
+        config = read_config(model, formats)
         if formats == ["drop_in"]:
-            drop_in.write(model, folder, read_config(model, formats), str(base), repo_id)
+            drop_in.write(model, folder, config, str(base), repo_id)
         elif formats == ["immich"]:
-            immich.write(model, folder, read_config(model, formats), base)
+            immich.write(model, folder, config, base)
         else:
-            _write_repository(model, folder, formats, text_config, repo_id)
+            _write_repository(model, folder, config, formats, text_config, repo_id)
         allowed.check_contents(folder)
         return [(name.as_posix(), (folder / name).stat().st_size) for name in allowed.allowed_files(folder)]
 
@@ -132,8 +133,6 @@ def _checked_formats(formats: Sequence[str], text_config: str | None, base: str 
             "--base, the model that the pictures were embedded with, is for --formats drop_in, which needs it, and for "
             f"immich; got --base {base} with --formats {','.join(formats)}."
         )
-    if not alone and "transformers" not in formats:
-        raise ValueError(f"formats must hold transformers, whose files the others read, got {','.join(formats)!r}.")
     if "transformers_js" in formats and "onnx" not in formats:
         formats.append("onnx")  # whose graphs and weights it reads
     if alone or "onnx" in formats:
@@ -162,10 +161,11 @@ def read_config(folder: Path, formats: Sequence[str] = ()) -> PreTrainedConfig:
     return config
 
 
-def _write_repository(model: Path, folder: Path, formats: list[str], tower: str | None, repo_id: str | None) -> None:
+def _write_repository(
+    model: Path, folder: Path, config: PreTrainedConfig, formats: list[str], tower: str | None, repo_id: str | None
+) -> None:
     """The whole model; what a format can't express is said before weights are read."""
-    config, processor = read_config(model), load_processor(model)
-    is_own = isinstance(config, CapivaraConfig)
+    processor, is_own = load_processor(model), isinstance(config, CapivaraConfig)
     if tower and not is_own:
         raise ValueError(f"text_config is for CAPIVARA's own class; open_clip needs none for {config.model_type}.")
     if "transformers_js" in formats:

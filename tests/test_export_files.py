@@ -191,7 +191,6 @@ def test_a_folder_that_is_no_whole_model(tiny_folder, tmp_path, fault):
     ("flags", "message"),
     [
         (["--formats", "transformers,openclip"], "no format 'openclip'; there are transformers, open_clip"),
-        (["--formats", "open_clip"], "must hold transformers"),
         (["--repo_id", "my-model"], "must be owner/name"),
     ],
 )
