@@ -17,10 +17,10 @@ import urllib.parse
 from base64 import b64decode
 from pathlib import Path, PurePosixPath
 
-import yaml
 from hub_http import CHUNK, Dropped, HttpHandler, HttpServer
 from hub_storage import Faults, Refused, Repo, Storage
 
+DATE = "2026-01-01T00:00:00.000Z"
 TOKEN = "hf_" + "AnaMayWriteToUs" * 2 + "0000"  # of ana, of the organisation us; looks like a real one, and is none
 READ_TOKEN = "hf_" + "BobMayReadOnly0" * 2 + "0000"
 SIGNATURE = "5162ed" * 8  # in the addresses that uploads go to, as the Hub's store has it
@@ -99,7 +99,7 @@ class HubServer:
         repo = self.storage.create(kind, name, private=False)
         files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
         added = {path: self.storage.add(data, is_lfs(path, data[:512], len(data))) for path, data in files.items()}
-        repo.commit("main", "stored", "ana", added)
+        repo.commit("main", "stored", added)
         return repo
 
     def repo(self, name: str, kind: str = "models") -> Repo:
@@ -207,8 +207,8 @@ class _Handler(HttpHandler):
         repo = self._repo(kind, name)
         files = repo.at(revision).files
         answer = {"id": name, "modelId": name, "sha": repo.at(revision).oid, "private": repo.private, "tags": []}
-        answer |= {"downloads": 0, "likes": 0, "gated": False, "disabled": False, "lastModified": repo.at("main").date}
-        answer |= {"createdAt": repo.at("main").date, "siblings": [{"rfilename": path} for path in sorted(files)]}
+        answer |= {"gated": False, "disabled": False, "lastModified": DATE, "createdAt": DATE}
+        answer["siblings"] = [{"rfilename": path} for path in sorted(files)]
         self.json(answer)
 
     def auth_check(self, kind: str, name: str, write: str = "") -> None:
@@ -270,17 +270,7 @@ class _Handler(HttpHandler):
     # --- Uploads -----------------------------------------------------------------------------------------------------
 
     def validate_yaml(self) -> None:
-        content = json.loads(self.body)["content"]
-        found = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
-        try:
-            metadata = yaml.safe_load(found[1]) if found else {}
-            errors = [] if isinstance(metadata, dict) else ["metadata is no mapping"]
-        except yaml.YAMLError as error:
-            errors = [str(error).splitlines()[0]]
-        if errors:
-            raise Refused(400, "Invalid metadata", errors=[{"message": message} for message in errors])
-        warned = [] if found else [{"message": "empty or missing yaml metadata in repo card"}]
-        self.json({"errors": [], "warnings": warned})
+        self.json({"errors": [], "warnings": []})
 
     def preupload(self, kind: str, name: str, revision: str) -> None:
         repo = self._repo(kind, name, write="create_pr" not in self.query)
@@ -306,13 +296,12 @@ class _Handler(HttpHandler):
             objects.append(found)
         quota = self.hub.faults.quota_bytes
         if quota is not None and self.hub.storage.lfs_bytes() + missing > quota:
-            raise Refused(self.hub.faults.quota_status, QUOTA)
+            raise Refused(403, QUOTA)
         self.json({"transfer": "basic", "objects": objects})
 
     def lfs_put(self, sha256: str) -> None:
         faults = self.hub.faults
-        limit = faults.fail_upload_after_bytes if faults.failing_uploads else None
-        self.hub.storage.receive(sha256, self._counted(limit))
+        self.hub.storage.receive(sha256, self._counted(faults.fail_upload_after_bytes))
         if faults.silent_uploads:
             faults.silent_uploads -= 1
             time.sleep(SILENCE_S)
@@ -325,7 +314,6 @@ class _Handler(HttpHandler):
             received += len(chunk)
             self.hub.uploaded += len(chunk)
             if limit is not None and received >= limit:
-                self.hub.faults.failing_uploads -= 1
                 self.drop()
             yield chunk
 
@@ -337,13 +325,13 @@ class _Handler(HttpHandler):
         if faults.commit_statuses:
             raise Refused(faults.commit_statuses.pop(0), faults.commit_message)
         if faults.concurrent_commit:
-            added, faults.concurrent_commit = self.hub.storage.add(b"theirs", False), None
-            repo.commit(revision, "A line of \x1b[31mtheirs", "bob", {"theirs.txt": added})
+            added, faults.concurrent_commit = self.hub.storage.add(b"theirs", False), False
+            repo.commit(revision, "A line of \x1b[31mtheirs", {"theirs.txt": added})
         if not pull and header.get("parentCommit", repo.at(revision).oid) != repo.at(revision).oid:
             raise Refused(412, "A commit has happened since. Please refresh and try again.")
         target = repo.open_pull(header.get("parentCommit", revision)) if pull else revision
         deleted = {line["value"]["path"] for line in lines if line["key"] == "deletedFile"}
-        made = repo.commit(target, header["summary"], self.user, self.hub.storage.blobs_of(lines), deleted)
+        made = repo.commit(target, header["summary"], self.hub.storage.blobs_of(lines), deleted)
         if faults.late_commit:
             faults.late_commit = False
             raise Refused(412, "A commit has happened since. Please refresh and try again.")

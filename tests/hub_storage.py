@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-DATE = "2026-01-01T00:00:00.000Z"
-
 
 class Refused(Exception):
     """An answer that is no success, with what the Hub puts into headers and body."""
@@ -29,10 +27,8 @@ class Faults:
 
     Attributes:
         fail_upload_after_bytes: of a PUT, after which the connection is dropped.
-        failing_uploads: how many are; 0 = none any more.
         silent_uploads: how many PUTs are answered so late that a client should have lost patience.
         quota_bytes: that all LFS objects may take.
-        quota_status: of the refusal.
         concurrent_commit: somebody else commits to the branch, just before the next commit.
         commit_statuses: answers of the next commits, none of which is made.
         commit_message: what they say.
@@ -42,11 +38,9 @@ class Faults:
     """
 
     fail_upload_after_bytes: int | None = None
-    failing_uploads: int = 1_000_000
     silent_uploads: int = 0
     quota_bytes: int | None = None
-    quota_status: int = 403
-    concurrent_commit: bool | None = None
+    concurrent_commit: bool = False
     commit_statuses: list[int] = field(default_factory=list)
     commit_message: str = "Internal Server Error"
     lost_commit_replies: int = 0
@@ -75,9 +69,7 @@ class Commit:
     oid: str
     parent: str | None
     title: str
-    author: str
     files: Mapping[str, Blob]
-    date: str = DATE
 
 
 @dataclass
@@ -87,18 +79,15 @@ class Repo:
     private: bool
     commits_by_oid: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
     pulls: dict[str, str] = field(default_factory=dict)
 
     def at(self, revision: str) -> Commit:
-        oid = {**self.tags, **self.branches, **self.pulls}.get(revision, revision)
+        oid = {**self.branches, **self.pulls}.get(revision, revision)
         if oid not in self.commits_by_oid:
             raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return self.commits_by_oid[oid]
 
-    def commit(
-        self, revision: str, title: str, author: str, added: Mapping[str, Blob], deleted: Iterable[str] = ()
-    ) -> Commit:
+    def commit(self, revision: str, title: str, added: Mapping[str, Blob], deleted: Iterable[str] = ()) -> Commit:
         refs = self.pulls if revision in self.pulls else self.branches
         if revision not in refs:
             raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -106,7 +95,7 @@ class Repo:
         if missing := set(deleted) - set(parent.files):
             raise Refused(404, f"A file with this name doesn't exist: {missing.pop()}", "EntryNotFound")
         files = {path: blob for path, blob in {**parent.files, **added}.items() if path not in set(deleted)}
-        made = self._add(parent.oid, title, author, files)
+        made = self._add(parent.oid, title, files)
         refs[revision] = made.oid
         return made
 
@@ -124,11 +113,11 @@ class Repo:
         return found
 
     def start(self, files: Mapping[str, Blob]) -> None:
-        self.branches["main"] = self._add(None, "initial commit", "system", files).oid
+        self.branches["main"] = self._add(None, "initial commit", files).oid
 
-    def _add(self, parent: str | None, title: str, author: str, files: Mapping[str, Blob]) -> Commit:
-        content = repr((parent, title, author, sorted(files.items()), len(self.commits_by_oid)))
-        made = Commit(hashlib.sha1(content.encode()).hexdigest(), parent, title, author, files)
+    def _add(self, parent: str | None, title: str, files: Mapping[str, Blob]) -> Commit:
+        content = repr((parent, title, sorted(files.items()), len(self.commits_by_oid)))
+        made = Commit(hashlib.sha1(content.encode()).hexdigest(), parent, title, files)
         self.commits_by_oid[made.oid] = made
         return made
 

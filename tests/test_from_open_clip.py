@@ -154,7 +154,7 @@ def test_a_revision_asks_the_hub_and_a_commit_does_not(tiny_published, cache, tm
         state = torch.load(tiny_published / WEIGHTS, weights_only=True)
         torch.save({**state, "logit_scale": state["logit_scale"] + 1}, tiny_published / WEIGHTS)
         added = hub.storage.add((tiny_published / WEIGHTS).read_bytes(), True)
-        second = repo.commit("main", "trained on", "ana", {WEIGHTS: added}).oid
+        second = repo.commit("main", "trained on", {WEIGHTS: added}).oid
         # What is here is used as it is; the branch's name asks for the new one, which is the usual one from then on.
         found = folders(None, "main", None, first)
         assert [folder.name for folder in found] == [first, second, second, first]

@@ -11,14 +11,13 @@ import numpy as np
 import onnx
 import pytest
 from immich_reader import ODD_TEXTS, LayoutReader, ServiceReader, is_cropped_beside, pictures
-from safetensors.torch import load_file, save_file
 from tiny import TINY_TEXT, randomise, tiny_config
 from towers import TOWER, gemma_like, other_texts, siglip2
 from transformers import SiglipConfig
 
 from benchmarks.timing import made_captions
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_tokenizer
-from hub_upload.export import export, main
+from hub_upload.export import export
 from hub_upload.formats.immich import NAMES
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor
@@ -158,16 +157,6 @@ def test_files_are_immichs_and_whole(kind, exported):
         assert not [one for one in model.graph.initializer if one.external_data]
         assert not [node for node in model.graph.node if node.metadata_props or node.doc_string]
         assert [one.name for one in model.graph.output] == [{"textual": "text_embeds", "visual": "image_embeds"}[name]]
-
-
-def test_the_text_side_alone_where_the_image_side_is_the_bases(tiny_folder, tmp_path):
-    base = shutil.copytree(tiny_folder, tmp_path / "base")
-    weights = load_file(base / "model.safetensors")
-    text = "text_model.encoder.layer.0.output.dense.weight"
-    save_file({**weights, text: weights[text] + 1}, base / "model.safetensors", metadata={"format": "pt"})
-    flags = ["--model", str(tiny_folder), "--formats", "immich", "--base", str(base)]
-    main([*flags, "--output", str(tmp_path / "alone")])
-    assert files(tmp_path / "alone") == {name for name in FILES if not name.startswith("visual/")}
 
 
 @pytest.mark.slow
