@@ -16,6 +16,7 @@ from tiny import draw_nothing, save_model
 import train_accelerate
 from modeling_capivara import CapivaraProcessor
 
+SEEDS = Path(__file__).parent / "golden" / "runs" / "seeds"  # a run of the seeds 0, 1 and 2, as the trainer lays it out
 BASE_CARD = "---\nlicense: mit\n---\n\n# A tiny base\n"
 DATA_CARD = """---
 license: cc-by-sa-4.0
@@ -81,22 +82,9 @@ def record_of(folder: Path, metric: str, direction: str = "text_to_image", model
     return next(r for r in records if (r["metric"], r["direction"], r["model"]) == (metric, direction, model))
 
 
-def three_seeds(run: Path, folder: Path) -> Path:
-    """A run of the seeds 0, 1 and 2, as the trainer lays it out, made of a run of one: its figures 0.1 apart."""
-    content = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    for seed in range(3):
-        (folder / f"seed-{seed}").mkdir(parents=True)
-        (folder / f"seed-{seed}" / "run.json").write_text(json.dumps({**content, "seed": seed}), encoding="utf-8")
-        shutil.copyfile(run / "config.json", folder / f"seed-{seed}" / "config.json")
-    shutil.copytree(run / "results", folder / "results")
-    for path in (folder / "results").glob("*.json"):
-        change(path, lambda results: results.update(records=_of_seeds(results["records"])))
-    return folder
-
-
-def runs_of_seeds(run: Path, folder: Path) -> Path:
-    """The same three seeds, each a run of its own in `seed-0`, `seed-1` and `seed-2` with its own results."""
-    three_seeds(run, folder)
+def runs_of_seeds(folder: Path) -> Path:
+    """The run `SEEDS`, each seed a run of its own in `seed-0`, `seed-1` and `seed-2` with its own results."""
+    shutil.copytree(SEEDS, folder)
     for seed in range(3):
         shutil.copytree(folder / "results", folder / f"seed-{seed}" / "results")
         for path in (folder / f"seed-{seed}" / "results").glob("*.json"):
@@ -104,15 +92,3 @@ def runs_of_seeds(run: Path, folder: Path) -> Path:
             change(path, lambda results, of=of: results.update(records=of))
     shutil.rmtree(folder / "results")
     return folder
-
-
-def _of_seeds(records: list[dict]) -> list[dict]:
-    found = []
-    for record in records:
-        if record["model"] == "baseline":
-            found.append(record)
-        else:
-            step = 1 if record["metric"] == "median_rank" else 0.1
-            value = record["value"] if step == 1 else 0.2
-            found += [{**record, "seed": seed, "value": value + step * seed} for seed in range(3)]
-    return found

@@ -7,20 +7,10 @@ import random
 import re
 import shutil
 import statistics
-from pathlib import Path
 
 import jinja2.meta
 import pytest
-from card_run import (
-    card_of,
-    change,
-    record_of,
-    results_of,
-    runs_of_seeds,
-    split_card,
-    three_seeds,
-    trained_run,
-)
+from card_run import SEEDS, card_of, change, record_of, results_of, runs_of_seeds, split_card, trained_run
 from huggingface_hub import ModelCard
 
 from capivara_common.files import RUN_MARKER, write_json
@@ -36,12 +26,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny_dataset_folder, tiny_processor):
-    return trained_run(tmp_path_factory, tiny_dataset_folder, tiny_processor)
-
-
-@pytest.fixture(scope="module")
-def with_card(trained, tmp_path_factory):
+def with_card(tmp_path_factory, tiny_dataset_folder, tiny_processor):
+    trained = trained_run(tmp_path_factory, tiny_dataset_folder, tiny_processor)
     folder = shutil.copytree(trained, tmp_path_factory.mktemp("with_card") / "run")
     write_card(folder)
     return folder
@@ -276,33 +262,36 @@ def test_a_folder_without_measurements_or_a_run(run):
         card_facts(run)
 
 
-def test_several_seeds(trained, tmp_path):
-    folder = three_seeds(trained, tmp_path / "seeds")
+def published(folder) -> list[dict]:
+    """The figures of a card's model index."""
+    return [one for of in split_card(card_of(folder))[0]["model-index"][0]["results"] for one in of["metrics"]]
+
+
+def test_several_seeds(tmp_path):
+    folder = shutil.copytree(SEEDS, tmp_path / "seeds")
     write_card(folder)
     assert check(folder) == []
-    text = card_of(folder)
-    shares = [0.2, 0.30000000000000004, 0.4]
-    assert f"{100 * statistics.mean(shares):.2f} ± {100 * statistics.stdev(shares):.2f}" in text
-    assert "3 training runs, seeds 0, 1, 2" in text and "(seed 2)" in text
-    assert 'name = "seed-0"' in text
-    values = {m["value"] for r in split_card(text)[0]["model-index"][0]["results"] for m in r["metrics"]}
-    assert 0.2 in values and 0.4 not in values
+    of_metric = "recall@1", "text_to_image", "capivara"
+    records = json.loads(results_of(folder).read_text(encoding="utf-8"))["records"]
+    shares = [r["value"] for r in records if (r["metric"], r["direction"], r["model"]) == of_metric]
+    mean = f"{100 * statistics.mean(shares):.2f} ± {100 * statistics.stdev(shares):.2f}"
+    for text in (mean, "3 training runs, seeds 0, 1, 2", "(seed 2)", 'name = "seed-0"'):
+        assert text in card_of(folder)
+    assert {one["args"]["seed"] for one in published(folder)} == {0} and len(shares) == 3
     with pytest.raises(ValueError, match="a repository has one"):
         write_card(folder, repo_id="us/model")
     # One of them, as the export makes a repository of it: its weights and run, the results of all.
     shutil.copytree(folder / "seed-1", tmp_path / "one")
     shutil.copytree(folder / "results", tmp_path / "one" / "results")
     write_card(tmp_path / "one", repo_id="us/model")
-    text = card_of(tmp_path / "one")
-    assert "± 10.00" in text and check(tmp_path / "one") == []
-    metrics = [m for r in split_card(text)[0]["model-index"][0]["results"] for m in r["metrics"]]
-    assert {m["args"]["seed"] for m in metrics} == {1} and 0.30000000000000004 in {m["value"] for m in metrics}
+    assert mean in card_of(tmp_path / "one") and check(tmp_path / "one") == []
+    assert {one["args"]["seed"] for one in published(tmp_path / "one")} == {1}
 
 
-def test_seeds_that_are_runs_of_their_own(trained, tmp_path):
+def test_seeds_that_are_runs_of_their_own(tmp_path):
     """`RUN/seed-0`, `RUN/seed-1` and so on, with their own results, have the card of a run of several seeds."""
-    write_card(one := three_seeds(trained, tmp_path / "one"))
-    write_card(folder := runs_of_seeds(trained, tmp_path / "three"))
+    write_card(one := shutil.copytree(SEEDS, tmp_path / "one"))
+    write_card(folder := runs_of_seeds(tmp_path / "three"))
     assert check(folder) == []
     cards = [card_of(one), card_of(folder)]
     without_files = [re.sub(r"^\| `(seed-\d/)?results/.*\n", "", card, flags=re.MULTILINE) for card in cards]
@@ -313,11 +302,9 @@ def test_seeds_that_are_runs_of_their_own(trained, tmp_path):
     ("model", "metric", "step", "is_refused"),
     [("baseline", "recall@1", 2.9, False), ("baseline", "recall@1", 4, True), ("capivara", "recall@1", 1, True)],
 )  # fmt: skip
-def test_a_base_that_was_measured_on_other_devices_may_differ_by_a_query(
-    trained, tmp_path, model, metric, step, is_refused
-):
+def test_a_base_that_was_measured_on_other_devices_may_differ_by_a_query(tmp_path, model, metric, step, is_refused):
     """seed-2 has another value of a figure that seed-1 has, too, by so many queries or ranks."""
-    folder = runs_of_seeds(trained, tmp_path / "seeds")
+    folder = runs_of_seeds(tmp_path / "seeds")
 
     def edit(content: dict) -> None:
         record = next(r for r in content["records"] if (r["model"], r["metric"]) == (model, metric))
@@ -331,7 +318,7 @@ def test_a_base_that_was_measured_on_other_devices_may_differ_by_a_query(
 
 
 def test_an_unfinished_run_is_no_seed(tmp_path):
-    folder = shutil.copytree(Path(__file__).parent / "golden" / "runs" / "seeds", tmp_path / "seeds")
+    folder = shutil.copytree(SEEDS, tmp_path / "seeds")
     partial = shutil.copytree(folder / "seed-2", folder / "seed-3.partial")
     change(partial / "run.json", lambda run: run.update(seed=3))
     write_json(partial / "results" / "half.json", {"records": []})
