@@ -17,7 +17,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -331,15 +332,9 @@ class Writer:
             text = text.replace(english, own)
         return escaped(text)
 
-    def each(self, name: str) -> str:
-        """A figure that every run has, in the order of seeds; one where all agree."""
-        picks: dict[str, Callable[[dict[str, Any]], str]] = {
-            "pairs_per_second": lambda run: self.number(run["pairs_per_second"], 1),
-            "device": lambda run: escaped(run["device"]),
-            "training_time": lambda run: self.duration(run["seconds"]["training"]),
-            "evaluation_time": lambda run: self.duration(run["seconds"]["evaluation"]),
-        }
-        found = [picks.get(name, lambda of: self.number(of[name]))(run) for run in self.facts["runs"]]
+    def each(self, name: str, write: Callable[..., str], *more: Any) -> str:
+        """What every run has under a name, or two with a point between, in the order of seeds; one where all agree."""
+        found = [write(reduce(getitem, name.split("."), run), *more) for run in self.facts["runs"]]
         return found[0] if len(set(found)) == 1 else "; ".join(found)
 
     def linked(self, origin: dict[str, Any], kind: str) -> str:

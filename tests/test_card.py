@@ -143,7 +143,8 @@ def test_one_changed_digit_of_the_card_or_a_file_fails(run):
     for path, places in [(run / "README.md", 20), (run / "run.json", 6), (run / "config.json", 6),
                          *((path, 6) for path in (run / "results").glob("*.json"))]:  # fmt: skip
         text = path.read_text(encoding="utf-8")
-        for place in generator.sample([match.start() for match in re.finditer(r"\d", text)], places):
+        # But for the last line, whose digit is the template's version: another one is not held to its words.
+        for place in generator.sample([match.start() for match in re.finditer(r"\d(?=.*\n)", text)], places):
             digit = str((int(text[place]) + generator.randint(1, 9)) % 10)
             path.write_text(text[:place] + digit + text[place + 1 :], encoding="utf-8")
             faults = check(run)
