@@ -7,20 +7,23 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import transformers
 from hub_server import HubServer
 from safetensors.torch import load_file
-from tiny import TINY_VISION, randomise, save_model, tiny_config, tiny_tokenizer
+from tiny import TINY_TEXT, TINY_VISION, randomise, save_model, tiny_config, tiny_tokenizer
 from transformers import TimmWrapperConfig
 
 from hub_upload.export import FORMATS, export
 from hub_upload.formats import open_clip as open_clip_format
+from hub_upload.formats.onnx import ENDINGS, open_graph
 from hub_upload.formats.open_clip import text_config_source
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.convert_open_clip import capivara_state_dict, open_clip_state_dict
-from modeling_capivara.two_towers import random_images
+from modeling_capivara.loading import load_processor
+from modeling_capivara.two_towers import random_images, random_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 LOADER = ROOT / "tests" / "loader_process.py"
@@ -60,11 +63,10 @@ def text_tower_on_the_hub():
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, tiny_processor):
-    """A saved tiny model."""
-    folder = tmp_path_factory.mktemp("source") / "model"
-    # Wide enough for int8, which rounds blocks of 128 numbers.
+    """A saved tiny model, wide enough for int8, which rounds blocks of 128 numbers, with dropout that would show."""
     wide = {**TINY_VISION, "hidden_size": 128, "intermediate_size": 256}
-    return save_model(folder, tiny_processor, vision_config=wide)
+    text = {**TINY_TEXT, "hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
+    return save_model(tmp_path_factory.mktemp("source") / "model", tiny_processor, vision_config=wide, text_config=text)
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +147,59 @@ def test_plain_push_to_hub_of_model_and_processor(source, repository, inputs, hu
     assert done.returncode == 0, done.stderr
     assert {"modeling_capivara.py", "processing_capivara.py", "tokenizer.json"} <= hub.files("us/plain").keys()
     check_loaders("transformers", "us/plain", source, inputs, tmp_path, **of_hub(hub, tmp_path / "home-2"))
+
+
+# --- ONNX: graphs of the model in evaluation mode, for any batch and length, int8 near to them ------------------------
+
+
+def embeds(repository, precision: str, images=(), texts=()) -> list[torch.Tensor]:
+    """Embeddings by the graphs: of images, then of texts."""
+    processor, found = load_processor(repository), []
+    for kind, given in (("vision", {"images": images}), ("text", {"text": texts})):
+        if len(*given.values()):
+            graph = open_graph(repository / "onnx" / f"{kind}_model{ENDINGS[precision]}.onnx")
+            found.append(torch.from_numpy(graph.run(None, dict(processor(**given, return_tensors="np")))[0]))
+    return found
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize(("images", "texts"), [(1, 1), (2, 5), (6, 6)])
+def test_float32_is_the_model_for_any_batch_and_length(source, repository, images, texts):
+    model, processor = CapivaraModel.from_pretrained(source).eval(), load_processor(source)
+    pictures, captions = random_images()[:images], ["", *random_texts()][:texts]
+    expected = model(**processor(images=pictures, text=captions, return_tensors="pt"))
+    found = embeds(repository, "float32", pictures, captions)
+    torch.testing.assert_close(found, [expected.image_embeds, expected.text_embeds], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_int8_is_smaller_and_near(source, repository):
+    exact, rounded = (embeds(repository, kind, random_images(), random_texts()) for kind in ("float32", "int8"))
+    for ours, theirs in zip(exact, rounded, strict=True):
+        cosines = (ours * theirs).sum(dim=-1)
+        assert 0.995 < cosines.min() < 0.99999999, "equal to the last bit would mean that nothing was rounded"
+    paths = (repository / "onnx").glob("*_quantized.onnx")
+    kinds = {tensor.data_type for path in paths for tensor in onnx.load(path).graph.initializer}
+    assert onnx.TensorProto.UINT8 in kinds
+    facts = json.loads((repository / "onnx" / "quantisation.json").read_text())
+    assert set(facts["graphs"]) == {
+        f"{kind}_model{end}.onnx" for kind in ("vision", "text") for end in ("", "_quantized")
+    }
+    assert facts["graphs"]["text_model.onnx"]["largest_difference"] < 1e-5
+    assert {"onnx", "onnxruntime", "onnxscript", "torch"} <= facts["versions"].keys()
+
+
+@pytest.mark.slow
+def test_graphs_say_nothing_of_this_machine(repository):
+    for path in (repository / "onnx").glob("*.onnx"):
+        model = onnx.load(path, load_external_data=False)
+        assert not [node.name for node in model.graph.node if node.metadata_props or node.doc_string]
+        assert b"stack_trace" not in path.read_bytes() and b".py" not in path.read_bytes()
+        names = [dim.dim_param for dim in model.graph.input[0].type.tensor_type.shape.dim]
+        assert names[0] == ("texts" if "text" in path.name else "images") and names[1] in ("tokens", "")
+        onnx.checker.check_model(str(path))
+        assert {file.name for file in path.parent.glob(f"{path.name}*")} == {path.name, f"{path.name}_data"}
 
 
 # --- Weights ---------------------------------------------------------------------------------------------------------
