@@ -1,4 +1,4 @@
-"""HTTP of the stand-in for the Hub: bodies that come in chunks, JSON answers, connections that break."""
+"""HTTP of the stand-in for the Hub: bodies chunk by chunk, JSON answers, connections that break."""
 
 import http.server
 import json
@@ -31,13 +31,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def chunks(self) -> Iterator[bytes]:
-        """The body of the request, with a length or in chunks."""
-        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
-            while size := int(self.rfile.readline(), 16):
-                yield self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-            return
+        """The body of the request."""
         left = int(self.headers.get("Content-Length", 0))
         while left:
             chunk = self.rfile.read(min(CHUNK, left))

@@ -20,7 +20,6 @@ from pathlib import Path, PurePosixPath
 from hub_http import CHUNK, Dropped, HttpHandler, HttpServer
 from hub_storage import Faults, Refused, Repo, Storage
 
-DATE = "2026-01-01T00:00:00.000Z"
 TOKEN = "hf_" + "AnaMayWriteToUs" * 2 + "0000"  # of ana, of the organisation us; looks like a real one, and is none
 READ_TOKEN = "hf_" + "BobMayReadOnly0" * 2 + "0000"
 SIGNATURE = "5162ed" * 8  # in the addresses that uploads go to, as the Hub's store has it
@@ -42,7 +41,6 @@ ROUTES = [
         ("GET", REPO + r"/auth-check(?P<write>/write)?", "auth_check"),
         ("GET", REPO + r"/refs", "refs"),
         ("GET", REPO + r"/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", "tree"),
-        ("POST", REPO + r"/paths-info/(?P<revision>[^/]+)", "paths_info"),
         ("POST", REPO + r"/preupload/(?P<revision>[^/]+)", "preupload"),
         ("POST", REPO + r"/commit/(?P<revision>[^/]+)", "commit"),
         ("POST", REPO + r"/branch/(?P<branch>[^/]+)", "create_branch"),
@@ -185,17 +183,13 @@ class _Handler(HttpHandler):
     def whoami(self) -> None:
         if self.user is None:
             raise Refused(401, "Invalid credentials in Authorization header")
-        orgs = [{"name": name} for name in sorted(self.hub.writable[self.user] - {self.user})]
-        self.json({"type": "user", "name": self.user, "orgs": orgs})
+        self.json({"type": "user", "name": self.user, "orgs": []})
 
     def create(self) -> None:
         asked = json.loads(self.body)
-        kind = asked.get("type", "model") + "s"
-        namespace = asked.get("organization") or self.user
+        kind, namespace = asked.get("type", "model") + "s", asked.get("organization") or self.user
         name = f"{namespace}/{asked['name']}"
-        if self.user is None:
-            raise Refused(401, "Invalid username or password.")
-        if namespace not in self.hub.writable[self.user]:
+        if namespace not in self.hub.writable.get(self.user, ()):
             raise Refused(403, f'You don\'t have the rights to create a {kind[:-1]} under the namespace "{namespace}"')
         url = f"{self.hub.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
         if (kind, name) in self.hub.storage.repos:
@@ -205,11 +199,8 @@ class _Handler(HttpHandler):
 
     def info(self, kind: str, name: str, revision: str = "main") -> None:
         repo = self._repo(kind, name)
-        files = repo.at(revision).files
-        answer = {"id": name, "modelId": name, "sha": repo.at(revision).oid, "private": repo.private, "tags": []}
-        answer |= {"gated": False, "disabled": False, "lastModified": DATE, "createdAt": DATE}
-        answer["siblings"] = [{"rfilename": path} for path in sorted(files)]
-        self.json(answer)
+        siblings = [{"rfilename": path} for path in sorted(repo.at(revision).files)]
+        self.json({"id": name, "sha": repo.at(revision).oid, "private": repo.private, "siblings": siblings})
 
     def auth_check(self, kind: str, name: str, write: str = "") -> None:
         self._repo(kind, name, write=bool(write))
@@ -222,8 +213,6 @@ class _Handler(HttpHandler):
 
     def create_branch(self, kind: str, name: str, branch: str) -> None:
         repo = self._repo(kind, name, write=True)
-        if branch in repo.branches:
-            raise Refused(409, f"Reference already exists: {branch}")
         repo.branches[branch] = repo.at(json.loads(self.body or b"{}").get("startingPoint", "main")).oid
         self.json({})
 
@@ -245,11 +234,6 @@ class _Handler(HttpHandler):
             query = urllib.parse.urlencode({**self.query, "cursor": start + size})
             more = {"Link": f'<{self.hub.url}{self.path.partition("?")[0]}?{query}>; rel="next"'}
         self.json(entries[start : start + size], headers=more)
-
-    def paths_info(self, kind: str, name: str, revision: str) -> None:
-        files = self._repo(kind, name).at(revision).files
-        asked = [value for key, value in urllib.parse.parse_qsl(self.body.decode()) if key == "paths"]
-        self.json([files[path].entry(path) for path in asked if path in files])
 
     def resolve(self, kind: str, name: str, revision: str, path: str) -> None:
         repo = self._repo(kind, name)
@@ -284,8 +268,6 @@ class _Handler(HttpHandler):
 
     def lfs_batch(self, kind: str, name: str) -> None:
         self._repo(kind, name)
-        if self.user is None:
-            raise Refused(401, "Invalid username or password.")
         objects, missing = [], 0
         for asked in json.loads(self.body)["objects"]:
             found = {"oid": asked["oid"], "size": asked["size"]}
