@@ -13,7 +13,7 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TINY_TEXT, randomise, tiny_config
+from tiny import TINY_TEXT, save_model
 from tokenizers import normalizers
 from towers import TOWER, gemma_like, other_texts, siglip2
 from transformers import PreTrainedTokenizerFast, SiglipConfig
@@ -73,16 +73,9 @@ np.savez(sys.argv[3], **found)
 """
 
 
-def saved(model: CapivaraModel, processor: CapivaraProcessor, folder: Path) -> Path:
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, tiny_processor):
-    model = randomise(CapivaraModel(tiny_config()))
-    return saved(model, tiny_processor, tmp_path_factory.mktemp("base") / "base")
+    return save_model(tmp_path_factory.mktemp("base") / "base", tiny_processor)
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +105,8 @@ def exported(request, xlmr, tiny_processor, tmp_path_factory):
         text = TOWER | {"vocab_size": len(tokenizer), "pad_token_id": 0, "projection_size": 768}
         siglip2(folder / "base", tokenizer, SiglipConfig(text_config=text, vision_config=vision))
     else:
-        config = tiny_config(text_config={**TINY_TEXT, "vocab_size": 250002})
         processor = CapivaraProcessor(tiny_processor.image_processor, xlmr[0].tokenizer)
-        saved(randomise(CapivaraModel(config)), processor, folder / "base")
+        save_model(folder / "base", processor, text_config={**TINY_TEXT, "vocab_size": 250002})
     model = other_texts(folder / "base", folder / "model")
     return folder / "base", model, export(model, folder / "base", folder / "text_side")
 
@@ -202,8 +194,7 @@ def blocks(folder: Path) -> list[str]:
 def test_a_linear_projection_is_one_matrix(tiny_processor, no_onnx, tmp_path):
     from sentence_transformers import SentenceTransformer
 
-    made = randomise(CapivaraModel(tiny_config(text_projection_type="linear")))
-    base = saved(made, tiny_processor, tmp_path / "base")
+    base = save_model(tmp_path / "base", tiny_processor, text_projection_type="linear")
     model = other_texts(base, tmp_path / "model")
     folder = export(model, base, tmp_path / "text_side")
     found = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu").encode(TEXTS)
@@ -234,11 +225,11 @@ def test_the_folder_holds_the_text_side_alone_and_says_what_it_is_for(model, bas
 
 
 def test_open_clip_is_left_out_where_the_base_has_another_vocabulary(base, model, tmp_path, no_onnx, caplog):
-    smaller = tmp_path / "smaller"
+    smaller = shutil.copytree(model, tmp_path / "smaller")
     trimmed = CapivaraModel.from_pretrained(model)
     trimmed.text_model.resize_token_embeddings(290)
     trimmed.config.text_config.vocab_size = 290
-    saved(trimmed, CapivaraProcessor.from_pretrained(model), smaller)
+    trimmed.save_pretrained(smaller)
     caplog.set_level("INFO")
     folder = export(smaller, base, tmp_path / "out")
     assert "open_clip is left out" in caplog.text and "word_embeddings.weight" in caplog.text
