@@ -176,3 +176,17 @@ def test_what_hides_its_words_is_refused(folder, name):
         (folder / "train" / name).write_bytes(content)
         with pytest.raises(ValueError, match=rf"{name} is compressed or no UTF-8"):
             check_data(folder, [Path("train") / name])
+
+
+@pytest.mark.slow
+def test_rows_of_a_large_group_are_never_all_in_memory(folder):
+    texts = [f"uma foto de {n} gatos na praia com céu azul" * 25 for n in range(1000)]
+    size = (table := pyarrow.table({"caption": texts * 30})).nbytes
+    parquet.write_table(table, folder / "rows.parquet", size, compression="zstd", use_dictionary=False)
+    pool = pyarrow.proxy_memory_pool(whole := pyarrow.default_memory_pool())  # which counts from here on
+    pyarrow.set_memory_pool(pool)
+    try:
+        checked(folder)
+    finally:
+        pyarrow.set_memory_pool(whole)
+    assert size > 3e7 and 0 < pool.max_memory() < 0.5 * size

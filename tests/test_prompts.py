@@ -164,3 +164,13 @@ def test_slips_are_named(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_the_second_reading_is_recorded():
+    review = json.loads((FOLDER / "pt" / "review.json").read_text(encoding="utf-8"))
+    assert set(review) == set(ORDERS) and sum(map(len, review.values())) > 50
+    for name, entries in review.items():
+        prompts = load_prompts(name)
+        for entry in entries:
+            assert prompts.names_en[entry["index"]] == entry["en"] and prompts.names[entry["index"]] == entry["kept"]
+            assert entry["why"]

@@ -294,3 +294,18 @@ def test_two_processes_give_the_bits_of_one(models, data, tmp_path, monkeypatch)
     shards = [{path.name: path.read_bytes() for path in (tmp_path / cache).rglob("*.arrow")}
               for cache in ("one-cache", "two-cache")]  # fmt: skip
     assert shards[0] == shards[1] and len(shards[0]) > 6
+
+
+@pytest.mark.slow
+def test_babel_takes_the_images_of_imagenet(models, tmp_path, monkeypatch):
+    few = lambda prompts: replace(prompts, filled=[filled[:1] for filled in prompts.filled])  # noqa: E731
+    monkeypatch.setattr("eval.classification.load_prompts", lambda *words: few(load_prompts(*words)))
+    prompts = load_prompts("imagenet-1k", "babel", language="xh")
+    known = [name for place in prompts.indices if "/" not in (name := prompts.names_en[place])][:3]
+    for number, name in enumerate([*known, "tench", "goldfish"]):  # which Xhosa has no names for
+        (tmp_path / "imagenet-1k" / name).mkdir(parents=True)
+        picture(number).save(tmp_path / "imagenet-1k" / name / "0.png")
+    given = ["--only", "babel-imagenet", "--languages", "xh"]
+    main(flags(tmp_path / "out", *given, model=models / "base", data_dir=tmp_path))
+    record = read_records(tmp_path / "out" / "babel-imagenet-xh-capivara-0.json")[0]
+    assert (record.protocol, record.language, record.n) == ("babel", "xh", 3)
