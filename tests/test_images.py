@@ -4,11 +4,13 @@ import copy
 import io
 import json
 import os
+import random
 import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -297,3 +299,36 @@ def test_what_bad_pictures_end_in_one_line(tiny_folder, tiny_dataset_folder, tmp
     DatasetDict(train=data["test"], validation=data["validation"], test=data["train"]).save_to_disk(tmp_path / "turned")
     told = said(tmp_path / "turned", effective_batch_size=4)
     assert "split 'test': row 0 can't be used, unreadable image (" in told and "must be whole" in told
+
+
+def test_the_processes_of_a_launch_share_the_pass(tmp_path, monkeypatch):
+    """Each shard is made by one of them, whoever comes first; all wait for all."""
+    cache, made, waited = EmbeddingCache(tmp_path, all_parts(12, 3)), [], []
+    for rank in (1, 0):
+        state = SimpleNamespace(process_index=rank, num_processes=2, wait_for_everyone=lambda: waited.append(1))
+        monkeypatch.setattr("eval.embeddings.processes", lambda state=state: state)
+        cache.make(range(4), lambda own: made.append(own) or ((np.ones((3, 2), np.float16), {}) for _ in own))
+    assert made == [[2, 3], [0, 1]] and len(waited) == 2 and len(cache.table()) == 12
+
+
+def test_an_augmentation_is_a_function_of_image_seed_and_view(tiny_processor, tiny_dataset_folder):
+    first, other = (pairs_of(tiny_dataset_folder, tiny_processor, 0, seed) for seed in (0, 1))
+    pixels = []
+    for number, (pairs, *view) in enumerate([(first, 3, 5)] * 2 + [(first, 3, 6), (first, 4, 5), (other, 3, 5)]):
+        torch.manual_seed(number), np.random.seed(number), random.seed(number)  # which have no say
+        pixels.append(pairs.pixels(*view))
+    assert [torch.equal(pixels[0], one) for one in pixels] == [True, True, False, False, False]
+
+
+@pytest.mark.slow
+def test_vectors_of_two_data_sets_meet_their_pairs(tiny_model, tiny_processor, tiny_dataset_folder, tmp_path, caplog):
+    caplog.set_level("INFO", "capivara")
+    DatasetDict(train=load_from_disk(tiny_dataset_folder)["validation"]).save_to_disk(tmp_path / "small")
+    both = [pairs_of(folder, tiny_processor, 2) for folder in (tiny_dataset_folder, tmp_path / "small")]
+    both = [with_cache(tiny_model, pairs, tmp_path / "caches") for pairs in both]
+    assert "Image-embedding cache: 12 images x 2 views, 0.0 MB in " in caplog.text, "said before the work"
+    sources, rows, views = np.array([[1, 0, 1, 0, 0], [5, 11, 0, 4, 0], [0, 1, 1, 0, 1]])
+    found = cached_embeds(both, StepPlan(0, sources, rows, views, [], []))
+    pixels = [both[source].pixels(row, view) for source, row, view in zip(sources, rows, views, strict=True)]
+    expected = tiny_model(pixel_values=torch.stack(pixels)).image_embeds.detach()
+    torch.testing.assert_close(found, expected, rtol=2**-11, atol=2e-6)

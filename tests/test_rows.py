@@ -1,9 +1,11 @@
 """What of a row is used, and what can't be."""
 
+import contextlib
 import io
 import json
 import os
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -198,3 +200,15 @@ def test_captions_are_read_the_same_everywhere(tmp_path):
             caption_texts(value, "captions-pt")
         with pytest.raises(ValueError, match="Row 3 has captions that are no text"):
             _chosen(value, "captions-pt", "all", 3)
+
+
+def test_of_several_processes_one_makes_the_table(tmp_path, monkeypatch):
+    source, waited, made, found = tar_source(tmp_path, [*bad_rows()[0][1], *sample(0)]), [], [], []
+    for rank in range(3):  # one after the other, as Accelerate lets them in
+        state = SimpleNamespace(is_local_main_process=rank == 0)
+        state.local_main_process_first = lambda: contextlib.nullcontext(waited.append(1))
+        monkeypatch.setattr(pairs, "processes", lambda state=state: state)
+        choose = lambda row, rank=rank: made.append(rank) or row["captions-pt"]  # noqa: E731
+        table = pair_table(source, ["captions-pt"], choose, {"at": f"{tmp_path}"})
+        found.append((usable(table)[:], skipped_rows(table, source)))
+    assert len(waited) == 3 and {*made} == {0} and found[0] == found[1] == found[2] and len(found[0][1]) == 1

@@ -310,3 +310,9 @@ def test_a_list_of_a_killed_run_does_not_outlive_it(numbered, undisturbed, tmp_p
     (tmp_path / "out" / ".train-000000000-000000007.parquet.gone-1.tmp").write_bytes(b"half a part")
     run(numbered, tmp_path / "out")
     assert parts(tmp_path / "out") == parts(undisturbed)
+
+
+def test_no_more_rows_are_held_than_asked_for(numbered, tmp_path):
+    sizes = []
+    run(numbered, tmp_path / "out", process=lambda rows: sizes.append(len(rows)) or shout(rows))
+    assert set(sizes) == {3, 1, 2} and sum(sizes) == NUMBER, "parts of seven rows, and one of five"
