@@ -53,6 +53,7 @@ def test_settings_are_json_with_image_roots_and_all(tmp_path):
         ("- a\n- b\n", "must hold `key: value` lines"),
         ("a: [", "^[^\\n]* is not valid YAML[^\\n]*$"),
         ("dataset: d\n", "`model` is missing"),
+        ("model: m\ndataset: d\neffective_batch_size: 1\n", "effective_batch_size must be at least 2, got 1"),
         ("model: m\ndataset: d\nwarmup_steps: 9\nmax_steps: 5\n", "warmup_steps must be from 0 to 5, got 9"),
         ("model: m\ndataset: d\nlearning_rate: 1e-8\n", "min_learning_rate must be from 0 to 1e-08, got 1e-07"),
         ("model: m\ndataset: d\nadam_epsilon: 1\n", "adam_epsilon must be a number above 0 and below 1, got 1"),

@@ -13,7 +13,9 @@ from accelerate import Accelerator
 from torch import nn
 
 import training.checkpoints
+from training.arguments import GONE_SINCE, RunArguments
 from training.checkpoints import (
+    FREE_SETTINGS,
     STATE,
     SUMS,
     Checkpoints,
@@ -198,3 +200,7 @@ def test_a_finished_run_has_its_data_and_one_of_an_earlier_version_is_said_to_be
     (tmp_path / "run.json").write_text(json.dumps(finished), encoding="utf-8")
     with pytest.raises(ValueError, match=r"^[^\n]*is of an earlier version[^\n]*a876dd5[^\n]* its model there[^\n]*$"):
         check_finished_run(tmp_path, {"seed": 1}, {})
+
+
+def test_what_may_differ_is_a_setting():
+    assert FREE_SETTINGS - GONE_SINCE.keys() <= RunArguments.__dataclass_fields__.keys() - {"seed", "micro_batch_size"}

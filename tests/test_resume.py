@@ -26,6 +26,7 @@ from test_train_accelerate import ROOT, flags, refused
 import train_accelerate
 from capivara_common.files import RUN_MARKER
 from modeling_capivara.loading import load_model
+from training import whole_batch
 from training.loop import Trainer
 from training.whole_batch import WholeBatch
 
@@ -242,9 +243,6 @@ def test_a_finished_training_is_not_lost(run, undisturbed, tmp_path, monkeypatch
     assert_as_undisturbed(out, undisturbed)
 
 
-# Failed
-
-
 # Not the same run
 
 
@@ -301,3 +299,25 @@ def test_tensorboard(run, tmp_path):
     losses = {point["step"]: point["loss"] for point in run_json(out)["curve"] if "loss" in point}
     assert {event.step: event.value for event in curves.Scalars("loss")} == pytest.approx(losses)
     assert {"validation/loss", "learning_rate", "gradient_norm"} <= set(curves.Tags()["scalars"])
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_its_step(run, tmp_path, monkeypatch):
+    original, calls = whole_batch.contrastive_loss, itertools.count(1)
+
+    def bad(*args):  # but for that of the validation split
+        return original(*args) * (float("nan") if torch.is_grad_enabled() and next(calls) == 4 else 1)
+
+    monkeypatch.setattr(whole_batch, "contrastive_loss", bad)
+    assert "Step 4: The loss is nan. Lower the learning rate" in refused(run(tmp_path / "out"))
+    assert checkpoints_of(tmp_path / "out") == ["step-00000002"]
+
+
+@pytest.mark.slow
+def test_a_run_that_replaces_another_goes_on_and_the_old_one_stays_until_then(run, undisturbed, tmp_path):
+    out, replacing = tmp_path / "out", {"overwrite_output_dir": "true"}
+    old = weights(train_accelerate.main(run(out, max_steps=2)))
+    killed_run(run(out, **replacing), Trainer, "_one_step", 4)
+    assert weights(out) == old and "--overwrite_output_dir" in refused(run(out, resume="auto"))
+    train_accelerate.main(run(out, resume="auto", **replacing))
+    assert_as_undisturbed(out, undisturbed)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -16,6 +16,7 @@ from capivara_common.files import RUN_MARKER, lock_folder
 from eval.retrieval import main as evaluate
 from hub_upload.card import check
 from modeling_capivara.loading import load_model, load_processor
+from training.interpolate import main as interpolate
 from training.trainable import clamp_logit_scale
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,3 +168,11 @@ def test_a_folder_of_others_is_left_alone(model, tiny_dataset_folder, tmp_path):
     assert re.search(r"not empty.*--overwrite_output_dir", taken("out"))
     assert "holds files of something else" in taken("new") and "can't be made" in taken("out/precious.txt/out")
     assert len(list(tmp_path.glob("*/precious.txt"))) == 2 and (tmp_path / "busy.partial").is_dir()
+
+
+def test_interpolation_of_a_finished_run(finished, saved_tiny_folder, tmp_path):
+    interpolate([str(saved_tiny_folder), str(finished), "--share", "0.25", "--output", str(tmp_path / "quarter")])
+    folders = saved_tiny_folder, finished, tmp_path / "quarter"
+    base, trained, between = (load_model(folder).state_dict() for folder in folders)
+    for name in (name for name, weight in base.items() if weight.is_floating_point()):
+        torch.testing.assert_close(between[name], 0.75 * base[name] + 0.25 * trained[name], rtol=1e-5, atol=1e-6)
