@@ -309,3 +309,12 @@ def test_what_open_clip_cannot_build_is_refused_before_anything_is_written(tmp_p
     with pytest.raises(ValueError, match="open_clip does not build this model"):
         quick(tmp_path / "model", tmp_path / "repository")
     assert nothing_left(tmp_path / "repository")
+
+
+@pytest.mark.slow
+def test_open_clip_loads_it_by_its_hub_id(source, inputs, hub, tmp_path):
+    quick(source, tmp_path / "repository", repo_id="us/model")
+    tiny_config().text_config.save_pretrained(tmp_path / "text")
+    for name, folder in (("us/text", "text"), ("us/model", "repository")):
+        hub.store(name, tmp_path / folder)
+    check_loaders("open_clip", "hf-hub:us/model", source, inputs, tmp_path, **of_hub(hub, tmp_path / "home"))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_layout import MODEL_FILES
 
 from hub_upload import export as export_module
-from hub_upload.allowed_files import ALLOWED_FILES, MODEL_CODE, allowed_files, check_contents
+from hub_upload.allowed_files import ALLOWED_FILES, MODEL_CODE, allowed_files, check_contents, files_to_send
 from hub_upload.export import FORMATS, export, main
 
 TOKEN = "hf_" + "a1B2c3" * 6
@@ -226,3 +226,11 @@ def test_a_missing_extra_says_how_to_get_it(tiny_folder, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r'needs onnxscript, .*: pip install -e "\.\[onnx\]"$'):
         export(tiny_folder, tmp_path / "repository", FORMATS)
     assert not (tmp_path / "repository").exists()
+
+
+def test_a_push_sends_the_files_of_the_list_alone(tiny_folder, tmp_path):
+    names = exported(tiny_folder, tmp_path / "repository")
+    for name in STRAY:
+        (tmp_path / "repository" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "repository" / name).write_bytes(b"private")
+    assert set(map(str, files_to_send(tmp_path / "repository", "model"))) == set(names)

@@ -443,3 +443,28 @@ def test_a_large_picture_is_sent_upright_and_small(tmp_path, saved_tiny_folder):
         status, headers, body = asked.get("download", path)
         assert (status, body) == (200, Path(path).read_bytes())
         assert headers["content-disposition"].startswith("attachment;")
+
+
+@pytest.mark.slow
+def test_what_was_checked_is_what_is_sent(saved_tiny_folder, tmp_path, monkeypatch):
+    """The file of a row is swapped for a link to a private picture while it is decoded."""
+    made, private = save_folder(tmp_path / "fotos"), tmp_path / "private.png"
+    private.write_bytes(png(7) + b"segredo")
+    row, image = made / "azul" / "azul inteiro.png", decoder.Decoder.image
+    data = row.read_bytes()
+
+    def swapped(*args):
+        row.unlink()
+        row.symlink_to(private)
+        return image(*args)
+
+    with served(made_index(tmp_path / "i.lance", made, saved_tiny_folder)) as asked:
+        monkeypatch.setattr(decoder.Decoder, "image", swapped)
+        assert asked.get("download", str(row))[::2] == (200, data) and b"segredo" in row.read_bytes()
+        assert asked.get("download", str(row))[0] == 404
+
+
+def test_connections_are_fewer_where_fewer_files_may_be_open(monkeypatch):
+    for limit, most in ((256, 64), (928, 400), (resource.RLIM_INFINITY, 400)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        assert guard.most_connections() == most
