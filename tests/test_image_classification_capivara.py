@@ -140,3 +140,15 @@ def test_example_with_the_digits(tiny_folder, tmp_path, capsys):
     classify = pipeline("image-classification", str(out))
     right = [classify(row["image"])[0]["label"] == str(row["labels"]) for row in splits["test"].select(range(40))]
     assert sum(right) > 28, "the saved folder is the fine-tuned model"
+
+
+def test_the_head_alone_learns_where_the_tower_is_frozen_and_the_model_stays(classifier, tiny_model, pixels):
+    before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
+    classifier.freeze_image_tower()
+    classifier.train()(pixels, labels=torch.tensor([0, 1, 2, 2, 1, 0])).loss.backward()
+    reached = {name for name, parameter in classifier.named_parameters() if parameter.grad is not None}
+    assert reached == {"classifier.weight", "classifier.bias", "logit_scale"} and not classifier.vision_model.training
+    for parameter in classifier.parameters():
+        parameter.data.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_model.state_dict().items())
+    assert tiny_model.config.num_labels == 2, "transformers' own number, of no classifier"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from torchvision.transforms import CenterCrop, Compose
 
 from capivara_common import image_files
 from modeling_capivara import CapivaraImageProcessor, image_processing_capivara
@@ -261,3 +262,14 @@ def test_eight_bits_are_made_alike_without_the_package(kind, high):
         except ValueError as error:
             found.append(str(error).partition(" Normalised")[0])
     assert found[0] == found[1]
+
+
+def test_each_step_can_be_left_out():
+    image, small = noise(224, 224), Image.fromarray(noise(31, 133))
+    raw = torch.from_numpy(image).permute(2, 0, 1).float()
+    assert torch.equal(pixels(image, do_normalize=False)[0], raw / 255)
+    assert torch.equal(pixels(image, do_normalize=False, rescale_factor=0.5)[0], raw * 0.5)
+    plain = PROCESSOR([image, noise(60, 40)], do_center_crop=False, do_rescale=False, do_normalize=False).pixel_values
+    assert [tuple(result.shape) for result in plain] == [(3, 224, 224), (3, 224, 336)] and torch.equal(plain[0], raw)
+    expected = Compose([CenterCrop(64), *OPEN_CLIP.transforms[2:]])(small)
+    assert_same_bits(pixels(small, do_resize=False, crop_size=64)[0], expected, "black where the crop is larger")

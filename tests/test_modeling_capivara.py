@@ -6,7 +6,7 @@ from sampling import one_in
 from tiny import randomise, tiny_config
 
 from modeling_capivara import CapivaraConfig, CapivaraModel, clip_loss
-from modeling_capivara.modeling_capivara import mean_pooling
+from modeling_capivara.modeling_capivara import _check_mask, mean_pooling
 
 TEXTS = ["um gato", "uma foto de uma capivara azul", "a casa"]
 
@@ -214,3 +214,14 @@ def test_outputs_of_both_towers_reach_the_caller(tiny_model, batch):
     torch.testing.assert_close(torch.nn.functional.normalize(features, dim=-1), output.text_embeds)
     assert output.pooler_output is None, "of two modalities there is no one pooled output"
     assert [type(part) for part in output.to_tuple()] == [torch.Tensor] * 4 + [tuple] * 2
+
+
+def test_the_check_of_the_mask_waits_for_no_device():
+    ids = torch.ones(2, 5, dtype=torch.long, device="meta")  # without values: to look at one is to wait for a GPU
+    _check_mask(ids, ids)
+
+
+def test_flex_attention_reaches_both_towers(tiny_model):
+    tiny_model.set_attn_implementation("flex_attention")  # which a CPU would compile for minutes
+    kinds = {tower.config._attn_implementation for tower in (tiny_model.text_model, tiny_model.vision_model)}
+    assert kinds == {"flex_attention"}

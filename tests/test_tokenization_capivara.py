@@ -1,17 +1,20 @@
 """Texts, whoever tokenises them: open_clip's ids, at a cost that no text can drive up."""
 
 import copy
+import html
 import pickle
+import random
 import time
 import timeit
 
+import ftfy
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, ByT5Tokenizer, pipeline
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor, CapivaraTokenizer
-from modeling_capivara.text_repair_capivara import MAX_CHARACTERS
+from modeling_capivara.text_repair_capivara import MAX_CHARACTERS, repair_text
 
 PORTUGUESE = "Uma menina de vestido azul está à beira da água, com São João e o cão; a ação começou às três. "
 RUSSIAN = "Красивая девушка сидит на берегу реки и смотрит на воду. "
@@ -114,3 +117,10 @@ def test_pipelines_give_the_numbers_of_model_and_processor(tiny_folder, tiny_mod
 def test_only_fast_tokenizers_are_taken():
     with pytest.raises(ValueError, match="must be one of the tokenizers library, got ByT5Tokenizer"):
         CapivaraProcessor(CapivaraImageProcessor(), ByT5Tokenizer())
+
+
+def test_repair_equals_open_clips_on_nested_mixtures():
+    pieces = "& amp; &amp; &lt; < &#227; &ccedil; &Atilde; &pound; Ã£ Ã© ã â€™ “ a &copy; &semi; #38; &NewLine; ； ＆ ﬁ"
+    pieces, draw = [*pieces.split(), "\n", " ", "Ã ", "\x85", "&nbsp;"], random.Random(0)
+    for text in ("".join(draw.choices(pieces, k=draw.randint(5, 80))) for _ in range(600)):
+        assert repair_text(text) == " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
