@@ -93,3 +93,8 @@ def test_a_model_draws_the_line_where_it_was_measured_to_tell(index, tmp_path):
     for damaged in ('{"auc": "high"}', '{"auc": null}', "{}", "[]", "{", "\0"):
         (tmp_path / asking.MEASURED).write_text(damaged)
         assert not asking.draws_line(tmp_path), "and searches go on"
+
+
+def test_the_background_is_of_the_models_own_vectors(index):
+    whole, others = (index._table.sample(index.model.width, of, 7) for of in (index.model.image_digest, "another"))
+    assert whole.shape == (7, index.model.width) and len(np.unique(whole, axis=0)) == 7 and not len(others)

@@ -68,10 +68,11 @@ def test_command(flags, tmp_path):
     ("words", "message"),
     [
         ("--shots 0", "shots and draws must be at least 1"),
+        ("--images no-data --output .", r"output file .* is a folder"),  # before any data are opened
         ("--validation_split validation", r"no split 'validation'; there are"),
         ("--train_split test", "splits 'test' and 'test' hold the same images"),  # what is fitted is not measured
     ],
 )
 def test_slips(flags, tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
-        main([*flags, *words.split(), "--output", str(tmp_path / "p.json")])
+        main([*flags, "--output", str(tmp_path / "p.json"), *words.split()])

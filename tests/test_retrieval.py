@@ -215,3 +215,15 @@ def test_training_gives_the_same_data_the_same_fingerprint(made, tiny_dataset_fo
         assert load_data(arguments).fingerprint() == pairs_fingerprint(table)
     first = load_data(arguments).fingerprint()
     assert first != load_data(replace(arguments, language="en", caption_column="captions-{language}")).fingerprint()
+
+
+def test_googles_captions_in_bf16_of_a_folder_that_the_user_names(saved_tiny_folder, folder, tmp_path):
+    (folder / "test" / "01.png").rename(tmp_path / "01.png")
+    lines = lines_of(folder)[:2]
+    write_lines(folder, [lines[0], lines[1] | {"file_name": str(tmp_path / "01.png")}])
+    with pytest.raises(ValueError, match="has one image that can be read: among so few"):
+        measure(saved_tiny_folder, folder, tmp_path / "r.json")
+    more = {"caption_positions": "odd", "precision": "bf16", "image_roots": [tmp_path]}
+    records = measure(saved_tiny_folder, folder, tmp_path / "bf16.json", **more)
+    assert {r.n for r in records} == {2, 4} and all("captions: odd" in r.protocol for r in records)
+    assert json.loads((tmp_path / "bf16.json").read_text(encoding="utf-8"))["precision"] == "bf16"

@@ -282,3 +282,10 @@ def test_tensors_are_read_where_they_lie(tiny_folder):
     np.testing.assert_array_equal(file.rows(words, np.array([7, 0, 299])), expected[words].numpy()[[7, 0, 299]])
     with pytest.raises(ValueError, match="has 300 rows; asked for 0 to 300"):
         file.rows(words, np.array([0, 300]))
+
+
+def test_a_siglip_with_another_tokenizer_is_embedded_by_the_model(tmp_path):
+    MAKERS["siglip"](tmp_path)
+    assert open_text_tower(tmp_path) is None
+    found = SearchModel("siglip", "siglip", tmp_path, device="cpu").texts(PLAIN)
+    np.testing.assert_allclose(found, of_the_model(tmp_path, PLAIN), rtol=0, atol=1e-6)
