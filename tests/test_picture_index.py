@@ -701,11 +701,3 @@ def test_rows_of_a_folder_that_can_not_be_read_stay(index, folder, monkeypatch):
     left_out = [*unseen, LeftOut(closed, "permission denied")]
     monkeypatch.setattr(adding, "find_pictures", lambda *_: (seen, left_out))
     assert len(seen) < len(found) and index.add(folder).removed == 0 and len(index) == rows
-
-
-@pytest.mark.slow
-def test_equal_pictures_come_in_the_order_of_their_paths(index, folder):
-    first, *copies = names = [folder / "d0" / "p0000.png", *(folder / f"z{number}.png" for number in range(9))]
-    for name in copies[::-1]:
-        index.add(shutil.copy(first, name).parent)
-    assert [hit.path for hit in index.search(like=first, k=10)] == list(map(str, names))

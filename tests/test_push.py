@@ -354,3 +354,9 @@ def test_bad_arguments(tmp_path, fault):
     overrides, message = BAD_ARGUMENTS[fault]
     with pytest.raises(ValueError, match=message):
         PushArguments(**{"model": tmp_path, "repo_id": "us/model", **overrides})
+
+
+def test_what_shall_be_private_is_not_sent_to_a_public_repository(hub, push):
+    hub.storage.create("models", "us/model", private=False)
+    done = push("--push", "--private")
+    assert done.code == 1 and "us/model is public, and --private makes new" in done.err and not written(hub)
