@@ -41,11 +41,6 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"
 SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".heic", ".heif"),
 )
-LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # where none is named; cls is WebDataset's
-DATASET_HELP = (
-    "Saved HF data set, folder or pattern of parquet files or WebDataset tars, folder of images with metadata.jsonl, "
-    "or a Hub id."
-)
 DECODERS = 4  # threads
 DECODED_AHEAD = 64  # images; a photograph of 12 million pixels takes 36 MB
 TURNS = {  # EXIF orientation -> how the pixels become upright
@@ -112,13 +107,6 @@ class ImageFileArguments:
         """The flags that decide which images are left out, folders by their names alone; empty by default."""
         roots = {"image_roots": [root.name for root in self.image_roots]} if self.image_roots else {}
         return roots | ({"max_pixels": self.max_pixels} if self.max_pixels != MAX_IMAGE_PIXELS else {})
-
-
-@dataclass(kw_only=True)
-class CaptionDataArguments(ImageFileArguments):
-    """The flags of every command that reads images with captions, beside its `dataset` (`DATASET_HELP`)."""
-
-    image_column: str = flag("image", "Name of the image column.")
 
 
 def image_bytes(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> bytes:

@@ -14,11 +14,12 @@ from datasets import ClassLabel, Image
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from capivara_common.image_files import LABEL_COLUMNS, MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
+from capivara_common.image_files import MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
 from capivara_common.links import refuse_links_out
 from caption_data.rows import digest_of
 from caption_data.sources import Split, copied_bounds, load_files, of_split, open_split, undecoded
 
+LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # where none is named; cls is WebDataset's
 SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # name of a folder -> split
 SPLIT_FOLDERS |= {"training": "train", "testing": "test"} | dict.fromkeys(("valid", "val", "dev"), "validation")
 

@@ -35,16 +35,15 @@ from capivara_common.environment import package_versions
 from capivara_common.executors import Work, execute
 from capivara_common.files import read_json, whole_file, write_json
 from capivara_common.image_files import (
-    DATASET_HELP,
     BadRow,
-    CaptionDataArguments,
+    ImageFileArguments,
     ImageFiles,
     by_threads,
     decode_image,
     image_bytes,
 )
 from capivara_common.tasks import SHARED_BY_TASKS, ExecutorArguments, Phase, all_parts, share
-from caption_data.rows import CAPTION_COLUMN, CAPTIONS, Skipped, caption_texts, digest_of, write_skipped
+from caption_data.rows import CAPTION_COLUMN, CAPTIONS, DATASET_HELP, Skipped, caption_texts, digest_of, write_skipped
 from caption_data.sources import READ_ROWS, STAGE_FILE, Split, open_split, opened_parquet, refuse_unfinished
 
 GONE = {  # flags of earlier versions
@@ -79,7 +78,7 @@ logger = logging.getLogger("capivara")
 
 
 @dataclass
-class StageArguments(CaptionDataArguments, ExecutorArguments):
+class StageArguments(ImageFileArguments, ExecutorArguments):
     """A stage: its flags, and what its tasks do. This one passes rows on as they are.
 
     Raises ValueError where a value breaks its rule.
@@ -91,6 +90,7 @@ class StageArguments(CaptionDataArguments, ExecutorArguments):
     dataset: str = flag(..., f"{DATASET_HELP} The output of another stage is such a folder.")
     output: Path = flag(..., "Folder of the parts; the same command finishes an unfinished one.")
     split: str = flag("train", "Split that is read, and that the parts are named by.")
+    image_column: str = flag("image", "Name of the image column.")
     rename: list[str] = flag([], "Columns that get another name, as OLD=NEW: caption=captions-en for most data sets.")
     batch_rows: int = flag(16, "Rows that are worked on at once.")
     rows_per_part: int = flag(500, "Rows of a file: at most what a kill loses, at least what a task takes.")

@@ -24,8 +24,7 @@ from torch.nn import functional as F
 from capivara_common.cli import flag, run_command
 from capivara_common.environment import processes
 from capivara_common.files import check_output_file
-from capivara_common.image_files import LABEL_COLUMNS
-from caption_data.labelled_images import LabelledImages, load_images
+from caption_data.labelled_images import LABEL_COLUMNS, LabelledImages, load_images
 from eval.capivara_metrics import metrics
 from eval.embeddings import EmbeddingStore, ModelArguments, open_store, run_evaluation, write_result
 from eval.prompts import Prompts, load_prompts

@@ -24,9 +24,9 @@ from transformers import PreTrainedModel, ProcessorMixin
 from capivara_common.cli import flag, run_command
 from capivara_common.environment import processes
 from capivara_common.files import check_output_file
-from capivara_common.image_files import DATASET_HELP, BadRow, CaptionDataArguments
+from capivara_common.image_files import BadRow
 from capivara_common.privacy import short_name
-from caption_data.rows import caption_texts, rows_fingerprint
+from caption_data.rows import DATASET_HELP, caption_texts, rows_fingerprint
 from caption_data.sources import Split, open_split
 from eval.capivara_metrics import metrics
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS
@@ -49,13 +49,14 @@ POSITIONS = {"all": slice(None), "first": slice(1), "even": slice(0, None, 2), "
 
 
 @dataclass
-class RetrievalArguments(CaptionDataArguments, ModelArguments):
+class RetrievalArguments(ModelArguments):
     """Flags of `eval.retrieval`."""
 
     gone = GONE
     model: str = flag(..., "Folder or Hub id of a model of two towers; open_clip's with --role baseline.")
     dataset: str = flag(..., DATASET_HELP)
     output: Path = flag(..., "JSON file for the result records.")
+    image_column: str = flag("image", "Name of the image column.")
     language: str = flag("pt", "Language of the captions.")
     caption_column: str = flag("captions-{language}", "Name of the column of a caption or a list of captions an image.")
     caption_positions: Literal["all", "first", "even", "odd"] = flag(

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from capivara_common.cli import at_least, between, flag
-from capivara_common.image_files import DATASET_HELP, CaptionDataArguments
-from caption_data.rows import CaptionChoice
+from capivara_common.image_files import ImageFileArguments
+from caption_data.rows import DATASET_HELP, CaptionChoice
 
 RECIPE = "it lost, or made no difference, see docs/recipe.md; --interpolate 0.7 is what is left of it"
 GONE = {  # flags of earlier versions -> what there is instead
@@ -37,7 +37,7 @@ GONE_SINCE = {
 
 
 @dataclass
-class ModelAndData(CaptionChoice, CaptionDataArguments):
+class ModelAndData(CaptionChoice, ImageFileArguments):
     """The base model, the data sets, and which of their captions are trained on."""
 
     _argument_group_name = "model and data"
@@ -52,6 +52,7 @@ class ModelAndData(CaptionChoice, CaptionDataArguments):
     )
     language: str = flag("pt", "Code of the language to train on: column `captions-<language>`.")
     eval_languages: list[str] = flag([], "Languages of the final table; the trained one where none is given.")
+    image_column: str = flag("image", "Name of the image column.")
     caption_column: str = flag("captions-{language}", "Name of the caption column; {language} is the language's code.")
     train_split: str = flag("train", "Name of the training split.")
     validation_split: str = flag("validation", "Name of the validation split, on which choices are made.")
