@@ -12,7 +12,6 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
@@ -21,7 +20,7 @@ from huggingface_hub.utils import WeakFileLock
 
 from capivara_common.cli import coded
 from capivara_common.environment import cache_home
-from capivara_common.files import whole_folder, write_json, write_text
+from capivara_common.files import read_json, whole_folder, write_json, write_text
 from capivara_common.weight_file import weight_files
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -44,23 +43,16 @@ HUB_TIMEOUT_S = 5  # of each step to learn whether the Hub is there, and has a m
 MAIN = "main"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 ORIGIN = "conversion.json"  # in a converted folder: where it is from
+Convert = Callable[[str, Path, str | None], str]  # writes a model of (source, folder, revision), and returns a digest
 logger = logging.getLogger("capivara")
 
 
-@dataclass(frozen=True)
-class Converter:
-    """What imports torch, and is called only where it is needed."""
-
-    convert: Callable[[str, Path, str | None], str]  # writes open_clip's model of (source, folder, revision); a digest
-    explain: Callable[[str], object]  # ValueError with what is wrong with a folder that holds no whole model
-
-
-def model_folder(source: str, converter: Converter, revision: str | None = None) -> Path:
+def model_folder(source: str, convert: Convert, revision: str | None = None) -> Path:
     """The folder of a model of two towers that is `TAKEN`, as transformers loads it; fetched where it is not here.
 
     Args:
         source: folder, Hub id, or checkpoint file of open_clip, with or without `hf-hub:` or `local-dir:` before it.
-        converter: of models of open_clip.
+        convert: of models of open_clip, called only where one is met, since it imports torch.
         revision: branch, tag or commit of a Hub id; where None, what is in the cache, else the main branch.
 
     Raises:
@@ -69,11 +61,16 @@ def model_folder(source: str, converter: Converter, revision: str | None = None)
     """
     name = source.removeprefix("local-dir:")
     path = Path(name).expanduser()
-    if path.exists() or not is_hub_id(source):
-        return _local_folder(path, name, converter)
+    if path.is_file() or ((path / OPEN_CLIP_CONFIG).is_file() and not is_model(path)):
+        return _converted_from_disk(path.resolve(), convert)
+    if path.exists():
+        check_model(path, name)
+        return path.resolve()
+    if not is_hub_id(source):
+        raise coded(ValueError, "no_model", "The model folder {model} does not exist.", model=name)
     repo_id = source.removeprefix("hf-hub:")
     asks = revision is not None and not COMMIT.fullmatch(revision)  # a branch or tag may have moved
-    return (None if asks else cached_folder(repo_id, revision)) or _fetched_folder(repo_id, converter, revision)
+    return (None if asks else cached_folder(repo_id, revision)) or _fetched_folder(repo_id, convert, revision)
 
 
 def cached_folder(repo_id: str, revision: str | None = None) -> Path | None:
@@ -127,33 +124,36 @@ def kind_fault(kind: str | None) -> str | None:
 
 def is_model(folder: Path) -> bool:
     """Whether a folder holds a whole model that is `TAKEN`: settings, processor and weights."""
-    try:
-        return _is_begun(folder) and bool(weight_files(folder))
-    except ValueError:
-        return False
+    with suppress(ValueError):
+        check_model(folder, folder)
+        return True
+    return False
 
 
-def _kind(folder: Path) -> str | None:
-    """`model_type` of its config.json; None where it has none."""
-    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
-    return None
+def check_model(folder: Path, name: str | Path) -> None:
+    """Raise ValueError, with what is missing or wrong, unless a folder, called `name`, holds a whole model."""
+    if fault := _fault(folder, name):
+        raise fault
+    weight_files(folder)
 
 
-def _is_begun(folder: Path) -> bool:
-    """Whether settings and processor are those of a model that is `TAKEN`."""
-    kind = _kind(folder)
-    return kind in TAKEN and any((folder / name).is_file() for name in PROCESSORS[: 1 if kind == "capivara" else 2])
-
-
-def _local_folder(path: Path, name: str, converter: Converter) -> Path:
-    if is_model(path):
-        return path.resolve()
-    if path.is_file() or (path / OPEN_CLIP_CONFIG).is_file():
-        return _converted_from_disk(path.resolve(), converter)
-    converter.explain(name)
-    weight_files(path)
-    raise coded(ValueError, "not_a_model", "The folder {model} lacks {file}.", model=path, file="config.json")
+def _fault(folder: Path, name: str | Path) -> ValueError | None:
+    """What is to be said of a model, called `name`, whose settings or processor are missing or of no kind `TAKEN`."""
+    file = "config.json"
+    if (folder / file).is_file():
+        kind = None
+        try:
+            fault = kind_fault(kind := read_json(folder / file, model_type=str)["model_type"])
+        except ValueError as error:
+            fault = str(error)
+        if fault:
+            text = "The config.json of {model} is of no model of two towers: {reason}"
+            return coded(ValueError, "no_two_towers", text, model=name, reason=fault)
+        file = PROCESSORS[0]
+        if any((folder / one).is_file() for one in PROCESSORS[: 1 if kind == "capivara" else 2]):
+            return None
+    text = "{model} holds no whole model, of transformers or open_clip: {file} is missing."
+    return coded(ValueError, "not_a_model", text, model=name, file=file)
 
 
 def reach_failure(source: str | Path, error: Exception) -> ValueError:
@@ -174,41 +174,35 @@ def reach_failure(source: str | Path, error: Exception) -> ValueError:
     return coded(ValueError, "no_hub", text, model=source, cache=constants.HF_HUB_CACHE, error=name)
 
 
-def _fetched_folder(repo_id: str, converter: Converter, revision: str | None) -> Path:
+def _fetched_folder(repo_id: str, convert: Convert, revision: str | None) -> Path:
     try:  # without the network, what is in the cache of the Hub serves
         folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=SMALL_FILES))
         logger.info("Downloading the model %s from the Hub, once …", repo_id, extra={"code": "downloading"})
-        if begun := _is_begun(folder):
+        if not _fault(folder, repo_id):
             folder = Path(snapshot_download(repo_id, revision=folder.name, allow_patterns=MODEL_FILES))
     except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError) as error:
         raise reach_failure(repo_id, error) from error
-    if is_model(folder):
+    if is_model(folder) or not (folder / OPEN_CLIP_CONFIG).is_file():
+        check_model(folder, repo_id)
         return folder
-    if not (folder / OPEN_CLIP_CONFIG).is_file():
-        if begun:
-            weight_files(folder)  # says which are missing
-        text = "The repository {model} holds no whole model, of open_clip ({file}) or transformers: {fault}."
-        kind = _kind(folder)
-        fault = (kind_fault(kind) if kind else "config.json is missing") or f"{PROCESSORS[0]} is missing"
-        raise coded(ValueError, "other_repository", text, model=repo_id, file=OPEN_CLIP_CONFIG, fault=fault)
     commit, branch = folder.name, revision or MAIN
     folder = _converted(repo_id, commit)
     with one_at_a_time(folder):
         if not is_model(folder):
-            _convert(f"hf-hub:{repo_id}", folder, converter, revision=commit)
+            _convert(f"hf-hub:{repo_id}", folder, convert, revision=commit)
         if branch != commit:
             write_text(folder.parent / "refs" / branch, commit)
     return folder
 
 
-def _convert(source: str, folder: Path, converter: Converter, revision: str | None = None) -> None:
+def _convert(source: str, folder: Path, convert: Convert, revision: str | None = None) -> None:
     logger.info("Converting %s from open_clip's format, once …", source, extra={"code": "converting"})
     with whole_folder(folder, overwrite=True) as new:
-        digest = converter.convert(source, new, revision)
+        digest = convert(source, new, revision)
         write_json(new / ORIGIN, {"source": source, "revision": revision, "weights_digest": digest})
 
 
-def _converted_from_disk(path: Path, converter: Converter) -> Path:
+def _converted_from_disk(path: Path, convert: Convert) -> Path:
     """Of a folder or checkpoint file of open_clip; made anew where the files have changed."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     known = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
@@ -217,7 +211,7 @@ def _converted_from_disk(path: Path, converter: Converter) -> Path:
     place = cache_home() / "open_clip" / f"{path.name}-{name}"
     with one_at_a_time(place):
         if not is_model(place / state):
-            _convert(f"local-dir:{path}" if path.is_dir() else str(path), place / state, converter)
+            _convert(f"local-dir:{path}" if path.is_dir() else str(path), place / state, convert)
             for old in set(place.iterdir()) - {place / state}:
                 shutil.rmtree(old)
     return place / state

@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from capivara_common.files import read_json
-from capivara_common.hub_cache import Converter, cached_folder, is_reachable, model_folder
+from capivara_common.hub_cache import cached_folder, is_reachable, model_folder
 from capivara_common.image_side_digest import image_side_digest, image_steps
 from capivara_common.weight_file import WeightFile, weight_files
 from capivara_search.model_files.checks_capivara import check_sizes, tokenizer_errors
@@ -207,24 +207,16 @@ def find_model(model: str | None = None, device: str | None = None) -> SearchMod
         from capivara_search.miniature import miniature_folder
 
         return SearchModel(MINIATURE, MINIATURE, miniature_folder(), device)
-    folder = model_folder(model, CONVERTER)
+    folder = model_folder(model, convert_with_torch)
     name, source = (here.resolve().name, str(here.resolve())) if here.exists() else (model, model)
     return SearchModel(name, source, folder, device)
 
 
-def _convert(source: str, folder: Path, revision: str | None) -> str:
-    from modeling_capivara.convert_open_clip import CONVERTER as converter
+def convert_with_torch(source: str, folder: Path, revision: str | None) -> str:
+    """`convert_into`; torch is imported where a model has to be converted."""
+    from modeling_capivara.convert_open_clip import convert_into
 
-    return converter.convert(source, folder, revision)
-
-
-def _explain(folder: str) -> None:
-    from modeling_capivara.convert_open_clip import CONVERTER as converter
-
-    converter.explain(folder)
-
-
-CONVERTER = Converter(_convert, _explain)  # which imports torch only where something is converted
+    return convert_into(source, folder, revision)
 
 
 # --- Texts without torch ---------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 
 from capivara_common.cli import flag, parse, run_command
 from capivara_common.files import read_json, whole_folder
-from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, Converter, first_line
+from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, first_line
 
 from .checks_capivara import check_sizes, tokenizer_errors
 from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
@@ -424,10 +424,9 @@ def write_capivara(
     return model, [f"Weights: {found.weights}; tokenizer: {found.tokenizer}", *notes]
 
 
-CONVERTER = Converter(
-    lambda source, folder, at: weights_digest(write_capivara(find_open_clip(source, revision=at), folder)[0]),
-    explain=load_processor,
-)
+def convert_into(source: str, folder: Path, revision: str | None) -> str:
+    """`write_capivara` of a source, for `capivara_common.hub_cache`; a digest of its weights."""
+    return weights_digest(write_capivara(find_open_clip(source, revision=revision), folder)[0])
 
 
 # --- The command -----------------------------------------------------------------------------------------------------

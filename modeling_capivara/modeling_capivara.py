@@ -151,7 +151,7 @@ class CapivaraModel(CapivaraPreTrainedModel):
             converter = import_module("modeling_capivara.convert_open_clip")
         except ImportError as error:
             raise ImportError("from_open_clip needs the package modeling-capivara: install it.") from error
-        folder = hub_cache.model_folder(source, converter.CONVERTER, revision)
+        folder = hub_cache.model_folder(source, converter.convert_into, revision)
         if (kind := CapivaraConfig.get_config_dict(folder)[0].get("model_type")) != "capivara":
             raise ValueError(f"{folder} is of no CAPIVARA model: model_type is {kind!r}, not 'capivara'.")
         return cls.from_pretrained(folder, **kwargs)

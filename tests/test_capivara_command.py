@@ -471,7 +471,7 @@ LIBRARY = [  # what is done, what is said of it in Portuguese
     ("indexar empty --model TINY", "não há imagens na pasta empty"),
     ("buscar x --index other", "a pasta other não é um índice: nela há outros arquivos, como file.txt"),
     ("buscar x --index INDEX --model ./none", "a pasta de modelo ./none não existe"),
-    ("buscar x --index INDEX --model other", "não é um modelo: falta processor_config.json"),
+    ("buscar x --index INDEX --model other", "não é um modelo: falta config.json"),
     ("buscar --like square.png --index INDEX --device abacus", "--device deve ser cpu, cuda ou uma GPU"),
     ("buscar x --index INDEX --model bert", "o modelo bert não é dos que se usam aqui, de duas torres, ou está"),
     ("buscar --index INDEX", "nada a procurar: escreva uma frase"),

@@ -17,7 +17,7 @@ from tiny import randomise, tiny_config, tiny_tokenizer
 from towers import MAKERS, as_open_clip
 
 from capivara_common.hub_cache import model_folder
-from capivara_search.models import CONVERTER, find_model
+from capivara_search.models import convert_with_torch, find_model
 from modeling_capivara import CapivaraConfig, CapivaraModel, convert_open_clip
 from modeling_capivara.convert_open_clip import build_open_clip, open_clip_model_cfg
 
@@ -168,8 +168,8 @@ def test_a_revision_asks_the_hub_and_a_commit_does_not(tiny_published, cache, tm
 def test_two_at_once_convert_once(tiny_published, cache):
     program = (
         "import logging, sys; logging.basicConfig(level=logging.INFO)\n"
-        "from capivara_common.hub_cache import model_folder; from capivara_search.models import CONVERTER\n"
-        "print(model_folder(sys.argv[1], CONVERTER))"
+        "from capivara_common.hub_cache import model_folder; from capivara_search.models import convert_with_torch\n"
+        "print(model_folder(sys.argv[1], convert_with_torch))"
     )
     line = [sys.executable, "-c", program, str(tiny_published)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -189,7 +189,7 @@ def test_a_folder_of_open_clip_is_converted_and_again_when_it_changes(tiny_publi
     assert model.folder.parent.parent == cache / "open_clip" and model.name == "open" and model.side == 32
     assert len(model.image_digest) == 32
     made = (model.folder / "model.safetensors").stat().st_mtime_ns
-    assert model_folder(f"local-dir:{tiny_published}", CONVERTER) == model.folder
+    assert model_folder(f"local-dir:{tiny_published}", convert_with_torch) == model.folder
     assert (model.folder / "model.safetensors").stat().st_mtime_ns == made
     state = torch.load(tiny_published / WEIGHTS, weights_only=True)
     state["visual.proj"] = state["visual.proj"] * -1
@@ -216,7 +216,7 @@ def test_a_tensor_that_comes_back_changed_is_noticed(tiny_published, cache, monk
     with pytest.raises(
         ValueError, match=r"changed by the conversion.*: visual\.ln_post\.weight, visual\.ln_pre\.weight\."
     ):
-        model_folder(str(tiny_published), CONVERTER)
+        model_folder(str(tiny_published), convert_with_torch)
     assert nothing_kept(cache)
 
 
@@ -233,13 +233,13 @@ def test_weights_that_are_not_a_models_are_refused(tiny_published, cache, change
     change(state)
     torch.save(state, tiny_published / WEIGHTS)
     with pytest.raises(ValueError, match=message):
-        model_folder(str(tiny_published), CONVERTER)
+        model_folder(str(tiny_published), convert_with_torch)
     assert nothing_kept(cache)
 
 
 def test_a_model_of_transformers_is_none_of_ours(tmp_path):
     MAKERS["clip"](tmp_path / "clip")
-    assert model_folder(str(tmp_path / "clip"), CONVERTER) == tmp_path / "clip"
+    assert model_folder(str(tmp_path / "clip"), convert_with_torch) == tmp_path / "clip"
     with pytest.raises(ValueError, match=r"^[^\n]* is of no CAPIVARA model: model_type is 'clip'[^\n]*$"):
         CapivaraModel.from_open_clip(str(tmp_path / "clip"))
 

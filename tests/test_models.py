@@ -105,11 +105,11 @@ def test_what_does_not_fit_is_named(tiny_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"The model folder /no/such does not exist"):
         find_model("/no/such")
-    with pytest.raises(ValueError, match=r"empty has no processor"):
+    with pytest.raises(ValueError, match=r"empty holds no whole model, .*: config.json is missing"):
         find_model(str(tmp_path / "empty"))
     for fault, message in [
         (lambda f: change(f / "config.json", model_type="siglip2"), r"model_type is 'siglip2' .*NaFlex.* clip .CLIP."),
-        (lambda f: (f / "config.json").unlink(), "lacks config.json"),
+        (lambda f: (f / "config.json").unlink(), "config.json is missing"),
         (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
     ]:
         folder = shutil.copytree(tiny_folder, tmp_path / "copy", dirs_exist_ok=True)

@@ -9,8 +9,8 @@ from transformers import ProcessorMixin
 from capivara_common.files import write_text
 from capivara_common.hub_cache import model_folder
 from capivara_common.image_side_digest import image_side_digest
-from capivara_search.models import CONVERTER
 from modeling_capivara import CapivaraProcessor
+from modeling_capivara.convert_open_clip import convert_into
 from modeling_capivara.text_repair_capivara import CONTEXT_LENGTH
 
 # What a keyboard calls for of the text repair, for programs that run no code of a folder; as ftfy does it, so that it
@@ -34,7 +34,7 @@ def base_of(model: Path, base: str) -> Path:
 
     Raises ValueError where the two embed pictures otherwise.
     """
-    folder = model_folder(base, CONVERTER)
+    folder = model_folder(base, convert_into)
     if image_side_digest(model) != image_side_digest(folder):
         raise ValueError(
             f"{model} embeds pictures otherwise than {base}. Pictures embedded with that base must be embedded anew, "
