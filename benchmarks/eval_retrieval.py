@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import conditions, finish, median_ratio, seconds_of, timed_runs
+from benchmarks import timing
 from capivara_common.cli import flag, parse, run_command
-from capivara_common.environment import peak_resident_bytes, restart_peak
 from capivara_common.files import read_json
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, cross_modal_ranks, recall_at_k
 
@@ -41,16 +40,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(EvalRetrievalArguments, __doc__, argv)
     embeddings = random_embeddings(args.images, args.captions)
     our_recalls(*random_embeddings(64, args.captions))  # libraries are loaded
-    before = restart_peak()  # making the embeddings held more than they are
+    before = timing.restart_peak()  # making the embeddings held more than they are
     found = {
-        **conditions(), "width": WIDTH, "images": args.images, "captions": args.images * args.captions,
-        "seconds": seconds_of(lambda: our_recalls(*embeddings)),
-        "memory_over_embeddings_bytes": peak_resident_bytes() - before,
+        **timing.conditions(), "width": WIDTH, "images": args.images, "captions": args.images * args.captions,
+        "seconds": timing.seconds_of(lambda: our_recalls(*embeddings)),
+        "memory_over_embeddings_bytes": timing.peak_resident_bytes() - before,
         "all_scores_bytes": 4 * len(embeddings[0]) * len(embeddings[1]),
     }  # fmt: skip
     part = {"large": found} if args.worker else {"scores": found | compare(embeddings, args.runs)}
     kept = read_json(args.output) if args.output and args.output.is_file() else {}
-    finish(kept | part, args.output)
+    timing.finish(kept | part, args.output)
 
 
 def random_embeddings(images: int, captions_per_image: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,11 +89,11 @@ def compare(embeddings: tuple[Tensor, Tensor, Tensor], runs: int) -> dict[str, A
     """Median seconds of both, the ratio run by run, and how far their recalls are apart."""
     steps = {"clip_benchmark": lambda: their_recalls(*embeddings), "ours": lambda: our_recalls(*embeddings)}
     theirs, ours = (recalls() for recalls in steps.values())  # and the warm-up of both
-    seconds = timed_runs(steps, runs, "Alternating runs")
+    seconds = timing.timed_runs(steps, runs, "Alternating runs")
     return {
         "runs": runs,
         "seconds": {name: statistics.median(taken) for name, taken in seconds.items()},
-        "ratio": median_ratio(seconds["clip_benchmark"], seconds["ours"]),
+        "ratio": timing.median_ratio(seconds["clip_benchmark"], seconds["ours"]),
         "largest_difference_of_a_recall": max(abs(ours[name] - theirs[name]) for name in theirs),
     }
 

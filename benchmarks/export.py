@@ -10,9 +10,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.timing import conditions, finish, in_own_process, save_random_model, seconds_of
+from benchmarks.timing import conditions, finish, in_own_process, peak_resident_bytes, save_random_model, seconds_of
 from capivara_common.cli import flag, parse, run_command
-from capivara_common.environment import peak_resident_bytes
 from hub_upload.export import export
 
 EXPORTED = ("transformers", "open_clip", "sentence_transformers")  # ONNX loads the model, and is not measured here

@@ -23,9 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, Image, List, Value
 
-from benchmarks.timing import conditions, finish, in_own_process, made_captions
+from benchmarks.timing import conditions, finish, in_own_process, made_captions, peak_resident_bytes
 from capivara_common.cli import at_least, flag, parse, run_command
-from capivara_common.environment import peak_resident_bytes
 from caption_data.pairs import pair_table, usable
 from caption_data.rows import CaptionChoice
 from caption_data.sources import open_split

@@ -28,7 +28,6 @@ from tqdm.auto import tqdm
 
 from benchmarks import timing
 from capivara_common.cli import flag, parse, run_command
-from capivara_common.environment import peak_resident_bytes
 from capivara_search import PictureIndex
 from capivara_search.page.answers import Answers, Question
 from capivara_search.table import EXACT_ROWS, schema, vector_column
@@ -184,7 +183,7 @@ def search_index(args: SearchArguments) -> dict[str, Any]:
     index = PictureIndex.open(place(args.work, args.rows), model=str(args.work / "model"))
     found: list[set[str]] = []
     timed = times(lambda query: found.append({hit.path for hit in index.search_vector(query, K)}), known["queries"])
-    measured = {"vector_ms": timed, "memory_bytes": peak_resident_bytes()}
+    measured = {"vector_ms": timed, "memory_bytes": timing.peak_resident_bytes()}
     nearest = [{path_of(row) for row in rows} for rows in known["nearest"]]
     measured["recall"] = statistics.mean(len(a & b) / K for a, b in zip(nearest, found[-QUERIES:], strict=True))
     words = [QUERY_WORDS[number % len(QUERY_WORDS)] + f" {number}" for number in range(QUERIES)]

@@ -44,7 +44,7 @@ from transformers import PreTrainedConfig, SiglipConfig, SiglipModel
 
 from benchmarks import timing
 from capivara_common.cli import at_least, flag, parse, run_command
-from capivara_common.environment import peak_resident_bytes, resolve_precision
+from capivara_common.environment import resolve_precision
 from capivara_common.files import read_json
 from modeling_capivara import CapivaraConfig, CapivaraModel, convert_open_clip
 from modeling_capivara.two_towers import embedding_width, is_sigmoid
@@ -264,7 +264,7 @@ def measure_ours(args: TrainStepArguments) -> dict[str, Any]:
         "pairs_per_second": args.pairs / statistics.median(seconds[args.warmup :]),
         "step_s": seconds[args.warmup :],
         "graphs_kept": [report.graphs_kept for report in reports[args.warmup :]],
-        "peak_memory_bytes": peak_resident_bytes(),
+        "peak_memory_bytes": timing.peak_resident_bytes(),
     }
 
 
@@ -302,7 +302,7 @@ def measure_open_clip(args: TrainStepArguments) -> dict[str, Any]:
         "padded_tokens": sides[1].shape[1],
         "pairs_per_second": args.pairs / statistics.median(seconds),
         "step_s": seconds,
-        "peak_memory_bytes": peak_resident_bytes(),
+        "peak_memory_bytes": timing.peak_resident_bytes(),
     }
 
 

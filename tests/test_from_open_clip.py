@@ -32,7 +32,7 @@ sys.modules["open_clip"] = None
 import torch
 from PIL import Image
 from transformers import AutoProcessor
-from capivara_common.environment import peak_resident_bytes
+from benchmarks.timing import peak_resident_bytes
 from modeling_capivara import CapivaraModel
 for line in sys.stdin:
     name, revision, texts = json.loads(line)

@@ -227,7 +227,7 @@ def test_the_loss_of_32768_pairs_costs_under_a_gibibyte():
     """In a process of its own: the most memory it held, less what it held before. All logits would take four."""
     code = """
 import torch
-from capivara_common.environment import peak_resident_bytes, restart_peak
+from benchmarks.timing import peak_resident_bytes, restart_peak
 from training.whole_batch import contrastive_loss
 torch.manual_seed(0)
 texts, images = torch.nn.functional.normalize(torch.randn(2, 32768, 512), dim=-1)

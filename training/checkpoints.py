@@ -12,7 +12,7 @@ import pickle
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -22,7 +22,6 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
-from capivara_common.environment import handle_signals
 from capivara_common.files import (
     RUN_MARKER,
     check_inputs_stay,
@@ -237,6 +236,20 @@ def is_complete(args: RunArguments, output_dir: Path) -> bool:
 def can_resume(folder: Path) -> bool:
     """Whether an unfinished run has left something that --resume can start from."""
     return any(folder.glob("checkpoints/step-*")) or (folder / "run.json").is_file()
+
+
+@contextmanager
+def handle_signals(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
+    """Let `handler` take these signals within the block; outside of the main thread none can be taken."""
+    try:
+        before = {number: signal.signal(number, handler) for number in numbers}
+    except ValueError:
+        before = {}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 @contextmanager

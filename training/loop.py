@@ -10,20 +10,20 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from capivara_common.environment import handle_signals, used_memory
 from capivara_common.image_files import BadImage
 from caption_data.pairs import check_bad_share
 from caption_data.rows import Skipped, write_skipped
 from eval.retrieval import embed_captions, validation_measures
 from modeling_capivara.two_towers import embedding_width, is_sigmoid
 from training.arguments import RunArguments
-from training.checkpoints import Checkpoints, TrainerState
+from training.checkpoints import Checkpoints, TrainerState, handle_signals
 from training.inputs import Inputs, cached_embeds, embed_pixels, loading_workers, read_ahead
 from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at
 from training.whole_batch import MicroBatch, StepPlan, WholeBatch, loss_of
@@ -115,7 +115,8 @@ class Trainer:
         learning_rate = learning_rate_at(plan.step, self.args)
         report = self.step(plan.step, self._own(plan), len(plan.rows), image_embeds)
         norm = self._update(learning_rate)
-        seconds = time.perf_counter() - started
+        seconds, device = time.perf_counter() - started, self.accelerator.device
+        held = psutil.Process().memory_info().rss  # by this process; on a GPU, the most that it has held
         return {
             "step": plan.step + 1,
             "loss": report.loss,
@@ -124,7 +125,7 @@ class Trainer:
             "gradient_norm": norm,
             "pairs_per_second": len(plan.rows) / seconds,
             "data_share_of_time": waited / seconds,
-            "memory_bytes": used_memory(self.accelerator.device),
+            "memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else held,
         }
 
     def _update(self, learning_rate: float) -> float | None:

@@ -9,13 +9,17 @@ embeddings together, and each micro-batch has a backward pass of its own. One th
 state of its first time, so the gradient is the same to the bit whatever was kept.
 """
 
+import ctypes
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -24,9 +28,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import ProcessorMixin
 
-from capivara_common.environment import free_memory, give_back_freed_memory, keep_freed_memory
 from modeling_capivara.two_towers import embedding_width, image_embeds, is_sigmoid, pad, text_embeds, tokenise
 
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # in bytes, as a container sees it; other limits are not known
 TILE_LOGITS = 2**24  # logits at once, 64 MiB in float32
 BUDGET_SHARE = 0.6  # of the memory that is free beside optimiser and gradients; the rest is for one more micro-batch
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # texts, images, logit_scale, own -> scalar
@@ -424,3 +428,28 @@ def graph_bytes(run: Callable[[], object], model: nn.Module) -> int:
         shared = sum(sizes)  # with the casts of weights, which another run has again
         results.append(run())
     return sum(sizes) - shared
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: given back, it would be fetched again, page by page, at the next training step."""
+    with suppress(OSError, AttributeError):  # another system, or its C library
+        for option, value in ((-1, 2**31 - 1), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: mallopt(3)
+            ctypes.CDLL(None).mallopt(option, value)
+
+
+def give_back_freed_memory() -> None:
+    """Let glibc give free pages back to the system: what comes next may be of other sizes."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on `device`, the limit of a container included."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # no container, or one without a limit, which is "max"
+        limit = int(CONTAINER_LIMIT.read_text(encoding="ascii"))
+        free = min(free, limit - psutil.Process().memory_info().rss)
+    return max(free, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of one machine share it
