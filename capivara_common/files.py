@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -235,12 +234,6 @@ def _check_place(path: Path, what: str) -> None:
 def no_space_left(error: BaseException) -> bool:
     """Whether `error` says that the disk is full; safetensors reports it as text, not as a number."""
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-
-
-def next_numbered_folder(parent: Path, name: str) -> Path:
-    """The first of `parent/name-001`, `name-002`, … that does not exist and is no unfinished run."""
-    folders = (parent / f"{name}-{number:03d}" for number in itertools.count(1))
-    return next(folder for folder in folders if not folder.exists() and not partial_folder(folder).exists())
 
 
 def lock_folder(folder: Path) -> int:

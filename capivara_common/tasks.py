@@ -2,9 +2,8 @@
 
 import os
 import re
-import shlex
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,18 +64,6 @@ class ExecutorArguments:
         names = vars(ExecutorArguments()).items()
         return {name: value for name, default in names if (value := getattr(self, name)) != default}
 
-    def command(self) -> str:
-        """The command line, for a shell, without defaults and without where its tasks run."""
-        words, elsewhere = ["python", "-m", type(self).__module__], vars(ExecutorArguments())
-        for known in fields(self):
-            value = getattr(self, known.name)
-            default = known.default_factory() if known.default_factory is not MISSING else known.default
-            if known.name in elsewhere or value == default or value is None or value is False:
-                continue
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{known.name}", *([] if value is True else map(str, values))]
-        return shlex.join(words)
-
 
 @dataclass(frozen=True)
 class Phase:
@@ -90,8 +77,3 @@ class Phase:
 def all_parts(rows: int, rows_per_part: int) -> list[range]:
     """Rows in parts of neighbours, which tasks share out."""
     return [range(start, min(start + rows_per_part, rows)) for start in range(0, rows, rows_per_part)]
-
-
-def share(parts: list[range], rank: int, world_size: int) -> list[range]:
-    """The parts of one task of `world_size`: neighbours, so that files are read in order."""
-    return parts[len(parts) * rank // world_size : len(parts) * (rank + 1) // world_size]

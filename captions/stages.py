@@ -16,11 +16,12 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,7 +43,7 @@ from capivara_common.image_files import (
     decode_image,
     image_bytes,
 )
-from capivara_common.tasks import SHARED_BY_TASKS, ExecutorArguments, Phase, all_parts, share
+from capivara_common.tasks import SHARED_BY_TASKS, ExecutorArguments, Phase, all_parts
 from caption_data.rows import CAPTION_COLUMN, CAPTIONS, DATASET_HELP, Skipped, caption_texts, digest_of, write_skipped
 from caption_data.sources import READ_ROWS, STAGE_FILE, Split, open_split, opened_parquet, refuse_unfinished
 
@@ -141,6 +142,18 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         """Write the parts of one task that are missing. Raises as `RowStage` and `process` do."""
         stage = RowStage(self, rank, world_size)  # before the model: what is wrong with the data is said at once
         return stage.report() if stage.done else stage.run(*self.process(stage))
+
+    def command(self) -> str:
+        """The command line, for a shell, without defaults and without where its tasks run."""
+        words, elsewhere = ["python", "-m", type(self).__module__], vars(ExecutorArguments())
+        for known in fields(self):
+            value = getattr(self, known.name)
+            default = known.default_factory() if known.default_factory is not MISSING else known.default
+            if known.name in elsewhere or value == default or value is None or value is False:
+                continue
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{known.name}", *([] if value is True else map(str, values))]
+        return shlex.join(words)
 
     @property
     def phases(self) -> dict[str, Phase]:
@@ -298,7 +311,8 @@ class RowStage:
             "rows_per_part": args.rows_per_part,
         }
         self.path = partial(part_path, args.output, self.source.split)  # of the rows of a part
-        self.parts = share(all_parts(len(self.source), args.rows_per_part), rank, world_size)
+        parts = all_parts(len(self.source), args.rows_per_part)  # a task has neighbours: files are read in order
+        self.parts = parts[len(parts) * rank // world_size : len(parts) * (rank + 1) // world_size]
 
     @property
     def done(self) -> bool:

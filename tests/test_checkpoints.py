@@ -23,6 +23,7 @@ from training.checkpoints import (
     _sums,
     check_finished_run,
     check_same_run,
+    next_numbered_folder,
     read_state,
 )
 
@@ -48,6 +49,12 @@ def one_step(checkpoints: Checkpoints) -> None:
 
 def names(checkpoints: Checkpoints) -> list[str]:
     return sorted(path.name for path in checkpoints.folder.iterdir())
+
+
+def test_numbered_folders(tmp_path):
+    assert next_numbered_folder(tmp_path, "x") == tmp_path / "x-001"
+    (tmp_path / "x-001").mkdir()
+    assert next_numbered_folder(tmp_path, "x") == tmp_path / "x-002"
 
 
 def test_what_is_loaded_is_what_was_saved(checkpoints):

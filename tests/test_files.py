@@ -20,7 +20,6 @@ from capivara_common.files import (
     check_output_folder,
     finish_folder,
     has_digest,
-    next_numbered_folder,
     partial_folder,
     read_json,
     remove_leftovers,
@@ -175,12 +174,6 @@ def test_where_nobody_may_write(place):
     for check, what in ((check_output_file, "file"), (check_output_folder, "folder")):
         with pytest.raises(ValueError, match=f"The output {what} .* can't be made: {place} can't be written to"):
             check(place / "new" / "out")
-
-
-def test_numbered_folders(tmp_path):
-    assert next_numbered_folder(tmp_path, "x") == tmp_path / "x-001"
-    (tmp_path / "x-001").mkdir()
-    assert next_numbered_folder(tmp_path, "x") == tmp_path / "x-002"
 
 
 def whole(word: str, folder: str = "out") -> dict[str, str]:

@@ -6,6 +6,7 @@ the same bits. Accelerate's `ProjectConfiguration` knows no best checkpoint, and
 """
 
 import hashlib
+import itertools
 import logging
 import os
 import pickle
@@ -27,7 +28,6 @@ from capivara_common.files import (
     check_inputs_stay,
     check_output_folder,
     lock_folder,
-    next_numbered_folder,
     partial_folder,
     read_json,
     remove_leftovers,
@@ -226,6 +226,12 @@ def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
             "--overwrite_output_dir."
         )
     return args.output_dir
+
+
+def next_numbered_folder(parent: Path, name: str) -> Path:
+    """The first of `parent/name-001`, `name-002`, … that does not exist and is no unfinished run."""
+    folders = (parent / f"{name}-{number:03d}" for number in itertools.count(1))
+    return next(folder for folder in folders if not folder.exists() and not partial_folder(folder).exists())
 
 
 def is_complete(args: RunArguments, output_dir: Path) -> bool:
