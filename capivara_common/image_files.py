@@ -1,22 +1,20 @@
 """The gate: what images are opened, and how, for rows of data sets, the search's folders and the page's visitors.
 
-A row may come from anybody, and so may the path or address in it. A local file is opened where it lies, links
-resolved, in the data set's own folder or in one that the user names (`open_regular_file`); an address is followed where
-it is on the Hub. Whatever is opened must begin as an image within the limits (`open_image`) before it is `decoded`.
+A row may come from anybody, and so may the path in it. A file is opened where it lies, links resolved, in the data
+set's own folder or in one that the user names (`open_regular_file`); no address is followed. Whatever is opened must
+begin as an image within the limits (`open_image`) before it is `decoded`.
 """
 
 import io
 import os
-import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-import fsspec
 import numpy as np
 import PIL.Image
 from PIL.Image import Transpose
@@ -47,7 +45,6 @@ TURNS = {  # EXIF orientation -> how the pixels become upright
     2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
     6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }  # fmt: skip
-HUB = "hf://"  # how the address of a file on the Hub begins
 
 # A folder on the way to a file; where the system can, one that may be passed through but not listed, too.
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -78,7 +75,6 @@ class ImageFiles:
 
     bounds: Bounds | None = None  # where local files may lie; None: no path is followed, a row must hold the bytes
     max_pixels: int = MAX_IMAGE_PIXELS
-    hub_id: str | None = None  # of a data set of the Hub: the user's token opens its own files, and no others
 
 
 BYTES_ALONE = ImageFiles()
@@ -247,29 +243,21 @@ def bounded(data: bytes, name: str) -> bytes:
 def _file_bytes(path: str, files: ImageFiles, offset: int = 0, size: int = MAX_IMAGE_BYTES + 1) -> bytes:
     """The file, or a piece of it; at most one byte too many, by which `_read` sees that."""
     try:
-        with _followed(path, files) as file:
+        with _followed(path, files.bounds) as file:
             if offset:
                 file.seek(offset)
             return file.read(max(0, min(size, MAX_IMAGE_BYTES + 1)))
-    except Exception as error:  # of every file system that fsspec knows, and of what it installs them from
+    except Exception as error:  # whatever a row names
         raise BadImage("unreadable image", f"{path!r}: {getattr(error, 'detail', error)}") from error
 
 
-def _followed(path: str, files: ImageFiles) -> AbstractContextManager[BinaryIO]:
-    """The file that a path or an address leads to. Raises PermissionError where it may not be opened."""
-    if files.bounds is None:
+def _followed(path: str, bounds: Bounds | None) -> BinaryIO:
+    """The regular file within `bounds` that a path leads to; a relative one is of the data set's folder, or else of the
+    current one. Raises PermissionError where it may not be opened."""
+    if bounds is None:
         raise PermissionError("a path of a row that should hold the bytes")
-    if "://" not in path:
-        return _local_file(path, files.bounds)
-    if not path.startswith(HUB) or "::" in path or ".." in path.split("/"):
-        raise PermissionError("neither a local file nor one on the Hub, and not fetched")
-    own = files.hub_id and re.match(rf"{HUB}datasets/{re.escape(files.hub_id)}[/@]", path)
-    # A stranger's rows must not read what is private to the user.
-    return fsspec.open(path, "rb", **({} if own else {"token": False}))
-
-
-def _local_file(path: str, bounds: Bounds) -> BinaryIO:
-    """A regular file within `bounds`; a relative path is one of the data set's folder, or else of the current one."""
+    if "://" in path:
+        raise PermissionError("an address, which is not fetched")
     inside = [file for file in (*(folder / path for folder in bounds.folders), Path(path)) if bounds.hold(file)]
     if not inside:
         raise PermissionError("lies outside of the data set's folder; --image_roots names others that may be read")

@@ -164,7 +164,7 @@ def open_split(
         files = ImageFiles(Bounds(path, image_roots), max_pixels)
     elif not path.exists() and not glob.has_magic(dataset):
         data = of_split(_from_hub(dataset), dataset, split)
-        files = ImageFiles(copied_bounds(dataset, image_roots), max_pixels, dataset)
+        files = ImageFiles(copied_bounds(dataset, image_roots), max_pixels)
     else:
         paths, bounds = files_of_split(dataset, split, image_roots)
         files = ImageFiles(bounds, max_pixels)
@@ -500,7 +500,7 @@ def _listed(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
             row, image = _json(line), None
             name = row.pop("file_name", None) if isinstance(row, dict) else None
             if isinstance(name, str):
-                image = {"path": storable(name if "://" in name else os.path.abspath(path.parent / name))}
+                image = {"path": storable(os.path.abspath(path.parent / name))}
             yield row, image
 
 

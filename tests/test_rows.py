@@ -150,7 +150,7 @@ def test_a_table_is_made_anew_when_anything_has_changed(tmp_path):
 
 
 def test_an_image_that_could_not_be_read_is_looked_at_anew(tmp_path, monkeypatch):
-    """What an address leads to; and after a full table of open files, with a disk that is back or another decoder."""
+    """After a full table of open files, with a disk that is back or another decoder."""
 
     def reasons(name: str) -> list[str]:
         line = json.dumps({"file_name": name, "captions-pt": ["x"]})
