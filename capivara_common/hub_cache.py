@@ -235,8 +235,3 @@ def one_at_a_time(folder: Path) -> AbstractContextManager:
     """Wait until no other process works on a folder of the cache: a conversion is not done twice at once."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     return WeakFileLock(folder.parent / f".{folder.name}.lock")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message; libraries append pages."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -103,8 +103,9 @@ def redact(text: str) -> str:
 
 def printable(text: str) -> str:
     """A text of others that can be shown: without secrets, and without what a terminal obeys, line breaks aside."""
-    hidden = {sign for sign in redact(text) if unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Zl", "Zp")} - {*"\n\t"}
-    return redact(text).translate({ord(sign): f"\\u{ord(sign):04x}" for sign in hidden})
+    text = redact(text)
+    hidden = {sign for sign in text if unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Zl", "Zp")} - {*"\n\t"}
+    return text.translate({ord(sign): f"\\u{ord(sign):04x}" for sign in hidden})
 
 
 def known_tokens() -> list[str]:

@@ -25,7 +25,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 
 from capivara_common.cli import flag, parse, run_command
 from capivara_common.files import read_json, whole_folder
-from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, first_line
+from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
 
 from .checks_capivara import check_sizes, tokenizer_errors
 from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
@@ -324,6 +324,11 @@ def find_open_clip(source: str, tokenizer: str | None = None, revision: str | No
     has_tokenizer = any((folder / name).is_file() for name in VOCABULARY_FILES)
     named = model_cfg["text_cfg"].get("hf_tokenizer_name") or tokenizer or BASE_TEXT_MODEL
     return OpenClipSource(model_cfg, preprocess_cfg, weights, str(folder) if has_tokenizer else named, folder, repo_id)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; libraries append pages."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
