@@ -102,20 +102,14 @@ def _weights_digest(folder: Path) -> str:
 
 
 def _digest_of(paths: list[Path]) -> str:
+    tensors = {name: file for file in map(WeightFile, paths) for name in file.places if name.startswith(IMAGE_SIDE)}
+    tensors.pop("vision_model.embeddings.position_ids", None)  # a constant that older files of CLIP have
+    if not tensors:
+        raise ValueError(f"The weights of {paths[0].parent} hold no image tower.")
     digest = hashlib.blake2b(digest_size=16)
-    for name, file in sorted(_image_tensors(paths).items()):
+    for name, file in sorted(tensors.items()):
         digest.update(f"{name} {file.places[name].kind} {file.places[name].shape}".encode())
         raw = file.raw(name)
         for start in range(0, len(raw), CHUNK_BYTES):
             digest.update(raw[start : start + CHUNK_BYTES])
     return digest.hexdigest()
-
-
-def _image_tensors(paths: list[Path]) -> dict[str, WeightFile]:
-    """Name of each tensor of the image side -> the file that it lies in."""
-    files = [WeightFile(path) for path in paths]
-    tensors = {name: file for file in files for name in file.places if name.startswith(IMAGE_SIDE)}
-    tensors.pop("vision_model.embeddings.position_ids", None)  # a constant that older files of CLIP have
-    if not tensors:
-        raise ValueError(f"The weights of {paths[0].parent} hold no image tower.")
-    return tensors
