@@ -6,6 +6,7 @@ number of tasks. A rank without datatrove's completion file, of this start, has 
 `failures/RANK.txt` beside its log.
 """
 
+import ctypes
 import itertools
 import logging
 import multiprocessing
@@ -40,6 +41,16 @@ FAILURES_NAMED = 8
 NOT_ENDED = "has not ended: it is at work, or it was killed; out of memory?"
 NO_WORD = "has not started, or could not say how it ended"
 START_METHOD = "forkserver"  # of the processes of this machine
+
+
+def _end_with_parent() -> None:
+    """Let Linux end this process where the thread ends that has forked it, if that was the main one."""
+    if threading.current_thread().name == "MainThread":
+        with suppress(AttributeError):  # another system
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+os.register_at_fork(after_in_child=_end_with_parent)  # datatrove's Manager would outlive a process that was killed
 
 
 class Work(PipelineStep):
@@ -118,32 +129,33 @@ def run_here(work: Work, args: ExecutorArguments) -> LocalPipelineExecutor:
     gpus = _gpus()
     workers = args.workers or len(gpus) or 1
     tasks = (args.tasks or workers) if work.phase.shared else 1
-    executor = LocalPipelineExecutor([work], tasks, logging_dir=str(work.logs), skip_completed=False)
     if (workers := min(workers, tasks)) == 1:
-        _run_ranks(executor, range(tasks))
-        return executor
-    context, main = multiprocessing.get_context(START_METHOD), getattr(sys.modules["__main__"].__spec__, "name", "")
-    context.set_forkserver_preload([name for name in sys.modules if name.startswith(work.package) and name != main])
-    processes = [
-        # Ctrl-C ends it. The server that forks it may be of an earlier start, with the environment of then.
-        context.Process(target=_worker, args=(executor, number, workers, gpu, dict(os.environ)), daemon=True)
-        for number, gpu in zip(range(workers), itertools.cycle(gpus or [""]), strict=False)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    return executor
+        _run_ranks(work, tasks, range(tasks))
+    else:
+        context, main = multiprocessing.get_context(START_METHOD), getattr(sys.modules["__main__"].__spec__, "name", "")
+        preload = [name for name in sys.modules if name.startswith(work.package) and name != main]
+        context.set_forkserver_preload(preload)
+        processes = [
+            # Ctrl-C ends it. The server that forks it may be of an earlier start, with the environment of then.
+            context.Process(target=_worker, args=(work, tasks, number, workers, gpu, dict(os.environ)), daemon=True)
+            for number, gpu in zip(range(workers), itertools.cycle(gpus or [""]), strict=False)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    return LocalPipelineExecutor([work], tasks, logging_dir=str(work.logs))
 
 
-def _run_ranks(executor: LocalPipelineExecutor, ranks: range) -> None:
-    """One after the other; of several tasks one that fails keeps none of the others from work."""
+def _run_ranks(work: Work, tasks: int, ranks: range) -> None:
+    """One after the other, each by an executor; of several tasks one that fails keeps none of the others from work."""
     for rank in ranks:
-        with suppress(*[Exception] * (executor.tasks > 1)):
-            executor._run_for_rank(rank, local_rank=1)  # above 0 its log is not shown on the terminal
+        one = {"workers": 1, "local_tasks": 1, "local_rank_offset": rank, "skip_completed": False}
+        with suppress(*[Exception] * (tasks > 1)):
+            LocalPipelineExecutor([work], tasks, logging_dir=str(work.logs), **one).run()
 
 
-def _worker(executor: LocalPipelineExecutor, number: int, workers: int, gpu: str, environment: dict[str, str]) -> None:
+def _worker(work: Work, tasks: int, number: int, workers: int, gpu: str, environment: dict[str, str]) -> None:
     """Each `workers`-th rank from `number` on, in a process that ends with the one that has started it."""
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the parent hears
@@ -158,7 +170,7 @@ def _worker(executor: LocalPipelineExecutor, number: int, workers: int, gpu: str
         import torch
 
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    _run_ranks(executor, range(number, executor.tasks, workers))
+    _run_ranks(work, tasks, range(number, tasks, workers))
 
 
 def _gpus() -> list[str]:

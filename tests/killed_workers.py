@@ -6,11 +6,13 @@ One build after the other, each killed once, in a part whose path has these word
 stderr]. The processes are forks of one that has computed nothing yet, so that none of them has to import.
 """
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,11 +51,12 @@ def dying(victim: str, place: str, mark: Path) -> tuple[Callable, Callable]:
 
 
 def build(config: str, victim: str, place: str, folder: Path) -> tuple[int, str]:
-    """Exit code and stderr of one build, in a fork."""
+    """Exit code and stderr of one build, in a fork, all of whose processes have ended."""
     said = folder / "said"
     number = os.fork()
     if number == 0:
         code = 70
+        os.setpgid(0, 0)
         try:
             sys.stderr = said.open("w")
             killing = dying(victim, place, folder / "mark")
@@ -67,6 +70,11 @@ def build(config: str, victim: str, place: str, folder: Path) -> tuple[int, str]
             sys.stderr.flush()
             os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+    with contextlib.suppress(ProcessLookupError):
+        for _ in range(100):
+            os.killpg(number, 0)
+            time.sleep(0.1)
+        sys.exit(f"after {victim}:{place} processes are left")
     return code, said.read_text()[-MAX_SAID:]
 
 
