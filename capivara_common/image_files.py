@@ -114,16 +114,27 @@ def image_bytes(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> byte
     Raises:
         BadImage: there is none, it may not be opened, it can't be read, it is no image, or it is too large.
     """
-    data = _read(row_image, files)
-    open_image(data, _name(row_image, data), files.max_pixels)
-    return data
+    return _opened(row_image, files)[0]
 
 
 def decode_image(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> PIL.Image.Image:
     """The image of a row, `decoded`, its mode left as it is. Raises BadImage as `image_bytes` and `decoded`."""
-    data = _read(row_image, files)
-    name = _name(row_image, data)
-    return decoded(open_image(data, name, files.max_pixels), name)
+    return decoded(*_opened(row_image, files)[1:])
+
+
+def _opened(row_image: dict | None, files: ImageFiles) -> tuple[bytes, PIL.Image.Image, str]:
+    """The file of a row's image, what `open_image` makes of it, and its name for messages."""
+    image = row_image or {}
+    kinds = {"bytes": bytes, "path": str, "archive": str, "offset": int, "size": int}
+    if not isinstance(image, dict) or not all(isinstance(image.get(name), kind | None) for name, kind in kinds.items()):
+        raise BadImage("unreadable image", f"bytes or a path are needed, got {str(image)[:80]!r}")
+    data, path, archive, offset, size = map(image.get, kinds)
+    if data is None and path:
+        place = (path,) if archive is None else (archive, offset or 0, size or 0)
+        data = _file_bytes(files.bounds, *place)
+    data = bounded(data or b"", repr(path) if path else "what is in the row")
+    name = repr(image_path(image)) if path else f"{len(data)} bytes"
+    return data, open_image(data, name, files.max_pixels), name
 
 
 def decode_images(
@@ -220,17 +231,6 @@ def eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.rint(pixels).astype(np.uint8))
 
 
-def _read(row_image: dict | None, files: ImageFiles) -> bytes:
-    image = row_image or {}
-    kinds = {"bytes": bytes, "path": str, "archive": str, "offset": int, "size": int}
-    if not isinstance(image, dict) or not all(isinstance(image.get(name), kind | None) for name, kind in kinds.items()):
-        raise BadImage("unreadable image", f"bytes or a path are needed, got {str(image)[:80]!r}")
-    data, path, archive, offset, size = map(image.get, kinds)
-    if data is None and path:
-        data = _file_bytes(path, files) if archive is None else _file_bytes(archive, files, offset or 0, size or 0)
-    return bounded(data or b"", repr(path) if path else "what is in the row")
-
-
 def bounded(data: bytes, name: str) -> bytes:
     """The bytes of a file. Raises BadImage where there are none, or more than pictures have."""
     if not data:
@@ -240,29 +240,23 @@ def bounded(data: bytes, name: str) -> bytes:
     return data
 
 
-def _file_bytes(path: str, files: ImageFiles, offset: int = 0, size: int = MAX_IMAGE_BYTES + 1) -> bytes:
-    """The file, or a piece of it; at most one byte too many, by which `_read` sees that."""
+def _file_bytes(bounds: Bounds | None, path: str, offset: int = 0, size: int = MAX_IMAGE_BYTES + 1) -> bytes:
+    """The regular file within `bounds` that a path leads to, or a piece of it; at most one byte too many, which
+    `bounded` sees. A relative path is one of the data set's folder, or else of the current one."""
     try:
-        with _followed(path, files.bounds) as file:
-            if offset:
-                file.seek(offset)
+        if bounds is None:
+            raise PermissionError("a path of a row that should hold the bytes")
+        if "://" in path:
+            raise PermissionError("an address, which is not fetched")
+        inside = [file for file in (*(folder / path for folder in bounds.folders), Path(path)) if bounds.hold(file)]
+        if not inside:
+            raise PermissionError("lies outside of the data set's folder; --image_roots names others that may be read")
+        found = next((file for file in inside if file.is_file()), inside[0])
+        with open_regular_file(found, "it", bounds.folders) as file:
+            file.seek(offset)
             return file.read(max(0, min(size, MAX_IMAGE_BYTES + 1)))
     except Exception as error:  # whatever a row names
         raise BadImage("unreadable image", f"{path!r}: {getattr(error, 'detail', error)}") from error
-
-
-def _followed(path: str, bounds: Bounds | None) -> BinaryIO:
-    """The regular file within `bounds` that a path leads to; a relative one is of the data set's folder, or else of the
-    current one. Raises PermissionError where it may not be opened."""
-    if bounds is None:
-        raise PermissionError("a path of a row that should hold the bytes")
-    if "://" in path:
-        raise PermissionError("an address, which is not fetched")
-    inside = [file for file in (*(folder / path for folder in bounds.folders), Path(path)) if bounds.hold(file)]
-    if not inside:
-        raise PermissionError("lies outside of the data set's folder; --image_roots names others that may be read")
-    found = next((file for file in inside if file.is_file()), inside[0])
-    return open_regular_file(found, "it", bounds.folders)
 
 
 def open_regular_file(path: str | Path, name: str, folders: Sequence[str | Path] | None = None) -> BinaryIO:
@@ -304,11 +298,6 @@ def _check_size(image: PIL.Image.Image, name: str, max_pixels: int, way_out: str
         rest = f"the longer side {MAX_IMAGE_SIDE:,} and {MAX_ASPECT} times the shorter one"
         detail = f"{name} has {image.width} x {image.height} pixels; all may be {max_pixels:,}{way_out}, {rest}"
         raise BadImage("absurd image size", detail)
-
-
-def _name(row_image: dict | None, data: bytes) -> str:
-    path = image_path(row_image)
-    return repr(path) if path else f"{len(data)} bytes"
 
 
 def image_path(row_image: dict | None) -> str:
