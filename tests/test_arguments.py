@@ -23,14 +23,6 @@ def arguments(**values):
     return parse(RunArguments, None, [*MINIMUM, *flags], config=True)
 
 
-@pytest.mark.parametrize("text", ["1e-4", "0.0001", "'1e-4'"])
-def test_a_number_is_a_number_however_yaml_reads_it_and_words_stay_words(tmp_path, text):
-    lines = f"model: m\ndataset: d\nlearning_rate: {text}\nlanguage: no\nmixed_precision: no\nseed: 007\noutput_dir:\n"
-    args = parse(RunArguments, None, [*config(tmp_path, lines), "--overwrite_output_dir", "true"], config=True)
-    assert (args.learning_rate, args.language, args.mixed_precision, args.seed) == (1e-4, "no", "no", 7)
-    assert args.overwrite_output_dir is True and args.output_dir is None
-
-
 def test_defaults_are_the_paper_s_recipe():
     args = parse(RunArguments, None, MINIMUM, config=True)
     assert (args.effective_batch_size, args.max_steps, args.warmup_steps) == (2816, 5863, 500)

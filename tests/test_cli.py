@@ -53,10 +53,8 @@ def test_help_says_what_a_command_does_and_a_wrong_flag_is_told_in_one_line(comm
 
 
 WRONG_USE = {  # of the command -> what it says
-    "train_accelerate.py --dataset d": "`model` is missing",
     "train_accelerate.py --model m --dataset d --max_steps 0": "max_steps must be at least 1, got 0",
     "train_accelerate.py --model m --dataset d --towers both": "`--towers` is gone: the image tower is always frozen",
-    "captions.select --dataset d --outptu o": "Unknown flag: `--outptu`. Did you mean `--output`?",
     "captions.generate --dataset d --shard 1/2": "`--shard` is gone: ",
     "hub_upload.push --model . --repo_id a/b --deadline_hours 1": "`--deadline_hours` is gone: a call ends after 300 s",
     "hub_upload.export --model m --output o --recall_split test": "`--recall_split` is gone: onnx/quantisation.json",
@@ -172,12 +170,13 @@ def test_values_of_a_config_are_no_flags(tmp_path):
 
 def test_flags_config_and_rules_are_one(tmp_path):
     config = tmp_path / "config.yaml"
-    config.write_text("share: 1e-4\nsteps: 3\nnames: [x, y]\nsure: true\n", encoding="utf-8")
+    config.write_text("share: 1e-4\nsteps: 007\nnames: [x, no]\nsure: true\nfolder:\n", encoding="utf-8")
     first = read()
     first.names.append("b")
     assert (read().names, read().steps) == (["a"], None), "a default is shared by two command lines"
     found = read("--config", config, "--steps", "5", config=True)
-    assert (found.names, found.steps, found.share, found.sure) == (["x", "y"], 5, 1e-4, True), "flags win over the file"
+    assert found == Flags(["x", "no"], 5, 1e-4, None, True), "flags win over the file, and words stay words"
+    assert read("--config", config, config=True).steps == 7
     assert read("--config", config, "--sure", "no", config=True).sure is False
     with pytest.raises(ValueError, match="Unknown flag: `--config`"):  # where none is taken
         read("--config", config)

@@ -17,7 +17,6 @@ from made_index import make_pictures, rows_of
 from slurm_node import missing_programs, slurm_node
 from tiny import save_model
 
-from capivara_common import executors
 from capivara_common.executors import failures
 from capivara_search import PictureIndex
 from captions.build import BuildArguments, build
@@ -117,10 +116,6 @@ def wait_for_jobs(variables: dict[str, str]) -> None:
 
 
 SLURM = ("--executor", "slurm", "--tasks", "2", "--partition", "main", "--time", "00:10:00", "--mem_per_cpu_gb", "1")
-
-
-def test_tasks_on_other_machines_import_the_code_of_this_checkout():
-    assert executors.ROOT == ROOT
 
 
 def test_a_real_slurm(config, built, slurm):

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,7 @@ from capivara_common.files import (
     add_digest,
     check_output_file,
     check_output_folder,
-    finish_folder,
     has_digest,
-    partial_folder,
     read_json,
     remove_leftovers,
     whole_file,
@@ -81,15 +78,11 @@ def test_json_that_is_none_is_named(tmp_path):
     assert read_json(path, a=int) == {"a": 1}
 
 
-@pytest.mark.parametrize("kind", ["whole", "finish"])
-def test_weights_are_as_readable_as_their_neighbours(tmp_path, kind):
+def test_weights_are_as_readable_as_their_neighbours(tmp_path):
     """safetensors makes files that only their owner reads."""
-    partial_folder(tmp_path / "out").mkdir()
-    with whole_folder(tmp_path / "out") if kind == "whole" else nullcontext(partial_folder(tmp_path / "out")) as folder:
+    with whole_folder(tmp_path / "out") as folder:
         save_file({"a": np.ones(1)}, folder / "model.safetensors")
         write_json(folder / "sub" / "config.json", {})
-    if kind == "finish":
-        finish_folder(tmp_path / "out")
     for path in [tmp_path / "out", *(tmp_path / "out").rglob("*")]:
         assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~UMASK, path
 
