@@ -71,7 +71,7 @@ def test_a_run_and_all_that_it_leaves(finished, tiny_dataset_folder):
     table = (out / "table.md").read_text(encoding="utf-8")
     assert "Baseline" in table and "CAPIVARA" in table and "| – | – |" in table and "95 % interval" not in table
     assert "R@5" in (card := (out / "README.md").read_text(encoding="utf-8")) and "R@10" not in card
-    assert check(out) == [] and '"name": "out"' in card and not (out / RUN_MARKER).exists()
+    assert check(out) == [] and '"repo_id": null' in card and not (out / RUN_MARKER).exists()
 
 
 @pytest.mark.slow
