@@ -5,7 +5,7 @@ from unittest import mock
 
 import click
 
-from capivara_search.commands import capivara
+from capivara_search.command import capivara
 from capivara_search.words import Words
 
 

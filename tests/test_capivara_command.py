@@ -27,8 +27,7 @@ from parsed_command import parsed
 from capivara_common.environment import require
 from capivara_common.progress import prepare_bars
 from capivara_search import estimates
-from capivara_search.command import explained, language_of, main
-from capivara_search.commands import progress_bar, summary
+from capivara_search.command import explained, language_of, main, progress_bar, summary
 from capivara_search.exporting import export_rows
 from capivara_search.index import PictureIndex
 from capivara_search.results import Added, LeftOut

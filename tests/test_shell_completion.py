@@ -7,8 +7,7 @@ import sys
 import pytest
 from click.shell_completion import BashComplete
 
-from capivara_search.command import main
-from capivara_search.commands import capivara
+from capivara_search.command import capivara, main
 from capivara_search.words import COMMANDS, Words
 
 COMPLETE = "_CAPIVARA_COMPLETE"

@@ -11,7 +11,7 @@ import click
 import numpy as np
 import PIL.Image
 
-from capivara_search.commands import capivara
+from capivara_search.command import capivara
 from capivara_search.show import contact_sheet, cut, draws, has_colours, link, shown_path, table, text_cell, width
 from capivara_search.words import Words, visible
 
