@@ -7,8 +7,8 @@ scene to another.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capivara_search.results import SAME
-from capivara_search.table import HIT_COLUMNS, LOOK, VECTOR, as_array, unit, vector_column
+from capivara_search.table import LOOK, as_array, unit, vector_column
 
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
@@ -26,7 +26,6 @@ BLOCK, LATER = 512, 2048  # vectors that are compared with one another, and with
 ROUNDING = 1e-3  # of float16
 SIDE = 6  # pixels of a look; as `SAME` by `python -m benchmarks.duplicates`, which tries others
 LOOK_SHARE = 2 / 3  # of the similarity
-Ordered = tuple[pa.Table, np.ndarray]  # rows in an order, and what `compared_rows` makes of them
 FLAT = 2.0  # standard deviation of the colours, of 255, below which a picture has no look
 
 
@@ -55,11 +54,11 @@ def compared(vectors: np.ndarray, looks: Sequence[bytes | None], share: float = 
 
 
 def own_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
-    """Vectors (rows, width) of unit length; that of a picture that another model has embedded is zeros."""
-    vectors = np.zeros((len(rows), model.width), np.float32)
-    column = rows[VECTOR if VECTOR in rows.column_names else vector_column(model.width)]
-    own = pc.and_(column.is_valid(), pc.equal(rows["model"], model.image_digest))
-    vectors[own.to_numpy()] = unit(as_array(column.filter(own)))
+    """Vectors (rows, width) of unit length; that of a picture that has none of this model's is zeros."""
+    vectors, name = np.zeros((len(rows), model.width), np.float32), vector_column(model.width)
+    if name in rows.column_names:
+        own = pc.and_(rows[name].is_valid(), pc.equal(rows["model"], model.image_digest))
+        vectors[own.to_numpy()] = unit(as_array(rows[name].filter(own)))
     return vectors
 
 
@@ -78,25 +77,28 @@ def by_date(rows: pa.Table) -> pa.Array:
 
 
 class HeldRows:
-    """All rows of an index, or of a part of it, in memory: of `HIT_COLUMNS`, with what they are compared by."""
+    """All rows of an index, or of a part of it, in memory, by path: of `compared_columns`."""
 
     def __init__(self, model: "SearchModel", rows: pa.Table):
-        rows = rows.sort_by("path")
-        self.rows = rows.select(HIT_COLUMNS)
-        self.vectors, self.compared = own_vectors(model, rows), compared_rows(model, rows)
+        self.rows, self._model = rows.sort_by("path"), model
+        self._vectors = own_vectors(model, self.rows)
+        self._others = ~self._vectors.any(axis=1)  # which the model does not know
 
-    def nearest(self, vector: np.ndarray) -> Callable[[int], Ordered]:
-        """So many rows that are nearest to a vector (width,) of unit length, best first, with their `score`."""
-        scores = np.clip(self.vectors @ vector, -1, 1)
-        rows = self.rows.append_column("score", pa.array(scores, pa.float64()))
-        return partial(self._first, rows, np.argsort(-scores, kind="stable"))
+    @cached_property
+    def compared(self) -> np.ndarray:
+        """`compared_rows` of all."""
+        return compared_rows(self._model, self.rows)
 
-    def newest(self) -> Callable[[int], Ordered]:
-        """So many rows of the latest date, latest first."""
-        return partial(self._first, self.rows, by_date(self.rows).to_numpy())
+    def nearest(self, vector: np.ndarray, k: int) -> pa.Table:
+        """`PictureTable.nearest`, among these rows."""
+        scores = np.clip(self._vectors @ vector, -1, 1)
+        order = np.argsort(np.where(self._others, np.inf, -scores), kind="stable")
+        order = order[: min(k, len(order) - self._others.sum())]
+        return self.rows.take(order).append_column("score", pa.array(scores[order], pa.float64()))
 
-    def _first(self, rows: pa.Table, order: np.ndarray, number: int) -> Ordered:
-        return rows.take(order[:number]), self.compared[order[:number]]
+    def newest(self, k: int) -> pa.Table:
+        """The k rows of the latest date, latest first."""
+        return self.rows.take(by_date(self.rows)[:k])
 
 
 def same(vectors: np.ndarray, others: np.ndarray, threshold: float = SAME) -> np.ndarray:

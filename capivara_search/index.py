@@ -18,13 +18,12 @@ import pyarrow.compute as pc
 from capivara_search import asking
 from capivara_search import folders as known_folders
 from capivara_search.adding import IndexWriter, KnownRows, begin, embed_files, finish
-from capivara_search.duplicates import HeldRows, Ordered, by_date, compared_rows, groups, same
+from capivara_search.duplicates import HeldRows, by_date, compared_rows, groups, same
 from capivara_search.estimates import progress_of, told
 from capivara_search.picture_files import FileState, absolute_folder, find_pictures, open_query_picture
 from capivara_search.results import SAME, TEMPLATE, Added, Classified, Hit, LeftOut, Status
 from capivara_search.storage import DamagedIndex
 from capivara_search.table import (
-    EXACT_ROWS,
     HIT_COLUMNS,
     IN_ONE_CLAUSE,
     LEFT_OUT,
@@ -51,7 +50,7 @@ if TYPE_CHECKING:
 
 WINDOW = 4  # times the wanted hits are asked for where copies stand as one; more where that is not enough
 MORE = 16  # times as many then
-HELD_ROWS = 20_000  # up to which all pictures are looked at for copies; above, those that were asked for
+HELD_ROWS = 20_000  # up to which all that a search is held to are compared, and looked at for copies, in memory
 
 Place, Day = str | Path | None, date | None  # that a search is held to
 
@@ -255,9 +254,9 @@ class PictureIndex:
         """What neutral sentences find."""
 
         def made() -> asking.Background:
-            neutral = self.model.texts(asking.NEUTRAL)
-            clause = all_of(self._of_model())
-            best = [self._table.nearest(vector, 1, clause)["score"][0].as_py() for vector in neutral]
+            neutral, clause = self.model.texts(asking.NEUTRAL), all_of(self._of_model())
+            nearest = self._nearest(clause)
+            best = [nearest(vector, 1)["score"][0].as_py() for vector in neutral]
             return asking.Background.of(self._sample(), neutral, best)
 
         return self._table.kept("background", made)
@@ -284,14 +283,8 @@ class PictureIndex:
             others = self._table.of_other_models(self.model.image_digest)
             note("not_yet_embedded", others, len(self), self.model.name, level=logging.WARNING)
         vector, clause = unit(vector), all_of([*own, *_filters(folder, since, until)])
-
-        held, nearest = self._held(clause) if stacked else None, partial(self._table.nearest, vector, where=clause)
-        if held:
-            hits = self._stacked(k, held.nearest(vector), held.compared)
-        elif stacked:
-            hits = self._stacked(k, lambda number: self._with_compared(nearest(number, exact=exact)))
-        else:
-            hits = to_hits(nearest(k, exact=exact))
+        nearest = partial(self._nearest(clause, exact), vector)
+        hits = self._stacked(k, nearest, clause) if stacked else to_hits(nearest(k))
         if not of_text or not hits:
             return hits
         if asking.draws_line(self.model.folder) if self.line is None else self.line:
@@ -302,31 +295,34 @@ class PictureIndex:
 
     def _held(self, clause: str | None) -> HeldRows | None:
         """The rows of a clause, kept until others are asked for or the index changes; None of very many."""
-        if self._table.count(clause) > HELD_ROWS:
-            return None
         kept, key = self._table.kept("held", dict), (self.model.image_digest, clause)
         if key not in kept:
             kept.clear()
-            kept[key] = HeldRows(self.model, self._table.rows(compared_columns(self.model.width), clause))
+            is_few, columns = self._table.count(clause) <= HELD_ROWS, compared_columns(self.model.width)
+            kept[key] = HeldRows(self.model, self._table.rows(columns, clause)) if is_few else None
         return kept[key]
 
-    def _with_compared(self, rows: pa.Table) -> Ordered:
-        return rows, compared_rows(self.model, rows)
+    def _nearest(self, clause: str | None, exact: bool = False) -> Callable[[np.ndarray, int], pa.Table]:
+        """What finds so many rows of a clause that are nearest to a vector."""
+        held = self._held(clause)
+        return held.nearest if held else partial(self._table.nearest, where=clause, exact=exact)
 
-    def _stacked(self, k: int, first: Callable[[int], Ordered], counted: np.ndarray | None = None) -> list[Hit]:
+    def _stacked(self, k: int, first: Callable[[int], pa.Table], clause: str | None) -> list[Hit]:
         """Hits of an order of which `first` gives so many rows: of copies the first, with the number of the others.
 
-        They are counted among `counted`, as `compared` makes them, by default among the rows that were asked for.
+        They are counted among all rows of the clause where these are held, else among those that were asked for.
         """
         asked, found = WINDOW * k, list[np.ndarray]()
         while len(found) < k:
-            rows, vectors = first(asked)
+            rows = first(asked)
+            vectors = compared_rows(self.model, rows)
             found = groups(vectors, most=k)
             if len(rows) < asked:
                 break
             asked *= MORE
         shown = np.array([group[0] for group in found], int)
-        numbers = same(vectors[shown], vectors if counted is None else counted).sum(axis=1) - 1
+        counted = held.compared if (held := self._held(clause)) else vectors
+        numbers = same(vectors[shown], counted).sum(axis=1) - 1
         hits = zip(to_hits(rows.take(shown)), numbers, strict=True)
         return [replace(hit, copies=max(0, int(number))) for hit, number in hits]
 
@@ -336,13 +332,10 @@ class PictureIndex:
         Arguments are those of `search`. Raises KeyError where the picture has no vector of this model.
         """
         vector, clause = self.vectors([path])[0], all_of(_filters(folder, since, until))
-        columns = compared_columns(self.model.width)
-        own = compared_rows(self.model, self._table.of_paths(columns, [path]))
-        if self._table.count(clause) <= EXACT_ROWS:
-            rows = self._table.rows(columns, clause)
-        else:
-            rows = self._table.nearest(vector, WINDOW * k, clause)
-        others = compared_rows(self.model, rows)
+        own = compared_rows(self.model, self._table.of_paths(compared_columns(self.model.width), [path]))
+        held = self._held(clause)
+        rows = held.rows if held else self._table.nearest(vector, WINDOW * k, clause)
+        others = held.compared if held else compared_rows(self.model, rows)
         near = np.flatnonzero(same(own, others)[0])
         hits = to_hits(rows.take(near), others[near] @ own[0])
         return sorted((hit for hit in hits if hit.path != path), key=lambda hit: (-hit.score, hit.path))[:k]
@@ -352,25 +345,24 @@ class PictureIndex:
     ) -> list[Hit]:
         """The pictures of the latest `date`, latest first; of copies, the latest. Arguments are those of `search`."""
         clause = all_of(_filters(folder, since, until))
-        stacked = stacked and self._table.exists() and self.model.width in self._table.widths()
-        if stacked and (held := self._held(clause)):
-            return self._stacked(k, held.newest(), held.compared)
-        columns = compared_columns(self.model.width) if stacked else HIT_COLUMNS
+        held = self._held(clause)
+        newest = held.newest if held else partial(self._newest, clause)
+        return self._stacked(k, newest, clause) if stacked else to_hits(newest(k))
+
+    def _newest(self, clause: str | None, k: int) -> pa.Table:
+        """`HeldRows.newest`, of more rows than are held."""
 
         def paths_in_order() -> pa.ChunkedArray:
             rows = self._table.rows(["path", "taken", "mtime_ns"], clause)
             return rows["path"].take(by_date(rows))
 
         paths = paths_in_order() if clause else self._table.kept("newest", paths_in_order)  # of a million, a second
-
-        def latest(number: int) -> pa.Table:
-            found = self._table.of_paths(columns, paths[:number].to_pylist())
-            return found.take(pc.index_in(paths[:number], found["path"]).drop_null())
-
-        return self._stacked(k, lambda number: self._with_compared(latest(number))) if stacked else to_hits(latest(k))
+        found = self._table.of_paths(compared_columns(self.model.width), paths[:k].to_pylist())
+        return found.take(pc.index_in(paths[:k], found["path"]).drop_null())
 
     def _of_model(self) -> list[str]:
         """The clause that leaves out vectors of other models, where there are some. Raises ValueError where all are."""
+        _ = self._table.pictures  # says where there is none
         digest, total = self.model.image_digest, len(self)
         others = self._table.of_other_models(digest)
         if total and (others == total or self.model.width not in self._table.widths()):

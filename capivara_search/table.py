@@ -212,14 +212,14 @@ class PictureTable:
         """Of the columns of vectors."""
         return [one.type.list_size for one in self.columns() if pa.types.is_fixed_size_list(one.type)]
 
-    def version(self, *names: str) -> int:
-        """A number that grows with every change of some tables, or of all."""
+    def version(self) -> int:
+        """A number that grows with every change."""
         with storage.explained(self.where):
-            return sum(table.version for name in names or KEYS if (table := self.table(name)) is not None)
+            return sum(table.version for name in KEYS if (table := self.table(name)) is not None)
 
-    def kept(self, name: str, make: Callable[[], T], *names: str) -> T:
-        """What is made of the index, and of a model in use, until it, or some tables, change."""
-        version = self.version(*names)
+    def kept(self, name: str, make: Callable[[], T]) -> T:
+        """What is made of the index, and of a model in use, until it changes."""
+        version = self.version()
         if self._kept.get(name, (None,))[0] != version:
             self._kept[name] = version, make()
         return self._kept[name][1]
@@ -276,7 +276,7 @@ class PictureTable:
 
     def of_other_models(self, image_digest: str) -> int:
         """How many rows hold vectors of other models."""
-        return self.kept(image_digest, lambda: self.count(f"model != {quoted(image_digest)}"), PICTURES)
+        return self.kept(image_digest, lambda: self.count(f"model != {quoted(image_digest)}"))
 
     def about(self) -> dict[str, str]:
         """What is known of the whole: key -> value."""
@@ -298,21 +298,12 @@ class PictureTable:
     def nearest(self, vector: np.ndarray, k: int, where: str | None = None, exact: bool = False) -> pa.Table:
         """The k rows nearest to a vector (width,) of unit length, best first, of equal ones by path.
 
-        They meet the clause `where`, and have the `compared_columns`, with their vectors as `vector`, and as `score`
-        their cosines. `exact`: every vector is compared.
+        They meet the clause `where`, and have the `compared_columns`, and as `score` their cosines. `exact`: every
+        vector is compared.
         """
-        column, columns = vector_column(len(vector)), compared_columns(len(vector))
-        if where and self.count(where) <= EXACT_ROWS:  # the engine would read the vectors of all rows
-            rows = self.rows(["path", column], where)
-            rows = rows.filter(rows[column].is_valid())
-            scores = as_array(rows[column]).astype(np.float32) @ vector
-            best = np.argpartition(-scores, k - 1)[:k] if k < len(scores) else np.arange(len(scores))
-            found = self.of_paths(columns, rows["path"].take(best).to_pylist())
-        else:
-            quick = not exact and self.is_approximate(len(vector))
-            found = self.read(PICTURES, lambda table: _search(table, vector, k, where, quick).to_arrow())
-        found = found.rename_columns([VECTOR if name == column else name for name in found.column_names])
-        scores = np.clip(unit(as_array(found[VECTOR])) @ vector, -1, 1)
+        quick = not exact and self.is_approximate(len(vector))
+        found = self.read(PICTURES, lambda table: _search(table, vector, k, where, quick).to_arrow())
+        scores = np.clip(unit(as_array(found[vector_column(len(vector))])) @ vector, -1, 1)
         found = found.append_column("score", pa.array(scores, pa.float64()))
         return found.sort_by([("score", "descending"), ("path", "ascending")])
 
@@ -322,7 +313,7 @@ class PictureTable:
 
     def indices(self) -> dict[str, Any]:
         """Column -> what LanceDB says of its index."""
-        found = self.kept("indices", lambda: self.read(PICTURES, lambda table: table.list_indices()), PICTURES)
+        found = self.kept("indices", lambda: self.read(PICTURES, lambda table: table.list_indices()))
         return {one.columns[0]: one for one in found}
 
     # --- writing

@@ -9,6 +9,7 @@ import pytest
 from made_index import make_pictures, rows_of
 
 from capivara_search import adding, table
+from capivara_search import index as index_module
 from capivara_search.index import PictureIndex
 from capivara_search.table import EMPTY, LAYOUT_KEY, schema
 
@@ -124,7 +125,7 @@ def test_a_broken_small_table_is_made_anew(whole, place, model, name, part, capl
 
 @pytest.mark.parametrize("files", ["*.idx", "page_*.lance"])  # of the vectors, of the paths
 def test_a_broken_search_index_is_named_and_built_anew(tmp_path, model, monkeypatch, caplog, files):
-    monkeypatch.setattr(table, "EXACT_ROWS", 280)
+    monkeypatch.setattr(table, "EXACT_ROWS", 280), monkeypatch.setattr(index_module, "HELD_ROWS", 100)
     fotos = tmp_path / "fotos"
     make_pictures(fotos, 300)
     index = PictureIndex.open(tmp_path / "i", model=model)

@@ -19,6 +19,7 @@ from transformers import AutoProcessor, SiglipModel
 from capivara_common.image_files import BadImage
 from capivara_search import adding, table
 from capivara_search import folders as known_folders
+from capivara_search import index as index_module
 from capivara_search.index import PictureIndex
 from capivara_search.models import SearchModel, find_model
 from capivara_search.results import LeftOut
@@ -450,7 +451,7 @@ def test_the_place_of_the_index_is_the_users(tmp_path, monkeypatch):
 def test_the_approximate_index_is_built_by_add_and_finds_what_the_exact_search_finds(
     tmp_path, models, monkeypatch, folder
 ):
-    monkeypatch.setattr(table, "EXACT_ROWS", 300)
+    monkeypatch.setattr(table, "EXACT_ROWS", 300), monkeypatch.setattr(index_module, "HELD_ROWS", 100)
     monkeypatch.setattr(table, "UNINDEXED_ROWS", 50)
     monkeypatch.setattr(adding, "COMMIT_ROWS", 100)
     index = PictureIndex.open(tmp_path / "many.lance", model=find_model(models["base"]))

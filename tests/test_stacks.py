@@ -161,7 +161,7 @@ def test_copies_are_counted_where_is_searched_and_listed_when_asked_for(index, v
 
 
 def test_of_a_large_index_the_copies_among_the_nearest_are_counted(index, vectors, monkeypatch):
-    monkeypatch.setattr(index_module, "EXACT_ROWS", 10), monkeypatch.setattr(index_module, "HELD_ROWS", 10)
+    monkeypatch.setattr(index_module, "HELD_ROWS", 10)
     hits = index.search_vector(vectors[3].astype(np.float32), 3, stacked=True)
     assert hits[0].copies == len(index.copies(hits[0].path)) > 0
 
@@ -178,6 +178,17 @@ def test_a_picture_that_another_model_has_embedded_stands_alone(tmp_path, model)
     digests[1] = digests[3] = "of another model"
     index = filled(tmp_path / "i.lance", model, np.tile(np.eye(WIDTH)[0], (5, 1)), model=digests)
     assert [(number_of(hit.path), hit.copies) for hit in index.newest(9, stacked=True)] == [(4, 2), (3, 0), (1, 0)]
+
+
+@pytest.mark.parametrize("held", [0, 10])
+def test_a_row_without_a_vector_is_no_hit_and_ties_are_in_the_order_of_paths(tmp_path, model, monkeypatch, held):
+    """In memory as in the table, whatever is asked for."""
+    monkeypatch.setattr(index_module, "HELD_ROWS", held)
+    query = np.eye(WIDTH)[0]
+    index = filled(tmp_path / "i.lance", model, np.stack([query, np.full(WIDTH, np.nan), query, query]))
+    for options in ({}, {"exact": True}, {"folder": "/fotos"}):
+        assert [number_of(hit.path) for hit in index.search_vector(query, 9, **options)] == [0, 2, 3]
+    assert len(index.newest(9)) == 4
 
 
 def test_duplicates_are_led_by_the_picture_of_most_pixels(tmp_path, model, vectors):
