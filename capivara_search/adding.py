@@ -321,11 +321,9 @@ def note_model(table: PictureTable, model: "SearchModel", plan: Plan) -> None:
     before, others = table.model(), table.of_other_models(model.image_digest)
     facts = {"source": model.source, "name": model.name, "width": model.width, "image_digest": model.image_digest}
     again = sum(row is not None and not row[1] for row in (plan.known[file.path] for file in plan.files))
-    if others and (before or {}).get("image_digest") != model.image_digest:
-        note("image_side", model.name, (before or {}).get("name"), again)
-    elif again:  # of a change that was interrupted
-        note("still_of_another", model.name, again)
-    elif before and before != facts and table.count():
+    if again:
+        note("image_side", model.name, again)
+    elif not others and before and before != facts and table.count():
         note("text_exchanged", model.name, before.get("name"))
     table.note({"model": json.dumps(facts)})
 

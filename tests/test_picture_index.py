@@ -214,7 +214,7 @@ def test_another_image_side_is_refused_in_search_and_embeds_all_again(index, fol
         other.search("um gato")
     with caplog.at_level(logging.INFO, "capivara"):
         added = other.add(folder)  # those of the other folder, too
-    assert "has another image side than base: 24 pictures are embedded again" in caplog.text
+    assert "Another image side: 24 pictures of another model are embedded again by" in caplog.text
     assert (added.embedded, added.again, added.new, added.changed, added.moved) == (24, 24, 0, 0, 0)
     fresh = PictureIndex.open(tmp_path / "fresh.lance", model=models[name])
     fresh.add(folder, folder.with_name("outras"))
@@ -312,7 +312,7 @@ def test_while_embedded_by_two_models_only_the_rows_of_the_querys_model_are_foun
     assert len(index.search("um gato", k=50)) == 20 - newer
     with caplog.at_level(logging.INFO, "capivara"):
         assert other.add(folder).embedded == 20 - newer
-    assert f"{20 - newer} pictures are still of another model, and are embedded again by wide." in caplog.text
+    assert f"Another image side: {20 - newer} pictures of another model are embedded again by wide." in caplog.text
     assert len(other.search("um gato", k=50)) == 20
 
 
