@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 # Names end so: Adobe and phones, Canon, Nikon, Sony, Panasonic, Olympus, Fujifilm, Pentax, Samsung.
 RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".rw2", ".orf", ".raf", ".pef", ".srw")
 # Of these nothing is known of the content: the file is tried again each time.
-RETRYABLE = ("no permission", "read error", "gone", "needs rawpy")
+RETRYABLE = ("no permission", "read error", "gone", "needs rawpy")  # the last one of an index that was made before
 PICTURE_SUFFIXES = (*SUFFIXES, *RAW_SUFFIXES)
 VIDEO_SUFFIXES = (
     *(".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".3gp", ".mts", ".m2ts", ".wmv", ".mpg", ".mpeg", ".flv"),
@@ -322,12 +322,10 @@ def is_picture_name(name: str) -> bool:
 def raw_preview(data: bytes) -> tuple[bytes, tuple[int, int]]:
     """The largest preview in a RAW file, a JPEG, and the size of the RAW picture itself, as it lies in the file.
 
-    LibRaw writes EXIF data into a preview that has none. Raises BadImage where there is no such preview, or no rawpy.
+    LibRaw writes EXIF data into a preview that has none. Raises BadImage where there is no such preview.
     """
-    try:
-        import rawpy  # extra `search`
-    except ImportError as error:
-        raise BadImage("needs rawpy", "RAW files of cameras are read by rawpy: pip install rawpy") from error
+    import rawpy  # here: only who has such files waits for it
+
     try:
         with rawpy.imread(io.BytesIO(data)) as raw:
             sizes, thumb = raw.sizes, raw.extract_thumb()

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import struct
-import sys
 import tempfile
 import time
 import zlib
@@ -373,13 +372,6 @@ def test_raw_that_cannot_be_read(tmp_path):
         saved(tmp_path / name, data)
         assert reason(tmp_path / name).startswith(expected)
     assert len(find_pictures([tmp_path])[0]) == 4, "a folder's pictures are counted whether they can be read or not"
-
-
-def test_raw_without_rawpy_is_left_out_and_tried_again(tmp_path, monkeypatch):
-    saved(tmp_path / "a.dng", b"of a camera")
-    monkeypatch.setitem(sys.modules, "rawpy", None)
-    said = reason(tmp_path / "a.dng")
-    assert said.startswith("needs rawpy: ") and said.startswith(picture_files.RETRYABLE)
 
 
 # --- EXIF ------------------------------------------------------------------------------------------------------------
