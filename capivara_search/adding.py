@@ -43,12 +43,10 @@ from capivara_search.table import (
     LEFT_OUT,
     LOOK,
     PICTURES,
-    VECTOR,
     PictureTable,
     among,
     as_array,
     quoted,
-    to_arrow,
     vector_column,
     within,
 )
@@ -59,8 +57,8 @@ if TYPE_CHECKING:
 
 COMMIT_ROWS = 400  # pictures; with their thumbnails some 5 MB
 COMMIT_S = 20.0  # seconds
+BATCH_SIZE = 32  # pictures that are classified at once
 FIRST_BATCH = 4  # pictures; each later one has twice as many
-PICTURE_COLUMNS = ("digest", "width", "height", "taken", "latitude", "longitude", "thumbnail")
 
 Read = tuple[FileState, Picture | Exception]
 
@@ -193,7 +191,7 @@ class IndexWriter:
         table: PictureTable,
         model: "SearchModel",
         plan: Plan,
-        batch_size: int = 32,
+        batch_size: int,
         progress: Progress = lambda done, total: None,
     ):
         self.table, self.model, self.plan = table, model, plan
@@ -230,7 +228,7 @@ class IndexWriter:
     def write(self) -> None:
         """Write what was collected. A row whose file can't be read goes, but where it only could not be opened."""
         if self.rows:
-            self.table.merge(to_arrow(list(self.rows.values()), self.columns))
+            self.table.merge(pa.Table.from_pylist(list(self.rows.values()), self.columns))
         if self.left_out:
             self.table.merge(pa.Table.from_pylist(list(self.left_out.values()), EMPTY[LEFT_OUT]), LEFT_OUT)
             bad = [path for path, row in self.left_out.items() if not row["reason"].startswith(RETRYABLE)]
@@ -273,9 +271,9 @@ class IndexWriter:
     def _put(self, file: FileState, picture: Picture, vector: np.ndarray) -> None:
         """Add the row of a picture, and count what it is."""
         digest, known = picture.digest, self.plan.known[file.path]
-        values = {name: getattr(picture, name) for name in PICTURE_COLUMNS}
-        values |= {LOOK: look_of(picture.image), "model": self.digest, VECTOR: vector}
-        self.rows[file.path] = values | asdict(file)
+        values = {name: value for name, value in vars(picture).items() if name != "image"}
+        values |= {LOOK: look_of(picture.image), "model": self.digest, self.column: np.float16(vector)}
+        self.rows[file.path] = values | asdict(file)  # as it was found: what has changed since is read again
         self.by_digest[digest] = vector
         self.done += 1
         if known is None:
@@ -357,16 +355,13 @@ def _left_out(table: PictureTable, plan: Plan, new: Collection[str]) -> list[Lef
     return [LeftOut(path, true[path]["reason"]) for path in sorted(true)]
 
 
-def embed_files(
-    model: "SearchModel", files: Sequence[FileState], place: Path, batch_size: int = 32
-) -> dict[str, np.ndarray]:
+def embed_files(model: "SearchModel", files: Sequence[FileState], place: Path) -> dict[str, np.ndarray]:
     """Path -> vector, of files of a place that can be read; nothing is written."""
     found = {}
     read = partial(read_picture, side=model.side, squash=model.squash, folders=[os.path.realpath(place)])
-    for batch in read_ahead(files, read, batch_size):
+    for batch in read_ahead(files, read, BATCH_SIZE):
         pictures = {file.path: one for file, one in batch if isinstance(one, Picture)}
-        vectors = model.images([one.image for one in pictures.values()], batch_size)
-        found |= dict(zip(pictures, vectors, strict=True))
+        found |= dict(zip(pictures, model.images([one.image for one in pictures.values()]), strict=True))
     return found
 
 

@@ -57,8 +57,8 @@ SKIPPED_NAMES = {
 # The best camera phones take 16,320 x 12,240. Above the gate's limit a picture is decoded alone, and reduced at once.
 MAX_PICTURE_PIXELS = 200_000_000
 # A JPEG is decoded at a half, a quarter or an eighth of its size where its short side is then still so many times that
-# of the model's input: the embeddings of a trained tower keep a cosine of 0.999 (`python -m benchmarks.search --parts
-# reduced`). At three times one photograph of 40 keeps 0.997.
+# of the model's input: the embeddings of a trained tower keep a cosine of 0.999. At three times one photograph of 40
+# keeps 0.997.
 REDUCED_SIDES = 4
 THUMBNAIL_SIDE = 256  # pixels of the longer side
 # WebP at 90 takes 4.0 kB a picture of OpenMoji and has a cosine of 0.994 to it under the demo model; JPEG at 85 takes
@@ -89,7 +89,6 @@ class FileState:
 class Picture:
     """A picture that was read."""
 
-    file: FileState  # as it was then
     digest: str  # BLAKE2b-128 of the file, in hexadecimal
     width: int  # pixels, upright; of a RAW file, of the RAW picture
     height: int
@@ -377,41 +376,39 @@ def read_picture(
     file: FileState,
     side: int = 224,
     squash: int | None = None,
-    exact: bool = False,
     folders: Sequence[str | Path] | None = None,
 ) -> Picture:
     """Read a picture once: digest, size, EXIF data, pixels and thumbnail. May be called by many threads.
+
+    A JPEG is decoded at reduced size (`REDUCED_SIDES`); the image is brought to `side` as the model's image processor
+    does, by PIL's bicubic filter.
 
     Args:
         file: of `find_pictures`.
         side: pixels that the model's image processor brings the short side to.
         squash: PIL's filter, where it brings both sides to it.
-        exact: decode and keep all pixels, unless there are more than 50 million. Otherwise a JPEG is decoded at reduced
-            size (`REDUCED_SIDES`), and the image is brought to `side` as the processor does, by PIL's bicubic filter.
         folders: real paths of those that it must lie in, as `open_regular_file` has them.
 
     Raises BadImage where it can't be read, is damaged or too large; as `MissingPicture` where it is gone.
     """
-    data, state = _read(file.path, folders)
+    data = _read(file.path, folders)
     opened, size = _opened(data, file.path)
     shape = opened.size
-    is_large = shape[0] * shape[1] > MAX_IMAGE_PIXELS
-    with _alone if is_large else nullcontext():
-        is_whole = exact and not is_large
-        pixels = on_white(decoded(opened, "the file", 0 if is_whole else max(REDUCED_SIDES * side, THUMBNAIL_SIDE)))
+    with _alone if shape[0] * shape[1] > MAX_IMAGE_PIXELS else nullcontext():
+        pixels = on_white(decoded(opened, "the file", max(REDUCED_SIDES * side, THUMBNAIL_SIDE)))
         if orientation(opened) > 4:  # by a quarter
             size, shape = size[::-1], shape[::-1]
-        image = pixels if is_whole else short_side(pixels, shape, side, squash)
+        image = short_side(pixels, shape, side, squash)
         thumbnail = thumbnail_file(pixels)
     digest = blake2b(data, digest_size=16).hexdigest()
-    return Picture(FileState.of(file.path, state), digest, *size, *read_details(opened), image, thumbnail)
+    return Picture(digest, *size, *read_details(opened), image, thumbnail)
 
 
 def open_query_picture(path: str | Path) -> PIL.Image.Image:
     """A picture to search with, whole, upright, RGB, transparent parts white. Raises ValueError, which names it."""
     path = absolute_folder(path)
     try:
-        return open_picture(_read(path)[0], str(path))
+        return open_picture(_read(path), str(path))
     except BadImage as error:
         raise failure(ValueError, "bad_picture", path=path, reason=error) from error
 
@@ -424,11 +421,10 @@ def open_picture(data: bytes, name: str, max_pixels: int = MAX_PICTURE_PIXELS, r
     return on_white(decoded(_opened(data, name, max_pixels)[0], "the file", reduced_to))
 
 
-def _read(path: str | Path, folders: Sequence[str | Path] | None = None) -> tuple[bytes, os.stat_result]:
+def _read(path: str | Path, folders: Sequence[str | Path] | None = None) -> bytes:
     try:
         with open_regular_file(path, "it", folders) as file:
-            state = os.fstat(file.fileno())  # before it is read: of what is changed meanwhile the next run takes note
-            return contents(file), state
+            return contents(file)
     except BadImage:
         raise
     except OSError as error:

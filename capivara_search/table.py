@@ -14,7 +14,7 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import date, datetime, timedelta
 from functools import cached_property, partial
@@ -41,7 +41,6 @@ FOLDER_KEY = "folder:"  # in `about`, before the path of a folder that was added
 RULES_KEY = "rules"  # JSON of what is left out of all folders
 THUMBNAIL = "thumbnail"
 LOOK = "look"  # which an index of before the column has not
-VECTOR = "vector"  # in rows that are no part of a table: that of the model in use
 HIT_COLUMNS = ("path", "width", "height", "taken", "latitude", "longitude", "size", "mtime_ns")
 
 EARLIEST, LATEST = date(1800, 1, 1), date(2200, 1, 1)  # days that a file's time in nanoseconds can be compared with
@@ -481,18 +480,6 @@ class PictureTable:
         folder.rename(aside := next(place for place in places if not os.path.lexists(place)))
         del self._connection  # which may remember files of that name
         note("set_aside", folder, rows, aside, level=logging.WARNING)
-
-
-def to_arrow(rows: Sequence[Mapping[str, Any]], columns: pa.Schema) -> pa.Table:
-    """Rows as a table; `vector` of each, (width,), goes where vectors of its width are."""
-    arrays = []
-    for one in columns:
-        if one.name == vector_column(len(rows[0][VECTOR])):
-            flat = np.concatenate([np.asarray(row[VECTOR], np.float16) for row in rows])
-            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(flat), one.type.list_size))
-        else:  # vectors of another width are of another model, and no longer true
-            arrays.append(pa.array([row.get(one.name) for row in rows], one.type))
-    return pa.Table.from_arrays(arrays, schema=columns)
 
 
 def as_array(column: pa.ChunkedArray) -> np.ndarray:

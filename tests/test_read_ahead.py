@@ -19,7 +19,7 @@ def files(number: int) -> list[FileState]:
 
 def picture(file: FileState) -> Picture:
     image = PIL.Image.new("RGB", (SIDE, SIDE))
-    return Picture(file, str(file.size), SIDE, SIDE, None, None, None, image, b"")
+    return Picture(str(file.size), SIDE, SIDE, None, None, None, image, b"")
 
 
 def test_all_pictures_come_in_order_and_the_first_batch_is_small():

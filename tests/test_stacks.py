@@ -3,6 +3,7 @@
 from datetime import date, datetime, timedelta
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from capivara_search import duplicates
@@ -10,7 +11,7 @@ from capivara_search import index as index_module
 from capivara_search.duplicates import ROUNDING, compared, groups, leaders, same
 from capivara_search.index import PictureIndex, unit
 from capivara_search.results import SAME
-from capivara_search.table import to_arrow
+from capivara_search.table import vector_column
 
 WIDTH = 24
 SCENES = 40  # each with a number of copies that is its own, 0 to 7
@@ -40,12 +41,13 @@ def filled(where, name: str, vectors: np.ndarray, folders: int = 2, **columns) -
     rows = [
         {
             "path": f"/fotos/{row % folders}/{row:04d}.jpg", "size": 1000, "digest": f"{row:032x}", "width": 40,
-            "height": 30, "mtime_ns": int((FIRST_DAY + timedelta(days=row)).timestamp()) * 10**9, "vector": vector,
-            "model": index.model.image_digest, **{name: values[row] for name, values in columns.items()},
+            "height": 30, "mtime_ns": int((FIRST_DAY + timedelta(days=row)).timestamp()) * 10**9,
+            vector_column(WIDTH): np.float16(vector), "model": index.model.image_digest,
+            **{name: values[row] for name, values in columns.items()},
         }
         for row, vector in enumerate(vectors)
     ]  # fmt: skip
-    index._table.merge(to_arrow(rows, index._table.columns()))
+    index._table.merge(pa.Table.from_pylist(rows, index._table.columns()))
     return index
 
 
