@@ -80,7 +80,7 @@ def folders_to_add(
         if away := sorted(set(known) - set(map(str, paths))):
             note("folders_away", ", ".join(away), level=logging.WARNING)
     for place in map(absolute_folder, include):
-        if rules.is_forgotten(str(place)) and place.is_dir() and not any(map(place.is_relative_to, [*asked, *paths])):
+        if rules.forgotten_with(str(place)) and place.is_dir() and not any(map(place.is_relative_to, [*asked, *paths])):
             paths.append(place)
     if not paths:
         raise failure(ValueError, "no_known_folder")

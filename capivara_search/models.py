@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "hiaac-nlp/CAPIVARA"
 MINIATURE = "miniature"  # as the name of a model
-MODEL_VARIABLE = "CAPIVARA_MODEL"  # of the environment; what None stands for
 MANY_TEXTS = 256  # from here on the import of torch pays
 BATCH_TEXTS = 8  # a batch a thread; with threads within its products, they wait for each other on a busy machine
 KINDS = {"F32", "F16", "BF16"}  # of weights
@@ -199,7 +198,7 @@ def find_model(model: str | None = None, device: str | None = None) -> SearchMod
     Raises ValueError: there is no such model, or it is of another kind; the Hub can't be reached. ImportError: a
     package that the miniature is made of is not installed. OSError: no space is left for it.
     """
-    model = model or os.environ.get(MODEL_VARIABLE) or None
+    model = model or os.environ.get("CAPIVARA_MODEL") or None
     if model is None:
         model = DEFAULT_MODEL if cached_folder(DEFAULT_MODEL) or is_reachable(DEFAULT_MODEL) else MINIATURE
     here = Path(model).expanduser()

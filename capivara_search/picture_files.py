@@ -133,10 +133,6 @@ class Rules:
         patterns = dict.fromkeys([*self.exclude, *exclude])
         return Rules(tuple(one for one in patterns if one not in set(map(str, include))), forgotten)
 
-    def is_forgotten(self, path: str) -> bool:
-        """Whether a path was forgotten, or lies in a folder that was."""
-        return not self.forgotten.isdisjoint((path, *map(str, Path(path).parents)))
-
     def forgotten_with(self, path: str) -> str | None:
         """The forgotten path that a path, by this or its real name, is or lies in; the outermost of several."""
         names = {str(one) for name in (path, os.path.realpath(path)) for one in (Path(name), *Path(name).parents)}
@@ -299,7 +295,7 @@ class _Walk:
         for link in self.links:
             with suppress(OSError):
                 state = os.stat(link)
-                if (state.st_dev, state.st_ino) in self.seen or self.rules.is_forgotten(os.path.realpath(link)):
+                if (state.st_dev, state.st_ino) in self.seen or self.rules.forgotten_with(link):
                     continue
             detail = f"it leads to {os.path.realpath(link)}, and is not followed; index that folder, too"
             self.leave_out(link, BadImage("link out of the folder", detail))
