@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 NOTHING, WRONG_USE, UNUSABLE = 1, 2, 3  # exit codes; the help explains them
 LINE = option("--line", type=said(click.Choice(("auto", "yes", "no"))), default="auto")
 LEFT_OUT_SHOWN = 5
-BY_RULE = ("forgotten", "excluded", "hidden", "system", "video")
+BY_RULE = ("forgotten", "excluded", "hidden", "system", "link", "video")
 SCREEN_SHOWN = 4  # lines of each list of `status`, which fits on a screen of 24
 CSV_COLUMNS = (
     *("rank", "score", "path", "taken", "width", "height", "latitude", "longitude", "size", "modified"),
@@ -122,9 +122,7 @@ def summary(added: Added, pictures: int, words: Words) -> Iterable[str]:
     """What was done, in words: numbers, some of the files that were left out, and what can be done next."""
     keys = ("new", "changed", "moved", "again", "removed")
     parts = [words.count(key, n) for key in keys if (n := getattr(added, key))] or [words("nothing_changed")]
-    links = sum(one.reason.startswith("link") for one in added.left_out)
-    numbers = {"left_out": len(added.left_out) - links, "links": links}
-    parts += [words.count(key, n) for key, n in numbers.items() if n]
+    parts += [words.count("left_out", len(added.left_out))] * bool(added.left_out)
     yield f"{', '.join(parts)} ({tqdm.format_interval(added.seconds)}){':' if added.left_out else '.'}"
     for left in added.left_out[:LEFT_OUT_SHOWN]:
         yield f"  {shown_path(left.path)}: {words.reason(left.reason)}"

@@ -186,13 +186,13 @@ def find_pictures(
 ) -> tuple[list[FileState], list[LeftOut]]:
     """The pictures in folders and below, by the ends of their names, and what could not be looked at, sorted by path.
 
-    A link is not followed, but for a folder that is named; it is said where what it leads to is not found by itself.
+    No link is followed, but for a folder that is named.
     Raises ValueError where a folder is not there, can't be opened, was forgotten, or holds no picture but by the rules.
 
     Args:
         folders: to look through.
         rules: of what is left out.
-        counts: filled in, folder that was named -> what is left out of it, by `Rules.reason`, and each "video".
+        counts: filled in, folder that was named -> what is left out of it, by `Rules.reason`, each "link" and "video".
         only: paths of files and folders in them; nothing else is looked at, and there may be no picture among them.
     """
     roots = [str(absolute_folder(folder)) for folder in folders]
@@ -210,15 +210,13 @@ def find_pictures(
     walk = _Walk(roots, rules, only)
     for root in roots:
         walk.folder(root)
-    if only is None:  # else what they lead to may not have been looked at
-        walk.name_links()
     if counts is not None:
         counts.update({root: +numbers for root, numbers in walk.counts.items()})
     reasons = {one.path: one.reason for one in walk.left_out}
     for root in roots:
         if root in reasons:
             raise failure(ValueError, "folder_shut", path=root, reason=reasons[root])
-        ruled = walk.counts[root]["forgotten"] + walk.counts[root]["excluded"]  # then the user wants it to be empty
+        ruled = sum(walk.counts[root][why] for why in ("forgotten", "excluded", "link"))  # then it may well be empty
         if only is None and not ruled and not _is_any_in([*walk.found, *reasons], root):
             raise failure(ValueError, "no_picture", path=root, ends=", ".join(PICTURE_SUFFIXES))
     return sorted(walk.found.values(), key=lambda file: file.path), sorted(walk.left_out, key=lambda one: one.path)
@@ -242,11 +240,10 @@ class _Walk:
         self.below = ("",) if only is None else tuple(os.path.join(one, "") for one in only if os.path.isdir(one))
         self.found: dict[str, FileState] = {}
         self.left_out: list[LeftOut] = []
-        self.links: list[str] = []
-        self.seen: set[tuple[int, int]] = set()  # folders and files that lie here themselves, by device and number
+        self.seen: set[tuple[int, int]] = set()  # folders, by device and number
 
     def folder(self, root: str) -> None:
-        """Look through a folder and all below; links are put aside."""
+        """Look through a folder and all below."""
         waiting = [root]
         while waiting:
             folder = waiting.pop()
@@ -261,10 +258,8 @@ class _Walk:
                             continue
                         is_link = entry.is_symlink()
                         is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
-                        if why := self.rules.reason(entry.path, root, is_folder):
+                        if why := self.rules.reason(entry.path, root, is_folder) or "link" * is_link:
                             self.counts[root][why] += is_folder or is_picture_name(entry.name)
-                        elif is_link:
-                            self.links += [entry.path] * (is_folder or is_picture_name(entry.name))
                         elif is_folder:
                             waiting.append(entry.path)
                         elif is_picture_name(entry.name):
@@ -287,18 +282,7 @@ class _Walk:
         elif not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
             self.leave_out(path, _fault(PermissionError()))
         else:
-            self.seen.add((state.st_dev, state.st_ino))
             self.found[path] = FileState.of(path, state)
-
-    def name_links(self) -> None:
-        """Leave out the links that were put aside, but for those to what was found, or forgotten."""
-        for link in self.links:
-            with suppress(OSError):
-                state = os.stat(link)
-                if (state.st_dev, state.st_ino) in self.seen or self.rules.forgotten_with(link):
-                    continue
-            detail = f"it leads to {os.path.realpath(link)}, and is not followed; index that folder, too"
-            self.leave_out(link, BadImage("link out of the folder", detail))
 
     def leave_out(self, path: str, fault: BadImage) -> None:
         """Note what can't be looked at, and why."""

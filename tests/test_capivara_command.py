@@ -27,10 +27,9 @@ from parsed_command import parsed
 from capivara_common.environment import require
 from capivara_common.progress import prepare_bars
 from capivara_search import estimates
-from capivara_search.command import explained, language_of, main, progress_bar, summary
+from capivara_search.command import explained, language_of, main, progress_bar
 from capivara_search.exporting import export_rows
 from capivara_search.index import PictureIndex
-from capivara_search.results import Added, LeftOut
 from capivara_search.storage import explanation
 from capivara_search.table import PictureTable
 from capivara_search.words import COMMANDS, Words
@@ -257,37 +256,33 @@ def test_index_says_with_which_model_what_it_did_and_what_it_left_out(capivara, 
     assert code == 0 and out.startswith("Nada mudou, 1 imagem não pôde ser lida")
 
 
-def test_a_link_is_told_from_what_can_not_be_read():
-    left_out = [LeftOut("/f/l", "link out of the folder: it leads to /x"), LeftOut("/f/v.jpg", "no image: it is empty")]
-    first, link, *_ = summary(Added(left_out=left_out), 3, Words("pt"))
-    assert first == "Nada mudou, 1 imagem não pôde ser lida, 1 link não seguido (00:00):"
-    assert link == "  /f/l: link que não é seguido (indexe também a pasta a que ele leva)"
-
-
 def test_status_fits_on_a_screen_whatever_there_is_to_say(capivara, tmp_path, saved_tiny_folder):
     flags = ("--index", tmp_path / "i.lance", "--model", saved_tiny_folder)
     folders = [tmp_path / f"pasta{number}" for number in range(9)]
     for number, folder in enumerate(folders):
         (folder / ".oculta").mkdir(parents=True)
-        (folder / "filme.mp4").write_bytes(b"x")
+        (folder / "filme.mp4").write_bytes(b"x"), (folder / "l.jpg").symlink_to("good.png")
         (folder / "vazia.jpg").touch(), (folder / "bad\x1b[2J.png").write_bytes(b"x")
         PIL.Image.new("RGB", (40, 40), (number, 0, 0)).save(folder / "good.png")
         PIL.Image.new("RGB", (40, 40), (number, 9, 0)).save(folder / "other.gif")
     code, out, _ = capivara("index", *folders, "--exclude", "*.tmp", "--exclude=*.gif", *flags, "--lang", "pt")
-    assert code == 0 and "\nFora por regra: 9 por --exclude, 9 ocultas, 9 vídeos.\n" in out
+    assert code == 0 and "\nFora por regra: 9 por --exclude, 9 ocultas, 9 links não seguidos, 9 vídeos.\n" in out
     assert out.count("/bad") + out.count("/vazia") == 5 and "e mais 13; capivara estado --all lista tudo" in out
     for folder in folders[:6]:
         capivara("forget", folder / "vazia.jpg", *flags)
     code, out, _ = capivara("estado", *flags, "--lang", "pt")
     assert code == 0 and len(lines := out.splitlines()) <= 24 and max(map(len, lines)) < 200
     facts = dict(re.findall(r"^(\S[\w ]*?)  +(.+)$", out, re.MULTILINE))
-    assert facts["de fora"] == "9 por --exclude, 9 ocultas, 9 vídeos" and facts["regras"] == "--exclude *.tmp"
+    assert (
+        facts["de fora"] == "9 por --exclude, 9 ocultas, 9 links não seguidos, 9 vídeos"
+        and facts["regras"] == "--exclude *.tmp"
+    )
     assert re.findall(r"e mais (\d+); capivara estado --all", out) == ["6", "5", "10"]
     whole = capivara("status", "--all", *flags)[1]
     assert "\x1b" not in whole and whole.count("/bad") == 9 and whole.count("forget ") == 6 and "more;" not in whole
     found = json.loads(capivara("status", "--json", *flags)[1])
     assert found["exclude"] == ["*.tmp", "*.gif"] and len(found["forgotten"]) == 6 and len(found["left_out"]) == 12
-    assert found["skipped"] == {"excluded": 9, "hidden": 9, "video": 9}
+    assert found["skipped"] == {"excluded": 9, "hidden": 9, "link": 9, "video": 9}
 
 
 def test_index_without_a_folder_brings_known_ones_up_to_date(capivara, own_index, folder, tmp_path):
