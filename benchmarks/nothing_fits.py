@@ -21,7 +21,7 @@ import yaml
 from benchmarks.timing import RESULTS, ROOT, conditions, finish
 from capivara_common.cli import flag, parse, run_command
 from capivara_common.files import write_json
-from capivara_search.asking import MEASURED, NEUTRAL, STRENGTH, Background, deviations, steered
+from capivara_search.asking import MEASURED, NEUTRAL, STRENGTH, background, deviations, steered
 from capivara_search.models import SearchModel, find_model
 from capivara_search.picture_files import find_pictures, open_query_picture
 from examples.real_images import PHOTOGRAPHS, photo
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     counts = {"pictures": len(images), "sentences": {kind: len(found) for kind, found in scores.items()}}
     best = {kind: np.array([deviations(own.max(), own) for own in found]) for kind, found in scores.items()}
     told = told_apart(best["there"], best["absent"])
-    line = Background.of(images, neutral_texts, (neutral_texts @ images.T).max(axis=1)).best
+    line = background(images, neutral_texts, (neutral_texts @ images.T).max(axis=1))
     results = conditions() | {"model": model.name, **counts, "chosen": CHOSEN, "statistics": {CHOSEN: told}}
     results["auc"] = told["auc"]
     results["above_the_line"] = {kind: float((found >= line).mean()) for kind, found in best.items()}

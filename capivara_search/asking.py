@@ -7,7 +7,6 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,23 +62,13 @@ def deviations(score: float, scores: np.ndarray) -> float:
     return float((score - scores.mean()) / max(scores.std(), 1e-6))
 
 
-@dataclass(frozen=True)
-class Background:
-    """What an index answers where there is nothing to find."""
+def background(sample: np.ndarray, neutral: Sequence[np.ndarray], best: Sequence[float]) -> float:
+    """How many deviations above the mean the best picture is where there is nothing to find.
 
-    sample: np.ndarray  # (pictures, width), unit length, of the index
-    best: float  # how many deviations above the mean the best picture of a neutral sentence is
-
-    @classmethod
-    def of(cls, sample: np.ndarray, neutral: Sequence[np.ndarray], best: Sequence[float]) -> "Background":
-        """By the vectors of neutral sentences, (width,), and the cosine of each with its best picture."""
-        found = [deviations(one, sample @ vector) for vector, one in zip(neutral, best, strict=True)]
-        return cls(sample, float(np.quantile(found, QUANTILE)))
-
-    def line(self, vector: np.ndarray) -> float:
-        """The cosine with a sentence's vector (width,) that a picture must have to be better than the background."""
-        scores = self.sample @ vector
-        return float(scores.mean() + self.best * scores.std())
+    By the vectors of neutral sentences, (width,), and the cosine of each with its best picture.
+    """
+    found = [deviations(one, sample @ vector) for vector, one in zip(neutral, best, strict=True)]
+    return float(np.quantile(found, QUANTILE))
 
 
 def draws_line(folder: Path) -> bool:

@@ -250,16 +250,16 @@ class PictureIndex:
         width, digest = self.model.width, self.model.image_digest
         return self._table.kept("sample", lambda: unit(self._table.sample(width, digest, asking.SAMPLE)))
 
-    def _background(self) -> asking.Background:
-        """What neutral sentences find."""
+    def _line(self, vector: np.ndarray) -> float:
+        """The cosine with a sentence's vector (width,) above which a picture is better than the background."""
 
-        def made() -> asking.Background:
-            neutral, clause = self.model.texts(asking.NEUTRAL), all_of(self._of_model())
-            nearest = self._nearest(clause)
+        def background() -> float:
+            neutral, nearest = self.model.texts(asking.NEUTRAL), self._nearest(all_of(self._of_model()))
             best = [nearest(vector, 1)["score"][0].as_py() for vector in neutral]
-            return asking.Background.of(self._sample(), neutral, best)
+            return asking.background(self._sample(), neutral, best)
 
-        return self._table.kept("background", made)
+        scores = self._sample() @ vector
+        return float(scores.mean() + self._table.kept("background", background) * scores.std())
 
     def search_vector(
         self,
@@ -288,7 +288,7 @@ class PictureIndex:
         if not of_text or not hits:
             return hits
         if asking.draws_line(self.model.folder) if self.line is None else self.line:
-            line = self._background().line(vector)
+            line = self._line(vector)
             hits = [replace(hit, fits=hit.score >= line) for hit in hits]
         own = self.model.on_own_scale(np.array([hit.score for hit in hits]))
         return [replace(hit, score=float(score)) for hit, score in zip(hits, own, strict=True)]

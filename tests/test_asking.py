@@ -70,10 +70,9 @@ def test_the_line_is_where_neutral_sentences_end(index):
     images = index.vectors([hit.path for hit in index.newest(30)])
     scores = index.model.texts(asking.NEUTRAL) @ images.T
     best = (scores.max(axis=1) - scores.mean(axis=1)) / scores.std(axis=1)
-    found = index._background()
-    assert found.best == pytest.approx(np.quantile(best, asking.QUANTILE), abs=0.02)
-    own = images @ index.model.texts(["gato"])[0]
-    line = own.mean() + found.best * own.std()
+    text = index.model.texts(["gato"])[0]
+    own, line = images @ text, index._line(text)
+    assert (line - own.mean()) / own.std() == pytest.approx(np.quantile(best, asking.QUANTILE), abs=0.02)
     index.line = True
     try:
         hits = index.search("gato", k=30)

@@ -21,7 +21,6 @@ from tiny import randomise, tiny_config
 pytest.importorskip("uvicorn", reason="the page needs uvicorn: pip install -e '.[search]'")
 
 from capivara_common.files import write_json
-from capivara_search.asking import Background
 from capivara_search.estimates import FILE
 from capivara_search.index import PictureIndex
 from capivara_search.page import server
@@ -466,7 +465,7 @@ def comes_from_abroad_with_a_telephone(visitor: Visitor, url: str) -> None:
 def test_axe_finds_no_serious_fault(width, scheme, trained, collection, tmp_path, monkeypatch):
     """In any state, with the credit of a Space and with the line below which nothing fits."""
     required_packages(AXE)
-    monkeypatch.setattr(Background, "line", lambda self, vector: 0.5)
+    monkeypatch.setattr(PictureIndex, "_line", lambda self, vector: 0.5)
     indices = [
         PictureIndex.open(where, str(trained)) for where in (tmp_path / "new", collection.parent / "fotos.lance")
     ]
