@@ -6,9 +6,10 @@ A small file in the folder of the index says it, as long as who writes it holds 
 import fcntl
 import os
 import time
-from collections import deque
+from bisect import bisect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from operator import itemgetter
 from pathlib import Path
 
 from capivara_common.files import read_json, write_json
@@ -24,25 +25,22 @@ class Estimate:
     """Pictures a second of late."""
 
     def __init__(self) -> None:
-        self._marks = deque[tuple[float, int]]()  # seconds, pictures done until then
+        self._marks: list[tuple[float, int]] = []  # seconds, pictures done until then
 
     def update(self, done: int) -> None:
         """So many are done now; as many as before, and the time begins now: a model was loaded."""
-        now = time.monotonic()
-        if not self._marks or done <= self._marks[-1][1]:
+        if self._marks and done <= self._marks[-1][1]:
             self._marks.clear()
-            self._start = now
-        self._marks.append((now, done))
-        since = max((now + self._start) / 2, now - WINDOW_S)
-        while len(self._marks) > 2 and self._marks[1][0] <= since:
-            self._marks.popleft()
+        self._marks.append((time.monotonic(), done))
 
     @property
     def rate(self) -> float | None:
         """Pictures a second; None where that is not known yet."""
         if len(self._marks) < 2:
             return None
-        (start, before), (end, done) = self._marks[0], self._marks[-1]
+        end, done = self._marks[-1]
+        since = max((end + self._marks[0][0]) / 2, end - WINDOW_S)
+        start, before = self._marks[bisect(self._marks[:-1], since, key=itemgetter(0)) - 1]
         return (done - before) / max(end - start, 1e-9)
 
 
