@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from capivara_search.folders import kept_rules, lies_at
-from capivara_search.picture_files import VIDEO_SUFFIXES, is_picture_name
+from capivara_search.picture_files import FileState, is_picture_name
 from capivara_search.results import Added
 from capivara_search.words import note
 
@@ -28,7 +28,6 @@ MOUNTS = Path("/proc/self/mountinfo")  # of Linux
 AGAIN_S = 30  # until one that has ended starts again
 ENDING_S = 15  # for a batch that is under way
 PROGRAM = "from capivara_search import command, watch; watch.end_with_parent(); command.run()"
-State = tuple[int, int] | None  # size and time of a file; None of one that is not there
 
 
 def follow_index(
@@ -59,7 +58,7 @@ def follow_index(
         is_first = False
     while not stop.is_set():
         folders = known()
-        there, waiting, only = _present(folders), dict[str, State](), None
+        there, waiting, only = _present(folders), dict[str, FileState | None](), None
         if missing := [str(folder) for folder in folders if folder not in there]:
             note("not_there", ", ".join(missing), level=logging.WARNING)
         while not there and not stop.wait(POLL_MS / 1000):
@@ -73,10 +72,8 @@ def follow_index(
             if _present(folders) != there or known() != folders:
                 break
             if only is None or (only := take_whole(waiting)):  # all at first, since the watching has begun
-                # Videos are counted by a look at all.
-                whole = any(map(_is_video, only or ()))
                 try:
-                    yield add(there, None if whole else only)
+                    yield add(there, only)
                 except ValueError as error:  # as of a folder that was emptied: the index keeps what it has of it
                     if is_first:
                         raise
@@ -85,7 +82,7 @@ def follow_index(
             waiting |= {path: _state(path) for change, path in changes for path in _in_question(change.name, path)}
 
 
-def take_whole(waiting: dict[str, State]) -> list[str]:
+def take_whole(waiting: dict[str, FileState | None]) -> list[str]:
     """Those of some paths that are as they were at the last look; they are no longer waited for."""
     found = {path: _state(path) for path in waiting}
     whole = [path for path, state in found.items() if state == waiting[path]]
@@ -96,26 +93,21 @@ def take_whole(waiting: dict[str, State]) -> list[str]:
 
 
 def _in_question(kind: str, path: str) -> Iterator[str]:
-    """What is or may have been a picture, a video or a folder, of a path that was "added", or something else."""
+    """What is or may have been a picture or a folder, of a path that was "added", or something else."""
     inside = [path]
     if kind == "added" and os.path.isdir(path):  # whose files may have come before it was watched
         inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
     for one in inside:
         gone = not (os.path.lexists(one) or os.path.basename(one).startswith("."))
-        if gone or is_picture_name(one) or _is_video(one):
+        if gone or is_picture_name(one):
             yield one
 
 
-def _is_video(path: str) -> bool:
-    return path.lower().endswith(VIDEO_SUFFIXES)
-
-
-def _state(path: str) -> State:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns
+def _state(path: str) -> FileState | None:
+    """None where nothing is there."""
+    with suppress(OSError):
+        return FileState.of(path)
+    return None
 
 
 def _present(folders: Mapping[Path, str]) -> dict[Path, tuple[int, int]]:
