@@ -238,27 +238,25 @@ class IndexWriter:
 
     def _embed(self, batch: Sequence[Read]) -> None:
         """Embed pictures whose content is not known yet, and make the rows of all."""
-        before, pictures = self.done, dict[FileState, Picture]()
+        pictures = dict[FileState, Picture]()
         for file, picture in batch:
             if isinstance(picture, Picture):
                 pictures[file] = picture
-            elif isinstance(picture, FileNotFoundError):  # gone since it was found; the next run sees that
-                self.done += 1
-            elif isinstance(picture, BadImage | OSError):
+            elif not isinstance(picture, BadImage):
+                raise picture
+            elif picture.reason != "gone":  # else since it was found: the next run sees that
                 self.left_out[file.path] = asdict(file) | {"reason": str(picture)}
                 self.added.left_out.append(LeftOut(file.path, str(picture)))
-                self.done += 1
-            else:
-                raise picture
         known = self._kept({one.digest for one in pictures.values()}) | self.by_digest
         new = {one.digest: one.image for one in pictures.values() if one.digest not in known}
         if new and not self.added.embedded:
             self.model.prepare_images()
-            self.progress(before, len(self.plan.files))  # again: the seconds until here are not those of pictures
+            self.progress(self.done, len(self.plan.files))  # again: the seconds until here are not those of pictures
         known |= dict(zip(new, self.model.images(list(new.values()), self.batch_size), strict=True))
         self.added.embedded += len(new)
         for file, picture in pictures.items():
             self._put(file, picture, known[picture.digest])
+        self.done += len(batch)
 
     def _kept(self, wanted: Collection[str]) -> dict[str, np.ndarray]:
         """Digest -> vector, of contents that have one of this model's in the table."""
@@ -275,7 +273,6 @@ class IndexWriter:
         values |= {LOOK: look_of(picture.image), "model": self.digest, self.column: np.float16(vector)}
         self.rows[file.path] = values | asdict(file)  # as it was found: what has changed since is read again
         self.by_digest[digest] = vector
-        self.done += 1
         if known is None:
             kind = "moved" if self.gone[digest] > 0 else "new"
         else:

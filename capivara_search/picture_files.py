@@ -99,10 +99,6 @@ class Picture:
     thumbnail: bytes  # WebP file, upright, the longer side at most 256 pixels
 
 
-class MissingPicture(BadImage, FileNotFoundError):
-    """A file that is no longer there."""
-
-
 # --- In folders ------------------------------------------------------------------------------------------------------
 
 
@@ -369,7 +365,7 @@ def read_picture(
         squash: PIL's filter, where it brings both sides to it.
         folders: real paths of those that it must lie in, as `open_regular_file` has them.
 
-    Raises BadImage where it can't be read, is damaged or too large; as `MissingPicture` where it is gone.
+    Raises BadImage where it can't be read, is damaged, too large or gone.
     """
     data = _read(file.path, folders)
     opened, size = _opened(data, file.path)
@@ -379,9 +375,10 @@ def read_picture(
         if orientation(opened) > 4:  # by a quarter
             size, shape = size[::-1], shape[::-1]
         image = short_side(pixels, shape, side, squash)
-        thumbnail = thumbnail_file(pixels)
+        small, thumbnail = at_most(pixels, THUMBNAIL_SIDE), io.BytesIO()
+        small.save(thumbnail, "WEBP", quality=THUMBNAIL_QUALITY, method=THUMBNAIL_METHOD)
     digest = blake2b(data, digest_size=16).hexdigest()
-    return Picture(digest, *size, *read_details(opened), image, thumbnail)
+    return Picture(digest, *size, *read_details(opened), image, thumbnail.getvalue())
 
 
 def open_query_picture(path: str | Path) -> PIL.Image.Image:
@@ -405,12 +402,8 @@ def _read(path: str | Path, folders: Sequence[str | Path] | None = None) -> byte
     try:
         with open_regular_file(path, "it", folders) as file:
             return contents(file)
-    except BadImage:
-        raise
     except OSError as error:
         raise _fault(error) from error
-    except ValueError as error:  # a zero in the name
-        raise MissingPicture("gone", "there is no file of this name") from error
 
 
 def contents(file: BinaryIO) -> bytes:
@@ -420,7 +413,7 @@ def contents(file: BinaryIO) -> bytes:
 
 def _fault(error: OSError) -> BadImage:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return MissingPicture("gone", "there is no file of this name")
+        return BadImage("gone", "there is no file of this name")
     if isinstance(error, PermissionError):
         return BadImage("no permission", "it may not be read; its owner can allow it")
     return BadImage("read error", error.strerror or str(error))
@@ -431,13 +424,6 @@ def _opened(data: bytes, name: str, max_pixels: int = MAX_PICTURE_PIXELS) -> tup
     data, size = raw_preview(data) if name.lower().endswith(RAW_SUFFIXES) else (data, None)
     image = open_image(data, "the file", max_pixels, way_out="")
     return image, size or image.size
-
-
-def thumbnail_file(image: PIL.Image.Image) -> bytes:
-    """The thumbnail of an image, RGB, as WebP file."""
-    small = at_most(image, THUMBNAIL_SIDE)
-    small.save(file := io.BytesIO(), "WEBP", quality=THUMBNAIL_QUALITY, method=THUMBNAIL_METHOD)
-    return file.getvalue()
 
 
 def on_white(image: PIL.Image.Image) -> PIL.Image.Image:
