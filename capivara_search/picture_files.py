@@ -192,8 +192,6 @@ def find_pictures(
         only: paths of files and folders in them; nothing else is looked at, and there may be no picture among them.
     """
     roots = [str(absolute_folder(folder)) for folder in folders]
-    if not roots:
-        raise ValueError("No folder was named.")
     for root in roots:
         if not os.path.isdir(root):
             fault = "is a file, not a folder" if os.path.exists(root) else "is not there"

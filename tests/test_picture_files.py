@@ -137,7 +137,6 @@ def test_folders_that_are_none(tmp_path):
         ([tmp_path / "gone"], "gone is not there"),
         ([tmp_path / "a.jpg"], "a.jpg is a file, not a folder"),
         ([tmp_path, tmp_path / "empty"], r"empty holds no picture\. Names of pictures end in \.jpg, .*\.dng"),
-        ([], "No folder"),
     ):
         with pytest.raises(ValueError, match=message):
             find_pictures(folders)
