@@ -471,14 +471,6 @@ def test_a_file_that_is_gone(tmp_path):
         assert reason(path) == "gone: there is no file of this name"
 
 
-def test_a_disk_that_fails(tmp_path, monkeypatch):
-    def failing(*_: object) -> None:
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(picture_files, "open_regular_file", failing)
-    assert reason(tmp_path / "a.jpg") == "read error: Input/output error"
-
-
 # --- Links that come in between --------------------------------------------------------------------------------------
 
 

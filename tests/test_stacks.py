@@ -119,13 +119,6 @@ def test_the_colour_of_all_of_a_picture_makes_no_copy_of_it():
     assert same(vectors, vectors)[:2, :2].tolist() == same(vectors, vectors)[2:, 2:].tolist() == np.eye(2).tolist()
 
 
-def test_a_chain_of_small_steps_is_no_group():
-    """A pan over a landscape: each picture is like the one before it, the last one is not like the first."""
-    angles = np.arange(8) * np.arccos(0.975)
-    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    assert [group.tolist() for group in groups(vectors, 0.97)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-
-
 @pytest.mark.parametrize("k", [1, 5, 12, SCENES, 100])
 def test_copies_stand_as_one_hit_and_as_many_as_asked_are_answered(index, vectors, k):
     query = unit(np.random.default_rng(1).standard_normal(WIDTH))
