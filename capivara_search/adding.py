@@ -13,7 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -27,7 +27,7 @@ from capivara_common.cli import coded
 from capivara_common.image_files import DECODERS, BadImage
 from capivara_search.duplicates import look_of
 from capivara_search.estimates import Progress
-from capivara_search.folders import asked_folders, kept_rules, note_asked, note_rules
+from capivara_search.folders import kept_rules, note_asked, note_rules
 from capivara_search.picture_files import (
     RETRYABLE,
     FileState,
@@ -94,7 +94,7 @@ class Plan:
 
     clause: str  # for the rows of what was looked at
     is_whole: bool  # whether these are all rows of the folders
-    roots: Sequence[str]  # real paths of folders that were added, now or before; nothing is read outside of them
+    roots: Sequence[str]  # real paths of the folders; nothing is read outside of them
     files: list[FileState]  # to be read: new and changed ones, and those whose vector is of another model
     known: KnownRows
     gone: list[str]  # paths of rows whose file is no longer there, or left out
@@ -130,18 +130,18 @@ def make_plan(
             raise coded(ValueError, error.code, text, error=error, kept=kept, **error.values) from error
         raise
     columns = ["path", "size", "mtime_ns", "digest", "model"]
-    wanted = f"{clause} OR model != {quoted(image_digest)}" if only is None else clause
-    known = KnownRows(table.rows(columns, wanted), image_digest)
+    known = KnownRows(table.rows(columns, clause), image_digest)
     left_out = table.rows([*columns[:3], "reason"], clause, LEFT_OUT).to_pylist()
     broken = {FileState(*list(row.values())[:3]) for row in left_out if not row["reason"].startswith(RETRYABLE)}
     todo = [file for file in found if not known.is_done(file)]
     broken &= set(todo)
-    asked = asked_folders(table)
-    gone, elsewhere = _without_file(known, folders, asked, found, unseen)
+    there = {file.path for file in found} | {one.path for one in unseen}
+    unread = tuple(one.path + os.sep for one in unseen)  # folders in which it may be
+    gone = [path for path in known.places if path not in there and not path.startswith(unread)]
     if only is not None and any(_is_emptied(table, folder, gone, found) for folder in folders):
         return make_plan(table, image_digest, folders, rules)  # which refuses it
-    files = [file for file in todo + elsewhere if file not in broken]
-    roots = [*map(os.path.realpath, folders), *asked.values()]
+    files = [file for file in todo if file not in broken]
+    roots = [*map(os.path.realpath, folders)]
     unchanged = len(found) - len(todo)
     return Plan(clause, only is None, roots, files, known, gone, unchanged, unseen, broken, counts)
 
@@ -151,33 +151,6 @@ def _is_emptied(table: PictureTable, folder: Path, gone: Sequence[str], found: S
     inside = os.path.join(folder, "")
     number = sum(path.startswith(inside) for path in gone)
     return 0 < number == table.count(within(folder)) and not any(file.path.startswith(inside) for file in found)
-
-
-def _without_file(
-    known: KnownRows,
-    folders: Sequence[Path],
-    asked: Iterable[str],
-    found: Sequence[FileState],
-    unseen: Sequence[LeftOut],
-) -> tuple[list[str], list[FileState]]:
-    """Rows whose file was not found: paths that are gone from the folders, and files of other folders.
-
-    What lies in a folder that can't be read may be there. The files of other folders have vectors of another model;
-    where one is not there, or `add` was not told of its folder, its row waits for its folder's turn.
-    """
-    there = {file.path for file in found} | {one.path for one in unseen}
-    inside, others = (tuple(str(one).rstrip(os.sep) + os.sep for one in group) for group in (folders, asked))
-    unread = tuple(one.path + os.sep for one in unseen)
-    gone, elsewhere = [], []
-    for path in known.places:
-        if path in there or path.startswith(unread):
-            continue
-        if path.startswith(inside):
-            gone.append(path)
-        elif path.startswith(others):
-            with suppress(OSError):
-                elsewhere.append(FileState.of(path))
-    return gone, elsewhere
 
 
 # --- reading, embedding, writing -------------------------------------------------------------------------------------
@@ -331,7 +304,9 @@ def finish(table: PictureTable, model: "SearchModel", plan: Plan, added: Added) 
     if plan.is_whole:
         table.note({FOLDER_KEY + one: json.dumps(numbers, sort_keys=True) for one, numbers in plan.counts.items()})
     added.left_out = _left_out(table, plan, {one.path for one in added.left_out})
-    if len(table.widths()) > 1 and not table.of_other_models(model.image_digest):
+    if others := table.of_other_models(model.image_digest):
+        note("not_yet_embedded", others, table.count(), model.name, level=logging.WARNING)
+    elif len(table.widths()) > 1:
         columns = [vector_column(width) for width in table.widths() if width != model.width]
         table.write(PICTURES, lambda opened: opened.drop_columns(columns))
     table.tidy(model.width)
