@@ -289,9 +289,9 @@ def note_model(table: PictureTable, model: "SearchModel", plan: Plan) -> None:
     before, others = table.model(), table.of_other_models(model.image_digest)
     facts = {"source": model.source, "name": model.name, "width": model.width, "image_digest": model.image_digest}
     again = sum(row is not None and not row[1] for row in (plan.known[file.path] for file in plan.files))
-    if again:
-        note("image_side", model.name, again)
-    elif not others and before and before != facts and table.count():
+    if others:
+        note("image_side", model.name, again, others)
+    elif before and before != facts and table.count():
         note("text_exchanged", model.name, before.get("name"))
     table.note({"model": json.dumps(facts)})
 
@@ -304,9 +304,7 @@ def finish(table: PictureTable, model: "SearchModel", plan: Plan, added: Added) 
     if plan.is_whole:
         table.note({FOLDER_KEY + one: json.dumps(numbers, sort_keys=True) for one, numbers in plan.counts.items()})
     added.left_out = _left_out(table, plan, {one.path for one in added.left_out})
-    if others := table.of_other_models(model.image_digest):
-        note("not_yet_embedded", others, table.count(), model.name, level=logging.WARNING)
-    elif len(table.widths()) > 1:
+    if len(table.widths()) > 1 and not table.of_other_models(model.image_digest):
         columns = [vector_column(width) for width in table.widths() if width != model.width]
         table.write(PICTURES, lambda opened: opened.drop_columns(columns))
     table.tidy(model.width)
