@@ -9,7 +9,6 @@ import json
 import math
 import operator
 import os
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -176,7 +175,7 @@ class SearchModel:
 
     @cached_property
     def _loaded(self) -> tuple["PreTrainedModel", "ProcessorMixin"]:
-        note("loading" if "torch" in sys.modules else "loading_torch", self.name)  # whose import takes seconds
+        note("loading", self.name)
         from capivara_common.environment import torch_device
         from modeling_capivara.loading import load_model, load_processor
 
