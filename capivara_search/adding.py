@@ -136,8 +136,9 @@ def make_plan(
     todo = [file for file in found if not known.is_done(file)]
     broken &= set(todo)
     there = {file.path for file in found} | {one.path for one in unseen}
-    unread = tuple(one.path + os.sep for one in unseen)  # folders in which it may be
-    gone = [path for path in known.places if path not in there and not path.startswith(unread)]
+    inside, unread = tuple(os.path.join(one, "") for one in folders), tuple(one.path + os.sep for one in unseen)
+    missing = (path for path in known.places if path not in there and path.startswith(inside))
+    gone = [path for path in missing if not path.startswith(unread)]  # in such folders it may be there
     if only is not None and any(_is_emptied(table, folder, gone, found) for folder in folders):
         return make_plan(table, image_digest, folders, rules)  # which refuses it
     files = [file for file in todo if file not in broken]
