@@ -193,10 +193,8 @@ class IndexWriter:
                     self.progress(self.done, len(files))
                     if len(self.rows) + len(self.left_out) >= COMMIT_ROWS or time.monotonic() - self.since > COMMIT_S:
                         self.write()
-        except KeyboardInterrupt:  # what was embedded is kept
+        finally:  # what was embedded is kept, by Ctrl-C, too
             self.write()
-            raise
-        self.write()
         return self.added
 
     def write(self) -> None:
