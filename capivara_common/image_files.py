@@ -68,6 +68,11 @@ class BadRow(ValueError):
 class BadImage(BadRow):
     """An image that can't be used."""
 
+    @property
+    def code(self) -> str:
+        """By which the search has words for it."""
+        return self.reason
+
 
 @dataclass(frozen=True)
 class ImageFiles:

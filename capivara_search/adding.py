@@ -132,7 +132,7 @@ def make_plan(
     columns = ["path", "size", "mtime_ns", "digest", "model"]
     known = KnownRows(table.rows(columns, clause), image_digest)
     left_out = table.rows([*columns[:3], "reason"], clause, LEFT_OUT).to_pylist()
-    broken = {FileState(*list(row.values())[:3]) for row in left_out if not row["reason"].startswith(RETRYABLE)}
+    broken = {FileState(*list(row.values())[:3]) for row in left_out if not _is_retryable(row)}
     todo = [file for file in found if not known.is_done(file)]
     broken &= set(todo)
     there = {file.path for file in found} | {one.path for one in unseen}
@@ -203,7 +203,7 @@ class IndexWriter:
             self.table.merge(pa.Table.from_pylist(list(self.rows.values()), self.columns))
         if self.left_out:
             self.table.merge(pa.Table.from_pylist(list(self.left_out.values()), EMPTY[LEFT_OUT]), LEFT_OUT)
-            bad = [path for path, row in self.left_out.items() if not row["reason"].startswith(RETRYABLE)]
+            bad = [path for path, row in self.left_out.items() if not _is_retryable(row)]
             self.table.remove(bad)
             self.added.removed += sum(path in self.plan.known.places for path in bad)
         self._start_commit()
@@ -307,6 +307,11 @@ def finish(table: PictureTable, model: "SearchModel", plan: Plan, added: Added) 
         columns = [vector_column(width) for width in table.widths() if width != model.width]
         table.write(PICTURES, lambda opened: opened.drop_columns(columns))
     table.tidy(model.width)
+
+
+def _is_retryable(row: dict[str, Any]) -> bool:
+    """Whether a row of what was left out says that its file could not be opened, and may be another time."""
+    return LeftOut(row["path"], row["reason"]).code in RETRYABLE
 
 
 def _left_out(table: PictureTable, plan: Plan, new: Collection[str]) -> list[LeftOut]:

@@ -125,7 +125,7 @@ def summary(added: Added, pictures: int, words: Words) -> Iterable[str]:
     parts += [words.count("left_out", len(added.left_out))] * bool(added.left_out)
     yield f"{', '.join(parts)} ({tqdm.format_interval(added.seconds)}){':' if added.left_out else '.'}"
     for left in added.left_out[:LEFT_OUT_SHOWN]:
-        yield f"  {shown_path(left.path)}: {words.reason(left.reason)}"
+        yield f"  {shown_path(left.path)}: {words.reason(left.code, left.reason)}"
     if (more := len(added.left_out) - LEFT_OUT_SHOWN) > 0:
         yield "  " + words("and_more", n=more)
     if rules := skipped(added.skipped, words):
@@ -259,7 +259,7 @@ def status(words: Words, all: bool, json: bool) -> None:
     if json:
         _write_json(asdict(found))
         return
-    why = Counter(one.reason.partition(":")[0] for one in found.left_out)
+    why = Counter(one.code for one in found.left_out)
     lists = {
         "where": [shown_path(found.where)],
         "pictures": [words.number(found.pictures)],
@@ -273,8 +273,8 @@ def status(words: Words, all: bool, json: bool) -> None:
             *(words("status.forgotten", path=shown_path(path)) for path in found.forgotten),
         ],
         "left_out": [
-            *[", ".join(f"{words.number(n)} {words.reason(one)}" for one, n in why.most_common())] * (len(why) > 1),
-            *(f"{shown_path(one.path)}: {words.reason(one.reason)}" for one in found.left_out),
+            *[", ".join(f"{words.number(n)} {words.reason(code)}" for code, n in why.most_common())] * (len(why) > 1),
+            *(f"{shown_path(one.path)}: {words.reason(one.code, one.reason)}" for one in found.left_out),
         ],
     }
     lines = []
@@ -431,9 +431,10 @@ def explained(error: Exception, words: Words) -> tuple[int, str]:
     code, number = getattr(error, "code", None), getattr(error, "errno", None)
     text = str(error)
     if words.language == "pt" and words.has(f"error.{code}"):
-        text = words(f"error.{code}", **{name: words.reason(str(value)) for name, value in error.values.items()})
-    elif number in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
-        text = words("no_permission", path=error.filename)
+        values = {name: words.reason(getattr(one, "code", None), str(one)) for name, one in error.values.items()}
+        text = words(f"error.{code}", **values)
+    elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        text = words("no_permission", path=error.filename or "--port")
     elif number == errno.EADDRINUSE:
         text = words("port_in_use")
     elif number == errno.EADDRNOTAVAIL or (number or 0) < 0:  # of socket.gaierror

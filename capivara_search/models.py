@@ -9,8 +9,9 @@ import json
 import math
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -63,7 +64,8 @@ class SearchModel:
     @cached_property
     def image_digest(self) -> str:
         """Hex digest of all that the embeddings of images depend on; models that share it can share them."""
-        return image_side_digest(self.folder)
+        with self._usable():
+            return image_side_digest(self.folder)
 
     @property
     def width(self) -> int:
@@ -92,7 +94,8 @@ class SearchModel:
 
     def _size(self, name: str, value: Any) -> int:
         if type(value) is not int or value < 1:
-            raise ValueError(f"{name} of the model {self.folder} must be a whole number from 1, got {value!s:.80}.")
+            fault = f"{name} must be a whole number from 1, got {value!s:.80}"
+            raise failure(ValueError, "unusable_model", model=self.folder, reason=fault)
         return value
 
     @cached_property
@@ -102,13 +105,15 @@ class SearchModel:
 
     @cached_property
     def _steps(self) -> dict[str, Any]:
-        return image_steps(self.folder)
+        with self._usable():
+            return image_steps(self.folder)
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        config = read_json(self.folder / "config.json", model_type=str)
-        check_sizes(config, f"{self.folder}/config.json: ")
-        return config
+        with self._usable():
+            config = read_json(self.folder / "config.json", model_type=str)
+            check_sizes(config, f"{self.folder}/config.json: ")
+            return config
 
     @property
     def _kind(self) -> str:
@@ -126,11 +131,12 @@ class SearchModel:
 
     def _number(self, name: str) -> float | None:
         """A weight that is one number; None where there is none of that name. Raises ValueError."""
-        for weights in map(WeightFile, weight_files(self.folder)):
-            if name in weights.places:
-                number = weights.array(name).item()
-                check_sizes({name: number}, f"{weights.path}: ")
-                return number
+        with self._usable():
+            for weights in map(WeightFile, weight_files(self.folder)):
+                if name in weights.places:
+                    number = weights.array(name).item()
+                    check_sizes({name: number}, f"{weights.path}: ")
+                    return number
         return None
 
     def on_own_scale(self, cosines: np.ndarray) -> np.ndarray:
@@ -147,8 +153,9 @@ class SearchModel:
         texts = checked_texts(list(texts))
         if self._kind != "capivara":  # which repairs its texts by itself
             texts = [text.encode("utf-8", "replace").decode() for text in texts]  # half a character stops a tokenizer
-        if "_loaded" not in self.__dict__ and len(texts) <= MANY_TEXTS and self._text_tower is not None:
-            return self._text_tower.embed(texts)
+        with self._usable():
+            if "_loaded" not in self.__dict__ and len(texts) <= MANY_TEXTS and self._text_tower is not None:
+                return self._text_tower.embed(texts)
         from modeling_capivara.two_towers import embed_texts
 
         return embed_texts(*self._loaded, texts).numpy()
@@ -180,8 +187,14 @@ class SearchModel:
         from modeling_capivara.loading import load_model, load_processor
 
         device = torch_device(self.device)
-        try:
+        with self._usable():
             return load_model(self.folder).eval().to(device), load_processor(self.folder)
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        """Let what is wrong with the model's files be said with its name, and a code."""
+        try:
+            yield
         except ValueError as error:
             if hasattr(error, "code"):
                 raise

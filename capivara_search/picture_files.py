@@ -206,12 +206,12 @@ def find_pictures(
         walk.folder(root)
     if counts is not None:
         counts.update({root: +numbers for root, numbers in walk.counts.items()})
-    reasons = {one.path: one.reason for one in walk.left_out}
+    left_out = {one.path: one for one in walk.left_out}
     for root in roots:
-        if root in reasons:
-            raise failure(ValueError, "folder_shut", path=root, reason=reasons[root])
+        if root in left_out:
+            raise failure(ValueError, "folder_shut", path=root, reason=left_out[root])
         ruled = sum(walk.counts[root][why] for why in ("forgotten", "excluded", "link"))  # then it may well be empty
-        if only is None and not ruled and not _is_any_in([*walk.found, *reasons], root):
+        if only is None and not ruled and not _is_any_in([*walk.found, *left_out], root):
             raise failure(ValueError, "no_picture", path=root, ends=", ".join(PICTURE_SUFFIXES))
     return sorted(walk.found.values(), key=lambda file: file.path), sorted(walk.left_out, key=lambda one: one.path)
 

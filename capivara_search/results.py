@@ -33,7 +33,15 @@ class LeftOut:
     """A file that has no row in the index, and why."""
 
     path: str
-    reason: str
+    reason: str  # as it is kept: its code, a colon, and what is wrong in English
+
+    @property
+    def code(self) -> str:
+        """Of its words in `words.yaml`."""
+        return self.reason.partition(":")[0]
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 @dataclass

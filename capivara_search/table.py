@@ -185,7 +185,7 @@ class PictureTable:
         """The table of pictures. Raises ValueError where there is no index."""
         table = self.table(PICTURES)
         if table is None:
-            raise ValueError(f"There is no index at {self.where}. Make it by adding a folder of pictures.")
+            raise failure(ValueError, "no_index", where=self.where)
         return table
 
     def exists(self) -> bool:

@@ -43,10 +43,10 @@ class Words:
         """Whether there is such a text."""
         return key in self._texts
 
-    def reason(self, text: str) -> str:
-        """Why a file was left out: `reason: detail`, of which other languages have the reason alone."""
-        key = f"reason.{text.partition(':')[0]}"
-        return self(key) if self.language != "en" and self.has(key) else visible(text)
+    def reason(self, code: str | None, text: object = None) -> str:
+        """Why a file was left out: in English as it was said, or its code; in other languages by its code."""
+        key = f"reason.{code}"
+        return self(key) if self.language != "en" and self.has(key) else visible(str(text or code))
 
     def __call__(self, key: str, *places: object, **values: object) -> str:
         """The text with its `{0}` or `{name}` filled in."""

@@ -461,6 +461,12 @@ def test_a_path_that_would_leave_nothing_out_is_no_pattern(own_index, folder, mo
     assert index.folders_to_add([folder], exclude=["2024/azul.jpg"]) == [folder], "which is one from here, too"
 
 
+DAMAGED = {  # the first bytes of a file of a model, and what they become
+    "config.json": (b'"projection_dim": ', b'"projection_dim": true, "x": '),
+    "processor_config.json": (b"{", b"["),
+    "tokenizer.json": (b"{", b"["),
+    "model.safetensors": (b"", b"\x00"),
+}
 LIBRARY = [  # what is done, what is said of it in Portuguese
     ("indexar empty --model TINY", "não há imagens na pasta empty"),
     ("buscar x --index other", "a pasta other não é um índice: nela há outros arquivos, como file.txt"),
@@ -468,6 +474,7 @@ LIBRARY = [  # what is done, what is said of it in Portuguese
     ("buscar x --index INDEX --model other", "não é um modelo: falta config.json"),
     ("buscar --like square.png --index INDEX --device abacus", "--device deve ser cpu, cuda ou uma GPU"),
     ("buscar x --index INDEX --model bert", "o modelo bert não é dos que se usam aqui, de duas torres, ou está"),
+    *((f"buscar x --index INDEX --model {name}", "não pode ser usado, pois está danificado, ou") for name in DAMAGED),
     ("buscar --index INDEX", "nada a procurar: escreva uma frase"),
     ("buscar x --menos 9:y --index INDEX", "o peso de '9:y' deve ser maior que 0 e no máximo 4"),
     ("abrir --allow-host a/b --index INDEX", "--allow-host deve ser um nome como fotos.local, ou um endereço, e é"),
@@ -488,6 +495,9 @@ def test_usual_errors_of_the_library_are_said_in_portuguese(
     PIL.Image.new("RGB", (40, 40)).save(tmp_path / "square.png")
     (tmp_path / "bert").mkdir(), (tmp_path / "\udcff").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    if name := next((name for name in DAMAGED if line.endswith(name)), None):
+        file = shutil.copytree(saved_tiny_folder, tmp_path / name) / name
+        file.write_bytes(file.read_bytes().replace(*DAMAGED[name], 1))
     places = {"INDEX": index, "TINY": saved_tiny_folder}
     words = " ".join(str(places.get(word, word)) for word in line.split()).split()
     ended, out, error = capivara("--lang", "pt", *words)

@@ -41,6 +41,7 @@ from capivara_search.page.answers import Answers, Question
 from capivara_search.page.decoder import Decoder
 from capivara_search.page.guard import BACKLOG, WAIT_S, Connection, Guard, Queue, Refusal, allowed_hosts
 from capivara_search.picture_files import contents, is_picture_name
+from capivara_search.words import failure
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
@@ -86,7 +87,7 @@ class Page:
         started = time.monotonic()
         while not self._server.started:
             if not self._thread.is_alive() or time.monotonic() - started > START_S:
-                raise OSError(f"The page at {url} did not start.")
+                raise failure(OSError, "no_start", url=url)
             time.sleep(0.01)
 
     def wait(self) -> None:
