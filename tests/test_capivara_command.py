@@ -495,7 +495,7 @@ def test_usual_errors_of_the_library_are_said_in_portuguese(
     PIL.Image.new("RGB", (40, 40)).save(tmp_path / "square.png")
     (tmp_path / "bert").mkdir(), (tmp_path / "\udcff").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    if name := next((name for name in DAMAGED if line.endswith(name)), None):
+    if name := next((name for name in DAMAGED if line.endswith(f" {name}")), None):
         file = shutil.copytree(saved_tiny_folder, tmp_path / name) / name
         file.write_bytes(file.read_bytes().replace(*DAMAGED[name], 1))
     places = {"INDEX": index, "TINY": saved_tiny_folder}
