@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 BLOCK, LATER = 512, 2048  # vectors that are compared with one another, and with later ones, at once
 ROUNDING = 1e-3  # of float16
-SIDE = 6  # pixels of a look; as `SAME` by `python -m benchmarks.duplicates`, which tries others
+SIDE = 6  # pixels of a look; chosen as `SAME` was, among others (docs/benchmarks.md)
 LOOK_SHARE = 2 / 3  # of the similarity
 FLAT = 2.0  # standard deviation of the colours, of 255, below which a picture has no look
 
 
-def look_of(image: PIL.Image.Image, side: int = SIDE) -> bytes:
+def look_of(image: PIL.Image.Image) -> bytes:
     """The look of a picture: the colours of few pixels, RGB."""
-    return image.convert("RGB").resize((side, side), PIL.Image.Resampling.BOX).tobytes()
+    return image.convert("RGB").resize((SIDE, SIDE), PIL.Image.Resampling.BOX).tobytes()
 
 
-def compared(vectors: np.ndarray, looks: Sequence[bytes | None], share: float = LOOK_SHARE) -> np.ndarray:
+def compared(vectors: np.ndarray, looks: Sequence[bytes | None]) -> np.ndarray:
     """Vectors by whose products pictures are compared: a third the cosine of theirs, two thirds that of their looks.
 
     Of vectors (rows, width) of unit length such ones of (rows, width + numbers of a look), float32. The colour that a
@@ -48,8 +48,8 @@ def compared(vectors: np.ndarray, looks: Sequence[bytes | None], share: float = 
     pixels = pixels.reshape(len(looks), size)
     norms = np.linalg.norm(pixels, axis=1, keepdims=True)
     flat = norms < FLAT * size**0.5
-    pixels *= np.where(flat, 0, share**0.5 / np.maximum(norms, 1)).astype(np.float32)
-    own = np.where(flat, 1, (1 - share) ** 0.5).astype(np.float32)
+    pixels *= np.where(flat, 0, LOOK_SHARE**0.5 / np.maximum(norms, 1)).astype(np.float32)
+    own = np.where(flat, 1, (1 - LOOK_SHARE) ** 0.5).astype(np.float32)
     return np.concatenate([vectors * own, pixels], axis=1)
 
 

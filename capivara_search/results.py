@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 TEMPLATE = "uma imagem de {}"  # of a label, where none is given
-SAME = 0.84  # least similarity (`duplicates.compared`) of what is nearly the same, by benchmarks/duplicates.py
+SAME = 0.84  # least similarity (`duplicates.compared`) of what is nearly the same, docs/benchmarks.md has its table
 
 
 @dataclass(frozen=True)
