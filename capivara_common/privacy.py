@@ -5,7 +5,6 @@ import os
 import re
 import sys
 import tempfile
-import unicodedata
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -76,6 +75,13 @@ _PATHS = (
 )
 _LOCAL = rf"/[^\s/]|(?<!:)//[\w-]+/|\\{{2}}{_HOST}\\(?!\\)|[A-Za-z]:[\\/][^\\/\n]"
 _WHOLE = re.compile(rf"((?:[\w-]+[=:])*)((?:{_LOCAL})[^\n]*)")  # it may stand behind `--flag=`
+# What a terminal obeys or hides: control and format characters (marks of writing direction, soft hyphens, tag letters),
+# separators of lines, and what is no character at all, such as a byte of a file's name that is no UTF-8. Format
+# characters that names need stay: joiners (Arabic, Indic, emoji), and signs that are seen (numbers in Arabic).
+UNSAFE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+    r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e007f]"
+)
 
 
 def secret_in(content: str | bytes | mmap.mmap) -> tuple[str, int] | None:
@@ -101,11 +107,15 @@ def redact(text: str) -> str:
     return _IN_REQUESTS.sub("***", text)
 
 
+def visible(text: str) -> str:
+    """A text of somebody else's, in one line, with nothing in it that a terminal obeys."""
+    # \udcXX is a byte that is no UTF-8, as Python keeps it in a name.
+    return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode().replace("\\udc", "\\x"), text)
+
+
 def printable(text: str) -> str:
-    """A text of others that can be shown: without secrets, and without what a terminal obeys, line breaks aside."""
-    text = redact(text)
-    hidden = {sign for sign in text if unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Zl", "Zp")} - {*"\n\t"}
-    return text.translate({ord(sign): f"\\u{ord(sign):04x}" for sign in hidden})
+    """A text of others that can be shown, `visible` line by line, and without secrets."""
+    return "\n".join(map(visible, redact(text).split("\n")))
 
 
 def known_tokens() -> list[str]:

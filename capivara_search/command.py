@@ -31,12 +31,13 @@ from tqdm.std import tqdm
 
 from capivara_common import interrupt
 from capivara_common.files import no_space_left
+from capivara_common.privacy import UNSAFE, visible
 from capivara_common.progress import prepare_bars
 from capivara_search import command_line as cli
 from capivara_search.command_line import DAY, of_all, said, switches, wrong_use
 from capivara_search.results import SAME, TEMPLATE, Added
 from capivara_search.show import open_pictures, say, show_hits, shown_path, table, write_csv
-from capivara_search.words import COMMANDS, UNSAFE, Words, failure, visible
+from capivara_search.words import COMMANDS, Words, failure
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex

@@ -16,7 +16,8 @@ from typing import Any
 
 import click
 
-from capivara_search.words import COMMANDS, Words, visible
+from capivara_common.privacy import visible
+from capivara_search.words import COMMANDS, Words
 
 SETTINGS = {
     "token_normalize_func": lambda name: name.replace("_", "-"),

@@ -18,8 +18,9 @@ from urllib.parse import quote
 
 import click
 
+from capivara_common.privacy import visible
 from capivara_search.results import Hit
-from capivara_search.words import Words, failure, visible
+from capivara_search.words import Words, failure
 
 # How a cell begins that a spreadsheet would run or compute; a single quote before it makes it a text.
 FORMULA = r"^([=+\-@\t\r])"

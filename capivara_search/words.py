@@ -5,7 +5,6 @@ Names of files are other people's: whatever in them a terminal would obey is sho
 
 import logging
 import math
-import re
 from collections.abc import Callable
 from datetime import datetime
 from functools import cache
@@ -13,19 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from capivara_common.cli import coded
+from capivara_common.privacy import visible
 
 # English name of a command -> its Portuguese name; both work in both languages.
 COMMANDS = dict(
     index="indexar", watch="seguir", search="buscar", classify="classificar", app="abrir", status="estado",
     forget="esquecer", move="mover", export="exportar", duplicates="duplicatas", completion="completar",
 )  # fmt: skip
-# What a terminal obeys or hides: control and format characters (marks of writing direction, soft hyphens, tag letters),
-# separators of lines, and what is no character at all, such as a byte of a file's name that is no UTF-8. Format
-# characters that names need stay: joiners (Arabic, Indic, emoji), and signs that are seen (numbers in Arabic).
-UNSAFE = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
-    r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e007f]"
-)
 
 
 class Words:
@@ -82,12 +75,6 @@ def _texts() -> dict[str, dict[str, str | list[str]]]:
     # The C loader takes a tenth of the time.
     content = Path(__file__).with_name("words.yaml").read_text(encoding="utf-8")
     return yaml.load(content, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
-
-
-def visible(text: str) -> str:
-    """A text of somebody else's, in one line, with nothing in it that a terminal obeys."""
-    # \udcXX is a byte that is no UTF-8, as Python keeps it in a name.
-    return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode().replace("\\udc", "\\x"), text)
 
 
 def failure(kind: Callable[[str], Exception], code: str, **values: object) -> Exception:

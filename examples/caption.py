@@ -20,8 +20,8 @@ from datasets import Dataset
 from capivara_common.cli import at_least, flag, parse, run_command
 from capivara_common.environment import torch_device
 from capivara_common.image_files import BadImage, decode_image
+from capivara_common.privacy import visible
 from capivara_search.picture_files import find_pictures
-from capivara_search.words import visible
 from examples.openmoji.dataset import load_embedded
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts

@@ -11,9 +11,10 @@ import click
 import numpy as np
 import PIL.Image
 
+from capivara_common.privacy import visible
 from capivara_search.command import capivara
 from capivara_search.show import contact_sheet, cut, draws, has_colours, link, shown_path, table, text_cell, width
-from capivara_search.words import Words, visible
+from capivara_search.words import Words
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = [(255, 0, 0), (0, 160, 0), (0, 0, 255)]
