@@ -98,6 +98,5 @@ def files(folder: Path) -> dict[str, str]:
 
 def surroundings() -> dict:
     """Of a process with as many threads as this one: with others a model rounds otherwise."""
-    path, threads = f"{ROOT}:{ROOT / 'tests'}", str(torch.get_num_threads())
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}

@@ -34,7 +34,6 @@ from capivara_search.storage import explanation
 from capivara_search.table import PictureTable
 from capivara_search.words import COMMANDS, Words
 
-ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "transformers", "lancedb", "pyarrow", "numpy", "PIL", "starlette", "datatrove", "huggingface_hub"}
 COLOURS = {"azul": (0, 0, 255), "verde": (0, 255, 0), "vermelho": (255, 0, 0), "branco": (255, 255, 255)}
 HELP_CPU_S = 0.5
@@ -65,7 +64,7 @@ def capivara(capsys) -> Callable[..., tuple[int, str, str]]:
 
 def started(*words: Any, **options: Any) -> subprocess.Popen:
     """The command in a process of its own."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"} | options.pop("env", {})
+    environment = os.environ | {"PYTHONUTF8": "1"} | options.pop("env", {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-m", "capivara_search", *map(str, words)]
     return subprocess.Popen(command, text=True, env=environment, **pipes | options)
@@ -109,7 +108,7 @@ def own_index(index, tmp_path) -> Path:
 def traced(*words: Any) -> tuple[str, set[str]]:
     """What a command writes, and the packages that are imported for it."""
     command = [sys.executable, "-X", "importtime", "-m", "capivara_search", *map(str, words)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
+    environment = os.environ | {"PYTHONUTF8": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     return done.stdout, set(re.findall(r"^import time:.*\| +(\w+)$", done.stderr, re.MULTILINE))
 
@@ -614,7 +613,7 @@ def test_the_first_locale_that_is_set_decides(monkeypatch):
 def test_ctrl_c_during_the_imports_is_one_line(index, folder):
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", "-m", "capivara_search", "--lang=pt", "buscar", "x", f"--index={index}"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ,
     )  # fmt: skip
     next(line for line in process.stderr if re.search(r"\| +lancedb$", line))
     process.send_signal(signal.SIGINT)

@@ -2,13 +2,11 @@
 
 import multiprocessing
 import multiprocessing.forkserver
-import os
 import random
 import re
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
 from index_process import add
@@ -24,11 +22,9 @@ PAUSE_S = 0.01  # a picture, so that the kills come while it works on any machin
 @pytest.fixture(scope="session")
 def processes():
     """Starts processes that have torch already."""
-    context, tests = multiprocessing.get_context("forkserver"), Path(__file__).parent
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["index_process"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{tests}{os.pathsep}{tests.parent}")  # sys.path is not handed on before Python 3.12
-        multiprocessing.forkserver.ensure_running()
+    multiprocessing.forkserver.ensure_running()
     return context
 
 

@@ -229,8 +229,7 @@ def refused(tmp_path, model, script: str, *prefix: str) -> list[str]:
     make_pictures(tmp_path / "fotos", 60)
     (tmp_path / "place").mkdir()
     command = [*prefix, sys.executable, "-c", script, str(tmp_path / "place"), model, str(tmp_path / "fotos")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

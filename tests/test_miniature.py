@@ -29,7 +29,7 @@ print(miniature_folder())
 
 
 def start(cache: Path) -> subprocess.Popen:
-    environment = {**os.environ, "CAPIVARA_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "CAPIVARA_CACHE": str(cache)}
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

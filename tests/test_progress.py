@@ -38,7 +38,7 @@ LIBRARIES = ("tqdm.auto", "datasets.utils", "huggingface_hub.utils", "transforme
 
 def started(stderr: int, *libraries: str) -> subprocess.Popen:
     words = [sys.executable, "-c", PROGRAM, *libraries]
-    return subprocess.Popen(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=stderr)
+    return subprocess.Popen(words, cwd=ROOT, stderr=stderr)
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def undisturbed(run, tmp_path_factory, saved_tiny_folder):
 
 def surroundings(cache: Path | None = None) -> dict:
     own = {"CAPIVARA_CACHE": str(cache)} if cache else {}
-    return {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **own}}
+    return {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1", **own}}
 
 
 def killed_run(argv: list[str], owner, name: str, count: int) -> None:

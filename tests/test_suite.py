@@ -24,8 +24,6 @@ from eval.records.schema import read_records
 from eval.suite import main, suite_rows
 from modeling_capivara.loading import load_model
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def flags(output, *more, **options) -> list[str]:
     values = {"output": output, **options}
@@ -285,7 +283,7 @@ def test_two_processes_give_the_bits_of_one(models, data, tmp_path, monkeypatch)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run.py"]
     done = subprocess.run(
         [sys.executable, *launch, *given[1]], cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("## The paper's benchmarks") == 1, "one process prints"

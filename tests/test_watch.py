@@ -21,7 +21,6 @@ from capivara_search import watch
 from capivara_search.index import PictureIndex
 from capivara_search.results import Added
 
-ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 60  # on a busy machine; `benchmarks.search --parts follow` measures how long it takes
 
 
@@ -208,7 +207,7 @@ def test_folders_of_the_network_are_known_by_their_file_system(tmp_path, monkeyp
 @pytest.fixture
 def started():
     """Starts the command, and ends what is left of it."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     processes = []
 
