@@ -1,8 +1,11 @@
-"""One process of the test of the whole batch: `torchrun --nproc_per_node N tests/whole_batch_process.py OUT`.
+"""The processes of the test of the whole batch, two and then three: `python tests/whole_batch_process.py OUT`.
 
-It takes its share of the micro-batches of each variant and saves the gradients that it ends with.
+Each takes its share of the micro-batches of each variant and saves the gradients that it ends with. They are forks of
+this one, which has computed nothing yet, with the variables that torchrun gives.
 """
 
+import os
+import socket
 import sys
 from pathlib import Path
 
@@ -65,7 +68,8 @@ def gradients_of(model, accelerator, batches, image_embeds, budget: float | None
     return report, {n: p.grad.clone() / scale for n, p in model.named_parameters() if p.grad is not None}
 
 
-def main() -> None:
+def take_part(folder: Path) -> None:
+    """As one process of several."""
     accelerator, results = Accelerator(cpu=True), {}
     rank, number = accelerator.process_index, accelerator.num_processes
     for variant, (trained_images, first, siglip) in VARIANTS.items():
@@ -76,9 +80,22 @@ def main() -> None:
         model = build(trained_images, siglip=siglip)
         report, gradients = gradients_of(model, accelerator, batches, embeds, own=own)
         results[variant] = {"loss": report.loss, "gradients": gradients}
-    torch.save(results, Path(sys.argv[1]) / f"{rank}.pt")
+    torch.save(results, folder / f"{rank} of {number}.pt")
     accelerator.end_training()
 
 
+def main(folder: Path) -> None:
+    for number in (2, 3):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(number)}
+        for rank in range(number):
+            if not os.fork():
+                os.environ.update(group, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(number))
+                return take_part(folder)
+        if any([os.wait()[1] for _ in range(number)]):
+            sys.exit(f"of {number} processes one has failed")
+    return None
+
+
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))
