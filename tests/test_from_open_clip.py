@@ -15,6 +15,7 @@ from hub_server import HubServer
 from safetensors.torch import load_file
 from tiny import randomise, tiny_config, tiny_tokenizer
 from towers import MAKERS, as_open_clip
+from transformers.initialization import no_init_weights
 
 from capivara_common.hub_cache import model_folder
 from capivara_search.models import convert_with_torch, find_model
@@ -71,7 +72,8 @@ def user(hub: HubServer, cache: Path, tmp_path: Path) -> Iterator[Callable[..., 
 def published(folder: Path, config: CapivaraConfig, tokenizer, text_model: str) -> Path:
     """A repository as open_clip's users publish theirs: configuration, pickled weights, tokenizer, card."""
     folder.mkdir()
-    state = randomise(build_open_clip(config), seed=1).state_dict()
+    with no_init_weights():
+        state = randomise(build_open_clip(config), seed=1).state_dict()
     # Saved with the older versions of transformers that such models were trained with
     state[POSITION_IDS] = torch.arange(config.text_config.max_position_embeddings)[None]
     torch.save(state, folder / WEIGHTS)
@@ -103,7 +105,8 @@ def of_open_clip(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     from PIL import Image
 
     name = f"local-dir:{folder}"
-    model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained_text=False)
+    with no_init_weights():
+        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained_text=False)
     image = Image.effect_mandelbrot((310, 227), (-2, -1.5, 1, 1.5), 100)
     with torch.no_grad():
         texts = model.eval().encode_text(open_clip.get_tokenizer(name)(TEXTS), normalize=True)

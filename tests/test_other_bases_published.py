@@ -11,14 +11,13 @@ import pytest
 import torch
 from card_run import card_of, short_run, split_card
 from hub_client import hub_commands
-from made_benchmarks import make_data
 from safetensors.torch import load_file, save_file
 from tiny import draw_nothing
 from towers import MAKERS, gemma_like, siglip2
 
 from capivara_common.files import read_json
 from capivara_common.image_side_digest import image_side_digest
-from eval import report, retrieval, suite
+from eval import report, retrieval
 from hub_upload.card import check, write_card
 from hub_upload.export import export, main
 from modeling_capivara.loading import load_processor
@@ -39,6 +38,22 @@ def run(request, tmp_path_factory, tiny_dataset_folder):
         return short_run(tmp_path_factory.mktemp(request.param), tiny_dataset_folder, make, max_steps=2)
 
 
+@pytest.fixture(scope="module")
+def own(run, tmp_path_factory) -> Path:
+    """What a push exports of it; tests change copies."""
+    export(run, folder := tmp_path_factory.mktemp("own") / "made", OWN.split(","))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def graphs(run, tmp_path_factory) -> Path:
+    """Its export for a browser, with a card."""
+    pytest.importorskip("onnxscript")
+    export(run, folder := tmp_path_factory.mktemp("graphs") / "made", ["transformers", "transformers_js"])
+    write_card(folder)
+    return folder
+
+
 @pytest.fixture
 def kind(run) -> str:
     return read_json(run / "config.json")["model_type"]
@@ -52,10 +67,9 @@ def printed(code: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("language", ["en", "pt"])
-def test_the_card_is_of_the_models_class(run, kind, language, tmp_path):
-    export(run, tmp_path / "made", OWN.split(","))
-    for folder in (shutil.copytree(run, tmp_path / "run"), tmp_path / "made"):
-        write_card(folder, language=language)
+def test_the_card_is_of_the_models_class(run, own, kind, language, tmp_path):
+    for source, name in ((run, "run"), (own, "made")):
+        write_card(folder := shutil.copytree(source, tmp_path / name), language=language)
         assert check(folder) == []
     data, body = split_card(card_of(tmp_path / "made"))
     assert kind in data["tags"] and "sentence-transformers" in data["tags"]
@@ -126,8 +140,8 @@ def test_a_text_config_is_for_capivara_alone(run, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-def test_figures_name_class_and_loss(run, kind, tmp_path, capsys):
-    """In result files, in the table of a suite and on the page; embeddings are cut as any model's."""
+def test_figures_name_class_and_loss(run, kind, tmp_path):
+    """In result files and on the page; embeddings are cut as any model's."""
     named, output = dict(zip(("model_class", "loss"), FACTS[kind], strict=True)), tmp_path / "results"
     words = ["--model", str(run), "--dataset", str(run.parent / "data/squares"), "--output", str(output / "cut.json")]
     retrieval.main([*words, "--dim", "16"])
@@ -137,11 +151,6 @@ def test_figures_name_class_and_loss(run, kind, tmp_path, capsys):
         retrieval.main([*words, "--dim", "99"])
     ours = read_json(next((run / "results").glob("*_pt.json")))
     assert ours | named == ours
-    make_data(tmp_path / "data" / "mnist", "mnist")
-    where = ["--output", str(output / "suite"), "--data_dir", str(tmp_path / "data"), "--only", "mnist"]
-    suite.main(["--model", str(run), "--baseline", str(run.parent / "base"), *where])
-    (table,) = re.findall(r"Models: .*", capsys.readouterr().out)
-    assert table.count(f"({named['model_class']}, {named['loss']} loss)") == 2
     shutil.copytree(run, output / "run")
     report.main([str(output), "--output", str(tmp_path / "page")])
     page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
@@ -167,14 +176,11 @@ def test_the_card_and_the_report_have_what_was_published_of_the_base(run, kind, 
     assert bool(told) == (kind == "siglip")
 
 
-def test_graphs_are_the_model(run, kind, tmp_path):
+def test_graphs_are_the_model(run, graphs, kind, tmp_path):
     """Texts of SigLIP are 64 ids without a mask; alone or beside a longer one, a text is the same."""
-    pytest.importorskip("onnxscript")
     from hub_upload.formats.onnx import open_graph
 
-    folder = tmp_path / "made"
-    export(run, folder, ["transformers", "transformers_js"])
-    write_card(folder)
+    folder = shutil.copytree(graphs, tmp_path / "made")
     assert check(folder) == []
     text, vision, both = (open_graph(folder / f"onnx/{name}.onnx") for name in ("text_model", "vision_model", "model"))
     inputs = {one.name: one.shape for one in text.get_inputs()}
@@ -193,7 +199,7 @@ def test_graphs_are_the_model(run, kind, tmp_path):
     assert "onnxruntime" in block and printed(given + block, folder).startswith("[[")
 
 
-def test_transformers_js_classifies_as_the_pipeline(run, tmp_path):
+def test_transformers_js_classifies_as_the_pipeline(run, graphs, tmp_path):
     in_browser = pytest.importorskip("in_browser")
     from skimage import data
     from transformers import pipeline
@@ -202,14 +208,13 @@ def test_transformers_js_classifies_as_the_pipeline(run, tmp_path):
         packages = in_browser.node_packages()
     except RuntimeError as error:
         pytest.skip(f"transformers.js can't be asked: {error}")
-    export(run, tmp_path / "made", ["transformers", "transformers_js"])
     (tmp_path / "photos").mkdir()
     in_browser.Image.fromarray(data.astronaut()).resize((32, 32)).save(tmp_path / "photos" / "a.png")
     asked = {"labels": in_browser.LABELS, "template": in_browser.TEMPLATE, "texts": WORDS, "dtype": "fp32"}
-    with in_browser.served({in_browser.NAME: tmp_path / "made"}, packages, photos=tmp_path / "photos") as address:
+    with in_browser.served({in_browser.NAME: graphs}, packages, photos=tmp_path / "photos") as address:
         request = in_browser.request(address, pictures=[f"{address}photos/a.png"], **asked)
         found = in_browser.ask("node", request, packages)
-    classify = pipeline("zero-shot-image-classification", str(tmp_path / "made"))
+    classify = pipeline("zero-shot-image-classification", str(graphs))
     picture = str(tmp_path / "photos" / "a.png")
     ours = classify(picture, candidate_labels=in_browser.LABELS, hypothesis_template=in_browser.TEMPLATE)
     expected = {entry["label"]: entry["score"] for entry in ours}

@@ -64,9 +64,7 @@ def test_encode_takes_texts_pictures_and_dictionaries(folder, encoder, pictures)
         "dictionaries of pictures": (encoder.encode([{"image": image} for image in pictures]), images),
         "queries": (encoder.encode_query(TEXTS), texts),
         "documents": (encoder.encode_document(pictures), images),
-        "one by one": (np.stack([encoder.encode(text) for text in TEXTS]), texts),
         "one a batch": (encoder.encode(TEXTS, batch_size=1), texts),
-        "tensors": (encoder.encode(pictures, convert_to_tensor=True).numpy(), images),
     }
     for way, (found, expected) in ways.items():
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6, err_msg=way)
@@ -189,7 +187,7 @@ def test_mteb_measures_an_export_as_we_do(kind, tmp_path, monkeypatch):
     """By the code of the page; where an image has two captions, what mteb calls recall is the half of ours."""
     import mteb
 
-    data = write_xm3600(tmp_path / "data", pictures=200)
+    data = write_xm3600(tmp_path / "data", pictures=80)
     if kind == "siglip":  # its texts are 64 tokens without a mask; of random weights, which find a few
         captions = [text for row in Dataset.from_parquet(str(data / "pt.parquet"))["captions"] for text in row]
         siglip2(tmp_path / "model", gemma_like(captions, 500))

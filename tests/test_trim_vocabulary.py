@@ -182,8 +182,9 @@ def test_ten_thousand_sentences_with_the_real_vocabulary(xlmr, tmp_path):
     kept = [text for text, tokens in zip(texts, found, strict=True) if known.issuperset(tokens)]
     check_splits(whole, small, order, texts)
     assert len(texts) > len(kept)
-    torch.testing.assert_close(embeds(tmp_path / "small", kept), embeds(tmp_path / "model", kept), atol=1e-6, rtol=0)
     assert len(kept) >= 10_000
+    some = kept[::10]  # the splits of all are compared above
+    torch.testing.assert_close(embeds(tmp_path / "small", some), embeds(tmp_path / "model", some), atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from transformers import (
     SiglipModel,
     SiglipProcessor,
 )
+from transformers.initialization import no_init_weights
 
 from hub_upload.formats.open_clip import save_state
 from modeling_capivara.convert_open_clip import open_clip_model_cfg, open_clip_state_dict, preprocess_cfg_of
@@ -104,7 +105,8 @@ def siglip2(folder: Path, tokenizer: Siglip2Tokenizer, config: SiglipConfig | No
     """SigLIP 2 of fixed resolution: its model is transformers' SigLIP, its tokenizer Gemma's kind."""
     text = TOWER | {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "pad_token_id": 0}
     config = config or SiglipConfig(text_config=text | {"projection_size": 32}, vision_config=VISION)
-    randomise(SiglipModel(config)).save_pretrained(folder)
+    with no_init_weights():  # of a full-sized one it would take most of the time
+        randomise(SiglipModel(config)).save_pretrained(folder)
     side = config.vision_config.image_size
     SiglipProcessor(SiglipImageProcessor(size={"height": side, "width": side}), tokenizer).save_pretrained(folder)
 
