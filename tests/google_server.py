@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from hub_http import HttpHandler, HttpServer
 
 KEY = "AIzaTest-key_0123456789"
 LANGUAGES = ("en", "es", "hi", "pt", "pt-PT", "xh", "yo", "zh-CN", "zh-TW")
@@ -48,8 +49,7 @@ def translated(text: str, target: str) -> str:
 @contextmanager
 def google_service() -> Iterator[GoogleService]:
     service = GoogleService()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"service": service}))
-    server.daemon_threads = True
+    server = HttpServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"service": service}))
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     service.url = f"http://127.0.0.1:{server.server_port}"
     try:
@@ -59,15 +59,15 @@ def google_service() -> Iterator[GoogleService]:
         server.server_close()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(HttpHandler):
     service: GoogleService
 
     def do_GET(self) -> None:
         if self._is_allowed():
-            self._send(200, {"data": {"languages": [{"language": code} for code in LANGUAGES]}})
+            self.json({"data": {"languages": [{"language": code} for code in LANGUAGES]}})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(b"".join(self.chunks()))
         if not self._is_allowed():
             return
         self.service.requests.append(body)
@@ -83,11 +83,14 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "daily":
             return self._fail(403, "Daily Limit Exceeded", "dailyLimitExceeded")
         elif fault == "list":
-            return self._send(200, [1, 2])
+            return self.json([1, 2])
         elif isinstance(fault, int):
             return self._fail(fault, f"status {fault} for {self.headers['x-goog-api-key']}", "backendError")
         self.service.answered.update(body["q"] if fault in (None, "none") else [])
-        self._send(200, {"data": {"translations": entries}}, cut=fault == "cut")
+        data = json.dumps({"data": {"translations": entries}}).encode()
+        self.close_connection |= fault == "cut"
+        self.head(200, {"Content-Type": "application/json"}, len(data))
+        self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
 
     def _is_allowed(self) -> bool:
         self.service.headers.append(dict(self.headers))
@@ -102,21 +105,5 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _fail(self, status: int, message: str, reason: str) -> None:
         error = {"code": status, "message": message, "errors": [{"message": message, "reason": reason}]}
-        self._send(status, {"error": error})
-
-    def _send(self, status: int, content: Any, cut: bool = False) -> None:
-        data = json.dumps(content).encode()
-        try:
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            if status == 302:
-                self.send_header("Location", "http://localhost:9/elsewhere")
-            self.end_headers()
-            self.wfile.write(data[: len(data) // 2] if cut else data)
-            self.close_connection = cut
-        except (BrokenPipeError, ConnectionResetError):  # the client has stopped waiting
-            self.close_connection = True
-
-    def log_message(self, *_: object) -> None:
-        pass
+        elsewhere = {"Location": "http://localhost:9/elsewhere"} if status == 302 else None
+        self.json({"error": error}, status, elsewhere)
