@@ -16,11 +16,16 @@ from capivara_search.table import schema
 
 
 @pytest.mark.slow
-def test_import_costs_little_over_transformers():
+def test_import_costs_little_over_transformers_and_loads_nothing_large():
     """In CPU time, and once of three times: seconds of two imports differ by more where others use the machine."""
-    base = "from transformers import PreTrainedModel, AutoModel, AutoProcessor"
-    timed = f"import time; {base}; s = time.process_time(); import modeling_capivara; print(time.process_time() - s)"
-    assert any(float(subprocess.check_output([sys.executable, "-c", timed], text=True)) < 0.3 for _ in range(3))
+    base = "import sys, time; from transformers import PreTrainedModel, AutoModel, AutoProcessor"
+    code = f"{base}; s = time.process_time(); import modeling_capivara; print(time.process_time() - s, *sys.modules)"
+    seconds = []
+    while not seconds or (min(seconds) > 0.3 and len(seconds) < 3):
+        spent, *modules = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+        assert not {"open_clip", "datasets", "timm", "matplotlib"} & set(modules)
+        seconds.append(float(spent))
+    assert min(seconds) < 0.3
 
 
 def test_programs_take_turns_and_a_ratio_is_the_median_of_the_runs():

@@ -119,7 +119,6 @@ def test_metrics_of_a_data_set():
     ("more", "message"),
     [
         ({"benchmark": "cifar-11"}, "Unknown benchmark: `cifar-11`. Did you mean `cifar-10`"),
-        ({"language": "es"}, "cifar-10 are in 'pt'; leave out --language es"),
         ({"model": "open_clip:ViT-B-32"}, "--role baseline"),
         ({"model": "open_clip:ViT-B-32", "role": "baseline"}, "names no weights; say open_clip:ViT-B-32:TAG"),
         ({"model": "open_clip:foo:bar", "role": "baseline"}, "open_clip can't load 'foo:bar'"),

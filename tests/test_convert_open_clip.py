@@ -6,14 +6,13 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub.repocard import metadata_load
 from safetensors.torch import load_file, save_file
+from test_checkpoints import Malicious
 from tiny import TINY_TEXT, TINY_VISION, randomise, tiny_config, tiny_tokenizer
 from towers import as_open_clip
 
@@ -172,12 +171,11 @@ def lightning_file(folder: Path, **extra) -> Path:
     return folder / "epoch.ckpt"
 
 
-def test_lightning_file_with_objects_is_refused_and_a_way_out_named_that_works(tmp_path, refused):
+def test_lightning_file_with_objects_is_refused_and_a_way_out_named_that_works(tmp_path, refused, monkeypatch):
     message = refused(lightning_file(tmp_path, hyper_parameters=argparse.Namespace(lr=5e-7)))
     assert "objects of a program (argparse.Namespace)" in message and "\n" not in message
-    command = message.partition("where it was written: ")[2]
-    code = f"import safetensors.torch, torch; {command}"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)
+    exec(f"import safetensors.torch, torch; {message.partition('where it was written: ')[2]}", {})
     state, _ = conversion.read_open_clip_state(tmp_path / "epoch.safetensors")
     expected, _ = conversion.read_open_clip_state(lightning_file(tmp_path))
     assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
@@ -197,25 +195,15 @@ def test_checkpoint_files(tmp_path, tokenizer_folder, kind):
     assert load_file(tmp_path / "out" / "model.safetensors")["logit_scale"].dtype == torch.float32
 
 
-class Code:
-    """Unpickled the usual way, it runs `call`."""
-
-    def __init__(self, call, *arguments):
-        self.call = (call, arguments)
-
-    def __reduce__(self):
-        return self.call
-
-
 @pytest.mark.parametrize("how", ["zip", "old", "pickle"])
 def test_file_that_carries_code_is_refused_and_not_run(tmp_path, refused, how):
     path, trace = tmp_path / "evil.ckpt", tmp_path / "trace"
-    checkpoint = {"state_dict": {"a": torch.zeros(1)}, "config": Code(os.system, f"touch {trace}")}
+    checkpoint = {"state_dict": {"a": torch.zeros(1)}, "config": Malicious(trace)}
     if how == "pickle":
-        path.write_bytes(pickle.dumps(Code(os.system, f"touch {trace}"), protocol=2))
+        path.write_bytes(pickle.dumps(Malicious(trace), protocol=2))
     else:
         torch.save(checkpoint, path, _use_new_zipfile_serialization=how == "zip")
-    assert re.search(r"evil.*" + (r"objects of a program \(\w+\.system\)" if how == "zip" else ""), refused(path))
+    assert re.search(r"evil.*" + (r"objects of a program \(.*\bpathlib\." if how == "zip" else ""), refused(path))
     assert not trace.exists()
     if how == "zip":
         torch.load(path, weights_only=False)

@@ -5,14 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import randomise
+from towers import other_texts
 
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, recall_at_k
 from eval.retrieval import RetrievalArguments, RetrievalEmbeddings, flat_captions, load_data
 from examples.exchange_text_side import LancePictures, QdrantPictures, main, recalls
 from hub_upload import export
 from hub_upload.formats import onnx as onnx_files
-from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.two_towers import load_embedder
 
 STORES = [QdrantPictures, pytest.param(LancePictures, marks=pytest.mark.slow)]
@@ -20,13 +19,7 @@ STORES = [QdrantPictures, pytest.param(LancePictures, marks=pytest.mark.slow)]
 
 @pytest.fixture
 def trained(tiny_folder, tmp_path):
-    """A model with the tiny one's image side and another text side."""
-    model = CapivaraModel.from_pretrained(tiny_folder)
-    images = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith("vis")}
-    randomise(model, seed=1).load_state_dict(images, strict=False)
-    model.save_pretrained(tmp_path / "trained")
-    CapivaraProcessor.from_pretrained(tiny_folder).save_pretrained(tmp_path / "trained")
-    return tmp_path / "trained"
+    return other_texts(tiny_folder, tmp_path / "trained")
 
 
 @pytest.mark.parametrize("store", STORES)

@@ -9,7 +9,6 @@ import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 import torch
-from sampling import one_in
 from tiny import randomise
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -124,7 +123,7 @@ def blip2_folder(blip2, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("micro_batch_size", one_in(2, [3, 1, 160, 16]))  # 160 holds all
+@pytest.mark.parametrize("micro_batch_size", [7, 160])  # a remainder; all at once
 def test_tokens_equal_those_of_the_plain_call(blip2, micro_batch_size):
     expected = plain_tokens(blip2, pictures(3))
     texts = [tuple(row) for rows in expected for row in rows]

@@ -221,38 +221,13 @@ def test_the_architecture_names_what_is_there():
         assert re.search(rf"^(?:def|class) {name}\b", code, re.MULTILINE), f"{path}: {name}"
 
 
-@pytest.mark.parametrize(
-    ("walk", "most"),
-    [
-        ("From a caption row to the loss", 8),
-        ("From pixels to a score", 5),
-        ("From a run folder to the Hub", 8),
-        ("From a caption row through build", 8),
-        ("From a folder of pictures to a hit", 9),
-    ],
-)
-def test_a_walk_goes_through_few_files(walk, most):
-    section = TEXTS["docs/architecture.md"].split(f"\n## {walk}\n")[1].split("\n## ")[0]
-    rows = "".join(re.findall(r"^\| \d+ .*", section, re.MULTILINE))
-    files = {name for name in re.findall(r"[\w./-]+\.(?:py|j2|yaml)\b", rows) if (ROOT / name).is_file()}
-    assert 2 < len(files) <= most, sorted(files)
-
-
 # ---- translations ----
 
-TRANSLATIONS = {
-    "README.md": "LEIAME.md",
-    "docs/search.md": "docs/busca.md",
-    "docs/your_language.md": "docs/seu_idioma.md",
-}
+TRANSLATIONS = {"README.md": "LEIAME.md", "docs/search.md": "docs/busca.md"}
+TRANSLATIONS |= {"docs/your_language.md": "docs/seu_idioma.md"}
 ENGLISH = {  # in code: what a reader fills in, flags with two names, and the names of commands
-    "ARQUIVO": "FILE",
-    "MODELO": "MODEL",
-    "NOME": "NAME",
-    "PASTA": "FOLDER",
-    "meu_modelo": "mine",
-    "--mais": "--more",
-    "--menos": "--less",
+    **{"ARQUIVO": "FILE", "MODELO": "MODEL", "NOME": "NAME", "PASTA": "FOLDER", "meu_modelo": "mine"},
+    **{"--mais": "--more", "--menos": "--less"},
     **{portuguese: english for english, portuguese in COMMANDS.items()},
 }
 OTHER_PAGE = {Path(name).name: Path(other).name for name, other in TRANSLATIONS.items()}

@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from datasets import load_from_disk
+from test_train_accelerate import flags
 from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 
@@ -128,14 +129,17 @@ def plain_loop(folder, dataset) -> tuple[list[float], dict]:
     return losses, model.state_dict()
 
 
+def run(folder, dataset, output, **overrides):
+    values = {"max_steps": 4, "warmup_steps": 0, "learning_rate": 1e-2, "mixed_precision": "no", "eval_steps": 50}
+    return train_accelerate.main(flags(folder, dataset, output, **values | {"eval_languages": "pt"} | overrides))
+
+
 @pytest.mark.slow
 def test_fifty_steps_equal_a_plain_loop(model_without_dropout, tiny_dataset_folder, tmp_path):
     expected, weights = plain_loop(model_without_dropout, tiny_dataset_folder)
     values = {"effective_batch_size": BATCH, "micro_batch_size": 3, "max_steps": STEPS, "warmup_steps": WARMUP}
-    values |= {"learning_rate": HIGH, "min_learning_rate": LOW, "image_embedding_cache": "off", "mixed_precision": "no"}
-    values |= {"model": model_without_dropout, "dataset": tiny_dataset_folder, "output_dir": tmp_path / "out"}
-    values |= {"num_threads": 1}
-    out = train_accelerate.main([part for key, value in values.items() for part in (f"--{key}", str(value))])
+    values |= {"learning_rate": HIGH, "min_learning_rate": LOW, "weight_decay": 0.2, "image_embedding_cache": "off"}
+    out = run(model_without_dropout, tiny_dataset_folder, tmp_path / "out", **values)
     curve = json.loads((out / "run.json").read_text(encoding="utf-8"))["curve"]
     assert [point["loss"] for point in curve[1:]] == pytest.approx(expected, rel=1e-4)
     assert expected[-1] < 0.7 * expected[0], "nothing was learnt, which would prove nothing"
@@ -143,13 +147,6 @@ def test_fifty_steps_equal_a_plain_loop(model_without_dropout, tiny_dataset_fold
     for name, weight in weights.items():
         moved = (weight - before[name]).float().norm()
         assert (after[name] - weight).float().norm() <= 1e-2 * moved, name
-
-
-def run(folder, dataset, output, **overrides):
-    values = {"model": folder, "dataset": dataset, "output_dir": output, "effective_batch_size": 10}
-    values |= {"micro_batch_size": 4, "max_steps": 4, "warmup_steps": 0, "learning_rate": 1e-2, "num_threads": 1}
-    values |= {"mixed_precision": "no", "min_learning_rate": 0, **overrides}
-    return train_accelerate.main([part for key, value in values.items() for part in (f"--{key}", str(value))])
 
 
 @pytest.mark.slow
@@ -182,11 +179,8 @@ def test_lora_trains_adapters_and_projection_alone_and_merges(tiny_folder, tiny_
     ],
 )
 def test_bad_choices_end_before_training(tiny_folder, tiny_dataset_folder, tmp_path, overrides, message):
-    argv = {key: str(value).split() for key, value in overrides.items()}
     with pytest.raises(ValueError, match=message):
-        values = {"model": [tiny_folder], "dataset": [tiny_dataset_folder], "output_dir": [tmp_path / "out"], **argv}
-        values |= {"effective_batch_size": [10], "max_steps": [1], "warmup_steps": [0]}
-        train_accelerate.main([p for key, value in values.items() for p in (f"--{key}", *map(str, value))])
+        train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out", **overrides))
     assert not list(tmp_path.glob("out*"))
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from google_server import KEY, google_service, translated
-from sampling import one_in
 from seq2seq_models import m2m100_folder, marian_folder
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, NllbTokenizer
 
@@ -68,13 +67,12 @@ def test_what_looks_like_a_command_in_a_caption_is_text(marian, nllb):
 
 
 @pytest.mark.parametrize("kind", ["m2m100", "nllb"])
-@pytest.mark.parametrize("language", one_in(5, ["pt", "hi", "xh", "es", "yo"]))
+@pytest.mark.parametrize("language", ["pt", "hi"])
 def test_m2m100_and_nllb_begin_with_the_language(kind, language, request):
     folder, sentence = request.getfixturevalue(kind), "two men ride horses on the beach."
     translator = Seq2SeqTranslator(str(folder), language, **SHORT)
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    codes = {"pt": "por_Latn", "hi": "hin_Deva", "xh": "xho_Latn", "es": "spa_Latn", "yo": "yor_Latn"}
-    assert translator.code == (language if kind == "m2m100" else codes[language])
+    assert translator.code == (language if kind == "m2m100" else {"pt": "por_Latn", "hi": "hin_Deva"}[language])
     token = tokenizer.convert_tokens_to_ids(f"__{language}__" if kind == "m2m100" else translator.code)
     tokenizer.src_lang = "en" if kind == "m2m100" else "eng_Latn"
     ids = model.generate(**tokenizer(sentence, return_tensors="pt"), forced_bos_token_id=token, **SHORT)[0].tolist()
@@ -83,13 +81,6 @@ def test_m2m100_and_nllb_begin_with_the_language(kind, language, request):
     expected = tokenizer.decode(kept, skip_special_tokens=True).strip()
     assert translator.translate([sentence, "dog"])[0] == expected
     assert "__" not in expected and "_Latn" not in expected
-
-
-def test_a_language_that_the_model_does_not_know(m2m100, nllb):
-    with pytest.raises(ValueError, match=r"'bod'; of its 100 codes the nearest are "):
-        Seq2SeqTranslator(str(m2m100), "bod")
-    with pytest.raises(ValueError, match=r"does not know the language 'qq'"):
-        Seq2SeqTranslator(str(nllb), "pt", "qq")
 
 
 def test_a_model_of_one_language(tmp_path):

@@ -127,23 +127,16 @@ def test_another_kind_of_model_is_one_line(kind, message, tmp_path):
 
 
 OPEN_CLIP = {"model_cfg": {"embed_dim": 24, "vision_cfg": {"layers": 10**9}, "text_cfg": {}}}
-DAMAGE = {
-    "num_attention_heads": (0, r"text_config\.num_attention_heads must be from 1 to 1000, got 0"),
-    "num_hidden_layers": (10**9, r"text_config\.num_hidden_layers must be from 0"),
-    "vocab_size": ("x", "vocab_size"),
-}
 
 
-@pytest.mark.parametrize("name", DAMAGE)
-def test_a_clip_whose_config_can_not_be_is_one_line(tmp_path, name):
-    value, message = DAMAGE[name]
+def test_a_clip_whose_config_can_not_be_is_one_line(tmp_path):
     MAKERS["clip"](tmp_path / "clip")
     path = tmp_path / "clip" / "config.json"
     config = json.loads(path.read_text())
-    config["text_config"][name] = value
-    path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=rf"^The config.json of [^\n]*{message}[^\n]*$"):
-        load_embedder(str(tmp_path / "clip"), "cpu")
+    for name, value in {"num_attention_heads": 0, "num_hidden_layers": 10**9, "vocab_size": "x"}.items():
+        path.write_text(json.dumps(config | {"text_config": config["text_config"] | {name: value}}))
+        with pytest.raises(ValueError, match=rf"^The config.json of [^\n]*{name}[^\n]*$"):
+            load_embedder(str(tmp_path / "clip"), "cpu")
     (tmp_path / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP))
     with pytest.raises(ValueError, match=r"^open_clip[^\n]*: model_cfg\.vision_cfg\.layers must be from 0 to[^\n]*$"):
         load_embedder(f"open_clip:local-dir:{tmp_path}", "cpu", baseline=True)
