@@ -16,6 +16,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), str(H
 gc.disable()  # what the imports make stays: to look for waste among it takes a fifth of their time
 
 
+LONGEST = ("test_executors.py", "test_static_page.py", "test_watch.py")  # minutes each: they are not the last to begin
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def pytest_collection_finish():
     gc.freeze()  # nor is it looked through later: the end of a process took another second
     gc.enable()
