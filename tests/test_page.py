@@ -14,7 +14,7 @@ import pytest
 from browser import Browser, open_browser, require_chromium
 from in_browser import AXE, required_packages, serious_faults
 from made_pictures import CAPTIONS, bomb, made_index, png, save_folder
-from page_process import Asked, running, served
+from page_process import running, served
 from PIL import Image
 from tiny import randomise, tiny_config
 
@@ -24,7 +24,7 @@ from capivara_common.files import write_json
 from capivara_search.estimates import FILE
 from capivara_search.index import PictureIndex
 from capivara_search.page import server
-from capivara_search.page.server import Credit, open_page
+from capivara_search.page.server import Credit, page_server
 from capivara_search.table import PictureTable
 from modeling_capivara import CapivaraModel
 
@@ -50,26 +50,25 @@ def test_the_language_of_the_page(plain_index):
             page = asked.get(query)[2].decode()
             assert f'<html lang="{tag}">' in page and f">{word}</button>" in page and "<built-in" not in page
     with pytest.raises(ValueError, match="language must be one of pt, en, got 'fr'"):
-        open_page(plain_index, language="fr")
+        page_server(plain_index, language="fr")
 
 
 def test_a_free_port_is_taken_where_the_usual_one_is_not_free(plain_index, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         monkeypatch.setattr(server, "DEFAULT_PORT", port)
-        opened = open_page(plain_index, port=port)
-        assert Asked(opened.url).port != port and Asked(opened.url).get("")[0] == 200
-        opened.close()
+        with served(plain_index, port=port) as asked:
+            assert asked.port != port and asked.get("")[0] == 200
         monkeypatch.setattr(server, "DEFAULT_PORT", 7860)
         with pytest.raises(OSError, match="ddress already in use"):
-            open_page(plain_index, port=port)
+            page_server(plain_index, port=port)
 
 
 def test_a_model_that_does_not_fit_the_index_is_said_before_the_page_opens(plain_index, saved_tiny_folder, tmp_path):
     other = shutil.copytree(saved_tiny_folder, tmp_path / "outro")
     randomise(CapivaraModel(tiny_config()), seed=5).save_pretrained(other)
     with pytest.raises(ValueError, match="outro does not fit the index"):
-        open_page(PictureIndex.open(plain_index.where, str(other)), port=0)
+        page_server(PictureIndex.open(plain_index.where, str(other)), port=0)
 
 
 def test_pictures_are_kept_by_the_browser_and_answers_are_not(plain_index):
