@@ -2,13 +2,11 @@
 import { AutoImageProcessor, AutoTokenizer, CLIPTextModelWithProjection, CLIPVisionModelWithProjection, RawImage, env } from "../library/transformers.js";
 import { WORDS, drawn, find, reason, say, takeFiles } from "./common.js";
 
-const NAMES = /\.(avif|bmp|gif|heic|heif|jfif|jpe?g|png|tiff?|webp)$/i; // where a file has no type
 const [MAX_BYTES, MAX_ASPECT, MAX_THREADS] = [200e6, 50, 8]; // of a file; long by short side, as in Python
 const MODEL = WORDS.own_model; // its id, which is that of its files; the pixels of a side that it sees
 const pictures = new Map(); // path -> what is known of a picture, and its file
-const queue = []; // files that are to be read
 const loaded = new Map(); // tower -> promise of it and of what prepares its inputs
-let [version, progress, changed] = [0, null, null];
+let [version, progress, changed, reading] = [0, null, null, Promise.resolve()];
 
 const at = (path) => new URL(`../${path}`, import.meta.url).href;
 const coded = (code, cause) => Object.assign(new Error(code, { cause }), { code });
@@ -92,43 +90,39 @@ async function read(file, path) {
 
 /** Reads the pictures among files, one after another; those that are there already are not read again. */
 async function collect(files) {
-  const found = files.filter((file) => (file.type ? file.type.startsWith("image/") : NAMES.test(file.name)));
+  const [found, unreadable, before] = [files.filter((file) => file.type.startsWith("image/")), [], pictures.size];
   if (!found.length) return (find("collected").textContent = say("no_pictures"));
-  if (queue.push(...found) > found.length) return; // they are being read
-  const [said, unreadable, before] = [[], [], pictures.size];
-  for (let done = 0; queue.length; done++) {
-    const [file] = queue;
+  let failed = null;
+  for (const [done, file] of found.entries()) {
     const path = file.webkitRelativePath || file.name;
-    progress = { done, total: done + queue.length, left_s: null };
+    progress = { done, total: found.length, left_s: null };
     try {
       if (pictures.get(path)?.file.lastModified !== file.lastModified) pictures.set(path, await read(file, path));
     } catch (error) {
       console.warn(error, error.cause);
       if (error.code !== "no_picture") {
-        said.push(reason(error));
-        queue.length = 0;
-      } else unreadable.push(file.name);
+        failed = reason(error);
+        break;
+      }
+      unreadable.push(file.name);
     }
-    queue.shift();
     version++;
     if (done % 10 === 0) changed();
-    await new Promise(requestAnimationFrame); // what was clicked meanwhile
+    await new Promise((resume) => setTimeout(resume)); // what was clicked meanwhile
   }
   progress = null;
   changed();
   const added = pictures.size - before;
-  said.push(added ? say("indexed", { n: added }) : say("indexed_none"));
+  const said = [failed, added ? say("indexed", { n: added }) : say("indexed_none")];
   if (unreadable.length) said.push(say("unreadable", { n: unreadable.length, names: unreadable.slice(0, 3).join(", ") }));
-  find("collected").textContent = said.join(" ");
+  find("collected").textContent = said.filter(Boolean).join(" ");
 }
 
 /** Makes the choice of files work; `refresh` shows what has changed. */
 export function start(refresh) {
   changed = () => {
     find("collect").classList.toggle("empty", !pictures.size);
-    find("stop").hidden = !queue.length;
     refresh();
   };
-  takeFiles(document.body, [find("files"), find("own-folder")], collect);
-  find("stop").addEventListener("click", () => (queue.length = 0));
+  takeFiles(document.body, [find("files"), find("own-folder")], (files) => (reading = reading.then(() => collect(files))));
 }
