@@ -418,10 +418,7 @@ def opens_a_stack(page: "Page") -> None:
 
 def sees_how_far_an_indexing_is(visitor: Visitor, where: Path) -> None:
     """Of another process, which holds the lock."""
-    said = {
-        None: "Indexando 120 de 3.400", 41: "falta menos de um minuto", 85: "falta 1 min", 145: "faltam 2 min",
-        8500: "faltam 2 h",
-    }  # fmt: skip
+    said = {None: "Indexando 120 de 3.400", 41: "falta menos de um minuto", 145: "faltam 2 min", 8500: "faltam 2 h"}
     with PictureTable(where).locked():
         for left_s, text in said.items():
             write_json(where / FILE, {"done": 120, "total": 3400, "left_s": left_s})

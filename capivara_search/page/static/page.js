@@ -102,8 +102,8 @@ function stack(place, picture) {
   let copies = [];
   const turn = async () => {
     copies.forEach((one) => one.remove());
-    const asks = () => ask("copies", { folder, since, until, like: picture.path }).catch((error) => (notice(error), { hits: [] }));
-    const { hits } = copies.length ? { hits: [] } : await asks();
+    const question = { folder, since, until, like: picture.path };
+    const { hits } = copies.length ? { hits: [] } : await ask("copies", question).catch((error) => (notice(error), { hits: [] }));
     copies = hits.map((hit, i) => tile(hits, i, say("same_as", { name: hit.name, other: picture.name })));
     copies.forEach((one) => (one.className = "copy"));
     place.after(...copies);

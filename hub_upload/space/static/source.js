@@ -17,12 +17,11 @@ env.backends.onnx.wasm.numThreads = crossOriginIsolated ? Math.min(navigator.har
 /** A tower of the model and what prepares its inputs; they are fetched when they are needed first. */
 function part(...kinds) {
   const options = { dtype: "q8", device: "wasm", progress_callback: showDownload };
-  const failed = (error) => {
+  if (!loaded.has(kinds[0])) loaded.set(kinds[0], Promise.all(kinds.map((kind) => kind.from_pretrained(MODEL.id, options))));
+  return loaded.get(kinds[0]).catch((error) => {
     loaded.delete(kinds[0]); // the next question tries again
     throw coded("model", error);
-  };
-  if (!loaded.has(kinds[0])) loaded.set(kinds[0], Promise.all(kinds.map((kind) => kind.from_pretrained(MODEL.id, options))).catch(failed));
-  return loaded.get(kinds[0]);
+  });
 }
 
 function showDownload({ status, loaded = 0, total = 0 }) {
@@ -34,17 +33,6 @@ function showDownload({ status, loaded = 0, total = 0 }) {
 }
 
 // --- Answers ---------------------------------------------------------------------------------------------------------
-
-/** The cosine of a unit vector to the middle between others. */
-function cosine(vector, others) {
-  let [product, length] = [0, 0];
-  for (let i = 0; i < vector.length; i++) {
-    const middle = others.reduce((sum, one) => sum + one[i], 0);
-    product += vector[i] * middle;
-    length += middle ** 2;
-  }
-  return product / Math.sqrt(length);
-}
 
 const answers = {
   status: async () => ({ version, count: pictures.size, model: MODEL.name, progress, local: true }),
@@ -59,8 +47,11 @@ const answers = {
       vectors.push((await model(tokenizer([text], { padding: true, truncation: true }))).text_embeds.data);
       cut = tokenizer.encode(text).length > tokenizer.model_max_length;
     }
-    if (vectors.length) hits = hits.map((one) => ({ ...one, score: cosine(one.vector, vectors) })).sort((a, b) => b.score - a.score);
-    else hits.sort((a, b) => (a.date === b.date ? (a.path < b.path ? -1 : 1) : a.date < b.date ? 1 : -1));
+    if (vectors.length) {
+      const middle = Array.from(vectors[0], (_, i) => vectors.reduce((sum, one) => sum + one[i], 0));
+      const cosine = (vector) => vector.reduce((sum, value, i) => sum + value * middle[i], 0) / Math.hypot(...middle);
+      hits = hits.map((one) => ({ ...one, score: cosine(one.vector) })).sort((a, b) => b.score - a.score);
+    } else hits.sort((a, b) => (a.date === b.date ? (a.path < b.path ? -1 : 1) : a.date < b.date ? 1 : -1));
     return { hits: hits.slice(0, k), count, version, cut };
   },
 };
@@ -74,8 +65,7 @@ export const large = async ({ file }) => file;
 /** What is known of a picture: its unit vector, its size in pixels, a thumbnail of the short side that the model sees. */
 async function read(file, path) {
   if (file.size > MAX_BYTES) throw coded("no_picture");
-  const unreadable = (error) => Promise.reject(coded("no_picture", error));
-  const image = await createImageBitmap(file, { colorSpaceConversion: "none" }).catch(unreadable);
+  const image = await createImageBitmap(file, { colorSpaceConversion: "none" }).catch((error) => Promise.reject(coded("no_picture", error)));
   const { width, height } = image;
   const [short, long] = [Math.min(width, height), Math.max(width, height)];
   if (long > MAX_ASPECT * short) throw coded("no_picture");
