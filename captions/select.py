@@ -16,21 +16,21 @@ import math
 from array import array
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
 
 from capivara_common.cli import flag, run_command
-from capivara_common.files import write_json, write_text
+from capivara_common.files import write_json
 from capivara_common.image_files import BadRow, decode_image
 from capivara_common.privacy import short_name
 from caption_data.rows import CAPTIONS, NOT_CHOSEN, WITH_SIMILARITIES, CaptionChoice, caption_texts
 from caption_data.sources import Split
 from captions.stages import RowStage, StageArguments, check_complete, skipped_rows, stage_main
-from eval.records.tables import one_line
+from eval.records.tables import one_line, write_page
 
 REPORT = Path("report") / "index.html"  # in the output; it is written last
 TEMPLATE = Path(__file__).parent / "selection_report.html.j2"
@@ -150,11 +150,8 @@ def write_report(args: SelectArguments) -> None:
         cut = args.min_pair_similarity if by_first else args.strategy_cut
         plot_similarities(sides, unit, cut, folder / "similarities.png")
     write_json(folder / "selection.json", facts)
-    options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    page = jinja2.Environment(autoescape=True, **options).from_string(TEMPLATE.read_text(encoding="utf-8"))
     pictures = {path.name for path in folder.glob("row-*.jpg")}
-    text = page.render(facts=facts, pictures=pictures, one_line=lambda text: one_line(text, SHOWN))
-    write_text(args.output / REPORT, text.encode("utf-8", "replace").decode())  # half a surrogate pair can't be written
+    write_page(TEMPLATE, args.output / REPORT, facts=facts, pictures=pictures, line=partial(one_line, limit=SHOWN))
 
 
 def _captions(args: SelectArguments, source: Split) -> pd.DataFrame:

@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas
 from PIL import Image
 
 from capivara_common.cli import flag, parse, run_command
-from capivara_common.files import check_inputs_stay, check_output_folder, whole_folder, write_text
+from capivara_common.files import check_inputs_stay, check_output_folder, whole_folder
 from capivara_common.image_files import BadImage, ImageFiles, decode_image
 from capivara_common.links import Bounds
 from capivara_common.privacy import hide_paths
@@ -32,7 +31,7 @@ from eval.records.schema import (
     parse_result,
     read_object,
 )
-from eval.records.tables import conflicts, one_line, pairs_of, points, records_frame, values_of
+from eval.records.tables import conflicts, one_line, pairs_of, points, records_frame, values_of, write_page
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 SHEET = "retrieval.png"  # of a run: queries chosen by a rule, with what the base and the trained model find
@@ -99,7 +98,6 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Found:
     check_output_folder(output, overwrite)
     check_inputs_stay(output, results)
     found = read_folder(results)
-    strict = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     with whole_folder(output, overwrite) as folder:
         blocks = [_block(rows, found, folder) for rows in tables_of(records_frame(found.results))]
         runs = []
@@ -112,10 +110,8 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Found:
                 continue
             sheets, title = [Path(name).with_name(SHEET)], "Test captions with the pictures found for them"
             runs.append((name, run, [curves, *_copies(sheets, title, found, folder)]))
-        strict.globals = {"points": points, "line": lambda text: one_line(hide_paths(str(text)), 300)}
-        page = strict.from_string(TEMPLATE.read_text("utf-8")).render(found=found, blocks=blocks, runs=runs)
-        # Half a surrogate pair can't be written.
-        write_text(folder / "index.html", page.encode("utf-8", "replace").decode())
+        values = {"found": found, "blocks": blocks, "runs": runs, "points": points, "line": _line}
+        write_page(TEMPLATE, folder / "index.html", **values)
     return found
 
 
@@ -184,6 +180,10 @@ def _copies(sheets: list[Path], title: str, found: Found, output: Path) -> list[
             opaque.paste(image, mask=image)
             opaque.save(output / copies[-1][0], quality=85)  # encoded anew: nothing but its pixels gets out
     return copies
+
+
+def _line(text: object) -> str:
+    return one_line(hide_paths(str(text)), 300)
 
 
 def _words(name: str) -> str:

@@ -7,7 +7,6 @@ once, in ~/.cache/capivara-node.
 import base64
 import json
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from browser import require_chromium, served_folders
+from browser import open_browser, require_chromium, served_folders
 from PIL import Image
 
 from capivara_common.files import whole_folder
@@ -38,7 +37,6 @@ SCRIPT = Path(__file__).parent / "in_browser.mjs"
 NAME = "my-name/my-model"  # under which a repository is served
 LABELS, TEMPLATE = ["um gato", "um cachorro", "um céu azul"], "uma foto de {}"
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina")
-ELSEWHERE = re.compile(r"https?://(?!127\.0\.0\.1:)")  # whatever a page would fetch from there fails
 ASK = """async request => {
   const { answer } = await import("/code/in_browser.mjs");
   return answer(await import(request.library), request);
@@ -156,22 +154,13 @@ def ask_node(request: dict[str, Any], packages: Path) -> dict[str, Any]:
 
 
 def ask_chromium(request: dict[str, Any], packages: Path) -> dict[str, Any]:
-    """The answer of a fresh page of headless Chromium, on one thread, as without special headers."""
-    from playwright.sync_api import sync_playwright
+    """The answer of a fresh page of headless Chromium, on one thread, as without special headers.
 
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=require_chromium(), args=["--no-sandbox"])
-        try:
-            page = browser.new_page()
-            page.set_default_timeout(900_000)
-            page.route(ELSEWHERE, lambda route: route.abort())
-            page.goto(request["env"]["remoteHost"])
-            return page.evaluate(ASK, in_page(request))
-        finally:
-            browser.close()
-
-
-def in_page(request: dict[str, Any]) -> dict[str, Any]:
-    """A request as a page makes it: the library and its WebAssembly come from the same server."""
-    env = request["env"] | {"wasmPaths": f"{request['env']['remoteHost']}npm/onnxruntime-web/dist/"}
-    return request | {"env": env, "library": f"/npm/{LIBRARY}/dist/transformers.min.js"}
+    The library and its WebAssembly come from the same server.
+    """
+    address = request["env"]["remoteHost"]
+    env = request["env"] | {"wasmPaths": f"{address}npm/onnxruntime-web/dist/"}
+    with open_browser() as opened:
+        opened.page.set_default_timeout(900_000)
+        opened.page.goto(address)
+        return opened.page.evaluate(ASK, request | {"env": env, "library": f"/npm/{LIBRARY}/dist/transformers.min.js"})

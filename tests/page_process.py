@@ -4,8 +4,10 @@ import contextlib
 import http.client
 import json
 import os
+import queue
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -61,7 +63,6 @@ class Asked:
     """A page, which may run in this process, and what a program sends to it."""
 
     url: str
-    page: Any = None
 
     @property
     def port(self) -> int:
@@ -89,15 +90,18 @@ class Asked:
 
 
 @contextlib.contextmanager
-def served(index: Any, host: str = "127.0.0.1", **options: Any) -> Iterator[Asked]:
-    """A page of an index in this process, at a free port."""
-    from capivara_search.page.server import open_page
+def served(index: Any, host: str = "127.0.0.1", port: int = 0, **options: Any) -> Iterator[Asked]:
+    """A page of an index in this process, by default at a free port."""
+    from capivara_search.page.server import page_server
 
-    opened = open_page(index, host, 0, **options)
+    server, listening = page_server(index, host, port, on_open=(opened := queue.SimpleQueue()).put, **options)
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
     try:
-        yield Asked(opened.url.replace("0.0.0.0", "127.0.0.1"), opened)
+        yield Asked(opened.get(timeout=30).replace("0.0.0.0", "127.0.0.1"))
     finally:
-        opened.close()
+        server.should_exit = True
+        thread.join(15)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from starlette.testclient import TestClient
 from capivara_common.image_files import BadImage, decode_image
 from capivara_search.page import answers, decoder, guard
 from capivara_search.page.guard import HEADERS, MAX_QUESTION_BYTES, MAX_UPLOAD_BYTES, Guard, Refusal
-from capivara_search.page.server import open_page
+from capivara_search.page.server import page_server
 from capivara_search.picture_files import on_white
 from capivara_search.table import FOLDER_KEY
 
@@ -54,11 +54,11 @@ def index(folder, saved_tiny_folder):
 
 @pytest.fixture(scope="module")
 def page(index):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder, "PICTURE_S", PICTURE_S)
-        opened = open_page(index)
-    yield Asked(opened.url)
-    opened.close()
+    with contextlib.ExitStack() as opened:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decoder, "PICTURE_S", PICTURE_S)
+            asked = opened.enter_context(served(index))
+        yield asked
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_on_a_network_a_page_answers_to_its_own_names(index):
         assert asked.ask("search", {}, X_Forwarded_Host="evil.example", Origin="https://evil.example")[0] == 403
     for wrong in ("http://fotos.local", "fotos.local outro.local"):
         with pytest.raises(ValueError, match="--allow-host must be a name"):
-            open_page(index, "0.0.0.0", 0, allow_hosts=[wrong])
+            page_server(index, "0.0.0.0", 0, allow_hosts=[wrong])
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ def test_the_report_counts_each_image_and_caption(scored, tmp_path):
     assert {f'<img src="row-{row}.jpg"' in page for row in (0, 2, 5)} == {True}
     assert PIL.Image.open(tmp_path / "out" / "report" / "row-2.jpg").size == (9, 12)
     rows = table_rows(tmp_path / "out")
-    assert ["images", "7", "3", "42.9 %"] in rows and ["images that can't be used: no caption", "2", "0", ""] in rows
+    assert ["images", "7", "3", "42.9"] in rows and ["images that can't be used: no caption", "2", "0", "0.0"] in rows
     assert "céu $x_1$ \\frac" in [row[1] for row in rows] and max(len(row[1]) for row in rows) <= 300
 
 

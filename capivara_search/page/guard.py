@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -74,7 +74,6 @@ class Guard:
     def __init__(self, app: ASGIApp, hosts: Collection[str], behind_proxy: bool):
         self.app, self.hosts, self.behind_proxy = app, hosts, behind_proxy
         self._policy = POLICY + ("'self' https://huggingface.co" if behind_proxy else "'none'")  # which frames a Space
-        self._places = asyncio.Semaphore(UPLOADS_AT_ONCE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it with a status and a reason."""
@@ -95,20 +94,18 @@ class Guard:
         try:
             self._check_host(scope)
             self._check_origin(scope)
-            if scope["method"] == "POST":
-                await self._with_body(scope, receive, send_guarded)
-            else:
-                await self.app(scope, receive, send_guarded)
-        except (Refusal, TimeoutError) as error:
-            if not started:
-                refusal = error if isinstance(error, Refusal) else Refusal("slow_upload", 408)
-                await refused(refusal)(scope, receive, send_guarded)
+            await self.app(scope, receive, send_guarded)
+            return
         except ClientDisconnect:  # nobody is left to be answered
-            pass
+            return
+        except Refusal as error:
+            refusal = error
         except Exception:
             logger.exception("A request to %s has failed.", scope["path"])
-            if not started:
-                await refused(Refusal("failed", 500))(scope, receive, send_guarded)
+            refusal = Refusal("failed", 500)
+        if not started:  # the page has the words of its code in each language
+            answer = JSONResponse({"error": refusal.code, "values": refusal.values}, refusal.status)
+            await answer(scope, receive, send_guarded)
 
     def _is_own(self, host: str) -> bool:
         return "*" in self.hosts or host_name(host) in self.hosts
@@ -131,25 +128,6 @@ class Guard:
         if scope["path"] != "/" and headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             raise Refusal("foreign", 403)  # a picture of this page in another one comes without an origin
 
-    async def _with_body(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a question on with its whole body; a large one in a place."""
-        length, body = _length(Headers(scope=scope)), bytearray()
-        async with place(self._places, PLACE_S) if length > MAX_QUESTION_BYTES else nullcontext():
-            async with asyncio.timeout(RECEIVE_S):
-                while len(body) < length:
-                    message = await receive()
-                    if message["type"] != "http.request":
-                        raise ClientDisconnect
-                    body += message.get("body", b"")
-            message = {"type": "http.request", "body": bytes(body), "more_body": False}
-            del body
-            messages = [message]
-
-            async def next_message() -> Message:
-                return messages.pop() if messages else await receive()
-
-            await self.app(scope, next_message, send)
-
 
 @asynccontextmanager
 async def place(places: asyncio.Semaphore, seconds: float) -> AsyncIterator[None]:
@@ -163,6 +141,23 @@ async def place(places: asyncio.Semaphore, seconds: float) -> AsyncIterator[None
         yield
     finally:
         places.release()
+
+
+@asynccontextmanager
+async def body_of(request: Request, places: asyncio.Semaphore) -> AsyncIterator[bytes]:
+    """The body of a question, for as long as it is answered; a large one has a place. Raises Refusal."""
+    length = request.headers.get("content-length", "")  # a server holds a body to that
+    if "transfer-encoding" in request.headers or not length.isdecimal():
+        raise Refusal("no_length", 411)
+    if int(length) > MAX_UPLOAD_BYTES + MAX_QUESTION_BYTES:
+        raise Refusal("too_large", 413, megabytes=MAX_UPLOAD_BYTES // 1_000_000)
+    async with place(places, PLACE_S) if int(length) > MAX_QUESTION_BYTES else nullcontext():
+        try:
+            async with asyncio.timeout(RECEIVE_S):
+                body = await request.body()
+        except TimeoutError:
+            raise Refusal("slow_upload", 408) from None
+        yield body
 
 
 class Connection(H11Protocol):
@@ -233,21 +228,6 @@ def host_name(host: str) -> str:
         if not (parts.path or parts.query or parts.fragment or re.search(r"[@*\s]", host)):
             return parts.hostname or ""
     return ""
-
-
-def refused(refusal: Refusal) -> JSONResponse:
-    """The answer to a request that is refused; the page has its words in each language."""
-    return JSONResponse({"error": refusal.code, "values": refusal.values}, refusal.status)
-
-
-def _length(headers: Headers) -> int:
-    """Bytes of a body, as it says; a server holds it to that. Raises Refusal where it is too long or says nothing."""
-    length = headers.get("content-length", "")
-    if "transfer-encoding" in headers or not length.isdecimal():
-        raise Refusal("no_length", 411)
-    if int(length) > MAX_UPLOAD_BYTES + MAX_QUESTION_BYTES:
-        raise Refusal("too_large", 413, megabytes=MAX_UPLOAD_BYTES // 1_000_000)
-    return int(length)
 
 
 class Queue:

@@ -15,8 +15,6 @@ import os
 import re
 import socket
 import sys
-import threading
-import time
 import webbrowser
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from urllib.parse import quote
 
 import jinja2
 import numpy as np
+import PIL.Image
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -39,7 +38,17 @@ from starlette.staticfiles import StaticFiles
 from capivara_common.image_files import BadImage, open_regular_file
 from capivara_search.page.answers import Answers, Question
 from capivara_search.page.decoder import Decoder
-from capivara_search.page.guard import BACKLOG, WAIT_S, Connection, Guard, Queue, Refusal, allowed_hosts
+from capivara_search.page.guard import (
+    BACKLOG,
+    UPLOADS_AT_ONCE,
+    WAIT_S,
+    Connection,
+    Guard,
+    Queue,
+    Refusal,
+    allowed_hosts,
+    body_of,
+)
 from capivara_search.picture_files import contents, is_picture_name
 from capivara_search.words import failure
 
@@ -49,7 +58,6 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent
 LANGUAGES = ("pt", "en")
 DEFAULT_PORT = 7860
-START_S = 30  # for the server to listen
 WARM_UP_S = 600  # for torch and the model, on a slow machine
 ENDING_S = 3  # for open connections, when the page ends
 CHUNK_BYTES = 2**18  # of a file that is downloaded
@@ -70,35 +78,6 @@ class Credit:
         """Address of a Creative Commons licence that asks to be linked to; "" of others."""
         known = re.fullmatch(r"cc-(by[a-z-]*)-(\d\.\d)", self.licence, re.ASCII)
         return f"https://creativecommons.org/licenses/{known[1]}/{known[2]}/" if known else ""
-
-
-class Page:
-    """A page that is open at `url`; `close` ends it."""
-
-    def __init__(self, app: Starlette, listening: socket.socket, url: str):
-        config = uvicorn.Config(
-            app, http=Connection, backlog=BACKLOG, ws="none", lifespan="on", timeout_graceful_shutdown=ENDING_S,
-            log_level="error", access_log=False,  # visitors could fill a log with warnings
-            server_header=False, proxy_headers=False,
-        )  # fmt: skip
-        self.url, self._server = url, uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listening]}, daemon=True)
-        self._thread.start()
-        started = time.monotonic()
-        while not self._server.started:
-            if not self._thread.is_alive() or time.monotonic() - started > START_S:
-                raise failure(OSError, "no_start", url=url)
-            time.sleep(0.01)
-
-    def wait(self) -> None:
-        """Return when the page has ended; Ctrl-C raises KeyboardInterrupt."""
-        while self._thread.is_alive():
-            self._thread.join(1)
-
-    def close(self) -> None:
-        """End the page."""
-        self._server.should_exit = True
-        self._thread.join(ENDING_S + 10)
 
 
 def serve_index(
@@ -126,28 +105,30 @@ def serve_index(
         OSError: the port is taken, or there is no such host.
         ValueError: there is no such language, a name is none, or a model does not fit its index.
     """
-    page = open_page(index, host, port, language, credit, allow_hosts)
-    try:
+
+    def opened(url: str) -> None:
         if on_open is not None:
-            on_open(page.url)
+            on_open(url)
         if open_browser and (sys.platform == "darwin" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
-            webbrowser.open(page.url)  # elsewhere it would be one that fills this terminal
-        page.wait()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        page.close()
+            webbrowser.open(url)  # elsewhere it would be one that fills this terminal
+
+    server, listening = page_server(index, host, port, language, credit, allow_hosts, opened)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run([listening])
+        if not server.started:
+            raise failure(OSError, "no_start", url=host)
 
 
-def open_page(
+def page_server(
     index: "PictureIndex",
     host: str = "127.0.0.1",
     port: int = DEFAULT_PORT,
     language: str = "pt",
     credit: Credit | None = None,
     allow_hosts: Sequence[str] = (),
-) -> Page:
-    """Open the page and return; arguments and errors are those of `serve_index`."""
+    on_open: Callable[[str], None] = lambda url: None,
+) -> tuple[uvicorn.Server, socket.socket]:
+    """What serves the page when it is run, and the socket for it; arguments and errors are those of `serve_index`."""
     if language not in LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}.")
     hosts = allowed_hosts(host, allow_hosts)
@@ -155,27 +136,32 @@ def open_page(
         index.search_vector(np.ones(index.model.width, np.float32), k=1)  # says now where the model does not fit
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        taken = socket.create_server((host, port), family=family)
+        listening = socket.create_server((host, port), family=family)
     except OSError:
         if port != DEFAULT_PORT:
             raise
-        taken = socket.create_server((host, 0), family=family)
-    site = Site(Answers(index), is_loopback(host), language, credit)
-    app = Starlette(
-        routes=site.routes(),
-        middleware=[Middleware(Guard, hosts=hosts, behind_proxy=not site.local)],
-        lifespan=site.lifespan,
-    )
+        listening = socket.create_server((host, 0), family=family)
     name = f"[{host}]" if ":" in host else host
-    return Page(app, taken, f"http://{name}:{taken.getsockname()[1]}")
+    url = f"http://{name}:{listening.getsockname()[1]}"
+    site = Site(Answers(index), is_loopback(host), language, credit, lambda: on_open(url))
+    guard = Middleware(Guard, hosts=hosts, behind_proxy=not site.local)
+    config = uvicorn.Config(
+        Starlette(routes=site.routes(), middleware=[guard], lifespan=site.lifespan),
+        http=Connection, backlog=BACKLOG, ws="none", lifespan="on", timeout_graceful_shutdown=ENDING_S,
+        log_level="error", access_log=False,  # visitors could fill a log with warnings
+        server_header=False, proxy_headers=False,
+    )  # fmt: skip
+    return uvicorn.Server(config), listening
 
 
 class Site:
     """What is answered at each address."""
 
-    def __init__(self, answers: Answers, local: bool, language: str, credit: Credit | None):
-        self.answers, self.local, self.language, self.credit = answers, local, language, credit
-        self._questions, self._views = Queue(), Queue()
+    def __init__(
+        self, answers: Answers, local: bool, language: str, credit: Credit | None, on_open: Callable[[], None]
+    ):
+        self.answers, self.local, self.language, self.credit, self.on_open = answers, local, language, credit, on_open
+        self._questions, self._views, self._places = Queue(), Queue(), asyncio.Semaphore(UPLOADS_AT_ONCE)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -186,6 +172,7 @@ class Site:
         preparing = asyncio.create_task(self._questions.ask(lambda: self.answers.index.model.texts(["gato"])))
         for task in (self._warming, preparing):
             task.add_done_callback(lambda done: done.cancelled() or done.exception())  # each question says so
+        self.on_open()
         yield
         self._warming.cancel()
         preparing.cancel()
@@ -212,19 +199,22 @@ class Site:
 
     def _asked(self, ask: Callable[[Question, Any], dict[str, Any]]) -> Callable[[Request], Any]:
         async def answer(request: Request) -> Response:
-            question, upload = await _read(request)
-            image = None
-            if upload:  # in another turn: one that takes long keeps no question of words waiting
-                try:
-                    image = await self._views.ask(lambda: self._decoder.image(upload))
-                except BadImage as bad:
-                    code = "too_many_pixels" if bad.reason == "absurd image size" else "no_picture"
-                    raise Refusal(code) from bad
-                if not (await asyncio.wait([self._warming], timeout=WAIT_S))[0]:
-                    raise Refusal("busy", 503)
-            return JSONResponse(await self._questions.ask(lambda: ask(question, image)))
+            async with body_of(request, self._places) as body:
+                question, upload = _read(body)
+                image = await self._shown(upload) if upload else None
+                return JSONResponse(await self._questions.ask(lambda: ask(question, image)))
 
         return answer
+
+    async def _shown(self, upload: bytes) -> PIL.Image.Image:
+        """A picture of a visitor, in a turn of its own, for which no question of words waits. Raises Refusal."""
+        try:
+            image = await self._views.ask(lambda: self._decoder.image(upload))
+        except BadImage as bad:
+            raise Refusal("too_many_pixels" if bad.reason == "absurd image size" else "no_picture") from bad
+        if not (await asyncio.wait([self._warming], timeout=WAIT_S))[0]:
+            raise Refusal("busy", 503)
+        return image
 
     async def thumbnail(self, request: Request) -> Response:
         """The thumbnail of a row."""
@@ -237,7 +227,8 @@ class Site:
     async def download(self, request: Request) -> Response:
         """A row's file as it is."""
         path = _path(request)
-        file = await self._views.ask(lambda: self._shown(path))
+        file, _ = await self._views.ask(lambda: self._original(path))
+        file.seek(0)
         size, kind = os.fstat(file.fileno()).st_size, mimetypes.guess_type(path)[0] or "application/octet-stream"
         headers = {"Content-Disposition": f"attachment; filename*=utf-8''{quote(Path(path).name, safe='')}"}
         return StreamingResponse(_chunks(file, size), media_type=kind, headers=headers | {"Content-Length": str(size)})
@@ -250,42 +241,36 @@ class Site:
             return found
         raise Refusal("gone", 404)
 
-    def _open(self, path: str) -> BinaryIO:
-        """The file of a row, below a folder that `add` was told of on this machine. Raises Refusal."""
+    def _original(self, path: str) -> tuple[BinaryIO, PIL.Image.Image]:
+        """The open file of a row, below a folder that `add` was told of on this machine, and its image.
+
+        Raises Refusal where it can't be shown: what is decoded and what is sent are one open file.
+        """
         if not path or self.answers.index.row(path) is None:
             raise Refusal("gone", 404)
-        try:
+        with contextlib.ExitStack() as opened, contextlib.suppress(BadImage, OSError, ValueError):
             if is_picture_name(path):  # the rows of an index of others may name any file
-                return open_regular_file(path, repr(path), list(self.answers.index.asked_folders().values()))
-        except (BadImage, OSError, ValueError):
-            pass
+                folders = list(self.answers.index.asked_folders().values())
+                file = opened.enter_context(open_regular_file(path, repr(path), folders))
+                image = self._decoder.image(contents(file), path)
+                opened.pop_all()
+                return file, image
         raise Refusal("no_original", 404)
-
-    def _shown(self, path: str) -> BinaryIO:
-        """The file of a row that can be shown: what is decoded and what is sent are one open file. Raises Refusal."""
-        file = self._open(path)
-        try:
-            self._decoder.image(contents(file), path)
-            file.seek(0)
-        except (BadImage, OSError):
-            file.close()
-            raise Refusal("no_original", 404) from None
-        return file
 
     def _view(self, path: str) -> tuple[bytes, str]:
         """A JPEG, or WebP of the thumbnail, and its media type. Raises Refusal where there is no such row."""
         try:
-            with self._open(path) as file:
-                image = self._decoder.image(contents(file), path)
-        except (BadImage, Refusal, OSError):
+            file, image = self._original(path)
+        except Refusal:
             return self._thumbnail(path), "image/webp"
+        file.close()
         image.save(view := io.BytesIO(), "JPEG", quality=VIEW_QUALITY)
         return view.getvalue(), "image/jpeg"
 
 
-async def _read(request: Request) -> tuple[Question, bytes]:
+def _read(body: bytes) -> tuple[Question, bytes]:
     """A question, and the picture that came with it. Raises Refusal."""
-    line, _, upload = (await request.body()).partition(b"\n")
+    line, _, upload = body.partition(b"\n")
     try:
         values = json.loads(line, parse_constant=int)  # which raises ValueError for NaN and Infinity, that are no JSON
     except (ValueError, RecursionError) as error:

@@ -10,11 +10,13 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import jinja2
 import pandas
 
+from capivara_common.files import write_text
 from capivara_common.privacy import hide_paths
 from eval.records.schema import DIRECTIONS, MODEL_NAMES, RANK_METRICS, Condition, Record, ResultFile
 
@@ -173,6 +175,15 @@ def one_line(text: str, limit: int) -> str:
     text = text[: 4 * limit].encode("utf-8", "replace").decode()  # half a surrogate pair can't be written
     line = CONTROLS.sub("", " ".join(text.split()))
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def write_page(template: Path, file: Path, **values: object) -> None:
+    """Write a page of HTML by a template that extends `page.html.j2`, beside this file; every value is escaped."""
+    files = (template, Path(__file__).parent / "page.html.j2")
+    loader = jinja2.DictLoader({path.name: path.read_text(encoding="utf-8") for path in files})
+    strict = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    page = jinja2.Environment(loader=loader, autoescape=True, **strict).get_template(template.name).render(values)
+    write_text(file, page.encode("utf-8", "replace").decode())  # half a surrogate pair can't be written
 
 
 def escape_markdown(text: str, limit: int = 300) -> str:

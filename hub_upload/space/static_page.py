@@ -24,7 +24,7 @@ from capivara_search.models import find_model
 from capivara_search.page import server
 from hub_upload.allowed_files import check_contents, check_paths, check_secrets
 from hub_upload.export import export
-from hub_upload.formats.onnx import ONNX_PACKAGES
+from hub_upload.formats import onnx, transformers_js
 from hub_upload.space.publish_space import ROOT, copy_file, model_licence, write_card
 
 SOURCE = Path(__file__).parent / "static" / "source.js"
@@ -59,14 +59,17 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
     Raises ValueError where transformers.js can't express the model, the library is not there, or a file names a path of
     this machine or a token; ImportError where a package that ONNX needs is missing.
     """
-    require("A page without a server", "onnx", *ONNX_PACKAGES)
+    require("A page without a server", "onnx", *onnx.ONNX_PACKAGES)
     with whole_folder(folder) as made, tempfile.TemporaryDirectory() as work:
         source = find_model(model).folder
         _write_library(library, made / "library")
         repository = source
         if not all((source / name).is_file() for name in MODEL_FILES):
             repository = Path(work, "repository")
-            export(source, repository, ["transformers", "transformers_js"])
+            export(source, repository, ["transformers"])
+            transformers_js.write_tokenizer(repository)
+            onnx.write_onnx(repository)  # of transformers.js's nine graphs those that lead to the two of the page
+            transformers_js.write_settings(repository)
         check_contents(repository)
         digests = [hashlib.sha256((repository / name).read_bytes()).digest() for name in MODEL_FILES]
         digest = hashlib.sha256(b"".join(digests)).hexdigest()[:16]  # browsers keep a model under its address

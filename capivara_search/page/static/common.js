@@ -1,7 +1,6 @@
 // What all parts of the page share, with a server or without: words, errors, elements, files of the visitor.
 export const WORDS = JSON.parse(document.getElementById("words").textContent);
 export const LANGUAGE = WORDS.tag;
-export const PAGE = 48; // pictures at first, and with each "more"
 const PLURAL = new Intl.PluralRules(LANGUAGE);
 
 export const find = (id) => document.getElementById(id);
@@ -18,17 +17,11 @@ export function say(key, values = {}, words = WORDS) {
   return text.replace(/\{(\w+)\}/g, (_, name) => (typeof values[name] === "number" ? number(values[name]) : values[name] ?? ""));
 }
 
-/** A question as it stands between quotes: its beginning, without quotes of its own around it. */
-export const unquoted = (text) => text.slice(0, 80).replace(/^["“”«»']+|["“”«»']+$/g, "");
-
 /** What went wrong, in words. */
 export const reason = (error) => say(error.code ?? "failed", error.values, WORDS.errors);
 
 /** Shows what went wrong until the next question; nothing where there is no error. */
-export function notice(error) {
-  find("notice").hidden = !error;
-  find("notice").textContent = error ? reason(error) : "";
-}
+export const notice = (error) => (find("notice").textContent = error ? reason(error) : "");
 
 /** An element with attributes (a function is a listener, false none) and children, texts among them as texts. */
 export function element(name, attributes = {}, ...children) {
@@ -53,27 +46,15 @@ export function drawn(image, scale) {
   return canvas;
 }
 
-/** Calls `take(files)` for those dropped on `area`, chosen in one of `inputs`, or pasted while `area` is in sight. */
+/** Calls `take(files)` for those chosen in one of `inputs`, and for those dropped or pasted while `area` is in sight. */
 export function takeFiles(area, inputs, take) {
-  const given = (files) => files.length && take([...files]);
+  const given = (files) => files.length && area.checkVisibility() && take([...files]);
   for (const input of inputs)
     input.addEventListener("change", () => {
       given(input.files);
       input.value = ""; // the same file may be chosen again
     });
-  for (const event of ["dragover", "dragleave", "drop"])
-    area.addEventListener(event, (it) => {
-      it.preventDefault();
-      area.classList.toggle("over", event === "dragover");
-      if (event === "drop") given(it.dataTransfer.files);
-    });
-  document.addEventListener("paste", (event) => area.checkVisibility() && given(event.clipboardData.files));
-}
-
-/** Shows a picture that was given, a file or an address, small, with a button that takes it away; or none. */
-export function showGiven(place, source, remove) {
-  if (!source) return place.replaceChildren();
-  const image = element("img", { src: source instanceof Blob ? URL.createObjectURL(source) : source, alt: say("picture_given") });
-  const take = (event) => (event.preventDefault(), remove());
-  place.replaceChildren(element("span", { class: "given" }, image, element("button", { type: "button", "aria-label": say("picture_remove"), click: take }, "×")));
+  document.addEventListener("dragover", (event) => event.preventDefault()); // or the browser leaves the page for the file
+  document.addEventListener("drop", (event) => (event.preventDefault(), given(event.dataTransfer.files)));
+  document.addEventListener("paste", (event) => given(event.clipboardData.files));
 }

@@ -19,8 +19,7 @@ export function showFolder(path) {
   button.title = path;
 }
 
-function row(path, name, n) {
-  const count = n == null ? null : element("span", { class: "count" }, number(n));
+function row(path, name, count) {
   const click = () => (tree.hidePopover(), choose(path));
   return element("button", { type: "button", title: path, "aria-current": path === chosen && "true", click }, element("span", {}, name), count);
 }
@@ -31,12 +30,10 @@ async function fill() {
   const list = (parent) => element("ul", {}, ...(inside.get(parent) ?? []).map((path) => leaf(path, parent)));
   const leaf = (path, parent) => {
     const name = parent ? path.slice(parent.length + 1) : short(path);
-    const made = element("li", {}, row(path, name, folders[path]));
+    const made = element("li", {}, row(path, name, element("span", {}, number(folders[path]))));
     if (!inside.has(path)) return made;
     const open = chosen.startsWith(`${path}/`) || (!parent && inside.get("").length === 1);
-    const fold = element("details", { open }, element("summary", { "aria-label": say("folders_in", { name }) }));
-    fold.addEventListener("toggle", () => fold.append(list(path)), { once: true });
-    made.append(fold);
+    made.append(element("details", { open }, element("summary", { "aria-label": say("folders_in", { name }) }), list(path)));
     return made;
   };
   tree.replaceChildren(row("", say("all_folders")), list(""));

@@ -16,15 +16,17 @@ export function tile(pictures, i, text, more = null) {
   return made;
 }
 
-/** Those from one place to before another as a list of tiles, with place and score where there are scores. */
-export function gallery(pictures, from, to) {
-  const tiles = pictures.slice(from, to).map((picture, i) => {
-    if (picture.score === null) return tile(pictures, from + i, picture.name);
+/** Pictures as a list of tiles, with place and score where there are scores; a line stands before those that hardly fit. */
+export function gallery(pictures) {
+  const tiles = pictures.map((picture, i) => {
+    if (picture.score === null) return tile(pictures, i, picture.name);
     const shown = score(picture.score, 2);
-    const text = `${say("place_of", { rank: from + i + 1, name: picture.name })}, ${say("score", { score: shown })}`;
-    return tile(pictures, from + i, text, element("span", { class: "score" }, shown));
+    const text = `${say("place_of", { rank: i + 1, name: picture.name })}, ${say("score", { score: shown })}`;
+    return tile(pictures, i, text, element("span", { class: "score" }, shown));
   });
-  return element("ol", { class: "gallery", start: from + 1 }, ...tiles);
+  const line = pictures.findIndex(({ fits }) => fits === false); // no better than the background
+  if (line >= 0) tiles.splice(line, 0, element("li", { class: "line" }, say(line ? "line" : "line_first")));
+  return element("ol", { class: "gallery" }, ...tiles);
 }
 
 function open(pictures, i) {
@@ -35,7 +37,7 @@ function open(pictures, i) {
 
 /** Closes the dialog for another search, begun by `action(picture)`, which has the focus then. */
 export function leave(action) {
-  viewer.close("left");
+  viewer.close();
   action(list[place]);
 }
 
@@ -50,9 +52,8 @@ function step(by) {
   find("after").disabled = place === list.length - 1;
   find("download").hidden = true;
   find("download").href = address("download", shown);
-  Object.assign(image, { alt: shown.name, src: address("thumbnail", shown) }); // at once, until the large one is there
-  image.style.maxWidth = `${2 * shown.width}px`; // a small picture is not blown up to the whole window
-  image.style.maxHeight = `${2 * shown.height}px`;
+  const sides = { width: 2 * shown.width, height: 2 * shown.height }; // a small picture is not blown up to the whole window
+  Object.assign(image, { alt: shown.name, ...sides, src: address("thumbnail", shown) }); // until the large one is there
   URL.revokeObjectURL(source);
   large(shown).catch(() => null).then((file) => {
     if (shown !== list[place]) return;
@@ -82,15 +83,7 @@ find("copy").addEventListener("click", async () => {
   const copied = await navigator.clipboard?.writeText(list[place].path).then(() => true, () => false);
   if (copied) find("viewer-said").textContent = say("copied");
 });
-viewer.addEventListener("close", () => {
-  if (viewer.returnValue === "left") return (viewer.returnValue = "");
-  // to the picture that was seen last, which may be another one, or drawn anew meanwhile
-  const tiles = [...document.querySelectorAll(".tile")].filter((tile) => tile.dataset.path === list[place].path);
-  (tiles.find((tile) => tile === document.activeElement) ?? tiles.find((tile) => tile.offsetParent))?.focus();
-});
 document.addEventListener("keydown", (event) => {
   const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  if (!by || !viewer.open) return; // on the document: a button that is disabled loses the focus to it
-  event.preventDefault();
-  step(by);
+  if (by && viewer.open) step(by); // on the document: a button that is disabled loses the focus to it
 });

@@ -1,18 +1,30 @@
 // Where answers and pictures come from: here the server. The page without one has another file of this name.
+import { drawn } from "./common.js";
 
 /** The answer to a question, a line of JSON and perhaps a picture; an error has the code of its words. */
-export async function ask(name, question = {}, picture = null, signal = undefined) {
-  const body = new Blob([JSON.stringify(question), "\n", ...(picture ? [picture] : [])]);
+export async function ask(name, question = {}, picture = null) {
+  const body = new Blob([JSON.stringify(question), "\n", ...(picture ? [await shrunk(picture)] : [])]);
   let answer, values;
   try {
-    answer = await fetch(`api/${name}`, { method: "POST", body, signal });
+    answer = await fetch(`api/${name}`, { method: "POST", body });
     values = await answer.json();
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw Object.assign(new Error(name), { code: answer ? "failed" : "connection", values: {} });
+  } catch {
+    throw Object.assign(new Error(name), { code: answer ? "failed" : "connection" });
   }
-  if (!answer.ok) throw Object.assign(new Error(name), { code: values.error, values: values.values ?? {} });
+  if (!answer.ok) throw Object.assign(new Error(name), { code: values.error, values: values.values });
   return values;
+}
+
+/** A picture of the visitor, made smaller where it is large: the model sees a few hundred pixels a side of it. */
+async function shrunk(picture) {
+  if (picture.size < 600_000) return picture;
+  try {
+    const image = await createImageBitmap(picture);
+    const canvas = drawn(image, Math.min(1, 1024 / Math.max(image.width, image.height)));
+    return await canvas.convertToBlob({ type: "image/jpeg", quality: 0.95 });
+  } catch {
+    return picture; // a format that this browser does not know; the server may
+  }
 }
 
 /** Address of a picture of the index; it changes with the file, so that browsers may keep the answer. */

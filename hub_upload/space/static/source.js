@@ -2,13 +2,11 @@
 import { AutoImageProcessor, AutoTokenizer, CLIPTextModelWithProjection, CLIPVisionModelWithProjection, RawImage, env } from "../library/transformers.js";
 import { WORDS, drawn, find, reason, say, takeFiles } from "./common.js";
 
-const NAMES = /\.(avif|bmp|gif|heic|heif|jfif|jpe?g|png|tiff?|webp)$/i; // where a file has no type
 const [MAX_BYTES, MAX_ASPECT, MAX_THREADS] = [200e6, 50, 8]; // of a file; long by short side, as in Python
 const MODEL = WORDS.own_model; // its id, which is that of its files; the pixels of a side that it sees
 const pictures = new Map(); // path -> what is known of a picture, and its file
-const queue = []; // files that are to be read
 const loaded = new Map(); // tower -> promise of it and of what prepares its inputs
-let [version, progress, changed] = [0, null, null];
+let [version, progress, changed, reading] = [0, null, null, Promise.resolve()];
 
 const at = (path) => new URL(`../${path}`, import.meta.url).href;
 const coded = (code, cause) => Object.assign(new Error(code, { cause }), { code });
@@ -19,12 +17,11 @@ env.backends.onnx.wasm.numThreads = crossOriginIsolated ? Math.min(navigator.har
 /** A tower of the model and what prepares its inputs; they are fetched when they are needed first. */
 function part(...kinds) {
   const options = { dtype: "q8", device: "wasm", progress_callback: showDownload };
-  const failed = (error) => {
+  if (!loaded.has(kinds[0])) loaded.set(kinds[0], Promise.all(kinds.map((kind) => kind.from_pretrained(MODEL.id, options))));
+  return loaded.get(kinds[0]).catch((error) => {
     loaded.delete(kinds[0]); // the next question tries again
     throw coded("model", error);
-  };
-  if (!loaded.has(kinds[0])) loaded.set(kinds[0], Promise.all(kinds.map((kind) => kind.from_pretrained(MODEL.id, options))).catch(failed));
-  return loaded.get(kinds[0]);
+  });
 }
 
 function showDownload({ status, loaded = 0, total = 0 }) {
@@ -36,17 +33,6 @@ function showDownload({ status, loaded = 0, total = 0 }) {
 }
 
 // --- Answers ---------------------------------------------------------------------------------------------------------
-
-/** The cosine of a unit vector to the middle between others. */
-function cosine(vector, others) {
-  let [product, length] = [0, 0];
-  for (let i = 0; i < vector.length; i++) {
-    const middle = others.reduce((sum, one) => sum + one[i], 0);
-    product += vector[i] * middle;
-    length += middle ** 2;
-  }
-  return product / Math.sqrt(length);
-}
 
 const answers = {
   status: async () => ({ version, count: pictures.size, model: MODEL.name, progress, local: true }),
@@ -61,8 +47,11 @@ const answers = {
       vectors.push((await model(tokenizer([text], { padding: true, truncation: true }))).text_embeds.data);
       cut = tokenizer.encode(text).length > tokenizer.model_max_length;
     }
-    if (vectors.length) hits = hits.map((one) => ({ ...one, score: cosine(one.vector, vectors) })).sort((a, b) => b.score - a.score);
-    else hits.sort((a, b) => (a.date === b.date ? (a.path < b.path ? -1 : 1) : a.date < b.date ? 1 : -1));
+    if (vectors.length) {
+      const middle = Array.from(vectors[0], (_, i) => vectors.reduce((sum, one) => sum + one[i], 0));
+      const cosine = (vector) => vector.reduce((sum, value, i) => sum + value * middle[i], 0) / Math.hypot(...middle);
+      hits = hits.map((one) => ({ ...one, score: cosine(one.vector) })).sort((a, b) => b.score - a.score);
+    } else hits.sort((a, b) => (a.date === b.date ? (a.path < b.path ? -1 : 1) : a.date < b.date ? 1 : -1));
     return { hits: hits.slice(0, k), count, version, cut };
   },
 };
@@ -76,8 +65,7 @@ export const large = async ({ file }) => file;
 /** What is known of a picture: its unit vector, its size in pixels, a thumbnail of the short side that the model sees. */
 async function read(file, path) {
   if (file.size > MAX_BYTES) throw coded("no_picture");
-  const unreadable = (error) => Promise.reject(coded("no_picture", error));
-  const image = await createImageBitmap(file, { colorSpaceConversion: "none" }).catch(unreadable);
+  const image = await createImageBitmap(file, { colorSpaceConversion: "none" }).catch((error) => Promise.reject(coded("no_picture", error)));
   const { width, height } = image;
   const [short, long] = [Math.min(width, height), Math.max(width, height)];
   if (long > MAX_ASPECT * short) throw coded("no_picture");
@@ -92,43 +80,39 @@ async function read(file, path) {
 
 /** Reads the pictures among files, one after another; those that are there already are not read again. */
 async function collect(files) {
-  const found = files.filter((file) => (file.type ? file.type.startsWith("image/") : NAMES.test(file.name)));
+  const [found, unreadable, before] = [files.filter((file) => file.type.startsWith("image/")), [], pictures.size];
   if (!found.length) return (find("collected").textContent = say("no_pictures"));
-  if (queue.push(...found) > found.length) return; // they are being read
-  const [said, unreadable, before] = [[], [], pictures.size];
-  for (let done = 0; queue.length; done++) {
-    const [file] = queue;
+  let failed = null;
+  for (const [done, file] of found.entries()) {
     const path = file.webkitRelativePath || file.name;
-    progress = { done, total: done + queue.length, left_s: null };
+    progress = { done, total: found.length, left_s: null };
     try {
       if (pictures.get(path)?.file.lastModified !== file.lastModified) pictures.set(path, await read(file, path));
     } catch (error) {
       console.warn(error, error.cause);
       if (error.code !== "no_picture") {
-        said.push(reason(error));
-        queue.length = 0;
-      } else unreadable.push(file.name);
+        failed = reason(error);
+        break;
+      }
+      unreadable.push(file.name);
     }
-    queue.shift();
     version++;
     if (done % 10 === 0) changed();
-    await new Promise(requestAnimationFrame); // what was clicked meanwhile
+    await new Promise((resume) => setTimeout(resume)); // what was clicked meanwhile
   }
   progress = null;
   changed();
   const added = pictures.size - before;
-  said.push(added ? say("indexed", { n: added }) : say("indexed_none"));
+  const said = [failed, added ? say("indexed", { n: added }) : say("indexed_none")];
   if (unreadable.length) said.push(say("unreadable", { n: unreadable.length, names: unreadable.slice(0, 3).join(", ") }));
-  find("collected").textContent = said.join(" ");
+  find("collected").textContent = said.filter(Boolean).join(" ");
 }
 
 /** Makes the choice of files work; `refresh` shows what has changed. */
 export function start(refresh) {
   changed = () => {
     find("collect").classList.toggle("empty", !pictures.size);
-    find("stop").hidden = !queue.length;
     refresh();
   };
-  takeFiles(document.body, [find("files"), find("own-folder")], collect);
-  find("stop").addEventListener("click", () => (queue.length = 0));
+  takeFiles(document.body, [find("files"), find("own-folder")], (files) => (reading = reading.then(() => collect(files))));
 }
