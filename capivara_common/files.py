@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and what killed processes left of them."""
+"""Files and folders that are written whole or not at all, what killed processes left of them; links that lead out."""
 
 import errno
 import fcntl
@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -244,3 +244,46 @@ def lock_folder(folder: Path) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         stack.pop_all()
     return lock
+
+
+class Bounds:
+    """Where the files of a data set may lie: in its folder, and in others that links in it may lead into.
+
+    A link that leads out is refused, as the name of a file outside is; the folder may itself be reached by one. A
+    snapshot of the Hub's cache is made of links into `blobs` of its repository, which counts as part of it.
+    """
+
+    def __init__(self, folder: Path, others: Sequence[Path] = ()):
+        self.folder = folder
+        self.folders = [Path(os.path.realpath(place)) for place in (folder, *others)]
+        for place in (self.folders[0], *self.folders[0].parents):
+            if place.name == "snapshots" and place.parent.name.startswith(("datasets--", "models--")):
+                self.folders.append(place.parent / "blobs")
+
+    def hold(self, path: Path) -> bool:
+        """Whether a path ends within, all links followed."""
+        try:
+            real = Path(os.path.realpath(path))
+        except ValueError:  # a name that no file can have: opening it raises the error
+            return True
+        return any(real.is_relative_to(place) for place in self.folders)
+
+    def check(self, paths: Sequence[Path]) -> None:
+        """Raise ValueError where a path leads out."""
+        if out := [os.path.relpath(path, self.folder) for path in paths if not self.hold(path)]:
+            fault = f"holds links to files outside of it, refused: {out[:3]}. Copy the files into it."
+            raise ValueError(f"{self.folder} {fault}")
+
+
+def refuse_links_out(folder: Path) -> None:
+    """Raise ValueError where a link anywhere below the folder leads out of it, or a pipe or device lies there.
+
+    For what others read as a whole: opening a pipe would wait for ever.
+    """
+    links = []
+    for path in (Path(root, name) for root, *both in os.walk(folder) for names in both for name in names):
+        if path.is_symlink():
+            links.append(path)
+        elif not (path.is_dir() or path.is_file()):
+            raise ValueError(f"{path} is no regular file, and can't be read. Remove it.")
+    Bounds(folder).check(links)

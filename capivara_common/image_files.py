@@ -21,7 +21,7 @@ from PIL.Image import Transpose
 
 from capivara_common.cli import at_least, flag
 from capivara_common.environment import processes
-from capivara_common.links import Bounds
+from capivara_common.files import Bounds
 
 with suppress(ImportError):
     import pillow_heif  # extra `heic`

@@ -14,8 +14,8 @@ from datasets import ClassLabel, Image
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from capivara_common.files import refuse_links_out
 from capivara_common.image_files import MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
-from capivara_common.links import refuse_links_out
 from caption_data.rows import digest_of
 from caption_data.sources import Split, copied_bounds, load_files, of_split, open_split, undecoded
 

@@ -37,7 +37,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from tqdm.auto import tqdm
 
 from capivara_common.environment import processes
-from capivara_common.files import read_json
+from capivara_common.files import Bounds, read_json, refuse_links_out
 from capivara_common.image_files import (
     MAX_DETAIL,
     MAX_IMAGE_PIXELS,
@@ -48,7 +48,6 @@ from capivara_common.image_files import (
     image_bytes,
     image_path,
 )
-from capivara_common.links import Bounds, refuse_links_out
 from caption_data.rows import CAPTION_COLUMN, CAPTIONS, SIMILARITY_COLUMN, Skipped, digest_of, storable
 
 FORMS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^metadata\.jsonl$")  # how names of files end

@@ -17,9 +17,8 @@ import pandas
 from PIL import Image
 
 from capivara_common.cli import flag, parse, run_command
-from capivara_common.files import check_inputs_stay, check_output_folder, whole_folder
+from capivara_common.files import Bounds, check_inputs_stay, check_output_folder, whole_folder
 from capivara_common.image_files import BadImage, ImageFiles, decode_image
-from capivara_common.links import Bounds
 from capivara_common.privacy import hide_paths
 from eval.benchmarks import published_base
 from eval.records.plots import plot_bars, plot_training_curves

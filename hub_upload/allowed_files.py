@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 import PIL.Image
 from huggingface_hub.utils import validate_repo_id
 
+from capivara_common.files import refuse_links_out
 from capivara_common.image_files import IMAGE_FORMATS
-from capivara_common.links import refuse_links_out
 from capivara_common.privacy import SECRET_RE2, known_tokens, machine_path_in, own_paths, printable, secret_in
 
 _PARTS = "checks configuration image_processing modeling processing text_repair tokenization"

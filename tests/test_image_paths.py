@@ -24,8 +24,8 @@ from test_generate import image_processor, opt_tokenizer, tiny_blip2
 
 import train_accelerate
 from capivara_common import image_files
+from capivara_common.files import Bounds
 from capivara_common.image_files import BadImage, ImageFiles, decode_image, image_bytes
-from capivara_common.links import Bounds
 from caption_data.labelled_images import load_images
 from caption_data.sources import open_split
 from captions.build import BuildArguments, build

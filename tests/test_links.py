@@ -6,7 +6,7 @@ import pytest
 from caption_tars import PICTURES, files_of, sample, write_tar
 from datasets import Dataset, DatasetDict
 
-from capivara_common.links import Bounds, refuse_links_out
+from capivara_common.files import Bounds, refuse_links_out
 from caption_data.sources import open_split
 
 
