@@ -215,7 +215,7 @@ def report(planned: PushPlan) -> str:
 
 def _name(text: str) -> str:
     """A name of others on one line, to be shown."""
-    return printable(text.replace("\n", "\\n").replace("\t", "\\t"))
+    return printable(text.replace("\n", "\\n"))
 
 
 def _is_on_hub(file: CommitOperationAdd, there: RepoFile | None) -> bool:

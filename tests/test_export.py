@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +213,18 @@ def test_every_tensor_is_the_models_in_both_files(tmp_path, tiny_processor, dtyp
     model.save_pretrained(tmp_path / "model", max_shard_size=shard)
     tiny_processor.save_pretrained(tmp_path / "model")
     caplog.set_level("INFO")
+    held = []
+
+    def mapped(folder, config, of=open_clip_format.mapped_model):
+        held.append(weakref.ref(found := of(folder, config)))
+        return found
+
+    def read(files, of=open_clip_format.mapped_tensors):
+        assert held[0]() is None, "memory holds one copy of the weights at a time"
+        return of(files)
+
+    monkeypatch.setattr(open_clip_format, "mapped_model", mapped)
+    monkeypatch.setattr(open_clip_format, "mapped_tensors", read)
     quick(tmp_path / "model", tmp_path / "repository")
     ours = load_file(tmp_path / "repository" / "model.safetensors")
     theirs = load_file(tmp_path / "repository" / "open_clip_model.safetensors")

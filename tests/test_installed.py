@@ -70,8 +70,9 @@ def installed(built, tmp_path_factory) -> Callable[..., subprocess.CompletedProc
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=60)
     python = environment / "bin" / "python"
     # Before the other packages are seen: pip would take the checkout's own installation for this one.
-    install = ["install", "--quiet", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), *install], check=True, timeout=120)
+    install = ["--python", str(python), "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    own = os.environ | {"PYTHONPATH": ""}
+    subprocess.run([sys.executable, "-m", "pip", *install], env=own, check=True, timeout=120)
     (site,) = environment.glob("lib/python3*/site-packages")
     # Named in a .pth file, the folder is searched, but its own .pth files, the link to the checkout, are not read.
     (site / "others.pth").write_text(sysconfig.get_paths()["purelib"] + "\nimport modules_watch\n", encoding="utf-8")

@@ -26,7 +26,7 @@ from capivara_common.weight_file import weight_files
 from hub_upload import formats
 from hub_upload.card_values import LICENCES, MARKDOWN_TEMPLATES, code, code_examples, escaped
 from hub_upload.formats import onnx, open_clip, text_length
-from hub_upload.formats.open_clip import check_tensors, differing, save_state
+from hub_upload.formats.open_clip import check_tensors, digests, save_state
 from modeling_capivara.convert_open_clip import (
     BASE_TEXT_MODEL,
     capivara_state_dict,
@@ -51,7 +51,7 @@ def write(source: Path, folder: Path, config: PreTrainedConfig, base: str, repo_
     is named), its text side is the base's, too, or one of the two is damaged.
     """
     base_folder = formats.base_of(source, base)
-    if not differing(_text_side(source), _text_side(base_folder)):
+    if digests(_text_side(source)) == digests(_text_side(base_folder)):
         raise ValueError(f"The text side of {source} is that of {base}, to the bit: there is nothing to exchange.")
     model, processor, is_own = mapped_model(source, config), load_processor(source), config.model_type == "capivara"
     about = {"is_own": is_own, "length": text_length(processor)}
@@ -95,7 +95,7 @@ def _write_tower(model: PreTrainedModel, folder: Path) -> list[str]:
         save_state({"linear.weight": matrix.weight}, folder / dense / WEIGHTS)
         written[f"{name}.weight"] = mapped_tensors([folder / dense / WEIGHTS])["linear.weight"]
     expected = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(TEXT_SIDE)}
-    check_tensors(folder / WEIGHTS, written, expected)
+    check_tensors(folder / WEIGHTS, written, digests(expected))
     return denses
 
 
@@ -132,7 +132,7 @@ def _write_open_clip(model: PreTrainedModel, source: Path, base: Path, folder: P
     save_state(ours, folder / OPEN_CLIP_TEXT)
     if is_own:
         written = capivara_state_dict(state | mapped_tensors([folder / OPEN_CLIP_TEXT]))
-        check_tensors(folder / OPEN_CLIP_TEXT, written, model.state_dict())
+        check_tensors(folder / OPEN_CLIP_TEXT, written, digests(model.state_dict()))
     return True
 
 

@@ -1,5 +1,6 @@
 """What transformers, open_clip and sentence-transformers read of a repository; every tensor is accounted for."""
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -49,15 +50,18 @@ logger = logging.getLogger("capivara")
 def write_weights(model: Path, folder: Path, config: PreTrainedConfig, with_open_clip: bool) -> None:
     """Configuration, code and weights, for transformers and open_clip, each compared with the model by tensor.
 
-    All are views of their files: memory holds the pages that are read or compared.
+    All are views of their files, and memory holds the pages of one at a time.
     """
     mapped = mapped_model(model, config)
+    expected = digests(mapped.state_dict())
     mapped.save_pretrained(folder)
-    check_tensors(folder / WEIGHTS, mapped_tensors([folder / WEIGHTS]), mapped.state_dict())
     if with_open_clip:
         save_state(open_clip_state_dict(mapped), folder / OPEN_CLIP_WEIGHTS)
+    del mapped
+    check_tensors(folder / WEIGHTS, mapped_tensors([folder / WEIGHTS]), expected)
+    if with_open_clip:
         written = capivara_state_dict(mapped_tensors([folder / OPEN_CLIP_WEIGHTS]))  # under transformers' names again
-        check_tensors(folder / OPEN_CLIP_WEIGHTS, written, mapped.state_dict())
+        check_tensors(folder / OPEN_CLIP_WEIGHTS, written, expected)
         logger.info("transformers and open_clip: %d tensors compared, all equal.", len(written))
 
 
@@ -67,17 +71,18 @@ def save_state(state: Mapping[str, Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def check_tensors(file: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, naming them, where tensors read from `file` are not the expected ones."""
-    if wrong := differing(found, expected):
-        raise ValueError(f"{file.name} does not hold the model as it was: {', '.join(wrong)} differ; nothing was kept.")
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
+    """Name -> type, shape and SHA-256 of each tensor, to compare with where the tensors themselves are not held."""
+    raw = {name: tensor.contiguous().reshape(-1).view(torch.uint8).numpy() for name, tensor in tensors.items()}
+    return {name: (one.dtype, one.shape, hashlib.sha256(raw[name]).digest()) for name, one in tensors.items()}
 
 
-def differing(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors that are not in both, or of another type, shape or value."""
-    both = {name: (found[name], expected[name]) for name in found.keys() & expected.keys()}
-    same = {name for name, (one, other) in both.items() if one.dtype == other.dtype and torch.equal(one, other)}
-    return sorted((found.keys() | expected.keys()) - same)
+def check_tensors(file: Path, found: Mapping[str, Tensor], expected: Mapping[str, tuple]) -> None:
+    """Raise ValueError, naming them, where tensors read from `file` are not those of the expected `digests`."""
+    if wrong := {name for name, _ in digests(found).items() ^ expected.items()}:
+        raise ValueError(
+            f"{file.name} does not hold the model as it was: {', '.join(sorted(wrong))} differ; nothing was kept."
+        )
 
 
 def text_config_source(config: CapivaraConfig, text_config: str | None) -> str | None:
