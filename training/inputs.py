@@ -129,7 +129,8 @@ class Inputs:
 
 def load_inputs(args: RunArguments, accelerator: Accelerator) -> Inputs:
     """Everything a run needs. Raises ValueError where anything is missing or bad, or too little for a batch."""
-    splits, root = open_splits(args), cache_root(args)  # before a model is loaded
+    splits, named = open_splits(args), args.image_embedding_cache  # before a model is loaded
+    root = cache_home() / "image_embeddings" if named in ("auto", "off") else Path(named)
     processor = load_processor(args.model)
     base = load_model(args.model)
     prepare_trainable(load_model(args.model), args)  # its names match, before any long work
@@ -235,12 +236,6 @@ def evaluation_pairs(
 def caption_column(args: RunArguments, language: str) -> str:
     """The column of the captions in a language."""
     return args.caption_column.replace("{language}", language)
-
-
-def cache_root(args: RunArguments) -> Path:
-    """Where image embeddings are kept."""
-    named = args.image_embedding_cache
-    return cache_home() / "image_embeddings" if named in ("auto", "off") else Path(named)
 
 
 def _complete(texts: list[str]) -> list[str]:
