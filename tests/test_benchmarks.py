@@ -70,20 +70,6 @@ def test_eval_retrieval_at_small_size(tmp_path):
 
 
 @pytest.mark.slow
-def test_pairs_at_small_size(tmp_path, monkeypatch):
-    from benchmarks import pairs
-
-    monkeypatch.setenv("CAPIVARA_CACHE", str(tmp_path))  # is set, and put back after the test
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setattr(pairs, "in_own_process", lambda module, folder: pairs.measure_here(folder))
-    pairs.main(["--rows", "300", "--output", str(tmp_path / "p.json")])
-    found = json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
-    assert 200 < found["pairs"] < 300 and found["second_run_s"] > 0
-    assert found["minutes"] > 0 and 0 < found["imports_gib"] <= found["peak_gib"] < 4
-
-
-@pytest.mark.slow
 def test_export_at_small_size(tiny_folder, tmp_path, capsys, monkeypatch):
     from benchmarks import export
 
