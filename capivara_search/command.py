@@ -430,11 +430,11 @@ def explained(error: Exception, words: Words) -> tuple[int, str]:
     if no_space_left(error):
         return UNUSABLE, words("no_space")
     code, number = getattr(error, "code", None), getattr(error, "errno", None)
-    text = str(error)
+    text = error.strerror if code and number else str(error)  # whose own number is no word for people
     if words.language == "pt" and words.has(f"error.{code}"):
         values = {name: words.reason(getattr(one, "code", None), str(one)) for name, one in error.values.items()}
         text = words(f"error.{code}", **values)
-    elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
+    elif code is None and number in (errno.EACCES, errno.EPERM, errno.EROFS):
         text = words("no_permission", path=error.filename or "--port")
     elif number == errno.EADDRINUSE:
         text = words("port_in_use")

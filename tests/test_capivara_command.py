@@ -506,6 +506,16 @@ def test_usual_errors_of_the_library_are_said_in_portuguese(
     assert english[0] == 2 and english[2].splitlines()[-1].startswith("error: ")
 
 
+def test_an_index_that_may_not_be_read_is_named_in_both_languages(capivara, own_index, monkeypatch):
+    def denied(*_):
+        raise explanation(RuntimeError("lance error: Permission denied (os error 13)"), str(own_index), "pictures")
+
+    monkeypatch.setattr(PictureTable, "exists", denied)
+    for language in ("en", "pt"):
+        said = Words(language)("error.index_denied", path=own_index)
+        assert capivara("status", "--index", own_index, "--lang", language)[2].partition(": ")[2] == f"{said}\n"
+
+
 def test_errors_of_the_system_and_of_packages_are_said_in_the_language():
     with pytest.raises(ImportError) as of_an_extra:
         require("X", "captions", "no_such_package")
