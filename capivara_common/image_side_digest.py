@@ -48,11 +48,11 @@ def _settings(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         vision, processor = config.get("vision_config") or {}, _processor(folder)
+        steps = {name: _step(name, processor.get(name)) for name in PROCESSOR_FIELDS}
         if (kind := config.get("model_type", "capivara")) == "capivara":
-            steps = {name: processor.get(name) for name in PROCESSOR_FIELDS}
             return {"vision_config": _tower(vision), "image_processor": steps}
         known = (OF_SIGLIP if kind == "siglip" else OF_TRANSFORMERS) | vision | {"model_type": kind}
-        steps = {name: _step(name, processor.get(name)) for name in PROCESSOR_FIELDS}
+        steps = {name: OF_STEPS.get(name) if value is None else value for name, value in steps.items()}
         return {"vision_config": {name: known[name] for name in CLIP_FIELDS}, "image_processor": steps}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"The settings of the model {folder} can't be read: {error!r}") from error
@@ -69,11 +69,11 @@ def _processor(folder: Path) -> dict[str, Any]:
 
 
 def _step(name: str, value: Any) -> Any:
-    """A setting of the image processor as it is saved, also where an older file has one number for a size, or none."""
-    if value is None:
-        return OF_STEPS.get(name)
-    if type(value) is not int or name not in ("size", "crop_size"):
+    """A setting of the image processor as it is saved, also where one number stands for a size. Raises TypeError."""
+    if name not in ("size", "crop_size") or isinstance(value, dict | None):
         return value
+    if type(value) is not int:
+        raise TypeError(f"{name} must be a whole number or an object of them, got {value!s:.80}")
     return {"shortest_edge": value} if name == "size" else {"height": value, "width": value}
 
 

@@ -237,6 +237,7 @@ SAME = {
     "version": lambda f: change(f / "config.json", transformers_version="9.9"),
     "dropout": lambda f: part(f, *VISION, attention_dropout=0.1, dtype="bfloat16", initializer_range=1.0),
     "limit": lambda f: part(f, *PROCESSOR, max_resized_pixels=10_000_000),
+    "numbers": lambda f: part(f, *PROCESSOR, size=32, crop_size=32),
 }
 OTHERS = {
     **{name: lambda f, name=name: change_weights(f, name) for name in ("vision_model.", "visual_projection.")},
