@@ -165,7 +165,8 @@ def reach_failure(source: str | Path, error: Exception) -> ValueError:
         )
         return coded(ValueError, "no_model_on_hub", text, model=source)
     if isinstance(error, HfHubHTTPError):
-        return ValueError(f"{source} could not be fetched from the Hub: {' '.join(str(error).split())}")
+        text = "{model} could not be fetched from the Hub: {error}"
+        return coded(ValueError, "not_fetched", text, model=source, error=" ".join(str(error).split()))
     text = (
         "The model {model} is no folder here, nor in the cache of the Hub ({cache}), and the Hub can't be reached "
         "({error}). Check the name, or the connection and HF_HUB_OFFLINE."

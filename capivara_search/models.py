@@ -64,7 +64,7 @@ class SearchModel:
     @cached_property
     def image_digest(self) -> str:
         """Hex digest of all that the embeddings of images depend on; models that share it can share them."""
-        with self._usable():
+        with usable(self.name):
             return image_side_digest(self.folder)
 
     @property
@@ -105,12 +105,12 @@ class SearchModel:
 
     @cached_property
     def _steps(self) -> dict[str, Any]:
-        with self._usable():
+        with usable(self.name):
             return image_steps(self.folder)
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        with self._usable():
+        with usable(self.name):
             config = read_json(self.folder / "config.json", model_type=str)
             check_sizes(config, f"{self.folder}/config.json: ")
             return config
@@ -131,7 +131,7 @@ class SearchModel:
 
     def _number(self, name: str) -> float | None:
         """A weight that is one number; None where there is none of that name. Raises ValueError."""
-        with self._usable():
+        with usable(self.name):
             for weights in map(WeightFile, weight_files(self.folder)):
                 if name in weights.places:
                     number = weights.array(name).item()
@@ -153,7 +153,7 @@ class SearchModel:
         texts = checked_texts(list(texts))
         if self._kind != "capivara":  # which repairs its texts by itself
             texts = [text.encode("utf-8", "replace").decode() for text in texts]  # half a character stops a tokenizer
-        with self._usable():
+        with usable(self.name):
             if "_loaded" not in self.__dict__ and len(texts) <= MANY_TEXTS and self._text_tower is not None:
                 return self._text_tower.embed(texts)
         from modeling_capivara.two_towers import embed_texts
@@ -187,18 +187,19 @@ class SearchModel:
         from modeling_capivara.loading import load_model, load_processor
 
         device = torch_device(self.device)
-        with self._usable():
+        with usable(self.name):
             return load_model(self.folder).eval().to(device), load_processor(self.folder)
 
-    @contextmanager
-    def _usable(self) -> Iterator[None]:
-        """Let what is wrong with the model's files be said with its name, and a code."""
-        try:
-            yield
-        except ValueError as error:
-            if hasattr(error, "code"):
-                raise
-            raise failure(ValueError, "unusable_model", model=self.name, reason=error) from error
+
+@contextmanager
+def usable(model: str) -> Iterator[None]:
+    """Let what is wrong with the files of a model be said with its name, and a code."""
+    try:
+        yield
+    except ValueError as error:
+        if hasattr(error, "code"):
+            raise
+        raise failure(ValueError, "unusable_model", model=model, reason=error) from error
 
 
 def find_model(model: str | None = None, device: str | None = None) -> SearchModel:
@@ -218,7 +219,8 @@ def find_model(model: str | None = None, device: str | None = None) -> SearchMod
         from capivara_search.miniature import miniature_folder
 
         return SearchModel(MINIATURE, MINIATURE, miniature_folder(), device)
-    folder = model_folder(model, convert_with_torch)
+    with usable(model):
+        folder = model_folder(model, convert_with_torch)
     name, source = (here.resolve().name, str(here.resolve())) if here.exists() else (model, model)
     return SearchModel(name, source, folder, device)
 

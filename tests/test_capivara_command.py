@@ -460,11 +460,16 @@ def test_a_path_that_would_leave_nothing_out_is_no_pattern(own_index, folder, mo
     assert index.folders_to_add([folder], exclude=["2024/azul.jpg"]) == [folder], "which is one from here, too"
 
 
-DAMAGED = {  # the first bytes of a file of a model, and what they become
-    "config.json": (b'"projection_dim": ', b'"projection_dim": true, "x": '),
-    "processor_config.json": (b"{", b"["),
-    "tokenizer.json": (b"{", b"["),
-    "model.safetensors": (b"", b"\x00"),
+DAMAGED = {  # a model -> one of its files, the first bytes of it, and what they become
+    "width": ("config.json", b'"projection_dim": ', b'"projection_dim": true, "x": '),
+    "steps": ("processor_config.json", b"{", b"["),
+    "crop": ("processor_config.json", b'"crop_size": ', b'"crop_size": [32], "x": '),
+    "pieces": ("tokenizer.json", b"{", b"["),
+    "weights": ("model.safetensors", b"", b"\x00"),
+    # in the place of the weights
+    "shards": ("model.safetensors.index.json", b"", b"["),
+    "none": ("model.safetensors.index.json", b"", b'{"weight_map": {}}'),
+    "openclip": ("open_clip_config.json", b"", b"["),
 }
 LIBRARY = [  # what is done, what is said of it in Portuguese
     ("indexar empty --model TINY", "não há imagens na pasta empty"),
@@ -495,8 +500,10 @@ def test_usual_errors_of_the_library_are_said_in_portuguese(
     (tmp_path / "bert").mkdir(), (tmp_path / "\udcff").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     if name := next((name for name in DAMAGED if line.endswith(f" {name}")), None):
-        file = shutil.copytree(saved_tiny_folder, tmp_path / name) / name
-        file.write_bytes(file.read_bytes().replace(*DAMAGED[name], 1))
+        file = shutil.copytree(saved_tiny_folder, tmp_path / name) / DAMAGED[name][0]
+        if not file.exists():
+            (file.parent / "model.safetensors").unlink(), file.touch()
+        file.write_bytes(file.read_bytes().replace(*DAMAGED[name][1:], 1))
     places = {"INDEX": index, "TINY": saved_tiny_folder}
     words = " ".join(str(places.get(word, word)) for word in line.split()).split()
     ended, out, error = capivara("--lang", "pt", *words)
