@@ -132,7 +132,7 @@ def make_plan(
     columns = ["path", "size", "mtime_ns", "digest", "model"]
     known = KnownRows(table.rows(columns, clause), image_digest)
     left_out = table.rows([*columns[:3], "reason"], clause, LEFT_OUT).to_pylist()
-    broken = {FileState(*list(row.values())[:3]) for row in left_out if not _is_retryable(row)}
+    broken = {FileState(*list(row.values())[:3]) for row in left_out if LeftOut.of_row(row).code not in RETRYABLE}
     todo = [file for file in found if not known.is_done(file)]
     broken &= set(todo)
     there = {file.path for file in found} | {one.path for one in unseen}
@@ -178,7 +178,7 @@ class IndexWriter:
     def _start_commit(self) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
         self.by_digest: dict[str, np.ndarray] = {}
-        self.left_out: dict[str, dict[str, Any]] = {}
+        self.left_out: dict[FileState, LeftOut] = {}
         self.since = time.monotonic()
 
     def run(self) -> Added:
@@ -202,8 +202,9 @@ class IndexWriter:
         if self.rows:
             self.table.merge(pa.Table.from_pylist(list(self.rows.values()), self.columns))
         if self.left_out:
-            self.table.merge(pa.Table.from_pylist(list(self.left_out.values()), EMPTY[LEFT_OUT]), LEFT_OUT)
-            bad = [path for path, row in self.left_out.items() if not _is_retryable(row)]
+            rows = [asdict(file) | {"reason": one.reason} for file, one in self.left_out.items()]
+            self.table.merge(pa.Table.from_pylist(rows, EMPTY[LEFT_OUT]), LEFT_OUT)
+            bad = [one.path for one in self.left_out.values() if one.code not in RETRYABLE]
             self.table.remove(bad)
             self.added.removed += sum(path in self.plan.known.places for path in bad)
         self._start_commit()
@@ -217,8 +218,8 @@ class IndexWriter:
             elif not isinstance(picture, BadImage):
                 raise picture
             elif picture.reason != "gone":  # else since it was found: the next run sees that
-                self.left_out[file.path] = asdict(file) | {"reason": str(picture)}
-                self.added.left_out.append(LeftOut(file.path, str(picture)))
+                self.left_out[file] = LeftOut(file.path, picture.reason, picture.detail)
+                self.added.left_out.append(self.left_out[file])
         known = self._kept({one.digest for one in pictures.values()}) | self.by_digest
         new = {one.digest: one.image for one in pictures.values() if one.digest not in known}
         if new and not self.added.embedded:
@@ -309,11 +310,6 @@ def finish(table: PictureTable, model: "SearchModel", plan: Plan, added: Added) 
     table.tidy(model.width)
 
 
-def _is_retryable(row: dict[str, Any]) -> bool:
-    """Whether a row of what was left out says that its file could not be opened, and may be another time."""
-    return LeftOut(row["path"], row["reason"]).code in RETRYABLE
-
-
 def _left_out(table: PictureTable, plan: Plan, new: Collection[str]) -> list[LeftOut]:
     """What was left out of the folders; the table of it is brought up to date."""
     columns = ["path", "size", "mtime_ns", "reason"]
@@ -326,7 +322,7 @@ def _left_out(table: PictureTable, plan: Plan, new: Collection[str]) -> list[Lef
     table.remove([row["path"] for row in rows if row["path"] not in true], LEFT_OUT)
     if unknown := [row for row in true.values() if row not in rows]:
         table.merge(pa.Table.from_pylist(unknown, EMPTY[LEFT_OUT]), LEFT_OUT)
-    return [LeftOut(path, true[path]["reason"]) for path in sorted(true)]
+    return [LeftOut.of_row(true[path]) for path in sorted(true)]
 
 
 def embed_files(model: "SearchModel", files: Sequence[FileState], place: Path) -> dict[str, np.ndarray]:

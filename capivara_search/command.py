@@ -258,7 +258,8 @@ def status(words: Words, all: bool, json: bool) -> None:
     """What the index holds, and what was left out, on one screen."""
     found = _filled_index().status()
     if json:
-        _write_json(asdict(found))
+        left_out = [{"path": one.path, "reason": one.reason} for one in found.left_out]
+        _write_json(asdict(found) | {"left_out": left_out})
         return
     why = Counter(one.code for one in found.left_out)
     lists = {

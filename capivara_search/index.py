@@ -447,7 +447,7 @@ class PictureIndex:
         return Status(
             where=self.where,
             pictures=len(self),
-            left_out=sorted((LeftOut(**row) for row in left_out), key=lambda one: one.path),
+            left_out=sorted(map(LeftOut.of_row, left_out), key=lambda one: one.path),
             folders=self.folders(),
             model=model.get("name"),
             bytes=self._table.bytes(),

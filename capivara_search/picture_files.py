@@ -281,7 +281,7 @@ class _Walk:
     def leave_out(self, path: str, fault: BadImage) -> None:
         """Note what can't be looked at, and why."""
         shown = path.encode(errors="surrogateescape").decode(errors="replace")
-        self.left_out.append(LeftOut(shown, str(fault)))
+        self.left_out.append(LeftOut(shown, fault.reason, fault.detail))
 
 
 def is_picture_name(name: str) -> bool:

@@ -1,7 +1,9 @@
 """What the index answers: plain records, for the command, the page and your own programs alike."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 TEMPLATE = "uma imagem de {}"  # of a label, where none is given
 SAME = 0.84  # least similarity (`duplicates.compared`) of what is nearly the same, docs/benchmarks.md has its table
@@ -33,12 +35,19 @@ class LeftOut:
     """A file that has no row in the index, and why."""
 
     path: str
-    reason: str  # as it is kept: its code, a colon, and what is wrong in English
+    code: str  # of its words in `words.yaml`
+    detail: str  # what is wrong, in English
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> "LeftOut":
+        """As a row of the table `left_out` has it, whose `reason` is code and detail in one text."""
+        code, _, detail = row["reason"].partition(": ")
+        return cls(row["path"], code, detail)
 
     @property
-    def code(self) -> str:
-        """Of its words in `words.yaml`."""
-        return self.reason.partition(":")[0]
+    def reason(self) -> str:
+        """Both, as they are kept and shown."""
+        return f"{self.code}: {self.detail}"
 
     def __str__(self) -> str:
         return self.reason

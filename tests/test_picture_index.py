@@ -672,6 +672,6 @@ def test_rows_of_a_folder_that_can_not_be_read_stay(index, folder, monkeypatch):
     found, unseen = adding.find_pictures([folder])
     closed = str(folder / "d0")
     seen = [file for file in found if not file.path.startswith(closed)]
-    left_out = [*unseen, LeftOut(closed, "permission denied")]
+    left_out = [*unseen, LeftOut(closed, "no permission", "it may not be read")]
     monkeypatch.setattr(adding, "find_pictures", lambda *_: (seen, left_out))
     assert len(seen) < len(found) and index.add(folder).removed == 0 and len(index) == rows
