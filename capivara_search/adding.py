@@ -289,7 +289,7 @@ def note_model(table: PictureTable, model: "SearchModel", plan: Plan) -> None:
     before, others = table.model(), table.of_other_models(model.image_digest)
     facts = {"source": model.source, "name": model.name, "width": model.width, "image_digest": model.image_digest}
     again = sum(row is not None and not row[1] for row in (plan.known[file.path] for file in plan.files))
-    if others:
+    if others and (again or (before or {}).get("image_digest") != model.image_digest):
         note("image_side", model.name, again, others)
     elif before and before != facts and table.count():
         note("text_exchanged", model.name, before.get("name"))

@@ -213,6 +213,8 @@ def test_another_image_side_is_refused_in_search_and_embeds_all_again(
         added = other.add(folder)
     assert "Another image side: 20 of 24 pictures of another model are embedded again by" in caplog.text
     assert (added.embedded, added.again, added.new, added.changed, added.moved) == (20, 20, 0, 0, 0)
+    caplog.clear()
+    assert other.add(folder).unchanged == 20 and "image side" not in caplog.text, "it is said once"
     assert (added := other.add()).again == 4 and added.unchanged == 20
     fresh = PictureIndex.open(tmp_path / "fresh.lance", model=models[name])
     fresh.add(folder, folder.with_name("outras"))
