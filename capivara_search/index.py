@@ -345,19 +345,21 @@ class PictureIndex:
     ) -> list[Hit]:
         """The pictures of the latest `date`, latest first; of copies, the latest. Arguments are those of `search`."""
         clause = all_of(_filters(folder, since, until))
+        if not stacked:  # which needs no model
+            return to_hits(self._newest(clause, HIT_COLUMNS, k))
         held = self._held(clause)
-        newest = held.newest if held else partial(self._newest, clause)
-        return self._stacked(k, newest, clause) if stacked else to_hits(newest(k))
+        newest = held.newest if held else partial(self._newest, clause, compared_columns(self.model.width))
+        return self._stacked(k, newest, clause)
 
-    def _newest(self, clause: str | None, k: int) -> pa.Table:
-        """`HeldRows.newest`, of more rows than are held."""
+    def _newest(self, clause: str | None, columns: Sequence[str], k: int) -> pa.Table:
+        """`HeldRows.newest`, of the table."""
 
         def paths_in_order() -> pa.ChunkedArray:
             rows = self._table.rows(["path", "taken", "mtime_ns"], clause)
             return rows["path"].take(by_date(rows))
 
         paths = paths_in_order() if clause else self._table.kept("newest", paths_in_order)  # of a million, a second
-        found = self._table.of_paths(compared_columns(self.model.width), paths[:k].to_pylist())
+        found = self._table.of_paths(columns, paths[:k].to_pylist())
         return found.take(pc.index_in(paths[:k], found["path"]).drop_null())
 
     def _of_model(self) -> list[str]:
