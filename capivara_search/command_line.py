@@ -35,7 +35,8 @@ def said(kind: click.ParamType) -> click.ParamType:
         try:
             return convert(value, param, ctx)
         except click.BadParameter as error:
-            values = vars(kind) | {"value": visible(str(value))}
+            values = vars(kind) | {"value": visible(str(value)), "choices": ", ".join(getattr(kind, "choices", ()))}
+            values |= {name: ctx.obj.number(one, 2) for name, one in values.items() if isinstance(one, float)}
             raise click.BadParameter(ctx.obj(f"bad.{kind.name}", **values)) from error
 
     kind.convert = checked

@@ -192,7 +192,7 @@ WRONG = {
     "search x --like none.jpg": ("--like: there is no file none.jpg", "--like: não há arquivo none.jpg"),
     "search x --since 31/02/2024": ("--since: 31/02/2024 is no date such as", "31/02/2024 não é uma data como"),
     "search x --since 2025 --until 2024": ("is after --until (2024-12-31)", "vem depois de --until (2024-12-31)"),
-    "search x --lang fr": ("--lang: fr is none of ('pt', 'en')", "--lang: fr não é uma das opções ('pt', 'en')"),
+    "search x --lang fr": ("--lang: fr is none of pt, en", "--lang: fr não é uma das opções pt, en"),
     "index": ("No folder was named, and none was added on this machine", "nenhuma pasta foi dada, e nenhuma das"),
     "index . --exclude #x": ("'#x' is no pattern of a .gitignore", "o padrão '#x' não cabe em um .gitignore"),
     "index . --exclude ./file.txt": ("--exclude ./file.txt: it is a path", "--exclude ./file.txt: é um caminho daqui"),
@@ -207,7 +207,7 @@ WRONG = {
     "classify . --labels gato Gato": ("The label 'gato' is there twice", "o rótulo gato aparece duas vezes"),
     "export none/all.csv": ("there is no folder none", "não há pasta none"),
     "duplicates --json --csv": ("--csv does not go with --json", "--csv não combina com --json"),
-    "duplicates --threshold 2": ("must be a number from 0.01 to 1, got 2", "deve ser um número de 0.01 a 1, e é 2"),
+    "duplicates --threshold 2": ("must be a number from 0.01 to 1, got 2", "deve ser um número de 0,01 a 1, e é 2"),
 }
 
 
