@@ -509,6 +509,7 @@ def test_usual_errors_of_the_library_are_said_in_portuguese(
     ended, out, error = capivara("--lang", "pt", *words)
     last = error.replace(f"{tmp_path}/", "").splitlines()[-1]
     assert (ended, out) == (2, "") and last.startswith("erro: ") and text in last, error
+    assert not (tmp_path / "new.lance").exists()
     english = capivara("--lang", "en", *words)
     assert english[0] == 2 and english[2].splitlines()[-1].startswith("error: ")
 

@@ -1,5 +1,6 @@
 """An index of pictures: what is added, kept, found and answered. Everything runs on a tiny model."""
 
+import errno
 import json
 import logging
 import os
@@ -16,8 +17,7 @@ from tiny import save_model
 from towers import as_published, gemma_like, siglip2
 from transformers import AutoProcessor, SiglipModel
 
-from capivara_common.image_files import BadImage
-from capivara_search import adding, table
+from capivara_search import adding, picture_files, table
 from capivara_search import folders as known_folders
 from capivara_search import index as index_module
 from capivara_search.index import PictureIndex
@@ -464,15 +464,16 @@ def test_what_is_forgotten_leaves_no_thumbnail_on_the_disk(index, folder):
 def test_a_file_that_could_not_be_opened_is_tried_again_and_keeps_its_row(index, folder, monkeypatch):
     chosen = sorted(folder.rglob("*.png"))[0]
     os.utime(chosen, ns=(1, 1))
-    read = adding.read_picture
+    opened = picture_files.open_regular_file
 
-    def fails(file, **options):
-        if file.path == str(chosen):
-            raise BadImage("read error", "the disk said no")
-        return read(file, **options)
+    def fails(path, *options):
+        if path == str(chosen):
+            raise OSError(errno.EIO, "the disk: no")
+        return opened(path, *options)
 
-    monkeypatch.setattr(adding, "read_picture", fails)
-    assert [one.path for one in index.add(folder).left_out] == [str(chosen)]
+    monkeypatch.setattr(picture_files, "open_regular_file", fails)
+    left_out = [LeftOut(str(chosen), "read error", "the disk: no")]
+    assert index.add(folder).left_out == index.status().left_out == left_out
     assert index.row(str(chosen)) is not None
     monkeypatch.undo()
     assert index.add(folder).left_out == []
