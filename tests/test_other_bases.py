@@ -99,13 +99,16 @@ def trimmed(folder, output, **options):
     return *(load_processor(path) for path in (folder, output)), *(load_model(path) for path in (folder, output))
 
 
-def test_a_bpe_with_bytes_is_trimmed_and_texts_of_its_pieces_stay(tmp_path):
+@pytest.mark.parametrize("size", [3000, pytest.param(256_000, marks=pytest.mark.slow)])  # SigLIP 2 has so many
+def test_a_bpe_with_bytes_is_trimmed_and_texts_of_its_pieces_stay(size, tmp_path):
     """Merges are closed under what is kept: the same pieces, with the same rows, in the same order."""
     words = language_words("pt", 300) + language_words("de", 2000)
-    siglip2(tmp_path / "base", gemma_like([*map(word_forms, words), *TWELVE], 3000))
+    many = ("pt", "en", "de", "fr", "es", "it", "nl", "pl")
+    more = (f"▁{word}" for code in many for word in language_words(code, 50_000))
+    siglip2(tmp_path / "base", gemma_like([*map(word_forms, words), *TWELVE], 3000, more, size))
     (tmp_path / "texts").write_text("\n".join(TWELVE), encoding="utf-8")
     whole, small, base, cut = trimmed(tmp_path / "base", tmp_path / "small", texts=[tmp_path / "texts"])
-    assert len(small.tokenizer) < 0.8 * len(whole.tokenizer)
+    assert len(small.tokenizer) < 0.8 * size and len(whole.tokenizer) == size
     tables = [model.text_model.get_input_embeddings().weight for model in (base, cut)]
     changed = 0
     for text in [*TWELVE, *map(word_forms, language_words("pt", 300)), "Über die Brücke 鮫", "geschwindigkeit"]:
@@ -119,7 +122,7 @@ def test_a_bpe_with_bytes_is_trimmed_and_texts_of_its_pieces_stay(tmp_path):
 
 
 @pytest.mark.slow
-def test_siglip2_in_full_size_is_read_by_open_clip_and_sentence_transformers(tmp_path):
+def test_siglip2_of_full_width_is_read_by_open_clip_and_sentence_transformers(tmp_path):
     """SigLIP 2 B/16 with a made BPE of 30,000 pieces, trimmed: each library with its own code, the scores equal."""
     import open_clip
     from sentence_transformers import SentenceTransformer

@@ -1,6 +1,7 @@
 """Models of two towers of transformers at toy width, saved as their publishers save them; nothing is downloaded."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from tiny import randomise, tiny_tokenizer
@@ -87,17 +88,26 @@ def metaclip_2(folder: Path) -> None:
 MAKERS = {maker.__name__: maker for maker in (siglip, clip, chinese_clip, altclip, metaclip_2)}
 
 
-def gemma_like(texts: list[str], size: int) -> Siglip2Tokenizer:
-    """A tokenizer as SigLIP 2's: BPE over whole texts in small letters, with a piece for each byte."""
+def gemma_like(texts: list[str], size: int, more: Iterable[str] = (), filled: int = 0) -> Siglip2Tokenizer:
+    """A tokenizer as SigLIP 2's: BPE over whole texts in small letters, with a piece for each byte.
+
+    To train more than some ten thousand pieces takes long: beginnings of `more` texts fill it up.
+    """
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
     made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     made.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(" ", "▁")])
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False, max_token_length=16)
     made.train_from_iterator(texts, trainer)
     model = json.loads(made.to_str())["model"]
-    merges = [tuple(merge) for merge in model["merges"]]
+    vocab, merges = model["vocab"], [tuple(merge) for merge in model["merges"]]
+    pairs = ((text[:end], text[end]) for text in more for end in range(1, len(text)))
+    while len(vocab) < filled:
+        left, right = next(pairs)
+        if left in vocab and right in vocab and left + right not in vocab:
+            merges.append((left, right))
+            vocab[left + right] = len(vocab)
     return Siglip2Tokenizer(
-        vocab=model["vocab"], merges=merges, padding_side="right", model_max_length=64, model_input_names=["input_ids"]
+        vocab=vocab, merges=merges, padding_side="right", model_max_length=64, model_input_names=["input_ids"]
     )
 
 
