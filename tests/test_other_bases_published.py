@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -11,13 +12,14 @@ import pytest
 import torch
 from card_run import card_of, short_run, split_card
 from hub_client import hub_commands
+from made_benchmarks import make_data
 from safetensors.torch import load_file, save_file
 from tiny import draw_nothing
 from towers import MAKERS, gemma_like, siglip2
 
 from capivara_common.files import read_json
 from capivara_common.image_side_digest import image_side_digest
-from eval import report, retrieval
+from eval import report, retrieval, suite
 from hub_upload.card import check, write_card
 from hub_upload.export import export, main
 from modeling_capivara.loading import load_processor
@@ -140,8 +142,8 @@ def test_a_text_config_is_for_capivara_alone(run, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-def test_figures_name_class_and_loss(run, kind, tmp_path):
-    """In result files and on the page; embeddings are cut as any model's."""
+def test_figures_name_class_and_loss(run, kind, tmp_path, capsys):
+    """In result files, in the table of a suite and on the page; embeddings are cut as any model's."""
     named, output = dict(zip(("model_class", "loss"), FACTS[kind], strict=True)), tmp_path / "results"
     words = ["--model", str(run), "--dataset", str(run.parent / "data/squares"), "--output", str(output / "cut.json")]
     retrieval.main([*words, "--dim", "16"])
@@ -151,6 +153,11 @@ def test_figures_name_class_and_loss(run, kind, tmp_path):
         retrieval.main([*words, "--dim", "99"])
     ours = read_json(next((run / "results").glob("*_pt.json")))
     assert ours | named == ours
+    make_data(tmp_path / "data" / "mnist", "mnist")
+    where = ["--output", str(output / "suite"), "--data_dir", str(tmp_path / "data"), "--only", "mnist"]
+    suite.main(["--model", str(run), "--baseline", str(run.parent / "base"), *where])
+    (table,) = re.findall(r"Models: .*", capsys.readouterr().out)
+    assert table.count(f"({named['model_class']}, {named['loss']} loss)") == 2
     shutil.copytree(run, output / "run")
     report.main([str(output), "--output", str(tmp_path / "page")])
     page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
@@ -207,7 +214,8 @@ def test_transformers_js_classifies_as_the_pipeline(run, graphs, tmp_path):
     try:
         packages = in_browser.node_packages()
     except RuntimeError as error:
-        pytest.skip(f"transformers.js can't be asked: {error}")
+        answer = pytest.fail if os.environ.get("CI_REQUIRES_NODE") == "1" else pytest.skip
+        answer(f"transformers.js can't be asked: {error}")
     (tmp_path / "photos").mkdir()
     in_browser.Image.fromarray(data.astronaut()).resize((32, 32)).save(tmp_path / "photos" / "a.png")
     asked = {"labels": in_browser.LABELS, "template": in_browser.TEMPLATE, "texts": WORDS, "dtype": "fp32"}
