@@ -17,7 +17,7 @@ from made_index import make_pictures, rows_of
 from slurm_node import missing_programs, slurm_node
 from tiny import save_model
 
-from capivara_common.executors import failures
+from capivara_common import executors
 from capivara_search import PictureIndex
 from captions.build import BuildArguments, build
 
@@ -118,6 +118,10 @@ def wait_for_jobs(variables: dict[str, str]) -> None:
 SLURM = ("--executor", "slurm", "--tasks", "2", "--partition", "main", "--time", "00:10:00", "--mem_per_cpu_gb", "1")
 
 
+def test_tasks_on_other_machines_import_the_code_of_this_checkout():
+    assert executors.ROOT == ROOT  # tests' own PYTHONPATH would hide another
+
+
 def test_a_real_slurm(config, built, slurm):
     """A task without its model fails its job, and what depends on it is not run; the same command does the rest."""
     model = yaml.safe_load(config.read_text())["score"]["model"]
@@ -127,7 +131,7 @@ def test_a_real_slurm(config, built, slurm):
     wait_for_jobs(slurm)
     changed(config, score={"model": model, "device": "cpu", "rows_per_part": 4})
     logs = built / "logs" / "2-score" / "train" / "rows"
-    assert failures(logs).keys() == {0, 1} and "not-there" in failures(logs)[0]
+    assert (failed := executors.failures(logs)).keys() == {0, 1} and "not-there" in failed[0]
     assert len(list((built / "1-translate" / "train").glob("*.parquet"))) == 7
     assert not (built / "3-select").exists() and not (built / "dataset").exists()
     said = run(config, "--dry_run")
