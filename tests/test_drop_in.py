@@ -246,12 +246,16 @@ def refused(match: str, model: Path, base: Path, output: Path, *flags: str) -> N
     assert not output.exists() and not [path for path in output.parent.iterdir() if ".tmp-" in path.name]
 
 
-def test_a_model_whose_image_side_was_trained_is_refused(model, base, tmp_path):
+@pytest.mark.parametrize("alone", ["drop_in", "immich"])
+def test_a_model_whose_image_side_was_trained_is_refused(alone, model, base, tmp_path):
+    if alone == "immich":  # the one that was not: its text side, whose vectors the export compares
+        made = export(model, base, tmp_path / "made", "--formats", alone)
+        assert {path.name for path in made.iterdir()} == {"config.json", "textual"}
     other, name = shutil.copytree(model, tmp_path / "other"), "vision_model.post_layernorm.bias"
     tensors = load_file(model / "model.safetensors")
     tensors[name].flatten()[0] = torch.nextafter(tensors[name].flatten()[0], torch.tensor(2.0))
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    refused("embeds pictures otherwise than .*embedded anew", other, base, tmp_path / "out")
+    refused("embeds pictures otherwise than .*embedded anew", other, base, tmp_path / "out", "--formats", alone)
 
 
 def test_what_is_no_exchange(model, base, tmp_path):
