@@ -186,10 +186,12 @@ class _Handler(HttpHandler):
         self.json({"type": "user", "name": self.user, "orgs": []})
 
     def create(self) -> None:
+        if self.user is None:
+            raise Refused(401, "Invalid username or password.")
         asked = json.loads(self.body)
         kind, namespace = asked.get("type", "model") + "s", asked.get("organization") or self.user
         name = f"{namespace}/{asked['name']}"
-        if namespace not in self.hub.writable.get(self.user, ()):
+        if namespace not in self.hub.writable[self.user]:
             raise Refused(403, f'You don\'t have the rights to create a {kind[:-1]} under the namespace "{namespace}"')
         url = f"{self.hub.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
         if (kind, name) in self.hub.storage.repos:
@@ -278,7 +280,7 @@ class _Handler(HttpHandler):
             objects.append(found)
         quota = self.hub.faults.quota_bytes
         if quota is not None and self.hub.storage.lfs_bytes() + missing > quota:
-            raise Refused(403, QUOTA)
+            raise Refused(self.hub.faults.quota_status, QUOTA)
         self.json({"transfer": "basic", "objects": objects})
 
     def lfs_put(self, sha256: str) -> None:

@@ -28,7 +28,7 @@ class Faults:
     Attributes:
         fail_upload_after_bytes: of a PUT, after which the connection is dropped.
         silent_uploads: how many PUTs are answered so late that a client should have lost patience.
-        quota_bytes: that all LFS objects may take.
+        quota_bytes: that all LFS objects may take; with more the answer is `quota_status`.
         concurrent_commit: somebody else commits to the branch, just before the next commit.
         commit_statuses: answers of the next commits, none of which is made.
         commit_message: what they say.
@@ -40,6 +40,7 @@ class Faults:
     fail_upload_after_bytes: int | None = None
     silent_uploads: int = 0
     quota_bytes: int | None = None
+    quota_status: int = 403
     concurrent_commit: bool = False
     commit_statuses: list[int] = field(default_factory=list)
     commit_message: str = "Internal Server Error"

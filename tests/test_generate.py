@@ -123,7 +123,7 @@ def blip2_folder(blip2, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("micro_batch_size", [7, 160])  # a remainder; all at once
+@pytest.mark.parametrize("micro_batch_size", [1, 7, 160])  # alone; a remainder; all at once
 def test_tokens_equal_those_of_the_plain_call(blip2, micro_batch_size):
     expected = plain_tokens(blip2, pictures(3))
     texts = [tuple(row) for rows in expected for row in rows]

@@ -178,8 +178,9 @@ def test_data_set(commands, hub, tmp_path):
 
 
 def test_a_token_that_is_wrong_or_missing_is_refused_before_anything(hub, push):
-    done = push(token="hf_" + "w" * 34)
-    assert done.code == 1 and "error: The Hub refuses the token (401)" in done.err
+    for flags in ((), ("--push",)):
+        done = push(*flags, token="hf_" + "w" * 34)
+        assert done.code == 1 and "error: The Hub refuses the token (401)" in done.err
     assert "there is no token, which --push needs" in push(token=None).out
     done = push("--push", token=None)
     assert done.code == 1 and "There is no token. Save one" in done.err and not written(hub)
@@ -243,11 +244,12 @@ def test_a_hub_in_trouble_is_asked_again_and_not_for_ever(hub, push):
     assert sum(done.waits_s) < 60
 
 
-def test_full_quota(hub, push):
+@pytest.mark.parametrize("status", [403, 507])
+def test_full_quota(hub, push, status):
     """By the Hub's own words."""
-    hub.faults = Faults(quota_bytes=350_000)
+    hub.faults = Faults(quota_bytes=350_000, quota_status=status)
     done = push("--push")
-    assert done.code == 1 and f"(403): {QUOTA.rstrip('.')}" in done.err
+    assert done.code == 1 and f"({status}): {QUOTA.rstrip('.')}" in done.err
     assert hub.uploaded == 0 and not hub.commits("us/model")
     hub.faults = Faults()
     assert push("--push").code == 0

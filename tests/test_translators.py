@@ -15,6 +15,7 @@ from captions.translators import GOOGLE_CHARACTERS, GoogleTranslator, Seq2SeqTra
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {"max_new_tokens": 6}
+CODES = {"pt": "por_Latn", "hi": "hin_Deva", "xh": "xho_Latn", "es": "spa_Latn", "yo": "yor_Latn"}  # NLLB's
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +68,12 @@ def test_what_looks_like_a_command_in_a_caption_is_text(marian, nllb):
 
 
 @pytest.mark.parametrize("kind", ["m2m100", "nllb"])
-@pytest.mark.parametrize("language", ["pt", "hi"])
+@pytest.mark.parametrize("language", CODES)
 def test_m2m100_and_nllb_begin_with_the_language(kind, language, request):
     folder, sentence = request.getfixturevalue(kind), "two men ride horses on the beach."
     translator = Seq2SeqTranslator(str(folder), language, **SHORT)
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    assert translator.code == (language if kind == "m2m100" else {"pt": "por_Latn", "hi": "hin_Deva"}[language])
+    assert translator.code == (language if kind == "m2m100" else CODES[language])
     token = tokenizer.convert_tokens_to_ids(f"__{language}__" if kind == "m2m100" else translator.code)
     tokenizer.src_lang = "en" if kind == "m2m100" else "eng_Latn"
     ids = model.generate(**tokenizer(sentence, return_tensors="pt"), forced_bos_token_id=token, **SHORT)[0].tolist()
