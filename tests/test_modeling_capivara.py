@@ -221,7 +221,14 @@ def test_the_check_of_the_mask_waits_for_no_device():
     _check_mask(ids, ids)
 
 
-def test_flex_attention_reaches_both_towers(tiny_model):
-    tiny_model.set_attn_implementation("flex_attention")  # which a CPU would compile for minutes
+@torch.no_grad()
+def test_flex_attention_computes_what_eager_does_in_both_towers(tiny_model, batch):
+    tiny_model.set_attn_implementation("eager")
+    expected = tiny_model(**batch)
+    tiny_model.set_attn_implementation("flex_attention")
     kinds = {tower.config._attn_implementation for tower in (tiny_model.text_model, tiny_model.vision_model)}
+    with torch.compiler.set_stance("force_eager"):  # its sums uncompiled: to compile them takes most of a minute
+        found = tiny_model(**batch)
     assert kinds == {"flex_attention"}
+    torch.testing.assert_close(found.text_embeds, expected.text_embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.image_embeds, expected.image_embeds, rtol=0, atol=1e-5)
