@@ -63,8 +63,9 @@ def capivara(capsys) -> Callable[..., tuple[int, str, str]]:
 
 
 def started(*words: Any, **options: Any) -> subprocess.Popen:
-    """The command in a process of its own."""
-    environment = os.environ | {"PYTHONUTF8": "1"} | options.pop("env", {})
+    """The command in a process of its own, without tests' sitecustomize.py: it collects waste as its user's does."""
+    root = str(Path(__file__).resolve().parents[1])
+    environment = os.environ | {"PYTHONUTF8": "1", "PYTHONPATH": root} | options.pop("env", {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-m", "capivara_search", *map(str, words)]
     return subprocess.Popen(command, text=True, env=environment, **pipes | options)
