@@ -498,8 +498,8 @@ def _listed(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
         for line in filter(bytes.strip, file):
             row, image = _json(line), None
             name = row.pop("file_name", None) if isinstance(row, dict) else None
-            if isinstance(name, str):
-                image = {"path": storable(os.path.abspath(path.parent / name))}
+            if isinstance(name, str):  # an address stays one, which is refused as such
+                image = {"path": storable(name if "://" in name else os.path.abspath(path.parent / name))}
             yield row, image
 
 

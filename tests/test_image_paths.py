@@ -183,6 +183,15 @@ def test_no_form_of_a_data_set_leads_out(write, tmp_path, hostile, server, monke
     assert files_of(tmp_path / "data") == good() + [None] * len(hostile) and not server.requests
 
 
+def test_an_address_in_a_list_is_refused_as_one(tmp_path, server):
+    for name in ("hf://datasets/a/b/c.png", f"http://127.0.0.1:{server.server_port}/a.png"):
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name}) + "\n", encoding="utf-8")
+        split = open_split(str(tmp_path), "train", "image")
+        with pytest.raises(BadImage, match=f"'{name}': an address, which is not fetched"):
+            image_bytes(next(split.rows())["image"], split.files)
+    assert not server.requests
+
+
 def test_a_path_is_followed_where_it_may_be(tmp_path, hostile):
     """Within the data set's folder, absolute or relative, and in a folder that the user names; elsewhere it is not."""
     (tmp_path / "data" / "in").mkdir()
