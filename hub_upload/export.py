@@ -44,10 +44,10 @@ class ExportArguments:
     output: Path = flag(..., "Folder of the repository. Must be missing or empty.")
     formats: str = flag(
         ",".join(FORMATS),
-        f"What shall be able to load it, with commas between, of {', '.join(FORMATS)}; transformers is always among "
-        "them. onnx needs the extra of its name and, for the full size, minutes. On demand, transformers_js: the same "
-        "graphs, and more, for a browser and Node. Or one alone: drop_in, the text side for pictures that --base has "
-        "embedded; immich, a folder for the machine-learning service of Immich.",
+        f"What shall be able to load it, with commas between, of {', '.join(FORMATS)}; of them transformers is "
+        "always written, named or not. onnx needs the extra of its name and, for the full size, minutes. On demand, "
+        "transformers_js: the same graphs, and more, for a browser and Node. Or one alone: drop_in, the text side for "
+        "pictures that --base has embedded; immich, a folder for the machine-learning service of Immich.",
     )
     base: str | None = flag(
         None,
@@ -123,6 +123,8 @@ def export(
 def _checked_formats(formats: Sequence[str], text_config: str | None, base: str | None) -> list[str]:
     """The formats without blanks, or ValueError, or ImportError where ONNX lacks a package."""
     formats = [name.strip() for name in formats if name.strip()]
+    if not formats:
+        raise ValueError(f"--formats is empty; name some of {', '.join(KNOWN)}, or leave the flag out.")
     if unknown := [name for name in formats if name not in KNOWN]:
         raise ValueError(f"There is no format {unknown[0]!r}; there are {', '.join(KNOWN)}.")
     alone = [name for name in formats if name in ("drop_in", "immich")]

@@ -191,6 +191,7 @@ def test_a_folder_that_is_no_whole_model(tiny_folder, tmp_path, fault):
     ("flags", "message"),
     [
         (["--formats", "transformers,openclip"], "no format 'openclip'; there are transformers, open_clip"),
+        (["--formats", " , "], "--formats is empty; name some of transformers, open_clip"),
         (["--repo_id", "my-model"], "must be owner/name"),
     ],
 )
