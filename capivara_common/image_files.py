@@ -8,12 +8,12 @@ begin as an image within the limits (`open_image`) before it is `decoded`.
 import io
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 import PIL.Image
@@ -48,7 +48,6 @@ TURNS = {  # EXIF orientation -> how the pixels become upright
 
 # A folder on the way to a file; where the system can, one that may be passed through but not listed, too.
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-T = TypeVar("T")
 MAX_DETAIL = 300  # letters that are kept of what is wrong; a caption can be a book
 PIL.Image.init()
 _FORMATS = tuple(name for name in IMAGE_FORMATS if name in PIL.Image.OPEN)  # PIL's build may lack AVIF
@@ -157,12 +156,6 @@ def decode_images(
         for start in range(0, len(rows), DECODED_AHEAD):
             part = rows[start : start + DECODED_AHEAD]
             yield from zip(part, threads.map(read, part), strict=True)
-
-
-def by_threads(read: Callable[..., T], *rows: Iterable[Any]) -> list[T]:
-    """`map` by threads, which decode side by side; they end before a model computes, whose own threads they slow."""
-    with ThreadPoolExecutor(DECODERS) as threads:
-        return list(threads.map(read, *rows))
 
 
 def open_image(

@@ -20,6 +20,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sized
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
@@ -36,10 +37,10 @@ from capivara_common.environment import package_versions
 from capivara_common.executors import Work, execute
 from capivara_common.files import read_json, whole_file, write_json
 from capivara_common.image_files import (
+    DECODERS,
     BadRow,
     ImageFileArguments,
     ImageFiles,
-    by_threads,
     decode_image,
     image_bytes,
 )
@@ -394,7 +395,8 @@ class RowStage:
         rows = itertools.islice(self.source.rows(part.start), len(part))
         numbered = zip(part, rows, strict=True)  # a source that has become shorter must not lose rows in silence
         while batch := list(itertools.islice(numbered, self.args.batch_rows)):
-            results = by_threads(self._prepared, (row for _, row in batch))
+            with ThreadPoolExecutor(DECODERS) as threads:  # ended before a model computes, whose own threads they slow
+                results = list(threads.map(self._prepared, (row for _, row in batch)))
             good = [row for row in results if not isinstance(row, BadRow)]
             done = iter(process([dict(row) for row in good]) if good else [])
             for (number, _), row in zip(batch, results, strict=True):

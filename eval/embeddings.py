@@ -14,6 +14,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,7 +31,7 @@ from tqdm.auto import tqdm
 from capivara_common.cli import at_least, flag, parse
 from capivara_common.environment import cache_home, device_description, processes
 from capivara_common.files import add_digest, has_digest, read_json, whole_file
-from capivara_common.image_files import BadImage, ImageFileArguments, by_threads
+from capivara_common.image_files import DECODERS, BadImage, ImageFileArguments
 from capivara_common.tasks import all_parts
 from caption_data.rows import digest_of
 from caption_data.sources import Split
@@ -58,7 +59,8 @@ class EmbeddingCache:
         """Shards that are still to be made, damaged ones among them; the same on all processes of a launch."""
         found: list[Any] = [None]
         if processes().is_main_process:
-            found = [[number for number, good in enumerate(by_threads(has_digest, self.paths)) if not good]]
+            with ThreadPoolExecutor(DECODERS) as threads:
+                found = [[number for number, good in enumerate(threads.map(has_digest, self.paths)) if not good]]
             for path in filter(Path.exists, (self.paths[number] for number in found[0])):
                 logger.warning("%s is damaged; it is made anew.", path)
             if found[0] and next(self.folder.parent.glob("*/*.npy"), None):  # their folders may have other names
