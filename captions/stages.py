@@ -323,6 +323,8 @@ class RowStage:
             return False
         there = stage_record(self.args.output)
         now = self.record | {"settings": there["settings"] | self.args.known_settings()}
+        # Flags in any order: earlier versions had another one.
+        there, now = ({**record, "command": set(record["command"].split(" --"))} for record in (there, now))
         return all(there[key] == now[key] for key in now) and all(self.path(part).is_file() for part in self.parts)
 
     def run(

@@ -101,6 +101,11 @@ def test_tasks_make_what_one_run_makes_and_another_number_finishes_it(numbered, 
 
     assert [done(number) for number in (1, 3, 6, 7)] == [[], [2], [4, 5], [0, 5, 6]], "of six parts; one has none"
     assert done(3, batch_rows=4) == [], "of another command"
+    record = json.loads((tmp_path / "out" / "stage.json").read_text())
+    program, *flags = record["command"].split(" --")
+    record["command"] = " --".join([program, *reversed(flags)])
+    (tmp_path / "out" / "stage.json").write_text(json.dumps(record))
+    assert len(flags) > 2 and done(3) == [2], "flags in another order, as an earlier version has recorded them"
     calls = Counter()
 
     def counting(rows):
