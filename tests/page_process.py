@@ -4,7 +4,6 @@ import contextlib
 import http.client
 import json
 import os
-import queue
 import subprocess
 import sys
 import threading
@@ -94,11 +93,11 @@ def served(index: Any, host: str = "127.0.0.1", port: int = 0, **options: Any) -
     """A page of an index in this process, by default at a free port."""
     from capivara_search.page.server import page_server
 
-    server, listening = page_server(index, host, port, on_open=(opened := queue.SimpleQueue()).put, **options)
+    server, listening, url = page_server(index, host, port, **options)
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     try:
-        yield Asked(opened.get(timeout=30).replace("0.0.0.0", "127.0.0.1"))
+        yield Asked(url.replace("0.0.0.0", "127.0.0.1"))
     finally:
         server.should_exit = True
         thread.join(15)

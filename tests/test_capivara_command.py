@@ -641,10 +641,11 @@ def test_ctrl_c_during_the_imports_is_one_line(index, folder):
 
 
 @pytest.mark.slow
-def test_a_reader_that_goes_away_is_no_error(index):
-    process = started("search", "x", "--json", "--index", index)
+@pytest.mark.parametrize("line", [("search", "x", "--json"), ("app", "--no-open")])
+def test_a_reader_that_goes_away_is_no_error(line, index):
+    process = started(*line, "--index", index)
     process.stdout.close()
-    assert process.stderr.read() == "" and process.wait(timeout=60) == 1
+    assert process.stderr.read() in ("", "Loading the model model …\n") and process.wait(timeout=60) == 1
 
 
 def test_app_says_what_it_answers_to_and_whose_originals_it_hides(capivara, index, monkeypatch, tmp_path):

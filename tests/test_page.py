@@ -1,20 +1,26 @@
 """The page in a browser: searching, looking and classifying, in two languages and on a telephone."""
 
+import asyncio
 import contextlib
 import io
 import os
 import shutil
 import socket
+import sys
+import threading
+import time
+import webbrowser
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.error import URLError
 
 import made_pictures
 import pytest
 from browser import Browser, open_browser, require_chromium
 from in_browser import AXE, required_packages, serious_faults
 from made_pictures import CAPTIONS, bomb, made_index, png, save_folder
-from page_process import running, served
+from page_process import answered, running, served
 from PIL import Image
 from tiny import randomise, tiny_config
 
@@ -69,6 +75,56 @@ def test_a_model_that_does_not_fit_the_index_is_said_before_the_page_opens(plain
     randomise(CapivaraModel(tiny_config()), seed=5).save_pretrained(other)
     with pytest.raises(ValueError, match="outro does not fit the index"):
         page_server(PictureIndex.open(plain_index.where, str(other)), port=0)
+
+
+def test_the_page_answers_while_the_browser_stays_open(plain_index, tmp_path, monkeypatch):
+    seen, made = tmp_path / "seen", []
+    (program := tmp_path / "browser.py").write_text(
+        "import pathlib, sys, time, urllib.request\nseen = pathlib.Path(sys.argv[1])\n"
+        "seen.write_bytes(urllib.request.urlopen(sys.argv[2], timeout=20).read())\n"
+        "while seen.exists():\n    time.sleep(0.05)\n"
+    )
+    monkeypatch.setenv("BROWSER", f"{sys.executable} {program} {seen} %s")
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(webbrowser, "_tryorder", None)  # it has read the environment before
+    monkeypatch.setattr(server, "page_server", lambda *given: made.append(page_server(*given)) or made[0])
+    visit = threading.Thread(target=server.serve_index, args=(plain_index, "127.0.0.1", 0), daemon=True)
+    visit.start()
+    for _ in range(200):
+        if seen.exists() and b"</html>" in seen.read_bytes():
+            break
+        time.sleep(0.1)
+    found = seen.exists()
+    made[0][0].should_exit = True
+    visit.join(20)
+    seen.unlink(missing_ok=True)
+    assert found and not visit.is_alive()
+
+
+def test_the_page_opens_where_a_loop_runs_and_is_ended_by_who_is_told_of_it(plain_index):
+    """As in a notebook; Ctrl-C ends it quietly, another error is the caller's."""
+    answers = []
+
+    async def notebook(error):
+        def told(url):
+            answers.append((url, answered(url)[0]))
+            raise error
+
+        server.serve_index(plain_index, port=0, open_browser=False, on_open=told)
+
+    asyncio.run(notebook(KeyboardInterrupt))
+    with pytest.raises(BrokenPipeError):
+        asyncio.run(notebook(BrokenPipeError))
+    for url, status in answers:
+        with pytest.raises(URLError):
+            answered(url)
+        assert status == 200
+
+
+def test_a_page_that_does_not_open_is_one_line_with_its_address(plain_index, monkeypatch):
+    monkeypatch.setattr(server.uvicorn.Server, "run", lambda *_: None)
+    with pytest.raises(OSError, match=r"^The page at http://127.0.0.1:\d+ did not start\.$"):
+        server.serve_index(plain_index, port=0, on_open=pytest.fail)
 
 
 def test_pictures_are_kept_by_the_browser_and_answers_are_not(plain_index):
@@ -188,10 +244,18 @@ def searches(visitor: Visitor) -> None:
     visitor.page.go_back()
     visitor.page.reload()
     visitor.page.locator("#results .tile").first.wait_for()
+    hears_that_a_search_takes_long(visitor.page)
     visitor.page.fill("#text", "um gato " * 80)
     visitor.sees("#said", "só lê o começo")
     visitor.page.fill("#text", "")
     visitor.first_is("rocket")
+
+
+def hears_that_a_search_takes_long(page: "Page") -> None:
+    page.route("**/api/search", lambda route: None)
+    page.fill("#text", "azul inteiro")
+    page.locator("#said[role=status]", has_text="Buscando…").wait_for()
+    page.unroute("**/api/search")
 
 
 def narrows_the_search(visitor: Visitor, folder: Path) -> None:
@@ -401,7 +465,7 @@ def opens_a_stack(page: "Page") -> None:
     assert count.inner_text() == "2 iguais"
     assert count.get_attribute("aria-label") == "2 iguais: novissima"
     assert count.get_attribute("title") == "Imagens quase iguais a novissima"
-    count.click()
+    count.evaluate("one => (one.click(), one.click())")  # twice before the answer
     copies.wait_for()
     assert count.get_attribute("aria-expanded") == "true" and copies.get_attribute("title") == "azul na esquerda"
     page.keyboard.press("Space")

@@ -15,6 +15,8 @@ import os
 import re
 import socket
 import sys
+import threading
+import time
 import webbrowser
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -102,21 +104,29 @@ def serve_index(
         allow_hosts: names that the page answers to, beside those of `allowed_hosts`.
 
     Raises:
-        OSError: the port is taken, or there is no such host.
+        OSError: the port is taken, there is no such host, or the page did not open.
         ValueError: there is no such language, a name is none, or a model does not fit its index.
     """
-
-    def opened(url: str) -> None:
+    server, listening, url = page_server(index, host, port, language, credit, allow_hosts)
+    serving = threading.Thread(target=server.run, args=([listening],), daemon=True)  # here a notebook's loop may run
+    serving.start()
+    try:
+        while not server.started:
+            if not serving.is_alive():
+                raise failure(OSError, "no_start", url=url)
+            time.sleep(0.01)
         if on_open is not None:
             on_open(url)
         if open_browser and (sys.platform == "darwin" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
-            webbrowser.open(url)  # elsewhere it would be one that fills this terminal
-
-    server, listening = page_server(index, host, port, language, credit, allow_hosts, opened)
-    with contextlib.suppress(KeyboardInterrupt):
-        server.run([listening])
-        if not server.started:
-            raise failure(OSError, "no_start", url=host)
+            # Elsewhere it would be one that fills this terminal. Some return when they are closed.
+            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+        while serving.is_alive():
+            serving.join(1)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.should_exit = True
+        serving.join(ENDING_S + 10)
 
 
 def page_server(
@@ -126,9 +136,8 @@ def page_server(
     language: str = "pt",
     credit: Credit | None = None,
     allow_hosts: Sequence[str] = (),
-    on_open: Callable[[str], None] = lambda url: None,
-) -> tuple[uvicorn.Server, socket.socket]:
-    """What serves the page when it is run, and the socket for it; arguments and errors are those of `serve_index`."""
+) -> tuple[uvicorn.Server, socket.socket, str]:
+    """What serves the page when it is run, the socket for it, and its address; arguments, errors: `serve_index`."""
     if language not in LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}.")
     hosts = allowed_hosts(host, allow_hosts)
@@ -142,8 +151,7 @@ def page_server(
             raise
         listening = socket.create_server((host, 0), family=family)
     name = f"[{host}]" if ":" in host else host
-    url = f"http://{name}:{listening.getsockname()[1]}"
-    site = Site(Answers(index), is_loopback(host), language, credit, lambda: on_open(url))
+    site = Site(Answers(index), is_loopback(host), language, credit)
     guard = Middleware(Guard, hosts=hosts, behind_proxy=not site.local)
     config = uvicorn.Config(
         Starlette(routes=site.routes(), middleware=[guard], lifespan=site.lifespan),
@@ -151,28 +159,25 @@ def page_server(
         log_level="error", access_log=False,  # visitors could fill a log with warnings
         server_header=False, proxy_headers=False,
     )  # fmt: skip
-    return uvicorn.Server(config), listening
+    return uvicorn.Server(config), listening, f"http://{name}:{listening.getsockname()[1]}"
 
 
 class Site:
     """What is answered at each address."""
 
-    def __init__(
-        self, answers: Answers, local: bool, language: str, credit: Credit | None, on_open: Callable[[], None]
-    ):
-        self.answers, self.local, self.language, self.credit, self.on_open = answers, local, language, credit, on_open
+    def __init__(self, answers: Answers, local: bool, language: str, credit: Credit | None):
+        self.answers, self.local, self.language, self.credit = answers, local, language, credit
+        self._decoder = Decoder()
         self._questions, self._views, self._places = Queue(), Queue(), asyncio.Semaphore(UPLOADS_AT_ONCE)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """Keep a process for pictures, and load the model before it is asked."""
-        self._decoder = Decoder()
+        """Load the model before it is asked; end the process for pictures."""
         # In no turn: words wait for neither torch nor the image tower, and a picture is not given up for them.
         self._warming = asyncio.create_task(Queue().ask(self.answers.prepare_images, WARM_UP_S))
         preparing = asyncio.create_task(self._questions.ask(lambda: self.answers.index.model.texts(["gato"])))
         for task in (self._warming, preparing):
             task.add_done_callback(lambda done: done.cancelled() or done.exception())  # each question says so
-        self.on_open()
         yield
         self._warming.cancel()
         preparing.cancel()

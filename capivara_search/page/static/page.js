@@ -20,12 +20,14 @@ async function search(keep) {
   const mine = ++searches;
   remember(keep);
   find("results").ariaBusy = "true";
+  const slow = setTimeout(() => mine === searches && (find("said").textContent = say("searching")), 400);
   const { file, ...question } = asked;
-  const answer = await ask("search", question, file).catch((error) => ({ error }));
+  const answer = await ask("search", question, file).catch((error) => ({ error })).finally(() => clearTimeout(slow));
   if (mine !== searches) return;
   find("results").ariaBusy = "false";
   notice(answer.error);
   if (!answer.error) return showAnswer(answer);
+  find("said").textContent = "";
   if (["no_picture", "too_many_pixels", "too_large"].includes(answer.error.code)) {
     asked.file = null; // the next word shall not fail because of it
     showAsked();
@@ -101,13 +103,14 @@ function stack(place, picture) {
   const same = say("same", { n: picture.copies + 1 });
   let copies = [];
   const turn = async () => {
+    button.disabled = true; // a second click would ask again
     copies.forEach((one) => one.remove());
     const question = { folder, since, until, like: picture.path };
     const { hits } = copies.length ? { hits: [] } : await ask("copies", question).catch((error) => (notice(error), { hits: [] }));
     copies = hits.map((hit, i) => tile(hits, i, say("same_as", { name: hit.name, other: picture.name })));
     copies.forEach((one) => (one.className = "copy"));
     place.after(...copies);
-    button.ariaExpanded = String(copies.length > 0);
+    Object.assign(button, { disabled: false, ariaExpanded: String(copies.length > 0) }).focus();
   };
   const button = element("button", { type: "button", class: "same", "aria-expanded": "false", "aria-label": `${same}: ${picture.name}`, title: say("same_title", picture), click: turn }, same);
   place.append(button);
