@@ -217,8 +217,8 @@ class PictureTable:
             return sum(table.version for name in KEYS if (table := self.table(name)) is not None)
 
     def kept(self, name: str, make: Callable[[], T]) -> T:
-        """What is made of the index, and of a model in use, until it changes."""
-        version = self.version()
+        """What is made of the pictures, and of a model in use, until they change."""
+        version = 0 if self.table(PICTURES) is None else self.read(PICTURES, lambda table: table.version)
         if self._kept.get(name, (None,))[0] != version:
             self._kept[name] = version, make()
         return self._kept[name][1]
