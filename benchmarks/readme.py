@@ -15,7 +15,7 @@ from typing import Any
 import PIL.Image
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from benchmarks.timing import RESULTS, ROOT
+from benchmarks.timing import RESULTS, ROOT, conditions
 from capivara_common.cli import flag, parse, run_command
 from capivara_common.files import read_json, write_json, write_text
 from eval.records.schema import DIRECTIONS, Record, read_records
@@ -109,7 +109,8 @@ def take_over(runs: list[Path]) -> None:
                     records.append(asdict(replace(record, model_folder=f"seed-{record.seed}")))
                 elif run == runs[0]:  # the same in all
                     records.append(asdict(record))
-    write_json(RESULTS / "demo.json", {"records": records, "runs": [read_json(run / "run.json") for run in runs]})
+    facts = {"records": records, "runs": [read_json(run / "run.json") for run in runs]}
+    write_json(RESULTS / "demo.json", conditions() | facts)
     for name in ("curves.png", "retrieval.png"):
         save_small_picture(runs[0] / name, ROOT / "docs" / name)
 
