@@ -80,7 +80,7 @@ def test_killed_at_twenty_moments_it_goes_on_with_nothing_twice(tmp_path, proces
 def test_of_two_who_add_at_once_the_second_waits_and_has_nothing_to_do(tmp_path, processes, model):
     folder = tmp_path / "fotos"
     make_pictures(folder, 60)
-    both = [start(processes, tmp_path, "both", model, folder, pause_s=0.02) for _ in range(2)]
+    both = [start(processes, tmp_path, "both", model, folder, pause_s=0.06) for _ in range(2)]
     for process in both:
         process.join()
     assert [process.exitcode for process in both] == [0, 0]
