@@ -90,6 +90,8 @@ class TrainStepArguments:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "micro", "peer_micro", "runs", "steps")
+        if not self.parts or set(self.parts) - {"recipe", "programs", "demo"}:
+            raise ValueError(f"parts must be some of recipe, programs and demo, got {self.parts}.")
         self.output = self.output or timing.RESULTS / f"train_step{'_siglip2' * (self.model == 'siglip2')}.json"
         if not self.worker and (self.pairs % self.peer_micro or self.pairs <= self.peer_micro):
             raise ValueError(

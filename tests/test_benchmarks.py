@@ -94,6 +94,11 @@ def test_programs_give_the_same_tokens(tmp_path, capsys):
     assert set(found["rows_per_second"]) == {"plain", "ours"} and found["gain_ours"]["measured"] > 0
 
 
+def test_a_part_that_is_none_measures_nothing():
+    with pytest.raises(ValueError, match=r"parts must be some of recipe, programs and demo, got \['nonsense'\]"):
+        train_step.TrainStepArguments(parts=["nonsense"])
+
+
 def test_both_trees_run_twice(tmp_path, monkeypatch):
     """The old one in its own folder and with its own modules, before the new one; the second run keeps what is made."""
     calls = []
