@@ -12,6 +12,7 @@ import jinja2.meta
 import pytest
 from card_run import SEEDS, card_of, change, record_of, results_of, runs_of_seeds, split_card, trained_run
 from huggingface_hub import ModelCard
+from safetensors.numpy import load_file, save_file
 
 from capivara_common.files import RUN_MARKER, write_json
 from hub_upload import push
@@ -435,6 +436,32 @@ def test_classification_and_linear_probe(run):
     assert "| `cifar-10` | `16 shots` | accuracy | 100 | – | 75.00 | – | – |" in text
     assert "It does worse than the baseline on:\n  - accuracy, `cifar-10`, `ours`: 45.00, baseline 50.00" in text
     assert check(run) == []
+
+
+@pytest.mark.parametrize("ranks", [{"baseline": 9.0, "capivara": 3.0}, {"baseline": 3.0, "capivara": 9.0}])
+def test_the_lower_median_rank_is_the_better_one(run, ranks):
+    def edit(results):
+        for record in results["records"]:
+            if (record["metric"], record["direction"]) == ("median_rank", "text_to_image"):
+                record["value"] = ranks[record["model"]]
+
+    change(results_of(run), edit)
+    facts = card_facts(run)
+    pairs = [pair for group in facts["groups"] for pair in group["pairs"] if pair["metric"] == "median_rank"]
+    (pair,) = (p for p in pairs if (p["language"], p["direction"]) == ("pt", "text_to_image"))
+    assert pair["is_worse"] == (ranks["capivara"] == 9.0)
+    shown = [f"**{rank:.1f}**" if rank == 3.0 else f"{rank:.1f}" for rank in ranks.values()]
+    assert f"| {shown[0]} | {shown[1]} |" in str(render(facts, "en"))
+
+
+def test_parameters_are_those_of_all_shards(run):
+    whole, tensors = card_facts(run)["parameters"], load_file(run / "model.safetensors")
+    assert whole == sum(tensor.size for tensor in tensors.values())
+    (run / "model.safetensors").unlink()
+    for number in (1, 2):
+        part = {name: tensors[name] for name in sorted(tensors)[number - 1 :: 2]}
+        save_file(part, run / f"model-{number:05d}-of-00002.safetensors")
+    assert card_facts(run)["parameters"] == whole
 
 
 def test_files_for_other_loaders_bring_their_code(run):

@@ -82,6 +82,14 @@ def test_the_last_ones_and_the_best_are_kept(checkpoints, keep_last, best, kept)
     assert names(checkpoints) == [f"step-{step:08d}" for step in kept], "nothing else is left"
 
 
+def test_auto_resumes_from_the_newest_checkpoint(checkpoints):
+    args = RunArguments(model="m", dataset=["d"], resume="auto")
+    assert checkpoints.to_resume(args) is None
+    for step in (8, 9, 10):
+        checkpoints.save(TrainerState(step, config=args.to_dict(), best_step=8))
+    assert checkpoints.steps() == [8, 9, 10] and checkpoints.to_resume(args) == checkpoints.path(10)
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("x")])
 def test_a_failed_save_leaves_the_one_before(checkpoints, monkeypatch, error):
     checkpoints.keep_last = 1

@@ -60,6 +60,15 @@ def test_a_plan_is_a_function_of_step_and_seed(tiny_processor):
     assert [len(batch.input_ids) for batch in plans[0].batches] == [4, 2]
 
 
+def test_every_data_set_has_a_draw_of_its_own(tiny_processor):
+    """Two datasets of one size do not give the same rows and captions; the first gives those it would give alone."""
+    captions = [[f"gato {i}", f"casa {i}"] for i in range(40)]
+    for step in range(3):
+        plan = Planner([captions, captions], [8, 8], tiny_processor, 4, 1, seed=3)(step)
+        first, second = ({*plan.rows[plan.sources == number]} for number in (0, 1))
+        assert first == {*batch_indices(step, 8, 40, seed=3)} and len(second) == 8 and second != first
+
+
 def test_texts_and_images_of_a_plan_belong_together(tiny_processor):
     """Sorted by length, each text stays with the place of its own image."""
     planner = Planner([CAPTIONS, [[f"the dog {i + 100}"] for i in range(6)]], [8, 4], tiny_processor, 3, 1, seed=0)

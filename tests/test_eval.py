@@ -1,5 +1,7 @@
 """Retrieval task, result records, table and pictures."""
 
+from functools import partial
+
 import pytest
 import torch
 from PIL import Image
@@ -8,6 +10,7 @@ from capivara_common.files import read_json
 from capivara_common.image_files import BadImage
 from capivara_common.privacy import short_name
 from eval import retrieval
+from eval.capivara_metrics import metrics
 from eval.records import plots
 from eval.records.plots import plot_retrieval_sheet, sheet_queries
 from eval.records.schema import read_records, write_records
@@ -63,6 +66,22 @@ def test_gain_is_the_difference_of_the_records():
         assert record.value == pytest.approx(now - was)
         low, high = record.interval_95
         assert 0 < low < record.value < high
+
+
+def test_the_interval_of_a_gain_is_over_images(monkeypatch):
+    """Five copies of every caption say nothing new: the interval stays as wide as with one caption per image."""
+    monkeypatch.setattr(metrics, "paired_bootstrap", partial(metrics.paired_bootstrap, resamples=500))
+    widths = []
+    for copies in (1, 5):
+        before, after = (
+            RetrievalEmbeddings(of.text_embeds[::2].repeat_interleave(copies, 0), of.image_embeds,
+                                torch.arange(40).repeat_interleave(copies))
+            for of in (embeddings(0, 1.5), embeddings(0, 0.3))
+        )  # fmt: skip
+        (record,) = (r for r in gain_records(before, after, **FACTS) if r.direction == "text_to_image")
+        assert record.n == 40 * copies
+        widths.append(record.interval_95[1] - record.interval_95[0])
+    assert widths[1] == pytest.approx(widths[0]) and widths[0] > 0.01
 
 
 def test_records_survive_json_and_call_a_data_set_as_their_header_does(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Logistic regression on frozen embeddings."""
 
 import json
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -58,6 +59,17 @@ def test_command(flags, tmp_path):
     (full,) = [record for record in content["records"] if record["metric"] == "accuracy"]
     assert (full["protocol"], full["n"], full["chance"]) == ("full", 6, 0.1) and full["value"] >= 1 / 3
     assert len(content["chosen_penalties"]["full"]) == 1
+
+
+def test_few_shots_do_not_use_the_validation_split(flags, tmp_path):
+    """With one image per class there is nothing to choose C on, so it stays 1 in every draw."""
+    folder = shutil.copytree(flags[-1], tmp_path / "colours")
+    for path in (folder / "train").glob("*/3.png"):
+        (folder / "validation" / path.parent.name).mkdir(parents=True)
+        path.rename(folder / "validation" / path.parent.name / path.name)
+    argv = [*flags[:-1], str(folder), "--validation_split", "validation", "--output", str(tmp_path / "p.json")]
+    main([*argv, "--shots", "1", "--draws", "2"])
+    assert json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))["chosen_penalties"] == {"1-shot": [1.0, 1.0]}
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,8 @@ def test_gradients_reach_both_towers_or_the_text_side_alone_when_frozen(tiny_mod
     missing = [n for n, p in tiny_model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
     assert not [name for name in missing if not name.endswith(("key.bias", "k_proj.bias"))]
     tiny_model.zero_grad()
-    tiny_model.freeze_image_tower()
+    tiny_model.train().freeze_image_tower()
+    assert tiny_model.text_model.training and not tiny_model.vision_model.training, "before the next `train()`, too"
     batch["pixel_values"].requires_grad_()
     tiny_model.train()(**batch, return_loss=True).loss.backward()
     for name, parameter in tiny_model.named_parameters():

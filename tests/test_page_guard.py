@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pytest
@@ -21,6 +22,8 @@ from PIL import Image
 pytest.importorskip("uvicorn", reason="the page needs uvicorn: pip install -e '.[search]'")
 
 from starlette.testclient import TestClient
+from uvicorn import Config
+from uvicorn.server import ServerState
 
 from capivara_common.image_files import BadImage, decode_image
 from capivara_search.page import answers, decoder, guard
@@ -334,6 +337,50 @@ def test_a_head_that_does_not_come_is_not_waited_for(page, monkeypatch):
                 with contextlib.suppress(OSError):
                     one.sendall(b"G")
         assert all(map(has_ended, (*new, *answered, *begun)))
+
+
+class SkippingLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock a test moves on."""
+
+    skipped_s = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.skipped_s
+
+    async def skip(self, seconds: float) -> None:
+        self.skipped_s += seconds
+        for _ in range(10):  # what is due by then is run
+            await asyncio.sleep(0)
+
+
+def test_every_answer_starts_the_time_for_the_next_head():
+    """A connection that asks again in time stays, however old it is; one that does not end a head is closed."""
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async def visit(loop: SkippingLoop) -> None:
+        transport = Mock(**{"is_closing.return_value": False, "get_extra_info.return_value": None})
+        transport.get_write_buffer_size.return_value = 0
+        config = Config(app, log_level="error", lifespan="off")
+        config.load()
+        connection = guard.Connection(config, ServerState(), {}, loop)
+        connection.connection_made(transport)
+        for asked in (1, 2, 3):
+            connection.data_received(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await loop.skip(0)  # the answer
+            await loop.skip(0.4 * guard.HEAD_S)
+            written = b"".join(call.args[0] for call in transport.write.call_args_list)
+            assert written.count(b" 204 ") == asked and not transport.abort.called
+        connection.data_received(b"GET / HT")
+        await loop.skip(0.4 * guard.HEAD_S)
+        assert not transport.abort.called
+        await loop.skip(0.4 * guard.HEAD_S)
+        assert transport.abort.called
+
+    with asyncio.Runner(loop_factory=SkippingLoop) as runner:
+        runner.run(visit(runner.get_loop()))
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 import pytest
 import torch
 from made_index import make_pictures, rows_of
@@ -448,6 +449,22 @@ def test_the_approximate_index_is_built_by_add_and_finds_what_the_exact_search_f
     make_pictures(many / "neu2", 60, seed=4)
     index.add(many)
     assert index._table.indices()["vector_24"].num_unindexed_rows == 0
+
+
+def test_the_approximate_index_is_trained_again_when_the_rows_have_doubled(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "EXACT_ROWS", 200)
+    pictures, vectors = table.PictureTable(tmp_path / "i.lance"), np.random.default_rng(0).normal(size=(600, 16))
+    pictures.create(16)
+    same = {"size": 1, "mtime_ns": 1, "width": 1, "height": 1, "model": "m"}
+    for rows, trained in ((200, None), (300, 300), (599, 300), (600, 600)):
+        added = [
+            same | {"path": f"/{i}.png", "digest": f"{i}", "vector_16": vectors[i].astype(np.float16)}
+            for i in range(pictures.count(), rows)
+        ]
+        pictures.merge(pa.Table.from_pylist(added, table.schema(16)))
+        pictures.tidy(16)
+        index = pictures.indices().get("vector_16")
+        assert (index and index.num_indexed_rows) == trained
 
 
 @pytest.mark.parametrize("day", [date.min, date.max])

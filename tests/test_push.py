@@ -146,6 +146,36 @@ def test_pull_request_of_somebody_who_may_only_read(hub, push, folder):
     assert len(hub.repo("us/model").pulls) == 2, "it is not sent once more"
 
 
+@pytest.fixture
+def space(commands, hub, tmp_path):
+    """The command on the folder of a Space, whose repository also holds other files, two of them in its folders."""
+    folder = tmp_path / "space"
+    (folder / "index").mkdir(parents=True)
+    (folder / "README.md").write_text("---\nsdk: docker\n---\n# Fotos\n", encoding="utf-8")
+    (folder / "index" / "new.bin").write_bytes(b"new")
+    hub.store("us/demo", folder, "spaces")
+    blob = hub.storage.add(b"of before", lfs=False)
+    others = ("index/old.bin", "index/a/old.bin", "notes/theirs.txt", "indexes/old.bin", "theirs.txt")
+    hub.repo("us/demo", "spaces").commit("main", "theirs", dict.fromkeys(others, blob))
+    flags = ("--model", folder, "--repo-id", "us/demo", "--repo-type", "space", "--push")
+    return lambda: commands(*flags)
+
+
+def test_a_space_loses_only_older_files_of_the_folders_that_are_sent(hub, space):
+    done = space()
+    assert done.code == 0 and "delete  index/old.bin" in done.out, done.err
+    kept = {"README.md", "index/new.bin", "notes/theirs.txt", "indexes/old.bin", "theirs.txt"}
+    assert {*hub.files("us/demo", kind="spaces")} == kept
+
+
+def test_a_refused_commit_whose_files_are_there_and_old_ones_too_is_an_error(hub, space):
+    """Somebody else has committed meanwhile (412): what was to be deleted still lies there."""
+    hub.faults = Faults(concurrent_commit=True)
+    done = space()
+    assert done.code == 1 and "us/demo was changed meanwhile (412)" in done.err
+    assert "index/old.bin" in hub.files("us/demo", kind="spaces") and "Pushed" not in done.out
+
+
 @pytest.mark.slow
 def test_data_set(commands, hub, tmp_path):
     data = tmp_path / "data"

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
@@ -17,13 +18,22 @@ from caption_tars import CAPTIONS as TEXTS
 from caption_tars import PICTURES, ROWS, rows_of, sample, write_tar
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from killed_stage import arguments, run, shout
+from test_checkpoints import flipped
 from test_sources import FORMS
 
 from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTIONS, SIMILARITIES
 from caption_data.sources import open_split, unfinished
 from captions.score import ScoreArguments
-from captions.stages import RowStage, StageArguments, check_complete, open_in_place
+from captions.stages import (
+    SAMPLED_BYTES,
+    SAMPLED_PIECES,
+    RowStage,
+    StageArguments,
+    check_complete,
+    fingerprint,
+    open_in_place,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = 40
@@ -233,6 +243,19 @@ def test_a_moved_data_set_is_the_same_one(tmp_path):
     write_tar(tmp_path / "b" / "train-0.tar", [*members[2:], *sample(0, data=PICTURES[4])])
     with pytest.raises(ValueError, match=r"source\.fingerprint"):
         args.rows()
+
+
+@pytest.mark.parametrize("piece", [0, 31, SAMPLED_PIECES - 1])
+def test_a_large_file_is_compared_by_pieces_all_over_it(tmp_path, piece):
+    """A change of one byte without a change of size; the folder does not matter."""
+    path, size = tmp_path / "a" / "train-0.tar", 2 * SAMPLED_PIECES * SAMPLED_BYTES
+    path.parent.mkdir()
+    path.write_bytes(bytes(size))
+    first = fingerprint(SimpleNamespace(paths=[path]))
+    path = path.parent.rename(tmp_path / "b") / path.name
+    assert fingerprint(SimpleNamespace(paths=[path])) == first
+    flipped(path, (size - SAMPLED_BYTES) * piece // (SAMPLED_PIECES - 1) + SAMPLED_BYTES // 2)
+    assert fingerprint(SimpleNamespace(paths=[path])) != first
 
 
 def test_folders_that_are_no_output(numbered, undisturbed, tmp_path):
