@@ -12,7 +12,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,6 +53,8 @@ TURNS = {  # EXIF orientation -> how the pixels become upright
 # A folder on the way to a file; where the system can, one that may be passed through but not listed, too.
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 MAX_DETAIL = 300  # letters that are kept of what is wrong; a caption can be a book
+# Held while an image that may take hundreds of megabytes is decoded. Reentrant: a caller may hold it for longer.
+ONE_AT_A_TIME = threading.RLock()
 PIL.Image.init()
 _FORMATS = tuple(name for name in IMAGE_FORMATS if name in PIL.Image.OPEN)  # PIL's build may lack AVIF
 
@@ -189,13 +191,19 @@ def open_image(
 def decoded(image: PIL.Image.Image, name: str, reduced_to: int = 0) -> PIL.Image.Image:
     """The pixels of an image of `open_image`, upright by its EXIF orientation, of 8 bits, in its own mode.
 
-    A JPEG may be decoded at a half, a quarter or an eighth of its size, its short side at least `reduced_to`. Raises
-    BadImage where the pixels can't be decoded; data of EXIF that are broken fail no image.
+    A JPEG may be decoded at a half, a quarter or an eighth of its size, its short side at least `reduced_to`. Images of
+    more than `MAX_IMAGE_PIXELS` and AVIF images are decoded one at a time in a process. Raises BadImage where the
+    pixels can't be decoded; data of EXIF that are broken fail no image.
     """
+    # libavif allocates what the AV1 stream holds, up to 268 million pixels, whatever size the `ispe` box declares.
+    is_large = image.format == "AVIF" or image.width * image.height > MAX_IMAGE_PIXELS
     try:
-        if reduced_to:
-            image.draft(None, (reduced_to, reduced_to))
-        image.load()
+        with ONE_AT_A_TIME if is_large else nullcontext():
+            if reduced_to:
+                image.draft(None, (reduced_to, reduced_to))
+            image.load()
+            if image.format == "AVIF":
+                image._decoder = None  # holds the frame at the stream's size as long as the image lives
         turn = TURNS.get(orientation(image))
         image = eight_bits(image)
         return image if turn is None else image.transpose(turn)

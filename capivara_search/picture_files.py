@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import stat
-import threading
 from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext, suppress
@@ -28,6 +27,7 @@ from capivara_common.cli import coded
 from capivara_common.image_files import (
     MAX_IMAGE_BYTES,
     MAX_IMAGE_PIXELS,
+    ONE_AT_A_TIME,
     SUFFIXES,
     BadImage,
     bounded,
@@ -66,8 +66,6 @@ THUMBNAIL_SIDE = 256  # pixels of the longer side
 THUMBNAIL_QUALITY = 90
 THUMBNAIL_METHOD = 2  # of WebP: takes 2.5 ms of a photograph where 4, the default, takes 16 ms, and 1 % more bytes
 FIRST_PHOTOGRAPH = 1826  # year
-
-_alone = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -368,7 +366,7 @@ def read_picture(
     data = _read(file.path, folders)
     opened, size = _opened(data, file.path)
     shape = opened.size
-    with _alone if shape[0] * shape[1] > MAX_IMAGE_PIXELS else nullcontext():
+    with ONE_AT_A_TIME if shape[0] * shape[1] > MAX_IMAGE_PIXELS else nullcontext():
         pixels = on_white(decoded(opened, "the file", max(REDUCED_SIDES * side, THUMBNAIL_SIDE)))
         if orientation(opened) > 4:  # by a quarter
             size, shape = size[::-1], shape[::-1]
