@@ -8,9 +8,11 @@ begin as an image within the limits (`open_image`) before it is `decoded`.
 import io
 import os
 import stat
+import struct
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,6 +41,8 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"
 SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".heic", ".heif"),
 )
+TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of TIFF
+TIFF_INTEGERS = {3: "H", 4: "I"}  # type of a TIFF tag, SHORT or LONG -> its `struct` format
 DECODERS = 4  # threads
 DECODED_AHEAD = 64  # images; a photograph of 12 million pixels takes 36 MB
 TURNS = {  # EXIF orientation -> how the pixels become upright
@@ -49,6 +53,8 @@ TURNS = {  # EXIF orientation -> how the pixels become upright
 # A folder on the way to a file; where the system can, one that may be passed through but not listed, too.
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 MAX_DETAIL = 300  # letters that are kept of what is wrong; a caption can be a book
+# Held while an image that may take hundreds of megabytes is decoded. Reentrant: a caller may hold it for longer.
+ONE_AT_A_TIME = threading.RLock()
 PIL.Image.init()
 _FORMATS = tuple(name for name in IMAGE_FORMATS if name in PIL.Image.OPEN)  # PIL's build may lack AVIF
 
@@ -169,6 +175,7 @@ def open_image(
     PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
+        tile = _tile_size(data, image)
     except PIL.UnidentifiedImageError as error:
         heic = "" if "HEIF" in _FORMATS else "; the extra `heic` reads HEIC, too: pip install -e '.[heic]'"
         detail = f"{name} is no image of {', '.join(_FORMATS)}, or its beginning is damaged{heic}"
@@ -177,20 +184,26 @@ def open_image(
         raise BadImage("absurd image size", f"{name}: {error}") from error
     except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
         raise BadImage("unreadable image", f"{name}: {error}") from error
-    _check_size(image, name, max_pixels, way_out)
+    _check_size(image, tile, name, max_pixels, way_out)
     return image
 
 
 def decoded(image: PIL.Image.Image, name: str, reduced_to: int = 0) -> PIL.Image.Image:
     """The pixels of an image of `open_image`, upright by its EXIF orientation, of 8 bits, in its own mode.
 
-    A JPEG may be decoded at a half, a quarter or an eighth of its size, its short side at least `reduced_to`. Raises
-    BadImage where the pixels can't be decoded; data of EXIF that are broken fail no image.
+    A JPEG may be decoded at a half, a quarter or an eighth of its size, its short side at least `reduced_to`. Images of
+    more than `MAX_IMAGE_PIXELS` and AVIF images are decoded one at a time in a process. Raises BadImage where the
+    pixels can't be decoded; data of EXIF that are broken fail no image.
     """
+    # libavif allocates what the AV1 stream holds, up to 268 million pixels, whatever size the `ispe` box declares.
+    is_large = image.format == "AVIF" or image.width * image.height > MAX_IMAGE_PIXELS
     try:
-        if reduced_to:
-            image.draft(None, (reduced_to, reduced_to))
-        image.load()
+        with ONE_AT_A_TIME if is_large else nullcontext():
+            if reduced_to:
+                image.draft(None, (reduced_to, reduced_to))
+            image.load()
+            if image.format == "AVIF":
+                image._decoder = None  # holds the frame at the stream's size as long as the image lives
         turn = TURNS.get(orientation(image))
         image = eight_bits(image)
         return image if turn is None else image.transpose(turn)
@@ -286,10 +299,43 @@ def open_regular_file(path: str | Path, name: str, folders: Sequence[str | Path]
     return os.fdopen(number, "rb")
 
 
-def _check_size(image: PIL.Image.Image, name: str, max_pixels: int, way_out: str) -> None:
-    (short, long), tags = sorted(image.size), getattr(image, "tag_v2", {})
-    width, height = tags.get(322, 0), tags.get(323, 0)
-    if width * height > max_pixels:  # of TIFF: a tile is decoded whole, however small the image is
+def _tile_size(data: bytes, image: PIL.Image.Image) -> tuple[int, int]:
+    """Return the width and height of the tiles of a TIFF image; zeros if the image has no tiles or another format.
+
+    The directory is parsed here because PIL skips entries that libtiff, which decodes the tiles, reads.
+
+    Args:
+        data: the whole file.
+        image: what PIL has opened from it.
+
+    Raises:
+        ValueError: If the tile width or height is not a single SHORT or LONG, the types that TIFF 6.0 allows.
+        struct.error: If the directory lies outside of the file.
+    """
+    if image.format != "TIFF":
+        return 0, 0
+    order, is_big = "<" if data[:2] == b"II" else ">", 43 in data[2:4]  # as libtiff tells BigTIFF
+    head, entry, value_start = (f"{order}Q", f"{order}HHQ8s", 12) if is_big else (f"{order}H", f"{order}HHI4s", 8)
+    (entries,) = struct.unpack_from(head, data, image.tag_v2.offset)
+    start, size, sides = (
+        image.tag_v2.offset + struct.calcsize(head),
+        struct.calcsize(entry),
+        {TILE_WIDTH: 0, TILE_LENGTH: 0},
+    )
+    for place in range(start, min(start + entries * size, len(data) - size + 1), size):
+        tag, kind, count, _ = struct.unpack_from(entry, data, place)
+        if tag in sides:
+            if kind not in TIFF_INTEGERS or count != 1:
+                raise ValueError(f"TIFF tag {tag} must be one SHORT or LONG, got {count} of type {kind}.")
+            (side,) = struct.unpack_from(order + TIFF_INTEGERS[kind], data, place + value_start)
+            sides[tag] = max(sides[tag], side)
+    return sides[TILE_WIDTH], sides[TILE_LENGTH]
+
+
+def _check_size(image: PIL.Image.Image, tile: tuple[int, int], name: str, max_pixels: int, way_out: str) -> None:
+    """Raise BadImage if an image, or a tile of it, which is decoded whole, exceeds the limits."""
+    (short, long), (width, height) = sorted(image.size), tile
+    if width * height > max_pixels:
         detail = f"{name} has tiles of {width} x {height} pixels; all may be {max_pixels:,}"
         raise BadImage("absurd image size", detail)
     if long > MAX_IMAGE_SIDE or short * long > max_pixels or long > MAX_ASPECT * short:

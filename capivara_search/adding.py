@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -107,11 +107,11 @@ class Plan:
 def make_plan(
     table: PictureTable,
     image_digest: str,
-    folders: Sequence[Path],
+    folders: Mapping[Path, str],
     rules: Rules | None = None,
     only: Collection[str] | None = None,
 ) -> Plan:
-    """Compare folders, absolute paths, with the table.
+    """Compare folders, absolute paths with their real paths, with the table.
 
     `rules`, by default the index's own, leave out some; of paths that are not in `only` nothing is said. Raises
     ValueError where a folder is not there, or holds no picture; where all are known, as without named ones, and others
@@ -121,7 +121,7 @@ def make_plan(
     try:
         found, unseen = find_pictures(folders, rules or kept_rules(table), counts, only)
     except ValueError as error:
-        others = [one for one in folders if str(one) != error.values["path"]]
+        others = {one: real for one, real in folders.items() if str(one) != error.values["path"]}
         if others and {*map(str, folders)} <= {*table.folders()}:
             note("left_as_it_is", error, level=logging.WARNING)
             return make_plan(table, image_digest, others, rules, only)
@@ -142,7 +142,7 @@ def make_plan(
     if only is not None and any(_is_emptied(table, folder, gone, found) for folder in folders):
         return make_plan(table, image_digest, folders, rules)  # which refuses it
     files = [file for file in todo if file not in broken]
-    roots = [*map(os.path.realpath, folders)]
+    roots = [*folders.values()]
     unchanged = len(found) - len(todo)
     return Plan(clause, only is None, roots, files, known, gone, unchanged, unseen, broken, counts)
 
@@ -257,7 +257,7 @@ class IndexWriter:
 def begin(
     table: PictureTable,
     model: "SearchModel",
-    folders: Sequence[Path],
+    folders: Mapping[Path, str],
     exclude: Sequence[str] = (),
     include: Sequence[str | Path] = (),
     only: Collection[str] | None = None,

@@ -87,7 +87,8 @@ def index(words: Words, folders: Sequence[Path], exclude: Sequence[str], include
     say(words("looking", folders=", ".join(shown_path(str(folder)) for folder in folders)))
     interrupt.stop_by_exception()  # what is under way is finished or undone
     with progress_bar(words) as progress:
-        added = pictures.add(*folders, on_progress=progress, exclude=exclude, include=include, **how)
+        rules = {"exclude": exclude, "include": include}
+        added = pictures.add(*folders, on_progress=progress, real_paths=folders, **rules, **how)
     click.echo("\n".join(summary(added, len(pictures), words)))
 
 

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import blake2b
@@ -27,10 +27,16 @@ def asked_folders(table: PictureTable) -> dict[str, str]:
     return {}
 
 
-def note_asked(table: PictureTable, folders: Iterable[str | Path], left: Path | None = None) -> None:
-    """Write down that `add` was told of folders, and where they lie; those in the folder `left` are no longer."""
+def note_asked(table: PictureTable, folders: Mapping[str | Path, str], left: Path | None = None) -> None:
+    """Add folders to this machine's record of an index.
+
+    Args:
+        table: the index.
+        folders: folder -> its real path, resolved when the user named the folder and not again.
+        left: folders in it are removed from the record.
+    """
     asked = {one: real for one, real in asked_folders(table).items() if not left or not Path(one).is_relative_to(left)}
-    asked |= {str(folder): os.path.realpath(folder) for folder in folders}
+    asked |= {str(folder): real for folder, real in folders.items()}
     try:
         write_json(_record(table), {"index": table.where, "folders": asked})
     except OSError as error:
@@ -68,20 +74,20 @@ def skipped_counts(table: PictureTable) -> Counter[str]:
 
 
 def folders_to_add(
-    table: PictureTable, folders: Sequence[Path], exclude: Sequence[str] = (), include: Sequence[str | Path] = ()
-) -> list[Path]:
-    """`PictureIndex.folders_to_add`, of absolute paths."""
+    table: PictureTable, folders: Mapping[Path, str], exclude: Sequence[str] = (), include: Sequence[str | Path] = ()
+) -> dict[Path, str]:
+    """`PictureIndex.folders_to_add`, of absolute paths with their real paths."""
     rules = kept_rules(table)
     rules.changed(exclude, include)  # says now what is wrong with them
-    known, paths = table.folders(), list(folders)
+    known, paths = table.folders(), dict(folders)
     asked = {one: real for one, real in asked_folders(table).items() if one in known}
     if not folders:
-        paths = [Path(one) for one, real in asked.items() if lies_at(one, real)]
+        paths = {Path(one): real for one, real in asked.items() if lies_at(one, real)}
         if away := sorted(set(known) - set(map(str, paths))):
             note("folders_away", ", ".join(away), level=logging.WARNING)
     for place in map(absolute_folder, include):
         if rules.forgotten_with(str(place)) and place.is_dir() and not any(map(place.is_relative_to, [*asked, *paths])):
-            paths.append(place)
+            paths[place] = os.path.realpath(place)
     if not paths:
         raise failure(ValueError, "no_known_folder")
     if wrong := [one for one in exclude if _is_path(one, {*map(Path, known), *paths})]:
@@ -97,10 +103,10 @@ def _is_path(pattern: str, folders: Iterable[Path]) -> bool:
     return bool(inside) and os.path.lexists(place) and not any(excluded)
 
 
-def lies_at(folder: str, real: str) -> bool:
-    """Whether a folder is there, not empty as an unmounted disk is, and its real path is as it was."""
+def lies_at(folder: str | Path, real: str, may_be_empty: bool = False) -> bool:
+    """Return whether a folder has this real path and holds something, which an unmounted disk does not."""
     with suppress(OSError), os.scandir(folder) as entries:
-        return os.path.realpath(folder) == real and next(entries, None) is not None
+        return os.path.realpath(folder) == real and (may_be_empty or next(entries, None) is not None)
     return False
 
 
@@ -139,8 +145,9 @@ def move_folder(table: PictureTable, old: Path, new: Path) -> tuple[int, int]:
             values[FOLDER_KEY + str(new)] = ""  # it was part of a folder that stays
         table.note(values)
         # What an index says of itself may lead out of the folder that was named.
-        real = os.path.realpath(new)
-        note_asked(table, (one for one in table.folders() if Path(os.path.realpath(one)).is_relative_to(real)), old)
+        real_paths = {one: os.path.realpath(one) for one in table.folders()}
+        inside_new = Path(os.path.realpath(new))
+        note_asked(table, {one: real for one, real in real_paths.items() if Path(real).is_relative_to(inside_new)}, old)
         table.remove(inside, ABOUT)
         table.purge()
     return len(paths), there

@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date
@@ -116,6 +116,7 @@ class PictureIndex:
         exclude: Sequence[str] = (),
         include: Sequence[str | Path] = (),
         only: Collection[str] | None = None,
+        real_paths: Mapping[Path, str] | None = None,
     ) -> Added:
         """Bring the index up to date with folders: what is new is embedded, what has not changed is not read again.
 
@@ -127,6 +128,8 @@ class PictureIndex:
             include: patterns that no longer hold, and what was forgotten and comes in again.
             only: absolute paths in the folders, of files or folders that are there or were, at least one: of a few,
                 nothing else is looked at.
+            real_paths: of `folders_to_add`, where its folders are passed on: a folder whose real path has become
+                another one since is refused. None: the real paths of `folders` are resolved now.
 
         Raises ValueError: no such folder, a forgotten one, or no picture in it; then nothing is removed. No such
         pattern. OSError: no space left, no permission to write the index.
@@ -134,7 +137,7 @@ class PictureIndex:
         if only is None or len(only) > IN_ONE_CLAUSE:  # then all are looked at
             only = None
             self.mend()
-        paths = self.folders_to_add(folders, exclude, include)
+        paths = self.folders_to_add(folders, exclude, include, real_paths)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         start = time.monotonic()
@@ -147,14 +150,29 @@ class PictureIndex:
         return added
 
     def folders_to_add(
-        self, folders: Sequence[str | Path] = (), exclude: Sequence[str] = (), include: Sequence[str | Path] = ()
-    ) -> list[Path]:
-        """Those that `add` looks through: what is named, and included folders that lie in no known one.
+        self,
+        folders: Sequence[str | Path] = (),
+        exclude: Sequence[str] = (),
+        include: Sequence[str | Path] = (),
+        real_paths: Mapping[Path, str] | None = None,
+    ) -> dict[Path, str]:
+        """Return the folders that `add` looks through, each with its real path.
 
-        Where none is named, all that were added on this machine and lie where they lay; a line of the log says which do
-        not. Raises ValueError where there is none, or no such pattern.
+        These are the named folders and included folders that lie in no known one. Where none is named, all that were
+        added on this machine and lie where they lay; a line of the log says which do not.
+
+        Args:
+            folders: as `add` takes them.
+            exclude: patterns to be left out.
+            include: patterns and paths that come in again.
+            real_paths: real paths that are known already; of other named folders they are resolved now.
+
+        Raises:
+            ValueError: If there is no folder, or no such pattern.
         """
-        return known_folders.folders_to_add(self._table, [*map(absolute_folder, folders)], exclude, include)
+        known = real_paths or {}
+        named = {one: known.get(one) or os.path.realpath(one) for one in map(absolute_folder, folders)}
+        return known_folders.folders_to_add(self._table, named, exclude, include)
 
     def watch(
         self,

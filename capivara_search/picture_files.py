@@ -9,9 +9,8 @@ import os
 import re
 import shlex
 import stat
-import threading
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,6 +27,7 @@ from capivara_common.cli import coded
 from capivara_common.image_files import (
     MAX_IMAGE_BYTES,
     MAX_IMAGE_PIXELS,
+    ONE_AT_A_TIME,
     SUFFIXES,
     BadImage,
     bounded,
@@ -66,8 +66,6 @@ THUMBNAIL_SIDE = 256  # pixels of the longer side
 THUMBNAIL_QUALITY = 90
 THUMBNAIL_METHOD = 2  # of WebP: takes 2.5 ms of a photograph where 4, the default, takes 16 ms, and 1 % more bytes
 FIRST_PHOTOGRAPH = 1826  # year
-
-_alone = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -175,7 +173,7 @@ def absolute_folder(folder: str | Path) -> Path:
 
 
 def find_pictures(
-    folders: Sequence[str | Path],
+    folders: Mapping[Path, str] | Sequence[str | Path],
     rules: Rules | None = None,
     counts: dict[str, Counter[str]] | None = None,
     only: Collection[str] | None = None,
@@ -183,10 +181,11 @@ def find_pictures(
     """The pictures in folders and below, by the ends of their names, and what could not be looked at, sorted by path.
 
     No link is followed, but for a folder that is named.
-    Raises ValueError where a folder is not there, can't be opened, was forgotten, or holds no picture but by the rules.
+    Raises ValueError where a folder is not there, can't be opened, was forgotten, lies elsewhere than its recorded real
+    path, or holds no picture but by the rules.
 
     Args:
-        folders: to look through.
+        folders: to look through. A mapping also gives the real path that each must have.
         rules: of what is left out.
         counts: filled in, folder that was named -> what is left out of it, by `Rules.reason`, each "link" and "video".
         only: paths of files and folders in them; nothing else is looked at, and there may be no picture among them.
@@ -204,6 +203,9 @@ def find_pictures(
     walk = _Walk(roots, rules, only)
     for root in roots:
         walk.folder(root)
+    for folder, real in folders.items() if isinstance(folders, Mapping) else ():
+        if os.path.realpath(folder) != real:  # checked after the walk: what was seen may lie in another folder
+            raise failure(ValueError, "folder_swapped", path=str(folder), real=real)
     if counts is not None:
         counts.update({root: +numbers for root, numbers in walk.counts.items()})
     left_out = {one.path: one for one in walk.left_out}
@@ -368,7 +370,7 @@ def read_picture(
     data = _read(file.path, folders)
     opened, size = _opened(data, file.path)
     shape = opened.size
-    with _alone if shape[0] * shape[1] > MAX_IMAGE_PIXELS else nullcontext():
+    with ONE_AT_A_TIME if shape[0] * shape[1] > MAX_IMAGE_PIXELS else nullcontext():
         pixels = on_white(decoded(opened, "the file", max(REDUCED_SIDES * side, THUMBNAIL_SIDE)))
         if orientation(opened) > 4:  # by a quarter
             size, shape = size[::-1], shape[::-1]

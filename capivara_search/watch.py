@@ -41,35 +41,42 @@ def follow_index(
     from watchfiles import watch  # here: who looks at folders once does not need it
 
     def known() -> dict[Path, str]:
-        """Folders to follow, with the real path of those that were not named now."""
+        """Folders to follow, with the real path that was recorded, or resolved when this call named them."""
         if not named:
             return {Path(one): real for one, real in index.asked_folders().items()}
-        return {one: "" for one in named if is_first or not kept_rules(index._table).forgotten_with(str(one))}
+        return {
+            one: real
+            for one, real in named_paths.items()
+            if is_first or not kept_rules(index._table).forgotten_with(str(one))
+        }
+
+    def present(folders: Mapping[Path, str]) -> dict[Path, tuple[int, int]]:
+        return _present(folders, may_be_empty=bool(named))
 
     def add(there: Iterable[Path], only: Collection[str] | None) -> Added:
-        added = index.add(*there, only=only, on_progress=on_progress)
+        added = index.add(*there, only=only, on_progress=on_progress, real_paths=folders)
         index.model.prepare_images()  # now, so that the first change waits for none of it
         return added
 
-    stop, is_first = stop or threading.Event(), True
+    stop, is_first, named_paths = stop or threading.Event(), True, {one: os.path.realpath(one) for one in named}
     folders = known()
-    if not (_present(folders) if named else folders):
+    if not (present(folders) if named else folders):
         yield add(folders, None)  # says what is wrong, or waits for another process that adds the first folders
         is_first = False
     while not stop.is_set():
         folders = known()
-        there, waiting, only = _present(folders), dict[str, FileState | None](), None
+        there, waiting, only = present(folders), dict[str, FileState | None](), None
         if missing := [str(folder) for folder in folders if folder not in there]:
             note("not_there", ", ".join(missing), level=logging.WARNING)
         while not there and not stop.wait(POLL_MS / 1000):
-            there = _present(folders := known())
+            there = present(folders := known())
         polling = any(map(is_remote, there)) if poll is None else poll
         all_changes = watch(
             *there, watch_filter=None, debounce=BURST_MS, step=STILL_MS, rust_timeout=STILL_MS, yield_on_timeout=True,
             stop_event=stop, force_polling=polling, poll_delay_ms=POLL_MS, ignore_permission_denied=True,
         )  # fmt: skip
         for changes in all_changes:
-            if _present(folders) != there or known() != folders:
+            if present(folders) != there or known() != folders:
                 break
             if only is None or (only := take_whole(waiting)):  # all at first, since the watching has begun
                 try:
@@ -110,13 +117,13 @@ def _state(path: str) -> FileState | None:
     return None
 
 
-def _present(folders: Mapping[Path, str]) -> dict[Path, tuple[int, int]]:
+def _present(folders: Mapping[Path, str], may_be_empty: bool) -> dict[Path, tuple[int, int]]:
     """Those that are there, with device and number: where a disk was taken away, another folder is, or an empty one."""
     found = {}
     for folder, real in folders.items():
         with suppress(OSError):
             state = os.stat(folder)
-            if not real or lies_at(str(folder), real):
+            if lies_at(folder, real, may_be_empty):
                 found[folder] = state.st_dev, state.st_ino
     return found
 

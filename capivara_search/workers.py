@@ -7,10 +7,13 @@ Each task embeds the files whose names fall to its share and writes them into th
 gone and tidies up. A task that was killed leaves what it has written, and the same command does what is missing.
 """
 
+import os
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import ClassVar
 
 from capivara_common.cli import at_least, flag, parse, run_command
 from capivara_common.environment import cache_home, require
@@ -24,7 +27,12 @@ from capivara_search.table import PictureTable
 
 @dataclass(kw_only=True)
 class WorkerArguments(ExecutorArguments):
-    """What `PictureIndex.add` is told, and where its tasks run. Paths must be the same on all machines."""
+    """What `PictureIndex.add` is told, and where its tasks run.
+
+    Paths, and where links in them lead, must be the same on all machines.
+    """
+
+    real_paths: ClassVar[Mapping[Path, str]] = {}  # of `folders`, resolved once, before any task starts
 
     where: str = flag(..., "Folder or address of the index; one that all machines reach.")
     folders: list[str] = flag([], "Folders of pictures.")
@@ -47,8 +55,12 @@ class WorkerArguments(ExecutorArguments):
         return self.logging_dir or cache_home() / "index_logs" / name
 
 
-def add_with_workers(arguments: WorkerArguments) -> bool:
+def add_with_workers(arguments: WorkerArguments, real_paths: Mapping[Path, str] | None = None) -> bool:
     """`PictureIndex.add` by many tasks. Returns whether it is done; False: Slurm has taken the jobs.
+
+    Args:
+        arguments: of the command.
+        real_paths: of its folders, by `PictureIndex.folders_to_add`; None: they are resolved now.
 
     Raises ValueError: as `add`; some tasks have failed, and are named. ImportError: datatrove is not installed.
     """
@@ -56,15 +68,16 @@ def add_with_workers(arguments: WorkerArguments) -> bool:
     from capivara_common.executors import Work, execute
 
     index = PictureIndex.open(arguments.where, arguments.model, arguments.device)
+    arguments.real_paths = real_paths or {Path(one): os.path.realpath(one) for one in arguments.folders}
     with index._table.locked():
-        begin(index._table, index.model, [*map(Path, arguments.folders)], arguments.exclude, arguments.include)
+        begin(index._table, index.model, arguments.real_paths, arguments.exclude, arguments.include)
         arguments.model = index.model.source  # so that all tasks have the same one
         return execute(Work.of(arguments, PHASES, "index"), arguments)
 
 
 def _planned(arguments: WorkerArguments) -> tuple[PictureTable, SearchModel, Plan]:
     index = PictureIndex.open(arguments.where, arguments.model, arguments.device)
-    plan = make_plan(index._table, index.model.image_digest, [*map(Path, arguments.folders)])
+    plan = make_plan(index._table, index.model.image_digest, arguments.real_paths)
     return index._table, index.model, plan
 
 
@@ -92,8 +105,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(WorkerArguments, __doc__, argv)
     index = PictureIndex.open(args.where, args.model, args.device)
     index.mend()
-    args.folders = [str(folder) for folder in index.folders_to_add(args.folders, args.exclude, args.include)]
-    done = add_with_workers(args)
+    folders = index.folders_to_add(args.folders, args.exclude, args.include)
+    args.folders = [*map(str, folders)]
+    done = add_with_workers(args, folders)
     print(f"{len(index)} pictures are in the index." if done else f"Slurm has the jobs; their logs are in {args.logs}.")
 
 

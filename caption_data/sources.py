@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,7 +31,8 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_dataset_builder, load_from_disk
+from datasets.packaged_modules.parquet.parquet import Parquet
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
 from tqdm.auto import tqdm
@@ -56,6 +57,10 @@ STAGE_FILE = "stage.json"  # of a folder that a stage of `captions` writes
 PART = re.compile(r"-(\d{9})-(\d{9})$")  # rows of a part, in its name
 HUB_TIMEOUT = 20  # seconds
 READ_ROWS = 16  # of a parquet file at once
+# Parquet stores a repeated value once: a file of 1 kB can hold gigabytes of text. Captions shrink about tenfold, images
+# hardly at all.
+MAX_EXPANSION = 100  # decoded bytes per byte of the parquet files
+SMALL_TABLE_BYTES = 100_000_000  # decoded; a table of this size is read from files of any size
 IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
 MAX_JSON_BYTES = 1_000_000  # of a row; twenty captions and their similarities have under 10 kB
 KINDS = {str: Value("string"), bool: Value("bool"), int: Value("int64"), float: Value("float64")}
@@ -254,13 +259,43 @@ def load_files(form: str, paths: Sequence[Path], dataset: str) -> Dataset:
     """Files by the loader `form` of `datasets`: named, since a README in their folder may name any file or address."""
     names = {"train": [glob.escape(str(path)) for path in paths]}
     try:
-        return _loaded(dataset, load_dataset, form, data_files=names, split="train")
+        return _loaded(dataset, _prepared, form, data_files=names, split="train")
     except ValueError:
-        for path in paths if form == "parquet" else ():
-            with opened_parquet(path) as file:
-                for _ in file.iter_batches(READ_ROWS):
-                    pass  # until the one that is damaged, which the error names
+        if form == "parquet":
+            _check_expansion(paths)  # names the file that is damaged
         raise
+
+
+def _prepared(*args: Any, split: str | None = None, **options: Any) -> Dataset | DatasetDict:
+    """Do what `datasets.load_dataset` does, and raise ValueError if parquet files expand beyond `MAX_EXPANSION`."""
+    builder = load_dataset_builder(*args, **options)
+    if isinstance(builder, Parquet):  # it generates tables only if its cache does not have them yet
+        builder._generate_tables = partial(_checked_tables, builder._generate_tables)
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split)
+
+
+def _checked_tables(generate: Callable, files: Sequence[str], **options: Any) -> Iterator[tuple[Any, pa.Table]]:
+    _check_expansion(files)
+    yield from generate(files=files, **options)
+
+
+def _check_expansion(paths: Sequence[str | Path]) -> None:
+    """Decode parquet files a few rows at a time, and raise ValueError if they are damaged or hold too much.
+
+    Their metadata state sizes, but not those of values that dictionaries and deltas repeat.
+    """
+    stored, size = sum(map(os.path.getsize, paths)), 0
+    for path in paths:
+        with opened_parquet(path) as file:
+            for batch in file.iter_batches(READ_ROWS):
+                size += batch.nbytes
+                if size > max(SMALL_TABLE_BYTES, MAX_EXPANSION * stored):
+                    raise ValueError(
+                        f"{path} expands too much: parquet files may hold at most {MAX_EXPANSION} times their size, or "
+                        f"{SMALL_TABLE_BYTES / 1e6:.0f} MB, and these have {stored:,} bytes. If they are trusted, "
+                        "write them again without compression and dictionaries."
+                    )
 
 
 def load_saved(folder: Path, image_roots: Sequence[Path] = ()) -> DatasetDict:
@@ -301,7 +336,7 @@ def of_split(splits: dict[str, Any], dataset: str, split: str, rule: str = "") -
 
 
 @contextmanager
-def opened_parquet(path: Path, advice: str = "") -> Iterator[pq.ParquetFile]:
+def opened_parquet(path: str | Path, advice: str = "") -> Iterator[pq.ParquetFile]:
     """A parquet file. Raises ValueError, which names it and ends with `advice`, where it is damaged."""
     try:
         with pq.ParquetFile(path) as file:
@@ -319,7 +354,7 @@ def _from_hub(dataset: str) -> Any:
     if not any(map(Path.exists, kept)):
         # One question: `datasets` asks six times, for half a minute.
         _loaded(subject, HfApi().dataset_info, dataset, timeout=HUB_TIMEOUT)
-    return _loaded(subject, load_dataset, dataset)
+    return _loaded(subject, _prepared, dataset)
 
 
 def _loaded(subject: str, load: Callable, *args: Any, **options: Any) -> Any:
@@ -332,7 +367,8 @@ def _loaded(subject: str, load: Callable, *args: Any, **options: Any) -> Any:
 
 def _one_line(error: BaseException) -> str:
     """What an error says; pyarrow and `datasets` use several lines."""
-    return " ".join(str(error.__cause__ or error).split())
+    cause = error.__cause__ or error
+    return " ".join(str(cause).split()) or type(cause).__name__  # MemoryError has no text
 
 
 def _local_files(dataset: str) -> tuple[Path, list[Path]]:
@@ -493,9 +529,21 @@ def _in_tar(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
 
 
 def _listed(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
-    """Of each line, its JSON and the image that is its `file_name`, relative to the list."""
+    """Yield the JSON of each line and the image that is its `file_name`, relative to the list.
+
+    Raises ValueError if a line is longer than `MAX_JSON_BYTES`: the file may be sparse, and reading on may not end.
+    """
     with path.open("rb") as file:
-        for line in filter(bytes.strip, file):
+        for number in itertools.count(1):
+            line = file.readline(MAX_JSON_BYTES + 1)
+            if len(line) > MAX_JSON_BYTES:
+                raise ValueError(
+                    f"line {number} has more than {MAX_JSON_BYTES:,} bytes; it and what follows are left out"
+                )
+            if not line:
+                return
+            if not line.strip():
+                continue
             row, image = _json(line), None
             name = row.pop("file_name", None) if isinstance(row, dict) else None
             if isinstance(name, str):  # an address stays one, which is refused as such

@@ -358,6 +358,64 @@ def test_a_tile_that_is_larger_than_its_image():
         image_bytes({"bytes": tiff, "path": None})
 
 
+TILE_SIDE = struct.pack("<I", 64)
+LONG8_SIDE = struct.pack("<Q", 35_200)
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize(
+    ("kind", "count", "value"),
+    [
+        (2, 4, b"64\0\0"),  # ASCII
+        (7, 4, b"\0\0\0@"),  # UNDEFINED
+        (5, 1, LONG8_SIDE),  # RATIONAL
+        (2, 3_000_000, bytes(3_000_000)),  # text x integer would take gigabytes
+        (4, 2, TILE_SIDE * 2),
+        # libtiff reads these, PIL does not: it would take the second entry, or none.
+        (17, 1, LONG8_SIDE),  # SLONG8
+        (18, 1, LONG8_SIDE),  # IFD8
+    ],
+    ids=["ascii", "undefined", "rational", "long-ascii", "two-longs", "slong8", "ifd8"],
+)
+def test_a_tile_whose_side_is_no_integer_is_a_bad_row(kind, count, value, order):
+    """Only a single SHORT or LONG counts, as the standard of TIFF says."""
+    bad = tiff_with([(322, kind, count, value), (322, 4, 1, TILE_SIDE), (323, 4, 1, struct.pack("<I", 2_000))], order)
+    with pytest.raises(BadImage) as error:
+        image_bytes({"bytes": bad, "path": None})
+    assert error.value.reason == "unreadable image" and "322" in error.value.detail
+
+
+def test_tags_of_tiff_are_read_in_every_layout():
+    side = struct.pack("<I", 35_200)
+    for order in "<>":
+        good = tiff_with([], order)
+        assert decode_image({"bytes": good, "path": None}).size == (64, 64)
+        with pytest.raises(BadImage, match="tiles of 35200 x 35200"):
+            image_bytes({"bytes": tiff_with([(322, 4, 1, side), (323, 4, 1, side)], order), "path": None})
+    tifffile.imwrite(stream := io.BytesIO(), np.zeros((64, 64), dtype=np.uint8), tile=(64, 64), bigtiff=True)
+    assert decode_image({"bytes": stream.getvalue(), "path": None}).size == (64, 64)
+    with pytest.raises(BadImage, match="unreadable image"):
+        image_bytes({"bytes": b"II*\0" + struct.pack("<I", 9_000) + bytes(64), "path": None})  # no directory there
+
+
+def tiff_with(entries: list[tuple[int, int, int, bytes]], order: str) -> bytes:
+    """A TIFF file of 64 x 64 gray pixels with further directory entries: tag, kind, count and little-endian value."""
+    longs = {256: 64, 257: 64, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 64, 279: 64 * 64}
+    entries = [*((tag, 4, 1, struct.pack("<I", value)) for tag, value in longs.items()), *entries]
+    unit = {3: 2, 4: 4, 5: 4, 17: 8, 18: 8}
+    tiff, directory = bytearray(64 * 64), struct.pack(f"{order}H", len(entries))
+    for tag, kind, count, value in sorted(entries, key=lambda entry: entry[0]):
+        if order == ">":
+            pieces = np.frombuffer(value, np.uint8).reshape(-1, unit.get(kind, 1))
+            value = pieces[:, ::-1].tobytes()
+        if len(value) > 4:
+            tiff += value
+            value = struct.pack(f"{order}I", 8 + len(tiff) - len(value))
+        directory += struct.pack(f"{order}HHI", tag, kind, count) + value.ljust(4, b"\0")
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(tiff))
+    return head + bytes(tiff) + directory + bytes(4)
+
+
 @pytest.mark.parametrize("values", [[-1.0, 2.0], [float("nan"), 0.5], [0.0, 70_000.0]])
 def test_pixels_that_are_none_are_a_bad_row(values):
     """Such an image would end an evaluation in the processor."""

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import tempfile
 import time
 import zlib
@@ -27,6 +29,7 @@ from capivara_search import picture_files
 from capivara_search.picture_files import (
     REDUCED_SIDES,
     FileState,
+    Picture,
     find_pictures,
     open_query_picture,
     read_details,
@@ -37,6 +40,15 @@ from modeling_capivara import CapivaraImageProcessor
 
 SLOW = pytest.mark.slow
 RED, GREEN, BLUE, GREY = (220, 30, 30), (30, 200, 30), (30, 30, 220), (128, 128, 128)
+# 16,384 x 12,200 pixels of gray in the AV1 stream, 100 x 100 in the `ispe` box; compressed by zlib.
+LYING_AVIF = (
+    "eNpjYGBQSCupLEgsy0xjAAIQnZuZZpibmZjm62joBBR6nZtaksgAAYoZKTlFUDZDQWZyCQMa4CvILMkFsxiBWC4zJz8ZxHEB8Rkh"
+    "oozCDAzc7kC2RmZmXhpcrRSQk8oE5SWWGRg65+fkg+3KyiwoKgDS3pkFyflAWiSzuCAVal8KFAsUZFZkggSYOTg4gBRPYpmhc6M8"
+    "D0hIODk/pygvOacCaDIvA1sDUEg8syAX5iegw1gYmZpZgK7yz01JLBFi4OKW/17/f9/cRUxSvBxGW8UkmwUfPiwvuexrsHGDAkPg"
+    "+VNaT55f/hHVcPDjk4Q05tfyKmu7F/tG7WFMDWXl4bhi2TaTjfkmo99UwfvHDiyaqL5QPsr+WIbmvjtv1z1pLnuqWJuVf2zbm23u"
+    "cZc5X2m5nl4YK9swauSokaNGjho5auSokaNG0snILCobmbBXfNWtA9+P6vAqn9/fcm/HrjU7NxaHcqRkdlS9GbVr1K7BYBcdrQIA"
+    "Eaja1A=="
+)
 # Formats whose pictures may lie on their side, and how.
 TURNED = [*(("JPEG", turn) for turn in range(1, 9)), *((kind, 6) for kind in ("PNG", "WEBP", "TIFF", "AVIF", "HEIF"))]
 
@@ -309,13 +321,38 @@ def test_pictures_of_the_largest_cameras(tmp_path, monkeypatch):
     monkeypatch.setattr(picture_files, "MAX_IMAGE_PIXELS", 1_000_000)
     picture = read_picture(file)
     assert (picture.width, picture.height) == (1600, 1200) and picture.image.size == (298, 224)
-    with picture_files._alone, ThreadPoolExecutor(1) as threads:
-        waiting = threads.submit(read_picture, file)
-        time.sleep(0.2)
-        assert not waiting.done()
-        picture_files._alone.release()
-        assert waiting.result().digest == picture.digest
-        picture_files._alone.acquire()
+    assert waits_for_its_turn(file) == picture
+
+
+def waits_for_its_turn(file: FileState) -> Picture:
+    """Read a picture that must wait until no other large one is decoded."""
+    with ThreadPoolExecutor(1) as threads:
+        with image_files.ONE_AT_A_TIME:
+            waiting = threads.submit(read_picture, file)
+            time.sleep(0.2)
+            assert not waiting.done()
+        return waiting.result()
+
+
+def test_an_avif_of_any_size_waits_for_its_turn(tmp_path):
+    """Its header may declare fewer pixels than its stream holds."""
+    file = saved(tmp_path / "a.avif", photograph(64, 48), kind="AVIF")
+    assert (waits_for_its_turn(file).width, read_picture(file).height) == (64, 48)
+
+
+@SLOW
+def test_avif_files_that_declare_fewer_pixels_than_they_hold():
+    """Of 16,384 x 12,200 pixels, which take 409 MB; eight were held at once."""
+    program = (
+        "import base64, resource, sys, zlib\n"
+        "from capivara_common.image_files import ImageFiles, decode_images\n"
+        "data = zlib.decompress(base64.b64decode(sys.stdin.read()))\n"
+        "images = list(decode_images(range(8), lambda row: {'bytes': data, 'path': None}, ImageFiles()))\n"
+        "print({image.size for _, image in images}, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], input=LYING_AVIF, capture_output=True, text=True, check=True)
+    size, megabytes = done.stdout.rsplit(maxsplit=1)
+    assert size == "{(100, 100)}" and int(megabytes) < 1_000
 
 
 # --- RAW and HEIC ----------------------------------------------------------------------------------------------------

@@ -506,7 +506,9 @@ def test_what_is_forgotten_stays_out_until_it_is_included(index, folder):
     assert (added.new, added.embedded, added.skipped, len(index)) == (0, 0, {"forgotten": 2}, 15)
     assert index.status().forgotten == [str(chosen), str(other)] and index.status().skipped == {"forgotten": 2}
     assert (index.add(include=[other]).new, index.status().forgotten) == (1, [str(chosen)])
-    assert index.folders_to_add(include=[folder.parent]) == [folder], "what was not forgotten itself is no new folder"
+    assert index.folders_to_add(include=[folder.parent]) == {folder: str(folder)}, (
+        "what was not forgotten itself is no new folder"
+    )
     assert index.add(folder, include=[chosen]).new == 4 and len(index) == 20
     assert (index.status().forgotten, index.add(folder).unchanged) == ([], 20)
 
@@ -667,6 +669,50 @@ def test_a_file_that_becomes_a_link_while_indexing_is_not_read(tmp_path, models,
     [left] = index.add(folder).left_out
     assert left.path == str(chosen) and left.reason.startswith("link out of the folder")
     assert len(index) == 19 and index.row(str(chosen)) is None
+
+
+def swap_before(patch, owner: object, name: str, folder: Path, private: Path) -> None:
+    """Put a link to private pictures in the place of a folder right before a step of the indexing, once."""
+    real = getattr(owner, name)
+
+    def swapped_first(*args, **more):
+        if not folder.is_symlink():
+            folder.rename(folder.with_name("away"))
+            folder.symlink_to(private)
+        return real(*args, **more)
+
+    patch.setattr(owner, name, swapped_first)
+
+
+@pytest.mark.parametrize(
+    ("owner", "step"),
+    [(PictureIndex, "add"), (known_folders, "kept_rules"), (adding, "make_plan"), (adding, "note_asked"),
+     (adding, "read_picture"), (picture_files, "_Walk")],
+)  # fmt: skip
+def test_a_known_folder_that_is_swapped_for_a_link_meanwhile_is_not_read(
+    owner, step, index, folder, tmp_path, monkeypatch
+):
+    """`capivara index` without names: the folder was checked, and a moment later it leads to somebody else's."""
+    make_pictures(tmp_path / "private", 3, seed=9)
+    private = {path.read_bytes() for path in (tmp_path / "private").rglob("*.png")}
+    asked = index.asked_folders()
+    new = make_pictures(folder / "new", 1, seed=7)
+    before, opened = len(index), []
+    contents = picture_files.contents
+    monkeypatch.setattr(picture_files, "contents", lambda file: opened.append(contents(file)) or opened[-1])
+    with monkeypatch.context() as patch:
+        folders = index.folders_to_add()
+        swap_before(patch, owner, step, folder, tmp_path / "private")
+        try:
+            index.add(*folders, real_paths=folders)
+        except ValueError as error:
+            assert error.code == "folder_swapped" and str(folder) in str(error)
+    assert folder.is_symlink() and private.isdisjoint(opened)
+    assert index.asked_folders() == asked == {str(folder): str(folder)} and len(index) in (before, before + len(new))
+    with pytest.raises(ValueError, match="No folder was named"):
+        index.add()
+    assert index.add(folder).embedded == 3, "who names it means it"
+    assert index.asked_folders() == {str(folder): str(tmp_path / "private")}
 
 
 def test_the_folders_that_an_index_of_others_names_are_not_read(tmp_path, models, folder, index, monkeypatch):

@@ -5,6 +5,7 @@ import tarfile
 from collections.abc import Iterable
 from hashlib import blake2b
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +13,7 @@ from caption_tars import CAPTIONS, PICTURES, ROWS, sample, table_of, tar_source,
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
 from capivara_common.image_files import decode_image, image_bytes, image_path
+from caption_data import sources
 from caption_data.sources import Split, open_split
 from captions.stages import open_in_place
 
@@ -200,3 +202,53 @@ def test_places_in_tars_are_no_images_of_another_data_set(tmp_path, form):
     opened = open_in_place if form == "parquet in place" else open_split
     with pytest.raises(ValueError, match=r"'image' are places in tars, which may have changed.*Name the tars"):
         opened(str(tmp_path / "shards" / "copy"), "train", "image")
+
+
+# --- Files that hold more than they seem to ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", ["first", "later"])
+def test_a_line_of_a_list_that_does_not_end_is_not_read(tmp_path, line):
+    """A sparse file takes no place on the disk, and 3 GB of memory when it is read as one line."""
+    good = b"" if line == "first" else b'{"file_name": "a.png", "captions-pt": ["um gato"]}\n'
+    with (tmp_path / "metadata.jsonl").open("wb") as file:
+        file.write(good)
+        file.truncate(sources.MAX_JSON_BYTES * 3)
+    if line == "first":
+        with pytest.raises(ValueError, match=r"metadata\.jsonl: line 1 has more than 1,000,000 bytes"):
+            open_split(str(tmp_path), "train", "image")
+        return
+    split = open_split(str(tmp_path), "train", "image")
+    [damaged] = split.damaged
+    assert [row["captions-pt"] for row in split.rows()] == [["um gato"]]
+    assert damaged.row == 1 and "line 2 has more than 1,000,000 bytes" in damaged.detail
+
+
+@pytest.mark.parametrize("encoding", ["RLE_DICTIONARY", "DELTA_BYTE_ARRAY"])
+def test_a_parquet_file_that_expands_is_not_copied_to_the_cache(tmp_path, encoding, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sources, "SMALL_TABLE_BYTES", 1_000_000)
+    (tmp_path / "data").mkdir()
+    path, table = (
+        tmp_path / "data" / "train.parquet",
+        pa.table({"captions-pt": ["a" * 10_000] * 150, "image": [b""] * 150}),
+    )
+    is_dictionary = encoding == "RLE_DICTIONARY"
+    encodings = {} if is_dictionary else {"column_encoding": {"captions-pt": encoding}}
+    pq.write_table(table, path, compression="zstd", use_dictionary=is_dictionary, **encodings)
+    assert encoding in pq.read_metadata(path).row_group(0).column(0).encodings and path.stat().st_size < 2_000
+    with pytest.raises(ValueError, match=r"train\.parquet expands too much: .* 100 times their size, or 1 MB"):
+        open_split(str(tmp_path / "data"), "train", "image")
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+    monkeypatch.setattr(sources, "MAX_EXPANSION", 10_000)
+    split = open_split(str(tmp_path / "data"), "train", "image")
+    assert (
+        len(split) == 150
+        and split.data._fingerprint
+        == datasets.load_dataset("parquet", data_files={"train": [str(path)]}, split="train")._fingerprint
+    ), "stages that were begun before go on"
+
+
+def test_an_error_without_text_is_named():
+    with pytest.raises(ValueError, match="x can't be loaded: MemoryError"):
+        sources._loaded("x", lambda: (_ for _ in ()).throw(MemoryError()))

@@ -17,7 +17,7 @@ from page_process import Asked
 
 pytest.importorskip("watchfiles", reason="folders are followed by watchfiles: pip install -e '.[search]'")
 
-from capivara_search import watch
+from capivara_search import picture_files, watch
 from capivara_search.index import PictureIndex
 from capivara_search.results import Added
 
@@ -181,6 +181,45 @@ def test_all_known_folders_are_followed_as_they_come_and_go(follow, folder, spar
     disk.rmdir(), shutil.copy(spare[3], away / "d.png"), away.rename(disk)
     followed.until(lambda: followed.has(disk / "d.png"))
     assert not followed.has(forgotten / "c.png") and "Nothing changes in the index" not in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_folder_that_is_swapped_for_a_link_is_not_followed(follow, folder, tmp_path, model, caplog, is_named):
+    private = make_pictures(tmp_path / "private", 3, seed=9)
+    PictureIndex.open(tmp_path / "i.lance", model=model).add(folder)
+    followed = follow(*[folder] * is_named)
+    folder.rename(away := tmp_path / "away")
+    folder.symlink_to(tmp_path / "private")
+    followed.until(lambda: "Not here" in caplog.text)
+    shutil.copy(private[0], tmp_path / "private" / "new.png")
+    time.sleep(2 * watch.STILL_MS / 1000)
+    assert not followed.has(folder / "new.png") and len(followed.index) == 10
+    assert followed.index.asked_folders() == {str(folder): str(folder)}
+    folder.unlink(), away.rename(folder)
+    shutil.copy(private[1], folder / "back.png")
+    followed.until(lambda: followed.has(folder / "back.png"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_folder_that_is_swapped_within_a_round_is_not_read(folder, tmp_path, model, monkeypatch, caplog, is_named):
+    private = {path.read_bytes() for path in make_pictures(tmp_path / "private", 3, seed=9)}
+    index, opened, contents = PictureIndex.open(tmp_path / "i.lance", model=model), [], picture_files.contents
+    index.add(folder)
+    monkeypatch.setattr(picture_files, "contents", lambda file: opened.append(contents(file)) or opened[-1])
+    add = index.add
+
+    def add_after_swap(*args, **more):
+        folder.rename(tmp_path / "away")
+        folder.symlink_to(tmp_path / "private")
+        return add(*args, **more)
+
+    monkeypatch.setattr(index, "add", add_after_swap)
+    with pytest.raises(ValueError) as error:
+        next(index.watch(*[folder] * is_named))
+    assert error.value.code == "folder_swapped" and private.isdisjoint(opened)
+    assert index.asked_folders() == {str(folder): str(folder)} and len(index) == 10
 
 
 def test_wrong_folders_are_named_at_once(tmp_path, model, folder):
