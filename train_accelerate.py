@@ -1,8 +1,8 @@
 """Fine-tune the text tower of a CAPIVARA model on captions in your language, measure it, save it.
 
-    accelerate launch train_accelerate.py --config configs/openmoji.yaml
-    accelerate launch train_accelerate.py --config configs/openmoji.yaml --learning_rate 1e-4 --seed 1
-    accelerate launch train_accelerate.py --config configs/capivara.yaml --model MODEL --dataset DATA --resume auto
+    python train_accelerate.py --config configs/openmoji.yaml
+    python train_accelerate.py --config configs/openmoji.yaml --learning_rate 1e-4 --seed 1
+    python train_accelerate.py --config configs/capivara.yaml --model MODEL --dataset DATA --resume auto
 
 `python -m examples.openmoji.prepare` makes what the first two train on. Flags win
 over the file. An unfinished run lies in `<output_dir>.partial`; `--resume auto` resumes it.

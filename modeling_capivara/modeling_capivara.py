@@ -49,7 +49,6 @@ class CapivaraPreTrainedModel(PreTrainedModel):
     config_class = CapivaraConfig
     config: CapivaraConfig
     base_model_prefix = "capivara"
-    main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -175,29 +174,61 @@ class CapivaraModel(CapivaraPreTrainedModel):
     @can_return_tuple
     def get_text_features(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         truncate_dim: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
-        """Text tower and projection; arguments as of `forward`, `truncate_dim` and result as of `get_image_features`.
+        """Encode texts with the text tower and its projection.
 
-        Raises ValueError where a row has no token that the mask keeps, a shape or `truncate_dim` is wrong.
+        Args:
+            input_ids: (texts, tokens). Give either these or `inputs_embeds`.
+            attention_mask: (texts, tokens), 1 for a token and 0 for padding. Default: padding tokens of `input_ids` are
+                masked; no row of `inputs_embeds` is, because an embedding does not say whether it is padding.
+            position_ids: (texts, tokens), positions of the tokens. Default: those that the text tower counts.
+            token_type_ids: accepted because BERT's tokenizers return them, and ignored: a single text has one type.
+            inputs_embeds: (texts, tokens, text width), word embeddings instead of `input_ids`.
+            truncate_dim: keep this many leading dimensions of each embedding, see `matryoshka_dims` of the
+                configuration. Default: all.
+
+        Returns:
+            The output of the text tower, with the projected embeddings as `pooler_output`, (texts, truncate_dim or
+            projection_dim), not normalized.
+
+        Raises:
+            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, the mask keeps no token of a
+                text, or a shape or `truncate_dim` is wrong.
         """
         check_truncate_dim(truncate_dim, self.config.projection_dim)
-        outputs = self._text_outputs(input_ids, attention_mask, **kwargs)
+        outputs = self._text_outputs(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         outputs.pooler_output = self.text_projection(outputs.pooler_output)[:, :truncate_dim]
         return outputs
 
-    def _text_outputs(self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs) -> BaseModelOutputWithPooling:
-        if input_ids.ndim != 2:
-            raise ValueError(f"`input_ids` must be (texts, tokens), got shape {tuple(input_ids.shape)}.")
-        if attention_mask is None:  # -1, no token at all, where the tower knows of no padding
+    def _text_outputs(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """Encode texts with the text tower alone; `pooler_output` is the mean of its states, before the projection."""
+        _check_tokens(input_ids, inputs_embeds)
+        if inputs_embeds is not None:
+            tokens, kwargs["inputs_embeds"] = inputs_embeds[..., 0], inputs_embeds
+            kept = torch.ones_like(tokens, dtype=torch.long)
+        else:
+            tokens, kwargs["input_ids"] = input_ids, input_ids
             pad = self.config.text_config.pad_token_id
-            attention_mask = (input_ids != (-1 if pad is None else pad)).long()
-        _check_mask(attention_mask, input_ids)
-        outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+            kept = (input_ids != (-1 if pad is None else pad)).long()  # -1 is no token: some towers have no padding
+        attention_mask = kept if attention_mask is None else attention_mask
+        _check_mask(attention_mask, tokens)
+        if position_ids is not None:  # otherwise not passed on: not every text tower accepts it
+            kwargs["position_ids"] = position_ids
+        outputs = self.text_model(attention_mask=attention_mask, return_dict=True, **kwargs)
         pooled = mean_pooling(outputs.last_hidden_state, attention_mask)  # (texts, text width), float32
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
@@ -210,23 +241,28 @@ class CapivaraModel(CapivaraPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         return_loss: bool | None = None,
         token_type_ids: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | CapivaraOutput:
         """Embed texts, images or both; with both, compare every text with every image.
 
+        The order of the parameters is that of transformers' `CLIPModel`.
+
         Args:
             input_ids: (texts, tokens), or None for images alone.
-            attention_mask: (texts, tokens), 1 for a token and 0 for padding; without it, padding tokens are masked.
             pixel_values: (images, 3, height, width), or None for texts alone.
-            return_loss: also the contrastive loss, row i of the texts belonging to row i of the images.
-            token_type_ids: taken because BERT's tokenizers give them, and not used: a single text has one type.
+            attention_mask: (texts, tokens), 1 for a token and 0 for padding. Default: padding tokens are masked.
+            position_ids: (texts, tokens), positions of the tokens. Default: those that the text tower counts.
+            return_loss: also compute the contrastive loss, where text i belongs to image i.
+            token_type_ids: accepted because BERT's tokenizers return them, and ignored: a single text has one type.
 
         Raises:
-            ValueError: neither modality is given, or the loss is asked for with one alone or with unequal numbers.
+            ValueError: If neither modality is given, or if the loss is requested with a single modality or with unequal
+                numbers of texts and images.
         """
         if input_ids is None and pixel_values is None:
             raise ValueError("Give `input_ids`, `pixel_values` or both; got neither.")
@@ -234,7 +270,7 @@ class CapivaraModel(CapivaraPreTrainedModel):
             raise ValueError("`return_loss=True` needs both `input_ids` and `pixel_values`.")
         text_embeds = image_embeds = logits_per_text = text_outputs = image_outputs = None
         if input_ids is not None:
-            text_outputs = self._text_outputs(input_ids, attention_mask, **kwargs)
+            text_outputs = self._text_outputs(input_ids, attention_mask, position_ids, **kwargs)
             text_embeds = unit_length(self.text_projection(text_outputs.pooler_output))
         if pixel_values is not None:
             image_outputs = self._image_outputs(pixel_values, **kwargs)
@@ -266,6 +302,7 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
     A folder of `CapivaraModel` loads too: its text side is left out, and the head is new.
     """
 
+    main_input_name = "pixel_values"
     input_modalities = ("image",)
     accepts_loss_kwargs = False  # the loss is a mean over the batch; `Trainer` averages it over accumulated ones
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\."]
@@ -279,7 +316,9 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         check_main_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
         self.visual_projection = nn.Linear(vision_width(config.vision_config), config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
-        self.classifier = nn.Linear(config.projection_dim, config.num_labels)
+        # Also `from_config(config, dtype=torch.bfloat16)` builds the head in float32: it knows of no exceptions.
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.classifier = nn.Linear(config.projection_dim, config.num_labels, dtype=dtype)
         self.image_tower_frozen = False
         self.post_init()
 
@@ -363,17 +402,24 @@ def clip_loss(
 ) -> Tensor:
     """Mean of the two cross-entropies over the whole batch: text to image and image to text; with a bias SigLIP's loss.
 
-    Source: CLIP (arXiv 2103.00020), section 2.3, figure 3; SigLIP (arXiv 2303.15343), algorithm 1. Arguments as of
-    `similarity_logits`, both sides (pairs, projection_dim), row i of one belonging to row i of the other; a scalar,
-    float32, in nats.
+    Source: CLIP (arXiv 2103.00020), section 2.3, figure 3; SigLIP (arXiv 2303.15343), algorithm 1.
+
+    Args:
+        text_embeds: (pairs, projection_dim), unit length.
+        image_embeds: (pairs, projection_dim), unit length; row i belongs to row i of the texts.
+        logit_scale: scalar, natural logarithm of the scale.
+        logit_bias: scalar, SigLIP's bias. Default: CLIP's loss.
+
+    Returns:
+        The loss in nats, a scalar in float32. CLIP's loss of a single pair is 0: it has no wrong answer.
 
     Raises:
-        ValueError: the sides differ in number, or there are fewer than two pairs (no wrong answer to tell apart).
+        ValueError: If the numbers of texts and images differ, or there is no pair.
     """
     if len(text_embeds) != len(image_embeds):
         raise ValueError(f"The loss needs as many texts as images, got {len(text_embeds)} and {len(image_embeds)}.")
-    if len(text_embeds) < 2:
-        raise ValueError(f"The contrastive loss needs at least 2 pairs, got {len(text_embeds)}.")
+    if not len(text_embeds):
+        raise ValueError("The loss needs at least 1 pair, got 0.")
     logits_per_text = similarity_logits(text_embeds, image_embeds, logit_scale, logit_bias)
     if logit_bias is not None:
         signs = 2 * torch.eye(len(logits_per_text), device=logits_per_text.device) - 1
@@ -388,15 +434,25 @@ def mean_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
     return (last_hidden_state.float() * mask).sum(dim=1) / mask.sum(dim=1)
 
 
-def _check_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
-    if attention_mask.shape != input_ids.shape:
-        shapes = f"{tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
-        raise ValueError(f"`attention_mask` must have the shape of `input_ids`, {shapes}; pass both as given.")
-    # Values are looked at on the CPU alone: a GPU would be waited for. There, a row of padding embeds as not a number.
+def _check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+    if (input_ids is None) == (inputs_embeds is None):
+        found = "neither" if input_ids is None else "both"
+        raise ValueError(f"Give either `input_ids` or `inputs_embeds`, got {found}.")
+    if input_ids is not None and input_ids.ndim != 2:
+        raise ValueError(f"`input_ids` must be (texts, tokens), got shape {tuple(input_ids.shape)}.")
+    if inputs_embeds is not None and inputs_embeds.ndim != 3:
+        raise ValueError(f"`inputs_embeds` must be (texts, tokens, width), got shape {tuple(inputs_embeds.shape)}.")
+
+
+def _check_mask(attention_mask: Tensor, tokens: Tensor) -> None:
+    if attention_mask.shape != tokens.shape:
+        shapes = f"{tuple(tokens.shape)}, got {tuple(attention_mask.shape)}"
+        raise ValueError(f"`attention_mask` must have the shape of the tokens, {shapes}; pass both as given.")
+    # Values are checked on the CPU alone: a GPU would be waited for. There, a text of padding alone embeds as NaN.
     if attention_mask.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if empty := (attention_mask.sum(dim=1) == 0).nonzero().flatten().tolist():
-        rows = f"rows {empty[:10]} of {len(input_ids)} are all padding"
+        rows = f"rows {empty[:10]} of {len(tokens)} are all padding"
         raise ValueError(f"Every text needs at least one token that the attention mask keeps; {rows}.")
 
 

@@ -1,12 +1,6 @@
 """Texts and images to model inputs."""
 
-from transformers import (
-    BatchFeature,
-    ImageFeatureExtractionPipeline,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-    ZeroShotImageClassificationPipeline,
-)
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from .text_repair_capivara import CONTEXT_LENGTH, checked_texts, repair_text
 from .tokenization_capivara import CapivaraTokenizer
@@ -14,19 +8,32 @@ from .tokenization_capivara import CapivaraTokenizer
 __all__ = ["CONTEXT_LENGTH", "CapivaraProcessor", "repair_text"]
 TEXT_DEFAULTS = {"padding": True, "truncation": True, "max_length": CONTEXT_LENGTH}
 
-# `pipeline(task, model=model, processor=processor)` would take tokenizer and image processor from the processor, but
-# looks for them by the model's name first and fails without one. None, of transformers too, makes that no failure.
-ZeroShotImageClassificationPipeline._load_tokenizer = None
-ZeroShotImageClassificationPipeline._load_image_processor = None
-ImageFeatureExtractionPipeline._load_image_processor = None
-
 
 class CapivaraProcessor(ProcessorMixin):
-    """Image processor and tokenizer in one, giving the ids that open_clip's `HFTokenizer` gives.
+    """An image processor and a tokenizer in one, which gives the token ids of open_clip's `HFTokenizer`.
 
-    Texts are repaired, truncated at 77 tokens and padded to the longest of the batch, not always to 77; embeddings are
-    the same either way. `max_length`, `padding` and `truncation` override that as in transformers. Any fast tokenizer
-    is made a `CapivaraTokenizer`, which repairs texts also where it is called without the processor.
+    Texts are cleaned, truncated to 77 tokens and padded to the longest text of the batch; embeddings do not depend on
+    the padding. `max_length`, `padding` and `truncation` of a call override these defaults, and so do those that the
+    tokenizer was loaded with: `AutoTokenizer.from_pretrained(folder, max_length=32, padding="max_length")`.
+
+    Any fast tokenizer is converted to a `CapivaraTokenizer`, which cleans texts also when it is called without the
+    processor. Its vocabulary and rules are kept, its length and padding are not.
+
+    `pipeline(task, model=folder)` finds everything by itself. For a loaded model, transformers asks for the parts by
+    name and does not look into `processor=`:
+
+        pipeline("zero-shot-image-classification", model=model, tokenizer=processor.tokenizer,
+                 image_processor=processor.image_processor)
+        pipeline("image-feature-extraction", model=model, image_processor=processor.image_processor)
+
+    Args:
+        image_processor: A `CapivaraImageProcessor`.
+        tokenizer: A fast tokenizer.
+
+    Example:
+        processor = AutoProcessor.from_pretrained(folder)
+        inputs = processor(text=["um gato", "uma casa"], images=image, return_tensors="pt")
+        logits = model(**inputs).logits_per_image  # (1, 2)
     """
 
     def __init__(self, image_processor=None, tokenizer=None, **kwargs):
@@ -35,15 +42,24 @@ class CapivaraProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, **kwargs)
 
     def __call__(self, images=None, text: str | list[str] | None = None, **kwargs) -> BatchFeature:
-        """`input_ids` and `attention_mask` (texts, tokens) and `pixel_values` (images, 3, height, width), as asked.
+        """Prepare images, texts or both for the model.
 
-        Images are PIL images, arrays, tensors, paths or URLs, one or a list. ValueError where a text is not a string,
-        the list of texts is empty, or neither images nor texts are given.
+        Args:
+            images: PIL images, arrays, tensors, paths or URLs, one or a list.
+            text: One text or a list of them.
+            **kwargs: Options of the tokenizer and the image processor, such as `max_length`, `padding` and
+                `return_tensors`.
+
+        Returns:
+            `input_ids` and `attention_mask`, (texts, tokens), if there are texts, and `pixel_values`,
+            (images, 3, height, width), if there are images.
+
+        Raises:
+            ValueError: If a text is not a string, the list of texts is empty, or neither images nor texts are given.
         """
         if text is not None:
             text = checked_texts(text)
-        # Passed with every call: as attributes of the class, they would yield to the length and padding that a
-        # tokenizer remembers from its last call and saves.
-        defaults = {key: value for key, value in TEXT_DEFAULTS.items() if key not in kwargs}
-        kwargs["text_kwargs"] = {**defaults, **kwargs.get("text_kwargs", {})}
+            given = {**self.tokenizer.init_kwargs, **kwargs}
+            defaults = {key: value for key, value in TEXT_DEFAULTS.items() if key not in given}
+            kwargs["text_kwargs"] = {**defaults, **kwargs.get("text_kwargs", {})}
         return super().__call__(images=images, text=text, **kwargs)

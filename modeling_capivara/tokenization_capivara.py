@@ -11,31 +11,55 @@ from .text_repair_capivara import CONTEXT_LENGTH, checked_texts, repair_text
 
 
 class CapivaraTokenizer(PreTrainedTokenizerFast):
-    """A fast tokenizer that gives the ids of open_clip's `HFTokenizer`, whoever calls it.
+    """A fast tokenizer that gives the token ids of open_clip's `HFTokenizer`, whoever calls it.
 
-    Every text is repaired (`repair_text`) and truncated at 77 tokens; `max_length` and `truncation` override the latter
-    as in transformers. The mask is 0 also for padding tokens that a text itself spells: open_clip makes its mask from
-    the ids.
+    Every text is cleaned (`repair_text`) and truncated to 77 tokens; `max_length` and `truncation` override the latter
+    as in transformers. `pad_to_multiple_of` applies after truncation, so it changes the padding alone: with 8, texts of
+    77 tokens are padded to 80. The mask is 0 also for padding tokens that are spelled in a text, because open_clip
+    derives its mask from the ids.
+
+    The length and padding of the last call, which the tokenizers library keeps in `tokenizer.json`, are neither saved
+    nor loaded. Those that a tokenizer is loaded with are settings of `CapivaraProcessor`.
     """
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "CapivaraTokenizer":
-        """The vocabulary and the rules of `tokenizer` behind the repair; itself where it is of this class already."""
+        """Return `tokenizer` as one of this class, with its vocabulary and rules, or unchanged if it is one already."""
         if type(tokenizer).__name__ == cls.__name__:  # of the package, or of a folder's own copy of this file
             return tokenizer
         if not tokenizer.is_fast:
             found = f"{type(tokenizer).__name__}; give one that is saved as tokenizer.json"
             raise ValueError(f"A CAPIVARA tokenizer must be one of the tokenizers library, got {found}.")
-        return cls(**_settings(tokenizer))
+        converted = cls(**_settings(tokenizer))
+        converted.init_kwargs.pop("max_length", None)  # of the last call of `tokenizer`
+        return converted
 
     def plain(self) -> PreTrainedTokenizerFast:
         """The same without repair, for programs that repair texts themselves, as open_clip does."""
         return PreTrainedTokenizerFast(**_settings(self))
 
-    def _get_padding_truncation_strategies(self, padding=False, truncation=None, max_length=None, **kwargs):
+    @classmethod
+    def _from_pretrained(cls, *args, **kwargs):
+        tokenizer = super()._from_pretrained(*args, **kwargs)
+        # Earlier versions saved the length of the last call, which transformers reads as a setting.
+        state = tokenizer.backend_tokenizer
+        remembered = (state.truncation or {}).get("max_length"), (state.padding or {}).get("length")
+        if "max_length" not in kwargs and tokenizer.init_kwargs.get("max_length") in remembered:
+            tokenizer.init_kwargs.pop("max_length", None)
+        return tokenizer
+
+    def _save_pretrained(self, *args, **kwargs):
+        self.backend_tokenizer.no_truncation()
+        self.backend_tokenizer.no_padding()
+        return super()._save_pretrained(*args, **kwargs)
+
+    def _get_padding_truncation_strategies(
+        self, padding=False, truncation=None, max_length=None, pad_to_multiple_of=None, **kwargs
+    ):
         truncation = True if truncation is None else truncation
         if max_length is None and (truncation or padding == "max_length"):
             max_length = min(self.model_max_length, CONTEXT_LENGTH)
+        # Without the multiple, which is only compared with the length here: it need not divide 77.
         return super()._get_padding_truncation_strategies(padding, truncation, max_length, **kwargs)
 
     def _encode_plus(self, text, text_pair=None, **kwargs) -> BatchEncoding:

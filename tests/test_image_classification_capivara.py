@@ -121,6 +121,10 @@ def test_half_precision_keeps_the_head_in_float32(classifier, classifier_folder,
     for actual in (loaded(pixels.bfloat16()).logits, autocast):
         assert actual.dtype == torch.float32
         torch.testing.assert_close(actual, expected, atol=0.5, rtol=0)
+    anew = AutoModelForImageClassification.from_config(classifier.config, dtype=torch.bfloat16)
+    assert (anew.dtype, anew.logit_scale.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert {parameter.dtype for parameter in anew.classifier.parameters()} == {torch.float32}
+    assert anew(pixels.bfloat16()).logits.dtype == torch.float32
     image = Image.new("RGB", (40, 37), (200, 30, 30))
     assert len(pipeline("image-classification", str(classifier_folder), dtype=torch.bfloat16)(image)) == 3
 

@@ -112,11 +112,15 @@ def test_the_wheel_holds_its_packages_whole_and_says_whose_it_is(built):
             for end in ("entry_points.txt", "/METADATA")
         )
     assert {name.split("/")[0] for name in names} == {*PACKAGES, f"modeling_capivara-{VERSION}.dist-info"}
-    assert {f"{name}/py.typed" for name in PACKAGES} <= names and any(n.endswith("licenses/LICENSE") for n in names)
+    assert {f"{name}/py.typed" for name in PACKAGES} <= names
+    licenses = {name.rpartition("/licenses/")[2] for name in names if "/licenses/" in name}
+    assert licenses == {"LICENSE", "LICENSE-CC-BY-SA-4.0.txt"}, "of the code, and of the data that the wheel ships"
     assert not set(tracked(*PACKAGES)) - names, "words, pages and pictures of the packages are needed, too"
     assert "capivara = capivara_search.__main__:run" in points
     metadata = email.message_from_string(about)
-    assert (metadata["Name"], metadata["Version"], metadata["License"]) == (NAME, VERSION, "MIT")
+    assert (metadata["Name"], metadata["Version"]) == (NAME, VERSION)
+    assert metadata["License-Expression"] == "MIT AND CC-BY-SA-4.0" and metadata["License"] is None
+    assert set(metadata.get_all("License-File")) == licenses
 
 
 def test_the_page_of_an_index_has_no_link_into_the_repository(built):

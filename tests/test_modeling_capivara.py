@@ -1,9 +1,12 @@
 """The model: sizes, gradients, precision, and towers of other kinds."""
 
+import inspect
+
 import pytest
 import torch
 from sampling import one_in
 from tiny import randomise, tiny_config
+from transformers import CLIPModel
 
 from modeling_capivara import CapivaraConfig, CapivaraModel, clip_loss
 from modeling_capivara.modeling_capivara import _check_mask, mean_pooling
@@ -41,6 +44,63 @@ def test_either_modality_alone(tiny_model, batch):
     torch.testing.assert_close(both.logits_per_image, expected.T)
     loss = (-expected.log_softmax(1).diag().mean() - expected.log_softmax(0).diag().mean()) / 2
     torch.testing.assert_close(both.loss, loss)
+
+
+def test_parameters_come_in_the_order_of_clip(tiny_model, batch):
+    names = [list(inspect.signature(kind.forward).parameters) for kind in (CapivaraModel, CLIPModel)]
+    assert names[0][:6] == names[1][:6] and names[0][1:4] == ["input_ids", "pixel_values", "attention_mask"]
+    assert CapivaraModel.main_input_name == CLIPModel.main_input_name == "input_ids"
+    expected = tiny_model(**batch).logits_per_text
+    actual = tiny_model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"])
+    torch.testing.assert_close(actual.logits_per_text, expected)
+
+
+def test_position_ids_reach_the_text_tower_alone(tiny_model, batch):
+    positions = torch.arange(2, 2 + batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+    output = tiny_model(**batch, position_ids=positions)  # those that XLM-R counts itself, from the padding id plus one
+    torch.testing.assert_close(output.logits_per_text, tiny_model(**batch).logits_per_text)
+    shifted = tiny_model(**batch, position_ids=positions + 3)
+    assert (shifted.text_embeds - output.text_embeds).abs().max() > 1e-3
+    torch.testing.assert_close(shifted.image_embeds, output.image_embeds)
+    texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    features = tiny_model.get_text_features(**texts, position_ids=positions + 3).pooler_output
+    torch.testing.assert_close(torch.nn.functional.normalize(features, dim=-1), shifted.text_embeds)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_text_features_of_embeddings_instead_of_ids(tiny_model, batch, masked):
+    """Without a mask every state counts: embeddings do not say which of them are padding."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    assert not mask.all(), "without padding the mask would prove nothing"
+    # XLM-R skips padding when it counts the positions of ids, and counts all embeddings.
+    positions = torch.arange(2, 2 + ids.shape[1]).expand_as(ids)
+    expected = tiny_model.get_text_features(ids, mask if masked else torch.ones_like(mask), positions).pooler_output
+    embeds = tiny_model.get_input_embeddings()(ids)
+    given = {"attention_mask": mask} if masked else {}
+    torch.testing.assert_close(tiny_model.get_text_features(inputs_embeds=embeds, **given).pooler_output, expected)
+
+
+@pytest.mark.parametrize("kind", ["neither", "both", "flat"])
+def test_text_features_take_either_ids_or_embeddings(tiny_model, batch, kind):
+    embeds = tiny_model.get_input_embeddings()(batch["input_ids"])
+    given = {"neither": {}, "both": {"input_ids": batch["input_ids"], "inputs_embeds": embeds}}
+    given["flat"] = {"inputs_embeds": embeds[0]}
+    with pytest.raises(ValueError, match=r"inputs_embeds"):
+        tiny_model.get_text_features(**given[kind])
+
+
+@pytest.mark.parametrize("bias", [None, -1.0])
+def test_loss_of_a_single_pair(batch, bias):
+    """0 as CLIP's, which has no wrong answer to tell apart; SigLIP's is that of the pair itself."""
+    model = randomise(CapivaraModel(tiny_config(logit_bias_init_value=bias))).eval()
+    output = model(**{name: values[:1] for name, values in batch.items()}, return_loss=True)
+    expected = torch.zeros(()) if bias is None else -torch.nn.functional.logsigmoid(output.logits_per_text).sum()
+    torch.testing.assert_close(output.loss, expected)
+    output.loss.backward()
+    gradients = [parameter.grad.abs().sum() for parameter in model.parameters() if parameter.grad is not None]
+    assert gradients and bool(sum(gradients)) == (bias is not None)
+    with pytest.raises(ValueError, match="got 0"):
+        clip_loss(output.text_embeds[:0], output.image_embeds[:0], model.logit_scale, model.logit_bias)
 
 
 def test_padding_does_not_matter(tiny_model, tiny_processor, batch):
@@ -185,13 +245,9 @@ FAULTS = [
     ({"input_ids": ONES, "return_loss": True}, "needs both"),
     ({"input_ids": ONES, "attention_mask": ONES * torch.tensor([[1], [0], [1]])}, r"rows \[1\] of 3 are all"),
     ({"input_ids": ONES, "attention_mask": ONES, "pixel_values": PIXELS[:2], "return_loss": True}, "got 3 and 2"),
-    (
-        {"input_ids": ONES[:1], "attention_mask": ONES[:1], "pixel_values": PIXELS[:1], "return_loss": True},
-        "2 pairs, got 1",
-    ),
     ({"pixel_values": PIXELS[0]}, r"pixel_values.*\(3, 32, 32\).*CapivaraImageProcessor"),
     ({"input_ids": ONES[0]}, r"input_ids.*\(texts, tokens\)"),
-    ({"input_ids": ONES, "attention_mask": ONES[:1]}, "attention_mask.*shape of `input_ids`"),
+    ({"input_ids": ONES, "attention_mask": ONES[:1]}, r"attention_mask.*\(3, 7\).*\(1, 7\)"),
     ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, r"rows \[0, 1\] of 2 are all padding"),
 ]
 

@@ -52,7 +52,7 @@ def test_versions_and_authors_agree():
     (heading, *_) = re.findall(r"^## (\S+)(?: \(unreleased\)|, \d{4}-\d\d-\d\d)$", changes, re.MULTILINE)
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert version == heading == citation["version"]
-    assert citation["cff-version"] == "1.2.0" and citation["license"] == CONFIG["metadata"]["license"]
+    assert citation["cff-version"] == "1.2.0" and citation["license"] == "MIT"
     assert citation["authors"] == [{"name": CONFIG["metadata"]["author"]}]
     paper, bibtex = citation["preferred-citation"], (ROOT / "hub_upload/templates/citation.bib").read_text("utf-8")
     authors = re.search(r"author = \{(.*?)\},\n", bibtex, re.DOTALL)[1].replace(r"{\'a}", "á")

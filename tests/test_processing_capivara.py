@@ -1,13 +1,14 @@
 """Texts: the ids of open_clip's tokenizer, on the real XLM-R vocabulary."""
 
 import itertools
+import json
 import random
 
 import numpy as np
 import pytest
 import torch
 from tiny import randomise, tiny_config, tiny_tokenizer
-from transformers import AutoProcessor, BertTokenizer
+from transformers import AutoProcessor, AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 
@@ -79,18 +80,41 @@ def test_overrides(tiny_processor):
 
 
 def test_length_of_an_earlier_call_is_not_remembered(tmp_path):
-    """A tokenizer keeps the truncation and padding of its last call, saves them, and loads them as its defaults."""
+    """A tokenizer keeps the length and padding of its last call: they are not saved, and not loaded where they were."""
     processor = CapivaraProcessor(CapivaraImageProcessor(), tiny_tokenizer())
     texts = ["um gato azul de casa", "gato " * 100]
     expected = processor(text=texts)["input_ids"]
     processor(text=texts, max_length=4, padding="max_length")
     assert processor(text=texts)["input_ids"] == expected
     processor(text=texts, max_length=4, padding="max_length")
+    older = processor.tokenizer.backend_tokenizer.to_str()  # what earlier versions saved
+    assert json.loads(older)["truncation"]["max_length"] == json.loads(older)["padding"]["strategy"]["Fixed"] == 4
     processor.save_pretrained(tmp_path)
-    reloaded = AutoProcessor.from_pretrained(tmp_path)
-    assert reloaded.tokenizer.init_kwargs.get("max_length") == 4, "else this test proves nothing"
-    assert reloaded(text=texts)["input_ids"] == expected
-    assert isinstance(reloaded, CapivaraProcessor) and isinstance(reloaded.image_processor, CapivaraImageProcessor)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    assert saved["truncation"] is saved["padding"] is None
+    for content in (json.dumps(saved), older):
+        (tmp_path / "tokenizer.json").write_text(content, "utf-8")
+        reloaded = AutoProcessor.from_pretrained(tmp_path)
+        assert reloaded(text=texts)["input_ids"] == expected
+        assert isinstance(reloaded, CapivaraProcessor) and isinstance(reloaded.image_processor, CapivaraImageProcessor)
+        foreign = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+        assert CapivaraProcessor(CapivaraImageProcessor(), foreign)(text=texts)["input_ids"] == expected
+        again = AutoTokenizer.from_pretrained(tmp_path, max_length=4)  # asked for, though it is the remembered length
+        assert len(CapivaraProcessor(CapivaraImageProcessor(), again)(text=texts[1])["input_ids"]) == 4
+
+
+def test_length_and_padding_of_a_configured_tokenizer_are_kept(tiny_folder, tmp_path):
+    """As transformers' other processors have it; what the caller passes comes first."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder, max_length=20, padding="max_length")
+    processor, text = CapivaraProcessor(CapivaraImageProcessor(), tokenizer), "um gato " * 50
+    for _ in range(2):
+        assert [len(processor(text=text)["input_ids"]) for text in (text, "um gato")] == [20, 20]
+        assert [len(ids) for ids in processor(text=[text, "um"], padding=True, max_length=9)["input_ids"]] == [9, 9]
+        assert len(processor(text="um gato", text_kwargs={"padding": False})["input_ids"]) == 4
+        both = processor(text="um gato", images=np.zeros((40, 50, 3), np.uint8))
+        assert len(both["input_ids"]) == 20 and len(both["pixel_values"]) == 1
+        processor.save_pretrained(tmp_path)
+        processor = AutoProcessor.from_pretrained(tmp_path)
 
 
 def test_token_types_of_bert_tokenizers_are_accepted():

@@ -113,7 +113,7 @@ def test_the_metric_example_runs(capsys, monkeypatch):
 
 LANGUAGES = {"LEIAME.md": "pt", "docs/busca.md": "pt", "docs/seu_idioma.md": "pt", "docs/immich.md": "pt"}
 OF_OTHERS = ("http.server", "pip", "pytest", "venv")  # modules behind `python -m` that are none of the project's
-OWN = ("capivara ", "python -m ", "accelerate launch ", "make ", "pip install ")
+OWN = ("capivara ", "python -m ", "python train_accelerate.py ", "accelerate launch ", "make ", "pip install ")
 LEFT_OUT = "…"  # a command with it names another one's flags, as text
 
 
@@ -138,7 +138,7 @@ def parse_command(words: list[str], language: str, parse_known_args: Callable) -
         parsed(words[1 if words[0] == "capivara" else 3 :], language)
     elif words[:2] == ["python", "-m"] and words[2] not in OF_OTHERS:
         run_until_parsed(words[2], words[3:])
-    elif words[:2] == ["accelerate", "launch"]:
+    elif words[:2] in (["python", "train_accelerate.py"], ["accelerate", "launch"]):
         start = words.index("-m") + 1 if "-m" in words else words.index("train_accelerate.py")
         run_until_parsed(words[start].removesuffix(".py"), words[start + 1 :])
     elif words[0] == "make":

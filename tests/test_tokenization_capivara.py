@@ -4,6 +4,8 @@ import copy
 import html
 import pickle
 import random
+import subprocess
+import sys
 import time
 import timeit
 
@@ -101,17 +103,53 @@ def test_pairs_and_texts_in_words_are_repaired_part_by_part(tiny_folder):
     assert words == tokenizer([list(clean)], is_split_into_words=True).input_ids
 
 
+@pytest.mark.parametrize("length", [None, 77, 20])
+def test_a_multiple_to_pad_to_applies_after_truncation(tiny_folder, tiny_processor, length):
+    """So that the ids are those without it; transformers refuses a length that the multiple does not divide."""
+    tokenizer, given = AutoTokenizer.from_pretrained(tiny_folder), {} if length is None else {"max_length": length}
+    expected = tokenizer(LABELS, padding=True, return_tensors="pt", **given)
+    longest = length or 77
+    assert expected["input_ids"].shape == (3, longest)
+    width = -(-longest // 8) * 8
+    for padding in (True, "max_length"):
+        for read in (tokenizer, lambda texts, **kwargs: tiny_processor(text=texts, **kwargs)):
+            actual = read(LABELS, padding=padding, pad_to_multiple_of=8, return_tensors="pt", **given)
+            assert actual["input_ids"].shape == (3, width)
+            assert torch.equal(actual["input_ids"][:, :longest], expected["input_ids"])
+            assert torch.equal(actual["attention_mask"][:, :longest], expected["attention_mask"])
+            assert (actual["input_ids"][:, longest:] == tokenizer.pad_token_id).all()
+            assert not actual["attention_mask"][:, longest:].any()
+
+
 @pytest.mark.parametrize("kind", ["folder", "parts"])
 def test_pipelines_give_the_numbers_of_model_and_processor(tiny_folder, tiny_model, tiny_processor, kind):
     image = Image.new("RGB", (40, 37), (200, 30, 30))
-    parts = {"model": tiny_model, "processor": tiny_processor} if kind == "parts" else {"model": str(tiny_folder)}
-    classify = pipeline("zero-shot-image-classification", **parts)
+    parts, tokenizer = {"model": str(tiny_folder)}, {}
+    if kind == "parts":  # a loaded model: transformers does not take them from `processor=`
+        parts = {"model": tiny_model, "image_processor": tiny_processor.image_processor}
+        tokenizer = {"tokenizer": tiny_processor.tokenizer}
+    classify = pipeline("zero-shot-image-classification", **parts, **tokenizer)
     scores = {row["label"]: row["score"] for row in classify(image, candidate_labels=LABELS, hypothesis_template="{}")}
     expected = tiny_model(**tiny_processor(images=image, text=LABELS, return_tensors="pt")).logits_per_image
     assert [scores[label] for label in LABELS] == pytest.approx(expected.softmax(-1)[0].tolist(), abs=1e-5)
     pooled = pipeline("image-feature-extraction", **parts)(image, pool=True)
     expected = tiny_model(**tiny_processor(images=image, return_tensors="pt")).image_embeds
     torch.testing.assert_close(torch.tensor(pooled), expected, rtol=0, atol=1e-6)
+
+
+IMPORT = """
+import transformers
+kinds = [getattr(transformers, name) for name in dir(transformers) if name.endswith("Pipeline")]
+before = [dict(vars(kind)) for kind in kinds]
+import modeling_capivara.two_towers
+changed = [kind.__name__ for kind, attributes in zip(kinds, before) if dict(vars(kind)) != attributes]
+assert len(kinds) > 10 and not changed, changed
+"""
+
+
+@pytest.mark.slow
+def test_importing_the_package_leaves_pipelines_of_other_models_alone():
+    subprocess.run([sys.executable, "-c", IMPORT], check=True, timeout=120)
 
 
 def test_only_fast_tokenizers_are_taken():

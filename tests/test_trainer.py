@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from tiny import TINY_TEXT, randomise, tiny_config
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -35,13 +36,16 @@ class Gradients(TrainerCallback):
         self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
 
-def trained(kind: type[Trainer], model, processor, folder, data: list[dict], micro: int = MICRO, accumulated: int = 4):
-    """Gradients of every optimiser step of one epoch, in the order of the data, and the losses logged."""
-
+def collator(processor):
     def collate(rows: list[dict]) -> dict:
         texts, images = [row["text"] for row in rows], [row["image"] for row in rows]
         return {**processor(text=texts, images=images, return_tensors="pt"), "return_loss": True}
 
+    return collate
+
+
+def trained(kind: type[Trainer], model, processor, folder, data: list[dict], micro: int = MICRO, accumulated: int = 4):
+    """Gradients of every optimiser step of one epoch, in the order of the data, and the losses logged."""
     arguments = TrainingArguments(
         folder, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulated, num_train_epochs=1,
         optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0, logging_steps=1, use_cpu=True,
@@ -49,6 +53,7 @@ def trained(kind: type[Trainer], model, processor, folder, data: list[dict], mic
         train_sampling_strategy="sequential",
     )  # fmt: skip
     gradients = Gradients()
+    collate = collator(processor)
     trainer = kind(model=model, args=arguments, train_dataset=data, data_collator=collate, callbacks=[gradients])
     trainer.train()
     return gradients.steps, [row["loss"] for row in trainer.state.log_history if "loss" in row]
@@ -71,6 +76,24 @@ def test_gradients_are_those_of_the_whole_batch(tiny_processor, tmp_path, frozen
     for actual, expected in zip(exact[0], whole[0], strict=True):
         assert largest_difference(actual, expected) < 1e-5
     assert exact[1] == pytest.approx(whole[1], rel=1e-3)
+
+
+def test_transformers_trainer_counts_tokens_and_takes_a_last_batch_of_one_pair(tiny_processor, tmp_path):
+    arguments = TrainingArguments(
+        tmp_path, per_device_train_batch_size=2, per_device_eval_batch_size=2, num_train_epochs=1, use_cpu=True,
+        include_num_input_tokens_seen="all", logging_steps=1, remove_unused_columns=False, report_to="none",
+        save_strategy="no", disable_tqdm=True, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    data, collate = pairs()[:3], collator(tiny_processor)
+    trainer = Trainer(build(False), arguments, collate, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    batches = [collate(data[:2]), collate(data[2:])]
+    assert trainer.state.num_input_tokens_seen == sum(batch["input_ids"].numel() for batch in batches)
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[0] > 0 and losses[1] == 0
+    with torch.no_grad():  # the mean over the pairs, of which the last one has a loss of 0
+        expected = trainer.model.eval()(**batches[0]).loss.item() * 2 / 3
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_evaluation_and_a_batch_that_lacks_something(tiny_processor, tmp_path):

@@ -190,7 +190,7 @@ def test_what_fits_is_kept(monkeypatch):
     model, accelerator = build(False), Accelerator(cpu=True)
     step = WholeBatch(accelerator.prepare_model(model, evaluation_mode=True), accelerator, SEED)
     assert step(STEP, batches, 7, embeds).graphs_kept == 4, "there is memory enough"
-    size = graph_bytes(lambda: model(batches[0].input_ids, batches[0].attention_mask), model)
+    size = graph_bytes(lambda: model(batches[0].input_ids, attention_mask=batches[0].attention_mask), model)
     assert step._bytes_a_text * len(batches[0].input_ids) == pytest.approx(size, rel=0.1)
     step.budget = None
     enough_for_two = 2.5 * size * max(b.input_ids.numel() for b in batches[:2]) / batches[0].input_ids.numel()

@@ -245,7 +245,7 @@ def align_step(
     native = resolve_precision("auto", model.device) == "bf16"
     with word_rows(model.get_input_embeddings(), [batch.input_ids for batch in batches]):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=native):
-            text_embeds = torch.cat([model(b.input_ids, b.attention_mask).text_embeds for b in batches])
+            text_embeds = torch.cat([model(b.input_ids, attention_mask=b.attention_mask).text_embeds for b in batches])
         loss = clip_loss(text_embeds, image_embeds, model.logit_scale, model.logit_bias)
         optimizer.zero_grad()
         loss.backward()
