@@ -26,7 +26,7 @@ from capivara_common.files import check_inputs_stay, read_json, seed_folders, wh
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG
 from capivara_common.privacy import hide_paths, short_name
 from hub_upload import allowed_files as allowed
-from hub_upload.formats import drop_in, immich, onnx, open_clip, transformers_js
+from hub_upload.formats import drop_in, immich, onnx, open_clip, save_tokenizer, transformers_js, write_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraProcessor
 from modeling_capivara.loading import load_processor, two_towers_config
 
@@ -188,6 +188,8 @@ def _write_repository(
             open_clip.write_siglip(model, folder, repo_id or short_name(str(model)))
     if "sentence_transformers" in formats:
         open_clip.write_sentence_transformers(folder, processor)
+        if not is_own:
+            open_clip.check_sentence_transformers(model, folder)
     if "transformers_js" in formats:
         transformers_js.write_tokenizer(folder)
         onnx.write_onnx(folder, graphs=tuple(onnx.GRAPHS), precisions=("float32", "int8", "float16"))
@@ -198,7 +200,10 @@ def _write_repository(
 
 
 def _write_processor(model: Path, folder: Path, processor: ProcessorMixin) -> None:
-    """All code of ours, and the processor's files, paths of this machine in them made relative."""
+    """Write the files of the processor, with relative paths, and the code that a CAPIVARA model needs.
+
+    The tokenizer gives the embeddings of training in any program that calls it, as far as that needs no code.
+    """
     for name in PROCESSOR_FILES:
         if not (model / name).is_file():
             continue
@@ -209,7 +214,10 @@ def _write_processor(model: Path, folder: Path, processor: ProcessorMixin) -> No
                 settings.pop(name_of_loading, None)
             write_json(folder / name, settings)
     if not isinstance(processor, CapivaraProcessor):  # transformers has its code
+        # `load_processor` has corrected text length, inputs and letter case.
+        save_tokenizer(processor.tokenizer, folder)
         return
+    write_tokenizer(folder, read_json(folder / "tokenizer.json"), is_own=True)
     package = Path(modeling_capivara.__file__).parent
     for name in allowed.MODEL_CODE:
         shutil.copyfile(package / name, folder / name)

@@ -30,7 +30,15 @@ from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
 from .checks_capivara import check_sizes, tokenizer_errors
 from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
 from .image_processing_capivara import CapivaraImageProcessor
-from .loading import checked_config, load_model, load_processor, model_of_tensors, weights_digest, write_origin_card
+from .loading import (
+    checked_config,
+    load_model,
+    load_processor,
+    model_of_tensors,
+    named_keys,
+    weights_digest,
+    write_origin_card,
+)
 from .modeling_capivara import CapivaraModel
 from .processing_capivara import CONTEXT_LENGTH, CapivaraProcessor
 from .two_towers import embed_images, embed_texts, random_images, random_texts
@@ -421,7 +429,7 @@ def write_capivara(
     # As whole numbers, since what is not a number is unequal to itself
     bits = {name: (returned[name].view(torch.int32), state[name].view(torch.int32)) for name in returned.keys() & names}
     if changed := {name for name in bits if not torch.equal(*bits[name])} | (returned.keys() ^ names):
-        raise ValueError(f"Tensors were changed by the conversion, nothing was kept: {', '.join(sorted(changed))}.")
+        raise ValueError(f"Tensors were changed by the conversion, nothing was kept: {named_keys(changed)}.")
     for embeds in (embed_images(model, processor, random_images()), embed_texts(model, processor, random_texts())):
         if not (embeds[0] - embeds[1:]).abs().amax(dim=1).min() > 1e-6:  # also where it is not a number
             fault = "embeddings of random images or texts are not finite, or do not differ"

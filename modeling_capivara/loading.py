@@ -2,7 +2,9 @@
 
 import hashlib
 import html
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from .configuration_capivara import sizes_of
 from .processing_capivara import CapivaraProcessor
 
 WEIGHTS = "model.safetensors"
+MAX_NAMED_KEYS = 5  # in an error message: a model has hundreds
 KEPT = ("license", "license_name", "license_link", "language", "attribution")  # of the source's own card
 CARD = "What the model is, how it was trained and under which licence it may be used is stated where it comes from."
 
@@ -56,14 +59,27 @@ def load_model(source: str | Path) -> PreTrainedModel:
     _check_folder(source, "config.json", "is no model folder")
     try:
         options = {"dtype": "float32", "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
-        model, report = AutoModel.from_pretrained(source, config=two_towers_config(source), **options)
+        options |= {"ignore_mismatched_sizes": True}  # they are in the report, as the missing ones are
+        with _without_load_report():
+            model, report = AutoModel.from_pretrained(source, config=two_towers_config(source), **options)
     except Exception as error:
         raise ValueError(f"The model {source} can't be loaded: {' '.join(str(error).split())}") from error
-    faults = {kind: sorted(map(str, report[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
-    if named := [f"{kind} keys: {', '.join(keys)}" for kind, keys in faults.items() if keys]:
-        raise ValueError(f"The weights of {source} do not fit its config. {'; '.join(named)}.")
+    faults = [report[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")]
+    _check_keys(f"The weights of {source}", *faults)
     check_sizes({"logit_scale": model.logit_scale.item()}, f"{source}: ")
     return model
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keep transformers from printing every key that does not fit; the error of `_check_keys` names the first ones."""
+    printer = logging.getLogger("transformers.modeling_utils")
+    level = printer.level
+    printer.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        printer.setLevel(level)
 
 
 def mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
@@ -78,8 +94,18 @@ def mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
 
 
 def mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
-    """`model_of_tensors` of a folder: its weights are views of its files."""
-    model = model_of_tensors(mapped_tensors(weight_files(folder)), config, f"The weights of {folder}")
+    """Return the model of a folder with its weights as views of the folder's files, by `model_of_tensors`.
+
+    transformers renames the weights of some model types while loading (AltCLIP's `layer.0` to `layers.0`). If the names
+    of another type's weights do not fit, the model is loaded by `load_model` instead, into memory and in float32.
+    """
+    tensors = mapped_tensors(weight_files(folder))
+    try:
+        model = model_of_tensors(tensors, config, f"The weights of {folder}")
+    except ValueError:
+        if config.model_type == "capivara":
+            raise
+        return load_model(folder).eval()
     check_sizes({"logit_scale": model.logit_scale.item()}, f"{folder}: ")
     return model
 
@@ -87,15 +113,44 @@ def mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
 def model_of_tensors(tensors: Mapping[str, Tensor], config: PreTrainedConfig, name: str) -> PreTrainedModel:
     """A model whose weights are these tensors, not copies, to be saved and not to be run.
 
-    Raises ValueError where some are missing, surplus or of another shape; all are named. Its subject is `name`.
+    Raises ValueError if some are missing, unexpected or of another shape; the message begins with `name` and names the
+    first of them.
     """
     with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=torch.float32)
-    try:
-        model.load_state_dict(tensors, strict=True, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{name} do not fit its config: {' '.join(str(error).split())}") from error
+    expected = model.state_dict()
+    shapes = [(key, tensors[key].shape, expected[key].shape) for key in tensors.keys() & expected.keys()]
+    # torch itself loads a tensor of shape [1] as a scalar.
+    mismatched = [shape for shape in shapes if shape[1] != shape[2] and shape[1:] != ((1,), ())]
+    _check_keys(name, expected.keys() - tensors.keys(), tensors.keys() - expected.keys(), mismatched)
+    model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval()
+
+
+def _check_keys(
+    name: str, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[tuple[str, Sequence, Sequence]]
+) -> None:
+    """Raise ValueError if the keys of weights do not fit their config; at most `MAX_NAMED_KEYS` keys are named.
+
+    Args:
+        name: What the weights are called, the subject of the message.
+        missing: Keys that the model needs and the weights lack.
+        unexpected: Keys of the weights that the model does not have.
+        mismatched: Key, shape in the weights and shape in the model, of keys whose shapes differ.
+    """
+    shapes = [f"{key} {list(found)}, not {list(expected)}" for key, found, expected in mismatched]
+    faults = {"missing": missing, "unexpected": unexpected, "mismatched": shapes}
+    if faults := {kind: keys for kind, keys in faults.items() if keys}:
+        most = MAX_NAMED_KEYS // len(faults)
+        named = [f"{kind} keys: {named_keys(keys, most)}" for kind, keys in faults.items()]
+        raise ValueError(f"{name} do not fit its config; {'; '.join(named)}.")
+
+
+def named_keys(keys: Iterable[str], most: int = MAX_NAMED_KEYS) -> str:
+    """Return the first `most` keys in alphabetical order, separated by commas, and the number of further keys."""
+    keys = sorted(keys)
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + more
 
 
 def load_processor(source: str | Path) -> ProcessorMixin:
@@ -141,6 +196,8 @@ def _fit(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
     positions = config.text_config.max_position_embeddings
     if config.model_type == "altclip":  # as RoBERTa, it counts positions from behind the padding's number
         positions -= config.text_config.pad_token_id + 1
+    if fills_up(processor):  # the model attends to padding, so no caller may get a mask by default
+        tokenizer.model_input_names = ["input_ids"]
     own = getattr(processor, "text_kwargs", {}).get("max_length", positions)  # Siglip2Processor's, say
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions, own)
 

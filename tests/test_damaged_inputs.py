@@ -1,6 +1,7 @@
 """Damaged or harmful files at every entrance: one line that names the file, no traceback, and no long work."""
 
 import json
+import re
 import shutil
 import time
 from itertools import cycle
@@ -18,7 +19,7 @@ from captions import score, select
 from captions.stages import check_complete
 from eval import retrieval
 from hub_upload import export
-from modeling_capivara.loading import load_model, mapped_model, two_towers_config
+from modeling_capivara.loading import MAX_NAMED_KEYS, load_model, mapped_model, two_towers_config
 from training import interpolate
 
 SECONDS = 20  # a config of 10^7 layers takes hours; the longest of these takes three
@@ -78,6 +79,22 @@ def test_a_scale_in_the_weights_that_cannot_be(tiny_folder):
         load_model(tiny_folder)
     with pytest.raises(ValueError, match=r"logit_scale must be from -20 to 20"):
         mapped_model(tiny_folder, two_towers_config(tiny_folder))
+
+
+def test_weights_of_another_architecture_are_refused_with_at_most_five_names(tiny_folder, capfd):
+    """Of the hundreds of weights that are missing, unexpected or of another shape, however they are loaded."""
+    path = tiny_folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["text_config"]["num_hidden_layers"] = 9
+    config["vision_config"] |= {"num_hidden_layers": 1, "intermediate_size": 77}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    for load in (load_model, lambda folder: mapped_model(folder, two_towers_config(folder))):
+        with pytest.raises(ValueError) as error:
+            load(tiny_folder)
+        message = str(error.value)
+        assert all(word in message for word in (str(tiny_folder), "missing", "unexpected", "mismatched"))
+        assert 3 <= len(re.findall(r"(?:text|vision)_model\.", message)) <= MAX_NAMED_KEYS and "\n" not in message
+    assert not re.search(r"(?:text|vision)_model\.", "".join(capfd.readouterr()))
 
 
 @pytest.mark.parametrize("content", ["[]", '{"weight_map": [1]}', "[" * 5000])

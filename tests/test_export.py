@@ -15,6 +15,7 @@ import transformers
 from hub_server import HubServer
 from safetensors.torch import load_file
 from tiny import TINY_TEXT, TINY_VISION, randomise, save_model, tiny_config, tiny_tokenizer
+from tokenizers import Tokenizer
 from transformers import TimmWrapperConfig
 
 from hub_upload.export import FORMATS, export
@@ -201,6 +202,18 @@ def test_graphs_say_nothing_of_this_machine(repository):
         assert names[0] == ("texts" if "text" in path.name else "images") and names[1] in ("tokens", "")
         onnx.checker.check_model(str(path))
         assert {file.name for file in path.parent.glob(f"{path.name}*")} == {path.name, f"{path.name}_data"}
+
+
+def test_the_tokenizer_file_alone_reads_curly_quotes_as_our_code_does(source, tmp_path):
+    """For programs that do not run the code of the folder; an export of an export adds nothing."""
+    export(source, tmp_path / "repository", ["transformers"])
+    ours = load_processor(source).tokenizer
+    alone = Tokenizer.from_file(str(tmp_path / "repository" / "tokenizer.json"))
+    for text in ("“um gato”", "‘uma’ casa d’água", "„casa‟"):
+        assert alone.encode(text).ids == ours(text)["input_ids"] != ours.plain()(text)["input_ids"]
+    export(tmp_path / "repository", tmp_path / "again", ["transformers"])
+    files = [(tmp_path / name / "tokenizer.json").read_text(encoding="utf-8") for name in ("repository", "again")]
+    assert files[0] == files[1]
 
 
 # --- Weights ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as Images
 from PIL import Image
 from test_readme import code_with
-from towers import gemma_like, siglip2
+from towers import MAKERS, as_published, gemma_like, siglip2
 
 from capivara_search.miniature import miniature_folder
 from eval.retrieval import RetrievalArguments, evaluate
@@ -19,10 +19,11 @@ from examples.openmoji.concepts import concept_rows, split_concepts
 from examples.openmoji.dataset import render_png
 from examples.tune_sentence_transformers import clip_loss_of, main, pairs, recall_evaluator
 from hub_upload.export import export
+from hub_upload.formats import open_clip
 from hub_upload.formats.open_clip import write_sentence_transformers
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
-from modeling_capivara.loading import load_processor
-from modeling_capivara.two_towers import random_images
+from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import embed_texts, random_images
 
 TEXTS = ["um gato", "uma foto de cachorro na água", "SÃ£o JoÃ£o &amp; cia", "casa verde", "céu azul"]
 
@@ -150,6 +151,47 @@ def test_wrong_input_is_one_line_before_any_work(folder, tiny_dataset_folder, tm
     with pytest.raises(ValueError, match=message):
         main([str(word) for pair in given.items() for word in pair])
     assert not (tmp_path / "tuned").exists()
+
+
+def gives_a_mask(folder: Path) -> None:
+    """SigLIP 2 with a tokenizer that asks for an attention mask by default, which training does not use."""
+    siglip2(folder, gemma_like(TEXTS, 320))
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(settings | {"model_input_names": ["input_ids", "attention_mask"]}), encoding="utf-8")
+
+
+def published(folder: Path) -> None:
+    """SigLIP 2 with a tokenizer that does not lower-case texts."""
+    siglip2(folder, gemma_like(TEXTS, 320))
+    as_published(folder)
+
+
+OTHER_BASES = {"gives_a_mask": gives_a_mask, "published": published, **MAKERS}
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in OTHER_BASES if kind != "gives_a_mask"]
+
+
+@pytest.mark.parametrize("kind", ["gives_a_mask", *SLOW])
+def test_texts_of_other_bases_are_embedded_as_in_training(kind, tmp_path):
+    """Also texts with capital letters, and longer than the text encoder has positions."""
+    from sentence_transformers import SentenceTransformer
+
+    OTHER_BASES[kind](tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "repository", ["sentence_transformers"])
+    texts = [*TEXTS, "Uma FOTO de um Gato", "gato " * 600]
+    expected = embed_texts(load_model(tmp_path / "model").eval(), load_processor(tmp_path / "model"), texts)
+    found = SentenceTransformer(str(tmp_path / "repository"), device="cpu").encode(texts, batch_size=1)
+    assert np.ptp(found, axis=0).max() > 0.01, "equal rows would prove nothing"
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_export_with_other_text_embeddings_is_refused(tmp_path, monkeypatch):
+    siglip2(tmp_path / "model", gemma_like(TEXTS, 320))
+    monkeypatch.setattr(open_clip, "fills_up", lambda _: False)  # texts are padded to the longest of the batch
+    with pytest.raises(ValueError, match=r"sentence-transformers differ by \d"):
+        export(tmp_path / "model", tmp_path / "repository", ["sentence_transformers"])
+    assert not (tmp_path / "repository").exists()
 
 
 XM3600 = """---

@@ -4,17 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from capivara_common.files import write_text
+from capivara_common.files import read_json, write_json, write_text
 from capivara_common.hub_cache import model_folder
 from capivara_common.image_side_digest import image_side_digest
+from capivara_common.privacy import hide_paths
 from modeling_capivara import CapivaraProcessor
 from modeling_capivara.convert_open_clip import convert_into
 from modeling_capivara.text_repair_capivara import CONTEXT_LENGTH
 
-# What a keyboard calls for of the text repair, for programs that run no code of a folder; as ftfy does it, so that it
-# changes no text that is repaired. The other repairs are in the vocabulary's own normaliser, or of broken files' texts.
+# The part of the text cleaning that typed text needs, for programs that do not run the code of a folder. It follows
+# ftfy, so that it leaves a cleaned text as it is (except for curly quotes from HTML entities beside a "<", where ftfy
+# leaves entities alone). The vocabulary's own normalizer does the rest, except for what only damaged text needs.
 PLAIN_QUOTES = [
     {"type": "NFC"},
     *(
@@ -44,8 +46,24 @@ def base_of(model: Path, base: str) -> Path:
 
 
 def write_tokenizer(folder: Path, content: dict[str, Any], is_own: bool) -> None:
-    """Write a tokenizer.json; CAPIVARA's then reads curly quotation marks as plain ones, and accents in one form."""
-    if is_own:
-        steps = [*PLAIN_QUOTES, *([content["normalizer"]] if content["normalizer"] else [])]
+    """Write a tokenizer.json; CAPIVARA's then reads curly quotes as straight ones, and normalizes accents (NFC)."""
+    normalizer = content["normalizer"] or {}
+    if is_own and normalizer.get("normalizers", [])[: len(PLAIN_QUOTES)] != PLAIN_QUOTES:  # not yet, as in an export
+        steps = [*PLAIN_QUOTES, *([normalizer] if normalizer else [])]
         content = content | {"normalizer": {"type": "Sequence", "normalizers": steps}}
     write_text(folder / "tokenizer.json", json.dumps(content, ensure_ascii=False))
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
+    """Write the files of a tokenizer as it is configured now, without paths of this machine.
+
+    Returns:
+        The content of tokenizer_config.json, which names the inputs that the tokenizer gives (`model_input_names`).
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = hide_paths(read_json(path)) | {"model_input_names": tokenizer.model_input_names}
+    for name in ("is_local", "local_files_only"):
+        settings.pop(name, None)
+    write_json(path, settings)
+    return settings

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from capivara_common.files import read_json, write_json, write_text
 from capivara_common.image_side_digest import image_side_digest
-from capivara_common.privacy import hide_paths, short_name
+from capivara_common.privacy import short_name
 from capivara_common.weight_file import weight_files
 from hub_upload import formats
 from hub_upload.card_values import LICENCES, MARKDOWN_TEMPLATES, code, code_examples, escaped
@@ -139,16 +139,12 @@ def _write_open_clip(model: PreTrainedModel, source: Path, base: Path, folder: P
 def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, length: int, is_own: bool) -> None:
     """The tokenizer for texts alone; CAPIVARA's with its code, without which curly quotation marks are plain, too."""
     tokenizer.model_max_length = min(tokenizer.model_max_length, length)
-    tokenizer.save_pretrained(folder)
+    settings = formats.save_tokenizer(tokenizer, folder)
+    settings.pop("processor_class", None)
     if is_own:
         formats.write_tokenizer(folder, read_json(folder / "tokenizer.json"), is_own)
-    path = folder / "tokenizer_config.json"
-    settings = hide_paths(read_json(path))
-    for name in ("is_local", "local_files_only", "processor_class"):
-        settings.pop(name, None)
-    if is_own:
         settings["auto_map"] = {"AutoTokenizer": settings["auto_map"]["AutoTokenizer"]}
-    write_json(path, settings)
+    write_json(folder / "tokenizer_config.json", settings)
 
 
 def _card(source: Path, folder: Path, facts: dict[str, Any], repo_id: str | None, **values: Any) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ from modeling_capivara.loading import (
     mapped_model,
     mapped_tensors,
     model_of_tensors,
+    named_keys,
 )
-from modeling_capivara.two_towers import fills_up, image_embeds, pad, random_texts, text_embeds, tokenise
+from modeling_capivara.two_towers import embed_texts, fills_up, image_embeds, pad, random_texts, text_embeds, tokenise
 
 OPEN_CLIP_WEIGHTS = OPEN_CLIP_WEIGHT_FILES[0]
 SENTENCE_MODULES = "sentence_transformers.base.modules"  # as version 6 writes and reads it
@@ -44,6 +45,7 @@ TEXT_FIELDS += "layer_norm_eps max_position_embeddings type_vocab_size pad_token
 # A type whose tokenizer is read as tokenizer.json has it; XLM-R's is rebuilt and loses its own normaliser. Without one
 # open_clip reads config.json first, and asks on the terminal whether to run the code that it names.
 TOKENIZER = {"tokenizer_type": "xlm-roberta-xl"}
+TOLERANCE = 1e-4  # largest difference of embeddings of unit length, in float32
 logger = logging.getLogger("capivara")
 
 
@@ -58,7 +60,7 @@ def write_weights(model: Path, folder: Path, config: PreTrainedConfig, with_open
     if with_open_clip:
         save_state(open_clip_state_dict(mapped), folder / OPEN_CLIP_WEIGHTS)
     del mapped
-    check_tensors(folder / WEIGHTS, mapped_tensors([folder / WEIGHTS]), expected)
+    check_tensors(folder / WEIGHTS, mapped_model(folder, config).state_dict(), expected)
     if with_open_clip:
         written = capivara_state_dict(mapped_tensors([folder / OPEN_CLIP_WEIGHTS]))  # under transformers' names again
         check_tensors(folder / OPEN_CLIP_WEIGHTS, written, expected)
@@ -78,10 +80,10 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
 
 
 def check_tensors(file: Path, found: Mapping[str, Tensor], expected: Mapping[str, tuple]) -> None:
-    """Raise ValueError, naming them, where tensors read from `file` are not those of the expected `digests`."""
+    """Raise ValueError, naming the first, if tensors read from `file` are not those of the expected `digests`."""
     if wrong := {name for name, _ in digests(found).items() ^ expected.items()}:
         raise ValueError(
-            f"{file.name} does not hold the model as it was: {', '.join(sorted(wrong))} differ; nothing was kept."
+            f"{file.name} does not hold the model as it was: {named_keys(wrong)} differ; nothing was kept."
         )
 
 
@@ -160,6 +162,30 @@ def write_sentence_transformers(folder: Path, processor: ProcessorMixin) -> None
     write_json(folder / "1_Normalize/config.json", names)
 
 
+def check_sentence_transformers(source: Path, folder: Path) -> None:
+    """Compare the text embeddings that sentence-transformers gives of an exported folder with the model's.
+
+    Skipped, with a log message, if sentence-transformers is not installed.
+
+    Args:
+        source: Folder of the model.
+        folder: Folder that was exported of it.
+
+    Raises:
+        ValueError: If an embedding differs by more than `TOLERANCE`.
+    """
+    if not find_spec("sentence_transformers"):
+        logger.info("sentence-transformers is not installed: its text embeddings were not compared with the model's.")
+        return
+    from sentence_transformers import SentenceTransformer
+
+    texts = [*random_texts(), "Uma FOTO de São João"]  # of all lengths, and with capital letters
+    ours = embed_texts(load_model(source).eval(), load_processor(source), texts)
+    # One at a time: in a batch, a long text would hide that short ones are not padded to the full length.
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(texts, batch_size=1, show_progress_bar=False)
+    _check_difference("sentence-transformers", [(ours, torch.from_numpy(theirs))])
+
+
 def write_modules(folder: Path, kinds: list[tuple[str, str]]) -> None:
     """Write which modules of sentence-transformers a text goes through: the folder and the class of each, in order."""
     modules = [{"idx": at, "name": str(at), "path": path, "type": kind} for at, (path, kind) in enumerate(kinds)]
@@ -176,7 +202,6 @@ def _differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[str]:
 
 # --- SigLIP: the layout of open_clip's own ViT-…-SigLIP2 -------------------------------------------------------------
 
-TOLERANCE = 1e-4  # of cosines in float32
 # Towers of timm that are these, by width, layers and patch: its name, and pixels a side follow
 TIMM = {(768, 12, 16): "vit_base_patch16_siglip", (768, 12, 32): "vit_base_patch32_siglip"}
 TIMM |= {(1024, 24, 16): "vit_large_patch16_siglip", (1152, 27, 14): "vit_so400m_patch14_siglip"}
@@ -235,6 +260,12 @@ def _compare(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) ->
     pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
     texts, images = theirs.eval().encode_text(ids, normalize=True), theirs.encode_image(pixels, normalize=True)
     pairs = (text_embeds(model, ids), texts), (image_embeds(model, pixels), images)
+    _check_difference("open_clip", pairs)
+
+
+def _check_difference(program: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Raise ValueError if a program's embeddings, the second of each pair, differ from ours by `TOLERANCE` or more."""
     difference = max((ours - found).abs().max().item() for ours, found in pairs)
     if not difference < TOLERANCE:
-        raise ValueError(f"open_clip's embeddings differ by {difference:.1e}, above {TOLERANCE:.0e}; nothing was kept.")
+        fault = f"the embeddings of {program} differ by {difference:.1e}, more than {TOLERANCE:.0e}"
+        raise ValueError(f"The export is wrong: {fault}; nothing was kept.")
