@@ -423,6 +423,7 @@ def _step_facts(step: StageArguments) -> dict[str, Any]:
         "rows_out": report.rows,
         "left_out": report.skipped,
         "quality": found and {key: found[key] for key in ("captions", "flagged")},
+        "translations": getattr(step, "translations", {}),
         "versions": record["versions"],
     }
 
@@ -434,12 +435,17 @@ def dataset_card(facts: dict[str, Any], picture: str | None) -> str:
     filled = [name for split in splits for name, n in split["captions"].items() if n]
     files = [{"split": name, "path": f"data/{name}-*"} for name in facts["splits"]]
     languages = sorted({name.split("captions-", 1)[1] for name in filled}, key=lambda code: (code != language, code))
+    translations = {
+        code: who for split in splits for step in split["steps"] for code, who in step["translations"].items()
+    }
+    tags = ["translated", *(f"{who}-translated" for who in sorted(set(translations.values())))] if translations else []
     data = DatasetCardData(
         # The Hub takes codes of ISO 639 alone: `zh` of `zh-Hant`, `por` of `por_Latn`.
         language=list(dict.fromkeys(re.split(r"[-_]", code)[0].lower() for code in languages)),
         **{key: card.get(key) for key in ("license", "license_name", "license_link", "pretty_name")},
         task_categories=["image-to-text", "zero-shot-image-classification"],
-        tags=["capivara", "image-text", *(["translated"] if "translate" in stages else [])],
+        tags=["capivara", "image-text", *tags],
+        translations=translations or None,  # which the card of a model that is trained on it states, too
         configs=[{"config_name": "default", "data_files": files}],
     )
     text = DatasetCard.from_template(
@@ -450,6 +456,7 @@ def dataset_card(facts: dict[str, Any], picture: str | None) -> str:
         description=card.get("description") or "Images with captions, to train image-text models on.",
         caption_columns=list(dict.fromkeys(filled)),
         stages=stages,
+        translators=set(translations.values()),
         picture=picture,
         escape=escape_markdown,  # of all texts of others
         code=lambda name: "`" + re.sub(r"[`|\s]", "_", name) + "`",

@@ -46,7 +46,7 @@ from capivara_common.image_files import (
 )
 from capivara_common.tasks import SHARED_BY_TASKS, ExecutorArguments, Phase, all_parts
 from caption_data.rows import CAPTION_COLUMN, CAPTIONS, DATASET_HELP, Skipped, caption_texts, digest_of, write_skipped
-from caption_data.sources import READ_ROWS, STAGE_FILE, Split, open_split, opened_parquet, refuse_unfinished
+from caption_data.sources import LISTS, READ_ROWS, STAGE_FILE, Split, open_split, opened_parquet, refuse_unfinished
 
 GONE = {  # flags of earlier versions
     **dict.fromkeys(("shard", "wait_s"), f"{SHARED_BY_TASKS} (docs/cluster.md)"),
@@ -257,7 +257,7 @@ def fingerprint(source: Split) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode("utf-8", "surrogateescape"))
         with path.open("rb") as file:
-            whole = path.suffix == ".jsonl" or size <= SAMPLED_PIECES * SAMPLED_BYTES  # the first: a list of captions
+            whole = path.suffix in LISTS or size <= SAMPLED_PIECES * SAMPLED_BYTES  # the first: a list of captions
             if whole:
                 hashlib.file_digest(file, lambda: digest)
             for piece in range(

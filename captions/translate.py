@@ -135,6 +135,9 @@ class TranslateArguments(StageArguments):
     import_file: Path | None = flag(
         None, "file: the TSV of sentences; it is written where it is not there, to be filled.", aliases=["--import"]
     )
+    translated_by: Literal["human", "machine"] = flag(
+        "human", "file: who fills the table. The dataset card and the model card state it."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -189,6 +192,11 @@ class TranslateArguments(StageArguments):
         self.check_languages()
         return untranslated(self.import_file)
 
+    @property
+    def translations(self) -> dict[str, str]:
+        """Map the language to who translates into it, human or machine, as cards state it."""
+        return {self.language: self.translated_by if self.backend == "file" else "machine"}
+
     def check_languages(self) -> None:
         """Raise ValueError if the table states other languages than these, or does not state its language.
 
@@ -221,6 +229,8 @@ class TranslateArguments(StageArguments):
             write_sentences(self.import_file, sentences, self.header(stage))
             counts = f"{len(sentences):,} sentences, {sum(map(len, sentences)):,} characters"
             logger.info("%s has %s. Leave its rows as they are.", self.import_file, counts)
+            who = {"human": "by people (translated_by: machine says otherwise)", "machine": "by machine"}
+            logger.info("The cards will say that it was translated %s.", who[self.translated_by])
         elif _table(self.import_file)[0]["id"] != stage.record["source"]["fingerprint"]:
             self.checked_rows(stage)  # before somebody fills the table of another dataset
         return f"{self.import_file} has the sentences of {self.title}: {self.waiting()}"
