@@ -87,7 +87,9 @@ def test_from_images_to_a_data_set_with_its_card(finished):
         {"split": "train", "path": "data/train-*"}, {"split": "test", "path": "data/test-*"},
     ]  # fmt: skip
     assert "# Squares \\| \\*of\\* \\<colour\\>" in card and "[Noise](<https://example.org/noise>) | CC BY 4.0" in card
-    assert meta["translations"] == {"xh": "human"} and "human-translated" in meta["tags"], "the table was filled by people"
+    assert meta["translations"] == {"xh": "human"} and "human-translated" in meta["tags"], (
+        "the table was filled by people"
+    )
     assert "machine-translated" not in card and "by machine" not in card
     assert "| train | 11 | 11 | 22 | 22 |" in card
     assert "| translate | 13 | 12 | 1 unreadable image |" in card and "| select | 11 | 11 | none |" in card

@@ -127,7 +127,7 @@ def test_bad_model_folder(tiny_folder, tiny_dataset_folder, tmp_path, fault):
     [
         ({"model": "us/none", "caption_strategy": "rank", "language": "xh"},  # no model is looked for before
          r"no column 'captions-xh'; there are .*'captions-pt'.*--caption_strategy none"),
-        ({"effective_batch_size": 61}, r"got 61: .* --effective_batch_size 60\."),
+        ({"effective_batch_size": 13}, r"got 13: .* --effective_batch_size 12\."),
     ],
 )  # fmt: skip
 def test_bad_values(model, tiny_dataset_folder, tmp_path, overrides, message):
