@@ -309,9 +309,10 @@ def log_counts(plan: Plan) -> None:
         if dropped > total / 2:
             logger.warning(
                 "WARNING: %s: %s dropped %s of %s %s, more than half. If good ones are among them, change it, remove "
-                "this stage, those after it and %s, and run the same command again. A base model that does not know "
-                "the language gives low similarities to good captions, too.",
-                step.title, filters, f"{dropped:,}", f"{total:,}", unit, DATASET_FOLDER,
+                "%s, the stages after it and %s, and run the same command again. A base model that does not know the "
+                "language gives low similarities to good captions, too.",
+                *(step.title, filters, f"{dropped:,}", f"{total:,}", unit),
+                *(step.output.parent, plan.output / DATASET_FOLDER),
             )  # fmt: skip
 
 
