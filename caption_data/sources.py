@@ -22,10 +22,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, AnyStr, BinaryIO
 
 import datasets
 import numpy as np
@@ -507,39 +507,39 @@ def _listed(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
-    """Yield the JSON of each line."""
+    """Yield the JSON of each line. Raises ValueError as `_bounded_lines` does."""
     with path.open("rb") as file:
-        yield from map(_json, filter(bytes.strip, file))
+        yield from map(_json, filter(bytes.strip, _bounded_lines(file)))
 
 
 def _csv_rows(path: Path) -> Iterator[dict[str, str | None]]:
     """Yield the cells of each row by the names of their columns; an empty cell is None.
 
-    Raises ValueError if the file is no CSV of UTF-8 whose first line names `file_name`, or a line is too long.
+    Raises ValueError if the file is no CSV of UTF-8 whose first line names `file_name`, or as `_bounded_lines` does.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = iter(partial(file.readline, MAX_JSON_BYTES), "")
+        rows = csv.DictReader(_bounded_lines(file), strict=True)
         try:
-            rows = csv.DictReader(_bounded(lines), strict=True)
-            if "file_name" not in (rows.fieldnames or []):
-                raise ValueError(
-                    f"its first line must name the column file_name, apart by commas, got {rows.fieldnames}"
-                )
+            if "file_name" not in (names := rows.fieldnames or []):
+                raise ValueError(f"the first line must name the column file_name, columns apart by commas, got {names}")
             for row in rows:
                 if row.pop(None, None) is not None:
-                    raise ValueError(
-                        f"line {rows.line_num} has more cells than the first line; quote a text with commas"
-                    )
+                    raise ValueError(f"line {rows.line_num} has more cells than the first one; quote texts with commas")
                 yield {name: cell or None for name, cell in row.items()}
         except csv.Error as error:
             raise ValueError(f"line {rows.line_num}: {error}") from error
 
 
-def _bounded(lines: Iterable[str]) -> Iterator[str]:
-    """Pass on lines. Raises ValueError at one of `MAX_JSON_BYTES` letters or more."""
-    for line in lines:
-        if len(line) >= MAX_JSON_BYTES:
-            raise ValueError(f"a line has more than {MAX_JSON_BYTES:,} letters")
+def _bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
+    """Yield the lines of a list.
+
+    Raises ValueError if one is longer than `MAX_JSON_BYTES`: the file may be sparse, and reading on may not end.
+    """
+    number = 0
+    while line := file.readline(MAX_JSON_BYTES + 1):
+        number += 1
+        if len(line) > MAX_JSON_BYTES:
+            raise ValueError(f"line {number} has more than {MAX_JSON_BYTES:,} bytes; it and what follows are left out")
         yield line
 
 
