@@ -257,13 +257,16 @@ def build(args: BuildArguments) -> Path | None:
 def check_columns(steps: list[StageArguments]) -> None:
     """Open the dataset of a split and follow its columns through the stages.
 
-    Raises ValueError if the dataset or the split is missing, or a stage would lack a column or write one twice.
+    Raises ValueError if the dataset or the split is missing, a stage would lack a column or write one twice, or a
+    translation model on this machine does not know a language.
     """
     first, *later = steps
     stage = RowStage(first)
     columns = [*stage.features, *first.check_columns(stage.features, stage.source.where)]
     for step in later:
         columns += step.check_columns(columns, f"{step.title}: the output of the stages before it")
+    for step in (step for step in steps if isinstance(step, TranslateArguments)):
+        step.check_translator()
 
 
 def take_corrections(steps: list[StageArguments], dataset: Path) -> None:

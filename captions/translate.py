@@ -52,7 +52,14 @@ from captions.stages import (
     stage_record,
     whole_parquet,
 )
-from captions.translators import GOOGLE_CHARACTERS, GOOGLE_MODULES, GoogleTranslator, Seq2SeqTranslator, language_of
+from captions.translators import (
+    GOOGLE_CHARACTERS,
+    GOOGLE_MODULES,
+    GoogleTranslator,
+    Seq2SeqTranslator,
+    check_languages,
+    language_of,
+)
 
 PAPER_MODEL = "Helsinki-NLP/opus-mt-tc-big-en-pt"  # arXiv 2310.13683; English to Portuguese alone
 KINDS = ("captions", "generated-captions")  # the authors' names, before the language
@@ -184,12 +191,12 @@ class TranslateArguments(StageArguments):
         return settings | {"existing": "refuse", "drop_flagged": self.drop_flagged}
 
     def waiting(self) -> str:
-        """Say which sentences of its table have no translation yet. Raises ValueError as `check_languages` does."""
+        """Say which sentences of its table have no translation yet. Raises ValueError as `check_table` does."""
         if self.import_file is None:
             return ""
         if not self.import_file.is_file():
             return "it is not there yet"
-        self.check_languages()
+        self.check_table()
         return untranslated(self.import_file)
 
     @property
@@ -197,7 +204,12 @@ class TranslateArguments(StageArguments):
         """Map the language to who translates into it, human or machine, as cards state it."""
         return {self.language: self.translated_by if self.backend == "file" else "machine"}
 
-    def check_languages(self) -> None:
+    def check_translator(self) -> None:
+        """Raise ValueError if a model that is on this machine already does not know the languages."""
+        if self.backend == "transformers":
+            check_languages(self.model or PAPER_MODEL, self.revision, self.language, self.source_language)
+
+    def check_table(self) -> None:
         """Raise ValueError if the table states other languages than these, or does not state its language.
 
         Tables of earlier versions state none. They are accepted if a stage beside this one was made from such a table.
@@ -246,7 +258,7 @@ class TranslateArguments(StageArguments):
 
     def checked_rows(self, stage: RowStage) -> list[str]:
         """Return the sentences of the source. Raises ValueError unless the rows of the table are the same ones."""
-        self.check_languages()
+        self.check_table()
         sentences, now = self.sentences(stage), stage.record["source"]["fingerprint"]
         try:
             check_rows(self.import_file, sentences)

@@ -9,6 +9,7 @@ import PIL.Image
 import pytest
 import yaml
 from huggingface_hub import DatasetCard
+from seq2seq_models import marian_folder
 from tiny import draw_nothing, save_model
 
 import train_accelerate
@@ -124,6 +125,16 @@ def test_a_dry_run_opens_the_data(config, changes, named):
     main(["--config", str(config), "--dry_run"])
     changed(config, **changes)
     with pytest.raises(ValueError, match=named):
+        main(["--config", str(config), "--dry_run"])
+    assert not Path("data").exists()
+
+
+def test_a_dry_run_asks_the_translator_for_the_language(config, tmp_path):
+    model = marian_folder(tmp_path / "m" / "translator")
+    changed(config, language="xh", translate={"model": str(model)})
+    main(["--config", str(config), "--dry_run"])
+    changed(config, language="gn")
+    with pytest.raises(ValueError, match="'gn'"):
         main(["--config", str(config), "--dry_run"])
     assert not Path("data").exists()
 
