@@ -321,13 +321,18 @@ def log_counts(plan: Plan) -> None:
 
 def described(plan: Plan) -> list[str]:
     """What is done and what will be, a line a stage, and the tasks that have failed."""
-    lines = []
-    for step in plan.all_steps():
-        lines.append(f"{step.title}: {_state(step)}\n    {step.command()}")
-        for work in Work.of(step, step.phases, step.title):
-            lines += [f"    {work}: task {rank}: {text}" for rank, text in failures(work.logs).items()]
-    there = (plan.output / DATASET_FOLDER).is_dir()
-    return [*lines, f"{plan.output / DATASET_FOLDER}: {'done' if there else 'to be made'}"]
+    lines, all_done = [], (plan.output / DATASET_FOLDER).is_dir()
+    for steps in plan.steps.values():
+        is_current = True  # whether the stages before are done, so that this one has read what they hold now
+        for step in steps:
+            state = _state(step)
+            is_done = state == "done"
+            again = ", again where the stages before it change" if is_done and not is_current else ""
+            lines.append(f"{step.title}: {state}{again}\n    {step.command()}")
+            is_current, all_done = is_current and is_done, all_done and is_done
+            for work in Work.of(step, step.phases, step.title):
+                lines += [f"    {work}: task {rank}: {text}" for rank, text in failures(work.logs).items()]
+    return [*lines, f"{plan.output / DATASET_FOLDER}: {'done' if all_done else 'to be made'}"]
 
 
 def _state(step: StageArguments) -> str:

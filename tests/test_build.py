@@ -156,7 +156,7 @@ def test_a_corrected_cell_reaches_the_data_set(config, tmp_path, monkeypatch, ca
     table.write_text(table.read_text(encoding="utf-8").replace("\tikati 9\n", "\tikati emnyama\n"), encoding="utf-8")
     with caplog.at_level("INFO", "capivara"):
         build(BuildArguments(config, dry_run=True))
-    assert "1-translate, train: to be done again where" in caplog.text
+    assert "1-translate, train: to be done again where" in caplog.text and "dataset: to be made" in caplog.text
     # Killed in the middle: the correction is found again.
     with monkeypatch.context() as patch:
         patch.setattr("captions.stages.Corrections.apply", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
