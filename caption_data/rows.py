@@ -25,8 +25,8 @@ SIMILARITIES = List(Value("float32"))
 CAPTION_COLUMN = re.compile(r"(generated-)?captions-[\w-]+")  # the authors' names
 SIMILARITY_COLUMN = re.compile(r"similarities-[\w-]+")
 DATASET_HELP = (
-    "Saved HF data set, folder or pattern of parquet files or WebDataset tars, folder of images with metadata.jsonl, "
-    "or a Hub id."
+    "Saved HF dataset, folder or pattern of parquet files or WebDataset tars, folder of images with metadata.jsonl or "
+    "metadata.csv, or a Hub id."
 )
 NOT_CHOSEN = "not chosen"  # reason: by the pair filter or the caption strategy; left out, but not bad
 STRATEGIES = ("none", "first", "all", "rank", "threshold", "diverse")

@@ -1,15 +1,17 @@
 """Caption data sets of every form as one: a `datasets.Dataset` with its images undecoded.
 
-A data set is a saved `DatasetDict`, parquet files, folders of images with a `metadata.jsonl` (an image is its
-`file_name`), WebDataset tars in the authors' layout (`jpg|png` and `json`), or a Hub id. Parquet files and data sets of
-the Hub are copied to the cache of `datasets`, which maps them into memory. Tars and lists of images stay where they
-are: the cache holds a table of them, until one has another size or time; nothing is extracted, nothing is unpickled.
+A dataset is a saved `DatasetDict`, parquet files, folders of images with a `metadata.jsonl` or `metadata.csv` (an image
+is its `file_name`, a text in a cell becomes a list of one caption), WebDataset tars in the authors' layout (`jpg|png`
+and `json`), or a Hub id. Parquet files and datasets of the Hub are copied to the cache of `datasets`, which maps them
+into memory. Tars and lists of images stay where they are: the cache holds a table of them, until one has another size
+or time; nothing is extracted, nothing is unpickled.
 
 A file is of the split that its innermost folder, or else the start of its name, names: one of the usual names, or the
 one asked for. Where no file names one, all are split "train", as on the Hub; they don't serve as "test" too, which
 would measure a model on what it was trained on.
 """
 
+import csv
 import glob
 import itertools
 import json
@@ -23,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, AnyStr, BinaryIO
 
 import datasets
 import numpy as np
@@ -51,7 +53,8 @@ from capivara_common.image_files import (
 )
 from caption_data.rows import CAPTION_COLUMN, CAPTIONS, SIMILARITY_COLUMN, Skipped, digest_of, storable
 
-FORMS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^metadata\.jsonl$")  # how names of files end
+FORMS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^metadata\.jsonl$", r"^metadata\.csv$")
+LISTS = (".jsonl", ".csv")  # suffixes of lists of image files
 SPLIT_NAMES = ("train", "training", "restval", "validation", "valid", "val", "dev", "test", "testing")
 STAGE_FILE = "stage.json"  # of a folder that a stage of `captions` writes
 PART = re.compile(r"-(\d{9})-(\d{9})$")  # rows of a part, in its name
@@ -386,8 +389,8 @@ def _local_files(dataset: str) -> tuple[Path, list[Path]]:
     if len(there) != 1:
         raise ValueError(
             f"{dataset} must be a saved DatasetDict, or hold files of one form, itself or in folders: parquet, tar, or "
-            f"images with metadata.jsonl. It holds {[files[0].name for files in there] or 'none of them'}; a pattern "
-            "such as 'folder/*.tar' chooses."
+            "images with metadata.jsonl or metadata.csv. It holds "
+            f"{[files[0].name for files in there] or 'none of them'}; a pattern such as 'folder/*.tar' chooses."
         )
     return root, there[0]
 
@@ -414,14 +417,14 @@ def table_of_files(paths: list[Path], image_column: str) -> tuple[Dataset, list[
     are the rows, and of each archive that ends too early the number of rows before, and what is wrong with it. Raises
     ValueError where a tar is compressed: its samples have no offset to be read at.
     """
-    if compressed := [path for path in paths if path.suffix not in (".tar", ".jsonl")]:
+    if compressed := [path for path in paths if path.suffix not in (".tar", *LISTS)]:
         raise ValueError(
             f"{compressed[0]} is compressed, and only plain tars can be read in place. Unpack it to a .tar."
         )
     head = list(itertools.islice(_rows(paths, image_column), HEAD_ROWS))
     if not head:
         return Dataset.from_dict({image_column: []}), []
-    place = PLACE if paths[0].suffix == ".jsonl" else PLACE | IN_ARCHIVE
+    place = PLACE if paths[0].suffix in LISTS else PLACE | IN_ARCHIVE
     names = dict.fromkeys(name for row in head for name in row if name not in (image_column, DAMAGE))
     judged = {name: _feature(name, [row.get(name) for row in head]) for name in names}
     judged = {name: kind for name, kind in judged.items() if kind is not None}
@@ -504,12 +507,14 @@ def _table_rows(paths: list[Path], image_column: str, features: Features) -> Ite
 
 def _rows(paths: list[Path], image_column: str) -> Iterator[dict[str, Any]]:
     for path in paths:
-        read = _listed if path.suffix == ".jsonl" else _in_tar
+        read = _listed if path.suffix in LISTS else _in_tar
         try:
             for row, image in read(path):
                 row = row if isinstance(row, dict) else {}  # its columns then count as missing
                 yield {name: row[name] for name in row if name != DAMAGE} | {image_column: image}
         except (tarfile.TarError, ValueError, LookupError, OverflowError) as error:  # of a header that is garbage
+            if path.suffix == ".csv":  # people write these: a slip in a line must not end the dataset there in silence
+                raise ValueError(f"{path}: {error}") from None
             yield {DAMAGE: storable(f"{path}: {error}"[:MAX_DETAIL])}
 
 
@@ -529,26 +534,49 @@ def _in_tar(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
 
 
 def _listed(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
-    """Yield the JSON of each line and the image that is its `file_name`, relative to the list.
+    """Yield each row of a list and the image that is its `file_name`, relative to the list."""
+    for row in (_csv_rows if path.suffix == ".csv" else _json_rows)(path):
+        image, name = None, row.pop("file_name", None) if isinstance(row, dict) else None
+        if isinstance(name, str):  # an address stays one, which is refused as such
+            image = {"path": storable(name if "://" in name else os.path.abspath(path.parent / name))}
+        yield row, image
 
-    Raises ValueError if a line is longer than `MAX_JSON_BYTES`: the file may be sparse, and reading on may not end.
-    """
+
+def _json_rows(path: Path) -> Iterator[Any]:
+    """Yield the JSON of each line. Raises ValueError as `_bounded_lines` does."""
     with path.open("rb") as file:
-        for number in itertools.count(1):
-            line = file.readline(MAX_JSON_BYTES + 1)
-            if len(line) > MAX_JSON_BYTES:
-                raise ValueError(
-                    f"line {number} has more than {MAX_JSON_BYTES:,} bytes; it and what follows are left out"
-                )
-            if not line:
-                return
-            if not line.strip():
-                continue
-            row, image = _json(line), None
-            name = row.pop("file_name", None) if isinstance(row, dict) else None
-            if isinstance(name, str):  # an address stays one, which is refused as such
-                image = {"path": storable(name if "://" in name else os.path.abspath(path.parent / name))}
-            yield row, image
+        yield from map(_json, filter(bytes.strip, _bounded_lines(file)))
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, str | None]]:
+    """Yield the cells of each row by the names of their columns; an empty cell is None.
+
+    Raises ValueError if the file is no CSV of UTF-8 whose first line names `file_name`, or as `_bounded_lines` does.
+    """
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(_bounded_lines(file), strict=True)
+        try:
+            if "file_name" not in (names := rows.fieldnames or []):
+                raise ValueError(f"the first line must name the column file_name, columns apart by commas, got {names}")
+            for row in rows:
+                if row.pop(None, None) is not None:
+                    raise ValueError(f"line {rows.line_num} has more cells than the first one; quote texts with commas")
+                yield {name: cell or None for name, cell in row.items()}
+        except csv.Error as error:
+            raise ValueError(f"line {rows.line_num}: {error}") from error
+
+
+def _bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
+    """Yield the lines of a list.
+
+    Raises ValueError if one is longer than `MAX_JSON_BYTES`: the file may be sparse, and reading on may not end.
+    """
+    number = 0
+    while line := file.readline(MAX_JSON_BYTES + 1):
+        number += 1
+        if len(line) > MAX_JSON_BYTES:
+            raise ValueError(f"line {number} has more than {MAX_JSON_BYTES:,} bytes; it and what follows are left out")
+        yield line
 
 
 def _members(path: Path) -> Iterator[tuple[str, int, int]]:

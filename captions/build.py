@@ -34,7 +34,7 @@ from capivara_common.executors import Work, execute, failures
 from capivara_common.files import read_json, whole_folder, write_json, write_text
 from capivara_common.privacy import hide_paths
 from capivara_common.tasks import ExecutorArguments, Phase
-from caption_data.rows import CAPTION_COLUMN
+from caption_data.rows import CAPTION_COLUMN, NOT_CHOSEN
 from caption_data.sources import STAGE_FILE, unfinished
 from captions.generate import GenerateArguments
 from captions.score import ScoreArguments
@@ -46,6 +46,7 @@ from captions.stages import (
     check_complete,
     flat,
     identity_digest,
+    remove_rows,
     stage_record,
     whole_parquet,
 )
@@ -155,6 +156,8 @@ def _steps(content: dict, chain: list[tuple[str, dict]], split: str, executor: d
         # `{split}` in a value stands for the split's name: tables of translations are of one split.
         values |= {k: v.replace("{split}", split) if isinstance(v, str) else v for k, v in section.items()}
         values = {"import_file" if key == "import" else key: value for key, value in values.items()}
+        if "import_file" in values:
+            values["import_file"] = str(_table_path(Path(str(values["import_file"])), output, output / title))
         kind, where = STAGES.get(name, StageArguments), f"{config}, section {name}"
         flags = as_flags(values, kind, where)
         try:
@@ -163,6 +166,16 @@ def _steps(content: dict, chain: list[tuple[str, dict]], split: str, executor: d
             raise ValueError(f"{where}: {error}") from error
         dataset = str(folder)
     return steps
+
+
+def _table_path(name: Path, output: Path, stage: Path) -> Path:
+    """Return where a table of translations lies: below `output`, so that builds of two languages never share one.
+
+    An absolute path stays as it is. A stage that an earlier version has begun keeps its table in the current folder.
+    """
+    if name.is_relative_to(output) or (not (output / name).is_file() and name.is_file() and stage.is_dir()):
+        return name
+    return output / name
 
 
 def _checked_card(card: Any, config: Path) -> dict[str, Any]:
@@ -207,13 +220,16 @@ def build(args: BuildArguments) -> Path | None:
         plan = read_plan(args.config, args.executor_flags(), **given)
     except ValueError as error:  # a value of the config is one of the command's
         raise WrongUse(str(error)) from error
-    for first in (steps[0] for steps in plan.steps.values()):
-        if not args.dry_run and _state(first) != "done":
-            RowStage(first)  # whether the data set is there, with its columns, before a model is looked for
+    for steps in plan.steps.values():
+        if _state(steps[0]) != "done":
+            check_columns(steps)  # before a model is looked for
     for line in described(plan):
         logger.info("%s", line)
     if args.dry_run:
+        log_counts(plan)
         return None
+    for steps in plan.steps.values():
+        take_corrections(steps, plan.output / DATASET_FOLDER)
     runnable, waiting = [], []  # the latter: of each split the first stage whose table is not there yet, or not filled
     for steps in plan.steps.values():
         ready = list(itertools.takewhile(lambda step: not step.waiting(), steps))
@@ -223,7 +239,13 @@ def build(args: BuildArguments) -> Path | None:
     logs = (args.logging_dir or plan.output / "logs") / "dataset"
     works = [work for step in left for work in Work.of(step, step.phases, step.title)]
     works += [] if waiting else [Work(Phase(write_dataset), plan, logs, "dataset")]
-    if works and not execute(works, args):
+    try:
+        complete = not works or execute(works, args)
+    except ValueError:  # such as a dataset without a row, since a filter has dropped all of them
+        log_counts(plan)
+        raise
+    log_counts(plan)
+    if not complete:
         logger.info("The jobs are submitted. This command with --dry_run says how far they are.")
         return None
     if waiting:  # the tables of all splits are written, so that they can be translated at once
@@ -232,15 +254,85 @@ def build(args: BuildArguments) -> Path | None:
     return plan.output / DATASET_FOLDER
 
 
+def check_columns(steps: list[StageArguments]) -> None:
+    """Open the dataset of a split and follow its columns through the stages.
+
+    Raises ValueError if the dataset or the split is missing, a stage would lack a column or write one twice, or a
+    translation model on this machine does not know a language.
+    """
+    first, *later = steps
+    stage = RowStage(first)
+    columns = [*stage.features, *first.check_columns(stage.features, stage.source.where)]
+    for step in later:
+        columns += step.check_columns(columns, f"{step.title}: the output of the stages before it")
+    for step in (step for step in steps if isinstance(step, TranslateArguments)):
+        step.check_translator()
+
+
+def take_corrections(steps: list[StageArguments], dataset: Path) -> None:
+    """Remove what was made from cells of a table that were corrected since: the build then makes it again.
+
+    The stage of the table loses the parts with a row that changes, and so does a score right after it, which has the
+    same rows. Later stages and the dataset are removed. The record of the table is written last, so that the same
+    corrections are found again if this is interrupted.
+    """
+    for number, step in enumerate(steps):
+        if step.waiting():
+            return
+        if corrections := step.corrections():
+            changed, later = len(corrections.rows), steps[number + 1 :] if corrections.rows else []
+            logger.info("%s was corrected: %s rows of %s change.", step.import_file, f"{changed:,}", step.title)
+            if (dataset / FACTS).is_file():
+                shutil.rmtree(dataset)
+            for after in reversed(later):
+                if after is later[0] and isinstance(after, ScoreArguments) and (after.output / STAGE_FILE).is_file():
+                    remove_rows(after.output, corrections.rows)
+                else:
+                    shutil.rmtree(after.output, ignore_errors=True)
+            corrections.apply()
+        if _state(step) != "done":
+            return
+
+
+def log_counts(plan: Plan) -> None:
+    """Log the rows that went into each complete stage and came out, and warn if a filter dropped more than half."""
+    for step in (step for step in plan.all_steps() if _state(step) == "done"):
+        report, rows = check_complete(step.output), stage_record(step.output)["source"]["rows"]
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in report.skipped.items())
+        ending = f" ({reasons})" if reasons else ""
+        logger.info("%s: %s rows in, %s out%s", step.title, f"{rows:,}", f"{report.rows:,}", ending)
+        filters, dropped, total, unit = "", 0, 0, ""
+        if isinstance(step, SelectArguments):
+            cuts = {"min_pair_similarity": step.min_pair_similarity, "min_similarity": step.strategy_cut}
+            filters = " and ".join(f"{name} {cut:g}" for name, cut in cuts.items() if cut is not None)
+            dropped, total, unit = report.skipped.get(NOT_CHOSEN, 0), rows, "rows"
+        elif isinstance(step, TranslateArguments) and step.drop_flagged:
+            quality = read_json(step.output / REPORT_FILE, captions=int, flagged=int)
+            filters, dropped, total, unit = "drop_flagged", quality["flagged"], quality["captions"], "translations"
+        if dropped > total / 2:
+            logger.warning(
+                "WARNING: %s: %s dropped %s of %s %s, more than half. If good ones are among them, change it, remove "
+                "%s, the stages after it and %s, and run the same command again. A base model that does not know the "
+                "language gives low similarities to good captions, too.",
+                *(step.title, filters, f"{dropped:,}", f"{total:,}", unit),
+                *(step.output.parent, plan.output / DATASET_FOLDER),
+            )  # fmt: skip
+
+
 def described(plan: Plan) -> list[str]:
     """What is done and what will be, a line a stage, and the tasks that have failed."""
-    lines = []
-    for step in plan.all_steps():
-        lines.append(f"{step.title}: {_state(step)}\n    {step.command()}")
-        for work in Work.of(step, step.phases, step.title):
-            lines += [f"    {work}: task {rank}: {text}" for rank, text in failures(work.logs).items()]
-    there = (plan.output / DATASET_FOLDER).is_dir()
-    return [*lines, f"{plan.output / DATASET_FOLDER}: {'done' if there else 'to be made'}"]
+    lines, all_done = [], (plan.output / DATASET_FOLDER).is_dir()
+    for steps in plan.steps.values():
+        is_current = True  # whether the stages before are done, so that this one has read what they hold now
+        for step in steps:
+            state = _state(step)
+            is_done = state == "done"
+            again = ", again where the stages before it change" if is_done and not is_current else ""
+            lines.append(f"{step.title}: {state}{again}\n    {step.command()}")
+            is_current, all_done = is_current and is_done, all_done and is_done
+            for work in Work.of(step, step.phases, step.title):
+                lines += [f"    {work}: task {rank}: {text}" for rank, text in failures(work.logs).items()]
+    return [*lines, f"{plan.output / DATASET_FOLDER}: {'done' if all_done else 'to be made'}"]
 
 
 def _state(step: StageArguments) -> str:
@@ -249,7 +341,9 @@ def _state(step: StageArguments) -> str:
     if not (step.output / STAGE_FILE).is_file():
         return "to be done"
     left, _ = unfinished(step.output)
-    return f"{left:,} rows to be done" if left else "done"
+    if left:
+        return f"{left:,} rows to be done"
+    return f"to be done again where {step.import_file} was corrected" if step.is_corrected() else "done"
 
 
 # The end: the rows of the last stages as one folder for the Hub, written whole or not at all. All splits get the same
@@ -338,6 +432,7 @@ def _step_facts(step: StageArguments) -> dict[str, Any]:
         "rows_out": report.rows,
         "left_out": report.skipped,
         "quality": found and {key: found[key] for key in ("captions", "flagged")},
+        "translations": getattr(step, "translations", {}),
         "versions": record["versions"],
     }
 
@@ -349,12 +444,17 @@ def dataset_card(facts: dict[str, Any], picture: str | None) -> str:
     filled = [name for split in splits for name, n in split["captions"].items() if n]
     files = [{"split": name, "path": f"data/{name}-*"} for name in facts["splits"]]
     languages = sorted({name.split("captions-", 1)[1] for name in filled}, key=lambda code: (code != language, code))
+    translations = {
+        code: who for split in splits for step in split["steps"] for code, who in step["translations"].items()
+    }
+    tags = ["translated", *(f"{who}-translated" for who in sorted(set(translations.values())))] if translations else []
     data = DatasetCardData(
         # The Hub takes codes of ISO 639 alone: `zh` of `zh-Hant`, `por` of `por_Latn`.
         language=list(dict.fromkeys(re.split(r"[-_]", code)[0].lower() for code in languages)),
         **{key: card.get(key) for key in ("license", "license_name", "license_link", "pretty_name")},
         task_categories=["image-to-text", "zero-shot-image-classification"],
-        tags=["capivara", "image-text", *(["translated"] if "translate" in stages else [])],
+        tags=["capivara", "image-text", *tags],
+        translations=translations or None,  # which the card of a model that is trained on it states, too
         configs=[{"config_name": "default", "data_files": files}],
     )
     text = DatasetCard.from_template(
@@ -365,6 +465,7 @@ def dataset_card(facts: dict[str, Any], picture: str | None) -> str:
         description=card.get("description") or "Images with captions, to train image-text models on.",
         caption_columns=list(dict.fromkeys(filled)),
         stages=stages,
+        translators=set(translations.values()),
         picture=picture,
         escape=escape_markdown,  # of all texts of others
         code=lambda name: "`" + re.sub(r"[`|\s]", "_", name) + "`",

@@ -12,7 +12,7 @@ captions.
 import copy
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -62,6 +62,10 @@ class GenerateArguments(StageArguments):
         super().__post_init__()
         at_least(self, 1, "max_new_tokens", "micro_batch_size")
         self.prefixes = Path(self.prefixes)
+
+    def check_columns(self, columns: Collection[str], where: str) -> list[str]:
+        """Return the column of generated captions; any dataset with images will do."""
+        return [*super().check_columns(columns, where), COLUMN]
 
     def process(self, stage: RowStage) -> tuple[Any, ...]:
         """Captions of each row's image. Raises as `read_prefixes` and `load_captioner` do."""

@@ -10,6 +10,7 @@ strategies of the training go by them. Rows whose image can't be used, or withou
 The same command does what is missing.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,6 +50,10 @@ class ScoreArguments(StageArguments):
     def needed_columns(self) -> list[str]:
         """Columns of captions, of which one must be there."""
         return [f"captions-{self.language}", f"generated-captions-{self.language}"]
+
+    def check_columns(self, columns: Collection[str], where: str) -> list[str]:
+        """Return the column of similarities. Raises ValueError if there is no column of captions."""
+        return [*super().check_columns(columns, where), f"similarities-{self.language}"]
 
     def process(self, stage: RowStage) -> tuple[Any, ...]:
         """Similarities of each row's captions. Raises as `load_embedder` does."""

@@ -46,7 +46,7 @@ from capivara_common.image_files import (
 )
 from capivara_common.tasks import SHARED_BY_TASKS, ExecutorArguments, Phase, all_parts
 from caption_data.rows import CAPTION_COLUMN, CAPTIONS, DATASET_HELP, Skipped, caption_texts, digest_of, write_skipped
-from caption_data.sources import READ_ROWS, STAGE_FILE, Split, open_split, opened_parquet, refuse_unfinished
+from caption_data.sources import LISTS, READ_ROWS, STAGE_FILE, Split, open_split, opened_parquet, refuse_unfinished
 
 GONE = {  # flags of earlier versions
     **dict.fromkeys(("shard", "wait_s"), f"{SHARED_BY_TASKS} (docs/cluster.md)"),
@@ -123,6 +123,19 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         """Of which the data set must have one, by their names in the output."""
         return []
 
+    def check_columns(self, columns: Collection[str], where: str) -> list[str]:
+        """Return the names of the columns that it adds to those of its source, `columns` by their names in the output.
+
+        Raises ValueError, which begins with `where`, if none of the columns that it needs is there.
+        """
+        needed = self.needed_columns()
+        if needed and set(columns).isdisjoint(needed):
+            raise ValueError(
+                f"{where} has no column {' or '.join(needed)}; there are {list(columns)}. A column of another name "
+                f"becomes one by --rename OLD={needed[0]}."
+            )
+        return []
+
     def known_settings(self) -> dict[str, Any]:
         """Of the settings of `process`, those that are known before it is made."""
         return {}
@@ -134,6 +147,14 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     def waiting(self) -> str:
         """What a person has to do before it can run; empty where it can."""
         return ""
+
+    def is_corrected(self) -> bool:
+        """Tell whether an input that people may correct has changed since the parts were made."""
+        return False
+
+    def corrections(self) -> "Corrections | None":
+        """Find what a corrected input changes in the parts that are there; None if nothing was corrected."""
+        return None
 
     def process(self, stage: "RowStage") -> tuple[Any, ...]:
         """What `RowStage.run` is given: new columns, settings, what makes them; a model is loaded here."""
@@ -236,7 +257,7 @@ def fingerprint(source: Split) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode("utf-8", "surrogateescape"))
         with path.open("rb") as file:
-            whole = path.suffix == ".jsonl" or size <= SAMPLED_PIECES * SAMPLED_BYTES  # the first: a list of captions
+            whole = path.suffix in LISTS or size <= SAMPLED_PIECES * SAMPLED_BYTES  # the first: a list of captions
             if whole:
                 hashlib.file_digest(file, lambda: digest)
             for piece in range(
@@ -263,12 +284,7 @@ def passed_features(source: Split, args: StageArguments) -> Features:
             features[new] = CAPTIONS
         elif "extension<" not in str(Features({new: feature}).arrow_schema.field(new).type):
             features[new] = feature
-    needed = args.needed_columns()
-    if needed and features.keys().isdisjoint(needed):
-        raise ValueError(
-            f"{source.where} has no column {' or '.join(needed)}; there are {list(features)}. A column of another name "
-            f"becomes one by --rename OLD={needed[0]}."
-        )
+    args.check_columns(features, source.where)
     return Features(features | {IMAGE: Image()})
 
 
@@ -492,14 +508,50 @@ def claim(output: Path, record: dict[str, Any]) -> None:
             raise ValueError(f"{output} holds parquet files but no {STAGE_FILE}. Choose another --output.")
         write_json(path, record)  # several tasks write the same; else the comparison below fails
     there = stage_record(output)
-    old, new = flat(_identity(there)), flat(_identity(json.loads(json.dumps(record))))
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    if differences := "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names):
+    invalidated = there["source"].get("fingerprint") is None  # `remove_rows` has removed the parts of other rows
+    if invalidated:
+        there["source"]["fingerprint"] = record["source"]["fingerprint"]
+    if named := differences(there, record):
         raise ValueError(
             f"{output} was made from {there['source'].get('name')} with other settings, and parts of two kinds must "
-            f"not mix. {differences}. Give these as they were, choose another --output, or remove this folder and what "
+            f"not mix. {named}. Give these as they were, choose another --output, or remove this folder and what "
             "was made from it."
         )
+    if invalidated:
+        write_json(path, there)
+
+
+def differences(there: dict[str, Any], now: dict[str, Any]) -> str:
+    """Name what the records of two runs of a stage must have in common and have not; empty if they agree."""
+    old, new = flat(_identity(there)), flat(_identity(json.loads(json.dumps(now))))
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names)
+
+
+@dataclass(frozen=True)
+class Corrections:
+    """What a corrected input changes in a stage that was made from it."""
+
+    output: Path  # folder of the stage
+    record: dict[str, Any]  # its `stage.json`, with the input as it is now
+    parts: list[Path]  # files with a row that changes
+    rows: list[int]  # numbers of the rows that change, among the rows that the stage has written
+
+    def apply(self) -> None:
+        """Remove the parts, which the stage then makes again. Their lists of skipped rows stay: they do not change."""
+        for path in self.parts:
+            path.unlink(missing_ok=True)
+        write_json(self.output / STAGE_FILE, self.record)  # last: until then a repeated run finds the same corrections
+
+
+def remove_rows(output: Path, rows: Iterable[int]) -> None:
+    """Remove the parts of a stage that hold these rows of its source, and let `claim` accept a changed source."""
+    record = stage_record(output)
+    write_json(output / STAGE_FILE, record | {"source": record["source"] | {"fingerprint": None}})
+    size, total = record["rows_per_part"], record["source"]["rows"]
+    for start in sorted({row // size * size for row in rows}):
+        part = range(start, min(start + size, total))
+        part_path(output, record["source"]["split"], part).unlink(missing_ok=True)
 
 
 def identity_digest(record: dict[str, Any]) -> str:
@@ -568,6 +620,9 @@ def stage_main(kind: type[StageArguments], description: str, argv: list[str] | N
     if args.waiting():
         logger.info("waiting: %s Fill the last column, then run the same command again.", args.ask())
         return None
+    if corrections := args.corrections():
+        logger.info("%s was corrected: %s rows change.", args.import_file, f"{len(corrections.rows):,}")
+        corrections.apply()
     if not execute(Work.of(args, args.phases, kind.__module__.rpartition(".")[2]), args):
         return None
     print(f"{args.output}: {check_complete(args.output)}")

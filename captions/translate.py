@@ -20,7 +20,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -38,10 +38,28 @@ from capivara_common.cli import at_least, flag, run_command
 from capivara_common.environment import require
 from capivara_common.files import read_json, write_json, write_text
 from capivara_common.image_files import BadRow
+from capivara_common.tasks import all_parts
 from caption_data.rows import CAPTIONS, TOKEN_PATTERN, caption_texts, digest_of
-from caption_data.sources import Split, opened_parquet
-from captions.stages import RowStage, StageArguments, groups, stage_main, whole_parquet
-from captions.translators import GOOGLE_CHARACTERS, GOOGLE_MODULES, GoogleTranslator, Seq2SeqTranslator, language_of
+from caption_data.sources import STAGE_FILE, Split, opened_parquet
+from captions.stages import (
+    Corrections,
+    RowStage,
+    StageArguments,
+    differences,
+    groups,
+    skipped_rows,
+    stage_main,
+    stage_record,
+    whole_parquet,
+)
+from captions.translators import (
+    GOOGLE_CHARACTERS,
+    GOOGLE_MODULES,
+    GoogleTranslator,
+    Seq2SeqTranslator,
+    check_languages,
+    language_of,
+)
 
 PAPER_MODEL = "Helsinki-NLP/opus-mt-tc-big-en-pt"  # arXiv 2310.13683; English to Portuguese alone
 KINDS = ("captions", "generated-captions")  # the authors' names, before the language
@@ -49,7 +67,7 @@ PAIR_SCHEMA = pa.schema({"source": pa.string(), "translation": pa.string()})
 READ_AT_ONCE = 10_000  # sentences
 SENTENCES_PER_ROW = 8  # that are translated between two writes, for each of `batch_rows`
 
-COLUMNS = ("id", "source", "translation")
+COLUMNS = ("id", "source", "translation")  # each followed by `:` and what the first line states, see `header`
 MAX_NAMED = 5  # rows without a translation that a message names; it gives the number of all
 BLANKS = " \xa0\u3000"  # a cell of these alone is empty to who sees it
 SHOWN = 40  # letters of a sentence in an error
@@ -124,12 +142,20 @@ class TranslateArguments(StageArguments):
     import_file: Path | None = flag(
         None, "file: the TSV of sentences; it is written where it is not there, to be filled.", aliases=["--import"]
     )
+    translated_by: Literal["human", "machine"] = flag(
+        "human", "file: who fills the table. The dataset card and the model card state it."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("language", "source_language"):
             if not re.fullmatch(r"[A-Za-z]{2,8}([-_][A-Za-z0-9]+)*", getattr(self, name)):
                 raise ValueError(f"{name} must be a code such as pt or zh-Hant, got {getattr(self, name)!r}.")
+            if (known := language_of(getattr(self, name))) is None or not known.is_valid():
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} is no code of a language. Codes are those of ISO 639, such as sw "
+                    "for Swahili; a script or region may follow, as in zh-Hant."
+                )
         if self.language == self.source_language:
             raise ValueError(f"language and source_language are both {self.language!r}; there is nothing to translate.")
         at_least(self, 1, "batch_size", "max_new_tokens")
@@ -146,6 +172,11 @@ class TranslateArguments(StageArguments):
         """Columns of captions in the source language, of which one must be there."""
         return [f"{kind}-{self.source_language}" for kind in KINDS]
 
+    def check_columns(self, columns: Collection[str], where: str) -> list[str]:
+        """Return the columns of translations and of their quality. Raises ValueError if one is there already."""
+        added = super().check_columns(columns, where)
+        return [*added, *translated_columns(columns, where, self).values(), f"quality-{self.language}"]
+
     def known_settings(self) -> dict[str, Any]:
         """The digest of a table, with which a stage that is done is compared."""
         if self.backend != "file":
@@ -153,29 +184,135 @@ class TranslateArguments(StageArguments):
         digest = hashlib.sha256(self.import_file.read_bytes()).hexdigest()
         return {"translator": {"backend": "file", "target": self.language, "sha256": digest}}
 
+    def settings(self, translator: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings that `stage.json` holds, given what identifies the translator."""
+        settings = {"translator": translator, "language": self.language, "source_language": self.source_language}
+        # `existing` is the only value that is left of a flag of earlier versions.
+        return settings | {"existing": "refuse", "drop_flagged": self.drop_flagged}
+
     def waiting(self) -> str:
-        """Which sentences of its table have no translation yet."""
+        """Say which sentences of its table have no translation yet. Raises ValueError as `check_table` does."""
         if self.import_file is None:
             return ""
-        return untranslated(self.import_file) if self.import_file.is_file() else "it is not there yet"
+        if not self.import_file.is_file():
+            return "it is not there yet"
+        self.check_table()
+        return untranslated(self.import_file)
+
+    @property
+    def translations(self) -> dict[str, str]:
+        """Map the language to who translates into it, human or machine, as cards state it."""
+        return {self.language: self.translated_by if self.backend == "file" else "machine"}
+
+    def check_translator(self) -> None:
+        """Raise ValueError if a model that is on this machine already does not know the languages."""
+        if self.backend == "transformers":
+            check_languages(self.model or PAPER_MODEL, self.revision, self.language, self.source_language)
+
+    def check_table(self) -> None:
+        """Raise ValueError if the table states other languages than these, or does not state its language.
+
+        Tables of earlier versions state none. They are accepted if a stage beside this one was made from such a table.
+        """
+        stated, _ = _table(self.import_file)
+        way_out = "Name another table, which is then written to be filled, or correct the language."
+        for column, language in (("source", self.source_language), ("translation", self.language)):
+            if stated.get(column) and stated[column] != language:
+                raise ValueError(
+                    f"{self.import_file} has its {column} in the language {stated[column]!r}, not {language!r}. "
+                    f"{way_out}"
+                )
+        made = (stage_record(path.parent)["settings"] for path in self.output.parent.glob(f"*/{STAGE_FILE}"))
+        expected = {"backend": "file", "target": self.language}.items()
+        if not stated["translation"] and not any(expected <= (one.get("translator") or {}).items() for one in made):
+            raise ValueError(
+                f"{self.import_file} does not state the language of its translations: its first line must name the "
+                f"column translation:{self.language}. {way_out}"
+            )
 
     def ask(self) -> str:
-        """What a person has to do; the table is written where there is none."""
+        """Say what a person has to do; write the table if it does not exist.
+
+        Raises ValueError if the table exists and holds other sentences than the source.
+        """
+        stage = RowStage(self)
         if not self.import_file.is_file():
-            source = RowStage(self).source
-            sentences = list(distinct_sentences(self, source, [range(len(source))]))
-            write_sentences(self.import_file, sentences)
+            sentences = self.sentences(stage)
+            write_sentences(self.import_file, sentences, self.header(stage))
             counts = f"{len(sentences):,} sentences, {sum(map(len, sentences)):,} characters"
             logger.info("%s has %s. Leave its rows as they are.", self.import_file, counts)
+            who = {"human": "by people (translated_by: machine says otherwise)", "machine": "by machine"}
+            logger.info("The cards will say that it was translated %s.", who[self.translated_by])
+        elif _table(self.import_file)[0]["id"] != stage.record["source"]["fingerprint"]:
+            self.checked_rows(stage)  # before somebody fills the table of another dataset
         return f"{self.import_file} has the sentences of {self.title}: {self.waiting()}"
+
+    def header(self, stage: RowStage) -> list[str]:
+        """Return the first line of a table: its columns, with the digest of the source and both languages."""
+        stated = (stage.record["source"]["fingerprint"], self.source_language, self.language)
+        return [f"{column}:{text}" for column, text in zip(COLUMNS, stated, strict=True)]
+
+    def sentences(self, stage: RowStage) -> list[str]:
+        """Return the distinct sentences of all rows, in the order of the table."""
+        return list(distinct_sentences(self, stage.source, [range(len(stage.source))]))
+
+    def checked_rows(self, stage: RowStage) -> list[str]:
+        """Return the sentences of the source. Raises ValueError unless the rows of the table are the same ones."""
+        self.check_table()
+        sentences, now = self.sentences(stage), stage.record["source"]["fingerprint"]
+        try:
+            check_rows(self.import_file, sentences)
+        except ValueError as error:
+            there = _table(self.import_file)[0]["id"]
+            if not there or there == now:
+                raise
+            raise ValueError(
+                f"{error} The table was written for other data (digest {there}; the data has {now}): move it away, and "
+                "a new one is written."
+            ) from error
+        return sentences
+
+    def is_corrected(self) -> bool:
+        """Tell whether the table is another than the one that the parts were made from."""
+        if self.backend != "file" or not (self.output / STAGE_FILE).is_file():
+            return False
+        return self.known_settings()["translator"] != stage_record(self.output)["settings"].get("translator")
+
+    def corrections(self) -> Corrections | None:
+        """Compare the parts of this stage with its table; None unless the table alone has changed since.
+
+        Raises ValueError as `read_translations` does.
+        """
+        if not self.is_corrected():
+            return None
+        there, table, stage = stage_record(self.output), self.known_settings(), RowStage(self)
+        now = {"settings": self.settings(table["translator"]) | self.image_settings(), "columns": there["columns"]}
+        record = there | {"settings": there["settings"] | table}
+        if differences(record, stage.record | now):
+            return None  # `claim` refuses the folder and names what differs
+        known = read_translations(self.import_file, self.checked_rows(stage))
+        columns, rows, parts, written = translated_columns(stage.features, stage.source.where, self), [], [], 0
+        made = [*columns.values(), f"quality-{self.language}"]
+        for part in all_parts(len(stage.source), self.rows_per_part):
+            path, before = stage.path(part), len(rows)
+            if path.is_file():
+                for number, row in enumerate(pq.read_table(path, columns=[*columns, *made]).to_pylist(), written):
+                    if any(row[name] != value for name, value in translated(self, row, columns, known).items()):
+                        rows.append(number)
+                parts += [path] * (len(rows) > before)
+            written += len(part) - len(skipped_rows(path))
+        return Corrections(self.output, record, parts, rows)
 
     def process(self, stage: RowStage) -> tuple[Any, ...]:
         """Captions with their translations beside them. Raises as `read_translations` and the translators do."""
-        columns, known = translated_columns(stage.source, self), {}  # known: sentence -> translation
+        columns, known = (
+            translated_columns(stage.features, stage.source.where, self),
+            {},
+        )  # known: sentence -> translation
         sentences_of = partial(distinct_sentences, self, stage.source)
         if self.backend == "file":
             identity = self.known_settings()["translator"]
-            known.update(read_translations(self.import_file, list(sentences_of([range(len(stage.source))]))))
+            known.update(read_translations(self.import_file, self.checked_rows(stage)))
         else:
             translator = self.translator()
             identity = translator.fingerprint
@@ -186,9 +323,8 @@ class TranslateArguments(StageArguments):
                 known.update(translations(self, translator, set(sentences_of(parts)), shows_bar=stage.rank == 0))
 
         new = dict.fromkeys(columns.values(), CAPTIONS) | {f"quality-{self.language}": QUALITY}
-        settings = {"translator": identity, "language": self.language, "source_language": self.source_language}
-        settings |= {"existing": "refuse", "drop_flagged": self.drop_flagged}  # the first: what versions before could
-        return new, settings, lambda rows: [translated(self, row, columns, known) for row in rows], prepare
+        process = lambda rows: [translated(self, row, columns, known) for row in rows]  # noqa: E731
+        return new, self.settings(identity), process, prepare
 
     def translator(self) -> Seq2SeqTranslator | GoogleTranslator:
         """What translates; both have `translate`, of sentences that are not blank, in order, and `fingerprint`: all
@@ -219,15 +355,17 @@ class TranslateArguments(StageArguments):
 # Sentences
 
 
-def translated_columns(source: Split, args: TranslateArguments) -> dict[str, str]:
-    """Column of captions, by its name in the output -> the new one. Raises ValueError where that is there already."""
-    there = [args.renamed().get(name, name) for name in source.columns]
+def translated_columns(there: Collection[str], where: str, args: TranslateArguments) -> dict[str, str]:
+    """Map each column of captions to the column of its translations, by their names in the output.
+
+    Raises ValueError if a column of translations is among the columns that are `there`.
+    """
     columns = {f"{kind}-{args.source_language}": f"{kind}-{args.language}" for kind in KINDS}
     columns = {column: target for column, target in columns.items() if column in there}
     for name in (*columns.values(), f"similarities-{args.language}"):
         if name in there:
             raise ValueError(
-                f"{source.where} has {name} already. Give it another name, --rename {name}=old-{name}; similarities "
+                f"{where} has {name} already. Give it another name, --rename {name}=old-{name}; similarities "
                 "are computed after a translation."
             )
     return columns
@@ -238,8 +376,8 @@ def distinct_sentences(args: TranslateArguments, source: Split, parts: Iterable[
 
     Raises ValueError as `translated_columns` does.
     """
-    old_names = {new: old for old, new in args.renamed().items()}
-    columns = [old_names.get(column, column) for column in translated_columns(source, args)]
+    names = {args.renamed().get(name, name): name for name in source.columns}
+    columns = [names[column] for column in translated_columns(names, source.where, args)]
     seen: set[bytes] = set()  # digests: of tens of millions of sentences they need a tenth of the memory
     for part in parts:
         rows = itertools.islice(source.rows(part.start, only=columns), len(part))
@@ -276,22 +414,29 @@ def sentence_id(number: int, sentence: str) -> str:
     return f"s{number}_{hashlib.sha256(sentence.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
-def write_sentences(path: Path, sentences: list[str]) -> None:
-    """The table to be translated, its last column empty: UTF-8, a line a sentence, nothing quoted.
+def write_sentences(path: Path, sentences: list[str], header: Sequence[str] = COLUMNS) -> None:
+    """Write the table to be translated, its last column empty: UTF-8, one line per sentence, nothing quoted.
 
     The id has the number of the sentence and a digest of its text, so that a translation can't reach another sentence.
     """
     lines = [f"{sentence_id(number, text)}\t{escape(text)}\t" for number, text in enumerate(sentences, 1)]
-    write_text(path, "\n".join(["\t".join(COLUMNS), *lines]) + "\n")
+    write_text(path, "\n".join(["\t".join(header), *lines]) + "\n")
 
 
 def read_translations(path: Path, sentences: list[str]) -> dict[str, str]:
-    """Sentence -> translation, of a table of `sentences` that came back: UTF-8, byte-order mark or not, any line ends.
+    """Map each sentence to its translation in a table that came back: UTF-8, byte-order mark or not, any line ends.
 
-    Raises ValueError where the file is no such table, a row is not the one that stood there, or has another source, or
-    rows are missing, or without a translation.
+    Raises ValueError as `check_rows` does, or if a row has no translation.
     """
-    rows = _rows(path)
+    check_rows(path, sentences)
+    if missing := untranslated(path):
+        raise ValueError(f"{path}: {missing} Fill their last column.")
+    return {source: row["translation"] for source, row in zip(sentences, _table(path)[1], strict=True)}
+
+
+def check_rows(path: Path, sentences: list[str]) -> None:
+    """Raise ValueError if a file is not a table of these sentences, each in its place, with its id and source."""
+    _, rows = _table(path)
     for number, (row, text) in enumerate(itertools.zip_longest(rows, sentences), 1):
         expected = {"id": sentence_id(number, text), "source": text} if text is not None else {}
         if row is None or not expected or any(row.get(name, value) != value for name, value in expected.items()):
@@ -299,9 +444,6 @@ def read_translations(path: Path, sentences: list[str]) -> dict[str, str]:
             raise ValueError(
                 f"{path}, line {number + 1}: {there or 'nothing'} in place of {wanted or 'nothing'}. {AS_THEY_WENT}"
             )
-    if missing := untranslated(path):
-        raise ValueError(f"{path}: {missing} Fill their last column.")
-    return {source: row["translation"] for source, row in zip(sentences, rows, strict=True)}
 
 
 def untranslated(path: Path) -> str:
@@ -309,7 +451,7 @@ def untranslated(path: Path) -> str:
 
     Raises ValueError where the file is no such table.
     """
-    rows = _rows(path)
+    _, rows = _table(path)
     names = [
         f"line {line} ({row['id'][:SHOWN]})" for line, row in enumerate(rows, 2) if not row["translation"].strip(BLANKS)
     ]
@@ -318,10 +460,12 @@ def untranslated(path: Path) -> str:
     return said if names else ""
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a table. Raises ValueError where it is none."""
+def _table(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Return what the first line states for each column, and the rows. Raises ValueError if the file is no table."""
     try:
         table = pd.read_csv(path, sep="\t", dtype=str, quoting=csv.QUOTE_NONE, na_filter=False, encoding="utf-8-sig")
+        stated = {name.strip(): text.strip() for name, _, text in (str(column).partition(":") for column in table)}
+        table.columns = list(stated) if len(stated) == len(table.columns) else table.columns
         rows = [{name: unescape(cell) for name, cell in row.items()} for row in table.fillna("").to_dict("records")]
     except ValueError as error:
         said = " ".join(str(error).split())
@@ -329,7 +473,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
     if not {"id", "translation"} <= set(table):
         rule = "must name the columns id and translation, and may name source, apart by tabs"
         raise ValueError(f"The first line of {path} {rule}; it is {' '.join(map(str, table))[:80]!r}.")
-    return rows
+    return stated, rows
 
 
 # Translations

@@ -156,19 +156,14 @@ class Seq2SeqTranslator:
         self.name = f"{model.config.model_type} {Path(name).name}"
         self._before: list[int] = []  # token ids before every sentence
         self._options: dict[str, Any] = {}  # of `generate`
-        # Codes with their token ids: those that go before the source, and those that begin the translation.
-        vocabulary = tokenizer.get_vocab()
-        before = {token[2:-2]: number for token, number in vocabulary.items() if SOURCE_TOKEN.fullmatch(token)}
-        begins = {token: number for token, number in vocabulary.items() if TARGET_TOKEN.fullmatch(token)}
-        begins = {} if before else getattr(tokenizer, "lang_code_to_id", begins)  # NLLB has no such table
+        before, begins = _language_tokens(tokenizer)
         self._commands = {*before.values()}  # token ids that a caption must not have
         self._language_ids = {*before.values(), *begins.values()}
-        only = filter(None, [getattr(tokenizer, "target_lang", None)])
-        self.code = find_code(language, before or begins or only, self.name)
+        self.code, source_code = _codes(tokenizer, language, source_language, self.name)
         if before:
             self._before = [before[self.code]]
         elif begins:
-            tokenizer.src_lang = find_code(source_language, begins, self.name)
+            tokenizer.src_lang = source_code
             self._options["forced_bos_token_id"] = begins[self.code]
         # Within what the model has positions for, of which one is the start token's. Twice the source is more than
         # languages differ by, and ends a loop.
@@ -212,6 +207,33 @@ class Seq2SeqTranslator:
             raise ValueError(said) from error
         kept = [[i for i in row if i not in self._language_ids] for row in ids.tolist()]
         return [text.strip() for text in self.tokenizer.batch_decode(kept, skip_special_tokens=True)]
+
+
+def check_languages(model: str, revision: str | None, language: str, source_language: str) -> None:
+    """Raise ValueError if a translation model on this machine does not know a language; nothing is downloaded."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError, AttributeError):
+        return  # `Seq2SeqTranslator` fetches the model, or says what is wrong with it
+    _codes(tokenizer, language, source_language, model)
+
+
+def _language_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], dict[str, int]]:
+    """Return codes with their token ids: those that go before the source, and those that begin the translation."""
+    vocabulary = tokenizer.get_vocab()
+    before = {token[2:-2]: number for token, number in vocabulary.items() if SOURCE_TOKEN.fullmatch(token)}
+    begins = {token: number for token, number in vocabulary.items() if TARGET_TOKEN.fullmatch(token)}
+    return before, {} if before else getattr(tokenizer, "lang_code_to_id", begins)  # NLLB has no such table
+
+
+def _codes(
+    tokenizer: PreTrainedTokenizerBase, language: str, source_language: str, name: str
+) -> tuple[str, str | None]:
+    """Return the codes of the language to write and of the one to read; the latter is None if the model needs none."""
+    before, begins = _language_tokens(tokenizer)
+    only = filter(None, [getattr(tokenizer, "target_lang", None)])
+    target = find_code(language, before or begins or only, name)
+    return target, find_code(source_language, begins, name) if begins else None
 
 
 def _loaded(name: str, revision: str | None, precision: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:

@@ -375,6 +375,7 @@ def template_values(facts: dict[str, Any], language: str, repo_id: str | None) -
             *(("dataset", origin) for origin in origins["datasets"]),
             *(("teacher", origin) for origin in [origins.get("teacher")] if origin),
         ],
+        "translated_by": _translated_by(origins["datasets"], trained),
         "licences": lambda origin: ", ".join(map(code, origin.get("licenses") or ())),
         "rotated": (facts["model"] / "rotation.safetensors").is_file(),
         "stopped_early": any(of["steps"] < config["max_steps"] for of in facts["runs"]),
@@ -392,6 +393,12 @@ def template_values(facts: dict[str, Any], language: str, repo_id: str | None) -
         "measured_seeds": [of.seed for of in max(facts["values"], key=lambda value: value.seeds).measured],
         "layout": MARKDOWN_TEMPLATES.get_template("model_card.md.j2"),
     }
+
+
+def _translated_by(datasets: list[dict[str, Any]], language: str) -> str:
+    """Return who translated the training captions: human, machine, mixed, or an empty text if no dataset states it."""
+    stated = {origin.get("translations", {}).get(language, "") for origin in datasets} & {"human", "machine"}
+    return "mixed" if len(stated) > 1 else "".join(stated)
 
 
 def _settings(config: dict[str, Any], fixed: dict[str, Any]) -> dict[str, Any]:

@@ -44,13 +44,15 @@ def origin(name: str, repo_type: str) -> dict[str, Any]:
     """What the card of a model or data set states; `name` is a folder, a pattern of files, or a Hub id.
 
     Returns its `short_name`, `title`, `hub_id` and `revision` (of one that was loaded from the Hub), `base_model` (Hub
-    ids), `licenses`, `attribution`; None or an empty list for what it does not state.
+    ids), `licenses`, `attribution`, `translations` (language -> human or machine, of captions that `captions.build` had
+    translated); None or an empty list or dictionary for what it does not state.
     """
     of_hub = not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
     is_of_files = not Path(name).is_dir() and "/" in name  # one file, or a pattern: its card lies beside it
     folder = Path(name).parent if is_of_files else Path(name)
     path = _card_from_hub(name, repo_type) if of_hub else folder / "README.md"
     card = card_metadata(path) if path else {}
+    stated = card.get("translations")
     return {
         "name": short_name(name),
         "title": str(card.get("pretty_name") or (name if of_hub else _heading(path) or PurePosixPath(name).name)),
@@ -59,6 +61,7 @@ def origin(name: str, repo_type: str) -> dict[str, Any]:
         "base_model": _texts(card.get("base_model")),
         "licenses": _texts(card.get("license")),
         "attribution": str(card["attribution"]) if card.get("attribution") else None,
+        "translations": {str(code): str(who) for code, who in stated.items()} if isinstance(stated, dict) else {},
     }
 
 

@@ -74,6 +74,10 @@ class PushError(OSError):
         super().__init__(" ".join(printable(message).split()))
 
 
+class HubUnreachable(PushError):
+    """A push that was not made because the Hub did not answer, or because offline mode is on."""
+
+
 @dataclass
 class PushArguments:
     """Arguments of `hub_upload.push`."""
@@ -124,6 +128,7 @@ class PushPlan:
     sent: list[CommitOperationAdd]  # files that the commit adds or changes
     same: list[str]  # files of the folder that the Hub has
     deleted: list[str]  # files of an older Space that go
+    unreachable: str = ""  # why the Hub could not be asked, in a preview; empty if it was asked
 
     def __post_init__(self) -> None:
         self.makes_branch = self.remote.exists and self.remote.head is None
@@ -139,7 +144,8 @@ def main(argv: list[str] | None = None) -> None:
         print("The Hub has all of it already; there is nothing to send.")
     elif not args.push:
         size = readable(sum(file.upload_info.size for file in planned.sent))
-        print(f"Nothing was sent. With --push, {len(planned.sent)} files ({size}) are sent in one commit.")
+        known = ", without those that the Hub has already" if planned.unreachable else ""
+        print(f"Nothing was sent. With --push, {len(planned.sent)} files ({size}) are sent in one commit{known}.")
     else:
         url = push(planned)
         print(f"Pushed in one commit: {_name(url)}" if url else "All files were there already; no commit was made.")
@@ -151,6 +157,8 @@ def main(argv: list[str] | None = None) -> None:
 def plan(args: PushArguments) -> PushPlan:
     """Compare a folder with a repository; nothing is changed anywhere.
 
+    Without `args.push` the Hub need not be reachable: the plan then says so in `unreachable`.
+
     Raises ValueError where a file must not be sent, PushError where the Hub can't be asked or would refuse the push.
     """
     paths = files_to_send(args.model, args.repo_type)
@@ -158,9 +166,15 @@ def plan(args: PushArguments) -> PushPlan:
         metadata = (metadata_load(args.model / CARD) or {}) if Path(CARD) in paths else None
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"The metadata of {CARD} is not valid YAML of `key: value` lines: {error}") from error
-    with hub_errors(args.repo_id):
-        user = str(_twice(lambda: HfApi().whoami(cache=True)["name"])) if get_token() else None
-        remote = _look(args.repo_id, args.repo_type, args.revision)
+    user, remote, unreachable = None, Remote(), ""
+    try:
+        with hub_errors(args.repo_id, AGAIN if args.push else "Run the same command again."):
+            user = str(_twice(lambda: HfApi().whoami(cache=True)["name"])) if get_token() else None
+            remote = _look(args.repo_id, args.repo_type, args.revision)
+    except HubUnreachable as error:
+        if args.push:
+            raise
+        unreachable = str(error)
     files = [CommitOperationAdd(path.as_posix(), args.model / path) for path in paths]
     same = [file.path_in_repo for file in files if _is_on_hub(file, remote.files.get(file.path_in_repo))]
     sent = [file for file in files if file.path_in_repo not in same]
@@ -169,9 +183,9 @@ def plan(args: PushArguments) -> PushPlan:
         ours, folders = {path.as_posix() for path in paths}, {path.parts[0] for path in paths}
         deleted = [path for path in remote.files if path not in ours and path.partition("/")[0] in folders]
     _check_visibility(args.repo_id, remote, args.private)
-    if args.pull_request and not remote.exists:
+    if args.pull_request and not remote.exists and not unreachable:
         raise PushError(f"There is no {args.repo_id}, or the token does not see it: a pull request needs one.")
-    return PushPlan(args, user, remote, metadata, sent, same, deleted)
+    return PushPlan(args, user, remote, metadata, sent, same, deleted, unreachable)
 
 
 def check_card(args: PushArguments) -> None:
@@ -192,12 +206,15 @@ def report(planned: PushPlan) -> str:
     state = f"does not exist, will be made{', private' * args.private}"
     if remote.exists:
         state = f"{'private' if remote.private else 'public'}, at {str(remote.start)[:7]}"
+    if planned.unreachable:
+        state = "not asked: the Hub can't be reached"
     branch = "a pull request to main" if args.pull_request else args.revision
     branch += ", will be made from main" if planned.makes_branch else ""
-    lines = [f"{args.repo_type} {args.repo_id} ({state}), {branch}; token of {_name(planned.user or 'nobody')}"]
+    token = "" if planned.unreachable else f"; token of {_name(planned.user or 'nobody')}"
+    lines = [f"{args.repo_type} {args.repo_id} ({state}), {branch}{token}"]
     sizes = {file.path_in_repo: file.upload_info.size for file in planned.sent}
     for path in sorted(sizes, key=lambda path: path in there):
-        verb = "change" if path in there else "add   "
+        verb = "change" if path in there else "send  " if planned.unreachable else "add   "
         lines.append(f"  {verb}  {_name(path)}  ({readable(sizes[path])})")
     lines += [f"  delete  {_name(path)}" for path in planned.deleted]
     lines += [f"  same    {len(planned.same)} files"] if planned.same else []
@@ -208,7 +225,9 @@ def report(planned: PushPlan) -> str:
     else:
         stated = planned.metadata.get("license") or "none, and without one nobody may use what is published"
         lines.append(f"note: license: {_name(str(stated))}")
-    if planned.user is None:
+    if planned.unreachable:
+        lines.append(f"note: what the Hub holds is not known. {planned.unreachable}")
+    if planned.user is None and get_token() is None:
         lines.append("note: there is no token, which --push needs: `hf auth login`, or HF_TOKEN.")
     return "\n".join(lines)
 
@@ -325,8 +344,13 @@ def _twice(call: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def hub_errors(repo_id: str) -> Iterator[None]:
-    """Errors of calls to the Hub as PushError; what any library logs within holds no secret."""
+def hub_errors(repo_id: str, again: str = AGAIN) -> Iterator[None]:
+    """Turn errors of calls to the Hub into PushError; what any library logs within holds no secret.
+
+    Args:
+        repo_id: Repository that is named in messages.
+        again: What to do after a failure that may pass.
+    """
     get_session().timeout = TIMEOUT_S
     make = logging.getLogRecordFactory()
 
@@ -348,22 +372,24 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         logger.debug("A call to the Hub failed.", exc_info=True)
         while isinstance(error, RuntimeError) and error.__cause__ is not None:
             error = error.__cause__  # of an upload, which the client wraps
-        raise PushError(_explained(error, repo_id)) from None
+        is_hubs = isinstance(error, errors.HfHubHTTPError)
+        lost = isinstance(error, errors.OfflineModeIsEnabled | errors.HTTPError) and not is_hubs
+        raise (HubUnreachable if lost else PushError)(_explained(error, repo_id, again)) from None
     finally:
         logging.captureWarnings(False)
         logging.setLogRecordFactory(make)
 
 
-def _explained(error: BaseException, repo_id: str) -> str:
+def _explained(error: BaseException, repo_id: str, again: str) -> str:
     """Why a call failed, and the way out."""
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         said = " ".join((error.server_message or str(error)).split()).rstrip(".")
-        text = REFUSALS.get(status, "The Hub refused ({status}): {said}.") + f" {AGAIN}" * (status in TRY_AGAIN)
+        text = REFUSALS.get(status, "The Hub refused ({status}): {said}.") + f" {again}" * (status in TRY_AGAIN)
         tokens = f"{constants.ENDPOINT}/settings/tokens"
         return text.format(repo_id=repo_id, owner=repo_id.split("/")[0], status=status, said=said, tokens=tokens)
     if isinstance(error, errors.HTTPError):
-        return f"The connection to the Hub broke ({type(error).__name__}: {error}). {AGAIN}"
+        return f"The connection to the Hub broke ({type(error).__name__}: {error}). {again}"
     if isinstance(error, OSError) or type(error) is RuntimeError:  # the second of Xet
         return str(error) or type(error).__name__
     return (
@@ -406,7 +432,7 @@ def publish_run(run: Path, repo_id: str, private: bool = False, card_language: s
     try:
         export(run, repository, FORMATS, overwrite=True, repo_id=repo_id)
         write_card(repository, repo_id, card_language)
-        url = push(plan(PushArguments(repository, repo_id, private=private)))
+        url = push(plan(PushArguments(repository, repo_id, push=True, private=private)))
     except (Exception, KeyboardInterrupt) as error:  # of whatever kind: the run is complete, and must not seem to fail
         way_out = "Make its repository by `python -m hub_upload.export`, and push that."
         if repository.is_dir():

@@ -1,5 +1,6 @@
 """The whole chain from a config: checked before it runs, resumable anywhere, ending in a data set with a card."""
 
+import contextlib
 import errno
 import os
 import re
@@ -86,6 +87,10 @@ def test_from_images_to_a_data_set_with_its_card(finished):
         {"split": "train", "path": "data/train-*"}, {"split": "test", "path": "data/test-*"},
     ]  # fmt: skip
     assert "# Squares \\| \\*of\\* \\<colour\\>" in card and "[Noise](<https://example.org/noise>) | CC BY 4.0" in card
+    assert meta["translations"] == {"xh": "human"} and "human-translated" in meta["tags"], (
+        "the table was filled by people"
+    )
+    assert "machine-translated" not in card and "by machine" not in card
     assert "| train | 11 | 11 | 22 | 22 |" in card
     assert "| translate | 13 | 12 | 1 unreadable image |" in card and "| select | 11 | 11 | none |" in card
     assert "| score | 12 | 11 | 1 no caption |" in card
@@ -123,6 +128,67 @@ def test_a_table_waits_until_it_is_filled(config, tmp_path, capsys, caplog):
     assert not (tmp_path / "built" / "1-translate" / "train").exists() and not (tmp_path / "built" / "dataset").exists()
     table.write_text(text, encoding="utf-8")
     assert build(BuildArguments(config)) and "has the sentences" not in capsys.readouterr().out
+
+
+def test_two_languages_do_not_share_a_table(config, tmp_path, monkeypatch):
+    """A relative table lies below the output, whatever the current folder holds; one of another language is refused."""
+    monkeypatch.chdir(tmp_path)
+    changed(config, translate={"backend": "file", "import": "tables/{split}.tsv"})
+    flags = {"language": "gn", "output": Path("guarani")}
+    with pytest.raises(ManualStepRequired, match=r"guarani/tables/train\.tsv .*\n.*guarani/tables/test\.tsv"):
+        build(BuildArguments(config, **flags))
+    for xhosa in (tmp_path / "tables").glob("*.tsv"):
+        assert xhosa.read_text(encoding="utf-8").split("\n")[0].endswith("\ttranslation:xh")
+        shutil.copyfile(xhosa, tmp_path / "guarani" / "tables" / xhosa.name)
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match=r"guarani/tables/train\.tsv .*'xh'.*'gn'"):
+            build(BuildArguments(config, dry_run=dry_run, **flags))
+    assert not (tmp_path / "guarani" / "dataset").exists()
+
+
+@pytest.mark.slow
+def test_a_corrected_cell_reaches_the_data_set(config, tmp_path, monkeypatch, caplog):
+    """Only the files with its row are translated and scored again, and the end is that of a build from the start."""
+    build(BuildArguments(config))
+    scored = {path: path.stat().st_mtime_ns for path in (tmp_path / "built" / "2-score" / "train").glob("*.parquet")}
+    untouched = files(tmp_path / "built" / "1-translate" / "test")
+    table = tmp_path / "tables" / "train.tsv"
+    table.write_text(table.read_text(encoding="utf-8").replace("\tikati 9\n", "\tikati emnyama\n"), encoding="utf-8")
+    with caplog.at_level("INFO", "capivara"):
+        build(BuildArguments(config, dry_run=True))
+    assert "1-translate, train: to be done again where" in caplog.text and "dataset: to be made" in caplog.text
+    # Killed in the middle: the correction is found again.
+    with monkeypatch.context() as patch:
+        patch.setattr("captions.stages.Corrections.apply", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build(BuildArguments(config))
+    build(BuildArguments(config))
+    made_again = [path.name for path, time in scored.items() if path.stat().st_mtime_ns != time]
+    assert made_again == ["train-000000008-000000012.parquet"] and len(scored) == 3
+    assert files(tmp_path / "built" / "1-translate" / "test") == untouched
+    captions = [text for row in rows_of(tmp_path / "built" / "1-translate" / "train") for text in row["captions-xh"]]
+    assert "ikati emnyama" in captions and "ikati 9" not in captions
+    (tmp_path / "built").rename(tmp_path / "corrected")
+    build(BuildArguments(config))
+    assert files(tmp_path / "built") == files(tmp_path / "corrected")
+
+
+@pytest.mark.parametrize(("cut", "warns"), [(0.99, True), (-1, False)])
+def test_a_build_says_how_many_rows_each_stage_let_through(config, tmp_path, caplog, cut, warns):
+    """A filter that drops more than half of the rows is named."""
+    changed(config, select={"caption_strategy": "rank", "min_pair_similarity": cut})
+    with caplog.at_level("INFO", "capivara"), pytest.raises(ValueError) if warns else contextlib.nullcontext():
+        build(BuildArguments(config))  # where nothing is left there is no dataset, and the counts say why
+    for line in (
+        "1-translate, train: 13 rows in, 12 out",
+        "2-score, train: 12 rows in, 11 out",
+        "1-translate, test: 12 ",
+    ):
+        assert line in caplog.text
+    named = [
+        record for record in caplog.records if record.levelname == "WARNING" and "min_pair_sim" in record.getMessage()
+    ]
+    assert bool(named) == warns
 
 
 @pytest.mark.slow

@@ -43,8 +43,10 @@ def test_views_are_drawn_anew_at_every_step():
 def test_counts_follow_the_sizes():
     assert batch_counts(7, [10, 20, 40]) == [1, 2, 4]
     assert sum(batch_counts(2816, [999_999, 31_000, 5_000])) == 2816
-    with pytest.raises(ValueError, match="takes 9 pairs from a data set that has 8 usable"):
-        batch_counts(9, [8])
+    for sizes in ([8], [5, 3], [1, 1, 6]):
+        assert batch_counts(8, sizes) == sizes
+        with pytest.raises(ValueError, match=r"got 9: .* --effective_batch_size 8\."):
+            batch_counts(9, sizes)
     with pytest.raises(ValueError, match="No usable pair is left"):
         batch_counts(9, [0])
     with pytest.raises(ValueError, match="no room for a data set of 3 pairs"):

@@ -85,6 +85,28 @@ def test_without_push_it_shows_and_changes_nothing(hub, push):
     assert "Nothing was sent. With --push, 4 files (400kB)" in done.out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("offline", "token"), [({"HF_HUB_OFFLINE": "1"}, ""), ({"HF_ENDPOINT": "http://127.0.0.1:9"}, TOKEN)]
+)
+def test_a_preview_needs_no_hub(folder, tmp_path, offline, token):
+    """It shows the files and claims nothing about the Hub; with --push it fails as before."""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": token, "HF_HUB_OFFLINE": "0", **offline}
+    words = [sys.executable, "-m", "hub_upload.push", "--model", str(folder), "--repo_id", "us/model"]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "send    README.md" in done.stdout
+        and "4 files (400kB)" in done.stdout
+        and TOKEN not in done.stdout + done.stderr
+    )
+    for claim in ("will be made", "pull request", "have arrived", "no commit", "nobody"):
+        assert claim not in done.stdout + done.stderr
+    assert ("there is no token" in done.stdout) == (not token)
+    pushed = subprocess.run([*words, "--push"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert pushed.returncode == 1 and pushed.stderr.splitlines()[-1].startswith("error: ")
+
+
 def test_create_push_and_push_again(hub, push, folder):
     done = push("--push", "--message", "First")
     assert done.code == 0 and f"{hub.url}/us/model/commit/" in done.out, done.err

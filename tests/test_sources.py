@@ -99,6 +99,48 @@ def test_every_form_gives_the_same_rows(tmp_path, form):
         open_split(place, "validation", "image")
 
 
+def csv_folder(folder, text: str) -> str:
+    for number in range(3):
+        (folder / "csv" / "train").mkdir(parents=True, exist_ok=True)
+        (folder / "csv" / "train" / f"{number}.png").write_bytes(PICTURES[number])
+    (folder / "csv" / "train" / "metadata.csv").write_text(text, encoding="utf-8")
+    return str(folder / "csv")
+
+
+def test_a_table_of_comma_separated_values(tmp_path):
+    """As spreadsheets write it: a mark at the start, quoted commas, quotes and line ends, and an empty cell."""
+    text = (
+        '\ufefffile_name,captions-pt,url\r\n0.png,"um gato, e ""outro""\nali",http://a\r\n\r\n1.png,,x\r\n2.png,2\r\n'
+    )
+    source = open_split(csv_folder(tmp_path, text), "train", "image")
+    captions = [['um gato, e "outro"\nali'], None, ["2"]]
+    assert [row["captions-pt"] for row in source.rows()] == captions
+    assert [row["url"] for row in source.rows()] == ["http://a", "x", None]
+    assert [image_bytes(row["image"], source.files) for row in source.rows()] == list(PICTURES[:3])
+    skipped = []
+    assert table_of(source, skipped)["row"][:] == [0, 2] and [line.reason for line in skipped] == ["no caption"]
+    (tmp_path / "csv" / "train" / "metadata.jsonl").write_text('{"file_name": "0.png"}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"metadata\.jsonl.*metadata\.csv"):
+        open_split(str(tmp_path / "csv"), "train", "image")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "image;captions-pt\n0.png;um gato\n",
+        "",
+        "file_name,captions-pt\n0.png,um gato, e outro\n",
+        "file_name,captions-pt\n" + "0.png,um gato\n" * 200 + "1.png,um gato, e outro\n",
+        "file_name,captions-pt\n0.png," + "x" * 2_000_000,
+        'file_name,captions-pt\n0.png,"' + "x\n" * 200_000,
+    ],
+)
+def test_a_slip_in_comma_separated_values_is_refused(tmp_path, text):
+    """What follows it would be lost in silence."""
+    with pytest.raises(ValueError, match=r"metadata\.csv"):
+        open_split(csv_folder(tmp_path, text), "train", "image")
+
+
 def test_files_of_no_split_are_train_alone(tmp_path):
     for name, split, other in (("cc3m/00000.tar", "train", "test"), ("test/00000.tar", "test", "train")):
         folder = write_tar(tmp_path / name, sample(1)).parent  # which may itself be named for the split

@@ -126,7 +126,7 @@ def test_bad_model_folder(tiny_folder, tiny_dataset_folder, tmp_path, fault):
     [
         ({"model": "us/none", "caption_strategy": "rank", "language": "xh"},  # no model is looked for before
          r"no column 'captions-xh'; there are .*'captions-pt'.*--caption_strategy none"),
-        ({"effective_batch_size": 13}, r"takes 13 pairs from a data set that has 12 .*Choose a smaller batch"),
+        ({"effective_batch_size": 13}, r"got 13: .* --effective_batch_size 12\."),
     ],
 )  # fmt: skip
 def test_bad_values(model, tiny_dataset_folder, tmp_path, overrides, message):

@@ -209,16 +209,49 @@ def test_a_table_goes_out_and_comes_back(dataset, tmp_path, caplog):
     assert not (tmp_path / "other").exists()
 
 
-def test_a_table_is_not_changed_afterwards(dataset, tmp_path):
-    """What was made of other cells is refused, done or not."""
+def test_a_corrected_cell_is_taken_over(dataset, tmp_path):
+    """Only the files with a row that changes are made again; with another setting the folder is refused as it is."""
     table = tmp_path / "yo.tsv"
-    main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
-    text = table.read_text(encoding="utf-8")
-    table.write_text(text.replace("\t\n", "\told\n"), encoding="utf-8")
-    main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
-    table.write_text(text.replace("\t\n", "\tnew\n"), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"settings\.translator\.sha256: .* there, .* now"):
-        main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
+    flags = file_flags(dataset, tmp_path / "yo", "--import", str(table))
+    main(flags)
+    filled = table.read_text(encoding="utf-8").replace("\t\n", "\told\n")
+    table.write_text(filled, encoding="utf-8")
+    main(flags)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "yo").glob("*.parquet")}
+    table.write_text(filled.replace("thing 7 in a park\told", "thing 7 in a park\tnew"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"settings\.drop_flagged: False there, True now"):
+        main([*flags, "--drop_flagged"])
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    main(flags)
+    changed = [path.name for path, time in before.items() if path.stat().st_mtime_ns != time]
+    assert changed == ["train-000000006-000000012.parquet"]
+    cells = [text for row in written(tmp_path / "yo") for text in row["generated-captions-yo"]]
+    assert cells.count("new") == 1 and "new" in written(tmp_path / "yo")[7]["generated-captions-yo"]
+
+
+def test_a_table_states_its_languages_and_its_source(dataset, tmp_path):
+    """A table of another language, of no stated language or of other data is refused before anybody fills it."""
+    table, flags = tmp_path / "table.tsv", file_flags(dataset, tmp_path / "yo", "--import", str(tmp_path / "table.tsv"))
+    main(flags)
+    head, *lines = table.read_text(encoding="utf-8").split("\n")
+    digest, source, target = head.split("\t")
+    assert (source, target) == ("source:en", "translation:yo") and len(digest.removeprefix("id:")) >= 16
+    for wrong in ("id\tsource\ttranslation", f"{digest}\tsource:en\ttranslation:sw", f"{digest}\tsource:fr\t{target}"):
+        table.write_text("\n".join([wrong, *(line and f"{line}x" for line in lines)]), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"table\.tsv"):
+            main(flags)
+        assert not (tmp_path / "yo").exists()
+    table.write_text("\n".join([head.replace(digest, "id:0123456789abcdef"), *lines]), encoding="utf-8")
+    main(flags)  # the same sentences, of whatever file
+    table.write_text("\n".join([head.replace(digest, "id:0123456789abcdef"), *lines[1:]]), encoding="utf-8")
+    with pytest.raises(ValueError, match="0123456789abcdef"):
+        main(flags)
+
+
+@pytest.mark.parametrize("language", ["swahili", "zz"])
+def test_a_language_that_is_none_is_refused(dataset, tmp_path, language):
+    with pytest.raises(ValueError, match=f"'{language}'"):
+        main(["--dataset", dataset, "--output", str(tmp_path / "out"), "--language", language, "--model", "m"])
 
 
 # Quality, columns, errors

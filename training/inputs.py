@@ -58,7 +58,7 @@ class Pairs:
 
     source: Split
     table: Dataset  # `row`, `digest` and `captions` of each pair; with a cache `vectors`, (views x width,), float16
-    processor: ProcessorMixin
+    processor: ProcessorMixin | None  # None where pairs are only counted
     augmented_views: int = 1  # see the module's text
     seed: int = 0  # of the augmentation
 
@@ -191,7 +191,10 @@ def open_splits(args: RunArguments) -> Splits:
             found.check_columns([args.image_column, *lacking(columns, found.columns)])
         except ValueError as error:
             raise ValueError(f"{str(error).rstrip('.')}. {FLAGS}") from error
-    batch_counts(args.effective_batch_size, [len(splits[name, args.train_split]) for name in args.dataset])
+    sizes = [len(splits[name, args.train_split]) for name in args.dataset]
+    if sum(sizes) < args.effective_batch_size:
+        usable_pairs(training_pairs(args, splits), args)  # raises and names the largest batch: few rows, so it is quick
+    batch_counts(args.effective_batch_size, sizes)
     return splits
 
 
@@ -202,8 +205,8 @@ def _training_columns(args: RunArguments) -> list[str]:
     return list(dict.fromkeys([caption_column(args, args.language), *others, *similarities]))
 
 
-def training_pairs(args: RunArguments, splits: Splits, processor: ProcessorMixin) -> list[Pairs]:
-    """All rows of every training data set."""
+def training_pairs(args: RunArguments, splits: Splits, processor: ProcessorMixin | None = None) -> list[Pairs]:
+    """Return all rows of every training dataset. Without a processor the pairs can be counted, not trained on."""
     columns = _training_columns(args)
     column, own = caption_column(args, args.language), f"captions-{args.language}"
     choice = ("caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")

@@ -71,20 +71,23 @@ def micro_batches(processor: ProcessorMixin, captions: Sequence[str], size: int)
 
 
 def batch_counts(batch_size: int, sizes: Sequence[int]) -> list[int]:
-    """Pairs of a batch from each data set, by their sizes; ValueError where one would give none, or has too few."""
-    if not sum(sizes):
+    """Split a batch over the datasets in proportion to their sizes (largest-remainder apportionment).
+
+    Raises ValueError if there are fewer pairs than a batch needs, or a dataset is too small to be in every batch.
+    """
+    if not (pairs := sum(sizes)):
         raise ValueError("No usable pair is left: --min_pair_similarity and --caption_strategy leave all others out.")
-    exact = [batch_size * size / sum(sizes) for size in sizes]
+    if batch_size > pairs:
+        raise ValueError(
+            f"effective_batch_size must be at most the number of usable pairs, {pairs}, got {batch_size}: an image "
+            f"would be its own negative. The largest batch that fits is --effective_batch_size {pairs}."
+        )
+    exact = [batch_size * size / pairs for size in sizes]
     counts = [int(share) for share in exact]
     by_rest = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])  # largest remainder first
     for i in by_rest[: batch_size - sum(counts)]:
         counts[i] += 1
     for count, size in zip(counts, sizes, strict=True):
-        if count > size:
-            raise ValueError(
-                f"effective_batch_size ({batch_size}) takes {count} pairs from a data set that has {size} usable ones; "
-                f"an image would be its own negative. Choose a smaller batch."
-            )
         if count == 0:
             raise ValueError(f"A batch of {batch_size} has no room for a data set of {size} pairs; raise the batch.")
     return counts
