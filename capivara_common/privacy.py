@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,22 +23,35 @@ _FORMS = {
     "ya29.": r"[\w-]{20,}",
 }
 # These say what they are, whatever stands before them.
-_AWS = "aws_secret_access_key AWS_SECRET_ACCESS_KEY aws_secret_key AWS_SECRET_KEY SecretAccessKey secretAccessKey"
+_AWS = """aws_secret_access_key AWS_SECRET_ACCESS_KEY aws_secret_key AWS_SECRET_KEY SecretAccessKey secretAccessKey
+          secret_access_key SECRET_ACCESS_KEY"""
 _NAMED = {
     **dict.fromkeys(_AWS.split(), r"\\?[\"']?\s*[=:>]\s*\\?[\"']?[\w/+]{40}"),
     "-----BEGIN ": r"(?:[A-Z0-9]+ )*PRIVATE KEY",
 }
 _STARTS = [*_FORMS, *_NAMED]
-_BARE, _SAID = ("|".join(re.escape(start) + rest for start, rest in forms.items()) for forms in (_FORMS, _NAMED))
+_ESCAPED_UNDERSCORES = (r"\u005f", r"\u005F", "%5f", "%5F")  # of JSON, of addresses
+_ESCAPED = "|".join(map(re.escape, _ESCAPED_UNDERSCORES))
+_BARE, _SAID = (
+    "|".join(re.escape(start) + rest for start, rest in forms.items())
+    .replace("_", f"(?:_|{_ESCAPED})")
+    .replace(r"\w{20,}", rf"(?:\w|{_ESCAPED}){{20,}}")
+    for forms in (_FORMS, _NAMED)
+)
 # No letter stands before the others, but for the last one of an escape: `\n` and `\u201c` of JSON, `%3D` of addresses.
-SECRET_RE2 = rf"(?:^|[^A-Za-z0-9]|\\[bfnrt]|\\u[0-9A-Fa-f]{{4}}|%[0-9A-F]{{2}})(?:{_BARE})|{_SAID}"
-_NO_WORD = r"(?:(?<![A-Za-z0-9])|(?<=\\[bfnrt])|(?<=\\u[0-9A-Fa-f]{4})|(?<=%[0-9A-F]{2}))"
+SECRET_RE2 = rf"(?:^|[^A-Za-z0-9]|\\[bfnrt]|\\u[0-9A-Fa-f]{{4}}|%[0-9A-Fa-f]{{2}})(?:{_BARE})|{_SAID}"
+_NO_WORD = r"(?:(?<![A-Za-z0-9])|(?<=\\[bfnrt])|(?<=\\u[0-9A-Fa-f]{4})|(?<=%[0-9A-Fa-f]{2}))"
 SECRETS = re.compile(rf"{_NO_WORD}(?:{_BARE})|{_SAID}", re.ASCII)
 _SECRET_BYTES = re.compile(SECRETS.pattern.encode())
-# In addresses and headers, which only logs and messages hold.
+# In addresses and headers, which only logs and messages hold: what says that a secret follows, then the secret. A word
+# after "basic" is Base64 only if a capital, a digit or = follows a small letter or digit in it.
+_USER_INFO = re.compile(r"(?<=://)[^/\s]+(?=@)")
+_QUERY_KEYS = "sig|signature|x-(?:amz|goog)-(?:signature|credential|security-token)"
 _IN_REQUESTS = re.compile(
-    r"(?<=Bearer )\S+|(?<=://)[^/\s]+(?=@)"
-    r"|(?<=X-Amz-Signature=)[^&\s]+|(?<=X-Amz-Credential=)[^&\s]+|(?<=X-Amz-Security-Token=)[^&\s]+"
+    r"""((?i:\bauthorization\\?["']?\s*[:=]\s*\\?["']?(?:[a-z]+\s+)?|\bbearer\s+)"""
+    r"""|(?i:secret_?(?:access_?)?key\\?["']?\s*[:=]\s*\\?["']?)"""
+    rf"""|(?<![A-Za-z0-9])(?i:{_QUERY_KEYS})(?i:=|%3d|["']?:\s*["']?)|\b(?i:basic)\s+(?=\S*[a-z0-9][A-Z0-9=]))"""
+    r"""[^\s"'&,;]+"""
 )
 
 _PART = r"[^\s\"'`<>|;,)\]}:/\\]"  # a letter of a file's name, as far as one can tell in a text
@@ -90,13 +104,23 @@ def secret_in(content: str | bytes | mmap.mmap) -> tuple[str, int] | None:
     for token in known_tokens():
         if (place := content.find(code(token))) >= 0:
             return "a token of this machine", place
+    secrets = SECRETS if code is str else _SECRET_BYTES
     for start in _STARTS:
-        place = content.find(code(start))
-        while place >= 0:
-            if (SECRETS if code is str else _SECRET_BYTES).match(content, place):
+        for place in _places(content, code(start)):
+            if secrets.match(content, place):
                 return f"what looks like an access token or key ({start}…)", place
-            place = content.find(code(start), place + 1)
+    for sign in _ESCAPED_UNDERSCORES:
+        for place in _places(content, code(sign)):
+            if found := secrets.search(content, max(0, place - 30), place + 300):  # one may begin with a long name
+                return f"what looks like an access token or key (with {sign})", found.start()
     return None
+
+
+def _places(content: str | bytes | mmap.mmap, part: str | bytes) -> Iterator[int]:
+    place = content.find(part)
+    while place >= 0:
+        yield place
+        place = content.find(part, place + 1)
 
 
 def redact(text: str) -> str:
@@ -104,7 +128,7 @@ def redact(text: str) -> str:
     for secret in known_tokens():
         text = text.replace(secret, "hf_***")
     text = SECRETS.sub(lambda found: "hf_***" if found[0].startswith("hf_") else "***", text)
-    return _IN_REQUESTS.sub("***", text)
+    return _IN_REQUESTS.sub(r"\1***", _USER_INFO.sub("***", text))
 
 
 def visible(text: str) -> str:

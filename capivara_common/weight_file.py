@@ -4,6 +4,7 @@ The file is mapped into memory, so that the rows of a vocabulary that nobody ask
 """
 
 import json
+import math
 import mmap
 from pathlib import Path
 from typing import NamedTuple
@@ -59,6 +60,19 @@ class WeightFile:
             raise ValueError(f"{name} has {place.shape[0]} rows; asked for {numbers.min()} to {numbers.max()}.")
         found = np.frombuffer(self.raw(name), np.uint8).reshape(place.shape[0], -1)[numbers]
         return _float32(found.data.cast("B"), place.kind, name).reshape(len(numbers), *place.shape[1:])
+
+
+def number_of(folder: Path, name: str) -> float | None:
+    """Return a weight that is a single number; None if the model folder has none of that name.
+
+    Raises ValueError: it is not a single number, or the weights are missing or damaged.
+    """
+    for weights in map(WeightFile, weight_files(folder)):
+        if name in weights.places:
+            if (size := math.prod(shape := weights.places[name].shape)) != 1:
+                raise ValueError(f"{name} must be one number, got {size} (shape {shape}) in {weights.path}.")
+            return weights.array(name).item()
+    return None
 
 
 def _float32(raw: memoryview, kind: str, name: str) -> np.ndarray:

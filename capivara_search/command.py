@@ -31,7 +31,7 @@ from tqdm.std import tqdm
 
 from capivara_common import interrupt
 from capivara_common.files import no_space_left
-from capivara_common.privacy import UNSAFE, visible
+from capivara_common.privacy import UNSAFE, redact, visible
 from capivara_common.progress import prepare_bars
 from capivara_search import command_line as cli
 from capivara_search.command_line import DAY, of_all, said, switches, wrong_use
@@ -442,7 +442,8 @@ def explained(error: Exception, words: Words) -> tuple[int, str]:
         text = words("port_in_use")
     elif number == errno.EADDRNOTAVAIL or (number or 0) < 0:  # of socket.gaierror
         text = words("no_host")
-    return WRONG_USE if type(error) is ValueError else UNUSABLE, visible(" ".join(text.split())) or type(error).__name__
+    line = visible(redact(" ".join(text.split()))) or type(error).__name__
+    return WRONG_USE if type(error) is ValueError else UNUSABLE, line
 
 
 @contextmanager

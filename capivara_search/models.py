@@ -24,8 +24,8 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from capivara_common.files import read_json
 from capivara_common.hub_cache import cached_folder, is_reachable, model_folder
 from capivara_common.image_side_digest import image_side_digest, image_steps
-from capivara_common.weight_file import WeightFile, weight_files
-from capivara_search.model_files.checks_capivara import check_sizes, tokenizer_errors
+from capivara_common.weight_file import WeightFile, number_of
+from capivara_search.model_files.checks_capivara import NOT_FINITE, check_sizes, tokenizer_errors
 from capivara_search.model_files.text_repair_capivara import CONTEXT_LENGTH, checked_texts, repair_text
 from capivara_search.words import Words, failure, note
 
@@ -132,12 +132,9 @@ class SearchModel:
     def _number(self, name: str) -> float | None:
         """A weight that is one number; None where there is none of that name. Raises ValueError."""
         with usable(self.name):
-            for weights in map(WeightFile, weight_files(self.folder)):
-                if name in weights.places:
-                    number = weights.array(name).item()
-                    check_sizes({name: number}, f"{weights.path}: ")
-                    return number
-        return None
+            if (number := number_of(self.folder, name)) is not None:
+                check_sizes({name: number}, f"{self.folder}: ")
+            return number
 
     def on_own_scale(self, cosines: np.ndarray) -> np.ndarray:
         """Cosines of texts with pictures; of SigLIP's kind how probable it is that the two belong together, 0 to 1."""
@@ -156,21 +153,24 @@ class SearchModel:
         with usable(self.name):
             if "_loaded" not in self.__dict__ and len(texts) <= MANY_TEXTS and self._text_tower is not None:
                 return self._text_tower.embed(texts)
+        loaded = self._loaded
         from modeling_capivara.two_towers import embed_texts
 
-        return embed_texts(*self._loaded, texts).numpy()
+        with usable(self.name):
+            return embed_texts(*loaded, texts).numpy()
 
     def images(self, images: Sequence["Image.Image"], batch_size: int = 32) -> np.ndarray:
         """Embeddings of PIL images, in their order: (images, width), float32, unit length.
 
-        Raises ValueError: the model can't be loaded, or there is no such device.
+        Raises ValueError: the model can't be loaded, its embeddings are not finite, or there is no such device.
         """
         if not len(images):
             return np.empty((0, self.width), np.float32)
         model, processor = self._loaded
         from modeling_capivara.two_towers import embed_images
 
-        return embed_images(model, processor, images, batch_size).numpy()
+        with usable(self.name):
+            return embed_images(model, processor, images, batch_size).numpy()
 
     def prepare_images(self) -> None:
         """Import torch and load the model, as the first images would. Raises ValueError as `images`."""
@@ -256,7 +256,8 @@ class TextTower:
     def tokenizer_of(cls, tokenizer: Tokenizer, settings: dict[str, Any], text: dict[str, Any]) -> Tokenizer | None:
         """As transformers makes it; None where it would take another, or pad otherwise than the tower."""
         is_own = settings.get("tokenizer_class") == "CapivaraTokenizer"
-        if not is_own or tokenizer.token_to_id(_token(settings["pad_token"])) != text["pad_token_id"]:
+        pad = tokenizer.token_to_id(_token(settings["pad_token"]))  # None outside of the vocabulary
+        if not is_own or pad is None or pad != text["pad_token_id"]:
             return None
         tokenizer.no_padding()
         tokenizer.enable_truncation(CONTEXT_LENGTH, direction=settings.get("truncation_side", "right"))
@@ -265,7 +266,7 @@ class TextTower:
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings of texts, in their order: (texts, width), float32, unit length.
 
-        Raises ValueError: a text has no token at all.
+        Raises ValueError: a text has no token at all, or an embedding is not finite.
         """
         with tokenizer_errors(f"The tokenizer beside {self.weights.path}"):
             ids = [found.ids for found in self.tokenizer.encode_batch_fast([self.REPAIR(text) for text in texts])]
@@ -273,6 +274,8 @@ class TextTower:
         batches = [[ids[n] for n in order[start : start + BATCH_TEXTS]] for start in range(0, len(ids), BATCH_TEXTS)]
         with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count() or 1) as executor:
             embeds = np.concatenate(list(executor.map(self._embed_ids, batches)))[np.argsort(order)]
+        if not np.isfinite(embeds).all():
+            raise ValueError(NOT_FINITE)
         return embeds / np.maximum(np.linalg.norm(embeds, axis=-1, keepdims=True), 1e-12)
 
     def _embed_ids(self, ids: list[list[int]]) -> np.ndarray:

@@ -19,7 +19,7 @@ ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 ADDRESS = re.compile(r"https?://([\w.~!$&'()*+,;=%:-]+@)?(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~%-]*)?", re.ASCII)
 # Of the engine's texts. The rest of them stands for a file that is missing or broken.
 CONFLICT = re.compile(r"commit conflict|concurrent (writer|transaction|commit)|Too many concurrent|preempted", re.I)
-ENGINE = re.compile(r"lance error|LanceError|Encountered corrupt|External error: Not found")
+ENGINE = re.compile(r"lance error|LanceError|Encountered corrupt|External error: Not found|appear to be a Lance file")
 RUST_PLACE = re.compile(r",?\s*\S+\.rs(:\d+)+")  # of the engine's code, for its developers
 MAX_DETAIL = 200  # letters of the engine's own text
 # Code, what the engine says, and number of the error; `no_answer` is of object storage alone.

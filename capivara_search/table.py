@@ -159,12 +159,15 @@ class PictureTable:
                     return None
                 try:
                     table = self._connection.open_table(name)
-                except FAILURES as error:
-                    # Where rows are there, only the record of their files is not.
+                    if not table.schema.names:
+                        # The engine reads a record of zeros, as a power cut may leave it, as a table without columns.
+                        raise RuntimeError("LanceError: the newest record of its files holds zeros")
+                except Exception as error:  # the engine's RustPanic among them, which is none of FAILURES
+                    # If there are rows, only the record of their files is missing.
                     there = not self.remote and any(Path(self._folder(name), "data").glob("*"))
                     if "was not found" in str(error) and not there:
                         return None
-                    if self.remote or storage.refusal(error, self.where):
+                    if isinstance(error, FAILURES) and (self.remote or storage.refusal(error, self.where)):
                         raise
                     raise failure(DamagedIndex, "damaged_record", path=self.where, part=self._folder(name)) from error
             if name == PICTURES:
@@ -440,7 +443,10 @@ class PictureTable:
                 raise
             record.rename(record.with_name(f"{record.name}.damaged"))  # it was not written whole: the one before counts
             record.with_name("latest_version_hint.json").unlink(missing_ok=True)
-            return self._mend(name)
+            self._mend(name)
+            if (table := self.table(name)) is not None:
+                note("older_record", folder, table.count_rows(), level=logging.WARNING)
+            return None
         if table is None or self._can_read(table):
             return None
         rows = table.count_rows()

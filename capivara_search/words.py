@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from capivara_common.cli import coded
-from capivara_common.privacy import visible
+from capivara_common.privacy import redact, visible
 
 # English name of a command -> its Portuguese name; both work in both languages.
 COMMANDS = dict(
@@ -78,11 +78,17 @@ def _texts() -> dict[str, dict[str, str | list[str]]]:
 
 
 def failure(kind: Callable[[str], Exception], code: str, **values: object) -> Exception:
-    """An error, of a `kind`, that has words in each language, `error.CODE`; its own text is the English one."""
-    return coded(kind, code, Words("en").raw(f"error.{code}"), **values)
+    """Return an error with words in each language, `error.CODE`, and no secret; its own text is the English one."""
+    return coded(kind, code, Words("en").raw(f"error.{code}"), **{name: _redacted(one) for name, one in values.items()})
 
 
 def note(code: str, *values: object, level: int = logging.INFO) -> None:
     """Log something for people: `note.CODE` with its values in their order, which the command says in its language."""
+    values = tuple(map(_redacted, values))
     text, extra = Words("en")(f"note.{code}", *values), {"code": code, "values": values}
     logging.getLogger("capivara").log(level, "%s", text, extra=extra)
+
+
+def _redacted(value: object) -> object:
+    """Return a text without secrets, such as the password in the address of an index; other values as they are."""
+    return redact(value) if isinstance(value, str) else value

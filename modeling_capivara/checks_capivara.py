@@ -12,6 +12,9 @@ from typing import Any
 LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers", "layers", "depth", "depths")
 HEADS = ("num_attention_heads", "n_heads", "n_head", "num_heads", "heads", "encoder_attention_heads")
 WIDTHS = ("hidden_size", "hidden_sizes", "intermediate_size", "hidden_dim", "dim", "d_model", "d_ff", "embed_dim")
+EPSILONS = ("layer_norm_eps", "layer_norm_epsilon", "norm_eps", "rms_norm_eps")
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "hidden_dropout", "dropout",
+            "classifier_dropout", "dropout_rate", "drop_path_rate")  # fmt: skip
 LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(LAYERS, (0, 1000)),
     **dict.fromkeys(HEADS, (1, 1000)),
@@ -22,22 +25,40 @@ LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("image_size", "img_size", "patch_size", "num_channels"), (1, 10_000)),
     **dict.fromkeys(("height", "width", "shortest_edge", "longest_edge"), (1, 10_000)),  # of an image processor
     **dict.fromkeys(("num_labels", "num_classes"), (0, 10**6)),
+    "pad_token_id": (0, 10**7 - 1),
+    **dict.fromkeys(EPSILONS, (0, 1)),
+    **dict.fromkeys(DROPOUTS, (0, 1)),
     # Natural logarithms: SigLIP's scale is 4.8 after its training, CLIP's at most 4.6.
     **dict.fromkeys(("logit_scale", "logit_scale_init_value", "init_logit_scale"), (-20, 20)),
 }
+# Text encoders that count positions from the number of the padding token, and can't be without one.
+PADDING_NEEDED = ("xlm-roberta", "xlm-roberta-xl", "roberta", "camembert", "altclip_text_model")
+NOT_FINITE = "The embeddings are not finite: weights or settings of the model are damaged. Fetch or save it again."
 NAMES_OF_LABELS = ("id2label", "label2id")  # whose keys are anybody's words
 
 
 def check_sizes(values: Mapping[str, Any], section: str = "") -> None:
-    """Raise ValueError, which names it as "text_config.vocab_size", for a number outside of `LIMITS`."""
+    """Check the numbers of a configuration against `LIMITS`, and its padding token against its vocabulary.
+
+    Raises:
+        ValueError: If a value is outside of its limits, or a tower or a padding token that is needed is null. The
+            message names the value with its section, such as "text_config.vocab_size".
+    """
+    pad, rows = values.get("pad_token_id", 0), values.get("vocab_size")
+    if pad is None and values.get("model_type") in PADDING_NEEDED:
+        raise ValueError(f"{section}pad_token_id must be the number of a token, got null.")
+    if isinstance(pad, int) and isinstance(rows, int) and pad >= rows > 0:
+        raise ValueError(f"{section}pad_token_id must be below the vocab_size of {rows}, got {pad}.")
     for key, value in values.items():
         if isinstance(value, Mapping) and key not in NAMES_OF_LABELS:
             check_sizes(value, f"{section}{key}.")
+        if key in ("vision_config", "text_config") and value is None:
+            raise ValueError(f"{section}{key} must be the settings of a tower, got null.")
         if key not in LIMITS:
             continue
         least, most = LIMITS[key]
         for number in value if isinstance(value, list | tuple) else [value]:
-            # Nor not a number; True is an int to Python, and to no file.
+            # NaN fails every comparison; True is an int to Python, and to no file.
             if isinstance(number, bool) or (isinstance(number, int | float) and not least <= number <= most):
                 raise ValueError(f"{section}{key} must be from {least} to {most}, got {str(value)[:80]}.")
 

@@ -123,5 +123,5 @@ def _tower_config(name: str, config: dict | PreTrainedConfig | None, defaults: d
 def sizes_of(config: PreTrainedConfig) -> dict[str, Any]:
     """What a configuration object has for the names of `LIMITS`, for `check_sizes`; of its parts, too."""
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
-    sizes = {key: getattr(config, key, None) for key in (*LIMITS, "model_args")}
+    sizes = {key: getattr(config, key, None) for key in (*LIMITS, "model_args", "model_type")}
     return sizes | {name: sizes_of(part) for name, part in parts.items() if isinstance(part, PreTrainedConfig)}

@@ -22,7 +22,7 @@ from transformers.models.siglip2 import Siglip2Tokenizer
 from capivara_common.cli import coded
 from capivara_common.files import read_json
 from capivara_common.hub_cache import check_reachable, is_hub_id, kind_fault
-from capivara_common.weight_file import weight_files
+from capivara_common.weight_file import number_of, weight_files
 
 from .checks_capivara import check_sizes, tokenizer_errors
 from .configuration_capivara import sizes_of
@@ -58,6 +58,9 @@ def load_model(source: str | Path) -> PreTrainedModel:
     """
     _check_folder(source, "config.json", "is no model folder")
     try:
+        if Path(source).is_dir():
+            for name in ("logit_scale", "logit_bias"):  # transformers tells of another shape after loading, in a table
+                number_of(Path(source), name)
         options = {"dtype": "float32", "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
         options |= {"ignore_mismatched_sizes": True}  # they are in the report, as the missing ones are
         with _without_load_report():
@@ -166,8 +169,14 @@ def load_processor(source: str | Path) -> ProcessorMixin:
         if isinstance(processor.tokenizer, GemmaTokenizer):  # of a published SigLIP 2, trained in small letters
             processor.tokenizer = Siglip2Tokenizer.from_pretrained(source)
         check_sizes(processor.image_processor.to_dict())
+        config = checked_config(str(source))
+        padding, rows = processor.tokenizer.pad_token_id, config.text_config.vocab_size
+        if padding is not None and padding >= rows:
+            raise ValueError(
+                f"its padding token {processor.tokenizer.pad_token!r} is outside of the {rows} tokens known"
+            )
         if not isinstance(processor, CapivaraProcessor):  # which has a rule of its own
-            _fit(processor, checked_config(str(source)))
+            _fit(processor, config)
     except Exception as error:
         raise ValueError(f"The processor of {source} can't be loaded: {' '.join(str(error).split())}") from error
     return processor

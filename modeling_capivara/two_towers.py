@@ -32,7 +32,7 @@ from capivara_common.files import read_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, check_reachable
 from capivara_common.image_side_digest import IMAGE_SIDE
 
-from .checks_capivara import check_sizes, tokenizer_errors
+from .checks_capivara import NOT_FINITE, check_sizes, tokenizer_errors
 from .loading import fills_up, load_model, load_processor, weights_digest
 from .modeling_capivara import unit_length
 from .processing_capivara import CapivaraProcessor
@@ -241,9 +241,16 @@ def _in_batches(encode: Callable, items: Iterable, batch_size: int = 32, progres
     embeds, iterator = [], iter(items)
     with tqdm(total=total, desc=title, disable=title is None) as bar:
         while batch := list(islice(iterator, batch_size)):
-            embeds.append(encode(batch).float().cpu())
+            embeds.append(checked_finite(encode(batch).float().cpu()))
             (progress if callable(progress) else bar.update)(len(batch))
     return torch.cat(embeds)
+
+
+def checked_finite(embeds: Tensor) -> Tensor:
+    """Return the embeddings. Raises ValueError if one is not finite, of which every score would be meaningless."""
+    if not embeds.isfinite().all():
+        raise ValueError(NOT_FINITE)
+    return embeds
 
 
 def image_parts(pixel_values: Tensor, device: torch.device) -> Sequence[Tensor]:

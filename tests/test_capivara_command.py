@@ -422,6 +422,16 @@ def test_a_password_of_the_storage_is_not_printed():
         assert "s3gredo" not in str(error) and "@127.0.0.1:9" in str(error)
 
 
+@pytest.mark.parametrize("address", ["s3://KEY:s3gredo@bucket/fotos", "s3://bucket/fotos?a=1&sig=s3gredo"])
+def test_a_secret_in_the_address_of_an_index_is_not_printed(capivara, address):
+    for text in ("lance error: LanceError(IO): no such file", "status: 403 Forbidden", "Retryable commit conflict"):
+        error = explanation(RuntimeError(text), address, "pictures")
+        assert error.code and "bucket/fotos" in str(error)
+        assert "s3gredo" not in str(error) and "s3gredo" not in str(error.values)
+    code, out, error = capivara("search", "x", "--index", address.replace("s3:", "nada:"))
+    assert code and "s3gredo" not in out + error
+
+
 @pytest.mark.parametrize("address", [*map(SECRET.format, ("/", " ", '"é')), "127.0.0.1:9", "http://"])
 def test_an_address_of_the_storage_that_is_none_is_one_line(capivara, address, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", address)

@@ -54,6 +54,13 @@ BAD_CONFIGS = [
         "vision_config.model_args.depth must be from 0 to 1000",
     ),
     ({"logit_scale_init_value": math.inf}, "logit_scale_init_value must be from -20 to 20, got inf"),
+    ({"text_config": {"pad_token_id": True}}, r"^text_config.pad_token_id must be from 0 to \d+, got True"),
+    ({"text_config": {"pad_token_id": None}}, r"^text_config.pad_token_id must be .* got null"),
+    ({"text_config": {"vocab_size": 300, "pad_token_id": 300}}, "pad_token_id must be below the vocab_size of 300"),
+    ({"text_config": {"vocab_size": 1}}, "pad_token_id must be below the vocab_size of 1, got 1"),
+    ({"text_config": {"layer_norm_eps": -1e-5}}, "text_config.layer_norm_eps must be from 0 to 1, got -1e-05"),
+    ({"vision_config": {"layer_norm_eps": math.nan}}, "vision_config.layer_norm_eps must be from 0 to 1, got nan"),
+    ({"text_config": {"hidden_dropout_prob": math.nan}}, "text_config.hidden_dropout_prob must be from 0 to 1"),
     ({"projection_dim": "wide"}, "(?s)projection_dim.*wide"),
     ({"text_projection_type": "cubic"}, "(?s)text_projection_type.*cubic"),
 ]

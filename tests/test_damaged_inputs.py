@@ -7,20 +7,26 @@ import time
 from itertools import cycle
 
 import datasets
+import PIL.Image
 import pytest
 import torch
+from accelerate import Accelerator
 from killed_stage import run
 from safetensors.torch import load_file, save_file
 from test_train_accelerate import flags
+from transformers import AutoModel
 
 import train_accelerate
 from capivara_common.weight_file import weight_files
+from capivara_search.models import SearchModel
 from captions import score, select
 from captions.stages import check_complete
 from eval import retrieval
 from hub_upload import export
 from modeling_capivara.loading import MAX_NAMED_KEYS, load_model, mapped_model, two_towers_config
+from modeling_capivara.two_towers import load_embedder
 from training import interpolate
+from training.inputs import embed_pixels
 
 SECONDS = 20  # a config of 10^7 layers takes hours; the longest of these takes three
 
@@ -57,6 +63,8 @@ CONFIGS = {
     "ten million layers of text": with_tower("text_config", num_hidden_layers=10**7),
     "ten thousand million positions": with_tower("text_config", max_position_embeddings=10**10),
     "a scale of a million": lambda config: config | {"logit_scale_init_value": 1e6},
+    "no image tower": lambda config: config | {"vision_config": None},
+    "dropout that is NaN": with_tower("text_config", hidden_dropout_prob=float("nan")),
     "a list": lambda config: "[]",
     "a tower that is a list": lambda config: config | {"text_config": [1]},
 }
@@ -95,6 +103,34 @@ def test_weights_of_another_architecture_are_refused_with_at_most_five_names(tin
         assert all(word in message for word in (str(tiny_folder), "missing", "unexpected", "mismatched"))
         assert 3 <= len(re.findall(r"(?:text|vision)_model\.", message)) <= MAX_NAMED_KEYS and "\n" not in message
     assert not re.search(r"(?:text|vision)_model\.", "".join(capfd.readouterr()))
+
+
+@pytest.mark.parametrize("name", ["logit_scale", "logit_bias"])
+def test_a_scale_of_two_numbers_is_one_line_before_loading(tiny_folder, name, monkeypatch):
+    path = tiny_folder / "model.safetensors"
+    save_file(load_file(path) | {name: torch.ones(2)}, path, {"format": "pt"})
+    monkeypatch.setattr(AutoModel, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(ValueError, match=rf"^[^\n]*{name} must be one number, got 2[^\n]*$"):
+        load_model(tiny_folder)
+
+
+def test_embeddings_that_are_not_finite_are_refused(tiny_folder):
+    path = tiny_folder / "model.safetensors"
+    tensors = load_file(path)
+    for name in ("visual_projection.weight", "text_model.embeddings.LayerNorm.weight"):
+        tensors[name] = tensors[name] * float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    embedder, search = load_embedder(str(tiny_folder), "cpu"), SearchModel("tiny", "tiny", tiny_folder, "cpu")
+    image = PIL.Image.new("RGB", (40, 40))
+    for call in (embedder.texts, search.texts):
+        with pytest.raises(ValueError, match="not finite"):
+            call(["um gato"])
+    for call in (embedder.images, search.images):
+        with pytest.raises(ValueError, match="not finite"):
+            call([image])
+    pixels = torch.zeros(1, 3, 32, 32)
+    with pytest.raises(ValueError, match="not finite"):
+        embed_pixels(load_model(tiny_folder), pixels, Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize("content", ["[]", '{"weight_map": [1]}', "[" * 5000])

@@ -11,6 +11,7 @@ from made_index import make_pictures, rows_of
 from capivara_search import adding, table
 from capivara_search import index as index_module
 from capivara_search.index import PictureIndex
+from capivara_search.storage import DamagedIndex
 from capivara_search.table import EMPTY, LAYOUT_KEY, schema
 
 ROWS, COMMIT = 24, 8
@@ -71,16 +72,27 @@ def test_a_broken_data_file_is_named_and_its_pictures_are_read_again(whole, plac
     assert len(index.search("um gato", k=50)) == ROWS, "who was reading sees the whole index again"
 
 
-def test_a_broken_record_of_the_newest_version_gives_way_to_the_one_before(whole, place, model):
+RECORDS = {
+    "cut": lambda data: b"broken",
+    "zeros": lambda data: bytes(len(data)),  # as a disk leaves a file whose blocks were not written before a power cut
+    "ones": lambda data: b"\xff" * len(data),  # of which the engine panics
+}
+
+
+@pytest.mark.parametrize("damage", RECORDS)
+def test_a_broken_record_of_the_newest_version_gives_way_to_the_one_before(whole, place, model, damage, caplog):
     versions = place / "i" / "pictures.lance" / "_versions"
     newest = min(versions.glob("*.manifest"))
-    newest.write_bytes(b"broken")
+    newest.write_bytes(broken := RECORDS[damage](newest.read_bytes()))
     index = PictureIndex.open(place / "i", model=model)
-    with pytest.raises(ValueError, match=r"is damaged: the newest record of its files in .*run `capivara index` with"):
-        index.search("um gato")
-    assert index.add(whole / "fotos").new > 0
+    for call in (lambda: index.search("um gato"), index.status):
+        with pytest.raises(DamagedIndex, match=r"pictures\.lance/_versions .*run `capivara index` with") as caught:
+            call()
+        assert caught.value.code == "damaged_record"
+    added = index.add(whole / "fotos")
+    assert added.new > 0 and f"with {ROWS - added.new} rows" in caplog.text
     assert len(PictureIndex.open(place / "i")) == ROWS
-    assert newest.with_name(f"{newest.name}.damaged").read_bytes() == b"broken"
+    assert newest.with_name(f"{newest.name}.damaged").read_bytes() == broken
 
 
 @pytest.mark.parametrize(("part", "lost"), [("data", ROWS), ("_versions", "?"), ("no _versions", "?")])
@@ -107,10 +119,11 @@ def test_pictures_of_which_no_version_can_be_read_are_set_aside_and_added_anew(w
     assert len(index.search("um gato", k=50)) == ROWS
 
 
+@pytest.mark.parametrize("damage", ["cut", "zeros"])
 @pytest.mark.parametrize(("name", "part"), [("left_out", "data"), ("about", "_versions")])
-def test_a_broken_small_table_is_made_anew(whole, place, model, name, part, caplog):
+def test_a_broken_small_table_is_made_anew(whole, place, model, name, part, damage, caplog):
     for path in (place / "i" / f"{name}.lance" / part).iterdir():
-        path.write_bytes(b"broken")
+        path.write_bytes(RECORDS[damage](path.read_bytes()))
     index = PictureIndex.open(place / "i", model=model)
     with pytest.raises(ValueError, match="is damaged"):
         index.status()

@@ -9,6 +9,7 @@ import resource
 import socket
 import threading
 import time
+import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
@@ -26,13 +27,14 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from capivara_common.image_files import BadImage, decode_image
-from capivara_search.page import answers, decoder, guard
+from capivara_search.page import answers, decoder, guard, server
 from capivara_search.page.guard import HEADERS, MAX_QUESTION_BYTES, MAX_UPLOAD_BYTES, Guard, Refusal
 from capivara_search.page.server import page_server
 from capivara_search.picture_files import on_white
 from capivara_search.table import FOLDER_KEY
 
 PICTURE_S = 2
+LONG_BYTES = 30_000_000  # of a download, more than the buffers of its sockets hold
 LABELS = {"labels": ["azul", "verde"]}
 FOREIGN_HOSTS = ("evil.example:80", "evil@localhost", "localhost.evil.example", "10.9.8.7", "[::2]", "")
 FOREIGN = ("http://evil.example", "null", "http://localhost:7860", "http://127.0.0.1:1", "http://[::1")
@@ -47,7 +49,10 @@ def slow_jpeg(scans: int = 5000) -> bytes:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return save_folder(tmp_path_factory.mktemp("guard") / "fotos")
+    folder = save_folder(tmp_path_factory.mktemp("guard") / "fotos")
+    (folder / "longa.png").write_bytes(png(3))
+    os.truncate(folder / "longa.png", LONG_BYTES)  # after its end, a picture may have what it likes
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +266,32 @@ def status_line(sent: socket.socket) -> bytes:
     return sent.recv(10_000).partition(b"\r\n")[0]
 
 
+def test_the_line_of_a_question_is_bounded(page):
+    """Before the rest of its body has come."""
+    with begun(page, b'{"labels": [' + b"1," * (MAX_QUESTION_BYTES // 2), MAX_UPLOAD_BYTES) as sent:
+        assert b" 413 " in status_line(sent)
+    for blanks, status in ((MAX_QUESTION_BYTES - 2, 200), (MAX_QUESTION_BYTES - 1, 413)):
+        found, _, answer = page.post("search", b"{}" + b" " * blanks + b"\n" + png(3))
+        assert (found, json.loads(answer).get("error")) == (status, None if status == 200 else "long_question")
+
+
+def test_others_are_answered_while_a_question_is_parsed(page, monkeypatch):
+    begun, released, read = threading.Event(), threading.Event(), server._read
+
+    def waiting(body):
+        begun.set(), released.wait(5)
+        return read(body)
+
+    monkeypatch.setattr(server, "_read", waiting)
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(page.ask, "search", {"text": "azul"})
+        assert begun.wait(5)
+        started = time.monotonic()
+        assert page.get("")[0] == 200 and not asked.done() and time.monotonic() - started < 4
+        released.set()
+        assert asked.result()[0] == 200
+
+
 def test_an_upload_has_a_time(page, monkeypatch):
     """However steadily it comes."""
     monkeypatch.setattr(guard, "RECEIVE_S", 0.8)
@@ -324,6 +355,75 @@ def test_silent_visitors_make_room(page, monkeypatch, capfd):
         time.sleep(0.1)
         assert sum(not has_ended(one) for one in sockets) == 19
     assert not "".join(capfd.readouterr())
+
+
+@contextlib.contextmanager
+def unread(page: Asked, folder: Path, number: int):
+    """Sockets of visitors who have asked for a long download and read nothing of it."""
+    target = "/download?" + urllib.parse.urlencode({"path": folder / "longa.png"})
+    with silent(page, number, f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()) as sockets:
+        yield sockets
+
+
+def received(sent: socket.socket) -> int:
+    """Bytes that come until the page is silent, or closes the connection."""
+    sent.settimeout(0.5)
+    number = 0
+    with contextlib.suppress(TimeoutError, ConnectionError):
+        while part := sent.recv(1_000_000):
+            number += len(part)
+    return number
+
+
+def first_bytes(sent: socket.socket) -> bytes:
+    """The first bytes of an answer; none if the page has closed the connection."""
+    with contextlib.suppress(ConnectionError):
+        return sent.recv(12)
+    return b""
+
+
+@pytest.mark.slow
+def test_unread_downloads_make_room(page, folder, monkeypatch):
+    """The one that has been unread for the longest time is closed."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (guard.OTHER_DESCRIPTORS + 2 * 4,) * 2)
+    with contextlib.ExitStack() as stack:
+        sockets = []
+        for _ in range(4):  # one after another, so that none waits for its turn
+            sockets += stack.enter_context(unread(page, folder, 1))
+            assert sockets[-1].recv(100).startswith(b"HTTP/1.1 200")
+        time.sleep(0.2)  # the buffers are full
+        assert page.ask("search", {"text": "azul"})[0] == 200
+        assert [received(one) > LONG_BYTES for one in (sockets[0], sockets[3])] == [False, True]
+
+
+def test_downloads_that_wait_for_their_turn_make_room(page, folder, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (guard.OTHER_DESCRIPTORS + 2 * 8,) * 2)
+    monkeypatch.setattr(guard, "MAX_ASKED", 4)
+    begun, released, original = threading.Event(), threading.Event(), server.Site._original
+
+    def waiting(*args):
+        begun.set(), released.wait(10)
+        return original(*args)
+
+    monkeypatch.setattr(server.Site, "_original", waiting)
+    with unread(page, folder, 8) as sockets:
+        assert begun.wait(5)
+        time.sleep(0.2)  # the others have asked
+        assert page.ask("search", {"text": "azul"})[0] == 200
+        released.set()
+        assert [first_bytes(one) for one in sockets].count(b"HTTP/1.1 200") == 4
+
+
+@pytest.mark.slow
+def test_a_download_that_is_not_read_is_given_up(page, folder, monkeypatch):
+    """Who reads slowly is waited for."""
+    monkeypatch.setattr(guard, "READ_S", 1)
+    with unread(page, folder, 2) as (idle, slow):
+        number, started = 0, time.monotonic()
+        while time.monotonic() - started < 4:
+            number += len(slow.recv(200_000))
+            time.sleep(0.05)
+        assert received(idle) < LONG_BYTES < number + received(slow)
 
 
 def test_a_head_that_does_not_come_is_not_waited_for(page, monkeypatch):
@@ -452,6 +552,19 @@ def test_the_queue(monkeypatch):
         released.set()
         await asyncio.sleep(0.2)
         assert await queue.ask(lambda: "again") == "again"
+
+    asyncio.run(visits())
+
+
+def test_a_queue_has_an_end(monkeypatch):
+    monkeypatch.setattr(guard, "MAX_ASKED", 5)
+
+    async def visits() -> None:
+        queue = guard.Queue()
+        for _ in range(2):
+            found = await asyncio.gather(*(queue.ask(lambda: "answered") for _ in range(7)), return_exceptions=True)
+            assert found[:5] == ["answered"] * 5
+            assert [(one.code, one.status) for one in found[5:]] == [("busy", 503)] * 2
 
     asyncio.run(visits())
 

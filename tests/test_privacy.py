@@ -30,6 +30,7 @@ SECRETS = {
     "AWS temporary key": "ASIA" + "ABCDEFGH12345678",
     "AWS secret": "aws_secret_access_key = " + LETTERS,
     "AWS secret, other name": "aws_secret_key=" + LETTERS,
+    "AWS secret, without AWS": "secret_access_key: " + LETTERS,
     "AWS secret, as JSON": 'SecretAccessKey": "' + LETTERS,
     "AWS secret, as JSON in JSON": 'SecretAccessKey\\": \\"' + LETTERS,
     "Google": "AIza" + LETTERS[:35],
@@ -39,11 +40,12 @@ SECRETS = {
     "PKCS 8": "-----BEGIN PRIVATE KEY-----",
     "PGP": "-----BEGIN PGP PRIVATE KEY BLOCK-----",
 }
-ESCAPES = (r"key:\n{}", r"a\t{}", r"a\r\n{}", r"said \u201c{}\u201d", r"\u00E7{}", "token%3D{}")
+ESCAPES = (r"key:\n{}", r"a\t{}", r"a\r\n{}", r"said \u201c{}\u201d", r"\u00E7{}", "token%3D{}", "token%3d{}")
 NO_SECRETS = (
     "hf_hub_download of hf_modules", "ghp_", "github_pat_", "AKIA is a name", "https://hf.co/hf_x", "wolf_" + LETTERS,
     "sha256 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08", "-----BEGIN PUBLIC KEY-----",
-    "HALFAKIAABCDEFGH12345678", "a capivara hf_ e o gato ghi",
+    "HALFAKIAABCDEFGH12345678", "a capivara hf_ e o gato ghi", "Basic usage of basic Portuguese", "design=3",
+    r"hf\u005fhub_download", "see https://host/x?a=1",
 )  # fmt: skip
 
 
@@ -61,6 +63,33 @@ def test_every_kind_of_secret_is_found_anywhere(kind, around):
     assert secret_in(text.encode()) == (words, place)
     assert pyarrow.compute.match_substring_regex(pyarrow.array([text]), SECRET_RE2).to_pylist() == [True]
     assert SECRETS[kind] not in redact(text) and "***" in redact(text)
+
+
+@pytest.mark.parametrize("sign", [r"\u005f", r"\u005F", "%5f"])
+@pytest.mark.parametrize("kind", ["hf", "hf oauth", "hf organisation", "ghp", "github_pat", "AWS secret, without AWS"])
+def test_a_secret_with_an_escaped_underscore_is_found(kind, sign):
+    import pyarrow.compute
+
+    for text in (SECRETS[kind].replace("_", sign), f'{{"a": "{SECRETS[kind].replace("_", sign, 1)}"}}'):
+        assert secret_in(text) == secret_in(text.encode()) and secret_in("x" * 1000 + " " + text)
+        assert 0 <= secret_in(text)[1] < text.index(sign)
+        assert pyarrow.compute.match_substring_regex(pyarrow.array([text]), SECRET_RE2).to_pylist() == [True]
+        assert LETTERS[:15] not in redact(text) and "***" in redact(text)
+
+
+SECRET = "a1B2c3D4"
+IN_REQUESTS = (
+    "Authorization: Bearer {}", "authorization: bearer {}", "BEARER {}", "Authorization: Basic {}=", "basic {}",
+    '"authorization": "Basic {}"', "https://h/x?sig={}&b=1", "?sv=1&SIG={}", "sig={}", "X-Amz-Signature={}",
+    "x-amz-signature={}", '"x-amz-security-token": "{}"', "x-amz-credential%3d{}", "secret_access_key: {}",
+    "AWS_SECRET_ACCESS_KEY={}", "s3://KEY:{}@bucket/fotos", "https://ana:{}@host:9000/x", "x-goog-signature={}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", IN_REQUESTS)
+def test_a_secret_of_a_request_is_in_no_message(form):
+    said = redact(f"It failed: {form.format(SECRET)} and more")
+    assert SECRET not in said and said.startswith("It failed: ") and said.endswith(" and more")
 
 
 @pytest.mark.parametrize("text", NO_SECRETS)

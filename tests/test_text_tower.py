@@ -230,8 +230,24 @@ CONFIGS = {
     "a thousand million layers": in_text_config(num_hidden_layers=10**9),
     "heads that are a fraction": in_text_config(num_attention_heads=4.0),
     "an epsilon that is an object": in_text_config(layer_norm_eps={}),
+    "padding that is true": in_text_config(pad_token_id=True),
+    "no padding": in_text_config(pad_token_id=None),
+    "padding outside of the vocabulary": in_text_config(pad_token_id=10**6),
+    "an epsilon below zero": in_text_config(layer_norm_eps=-1.0),
+    "an epsilon that is NaN": in_text_config(layer_norm_eps=float("nan")),
+    "no image tower": lambda config: config | {"vision_config": None},
     "deep": lambda config: "[" * 10**5,
 }
+
+
+def test_a_padding_token_outside_of_the_vocabulary_is_one_line(tiny_folder):
+    processor, path = load_processor(tiny_folder), tiny_folder / "tokenizer_config.json"
+    rows = json.loads((tiny_folder / "config.json").read_text())["text_config"]["vocab_size"]
+    processor.tokenizer.add_tokens([f"<{number}>" for number in range(rows - len(processor.tokenizer))])
+    processor.save_pretrained(tiny_folder)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<nowhere>"}))
+    with pytest.raises(ValueError, match=r"^[^\n]*<nowhere>[^\n]*$"):
+        SearchModel("tiny", str(tiny_folder), tiny_folder, device="cpu").texts(["um gato", "um gato e um rato"])
 
 
 @pytest.mark.parametrize("fault", CONFIGS)
@@ -257,7 +273,7 @@ def test_a_tokenizer_that_can_not_be_is_one_line(tiny_folder, fault):
         SearchModel("tiny", str(tiny_folder), tiny_folder, device="cpu").texts(["um gato 日本"])
 
 
-@pytest.mark.parametrize("scale", [torch.tensor(1e6), torch.tensor(torch.nan)])
+@pytest.mark.parametrize("scale", [torch.tensor(1e6), torch.tensor(torch.nan), torch.ones(2)])
 def test_a_scale_that_can_not_be_is_one_line(tiny_folder, scale):
     path = tiny_folder / "model.safetensors"
     save_file(load_file(path) | {"logit_scale": scale}, path, {"format": "pt"})

@@ -35,7 +35,14 @@ from caption_data.rows import Skipped, digest_of
 from caption_data.sources import Split, open_split
 from eval.embeddings import FILES_VERSION, Bad, EmbeddingCache, vectors_of
 from modeling_capivara.loading import load_model, load_processor, weights_digest
-from modeling_capivara.two_towers import IMAGE_SIDE, embed_images, embedding_width, image_embeds, image_parts
+from modeling_capivara.two_towers import (
+    IMAGE_SIDE,
+    checked_finite,
+    embed_images,
+    embedding_width,
+    image_embeds,
+    image_parts,
+)
 from training.arguments import RunArguments
 from training.trainable import prepare_trainable
 from training.whole_batch import Planner, StepPlan, batch_counts, random_state
@@ -321,7 +328,7 @@ def embed_pixels(model: PreTrainedModel, pixels: Tensor, accelerator: Accelerato
     """(images, width), unit length, float32, on the device: in the precision of the run."""
     with accelerator.autocast():
         parts = image_parts(pixels, accelerator.device)
-        return torch.cat([image_embeds(model, part) for part in parts])
+        return checked_finite(torch.cat([image_embeds(model, part) for part in parts]))
 
 
 def image_cache(model: PreTrainedModel, pairs: Pairs, root: Path, precision: str) -> EmbeddingCache:

@@ -34,11 +34,13 @@ UPLOADS_AT_ONCE = 8  # bodies over MAX_QUESTION_BYTES in memory, until they are 
 PLACE_S = 30  # for one of these places
 RECEIVE_S = 30  # for a body; the page makes large pictures smaller before it sends them
 HEAD_S = 10  # for the head of a request, of a new connection or after an answer
+READ_S = 60  # for a visitor to read what is buffered for him: 64 KiB to 320 KiB, beside what the system holds
 MAX_CONNECTIONS = 400
 OTHER_DESCRIPTORS = 128  # of the index, the model, and connections that were just accepted
 BACKLOG = 64  # connections that are accepted at a time, before any of them is looked at
 QUERY_S = 20  # of a question, which takes well under 1 s; then it is given up, and the next one is answered
 WAIT_S = 30  # for the questions before it
+MAX_ASKED = 64  # questions in a queue, the current one included; others are refused at once
 MAX_GIVEN_UP = 3  # threads of questions that were given up and still run, as no thread can be ended
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
@@ -144,8 +146,8 @@ async def place(places: asyncio.Semaphore, seconds: float) -> AsyncIterator[None
 
 
 @asynccontextmanager
-async def body_of(request: Request, places: asyncio.Semaphore) -> AsyncIterator[bytes]:
-    """The body of a question, for as long as it is answered; a large one has a place. Raises Refusal."""
+async def body_of(request: Request, places: asyncio.Semaphore) -> AsyncIterator[bytearray]:
+    """Receive the body of a question, and keep its place while it is answered if it is large. Raises Refusal."""
     length = request.headers.get("content-length", "")  # a server holds a body to that
     if "transfer-encoding" in request.headers or not length.isdecimal():
         raise Refusal("no_length", 411)
@@ -154,45 +156,76 @@ async def body_of(request: Request, places: asyncio.Semaphore) -> AsyncIterator[
     async with place(places, PLACE_S) if int(length) > MAX_QUESTION_BYTES else nullcontext():
         try:
             async with asyncio.timeout(RECEIVE_S):
-                body = await request.body()
+                body = await _received(request)
         except TimeoutError:
             raise Refusal("slow_upload", 408) from None
         yield body
 
 
-class Connection(H11Protocol):
-    """uvicorn's, with a time for the head of a request and a limit of connections, which uvicorn has none of.
+async def _received(request: Request) -> bytearray:
+    """Receive a body, and stop if its line of JSON exceeds `MAX_QUESTION_BYTES`. Raises Refusal."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_QUESTION_BYTES and body.find(b"\n", 0, MAX_QUESTION_BYTES + 1) < 0:
+            raise Refusal("long_question", 413, kilobytes=MAX_QUESTION_BYTES // 1000)
+    return body
 
-    Where there are too many, the one that is silent longest makes room: who asks is silent for a moment. Were new ones
-    refused, whoever holds them all could keep everybody out; were all accepted, descriptors would run out.
+
+class Connection(H11Protocol):
+    """HTTP protocol of uvicorn with a connection limit and deadlines for visitors who neither ask nor read.
+
+    At the limit, the connection that has waited longest for its visitor is closed: for the head of a request, or for
+    the visitor to read an answer. If new connections were refused instead, whoever holds all of them could keep
+    everybody out; if all were accepted, file descriptors would run out.
     """
 
+    _deadline: asyncio.TimerHandle | None = None
+
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """Take a connection, perhaps in the place of another one."""
+        """Accept a connection; at the limit, close another one."""
         super().connection_made(transport)
-        self._deadline = self.loop.call_later(HEAD_S, self._end_late)
+        self._wait()
         if len(self.connections) > most_connections():
-            silent = min((one for one in self.connections if one.is_silent()), key=lambda one: one._deadline.when())
-            self.connections.discard(silent)
-            silent.transport.abort()
+            longest = min((one for one in self.connections if one.is_waiting()), key=lambda one: one._since)
+            self.connections.discard(longest)
+            longest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It has ended."""
-        self._deadline.cancel()  # which would keep it for its time
+        """Forget the connection."""
+        if self._deadline is not None:
+            self._deadline.cancel()  # it would keep this object in memory for its time
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""
-        self._deadline.cancel()
-        self._deadline = self.loop.call_later(HEAD_S, self._end_late)
+        self._wait()
         super().on_response_complete()
 
-    def is_silent(self) -> bool:
-        """Whether no head has come since the connection, or the last answer."""
-        return self.cycle is None or self.cycle.response_complete
+    def pause_writing(self) -> None:
+        """Wait for the visitor to read."""
+        super().pause_writing()
+        self._wait()
+
+    def resume_writing(self) -> None:
+        """Wait anew, because the visitor has read most of what was buffered."""
+        super().resume_writing()
+        self._wait()
+
+    def is_waiting(self) -> bool:
+        """Whether the visitor has to act: no request has come since the last answer, or an answer is not read."""
+        return self.flow.write_paused or self.cycle is None or self.cycle.response_complete
+
+    def _wait(self) -> None:
+        """Start the deadline again."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._since = self.loop.time()
+        seconds = READ_S if self.transport.get_write_buffer_size() else HEAD_S
+        self._deadline = self.loop.call_later(seconds, self._end_late)
 
     def _end_late(self) -> None:
-        if self.is_silent() and not self.transport.get_write_buffer_size():  # else an answer is still under way
+        if self.is_waiting():
             self.transport.abort()
 
 
@@ -238,14 +271,14 @@ class Queue:
 
     def __init__(self) -> None:
         self._turn = asyncio.Semaphore(1)
-        self._given_up = 0
+        self._asked = self._given_up = 0
 
     async def ask(self, question: Callable[[], Any], seconds: float | None = None) -> Any:
         """The answer to a question, when its turn has come; it is given up after `seconds`, or else `QUERY_S`.
 
-        Raises Refusal where its turn does not come within `WAIT_S`, or it took too long.
+        Raises Refusal where `MAX_ASKED` are here already, its turn does not come within `WAIT_S`, or it took too long.
         """
-        if self._given_up >= MAX_GIVEN_UP:
+        if self._given_up >= MAX_GIVEN_UP or self._asked >= MAX_ASKED:
             raise Refusal("busy", 503)
         answer: Future[Any] = Future()
 
@@ -255,12 +288,16 @@ class Queue:
             except BaseException as error:
                 answer.set_exception(error)
 
-        async with place(self._turn, WAIT_S):
-            waited = asyncio.wrap_future(answer)
-            # A thread of its own, which, unlike those of a pool, no end of a process awaits.
-            threading.Thread(target=work, daemon=True).start()
-            if (await asyncio.wait([waited], timeout=seconds or QUERY_S))[0]:
-                return waited.result()
+        self._asked += 1
+        try:
+            async with place(self._turn, WAIT_S):
+                waited = asyncio.wrap_future(answer)
+                # A thread of its own, which, unlike those of a pool, no end of a process awaits.
+                threading.Thread(target=work, daemon=True).start()
+                if (await asyncio.wait([waited], timeout=seconds or QUERY_S))[0]:
+                    return waited.result()
+        finally:
+            self._asked -= 1
         self._given_up += 1
         waited.add_done_callback(self._ended)
         raise Refusal("too_slow", 503)

@@ -205,13 +205,13 @@ class Site:
     def _asked(self, ask: Callable[[Question, Any], dict[str, Any]]) -> Callable[[Request], Any]:
         async def answer(request: Request) -> Response:
             async with body_of(request, self._places) as body:
-                question, upload = _read(body)
+                question, upload = await run_in_threadpool(_read, body)  # the loop answers others meanwhile
                 image = await self._shown(upload) if upload else None
                 return JSONResponse(await self._questions.ask(lambda: ask(question, image)))
 
         return answer
 
-    async def _shown(self, upload: bytes) -> PIL.Image.Image:
+    async def _shown(self, upload: bytearray) -> PIL.Image.Image:
         """A picture of a visitor, in a turn of its own, for which no question of words waits. Raises Refusal."""
         try:
             image = await self._views.ask(lambda: self._decoder.image(upload))
@@ -273,7 +273,7 @@ class Site:
         return view.getvalue(), "image/jpeg"
 
 
-def _read(body: bytes) -> tuple[Question, bytes]:
+def _read(body: bytearray) -> tuple[Question, bytearray]:
     """A question, and the picture that came with it. Raises Refusal."""
     line, _, upload = body.partition(b"\n")
     try:
