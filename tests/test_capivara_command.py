@@ -1,5 +1,6 @@
 """The command `capivara` as its user meets it: what it says in both languages, what it finds, and how it ends."""
 
+import configparser
 import csv
 import errno
 import json
@@ -27,7 +28,7 @@ from parsed_command import parsed
 from capivara_common.environment import require
 from capivara_common.progress import prepare_bars
 from capivara_search import estimates
-from capivara_search.command import explained, language_of, main, progress_bar
+from capivara_search.command import SEARCH_MODULES, explained, language_of, main, progress_bar
 from capivara_search.exporting import export_rows
 from capivara_search.index import PictureIndex
 from capivara_search.storage import explanation
@@ -222,6 +223,26 @@ def test_wrong_use_is_one_line_in_the_language_and_exit_code_2(capivara, line, t
         assert (code, out) == (2, "")
         assert error.startswith(start) and text in error and error.count("\n") == 1
         assert lang == "en" or not OF_CLICK.search(error)
+
+
+@pytest.mark.parametrize("missing", SEARCH_MODULES)
+def test_without_its_extra_every_command_names_the_one_that_installs_it(capivara, monkeypatch, missing, tmp_path):
+    """Before anything else: the model of the command is not looked for."""
+    monkeypatch.setitem(sys.modules, missing, None)
+    for lang in ("pt", "en"):
+        code, out, said = capivara("index", tmp_path, "--index", tmp_path / "i", "--model", "/none", "--lang", lang)
+        assert (code, out, said.count("\n")) == (3, "", 1) and not os.listdir(tmp_path)
+        assert missing in said and said.endswith(' pip install "modeling-capivara[search]"\n')
+    for line in ("--help", "index --help", "completion bash"):
+        assert capivara(*line.split())[0] == 0
+
+
+def test_the_packages_of_the_extra_are_those_of_the_installation():
+    config = configparser.ConfigParser()
+    config.read(Path(__file__).resolve().parents[1] / "setup.cfg", encoding="utf-8")
+    names = re.findall(r"^([\w-]+)", config["options.extras_require"]["search"], re.MULTILINE)
+    modules = {name.replace("pyyaml", "yaml").replace("-", "_") for name in names}
+    assert modules == set(SEARCH_MODULES) and f"{config['metadata']['name']}[search]" == "modeling-capivara[search]"
 
 
 def test_what_a_terminal_obeys_is_not_repeated_in_an_error(capivara):
