@@ -206,6 +206,8 @@ def search(
         write_csv(sys.stdout, CSV_COLUMNS, [{"rank": rank} | asdict(hit) for rank, hit in enumerate(hits, 1)])
     elif hits:
         show_hits(hits, pictures.thumbnail, words)
+    elif folder and not pictures.newest(1, folder=folder):
+        say(words("nothing_of", path=shown_path(str(folder))))
     else:
         say(words("no_hit"))
     if open:
@@ -288,7 +290,11 @@ def status(words: Words, all: bool, json: bool) -> None:
         "model": [visible(found.model or "")],
         "size": [] if found.bytes is None else [words.size(found.bytes)],
         "taken": [f"{words.date(found.first)} – {words.date(found.last)}"] if found.first else [],
-        "folders": [f"{shown_path(folder)}  {words.number(number)}" for folder, number in found.folders.items()],
+        "folders": [
+            f"{shown_path(folder) if os.path.isdir(folder) else words('away', folder=shown_path(folder))}"
+            f"  {words.number(number)}"
+            for folder, number in found.folders.items()
+        ],
         "skipped": [skipped(found.skipped, words)] * bool(found.skipped),
         "rules": [
             *(f"--exclude {visible(pattern)}" for pattern in found.exclude),
