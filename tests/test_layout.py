@@ -188,7 +188,9 @@ def test_files_and_functions_stay_small():
 
 def test_code_lines_leave_out_docstrings_comments_and_blank_lines(tmp_path):
     path = tmp_path / "sample.py"
-    path.write_text('"""Two\nlines."""\n\n# comment\nx = """a\nb"""  # counts\n\n\ndef f():\n    """Doc."""\n    return x\n')
+    path.write_text(
+        '"""Two\nlines."""\n\n# comment\nx = """a\nb"""  # counts\n\n\ndef f():\n    """Doc."""\n    return x\n'
+    )
     assert code_lines(path) == {5, 6, 9, 11}
 
 
