@@ -36,7 +36,7 @@ from examples.real_images import PHOTOGRAPHS, photo
 
 DRAWINGS = ("colorwheel", "horse")  # of `PHOTOGRAPHS`, that are no photographs; they are cut, not copied
 CUTS = {f"cut {x} {y}": (x, y) for x in range(3) for y in range(3)}  # corner, in quarters of a picture
-COPIED_ICONS = 11  # every so many of the icons are copied
+COPIED_ICONS = 31  # every so many of the icons are copied
 SAME_DRAWING = 0.35  # mean absolute difference of pixels, of 255, up to which two icons are the same drawing
 ORIGINAL = "original"
 
@@ -113,14 +113,14 @@ def write_icons(folder: Path) -> dict[tuple[str, str], str]:
     """Write OpenMoji's pictures, and copies of some; return emoji and kind -> path."""
     files = {}
     for number, icon in enumerate(chain.from_iterable(concept_rows().values())):
-        image = Image.open(io.BytesIO(render_png(icon.emoji)))
-        made = {ORIGINAL: (image, {"format": "PNG"})}
-        if number % COPIED_ICONS == 0:
-            made |= {kind: (copy(image), options) for kind, (copy, options) in ICON_KINDS.items()}
-        for kind, (picture, options) in made.items():
+        drawn = render_png(icon.emoji)
+        path = folder / f"icon-{len(files):05d}.png"
+        path.write_bytes(drawn)
+        files[icon.emoji, ORIGINAL] = str(path)
+        for kind, (copy, options) in ICON_KINDS.items() if number % COPIED_ICONS == 0 else ():
             ending = ".png" if "format" in options else ".jpg"
             files[icon.emoji, kind] = str(folder / f"icon-{len(files):05d}{ending}")
-            picture.save(files[icon.emoji, kind], **options)
+            copy(Image.open(io.BytesIO(drawn))).save(files[icon.emoji, kind], **options)
     return files
 
 
