@@ -34,10 +34,15 @@ def require(purpose: str, extra: str | None, *modules: str) -> None:
 
     `purpose` is what needs them, in words; `extra` the one of setup.cfg, None where users choose them for themselves.
     """
-    if missing := [module for module in modules if not _installed(module)]:
+    if missing := missing_modules(*modules):
         how = how_to_install(extra) if extra else f"pip install {' '.join(missing)}"
         text = f"{purpose} needs {' and '.join(missing)}, not installed yet: {how}"
         raise coded(ImportError, "not_installed", "{text}", text=text, names=" ".join(missing))
+
+
+def missing_modules(*modules: str) -> list[str]:
+    """Return those of `modules`, by their import names, that are not installed. Imports none of them."""
+    return [module for module in modules if not _installed(module)]
 
 
 def how_to_install(extra: str) -> str:

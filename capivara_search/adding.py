@@ -26,7 +26,7 @@ import pyarrow as pa
 from capivara_common.cli import coded
 from capivara_common.image_files import DECODERS, BadImage
 from capivara_search.duplicates import look_of
-from capivara_search.estimates import Progress
+from capivara_search.estimates import Estimate, Progress
 from capivara_search.folders import kept_rules, note_asked, note_rules
 from capivara_search.picture_files import (
     RETRYABLE,
@@ -171,7 +171,10 @@ class IndexWriter:
         self.table, self.model, self.plan = table, model, plan
         self.batch_size, self.progress = batch_size, progress
         self.columns, self.digest, self.column = table.columns(), model.image_digest, vector_column(model.width)
-        self.added, self.done = Added(unchanged=plan.unchanged), 0
+        self.added, self.done, self.reported = Added(unchanged=plan.unchanged), 0, 0
+        self.estimate, self.write_s = Estimate(), 0.0
+        new = sum(plan.known[file.path] is None for file in plan.files)
+        self.tidy_s = table.tidy_seconds(model.width, table.count() + new)
         self.gone = Counter(plan.known[path][0] for path in plan.gone)  # digests
         self._start_commit()
 
@@ -190,15 +193,25 @@ class IndexWriter:
             with closing(read_ahead(files, read, self.batch_size)) as batches:
                 for batch in batches:
                     self._embed(batch)
-                    self.progress(self.done, len(files))
+                    self._report()
                     if len(self.rows) + len(self.left_out) >= COMMIT_ROWS or time.monotonic() - self.since > COMMIT_S:
                         self.write()
         finally:  # what was embedded is kept, by Ctrl-C, too
             self.write()
         return self.added
 
+    def _report(self) -> None:
+        """Report progress. What is left after the last picture, writing and `tidy`, counts as pictures of its time."""
+        self.estimate.update(self.done)
+        total, after = len(self.plan.files), (self.write_s + self.tidy_s) * (self.estimate.rate or 0)
+        reported = int(self.done * total / (total + after))
+        if reported > self.reported:  # the same number again would say that a model was loaded
+            self.reported = reported
+            self.progress(reported, total)
+
     def write(self) -> None:
         """Write what was collected. A row whose file can't be read goes, but where it only could not be opened."""
+        start = time.monotonic()
         if self.rows:
             self.table.merge(pa.Table.from_pylist(list(self.rows.values()), self.columns))
         if self.left_out:
@@ -208,6 +221,7 @@ class IndexWriter:
             self.table.remove(bad)
             self.added.removed += sum(path in self.plan.known.places for path in bad)
         self._start_commit()
+        self.write_s = time.monotonic() - start
 
     def _embed(self, batch: Sequence[Read]) -> None:
         """Embed pictures whose content is not known yet, and make the rows of all."""
@@ -224,7 +238,10 @@ class IndexWriter:
         new = {one.digest: one.image for one in pictures.values() if one.digest not in known}
         if new and not self.added.embedded:
             self.model.prepare_images()
-            self.progress(self.done, len(self.plan.files))  # again: the seconds until here are not those of pictures
+            self.estimate.update(self.done)
+            self.progress(
+                self.reported, len(self.plan.files)
+            )  # again: the seconds until here are not those of pictures
         known |= dict(zip(new, self.model.images(list(new.values()), self.batch_size), strict=True))
         self.added.embedded += len(new)
         for file, picture in pictures.items():

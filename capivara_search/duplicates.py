@@ -4,6 +4,9 @@ What a model sees in two pictures says little of whether one is a copy: its vect
 and hardly from one lawn to another. So their looks are compared, too: the colours of a few pixels. A picture leads its
 group; every other one of it is similar to that one, and comes after it. So no chain of small differences leads from one
 scene to another.
+
+Flat pictures, such as icons, charts and blank pages, share most of their pixels with other pictures of their kind, and
+a model hardly tells them apart. Two flat pictures are compared by their details alone, and far more strictly.
 """
 
 import time
@@ -27,30 +30,83 @@ ROUNDING = 1e-3  # of float16
 SIDE = 6  # pixels of a look; chosen as `SAME` was, among others (docs/benchmarks.md)
 LOOK_SHARE = 2 / 3  # of the similarity
 FLAT = 2.0  # standard deviation of the colours, of 255, below which a picture has no look
+LOOK_BYTES = 3 * SIDE * SIDE
+# A picture is flat if this share of its pixels has exactly the same color. Of the pictures of `benchmarks.duplicates`,
+# icons have 0.21 and more, and photographs at most 0.18.
+FLAT_SHARE = 0.2
+NEAR_CONSTANT = 4.0  # standard deviation of the pixels, of 255, below which a picture is flat, too
+DETAIL_SIDES = (18, 6, 6)  # pixels of the luma and both chroma planes (YCbCr) that flat pictures are compared by
+DETAIL_BYTES = sum(side * side for side in DETAIL_SIDES)
+DETAIL_RMS = 1.2  # root mean square difference of details, of 255, at which the similarity of flat pictures is `SAME`
+DETAILS = slice(-DETAIL_BYTES, None)  # the columns of details in `compared`
 
 
 def look_of(image: PIL.Image.Image) -> bytes:
-    """The look of a picture: the colours of few pixels, RGB."""
-    return image.convert("RGB").resize((SIDE, SIDE), PIL.Image.Resampling.BOX).tobytes()
+    """Return the colors of a picture in `SIDE` x `SIDE` pixels, RGB; of a flat picture, its details after them."""
+    image = image.convert("RGB")
+    colors = image.resize((SIDE, SIDE), PIL.Image.Resampling.BOX).tobytes()
+    if not is_flat(np.asarray(image)):
+        return colors
+    planes = zip(image.convert("YCbCr").split(), DETAIL_SIDES, strict=True)
+    # Unlike BOX, HAMMING weighs pixels on the edge of a cell, so that an enlarged or reduced copy has the same details.
+    return colors + b"".join(plane.resize((n, n), PIL.Image.Resampling.HAMMING).tobytes() for plane, n in planes)
+
+
+def is_flat(pixels: np.ndarray) -> bool:
+    """Return whether pixels (height, width, 3) are nearly constant, or many of them have exactly the same color."""
+    if pixels.std(axis=(0, 1)).max() < NEAR_CONSTANT:
+        return True
+    red, green, blue = pixels.reshape(-1, 3).astype(np.int32).T
+    counts = np.unique(red << 16 | green << 8 | blue, return_counts=True)[1]
+    return counts.max() >= FLAT_SHARE * counts.sum()
 
 
 def compared(vectors: np.ndarray, looks: Sequence[bytes | None]) -> np.ndarray:
-    """Vectors by whose products pictures are compared: a third the cosine of theirs, two thirds that of their looks.
+    """Return what pictures are compared by: a third the cosine of their vectors, two thirds the cosine of their looks.
 
-    Of vectors (rows, width) of unit length such ones of (rows, width + numbers of a look), float32. The colour that a
-    picture has all over counts half, else any two cuts of a red one look alike. Where there is no look, or that of a
-    grey picture, pictures are compared by their vectors alone.
+    The color that a picture has all over counts half, else any two cuts of a red one look alike. Where there is no
+    look, or that of a grey picture, pictures are compared by their vectors alone. `similarity` compares the result.
+
+    Args:
+        vectors: (rows, width), unit length.
+        looks: of `look_of`; None if the row has none.
+
+    Returns:
+        (rows, width + `LOOK_BYTES` + `DETAIL_BYTES`), float32. The last columns, `DETAILS`, are zeros unless the
+        picture is flat.
     """
-    size = max((len(look) for look in looks if look), default=3)
-    pixels = np.frombuffer(b"".join(look or bytes(size) for look in looks), np.uint8)
-    pixels = pixels.reshape(len(looks), size // 3, 3).astype(np.float32)
+    pixels = np.frombuffer(b"".join((look or bytes(LOOK_BYTES))[:LOOK_BYTES] for look in looks), np.uint8)
+    pixels = pixels.reshape(len(looks), SIDE * SIDE, 3).astype(np.float32)
     pixels -= (pixels.mean(axis=1, keepdims=True) + pixels.mean(axis=(1, 2), keepdims=True)) / 2
-    pixels = pixels.reshape(len(looks), size)
+    pixels = pixels.reshape(len(looks), LOOK_BYTES)
     norms = np.linalg.norm(pixels, axis=1, keepdims=True)
-    flat = norms < FLAT * size**0.5
+    flat = norms < FLAT * LOOK_BYTES**0.5
     pixels *= np.where(flat, 0, LOOK_SHARE**0.5 / np.maximum(norms, 1)).astype(np.float32)
     own = np.where(flat, 1, (1 - LOOK_SHARE) ** 0.5).astype(np.float32)
-    return np.concatenate([vectors * own, pixels], axis=1)
+    return np.concatenate([vectors * own, pixels, _details(looks)], axis=1, dtype=np.float32)
+
+
+def _details(looks: Sequence[bytes | None]) -> np.ndarray:
+    """Return the details of looks as (rows, `DETAIL_BYTES`), -127 to 128; zeros if a look has none."""
+    found = np.zeros((len(looks), DETAIL_BYTES), np.float32)
+    for row, look in enumerate(looks):
+        if look and len(look) == LOOK_BYTES + DETAIL_BYTES:
+            found[row] = np.frombuffer(look, np.uint8, offset=LOOK_BYTES) - np.float32(127)
+    return found
+
+
+def similarity(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return how similar pictures are, as (rows, others), at most 1, by what `compared` made of them.
+
+    Of two flat pictures it is 1 minus the mean square of the differences of their details, scaled by `DETAIL_RMS`.
+    """
+    vectors, others = (np.asarray(one, np.float32) for one in (vectors, others))
+    details, other_details = vectors[:, DETAILS], others[:, DETAILS]
+    # float32 holds these whole numbers exactly: they are below 2**24.
+    lengths, other_lengths = ((one**2).sum(axis=1) for one in (details, other_details))
+    squares = (lengths[:, None] + other_lengths - 2 * (details @ other_details.T)) / DETAIL_BYTES
+    alike = vectors[:, : DETAILS.start] @ others[:, : DETAILS.start].T
+    return np.where(np.outer(lengths, other_lengths) > 0, 1 - (1 - SAME) / DETAIL_RMS**2 * squares, alike)
 
 
 def own_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
@@ -103,7 +159,7 @@ class HeldRows:
 
 def same(vectors: np.ndarray, others: np.ndarray, threshold: float = SAME) -> np.ndarray:
     """Whether each of (rows, width) is nearly the same as each of (others, width): (rows, others)."""
-    return np.asarray(vectors, np.float32) @ np.asarray(others, np.float32).T >= threshold - ROUNDING
+    return similarity(vectors, others) >= threshold - ROUNDING
 
 
 def leaders(vectors: np.ndarray, threshold: float = SAME, most: int | None = None) -> np.ndarray:

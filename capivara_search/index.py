@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from capivara_search import asking
 from capivara_search import folders as known_folders
 from capivara_search.adding import IndexWriter, KnownRows, begin, embed_files, finish
-from capivara_search.duplicates import HeldRows, by_date, compared_rows, groups, same
+from capivara_search.duplicates import HeldRows, by_date, compared_rows, groups, same, similarity
 from capivara_search.estimates import progress_of, told
 from capivara_search.picture_files import FileState, absolute_folder, find_pictures, open_query_picture
 from capivara_search.results import SAME, TEMPLATE, Added, Classified, Hit, LeftOut, Status
@@ -141,11 +141,13 @@ class PictureIndex:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         start = time.monotonic()
-        with self._table.locked():
-            with told(self.where, on_progress or (lambda done, total: None)) as tell:
-                plan = begin(self._table, self.model, paths, exclude, include, only, tell)
-                added = IndexWriter(self._table, self.model, plan, batch_size, tell).run()
+        with self._table.locked(), told(self.where, on_progress or (lambda done, total: None)) as tell:
+            plan = begin(self._table, self.model, paths, exclude, include, only, tell)
+            writer = IndexWriter(self._table, self.model, plan, batch_size, tell)
+            added = writer.run()
             finish(self._table, self.model, plan, added)
+            if writer.reported < len(plan.files):
+                tell(len(plan.files), len(plan.files))
         added.seconds = time.monotonic() - start
         return added
 
@@ -355,7 +357,7 @@ class PictureIndex:
         rows = held.rows if held else self._table.nearest(vector, WINDOW * k, clause)
         others = held.compared if held else compared_rows(self.model, rows)
         near = np.flatnonzero(same(own, others)[0])
-        hits = to_hits(rows.take(near), others[near] @ own[0])
+        hits = to_hits(rows.take(near), np.clip(similarity(others[near], own)[:, 0], -1, 1))
         return sorted((hit for hit in hits if hit.path != path), key=lambda hit: (-hit.score, hit.path))[:k]
 
     def newest(
@@ -405,7 +407,7 @@ class PictureIndex:
         rows = rows.sort_by([("pixels", "descending"), ("size", "descending"), ("path", "ascending")])
         vectors, found = compared_rows(self.model, rows), []
         for numbers in (group for group in groups(vectors, threshold) if len(group) > 1):
-            scores = np.clip(vectors[numbers] @ vectors[numbers[0]], -1, 1)
+            scores = np.clip(similarity(vectors[numbers], vectors[numbers[:1]])[:, 0], -1, 1)
             first, *others = to_hits(rows.take(numbers), scores)
             found.append([first, *sorted(others, key=lambda hit: (-hit.score, hit.path))])
         return sorted(found, key=len, reverse=True)

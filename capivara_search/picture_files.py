@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 # Names end so: Adobe and phones, Canon, Nikon, Sony, Panasonic, Olympus, Fujifilm, Pentax, Samsung.
 RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".rw2", ".orf", ".raf", ".pef", ".srw")
+NOT_RAW = (b"\xff\xd8\xff", b"\x89PNG")  # how a JPEG and a PNG begin that was given the name of a RAW file
 # Of these nothing is known of the content: the file is tried again each time.
 RETRYABLE = ("no permission", "read error", "gone", "needs rawpy")  # the last one of an index that was made before
 PICTURE_SUFFIXES = (*SUFFIXES, *RAW_SUFFIXES)
@@ -113,16 +114,19 @@ class Rules:
         Raises ValueError: `exclude` names what is no pattern, `include` what is left out by none of these rules.
         """
         for pattern in exclude:
+            if pattern.startswith("!") and pattern != "!":
+                raise failure(ValueError, "negated_pattern", pattern=pattern)
             if not _can_match(pattern):
                 raise failure(ValueError, "bad_pattern", pattern=pattern)
         forgotten = self.forgotten
         for one in include:
             place = os.path.abspath(Path(one).expanduser())
             kept = frozenset(path for path in forgotten if not Path(path).is_relative_to(place))
-            if kept == forgotten and str(one) not in self.exclude:
-                if above := self.forgotten_with(place):
+            if str(one) not in self.exclude:
+                if above := Rules(forgotten=kept).forgotten_with(place):
                     raise failure(ValueError, "folder_forgotten", path=place, forgotten=shlex.quote(above))
-                raise failure(ValueError, "nothing_to_include", path=one)
+                if kept == forgotten:
+                    raise failure(ValueError, "nothing_to_include", path=one)
             forgotten = kept
         patterns = dict.fromkeys([*self.exclude, *exclude])
         return Rules(tuple(one for one in patterns if one not in set(map(str, include))), forgotten)
@@ -187,7 +191,8 @@ def find_pictures(
     Args:
         folders: to look through. A mapping also gives the real path that each must have.
         rules: of what is left out.
-        counts: filled in, folder that was named -> what is left out of it, by `Rules.reason`, each "link" and "video".
+        counts: filled in, folder that was named -> what is left out of it: pictures by the reasons "forgotten" and
+            "excluded" of `Rules.reason`, pictures and folders by its other reasons, and each "link" and "video".
         only: paths of files and folders in them; nothing else is looked at, and there may be no picture among them.
     """
     roots = [str(absolute_folder(folder)) for folder in folders]
@@ -255,7 +260,9 @@ class _Walk:
                         is_link = entry.is_symlink()
                         is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
                         if why := self.rules.reason(entry.path, root, is_folder) or "link" * is_link:
-                            self.counts[root][why] += is_folder or is_picture_name(entry.name)
+                            is_counted = is_folder and not is_link and why in ("forgotten", "excluded")
+                            one = is_folder or is_picture_name(entry.name)
+                            self.counts[root][why] += count_pictures(entry.path) if is_counted else one
                         elif is_folder:
                             waiting.append(entry.path)
                         elif is_picture_name(entry.name):
@@ -284,6 +291,21 @@ class _Walk:
         """Note what can't be looked at, and why."""
         shown = path.encode(errors="surrogateescape").decode(errors="replace")
         self.left_out.append(LeftOut(shown, fault.reason, fault.detail))
+
+
+def count_pictures(folder: str) -> int:
+    """Count the pictures in a folder and below by the ends of their names, without links, hidden and system folders."""
+    number, waiting = 0, [folder]
+    while waiting:
+        with suppress(OSError), os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name in SKIPPED_NAMES or entry.is_symlink():
+                    continue
+                if entry.is_dir():
+                    waiting.append(entry.path)
+                else:
+                    number += is_picture_name(entry.name)
+    return number
 
 
 def is_picture_name(name: str) -> bool:
@@ -393,7 +415,7 @@ def open_query_picture(path: str | Path) -> PIL.Image.Image:
 def open_picture(data: bytes, name: str, max_pixels: int = MAX_PICTURE_PIXELS, reduced_to: int = 0) -> PIL.Image.Image:
     """A picture of a file that was read, upright, RGB, transparent parts white; the rest as `decoded` has it.
 
-    The end of its `name` says whether it is RAW.
+    The end of its `name` says whether it is RAW; a JPEG or PNG with such a name is opened as what it is.
     """
     return on_white(decoded(_opened(data, name, max_pixels)[0], "the file", reduced_to))
 
@@ -421,7 +443,8 @@ def _fault(error: OSError) -> BadImage:
 
 def _opened(data: bytes, name: str, max_pixels: int = MAX_PICTURE_PIXELS) -> tuple[PIL.Image.Image, tuple[int, int]]:
     """The image with nothing but its header decoded, of RAW the preview, and the size of the picture itself."""
-    data, size = raw_preview(data) if name.lower().endswith(RAW_SUFFIXES) else (data, None)
+    is_raw = name.lower().endswith(RAW_SUFFIXES) and not data.startswith(NOT_RAW)
+    data, size = raw_preview(data) if is_raw else (data, None)
     image = open_image(data, "the file", max_pixels, way_out="")
     return image, size or image.size
 

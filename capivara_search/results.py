@@ -65,7 +65,8 @@ class Added:
     unchanged: int = 0  # were not read again
     removed: int = 0  # are no longer there, can't be read any more, or are left out by a rule from now on
     left_out: list[LeftOut] = field(default_factory=list)  # can't be read, of this time and of earlier ones
-    # Folders and pictures that are left out: "forgotten", "hidden", "system", "excluded" or "link"; and each "video".
+    # What is left out: pictures that are "forgotten" or "excluded", pictures and folders that are "hidden" or of a
+    # "system", and each "link" and "video".
     skipped: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 

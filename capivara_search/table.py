@@ -55,6 +55,7 @@ TRAINED_KEY = "approximate_rows"  # of `about`: rows that the approximate index 
 CODE_BITS = 4  # a number of a vector
 PROBES = 64  # partitions, of about 8,192 vectors each
 REFINE = 4  # times the wanted rows
+LEARN_S = 5e-5  # seconds a row that it takes to build: 3.2e-5 of 100,000, 6.9e-5 of 1,000,000 (benchmarks.search)
 UNINDEXED_ROWS = 10_000  # that are looked at beside the approximate index; more are taken into it
 SMALL_FILES = 24  # of the table; more are put together
 GROWTH = 2  # the partitions are learnt anew when there are so many times the rows that they were learnt from
@@ -403,8 +404,7 @@ class PictureTable:
         from lancedb.index import BTree, IvfRq
 
         column, rows = vector_column(width), self.count()
-        is_learnt = column in self.indices() and rows < GROWTH * int(self.about().get(TRAINED_KEY, 0))
-        if rows > EXACT_ROWS and not is_learnt and width % 8 == 0:  # as the codes ask for
+        if self._must_learn(width, rows):
             start = time.monotonic()
             code = IvfRq(distance_type="cosine", num_bits=CODE_BITS)
             for name, config in (("path", BTree()), (column, code)):
@@ -415,6 +415,16 @@ class PictureTable:
         small = self.read(PICTURES, lambda table: table.stats()["fragment_stats"]["num_small_fragments"])
         if small >= SMALL_FILES or behind > UNINDEXED_ROWS:
             self.write(PICTURES, partial(_optimize, age=KEEP_VERSIONS if self.remote else timedelta(0)))
+
+    def _must_learn(self, width: int, rows: int) -> bool:
+        """Return whether `tidy` builds the approximate index, if the table has so many rows."""
+        column = vector_column(width)
+        is_learnt = column in self.indices() and rows < GROWTH * int(self.about().get(TRAINED_KEY, 0))
+        return rows > EXACT_ROWS and not is_learnt and width % 8 == 0  # RabitQ codes require a width divisible by 8
+
+    def tidy_seconds(self, width: int, rows: int) -> float:
+        """Estimate how long `tidy` takes once the table has so many rows."""
+        return LEARN_S * rows if self._must_learn(width, rows) else 0.0
 
     def purge(self) -> None:
         """Remove from the disk what removed rows have left there, their thumbnails among it."""

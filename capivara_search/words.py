@@ -39,7 +39,7 @@ class Words:
     def reason(self, code: str | None, text: object = None) -> str:
         """Why a file was left out: in English as it was said, or its code; in other languages by its code."""
         key = f"reason.{code}"
-        return self(key) if self.language != "en" and self.has(key) else visible(str(text or code))
+        return self(key) if self.language != "en" and self.has(key) else visible(str(code if text is None else text))
 
     def __call__(self, key: str, *places: object, **values: object) -> str:
         """The text with its `{0}` or `{name}` filled in."""

@@ -1,5 +1,6 @@
 """The command `capivara` as its user meets it: what it says in both languages, what it finds, and how it ends."""
 
+import configparser
 import csv
 import errno
 import json
@@ -27,7 +28,7 @@ from parsed_command import parsed
 from capivara_common.environment import require
 from capivara_common.progress import prepare_bars
 from capivara_search import estimates
-from capivara_search.command import explained, language_of, main, progress_bar
+from capivara_search.command import SEARCH_MODULES, explained, language_of, main, progress_bar
 from capivara_search.exporting import export_rows
 from capivara_search.index import PictureIndex
 from capivara_search.storage import explanation
@@ -224,6 +225,26 @@ def test_wrong_use_is_one_line_in_the_language_and_exit_code_2(capivara, line, t
         assert lang == "en" or not OF_CLICK.search(error)
 
 
+@pytest.mark.parametrize("missing", SEARCH_MODULES)
+def test_without_its_extra_every_command_names_the_one_that_installs_it(capivara, monkeypatch, missing, tmp_path):
+    """Before anything else: the model of the command is not looked for."""
+    monkeypatch.setitem(sys.modules, missing, None)
+    for lang in ("pt", "en"):
+        code, out, said = capivara("index", tmp_path, "--index", tmp_path / "i", "--model", "/none", "--lang", lang)
+        assert (code, out, said.count("\n")) == (3, "", 1) and not os.listdir(tmp_path)
+        assert missing in said and said.endswith(' pip install "modeling-capivara[search]"\n')
+    for line in ("--help", "index --help", "completion bash"):
+        assert capivara(*line.split())[0] == 0
+
+
+def test_the_packages_of_the_extra_are_those_of_the_installation():
+    config = configparser.ConfigParser()
+    config.read(Path(__file__).resolve().parents[1] / "setup.cfg", encoding="utf-8")
+    names = re.findall(r"^([\w-]+)", config["options.extras_require"]["search"], re.MULTILINE)
+    modules = {name.replace("pyyaml", "yaml").replace("-", "_") for name in names}
+    assert modules == set(SEARCH_MODULES) and f"{config['metadata']['name']}[search]" == "modeling-capivara[search]"
+
+
 def test_what_a_terminal_obeys_is_not_repeated_in_an_error(capivara):
     for words in (["search", "x", "--sin\x1b[2J"], ["index", "/none\x1b[2J"], ["x\x1b[2J y"], ["search", "-k", "\x1b"]):
         code, _, error = capivara(*words)
@@ -265,18 +286,16 @@ def test_status_fits_on_a_screen_whatever_there_is_to_say(capivara, tmp_path, sa
         (folder / "vazia.jpg").touch(), (folder / "bad\x1b[2J.png").write_bytes(b"x")
         PIL.Image.new("RGB", (40, 40), (number, 0, 0)).save(folder / "good.png")
         PIL.Image.new("RGB", (40, 40), (number, 9, 0)).save(folder / "other.gif")
+    left_out = "9 imagens por --exclude, 9 pastas ou imagens ocultas, 9 links não seguidos, 9 vídeos"
     code, out, _ = capivara("index", *folders, "--exclude", "*.tmp", "--exclude=*.gif", *flags, "--lang", "pt")
-    assert code == 0 and "\nFora por regra: 9 por --exclude, 9 ocultas, 9 links não seguidos, 9 vídeos.\n" in out
+    assert code == 0 and f"\nFora por regra: {left_out}.\n" in out
     assert out.count("/bad") + out.count("/vazia") == 5 and "e mais 13; capivara estado --all lista tudo" in out
     for folder in folders[:6]:
         capivara("forget", folder / "vazia.jpg", *flags)
     code, out, _ = capivara("estado", *flags, "--lang", "pt")
     assert code == 0 and len(lines := out.splitlines()) <= 24 and max(map(len, lines)) < 200
     facts = dict(re.findall(r"^(\S[\w ]*?)  +(.+)$", out, re.MULTILINE))
-    assert (
-        facts["de fora"] == "9 por --exclude, 9 ocultas, 9 links não seguidos, 9 vídeos"
-        and facts["regras"] == "--exclude *.tmp"
-    )
+    assert facts["de fora"] == left_out and facts["regras"] == "--exclude *.tmp"
     assert re.findall(r"e mais (\d+); capivara estado --all", out) == ["6", "5", "10"]
     whole = capivara("status", "--all", *flags)[1]
     assert "\x1b" not in whole and whole.count("/bad") == 9 and whole.count("forget ") == 6 and "more;" not in whole
@@ -440,6 +459,34 @@ def test_an_address_of_the_storage_that_is_none_is_one_line(capivara, address, m
     assert error == "erro: " + Words("pt")("error.storage_address", example="https://host:9000") + "\n"
 
 
+@pytest.mark.parametrize("line", ["search --mais {}", "search --less {}", "index --exclude {}"])
+def test_empty_words_are_shown_as_they_are(capivara, own_index, line):
+    words = [word.format("") for word in line.split()]
+    for lang in ("pt", "en"):
+        code, _, said = capivara(*words, "--index", own_index, "--lang", lang)
+        assert (code, said.count("\n")) == (2, 1) and "''" in said and "None" not in said
+
+
+def test_a_folder_that_the_index_does_not_have_is_named(capivara, own_index, folder, tmp_path):
+    for lang in ("pt", "en"):
+        where = ("--index", own_index, "--lang", lang)
+        unknown = Words(lang)("nothing_of", path=str(tmp_path / "nada"))
+        assert capivara("search", "azul", "--folder", tmp_path / "nada", *where)[::2] == (1, f"{unknown}\n")
+        found = capivara("search", "azul", "--folder", folder, "--since", "2190", *where)
+        assert found[::2] == (1, f"{Words(lang)('no_hit')}\n"), "it has the folder, and nothing of that day"
+
+
+def test_status_marks_a_folder_that_has_vanished(capivara, own_index, folder, tmp_path):
+    away = folder.rename(folder.with_name("longe"))
+    try:
+        for lang, mark in (("pt", "(não está aqui)"), ("en", "(not here)")):
+            said = capivara("status", "--index", own_index, "--lang", lang)[1]
+            assert f"{folder}  {mark}  5" in said
+    finally:
+        away.rename(folder)
+    assert "(not here)" not in capivara("status", "--index", own_index)[1]
+
+
 def test_forget_takes_a_folder_out_and_leaves_its_files(capivara, own_index, folder):
     code, out, _ = capivara("esquecer", folder / "2024", "--index", own_index, "--lang", "pt")
     assert code == 0 and "que saíram do índice: 2." in out and (folder / "2024" / "azul.jpg").exists()
@@ -452,7 +499,7 @@ def test_forget_takes_a_folder_out_and_leaves_its_files(capivara, own_index, fol
     code, out, error = capivara("indexar", folder / "2024", "--index", own_index, "--lang", "pt")
     assert (code, out) == (2, "") and f"pois {folder / '2024'} foi esquecida. Para" in error
     code, out, _ = capivara("indexar", folder, "--index", own_index, "--lang", "pt")
-    assert code == 0 and out.startswith("Nada mudou, ") and "Fora por regra: 1 esquecida." in out
+    assert code == 0 and out.startswith("Nada mudou, ") and "Fora por regra: 2 imagens esquecidas." in out
     code, out, _ = capivara(*back.split()[1:], "--index", own_index, "--lang", "pt")
     assert code == 0 and out.startswith("2 imagens novas, ")
 

@@ -10,7 +10,7 @@ import pytest
 from made_index import make_pictures
 from tiny import save_model
 
-from capivara_search import estimates
+from capivara_search import estimates, table
 from capivara_search.estimates import FILE, Estimate, progress_of, told
 from capivara_search.index import PictureIndex
 from capivara_search.models import SearchModel
@@ -89,6 +89,23 @@ def test_a_first_run_a_second_and_a_resumed_one(tmp_path, tiny_processor, clock)
     assert touched.said[-1][0] - touched.said[0][0] < 1, "no model is loaded for what is only read"
 
 
+def test_the_time_to_write_the_index_is_part_of_the_estimate(tmp_path, tiny_processor, clock, monkeypatch):
+    """16 s after the last picture: nobody is told that none are left."""
+    model = str(save_model(tmp_path / "model", tiny_processor))
+    make_pictures(tmp_path / "fotos", 120)
+    monkeypatch.setattr(table, "EXACT_ROWS", 100), monkeypatch.setattr(table, "LEARN_S", 16 / 120)
+
+    def tidy(self, width: int) -> None:
+        clock.now += 16 * self._must_learn(width, self.count())
+
+    monkeypatch.setattr(PictureTable, "tidy", tidy)
+    index = PictureIndex.open(tmp_path / "i.lance", model=model)
+    index.add(tmp_path / "fotos", batch_size=16, on_progress=(followed := Followed(clock)))
+    assert followed.are_right() >= 5
+    (before, *_), (now, done, _) = followed.said[-2:]
+    assert done == 120 and now - before >= 16 and followed.said[-2][2] == pytest.approx(16, rel=0.3)
+
+
 def test_a_rate_follows_what_changes_and_forgets_the_beginning(monkeypatch):
     clock, estimate, done = Clock(monkeypatch), Estimate(), 0
     assert estimate.rate is None
@@ -110,8 +127,8 @@ def test_a_rate_follows_what_changes_and_forgets_the_beginning(monkeypatch):
 
 
 def _hold(where: str, held, ended) -> None:
-    table = PictureTable(where)
-    with table.locked(), told(table.where, lambda done, total: None) as tell:
+    opened = PictureTable(where)
+    with opened.locked(), told(opened.where, lambda done, total: None) as tell:
         tell(0, 3400)
         held.set()
         ended.wait(60)
@@ -132,8 +149,8 @@ def test_another_process_is_told_as_long_as_there_is_somebody_who_adds(tmp_path)
     process.join()
     assert json.loads((tmp_path / "i.lance" / FILE).read_text())["done"] == 120
     assert progress_of(where) is None, "who was killed adds nothing"
-    table = PictureTable(where)
-    with table.locked(), told(table.where, lambda done, total: None) as tell:
+    opened = PictureTable(where)
+    with opened.locked(), told(opened.where, lambda done, total: None) as tell:
         tell(0, 5)
         assert progress_of(where) == {"done": 0, "total": 5, "left_s": None}
         (tmp_path / "i.lance" / FILE).write_text('{"done": 1, "total": 5, "left_s": 100}')

@@ -32,6 +32,7 @@ from capivara_search.index import PictureIndex
 from capivara_search.page import server
 from capivara_search.page.server import Credit, page_server
 from capivara_search.table import PictureTable
+from capivara_search.words import Words
 from modeling_capivara import CapivaraModel
 
 if TYPE_CHECKING:
@@ -499,6 +500,13 @@ def comes_from_abroad_with_a_telephone(visitor: Visitor, url: str) -> None:
     page.locator("#results .tile").first.wait_for()
     assert "lang=en" in page.url and page.evaluate("document.documentElement.lang") == "en"
     visitor.sees("#said", "Most recent first")
+    page.set_viewport_size({"width": 390, "height": 664})  # a small one, with the browser's own bars
+    page.evaluate("text => document.querySelector('#note').textContent = text", Words("en")("miniature"))
+    assert page.locator("#results .tile").first.bounding_box()["y"] < 664 / 2
+    low = page.locator("#note").bounding_box()["height"]
+    page.click("#note")
+    assert page.locator("#note").bounding_box()["height"] > low + 40, "all of a long note is shown by a tap"
+    page.set_viewport_size({"width": 390, "height": 844})
     page.fill("#text", "vermelho embaixo")
     visitor.first_is("vermelho embaixo")
     assert not visitor.opened.scrolls_sideways()

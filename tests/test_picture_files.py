@@ -376,6 +376,14 @@ def test_raw_by_its_preview(orientation, tmp_path):
         assert whole.size == image.size and as_upright(whole)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_picture_with_the_name_of_a_raw_file_is_opened_as_what_it_is(kind, tmp_path):
+    file = saved(tmp_path / "DSC01.ARW", encoded(corners((64, 48)), kind))
+    picture = read_picture(file)
+    assert (picture.width, picture.height) == (64, 48) and as_upright(picture.image)
+    assert open_query_picture(file.path).size == (64, 48)
+
+
 def test_raw_that_cannot_be_read(tmp_path):
     pytest.importorskip("rawpy")
     whole = made_dng(encoded(corners((640, 480))))

