@@ -23,8 +23,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
-from capivara_common.cli import parse, run_command
-from capivara_common.environment import device_description, package_versions, processes, require, resolve_precision
+from capivara_common.cli import parse_arguments, run_command
+from capivara_common.environment import describe_device, package_versions, process_state, require_packages, resolve_precision
 from capivara_common.files import RUN_MARKER, finish_folder, partial_folder, read_json, write_json, write_text
 from capivara_common.privacy import short_name
 from caption_data.pairs import pairs_fingerprint
@@ -36,19 +36,19 @@ from hub_upload.card import write_card
 from hub_upload.origins import origins
 from hub_upload.push import check_access, publish_run
 from modeling_capivara.loading import load_model
-from modeling_capivara.two_towers import class_and_loss
+from modeling_capivara.two_towers import describe_model
 from training.arguments import RunArguments
 from training.checkpoints import (
     Checkpoints,
-    TrainerState,
+    TrainingState,
     check_finished_run,
     choose_output_dir,
-    is_complete,
-    run_folder,
+    is_run_complete,
+    locked_run_folder,
 )
-from training.inputs import Inputs, load_inputs
-from training.loop import Trainer
-from training.trainable import fixed, interpolate_weights, merge_adapters, prepare_trainable
+from training.inputs import TrainingInputs, load_inputs
+from training.loop import TrainingLoop
+from training.trainable import fixed_settings, interpolate_weights, merge_adapters, prepare_trainable
 
 PROCESS_TIMEOUT = timedelta(hours=24)  # the others wait while the main one prepares, checks and measures
 logger = logging.getLogger("capivara")
@@ -56,41 +56,41 @@ logger = logging.getLogger("capivara")
 
 def main(argv: list[str] | None = None) -> Path:
     """Train, measure and save; returns the folder of the run."""
-    args = parse(RunArguments, __doc__, argv, config=True)
+    args = parse_arguments(RunArguments, __doc__, argv, config=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("accelerate", "httpx", "httpx2"):  # the client of the Hub would show every request
         logging.getLogger(name).setLevel(logging.WARNING)
     output_dir = choose_output_dir(args, join_processes())
     args.mixed_precision = resolve_precision(args.mixed_precision, PartialState().device)
-    if is_complete(args, output_dir):
+    if is_run_complete(args, output_dir):
         check_finished_run(output_dir, args.to_dict(), {})
         print(f"The run in {output_dir} is complete; there is nothing to go on with.")
-        return end_run(args, output_dir)
+        return finish_run(args, output_dir)
     accelerator = create_accelerator(args, output_dir)
     if args.push_to_hub and accelerator.is_main_process:
         check_access(args.hub_model_id, args.hub_private)
-    with run_folder(output_dir, args, accelerator) as folder:
+    with locked_run_folder(output_dir, args, accelerator) as folder:
         checkpoints = Checkpoints(folder / "checkpoints", args.keep_last, accelerator)
-        resume = checkpoints.to_resume(args)  # its settings are checked before any long work
+        resume = checkpoints.find_resume_checkpoint(args)  # its settings are checked before any long work
         inputs = load_inputs(args, accelerator)
         if (folder / "run.json").is_file():  # the training was finished before the run was stopped
             check_finished_run(folder, args.to_dict(), inputs.fingerprints(args))
         else:
             train(args, inputs, checkpoints, resume)
         if accelerator.is_main_process:
-            measure(args, inputs, accelerator, folder)
+            evaluate_models(args, inputs, accelerator, folder)
         accelerator.wait_for_everyone()
         accelerator.end_training()  # the tracker's files are closed before their folder is renamed
         if accelerator.is_main_process:
             finish_folder(output_dir, args.overwrite_output_dir)
             print(f"\n{(output_dir / 'table.md').read_text(encoding='utf-8')}\nEverything is in {output_dir}.")
-    return end_run(args, output_dir)
+    return finish_run(args, output_dir)
 
 
 def join_processes() -> PartialState:
     """Accelerate's processes. Raises ValueError where it has not joined those that were started."""
     started = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun and of accelerate launch
-    state = processes(PROCESS_TIMEOUT)
+    state = process_state(PROCESS_TIMEOUT)
     if state.num_processes != started:
         raise ValueError(
             f"{started} processes were started, but Accelerate has joined {state.num_processes}: each would train on a "
@@ -108,15 +108,15 @@ def create_accelerator(args: RunArguments, output_dir: Path) -> Accelerator:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(args.num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if args.lora_rank:
-        require("--lora_rank", "lora", "peft")
+        require_packages("--lora_rank", "lora", "peft")
     tracker = {}
     if args.tracker != "none":
-        require(f"--tracker {args.tracker}", "trackers" if args.tracker == "tensorboard" else None, args.tracker)
+        require_packages(f"--tracker {args.tracker}", "trackers" if args.tracker == "tensorboard" else None, args.tracker)
         tracker = {"log_with": args.tracker, "project_dir": str(partial_folder(output_dir) / "trackers")}
     return Accelerator(mixed_precision=args.mixed_precision, **tracker)
 
 
-def train(args: RunArguments, inputs: Inputs, checkpoints: Checkpoints, resume: Path | None) -> None:
+def train(args: RunArguments, inputs: TrainingInputs, checkpoints: Checkpoints, resume: Path | None) -> None:
     """Train, and save model, adapters and `run.json` in the folder of the run."""
     accelerator, folder = checkpoints.accelerator, checkpoints.folder.parent
     settings = args.to_dict()
@@ -125,10 +125,10 @@ def train(args: RunArguments, inputs: Inputs, checkpoints: Checkpoints, resume: 
     set_seed(args.seed)
     model = load_model(args.model)
     wrapped = prepare_trainable(model, args)
-    state = TrainerState(config=settings, data=inputs.fingerprints(args), threads=torch.get_num_threads())
-    state.device = f"{device_description(accelerator.device)}, {accelerator.num_processes} processes"
+    state = TrainingState(config=settings, data=inputs.fingerprints(args), threads=torch.get_num_threads())
+    state.device = f"{describe_device(accelerator.device)}, {accelerator.num_processes} processes"
     sources = origins(args.model, args.dataset, args.evaluation_dataset)
-    trainer = Trainer(args, inputs, model, wrapped, checkpoints, state)
+    trainer = TrainingLoop(args, inputs, model, wrapped, checkpoints, state)
     state = trainer.train(resume)
     if accelerator.is_main_process:
         model = merge_adapters(wrapped, folder)
@@ -136,11 +136,11 @@ def train(args: RunArguments, inputs: Inputs, checkpoints: Checkpoints, resume: 
             interpolate_weights(model, load_model(args.model).state_dict(), args.interpolate)
         model.save_pretrained(folder)
         inputs.processor.save_pretrained(folder)
-        write_run(args, model, state, inputs, sources, folder)
+        write_run_files(args, model, state, inputs, sources, folder)
     accelerator.wait_for_everyone()
 
 
-def measure(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder: Path) -> None:
+def evaluate_models(args: RunArguments, inputs: TrainingInputs, accelerator: Accelerator, folder: Path) -> None:
     """Measure the base and the model that was saved in `folder` on the test split of every language.
 
     Result files, table and sheet of pictures are written beside the model, the seconds of measuring into `run.json`.
@@ -161,8 +161,8 @@ def measure(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder
         name = f"retrieval_{facts['dataset'].replace('/', '_')}_{args.test_split}_{language}.json"
         write_records(
             folder / "results" / name, records, dataset=args.evaluation_dataset, model=".", precision="float32",
-            fingerprint=pairs_fingerprint(split.table), device=device_description(accelerator.device),
-            **class_and_loss(models["capivara"]),
+            fingerprint=pairs_fingerprint(split.table), device=describe_device(accelerator.device),
+            **describe_model(models["capivara"]),
         )  # fmt: skip
         table += records
     run["seconds"]["evaluation"] = time.perf_counter() - started
@@ -173,11 +173,11 @@ def measure(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder
     write_json(folder / "run.json", run)
 
 
-def write_run(
+def write_run_files(
     args: RunArguments,
     model: PreTrainedModel,
-    state: TrainerState,
-    inputs: Inputs,
+    state: TrainingState,
+    inputs: TrainingInputs,
     origins: dict[str, Any],
     folder: Path,
 ) -> None:
@@ -187,14 +187,14 @@ def write_run(
     facts = {
         "schema_version": SCHEMA_VERSION,
         "config": args.to_dict(),
-        **class_and_loss(model),
-        "fixed": fixed(model),
+        **describe_model(model),
+        "fixed": fixed_settings(model),
         "origins": origins,
         "seed": args.seed,
         "dataset_fingerprints": state.data,
         "skipped_rows": dict(Counter(line.reason for line in inputs.skipped)),
         "versions": package_versions(),
-        "device": device_description(PartialState().device),
+        "device": describe_device(PartialState().device),
         "processes": PartialState().num_processes,
         "steps": state.step,
         "pairs": pairs,
@@ -205,7 +205,7 @@ def write_run(
     write_json(folder / "run.json", facts)
 
 
-def end_run(args: RunArguments, output_dir: Path) -> Path:
+def finish_run(args: RunArguments, output_dir: Path) -> Path:
     """Write the card of a complete run, and push it where that is asked for; what fails is said and costs nothing."""
     if PartialState().is_main_process:
         language = "pt" if args.language == "pt" else "en"

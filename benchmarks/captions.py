@@ -22,8 +22,8 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, BlipImagePr
 from transformers import logging as transformers_logging
 
 from benchmarks.timing import conditions, finish, median_ratio, spread, timed_runs
-from capivara_common.cli import flag, parse, run_command
-from captions.generate import PREFIXES, Captioner, read_prefixes
+from capivara_common.cli import flag, parse_arguments, run_command
+from captions.generate import PREFIXES_FILE, Captioner, read_prefixes
 
 IMAGE_SIDE, QUERIES = 224, 32  # of BLIP-2: pixels, and tokens that an image becomes
 DIVIDED = {"hidden_size", "intermediate_size", "encoder_hidden_size", "ffn_dim", "word_embed_proj_dim"}
@@ -45,9 +45,9 @@ class CaptionsArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Rates of both programs, and the gain."""
-    args = parse(CaptionsArguments, __doc__, argv)
+    args = parse_arguments(CaptionsArguments, __doc__, argv)
     transformers_logging.set_verbosity_error()
-    prefixes = read_prefixes(PREFIXES)
+    prefixes = read_prefixes(PREFIXES_FILE)
     steps = generation_steps(scaled_captioner(args, prefixes), prefixes, args.images)
     plain, ours = (step().tolist() for step in steps.values())
     seconds = timed_runs(steps, args.runs, "generate")
@@ -100,7 +100,7 @@ def generation_steps(captioner: Captioner, prefixes: list[str], images: int) -> 
     pixels = torch.randn(images, 3, IMAGE_SIDE, IMAGE_SIDE, generator=torch.Generator().manual_seed(0))
     prompts = captioner.tokenizer(prefixes)["input_ids"] * images
     image_of_text = torch.arange(images).repeat_interleave(len(prefixes))
-    prefix_ids, mask = captioner.padded(prompts)
+    prefix_ids, mask = captioner.pad_prompts(prompts)
     block = torch.full((len(prompts), QUERIES), model.config.image_token_index)
     ids, mask = torch.cat([block, prefix_ids], 1), torch.cat([torch.ones_like(block), mask], 1)
     options = {"max_new_tokens": new_tokens, "do_sample": False}
@@ -112,7 +112,7 @@ def generation_steps(captioner: Captioner, prefixes: list[str], images: int) -> 
 
     @torch.inference_mode()
     def ours() -> Tensor:
-        return captioner.continued(captioner.encode(pixels), image_of_text, prompts, **options)
+        return captioner.continue_prompts(captioner.encode_images(pixels), image_of_text, prompts, **options)
 
     return {"plain": plain, "ours": ours}
 

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.timing import RESULTS, conditions, finish
-from capivara_common.cli import flag, parse, run_command
+from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_search import PictureIndex
 from capivara_search.duplicates import LOOK_BYTES, ROUNDING, compared, groups, similarity
 from capivara_search.results import SAME
@@ -193,7 +193,7 @@ def measure(
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the results."""
-    args = parse(DuplicatesArguments, __doc__, argv)
+    args = parse_arguments(DuplicatesArguments, __doc__, argv)
     with tempfile.TemporaryDirectory() as folder:
         photos, icons = write_photographs(Path(folder)), write_icons(Path(folder))
         index = PictureIndex.open(Path(folder) / "i.lance", model=args.model)

@@ -20,10 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.timing import conditions, finish, made_captions, median_ratio, spread, timed_runs
-from capivara_common.cli import flag, parse, run_command
+from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_search.miniature_encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
-from modeling_capivara.convert_open_clip import build_open_clip, capivara_state_dict
+from modeling_capivara.convert_open_clip import build_open_clip_model, to_capivara_state_dict
 
 IMAGE_SIZE = (320, 240)  # pixels, width and height
 TOKENS = 20  # of a caption, begin and end included
@@ -42,7 +42,7 @@ class EncodeArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure both programs and print the results."""
-    args = parse(EncodeArguments, __doc__, argv)
+    args = parse_arguments(EncodeArguments, __doc__, argv)
     encoders = build_encoders(args)
     measured = {
         f"{what}_{precision}": compare(encoders[what], getattr(args, what), precision, args.runs)
@@ -58,9 +58,9 @@ def build_encoders(args: EncodeArguments) -> dict[str, dict[str, Callable[[], Te
     """ "images" and "captions" -> program -> its encoder."""
     torch.manual_seed(0)
     config, tokenizer = CapivaraConfig(), load_tokenizer()
-    theirs = build_open_clip(config).eval()
+    theirs = build_open_clip_model(config).eval()
     ours = CapivaraModel(config)
-    ours.load_state_dict(capivara_state_dict(theirs.state_dict()))
+    ours.load_state_dict(to_capivara_state_dict(theirs.state_dict()))
     ours.eval()
     processor = CapivaraProcessor(CapivaraImageProcessor(), tokenizer)
     preprocess = image_transform_v2(PreprocessCfg(), is_train=False)

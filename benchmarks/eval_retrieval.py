@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import timing
-from capivara_common.cli import flag, parse, run_command
+from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import read_json
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, cross_modal_ranks, recall_at_k
 
@@ -37,7 +37,7 @@ class EvalRetrievalArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the results."""
-    args = parse(EvalRetrievalArguments, __doc__, argv)
+    args = parse_arguments(EvalRetrievalArguments, __doc__, argv)
     embeddings = random_embeddings(args.images, args.captions)
     our_recalls(*random_embeddings(64, args.captions))  # libraries are loaded
     before = timing.restart_peak()  # making the embeddings held more than they are

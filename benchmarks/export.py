@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.timing import conditions, finish, in_own_process, peak_resident_bytes, save_random_model, seconds_of
-from capivara_common.cli import flag, parse, run_command
+from capivara_common.cli import flag, parse_arguments, run_command
 from hub_upload.export import export
 
 EXPORTED = ("transformers", "open_clip", "sentence_transformers")  # ONNX loads the model, and is not measured here
@@ -27,7 +27,7 @@ class ExportBenchmarkArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the results."""
-    args = parse(ExportBenchmarkArguments, __doc__, argv)
+    args = parse_arguments(ExportBenchmarkArguments, __doc__, argv)
     if args.worker:
         before, target = peak_resident_bytes(), args.worker.with_name("repository")
         seconds = seconds_of(lambda: export(args.worker, target, EXPORTED))

@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 
 from benchmarks.timing import RESULTS, ROOT, conditions, finish
-from capivara_common.cli import flag, parse, run_command
+from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import write_json
 from capivara_search.asking import MEASURED, NEUTRAL, STRENGTH, background, deviations, steered
 from capivara_search.models import SearchModel, find_model
@@ -83,7 +83,7 @@ def steering(model: SearchModel, asked: list[dict], images: np.ndarray, classes:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    args = parse(NothingFitsArguments, __doc__, argv)
+    args = parse_arguments(NothingFitsArguments, __doc__, argv)
     given = yaml.safe_load(args.sentences.read_text(encoding="utf-8"))
     files = [Path(file.path) for file in find_pictures([args.pictures])[0]]
     if not files or not given.get("there") or not given.get("absent"):

@@ -16,7 +16,7 @@ import PIL.Image
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from benchmarks.timing import RESULTS, ROOT, conditions
-from capivara_common.cli import flag, parse, run_command
+from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import read_json, write_json, write_text
 from eval.records.schema import DIRECTIONS, Record, read_records
 from eval.records.tables import percent, points, retrieval_table
@@ -123,7 +123,7 @@ def save_small_picture(source: Path, target: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Fill the blocks of all pages, or check them."""
-    args = parse(ReadmeArguments, __doc__, argv)
+    args = parse_arguments(ReadmeArguments, __doc__, argv)
     if args.demo:
         take_over(args.demo)
     for page in pages():

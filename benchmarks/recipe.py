@@ -17,16 +17,16 @@ from torch import Tensor
 
 import train_accelerate
 from benchmarks.timing import RESULTS, ROOT, conditions
-from capivara_common.cli import flag, parse, read_config, run_command
+from capivara_common.cli import flag, parse_arguments, read_yaml_config, run_command
 from capivara_common.files import read_json, write_json
-from caption_data.rows import digest_of
+from caption_data.rows import json_digest
 from eval.capivara_metrics.metrics import mean_hits, paired_bootstrap
 from eval.embeddings import EmbeddingStore
 from eval.records.schema import DIRECTIONS
 from eval.retrieval import RetrievalArguments, RetrievalData, RetrievalEmbeddings, load_data, retrieval_records
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model, load_processor, weights_digest
-from modeling_capivara.two_towers import model_embedder
+from modeling_capivara.two_towers import build_embedder
 from training.trainable import interpolate_weights
 
 REFERENCE = "paper"  # what the others are compared with: all of the way
@@ -68,7 +68,7 @@ def read_all(args: RecipeArguments) -> dict[str, RetrievalData]:
 
 def trained(seed: int, args: RecipeArguments, base_digest: str) -> Path:
     """The folder of a finished run; another config or base is another folder. Raises as `train_accelerate.main`."""
-    made_of = digest_of([str([read_config(args.config), base_digest])])[:8]
+    made_of = json_digest([str([read_yaml_config(args.config), base_digest])])[:8]
     folder = args.work / made_of / f"seed-{seed}"
     if (folder / "run.json").is_file():
         return folder
@@ -95,11 +95,11 @@ def row(name: str, hits: list[Hits], reference: list[Hits], groups: dict[str, Te
 
 def main(argv: list[str] | None = None) -> None:
     """Train what is missing, measure all, and write the results."""
-    args = parse(RecipeArguments, __doc__, argv)
+    args = parse_arguments(RecipeArguments, __doc__, argv)
     data, processor, base = read_all(args), load_processor(args.base), load_model(args.base)
 
     def embedded(model: CapivaraModel) -> dict[str, RetrievalEmbeddings]:  # images once an image tower
-        store = EmbeddingStore(model_embedder("", model.eval(), processor, "float32"), args.work / "cache")
+        store = EmbeddingStore(build_embedder("", model.eval(), processor, "float32"), args.work / "cache")
         return {condition: one.embedded(store)[0] for condition, one in data.items()}
 
     def measured(model: CapivaraModel) -> Hits:
@@ -123,10 +123,10 @@ def main(argv: list[str] | None = None) -> None:
     about = {"seeds": args.seeds, "seconds": seconds}
     rows = [row("base", before, before, groups)]
     rows += [row(name, found, hits[REFERENCE], groups) | about for name, found in hits.items()]
-    facts = {"config": read_config(args.config), "n": {key: len(of) for key, of in groups.items()}, "chance": chance}
+    facts = {"config": read_yaml_config(args.config), "n": {key: len(of) for key, of in groups.items()}, "chance": chance}
     write_json(args.output, conditions() | facts | {"rows": rows})
     print(f"Results: {args.output}. `python -m benchmarks.readme` takes README's short table from them.")
 
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    run_command(main, resumable=True)

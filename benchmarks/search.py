@@ -27,7 +27,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from benchmarks import timing
-from capivara_common.cli import flag, parse, run_command
+from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_search import PictureIndex
 from capivara_search.page.answers import Answers, Question
 from capivara_search.table import EXACT_ROWS, schema, vector_column
@@ -57,7 +57,7 @@ class SearchArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the results."""
-    args = parse(SearchArguments, __doc__, argv)
+    args = parse_arguments(SearchArguments, __doc__, argv)
     if args.worker:
         timing.finish({"fill": fill, "index": search_index}[args.worker](args))
         return

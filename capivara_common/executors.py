@@ -31,26 +31,26 @@ from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, Slurm
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import add_task_logger, close_task_logger
 
-from capivara_common.environment import require
+from capivara_common.environment import require_packages
 from capivara_common.files import write_text
-from capivara_common.progress import no_bars, prepare_bars
+from capivara_common.progress import disable_progress_bars, configure_progress_bars
 from capivara_common.tasks import ExecutorArguments, Phase
 
-ROOT = Path(__file__).resolve().parents[1]  # that tasks on other machines import the code from
-FAILURES_NAMED = 8
-NOT_ENDED = "has not ended: it is at work, or it was killed; out of memory?"
-NO_WORD = "has not started, or could not say how it ended"
+CODE_ROOT = Path(__file__).resolve().parents[1]  # that tasks on other machines import the code from
+MAX_NAMED_FAILURES = 8
+NOT_FINISHED_MESSAGE = "has not ended: it is at work, or it was killed; out of memory?"
+UNKNOWN_OUTCOME_MESSAGE = "has not started, or could not say how it ended"
 START_METHOD = "forkserver"  # of the processes of this machine
 
 
-class Work(PipelineStep):
+class PhaseStep(PipelineStep):
     """One phase of a command's work, called with `args` of the command; `logs` has all that its tasks say.
 
     Other machines find its function by the name of its module, which therefore must not be `__main__`.
     """
 
-    def __init__(self, phase: Phase, args: Any, logs: Path, title: str):
-        self.phase, self.args, self.logs, self.title = phase, args, logs, title
+    def __init__(self, phase: Phase, args: Any, log_folder: Path, title: str):
+        self.phase, self.args, self.log_folder, self.title = phase, args, log_folder, title
         self.package = phase.run.__module__.partition(".")[0]
         super().__init__()
 
@@ -58,15 +58,15 @@ class Work(PipelineStep):
         return self.title
 
     @classmethod
-    def of(cls, args: ExecutorArguments, phases: dict[str, Phase], title: str) -> "list[Work]":
+    def from_phases(cls, args: ExecutorArguments, phases: dict[str, Phase], title: str) -> "list[Work]":
         """All phases of a command, by their names."""
-        return [cls(phase, args, args.logs / name, f"{title}: {name}") for name, phase in phases.items()]
+        return [cls(phase, args, args.log_folder / name, f"{title}: {name}") for name, phase in phases.items()]
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         """One rank; what it raises is in the folder of failures, too."""
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        note = self.logs / "failures" / f"{rank:05d}.txt"
-        write_text(note, NOT_ENDED)
+        note = self.log_folder / "failures" / f"{rank:05d}.txt"
+        write_text(note, NOT_FINISHED_MESSAGE)
         try:
             report = self.phase.run(self.args, rank, world_size)
         except Exception as error:
@@ -78,13 +78,13 @@ class Work(PipelineStep):
         loguru.logger.debug(f"{self.title}, task {rank} of {world_size}: {report or 'done'}")
 
 
-def failures(logs: Path) -> dict[int, str]:
+def failure_reasons(log_folder: Path) -> dict[int, str]:
     """Rank -> why its task has failed, or that it has not ended."""
-    paths = sorted((logs / "failures").glob("*.txt"))
+    paths = sorted((log_folder / "failures").glob("*.txt"))
     return {int(path.stem): path.read_text(encoding="utf-8").split("\n\n")[0] for path in paths}
 
 
-def execute(works: Iterable[Work], args: ExecutorArguments) -> bool:
+def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
     """Run phases one after the other; whether they are complete now: False where Slurm has taken the jobs.
 
     Raises:
@@ -92,42 +92,42 @@ def execute(works: Iterable[Work], args: ExecutorArguments) -> bool:
             nothing that needs them was started.
     """
     before = None
-    for work in works:
+    for work in steps:
         for folder in ("failures", "completions"):  # of a start with other tasks, maybe
-            shutil.rmtree(work.logs / folder, ignore_errors=True)
+            shutil.rmtree(work.log_folder / folder, ignore_errors=True)
         own = work.args if isinstance(work.args, ExecutorArguments) else args
         if args.executor == "slurm":
-            before = submit(work, own, before)
+            before = submit_to_slurm(work, own, before)
             continue
-        ended = run_here(work, own) if args.executor == "local" else run_in_ray(work, own)
+        ended = run_local(work, own) if args.executor == "local" else run_on_ray(work, own)
         if failed := ended.get_incomplete_ranks(skip_completed=True):
-            said = failures(work.logs)
-            named = "".join(f"\n  task {rank}: {said.get(rank, NO_WORD)}" for rank in failed[:FAILURES_NAMED])
+            said = failure_reasons(work.log_folder)
+            named = "".join(f"\n  task {rank}: {said.get(rank, UNKNOWN_OUTCOME_MESSAGE)}" for rank in failed[:MAX_NAMED_FAILURES])
             raise ValueError(
                 f"{work}: {len(failed)} tasks have failed:{named}\n"
-                f"Logs: {work.logs}. The same command does what is missing."
+                f"Logs: {work.log_folder}. The same command does what is missing."
             )
     return args.executor != "slurm"
 
 
-def run_here(work: Work, args: ExecutorArguments) -> LocalPipelineExecutor:
+def run_local(step: PhaseStep, args: ExecutorArguments) -> LocalPipelineExecutor:
     """All ranks on this machine, by `workers` processes, each with a GPU of its own; by this one where there is one.
 
     datatrove's own pool would wait for ever for a process that was killed. Of one that was, the others go on.
     """
     loguru.logger.disable("datatrove")  # the terminal is for progress bars and errors
-    gpus = _gpus()
+    gpus = _visible_gpus()
     workers = args.workers or len(gpus) or 1
-    tasks = (args.tasks or workers) if work.phase.shared else 1
-    executor = LocalPipelineExecutor([work], tasks, logging_dir=str(work.logs))
+    tasks = (args.tasks or workers) if step.phase.is_parallel else 1
+    executor = LocalPipelineExecutor([step], tasks, logging_dir=str(step.log_folder))
     if (workers := min(workers, tasks)) == 1:
-        _run_ranks(executor, range(tasks))
+        _run_rank_sequence(executor, range(tasks))
         return executor
     context, main = multiprocessing.get_context(START_METHOD), getattr(sys.modules["__main__"].__spec__, "name", "")
-    context.set_forkserver_preload([name for name in sys.modules if name.startswith(work.package) and name != main])
+    context.set_forkserver_preload([name for name in sys.modules if name.startswith(step.package) and name != main])
     processes = [
         # Ctrl-C ends it. The server that forks it may be of an earlier start, with the environment of then.
-        context.Process(target=_worker, args=(executor, number, workers, gpu, dict(os.environ)), daemon=True)
+        context.Process(target=_run_worker, args=(executor, number, workers, gpu, dict(os.environ)), daemon=True)
         for number, gpu in zip(range(workers), itertools.cycle(gpus or [""]), strict=False)
     ]
     for process in processes:
@@ -137,7 +137,7 @@ def run_here(work: Work, args: ExecutorArguments) -> LocalPipelineExecutor:
     return executor
 
 
-def _run_ranks(executor: LocalPipelineExecutor, ranks: range) -> None:
+def _run_rank_sequence(executor: LocalPipelineExecutor, ranks: range) -> None:
     """One after the other, as `LocalPipelineExecutor.run` does but for the Manager that it forks for each call.
 
     That takes 0.2 s, outlives a kill, and is a fork of what lancedb runs. Of several tasks one that fails keeps none of
@@ -155,7 +155,7 @@ def _run_ranks(executor: LocalPipelineExecutor, ranks: range) -> None:
             close_task_logger(log)
 
 
-def _worker(executor: LocalPipelineExecutor, number: int, workers: int, gpu: str, environment: dict[str, str]) -> None:
+def _run_worker(executor: LocalPipelineExecutor, worker_index: int, worker_count: int, gpu: str, environment: dict[str, str]) -> None:
     """Each `workers`-th rank from `number` on, in a process that ends with the one that has started it."""
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the parent hears
@@ -163,17 +163,17 @@ def _worker(executor: LocalPipelineExecutor, number: int, workers: int, gpu: str
     threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
     loguru.logger.disable("datatrove")
     logging.basicConfig(format="%(message)s")  # warnings; what each task says of its work is in its log
-    prepare_bars() if number == 0 else no_bars()
+    configure_progress_bars() if worker_index == 0 else disable_progress_bars()
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     elif "OMP_NUM_THREADS" not in os.environ:
         import torch
 
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    _run_ranks(executor, range(number, executor.tasks, workers))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // worker_count))
+    _run_rank_sequence(executor, range(worker_index, executor.tasks, worker_count))
 
 
-def _gpus() -> list[str]:
+def _visible_gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return visible.split(",")
@@ -182,47 +182,47 @@ def _gpus() -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
-def _options(work: Work, args: ExecutorArguments) -> dict[str, Any]:
+def _executor_options(step: PhaseStep, args: ExecutorArguments) -> dict[str, Any]:
     """Of datatrove's executors for clusters."""
-    tasks, gpus = args.tasks if work.phase.shared else 1, args.gpus_per_task if work.phase.uses_model else 0
-    given = {"pipeline": [work], "tasks": tasks, "workers": args.workers or -1, "logging_dir": str(work.logs)}
+    tasks, gpus = args.tasks if step.phase.is_parallel else 1, args.gpus_per_task if step.phase.uses_model else 0
+    given = {"pipeline": [step], "tasks": tasks, "workers": args.workers or -1, "logging_dir": str(step.log_folder)}
     machine = {"cpus_per_task": args.cpus_per_task, "mem_per_cpu_gb": args.mem_per_cpu_gb, "gpus_per_task": gpus}
     return given | machine | {"skip_completed": False}
 
 
-def run_in_ray(work: Work, args: ExecutorArguments) -> RayPipelineExecutor:
+def run_on_ray(step: PhaseStep, args: ExecutorArguments) -> RayPipelineExecutor:
     """On the Ray cluster of RAY_ADDRESS or of this machine; without one, a cluster of this machine alone."""
-    require("--executor ray", "ray", "ray")
+    require_packages("--executor ray", "ray", "ray")
     import ray
 
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
-    executor = RayPipelineExecutor(**_options(work, args))
+        ray.init(include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(CODE_ROOT)}})
+    executor = RayPipelineExecutor(**_executor_options(step, args))
     executor.run()
     return executor
 
 
-def submit(work: Work, args: ExecutorArguments, before: SlurmPipelineExecutor | None) -> SlurmPipelineExecutor:
+def submit_to_slurm(step: PhaseStep, args: ExecutorArguments, previous: SlurmPipelineExecutor | None) -> SlurmPipelineExecutor:
     """Submit a job array, which starts when the one before is done. ValueError: there is no sbatch, or it refuses."""
     if shutil.which("sbatch") is None:
         raise ValueError("--executor slurm needs sbatch, which this machine lacks. Run it where jobs are submitted.")
-    paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": ROOT}
+    paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": CODE_ROOT}
     executor = SlurmPipelineExecutor(
         time=args.time,
         partition=args.partition,
         qos="",
-        job_name=re.sub(r"[^\w.-]+", "-", f"{work.package}-{work}"),
+        job_name=re.sub(r"[^\w.-]+", "-", f"{step.package}-{step}"),
         env_command="; ".join(f"export {name}={shlex.quote(str(path))}:${name}" for name, path in paths.items()),
         # A job whose predecessor has failed would wait for ever.
         sbatch_args={"kill-on-invalid-dep": "yes"} | dict(option.partition("=")[::2] for option in args.sbatch),
         mail_type="NONE",
-        depends=before,
-        **_options(work, args),
+        depends=previous,
+        **_executor_options(step, args),
     )
     try:
         executor.run()
     except subprocess.CalledProcessError as error:  # sbatch has said why on the terminal
         raise ValueError(
-            f"sbatch has refused {work}, for what it says above. Check --partition, --time and --sbatch."
+            f"sbatch has refused {step}, for what it says above. Check --partition, --time and --sbatch."
         ) from error
     return executor

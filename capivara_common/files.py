@@ -15,10 +15,10 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
-from capivara_common.cli import coded
+from capivara_common.cli import coded_error
 
 RUN_MARKER = ".capivara-run"  # in the folder of an unfinished run
-DIGEST_BYTES = 64  # of SHA-256 in hexadecimal, which processors compute faster than BLAKE2
+DIGEST_HEX_LENGTH = 64  # of SHA-256 in hexadecimal, which processors compute faster than BLAKE2
 UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
 
@@ -30,7 +30,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` in one piece: a reader, or a crash, sees the old file or the new one."""
-    with whole_file(path) as new:
+    with atomic_file(path) as new:
         new.write_bytes(data)
 
 
@@ -53,31 +53,31 @@ def read_json(path: Path, **fields: type) -> Any:
     return data
 
 
-def add_digest(path: Path) -> None:
+def append_digest(path: Path) -> None:
     """Append the SHA-256 of a file to it, as `DIGEST_BYTES` letters, for `has_digest`."""
     with path.open("r+b") as file:
         file.write(hashlib.file_digest(file, "sha256").hexdigest().encode())
 
 
-def has_digest(path: Path) -> bool:
+def digest_matches(path: Path) -> bool:
     """Whether a file is there, and is as `add_digest` has left it: every byte is read."""
     with suppress(OSError, ValueError), path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
-        return data[-DIGEST_BYTES:] == hashlib.sha256(memoryview(data)[:-DIGEST_BYTES]).hexdigest().encode()
+        return data[-DIGEST_HEX_LENGTH:] == hashlib.sha256(memoryview(data)[:-DIGEST_HEX_LENGTH]).hexdigest().encode()
     return False
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` for a file that becomes `path` when the block ends, and vanishes when it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with _or_nothing(path, lambda: new.unlink(missing_ok=True)):
+    with _cleanup_on_error(path, lambda: new.unlink(missing_ok=True)):
         yield new
         new.replace(path)
 
 
 @contextmanager
-def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path` that becomes `path` when the block ends, and vanishes when it fails.
 
     With `overwrite` it replaces what is at `path`, which stays until the new one is complete.
@@ -90,13 +90,13 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     check_output_folder(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
-    with _kept(new), _or_nothing(path, lambda: shutil.rmtree(new, ignore_errors=True)):
+    with _locked(new), _cleanup_on_error(path, lambda: shutil.rmtree(new, ignore_errors=True)):
         yield new
-        _put_in_place(new, path, overwrite)
+        _move_into_place(new, path, overwrite)
 
 
 @contextmanager
-def _kept(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     """Keep a folder from `remove_leftovers` of other processes, whatever it is renamed to."""
     with ExitStack() as stack:
         with suppress(OSError):  # a disk without locks
@@ -105,20 +105,20 @@ def _kept(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _or_nothing(path: Path, remove: Callable[[], object]) -> Iterator[None]:
+def _cleanup_on_error(path: Path, remove: Callable[[], object]) -> Iterator[None]:
     """Where the block fails, `remove` what it has made; that the disk is full is said of `path`."""
     try:
         yield
     except BaseException as error:
         remove()
-        if no_space_left(error):
+        if is_disk_full(error):
             raise OSError(
                 errno.ENOSPC, f"No space left on the disk while writing {path}; nothing was kept. Free some space"
             ) from error
         raise
 
 
-def _put_in_place(new: Path, path: Path, overwrite: bool) -> None:
+def _move_into_place(new: Path, path: Path, overwrite: bool) -> None:
     """Rename `new` to `path`; at any moment the old or the new folder is whole, see `remove_leftovers`.
 
     Its files get the modes that new ones have: safetensors makes files that only their owner reads.
@@ -130,7 +130,7 @@ def _put_in_place(new: Path, path: Path, overwrite: bool) -> None:
         new.rename(path)  # fails where somebody else has filled the folder in the meantime
         return
     old = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
-    with _kept(path):
+    with _locked(path):
         path.rename(old)
         try:
             new.rename(path)
@@ -138,13 +138,13 @@ def _put_in_place(new: Path, path: Path, overwrite: bool) -> None:
             old.rename(path)
             raise
         with suppress(OSError):
-            _remove(old)
+            _remove_folder(old)
 
 
-def _remove(left: Path) -> None:
+def _remove_folder(folder: Path) -> None:
     """Remove a replaced or unfinished folder, under a name that says that it is not whole."""
-    doomed = left.with_name(f"{left.name[: -len('old-01234567')]}tmp-{left.name[-8:]}")
-    left.rename(doomed)
+    doomed = folder.with_name(f"{folder.name[: -len('old-01234567')]}tmp-{folder.name[-8:]}")
+    folder.rename(doomed)
     shutil.rmtree(doomed)
 
 
@@ -167,7 +167,7 @@ def finish_folder(path: Path, overwrite: bool = False) -> None:
     check_output_folder(path, overwrite)
     for left in partial.rglob(".*.tmp"):
         left.unlink()  # of writes that were killed
-    _put_in_place(partial, path, overwrite)
+    _move_into_place(partial, path, overwrite)
 
 
 def check_output_folder(path: Path, overwrite: bool = False) -> None:
@@ -183,10 +183,10 @@ def check_output_folder(path: Path, overwrite: bool = False) -> None:
         fault = "is a file. Choose another name"
     if fault:
         raise ValueError(f"The output folder {path} {fault}.")
-    _check_place(path, "folder")
+    _check_writable(path, "folder")
 
 
-def check_inputs_stay(output: Path, *inputs: str | Path | None) -> None:
+def check_inputs_outside(output: Path, *inputs: str | Path | None) -> None:
     """Raise ValueError where what a command reads, or the working folder, lies in the output that it would replace."""
     for name in (*inputs, Path.cwd()):  # a Hub id is no place on this machine
         if name is not None and Path(name).exists() and Path(name).resolve().is_relative_to(output.resolve()):
@@ -208,7 +208,7 @@ def remove_leftovers(path: Path) -> None:
             if match[1] == "old" and not (path.exists() and any(path.iterdir())):
                 left.rename(path)  # killed between the two renames of `_put_in_place`
             else:
-                _remove(left)
+                _remove_folder(left)
 
 
 def check_output_file(path: Path) -> None:
@@ -216,11 +216,11 @@ def check_output_file(path: Path) -> None:
     path = path.absolute()
     if path.is_dir():
         text = "The output file {path} is a folder. Name a file in it, such as {path}/result.json."
-        raise coded(ValueError, "output_is_folder", text, path=path)
-    _check_place(path, "file")
+        raise coded_error(ValueError, "output_is_folder", text, path=path)
+    _check_writable(path, "file")
 
 
-def _check_place(path: Path, what: str) -> None:
+def _check_writable(path: Path, kind: str) -> None:
     """Raise ValueError where nothing can be written at a path; permissions alone do not tell, so it is tried."""
     existing = next(parent for parent in path.parents if parent.exists() or parent.is_symlink())
     try:
@@ -228,10 +228,10 @@ def _check_place(path: Path, what: str) -> None:
     except OSError as error:
         fault = f"can't be written to ({error.strerror})" if existing.is_dir() else "is no folder"
         text = "The output {what} {path} can't be made: {place} {fault}. Choose another place."
-        raise coded(ValueError, "no_output", text, what=what, path=path, place=existing, fault=fault) from error
+        raise coded_error(ValueError, "no_output", text, what=kind, path=path, place=existing, fault=fault) from error
 
 
-def no_space_left(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     """Whether `error` says that the disk is full; safetensors reports it as text, not as a number."""
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
 
@@ -246,21 +246,21 @@ def lock_folder(folder: Path) -> int:
     return lock
 
 
-class Bounds:
+class AllowedFolders:
     """Where the files of a data set may lie: in its folder, and in others that links in it may lead into.
 
     A link that leads out is refused, as the name of a file outside is; the folder may itself be reached by one. A
     snapshot of the Hub's cache is made of links into `blobs` of its repository, which counts as part of it.
     """
 
-    def __init__(self, folder: Path, others: Sequence[Path] = ()):
+    def __init__(self, folder: Path, extra_folders: Sequence[Path] = ()):
         self.folder = folder
-        self.folders = [Path(os.path.realpath(place)) for place in (folder, *others)]
+        self.folders = [Path(os.path.realpath(place)) for place in (folder, *extra_folders)]
         for place in (self.folders[0], *self.folders[0].parents):
             if place.name == "snapshots" and place.parent.name.startswith(("datasets--", "models--")):
                 self.folders.append(place.parent / "blobs")
 
-    def hold(self, path: Path) -> bool:
+    def contains(self, path: Path) -> bool:
         """Whether a path ends within, all links followed."""
         try:
             real = Path(os.path.realpath(path))
@@ -270,12 +270,12 @@ class Bounds:
 
     def check(self, paths: Sequence[Path]) -> None:
         """Raise ValueError where a path leads out."""
-        if out := [os.path.relpath(path, self.folder) for path in paths if not self.hold(path)]:
+        if out := [os.path.relpath(path, self.folder) for path in paths if not self.contains(path)]:
             fault = f"holds links to files outside of it, refused: {out[:3]}. Copy the files into it."
             raise ValueError(f"{self.folder} {fault}")
 
 
-def refuse_links_out(folder: Path) -> None:
+def check_links_stay_inside(folder: Path) -> None:
     """Raise ValueError where a link anywhere below the folder leads out of it, or a pipe or device lies there.
 
     For what others read as a whole: opening a pipe would wait for ever.
@@ -286,4 +286,4 @@ def refuse_links_out(folder: Path) -> None:
             links.append(path)
         elif not (path.is_dir() or path.is_file()):
             raise ValueError(f"{path} is no regular file, and can't be read. Remove it.")
-    Bounds(folder).check(links)
+    AllowedFolders(folder).check(links)

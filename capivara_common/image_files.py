@@ -21,9 +21,9 @@ import numpy as np
 import PIL.Image
 from PIL.Image import Transpose
 
-from capivara_common.cli import at_least, flag
-from capivara_common.environment import processes
-from capivara_common.files import Bounds
+from capivara_common.cli import check_at_least, flag
+from capivara_common.environment import process_state
+from capivara_common.files import AllowedFolders
 
 with suppress(ImportError):
     import pillow_heif  # extra `heic`
@@ -33,37 +33,37 @@ with suppress(ImportError):
 # A side of one pixel is allowed: the image processor takes it, and the aspect limit keeps out what is a mere line.
 MAX_IMAGE_SIDE = 30_000  # pixels; no camera or scanner of photographs reaches it, and JPEG ends at 65,535
 MAX_IMAGE_PIXELS = 50_000_000  # of the default; 0.15 GB as RGB, and few cameras have more
-MAX_ASPECT = 50  # long side by short side; the square crop of the image tower would see 2 % of the image
+MAX_ASPECT_RATIO = 50  # long side by short side; the square crop of the image tower would see 2 % of the image
 MAX_IMAGE_BYTES = 100_000_000  # of a file; photographs have under 50 MB, and every row is held in memory
 # What photographs come in. Not all that PIL opens: EPS starts Ghostscript on the file.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "HEIF")
 # Of pictures in a folder, as names end
-SUFFIXES = (
+IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".heic", ".heif"),
 )
 TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of TIFF
 TIFF_INTEGERS = {3: "H", 4: "I"}  # type of a TIFF tag, SHORT or LONG -> its `struct` format
-DECODERS = 4  # threads
-DECODED_AHEAD = 64  # images; a photograph of 12 million pixels takes 36 MB
-TURNS = {  # EXIF orientation -> how the pixels become upright
+DECODER_THREADS = 4  # threads
+DECODE_CHUNK_IMAGES = 64  # images; a photograph of 12 million pixels takes 36 MB
+EXIF_TRANSPOSES = {  # EXIF orientation -> how the pixels become upright
     2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
     6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }  # fmt: skip
 
 # A folder on the way to a file; where the system can, one that may be passed through but not listed, too.
-_FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-MAX_DETAIL = 300  # letters that are kept of what is wrong; a caption can be a book
+_FOLDER_OPEN_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+MAX_DETAIL_CHARACTERS = 300  # letters that are kept of what is wrong; a caption can be a book
 # Held while an image that may take hundreds of megabytes is decoded. Reentrant: a caller may hold it for longer.
 ONE_AT_A_TIME = threading.RLock()
 PIL.Image.init()
-_FORMATS = tuple(name for name in IMAGE_FORMATS if name in PIL.Image.OPEN)  # PIL's build may lack AVIF
+_AVAILABLE_FORMATS = tuple(name for name in IMAGE_FORMATS if name in PIL.Image.OPEN)  # PIL's build may lack AVIF
 
 
 class BadRow(ValueError):
     """A row that can't be used, with the reason and detail of its `Skipped`."""
 
     def __init__(self, reason: str, detail: str):
-        super().__init__(reason, detail[:MAX_DETAIL])  # by both it is pickled, as a result of a worker process
+        super().__init__(reason, detail[:MAX_DETAIL_CHARACTERS])  # by both it is pickled, as a result of a worker process
         self.reason, self.detail = self.args
 
     def __str__(self) -> str:
@@ -80,14 +80,14 @@ class BadImage(BadRow):
 
 
 @dataclass(frozen=True)
-class ImageFiles:
+class ImageAccess:
     """Which images of a data set's rows may be opened."""
 
-    bounds: Bounds | None = None  # where local files may lie; None: no path is followed, a row must hold the bytes
+    allowed_folders: AllowedFolders | None = None  # where local files may lie; None: no path is followed, a row must hold the bytes
     max_pixels: int = MAX_IMAGE_PIXELS
 
 
-BYTES_ALONE = ImageFiles()
+BYTES_ONLY = ImageAccess()
 
 
 @dataclass(kw_only=True)
@@ -103,9 +103,9 @@ class ImageFileArguments:
         for root in self.image_roots:
             if not root.is_dir():
                 raise ValueError(f"image_roots must be folders that are there, got {root}.")
-        at_least(self, 1, "max_pixels")
+        check_at_least(self, 1, "max_pixels")
 
-    def limits(self) -> dict[str, Any]:
+    def image_options(self) -> dict[str, Any]:
         """As keyword arguments of `caption_data.sources.open_split`."""
         return {"image_roots": self.image_roots, "max_pixels": self.max_pixels}
 
@@ -115,7 +115,7 @@ class ImageFileArguments:
         return roots | ({"max_pixels": self.max_pixels} if self.max_pixels != MAX_IMAGE_PIXELS else {})
 
 
-def image_bytes(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> bytes:
+def read_image_bytes(row_image: dict | None, access: ImageAccess = BYTES_ONLY) -> bytes:
     """The file of the image of a row, `{"bytes", "path"}`, from the row or from where its path points.
 
     With `{"path", "archive", "offset", "size"}` it is a piece of another file: a member of a plain tar. It begins as an
@@ -124,15 +124,15 @@ def image_bytes(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> byte
     Raises:
         BadImage: there is none, it may not be opened, it can't be read, it is no image, or it is too large.
     """
-    return _opened(row_image, files)[0]
+    return _open_row_image(row_image, access)[0]
 
 
-def decode_image(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> PIL.Image.Image:
+def decode_image(row_image: dict | None, access: ImageAccess = BYTES_ONLY) -> PIL.Image.Image:
     """The image of a row, `decoded`, its mode left as it is. Raises BadImage as `image_bytes` and `decoded`."""
-    return decoded(*_opened(row_image, files)[1:])
+    return decode_upright(*_open_row_image(row_image, access)[1:])
 
 
-def _opened(row_image: dict | None, files: ImageFiles) -> tuple[bytes, PIL.Image.Image, str]:
+def _open_row_image(row_image: dict | None, access: ImageAccess) -> tuple[bytes, PIL.Image.Image, str]:
     """The file of a row's image, what `open_image` makes of it, and its name for messages."""
     image = row_image or {}
     kinds = {"bytes": bytes, "path": str, "archive": str, "offset": int, "size": int}
@@ -141,31 +141,31 @@ def _opened(row_image: dict | None, files: ImageFiles) -> tuple[bytes, PIL.Image
     data, path, archive, offset, size = map(image.get, kinds)
     if data is None and path:
         place = (path,) if archive is None else (archive, offset or 0, size or 0)
-        data = _file_bytes(files.bounds, *place)
-    data = bounded(data or b"", repr(path) if path else "what is in the row")
-    name = repr(image_path(image)) if path else f"{len(data)} bytes"
-    return data, open_image(data, name, files.max_pixels), name
+        data = _read_file_bytes(access.allowed_folders, *place)
+    data = check_byte_count(data or b"", repr(path) if path else "what is in the row")
+    name = repr(image_display_path(image)) if path else f"{len(data)} bytes"
+    return data, open_image(data, name, access.max_pixels), name
 
 
 def decode_images(
-    rows: range, row_image: Callable[[int], dict | None], files: ImageFiles
+    rows: range, row_image: Callable[[int], dict | None], access: ImageAccess
 ) -> Iterator[tuple[int, PIL.Image.Image | BadImage]]:
     """Rows with their images or what is wrong with them, decoded some at once by a few threads."""
 
     def read(row: int) -> PIL.Image.Image | BadImage:
         try:
-            return decode_image(row_image(row), files)
+            return decode_image(row_image(row), access)
         except BadImage as bad:
             return bad
 
-    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // processes().num_processes))) as threads:
-        for start in range(0, len(rows), DECODED_AHEAD):
-            part = rows[start : start + DECODED_AHEAD]
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // process_state().num_processes))) as threads:
+        for start in range(0, len(rows), DECODE_CHUNK_IMAGES):
+            part = rows[start : start + DECODE_CHUNK_IMAGES]
             yield from zip(part, threads.map(read, part), strict=True)
 
 
 def open_image(
-    data: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS, way_out: str = " (--max_pixels raises it)"
+    data: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS, hint: str = " (--max_pixels raises it)"
 ) -> PIL.Image.Image:
     """The image that a file holds, within the limits, with nothing but its header decoded.
 
@@ -174,21 +174,21 @@ def open_image(
     # PIL's own limit gives way to ours; here, since a task of an executor has flags that were checked elsewhere.
     PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     try:
-        image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
+        image = PIL.Image.open(io.BytesIO(data), formats=_AVAILABLE_FORMATS)
         tile = _tile_size(data, image)
     except PIL.UnidentifiedImageError as error:
-        heic = "" if "HEIF" in _FORMATS else "; the extra `heic` reads HEIC, too: pip install -e '.[heic]'"
-        detail = f"{name} is no image of {', '.join(_FORMATS)}, or its beginning is damaged{heic}"
+        heic = "" if "HEIF" in _AVAILABLE_FORMATS else "; the extra `heic` reads HEIC, too: pip install -e '.[heic]'"
+        detail = f"{name} is no image of {', '.join(_AVAILABLE_FORMATS)}, or its beginning is damaged{heic}"
         raise BadImage("unreadable image", detail) from error
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
         raise BadImage("absurd image size", f"{name}: {error}") from error
     except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
         raise BadImage("unreadable image", f"{name}: {error}") from error
-    _check_size(image, tile, name, max_pixels, way_out)
+    _check_dimensions(image, tile, name, max_pixels, hint)
     return image
 
 
-def decoded(image: PIL.Image.Image, name: str, reduced_to: int = 0) -> PIL.Image.Image:
+def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -> PIL.Image.Image:
     """The pixels of an image of `open_image`, upright by its EXIF orientation, of 8 bits, in its own mode.
 
     A JPEG may be decoded at a half, a quarter or an eighth of its size, its short side at least `reduced_to`. Images of
@@ -199,29 +199,29 @@ def decoded(image: PIL.Image.Image, name: str, reduced_to: int = 0) -> PIL.Image
     is_large = image.format == "AVIF" or image.width * image.height > MAX_IMAGE_PIXELS
     try:
         with ONE_AT_A_TIME if is_large else nullcontext():
-            if reduced_to:
-                image.draft(None, (reduced_to, reduced_to))
+            if min_short_side:
+                image.draft(None, (min_short_side, min_short_side))
             image.load()
             if image.format == "AVIF":
                 image._decoder = None  # holds the frame at the stream's size as long as the image lives
-        turn = TURNS.get(orientation(image))
-        image = eight_bits(image)
+        turn = EXIF_TRANSPOSES.get(exif_orientation(image))
+        image = to_8_bit(image)
         return image if turn is None else image.transpose(turn)
     except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
         detail = f"the pixels of {name} can't be decoded: {str(error) or type(error).__name__}"
         raise BadImage("unreadable image", detail) from error
 
 
-def orientation(image: PIL.Image.Image) -> int:
+def exif_orientation(image: PIL.Image.Image) -> int:
     """The EXIF orientation of a loaded image, 1 to 8; where it says none, 1. PIL itself turns TIFF."""
     try:
         found = image.getexif().get(PIL.Image.ExifTags.Base.Orientation)
     except Exception:  # PIL raises a dozen kinds
         return 1
-    return found if found in TURNS else 1
+    return found if found in EXIF_TRANSPOSES else 1
 
 
-def eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+def to_8_bit(image: PIL.Image.Image) -> PIL.Image.Image:
     """An image of 16-bit, 32-bit or float pixels as 8-bit; others as they are.
 
     Whole numbers of 32 bits are taken as 8-bit when none exceeds 255, else as 16-bit; floats are shares from 0 to 1,
@@ -242,7 +242,7 @@ def eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.rint(pixels).astype(np.uint8))
 
 
-def bounded(data: bytes, name: str) -> bytes:
+def check_byte_count(data: bytes, name: str) -> bytes:
     """The bytes of a file. Raises BadImage where there are none, or more than pictures have."""
     if not data:
         raise BadImage("no image", f"{name} has 0 bytes")
@@ -251,19 +251,19 @@ def bounded(data: bytes, name: str) -> bytes:
     return data
 
 
-def _file_bytes(bounds: Bounds | None, path: str, offset: int = 0, size: int = MAX_IMAGE_BYTES + 1) -> bytes:
+def _read_file_bytes(allowed_folders: AllowedFolders | None, path: str, offset: int = 0, size: int = MAX_IMAGE_BYTES + 1) -> bytes:
     """The regular file within `bounds` that a path leads to, or a piece of it; at most one byte too many, which
     `bounded` sees. A relative path is one of the data set's folder, or else of the current one."""
     try:
-        if bounds is None:
+        if allowed_folders is None:
             raise PermissionError("a path of a row that should hold the bytes")
         if "://" in path:
             raise PermissionError("an address, which is not fetched")
-        inside = [file for file in (*(folder / path for folder in bounds.folders), Path(path)) if bounds.hold(file)]
+        inside = [file for file in (*(folder / path for folder in allowed_folders.folders), Path(path)) if allowed_folders.contains(file)]
         if not inside:
             raise PermissionError("lies outside of the data set's folder; --image_roots names others that may be read")
         found = next((file for file in inside if file.is_file()), inside[0])
-        with open_regular_file(found, "it", bounds.folders) as file:
+        with open_regular_file(found, "it", allowed_folders.folders) as file:
             file.seek(offset)
             return file.read(max(0, min(size, MAX_IMAGE_BYTES + 1)))
     except Exception as error:  # whatever a row names
@@ -284,10 +284,10 @@ def open_regular_file(path: str | Path, name: str, folders: Sequence[str | Path]
     if folders is not None and not any(real.is_relative_to(folder) for folder in folders):
         raise BadImage("link out of the folder", f"{name} leads out of the folders that may be read")
     # Folder by folder from the root, no link anywhere: what was checked above is what is opened.
-    folder = os.open(real.anchor, _FOLDER)
+    folder = os.open(real.anchor, _FOLDER_OPEN_FLAGS)
     try:
         for part in real.parent.parts[1:]:
-            outer, folder = folder, os.open(part, _FOLDER, dir_fd=folder)
+            outer, folder = folder, os.open(part, _FOLDER_OPEN_FLAGS, dir_fd=folder)
             os.close(outer)
         # Opening a FIFO would wait for a writer, and a device may never end; neither is waited for or read.
         number = os.open(real.name or ".", os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
@@ -332,19 +332,19 @@ def _tile_size(data: bytes, image: PIL.Image.Image) -> tuple[int, int]:
     return sides[TILE_WIDTH], sides[TILE_LENGTH]
 
 
-def _check_size(image: PIL.Image.Image, tile: tuple[int, int], name: str, max_pixels: int, way_out: str) -> None:
+def _check_dimensions(image: PIL.Image.Image, tile: tuple[int, int], name: str, max_pixels: int, hint: str) -> None:
     """Raise BadImage if an image, or a tile of it, which is decoded whole, exceeds the limits."""
     (short, long), (width, height) = sorted(image.size), tile
     if width * height > max_pixels:
         detail = f"{name} has tiles of {width} x {height} pixels; all may be {max_pixels:,}"
         raise BadImage("absurd image size", detail)
-    if long > MAX_IMAGE_SIDE or short * long > max_pixels or long > MAX_ASPECT * short:
-        rest = f"the longer side {MAX_IMAGE_SIDE:,} and {MAX_ASPECT} times the shorter one"
-        detail = f"{name} has {image.width} x {image.height} pixels; all may be {max_pixels:,}{way_out}, {rest}"
+    if long > MAX_IMAGE_SIDE or short * long > max_pixels or long > MAX_ASPECT_RATIO * short:
+        rest = f"the longer side {MAX_IMAGE_SIDE:,} and {MAX_ASPECT_RATIO} times the shorter one"
+        detail = f"{name} has {image.width} x {image.height} pixels; all may be {max_pixels:,}{hint}, {rest}"
         raise BadImage("absurd image size", detail)
 
 
-def image_path(row_image: dict | None) -> str:
+def image_display_path(row_image: dict | None) -> str:
     """Where the image of a row lies, for people; empty where it is in the row alone."""
     image = row_image or {}
     return "/".join(filter(None, (image.get("archive"), image.get("path"))))

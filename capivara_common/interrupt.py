@@ -4,26 +4,26 @@ import os
 import signal
 import sys
 
-said = "Stopped."
+message = "Stopped."
 
 
-def stop(*_: object) -> None:
+def exit_immediately(*_: object) -> None:
     """End at once; KeyboardInterrupt would get lost in the imports of C extensions, and nothing is written yet."""
-    print(f"\n{said}", file=sys.stderr, flush=True)
+    print(f"\n{message}", file=sys.stderr, flush=True)
     os._exit(128 + signal.SIGINT)
 
 
-def stop_while_importing() -> None:
+def exit_on_interrupt() -> None:
     """Until `stop_by_exception`, unless Ctrl-C has a handler already, or the shell has it ignored."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGINT, exit_immediately)
 
 
-def stop_by_exception() -> None:
+def raise_on_interrupt() -> None:
     """Ctrl-C is KeyboardInterrupt again: what is at work cleans up."""
-    if signal.getsignal(signal.SIGINT) is stop:
+    if signal.getsignal(signal.SIGINT) is exit_immediately:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 if os.path.basename(sys.argv[0]) in ("-m", "train_accelerate.py"):  # "-m" until the module's own file is found
-    stop_while_importing()
+    exit_on_interrupt()

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from capivara_common.cli import at_least, flag
+from capivara_common.cli import check_at_least, flag
 
-SHARED_BY_TASKS = "rows are shared out by --tasks and --workers on one machine, and by --executor slurm or ray on many"
+TASK_SHARING_HINT = "rows are shared out by --tasks and --workers on one machine, and by --executor slurm or ray on many"
 
 
 @dataclass(kw_only=True)
@@ -34,14 +34,14 @@ class ExecutorArguments:
     logging_dir: Path | None = flag(None, "Folder of the tasks' logs; OUTPUT.logs, of a build OUTPUT/logs, without.")
 
     @property
-    def logs(self) -> Path:
+    def log_folder(self) -> Path:
         """Folder of the logs of all tasks."""
         return self.logging_dir or self.output.with_name(self.output.name + ".logs")
 
     def check_executor(self) -> None:
         """Raise ValueError where a flag of the executor breaks its rule."""
-        at_least(self, 1, "tasks", "workers", "cpus_per_task", "mem_per_cpu_gb")
-        at_least(self, 0, "gpus_per_task")
+        check_at_least(self, 1, "tasks", "workers", "cpus_per_task", "mem_per_cpu_gb")
+        check_at_least(self, 0, "gpus_per_task")
         if self.executor != "local" and self.tasks is None:
             raise ValueError(f"--executor {self.executor} needs --tasks, the number of shares of the rows.")
         if self.executor == "slurm" and not (self.partition and self.time):
@@ -57,7 +57,7 @@ class ExecutorArguments:
         if not all(re.fullmatch(r"[a-z][a-z-]*(=.*)?", option) for option in self.sbatch):
             raise ValueError(f"sbatch must be options as KEY=VALUE, without dashes before them, got {self.sbatch}.")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process would do all rows
-            raise ValueError(f"This command is not launched by Accelerate or torchrun: {SHARED_BY_TASKS}.")
+            raise ValueError(f"This command is not launched by Accelerate or torchrun: {TASK_SHARING_HINT}.")
 
     def executor_flags(self) -> dict[str, Any]:
         """The flags of this class that were given."""
@@ -70,10 +70,10 @@ class Phase:
     """What the tasks of one datatrove pipeline do; a command's work is one or several, in order."""
 
     run: Callable[[Any, int, int], Any]  # of arguments, rank, world_size; returns at once where nothing is left to do
-    shared: bool = False  # among the tasks; else it is one task
+    is_parallel: bool = False  # among the tasks; else it is one task
     uses_model: bool = False  # a task needs a GPU
 
 
-def all_parts(rows: int, rows_per_part: int) -> list[range]:
+def split_rows(row_count: int, rows_per_part: int) -> list[range]:
     """Rows in parts of neighbours, which tasks share out."""
-    return [range(start, min(start + rows_per_part, rows)) for start in range(0, rows, rows_per_part)]
+    return [range(start, min(start + rows_per_part, row_count)) for start in range(0, row_count, rows_per_part)]

@@ -1,8 +1,8 @@
 """`python -m capivara_search` and the console script `capivara`."""
 
-from capivara_common.interrupt import stop_while_importing
+from capivara_common.interrupt import exit_on_interrupt
 
-stop_while_importing()
+exit_on_interrupt()
 
 from capivara_search.command import run  # noqa: E402
 

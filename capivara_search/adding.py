@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from capivara_common.cli import coded
-from capivara_common.image_files import DECODERS, BadImage
+from capivara_common.cli import coded_error
+from capivara_common.image_files import DECODER_THREADS, BadImage
 from capivara_search.duplicates import look_of
 from capivara_search.estimates import Estimate, Progress
 from capivara_search.folders import kept_rules, note_asked, note_rules
@@ -127,7 +127,7 @@ def make_plan(
             return make_plan(table, image_digest, others, rules, only)
         if kept := table.count(within(error.values["path"])):
             text = "{error} The index keeps its {kept} pictures of this folder; `forget` removes them."
-            raise coded(ValueError, error.code, text, error=error, kept=kept, **error.values) from error
+            raise coded_error(ValueError, error.code, text, error=error, kept=kept, **error.values) from error
         raise
     columns = ["path", "size", "mtime_ns", "digest", "model"]
     known = KnownRows(table.rows(columns, clause), image_digest)
@@ -361,7 +361,7 @@ def read_ahead(
     """
     files, waiting = iter(files), deque[tuple[FileState, Future[Picture]]]()
     size = min(FIRST_BATCH, batch_size)
-    threads = ThreadPoolExecutor(DECODERS)
+    threads = ThreadPoolExecutor(DECODER_THREADS)
     try:
         while True:
             waiting.extend((file, threads.submit(read, file)) for file in islice(files, 2 * batch_size - len(waiting)))

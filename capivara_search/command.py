@@ -31,9 +31,9 @@ from click.shell_completion import get_completion_class
 from tqdm.std import tqdm
 
 from capivara_common import interrupt
-from capivara_common.files import no_space_left
-from capivara_common.privacy import UNSAFE, redact, visible
-from capivara_common.progress import prepare_bars
+from capivara_common.files import is_disk_full
+from capivara_common.privacy import UNSAFE_CHARACTER_RE, redact, escape_control_characters
+from capivara_common.progress import configure_progress_bars
 from capivara_search import command_line as cli
 from capivara_search.command_line import DAY, of_all, said, switches, wrong_use
 from capivara_search.results import SAME, TEMPLATE, Added
@@ -105,7 +105,7 @@ def index(words: Words, folders: Sequence[Path], exclude: Sequence[str], include
     folders = pictures.folders_to_add(folders, exclude, include)
     _say_model(pictures, words, named=True)
     say(words("looking", folders=", ".join(shown_path(str(folder)) for folder in folders)))
-    interrupt.stop_by_exception()  # what is under way is finished or undone
+    interrupt.raise_on_interrupt()  # what is under way is finished or undone
     with progress_bar(words) as progress:
         rules = {"exclude": exclude, "include": include}
         added = pictures.add(*folders, on_progress=progress, real_paths=folders, **rules, **how)
@@ -288,7 +288,7 @@ def status(words: Words, all: bool, json: bool) -> None:
     lists = {
         "where": [shown_path(found.where)],
         "pictures": [words.number(found.pictures)],
-        "model": [visible(found.model or "")],
+        "model": [escape_control_characters(found.model or "")],
         "size": [] if found.bytes is None else [words.size(found.bytes)],
         "taken": [f"{words.date(found.first)} – {words.date(found.last)}"] if found.first else [],
         "folders": [
@@ -298,7 +298,7 @@ def status(words: Words, all: bool, json: bool) -> None:
         ],
         "skipped": [skipped(found.skipped, words)] * bool(found.skipped),
         "rules": [
-            *(f"--exclude {visible(pattern)}" for pattern in found.exclude),
+            *(f"--exclude {escape_control_characters(pattern)}" for pattern in found.exclude),
             *(words("status.forgotten", path=shown_path(path)) for path in found.forgotten),
         ],
         "left_out": [
@@ -318,7 +318,7 @@ def status(words: Words, all: bool, json: bool) -> None:
 @argument("place", type=cli.ANY)
 def forget(words: Words, place: Path) -> int:
     """Take a folder or a picture out of the index, for good."""
-    number, again = _filled_index().forget(place), visible(shlex.quote(str(place)))
+    number, again = _filled_index().forget(place), escape_control_characters(shlex.quote(str(place)))
     key = "forgotten" if number else "stays_out" if os.path.lexists(place) else "nothing_of"
     click.echo(words(key, n=words.number(number), path=shown_path(str(place)), again=again), err=not number)
     return 0 if number else NOTHING
@@ -338,7 +338,7 @@ def move(words: Words, old: Path, new: Path) -> None:
 def export(words: Words, file: Path) -> None:
     """Write the index to a file."""
     if not file.parent.is_dir():
-        raise click.UsageError(words("bad.directory", value=visible(str(file.parent))))
+        raise click.UsageError(words("bad.directory", value=escape_control_characters(str(file.parent))))
     click.echo(words.count("exported", _filled_index().export(file), path=shown_path(str(file))))
 
 
@@ -388,7 +388,7 @@ def _filled_index(or_filling: bool = False, line: str = "auto") -> "PictureIndex
 def _say_model(pictures: "PictureIndex", words: Words, named: bool = False) -> None:
     """Its name, and what has to be said of the model every time: that it is a miniature."""
     if named:
-        say(words("model_line", model=visible(pictures.model.name)))
+        say(words("model_line", model=escape_control_characters(pictures.model.name)))
     if note := pictures.model.note_in(words.language):
         say(note)
 
@@ -407,7 +407,7 @@ def _until_ctrl_c(words: Words) -> Iterator[None]:
 def _write_json(value: Any) -> None:
     text = dumps(value, ensure_ascii=False, indent=1, default=datetime.isoformat)
     # Letters that a terminal obeys stand in strings alone, where JSON has its own escape; lines end outside of them.
-    click.echo(UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else dumps(found[0])[1:-1], text))
+    click.echo(UNSAFE_CHARACTER_RE.sub(lambda found: found[0] if found[0] == "\n" else dumps(found[0])[1:-1], text))
 
 
 # --- how it begins and ends -------------------------------------------------------------------------------------------
@@ -423,8 +423,8 @@ def language_of(argv: Sequence[str]) -> str:
 
 def run() -> None:
     """The console script: `main`, which Ctrl-C ends in one line from the start."""
-    interrupt.said = Words(language_of(sys.argv[1:]))("stopped")
-    interrupt.stop_while_importing()
+    interrupt.message = Words(language_of(sys.argv[1:]))("stopped")
+    interrupt.exit_on_interrupt()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # of a terminal with few letters
     main()
@@ -434,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command, of these words, or those of the shell. Raises SystemExit, with the exit code of the help, always."""
     argv = sys.argv[1:] if argv is None else list(argv)
     words = Words(language_of(argv))
-    prepare_bars()
+    configure_progress_bars()
     # PIL's, in English, of pictures that are refused next, in one line.
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
     try:
@@ -455,7 +455,7 @@ def explained(error: Exception, words: Words) -> tuple[int, str]:
         return WRONG_USE, wrong_use(error, words)
     if isinstance(error, ModuleNotFoundError) and error.name:
         return UNUSABLE, words("missing_package", names=error.name.partition(".")[0])
-    if no_space_left(error):
+    if is_disk_full(error):
         return UNUSABLE, words("no_space")
     code, number = getattr(error, "code", None), getattr(error, "errno", None)
     text = error.strerror if code and number else str(error)  # whose own number is no word for people
@@ -468,7 +468,7 @@ def explained(error: Exception, words: Words) -> tuple[int, str]:
         text = words("port_in_use")
     elif number == errno.EADDRNOTAVAIL or (number or 0) < 0:  # of socket.gaierror
         text = words("no_host")
-    line = visible(redact(" ".join(text.split()))) or type(error).__name__
+    line = escape_control_characters(redact(" ".join(text.split()))) or type(error).__name__
     return WRONG_USE if type(error) is ValueError else UNUSABLE, line
 
 
@@ -482,7 +482,7 @@ def _notes_shown(words: Words) -> Iterator[None]:
         if words.language == "pt" and words.has(key):
             values = getattr(record, "values", record.args)
             text = words(key, *(explained(one, words)[1] if isinstance(one, Exception) else one for one in values))
-        text = visible(" ".join(text.split()))
+        text = escape_control_characters(" ".join(text.split()))
         if sys.stderr.isatty():
             tqdm.write(text, file=sys.stderr)  # a bar goes on below it
         else:

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from capivara_common.privacy import visible
+from capivara_common.privacy import escape_control_characters
 from capivara_search.words import COMMANDS, Words
 
 SETTINGS = {
@@ -35,7 +35,7 @@ def said(kind: click.ParamType) -> click.ParamType:
         try:
             return convert(value, param, ctx)
         except click.BadParameter as error:
-            values = vars(kind) | {"value": visible(str(value)), "choices": ", ".join(getattr(kind, "choices", ()))}
+            values = vars(kind) | {"value": escape_control_characters(str(value)), "choices": ", ".join(getattr(kind, "choices", ()))}
             values |= {name: ctx.obj.number(one, 2) for name, one in values.items() if isinstance(one, float)}
             raise click.BadParameter(ctx.obj(f"bad.{kind.name}", **values)) from error
 
@@ -107,7 +107,7 @@ class Command(click.Command):
             found.append(word)
         rest = super().parse_args(ctx, found)
         if rest and not isinstance(self, click.Group) and not ctx.resilient_parsing:
-            raise click.UsageError(ctx.obj("left_over", name=visible(rest[0])))
+            raise click.UsageError(ctx.obj("left_over", name=escape_control_characters(rest[0])))
         if ctx.params.get("json") and ctx.params.get("csv"):
             raise click.UsageError(ctx.obj("json_or_csv"))
         return rest
@@ -141,7 +141,7 @@ class Group(Command, click.Group):
         """Raises click.UsageError, which names the nearest command; of a sentence, the search for it."""
         if not self.get_command(ctx, args[0]) and not ctx.resilient_parsing:
             error = click.NoSuchOption(args[0], possibilities=self.list_commands(ctx))
-            sentence = visible(" ".join(takewhile(lambda word: not word.startswith("-"), args)))
+            sentence = escape_control_characters(" ".join(takewhile(lambda word: not word.startswith("-"), args)))
             if not error.possibilities and " " in sentence:
                 error.possibilities = [f'capivara {"search" if ctx.obj.language == "en" else "buscar"} "{sentence}"']
             raise error
@@ -169,7 +169,7 @@ def wrong_use(error: click.UsageError, words: Words) -> str:
             return words("gone", name=name, text=words(f"gone.{name[2:]}"))
         case click.NoSuchOption():
             near = "".join(words("nearest", name=one) for one in (error.possibilities or [])[:1])
-            return words("unknown", name=visible(error.option_name)) + near
+            return words("unknown", name=escape_control_characters(error.option_name)) + near
         case click.MissingParameter():
             return words("missing", name=shown(error.param, error.ctx)[0])
         case click.BadOptionUsage():

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow.parquet import ParquetWriter
 
-from capivara_common.files import check_output_file, whole_file
+from capivara_common.files import check_output_file, atomic_file
 from capivara_search.show import write_csv
 from capivara_search.table import LOOK, THUMBNAIL, PictureTable
 from capivara_search.words import failure
@@ -29,7 +29,7 @@ def export_rows(table: PictureTable, path: str | Path) -> int:
     readable = partial(_readable, as_csv=path.suffix.lower() == ".csv")
     names = [name for name in table.columns().names if name not in (THUMBNAIL, LOOK)]
     known, batches = readable(table.rows(names, "false")).schema, map(readable, table.batches(names))
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         if path.suffix.lower() == ".csv":
             with temporary.open("w", encoding="utf-8", newline="") as file:
                 return write_csv(file, known.names, (row for batch in batches for row in batch.to_pylist()))

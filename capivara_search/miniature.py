@@ -9,9 +9,9 @@ import hashlib
 from importlib import metadata
 from pathlib import Path
 
-from capivara_common.environment import cache_home, require
-from capivara_common.files import whole_folder, write_text
-from capivara_common.hub_cache import is_model, one_at_a_time
+from capivara_common.environment import cache_home, require_packages
+from capivara_common.files import atomic_folder, write_text
+from capivara_common.hub_cache import is_complete_model, cache_folder_lock
 from capivara_search.words import note
 
 PROJECTION = Path(__file__).with_name("miniature.safetensors")
@@ -39,13 +39,13 @@ def miniature_folder() -> Path:
     Raises ImportError: a package that it is made of is not installed. OSError: no space is left for it (about 300 MB).
     """
     folder = cache_home() / "miniature" / _key()
-    if is_model(folder):
+    if is_complete_model(folder):
         return folder
-    require("The miniature", None, *MODULES)
-    with one_at_a_time(folder):
-        if not is_model(folder):
+    require_packages("The miniature", None, *MODULES)
+    with cache_folder_lock(folder):
+        if not is_complete_model(folder):
             note("miniature", folder)
-            with whole_folder(folder, overwrite=True) as new:
+            with atomic_folder(folder, overwrite=True) as new:
                 _write(new)
     return folder
 

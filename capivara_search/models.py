@@ -22,8 +22,8 @@ from threadpoolctl import threadpool_limits
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from capivara_common.files import read_json
-from capivara_common.hub_cache import cached_folder, is_reachable, model_folder
-from capivara_common.image_side_digest import image_side_digest, image_steps
+from capivara_common.hub_cache import find_cached_model, is_reachable, resolve_model_folder
+from capivara_common.image_encoder_digest import image_encoder_digest, image_processor_settings
 from capivara_common.weight_file import WeightFile, number_of
 from capivara_search.model_files.checks_capivara import NOT_FINITE, check_sizes, tokenizer_errors
 from capivara_search.model_files.text_repair_capivara import CONTEXT_LENGTH, checked_texts, repair_text
@@ -65,7 +65,7 @@ class SearchModel:
     def image_digest(self) -> str:
         """Hex digest of all that the embeddings of images depend on; models that share it can share them."""
         with usable(self.name):
-            return image_side_digest(self.folder)
+            return image_encoder_digest(self.folder)
 
     @property
     def width(self) -> int:
@@ -106,7 +106,7 @@ class SearchModel:
     @cached_property
     def _steps(self) -> dict[str, Any]:
         with usable(self.name):
-            return image_steps(self.folder)
+            return image_processor_settings(self.folder)
 
     @cached_property
     def _config(self) -> dict[str, Any]:
@@ -183,10 +183,10 @@ class SearchModel:
     @cached_property
     def _loaded(self) -> tuple["PreTrainedModel", "ProcessorMixin"]:
         note("loading", self.name)
-        from capivara_common.environment import torch_device
+        from capivara_common.environment import resolve_device
         from modeling_capivara.loading import load_model, load_processor
 
-        device = torch_device(self.device)
+        device = resolve_device(self.device)
         with usable(self.name):
             return load_model(self.folder).eval().to(device), load_processor(self.folder)
 
@@ -213,23 +213,23 @@ def find_model(model: str | None = None, device: str | None = None) -> SearchMod
     """
     model = model or os.environ.get("CAPIVARA_MODEL") or None
     if model is None:
-        model = DEFAULT_MODEL if cached_folder(DEFAULT_MODEL) or is_reachable(DEFAULT_MODEL) else MINIATURE
+        model = DEFAULT_MODEL if find_cached_model(DEFAULT_MODEL) or is_reachable(DEFAULT_MODEL) else MINIATURE
     here = Path(model).expanduser()
     if model == MINIATURE and not here.exists():
         from capivara_search.miniature import miniature_folder
 
         return SearchModel(MINIATURE, MINIATURE, miniature_folder(), device)
     with usable(model):
-        folder = model_folder(model, convert_with_torch)
+        folder = resolve_model_folder(model, convert_with_torch)
     name, source = (here.resolve().name, str(here.resolve())) if here.exists() else (model, model)
     return SearchModel(name, source, folder, device)
 
 
 def convert_with_torch(source: str, folder: Path, revision: str | None) -> str:
     """`convert_into`; torch is imported where a model has to be converted."""
-    from modeling_capivara.convert_open_clip import convert_into
+    from modeling_capivara.convert_open_clip import convert_to_folder
 
-    return convert_into(source, folder, revision)
+    return convert_to_folder(source, folder, revision)
 
 
 # --- Texts without torch ---------------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ class TextTower:
             hidden = self._normed(self._linear(inner, f"{name}output.dense.") + hidden, f"{name}output.LayerNorm.")
         kept = mask[..., None].astype(np.float32)
         pooled = (hidden * kept).sum(axis=1) / kept.sum(axis=1)  # (texts, width of the tower)
-        if "text_projection.weight" in self.weights.places:
+        if "text_projection.weight" in self.weights.tensors:
             return pooled @ self.weights.array("text_projection.weight").T
         inner = gelu(pooled @ self.weights.array("text_projection.0.weight").T)
         return inner @ self.weights.array("text_projection.2.weight").T
@@ -386,7 +386,7 @@ def open_text_tower(folder: str | Path) -> TextTower | None:
         kind = {"capivara": TextTower, "siglip": SiglipTextTower}[config["model_type"]]
         text, weights = kind.DEFAULTS | config["text_config"], WeightFile(paths[3])
         layers, heads = (operator.index(text[name]) for name in ("num_hidden_layers", "num_attention_heads"))
-        kinds = [place.kind for name, place in weights.places.items() if name.startswith("text_")]
+        kinds = [place.dtype for name, place in weights.tensors.items() if name.startswith("text_")]
         is_known = all(text.get(name, value) == value for name, value in kind.KNOWN.items())
         if not (is_known and KINDS.issuperset(kinds) and len(kinds) - 16 * layers in kind.OTHER_TENSORS):
             return None

@@ -23,18 +23,18 @@ import PIL.Image
 from PIL.ExifTags import GPS, IFD, Base
 from PIL.Image import Resampling
 
-from capivara_common.cli import coded
+from capivara_common.cli import coded_error
 from capivara_common.image_files import (
     MAX_IMAGE_BYTES,
     MAX_IMAGE_PIXELS,
     ONE_AT_A_TIME,
-    SUFFIXES,
+    IMAGE_SUFFIXES,
     BadImage,
-    bounded,
-    decoded,
+    check_byte_count,
+    decode_upright,
     open_image,
     open_regular_file,
-    orientation,
+    exif_orientation,
 )
 from capivara_search.results import LeftOut
 from capivara_search.words import failure
@@ -47,7 +47,7 @@ RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".rw2", ".orf", ".raf", 
 NOT_RAW = (b"\xff\xd8\xff", b"\x89PNG")  # how a JPEG and a PNG begin that was given the name of a RAW file
 # Of these nothing is known of the content: the file is tried again each time.
 RETRYABLE = ("no permission", "read error", "gone", "needs rawpy")  # the last one of an index that was made before
-PICTURE_SUFFIXES = (*SUFFIXES, *RAW_SUFFIXES)
+PICTURE_SUFFIXES = (*IMAGE_SUFFIXES, *RAW_SUFFIXES)
 VIDEO_SUFFIXES = (
     *(".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".3gp", ".mts", ".m2ts", ".wmv", ".mpg", ".mpeg", ".flv"),
 )
@@ -200,7 +200,7 @@ def find_pictures(
         if not os.path.isdir(root):
             fault = "is a file, not a folder" if os.path.exists(root) else "is not there"
             text = "The folder {path} {fault}. Name a folder of pictures."
-            raise coded(ValueError, None, text, path=root, fault=fault)
+            raise coded_error(ValueError, None, text, path=root, fault=fault)
     rules = rules or Rules()
     for root in roots:
         if forgotten := rules.forgotten_with(root):
@@ -393,8 +393,8 @@ def read_picture(
     opened, size = _opened(data, file.path)
     shape = opened.size
     with ONE_AT_A_TIME if shape[0] * shape[1] > MAX_IMAGE_PIXELS else nullcontext():
-        pixels = on_white(decoded(opened, "the file", max(REDUCED_SIDES * side, THUMBNAIL_SIDE)))
-        if orientation(opened) > 4:  # by a quarter
+        pixels = on_white(decode_upright(opened, "the file", max(REDUCED_SIDES * side, THUMBNAIL_SIDE)))
+        if exif_orientation(opened) > 4:  # by a quarter
             size, shape = size[::-1], shape[::-1]
         image = short_side(pixels, shape, side, squash)
         small, thumbnail = at_most(pixels, THUMBNAIL_SIDE), io.BytesIO()
@@ -417,7 +417,7 @@ def open_picture(data: bytes, name: str, max_pixels: int = MAX_PICTURE_PIXELS, r
 
     The end of its `name` says whether it is RAW; a JPEG or PNG with such a name is opened as what it is.
     """
-    return on_white(decoded(_opened(data, name, max_pixels)[0], "the file", reduced_to))
+    return on_white(decode_upright(_opened(data, name, max_pixels)[0], "the file", reduced_to))
 
 
 def _read(path: str | Path, folders: Sequence[str | Path] | None = None) -> bytes:
@@ -430,7 +430,7 @@ def _read(path: str | Path, folders: Sequence[str | Path] | None = None) -> byte
 
 def contents(file: BinaryIO) -> bytes:
     """The bytes of an open file. Raises BadImage where there are none, or more than pictures have."""
-    return bounded(file.read(MAX_IMAGE_BYTES + 1), "the file")
+    return check_byte_count(file.read(MAX_IMAGE_BYTES + 1), "the file")
 
 
 def _fault(error: OSError) -> BadImage:
@@ -445,7 +445,7 @@ def _opened(data: bytes, name: str, max_pixels: int = MAX_PICTURE_PIXELS) -> tup
     """The image with nothing but its header decoded, of RAW the preview, and the size of the picture itself."""
     is_raw = name.lower().endswith(RAW_SUFFIXES) and not data.startswith(NOT_RAW)
     data, size = raw_preview(data) if is_raw else (data, None)
-    image = open_image(data, "the file", max_pixels, way_out="")
+    image = open_image(data, "the file", max_pixels, hint="")
     return image, size or image.size
 
 

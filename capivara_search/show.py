@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import click
 
-from capivara_common.privacy import visible
+from capivara_common.privacy import escape_control_characters
 from capivara_search.results import Hit
 from capivara_search.words import Words, failure
 
@@ -32,7 +32,7 @@ TILE_SHAPE = 0.375  # rows by columns: 4 by 3, of characters that are twice as h
 
 def text_cell(text: str) -> str:
     """A text of somebody else's as a cell of CSV, which neither a terminal nor a spreadsheet obeys."""
-    return re.sub(FORMULA, r"'\1", visible(text))
+    return re.sub(FORMULA, r"'\1", escape_control_characters(text))
 
 
 def write_csv(file: TextIO, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> int:
@@ -51,8 +51,8 @@ def shown_path(path: str) -> str:
     """A path from the current folder where it lies below it, else from ~, else whole; `visible`."""
     for folder, name in ((os.getcwd(), ""), (os.path.expanduser("~"), "~/")):
         if folder != "/" and path.startswith(folder.rstrip("/") + "/"):
-            return visible(name + path[len(folder.rstrip("/")) + 1 :])
-    return visible(path)
+            return escape_control_characters(name + path[len(folder.rstrip("/")) + 1 :])
+    return escape_control_characters(path)
 
 
 def width(text: str) -> int:
@@ -83,7 +83,7 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Iterator[
 
 def link(path: str, text: str) -> str:
     """The text, which opens the file where the terminal lets links be clicked; without a link for a strange name."""
-    return f"\x1b]8;;file://{quote(path)}\x1b\\{text}\x1b]8;;\x1b\\" if visible(path) == path else text
+    return f"\x1b]8;;file://{quote(path)}\x1b\\{text}\x1b]8;;\x1b\\" if escape_control_characters(path) == path else text
 
 
 def has_colours(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
@@ -141,7 +141,7 @@ def show_hits(hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], wor
     if draws(sys.stdout):
         columns, lines = shutil.get_terminal_size()
         thumbnails = [thumbnail(hit.path) for hit in hits]
-        captions = [f"{rank} {visible(os.path.basename(hit.path))}" for rank, hit in enumerate(hits, 1)]
+        captions = [f"{rank} {escape_control_characters(os.path.basename(hit.path))}" for rank, hit in enumerate(hits, 1)]
         click.echo(contact_sheet(thumbnails, captions, columns, lines - len(hits) - 3))
     rows = [[words(f"column.{name}") for name in ("rank", "score", "date", "path")]]
     for rank, hit in enumerate(hits, 1):

@@ -15,8 +15,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import ClassVar
 
-from capivara_common.cli import at_least, flag, parse, run_command
-from capivara_common.environment import cache_home, require
+from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
+from capivara_common.environment import cache_home, require_packages
 from capivara_common.tasks import ExecutorArguments, Phase
 from capivara_search.adding import IndexWriter, Plan, begin, finish, make_plan
 from capivara_search.index import PictureIndex
@@ -44,12 +44,12 @@ class WorkerArguments(ExecutorArguments):
 
     def __post_init__(self) -> None:
         self.check_executor()
-        at_least(self, 1, "batch_size")
+        check_at_least(self, 1, "batch_size")
         if self.executor == "slurm" and self.logging_dir is None:
             raise ValueError("--executor slurm needs --logging_dir, a folder that all machines see.")
 
     @property
-    def logs(self) -> Path:
+    def log_folder(self) -> Path:
         """Folder of the logs of all tasks."""
         name = blake2b(self.where.encode(), digest_size=8).hexdigest()
         return self.logging_dir or cache_home() / "index_logs" / name
@@ -64,15 +64,15 @@ def add_with_workers(arguments: WorkerArguments, real_paths: Mapping[Path, str] 
 
     Raises ValueError: as `add`; some tasks have failed, and are named. ImportError: datatrove is not installed.
     """
-    require("Adding pictures by several workers", "captions", "datatrove")
-    from capivara_common.executors import Work, execute
+    require_packages("Adding pictures by several workers", "captions", "datatrove")
+    from capivara_common.executors import PhaseStep, run_phases
 
     index = PictureIndex.open(arguments.where, arguments.model, arguments.device)
     arguments.real_paths = real_paths or {Path(one): os.path.realpath(one) for one in arguments.folders}
     with index._table.locked():
         begin(index._table, index.model, arguments.real_paths, arguments.exclude, arguments.include)
         arguments.model = index.model.source  # so that all tasks have the same one
-        return execute(Work.of(arguments, PHASES, "index"), arguments)
+        return run_phases(PhaseStep.from_phases(arguments, PHASES, "index"), arguments)
 
 
 def _planned(arguments: WorkerArguments) -> tuple[PictureTable, SearchModel, Plan]:
@@ -97,21 +97,21 @@ def end(arguments: WorkerArguments, rank: int, world_size: int) -> str:
     return f"{added.removed} rows removed"
 
 
-PHASES = {"embed": Phase(run=embed, shared=True, uses_model=True), "end": Phase(run=end)}
+PHASES = {"embed": Phase(run=embed, is_parallel=True, uses_model=True), "end": Phase(run=end)}
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    args = parse(WorkerArguments, __doc__, argv)
+    args = parse_arguments(WorkerArguments, __doc__, argv)
     index = PictureIndex.open(args.where, args.model, args.device)
     index.mend()
     folders = index.folders_to_add(args.folders, args.exclude, args.include)
     args.folders = [*map(str, folders)]
     done = add_with_workers(args, folders)
-    print(f"{len(index)} pictures are in the index." if done else f"Slurm has the jobs; their logs are in {args.logs}.")
+    print(f"{len(index)} pictures are in the index." if done else f"Slurm has the jobs; their logs are in {args.log_folder}.")
 
 
 if __name__ == "__main__":
     from capivara_search import workers  # by its name, as other machines find it
 
-    run_command(workers.main, resumes=True)
+    run_command(workers.main, resumable=True)

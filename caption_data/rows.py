@@ -16,28 +16,28 @@ from typing import Any, Literal
 
 from datasets import List, Value
 
-from capivara_common.cli import at_least, between, flag
+from capivara_common.cli import check_at_least, check_between, flag
 from capivara_common.files import write_text
 from capivara_common.image_files import BadRow
 
-CAPTIONS = List(Value("string"))
-SIMILARITIES = List(Value("float32"))
-CAPTION_COLUMN = re.compile(r"(generated-)?captions-[\w-]+")  # the authors' names
-SIMILARITY_COLUMN = re.compile(r"similarities-[\w-]+")
+CAPTIONS_FEATURE = List(Value("string"))
+SIMILARITIES_FEATURE = List(Value("float32"))
+CAPTION_COLUMN_RE = re.compile(r"(generated-)?captions-[\w-]+")  # the authors' names
+SIMILARITY_COLUMN_RE = re.compile(r"similarities-[\w-]+")
 DATASET_HELP = (
     "Saved HF dataset, folder or pattern of parquet files or WebDataset tars, folder of images with metadata.jsonl or "
     "metadata.csv, or a Hub id."
 )
 NOT_CHOSEN = "not chosen"  # reason: by the pair filter or the caption strategy; left out, but not bad
 STRATEGIES = ("none", "first", "all", "rank", "threshold", "diverse")
-WITH_SIMILARITIES = ("rank", "threshold", "diverse")
+SIMILARITY_STRATEGIES = ("rank", "threshold", "diverse")
 # A token is a run of anything but blanks and punctuation, one letter included. `\w+` would cut Hindi words at their
 # vowel signs, which Python does not count as word characters.
 TOKEN_PATTERN = r"[^\s!-/:-@\[-`{-~\u00a1\u00ab\u00b7\u00bb\u00bf\u0964\u0965\u2010-\u2027\u2030-\u205e\u3000-\u303f]+"
 
 
 @dataclass(frozen=True)
-class Skipped:
+class SkippedRow:
     """One line of `skipped.jsonl`: a row, or the rest of an archive, that is left out."""
 
     source: str
@@ -48,7 +48,7 @@ class Skipped:
     detail: str
 
 
-def caption_texts(value: Any, column: str) -> list[str]:
+def normalize_captions(value: Any, column: str) -> list[str]:
     """The captions of a row, out of any column of a source: one text, a list of texts and None, or None.
 
     They are as many as there were, so that similarities stay beside theirs; "" for None. Lone surrogates, which JSON
@@ -57,10 +57,10 @@ def caption_texts(value: Any, column: str) -> list[str]:
     values = [value] if isinstance(value, str) else value or []
     if not isinstance(values, list) or any(not isinstance(text, str | None) for text in values):
         raise BadRow("no caption", f"{column!r} must hold a list of texts, it is {value!r}")
-    return [storable(text or "") for text in values]
+    return [replace_surrogates(text or "") for text in values]
 
 
-def digest_of(value: Any, sort_keys: bool = False) -> str:
+def json_digest(value: Any, sort_keys: bool = False) -> str:
     """Hex digest of a JSON value."""
     return blake2b(json.dumps(value, sort_keys=sort_keys).encode(), digest_size=16).hexdigest()
 
@@ -73,12 +73,12 @@ def rows_fingerprint(rows: Iterable[tuple[str, list[str]]]) -> str:
     return digest.hexdigest()
 
 
-def storable(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """A text without lone surrogates, which JSON can hold and no Arrow file takes."""
     return text.encode("utf-8", "replace").decode()
 
 
-def write_skipped(path: Path, skipped: list[Skipped]) -> None:
+def write_skipped_rows(path: Path, skipped: list[SkippedRow]) -> None:
     """One JSON object a line; no file where nothing was skipped."""
     if skipped:  # ASCII: names of archive members can hold what is not UTF-8
         write_text(path, "".join(json.dumps(asdict(line)) + "\n" for line in skipped))
@@ -109,19 +109,19 @@ class CaptionChoice:
         """Raise ValueError where a value is out of its range."""
         if self.caption_strategy not in STRATEGIES:
             raise ValueError(f"caption_strategy must be one of {', '.join(STRATEGIES)}, got {self.caption_strategy!r}.")
-        at_least(self, 1, "caption_count")
-        between(self, -1, 1, "min_similarity", "min_pair_similarity")
+        check_at_least(self, 1, "caption_count")
+        check_between(self, -1, 1, "min_similarity", "min_pair_similarity")
 
-    def columns_of(self, language: str) -> list[str]:
+    def strategy_columns(self, language: str) -> list[str]:
         """The columns of a row that the strategy looks at."""
         names = [f"captions-{language}"]
         if self.caption_strategy != "none":
             names.append(f"generated-captions-{language}")
-        if self.caption_strategy in WITH_SIMILARITIES:
+        if self.caption_strategy in SIMILARITY_STRATEGIES:
             names.append(f"similarities-{language}")
         return names
 
-    def chosen(self, row: dict, language: str) -> list[str]:
+    def choose_captions(self, row: dict, language: str) -> list[str]:
         """The captions of a row that are used; it has the columns of `columns_of(language)`.
 
         A caption that occurs twice counts once, at its first position. `none`, `first` and `all` keep the order of the
@@ -129,30 +129,30 @@ class CaptionChoice:
         as the lowest. Empty when nothing passes, or where the first original caption is not as similar to the image as
         `min_pair_similarity` asks. Raises ValueError where a column is missing, or similarities are not one a caption.
         """
-        strategy, captions = self.caption_strategy, _column(row, f"captions-{language}")
+        strategy, captions = self.caption_strategy, _get_list_column(row, f"captions-{language}")
         if (least := self.min_pair_similarity) is not None:
             there = row.get(f"generated-captions-{language}")
-            similarities = _similarities(row, language, len(captions), None if there is None else len(there))
+            similarities = _get_similarities(row, language, len(captions), None if there is None else len(there))
             if not captions or similarities[0] < least:
                 return []
         if strategy == "none":
-            return _distinct(captions)
-        texts = [*captions, *_column(row, f"generated-captions-{language}")]
+            return _deduplicate(captions)
+        texts = [*captions, *_get_list_column(row, f"generated-captions-{language}")]
         if strategy == "all":
-            return _distinct(texts)
+            return _deduplicate(texts)
         if strategy == "first":
-            return _distinct(texts)[: len(_distinct(captions)) + self.caption_count]
-        similarities = _similarities(row, language, len(captions), len(texts) - len(captions))
+            return _deduplicate(texts)[: len(_deduplicate(captions)) + self.caption_count]
+        similarities = _get_similarities(row, language, len(captions), len(texts) - len(captions))
         ranked = sorted(range(len(texts)), key=lambda i: -similarities[i])  # a stable sort: ties keep the row's order
         if strategy == "rank":
-            return _distinct(texts[i] for i in ranked)[: self.caption_count]
-        passed = _distinct(texts[i] for i in ranked if similarities[i] >= self.min_similarity)
+            return _deduplicate(texts[i] for i in ranked)[: self.caption_count]
+        passed = _deduplicate(texts[i] for i in ranked if similarities[i] >= self.min_similarity)
         if strategy == "threshold" or len(passed) <= self.min_kept:
             return passed
-        return _diverse(passed, _distinct(texts), self)
+        return _select_diverse(passed, _deduplicate(texts), self)
 
 
-def _column(row: dict, name: str) -> list:
+def _get_list_column(row: dict, name: str) -> list:
     if isinstance(row.get(name), str | None):
         raise ValueError(
             f"The column {name!r} must hold a list, this row has {row.get(name)!r} there, of {sorted(row)}. Add the "
@@ -162,24 +162,24 @@ def _column(row: dict, name: str) -> list:
     return row[name]
 
 
-def _similarities(row: dict, language: str, captions: int, generated: int | None) -> list[float]:
+def _get_similarities(row: dict, language: str, caption_count: int, generated_count: int | None) -> list[float]:
     """One number a caption, NaN and None as minus infinity; with `generated` None there may be more than captions."""
     name = f"similarities-{language}"
-    similarities, needed = _column(row, name), captions + (generated or 0)
-    if len(similarities) < needed or (generated is not None and len(similarities) > needed):
+    similarities, needed = _get_list_column(row, name), caption_count + (generated_count or 0)
+    if len(similarities) < needed or (generated_count is not None and len(similarities) > needed):
         raise ValueError(
-            f"{name!r} has {len(similarities)} numbers for {needed} captions ({captions} original, {generated or 0} "
+            f"{name!r} has {len(similarities)} numbers for {needed} captions ({caption_count} original, {generated_count or 0} "
             "generated): it must hold one for each, in that order. Score the rows anew, or choose a strategy that "
             "needs no similarities: none, first or all."
         )
     return [-math.inf if value is None or math.isnan(value) else value for value in similarities]
 
 
-def _distinct(texts: Iterable[str]) -> list[str]:
+def _deduplicate(texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-def _diverse(ranked: list[str], corpus: list[str], choice: CaptionChoice) -> list[str]:
+def _select_diverse(ranked: list[str], corpus: list[str], choice: CaptionChoice) -> list[str]:
     """Those of `ranked`, most similar first, that repeat no kept one; term weights come from the whole `corpus`."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 

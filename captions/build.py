@@ -29,13 +29,13 @@ from datasets import Features
 from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm.auto import tqdm
 
-from capivara_common.cli import WrongUse, as_flags, flag, parse, read_config, run_command, unknown
-from capivara_common.executors import Work, execute, failures
-from capivara_common.files import read_json, whole_folder, write_json, write_text
+from capivara_common.cli import UsageError, config_to_flags, flag, parse_arguments, read_yaml_config, run_command, unknown_name_message
+from capivara_common.executors import PhaseStep, run_phases, failure_reasons
+from capivara_common.files import read_json, atomic_folder, write_json, write_text
 from capivara_common.privacy import hide_paths
 from capivara_common.tasks import ExecutorArguments, Phase
-from caption_data.rows import CAPTION_COLUMN, NOT_CHOSEN
-from caption_data.sources import STAGE_FILE, unfinished
+from caption_data.rows import CAPTION_COLUMN_RE, NOT_CHOSEN
+from caption_data.sources import STAGE_FILE, find_missing_rows
 from captions.generate import GenerateArguments
 from captions.score import ScoreArguments
 from captions.select import SelectArguments
@@ -44,32 +44,32 @@ from captions.stages import (
     RowStage,
     StageArguments,
     check_complete,
-    flat,
+    flatten,
     identity_digest,
     remove_rows,
-    stage_record,
-    whole_parquet,
+    read_stage_record,
+    atomic_parquet,
 )
-from captions.translate import REPORT_FILE, TranslateArguments
+from captions.translate import QUALITY_FILE, TranslateArguments
 from eval.records.tables import escape_markdown
 
 # In the order of the chain. A section may be left out; of `translate` there may be a list, one translator a time.
 STAGES = {"generate": GenerateArguments, "translate": TranslateArguments}
 STAGES |= {"score": ScoreArguments, "select": SelectArguments}
-READ = "read"  # the stage of a split that no other one works on: its rows as they are
+READ_STAGE = "read"  # the stage of a split that no other one works on: its rows as they are
 # docs/your_language.md says what they mean.
-NEEDED_KEYS = ("dataset", "output", "language")
-CONFIG_KEYS = (*NEEDED_KEYS, "source_language", "split", "evaluation_splits", "image_column", "rename", "card")
+REQUIRED_KEYS = ("dataset", "output", "language")
+CONFIG_KEYS = (*REQUIRED_KEYS, "source_language", "split", "evaluation_splits", "image_column", "rename", "card")
 CARD_KEYS = ("pretty_name", "description", "license", "license_name", "license_link", "sources", "attribution")
 SOURCE_KEYS = ("name", "url", "license")
 
 DATASET_FOLDER = "dataset"
-FILE_BYTES = 300_000_000  # of a file, about: the Hub advises some hundred megabytes
-FACTS = "build.json"  # what the card says, as JSON
-PICTURE = "similarities.png"  # of the selection's report
-TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"
+TARGET_FILE_BYTES = 300_000_000  # of a file, about: the Hub advises some hundred megabytes
+BUILD_FILE = "build.json"  # what the card says, as JSON
+SIMILARITY_PLOT_FILE = "similarities.png"  # of the selection's report
+CARD_TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"
 # Digests and long lists of settings.
-NOT_SHOWN = re.compile(r"(^|\.)(fingerprint|sha256|generation|prefixes|existing|target)(\.|$)")
+HIDDEN_SETTINGS_RE = re.compile(r"(^|\.)(fingerprint|sha256|generation|prefixes|existing|target)(\.|$)")
 logger = logging.getLogger("capivara")
 
 
@@ -89,7 +89,7 @@ class BuildArguments(ExecutorArguments):
 
 
 @dataclass(frozen=True)
-class Plan:
+class BuildPlan:
     """A whole build."""
 
     steps: dict[str, list[StageArguments]]  # split -> its stages in order
@@ -106,36 +106,36 @@ class ManualStepRequired(Exception):
     """The build waits for translations that somebody has to write; the text says in which tables."""
 
 
-def read_plan(config: Path, executor: dict[str, Any] | None = None, **given: str | Path | None) -> Plan:
+def read_build_plan(config: Path, executor_flags: dict[str, Any] | None = None, **overrides: str | Path | None) -> BuildPlan:
     """The plan of a config file, whose keys are `CONFIG_KEYS` and the names of `STAGES`.
 
     `executor` are flags of `ExecutorArguments` for all stages; the section of a stage may have its own. What is `given`
     and not None goes before the file. Raises ValueError where a key is unknown or missing, or a value breaks a rule.
     """
-    content = {key: value for key, value in read_config(config).items() if value not in ("", "~", "null")}
-    content |= {key: str(value) for key, value in given.items() if value is not None}
+    content = {key: value for key, value in read_yaml_config(config).items() if value not in ("", "~", "null")}
+    content |= {key: str(value) for key, value in overrides.items() if value is not None}
     _check_keys(content, [*CONFIG_KEYS, *STAGES], str(config))
-    for key in NEEDED_KEYS:
+    for key in REQUIRED_KEYS:
         if not content.get(key):
             raise ValueError(f"{config} lacks `{key}`. Write it there, or give --{key}.")
-    card = _checked_card(content.get("card"), config)
-    found = [(name, section) for name in STAGES for section in _listed(content.get(name, []))]
+    card = _check_card(content.get("card"), config)
+    found = [(name, section) for name in STAGES for section in _as_list(content.get(name, []))]
     if not found:
         raise ValueError(f"{config} has none of the stages {', '.join(STAGES)}; there is nothing to do.")
     for name, section in found:
         if not isinstance(section, dict):
             raise ValueError(f"{config}: `{name}` must hold `key: value` lines, got {section!r}.")
     chain = [(f"{number}-{name}", section) for number, (name, section) in enumerate(found, 1)]
-    train, evaluation = content.get("split", "train"), _listed(content.get("evaluation_splits", []))
+    train, evaluation = content.get("split", "train"), _as_list(content.get("evaluation_splits", []))
     if train in evaluation:
         raise ValueError(f"{config}: evaluation_splits has {train!r}, which is the split that all stages work on.")
-    translations = [one for one in chain if one[0].endswith("translate")] or [(f"0-{READ}", {})]
-    steps = {train: _steps(content, chain, train, executor or {}, config)}
-    steps |= {split: _steps(content, translations, split, executor or {}, config) for split in evaluation}
-    return Plan(steps, Path(content["output"]), content["language"], card)
+    translations = [one for one in chain if one[0].endswith("translate")] or [(f"0-{READ_STAGE}", {})]
+    steps = {train: _plan_steps(content, chain, train, executor_flags or {}, config)}
+    steps |= {split: _plan_steps(content, translations, split, executor_flags or {}, config) for split in evaluation}
+    return BuildPlan(steps, Path(content["output"]), content["language"], card)
 
 
-def _steps(content: dict, chain: list[tuple[str, dict]], split: str, executor: dict, config: Path) -> list:
+def _plan_steps(content: dict, chain: list[tuple[str, dict]], split: str, executor_flags: dict, config: Path) -> list:
     """The (folder, flags) of a chain as `StageArguments`, each of which reads what the one before it writes.
 
     Raises ValueError where a key is unknown or a value is of the wrong type.
@@ -144,8 +144,8 @@ def _steps(content: dict, chain: list[tuple[str, dict]], split: str, executor: d
     dataset, output = content["dataset"], Path(content["output"])
     for title, section in chain:
         name, folder = title.partition("-")[2], output / title / split
-        logs = Path(executor.get("logging_dir", output / "logs")) / title / split
-        values = {**executor, "dataset": dataset, "output": str(folder), "split": split, "logging_dir": str(logs)}
+        logs = Path(executor_flags.get("logging_dir", output / "logs")) / title / split
+        values = {**executor_flags, "dataset": dataset, "output": str(folder), "split": split, "logging_dir": str(logs)}
         if not steps:  # the others read columns of our names
             values |= {key: content[key] for key in ("image_column", "rename") if key in content}
         if name in ("translate", "score", "select"):
@@ -159,9 +159,9 @@ def _steps(content: dict, chain: list[tuple[str, dict]], split: str, executor: d
         if "import_file" in values:
             values["import_file"] = str(_table_path(Path(str(values["import_file"])), output, output / title))
         kind, where = STAGES.get(name, StageArguments), f"{config}, section {name}"
-        flags = as_flags(values, kind, where)
+        flags = config_to_flags(values, kind, where)
         try:
-            steps.append(parse(kind, None, flags))
+            steps.append(parse_arguments(kind, None, flags))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         dataset = str(folder)
@@ -178,12 +178,12 @@ def _table_path(name: Path, output: Path, stage: Path) -> Path:
     return output / name
 
 
-def _checked_card(card: Any, config: Path) -> dict[str, Any]:
+def _check_card(card: Any, config: Path) -> dict[str, Any]:
     """Licence and sources are nothing that a program could know, and a data set without them must not be published."""
     if not isinstance(card, dict):
         raise ValueError(f"{config} lacks `card`, with license and sources: no data set without its sources.")
     _check_keys(card, CARD_KEYS, f"{config}, section card")
-    sources = [source if isinstance(source, dict) else {} for source in _listed(card.get("sources") or {})]
+    sources = [source if isinstance(source, dict) else {} for source in _as_list(card.get("sources") or {})]
     for source in sources:
         _check_keys(source, SOURCE_KEYS, f"{config}, section card, sources")
     if not all(source.get("name") and source.get("license") for source in sources):
@@ -196,17 +196,17 @@ def _checked_card(card: Any, config: Path) -> dict[str, Any]:
     return card | {"sources": sources}
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
 def _check_keys(content: dict[str, Any], known: Sequence[str], where: str) -> None:
     for key in content:
         if key not in known:
-            raise ValueError(unknown(str(key), f"key in {where}", list(known), f"Known are {', '.join(known)}."))
+            raise ValueError(unknown_name_message(str(key), f"key in {where}", list(known), f"Known are {', '.join(known)}."))
 
 
-def build(args: BuildArguments) -> Path | None:
+def build_dataset(args: BuildArguments) -> Path | None:
     """Run what is not done yet; returns the folder of the data set, or None where Slurm has taken the jobs.
 
     Raises:
@@ -215,15 +215,15 @@ def build(args: BuildArguments) -> Path | None:
         ImportError: a stage needs a package that is not there.
         OSError: the disk is full; the same command does the rest.
     """
-    given = {name: getattr(args, name) for name in NEEDED_KEYS}
+    given = {name: getattr(args, name) for name in REQUIRED_KEYS}
     try:
-        plan = read_plan(args.config, args.executor_flags(), **given)
+        plan = read_build_plan(args.config, args.executor_flags(), **given)
     except ValueError as error:  # a value of the config is one of the command's
-        raise WrongUse(str(error)) from error
+        raise UsageError(str(error)) from error
     for steps in plan.steps.values():
-        if _state(steps[0]) != "done":
+        if _describe_state(steps[0]) != "done":
             check_columns(steps)  # before a model is looked for
-    for line in described(plan):
+    for line in describe_plan(plan):
         logger.info("%s", line)
     if args.dry_run:
         log_counts(plan)
@@ -232,15 +232,15 @@ def build(args: BuildArguments) -> Path | None:
         take_corrections(steps, plan.output / DATASET_FOLDER)
     runnable, waiting = [], []  # the latter: of each split the first stage whose table is not there yet, or not filled
     for steps in plan.steps.values():
-        ready = list(itertools.takewhile(lambda step: not step.waiting(), steps))
+        ready = list(itertools.takewhile(lambda step: not step.pending_manual_step(), steps))
         runnable, waiting = runnable + ready, waiting + steps[len(ready) :][:1]
     # Slurm takes jobs for what is done as well; a table is asked for once none is needed.
-    left = [step for step in runnable if not waiting or _state(step) != "done"]
+    left = [step for step in runnable if not waiting or _describe_state(step) != "done"]
     logs = (args.logging_dir or plan.output / "logs") / "dataset"
-    works = [work for step in left for work in Work.of(step, step.phases, step.title)]
-    works += [] if waiting else [Work(Phase(write_dataset), plan, logs, "dataset")]
+    works = [work for step in left for work in PhaseStep.from_phases(step, step.phases, step.title)]
+    works += [] if waiting else [PhaseStep(Phase(write_dataset), plan, logs, "dataset")]
     try:
-        complete = not works or execute(works, args)
+        complete = not works or run_phases(works, args)
     except ValueError:  # such as a dataset without a row, since a filter has dropped all of them
         log_counts(plan)
         raise
@@ -249,7 +249,7 @@ def build(args: BuildArguments) -> Path | None:
         logger.info("The jobs are submitted. This command with --dry_run says how far they are.")
         return None
     if waiting:  # the tables of all splits are written, so that they can be translated at once
-        lines = [*(step.ask() for step in waiting), "Fill the last column, then run the same command again."]
+        lines = [*(step.request_manual_step() for step in waiting), "Fill the last column, then run the same command again."]
         raise ManualStepRequired("\n".join(lines))
     return plan.output / DATASET_FOLDER
 
@@ -262,7 +262,7 @@ def check_columns(steps: list[StageArguments]) -> None:
     """
     first, *later = steps
     stage = RowStage(first)
-    columns = [*stage.features, *first.check_columns(stage.features, stage.source.where)]
+    columns = [*stage.features, *first.check_columns(stage.features, stage.source.display_name)]
     for step in later:
         columns += step.check_columns(columns, f"{step.title}: the output of the stages before it")
     for step in (step for step in steps if isinstance(step, TranslateArguments)):
@@ -277,12 +277,12 @@ def take_corrections(steps: list[StageArguments], dataset: Path) -> None:
     corrections are found again if this is interrupted.
     """
     for number, step in enumerate(steps):
-        if step.waiting():
+        if step.pending_manual_step():
             return
         if corrections := step.corrections():
             changed, later = len(corrections.rows), steps[number + 1 :] if corrections.rows else []
             logger.info("%s was corrected: %s rows of %s change.", step.import_file, f"{changed:,}", step.title)
-            if (dataset / FACTS).is_file():
+            if (dataset / BUILD_FILE).is_file():
                 shutil.rmtree(dataset)
             for after in reversed(later):
                 if after is later[0] and isinstance(after, ScoreArguments) and (after.output / STAGE_FILE).is_file():
@@ -290,24 +290,24 @@ def take_corrections(steps: list[StageArguments], dataset: Path) -> None:
                 else:
                     shutil.rmtree(after.output, ignore_errors=True)
             corrections.apply()
-        if _state(step) != "done":
+        if _describe_state(step) != "done":
             return
 
 
-def log_counts(plan: Plan) -> None:
+def log_counts(plan: BuildPlan) -> None:
     """Log the rows that went into each complete stage and came out, and warn if a filter dropped more than half."""
-    for step in (step for step in plan.all_steps() if _state(step) == "done"):
-        report, rows = check_complete(step.output), stage_record(step.output)["source"]["rows"]
+    for step in (step for step in plan.all_steps() if _describe_state(step) == "done"):
+        report, rows = check_complete(step.output), read_stage_record(step.output)["source"]["rows"]
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in report.skipped.items())
         ending = f" ({reasons})" if reasons else ""
         logger.info("%s: %s rows in, %s out%s", step.title, f"{rows:,}", f"{report.rows:,}", ending)
         filters, dropped, total, unit = "", 0, 0, ""
         if isinstance(step, SelectArguments):
-            cuts = {"min_pair_similarity": step.min_pair_similarity, "min_similarity": step.strategy_cut}
+            cuts = {"min_pair_similarity": step.min_pair_similarity, "min_similarity": step.strategy_cutoff}
             filters = " and ".join(f"{name} {cut:g}" for name, cut in cuts.items() if cut is not None)
             dropped, total, unit = report.skipped.get(NOT_CHOSEN, 0), rows, "rows"
         elif isinstance(step, TranslateArguments) and step.drop_flagged:
-            quality = read_json(step.output / REPORT_FILE, captions=int, flagged=int)
+            quality = read_json(step.output / QUALITY_FILE, captions=int, flagged=int)
             filters, dropped, total, unit = "drop_flagged", quality["flagged"], quality["captions"], "translations"
         if dropped > total / 2:
             logger.warning(
@@ -319,28 +319,28 @@ def log_counts(plan: Plan) -> None:
             )  # fmt: skip
 
 
-def described(plan: Plan) -> list[str]:
+def describe_plan(plan: BuildPlan) -> list[str]:
     """What is done and what will be, a line a stage, and the tasks that have failed."""
     lines, all_done = [], (plan.output / DATASET_FOLDER).is_dir()
     for steps in plan.steps.values():
         is_current = True  # whether the stages before are done, so that this one has read what they hold now
         for step in steps:
-            state = _state(step)
+            state = _describe_state(step)
             is_done = state == "done"
             again = ", again where the stages before it change" if is_done and not is_current else ""
             lines.append(f"{step.title}: {state}{again}\n    {step.command()}")
             is_current, all_done = is_current and is_done, all_done and is_done
-            for work in Work.of(step, step.phases, step.title):
-                lines += [f"    {work}: task {rank}: {text}" for rank, text in failures(work.logs).items()]
+            for work in PhaseStep.from_phases(step, step.phases, step.title):
+                lines += [f"    {work}: task {rank}: {text}" for rank, text in failure_reasons(work.log_folder).items()]
     return [*lines, f"{plan.output / DATASET_FOLDER}: {'done' if all_done else 'to be made'}"]
 
 
-def _state(step: StageArguments) -> str:
-    if waiting := step.waiting():
+def _describe_state(step: StageArguments) -> str:
+    if waiting := step.pending_manual_step():
         return f"waits for {step.import_file}: {waiting.partition(':')[0]}"
     if not (step.output / STAGE_FILE).is_file():
         return "to be done"
-    left, _ = unfinished(step.output)
+    left, _ = find_missing_rows(step.output)
     if left:
         return f"{left:,} rows to be done"
     return f"to be done again where {step.import_file} was corrected" if step.is_corrected() else "done"
@@ -350,45 +350,45 @@ def _state(step: StageArguments) -> str:
 # columns, empty where a split has gone through fewer stages; `datasets` would refuse the data set otherwise.
 
 
-def write_dataset(plan: Plan, rank: int = 0, world_size: int = 1) -> None:
+def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
     """Write the data set of a build whose stages are complete. One that is there stays.
 
     Raises ValueError where splits have columns of one name and different types, or no row is left.
     """
     output = plan.output / DATASET_FOLDER
     last = {split: steps[-1].output for split, steps in plan.steps.items()}
-    digests = {split: identity_digest(stage_record(stage)) for split, stage in last.items()}
+    digests = {split: identity_digest(read_stage_record(stage)) for split, stage in last.items()}
     if output.is_dir():
-        if not (output / FACTS).is_file() or read_json(output / FACTS).get("stages_digest") != digests:
+        if not (output / BUILD_FILE).is_file() or read_json(output / BUILD_FILE).get("stages_digest") != digests:
             raise ValueError(
                 f"{output} was made from other stages than those that are there. Remove it, and run again."
             )
         return
-    files = {split: _files(split, stage) for split, stage in last.items()}
+    files = {split: _group_parts(split, stage) for split, stage in last.items()}
     schema = _common_schema(part for some in files.values() for parts in some for part in parts)
     facts = {"card": plan.card, "language": plan.language, "splits": {}}
-    with whole_folder(output) as folder:
+    with atomic_folder(output) as folder:
         for split, some in files.items():
             names = [folder / "data" / f"{split}-{n:05d}-of-{len(some):05d}.parquet" for n in range(len(some))]
             progress = tqdm(zip(names, some, strict=True), desc="Data set", unit="file", total=len(some))
-            counts = sum((_write_file(path, parts, schema) for path, parts in progress), Counter())
-            steps = [_step_facts(step) for step in plan.steps[split]]
+            counts = sum((_write_parquet_file(path, parts, schema) for path, parts in progress), Counter())
+            steps = [_step_metadata(step) for step in plan.steps[split]]
             facts["splits"][split] = {"rows": counts.pop("rows"), "captions": dict(counts), "steps": steps}
-        pictures = (step.output / "report" / PICTURE for step in plan.all_steps())
+        pictures = (step.output / "report" / SIMILARITY_PLOT_FILE for step in plan.all_steps())
         if picture := next(filter(Path.is_file, pictures), None):
-            shutil.copyfile(picture, folder / PICTURE)
-        write_json(folder / FACTS, facts | {"stages_digest": digests})
-        write_text(folder / "README.md", dataset_card(facts, picture and PICTURE))
+            shutil.copyfile(picture, folder / SIMILARITY_PLOT_FILE)
+        write_json(folder / BUILD_FILE, facts | {"stages_digest": digests})
+        write_text(folder / "README.md", render_dataset_card(facts, picture and SIMILARITY_PLOT_FILE))
 
 
-def _files(split: str, stage: Path) -> list[list[Path]]:
+def _group_parts(split: str, stage: Path) -> list[list[Path]]:
     """For each file of a split the parts that it is made of, none without a row."""
     check_complete(stage)
     parts = [path for path in sorted(stage.glob(f"{split}-*.parquet")) if pq.read_metadata(path).num_rows]
     if not parts:
         raise ValueError(f"{stage} has no row that is left. Its *.skipped.jsonl say why.")
     ends = itertools.accumulate(path.stat().st_size for path in parts)
-    numbers = {path: (end - 1) // FILE_BYTES for path, end in zip(parts, ends, strict=True)}
+    numbers = {path: (end - 1) // TARGET_FILE_BYTES for path, end in zip(parts, ends, strict=True)}
     return [list(some) for _, some in itertools.groupby(parts, key=numbers.get)]
 
 
@@ -402,28 +402,28 @@ def _common_schema(parts: Iterable[Path]) -> pa.Schema:
     return features.arrow_schema
 
 
-def _write_file(path: Path, parts: list[Path], schema: pa.Schema) -> Counter[str]:
+def _write_parquet_file(path: Path, parts: list[Path], schema: pa.Schema) -> Counter[str]:
     """A file of some parts, in the columns of all, which are empty where a part has not got them.
 
     Returns the number of its "rows", and by column of captions that of those that are not blank.
     """
     counts = Counter()
-    with whole_parquet(path, schema) as parquet:
+    with atomic_parquet(path, schema) as parquet:
         for file in map(pq.ParquetFile, parts):
             for group in range(file.num_row_groups):
                 table = pa.concat_tables([schema.empty_table(), file.read_row_group(group)], promote_options="default")
                 parquet.write_table(table)
                 counts["rows"] += len(table)
-                for name in filter(CAPTION_COLUMN.fullmatch, schema.names):
+                for name in filter(CAPTION_COLUMN_RE.fullmatch, schema.names):
                     texts = pc.utf8_trim_whitespace(pc.list_flatten(table[name]))
                     counts[name] += pc.sum(pc.not_equal(texts, "")).as_py() or 0
             file.close()
     return counts
 
 
-def _step_facts(step: StageArguments) -> dict[str, Any]:
+def _step_metadata(step: StageArguments) -> dict[str, Any]:
     """Of `stage.json`, the parts, and the counts of a translation's quality."""
-    record, report, quality = stage_record(step.output), check_complete(step.output), step.output / REPORT_FILE
+    record, report, quality = read_stage_record(step.output), check_complete(step.output), step.output / QUALITY_FILE
     found = read_json(quality, captions=int, flagged=int) if quality.is_file() else None
     return {
         "name": step.output.parent.name.partition("-")[2],
@@ -437,12 +437,12 @@ def _step_facts(step: StageArguments) -> dict[str, Any]:
     }
 
 
-def dataset_card(facts: dict[str, Any], picture: str | None) -> str:
+def render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str:
     """The data set's README.md, of the facts of build.json and the file with the similarities beside it."""
-    card, language, splits = facts["card"], facts["language"], facts["splits"].values()
+    card, language, splits = metadata["card"], metadata["language"], metadata["splits"].values()
     stages = {step["name"] for split in splits for step in split["steps"]}
     filled = [name for split in splits for name, n in split["captions"].items() if n]
-    files = [{"split": name, "path": f"data/{name}-*"} for name in facts["splits"]]
+    files = [{"split": name, "path": f"data/{name}-*"} for name in metadata["splits"]]
     languages = sorted({name.split("captions-", 1)[1] for name in filled}, key=lambda code: (code != language, code))
     translations = {
         code: who for split in splits for step in split["steps"] for code, who in step["translations"].items()
@@ -459,26 +459,26 @@ def dataset_card(facts: dict[str, Any], picture: str | None) -> str:
     )
     text = DatasetCard.from_template(
         data,
-        template_path=str(TEMPLATE),
-        facts=facts,
+        template_path=str(CARD_TEMPLATE),
+        metadata=metadata,
         title=card.get("pretty_name") or f"Images with captions in {', '.join(languages)}",
         description=card.get("description") or "Images with captions, to train image-text models on.",
         caption_columns=list(dict.fromkeys(filled)),
         stages=stages,
         translators=set(translations.values()),
-        picture=picture,
+        plot_file=plot_file,
         escape=escape_markdown,  # of all texts of others
         code=lambda name: "`" + re.sub(r"[`|\s]", "_", name) + "`",
         link=lambda name, url: f"[{name}](<{url}>)" if re.fullmatch(r"https?://[^\s<>]+", url) else name,
-        settings=_settings,
+        settings=_describe_settings,
     )
     return f"{text}\n"
 
 
-def _settings(settings: dict[str, Any]) -> str:
+def _describe_settings(settings: dict[str, Any]) -> str:
     """Settings in words, the model first; digests and long lists are left to build.json."""
-    leaves = sorted(flat(settings).items(), key=lambda leaf: not leaf[0].endswith("model"))
-    shown = [(k, v) for k, v in leaves if v is not None and v is not False and not NOT_SHOWN.search(k)]
+    leaves = sorted(flatten(settings).items(), key=lambda leaf: not leaf[0].endswith("model"))
+    shown = [(k, v) for k, v in leaves if v is not None and v is not False and not HIDDEN_SETTINGS_RE.search(k)]
     return ", ".join(f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in shown)
 
 
@@ -486,7 +486,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command; ends with 1 where tasks have failed."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        folder = build(parse(BuildArguments, __doc__, argv))
+        folder = build_dataset(parse_arguments(BuildArguments, __doc__, argv))
     except ManualStepRequired as required:
         print(f"waiting: {required}")  # no error: what could be done is done
         return
@@ -501,4 +501,4 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     from captions import build as module  # by its name, as other machines find it
 
-    run_command(module.main, resumes=True)
+    run_command(module.main, resumable=True)

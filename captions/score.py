@@ -17,11 +17,11 @@ from typing import Any, Literal
 import PIL.Image
 from torch import Tensor
 
-from capivara_common.cli import at_least, flag, run_command
-from capivara_common.environment import require
+from capivara_common.cli import check_at_least, flag, run_command
+from capivara_common.environment import require_packages
 from capivara_common.image_files import BadImage, BadRow
-from caption_data.rows import SIMILARITIES
-from captions.stages import DECODED, RowStage, StageArguments, stage_main
+from caption_data.rows import SIMILARITIES_FEATURE
+from captions.stages import DECODED_KEY, RowStage, StageArguments, run_stage_command
 from modeling_capivara.two_towers import Embedder, load_embedder
 
 
@@ -29,7 +29,7 @@ from modeling_capivara.two_towers import Embedder, load_embedder
 class ScoreArguments(StageArguments):
     """Arguments of `captions.score`."""
 
-    uses_model = decodes = True
+    uses_model = decodes_images = True
     language: str = flag("pt", "Language of the captions, the end of their columns' names.")
     model: str | None = flag(
         None,
@@ -43,11 +43,11 @@ class ScoreArguments(StageArguments):
         super().__post_init__()
         if not self.model:
             raise ValueError("model is missing: give the model whose similarities are wanted, such as the base model.")
-        at_least(self, 1, "embedding_batch_size")
+        check_at_least(self, 1, "embedding_batch_size")
         if self.model.startswith("open_clip:"):
-            require("The stage score", "open_clip", "open_clip")
+            require_packages("The stage score", "open_clip", "open_clip")
 
-    def needed_columns(self) -> list[str]:
+    def required_columns(self) -> list[str]:
         """Columns of captions, of which one must be there."""
         return [f"captions-{self.language}", f"generated-captions-{self.language}"]
 
@@ -55,22 +55,22 @@ class ScoreArguments(StageArguments):
         """Return the column of similarities. Raises ValueError if there is no column of captions."""
         return [*super().check_columns(columns, where), f"similarities-{self.language}"]
 
-    def process(self, stage: RowStage) -> tuple[Any, ...]:
+    def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
         """Similarities of each row's captions. Raises as `load_embedder` does."""
         embedder = load_embedder(self.model, self.device, True, self.precision)
         settings = {"language": self.language, "model": self.model, "fingerprint": embedder.fingerprint}
-        return {f"similarities-{self.language}": SIMILARITIES}, settings, lambda rows: scored(embedder, self, rows)
+        return {f"similarities-{self.language}": SIMILARITIES_FEATURE}, settings, lambda rows: score_rows(embedder, self, rows)
 
 
-def scored(embedder: Embedder, args: ScoreArguments, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
+def score_rows(embedder: Embedder, args: ScoreArguments, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
     """The new column of each row, or what is wrong with the row."""
-    columns, size = args.needed_columns(), args.embedding_batch_size  # columns in the order of the similarities
+    columns, size = args.required_columns(), args.embedding_batch_size  # columns in the order of the similarities
     captions = [[text for column in columns for text in row.get(column) or []] for row in rows]
     good = [place for place, texts in enumerate(captions) if any(map(str.strip, texts))]
     results = [BadRow("no caption", f"all of {', '.join(columns)} are empty")] * len(rows)
     distinct = sorted({text for place in good for text in captions[place] if text.strip()}, key=len)
     embeds = dict(zip(distinct, embedder.texts(distinct, 2 * size) if distinct else [], strict=True))  # each (width,)
-    for place, embed in zip(good, embedded(embedder, [rows[place][DECODED] for place in good], size), strict=True):
+    for place, embed in zip(good, embed_row_images(embedder, [rows[place][DECODED_KEY] for place in good], size), strict=True):
         results[place] = embed
         if not isinstance(embed, BadRow):
             cosines = [float(embeds[text] @ embed) if text in embeds else None for text in captions[place]]
@@ -78,22 +78,22 @@ def scored(embedder: Embedder, args: ScoreArguments, rows: list[dict[str, Any]])
     return results
 
 
-def embedded(embedder: Embedder, images: list[PIL.Image.Image], batch_size: int) -> list[Tensor | BadRow]:
+def embed_row_images(embedder: Embedder, images: list[PIL.Image.Image], batch_size: int) -> list[Tensor | BadRow]:
     """(width,) of each image; one that the model refuses must not end the work on all others."""
     try:
         return list(embedder.images(images, batch_size)) if images else []
     except ValueError as error:
         if len(images) == 1:
             return [BadImage("unreadable image", f"the model refuses it: {error}")]
-    return [embed for image in images for embed in embedded(embedder, [image], batch_size)]
+    return [embed for image in images for embed in embed_row_images(embedder, [image], batch_size)]
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    stage_main(ScoreArguments, __doc__, argv)
+    run_stage_command(ScoreArguments, __doc__, argv)
 
 
 if __name__ == "__main__":
     from captions import score  # by its name, as other machines find it
 
-    run_command(score.main, resumes=True)
+    run_command(score.main, resumable=True)

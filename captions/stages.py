@@ -32,24 +32,24 @@ import pyarrow.parquet as pq
 from datasets import Features, Image
 from tqdm.auto import tqdm
 
-from capivara_common.cli import at_least, flag, parse
+from capivara_common.cli import check_at_least, flag, parse_arguments
 from capivara_common.environment import package_versions
-from capivara_common.executors import Work, execute
-from capivara_common.files import read_json, whole_file, write_json
+from capivara_common.executors import PhaseStep, run_phases
+from capivara_common.files import read_json, atomic_file, write_json
 from capivara_common.image_files import (
-    DECODERS,
+    DECODER_THREADS,
     BadRow,
     ImageFileArguments,
-    ImageFiles,
+    ImageAccess,
     decode_image,
-    image_bytes,
+    read_image_bytes,
 )
-from capivara_common.tasks import SHARED_BY_TASKS, ExecutorArguments, Phase, all_parts
-from caption_data.rows import CAPTION_COLUMN, CAPTIONS, DATASET_HELP, Skipped, caption_texts, digest_of, write_skipped
-from caption_data.sources import LISTS, READ_ROWS, STAGE_FILE, Split, open_split, opened_parquet, refuse_unfinished
+from capivara_common.tasks import TASK_SHARING_HINT, ExecutorArguments, Phase, split_rows
+from caption_data.rows import CAPTION_COLUMN_RE, CAPTIONS_FEATURE, DATASET_HELP, SkippedRow, normalize_captions, json_digest, write_skipped_rows
+from caption_data.sources import LISTS, PARQUET_BATCH_ROWS, STAGE_FILE, Split, open_split, open_parquet, check_finished
 
 GONE = {  # flags of earlier versions
-    **dict.fromkeys(("shard", "wait_s"), f"{SHARED_BY_TASKS} (docs/cluster.md)"),
+    **dict.fromkeys(("shard", "wait_s"), f"{TASK_SHARING_HINT} (docs/cluster.md)"),
     "source_prefix": "models without codes of languages are not taken",
     "existing": "columns that are there get another name by --rename OLD=NEW",
     "export": "--import FILE.tsv writes the table where it is not there",
@@ -60,20 +60,20 @@ GONE = {  # flags of earlier versions
         "a quota of characters, in the service's console, limits what it costs; after a refusal pauses double",
     ),
 }
-SPLIT = r"\w+([.-]\w+)*"  # names of files begin with it
-IMAGE = "image"  # the authors' name, which the image column has in every output
-DECODED = "decoded image"  # of a row that is worked on
+SPLIT_NAME_PATTERN = r"\w+([.-]\w+)*"  # names of files begin with it
+IMAGE_COLUMN = "image"  # the authors' name, which the image column has in every output
+DECODED_KEY = "decoded image"  # of a row that is worked on
 STAGE_VERSION = 1  # of the folder's form; raise it when parts change
-IDENTITY = ("version", "source", "rows_per_part", "settings", "columns")  # what parts of one folder have in common
-NOT_COMPARED = ("name", "damaged")  # of the source: another machine may reach it by another path
-RECORD = {"version": int, "command": str, "source": dict, "rows_per_part": int}
-RECORD |= {"settings": dict, "columns": dict, "versions": dict}
+IDENTITY_KEYS = ("version", "source", "rows_per_part", "settings", "columns")  # what parts of one folder have in common
+IGNORED_SOURCE_KEYS = ("name", "damaged")  # of the source: another machine may reach it by another path
+RECORD_TYPES = {"version": int, "command": str, "source": dict, "rows_per_part": int}
+RECORD_TYPES |= {"settings": dict, "columns": dict, "versions": dict}
 MAX_ROWS = 10**9  # names of parts have nine digits
 ROWS_PER_GROUP = 16  # of a parquet file: what a reader of one row reads
-PREPARED_ROWS = 50_000  # whose translations are in memory at once
-SAMPLED_PIECES, SAMPLED_BYTES = 64, 4096  # of a file, evenly spread, for the fingerprint of a split
+MAX_PREPARED_ROWS = 50_000  # whose translations are in memory at once
+SAMPLE_COUNT, SAMPLE_BYTES = 64, 4096  # of a file, evenly spread, for the fingerprint of a split
 # What a stage does with some rows: for each, its new columns, or why it is left out.
-Process = Callable[[list[dict[str, Any]]], list[dict[str, Any] | BadRow]]
+ProcessRows = Callable[[list[dict[str, Any]]], list[dict[str, Any] | BadRow]]
 
 S = TypeVar("S", bound=Sized)
 logger = logging.getLogger("capivara")
@@ -87,7 +87,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     """
 
     gone = GONE
-    uses_model = decodes = False  # whether a task needs a GPU, and images decoded
+    uses_model = decodes_images = False  # whether a task needs a GPU, and images decoded
     import_file = None  # a flag of `captions.translate` alone
     dataset: str = flag(..., f"{DATASET_HELP} The output of another stage is such a folder.")
     output: Path = flag(..., "Folder of the parts; the same command finishes an unfinished one.")
@@ -99,17 +99,17 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
 
     def __post_init__(self) -> None:
         self.dataset, self.output = self.dataset.rstrip("/") or self.dataset, Path(self.output)
-        at_least(self, 1, "batch_rows", "rows_per_part")
-        if not re.fullmatch(SPLIT, self.split):
+        check_at_least(self, 1, "batch_rows", "rows_per_part")
+        if not re.fullmatch(SPLIT_NAME_PATTERN, self.split):
             raise ValueError(f"split must be a name such as train, got {self.split!r}.")
         folder, output = Path(self.dataset).resolve(), self.output.resolve()
         if Path(self.dataset).exists() and folder in (output, output.parent):  # its parts would be rows of the data set
             raise ValueError(f"The output folder {self.output} is the data set or lies in it. Choose another one.")
-        self.renamed()
+        self.column_renames()
         self.check_image_files()
         self.check_executor()
 
-    def renamed(self) -> dict[str, str]:
+    def column_renames(self) -> dict[str, str]:
         """Old name -> new name, of `rename`."""
         pairs = [pair.split("=") for pair in self.rename]
         names = dict(pair for pair in pairs if len(pair) == 2 and all(pair))
@@ -119,7 +119,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
             )
         return names
 
-    def needed_columns(self) -> list[str]:
+    def required_columns(self) -> list[str]:
         """Of which the data set must have one, by their names in the output."""
         return []
 
@@ -128,7 +128,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
 
         Raises ValueError, which begins with `where`, if none of the columns that it needs is there.
         """
-        needed = self.needed_columns()
+        needed = self.required_columns()
         if needed and set(columns).isdisjoint(needed):
             raise ValueError(
                 f"{where} has no column {' or '.join(needed)}; there are {list(columns)}. A column of another name "
@@ -142,9 +142,9 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
 
     def source(self) -> Split:
         """The rows that it reads. Raises ValueError as `open_split` does."""
-        return open_in_place(self.dataset, self.split, self.image_column, **self.limits())
+        return open_in_place(self.dataset, self.split, self.image_column, **self.image_options())
 
-    def waiting(self) -> str:
+    def pending_manual_step(self) -> str:
         """What a person has to do before it can run; empty where it can."""
         return ""
 
@@ -156,14 +156,14 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         """Find what a corrected input changes in the parts that are there; None if nothing was corrected."""
         return None
 
-    def process(self, stage: "RowStage") -> tuple[Any, ...]:
+    def prepare_processing(self, stage: "RowStage") -> tuple[Any, ...]:
         """What `RowStage.run` is given: new columns, settings, what makes them; a model is loaded here."""
         return {}, {}, lambda rows: [{} for _ in rows]
 
-    def rows(self, rank: int = 0, world_size: int = 1) -> "StageReport":
+    def write_rows(self, rank: int = 0, world_size: int = 1) -> "StageReport":
         """Write the parts of one task that are missing. Raises as `RowStage` and `process` do."""
         stage = RowStage(self, rank, world_size)  # before the model: what is wrong with the data is said at once
-        return stage.report() if stage.done else stage.run(*self.process(stage))
+        return stage.report() if stage.is_done else stage.run(*self.prepare_processing(stage))
 
     def command(self) -> str:
         """The command line, for a shell, without defaults and without where its tasks run."""
@@ -180,7 +180,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     @property
     def phases(self) -> dict[str, Phase]:
         """The work of a stage: its rows, shared out; then its report, where it has one."""
-        rows = Phase(StageArguments.rows, shared=True, uses_model=self.uses_model)
+        rows = Phase(StageArguments.write_rows, is_parallel=True, uses_model=self.uses_model)
         return {"rows": rows} | ({"report": Phase(type(self).report)} if hasattr(self, "report") else {})
 
     @property
@@ -200,16 +200,16 @@ class ParquetSplit(Split):
     """
 
     def __post_init__(self) -> None:
-        self._groups: list[tuple[Path, int, int]] = []  # file, number and rows of each row group
+        self._row_groups: list[tuple[Path, int, int]] = []  # file, number and rows of each row group
         schema = None
-        for path in tqdm(self.paths, desc=f"Parquet files, {self.where}", unit="file", leave=False):
-            with opened_parquet(path) as file:
+        for path in tqdm(self.paths, desc=f"Parquet files, {self.display_name}", unit="file", leave=False):
+            with open_parquet(path) as file:
                 schema = file.schema_arrow if schema is None else schema
                 if not file.schema_arrow.equals(schema):
                     raise ValueError(f"{path} has other columns than {self.paths[0]}; make them alike.")
                 sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            self._groups += [(path, group, size) for group, size in enumerate(sizes)]
-        self._starts = list(itertools.accumulate((size for *_, size in self._groups), initial=0))  # and the end
+            self._row_groups += [(path, group, size) for group, size in enumerate(sizes)]
+        self._row_group_starts = list(itertools.accumulate((size for *_, size in self._row_groups), initial=0))  # and the end
         self._features = Features.from_arrow_schema(schema)
 
     @property
@@ -218,22 +218,22 @@ class ParquetSplit(Split):
         return self._features
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return self._row_group_starts[-1]
 
     def row(self, index: int) -> dict[str, Any]:
         """Row `index`, from 0."""
         return next(self.rows(index))
 
-    def rows(self, start: int = 0, only: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+    def rows(self, start: int = 0, column_names: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
         """The rows from row `start` on, with none but the columns `only`."""
         if start >= len(self):
             return
-        first = bisect.bisect_right(self._starts, start) - 1
-        surplus = start - self._starts[first]  # rows of the first group that come before
-        for path, some in itertools.groupby(self._groups[first:], key=lambda group: group[0]):
-            numbers, columns = [number for _, number, _ in some], None if only is None else list(only)
-            with opened_parquet(path) as file:
-                for batch in file.iter_batches(READ_ROWS, row_groups=numbers, columns=columns):
+        first = bisect.bisect_right(self._row_group_starts, start) - 1
+        surplus = start - self._row_group_starts[first]  # rows of the first group that come before
+        for path, some in itertools.groupby(self._row_groups[first:], key=lambda group: group[0]):
+            numbers, columns = [number for _, number, _ in some], None if column_names is None else list(column_names)
+            with open_parquet(path) as file:
+                for batch in file.iter_batches(PARQUET_BATCH_ROWS, row_groups=numbers, columns=columns):
                     rows = batch.slice(min(surplus, len(batch))).to_pylist()
                     surplus -= len(batch) - len(rows)
                     for row in rows:
@@ -247,7 +247,7 @@ class ParquetSplit(Split):
 open_in_place = partial(open_split, parquet=ParquetSplit)  # parquet files without a copy
 
 
-def fingerprint(source: Split) -> str:
+def source_fingerprint(source: Split) -> str:
     """Hex digest of the content, the same wherever files lie: of a large one by its size and pieces all over it; of
     a data set of `datasets` the fingerprint that the library keeps."""
     if not source.paths:
@@ -257,35 +257,35 @@ def fingerprint(source: Split) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode("utf-8", "surrogateescape"))
         with path.open("rb") as file:
-            whole = path.suffix in LISTS or size <= SAMPLED_PIECES * SAMPLED_BYTES  # the first: a list of captions
+            whole = path.suffix in LISTS or size <= SAMPLE_COUNT * SAMPLE_BYTES  # the first: a list of captions
             if whole:
                 hashlib.file_digest(file, lambda: digest)
             for piece in range(
-                0 if whole else SAMPLED_PIECES
+                0 if whole else SAMPLE_COUNT
             ):  # the first and the last one included, where footers are
-                file.seek((size - SAMPLED_BYTES) * piece // (SAMPLED_PIECES - 1))
-                digest.update(file.read(SAMPLED_BYTES))
+                file.seek((size - SAMPLE_BYTES) * piece // (SAMPLE_COUNT - 1))
+                digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
 
 
-def passed_features(source: Split, args: StageArguments) -> Features:
+def output_features(source: Split, args: StageArguments) -> Features:
     """The columns that a stage passes on, by their names in its output: all but those without a plain type of Arrow.
 
     Raises ValueError where there are no images or none of the columns that it needs, or a name stands for two columns.
     """
-    names = args.renamed() | {args.image_column: IMAGE}
+    names = args.column_renames() | {args.image_column: IMAGE_COLUMN}
     source.check_columns(names)
     features = Features()
     for old, feature in source.features.items():
         new = names.get(old, old)
         if new in features or (new != old and new in source.columns and new not in names):
-            raise ValueError(f"{source.where}: two columns would be named {new!r}. Rename one with --rename OLD=NEW.")
-        if CAPTION_COLUMN.fullmatch(new):
-            features[new] = CAPTIONS
+            raise ValueError(f"{source.display_name}: two columns would be named {new!r}. Rename one with --rename OLD=NEW.")
+        if CAPTION_COLUMN_RE.fullmatch(new):
+            features[new] = CAPTIONS_FEATURE
         elif "extension<" not in str(Features({new: feature}).arrow_schema.field(new).type):
             features[new] = feature
-    args.check_columns(features, source.where)
-    return Features(features | {IMAGE: Image()})
+    args.check_columns(features, source.display_name)
+    return Features(features | {IMAGE_COLUMN: Image()})
 
 
 # What is written
@@ -311,10 +311,10 @@ class RowStage:
 
     def __init__(self, args: StageArguments, rank: int = 0, world_size: int = 1):
         self.args, self.source, self.rank = args, args.source(), rank
-        for damage in self.source.damaged:
+        for damage in self.source.damaged_archives:
             logger.warning("A damaged archive, read up to there: %s", damage.detail)
         next(self.source.rows(), None)  # damage in the first rows is told before a model is loaded, or paid for
-        self.features = passed_features(self.source, args)
+        self.features = output_features(self.source, args)
         self.record = {  # what of `stage.json` is known before a model is loaded
             "version": STAGE_VERSION,
             "command": args.command(),
@@ -322,22 +322,22 @@ class RowStage:
                 "name": self.source.name,
                 "split": self.source.split,
                 "rows": len(self.source),
-                "fingerprint": fingerprint(self.source),
-                "damaged": [damage.detail for damage in self.source.damaged],
+                "fingerprint": source_fingerprint(self.source),
+                "damaged": [damage.detail for damage in self.source.damaged_archives],
             },
             "rows_per_part": args.rows_per_part,
         }
         self.path = partial(part_path, args.output, self.source.split)  # of the rows of a part
-        parts = all_parts(len(self.source), args.rows_per_part)  # a task has neighbours: files are read in order
+        parts = split_rows(len(self.source), args.rows_per_part)  # a task has neighbours: files are read in order
         self.parts = parts[len(parts) * rank // world_size : len(parts) * (rank + 1) // world_size]
 
     @property
-    def done(self) -> bool:
+    def is_done(self) -> bool:
         """Whether the task has nothing left to do, by the names of its files. Parts of another command, of other rows
         or settings don't count: `run` then says what differs."""
         if not (self.args.output / STAGE_FILE).is_file():
             return False
-        there = stage_record(self.args.output)
+        there = read_stage_record(self.args.output)
         now = self.record | {"settings": there["settings"] | self.args.known_settings()}
         # Flags in any order: earlier versions had another one.
         there, now = ({**record, "command": set(record["command"].split(" --"))} for record in (there, now))
@@ -347,7 +347,7 @@ class RowStage:
         self,
         columns: dict[str, Any],
         settings: dict[str, Any],
-        process: Process,
+        process: ProcessRows,
         prepare: Callable[[list[range]], None] = lambda parts: None,
     ) -> StageReport:
         """Write the parts of the task that are missing, whole or not, each with a list of its rows that were left out.
@@ -369,12 +369,12 @@ class RowStage:
             "columns": {name: repr(feature) for name, feature in features.items()},
             "versions": package_versions(),
         }
-        claim(self.args.output, self.record | added)
+        claim_folder(self.args.output, self.record | added)
         missing = [part for part in self.parts if not self.path(part).is_file()]
         total, left = sum(map(len, self.parts)), sum(map(len, missing))
         title = type(self.args).__module__.rpartition(".")[2].capitalize()
         with tqdm(total=total, initial=total - left, desc=title, unit="row", disable=self.rank > 0) as bar:
-            for group in groups(missing, PREPARED_ROWS):
+            for group in batch_by_length(missing, MAX_PREPARED_ROWS):
                 prepare(group)
                 for part in group:
                     try:
@@ -389,63 +389,63 @@ class RowStage:
         for path in self.args.output.glob(".*.parquet.*.tmp"):  # others may be of tasks at work
             if path.with_name(re.sub(r"\.[^.]+\.tmp$", "", path.name[1:])).is_file():
                 path.unlink(missing_ok=True)
-        return progress(self.args.output, self.record, self.parts)
+        return summarize_parts(self.args.output, self.record, self.parts)
 
-    def _write_part(self, part: range, schema: pa.Schema, process: Process, bar: tqdm) -> None:
+    def _write_part(self, part: range, schema: pa.Schema, process: ProcessRows, bar: tqdm) -> None:
         path, skipped = self.path(part), []
         try:
-            with whole_parquet(path, schema) as parquet:
-                rows = self._rows(process, part, skipped, bar)
+            with atomic_parquet(path, schema) as parquet:
+                rows = self._process_rows(process, part, skipped, bar)
                 while group := list(itertools.islice(rows, ROWS_PER_GROUP)):
                     for row in group:
-                        row[IMAGE] = row[self.args.image_column]
+                        row[IMAGE_COLUMN] = row[self.args.image_column]
                     parquet.write_table(pa.Table.from_pylist(group, schema=schema))
                 if skipped:
-                    write_skipped(skipped_path(path), skipped)
+                    write_skipped_rows(skipped_path(path), skipped)
                 else:
                     skipped_path(path).unlink(missing_ok=True)  # of a killed run that left out others
         except FileNotFoundError:
             if not path.is_file():  # else another process has written the same part meanwhile, and cleaned up
                 raise
 
-    def _rows(self, process: Process, part: range, skipped: list[Skipped], bar: tqdm) -> Iterator[dict[str, Any]]:
+    def _process_rows(self, process: ProcessRows, part: range, skipped: list[SkippedRow], bar: tqdm) -> Iterator[dict[str, Any]]:
         """Those that are not left out, with their new columns."""
         rows = itertools.islice(self.source.rows(part.start), len(part))
         numbered = zip(part, rows, strict=True)  # a source that has become shorter must not lose rows in silence
         while batch := list(itertools.islice(numbered, self.args.batch_rows)):
-            with ThreadPoolExecutor(DECODERS) as threads:  # ended before a model computes, whose own threads they slow
-                results = list(threads.map(self._prepared, (row for _, row in batch)))
+            with ThreadPoolExecutor(DECODER_THREADS) as threads:  # ended before a model computes, whose own threads they slow
+                results = list(threads.map(self._prepare_row, (row for _, row in batch)))
             good = [row for row in results if not isinstance(row, BadRow)]
             done = iter(process([dict(row) for row in good]) if good else [])
             for (number, _), row in zip(batch, results, strict=True):
                 new = row if isinstance(row, BadRow) else next(done)
                 if isinstance(new, BadRow):
-                    skipped.append(Skipped(self.source.name, self.source.split, number, new.reason, new.detail))
+                    skipped.append(SkippedRow(self.source.name, self.source.split, number, new.reason, new.detail))
                 else:
                     yield row | new
             bar.update(len(batch))
 
-    def _prepared(self, row: dict[str, Any]) -> dict[str, Any] | BadRow:
+    def _prepare_row(self, row: dict[str, Any]) -> dict[str, Any] | BadRow:
         """A row of the source with the bytes of its image, its captions as lists of texts; or what is wrong with it."""
-        names, column = self.args.renamed(), self.args.image_column
+        names, column = self.args.column_renames(), self.args.image_column
         row = {names.get(old, old): value for old, value in row.items()}
         try:
-            data = image_bytes(row.get(column), self.source.files)
+            data = read_image_bytes(row.get(column), self.source.image_access)
             row[column] = {"bytes": data, "path": Path(row[column].get("path") or "").name or None}
-            if self.args.decodes:
-                row[DECODED] = decode_image(row[column], ImageFiles(max_pixels=self.args.max_pixels))
-            return row | {name: caption_texts(row[name], name) for name in row if CAPTION_COLUMN.fullmatch(name)}
+            if self.args.decodes_images:
+                row[DECODED_KEY] = decode_image(row[column], ImageAccess(max_pixels=self.args.max_pixels))
+            return row | {name: normalize_captions(row[name], name) for name in row if CAPTION_COLUMN_RE.fullmatch(name)}
         except BadRow as bad:
             return bad
 
 
 @contextmanager
-def whole_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+def atomic_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
     """A writer of a parquet file that gets its name when the block ends, and vanishes when it fails.
 
     Raises OSError where the disk is full.
     """
-    with whole_file(path) as new, new.open("wb") as file:
+    with atomic_file(path) as new, new.open("wb") as file:
         # No dictionary and no statistics: of images they cost time and serve nobody.
         with pq.ParquetWriter(file, schema, use_dictionary=False, write_statistics=False) as parquet:
             yield parquet
@@ -453,12 +453,12 @@ def whole_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
         os.fsync(file.fileno())
 
 
-def groups(items: Iterable[S], total: int, size: int = sys.maxsize) -> Iterator[list[S]]:
+def batch_by_length(items: Iterable[S], max_length: int, max_items: int = sys.maxsize) -> Iterator[list[S]]:
     """Items in their order, at most `size` at once and together no longer than `total`, but for a single one."""
     group: list[S] = []
     length = 0
     for item in items:
-        if group and (len(group) == size or length + len(item) > total):
+        if group and (len(group) == max_items or length + len(item) > max_length):
             yield group
             group, length = [], 0
         group.append(item)
@@ -480,22 +480,22 @@ def skipped_path(path: Path) -> Path:
     return path.with_suffix(".skipped.jsonl")
 
 
-def stage_record(output: Path | str) -> dict[str, Any]:
+def read_stage_record(output: Path | str) -> dict[str, Any]:
     """`stage.json` of a folder. Raises ValueError where there is none, or it is not what a stage has written."""
     path = Path(output) / STAGE_FILE
     if not path.is_file():
         raise ValueError(f"{output} is no output of a stage, it has no {STAGE_FILE}.")
     try:
-        record = read_json(path, **RECORD)
+        record = read_json(path, **RECORD_TYPES)
         rows, split, size = record["source"].get("rows"), record["source"].get("split"), record["rows_per_part"]
-        if type(rows) is not int or not 0 <= rows < MAX_ROWS or size < 1 or not re.fullmatch(SPLIT, str(split)):
+        if type(rows) is not int or not 0 <= rows < MAX_ROWS or size < 1 or not re.fullmatch(SPLIT_NAME_PATTERN, str(split)):
             raise ValueError(f"{path}: {rows!r} rows of split {split!r}, {size} a part, can't be")
     except ValueError as error:
         raise ValueError(f"{error}. Put back a copy of it, or remove {output} and run its stage again.") from error
     return record
 
 
-def claim(output: Path, record: dict[str, Any]) -> None:
+def claim_folder(output: Path, record: dict[str, Any]) -> None:
     """Make `output` the folder of this stage, or check that it is.
 
     Raises ValueError where it is of another stage, and what differs is named, or holds other parquet files.
@@ -507,7 +507,7 @@ def claim(output: Path, record: dict[str, Any]) -> None:
         if any(output.glob("*.parquet")):
             raise ValueError(f"{output} holds parquet files but no {STAGE_FILE}. Choose another --output.")
         write_json(path, record)  # several tasks write the same; else the comparison below fails
-    there = stage_record(output)
+    there = read_stage_record(output)
     invalidated = there["source"].get("fingerprint") is None  # `remove_rows` has removed the parts of other rows
     if invalidated:
         there["source"]["fingerprint"] = record["source"]["fingerprint"]
@@ -523,7 +523,7 @@ def claim(output: Path, record: dict[str, Any]) -> None:
 
 def differences(there: dict[str, Any], now: dict[str, Any]) -> str:
     """Name what the records of two runs of a stage must have in common and have not; empty if they agree."""
-    old, new = flat(_identity(there)), flat(_identity(json.loads(json.dumps(now))))
+    old, new = flatten(_identity(there)), flatten(_identity(json.loads(json.dumps(now))))
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names)
 
@@ -546,7 +546,7 @@ class Corrections:
 
 def remove_rows(output: Path, rows: Iterable[int]) -> None:
     """Remove the parts of a stage that hold these rows of its source, and let `claim` accept a changed source."""
-    record = stage_record(output)
+    record = read_stage_record(output)
     write_json(output / STAGE_FILE, record | {"source": record["source"] | {"fingerprint": None}})
     size, total = record["rows_per_part"], record["source"]["rows"]
     for start in sorted({row // size * size for row in rows}):
@@ -556,37 +556,37 @@ def remove_rows(output: Path, rows: Iterable[int]) -> None:
 
 def identity_digest(record: dict[str, Any]) -> str:
     """Of what two runs of a stage must have in common."""
-    return digest_of(_identity(record), sort_keys=True)
+    return json_digest(_identity(record), sort_keys=True)
 
 
 def _identity(record: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: record.get(key) for key in IDENTITY}
-    return kept | {"source": {key: value for key, value in record["source"].items() if key not in NOT_COMPARED}}
+    kept = {key: record.get(key) for key in IDENTITY_KEYS}
+    return kept | {"source": {key: value for key, value in record["source"].items() if key not in IGNORED_SOURCE_KEYS}}
 
 
-def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The values of objects within objects, by names with points between."""
     leaves: dict[str, Any] = {}
     for key, value in data.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return leaves
 
 
 def check_complete(output: Path | str) -> StageReport:
     """Of a stage that is done. Raises ValueError, with the command that goes on, where parts are missing or broken."""
-    output, record = Path(output), stage_record(output)
-    refuse_unfinished(output)
-    return progress(output, record, all_parts(record["source"]["rows"], record["rows_per_part"]))
+    output, record = Path(output), read_stage_record(output)
+    check_finished(output)
+    return summarize_parts(output, record, split_rows(record["source"]["rows"], record["rows_per_part"]))
 
 
-def progress(output: Path, record: dict[str, Any], parts: Iterable[range]) -> StageReport:
+def summarize_parts(output: Path, record: dict[str, Any], parts: Iterable[range]) -> StageReport:
     """What of some parts is done. Raises ValueError where one is broken, or has lost rows."""
     rows, skipped, again = 0, Counter(), f"and run again: {record['command']}"
     for part in parts:
         path = part_path(output, record["source"]["split"], part)
-        with opened_parquet(path, f". Remove it, {again}") as file:
+        with open_parquet(path, f". Remove it, {again}") as file:
             written = file.metadata.num_rows
-        reasons = Counter(reason for _, reason in skipped_rows(path))
+        reasons = Counter(reason for _, reason in read_skipped_rows(path))
         if written + sum(reasons.values()) != len(part):
             raise ValueError(
                 f"{path} has {written} rows and a list of {sum(reasons.values())} that were left out, of "
@@ -596,7 +596,7 @@ def progress(output: Path, record: dict[str, Any], parts: Iterable[range]) -> St
     return StageReport(rows, dict(skipped.most_common()))
 
 
-def skipped_rows(part: Path) -> list[tuple[int, str]]:
+def read_skipped_rows(part: Path) -> list[tuple[int, str]]:
     """Number and reason of the rows that a part goes without. Raises ValueError where the list is broken."""
     path = skipped_path(part)
     try:
@@ -609,21 +609,21 @@ def skipped_rows(part: Path) -> list[tuple[int, str]]:
 # The command
 
 
-def stage_main(kind: type[StageArguments], description: str, argv: list[str] | None) -> StageArguments | None:
+def run_stage_command(arguments_type: type[StageArguments], description: str, argv: list[str] | None) -> StageArguments | None:
     """Parse the flags of a stage, run it, and print what was done.
 
     Returns the arguments; None where the stage waits for a person, or Slurm has taken its jobs.
     """
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
-    args = parse(kind, description, argv)
-    if args.waiting():
-        logger.info("waiting: %s Fill the last column, then run the same command again.", args.ask())
+    args = parse_arguments(arguments_type, description, argv)
+    if args.pending_manual_step():
+        logger.info("waiting: %s Fill the last column, then run the same command again.", args.request_manual_step())
         return None
     if corrections := args.corrections():
         logger.info("%s was corrected: %s rows change.", args.import_file, f"{len(corrections.rows):,}")
         corrections.apply()
-    if not execute(Work.of(args, args.phases, kind.__module__.rpartition(".")[2]), args):
+    if not run_phases(PhaseStep.from_phases(args, args.phases, arguments_type.__module__.rpartition(".")[2]), args):
         return None
     print(f"{args.output}: {check_complete(args.output)}")
     return args

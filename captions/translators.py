@@ -24,37 +24,37 @@ import torch
 from langcodes import Language, LanguageTagError
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from capivara_common.environment import how_to_install, torch_device
+from capivara_common.environment import install_command, resolve_device
 from capivara_common.hub_cache import check_reachable
-from captions.stages import groups
-from modeling_capivara.checks_capivara import tokenizer_errors
-from modeling_capivara.loading import checked_config
+from captions.stages import batch_by_length
+from modeling_capivara.checks_capivara import wrap_tokenizer_errors
+from modeling_capivara.loading import load_config
 
-CODES_NAMED = 8  # codes that an error shows
+MAX_NAMED_CODES = 8  # codes that an error shows
 # Where a text is cut, the best place first: ends of sentences, with no blank behind them in Chinese and Japanese; then
 # of clauses; then of words.
 BOUNDARIES = (r"(?<=[.!?…।॥؟])\s+|(?<=[。！？])|\n+", r"(?<=[,;:،؛、])\s+|(?<=[，；：])", r"\s+")
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SOURCE_TOKENS = 256  # of a piece: translation models learn from sentences, and lose the rest of long paragraphs
-SOURCE_TOKEN = re.compile(r">>(.+)<<")  # Marian's
-TARGET_TOKEN = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")  # NLLB's
+SOURCE_TOKEN_RE = re.compile(r">>(.+)<<")  # Marian's
+TARGET_TOKEN_RE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")  # NLLB's
 GOOGLE_MODULES = ("google.auth", "google.cloud.translate_v2")  # of the extra `google`
-GOOGLE_CHARACTERS = 5_000  # of a request, as Google advises
-KEY = "GOOGLE_API_KEY"
-ENDPOINT = "https://translation.googleapis.com"
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
-MAX_SENTENCES = 128  # of a request, version 2 of the service
-TIMEOUT_S = 60.0
+GOOGLE_MAX_CHARACTERS = 5_000  # of a request, as Google advises
+API_KEY_VARIABLE = "GOOGLE_API_KEY"
+GOOGLE_ENDPOINT = "https://translation.googleapis.com"
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
+GOOGLE_MAX_SENTENCES = 128  # of a request, version 2 of the service
+REQUEST_TIMEOUT_S = 60.0
 MAX_TRIES = 8  # of a request, with pauses that double and lose a random part
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # Google's quotas are by the minute, cloud.google.com/translate/quotas
-RETRIED = {408, 429, 500, 502, 503, 504}
+FIRST_WAIT_S, MAX_WAIT_S = 1.0, 60.0  # Google's quotas are by the minute, cloud.google.com/translate/quotas
+RETRYABLE_STATUS_CODES = {408, 429, 500, 502, 503, 504}
 
 
 # Names of languages: `pt` of the columns is `>>por<<`, `por_Latn`, `pt_XX` or `pt` to a translator.
 
 
-def language_of(code: str) -> Language | None:
+def parse_language(code: str) -> Language | None:
     """What a code means, of BCP 47 or a translator's own: language, with a script or region where it has one."""
     try:
         return Language.get(code.strip()).prefer_macrolanguage()
@@ -62,24 +62,24 @@ def language_of(code: str) -> Language | None:
         return None
 
 
-def find_code(language: str, codes: Iterable[str], translator: str = "The translator") -> str:
+def find_language_code(language: str, codes: Iterable[str], translator_name: str = "The translator") -> str:
     """The code of `codes`, what a translator calls its languages, that means `language`: of ISO 639, with a script or
     region where it matters: pt, por, zh-Hant, pt-BR.
 
     Raises ValueError where there is none, and the nearest are named.
     """
-    codes, wanted = list(codes), language_of(language)
-    known = {code: one for code in codes if (one := language_of(code)) and wanted and _means(wanted, one)}
+    codes, wanted = list(codes), parse_language(language)
+    known = {code: one for code in codes if (one := parse_language(code)) and wanted and _is_same_language(wanted, one)}
     if found := sorted(known, key=lambda code: (code != language, known[code] != wanted, bool(known[code].territory))):
         return found[0]
     near = sorted(codes, key=lambda code: -difflib.SequenceMatcher(None, language.lower(), code.lower()).ratio())
     raise ValueError(
-        f"{translator} does not know the language {language!r}; of its {len(codes)} codes the nearest are "
-        f"{', '.join(near[:CODES_NAMED])}."
+        f"{translator_name} does not know the language {language!r}; of its {len(codes)} codes the nearest are "
+        f"{', '.join(near[:MAX_NAMED_CODES])}."
     )
 
 
-def _means(wanted: Language, other: Language) -> bool:
+def _is_same_language(wanted: Language, other: Language) -> bool:
     """Whether two codes mean one language in one script; two regions differ, one and none do not."""
     regions = {one.territory for one in (wanted, other)} - {None, "XX"}  # XX is mBART's for "none"
     return (
@@ -87,7 +87,7 @@ def _means(wanted: Language, other: Language) -> bool:
     )
 
 
-def cut(text: str, fits: Callable[[str], bool]) -> list[str]:
+def split_text(text: str, fits: Callable[[str], bool]) -> list[str]:
     """Pieces of `text` that fit, as long as possible, in order; `text` itself where it fits.
 
     A word that does not fit is cut into halves. A single letter is a piece even if it does not fit.
@@ -99,10 +99,10 @@ def cut(text: str, fits: Callable[[str], bool]) -> list[str]:
         if len(units) > 1:
             break
     else:
-        return cut(text[: len(text) // 2], fits) + cut(text[len(text) // 2 :], fits)
+        return split_text(text[: len(text) // 2], fits) + split_text(text[len(text) // 2 :], fits)
     pieces: list[str] = []
     for unit in units:
-        for part in cut(unit, fits):
+        for part in split_text(unit, fits):
             if pieces and fits(f"{pieces[-1]} {part}"):
                 pieces[-1] += f" {part}"
             else:
@@ -110,15 +110,15 @@ def cut(text: str, fits: Callable[[str], bool]) -> list[str]:
     return pieces
 
 
-def in_pieces(
+def translate_in_pieces(
     sentences: list[str],
     fits: Callable[[str], bool],
-    limits: tuple[int, int],
-    made_of: Callable[[list[str]], list[str]],
+    group_limits: tuple[int, int],
+    translate_batch: Callable[[list[str]], list[str]],
 ) -> list[str]:
     """One translation a sentence, `made_of` `groups` of these `limits`; those of pieces are joined by blanks."""
-    pieces = [cut(sentence, fits) for sentence in sentences]
-    made = (text for some in groups(itertools.chain.from_iterable(pieces), *limits) for text in made_of(some))
+    pieces = [split_text(sentence, fits) for sentence in sentences]
+    made = (text for some in batch_by_length(itertools.chain.from_iterable(pieces), *group_limits) for text in translate_batch(some))
     return [" ".join(itertools.islice(made, len(some))).strip() for some in pieces]
 
 
@@ -150,58 +150,58 @@ class Seq2SeqTranslator:
         batch_size: int = 32,
         max_new_tokens: int | None = None,
     ):
-        self.tokenizer, model = _loaded(name, revision, precision)
-        self.model, tokenizer = model.eval().to(torch_device(device)), self.tokenizer
+        self.tokenizer, model = _load_model(name, revision, precision)
+        self.model, tokenizer = model.eval().to(resolve_device(device)), self.tokenizer
         self._batch_size = batch_size
         self.name = f"{model.config.model_type} {Path(name).name}"
-        self._before: list[int] = []  # token ids before every sentence
-        self._options: dict[str, Any] = {}  # of `generate`
+        self._prefix_ids: list[int] = []  # token ids before every sentence
+        self._generate_options: dict[str, Any] = {}  # of `generate`
         before, begins = _language_tokens(tokenizer)
-        self._commands = {*before.values()}  # token ids that a caption must not have
+        self._forbidden_ids = {*before.values()}  # token ids that a caption must not have
         self._language_ids = {*before.values(), *begins.values()}
         self.code, source_code = _codes(tokenizer, language, source_language, self.name)
         if before:
-            self._before = [before[self.code]]
+            self._prefix_ids = [before[self.code]]
         elif begins:
             tokenizer.src_lang = source_code
-            self._options["forced_bos_token_id"] = begins[self.code]
+            self._generate_options["forced_bos_token_id"] = begins[self.code]
         # Within what the model has positions for, of which one is the start token's. Twice the source is more than
         # languages differ by, and ends a loop.
         positions = getattr(model.config, "max_position_embeddings", None) or 2 * MAX_SOURCE_TOKENS
-        self._max_source = min(positions, tokenizer.model_max_length, MAX_SOURCE_TOKENS + len(self._before))
-        self._options["max_new_tokens"] = min(positions - 1, max_new_tokens or 2 * MAX_SOURCE_TOKENS)
+        self._max_source_tokens = min(positions, tokenizer.model_max_length, MAX_SOURCE_TOKENS + len(self._prefix_ids))
+        self._generate_options["max_new_tokens"] = min(positions - 1, max_new_tokens or 2 * MAX_SOURCE_TOKENS)
         model.generation_config.max_length = None  # else `generate` warns at every call that it has two limits
-        settings = model.generation_config.to_diff_dict() | self._options
+        settings = model.generation_config.to_diff_dict() | self._generate_options
         settings.pop("transformers_version", None)
         self.fingerprint = {
             "backend": "transformers",
             "model": Path(name).name if Path(name).is_dir() else name,
-            "revision": _revision(name, model),
+            "revision": _resolve_revision(name, model),
             "source": getattr(tokenizer, "src_lang", None) or source_language,
             "target": self.code,
             "source_prefix": None,  # what earlier versions could have: their memories stay
             "dtype": str(model.dtype).removeprefix("torch."),
-            "max_source_tokens": self._max_source,
+            "max_source_tokens": self._max_source_tokens,
             "generation": settings,
         }
 
     @torch.inference_mode()
     def translate(self, sentences: list[str]) -> list[str]:
         """One translation a sentence."""
-        return in_pieces(sentences, self._fits, (sys.maxsize, self._batch_size), self._translated)
+        return translate_in_pieces(sentences, self._fits, (sys.maxsize, self._batch_size), self._translate_batch)
 
     def token_ids(self, text: str) -> list[int]:
         """What the encoder reads. A language's token inside a caption is no command, nor is `</s>` an end."""
         ids = self.tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]
-        return self._before + [i for i in ids if i not in self._commands]
+        return self._prefix_ids + [i for i in ids if i not in self._forbidden_ids]
 
     def _fits(self, text: str) -> bool:
-        return len(self.token_ids(text)) <= self._max_source
+        return len(self.token_ids(text)) <= self._max_source_tokens
 
-    def _translated(self, texts: list[str]) -> list[str]:
+    def _translate_batch(self, texts: list[str]) -> list[str]:
         inputs = self.tokenizer.pad({"input_ids": [self.token_ids(text) for text in texts]}, return_tensors="pt")
         try:
-            ids = self.model.generate(**inputs.to(self.model.device), **self._options)  # (texts, tokens)
+            ids = self.model.generate(**inputs.to(self.model.device), **self._generate_options)  # (texts, tokens)
         except torch.OutOfMemoryError as error:
             said = f"Out of memory with {len(texts)} sentences at once. Lower --batch_size. ({error})"
             raise ValueError(said) from error
@@ -221,8 +221,8 @@ def check_languages(model: str, revision: str | None, language: str, source_lang
 def _language_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], dict[str, int]]:
     """Return codes with their token ids: those that go before the source, and those that begin the translation."""
     vocabulary = tokenizer.get_vocab()
-    before = {token[2:-2]: number for token, number in vocabulary.items() if SOURCE_TOKEN.fullmatch(token)}
-    begins = {token: number for token, number in vocabulary.items() if TARGET_TOKEN.fullmatch(token)}
+    before = {token[2:-2]: number for token, number in vocabulary.items() if SOURCE_TOKEN_RE.fullmatch(token)}
+    begins = {token: number for token, number in vocabulary.items() if TARGET_TOKEN_RE.fullmatch(token)}
     return before, {} if before else getattr(tokenizer, "lang_code_to_id", begins)  # NLLB has no such table
 
 
@@ -232,26 +232,26 @@ def _codes(
     """Return the codes of the language to write and of the one to read; the latter is None if the model needs none."""
     before, begins = _language_tokens(tokenizer)
     only = filter(None, [getattr(tokenizer, "target_lang", None)])
-    target = find_code(language, before or begins or only, name)
-    return target, find_code(source_language, begins, name) if begins else None
+    target = find_language_code(language, before or begins or only, name)
+    return target, find_language_code(source_language, begins, name) if begins else None
 
 
-def _loaded(name: str, revision: str | None, precision: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def _load_model(name: str, revision: str | None, precision: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     try:
         check_reachable(name, revision=revision)
-        with tokenizer_errors("its tokenizer"):
+        with wrap_tokenizer_errors("its tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        checked_config(name, revision=revision)
+        load_config(name, revision=revision)
         return tokenizer, AutoModelForSeq2SeqLM.from_pretrained(name, revision=revision, dtype=DTYPES[precision])
     except ImportError as error:
         said = str(error).strip().split(". ")[0]  # transformers adds where else to read on
-        raise ImportError(f"{said}. What translators need: {how_to_install('translate')}") from error
+        raise ImportError(f"{said}. What translators need: {install_command('translate')}") from error
     except (OSError, ValueError, KeyError, AttributeError) as error:
         said = str(error).strip().split("\n")[0]
         raise ValueError(f"{name} can't be loaded as a translation model: {said}") from error
 
 
-def _revision(name: str, model: PreTrainedModel) -> str:
+def _resolve_revision(name: str, model: PreTrainedModel) -> str:
     """The commit on the Hub, or a digest of a folder's files: weights that were trained on are other weights."""
     if not Path(name).is_dir():
         return str(model.config._commit_hash)
@@ -272,35 +272,35 @@ class GoogleTranslator:
     name = "Google Translate"
 
     def __init__(self, language: str, source_language: str, endpoint: str | None = None):
-        self._key = os.environ.get(KEY, "").strip()
-        self._client = _client(endpoint or ENDPOINT, self._key)
-        known = self._tried(lambda: [entry["language"] for entry in self._client.get_languages()])
-        self.code, self._source = (find_code(code, known, self.name) for code in (language, source_language))
-        self.fingerprint = {"backend": "google", "api": "v2", "source": self._source, "target": self.code}
+        self._key = os.environ.get(API_KEY_VARIABLE, "").strip()
+        self._client = _make_client(endpoint or GOOGLE_ENDPOINT, self._key)
+        known = self._retry(lambda: [entry["language"] for entry in self._client.get_languages()])
+        self.code, self._source_code = (find_language_code(code, known, self.name) for code in (language, source_language))
+        self.fingerprint = {"backend": "google", "api": "v2", "source": self._source_code, "target": self.code}
 
     def translate(self, sentences: list[str]) -> list[str]:
         """One translation a sentence."""
-        limits = (GOOGLE_CHARACTERS, MAX_SENTENCES)
-        fits, tried = lambda text: len(text) <= GOOGLE_CHARACTERS, lambda some: self._tried(lambda: self._answers(some))
-        return in_pieces(sentences, fits, limits, tried)
+        limits = (GOOGLE_MAX_CHARACTERS, GOOGLE_MAX_SENTENCES)
+        fits, tried = lambda text: len(text) <= GOOGLE_MAX_CHARACTERS, lambda some: self._retry(lambda: self._request_translations(some))
+        return translate_in_pieces(sentences, fits, limits, tried)
 
-    def _answers(self, texts: list[str]) -> list[str]:
+    def _request_translations(self, texts: list[str]) -> list[str]:
         """One request."""
-        languages = {"target_language": self.code, "source_language": self._source}
+        languages = {"target_language": self.code, "source_language": self._source_code}
         found = [entry.get("translatedText") for entry in self._client.translate(texts, format_="text", **languages)]
         if len(found) != len(texts) or not all(isinstance(text, str) for text in found):
             raise TypeError("it answered without a translation")
         return found
 
-    def _tried(self, request: Callable[[], Any]) -> Any:
+    def _retry(self, request: Callable[[], Any]) -> Any:
         """The result of a request, which is repeated while its failure may pass."""
         for number in range(MAX_TRIES):
             if number:
-                time.sleep(min(FIRST_WAIT_S * 2 ** (number - 1), LONGEST_WAIT_S) * random.uniform(0.5, 1.0))
+                time.sleep(min(FIRST_WAIT_S * 2 ** (number - 1), MAX_WAIT_S) * random.uniform(0.5, 1.0))
             try:
                 return request()
             except Exception as error:  # of google, requests and urllib3, and of answers that are no JSON
-                reason, may_pass = self._failure(error)
+                reason, may_pass = self._describe_failure(error)
             if not may_pass:  # here: an error that was raised in `except` would carry the first one
                 raise ValueError(f"Google refuses it; see to the key, its rights and its quota. It says: {reason}")
         raise ConnectionError(
@@ -308,7 +308,7 @@ class GoogleTranslator:
             "goes on."
         )
 
-    def _failure(self, error: Exception) -> tuple[str, bool]:
+    def _describe_failure(self, error: Exception) -> tuple[str, bool]:
         """Why a request got no answer, without the key, and whether it may get one later: unless Google says no."""
         from google.api_core.exceptions import GoogleAPICallError
 
@@ -316,7 +316,7 @@ class GoogleTranslator:
         for form in (self._key, urllib.parse.quote(self._key, safe=""), repr(self._key)[1:-1]):
             said = said.replace(form, "<key>")
         if isinstance(error, GoogleAPICallError):
-            return said, error.code in RETRIED or "rate limit exceeded" in said.lower()  # 403 is for quotas, too
+            return said, error.code in RETRYABLE_STATUS_CODES or "rate limit exceeded" in said.lower()  # 403 is for quotas, too
         # No answer, none that is JSON, or too short a one: the client's words for that are of its own code.
         garbled = isinstance(error, LookupError | AttributeError | TypeError | ValueError) and not isinstance(
             error, OSError
@@ -324,13 +324,13 @@ class GoogleTranslator:
         return "it answered without a translation" if garbled else said, True
 
 
-def _client(endpoint: str, key: str) -> Any:
+def _make_client(endpoint: str, key: str) -> Any:
     """The official client, with a key."""
     address = urllib.parse.urlsplit(endpoint)
-    if address.scheme != "https" and not (address.scheme == "http" and address.hostname in LOOPBACK):
+    if address.scheme != "https" and not (address.scheme == "http" and address.hostname in LOOPBACK_HOSTS):
         raise ValueError(f"The key would travel unprotected to {endpoint!r}; it must begin with https://.")
     if not re.fullmatch(r"[!-~]+", key):
-        rule = f"needs a key of Google Cloud's Translation API in the environment variable {KEY}"
+        rule = f"needs a key of Google Cloud's Translation API in the environment variable {API_KEY_VARIABLE}"
         raise ValueError(f"--backend google {rule}; there is {'one with blanks or odd letters' if key else 'none'}.")
     from google.auth import api_key
     from google.auth.transport.requests import AuthorizedSession
@@ -340,7 +340,7 @@ def _client(endpoint: str, key: str) -> Any:
         """The client sets no time-out of one's own, and `requests` would send the key on to where it is redirected."""
 
         def request(self, method: str, url: str, **options: Any) -> Any:
-            return super().request(method, url, **options | {"timeout": TIMEOUT_S, "allow_redirects": False})
+            return super().request(method, url, **options | {"timeout": REQUEST_TIMEOUT_S, "allow_redirects": False})
 
     credentials = api_key.Credentials(key)
     session = Session(credentials, max_refresh_attempts=0)  # a refused key stays refused

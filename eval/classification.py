@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from capivara_common.cli import flag, run_command
-from capivara_common.environment import processes
+from capivara_common.environment import process_state
 from capivara_common.files import check_output_file
-from caption_data.labelled_images import LABEL_COLUMNS, LabelledImages, load_images
+from caption_data.labeled_images import LABEL_COLUMNS, LabeledImages, load_labeled_images
 from eval.capivara_metrics import metrics
 from eval.embeddings import EmbeddingStore, ModelArguments, open_store, run_evaluation, write_result
 from eval.prompts import Prompts, load_prompts
@@ -64,10 +64,10 @@ class ClassificationArguments(ImageArguments):
 
 def load_split(
     args: ImageArguments, split: str, names_en: Sequence[str], indices: Sequence[int] | None = None
-) -> LabelledImages:
+) -> LabeledImages:
     """A split of the images of the arguments; `load_images` has the rest."""
     columns = (args.image_column, args.label_column)
-    return load_images(args.images, split, names_en, *columns, indices, **args.limits())
+    return load_labeled_images(args.images, split, names_en, *columns, indices, **args.image_options())
 
 
 def class_embeddings(store: EmbeddingStore, prompts: Prompts) -> Tensor:
@@ -134,7 +134,7 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
         Record(**shared, metric=name, value=value, chance=chance_of(name, labels, scores.shape[1]))
         for name, value in values.items()
     ]
-    if processes().is_main_process:
+    if process_state().is_main_process:
         parts = {"classes": [*prompts.names, *["(sem nome)"] * unnamed], "notes": list(prompts.notes)}
         if not isinstance(labels[0], list):  # else no image has one right class
             right = torch.tensor(labels)
@@ -149,4 +149,4 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
 main = partial(run_evaluation, ClassificationArguments, __doc__, evaluate)
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    run_command(main, resumable=True)

@@ -28,12 +28,12 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from capivara_common.cli import at_least, flag, parse
-from capivara_common.environment import cache_home, device_description, processes
-from capivara_common.files import add_digest, has_digest, read_json, whole_file
-from capivara_common.image_files import DECODERS, BadImage, ImageFileArguments
-from capivara_common.tasks import all_parts
-from caption_data.rows import digest_of
+from capivara_common.cli import check_at_least, flag, parse_arguments
+from capivara_common.environment import cache_home, describe_device, process_state
+from capivara_common.files import append_digest, digest_matches, read_json, atomic_file
+from capivara_common.image_files import DECODER_THREADS, BadImage, ImageFileArguments
+from capivara_common.tasks import split_rows
+from caption_data.rows import json_digest
 from caption_data.sources import Split
 from eval.records.schema import Record, write_records
 from modeling_capivara.two_towers import Embedder, load_embedder
@@ -58,9 +58,9 @@ class EmbeddingCache:
     def missing(self) -> list[int]:
         """Shards that are still to be made, damaged ones among them; the same on all processes of a launch."""
         found: list[Any] = [None]
-        if processes().is_main_process:
-            with ThreadPoolExecutor(DECODERS) as threads:
-                found = [[number for number, good in enumerate(threads.map(has_digest, self.paths)) if not good]]
+        if process_state().is_main_process:
+            with ThreadPoolExecutor(DECODER_THREADS) as threads:
+                found = [[number for number, good in enumerate(threads.map(digest_matches, self.paths)) if not good]]
             for path in filter(Path.exists, (self.paths[number] for number in found[0])):
                 logger.warning("%s is damaged; it is made anew.", path)
             if found[0] and next(self.folder.parent.glob("*/*.npy"), None):  # their folders may have other names
@@ -73,7 +73,7 @@ class EmbeddingCache:
 
         `embed` is given their numbers, and yields of each the array (rows, …), and the rows that are bad.
         """
-        state = processes()
+        state = process_state()
         own = np.array_split(np.array(numbers, dtype=int), state.num_processes)[state.process_index].tolist()
         for number, (embeds, bad) in zip(own, embed(own), strict=True):
             self.write(number, embeds, bad)
@@ -86,10 +86,10 @@ class EmbeddingCache:
         faults = zip(*(bad.get(place, ("", "")) for place in range(len(embeds))), strict=True)
         vectors = pa.LargeListArray.from_arrays(np.insert(ends, 0, 0), embeds[good].ravel())
         table = pa.table([vectors, *map(pa.array, faults)], ["vectors", "reason", "detail"])
-        with whole_file(self.paths[number]) as path:
+        with atomic_file(self.paths[number]) as path:
             with pa.ipc.new_stream(path, table.schema) as file:
                 file.write_table(table)
-            add_digest(path)
+            append_digest(path)
 
     def table(self) -> pa.Table:
         """All shards, left on the disk, memory-mapped. Raises ValueError where one is of other rows."""
@@ -121,7 +121,7 @@ class EmbeddingArguments(ImageFileArguments):
 
     def __post_init__(self) -> None:
         self.check_image_files()
-        at_least(self, 1, "batch_size")
+        check_at_least(self, 1, "batch_size")
 
 
 @dataclass(kw_only=True)
@@ -159,11 +159,11 @@ class EmbeddingStore:
         """Embeddings of images, without those that can't be read; ValueError where none can."""
 
         def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, Bad]:
-            embeds, bad, decoded = np.zeros((len(rows), 0), dtype=np.float32), {}, images.decoded(rows)
+            embeds, bad, decoded = np.zeros((len(rows), 0), dtype=np.float32), {}, images.decode_images(rows)
             while chunk := list(islice(decoded, self.batch_size)):  # by row, so that a bad one moves no other
                 good = {row - rows.start: image for row, image in chunk if not isinstance(image, BadImage)}
                 faults = ((row, why) for row, why in chunk if isinstance(why, BadImage))
-                bad |= {row - rows.start: (why.reason, images.fault(row, why)) for row, why in faults}
+                bad |= {row - rows.start: (why.reason, images.describe_image_error(row, why)) for row, why in faults}
                 if good:
                     found = self.embedder.images([*good.values()], self.batch_size).numpy()
                     embeds = embeds if embeds.size else np.zeros((len(rows), found.shape[1]), np.float32)
@@ -172,7 +172,7 @@ class EmbeddingStore:
             return embeds, bad
 
         model = self.embedder.image_fingerprint
-        table = self._opened("images", model, images.digests, IMAGES_PER_SHARD, embed, description)
+        table = self._opened("images", model, images.image_digests, IMAGES_PER_SHARD, embed, description)
         skipped = {row: why for row, why in enumerate(table["detail"].to_pylist()) if why}
         if len(skipped) == len(images):
             raise ValueError(f"None of the {len(images)} images can be read: {skipped[0]}.")
@@ -195,20 +195,20 @@ class EmbeddingStore:
         self, kind: str, model: str, items: list[str], shard: int, embed: Callable, description: str
     ) -> pa.Table:
         """The cached table of `items` (texts, or digests of images); `embed` makes missing shards, each of its rows."""
-        key = digest_of({"version": FILES_VERSION, "model": model, "batch_size": self.batch_size}, sort_keys=True)
-        parts = all_parts(len(items), shard)
-        names = [f"{kind}-{digest_of(items[part.start : part.stop])}" for part in parts]
+        key = json_digest({"version": FILES_VERSION, "model": model, "batch_size": self.batch_size}, sort_keys=True)
+        parts = split_rows(len(items), shard)
+        names = [f"{kind}-{json_digest(items[part.start : part.stop])}" for part in parts]
         cache = EmbeddingCache(self.root / "evaluation" / key, parts, names)
 
         def embed_all(numbers: list[int]) -> Iterator[tuple[np.ndarray, Bad]]:
-            rows, quiet = sum(len(parts[number]) for number in numbers), not processes().is_main_process
+            rows, quiet = sum(len(parts[number]) for number in numbers), not process_state().is_main_process
             with tqdm(total=rows, desc=description, unit=kind[:-1], disable=quiet or not numbers) as bar:
                 for number in numbers:
                     yield embed(parts[number], bar)
 
         cache.make(cache.missing(), embed_all)
         table = cache.table()
-        processes().wait_for_everyone()  # the temporary folder goes with the store of the main process
+        process_state().wait_for_everyone()  # the temporary folder goes with the store of the main process
         return table
 
 
@@ -223,18 +223,18 @@ def write_result(
     args: ModelArguments, records: list[Record], store: EmbeddingStore, started: float, **facts: Any
 ) -> None:
     """Write the result file of a command; `started`: `time.perf_counter()` before the first embedding."""
-    seconds, device = time.perf_counter() - started, device_description(store.embedder.device)
+    seconds, device = time.perf_counter() - started, describe_device(store.embedder.device)
     known = {"model": args.model, "device": device, "precision": args.precision, "seconds": seconds}
-    write_records(args.output, records, **known, **store.embedder.facts, **facts)
+    write_records(args.output, records, **known, **store.embedder.metadata, **facts)
 
 
 def run_evaluation(
     kind: type[ModelArguments], doc: str, evaluate: Callable[[Any], list[Record]], argv: list[str] | None = None
 ) -> None:
     """The command of a measurement: read the flags, measure, print the figures and what their reader must know."""
-    args = parse(kind, doc, argv)
+    args = parse_arguments(kind, doc, argv)
     records = evaluate(args)
-    if not processes().is_main_process:
+    if not process_state().is_main_process:
         return
     for record in records:
         what = record.direction or f"{record.dataset} {record.protocol}"

@@ -19,7 +19,7 @@ from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from tqdm.auto import tqdm
 
 from capivara_common.cli import flag, run_command
-from capivara_common.environment import processes
+from capivara_common.environment import process_state
 from capivara_common.files import check_output_file
 from eval.classification import ImageArguments, chance_of, classification_metrics, load_split
 from eval.embeddings import open_store, run_evaluation, write_result
@@ -101,7 +101,7 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
         data = load_split(args, name, prompts.names_en)
         if any(isinstance(label, list) for label in data.labels):
             raise ValueError("The linear probe needs one label an image; this data set has lists of labels.")
-        if same := [other for other, known in loaded.items() if known.images.digests == data.images.digests]:
+        if same := [other for other, known in loaded.items() if known.images.image_digests == data.images.image_digests]:
             raise ValueError(  # such a figure would be of what was fitted
                 f"The splits {same[0]!r} and {name!r} hold the same images. "
                 "A linear probe needs a folder of splits, such as train/ and test/ with a folder a class in each."
@@ -114,7 +114,7 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
         images = store.images(data.images, f"Images, {name}")
         features.append((images.embeds.numpy(), np.array(data.labels)[images.rows.numpy()]))
         skipped |= {f"{name} {row}": why for row, why in images.skipped.items()}
-    if not processes().is_main_process:
+    if not process_state().is_main_process:
         return []
     train, test, validation = (*features, None)[:3]
     records, chosen, labels, classes = [], {}, test[1].tolist(), len(prompts.names)
@@ -144,4 +144,4 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
 main = partial(run_evaluation, LinearProbeArguments, __doc__, evaluate)
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    run_command(main, resumable=True)

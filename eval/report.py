@@ -16,9 +16,9 @@ from typing import Any
 import pandas
 from PIL import Image
 
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.files import Bounds, check_inputs_stay, check_output_folder, whole_folder
-from capivara_common.image_files import BadImage, ImageFiles, decode_image
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.files import AllowedFolders, check_inputs_outside, check_output_folder, atomic_folder
+from capivara_common.image_files import BadImage, ImageAccess, decode_image
 from capivara_common.privacy import hide_paths
 from eval.benchmarks import published_base
 from eval.records.plots import plot_bars, plot_training_curves
@@ -95,9 +95,9 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Found:
     ValueError where there is no result file, or `output` would overwrite something.
     """
     check_output_folder(output, overwrite)
-    check_inputs_stay(output, results)
+    check_inputs_outside(output, results)
     found = read_folder(results)
-    with whole_folder(output, overwrite) as folder:
+    with atomic_folder(output, overwrite) as folder:
         blocks = [_block(rows, found, folder) for rows in tables_of(records_frame(found.results))]
         runs = []
         for name, run in found.runs:
@@ -164,7 +164,7 @@ def _draw(title: str, found: Found, output: Path, plot: Callable, *what: Any) ->
 
 def _copies(sheets: list[Path], title: str, found: Found, output: Path) -> list[tuple[str | None, str]]:
     """File and title of a copy, on white, of each picture inside of the folder; no file where it can't be shown."""
-    copies, files = [], ImageFiles(Bounds(found.folder))
+    copies, files = [], ImageAccess(AllowedFolders(found.folder))
     for inside in (sheet for sheet in sheets if os.path.lexists(found.folder / sheet)):
         try:
             image = decode_image({"bytes": None, "path": str(found.folder / inside)}, files).convert("RGBA")
@@ -191,7 +191,7 @@ def _words(name: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command; says what was left out and where the page is."""
-    args = parse(ReportArguments, __doc__, argv)
+    args = parse_arguments(ReportArguments, __doc__, argv)
     found = write_report(args.results, args.output, args.overwrite_output_dir)
     for name, reason in found.faults:
         print(f"{name}: {reason}", file=sys.stderr)

@@ -22,18 +22,18 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from capivara_common.cli import flag, run_command
-from capivara_common.environment import processes
+from capivara_common.environment import process_state
 from capivara_common.files import check_output_file
 from capivara_common.image_files import BadRow
 from capivara_common.privacy import short_name
-from caption_data.rows import DATASET_HELP, caption_texts, rows_fingerprint
+from caption_data.rows import DATASET_HELP, normalize_captions, rows_fingerprint
 from caption_data.sources import Split, open_split
 from eval.capivara_metrics import metrics
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS
 from eval.embeddings import EmbeddedImages, EmbeddingStore, ModelArguments, open_store, run_evaluation, write_result
 from eval.records.schema import DIRECTIONS, GAIN, Record
 from eval.records.tables import mean_recall_of
-from modeling_capivara.modeling_capivara import check_truncate_dim, unit_length
+from modeling_capivara.modeling_capivara import check_truncate_dim, l2_normalize
 from modeling_capivara.two_towers import embed_texts
 
 PROTOCOL = "all captions of all images of the split, one pool; a tie counts against the query"
@@ -84,7 +84,7 @@ class RetrievalEmbeddings:
         check_truncate_dim(dim, width, "dim")
         if dim in (None, width):
             return self
-        sides = (unit_length(embeds[:, :dim]) for embeds in (self.text_embeds, self.image_embeds))
+        sides = (l2_normalize(embeds[:, :dim]) for embeds in (self.text_embeds, self.image_embeds))
         return RetrievalEmbeddings(*sides, self.image_of_text, self.whole_width or width)
 
     def groups(self, direction: str) -> Tensor:
@@ -195,17 +195,17 @@ class RetrievalData:
 
     def fingerprint(self) -> str:
         """The one that a training run gives the same images and captions."""
-        return rows_fingerprint(zip(self.images.digests, self.captions, strict=True))
+        return rows_fingerprint(zip(self.images.image_digests, self.captions, strict=True))
 
 
 def load_data(args: RetrievalArguments) -> RetrievalData:
     """The split of the arguments; ValueError where a column or a caption is missing."""
-    source = open_split(args.dataset, args.split, args.image_column, **args.limits())
+    source = open_split(args.dataset, args.split, args.image_column, **args.image_options())
     column = args.caption_column.replace("{language}", args.language)
     source.check_columns([args.image_column, column])
     captions = [_chosen(value, column, args.caption_positions, row) for row, value in enumerate(source.data[column][:])]
-    if source.damaged:
-        raise ValueError(f"{source.where} is damaged: {source.damaged[0].detail}. Fetch or make it again.")
+    if source.damaged_archives:
+        raise ValueError(f"{source.display_name} is damaged: {source.damaged_archives[0].detail}. Fetch or make it again.")
     flat_captions(captions)
     return RetrievalData(source, captions)
 
@@ -227,7 +227,7 @@ def evaluate(args: RetrievalArguments, pictures: bool = True) -> list[Record]:
     facts |= {"seed": args.seed, "model": args.role, "model_folder": args.model}
     protocol = PROTOCOL if args.caption_positions == "all" else f"{PROTOCOL}; captions: {args.caption_positions}"
     records = retrieval_records(embeddings, protocol, **facts)
-    if processes().is_main_process:
+    if process_state().is_main_process:
         facts = {"dataset": args.dataset, "name": name, "fingerprint": data.fingerprint(), "skipped": images.skipped}
         write_result(args, records, store, started, **facts)
         if pictures:
@@ -235,13 +235,13 @@ def evaluate(args: RetrievalArguments, pictures: bool = True) -> list[Record]:
 
             sheet, rows = args.output.with_suffix(".queries.png"), images.rows.tolist()
             queries = [text for row in rows for text in data.captions[row]]
-            plot_retrieval_sheet(sheet, lambda i: data.images.image(rows[i]), queries, {args.role: embeddings})
+            plot_retrieval_sheet(sheet, lambda i: data.images.load_image(rows[i]), queries, {args.role: embeddings})
     return records
 
 
 def _chosen(value: Any, column: str, positions: str, row: int) -> list[str]:
     try:
-        captions = caption_texts(value, column)
+        captions = normalize_captions(value, column)
     except BadRow as bad:
         fault = f"Row {row} has captions that are no text: {str(value)[:100]}"
         raise ValueError(f"{fault}. Name another --caption_column.") from bad
@@ -253,4 +253,4 @@ def _chosen(value: Any, column: str, positions: str, row: int) -> list[str]:
 main = partial(run_evaluation, RetrievalArguments, __doc__, evaluate)
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    run_command(main, resumable=True)

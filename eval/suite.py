@@ -21,8 +21,8 @@ from typing import Any, Literal
 import jinja2
 import pandas
 
-from capivara_common.cli import WrongUse, flag, parse, run_command, unknown
-from capivara_common.environment import package_versions, processes
+from capivara_common.cli import UsageError, flag, parse_arguments, run_command, unknown_name_message
+from capivara_common.environment import package_versions, process_state
 from capivara_common.files import read_json, seed_folders, write_json, write_text
 from capivara_common.privacy import hide_paths
 from eval.benchmarks import FOLDER, SUITES, Benchmark, load_benchmarks, locate, published_as, read_benchmark
@@ -75,14 +75,14 @@ def chosen(args: SuiteArguments) -> list[Benchmark]:
     asked = [("suite", [args.suite], SUITES), ("benchmark", args.only, every), ("language", args.languages, languages)]
     for what, names, known in asked:
         if wrong := [name for name in names if name not in known]:
-            raise WrongUse(unknown(wrong[0], what, list(known), f"There are {', '.join(known)}."))
+            raise UsageError(unknown_name_message(wrong[0], what, list(known), f"There are {', '.join(known)}."))
     if args.data_dir and not args.data_dir.is_dir():
-        raise WrongUse(f"--data_dir {args.data_dir} is no folder.")
+        raise UsageError(f"--data_dir {args.data_dir} is no folder.")
     if args.protocol == "authors" and not args.authors_file:
-        raise WrongUse("--protocol authors needs --authors_file, the path of their portuguese_prompts.py.")
+        raise UsageError("--protocol authors needs --authors_file, the path of their portuguese_prompts.py.")
     found = [b for b in every.values() if (b.key in args.only if args.only else args.suite in b.suite)]
     if args.languages and not any(code in b.all_languages for code in args.languages for b in found):
-        raise WrongUse(f"None of the benchmarks has one of the languages {args.languages}.")
+        raise UsageError(f"None of the benchmarks has one of the languages {args.languages}.")
     return found
 
 
@@ -97,7 +97,7 @@ def models_of(args: SuiteArguments) -> list[dict[str, Any]]:
         several = [] if (Path(name) / "config.json").is_file() else list(map(str, seed_folders(Path(name))))
         names += several or [name]
     if not names:
-        raise WrongUse("No model is given: take --model MODEL, or --runs RUN RUN RUN.")
+        raise UsageError("No model is given: take --model MODEL, or --runs RUN RUN RUN.")
     names = list(dict.fromkeys(names))  # --model may be one of --runs
     runs = [("capivara", run, name) for run, name in enumerate(names)]
     models = []
@@ -107,8 +107,8 @@ def models_of(args: SuiteArguments) -> list[dict[str, Any]]:
         model = load_embedder(name, "cpu", is_baseline, args.precision)
         one = {"name": name, "role": role, "run": run, "seed": made.get("seed"), "fingerprint": model.fingerprint}
         base = str(made.get("config", {}).get("model", ""))
-        one |= {"published": published_as(name, role, **model.facts)}
-        models.append(one | model.facts | {"base_published": published_as(base, "baseline", **model.facts)})
+        one |= {"published": published_as(name, role, **model.metadata)}
+        models.append(one | model.metadata | {"base_published": published_as(base, "baseline", **model.metadata)})
     if len({model["fingerprint"] for model in models[-len(runs) :]}) < len(runs):
         raise ValueError("Two of --runs hold the same model, so that their deviation would mean nothing.")
     return models
@@ -159,7 +159,7 @@ def measure(
 def run(args: SuiteArguments) -> dict[str, Any] | None:
     """Measure what is planned, each task on all processes, going on where one fails; the main one has the summary."""
     models, measurements = plan(args)
-    main, benchmarks = processes().is_main_process, load_benchmarks()
+    main, benchmarks = process_state().is_main_process, load_benchmarks()
     by_role = {(model["role"], model["run"]): model for model in models}
     for number, one in enumerate(measurements, 1):
         if one["status"] == "planned":
@@ -297,7 +297,7 @@ def suite_table(summary: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    if summary := run(parse(SuiteArguments, __doc__, argv)):
+    if summary := run(parse_arguments(SuiteArguments, __doc__, argv)):
         print(suite_table(summary))
         lost = {one["benchmark"] for one in summary["measurements"] if one["status"] == "not run" and one["local"]}
         if lost:
@@ -305,4 +305,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    run_command(main, resumable=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import capivara_common.interrupt  # noqa: F401
-from capivara_common.environment import device_description, package_versions
+from capivara_common.environment import describe_device, package_versions
 from capivara_common.privacy import hide_paths
 
 
@@ -14,4 +14,4 @@ def run_facts(args: Any, device: Any = "cpu", *packages: str) -> dict[str, Any]:
     machine, `device` and `versions`, those of `packages` beside the usual ones."""
     config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
     versions = package_versions(*packages)
-    return {"config": hide_paths(config), "device": device_description(device), "versions": versions}
+    return {"config": hide_paths(config), "device": describe_device(device), "versions": versions}

@@ -17,10 +17,10 @@ from pathlib import Path
 import PIL.Image
 from datasets import Dataset
 
-from capivara_common.cli import at_least, flag, parse, run_command
-from capivara_common.environment import torch_device
+from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
+from capivara_common.environment import resolve_device
 from capivara_common.image_files import BadImage, decode_image
-from capivara_common.privacy import visible
+from capivara_common.privacy import escape_control_characters
 from capivara_search.picture_files import find_pictures
 from examples.openmoji.dataset import load_embedded
 from modeling_capivara.loading import load_model, load_processor
@@ -42,7 +42,7 @@ class CaptionArguments:
     device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "top_k")
+        check_at_least(self, 1, "top_k")
 
 
 def pictures_in(folder: Path, names: list[str]) -> Iterator[PIL.Image.Image]:
@@ -51,7 +51,7 @@ def pictures_in(folder: Path, names: list[str]) -> Iterator[PIL.Image.Image]:
         try:
             image = decode_image({"bytes": Path(file.path).read_bytes(), "path": file.path})
         except (BadImage, OSError) as error:
-            print(visible(str(error)), file=sys.stderr)
+            print(escape_control_characters(str(error)), file=sys.stderr)
             continue
         names.append(os.path.relpath(file.path, folder.expanduser().absolute()))
         yield image
@@ -66,7 +66,7 @@ def captions_of(rows: Dataset, language: str) -> tuple[list[str], list[int]]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    args = parse(CaptionArguments, __doc__, argv)
+    args = parse_arguments(CaptionArguments, __doc__, argv)
     data = None if args.pictures and args.bank else load_embedded(args.dataset)
     sentences = (
         args.bank.read_text("utf-8-sig").splitlines() if args.bank else captions_of(data["train"], args.language)[0]
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     bank = list(dict.fromkeys(filter(None, map(str.strip, sentences))))
     if not bank:
         raise ValueError(f"The bank {args.bank} has no sentence. Write one a line.")
-    model, processor = load_model(args.model).eval().to(torch_device(args.device)), load_processor(args.model)
+    model, processor = load_model(args.model).eval().to(resolve_device(args.device)), load_processor(args.model)
     names: list[str] = [] if args.pictures else [f"test/{row}" for row in range(len(data["test"]))]
     pictures = pictures_in(args.pictures, names) if args.pictures else data["test"]["image"]
     images = embed_images(model, processor, pictures, progress="Pictures")  # (pictures, width), unit length
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, image in zip(names, images, strict=True):
         best = (texts @ image).topk(min(args.top_k, len(bank)))
         for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            writer.writerow([visible(name), f"{score:.4f}", visible(bank[place])])
+            writer.writerow([escape_control_characters(name), f"{score:.4f}", escape_control_characters(bank[place])])
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 import modeling_capivara  # noqa: F401  registers the tokenizer of the text side: none of its folder's code is run
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.files import check_inputs_stay, read_json, whole_folder, write_json
-from capivara_common.image_side_digest import image_side_digest
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.files import check_inputs_outside, read_json, atomic_folder, write_json
+from capivara_common.image_encoder_digest import image_encoder_digest
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, mean_recall, recall_at_k
 from examples import run_facts
 from examples.caption import captions_of
@@ -98,16 +98,16 @@ def recalls(pictures: QdrantPictures | LancePictures, queries: np.ndarray, right
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    args = parse(ExchangeArguments, __doc__, argv)
-    check_inputs_stay(args.output, args.text_side, args.base, args.dataset)
+    args = parse_arguments(ExchangeArguments, __doc__, argv)
+    check_inputs_outside(args.output, args.text_side, args.base, args.dataset)
     if not (args.text_side / "drop_in.json").is_file():
         raise ValueError(f"{args.text_side} is no exported text side; hub_upload.export --formats drop_in makes one.")
-    wanted, found = read_json(args.text_side / "drop_in.json", image_digest=str), image_side_digest(Path(args.base))
+    wanted, found = read_json(args.text_side / "drop_in.json", image_digest=str), image_encoder_digest(Path(args.base))
     if wanted["image_digest"] != found:
         raise ValueError(f"{args.text_side} is for pictures of the digest {wanted['image_digest']}, not {found}.")
     if not (args.text_side / "modules.json").is_file():
         raise ValueError(f"{args.text_side} is a SigLIP's; sentence-transformers opens CAPIVARA's alone.")
-    with whole_folder(args.output, args.overwrite_output_dir) as folder:
+    with atomic_folder(args.output, args.overwrite_output_dir) as folder:
         rows = load_embedded(args.dataset)[args.split]
         texts, right = captions_of(rows, args.language)
         model, processor = load_model(args.base).eval(), load_processor(args.base)

@@ -22,11 +22,11 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from capivara_common.cli import at_least, flag, parse, run_command
+from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
 from capivara_common.environment import resolve_precision
-from capivara_common.files import whole_folder, write_json, write_text
+from capivara_common.files import atomic_folder, write_json, write_text
 from capivara_common.image_files import BadImage
-from caption_data.labelled_images import LabelledImages, load_images
+from caption_data.labeled_images import LabeledImages, load_labeled_images
 from eval.capivara_metrics.metrics import top_k_accuracy
 from eval.prompts import Prompts, load_prompts
 from examples import run_facts
@@ -73,7 +73,7 @@ class ClassifierArguments:
     seed: int = flag(0, "Seed of the order, and of the digits that are held out.")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "image_size")
+        check_at_least(self, 1, "image_size")
 
 
 def digits(names: list[str], seed: int) -> DatasetDict:
@@ -90,9 +90,9 @@ def digits(names: list[str], seed: int) -> DatasetDict:
 class LabelledRows:
     """Images with `labels`, decoded when the trainer asks for them; those that can't be read are left out."""
 
-    def __init__(self, found: LabelledImages):
+    def __init__(self, found: LabeledImages):
         self.found = found
-        decoded = found.images.decoded(range(len(found.images)))
+        decoded = found.images.decode_images(range(len(found.images)))
         self.rows = [row for row, image in decoded if not isinstance(image, BadImage)]
 
     def __len__(self) -> int:
@@ -100,7 +100,7 @@ class LabelledRows:
 
     def __getitem__(self, number: int) -> dict:
         row = self.rows[number]
-        return {"image": self.found.images.image(row), "labels": self.found.labels[row]}
+        return {"image": self.found.images.load_image(row), "labels": self.found.labels[row]}
 
 
 def load_splits(args: ClassifierArguments, prompts: Prompts) -> list[Dataset | LabelledRows]:
@@ -110,7 +110,7 @@ def load_splits(args: ClassifierArguments, prompts: Prompts) -> list[Dataset | L
             raise ValueError(f"--benchmark {args.benchmark} needs its images, a folder or data set: give --images.")
         return list(digits(prompts.names, args.seed).values())
     columns = (args.image_column, args.label_column)
-    found = [load_images(args.images, split, prompts.names_en, *columns) for split in (args.train_split, args.split)]
+    found = [load_labeled_images(args.images, split, prompts.names_en, *columns) for split in (args.train_split, args.split)]
     if any(isinstance(images.labels[0], list) for images in found):
         raise ValueError(f"{args.images} has several labels an image; this example takes one. Choose another data set.")
     return [LabelledRows(images) for images in found]
@@ -118,8 +118,8 @@ def load_splits(args: ClassifierArguments, prompts: Prompts) -> list[Dataset | L
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, fine-tune, measure again, and save model, processor and figures."""
-    args = parse(ClassifierArguments, __doc__, argv)
-    with whole_folder(args.output_dir, args.overwrite_output_dir) as folder:
+    args = parse_arguments(ClassifierArguments, __doc__, argv)
+    with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:
         prompts = load_prompts(args.benchmark)
         train, test = load_splits(args, prompts)
         processor = load_processor(args.model)
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         labels = dict(zip(prompts.names, prompts.filled, strict=True))
         model = CapivaraForImageClassification.from_zero_shot(load_model(args.model).eval(), processor, labels, ["{}"])
         if args.head_only:
-            model.freeze_image_tower()
+            model.freeze_image_encoder()
 
         def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
             pixels = processor(images=[row["image"] for row in rows], return_tensors="pt")["pixel_values"]

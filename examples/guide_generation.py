@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from torchvision.transforms import functional
 from tqdm.auto import trange
 
-from capivara_common.cli import at_least, flag, parse, run_command
-from capivara_common.environment import torch_device
-from capivara_common.files import whole_folder, write_json
+from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
+from capivara_common.environment import resolve_device
+from capivara_common.files import atomic_folder, write_json
 from examples import run_facts
 from modeling_capivara import CapivaraImageProcessor
 from modeling_capivara.loading import load_model, load_processor
@@ -56,8 +56,8 @@ class GuideArguments:
     device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "steps", "size", "cells")
-        at_least(self, 0, "views")
+        check_at_least(self, 1, "steps", "size", "cells")
+        check_at_least(self, 0, "views")
         if not self.sentence.strip():
             raise ValueError("The sentence is empty. Say what the picture shall show.")
 
@@ -98,9 +98,9 @@ def as_image(pixels: Tensor) -> PIL.Image.Image:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    args = parse(GuideArguments, __doc__, argv)
-    with whole_folder(args.output_dir, args.overwrite_output_dir) as folder:
-        model, processor = load_model(args.model).eval().to(torch_device(args.device)), load_processor(args.model)
+    args = parse_arguments(GuideArguments, __doc__, argv)
+    with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:
+        model, processor = load_model(args.model).eval().to(resolve_device(args.device)), load_processor(args.model)
         model.requires_grad_(False)  # gradients flow to the pixels alone
         generator, started = torch.Generator().manual_seed(args.seed), time.perf_counter()
         cells = min(args.cells, args.size)

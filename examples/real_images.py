@@ -15,8 +15,8 @@ import numpy as np
 import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.files import read_json, whole_folder, write_json
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.files import read_json, atomic_folder, write_json
 from eval import classification, linear_probe, prompts, retrieval
 from examples.openmoji.dataset import load_embedded
 
@@ -43,7 +43,7 @@ def prepare(folder: Path, openmoji: str) -> None:
     """Write the data sets that are not there yet, each with the file of its classes."""
     for name, make in {"digits": digits, "photos": photos, "concepts": lambda: concepts(openmoji)}.items():
         if not (folder / name).exists():
-            with whole_folder(folder / name) as made:
+            with atomic_folder(folder / name) as made:
                 data, classes = make()
                 data.save_to_disk(made / "data")
                 write_json(made / "classes.json", classes)
@@ -136,7 +136,7 @@ def _classes_file(dataset: str, title: str, classes: list[dict], templates: list
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    args = parse(RealImagesArguments, __doc__, argv)
+    args = parse_arguments(RealImagesArguments, __doc__, argv)
     prepare(args.data, args.openmoji)
     measure(args, args.baseline, "baseline")
     measure(args, args.model, "capivara")
@@ -145,4 +145,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    run_command(main, resumable=True)

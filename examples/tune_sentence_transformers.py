@@ -27,9 +27,9 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from transformers import TrainerCallback
 
 import modeling_capivara  # noqa: F401  registers CAPIVARA with the Auto classes: no code of the folder is run
-from capivara_common.cli import at_least, flag, parse, run_command
+from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
 from capivara_common.environment import resolve_precision
-from capivara_common.files import whole_folder, write_json, write_text
+from capivara_common.files import atomic_folder, write_json, write_text
 from eval.retrieval import flat_captions
 from examples import run_facts
 from examples.openmoji.dataset import load_embedded
@@ -70,8 +70,8 @@ class SentenceTuningArguments:
     seed: int = flag(0, "Seed of the order and of the captions that are drawn.")
 
     def __post_init__(self) -> None:
-        at_least(self, 2, "batch_size")
-        at_least(self, 1, "mini_batch_size")
+        check_at_least(self, 2, "batch_size")
+        check_at_least(self, 1, "mini_batch_size")
 
 
 def pairs(dataset: Path, split: str, language: str, seed: int = 0) -> Dataset:
@@ -130,16 +130,16 @@ class BoundedScale(TrainerCallback):
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, train, measure again, and save."""
-    args = parse(SentenceTuningArguments, __doc__, argv)
+    args = parse_arguments(SentenceTuningArguments, __doc__, argv)
     if not (args.model / "modules.json").is_file():
         raise ValueError(f"{args.model} is no export of the format sentence_transformers (modules.json is missing).")
     rows = pairs(args.dataset, args.train_split, args.language, args.seed)
     if len(rows) < args.batch_size:
         raise ValueError(f"{args.train_split} has {len(rows)} pictures, fewer than a batch: lower --batch_size.")
     measure = recall_evaluator(pairs(args.dataset, args.split, args.language))
-    with whole_folder(args.output_dir, args.overwrite_output_dir) as folder:
+    with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:
         encoder = SentenceTransformer(str(args.model))
-        encoder[0].auto_model.freeze_image_tower()  # as in the paper
+        encoder[0].auto_model.freeze_image_encoder()  # as in the paper
         training = Arguments(
             output_dir=str(folder),
             num_train_epochs=args.epochs,

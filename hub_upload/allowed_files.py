@@ -11,9 +11,9 @@ from typing import Any, BinaryIO
 import PIL.Image
 from huggingface_hub.utils import validate_repo_id
 
-from capivara_common.files import refuse_links_out
+from capivara_common.files import check_links_stay_inside
 from capivara_common.image_files import IMAGE_FORMATS
-from capivara_common.privacy import SECRET_RE2, known_tokens, machine_path_in, own_paths, printable, secret_in
+from capivara_common.privacy import SECRET_RE2, find_hub_tokens, find_machine_path, local_paths, make_printable, find_secret
 
 _PARTS = "checks configuration image_processing modeling processing text_repair tokenization"
 MODEL_CODE = tuple(f"{part}_capivara.py" for part in _PARTS.split())
@@ -48,7 +48,7 @@ MAX_HEADER_BYTES = 100_000_000  # of safetensors; its own reader takes no more
 def check_repo_id(repo_id: str) -> None:
     """Raise ValueError unless it is `owner/name` as the Hub takes it."""
     if repo_id.count("/") != 1:
-        raise ValueError(f"The repository id must be owner/name, such as my-name/my-model, got {printable(repo_id)!r}.")
+        raise ValueError(f"The repository id must be owner/name, such as my-name/my-model, got {make_printable(repo_id)!r}.")
     validate_repo_id(repo_id)
 
 
@@ -128,12 +128,12 @@ def check_secrets(path: Path, name: Path | str) -> None:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if (path.suffix not in BINARY or path.suffix == ".tar") and content[:6].startswith(UNREADABLE):
             raise ValueError(f"{name} is compressed or no UTF-8, and can't be searched for secrets. Write it plainly.")
-        if found := secret_in(content):
+        if found := find_secret(content):
             chunks = (content[at : min(at + CHUNK_BYTES, found[1])] for at in range(0, found[1], CHUNK_BYTES))
             line = 1 + sum(chunk.count(b"\n") for chunk in chunks)
             where = f"byte {found[1]}" if path.suffix in BINARY else f"line {line}"
             raise ValueError(f"{name}, {where}, holds {found[0]}. Remove it, and revoke it if it is real.")
-        places = own_paths() if path.suffix in (".onnx", ".model") else ()
+        places = local_paths() if path.suffix in (".onnx", ".model") else ()
         if place := next((place for place in places if content.find(f"{place}/".encode()) >= 0), None):
             raise ValueError(f"{name} names a place on this machine, {place!r}. Make the file anew without it.")
 
@@ -147,13 +147,13 @@ def check_paths(path: Path, name: Path | str) -> None:
 
 def check_words(text: str, where: str) -> None:
     """Raise ValueError where a text holds an access token or key, or a path of a machine."""
-    if found := secret_in(text):
+    if found := find_secret(text):
         raise ValueError(f"{where} holds {found[0]}. Remove it, and revoke it if it is real.")
     _check_machine_paths(text, where)
 
 
 def _check_machine_paths(text: str, where: str) -> None:
-    if path := machine_path_in(text):
+    if path := find_machine_path(text):
         raise ValueError(f"{where} names a place on a machine, {path!r}. Write it relative, or leave it out.")
 
 
@@ -204,7 +204,7 @@ def data_files(folder: Path, of_space: bool = False) -> list[Path]:
 
     Raises ValueError where a link leads out of the folder, or a file that would be sent is no regular file.
     """
-    refuse_links_out(folder)
+    check_links_stay_inside(folder)
     found = []
     for path in (path for path in folder.rglob("*") if not path.is_dir()):
         name = path.relative_to(folder)
@@ -238,7 +238,7 @@ def _check_rows(path: Path, name: Path) -> None:
     first = 0
     try:
         for batch in _batches(path):
-            if not first and secret_in(f"{batch.schema} {batch.schema.metadata}"):
+            if not first and find_secret(f"{batch.schema} {batch.schema.metadata}"):
                 raise ValueError(f"{name}, its header, {SECRET}.")
             for column, array in zip(batch.schema.names, batch.columns, strict=True):
                 if _fault(array):
@@ -283,7 +283,7 @@ def _fault(array: Any) -> str | None:
         return _fault(array.flatten())
     if "string" not in str(kind) and "binary" not in str(kind):
         return None
-    pattern = "|".join([SECRET_RE2, *map(re.escape, known_tokens())])
+    pattern = "|".join([SECRET_RE2, *map(re.escape, find_hub_tokens())])
     return SECRET if compute.any(compute.match_substring_regex(array.cast("large_binary"), pattern)).as_py() else None
 
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from capivara_common.cli import flag, parse, run_command
+from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import seed_folders, write_text
 from eval.records.schema import GAIN
 from hub_upload import card_values as values
@@ -252,7 +252,7 @@ def _index_entry(facts: dict[str, Any], measured: Any) -> EvalResult:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    args = parse(CardArguments, __doc__, argv)
+    args = parse_arguments(CardArguments, __doc__, argv)
     if args.check is None:
         path = write_card(args.model, args.repo_id, args.language, args.output, args.license)
         print(f"{path} states what the files of {args.model} say. Verify it with --check {args.model}.")

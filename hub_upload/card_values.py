@@ -25,8 +25,8 @@ from typing import Any
 import jinja2
 
 from capivara_common.files import read_json, seed_folders
-from capivara_common.hub_cache import COMMIT
-from capivara_common.privacy import secret_in
+from capivara_common.hub_cache import COMMIT_RE
+from capivara_common.privacy import find_secret
 from capivara_common.weight_file import WeightFile
 from eval.benchmarks import published_base
 from eval.records import schema
@@ -127,7 +127,7 @@ def _facts(folder: Path) -> dict[str, Any]:
         "groups": _groups(values),
         "tokens": tokens,  # longest text that the processor lets through
         "architecture": known.get("config.json", {}),  # `config.json` of the model; empty where the folder holds none
-        "parameters": sum(math.prod(one.shape) for file in weights for one in file.places.values()),
+        "parameters": sum(math.prod(one.shape) for file in weights for one in file.tensors.values()),
         "graphs": known.get("onnx/quantisation.json", {}).get("graphs", {}),  # sizes and differences of ONNX's
         "formats": [tag for tag, files in FORMATS.items() if all((folder / file).is_file() for file in files)],
         "pictures": pictures,  # paths of those of `RUN_PICTURES` that are there
@@ -158,7 +158,7 @@ def _read(path: Path, folder: Path, digests: dict[str, str]) -> dict[str, Any]:
         content, data = schema.read_object(path)
     except ValueError as error:
         raise ValueError(f"{name} {error}.") from error
-    if secret := secret_in(data.decode("utf-8")):
+    if secret := find_secret(data.decode("utf-8")):
         raise ValueError(f"{name} holds {secret[0]}. Revoke it, and take it out before publishing.")
     digests[name] = hashlib.sha256(data).hexdigest()
     return content
@@ -204,7 +204,7 @@ def revision(run: dict[str, Any], measured: Any) -> str | None:
         evaluated = run["origins"]["evaluation_dataset"]
         if fingerprint in (run.get("dataset_fingerprints") or {}).values() and evaluated["hub_id"] == dataset:
             commit = evaluated.get("revision")
-    return commit if COMMIT.fullmatch(str(commit)) and HUB_ID.fullmatch(dataset) else None
+    return commit if COMMIT_RE.fullmatch(str(commit)) and HUB_ID.fullmatch(dataset) else None
 
 
 def _groups(values: list[Any]) -> list[dict[str, Any]]:

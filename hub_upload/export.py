@@ -20,15 +20,15 @@ from typing import ClassVar
 from transformers import PreTrainedConfig, ProcessorMixin
 
 import modeling_capivara
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.environment import require
-from capivara_common.files import check_inputs_stay, read_json, seed_folders, whole_folder, write_json
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.environment import require_packages
+from capivara_common.files import check_inputs_outside, read_json, seed_folders, atomic_folder, write_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG
 from capivara_common.privacy import hide_paths, short_name
 from hub_upload import allowed_files as allowed
 from hub_upload.formats import drop_in, immich, onnx, open_clip, save_tokenizer, transformers_js, write_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraProcessor
-from modeling_capivara.loading import load_processor, two_towers_config
+from modeling_capivara.loading import load_processor, load_two_towers_config
 
 FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")  # in one repository
 KNOWN = (*FORMATS, "transformers_js", "drop_in", "immich")  # the last two each a folder of its own
@@ -80,7 +80,7 @@ class ExportArguments:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args = parse(ExportArguments, __doc__, argv)
+    args = parse_arguments(ExportArguments, __doc__, argv)
     files = export(
         args.model, args.output, args.formats.split(","), args.text_config, args.overwrite_output_dir,
         repo_id=args.repo_id, base=args.base,
@@ -107,8 +107,8 @@ def export(
     machine or an access token. ImportError: a package that a format needs is missing.
     """
     formats = _checked_formats(formats, text_config, base)
-    check_inputs_stay(output, model, base)
-    with whole_folder(output, overwrite) as folder:
+    check_inputs_outside(output, model, base)
+    with atomic_folder(output, overwrite) as folder:
         config = read_config(model, formats)
         if formats == ["drop_in"]:
             drop_in.write(model, folder, config, str(base), repo_id)
@@ -139,7 +139,7 @@ def _checked_formats(formats: Sequence[str], text_config: str | None, base: str 
         formats.append("onnx")  # whose graphs and weights it reads
     if alone or "onnx" in formats:
         what = f"{alone[0]} in --formats" if alone else "onnx in --formats (leave it out to do without)"
-        require(what, "onnx", *onnx.ONNX_PACKAGES)
+        require_packages(what, "onnx", *onnx.ONNX_PACKAGES)
     return formats
 
 
@@ -154,7 +154,7 @@ def read_config(folder: Path, formats: Sequence[str] = ()) -> PreTrainedConfig:
         seeds = ", ".join(path.name for path in seed_folders(folder))
         hint = f" It is a run of several seeds; name one of {seeds} in it." if seeds else ""
         raise ValueError(f"The folder {folder} holds no model (config.json is missing).{hint}")
-    config = two_towers_config(folder)
+    config = load_two_towers_config(folder)
     if {"drop_in", "immich"} & {*formats} and config.model_type not in immich.NAMES:
         raise ValueError(
             f"{formats[0]} is written of CAPIVARA and SigLIP alone, and {folder} is {config.model_type}. The whole "

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
 from capivara_common.privacy import short_name
-from modeling_capivara.loading import card_metadata
+from modeling_capivara.loading import read_card_metadata
 
 # Licences that let what is made of several works carry the licence of the other ones, their notices kept.
 PERMISSIVE = {"apache-2.0", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0", "isc", "mit", "ncsa", "pddl"}
@@ -51,7 +51,7 @@ def origin(name: str, repo_type: str) -> dict[str, Any]:
     is_of_files = not Path(name).is_dir() and "/" in name  # one file, or a pattern: its card lies beside it
     folder = Path(name).parent if is_of_files else Path(name)
     path = _card_from_hub(name, repo_type) if of_hub else folder / "README.md"
-    card = card_metadata(path) if path else {}
+    card = read_card_metadata(path) if path else {}
     stated = card.get("translations")
     return {
         "name": short_name(name),

@@ -40,8 +40,8 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 from tqdm import tqdm
 
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.privacy import printable
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.privacy import make_printable
 from hub_upload.allowed_files import check_repo_id, check_words, files_to_send
 from hub_upload.card import CARD, outdated, write_card
 
@@ -71,7 +71,7 @@ class PushError(OSError):
     """A push that was not made, in one line: why, and the way out. It holds no token."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(printable(message).split()))
+        super().__init__(" ".join(make_printable(message).split()))
 
 
 class HubUnreachable(PushError):
@@ -136,7 +136,7 @@ class PushPlan:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    args = parse(PushArguments, __doc__, argv)
+    args = parse_arguments(PushArguments, __doc__, argv)
     planned = plan(args)
     print(report(planned), flush=True)
     check_card(args)
@@ -234,7 +234,7 @@ def report(planned: PushPlan) -> str:
 
 def _name(text: str) -> str:
     """A name of others on one line, to be shown."""
-    return printable(text.replace("\n", "\\n"))
+    return make_printable(text.replace("\n", "\\n"))
 
 
 def _is_on_hub(file: CommitOperationAdd, there: RepoFile | None) -> bool:
@@ -357,7 +357,7 @@ def hub_errors(repo_id: str, again: str = AGAIN) -> Iterator[None]:
     def made(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make(*args, **kwargs)
         with suppress(TypeError, ValueError):  # a message that does not fit its values; logging says so itself
-            record.msg, record.args = printable(record.getMessage()), None
+            record.msg, record.args = make_printable(record.getMessage()), None
         return record
 
     logging.setLogRecordFactory(made)
@@ -448,8 +448,8 @@ def _said(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "Stopped."
     kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-    return " ".join(printable(f"{kind}{error}").split()).removesuffix(".") + "."
+    return " ".join(make_printable(f"{kind}{error}").split()).removesuffix(".") + "."
 
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    run_command(main, resumable=True)

@@ -14,7 +14,7 @@ from .configuration_capivara import CapivaraConfig
 from .image_processing_capivara import CapivaraImageProcessor
 from .modeling_capivara import CapivaraForImageClassification, CapivaraModel, CapivaraOutput, clip_loss
 from .processing_capivara import CapivaraProcessor
-from .text_repair_capivara import repair_text
+from .text_cleaning_capivara import clean_text
 from .tokenization_capivara import CapivaraTokenizer
 
 __version__ = "0.1.0"

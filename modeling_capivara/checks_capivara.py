@@ -9,16 +9,16 @@ from typing import Any
 
 # Sizes by the names that transformers, timm and open_clip have for them -> the least and the most. No published model
 # comes near the most: a file that asks for more is damaged or means harm, and would take hours, or all memory.
-LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers", "layers", "depth", "depths")
-HEADS = ("num_attention_heads", "n_heads", "n_head", "num_heads", "heads", "encoder_attention_heads")
-WIDTHS = ("hidden_size", "hidden_sizes", "intermediate_size", "hidden_dim", "dim", "d_model", "d_ff", "embed_dim")
+LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers", "layers", "depth", "depths")
+HEAD_KEYS = ("num_attention_heads", "n_heads", "n_head", "num_heads", "heads", "encoder_attention_heads")
+WIDTH_KEYS = ("hidden_size", "hidden_sizes", "intermediate_size", "hidden_dim", "dim", "d_model", "d_ff", "embed_dim")
 EPSILONS = ("layer_norm_eps", "layer_norm_epsilon", "norm_eps", "rms_norm_eps")
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "hidden_dropout", "dropout",
             "classifier_dropout", "dropout_rate", "drop_path_rate")  # fmt: skip
-LIMITS: dict[str, tuple[int, int]] = {
-    **dict.fromkeys(LAYERS, (0, 1000)),
-    **dict.fromkeys(HEADS, (1, 1000)),
-    **dict.fromkeys((*WIDTHS, "head_width"), (1, 100_000)),
+SIZE_LIMITS: dict[str, tuple[int, int]] = {
+    **dict.fromkeys(LAYER_KEYS, (0, 1000)),
+    **dict.fromkeys(HEAD_KEYS, (1, 1000)),
+    **dict.fromkeys((*WIDTH_KEYS, "head_width"), (1, 100_000)),
     "projection_dim": (0, 100_000),  # 0 of BERT's kin: no projection
     "vocab_size": (1, 10**7),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "type_vocab_size"), (0, 10**6)),
@@ -34,7 +34,7 @@ LIMITS: dict[str, tuple[int, int]] = {
 # Text encoders that count positions from the number of the padding token, and can't be without one.
 PADDING_NEEDED = ("xlm-roberta", "xlm-roberta-xl", "roberta", "camembert", "altclip_text_model")
 NOT_FINITE = "The embeddings are not finite: weights or settings of the model are damaged. Fetch or save it again."
-NAMES_OF_LABELS = ("id2label", "label2id")  # whose keys are anybody's words
+LABEL_KEYS = ("id2label", "label2id")  # whose keys are anybody's words
 
 
 def check_sizes(values: Mapping[str, Any], section: str = "") -> None:
@@ -50,13 +50,13 @@ def check_sizes(values: Mapping[str, Any], section: str = "") -> None:
     if isinstance(pad, int) and isinstance(rows, int) and pad >= rows > 0:
         raise ValueError(f"{section}pad_token_id must be below the vocab_size of {rows}, got {pad}.")
     for key, value in values.items():
-        if isinstance(value, Mapping) and key not in NAMES_OF_LABELS:
+        if isinstance(value, Mapping) and key not in LABEL_KEYS:
             check_sizes(value, f"{section}{key}.")
         if key in ("vision_config", "text_config") and value is None:
             raise ValueError(f"{section}{key} must be the settings of a tower, got null.")
-        if key not in LIMITS:
+        if key not in SIZE_LIMITS:
             continue
-        least, most = LIMITS[key]
+        least, most = SIZE_LIMITS[key]
         for number in value if isinstance(value, list | tuple) else [value]:
             # NaN fails every comparison; True is an int to Python, and to no file.
             if isinstance(number, bool) or (isinstance(number, int | float) and not least <= number <= most):
@@ -64,7 +64,7 @@ def check_sizes(values: Mapping[str, Any], section: str = "") -> None:
 
 
 @contextmanager
-def tokenizer_errors(name: str) -> Iterator[None]:
+def wrap_tokenizer_errors(name: str) -> Iterator[None]:
     """Raise ValueError, in one line, for what the tokenizers library raises: `Exception` itself, and panics of Rust."""
     try:
         yield

@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .checks_capivara import LIMITS, check_sizes
+from .checks_capivara import SIZE_LIMITS, check_sizes
 
 # CLIP ViT-B/32 as open_clip's `xlm-roberta-base-ViT-B-32` has it: exact GELU, not CLIPVisionConfig's QuickGELU.
 VISION_DEFAULTS = {"model_type": "clip_vision_model", "hidden_act": "gelu"}
@@ -23,7 +23,7 @@ TEXT_DEFAULTS = {
 }
 
 # What `trimmed_vocabulary` holds: digests of the whole tokenizer and table, and the rows of the latter (`of`).
-TRIM_FACTS = {"languages": list, "words": list, "tokenizer": str, "table": str, "of": int}
+TRIM_RECORD_TYPES = {"languages": list, "words": list, "tokenizer": str, "table": str, "of": int}
 
 
 @strict
@@ -72,14 +72,14 @@ class CapivaraConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.projection_dim < 1:
             raise ValueError(f"projection_dim must be at least 1, got {self.projection_dim}.")
-        self.matryoshka_dims = checked_widths(self.matryoshka_dims or (), self.projection_dim) or None
+        self.matryoshka_dims = normalize_matryoshka_dims(self.matryoshka_dims or (), self.projection_dim) or None
         facts = self.trimmed_vocabulary
-        if facts is not None and not all(isinstance(facts.get(key), kind) for key, kind in TRIM_FACTS.items()):
-            raise ValueError(f"trimmed_vocabulary must hold {', '.join(TRIM_FACTS)}, got {facts}.")
+        if facts is not None and not all(isinstance(facts.get(key), kind) for key, kind in TRIM_RECORD_TYPES.items()):
+            raise ValueError(f"trimmed_vocabulary must hold {', '.join(TRIM_RECORD_TYPES)}, got {facts}.")
         own = {"projection_dim": self.projection_dim, "logit_scale_init_value": self.logit_scale_init_value}
         check_sizes(kwargs | own)
-        self.vision_config = _tower_config("vision_config", self.vision_config, VISION_DEFAULTS)
-        self.text_config = _tower_config("text_config", self.text_config, TEXT_DEFAULTS)
+        self.vision_config = _build_tower_config("vision_config", self.vision_config, VISION_DEFAULTS)
+        self.text_config = _build_tower_config("text_config", self.text_config, TEXT_DEFAULTS)
         if self.text_config.is_encoder_decoder:
             kind = f"the encoder-decoder {self.text_config.model_type!r}; use an encoder alone, such as 'xlm-roberta'"
             raise ValueError(f"text_config must be an encoder, got {kind}.")
@@ -91,20 +91,20 @@ class CapivaraConfig(PreTrainedConfig):
         return {key: value for key, value in super().to_dict().items() if key not in absent}
 
 
-def checked_widths(widths: Sequence[int], projection_dim: int) -> list[int]:
+def normalize_matryoshka_dims(dims: Sequence[int], projection_dim: int) -> list[int]:
     """The widths that a model is trained for, the widest first, each once; ValueError unless they divide the whole."""
-    if wrong := [width for width in widths if not 0 < width <= projection_dim or projection_dim % width]:
+    if wrong := [width for width in dims if not 0 < width <= projection_dim or projection_dim % width]:
         known = ", ".join([str(n) for n in range(projection_dim, 0, -1) if not projection_dim % n][:12])
         raise ValueError(
             f"matryoshka_dims must divide the embedding's width, {projection_dim}, got {wrong[0]}; choose of {known}."
         )
-    return sorted(set(widths), reverse=True)
+    return sorted(set(dims), reverse=True)
 
 
-def _tower_config(name: str, config: dict | PreTrainedConfig | None, defaults: dict) -> PreTrainedConfig:
+def _build_tower_config(name: str, config: dict | PreTrainedConfig | None, defaults: dict) -> PreTrainedConfig:
     """A tower's configuration object; a dictionary of the default kind is completed by the published values."""
     if isinstance(config, PreTrainedConfig):
-        check_sizes(sizes_of(config), f"{name}.")
+        check_sizes(get_sizes(config), f"{name}.")
         return config
     config = dict(config or {})
     check_sizes(config, f"{name}.")  # before the object is made, which writes a name for every label
@@ -117,11 +117,11 @@ def _tower_config(name: str, config: dict | PreTrainedConfig | None, defaults: d
     if model_type == "timm_wrapper":
         config.setdefault("num_classes", 0)  # its `from_dict` fails without, and a tower has no classifier
     # `from_dict`, not the constructor: TimmWrapperConfig restores its labels there only.
-    return _tower_config(name, CONFIG_MAPPING[model_type].from_dict(config), defaults)
+    return _build_tower_config(name, CONFIG_MAPPING[model_type].from_dict(config), defaults)
 
 
-def sizes_of(config: PreTrainedConfig) -> dict[str, Any]:
+def get_sizes(config: PreTrainedConfig) -> dict[str, Any]:
     """What a configuration object has for the names of `LIMITS`, for `check_sizes`; of its parts, too."""
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
-    sizes = {key: getattr(config, key, None) for key in (*LIMITS, "model_args", "model_type")}
-    return sizes | {name: sizes_of(part) for name, part in parts.items() if isinstance(part, PreTrainedConfig)}
+    sizes = {key: getattr(config, key, None) for key in (*SIZE_LIMITS, "model_args", "model_type")}
+    return sizes | {name: get_sizes(part) for name, part in parts.items() if isinstance(part, PreTrainedConfig)}

@@ -23,18 +23,18 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.files import read_json, whole_folder
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.files import read_json, atomic_folder
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
 
-from .checks_capivara import check_sizes, tokenizer_errors
+from .checks_capivara import check_sizes, wrap_tokenizer_errors
 from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
 from .image_processing_capivara import CapivaraImageProcessor
 from .loading import (
-    checked_config,
+    load_config,
     load_model,
     load_processor,
-    model_of_tensors,
+    build_model_from_tensors,
     named_keys,
     weights_digest,
     write_origin_card,
@@ -47,7 +47,7 @@ BASE_TEXT_MODEL = "FacebookAI/xlm-roberta-base"
 BASE_TEXT_NAMES = (BASE_TEXT_MODEL, "xlm-roberta-base")
 
 # open_clip's name, or its beginning, and transformers'; {} is the number of a block of the vision transformer.
-NAMES = {
+PARAMETER_NAMES = {
     "logit_scale": "logit_scale",
     "logit_bias": "logit_bias",
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
@@ -66,7 +66,7 @@ NAMES = {
     "visual.transformer.resblocks.{}.mlp.c_proj.": "vision_model.encoder.layers.{}.mlp.fc2.",
 }
 # The same of SigLIP: timm's image tower with attention pooling, and open_clip's own text tower.
-SIGLIP_NAMES = {
+SIGLIP_PARAMETER_NAMES = {
     "logit_": "logit_",
     "visual.trunk.patch_embed.proj.": "vision_model.embeddings.patch_embedding.",
     "visual.trunk.pos_embed": "vision_model.embeddings.position_embedding.weight",
@@ -91,21 +91,21 @@ SIGLIP_NAMES = {
     "text.transformer.resblocks.{}.mlp.c_fc.": "text_model.encoder.layers.{}.mlp.fc1.",
     "text.transformer.resblocks.{}.mlp.c_proj.": "text_model.encoder.layers.{}.mlp.fc2.",
 }
-NUMBER = re.compile(r"(?<=resblocks\.)\d+|(?<=trunk\.blocks\.)\d+|(?<=_model\.encoder\.layers\.)\d+")
+BLOCK_NUMBER_RE = re.compile(r"(?<=resblocks\.)\d+|(?<=trunk\.blocks\.)\d+|(?<=_model\.encoder\.layers\.)\d+")
 # Of a block's attention open_clip has query, key and value in one tensor, in_proj_weight and in_proj_bias.
-PART = re.compile(r"(.*_model\.encoder\.layers\.\d+\.self_attn\.)([qkv])_proj\.(weight|bias)")
+ATTENTION_PROJECTION_RE = re.compile(r"(.*_model\.encoder\.layers\.\d+\.self_attn\.)([qkv])_proj\.(weight|bias)")
 # A constant (0, 1, 2, ...) that transformers before 4.31 saved with every text encoder; no model reads it any more.
-POSITION_IDS = "text.transformer.embeddings.position_ids"
+POSITION_IDS_NAME = "text.transformer.embeddings.position_ids"
 
 
-def capivara_state_dict(open_clip_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_capivara_state_dict(open_clip_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a `CapivaraModel`, from those of open_clip's model; values and types stay.
 
     A name without counterpart stays what it is, for `load_state_dict(strict=True)` to refuse.
     """
     result = {}
     for name, tensor in open_clip_state.items():
-        ours = _renamed(name, NAMES)
+        ours = _rename_parameter(name, PARAMETER_NAMES)
         if ours.startswith("vision_model.encoder.") and ".in_proj_" in ours:
             # Fewer than three: a part is missing, and named. A clone: safetensors refuses tensors that share memory.
             parts = zip("qkv", tensor.chunk(3), strict=False)
@@ -117,17 +117,17 @@ def capivara_state_dict(open_clip_state: Mapping[str, Tensor]) -> dict[str, Tens
     return result
 
 
-def open_clip_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
+def to_open_clip_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     """The tensors of open_clip's model, the other way, of CAPIVARA or SigLIP; ValueError for another image tower."""
     is_own, result, state = model.config.model_type == "capivara", {}, model.state_dict()
-    names = {ours: theirs for theirs, ours in (NAMES if is_own else SIGLIP_NAMES).items()}
+    names = {ours: theirs for theirs, ours in (PARAMETER_NAMES if is_own else SIGLIP_PARAMETER_NAMES).items()}
     is_vit = is_own and _is_vit(model.config)
     for name, tensor in state.items():
-        theirs = _renamed(name, names)
-        if part := PART.fullmatch(name):
+        theirs = _rename_parameter(name, names)
+        if part := ATTENTION_PROJECTION_RE.fullmatch(name):
             if part[2] == "q":
                 parts = [state[f"{part[1]}{letter}_proj.{part[3]}"] for letter in "qkv"]
-                result[_renamed(f"{part[1]}in_proj_{part[3]}", names)] = torch.cat(parts)
+                result[_rename_parameter(f"{part[1]}in_proj_{part[3]}", names)] = torch.cat(parts)
         elif is_vit and name == "visual_projection.weight":
             result["visual.proj"] = tensor.T.contiguous()
         elif not is_own and ".attn_pool.in_proj_" in theirs:  # of the pooling, query apart from key and value
@@ -140,32 +140,32 @@ def open_clip_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     return result
 
 
-def _renamed(name: str, names: dict[str, str]) -> str:
-    number, plain = NUMBER.search(name), NUMBER.sub("{}", name)
+def _rename_parameter(name: str, names: dict[str, str]) -> str:
+    number, plain = BLOCK_NUMBER_RE.search(name), BLOCK_NUMBER_RE.sub("{}", name)
     for old, new in names.items():
         if plain == old or (old.endswith((".", "_")) and plain.startswith(old)):
             return (new + plain[len(old) :]).replace("{}", number[0] if number else "{}")
     return name
 
 
-def build_open_clip(config: CapivaraConfig) -> nn.Module:
+def build_open_clip_model(config: CapivaraConfig) -> nn.Module:
     """open_clip's own model of this architecture, random weights, evaluation mode; nothing is downloaded."""
     from open_clip.model import CustomTextCLIP
 
     with tempfile.TemporaryDirectory() as folder:
         config.text_config.save_pretrained(folder)
-        model_cfg = open_clip_model_cfg(config, folder)
+        model_cfg = to_open_clip_model_cfg(config, folder)
         model_cfg["text_cfg"]["hf_model_pretrained"] = False
         return CustomTextCLIP(**model_cfg).eval()
 
 
-TEXT_KINDS = ("xlm-roberta", "roberta", "bert")  # those that open_clip 3.3 can pool by the mean
+TEXT_MODEL_TYPES = ("xlm-roberta", "roberta", "bert")  # those that open_clip 3.3 can pool by the mean
 # open_clip's fields of a ViT, transformers' names for them, and open_clip's defaults
-VIT = {"layers": ("num_hidden_layers", 12), "width": ("hidden_size", 768)}
-VIT |= {"patch_size": ("patch_size", 16), "image_size": ("image_size", 224)}
+VIT_FIELDS = {"layers": ("num_hidden_layers", 12), "width": ("hidden_size", 768)}
+VIT_FIELDS |= {"patch_size": ("patch_size", 16), "image_size": ("image_size", 224)}
 # Fields that change numbers and no tensor, and the values that are supported; a field that is absent has one of them.
 # All other fields show in the names and shapes of the tensors, which have to fit.
-SUPPORTED: dict[str, tuple] = {
+SUPPORTED_VALUES: dict[str, tuple] = {
     **{"vision_cfg.pool_type": ("tok",), "vision_cfg.final_ln_after_pool": (False, None)},
     **dict.fromkeys(("vision_cfg.act_kwargs", "vision_cfg.norm_kwargs"), (None, {})),
     "vision_cfg.timm_model_name": (None, ""),  # timm's towers go the other way alone
@@ -176,7 +176,7 @@ SUPPORTED: dict[str, tuple] = {
 }
 
 
-def capivara_config(model_cfg: dict) -> CapivaraConfig:
+def to_capivara_config(model_cfg: dict) -> CapivaraConfig:
     """The architecture that a `model_cfg` describes. Raises ValueError where it can't be built."""
     try:
         check_sizes(model_cfg)
@@ -184,9 +184,9 @@ def capivara_config(model_cfg: dict) -> CapivaraConfig:
         _check_supported("vision_cfg", vision_cfg)
         _check_supported("text_cfg", text_cfg)
         _check_supported("tokenizer_kwargs", text_cfg.get("tokenizer_kwargs") or {})
-        vision = VISION_DEFAULTS | {ours: vision_cfg.get(name, own) for name, (ours, own) in VIT.items()}
+        vision = VISION_DEFAULTS | {ours: vision_cfg.get(name, own) for name, (ours, own) in VIT_FIELDS.items()}
         if not isinstance(side := vision["image_size"], int):
-            refuse("vision_cfg.image_size", side, "one number of pixels")
+            raise_unsupported("vision_cfg.image_size", side, "one number of pixels")
         vision["num_attention_heads"] = vision["hidden_size"] // vision_cfg.get("head_width", 64)
         vision["intermediate_size"] = int(vision["hidden_size"] * vision_cfg.get("mlp_ratio", 4.0))
         vision["hidden_act"] = "quick_gelu" if model_cfg.get("quick_gelu") else "gelu"
@@ -194,37 +194,37 @@ def capivara_config(model_cfg: dict) -> CapivaraConfig:
         options = {"projection_dim": model_cfg["embed_dim"], "text_projection_type": kind}
         starts = {name: model_cfg.get(f"init_{name}") for name in ("logit_scale", "logit_bias")}
         options |= {f"{name}_init_value": float(value) for name, value in starts.items() if value is not None}
-        return CapivaraConfig(vision_config=vision, text_config=_text_config(text_cfg.get("hf_model_name")), **options)
+        return CapivaraConfig(vision_config=vision, text_config=_load_text_config(text_cfg.get("hf_model_name")), **options)
     except Exception as error:  # fields that are missing or of another kind, and what the data classes raise
         reason = f"{type(error).__name__} " * (not isinstance(error, ValueError)) + " ".join(str(error).split())
         raise ValueError(f"model_cfg of {OPEN_CLIP_CONFIG} can't be: {reason}") from error
 
 
-def open_clip_model_cfg(config: CapivaraConfig, text_model_name: str, image_size: int | None = None) -> dict[str, Any]:
+def to_open_clip_model_cfg(config: CapivaraConfig, text_model_name: str, image_size: int | None = None) -> dict[str, Any]:
     """The `model_cfg` of an architecture; ValueError where open_clip has no way to state it.
 
     `text_model_name` is a folder or Hub id of the text tower's configuration, `image_size` in pixels a side: None is
     the ViT's own, 224 for a timm model (which does not state it).
     """
-    if config.text_config.model_type not in TEXT_KINDS:
-        refuse("text_config.model_type", config.text_config.model_type, f"one of {TEXT_KINDS}", "config.json")
+    if config.text_config.model_type not in TEXT_MODEL_TYPES:
+        raise_unsupported("text_config.model_type", config.text_config.model_type, f"one of {TEXT_MODEL_TYPES}", "config.json")
     vision, model_cfg = config.vision_config, {"embed_dim": config.projection_dim}
     model_cfg |= {} if config.logit_bias_init_value is None else {"init_logit_bias": config.logit_bias_init_value}
     if not _is_vit(config):
         if vision.model_args or not vision.do_pooling:
-            refuse("vision_config.model_args", vision.model_args, "none, with do_pooling true", "config.json")
+            raise_unsupported("vision_config.model_args", vision.model_args, "none, with do_pooling true", "config.json")
         vision_cfg = {"timm_model_name": vision.architecture, "timm_pool": "", "timm_proj": "linear"}  # its own pooling
         vision_cfg["image_size"] = image_size or 224
     else:
         for name, known in {"hidden_act": ("gelu", "quick_gelu"), "layer_norm_eps": (1e-5,)}.items():
             if (value := getattr(vision, name)) not in known:
-                refuse(f"vision_config.{name}", value, " or ".join(map(repr, known)), "config.json")
+                raise_unsupported(f"vision_config.{name}", value, " or ".join(map(repr, known)), "config.json")
         if image_size not in (None, vision.image_size):
-            refuse("crop_size.height", image_size, f"the image tower's {vision.image_size}", "the processor")
+            raise_unsupported("crop_size.height", image_size, f"the image tower's {vision.image_size}", "the processor")
         ratio = vision.intermediate_size / vision.hidden_size
         if int(vision.hidden_size * ratio) != vision.intermediate_size:  # open_clip's own rounding
             ratio = (vision.intermediate_size + 0.5) / vision.hidden_size
-        vision_cfg = {name: getattr(vision, ours) for name, (ours, _) in VIT.items()}
+        vision_cfg = {name: getattr(vision, ours) for name, (ours, _) in VIT_FIELDS.items()}
         vision_cfg |= {"head_width": vision.hidden_size // vision.num_attention_heads, "mlp_ratio": ratio}
         if vision.hidden_act == "quick_gelu":
             model_cfg["quick_gelu"] = True
@@ -235,24 +235,24 @@ def open_clip_model_cfg(config: CapivaraConfig, text_model_name: str, image_size
 
 def _is_vit(config: CapivaraConfig) -> bool:
     if (kind := config.vision_config.model_type) not in ("clip_vision_model", "timm_wrapper"):
-        refuse("vision_config.model_type", kind, '"clip_vision_model" or "timm_wrapper"', "config.json")
+        raise_unsupported("vision_config.model_type", kind, '"clip_vision_model" or "timm_wrapper"', "config.json")
     return kind == "clip_vision_model"
 
 
-def _text_config(name: Any) -> PreTrainedConfig:
+def _load_text_config(name: Any) -> PreTrainedConfig:
     if name in BASE_TEXT_NAMES:
         return CapivaraConfig().text_config  # known by heart: no network
     try:
-        config = checked_config(name, trust_remote_code=False) if isinstance(name, str) else None
+        config = load_config(name, trust_remote_code=False) if isinstance(name, str) else None
     except (OSError, ValueError) as error:
-        reason = f"{name!r}, where no text encoder's configuration is to be had ({first_line(error)})"
+        reason = f"{name!r}, where no text encoder's configuration is to be had ({first_error_line(error)})"
         raise ValueError(f"text_cfg.hf_model_name is {reason}; where a folder has moved, name its place.") from error
-    if config is None or config.model_type not in TEXT_KINDS:
-        refuse("text_cfg.hf_model_name", name, f"text encoders of the types {', '.join(TEXT_KINDS)}")
+    if config is None or config.model_type not in TEXT_MODEL_TYPES:
+        raise_unsupported("text_cfg.hf_model_name", name, f"text encoders of the types {', '.join(TEXT_MODEL_TYPES)}")
     return config
 
 
-def image_processor_of(preprocess_cfg: dict, size: int) -> CapivaraImageProcessor:
+def to_image_processor(preprocess_cfg: dict, size: int) -> CapivaraImageProcessor:
     """The image processor of a `preprocess_cfg`, for squares of `size` pixels. Raises ValueError where it can't be."""
     _check_supported("preprocess_cfg", preprocess_cfg)
     return CapivaraImageProcessor(
@@ -264,7 +264,7 @@ def image_processor_of(preprocess_cfg: dict, size: int) -> CapivaraImageProcesso
     )
 
 
-def preprocess_cfg_of(processor: BaseImageProcessor) -> dict[str, Any]:
+def to_preprocess_cfg(processor: BaseImageProcessor) -> dict[str, Any]:
     """The `preprocess_cfg` of CAPIVARA's image processor or SigLIP's. ValueError where open_clip can't do the same."""
     found, is_own = processor.to_dict(), isinstance(processor, CapivaraImageProcessor)
     side = dict(processor.size).get("shortest_edge")
@@ -272,24 +272,24 @@ def preprocess_cfg_of(processor: BaseImageProcessor) -> dict[str, Any]:
     fixed |= {"rescale_factor": 1 / 255, "crop_size": {"height": side, "width": side}}
     for name, value in fixed.items() if is_own else ():
         if found[name] != value:
-            refuse(f"image_processor.{name}", found[name], str(value), "the processor")
+            raise_unsupported(f"image_processor.{name}", found[name], str(value), "the processor")
     interpolation = PILImageResampling(processor.resample).name.lower()
-    if interpolation not in SUPPORTED["preprocess_cfg.interpolation"]:
-        refuse("image_processor.resample", interpolation, "bicubic or bilinear", "the processor")
+    if interpolation not in SUPPORTED_VALUES["preprocess_cfg.interpolation"]:
+        raise_unsupported("image_processor.resample", interpolation, "bicubic or bilinear", "the processor")
     cfg = {"mean": found["image_mean"], "std": found["image_std"], "interpolation": interpolation}
     return cfg | {"resize_mode": "shortest" if is_own else "squash"}
 
 
-def _check_supported(section: str, given: dict) -> None:
-    for name, value in given.items():
-        supported = SUPPORTED.get(f"{section}.{name}", (value,))
+def _check_supported(section: str, fields: dict) -> None:
+    for name, value in fields.items():
+        supported = SUPPORTED_VALUES.get(f"{section}.{name}", (value,))
         if value not in supported:
-            refuse(f"{section}.{name}", value, " or ".join(map(repr, supported)))
+            raise_unsupported(f"{section}.{name}", value, " or ".join(map(repr, supported)))
 
 
-def refuse(field: str, value: Any, supported: str, where: str = OPEN_CLIP_CONFIG) -> NoReturn:
+def raise_unsupported(field: str, value: Any, supported: str, file: str = OPEN_CLIP_CONFIG) -> NoReturn:
     """Raise ValueError about a field of the file `where`."""
-    raise ValueError(f"{field} of {where} is {value!r}, which cannot be converted; supported: {supported}.")
+    raise ValueError(f"{field} of {file} is {value!r}, which cannot be converted; supported: {supported}.")
 
 
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt")
@@ -308,13 +308,13 @@ class OpenClipSource:
     repo_id: str | None = None  # of the Hub, where it was fetched from there
 
 
-def find_open_clip(source: str, tokenizer: str | None = None, revision: str | None = None) -> OpenClipSource:
+def find_open_clip_model(source: str, tokenizer: str | None = None, revision: str | None = None) -> OpenClipSource:
     """Find an open_clip model (`hf-hub:OWNER/NAME`, folder or checkpoint file), downloading what is needed of it.
 
     `tokenizer` is a folder or Hub id, where `source` neither holds nor names one. ValueError where it is no such model.
     """
     repo_id = source.removeprefix("hf-hub:") if source.startswith("hf-hub:") else None
-    folder = _download(repo_id, revision) if repo_id else Path(source.removeprefix("local-dir:"))
+    folder = _download_model(repo_id, revision) if repo_id else Path(source.removeprefix("local-dir:"))
     if folder.is_file():
         return OpenClipSource(None, {}, folder, tokenizer or BASE_TEXT_MODEL)
     if not (folder / OPEN_CLIP_CONFIG).is_file():
@@ -325,7 +325,7 @@ def find_open_clip(source: str, tokenizer: str | None = None, revision: str | No
     model_cfg, preprocess_cfg = settings["model_cfg"], settings.get("preprocess_cfg") or {}
     for name, section in {"preprocess_cfg": preprocess_cfg, "text_cfg": model_cfg.get("text_cfg")}.items():
         if not isinstance(section, dict):
-            refuse(name, section, "fields in braces")
+            raise_unsupported(name, section, "fields in braces")
     weights = next((folder / name for name in OPEN_CLIP_WEIGHT_FILES if (folder / name).is_file()), None)
     if weights is None:
         raise ValueError(f"SOURCE {folder} has no weights; looked for {', '.join(OPEN_CLIP_WEIGHT_FILES)}.")
@@ -334,12 +334,12 @@ def find_open_clip(source: str, tokenizer: str | None = None, revision: str | No
     return OpenClipSource(model_cfg, preprocess_cfg, weights, str(folder) if has_tokenizer else named, folder, repo_id)
 
 
-def first_line(error: BaseException) -> str:
+def first_error_line(error: BaseException) -> str:
     """The first line of an error's message; libraries append pages."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
+def _download_model(repo_id: str, revision: str | None) -> Path:
     try:
         patterns = ["README.md", *(f"*{end}" for end in TOKENIZER_SUFFIXES), OPEN_CLIP_WEIGHT_FILES[0]]
         folder = Path(snapshot_download(repo_id, allow_patterns=patterns, revision=revision))
@@ -348,11 +348,11 @@ def _download(repo_id: str, revision: str | None) -> Path:
                 # The snapshot folder is named by its commit: all files come from the same one.
                 folder = Path(snapshot_download(repo_id, allow_patterns=[name], revision=folder.name))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ValueError(f"{repo_id} could not be fetched from the Hub: {first_line(error)}") from error
+        raise ValueError(f"{repo_id} could not be fetched from the Hub: {first_error_line(error)}") from error
     return folder
 
 
-def read_open_clip_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def read_open_clip_state_dict(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of open_clip's model in a checkpoint file, in float32, and sentences that name what was left behind.
 
     All lies under one prefix, a Lightning module's, say. ValueError: it holds no such model, or more than tensors.
@@ -367,7 +367,7 @@ def read_open_clip_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         raise ValueError(f"{path} has {len(prefixes)} models of open_clip (logit_scale, visual.…) in it, not one.")
     prefix = prefixes[0]
     found = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-    found = {name: t for name, t in found.items() if isinstance(t, Tensor) and name != POSITION_IDS}
+    found = {name: t for name, t in found.items() if isinstance(t, Tensor) and name != POSITION_IDS_NAME}
     notes = []
     if outside := [key for key in state if not key.startswith(prefix)]:
         notes.append(f"Left behind, as the training program's own and not the model's: {', '.join(outside)}.")
@@ -387,17 +387,17 @@ def _load_checkpoint(path: Path) -> Any:
             )
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a damaged or hostile file makes the readers raise anything at all
-        raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
+        raise ValueError(f"{path} cannot be read as a checkpoint: {first_error_line(error)}") from error
 
 
 def _load_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBase:
     # The Hub sends who asks for the short name on to the long one.
     source = BASE_TEXT_MODEL if name in BASE_TEXT_NAMES and not Path(name).is_dir() else name
     try:
-        with tokenizer_errors("it"):
+        with wrap_tokenizer_errors("it"):
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a damaged folder makes transformers raise anything at all
-        fault = f"No tokenizer is to be had from {name!r} ({first_line(error)})"
+        fault = f"No tokenizer is to be had from {name!r} ({first_error_line(error)})"
         raise ValueError(f"{fault}; give another with --tokenizer.") from error
     wanted, facts = config.text_config, f"has {len(tokenizer)} tokens and pads with {tokenizer.pad_token_id}"
     if len(tokenizer) > wanted.vocab_size or tokenizer.pad_token_id != wanted.pad_token_id:
@@ -406,8 +406,8 @@ def _load_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def write_capivara(
-    found: OpenClipSource, folder: Path, config: CapivaraConfig | None = None
+def write_capivara_model(
+    open_clip_source: OpenClipSource, folder: Path, config: CapivaraConfig | None = None
 ) -> tuple[CapivaraModel, list[str]]:
     """Convert a model that was found into an empty folder, in float32, and compare what was written.
 
@@ -415,17 +415,17 @@ def write_capivara(
     said before its weights are read, where a tensor came back changed, or embeddings of random inputs are none.
     Returned are the model as it was written, and sentences for the person who asked.
     """
-    config = capivara_config(found.model_cfg) if found.model_cfg else config or CapivaraConfig()
-    image_processor = image_processor_of(found.preprocess_cfg, config.vision_config.image_size)
-    state, notes = read_open_clip_state(found.weights)
-    CapivaraProcessor(image_processor, _load_tokenizer(found.tokenizer, config)).save_pretrained(folder)
+    config = to_capivara_config(open_clip_source.model_cfg) if open_clip_source.model_cfg else config or CapivaraConfig()
+    image_processor = to_image_processor(open_clip_source.preprocess_cfg, config.vision_config.image_size)
+    state, notes = read_open_clip_state_dict(open_clip_source.weights)
+    CapivaraProcessor(image_processor, _load_tokenizer(open_clip_source.tokenizer, config)).save_pretrained(folder)
     about = "The checkpoint's tensors (a bare file is taken to have the published architecture)"
-    model_of_tensors(capivara_state_dict(state), config, about).save_pretrained(folder)
-    if found.folder:
+    build_model_from_tensors(to_capivara_state_dict(state), config, about).save_pretrained(folder)
+    if open_clip_source.folder:
         made = "Converted to transformers by `python -m modeling_capivara.convert_open_clip`, its weights as they were."
-        write_origin_card(found.folder, folder, made, found.repo_id)
+        write_origin_card(open_clip_source.folder, folder, made, open_clip_source.repo_id)
     model, processor = load_model(folder).eval(), load_processor(folder)
-    returned, names = open_clip_state_dict(model), state.keys()
+    returned, names = to_open_clip_state_dict(model), state.keys()
     # As whole numbers, since what is not a number is unequal to itself
     bits = {name: (returned[name].view(torch.int32), state[name].view(torch.int32)) for name in returned.keys() & names}
     if changed := {name for name in bits if not torch.equal(*bits[name])} | (returned.keys() ^ names):
@@ -433,13 +433,13 @@ def write_capivara(
     for embeds in (embed_images(model, processor, random_images()), embed_texts(model, processor, random_texts())):
         if not (embeds[0] - embeds[1:]).abs().amax(dim=1).min() > 1e-6:  # also where it is not a number
             fault = "embeddings of random images or texts are not finite, or do not differ"
-            raise ValueError(f"{found.weights}: {fault}; the file is damaged, or holds no trained model.")
-    return model, [f"Weights: {found.weights}; tokenizer: {found.tokenizer}", *notes]
+            raise ValueError(f"{open_clip_source.weights}: {fault}; the file is damaged, or holds no trained model.")
+    return model, [f"Weights: {open_clip_source.weights}; tokenizer: {open_clip_source.tokenizer}", *notes]
 
 
-def convert_into(source: str, folder: Path, revision: str | None) -> str:
+def convert_to_folder(source: str, folder: Path, revision: str | None) -> str:
     """`write_capivara` of a source, for `capivara_common.hub_cache`; a digest of its weights."""
-    return weights_digest(write_capivara(find_open_clip(source, revision=revision), folder)[0])
+    return weights_digest(write_capivara_model(find_open_clip_model(source, revision=revision), folder)[0])
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -458,7 +458,7 @@ class ConvertArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    args = parse(ConvertArguments, __doc__, argv)
+    args = parse_arguments(ConvertArguments, __doc__, argv)
     print(*convert(**vars(args)), f"Written: {args.output}", sep="\n")
 
 
@@ -470,8 +470,8 @@ def convert(
     config: CapivaraConfig | None = None,
 ) -> list[str]:
     """`write_capivara` of a source into a new folder that appears whole and checked, or not at all; its sentences."""
-    with whole_folder(Path(output), overwrite_output_dir) as folder:
-        return write_capivara(find_open_clip(source, tokenizer), folder, config)[1]
+    with atomic_folder(Path(output), overwrite_output_dir) as folder:
+        return write_capivara_model(find_open_clip_model(source, tokenizer), folder, config)[1]
 
 
 if __name__ == "__main__":

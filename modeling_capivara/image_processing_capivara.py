@@ -14,7 +14,7 @@ from transformers.utils import TensorType
 # need a billion.
 MAX_RESIZED_PIXELS = 2**26
 
-CHANNELS = (1, 2, 3, 4)  # L, LA, RGB, RGBA
+CHANNEL_COUNTS = (1, 2, 3, 4)  # L, LA, RGB, RGBA
 
 
 class CapivaraImageProcessorKwargs(ImagesKwargs, total=False):
@@ -52,7 +52,7 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
         return super().fetch_images(os.fspath(source) if isinstance(source, os.PathLike) else source)
 
     def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
-        images = _flat_list(self.fetch_images(images))
+        images = _flatten_images(self.fetch_images(images))
         if not images:
             raise ValueError("There is no image: got an empty list or batch; give at least one.")
         return images
@@ -79,7 +79,7 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
         if not isinstance(image, Image.Image):
             return array_to_pil(image, input_data_format)
         if image.mode.startswith(("I", "F")):  # 16-bit, 32-bit and float pixels; PIL would clip them to white
-            return Image.fromarray(to_eight_bits(np.asarray(image)))
+            return Image.fromarray(to_uint8(np.asarray(image)))
         return image.convert("LA") if image.mode == "La" else image  # PIL has no way from La to RGB
 
     def _preprocess(
@@ -137,13 +137,13 @@ def resize_short_side(image: Image.Image, short_side: int, resample: int, max_pi
 
 def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     """The middle `height` x `width` pixels; where the image is smaller, black around it, as torchvision does."""
-    left, top = _offset(image.width, width), _offset(image.height, height)
+    left, top = _crop_offset(image.width, width), _crop_offset(image.height, height)
     return image.crop((left, top, left + width, top + height))
 
 
-def _offset(length: int, wanted: int) -> int:
+def _crop_offset(length: int, crop_length: int) -> int:
     """Where a crop begins: outside of an image that is smaller, and of two middle pixels at the even one."""
-    margin = length - wanted
+    margin = length - crop_length
     return round(margin / 2) if margin >= 0 else -(-margin // 2)
 
 
@@ -157,14 +157,14 @@ def array_to_pil(image: np.ndarray | torch.Tensor, input_data_format: str | None
     array = image.detach().cpu().float().numpy() if tensor_input and image.is_floating_point() else image
     array = np.asarray(array.detach().cpu() if isinstance(array, torch.Tensor) else array)
     if array.ndim == 3:
-        array = _channels_last(array, tensor_input, input_data_format)
+        array = _to_channels_last(array, tensor_input, input_data_format)
     elif array.ndim != 2:
         raise ValueError(f"An image has 2 or 3 dimensions, got an array of shape {array.shape}.")
-    array = np.ascontiguousarray(to_eight_bits(array))
+    array = np.ascontiguousarray(to_uint8(array))
     return Image.fromarray(array.squeeze(-1) if array.ndim == 3 and array.shape[-1] == 1 else array)
 
 
-def to_eight_bits(array: np.ndarray) -> np.ndarray:
+def to_uint8(array: np.ndarray) -> np.ndarray:
     """Pixels of any depth as uint8 of the same shape.
 
     uint8 stays. uint16 is scaled by 255 / 65535. Wider integers are taken as 8-bit when none exceeds 255, else as
@@ -192,20 +192,20 @@ def to_eight_bits(array: np.ndarray) -> np.ndarray:
     return array.astype(np.uint8)
 
 
-def _channels_last(array: np.ndarray, tensor_input: bool, input_data_format: str | None) -> np.ndarray:
-    first_fits, last_fits = array.shape[0] in CHANNELS, array.shape[-1] in CHANNELS
+def _to_channels_last(array: np.ndarray, is_tensor: bool, input_data_format: str | None) -> np.ndarray:
+    first_fits, last_fits = array.shape[0] in CHANNEL_COUNTS, array.shape[-1] in CHANNEL_COUNTS
     if input_data_format is not None:
         channels_first = ChannelDimension(input_data_format) == ChannelDimension.FIRST
     else:
-        channels_first = first_fits and (tensor_input or not last_fits)
+        channels_first = first_fits and (is_tensor or not last_fits)
     if not (first_fits if channels_first else last_fits):
         reading = f" with input_data_format={input_data_format!r}" if input_data_format else ""
         raise ValueError(f"An image has 1 to 4 channels, first or last; got shape {array.shape}{reading}.")
     return array.transpose(1, 2, 0) if channels_first else array
 
 
-def _flat_list(images) -> list:
+def _flatten_images(images) -> list:
     """One image, a batch array, or lists of them, nested or not, as one flat list."""
     if isinstance(images, (list, tuple)):
-        return [image for item in images for image in _flat_list(item)]
+        return [image for item in images for image in _flatten_images(item)]
     return list(images) if getattr(images, "ndim", 3) == 4 else [images]

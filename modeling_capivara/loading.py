@@ -19,22 +19,22 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig,
 from transformers.models.gemma import GemmaTokenizer
 from transformers.models.siglip2 import Siglip2Tokenizer
 
-from capivara_common.cli import coded
+from capivara_common.cli import coded_error
 from capivara_common.files import read_json
-from capivara_common.hub_cache import check_reachable, is_hub_id, kind_fault
-from capivara_common.weight_file import number_of, weight_files
+from capivara_common.hub_cache import check_reachable, is_hub_id, unsupported_reason
+from capivara_common.weight_file import number_of, find_weight_files
 
-from .checks_capivara import check_sizes, tokenizer_errors
-from .configuration_capivara import sizes_of
+from .checks_capivara import check_sizes, wrap_tokenizer_errors
+from .configuration_capivara import get_sizes
 from .processing_capivara import CapivaraProcessor
 
-WEIGHTS = "model.safetensors"
+WEIGHTS_FILE = "model.safetensors"
 MAX_NAMED_KEYS = 5  # in an error message: a model has hundreds
-KEPT = ("license", "license_name", "license_link", "language", "attribution")  # of the source's own card
-CARD = "What the model is, how it was trained and under which licence it may be used is stated where it comes from."
+INHERITED_CARD_FIELDS = ("license", "license_name", "license_link", "language", "attribution")  # of the source's own card
+ORIGIN_CARD_TEXT = "What the model is, how it was trained and under which licence it may be used is stated where it comes from."
 
 
-def checked_config(source: str, **options: Any) -> PreTrainedConfig:
+def load_config(source: str, **options: Any) -> PreTrainedConfig:
     """The configuration of any model of transformers; ValueError where it is damaged, or a size is outside of `LIMITS`.
 
     `options` are those of `AutoConfig`. OSError where there is none.
@@ -42,7 +42,7 @@ def checked_config(source: str, **options: Any) -> PreTrainedConfig:
     try:
         check_sizes(PreTrainedConfig.get_config_dict(source, revision=options.get("revision"))[0])
         config = AutoConfig.from_pretrained(source, **{"trust_remote_code": False, **options})
-        check_sizes(sizes_of(config))  # also of kinds with names of their own
+        check_sizes(get_sizes(config))  # also of kinds with names of their own
     except OSError:
         raise
     except Exception as error:  # RecursionError among them, and what transformers and its data classes raise
@@ -56,7 +56,7 @@ def load_model(source: str | Path) -> PreTrainedModel:
     transformers only warns of missing weights and leaves them random; here they are a ValueError, as surplus ones, a
     broken file and another kind of model are.
     """
-    _check_folder(source, "config.json", "is no model folder")
+    _check_model_folder(source, "config.json", "is no model folder")
     try:
         if Path(source).is_dir():
             for name in ("logit_scale", "logit_bias"):  # transformers tells of another shape after loading, in a table
@@ -64,7 +64,7 @@ def load_model(source: str | Path) -> PreTrainedModel:
         options = {"dtype": "float32", "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
         options |= {"ignore_mismatched_sizes": True}  # they are in the report, as the missing ones are
         with _without_load_report():
-            model, report = AutoModel.from_pretrained(source, config=two_towers_config(source), **options)
+            model, report = AutoModel.from_pretrained(source, config=load_two_towers_config(source), **options)
     except Exception as error:
         raise ValueError(f"The model {source} can't be loaded: {' '.join(str(error).split())}") from error
     faults = [report[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")]
@@ -85,7 +85,7 @@ def _without_load_report() -> Iterator[None]:
         printer.setLevel(level)
 
 
-def mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
+def load_mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
     """All tensors of safetensors files, as views of them: the system reads each when it is used. Raises ValueError."""
     tensors = {}
     for file in files:
@@ -96,15 +96,15 @@ def mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
     return tensors
 
 
-def mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
+def load_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     """Return the model of a folder with its weights as views of the folder's files, by `model_of_tensors`.
 
     transformers renames the weights of some model types while loading (AltCLIP's `layer.0` to `layers.0`). If the names
     of another type's weights do not fit, the model is loaded by `load_model` instead, into memory and in float32.
     """
-    tensors = mapped_tensors(weight_files(folder))
+    tensors = load_mapped_tensors(find_weight_files(folder))
     try:
-        model = model_of_tensors(tensors, config, f"The weights of {folder}")
+        model = build_model_from_tensors(tensors, config, f"The weights of {folder}")
     except ValueError:
         if config.model_type == "capivara":
             raise
@@ -113,7 +113,7 @@ def mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def model_of_tensors(tensors: Mapping[str, Tensor], config: PreTrainedConfig, name: str) -> PreTrainedModel:
+def build_model_from_tensors(tensors: Mapping[str, Tensor], config: PreTrainedConfig, subject: str) -> PreTrainedModel:
     """A model whose weights are these tensors, not copies, to be saved and not to be run.
 
     Raises ValueError if some are missing, unexpected or of another shape; the message begins with `name` and names the
@@ -125,7 +125,7 @@ def model_of_tensors(tensors: Mapping[str, Tensor], config: PreTrainedConfig, na
     shapes = [(key, tensors[key].shape, expected[key].shape) for key in tensors.keys() & expected.keys()]
     # torch itself loads a tensor of shape [1] as a scalar.
     mismatched = [shape for shape in shapes if shape[1] != shape[2] and shape[1:] != ((1,), ())]
-    _check_keys(name, expected.keys() - tensors.keys(), tensors.keys() - expected.keys(), mismatched)
+    _check_keys(subject, expected.keys() - tensors.keys(), tensors.keys() - expected.keys(), mismatched)
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval()
 
@@ -160,34 +160,34 @@ def load_processor(source: str | Path) -> ProcessorMixin:
     """The processor that was saved beside a model of two towers; ValueError where there is none, or it does not fit."""
     way_out = "save one with `CapivaraProcessor(image_processor, tokenizer).save_pretrained(folder)`"
     older = (Path(source) / "preprocessor_config.json").is_file()  # as transformers' models have it
-    _check_folder(source, "tokenizer_config.json" if older else "processor_config.json", f"has no processor; {way_out}")
+    _check_model_folder(source, "tokenizer_config.json" if older else "processor_config.json", f"has no processor; {way_out}")
     try:
-        with tokenizer_errors("its tokenizer"):
+        with wrap_tokenizer_errors("its tokenizer"):
             processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
         if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
             raise ValueError(f"it is a {type(processor).__name__}, not one of texts and images")
         if isinstance(processor.tokenizer, GemmaTokenizer):  # of a published SigLIP 2, trained in small letters
             processor.tokenizer = Siglip2Tokenizer.from_pretrained(source)
         check_sizes(processor.image_processor.to_dict())
-        config = checked_config(str(source))
+        config = load_config(str(source))
         padding, rows = processor.tokenizer.pad_token_id, config.text_config.vocab_size
         if padding is not None and padding >= rows:
             raise ValueError(
                 f"its padding token {processor.tokenizer.pad_token!r} is outside of the {rows} tokens known"
             )
         if not isinstance(processor, CapivaraProcessor):  # which has a rule of its own
-            _fit(processor, config)
+            _fit_processor(processor, config)
     except Exception as error:
         raise ValueError(f"The processor of {source} can't be loaded: {' '.join(str(error).split())}") from error
     return processor
 
 
-def fills_up(processor: ProcessorMixin) -> bool:
+def pads_to_max_length(processor: ProcessorMixin) -> bool:
     """Whether texts are filled up to one length without a mask, and padding is read as any token: SigLIP's are."""
     return type(processor).__name__.startswith("Siglip")
 
 
-def _fit(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
+def _fit_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
     """ValueError where transformers' processor is that of another model, whose figures would mean nothing.
 
     Its tokenizer gives no more tokens than the model has positions for, also one that was saved without a limit.
@@ -195,7 +195,7 @@ def _fit(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
     tokenizer, side, kind = processor.tokenizer, config.vision_config.image_size, type(processor).__name__
     steps = processor.image_processor.to_dict()
     size = dict((steps.get("crop_size") if steps.get("do_center_crop") else steps.get("size")) or {})
-    if fills_up(processor) != (config.model_type == "siglip") or "max_num_patches" in steps:
+    if pads_to_max_length(processor) != (config.model_type == "siglip") or "max_num_patches" in steps:
         raise ValueError(f"a {kind} is none of the model's kind, {config.model_type!r}")
     if (size.get("height"), size.get("width")) != (side, side):
         raise ValueError(f"its images have {size}, the image tower takes {side} x {side} pixels")
@@ -205,39 +205,39 @@ def _fit(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
     positions = config.text_config.max_position_embeddings
     if config.model_type == "altclip":  # as RoBERTa, it counts positions from behind the padding's number
         positions -= config.text_config.pad_token_id + 1
-    if fills_up(processor):  # the model attends to padding, so no caller may get a mask by default
+    if pads_to_max_length(processor):  # the model attends to padding, so no caller may get a mask by default
         tokenizer.model_input_names = ["input_ids"]
     own = getattr(processor, "text_kwargs", {}).get("max_length", positions)  # Siglip2Processor's, say
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions, own)
 
 
-def _check_folder(source: str | Path, needed: str, fault: str) -> None:
+def _check_model_folder(source: str | Path, required_file: str, fault: str) -> None:
     """A path that looks local must be a folder with the needed file; anything else may be a Hub id."""
     folder = Path(source)
     if not folder.is_dir():
         if not is_hub_id(str(source)):
-            raise coded(ValueError, "no_model", "The model folder {model} does not exist.", model=source)
-        return check_reachable(source, needed)
+            raise coded_error(ValueError, "no_model", "The model folder {model} does not exist.", model=source)
+        return check_reachable(source, required_file)
     if (folder / "config.json").is_file():
-        two_towers_config(folder)  # transformers' message about a wrong one would not name it
-    if not (folder / needed).is_file():
+        load_two_towers_config(folder)  # transformers' message about a wrong one would not name it
+    if not (folder / required_file).is_file():
         text = "The folder {model} {fault} ({file} is missing)."
-        raise coded(ValueError, "not_a_model", text, model=source, fault=fault, file=needed)
+        raise coded_error(ValueError, "not_a_model", text, model=source, fault=fault, file=required_file)
 
 
-def two_towers_config(source: str | Path) -> PreTrainedConfig:
+def load_two_towers_config(source: str | Path) -> PreTrainedConfig:
     """The configuration of a folder or Hub id; ValueError where it is damaged, or of no model of two towers."""
     try:
         if Path(source).is_dir():  # transformers' message would list all the kinds that it knows
             read_json(Path(source) / "config.json", model_type=str)
-        config = checked_config(str(source))
-        if fault := kind_fault(config.model_type):
+        config = load_config(str(source))
+        if fault := unsupported_reason(config.model_type):
             raise ValueError(fault)
         return config
     except Exception as error:  # RecursionError among them
         reason = " ".join(str(error).split())
         text = "The config.json of {model} is of no model of two towers: {reason}"
-        raise coded(ValueError, "no_two_towers", text, model=source, reason=reason) from error
+        raise coded_error(ValueError, "no_two_towers", text, model=source, reason=reason) from error
 
 
 def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
@@ -250,7 +250,7 @@ def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) ->
     return digest.hexdigest()
 
 
-def card_metadata(card: Path) -> dict[str, Any]:
+def read_card_metadata(card: Path) -> dict[str, Any]:
     """The metadata of a model's or data set's card; empty where it has none, or none that can be read."""
     try:
         # Not `metadata_load`, which gives up a card for one byte of its text that is no UTF-8.
@@ -261,15 +261,15 @@ def card_metadata(card: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def write_origin_card(source: Path, folder: Path, made: str, repo_id: str | None = None) -> None:
+def write_origin_card(source: Path, folder: Path, description: str, repo_id: str | None = None) -> None:
     """Write the README.md of a model that is `made`, a sentence, from that of the folder `source`, whose card states
     the licence; none where nothing is known. The base is `repo_id` on the Hub, else the one that the card names.
     """
-    stated = card_metadata(source / "README.md")
-    known = {"base_model": repo_id or stated.get("base_model"), **{key: stated.get(key) for key in KEPT}}
+    stated = read_card_metadata(source / "README.md")
+    known = {"base_model": repo_id or stated.get("base_model"), **{key: stated.get(key) for key in INHERITED_CARD_FIELDS}}
     texts = {key: value if isinstance(value, list) else [value] for key, value in known.items() if value}
     known = {key: known[key] for key, found in texts.items() if all(isinstance(text, str) for text in found)}
     if known:
         known |= {"library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"}
         title, metadata = html.escape(repo_id or source.resolve().name), yaml_dump(known, sort_keys=False)
-        (folder / "README.md").write_text(f"---\n{metadata}---\n\n# {title}\n\n{made}\n{CARD}\n", encoding="utf-8")
+        (folder / "README.md").write_text(f"---\n{metadata}---\n\n# {title}\n\n{description}\n{ORIGIN_CARD_TEXT}\n", encoding="utf-8")

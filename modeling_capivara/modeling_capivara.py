@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .configuration_capivara import CapivaraConfig
 
 TEXT_BATCH_SIZE = 64  # prompts that go through the text tower at once
-IMAGE_SIDE = ("vision_model.", "visual_projection.", "logit_scale")  # what both models have, under the same names
+SHARED_PARAMETER_PREFIXES = ("vision_model.", "visual_projection.", "logit_scale")  # what both models have, under the same names
 
 
 @dataclass
@@ -62,12 +62,12 @@ class CapivaraPreTrainedModel(PreTrainedModel):
             if getattr(self, "logit_bias", None) is not None:
                 init.constant_(self.logit_bias, self.config.logit_bias_init_value)
 
-    def freeze_image_tower(self) -> None:
+    def freeze_image_encoder(self) -> None:
         """Fix the image side for good: no gradient to its parameters, and evaluation mode also after `train()`.
 
         Gradients still flow through it to `pixel_values`.
         """
-        self.image_tower_frozen = True
+        self.image_encoder_frozen = True
         self.vision_model.requires_grad_(False)
         self.visual_projection.requires_grad_(False)
         self.vision_model.eval()
@@ -75,7 +75,7 @@ class CapivaraPreTrainedModel(PreTrainedModel):
     def train(self, mode: bool = True) -> "CapivaraPreTrainedModel":
         """As in torch, but a frozen image tower stays in evaluation mode."""
         super().train(mode)
-        if self.image_tower_frozen:
+        if self.image_encoder_frozen:
             self.vision_model.eval()  # batch norm statistics would move, dropout would be drawn
         return self
 
@@ -90,18 +90,18 @@ class CapivaraPreTrainedModel(PreTrainedModel):
         ValueError for no batch of images, or a `truncate_dim` below 1 or above `projection_dim`.
         """
         check_truncate_dim(truncate_dim, self.config.projection_dim)
-        outputs = self._image_outputs(pixel_values, **kwargs)
+        outputs = self._run_image_tower(pixel_values, **kwargs)
         outputs.pooler_output = self.visual_projection(outputs.pooler_output)[:, :truncate_dim]
         return outputs
 
-    def _image_outputs(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def _run_image_tower(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         if pixel_values.ndim != 4:
             shape = f"{tuple(pixel_values.shape)}; `CapivaraImageProcessor` makes them so"
             raise ValueError(f"`pixel_values` must be (images, 3, height, width), got shape {shape}.")
         outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=_pooler_output(outputs, self.config.vision_config),
+            pooler_output=_get_pooler_output(outputs, self.config.vision_config),
             hidden_states=outputs.hidden_states,
             attentions=getattr(outputs, "attentions", None),
         )
@@ -120,14 +120,14 @@ class CapivaraModel(CapivaraPreTrainedModel):
         super().__init__(config)
         dtype = torch.get_default_dtype()  # not the one a tower was saved in: the parts of one model agree
         self.vision_model = AutoModel.from_config(config.vision_config, dtype=dtype)
-        self.text_model = AutoModel.from_config(config.text_config, dtype=dtype, **_without_pooler(config.text_config))
+        self.text_model = AutoModel.from_config(config.text_config, dtype=dtype, **_pooler_kwargs(config.text_config))
         check_main_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
         check_main_input("text_config", self.text_model, "input_ids", "xlm-roberta")
-        self.visual_projection = nn.Linear(vision_width(config.vision_config), config.projection_dim, bias=False)
-        self.text_projection = _text_projection(config)
+        self.visual_projection = nn.Linear(infer_vision_width(config.vision_config), config.projection_dim, bias=False)
+        self.text_projection = _build_text_projection(config)
         self.logit_scale, bias = nn.Parameter(torch.tensor(config.logit_scale_init_value)), config.logit_bias_init_value
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
-        self.image_tower_frozen = False
+        self.image_encoder_frozen = False
         self.post_init()
 
     @classmethod
@@ -203,11 +203,11 @@ class CapivaraModel(CapivaraPreTrainedModel):
                 text, or a shape or `truncate_dim` is wrong.
         """
         check_truncate_dim(truncate_dim, self.config.projection_dim)
-        outputs = self._text_outputs(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        outputs = self._run_text_tower(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         outputs.pooler_output = self.text_projection(outputs.pooler_output)[:, :truncate_dim]
         return outputs
 
-    def _text_outputs(
+    def _run_text_tower(
         self,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
@@ -225,7 +225,7 @@ class CapivaraModel(CapivaraPreTrainedModel):
             pad = self.config.text_config.pad_token_id
             kept = (input_ids != (-1 if pad is None else pad)).long()  # -1 is no token: some towers have no padding
         attention_mask = kept if attention_mask is None else attention_mask
-        _check_mask(attention_mask, tokens)
+        _check_attention_mask(attention_mask, tokens)
         if position_ids is not None:  # otherwise not passed on: not every text tower accepts it
             kwargs["position_ids"] = position_ids
         outputs = self.text_model(attention_mask=attention_mask, return_dict=True, **kwargs)
@@ -270,11 +270,11 @@ class CapivaraModel(CapivaraPreTrainedModel):
             raise ValueError("`return_loss=True` needs both `input_ids` and `pixel_values`.")
         text_embeds = image_embeds = logits_per_text = text_outputs = image_outputs = None
         if input_ids is not None:
-            text_outputs = self._text_outputs(input_ids, attention_mask, position_ids, **kwargs)
-            text_embeds = unit_length(self.text_projection(text_outputs.pooler_output))
+            text_outputs = self._run_text_tower(input_ids, attention_mask, position_ids, **kwargs)
+            text_embeds = l2_normalize(self.text_projection(text_outputs.pooler_output))
         if pixel_values is not None:
-            image_outputs = self._image_outputs(pixel_values, **kwargs)
-            image_embeds = unit_length(self.visual_projection(image_outputs.pooler_output))
+            image_outputs = self._run_image_tower(pixel_values, **kwargs)
+            image_embeds = l2_normalize(self.visual_projection(image_outputs.pooler_output))
         if text_embeds is not None and image_embeds is not None:
             logits_per_text = similarity_logits(text_embeds, image_embeds, self.logit_scale, self.logit_bias)
         loss = None
@@ -314,12 +314,12 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         self.num_labels = config.num_labels
         self.vision_model = AutoModel.from_config(config.vision_config, dtype=torch.get_default_dtype())
         check_main_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
-        self.visual_projection = nn.Linear(vision_width(config.vision_config), config.projection_dim, bias=False)
+        self.visual_projection = nn.Linear(infer_vision_width(config.vision_config), config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         # Also `from_config(config, dtype=torch.bfloat16)` builds the head in float32: it knows of no exceptions.
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.classifier = nn.Linear(config.projection_dim, config.num_labels, dtype=dtype)
-        self.image_tower_frozen = False
+        self.image_encoder_frozen = False
         self.post_init()
 
     @classmethod
@@ -341,12 +341,12 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         label goes, such as "uma foto de {}."; `["{}"]` for whole texts. ValueError for fewer than two labels, an empty
         one or the same twice; no template, or one without `{}`.
         """
-        prompts = _filled_prompts(labels, templates)
+        prompts = _fill_templates(labels, templates)
         config = copy.deepcopy(model.config)
         config.id2label = dict(enumerate(prompts))
         config.label2id = {label: number for number, label in enumerate(prompts)}
-        state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith(IMAGE_SIDE)}
-        state["classifier.weight"] = _class_embeddings(model, processor, list(prompts.values()))
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith(SHARED_PARAMETER_PREFIXES)}
+        state["classifier.weight"] = _embed_classes(model, processor, list(prompts.values()))
         state["classifier.bias"] = torch.zeros(len(prompts))
         return cls.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype).to(model.device)
 
@@ -372,7 +372,7 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         their shape does not fit, or `pixel_values` is no batch of images, (images, 3, height, width).
         """
         outputs = self.get_image_features(pixel_values, return_dict=True, **kwargs)
-        image_embeds = unit_length(outputs.pooler_output)  # (images, projection_dim), float32
+        image_embeds = l2_normalize(outputs.pooler_output)  # (images, projection_dim), float32
         with torch.autocast(image_embeds.device.type, enabled=False):
             scaled = self.logit_scale.float().exp() * image_embeds
             logits = self.classifier(scaled.to(self.classifier.weight.dtype)).float()
@@ -444,7 +444,7 @@ def _check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Non
         raise ValueError(f"`inputs_embeds` must be (texts, tokens, width), got shape {tuple(inputs_embeds.shape)}.")
 
 
-def _check_mask(attention_mask: Tensor, tokens: Tensor) -> None:
+def _check_attention_mask(attention_mask: Tensor, tokens: Tensor) -> None:
     if attention_mask.shape != tokens.shape:
         shapes = f"{tuple(tokens.shape)}, got {tuple(attention_mask.shape)}"
         raise ValueError(f"`attention_mask` must have the shape of the tokens, {shapes}; pass both as given.")
@@ -456,14 +456,14 @@ def _check_mask(attention_mask: Tensor, tokens: Tensor) -> None:
         raise ValueError(f"Every text needs at least one token that the attention mask keeps; {rows}.")
 
 
-def _without_pooler(text_config: PreTrainedConfig) -> dict[str, bool]:
+def _pooler_kwargs(text_config: PreTrainedConfig) -> dict[str, bool]:
     """Arguments that build a text encoder without the pooler that mean pooling leaves unused."""
     model_class = MODEL_MAPPING.get(type(text_config), object)  # AutoModel says so when it does not know the kind
     has_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     return {"add_pooling_layer": False} if has_pooler else {}
 
 
-def _text_projection(config: CapivaraConfig) -> nn.Module:
+def _build_text_projection(config: CapivaraConfig) -> nn.Module:
     width = config.text_config.hidden_size
     if config.text_projection_type == "linear":
         return nn.Linear(width, config.projection_dim, bias=False)
@@ -472,7 +472,7 @@ def _text_projection(config: CapivaraConfig) -> nn.Module:
     return nn.Sequential(first, nn.GELU(), last)
 
 
-def _class_embeddings(model: PreTrainedModel, processor: ProcessorMixin, prompts: list[list[str]]) -> Tensor:
+def _embed_classes(model: PreTrainedModel, processor: ProcessorMixin, prompts: list[list[str]]) -> Tensor:
     """(classes, projection_dim), unit length, float32: the mean of each class's embedded prompts."""
     texts, was_training = [text for filled in prompts for text in filled], model.training
     model.eval()  # dropout would blur the classes
@@ -482,10 +482,10 @@ def _class_embeddings(model: PreTrainedModel, processor: ProcessorMixin, prompts
         embeds = torch.cat([model(**part).text_embeds for part in inputs])
     finally:
         model.train(was_training)
-    return unit_length(torch.stack([part.mean(dim=0) for part in embeds.split([len(filled) for filled in prompts])]))
+    return l2_normalize(torch.stack([part.mean(dim=0) for part in embeds.split([len(filled) for filled in prompts])]))
 
 
-def _filled_prompts(
+def _fill_templates(
     labels: Sequence[str] | Mapping[str, str | Sequence[str]], templates: Sequence[str]
 ) -> dict[str, list[str]]:
     """Label -> its filled templates, in the order of the labels."""
@@ -505,7 +505,7 @@ def _filled_prompts(
     return prompts
 
 
-def unit_length(features: Tensor) -> Tensor:
+def l2_normalize(features: Tensor) -> Tensor:
     """`features` (rows, width) scaled to Euclidean length 1 a row, in float32, or in float64 where they are."""
     return nn.functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
@@ -516,15 +516,15 @@ def check_truncate_dim(dim: int | None, width: int, name: str = "truncate_dim") 
         raise ValueError(f"{name} must be from 1 to the embedding's width, {width}, got {dim}.")
 
 
-def check_main_input(name: str, tower: PreTrainedModel, wanted: str, example: str) -> None:
+def check_main_input(name: str, tower: PreTrainedModel, expected: str, example: str) -> None:
     """Raise ValueError where the configuration `name` is of a tower that does not take `wanted`."""
-    if (found := tower.main_input_name) != wanted:
+    if (found := tower.main_input_name) != expected:
         kind = f"{tower.config.model_type!r}, which takes `{found}`; use a model type such as {example!r}"
-        raise ValueError(f"{name} must be a tower that takes `{wanted}`, got {kind}.")
+        raise ValueError(f"{name} must be a tower that takes `{expected}`, got {kind}.")
 
 
 @torch.no_grad()
-def vision_width(config: PreTrainedConfig) -> int:
+def infer_vision_width(config: PreTrainedConfig) -> int:
     """Width of the image tower's `pooler_output`: as stated, else (of convolutions) tried on one without weights."""
     if getattr(config, "hidden_size", None):
         return config.hidden_size
@@ -533,10 +533,10 @@ def vision_width(config: PreTrainedConfig) -> int:
     with torch.device("meta"):
         tower = AutoModel.from_config(config).eval()
         pixels = torch.empty(1, getattr(config, "num_channels", None) or 3, height, width)
-        return _pooler_output(tower(pixel_values=pixels, return_dict=True), config).shape[1]
+        return _get_pooler_output(tower(pixel_values=pixels, return_dict=True), config).shape[1]
 
 
-def _pooler_output(outputs: ModelOutput, config: PreTrainedConfig) -> Tensor:
+def _get_pooler_output(outputs: ModelOutput, config: PreTrainedConfig) -> Tensor:
     """(images, width), the image tower's pooled output."""
     pooled = getattr(outputs, "pooler_output", None)
     if pooled is None:

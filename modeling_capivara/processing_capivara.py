@@ -2,11 +2,11 @@
 
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from .text_repair_capivara import CONTEXT_LENGTH, checked_texts, repair_text
+from .text_cleaning_capivara import CONTEXT_LENGTH, check_texts, clean_text
 from .tokenization_capivara import CapivaraTokenizer
 
 __all__ = ["CONTEXT_LENGTH", "CapivaraProcessor", "repair_text"]
-TEXT_DEFAULTS = {"padding": True, "truncation": True, "max_length": CONTEXT_LENGTH}
+TEXT_KWARGS_DEFAULTS = {"padding": True, "truncation": True, "max_length": CONTEXT_LENGTH}
 
 
 class CapivaraProcessor(ProcessorMixin):
@@ -58,8 +58,8 @@ class CapivaraProcessor(ProcessorMixin):
             ValueError: If a text is not a string, the list of texts is empty, or neither images nor texts are given.
         """
         if text is not None:
-            text = checked_texts(text)
+            text = check_texts(text)
             given = {**self.tokenizer.init_kwargs, **kwargs}
-            defaults = {key: value for key, value in TEXT_DEFAULTS.items() if key not in given}
+            defaults = {key: value for key, value in TEXT_KWARGS_DEFAULTS.items() if key not in given}
             kwargs["text_kwargs"] = {**defaults, **kwargs.get("text_kwargs", {})}
         return super().__call__(images=images, text=text, **kwargs)

@@ -6,8 +6,8 @@ import numpy as np
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .checks_capivara import tokenizer_errors
-from .text_repair_capivara import CONTEXT_LENGTH, checked_texts, repair_text
+from .checks_capivara import wrap_tokenizer_errors
+from .text_cleaning_capivara import CONTEXT_LENGTH, check_texts, clean_text
 
 
 class CapivaraTokenizer(PreTrainedTokenizerFast):
@@ -30,13 +30,13 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
         if not tokenizer.is_fast:
             found = f"{type(tokenizer).__name__}; give one that is saved as tokenizer.json"
             raise ValueError(f"A CAPIVARA tokenizer must be one of the tokenizers library, got {found}.")
-        converted = cls(**_settings(tokenizer))
+        converted = cls(**_tokenizer_kwargs(tokenizer))
         converted.init_kwargs.pop("max_length", None)  # of the last call of `tokenizer`
         return converted
 
-    def plain(self) -> PreTrainedTokenizerFast:
+    def without_cleaning(self) -> PreTrainedTokenizerFast:
         """The same without repair, for programs that repair texts themselves, as open_clip does."""
-        return PreTrainedTokenizerFast(**_settings(self))
+        return PreTrainedTokenizerFast(**_tokenizer_kwargs(self))
 
     @classmethod
     def _from_pretrained(cls, *args, **kwargs):
@@ -63,33 +63,33 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
         return super()._get_padding_truncation_strategies(padding, truncation, max_length, **kwargs)
 
     def _encode_plus(self, text, text_pair=None, **kwargs) -> BatchEncoding:
-        repaired = _repaired(text), text_pair and _repaired(text_pair)
-        with tokenizer_errors(f"The tokenizer of {self.name_or_path or 'the model'}"):
+        repaired = _clean(text), text_pair and _clean(text_pair)
+        with wrap_tokenizer_errors(f"The tokenizer of {self.name_or_path or 'the model'}"):
             batch = super()._encode_plus(*repaired, **kwargs)
         pad = self.pad_token_id
         if "attention_mask" in batch and pad not in (None, self.eos_token_id, self.sep_token_id):  # those end a text
-            batch["attention_mask"] = _without_padding(batch["input_ids"], batch["attention_mask"], pad)
+            batch["attention_mask"] = _mask_padding(batch["input_ids"], batch["attention_mask"], pad)
         return batch
 
 
-def _settings(tokenizer: PreTrainedTokenizerBase) -> dict:
+def _tokenizer_kwargs(tokenizer: PreTrainedTokenizerBase) -> dict:
     """Arguments that make a fast tokenizer of the same ids."""
     names = ("model_max_length", "model_input_names", "padding_side", "truncation_side", "extra_special_tokens")
     settings = {name: getattr(tokenizer, name) for name in names}
     return {"tokenizer_object": tokenizer.backend_tokenizer, **tokenizer.special_tokens_map, **settings}
 
 
-def _repaired(text: str | Iterable) -> str | list | tuple:
+def _clean(text: str | Iterable) -> str | list | tuple:
     if isinstance(text, list | tuple) and any(isinstance(part, list | tuple) for part in text):
-        return [type(part)(_repaired(part)) if isinstance(part, list | tuple) else _repaired(part) for part in text]
-    text = checked_texts(text)  # one, several, a pair, or one that is split into words
-    return repair_text(text) if isinstance(text, str) else [repair_text(t) for t in text]
+        return [type(part)(_clean(part)) if isinstance(part, list | tuple) else _clean(part) for part in text]
+    text = check_texts(text)  # one, several, a pair, or one that is split into words
+    return clean_text(text) if isinstance(text, str) else [clean_text(t) for t in text]
 
 
-def _without_padding(input_ids: list | np.ndarray | Tensor, mask: list | np.ndarray | Tensor, pad: int):
+def _mask_padding(input_ids: list | np.ndarray | Tensor, mask: list | np.ndarray | Tensor, pad_token_id: int):
     """`mask` without the padding tokens that a text itself spells."""
     if not isinstance(input_ids, list):
-        return mask * (input_ids != pad)
+        return mask * (input_ids != pad_token_id)
     if input_ids and isinstance(input_ids[0], list):
-        return [_without_padding(ids, keep, pad) for ids, keep in zip(input_ids, mask, strict=True)]
-    return [int(keep and token != pad) for token, keep in zip(input_ids, mask, strict=True)]
+        return [_mask_padding(ids, keep, pad_token_id) for ids, keep in zip(input_ids, mask, strict=True)]
+    return [int(keep and token != pad_token_id) for token, keep in zip(input_ids, mask, strict=True)]

@@ -27,21 +27,21 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.files import check_output_folder, whole_folder
-from capivara_common.weight_file import weight_files
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.files import check_output_folder, atomic_folder
+from capivara_common.weight_file import find_weight_files
 
-from .loading import checked_config, load_processor, mapped_model, mapped_tensors, weights_digest, write_origin_card
+from .loading import load_config, load_processor, load_mapped_model, load_mapped_tensors, weights_digest, write_origin_card
 
 # Of the first language and of each further one, the most frequent: of long Portuguese sentences one in 400 loses a
 # piece, and the model stays below 215 million parameters. docs/benchmarks.md has other numbers.
-WORDS = (150_000, 50_000)
-CHECKED_WORDS = 10_000  # of each language at most, that both tokenizers are compared on
-TEXTS_AT_ONCE = 10_000  # that are tokenised together
-BLANK = "▁"  # begins a piece that begins a word
-BYTE = "<0x[0-9A-F]{2}>"  # a piece of one byte
-COPIED = ("LICENSE", "run.json", "rotation.safetensors")  # results are not: they are the other model's
-MADE = (
+DEFAULT_WORD_COUNTS = (150_000, 50_000)
+MAX_CHECKED_WORDS = 10_000  # of each language at most, that both tokenizers are compared on
+TOKENIZER_BATCH_SIZE = 10_000  # that are tokenised together
+WORD_START_MARKER = "▁"  # begins a piece that begins a word
+BYTE_TOKEN_PATTERN = "<0x[0-9A-F]{2}>"  # a piece of one byte
+COPIED_FILES = ("LICENSE", "run.json", "rotation.safetensors")  # results are not: they are the other model's
+ORIGIN_SENTENCE = (
     "Made by `python -m modeling_capivara.trim_vocabulary`: of the embeddings of word pieces those are left that "
     "{languages} use (`trimmed_vocabulary` in config.json); all other weights are as they were."
 )
@@ -58,14 +58,14 @@ class TrimArguments:
     model: Path = flag(..., "Folder of the model.", positional=True)
     output: Path = flag(..., "Folder to create; must not exist, or be empty.", positional=True)
     languages: list[str] = flag(..., "Keep the pieces of their most frequent words, as wordfreq has them: pt en.")
-    words: list[int] = flag([*WORDS], "Words of each language, in their order; the last is that of all further ones.")
+    words: list[int] = flag([*DEFAULT_WORD_COUNTS], "Words of each language, in their order; the last is that of all further ones.")
     overwrite_output_dir: bool = flag(False, "Replace the output folder.")
     texts: list[Path] = flag([], "Keep the pieces of these files, too; UTF-8, a text a line.")
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    args = parse(TrimArguments, __doc__, argv)
+    args = parse_arguments(TrimArguments, __doc__, argv)
     print(*trim(**vars(args)), f"Written: {args.output}", sep="\n")
 
 
@@ -73,7 +73,7 @@ def trim(
     model: Path,
     output: Path,
     languages: Sequence[str],
-    words: Sequence[int] = WORDS,
+    words: Sequence[int] = DEFAULT_WORD_COUNTS,
     texts: Sequence[Path] = (),
     overwrite_output_dir: bool = False,
 ) -> list[str]:
@@ -86,7 +86,7 @@ def trim(
     languages = list(dict.fromkeys(languages))
     if min(words) < 1:
         raise ValueError(f"--words must be at least 1, got {min(words)}.")
-    processor, config = load_processor(model), checked_config(str(model))
+    processor, config = load_processor(model), load_config(str(model))
     if (done := getattr(config, "trimmed_vocabulary", None)) is not None:
         known = ", ".join(done["languages"])
         raise ValueError(f"MODEL {model} is trimmed already, for {known}. Trim the model that it was made from.")
@@ -94,22 +94,22 @@ def trim(
     if lost := [t for t in tokenizer_state(processor.tokenizer)["added_tokens"] if t["id"] >= rows]:
         fault = f"The added token {lost[0]['content']!r} has the id {lost[0]['id']}, but MODEL {model} has {rows} rows"
         raise ValueError(f"{fault} of embeddings. Give it a row by `resize_token_embeddings`, or remove it.")
-    kept = kept_ids(processor, languages, words, [text for path in texts for text in read_texts(path)])
-    small = type(processor)(processor.image_processor, cut_tokenizer(processor.tokenizer, kept))
+    kept = select_token_ids(processor, languages, words, [text for path in texts for text in read_lines(path)])
+    small = type(processor)(processor.image_processor, trim_tokenizer(processor.tokenizer, kept))
     for language in languages:
-        checked = language_words(language, min(CHECKED_WORDS, *words))
-        check_splits(processor, small, kept, map(word_forms, checked))
+        checked = frequent_words(language, min(MAX_CHECKED_WORDS, *words))
+        check_tokenization(processor, small, kept, map(word_variants, checked))
     pieces = sorted(processor.tokenizer.get_vocab().items(), key=lambda item: item[1])
     digest = hashlib.blake2b(json.dumps(pieces).encode(), digest_size=16).hexdigest()
     record = {"languages": languages, "words": list(words), "tokenizer": digest}
-    with whole_folder(output, overwrite_output_dir) as folder:
-        parameters = _write_model(model, config, folder, kept, record)
+    with atomic_folder(output, overwrite_output_dir) as folder:
+        parameters = _write_trimmed_model(model, config, folder, kept, record)
         small.save_pretrained(folder)
-        for name in COPIED:
+        for name in COPIED_FILES:
             if (model / name).is_file():
                 shutil.copyfile(model / name, folder / name)
-        write_origin_card(model, folder, MADE.format(languages=" and ".join(languages)))
-        sizes = [sum(file.stat().st_size for file in weight_files(path)) / 1e6 for path in (model, folder)]
+        write_origin_card(model, folder, ORIGIN_SENTENCE.format(languages=" and ".join(languages)))
+        sizes = [sum(file.stat().st_size for file in find_weight_files(path)) / 1e6 for path in (model, folder)]
     return [
         f"{len(kept):,} of {record['of']:,} word pieces are kept.",
         "Parameters: {:,} before, {:,} after.".format(*parameters),
@@ -117,21 +117,21 @@ def trim(
     ]
 
 
-def _write_model(
-    source: Path, config: PreTrainedConfig, folder: Path, kept: Sequence[int], record: dict
+def _write_trimmed_model(
+    source: Path, config: PreTrainedConfig, folder: Path, kept_ids: Sequence[int], record: dict
 ) -> tuple[int, int]:
     """Write the weights of `source` with the rows `kept` of its table, and read them again; parameters of both.
 
     The weights are views of their file, never a copy; `record` gets the facts about the table that was there.
     """
-    model = mapped_model(source, config)
+    model = load_mapped_model(source, config)
     whole = model.text_model.get_input_embeddings()
     before, table = model.num_parameters(), whole.weight.detach()
     record |= {"of": len(table), "table": weights_digest(nn.Embedding.from_pretrained(table))}
-    model.text_model.set_input_embeddings(nn.Embedding.from_pretrained(table[kept], padding_idx=whole.padding_idx))
-    config.text_config.vocab_size, config.trimmed_vocabulary = len(kept), record
+    model.text_model.set_input_embeddings(nn.Embedding.from_pretrained(table[kept_ids], padding_idx=whole.padding_idx))
+    config.text_config.vocab_size, config.trimmed_vocabulary = len(kept_ids), record
     model.save_pretrained(folder)
-    written, expected = mapped_tensors(weight_files(folder)), model.state_dict()
+    written, expected = load_mapped_tensors(find_weight_files(folder)), model.state_dict()
     if wrong := sorted(name for name, tensor in expected.items() if not torch.equal(written[name], tensor)):
         raise ValueError(f"{', '.join(wrong)} of {source} did not come back as written; nothing was kept.")
     return before, model.num_parameters()
@@ -140,7 +140,7 @@ def _write_model(
 # --- Pieces ----------------------------------------------------------------------------------------------------------
 
 
-def kept_ids(
+def select_token_ids(
     processor: ProcessorMixin, languages: Sequence[str], words: Sequence[int], texts: Iterable[str] = ()
 ) -> list[int]:
     """Ids, ascending, of the pieces that a trim keeps: those of the most frequent `words` of each language, in small
@@ -149,15 +149,15 @@ def kept_ids(
     Raises ValueError or ImportError as `language_words`, or where the tokenizer is of another kind.
     """
     numbers = zip(languages, [*words, *[words[-1]] * len(languages)], strict=False)
-    lists = {language: language_words(language, number) for language, number in numbers}
-    kept = _always_kept(processor.tokenizer)
+    lists = {language: frequent_words(language, number) for language, number in numbers}
+    kept = _required_token_ids(processor.tokenizer)
     for language, found in lists.items():
         bar = tqdm(found, desc=f"Words of {language}", unit="word", unit_scale=True)
-        kept |= used_ids(processor, map(word_forms, bar))
-    return sorted(_with_parts(processor.tokenizer, kept | used_ids(processor, texts)))
+        kept |= used_token_ids(processor, map(word_variants, bar))
+    return sorted(_add_merge_parts(processor.tokenizer, kept | used_token_ids(processor, texts)))
 
 
-def language_words(language: str, number: int) -> list[str]:
+def frequent_words(language: str, number: int) -> list[str]:
     """The most frequent words of a language, out of the package wordfreq; ValueError or ImportError without them."""
     try:
         import wordfreq  # only this program needs it
@@ -170,40 +170,40 @@ def language_words(language: str, number: int) -> list[str]:
     return wordfreq.top_n_list(language, number)
 
 
-def word_forms(word: str) -> str:
+def word_variants(word: str) -> str:
     """A text in which a word stands as it does in sentences: after a blank and after a sign, in small and capitals."""
     return " ".join(f"{form} ({form}" for form in dict.fromkeys((word, word.title(), word.upper())))
 
 
-def used_ids(processor: ProcessorMixin, texts: Iterable[str]) -> set[int]:
+def used_token_ids(processor: ProcessorMixin, texts: Iterable[str]) -> set[int]:
     """Ids of all tokens of the texts, begin, end and padding included."""
     found = {processor.tokenizer.pad_token_id}
-    for chunk in _chunks(texts):
-        found.update(*_ids(processor, chunk))
+    for chunk in _iter_batches(texts):
+        found.update(*_tokenize(processor, chunk))
     return found
 
 
-def _ids(processor: ProcessorMixin, texts: Sequence[str]) -> list[list[int]]:
+def _tokenize(processor: ProcessorMixin, texts: Sequence[str]) -> list[list[int]]:
     return processor(text=list(texts), padding=False, truncation=True)["input_ids"]
 
 
-def check_splits(whole: ProcessorMixin, small: ProcessorMixin, kept: Sequence[int], texts: Iterable[str]) -> None:
+def check_tokenization(original: ProcessorMixin, trimmed: ProcessorMixin, kept_ids: Sequence[int], texts: Iterable[str]) -> None:
     """Raise ValueError where a text whose pieces are all kept is split otherwise by the small tokenizer."""
-    known = set(kept)
-    for chunk in _chunks(texts):
-        before, after = (_ids(processor, chunk) for processor in (whole, small))
+    known = set(kept_ids)
+    for chunk in _iter_batches(texts):
+        before, after = (_tokenize(processor, chunk) for processor in (original, trimmed))
         for text, ids, small_ids in zip(chunk, before, after, strict=True):
-            if known.issuperset(ids) and ids != [kept[number] for number in small_ids]:
+            if known.issuperset(ids) and ids != [kept_ids[number] for number in small_ids]:
                 raise ValueError(f"The trimmed tokenizer splits {text[:200]!r} in another way; nothing was kept.")
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+def _iter_batches(texts: Iterable[str]) -> Iterator[list[str]]:
     remaining = iter(texts)
-    while chunk := list(islice(remaining, TEXTS_AT_ONCE)):
+    while chunk := list(islice(remaining, TOKENIZER_BATCH_SIZE)):
         yield chunk
 
 
-def read_texts(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank. Raises ValueError where it can't be read, or has none."""
     try:
         texts = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
@@ -214,21 +214,21 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
-def _always_kept(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _required_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids of what any text may have: added tokens, single letters, and pieces without a letter.
 
     But for the ten thousand Chinese characters and Korean syllables, which the words of those languages bring. And what
     begins the vocabulary, so that the ids of padding, begin and end stay as they are.
     """
     state = tokenizer_state(tokenizer)
-    pieces, unknown = _pieces(state), tokenizer.unk_token_id
+    pieces, unknown = _tokens_by_id(state), tokenizer.unk_token_id
     first = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, unknown} - {None}
     kept = {*range(max(first) + 1), *(token["id"] for token in state["added_tokens"])}
     if state["model"]["type"] == "Unigram":
         scores = [score for _, score in state["model"]["vocab"]]
         kept.add(min(range(len(scores)), key=scores.__getitem__))
     for number, piece in enumerate(pieces):
-        text = "" if re.fullmatch(BYTE, piece) else piece.removeprefix(BLANK)
+        text = "" if re.fullmatch(BYTE_TOKEN_PATTERN, piece) else piece.removeprefix(WORD_START_MARKER)
         letters = sum(map(str.isalpha, text))
         if not letters or (len(text) == 1 and not unicodedata.name(text, "").startswith(("CJK", "HANGUL"))):
             kept.add(number)
@@ -249,25 +249,25 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict:
     return state
 
 
-def _pieces(state: dict) -> list[str]:
+def _tokens_by_id(state: dict) -> list[str]:
     """The pieces of a tokenizer's state, by their ids."""
     found = state["model"]["vocab"]
     return [piece for piece, _ in found] if isinstance(found, list) else sorted(found, key=found.get)
 
 
-def _with_parts(tokenizer: PreTrainedTokenizerBase, kept: set[int]) -> set[int]:
+def _add_merge_parts(tokenizer: PreTrainedTokenizerBase, token_ids: set[int]) -> set[int]:
     """`kept`, and of a BPE the pieces that any of its merges makes them of."""
     state = tokenizer_state(tokenizer)
     if state["model"]["type"] != "BPE":
-        return kept
+        return token_ids
     number, parts = state["model"]["vocab"], {}
     for left, right in _merges(state):
         parts.setdefault(number[left + right], set()).update((number[left], number[right]))
-    kept, new = set(kept), set(kept)
+    token_ids, new = set(token_ids), set(token_ids)
     while new:
-        new = set().union(*(parts.get(one, ()) for one in new)) - kept
-        kept |= new
-    return kept
+        new = set().union(*(parts.get(one, ()) for one in new)) - token_ids
+        token_ids |= new
+    return token_ids
 
 
 def _merges(state: dict) -> list[tuple[str, str]]:
@@ -275,18 +275,18 @@ def _merges(state: dict) -> list[tuple[str, str]]:
     return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in state["model"]["merges"]]
 
 
-def cut_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> PreTrainedTokenizerBase:
+def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept_ids: Sequence[int]) -> PreTrainedTokenizerBase:
     """A tokenizer with the pieces `kept` of another and their scores; id i of it is the other's id `kept[i]`.
 
     ValueError where one at the vocabulary's beginning would get another id.
     """
-    state, new_id = tokenizer_state(tokenizer), {old: number for number, old in enumerate(kept)}
-    model, pieces = state["model"], _pieces(state)
+    state, new_id = tokenizer_state(tokenizer), {old: number for number, old in enumerate(kept_ids)}
+    model, pieces = state["model"], _tokens_by_id(state)
     if model["type"] == "Unigram":
-        model["vocab"] = [model["vocab"][old] for old in kept if old < len(pieces)]
+        model["vocab"] = [model["vocab"][old] for old in kept_ids if old < len(pieces)]
         model["unk_id"] = new_id[model["unk_id"]]
     else:
-        left = {pieces[old]: number for number, old in enumerate(kept) if old < len(pieces)}
+        left = {pieces[old]: number for number, old in enumerate(kept_ids) if old < len(pieces)}
         merges = [list(merge) for merge in _merges(state) if {*merge, "".join(merge)} <= left.keys()]
         model["vocab"], model["merges"] = left, merges
     for token in state["added_tokens"]:
@@ -296,7 +296,7 @@ def cut_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> Pr
         (Path(folder) / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
         small = type(tokenizer).from_pretrained(folder)
     names, small_ids = {number: token for token, number in tokenizer.get_vocab().items()}, small.get_vocab()
-    if wrong := [names[old] for number, old in enumerate(kept) if small_ids.get(names[old]) != number]:
+    if wrong := [names[old] for number, old in enumerate(kept_ids) if small_ids.get(names[old]) != number]:
         raise ValueError(f"The tokenizer can't be cut: {wrong[0]!r} would get another id than its row has.")
     return small
 

@@ -10,9 +10,9 @@ import yaml
 from caption_tars import picture
 from datasets import Dataset, DatasetDict, Features, Image, Value
 
-from caption_data.rows import CAPTIONS
-from captions.build import BuildArguments, ManualStepRequired, build
-from captions.translate import escape, unescape
+from caption_data.rows import CAPTIONS_FEATURE
+from captions.build import BuildArguments, ManualStepRequired, build_dataset
+from captions.translate import escape_cell, unescape_cell
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = {
@@ -25,7 +25,7 @@ CARD = {
 def write_config(folder: Path, model: Path) -> Path:
     """The config, whose output is FOLDER/built."""
     features = Features(
-        {"picture": Image(), "captions-en": CAPTIONS, "generated-captions-en": CAPTIONS, "url": Value("string")}
+        {"picture": Image(), "captions-en": CAPTIONS_FEATURE, "generated-captions-en": CAPTIONS_FEATURE, "url": Value("string")}
     )
 
     def split(number: int, broken: bool) -> Dataset:
@@ -56,7 +56,7 @@ def write_config(folder: Path, model: Path) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     with pytest.raises(ManualStepRequired, match=r"train\.tsv has the sentences of 1-translate, train.*\n.*test\.tsv"):
-        build(BuildArguments(path))
+        build_dataset(BuildArguments(path))
     fill(folder / "tables")
     return path
 
@@ -76,7 +76,7 @@ def fill(tables: Path) -> None:
     for path in tables.glob("*.tsv"):
         head, *lines = path.read_text(encoding="utf-8").splitlines()
         rows = [line.split("\t")[:2] for line in lines]
-        filled = [f"{name}\t{text}\t{escape(xhosa(unescape(text)))}" for name, text in rows]
+        filled = [f"{name}\t{text}\t{escape_cell(xhosa(unescape_cell(text)))}" for name, text in rows]
         path.write_text("\n".join([head, *filled]) + "\n", encoding="utf-8")
 
 

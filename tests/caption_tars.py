@@ -12,11 +12,11 @@ import numpy as np
 import PIL.Image
 from datasets import Dataset, DatasetDict, Features
 
-from capivara_common.image_files import BadImage, image_bytes
-from caption_data.pairs import pair_table, skipped_rows, usable
+from capivara_common.image_files import BadImage, read_image_bytes
+from caption_data.pairs import build_pair_table, list_skipped_rows, drop_invalid
 from caption_data.sources import open_split
 from captions.stages import open_in_place
-from training.inputs import evaluation_pairs, training_pairs
+from training.inputs import load_evaluation_pairs, load_training_pairs
 
 CACHE = tempfile.TemporaryDirectory(prefix="capivara-tests-")
 os.environ.setdefault("CAPIVARA_CACHE", CACHE.name)  # pairs of made data sets are not kept among a developer's own
@@ -78,7 +78,7 @@ def files_of(dataset, **limits) -> list[bytes | None]:
     source, found = open_split(str(dataset), "train", "image", **limits), []
     for row in source.rows():
         try:
-            found.append(image_bytes(row["image"], source.files))
+            found.append(read_image_bytes(row["image"], source.image_access))
         except BadImage:
             found.append(None)
     return found
@@ -92,10 +92,10 @@ def rows_of(folder, split: str = "train") -> list[dict]:
 def table_of(source, skipped=None, columns=("captions-pt",), choose=lambda row: row["captions-pt"]):
     """The usable pairs; the other rows join `skipped`. Every call is a table of its own."""
     settings = {"call": next(CALLS)}
-    table = pair_table(source, list(columns), choose, settings)
+    table = build_pair_table(source, list(columns), choose, settings)
     if skipped is not None:
-        skipped += skipped_rows(table, source)
-    return usable(table)
+        skipped += list_skipped_rows(table, source)
+    return drop_invalid(table)
 
 
 def tar_source(tmp_path, members):
@@ -105,13 +105,13 @@ def tar_source(tmp_path, members):
 def training_of(args, skipped) -> list:
     """The training pairs of a run, without a model; the other rows join `skipped`."""
     splits = {(name, args.train_split): open_split(name, args.train_split, args.image_column) for name in args.dataset}
-    pairs = training_pairs(args, splits, None)
+    pairs = load_training_pairs(args, splits, None)
     for one in pairs:
-        skipped += skipped_rows(one.table, one.source)
-        one.table = usable(one.table)
+        skipped += list_skipped_rows(one.table, one.source)
+        one.table = drop_invalid(one.table)
     return pairs
 
 
 def measured_of(args, split, languages) -> dict:
     """The pairs of a split that a run measures on, by language."""
-    return evaluation_pairs(args, open_split(args.evaluation_dataset, split, args.image_column), languages, None)
+    return load_evaluation_pairs(args, open_split(args.evaluation_dataset, split, args.image_column), languages, None)

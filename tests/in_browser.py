@@ -20,7 +20,7 @@ import torch
 from browser import open_browser, require_chromium, served_folders
 from PIL import Image
 
-from capivara_common.files import whole_folder
+from capivara_common.files import atomic_folder
 from hub_upload.space.static_page import LIBRARY
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import random_images, random_texts
@@ -97,7 +97,7 @@ def node_packages(wanted: dict[str, str] = PACKAGES) -> Path:
         packages = [f"{package}@{versions}" for package, versions in wanted.items()]
         flags = ("--ignore-scripts", "--no-save", "--no-audit", "--no-fund")
         try:
-            with whole_folder(folder) as new:
+            with atomic_folder(folder) as new:
                 subprocess.run(["npm", "install", *flags, *packages], cwd=new, capture_output=True, check=True)
         except (subprocess.CalledProcessError, OSError) as error:
             if not folder.is_dir():  # else another process was first

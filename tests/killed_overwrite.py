@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from capivara_common.files import check_output_folder, finish_folder, partial_folder, whole_folder
+from capivara_common.files import check_output_folder, finish_folder, partial_folder, atomic_folder
 
 WATCHED = ("open", "os.", "shutil.", "tempfile.", "fcntl.")
 
@@ -22,7 +22,7 @@ WATCHED = ("open", "os.", "shutil.", "tempfile.", "fcntl.")
 def write(kind: str, out: Path, word: str) -> None:
     """Replace `out` by a folder of three files that hold `word`; "fails" fails after the second."""
     if kind == "whole":
-        with whole_folder(out, overwrite=True) as folder:
+        with atomic_folder(out, overwrite=True) as folder:
             fill(folder, word)
         return
     check_output_folder(out, overwrite=True)

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 
 import captions.stages
 from capivara_common.image_files import BadRow
-from caption_data.rows import CAPTIONS
-from caption_data.sources import unfinished
+from caption_data.rows import CAPTIONS_FEATURE
+from caption_data.sources import find_missing_rows
 from captions.stages import RowStage, StageArguments
 
 MAX_ROUNDS = 200
@@ -42,7 +42,7 @@ def arguments(dataset: str, output: str) -> StageArguments:
 
 def run(dataset: str, output: str, task: tuple[int, int] = (0, 1), process=shout):
     """One task, (rank, world_size), of the stage."""
-    return RowStage(arguments(dataset, output), *task).run({"captions-xx": CAPTIONS}, {"voice": "loud"}, process)
+    return RowStage(arguments(dataset, output), *task).run({"captions-xx": CAPTIONS_FEATURE}, {"voice": "loud"}, process)
 
 
 def child(call: Callable[[], object], count: int) -> int:
@@ -63,7 +63,7 @@ def child(call: Callable[[], object], count: int) -> int:
         return wrapped
 
     pq.ParquetWriter.write_table = counted(pq.ParquetWriter.write_table)
-    captions.stages.write_skipped = counted(captions.stages.write_skipped)
+    captions.stages.write_skipped_rows = counted(captions.stages.write_skipped_rows)
     RowStage._prepared = counted(RowStage._prepared)
     Path.replace = counted(Path.replace)
     Path.unlink = counted(Path.unlink)
@@ -85,7 +85,7 @@ def kill_stage(dataset: str, output: str, generator: random.Random, numbers: lis
         tasks = [(rank, together) for rank in range(together)] or [(0, 1)] * -together
         calls = [lambda task=task: run(dataset, output, task) for task in tasks]
         kills += sum([was_killed(number) for number in [child(call, generator.randint(1, 16)) for call in calls]])
-        if (Path(output) / "stage.json").is_file() and not unfinished(Path(output))[0]:
+        if (Path(output) / "stage.json").is_file() and not find_missing_rows(Path(output))[0]:
             return kills
     sys.exit(f"{output} is not complete after {MAX_ROUNDS} rounds")
 

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from capivara_common.cli import parse
+from capivara_common.cli import parse_arguments
 from training.arguments import RunArguments
-from training.trainable import BETAS, build_optimizer, learning_rate_at
+from training.trainable import ADAM_BETAS, build_optimizer, learning_rate_at
 
 MINIMUM = ["--model", "m", "--dataset", "d"]
 
@@ -20,14 +20,14 @@ def config(tmp_path, text: str) -> list[str]:
 
 def arguments(**values):
     flags = [part for key, value in values.items() for part in (f"--{key}", str(value))]
-    return parse(RunArguments, None, [*MINIMUM, *flags], config=True)
+    return parse_arguments(RunArguments, None, [*MINIMUM, *flags], config=True)
 
 
 def test_defaults_are_the_paper_s_recipe():
-    args = parse(RunArguments, None, MINIMUM, config=True)
+    args = parse_arguments(RunArguments, None, MINIMUM, config=True)
     assert (args.effective_batch_size, args.max_steps, args.warmup_steps) == (2816, 5863, 500)
     assert (args.learning_rate, args.min_learning_rate, args.weight_decay) == (5e-7, 1e-7, 0.2)
-    assert (BETAS, args.adam_epsilon) == ((0.9, 0.98), 1e-8)
+    assert (ADAM_BETAS, args.adam_epsilon) == ((0.9, 0.98), 1e-8)
 
 
 def test_settings_are_json_with_image_roots_and_all(tmp_path):
@@ -53,13 +53,13 @@ def test_settings_are_json_with_image_roots_and_all(tmp_path):
 )
 def test_bad_config(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
-        parse(RunArguments, None, config(tmp_path, text), config=True)
+        parse_arguments(RunArguments, None, config(tmp_path, text), config=True)
 
 
 @pytest.mark.parametrize("flag", sorted(RunArguments.gone))
 def test_a_flag_of_before_is_answered_with_what_there_is(flag):
     with pytest.raises(ValueError, match=rf"^`--{flag}` is gone: [^\n]+\.$"):
-        parse(RunArguments, None, [*MINIMUM, f"--{flag}", "1"], config=True)
+        parse_arguments(RunArguments, None, [*MINIMUM, f"--{flag}", "1"], config=True)
     assert flag not in RunArguments.__dataclass_fields__
 
 
@@ -79,7 +79,7 @@ def test_schedule():
 @pytest.mark.parametrize(("name", "coupled"), [("adam", True), ("adamw", False)])
 def test_penalty_is_coupled_in_adam_and_decoupled_in_adamw(tiny_model, name, coupled):
     """A penalty alone moves a weight by the whole learning rate under Adam, by a tiny share of it under AdamW."""
-    tiny_model.freeze_image_tower()
+    tiny_model.freeze_image_encoder()
     optimizer = build_optimizer(tiny_model, arguments(learning_rate=1e-3, weight_decay=0.2, optimizer=name))
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in tiny_model.parameters() if p.requires_grad}

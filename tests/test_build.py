@@ -17,10 +17,10 @@ from datasets import Image, Value
 from huggingface_hub import DatasetCard
 from tiny import save_model
 
-from capivara_common.executors import Work, execute
-from caption_data.rows import CAPTIONS, SIMILARITIES
+from capivara_common.executors import PhaseStep, run_phases
+from caption_data.rows import CAPTIONS_FEATURE, SIMILARITIES_FEATURE
 from captions import select
-from captions.build import BuildArguments, ManualStepRequired, build, main, read_plan
+from captions.build import BuildArguments, ManualStepRequired, build_dataset, main, read_build_plan
 from captions.stages import StageArguments
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
 from hub_upload.allowed_files import files_to_send
@@ -61,7 +61,7 @@ def config(template, tmp_path):
 def finished(template, tmp_path_factory):
     """A config, built, to be read."""
     config = copy_of(template, tmp_path_factory.mktemp("finished"))
-    build(BuildArguments(config))
+    build_dataset(BuildArguments(config))
     return config
 
 
@@ -69,8 +69,8 @@ def test_from_images_to_a_data_set_with_its_card(finished):
     folder, tmp_path = finished.parent / "built" / "dataset", finished.parent
     data = datasets.load_dataset(str(folder))
     assert {split: rows.num_rows for split, rows in data.items()} == {"train": 11, "test": 12}
-    features = {"image": Image(), **dict.fromkeys(("captions-xh", "generated-captions-xh"), CAPTIONS)}
-    features["similarities-xh"] = SIMILARITIES
+    features = {"image": Image(), **dict.fromkeys(("captions-xh", "generated-captions-xh"), CAPTIONS_FEATURE)}
+    features["similarities-xh"] = SIMILARITIES_FEATURE
     assert features.items() <= data["train"].features.items() and data["train"].features["url"] == Value("string")
     rows = rows_of(folder)
     kept = [i for i in range(13) if i not in (3, 5)]
@@ -127,7 +127,7 @@ def test_a_table_waits_until_it_is_filled(config, tmp_path, capsys, caplog):
     assert "--import " not in caplog.text, "that is the way of another command"
     assert not (tmp_path / "built" / "1-translate" / "train").exists() and not (tmp_path / "built" / "dataset").exists()
     table.write_text(text, encoding="utf-8")
-    assert build(BuildArguments(config)) and "has the sentences" not in capsys.readouterr().out
+    assert build_dataset(BuildArguments(config)) and "has the sentences" not in capsys.readouterr().out
 
 
 def test_two_languages_do_not_share_a_table(config, tmp_path, monkeypatch):
@@ -136,40 +136,40 @@ def test_two_languages_do_not_share_a_table(config, tmp_path, monkeypatch):
     changed(config, translate={"backend": "file", "import": "tables/{split}.tsv"})
     flags = {"language": "gn", "output": Path("guarani")}
     with pytest.raises(ManualStepRequired, match=r"guarani/tables/train\.tsv .*\n.*guarani/tables/test\.tsv"):
-        build(BuildArguments(config, **flags))
+        build_dataset(BuildArguments(config, **flags))
     for xhosa in (tmp_path / "tables").glob("*.tsv"):
         assert xhosa.read_text(encoding="utf-8").split("\n")[0].endswith("\ttranslation:xh")
         shutil.copyfile(xhosa, tmp_path / "guarani" / "tables" / xhosa.name)
     for dry_run in (True, False):
         with pytest.raises(ValueError, match=r"guarani/tables/train\.tsv .*'xh'.*'gn'"):
-            build(BuildArguments(config, dry_run=dry_run, **flags))
+            build_dataset(BuildArguments(config, dry_run=dry_run, **flags))
     assert not (tmp_path / "guarani" / "dataset").exists()
 
 
 @pytest.mark.slow
 def test_a_corrected_cell_reaches_the_data_set(config, tmp_path, monkeypatch, caplog):
     """Only the files with its row are translated and scored again, and the end is that of a build from the start."""
-    build(BuildArguments(config))
+    build_dataset(BuildArguments(config))
     scored = {path: path.stat().st_mtime_ns for path in (tmp_path / "built" / "2-score" / "train").glob("*.parquet")}
     untouched = files(tmp_path / "built" / "1-translate" / "test")
     table = tmp_path / "tables" / "train.tsv"
     table.write_text(table.read_text(encoding="utf-8").replace("\tikati 9\n", "\tikati emnyama\n"), encoding="utf-8")
     with caplog.at_level("INFO", "capivara"):
-        build(BuildArguments(config, dry_run=True))
+        build_dataset(BuildArguments(config, dry_run=True))
     assert "1-translate, train: to be done again where" in caplog.text and "dataset: to be made" in caplog.text
     # Killed in the middle: the correction is found again.
     with monkeypatch.context() as patch:
         patch.setattr("captions.stages.Corrections.apply", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            build(BuildArguments(config))
-    build(BuildArguments(config))
+            build_dataset(BuildArguments(config))
+    build_dataset(BuildArguments(config))
     made_again = [path.name for path, time in scored.items() if path.stat().st_mtime_ns != time]
     assert made_again == ["train-000000008-000000012.parquet"] and len(scored) == 3
     assert files(tmp_path / "built" / "1-translate" / "test") == untouched
     captions = [text for row in rows_of(tmp_path / "built" / "1-translate" / "train") for text in row["captions-xh"]]
     assert "ikati emnyama" in captions and "ikati 9" not in captions
     (tmp_path / "built").rename(tmp_path / "corrected")
-    build(BuildArguments(config))
+    build_dataset(BuildArguments(config))
     assert files(tmp_path / "built") == files(tmp_path / "corrected")
 
 
@@ -178,7 +178,7 @@ def test_a_build_says_how_many_rows_each_stage_let_through(config, tmp_path, cap
     """A filter that drops more than half of the rows is named."""
     changed(config, select={"caption_strategy": "rank", "min_pair_similarity": cut})
     with caplog.at_level("INFO", "capivara"), pytest.raises(ValueError) if warns else contextlib.nullcontext():
-        build(BuildArguments(config))  # where nothing is left there is no dataset, and the counts say why
+        build_dataset(BuildArguments(config))  # where nothing is left there is no dataset, and the counts say why
     for line in (
         "1-translate, train: 13 rows in, 12 out",
         "2-score, train: 12 rows in, 11 out",
@@ -195,9 +195,9 @@ def test_a_build_says_how_many_rows_each_stage_let_through(config, tmp_path, cap
 def test_what_fails_is_named_and_the_same_command_does_the_rest(config, tmp_path, monkeypatch, caplog):
     """A row that fails its task and no other, a disk that is full at the end, a part that was removed: in any number of
     tasks the end has the bytes of an undisturbed build."""
-    build(BuildArguments(config, tasks=3))
+    build_dataset(BuildArguments(config, tasks=3))
     (tmp_path / "built").rename(tmp_path / "undisturbed")
-    real = select.selected
+    real = select.select_row
 
     def poisoned(args, row):
         if row["captions-en"] == ["a cat 9"]:
@@ -205,16 +205,16 @@ def test_what_fails_is_named_and_the_same_command_does_the_rest(config, tmp_path
         return real(args, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(select, "selected", poisoned)
+        patch.setattr(select, "select_row", poisoned)
         text = r"1 tasks have failed:\n  task 1: ZeroDivisionError: no such row was expected; rows 6 to 10 of train\n"
         with pytest.raises(ValueError, match=rf"3-select, train: rows: {text}Logs: .*The same command does what is"):
-            build(BuildArguments(config, tasks=2))
+            build_dataset(BuildArguments(config, tasks=2))
     parts = [path.name for path in (tmp_path / "built" / "3-select" / "train").glob("*.parquet")]
     assert parts == ["train-000000000-000000006.parquet"] and not (tmp_path / "built" / "dataset").exists()
     logs = tmp_path / "built" / "logs" / "3-select" / "train" / "rows"
     assert "in poisoned" in (logs / "failures" / "00001.txt").read_text(), "with its traceback"
     with caplog.at_level("INFO", "capivara"):
-        build(BuildArguments(config, dry_run=True))
+        build_dataset(BuildArguments(config, dry_run=True))
     assert "3-select, train: rows: task 1: ZeroDivisionError" in caplog.text
 
     def full(*_, **__):
@@ -228,7 +228,7 @@ def test_what_fails_is_named_and_the_same_command_does_the_rest(config, tmp_path
     part = sorted((tmp_path / "built" / "2-score" / "train").glob("*.parquet"))[1]
     kept = {path: path.stat().st_mtime_ns for path in part.parent.glob("*.parquet") if path != part}
     part.unlink()
-    build(BuildArguments(config, tasks=2))
+    build_dataset(BuildArguments(config, tasks=2))
     assert files(tmp_path / "built") == files(tmp_path / "undisturbed")
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
@@ -236,7 +236,7 @@ def test_what_fails_is_named_and_the_same_command_does_the_rest(config, tmp_path
 def test_the_flags_of_an_executor_reach_all_stages_but_those_with_their_own(config):
     changed(config, score={"model": "m", "gpus_per_task": "1", "time": "12:00:00"})
     flags = {"executor": "slurm", "tasks": 400, "partition": "gpu", "time": "04:00:00"}
-    plan = read_plan(config, BuildArguments(config, **flags, sbatch=["account=a", "qos=b"]).executor_flags())
+    plan = read_build_plan(config, BuildArguments(config, **flags, sbatch=["account=a", "qos=b"]).executor_flags())
     translated, score, select = plan.steps["train"]
     assert (translated.time, score.time, select.gpus_per_task, score.gpus_per_task) == ("04:00:00", "12:00:00", 0, 1)
     assert {args.tasks for args in (translated, score, select)} == {400} and select.sbatch == ["account=a", "qos=b"]
@@ -259,7 +259,7 @@ def test_every_job_of_slurm_waits_for_the_one_before(config, tmp_path, monkeypat
     monkeypatch.setattr(shutil, "which", lambda name: name)
     logs = tmp_path / "elsewhere"
     flags = SLURM | {"gpus_per_task": 1, "sbatch": ["output=a/%j.out"], "logging_dir": logs}
-    assert build(BuildArguments(config, **flags)) is None
+    assert build_dataset(BuildArguments(config, **flags)) is None
     phases = ["rows", "report"]
     assert [name.removeprefix("captions-") for name, *_ in jobs] == [
         *(f"1-translate-train-{name}" for name in phases), "2-score-train-rows", "3-select-train-rows",
@@ -282,7 +282,7 @@ def test_slurm_asks_for_a_table_where_it_has_nothing_to_do(finished, monkeypatch
     table.unlink()
     monkeypatch.setattr("datatrove.executor.slurm.launch_slurm_job", lambda *args: pytest.fail("a job was submitted"))
     with pytest.raises(ManualStepRequired, match=r"test\.tsv has the sentences of 1-translate, test: 25 of 25"):
-        build(BuildArguments(finished, **SLURM))
+        build_dataset(BuildArguments(finished, **SLURM))
     table.write_text(text, encoding="utf-8")
 
 
@@ -300,7 +300,7 @@ PHASE = Phase(run, shared=True)
 @pytest.mark.slow
 def test_each_worker_has_a_gpu_of_its_own(config, monkeypatch, tmp_path):
     """There are as many as GPUs, and their tasks see one."""
-    step = read_plan(config).steps["train"][1]
+    step = read_build_plan(config).steps["train"][1]
     (tmp_path / "seen_gpus.py").write_text(SEEN_GPUS, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
@@ -308,7 +308,7 @@ def test_each_worker_has_a_gpu_of_its_own(config, monkeypatch, tmp_path):
     step.output.mkdir(parents=True)
     import seen_gpus
 
-    execute([Work(seen_gpus.PHASE, step, tmp_path / "logs", "seen")], step)
+    run_phases([PhaseStep(seen_gpus.PHASE, step, tmp_path / "logs", "seen")], step)
     seen = {path.name: path.read_text() for path in step.output.iterdir()}
     assert seen.keys() == {"0-2", "1-2"} and set(seen.values()) == {"2", "5"}
 
@@ -322,11 +322,11 @@ def test_workers_that_die_before_they_say_a_word(executor, monkeypatch, tmp_path
     monkeypatch.setattr("capivara_common.executors.require", lambda *_: None)
     monkeypatch.setattr("capivara_common.executors.RayPipelineExecutor.run", lambda _: None)
     args = StageArguments("no/such", tmp_path / "out", executor=executor, tasks=3, workers=2)
-    works = [Work(args.phases["rows"], args, tmp_path / name, name) for name in ("first", "second")]
+    works = [PhaseStep(args.phases["rows"], args, tmp_path / name, name) for name in ("first", "second")]
     (tmp_path / "first" / "completions").mkdir(parents=True)
     (tmp_path / "first" / "completions" / "00001").touch()  # of an earlier start
     with pytest.raises(ValueError, match=r"first: 3 tasks have failed:(\n  task [012]: has not started, or .*){3}"):
-        execute(works, args)
+        run_phases(works, args)
     assert not (tmp_path / "second").exists()
 
 
@@ -367,7 +367,7 @@ def test_a_missing_extra_is_said_before_any_stage(config, monkeypatch):
     changed(config, score={"model": "open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k"})
     monkeypatch.setattr("capivara_common.environment.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'The stage score needs open_clip, .*: pip install -e "\.\[open_clip\]"$'):
-        build(BuildArguments(config, dry_run=True))
+        build_dataset(BuildArguments(config, dry_run=True))
 
 
 def test_a_dry_run_says_what_it_would_do(config, tmp_path, caplog):
@@ -382,15 +382,15 @@ def test_a_dry_run_says_what_it_would_do(config, tmp_path, caplog):
 
 @pytest.mark.slow
 def test_another_setting_is_another_output(config, tmp_path):
-    build(BuildArguments(config))
+    build_dataset(BuildArguments(config))
     changed(config, select={"caption_strategy": "rank", "caption_count": 1, "rows_per_part": 6})
     with pytest.raises(ValueError, match=r"settings.caption_count: 2 there, 1 now"):
-        build(BuildArguments(config))
+        build_dataset(BuildArguments(config))
     shutil.rmtree(tmp_path / "built" / "3-select")
     with pytest.raises(ValueError, match=r"dataset was made from other stages.*Remove it"):
-        build(BuildArguments(config))
+        build_dataset(BuildArguments(config))
     shutil.rmtree(tmp_path / "built" / "dataset")
-    build(BuildArguments(config))
+    build_dataset(BuildArguments(config))
     assert all(len(row["captions-xh"]) == 1 for row in rows_of(tmp_path / "built" / "dataset"))
 
 
@@ -398,7 +398,7 @@ def test_another_setting_is_another_output(config, tmp_path):
 def test_stages_may_be_left_out(config, tmp_path):
     """English alone is only scored and selected; a split that no stage works on passes as it is."""
     changed(config, translate=None, language="en")
-    folder = build(BuildArguments(config))
+    folder = build_dataset(BuildArguments(config))
     assert sorted(path.name for path in (tmp_path / "built").iterdir() if path.is_dir()) == [
         "0-read", "1-score", "2-select", "dataset", "logs",
     ]  # fmt: skip
@@ -430,7 +430,7 @@ def test_slips_in_a_config_are_found_before_any_work(config, tmp_path, changes, 
 @pytest.mark.parametrize("language", ["pt", "hi", "xh"])
 def test_the_papers_configs_are_whole(language, tmp_path):
     config = ROOT / "configs" / f"captions_{language}.yaml"
-    plan = read_plan(config, dataset="shards/*.tar", output=tmp_path / "out")
+    plan = read_build_plan(config, dataset="shards/*.tar", output=tmp_path / "out")
     generate, translated, score, select = plan.steps["train"]
     assert [args.title for args in (generate, select)] == ["1-generate, train", "4-select, train"]
     assert generate.model == "Salesforce/blip2-opt-2.7b-coco" and generate.max_new_tokens == 50
@@ -439,7 +439,7 @@ def test_the_papers_configs_are_whole(language, tmp_path):
     assert (select.caption_strategy, select.caption_count, select.min_pair_similarity) == ("rank", 5, 0.2)
     assert score.dataset == str(tmp_path / "out" / "2-translate" / "train")
     with pytest.raises(ValueError, match="lacks `dataset`"):
-        read_plan(config)
+        read_build_plan(config)
 
 
 @pytest.mark.slow
@@ -459,5 +459,5 @@ GUIDE = (ROOT / "docs" / "your_language.md").read_text(encoding="utf-8")
 
 def test_the_guides_config_is_one(tmp_path):
     (tmp_path / "my.yaml").write_text(re.search(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)[1], encoding="utf-8")
-    plan = read_plan(tmp_path / "my.yaml")
+    plan = read_build_plan(tmp_path / "my.yaml")
     assert list(plan.steps) == ["train", "validation", "test"] and len(plan.steps["train"]) == 4

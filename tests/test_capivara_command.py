@@ -25,8 +25,8 @@ import pytest
 import tqdm.std
 from parsed_command import parsed
 
-from capivara_common.environment import require
-from capivara_common.progress import prepare_bars
+from capivara_common.environment import require_packages
+from capivara_common.progress import configure_progress_bars
 from capivara_search import estimates
 from capivara_search.command import SEARCH_MODULES, explained, language_of, main, progress_bar
 from capivara_search.exporting import export_rows
@@ -586,7 +586,7 @@ def test_an_index_that_may_not_be_read_is_named_in_both_languages(capivara, own_
 
 def test_errors_of_the_system_and_of_packages_are_said_in_the_language():
     with pytest.raises(ImportError) as of_an_extra:
-        require("X", "captions", "no_such_package")
+        require_packages("X", "captions", "no_such_package")
     for error, said in (
         (OSError(errno.ENOSPC, "No space left on the disk of the index /x. Free some"), Words("pt")("no_space")),
         (PermissionError(errno.EACCES, "Permission denied", "/x\x1b"), r"sem permissão: /x\x1b"),
@@ -640,7 +640,7 @@ def test_the_miniature_says_what_it_is_every_time(capivara, folder, index, tmp_p
 
 def test_the_bar_knows_no_rate_before_there_is_work_and_a_log_file_is_told_seldom(monkeypatch, capsys):
     now, shown = [0.0], []
-    prepare_bars()
+    configure_progress_bars()
     monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
     monkeypatch.setattr(estimates, "time", SimpleNamespace(monotonic=lambda: now[0]))
     with progress_bar(Words("pt")) as show_progress:

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, Sequence
 from towers import as_open_clip
 
 from capivara_common.image_files import BadImage
-from caption_data.labelled_images import _by_name, load_images
+from caption_data.labeled_images import _match_class_names, load_labeled_images
 from eval.classification import chance_of, classification_metrics, main
 from eval.prompts import load_prompts
 
@@ -75,21 +75,21 @@ def test_a_folder_of_images(saved_tiny_folder, own_pictures, tmp_path, capsys):
 def test_classes_are_matched_by_name(pictures, tmp_path):
     files = [pictures / name / "0.png" for name in SHUFFLED]
     folder = saved(tmp_path, files, list(range(10)), ClassLabel(names=SHUFFLED))
-    assert load_images(folder, "test", CIFAR).labels == [CIFAR.index(name) for name in SHUFFLED]
+    assert load_labeled_images(folder, "test", CIFAR).labels == [CIFAR.index(name) for name in SHUFFLED]
     for split, names, more, message in (
         ("test", ["avião", *CIFAR[1:]], {}, r"don't match by name: \['airplane'.*'avião' are missing|are unknown"),
         ("train", CIFAR, {}, "no split 'train'"),
         ("test", CIFAR, {"label_column": "class"}, "no column 'class'; there are"),
     ):
         with pytest.raises(ValueError, match=message):
-            load_images(folder, split, names, **more)
+            load_labeled_images(folder, split, names, **more)
 
 
 def test_labels_several_an_image_or_without_a_name(pictures, tmp_path):
     files = [pictures / "cat" / "0.png"] * 2
     with pytest.raises(ValueError, match=r"labels \[10\] are outside the 10 classes"):
-        load_images(saved(tmp_path / "outside", files, [3, 10]), "test", CIFAR)
-    images = load_images(saved(tmp_path, files, [[0, 3], [2]], Sequence(CLASS)), "test", CIFAR)
+        load_labeled_images(saved(tmp_path / "outside", files, [3, 10]), "test", CIFAR)
+    images = load_labeled_images(saved(tmp_path, files, [[0, 3], [2]], Sequence(CLASS)), "test", CIFAR)
     assert images.labels == [[0, 3], [2]]
 
 
@@ -146,14 +146,14 @@ def test_names_are_matched_as_folders_can_have_them_and_in_their_order():
     """ImageNet has two classes called "missile", and two called "sunglasses"."""
     assert load_prompts("imagenet-1k").names_en.count("missile") == 2
     wanted = ["missile", "cat", "missile"]
-    assert _by_name(["cat", "missile", "Missile"], wanted, "d") == {0: 1, 1: 0, 2: 2}
+    assert _match_class_names(["cat", "missile", "Missile"], wanted, "d") == {0: 1, 1: 0, 2: 2}
     with pytest.raises(ValueError, match=r"more often than the prompts do: \['cat'\]"):
-        _by_name(["cat", "cat"], wanted, "d")
-    assert _by_name(["F-16A_B", "Boeing 737-200"], ["Boeing 737-200", "F-16A/B"], "d") == {0: 1, 1: 0}
+        _match_class_names(["cat", "cat"], wanted, "d")
+    assert _match_class_names(["F-16A_B", "Boeing 737-200"], ["Boeing 737-200", "F-16A/B"], "d") == {0: 1, 1: 0}
 
 
 def test_images_of_classes_without_a_name_are_left_out(pictures):
-    images = load_images(str(pictures), "test", CIFAR, indices=[3, 0])
+    images = load_labeled_images(str(pictures), "test", CIFAR, class_indices=[3, 0])
     assert sorted(images.labels) == [0] * 3 + [1] * 3 and len(images.images) == 6
 
 
@@ -161,7 +161,7 @@ def test_a_file_outside_its_folder_that_a_list_names_is_refused(own_pictures):
     shutil.copy(own_pictures / "cat/1.png", own_pictures.parent / "secret.png")
     (own_pictures / "metadata.jsonl").write_text(json.dumps({"file_name": "../secret.png", "label": 0}))
     with pytest.raises(BadImage, match="lies outside"):
-        load_images(str(own_pictures), "train", CIFAR).images.image(0)
+        load_labeled_images(str(own_pictures), "train", CIFAR).images.load_image(0)
 
 
 @pytest.mark.parametrize("name", ["cat/1.png", "cat"])
@@ -169,7 +169,7 @@ def test_links_out_of_the_folder_are_refused(own_pictures, tmp_path, name):
     (own_pictures / name).rename(tmp_path / "elsewhere")
     (own_pictures / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=rf"links to files outside of it, refused: \['{name}'\]"):
-        load_images(str(own_pictures), "test", CIFAR)
+        load_labeled_images(str(own_pictures), "test", CIFAR)
 
 
 def test_clip_benchmarks_tars(saved_tiny_folder, pictures, tmp_path):
@@ -183,7 +183,7 @@ def test_clip_benchmarks_tars(saved_tiny_folder, pictures, tmp_path):
                 member = tarfile.TarInfo(f"s{number:04d}.{ending}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-    images = load_images(str(tmp_path / "wds"), "test", CIFAR)
+    images = load_labeled_images(str(tmp_path / "wds"), "test", CIFAR)
     assert images.labels == [CIFAR.index(name) for name in SHUFFLED]
     main(flags(saved_tiny_folder, tmp_path / "wds", tmp_path / "r.json"))
     content = result_of(tmp_path / "r.json")
@@ -194,7 +194,7 @@ def test_folders_named_for_splits_and_a_class_called_train(own_pictures, tmp_pat
     """What is trained on is not measured as test; CIFAR-100 has a class of that name."""
     (own_pictures / "truck").rename(own_pictures / "train")
     names = ["train" if name == "truck" else name for name in CIFAR]
-    assert sorted(load_images(str(own_pictures), "test", names).labels) == sorted(list(range(10)) * 3)
+    assert sorted(load_labeled_images(str(own_pictures), "test", names).labels) == sorted(list(range(10)) * 3)
     (tmp_path / "splits").mkdir()
     own_pictures.rename(tmp_path / "splits" / "train")
     with pytest.raises(ValueError, match=r"has no split 'test'; there are \['train'\]\.$"):

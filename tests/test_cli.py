@@ -13,7 +13,7 @@ import pytest
 from sampling import one_in
 
 import capivara_common.cli
-from capivara_common.cli import at_least, between, flag, parse
+from capivara_common.cli import check_at_least, check_between, flag, parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 # Every command that the documentation names.
@@ -48,7 +48,7 @@ def test_help_says_what_a_command_does_and_a_wrong_flag_is_told_in_one_line(comm
     said = capsys.readouterr().out
     assert ended.value.code == 0 and said.startswith("usage: ") and "show this help message" in said
     assert "(default: None)" not in said
-    with pytest.raises(capivara_common.cli.WrongUse, match=r"^Unknown flag: `--no_such_flag`[^\n]*$"):
+    with pytest.raises(capivara_common.cli.UsageError, match=r"^Unknown flag: `--no_such_flag`[^\n]*$"):
         main(["--no_such_flag", "1"])
 
 
@@ -68,7 +68,7 @@ WRONG_USE = {  # of the command -> what it says
 def test_wrong_use_ends_with_2_in_one_line(line, monkeypatch, capsys):
     command, *words = line.split()
     monkeypatch.setattr(sys, "argv", [command, *words])
-    monkeypatch.setattr(capivara_common.cli, "prepare_bars", lambda: None)
+    monkeypatch.setattr(capivara_common.cli, "configure_progress_bars", lambda: None)
     with pytest.raises(SystemExit) as ended:
         capivara_common.cli.run_command(main_of(command))
     said = capsys.readouterr().err
@@ -82,14 +82,14 @@ def test_wrong_use_ends_with_2_in_one_line(line, monkeypatch, capsys):
         (KeyboardInterrupt(), True, 130, "\nStopped. Run the same command again to go on.\n"),
         (ValueError("a value"), False, 1, "error: a value\n"),
         (ImportError("a package"), False, 1, "error: a package\n"),
-        (capivara_common.cli.WrongUse("a flag"), False, 2, "error: a flag\n"),
+        (capivara_common.cli.UsageError("a flag"), False, 2, "error: a flag\n"),
     ],
 )
 def test_errors_of_a_user_and_ctrl_c_are_one_line(monkeypatch, capsys, error, resumes, code, said):
     def main():
         raise error
 
-    monkeypatch.setattr(capivara_common.cli, "prepare_bars", lambda: None)
+    monkeypatch.setattr(capivara_common.cli, "configure_progress_bars", lambda: None)
     with pytest.raises(SystemExit) as ended:
         capivara_common.cli.run_command(main, resumes)
     assert ended.value.code == code and capsys.readouterr().err == said
@@ -107,12 +107,12 @@ class Flags:
     gone = {"old_share": "say --share"}
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "steps")
-        between(self, 0, 1, "share")
+        check_at_least(self, 1, "steps")
+        check_between(self, 0, 1, "share")
 
 
 def read(*words: object, **options: bool) -> Flags:
-    return parse(Flags, None, list(map(str, words)), **options)
+    return parse_arguments(Flags, None, list(map(str, words)), **options)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_no_message_shows_a_token(words, monkeypatch, capsys):
     token = "hf_" + "aB3" * 11
 
     def main() -> None:
-        raise OSError(f"The model folder {parse(Flags, None, config=True).folder} does not exist.")
+        raise OSError(f"The model folder {parse_arguments(Flags, None, config=True).folder} does not exist.")
 
     monkeypatch.setattr(sys, "argv", ["command", *words.format(token).split()])
     with pytest.raises(SystemExit) as raised:

@@ -20,11 +20,11 @@ from hub_upload.origins import origin
 from modeling_capivara import CapivaraConfig
 from modeling_capivara import convert_open_clip as conversion
 from modeling_capivara.convert_open_clip import (
-    build_open_clip,
-    capivara_config,
+    build_open_clip_model,
+    to_capivara_config,
     convert,
-    open_clip_model_cfg,
-    preprocess_cfg_of,
+    to_open_clip_model_cfg,
+    to_preprocess_cfg,
 )
 from modeling_capivara.loading import MAX_NAMED_KEYS, load_model, load_processor, write_origin_card
 from modeling_capivara.two_towers import embed_images, embed_texts, random_images, random_texts
@@ -40,9 +40,9 @@ ARCHITECTURES = {
 def write_open_clip(folder: Path, config: CapivaraConfig) -> dict[str, torch.Tensor]:
     """An open_clip folder made by open_clip's own model, as its authors would; returns the weights."""
     folder.mkdir()
-    state = randomise(build_open_clip(config), seed=1).state_dict()
+    state = randomise(build_open_clip_model(config), seed=1).state_dict()
     config.text_config.save_pretrained(folder / "text")
-    model_cfg = open_clip_model_cfg(config, str(folder / "text"), 32)
+    model_cfg = to_open_clip_model_cfg(config, str(folder / "text"), 32)
     preprocess_cfg = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bilinear"}
     (folder / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}), encoding="utf-8"
@@ -132,7 +132,7 @@ def test_open_clip_to_transformers_and_back_gives_the_same_numbers_and_weights(t
 def test_configuration_that_open_clip_ships_for_the_base_model_is_the_published_one():
     import open_clip
 
-    config = capivara_config(open_clip.get_model_config("xlm-roberta-base-ViT-B-32"))
+    config = to_capivara_config(open_clip.get_model_config("xlm-roberta-base-ViT-B-32"))
     assert config.to_dict() == CapivaraConfig().to_dict()
 
 
@@ -164,7 +164,7 @@ def test_where_the_source_says_nothing_there_is_no_card(tmp_path, card):
 
 def lightning_file(folder: Path, **extra) -> Path:
     """The model two modules deep, beside tensors of the training program."""
-    state = {f"model.model.{n}": t for n, t in randomise(build_open_clip(tiny_config())).state_dict().items()}
+    state = {f"model.model.{n}": t for n, t in randomise(build_open_clip_model(tiny_config())).state_dict().items()}
     state["model.model.text.transformer.embeddings.position_ids"] = torch.arange(82)[None]
     state |= {"train_accuracy.total": torch.tensor(3), "loss.logit_scale": torch.tensor(1.0)}
     torch.save({"state_dict": state, "epoch": 3, **extra}, folder / "epoch.ckpt")
@@ -176,8 +176,8 @@ def test_lightning_file_with_objects_is_refused_and_a_way_out_named_that_works(t
     assert "objects of a program (argparse.Namespace)" in message and "\n" not in message
     monkeypatch.chdir(tmp_path)
     exec(f"import safetensors.torch, torch; {message.partition('where it was written: ')[2]}", {})
-    state, _ = conversion.read_open_clip_state(tmp_path / "epoch.safetensors")
-    expected, _ = conversion.read_open_clip_state(lightning_file(tmp_path))
+    state, _ = conversion.read_open_clip_state_dict(tmp_path / "epoch.safetensors")
+    expected, _ = conversion.read_open_clip_state_dict(lightning_file(tmp_path))
     assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
 
 
@@ -187,7 +187,7 @@ def test_checkpoint_files(tmp_path, tokenizer_folder, kind):
         path, said = lightning_file(tmp_path), "train_accuracy.total"
     else:
         path, said, prefix = tmp_path / f"weights{kind}", "Weights: ", "module." * (kind == ".pt")
-        state = {prefix + k: v.half() for k, v in randomise(build_open_clip(tiny_config())).state_dict().items()}
+        state = {prefix + k: v.half() for k, v in randomise(build_open_clip_model(tiny_config())).state_dict().items()}
         is_new = kind == ".pt"
         torch.save({"state_dict": state, "epoch": 3} if is_new else state, path, _use_new_zipfile_serialization=is_new)
     notes = " ".join(convert(str(path), tmp_path / "out", tokenizer=str(tokenizer_folder), config=tiny_config()))
@@ -214,7 +214,7 @@ def test_file_that_carries_code_is_refused_and_not_run(tmp_path, refused, how):
 
 
 def test_missing_surplus_and_misshapen_tensors_are_named(tmp_path, tokenizer_folder, refused):
-    state = randomise(build_open_clip(tiny_config())).state_dict()
+    state = randomise(build_open_clip_model(tiny_config())).state_dict()
     del state["visual.conv1.weight"], state["text.proj.2.weight"]
     state |= {"text.transformer.pooler.dense.bias": torch.zeros(3), "logit_bias": torch.zeros(1)}
     state["visual.proj"] = torch.zeros(48, 7)
@@ -261,7 +261,7 @@ def test_a_configuration_that_can_not_be_is_one_line_before_any_weight_is_read(
 def test_what_open_clip_can_not_do_to_images_is_named(tiny_processor, name, value):
     changed = type(tiny_processor.image_processor)(**tiny_processor.image_processor.to_dict() | {name: value})
     with pytest.raises(ValueError, match=f"image_processor.{name} of the processor is"):
-        preprocess_cfg_of(changed)
+        to_preprocess_cfg(changed)
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,13 @@ from test_train_accelerate import flags
 from transformers import AutoModel
 
 import train_accelerate
-from capivara_common.weight_file import weight_files
+from capivara_common.weight_file import find_weight_files
 from capivara_search.models import SearchModel
 from captions import score, select
 from captions.stages import check_complete
 from eval import retrieval
 from hub_upload import export
-from modeling_capivara.loading import MAX_NAMED_KEYS, load_model, mapped_model, two_towers_config
+from modeling_capivara.loading import MAX_NAMED_KEYS, load_model, load_mapped_model, load_two_towers_config
 from modeling_capivara.two_towers import load_embedder
 from training import interpolate
 from training.inputs import embed_pixels
@@ -86,7 +86,7 @@ def test_a_scale_in_the_weights_that_cannot_be(tiny_folder):
     with pytest.raises(ValueError, match=r"model: logit_scale must be from -20 to 20, got 1000000\.0\.$"):
         load_model(tiny_folder)
     with pytest.raises(ValueError, match=r"logit_scale must be from -20 to 20"):
-        mapped_model(tiny_folder, two_towers_config(tiny_folder))
+        load_mapped_model(tiny_folder, load_two_towers_config(tiny_folder))
 
 
 def test_weights_of_another_architecture_are_refused_with_at_most_five_names(tiny_folder, capfd):
@@ -96,7 +96,7 @@ def test_weights_of_another_architecture_are_refused_with_at_most_five_names(tin
     config["text_config"]["num_hidden_layers"] = 9
     config["vision_config"] |= {"num_hidden_layers": 1, "intermediate_size": 77}
     path.write_text(json.dumps(config), encoding="utf-8")
-    for load in (load_model, lambda folder: mapped_model(folder, two_towers_config(folder))):
+    for load in (load_model, lambda folder: load_mapped_model(folder, load_two_towers_config(folder))):
         with pytest.raises(ValueError) as error:
             load(tiny_folder)
         message = str(error.value)
@@ -138,7 +138,7 @@ def test_an_index_of_weights_that_cannot_be(tiny_folder, content):
     (tiny_folder / "model.safetensors").rename(tiny_folder / "model-00001-of-00001.safetensors")
     (tiny_folder / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ValueError, match=r"^[^\n]*index\.json[: ][^\n]*$"):
-        weight_files(tiny_folder)
+        find_weight_files(tiny_folder)
 
 
 @pytest.fixture(scope="module")

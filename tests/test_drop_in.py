@@ -18,13 +18,13 @@ from tokenizers import normalizers
 from towers import TOWER, gemma_like, other_texts, siglip2
 from transformers import PreTrainedTokenizerFast, SiglipConfig
 
-from capivara_common.image_side_digest import image_side_digest
+from capivara_common.image_encoder_digest import image_encoder_digest
 from hub_upload.export import main
 from hub_upload.formats import onnx as onnx_files
 from modeling_capivara import CapivaraModel, CapivaraProcessor
-from modeling_capivara.convert_open_clip import build_open_clip, open_clip_state_dict
+from modeling_capivara.convert_open_clip import build_open_clip_model, to_open_clip_state_dict
 from modeling_capivara.loading import load_model, load_processor
-from modeling_capivara.two_towers import embed_texts, image_embeds, pad, random_images, tokenise
+from modeling_capivara.two_towers import embed_texts, compute_image_embeds, pad_batch, random_images, tokenize
 
 TEXTS = ["um gato", "uma capivara na água, ao pôr do sol", "SÃ£o JoÃ£o &amp;amp; cia", "", "foto " * 90, "ﬁm ½ ☕"]
 # What a telephone's keyboard types.
@@ -161,8 +161,8 @@ def test_open_clip_takes_the_text_side_and_keeps_its_images(exported, tmp_path):
     base, model, text_side = exported
     ours, processor = load_model(base).eval(), load_processor(base)
     if is_own := isinstance(ours, CapivaraModel):
-        theirs = build_open_clip(ours.config)
-        theirs.load_state_dict(open_clip_state_dict(ours))
+        theirs = build_open_clip_model(ours.config)
+        theirs.load_state_dict(to_open_clip_state_dict(ours))
     else:
         main(["--model", str(base), "--output", str(tmp_path / "whole"), "--formats", "transformers,open_clip"])
         theirs, _ = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'whole'}")
@@ -178,11 +178,11 @@ def test_open_clip_takes_the_text_side_and_keeps_its_images(exported, tmp_path):
         (call,) = re.findall(r"`(open_clip\.tokenizer\.HFTokenizer\(.*?\))`", card)
         texts = ["um gato", "Uma CAPIVARA, na água!"]
         ids = eval(call, {"open_clip": open_clip, "folder": str(text_side)})(texts)
-        assert ids.tolist() == pad(processor, tokenise(processor, texts))["input_ids"].tolist()
-        ids = pad(processor, tokenise(processor, TEXTS))["input_ids"]
+        assert ids.tolist() == pad_batch(processor, tokenize(processor, texts))["input_ids"].tolist()
+        ids = pad_batch(processor, tokenize(processor, TEXTS))["input_ids"]
     np.testing.assert_allclose(theirs.encode_text(ids, normalize=True), embeddings(model), rtol=0, atol=1e-5)
     assert torch.equal(theirs.encode_image(pixels, normalize=True), before)
-    torch.testing.assert_close(before, image_embeds(ours, pixels), rtol=0, atol=1e-5)
+    torch.testing.assert_close(before, compute_image_embeds(ours, pixels), rtol=0, atol=1e-5)
     assert torch.equal(theirs.logit_scale, load_model(model).logit_scale.reshape(()))
 
 
@@ -216,7 +216,7 @@ def test_the_folder_holds_the_text_side_alone_and_says_what_it_is_for(model, bas
     assert "MB  open_clip_text.safetensors" in capsys.readouterr().out
     assert {name.split(".")[0] for name in load_file(folder / "open_clip_text.safetensors")} == {"text", "logit_scale"}
     facts = json.loads((folder / "drop_in.json").read_text())
-    assert facts["image_digest"] == image_side_digest(base) and facts["width"] == 24 and facts["base"] == "base"
+    assert facts["image_digest"] == image_encoder_digest(base) and facts["width"] == 24 and facts["base"] == "base"
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert f"`{facts['image_digest']}`" in card and f"`{facts['base']}`" in card and "license: mit" in card
     assert 'folder = snapshot_download("us/text-side")' in card and str(base) not in card

@@ -19,7 +19,7 @@ from tiny import save_model
 
 from capivara_common import executors
 from capivara_search import PictureIndex
-from captions.build import BuildArguments, build
+from captions.build import BuildArguments, build_dataset
 
 PLACES = ("1-translate/train/", "2-score/train", "3-select/train")
 LONGEST_S = 240  # of a build on a cluster
@@ -36,7 +36,7 @@ def config(tmp_path_factory, tiny_processor) -> Path:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
         path = write_config(folder, folder / "model")
         changed(path, evaluation_splits=None)
-        build(BuildArguments(path))
+        build_dataset(BuildArguments(path))
     (folder / "built").rename(folder / "undisturbed")
     return path
 
@@ -119,7 +119,7 @@ SLURM = ("--executor", "slurm", "--tasks", "2", "--partition", "main", "--time",
 
 
 def test_tasks_on_other_machines_import_the_code_of_this_checkout():
-    assert executors.ROOT == ROOT  # tests' own PYTHONPATH would hide another
+    assert executors.CODE_ROOT == ROOT  # tests' own PYTHONPATH would hide another
 
 
 def test_a_real_slurm(config, built, slurm):
@@ -131,7 +131,7 @@ def test_a_real_slurm(config, built, slurm):
     wait_for_jobs(slurm)
     changed(config, score={"model": model, "device": "cpu", "rows_per_part": 4})
     logs = built / "logs" / "2-score" / "train" / "rows"
-    assert (failed := executors.failures(logs)).keys() == {0, 1} and "not-there" in failed[0]
+    assert (failed := executors.failure_reasons(logs)).keys() == {0, 1} and "not-there" in failed[0]
     assert len(list((built / "1-translate" / "train").glob("*.parquet"))) == 7
     assert not (built / "3-select").exists() and not (built / "dataset").exists()
     said = run(config, "--dry_run")

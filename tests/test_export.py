@@ -23,7 +23,7 @@ from hub_upload.formats import open_clip as open_clip_format
 from hub_upload.formats.onnx import ENDINGS, open_graph
 from hub_upload.formats.open_clip import text_config_source
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
-from modeling_capivara.convert_open_clip import capivara_state_dict, open_clip_state_dict
+from modeling_capivara.convert_open_clip import to_capivara_state_dict, to_open_clip_state_dict
 from modeling_capivara.loading import load_processor
 from modeling_capivara.two_towers import random_images, random_texts
 
@@ -210,7 +210,7 @@ def test_the_tokenizer_file_alone_reads_curly_quotes_as_our_code_does(source, tm
     ours = load_processor(source).tokenizer
     alone = Tokenizer.from_file(str(tmp_path / "repository" / "tokenizer.json"))
     for text in ("“um gato”", "‘uma’ casa d’água", "„casa‟"):
-        assert alone.encode(text).ids == ours(text)["input_ids"] != ours.plain()(text)["input_ids"]
+        assert alone.encode(text).ids == ours(text)["input_ids"] != ours.without_cleaning()(text)["input_ids"]
     export(tmp_path / "repository", tmp_path / "again", ["transformers"])
     files = [(tmp_path / name / "tokenizer.json").read_text(encoding="utf-8") for name in ("repository", "again")]
     assert files[0] == files[1]
@@ -228,20 +228,20 @@ def test_every_tensor_is_the_models_in_both_files(tmp_path, tiny_processor, dtyp
     caplog.set_level("INFO")
     held = []
 
-    def mapped(folder, config, of=open_clip_format.mapped_model):
+    def mapped(folder, config, of=open_clip_format.load_mapped_model):
         held.append(weakref.ref(found := of(folder, config)))
         return found
 
-    def read(files, of=open_clip_format.mapped_tensors):
+    def read(files, of=open_clip_format.load_mapped_tensors):
         assert held[0]() is None, "memory holds one copy of the weights at a time"
         return of(files)
 
-    monkeypatch.setattr(open_clip_format, "mapped_model", mapped)
-    monkeypatch.setattr(open_clip_format, "mapped_tensors", read)
+    monkeypatch.setattr(open_clip_format, "load_mapped_model", mapped)
+    monkeypatch.setattr(open_clip_format, "load_mapped_tensors", read)
     quick(tmp_path / "model", tmp_path / "repository")
     ours = load_file(tmp_path / "repository" / "model.safetensors")
     theirs = load_file(tmp_path / "repository" / "open_clip_model.safetensors")
-    for found in (ours, capivara_state_dict(theirs)):
+    for found in (ours, to_capivara_state_dict(theirs)):
         assert found.keys() == model.state_dict().keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
     assert f"{len(ours)} tensors compared, all equal" in caplog.text
@@ -250,11 +250,11 @@ def test_every_tensor_is_the_models_in_both_files(tmp_path, tiny_processor, dtyp
 
 def test_a_wrong_tensor_is_named_and_nothing_is_kept(source, tmp_path, monkeypatch):
     def swapped(model):
-        state = open_clip_state_dict(model)
+        state = to_open_clip_state_dict(model)
         pre, post = "visual.ln_pre.weight", "visual.ln_post.weight"
         return {**state, pre: state[post], post: state[pre]}
 
-    monkeypatch.setattr(open_clip_format, "open_clip_state_dict", swapped)
+    monkeypatch.setattr(open_clip_format, "to_open_clip_state_dict", swapped)
     wrong = (
         "open_clip_model.safetensors does not hold the model.* vision_model.post_layernorm.weight, vision_model.pre_lay"
     )
@@ -322,7 +322,7 @@ def test_text_config_must_be_the_models(source, tmp_path, named, message):
 def test_open_clip_reads_the_models_own_ids(source, tmp_path):
     quick(source, tmp_path / "repository")
     settings = json.loads((tmp_path / "repository" / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
-    plain = CapivaraProcessor.from_pretrained(source).tokenizer.plain()
+    plain = CapivaraProcessor.from_pretrained(source).tokenizer.without_cleaning()
     for options, is_same in ((settings["tokenizer_kwargs"], True), ({"tokenizer_type": "xlm-roberta"}, False)):
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "repository", **options)
         assert all((plain(text).input_ids == theirs(text).input_ids) for text in ("um gato", "ﬁm")) == is_same

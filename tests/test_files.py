@@ -12,16 +12,16 @@ import pytest
 from safetensors.numpy import save_file
 
 from capivara_common.files import (
-    DIGEST_BYTES,
+    DIGEST_HEX_LENGTH,
     UMASK,
-    add_digest,
+    append_digest,
     check_output_file,
     check_output_folder,
-    has_digest,
+    digest_matches,
     read_json,
     remove_leftovers,
-    whole_file,
-    whole_folder,
+    atomic_file,
+    atomic_folder,
     write_json,
 )
 
@@ -39,7 +39,7 @@ def test_json_is_replaced_whole(tmp_path):
     with path.open(encoding="utf-8") as reader:  # whoever reads has the old file whole
         write_json(path, {"b": 1})
         assert json.load(reader) == {"a": "ação"}
-    with pytest.raises(RuntimeError), whole_file(path) as new:
+    with pytest.raises(RuntimeError), atomic_file(path) as new:
         new.write_text("half")
         raise RuntimeError
     assert read_json(path) == {"b": 1} and [p.name for p in path.parent.iterdir()] == ["x.json"]
@@ -47,19 +47,19 @@ def test_json_is_replaced_whole(tmp_path):
 
 def test_every_byte_of_a_file_with_a_digest_counts(tmp_path):
     path, data = tmp_path / "x", bytes(range(200, 256))
-    assert not has_digest(path)
+    assert not digest_matches(path)
     path.write_bytes(data)
-    add_digest(path)
-    assert has_digest(path) and path.read_bytes()[:-DIGEST_BYTES] == data
+    append_digest(path)
+    assert digest_matches(path) and path.read_bytes()[:-DIGEST_HEX_LENGTH] == data
     whole = path.read_bytes()
     for place in range(len(whole)):
         for mask in (1, 0x20, 0xFF):  # 0x20 makes a small letter of the digest a capital
             path.write_bytes(whole[:place] + bytes([whole[place] ^ mask]) + whole[place + 1 :])
-            assert not has_digest(path), (place, mask)
+            assert not digest_matches(path), (place, mask)
         path.write_bytes(whole[:place])
-        assert not has_digest(path), f"{place} bytes"
+        assert not digest_matches(path), f"{place} bytes"
     path.write_bytes(whole + b"\0")
-    assert not has_digest(path)
+    assert not digest_matches(path)
 
 
 def test_json_that_is_none_is_named(tmp_path):
@@ -80,7 +80,7 @@ def test_json_that_is_none_is_named(tmp_path):
 
 def test_weights_are_as_readable_as_their_neighbours(tmp_path):
     """safetensors makes files that only their owner reads."""
-    with whole_folder(tmp_path / "out") as folder:
+    with atomic_folder(tmp_path / "out") as folder:
         save_file({"a": np.ones(1)}, folder / "model.safetensors")
         write_json(folder / "sub" / "config.json", {})
     for path in [tmp_path / "out", *(tmp_path / "out").rglob("*")]:
@@ -91,16 +91,16 @@ def test_old_folder_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
     out, rename = tmp_path / "out", Path.rename
     out.mkdir()
     (out / "old").write_text("1")
-    with pytest.raises(ValueError, match=r"not empty.*--overwrite_output_dir"), whole_folder(out):
+    with pytest.raises(ValueError, match=r"not empty.*--overwrite_output_dir"), atomic_folder(out):
         pass
-    with pytest.raises(KeyboardInterrupt), whole_folder(out, overwrite=True) as folder:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(out, overwrite=True) as folder:
         (folder / "new").write_text("1")
         raise KeyboardInterrupt
     assert [p.name for p in out.iterdir()] == ["old"] and [p.name for p in tmp_path.iterdir()] == ["out"]
-    with whole_folder(out, overwrite=True) as folder:
+    with atomic_folder(out, overwrite=True) as folder:
         (folder / "new").write_text("1")
     monkeypatch.setattr(Path, "rename", lambda path, to: rename(path, "/no/such" if "tmp-" in path.name else to))
-    with pytest.raises(FileNotFoundError), whole_folder(out, overwrite=True):
+    with pytest.raises(FileNotFoundError), atomic_folder(out, overwrite=True):
         pass
     assert [p.name for p in out.iterdir()] == ["new"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -116,7 +116,7 @@ def test_another_process_tidies_up_between_the_two_renames(tmp_path, monkeypatch
         remove_leftovers(out)
 
     monkeypatch.setattr(Path, "rename", renamed)
-    with whole_folder(out, overwrite=True) as folder:
+    with atomic_folder(out, overwrite=True) as folder:
         write_json(folder / "a", "new")
     assert read_json(out / "a") == "new" and [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -126,7 +126,7 @@ def test_a_replaced_folder_that_is_half_removed_is_never_put_back(tmp_path, monk
     write_json(out / "a", "old")
     write_json(tmp_path / ".out.old-01234567" / "a", "older")
     monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # killed as it begins
-    with whole_folder(out, overwrite=True):  # removes what is older, then what is old
+    with atomic_folder(out, overwrite=True):  # removes what is older, then what is old
         pass
     monkeypatch.undo()
     out.rename(tmp_path / "kept")
@@ -137,7 +137,7 @@ def test_a_replaced_folder_that_is_half_removed_is_never_put_back(tmp_path, monk
 def test_disk_full(small_disk, tiny_model):
     with (
         pytest.raises(OSError, match="No space left on the disk") as caught,
-        whole_folder(small_disk / "out") as folder,
+        atomic_folder(small_disk / "out") as folder,
     ):
         (folder / "filler").write_bytes(b"0" * 900_000)
         tiny_model.save_pretrained(folder)  # safetensors says so in words, not by errno
@@ -150,7 +150,7 @@ def test_an_output_file_that_cannot_be(tmp_path):
     for path in (tmp_path / "notes", tmp_path / "new" / "x.json"):
         check_output_file(path)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="is a file"), whole_folder(tmp_path / "notes", overwrite=True):
+    with pytest.raises(ValueError, match="is a file"), atomic_folder(tmp_path / "notes", overwrite=True):
         pass
     faults = {tmp_path: "is a folder", Path("/"): "is a folder"}
     faults |= {tmp_path / name / "x.json": f"{name} is no folder" for name in ("notes", "link")}
@@ -198,9 +198,9 @@ def test_sigkill_at_any_step_of_a_replacement(tmp_path, kind):
 
 def test_what_a_living_process_works_in_is_left_alone(tmp_path):
     out = tmp_path / "out"
-    with whole_folder(out, overwrite=True) as first:
+    with atomic_folder(out, overwrite=True) as first:
         (first / "a").write_text("first")
-        with whole_folder(out, overwrite=True) as second:
+        with atomic_folder(out, overwrite=True) as second:
             (second / "a").write_text("second")
             assert first.is_dir() and first != second
     assert (out / "a").read_text() == "first"

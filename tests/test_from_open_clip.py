@@ -17,10 +17,10 @@ from tiny import randomise, tiny_config, tiny_tokenizer
 from towers import MAKERS, as_open_clip
 from transformers.initialization import no_init_weights
 
-from capivara_common.hub_cache import model_folder
+from capivara_common.hub_cache import resolve_model_folder
 from capivara_search.models import convert_with_torch, find_model
 from modeling_capivara import CapivaraConfig, CapivaraModel, convert_open_clip
-from modeling_capivara.convert_open_clip import build_open_clip, open_clip_model_cfg
+from modeling_capivara.convert_open_clip import build_open_clip_model, to_open_clip_model_cfg
 
 NAME = "hiaac-nlp/CAPIVARA"
 WEIGHTS = "open_clip_pytorch_model.bin"
@@ -73,11 +73,11 @@ def published(folder: Path, config: CapivaraConfig, tokenizer, text_model: str) 
     """A repository as open_clip's users publish theirs: configuration, pickled weights, tokenizer, card."""
     folder.mkdir()
     with no_init_weights():
-        state = randomise(build_open_clip(config), seed=1).state_dict()
+        state = randomise(build_open_clip_model(config), seed=1).state_dict()
     # Saved with the older versions of transformers that such models were trained with
     state[POSITION_IDS] = torch.arange(config.text_config.max_position_embeddings)[None]
     torch.save(state, folder / WEIGHTS)
-    model_cfg = open_clip_model_cfg(config, text_model)
+    model_cfg = to_open_clip_model_cfg(config, text_model)
     model_cfg["text_cfg"]["hf_tokenizer_name"] = "xlm-roberta-base"
     settings = {"model_cfg": model_cfg, "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}}
     (folder / "open_clip_config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -192,7 +192,7 @@ def test_a_folder_of_open_clip_is_converted_and_again_when_it_changes(tiny_publi
     assert model.folder.parent.parent == cache / "open_clip" and model.name == "open" and model.side == 32
     assert len(model.image_digest) == 32
     made = (model.folder / "model.safetensors").stat().st_mtime_ns
-    assert model_folder(f"local-dir:{tiny_published}", convert_with_torch) == model.folder
+    assert resolve_model_folder(f"local-dir:{tiny_published}", convert_with_torch) == model.folder
     assert (model.folder / "model.safetensors").stat().st_mtime_ns == made
     state = torch.load(tiny_published / WEIGHTS, weights_only=True)
     state["visual.proj"] = state["visual.proj"] * -1
@@ -208,18 +208,18 @@ def nothing_kept(cache: Path) -> bool:
 
 
 def test_a_tensor_that_comes_back_changed_is_noticed(tiny_published, cache, monkeypatch):
-    convert = convert_open_clip.capivara_state_dict
+    convert = convert_open_clip.to_capivara_state_dict
 
     def swapped(state):
         found = convert(state)
         names = "vision_model.pre_layrnorm.weight", "vision_model.post_layernorm.weight"
         return {**found, names[0]: found[names[1]], names[1]: found[names[0]]}
 
-    monkeypatch.setattr(convert_open_clip, "capivara_state_dict", swapped)
+    monkeypatch.setattr(convert_open_clip, "to_capivara_state_dict", swapped)
     with pytest.raises(
         ValueError, match=r"changed by the conversion.*: visual\.ln_post\.weight, visual\.ln_pre\.weight\."
     ):
-        model_folder(str(tiny_published), convert_with_torch)
+        resolve_model_folder(str(tiny_published), convert_with_torch)
     assert nothing_kept(cache)
 
 
@@ -236,13 +236,13 @@ def test_weights_that_are_not_a_models_are_refused(tiny_published, cache, change
     change(state)
     torch.save(state, tiny_published / WEIGHTS)
     with pytest.raises(ValueError, match=message):
-        model_folder(str(tiny_published), convert_with_torch)
+        resolve_model_folder(str(tiny_published), convert_with_torch)
     assert nothing_kept(cache)
 
 
 def test_a_model_of_transformers_is_none_of_ours(tmp_path):
     MAKERS["clip"](tmp_path / "clip")
-    assert model_folder(str(tmp_path / "clip"), convert_with_torch) == tmp_path / "clip"
+    assert resolve_model_folder(str(tmp_path / "clip"), convert_with_torch) == tmp_path / "clip"
     with pytest.raises(ValueError, match=r"^[^\n]* is of no CAPIVARA model: model_type is 'clip'[^\n]*$"):
         CapivaraModel.from_open_clip(str(tmp_path / "clip"))
 

@@ -21,17 +21,17 @@ from transformers import (
 
 from capivara_common.image_files import BadRow
 from captions.generate import (
-    COLUMN,
-    NOT_FINITE,
-    PREFIXES,
+    OUTPUT_COLUMN,
+    NOT_FINITE_REASON,
+    PREFIXES_FILE,
     Captioner,
     GenerateArguments,
-    generated,
+    caption_rows,
     load_captioner,
     main,
     read_prefixes,
 )
-from captions.stages import DECODED
+from captions.stages import DECODED_KEY
 
 SIDE, QUERIES, IMAGE_TOKEN, STEPS = 28, 4, 299, 9
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -41,7 +41,7 @@ QFORMER = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, 
 OPT = {"model_type": "opt", "vocab_size": 300, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64}
 OPT |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128, "bos_token_id": 2}
 OPT |= {"eos_token_id": 12, "pad_token_id": 1, "tie_word_embeddings": False}
-TEN = read_prefixes(PREFIXES)
+TEN = read_prefixes(PREFIXES_FILE)
 
 
 def opt_tokenizer() -> PreTrainedTokenizerFast:
@@ -92,7 +92,7 @@ def until_end(tokens, model) -> list[int]:
 
 
 def new_tokens(captioner: Captioner, images: list) -> list[list[list[int]]]:
-    found = captioner.new_tokens(captioner.pixels(images), TEN)
+    found = captioner.generate_tokens(captioner.preprocess_images(images), TEN)
     return [[until_end(row, captioner.model) for row in rows] for rows in found]
 
 
@@ -151,7 +151,7 @@ def test_every_image_is_encoded_once(blip2):
         (blip2.language_model.model, count("block", block)),
     ]
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
-    captioner_of(blip2, micro_batch_size=7).captions(pictures(3), TEN)
+    captioner_of(blip2, micro_batch_size=7).generate_captions(pictures(3), TEN)
     for handle in handles:
         handle.remove()
     assert rows == {"vision": 3, "qformer": 3, "block": 3}
@@ -159,12 +159,12 @@ def test_every_image_is_encoded_once(blip2):
 
 def test_scores_that_are_no_numbers_cost_one_row_its_captions(blip2, monkeypatch):
     captioner, images = captioner_of(blip2), pictures(3)
-    expected = captioner.captions(images, TEN)
-    pixels = captioner.pixels(images)
+    expected = captioner.generate_captions(images, TEN)
+    pixels = captioner.preprocess_images(images)
     pixels[1] = torch.nan
-    monkeypatch.setattr(captioner, "pixels", lambda images: pixels)
-    first, bad, last = captioner.captions(images, TEN)
-    assert isinstance(bad, BadRow) and bad.reason == NOT_FINITE and "bf16" in bad.detail
+    monkeypatch.setattr(captioner, "preprocess_images", lambda images: pixels)
+    first, bad, last = captioner.generate_captions(images, TEN)
+    assert isinstance(bad, BadRow) and bad.reason == NOT_FINITE_REASON and "bf16" in bad.detail
     assert [first, last] == [expected[0], expected[2]]
 
 
@@ -172,9 +172,9 @@ def test_scores_that_are_no_numbers_cost_one_row_its_captions(blip2, monkeypatch
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision(blip2_folder, precision):
     captioner = load_captioner(arguments(blip2_folder, precision=precision))
-    assert captioner.model.vision_model.dtype == captioner.writer.dtype != torch.float32
+    assert captioner.model.vision_model.dtype == captioner.language_model.dtype != torch.float32
     assert captioner.model.qformer.dtype == (torch.float32 if precision == "fp16" else torch.bfloat16)
-    (captions,) = captioner.captions(pictures(1), TEN)
+    (captions,) = captioner.generate_captions(pictures(1), TEN)
     assert [caption.startswith(prefix) for prefix, caption in zip(TEN, captions, strict=True)] == [True] * len(TEN)
 
 
@@ -229,7 +229,7 @@ def test_the_command(images_folder, blip2_folder, tmp_path, capsys):
     for number in (0, 1, 3, 5, 6):
         row = rows[f"picture {number}"]
         assert row["image"]["bytes"] == (images_folder / "train" / f"{number}.png").read_bytes()
-        assert [row[COLUMN]] == captioner.captions([pictures(7)[number]], TEN)
+        assert [row[OUTPUT_COLUMN]] == captioner.generate_captions([pictures(7)[number]], TEN)
     listed = [json.loads(line) for path in output.glob("*.skipped.jsonl") for line in path.read_text().splitlines()]
     assert sorted((line["row"], line["reason"]) for line in listed) == [(2, "unreadable image"), (4, "no image")]
     settings = json.loads((output / "stage.json").read_text())["settings"]
@@ -244,7 +244,7 @@ def test_own_prefixes(images_folder, blip2_folder, tmp_path):
     (tmp_path / "own.json").write_text('{"prefixes": ["a drawing of ", "here we see"]}')
     main(flags(images_folder, tmp_path / "out", blip2_folder, "--prefixes", str(tmp_path / "own.json")))
     for row in rows_of(tmp_path / "out").values():
-        assert [caption[:11] for caption in row[COLUMN]] == ["a drawing o", "here we see"]
+        assert [caption[:11] for caption in row[OUTPUT_COLUMN]] == ["a drawing o", "here we see"]
 
 
 @pytest.mark.parametrize(
@@ -278,6 +278,6 @@ def test_too_little_memory_names_the_flags_that_need_less(blip2_folder, monkeypa
     def no_memory(*args):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(captioner, "captions", no_memory)
+    monkeypatch.setattr(captioner, "generate_captions", no_memory)
     with pytest.raises(ValueError, match=r"1 images and 160 captions at once.*--micro_batch_size"):
-        generated(captioner, TEN, [{DECODED: pictures(1)[0]}])
+        caption_rows(captioner, TEN, [{DECODED_KEY: pictures(1)[0]}])

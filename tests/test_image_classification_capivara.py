@@ -148,7 +148,7 @@ def test_example_with_the_digits(tiny_folder, tmp_path, capsys):
 
 def test_the_head_alone_learns_where_the_tower_is_frozen_and_the_model_stays(classifier, tiny_model, pixels):
     before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
-    classifier.freeze_image_tower()
+    classifier.freeze_image_encoder()
     classifier.train()(pixels, labels=torch.tensor([0, 1, 2, 2, 1, 0])).loss.backward()
     reached = {name for name, parameter in classifier.named_parameters() if parameter.grad is not None}
     assert reached == {"classifier.weight", "classifier.bias", "logit_scale"} and not classifier.vision_model.training

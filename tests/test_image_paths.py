@@ -24,11 +24,11 @@ from test_generate import image_processor, opt_tokenizer, tiny_blip2
 
 import train_accelerate
 from capivara_common import image_files
-from capivara_common.files import Bounds
-from capivara_common.image_files import BadImage, ImageFiles, decode_image, image_bytes
-from caption_data.labelled_images import load_images
+from capivara_common.files import AllowedFolders
+from capivara_common.image_files import BadImage, ImageAccess, decode_image, read_image_bytes
+from caption_data.labeled_images import load_labeled_images
 from caption_data.sources import open_split
-from captions.build import BuildArguments, build
+from captions.build import BuildArguments, build_dataset
 from captions.generate import main as generate
 from captions.score import main as score
 from captions.select import main as select
@@ -161,7 +161,7 @@ FORMS = [as_parquet, as_list, as_saved, as_tar]
 )  # fmt: skip
 def test_what_is_no_image_is_a_bad_row(image, tmp_path):
     with pytest.raises(BadImage):
-        image_bytes(image, ImageFiles(Bounds(tmp_path)))
+        read_image_bytes(image, ImageAccess(AllowedFolders(tmp_path)))
 
 
 def test_a_stage_with_other_limits_is_another_stage(tmp_path):
@@ -188,7 +188,7 @@ def test_an_address_in_a_list_is_refused_as_one(tmp_path, server):
         (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name}) + "\n", encoding="utf-8")
         split = open_split(str(tmp_path), "train", "image")
         with pytest.raises(BadImage, match=f"'{name}': an address, which is not fetched"):
-            image_bytes(next(split.rows())["image"], split.files)
+            read_image_bytes(next(split.rows())["image"], split.image_access)
     assert not server.requests
 
 
@@ -196,31 +196,31 @@ def test_a_path_is_followed_where_it_may_be(tmp_path, hostile):
     """Within the data set's folder, absolute or relative, and in a folder that the user names; elsewhere it is not."""
     (tmp_path / "data" / "in").mkdir()
     (tmp_path / "data" / "in" / "a.png").write_bytes(good()[1])
-    inside = ImageFiles(Bounds(tmp_path / "data"))
+    inside = ImageAccess(AllowedFolders(tmp_path / "data"))
     for path in ("in/a.png", str(tmp_path / "data" / "in" / "a.png"), f"{tmp_path}/home/../data/in/a.png"):
-        assert image_bytes({"bytes": None, "path": path}, inside) == good()[1]
+        assert read_image_bytes({"bytes": None, "path": path}, inside) == good()[1]
     with pytest.raises(BadImage, match="a path of a row that should hold the bytes"):
-        image_bytes({"bytes": None, "path": str(tmp_path / "data" / "in" / "a.png")})
+        read_image_bytes({"bytes": None, "path": str(tmp_path / "data" / "in" / "a.png")})
     private = {"bytes": None, "path": str(tmp_path / "home" / "private.png")}
     with pytest.raises(BadImage, match=r"lies outside of the data set's folder; --image_roots names others"):
-        image_bytes(private, inside)
-    assert image_bytes(private, ImageFiles(Bounds(tmp_path / "data", [tmp_path / "home"]))) == photo()
-    everywhere = ImageFiles(Bounds(tmp_path / "data", [Path("/")]))
+        read_image_bytes(private, inside)
+    assert read_image_bytes(private, ImageAccess(AllowedFolders(tmp_path / "data", [tmp_path / "home"]))) == photo()
+    everywhere = ImageAccess(AllowedFolders(tmp_path / "data", [Path("/")]))
     for path in ("/dev/zero", "/proc/self/fd/1", str(tmp_path / "home" / "fifo"), "/etc/passwd", str(tmp_path)):
         with pytest.raises(BadImage, match="unreadable image"):
-            image_bytes({"bytes": None, "path": path}, everywhere)
+            read_image_bytes({"bytes": None, "path": path}, everywhere)
 
 
 def test_more_than_the_default_of_pixels_is_asked_for(monkeypatch):
     stream = io.BytesIO()
     PIL.Image.new("1", (8000, 7000)).save(stream, "PNG")
     row = {"bytes": stream.getvalue(), "path": None}
-    for read in (image_bytes, decode_image):
+    for read in (read_image_bytes, decode_image):
         with pytest.raises(BadImage, match=r"8000 x 7000 pixels; all may be 50,000,000 \(--max_pixels raises it\)"):
             read(row)
-    assert decode_image(row, ImageFiles(max_pixels=56_000_000)).size == (8000, 7000)
+    assert decode_image(row, ImageAccess(max_pixels=56_000_000)).size == (8000, 7000)
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 10_000_000)  # PIL's own limit; put back afterwards
-    assert len(image_bytes(row, ImageFiles(max_pixels=56_000_000))) == len(stream.getvalue())
+    assert len(read_image_bytes(row, ImageAccess(max_pixels=56_000_000))) == len(stream.getvalue())
 
 
 def test_what_datasets_would_open_by_itself(tmp_path, server, tiny_folder, monkeypatch):
@@ -235,7 +235,7 @@ def test_what_datasets_would_open_by_itself(tmp_path, server, tiny_folder, monke
     pq.write_table(pa.table(rows, schema=features.arrow_schema), tmp_path / "data" / "test.parquet")
     head = yaml.safe_dump({"configs": [{"config_name": "default", "data_files": [{"split": "test", "path": address}]}]})
     (tmp_path / "data" / "README.md").write_text(f"---\n{head}---\n", encoding="utf-8")
-    assert image_bytes(next(open_split(str(tmp_path / "data"), "test", "image").rows())["image"]) == good()[0]
+    assert read_image_bytes(next(open_split(str(tmp_path / "data"), "test", "image").rows())["image"]) == good()[0]
     command = ["--model", str(tiny_folder), "--benchmark", "cifar-10", "--images", str(tmp_path / "data")]
     classify([*command, "--image_column", "image", "--output", str(tmp_path / "r.json")])
     assert json.loads((tmp_path / "r.json").read_text())["skipped"] == {} and not server.requests
@@ -300,7 +300,7 @@ def test_the_stages_and_a_build(tmp_path, hostile, server, tiny_folder, blip2_fo
         "card": {"license": "mit", "sources": [{"name": "made here", "license": "mit"}]},
     }  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    built = build(BuildArguments(tmp_path / "config.yaml"))
+    built = build_dataset(BuildArguments(tmp_path / "config.yaml"))
     assert [row["image"]["bytes"] for row in open_split(str(built), "train", "image").rows()] == good()
     for skipped in out.rglob("*.skipped.jsonl"):
         skipped.unlink()
@@ -335,7 +335,7 @@ def test_training_and_its_cache(tmp_path, hostile, server, tiny_folder, monkeypa
 
 
 def test_heic_without_its_package(monkeypatch):
-    monkeypatch.setattr(image_files, "_FORMATS", ("PNG",))
+    monkeypatch.setattr(image_files, "_AVAILABLE_FORMATS", ("PNG",))
     with pytest.raises(BadImage, match=r"'a\.heic' is no image of PNG, .*the extra `heic` reads HEIC, too: pip"):
         decode_image({"bytes": b"\0\0\0\x18ftypheic", "path": "a.heic"})
 
@@ -353,9 +353,9 @@ def test_a_tile_that_is_larger_than_its_image():
         place = next(i for i in range(8, len(tiff)) if tiff[i : i + 2] == tag.to_bytes(2, "little"))
         tiff = tiff[: place + 2] + struct.pack("<HII", 4, 1, 35_200) + tiff[place + 12 :]
     with pytest.raises(BadImage, match=r"'a\.png' is no image of JPEG, PNG"):
-        image_bytes({"bytes": b"a text", "path": "a.png"}, ImageFiles())
+        read_image_bytes({"bytes": b"a text", "path": "a.png"}, ImageAccess())
     with pytest.raises(BadImage, match=r"tiles of 35200 x 35200 pixels; all may be 50,000,000"):
-        image_bytes({"bytes": tiff, "path": None})
+        read_image_bytes({"bytes": tiff, "path": None})
 
 
 TILE_SIDE = struct.pack("<I", 64)
@@ -381,7 +381,7 @@ def test_a_tile_whose_side_is_no_integer_is_a_bad_row(kind, count, value, order)
     """Only a single SHORT or LONG counts, as the standard of TIFF says."""
     bad = tiff_with([(322, kind, count, value), (322, 4, 1, TILE_SIDE), (323, 4, 1, struct.pack("<I", 2_000))], order)
     with pytest.raises(BadImage) as error:
-        image_bytes({"bytes": bad, "path": None})
+        read_image_bytes({"bytes": bad, "path": None})
     assert error.value.reason == "unreadable image" and "322" in error.value.detail
 
 
@@ -391,11 +391,11 @@ def test_tags_of_tiff_are_read_in_every_layout():
         good = tiff_with([], order)
         assert decode_image({"bytes": good, "path": None}).size == (64, 64)
         with pytest.raises(BadImage, match="tiles of 35200 x 35200"):
-            image_bytes({"bytes": tiff_with([(322, 4, 1, side), (323, 4, 1, side)], order), "path": None})
+            read_image_bytes({"bytes": tiff_with([(322, 4, 1, side), (323, 4, 1, side)], order), "path": None})
     tifffile.imwrite(stream := io.BytesIO(), np.zeros((64, 64), dtype=np.uint8), tile=(64, 64), bigtiff=True)
     assert decode_image({"bytes": stream.getvalue(), "path": None}).size == (64, 64)
     with pytest.raises(BadImage, match="unreadable image"):
-        image_bytes({"bytes": b"II*\0" + struct.pack("<I", 9_000) + bytes(64), "path": None})  # no directory there
+        read_image_bytes({"bytes": b"II*\0" + struct.pack("<I", 9_000) + bytes(64), "path": None})  # no directory there
 
 
 def tiff_with(entries: list[tuple[int, int, int, bytes]], order: str) -> bytes:
@@ -445,7 +445,7 @@ def test_a_pipe_in_a_data_set_is_not_waited_for(place, tmp_path):
         (tmp_path / "photos").mkdir()
         os.mkfifo(tmp_path / "photos" / "metadata.csv")
         with pytest.raises(ValueError, match="no regular file"):
-            load_images(str(tmp_path / "photos"), "test", ["cat"])
+            load_labeled_images(str(tmp_path / "photos"), "test", ["cat"])
         return
     with pytest.raises(ValueError, match=r"no regular file|outside of it"):
         open_split(str(folder), "train", "image")

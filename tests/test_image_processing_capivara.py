@@ -256,7 +256,7 @@ def test_eight_bits_are_made_alike_without_the_package(kind, high):
     values = (np.random.default_rng(0).random((5, 7)) * high).astype(kind)
     values.flat[0] = high
     found = []
-    for formula in (lambda image: image_processing_capivara.to_eight_bits(np.asarray(image)), image_files.eight_bits):
+    for formula in (lambda image: image_processing_capivara.to_uint8(np.asarray(image)), image_files.to_8_bit):
         try:
             found.append(np.asarray(formula(Image.fromarray(values))).tolist())
         except ValueError as error:

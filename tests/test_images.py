@@ -25,16 +25,16 @@ from test_train_accelerate import ROOT, flags, refused
 
 import train_accelerate
 import training.inputs
-from capivara_common.files import DIGEST_BYTES
+from capivara_common.files import DIGEST_HEX_LENGTH
 from capivara_common.image_files import BadImage
-from capivara_common.tasks import all_parts
-from caption_data.pairs import pair_table, skipped_rows, usable
+from capivara_common.tasks import split_rows
+from caption_data.pairs import build_pair_table, list_skipped_rows, drop_invalid
 from caption_data.sources import open_split
 from eval.embeddings import EmbeddingCache
 from modeling_capivara import CapivaraProcessor
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import embed_images
-from training.inputs import Pairs, cached_embeds, image_cache, with_vectors
+from training.inputs import PairDataset, load_cached_embeds, open_image_cache, add_vectors
 from training.whole_batch import StepPlan, WholeBatch, batch_indices
 
 IMAGES = 12  # of the training split of `tiny_dataset_folder`
@@ -73,20 +73,20 @@ def with_one_pixel_changed(data: bytes) -> bytes:
     return encoded(image)
 
 
-def pairs_of(dataset, processor, augmented_views=1, seed=0) -> Pairs:
+def pairs_of(dataset, processor, augmented_views=1, seed=0) -> PairDataset:
     source = open_split(str(dataset), "train", "image")
-    table = pair_table(source, ["captions-pt"], lambda row: row["captions-pt"], {"captions": "all"})
-    return Pairs(source, table, processor, augmented_views, seed)
+    table = build_pair_table(source, ["captions-pt"], lambda row: row["captions-pt"], {"captions": "all"})
+    return PairDataset(source, table, processor, augmented_views, seed)
 
 
-def with_cache(model, pairs, root, precision="no") -> Pairs:
+def with_cache(model, pairs, root, precision="no") -> PairDataset:
     AcceleratorState._reset_state()
-    return with_vectors(model, pairs, root, 4, 0, Accelerator(mixed_precision=precision, cpu=True))
+    return add_vectors(model, pairs, root, 4, 0, Accelerator(mixed_precision=precision, cpu=True))
 
 
 def cache_of(model, pairs, root, precision="no") -> Path:
     with_cache(model, pairs, root, precision)
-    return image_cache(model, pairs, root, precision).folder
+    return open_image_cache(model, pairs, root, precision).folder
 
 
 def shards(folder) -> dict[str, bytes]:
@@ -122,7 +122,7 @@ def test_what_another_cache_is_made_for(tiny_model, tiny_processor, tiny_dataset
     pairs, names = pairs_of(tiny_dataset_folder, tiny_processor), []
 
     def name(pairs=pairs, precision="no") -> str:
-        return image_cache(tiny_model, pairs, tmp_path / "caches", precision).folder.name
+        return open_image_cache(tiny_model, pairs, tmp_path / "caches", precision).folder.name
 
     first = name()
     for part in ("text_model.embeddings.word_embeddings.weight", "text_projection.0.weight", "logit_scale"):
@@ -149,7 +149,7 @@ def test_what_another_cache_is_made_for(tiny_model, tiny_processor, tiny_dataset
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda path: flipped(path, path.stat().st_size - DIGEST_BYTES - 1),  # of the list of bad images
+        lambda path: flipped(path, path.stat().st_size - DIGEST_HEX_LENGTH - 1),  # of the list of bad images
         lambda path: path.write_bytes(path.read_bytes()[:-10]),
         lambda path: path.rename(path.with_suffix(".npy")),  # as an earlier version had them
     ],
@@ -166,7 +166,7 @@ def test_a_damaged_shard_is_made_anew_and_said(
     assert shards(folder) == whole
     said = ("shard-00001.arrow is damaged; it is made", f"{folder.parent} has embeddings of an earlier version, *.npy")
     assert len([line for line in caplog.messages if any(part in line for part in said)]) == 1
-    EmbeddingCache(folder, all_parts(12, 6)).write(1, np.zeros((5, 2), np.float16), {})
+    EmbeddingCache(folder, split_rows(12, 6)).write(1, np.zeros((5, 2), np.float16), {})
     with pytest.raises(ValueError, match=r"shard-00001\.arrow should have 6 rows, it has 5\. Remove it"):
         cache_of(tiny_model, pairs, tmp_path)
 
@@ -194,22 +194,22 @@ def test_vectors_stay_with_their_images_where_one_is_left_out(
     dataset = altered(tiny_dataset_folder, tmp_path / "data", {3: NEGATIVE}, {5: []})
     pairs = pairs_of(dataset, tiny_processor)
     whole = with_cache(tiny_model, pairs, tmp_path / "caches")
-    bad = skipped_rows(whole.table, whole.source)
+    bad = list_skipped_rows(whole.table, whole.source)
     assert [(line.row, line.reason) for line in bad] == [(3, "unreadable image"), (5, "no caption")]
-    good = replace(whole, table=usable(whole.table))
+    good = replace(whole, table=drop_invalid(whole.table))
     expected = embed_images(tiny_model, tiny_processor, good)
     assert len(expected) == IMAGES - 2 and good.table["row"][:] == [0, 1, 2, 4, *range(6, IMAGES)]
     rows = np.random.default_rng(0).permutation(IMAGES - 2)
     plan = StepPlan(0, np.zeros_like(rows), rows, np.zeros_like(rows), [], [])
-    torch.testing.assert_close(cached_embeds([good], plan), expected[rows], rtol=2**-11, atol=2e-6)
+    torch.testing.assert_close(load_cached_embeds([good], plan), expected[rows], rtol=2**-11, atol=2e-6)
 
 
 def test_a_bad_image_does_not_hide_behind_augmentation(tiny_processor, tiny_dataset_folder, tmp_path):
     deep = encoded(PIL.Image.fromarray((np.linspace(0, 65535, 40 * 36).reshape(40, 36)).astype(np.uint16)))
     pairs = pairs_of(altered(tiny_dataset_folder, tmp_path / "data", {0: NEGATIVE, 1: deep}), tiny_processor, 2)
     with pytest.raises(BadImage):
-        pairs.pixels(0, 0)
-    assert pairs.pixels(1, 0).std() > 0.3, "16 bits were clipped to white"
+        pairs.load_pixels(0, 0)
+    assert pairs.load_pixels(1, 0).std() > 0.3, "16 bits were clipped to white"
 
 
 # --- training with and without ---
@@ -303,7 +303,7 @@ def test_what_bad_pictures_end_in_one_line(tiny_folder, tiny_dataset_folder, tmp
 
 def test_the_processes_of_a_launch_share_the_pass(tmp_path, monkeypatch):
     """Each shard is made by one of them, whoever comes first; all wait for all."""
-    cache, made, waited = EmbeddingCache(tmp_path, all_parts(12, 3)), [], []
+    cache, made, waited = EmbeddingCache(tmp_path, split_rows(12, 3)), [], []
     for rank in (1, 0):
         state = SimpleNamespace(process_index=rank, num_processes=2, wait_for_everyone=lambda: waited.append(1))
         monkeypatch.setattr("eval.embeddings.processes", lambda state=state: state)
@@ -316,7 +316,7 @@ def test_an_augmentation_is_a_function_of_image_seed_and_view(tiny_processor, ti
     pixels = []
     for number, (pairs, *view) in enumerate([(first, 3, 5)] * 2 + [(first, 3, 6), (first, 4, 5), (other, 3, 5)]):
         torch.manual_seed(number), np.random.seed(number), random.seed(number)  # which have no say
-        pixels.append(pairs.pixels(*view))
+        pixels.append(pairs.load_pixels(*view))
     assert [torch.equal(pixels[0], one) for one in pixels] == [True, True, False, False, False]
 
 
@@ -328,7 +328,7 @@ def test_vectors_of_two_data_sets_meet_their_pairs(tiny_model, tiny_processor, t
     both = [with_cache(tiny_model, pairs, tmp_path / "caches") for pairs in both]
     assert "Image-embedding cache: 12 images x 2 views, 0.0 MB in " in caplog.text, "said before the work"
     sources, rows, views = np.array([[1, 0, 1, 0, 0], [5, 11, 0, 4, 0], [0, 1, 1, 0, 1]])
-    found = cached_embeds(both, StepPlan(0, sources, rows, views, [], []))
-    pixels = [both[source].pixels(row, view) for source, row, view in zip(sources, rows, views, strict=True)]
+    found = load_cached_embeds(both, StepPlan(0, sources, rows, views, [], []))
+    pixels = [both[source].load_pixels(row, view) for source, row, view in zip(sources, rows, views, strict=True)]
     expected = tiny_model(pixel_values=torch.stack(pixels)).image_embeds.detach()
     torch.testing.assert_close(found, expected, rtol=2**-11, atol=2e-6)

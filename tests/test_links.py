@@ -6,7 +6,7 @@ import pytest
 from caption_tars import PICTURES, files_of, sample, write_tar
 from datasets import Dataset, DatasetDict
 
-from capivara_common.files import Bounds, refuse_links_out
+from capivara_common.files import AllowedFolders, check_links_stay_inside
 from caption_data.sources import open_split
 
 
@@ -27,20 +27,20 @@ def test_a_picture_that_is_a_link_out_is_not_read(folder):
     assert files_of(folder) == [PICTURES[1], None]
     assert files_of(folder, image_roots=[folder.parent]) == [PICTURES[1], PICTURES[2]], "unless the user says so"
     with pytest.raises(ValueError, match=r"links to files outside of it, refused: \['b.png'\]"):
-        refuse_links_out(folder)
+        check_links_stay_inside(folder)
     (folder / "b.png").unlink()
     (folder / "more").symlink_to("..", target_is_directory=True)
     with pytest.raises(ValueError, match=r"refused: \['more'\]"):
-        refuse_links_out(folder)
-    assert not Bounds(folder).hold(folder / "more" / "secret.png")
-    assert Bounds(folder, [folder.parent]).hold(folder / "more" / "secret.png")
+        check_links_stay_inside(folder)
+    assert not AllowedFolders(folder).contains(folder / "more" / "secret.png")
+    assert AllowedFolders(folder, [folder.parent]).contains(folder / "more" / "secret.png")
 
 
 def test_links_within_and_a_folder_reached_by_a_link(folder):
     (folder / "b.png").symlink_to("a.png")
     (folder.parent / "link").symlink_to("data", target_is_directory=True)
     for path in (folder, folder.parent / "link"):
-        refuse_links_out(path)
+        check_links_stay_inside(path)
         assert files_of(path) == [PICTURES[1], PICTURES[1]]
 
 
@@ -54,11 +54,11 @@ def test_a_snapshot_of_the_hubs_cache(folder, inner):
     for number, file in enumerate(folder.iterdir()):
         file.rename(repository / "blobs" / str(number))
         (snapshot / file.name).symlink_to(repository / "blobs" / str(number))
-    refuse_links_out(snapshot)
+    check_links_stay_inside(snapshot)
     assert None not in files_of(snapshot)
     (snapshot / "c.png").symlink_to(folder.parent / "secret.png")
     with pytest.raises(ValueError, match=r"c\.png"):
-        refuse_links_out(snapshot)
+        check_links_stay_inside(snapshot)
 
 
 def test_lists_archives_and_tables_that_are_links_out(folder, tmp_path):

@@ -10,18 +10,18 @@ from tiny import randomise
 from towers import TOWER, VISION
 from transformers import SiglipConfig, SiglipModel
 
-from modeling_capivara.two_towers import freeze_image_side, image_embeds
+from modeling_capivara.two_towers import freeze_image_encoder, compute_image_embeds
 from training.arguments import RunArguments
-from training.checkpoints import TrainerState
-from training.loop import Trainer
+from training.checkpoints import TrainingState
+from training.loop import TrainingLoop
 from training.trainable import build_optimizer
 from training.whole_batch import MicroBatch, StepPlan
 
 
-def trainer_of(model) -> Trainer:
+def trainer_of(model) -> TrainingLoop:
     """A trainer that is ready for a step; it has no data and no checkpoints."""
     args = RunArguments(model="m", dataset=["d"], weight_decay=0.0)
-    trainer = Trainer(args, None, model, model, None, TrainerState())
+    trainer = TrainingLoop(args, None, model, model, None, TrainingState())
     trainer.accelerator, trainer.prepared = Accelerator(cpu=True), model
     trainer.optimizer = build_optimizer(model, args)
     return trainer
@@ -34,7 +34,7 @@ def trainer_of(model) -> Trainer:
 def test_every_update_clamps_the_logit_scale(tiny_model, before, gradient, after):
     tiny_model.logit_scale.data.fill_(before)
     tiny_model.logit_scale.grad = torch.tensor(gradient)
-    trainer_of(tiny_model)._update(learning_rate=0.1)
+    trainer_of(tiny_model)._update_weights(learning_rate=0.1)
     assert tiny_model.logit_scale.item() == pytest.approx(after)
 
 
@@ -43,11 +43,11 @@ def test_images_of_a_step_are_embedded_without_dropout():
     text = TOWER | {"vocab_size": 300, "projection_size": 32, "bos_token_id": 0, "eos_token_id": 1}
     config = SiglipConfig(text_config=text, vision_config=VISION | {"attention_dropout": 0.5})
     model, pixels = randomise(SiglipModel(config)).eval(), torch.randn(3, 3, 32, 32)
-    freeze_image_side(model)
+    freeze_image_encoder(model)
     with torch.no_grad():
-        expected = image_embeds(model, pixels)
-        assert not torch.allclose(image_embeds(model.train(), pixels), expected, atol=1e-3), "dropout must show"
+        expected = compute_image_embeds(model, pixels)
+        assert not torch.allclose(compute_image_embeds(model.train(), pixels), expected, atol=1e-3), "dropout must show"
     places = np.arange(3)
     plan = StepPlan(0, places, places, places, ["um gato"] * 3, [MicroBatch(0, 0, torch.zeros(3, 1))])
-    _, embeds = trainer_of(model)._image_embeds(plan, iter([[*pixels]]))
+    _, embeds = trainer_of(model)._load_image_embeds(plan, iter([[*pixels]]))
     torch.testing.assert_close(embeds, expected)

@@ -9,7 +9,7 @@ from tiny import randomise, tiny_config
 from transformers import CLIPModel
 
 from modeling_capivara import CapivaraConfig, CapivaraModel, clip_loss
-from modeling_capivara.modeling_capivara import _check_mask, mean_pooling
+from modeling_capivara.modeling_capivara import _check_attention_mask, mean_pooling
 
 TEXTS = ["um gato", "uma foto de uma capivara azul", "a casa"]
 
@@ -117,7 +117,7 @@ def test_gradients_reach_both_towers_or_the_text_side_alone_when_frozen(tiny_mod
     missing = [n for n, p in tiny_model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
     assert not [name for name in missing if not name.endswith(("key.bias", "k_proj.bias"))]
     tiny_model.zero_grad()
-    tiny_model.train().freeze_image_tower()
+    tiny_model.train().freeze_image_encoder()
     assert tiny_model.text_model.training and not tiny_model.vision_model.training, "before the next `train()`, too"
     batch["pixel_values"].requires_grad_()
     tiny_model.train()(**batch, return_loss=True).loss.backward()
@@ -275,7 +275,7 @@ def test_outputs_of_both_towers_reach_the_caller(tiny_model, batch):
 
 def test_the_check_of_the_mask_waits_for_no_device():
     ids = torch.ones(2, 5, dtype=torch.long, device="meta")  # without values: to look at one is to wait for a GPU
-    _check_mask(ids, ids)
+    _check_attention_mask(ids, ids)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from towers import MAKERS, as_published, gemma_like, siglip2
 
-from capivara_common import image_side_digest as digests
+from capivara_common import image_encoder_digest as digests
 from capivara_search.models import DEFAULT_MODEL, MANY_TEXTS, find_model
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts, embedding_width
@@ -262,7 +262,7 @@ def test_the_digest_is_computed_once(tiny_folder, cache, monkeypatch):
     digest = find_model(str(tiny_folder)).image_digest
     (kept,) = (cache / "image_digests").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(digests, "_digest_of", lambda paths: pytest.fail("the weights were read again"))
+        patch.setattr(digests, "_compute_weights_digest", lambda paths: pytest.fail("the weights were read again"))
         assert find_model(str(tiny_folder)).image_digest == digest
     with monkeypatch.context() as patch:
         patch.setenv("CAPIVARA_CACHE", str(tiny_folder / "config.json"))  # no folder: it costs nothing else
@@ -283,6 +283,6 @@ def test_another_file_of_the_same_size_and_date_has_its_own_digest(tiny_folder, 
     for path in (folder, other):
         os.utime(path / "model.safetensors", (1e9, 1e9))  # as archives that can be made again have it
     assert len({path.stat().st_size for path in tmp_path.glob("*/model.safetensors")}) == 1
-    before = digests.image_side_digest(folder)
+    before = digests.image_encoder_digest(folder)
     shutil.copy2(other / "model.safetensors", folder / "model.safetensors")
-    assert digests.image_side_digest(folder) != before
+    assert digests.image_encoder_digest(folder) != before

@@ -15,20 +15,20 @@ import train_accelerate
 from hub_upload.export import export
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model, load_processor
-from modeling_capivara.trim_vocabulary import language_words, trim, word_forms
+from modeling_capivara.trim_vocabulary import frequent_words, trim, word_variants
 from modeling_capivara.two_towers import (
-    IMAGE_SIDE,
+    IMAGE_ENCODER_PREFIXES,
     embed_texts,
-    freeze_image_side,
-    image_embeds,
+    freeze_image_encoder,
+    compute_image_embeds,
     load_embedder,
     random_images,
     random_texts,
-    tokenise,
+    tokenize,
 )
 from training.arguments import RunArguments
 from training.trainable import prepare_trainable
-from training.whole_batch import micro_batches
+from training.whole_batch import make_micro_batches
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 TWELVE = [f"{caption} {ending}" for caption in CAPTIONS[:6] for ending in ("azul", "e uma casa verde")]
@@ -54,7 +54,7 @@ def test_step_equals_the_models_own_loss(kind, budget, tmp_path):
     """Micro-batches of 5 of 12, against `return_loss=True` of all at once, gradients included."""
     folder, pixels = tmp_path / "base", torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     model, processor = CLASSES[kind].from_pretrained(folder).train(), AutoProcessor.from_pretrained(folder)
-    freeze_image_side(model)
+    freeze_image_encoder(model)
     padding = {"padding": "max_length", "max_length": 64} if kind == "siglip" else {"padding": True}
     texts = processor(text=TWELVE, return_tensors="pt", **padding)
     loss = model(**texts, pixel_values=pixels, return_loss=True).loss
@@ -62,10 +62,10 @@ def test_step_equals_the_models_own_loss(kind, budget, tmp_path):
     expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
     model = load_model(folder).train()
-    freeze_image_side(model)
-    batches, order = micro_batches(load_processor(folder), TWELVE, 5)
+    freeze_image_encoder(model)
+    batches, order = make_micro_batches(load_processor(folder), TWELVE, 5)
     with torch.no_grad():
-        images = image_embeds(model, pixels[order])
+        images = compute_image_embeds(model, pixels[order])
     report, actual = gradients_of(model, Accelerator(cpu=True), batches, images, budget)
     assert report.loss == pytest.approx(loss.item(), rel=1e-6)
     assert actual.keys() == expected.keys() and "logit_scale" in actual
@@ -85,7 +85,7 @@ def test_a_run_saves_the_bases_own_class(more, kind, tmp_path, tiny_dataset_fold
     base, trained = (CLASSES[kind].from_pretrained(tmp_path / name) for name in ("base", "run"))
     before, after = base.state_dict(), trained.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and not any(name.startswith(IMAGE_SIDE) for name in changed)
+    assert changed and not any(name.startswith(IMAGE_ENCODER_PREFIXES) for name in changed)
     assert ("logit_scale" in changed) == (kind == "clip" and "lora_rank" not in more)
     assert "logit_bias" not in changed
     assert AutoProcessor.from_pretrained(tmp_path / "run")(text="um gato").input_ids
@@ -102,17 +102,17 @@ def trimmed(folder, output, **options):
 @pytest.mark.parametrize("size", [3000, pytest.param(256_000, marks=pytest.mark.slow)])  # SigLIP 2 has so many
 def test_a_bpe_with_bytes_is_trimmed_and_texts_of_its_pieces_stay(size, tmp_path):
     """Merges are closed under what is kept: the same pieces, with the same rows, in the same order."""
-    words = language_words("pt", 300) + language_words("de", 2000)
+    words = frequent_words("pt", 300) + frequent_words("de", 2000)
     many = ("pt", "en", "de", "fr", "es", "it", "nl", "pl")
-    more = (f"▁{word}" for code in many for word in language_words(code, 50_000))
-    siglip2(tmp_path / "base", gemma_like([*map(word_forms, words), *TWELVE], 3000, more, size))
+    more = (f"▁{word}" for code in many for word in frequent_words(code, 50_000))
+    siglip2(tmp_path / "base", gemma_like([*map(word_variants, words), *TWELVE], 3000, more, size))
     (tmp_path / "texts").write_text("\n".join(TWELVE), encoding="utf-8")
     whole, small, base, cut = trimmed(tmp_path / "base", tmp_path / "small", texts=[tmp_path / "texts"])
     assert len(small.tokenizer) < 0.8 * size and len(whole.tokenizer) == size
     tables = [model.text_model.get_input_embeddings().weight for model in (base, cut)]
     changed = 0
-    for text in [*TWELVE, *map(word_forms, language_words("pt", 300)), "Über die Brücke 鮫", "geschwindigkeit"]:
-        before, after = (tokenise(processor, [text])[0]["input_ids"] for processor in (whole, small))
+    for text in [*TWELVE, *map(word_variants, frequent_words("pt", 300)), "Über die Brücke 鮫", "geschwindigkeit"]:
+        before, after = (tokenize(processor, [text])[0]["input_ids"] for processor in (whole, small))
         pieces = [one.tokenizer.convert_ids_to_tokens(ids) for one, ids in ((whole, before), (small, after))]
         changed += pieces[0] != pieces[1]
         assert torch.equal(tables[0][before], tables[1][after]) == (pieces[0] == pieces[1])
@@ -127,8 +127,8 @@ def test_siglip2_of_full_width_is_read_by_open_clip_and_sentence_transformers(tm
     import open_clip
     from sentence_transformers import SentenceTransformer
 
-    words = [word for code in ("pt", "en", "de") for word in language_words(code, 10_000)]
-    tokenizer = gemma_like(list(map(word_forms, words)), 30_000)
+    words = [word for code in ("pt", "en", "de") for word in frequent_words(code, 10_000)]
+    tokenizer = gemma_like(list(map(word_variants, words)), 30_000)
     text = {"vocab_size": 30_000, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
     siglip2(tmp_path / "base", tokenizer, SiglipConfig(text_config=text))
     folder, images = tmp_path / "made", [image.convert("RGB") for image in random_images()]

@@ -18,12 +18,12 @@ from tiny import draw_nothing
 from towers import MAKERS, gemma_like, siglip2
 
 from capivara_common.files import read_json
-from capivara_common.image_side_digest import image_side_digest
+from capivara_common.image_encoder_digest import image_encoder_digest
 from eval import report, retrieval, suite
 from hub_upload.card import check, write_card
 from hub_upload.export import export, main
 from modeling_capivara.loading import load_processor
-from modeling_capivara.two_towers import load_embedder, random_images, random_texts, tokenise
+from modeling_capivara.two_towers import load_embedder, random_images, random_texts, tokenize
 
 OWN = "transformers,open_clip,sentence_transformers"  # what a push after a run exports
 WORDS = ["um gato azul", "um céu verde", "uma foto vermelha", "um quadrado branco"]
@@ -133,7 +133,7 @@ def test_the_text_side_alone_of_a_run(run, kind, alone, tmp_path):
         assert made == {"config.json", *(f"textual/{name}" for name in textual)}
     else:
         assert {"model.safetensors", "onnx/text_model.onnx", "tokenizer.json"} <= made and "modules.json" not in made
-        assert read_json(output / "drop_in.json")["image_digest"] == image_side_digest(run.parent / "base")
+        assert read_json(output / "drop_in.json")["image_digest"] == image_encoder_digest(run.parent / "base")
 
 
 def test_a_text_config_is_for_capivara_alone(run, tmp_path):
@@ -195,7 +195,7 @@ def test_graphs_are_the_model(run, graphs, kind, tmp_path):
     assert (inputs["input_ids"][1] == 64) == (kind == "siglip")
     model, processor = load_embedder(str(run)), load_processor(run)
     expected, images = model.texts(random_texts()), [image.convert("RGB") for image in random_images()]
-    for row, wanted in zip(tokenise(processor, random_texts()), expected, strict=True):
+    for row, wanted in zip(tokenize(processor, random_texts()), expected, strict=True):
         (found,) = text.run(None, {name: [values] for name, values in row.items()})
         torch.testing.assert_close(torch.from_numpy(found[0]), wanted, rtol=0, atol=1e-5)
     pixels = processor(images=images, return_tensors="np")["pixel_values"]

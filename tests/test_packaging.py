@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import modeling_capivara
-from capivara_common.environment import how_to_install, require
+from capivara_common.environment import install_command, require_packages
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = configparser.ConfigParser()
@@ -40,10 +40,10 @@ def test_what_is_said_to_be_installed_is_this_project():
 
 def test_a_missing_package_is_said_with_what_brings_it():
     for extra in EXTRAS:
-        assert how_to_install(extra).endswith(f'pip install -e ".[{extra}]"')
+        assert install_command(extra).endswith(f'pip install -e ".[{extra}]"')
     with pytest.raises(ImportError, match=r'^X needs no_such.module, .* checkout: pip install -e "\.\[app\]"$'):
-        require("X", "app", "json", "no_such.module")
-    require("X", "app", "json")
+        require_packages("X", "app", "json", "no_such.module")
+    require_packages("X", "app", "json")
 
 
 def test_versions_and_authors_agree():

@@ -24,7 +24,7 @@ from made_raw import made_dng
 from PIL.ExifTags import GPS, IFD, Base
 
 from capivara_common import image_files
-from capivara_common.image_files import TURNS, BadImage, open_regular_file
+from capivara_common.image_files import EXIF_TRANSPOSES, BadImage, open_regular_file
 from capivara_search import picture_files
 from capivara_search.picture_files import (
     REDUCED_SIDES,
@@ -250,7 +250,7 @@ def test_pictures_are_upright(kind, orientation, tmp_path):
         pytest.importorskip("pillow_heif")
     # The size shows that the shape comes from the file, where reduced sides are rounded up.
     lying = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}.get(orientation)  # the turn that undoes that of EXIF
-    image = corners((1212, 900)) if lying is None else corners((1212, 900)).transpose(TURNS[lying])
+    image = corners((1212, 900)) if lying is None else corners((1212, 900)).transpose(EXIF_TRANSPOSES[lying])
     file = saved(tmp_path / "a", image, kind=kind, exif=exif_of(orientation).tobytes())
     picture, whole = read_picture(file, side=32), open_query_picture(file.path)
     assert (picture.width, picture.height) == whole.size == (1212, 900) and picture.image.size == (43, 32)
@@ -363,7 +363,7 @@ def test_raw_by_its_preview(orientation, tmp_path):
     pytest.importorskip("rawpy")
     lying = {3: 3, 6: 8, 8: 6}.get(orientation)
     image = corners((640, 480)) if orientation in (1, 3) else corners((480, 640))
-    preview = image if lying is None else image.transpose(TURNS[lying])
+    preview = image if lying is None else image.transpose(EXIF_TRANSPOSES[lying])
     for exif in (None, exif_of(orientation, DateTimeOriginal="2001:01:01 00:00:00")):
         data = encoded(preview, exif=exif) if exif else encoded(preview)
         data = data[:2] + data[20:] if exif else data  # without JFIF; LibRaw writes EXIF where it does not come first

@@ -82,11 +82,11 @@ def test_word_counts_are_kept_for_the_next_run(tmp_path, tiny_processor, monkeyp
     """As after Ctrl-C during the alignment; other captions or words are counted anew."""
     monkeypatch.setenv("CAPIVARA_CACHE", str(tmp_path))
     counted = []
-    monkeypatch.setattr(prepare, "kept_ids", lambda processor, languages, words, texts: counted.append(texts) or [1, 2])
+    monkeypatch.setattr(prepare, "select_token_ids", lambda processor, languages, words, texts: counted.append(texts) or [1, 2])
     dataset = {"train": Dataset.from_dict({"captions-en": [["a cat"]], "captions-pt": [["um gato"]]})}
     assert prepare.word_piece_ids(dataset, tiny_processor) == prepare.word_piece_ids(dataset, tiny_processor) == [1, 2]
     assert counted == [["a cat", "um gato"]]
-    monkeypatch.setattr(prepare, "WORDS", (10, 10))
+    monkeypatch.setattr(prepare, "DEFAULT_WORD_COUNTS", (10, 10))
     prepare.word_piece_ids(dataset, tiny_processor)
     assert len(counted) == 2
 

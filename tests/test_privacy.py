@@ -10,11 +10,11 @@ import yaml
 from capivara_common.privacy import (
     SECRET_RE2,
     hide_paths,
-    machine_path_in,
-    own_paths,
-    printable,
+    find_machine_path,
+    local_paths,
+    make_printable,
     redact,
-    secret_in,
+    find_secret,
     short_name,
 )
 
@@ -57,10 +57,10 @@ def test_every_kind_of_secret_is_found_anywhere(kind, around):
     import pyarrow.compute
 
     text = around.format(SECRETS[kind])
-    words, place = secret_in(text)
+    words, place = find_secret(text)
     start = re.fullmatch(r"what looks like an access token or key \((.+)…\)", words)[1]
     assert SECRETS[kind].startswith(start) and len(start) <= 21 and text[place:].startswith(SECRETS[kind])
-    assert secret_in(text.encode()) == (words, place)
+    assert find_secret(text.encode()) == (words, place)
     assert pyarrow.compute.match_substring_regex(pyarrow.array([text]), SECRET_RE2).to_pylist() == [True]
     assert SECRETS[kind] not in redact(text) and "***" in redact(text)
 
@@ -71,8 +71,8 @@ def test_a_secret_with_an_escaped_underscore_is_found(kind, sign):
     import pyarrow.compute
 
     for text in (SECRETS[kind].replace("_", sign), f'{{"a": "{SECRETS[kind].replace("_", sign, 1)}"}}'):
-        assert secret_in(text) == secret_in(text.encode()) and secret_in("x" * 1000 + " " + text)
-        assert 0 <= secret_in(text)[1] < text.index(sign)
+        assert find_secret(text) == find_secret(text.encode()) and find_secret("x" * 1000 + " " + text)
+        assert 0 <= find_secret(text)[1] < text.index(sign)
         assert pyarrow.compute.match_substring_regex(pyarrow.array([text]), SECRET_RE2).to_pylist() == [True]
         assert LETTERS[:15] not in redact(text) and "***" in redact(text)
 
@@ -96,13 +96,13 @@ def test_a_secret_of_a_request_is_in_no_message(form):
 def test_what_is_no_secret(text):
     import pyarrow.compute
 
-    assert secret_in(text) is secret_in(text.encode()) is None and redact(text) == text
+    assert find_secret(text) is find_secret(text.encode()) is None and redact(text) == text
     assert pyarrow.compute.match_substring_regex(pyarrow.array([text]), SECRET_RE2).to_pylist() == [False]
 
 
 def test_the_token_of_this_machine_is_a_secret_whatever_its_form(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "of-another-form")
-    assert secret_in("see of-another-form") == secret_in(b"see of-another-form") == ("a token of this machine", 4)
+    assert find_secret("see of-another-form") == find_secret(b"see of-another-form") == ("a token of this machine", 4)
     assert redact("see of-another-form") == "see hf_***"
 
 
@@ -135,14 +135,14 @@ def test_an_absolute_path_of_any_root_is_found_and_hidden(path, around):
     if path.startswith("//") and around == "x:{}":
         return  # an address
     text = around.format(path)
-    assert machine_path_in(text), text
+    assert find_machine_path(text), text
     hidden = hide_paths(text)
-    assert machine_path_in(hidden) is None and "maria" not in hidden and "ana" not in hidden, hidden
+    assert find_machine_path(hidden) is None and "maria" not in hidden and "ana" not in hidden, hidden
 
 
 @pytest.mark.parametrize("text", NO_PATHS)
 def test_what_is_no_path_of_a_machine(text):
-    assert machine_path_in(text) is None, text
+    assert find_machine_path(text) is None, text
     assert hide_paths(text) in (text, text.rpartition("/")[2]), text
 
 
@@ -151,7 +151,7 @@ def test_what_is_no_path_of_a_machine(text):
 )
 def test_a_path_is_found_behind_signs(around):
     text = around.format("/data1/maria/fotos")
-    assert machine_path_in(text) and machine_path_in(hide_paths(text)) is None
+    assert find_machine_path(text) and find_machine_path(hide_paths(text)) is None
 
 
 def test_more_forms_of_paths():
@@ -160,7 +160,7 @@ def test_more_forms_of_paths():
         "[a](/docs/../home/maria/x)", "[a](/docs/x, /gpfs/maria/y)", "[a](/home/maria/x)", 'src="/data1/maria/x.png"',
         "GET /../home/maria/x", f"GET {Path.cwd()}/x", f"[a]({Path.cwd()}/x)",
     ):  # fmt: skip
-        assert machine_path_in(text), text
+        assert find_machine_path(text), text
     assert hide_paths("PATH=/usr/bin/x:/home/maria/bin") == "PATH=bin"
     assert hide_paths("in /data1/maria/x:12") == "in x:12"
     assert hide_paths("--model=/home/maria silva/run one") == "--model=run one"
@@ -174,7 +174,7 @@ def test_this_project_and_its_cards_hold_no_path():
     """No false alarm in all the prose and settings that are here."""
     patterns = ("*.md", "docs/*.md", "configs/*.yaml", "hub_upload/**/*.j2", "modeling_capivara/*.py")
     files = [path for pattern in patterns for path in ROOT.glob(pattern)]
-    found = {path.name: machine_path_in(path.read_text(encoding="utf-8")) for path in files}
+    found = {path.name: find_machine_path(path.read_text(encoding="utf-8")) for path in files}
     places = {"immich.md": "/cache", "cluster.md": "/bin/bash"}  # in Immich's container; the first line of a job
     assert {name: path for name, path in found.items() if path} == places
     assert yaml.safe_load((ROOT / "configs/capivara.yaml").read_text(encoding="utf-8"))
@@ -182,7 +182,7 @@ def test_this_project_and_its_cards_hold_no_path():
 
 def test_the_checkout_is_a_folder_of_this_machine(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert str(ROOT) in own_paths() and str(ROOT.parent) not in {*own_paths()} - {str(Path.home())}
+    assert str(ROOT) in local_paths() and str(ROOT.parent) not in {*local_paths()} - {str(Path.home())}
 
 
 def test_one_name_for_a_data_set(monkeypatch, tmp_path):
@@ -204,12 +204,12 @@ def test_what_others_say_is_shown_without_secrets_and_without_what_a_terminal_ob
     assert redact(f"Bearer xyz {token}: https://me:pass@host/x?X-Amz-Signature=ab12&b=1") == (
         "Bearer *** hf_***: https://***@host/x?X-Amz-Signature=***&b=1"
     )
-    assert printable(f"pão\x1b[31m\r\u202e\x9b\n{token}") == r"pão\x1b[31m\r\u202e\x9b" + "\nhf_***"
+    assert make_printable(f"pão\x1b[31m\r\u202e\x9b\n{token}") == r"pão\x1b[31m\r\u202e\x9b" + "\nhf_***"
 
 
 def test_a_long_text_costs_little():
     started = time.perf_counter()
     texts = ("/a" * 50_000, "//" * 50_000 + "a", "a/" * 50_000, "/" * 100_000, "C:\\" * 30_000, "hf_" * 30_000)
     for text in (*texts, "\\" * 100_000, "/path/to," * 10_000, "x:" * 50_000 + "/ "):
-        machine_path_in(text), hide_paths(text), secret_in(text), redact(text)
+        find_machine_path(text), hide_paths(text), find_secret(text), redact(text)
     assert time.perf_counter() - started < 5

@@ -45,7 +45,7 @@ def test_ids_equal_open_clip(xlmr):
     assert not different, different[:5]
     assert torch.equal(actual["attention_mask"], (expected != 1).long())
     assert max(actual["attention_mask"].sum(1)) == 77, "some strings must reach the limit"
-    plain = processor.tokenizer.plain()(
+    plain = processor.tokenizer.without_cleaning()(
         [text.encode(errors="replace").decode() for text in strings],
         padding="max_length", max_length=77, truncation=True, return_tensors="pt",
     )  # fmt: skip

@@ -16,10 +16,10 @@ from torchvision.transforms import v2 as transforms
 
 import train_accelerate
 from benchmarks.recipe import SHARES
-from capivara_common.cli import parse, read_config
+from capivara_common.cli import parse_arguments, read_yaml_config
 from modeling_capivara.loading import load_model, load_processor
 from training.arguments import RunArguments
-from training.inputs import AUGMENTATION, augmented
+from training.inputs import AUGMENTATION, augment_image
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, WARMUP, HIGH, LOW, BATCH = 50, 5, 5e-4, 1e-4, 10
@@ -42,14 +42,14 @@ OPT = {
 @pytest.mark.parametrize(("name", "published"), [("capivara", FULL), ("capivara_opt", OPT)])
 def test_configs_hold_the_published_recipe(name, published):
     config = str(ROOT / "configs" / f"{name}.yaml")
-    args = parse(RunArguments, None, ["--config", config, "--model", "m", "--dataset", "d"], config=True)
+    args = parse_arguments(RunArguments, None, ["--config", config, "--model", "m", "--dataset", "d"], config=True)
     assert {key: getattr(args, key) for key in PUBLISHED | published} == PUBLISHED | published
 
 
 def test_our_recipe_is_part_of_the_way_to_the_paper_s():
     """At full size, and in the embedded default as docs/recipe.md has chosen it."""
     for name in ("capivara", "openmoji"):
-        paper, plus = (read_config(ROOT / "configs" / f"{name}{suffix}.yaml") for suffix in ("", "_plus"))
+        paper, plus = (read_yaml_config(ROOT / "configs" / f"{name}{suffix}.yaml") for suffix in ("", "_plus"))
         assert plus == paper | {"interpolate": str(SHARES["interpolate-0.7"])}
 
 
@@ -69,7 +69,7 @@ def test_the_augmentation_is_the_published_one():
     for state in range(8):  # AugMix draws its operations: few of them interpolate
         torch.manual_seed(state)
         expected = published(image)
-        assert augmented(image, state).tobytes() == expected.tobytes(), state
+        assert augment_image(image, state).tobytes() == expected.tobytes(), state
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ import train_accelerate
 from capivara_common.files import RUN_MARKER
 from modeling_capivara.loading import load_model
 from training import whole_batch
-from training.loop import Trainer
+from training.loop import TrainingLoop
 from training.whole_batch import WholeBatch
 
 KILL_SEED = int(os.environ.get("CAPIVARA_KILL_SEED", "0"))
@@ -146,7 +146,7 @@ def test_every_kind_of_training_resumes(run, tiny_dataset_folder, tmp_path, vari
     if "max_bad_share" in values:
         values = values | {"dataset": altered(tiny_dataset_folder, tmp_path / "data", {3: NEGATIVE, 7: NEGATIVE})}
     train_accelerate.main(run(expected, **values))
-    killed_run(run(out, **values), Trainer, "_update", 6)
+    killed_run(run(out, **values), TrainingLoop, "_update", 6)
     assert checkpoints_of(out) == ["step-00000004"]
     train_accelerate.main(run(out, resume="auto", **values))
     assert_as_undisturbed(out, expected)
@@ -185,14 +185,14 @@ def ctrl_c(argv: list[str], out: Path, launcher: Sequence[str]) -> str:
     [(signal.SIGTERM, 2), (signal.SIGINT, 100)],  # a run of so few steps has no checkpoints of its own
 )
 def test_a_signal_is_taken_after_the_step(run, undisturbed, tmp_path, monkeypatch, capsys, number, save_steps):
-    out, update, calls = tmp_path / "out", Trainer._update, itertools.count(1)
+    out, update, calls = tmp_path / "out", TrainingLoop._update_weights, itertools.count(1)
 
     def signalled(*args):
         if next(calls) == 3:
             os.kill(os.getpid(), number)
         return update(*args)
 
-    monkeypatch.setattr(Trainer, "_update", signalled)
+    monkeypatch.setattr(TrainingLoop, "_update_weights", signalled)
     assert refused(run(out, save_steps=save_steps)) == str(128 + number)
     assert "Stopped at step 3, which is saved. Go on with --resume auto --output_dir" in capsys.readouterr().err
     assert checkpoints_of(out) == ["step-00000003"]
@@ -224,7 +224,7 @@ def test_two_processes_train_what_one_trains_and_go_on_after_ctrl_c(run, undistu
 @pytest.mark.slow
 def test_a_finished_training_is_not_lost(run, undisturbed, tmp_path, monkeypatch):
     """Ctrl-C while it is measured; another program writes to the folder that is to be."""
-    out, measure = tmp_path / "out", train_accelerate.measure
+    out, measure = tmp_path / "out", train_accelerate.evaluate_models
 
     def filled(*args) -> None:
         measure(*args)
@@ -232,11 +232,11 @@ def test_a_finished_training_is_not_lost(run, undisturbed, tmp_path, monkeypatch
         (out / "theirs.txt").touch()
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_accelerate, "measure", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(train_accelerate, "evaluate_models", Mock(side_effect=KeyboardInterrupt))
         assert refused(run(out, save_steps=100)) == "130" and not checkpoints_of(out)
-    monkeypatch.setattr(Trainer, "train", None)  # nothing is trained again
+    monkeypatch.setattr(TrainingLoop, "train", None)  # nothing is trained again
     with monkeypatch.context() as patch:
-        patch.setattr(train_accelerate, "measure", filled)
+        patch.setattr(train_accelerate, "evaluate_models", filled)
         assert "is not empty" in refused(run(out, resume="auto"))
     (out / "theirs.txt").unlink()
     train_accelerate.main(run(out, resume="auto"))
@@ -249,7 +249,7 @@ def test_a_finished_training_is_not_lost(run, undisturbed, tmp_path, monkeypatch
 def test_what_is_another_run_is_refused_and_changes_nothing(run, tmp_path):
     """Started over by mistake; with other settings, each of which is named."""
     argv = run(tmp_path / "out")
-    killed_run(argv, Trainer, "_one_step", 4)
+    killed_run(argv, TrainingLoop, "_one_step", 4)
     before = sorted(path.name for path in (tmp_path / "out.partial").rglob("*"))
     assert re.search(r"out\.partial holds an unfinished run.*--resume auto.*--overwrite_output_dir", refused(argv))
     message = refused([*argv, "--resume", "auto", "--learning_rate", "2e-3", "--seed", "5", "--save_steps", "9"])
@@ -262,7 +262,7 @@ def test_what_is_another_run_is_refused_and_changes_nothing(run, tmp_path):
 def test_an_earlier_checkpoint_goes_on_where_a_later_one_is_damaged(run, undisturbed, tmp_path, monkeypatch, caplog):
     """By its name, in another folder, with settings that change no weight; another number of threads is said."""
     first, out = tmp_path / "first", tmp_path / "out"
-    killed_run(run(first, keep_last=2), Trainer, "_one_step", 6)
+    killed_run(run(first, keep_last=2), TrainingLoop, "_one_step", 6)
     checkpoints = tmp_path / "first.partial/checkpoints"
     path = checkpoints / "step-00000004/optimizer.bin"
     flipped(path, path.stat().st_size // 2)
@@ -284,7 +284,7 @@ def test_the_last_checkpoints_and_the_best_stay(run, tmp_path, monkeypatch):
     def measured(trainer):
         return dict.fromkeys(("text_to_image", "image_to_text", "mean_recall"), next(recalls)) | {"loss": 1.0}
 
-    monkeypatch.setattr(Trainer, "_measured", measured)
+    monkeypatch.setattr(TrainingLoop, "_measure_validation", measured)
     out = train_accelerate.main(run(tmp_path / "out", eval_steps=1, save_steps=1, max_steps=8, keep_last=2))
     steps = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert steps == ["step-00000002", "step-00000007", "step-00000008"]
@@ -316,7 +316,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_its_step(run, tmp_path, monke
 def test_a_run_that_replaces_another_goes_on_and_the_old_one_stays_until_then(run, undisturbed, tmp_path):
     out, replacing = tmp_path / "out", {"overwrite_output_dir": "true"}
     old = weights(train_accelerate.main(run(out, max_steps=2)))
-    killed_run(run(out, **replacing), Trainer, "_one_step", 4)
+    killed_run(run(out, **replacing), TrainingLoop, "_one_step", 4)
     assert weights(out) == old and "--overwrite_output_dir" in refused(run(out, resume="auto"))
     train_accelerate.main(run(out, resume="auto", **replacing))
     assert_as_undisturbed(out, undisturbed)

@@ -11,7 +11,7 @@ import pytest
 from test_checkpoints import flipped
 
 import modeling_capivara.two_towers
-from caption_data.pairs import pair_table, pairs_fingerprint
+from caption_data.pairs import build_pair_table, pairs_fingerprint
 from caption_data.sources import open_split
 from eval.records.schema import Record, read_records
 from eval.retrieval import RetrievalArguments, _chosen, evaluate, load_data, main
@@ -210,7 +210,7 @@ def test_training_gives_the_same_data_the_same_fingerprint(made, tiny_dataset_fo
     """Otherwise a report doubts that a run's baseline and a model measured later saw the same data."""
     for dataset, column in ((made, "legendas"), (tiny_dataset_folder, "captions-pt")):
         source = open_split(str(dataset), "test", "image")
-        table = pair_table(source, [column], lambda row, name=column: row[name], {"captions": column})
+        table = build_pair_table(source, [column], lambda row, name=column: row[name], {"captions": column})
         arguments = RetrievalArguments("m", str(dataset), tmp_path, caption_column=column)
         assert load_data(arguments).fingerprint() == pairs_fingerprint(table)
     first = load_data(arguments).fingerprint()

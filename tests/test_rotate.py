@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from modeling_capivara import CapivaraConfig, CapivaraModel
 from modeling_capivara.loading import load_model
 from training.interpolate import main as interpolate
-from training.rotate import load_rotation, principal_rotation, rotate_, save_rotation
+from training.rotate import load_rotation, compute_principal_rotation, rotate_model_, save_rotation
 from training.rotate import main as rotate
 
 
@@ -27,15 +27,15 @@ def space(images: int = 200, width: int = 24) -> torch.Tensor:
 
 def test_the_rotation_is_orthogonal_and_puts_the_most_first():
     embeds = space()
-    rotation = principal_rotation(embeds)
+    rotation = compute_principal_rotation(embeds)
     torch.testing.assert_close(rotation @ rotation.T, torch.eye(24), atol=1e-6, rtol=0)
     kept = (embeds @ rotation.T).square().mean(dim=0)
     assert (kept.diff() <= 1e-6).all() and kept[:6].sum() > embeds.square().mean(dim=0).topk(6).values.sum()
-    torch.testing.assert_close(principal_rotation(embeds.flip(0)), rotation, atol=1e-5, rtol=0)
+    torch.testing.assert_close(compute_principal_rotation(embeds.flip(0)), rotation, atol=1e-5, rtol=0)
     assert (rotation.gather(1, rotation.abs().argmax(dim=1, keepdim=True)) > 0).all()
     for fault in (torch.empty(0, 24), torch.full((3, 24), torch.nan)):
         with pytest.raises(ValueError, match="needs finite embeddings of images"):
-            principal_rotation(fault)
+            compute_principal_rotation(fault)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "linear"])
@@ -43,8 +43,8 @@ def test_a_turned_model_has_the_same_cosines(kind, tiny_processor, tmp_path):
     model = randomise(CapivaraModel(tiny_config(text_projection_type=kind))).eval()
     inputs = tiny_processor(text=["um gato", "a casa azul"], return_tensors="pt")
     inputs["pixel_values"] = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    turned, rotation = copy.deepcopy(model), principal_rotation(space())
-    rotate_(turned, rotation)
+    turned, rotation = copy.deepcopy(model), compute_principal_rotation(space())
+    rotate_model_(turned, rotation)
     with torch.no_grad():
         before, after = model(**inputs), turned(**inputs)
     torch.testing.assert_close(after.logits_per_text, before.logits_per_text, atol=2e-5, rtol=0)
@@ -54,7 +54,7 @@ def test_a_turned_model_has_the_same_cosines(kind, tiny_processor, tmp_path):
     save_rotation(rotation, tmp_path)
     assert torch.equal(load_rotation(tmp_path), rotation)
     with pytest.raises(ValueError, match="of 16 dimensions, the model's embeddings are of 24"):
-        rotate_(model, torch.eye(16))
+        rotate_model_(model, torch.eye(16))
 
 
 @pytest.mark.parametrize("side", ["text", "image"])

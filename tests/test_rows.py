@@ -16,8 +16,8 @@ from datasets import Image
 from capivara_common import image_files
 from capivara_common.image_files import BadImage, BadRow, decode_image
 from caption_data import pairs
-from caption_data.pairs import check_bad_share, pair_table, pairs_fingerprint, skipped_rows, usable
-from caption_data.rows import Skipped, caption_texts, write_skipped
+from caption_data.pairs import check_bad_share, build_pair_table, pairs_fingerprint, list_skipped_rows, drop_invalid
+from caption_data.rows import SkippedRow, normalize_captions, write_skipped_rows
 from caption_data.sources import open_split
 from eval.retrieval import _chosen
 
@@ -46,10 +46,10 @@ def test_bad_rows_are_listed_and_left_out(tmp_path):
     assert [line.reason for line in skipped] == [reason for reason, _ in bad_rows()]
     assert [line.row for line in skipped] == list(range(2, 12)) and max(len(line.detail) for line in skipped) <= 300
     assert table["row"][:] == [0, 1, 12] and table["captions"][:] == [CAPTIONS[0], ["lone"], ["kept ?"]]
-    write_skipped(tmp_path / "skipped.jsonl", skipped)
-    lines = [Skipped(**json.loads(line)) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    write_skipped_rows(tmp_path / "skipped.jsonl", skipped)
+    lines = [SkippedRow(**json.loads(line)) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert lines == skipped and lines[0].source.endswith("x.tar") and lines[0].split == "train"
-    write_skipped(tmp_path / "none.jsonl", [])
+    write_skipped_rows(tmp_path / "none.jsonl", [])
     assert not (tmp_path / "none.jsonl").exists()
 
     def choose(row):
@@ -111,7 +111,7 @@ def test_fingerprint(tmp_path):
 def test_a_table_is_one_file_however_many_rows_are_in_memory(tmp_path, monkeypatch):
     source = open_split(tars_by_name(tmp_path), "train", "image")
     whole = table_of(source)
-    monkeypatch.setattr(pairs, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(pairs, "MAP_BATCH_ROWS", 3)
     table = table_of(source)
     assert len(table.cache_files) == 1 and table["captions"][:] == CAPTIONS, "a file that is mapped into memory"
     assert table[:] == whole[:] and pairs_fingerprint(table) == pairs_fingerprint(whole)
@@ -120,7 +120,7 @@ def test_a_table_is_one_file_however_many_rows_are_in_memory(tmp_path, monkeypat
 
 
 def test_bad_share():
-    skipped = [Skipped("data", "train", row, "no caption" if row else "no image", "why") for row in range(4)]
+    skipped = [SkippedRow("data", "train", row, "no caption" if row else "no image", "why") for row in range(4)]
     check_bad_share(skipped, 400, 0.01)
     check_bad_share([], 0, 0.0)
     with pytest.raises(ValueError, match=r"4 of 399 rows \(1.00%\).*3 no caption, 1 no image(?s:.*)row 0: no image"):
@@ -135,7 +135,7 @@ def test_a_table_is_made_anew_when_anything_has_changed(tmp_path):
         for read in ("tar", "list"):
             split = open_split(str(folder / read), "train", "image")
             choose = lambda row, read=read: made.append(read) or row["captions-pt"][least:]  # noqa: E731
-            yield usable(pair_table(split, ["captions-pt"], choose, {"least": least}))
+            yield drop_invalid(build_pair_table(split, ["captions-pt"], choose, {"least": least}))
 
     (folder / "list").mkdir(parents=True)
     (folder / "list" / "a.png").write_bytes(PICTURES[1])
@@ -156,7 +156,7 @@ def test_an_image_that_could_not_be_read_is_looked_at_anew(tmp_path, monkeypatch
         line = json.dumps({"file_name": name, "captions-pt": ["x"]})
         (tmp_path / "metadata.jsonl").write_text(line, encoding="utf-8")
         split = open_split(str(tmp_path), "train", "image")
-        return [one.reason for one in skipped_rows(pair_table(split, ["captions-pt"], plain, {}), split)]
+        return [one.reason for one in list_skipped_rows(build_pair_table(split, ["captions-pt"], plain, {}), split)]
 
     def refused(*_):
         raise OSError(24, "Too many open files")
@@ -172,7 +172,7 @@ def test_an_image_that_could_not_be_read_is_looked_at_anew(tmp_path, monkeypatch
 def test_a_table_that_is_damaged_in_the_cache_is_made_anew_and_an_old_one_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(pairs, "cache_home", lambda: tmp_path / "cache")
     source = open_split(tars_by_name(tmp_path / "data"), "train", "image")
-    made = lambda number=0: pair_table(source, ["captions-pt"], plain, {"n": number})[:]  # noqa: E731
+    made = lambda number=0: build_pair_table(source, ["captions-pt"], plain, {"n": number})[:]  # noqa: E731
     whole = made()
     (file,) = (tmp_path / "cache" / "pairs").iterdir()
     data = file.read_bytes()
@@ -191,13 +191,13 @@ def test_a_table_that_is_damaged_in_the_cache_is_made_anew_and_an_old_one_is_rem
 def test_captions_are_read_the_same_everywhere(tmp_path):
     """By the caption stages, in training and in evaluation: one text, a list, None, a lone surrogate; texts alone."""
     for value, expected in (("one", ["one"]), (["a", "b"], ["a", "b"]), (["\ud800"], ["?"])):
-        assert caption_texts(value, "captions-pt") == _chosen(value, "captions-pt", "all", 0) == expected
+        assert normalize_captions(value, "captions-pt") == _chosen(value, "captions-pt", "all", 0) == expected
         members = [("a.jpg", PICTURES[0]), ("a.json", json.dumps({"captions-pt": value}).encode())]
         assert table_of(tar_source(tmp_path, members), [])["captions"][:] == [expected]
-    assert caption_texts(["a", None], "captions-pt") == ["a", ""] and caption_texts(None, "captions-pt") == []
+    assert normalize_captions(["a", None], "captions-pt") == ["a", ""] and normalize_captions(None, "captions-pt") == []
     for value in ({"pt": "x"}, ["a", 7]):
         with pytest.raises(BadRow, match="captions-pt"):
-            caption_texts(value, "captions-pt")
+            normalize_captions(value, "captions-pt")
         with pytest.raises(ValueError, match="Row 3 has captions that are no text"):
             _chosen(value, "captions-pt", "all", 3)
 
@@ -207,8 +207,8 @@ def test_of_several_processes_one_makes_the_table(tmp_path, monkeypatch):
     for rank in range(3):  # one after the other, as Accelerate lets them in
         state = SimpleNamespace(is_local_main_process=rank == 0)
         state.local_main_process_first = lambda: contextlib.nullcontext(waited.append(1))
-        monkeypatch.setattr(pairs, "processes", lambda state=state: state)
+        monkeypatch.setattr(pairs, "process_state", lambda state=state: state)
         choose = lambda row, rank=rank: made.append(rank) or row["captions-pt"]  # noqa: E731
-        table = pair_table(source, ["captions-pt"], choose, {"at": f"{tmp_path}"})
-        found.append((usable(table)[:], skipped_rows(table, source)))
+        table = build_pair_table(source, ["captions-pt"], choose, {"at": f"{tmp_path}"})
+        found.append((drop_invalid(table)[:], list_skipped_rows(table, source)))
     assert len(waited) == 3 and {*made} == {0} and found[0] == found[1] == found[2] and len(found[0][1]) == 1

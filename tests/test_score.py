@@ -10,9 +10,9 @@ from caption_tars import PICTURES, rows_of, saved_train
 from datasets import Image
 
 from capivara_common.image_files import decode_image
-from caption_data.rows import CAPTIONS, SIMILARITIES
+from caption_data.rows import CAPTIONS_FEATURE, SIMILARITIES_FEATURE
 from captions.score import ScoreArguments, main
-from captions.stages import open_in_place, stage_record
+from captions.stages import open_in_place, read_stage_record
 from modeling_capivara import two_towers
 from modeling_capivara.two_towers import load_embedder
 
@@ -28,7 +28,7 @@ ROWS = [
 
 
 def saved(folder, rows=ROWS, names=("captions-pt", "generated-captions-pt")):
-    return saved_train(folder, {"image": Image(), names[0]: CAPTIONS, names[1]: CAPTIONS}, *zip(*rows, strict=True))
+    return saved_train(folder, {"image": Image(), names[0]: CAPTIONS_FEATURE, names[1]: CAPTIONS_FEATURE}, *zip(*rows, strict=True))
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_captions_then_generated_ones_each_against_its_image(arguments):
     first = rows[0]["similarities-pt"]
     assert first[0] == first[3] and len(set(first)) == 3, "or the order would prove nothing"
     source = open_in_place(str(arguments.output), "train", "image")
-    assert source.features["similarities-pt"] == SIMILARITIES
+    assert source.features["similarities-pt"] == SIMILARITIES_FEATURE
 
 
 def test_damage_in_the_first_rows_is_told_before_the_model_is_loaded(arguments, tmp_path):
@@ -85,7 +85,7 @@ def test_an_image_that_the_model_refuses_is_left_out(arguments, monkeypatch):
 
 def test_another_model_is_another_data_set(arguments, tiny_model):
     arguments.rows()
-    assert stage_record(arguments.output)["settings"]["model"] == arguments.model
+    assert read_stage_record(arguments.output)["settings"]["model"] == arguments.model
     with torch.no_grad():
         tiny_model.text_projection[0].weight.mul_(1.5)
     tiny_model.save_pretrained(arguments.model)

@@ -9,7 +9,7 @@ import pytest
 from caption_tars import picture, rows_of, saved_train, training_of
 from datasets import Image
 
-from caption_data.rows import CAPTIONS, SIMILARITIES, STRATEGIES
+from caption_data.rows import CAPTIONS_FEATURE, SIMILARITIES_FEATURE, STRATEGIES
 from captions.select import SelectArguments, main
 from training.arguments import RunArguments
 
@@ -31,15 +31,15 @@ FLAGS = [
 
 
 def saved(folder, rows=ROWS, scored=True) -> str:
-    features = {"image": Image(), "captions-pt": CAPTIONS, "generated-captions-pt": CAPTIONS}
-    features |= {"similarities-pt": SIMILARITIES} if scored else {}
+    features = {"image": Image(), "captions-pt": CAPTIONS_FEATURE, "generated-captions-pt": CAPTIONS_FEATURE}
+    features |= {"similarities-pt": SIMILARITIES_FEATURE} if scored else {}
     columns = list(zip(*rows, strict=True))[: len(features) - 1]
     return saved_train(folder, features, map(picture, range(len(rows))), *columns)
 
 
 def select(args):
     """The whole stage: its rows and the report."""
-    rows = args.rows()
+    rows = args.write_rows()
     args.report()
     return rows
 
@@ -149,7 +149,7 @@ def test_tasks_report_what_one_run_reports(scored, tmp_path):
     select(SelectArguments(scored, tmp_path / "one", **flags))
     args = SelectArguments(scored, tmp_path / "three", **flags)
     for rank in (2, 0, 1):
-        args.rows(rank, 3)
+        args.write_rows(rank, 3)
     args.report()
     for path in (tmp_path / "one" / "report").iterdir():
         assert (tmp_path / "three" / "report" / path.name).read_bytes() == path.read_bytes(), path.name

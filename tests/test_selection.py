@@ -32,11 +32,11 @@ def choice_of(strategy: str = "none", count: int = 5, min_similarity: float = 0.
 
 
 def pair_passes(row, least) -> bool:
-    return bool(CaptionChoice(min_pair_similarity=least).chosen(row, "pt"))
+    return bool(CaptionChoice(min_pair_similarity=least).choose_captions(row, "pt"))
 
 
 def chosen(row: dict, strategy: str, **numbers) -> list[str]:
-    return choice_of(strategy, **numbers).chosen(row, "pt")
+    return choice_of(strategy, **numbers).choose_captions(row, "pt")
 
 
 PHOTO_TEXTS, BY_SIMILARITY = ["gato preto", "cão na praia"], ["pão com queijo", "ônibus azul", "gato preto"]
@@ -57,7 +57,7 @@ PHOTO_TEXTS, BY_SIMILARITY = ["gato preto", "cão na praia"], ["pão com queijo"
     ],
 )
 def test_each_strategy_in_its_order(choice, expected):
-    assert choice.chosen(ROW, "pt") == expected
+    assert choice.choose_captions(ROW, "pt") == expected
 
 
 def test_defaults_are_the_published_ones():
@@ -127,13 +127,13 @@ def test_diverse_keeps_captions_unlike_each_other(row, numbers, kept):
 def test_columns_are_those_that_are_read():
     for strategy in STRATEGIES:
         choice = choice_of(strategy, min_similarity=-1)
-        needed = choice.columns_of("pt")
-        choice.chosen({name: ROW[name] for name in needed}, "pt")
+        needed = choice.strategy_columns("pt")
+        choice.choose_captions({name: ROW[name] for name in needed}, "pt")
         for name in needed:
             with pytest.raises(ValueError, match=name):
-                choice.chosen({other: ROW[other] for other in needed if other != name}, "pt")
-    assert choice_of().columns_of("hi") == ["captions-hi"]
-    assert choice_of("rank").columns_of("hi") == ["captions-hi", "generated-captions-hi", "similarities-hi"]
+                choice.choose_captions({other: ROW[other] for other in needed if other != name}, "pt")
+    assert choice_of().strategy_columns("hi") == ["captions-hi"]
+    assert choice_of("rank").strategy_columns("hi") == ["captions-hi", "generated-captions-hi", "similarities-hi"]
 
 
 @pytest.mark.parametrize("numbers", [[0.5], [0.5] * 4, [0.5] * 6])

@@ -188,7 +188,7 @@ def test_texts_of_other_bases_are_embedded_as_in_training(kind, tmp_path):
 @pytest.mark.slow
 def test_an_export_with_other_text_embeddings_is_refused(tmp_path, monkeypatch):
     siglip2(tmp_path / "model", gemma_like(TEXTS, 320))
-    monkeypatch.setattr(open_clip, "fills_up", lambda _: False)  # texts are padded to the longest of the batch
+    monkeypatch.setattr(open_clip, "pads_to_max_length", lambda _: False)  # texts are padded to the longest of the batch
     with pytest.raises(ValueError, match=r"sentence-transformers differ by \d"):
         export(tmp_path / "model", tmp_path / "repository", ["sentence_transformers"])
     assert not (tmp_path / "repository").exists()

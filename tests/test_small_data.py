@@ -13,8 +13,8 @@ from seq2seq_models import marian_folder
 from tiny import draw_nothing, save_model
 
 import train_accelerate
-from captions.build import BuildArguments, ManualStepRequired, build, main
-from captions.translate import escape, unescape
+from captions.build import BuildArguments, ManualStepRequired, build_dataset, main
+from captions.translate import escape_cell, unescape_cell
 from hub_upload.card import check, write_card
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +58,7 @@ def fill(tables: Path) -> None:
     for path in tables.glob("*.tsv"):
         head, *lines = path.read_text(encoding="utf-8").splitlines()
         cells = [line.split("\t")[:2] for line in lines]
-        filled = [f"{name}\t{text}\t{escape(unescape(text).replace('picture', 'picha'))}" for name, text in cells]
+        filled = [f"{name}\t{text}\t{escape_cell(unescape_cell(text).replace('picture', 'picha'))}" for name, text in cells]
         path.write_text("\n".join([head, *filled]) + "\n", encoding="utf-8")
 
 
@@ -75,9 +75,9 @@ def guides_command(*replaced: tuple[str, str]) -> list[str]:
 def test_forty_images_lead_to_a_model(config, tiny_processor):
     save_model(Path("models/base"), tiny_processor)
     with pytest.raises(ManualStepRequired):
-        build(BuildArguments(config))
+        build_dataset(BuildArguments(config))
     fill(Path("data/sw/tables"))
-    built = build(BuildArguments(config))
+    built = build_dataset(BuildArguments(config))
     assert DatasetCard.load(built / "README.md").data.to_dict()["translations"] == {"sw": "human"}
     words = guides_command(("configs/", f"{ROOT}/configs/"), ("cc3m-hi", "sw"), ("hi", "sw"))
     run = train_accelerate.main(words)
@@ -101,9 +101,9 @@ def test_machine_translations_in_a_table_are_recorded_as_such(config, tiny_proce
     changed(config, translate={"backend": "file", "import": "tables/{split}.tsv", "translated_by": "machine"})
     save_model(Path("models/base"), tiny_processor)
     with pytest.raises(ManualStepRequired):
-        build(BuildArguments(config))
+        build_dataset(BuildArguments(config))
     fill(Path("data/sw/tables"))
-    card = DatasetCard.load(build(BuildArguments(config)) / "README.md")
+    card = DatasetCard.load(build_dataset(BuildArguments(config)) / "README.md")
     assert card.data.to_dict()["translations"] == {"sw": "machine"} and "human-translated" not in card.content
     assert "people" not in card.text
 

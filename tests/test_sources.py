@@ -12,7 +12,7 @@ import pytest
 from caption_tars import CAPTIONS, PICTURES, ROWS, sample, table_of, tar_source, tars_by_name, write_tar
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
-from capivara_common.image_files import decode_image, image_bytes, image_path
+from capivara_common.image_files import decode_image, read_image_bytes, image_display_path
 from caption_data import sources
 from caption_data.sources import Split, open_split
 from captions.stages import open_in_place
@@ -77,7 +77,7 @@ def cache_in_tmp(tmp_path, monkeypatch):
 
 
 def bytes_and_captions(source: Split, rows: Iterable[dict]) -> list[tuple[bytes, list[str]]]:
-    return [(image_bytes(row["image"], source.files), row["captions-pt"]) for row in rows]
+    return [(read_image_bytes(row["image"], source.image_access), row["captions-pt"]) for row in rows]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -88,7 +88,7 @@ def test_every_form_gives_the_same_rows(tmp_path, form):
     assert bytes_and_captions(source, source.rows()) == expected
     assert bytes_and_captions(source, source.rows(5)) == expected[5:], "a second pass"
     assert list(source.rows(ROWS)) == [] and set(source.columns) >= {"image", "captions-pt"}
-    assert decode_image(next(source.rows(3))["image"], source.files).size == (9, 12)
+    assert decode_image(next(source.rows(3))["image"], source.image_access).size == (9, 12)
     assert len(source) == ROWS and bytes_and_captions(source, [source.row(4)]) == expected[4:5]
     skipped = []
     table = table_of(source, skipped)
@@ -116,7 +116,7 @@ def test_a_table_of_comma_separated_values(tmp_path):
     captions = [['um gato, e "outro"\nali'], None, ["2"]]
     assert [row["captions-pt"] for row in source.rows()] == captions
     assert [row["url"] for row in source.rows()] == ["http://a", "x", None]
-    assert [image_bytes(row["image"], source.files) for row in source.rows()] == list(PICTURES[:3])
+    assert [read_image_bytes(row["image"], source.image_access) for row in source.rows()] == list(PICTURES[:3])
     skipped = []
     assert table_of(source, skipped)["row"][:] == [0, 2] and [line.reason for line in skipped] == ["no caption"]
     (tmp_path / "csv" / "train" / "metadata.jsonl").write_text('{"file_name": "0.png"}', encoding="utf-8")
@@ -191,7 +191,7 @@ def test_authors_layout(tmp_path):
     assert set(source.columns) == {"image", "captions-pt", *generated}
     rows = list(source.rows())
     assert [row["similarities-pt"] for row in rows] == [None, [0.1, 0.2, 0.3], None]
-    assert image_path(rows[1]["image"]).endswith("x.tar/00001.png")
+    assert image_display_path(rows[1]["image"]).endswith("x.tar/00001.png")
     skipped = []
     table = table_of(source, skipped, ["captions-pt", *generated], lambda row: row["generated-captions-pt"])
     assert table["row"][:] == [1] and [(line.row, line.reason) for line in skipped] == [
@@ -255,13 +255,13 @@ def test_a_line_of_a_list_that_does_not_end_is_not_read(tmp_path, line):
     good = b"" if line == "first" else b'{"file_name": "a.png", "captions-pt": ["um gato"]}\n'
     with (tmp_path / "metadata.jsonl").open("wb") as file:
         file.write(good)
-        file.truncate(sources.MAX_JSON_BYTES * 3)
+        file.truncate(sources.MAX_ROW_JSON_BYTES * 3)
     if line == "first":
         with pytest.raises(ValueError, match=r"metadata\.jsonl: line 1 has more than 1,000,000 bytes"):
             open_split(str(tmp_path), "train", "image")
         return
     split = open_split(str(tmp_path), "train", "image")
-    [damaged] = split.damaged
+    [damaged] = split.damaged_archives
     assert [row["captions-pt"] for row in split.rows()] == [["um gato"]]
     assert damaged.row == 1 and "line 2 has more than 1,000,000 bytes" in damaged.detail
 
@@ -293,4 +293,4 @@ def test_a_parquet_file_that_expands_is_not_copied_to_the_cache(tmp_path, encodi
 
 def test_an_error_without_text_is_named():
     with pytest.raises(ValueError, match="x can't be loaded: MemoryError"):
-        sources._loaded("x", lambda: (_ for _ in ()).throw(MemoryError()))
+        sources._call_loader("x", lambda: (_ for _ in ()).throw(MemoryError()))

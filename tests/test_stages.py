@@ -22,16 +22,16 @@ from test_checkpoints import flipped
 from test_sources import FORMS
 
 from capivara_common.image_files import BadRow
-from caption_data.rows import CAPTIONS, SIMILARITIES
-from caption_data.sources import open_split, unfinished
+from caption_data.rows import CAPTIONS_FEATURE, SIMILARITIES_FEATURE
+from caption_data.sources import open_split, find_missing_rows
 from captions.score import ScoreArguments
 from captions.stages import (
-    SAMPLED_BYTES,
-    SAMPLED_PIECES,
+    SAMPLE_BYTES,
+    SAMPLE_COUNT,
     RowStage,
     StageArguments,
     check_complete,
-    fingerprint,
+    source_fingerprint,
     open_in_place,
 )
 
@@ -47,7 +47,7 @@ def cache_in_tmp(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def numbered(tmp_path_factory) -> str:
     """A saved data set of 40 rows with their numbers."""
-    features = Features({"image": Image(), "captions-pt": CAPTIONS, "number": Value("int32")})
+    features = Features({"image": Image(), "captions-pt": CAPTIONS_FEATURE, "number": Value("int32")})
     rows = {
         "image": [{"bytes": PICTURES[i % ROWS], "path": f"{i}.png"} for i in range(NUMBER)],
         "captions-pt": [[f"foto {i}", f"São João {i}"][: 1 + i % 2] for i in range(NUMBER)],
@@ -103,11 +103,11 @@ def test_tasks_make_what_one_run_makes_and_another_number_finishes_it(numbered, 
         "train-000000035-000000040.parquet", "train-000000035-000000040.skipped.jsonl",
     ]  # fmt: skip
     assert (first.rows, first.skipped) == (11, {"ends in five": 1})
-    assert unfinished(tmp_path / "out")[0] == 28
+    assert find_missing_rows(tmp_path / "out")[0] == 28
 
     def done(number: int, **other) -> list[int]:
         args = replace(arguments(numbered, tmp_path / "out"), **other)
-        return [rank for rank in range(number) if RowStage(args, rank, number).done]
+        return [rank for rank in range(number) if RowStage(args, rank, number).is_done]
 
     assert [done(number) for number in (1, 3, 6, 7)] == [[], [2], [4, 5], [0, 5, 6]], "of six parts; one has none"
     assert done(3, batch_rows=4) == [], "of another command"
@@ -133,13 +133,13 @@ def test_tasks_make_what_one_run_makes_and_another_number_finishes_it(numbered, 
 @pytest.mark.parametrize("form", FORMS)
 def test_images_of_every_form_pass_as_their_bytes(tmp_path, form):
     args = StageArguments(form(tmp_path), tmp_path / "out", rows_per_part=3, batch_rows=2)
-    run_stage(args, {"captions-xh": CAPTIONS}, {}, lambda rows: [{"captions-xh": ["x", ""]} for _ in rows])
+    run_stage(args, {"captions-xh": CAPTIONS_FEATURE}, {}, lambda rows: [{"captions-xh": ["x", ""]} for _ in rows])
     rows = rows_of(tmp_path / "out")
     assert [row["image"]["bytes"] for row in rows] == PICTURES
     assert [row["captions-pt"] for row in rows] == TEXTS and rows[0]["captions-xh"] == ["x", ""]
     assert all("/" not in (row["image"]["path"] or "") for row in rows), "names no folder"
     loaded = datasets.load_dataset("parquet", data_files=str(tmp_path / "out" / "*.parquet"), split="train")
-    assert loaded.features["image"] == Image() and loaded.features["captions-xh"] == CAPTIONS
+    assert loaded.features["image"] == Image() and loaded.features["captions-xh"] == CAPTIONS_FEATURE
     assert loaded[3]["image"].size == (9, 12)
 
 
@@ -150,9 +150,9 @@ def test_a_stage_reads_what_a_stage_wrote_without_a_copy(numbered, undisturbed, 
     expected = [row["number"] for row in source.rows()]
     assert len(source) == NUMBER - 4 == len(expected)
     for start in (0, 1, 6, 13, 35, 36, 99):
-        assert [row["number"] for row in source.rows(start, only=["number"])] == expected[start:]
+        assert [row["number"] for row in source.rows(start, column_names=["number"])] == expected[start:]
     assert [source.row(i)["number"] for i in (35, 0, 17)] == [expected[i] for i in (35, 0, 17)]
-    assert list(next(source.rows(only=["number", "captions-xx"]))) == ["number", "captions-xx"]
+    assert list(next(source.rows(column_names=["number", "captions-xx"]))) == ["number", "captions-xx"]
 
 
 def test_all_columns_with_a_feature_pass_and_old_ones_are_replaced(tmp_path):
@@ -173,10 +173,10 @@ def test_all_columns_with_a_feature_pass_and_old_ones_are_replaced(tmp_path):
         seen.extend(batch)
         return [{"similarities-pt": [0.25], "unknown": 1} for _ in batch]
 
-    run_stage(args, {"similarities-pt": SIMILARITIES}, {}, process)
+    run_stage(args, {"similarities-pt": SIMILARITIES_FEATURE}, {}, process)
     source = open_in_place(str(tmp_path / "out"), "test", "image")
     assert dict(source.features) == {
-        "image": Image(), "label": features["label"], "captions-pt": CAPTIONS, "similarities-pt": SIMILARITIES,
+        "image": Image(), "label": features["label"], "captions-pt": CAPTIONS_FEATURE, "similarities-pt": SIMILARITIES_FEATURE,
         "nested": nested,
     }  # fmt: skip
     written = list(source.rows())
@@ -189,14 +189,14 @@ def test_all_columns_with_a_feature_pass_and_old_ones_are_replaced(tmp_path):
 
 
 def test_rows_that_cannot_be_used_are_listed(tmp_path):
-    features = Features({"image": Image(), "captions-pt": CAPTIONS})
+    features = Features({"image": Image(), "captions-pt": CAPTIONS_FEATURE})
     pairs = [(b"", None), (None, "/no/such.png"), (PICTURES[0], "a/b"), (b"no", "a/b")]
     images = [None, *({"bytes": data, "path": path} for data, path in pairs)]
     rows = {"image": images, "captions-pt": [["x"], ["x"], ["x"], ["y" * 10_000], ["z"]]}
     (tmp_path / "data").mkdir()
     pq.write_table(pa.table(rows, schema=features.arrow_schema), tmp_path / "data" / "train.parquet")
     args = StageArguments(str(tmp_path / "data"), tmp_path / "out", batch_rows=2)
-    report = args.rows()
+    report = args.write_rows()
     assert report.rows == 1 and report.skipped == {"no image": 2, "unreadable image": 2}
     assert str(report) == "1 rows written, 4 left out (2 no image, 2 unreadable image)"
     (row,) = rows_of(tmp_path / "out")
@@ -215,7 +215,7 @@ def test_other_settings_are_refused_and_named(numbered, tmp_path):
 
     def again(columns=("captions-xx",), voice="loud", **changes):
         args = StageArguments(**{"dataset": numbered, "output": tmp_path / "out", "rows_per_part": 7} | changes)
-        run_stage(args, dict.fromkeys(columns, CAPTIONS), {"voice": voice}, shout)
+        run_stage(args, dict.fromkeys(columns, CAPTIONS_FEATURE), {"voice": voice}, shout)
 
     with pytest.raises(ValueError, match=r"settings.voice: 'loud' there, 'low' now"):
         again(voice="low")
@@ -236,26 +236,26 @@ def test_other_settings_are_refused_and_named(numbered, tmp_path):
 def test_a_moved_data_set_is_the_same_one(tmp_path):
     members = [member for number in range(ROWS) for member in sample(number)]
     write_tar(tmp_path / "a" / "train-0.tar", members)
-    StageArguments(str(tmp_path / "a"), tmp_path / "out", rows_per_part=2).rows(0, 2)
+    StageArguments(str(tmp_path / "a"), tmp_path / "out", rows_per_part=2).write_rows(0, 2)
     (tmp_path / "a").rename(tmp_path / "b")
     args = StageArguments(str(tmp_path / "b"), tmp_path / "out", rows_per_part=2)
-    assert args.rows().rows == ROWS
+    assert args.write_rows().rows == ROWS
     write_tar(tmp_path / "b" / "train-0.tar", [*members[2:], *sample(0, data=PICTURES[4])])
     with pytest.raises(ValueError, match=r"source\.fingerprint"):
-        args.rows()
+        args.write_rows()
 
 
-@pytest.mark.parametrize("piece", [0, 31, SAMPLED_PIECES - 1])
+@pytest.mark.parametrize("piece", [0, 31, SAMPLE_COUNT - 1])
 def test_a_large_file_is_compared_by_pieces_all_over_it(tmp_path, piece):
     """A change of one byte without a change of size; the folder does not matter."""
-    path, size = tmp_path / "a" / "train-0.tar", 2 * SAMPLED_PIECES * SAMPLED_BYTES
+    path, size = tmp_path / "a" / "train-0.tar", 2 * SAMPLE_COUNT * SAMPLE_BYTES
     path.parent.mkdir()
     path.write_bytes(bytes(size))
-    first = fingerprint(SimpleNamespace(paths=[path]))
+    first = source_fingerprint(SimpleNamespace(paths=[path]))
     path = path.parent.rename(tmp_path / "b") / path.name
-    assert fingerprint(SimpleNamespace(paths=[path])) == first
-    flipped(path, (size - SAMPLED_BYTES) * piece // (SAMPLED_PIECES - 1) + SAMPLED_BYTES // 2)
-    assert fingerprint(SimpleNamespace(paths=[path])) != first
+    assert source_fingerprint(SimpleNamespace(paths=[path])) == first
+    flipped(path, (size - SAMPLE_BYTES) * piece // (SAMPLE_COUNT - 1) + SAMPLE_BYTES // 2)
+    assert source_fingerprint(SimpleNamespace(paths=[path])) != first
 
 
 def test_folders_that_are_no_output(numbered, undisturbed, tmp_path):

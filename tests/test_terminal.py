@@ -11,7 +11,7 @@ import click
 import numpy as np
 import PIL.Image
 
-from capivara_common.privacy import visible
+from capivara_common.privacy import escape_control_characters
 from capivara_search.command import capivara
 from capivara_search.show import contact_sheet, cut, draws, has_colours, link, shown_path, table, text_cell, width
 from capivara_search.words import Words
@@ -38,12 +38,12 @@ def picture(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> b
 
 def test_what_a_terminal_obeys_is_shown_as_an_escape():
     for name, shown in (("a\nb\r\x07\x9b31m", r"a\nb\r\x07\x9b31m"), (os.fsdecode(b"caf\xe9.png"), r"caf\xe9.png")):
-        assert visible(name) == visible(shown) == shown
+        assert escape_control_characters(name) == escape_control_characters(shown) == shown
     for name in (
         "\u0645\u06cc\u200c\u062e \u0600\u0660.jpg",
         "\U0001f468\u200d\U0001f469\u200d\U0001f467 ção 日本.jpg",
     ):
-        assert visible(name) == name, "joiners and signs that names need"
+        assert escape_control_characters(name) == name, "joiners and signs that names need"
 
 
 def test_every_character_that_is_not_seen_is_an_escape_but_for_those_that_names_need():
@@ -51,7 +51,7 @@ def test_every_character_that_is_not_seen_is_an_escape_but_for_those_that_names_
     for code in range(sys.maxunicode + 1):
         hidden = unicodedata.category(chr(code)) in ("Cc", "Cf", "Cs", "Zl", "Zp")
         if hidden and code not in seen | {0x200C, 0x200D}:
-            assert visible(chr(code)) != chr(code), hex(code)
+            assert escape_control_characters(chr(code)) != chr(code), hex(code)
 
 
 def test_a_cell_begins_as_no_formula():

@@ -291,7 +291,7 @@ def test_a_width_that_can_not_be_is_one_line(tiny_folder, width):
 
 def test_tensors_are_read_where_they_lie(tiny_folder):
     file, expected = WeightFile(tiny_folder / "model.safetensors"), load_file(tiny_folder / "model.safetensors")
-    assert file.places.keys() == expected.keys()
+    assert file.tensors.keys() == expected.keys()
     for name, tensor in expected.items():
         np.testing.assert_array_equal(file.array(name), tensor.numpy())
     words = "text_model.embeddings.word_embeddings.weight"

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import AutoTokenizer, ByT5Tokenizer, pipeline
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor, CapivaraTokenizer
-from modeling_capivara.text_repair_capivara import MAX_CHARACTERS, repair_text
+from modeling_capivara.text_cleaning_capivara import MAX_CHARACTERS, clean_text
 
 PORTUGUESE = "Uma menina de vestido azul está à beira da água, com São João e o cão; a ação começou às três. "
 RUSSIAN = "Красивая девушка сидит на берегу реки и смотрит на воду. "
@@ -86,7 +86,7 @@ def test_tokenizer_alone_reads_texts_as_the_processor_does(tiny_folder, tiny_pro
     assert dict(tokenizer(LABELS, padding=True)) == expected
     assert max(map(len, expected["input_ids"])) == 77
     one = tiny_processor(text=LABELS[0])["input_ids"]
-    assert one != tokenizer.plain()(LABELS[0])["input_ids"], "the repair must matter"
+    assert one != tokenizer.without_cleaning()(LABELS[0])["input_ids"], "the repair must matter"
     assert one == tokenizer(LABELS[0])["input_ids"] == tokenizer.encode(LABELS[0])
     assert tokenizer.tokenize(LABELS[0]) == tokenizer.convert_ids_to_tokens(one)[1:-1]
     assert tokenizer.batch_decode([one], skip_special_tokens=True) == ["uma casa azul & ção"]
@@ -161,4 +161,4 @@ def test_repair_equals_open_clips_on_nested_mixtures():
     pieces = "& amp; &amp; &lt; < &#227; &ccedil; &Atilde; &pound; Ã£ Ã© ã â€™ “ a &copy; &semi; #38; &NewLine; ； ＆ ﬁ"
     pieces, draw = [*pieces.split(), "\n", " ", "Ã ", "\x85", "&nbsp;"], random.Random(0)
     for text in ("".join(draw.choices(pieces, k=draw.randint(5, 80))) for _ in range(600)):
-        assert repair_text(text) == " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+        assert clean_text(text) == " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())

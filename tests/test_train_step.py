@@ -97,14 +97,14 @@ def test_the_real_trainer_trains_the_text_tower_alone(monkeypatch, accum, precis
 
     from modeling_capivara import convert_open_clip
 
-    seen, build = [], convert_open_clip.build_open_clip
+    seen, build = [], convert_open_clip.build_open_clip_model
 
     def built(config):
         model = build(config)
         seen.append((model, weights_of(model)))
         return model
 
-    monkeypatch.setattr(convert_open_clip, "build_open_clip", built)
+    monkeypatch.setattr(convert_open_clip, "build_open_clip_model", built)
     # No warm-up: the weights move.
     monkeypatch.setattr(open_clip_train.scheduler, "cosine_lr", lambda optimizer, *_: lambda step: None)
     args = worker(PEER, pairs=2 * accum, peer_micro=2, precision=precision, steps=4)

@@ -24,7 +24,7 @@ def build(frozen: bool) -> CapivaraModel:
     config = tiny_config(text_config={**TINY_TEXT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
     model = randomise(CapivaraModel(config))
     if frozen:
-        model.freeze_image_tower()
+        model.freeze_image_encoder()
     return model.train()
 
 

@@ -24,7 +24,7 @@ from transformers import AutoProcessor, pipeline
 
 from hub_upload.export import export, main
 from hub_upload.formats.transformers_js import write_tokenizer
-from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, repair_text
+from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clean_text
 
 pytestmark = pytest.mark.slow
 VISION = {**TINY_VISION, "hidden_size": 128, "intermediate_size": 256, "image_size": 224, "patch_size": 32}
@@ -118,7 +118,7 @@ def test_scores_are_the_models(repository, ask, place, dtype, taken):
 
 def as_in_javascript(text: str) -> bool:
     """Whether a text is one of which the repair changes white space, quotation marks and the form of accents alone."""
-    return uncurl_quotes(unicodedata.normalize("NFC", " ".join(text.split()))) == repair_text(text) and "\0" not in text
+    return uncurl_quotes(unicodedata.normalize("NFC", " ".join(text.split()))) == clean_text(text) and "\0" not in text
 
 
 def test_tokens_are_the_same(xlmr, packages, tmp_path):
@@ -129,7 +129,7 @@ def test_tokens_are_the_same(xlmr, packages, tmp_path):
     write_tokenizer(tmp_path)
     given = [text for text in (*PLAIN, *AWKWARD, *LONG.values(), *TYPED) if len(text) < 20_000]
     texts = [text for text in given if text.isascii() or not any(unicodedata.category(c) == "Cs" for c in text)]
-    texts += [repair_text(text) for text in texts]
+    texts += [clean_text(text) for text in texts]
     with served({NAME: tmp_path}, packages) as address:
         found = in_browser.ask("node", in_browser.request(address, texts=texts), packages)["ids"]
     differing = {}

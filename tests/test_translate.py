@@ -13,10 +13,10 @@ from google_server import KEY, google_service, translated
 from seq2seq_models import m2m100_folder, marian_folder
 
 from capivara_common.files import read_json
-from caption_data.rows import CAPTIONS
+from caption_data.rows import CAPTIONS_FEATURE
 from caption_data.sources import open_split
 from captions.stages import check_complete
-from captions.translate import TranslationMemory, main, unescape
+from captions.translate import TranslationMemory, main, unescape_cell
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 24
@@ -42,7 +42,7 @@ def distinct() -> set[str]:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> str:
     """A saved data set."""
-    features = {"image": Image(), "id": Value("int32"), "captions-en": CAPTIONS, "generated-captions-en": CAPTIONS}
+    features = {"image": Image(), "id": Value("int32"), "captions-en": CAPTIONS_FEATURE, "generated-captions-en": CAPTIONS_FEATURE}
     columns = [[row[name] for row in rows()] for name in list(features)[2:]]
     return saved_train(
         tmp_path_factory.mktemp("translate") / "data", features, map(picture, range(ROWS)), range(ROWS), *columns
@@ -193,7 +193,7 @@ def test_a_table_goes_out_and_comes_back(dataset, tmp_path, caplog):
     main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
     assert f"has {len(distinct())} sentences" in caplog.text and not (tmp_path / "yo").exists()
     head, *lines = table.read_text(encoding="utf-8").split("\n")[:-1]
-    assert {unescape(line.split("\t")[1]) for line in lines} == distinct()
+    assert {unescape_cell(line.split("\t")[1]) for line in lines} == distinct()
     main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
     assert "34 of 34 sentences have no translation yet" in caplog.text and head in table.read_text(encoding="utf-8")
     filled = [line + "yo: " + line.split("\t")[1] for line in lines]
@@ -263,7 +263,7 @@ def test_flagged_translations_are_counted_shown_and_dropped(dataset, tmp_path, c
     lines = table.read_text(encoding="utf-8").split("\n")[:-1]
     wrong = {"a cat on a mat": "a cat on a mat", "thing 3 in a park": "-", "thing 4 in a park": "&amp; кошка кошка"}
     for number, line in enumerate(lines[1:], 1):
-        source = unescape(line.split("\t")[1])
+        source = unescape_cell(line.split("\t")[1])
         lines[number] += wrong.get(source, line.split("\t")[1][::-1].replace("\\", "/"))
     table.write_text("\n".join(lines) + "\n", encoding="utf-8")
     main(file_flags(dataset, tmp_path / "kept", "--import", str(table)))

@@ -11,7 +11,7 @@ from seq2seq_models import m2m100_folder, marian_folder
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, NllbTokenizer
 
 from captions import translators
-from captions.translators import GOOGLE_CHARACTERS, GoogleTranslator, Seq2SeqTranslator, cut
+from captions.translators import GOOGLE_MAX_CHARACTERS, GoogleTranslator, Seq2SeqTranslator, split_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {"max_new_tokens": 6}
@@ -95,13 +95,13 @@ def test_where_a_long_text_is_cut():
     def fits(text: str) -> bool:
         return len(text) <= 12
 
-    assert cut("One two. Three four! Five?", fits) == ["One two.", "Three four!", "Five?"]
-    assert cut("One. Two. Three, and four.", fits) == ["One. Two.", "Three,", "and four."]
-    assert cut("एक बिल्ली। एक कुत्ता। दो", fits) == ["एक बिल्ली।", "एक कुत्ता।", "दो"]
-    assert cut("日本語の文。日本語の長い文。", fits) == ["日本語の文。", "日本語の長い文。"]
-    assert cut("x" * 30, fits) == ["x" * 7, "x" * 8, "x" * 7, "x" * 8]
-    assert cut("short", fits) == ["short"] and cut("", fits) == [""]
-    assert cut("ab", lambda text: False) == ["a", "b"]
+    assert split_text("One two. Three four! Five?", fits) == ["One two.", "Three four!", "Five?"]
+    assert split_text("One. Two. Three, and four.", fits) == ["One. Two.", "Three,", "and four."]
+    assert split_text("एक बिल्ली। एक कुत्ता। दो", fits) == ["एक बिल्ली।", "एक कुत्ता।", "दो"]
+    assert split_text("日本語の文。日本語の長い文。", fits) == ["日本語の文。", "日本語の長い文。"]
+    assert split_text("x" * 30, fits) == ["x" * 7, "x" * 8, "x" * 7, "x" * 8]
+    assert split_text("short", fits) == ["short"] and split_text("", fits) == [""]
+    assert split_text("ab", lambda text: False) == ["a", "b"]
 
 
 def test_what_a_translation_depends_on_is_in_the_fingerprint(marian, m2m100, tmp_path):
@@ -169,7 +169,7 @@ def google(service, language="pt", endpoint=None):
 def test_google_translates_in_requests_that_it_allows(service):
     sentences = [f"sentence {i}" for i in range(300)] + ["word " * 400 for _ in range(5)]
     assert google(service).translate(sentences) == [translated(text, "pt") for text in sentences]
-    assert all(len(body["q"]) <= 128 and sum(map(len, body["q"])) <= GOOGLE_CHARACTERS for body in service.requests)
+    assert all(len(body["q"]) <= 128 and sum(map(len, body["q"])) <= GOOGLE_MAX_CHARACTERS for body in service.requests)
     assert len(service.requests) == 5
     (translation,) = google(service).translate(["a cat on a mat. " * 625])
     assert len(service.requests) == 8 and translation.count("pt: ") == 3, "a long one is sent in pieces"
@@ -180,7 +180,7 @@ def test_google_translates_in_requests_that_it_allows(service):
     "fault", [429, "quota", pytest.param("timeout", marks=pytest.mark.slow), "cut", "list", "fewer"]
 )
 def test_what_passes_is_tried_again(service, fault, monkeypatch):
-    monkeypatch.setattr(translators, "TIMEOUT_S", 5.0 if fault == "timeout" else 60.0)
+    monkeypatch.setattr(translators, "REQUEST_TIMEOUT_S", 5.0 if fault == "timeout" else 60.0)
     translator = google(service)
     service.faults[:] = [fault, fault]
     sentences = ["a cat", "a dog", "a fish"]
@@ -227,7 +227,7 @@ def test_the_key_is_nowhere(service, caplog, capfd, monkeypatch):
     caught = [failure(lambda: google(service))]
     monkeypatch.setenv("GOOGLE_API_KEY", KEY)
     for fault in (400, 403, 500, "timeout", "cut", "list", 302):
-        monkeypatch.setattr(translators, "TIMEOUT_S", 3.0 if fault == "timeout" else 60.0)
+        monkeypatch.setattr(translators, "REQUEST_TIMEOUT_S", 3.0 if fault == "timeout" else 60.0)
         translator = google(service)
         service.faults[:] = [fault] * 2
         caught.append(failure(lambda translator=translator: translator.translate(["a cat"])))

@@ -14,12 +14,12 @@ from tokenizers import Tokenizer, models
 from towers import as_open_clip
 from transformers import PreTrainedTokenizerFast
 
-from capivara_common.image_side_digest import image_side_digest
+from capivara_common.image_encoder_digest import image_encoder_digest
 from capivara_search.models import open_text_tower
 from examples.openmoji.concepts import concept_rows
 from modeling_capivara import CapivaraConfig, CapivaraModel, CapivaraProcessor, CapivaraTokenizer
 from modeling_capivara.loading import load_model, load_processor
-from modeling_capivara.trim_vocabulary import check_splits, cut_tokenizer, main, trim
+from modeling_capivara.trim_vocabulary import check_tokenization, trim_tokenizer, main, trim
 from modeling_capivara.two_towers import embed_texts
 
 TABLE = "text_model.embeddings.word_embeddings.weight"
@@ -71,7 +71,7 @@ def test_all_else_stays_as_it_was(tiny_folder, tmp_path):
     save_file(weights, tiny_folder / "model.safetensors", metadata={"format": "pt"})
     (tiny_folder / "README.md").write_text("---\nlicense: mit\nlanguage: [pt, en]\n---\n# Theirs\n", encoding="utf-8")
     said = trim(tiny_folder, tmp_path / "small", ["pt", "es", "pt"], WORDS)
-    assert image_side_digest(tmp_path / "small") == image_side_digest(tiny_folder)
+    assert image_encoder_digest(tmp_path / "small") == image_encoder_digest(tiny_folder)
     small = load_file(tmp_path / "small" / "model.safetensors")
     assert small.keys() == weights.keys() and {tensor.dtype for tensor in small.values()} == {torch.float16}
     assert {name for name in small if not torch.equal(small[name], weights[name])} == {TABLE}
@@ -149,7 +149,7 @@ def test_any_unigram_vocabulary_splits_kept_texts_as_before_and_no_other_kind_is
         kept = sorted({0, 1, lowest, *draw.sample(range(len(vocab)), len(vocab) // 2)})
         backend = Tokenizer(models.Unigram(vocab, unk_id=0))
         whole = CapivaraTokenizer(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
-        small = cut_tokenizer(whole, kept)
+        small = trim_tokenizer(whole, kept)
         for _ in range(20):
             text = "".join(draw.choices("abcde", k=12))
             ids, back = whole(text)["input_ids"], [kept[number] for number in small(text)["input_ids"]]
@@ -159,7 +159,7 @@ def test_any_unigram_vocabulary_splits_kept_texts_as_before_and_no_other_kind_is
     assert compared > 30 and differing > 300
     backend = Tokenizer(models.WordLevel({"<unk>": 0, "um": 1}, unk_token="<unk>"))
     with pytest.raises(ValueError, match="of the kind WordLevel"):
-        cut_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"), [0])
+        trim_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"), [0])
 
 
 @pytest.mark.slow
@@ -180,7 +180,7 @@ def test_ten_thousand_sentences_with_the_real_vocabulary(xlmr, tmp_path):
     texts = [pattern.format(name) for name in sorted(names) for pattern in patterns]
     found, known = whole(text=texts)["input_ids"], set(order)
     kept = [text for text, tokens in zip(texts, found, strict=True) if known.issuperset(tokens)]
-    check_splits(whole, small, order, texts)
+    check_tokenization(whole, small, order, texts)
     assert len(texts) > len(kept)
     assert len(kept) >= 10_000
     some = kept[::10]  # the splits of all are compared above

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from captions.translate import escape, read_translations, unescape, untranslated, write_sentences
+from captions.translate import escape_cell, read_translation_table, unescape_cell, describe_untranslated, write_translation_table
 
 NASTY = ["a cat\ton a mat", "she said \"hello\", and 'bye'", '"all of it is quoted"', "two\nlines", "  blanks around  "]
 NASTY += ["Windows\r\nline\rends", "back\\slash \\t \\n \\u0041 \\", "\ufeffa mark at the start", "=HYPERLINK(1)"]
@@ -17,17 +17,17 @@ def test_what_is_escaped_comes_back_and_stays_on_one_line():
     generator = random.Random(0)
     texts = NASTY + ["".join(generator.choices(letters, k=generator.randrange(12))) for _ in range(3000)]
     for text in texts:
-        assert unescape(escape(text)) == text
-        assert "\t" not in escape(text) and len(escape(text).splitlines()) <= 1, repr(text)
+        assert unescape_cell(escape_cell(text)) == text
+        assert "\t" not in escape_cell(text) and len(escape_cell(text).splitlines()) <= 1, repr(text)
     for text in ("plain text, “quoted”: ção", "a =1 + 1"):
-        assert escape(text) == text, "what is harmless stays readable"
-    assert {escape(sign)[0] for sign in "=+-@"} == {"\\"}, "no sentence is a formula to a spreadsheet"
+        assert escape_cell(text) == text, "what is harmless stays readable"
+    assert {escape_cell(sign)[0] for sign in "=+-@"} == {"\\"}, "no sentence is a formula to a spreadsheet"
 
 
 @pytest.mark.parametrize("order", [None, [0, 2], [2, 0, 1]])  # as Windows writes it; two columns; in another order
 def test_a_table_round_trips(tmp_path, order):
     path, translations = tmp_path / "sentences.tsv", [text[::-1] for text in NASTY]
-    write_sentences(path, NASTY)
+    write_translation_table(path, NASTY)
     fill(path, translations)
     data = path.read_bytes()
     if order is None:
@@ -35,7 +35,7 @@ def test_a_table_round_trips(tmp_path, order):
     else:
         cells = [line.split(b"\t") for line in data.split(b"\n") if line]
         path.write_bytes(b"\n".join(b"\t".join(line[i] for i in order) for line in cells))
-    assert read_translations(path, NASTY) == dict(zip(NASTY, translations, strict=True))
+    assert read_translation_table(path, NASTY) == dict(zip(NASTY, translations, strict=True))
 
 
 SENTENCES = ["a cat", "a dog", "two men", "a red car", "the sea"]
@@ -63,37 +63,37 @@ SENTENCES = ["a cat", "a dog", "two men", "a red car", "the sea"]
 )
 def test_wrong_rows_are_named(tmp_path, change, message):
     path = tmp_path / "sentences.tsv"
-    write_sentences(path, SENTENCES)
+    write_translation_table(path, SENTENCES)
     fill(path, SENTENCES)
     path.write_text("\n".join(change(path.read_text(encoding="utf-8").splitlines())), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        read_translations(path, SENTENCES)
+        read_translation_table(path, SENTENCES)
 
 
 def test_an_empty_cell_is_no_translation(tmp_path):
     path = tmp_path / "sentences.tsv"
-    write_sentences(path, SENTENCES)
-    assert untranslated(path).startswith("5 of 5 sentences have no translation yet: line 2 (s1_")
+    write_translation_table(path, SENTENCES)
+    assert describe_untranslated(path).startswith("5 of 5 sentences have no translation yet: line 2 (s1_")
     fill(path, ["um gato", "", "  ", "um carro", "o mar"])
     with pytest.raises(ValueError, match=r"2 of 5 sentences have no .*, line 4 .*\. Fill their last column\."):
-        read_translations(path, SENTENCES)
-    write_sentences(path, SENTENCES)
+        read_translation_table(path, SENTENCES)
+    write_translation_table(path, SENTENCES)
     fill(path, ["um gato", "-", "dois homens", "um carro", "o mar"])
-    assert untranslated(path) == "" and read_translations(path, SENTENCES)["a dog"] == "-"
+    assert describe_untranslated(path) == "" and read_translation_table(path, SENTENCES)["a dog"] == "-"
 
 
 def test_a_file_that_is_no_utf8(tmp_path):
     path = tmp_path / "sentences.tsv"
     path.write_bytes("id\ttranslation\ns1_0\tção\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"codec can't decode byte .* It must be UTF-8"):
-        read_translations(path, [])
+        read_translation_table(path, [])
     path.write_bytes("id\ttranslation\n".encode("utf-16"))
     with pytest.raises(ValueError, match="It must be UTF-8"):
-        read_translations(path, [])
+        read_translation_table(path, [])
 
 
 def fill(path, translations: list[str]) -> None:
     """What a translator does: put something into the last column."""
     head, *lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    filled = [line + escape(text) for line, text in zip(lines, translations, strict=True)]
+    filled = [line + escape_cell(text) for line, text in zip(lines, translations, strict=True)]
     path.write_text("\n".join([head, *filled]) + "\n", encoding="utf-8")

@@ -12,14 +12,14 @@ from transformers import AutoModel, AutoProcessor
 from capivara_search.models import open_text_tower
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import (
-    IMAGE_SIDE,
+    IMAGE_ENCODER_PREFIXES,
     embed_images,
     embed_texts,
     embedding_width,
-    freeze_image_side,
-    image_embeds,
+    freeze_image_encoder,
+    compute_image_embeds,
     load_embedder,
-    tokenise,
+    tokenize,
 )
 
 TEXTS = ["uma foto de uma capivara azul", "gato", "a casa verde", "são joão", "pão"]
@@ -88,13 +88,13 @@ def test_the_image_side_is_what_images_depend_on(kind_folder):
     """Every parameter outside of it may change, and no image's embedding does."""
     model, pixels = load_model(kind_folder).eval(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        before = image_embeds(model, pixels)
+        before = compute_image_embeds(model, pixels)
         for name, parameter in model.named_parameters():
-            parameter.add_(0 if name.startswith(IMAGE_SIDE) else 1)
-        assert torch.equal(image_embeds(model, pixels), before)
-    freeze_image_side(model)
+            parameter.add_(0 if name.startswith(IMAGE_ENCODER_PREFIXES) else 1)
+        assert torch.equal(compute_image_embeds(model, pixels), before)
+    freeze_image_encoder(model)
     assert {n for n, p in model.named_parameters() if not p.requires_grad} == {
-        n for n, _ in model.named_parameters() if n.startswith(IMAGE_SIDE)
+        n for n, _ in model.named_parameters() if n.startswith(IMAGE_ENCODER_PREFIXES)
     }
 
 
@@ -107,7 +107,7 @@ def test_the_canonical_form_of_a_text_is_the_tokenizers(published, tmp_path):
         as_published(base)
     load_model(base).save_pretrained(saved)
     load_processor(base).save_pretrained(saved)
-    of_training = [row["input_ids"] for row in tokenise(load_processor(base), texts)]
+    of_training = [row["input_ids"] for row in tokenize(load_processor(base), texts)]
     alone = AutoProcessor.from_pretrained(saved)(text=texts, padding="max_length", max_length=64).input_ids
     assert of_training == alone and alone[0] == alone[1] != alone[2]
     for folder in (base, saved):

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from whole_batch_process import CAPTIONS, MICRO, SEED, STEP, VARIANTS, build, gradients_of, make_batch
 
 from modeling_capivara import clip_loss
-from modeling_capivara.two_towers import text_embeds
+from modeling_capivara.two_towers import compute_text_embeds
 from training import whole_batch
-from training.whole_batch import WholeBatch, contrastive_loss, graph_bytes, micro_batches, sigmoid_loss, word_rows
+from training.whole_batch import WholeBatch, contrastive_loss, measure_graph_bytes, make_micro_batches, sigmoid_loss, cached_word_rows
 
 TESTS = Path(__file__).resolve().parent
 TOLERANCE = {"no": 1e-6, "bf16": 1e-2}
@@ -33,7 +33,7 @@ def forward(model, batch):
 def seeded(batch, call):
     state = np.random.SeedSequence([SEED, STEP, batch.index]).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(state) >> 1)
-    return call(batch.inputs("cpu"))
+    return call(batch.model_inputs("cpu"))
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -59,7 +59,7 @@ def siglip_gradients(model, batches, image_embeds):
     if image_embeds is None:
         loss = model(ids, torch.cat([batch.pixel_values for batch in batches]), return_loss=True).loss
     else:
-        logits = model.logit_scale.exp() * text_embeds(model, ids) @ image_embeds.double().T + model.logit_bias
+        logits = model.logit_scale.exp() * compute_text_embeds(model, ids) @ image_embeds.double().T + model.logit_bias
         loss = -F.logsigmoid((2 * torch.eye(len(ids)) - 1) * logits).sum() / len(ids)
     loss.backward()
     return loss.item(), gradients(model)
@@ -119,7 +119,7 @@ class Float64Tower(torch.nn.Module):
 @pytest.mark.parametrize("budget", [0.0, ALL_GRAPHS])
 def test_in_float64_it_equals_one_graph_to_1e_9(budget):
     (batches, embeds), model, right = make_batch(False), Float64Tower(), torch.arange(7)
-    texts = torch.cat([seeded(batch, lambda inputs: text_embeds(model, **inputs)) for batch in batches])
+    texts = torch.cat([seeded(batch, lambda inputs: compute_text_embeds(model, **inputs)) for batch in batches])
     logits = model.logit_scale.exp() * texts @ embeds.double().T
     loss = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
     loss.backward()
@@ -190,11 +190,11 @@ def test_what_fits_is_kept(monkeypatch):
     model, accelerator = build(False), Accelerator(cpu=True)
     step = WholeBatch(accelerator.prepare_model(model, evaluation_mode=True), accelerator, SEED)
     assert step(STEP, batches, 7, embeds).graphs_kept == 4, "there is memory enough"
-    size = graph_bytes(lambda: model(batches[0].input_ids, attention_mask=batches[0].attention_mask), model)
-    assert step._bytes_a_text * len(batches[0].input_ids) == pytest.approx(size, rel=0.1)
+    size = measure_graph_bytes(lambda: model(batches[0].input_ids, attention_mask=batches[0].attention_mask), model)
+    assert step._bytes_per_text * len(batches[0].input_ids) == pytest.approx(size, rel=0.1)
     step.budget = None
     enough_for_two = 2.5 * size * max(b.input_ids.numel() for b in batches[:2]) / batches[0].input_ids.numel()
-    monkeypatch.setattr(whole_batch, "free_memory", lambda device: (enough_for_two / 0.6) + step._state_bytes())
+    monkeypatch.setattr(whole_batch, "available_memory", lambda device: (enough_for_two / 0.6) + step._pending_state_bytes())
     assert 1 <= step(STEP, batches, 7, embeds).graphs_kept <= 3
 
 
@@ -208,7 +208,7 @@ def test_kept_and_recomputed_graphs_agree_to_the_bit(precision):
         step = WholeBatch(accelerator.prepare_model(model, evaluation_mode=True), accelerator, SEED)
         step.budget = budget
         if budget == "half":
-            step.budget, step._bytes_a_text = 1.0, 0.25
+            step.budget, step._bytes_per_text = 1.0, 0.25
         results[step(STEP, batches, 7, embeds).graphs_kept] = gradients(model)
     assert len(results) == 3 and 0 in results and 4 in results, "none, some and all graphs were kept"
     first, *others = results.values()
@@ -219,7 +219,7 @@ def test_kept_and_recomputed_graphs_agree_to_the_bit(precision):
 def test_graph_bytes_counts_what_is_saved_and_neither_weights_nor_their_casts(precision, size):
     linear = torch.nn.Linear(100, 50)
     with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-        counted = graph_bytes(lambda: torch.sigmoid(linear(torch.randn(30, 100))), linear)
+        counted = measure_graph_bytes(lambda: torch.sigmoid(linear(torch.randn(30, 100))), linear)
     assert counted == (30 * 100 + 30 * 50) * size  # the input and the sigmoid's result
 
 
@@ -256,7 +256,7 @@ def sides(pairs: int, width: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("tile", [1, 3, 11, 100])
 @pytest.mark.parametrize("cut", [0, 5, 11])
 def test_the_shares_of_processes_add_up_to_the_plain_formula(cut, tile, kind, monkeypatch):
-    monkeypatch.setattr(whole_batch, "TILE_LOGITS", tile * 11)
+    monkeypatch.setattr(whole_batch, "MAX_TILE_LOGITS", tile * 11)
     texts, images = sides(11)
     scale, bias = (torch.tensor(value, dtype=torch.double, requires_grad=True) for value in (2.9, -9.0))
     logits, right, inputs = scale.exp() * texts @ images.T, torch.arange(11), [texts, images, scale]
@@ -288,7 +288,7 @@ def test_word_rows_give_the_gradient_of_the_table(kind):
     ids = [torch.tensor([[1, 3, 3], [0, 1, 8]]), torch.tensor([[3, 0]])]
     factors = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
     sum((plain(some) * factors[: some.shape[1]]).sum() for some in ids).backward()
-    with word_rows(table, ids):
+    with cached_word_rows(table, ids):
         sum((table(some) * factors[: some.shape[1]]).sum() for some in ids).backward()
     torch.testing.assert_close(table.weight.grad, plain.weight.grad)
     assert not plain.weight.grad[0].any() and "forward" not in vars(table)
@@ -299,7 +299,7 @@ def test_word_rows_add_to_the_gradient_that_is_there():
     table, seen = torch.nn.Embedding(9, 4), []
     table.weight.register_hook(lambda gradient: seen.append(gradient.is_sparse))
     for step in range(2):
-        with word_rows(table, [torch.tensor([[5, 3]])]):
+        with cached_word_rows(table, [torch.tensor([[5, 3]])]):
             table(torch.tensor([5, 5])).sum().backward()
         assert table.weight.grad.layout == torch.strided
         assert table.weight.grad[5].tolist() == [2.0 * (step + 1)] * 4 and not table.weight.grad[3].any()
@@ -308,7 +308,7 @@ def test_word_rows_add_to_the_gradient_that_is_there():
 
 def test_a_backward_pass_outside_of_word_rows_is_an_error():
     table, ids = torch.nn.Embedding(9, 4), torch.tensor([[5, 3]])
-    with word_rows(table, [ids]):
+    with cached_word_rows(table, [ids]):
         result = torch.utils.checkpoint.checkpoint(lambda: table(ids).pow(2).sum(), use_reentrant=False)
     with pytest.raises(RuntimeError, match="within `word_rows`"):
         result.backward()
@@ -342,7 +342,7 @@ def test_micro_batches_are_in_order_of_length_and_no_wider_than_their_longest(si
     ids = tiny_processor(text=CAPTIONS, padding=False)["input_ids"]
     lengths = [len(tokens) for tokens in ids]
     assert lengths != sorted(lengths), "captions that come in order would prove nothing"
-    batches, order = micro_batches(tiny_processor, CAPTIONS, size)
+    batches, order = make_micro_batches(tiny_processor, CAPTIONS, size)
     rows = [row[mask.bool()].tolist() for b in batches for row, mask in zip(b.input_ids, b.attention_mask, strict=True)]
     assert rows == [ids[i] for i in order] and sorted(order) == list(range(len(CAPTIONS)))
     assert [len(row) for row in rows] == sorted(lengths)

@@ -33,9 +33,9 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from hub_upload.formats.open_clip import save_state
-from modeling_capivara.convert_open_clip import open_clip_model_cfg, open_clip_state_dict, preprocess_cfg_of
+from modeling_capivara.convert_open_clip import to_open_clip_model_cfg, to_open_clip_state_dict, to_preprocess_cfg
 from modeling_capivara.loading import load_model, load_processor
-from modeling_capivara.two_towers import IMAGE_SIDE
+from modeling_capivara.two_towers import IMAGE_ENCODER_PREFIXES
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = TOWER | {"image_size": 32, "patch_size": 16}
@@ -124,7 +124,7 @@ def siglip2(folder: Path, tokenizer: Siglip2Tokenizer, config: SiglipConfig | No
 def other_texts(base: Path, folder: Path) -> Path:
     """A model whose image side is that of the one in `base`, and whose text side is another."""
     model = AutoModel.from_pretrained(base)  # of the type that it was saved in
-    images = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith(IMAGE_SIDE)}
+    images = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith(IMAGE_ENCODER_PREFIXES)}
     randomise(model, seed=1).load_state_dict(images, strict=False)
     model.save_pretrained(folder)
     load_processor(base).save_pretrained(folder)
@@ -163,11 +163,11 @@ def as_published(folder: Path) -> None:
 def as_open_clip(source: Path, folder: Path) -> Path:
     """A CAPIVARA in open_clip's own format, the configuration of its text tower beside it."""
     model, processor = load_model(source), load_processor(source)
-    processor.tokenizer.plain().save_pretrained(folder)  # open_clip repairs texts itself
+    processor.tokenizer.without_cleaning().save_pretrained(folder)  # open_clip repairs texts itself
     model.config.text_config.save_pretrained(folder / "text")
-    pixels = preprocess_cfg_of(processor.image_processor)
-    model_cfg = open_clip_model_cfg(model.config, str(folder / "text"), processor.image_processor.size["shortest_edge"])
+    pixels = to_preprocess_cfg(processor.image_processor)
+    model_cfg = to_open_clip_model_cfg(model.config, str(folder / "text"), processor.image_processor.size["shortest_edge"])
     settings = {"model_cfg": model_cfg, "preprocess_cfg": pixels}
     (folder / "open_clip_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    save_state(open_clip_state_dict(model), folder / "open_clip_model.safetensors")
+    save_state(to_open_clip_state_dict(model), folder / "open_clip_model.safetensors")
     return folder

@@ -17,8 +17,8 @@ from tiny import randomise, tiny_config, tiny_tokenizer
 from transformers import PreTrainedModel, SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipProcessor
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
-from modeling_capivara.two_towers import freeze_image_side
-from training.whole_batch import WholeBatch, micro_batches
+from modeling_capivara.two_towers import freeze_image_encoder
+from training.whole_batch import WholeBatch, make_micro_batches
 
 CAPTIONS = ["gato", "uma foto de um gato azul", "a casa", "o carro verde e a árvore", "pão", "são joão", "água"]
 SEED, STEP, MICRO = 5, 3, 2
@@ -36,7 +36,7 @@ VARIANTS |= {"none": (True, 0, False), "sigmoid": (False, None, True), "sigmoid,
 def build(trained_images: bool, checkpointing: bool = False, siglip: bool = False) -> PreTrainedModel:
     model = randomise(SiglipModel(SIGLIP).double() if siglip else CapivaraModel(tiny_config()))
     if not trained_images:
-        freeze_image_side(model)
+        freeze_image_encoder(model)
     if checkpointing:
         model.activation_checkpointing_enable()
     return model.train()
@@ -48,7 +48,7 @@ def make_batch(trained_images: bool, size: int = MICRO, captions: list[str] = CA
     if siglip:
         processor = SiglipProcessor(SiglipImageProcessor(), tiny_tokenizer())
         processor.tokenizer.model_max_length = SIGLIP.text_config.max_position_embeddings
-    batches, order = micro_batches(processor, captions, size)
+    batches, order = make_micro_batches(processor, captions, size)
     generator = torch.Generator().manual_seed(0)
     embeds = torch.nn.functional.normalize(torch.randn(len(captions), 24, generator=generator), dim=-1)[order]
     pixels = torch.randn(len(captions), 3, 32, 32, generator=generator)[order]

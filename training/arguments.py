@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from capivara_common.cli import at_least, between, flag
+from capivara_common.cli import check_at_least, check_between, flag
 from capivara_common.image_files import ImageFileArguments
 from caption_data.rows import DATASET_HELP, CaptionChoice
 
@@ -37,7 +37,7 @@ GONE_SINCE = {
 
 
 @dataclass
-class ModelAndData(CaptionChoice, ImageFileArguments):
+class ModelAndDataArguments(CaptionChoice, ImageFileArguments):
     """The base model, the data sets, and which of their captions are trained on."""
 
     _argument_group_name = "model and data"
@@ -60,7 +60,7 @@ class ModelAndData(CaptionChoice, ImageFileArguments):
 
 
 @dataclass
-class Batch:
+class BatchArguments:
     """The size of a step, and how it fits into memory."""
 
     _argument_group_name = "batch"
@@ -84,7 +84,7 @@ class Batch:
 
 
 @dataclass
-class Optimisation:
+class OptimizationArguments:
     """Optimiser, schedule, seeds and precision; which parameters are trained."""
 
     _argument_group_name = "optimisation"
@@ -118,7 +118,7 @@ class Optimisation:
 
 
 @dataclass
-class Output:
+class OutputArguments:
     """What is written, measured, kept and pushed, and when."""
 
     _argument_group_name = "output"
@@ -146,10 +146,10 @@ class Output:
 
 
 @dataclass
-class RunArguments(Output, Optimisation, Batch, ModelAndData):
+class RunArguments(OutputArguments, OptimizationArguments, BatchArguments, ModelAndDataArguments):
     """All arguments of a run, flat. Raises ValueError where a value breaks its rule."""
 
-    groups = (ModelAndData, Batch, Optimisation, Output)
+    groups = (ModelAndDataArguments, BatchArguments, OptimizationArguments, OutputArguments)
     gone = GONE | GONE_SINCE
     embedding_batch_size = 32  # images that go through the frozen image tower at once
 
@@ -159,18 +159,18 @@ class RunArguments(Output, Optimisation, Batch, ModelAndData):
         for name in ("model", "dataset"):
             if not getattr(self, name):
                 raise ValueError(f"`{name}` is missing: give --{name}, or a --config that has it.")
-        at_least(self, 1, "micro_batch_size", "max_steps", "eval_steps", "save_steps", "keep_last")
-        at_least(self, 2, "effective_batch_size")
-        at_least(self, 0, "weight_decay", "augmented_views", "lora_rank", "loading_workers")
-        between(self, 0, 1, "max_bad_share", "interpolate")
-        between(self, 1, 1024, "num_threads")
-        between(self, 0, 2**31 - 1, "seed")
-        between(self, 0, self.max_steps, "warmup_steps")
+        check_at_least(self, 1, "micro_batch_size", "max_steps", "eval_steps", "save_steps", "keep_last")
+        check_at_least(self, 2, "effective_batch_size")
+        check_at_least(self, 0, "weight_decay", "augmented_views", "lora_rank", "loading_workers")
+        check_between(self, 0, 1, "max_bad_share", "interpolate")
+        check_between(self, 1, 1024, "num_threads")
+        check_between(self, 0, 2**31 - 1, "seed")
+        check_between(self, 0, self.max_steps, "warmup_steps")
         for name, highest in (("learning_rate", float("inf")), ("lora_alpha", float("inf")), ("adam_epsilon", 1)):
             if not 0 < getattr(self, name) < highest:
                 limit = "" if highest > 1 else f" and below {highest}"
                 raise ValueError(f"{name} must be a number above 0{limit}, got {getattr(self, name):g}.")
-        between(self, 0, self.learning_rate, "min_learning_rate")
+        check_between(self, 0, self.learning_rate, "min_learning_rate")
         self.check_image_files()
         self.check_choice()
         if self.image_embedding_cache != "off" and self.augmented_views == 0:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from capivara_common.files import (
     RUN_MARKER,
-    check_inputs_stay,
+    check_inputs_outside,
     check_output_folder,
     lock_folder,
     partial_folder,
@@ -38,21 +38,21 @@ from capivara_common.files import (
 from training.arguments import GONE, GONE_SINCE, RunArguments
 
 BEFORE = "a876dd5"  # the last commit with settings of another step, whose checkpoints have other names, too
-STATE = "trainer.json"
-SUMS = "SHA256SUMS"  # of all other files, as sha256sum writes them; processors compute SHA-256 faster than BLAKE2
+STATE_FILE = "trainer.json"
+CHECKSUM_FILE = "SHA256SUMS"  # of all other files, as sha256sum writes them; processors compute SHA-256 faster than BLAKE2
 LOADED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pkl", ".json")  # what may be read of a checkpoint
 # Settings that may differ between a run and its continuation: they change no weight.
-FREE_SETTINGS = {
+CHANGEABLE_SETTINGS = {
     *("output_dir", "overwrite_output_dir", "resume", "save_steps", "keep_last", "tracker"),
     *("loading_workers", "num_threads", "max_bad_share", "push_to_hub", "hub_model_id", "hub_private"),
     *GONE_SINCE,
 }
-DEFAULTS = {known.name: known.default for known in fields(RunArguments)}  # what a run had before there was a setting
+SETTING_DEFAULTS = {known.name: known.default for known in fields(RunArguments)}  # what a run had before there was a setting
 logger = logging.getLogger("capivara")
 
 
 @dataclass
-class TrainerState:
+class TrainingState:
     """How far a run is, and under which settings."""
 
     step: int = 0  # optimiser steps done
@@ -83,16 +83,16 @@ class Checkpoints:
         """The folder of the checkpoint of a step."""
         return self.folder / f"step-{step:08d}"
 
-    def to_resume(self, args: RunArguments) -> Path | None:
+    def find_resume_checkpoint(self, args: RunArguments) -> Path | None:
         """The checkpoint to go on from, None for a new run; ValueError where it is damaged, or of other settings."""
         steps = self.steps()
         if args.resume is None or (args.resume == "auto" and not steps):
             return None
         path = self.path(steps[-1]) if args.resume == "auto" else Path(args.resume)
-        check_same_run(read_state(path), args.to_dict(), {}, path)
+        check_same_run(read_training_state(path), args.to_dict(), {}, path)
         return path
 
-    def save(self, state: TrainerState) -> None:
+    def save(self, state: TrainingState) -> None:
         """Write a checkpoint of this step, unless it is there; then remove those that are no longer kept.
 
         Raises OSError where it can't be written; the earlier checkpoints are untouched.
@@ -105,8 +105,8 @@ class Checkpoints:
             self.accelerator.save_state(str(temporary))  # every process
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
-                write_json(temporary / STATE, asdict(state))
-                write_bytes(temporary / SUMS, _sums(temporary))
+                write_json(temporary / STATE_FILE, asdict(state))
+                write_bytes(temporary / CHECKSUM_FILE, _compute_checksums(temporary))
                 temporary.rename(path)
                 for old in {*self.steps()[: -self.keep_last]} - {state.best_step}:
                     doomed = self.folder / f"tmp-old-{old:08d}"  # never a half-removed checkpoint under a good name
@@ -121,13 +121,13 @@ class Checkpoints:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def load(self, path: Path, now: TrainerState) -> TrainerState:
+    def load(self, path: Path, current: TrainingState) -> TrainingState:
         """Weights and optimiser into what Accelerate has prepared; returns where the run was.
 
         Raises ValueError where it is damaged, holds more than tensors, or is of other settings or data than `now`.
         """
-        saved = read_state(path)
-        check_same_run(saved, now.config, now.data, path)
+        saved = read_training_state(path)
+        check_same_run(saved, current.config, current.data, path)
         try:
             self.accelerator.load_state(str(path))
         except (pickle.UnpicklingError, RuntimeError) as error:
@@ -136,40 +136,40 @@ class Checkpoints:
                 "it, and --resume auto goes on from an earlier one or from the start."
             ) from error
         logger.info("Going on from %s.", path)
-        if (saved.device, saved.threads) != (now.device, now.threads):
+        if (saved.device, saved.threads) != (current.device, current.threads):
             logger.warning(
-                f"The run was computed with {saved.threads} CPU threads on {saved.device}, now there are {now.threads} "
-                f"on {now.device}: its last bits will differ. The same device and --num_threads {saved.threads} keep "
+                f"The run was computed with {saved.threads} CPU threads on {saved.device}, now there are {current.threads} "
+                f"on {current.device}: its last bits will differ. The same device and --num_threads {saved.threads} keep "
                 "them."
             )
         return saved
 
 
-def read_state(path: Path) -> TrainerState:
+def read_training_state(path: Path) -> TrainingState:
     """Where the run of a checkpoint was, all files compared. Raises ValueError where `path` is none, or is damaged."""
-    if not (path / STATE).is_file():
-        raise ValueError(f"{path} is no checkpoint of a run: it has no {STATE}.")
-    check_files(path)
+    if not (path / STATE_FILE).is_file():
+        raise ValueError(f"{path} is no checkpoint of a run: it has no {STATE_FILE}.")
+    check_checkpoint_files(path)
     try:
-        return TrainerState(**read_json(path / STATE, step=int, curve=list, config=dict, data=dict))
+        return TrainingState(**read_json(path / STATE_FILE, step=int, curve=list, config=dict, data=dict))
     except TypeError as error:
-        raise ValueError(f"{path / STATE} is not the state of a run of this version: {error}.") from error
+        raise ValueError(f"{path / STATE_FILE} is not the state of a run of this version: {error}.") from error
 
 
-def check_files(path: Path) -> None:
+def check_checkpoint_files(path: Path) -> None:
     """Raise ValueError, naming the files, where a checkpoint is not as it was written, or more would be loaded."""
-    listed = (path / SUMS).read_bytes() if (path / SUMS).is_file() else b""
-    written, found = ({*sums.split(b"\n")} for sums in (listed, _sums(path)))
+    listed = (path / CHECKSUM_FILE).read_bytes() if (path / CHECKSUM_FILE).is_file() else b""
+    written, found = ({*sums.split(b"\n")} for sums in (listed, _compute_checksums(path)))
     names = {line[66:].decode("utf-8", "replace") for line in written - found}
     names |= {name for line in found - written if (name := line[66:].decode()).endswith(LOADED_SUFFIXES)}
     if names:
         raise ValueError(
-            f"The checkpoint {path} can't be loaded: {', '.join(sorted(names))} or {SUMS} is not as it was written. "
+            f"The checkpoint {path} can't be loaded: {', '.join(sorted(names))} or {CHECKSUM_FILE} is not as it was written. "
             "Remove it, and --resume auto goes on from an earlier one or from the start."
         )
 
 
-def check_same_run(state: TrainerState, config: dict[str, Any], data: dict[str, str], path: Path) -> None:
+def check_same_run(state: TrainingState, config: dict[str, Any], data: dict[str, str], path: Path) -> None:
     """Raise ValueError where a checkpoint or a finished run is of other settings or data; each difference is named."""
     if state.config.keys() & GONE.keys():
         raise ValueError(
@@ -180,8 +180,8 @@ def check_same_run(state: TrainerState, config: dict[str, Any], data: dict[str, 
     old, new = ({**c, "image_embedding_cache": c.get("image_embedding_cache") != "off"} for c in (state.config, config))
     differing = {
         key: (state.config.get(key), config.get(key))
-        for key in sorted({*old, *new} - FREE_SETTINGS)
-        if old.get(key, DEFAULTS.get(key)) != new.get(key)
+        for key in sorted({*old, *new} - CHANGEABLE_SETTINGS)
+        if old.get(key, SETTING_DEFAULTS.get(key)) != new.get(key)
     }
     differing |= {f"data {key}": (state.data.get(key), data[key]) for key in data if state.data.get(key) != data[key]}
     if differing:
@@ -192,7 +192,7 @@ def check_same_run(state: TrainerState, config: dict[str, Any], data: dict[str, 
 def check_finished_run(folder: Path, config: dict[str, Any], data: dict[str, str]) -> None:
     """Raise ValueError where the finished run in `folder` has other settings, or other `data` of those given."""
     finished = read_json(folder / "run.json", config=dict, dataset_fingerprints=dict)
-    check_same_run(TrainerState(config=finished["config"], data=finished["dataset_fingerprints"]), config, data, folder)
+    check_same_run(TrainingState(config=finished["config"], data=finished["dataset_fingerprints"]), config, data, folder)
 
 
 def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
@@ -214,11 +214,11 @@ def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
             f"{args.output_dir} holds finished runs of several seeds ({names}), which do not go on as one. "
             "Choose another folder, one a --seed."
         )
-    if not is_complete(args, args.output_dir):
+    if not is_run_complete(args, args.output_dir):
         check_output_folder(args.output_dir, args.overwrite_output_dir)
     if args.overwrite_output_dir:
         needed = [args.model, args.evaluation_dataset, *args.dataset]
-        check_inputs_stay(args.output_dir, *needed, *(Path(name).parent for name in needed))  # that of `shards/*.tar`
+        check_inputs_outside(args.output_dir, *needed, *(Path(name).parent for name in needed))  # that of `shards/*.tar`
     partial = partial_folder(args.output_dir)
     if args.resume is None and not args.overwrite_output_dir and can_resume(partial):
         raise ValueError(
@@ -234,7 +234,7 @@ def next_numbered_folder(parent: Path, name: str) -> Path:
     return next(folder for folder in folders if not folder.exists() and not partial_folder(folder).exists())
 
 
-def is_complete(args: RunArguments, output_dir: Path) -> bool:
+def is_run_complete(args: RunArguments, output_dir: Path) -> bool:
     """Whether `--resume auto` finds a complete run; one that is to replace it may be unfinished."""
     return args.resume == "auto" and (output_dir / "run.json").is_file() and not partial_folder(output_dir).exists()
 
@@ -259,7 +259,7 @@ def handle_signals(handler: Callable[[int, Any], None], *numbers: int) -> Iterat
 
 
 @contextmanager
-def run_folder(output_dir: Path, args: RunArguments, accelerator: Accelerator) -> Iterator[Path]:
+def locked_run_folder(output_dir: Path, args: RunArguments, accelerator: Accelerator) -> Iterator[Path]:
     """The folder that a run works in, locked; it stays where it holds something to resume from.
 
     Raises SystemExit where the run was stopped or its numbers failed, ValueError where another process works in it.
@@ -267,12 +267,12 @@ def run_folder(output_dir: Path, args: RunArguments, accelerator: Accelerator) -
     folder, lock = partial_folder(output_dir), None
     try:
         if accelerator.is_main_process:
-            lock = _locked(folder)
+            lock = _lock_run_folder(folder)
             for left in [*folder.glob("checkpoints/tmp-*" if args.resume else "*")]:
                 if left.name != RUN_MARKER:
                     shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
         accelerator.wait_for_everyone()
-        with handle_signals(_stop, signal.SIGTERM):
+        with handle_signals(_raise_interrupt, signal.SIGTERM):
             yield folder
     except KeyboardInterrupt as stop:  # after a step, with its words; before, between and after the steps
         number, message = stop.args or (signal.SIGINT, "Stopped.")
@@ -289,7 +289,7 @@ def run_folder(output_dir: Path, args: RunArguments, accelerator: Accelerator) -
             os.close(lock)
 
 
-def _locked(folder: Path) -> int:
+def _lock_run_folder(folder: Path) -> int:
     """The lock on the folder of a run, which is made where it is missing. ValueError where it is somebody else's."""
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()) and not (folder / RUN_MARKER).exists():
@@ -303,16 +303,16 @@ def _locked(folder: Path) -> int:
         ) from None
 
 
-def _stop(number: int, frame: object) -> None:
+def _raise_interrupt(number: int, frame: object) -> None:
     """End the work by SIGTERM as by Ctrl-C, temporary files removed; training steps handle both themselves."""
     raise KeyboardInterrupt(number, "Stopped.")
 
 
-def _sums(folder: Path) -> bytes:
+def _compute_checksums(folder: Path) -> bytes:
     """A line a file, "digest, two blanks, name"; hidden files are of the file manager or the network disk."""
     lines = []
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != SUMS and not path.name.startswith("."):
+        if path.is_file() and path.name != CHECKSUM_FILE and not path.name.startswith("."):
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             lines.append(f"{digest}  {path.relative_to(folder).as_posix()}\n")

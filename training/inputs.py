@@ -28,30 +28,30 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from capivara_common.environment import cache_home
 from capivara_common.files import write_json
-from capivara_common.image_files import BadImage, eight_bits
-from capivara_common.tasks import all_parts
-from caption_data.pairs import check_bad_share, lacking, pair_table, pairs_fingerprint, skipped_rows, usable
-from caption_data.rows import Skipped, digest_of
+from capivara_common.image_files import BadImage, to_8_bit
+from capivara_common.tasks import split_rows
+from caption_data.pairs import check_bad_share, missing_columns, build_pair_table, pairs_fingerprint, list_skipped_rows, drop_invalid
+from caption_data.rows import SkippedRow, json_digest
 from caption_data.sources import Split, open_split
 from eval.embeddings import FILES_VERSION, Bad, EmbeddingCache, vectors_of
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import (
-    IMAGE_SIDE,
+    IMAGE_ENCODER_PREFIXES,
     checked_finite,
     embed_images,
     embedding_width,
-    image_embeds,
-    image_parts,
+    compute_image_embeds,
+    split_for_device,
 )
 from training.arguments import RunArguments
 from training.trainable import prepare_trainable
-from training.whole_batch import Planner, StepPlan, batch_counts, random_state
+from training.whole_batch import BatchPlanner, StepPlan, apportion_batch, derive_seed
 
 PIXELS_VERSION = 1  # raise it when preprocessing or augmentation changes what an image becomes
 AUGMENTATION = {"resize": 250, "crop": 224, "scale": [0.9, 1.0], "augmix_severity": 2}  # arXiv 2310.13683, section 4
 SHARD_ROWS = 2048  # images of one file of the cache: what a kill can lose
 logger = logging.getLogger("capivara")
-FLAGS = (
+DATA_FLAGS_HINT = (
     "--dataset and --train_split name what is trained on; --evaluation_dataset, --validation_split, --test_split what "
     "is measured on; --image_column, --caption_column, --language and --eval_languages the columns; --caption_strategy "
     "none --min_pair_similarity null do without similarities."
@@ -60,7 +60,7 @@ Splits = dict[tuple[str, str], Split]  # data set and split -> the rows
 
 
 @dataclass
-class Pairs:
+class PairDataset:
     """The pairs of one split of one data set, as a sequence of their images: all rows, or the usable ones."""
 
     source: Split
@@ -76,24 +76,24 @@ class Pairs:
         """The image of a pair that is measured on, decoded. Raises ValueError where it can't be used."""
         row = self.table[pair]["row"]
         try:
-            return self.source.image(row)
+            return self.source.load_image(row)
         except BadImage as bad:
-            raise _not_whole(self.source, row, bad.reason, bad.detail) from bad
+            raise _bad_row_error(self.source, row, bad.reason, bad.detail) from bad
 
     def captions(self) -> list[list[str]]:
         """The captions of each image."""
         return self.table["captions"][:]
 
-    def pixels(self, pair: int, view: int) -> Tensor:
+    def load_pixels(self, pair: int, view: int) -> Tensor:
         """(3, height, width) of a pair's image in a view. Raises BadImage where it or the processor refuses the image.
 
         An augmentation depends on the image's digest, not on its pair, whose number changes with the rows left out.
         """
-        image = self.source.image(self.table[pair]["row"])
+        image = self.source.load_image(self.table[pair]["row"])
         try:
             if self.augmented_views != 1:
-                image = eight_bits(image)  # PIL would clip 16 bits
-                image = augmented(image, random_state(self.seed, int(self.table[pair]["digest"], 16), view))
+                image = to_8_bit(image)  # PIL would clip 16 bits
+                image = augment_image(image, derive_seed(self.seed, int(self.table[pair]["digest"], 16), view))
             return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
         except ValueError as error:
             raise BadImage("unreadable image", str(error)) from error
@@ -106,25 +106,25 @@ class Pairs:
 
 
 @dataclass
-class Inputs:
+class TrainingInputs:
     """What a run starts from."""
 
     processor: ProcessorMixin
-    training: list[Pairs]  # the usable pairs of each data set
-    validation: Pairs  # that choices are made on
+    training: list[PairDataset]  # the usable pairs of each data set
+    validation: PairDataset  # that choices are made on
     validation_embeds: Tensor  # (images, width) by the frozen image tower
-    test: dict[str, Pairs]  # language -> the split of the final table
+    test: dict[str, PairDataset]  # language -> the split of the final table
     test_embeds: Tensor  # (images, width) by the base's image tower, float32
-    skipped: list[Skipped]  # training rows that were left out
+    skipped: list[SkippedRow]  # training rows that were left out
     base_digest: str  # of the base's weights
 
-    def planner(self, args: RunArguments) -> Planner:
+    def make_planner(self, args: RunArguments) -> BatchPlanner:
         """What draws the batches of a run."""
         captions = [pairs.table["captions"] for pairs in self.training]
-        counts = batch_counts(args.effective_batch_size, list(map(len, self.training)))
+        counts = apportion_batch(args.effective_batch_size, list(map(len, self.training)))
         # A copy: it plans in a thread, and a tokenizer remembers padding and length from its last call.
         processor = copy.deepcopy(self.processor)
-        return Planner(captions, counts, processor, args.micro_batch_size, args.augmented_views, args.seed)
+        return BatchPlanner(captions, counts, processor, args.micro_batch_size, args.augmented_views, args.seed)
 
     def fingerprints(self, args: RunArguments) -> dict[str, str]:
         """Name of a data set and split -> digest of its images and captions."""
@@ -134,7 +134,7 @@ class Inputs:
         return {"base model": self.base_digest} | {name: pairs_fingerprint(table) for name, table in tables.items()}
 
 
-def load_inputs(args: RunArguments, accelerator: Accelerator) -> Inputs:
+def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
     """Everything a run needs. Raises ValueError where anything is missing or bad, or too little for a batch."""
     splits, named = open_splits(args), args.image_embedding_cache  # before a model is loaded
     root = cache_home() / "image_embeddings" if named in ("auto", "off") else Path(named)
@@ -143,24 +143,24 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> Inputs:
     prepare_trainable(load_model(args.model), args)  # its names match, before any long work
     base.to(accelerator.device).eval()
     measured = [splits[args.evaluation_dataset, name] for name in (args.validation_split, args.test_split)]
-    validation = evaluation_pairs(args, measured[0], [args.language], processor)[args.language]
-    test = evaluation_pairs(args, measured[1], args.eval_languages, processor)
-    training = training_pairs(args, splits, processor)
-    usable_pairs(training, args)  # before the vectors are made
+    validation = load_evaluation_pairs(args, measured[0], [args.language], processor)[args.language]
+    test = load_evaluation_pairs(args, measured[1], args.eval_languages, processor)
+    training = load_training_pairs(args, splits, processor)
+    drop_invalid_pairs(training, args)  # before the vectors are made
     test_embeds = embed_images(base, processor, test[args.language], args.embedding_batch_size, "Images, test")
 
-    def cached(pairs: Pairs) -> Pairs:
-        options = args.embedding_batch_size, loading_workers(args, accelerator), accelerator
-        return with_vectors(base, pairs, root, *options)
+    def cached(pairs: PairDataset) -> PairDataset:
+        options = args.embedding_batch_size, resolve_loading_workers(args, accelerator), accelerator
+        return add_vectors(base, pairs, root, *options)
 
     if args.image_embedding_cache == "off":
         vectors = embed_images(base, processor, validation, args.embedding_batch_size, "Images, validation")
     else:
-        _refuse_bad(validation := cached(validation))
+        _check_no_bad_rows(validation := cached(validation))
         vectors = torch.from_numpy(vectors_of(validation.table.data.table).astype(np.float32))
         training = list(map(cached, training))
-    training, skipped = usable_pairs(training, args)
-    return Inputs(
+    training, skipped = drop_invalid_pairs(training, args)
+    return TrainingInputs(
         processor=processor,
         training=training,
         validation=validation,
@@ -172,12 +172,12 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> Inputs:
     )
 
 
-def usable_pairs(training: list[Pairs], args: RunArguments) -> tuple[list[Pairs], list[Skipped]]:
+def drop_invalid_pairs(training: list[PairDataset], args: RunArguments) -> tuple[list[PairDataset], list[SkippedRow]]:
     """The usable pairs, and the other rows. Raises ValueError where these are too many, or those too few."""
-    good = [replace(pairs, table=usable(pairs.table)) for pairs in training]
-    skipped = [line for pairs in training for line in skipped_rows(pairs.table, pairs.source)]
+    good = [replace(pairs, table=drop_invalid(pairs.table)) for pairs in training]
+    skipped = [line for pairs in training for line in list_skipped_rows(pairs.table, pairs.source)]
     check_bad_share(skipped, sum(map(len, good)) + len(skipped), args.max_bad_share)
-    batch_counts(args.effective_batch_size, list(map(len, good)))
+    apportion_batch(args.effective_batch_size, list(map(len, good)))
     return good, skipped
 
 
@@ -188,89 +188,89 @@ def open_splits(args: RunArguments) -> Splits:
     """
     asked = [(name, args.train_split, _training_columns(args)) for name in args.dataset]
     measured = [(args.validation_split, args.language), *((args.test_split, code) for code in args.eval_languages)]
-    asked += [(args.evaluation_dataset, split, [caption_column(args, code)]) for split, code in measured]
+    asked += [(args.evaluation_dataset, split, [get_caption_column(args, code)]) for split, code in measured]
     splits: Splits = {}
     for dataset, split, columns in asked:
         try:
             if (dataset, split) not in splits:
-                splits[dataset, split] = open_split(dataset, split, args.image_column, **args.limits())
+                splits[dataset, split] = open_split(dataset, split, args.image_column, **args.image_options())
             found = splits[dataset, split]
-            found.check_columns([args.image_column, *lacking(columns, found.columns)])
+            found.check_columns([args.image_column, *missing_columns(columns, found.columns)])
         except ValueError as error:
-            raise ValueError(f"{str(error).rstrip('.')}. {FLAGS}") from error
+            raise ValueError(f"{str(error).rstrip('.')}. {DATA_FLAGS_HINT}") from error
     sizes = [len(splits[name, args.train_split]) for name in args.dataset]
     if sum(sizes) < args.effective_batch_size:
-        usable_pairs(training_pairs(args, splits), args)  # raises and names the largest batch: few rows, so it is quick
-    batch_counts(args.effective_batch_size, sizes)
+        drop_invalid_pairs(load_training_pairs(args, splits), args)  # raises and names the largest batch: few rows, so it is quick
+    apportion_batch(args.effective_batch_size, sizes)
     return splits
 
 
 def _training_columns(args: RunArguments) -> list[str]:
     """Columns that the captions of a pair are chosen by."""
-    _, *others = args.columns_of(args.language)
+    _, *others = args.strategy_columns(args.language)
     similarities = [] if args.min_pair_similarity is None else [f"similarities-{args.language}"]
-    return list(dict.fromkeys([caption_column(args, args.language), *others, *similarities]))
+    return list(dict.fromkeys([get_caption_column(args, args.language), *others, *similarities]))
 
 
-def training_pairs(args: RunArguments, splits: Splits, processor: ProcessorMixin | None = None) -> list[Pairs]:
+def load_training_pairs(args: RunArguments, splits: Splits, processor: ProcessorMixin | None = None) -> list[PairDataset]:
     """Return all rows of every training dataset. Without a processor the pairs can be counted, not trained on."""
     columns = _training_columns(args)
-    column, own = caption_column(args, args.language), f"captions-{args.language}"
+    column, own = get_caption_column(args, args.language), f"captions-{args.language}"
     choice = ("caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
     settings = {name: getattr(args, name) for name in ("language", "caption_column", *choice)}
     found = []
     for name in args.dataset:
         split = splits[name, args.train_split]
-        choose = lambda row: args.chosen(row | {own: row[column]}, args.language)  # noqa: E731
-        table = pair_table(split, columns, choose, settings)
-        found.append(Pairs(split, table, processor, args.augmented_views, args.seed))
+        choose = lambda row: args.choose_captions(row | {own: row[column]}, args.language)  # noqa: E731
+        table = build_pair_table(split, columns, choose, settings)
+        found.append(PairDataset(split, table, processor, args.augmented_views, args.seed))
     return found
 
 
-def evaluation_pairs(
+def load_evaluation_pairs(
     args: RunArguments, split: Split, languages: list[str], processor: ProcessorMixin
-) -> dict[str, Pairs]:
+) -> dict[str, PairDataset]:
     """Language -> the pairs of a split that is measured on: all its rows, or figures would depend on what is left.
 
     Raises ValueError, which names it, where a row can't be used.
     """
     found = {}
     for language in languages:
-        column = caption_column(args, language)
-        table = pair_table(split, [column], lambda row, c=column: _complete(row[c]), {"whole": column})
-        found[language] = Pairs(split, table, processor, seed=args.seed)
-        _refuse_bad(found[language])
+        column = get_caption_column(args, language)
+        table = build_pair_table(split, [column], lambda row, c=column: _check_complete(row[c]), {"whole": column})
+        found[language] = PairDataset(split, table, processor, seed=args.seed)
+        _check_no_bad_rows(found[language])
     return found
 
 
-def caption_column(args: RunArguments, language: str) -> str:
+def get_caption_column(args: RunArguments, language: str) -> str:
     """The column of the captions in a language."""
     return args.caption_column.replace("{language}", language)
 
 
-def _complete(texts: list[str]) -> list[str]:
+def _check_complete(texts: list[str]) -> list[str]:
     """`texts`. Raises ValueError where one is empty."""
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"an empty caption in {texts!r}")
     return texts
 
 
-def _refuse_bad(pairs: Pairs) -> None:
+def _check_no_bad_rows(pairs: PairDataset) -> None:
     """Raise ValueError where a row of a split that is measured on can't be used."""
-    for line in skipped_rows(pairs.table, pairs.source):
-        raise _not_whole(pairs.source, line.row, line.reason, line.detail)
+    for line in list_skipped_rows(pairs.table, pairs.source):
+        raise _bad_row_error(pairs.source, line.row, line.reason, line.detail)
 
 
-def _not_whole(split: Split, row: int, reason: str, detail: str) -> ValueError:
+def _bad_row_error(split: Split, row: int, reason: str, detail: str) -> ValueError:
     return ValueError(
-        f"{split.where}: row {row} can't be used, {reason} ({detail}). A split that is measured on must be whole; mend "
+        f"{split.display_name}: row {row} can't be used, {reason} ({detail}). A split that is measured on must be whole; mend "
         "the row, or remove it."
     )
 
 
-def cached_embeds(training: list[Pairs], plan: StepPlan) -> Tensor:
+def load_cached_embeds(training: list[PairDataset], plan: StepPlan) -> Tensor:
     """(pairs, width), float32: of the images of a step, whose data sets have caches."""
-    places = [np.flatnonzero(plan.sources == number) for number in range(len(training))]
+    places = [np.flatnonzero(plan.dataset_indices == number) for number in range(len(training))]
     found = []
     for pairs, own in zip(training, places, strict=True):
         vectors = vectors_of(pairs.vectors[plan.rows[own]]).reshape(len(own), pairs.augmented_views, -1)
@@ -279,43 +279,43 @@ def cached_embeds(training: list[Pairs], plan: StepPlan) -> Tensor:
 
 
 @dataclass
-class _Views:
+class _ViewDataset:
     """The views of images, as what a `DataLoader` reads; a bad one as a result, since exceptions lose what they say."""
 
-    training: list[Pairs]
+    training: list[PairDataset]
 
     def __getitem__(self, item: tuple[int, int, int]) -> Tensor | BadImage:
         number, pair, view = map(int, item)
         try:
-            return self.training[number].pixels(pair, view)
+            return self.training[number].load_pixels(pair, view)
         except BadImage as bad:
             return bad
 
 
-def read_ahead(
-    training: list[Pairs], items: Iterable[list[tuple[int, int, int]]], workers: int
+def prefetch_pixels(
+    training: list[PairDataset], items: Iterable[list[tuple[int, int, int]]], workers: int
 ) -> Iterator[list[Tensor | BadImage]]:
     """The pixels, or what is wrong with the image, for each list of data set, pair and view, by `workers` processes."""
     # A fork would inherit torch's threads, and can hang.
     ahead = {"multiprocessing_context": "spawn", "prefetch_factor": 4} if workers else {}
-    return iter(DataLoader(_Views(training), batch_sampler=items, num_workers=workers, collate_fn=list, **ahead))
+    return iter(DataLoader(_ViewDataset(training), batch_sampler=items, num_workers=workers, collate_fn=list, **ahead))
 
 
-def loading_workers(args: RunArguments, accelerator: Accelerator) -> int:
+def resolve_loading_workers(args: RunArguments, accelerator: Accelerator) -> int:
     """Processes that decode images: as asked for, else none beside a CPU that computes, up to 12 beside a GPU."""
     if args.loading_workers is not None:
         return args.loading_workers
     return 0 if accelerator.device.type == "cpu" else min(12, os.cpu_count() or 1)
 
 
-def augmented(image: PIL.Image.Image, state: int) -> PIL.Image.Image:
+def augment_image(image: PIL.Image.Image, seed: int) -> PIL.Image.Image:
     """The recipe's augmentation: 250 pixels, a crop of 90 to 100 % to 224 pixels, AugMix of severity 2.
 
     Source: CAPIVARA (arXiv 2310.13683), section 4; the draws are a function of `state`.
     """
     from torchvision.transforms import v2 as transforms
 
-    torch.manual_seed(state)
+    torch.manual_seed(seed)
     bicubic = transforms.InterpolationMode.BICUBIC
     image = image.convert("LA") if image.mode == "La" else image  # PIL has no way from La to RGB
     image = transforms.Resize(AUGMENTATION["resize"], bicubic)(image.convert("RGB"))
@@ -327,11 +327,11 @@ def augmented(image: PIL.Image.Image, state: int) -> PIL.Image.Image:
 def embed_pixels(model: PreTrainedModel, pixels: Tensor, accelerator: Accelerator) -> Tensor:
     """(images, width), unit length, float32, on the device: in the precision of the run."""
     with accelerator.autocast():
-        parts = image_parts(pixels, accelerator.device)
-        return checked_finite(torch.cat([image_embeds(model, part) for part in parts]))
+        parts = split_for_device(pixels, accelerator.device)
+        return checked_finite(torch.cat([compute_image_embeds(model, part) for part in parts]))
 
 
-def image_cache(model: PreTrainedModel, pairs: Pairs, root: Path, precision: str) -> EmbeddingCache:
+def open_image_cache(model: PreTrainedModel, pairs: PairDataset, root: Path, precision: str) -> EmbeddingCache:
     """Where the vectors of all rows of a data set lie: under `root`, in a folder named after all that they depend on.
 
     The model's image tower is frozen and in evaluation mode; `precision` is as Accelerate names it.
@@ -342,7 +342,7 @@ def image_cache(model: PreTrainedModel, pairs: Pairs, root: Path, precision: str
     parts = {
         "version": PIXELS_VERSION,
         "files": FILES_VERSION,
-        "tower_weights": weights_digest(model, IMAGE_SIDE),
+        "tower_weights": weights_digest(model, IMAGE_ENCODER_PREFIXES),
         "tower_config": hashlib.blake2b(model.config.vision_config.to_json_string().encode()).hexdigest()[:32],
         "preprocessing": json.loads(pairs.processor.image_processor.to_json_string()),
         "augmented_views": pairs.augmented_views,
@@ -351,20 +351,20 @@ def image_cache(model: PreTrainedModel, pairs: Pairs, root: Path, precision: str
         "precision": precision,
         "images": images.hexdigest(),
     }
-    cache = EmbeddingCache(root / digest_of(parts, sort_keys=True), all_parts(len(pairs), SHARD_ROWS))
+    cache = EmbeddingCache(root / json_digest(parts, sort_keys=True), split_rows(len(pairs), SHARD_ROWS))
     if not (cache.folder / "cache.json").exists():
         write_json(cache.folder / "cache.json", parts)
     return cache
 
 
-def with_vectors(
-    model: PreTrainedModel, pairs: Pairs, root: Path, batch_size: int, workers: int, accelerator: Accelerator
-) -> Pairs:
+def add_vectors(
+    model: PreTrainedModel, pairs: PairDataset, root: Path, batch_size: int, workers: int, accelerator: Accelerator
+) -> PairDataset:
     """All rows of a data set, with the column `vectors` and what is wrong with images in `reason` and `detail`.
 
     They come out of the cache, of which all processes make what is missing.
     """
-    cache = image_cache(model, pairs, root, accelerator.mixed_precision)
+    cache = open_image_cache(model, pairs, root, accelerator.mixed_precision)
     views, width = row = (pairs.augmented_views, embedding_width(model.config))
     missing, is_usable = cache.missing(), np.asarray(pc.equal(pairs.table.data.column("reason"), ""))
     if missing and accelerator.is_main_process:
@@ -378,8 +378,8 @@ def with_vectors(
     def embedded(numbers: list[int]) -> Iterator[tuple[np.ndarray, Bad]]:
         own = [cache.parts[number] for number in numbers]
         # One set of workers for all shards: opening them anew costs seconds.
-        ahead = read_ahead([pairs], (batch for part in own for batch in batches_of(part)), workers)
-        bar = {"desc": f"Images, {pairs.source.where}", "unit": "image", "disable": not accelerator.is_main_process}
+        ahead = prefetch_pixels([pairs], (batch for part in own for batch in batches_of(part)), workers)
+        bar = {"desc": f"Images, {pairs.source.display_name}", "unit": "image", "disable": not accelerator.is_main_process}
         with tqdm(total=sum(map(len, own)), **bar) as progress:
             for part in own:
                 embeds = np.zeros((len(part), *row), dtype=np.float16)

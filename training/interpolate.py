@@ -9,11 +9,11 @@ and the configuration are those of the trained model.
 from dataclasses import dataclass
 from pathlib import Path
 
-from capivara_common.cli import between, flag, parse, run_command
-from capivara_common.files import check_output_folder, whole_folder
+from capivara_common.cli import check_between, flag, parse_arguments, run_command
+from capivara_common.files import check_output_folder, atomic_folder
 from modeling_capivara.loading import load_model, load_processor, weights_digest
-from modeling_capivara.two_towers import IMAGE_SIDE
-from training.rotate import load_rotation, rotate_, save_rotation
+from modeling_capivara.two_towers import IMAGE_ENCODER_PREFIXES
+from training.rotate import load_rotation, rotate_model_, save_rotation
 from training.trainable import interpolate_weights
 
 MEASURED = "give --share, 0.7 as in docs/recipe.md, and measure models of several shares by `python -m eval.retrieval`"
@@ -31,25 +31,25 @@ class InterpolateArguments:
     share: float = flag(0.5, "Of the trained weights, 0 to 1.")
 
     def __post_init__(self) -> None:
-        between(self, 0, 1, "share")
+        check_between(self, 0, 1, "share")
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    args = parse(InterpolateArguments, __doc__, argv)
+    args = parse_arguments(InterpolateArguments, __doc__, argv)
     check_output_folder(args.output)
     start, model = load_model(args.base), load_model(args.trained)
     rotation = load_rotation(args.trained)
     if rotation is not None:  # the space that was trained in is the base's, rotated
-        rotate_(start, rotation)
+        rotate_model_(start, rotation)
     base, trained = start.state_dict(), model.state_dict()
     if {key: tensor.shape for key, tensor in trained.items()} != {key: tensor.shape for key, tensor in base.items()}:
         raise ValueError(f"{args.trained} was not trained from {args.base}: their tensors differ in name or shape.")
-    turned = weights_digest(start, IMAGE_SIDE) != weights_digest(model, IMAGE_SIDE)
+    turned = weights_digest(start, IMAGE_ENCODER_PREFIXES) != weights_digest(model, IMAGE_ENCODER_PREFIXES)
     if rotation is None and getattr(model.config, "matryoshka_dims", None) and turned:
         raise ValueError(f"{args.trained} was rotated, and its rotation.safetensors is missing. Fetch the file.")
     interpolate_weights(model, base, args.share)
-    with whole_folder(args.output) as folder:
+    with atomic_folder(args.output) as folder:
         model.save_pretrained(folder)
         load_processor(args.trained).save_pretrained(folder)
         if rotation is not None:

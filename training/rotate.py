@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.files import check_output_folder, whole_folder, write_bytes
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.files import check_output_folder, atomic_folder, write_bytes
 from capivara_common.image_files import BadImage
 from caption_data.sources import open_split
-from modeling_capivara.configuration_capivara import checked_widths
+from modeling_capivara.configuration_capivara import normalize_matryoshka_dims
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images
 
 ROTATION_FILE = "rotation.safetensors"  # beside a model's weights
-ROTATION_IMAGES = 2**14  # that the axes are taken of: enough for the second moments of a thousand dimensions
+MAX_ROTATION_IMAGES = 2**14  # that the axes are taken of: enough for the second moments of a thousand dimensions
 
 
 @dataclass
@@ -45,7 +45,7 @@ class RotateArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """The command. Of more than `ROTATION_IMAGES` images so many are taken, evenly spaced; bad ones are left out."""
-    args = parse(RotateArguments, __doc__, argv)
+    args = parse_arguments(RotateArguments, __doc__, argv)
     check_output_folder(args.output)
     model, processor = load_model(args.model).eval(), load_processor(args.model)
     if load_rotation(args.model) is not None:
@@ -54,19 +54,19 @@ def main(argv: list[str] | None = None) -> None:
         kind = model.config.model_type
         raise ValueError(f"{args.model} is a {kind}, which has no projections that a rotation could be folded into.")
     width = model.config.projection_dim
-    model.config.matryoshka_dims = checked_widths(args.dims, width) or None
+    model.config.matryoshka_dims = normalize_matryoshka_dims(args.dims, width) or None
     source = open_split(args.dataset, args.split, args.image_column)
     source.check_columns([args.image_column])
-    rows = np.linspace(0, len(source) - 1, min(len(source), ROTATION_IMAGES)).astype(np.int64)
+    rows = np.linspace(0, len(source) - 1, min(len(source), MAX_ROTATION_IMAGES)).astype(np.int64)
     source.data = source.data.select(rows)
-    good = (image for _, image in source.decoded(range(len(source))) if not isinstance(image, BadImage))
+    good = (image for _, image in source.decode_images(range(len(source))) if not isinstance(image, BadImage))
     first = list(islice(good, 1))
     embeds = embed_images(model, processor, chain(first, good), progress="Images") if first else torch.empty(0)
     if len(embeds) <= width:
-        raise ValueError(f"{source.where} has {len(embeds)} usable images, {width} axes are asked of them. Give more.")
-    rotation = principal_rotation(embeds)
-    rotate_(model, rotation)
-    with whole_folder(args.output) as folder:
+        raise ValueError(f"{source.display_name} has {len(embeds)} usable images, {width} axes are asked of them. Give more.")
+    rotation = compute_principal_rotation(embeds)
+    rotate_model_(model, rotation)
+    with atomic_folder(args.output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         save_rotation(rotation, folder)
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 @torch.no_grad()
-def principal_rotation(image_embeds: Tensor) -> Tensor:
+def compute_principal_rotation(image_embeds: Tensor) -> Tensor:
     """The orthogonal matrix that turns a space to the principal axes of its images, those of most variance first.
 
     Eigenvectors of the second moments: of all orthogonal bases, theirs keeps the most of the images' squared length in
@@ -92,7 +92,7 @@ def principal_rotation(image_embeds: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def rotate_(model: PreTrainedModel, rotation: Tensor) -> None:
+def rotate_model_(model: PreTrainedModel, rotation: Tensor) -> None:
     """Turn the space of a model without adapters, in place: the rotation becomes part of its two projections.
 
     It is (projection_dim, projection_dim), orthogonal. Raises ValueError where it is of another width.

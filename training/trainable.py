@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modeling_capivara.two_towers import IMAGE_SIDE, freeze_image_side, is_sigmoid
+from modeling_capivara.two_towers import IMAGE_ENCODER_PREFIXES, freeze_image_encoder, uses_sigmoid_loss
 from training.arguments import RunArguments
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: logits are scaled by 100 at most
-BETAS = (0.9, 0.98)  # of Adam, in every recipe of arXiv 2310.13683
+ADAM_BETAS = (0.9, 0.98)  # of Adam, in every recipe of arXiv 2310.13683
 # What is trained as a whole beside adapters: the projection as in arXiv 2310.13683, and what SigLIP has for it
-WHOLE = ["text_projection", "text_model.head"]
-OPTIMISERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-_PEFT_NAMES = re.compile(r"\.(base_layer|modules_to_save\.default|lora_[AB]\.default)")  # in names of a wrapped model
+FULLY_TRAINED_MODULES = ["text_projection", "text_model.head"]
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+_PEFT_INFIX_RE = re.compile(r"\.(base_layer|modules_to_save\.default|lora_[AB]\.default)")  # in names of a wrapped model
 
 
 def prepare_trainable(model: PreTrainedModel, args: RunArguments) -> nn.Module:
@@ -25,29 +25,29 @@ def prepare_trainable(model: PreTrainedModel, args: RunArguments) -> nn.Module:
 
     Raises ValueError where an expression matches nothing, or nothing is left to train.
     """
-    freeze_image_side(model)
+    freeze_image_encoder(model)
     names, frozen = [name for name, _ in model.named_parameters()], args.frozen_parameters
-    if "none" not in frozen and is_sigmoid(model):
+    if "none" not in frozen and uses_sigmoid_loss(model):
         frozen = [*frozen, "logit_scale", "logit_bias"]
     frozen = [expression for expression in frozen if expression != "none"]
     for expression in frozen:
-        if not _matched(expression, names, "frozen_parameters"):
+        if not _match_names(expression, names, "frozen_parameters"):
             some = names[:: max(1, len(names) // 6)]
             raise ValueError(
                 f"frozen_parameters: {expression!r} matches no parameter. There are, among others, {some}."
             )
-    wrapped = _with_adapters(model, args) if args.lora_rank else model
+    wrapped = _add_adapters(model, args) if args.lora_rank else model
     for name, parameter in model.named_parameters():  # also what peft has made trainable
-        if any(re.fullmatch(expression, _PEFT_NAMES.sub("", name)) for expression in frozen):
+        if any(re.fullmatch(expression, _PEFT_INFIX_RE.sub("", name)) for expression in frozen):
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("Nothing is left to train: frozen_parameters match everything that is not frozen already.")
     return wrapped
 
 
-def fixed(model: PreTrainedModel) -> dict[str, Any]:
+def fixed_settings(model: PreTrainedModel) -> dict[str, Any]:
     """What a run states beside its settings, under the names that it had when these were settings."""
-    return {"adam_beta1": BETAS[0], "adam_beta2": BETAS[1], "lora_modules_to_save": whole(model)}
+    return {"adam_beta1": ADAM_BETAS[0], "adam_beta2": ADAM_BETAS[1], "lora_modules_to_save": find_fully_trained_modules(model)}
 
 
 @torch.no_grad()
@@ -61,26 +61,26 @@ def interpolate_weights(model: PreTrainedModel, base: dict[str, Tensor], share: 
             tensor.copy_(torch.lerp(base[name].to(tensor.device), tensor, share))
 
 
-def _with_adapters(model: PreTrainedModel, args: RunArguments) -> nn.Module:
+def _add_adapters(model: PreTrainedModel, args: RunArguments) -> nn.Module:
     """peft's wrapper; of itself it would train adapters of the image tower alone, which is not run in training."""
     from peft import LoraConfig, get_peft_model
 
     rank, alpha, targets = args.lora_rank, args.lora_alpha, args.lora_targets
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    linear = [name for name in linear if not name.startswith(IMAGE_SIDE)]
-    if not _matched(targets, linear, "lora_targets"):
+    linear = [name for name in linear if not name.startswith(IMAGE_ENCODER_PREFIXES)]
+    if not _match_names(targets, linear, "lora_targets"):
         raise ValueError(f"lora_targets: {targets!r} matches no linear layer of the text tower, like {linear[-1]!r}.")
     return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, modules_to_save=whole(model))
+        model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, modules_to_save=find_fully_trained_modules(model))
     )
 
 
-def whole(model: PreTrainedModel) -> list[str]:
+def find_fully_trained_modules(model: PreTrainedModel) -> list[str]:
     """Names of the modules that are trained as a whole beside adapters."""
-    return [name for name, _ in model.named_modules() if name in WHOLE]
+    return [name for name, _ in model.named_modules() if name in FULLY_TRAINED_MODULES]
 
 
-def _matched(expression: str, names: list[str], key: str) -> list[str]:
+def _match_names(expression: str, names: list[str], key: str) -> list[str]:
     try:
         return [name for name in names if re.fullmatch(expression, name)]
     except re.error as error:
@@ -104,10 +104,10 @@ def build_optimizer(model: nn.Module, args: RunArguments) -> torch.optim.Optimiz
 
     "adam" is the paper's: Adam with coupled L2 (CAPIVARA, arXiv 2310.13683, appendix); "adamw" decouples it.
     """
-    return OPTIMISERS[args.optimizer](
+    return OPTIMIZERS[args.optimizer](
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=args.learning_rate,
-        betas=BETAS,
+        betas=ADAM_BETAS,
         eps=args.adam_epsilon,
         weight_decay=args.weight_decay,
         fused=True,  # one pass over the 190 million word embeddings instead of ten

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from capivara_common.cli import unknown
+from capivara_common.cli import unknown_name_message
 from capivara_common.files import read_json
 
 FOLDER = Path(__file__).resolve().parent
@@ -69,7 +69,7 @@ def load_prompts(
         prompts = _prompts(benchmark, "ours", read_json(FOLDER / "pt" / f"{benchmark}.json"))
     else:
         known = f"There are {', '.join(benchmarks())}, and files of one's own, FILE.json, such as {EXAMPLE}"
-        raise ValueError(unknown(benchmark, "benchmark", benchmarks(), known))
+        raise ValueError(unknown_name_message(benchmark, "benchmark", benchmarks(), known))
     if protocol == "authors":
         prompts = _authors(prompts, authors_file)
     elif protocol == "babel":

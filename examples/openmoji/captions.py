@@ -13,11 +13,11 @@ from pathlib import Path
 
 from datasets import DatasetDict
 
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.files import whole_folder, write_text
-from captions.build import BuildArguments, ManualStepRequired, build, read_plan
-from captions.select import REPORT
-from captions.translate import escape, unescape
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.files import atomic_folder, write_text
+from captions.build import BuildArguments, ManualStepRequired, build_dataset, read_build_plan
+from captions.select import REPORT_PAGE
+from captions.translate import escape_cell, unescape_cell
 from examples.openmoji.dataset import load_embedded
 
 
@@ -37,19 +37,19 @@ def build_openmoji(args: OpenMojiCaptionsArguments) -> Path:
     """
     if not (args.source / "dataset_dict.json").is_file():
         raise ValueError(f"{args.source} is no data set. Make it first: python -m examples.openmoji.prepare")
-    plan = read_plan(args.config)
+    plan = read_build_plan(args.config)
     source = load_embedded(args.source)
     english = Path(next(iter(plan.steps.values()))[0].dataset)
     if not english.exists():
-        with whole_folder(english) as folder:
+        with atomic_folder(english) as folder:
             # Without English aliases, too: Unicode has no Portuguese ones to translate them by.
             official = source.remove_columns(["captions-pt"])
             official.map(lambda row: {"captions-en": row["captions-en"][:1]}, desc="English names").save_to_disk(folder)
     try:
-        return build(BuildArguments(args.config))
+        return build_dataset(BuildArguments(args.config))
     except ManualStepRequired:
         fill_tables([step.import_file for step in plan.all_steps() if getattr(step, "import_file", None)], source)
-    return build(BuildArguments(args.config))
+    return build_dataset(BuildArguments(args.config))
 
 
 def fill_tables(tables: list[Path], source: DatasetDict) -> None:
@@ -63,15 +63,15 @@ def fill_tables(tables: list[Path], source: DatasetDict) -> None:
         if table.is_file():
             head, *lines = table.read_text(encoding="utf-8").splitlines()
             cells = (line.split("\t")[:2] for line in lines)
-            filled = [f"{name}\t{sentence}\t{escape(portuguese[unescape(sentence)])}" for name, sentence in cells]
+            filled = [f"{name}\t{sentence}\t{escape_cell(portuguese[unescape_cell(sentence)])}" for name, sentence in cells]
             write_text(table, "\n".join([head, *filled]) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    folder = build_openmoji(parse(OpenMojiCaptionsArguments, __doc__, argv))
-    report = folder.parent / "3-select" / "train" / REPORT
+    folder = build_openmoji(parse_arguments(OpenMojiCaptionsArguments, __doc__, argv))
+    report = folder.parent / "3-select" / "train" / REPORT_PAGE
     print(
         f"Data set: {folder}\nReport of the selection: {report}\nTrain on it: accelerate launch train_accelerate.py "
         f"--config configs/openmoji.yaml --dataset {folder}"
@@ -79,4 +79,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    run_command(main, resumable=True)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import yaml
 
-from capivara_common.environment import require
+from capivara_common.environment import require_packages
 
 NUM_TEST_CONCEPTS = 350
 NUM_VALIDATION_CONCEPTS = 150
@@ -202,4 +202,4 @@ def svg_folder() -> Path:
 
 def require_demo(*packages: str) -> None:
     """Raise ImportError, which says how to get them, where packages of the `demo` extra are missing."""
-    require("The embedded default", "demo", *packages)
+    require_packages("The embedded default", "demo", *packages)

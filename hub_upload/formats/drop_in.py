@@ -20,20 +20,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from capivara_common.files import read_json, write_json, write_text
-from capivara_common.image_side_digest import image_side_digest
+from capivara_common.image_encoder_digest import image_encoder_digest
 from capivara_common.privacy import short_name
-from capivara_common.weight_file import weight_files
+from capivara_common.weight_file import find_weight_files
 from hub_upload import formats
 from hub_upload.card_values import LICENCES, MARKDOWN_TEMPLATES, code, code_examples, escaped
 from hub_upload.formats import onnx, open_clip, text_length
 from hub_upload.formats.open_clip import check_tensors, digests, save_state
 from modeling_capivara.convert_open_clip import (
     BASE_TEXT_MODEL,
-    capivara_state_dict,
-    open_clip_model_cfg,
-    open_clip_state_dict,
+    to_capivara_state_dict,
+    to_open_clip_model_cfg,
+    to_open_clip_state_dict,
 )
-from modeling_capivara.loading import WEIGHTS, card_metadata, load_processor, mapped_model, mapped_tensors
+from modeling_capivara.loading import WEIGHTS_FILE, read_card_metadata, load_processor, load_mapped_model, load_mapped_tensors
 from modeling_capivara.two_towers import embedding_width
 
 FACTS, OPEN_CLIP_TEXT = "drop_in.json", "open_clip_text.safetensors"
@@ -53,7 +53,7 @@ def write(source: Path, folder: Path, config: PreTrainedConfig, base: str, repo_
     base_folder = formats.base_of(source, base)
     if digests(_text_side(source)) == digests(_text_side(base_folder)):
         raise ValueError(f"The text side of {source} is that of {base}, to the bit: there is nothing to exchange.")
-    model, processor, is_own = mapped_model(source, config), load_processor(source), config.model_type == "capivara"
+    model, processor, is_own = load_mapped_model(source, config), load_processor(source), config.model_type == "capivara"
     about = {"is_own": is_own, "length": text_length(processor)}
     denses = _write_tower(model, folder)
     if is_own:
@@ -65,7 +65,7 @@ def write(source: Path, folder: Path, config: PreTrainedConfig, base: str, repo_
     facts = {
         "model": short_name(str(source)),
         "base": short_name(base),
-        "image_digest": image_side_digest(source),
+        "image_digest": image_encoder_digest(source),
         "width": embedding_width(config),
         "distance": "cosine",
         "unit_length": True,
@@ -77,14 +77,14 @@ def write(source: Path, folder: Path, config: PreTrainedConfig, base: str, repo_
 
 
 def _text_side(folder: Path) -> dict[str, Tensor]:
-    tensors = mapped_tensors(weight_files(folder))
+    tensors = load_mapped_tensors(find_weight_files(folder))
     return {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_SIDE)}
 
 
 def _write_tower(model: PreTrainedModel, folder: Path) -> list[str]:
     """The tower, and each matrix of the projection in a folder of its own, compared with the model; their names."""
     model.text_model.save_pretrained(folder)
-    written = {f"text_model.{name}": tensor for name, tensor in mapped_tensors([folder / WEIGHTS]).items()}
+    written = {f"text_model.{name}": tensor for name, tensor in load_mapped_tensors([folder / WEIGHTS_FILE]).items()}
     matrices = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     matrices = {name: part for name, part in matrices.items() if name.startswith("text_projection")}
     denses = [f"{number}_Dense" for number in range(2, 2 + len(matrices))]
@@ -92,10 +92,10 @@ def _write_tower(model: PreTrainedModel, folder: Path) -> list[str]:
         settings = {"in_features": matrix.in_features, "out_features": matrix.out_features, "bias": False}
         settings["activation_function"] = LAST if dense == denses[-1] else BETWEEN
         write_json(folder / dense / "config.json", settings)
-        save_state({"linear.weight": matrix.weight}, folder / dense / WEIGHTS)
-        written[f"{name}.weight"] = mapped_tensors([folder / dense / WEIGHTS])["linear.weight"]
+        save_state({"linear.weight": matrix.weight}, folder / dense / WEIGHTS_FILE)
+        written[f"{name}.weight"] = load_mapped_tensors([folder / dense / WEIGHTS_FILE])["linear.weight"]
     expected = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(TEXT_SIDE)}
-    check_tensors(folder / WEIGHTS, written, digests(expected))
+    check_tensors(folder / WEIGHTS_FILE, written, digests(expected))
     return denses
 
 
@@ -117,10 +117,10 @@ def _write_modules(model: PreTrainedModel, folder: Path, denses: list[str]) -> N
 def _write_open_clip(model: PreTrainedModel, source: Path, base: Path, folder: Path) -> bool:
     """The text side for open_clip's model of the base, compared with the model; False where it does not fit there."""
     try:
-        mapped_model(base, model.config)  # as without the same tensors no state dict can be exchanged
+        load_mapped_model(base, model.config)  # as without the same tensors no state dict can be exchanged
         if is_own := model.config.model_type == "capivara":
-            open_clip_model_cfg(model.config, BASE_TEXT_MODEL)
-            state = open_clip_state_dict(model)
+            to_open_clip_model_cfg(model.config, BASE_TEXT_MODEL)
+            state = to_open_clip_state_dict(model)
         else:
             open_clip.check_siglip(model.config)
             with TemporaryDirectory(dir=folder) as place:  # the whole model, with which it is compared
@@ -131,7 +131,7 @@ def _write_open_clip(model: PreTrainedModel, source: Path, base: Path, folder: P
     ours = {name: tensor for name, tensor in state.items() if not name.startswith("visual.")}
     save_state(ours, folder / OPEN_CLIP_TEXT)
     if is_own:
-        written = capivara_state_dict(state | mapped_tensors([folder / OPEN_CLIP_TEXT]))
+        written = to_capivara_state_dict(state | load_mapped_tensors([folder / OPEN_CLIP_TEXT]))
         check_tensors(folder / OPEN_CLIP_TEXT, written, digests(model.state_dict()))
     return True
 
@@ -149,7 +149,7 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, length: i
 
 def _card(source: Path, folder: Path, facts: dict[str, Any], repo_id: str | None, **values: Any) -> str:
     """README.md: for which indexes it holds, and how each program opens it. Its figures have been measured just now."""
-    known, language = card_metadata(source / "README.md"), "pt"  # of a model that doesn't say in which it was trained
+    known, language = read_card_metadata(source / "README.md"), "pt"  # of a model that doesn't say in which it was trained
     if (source / "run.json").is_file():
         language = read_json(source / "run.json", config=dict)["config"]["language"]
     library, *tags = ["sentence-transformers", "clip"] if values["is_own"] else ["transformers", "siglip"]

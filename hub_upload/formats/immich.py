@@ -22,15 +22,15 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from capivara_common.files import write_json
 from hub_upload.formats import base_of, text_length, write_tokenizer
 from hub_upload.formats.onnx import check_difference, data_file, open_graph, write_graph
-from modeling_capivara.convert_open_clip import preprocess_cfg_of
+from modeling_capivara.convert_open_clip import to_preprocess_cfg
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import (
     embedding_width,
-    fills_up,
-    image_embeds,
+    pads_to_max_length,
+    compute_image_embeds,
     random_images,
     random_texts,
-    text_embeds,
+    compute_text_embeds,
 )
 
 # In Immich's list, the published architecture of each kind.
@@ -48,9 +48,9 @@ class Tower(nn.Module):
     def forward(self, text: Tensor | None = None, image: Tensor | None = None) -> Tensor:
         """Ids of padded texts, (texts, tokens), int32, or pixels, (images, 3, side, side) -> (rows, width)."""
         if image is not None:
-            return image_embeds(self.model, image)
+            return compute_image_embeds(self.model, image)
         ids = text.long()  # Immich gives no mask
-        return text_embeds(self.model, ids, None if self.pad_id is None else (ids != self.pad_id).long())
+        return compute_text_embeds(self.model, ids, None if self.pad_id is None else (ids != self.pad_id).long())
 
 
 def write(source: Path, folder: Path, config: PreTrainedConfig, base: str | None = None) -> None:
@@ -67,10 +67,10 @@ def write(source: Path, folder: Path, config: PreTrainedConfig, base: str | None
     write_json(folder / "config.json", about)
     ids = _write_tokenizer(processor, folder / "textual", is_own)
     model = load_model(source).eval()
-    tower = Tower(model, None if fills_up(processor) else processor.tokenizer.pad_token_id)
+    tower = Tower(model, None if pads_to_max_length(processor) else processor.tokenizer.pad_token_id)
     _write_graph(tower, "text", ids, folder / "textual/model.onnx")
     if base is None:
-        steps = preprocess_cfg_of(processor.image_processor)
+        steps = to_preprocess_cfg(processor.image_processor)
         pictures = [image.convert("RGB") for image in random_images()]
         pixels = processor(images=pictures, return_tensors="np")["pixel_values"]
         write_json(folder / "visual/preprocess_cfg.json", {"size": [*pixels.shape[2:]], "mode": "RGB", **steps})

@@ -26,7 +26,7 @@ from capivara_common.environment import package_versions
 from capivara_common.files import write_json
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.modeling_capivara import similarity_logits
-from modeling_capivara.two_towers import fills_up, image_embeds, pad, random_images, random_texts, text_embeds, tokenise
+from modeling_capivara.two_towers import pads_to_max_length, compute_image_embeds, pad_batch, random_images, random_texts, compute_text_embeds, tokenize
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -68,9 +68,9 @@ class Graph(nn.Module):
         model, found = self.model, {}
         if pixel_values is not None:
             pixel_values = pixel_values.to(next(model.vision_model.parameters()).dtype)
-            found["image_embeds"] = image_embeds(model, pixel_values)
+            found["image_embeds"] = compute_image_embeds(model, pixel_values)
         if input_ids is not None:
-            found["text_embeds"] = text_embeds(model, input_ids, attention_mask)
+            found["text_embeds"] = compute_text_embeds(model, input_ids, attention_mask)
         if len(found) == 2:
             scale = model.logit_scale, getattr(model, "logit_bias", None)
             found["logits_per_text"] = similarity_logits(found["text_embeds"], found["image_embeds"], *scale)
@@ -93,14 +93,14 @@ def write_onnx(
     # Six of each, and one of each alone: both of other sizes than the exporter sees.
     pictures = [image.convert("RGB") for image in random_images()]  # not every processor does it
     batches = [
-        pad(processor, tokenise(processor, random_texts()[:n]))
+        pad_batch(processor, tokenize(processor, random_texts()[:n]))
         | {"pixel_values": processor(images=pictures[:n], return_tensors="pt")["pixel_values"]}
         for n in (6, 1)
     ]
     with torch.inference_mode():
         expected = [model(**batch) for batch in batches]
     images, texts, tokens = (torch.export.Dim(name, min=1) for name in ("images", "texts", "tokens"))
-    length = {} if fills_up(processor) else {1: tokens}
+    length = {} if pads_to_max_length(processor) else {1: tokens}
     shapes = {key: {0: images} if key in IMAGES else {0: texts} | length for key in batches[0]}
     example = {key: of[:3] if key in IMAGES else of[:2, : 7 if length else None] for key, of in batches[0].items()}
     onnx.mkdir()

@@ -12,29 +12,29 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from capivara_common.environment import require
+from capivara_common.environment import require_packages
 from capivara_common.files import write_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor
 from modeling_capivara.convert_open_clip import (
     BASE_TEXT_MODEL,
     BASE_TEXT_NAMES,
-    build_open_clip,
-    capivara_state_dict,
-    open_clip_model_cfg,
-    open_clip_state_dict,
-    preprocess_cfg_of,
+    build_open_clip_model,
+    to_capivara_state_dict,
+    to_open_clip_model_cfg,
+    to_open_clip_state_dict,
+    to_preprocess_cfg,
 )
 from modeling_capivara.loading import (
-    WEIGHTS,
+    WEIGHTS_FILE,
     load_model,
     load_processor,
-    mapped_model,
-    mapped_tensors,
-    model_of_tensors,
+    load_mapped_model,
+    load_mapped_tensors,
+    build_model_from_tensors,
     named_keys,
 )
-from modeling_capivara.two_towers import embed_texts, fills_up, image_embeds, pad, random_texts, text_embeds, tokenise
+from modeling_capivara.two_towers import embed_texts, pads_to_max_length, compute_image_embeds, pad_batch, random_texts, compute_text_embeds, tokenize
 
 OPEN_CLIP_WEIGHTS = OPEN_CLIP_WEIGHT_FILES[0]
 SENTENCE_MODULES = "sentence_transformers.base.modules"  # as version 6 writes and reads it
@@ -54,15 +54,15 @@ def write_weights(model: Path, folder: Path, config: PreTrainedConfig, with_open
 
     All are views of their files, and memory holds the pages of one at a time.
     """
-    mapped = mapped_model(model, config)
+    mapped = load_mapped_model(model, config)
     expected = digests(mapped.state_dict())
     mapped.save_pretrained(folder)
     if with_open_clip:
-        save_state(open_clip_state_dict(mapped), folder / OPEN_CLIP_WEIGHTS)
+        save_state(to_open_clip_state_dict(mapped), folder / OPEN_CLIP_WEIGHTS)
     del mapped
-    check_tensors(folder / WEIGHTS, mapped_model(folder, config).state_dict(), expected)
+    check_tensors(folder / WEIGHTS_FILE, load_mapped_model(folder, config).state_dict(), expected)
     if with_open_clip:
-        written = capivara_state_dict(mapped_tensors([folder / OPEN_CLIP_WEIGHTS]))  # under transformers' names again
+        written = to_capivara_state_dict(load_mapped_tensors([folder / OPEN_CLIP_WEIGHTS]))  # under transformers' names again
         check_tensors(folder / OPEN_CLIP_WEIGHTS, written, expected)
         logger.info("transformers and open_clip: %d tensors compared, all equal.", len(written))
 
@@ -125,13 +125,13 @@ def open_clip_settings(
             "tower%s. Put its config.json on the Hub, and name the id by --text_config.", pieces,
         )  # fmt: skip
         return None
-    preprocess_cfg = preprocess_cfg_of(image_processor)
-    model_cfg = open_clip_model_cfg(config, source, dict(image_processor.size)["shortest_edge"])
+    preprocess_cfg = to_preprocess_cfg(image_processor)
+    model_cfg = to_open_clip_model_cfg(config, source, dict(image_processor.size)["shortest_edge"])
     if find_spec("open_clip"):
         try:
             with torch.device("meta"):
-                tensors = capivara_state_dict(build_open_clip(config).state_dict())
-                model_of_tensors(tensors, config, "Its tensors")
+                tensors = to_capivara_state_dict(build_open_clip_model(config).state_dict())
+                build_model_from_tensors(tensors, config, "Its tensors")
         except (RuntimeError, ValueError) as error:  # a few timm models have, under open_clip, a head of another width
             raise ValueError(f"open_clip does not build this model: {' '.join(str(error).split())}") from error
     # `hf-hub:` takes the tokenizer from that repository; a folder's own is taken from there.
@@ -154,7 +154,7 @@ def write_sentence_transformers(folder: Path, processor: ProcessorMixin) -> None
         },
         "module_output_name": SENTENCE_EMBEDDING,
     }
-    if fills_up(processor):  # as SigLIP's texts are; others are padded as sentence-transformers does it
+    if pads_to_max_length(processor):  # as SigLIP's texts are; others are padded as sentence-transformers does it
         rule = {"padding": "max_length", "max_length": processor.tokenizer.model_max_length}
         settings["processing_kwargs"] = {"text": rule}
     write_json(folder / "sentence_bert_config.json", settings)
@@ -214,7 +214,7 @@ def check_siglip(config: PreTrainedConfig) -> None:
     if _sizes(config) not in TIMM or config.text_config.hidden_size % config.text_config.num_attention_heads:
         known = ", ".join(map(str, TIMM))
         raise ValueError(f"open_clip has no SigLIP of width, layers and patch {_sizes(config)}; there are {known}.")
-    require("open_clip's format", "open_clip", "open_clip")
+    require_packages("open_clip's format", "open_clip", "open_clip")
 
 
 def _sizes(config: PreTrainedConfig) -> tuple[int, int, int]:
@@ -238,9 +238,9 @@ def write_siglip(source: Path, folder: Path, name: str) -> dict[str, Tensor]:
     }  # fmt: skip
     model_cfg = {"embed_dim": text.projection_size, "init_logit_bias": model.logit_bias.item(), "custom_text": True}
     model_cfg |= {"vision_cfg": side, "text_cfg": texts}
-    state = open_clip_state_dict(model)
+    state = to_open_clip_state_dict(model)
     save_state(state, folder / OPEN_CLIP_WEIGHTS)
-    preprocess_cfg = preprocess_cfg_of(processor.image_processor)
+    preprocess_cfg = to_preprocess_cfg(processor.image_processor)
     write_json(folder / OPEN_CLIP_CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
     _compare(model, processor, folder)
     return state
@@ -255,11 +255,11 @@ def _compare(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) ->
         theirs, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
     except RuntimeError as error:  # a size that timm lacks
         raise ValueError(f"open_clip can't build this model: {' '.join(str(error).split())}") from error
-    ids = pad(processor, tokenise(processor, random_texts()))["input_ids"]
+    ids = pad_batch(processor, tokenize(processor, random_texts()))["input_ids"]
     side = model.config.vision_config.image_size
     pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
     texts, images = theirs.eval().encode_text(ids, normalize=True), theirs.encode_image(pixels, normalize=True)
-    pairs = (text_embeds(model, ids), texts), (image_embeds(model, pixels), images)
+    pairs = (compute_text_embeds(model, ids), texts), (compute_image_embeds(model, pixels), images)
     _check_difference("open_clip", pairs)
 
 

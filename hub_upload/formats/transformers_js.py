@@ -15,7 +15,7 @@ from capivara_common.files import read_json, write_json
 from hub_upload import formats
 from modeling_capivara.loading import load_processor
 from modeling_capivara.processing_capivara import CapivaraProcessor
-from modeling_capivara.text_repair_capivara import CONTEXT_LENGTH
+from modeling_capivara.text_cleaning_capivara import CONTEXT_LENGTH
 
 OPTION = "transformers.js_config"  # its part of config.json
 PIXELS = (

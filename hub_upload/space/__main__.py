@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from capivara_common.cli import flag, parse, run_command
-from capivara_common.environment import require
+from capivara_common.cli import flag, parse_arguments, run_command
+from capivara_common.environment import require_packages
 
 NPM = "npm install --ignore-scripts @huggingface/transformers"
 INDEX = "make the index by `capivara index`, and name it by --pictures"
@@ -50,8 +50,8 @@ class SpaceArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Write the Space or the page."""
-    args = parse(SpaceArguments, __doc__, argv)
-    require("A Space", "search", "lancedb", "starlette", "uvicorn")
+    args = parse_arguments(SpaceArguments, __doc__, argv)
+    require_packages("A Space", "search", "lancedb", "starlette", "uvicorn")
     from hub_upload.space.publish_space import open_index, write_space
     from hub_upload.space.static_page import write_static_page
 
@@ -67,4 +67,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, resumes=True)
+    run_command(main, resumable=True)

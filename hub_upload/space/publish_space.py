@@ -16,15 +16,15 @@ import jinja2
 import pyarrow as pa
 from huggingface_hub import SpaceCard, SpaceCardData
 
-from capivara_common.files import whole_folder, write_text
-from capivara_common.privacy import secret_in, short_name
+from capivara_common.files import atomic_folder, write_text
+from capivara_common.privacy import find_secret, short_name
 from capivara_search.adding import FOLDER_KEY
 from capivara_search.index import PictureIndex
 from capivara_search.models import find_model
 from capivara_search.page.server import DEFAULT_PORT, Credit
 from capivara_search.table import PictureTable
 from hub_upload.allowed_files import TOKENIZER_FILES, check_contents, check_paths, check_secrets
-from modeling_capivara.loading import card_metadata
+from modeling_capivara.loading import read_card_metadata
 
 ROOT, TEMPLATES = Path(__file__).resolve().parents[2], Path(__file__).parent / "templates"
 PROGRAM = ("capivara_common", "capivara_search", "modeling_capivara")
@@ -52,7 +52,7 @@ def open_index(pictures: str, model: str) -> tuple[PictureIndex, Credit]:
 
 def credit_of(folder: Path) -> Credit:
     """Whose the pictures of a folder are, as its README says."""
-    found = card_metadata(folder / "README.md")
+    found = read_card_metadata(folder / "README.md")
     keys = ("pretty_name", "license", "attribution")
     name, licence, attribution = (value if isinstance(value := found.get(key), str) else "" for key in keys)
     return Credit(name or folder.resolve().name, licence, attribution)
@@ -106,14 +106,14 @@ def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -
 
     Raises ValueError where the folder is not empty, or a file names a path of this machine or a token.
     """
-    with whole_folder(folder) as made:
+    with atomic_folder(folder) as made:
         program = (path for package in PROGRAM for path in (ROOT / package).rglob("*"))
         for path in (ROOT / "LICENSE", *(path for path in program if path.suffix in PROGRAM_SUFFIXES)):
             copy_file(path, made / path.relative_to(ROOT))
         there = _copied_model(model, made)
         publish_index(index, made / "index.lance", there, credit.name)
         names = "\n".join(PictureTable(made / "index.lance").rows(["path"])["path"].to_pylist())
-        if found := secret_in(names):
+        if found := find_secret(names):
             raise ValueError(f"A picture's name holds {found[0]}. Rename it, and revoke it if it is real.")
         pinned = requirements(model)
         write_text(made / "requirements.txt", "".join(f"{name}=={version}\n" for name, version in pinned.items()))
@@ -141,7 +141,7 @@ def write_card(folder: Path, template: str, about: dict[str, Any], **values: Any
 
 def model_licence(model: Path) -> str:
     """What the card of a model in a folder says; the Hub shows that of others."""
-    return str(card_metadata(model / "README.md").get("license") or "")
+    return str(read_card_metadata(model / "README.md").get("license") or "")
 
 
 def requirements(model: str) -> dict[str, str]:

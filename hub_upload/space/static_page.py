@@ -17,8 +17,8 @@ import re
 import tempfile
 from pathlib import Path
 
-from capivara_common.environment import require
-from capivara_common.files import read_json, whole_folder, write_bytes, write_text
+from capivara_common.environment import require_packages
+from capivara_common.files import read_json, atomic_folder, write_bytes, write_text
 from capivara_common.privacy import short_name
 from capivara_search.models import find_model
 from capivara_search.page import server
@@ -59,8 +59,8 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
     Raises ValueError where transformers.js can't express the model, the library is not there, or a file names a path of
     this machine or a token; ImportError where a package that ONNX needs is missing.
     """
-    require("A page without a server", "onnx", *onnx.ONNX_PACKAGES)
-    with whole_folder(folder) as made, tempfile.TemporaryDirectory() as work:
+    require_packages("A page without a server", "onnx", *onnx.ONNX_PACKAGES)
+    with atomic_folder(folder) as made, tempfile.TemporaryDirectory() as work:
         source = find_model(model).folder
         _write_library(library, made / "library")
         repository = source

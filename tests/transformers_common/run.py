@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 import transformers
 from PIL import Image
 
-from capivara_common.files import whole_folder
+from capivara_common.files import atomic_folder
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = "transformers_tests"  # the end of the name matters: transformers looks for its fixtures in a folder "…tests"
@@ -63,7 +63,7 @@ def download(folder: Path) -> Path:
 
 def write_suites(source: Path, folder: Path) -> None:
     """Write the package `PACKAGE` into `folder`: the top-level test modules of a source distribution, and the stubs."""
-    with whole_folder(folder, overwrite=True) as new, TemporaryDirectory() as scratch:
+    with atomic_folder(folder, overwrite=True) as new, TemporaryDirectory() as scratch:
         if source.is_file():
             with tarfile.open(source) as archive:
                 archive.extractall(scratch, filter="data")

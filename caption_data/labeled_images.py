@@ -14,10 +14,10 @@ from datasets import ClassLabel, Image
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from capivara_common.files import refuse_links_out
-from capivara_common.image_files import MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
-from caption_data.rows import digest_of
-from caption_data.sources import Split, copied_bounds, load_files, of_split, open_split, undecoded
+from capivara_common.files import check_links_stay_inside
+from capivara_common.image_files import MAX_IMAGE_PIXELS, IMAGE_SUFFIXES, ImageAccess
+from caption_data.rows import json_digest
+from caption_data.sources import Split, dataset_folders, load_data_files, select_split, open_split, disable_decoding
 
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # where none is named; cls is WebDataset's
 SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # name of a folder -> split
@@ -25,7 +25,7 @@ SPLIT_FOLDERS |= {"training": "train", "testing": "test"} | dict.fromkeys(("vali
 
 
 @dataclass
-class LabelledImages:
+class LabeledImages:
     """Images with their classes."""
 
     images: Split
@@ -33,20 +33,20 @@ class LabelledImages:
 
     def fingerprint(self) -> str:
         """Hex digest of images and labels."""
-        images = blake2b(bytes.fromhex("".join(self.images.digests)), digest_size=16).hexdigest()
-        return digest_of([images, self.labels])
+        images = blake2b(bytes.fromhex("".join(self.images.image_digests)), digest_size=16).hexdigest()
+        return json_digest([images, self.labels])
 
 
-def load_images(
+def load_labeled_images(
     source: str,
     split: str,
-    names_en: Sequence[str],
+    class_names: Sequence[str],
     image_column: str | None = None,
     label_column: str | None = None,
-    indices: Sequence[int] | None = None,
+    class_indices: Sequence[int] | None = None,
     image_roots: Sequence[Path] = (),
     max_pixels: int = MAX_IMAGE_PIXELS,
-) -> LabelledImages:
+) -> LabeledImages:
     """Labelled images, their classes in the order of `names_en`, which are those of all classes of the data set.
 
     A data set that names its classes is matched by name, since orders differ; one of plain numbers is taken to have
@@ -59,9 +59,9 @@ def load_images(
     path = Path(source)
     tables = ("**/*.tar", "**/*.parquet", "**/metadata.jsonl", "dataset_dict.json")
     if path.is_dir() and not any(file for pattern in tables for file in path.glob(pattern)):
-        column, files = image_column or "image", ImageFiles(copied_bounds(source, image_roots), max_pixels)
-        rows = load_files("imagefolder", _pictures(path, split), source)
-        opened = Split(source, split, column, undecoded(rows, column), files)
+        column, files = image_column or "image", ImageAccess(dataset_folders(source, image_roots), max_pixels)
+        rows = load_data_files("imagefolder", _find_image_files(path, split), source)
+        opened = Split(source, split, column, disable_decoding(rows, column), files)
     else:
         opened = open_split(source, split, image_column or "image", image_roots, max_pixels)
     rows = opened.data
@@ -75,41 +75,41 @@ def load_images(
     label_column = label_column or next((name for name in LABEL_COLUMNS if name in rows.column_names), "label")
     opened.check_columns([image_column, label_column])
     feature = getattr(rows.features[label_column], "feature", rows.features[label_column])
-    names = feature.names if isinstance(feature, ClassLabel) else _class_names(source)
-    mapping = _by_name(names, names_en, source) if names else dict(enumerate(range(len(names_en))))
+    names = feature.names if isinstance(feature, ClassLabel) else _read_class_names(source)
+    mapping = _match_class_names(names, class_names, source) if names else dict(enumerate(range(len(class_names))))
     labels = rows[label_column][:]
     lists = [label if isinstance(label, list) else [label] for label in labels]
     if kinds := {type(x).__name__ for label in lists for x in label} - {"int"}:
         raise ValueError(f"{source}: labels must be whole numbers or lists of them; there are {sorted(kinds)}.")
     if outside := {x for label in lists for x in label} - mapping.keys():
         raise ValueError(f"{source}: labels {sorted(outside)[:10]} are outside the {len(mapping)} classes with a name.")
-    class_of = {index: number for number, index in enumerate(range(len(names_en)) if indices is None else indices)}
+    class_of = {index: number for number, index in enumerate(range(len(class_names)) if class_indices is None else class_indices)}
     classes = [[class_of.get(mapping[x]) for x in label] for label in lists]
     kept = [row for row, found in enumerate(classes) if None not in found]
     if not kept:
         raise ValueError(f"{source} has no image of the {len(class_of)} classes that have a name.")
     images = replace(opened, image_column=image_column, data=rows.select(kept))
-    return LabelledImages(images, [classes[row] if isinstance(labels[row], list) else classes[row][0] for row in kept])
+    return LabeledImages(images, [classes[row] if isinstance(labels[row], list) else classes[row][0] for row in kept])
 
 
-def _pictures(folder: Path, split: str) -> list[Path]:
+def _find_image_files(folder: Path, split: str) -> list[Path]:
     """The pictures of a folder, a sub-folder a class, below one of the split where its folders are named for splits.
 
     By name, neither hidden ones nor links that lead out: `datasets` would unpack an archive among them, and open
     whatever a list names.
     """
-    refuse_links_out(folder)
+    check_links_stay_inside(folder)
     root, names = folder, [inner.name for inner in folder.iterdir() if inner.is_dir()]
     if names and all(name.casefold() in SPLIT_FOLDERS for name in names):
-        root = of_split({SPLIT_FOLDERS[name.casefold()]: folder / name for name in names}, str(folder), split)
-    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        root = select_split({SPLIT_FOLDERS[name.casefold()]: folder / name for name in names}, str(folder), split)
+    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts)]
     if not files:
-        raise ValueError(f"{root} holds no picture; names of pictures end in {', '.join(SUFFIXES)}.")
+        raise ValueError(f"{root} holds no picture; names of pictures end in {', '.join(IMAGE_SUFFIXES)}.")
     return files
 
 
-def _class_names(source: str) -> list[str]:
+def _read_class_names(source: str) -> list[str]:
     """Of `classnames.txt`, a line a label, which clip-benchmark's copies have; empty where there is none."""
     path = Path(source) / "classnames.txt"
     if not Path(source).is_dir():
@@ -122,24 +122,24 @@ def _class_names(source: str) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
-def _by_name(names: Sequence[str], wanted: Sequence[str], source: str) -> dict[int, int]:
+def _match_class_names(names: Sequence[str], prompt_names: Sequence[str], source: str) -> dict[int, int]:
     """Label of the data set -> class of the prompts; a name that occurs twice, as in ImageNet, first to first."""
     classes: dict[str, list[int]] = {}
-    for number, name in enumerate(wanted):
-        classes.setdefault(_plain(name), []).append(number)
-    if unknown := [name for name in names if _plain(name) not in classes]:
-        missing = [name for name in wanted if _plain(name) not in set(map(_plain, names))]
+    for number, name in enumerate(prompt_names):
+        classes.setdefault(_normalize_name(name), []).append(number)
+    if unknown := [name for name in names if _normalize_name(name) not in classes]:
+        missing = [name for name in prompt_names if _normalize_name(name) not in set(map(_normalize_name, names))]
         raise ValueError(
-            f"{source} has {len(names)} classes, the prompts {len(wanted)}, and they don't match by name: "
+            f"{source} has {len(names)} classes, the prompts {len(prompt_names)}, and they don't match by name: "
             f"{unknown[:10]} are unknown, {missing[:10]} are missing. Rename the folders, "
             "choose another benchmark, or give the names of the data under `en` in a file of your own."
         )
-    found = [(classes[_plain(name)] or [None]).pop(0) for name in names]
+    found = [(classes[_normalize_name(name)] or [None]).pop(0) for name in names]
     if twice := [name for name, number in zip(names, found, strict=True) if number is None]:
         raise ValueError(f"{source} names classes more often than the prompts do: {twice[:10]}. Rename them.")
     return dict(enumerate(found))
 
 
-def _plain(name: str) -> str:
+def _normalize_name(name: str) -> str:
     """Case, and the signs that stand for others in names of files, don't tell classes apart."""
     return " ".join(re.sub(r"[_/-]", " ", name.casefold()).split())

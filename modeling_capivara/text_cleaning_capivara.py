@@ -14,27 +14,27 @@ CONTEXT_LENGTH = 77  # tokens, begin and end included; open_clip's default, kept
 # What is read of a text, its long blanks counted as short ones. 77 tokens need a quarter of it even where every letter
 # is written as an entity, and ftfy's time grows with the square of the length, and by the line.
 MAX_CHARACTERS, MAX_LINES = 4096, 512
-LONG_BLANK = re.compile(r"\s{6,}")
-MANY_ENTITY_SIGNS = 8  # ftfy may need a round for each; with more of them the rounds are counted here
-NESTED_LEVELS = 4  # entities within entities that are resolved one a round, as ftfy does; the deeper ones all in one
+LONG_WHITESPACE_RE = re.compile(r"\s{6,}")
+MAX_FTFY_ENTITY_SIGNS = 8  # ftfy may need a round for each; with more of them the rounds are counted here
+MAX_ENTITY_NESTING = 4  # entities within entities that are resolved one a round, as ftfy does; the deeper ones all in one
 
 
-def repair_text(text: str) -> str:
+def clean_text(text: str) -> str:
     """Mojibake repaired, HTML entities resolved (also nested, as "&amp;amp;"), white space collapsed.
 
     The same steps as the `whitespace` cleaning of open_clip 3.3's `HFTokenizer`, on the first 4096 characters and 512
     lines; a blank of any length counts as five characters at most.
     """
-    checked_texts([text])
+    check_texts([text])
     if len(text) > MAX_CHARACTERS or text.count("\n") > MAX_LINES:
-        text = _beginning(text)
-    return " ".join(html.unescape(html.unescape(_fixed(text))).split())
+        text = _truncate_text(text)
+    return " ".join(html.unescape(html.unescape(_fix_text(text))).split())
 
 
-def _beginning(text: str) -> str:
+def _truncate_text(text: str) -> str:
     """The first characters and lines of `text`, its long blanks cut to their ends and a line break, if any."""
     shortened = lambda blank: blank[0][:2] + "\n" * ("\n" in blank[0]) + blank[0][-2:]  # noqa: E731
-    short = LONG_BLANK.sub(shortened, text, count=MAX_CHARACTERS)  # each leaves four or five
+    short = LONG_WHITESPACE_RE.sub(shortened, text, count=MAX_CHARACTERS)  # each leaves four or five
     kept = "\n".join(short[:MAX_CHARACTERS].split("\n")[:MAX_LINES])
     if kept == short:
         return short
@@ -43,19 +43,19 @@ def _beginning(text: str) -> str:
     return kept[: next((end for end in ends if kept[end - 1].isascii()), len(kept))]
 
 
-def _fixed(text: str) -> str:
+def _fix_text(text: str) -> str:
     """`ftfy.fix_text` in a bounded number of rounds; its own are as many as entities are nested, a quadratic time."""
-    if sum(map(text.count, "&;＆；")) <= MANY_ENTITY_SIGNS:
+    if sum(map(text.count, "&;＆；")) <= MAX_FTFY_ENTITY_SIGNS:
         return ftfy.fix_text(text)
     bracket = text.find("<")  # from its line on, ftfy leaves entities alone
     end = len(text) if bracket < 0 else text.rfind("\n", 0, bracket) + 1
-    return "".join(map(_fixed_line, re.split("(?<=\n)", text[:end]))) + ftfy.fix_text(text[end:])
+    return "".join(map(_fix_line, re.split("(?<=\n)", text[:end]))) + ftfy.fix_text(text[end:])
 
 
-def _fixed_line(line: str) -> str:
-    for level in range(NESTED_LEVELS + 1):
+def _fix_line(line: str) -> str:
+    for level in range(MAX_ENTITY_NESTING + 1):
         before, line = line, unescape_html(line)
-        while level == NESTED_LEVELS and line != (deeper := unescape_html(line)):
+        while level == MAX_ENTITY_NESTING and line != (deeper := unescape_html(line)):
             line = deeper
         line = ftfy.fix_text_segment(line, unescape_html=False)
         if line == before:
@@ -63,7 +63,7 @@ def _fixed_line(line: str) -> str:
     return line
 
 
-def checked_texts(text: str | Iterable[str]) -> str | list[str]:
+def check_texts(text: str | Iterable[str]) -> str | list[str]:
     """A text as it is, several as a list; ValueError where one is not a string, or there is none."""
     if isinstance(text, str):
         return text
