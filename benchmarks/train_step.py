@@ -203,7 +203,7 @@ def random_pixels(config: PreTrainedConfig, pairs: int) -> Tensor:
 
 
 class Engine:
-    """The parts of `training.loop.Trainer` that make a step, on random weights; the loop around them is left out.
+    """The parts of `training.loop.TrainingLoop` that make a step, on random weights; the loop around them is left out.
 
     `budget` is how many bytes of graphs are kept; what fits where None.
     """
@@ -231,7 +231,7 @@ class Engine:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=False)
         report = self.step(number, texts, len(images), images)
-        for group in self.optimizer.param_groups:  # as `Trainer._update`, the gradient's norm included
+        for group in self.optimizer.param_groups:  # as `TrainingLoop._update_weights`, the gradient's norm included
             group["lr"] = learning_rate_at(number, self.args)
         torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).item()
         self.optimizer.step()

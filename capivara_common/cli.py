@@ -23,9 +23,9 @@ class UsageError(ValueError):
     """A command line that can't be: an unknown flag, a value that breaks its type or rule. The command ends with 2."""
 
 
-def coded_error(kind: Callable[[str], Exception], code: str | None, text: str, /, **values: object) -> Exception:
+def coded_error(error_type: Callable[[str], Exception], code: str | None, template: str, /, **values: object) -> Exception:
     """An error of a text with `{name}` for each of the values, and a code: the key of `capivara_search/words.yaml`."""
-    error = kind(text.format(**values))
+    error = error_type(template.format(**values))
     error.code, error.values = code, values
     return error
 

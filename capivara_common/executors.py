@@ -58,7 +58,7 @@ class PhaseStep(PipelineStep):
         return self.title
 
     @classmethod
-    def from_phases(cls, args: ExecutorArguments, phases: dict[str, Phase], title: str) -> "list[Work]":
+    def from_phases(cls, args: ExecutorArguments, phases: dict[str, Phase], title: str) -> "list[PhaseStep]":
         """All phases of a command, by their names."""
         return [cls(phase, args, args.log_folder / name, f"{title}: {name}") for name, phase in phases.items()]
 

@@ -25,8 +25,8 @@ from capivara_common.files import read_json
 from capivara_common.hub_cache import find_cached_model, is_reachable, resolve_model_folder
 from capivara_common.image_encoder_digest import image_encoder_digest, image_processor_settings
 from capivara_common.weight_file import WeightFile, number_of
-from capivara_search.model_files.checks_capivara import NOT_FINITE, check_sizes, tokenizer_errors
-from capivara_search.model_files.text_repair_capivara import CONTEXT_LENGTH, checked_texts, repair_text
+from capivara_search.model_files.checks_capivara import NOT_FINITE, check_sizes, wrap_tokenizer_errors
+from capivara_search.model_files.text_cleaning_capivara import CONTEXT_LENGTH, check_texts, clean_text
 from capivara_search.words import Words, failure, note
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class SearchModel:
 
         Raises ValueError: a text is not a string, or there is none; the model is damaged.
         """
-        texts = checked_texts(list(texts))
+        texts = check_texts(list(texts))
         if self._kind != "capivara":  # which repairs its texts by itself
             texts = [text.encode("utf-8", "replace").decode() for text in texts]  # half a character stops a tokenizer
         with usable(self.name):
@@ -243,7 +243,7 @@ class TextTower:
     # What is known here alone; absent fields have it.
     KNOWN: ClassVar[dict[str, Any]] = {"model_type": "xlm-roberta", "hidden_act": "gelu", "is_decoder": False}
     OTHER_TENSORS: ClassVar[tuple[int, ...]] = (6, 7)  # beside 16 a layer
-    REPAIR: ClassVar = staticmethod(repair_text)
+    REPAIR: ClassVar = staticmethod(clean_text)
 
     weights: WeightFile
     tokenizer: Tokenizer
@@ -268,7 +268,7 @@ class TextTower:
 
         Raises ValueError: a text has no token at all, or an embedding is not finite.
         """
-        with tokenizer_errors(f"The tokenizer beside {self.weights.path}"):
+        with wrap_tokenizer_errors(f"The tokenizer beside {self.weights.path}"):
             ids = [found.ids for found in self.tokenizer.encode_batch_fast([self.REPAIR(text) for text in texts])]
         order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
         batches = [[ids[n] for n in order[start : start + BATCH_TEXTS]] for start in range(0, len(ids), BATCH_TEXTS)]
@@ -390,7 +390,7 @@ def open_text_tower(folder: str | Path) -> TextTower | None:
         is_known = all(text.get(name, value) == value for name, value in kind.KNOWN.items())
         if not (is_known and KINDS.issuperset(kinds) and len(kinds) - 16 * layers in kind.OTHER_TENSORS):
             return None
-        with tokenizer_errors(str(paths[2])):
+        with wrap_tokenizer_errors(str(paths[2])):
             tokenizer = kind.tokenizer_of(Tokenizer.from_file(str(paths[2])), settings, text)
         epsilon = np.float32(text["layer_norm_eps"])
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError, RecursionError):

@@ -69,7 +69,7 @@ def score_rows(embedder: Embedder, args: ScoreArguments, rows: list[dict[str, An
     good = [place for place, texts in enumerate(captions) if any(map(str.strip, texts))]
     results = [BadRow("no caption", f"all of {', '.join(columns)} are empty")] * len(rows)
     distinct = sorted({text for place in good for text in captions[place] if text.strip()}, key=len)
-    embeds = dict(zip(distinct, embedder.texts(distinct, 2 * size) if distinct else [], strict=True))  # each (width,)
+    embeds = dict(zip(distinct, embedder.embed_texts(distinct, 2 * size) if distinct else [], strict=True))  # each (width,)
     for place, embed in zip(good, embed_row_images(embedder, [rows[place][DECODED_KEY] for place in good], size), strict=True):
         results[place] = embed
         if not isinstance(embed, BadRow):
@@ -81,7 +81,7 @@ def score_rows(embedder: Embedder, args: ScoreArguments, rows: list[dict[str, An
 def embed_row_images(embedder: Embedder, images: list[PIL.Image.Image], batch_size: int) -> list[Tensor | BadRow]:
     """(width,) of each image; one that the model refuses must not end the work on all others."""
     try:
-        return list(embedder.images(images, batch_size)) if images else []
+        return list(embedder.embed_images(images, batch_size)) if images else []
     except ValueError as error:
         if len(images) == 1:
             return [BadImage("unreadable image", f"the model refuses it: {error}")]

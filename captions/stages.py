@@ -244,7 +244,7 @@ class ParquetSplit(Split):
                         yield row
 
 
-open_in_place = partial(open_split, parquet=ParquetSplit)  # parquet files without a copy
+open_in_place = partial(open_split, parquet_type=ParquetSplit)  # parquet files without a copy
 
 
 def source_fingerprint(source: Split) -> str:

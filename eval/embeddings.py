@@ -165,7 +165,7 @@ class EmbeddingStore:
                 faults = ((row, why) for row, why in chunk if isinstance(why, BadImage))
                 bad |= {row - rows.start: (why.reason, images.describe_image_error(row, why)) for row, why in faults}
                 if good:
-                    found = self.embedder.images([*good.values()], self.batch_size).numpy()
+                    found = self.embedder.embed_images([*good.values()], self.batch_size).numpy()
                     embeds = embeds if embeds.size else np.zeros((len(rows), found.shape[1]), np.float32)
                     embeds[[*good]] = found
                 bar.update(len(chunk))
@@ -185,7 +185,7 @@ class EmbeddingStore:
         distinct = sorted(set(texts), key=lambda text: (len(text), text))  # neighbours are padded to one length
 
         def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, Bad]:
-            return self.embedder.texts(distinct[rows.start : rows.stop], 2 * self.batch_size, bar.update).numpy(), {}
+            return self.embedder.embed_texts(distinct[rows.start : rows.stop], 2 * self.batch_size, bar.update).numpy(), {}
 
         table = self._opened("texts", self.embedder.fingerprint, distinct, TEXTS_PER_SHARD, embed, description)
         position = {text: number for number, text in enumerate(distinct)}

@@ -216,7 +216,7 @@ def evaluate(args: RetrievalArguments, pictures: bool = True) -> list[Record]:
     data = load_data(args)
     store = open_store(args)
     if args.dim is not None:  # before any long work
-        check_truncate_dim(args.dim, store.embedder.texts(["capivara"]).shape[1], "dim")
+        check_truncate_dim(args.dim, store.embedder.embed_texts(["capivara"]).shape[1], "dim")
     started = time.perf_counter()
     whole, images = data.embedded(store)
     embeddings = whole.cut(args.dim)

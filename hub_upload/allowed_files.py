@@ -15,7 +15,7 @@ from capivara_common.files import check_links_stay_inside
 from capivara_common.image_files import IMAGE_FORMATS
 from capivara_common.privacy import SECRET_RE2, find_hub_tokens, find_machine_path, local_paths, make_printable, find_secret
 
-_PARTS = "checks configuration image_processing modeling processing text_repair tokenization"
+_PARTS = "checks configuration image_processing modeling processing text_cleaning tokenization"
 MODEL_CODE = tuple(f"{part}_capivara.py" for part in _PARTS.split())
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),

@@ -28,7 +28,7 @@ __all__ = [
     "CapivaraProcessor",
     "CapivaraTokenizer",
     "clip_loss",
-    "repair_text",
+    "clean_text",
 ]
 
 AutoConfig.register("capivara", CapivaraConfig)

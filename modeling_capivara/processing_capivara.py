@@ -5,7 +5,7 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from .text_cleaning_capivara import CONTEXT_LENGTH, check_texts, clean_text
 from .tokenization_capivara import CapivaraTokenizer
 
-__all__ = ["CONTEXT_LENGTH", "CapivaraProcessor", "repair_text"]
+__all__ = ["CONTEXT_LENGTH", "CapivaraProcessor", "clean_text"]
 TEXT_KWARGS_DEFAULTS = {"padding": True, "truncation": True, "max_length": CONTEXT_LENGTH}
 
 

@@ -2,7 +2,7 @@
 
     model, processor = load_model(folder), load_processor(folder)
     embed_texts(model, processor, ["uma foto de um gato"])  # (texts, width), unit length, float32, on the CPU
-    load_embedder("open_clip:ViT-B-32:openai", baseline=True).texts(["a photo of a cat"])
+    load_embedder("open_clip:ViT-B-32:openai", baseline=True).embed_texts(["a photo of a cat"])
 
 The classes are transformers' own, without a wrapper: `get_text_features` and `get_image_features`, whose
 `pooler_output` is the embedding before it is scaled to unit length, `logit_scale`, and `logit_bias` where the loss is
@@ -60,7 +60,7 @@ def embedding_width(config: PreTrainedConfig) -> int:
 
 def freeze_image_encoder(model: PreTrainedModel) -> None:
     """Let the image tower and its projection get no gradient; CAPIVARA's also stays in evaluation mode, then."""
-    if hasattr(model, "freeze_image_tower"):
+    if hasattr(model, "freeze_image_encoder"):
         return model.freeze_image_encoder()
     for name, parameter in model.named_parameters():
         if name.startswith(IMAGE_ENCODER_PREFIXES):
@@ -112,12 +112,12 @@ class Embedder:
     fingerprint: str  # digest of all that the embeddings depend on
     image_fingerprint: str  # of what those of images do; models that share their image tower share it
     metadata: dict[str, str]  # of `class_and_loss`
-    images: Callable[..., Tensor]  # embeds PIL images; then how many at once, and `Progress`
-    texts: Callable[..., Tensor]
+    embed_images: Callable[..., Tensor]  # embeds PIL images; then how many at once, and `Progress`
+    embed_texts: Callable[..., Tensor]
 
     def __post_init__(self) -> None:
         autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
-        self.images, self.texts = autocast(self.images), autocast(self.texts)
+        self.embed_images, self.embed_texts = autocast(self.embed_images), autocast(self.embed_texts)
 
 
 def load_embedder(

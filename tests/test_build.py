@@ -317,9 +317,9 @@ def test_each_worker_has_a_gpu_of_its_own(config, monkeypatch, tmp_path):
 def test_workers_that_die_before_they_say_a_word(executor, monkeypatch, tmp_path):
     """No phase is complete whose tasks have not ended, and what needs it is not started. Ray only logs such a death."""
     monkeypatch.setattr("capivara_common.executors.START_METHOD", "fork")
-    monkeypatch.setattr("capivara_common.executors._worker", lambda *_: os._exit(1))
+    monkeypatch.setattr("capivara_common.executors._run_worker", lambda *_: os._exit(1))
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
-    monkeypatch.setattr("capivara_common.executors.require", lambda *_: None)
+    monkeypatch.setattr("capivara_common.executors.require_packages", lambda *_: None)
     monkeypatch.setattr("capivara_common.executors.RayPipelineExecutor.run", lambda _: None)
     args = StageArguments("no/such", tmp_path / "out", executor=executor, tasks=3, workers=2)
     works = [PhaseStep(args.phases["rows"], args, tmp_path / name, name) for name in ("first", "second")]

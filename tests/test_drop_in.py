@@ -34,7 +34,7 @@ PLAIN = [text for text in TEXTS if "Ã" not in text and text == " ".join(text.sp
 PLAIN += TYPED
 FILES = {
     *("README.md", "drop_in.json", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
-    *("tokenization_capivara.py", "text_repair_capivara.py", "checks_capivara.py"),
+    *("tokenization_capivara.py", "text_cleaning_capivara.py", "checks_capivara.py"),
     *("modules.json", "sentence_bert_config.json"),
     *("config_sentence_transformers.json", "1_Pooling/config.json", "open_clip_text.safetensors"),
     *("onnx/text_model.onnx", "onnx/text_model.onnx_data", "onnx/quantisation.json"),

@@ -45,9 +45,9 @@ def test_recall_is_evals_before_and_after(tiny_folder, trained, tiny_dataset_fol
     assert (found["pictures"], found["captions"], found["embedded_again"]) == (12, 18, 0)
     data = load_data(RetrievalArguments(str(tiny_folder), str(tiny_dataset_folder), tmp_path / "x", split="train"))
     texts, right = flat_captions(data.captions)
-    images = load_embedder(str(tiny_folder)).images([image for _, image in data.images.decode_images(range(12))])
+    images = load_embedder(str(tiny_folder)).embed_images([image for _, image in data.images.decode_images(range(12))])
     for side, folder in (("base", tiny_folder), ("exchanged", trained)):
-        ranks = RetrievalEmbeddings(load_embedder(str(folder)).texts(texts), images, right).ranks["text_to_image"]
+        ranks = RetrievalEmbeddings(load_embedder(str(folder)).embed_texts(texts), images, right).ranks["text_to_image"]
         expected = {f"recall@{k}": recall_at_k(ranks, k) for k in RECALL_CUTOFFS}
         for store in found["recall"].values():
             assert {name: store[side][name] for name in expected} == pytest.approx(expected)

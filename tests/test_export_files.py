@@ -65,7 +65,7 @@ def test_only_files_of_the_list_are_written(run_folder, tmp_path):
         "curves.png",
         *("image_processing_capivara.py", "model.safetensors"),
         *("modeling_capivara.py", "processing_capivara.py", "processor_config.json", "results/a.json"),
-        *("retrieval.png", "rotation.safetensors", "run.json", "text_repair_capivara.py"),
+        *("retrieval.png", "rotation.safetensors", "run.json", "text_cleaning_capivara.py"),
         *("tokenization_capivara.py", "tokenizer.json"),
         "tokenizer_config.json",
     ]

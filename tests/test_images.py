@@ -306,7 +306,7 @@ def test_the_processes_of_a_launch_share_the_pass(tmp_path, monkeypatch):
     cache, made, waited = EmbeddingCache(tmp_path, split_rows(12, 3)), [], []
     for rank in (1, 0):
         state = SimpleNamespace(process_index=rank, num_processes=2, wait_for_everyone=lambda: waited.append(1))
-        monkeypatch.setattr("eval.embeddings.processes", lambda state=state: state)
+        monkeypatch.setattr("eval.embeddings.process_state", lambda state=state: state)
         cache.make(range(4), lambda own: made.append(own) or ((np.ones((3, 2), np.float16), {}) for _ in own))
     assert made == [[2, 3], [0, 1]] and len(waited) == 2 and len(cache.table()) == 12
 

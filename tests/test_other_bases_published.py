@@ -194,13 +194,13 @@ def test_graphs_are_the_model(run, graphs, kind, tmp_path):
     assert ("attention_mask" in inputs) == (kind == "clip")
     assert (inputs["input_ids"][1] == 64) == (kind == "siglip")
     model, processor = load_embedder(str(run)), load_processor(run)
-    expected, images = model.texts(random_texts()), [image.convert("RGB") for image in random_images()]
+    expected, images = model.embed_texts(random_texts()), [image.convert("RGB") for image in random_images()]
     for row, wanted in zip(tokenize(processor, random_texts()), expected, strict=True):
         (found,) = text.run(None, {name: [values] for name, values in row.items()})
         torch.testing.assert_close(torch.from_numpy(found[0]), wanted, rtol=0, atol=1e-5)
     pixels = processor(images=images, return_tensors="np")["pixel_values"]
     (found,) = vision.run(None, {"pixel_values": pixels})
-    torch.testing.assert_close(torch.from_numpy(found), model.images(images), rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(found), model.embed_images(images), rtol=0, atol=1e-5)
     assert {one.name for one in both.get_inputs()} == {*inputs, "pixel_values"}
     given, *_, block = re.findall(r"```python\n(.*?)```", card_of(folder), re.DOTALL)
     assert "onnxruntime" in block and printed(given + block, folder).startswith("[[")

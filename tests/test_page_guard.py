@@ -619,7 +619,7 @@ def test_what_was_checked_is_what_is_sent(saved_tiny_folder, tmp_path, monkeypat
         return image(*args)
 
     with served(made_index(tmp_path / "i.lance", made, saved_tiny_folder)) as asked:
-        monkeypatch.setattr(decoder.Decoder, "load_image", swapped)
+        monkeypatch.setattr(decoder.Decoder, "image", swapped)
         assert asked.get("download", str(row))[::2] == (200, data) and b"segredo" in row.read_bytes()
         assert asked.get("download", str(row))[0] == 404
 

@@ -207,7 +207,7 @@ def test_another_image_side_is_refused_in_search_and_embeds_all_again(
     index.add(folder.with_name("outras"))
     other = PictureIndex.open(tmp_path / "i.lance", model=models[name])
     with monkeypatch.context() as patch:
-        patch.setattr(SearchModel, "_call_loader", property(lambda model: pytest.fail("the model was loaded")))
+        patch.setattr(SearchModel, "_loaded", property(lambda model: pytest.fail("the model was loaded")))
         with pytest.raises(ValueError, match=r"does not fit the index .* embedded by base: search with base"):
             other.search("um gato", like=folder / "d0" / "p0000.png")
     with caplog.at_level(logging.INFO, "capivara"):

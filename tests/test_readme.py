@@ -53,7 +53,7 @@ def test_a_changed_digit_is_noticed_and_a_new_commit_shown(monkeypatch, tmp_path
         (tmp_path / name).parent.mkdir(exist_ok=True)
         changed = re.sub(r"(captions per second, float32 \|) \d", r"\1 x", TEXTS[name])
         (tmp_path / name).write_text(changed, encoding="utf-8")
-    monkeypatch.setattr(readme, "CODE_ROOT", tmp_path)
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match=r"docs/benchmarks\.md is not what benchmarks/results says"):
         readme.main(["--check"])
     readme.main([])

@@ -39,7 +39,7 @@ def arguments(tmp_path, tiny_folder):
 
 
 def test_captions_then_generated_ones_each_against_its_image(arguments):
-    report = arguments.rows()
+    report = arguments.write_rows()
     assert (report.rows, report.skipped) == (4, {"unreadable image": 1, "no caption": 1})
     embedder = load_embedder(arguments.model, "cpu")
     rows = rows_of(arguments.output)
@@ -47,10 +47,10 @@ def test_captions_then_generated_ones_each_against_its_image(arguments):
     for row in rows:
         texts = [*row["captions-pt"], *row["generated-captions-pt"]]
         assert len(row["similarities-pt"]) == len(texts)
-        image = embedder.images([decode_image(row["image"])])
+        image = embedder.embed_images([decode_image(row["image"])])
         for text, similarity in zip(texts, row["similarities-pt"], strict=True):
             if text.strip():
-                torch.testing.assert_close(similarity, (embedder.texts([text]) @ image[0]).item(), rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(similarity, (embedder.embed_texts([text]) @ image[0]).item(), rtol=1e-4, atol=1e-5)
             else:
                 assert similarity is None
     first = rows[0]["similarities-pt"]
@@ -66,7 +66,7 @@ def test_damage_in_the_first_rows_is_told_before_the_model_is_loaded(arguments, 
     start = pq.read_metadata(path).row_group(0).column(0).data_page_offset
     path.write_bytes(path.read_bytes()[:start] + b"\xff" * 40 + path.read_bytes()[start + 40 :])
     with pytest.raises(ValueError, match=r"train-0\.parquet can't be loaded"):
-        replace(arguments, dataset=str(path.parent), model="no/such").rows()
+        replace(arguments, dataset=str(path.parent), model="no/such").write_rows()
 
 
 def test_an_image_that_the_model_refuses_is_left_out(arguments, monkeypatch):
@@ -78,21 +78,21 @@ def test_an_image_that_the_model_refuses_is_left_out(arguments, monkeypatch):
         return embed(model, processor, images, *args, **options)
 
     monkeypatch.setattr("modeling_capivara.two_towers.embed_images", refuses)
-    report = arguments.rows()
+    report = arguments.write_rows()
     assert report.rows == 2 and report.skipped == {"unreadable image": 3, "no caption": 1}
     assert [row["image"]["bytes"] for row in rows_of(arguments.output)] == [PICTURES[0], PICTURES[2]], "the JPEGs stay"
 
 
 def test_another_model_is_another_data_set(arguments, tiny_model):
-    arguments.rows()
+    arguments.write_rows()
     assert read_stage_record(arguments.output)["settings"]["model"] == arguments.model
     with torch.no_grad():
         tiny_model.text_projection[0].weight.mul_(1.5)
     tiny_model.save_pretrained(arguments.model)
-    assert arguments.rows().rows == 4, "what is done is not done again"
+    assert arguments.write_rows().rows == 4, "what is done is not done again"
     next(arguments.output.glob("*.parquet")).unlink()
     with pytest.raises(ValueError, match=r"settings.fingerprint: .* there, .* now"):
-        arguments.rows()
+        arguments.write_rows()
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_a_suite_that_was_stopped_continues_to_the_same_table(models, data, tmp_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(suite, "evaluate_models", measure_and_stop)
+        patch.setattr(suite, "measure", measure_and_stop)
         main(given)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")}
     assert kept and not (tmp_path / "out" / "suite.json").exists()

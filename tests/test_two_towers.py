@@ -47,7 +47,7 @@ def kind_folder(request, tiny_folder, tmp_path):
 def test_a_text_is_embedded_alone_as_beside_a_longer_one(kind_folder):
     embedder = load_embedder(str(kind_folder), "cpu")
     longer = " ".join(["uma foto de um gato azul na casa verde"] * 9)
-    alone, both = embedder.texts(["um gato"]), embedder.texts(["um gato", longer])
+    alone, both = embedder.embed_texts(["um gato"]), embedder.embed_texts(["um gato", longer])
     torch.testing.assert_close(alone[0], both[0], rtol=0, atol=1e-5)
     assert alone[0] @ both[1] < 0.999
 
@@ -78,7 +78,7 @@ def test_scores_are_those_of_the_models_own_forward(kind_folder):
     with torch.no_grad():
         expected = model(**inputs)
     embedder = load_embedder(str(kind_folder), "cpu")
-    found = embedder.texts(texts), embedder.images(images)
+    found = embedder.embed_texts(texts), embedder.embed_images(images)
     for side, right in zip(found, (expected.text_embeds, expected.image_embeds), strict=True):
         torch.testing.assert_close(side, right, rtol=0, atol=1e-5)
     assert embedding_width(model.config) == found[0].shape[1]
@@ -111,7 +111,7 @@ def test_the_canonical_form_of_a_text_is_the_tokenizers(published, tmp_path):
     alone = AutoProcessor.from_pretrained(saved)(text=texts, padding="max_length", max_length=64).input_ids
     assert of_training == alone and alone[0] == alone[1] != alone[2]
     for folder in (base, saved):
-        found = load_embedder(str(folder), "cpu").texts(texts)
+        found = load_embedder(str(folder), "cpu").embed_texts(texts)
         torch.testing.assert_close(torch.from_numpy(open_text_tower(folder).embed(texts)), found, rtol=0, atol=1e-5)
         assert torch.equal(found[0], found[1]) and not torch.allclose(found[1], found[2])
 

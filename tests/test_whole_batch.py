@@ -267,7 +267,7 @@ def test_the_shares_of_processes_add_up_to_the_plain_formula(cut, tile, kind, mo
         expected = -F.logsigmoid((2 * torch.eye(11) - 1) * (logits + bias)).sum() / 11
         share = partial(sigmoid_loss, *inputs, logit_bias=bias)
         inputs.append(bias)
-    found = sum(share(own=rows) for rows in (right[:cut], right[cut:]))
+    found = sum(share(local_rows=rows) for rows in (right[:cut], right[cut:]))
     assert found.item() == pytest.approx(expected.item(), rel=1e-12)
     for one, other in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)

@@ -87,7 +87,7 @@ class BatchArguments:
 class OptimizationArguments:
     """Optimiser, schedule, seeds and precision; which parameters are trained."""
 
-    _argument_group_name = "optimisation"
+    _argument_group_name = "optimization"
 
     optimizer: Literal["adam", "adamw"] = flag("adam", "With coupled L2, the paper's; adamw = with decoupled decay.")
     learning_rate: float = flag(5e-7, "Highest learning rate, after the warm-up.")

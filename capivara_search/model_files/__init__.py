@@ -1,6 +1,6 @@
 """The files of `modeling_capivara` that need no torch, without that package's own import, which takes seconds.
 
-from capivara_search.model_files.text_repair_capivara import repair_text
+from capivara_search.model_files.text_cleaning_capivara import clean_text
 """
 
 from pathlib import Path
