@@ -27,20 +27,20 @@ from PIL import Image
 from benchmarks.timing import RESULTS, conditions, finish
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_search import PictureIndex
-from capivara_search.duplicates import LOOK_BYTES, ROUNDING, compared, groups, similarity
-from capivara_search.results import SAME
-from capivara_search.table import LOOK
+from capivara_search.duplicates import SIGNATURE_BYTES, FLOAT16_TOLERANCE, add_color_signatures, find_duplicate_groups, pairwise_similarity
+from capivara_search.results import DUPLICATE_MIN_SIMILARITY
+from capivara_search.table import COLOR_SIGNATURE_COLUMN
 from examples.openmoji.concepts import concept_rows
 from examples.openmoji.dataset import render_png
 from examples.real_images import PHOTOGRAPHS, photo
 
 DRAWINGS = ("colorwheel", "horse")  # of `PHOTOGRAPHS`, that are no photographs; they are cut, not copied
-CUTS = {f"cut {x} {y}": (x, y) for x in range(3) for y in range(3)}  # corner, in quarters of a picture
-COPIED_ICONS = 31  # every so many of the icons are copied
-SAME_DRAWING = 0.35  # mean absolute difference of pixels, of 255, up to which two icons are the same drawing
+CUT_CORNERS = {f"cut {x} {y}": (x, y) for x in range(3) for y in range(3)}  # corner, in quarters of a picture
+COPIED_ICON_STEP = 31  # every so many of the icons are copied
+SAME_DRAWING_MAX_DIFFERENCE = 0.35  # mean absolute difference of pixels, of 255, up to which two icons are the same drawing
 ORIGINAL = "original"
 
-Copy = tuple[Callable[[Image.Image], Image.Image], dict[str, Any]]  # how a copy is made, and options of its file
+CopyRecipe = tuple[Callable[[Image.Image], Image.Image], dict[str, Any]]  # how a copy is made, and options of its file
 
 
 @dataclass
@@ -51,43 +51,43 @@ class DuplicatesArguments:
     output: Path = flag(RESULTS / "duplicates.json", "JSON file.")
 
 
-def reduced(pixels: int, image: Image.Image) -> Image.Image:
+def reduce_image(pixels: int, image: Image.Image) -> Image.Image:
     """Return the image with its longer side reduced to at most so many pixels."""
     scale = min(1, pixels / max(image.size))
     return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
 
 
-def cropped(share: float, image: Image.Image) -> Image.Image:
+def crop_image(share: float, image: Image.Image) -> Image.Image:
     """Return the image without a share of its width and height, two thirds of it on the left and above."""
     (width, height), (left, top) = image.size, (round(side * share * 2 / 3) for side in image.size)
     return image.crop((left, top, left + round(width * (1 - share)), top + round(height * (1 - share))))
 
 
-def unchanged(image: Image.Image) -> Image.Image:
+def copy_image(image: Image.Image) -> Image.Image:
     """Return the image itself."""
     return image
 
 
-PHOTO_KINDS: dict[str, Copy] = {
-    "reduced to 400 pixels": (partial(reduced, 400), {"quality": 90}),
-    "reduced to 200 pixels": (partial(reduced, 200), {"quality": 90}),
-    "reduced to 100 pixels": (partial(reduced, 100), {"quality": 90}),
-    "recompressed, quality 50": (unchanged, {"quality": 50}),
-    "recompressed, quality 10": (unchanged, {"quality": 10}),
-    "cropped by 5 %": (partial(cropped, 0.05), {"quality": 90}),
-    "cropped by 10 %": (partial(cropped, 0.1), {"quality": 90}),
-    "cropped by 20 %": (partial(cropped, 0.2), {"quality": 90}),
+PHOTO_KINDS: dict[str, CopyRecipe] = {
+    "reduced to 400 pixels": (partial(reduce_image, 400), {"quality": 90}),
+    "reduced to 200 pixels": (partial(reduce_image, 200), {"quality": 90}),
+    "reduced to 100 pixels": (partial(reduce_image, 100), {"quality": 90}),
+    "recompressed, quality 50": (copy_image, {"quality": 50}),
+    "recompressed, quality 10": (copy_image, {"quality": 10}),
+    "cropped by 5 %": (partial(crop_image, 0.05), {"quality": 90}),
+    "cropped by 10 %": (partial(crop_image, 0.1), {"quality": 90}),
+    "cropped by 20 %": (partial(crop_image, 0.2), {"quality": 90}),
     "cropped by 5 %, reduced to 200 pixels, quality 50": (
-        lambda image: reduced(200, cropped(0.05, image)),
+        lambda image: reduce_image(200, crop_image(0.05, image)),
         {"quality": 50},
     ),
 }
-ICON_KINDS: dict[str, Copy] = {
+ICON_KINDS: dict[str, CopyRecipe] = {
     "enlarged to 448 pixels": (lambda image: image.resize((448, 448), Image.Resampling.BICUBIC), {"format": "PNG"}),
-    "reduced to 112 pixels": (partial(reduced, 112), {"format": "PNG"}),
-    "reduced to 64 pixels": (partial(reduced, 64), {"format": "PNG"}),
-    "as JPEG, quality 90": (unchanged, {"quality": 90}),
-    "as JPEG, quality 50": (unchanged, {"quality": 50}),
+    "reduced to 112 pixels": (partial(reduce_image, 112), {"format": "PNG"}),
+    "reduced to 64 pixels": (partial(reduce_image, 64), {"format": "PNG"}),
+    "as JPEG, quality 90": (copy_image, {"quality": 90}),
+    "as JPEG, quality 50": (copy_image, {"quality": 50}),
 }
 
 
@@ -100,7 +100,7 @@ def write_photographs(folder: Path) -> dict[tuple[str, str], str]:
             made = {ORIGINAL: (image, {"quality": 95})}
             made |= {kind: (copy(image), options) for kind, (copy, options) in PHOTO_KINDS.items()}
         width, height = image.width // 2, image.height // 2
-        for kind, corner in CUTS.items():
+        for kind, corner in CUT_CORNERS.items():
             left, top = (side * place // 2 for side, place in zip((width, height), corner, strict=True))
             made[kind] = (image.crop((left, top, left + width, top + height)), {"quality": 95})
         for kind, (picture, options) in made.items():
@@ -117,20 +117,20 @@ def write_icons(folder: Path) -> dict[tuple[str, str], str]:
         path = folder / f"icon-{len(files):05d}.png"
         path.write_bytes(drawn)
         files[icon.emoji, ORIGINAL] = str(path)
-        for kind, (copy, options) in ICON_KINDS.items() if number % COPIED_ICONS == 0 else ():
+        for kind, (copy, options) in ICON_KINDS.items() if number % COPIED_ICON_STEP == 0 else ():
             ending = ".png" if "format" in options else ".jpg"
             files[icon.emoji, kind] = str(folder / f"icon-{len(files):05d}{ending}")
             copy(Image.open(io.BytesIO(drawn))).save(files[icon.emoji, kind], **options)
     return files
 
 
-def shared(one: str, other: str) -> float:
+def overlap_share(one: str, other: str) -> float:
     """Return the share of a cut's pixels that another one of `CUTS` has, too."""
-    (x, y), (right, down) = CUTS[one], CUTS[other]
+    (x, y), (right, down) = CUT_CORNERS[one], CUT_CORNERS[other]
     return (1 - abs(x - right) / 2) * (1 - abs(y - down) / 2)
 
 
-def recall(names: list[tuple[str, str]], found: np.ndarray, kinds: dict[str, Copy]) -> dict[str, float]:
+def recall(names: list[tuple[str, str]], found: np.ndarray, kinds: dict[str, CopyRecipe]) -> dict[str, float]:
     """Return the share of copies of each kind that are found, by (files, files) of what is nearly the same."""
     place = {own: number for number, own in enumerate(names)}
     copies = {kind: [(name, kind) for name, own in names if own == kind] for kind in kinds}
@@ -140,12 +140,12 @@ def recall(names: list[tuple[str, str]], found: np.ndarray, kinds: dict[str, Cop
     }
 
 
-def wrong_photographs(names: list[tuple[str, str]], found: np.ndarray) -> dict[str, list[int]]:
+def find_wrong_photographs(names: list[tuple[str, str]], found: np.ndarray) -> dict[str, list[int]]:
     """Return how many pairs that are no copies are found, and of how many."""
-    place, whole = {own: number for number, own in enumerate(names)}, [own for own in names if own[1] not in CUTS]
+    place, whole = {own: number for number, own in enumerate(names)}, [own for own in names if own[1] not in CUT_CORNERS]
     others = {"different photographs": [(a, b) for a, b in combinations(whole, 2) if a[0] != b[0]]}
     for part, title in ((0, "cuts of one that share nothing"), (0.25, "cuts of one that share a quarter")):
-        cuts = [pair for pair in combinations(CUTS, 2) if shared(*pair) == part]
+        cuts = [pair for pair in combinations(CUT_CORNERS, 2) if overlap_share(*pair) == part]
         others[title] = [((name, a), (name, b)) for name in sorted({name for name, _ in names}) for a, b in cuts]
     return {
         title: [int(sum(found[place[a], place[b]] for a, b in pairs)), len(pairs)] for title, pairs in others.items()
@@ -158,10 +158,10 @@ def same_drawings(paths: list[str]) -> list[tuple[int, int]]:
     small, pairs = np.stack([np.asarray(image.reduce(8), np.int16).ravel() for image in images]), []
     for place in range(len(paths)):
         # A mean of means is at most as different as the pixels; rounding adds half a level.
-        near = np.abs(small[place + 1 :] - small[place]).mean(axis=1) <= SAME_DRAWING + 0.5
+        near = np.abs(small[place + 1 :] - small[place]).mean(axis=1) <= SAME_DRAWING_MAX_DIFFERENCE + 0.5
         for other in (place + 1 + np.flatnonzero(near)).tolist():
             difference = np.subtract(*(np.asarray(images[number], np.int16) for number in (place, other)))
-            pairs += [(place, other)] * bool(np.abs(difference).mean() <= SAME_DRAWING)
+            pairs += [(place, other)] * bool(np.abs(difference).mean() <= SAME_DRAWING_MAX_DIFFERENCE)
     return pairs
 
 
@@ -178,16 +178,16 @@ def measure(
         threshold: similarity from which two files are nearly the same.
     """
     of_photos, of_icons = vectors[: len(photos)], vectors[len(photos) :]
-    found = similarity(of_photos, of_photos) >= threshold - ROUNDING
+    found = pairwise_similarity(of_photos, of_photos) >= threshold - FLOAT16_TOLERANCE
     result = {"threshold": threshold, "recall": recall(list(photos), found, PHOTO_KINDS)}
-    result["wrong"] = wrong_photographs(list(photos), found)
-    found = similarity(of_icons, of_icons) >= threshold - ROUNDING
+    result["wrong"] = find_wrong_photographs(list(photos), found)
+    found = pairwise_similarity(of_icons, of_icons) >= threshold - FLOAT16_TOLERANCE
     originals = [number for number, (_, kind) in enumerate(icons) if kind == ORIGINAL]
     result["icon_recall"] = recall(list(icons), found, ICON_KINDS)
     found = np.triu(found[np.ix_(originals, originals)], 1)
     wrong = int(found.sum() - sum(found[pair] for pair in same))
     result["wrong"]["icons of different emoji"] = [wrong, len(originals) * (len(originals) - 1) // 2 - len(same)]
-    sizes = [len(group) for group in groups(of_icons[originals], threshold)]
+    sizes = [len(group) for group in find_duplicate_groups(of_icons[originals], threshold)]
     return result | {"largest_icon_group": max(sizes)}
 
 
@@ -200,12 +200,12 @@ def main(argv: list[str] | None = None) -> None:
         index.add(folder)
         paths = [*photos.values(), *icons.values()]
         vectors = index.vectors(paths)
-        rows = index._table.rows(["path", LOOK])
-        looks = dict(zip(rows["path"].to_pylist(), rows[LOOK].to_pylist(), strict=True))
-        alone, both = (compared(vectors, known) for known in ([None] * len(paths), [looks[path] for path in paths]))
-        rules = {"vectors alone, strict": (alone, 0.97), "vectors alone": (alone, 0.8), "both": (both, SAME)}
+        rows = index._table.rows(["path", COLOR_SIGNATURE_COLUMN])
+        looks = dict(zip(rows["path"].to_pylist(), rows[COLOR_SIGNATURE_COLUMN].to_pylist(), strict=True))
+        alone, both = (add_color_signatures(vectors, known) for known in ([None] * len(paths), [looks[path] for path in paths]))
+        rules = {"vectors alone, strict": (alone, 0.97), "vectors alone": (alone, 0.8), "both": (both, DUPLICATE_MIN_SIMILARITY)}
         same = same_drawings([path for (_, kind), path in icons.items() if kind == ORIGINAL])
-        flat = [len(looks[path]) > LOOK_BYTES for path in paths]
+        flat = [len(looks[path]) > SIGNATURE_BYTES for path in paths]
         found = {
             "model": args.model,
             "photographs": len({name for name, _ in photos} - {*DRAWINGS}),

@@ -21,7 +21,7 @@ import yaml
 from benchmarks.timing import RESULTS, ROOT, conditions, finish
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import write_json
-from capivara_search.asking import MEASURED, NEUTRAL, STRENGTH, background, deviations, steered
+from capivara_search.query import RELEVANCE_AUC_FILE, NEUTRAL_SENTENCES, FEEDBACK_STRENGTH, background_z_score, z_score, apply_feedback
 from capivara_search.models import SearchModel, find_model
 from capivara_search.picture_files import find_pictures, open_query_picture
 from examples.real_images import PHOTOGRAPHS, photo
@@ -65,14 +65,14 @@ def classes_of(path: Path, names: dict[int, str]) -> set[str]:
 def steering(model: SearchModel, asked: list[dict], images: np.ndarray, classes: list[set[str]]) -> Iterator[dict]:
     """Of each weight and kind of pull: means of all queries, before and after, and how often none is left."""
     cases = [(one["text"], *pull, set(one["wanted"])) for one in asked for pull in one["each"].items()]
-    queries, words = (model.texts([case[place] for case in cases]) for place in (0, 2))
+    queries, words = (model.embed_texts([case[place] for case in cases]) for place in (0, 2))
     for weight, by in product([-one for one in WEIGHTS] + [*WEIGHTS], ("words", "picture")):
         counts = []
         for query, word, (_, thing, _, wanted) in zip(queries, words, cases, strict=True):
             before = np.argsort(-images @ query)
             hit = images[next(place for place in before if thing in classes[place])]  # which is clicked at
             pull = word if by == "words" else hit
-            after = np.argsort(-images @ steered(query, [(weight / STRENGTH, pull)], images))
+            after = np.argsort(-images @ apply_feedback(query, [(weight / FEEDBACK_STRENGTH, pull)], images))
             orders = product(({thing}, wanted), (before[:FIRST], after[:FIRST]))
             counts.append([sum(bool(kind & classes[place]) for place in order) for kind, order in orders])
         found = np.array(counts, float)  # (cases, object before, after, wanted before, after)
@@ -90,12 +90,12 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{args.pictures} must hold pictures, {args.sentences} sentences under `there` and `absent`.")
     model, pictures = find_model(args.model), [open_query_picture(path) for path in files]
     pictures += [photo(name) for name in PHOTOGRAPHS if given.get("photographs")]
-    images, neutral_texts = model.images(pictures), model.texts(NEUTRAL)
-    scores = {kind: model.texts(given[kind]) @ images.T for kind in ("there", "absent", "nonsense") if given.get(kind)}
+    images, neutral_texts = model.embed_images(pictures), model.embed_texts(NEUTRAL_SENTENCES)
+    scores = {kind: model.embed_texts(given[kind]) @ images.T for kind in ("there", "absent", "nonsense") if given.get(kind)}
     counts = {"pictures": len(images), "sentences": {kind: len(found) for kind, found in scores.items()}}
-    best = {kind: np.array([deviations(own.max(), own) for own in found]) for kind, found in scores.items()}
+    best = {kind: np.array([z_score(own.max(), own) for own in found]) for kind, found in scores.items()}
     told = told_apart(best["there"], best["absent"])
-    line = background(images, neutral_texts, (neutral_texts @ images.T).max(axis=1))
+    line = background_z_score(images, neutral_texts, (neutral_texts @ images.T).max(axis=1))
     results = conditions() | {"model": model.name, **counts, "chosen": CHOSEN, "statistics": {CHOSEN: told}}
     results["auc"] = told["auc"]
     results["above_the_line"] = {kind: float((found >= line).mean()) for kind, found in best.items()}
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         classes = [classes_of(path, names) for path in files]
         results["steering"] = list(steering(model, given["steering"], images[: len(files)], classes))
     if args.keep:
-        write_json(model.folder / MEASURED, results)
+        write_json(model.folder / RELEVANCE_AUC_FILE, results)
     finish(results, args.output)
 
 

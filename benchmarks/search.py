@@ -29,8 +29,8 @@ from tqdm.auto import tqdm
 from benchmarks import timing
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_search import PictureIndex
-from capivara_search.page.answers import Answers, Question
-from capivara_search.table import EXACT_ROWS, schema, vector_column
+from capivara_search.page.answers import PageAnswers, Question
+from capivara_search.table import MAX_EXACT_ROWS, schema, vector_column
 
 WIDTH, CLUSTERS, SPREAD = 512, 2000, 1.0  # numbers of a vector; clusters; noise beside a centre of length 1
 QUERIES, K = 200, 10
@@ -80,7 +80,7 @@ def indexes(args: SearchArguments) -> dict[str, Any]:
         make_vectors(args.work, rows)
         flags = {"rows": rows, "work": args.work, "runs": args.runs, "added": ADDED[rows == max(args.sizes)]}
         found = [timing.in_own_process("benchmarks.search", worker=name, **flags) for name in ("fill", "index")]
-        sizes[str(rows)] = found[0] | found[1] | {"approximate": rows > EXACT_ROWS}
+        sizes[str(rows)] = found[0] | found[1] | {"approximate": rows > MAX_EXACT_ROWS}
     return {"index": sizes, "first_search_s": first_searches(args, max(args.sizes))}
 
 
@@ -154,7 +154,7 @@ def fill(args: SearchArguments) -> dict[str, Any]:
     return {
         "written_s": timing.seconds_of(write),
         "optimised_s": timing.seconds_of(
-            lambda: table.tidy(WIDTH)
+            lambda: table.optimize(WIDTH)
         ),  # compaction, and the approximate index if there is one
         "bytes": sum(path.stat().st_size for path in where.rglob("*") if path.is_file()),
     }
@@ -188,10 +188,10 @@ def search_index(args: SearchArguments) -> dict[str, Any]:
     measured["recall"] = statistics.mean(len(a & b) / K for a, b in zip(nearest, found[-QUERIES:], strict=True))
     words = [QUERY_WORDS[number % len(QUERY_WORDS)] + f" {number}" for number in range(QUERIES)]
     measured["text_ms"] = times(lambda text: index.search(text, k=K), words)
-    page = Answers(index)
+    page = PageAnswers(index)
     measured["page_ms"] = times(lambda text: page.search(Question(text=text), None), words)
     measured["page_newest_ms"] = times(lambda text: page.search(Question(), None), words[:50])
-    index.model.images([PIL.Image.new("RGB", (64, 64))])  # loads the image tower
+    index.model.embed_images([PIL.Image.new("RGB", (64, 64))])  # loads the image tower
     first = added(args, index, 1)
     median = statistics.median(added(args, index, 1) for _ in range(args.runs))
     measured["added_s"] = {"1": {"seconds": median, "first_s": first}}

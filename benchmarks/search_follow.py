@@ -156,7 +156,7 @@ def changed(index: PictureIndex, folder: Path, photo: Path, other: Path) -> dict
     path, moved = folder / "changing.jpg", folder / "moved.jpg"
 
     def has(one: Path) -> bool:
-        row = index.row(str(one))
+        row = index.get_picture(str(one))
         return row is not None and row.size == one.stat().st_size
 
     found = {}
@@ -164,9 +164,9 @@ def changed(index: PictureIndex, folder: Path, photo: Path, other: Path) -> dict
         shutil.copy(change, path)
         found[name] = until(lambda: has(path))
     path.rename(moved)
-    found["moved"] = until(lambda: has(moved) and index.row(str(path)) is None)
+    found["moved"] = until(lambda: has(moved) and index.get_picture(str(path)) is None)
     moved.unlink()
-    return found | {"removed": until(lambda: index.row(str(moved)) is None)}
+    return found | {"removed": until(lambda: index.get_picture(str(moved)) is None)}
 
 
 @contextmanager

@@ -42,7 +42,7 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".heic", ".heif"),
 )
 TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of TIFF
-TIFF_INTEGERS = {3: "H", 4: "I"}  # type of a TIFF tag, SHORT or LONG -> its `struct` format
+TIFF_INTEGER_FORMATS = {3: "H", 4: "I"}  # type of a TIFF tag, SHORT or LONG -> its `struct` format
 DECODER_THREADS = 4  # threads
 DECODE_CHUNK_IMAGES = 64  # images; a photograph of 12 million pixels takes 36 MB
 EXIF_TRANSPOSES = {  # EXIF orientation -> how the pixels become upright
@@ -54,7 +54,7 @@ EXIF_TRANSPOSES = {  # EXIF orientation -> how the pixels become upright
 _FOLDER_OPEN_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 MAX_DETAIL_CHARACTERS = 300  # letters that are kept of what is wrong; a caption can be a book
 # Held while an image that may take hundreds of megabytes is decoded. Reentrant: a caller may hold it for longer.
-ONE_AT_A_TIME = threading.RLock()
+LARGE_IMAGE_LOCK = threading.RLock()
 PIL.Image.init()
 _AVAILABLE_FORMATS = tuple(name for name in IMAGE_FORMATS if name in PIL.Image.OPEN)  # PIL's build may lack AVIF
 
@@ -175,7 +175,7 @@ def open_image(
     PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=_AVAILABLE_FORMATS)
-        tile = _tile_size(data, image)
+        tile = _read_tile_size(data, image)
     except PIL.UnidentifiedImageError as error:
         heic = "" if "HEIF" in _AVAILABLE_FORMATS else "; the extra `heic` reads HEIC, too: pip install -e '.[heic]'"
         detail = f"{name} is no image of {', '.join(_AVAILABLE_FORMATS)}, or its beginning is damaged{heic}"
@@ -198,7 +198,7 @@ def decode_upright(image: PIL.Image.Image, name: str, min_short_side: int = 0) -
     # libavif allocates what the AV1 stream holds, up to 268 million pixels, whatever size the `ispe` box declares.
     is_large = image.format == "AVIF" or image.width * image.height > MAX_IMAGE_PIXELS
     try:
-        with ONE_AT_A_TIME if is_large else nullcontext():
+        with LARGE_IMAGE_LOCK if is_large else nullcontext():
             if min_short_side:
                 image.draft(None, (min_short_side, min_short_side))
             image.load()
@@ -299,7 +299,7 @@ def open_regular_file(path: str | Path, name: str, folders: Sequence[str | Path]
     return os.fdopen(number, "rb")
 
 
-def _tile_size(data: bytes, image: PIL.Image.Image) -> tuple[int, int]:
+def _read_tile_size(data: bytes, image: PIL.Image.Image) -> tuple[int, int]:
     """Return the width and height of the tiles of a TIFF image; zeros if the image has no tiles or another format.
 
     The directory is parsed here because PIL skips entries that libtiff, which decodes the tiles, reads.
@@ -325,9 +325,9 @@ def _tile_size(data: bytes, image: PIL.Image.Image) -> tuple[int, int]:
     for place in range(start, min(start + entries * size, len(data) - size + 1), size):
         tag, kind, count, _ = struct.unpack_from(entry, data, place)
         if tag in sides:
-            if kind not in TIFF_INTEGERS or count != 1:
+            if kind not in TIFF_INTEGER_FORMATS or count != 1:
                 raise ValueError(f"TIFF tag {tag} must be one SHORT or LONG, got {count} of type {kind}.")
-            (side,) = struct.unpack_from(order + TIFF_INTEGERS[kind], data, place + value_start)
+            (side,) = struct.unpack_from(order + TIFF_INTEGER_FORMATS[kind], data, place + value_start)
             sides[tag] = max(sides[tag], side)
     return sides[TILE_WIDTH], sides[TILE_LENGTH]
 

@@ -62,7 +62,7 @@ class WeightFile:
         return _to_float32(found.data.cast("B"), place.dtype, name).reshape(len(indices), *place.shape[1:])
 
 
-def number_of(folder: Path, name: str) -> float | None:
+def read_scalar(folder: Path, name: str) -> float | None:
     """Return a weight that is a single number; None if the model folder has none of that name.
 
     Raises ValueError: it is not a single number, or the weights are missing or damaged.

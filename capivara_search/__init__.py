@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
     from capivara_search.models import SearchModel, find_model
-    from capivara_search.results import Added, Classified, Hit, LeftOut, Status
+    from capivara_search.results import IndexReport, Classification, Hit, SkippedFile, IndexStatus
 
 __all__ = ["Added", "Classified", "Hit", "LeftOut", "PictureIndex", "SearchModel", "Status", "find_model"]
 

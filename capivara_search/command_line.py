@@ -17,33 +17,33 @@ from typing import Any
 import click
 
 from capivara_common.privacy import escape_control_characters
-from capivara_search.words import COMMANDS, Words
+from capivara_search.messages import COMMAND_NAMES, Messages
 
-SETTINGS = {
+CONTEXT_SETTINGS = {
     "token_normalize_func": lambda name: name.replace("_", "-"),
     "max_content_width": 100,
     "help_option_names": ["--help", "-h"],
 }
 
 
-def said(kind: click.ParamType) -> click.ParamType:
+def localized_type(param_type: click.ParamType) -> click.ParamType:
     """A type of click's, which says in the words of a language what a value must be."""
-    convert = kind.convert
+    convert = param_type.convert
 
     def checked(value: Any, param: click.Parameter | None, ctx: click.Context) -> Any:
-        value = os.path.expanduser(value) if isinstance(kind, click.Path) else value  # as no shell does after --flag=
+        value = os.path.expanduser(value) if isinstance(param_type, click.Path) else value  # as no shell does after --flag=
         try:
             return convert(value, param, ctx)
         except click.BadParameter as error:
-            values = vars(kind) | {"value": escape_control_characters(str(value)), "choices": ", ".join(getattr(kind, "choices", ()))}
+            values = vars(param_type) | {"value": escape_control_characters(str(value)), "choices": ", ".join(getattr(param_type, "choices", ()))}
             values |= {name: ctx.obj.number(one, 2) for name, one in values.items() if isinstance(one, float)}
-            raise click.BadParameter(ctx.obj(f"bad.{kind.name}", **values)) from error
+            raise click.BadParameter(ctx.obj(f"bad.{param_type.name}", **values)) from error
 
-    kind.convert = checked
-    return kind
+    param_type.convert = checked
+    return param_type
 
 
-class Day(click.DateTime):
+class DateType(click.DateTime):
     """A day; of a month or a year its first one, of `--until` its last one."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> date:
@@ -55,46 +55,46 @@ class Day(click.DateTime):
         return day
 
 
-_path = partial(click.Path, readable=False, path_type=Path)
-ANY, EITHER, FILE = said(_path()), said(_path(exists=True)), said(_path(exists=True, dir_okay=False))
-ANY_FOLDER, FOLDER = said(_path(file_okay=False)), said(_path(exists=True, file_okay=False))
-DAY = said(Day(["%Y", "%Y-%m", "%Y-%m-%d", "%d/%m/%Y"]))
+_path_type = partial(click.Path, readable=False, path_type=Path)
+ANY_PATH, EXISTING_PATH, FILE = localized_type(_path_type()), localized_type(_path_type(exists=True)), localized_type(_path_type(exists=True, dir_okay=False))
+ANY_FOLDER, EXISTING_FOLDER = localized_type(_path_type(file_okay=False)), localized_type(_path_type(exists=True, file_okay=False))
+DATE = localized_type(DateType(["%Y", "%Y-%m", "%Y-%m-%d", "%d/%m/%Y"]))
 
 
-def switches(*names: str) -> Callable[[Callable], Callable]:
+def add_switches(*names: str) -> Callable[[Callable], Callable]:
     """Flags without a value."""
     return lambda function: reduce(lambda given, name: click.option(name, is_flag=True)(given), names[::-1], function)
 
 
-def _keep(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+def _store_global_value(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     """Of a flag that may stand before the command and after it, where it wins."""
     if value is not None:
         ctx.meta[param.name] = value
 
 
-def of_all(name: str) -> str | None:
+def get_global_value(name: str) -> str | None:
     """The value of a flag of all commands."""
     return click.get_current_context().meta.get(name)
 
 
-_folder = {"metavar": "directory", "shell_complete": ANY_FOLDER.shell_complete}
-OF_ALL = [
-    click.Option(["--index"], expose_value=False, callback=_keep, **_folder),
-    click.Option(["--model"], expose_value=False, callback=_keep, **_folder),
-    click.Option(["--device"], expose_value=False, callback=_keep),
+_folder_option_kwargs = {"metavar": "directory", "shell_complete": ANY_FOLDER.shell_complete}
+GLOBAL_OPTIONS = [
+    click.Option(["--index"], expose_value=False, callback=_store_global_value, **_folder_option_kwargs),
+    click.Option(["--model"], expose_value=False, callback=_store_global_value, **_folder_option_kwargs),
+    click.Option(["--device"], expose_value=False, callback=_store_global_value),
     # `command.language_of` has read it:
-    click.Option(["--lang"], expose_value=False, type=said(click.Choice(("pt", "en")))),
+    click.Option(["--lang"], expose_value=False, type=localized_type(click.Choice(("pt", "en")))),
 ]
 
 
-class Command(click.Command):
+class LocalizedCommand(click.Command):
     """click's, with the flags of all commands, and its help in the words of a language."""
 
     allow_extra_args = True
 
     def __init__(self, *names: Any, **options: Any):
         super().__init__(*names, **options)
-        self.params += OF_ALL
+        self.params += GLOBAL_OPTIONS
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """`--labels a b` becomes `--labels a --labels b`. Raises click.UsageError, which names what is left over."""
@@ -117,7 +117,7 @@ class Command(click.Command):
         words, is_group, order = ctx.obj, isinstance(self, click.Group), 1 if ctx.obj.language == "en" else -1
         arguments, flags = [], []
         for param in self.get_params(ctx):
-            (flags if isinstance(param, click.Option) else arguments).append(shown(param, ctx))
+            (flags if isinstance(param, click.Option) else arguments).append(describe_parameter(param, ctx))
         usage = [words("metavar.flags"), *(name for name, _ in arguments), words("metavar.command") * is_group]
         formatter.write_usage(ctx.command_path, " ".join(usage), words("usage"))
         for piece in words(f"about.{self.name}").split("\n\n"):
@@ -126,16 +126,16 @@ class Command(click.Command):
         with formatter.section(words("options")):
             formatter.write_dl(flags)
         if is_group:
-            first = {names: words(f"about.{names[0]}").partition("\n\n")[0] for names in COMMANDS.items()}
+            first = {names: words(f"about.{names[0]}").partition("\n\n")[0] for names in COMMAND_NAMES.items()}
             with formatter.section(words("commands")):
                 formatter.write_dl([(", ".join(names[::order]), text) for names, text in first.items()])
             formatter.write(f"\n{click.wrap_text(words('exit_codes'), formatter.width)}\n")
 
 
-class Group(Command, click.Group):
+class LocalizedGroup(LocalizedCommand, click.Group):
     """All commands."""
 
-    command_class = Command
+    command_class = LocalizedCommand
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Raises click.UsageError, which names the nearest command; of a sentence, the search for it."""
@@ -148,7 +148,7 @@ class Group(Command, click.Group):
         return super().resolve_command(ctx, args)
 
 
-def shown(param: click.Parameter, ctx: click.Context) -> tuple[str, str]:
+def describe_parameter(param: click.Parameter, ctx: click.Context) -> tuple[str, str]:
     """A flag or an argument, with what stands for its value, and what the help says of a flag."""
     words, name = ctx.obj, param.opts[0].lstrip("-").replace("-", "_")
     value = ""
@@ -161,17 +161,17 @@ def shown(param: click.Parameter, ctx: click.Context) -> tuple[str, str]:
     return f"{', '.join(param.opts)} {value}".rstrip(), words(own if words.has(own) else f"flag.{name}")
 
 
-def wrong_use(error: click.UsageError, words: Words) -> str:
+def describe_usage_error(error: click.UsageError, messages: Messages) -> str:
     """What click says, or a command, in the words of a language."""
     option = isinstance(getattr(error, "param", None), click.Option) and error.param.opts[-1]
     match error:
-        case click.NoSuchOption(option_name=name) if words.has(f"gone.{name[2:]}"):
-            return words("gone", name=name, text=words(f"gone.{name[2:]}"))
+        case click.NoSuchOption(option_name=name) if messages.has(f"gone.{name[2:]}"):
+            return messages("gone", name=name, text=messages(f"gone.{name[2:]}"))
         case click.NoSuchOption():
-            near = "".join(words("nearest", name=one) for one in (error.possibilities or [])[:1])
-            return words("unknown", name=escape_control_characters(error.option_name)) + near
+            near = "".join(messages("nearest", name=one) for one in (error.possibilities or [])[:1])
+            return messages("unknown", name=escape_control_characters(error.option_name)) + near
         case click.MissingParameter():
-            return words("missing", name=shown(error.param, error.ctx)[0])
+            return messages("missing", name=describe_parameter(error.param, error.ctx)[0])
         case click.BadOptionUsage():
-            return words("bad_usage", name=error.option_name)
+            return messages("bad_usage", name=error.option_name)
     return f"{option}: {error.message}" if option else error.message

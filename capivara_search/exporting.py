@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 from pyarrow.parquet import ParquetWriter
 
 from capivara_common.files import check_output_file, atomic_file
-from capivara_search.show import write_csv
-from capivara_search.table import LOOK, THUMBNAIL, PictureTable
-from capivara_search.words import failure
+from capivara_search.terminal import write_csv
+from capivara_search.table import COLOR_SIGNATURE_COLUMN, THUMBNAIL_COLUMN, PictureTable
+from capivara_search.messages import localized_error
 
 
 def export_rows(table: PictureTable, path: str | Path) -> int:
@@ -24,10 +24,10 @@ def export_rows(table: PictureTable, path: str | Path) -> int:
     """
     path = Path(path).expanduser().absolute()
     if path.suffix.lower() not in (".parquet", ".csv"):
-        raise failure(ValueError, "bad_suffix", path=path.name)
+        raise localized_error(ValueError, "bad_suffix", path=path.name)
     check_output_file(path)
-    readable = partial(_readable, as_csv=path.suffix.lower() == ".csv")
-    names = [name for name in table.columns().names if name not in (THUMBNAIL, LOOK)]
+    readable = partial(_to_export_rows, as_csv=path.suffix.lower() == ".csv")
+    names = [name for name in table.columns().names if name not in (THUMBNAIL_COLUMN, COLOR_SIGNATURE_COLUMN)]
     known, batches = readable(table.rows(names, "false")).schema, map(readable, table.batches(names))
     with atomic_file(path) as temporary:
         if path.suffix.lower() == ".csv":
@@ -41,7 +41,7 @@ def export_rows(table: PictureTable, path: str | Path) -> int:
         return number
 
 
-def _readable(rows: pa.Table | pa.RecordBatch, as_csv: bool) -> pa.Table | pa.RecordBatch:
+def _to_export_rows(rows: pa.Table | pa.RecordBatch, as_csv: bool) -> pa.Table | pa.RecordBatch:
     """Times as times, in CSV as Arrow writes them, without vectors; these in float32, which every reader knows."""
     modified = pa.array([datetime.fromtimestamp(ns // 10**9) for ns in rows["mtime_ns"].to_pylist()], pa.timestamp("s"))
     rows = rows.set_column(rows.schema.get_field_index("mtime_ns"), "modified", modified)

@@ -15,31 +15,31 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capivara_search import asking
+from capivara_search import query
 from capivara_search import folders as known_folders
-from capivara_search.adding import IndexWriter, KnownRows, begin, embed_files, finish
-from capivara_search.duplicates import HeldRows, by_date, compared_rows, groups, same, similarity
-from capivara_search.estimates import progress_of, told
-from capivara_search.picture_files import FileState, absolute_folder, find_pictures, open_query_picture
-from capivara_search.results import SAME, TEMPLATE, Added, Classified, Hit, LeftOut, Status
-from capivara_search.storage import DamagedIndex
+from capivara_search.indexing import IndexWriter, StoredRows, start_indexing, embed_files, finish_indexing
+from capivara_search.duplicates import CachedRows, newest_first_order, get_comparison_vectors, find_duplicate_groups, is_duplicate, pairwise_similarity
+from capivara_search.estimates import read_progress, estimate_for
+from capivara_search.picture_files import FileState, to_absolute_path, find_pictures, open_query_picture
+from capivara_search.results import DUPLICATE_MIN_SIMILARITY, DEFAULT_LABEL_TEMPLATE, IndexReport, Classification, Hit, SkippedFile, IndexStatus
+from capivara_search.storage import DamagedIndexError
 from capivara_search.table import (
     HIT_COLUMNS,
-    IN_ONE_CLAUSE,
-    LEFT_OUT,
-    THUMBNAIL,
+    MAX_PATHS_PER_CLAUSE,
+    SKIPPED_FILES_TABLE,
+    THUMBNAIL_COLUMN,
     PictureTable,
-    all_of,
-    as_array,
-    compared_columns,
-    quoted,
-    taken_between,
+    join_clauses,
+    to_array,
+    comparison_columns,
+    quote_sql,
+    date_clauses,
     to_hits,
-    unit,
+    l2_normalize,
     vector_column,
-    within,
+    folders_clause,
 )  # fmt: skip
-from capivara_search.words import failure, note
+from capivara_search.messages import localized_error, log_message
 
 if TYPE_CHECKING:
     from threading import Event
@@ -48,14 +48,14 @@ if TYPE_CHECKING:
 
     from capivara_search.models import SearchModel
 
-WINDOW = 4  # times the wanted hits are asked for where copies stand as one; more where that is not enough
-MORE = 16  # times as many then
-HELD_ROWS = 20_000  # up to which all that a search is held to are compared, and looked at for copies, in memory
+DUPLICATE_OVERFETCH = 4  # times the wanted hits are asked for where copies stand as one; more where that is not enough
+OVERFETCH_GROWTH = 16  # times as many then
+MAX_CACHED_ROWS = 20_000  # up to which all that a search is held to are compared, and looked at for copies, in memory
 
-Place, Day = str | Path | None, date | None  # that a search is held to
+FolderFilter, DateFilter = str | Path | None, date | None  # that a search is held to
 
 
-def default_place() -> str | Path:
+def default_index_path() -> str | Path:
     """Where an index lies that no place was named for: $CAPIVARA_INDEX, or in the user's data."""
     if named := os.environ.get("CAPIVARA_INDEX"):
         return named
@@ -71,10 +71,10 @@ class PictureIndex:
             was measured to tell (`capivara_search.asking.draws_line`).
     """
 
-    line: bool | None = None
+    relevance_threshold: bool | None = None
 
     def __init__(self, table: PictureTable, model: "str | SearchModel | None", device: str | None):
-        self._table, self._asked, self._device = table, model, device
+        self._table, self._requested_model, self._device = table, model, device
 
     @classmethod
     def open(
@@ -86,8 +86,8 @@ class PictureIndex:
         None: the index's own, or of a new one the default. `device`: such as cuda:1; None: the GPU where there is one.
         Raises ValueError where something else lies there, or an index of a newer version, OSError: it may not be read.
         """
-        table = PictureTable(default_place() if where == "auto" else where)
-        with suppress(DamagedIndex):  # which `add` may mend
+        table = PictureTable(default_index_path() if where == "auto" else where)
+        with suppress(DamagedIndexError):  # which `add` may mend
             table.exists()  # says now what is wrong with it
         return cls(table, model, device)
 
@@ -101,10 +101,10 @@ class PictureIndex:
         """The model that texts and pictures are embedded with. Raises ValueError, OSError where there is none."""
         from capivara_search.models import SearchModel, find_model
 
-        if isinstance(self._asked, SearchModel):
-            return self._asked
-        known = self._table.model() if self._asked is None else None
-        return find_model(known["source"] if known else self._asked, self._device)
+        if isinstance(self._requested_model, SearchModel):
+            return self._requested_model
+        known = self._table.model() if self._requested_model is None else None
+        return find_model(known["source"] if known else self._requested_model, self._device)
 
     # --- what goes in
 
@@ -115,9 +115,9 @@ class PictureIndex:
         on_progress: Callable[[int, int], None] | None = None,
         exclude: Sequence[str] = (),
         include: Sequence[str | Path] = (),
-        only: Collection[str] | None = None,
+        only_paths: Collection[str] | None = None,
         real_paths: Mapping[Path, str] | None = None,
-    ) -> Added:
+    ) -> IndexReport:
         """Bring the index up to date with folders: what is new is embedded, what has not changed is not read again.
 
         Args:
@@ -134,18 +134,18 @@ class PictureIndex:
         Raises ValueError: no such folder, a forgotten one, or no picture in it; then nothing is removed. No such
         pattern. OSError: no space left, no permission to write the index.
         """
-        if only is None or len(only) > IN_ONE_CLAUSE:  # then all are looked at
-            only = None
-            self.mend()
+        if only_paths is None or len(only_paths) > MAX_PATHS_PER_CLAUSE:  # then all are looked at
+            only_paths = None
+            self.repair()
         paths = self.folders_to_add(folders, exclude, include, real_paths)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         start = time.monotonic()
-        with self._table.locked(), told(self.where, on_progress or (lambda done, total: None)) as tell:
-            plan = begin(self._table, self.model, paths, exclude, include, only, tell)
+        with self._table.locked(), estimate_for(self.where, on_progress or (lambda done, total: None)) as tell:
+            plan = start_indexing(self._table, self.model, paths, exclude, include, only_paths, tell)
             writer = IndexWriter(self._table, self.model, plan, batch_size, tell)
             added = writer.run()
-            finish(self._table, self.model, plan, added)
+            finish_indexing(self._table, self.model, plan, added)
             if writer.reported < len(plan.files):
                 tell(len(plan.files), len(plan.files))
         added.seconds = time.monotonic() - start
@@ -173,7 +173,7 @@ class PictureIndex:
             ValueError: If there is no folder, or no such pattern.
         """
         known = real_paths or {}
-        named = {one: known.get(one) or os.path.realpath(one) for one in map(absolute_folder, folders)}
+        named = {one: known.get(one) or os.path.realpath(one) for one in map(to_absolute_path, folders)}
         return known_folders.folders_to_add(self._table, named, exclude, include)
 
     def watch(
@@ -182,7 +182,7 @@ class PictureIndex:
         poll: bool | None = None,
         stop: "Event | None" = None,
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> Iterator[Added]:
+    ) -> Iterator[IndexReport]:
         """Bring folders up to date, as `add` does, and follow them: what changes is in the index seconds later.
 
         `poll`: look at all files every two seconds; None: where a folder lies on a file system of the network. `stop`
@@ -191,20 +191,20 @@ class PictureIndex:
         """
         from capivara_search.watch import follow_index  # here: nothing else needs watchfiles
 
-        return follow_index(self, [*map(absolute_folder, folders)], poll, stop, on_progress)
+        return follow_index(self, [*map(to_absolute_path, folders)], poll, stop, on_progress)
 
     def progress(self) -> dict[str, int | None] | None:
         """`done` and `total` pictures, and `left_s`, seconds, of an indexing that goes on in any process; else None."""
-        return progress_of(self._table.where)
+        return read_progress(self._table.where)
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Take the newest version of a damaged index that can be read, or none; a line of the log says what is lost."""
         with self._table.locked():
-            self._table.mend()
+            self._table.repair()
 
     def forget(self, folder: str | Path) -> int:
         """Remove the rows of a folder, or of a file; returns how many. They stay out, until `add` includes them."""
-        return known_folders.forget_folder(self._table, absolute_folder(folder)) if self._table.exists() else 0
+        return known_folders.forget_folder(self._table, to_absolute_path(folder)) if self._table.exists() else 0
 
     def move(self, old: str | Path, new: str | Path) -> tuple[int, int]:
         """Take the rows of a folder for those of another one, which its pictures were moved to; nothing is read again.
@@ -212,7 +212,7 @@ class PictureIndex:
         Returns how many rows there are, and how many of their files are in the new folder. Raises ValueError where one
         folder lies in the other, nothing is known of the old one, or no file is in the new one.
         """
-        return known_folders.move_folder(self._table, absolute_folder(old), absolute_folder(new))
+        return known_folders.move_folder(self._table, to_absolute_path(old), to_absolute_path(new))
 
     # --- what is found
 
@@ -221,13 +221,13 @@ class PictureIndex:
         text: str | None = None,
         like: "str | Path | Image.Image | None" = None,
         k: int = 12,
-        folder: Place = None,
-        since: Day = None,
-        until: Day = None,
+        folder: FolderFilter = None,
+        since: DateFilter = None,
+        until: DateFilter = None,
         exact: bool = False,
         more: str | Sequence[str] = (),
         less: str | Sequence[str] = (),
-        stacked: bool = False,
+        group_duplicates: bool = False,
     ) -> list[Hit]:
         """The pictures that fit a sentence, a picture, or both best.
 
@@ -247,50 +247,50 @@ class PictureIndex:
         """
         text = text.strip() if text else None
         both = ((sign, [words] if isinstance(words, str) else words) for sign, words in ((1, more), (-1, less)))
-        given = [(sign, *asking.read_pull(one)) for sign, words in both for one in words]
+        given = [(sign, *query.parse_feedback(one)) for sign, words in both for one in words]
         if not text and like is None and not given:
-            raise failure(ValueError, "empty_query")
-        self._of_model()  # before the model is loaded
-        vectors = [self.model.texts([text])] if text else []
+            raise localized_error(ValueError, "empty_query")
+        self._model_clauses()  # before the model is loaded
+        vectors = [self.model.embed_texts([text])] if text else []
         if like is not None:
             image = open_query_picture(like) if isinstance(like, str | Path) else like
-            vectors.append(self.model.images([image]))
+            vectors.append(self.model.embed_images([image]))
         vector = np.concatenate(vectors).mean(axis=0) if vectors else None
         if given:
-            pulls = zip(given, self.model.texts([words for *_, words in given]), strict=True)
-            vector = self.steered(vector, [(sign * weight, pull) for (sign, weight, _), pull in pulls])
-        return self.search_vector(vector, k, folder, since, until, exact, like is None and not given, stacked)
+            pulls = zip(given, self.model.embed_texts([words for *_, words in given]), strict=True)
+            vector = self.apply_feedback(vector, [(sign * weight, pull) for (sign, weight, _), pull in pulls])
+        return self.search_vector(vector, k, folder, since, until, exact, like is None and not given, group_duplicates)
 
-    def steered(self, vector: np.ndarray | None, pulls: Sequence[tuple[float, np.ndarray]]) -> np.ndarray:
+    def apply_feedback(self, vector: np.ndarray | None, feedback: Sequence[tuple[float, np.ndarray]]) -> np.ndarray:
         """A query's vector (width,), or none, pulled towards others (width,) by their weights, away by one below 0."""
-        return asking.steered(vector, pulls, self._sample())
+        return query.apply_feedback(vector, feedback, self._sample_vectors())
 
-    def _sample(self) -> np.ndarray:
+    def _sample_vectors(self) -> np.ndarray:
         """Vectors of pictures (rows, width), unit length, spread over the index."""
         width, digest = self.model.width, self.model.image_digest
-        return self._table.kept("sample", lambda: unit(self._table.sample(width, digest, asking.SAMPLE)))
+        return self._table.cached("sample", lambda: l2_normalize(self._table.sample(width, digest, query.SAMPLE_ROWS)))
 
-    def _line(self, vector: np.ndarray) -> float:
+    def _compute_relevance_threshold(self, vector: np.ndarray) -> float:
         """The cosine with a sentence's vector (width,) above which a picture is better than the background."""
 
         def background() -> float:
-            neutral, nearest = self.model.texts(asking.NEUTRAL), self._nearest(all_of(self._of_model()))
+            neutral, nearest = self.model.embed_texts(query.NEUTRAL_SENTENCES), self._make_nearest(join_clauses(self._model_clauses()))
             best = [nearest(vector, 1)["score"][0].as_py() for vector in neutral]
-            return asking.background(self._sample(), neutral, best)
+            return query.background_z_score(self._sample_vectors(), neutral, best)
 
-        scores = self._sample() @ vector
-        return float(scores.mean() + self._table.kept("background", background) * scores.std())
+        scores = self._sample_vectors() @ vector
+        return float(scores.mean() + self._table.cached("background", background) * scores.std())
 
     def search_vector(
         self,
         vector: np.ndarray,
         k: int = 12,
-        folder: Place = None,
-        since: Day = None,
-        until: Day = None,
+        folder: FolderFilter = None,
+        since: DateFilter = None,
+        until: DateFilter = None,
         exact: bool = False,
-        of_text: bool = False,
-        stacked: bool = False,
+        is_text_query: bool = False,
+        group_duplicates: bool = False,
     ) -> list[Hit]:
         """`search` by a vector (width,) of the model's; `of_text`: of a sentence, which decides the scale of scores."""
         if k < 1:
@@ -299,100 +299,100 @@ class PictureIndex:
             raise ValueError(f"The vector must have {self.model.width} numbers, got the shape {np.shape(vector)}.")
         if since and until and since > until:
             raise ValueError(f"since must not be after until, got {since} and {until}.")
-        if own := self._of_model():
-            others = self._table.of_other_models(self.model.image_digest)
-            note("not_yet_embedded", others, len(self), self.model.name, level=logging.WARNING)
-        vector, clause = unit(vector), all_of([*own, *_filters(folder, since, until)])
-        nearest = partial(self._nearest(clause, exact), vector)
-        hits = self._stacked(k, nearest, clause) if stacked else to_hits(nearest(k))
-        if not of_text or not hits:
+        if own := self._model_clauses():
+            others = self._table.count_other_models(self.model.image_digest)
+            log_message("not_yet_embedded", others, len(self), self.model.name, level=logging.WARNING)
+        vector, clause = l2_normalize(vector), join_clauses([*own, *_filter_clauses(folder, since, until)])
+        nearest = partial(self._make_nearest(clause, exact), vector)
+        hits = self._group_hits(k, nearest, clause) if group_duplicates else to_hits(nearest(k))
+        if not is_text_query or not hits:
             return hits
-        if asking.draws_line(self.model.folder) if self.line is None else self.line:
-            line = self._line(vector)
-            hits = [replace(hit, fits=hit.score >= line) for hit in hits]
-        own = self.model.on_own_scale(np.array([hit.score for hit in hits]))
+        if query.supports_relevance_threshold(self.model.folder) if self.relevance_threshold is None else self.relevance_threshold:
+            line = self._compute_relevance_threshold(vector)
+            hits = [replace(hit, above_threshold=hit.score >= line) for hit in hits]
+        own = self.model.scale_scores(np.array([hit.score for hit in hits]))
         return [replace(hit, score=float(score)) for hit, score in zip(hits, own, strict=True)]
 
-    def _held(self, clause: str | None) -> HeldRows | None:
+    def _load_cached_rows(self, clause: str | None) -> CachedRows | None:
         """The rows of a clause, kept until others are asked for or the index changes; None of very many."""
-        kept, key = self._table.kept("held", dict), (self.model.image_digest, clause)
+        kept, key = self._table.cached("held", dict), (self.model.image_digest, clause)
         if key not in kept:
             kept.clear()
-            is_few, columns = self._table.count(clause) <= HELD_ROWS, compared_columns(self.model.width)
-            kept[key] = HeldRows(self.model, self._table.rows(columns, clause)) if is_few else None
+            is_few, columns = self._table.count(clause) <= MAX_CACHED_ROWS, comparison_columns(self.model.width)
+            kept[key] = CachedRows(self.model, self._table.rows(columns, clause)) if is_few else None
         return kept[key]
 
-    def _nearest(self, clause: str | None, exact: bool = False) -> Callable[[np.ndarray, int], pa.Table]:
+    def _make_nearest(self, clause: str | None, exact: bool = False) -> Callable[[np.ndarray, int], pa.Table]:
         """What finds so many rows of a clause that are nearest to a vector."""
-        held = self._held(clause)
+        held = self._load_cached_rows(clause)
         return held.nearest if held else partial(self._table.nearest, where=clause, exact=exact)
 
-    def _stacked(self, k: int, first: Callable[[int], pa.Table], clause: str | None) -> list[Hit]:
+    def _group_hits(self, k: int, fetch_ranked: Callable[[int], pa.Table], clause: str | None) -> list[Hit]:
         """Hits of an order of which `first` gives so many rows: of copies the first, with the number of the others.
 
         They are counted among all rows of the clause where these are held, else among those that were asked for.
         """
-        asked, found = WINDOW * k, list[np.ndarray]()
+        asked, found = DUPLICATE_OVERFETCH * k, list[np.ndarray]()
         while len(found) < k:
-            rows = first(asked)
-            vectors = compared_rows(self.model, rows)
-            found = groups(vectors, most=k)
+            rows = fetch_ranked(asked)
+            vectors = get_comparison_vectors(self.model, rows)
+            found = find_duplicate_groups(vectors, max_groups=k)
             if len(rows) < asked:
                 break
-            asked *= MORE
+            asked *= OVERFETCH_GROWTH
         shown = np.array([group[0] for group in found], int)
-        counted = held.compared if (held := self._held(clause)) else vectors
-        numbers = same(vectors[shown], counted).sum(axis=1) - 1
+        counted = held.comparison_vectors if (held := self._load_cached_rows(clause)) else vectors
+        numbers = is_duplicate(vectors[shown], counted).sum(axis=1) - 1
         hits = zip(to_hits(rows.take(shown)), numbers, strict=True)
         return [replace(hit, copies=max(0, int(number))) for hit, number in hits]
 
-    def copies(self, path: str, k: int = 240, folder: Place = None, since: Day = None, until: Day = None) -> list[Hit]:
+    def copies(self, path: str, k: int = 240, folder: FolderFilter = None, since: DateFilter = None, until: DateFilter = None) -> list[Hit]:
         """The other pictures that are nearly the same as one of the index, most similar first.
 
         Arguments are those of `search`. Raises KeyError where the picture has no vector of this model.
         """
-        vector, clause = self.vectors([path])[0], all_of(_filters(folder, since, until))
-        own = compared_rows(self.model, self._table.of_paths(compared_columns(self.model.width), [path]))
-        held = self._held(clause)
-        rows = held.rows if held else self._table.nearest(vector, WINDOW * k, clause)
-        others = held.compared if held else compared_rows(self.model, rows)
-        near = np.flatnonzero(same(own, others)[0])
-        hits = to_hits(rows.take(near), np.clip(similarity(others[near], own)[:, 0], -1, 1))
+        vector, clause = self.vectors([path])[0], join_clauses(_filter_clauses(folder, since, until))
+        own = get_comparison_vectors(self.model, self._table.rows_of_paths(comparison_columns(self.model.width), [path]))
+        held = self._load_cached_rows(clause)
+        rows = held.rows if held else self._table.nearest(vector, DUPLICATE_OVERFETCH * k, clause)
+        others = held.comparison_vectors if held else get_comparison_vectors(self.model, rows)
+        near = np.flatnonzero(is_duplicate(own, others)[0])
+        hits = to_hits(rows.take(near), np.clip(pairwise_similarity(others[near], own)[:, 0], -1, 1))
         return sorted((hit for hit in hits if hit.path != path), key=lambda hit: (-hit.score, hit.path))[:k]
 
     def newest(
-        self, k: int = 12, folder: Place = None, since: Day = None, until: Day = None, stacked: bool = False
+        self, k: int = 12, folder: FolderFilter = None, since: DateFilter = None, until: DateFilter = None, group_duplicates: bool = False
     ) -> list[Hit]:
         """The pictures of the latest `date`, latest first; of copies, the latest. Arguments are those of `search`."""
-        clause = all_of(_filters(folder, since, until))
-        if not stacked:  # which needs no model
-            return to_hits(self._newest(clause, HIT_COLUMNS, k))
-        held = self._held(clause)
-        newest = held.newest if held else partial(self._newest, clause, compared_columns(self.model.width))
-        return self._stacked(k, newest, clause)
+        clause = join_clauses(_filter_clauses(folder, since, until))
+        if not group_duplicates:  # which needs no model
+            return to_hits(self._fetch_newest(clause, HIT_COLUMNS, k))
+        held = self._load_cached_rows(clause)
+        newest = held.newest if held else partial(self._fetch_newest, clause, comparison_columns(self.model.width))
+        return self._group_hits(k, newest, clause)
 
-    def _newest(self, clause: str | None, columns: Sequence[str], k: int) -> pa.Table:
+    def _fetch_newest(self, clause: str | None, columns: Sequence[str], k: int) -> pa.Table:
         """`HeldRows.newest`, of the table."""
 
         def paths_in_order() -> pa.ChunkedArray:
             rows = self._table.rows(["path", "taken", "mtime_ns"], clause)
-            return rows["path"].take(by_date(rows))
+            return rows["path"].take(newest_first_order(rows))
 
-        paths = paths_in_order() if clause else self._table.kept("newest", paths_in_order)  # of a million, a second
-        found = self._table.of_paths(columns, paths[:k].to_pylist())
+        paths = paths_in_order() if clause else self._table.cached("newest", paths_in_order)  # of a million, a second
+        found = self._table.rows_of_paths(columns, paths[:k].to_pylist())
         return found.take(pc.index_in(paths[:k], found["path"]).drop_null())
 
-    def _of_model(self) -> list[str]:
+    def _model_clauses(self) -> list[str]:
         """The clause that leaves out vectors of other models, where there are some. Raises ValueError where all are."""
         _ = self._table.pictures  # says where there is none
         digest, total = self.model.image_digest, len(self)
-        others = self._table.of_other_models(digest)
+        others = self._table.count_other_models(digest)
         if total and (others == total or self.model.width not in self._table.widths()):
             known = (self._table.model() or {}).get("name")
-            raise failure(ValueError, "other_model", model=self.model.name, path=self.where, known=known, total=total)
-        return [f"model = {quoted(digest)}"] if others else []
+            raise localized_error(ValueError, "other_model", model=self.model.name, path=self.where, known=known, total=total)
+        return [f"model = {quote_sql(digest)}"] if others else []
 
-    def duplicates(self, threshold: float = SAME) -> list[list[Hit]]:
+    def duplicates(self, threshold: float = DUPLICATE_MIN_SIMILARITY) -> list[list[Hit]]:
         """Groups of pictures that are nearly the same, the largest group first.
 
         Of each the picture with most pixels comes first, then by similarity to it (`duplicates.compared`), their score.
@@ -401,13 +401,13 @@ class PictureIndex:
             raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}.")
         if not self._table.exists():
             return []
-        rows = self._table.rows(compared_columns(self.model.width), all_of(self._of_model()))
+        rows = self._table.rows(comparison_columns(self.model.width), join_clauses(self._model_clauses()))
         rows = rows.append_column("pixels", pc.multiply(rows["width"], rows["height"]))
         # the best of a group leads it
         rows = rows.sort_by([("pixels", "descending"), ("size", "descending"), ("path", "ascending")])
-        vectors, found = compared_rows(self.model, rows), []
-        for numbers in (group for group in groups(vectors, threshold) if len(group) > 1):
-            scores = np.clip(similarity(vectors[numbers], vectors[numbers[:1]])[:, 0], -1, 1)
+        vectors, found = get_comparison_vectors(self.model, rows), []
+        for numbers in (group for group in find_duplicate_groups(vectors, threshold) if len(group) > 1):
+            scores = np.clip(pairwise_similarity(vectors[numbers], vectors[numbers[:1]])[:, 0], -1, 1)
             first, *others = to_hits(rows.take(numbers), scores)
             found.append([first, *sorted(others, key=lambda hit: (-hit.score, hit.path))])
         return sorted(found, key=len, reverse=True)
@@ -416,33 +416,33 @@ class PictureIndex:
 
     def thumbnail(self, path: str) -> bytes | None:
         """The small picture (WebP, at most 256 pixels long) of a row; None where there is no such row."""
-        found = self._table.of_paths([THUMBNAIL], [str(path)])
-        return found[THUMBNAIL][0].as_py() if found.num_rows else None
+        found = self._table.rows_of_paths([THUMBNAIL_COLUMN], [str(path)])
+        return found[THUMBNAIL_COLUMN][0].as_py() if found.num_rows else None
 
-    def row(self, path: str) -> Hit | None:
+    def get_picture(self, path: str) -> Hit | None:
         """What is known of one picture; None where there is no such row."""
-        found = self._table.of_paths(HIT_COLUMNS, [str(path)])
+        found = self._table.rows_of_paths(HIT_COLUMNS, [str(path)])
         return to_hits(found)[0] if found.num_rows else None
 
     def vectors(self, paths: Sequence[str]) -> np.ndarray:
         """Vectors of rows: (paths, width), float32, unit length. Raises KeyError where a path has none."""
-        known = self._known_vectors(paths)
+        known = self._stored_vectors(paths)
         if missing := [path for path in paths if path not in known]:
             raise KeyError(f"{missing[0]} has no vector of {self.model.name} in the index {self.where}.")
         return np.stack([known[path] for path in paths]) if known else np.empty((0, self.model.width), np.float32)
 
-    def _known_vectors(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
+    def _stored_vectors(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
         """Path -> vector, of those that have one of this model's."""
         column = vector_column(self.model.width)
         if not self._table.exists() or self.model.width not in self._table.widths():
             return {}
-        found = self._table.of_paths(["path", "model", column], list(paths))
+        found = self._table.rows_of_paths(["path", "model", column], list(paths))
         found = found.filter(pc.equal(found["model"], self.model.image_digest))
-        return dict(zip(found["path"].to_pylist(), unit(as_array(found[column])), strict=True))
+        return dict(zip(found["path"].to_pylist(), l2_normalize(to_array(found[column])), strict=True))
 
     def folders(self) -> dict[str, int]:
         """Folder that was added -> pictures in it and the folders in it."""
-        return {folder: self._table.count(within(folder)) for folder in self._table.folders()}
+        return {folder: self._table.count(folders_clause(folder)) for folder in self._table.folders()}
 
     def all_folders(self) -> dict[str, int]:
         """Every folder, from those that were added downwards -> pictures in it and the folders in it; sorted."""
@@ -456,29 +456,29 @@ class PictureIndex:
                     found[str(above)] = found.get(str(above), 0) + one["counts"]
         return dict(sorted(found.items()))
 
-    def asked_folders(self) -> dict[str, str]:
+    def requested_folders(self) -> dict[str, str]:
         """Folder that was added on this machine -> its real path. An index of somebody else's has none."""
-        asked = known_folders.asked_folders(self._table)
+        asked = known_folders.requested_folders(self._table)
         return {folder: asked[folder] for folder in self._table.folders() if folder in asked}
 
-    def status(self) -> Status:
+    def status(self) -> IndexStatus:
         """What the index is."""
         taken = pc.min_max(self._table.rows(["taken"], "taken IS NOT NULL")["taken"]).as_py()
-        left_out = self._table.rows(["path", "reason"], table=LEFT_OUT).to_pylist()
-        model, rules = self._table.model() or {}, known_folders.kept_rules(self._table)
-        return Status(
+        left_out = self._table.rows(["path", "reason"], table=SKIPPED_FILES_TABLE).to_pylist()
+        model, rules = self._table.model() or {}, known_folders.load_rules(self._table)
+        return IndexStatus(
             where=self.where,
             pictures=len(self),
-            left_out=sorted(map(LeftOut.of_row, left_out), key=lambda one: one.path),
+            skipped_files=sorted(map(SkippedFile.from_row, left_out), key=lambda one: one.path),
             folders=self.folders(),
             model=model.get("name"),
             bytes=self._table.bytes(),
-            approximate=bool(model) and self._table.exists() and self._table.is_approximate(model["width"]),
+            approximate=bool(model) and self._table.exists() and self._table.has_approximate_index(model["width"]),
             first=taken["min"],
             last=taken["max"],
             exclude=list(rules.exclude),
             forgotten=sorted(rules.forgotten),
-            skipped=dict(known_folders.skipped_counts(self._table)),
+            ignored_counts=dict(known_folders.load_ignored_counts(self._table)),
         )
 
     def version(self) -> int:
@@ -489,25 +489,25 @@ class PictureIndex:
         return self._table.count()
 
     def classify(
-        self, folder: "str | Path | Image.Image", labels: Sequence[str], template: str = TEMPLATE
-    ) -> list[Classified]:
+        self, source: "str | Path | Image.Image", labels: Sequence[str], template: str = DEFAULT_LABEL_TEMPLATE
+    ) -> list[Classification]:
         """The label that fits each picture best, by the vectors of the index; other pictures are read, and not kept.
 
         `folder`: of pictures, one's path, or a picture; `labels` are Portuguese, and stand at `{}` in `template`.
         Raises ValueError where there is no label, one twice, no `{}`, no such folder, or no picture in it.
         """
-        labels = asking.checked_labels(labels, template)
-        if not isinstance(folder, str | Path):
-            return asking.classify_vectors(self.model, [""], self.model.images([folder]), labels, template)
-        paths, vectors = self._vectors_in(absolute_folder(folder))
-        return asking.classify_vectors(self.model, paths, vectors, labels, template)
+        labels = query.check_labels(labels, template)
+        if not isinstance(source, str | Path):
+            return query.classify_vectors(self.model, [""], self.model.embed_images([source]), labels, template)
+        paths, vectors = self._load_or_embed_vectors(to_absolute_path(source))
+        return query.classify_vectors(self.model, paths, vectors, labels, template)
 
-    def _vectors_in(self, place: Path) -> tuple[list[str], np.ndarray]:
+    def _load_or_embed_vectors(self, place: Path) -> tuple[list[str], np.ndarray]:
         """Paths of the pictures of a folder, or of one, and their vectors."""
         files = [FileState.of(str(place))] if place.is_file() else find_pictures([place])[0]
-        rows = self._table.rows(["path", "size", "mtime_ns", "digest", "model"], within(place))
-        known = KnownRows(rows, self.model.image_digest)
-        vectors = self._known_vectors([file.path for file in files if known.is_done(file)])
+        rows = self._table.rows(["path", "size", "mtime_ns", "digest", "model"], folders_clause(place))
+        known = StoredRows(rows, self.model.image_digest)
+        vectors = self._stored_vectors([file.path for file in files if known.is_done(file)])
         vectors |= embed_files(self.model, [file for file in files if file.path not in vectors], place)
         paths = [file.path for file in files if file.path in vectors]
         return paths, np.stack([vectors[path] for path in paths]) if paths else np.empty((0, self.model.width))
@@ -520,6 +520,6 @@ class PictureIndex:
             return export_rows(self._table, path)
 
 
-def _filters(folder: Place, since: Day, until: Day) -> list[str]:
+def _filter_clauses(folder: FolderFilter, since: DateFilter, until: DateFilter) -> list[str]:
     """The clauses of a search."""
-    return [*taken_between(since, until), *([] if folder is None else [within(absolute_folder(folder))])]
+    return [*date_clauses(since, until), *([] if folder is None else [folders_clause(to_absolute_path(folder))])]

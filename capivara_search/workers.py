@@ -18,10 +18,10 @@ from typing import ClassVar
 from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
 from capivara_common.environment import cache_home, require_packages
 from capivara_common.tasks import ExecutorArguments, Phase
-from capivara_search.adding import IndexWriter, Plan, begin, finish, make_plan
+from capivara_search.indexing import IndexWriter, IndexPlan, start_indexing, finish_indexing, make_plan
 from capivara_search.index import PictureIndex
 from capivara_search.models import SearchModel
-from capivara_search.results import Added
+from capivara_search.results import IndexReport
 from capivara_search.table import PictureTable
 
 
@@ -70,41 +70,41 @@ def add_with_workers(arguments: WorkerArguments, real_paths: Mapping[Path, str] 
     index = PictureIndex.open(arguments.where, arguments.model, arguments.device)
     arguments.real_paths = real_paths or {Path(one): os.path.realpath(one) for one in arguments.folders}
     with index._table.locked():
-        begin(index._table, index.model, arguments.real_paths, arguments.exclude, arguments.include)
+        start_indexing(index._table, index.model, arguments.real_paths, arguments.exclude, arguments.include)
         arguments.model = index.model.source  # so that all tasks have the same one
         return run_phases(PhaseStep.from_phases(arguments, PHASES, "index"), arguments)
 
 
-def _planned(arguments: WorkerArguments) -> tuple[PictureTable, SearchModel, Plan]:
+def _load_plan(arguments: WorkerArguments) -> tuple[PictureTable, SearchModel, IndexPlan]:
     index = PictureIndex.open(arguments.where, arguments.model, arguments.device)
     plan = make_plan(index._table, index.model.image_digest, arguments.real_paths)
     return index._table, index.model, plan
 
 
-def embed(arguments: WorkerArguments, rank: int, world_size: int) -> str:
+def embed_share(arguments: WorkerArguments, rank: int, world_size: int) -> str:
     """Embed the share of a task."""
-    table, model, plan = _planned(arguments)
+    table, model, plan = _load_plan(arguments)
     # By its name, so that all ranks agree on whose a file is whatever each of them sees.
     plan.files = [file for file in plan.files if zlib.crc32(file.path.encode()) % world_size == rank]
     added = IndexWriter(table, model, plan, arguments.batch_size).run()
     return f"{added.embedded} pictures embedded"
 
 
-def end(arguments: WorkerArguments, rank: int, world_size: int) -> str:
+def finish_index(arguments: WorkerArguments, rank: int, world_size: int) -> str:
     """Remove what is gone, and tidy up; the command has the lock."""
-    added = Added()
-    finish(*_planned(arguments), added)
+    added = IndexReport()
+    finish_indexing(*_load_plan(arguments), added)
     return f"{added.removed} rows removed"
 
 
-PHASES = {"embed": Phase(run=embed, is_parallel=True, uses_model=True), "end": Phase(run=end)}
+PHASES = {"embed": Phase(run=embed_share, is_parallel=True, uses_model=True), "end": Phase(run=finish_index)}
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse_arguments(WorkerArguments, __doc__, argv)
     index = PictureIndex.open(args.where, args.model, args.device)
-    index.mend()
+    index.repair()
     folders = index.folders_to_add(args.folders, args.exclude, args.include)
     args.folders = [*map(str, folders)]
     done = add_with_workers(args, folders)

@@ -54,7 +54,7 @@ from capivara_common.image_files import (
 from caption_data.rows import CAPTION_COLUMN_RE, CAPTIONS_FEATURE, SIMILARITY_COLUMN_RE, SkippedRow, json_digest, replace_surrogates
 
 FILE_FORM_PATTERNS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^metadata\.jsonl$", r"^metadata\.csv$")
-LISTS = (".jsonl", ".csv")  # suffixes of lists of image files
+METADATA_SUFFIXES = (".jsonl", ".csv")  # suffixes of lists of image files
 SPLIT_NAMES = ("train", "training", "restval", "validation", "valid", "val", "dev", "test", "testing")
 STAGE_FILE = "stage.json"  # of a folder that a stage of `captions` writes
 PART_NAME_RE = re.compile(r"-(\d{9})-(\d{9})$")  # rows of a part, in its name
@@ -62,8 +62,8 @@ DATASET_INFO_TIMEOUT_S = 20  # seconds
 PARQUET_BATCH_ROWS = 16  # of a parquet file at once
 # Parquet stores a repeated value once: a file of 1 kB can hold gigabytes of text. Captions shrink about tenfold, images
 # hardly at all.
-MAX_EXPANSION = 100  # decoded bytes per byte of the parquet files
-SMALL_TABLE_BYTES = 100_000_000  # decoded; a table of this size is read from files of any size
+MAX_PARQUET_EXPANSION = 100  # decoded bytes per byte of the parquet files
+UNLIMITED_EXPANSION_BYTES = 100_000_000  # decoded; a table of this size is read from files of any size
 IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
 MAX_ROW_JSON_BYTES = 1_000_000  # of a row; twenty captions and their similarities have under 10 kB
 JSON_FEATURES = {str: Value("string"), bool: Value("bool"), int: Value("int64"), float: Value("float64")}
@@ -262,23 +262,23 @@ def load_data_files(form: str, paths: Sequence[Path], dataset: str) -> Dataset:
     """Files by the loader `form` of `datasets`: named, since a README in their folder may name any file or address."""
     names = {"train": [glob.escape(str(path)) for path in paths]}
     try:
-        return _call_loader(dataset, _prepared, form, data_files=names, split="train")
+        return _call_loader(dataset, _prepare_dataset, form, data_files=names, split="train")
     except ValueError:
         if form == "parquet":
             _check_expansion(paths)  # names the file that is damaged
         raise
 
 
-def _prepared(*args: Any, split: str | None = None, **options: Any) -> Dataset | DatasetDict:
+def _prepare_dataset(*args: Any, split: str | None = None, **options: Any) -> Dataset | DatasetDict:
     """Do what `datasets.load_dataset` does, and raise ValueError if parquet files expand beyond `MAX_EXPANSION`."""
     builder = load_dataset_builder(*args, **options)
     if isinstance(builder, Parquet):  # it generates tables only if its cache does not have them yet
-        builder._generate_tables = partial(_checked_tables, builder._generate_tables)
+        builder._generate_tables = partial(_iter_checked_tables, builder._generate_tables)
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
 
 
-def _checked_tables(generate: Callable, files: Sequence[str], **options: Any) -> Iterator[tuple[Any, pa.Table]]:
+def _iter_checked_tables(generate: Callable, files: Sequence[str], **options: Any) -> Iterator[tuple[Any, pa.Table]]:
     _check_expansion(files)
     yield from generate(files=files, **options)
 
@@ -293,10 +293,10 @@ def _check_expansion(paths: Sequence[str | Path]) -> None:
         with open_parquet(path) as file:
             for batch in file.iter_batches(PARQUET_BATCH_ROWS):
                 size += batch.nbytes
-                if size > max(SMALL_TABLE_BYTES, MAX_EXPANSION * stored):
+                if size > max(UNLIMITED_EXPANSION_BYTES, MAX_PARQUET_EXPANSION * stored):
                     raise ValueError(
-                        f"{path} expands too much: parquet files may hold at most {MAX_EXPANSION} times their size, or "
-                        f"{SMALL_TABLE_BYTES / 1e6:.0f} MB, and these have {stored:,} bytes. If they are trusted, "
+                        f"{path} expands too much: parquet files may hold at most {MAX_PARQUET_EXPANSION} times their size, or "
+                        f"{UNLIMITED_EXPANSION_BYTES / 1e6:.0f} MB, and these have {stored:,} bytes. If they are trusted, "
                         "write them again without compression and dictionaries."
                     )
 
@@ -357,7 +357,7 @@ def _load_from_hub(dataset: str) -> Any:
     if not any(map(Path.exists, kept)):
         # One question: `datasets` asks six times, for half a minute.
         _call_loader(subject, HfApi().dataset_info, dataset, timeout=DATASET_INFO_TIMEOUT_S)
-    return _call_loader(subject, _prepared, dataset)
+    return _call_loader(subject, _prepare_dataset, dataset)
 
 
 def _call_loader(subject: str, load: Callable, *args: Any, **options: Any) -> Any:
@@ -417,14 +417,14 @@ def build_file_table(paths: list[Path], image_column: str) -> tuple[Dataset, lis
     are the rows, and of each archive that ends too early the number of rows before, and what is wrong with it. Raises
     ValueError where a tar is compressed: its samples have no offset to be read at.
     """
-    if compressed := [path for path in paths if path.suffix not in (".tar", *LISTS)]:
+    if compressed := [path for path in paths if path.suffix not in (".tar", *METADATA_SUFFIXES)]:
         raise ValueError(
             f"{compressed[0]} is compressed, and only plain tars can be read in place. Unpack it to a .tar."
         )
     head = list(itertools.islice(_iter_rows(paths, image_column), SCHEMA_SAMPLE_ROWS))
     if not head:
         return Dataset.from_dict({image_column: []}), []
-    place = IMAGE_FIELDS if paths[0].suffix in LISTS else IMAGE_FIELDS | ARCHIVE_FIELDS
+    place = IMAGE_FIELDS if paths[0].suffix in METADATA_SUFFIXES else IMAGE_FIELDS | ARCHIVE_FIELDS
     names = dict.fromkeys(name for row in head for name in row if name not in (image_column, DAMAGE_COLUMN))
     judged = {name: _infer_feature(name, [row.get(name) for row in head]) for name in names}
     judged = {name: kind for name, kind in judged.items() if kind is not None}
@@ -507,7 +507,7 @@ def _iter_table_rows(paths: list[Path], image_column: str, features: Features) -
 
 def _iter_rows(paths: list[Path], image_column: str) -> Iterator[dict[str, Any]]:
     for path in paths:
-        read = _iter_metadata_rows if path.suffix in LISTS else _iter_tar_rows
+        read = _iter_metadata_rows if path.suffix in METADATA_SUFFIXES else _iter_tar_rows
         try:
             for row, image in read(path):
                 row = row if isinstance(row, dict) else {}  # its columns then count as missing
@@ -535,26 +535,26 @@ def _iter_tar_rows(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
 
 def _iter_metadata_rows(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
     """Yield each row of a list and the image that is its `file_name`, relative to the list."""
-    for row in (_csv_rows if path.suffix == ".csv" else _json_rows)(path):
+    for row in (_iter_csv_rows if path.suffix == ".csv" else _iter_json_rows)(path):
         image, name = None, row.pop("file_name", None) if isinstance(row, dict) else None
         if isinstance(name, str):  # an address stays one, which is refused as such
             image = {"path": replace_surrogates(name if "://" in name else os.path.abspath(path.parent / name))}
         yield row, image
 
 
-def _json_rows(path: Path) -> Iterator[Any]:
+def _iter_json_rows(path: Path) -> Iterator[Any]:
     """Yield the JSON of each line. Raises ValueError as `_bounded_lines` does."""
     with path.open("rb") as file:
-        yield from map(_parse_json, filter(bytes.strip, _bounded_lines(file)))
+        yield from map(_parse_json, filter(bytes.strip, _iter_bounded_lines(file)))
 
 
-def _csv_rows(path: Path) -> Iterator[dict[str, str | None]]:
+def _iter_csv_rows(path: Path) -> Iterator[dict[str, str | None]]:
     """Yield the cells of each row by the names of their columns; an empty cell is None.
 
     Raises ValueError if the file is no CSV of UTF-8 whose first line names `file_name`, or as `_bounded_lines` does.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(_bounded_lines(file), strict=True)
+        rows = csv.DictReader(_iter_bounded_lines(file), strict=True)
         try:
             if "file_name" not in (names := rows.fieldnames or []):
                 raise ValueError(f"the first line must name the column file_name, columns apart by commas, got {names}")
@@ -566,7 +566,7 @@ def _csv_rows(path: Path) -> Iterator[dict[str, str | None]]:
             raise ValueError(f"line {rows.line_num}: {error}") from error
 
 
-def _bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
+def _iter_bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
     """Yield the lines of a list.
 
     Raises ValueError if one is longer than `MAX_JSON_BYTES`: the file may be sparse, and reading on may not end.

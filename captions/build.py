@@ -157,7 +157,7 @@ def _plan_steps(content: dict, chain: list[tuple[str, dict]], split: str, execut
         values |= {k: v.replace("{split}", split) if isinstance(v, str) else v for k, v in section.items()}
         values = {"import_file" if key == "import" else key: value for key, value in values.items()}
         if "import_file" in values:
-            values["import_file"] = str(_table_path(Path(str(values["import_file"])), output, output / title))
+            values["import_file"] = str(_translation_table_path(Path(str(values["import_file"])), output, output / title))
         kind, where = STAGES.get(name, StageArguments), f"{config}, section {name}"
         flags = config_to_flags(values, kind, where)
         try:
@@ -168,7 +168,7 @@ def _plan_steps(content: dict, chain: list[tuple[str, dict]], split: str, execut
     return steps
 
 
-def _table_path(name: Path, output: Path, stage: Path) -> Path:
+def _translation_table_path(name: Path, output: Path, stage: Path) -> Path:
     """Return where a table of translations lies: below `output`, so that builds of two languages never share one.
 
     An absolute path stays as it is. A stage that an earlier version has begun keeps its table in the current folder.
@@ -229,7 +229,7 @@ def build_dataset(args: BuildArguments) -> Path | None:
         log_counts(plan)
         return None
     for steps in plan.steps.values():
-        take_corrections(steps, plan.output / DATASET_FOLDER)
+        apply_corrections(steps, plan.output / DATASET_FOLDER)
     runnable, waiting = [], []  # the latter: of each split the first stage whose table is not there yet, or not filled
     for steps in plan.steps.values():
         ready = list(itertools.takewhile(lambda step: not step.pending_manual_step(), steps))
@@ -269,7 +269,7 @@ def check_columns(steps: list[StageArguments]) -> None:
         step.check_translator()
 
 
-def take_corrections(steps: list[StageArguments], dataset: Path) -> None:
+def apply_corrections(steps: list[StageArguments], dataset: Path) -> None:
     """Remove what was made from cells of a table that were corrected since: the build then makes it again.
 
     The stage of the table loses the parts with a row that changes, and so does a score right after it, which has the

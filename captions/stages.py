@@ -46,7 +46,7 @@ from capivara_common.image_files import (
 )
 from capivara_common.tasks import TASK_SHARING_HINT, ExecutorArguments, Phase, split_rows
 from caption_data.rows import CAPTION_COLUMN_RE, CAPTIONS_FEATURE, DATASET_HELP, SkippedRow, normalize_captions, json_digest, write_skipped_rows
-from caption_data.sources import LISTS, PARQUET_BATCH_ROWS, STAGE_FILE, Split, open_split, open_parquet, check_finished
+from caption_data.sources import METADATA_SUFFIXES, PARQUET_BATCH_ROWS, STAGE_FILE, Split, open_split, open_parquet, check_finished
 
 GONE = {  # flags of earlier versions
     **dict.fromkeys(("shard", "wait_s"), f"{TASK_SHARING_HINT} (docs/cluster.md)"),
@@ -257,7 +257,7 @@ def source_fingerprint(source: Split) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode("utf-8", "surrogateescape"))
         with path.open("rb") as file:
-            whole = path.suffix in LISTS or size <= SAMPLE_COUNT * SAMPLE_BYTES  # the first: a list of captions
+            whole = path.suffix in METADATA_SUFFIXES or size <= SAMPLE_COUNT * SAMPLE_BYTES  # the first: a list of captions
             if whole:
                 hashlib.file_digest(file, lambda: digest)
             for piece in range(
@@ -511,7 +511,7 @@ def claim_folder(output: Path, record: dict[str, Any]) -> None:
     invalidated = there["source"].get("fingerprint") is None  # `remove_rows` has removed the parts of other rows
     if invalidated:
         there["source"]["fingerprint"] = record["source"]["fingerprint"]
-    if named := differences(there, record):
+    if named := describe_differences(there, record):
         raise ValueError(
             f"{output} was made from {there['source'].get('name')} with other settings, and parts of two kinds must "
             f"not mix. {named}. Give these as they were, choose another --output, or remove this folder and what "
@@ -521,7 +521,7 @@ def claim_folder(output: Path, record: dict[str, Any]) -> None:
         write_json(path, there)
 
 
-def differences(there: dict[str, Any], now: dict[str, Any]) -> str:
+def describe_differences(there: dict[str, Any], now: dict[str, Any]) -> str:
     """Name what the records of two runs of a stage must have in common and have not; empty if they agree."""
     old, new = flatten(_identity(there)), flatten(_identity(json.loads(json.dumps(now))))
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]

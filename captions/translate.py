@@ -45,7 +45,7 @@ from captions.stages import (
     Corrections,
     RowStage,
     StageArguments,
-    differences,
+    describe_differences,
     batch_by_length,
     read_skipped_rows,
     run_stage_command,
@@ -214,7 +214,7 @@ class TranslateArguments(StageArguments):
 
         Tables of earlier versions state none. They are accepted if a stage beside this one was made from such a table.
         """
-        stated, _ = _table(self.import_file)
+        stated, _ = _read_table(self.import_file)
         way_out = "Name another table, which is then written to be filled, or correct the language."
         for column, language in (("source", self.source_language), ("translation", self.language)):
             if stated.get(column) and stated[column] != language:
@@ -238,16 +238,16 @@ class TranslateArguments(StageArguments):
         stage = RowStage(self)
         if not self.import_file.is_file():
             sentences = self.sentences(stage)
-            write_translation_table(self.import_file, sentences, self.header(stage))
+            write_translation_table(self.import_file, sentences, self.table_header(stage))
             counts = f"{len(sentences):,} sentences, {sum(map(len, sentences)):,} characters"
             logger.info("%s has %s. Leave its rows as they are.", self.import_file, counts)
             who = {"human": "by people (translated_by: machine says otherwise)", "machine": "by machine"}
             logger.info("The cards will say that it was translated %s.", who[self.translated_by])
-        elif _table(self.import_file)[0]["id"] != stage.record["source"]["fingerprint"]:
-            self.checked_rows(stage)  # before somebody fills the table of another dataset
+        elif _read_table(self.import_file)[0]["id"] != stage.record["source"]["fingerprint"]:
+            self.check_source_rows(stage)  # before somebody fills the table of another dataset
         return f"{self.import_file} has the sentences of {self.title}: {self.pending_manual_step()}"
 
-    def header(self, stage: RowStage) -> list[str]:
+    def table_header(self, stage: RowStage) -> list[str]:
         """Return the first line of a table: its columns, with the digest of the source and both languages."""
         stated = (stage.record["source"]["fingerprint"], self.source_language, self.language)
         return [f"{column}:{text}" for column, text in zip(TABLE_COLUMNS, stated, strict=True)]
@@ -256,14 +256,14 @@ class TranslateArguments(StageArguments):
         """Return the distinct sentences of all rows, in the order of the table."""
         return list(distinct_sentences(self, stage.source, [range(len(stage.source))]))
 
-    def checked_rows(self, stage: RowStage) -> list[str]:
+    def check_source_rows(self, stage: RowStage) -> list[str]:
         """Return the sentences of the source. Raises ValueError unless the rows of the table are the same ones."""
         self.check_table()
         sentences, now = self.sentences(stage), stage.record["source"]["fingerprint"]
         try:
-            check_rows(self.import_file, sentences)
+            check_table_rows(self.import_file, sentences)
         except ValueError as error:
-            there = _table(self.import_file)[0]["id"]
+            there = _read_table(self.import_file)[0]["id"]
             if not there or there == now:
                 raise
             raise ValueError(
@@ -288,9 +288,9 @@ class TranslateArguments(StageArguments):
         there, table, stage = read_stage_record(self.output), self.known_settings(), RowStage(self)
         now = {"settings": self.settings(table["translator"]) | self.image_settings(), "columns": there["columns"]}
         record = there | {"settings": there["settings"] | table}
-        if differences(record, stage.record | now):
+        if describe_differences(record, stage.record | now):
             return None  # `claim` refuses the folder and names what differs
-        known = read_translation_table(self.import_file, self.checked_rows(stage))
+        known = read_translation_table(self.import_file, self.check_source_rows(stage))
         columns, rows, parts, written = translated_columns(stage.features, stage.source.display_name, self), [], [], 0
         made = [*columns.values(), f"quality-{self.language}"]
         for part in split_rows(len(stage.source), self.rows_per_part):
@@ -312,7 +312,7 @@ class TranslateArguments(StageArguments):
         sentences_of = partial(distinct_sentences, self, stage.source)
         if self.backend == "file":
             identity = self.known_settings()["translator"]
-            known.update(read_translation_table(self.import_file, self.checked_rows(stage)))
+            known.update(read_translation_table(self.import_file, self.check_source_rows(stage)))
         else:
             translator = self.load_translator()
             identity = translator.fingerprint
@@ -428,15 +428,15 @@ def read_translation_table(path: Path, sentences: list[str]) -> dict[str, str]:
 
     Raises ValueError as `check_rows` does, or if a row has no translation.
     """
-    check_rows(path, sentences)
+    check_table_rows(path, sentences)
     if missing := describe_untranslated(path):
         raise ValueError(f"{path}: {missing} Fill their last column.")
-    return {source: row["translation"] for source, row in zip(sentences, _table(path)[1], strict=True)}
+    return {source: row["translation"] for source, row in zip(sentences, _read_table(path)[1], strict=True)}
 
 
-def check_rows(path: Path, sentences: list[str]) -> None:
+def check_table_rows(path: Path, sentences: list[str]) -> None:
     """Raise ValueError if a file is not a table of these sentences, each in its place, with its id and source."""
-    _, rows = _table(path)
+    _, rows = _read_table(path)
     for number, (row, text) in enumerate(itertools.zip_longest(rows, sentences), 1):
         expected = {"id": sentence_id(number, text), "source": text} if text is not None else {}
         if row is None or not expected or any(row.get(name, value) != value for name, value in expected.items()):
@@ -451,7 +451,7 @@ def describe_untranslated(path: Path) -> str:
 
     Raises ValueError where the file is no such table.
     """
-    _, rows = _table(path)
+    _, rows = _read_table(path)
     names = [
         f"line {line} ({row['id'][:MAX_QUOTED_CHARACTERS]})" for line, row in enumerate(rows, 2) if not row["translation"].strip(BLANK_CHARACTERS)
     ]
@@ -460,7 +460,7 @@ def describe_untranslated(path: Path) -> str:
     return said if names else ""
 
 
-def _table(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
+def _read_table(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
     """Return what the first line states for each column, and the rows. Raises ValueError if the file is no table."""
     try:
         table = pd.read_csv(path, sep="\t", dtype=str, quoting=csv.QUOTE_NONE, na_filter=False, encoding="utf-8-sig")

@@ -12,8 +12,8 @@ from typing import Any
 LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers", "layers", "depth", "depths")
 HEAD_KEYS = ("num_attention_heads", "n_heads", "n_head", "num_heads", "heads", "encoder_attention_heads")
 WIDTH_KEYS = ("hidden_size", "hidden_sizes", "intermediate_size", "hidden_dim", "dim", "d_model", "d_ff", "embed_dim")
-EPSILONS = ("layer_norm_eps", "layer_norm_epsilon", "norm_eps", "rms_norm_eps")
-DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "hidden_dropout", "dropout",
+EPSILON_KEYS = ("layer_norm_eps", "layer_norm_epsilon", "norm_eps", "rms_norm_eps")
+DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "hidden_dropout", "dropout",
             "classifier_dropout", "dropout_rate", "drop_path_rate")  # fmt: skip
 SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(LAYER_KEYS, (0, 1000)),
@@ -26,14 +26,14 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("height", "width", "shortest_edge", "longest_edge"), (1, 10_000)),  # of an image processor
     **dict.fromkeys(("num_labels", "num_classes"), (0, 10**6)),
     "pad_token_id": (0, 10**7 - 1),
-    **dict.fromkeys(EPSILONS, (0, 1)),
-    **dict.fromkeys(DROPOUTS, (0, 1)),
+    **dict.fromkeys(EPSILON_KEYS, (0, 1)),
+    **dict.fromkeys(DROPOUT_KEYS, (0, 1)),
     # Natural logarithms: SigLIP's scale is 4.8 after its training, CLIP's at most 4.6.
     **dict.fromkeys(("logit_scale", "logit_scale_init_value", "init_logit_scale"), (-20, 20)),
 }
 # Text encoders that count positions from the number of the padding token, and can't be without one.
-PADDING_NEEDED = ("xlm-roberta", "xlm-roberta-xl", "roberta", "camembert", "altclip_text_model")
-NOT_FINITE = "The embeddings are not finite: weights or settings of the model are damaged. Fetch or save it again."
+PADDING_MODEL_TYPES = ("xlm-roberta", "xlm-roberta-xl", "roberta", "camembert", "altclip_text_model")
+NOT_FINITE_MESSAGE = "The embeddings are not finite: weights or settings of the model are damaged. Fetch or save it again."
 LABEL_KEYS = ("id2label", "label2id")  # whose keys are anybody's words
 
 
@@ -45,7 +45,7 @@ def check_sizes(values: Mapping[str, Any], section: str = "") -> None:
             message names the value with its section, such as "text_config.vocab_size".
     """
     pad, rows = values.get("pad_token_id", 0), values.get("vocab_size")
-    if pad is None and values.get("model_type") in PADDING_NEEDED:
+    if pad is None and values.get("model_type") in PADDING_MODEL_TYPES:
         raise ValueError(f"{section}pad_token_id must be the number of a token, got null.")
     if isinstance(pad, int) and isinstance(rows, int) and pad >= rows > 0:
         raise ValueError(f"{section}pad_token_id must be below the vocab_size of {rows}, got {pad}.")

@@ -35,7 +35,7 @@ from .loading import (
     load_model,
     load_processor,
     build_model_from_tensors,
-    named_keys,
+    format_keys,
     weights_digest,
     write_origin_card,
 )
@@ -429,7 +429,7 @@ def write_capivara_model(
     # As whole numbers, since what is not a number is unequal to itself
     bits = {name: (returned[name].view(torch.int32), state[name].view(torch.int32)) for name in returned.keys() & names}
     if changed := {name for name in bits if not torch.equal(*bits[name])} | (returned.keys() ^ names):
-        raise ValueError(f"Tensors were changed by the conversion, nothing was kept: {named_keys(changed)}.")
+        raise ValueError(f"Tensors were changed by the conversion, nothing was kept: {format_keys(changed)}.")
     for embeds in (embed_images(model, processor, random_images()), embed_texts(model, processor, random_texts())):
         if not (embeds[0] - embeds[1:]).abs().amax(dim=1).min() > 1e-6:  # also where it is not a number
             fault = "embeddings of random images or texts are not finite, or do not differ"

@@ -22,7 +22,7 @@ from transformers.models.siglip2 import Siglip2Tokenizer
 from capivara_common.cli import coded_error
 from capivara_common.files import read_json
 from capivara_common.hub_cache import check_reachable, is_hub_id, unsupported_reason
-from capivara_common.weight_file import number_of, find_weight_files
+from capivara_common.weight_file import read_scalar, find_weight_files
 
 from .checks_capivara import check_sizes, wrap_tokenizer_errors
 from .configuration_capivara import get_sizes
@@ -60,10 +60,10 @@ def load_model(source: str | Path) -> PreTrainedModel:
     try:
         if Path(source).is_dir():
             for name in ("logit_scale", "logit_bias"):  # transformers tells of another shape after loading, in a table
-                number_of(Path(source), name)
+                read_scalar(Path(source), name)
         options = {"dtype": "float32", "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
         options |= {"ignore_mismatched_sizes": True}  # they are in the report, as the missing ones are
-        with _without_load_report():
+        with _silence_load_report():
             model, report = AutoModel.from_pretrained(source, config=load_two_towers_config(source), **options)
     except Exception as error:
         raise ValueError(f"The model {source} can't be loaded: {' '.join(str(error).split())}") from error
@@ -74,7 +74,7 @@ def load_model(source: str | Path) -> PreTrainedModel:
 
 
 @contextmanager
-def _without_load_report() -> Iterator[None]:
+def _silence_load_report() -> Iterator[None]:
     """Keep transformers from printing every key that does not fit; the error of `_check_keys` names the first ones."""
     printer = logging.getLogger("transformers.modeling_utils")
     level = printer.level
@@ -145,15 +145,15 @@ def _check_keys(
     faults = {"missing": missing, "unexpected": unexpected, "mismatched": shapes}
     if faults := {kind: keys for kind, keys in faults.items() if keys}:
         most = MAX_NAMED_KEYS // len(faults)
-        named = [f"{kind} keys: {named_keys(keys, most)}" for kind, keys in faults.items()]
+        named = [f"{kind} keys: {format_keys(keys, most)}" for kind, keys in faults.items()]
         raise ValueError(f"{name} do not fit its config; {'; '.join(named)}.")
 
 
-def named_keys(keys: Iterable[str], most: int = MAX_NAMED_KEYS) -> str:
+def format_keys(keys: Iterable[str], max_keys: int = MAX_NAMED_KEYS) -> str:
     """Return the first `most` keys in alphabetical order, separated by commas, and the number of further keys."""
     keys = sorted(keys)
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more
+    more = f" and {len(keys) - max_keys} more" if len(keys) > max_keys else ""
+    return ", ".join(keys[:max_keys]) + more
 
 
 def load_processor(source: str | Path) -> ProcessorMixin:

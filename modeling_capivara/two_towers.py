@@ -32,7 +32,7 @@ from capivara_common.files import read_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, check_reachable
 from capivara_common.image_encoder_digest import IMAGE_ENCODER_PREFIXES
 
-from .checks_capivara import NOT_FINITE, check_sizes, wrap_tokenizer_errors
+from .checks_capivara import NOT_FINITE_MESSAGE, check_sizes, wrap_tokenizer_errors
 from .loading import pads_to_max_length, load_model, load_processor, weights_digest
 from .modeling_capivara import l2_normalize
 from .processing_capivara import CapivaraProcessor
@@ -241,15 +241,15 @@ def _embed_in_batches(encode: Callable, items: Iterable, batch_size: int = 32, p
     embeds, iterator = [], iter(items)
     with tqdm(total=total, desc=title, disable=title is None) as bar:
         while batch := list(islice(iterator, batch_size)):
-            embeds.append(checked_finite(encode(batch).float().cpu()))
+            embeds.append(check_finite(encode(batch).float().cpu()))
             (progress if callable(progress) else bar.update)(len(batch))
     return torch.cat(embeds)
 
 
-def checked_finite(embeds: Tensor) -> Tensor:
+def check_finite(embeds: Tensor) -> Tensor:
     """Return the embeddings. Raises ValueError if one is not finite, of which every score would be meaningless."""
     if not embeds.isfinite().all():
-        raise ValueError(NOT_FINITE)
+        raise ValueError(NOT_FINITE_MESSAGE)
     return embeds
 
 

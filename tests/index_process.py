@@ -8,7 +8,7 @@ import lance_namespace  # noqa: F401 - of lancedb what may be forked, and takes 
 import pandas  # noqa: F401
 import PIL.Image
 
-import capivara_search.adding
+import capivara_search.indexing
 import capivara_search.models
 import capivara_search.table
 from modeling_capivara import CapivaraModel, CapivaraProcessor  # noqa: F401
@@ -20,12 +20,12 @@ def add(where: str, model: str, folder: str, started, log: str, commit_rows: int
 
     logging.basicConfig(filename=log, level=logging.INFO)
     os.environ["OMP_NUM_THREADS"] = "1"
-    capivara_search.adding.COMMIT_ROWS = commit_rows
-    capivara_search.table.SMALL_FILES = 6
+    capivara_search.indexing.COMMIT_ROWS = commit_rows
+    capivara_search.table.MAX_SMALL_FRAGMENTS = 6
     index = PictureIndex.open(where, model=model)
     index.model.image_digest  # noqa: B018 - computed before the clock starts
     len(index)  # imports lancedb
-    index.model.images([PIL.Image.new("RGB", (32, 32))])
+    index.model.embed_images([PIL.Image.new("RGB", (32, 32))])
     started.set()
     added = index.add(folder, batch_size=1, on_progress=lambda done, total: time.sleep(pause_s))
     logging.info("embedded %d", added.embedded)

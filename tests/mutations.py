@@ -31,10 +31,10 @@ def main() -> None:
     flags.add_argument("--only", default="", help="start of the files to mutate")
     args = flags.parse_args()
     mutations = [
-        m for m in yaml.safe_load((ROOT / "tests/mutations.yaml").read_text()) if m["file"].startswith(args.only)
+        m for m in yaml.safe_load((ROOT / "tests/mutations.yaml").read_text()) if m["file"].startswith(args.only_paths)
     ]
     if not mutations:
-        sys.exit(f"error: no mutation's file starts with {args.only!r}.")
+        sys.exit(f"error: no mutation's file starts with {args.only_paths!r}.")
     for mutation in mutations:
         if (count := (ROOT / mutation["file"]).read_text(encoding="utf-8").count(mutation["find"])) != 1:
             sys.exit(f"error: {mutation['file']} holds {mutation['find']!r} {count} times, expected once.")

@@ -91,9 +91,9 @@ class Asked:
 @contextlib.contextmanager
 def served(index: Any, host: str = "127.0.0.1", port: int = 0, **options: Any) -> Iterator[Asked]:
     """A page of an index in this process, by default at a free port."""
-    from capivara_search.page.server import page_server
+    from capivara_search.page.server import create_page_server
 
-    server, listening, url = page_server(index, host, port, **options)
+    server, listening, url = create_page_server(index, host, port, **options)
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     try:

@@ -6,7 +6,7 @@ from unittest import mock
 import click
 
 from capivara_search.command import capivara
-from capivara_search.words import Words
+from capivara_search.messages import Messages
 
 
 def parsed(argv: Sequence[str], language: str = "en") -> click.Context:
@@ -14,7 +14,7 @@ def parsed(argv: Sequence[str], language: str = "en") -> click.Context:
     found: list[click.Context] = []
     with (
         mock.patch.object(click.Command, "invoke", lambda self, ctx: found.append(ctx)),
-        capivara.make_context("capivara", list(argv), obj=Words(language)) as context,
+        capivara.make_context("capivara", list(argv), obj=Messages(language)) as context,
     ):
         capivara.invoke(context)
     return found[-1]

@@ -6,9 +6,9 @@ from made_index import make_pictures
 from tiny import save_model
 
 from capivara_common.files import write_json
-from capivara_search import asking
-from capivara_search.asking import read_pull, steered
-from capivara_search.index import PictureIndex, unit
+from capivara_search import query
+from capivara_search.query import parse_feedback, apply_feedback
+from capivara_search.index import PictureIndex, l2_normalize
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def index(tmp_path_factory, tiny_processor):
     ],
 )
 def test_a_weight_stands_before_the_words(text, weight, words):
-    assert read_pull(text) == (weight, words)
+    assert parse_feedback(text) == (weight, words)
 
 
 @pytest.mark.parametrize("text", ["", "  ", "0:mar", "9:mar", "0.5:", "12:30", "-1:mar", "nan:mar", "1e3:mar"])
@@ -46,8 +46,8 @@ def test_what_is_asked_for_less_of_sinks_and_stays(index):
     """As a plain computation has it: all pictures are still found, in another order."""
     paths = sorted(hit.path for hit in index.newest(30))
     images = index.vectors(paths)
-    query, pull = index.model.texts(["gato", "cachorro"])
-    expected = images @ unit(steered(query, [(-0.5, pull)], images))
+    query, pull = index.model.embed_texts(["gato", "cachorro"])
+    expected = images @ l2_normalize(apply_feedback(query, [(-0.5, pull)], images))
     hits = index.search("gato", less=["0.5:cachorro"], k=30)
     assert [hit.path for hit in hits] == [paths[place] for place in np.argsort(-expected)]
     assert [hit.score for hit in hits] == pytest.approx(sorted(expected, reverse=True), abs=1e-3)
@@ -60,7 +60,7 @@ def test_what_is_asked_for_less_of_sinks_and_stays(index):
 
 def test_less_of_something_alone_begins_with_what_differs_most(index):
     paths = sorted(hit.path for hit in index.newest(30))
-    scores = index.vectors(paths) @ index.model.texts(["cachorro"])[0]
+    scores = index.vectors(paths) @ index.model.embed_texts(["cachorro"])[0]
     assert [hit.path for hit in index.search(less="cachorro", k=30)] == [paths[place] for place in np.argsort(scores)]
     with pytest.raises(ValueError, match="The query is empty"):
         index.search(" ")
@@ -68,30 +68,30 @@ def test_less_of_something_alone_begins_with_what_differs_most(index):
 
 def test_the_line_is_where_neutral_sentences_end(index):
     images = index.vectors([hit.path for hit in index.newest(30)])
-    scores = index.model.texts(asking.NEUTRAL) @ images.T
+    scores = index.model.embed_texts(query.NEUTRAL_SENTENCES) @ images.T
     best = (scores.max(axis=1) - scores.mean(axis=1)) / scores.std(axis=1)
-    text = index.model.texts(["gato"])[0]
-    own, line = images @ text, index._line(text)
-    assert (line - own.mean()) / own.std() == pytest.approx(np.quantile(best, asking.QUANTILE), abs=0.02)
-    index.line = True
+    text = index.model.embed_texts(["gato"])[0]
+    own, line = images @ text, index._compute_relevance_threshold(text)
+    assert (line - own.mean()) / own.std() == pytest.approx(np.quantile(best, query.BACKGROUND_QUANTILE), abs=0.02)
+    index.relevance_threshold = True
     try:
         hits = index.search("gato", k=30)
-        assert [hit.fits for hit in hits] == [hit.score >= line for hit in hits] and not hits[-1].fits
-        assert index.search("gato", like=hits[0].path)[0].fits is None, "of sentences alone"
-        assert index.search("gato", less=["mar"])[0].fits is None
+        assert [hit.above_threshold for hit in hits] == [hit.score >= line for hit in hits] and not hits[-1].above_threshold
+        assert index.search("gato", like=hits[0].path)[0].above_threshold is None, "of sentences alone"
+        assert index.search("gato", less=["mar"])[0].above_threshold is None
     finally:
-        del index.line
-    assert index.search("gato")[0].fits is None, "a model that was not measured draws no line"
+        del index.relevance_threshold
+    assert index.search("gato")[0].above_threshold is None, "a model that was not measured draws no line"
 
 
 def test_a_model_draws_the_line_where_it_was_measured_to_tell(index, tmp_path):
     for auc, draws in ((0.79, False), (0.8, True), (1, True)):
-        write_json(tmp_path / asking.MEASURED, {"auc": auc})
-        assert asking.draws_line(tmp_path) == draws
-    assert not asking.draws_line(index.model.folder)
+        write_json(tmp_path / query.RELEVANCE_AUC_FILE, {"auc": auc})
+        assert query.supports_relevance_threshold(tmp_path) == draws
+    assert not query.supports_relevance_threshold(index.model.folder)
     for damaged in ('{"auc": "high"}', '{"auc": null}', "{}", "[]", "{", "\0"):
-        (tmp_path / asking.MEASURED).write_text(damaged)
-        assert not asking.draws_line(tmp_path), "and searches go on"
+        (tmp_path / query.RELEVANCE_AUC_FILE).write_text(damaged)
+        assert not query.supports_relevance_threshold(tmp_path), "and searches go on"
 
 
 def test_the_background_is_of_the_models_own_vectors(index):

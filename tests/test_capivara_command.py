@@ -28,12 +28,12 @@ from parsed_command import parsed
 from capivara_common.environment import require_packages
 from capivara_common.progress import configure_progress_bars
 from capivara_search import estimates
-from capivara_search.command import SEARCH_MODULES, explained, language_of, main, progress_bar
+from capivara_search.command import SEARCH_MODULES, describe_error, detect_language, main, show_progress_bar
 from capivara_search.exporting import export_rows
 from capivara_search.index import PictureIndex
-from capivara_search.storage import explanation
+from capivara_search.storage import to_index_error
 from capivara_search.table import PictureTable
-from capivara_search.words import COMMANDS, Words
+from capivara_search.messages import COMMAND_NAMES, Messages
 
 HEAVY = {"torch", "transformers", "lancedb", "pyarrow", "numpy", "PIL", "starlette", "datatrove", "huggingface_hub"}
 COLOURS = {"azul": (0, 0, 255), "verde": (0, 255, 0), "vermelho": (255, 0, 0), "branco": (255, 255, 255)}
@@ -124,9 +124,9 @@ def test_help_is_answered_at_once(command):
     assert text.startswith(f"usage: {' '.join(['capivara', *command.split()])} [OPTIONS]")
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", *COMMAND_NAMES])
 def test_help_is_in_the_language_that_is_asked_for_and_teaches_by_examples(capivara, command):
-    portuguese = COMMANDS.get(command, "")
+    portuguese = COMMAND_NAMES.get(command, "")
     code, text, _ = capivara("--lang", "pt", *portuguese.split(), "--help")
     assert code == 0 and text.startswith("uso: capivara")
     assert not OF_CLICK.search(text.replace("NAO", "")), OF_CLICK.search(text)
@@ -140,7 +140,7 @@ def test_help_is_in_the_language_that_is_asked_for_and_teaches_by_examples(capiv
     assert ("[PASTA …]\n" in text.partition("\n\n")[0] + "\n") == (command in ("index", "watch"))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMAND_NAMES)
 def test_examples_of_the_help_are_commands_that_are_taken(command, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -148,14 +148,14 @@ def test_examples_of_the_help_are_commands_that_are_taken(command, monkeypatch, 
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "foto.jpg").touch(), (tmp_path / "photo.jpg").touch()
     for lang in ("pt", "en"):
-        words = Words(lang)
+        words = Messages(lang)
         lines = re.findall(r"^    (?:eval \"\$\()?(capivara .+)$", words(f"about.{command}"), re.MULTILINE)
         assert lines
         for line in lines:
             line = re.split(r"\)\"| \||  +#| >", line)[0].replace("/media/camera", "Fotos/2024")
             line = line.replace("~", str(tmp_path))
             assert {parsed(shlex.split(line)[1:], one).command.name for one in ("pt", "en")} == {command}
-            assert line.split()[1] == (COMMANDS[command] if lang == "pt" else command)
+            assert line.split()[1] == (COMMAND_NAMES[command] if lang == "pt" else command)
 
 
 def test_flags_are_taken_in_every_usual_form(tmp_path, monkeypatch):
@@ -398,7 +398,7 @@ def test_open_shows_the_pictures_in_the_viewer_and_starts_nothing_else(
     monkeypatch.setenv("PATH", f"{viewer.parent}:{os.environ['PATH']}")
     other, table = tmp_path / "poly.command", PictureTable(own_index)
     PIL.Image.new("RGB", (8, 8)).save(other, "GIF")  # an index of others may name it
-    table.write("pictures", lambda opened: opened.update(values={"path": str(other)}, where="path LIKE '%vermelho%'"))
+    table.run_write("pictures", lambda opened: opened.update(values={"path": str(other)}, where="path LIKE '%vermelho%'"))
     blue = folder / "2024" / "azul.jpg"
     kept = blue.read_bytes()
     try:
@@ -424,7 +424,7 @@ def test_what_is_written_holds_nothing_that_a_terminal_obeys_and_no_formula(capi
     head, first = list(csv.reader(out.splitlines()))[:2]
     assert code == 0 and head == ["path", "label", "'=1+1", "'@b"] and first[1] in ("'=1+1", "'@b", "")
     values, table = {"path": "=HYPERLINK(1)", "latitude": -23.5}, PictureTable(own_index)
-    table.write("pictures", lambda opened: opened.update(values=values, where="path LIKE '%azul%'"))
+    table.run_write("pictures", lambda opened: opened.update(values=values, where="path LIKE '%azul%'"))
     export_rows(table, tmp_path / "all.csv")
     rows = csv.DictReader((tmp_path / "all.csv").open(encoding="utf-8"))
     assert {row["path"]: row["latitude"] for row in rows}["'=HYPERLINK(1)"] == "-23.5"
@@ -437,14 +437,14 @@ def test_a_password_of_the_storage_is_not_printed():
     address = SECRET.format("")
     storage = f"lance error: IO {{ S3: GET, uri: Some({address}/bucket/x), error sending request }}"
     for text in (storage, f"no such scheme: {address}"):
-        error = explanation(RuntimeError(text), "s3://bucket/fotos", "pictures")
+        error = to_index_error(RuntimeError(text), "s3://bucket/fotos", "pictures")
         assert "s3gredo" not in str(error) and "@127.0.0.1:9" in str(error)
 
 
 @pytest.mark.parametrize("address", ["s3://KEY:s3gredo@bucket/fotos", "s3://bucket/fotos?a=1&sig=s3gredo"])
 def test_a_secret_in_the_address_of_an_index_is_not_printed(capivara, address):
     for text in ("lance error: LanceError(IO): no such file", "status: 403 Forbidden", "Retryable commit conflict"):
-        error = explanation(RuntimeError(text), address, "pictures")
+        error = to_index_error(RuntimeError(text), address, "pictures")
         assert error.code and "bucket/fotos" in str(error)
         assert "s3gredo" not in str(error) and "s3gredo" not in str(error.values)
     code, out, error = capivara("search", "x", "--index", address.replace("s3:", "nada:"))
@@ -456,7 +456,7 @@ def test_an_address_of_the_storage_that_is_none_is_one_line(capivara, address, m
     monkeypatch.setenv("AWS_ENDPOINT_URL", address)
     code, out, error = capivara("buscar", "x", "--index", "s3://bucket/fotos", "--lang", "pt")
     assert (code, out) == (2, "") and "s3gre" not in error
-    assert error == "erro: " + Words("pt")("error.storage_address", example="https://host:9000") + "\n"
+    assert error == "erro: " + Messages("pt")("error.storage_address", example="https://host:9000") + "\n"
 
 
 @pytest.mark.parametrize("line", ["search --mais {}", "search --less {}", "index --exclude {}"])
@@ -470,10 +470,10 @@ def test_empty_words_are_shown_as_they_are(capivara, own_index, line):
 def test_a_folder_that_the_index_does_not_have_is_named(capivara, own_index, folder, tmp_path):
     for lang in ("pt", "en"):
         where = ("--index", own_index, "--lang", lang)
-        unknown = Words(lang)("nothing_of", path=str(tmp_path / "nada"))
+        unknown = Messages(lang)("nothing_of", path=str(tmp_path / "nada"))
         assert capivara("search", "azul", "--folder", tmp_path / "nada", *where)[::2] == (1, f"{unknown}\n")
         found = capivara("search", "azul", "--folder", folder, "--since", "2190", *where)
-        assert found[::2] == (1, f"{Words(lang)('no_hit')}\n"), "it has the folder, and nothing of that day"
+        assert found[::2] == (1, f"{Messages(lang)('no_hit')}\n"), "it has the folder, and nothing of that day"
 
 
 def test_status_marks_a_folder_that_has_vanished(capivara, own_index, folder, tmp_path):
@@ -576,11 +576,11 @@ def test_usual_errors_of_the_library_are_said_in_portuguese(
 
 def test_an_index_that_may_not_be_read_is_named_in_both_languages(capivara, own_index, monkeypatch):
     def denied(*_):
-        raise explanation(RuntimeError("lance error: Permission denied (os error 13)"), str(own_index), "pictures")
+        raise to_index_error(RuntimeError("lance error: Permission denied (os error 13)"), str(own_index), "pictures")
 
     monkeypatch.setattr(PictureTable, "exists", denied)
     for language in ("en", "pt"):
-        said = Words(language)("error.index_denied", path=own_index)
+        said = Messages(language)("error.index_denied", path=own_index)
         assert capivara("status", "--index", own_index, "--lang", language)[2].partition(": ")[2] == f"{said}\n"
 
 
@@ -588,12 +588,12 @@ def test_errors_of_the_system_and_of_packages_are_said_in_the_language():
     with pytest.raises(ImportError) as of_an_extra:
         require_packages("X", "captions", "no_such_package")
     for error, said in (
-        (OSError(errno.ENOSPC, "No space left on the disk of the index /x. Free some"), Words("pt")("no_space")),
+        (OSError(errno.ENOSPC, "No space left on the disk of the index /x. Free some"), Messages("pt")("no_space")),
         (PermissionError(errno.EACCES, "Permission denied", "/x\x1b"), r"sem permissão: /x\x1b"),
         (ModuleNotFoundError("No", name="lancedb.x"), "falta um pacote: lancedb. Instale: pip install lancedb"),
         (of_an_extra.value, "no_such_package. Instale: pip install no_such_package"),
     ):
-        code, text = explained(error, Words("pt"))
+        code, text = describe_error(error, Messages("pt"))
         assert code == 3 and text.endswith(said)
 
 
@@ -643,7 +643,7 @@ def test_the_bar_knows_no_rate_before_there_is_work_and_a_log_file_is_told_seldo
     configure_progress_bars()
     monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
     monkeypatch.setattr(estimates, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    with progress_bar(Words("pt")) as show_progress:
+    with show_progress_bar(Messages("pt")) as show_progress:
         for seconds, done in ((0, 0), (60, 0), (61, 4), (68, 32), (70, 64), (74, 192), (82, 448)):
             now[0] = float(seconds)  # of which the model takes 60 to load
             show_progress(done, 6848)
@@ -684,7 +684,7 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(tmp_path, saved_tiny_fo
 def test_the_first_locale_that_is_set_decides(monkeypatch):
     for name, value, language in (("LANG", "pt_BR.UTF-8", "pt"), ("LC_ALL", "en_US.UTF-8", "en")):
         monkeypatch.setenv(name, value)
-        assert language_of([]) == language
+        assert detect_language([]) == language
 
 
 @pytest.mark.slow
@@ -716,7 +716,7 @@ def test_app_says_what_it_answers_to_and_whose_originals_it_hides(capivara, inde
 
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     code, out, error = capivara("abrir", "--lang", "pt", "--index", index, "--host", "256.1.1.1")
-    assert (code, out, error) == (3, "", f"erro: {Words('pt')('no_host')}\n"), "nothing is open to anybody"
+    assert (code, out, error) == (3, "", f"erro: {Messages('pt')('no_host')}\n"), "nothing is open to anybody"
     monkeypatch.setattr("capivara_search.page.server.serve_index", served)
     flags = ["--lang", "pt", "app", "--index", index, "--allow-host", "fotos.local", "--allow_host=10.0.0.9"]
     assert capivara(*flags)[2].strip() == "", "on this machine alone there is nothing to say"

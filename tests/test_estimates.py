@@ -11,7 +11,7 @@ from made_index import make_pictures
 from tiny import save_model
 
 from capivara_search import estimates, table
-from capivara_search.estimates import FILE, Estimate, progress_of, told
+from capivara_search.estimates import PROGRESS_FILE, RateEstimator, read_progress, estimate_for
 from capivara_search.index import PictureIndex
 from capivara_search.models import SearchModel
 from capivara_search.table import PictureTable
@@ -30,7 +30,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     """With a model that takes long to load, and some time for each picture."""
-    clock, real, loaded = Clock(monkeypatch), SearchModel.images, []
+    clock, real, loaded = Clock(monkeypatch), SearchModel.embed_images, []
 
     def prepare(self) -> None:
         clock.now += LOAD_S * (not loaded)
@@ -41,7 +41,7 @@ def clock(monkeypatch) -> Clock:
         return real(self, given, batch_size)
 
     monkeypatch.setattr(SearchModel, "prepare_images", prepare)
-    monkeypatch.setattr(SearchModel, "images", images)
+    monkeypatch.setattr(SearchModel, "embed_images", images)
     return clock
 
 
@@ -49,7 +49,7 @@ class Followed:
     """What an estimate says at each call of `on_progress`, and when that was."""
 
     def __init__(self, clock: Clock, last: int | None = None):
-        self.clock, self.last, self.estimate, self.said = clock, last, Estimate(), []
+        self.clock, self.last, self.estimate, self.said = clock, last, RateEstimator(), []
 
     def __call__(self, done: int, total: int) -> None:
         self.clock.now += READ_S
@@ -93,12 +93,12 @@ def test_the_time_to_write_the_index_is_part_of_the_estimate(tmp_path, tiny_proc
     """16 s after the last picture: nobody is told that none are left."""
     model = str(save_model(tmp_path / "model", tiny_processor))
     make_pictures(tmp_path / "fotos", 120)
-    monkeypatch.setattr(table, "EXACT_ROWS", 100), monkeypatch.setattr(table, "LEARN_S", 16 / 120)
+    monkeypatch.setattr(table, "MAX_EXACT_ROWS", 100), monkeypatch.setattr(table, "LEARN_S", 16 / 120)
 
     def tidy(self, width: int) -> None:
         clock.now += 16 * self._must_learn(width, self.count())
 
-    monkeypatch.setattr(PictureTable, "tidy", tidy)
+    monkeypatch.setattr(PictureTable, "optimize", tidy)
     index = PictureIndex.open(tmp_path / "i.lance", model=model)
     index.add(tmp_path / "fotos", batch_size=16, on_progress=(followed := Followed(clock)))
     assert followed.are_right() >= 5
@@ -107,7 +107,7 @@ def test_the_time_to_write_the_index_is_part_of_the_estimate(tmp_path, tiny_proc
 
 
 def test_a_rate_follows_what_changes_and_forgets_the_beginning(monkeypatch):
-    clock, estimate, done = Clock(monkeypatch), Estimate(), 0
+    clock, estimate, done = Clock(monkeypatch), RateEstimator(), 0
     assert estimate.rate is None
     estimate.update(0)
     for each, number in ((0.01, 300), (1.0, 60)):  # pictures that were read while the model was loaded, then others
@@ -128,11 +128,11 @@ def test_a_rate_follows_what_changes_and_forgets_the_beginning(monkeypatch):
 
 def _hold(where: str, held, ended) -> None:
     opened = PictureTable(where)
-    with opened.locked(), told(opened.where, lambda done, total: None) as tell:
+    with opened.locked(), estimate_for(opened.where, lambda done, total: None) as tell:
         tell(0, 3400)
         held.set()
         ended.wait(60)
-        time.sleep(estimates.EVERY_S)
+        time.sleep(estimates.WRITE_INTERVAL_S)
         tell(120, 3400)
         os._exit(9)  # as by SIGKILL: the file stays
 
@@ -142,18 +142,18 @@ def test_another_process_is_told_as_long_as_there_is_somebody_who_adds(tmp_path)
     where, context = str(tmp_path / "i.lance"), multiprocessing.get_context("spawn")
     held, ended = context.Event(), context.Event()
     process = context.Process(target=_hold, args=(where, held, ended))
-    assert progress_of(where) is None
+    assert read_progress(where) is None
     process.start()
-    assert held.wait(60) and progress_of(where) == {"done": 0, "total": 3400, "left_s": None}
+    assert held.wait(60) and read_progress(where) == {"done": 0, "total": 3400, "left_s": None}
     ended.set()
     process.join()
-    assert json.loads((tmp_path / "i.lance" / FILE).read_text())["done"] == 120
-    assert progress_of(where) is None, "who was killed adds nothing"
+    assert json.loads((tmp_path / "i.lance" / PROGRESS_FILE).read_text())["done"] == 120
+    assert read_progress(where) is None, "who was killed adds nothing"
     opened = PictureTable(where)
-    with opened.locked(), told(opened.where, lambda done, total: None) as tell:
+    with opened.locked(), estimate_for(opened.where, lambda done, total: None) as tell:
         tell(0, 5)
-        assert progress_of(where) == {"done": 0, "total": 5, "left_s": None}
-        (tmp_path / "i.lance" / FILE).write_text('{"done": 1, "total": 5, "left_s": 100}')
-        os.utime(tmp_path / "i.lance" / FILE, (time.time() - 30,) * 2)
-        assert progress_of(where)["left_s"] in (69, 70), "since it was said, time has passed"
-    assert progress_of(where) is None and not os.listdir(tmp_path)
+        assert read_progress(where) == {"done": 0, "total": 5, "left_s": None}
+        (tmp_path / "i.lance" / PROGRESS_FILE).write_text('{"done": 1, "total": 5, "left_s": 100}')
+        os.utime(tmp_path / "i.lance" / PROGRESS_FILE, (time.time() - 30,) * 2)
+        assert read_progress(where)["left_s"] in (69, 70), "since it was said, time has passed"
+    assert read_progress(where) is None and not os.listdir(tmp_path)

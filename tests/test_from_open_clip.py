@@ -188,8 +188,8 @@ def test_two_at_once_convert_once(tiny_published, cache):
 def test_a_folder_of_open_clip_is_converted_and_again_when_it_changes(tiny_published, cache):
     model = find_model(str(tiny_published))
     expected, _ = of_open_clip(tiny_published)
-    torch.testing.assert_close(torch.from_numpy(model.texts(TEXTS)), expected, rtol=0, atol=1e-5)
-    assert model.folder.parent.parent == cache / "open_clip" and model.name == "open" and model.side == 32
+    torch.testing.assert_close(torch.from_numpy(model.embed_texts(TEXTS)), expected, rtol=0, atol=1e-5)
+    assert model.folder.parent.parent == cache / "open_clip" and model.name == "open" and model.image_size == 32
     assert len(model.image_digest) == 32
     made = (model.folder / "model.safetensors").stat().st_mtime_ns
     assert resolve_model_folder(f"local-dir:{tiny_published}", convert_with_torch) == model.folder

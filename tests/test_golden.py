@@ -224,7 +224,7 @@ def test_a_forgotten_folder_stays_forgotten(pictures):
     """What was forgotten is found by no search, and counted nowhere."""
     index = pictures("a")
     assert index.folders() == {f"{HOME}/Fotos": 13} and len(index) == 13
-    assert index.status().left_out[0].path == f"{HOME}/Fotos/quebrada.jpg"
+    assert index.status().skipped_files[0].path == f"{HOME}/Fotos/quebrada.jpg"
     hits = index.search("preto inteiro", k=100)
     assert len(hits) == 13 and all(hit.path.startswith(f"{HOME}/Fotos/") for hit in hits)
 
@@ -235,7 +235,7 @@ def test_an_index_goes_on(home, pictures, model):
     embedded again, by neither text side, so the digests of files and of the image side are the same."""
     index = pictures(model)
     added = index.add(home / "Fotos")
-    assert (added.embedded, added.new, len(added.left_out)) == (0, 13, 1) and len(index) == 26
+    assert (added.embedded, added.new, len(added.skipped_files)) == (0, 13, 1) and len(index) == 26
     pairs = index.search("azul em cima", k=2)
     assert {hit.path.replace(str(home), HOME) for hit in pairs} == {read(f"outputs/search_{model}.json")[0]["path"]}
     assert pairs[0].score == pairs[1].score

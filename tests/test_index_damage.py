@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from made_index import make_pictures, rows_of
 
-from capivara_search import adding, table
+from capivara_search import indexing, table
 from capivara_search import index as index_module
 from capivara_search.index import PictureIndex
-from capivara_search.storage import DamagedIndex
-from capivara_search.table import EMPTY, LAYOUT_KEY, schema
+from capivara_search.storage import DamagedIndexError
+from capivara_search.table import TABLE_SCHEMAS, LAYOUT_METADATA_KEY, schema
 
 ROWS, COMMIT = 24, 8
 
@@ -24,7 +24,7 @@ def whole(tmp_path_factory, model):
     make_pictures(place / "fotos", ROWS)
     (place / "fotos" / "broken.jpg").write_bytes(b"no picture")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adding, "COMMIT_ROWS", COMMIT)
+        patch.setattr(indexing, "COMMIT_ROWS", COMMIT)
         PictureIndex.open(place / "i", model=model).add(place / "fotos", batch_size=1)
     return place
 
@@ -86,7 +86,7 @@ def test_a_broken_record_of_the_newest_version_gives_way_to_the_one_before(whole
     newest.write_bytes(broken := RECORDS[damage](newest.read_bytes()))
     index = PictureIndex.open(place / "i", model=model)
     for call in (lambda: index.search("um gato"), index.status):
-        with pytest.raises(DamagedIndex, match=r"pictures\.lance/_versions .*run `capivara index` with") as caught:
+        with pytest.raises(DamagedIndexError, match=r"pictures\.lance/_versions .*run `capivara index` with") as caught:
             call()
         assert caught.value.code == "damaged_record"
     added = index.add(whole / "fotos")
@@ -112,7 +112,7 @@ def test_pictures_of_which_no_version_can_be_read_are_set_aside_and_added_anew(w
     assert ".rs" not in str(caught.value)
     added = index.add(whole / "fotos", batch_size=1)
     assert f"no version of it can be read; rows lost: {lost}. It lies in {folder}.damaged1 now" in caplog.text
-    assert (added.new, added.embedded, len(added.left_out)) == (ROWS, ROWS, 1)
+    assert (added.new, added.embedded, len(added.skipped_files)) == (ROWS, ROWS, 1)
     folder.with_name("pictures.lance.damaged1").rename(place / "i" / "kept")
     assert [path.read_bytes() for path in sorted((place / "i/kept/data").iterdir(), key=os.path.getmtime)] == left
     assert rows_of(PictureIndex.open(place / "i")) == known
@@ -129,16 +129,16 @@ def test_a_broken_small_table_is_made_anew(whole, place, model, name, part, dama
         index.status()
     added = index.add(whole / "fotos")
     assert f"{name}.lance is damaged" in caplog.text
-    assert (added.unchanged, added.embedded, len(added.left_out)) == (ROWS, 0, 1)
+    assert (added.unchanged, added.embedded, len(added.skipped_files)) == (ROWS, 0, 1)
     fresh = PictureIndex.open(place / "i")
     assert fresh.model.name == "model"
     assert fresh.folders() == {str(whole / "fotos"): ROWS}
-    assert len(fresh.status().left_out) == 1
+    assert len(fresh.status().skipped_files) == 1
 
 
 @pytest.mark.parametrize("files", ["*.idx", "page_*.lance"])  # of the vectors, of the paths
 def test_a_broken_search_index_is_named_and_built_anew(tmp_path, model, monkeypatch, caplog, files):
-    monkeypatch.setattr(table, "EXACT_ROWS", 280), monkeypatch.setattr(index_module, "HELD_ROWS", 100)
+    monkeypatch.setattr(table, "MAX_EXACT_ROWS", 280), monkeypatch.setattr(index_module, "MAX_CACHED_ROWS", 100)
     fotos = tmp_path / "fotos"
     make_pictures(fotos, 300)
     index = PictureIndex.open(tmp_path / "i", model=model)
@@ -149,23 +149,23 @@ def test_a_broken_search_index_is_named_and_built_anew(tmp_path, model, monkeypa
         path.write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"is damaged in its part pictures: .*Run `capivara index` with"):
         broken = PictureIndex.open(tmp_path / "i", model=model)
-        broken.search("um gato", k=5), broken.row(expected[0])
+        broken.search("um gato", k=5), broken.get_picture(expected[0])
     with caplog.at_level(logging.INFO, "capivara"):
         assert PictureIndex.open(tmp_path / "i", model=model).add(fotos).unchanged == 300
     assert "Approximate index of 300 pictures built" in caplog.text and "rows is taken" not in caplog.text
     assert paths(index.search("um gato", k=5)) == expected, "who was reading finds it again"
     assert paths(index.search("um gato", k=5, folder=fotos / "d1")) == inside
-    assert index.row(expected[0]).path == expected[0] and index.status().approximate
+    assert index.get_picture(expected[0]).path == expected[0] and index.status().approximate
 
 
 def test_an_index_of_a_newer_version_or_of_others_is_refused(tmp_path):
     import lancedb
 
-    newer = schema(8).with_metadata({LAYOUT_KEY: b"2"})
+    newer = schema(8).with_metadata({LAYOUT_METADATA_KEY: b"2"})
     lancedb.connect(tmp_path / "newer").create_table("pictures", schema=newer)
     with pytest.raises(ValueError, match=r"has layout 2, this version of capivara reads up to 1. Install a newer one"):
         PictureIndex.open(tmp_path / "newer")
-    lancedb.connect(tmp_path / "other").create_table("pictures", schema=EMPTY["about"])
+    lancedb.connect(tmp_path / "other").create_table("pictures", schema=TABLE_SCHEMAS["about"])
     with pytest.raises(ValueError, match="was not made by capivara"):
         PictureIndex.open(tmp_path / "other")
 
@@ -193,7 +193,7 @@ def test_a_passing_error_is_no_damage(place, model, monkeypatch):
     def fails(*_):
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(table, "_plain", fails)
+    monkeypatch.setattr(table, "_build_scan", fails)
     with pytest.raises(OSError, match="Too many open files"):
-        index.mend()
+        index.repair()
     assert not list((place / "i").glob("*.damaged"))

@@ -73,7 +73,7 @@ def test_killed_at_twenty_moments_it_goes_on_with_nothing_twice(tmp_path, proces
     whole, gone_on = PictureIndex.open(tmp_path / "whole"), PictureIndex.open(tmp_path / "killed")
     assert rows_of(gone_on) == rows_of(whole)
     assert len(whole) == PICTURES
-    assert gone_on.status().left_out == whole.status().left_out != []
+    assert gone_on.status().skipped_files == whole.status().skipped_files != []
 
 
 @pytest.mark.slow
@@ -94,7 +94,7 @@ def test_a_reader_sees_whole_versions_while_another_writes(tmp_path, processes, 
     make_pictures(folder, 80)
     process = start(processes, tmp_path, "read", model, folder, commit_rows=4)
     index, seen = PictureIndex.open(tmp_path / "read", model=model), []
-    vector = index.model.texts(["um gato"])[0]
+    vector = index.model.embed_texts(["um gato"])[0]
     while process.is_alive() or not seen or seen[-1] < 80:
         if index._table.exists():
             hits = index.search_vector(vector, k=100)

@@ -16,9 +16,9 @@ import PIL.Image
 import pytest
 from made_index import make_pictures, rows_of
 
-from capivara_search import adding
+from capivara_search import indexing
 from capivara_search.index import PictureIndex
-from capivara_search.storage import explanation
+from capivara_search.storage import to_index_error
 from capivara_search.workers import WorkerArguments, add_with_workers
 
 BUCKET, NOBODY, START = "fotos", "http://127.0.0.1:9", multiprocessing.get_context("forkserver")
@@ -115,7 +115,7 @@ def test_two_workers_fill_one_table_as_one_does(storage, tmp_path, model):
         np.testing.assert_allclose(filled.vectors([*known]), alone.vectors([*known]), atol=1e-3)
 
     check_same()
-    assert filled.status().left_out == alone.status().left_out
+    assert filled.status().skipped_files == alone.status().skipped_files
     assert filled.folders() == {str(folder): 40}
 
     (folder / "d1" / "p0001.png").unlink()
@@ -127,16 +127,16 @@ def test_two_workers_fill_one_table_as_one_does(storage, tmp_path, model):
     alone.add(folder, batch_size=1, exclude=["d4/"])
     check_same()
     assert len(filled) == 23
-    assert filled.status().skipped == alone.status().skipped == {"excluded": 1, "forgotten": 1}
+    assert filled.status().ignored_counts == alone.status().ignored_counts == {"excluded": 1, "forgotten": 1}
 
 
 @pytest.mark.slow
 def test_two_who_add_the_same_folder_to_a_bucket_leave_no_row_twice(storage, tmp_path, model, monkeypatch):
     folder, address = tmp_path / "fotos", f"s3://{BUCKET}/twice"
     make_pictures(folder, 30)
-    monkeypatch.setattr(adding, "COMMIT_ROWS", 5)
+    monkeypatch.setattr(indexing, "COMMIT_ROWS", 5)
     first, failures = PictureIndex.open(address, model=model), []
-    first.model.images([PIL.Image.new("RGB", (32, 32))])  # loaded once, for all
+    first.model.embed_images([PIL.Image.new("RGB", (32, 32))])  # loaded once, for all
 
     def add() -> None:
         try:
@@ -178,7 +178,7 @@ def test_a_failed_task_is_named_and_the_same_command_does_what_is_missing(tmp_pa
     ],
 )
 def test_what_a_storage_says_is_told_apart(text, message):
-    assert re.search(message, one_line(explanation(RuntimeError(text), "s3://b/403", "about")))
+    assert re.search(message, one_line(to_index_error(RuntimeError(text), "s3://b/403", "about")))
 
 
 def one_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from capivara_common.hub_cache import is_complete_model
 from capivara_search import miniature
-from capivara_search.miniature import PROJECTION
+from capivara_search.miniature import PROJECTION_FILE
 from capivara_search.models import find_model
 from examples.openmoji.prepare import both_ways_recall
 
@@ -36,20 +36,20 @@ def start(cache: Path) -> subprocess.Popen:
 
 
 def test_the_projection_that_is_installed_is_small_and_whole():
-    tensors = load_file(PROJECTION)
+    tensors = load_file(PROJECTION_FILE)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
         "visual": (384, 1280), "direction": (384,), "logit_scale": ()
     }  # fmt: skip
-    assert PROJECTION.stat().st_size < 1_100_000
+    assert PROJECTION_FILE.stat().st_size < 1_100_000
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert tensors["direction"].norm().item() == pytest.approx(1, abs=1e-6)
 
 
 def test_another_projection_is_another_folder(monkeypatch, tmp_path):
-    key = miniature._key()
-    (tmp_path / "other").write_bytes(PROJECTION.read_bytes() + b" ")
-    monkeypatch.setattr(miniature, "PROJECTION", tmp_path / "other")
-    assert miniature._key() != key
+    key = miniature._cache_key()
+    (tmp_path / "other").write_bytes(PROJECTION_FILE.read_bytes() + b" ")
+    monkeypatch.setattr(miniature, "PROJECTION_FILE", tmp_path / "other")
+    assert miniature._cache_key() != key
 
 
 @pytest.mark.slow
@@ -74,16 +74,16 @@ def test_it_finds_photographs_in_portuguese():
     from examples.openmoji.proxies import photographs
 
     model, photos = find_model("miniature", device="cpu"), photographs()
-    assert (model.width, model.side, model.name) == (384, 224, "miniature") and 1 < model.logit_scale < 100
-    assert "miniatura" in model.note_in("pt") and "--model hiaac-nlp/CAPIVARA" in model.note_in("en")
-    images = model.images(photos["image"][:])
+    assert (model.width, model.image_size, model.name) == (384, 224, "miniature") and 1 < model.logit_scale < 100
+    assert "miniatura" in model.get_notice("pt") and "--model hiaac-nlp/CAPIVARA" in model.get_notice("en")
+    images = model.embed_images(photos["image"][:])
     names = list(photos["name"])
     wanted = {"um gato": "chelsea", "café": "coffee", "um cavalo": "horse", "uma moto": "stereo_motorcycle"}
     for text, name in wanted.items():
-        best = (model.texts([text]) @ images.T)[0].argsort()[::-1][:2]
+        best = (model.embed_texts([text]) @ images.T)[0].argsort()[::-1][:2]
         assert name in [names[number] for number in best], text
     measured = json.loads((ROOT / "benchmarks" / "results" / "miniature.json").read_text())["measured"]["miniature"]
-    texts = model.texts([captions[0] for captions in photos["captions-pt"]])
+    texts = model.embed_texts([captions[0] for captions in photos["captions-pt"]])
     found = 100 * both_ways_recall(torch.from_numpy(images), torch.from_numpy(texts))
     expected = np.mean([measured["photo_names_pt"][way] for way in ("text_to_image", "image_to_text")])
     assert found == pytest.approx(expected, abs=2)  # the committed figures are of the committed projection

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from towers import MAKERS, as_published, gemma_like, siglip2
 
 from capivara_common import image_encoder_digest as digests
-from capivara_search.models import DEFAULT_MODEL, MANY_TEXTS, find_model
+from capivara_search.models import DEFAULT_MODEL, MIN_TORCH_TEXTS, find_model
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts, embedding_width
 
@@ -71,8 +71,8 @@ def cache(tmp_path, monkeypatch) -> Path:
 def test_a_folder_as_it_is(tiny_folder, tiny_model, monkeypatch):
     model = find_model(str(tiny_folder), device="cpu")
     assert (model.name, model.source, model.folder) == ("model", str(tiny_folder), tiny_folder)
-    assert model.note_in("en") is None
-    assert (model.width, model.side) == (24, 32)
+    assert model.get_notice("en") is None
+    assert (model.width, model.image_size) == (24, 32)
     assert model.logit_scale == pytest.approx(tiny_model.logit_scale.exp().item())
     monkeypatch.setenv("HOME", str(tiny_folder.parent))
     assert find_model("~/model").folder == tiny_folder
@@ -86,19 +86,19 @@ def test_embeddings_are_those_of_the_model(tiny_folder, tiny_model, tiny_process
     model = find_model(str(tiny_folder), device="cpu")
     for none, message in (([], "There is no text"), (["a", 3], "must be a string, got int")):
         with pytest.raises(ValueError, match=message):
-            model.texts(none)
+            model.embed_texts(none)
     images = [Image.effect_mandelbrot((60 + 7 * n, 45), (-2, -1.5, 1, 1.5), 20 + n).convert("RGB") for n in range(5)]
     texts = ["um gato", "São João", ""]
-    quick = model.texts(texts)
-    found = model.images(images, batch_size=2)
+    quick = model.embed_texts(texts)
+    found = model.embed_images(images, batch_size=2)
     assert found.dtype == quick.dtype == np.float32 and found.shape == (5, 24)
     np.testing.assert_allclose(found, embed_images(tiny_model, tiny_processor, images).numpy(), rtol=0, atol=1e-6)
     expected = embed_texts(tiny_model, tiny_processor, texts).numpy()
-    for texts_found in (quick, model.texts(texts), model.texts(tuple(texts))):
+    for texts_found in (quick, model.embed_texts(texts), model.embed_texts(tuple(texts))):
         np.testing.assert_allclose(texts_found, expected, rtol=0, atol=1e-5)
-    many = find_model(str(tiny_folder), device="cpu").texts(["um gato"] * (MANY_TEXTS + 1))
+    many = find_model(str(tiny_folder), device="cpu").embed_texts(["um gato"] * (MIN_TORCH_TEXTS + 1))
     np.testing.assert_allclose(many, np.tile(expected[0], (len(many), 1)), rtol=0, atol=1e-5)
-    assert model.images([]).shape == (0, 24)
+    assert model.embed_images([]).shape == (0, 24)
 
 
 def test_what_does_not_fit_is_named(tiny_folder, tmp_path):
@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_named(tiny_folder, tmp_path):
             find_model(str(folder))
         shutil.rmtree(folder)
     with pytest.raises(ValueError, match="device must be cpu, cuda"):
-        find_model(str(tiny_folder), device="abacus").images([Image.new("RGB", (40, 40))])
+        find_model(str(tiny_folder), device="abacus").embed_images([Image.new("RGB", (40, 40))])
 
 
 # --- Models of transformers -------------------------------------------------------------------------------------------
@@ -136,13 +136,13 @@ def test_a_model_of_transformers_as_saved_and_as_published(kind, tmp_path, cache
     model, processor = load_model(tmp_path / "model").eval(), load_processor(tmp_path / "model")
     found, other = (find_model(str(folder), device="cpu") for folder in (tmp_path / "model", published))
     assert found.image_digest == other.image_digest
-    assert {(one.width, one.side) for one in (found, other)} == {(embedding_width(model.config), 32)}
+    assert {(one.width, one.image_size) for one in (found, other)} == {(embedding_width(model.config), 32)}
     assert found.logit_scale == other.logit_scale == pytest.approx(model.logit_scale.exp().item())
     assert found.logit_bias == (None if "siglip" not in kind else pytest.approx(model.logit_bias.item()))
     images = [Image.effect_mandelbrot((60, 45), (-2, -1.5, 1, 1.5), 20 + n).convert("RGB") for n in range(2)]
     for one in (found, other):
-        np.testing.assert_allclose(one.images(images), embed_images(model, processor, images).numpy(), atol=1e-5)
-        np.testing.assert_allclose(one.texts(TEXTS), embed_texts(model, processor, TEXTS).numpy(), atol=1e-5)
+        np.testing.assert_allclose(one.embed_images(images), embed_images(model, processor, images).numpy(), atol=1e-5)
+        np.testing.assert_allclose(one.embed_texts(TEXTS), embed_texts(model, processor, TEXTS).numpy(), atol=1e-5)
     vision = json.loads((published / "config.json").read_text())["vision_config"]
     assert "hidden_act" not in vision and not (published / "processor_config.json").exists()
     change(published / "config.json", vision_config=vision | {"hidden_act": "relu"})
@@ -161,7 +161,7 @@ def test_the_width_of_a_siglip_that_does_not_state_it(tmp_path):
     path.write_text(json.dumps(config | {"text_config": {}, "vision_config": {}}))
     change(tmp_path / "model" / "processor_config.json", image_processor={"size": {"height": 224, "width": 224}})
     found = find_model(str(tmp_path / "model"))
-    assert (found.width, found.side, found.squash) == (768, 224, 3)
+    assert (found.width, found.image_size, found.resize_filter) == (768, 224, 3)
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def test_a_model_of_transformers_is_fetched_and_no_weights_of_what_is_refused(tm
             hub.store(f"us/{name}", tmp_path / name)
         found = run("us/siglip2", **environment)
         assert (found["name"], found["heavy"]) == ("us/siglip2", []) and found["digest"] == expected.image_digest
-        np.testing.assert_allclose(found["texts"], expected.texts(["um gato", "SÃ£o JoÃ£o"]), atol=1e-6)
+        np.testing.assert_allclose(found["texts"], expected.embed_texts(["um gato", "SÃ£o JoÃ£o"]), atol=1e-6)
         fault = r"us/naflex .*: model_type is 'siglip2' \(SigLIP 2 of any resolution, NaFlex\); taken are "
         assert re.search(fault, run("us/naflex", **environment)["error"])
     assert len([path for path in (tmp_path / "home").rglob("*") if path.name == "model.safetensors"]) == 1
@@ -194,7 +194,7 @@ def test_a_model_of_the_hub_is_fetched_once(tiny_folder, tmp_path):
         environment = {**hub.environment(tmp_path / "home", token=None), **own}
         found = run("us/model", **environment)
         assert (found["name"], found["source"], found["digest"]) == ("us/model", "us/model", expected.image_digest)
-        np.testing.assert_allclose(found["texts"], expected.texts(["um gato", "SÃ£o JoÃ£o"]), atol=1e-6)
+        np.testing.assert_allclose(found["texts"], expected.embed_texts(["um gato", "SÃ£o JoÃ£o"]), atol=1e-6)
         assert found["heavy"] == []  # it is fetched without torch, too
         requests = len(hub.requests)
         again = run("us/model", **environment)

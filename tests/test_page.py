@@ -27,12 +27,12 @@ from tiny import randomise, tiny_config
 pytest.importorskip("uvicorn", reason="the page needs uvicorn: pip install -e '.[search]'")
 
 from capivara_common.files import write_json
-from capivara_search.estimates import FILE
+from capivara_search.estimates import PROGRESS_FILE
 from capivara_search.index import PictureIndex
 from capivara_search.page import server
-from capivara_search.page.server import Credit, page_server
+from capivara_search.page.server import Credit, create_page_server
 from capivara_search.table import PictureTable
-from capivara_search.words import Words
+from capivara_search.messages import Messages
 from modeling_capivara import CapivaraModel
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def test_the_language_of_the_page(plain_index):
             page = asked.get(query)[2].decode()
             assert f'<html lang="{tag}">' in page and f">{word}</label>" in page and "<built-in" not in page
     with pytest.raises(ValueError, match="language must be one of pt, en, got 'fr'"):
-        page_server(plain_index, language="fr")
+        create_page_server(plain_index, language="fr")
 
 
 def test_a_free_port_is_taken_where_the_usual_one_is_not_free(plain_index, monkeypatch):
@@ -68,14 +68,14 @@ def test_a_free_port_is_taken_where_the_usual_one_is_not_free(plain_index, monke
             assert asked.port != port and asked.get("")[0] == 200
         monkeypatch.setattr(server, "DEFAULT_PORT", 7860)
         with pytest.raises(OSError, match="ddress already in use"):
-            page_server(plain_index, port=port)
+            create_page_server(plain_index, port=port)
 
 
 def test_a_model_that_does_not_fit_the_index_is_said_before_the_page_opens(plain_index, saved_tiny_folder, tmp_path):
     other = shutil.copytree(saved_tiny_folder, tmp_path / "outro")
     randomise(CapivaraModel(tiny_config()), seed=5).save_pretrained(other)
     with pytest.raises(ValueError, match="outro does not fit the index"):
-        page_server(PictureIndex.open(plain_index.where, str(other)), port=0)
+        create_page_server(PictureIndex.open(plain_index.where, str(other)), port=0)
 
 
 def test_the_page_answers_while_the_browser_stays_open(plain_index, tmp_path, monkeypatch):
@@ -88,7 +88,7 @@ def test_the_page_answers_while_the_browser_stays_open(plain_index, tmp_path, mo
     monkeypatch.setenv("BROWSER", f"{sys.executable} {program} {seen} %s")
     monkeypatch.setenv("DISPLAY", ":0")
     monkeypatch.setattr(webbrowser, "_tryorder", None)  # it has read the environment before
-    monkeypatch.setattr(server, "page_server", lambda *given: made.append(page_server(*given)) or made[0])
+    monkeypatch.setattr(server, "create_page_server", lambda *given: made.append(create_page_server(*given)) or made[0])
     visit = threading.Thread(target=server.serve_index, args=(plain_index, "127.0.0.1", 0), daemon=True)
     visit.start()
     for _ in range(200):
@@ -486,7 +486,7 @@ def sees_how_far_an_indexing_is(visitor: Visitor, where: Path) -> None:
     said = {None: "Indexando 120 de 3.400", 41: "falta menos de um minuto", 145: "faltam 2 min", 8500: "faltam 2 h"}
     with PictureTable(where).locked():
         for left_s, text in said.items():
-            write_json(where / FILE, {"done": 120, "total": 3400, "left_s": left_s})
+            write_json(where / PROGRESS_FILE, {"done": 120, "total": 3400, "left_s": left_s})
             visitor.page.get_by_text(text if left_s is None else f"{said[None]}, {text}", exact=True).wait_for()
         assert visitor.page.locator("#progress").evaluate("one => one.value / one.max") == 120 / 3400
     visitor.page.locator("#work").wait_for(state="hidden")
@@ -501,7 +501,7 @@ def comes_from_abroad_with_a_telephone(visitor: Visitor, url: str) -> None:
     assert "lang=en" in page.url and page.evaluate("document.documentElement.lang") == "en"
     visitor.sees("#said", "Most recent first")
     page.set_viewport_size({"width": 390, "height": 664})  # a small one, with the browser's own bars
-    page.evaluate("text => document.querySelector('#note').textContent = text", Words("en")("miniature"))
+    page.evaluate("text => document.querySelector('#note').textContent = text", Messages("en")("miniature"))
     assert page.locator("#results .tile").first.bounding_box()["y"] < 664 / 2
     low = page.locator("#note").bounding_box()["height"]
     page.click("#note")
@@ -531,11 +531,11 @@ def comes_from_abroad_with_a_telephone(visitor: Visitor, url: str) -> None:
 def test_axe_finds_no_serious_fault(width, scheme, trained, collection, tmp_path, monkeypatch):
     """In any state, with the credit of a Space and with the line below which nothing fits."""
     required_packages(AXE)
-    monkeypatch.setattr(PictureIndex, "_line", lambda self, vector: 0.5)
+    monkeypatch.setattr(PictureIndex, "_compute_relevance_threshold", lambda self, vector: 0.5)
     indices = [
         PictureIndex.open(where, str(trained)) for where in (tmp_path / "new", collection.parent / "fotos.lance")
     ]
-    indices[1].line = True
+    indices[1].relevance_threshold = True
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(open_browser(width))
         page, visitor = opened.page, Visitor(opened)

@@ -28,10 +28,10 @@ from uvicorn.server import ServerState
 
 from capivara_common.image_files import BadImage, decode_image
 from capivara_search.page import answers, decoder, guard, server
-from capivara_search.page.guard import HEADERS, MAX_QUESTION_BYTES, MAX_UPLOAD_BYTES, Guard, Refusal
-from capivara_search.page.server import page_server
-from capivara_search.picture_files import on_white
-from capivara_search.table import FOLDER_KEY
+from capivara_search.page.guard import SECURITY_HEADERS, MAX_QUESTION_BYTES, MAX_UPLOAD_BYTES, RequestGuard, RequestRefusedError
+from capivara_search.page.server import create_page_server
+from capivara_search.picture_files import flatten_on_white
+from capivara_search.table import FOLDER_KEY_PREFIX
 
 PICTURE_S = 2
 LONG_BYTES = 30_000_000  # of a download, more than the buffers of its sockets hold
@@ -64,7 +64,7 @@ def index(folder, saved_tiny_folder):
 def page(index):
     with contextlib.ExitStack() as opened:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decoder, "PICTURE_S", PICTURE_S)
+            patch.setattr(decoder, "DECODE_TIMEOUT_S", PICTURE_S)
             asked = opened.enter_context(served(index))
         yield asked
 
@@ -121,7 +121,7 @@ def test_a_row_whose_file_has_become_another_is_not_given_away(folder, saved_tin
     rows = {"gone": made / "azul" / "azul inteiro.png", "other": made / "verde" / "verde inteiro.png"}
     rows |= {"fifo": made / "branco" / "branco inteiro.png", "text": made / "preto" / "preto inteiro.png"}
     row = index._table.rows(index._table.columns().names, f"path = '{rows['gone']}'")
-    index._table.merge(pa.Table.from_pylist([row.to_pylist()[0] | {"path": str(notes)}], row.schema))
+    index._table.upsert(pa.Table.from_pylist([row.to_pylist()[0] | {"path": str(notes)}], row.schema))
     for path in rows.values():
         path.unlink()
     rows["other"].symlink_to(private)
@@ -137,7 +137,7 @@ def test_a_row_whose_file_has_become_another_is_not_given_away(folder, saved_tin
 def test_folders_that_an_index_of_others_names_are_not_opened(folder, saved_tiny_folder, tmp_path, monkeypatch):
     """Its rows may name all pictures of this machine, and its folders "/"."""
     index = made_index(tmp_path / "i.lance", folder, saved_tiny_folder)
-    index._table.note({FOLDER_KEY + "/": ""})
+    index._table.set_metadata({FOLDER_KEY_PREFIX + "/": ""})
     row = str(folder / "azul" / "azul inteiro.png")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))  # as on another machine
     with served(index) as asked:
@@ -207,7 +207,7 @@ def test_on_a_network_a_page_answers_to_its_own_names(index):
         assert asked.ask("search", {}, X_Forwarded_Host="evil.example", Origin="https://evil.example")[0] == 403
     for wrong in ("http://fotos.local", "fotos.local outro.local"):
         with pytest.raises(ValueError, match="--allow-host must be a name"):
-            page_server(index, "0.0.0.0", 0, allow_hosts=[wrong])
+            create_page_server(index, "0.0.0.0", 0, allow_hosts=[wrong])
 
 
 @pytest.mark.slow
@@ -225,10 +225,10 @@ def test_an_answer_that_fails_has_the_headers_too(caplog):
     async def broken(scope, receive, send):
         raise RuntimeError("of the program, not of the visitor")
 
-    answer = TestClient(Guard(broken, ["testserver"], behind_proxy=False)).get("/")
+    answer = TestClient(RequestGuard(broken, ["testserver"], behind_proxy=False)).get("/")
     assert (answer.status_code, answer.json()) == (500, {"error": "failed", "values": {}})
     assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'")
-    assert HEADERS.items() <= {key: answer.headers.get(key) for key in HEADERS}.items()
+    assert SECURITY_HEADERS.items() <= {key: answer.headers.get(key) for key in SECURITY_HEADERS}.items()
     assert "of the program" in caplog.text
 
 
@@ -276,13 +276,13 @@ def test_the_line_of_a_question_is_bounded(page):
 
 
 def test_others_are_answered_while_a_question_is_parsed(page, monkeypatch):
-    begun, released, read = threading.Event(), threading.Event(), server._read
+    begun, released, read = threading.Event(), threading.Event(), server._parse_body
 
     def waiting(body):
         begun.set(), released.wait(5)
         return read(body)
 
-    monkeypatch.setattr(server, "_read", waiting)
+    monkeypatch.setattr(server, "_read_picture_bytes", waiting)
     with ThreadPoolExecutor(1) as threads:
         asked = threads.submit(page.ask, "search", {"text": "azul"})
         assert begun.wait(5)
@@ -294,7 +294,7 @@ def test_others_are_answered_while_a_question_is_parsed(page, monkeypatch):
 
 def test_an_upload_has_a_time(page, monkeypatch):
     """However steadily it comes."""
-    monkeypatch.setattr(guard, "RECEIVE_S", 0.8)
+    monkeypatch.setattr(guard, "BODY_TIMEOUT_S", 0.8)
     with begun(page, b"{}\n" + bytes(150_000), 5_000_000) as sent:
         sent.settimeout(0.1)
         started, line = time.monotonic(), b""
@@ -308,18 +308,18 @@ def test_an_upload_has_a_time(page, monkeypatch):
 @pytest.mark.slow
 def test_slow_visitors_keep_nobody_from_asking(page, monkeypatch):
     """Eight hold all places and send nothing more: who waits too long is told so, and soon they are gone."""
-    monkeypatch.setattr(guard, "RECEIVE_S", 3)
-    monkeypatch.setattr(guard, "PLACE_S", 0.5)
+    monkeypatch.setattr(guard, "BODY_TIMEOUT_S", 3)
+    monkeypatch.setattr(guard, "BODY_SLOT_TIMEOUT_S", 0.5)
     large = png(3) + bytes(MAX_QUESTION_BYTES)  # after its end, a picture may have what it likes
     with contextlib.ExitStack() as slow:
-        for _ in range(guard.UPLOADS_AT_ONCE):
+        for _ in range(guard.MAX_LARGE_BODIES):
             slow.enter_context(begun(page, b"{}\n" + bytes(200_000), 300_000))
         time.sleep(0.5)
         assert page.ask("search", {}, large) == (503, {"error": "busy", "values": {}})
         assert page.ask("search", {"text": "azul"})[0] == page.ask("search", {}, png(3))[0] == 200, (
             "small ones need none"
         )
-        monkeypatch.setattr(guard, "PLACE_S", 10)
+        monkeypatch.setattr(guard, "BODY_SLOT_TIMEOUT_S", 10)
         assert page.ask("search", {}, large)[0] == 200
 
 
@@ -348,7 +348,7 @@ def has_ended(sent: socket.socket) -> bool:
 
 def test_silent_visitors_make_room(page, monkeypatch, capfd):
     """However many hold connections that ask nothing, the next one is answered."""
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (guard.OTHER_DESCRIPTORS + 2 * 20,) * 2)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (guard.RESERVED_DESCRIPTORS + 2 * 20,) * 2)
     with silent(page, 60), silent(page, 60, b"GET / HTTP/1.1\r\nHost: loc") as sockets:
         started = time.monotonic()
         assert page.ask("search", {"text": "azul"})[0] == 200 and time.monotonic() - started < 2
@@ -385,7 +385,7 @@ def first_bytes(sent: socket.socket) -> bytes:
 @pytest.mark.slow
 def test_unread_downloads_make_room(page, folder, monkeypatch):
     """The one that has been unread for the longest time is closed."""
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (guard.OTHER_DESCRIPTORS + 2 * 4,) * 2)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (guard.RESERVED_DESCRIPTORS + 2 * 4,) * 2)
     with contextlib.ExitStack() as stack:
         sockets = []
         for _ in range(4):  # one after another, so that none waits for its turn
@@ -397,15 +397,15 @@ def test_unread_downloads_make_room(page, folder, monkeypatch):
 
 
 def test_downloads_that_wait_for_their_turn_make_room(page, folder, monkeypatch):
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (guard.OTHER_DESCRIPTORS + 2 * 8,) * 2)
-    monkeypatch.setattr(guard, "MAX_ASKED", 4)
-    begun, released, original = threading.Event(), threading.Event(), server.Site._original
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (guard.RESERVED_DESCRIPTORS + 2 * 8,) * 2)
+    monkeypatch.setattr(guard, "MAX_QUEUED_QUESTIONS", 4)
+    begun, released, original = threading.Event(), threading.Event(), server.PageSite._open_original
 
     def waiting(*args):
         begun.set(), released.wait(10)
         return original(*args)
 
-    monkeypatch.setattr(server.Site, "_original", waiting)
+    monkeypatch.setattr(server.PageSite, "_open_original", waiting)
     with unread(page, folder, 8) as sockets:
         assert begun.wait(5)
         time.sleep(0.2)  # the others have asked
@@ -417,7 +417,7 @@ def test_downloads_that_wait_for_their_turn_make_room(page, folder, monkeypatch)
 @pytest.mark.slow
 def test_a_download_that_is_not_read_is_given_up(page, folder, monkeypatch):
     """Who reads slowly is waited for."""
-    monkeypatch.setattr(guard, "READ_S", 1)
+    monkeypatch.setattr(guard, "READ_TIMEOUT_S", 1)
     with unread(page, folder, 2) as (idle, slow):
         number, started = 0, time.monotonic()
         while time.monotonic() - started < 4:
@@ -428,7 +428,7 @@ def test_a_download_that_is_not_read_is_given_up(page, folder, monkeypatch):
 
 def test_a_head_that_does_not_come_is_not_waited_for(page, monkeypatch):
     """Neither of a new connection, nor after an answer, nor where it comes letter by letter."""
-    monkeypatch.setattr(guard, "HEAD_S", 0.4)
+    monkeypatch.setattr(guard, "HEADER_TIMEOUT_S", 0.4)
     asked = b"GET /static/icon.svg HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with silent(page, 2) as new, silent(page, 2, asked) as answered, silent(page, 2, asked + asked[:30]) as begun:
         for _ in range(8):
@@ -465,18 +465,18 @@ def test_every_answer_starts_the_time_for_the_next_head():
         transport.get_write_buffer_size.return_value = 0
         config = Config(app, log_level="error", lifespan="off")
         config.load()
-        connection = guard.Connection(config, ServerState(), {}, loop)
+        connection = guard.LimitedHttpProtocol(config, ServerState(), {}, loop)
         connection.connection_made(transport)
         for asked in (1, 2, 3):
             connection.data_received(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             await loop.skip(0)  # the answer
-            await loop.skip(0.4 * guard.HEAD_S)
+            await loop.skip(0.4 * guard.HEADER_TIMEOUT_S)
             written = b"".join(call.args[0] for call in transport.write.call_args_list)
             assert written.count(b" 204 ") == asked and not transport.abort.called
         connection.data_received(b"GET / HT")
-        await loop.skip(0.4 * guard.HEAD_S)
+        await loop.skip(0.4 * guard.HEADER_TIMEOUT_S)
         assert not transport.abort.called
-        await loop.skip(0.4 * guard.HEAD_S)
+        await loop.skip(0.4 * guard.HEADER_TIMEOUT_S)
         assert transport.abort.called
 
     with asyncio.Runner(loop_factory=SkippingLoop) as runner:
@@ -486,9 +486,9 @@ def test_every_answer_starts_the_time_for_the_next_head():
 @pytest.mark.slow
 def test_the_image_tower_is_loaded_when_the_page_opens(index, monkeypatch):
     """A visitor's picture waits for that, and is not given up for it; words do not wait."""
-    monkeypatch.setattr(guard, "QUERY_S", 2)
+    monkeypatch.setattr(guard, "QUESTION_TIMEOUT_S", 2)
     begun, released = threading.Event(), threading.Event()
-    monkeypatch.setattr(answers.Answers, "prepare_images", lambda self: begun.set() or released.wait(30))
+    monkeypatch.setattr(answers.PageAnswers, "prepare_images", lambda self: begun.set() or released.wait(30))
     with served(index) as asked, ThreadPoolExecutor(1) as threads:
         assert begun.wait(10)
         upload = threads.submit(asked.ask, "search", {}, png(3))
@@ -527,10 +527,10 @@ def test_a_picture_that_takes_too_long_is_given_up(page):
 
 
 def test_the_queue(monkeypatch):
-    monkeypatch.setattr(guard, "QUERY_S", 0.3)
+    monkeypatch.setattr(guard, "QUESTION_TIMEOUT_S", 0.3)
 
     async def visits() -> None:
-        queue, released, running = guard.Queue(), threading.Event(), []
+        queue, released, running = guard.QuestionQueue(), threading.Event(), []
 
         def alone() -> int:
             running.append(1)
@@ -542,12 +542,12 @@ def test_the_queue(monkeypatch):
         assert answers == [1] * 9
         with pytest.raises(ZeroDivisionError):
             await queue.ask(lambda: 1 / 0)
-        for _ in range(guard.MAX_GIVEN_UP):
-            with pytest.raises(Refusal, match="too_slow"):
+        for _ in range(guard.MAX_ABANDONED_THREADS):
+            with pytest.raises(RequestRefusedError, match="too_slow"):
                 await queue.ask(released.wait)
-            if queue._given_up < guard.MAX_GIVEN_UP:
+            if queue._abandoned_count < guard.MAX_ABANDONED_THREADS:
                 assert await queue.ask(lambda: "next") == "next"
-        with pytest.raises(Refusal, match="busy"):
+        with pytest.raises(RequestRefusedError, match="busy"):
             await queue.ask(lambda: "no thread is left")
         released.set()
         await asyncio.sleep(0.2)
@@ -557,10 +557,10 @@ def test_the_queue(monkeypatch):
 
 
 def test_a_queue_has_an_end(monkeypatch):
-    monkeypatch.setattr(guard, "MAX_ASKED", 5)
+    monkeypatch.setattr(guard, "MAX_QUEUED_QUESTIONS", 5)
 
     async def visits() -> None:
-        queue = guard.Queue()
+        queue = guard.QuestionQueue()
         for _ in range(2):
             found = await asyncio.gather(*(queue.ask(lambda: "answered") for _ in range(7)), return_exceptions=True)
             assert found[:5] == ["answered"] * 5
@@ -571,18 +571,18 @@ def test_a_queue_has_an_end(monkeypatch):
 
 @pytest.mark.slow
 def test_the_decoding_process_gives_the_same_image(folder):
-    decode = decoder.Decoder()
+    decode = decoder.DecoderProcess()
     try:
         for mode in ("RGB", "CMYK", "LA", "I;16", "P", "1"):
             kind, image = "JPEG" if mode in ("RGB", "CMYK") else "PNG", made_pictures()[11]
             image = Image.new(mode, (9, 7), 300) if mode == "I;16" else image.convert(mode)
             image.save(file := io.BytesIO(), kind, **({"transparency": 0} if mode == "P" else {}))
-            there, here = decode.image(file.getvalue()), on_white(decode_image({"bytes": file.getvalue()}))
+            there, here = decode.decode(file.getvalue()), flatten_on_white(decode_image({"bytes": file.getvalue()}))
             assert (there.mode, there.size, there.tobytes()) == (here.mode, here.size, here.tobytes())
         os.kill(decode._process.pid, 9)
         with pytest.raises(BadImage, match="broke its reader"):
-            decode.image(file.getvalue())
-        assert decode.image(file.getvalue()).size == (32, 32)
+            decode.decode(file.getvalue())
+        assert decode.decode(file.getvalue()).size == (32, 32)
     finally:
         decode.close()
 
@@ -610,7 +610,7 @@ def test_what_was_checked_is_what_is_sent(saved_tiny_folder, tmp_path, monkeypat
     """The file of a row is swapped for a link to a private picture while it is decoded."""
     made, private = save_folder(tmp_path / "fotos"), tmp_path / "private.png"
     private.write_bytes(png(7) + b"segredo")
-    row, image = made / "azul" / "azul inteiro.png", decoder.Decoder.image
+    row, image = made / "azul" / "azul inteiro.png", decoder.DecoderProcess.decode
     data = row.read_bytes()
 
     def swapped(*args):
@@ -619,7 +619,7 @@ def test_what_was_checked_is_what_is_sent(saved_tiny_folder, tmp_path, monkeypat
         return image(*args)
 
     with served(made_index(tmp_path / "i.lance", made, saved_tiny_folder)) as asked:
-        monkeypatch.setattr(decoder.Decoder, "image", swapped)
+        monkeypatch.setattr(decoder.DecoderProcess, "decode", swapped)
         assert asked.get("download", str(row))[::2] == (200, data) and b"segredo" in row.read_bytes()
         assert asked.get("download", str(row))[0] == 404
 
@@ -627,4 +627,4 @@ def test_what_was_checked_is_what_is_sent(saved_tiny_folder, tmp_path, monkeypat
 def test_connections_are_fewer_where_fewer_files_may_be_open(monkeypatch):
     for limit, most in ((256, 64), (928, 400), (resource.RLIM_INFINITY, 400)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
-        assert guard.most_connections() == most
+        assert guard.connection_limit() == most

@@ -27,15 +27,15 @@ from capivara_common import image_files
 from capivara_common.image_files import EXIF_TRANSPOSES, BadImage, open_regular_file
 from capivara_search import picture_files
 from capivara_search.picture_files import (
-    REDUCED_SIDES,
+    REDUCED_DECODE_FACTOR,
     FileState,
     Picture,
     find_pictures,
     open_query_picture,
-    read_details,
+    read_exif,
     read_picture,
 )
-from capivara_search.words import Words
+from capivara_search.messages import Messages
 from modeling_capivara import CapivaraImageProcessor
 
 SLOW = pytest.mark.slow
@@ -109,7 +109,7 @@ def found(*folders: Path) -> tuple[list[str], dict[str, str]]:
 def reason(path: Path) -> str:
     with pytest.raises(BadImage) as error:
         read_picture(FileState(str(path), 0, 0))
-    assert Words("pt").has(f"reason.{error.value.reason}") and str(path.parent) not in str(error.value)
+    assert Messages("pt").has(f"reason.{error.value.reason}") and str(path.parent) not in str(error.value)
     return str(error.value)
 
 
@@ -171,7 +171,7 @@ def test_links_are_not_followed_but_counted(tmp_path):
         ("lost.jpg", fotos / "nowhere.jpg"),
     ):
         (fotos / link).symlink_to(target)
-    files, left_out = find_pictures([fotos], counts=(counts := {}))
+    files, left_out = find_pictures([fotos], ignored_counts=(counts := {}))
     assert [file.path for file in files] == [str(fotos / "a.jpg"), str(fotos / "year/b.jpg")] and not left_out
     assert counts == {str(fotos): {"hidden": 1, "link": 7}}
 
@@ -236,7 +236,7 @@ def test_every_format(kind, tmp_path):
     if kind == "HEIF":
         pytest.importorskip("pillow_heif")
     file = saved(tmp_path / "a.jpg", corners((400, 300)), kind=kind)  # by what it holds, not by its name
-    picture, whole = read_picture(file, side=64), open_query_picture(file.path)
+    picture, whole = read_picture(file, image_size=64), open_query_picture(file.path)
     assert (picture.width, picture.height) == whole.size == (400, 300) and picture.image.size == (85, 64)
     assert picture.image.mode == whole.mode == "RGB" and as_upright(picture.image) and as_upright(whole)
     thumbnail = PIL.Image.open(io.BytesIO(picture.thumbnail))
@@ -252,7 +252,7 @@ def test_pictures_are_upright(kind, orientation, tmp_path):
     lying = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}.get(orientation)  # the turn that undoes that of EXIF
     image = corners((1212, 900)) if lying is None else corners((1212, 900)).transpose(EXIF_TRANSPOSES[lying])
     file = saved(tmp_path / "a", image, kind=kind, exif=exif_of(orientation).tobytes())
-    picture, whole = read_picture(file, side=32), open_query_picture(file.path)
+    picture, whole = read_picture(file, image_size=32), open_query_picture(file.path)
     assert (picture.width, picture.height) == whole.size == (1212, 900) and picture.image.size == (43, 32)
     assert as_upright(picture.image) and as_upright(whole)
     assert as_upright(PIL.Image.open(io.BytesIO(picture.thumbnail)).convert("RGB"))
@@ -289,7 +289,7 @@ def test_transparent_parts_are_white(tmp_path):
     palette.putpalette([0, 0, 0, 0, 0, 0])
     palette.paste(0, (100, 100, 200, 200))
     for data in (encoded(logo, "PNG"), encoded(logo, "WEBP", lossless=True), encoded(palette, "GIF", transparency=1)):
-        picture = read_picture(saved(tmp_path / "a.png", data), side=150)
+        picture = read_picture(saved(tmp_path / "a.png", data), image_size=150)
         for image in (picture.image, PIL.Image.open(io.BytesIO(picture.thumbnail)).convert("RGB")):
             assert min(image.getpixel((5, 5))) > 245
             assert max(image.getpixel((image.width // 2, image.height // 2))) < 10
@@ -312,7 +312,7 @@ def test_images_are_those_of_the_image_processor(size, tmp_path):
         wanted, got = processor([whole, reduced.image], do_normalize=False).pixel_values.numpy() * 255
         assert whole.tobytes() == PIL.Image.open(file.path).tobytes()
         difference = np.sqrt(np.square(wanted - got).mean())
-        assert difference == 0 if kind == "PNG" or min(size) < 2 * REDUCED_SIDES * 224 else 0 < difference < 0.8
+        assert difference == 0 if kind == "PNG" or min(size) < 2 * REDUCED_DECODE_FACTOR * 224 else 0 < difference < 0.8
 
 
 def test_pictures_of_the_largest_cameras(tmp_path, monkeypatch):
@@ -327,7 +327,7 @@ def test_pictures_of_the_largest_cameras(tmp_path, monkeypatch):
 def waits_for_its_turn(file: FileState) -> Picture:
     """Read a picture that must wait until no other large one is decoded."""
     with ThreadPoolExecutor(1) as threads:
-        with image_files.ONE_AT_A_TIME:
+        with image_files.LARGE_IMAGE_LOCK:
             waiting = threads.submit(read_picture, file)
             time.sleep(0.2)
             assert not waiting.done()
@@ -404,7 +404,7 @@ def test_raw_that_cannot_be_read(tmp_path):
 
 def said(exif: PIL.Image.Exif) -> tuple:
     """When and where, by EXIF data that no file need be able to hold."""
-    return read_details(SimpleNamespace(getexif=lambda: exif))
+    return read_exif(SimpleNamespace(getexif=lambda: exif))
 
 
 def test_when_a_picture_was_taken(tmp_path):

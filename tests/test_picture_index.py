@@ -18,13 +18,13 @@ from tiny import save_model
 from towers import as_published, gemma_like, siglip2
 from transformers import AutoProcessor, SiglipModel
 
-from capivara_search import adding, picture_files, table
+from capivara_search import indexing, picture_files, table
 from capivara_search import folders as known_folders
 from capivara_search import index as index_module
 from capivara_search.index import PictureIndex
 from capivara_search.models import SearchModel, find_model
-from capivara_search.results import LeftOut
-from capivara_search.table import taken_between
+from capivara_search.results import SkippedFile
+from capivara_search.table import date_clauses
 
 
 @pytest.fixture(scope="session")
@@ -70,15 +70,15 @@ def index(tmp_path, folder, models):
 
 def reads(monkeypatch) -> list[str]:
     """The paths whose files are opened from here on."""
-    opened, real = [], adding.read_picture
-    monkeypatch.setattr(adding, "read_picture", lambda file, **more: (opened.append(file.path), real(file, **more))[1])
+    opened, real = [], indexing.read_picture
+    monkeypatch.setattr(indexing, "read_picture", lambda file, **more: (opened.append(file.path), real(file, **more))[1])
     return opened
 
 
 def test_hits_are_those_of_the_model_itself_best_first(known_index, known_folder):
     paths = sorted(str(path) for path in known_folder.rglob("*.png"))
     images = [PIL.Image.open(path).convert("RGB") for path in paths]
-    scores = known_index.model.images(images) @ known_index.model.texts(["um gato"])[0]
+    scores = known_index.model.embed_images(images) @ known_index.model.embed_texts(["um gato"])[0]
     hits = known_index.search("um gato", k=7)
     best = np.argsort(-scores)[:7]
     assert [hit.path for hit in hits] == [paths[i] for i in best]
@@ -90,7 +90,7 @@ def test_hits_are_those_of_the_model_itself_best_first(known_index, known_folder
 
 def test_text_and_picture_are_searched_by_their_mean(known_index, known_folder):
     like = known_folder / "d0" / "p0000.png"
-    text, picture = known_index.model.texts(["um gato"])[0], known_index.vectors([str(like)])[0]
+    text, picture = known_index.model.embed_texts(["um gato"])[0], known_index.vectors([str(like)])[0]
     both = known_index.search("um gato", like=like, k=20)
     expected = known_index.search_vector(text + picture, k=20)
     assert [hit.path for hit in both] == [hit.path for hit in expected]
@@ -104,7 +104,7 @@ def test_a_touched_file_is_compared_by_its_content_and_keeps_its_vector(index, f
     opened = reads(monkeypatch)
     added = index.add(folder)
     assert (added.unchanged, added.embedded, added.changed, opened) == (20, 0, 0, [str(path)])
-    assert index.row(str(path)).modified == datetime.fromtimestamp(1_000_000_000)
+    assert index.get_picture(str(path)).modified == datetime.fromtimestamp(1_000_000_000)
     assert index.add(folder).unchanged == 20
     assert len(opened) == 1
 
@@ -119,28 +119,28 @@ def test_moved_copied_changed_vanished_and_broken_files(index, folder):
     added = index.add(folder)
     counts = (added.moved, added.new, added.changed, added.removed, added.embedded, added.unchanged)
     assert counts == (1, 1, 1, 2, 1, 16)
-    assert [one.path for one in added.left_out] == [str(folder / "d4" / "p0004.png")]
-    assert added.left_out[0].reason
+    assert [one.path for one in added.skipped_files] == [str(folder / "d4" / "p0004.png")]
+    assert added.skipped_files[0].reason
     np.testing.assert_array_equal(index.vectors([str(folder / "novo.png")]), vector)
     gone = [folder / "d0" / "p0000.png", folder / "d3" / "p0003.png", folder / "d4" / "p0004.png"]
-    assert [index.row(str(path)) for path in gone] == [None] * 3
+    assert [index.get_picture(str(path)) for path in gone] == [None] * 3
     assert len(index) == 19
 
 
 def test_a_broken_file_is_listed_again_without_being_read_and_found_when_mended(index, folder, monkeypatch):
     broken = folder / "d0" / "quebrada.jpg"
     broken.write_bytes(b"no picture")
-    first = index.add(folder).left_out
+    first = index.add(folder).skipped_files
     opened = reads(monkeypatch)
-    assert index.add(folder).left_out == first == index.status().left_out
+    assert index.add(folder).skipped_files == first == index.status().skipped_files
     assert opened == []
     PIL.Image.new("RGB", (50, 50), "red").save(broken)
     added = index.add(folder)
-    assert (added.new, added.left_out, index.status().left_out) == (1, [], [])
+    assert (added.new, added.skipped_files, index.status().skipped_files) == (1, [], [])
     broken.write_bytes(b"again")
-    assert len(index.add(folder).left_out) == 1
+    assert len(index.add(folder).skipped_files) == 1
     broken.unlink()
-    assert index.add(folder).left_out == []
+    assert index.add(folder).skipped_files == []
 
 
 def test_a_copy_within_one_run_is_embedded_once(tmp_path, folder, models):
@@ -213,10 +213,10 @@ def test_another_image_side_is_refused_in_search_and_embeds_all_again(
     with caplog.at_level(logging.INFO, "capivara"):
         added = other.add(folder)
     assert f"24 pictures of the index were embedded by another model; {name} now embeds 20 of them" in caplog.text
-    assert (added.embedded, added.again, added.new, added.changed, added.moved) == (20, 20, 0, 0, 0)
+    assert (added.embedded, added.reembedded, added.new, added.changed, added.moved) == (20, 20, 0, 0, 0)
     caplog.clear()
     assert other.add(folder).unchanged == 20 and "another model" not in caplog.text, "it is said once"
-    assert (added := other.add()).again == 4 and added.unchanged == 20
+    assert (added := other.add()).reembedded == 4 and added.unchanged == 20
     fresh = PictureIndex.open(tmp_path / "fresh.lance", model=models[name])
     fresh.add(folder, folder.with_name("outras"))
     assert rows_of(other) == rows_of(fresh)
@@ -296,7 +296,7 @@ def test_while_embedded_by_two_models_only_the_rows_of_the_querys_model_are_foun
         if done >= 8:
             raise Stopped
 
-    monkeypatch.setattr(adding, "COMMIT_ROWS", 4)
+    monkeypatch.setattr(indexing, "COMMIT_ROWS", 4)
     with pytest.raises(Stopped):
         other.add(folder, batch_size=4, on_progress=stop)
     newer = len(other.search("um gato", k=50))
@@ -321,7 +321,7 @@ def test_classification_uses_kept_vectors_reads_others_and_can_say_none(
     assert [(one.path, one.label) for one in fresh] == [(one.path, one.label) for one in kept]
     assert not (tmp_path / "none.lance").exists()
     assert all(abs(sum(one.shares.values()) - 1) < 1e-5 for one in kept)
-    texts = known_index.model.texts([*(f"uma imagem de {label}" for label in labels), "uma imagem"])
+    texts = known_index.model.embed_texts([*(f"uma imagem de {label}" for label in labels), "uma imagem"])
     scores = known_index.vectors([one.path for one in kept]) @ texts.T
     expected = [[*labels, None][best] for best in scores.argmax(axis=1)]
     assert [one.label for one in kept] == expected
@@ -346,13 +346,13 @@ def test_what_can_not_even_be_looked_at_is_listed_and_its_rows_stay(index, folde
     os.mkfifo(folder / "pipe.jpg")
     added = index.add(folder)
     assert (added.moved, added.removed) == (4, 0)
-    assert [os.path.basename(one.path) for one in added.left_out] == ["pipe.jpg"]
-    assert index.status().left_out == added.left_out
+    assert [os.path.basename(one.path) for one in added.skipped_files] == ["pipe.jpg"]
+    assert index.status().skipped_files == added.skipped_files
     version = index.version()
-    assert index.add(folder).left_out == added.left_out
+    assert index.add(folder).skipped_files == added.skipped_files
     assert index.version() == version
     (folder / "pipe.jpg").unlink()
-    assert index.add(folder).left_out == index.status().left_out == []
+    assert index.add(folder).skipped_files == index.status().skipped_files == []
 
 
 def test_only_some_paths_are_brought_up_to_date(index, folder, models, tmp_path, monkeypatch):
@@ -367,16 +367,16 @@ def test_only_some_paths_are_brought_up_to_date(index, folder, models, tmp_path,
     broken.write_bytes(b"no picture")
     opened = reads(monkeypatch)
     paths = [new, new.with_name(".hidden.png"), broken, folder / "d0", moved, folder / "not a folder"]
-    added = index.add(folder, only=list(map(str, paths)))
+    added = index.add(folder, only_paths=list(map(str, paths)))
     assert (added.new, added.moved, added.changed, added.removed, added.embedded) == (1, 4, 0, 0, 1)
-    assert [one.path for one in added.left_out] == [str(broken)]
+    assert [one.path for one in added.skipped_files] == [str(broken)]
     assert sorted(opened) == sorted(map(str, [new, broken, *moved.iterdir()]))
-    assert index.row(str(gone)) and not index.row(str(other)), "nobody has asked about these"
-    assert len(index.status().left_out) == 1 and index.folders() == {str(folder): 21}
-    added = index.add(folder, only=[str(gone), str(broken)])
-    assert (added.removed, [one.path for one in added.left_out]) == (1, [str(broken)])
+    assert index.get_picture(str(gone)) and not index.get_picture(str(other)), "nobody has asked about these"
+    assert len(index.status().skipped_files) == 1 and index.folders() == {str(folder): 21}
+    added = index.add(folder, only_paths=[str(gone), str(broken)])
+    assert (added.removed, [one.path for one in added.skipped_files]) == (1, [str(broken)])
     broken.unlink()
-    assert not index.add(folder, only=[str(broken)]).left_out and not index.status().left_out
+    assert not index.add(folder, only_paths=[str(broken)]).skipped_files and not index.status().skipped_files
     added = index.add(folder)
     assert (added.new, added.embedded, added.unchanged) == (1, 0, 20), "it has the content of another one"
     whole = PictureIndex.open(tmp_path / "whole.lance", model=models["base"])
@@ -387,7 +387,7 @@ def test_only_some_paths_are_brought_up_to_date(index, folder, models, tmp_path,
 @pytest.mark.parametrize("number", [480, 6000])
 def test_many_paths_are_asked_about_at_once(index, folder, number):
     paths = [*folder.rglob("*.png"), *(folder / f"none{n}" for n in range(number))]
-    added = index.add(folder, only=list(map(str, paths)))
+    added = index.add(folder, only_paths=list(map(str, paths)))
     assert (added.unchanged, added.removed, len(index)) == (20, 0, 20)
 
 
@@ -396,10 +396,10 @@ def test_a_folder_all_of_whose_pictures_are_gone_keeps_its_rows_when_asked_about
     folder.rename(folder.with_name("away"))
     folder.mkdir()
     with pytest.raises(ValueError, match="keeps its 20 pictures"):
-        index.add(folder, only=paths)
+        index.add(folder, only_paths=paths)
     assert len(index) == 20
     make_pictures(folder, 1, seed=9)
-    assert index.add(folder, only=paths).removed == 19
+    assert index.add(folder, only_paths=paths).removed == 19
 
 
 def test_ctrl_c_keeps_what_was_embedded(tmp_path, folder, models):
@@ -411,7 +411,7 @@ def test_ctrl_c_keeps_what_was_embedded(tmp_path, folder, models):
     with pytest.raises(KeyboardInterrupt):
         index.add(folder, batch_size=4, on_progress=interrupt)
     assert len(index) == 12
-    assert index.status().folders == {str(folder): 12} and index.asked_folders(), "the page opens originals meanwhile"
+    assert index.status().folders == {str(folder): 12} and index.requested_folders(), "the page opens originals meanwhile"
     assert index.add().embedded == 8
 
 
@@ -427,9 +427,9 @@ def test_the_place_of_the_index_is_the_users(tmp_path, monkeypatch):
 def test_the_approximate_index_is_built_by_add_and_finds_what_the_exact_search_finds(
     tmp_path, models, monkeypatch, folder
 ):
-    monkeypatch.setattr(table, "EXACT_ROWS", 300), monkeypatch.setattr(index_module, "HELD_ROWS", 100)
-    monkeypatch.setattr(table, "UNINDEXED_ROWS", 50)
-    monkeypatch.setattr(adding, "COMMIT_ROWS", 100)
+    monkeypatch.setattr(table, "MAX_EXACT_ROWS", 300), monkeypatch.setattr(index_module, "MAX_CACHED_ROWS", 100)
+    monkeypatch.setattr(table, "MAX_UNINDEXED_ROWS", 50)
+    monkeypatch.setattr(indexing, "COMMIT_ROWS", 100)
     index = PictureIndex.open(tmp_path / "many.lance", model=find_model(models["base"]))
     many = tmp_path / "many"
     make_pictures(many, 400)
@@ -452,7 +452,7 @@ def test_the_approximate_index_is_built_by_add_and_finds_what_the_exact_search_f
 
 
 def test_the_approximate_index_is_trained_again_when_the_rows_have_doubled(tmp_path, monkeypatch):
-    monkeypatch.setattr(table, "EXACT_ROWS", 200)
+    monkeypatch.setattr(table, "MAX_EXACT_ROWS", 200)
     pictures, vectors = table.PictureTable(tmp_path / "i.lance"), np.random.default_rng(0).normal(size=(600, 16))
     pictures.create(16)
     same = {"size": 1, "mtime_ns": 1, "width": 1, "height": 1, "model": "m"}
@@ -461,15 +461,15 @@ def test_the_approximate_index_is_trained_again_when_the_rows_have_doubled(tmp_p
             same | {"path": f"/{i}.png", "digest": f"{i}", "vector_16": vectors[i].astype(np.float16)}
             for i in range(pictures.count(), rows)
         ]
-        pictures.merge(pa.Table.from_pylist(added, table.schema(16)))
-        pictures.tidy(16)
+        pictures.upsert(pa.Table.from_pylist(added, table.schema(16)))
+        pictures.optimize(16)
         index = pictures.indices().get("vector_16")
         assert (index and index.num_indexed_rows) == trained
 
 
 @pytest.mark.parametrize("day", [date.min, date.max])
 def test_a_day_that_no_clock_of_a_file_has_is_compared_all_the_same(day):
-    assert len(taken_between(day, day)) == 2
+    assert len(date_clauses(day, day)) == 2
 
 
 def test_what_is_forgotten_leaves_no_thumbnail_on_the_disk(index, folder):
@@ -489,11 +489,11 @@ def test_a_file_that_could_not_be_opened_is_tried_again_and_keeps_its_row(index,
         return opened(path, *options)
 
     monkeypatch.setattr(picture_files, "open_regular_file", fails)
-    left_out = [LeftOut(str(chosen), "read error", "the disk: no")]
-    assert index.add(folder).left_out == index.status().left_out == left_out
-    assert index.row(str(chosen)) is not None
+    left_out = [SkippedFile(str(chosen), "read error", "the disk: no")]
+    assert index.add(folder).skipped_files == index.status().skipped_files == left_out
+    assert index.get_picture(str(chosen)) is not None
     monkeypatch.undo()
-    assert index.add(folder).left_out == []
+    assert index.add(folder).skipped_files == []
 
 
 # --- What is left out, and where folders lie --------------------------------------------------------------------------
@@ -503,8 +503,8 @@ def test_what_is_forgotten_stays_out_until_it_is_included(index, folder):
     chosen, other = folder / "d1", folder / "d2" / "p0002.png"
     assert (index.forget(chosen), index.forget(other)) == (4, 1)
     added = index.add(folder)
-    assert (added.new, added.embedded, added.skipped, len(index)) == (0, 0, {"forgotten": 2}, 15)
-    assert index.status().forgotten == [str(chosen), str(other)] and index.status().skipped == {"forgotten": 2}
+    assert (added.new, added.embedded, added.ignored_counts, len(index)) == (0, 0, {"forgotten": 2}, 15)
+    assert index.status().forgotten == [str(chosen), str(other)] and index.status().ignored_counts == {"forgotten": 2}
     assert (index.add(include=[other]).new, index.status().forgotten) == (1, [str(chosen)])
     assert index.folders_to_add(include=[folder.parent]) == {folder: str(folder)}, (
         "what was not forgotten itself is no new folder"
@@ -526,7 +526,7 @@ def test_a_forgotten_folder_is_refused_by_its_name_and_comes_back_when_it_is_inc
 def test_patterns_are_kept_with_the_index_and_take_out_what_it_has(index, folder, models):
     (folder / "filme.MP4").write_bytes(b"x")
     added = index.add(folder, exclude=["d1/", "*2.png"])
-    assert (added.removed, added.moved, added.skipped) == (6, 0, {"excluded": 3, "video": 1})
+    assert (added.removed, added.moved, added.ignored_counts) == (6, 0, {"excluded": 3, "video": 1})
     again = PictureIndex.open(index.where, model=models["base"])
     assert (again.add(folder).unchanged, again.status().exclude, len(again)) == (14, ["d1/", "*2.png"], 14)
     assert again.add(folder, include=["*2.png"]).new == 2
@@ -583,15 +583,15 @@ def test_a_moved_index_opens_its_pictures_again_without_reading_one(tmp_path, mo
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of another machine"))
     moved = PictureIndex.open(shutil.move(tmp_path / "i.lance", tmp_path / "j.lance"), model=models["base"])
     opened = reads(monkeypatch)
-    assert moved.asked_folders() == {} and moved.move(old, new) == (10, 9)
+    assert moved.requested_folders() == {} and moved.move(old, new) == (10, 9)
     after = {path: row[1:] for path, row in rows_of(moved).items() if path.startswith(f"{new}/")}
     assert after == {str(new) + path.removeprefix(str(old)): row for path, row in before.items()}
     assert moved.folders() == {str(new): 10, str(old.with_name("Fotos2")): 2}
-    assert moved.asked_folders() == {str(new): str(new)}, "that of the other folder is not this machine's"
+    assert moved.requested_folders() == {str(new): str(new)}, "that of the other folder is not this machine's"
     status = moved.status()
-    assert (status.forgotten, status.left_out[0].path) == ([str(new / "d3")], str(new / "quebrada.jpg"))
+    assert (status.forgotten, status.skipped_files[0].path) == ([str(new / "d3")], str(new / "quebrada.jpg"))
     added = moved.add()
-    assert (added.unchanged, added.removed, added.new, len(added.left_out), opened) == (9, 1, 0, 1, [])
+    assert (added.unchanged, added.removed, added.new, len(added.skipped_files), opened) == (9, 1, 0, 1, [])
 
 
 @pytest.mark.parametrize("step", ["note_rules", "note_asked", "_move_rows"])
@@ -609,9 +609,9 @@ def test_an_interrupted_move_goes_on(index, folder, tmp_path, monkeypatch, step)
     with pytest.raises(KeyboardInterrupt):
         index.move(folder, new)
     index.move(folder, new)
-    assert (index.folders(), index.asked_folders()) == ({str(new): 20}, {str(new): str(new)})
+    assert (index.folders(), index.requested_folders()) == ({str(new): 20}, {str(new): str(new)})
     added = index.add()
-    assert (added.unchanged, added.embedded, len(added.left_out)) == (20, 0, 1)
+    assert (added.unchanged, added.embedded, len(added.skipped_files)) == (20, 0, 1)
 
 
 def test_a_part_of_a_folder_moves_and_rows_that_are_there_already_stay(index, folder, tmp_path):
@@ -622,7 +622,7 @@ def test_a_part_of_a_folder_moves_and_rows_that_are_there_already_stay(index, fo
     (folder / "d1").rename(tmp_path / "d1")
     assert index.move(folder / "d1", tmp_path / "d1") == (4, 4)
     assert index.folders() == {str(folder): 12, str(new): 4, str(tmp_path / "d1"): 4}
-    assert index.add().unchanged == 20 and set(index.asked_folders()) == set(index.folders())
+    assert index.add().unchanged == 20 and set(index.requested_folders()) == set(index.folders())
 
 
 def test_a_move_that_can_not_be_meant_changes_nothing(index, folder, tmp_path):
@@ -644,9 +644,9 @@ def test_a_move_gives_the_page_nothing_outside_of_the_new_folder(index, folder, 
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of another machine"))
     new = shutil.copytree(folder, tmp_path / "novo")
     (new / "link").symlink_to("/etc")
-    index._table.note({adding.FOLDER_KEY + f"{folder}/../..": "", adding.FOLDER_KEY + f"{folder}/link": ""})
+    index._table.set_metadata({indexing.FOLDER_KEY_PREFIX + f"{folder}/../..": "", indexing.FOLDER_KEY_PREFIX + f"{folder}/link": ""})
     index.move(folder, new)
-    assert index.asked_folders() == {str(new): str(new)}
+    assert index.requested_folders() == {str(new): str(new)}
 
 
 # --- What others do ---------------------------------------------------------------------------------------------------
@@ -656,7 +656,7 @@ def test_a_file_that_becomes_a_link_while_indexing_is_not_read(tmp_path, models,
     """It was seen in its folder, and a moment later it leads to a picture of somebody else's."""
     make_pictures(tmp_path / "private", 1, seed=9)
     private, chosen = next((tmp_path / "private").rglob("*.png")), sorted(folder.rglob("*.png"))[3]
-    plan = adding.make_plan
+    plan = indexing.make_plan
 
     def planned_then_swapped(*args, **more):
         made = plan(*args, **more)
@@ -664,11 +664,11 @@ def test_a_file_that_becomes_a_link_while_indexing_is_not_read(tmp_path, models,
         chosen.symlink_to(private)
         return made
 
-    monkeypatch.setattr(adding, "make_plan", planned_then_swapped)
+    monkeypatch.setattr(indexing, "make_plan", planned_then_swapped)
     index = PictureIndex.open(tmp_path / "i.lance", model=models["base"])
-    [left] = index.add(folder).left_out
+    [left] = index.add(folder).skipped_files
     assert left.path == str(chosen) and left.reason.startswith("link out of the folder")
-    assert len(index) == 19 and index.row(str(chosen)) is None
+    assert len(index) == 19 and index.get_picture(str(chosen)) is None
 
 
 def swap_before(patch, owner: object, name: str, folder: Path, private: Path) -> None:
@@ -686,8 +686,8 @@ def swap_before(patch, owner: object, name: str, folder: Path, private: Path) ->
 
 @pytest.mark.parametrize(
     ("owner", "step"),
-    [(PictureIndex, "add"), (known_folders, "kept_rules"), (adding, "make_plan"), (adding, "note_asked"),
-     (adding, "read_picture"), (picture_files, "_Walk")],
+    [(PictureIndex, "add"), (known_folders, "kept_rules"), (indexing, "make_plan"), (indexing, "note_asked"),
+     (indexing, "read_picture"), (picture_files, "_Walk")],
 )  # fmt: skip
 def test_a_known_folder_that_is_swapped_for_a_link_meanwhile_is_not_read(
     owner, step, index, folder, tmp_path, monkeypatch
@@ -695,11 +695,11 @@ def test_a_known_folder_that_is_swapped_for_a_link_meanwhile_is_not_read(
     """`capivara index` without names: the folder was checked, and a moment later it leads to somebody else's."""
     make_pictures(tmp_path / "private", 3, seed=9)
     private = {path.read_bytes() for path in (tmp_path / "private").rglob("*.png")}
-    asked = index.asked_folders()
+    asked = index.requested_folders()
     new = make_pictures(folder / "new", 1, seed=7)
     before, opened = len(index), []
-    contents = picture_files.contents
-    monkeypatch.setattr(picture_files, "contents", lambda file: opened.append(contents(file)) or opened[-1])
+    contents = picture_files.read_bounded
+    monkeypatch.setattr(picture_files, "read_bounded", lambda file: opened.append(contents(file)) or opened[-1])
     with monkeypatch.context() as patch:
         folders = index.folders_to_add()
         swap_before(patch, owner, step, folder, tmp_path / "private")
@@ -708,26 +708,26 @@ def test_a_known_folder_that_is_swapped_for_a_link_meanwhile_is_not_read(
         except ValueError as error:
             assert error.code == "folder_swapped" and str(folder) in str(error)
     assert folder.is_symlink() and private.isdisjoint(opened)
-    assert index.asked_folders() == asked == {str(folder): str(folder)} and len(index) in (before, before + len(new))
+    assert index.requested_folders() == asked == {str(folder): str(folder)} and len(index) in (before, before + len(new))
     with pytest.raises(ValueError, match="No folder was named"):
         index.add()
     assert index.add(folder).embedded == 3, "who names it means it"
-    assert index.asked_folders() == {str(folder): str(tmp_path / "private")}
+    assert index.requested_folders() == {str(folder): str(tmp_path / "private")}
 
 
 def test_the_folders_that_an_index_of_others_names_are_not_read(tmp_path, models, folder, index, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of another machine"))
-    index._table.note({adding.FOLDER_KEY + "/": ""})
+    index._table.set_metadata({indexing.FOLDER_KEY_PREFIX + "/": ""})
     make_pictures(tmp_path / "own", 3, seed=5)
-    assert index.asked_folders() == {}
+    assert index.requested_folders() == {}
     with pytest.raises(ValueError, match="none was added on this machine before"):
         index.add()
     other = PictureIndex.open(index.where, model=models["image"])
     opened = reads(monkeypatch)
     assert other.add(tmp_path / "own").new == 3
     assert opened and all(path.startswith(str(tmp_path / "own")) for path in opened)
-    assert other.asked_folders() == {str(tmp_path / "own"): str(tmp_path / "own")}
-    assert other.add(folder).embedded > 0 and set(other.asked_folders()) == {str(tmp_path / "own"), str(folder)}
+    assert other.requested_folders() == {str(tmp_path / "own"): str(tmp_path / "own")}
+    assert other.add(folder).embedded > 0 and set(other.requested_folders()) == {str(tmp_path / "own"), str(folder)}
     assert other.add().unchanged == 23
 
 
@@ -735,9 +735,9 @@ def test_rows_of_a_folder_that_can_not_be_read_stay(index, folder, monkeypatch):
     """An unmounted disk, say: what was there is not taken for gone."""
     index.add(folder)
     rows = len(index)
-    found, unseen = adding.find_pictures([folder])
+    found, unseen = indexing.find_pictures([folder])
     closed = str(folder / "d0")
     seen = [file for file in found if not file.path.startswith(closed)]
-    left_out = [*unseen, LeftOut(closed, "no permission", "it may not be read")]
-    monkeypatch.setattr(adding, "find_pictures", lambda *_: (seen, left_out))
+    left_out = [*unseen, SkippedFile(closed, "no permission", "it may not be read")]
+    monkeypatch.setattr(indexing, "find_pictures", lambda *_: (seen, left_out))
     assert len(seen) < len(found) and index.add(folder).removed == 0 and len(index) == rows

@@ -7,7 +7,7 @@ from contextlib import closing
 
 import PIL.Image
 
-from capivara_search.adding import read_ahead
+from capivara_search.indexing import prefetch_pictures
 from capivara_search.picture_files import FileState, Picture
 
 SIDE = 10
@@ -31,7 +31,7 @@ def test_all_pictures_come_in_order_and_the_first_batch_is_small():
             raise ValueError(str(file.size))
         return picture(file)
 
-    batches = list(read_ahead(files(100), read, 8))
+    batches = list(prefetch_pictures(files(100), read, 8))
     got = [(file, found) for batch in batches for file, found in batch]
     assert [file for file, _ in got] == files(100)
     assert all(isinstance(found, ValueError) == (file.size % 7 == 3) for file, found in got)
@@ -47,7 +47,7 @@ def test_no_more_wait_than_two_batches():
             most[0] = max(most[0], held[0])
         return picture(file)
 
-    for batch in read_ahead(files(60), read, 8):
+    for batch in prefetch_pictures(files(60), read, 8):
         time.sleep(0.005)  # the model computes, and the threads go on
         with lock:
             held[0] -= len(batch)
@@ -56,6 +56,6 @@ def test_no_more_wait_than_two_batches():
 
 def test_leaving_early_ends_the_threads():
     before = threading.active_count()
-    with closing(read_ahead(files(1000), picture, 4)) as batches:
+    with closing(prefetch_pictures(files(1000), picture, 4)) as batches:
         next(batches)
     assert threading.active_count() == before

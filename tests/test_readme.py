@@ -14,7 +14,7 @@ from parsed_command import parsed
 from PIL import Image
 
 from benchmarks import readme
-from capivara_search.words import COMMANDS
+from capivara_search.messages import COMMAND_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "LEIAME.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
@@ -228,7 +228,7 @@ TRANSLATIONS |= {"docs/your_language.md": "docs/seu_idioma.md"}
 ENGLISH = {  # in code: what a reader fills in, flags with two names, and the names of commands
     **{"ARQUIVO": "FILE", "MODELO": "MODEL", "NOME": "NAME", "PASTA": "FOLDER", "meu_modelo": "mine"},
     **{"--mais": "--more", "--menos": "--less"},
-    **{portuguese: english for english, portuguese in COMMANDS.items()},
+    **{portuguese: english for english, portuguese in COMMAND_NAMES.items()},
 }
 OTHER_PAGE = {Path(name).name: Path(other).name for name, other in TRANSLATIONS.items()}
 OTHER_PAGE |= {other: name for name, other in OTHER_PAGE.items()}
@@ -266,7 +266,7 @@ def parts(text: str, swap: bool) -> dict[str, list]:
 def test_the_portuguese_guides_name_commands_in_portuguese():
     for page in ("LEIAME.md", "docs/busca.md"):
         named = re.findall(r"(?<=capivara )\w+|--more|--less", " ".join(TEXTS[page].split()))
-        assert not {"--more", "--less", *COMMANDS} & set(named), page
+        assert not {"--more", "--less", *COMMAND_NAMES} & set(named), page
 
 
 @pytest.mark.parametrize("page", TRANSLATIONS)

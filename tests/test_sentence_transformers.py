@@ -13,7 +13,7 @@ from PIL import Image
 from test_readme import code_with
 from towers import MAKERS, as_published, gemma_like, siglip2
 
-from capivara_search.miniature import miniature_folder
+from capivara_search.miniature import get_miniature_folder
 from eval.retrieval import RetrievalArguments, evaluate
 from examples.openmoji.concepts import concept_rows, split_concepts
 from examples.openmoji.dataset import render_png
@@ -235,7 +235,7 @@ def test_mteb_measures_an_export_as_we_do(kind, tmp_path, monkeypatch):
         siglip2(tmp_path / "model", gemma_like(captions, 500))
         export(tmp_path / "model", tmp_path / "repository", ["transformers", "sentence_transformers"])
     else:
-        for path in miniature_folder().iterdir():  # a model that finds things
+        for path in get_miniature_folder().iterdir():  # a model that finds things
             (tmp_path / "repository").mkdir(exist_ok=True)
             (tmp_path / "repository" / path.name).symlink_to(path)
         write_sentence_transformers(tmp_path / "repository", load_processor(tmp_path / "repository"))

@@ -8,7 +8,7 @@ import pytest
 from click.shell_completion import BashComplete
 
 from capivara_search.command import capivara, main
-from capivara_search.words import COMMANDS, Words
+from capivara_search.messages import COMMAND_NAMES, Messages
 
 COMPLETE = "_CAPIVARA_COMPLETE"
 SHELLS = ("bash", "zsh", "fish")
@@ -16,7 +16,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 def offered(*words: str) -> set[str]:
     """What fits the last of some words."""
-    complete = BashComplete(capivara, {"obj": Words("en")}, "capivara", COMPLETE)
+    complete = BashComplete(capivara, {"obj": Messages("en")}, "capivara", COMPLETE)
     return {
         item.value if item.type == "plain" else item.type
         for item in complete.get_completions(list(words[:-1]), words[-1])
@@ -24,7 +24,7 @@ def offered(*words: str) -> set[str]:
 
 
 def test_commands_flags_and_choices_are_offered():
-    assert offered("") == {*COMMANDS, *COMMANDS.values()}
+    assert offered("") == {*COMMAND_NAMES, *COMMAND_NAMES.values()}
     assert offered("s") == {"search", "seguir", "status"}
     assert {"--lang", "--version"} <= offered("--")
     assert offered("buscar", "um", "gato", "--thr") == set() and offered("duplicates", "--thr") == {"--threshold"}

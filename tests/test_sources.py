@@ -269,7 +269,7 @@ def test_a_line_of_a_list_that_does_not_end_is_not_read(tmp_path, line):
 @pytest.mark.parametrize("encoding", ["RLE_DICTIONARY", "DELTA_BYTE_ARRAY"])
 def test_a_parquet_file_that_expands_is_not_copied_to_the_cache(tmp_path, encoding, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(sources, "SMALL_TABLE_BYTES", 1_000_000)
+    monkeypatch.setattr(sources, "UNLIMITED_EXPANSION_BYTES", 1_000_000)
     (tmp_path / "data").mkdir()
     path, table = (
         tmp_path / "data" / "train.parquet",
@@ -282,7 +282,7 @@ def test_a_parquet_file_that_expands_is_not_copied_to_the_cache(tmp_path, encodi
     with pytest.raises(ValueError, match=r"train\.parquet expands too much: .* 100 times their size, or 1 MB"):
         open_split(str(tmp_path / "data"), "train", "image")
     assert not list((tmp_path / "cache").rglob("*.arrow"))
-    monkeypatch.setattr(sources, "MAX_EXPANSION", 10_000)
+    monkeypatch.setattr(sources, "MAX_PARQUET_EXPANSION", 10_000)
     split = open_split(str(tmp_path / "data"), "train", "image")
     assert (
         len(split) == 150

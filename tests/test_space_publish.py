@@ -41,9 +41,9 @@ def flags(tiny_folder, tmp_path):
 
 def test_whose_pictures_they_are(flags, tmp_path):
     credit = credit_of(tmp_path / "areas")
-    assert (credit.name, credit.licence, credit.attribution) == ("Áreas", "cc-by-sa-4.0", "Made here")
+    assert (credit.name, credit.license, credit.attribution) == ("Áreas", "cc-by-sa-4.0", "Made here")
     (tmp_path / "areas" / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")  # no YAML
-    assert (credit_of(tmp_path / "areas").name, credit_of(tmp_path / "areas").licence) == ("areas", "")
+    assert (credit_of(tmp_path / "areas").name, credit_of(tmp_path / "areas").license) == ("areas", "")
 
 
 def test_a_published_index_names_no_place(saved_tiny_folder, tmp_path):
@@ -53,11 +53,11 @@ def test_a_published_index_names_no_place(saved_tiny_folder, tmp_path):
     exif.get_ifd(0x8825).update({1: "S", 2: (12.0, 58.0, 15.0), 3: "W", 4: (38.0, 30.0, 36.0)})
     made_pictures.made_pictures()[3].resize((300, 300)).save(folder / "casa.jpg", exif=exif)
     index = made_index(tmp_path / "i.lance", folder, saved_tiny_folder)
-    assert index.row(str(folder / "casa.jpg")).latitude is not None, "nowhere to hide would prove nothing"
+    assert index.get_picture(str(folder / "casa.jpg")).latitude is not None, "nowhere to hide would prove nothing"
     assert publish_index(index, tmp_path / "public.lance", "models/mine") == 31
     copy = PictureIndex.open(tmp_path / "public.lance", str(saved_tiny_folder))
     assert copy.folders() == {"/fotos": 31} and copy.newest(1)[0].path == "/fotos/casa.jpg"
-    shown = copy.row("/fotos/casa.jpg")
+    shown = copy.get_picture("/fotos/casa.jpg")
     assert (shown.latitude, shown.longitude) == (None, None) and shown.taken and len(copy.thumbnail("/fotos/casa.jpg"))
     assert [hit.path for hit in copy.search("um gato", k=9)] == [
         "/fotos/" + os.path.relpath(hit.path, folder) for hit in index.search("um gato", k=9)

@@ -17,7 +17,7 @@ from PIL import Image
 pytest.importorskip("uvicorn", reason="hub_upload.space needs uvicorn: pip install -e '.[app]'")
 
 from capivara_search.index import PictureIndex
-from capivara_search.miniature import miniature_folder
+from capivara_search.miniature import get_miniature_folder
 from capivara_search.page import server
 from examples.openmoji.concepts import concept_rows
 from examples.openmoji.dataset import render_png
@@ -70,7 +70,7 @@ def library() -> Path:
 def page(library, tmp_path_factory) -> Path:
     """The folder of the page of the miniature."""
     folder = tmp_path_factory.mktemp("static") / "page"
-    main(["--model", str(miniature_folder()), "--static", str(folder), "--library", str(library)])
+    main(["--model", str(get_miniature_folder()), "--static", str(folder), "--library", str(library)])
     return folder
 
 
@@ -79,7 +79,7 @@ def test_the_folder(page, library, tmp_path):
     known = json.loads(re.search(r'id="words">(.*?)</script>', (page / "index.html").read_text("utf-8"))[1])
     folder = page / "model" / known["own_model"]["id"]
     assert known["own_model"]["side"] == 224
-    scripts = {path.name for path in (server.FOLDER / "static").iterdir()}
+    scripts = {path.name for path in (server.PAGE_FOLDER / "static").iterdir()}
     assert {path.name for path in (page / "static").iterdir()} == scripts
     assert (page / "static" / "source.js").read_bytes() == SOURCE.read_bytes()
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
@@ -91,7 +91,7 @@ def test_the_folder(page, library, tmp_path):
     for path in page.rglob("*"):
         assert not path.is_file() or str(page.parent).encode() not in path.read_bytes(), f"{path} names this machine"
     # A folder that has been exported for transformers.js, which is taken as it is.
-    exported = shutil.copytree(miniature_folder(), tmp_path / "exported")
+    exported = shutil.copytree(get_miniature_folder(), tmp_path / "exported")
     shutil.copytree(folder, exported, dirs_exist_ok=True)
     write_static_page(str(exported), tmp_path / "again", library)
     assert [path.name for path in (tmp_path / "again/model").iterdir()] == [folder.name], "or all is fetched again"
@@ -146,7 +146,7 @@ class Visitor:
 
 @pytest.mark.slow
 def test_a_visit(page, fotos, tmp_path):
-    files, model = sorted(fotos.iterdir()), miniature_folder()
+    files, model = sorted(fotos.iterdir()), get_miniature_folder()
     with served_folders({"/": page}) as url, open_browser() as opened:
         visitor = Visitor(opened, url)
         visitor.sees(".collect .hint", "é baixado uma vez")

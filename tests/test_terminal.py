@@ -13,8 +13,8 @@ import PIL.Image
 
 from capivara_common.privacy import escape_control_characters
 from capivara_search.command import capivara
-from capivara_search.show import contact_sheet, cut, draws, has_colours, link, shown_path, table, text_cell, width
-from capivara_search.words import Words
+from capivara_search.terminal import render_contact_sheet, fit_to_columns, supports_pictures, supports_true_color, format_link, shorten_path, format_table, escape_csv_cell, display_width
+from capivara_search.messages import Messages
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = [(255, 0, 0), (0, 160, 0), (0, 0, 255)]
@@ -56,40 +56,40 @@ def test_every_character_that_is_not_seen_is_an_escape_but_for_those_that_names_
 
 def test_a_cell_begins_as_no_formula():
     for text in ("=1+1", "+55", "-a.jpg", "@SUM(A1)", "=cmd|' /C calc'!A0"):
-        assert (text_cell(text), text_cell(f"a{text}")) == ("'" + text, f"a{text}")
+        assert (escape_csv_cell(text), escape_csv_cell(f"a{text}")) == ("'" + text, f"a{text}")
 
 
 def test_a_link_holds_nothing_that_would_end_it():
-    assert link("/a b;/ç.png", "t") == "\x1b]8;;file:///a%20b%3B/%C3%A7.png\x1b\\t\x1b]8;;\x1b\\"
-    assert link("/a/\x1b]8;;x\x1b\\.png", "t") == "t"
+    assert format_link("/a b;/ç.png", "t") == "\x1b]8;;file:///a%20b%3B/%C3%A7.png\x1b\\t\x1b]8;;\x1b\\"
+    assert format_link("/a/\x1b]8;;x\x1b\\.png", "t") == "t"
 
 
 def test_a_path_is_shown_from_where_its_user_stands(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "Fotos" / "2024").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "Fotos")
-    assert shown_path(f"{tmp_path}/Fotos/2024/a.jpg") == "2024/a.jpg"
-    assert shown_path(f"{tmp_path}/Outras/a.jpg") == "~/Outras/a.jpg"
-    assert shown_path(f"{tmp_path}-2/a.jpg") == f"{tmp_path}-2/a.jpg"
+    assert shorten_path(f"{tmp_path}/Fotos/2024/a.jpg") == "2024/a.jpg"
+    assert shorten_path(f"{tmp_path}/Outras/a.jpg") == "~/Outras/a.jpg"
+    assert shorten_path(f"{tmp_path}-2/a.jpg") == f"{tmp_path}-2/a.jpg"
     monkeypatch.chdir("/")
-    assert shown_path("/srv/a.jpg") == "/srv/a.jpg"
+    assert shorten_path("/srv/a.jpg") == "/srv/a.jpg"
 
 
 def test_columns_stand_below_each_other_whatever_the_letters():
-    assert (width("日本"), width("e\u0301"), width("👨‍👩‍👧")) == (4, 1, 6)
-    assert cut("abcdef", 4) == "abc…" and cut("日本語", 4) == "日… " and cut("ab", 4) == "ab  "
-    assert list(table([["nº", "é", "x"], ["1", "日本", "y"]], right=(0,))) == ["nº  é     x", " 1  日本  y"]
+    assert (display_width("日本"), display_width("e\u0301"), display_width("👨‍👩‍👧")) == (4, 1, 6)
+    assert fit_to_columns("abcdef", 4) == "abc…" and fit_to_columns("日本語", 4) == "日… " and fit_to_columns("ab", 4) == "ab  "
+    assert list(format_table([["nº", "é", "x"], ["1", "日本", "y"]], right_aligned=(0,))) == ["nº  é     x", " 1  日本  y"]
 
 
 def test_numbers_are_written_as_the_language_does():
-    pt, en = Words("pt"), Words("en")
+    pt, en = Messages("pt"), Messages("en")
     assert (pt.number(1234.5, 1), en.number(1234.5, 1)) == ("1.234,5", "1,234.5")
     assert (pt.count("new", 1), pt.count("new", 2000)) == ("1 imagem nova", "2.000 imagens novas")
     assert [pt.size(n) for n in (300, 2_500_000, 3_100_000_000)] == ["0,0 MB", "2,5 MB", "3,1 GB"]
 
 
 def test_every_text_is_there_in_both_languages_with_the_same_places():
-    for key, entry in Words("pt")._texts.items():
+    for key, entry in Messages("pt")._messages.items():
         if entry.keys() == {"pt"}:  # its English is the library's own
             assert key.startswith(("error.", "note.", "reason.")), key
             continue
@@ -99,7 +99,7 @@ def test_every_text_is_there_in_both_languages_with_the_same_places():
         assert found[0] == found[1] or (key.startswith("error.") and found[0] < found[1]), key
 
 
-class Recording(Words):
+class Recording(Messages):
     """Words that know which of them were asked for."""
 
     asked: set[str] = set()
@@ -116,7 +116,7 @@ def test_no_text_is_stale_and_none_is_missing():
     rooms = ("capivara_search", "capivara_common", "modeling_capivara")
     code = "".join(path.read_text(encoding="utf-8") for room in rooms for path in (ROOT / room).rglob("*.py"))
     named = set(re.findall(r"[\"']([\w.]+)[\"']", code))
-    known = Words("pt")._texts.keys()
+    known = Messages("pt")._messages.keys()
     coded = {key for key in known if key.startswith(("error.", "note.")) and key.partition(".")[2] in named}
     made = {key for key in known if key.startswith(("column.", "status.", "reason.", "gone.", "skipped.", "bad."))}
     assert not known - Recording.asked - named - coded - made
@@ -130,7 +130,7 @@ STYLE = re.compile(r"\x1b\[(?:38;2;(\d+);(\d+);(\d+);48;2;\d+;\d+;\d+|0)m")
 
 def test_pictures_are_drawn_in_their_places():
     pictures, captions = [*map(picture, COLOURS[:2]), b"broken", None], ["1 a.png", "2 b.png", "3 c.png", "4 d.png"]
-    lines = contact_sheet(pictures, captions, 80).split("\n")
+    lines = render_contact_sheet(pictures, captions, 80).split("\n")
     caption = next(number for number, line in enumerate(lines) if "a.png" in line)
     middle, place = lines[caption // 2], (80 - 1) // 2
     seen = STYLE.sub("", middle)
@@ -140,7 +140,7 @@ def test_pictures_are_drawn_in_their_places():
         assert np.abs(found - colour).max() < 12
     assert lines[caption].startswith(" 1 a.png") and lines[caption].index("2 b.png") == place + 1
     assert not "".join(lines[caption + 1 : -2]).strip() and lines[-2].startswith(" 3 c.png"), "two of no picture"
-    assert contact_sheet(pictures, captions, 80, 1).rstrip().endswith("2 b.png"), "no more lines than there are"
+    assert render_contact_sheet(pictures, captions, 80, 1).rstrip().endswith("2 b.png"), "no more lines than there are"
 
 
 COLOURED = {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
@@ -153,5 +153,5 @@ def test_a_terminal_gets_the_pictures_that_its_variables_speak_of_and_a_pipe_non
         (COLOURED | {"NO_COLOR": "1"}, False),
         (COLOURED | {"TERM": "dumb"}, False),
     ):
-        assert draws(Terminal(), environment) == shown
-    assert not draws(io.StringIO(), COLOURED) and not has_colours(io.StringIO(), COLOURED)
+        assert supports_pictures(Terminal(), environment) == shown
+    assert not supports_pictures(io.StringIO(), COLOURED) and not supports_true_color(io.StringIO(), COLOURED)

@@ -16,7 +16,7 @@ from towers import MAKERS, as_published, gemma_like, siglip2
 from transformers import AutoProcessor, SiglipModel
 
 from capivara_common.weight_file import WeightFile
-from capivara_search.models import SearchModel, find_model, open_text_tower
+from capivara_search.models import SearchModel, find_model, load_text_tower
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_texts
@@ -68,7 +68,7 @@ def save(folder: Path, config: CapivaraConfig) -> Path:
 def test_the_same_for_500_awkward_texts(tiny_folder):
     texts = awkward_texts(500)
     assert len(set(texts)) > 480
-    found = open_text_tower(tiny_folder).embed(texts)
+    found = load_text_tower(tiny_folder).embed(texts)
     expected = of_the_model(tiny_folder, texts)
     assert found.dtype == np.float32 and np.abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-6
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
@@ -85,7 +85,7 @@ def test_the_same_for_500_awkward_texts(tiny_folder):
 )
 def test_shapes_that_are_known(tmp_path, fields):
     folder = save(tmp_path / "model", tiny_config(**fields))
-    np.testing.assert_allclose(open_text_tower(folder).embed(AWKWARD), of_the_model(folder, AWKWARD), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(load_text_tower(folder).embed(AWKWARD), of_the_model(folder, AWKWARD), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -95,14 +95,14 @@ def test_weights_of_half_precision(request, kind, texts, dtype):
     path = folder / "model.safetensors"
     save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     expected = of_the_model(folder, texts)
-    np.testing.assert_allclose(open_text_tower(folder).embed(texts), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(load_text_tower(folder).embed(texts), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_real_weights_of_multilingual_e5():
     """Those of the miniature: 250,037 words, twelve layers, word embeddings in float16."""
     folder, texts = find_model("miniature").folder, awkward_texts(200)
-    np.testing.assert_allclose(open_text_tower(folder).embed(texts), of_the_model(folder, texts), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(load_text_tower(folder).embed(texts), of_the_model(folder, texts), rtol=0, atol=1e-5)
 
 
 # --- SigLIP 2 ---------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def test_siglip_for_awkward_texts(siglip2_folder, case):
     change(siglip2_folder / "tokenizer_config.json", **SETTINGS[case])
     texts = ["<table>", "a\n\n\nb", "<eos> GATO", *awkward_texts(150)]
     texts = [text.encode("utf-8", "replace").decode() for text in texts]
-    tower = open_text_tower(siglip2_folder)
+    tower = load_text_tower(siglip2_folder)
     found = tower.embed(texts)
     np.testing.assert_allclose(found, of_the_model(siglip2_folder, texts), rtol=0, atol=1e-5)
     np.testing.assert_allclose(tower.embed(["AÇÃO"]), tower.embed(["ação"]), rtol=0, atol=1e-6)
@@ -156,7 +156,7 @@ def test_siglip_for_awkward_texts(siglip2_folder, case):
 def test_half_a_character_is_no_end(siglip2_folder, tmp_path):
     MAKERS["clip"](tmp_path / "clip")
     for folder in (siglip2_folder, tmp_path / "clip"):
-        found = SearchModel("siglip", str(folder), folder, device="cpu").texts(["\udcff gato", "? gato"])
+        found = SearchModel("siglip", str(folder), folder, device="cpu").embed_texts(["\udcff gato", "? gato"])
         np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-6)
 
 
@@ -181,12 +181,12 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_other_models_are_not_taken(tiny_folder, case):
-    assert open_text_tower(tiny_folder) is not None
+    assert load_text_tower(tiny_folder) is not None
     CASES[case](tiny_folder)
-    assert open_text_tower(tiny_folder) is None
+    assert load_text_tower(tiny_folder) is None
     if case in ("activation", "tokenizer"):
         texts = [*PLAIN, "um <mask> gato", "um <pad> gato"]
-        found = SearchModel("tiny", str(tiny_folder), tiny_folder, device="cpu").texts(texts)
+        found = SearchModel("tiny", str(tiny_folder), tiny_folder, device="cpu").embed_texts(texts)
         np.testing.assert_allclose(found, of_the_model(tiny_folder, texts), rtol=0, atol=1e-6)
 
 
@@ -195,9 +195,9 @@ def test_weights_in_several_files_are_embedded_by_the_model(tiny_folder):
     model = load_model(tiny_folder)
     (tiny_folder / "model.safetensors").unlink()
     model.save_pretrained(tiny_folder, max_shard_size="50kB")
-    assert len(list(tiny_folder.glob("model-*.safetensors"))) > 1 and open_text_tower(tiny_folder) is None
+    assert len(list(tiny_folder.glob("model-*.safetensors"))) > 1 and load_text_tower(tiny_folder) is None
     found = SearchModel("tiny", str(tiny_folder), tiny_folder, device="cpu")
-    np.testing.assert_allclose(found.texts(PLAIN), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found.embed_texts(PLAIN), expected, rtol=0, atol=1e-6)
     assert len(found.image_digest) == 32 and found.logit_scale > 1
 
 
@@ -247,7 +247,7 @@ def test_a_padding_token_outside_of_the_vocabulary_is_one_line(tiny_folder):
     processor.save_pretrained(tiny_folder)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<nowhere>"}))
     with pytest.raises(ValueError, match=r"^[^\n]*<nowhere>[^\n]*$"):
-        SearchModel("tiny", str(tiny_folder), tiny_folder, device="cpu").texts(["um gato", "um gato e um rato"])
+        SearchModel("tiny", str(tiny_folder), tiny_folder, device="cpu").embed_texts(["um gato", "um gato e um rato"])
 
 
 @pytest.mark.parametrize("fault", CONFIGS)
@@ -256,7 +256,7 @@ def test_a_config_that_can_not_be_is_one_line(tiny_folder, fault):
     content = CONFIGS[fault](json.loads(path.read_text()))
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError, match=r"^[^\n]*config\.json[^\n]*$"):
-        SearchModel("tiny", str(tiny_folder), tiny_folder, device="cpu").texts(["um gato"])
+        SearchModel("tiny", str(tiny_folder), tiny_folder, device="cpu").embed_texts(["um gato"])
 
 
 TOKENIZERS = {
@@ -270,7 +270,7 @@ def test_a_tokenizer_that_can_not_be_is_one_line(tiny_folder, fault):
     path = tiny_folder / "tokenizer.json"
     path.write_text(json.dumps(TOKENIZERS[fault](json.loads(path.read_text()))))
     with pytest.raises(ValueError, match=r"^[^\n]*can't be used: [^\n]*$"):
-        SearchModel("tiny", str(tiny_folder), tiny_folder, device="cpu").texts(["um gato 日本"])
+        SearchModel("tiny", str(tiny_folder), tiny_folder, device="cpu").embed_texts(["um gato 日本"])
 
 
 @pytest.mark.parametrize("scale", [torch.tensor(1e6), torch.tensor(torch.nan), torch.ones(2)])
@@ -302,6 +302,6 @@ def test_tensors_are_read_where_they_lie(tiny_folder):
 
 def test_a_siglip_with_another_tokenizer_is_embedded_by_the_model(tmp_path):
     MAKERS["siglip"](tmp_path)
-    assert open_text_tower(tmp_path) is None
-    found = SearchModel("siglip", "siglip", tmp_path, device="cpu").texts(PLAIN)
+    assert load_text_tower(tmp_path) is None
+    found = SearchModel("siglip", "siglip", tmp_path, device="cpu").embed_texts(PLAIN)
     np.testing.assert_allclose(found, of_the_model(tmp_path, PLAIN), rtol=0, atol=1e-6)

@@ -15,7 +15,7 @@ from towers import as_open_clip
 from transformers import PreTrainedTokenizerFast
 
 from capivara_common.image_encoder_digest import image_encoder_digest
-from capivara_search.models import open_text_tower
+from capivara_search.models import load_text_tower
 from examples.openmoji.concepts import concept_rows
 from modeling_capivara import CapivaraConfig, CapivaraModel, CapivaraProcessor, CapivaraTokenizer
 from modeling_capivara.loading import load_model, load_processor
@@ -61,7 +61,7 @@ def test_texts_whose_pieces_are_kept_have_the_same_embedding(saved_tiny_folder, 
     torch.testing.assert_close(embeds(trimmed, KEPT), embeds(saved_tiny_folder, KEPT), atol=1e-6, rtol=0)
     torch.testing.assert_close(embeds(trimmed, ["um gato"]), embeds(saved_tiny_folder, ["um gato"]), atol=1e-6, rtol=0)
     assert not torch.allclose(embeds(trimmed, ["capivara"]), embeds(saved_tiny_folder, ["capivara"]), atol=1e-3)
-    small = open_text_tower(trimmed)  # the search's, without torch
+    small = load_text_tower(trimmed)  # the search's, without torch
     assert torch.allclose(torch.from_numpy(small.embed(KEPT[:3])), embeds(trimmed, KEPT[:3]), atol=1e-5)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from towers import MAKERS, as_published, gemma_like, siglip2
 from transformers import AutoModel, AutoProcessor
 
-from capivara_search.models import open_text_tower
+from capivara_search.models import load_text_tower
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import (
     IMAGE_ENCODER_PREFIXES,
@@ -112,7 +112,7 @@ def test_the_canonical_form_of_a_text_is_the_tokenizers(published, tmp_path):
     assert of_training == alone and alone[0] == alone[1] != alone[2]
     for folder in (base, saved):
         found = load_embedder(str(folder), "cpu").embed_texts(texts)
-        torch.testing.assert_close(torch.from_numpy(open_text_tower(folder).embed(texts)), found, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.from_numpy(load_text_tower(folder).embed(texts)), found, rtol=0, atol=1e-5)
         assert torch.equal(found[0], found[1]) and not torch.allclose(found[1], found[2])
 
 

@@ -19,7 +19,7 @@ pytest.importorskip("watchfiles", reason="folders are followed by watchfiles: pi
 
 from capivara_search import picture_files, watch
 from capivara_search.index import PictureIndex
-from capivara_search.results import Added
+from capivara_search.results import IndexReport
 
 PATIENCE_S = 60  # on a busy machine; `benchmarks.search --parts follow` measures how long it takes
 
@@ -40,7 +40,7 @@ class Followed:
     """An index whose folder is followed in a thread."""
 
     def __init__(self, index: PictureIndex, *folders: Path, poll: bool | None = None):
-        self.index, self.rounds, self.stop = index, list[Added](), threading.Event()
+        self.index, self.rounds, self.stop = index, list[IndexReport](), threading.Event()
         self.error: Exception | None = None
         self.thread = threading.Thread(target=self.run, args=(folders, poll), daemon=True)
         self.thread.start()
@@ -63,7 +63,7 @@ class Followed:
         return time.monotonic() - start
 
     def has(self, path: Path) -> bool:
-        return self.index.row(str(path)) is not None
+        return self.index.get_picture(str(path)) is not None
 
     def sums(self) -> tuple[int, ...]:
         """New, changed, moved, removed and embedded pictures, of all rounds but the first."""
@@ -98,8 +98,8 @@ def test_new_changed_moved_and_removed_files(follow, folder, spare, poll):
     followed.until(lambda: followed.sums() == (1, 0, 0, 0, 1))
     assert followed.has(new)
     shutil.copy(spare[1], new)
-    row = followed.index.row(str(new))
-    followed.until(lambda: followed.index.row(str(new)) != row)
+    row = followed.index.get_picture(str(new))
+    followed.until(lambda: followed.index.get_picture(str(new)) != row)
     moved = folder / "moved"
     (folder / "d0").rename(moved)
     followed.until(lambda: followed.has(moved / "p0000.png") and not followed.has(folder / "d0" / "p0000.png"))
@@ -112,7 +112,7 @@ def test_new_changed_moved_and_removed_files(follow, folder, spare, poll):
 
 @pytest.mark.slow
 def test_a_file_is_read_when_it_is_whole_and_a_burst_is_one_round(follow, folder, spare, monkeypatch):
-    monkeypatch.setattr(watch, "STILL_MS", 2500)  # on a busy machine a writer may rest for a second
+    monkeypatch.setattr(watch, "SETTLED_MS", 2500)  # on a busy machine a writer may rest for a second
     followed, data = follow(folder), spare[0].read_bytes()
     slow = folder / "slow.png"
     with open(slow, "wb", buffering=0) as file:
@@ -125,7 +125,7 @@ def test_a_file_is_read_when_it_is_whole_and_a_burst_is_one_round(follow, folder
         shutil.copy(path, folder / f"burst{number}.png")
         time.sleep(0.05)
     followed.until(lambda: followed.sums()[0] == 10)
-    assert [one.new for one in followed.rounds[1:]] == [1, 9] and not any(one.left_out for one in followed.rounds)
+    assert [one.new for one in followed.rounds[1:]] == [1, 9] and not any(one.skipped_files for one in followed.rounds)
 
 
 @pytest.mark.slow
@@ -142,8 +142,8 @@ def test_a_whole_file_does_not_wait_for_one_that_never_ends(follow, folder, spar
     seconds = followed.until(lambda: followed.has(folder / "whole.png"))
     ended.set()
     thread.join()
-    assert seconds > watch.STILL_MS / 1000 and not followed.rounds[-1].left_out
-    followed.until(lambda: followed.rounds[-1].left_out)  # a picture it is not
+    assert seconds > watch.SETTLED_MS / 1000 and not followed.rounds[-1].skipped_files
+    followed.until(lambda: followed.rounds[-1].skipped_files)  # a picture it is not
 
 
 @pytest.mark.slow
@@ -193,9 +193,9 @@ def test_a_folder_that_is_swapped_for_a_link_is_not_followed(follow, folder, tmp
     folder.symlink_to(tmp_path / "private")
     followed.until(lambda: "Not here" in caplog.text)
     shutil.copy(private[0], tmp_path / "private" / "new.png")
-    time.sleep(2 * watch.STILL_MS / 1000)
+    time.sleep(2 * watch.SETTLED_MS / 1000)
     assert not followed.has(folder / "new.png") and len(followed.index) == 10
-    assert followed.index.asked_folders() == {str(folder): str(folder)}
+    assert followed.index.requested_folders() == {str(folder): str(folder)}
     folder.unlink(), away.rename(folder)
     shutil.copy(private[1], folder / "back.png")
     followed.until(lambda: followed.has(folder / "back.png"))
@@ -205,9 +205,9 @@ def test_a_folder_that_is_swapped_for_a_link_is_not_followed(follow, folder, tmp
 @pytest.mark.parametrize("is_named", [True, False])
 def test_a_folder_that_is_swapped_within_a_round_is_not_read(folder, tmp_path, model, monkeypatch, caplog, is_named):
     private = {path.read_bytes() for path in make_pictures(tmp_path / "private", 3, seed=9)}
-    index, opened, contents = PictureIndex.open(tmp_path / "i.lance", model=model), [], picture_files.contents
+    index, opened, contents = PictureIndex.open(tmp_path / "i.lance", model=model), [], picture_files.read_bounded
     index.add(folder)
-    monkeypatch.setattr(picture_files, "contents", lambda file: opened.append(contents(file)) or opened[-1])
+    monkeypatch.setattr(picture_files, "read_bounded", lambda file: opened.append(contents(file)) or opened[-1])
     add = index.add
 
     def add_after_swap(*args, **more):
@@ -219,7 +219,7 @@ def test_a_folder_that_is_swapped_within_a_round_is_not_read(folder, tmp_path, m
     with pytest.raises(ValueError) as error:
         next(index.watch(*[folder] * is_named))
     assert error.value.code == "folder_swapped" and private.isdisjoint(opened)
-    assert index.asked_folders() == {str(folder): str(folder)} and len(index) == 10
+    assert index.requested_folders() == {str(folder): str(folder)} and len(index) == 10
 
 
 def test_wrong_folders_are_named_at_once(tmp_path, model, folder):
@@ -231,13 +231,13 @@ def test_wrong_folders_are_named_at_once(tmp_path, model, folder):
 
 def test_folders_of_the_network_are_known_by_their_file_system(tmp_path, monkeypatch):
     device = os.stat(tmp_path).st_dev
-    monkeypatch.setattr(watch, "MOUNTS", tmp_path / "mounts")
-    assert not watch.is_remote(tmp_path), "nothing says so"
+    monkeypatch.setattr(watch, "MOUNTINFO_FILE", tmp_path / "mounts")
+    assert not watch.is_network_folder(tmp_path), "nothing says so"
     place = f"{os.major(device)}:{os.minor(device)}"
     for kind, remote in {"ext4": False, "fuseblk": False, "nfs4": True, "cifs": True, "fuse.sshfs": True}.items():
         line = f"30 22 {place} / /mnt/f rw,relatime shared:1 - {kind} server:/f rw\n"
         (tmp_path / "mounts").write_text(f"22 1 9:9 / / rw - nfs x:/ rw\n{line}")
-        assert watch.is_remote(tmp_path) == remote, kind
+        assert watch.is_network_folder(tmp_path) == remote, kind
 
 
 # ---- the command, and beside the page
@@ -324,9 +324,9 @@ def test_the_page_answers_while_another_process_adds_and_follows_by_itself(start
 def test_what_follows_beside_the_page_is_started_again_when_it_has_died(tmp_path, monkeypatch, caplog):
     (log := tmp_path / "log").touch()
     program = f"import os, sys; print(os.getpid(), file=open({str(log)!r}, 'a')); sys.stdin.read()"
-    monkeypatch.setattr(watch, "PROGRAM", program)
-    monkeypatch.setattr(watch, "AGAIN_S", 0.2)
-    with watch.follower():
+    monkeypatch.setattr(watch, "FOLLOWER_PROGRAM", program)
+    monkeypatch.setattr(watch, "RESTART_DELAY_S", 0.2)
+    with watch.run_follower():
         until(lambda: log.read_text().endswith("\n"))
         os.kill(int(log.read_text()), signal.SIGKILL)
         until(lambda: log.read_text().count("\n") == 2)

@@ -37,7 +37,7 @@ from eval.embeddings import FILES_VERSION, Bad, EmbeddingCache, vectors_of
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import (
     IMAGE_ENCODER_PREFIXES,
-    checked_finite,
+    check_finite,
     embed_images,
     embedding_width,
     compute_image_embeds,
@@ -328,7 +328,7 @@ def embed_pixels(model: PreTrainedModel, pixels: Tensor, accelerator: Accelerato
     """(images, width), unit length, float32, on the device: in the precision of the run."""
     with accelerator.autocast():
         parts = split_for_device(pixels, accelerator.device)
-        return checked_finite(torch.cat([compute_image_embeds(model, part) for part in parts]))
+        return check_finite(torch.cat([compute_image_embeds(model, part) for part in parts]))
 
 
 def open_image_cache(model: PreTrainedModel, pairs: PairDataset, root: Path, precision: str) -> EmbeddingCache:

@@ -21,22 +21,22 @@ from pathlib import Path
 import PIL.Image
 
 from capivara_common.image_files import MAX_IMAGE_PIXELS, BadImage
-from capivara_search.picture_files import MAX_PICTURE_PIXELS, at_most, open_picture
+from capivara_search.picture_files import MAX_PICTURE_PIXELS, limit_long_side, decode_picture
 
-PROGRAM = "import sys; from capivara_search.page.decoder import main; main(int(sys.argv[1]), float(sys.argv[2]))"
+DECODER_PROGRAM = "import sys; from capivara_search.page.decoder import main; main(int(sys.argv[1]), float(sys.argv[2]))"
 ROOT = Path(__file__).resolve().parents[2]
-PICTURE_S = 10  # a photograph of 50 million pixels takes under 2 s
-VIEW_SIDE = 1600  # pixels of the longer side; the model sees a few hundred
+DECODE_TIMEOUT_S = 10  # a photograph of 50 million pixels takes under 2 s
+MAX_VIEW_SIDE = 1600  # pixels of the longer side; the model sees a few hundred
 
 
-class Decoder:
+class DecoderProcess:
     """A process that decodes pictures, one after another."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._start()
 
-    def image(self, data: bytes, name: str = "") -> PIL.Image.Image:
+    def decode(self, data: bytes, name: str = "") -> PIL.Image.Image:
         """The image of a file, upright, RGB, transparent parts white, its longer side at most `VIEW_SIDE` pixels.
 
         `name`: of a picture of the index, whose end says whether it is RAW; "" of an upload, which may have fewer
@@ -50,7 +50,7 @@ class Decoder:
             except (EOFError, OSError):
                 self.close()
                 self._start()
-                about = {"bad": ["unreadable image", f"not read in {PICTURE_S} s, or it broke its reader"]}
+                about = {"bad": ["unreadable image", f"not read in {DECODE_TIMEOUT_S} s, or it broke its reader"]}
         if "bad" in about:
             raise BadImage(*about["bad"])
         return PIL.Image.frombytes("RGB", about["size"], pixels)
@@ -63,7 +63,7 @@ class Decoder:
 
     def _start(self) -> None:
         self._connection, far = Pipe()
-        command = [sys.executable, "-c", PROGRAM, str(far.fileno()), str(PICTURE_S)]
+        command = [sys.executable, "-c", DECODER_PROGRAM, str(far.fileno()), str(DECODE_TIMEOUT_S)]
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         with far:  # a session of its own: Ctrl-C is the page's
             self._process = subprocess.Popen(
@@ -83,7 +83,7 @@ def main(descriptor: int, seconds: float) -> None:
             signal.setitimer(signal.ITIMER_REAL, seconds)  # its signal ends the process, whatever that is doing
             try:
                 limit = MAX_PICTURE_PIXELS if name else MAX_IMAGE_PIXELS
-                image = at_most(open_picture(data, name, limit, VIEW_SIDE), VIEW_SIDE)
+                image = limit_long_side(decode_picture(data, name, limit, MAX_VIEW_SIDE), MAX_VIEW_SIDE)
                 about, pixels = {"size": image.size}, image.tobytes()
             except BadImage as bad:
                 about, pixels = {"bad": bad.args}, b""

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.environment import package_versions
 from capivara_common.files import write_bytes
-from capivara_search.miniature_encoders import efficientnet_weights
+from capivara_search.miniature_encoders import load_efficientnet_weights
 from eval.prompts import load_prompts
 from examples.openmoji.dataset import load_embedded
 from examples.openmoji.prepare import both_ways_recall, joined_encoders, pooled_features, ridge_projections
@@ -76,7 +76,7 @@ def fit(args: MiniatureArguments) -> dict[str, Tensor]:
     train, validation, of_photos = (pooled_features(model, processor, rows) for rows in splits)
     captions, held_out = (embedded([t[0] for t in data[name]["captions-en"]]) for name in ("train", "validation"))
     photo_texts = [embedded([t[i] for t in photos[f"captions-{code}"]]) for code in ("en", "pt") for i in (0, 1)]
-    weights, names = efficientnet_weights()[-2], embedded(load_prompts("imagenet-1k").names_en)
+    weights, names = load_efficientnet_weights()[-2], embedded(load_prompts("imagenet-1k").names_en)
 
     def measured(reach: float | None) -> tuple[float, float, float | None, tuple[Tensor, Tensor]]:
         inputs = [train] if reach is None else [train, class_features(train, weights, reach)]

@@ -32,7 +32,7 @@ from modeling_capivara.loading import (
     load_mapped_model,
     load_mapped_tensors,
     build_model_from_tensors,
-    named_keys,
+    format_keys,
 )
 from modeling_capivara.two_towers import embed_texts, pads_to_max_length, compute_image_embeds, pad_batch, random_texts, compute_text_embeds, tokenize
 
@@ -83,7 +83,7 @@ def check_tensors(file: Path, found: Mapping[str, Tensor], expected: Mapping[str
     """Raise ValueError, naming the first, if tensors read from `file` are not those of the expected `digests`."""
     if wrong := {name for name, _ in digests(found).items() ^ expected.items()}:
         raise ValueError(
-            f"{file.name} does not hold the model as it was: {named_keys(wrong)} differ; nothing was kept."
+            f"{file.name} does not hold the model as it was: {format_keys(wrong)} differ; nothing was kept."
         )
 
 

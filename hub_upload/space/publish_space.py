@@ -18,7 +18,7 @@ from huggingface_hub import SpaceCard, SpaceCardData
 
 from capivara_common.files import atomic_folder, write_text
 from capivara_common.privacy import find_secret, short_name
-from capivara_search.adding import FOLDER_KEY
+from capivara_search.indexing import FOLDER_KEY_PREFIX
 from capivara_search.index import PictureIndex
 from capivara_search.models import find_model
 from capivara_search.page.server import DEFAULT_PORT, Credit
@@ -82,12 +82,12 @@ def publish_index(index: PictureIndex, where: Path, model: str, title: str = "")
         rows, nowhere = pa.Table.from_batches([batch]), pa.nulls(len(batch), pa.float64())
         renamed = pa.array([_renamed(path, names) for path in rows["path"].to_pylist()], pa.string())
         changed: dict[str, Any] = {"path": renamed, "latitude": nowhere, "longitude": nowhere}
-        target.merge(pa.Table.from_arrays([changed.get(name, rows[name]) for name in kept.names], schema=kept))
+        target.upsert(pa.Table.from_arrays([changed.get(name, rows[name]) for name in kept.names], schema=kept))
         copied += len(rows)
     if not copied:
         raise ValueError(f"The index {index.where} has no picture that {index.model.name} has embedded.")
     facts = {"source": model, "name": index.model.name, "width": width, "image_digest": digest}
-    target.note({"model": json.dumps(facts), **{FOLDER_KEY + name: "" for name in names.values()}})
+    target.set_metadata({"model": json.dumps(facts), **{FOLDER_KEY_PREFIX + name: "" for name in names.values()}})
     return copied
 
 
@@ -122,7 +122,7 @@ def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -
             template = jinja2.Template((TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"))
             write_text(made / name, template.render(values) + "\n")
         licence = model_licence(Path(model))
-        known = {one for one in (credit.licence, licence) if one}
+        known = {one for one in (credit.license, licence) if one}
         about = {"sdk": "docker", "app_port": DEFAULT_PORT, "license": known.pop() if len(known) == 1 else "other"}
         about |= {"title": TITLE, "short_description": "Busca de imagens com palavras em português"}
         about["models"] = None if Path(model).is_dir() else [model]

@@ -78,7 +78,7 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
         size = sum(path.stat().st_size for path in (*made.glob("model/**/*.*"), made / "library" / "onnxruntime.wasm"))
         facts = {"id": digest, "name": short_name(model), "megabytes": round(size / 1e6)}
         facts["side"] = read_json(repository / "preprocessor_config.json")["size"]["shortest_edge"]
-        for path in (server.FOLDER / "static").iterdir():
+        for path in (server.PAGE_FOLDER / "static").iterdir():
             copy_file(SOURCE if path.name == SOURCE.name else path, made / "static" / path.name)
         copy_file(ROOT / "LICENSE", made / "LICENSE")
         for language, (page, *_) in PAGES.items():
@@ -94,9 +94,9 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
 
 def page_html(language: str, model: dict[str, str | int]) -> str:
     """The page in a language, "pt" or "en", with what it says and needs to know of its model."""
-    words = server.words_of(language, own=True) | {"own_model": model}
+    words = server.load_page_messages(language, is_static=True) | {"own_model": model}
     _, here, there = PAGES[language]
-    return server.page_html(words, own=True, here=here, there=there, model=model)
+    return server.render_page_html(words, is_static=True, here=here, there=there, model=model)
 
 
 def _write_library(modules: Path, target: Path) -> None:

@@ -13,36 +13,36 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from capivara_common.files import read_json
-from capivara_search.results import Classified
-from capivara_search.words import failure
+from capivara_search.results import Classification
+from capivara_search.messages import localized_error
 
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
 
-MAX_WEIGHT = 4
-STRENGTH = 0.5  # of a pull of weight 1; at twice that half of what is looked for goes with what shall sink
-SAMPLE = 2000  # vectors of an index
-MEASURED = "nothing_fits.json"  # in a model's folder: its `auc`, as `benchmarks.nothing_fits --keep` writes it
-AUC_BY_DEFAULT = 0.8  # from which on the line is drawn without being asked for
-NEUTRAL = (
+MAX_FEEDBACK_WEIGHT = 4
+FEEDBACK_STRENGTH = 0.5  # of a pull of weight 1; at twice that half of what is looked for goes with what shall sink
+SAMPLE_ROWS = 2000  # vectors of an index
+RELEVANCE_AUC_FILE = "nothing_fits.json"  # in a model's folder: its `auc`, as `benchmarks.nothing_fits --keep` writes it
+AUTO_THRESHOLD_MIN_AUC = 0.8  # from which on the line is drawn without being asked for
+NEUTRAL_SENTENCES = (
     *("uma imagem", "uma foto", "uma fotografia de alguma coisa", "isto é uma imagem", "uma imagem qualquer", "algo"),
     *("uma foto comum", "uma imagem sem nada de especial", "o que se vê aqui", "imagem"),
 )
-QUANTILE = 0.25  # of the neutral sentences: low, for what fits and stands below the line is the worse error
+BACKGROUND_QUANTILE = 0.25  # of the neutral sentences: low, for what fits and stands below the line is the worse error
 
 
-def read_pull(text: str) -> tuple[float, str]:
+def parse_feedback(text: str) -> tuple[float, str]:
     """Weight and words of "0.5:pessoas", or of "pessoas", whose weight is 1. Raises ValueError."""
     weight, words = 1.0, text.strip()
     before, colon, rest = text.partition(":")
     with suppress(ValueError):  # a word stands before the colon
         weight, words = (float(before.replace(",", ".")), rest.strip()) if colon else (weight, words)
-    if not (words and 0 < weight <= MAX_WEIGHT):
-        raise failure(ValueError, "bad_pull", text=text, most=MAX_WEIGHT)
+    if not (words and 0 < weight <= MAX_FEEDBACK_WEIGHT):
+        raise localized_error(ValueError, "bad_pull", text=text, most=MAX_FEEDBACK_WEIGHT)
     return weight, words
 
 
-def steered(vector: np.ndarray | None, pulls: Iterable[tuple[float, np.ndarray]], sample: np.ndarray) -> np.ndarray:
+def apply_feedback(vector: np.ndarray | None, feedback: Iterable[tuple[float, np.ndarray]], sample: np.ndarray) -> np.ndarray:
     """A query's vector (width,), pulled towards others, or away from them.
 
     Args:
@@ -51,34 +51,34 @@ def steered(vector: np.ndarray | None, pulls: Iterable[tuple[float, np.ndarray]]
         sample: (pictures, width), unit length. Each vector counts by how far it tells these apart: a picture does so
             much further than a sentence, and would drown it.
     """
-    together = [(STRENGTH * weight, pull) for weight, pull in pulls]
+    together = [(FEEDBACK_STRENGTH * weight, pull) for weight, pull in feedback]
     together += [] if vector is None else [(1.0, vector)]
     spread = [max((sample @ one).std(), 1e-6) if len(sample) else 1.0 for _, one in together]
     return sum(weight * one / much for (weight, one), much in zip(together, spread, strict=True))
 
 
-def deviations(score: float, scores: np.ndarray) -> float:
+def z_score(score: float, scores: np.ndarray) -> float:
     """How many standard deviations a score is above the mean of others."""
     return float((score - scores.mean()) / max(scores.std(), 1e-6))
 
 
-def background(sample: np.ndarray, neutral: Sequence[np.ndarray], best: Sequence[float]) -> float:
+def background_z_score(sample: np.ndarray, neutral_vectors: Sequence[np.ndarray], best_cosines: Sequence[float]) -> float:
     """How many deviations above the mean the best picture is where there is nothing to find.
 
     By the vectors of neutral sentences, (width,), and the cosine of each with its best picture.
     """
-    found = [deviations(one, sample @ vector) for vector, one in zip(neutral, best, strict=True)]
-    return float(np.quantile(found, QUANTILE))
+    found = [z_score(one, sample @ vector) for vector, one in zip(neutral_vectors, best_cosines, strict=True)]
+    return float(np.quantile(found, BACKGROUND_QUANTILE))
 
 
-def draws_line(folder: Path) -> bool:
+def supports_relevance_threshold(folder: Path) -> bool:
     """Whether a model, by its folder, was measured to tell well enough what is not there."""
     with suppress(OSError, ValueError, TypeError, KeyError):  # not there, or damaged
-        return read_json(folder / MEASURED)["auc"] >= AUC_BY_DEFAULT
+        return read_json(folder / RELEVANCE_AUC_FILE)["auc"] >= AUTO_THRESHOLD_MIN_AUC
     return False
 
 
-def checked_labels(labels: Sequence[str], template: str) -> list[str]:
+def check_labels(labels: Sequence[str], template: str) -> list[str]:
     """The labels, without blanks around them.
 
     Raises ValueError: there is none, one is empty or there twice, or the template has no place for one.
@@ -88,31 +88,31 @@ def checked_labels(labels: Sequence[str], template: str) -> list[str]:
     labels = [" ".join(str(label).split()) for label in labels]
     times = Counter(label.casefold() for label in labels)
     if not labels or not all(labels):
-        raise failure(ValueError, "empty_label")
+        raise localized_error(ValueError, "empty_label")
     if twice := [label for label in labels if times[label.casefold()] > 1]:
-        raise failure(ValueError, "label_twice", label=twice[0])
+        raise localized_error(ValueError, "label_twice", label=twice[0])
     if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
-        raise failure(ValueError, "bad_template", template=template)
+        raise localized_error(ValueError, "bad_template", template=template)
     return labels
 
 
 def classify_vectors(
     model: "SearchModel", paths: Sequence[str], vectors: np.ndarray, labels: Sequence[str], template: str
-) -> list[Classified]:
+) -> list[Classification]:
     """The best label of each picture, by its vector (pictures, width), of unit length; none where `NEUTRAL` fits best.
 
     `labels` are as `checked_labels` returns them; in the sentence `template` they stand at `{}`.
     """
-    texts = model.texts([*(template.replace("{}", label) for label in labels), NEUTRAL[0]])
+    texts = model.embed_texts([*(template.replace("{}", label) for label in labels), NEUTRAL_SENTENCES[0]])
     cosines = np.asarray(vectors, np.float32) @ texts.T  # (pictures, labels + 1)
     if model.logit_bias is None:
         own = model.logit_scale * (cosines[:, :-1] - cosines[:, :-1].max(axis=1, keepdims=True))
         shares = np.exp(own) / np.exp(own).sum(axis=1, keepdims=True)
     else:
-        shares = model.on_own_scale(cosines[:, :-1])
+        shares = model.scale_scores(cosines[:, :-1])
     found = []
     for path, row, share in zip(paths, cosines, shares, strict=True):
         best = int(row.argmax())
         label = labels[best] if best < len(labels) else None
-        found.append(Classified(path, label, dict(zip(labels, share.tolist(), strict=True))))
+        found.append(Classification(path, label, dict(zip(labels, share.tolist(), strict=True))))
     return found

@@ -15,26 +15,26 @@ from capivara_common.cli import coded_error
 from capivara_common.privacy import redact, escape_control_characters
 
 # English name of a command -> its Portuguese name; both work in both languages.
-COMMANDS = dict(
+COMMAND_NAMES = dict(
     index="indexar", watch="seguir", search="buscar", classify="classificar", app="abrir", status="estado",
     forget="esquecer", move="mover", export="exportar", duplicates="duplicatas", completion="completar",
 )  # fmt: skip
 
 
-class Words:
+class Messages:
     """The texts of `words.yaml` in one language, with its numbers and dates."""
 
     def __init__(self, language: str):
         self.language = language  # "pt" or "en"
-        self._texts = _texts()
+        self._messages = _load_messages()
 
     def raw(self, key: str) -> str | list[str]:
         """The text as it stands in the file; a list is its singular and plural."""
-        return self._texts[key][self.language]
+        return self._messages[key][self.language]
 
     def has(self, key: str) -> bool:
         """Whether there is such a text."""
-        return key in self._texts
+        return key in self._messages
 
     def reason(self, code: str | None, text: object = None) -> str:
         """Why a file was left out: in English as it was said, or its code; in other languages by its code."""
@@ -69,7 +69,7 @@ class Words:
 
 
 @cache
-def _texts() -> dict[str, dict[str, str | list[str]]]:
+def _load_messages() -> dict[str, dict[str, str | list[str]]]:
     import yaml
 
     # The C loader takes a tenth of the time.
@@ -77,15 +77,15 @@ def _texts() -> dict[str, dict[str, str | list[str]]]:
     return yaml.load(content, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
 
 
-def failure(kind: Callable[[str], Exception], code: str, **values: object) -> Exception:
+def localized_error(error_type: Callable[[str], Exception], code: str, **values: object) -> Exception:
     """Return an error with words in each language, `error.CODE`, and no secret; its own text is the English one."""
-    return coded_error(kind, code, Words("en").raw(f"error.{code}"), **{name: _redacted(one) for name, one in values.items()})
+    return coded_error(error_type, code, Messages("en").raw(f"error.{code}"), **{name: _redacted(one) for name, one in values.items()})
 
 
-def note(code: str, *values: object, level: int = logging.INFO) -> None:
+def log_message(code: str, *values: object, level: int = logging.INFO) -> None:
     """Log something for people: `note.CODE` with its values in their order, which the command says in its language."""
     values = tuple(map(_redacted, values))
-    text, extra = Words("en")(f"note.{code}", *values), {"code": code, "values": values}
+    text, extra = Messages("en")(f"note.{code}", *values), {"code": code, "values": values}
     logging.getLogger("capivara").log(level, "%s", text, extra=extra)
 
 
