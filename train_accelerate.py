@@ -30,11 +30,11 @@ from capivara_common.privacy import short_name
 from caption_data.pairs import pairs_fingerprint
 from eval.records.plots import plot_retrieval_sheet, plot_training_curves
 from eval.records.schema import SCHEMA_VERSION, write_records
-from eval.records.tables import retrieval_table
-from eval.retrieval import embed_captions, gain_records, retrieval_records
+from eval.records.tables import render_retrieval_table
+from eval.retrieval import embed_captions, compute_gain_records, compute_retrieval_records
 from hub_upload.card import write_card
-from hub_upload.origins import origins
-from hub_upload.push import check_access, publish_run
+from hub_upload.origins import read_origins
+from hub_upload.push import check_push_access, publish_run
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import describe_model
 from training.arguments import RunArguments
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> Path:
         return finish_run(args, output_dir)
     accelerator = create_accelerator(args, output_dir)
     if args.push_to_hub and accelerator.is_main_process:
-        check_access(args.hub_model_id, args.hub_private)
+        check_push_access(args.hub_model_id, args.hub_private)
     with locked_run_folder(output_dir, args, accelerator) as folder:
         checkpoints = Checkpoints(folder / "checkpoints", args.keep_last, accelerator)
         resume = checkpoints.find_resume_checkpoint(args)  # its settings are checked before any long work
@@ -127,7 +127,7 @@ def train(args: RunArguments, inputs: TrainingInputs, checkpoints: Checkpoints, 
     wrapped = prepare_trainable(model, args)
     state = TrainingState(config=settings, data=inputs.fingerprints(args), threads=torch.get_num_threads())
     state.device = f"{describe_device(accelerator.device)}, {accelerator.num_processes} processes"
-    sources = origins(args.model, args.dataset, args.evaluation_dataset)
+    sources = read_origins(args.model, args.dataset, args.evaluation_dataset)
     trainer = TrainingLoop(args, inputs, model, wrapped, checkpoints, state)
     state = trainer.train(resume)
     if accelerator.is_main_process:
@@ -156,8 +156,8 @@ def evaluate_models(args: RunArguments, inputs: TrainingInputs, accelerator: Acc
         }
         facts = {"dataset": short_name(args.evaluation_dataset), "split": args.test_split, "language": language}
         trained = facts | {"model": "capivara", "model_folder": ".", "seed": args.seed}
-        records = retrieval_records(both["baseline"], **facts, model="baseline", model_folder=args.model, seed=None)
-        records += retrieval_records(both["capivara"], **trained) + gain_records(*both.values(), **trained)
+        records = compute_retrieval_records(both["baseline"], **facts, model="baseline", model_folder=args.model, seed=None)
+        records += compute_retrieval_records(both["capivara"], **trained) + compute_gain_records(*both.values(), **trained)
         name = f"retrieval_{facts['dataset'].replace('/', '_')}_{args.test_split}_{language}.json"
         write_records(
             folder / "results" / name, records, dataset=args.evaluation_dataset, model=".", precision="float32",
@@ -166,7 +166,7 @@ def evaluate_models(args: RunArguments, inputs: TrainingInputs, accelerator: Acc
         )  # fmt: skip
         table += records
     run["seconds"]["evaluation"] = time.perf_counter() - started
-    write_text(folder / "table.md", retrieval_table(table))
+    write_text(folder / "table.md", render_retrieval_table(table))
     split, shown = inputs.test[args.language], measured[args.language]
     queries = [text for texts in split.captions() for text in texts]
     plot_retrieval_sheet(folder / "retrieval.png", split.__getitem__, queries, shown, args.seed, args.language)
@@ -182,7 +182,7 @@ def write_run_files(
     folder: Path,
 ) -> None:
     """Write the curves of a training that is done, and `run.json`, all that it was; `origins` is of `hub_upload`."""
-    plot_training_curves(state.curve, args.language, folder / "curves.png", words=args.language)
+    plot_training_curves(state.curve, args.language, folder / "curves.png", label_language=args.language)
     pairs = state.step * args.effective_batch_size
     facts = {
         "schema_version": SCHEMA_VERSION,

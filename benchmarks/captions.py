@@ -21,13 +21,13 @@ from torch import Tensor
 from transformers import Blip2Config, Blip2ForConditionalGeneration, BlipImageProcessor, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
-from benchmarks.timing import conditions, finish, median_ratio, spread, timed_runs
+from benchmarks.timing import describe_conditions, write_results, median_ratio, summarize_rates, time_alternating
 from capivara_common.cli import flag, parse_arguments, run_command
 from captions.generate import PREFIXES_FILE, Captioner, read_prefixes
 
-IMAGE_SIDE, QUERIES = 224, 32  # of BLIP-2: pixels, and tokens that an image becomes
-DIVIDED = {"hidden_size", "intermediate_size", "encoder_hidden_size", "ffn_dim", "word_embed_proj_dim"}
-DIVIDED |= {"num_attention_heads", "vocab_size"}  # by --widths
+IMAGE_SIDE, QUERY_TOKENS = 224, 32  # of BLIP-2: pixels, and tokens that an image becomes
+SCALED_FIELDS = {"hidden_size", "intermediate_size", "encoder_hidden_size", "ffn_dim", "word_embed_proj_dim"}
+SCALED_FIELDS |= {"num_attention_heads", "vocab_size"}  # by --widths
 
 
 @dataclass
@@ -48,29 +48,29 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(CaptionsArguments, __doc__, argv)
     transformers_logging.set_verbosity_error()
     prefixes = read_prefixes(PREFIXES_FILE)
-    steps = generation_steps(scaled_captioner(args, prefixes), prefixes, args.images)
+    steps = make_generation_steps(build_scaled_captioner(args, prefixes), prefixes, args.images)
     plain, ours = (step().tolist() for step in steps.values())
-    seconds = timed_runs(steps, args.runs, "generate")
+    seconds = time_alternating(steps, args.runs, "generate")
     found = {
-        "rows_per_second": {name: spread([args.images / s for s in found]) for name, found in seconds.items()},
+        "rows_per_second": {name: summarize_rates([args.images / s for s in found]) for name, found in seconds.items()},
         "gain_ours": {"measured": median_ratio(seconds["plain"], seconds["ours"])},
         "same_tokens": plain == ours,
         "images": args.images, "prefixes": len(prefixes), "new_tokens": args.new_tokens, "precision": "float32",
         "divided": {"widths": args.widths, "layers": args.layers},
     }  # fmt: skip
-    finish(conditions() | {"runs": args.runs, "measured": {"generate": found}}, args.output)
+    write_results(describe_conditions() | {"runs": args.runs, "measured": {"generate": found}}, args.output)
 
 
-def scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> Captioner:
+def build_scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> Captioner:
     """BLIP-2 of the given divisors, with random weights that never end a text: every caption has the same length."""
-    tokenizer = word_tokenizer(" ".join(prefixes).split())
+    tokenizer = build_word_tokenizer(" ".join(prefixes).split())
     language = {"model_type": "opt", "hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32}
     language |= {"ffn_dim": 10240, "word_embed_proj_dim": 2560, "vocab_size": 50304, "max_position_embeddings": 2048}
     language |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": None}
     config = Blip2Config(text_config=language)  # of vision and queries transformers has the published sizes
     for part in (config.vision_config, config.qformer_config, config.text_config):
         part.num_hidden_layers = max(1, part.num_hidden_layers // args.layers)
-        for name in DIVIDED & part.to_dict().keys():
+        for name in SCALED_FIELDS & part.to_dict().keys():
             setattr(part, name, max(1, getattr(part, name) // args.widths))
     config.qformer_config.vocab_size = len(tokenizer)
     config.image_token_index = config.text_config.vocab_size - 1
@@ -84,7 +84,7 @@ def scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> Captioner:
     return Captioner(model, processor, tokenizer, args.new_tokens, len(prefixes) * args.images)
 
 
-def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+def build_word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     """A token for each of the words, "</s>" before them."""
     vocabulary = {word: number for number, word in enumerate(dict.fromkeys(["<pad>", "</s>", "<unk>", *words]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -94,14 +94,14 @@ def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special)
 
 
-def generation_steps(captioner: Captioner, prefixes: list[str], images: int) -> dict[str, Callable[[], Tensor]]:
+def make_generation_steps(captioner: Captioner, prefixes: list[str], images: int) -> dict[str, Callable[[], Tensor]]:
     """Program -> the new token ids (images x prefixes, new tokens) of random pixels."""
     model, new_tokens = captioner.model, captioner.max_new_tokens
     pixels = torch.randn(images, 3, IMAGE_SIDE, IMAGE_SIDE, generator=torch.Generator().manual_seed(0))
     prompts = captioner.tokenizer(prefixes)["input_ids"] * images
     image_of_text = torch.arange(images).repeat_interleave(len(prefixes))
     prefix_ids, mask = captioner.pad_prompts(prompts)
-    block = torch.full((len(prompts), QUERIES), model.config.image_token_index)
+    block = torch.full((len(prompts), QUERY_TOKENS), model.config.image_token_index)
     ids, mask = torch.cat([block, prefix_ids], 1), torch.cat([torch.ones_like(block), mask], 1)
     options = {"max_new_tokens": new_tokens, "do_sample": False}
 

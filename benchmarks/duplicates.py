@@ -24,21 +24,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.timing import RESULTS, conditions, finish
+from benchmarks.timing import RESULTS_FOLDER, describe_conditions, write_results
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_search import PictureIndex
 from capivara_search.duplicates import SIGNATURE_BYTES, FLOAT16_TOLERANCE, add_color_signatures, find_duplicate_groups, pairwise_similarity
 from capivara_search.results import DUPLICATE_MIN_SIMILARITY
 from capivara_search.table import COLOR_SIGNATURE_COLUMN
-from examples.openmoji.concepts import concept_rows
+from examples.openmoji.concepts import load_concepts
 from examples.openmoji.dataset import render_png
-from examples.real_images import PHOTOGRAPHS, photo
+from examples.real_images import PHOTOGRAPHS, load_photo
 
 DRAWINGS = ("colorwheel", "horse")  # of `PHOTOGRAPHS`, that are no photographs; they are cut, not copied
 CUT_CORNERS = {f"cut {x} {y}": (x, y) for x in range(3) for y in range(3)}  # corner, in quarters of a picture
 COPIED_ICON_STEP = 31  # every so many of the icons are copied
 SAME_DRAWING_MAX_DIFFERENCE = 0.35  # mean absolute difference of pixels, of 255, up to which two icons are the same drawing
-ORIGINAL = "original"
+ORIGINAL_KIND = "original"
 
 CopyRecipe = tuple[Callable[[Image.Image], Image.Image], dict[str, Any]]  # how a copy is made, and options of its file
 
@@ -48,7 +48,7 @@ class DuplicatesArguments:
     """Command-line arguments of `benchmarks.duplicates`."""
 
     model: str = flag("miniature", "Folder or Hub id of the model; the miniature is there without network.")
-    output: Path = flag(RESULTS / "duplicates.json", "JSON file.")
+    output: Path = flag(RESULTS_FOLDER / "duplicates.json", "JSON file.")
 
 
 def reduce_image(pixels: int, image: Image.Image) -> Image.Image:
@@ -95,9 +95,9 @@ def write_photographs(folder: Path) -> dict[tuple[str, str], str]:
     """Write originals and copies of all photographs and cuts of all pictures; return name and kind -> path."""
     files = {}
     for name in sorted(PHOTOGRAPHS):
-        image, made = photo(name), {}
+        image, made = load_photo(name), {}
         if name not in DRAWINGS:
-            made = {ORIGINAL: (image, {"quality": 95})}
+            made = {ORIGINAL_KIND: (image, {"quality": 95})}
             made |= {kind: (copy(image), options) for kind, (copy, options) in PHOTO_KINDS.items()}
         width, height = image.width // 2, image.height // 2
         for kind, corner in CUT_CORNERS.items():
@@ -112,11 +112,11 @@ def write_photographs(folder: Path) -> dict[tuple[str, str], str]:
 def write_icons(folder: Path) -> dict[tuple[str, str], str]:
     """Write OpenMoji's pictures, and copies of some; return emoji and kind -> path."""
     files = {}
-    for number, icon in enumerate(chain.from_iterable(concept_rows().values())):
+    for number, icon in enumerate(chain.from_iterable(load_concepts().values())):
         drawn = render_png(icon.emoji)
         path = folder / f"icon-{len(files):05d}.png"
         path.write_bytes(drawn)
-        files[icon.emoji, ORIGINAL] = str(path)
+        files[icon.emoji, ORIGINAL_KIND] = str(path)
         for kind, (copy, options) in ICON_KINDS.items() if number % COPIED_ICON_STEP == 0 else ():
             ending = ".png" if "format" in options else ".jpg"
             files[icon.emoji, kind] = str(folder / f"icon-{len(files):05d}{ending}")
@@ -125,17 +125,17 @@ def write_icons(folder: Path) -> dict[tuple[str, str], str]:
 
 
 def overlap_share(one: str, other: str) -> float:
-    """Return the share of a cut's pixels that another one of `CUTS` has, too."""
+    """Return the share of a cut's pixels that another one of `CUT_CORNERS` has, too."""
     (x, y), (right, down) = CUT_CORNERS[one], CUT_CORNERS[other]
     return (1 - abs(x - right) / 2) * (1 - abs(y - down) / 2)
 
 
-def recall(names: list[tuple[str, str]], found: np.ndarray, kinds: dict[str, CopyRecipe]) -> dict[str, float]:
+def compute_copy_recall(names: list[tuple[str, str]], found: np.ndarray, kinds: dict[str, CopyRecipe]) -> dict[str, float]:
     """Return the share of copies of each kind that are found, by (files, files) of what is nearly the same."""
     place = {own: number for number, own in enumerate(names)}
     copies = {kind: [(name, kind) for name, own in names if own == kind] for kind in kinds}
     return {
-        kind: float(np.mean([found[place[one[0], ORIGINAL], place[one]] for one in pairs]))
+        kind: float(np.mean([found[place[one[0], ORIGINAL_KIND], place[one]] for one in pairs]))
         for kind, pairs in copies.items()
     }
 
@@ -152,7 +152,7 @@ def find_wrong_photographs(names: list[tuple[str, str]], found: np.ndarray) -> d
     }
 
 
-def same_drawings(paths: list[str]) -> list[tuple[int, int]]:
+def find_same_drawings(paths: list[str]) -> list[tuple[int, int]]:
     """Return the pairs of icons, by their places in `paths`, that are the same to the eye."""
     images = [Image.open(path) for path in paths]
     small, pairs = np.stack([np.asarray(image.reduce(8), np.int16).ravel() for image in images]), []
@@ -165,7 +165,7 @@ def same_drawings(paths: list[str]) -> list[tuple[int, int]]:
     return pairs
 
 
-def measure(
+def measure_rule(
     vectors: np.ndarray, photos: dict, icons: dict, same: list[tuple[int, int]], threshold: float
 ) -> dict[str, Any]:
     """Measure one rule.
@@ -174,16 +174,16 @@ def measure(
         vectors: of `compared`, of the files of photographs, then of icons.
         photos: of `write_photographs`.
         icons: of `write_icons`.
-        same: of `same_drawings`, among the originals of icons.
+        same: of `find_same_drawings`, among the originals of icons.
         threshold: similarity from which two files are nearly the same.
     """
     of_photos, of_icons = vectors[: len(photos)], vectors[len(photos) :]
     found = pairwise_similarity(of_photos, of_photos) >= threshold - FLOAT16_TOLERANCE
-    result = {"threshold": threshold, "recall": recall(list(photos), found, PHOTO_KINDS)}
+    result = {"threshold": threshold, "recall": compute_copy_recall(list(photos), found, PHOTO_KINDS)}
     result["wrong"] = find_wrong_photographs(list(photos), found)
     found = pairwise_similarity(of_icons, of_icons) >= threshold - FLOAT16_TOLERANCE
-    originals = [number for number, (_, kind) in enumerate(icons) if kind == ORIGINAL]
-    result["icon_recall"] = recall(list(icons), found, ICON_KINDS)
+    originals = [number for number, (_, kind) in enumerate(icons) if kind == ORIGINAL_KIND]
+    result["icon_recall"] = compute_copy_recall(list(icons), found, ICON_KINDS)
     found = np.triu(found[np.ix_(originals, originals)], 1)
     wrong = int(found.sum() - sum(found[pair] for pair in same))
     result["wrong"]["icons of different emoji"] = [wrong, len(originals) * (len(originals) - 1) // 2 - len(same)]
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
         looks = dict(zip(rows["path"].to_pylist(), rows[COLOR_SIGNATURE_COLUMN].to_pylist(), strict=True))
         alone, both = (add_color_signatures(vectors, known) for known in ([None] * len(paths), [looks[path] for path in paths]))
         rules = {"vectors alone, strict": (alone, 0.97), "vectors alone": (alone, 0.8), "both": (both, DUPLICATE_MIN_SIMILARITY)}
-        same = same_drawings([path for (_, kind), path in icons.items() if kind == ORIGINAL])
+        same = find_same_drawings([path for (_, kind), path in icons.items() if kind == ORIGINAL_KIND])
         flat = [len(looks[path]) > SIGNATURE_BYTES for path in paths]
         found = {
             "model": args.model,
@@ -213,9 +213,9 @@ def main(argv: list[str] | None = None) -> None:
             "copied_icons": sum(kind == "reduced to 64 pixels" for _, kind in icons),
             "flat": {"photographs": sum(flat[: len(photos)]), "icons": sum(flat[len(photos) :])},
             "same_drawings": len(same),
-            "rules": {name: measure(one, photos, icons, same, threshold) for name, (one, threshold) in rules.items()},
+            "rules": {name: measure_rule(one, photos, icons, same, threshold) for name, (one, threshold) in rules.items()},
         }
-    finish(conditions() | found, args.output)
+    write_results(describe_conditions() | found, args.output)
 
 
 if __name__ == "__main__":

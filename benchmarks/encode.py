@@ -19,14 +19,14 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.timing import conditions, finish, made_captions, median_ratio, spread, timed_runs
+from benchmarks.timing import describe_conditions, write_results, make_captions, median_ratio, summarize_rates, time_alternating
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_search.miniature_encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.convert_open_clip import build_open_clip_model, to_capivara_state_dict
 
 IMAGE_SIZE = (320, 240)  # pixels, width and height
-TOKENS = 20  # of a caption, begin and end included
+CAPTION_TOKENS = 20  # of a caption, begin and end included
 
 
 @dataclass
@@ -45,13 +45,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(EncodeArguments, __doc__, argv)
     encoders = build_encoders(args)
     measured = {
-        f"{what}_{precision}": compare(encoders[what], getattr(args, what), precision, args.runs)
+        f"{what}_{precision}": compare_encoders(encoders[what], getattr(args, what), precision, args.runs)
         for precision in ("float32", "bfloat16")
         for what in ("images", "captions")
     }
     sizes = {name: getattr(args, name) for name in ("runs", "images", "captions")}
-    sizes |= {"tokens": TOKENS, "image_size": IMAGE_SIZE}
-    finish(conditions() | sizes | {"measured": measured}, args.output)
+    sizes |= {"tokens": CAPTION_TOKENS, "image_size": IMAGE_SIZE}
+    write_results(describe_conditions() | sizes | {"measured": measured}, args.output)
 
 
 def build_encoders(args: EncodeArguments) -> dict[str, dict[str, Callable[[], Tensor]]]:
@@ -66,7 +66,7 @@ def build_encoders(args: EncodeArguments) -> dict[str, dict[str, Callable[[], Te
     preprocess = image_transform_v2(PreprocessCfg(), is_train=False)
     pixels = np.random.default_rng(0).integers(0, 256, (args.images, *IMAGE_SIZE[::-1], 3), dtype=np.uint8)
     images = [Image.fromarray(one) for one in pixels]
-    texts = made_captions(args.captions, TOKENS - 2, deviation=0)
+    texts = make_captions(args.captions, CAPTION_TOKENS - 2, deviation=0)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         tokenize = HFTokenizer(folder)
@@ -83,14 +83,14 @@ def build_encoders(args: EncodeArguments) -> dict[str, dict[str, Callable[[], Te
     }
 
 
-def compare(encoders: dict[str, Callable[[], Tensor]], number: int, precision: str, runs: int) -> dict[str, Any]:
+def compare_encoders(encoders: dict[str, Callable[[], Tensor]], item_count: int, precision: str, runs: int) -> dict[str, Any]:
     """Rates of both programs for `number` items, the ratio run by run, and the largest difference of the embeddings."""
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
     with torch.inference_mode(), autocast:
         ours, theirs = (encode().float() for encode in encoders.values())  # and the warm-up of both
-        seconds = timed_runs(encoders, runs, f"{number} items, {precision}")
+        seconds = time_alternating(encoders, runs, f"{item_count} items, {precision}")
     return {
-        **{name: spread([number / s for s in found]) for name, found in seconds.items()},
+        **{name: summarize_rates([item_count / s for s in found]) for name, found in seconds.items()},
         "ratio": median_ratio(seconds["open_clip"], seconds["ours"]),
         "largest_difference": (ours - theirs).abs().max().item(),
     }

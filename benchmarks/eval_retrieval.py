@@ -20,7 +20,7 @@ from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import read_json
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, cross_modal_ranks, recall_at_k
 
-WIDTH = 512
+EMBEDDING_WIDTH = 512
 Recalls = dict[str, float]  # such as "text_to_image@5" -> share from 0 to 1
 
 
@@ -38,31 +38,31 @@ class EvalRetrievalArguments:
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the results."""
     args = parse_arguments(EvalRetrievalArguments, __doc__, argv)
-    embeddings = random_embeddings(args.images, args.captions)
-    our_recalls(*random_embeddings(64, args.captions))  # libraries are loaded
-    before = timing.restart_peak()  # making the embeddings held more than they are
+    embeddings = make_random_embeddings(args.images, args.captions)
+    compute_our_recalls(*make_random_embeddings(64, args.captions))  # libraries are loaded
+    before = timing.restart_peak_memory()  # making the embeddings held more than they are
     found = {
-        **timing.conditions(), "width": WIDTH, "images": args.images, "captions": args.images * args.captions,
-        "seconds": timing.seconds_of(lambda: our_recalls(*embeddings)),
+        **timing.describe_conditions(), "width": EMBEDDING_WIDTH, "images": args.images, "captions": args.images * args.captions,
+        "seconds": timing.time_call(lambda: compute_our_recalls(*embeddings)),
         "memory_over_embeddings_bytes": timing.peak_resident_bytes() - before,
         "all_scores_bytes": 4 * len(embeddings[0]) * len(embeddings[1]),
     }  # fmt: skip
-    part = {"large": found} if args.worker else {"scores": found | compare(embeddings, args.runs)}
+    part = {"large": found} if args.worker else {"scores": found | compare_recalls(embeddings, args.runs)}
     kept = read_json(args.output) if args.output and args.output.is_file() else {}
-    timing.finish(kept | part, args.output)
+    timing.write_results(kept | part, args.output)
 
 
-def random_embeddings(images: int, captions_per_image: int) -> tuple[Tensor, Tensor, Tensor]:
+def make_random_embeddings(images: int, captions_per_image: int) -> tuple[Tensor, Tensor, Tensor]:
     """Image embeddings, text embeddings near their image's, and the image of each text."""
     generator = torch.Generator().manual_seed(0)
-    image_embeds = torch.nn.functional.normalize(torch.randn(images, WIDTH, generator=generator), dim=-1)
+    image_embeds = torch.nn.functional.normalize(torch.randn(images, EMBEDDING_WIDTH, generator=generator), dim=-1)
     image_of_text = torch.arange(images).repeat_interleave(captions_per_image)
     text_embeds = image_embeds[image_of_text]
     text_embeds += 0.3 * torch.randn(text_embeds.shape, generator=generator)  # in place: the largest tensor
     return image_embeds, torch.nn.functional.normalize(text_embeds, dim=-1), image_of_text
 
 
-def our_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor) -> Recalls:
+def compute_our_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor) -> Recalls:
     """Our recalls of the same embeddings."""
     images = torch.arange(len(image_embeds))
     text_to_image, image_to_text = cross_modal_ranks(text_embeds, image_embeds, image_of_text, images)
@@ -70,7 +70,7 @@ def our_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor
     return recalls | {f"image_to_text@{k}": recall_at_k(image_to_text, k) for k in RECALL_CUTOFFS}
 
 
-def their_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor) -> Recalls:
+def compute_clip_benchmark_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor) -> Recalls:
     """What clip-benchmark's `zeroshot_retrieval.evaluate` does once all is embedded, by its own functions."""
     from clip_benchmark.metrics.zeroshot_retrieval import batchify
     from clip_benchmark.metrics.zeroshot_retrieval import recall_at_k as theirs
@@ -85,11 +85,11 @@ def their_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tens
     return recalls
 
 
-def compare(embeddings: tuple[Tensor, Tensor, Tensor], runs: int) -> dict[str, Any]:
+def compare_recalls(embeddings: tuple[Tensor, Tensor, Tensor], runs: int) -> dict[str, Any]:
     """Median seconds of both, the ratio run by run, and how far their recalls are apart."""
-    steps = {"clip_benchmark": lambda: their_recalls(*embeddings), "ours": lambda: our_recalls(*embeddings)}
+    steps = {"clip_benchmark": lambda: compute_clip_benchmark_recalls(*embeddings), "ours": lambda: compute_our_recalls(*embeddings)}
     theirs, ours = (recalls() for recalls in steps.values())  # and the warm-up of both
-    seconds = timing.timed_runs(steps, runs, "Alternating runs")
+    seconds = timing.time_alternating(steps, runs, "Alternating runs")
     return {
         "runs": runs,
         "seconds": {name: statistics.median(taken) for name, taken in seconds.items()},

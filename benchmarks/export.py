@@ -10,11 +10,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.timing import conditions, finish, in_own_process, peak_resident_bytes, save_random_model, seconds_of
+from benchmarks.timing import describe_conditions, write_results, run_in_process, peak_resident_bytes, save_random_model, time_call
 from capivara_common.cli import flag, parse_arguments, run_command
-from hub_upload.export import export
+from hub_upload.export import export_model
 
-EXPORTED = ("transformers", "open_clip", "sentence_transformers")  # ONNX loads the model, and is not measured here
+EXPORTED_FORMATS = ("transformers", "open_clip", "sentence_transformers")  # ONNX loads the model, and is not measured here
 
 
 @dataclass
@@ -30,15 +30,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(ExportBenchmarkArguments, __doc__, argv)
     if args.worker:
         before, target = peak_resident_bytes(), args.worker.with_name("repository")
-        seconds = seconds_of(lambda: export(args.worker, target, EXPORTED))
-        finish({"after_imports_bytes": before, "peak_bytes": peak_resident_bytes(), "seconds": seconds})
+        seconds = time_call(lambda: export_model(args.worker, target, EXPORTED_FORMATS))
+        write_results({"after_imports_bytes": before, "peak_bytes": peak_resident_bytes(), "seconds": seconds})
         return
     with tempfile.TemporaryDirectory(prefix="capivara-export-") as folder:
         weights = save_random_model(Path(folder) / "model")
-        found = in_own_process("benchmarks.export", worker=f"{folder}/model")
+        found = run_in_process("benchmarks.export", worker=f"{folder}/model")
     over = found["peak_bytes"] - found["after_imports_bytes"]
     found |= {"peak_over_imports_bytes": over, "ratio_to_weights": over / weights}
-    finish(conditions() | {"weights_bytes": weights, "export": found}, args.output)
+    write_results(describe_conditions() | {"weights_bytes": weights, "export": found}, args.output)
 
 
 if __name__ == "__main__":

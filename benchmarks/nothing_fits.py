@@ -18,16 +18,16 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from benchmarks.timing import RESULTS, ROOT, conditions, finish
+from benchmarks.timing import RESULTS_FOLDER, CODE_ROOT, describe_conditions, write_results
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import write_json
 from capivara_search.query import RELEVANCE_AUC_FILE, NEUTRAL_SENTENCES, FEEDBACK_STRENGTH, background_z_score, z_score, apply_feedback
 from capivara_search.models import SearchModel, find_model
 from capivara_search.picture_files import find_pictures, open_query_picture
-from examples.real_images import PHOTOGRAPHS, photo
+from examples.real_images import PHOTOGRAPHS, load_photo
 
-FIRST, WEIGHTS, RESAMPLES = 10, (0.25, 0.5, 1.0, 2.0), 1000
-CHOSEN = "best, in deviations"  # what the line is drawn by: hits of a sentence keep their order
+TOP_K, FEEDBACK_WEIGHTS, BOOTSTRAP_RESAMPLES = 10, (0.25, 0.5, 1.0, 2.0), 1000
+CHOSEN_STATISTIC = "best, in deviations"  # what the line is drawn by: hits of a sentence keep their order
 
 
 @dataclass
@@ -36,44 +36,44 @@ class NothingFitsArguments:
 
     model: str | None = flag(None, "Folder or Hub id; where none is given, that of a new index.")
     pictures: Path = flag(Path("data/coco128/images"), "Folder of photographs.")
-    sentences: Path = flag(ROOT / "benchmarks" / "nothing_fits.yaml", "YAML file of the sentences.")
-    output: Path = flag(RESULTS / "nothing_fits.json", "JSON file of the results.")
+    sentences: Path = flag(CODE_ROOT / "benchmarks" / "nothing_fits.yaml", "YAML file of the sentences.")
+    output: Path = flag(RESULTS_FOLDER / "nothing_fits.json", "JSON file of the results.")
     keep: bool = flag(
         False, "Also leave the results in the model's folder, by which the search draws the line, or not."
     )
 
 
-def auc(there: np.ndarray, absent: np.ndarray) -> float:
+def auc(present: np.ndarray, absent: np.ndarray) -> float:
     """How probable it is that one of the first is above one of the second; a tie is a half."""
-    return float(((there[:, None] > absent) + (there[:, None] == absent) / 2).mean())
+    return float(((present[:, None] > absent) + (present[:, None] == absent) / 2).mean())
 
 
-def told_apart(there: np.ndarray, absent: np.ndarray) -> dict[str, object]:
+def measure_separation(present: np.ndarray, absent: np.ndarray) -> dict[str, object]:
     """AUC of a statistic of sentences of both kinds, its interval, and that of each half of them, by turns."""
     dice = np.random.default_rng(0)
-    drawn = [auc(dice.choice(there, len(there)), dice.choice(absent, len(absent))) for _ in range(RESAMPLES)]
-    halves = [auc(there[start::2], absent[start::2]) for start in (0, 1)]
-    return {"auc": auc(there, absent), "interval_95": np.quantile(drawn, [0.025, 0.975]).tolist(), "halves": halves}
+    drawn = [auc(dice.choice(present, len(present)), dice.choice(absent, len(absent))) for _ in range(BOOTSTRAP_RESAMPLES)]
+    halves = [auc(present[start::2], absent[start::2]) for start in (0, 1)]
+    return {"auc": auc(present, absent), "interval_95": np.quantile(drawn, [0.025, 0.975]).tolist(), "halves": halves}
 
 
-def classes_of(path: Path, names: dict[int, str]) -> set[str]:
+def read_box_classes(path: Path, class_names: dict[int, str]) -> set[str]:
     """The classes of a picture's boxes; none where it has no such file."""
     labels = Path(str(path).replace("/images/", "/object_detection/labels/")).with_suffix(".txt")
-    return {names[int(line.split()[0])] for line in labels.read_text().splitlines()} if labels.is_file() else set()
+    return {class_names[int(line.split()[0])] for line in labels.read_text().splitlines()} if labels.is_file() else set()
 
 
-def steering(model: SearchModel, asked: list[dict], images: np.ndarray, classes: list[set[str]]) -> Iterator[dict]:
+def measure_feedback(model: SearchModel, feedback_queries: list[dict], images: np.ndarray, classes: list[set[str]]) -> Iterator[dict]:
     """Of each weight and kind of pull: means of all queries, before and after, and how often none is left."""
-    cases = [(one["text"], *pull, set(one["wanted"])) for one in asked for pull in one["each"].items()]
+    cases = [(one["text"], *pull, set(one["wanted"])) for one in feedback_queries for pull in one["each"].items()]
     queries, words = (model.embed_texts([case[place] for case in cases]) for place in (0, 2))
-    for weight, by in product([-one for one in WEIGHTS] + [*WEIGHTS], ("words", "picture")):
+    for weight, by in product([-one for one in FEEDBACK_WEIGHTS] + [*FEEDBACK_WEIGHTS], ("words", "picture")):
         counts = []
         for query, word, (_, thing, _, wanted) in zip(queries, words, cases, strict=True):
             before = np.argsort(-images @ query)
             hit = images[next(place for place in before if thing in classes[place])]  # which is clicked at
             pull = word if by == "words" else hit
             after = np.argsort(-images @ apply_feedback(query, [(weight / FEEDBACK_STRENGTH, pull)], images))
-            orders = product(({thing}, wanted), (before[:FIRST], after[:FIRST]))
+            orders = product(({thing}, wanted), (before[:TOP_K], after[:TOP_K]))
             counts.append([sum(bool(kind & classes[place]) for place in order) for kind, order in orders])
         found = np.array(counts, float)  # (cases, object before, after, wanted before, after)
         had, (thing_held, wanted_held) = found[found[:, 0] > 0], found.mean(axis=0).reshape(2, 2).tolist()
@@ -89,24 +89,24 @@ def main(argv: list[str] | None = None) -> None:
     if not files or not given.get("there") or not given.get("absent"):
         raise ValueError(f"{args.pictures} must hold pictures, {args.sentences} sentences under `there` and `absent`.")
     model, pictures = find_model(args.model), [open_query_picture(path) for path in files]
-    pictures += [photo(name) for name in PHOTOGRAPHS if given.get("photographs")]
+    pictures += [load_photo(name) for name in PHOTOGRAPHS if given.get("photographs")]
     images, neutral_texts = model.embed_images(pictures), model.embed_texts(NEUTRAL_SENTENCES)
     scores = {kind: model.embed_texts(given[kind]) @ images.T for kind in ("there", "absent", "nonsense") if given.get(kind)}
     counts = {"pictures": len(images), "sentences": {kind: len(found) for kind, found in scores.items()}}
     best = {kind: np.array([z_score(own.max(), own) for own in found]) for kind, found in scores.items()}
-    told = told_apart(best["there"], best["absent"])
+    told = measure_separation(best["there"], best["absent"])
     line = background_z_score(images, neutral_texts, (neutral_texts @ images.T).max(axis=1))
-    results = conditions() | {"model": model.name, **counts, "chosen": CHOSEN, "statistics": {CHOSEN: told}}
+    results = describe_conditions() | {"model": model.name, **counts, "chosen": CHOSEN_STATISTIC, "statistics": {CHOSEN_STATISTIC: told}}
     results["auc"] = told["auc"]
     results["above_the_line"] = {kind: float((found >= line).mean()) for kind, found in best.items()}
     config = args.pictures.parent / "object_detection" / "config.yaml"
     if given.get("steering") and config.is_file():
         names = yaml.safe_load(config.read_text(encoding="utf-8"))["names"]
-        classes = [classes_of(path, names) for path in files]
-        results["steering"] = list(steering(model, given["steering"], images[: len(files)], classes))
+        classes = [read_box_classes(path, names) for path in files]
+        results["steering"] = list(measure_feedback(model, given["steering"], images[: len(files)], classes))
     if args.keep:
         write_json(model.folder / RELEVANCE_AUC_FILE, results)
-    finish(results, args.output)
+    write_results(results, args.output)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ from typing import Any
 import PIL.Image
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from benchmarks.timing import RESULTS, ROOT, conditions
+from benchmarks.timing import RESULTS_FOLDER, CODE_ROOT, describe_conditions
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import read_json, write_json, write_text
 from eval.records.schema import DIRECTIONS, Record, read_records
-from eval.records.tables import percent, points, retrieval_table
+from eval.records.tables import format_percent, format_points, render_retrieval_table
 
-BLOCK = re.compile(r"(<!-- (\w+): made by `python -m benchmarks.readme` -->\n).*?(<!-- end \2 -->)", re.DOTALL)
+BLOCK_RE = re.compile(r"(<!-- (\w+): made by `python -m benchmarks.readme` -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 
 
 @dataclass
@@ -33,73 +33,73 @@ class ReadmeArguments:
     check: bool = flag(False, "Change nothing, fail where a figure is not the JSON's.")
 
 
-def pages() -> list[str]:
+def find_pages() -> list[str]:
     """The pages that have a block."""
-    found = (path.relative_to(ROOT) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
-    return sorted(str(path) for path in found if BLOCK.search((ROOT / path).read_text(encoding="utf-8")))
+    found = (path.relative_to(CODE_ROOT) for path in (*CODE_ROOT.glob("*.md"), *CODE_ROOT.glob("docs/*.md")))
+    return sorted(str(path) for path in found if BLOCK_RE.search((CODE_ROOT / path).read_text(encoding="utf-8")))
 
 
-def filled(page: str, text: str) -> str:
+def fill_blocks(page: str, text: str) -> str:
     """The text of a page with every block replaced by what the JSON says. Raises ValueError where it is unknown."""
-    tables, portuguese = template().module, page == "LEIAME.md"
+    tables, portuguese = load_template().module, page == "LEIAME.md"
 
     def block(found: re.Match) -> str:
         if not hasattr(tables, found[2]):
             raise ValueError(f"{page} has the block {found[2]!r}, which benchmarks/tables.md.j2 does not make.")
         return f"{found[1]}{getattr(tables, found[2])(portuguese).strip()}\n{found[3]}"
 
-    return BLOCK.sub(block, text)
+    return BLOCK_RE.sub(block, text)
 
 
-def template() -> Template:
+def load_template() -> Template:
     """`tables.md.j2`, a macro a block, with all that it calls."""
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), extensions=["jinja2.ext.do"], **options)
-    environment.filters |= {"fixed": fixed, "points": points, "median": statistics.median, "mean": statistics.mean}
-    environment.filters["percent"] = lambda shares: percent([shares] if isinstance(shares, float) else shares)
-    environment.globals |= {"results": results, "table": table, "versions": versions, "ms": ms, "zip": zip}
+    environment.filters |= {"fixed": format_number, "points": format_points, "median": statistics.median, "mean": statistics.mean}
+    environment.filters["percent"] = lambda shares: format_percent([shares] if isinstance(shares, float) else shares)
+    environment.globals |= {"results": load_results, "table": format_table, "versions": format_versions, "ms": format_milliseconds, "zip": zip}
     environment.globals |= {
-        "recalls": recalls,
-        "retrieval_table": lambda rows: retrieval_table([Record(**r) for r in rows]),
+        "recalls": mean_recalls,
+        "retrieval_table": lambda rows: render_retrieval_table([Record(**r) for r in rows]),
     }
     return environment.get_template("tables.md.j2")
 
 
-def results(name: str) -> dict[str, Any]:
+def load_results(name: str) -> dict[str, Any]:
     """The JSON of a benchmark."""
-    return read_json(RESULTS / f"{name}.json")
+    return read_json(RESULTS_FOLDER / f"{name}.json")
 
 
-def fixed(number: float, digits: int = 0) -> str:
+def format_number(number: float, digits: int = 0) -> str:
     """12345.67 -> "12,346", or with digits after the point."""
     return f"{number:,.{digits}f}"
 
 
-def ms(found: dict[str, float], digits: int = 0) -> list[str]:
+def format_milliseconds(found: dict[str, float], digits: int = 0) -> list[str]:
     """The cells of a median and a 95th percentile."""
-    return [fixed(found["p50"], digits), fixed(found["p95"], digits)]
+    return [format_number(found["p50"], digits), format_number(found["p95"], digits)]
 
 
-def table(head: list[str], rows: list[list[str]], text: int = 1) -> str:
+def format_table(header: list[str], rows: list[list[str]], text_columns: int = 1) -> str:
     """A table of Markdown, whose first columns, as many as `text` says, are no figures."""
-    lines = [head, ["---"] * text + ["---:"] * (len(head) - text), *rows]
+    lines = [header, ["---"] * text_columns + ["---:"] * (len(header) - text_columns), *rows]
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
 
-def versions(found: dict[str, Any], *packages: str) -> str:
+def format_versions(found: dict[str, Any], *packages: str) -> str:
     """ "torch 2.13.0, transformers 5.24.0" out of the versions in the results, in the given order."""
     known = [package for package in packages if package in found["versions"]]
     return ", ".join(f"{package.removesuffix('_torch')} {found['versions'][package]}" for package in known)
 
 
-def recalls(one: dict[str, Any]) -> list[list[float]]:
+def mean_recalls(recipe_row: dict[str, Any]) -> list[list[float]]:
     """Of a row of recipe.json each seed's mean recall of both directions, by test set and language (pt, en)."""
     sets = [f"{name}/test/{code}" for name in ("openmoji", "twemoji", "noto", "photos") for code in ("pt", "en")]
-    ways = [zip(*(one["values"][f"{of}/{way}"] for way in DIRECTIONS), strict=True) for of in sets]
+    ways = [zip(*(recipe_row["values"][f"{of}/{way}"] for way in DIRECTIONS), strict=True) for of in sets]
     return [[statistics.mean(both) for both in seeds] for seeds in ways]
 
 
-def take_over(runs: list[Path]) -> None:
+def import_demo_runs(runs: list[Path]) -> None:
     """Copy records, run facts and pictures of runs of the demo, a seed each, to where they are committed."""
     records = []
     for run in runs:
@@ -110,12 +110,12 @@ def take_over(runs: list[Path]) -> None:
                 elif run == runs[0]:  # the same in all
                     records.append(asdict(record))
     facts = {"records": records, "runs": [read_json(run / "run.json") for run in runs]}
-    write_json(RESULTS / "demo.json", conditions() | facts)
+    write_json(RESULTS_FOLDER / "demo.json", describe_conditions() | facts)
     for name in ("curves.png", "retrieval.png"):
-        save_small_picture(runs[0] / name, ROOT / "docs" / name)
+        save_small_image(runs[0] / name, CODE_ROOT / "docs" / name)
 
 
-def save_small_picture(source: Path, target: Path) -> None:
+def save_small_image(source: Path, target: Path) -> None:
     """A copy of a drawing in 256 colours, a third of the size and the same to the eye."""
     with PIL.Image.open(source) as picture:
         picture.convert("RGB").quantize(256, dither=PIL.Image.Dither.NONE).save(target, "PNG", optimize=True)
@@ -125,12 +125,12 @@ def main(argv: list[str] | None = None) -> None:
     """Fill the blocks of all pages, or check them."""
     args = parse_arguments(ReadmeArguments, __doc__, argv)
     if args.demo:
-        take_over(args.demo)
-    for page in pages():
-        text = (ROOT / page).read_text(encoding="utf-8")
+        import_demo_runs(args.demo)
+    for page in find_pages():
+        text = (CODE_ROOT / page).read_text(encoding="utf-8")
         if not args.check:
-            write_text(ROOT / page, filled(page, text))
-        elif filled(page, text) != text:
+            write_text(CODE_ROOT / page, fill_blocks(page, text))
+        elif fill_blocks(page, text) != text:
             sys.exit(f"{page} is not what benchmarks/results says; run `python -m benchmarks.readme`.")
 
 

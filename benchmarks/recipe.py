@@ -16,24 +16,24 @@ import torch
 from torch import Tensor
 
 import train_accelerate
-from benchmarks.timing import RESULTS, ROOT, conditions
+from benchmarks.timing import RESULTS_FOLDER, CODE_ROOT, describe_conditions
 from capivara_common.cli import flag, parse_arguments, read_yaml_config, run_command
 from capivara_common.files import read_json, write_json
 from caption_data.rows import json_digest
 from eval.capivara_metrics.metrics import mean_hits, paired_bootstrap
 from eval.embeddings import EmbeddingStore
 from eval.records.schema import DIRECTIONS
-from eval.retrieval import RetrievalArguments, RetrievalData, RetrievalEmbeddings, load_data, retrieval_records
+from eval.retrieval import RetrievalArguments, RetrievalData, RetrievalEmbeddings, load_retrieval_data, compute_retrieval_records
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import build_embedder
 from training.trainable import interpolate_weights
 
-REFERENCE = "paper"  # what the others are compared with: all of the way
-SHARES = {REFERENCE: 1.0, "interpolate-0.5": 0.5, "interpolate-0.7": 0.7}  # of the trained weights, the rest the base's
-DRAWINGS = ("openmoji", "twemoji", "noto")  # whose conditions get an interval; the photographs are too few
-SETS = [*((name, split) for name in DRAWINGS for split in ("validation", "test")), ("photos", "test")]
-Hits = dict[str, Tensor]  # such as "noto/test/pt/text_to_image" -> each query's mean hit at 1, 5 and 10, 0 to 1
+REFERENCE_ROW = "paper"  # what the others are compared with: all of the way
+TRAINED_SHARES = {REFERENCE_ROW: 1.0, "interpolate-0.5": 0.5, "interpolate-0.7": 0.7}  # of the trained weights, the rest the base's
+DRAWING_SETS = ("openmoji", "twemoji", "noto")  # whose conditions get an interval; the photographs are too few
+EVALUATION_SPLITS = [*((name, split) for name in DRAWING_SETS for split in ("validation", "test")), ("photos", "test")]
+HitsByCondition = dict[str, Tensor]  # such as "noto/test/pt/text_to_image" -> each query's mean hit at 1, 5 and 10, 0 to 1
 
 
 @dataclass
@@ -41,32 +41,32 @@ class RecipeArguments:
     """Arguments of `benchmarks.recipe`. Raises ValueError where a seed is there twice, or none."""
 
     gone = dict.fromkeys(("only", "variants"), "three shares of the weights are measured, from one training a seed")
-    config: Path = flag(ROOT / "configs" / "openmoji.yaml", "Config of the training.")
+    config: Path = flag(CODE_ROOT / "configs" / "openmoji.yaml", "Config of the training.")
     seeds: list[int] = flag([0, 1, 2], "Seeds of each.")
     base: str = flag("data/openmoji/base", "Folder of the base model.")
     openmoji: str = flag("data/openmoji/dataset", "Folder of the demo's data set.")
     proxies: Path = flag(Path("data/openmoji/proxies"), "Folder that `examples.openmoji.proxies` has made.")
     work: Path = flag(Path("runs/recipe"), "Folder of runs and embeddings, half a gigabyte a run.")
-    output: Path = flag(RESULTS / "recipe.json", "JSON file of the results.")
+    output: Path = flag(RESULTS_FOLDER / "recipe.json", "JSON file of the results.")
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be different numbers, at least one, got {self.seeds}.")
 
 
-def read_all(args: RecipeArguments) -> dict[str, RetrievalData]:
+def load_evaluation_data(args: RecipeArguments) -> dict[str, RetrievalData]:
     """Data set, split and language, such as "noto/test/pt" -> its data; ValueError where a data set is missing."""
-    folders = {name: args.openmoji if name == "openmoji" else str(args.proxies / name) for name, _ in SETS}
+    folders = {name: args.openmoji if name == "openmoji" else str(args.proxies / name) for name, _ in EVALUATION_SPLITS}
     return {
-        f"{name}/{split}/{code}": load_data(
+        f"{name}/{split}/{code}": load_retrieval_data(
             RetrievalArguments(args.base, folders[name], Path("unused.json"), split=split, language=code)
         )
-        for name, split in SETS
+        for name, split in EVALUATION_SPLITS
         for code in ("pt", "en")
     }
 
 
-def trained(seed: int, args: RecipeArguments, base_digest: str) -> Path:
+def find_or_train_run(seed: int, args: RecipeArguments, base_digest: str) -> Path:
     """The folder of a finished run; another config or base is another folder. Raises as `train_accelerate.main`."""
     made_of = json_digest([str([read_yaml_config(args.config), base_digest])])[:8]
     folder = args.work / made_of / f"seed-{seed}"
@@ -78,14 +78,14 @@ def trained(seed: int, args: RecipeArguments, base_digest: str) -> Path:
     return folder
 
 
-def row(name: str, hits: list[Hits], reference: list[Hits], groups: dict[str, Tensor]) -> dict[str, Any]:
+def build_row(name: str, hits: list[HitsByCondition], reference: list[HitsByCondition], groups: dict[str, Tensor]) -> dict[str, Any]:
     """By condition each seed's mean recall, a share from 0 to 1, and how far the means of the seeds are above the
     reference's, with the 95 % interval of a bootstrap over `groups`: the index of the picture of each query."""
 
-    def means(side: list[Hits], key: str) -> Tensor:
+    def means(side: list[HitsByCondition], key: str) -> Tensor:
         return torch.stack([one[key] for one in side]).double().mean(0)
 
-    compared = [key for key in groups if key.startswith(DRAWINGS) and hits is not reference]
+    compared = [key for key in groups if key.startswith(DRAWING_SETS) and hits is not reference]
     return {
         "name": name,
         "values": {key: [one[key].double().mean().item() for one in hits] for key in groups},
@@ -96,35 +96,35 @@ def row(name: str, hits: list[Hits], reference: list[Hits], groups: dict[str, Te
 def main(argv: list[str] | None = None) -> None:
     """Train what is missing, measure all, and write the results."""
     args = parse_arguments(RecipeArguments, __doc__, argv)
-    data, processor, base = read_all(args), load_processor(args.base), load_model(args.base)
+    data, processor, base = load_evaluation_data(args), load_processor(args.base), load_model(args.base)
 
     def embedded(model: CapivaraModel) -> dict[str, RetrievalEmbeddings]:  # images once an image tower
         store = EmbeddingStore(build_embedder("", model.eval(), processor, "float32"), args.work / "cache")
-        return {condition: one.embedded(store)[0] for condition, one in data.items()}
+        return {condition: one.embed(store)[0] for condition, one in data.items()}
 
-    def measured(model: CapivaraModel) -> Hits:
+    def measured(model: CapivaraModel) -> HitsByCondition:
         found = embedded(model).items()
         return {f"{key}/{direction}": mean_hits(of.ranks[direction]) for key, of in found for direction in DIRECTIONS}
 
     groups, chance = {}, {}
     for key, of in embedded(base).items():
-        for record in retrieval_records(of, dataset=key, split="", language="", model="baseline", model_folder=""):
+        for record in compute_retrieval_records(of, dataset=key, split="", language="", model="baseline", model_folder=""):
             if record.metric == "mean_recall":
                 condition = f"{key}/{record.direction}"
-                groups[condition], chance[condition] = of.groups(record.direction), record.chance
-    hits: dict[str, list[Hits]] = {name: [] for name in SHARES}
+                groups[condition], chance[condition] = of.query_groups(record.direction), record.chance
+    hits: dict[str, list[HitsByCondition]] = {name: [] for name in TRAINED_SHARES}
     digest, seconds, before = weights_digest(base), [], [measured(base)]
     for seed in args.seeds:
-        run = trained(seed, args, digest)
+        run = find_or_train_run(seed, args, digest)
         seconds.append(sum(read_json(run / "run.json")["seconds"].values()))
-        for name, share in SHARES.items():
+        for name, share in TRAINED_SHARES.items():
             interpolate_weights(model := load_model(run), base.state_dict(), share)
             hits[name].append(measured(model))
     about = {"seeds": args.seeds, "seconds": seconds}
-    rows = [row("base", before, before, groups)]
-    rows += [row(name, found, hits[REFERENCE], groups) | about for name, found in hits.items()]
+    rows = [build_row("base", before, before, groups)]
+    rows += [build_row(name, found, hits[REFERENCE_ROW], groups) | about for name, found in hits.items()]
     facts = {"config": read_yaml_config(args.config), "n": {key: len(of) for key, of in groups.items()}, "chance": chance}
-    write_json(args.output, conditions() | facts | {"rows": rows})
+    write_json(args.output, describe_conditions() | facts | {"rows": rows})
     print(f"Results: {args.output}. `python -m benchmarks.readme` takes README's short table from them.")
 
 

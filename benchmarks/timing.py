@@ -16,13 +16,13 @@ from tqdm.auto import tqdm
 from capivara_common.environment import describe_device, package_versions
 from capivara_common.files import write_json
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-WORDS = (
+CODE_ROOT = Path(__file__).resolve().parent.parent
+RESULTS_FOLDER = CODE_ROOT / "benchmarks" / "results"
+CAPTION_WORDS = (
     "um uma o a homem mulher criança gato cachorro casa rua praia mesa bola carro bicicleta sol azul verde vermelho "
     "grande pequeno foto mar livro perto sobre dentro com de na no para duas três pessoas árvore porta"
 )  # of made captions; each is a token of XLM-R
-R = TypeVar("R")
+Result = TypeVar("R")
 
 
 def peak_resident_bytes() -> int:
@@ -33,31 +33,31 @@ def peak_resident_bytes() -> int:
     raise OSError("The kernel does not say how much memory this process has held.")
 
 
-def restart_peak() -> int:
+def restart_peak_memory() -> int:
     """Let `peak_resident_bytes` start anew from what is held now; returns that."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5)
     return peak_resident_bytes()
 
 
-def seconds_of(call: Callable[[], Any]) -> float:
+def time_call(call: Callable[[], Any]) -> float:
     """Wall-clock seconds of one call."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
 
 
-def alternating(programs: dict[Any, Callable[[], R]], runs: int, title: str) -> dict[Any, list[R]]:
+def run_alternating(programs: dict[Any, Callable[[], Result]], runs: int, title: str) -> dict[Any, list[Result]]:
     """Results of all programs, which take turns in every run, so that a slow minute of the machine is everyone's."""
-    results: dict[Any, list[R]] = {name: [] for name in programs}
+    results: dict[Any, list[Result]] = {name: [] for name in programs}
     for _ in tqdm(range(runs), desc=title, unit="run"):
         for name, program in programs.items():
             results[name].append(program())
     return results
 
 
-def timed_runs(steps: dict[str, Callable[[], Any]], runs: int, title: str) -> dict[str, list[float]]:
+def time_alternating(steps: dict[str, Callable[[], Any]], runs: int, title: str) -> dict[str, list[float]]:
     """Seconds of all steps in alternating runs; each has been called before."""
-    return alternating({name: partial(seconds_of, step) for name, step in steps.items()}, runs, title)
+    return run_alternating({name: partial(time_call, step) for name, step in steps.items()}, runs, title)
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
@@ -65,18 +65,18 @@ def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
-def spread(rates: Sequence[float]) -> dict[str, float]:
+def summarize_rates(rates: Sequence[float]) -> dict[str, float]:
     """Of what was done per second in each run: median, slowest and fastest."""
     return {"median": statistics.median(rates), "slowest": min(rates), "fastest": max(rates)}
 
 
-def in_own_process(module: str, root: Path = ROOT, **flags: Any) -> Any:
+def run_in_process(module: str, root: Path = CODE_ROOT, **flags: Any) -> Any:
     """The JSON in the last line that a module of this project prints. A process of its own has its own peak of memory.
 
     `root` is a checkout of this project; another than this one has a .venv of its own. Raises RuntimeError where it
     failed, with the end of its error output.
     """
-    python = sys.executable if root == ROOT else str(root.absolute() / ".venv" / "bin" / "python")
+    python = sys.executable if root == CODE_ROOT else str(root.absolute() / ".venv" / "bin" / "python")
     words = [python, "-m", module, *(f"--{name}={value}" for name, value in flags.items())]
     done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -84,11 +84,11 @@ def in_own_process(module: str, root: Path = ROOT, **flags: Any) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def made_captions(number: int, words: int = 18, deviation: float = 4.5) -> list[str]:
+def make_captions(count: int, words: int = 18, deviation: float = 4.5) -> list[str]:
     """Captions of `words` words on average, at least 5 and at most 68; the same arguments give the same ones."""
     dice = np.random.default_rng(0)
-    lengths = dice.normal(words, deviation, number).round().clip(5, 68).astype(int)
-    return [" ".join(dice.choice(WORDS.split(), length)) for length in lengths]
+    lengths = dice.normal(words, deviation, count).round().clip(5, 68).astype(int)
+    return [" ".join(dice.choice(CAPTION_WORDS.split(), length)) for length in lengths]
 
 
 def save_random_model(folder: Path) -> int:
@@ -106,17 +106,17 @@ def save_random_model(folder: Path) -> int:
     return (folder / WEIGHTS_FILE).stat().st_size
 
 
-def conditions(*packages: str) -> dict[str, Any]:
+def describe_conditions(*packages: str) -> dict[str, Any]:
     """What figures depend on: commit (with a + where files differ from it), day, device, threads and versions."""
     import torch  # here, as above: a program without it is measured without its memory
 
     words = ["git", "describe", "--always", "--exclude=*", "--abbrev=7", "--dirty=+"]
-    commit = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(words, cwd=CODE_ROOT, capture_output=True, text=True, check=False).stdout.strip()
     about = {"commit": commit, "date": time.strftime("%Y-%m-%d"), "device": describe_device()}
     return about | {"threads": torch.get_num_threads(), "versions": package_versions(*packages)}
 
 
-def finish(results: Any, output: Path | None = None) -> None:
+def write_results(results: Any, output: Path | None = None) -> None:
     """Write the results to a JSON file, if there is to be one, and print them as the last line."""
     if output:
         write_json(output, results)

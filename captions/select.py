@@ -30,7 +30,7 @@ from capivara_common.privacy import short_name
 from caption_data.rows import CAPTIONS_FEATURE, NOT_CHOSEN, SIMILARITY_STRATEGIES, CaptionChoice, normalize_captions
 from caption_data.sources import Split
 from captions.stages import RowStage, StageArguments, check_complete, read_skipped_rows, run_stage_command
-from eval.records.tables import one_line, write_page
+from eval.records.tables import to_one_line, write_html_page
 
 REPORT_PAGE = Path("report") / "index.html"  # in the output; it is written last
 REPORT_TEMPLATE = Path(__file__).parent / "selection_report.html.j2"
@@ -151,7 +151,7 @@ def write_selection_report(args: SelectArguments) -> None:
         plot_similarities(sides, unit, cut, folder / "similarities.png")
     write_json(folder / "selection.json", facts)
     pictures = {path.name for path in folder.glob("row-*.jpg")}
-    write_page(REPORT_TEMPLATE, args.output / REPORT_PAGE, facts=facts, pictures=pictures, line=partial(one_line, limit=MAX_SHOWN_CHARACTERS))
+    write_html_page(REPORT_TEMPLATE, args.output / REPORT_PAGE, facts=facts, pictures=pictures, line=partial(to_one_line, limit=MAX_SHOWN_CHARACTERS))
 
 
 def _build_caption_table(args: SelectArguments, source: Split) -> pd.DataFrame:
@@ -202,15 +202,15 @@ def plot_similarities(sides: dict[str, pd.Series], unit: str, cutoff: float | No
     from matplotlib import pyplot as plt  # here: they take long to import, and one task of a selection draws
     from matplotlib.ticker import MaxNLocator
 
-    from eval.records.plots import INK, MODEL_COLOUR, save_figure, tidy
+    from eval.records.plots import TEXT_COLOR, MODEL_COLOR, save_figure, style_axis
 
     figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
     labels = [f"{name}: {len(values):,}" for name, values in sides.items()]
-    axis.hist(list(sides.values()), HISTOGRAM_BINS, stacked=True, color=[DROPPED_COLOR, MODEL_COLOUR], label=labels)
+    axis.hist(list(sides.values()), HISTOGRAM_BINS, stacked=True, color=[DROPPED_COLOR, MODEL_COLOR], label=labels)
     if cutoff is not None:
-        axis.axvline(cutoff, color=INK, linewidth=1.2, linestyle="--", label=f"cut: {cutoff:g}")
+        axis.axvline(cutoff, color=TEXT_COLOR, linewidth=1.2, linestyle="--", label=f"cut: {cutoff:g}")
     axis.set(xlabel="similarity of image and caption (cosine, lowest to highest)", ylabel=unit)
-    tidy(axis, "y", "top", "right")
+    style_axis(axis, "y", "top", "right")
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))  # no bar is below
     save_figure(figure, path)

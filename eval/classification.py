@@ -30,12 +30,12 @@ from eval.embeddings import EmbeddingStore, ModelArguments, open_store, run_eval
 from eval.prompts import Prompts, load_prompts
 from eval.records.schema import Record
 
-CLIP_SCALE = 100  # of cosines before the softmax (CLIP, arXiv 2103.00020, section 2.5: where its scale is clipped)
+CLIP_LOGIT_SCALE = 100  # of cosines before the softmax (CLIP, arXiv 2103.00020, section 2.5: where its scale is clipped)
 CHANCE_DRAWS = 20  # of random scores
 
 
 @dataclass
-class ImageArguments(ModelArguments):
+class LabeledImageArguments(ModelArguments):
     """What classification and linear probe have in common."""
 
     gone = {"form": "a folder of pictures holds no table, list or tar; keep the pictures in a folder of their own"}
@@ -53,7 +53,7 @@ class ImageArguments(ModelArguments):
 
 
 @dataclass
-class ClassificationArguments(ImageArguments):
+class ClassificationArguments(LabeledImageArguments):
     """Flags of `eval.classification`."""
 
     protocol: Literal["ours", "authors", "babel"] = flag("ours", "Names and templates: ours, the authors', or babel's.")
@@ -63,22 +63,22 @@ class ClassificationArguments(ImageArguments):
 
 
 def load_split(
-    args: ImageArguments, split: str, names_en: Sequence[str], indices: Sequence[int] | None = None
+    args: LabeledImageArguments, split: str, class_names: Sequence[str], class_indices: Sequence[int] | None = None
 ) -> LabeledImages:
     """A split of the images of the arguments; `load_images` has the rest."""
     columns = (args.image_column, args.label_column)
-    return load_labeled_images(args.images, split, names_en, *columns, indices, **args.image_options())
+    return load_labeled_images(args.images, split, class_names, *columns, class_indices, **args.image_options())
 
 
-def class_embeddings(store: EmbeddingStore, prompts: Prompts) -> Tensor:
+def embed_classes(store: EmbeddingStore, prompts: Prompts) -> Tensor:
     """(classes, width), unit length: the mean of each class's embedded prompts."""
-    texts = [text for filled in prompts.filled for text in filled]
-    embeds = store.texts(texts, "Prompts")
-    means = [part.mean(dim=0) for part in embeds.split([len(filled) for filled in prompts.filled])]
+    texts = [text for filled in prompts.class_prompts for text in filled]
+    embeds = store.embed_texts(texts, "Prompts")
+    means = [part.mean(dim=0) for part in embeds.split([len(filled) for filled in prompts.class_prompts])]
     return F.normalize(torch.stack(means), dim=-1)
 
 
-def classification_metrics(scores: Tensor, labels: list, metric: str) -> dict[str, float]:
+def compute_classification_metrics(scores: Tensor, labels: list, metric: str) -> dict[str, float]:
     """The data set's own metric, of `METRICS`, first, then top-1 and top-5 where they make sense.
 
     Of cosines (images, classes), and a class, or a list of classes, an image.
@@ -92,7 +92,7 @@ def classification_metrics(scores: Tensor, labels: list, metric: str) -> dict[st
         for row, classes in enumerate(labels):
             targets[row, classes] = 1
         # of each image's probabilities, as published: cosines of different images are not compared as they are
-        return {"11point_mAP": metrics.eleven_point_map((CLIP_SCALE * scores).softmax(dim=-1), targets)}
+        return {"11point_mAP": metrics.eleven_point_map((CLIP_LOGIT_SCALE * scores).softmax(dim=-1), targets)}
     right = torch.tensor(labels)
     values = {"accuracy": metrics.top_k_accuracy(scores, right)}
     if metric == "roc_auc":
@@ -104,34 +104,34 @@ def classification_metrics(scores: Tensor, labels: list, metric: str) -> dict[st
     return values
 
 
-def chance_of(metric: str, labels: list, classes: int) -> float:
-    """Expected value of random scores for a metric of `classification_metrics`."""
+def compute_chance(metric: str, labels: list, class_count: int) -> float:
+    """Expected value of random scores for a metric of `compute_classification_metrics`."""
     if metric == "11point_mAP":  # interpolation has no formula: the mean of draws
         generator = torch.Generator().manual_seed(0)
-        draws = [torch.rand(len(labels), classes, generator=generator) for _ in range(CHANCE_DRAWS)]
-        return float(np.mean([classification_metrics(scores, labels, metric)[metric] for scores in draws]))
-    return {"roc_auc": 0.5, "top_5_accuracy": 5 / classes}.get(metric, 1 / classes)
+        draws = [torch.rand(len(labels), class_count, generator=generator) for _ in range(CHANCE_DRAWS)]
+        return float(np.mean([compute_classification_metrics(scores, labels, metric)[metric] for scores in draws]))
+    return {"roc_auc": 0.5, "top_5_accuracy": 5 / class_count}.get(metric, 1 / class_count)
 
 
 def evaluate(args: ClassificationArguments) -> list[Record]:
     """Measure and write; returns the records."""
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark, args.protocol, args.language, args.authors_file)
-    data = load_split(args, args.split, prompts.names_en, prompts.indices)
+    data = load_split(args, args.split, prompts.english_names, prompts.class_indices)
     store = open_store(args)
     started = time.perf_counter()
-    images = store.images(data.images)
-    scores = images.embeds @ class_embeddings(store, prompts).T
+    images = store.embed_images(data.images)
+    scores = images.embeds @ embed_classes(store, prompts).T
     labels = [data.labels[row] for row in images.rows.tolist()]
     # Classes that the list has no name for can't be predicted: they score below any cosine.
-    unnamed = max(0, len(prompts.names_en) - len(prompts.names)) if prompts.indices is None else 0
+    unnamed = max(0, len(prompts.english_names) - len(prompts.names)) if prompts.class_indices is None else 0
     scores = F.pad(scores, (0, unnamed), value=-2.0)
-    values = classification_metrics(scores, labels, prompts.metric)
+    values = compute_classification_metrics(scores, labels, prompts.metric)
     shared = {"task": "classification", "dataset": prompts.benchmark, "split": args.split, "direction": ""}
     shared |= {"language": prompts.language, "n": len(labels), "seed": args.seed}
     shared |= {"protocol": prompts.protocol, "model": args.role, "model_folder": args.model}
     records = [
-        Record(**shared, metric=name, value=value, chance=chance_of(name, labels, scores.shape[1]))
+        Record(**shared, metric=name, value=value, chance=compute_chance(name, labels, scores.shape[1]))
         for name, value in values.items()
     ]
     if process_state().is_main_process:

@@ -1,8 +1,8 @@
 """What all measurements share: embeddings of a data set, the result file, and what a command prints.
 
     store = EmbeddingStore(load_embedder("data/openmoji/base"), cache_home(), batch_size=32)
-    images = store.images(open_split("data/openmoji/dataset", "test", "image"))
-    text_embeds = store.texts(["uma foto de um gato"])
+    images = store.embed_images(open_split("data/openmoji/dataset", "test", "image"))
+    text_embeds = store.embed_texts(["uma foto de um gato"])
 
 Embeddings are computed once, and kept in files by what they depend on; training keeps its own so, too. Rows go through
 in shards: an interrupted run continues at the first one that is missing or damaged, and the processes of a launch share
@@ -39,8 +39,8 @@ from eval.records.schema import Record, write_records
 from modeling_capivara.two_towers import Embedder, load_embedder
 
 IMAGES_PER_SHARD, TEXTS_PER_SHARD = 256, 2048  # what an interruption loses, and processes share out
-FILES_VERSION = 2  # of what the embeddings depend on; raise it when that changes
-Bad = dict[int, tuple[str, str]]  # place of a row in its shard -> reason and detail
+EMBEDDING_FORMAT_VERSION = 2  # of what the embeddings depend on; raise it when that changes
+BadRows = dict[int, tuple[str, str]]  # place of a row in its shard -> reason and detail
 logger = logging.getLogger("capivara")
 
 
@@ -51,11 +51,11 @@ class EmbeddingCache:
     is there whole or not at all. `parts` are the rows of each shard.
     """
 
-    def __init__(self, folder: Path, parts: list[range], names: Sequence[str] | None = None):
-        self.folder, self.parts = folder, parts
-        self.paths = [folder / f"{name}.arrow" for name in names or [f"shard-{n:05d}" for n in range(len(parts))]]
+    def __init__(self, folder: Path, shards: list[range], shard_names: Sequence[str] | None = None):
+        self.folder, self.shards = folder, shards
+        self.paths = [folder / f"{name}.arrow" for name in shard_names or [f"shard-{n:05d}" for n in range(len(shards))]]
 
-    def missing(self) -> list[int]:
+    def find_missing(self) -> list[int]:
         """Shards that are still to be made, damaged ones among them; the same on all processes of a launch."""
         found: list[Any] = [None]
         if process_state().is_main_process:
@@ -68,33 +68,33 @@ class EmbeddingCache:
                 logger.warning(text, self.folder.parent)
         return broadcast_object_list(found)[0]
 
-    def make(self, numbers: Sequence[int], embed: Callable[[list[int]], Iterator[tuple[np.ndarray, Bad]]]) -> None:
+    def make_shards(self, shard_numbers: Sequence[int], embed: Callable[[list[int]], Iterator[tuple[np.ndarray, BadRows]]]) -> None:
         """Make shards: each process of a launch a run of neighbours, since a source may be read to its end.
 
         `embed` is given their numbers, and yields of each the array (rows, …), and the rows that are bad.
         """
         state = process_state()
-        own = np.array_split(np.array(numbers, dtype=int), state.num_processes)[state.process_index].tolist()
+        own = np.array_split(np.array(shard_numbers, dtype=int), state.num_processes)[state.process_index].tolist()
         for number, (embeds, bad) in zip(own, embed(own), strict=True):
-            self.write(number, embeds, bad)
+            self.write_shard(number, embeds, bad)
         state.wait_for_everyone()
 
-    def write(self, number: int, embeds: np.ndarray, bad: Bad) -> None:
+    def write_shard(self, shard_number: int, embeds: np.ndarray, bad_rows: BadRows) -> None:
         """Write a shard whole; what `embeds` has in bad rows is left out."""
-        good = np.array([place not in bad for place in range(len(embeds))])
+        good = np.array([place not in bad_rows for place in range(len(embeds))])
         ends = np.cumsum(good * embeds[0].size)
-        faults = zip(*(bad.get(place, ("", "")) for place in range(len(embeds))), strict=True)
+        faults = zip(*(bad_rows.get(place, ("", "")) for place in range(len(embeds))), strict=True)
         vectors = pa.LargeListArray.from_arrays(np.insert(ends, 0, 0), embeds[good].ravel())
         table = pa.table([vectors, *map(pa.array, faults)], ["vectors", "reason", "detail"])
-        with atomic_file(self.paths[number]) as path:
+        with atomic_file(self.paths[shard_number]) as path:
             with pa.ipc.new_stream(path, table.schema) as file:
                 file.write_table(table)
             append_digest(path)
 
-    def table(self) -> pa.Table:
+    def load_table(self) -> pa.Table:
         """All shards, left on the disk, memory-mapped. Raises ValueError where one is of other rows."""
         tables = []
-        for path, part in zip(self.paths, self.parts, strict=True):
+        for path, part in zip(self.paths, self.shards, strict=True):
             try:
                 tables.append(pa.ipc.open_stream(pa.memory_map(str(path))).read_all())
             except pa.ArrowInvalid as error:
@@ -104,7 +104,7 @@ class EmbeddingCache:
         return pa.concat_tables(tables)
 
 
-def vectors_of(table: pa.Table) -> np.ndarray:
+def vectors_to_array(table: pa.Table) -> np.ndarray:
     """(rows, numbers), read-only, of a table whose rows all have `vectors`, at least one."""
     vectors = table.column("vectors").combine_chunks()
     return vectors.flatten().to_numpy().reshape(len(vectors), -1)
@@ -148,17 +148,17 @@ class EmbeddingStore:
     """A model whose embeddings are kept in files."""
 
     embedder: Embedder
-    root: Path | None = None  # folder of all caches; None for a temporary one that lasts as long as this object
+    cache_folder: Path | None = None  # folder of all caches; None for a temporary one that lasts as long as this object
     batch_size: int = 32  # images that go through at once; twice as many texts
 
     def __post_init__(self) -> None:
-        self._temporary = None if self.root else tempfile.TemporaryDirectory(prefix="capivara-embeddings-")
-        self.root = self.root or Path(broadcast_object_list([self._temporary.name])[0])  # the main process's
+        self._temporary = None if self.cache_folder else tempfile.TemporaryDirectory(prefix="capivara-embeddings-")
+        self.cache_folder = self.cache_folder or Path(broadcast_object_list([self._temporary.name])[0])  # the main process's
 
-    def images(self, images: Split, description: str = "Images") -> EmbeddedImages:
+    def embed_images(self, images: Split, description: str = "Images") -> EmbeddedImages:
         """Embeddings of images, without those that can't be read; ValueError where none can."""
 
-        def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, Bad]:
+        def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, BadRows]:
             embeds, bad, decoded = np.zeros((len(rows), 0), dtype=np.float32), {}, images.decode_images(rows)
             while chunk := list(islice(decoded, self.batch_size)):  # by row, so that a bad one moves no other
                 good = {row - rows.start: image for row, image in chunk if not isinstance(image, BadImage)}
@@ -172,42 +172,42 @@ class EmbeddingStore:
             return embeds, bad
 
         model = self.embedder.image_fingerprint
-        table = self._opened("images", model, images.image_digests, IMAGES_PER_SHARD, embed, description)
+        table = self._load_or_make_table("images", model, images.image_digests, IMAGES_PER_SHARD, embed, description)
         skipped = {row: why for row, why in enumerate(table["detail"].to_pylist()) if why}
         if len(skipped) == len(images):
             raise ValueError(f"None of the {len(images)} images can be read: {skipped[0]}.")
         good = np.setdiff1d(np.arange(len(images)), [*skipped])
-        embeds = vectors_of(table.filter(pc.equal(table["reason"], "")))
+        embeds = vectors_to_array(table.filter(pc.equal(table["reason"], "")))
         return EmbeddedImages(torch.from_numpy(embeds.copy()), torch.from_numpy(good), skipped)
 
-    def texts(self, texts: Sequence[str], description: str = "Texts") -> Tensor:
+    def embed_texts(self, texts: Sequence[str], description: str = "Texts") -> Tensor:
         """(texts, width), unit length, float32. Equal texts are embedded once."""
         distinct = sorted(set(texts), key=lambda text: (len(text), text))  # neighbours are padded to one length
 
-        def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, Bad]:
+        def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, BadRows]:
             return self.embedder.embed_texts(distinct[rows.start : rows.stop], 2 * self.batch_size, bar.update).numpy(), {}
 
-        table = self._opened("texts", self.embedder.fingerprint, distinct, TEXTS_PER_SHARD, embed, description)
+        table = self._load_or_make_table("texts", self.embedder.fingerprint, distinct, TEXTS_PER_SHARD, embed, description)
         position = {text: number for number, text in enumerate(distinct)}
-        return torch.from_numpy(vectors_of(table)[[position[text] for text in texts]])
+        return torch.from_numpy(vectors_to_array(table)[[position[text] for text in texts]])
 
-    def _opened(
-        self, kind: str, model: str, items: list[str], shard: int, embed: Callable, description: str
+    def _load_or_make_table(
+        self, kind: str, model_fingerprint: str, items: list[str], rows_per_shard: int, embed: Callable, description: str
     ) -> pa.Table:
         """The cached table of `items` (texts, or digests of images); `embed` makes missing shards, each of its rows."""
-        key = json_digest({"version": FILES_VERSION, "model": model, "batch_size": self.batch_size}, sort_keys=True)
-        parts = split_rows(len(items), shard)
+        key = json_digest({"version": EMBEDDING_FORMAT_VERSION, "model": model_fingerprint, "batch_size": self.batch_size}, sort_keys=True)
+        parts = split_rows(len(items), rows_per_shard)
         names = [f"{kind}-{json_digest(items[part.start : part.stop])}" for part in parts]
-        cache = EmbeddingCache(self.root / "evaluation" / key, parts, names)
+        cache = EmbeddingCache(self.cache_folder / "evaluation" / key, parts, names)
 
-        def embed_all(numbers: list[int]) -> Iterator[tuple[np.ndarray, Bad]]:
+        def embed_all(numbers: list[int]) -> Iterator[tuple[np.ndarray, BadRows]]:
             rows, quiet = sum(len(parts[number]) for number in numbers), not process_state().is_main_process
             with tqdm(total=rows, desc=description, unit=kind[:-1], disable=quiet or not numbers) as bar:
                 for number in numbers:
                     yield embed(parts[number], bar)
 
-        cache.make(cache.missing(), embed_all)
-        table = cache.table()
+        cache.make_shards(cache.find_missing(), embed_all)
+        table = cache.load_table()
         process_state().wait_for_everyone()  # the temporary folder goes with the store of the main process
         return table
 
@@ -220,19 +220,19 @@ def open_store(args: ModelArguments) -> EmbeddingStore:
 
 
 def write_result(
-    args: ModelArguments, records: list[Record], store: EmbeddingStore, started: float, **facts: Any
+    args: ModelArguments, records: list[Record], store: EmbeddingStore, start_time: float, **metadata: Any
 ) -> None:
     """Write the result file of a command; `started`: `time.perf_counter()` before the first embedding."""
-    seconds, device = time.perf_counter() - started, describe_device(store.embedder.device)
+    seconds, device = time.perf_counter() - start_time, describe_device(store.embedder.device)
     known = {"model": args.model, "device": device, "precision": args.precision, "seconds": seconds}
-    write_records(args.output, records, **known, **store.embedder.metadata, **facts)
+    write_records(args.output, records, **known, **store.embedder.metadata, **metadata)
 
 
 def run_evaluation(
-    kind: type[ModelArguments], doc: str, evaluate: Callable[[Any], list[Record]], argv: list[str] | None = None
+    arguments_type: type[ModelArguments], doc: str, evaluate: Callable[[Any], list[Record]], argv: list[str] | None = None
 ) -> None:
     """The command of a measurement: read the flags, measure, print the figures and what their reader must know."""
-    args = parse_arguments(kind, doc, argv)
+    args = parse_arguments(arguments_type, doc, argv)
     records = evaluate(args)
     if not process_state().is_main_process:
         return

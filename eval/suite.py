@@ -25,19 +25,19 @@ from capivara_common.cli import UsageError, flag, parse_arguments, run_command, 
 from capivara_common.environment import package_versions, process_state
 from capivara_common.files import read_json, seed_folders, write_json, write_text
 from capivara_common.privacy import hide_paths
-from eval.benchmarks import FOLDER, SUITES, Benchmark, load_benchmarks, locate, published_as, read_benchmark
+from eval.benchmarks import BENCHMARKS_FOLDER, SUITES, Benchmark, load_benchmarks, locate_data, find_published_name, read_benchmark
 from eval.classification import ClassificationArguments
 from eval.classification import evaluate as evaluate_classification
 from eval.embeddings import EmbeddingArguments
-from eval.records.schema import MODEL_NAMES, Record, read_records
-from eval.records.tables import means
+from eval.records.schema import ROLE_NAMES, Record, read_records
+from eval.records.tables import compute_means
 from eval.retrieval import RetrievalArguments
 from eval.retrieval import evaluate as evaluate_retrieval
 from modeling_capivara.two_towers import load_embedder
 
 SUMMARY_VERSION = 1
-KEYS = ["benchmark", "language", "direction", "role"]  # what a mean over runs is of
-TEMPLATE = Path(__file__).parent / "suite.md.j2"
+GROUP_COLUMNS = ["benchmark", "language", "direction", "role"]  # what a mean over runs is of
+TABLE_TEMPLATE = Path(__file__).parent / "suite.md.j2"
 GONE = {  # flags of earlier versions -> what there is instead
     "gallery": "`python -m eval.retrieval` draws the best and the worst queries beside its result",
     "list": "the files in eval/benchmarks say where the data come from and in which layout",
@@ -68,10 +68,10 @@ class SuiteArguments(EmbeddingArguments):
     authors_file: str | None = flag(None, "Path of the authors' portuguese_prompts.py, for protocol authors.")
 
 
-def chosen(args: SuiteArguments) -> list[Benchmark]:
+def select_benchmarks(args: SuiteArguments) -> list[Benchmark]:
     """The benchmarks of a suite, or those that are asked for; a wrong argument lists the known ones."""
     every = load_benchmarks()
-    languages = dict.fromkeys(code for benchmark in every.values() for code in benchmark.all_languages)
+    languages = dict.fromkeys(code for benchmark in every.values() for code in benchmark.available_languages)
     asked = [("suite", [args.suite], SUITES), ("benchmark", args.only, every), ("language", args.languages, languages)]
     for what, names, known in asked:
         if wrong := [name for name in names if name not in known]:
@@ -81,12 +81,12 @@ def chosen(args: SuiteArguments) -> list[Benchmark]:
     if args.protocol == "authors" and not args.authors_file:
         raise UsageError("--protocol authors needs --authors_file, the path of their portuguese_prompts.py.")
     found = [b for b in every.values() if (b.key in args.only if args.only else args.suite in b.suite)]
-    if args.languages and not any(code in b.all_languages for code in args.languages for b in found):
+    if args.languages and not any(code in b.available_languages for code in args.languages for b in found):
         raise UsageError(f"None of the benchmarks has one of the languages {args.languages}.")
     return found
 
 
-def models_of(args: SuiteArguments) -> list[dict[str, Any]]:
+def load_models(args: SuiteArguments) -> list[dict[str, Any]]:
     """The models as suite.json has them, loaded once: a wrong one ends the suite before long work.
 
     `run` is the number among those of its role, `seed` what its run.json says, `published` what it, or its base, was
@@ -107,26 +107,26 @@ def models_of(args: SuiteArguments) -> list[dict[str, Any]]:
         model = load_embedder(name, "cpu", is_baseline, args.precision)
         one = {"name": name, "role": role, "run": run, "seed": made.get("seed"), "fingerprint": model.fingerprint}
         base = str(made.get("config", {}).get("model", ""))
-        one |= {"published": published_as(name, role, **model.metadata)}
-        models.append(one | model.metadata | {"base_published": published_as(base, "baseline", **model.metadata)})
+        one |= {"published": find_published_name(name, role, **model.metadata)}
+        models.append(one | model.metadata | {"base_published": find_published_name(base, "baseline", **model.metadata)})
     if len({model["fingerprint"] for model in models[-len(runs) :]}) < len(runs):
         raise ValueError("Two of --runs hold the same model, so that their deviation would mean nothing.")
     return models
 
 
-def plan(args: SuiteArguments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def plan_measurements(args: SuiteArguments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The models, and what is to be measured: an entry a benchmark, language and model, as suite.json has them.
 
     An entry's `status` is "planned", "measured" or, with the `reason`, "not run"; `local` says that its data lie here,
     so that "not run" is a fault; `data` is what the task takes, and `skipped` counts images that could not be read.
     """
-    benchmarks, asked = chosen(args), args.languages
-    models, measurements = models_of(args), []
+    benchmarks, asked = select_benchmarks(args), args.languages
+    models, measurements = load_models(args), []
     for benchmark in benchmarks:
-        place = locate(benchmark, args.data_dir)
-        languages = [code for code in benchmark.all_languages if code in asked] if asked else benchmark.languages
+        place = locate_data(benchmark, args.data_dir)
+        languages = [code for code in benchmark.available_languages if code in asked] if asked else benchmark.languages
         if not languages and benchmark.key in args.only:  # named, so that it must be heard of
-            languages, known = [benchmark.language], " ".join(benchmark.all_languages)
+            languages, known = [benchmark.language], " ".join(benchmark.available_languages)
             reason = f"it is in {known}, and --languages asks for {' '.join(asked)}"
             place = {"data": "", "local": False, "reason": reason}
         for language in languages:
@@ -138,7 +138,7 @@ def plan(args: SuiteArguments) -> tuple[list[dict[str, Any]], list[dict[str, Any
     return models, measurements
 
 
-def measure(
+def run_measurement(
     args: SuiteArguments, benchmark: Benchmark, model: dict[str, Any], measurement: dict[str, Any]
 ) -> list[Record]:
     """Run a task; it writes its result file."""
@@ -149,22 +149,22 @@ def measure(
     if benchmark.task == "retrieval":
         shared |= {"caption_column": benchmark.caption_column, "caption_positions": benchmark.caption_positions}
         task = RetrievalArguments(dataset=measurement["data"], dataset_name=benchmark.key, **shared)
-        return evaluate_retrieval(task, pictures=False)
+        return evaluate_retrieval(task, draw_sheet=False)
     shared |= {"protocol": args.protocol if benchmark.protocol == "ours" else benchmark.protocol}
     shared |= {"benchmark": benchmark.prompts, "authors_file": args.authors_file}
     shared |= {"label_column": benchmark.label_column}
     return evaluate_classification(ClassificationArguments(images=measurement["data"], **shared))
 
 
-def run(args: SuiteArguments) -> dict[str, Any] | None:
+def run_suite(args: SuiteArguments) -> dict[str, Any] | None:
     """Measure what is planned, each task on all processes, going on where one fails; the main one has the summary."""
-    models, measurements = plan(args)
+    models, measurements = plan_measurements(args)
     main, benchmarks = process_state().is_main_process, load_benchmarks()
     by_role = {(model["role"], model["run"]): model for model in models}
     for number, one in enumerate(measurements, 1):
         if one["status"] == "planned":
             try:
-                measure(args, benchmarks[one["benchmark"]], by_role[one["role"], one["run"]], one)
+                run_measurement(args, benchmarks[one["benchmark"]], by_role[one["role"], one["run"]], one)
                 one["status"] = "measured"
             except Exception as error:  # the others are measured all the same
                 kind = ""
@@ -179,21 +179,21 @@ def run(args: SuiteArguments) -> dict[str, Any] | None:
             print(f"[{number}/{len(measurements)}] {one['file'].removesuffix('.json')}: {outcome}", flush=True)
     if not main:
         return None
-    summary = _summary(args, models, measurements)
+    summary = _build_summary(args, models, measurements)
     write_json(args.output / "suite.json", summary)
-    write_text(args.output / "table.md", suite_table(summary))
+    write_text(args.output / "table.md", render_suite_table(summary))
     return summary
 
 
-def _summary(args: SuiteArguments, models: list[dict[str, Any]], measurements: list[dict[str, Any]]) -> dict[str, Any]:
+def _build_summary(args: SuiteArguments, models: list[dict[str, Any]], measurements: list[dict[str, Any]]) -> dict[str, Any]:
     """suite.json: what was asked for, what became of each measurement, and all that the table says, as data."""
     measured = [one for one in measurements if one["status"] == "measured"]
     values = [vars(record) | one for one in measured for record in read_records(args.output / one["file"])]
-    runs, known = {role: sum(m["role"] == role for m in models) for role in MODEL_NAMES}, load_benchmarks()
+    runs, known = {role: sum(m["role"] == role for m in models) for role in ROLE_NAMES}, load_benchmarks()
     pairs = dict.fromkeys((one["benchmark"], one["language"]) for one in measurements)
     pairs = [(known[key], language) for key, language in pairs]
     published = {"baseline": models[-1]["base_published"]} | {model["role"]: model["published"] for model in models}
-    rows, left_out = suite_rows(pairs, values, runs, args.protocol, published)
+    rows, left_out = build_suite_rows(pairs, values, runs, args.protocol, published)
     return {
         "summary_version": SUMMARY_VERSION,
         **{name: getattr(args, name) for name in ("suite", "protocol", "precision")},
@@ -206,10 +206,10 @@ def _summary(args: SuiteArguments, models: list[dict[str, Any]], measurements: l
     }
 
 
-def suite_rows(
+def build_suite_rows(
     pairs: list[tuple[Benchmark, str]],
     values: list[dict[str, Any]],
-    runs: dict[str, int],
+    model_counts: dict[str, int],
     protocol: str = "ours",
     published: dict[str, str | None] | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
@@ -218,40 +218,40 @@ def suite_rows(
     `values` have the fields of a `Record`, with `benchmark`, `role` and `run`, the number of the model of its role;
     `runs` is role -> number of its models, `published` role -> what they were published as, their role where None.
     """
-    own = pandas.DataFrame([(b.key, language, b.metric) for b, language in pairs], columns=[*KEYS[:2], "metric"])
-    frame = pandas.DataFrame(values, columns=[*KEYS, "metric", "run", "value", "n"]).merge(own)
+    own = pandas.DataFrame([(b.key, language, b.metric) for b, language in pairs], columns=[*GROUP_COLUMNS[:2], "metric"])
+    frame = pandas.DataFrame(values, columns=[*GROUP_COLUMNS, "metric", "run", "value", "n"]).merge(own)
     frame["value"] = 100 * frame["value"].astype(float)
-    average, left_out = read_benchmark(FOLDER / "elevater.json"), []
+    average, left_out = read_benchmark(BENCHMARKS_FOLDER / "elevater.json"), []
     members = [b.key for b, _ in pairs if average.key in b.suite]
     of_sets = frame[frame["benchmark"].isin(members)]
-    of_runs = means(of_sets, ["role", "run"]).reset_index()
-    if len(members) == average.count and (of_runs["seeds"] == average.count).sum() == sum(runs.values()):
+    of_runs = compute_means(of_sets, ["role", "run"]).reset_index()
+    if len(members) == average.count and (of_runs["seeds"] == average.count).sum() == sum(model_counts.values()):
         of_runs = of_runs.assign(value=of_runs["mean"], benchmark=average.key, language="pt", direction="", n=0)
         frame = pandas.concat([frame, of_runs])
         last = max(number for number, (b, _) in enumerate(pairs) if b.key in members)
         pairs = [*pairs[: last + 1], (average, "pt"), *pairs[last + 1 :]]
     elif members:
         there = of_sets[of_sets["role"] == "capivara"].groupby("benchmark")["run"].nunique()
-        there = (there == runs["capivara"]).sum()
+        there = (there == model_counts["capivara"]).sum()
         left_out.append(f"{average.title}: left out, since {there} of its {average.count} sets ran.")
-    found = means(frame, KEYS).reset_index()
-    found = found[found["seeds"] == found["role"].map(runs)]  # a mean of fewer runs would mislead
-    published = published or {role: role for role in runs}
+    found = compute_means(frame, GROUP_COLUMNS).reset_index()
+    found = found[found["seeds"] == found["role"].map(model_counts)]  # a mean of fewer runs would mislead
+    published = published or {role: role for role in model_counts}
     cells = [
         {
-            **dict(zip(KEYS, (b.key, language, direction, role), strict=True)), "of": b,
-            "published": b.published_figure(published[role], direction) if language == b.language else None,
+            **dict(zip(GROUP_COLUMNS, (b.key, language, direction, role), strict=True)), "of": b,
+            "published": b.get_published_figure(published[role], direction) if language == b.language else None,
         }
-        for b, language in pairs for direction in b.directions for role in runs
+        for b, language in pairs for direction in b.directions for role in model_counts
     ]  # fmt: skip
     cells = pandas.DataFrame(cells).merge(found, "left")
     cells["difference"] = cells["mean"] - [of["mean"] if of else math.nan for of in cells["published"]]
-    rows = [_row(of, protocol) for _, of in cells.groupby(KEYS[:3], sort=False)]
+    rows = [_build_row(of, protocol) for _, of in cells.groupby(GROUP_COLUMNS[:3], sort=False)]
     like = all(row["like_for_like"] for row in rows if row["benchmark"] in members)
     return [row | {"like_for_like": like} if row["benchmark"] == average.key else row for row in rows], left_out
 
 
-def _row(cells: pandas.DataFrame, protocol: str) -> dict[str, Any]:
+def _build_row(cells: pandas.DataFrame, protocol: str) -> dict[str, Any]:
     """Published and measured figures of the roles, and the measured minus the published ones in points."""
     first = cells.iloc[0]
     benchmark: Benchmark = first["of"]
@@ -272,7 +272,7 @@ def _row(cells: pandas.DataFrame, protocol: str) -> dict[str, Any]:
     return row
 
 
-def suite_table(summary: dict[str, Any]) -> str:
+def render_suite_table(summary: dict[str, Any]) -> str:
     """A suite's summary as Markdown: published and measured figures, their differences, and what was not run."""
     rows, titles, measurements = summary["rows"], summary["notes"], pandas.DataFrame(summary["measurements"])
     facts = [
@@ -282,7 +282,7 @@ def suite_table(summary: dict[str, Any]) -> str:
     ]
     for one in measurements[measurements["skipped"] > 0].itertuples():
         facts.append(f"{one.file.removesuffix('.json')}: {one.skipped:,} images could not be read and are left out.")
-    there = {row["benchmark"] for row in rows if any(row[role]["measured"] for role in MODEL_NAMES)}
+    there = {row["benchmark"] for row in rows if any(row[role]["measured"] for role in ROLE_NAMES)}
     facts += [f"{title}: {note}" for key, (title, note) in titles.items() if note and key in there]
     facts += summary["averages_left_out"]
     lost = measurements[measurements["status"] != "measured"]
@@ -291,14 +291,14 @@ def suite_table(summary: dict[str, Any]) -> str:
         some = f" ({which})" if len(of) % len(summary["models"]) else ""
         facts.append(f"{benchmark}{some}: not run: {reason.rstrip('.')}.")
     markdown = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = markdown.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(summary, names=MODEL_NAMES, facts=facts).strip() + "\n"
+    template = markdown.from_string(TABLE_TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(summary, names=ROLE_NAMES, facts=facts).strip() + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    if summary := run(parse_arguments(SuiteArguments, __doc__, argv)):
-        print(suite_table(summary))
+    if summary := run_suite(parse_arguments(SuiteArguments, __doc__, argv)):
+        print(render_suite_table(summary))
         lost = {one["benchmark"] for one in summary["measurements"] if one["status"] == "not run" and one["local"]}
         if lost:
             sys.exit(f"error: {', '.join(sorted(lost))} could not be measured although data were given; see above.")

@@ -9,7 +9,7 @@ from capivara_common.environment import describe_device, package_versions
 from capivara_common.privacy import hide_paths
 
 
-def run_facts(args: Any, device: Any = "cpu", *packages: str) -> dict[str, Any]:
+def describe_run(args: Any, device: Any = "cpu", *packages: str) -> dict[str, Any]:
     """What an example writes beside its figures: `config`, the dataclass of its arguments without paths of this
     machine, `device` and `versions`, those of `packages` beside the usual ones."""
     config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}

@@ -22,7 +22,7 @@ from capivara_common.environment import resolve_device
 from capivara_common.image_files import BadImage, decode_image
 from capivara_common.privacy import escape_control_characters
 from capivara_search.picture_files import find_pictures
-from examples.openmoji.dataset import load_embedded
+from examples.openmoji.dataset import load_dataset_with_images
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
 
@@ -45,7 +45,7 @@ class CaptionArguments:
         check_at_least(self, 1, "top_k")
 
 
-def pictures_in(folder: Path, names: list[str]) -> Iterator[PIL.Image.Image]:
+def iter_pictures(folder: Path, names: list[str]) -> Iterator[PIL.Image.Image]:
     """The pictures in a folder and below, whose names are added to `names`; those that can't be read are named."""
     for file in find_pictures([folder])[0]:
         try:
@@ -57,7 +57,7 @@ def pictures_in(folder: Path, names: list[str]) -> Iterator[PIL.Image.Image]:
         yield image
 
 
-def captions_of(rows: Dataset, language: str) -> tuple[list[str], list[int]]:
+def list_captions(rows: Dataset, language: str) -> tuple[list[str], list[int]]:
     """Every caption of a split, and the row that it is of."""
     lists = ([found] if isinstance(found, str) else found for found in rows[f"captions-{language}"])
     texts, of = zip(*((text, row) for row, found in enumerate(lists) for text in found), strict=True)
@@ -67,16 +67,16 @@ def captions_of(rows: Dataset, language: str) -> tuple[list[str], list[int]]:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse_arguments(CaptionArguments, __doc__, argv)
-    data = None if args.pictures and args.bank else load_embedded(args.dataset)
+    data = None if args.pictures and args.bank else load_dataset_with_images(args.dataset)
     sentences = (
-        args.bank.read_text("utf-8-sig").splitlines() if args.bank else captions_of(data["train"], args.language)[0]
+        args.bank.read_text("utf-8-sig").splitlines() if args.bank else list_captions(data["train"], args.language)[0]
     )
     bank = list(dict.fromkeys(filter(None, map(str.strip, sentences))))
     if not bank:
         raise ValueError(f"The bank {args.bank} has no sentence. Write one a line.")
     model, processor = load_model(args.model).eval().to(resolve_device(args.device)), load_processor(args.model)
     names: list[str] = [] if args.pictures else [f"test/{row}" for row in range(len(data["test"]))]
-    pictures = pictures_in(args.pictures, names) if args.pictures else data["test"]["image"]
+    pictures = iter_pictures(args.pictures, names) if args.pictures else data["test"]["image"]
     images = embed_images(model, processor, pictures, progress="Pictures")  # (pictures, width), unit length
     texts = embed_texts(model, processor, bank, progress="Bank")  # (sentences, width), unit length
     writer = csv.writer(sys.stdout)

@@ -28,14 +28,14 @@ from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import check_inputs_outside, read_json, atomic_folder, write_json
 from capivara_common.image_encoder_digest import image_encoder_digest
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, mean_recall, recall_at_k
-from examples import run_facts
-from examples.caption import captions_of
-from examples.openmoji.dataset import load_embedded
+from examples import describe_run
+from examples.caption import list_captions
+from examples.openmoji.dataset import load_dataset_with_images
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
 
-NAME, DEEPEST = "pictures", max(RECALL_CUTOFFS)
-SAME = 1e-6  # of a vector's numbers: Qdrant's local mode scales all to length 1 at every query, which moves last bits
+COLLECTION_NAME, SEARCH_DEPTH = "pictures", max(RECALL_CUTOFFS)
+VECTOR_TOLERANCE = 1e-6  # of a vector's numbers: Qdrant's local mode scales all to length 1 at every query, which moves last bits
 
 
 @dataclass
@@ -56,17 +56,17 @@ class QdrantPictures:
 
     def __init__(self, folder: Path, vectors: np.ndarray):
         self.client = QdrantClient(path=str(folder))
-        self.client.create_collection(NAME, VectorParams(size=vectors.shape[1], distance=Distance.COSINE))
-        self.client.upsert(NAME, [PointStruct(id=row, vector=vector.tolist()) for row, vector in enumerate(vectors)])
+        self.client.create_collection(COLLECTION_NAME, VectorParams(size=vectors.shape[1], distance=Distance.COSINE))
+        self.client.upsert(COLLECTION_NAME, [PointStruct(id=row, vector=vector.tolist()) for row, vector in enumerate(vectors)])
         self.close = self.client.close
 
     def nearest(self, query: np.ndarray) -> list[int]:
-        """The numbers of the `DEEPEST` pictures nearest to (width,), the nearest first."""
-        return [hit.id for hit in self.client.query_points(NAME, query=query.tolist(), limit=DEEPEST).points]
+        """The numbers of the `SEARCH_DEPTH` pictures nearest to (width,), the nearest first."""
+        return [hit.id for hit in self.client.query_points(COLLECTION_NAME, query=query.tolist(), limit=SEARCH_DEPTH).points]
 
     def vectors(self) -> np.ndarray:
         """(pictures, width), as they lie in the store."""
-        points, _ = self.client.scroll(NAME, limit=self.client.count(NAME).count, with_vectors=True)
+        points, _ = self.client.scroll(COLLECTION_NAME, limit=self.client.count(COLLECTION_NAME).count, with_vectors=True)
         return np.array([point.vector for point in sorted(points, key=lambda point: point.id)], dtype=np.float32)
 
 
@@ -75,23 +75,23 @@ class LancePictures:
 
     def __init__(self, folder: Path, vectors: np.ndarray):
         rows = [{"id": row, "vector": vector} for row, vector in enumerate(vectors)]
-        self.table, self.close = lancedb.connect(folder).create_table(NAME, rows), lambda: None
+        self.table, self.close = lancedb.connect(folder).create_table(COLLECTION_NAME, rows), lambda: None
 
     def nearest(self, query: np.ndarray) -> list[int]:
         """As `QdrantPictures.nearest`."""
-        return self.table.search(query).distance_type("cosine").limit(DEEPEST).to_arrow()["id"].to_pylist()
+        return self.table.search(query).distance_type("cosine").limit(SEARCH_DEPTH).to_arrow()["id"].to_pylist()
 
     def vectors(self) -> np.ndarray:
         """As `QdrantPictures.vectors`."""
         return np.array(self.table.to_arrow().sort_by("id")["vector"].to_pylist(), dtype=np.float32)
 
 
-def recalls(pictures: QdrantPictures | LancePictures, queries: np.ndarray, right: list[int]) -> dict[str, float]:
+def compute_recalls(pictures: QdrantPictures | LancePictures, queries: np.ndarray, picture_of_query: list[int]) -> dict[str, float]:
     """Recall at each of eval's cut-offs and their mean, by what the store finds; `right` is each query's picture."""
     ranks = []
-    for query, number in zip(tqdm(queries, desc="Queries", unit="query"), right, strict=True):
+    for query, number in zip(tqdm(queries, desc="Queries", unit="query"), picture_of_query, strict=True):
         hits = pictures.nearest(query)
-        ranks.append(hits.index(number) if number in hits else DEEPEST)
+        ranks.append(hits.index(number) if number in hits else SEARCH_DEPTH)
     found = torch.tensor(ranks)
     return {f"recall@{k}": recall_at_k(found, k) for k in RECALL_CUTOFFS} | {"mean_recall": mean_recall(found)}
 
@@ -108,8 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     if not (args.text_side / "modules.json").is_file():
         raise ValueError(f"{args.text_side} is a SigLIP's; sentence-transformers opens CAPIVARA's alone.")
     with atomic_folder(args.output, args.overwrite_output_dir) as folder:
-        rows = load_embedded(args.dataset)[args.split]
-        texts, right = captions_of(rows, args.language)
+        rows = load_dataset_with_images(args.dataset)[args.split]
+        texts, right = list_captions(rows, args.language)
         model, processor = load_model(args.base).eval(), load_processor(args.base)
         vectors = embed_images(model, processor, rows["image"], progress="Pictures, by the base").numpy()
         queries = {
@@ -120,10 +120,10 @@ def main(argv: list[str] | None = None) -> None:
         for name, store in {"Qdrant": QdrantPictures, "LanceDB": LancePictures}.items():
             with closing(store(folder / name.lower(), vectors)) as pictures:
                 before = pictures.vectors()
-                facts["recall"][name] = {side: recalls(pictures, asked, right) for side, asked in queries.items()}
-                changed = np.abs(before - pictures.vectors()).max(axis=1) > SAME
+                facts["recall"][name] = {side: compute_recalls(pictures, asked, right) for side, asked in queries.items()}
+                changed = np.abs(before - pictures.vectors()).max(axis=1) > VECTOR_TOLERANCE
             facts["embedded_again"] = max(facts["embedded_again"], int(changed.sum()))
-        about = run_facts(args, "cpu", "qdrant-client", "lancedb", "sentence-transformers")
+        about = describe_run(args, "cpu", "qdrant-client", "lancedb", "sentence-transformers")
         write_json(folder / "results.json", facts | about)
     for store, sides in facts["recall"].items():
         for side, figures in sides.items():

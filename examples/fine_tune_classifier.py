@@ -29,14 +29,14 @@ from capivara_common.image_files import BadImage
 from caption_data.labeled_images import LabeledImages, load_labeled_images
 from eval.capivara_metrics.metrics import top_k_accuracy
 from eval.prompts import Prompts, load_prompts
-from examples import run_facts
+from examples import describe_run
 from modeling_capivara import CapivaraForImageClassification
 from modeling_capivara.loading import load_model, load_processor
 
-DIGITS = "mnist"  # benchmark whose names and templates the embedded images have
-HELD_OUT_DIGITS = 450  # of 1,797, a quarter
+DIGITS_BENCHMARK = "mnist"  # benchmark whose names and templates the embedded images have
+TEST_DIGITS = 450  # of 1,797, a quarter
 
-CARD = """---
+CARD_TEMPLATE = """---
 library_name: transformers
 pipeline_tag: image-classification
 language: [pt]
@@ -55,7 +55,7 @@ class ClassifierArguments:
     """Arguments of `examples.fine_tune_classifier`."""
 
     model: str = flag("data/openmoji/base", "Folder or Hub id of a CAPIVARA model.")
-    benchmark: str = flag(DIGITS, "Key in eval/prompts/pt: class names and templates.")
+    benchmark: str = flag(DIGITS_BENCHMARK, "Key in eval/prompts/pt: class names and templates.")
     images: str | None = flag(None, "Labelled images; scikit-learn's digits where none.")
     output_dir: Path = flag(Path("runs/classifier"), "Folder for model and processor.")
     overwrite_output_dir: bool = flag(False, "Replace what is in the output folder.")
@@ -76,7 +76,7 @@ class ClassifierArguments:
         check_at_least(self, 1, "image_size")
 
 
-def digits(names: list[str], seed: int) -> DatasetDict:
+def make_digits_dataset(names: list[str], seed: int) -> DatasetDict:
     """scikit-learn's digits, 8 x 8 pixels of 17 greys, as images with `labels`."""
     from sklearn.datasets import load_digits
 
@@ -84,15 +84,15 @@ def digits(names: list[str], seed: int) -> DatasetDict:
     pixels = (pictures.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     columns = {"image": [PIL.Image.fromarray(picture) for picture in pixels], "labels": labels}
     rows = Dataset.from_dict(columns, features=Features({"image": Image(), "labels": ClassLabel(names=names)}))
-    return rows.train_test_split(HELD_OUT_DIGITS, stratify_by_column="labels", seed=seed)
+    return rows.train_test_split(TEST_DIGITS, stratify_by_column="labels", seed=seed)
 
 
-class LabelledRows:
+class LabeledRows:
     """Images with `labels`, decoded when the trainer asks for them; those that can't be read are left out."""
 
-    def __init__(self, found: LabeledImages):
-        self.found = found
-        decoded = found.images.decode_images(range(len(found.images)))
+    def __init__(self, labeled_images: LabeledImages):
+        self.labeled_images = labeled_images
+        decoded = labeled_images.images.decode_images(range(len(labeled_images.images)))
         self.rows = [row for row, image in decoded if not isinstance(image, BadImage)]
 
     def __len__(self) -> int:
@@ -100,20 +100,20 @@ class LabelledRows:
 
     def __getitem__(self, number: int) -> dict:
         row = self.rows[number]
-        return {"image": self.found.images.load_image(row), "labels": self.found.labels[row]}
+        return {"image": self.labeled_images.images.load_image(row), "labels": self.labeled_images.labels[row]}
 
 
-def load_splits(args: ClassifierArguments, prompts: Prompts) -> list[Dataset | LabelledRows]:
+def load_splits(args: ClassifierArguments, prompts: Prompts) -> list[Dataset | LabeledRows]:
     """Training images and held-out ones."""
     if args.images is None:
-        if args.benchmark != DIGITS:
+        if args.benchmark != DIGITS_BENCHMARK:
             raise ValueError(f"--benchmark {args.benchmark} needs its images, a folder or data set: give --images.")
-        return list(digits(prompts.names, args.seed).values())
+        return list(make_digits_dataset(prompts.names, args.seed).values())
     columns = (args.image_column, args.label_column)
-    found = [load_labeled_images(args.images, split, prompts.names_en, *columns) for split in (args.train_split, args.split)]
+    found = [load_labeled_images(args.images, split, prompts.english_names, *columns) for split in (args.train_split, args.split)]
     if any(isinstance(images.labels[0], list) for images in found):
         raise ValueError(f"{args.images} has several labels an image; this example takes one. Choose another data set.")
-    return [LabelledRows(images) for images in found]
+    return [LabeledRows(images) for images in found]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
             processor.image_processor.size = {"shortest_edge": args.image_size}
             processor.image_processor.crop_size = {"height": args.image_size, "width": args.image_size}
         # The prompts of `prompts` are whole sentences with articles that agree, so the template is the prompt itself.
-        labels = dict(zip(prompts.names, prompts.filled, strict=True))
+        labels = dict(zip(prompts.names, prompts.class_prompts, strict=True))
         model = CapivaraForImageClassification.from_zero_shot(load_model(args.model).eval(), processor, labels, ["{}"])
         if args.head_only:
             model.freeze_image_encoder()
@@ -164,10 +164,10 @@ def main(argv: list[str] | None = None) -> None:
         found["fine_tuned"] = trainer.evaluate()["eval_accuracy"]
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        facts = run_facts(args, device) | {"accuracy": found, "training_s": seconds}
+        facts = describe_run(args, device) | {"accuracy": found, "training_s": seconds}
         write_json(folder / "results.json", facts | {"train_images": len(train), "test_images": len(test)})
         images = facts["config"]["images"] or "scikit-learn's digits"
-        write_text(folder / "README.md", CARD.format(**facts["config"] | {"images": images}))
+        write_text(folder / "README.md", CARD_TEMPLATE.format(**facts["config"] | {"images": images}))
     print(f"{args.benchmark}, accuracy on held-out images")
     for name, share in found.items():
         print(f"  {name.replace('_', '-'):10}  {100 * share:6.2f} %")

@@ -18,13 +18,13 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import read_json, atomic_folder, write_json
 from eval import classification, linear_probe, prompts, retrieval
-from examples.openmoji.dataset import load_embedded
+from examples.openmoji.dataset import load_dataset_with_images
 
 # Photographs that install from PyPI, by name: class in English and Portuguese, a sentence in both.
 PHOTOGRAPHS = read_json(Path(__file__).parent / "photographs.json")
-PHOTOS = {name: entry for name, entry in PHOTOGRAPHS.items() if "gender" in entry}  # scikit-image's, the classes
-TEMPLATES = ["uma foto de {um}.", "uma foto {do}.", "uma imagem de {um}.", "uma imagem que mostra {o}.", "{nome}."]
-DIGIT_SIDE = 96  # pixels; the pictures have 8, and are enlarged without smoothing
+CLASS_PHOTOGRAPHS = {name: entry for name, entry in PHOTOGRAPHS.items() if "gender" in entry}  # scikit-image's, the classes
+PHOTO_TEMPLATES = ["uma foto de {um}.", "uma foto {do}.", "uma imagem de {um}.", "uma imagem que mostra {o}.", "{nome}."]
+DIGIT_SIDE_PIXELS = 96  # pixels; the pictures have 8, and are enlarged without smoothing
 
 
 @dataclass
@@ -39,9 +39,9 @@ class RealImagesArguments:
     device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
 
 
-def prepare(folder: Path, openmoji: str) -> None:
+def prepare_datasets(folder: Path, openmoji: str) -> None:
     """Write the data sets that are not there yet, each with the file of its classes."""
-    for name, make in {"digits": digits, "photos": photos, "concepts": lambda: concepts(openmoji)}.items():
+    for name, make in {"digits": make_digits_dataset, "photos": make_photos_dataset, "concepts": lambda: make_concepts_dataset(openmoji)}.items():
         if not (folder / name).exists():
             with atomic_folder(folder / name) as made:
                 data, classes = make()
@@ -49,32 +49,32 @@ def prepare(folder: Path, openmoji: str) -> None:
                 write_json(made / "classes.json", classes)
 
 
-def digits() -> tuple[DatasetDict, dict]:
+def make_digits_dataset() -> tuple[DatasetDict, dict]:
     """scikit-learn's 1,797 handwritten digits, every fourth for the test, and MNIST's names for them."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
-    names = prompts.load_prompts("mnist").names_en
+    names = prompts.load_prompts("mnist").english_names
     named = {"dataset": "sklearn-digits", "title": "Digits of scikit-learn"}
     pixels = np.rint(255 - found.images * (255 / 16)).astype(np.uint8)  # dark on white, as on paper
-    side = (DIGIT_SIDE, DIGIT_SIDE)
+    side = (DIGIT_SIDE_PIXELS, DIGIT_SIDE_PIXELS)
     images = [PIL.Image.fromarray(one).resize(side, PIL.Image.Resampling.NEAREST).convert("RGB") for one in pixels]
     test = np.arange(len(images)) % 4 == 0
     splits = {
-        name: _labelled([images[i] for i in np.flatnonzero(rows)], found.target[rows].tolist(), names)
+        name: _build_labeled_dataset([images[i] for i in np.flatnonzero(rows)], found.target[rows].tolist(), names)
         for name, rows in (("train", ~test), ("test", test))
     }
-    return DatasetDict(splits), read_json(prompts.FOLDER / "pt" / "mnist.json") | named
+    return DatasetDict(splits), read_json(prompts.PROMPTS_FOLDER / "pt" / "mnist.json") | named
 
 
-def photos() -> tuple[DatasetDict, dict]:
+def make_photos_dataset() -> tuple[DatasetDict, dict]:
     """scikit-image's photographs, a class each."""
-    classes = [{key: entry[key] for key in ("en", "pt", "gender", "number")} for entry in PHOTOS.values()]
-    data = _labelled([photo(name) for name in PHOTOS], list(range(len(PHOTOS))), [entry["en"] for entry in classes])
-    return DatasetDict(test=data), _classes_file("skimage-photos", "Photographs of scikit-image", classes, TEMPLATES)
+    classes = [{key: entry[key] for key in ("en", "pt", "gender", "number")} for entry in CLASS_PHOTOGRAPHS.values()]
+    data = _build_labeled_dataset([load_photo(name) for name in CLASS_PHOTOGRAPHS], list(range(len(CLASS_PHOTOGRAPHS))), [entry["en"] for entry in classes])
+    return DatasetDict(test=data), _build_classes_file("skimage-photos", "Photographs of scikit-image", classes, PHOTO_TEMPLATES)
 
 
-def photo(name: str) -> PIL.Image.Image:
+def load_photo(name: str) -> PIL.Image.Image:
     """A photograph of `PHOTOGRAPHS`, RGB: of scikit-image by the name of its function, scikit-learn or matplotlib."""
     import skimage.data
 
@@ -82,7 +82,7 @@ def photo(name: str) -> PIL.Image.Image:
         from matplotlib.cbook import get_sample_data
 
         return PIL.Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB")
-    if name not in PHOTOS:
+    if name not in CLASS_PHOTOGRAPHS:
         from sklearn.datasets import load_sample_image
 
         return PIL.Image.fromarray(load_sample_image(f"{name}.jpg"))
@@ -92,15 +92,15 @@ def photo(name: str) -> PIL.Image.Image:
     return PIL.Image.fromarray(pixels).convert("RGB")
 
 
-def concepts(openmoji: str) -> tuple[DatasetDict, dict]:
+def make_concepts_dataset(openmoji: str) -> tuple[DatasetDict, dict]:
     """OpenMoji's test pictures, a class each, named by their first Portuguese caption."""
-    rows = load_embedded(Path(openmoji))["test"]
+    rows = load_dataset_with_images(Path(openmoji))["test"]
     classes = [{"en": row["emoji"], "pt": row["captions-pt"][0]} for row in rows.remove_columns("image")]
-    data = _labelled(rows["image"], list(range(len(rows))), [entry["en"] for entry in classes])
-    return DatasetDict(test=data), _classes_file("openmoji-concepts", "Concepts of OpenMoji", classes, ["{nome}"])
+    data = _build_labeled_dataset(rows["image"], list(range(len(rows))), [entry["en"] for entry in classes])
+    return DatasetDict(test=data), _build_classes_file("openmoji-concepts", "Concepts of OpenMoji", classes, ["{nome}"])
 
 
-def measure(args: RealImagesArguments, model: str, role: str) -> None:
+def evaluate_model(args: RealImagesArguments, model: str, role: str) -> None:
     """All tasks of one model; a result file each."""
     shared = {"role": role, "device": args.device}
     for language in ("pt", "en"):
@@ -114,7 +114,7 @@ def measure(args: RealImagesArguments, model: str, role: str) -> None:
         classification.evaluate(task)
 
 
-def probe(args: RealImagesArguments) -> None:
+def run_linear_probe(args: RealImagesArguments) -> None:
     """Linear probe on the digits; the image tower is frozen in training, so that one model stands for both."""
     classes, images = str(args.data / "digits" / "classes.json"), str(args.data / "digits" / "data")
     shared = {"role": "baseline", "device": args.device}
@@ -124,12 +124,12 @@ def probe(args: RealImagesArguments) -> None:
         linear_probe.evaluate(task)
 
 
-def _labelled(images: list, labels: list[int], names: list[str]) -> Dataset:
+def _build_labeled_dataset(images: list, labels: list[int], names: list[str]) -> Dataset:
     features = Features({"image": Image(), "label": ClassLabel(names=names)})
     return Dataset.from_dict({"image": images, "label": labels}, features=features)
 
 
-def _classes_file(dataset: str, title: str, classes: list[dict], templates: list[str]) -> dict:
+def _build_classes_file(dataset: str, title: str, classes: list[dict], templates: list[str]) -> dict:
     shared = {"dataset": dataset, "language": "pt", "title": title, "metric": "accuracy"}
     return {**shared, "classes": classes, "templates": templates}
 
@@ -137,10 +137,10 @@ def _classes_file(dataset: str, title: str, classes: list[dict], templates: list
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse_arguments(RealImagesArguments, __doc__, argv)
-    prepare(args.data, args.openmoji)
-    measure(args, args.baseline, "baseline")
-    measure(args, args.model, "capivara")
-    probe(args)
+    prepare_datasets(args.data, args.openmoji)
+    evaluate_model(args, args.baseline, "baseline")
+    evaluate_model(args, args.model, "capivara")
+    run_linear_probe(args)
     print(f"Results: {args.output}. As a page: python -m eval.report {args.output} --output report")
 
 

@@ -5,7 +5,7 @@ r"""Fine-tuning by sentence-transformers' own trainer, on pictures with captions
     python -m examples.tune_sentence_transformers --model repository --dataset data/openmoji/dataset --language pt \
         --output_dir runs/tuned
 
-For whoever trains in that library already. Its loss is CLIP's, exactly, when three options are given (`clip_loss_of`):
+For whoever trains in that library already. Its loss is CLIP's, exactly, when three options are given (`build_clip_loss`):
 both directions, a softmax each, and the model's own learnt scale in the place of a fixed one; gradients are cached, so
 that a batch of any size fits. What it lacks beside `train_accelerate.py`: the frozen image tower sees every picture
 twice in every epoch, and a picture has one caption for the whole training.
@@ -30,15 +30,15 @@ import modeling_capivara  # noqa: F401  registers CAPIVARA with the Auto classes
 from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
 from capivara_common.environment import resolve_precision
 from capivara_common.files import atomic_folder, write_json, write_text
-from eval.retrieval import flat_captions
-from examples import run_facts
-from examples.openmoji.dataset import load_embedded
+from eval.retrieval import flatten_captions
+from examples import describe_run
+from examples.openmoji.dataset import load_dataset_with_images
 from modeling_capivara.modeling_capivara import similarity_logits
 from training.trainable import clamp_logit_scale
 
-CUTOFFS = [1, 5, 10]
+RECALL_CUTOFFS = [1, 5, 10]
 
-CARD = """---
+CARD_TEMPLATE = """---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
 language: ["{language}"]
@@ -74,7 +74,7 @@ class SentenceTuningArguments:
         check_at_least(self, 1, "mini_batch_size")
 
 
-def pairs(dataset: Path, split: str, language: str, seed: int = 0) -> Dataset:
+def load_pairs(dataset: Path, split: str, language: str, seed: int = 0) -> Dataset:
     """A row a picture, `text` before `image` as the loss takes them; of several captions one, by the seed.
 
     A text stands in a dictionary: a bare one that is an address or a file's name sentence-transformers would fetch.
@@ -82,20 +82,20 @@ def pairs(dataset: Path, split: str, language: str, seed: int = 0) -> Dataset:
     Raises:
         ValueError: there is no such split or column (those that are there are named), or a picture has no caption.
     """
-    data = load_embedded(dataset)
+    data = load_dataset_with_images(dataset)
     if split not in data:
         raise ValueError(f"{dataset} has no split {split!r}; it has {', '.join(data)}.")
     column = f"captions-{language}"
     if not {"image", column} <= set(data[split].column_names):
         raise ValueError(f"{dataset} needs the columns image and {column}; it has {data[split].column_names}.")
     captions = [[found] if isinstance(found, str) else found for found in data[split][column]]
-    flat_captions(captions)  # for its errors
+    flatten_captions(captions)  # for its errors
     draw = random.Random(seed)
     texts = [{"text": draw.choice(found)} for found in captions]
     return data[split].select_columns("image").add_column("text", texts).select_columns(["text", "image"])
 
 
-def clip_loss_of(encoder: SentenceTransformer, mini_batch_size: int) -> CachedMultipleNegativesRankingLoss:
+def build_clip_loss(encoder: SentenceTransformer, mini_batch_size: int) -> CachedMultipleNegativesRankingLoss:
     """`modeling_capivara.clip_loss` of a whole batch, of which `mini_batch_size` rows are embedded at once.
 
     Exact on one device without accumulation of gradients, by which the scale's would not be divided. On several, where
@@ -111,16 +111,16 @@ def clip_loss_of(encoder: SentenceTransformer, mini_batch_size: int) -> CachedMu
     )
 
 
-def recall_evaluator(rows: Dataset) -> InformationRetrievalEvaluator:
+def build_recall_evaluator(rows: Dataset) -> InformationRetrievalEvaluator:
     """Texts find their picture: its accuracy@k is `eval.retrieval`'s recall@k, but for ties."""
     names = [f"{number:08}" for number in range(len(rows))]
     return InformationRetrievalEvaluator(
         dict(zip(names, rows["text"], strict=True)), dict(zip(names, rows["image"], strict=True)),
-        {name: {name} for name in names}, accuracy_at_k=CUTOFFS, precision_recall_at_k=CUTOFFS, write_csv=False,
+        {name: {name} for name in names}, accuracy_at_k=RECALL_CUTOFFS, precision_recall_at_k=RECALL_CUTOFFS, write_csv=False,
     )  # fmt: skip
 
 
-class BoundedScale(TrainerCallback):
+class ClampLogitScaleCallback(TrainerCallback):
     """Keeps the learnt scale below CLIP's bound."""
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
@@ -133,10 +133,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(SentenceTuningArguments, __doc__, argv)
     if not (args.model / "modules.json").is_file():
         raise ValueError(f"{args.model} is no export of the format sentence_transformers (modules.json is missing).")
-    rows = pairs(args.dataset, args.train_split, args.language, args.seed)
+    rows = load_pairs(args.dataset, args.train_split, args.language, args.seed)
     if len(rows) < args.batch_size:
         raise ValueError(f"{args.train_split} has {len(rows)} pictures, fewer than a batch: lower --batch_size.")
-    measure = recall_evaluator(pairs(args.dataset, args.split, args.language))
+    measure = build_recall_evaluator(load_pairs(args.dataset, args.split, args.language))
     with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:
         encoder = SentenceTransformer(str(args.model))
         encoder[0].auto_model.freeze_image_encoder()  # as in the paper
@@ -156,19 +156,19 @@ def main(argv: list[str] | None = None) -> None:
             dataloader_pin_memory=encoder.device.type != "cpu",
             report_to="none",
         )
-        loss = clip_loss_of(encoder, args.mini_batch_size)
-        trainer = SentenceTransformerTrainer(encoder, training, rows, loss=loss, callbacks=[BoundedScale()])
+        loss = build_clip_loss(encoder, args.mini_batch_size)
+        trainer = SentenceTransformerTrainer(encoder, training, rows, loss=loss, callbacks=[ClampLogitScaleCallback()])
         before = measure(encoder.eval())
         seconds = trainer.train().metrics["train_runtime"]
         recalls = {
-            when: {f"recall@{k}": float(found[f"cosine_accuracy@{k}"]) for k in CUTOFFS}
+            when: {f"recall@{k}": float(found[f"cosine_accuracy@{k}"]) for k in RECALL_CUTOFFS}
             for when, found in (("before", before), ("after", measure(encoder.eval())))
         }
         encoder.save_pretrained(str(folder), create_model_card=False)
-        facts = run_facts(args, encoder.device, "sentence-transformers")
+        facts = describe_run(args, encoder.device, "sentence-transformers")
         shown = {name: html.escape(facts["config"][name]) for name in ("model", "dataset", "language")}
         write_json(folder / "results.json", facts | {"text_to_image": recalls, "training_s": seconds})
-        write_text(folder / "README.md", CARD.format(**shown))
+        write_text(folder / "README.md", CARD_TEMPLATE.format(**shown))
     for when, found in recalls.items():
         print(f"{when:8}" + "".join(f"{name:>12} {100 * value:6.2f} %" for name, value in found.items()))
     print(args.output_dir)

@@ -26,12 +26,12 @@ from capivara_common.files import check_inputs_outside, read_json, seed_folders,
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG
 from capivara_common.privacy import hide_paths, short_name
 from hub_upload import allowed_files as allowed
-from hub_upload.formats import drop_in, immich, onnx, open_clip, save_tokenizer, transformers_js, write_tokenizer
+from hub_upload.formats import drop_in, immich, onnx, open_clip, save_tokenizer, transformers_js, write_tokenizer_json
 from modeling_capivara import CapivaraConfig, CapivaraProcessor
 from modeling_capivara.loading import load_processor, load_two_towers_config
 
-FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")  # in one repository
-KNOWN = (*FORMATS, "transformers_js", "drop_in", "immich")  # the last two each a folder of its own
+DEFAULT_FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")  # in one repository
+KNOWN_FORMATS = (*DEFAULT_FORMATS, "transformers_js", "drop_in", "immich")  # the last two each a folder of its own
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", *allowed.TOKENIZER_FILES)
 logger = logging.getLogger("capivara")
 
@@ -43,8 +43,8 @@ class ExportArguments:
     model: Path = flag(..., "Folder of a model of two towers, as a training run or `save_pretrained` leaves it.")
     output: Path = flag(..., "Folder of the repository. Must be missing or empty.")
     formats: str = flag(
-        ",".join(FORMATS),
-        f"What shall be able to load it, with commas between, of {', '.join(FORMATS)}; of them transformers is "
+        ",".join(DEFAULT_FORMATS),
+        f"What shall be able to load it, with commas between, of {', '.join(DEFAULT_FORMATS)}; of them transformers is "
         "always written, named or not. onnx needs the extra of its name and, for the full size, minutes. On demand, "
         "transformers_js: the same graphs, and more, for a browser and Node. Or one alone: drop_in, the text side for "
         "pictures that --base has embedded; immich, a folder for the machine-learning service of Immich.",
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(ExportArguments, __doc__, argv)
-    files = export(
+    files = export_model(
         args.model, args.output, args.formats.split(","), args.text_config, args.overwrite_output_dir,
         repo_id=args.repo_id, base=args.base,
     )  # fmt: skip
@@ -90,10 +90,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{sum(size for _, size in files) / 1e6:12,.2f} MB  in {args.output}")
 
 
-def export(
+def export_model(
     model: Path,
     output: Path,
-    formats: Sequence[str] = FORMATS,
+    formats: Sequence[str] = DEFAULT_FORMATS,
     text_config: str | None = None,
     overwrite: bool = False,
     *,
@@ -102,31 +102,31 @@ def export(
 ) -> list[tuple[str, int]]:
     """Write the folder `output` for one place or several, whole or not at all; path and bytes of every file, in order.
 
-    `model` is a folder of a model of two towers, `formats` are of `KNOWN`, the rest as of `ExportArguments`.
+    `model` is a folder of a model of two towers, `formats` are of `KNOWN_FORMATS`, the rest as of `ExportArguments`.
     ValueError: an argument is wrong, the model is damaged or a format can't express it, or a file holds a path of a
     machine or an access token. ImportError: a package that a format needs is missing.
     """
-    formats = _checked_formats(formats, text_config, base)
+    formats = _check_formats(formats, text_config, base)
     check_inputs_outside(output, model, base)
     with atomic_folder(output, overwrite) as folder:
-        config = read_config(model, formats)
+        config = read_model_config(model, formats)
         if formats == ["drop_in"]:
-            drop_in.write(model, folder, config, str(base), repo_id)
+            drop_in.write_drop_in(model, folder, config, str(base), repo_id)
         elif formats == ["immich"]:
-            immich.write(model, folder, config, base)
+            immich.write_immich(model, folder, config, base)
         else:
             _write_repository(model, folder, config, formats, text_config, repo_id)
-        allowed.check_contents(folder)
-        return [(name.as_posix(), (folder / name).stat().st_size) for name in allowed.allowed_files(folder)]
+        allowed.check_model_files(folder)
+        return [(name.as_posix(), (folder / name).stat().st_size) for name in allowed.list_allowed_files(folder)]
 
 
-def _checked_formats(formats: Sequence[str], text_config: str | None, base: str | None) -> list[str]:
+def _check_formats(formats: Sequence[str], text_config: str | None, base: str | None) -> list[str]:
     """The formats without blanks, or ValueError, or ImportError where ONNX lacks a package."""
     formats = [name.strip() for name in formats if name.strip()]
     if not formats:
-        raise ValueError(f"--formats is empty; name some of {', '.join(KNOWN)}, or leave the flag out.")
-    if unknown := [name for name in formats if name not in KNOWN]:
-        raise ValueError(f"There is no format {unknown[0]!r}; there are {', '.join(KNOWN)}.")
+        raise ValueError(f"--formats is empty; name some of {', '.join(KNOWN_FORMATS)}, or leave the flag out.")
+    if unknown := [name for name in formats if name not in KNOWN_FORMATS]:
+        raise ValueError(f"There is no format {unknown[0]!r}; there are {', '.join(KNOWN_FORMATS)}.")
     alone = [name for name in formats if name in ("drop_in", "immich")]
     if alone and (len(formats) > 1 or text_config):
         raise ValueError(f"{alone[0]} is a folder of its own: name no other format beside it, and no --text_config.")
@@ -143,7 +143,7 @@ def _checked_formats(formats: Sequence[str], text_config: str | None, base: str 
     return formats
 
 
-def read_config(folder: Path, formats: Sequence[str] = ()) -> PreTrainedConfig:
+def read_model_config(folder: Path, formats: Sequence[str] = ()) -> PreTrainedConfig:
     """The configuration of a model folder, of any model of two towers; of CAPIVARA or SigLIP for drop_in and immich.
 
     Raises ValueError where it is none; a run's several seeds are named.
@@ -155,7 +155,7 @@ def read_config(folder: Path, formats: Sequence[str] = ()) -> PreTrainedConfig:
         hint = f" It is a run of several seeds; name one of {seeds} in it." if seeds else ""
         raise ValueError(f"The folder {folder} holds no model (config.json is missing).{hint}")
     config = load_two_towers_config(folder)
-    if {"drop_in", "immich"} & {*formats} and config.model_type not in immich.NAMES:
+    if {"drop_in", "immich"} & {*formats} and config.model_type not in immich.IMMICH_MODEL_NAMES:
         raise ValueError(
             f"{formats[0]} is written of CAPIVARA and SigLIP alone, and {folder} is {config.model_type}. The whole "
             "model (--formats transformers,onnx) opens in place of its base, and finds the base's vectors."
@@ -164,39 +164,39 @@ def read_config(folder: Path, formats: Sequence[str] = ()) -> PreTrainedConfig:
 
 
 def _write_repository(
-    model: Path, folder: Path, config: PreTrainedConfig, formats: list[str], tower: str | None, repo_id: str | None
+    model: Path, folder: Path, config: PreTrainedConfig, formats: list[str], text_config: str | None, repo_id: str | None
 ) -> None:
     """The whole model; what a format can't express is said before weights are read."""
     processor, is_own = load_processor(model), isinstance(config, CapivaraConfig)
-    if tower and not is_own:
+    if text_config and not is_own:
         raise ValueError(f"text_config is for CAPIVARA's own class; open_clip needs none for {config.model_type}.")
     if "transformers_js" in formats:
-        transformers_js.readable_tokenizer(model)
+        transformers_js.convert_tokenizer(model)
     settings = None
     if "open_clip" in formats and is_own:
-        settings = open_clip.open_clip_settings(config, processor.image_processor, tower, repo_id)
+        settings = open_clip.build_open_clip_config(config, processor.image_processor, text_config, repo_id)
     open_clip.write_weights(model, folder, config, with_open_clip=settings is not None)
     _write_processor(model, folder, processor)
     if settings:
         write_json(folder / OPEN_CLIP_CONFIG, settings)
     if "open_clip" in formats and not is_own:
         try:
-            open_clip.check_siglip(config)
+            open_clip.check_siglip_supported(config)
         except (ValueError, ImportError) as error:
             logger.info("open_clip is left out: %s", error)
         else:
-            open_clip.write_siglip(model, folder, repo_id or short_name(str(model)))
+            open_clip.write_open_clip_siglip(model, folder, repo_id or short_name(str(model)))
     if "sentence_transformers" in formats:
         open_clip.write_sentence_transformers(folder, processor)
         if not is_own:
             open_clip.check_sentence_transformers(model, folder)
     if "transformers_js" in formats:
-        transformers_js.write_tokenizer(folder)
-        onnx.write_onnx(folder, graphs=tuple(onnx.GRAPHS), precisions=("float32", "int8", "float16"))
-        transformers_js.write_settings(folder)
+        transformers_js.write_converted_tokenizer(folder)
+        onnx.write_onnx(folder, graphs=tuple(onnx.GRAPH_SIGNATURES), precisions=("float32", "int8", "float16"))
+        transformers_js.write_configs(folder)
     elif "onnx" in formats:
         onnx.write_onnx(folder)
-    _write_records(model, folder)
+    _copy_card_files(model, folder)
 
 
 def _write_processor(model: Path, folder: Path, processor: ProcessorMixin) -> None:
@@ -217,13 +217,13 @@ def _write_processor(model: Path, folder: Path, processor: ProcessorMixin) -> No
         # `load_processor` has corrected text length, inputs and letter case.
         save_tokenizer(processor.tokenizer, folder)
         return
-    write_tokenizer(folder, read_json(folder / "tokenizer.json"), is_own=True)
+    write_tokenizer_json(folder, read_json(folder / "tokenizer.json"), is_capivara=True)
     package = Path(modeling_capivara.__file__).parent
     for name in allowed.MODEL_CODE:
         shutil.copyfile(package / name, folder / name)
 
 
-def _write_records(model: Path, folder: Path) -> None:
+def _copy_card_files(model: Path, folder: Path) -> None:
     """Files that the card is made of, where the model's folder has them; paths of this machine are made relative."""
     results = model / "results"
     if not results.is_dir() and model.name.startswith("seed-"):
@@ -232,9 +232,9 @@ def _write_records(model: Path, folder: Path) -> None:
     if (model / "run.json").is_file():
         records["run.json"] = model / "run.json"
     for name, path in records.items():
-        allowed.check_regular(path)
+        allowed.check_regular_file(path)
         write_json(folder / name, hide_paths(read_json(path)))
-    for name in ("README.md", "LICENSE", "rotation.safetensors", *allowed.RUN_PICTURES):
+    for name in ("README.md", "LICENSE", "rotation.safetensors", *allowed.RUN_PLOT_FILES):
         path = model / name
         if path.is_file():
             shutil.copyfile(path, folder / path.name)

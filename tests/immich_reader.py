@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 from tokenizers import Tokenizer
 
-from examples.real_images import PHOTOS, photo
+from examples.real_images import CLASS_PHOTOGRAPHS, load_photo
 
 ODD_TEXTS = {
     "typographic quotation marks": "a placa \u201cproibido estacionar\u201d e o copo d\u2019água",
@@ -99,8 +99,8 @@ def pictures() -> list[PIL.Image.Image]:
     """Photographs of scikit-image, each whole, high, wide, and by an odd pixel less: where crops may fall apart."""
     shapes = ((1, 1), (0.6, 1), (1, 0.45))
     found = []
-    for name in PHOTOS:
-        image = photo(name)
+    for name in CLASS_PHOTOGRAPHS:
+        image = load_photo(name)
         found += [image.crop((0, 0, int(image.width * x), int(image.height * y))) for x, y in shapes]
         found.append(image.crop((0, 0, image.width - 1, image.height - 7)))
     return found

@@ -21,14 +21,14 @@ from browser import open_browser, require_chromium, served_folders
 from PIL import Image
 
 from capivara_common.files import atomic_folder
-from hub_upload.space.static_page import LIBRARY
+from hub_upload.space.static_page import LIBRARY_PACKAGE
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import random_images, random_texts
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-PACKAGES = {LIBRARY: ">=4.3 <5"}  # of npm: package -> the versions that are taken. Tried: 4.3.2
+PACKAGES = {LIBRARY_PACKAGE: ">=4.3 <5"}  # of npm: package -> the versions that are taken. Tried: 4.3.2
 AXE = {"axe-core": ">=4.10 <5"}  # of npm: a checker of accessibility
 FAULTS = """axe.run().then(({ violations }) => violations.filter(({ impact }) => /serious|critical/.test(impact))
   .map(({ id, nodes }) => [id, ...nodes.map((node) => node.html)]))"""
@@ -89,7 +89,7 @@ def node_packages(wanted: dict[str, str] = PACKAGES) -> Path:
             raise RuntimeError(f"{program} is not installed: apt-get install nodejs npm")
     version = subprocess.check_output(["node", "--version"], text=True).strip()
     if int(version.removeprefix("v").split(".")[0]) < MIN_NODE:
-        raise RuntimeError(f"Node {version} is too old (sharp of {LIBRARY}); install {MIN_NODE} or later")
+        raise RuntimeError(f"Node {version} is too old (sharp of {LIBRARY_PACKAGE}); install {MIN_NODE} or later")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capivara-node"
     name = "-".join(f"{package.split('/')[-1]}{versions}" for package, versions in wanted.items())
     folder = cache / name.translate({ord(sign): "-" for sign in ">=< "})
@@ -141,7 +141,7 @@ def ask(place: str, request: dict[str, Any], packages: Path) -> dict[str, Any]:
 def ask_node(request: dict[str, Any], packages: Path) -> dict[str, Any]:
     """The answer of a process of Node, with a cache of its own."""
     with tempfile.TemporaryDirectory(prefix="capivara-node-") as temporary:
-        library = packages / LIBRARY / "dist" / "transformers.node.mjs"
+        library = packages / LIBRARY_PACKAGE / "dist" / "transformers.node.mjs"
         env = request["env"] | {"cacheDir": temporary}
         about = json.dumps(request | {"env": env, "library": library.as_uri()})  # in ASCII: texts may be no UTF-8
         (Path(temporary) / "request.json").write_text(about, encoding="ascii")
@@ -163,4 +163,4 @@ def ask_chromium(request: dict[str, Any], packages: Path) -> dict[str, Any]:
     with open_browser() as opened:
         opened.page.set_default_timeout(900_000)
         opened.page.goto(address)
-        return opened.page.evaluate(ASK, request | {"env": env, "library": f"/npm/{LIBRARY}/dist/transformers.min.js"})
+        return opened.page.evaluate(ASK, request | {"env": env, "library": f"/npm/{LIBRARY_PACKAGE}/dist/transformers.min.js"})

@@ -67,7 +67,7 @@ def make_readable(folder: Path) -> None:
 
 def make_classes(folder: Path, key: str, classes: int = 3) -> None:
     """A sub-folder of two images a class, of the last classes whose names can be folders."""
-    names = [name for name in load_prompts(BENCHMARKS[key].prompts).names_en if "/" not in name][-classes:]
+    names = [name for name in load_prompts(BENCHMARKS[key].prompts).english_names if "/" not in name][-classes:]
     for number, name in enumerate(names):
         (folder / name).mkdir(parents=True)
         for i in range(2):
@@ -80,8 +80,8 @@ def make_data(folder: Path, key: str) -> None:
         texts = [[f"foto {row} azul {i}" for i in range(5)] for row in range(IMAGES)]
         save_test(folder, "caption", List(Value("string")), texts)
     elif key == "voc-2007-classification":
-        names = load_prompts(key).names_en
+        names = load_prompts(key).english_names
         labels = [[number, (number + 3) % len(names)] for number in range(len(names))]
         save_test(folder, "label", List(ClassLabel(names=names)), labels)
     else:
-        make_classes(folder, key, classes=2 if len(load_prompts(BENCHMARKS[key].prompts).names_en) == 2 else 3)
+        make_classes(folder, key, classes=2 if len(load_prompts(BENCHMARKS[key].prompts).english_names) == 2 else 3)

@@ -8,9 +8,9 @@ from datasets import DatasetDict, load_from_disk
 
 import train_accelerate
 from benchmarks import recipe
-from benchmarks.recipe import DRAWINGS, SETS
+from benchmarks.recipe import DRAWING_SETS, EVALUATION_SPLITS
 
-CONDITIONS = [f"{name}/{split}/{language}" for name, split in SETS for language in ("pt", "en")]
+CONDITIONS = [f"{name}/{split}/{language}" for name, split in EVALUATION_SPLITS for language in ("pt", "en")]
 KEYS = {f"{condition}/{way}" for condition in CONDITIONS for way in ("text_to_image", "image_to_text")}
 
 
@@ -25,15 +25,15 @@ def test_another_config_or_base_is_another_run(tmp_path, monkeypatch):
         (output / "run.json").touch()
 
     monkeypatch.setattr(train_accelerate, "main", main)
-    found = [recipe.trained(0, args, base) for base in ("0123", "4567")]
+    found = [recipe.find_or_train_run(0, args, base) for base in ("0123", "4567")]
     config.write_text("max_steps: 4")
-    assert len({*found, recipe.trained(0, args, "0123")}) == 3
+    assert len({*found, recipe.find_or_train_run(0, args, "0123")}) == 3
 
 
 @pytest.mark.slow
 def test_command(tiny_dataset_folder, tiny_folder, monkeypatch, tmp_path):
     rows = load_from_disk(tiny_dataset_folder)["train"]  # more than ten, or there is no recall at 10
-    for name in ("openmoji", *(f"proxies/{name}" for name in (*DRAWINGS[1:], "photos"))):
+    for name in ("openmoji", *(f"proxies/{name}" for name in (*DRAWING_SETS[1:], "photos"))):
         DatasetDict(train=rows, validation=rows, test=rows).save_to_disk(tmp_path / name)
     (tmp_path / "c.yaml").write_text(
         "effective_batch_size: 4\nmax_steps: 2\nwarmup_steps: 0\nlearning_rate: 1e-3\neval_languages: [pt]\n"
@@ -42,14 +42,14 @@ def test_command(tiny_dataset_folder, tiny_folder, monkeypatch, tmp_path):
     flags += ["--config", tmp_path / "c.yaml", "--work", tmp_path / "work"]
     flags = [str(flag) for flag in [*flags, "--output", tmp_path / "recipe.json", "--seeds", 0]]
 
-    monkeypatch.setattr(recipe, "SHARES", {"paper": 1.0, "none": 0.0})
+    monkeypatch.setattr(recipe, "TRAINED_SHARES", {"paper": 1.0, "none": 0.0})
     recipe.main(flags)
     content = json.loads((tmp_path / "recipe.json").read_text())
     base, paper, none = content["rows"]
     assert none["values"] == base["values"] != paper["values"], "of the one nothing was trained"
     assert paper["seconds"][0] > 0 and paper["seeds"] == [0] and not paper["gain"] and not base["gain"]
     assert all(gain[1] <= gain[0] <= gain[2] for gain in none["gain"].values())
-    assert {key.split("/")[0] for key in none["gain"]} == set(DRAWINGS)
+    assert {key.split("/")[0] for key in none["gain"]} == set(DRAWING_SETS)
     assert set(base["values"]) == KEYS == set(content["n"])
     assert content["chance"]["openmoji/test/pt/text_to_image"] == pytest.approx(16 / 36)
     monkeypatch.setattr(train_accelerate, "main", None)  # nothing is trained again

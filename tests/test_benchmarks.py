@@ -31,13 +31,13 @@ def test_import_costs_little_over_transformers_and_loads_nothing_large():
 def test_programs_take_turns_and_a_ratio_is_the_median_of_the_runs():
     seen = []
     programs = {name: lambda name=name: seen.append(name) or len(seen) for name in ("a", "b")}
-    assert timing.alternating(programs, 3, "Runs") == {"a": [1, 3, 5], "b": [2, 4, 6]} and seen == ["a", "b"] * 3
+    assert timing.run_alternating(programs, 3, "Runs") == {"a": [1, 3, 5], "b": [2, 4, 6]} and seen == ["a", "b"] * 3
     assert timing.median_ratio([2.0, 40.0, 3.0], [1.0, 10.0, 1.0]) == 3.0
-    assert timing.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "slowest": 1.0, "fastest": 3.0}
+    assert timing.summarize_rates([3.0, 1.0, 2.0]) == {"median": 2.0, "slowest": 1.0, "fastest": 3.0}
 
 
 def test_a_word_of_made_captions_is_a_token():
-    captions, tokenizer = timing.made_captions(500), load_tokenizer()
+    captions, tokenizer = timing.make_captions(500), load_tokenizer()
     lengths = [len(ids) for ids in tokenizer(captions)["input_ids"]]
     assert lengths == [2 + len(text.split()) for text in captions] and abs(np.mean(lengths) - 20) < 1
     assert 7 <= min(lengths) < 12 and 28 < max(lengths) <= 70
@@ -110,9 +110,9 @@ def test_both_trees_run_twice(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "run", run)
-        patch.setattr(timing, "conditions", dict)
-        results = train_step.compare(train_step.TrainStepArguments(parts=["demo"], beside=tmp_path))
-    trees, names = (tmp_path, timing.ROOT), ("examples.openmoji.prepare", "train_accelerate") * 2
+        patch.setattr(timing, "describe_conditions", dict)
+        results = train_step.compare_programs(train_step.TrainStepArguments(parts=["demo"], beside=tmp_path))
+    trees, names = (tmp_path, timing.CODE_ROOT), ("examples.openmoji.prepare", "train_accelerate") * 2
     assert [call[:3] for call in calls] == [(name, tree, str(tree)) for tree in trees for name in names]
     assert calls[0][3] == calls[3][3] != calls[4][3]
     first = results["demo"]["old"]["first"]
@@ -120,7 +120,7 @@ def test_both_trees_run_twice(tmp_path, monkeypatch):
 
 
 def test_the_answers_are_the_nearest_vectors(tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "QUERIES", 3)
+    monkeypatch.setattr(search, "QUERY_COUNT", 3)
     search.make_vectors(tmp_path, 50)
     vectors = np.load(tmp_path / "vectors-50.npy").astype(np.float32)
     answers = np.load(tmp_path / "answers-50.npz")
@@ -130,5 +130,5 @@ def test_the_answers_are_the_nearest_vectors(tmp_path, monkeypatch):
 
 
 def test_made_rows_are_rows_of_the_index():
-    rows = search.made_rows(np.zeros((3, search.WIDTH), np.float16), 7, "0" * 32)
-    assert rows.schema == schema(search.WIDTH) and rows["path"][0].as_py() == search.path_of(7)
+    rows = search.make_rows(np.zeros((3, search.EMBEDDING_WIDTH), np.float16), 7, "0" * 32)
+    assert rows.schema == schema(search.EMBEDDING_WIDTH) and rows["path"][0].as_py() == search.picture_path(7)

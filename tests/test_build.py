@@ -23,7 +23,7 @@ from captions import select
 from captions.build import BuildArguments, ManualStepRequired, build_dataset, main, read_build_plan
 from captions.stages import StageArguments
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
-from hub_upload.allowed_files import files_to_send
+from hub_upload.allowed_files import list_files_to_send
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -96,7 +96,7 @@ def test_from_images_to_a_data_set_with_its_card(finished):
     assert "| score | 12 | 11 | 1 no caption |" in card
     assert str(tmp_path) not in card + (folder / "build.json").read_text(), "no folder of a machine"
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "build.json", "data", "similarities.png"]
-    assert len(files_to_send(folder, "dataset")) == 5, "it can be pushed as it is"
+    assert len(list_files_to_send(folder, "dataset")) == 5, "it can be pushed as it is"
 
 
 def test_what_is_done_is_not_done_again_and_no_model_is_loaded(finished, monkeypatch, caplog, capsys):

@@ -14,7 +14,7 @@ import pytest
 from card_run import split_card, trained_run
 from hub_client import hub_commands
 
-from hub_upload.card import check, write_card
+from hub_upload.card import find_card_faults, write_card
 from modeling_capivara import CapivaraConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,7 +101,7 @@ def test_code_for_a_repository_on_the_hub(run, tmp_path):
         write_card(made, repo_id="us/model", language="pt")
         portuguese = blocks(made)
         write_card(made, repo_id="us/model")
-        assert check(made) == []
+        assert find_card_faults(made) == []
         without_comments = [re.sub(r"# .*", "", "".join(texts.values())) for texts in (blocks(made), portuguese)]
         assert without_comments[0] == without_comments[1] and blocks(made) != portuguese
         done = commands("--model", made, "--repo-id", "us/model", "--push")

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from card_run import change, split_card, trained_run
 
-from hub_upload.card import check, write_card
-from hub_upload.card_values import code, escaped
-from hub_upload.origins import inherited_license, origin
+from hub_upload.card import find_card_faults, write_card
+from hub_upload.card_values import to_code, to_markdown
+from hub_upload.origins import infer_license, read_origin
 
 HOSTILE = (
     "</table><script>alert(1)</script>",
@@ -32,7 +32,7 @@ def markdown():
 @pytest.mark.parametrize("text", HOSTILE)
 def test_texts_are_escaped(text):
     reader = markdown()
-    for written in (escaped(text), code(text)):
+    for written in (to_markdown(text), to_code(text)):
         assert "\n" not in written
         tokens = [t.type for t in reader.parseInline(written)[0].children]
         assert set(tokens) <= {"text", "text_special", "code_inline"}, written
@@ -40,11 +40,11 @@ def test_texts_are_escaped(text):
 
 
 def test_what_escaping_keeps_and_drops():
-    assert escaped("/home/ana/pairs and ~/x/y, C:\\Users\\ana\\z") == "pairs and y, z"
-    assert escaped("https://example.org/a/b") == "https://example.org/a/b"
-    assert escaped("São João é o que há") == "São João é o que há" and escaped("- item") == "\\- item"
-    assert len(escaped("a" * 1000)) == 300
-    assert code("captions-pt") == "`captions-pt`" and code("a`b") == "a\\`b"
+    assert to_markdown("/home/ana/pairs and ~/x/y, C:\\Users\\ana\\z") == "pairs and y, z"
+    assert to_markdown("https://example.org/a/b") == "https://example.org/a/b"
+    assert to_markdown("São João é o que há") == "São João é o que há" and to_markdown("- item") == "\\- item"
+    assert len(to_markdown("a" * 1000)) == 300
+    assert to_code("captions-pt") == "`captions-pt`" and to_code("a`b") == "a\\`b"
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_hostile_texts_stay_texts(hostile, tmp_path, language):
     data, body = split_card(text)
     blocks = markdown().parse(body)
     tokens = {token.type for block in blocks for token in (block, *(block.children or ()))}
-    assert check(tmp_path / "run") == [] and "html_inline" not in tokens
+    assert find_card_faults(tmp_path / "run") == [] and "html_inline" not in tokens
     assert [block.content.strip() for block in blocks if block.type == "html_block"] == [text.split("\n")[-1]]
     assert not {"license", "base_model", "datasets"} & set(data) and "<script" not in body
     assert "alert(1)" in body and "{{ 7 \\* 7 }}" in body and "# New" not in body.split("\n")
@@ -110,7 +110,7 @@ def test_hostile_texts_stay_texts(hostile, tmp_path, language):
     ],
 )
 def test_the_inherited_licence(stated, licence):
-    assert inherited_license(stated) == licence
+    assert infer_license(stated) == licence
 
 
 def test_where_base_and_data_come_from(tmp_path):
@@ -118,19 +118,19 @@ def test_where_base_and_data_come_from(tmp_path):
     (tmp_path / "data" / "README.md").write_text(
         "---\nlicense: [mit, cc-by-4.0]\nbase_model: owner/base\n---\n\n# Pairs\n", encoding="utf-8"
     )
-    found = origin(str(tmp_path / "data"), "dataset")
+    found = read_origin(str(tmp_path / "data"), "dataset")
     assert found["licenses"] == ["mit", "cc-by-4.0"] and found["base_model"] == ["owner/base"]
     assert (found["title"], found["hub_id"], found["attribution"]) == ("Pairs", None, None)
     (tmp_path / "data" / "train.parquet").touch()
     for files in ("*.tar", "train.parquet"):  # the card beside them
-        assert origin(str(tmp_path / "data" / files), "dataset")["licenses"] == ["mit", "cc-by-4.0"], files
+        assert read_origin(str(tmp_path / "data" / files), "dataset")["licenses"] == ["mit", "cc-by-4.0"], files
     with contextlib.chdir(tmp_path / "data"):
-        assert origin("emoji", "dataset")["licenses"] == [], "an id on the Hub, not a file here"
+        assert read_origin("emoji", "dataset")["licenses"] == [], "an id on the Hub, not a file here"
     (tmp_path / "data" / "README.md").write_bytes(b"---\nlicense: mit\n---\n# \xff\n")
-    assert origin(str(tmp_path / "data"), "dataset")["licenses"] == ["mit"]
-    unknown = origin("owner/not-in-the-cache", "dataset")  # offline
+    assert read_origin(str(tmp_path / "data"), "dataset")["licenses"] == ["mit"]
+    unknown = read_origin("owner/not-in-the-cache", "dataset")  # offline
     assert unknown["hub_id"] is None and unknown["licenses"] == [] and unknown["title"] == "owner/not-in-the-cache"
-    assert origin("shards/*.tar", "dataset")["hub_id"] is None
-    assert origin("/srv/ana/data", "dataset")["name"] == "data", "nothing of a person's folder is published"
-    assert origin("../ana/data", "dataset")["name"] == "data"
-    assert origin(f"{Path.cwd()}/data/openmoji/base", "model")["name"] == "openmoji/base"
+    assert read_origin("shards/*.tar", "dataset")["hub_id"] is None
+    assert read_origin("/srv/ana/data", "dataset")["name"] == "data", "nothing of a person's folder is published"
+    assert read_origin("../ana/data", "dataset")["name"] == "data"
+    assert read_origin(f"{Path.cwd()}/data/openmoji/base", "model")["name"] == "openmoji/base"

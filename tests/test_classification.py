@@ -15,7 +15,7 @@ from towers import as_open_clip
 
 from capivara_common.image_files import BadImage
 from caption_data.labeled_images import _match_class_names, load_labeled_images
-from eval.classification import chance_of, classification_metrics, main
+from eval.classification import compute_chance, compute_classification_metrics, main
 from eval.prompts import load_prompts
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -97,21 +97,21 @@ def test_chance_is_what_random_scores_reach():
     generator = torch.Generator().manual_seed(1)
     scores, labels = torch.rand(5000, 8, generator=generator), torch.arange(5000) % 8
     for metric, few in (("accuracy", 8), ("mean-per-class", 8), ("roc_auc", 2)):
-        found = classification_metrics(scores[:, :few], (labels % few).tolist(), metric)
+        found = compute_classification_metrics(scores[:, :few], (labels % few).tolist(), metric)
         for name, value in found.items():
-            assert chance_of(name, labels.tolist(), few) == pytest.approx(value, abs=0.03), name
+            assert compute_chance(name, labels.tolist(), few) == pytest.approx(value, abs=0.03), name
     several = [[row % 8, (row + 1) % 8] for row in range(800)]
-    value = classification_metrics(scores[:800], several, "11point_mAP")["11point_mAP"]
-    assert chance_of("11point_mAP", several, 8) == pytest.approx(value, abs=0.03)
+    value = compute_classification_metrics(scores[:800], several, "11point_mAP")["11point_mAP"]
+    assert compute_chance("11point_mAP", several, 8) == pytest.approx(value, abs=0.03)
 
 
 def test_metrics_of_a_data_set():
     scores, labels = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]]), [1, 0, 0]
     several = torch.zeros(2, 10)
     several[0, [0, 3]] = several[1, 2] = 1.0
-    assert classification_metrics(several, [[0, 3], [2]], "11point_mAP") == {"11point_mAP": 1.0}
-    assert classification_metrics(scores, labels, "roc_auc") == {"roc_auc": 1.0, "accuracy": pytest.approx(2 / 3)}
-    found = classification_metrics(scores, labels, "mean-per-class")
+    assert compute_classification_metrics(several, [[0, 3], [2]], "11point_mAP") == {"11point_mAP": 1.0}
+    assert compute_classification_metrics(scores, labels, "roc_auc") == {"roc_auc": 1.0, "accuracy": pytest.approx(2 / 3)}
+    found = compute_classification_metrics(scores, labels, "mean-per-class")
     assert found == {"mean_per_class_accuracy": 0.75, "accuracy": pytest.approx(2 / 3)}
 
 
@@ -144,7 +144,7 @@ def test_an_open_clip_baseline(saved_tiny_folder, pictures, tmp_path):
 
 def test_names_are_matched_as_folders_can_have_them_and_in_their_order():
     """ImageNet has two classes called "missile", and two called "sunglasses"."""
-    assert load_prompts("imagenet-1k").names_en.count("missile") == 2
+    assert load_prompts("imagenet-1k").english_names.count("missile") == 2
     wanted = ["missile", "cat", "missile"]
     assert _match_class_names(["cat", "missile", "Missile"], wanted, "d") == {0: 1, 1: 0, 2: 2}
     with pytest.raises(ValueError, match=r"more often than the prompts do: \['cat'\]"):

@@ -83,7 +83,7 @@ def test_classification(tiny_folder, tmp_path):
 
     adapter, prompts = Adapter(tiny_folder), load_prompts("cifar-10")
     loader = DataLoader(list(zip(map(adapter.pixels, images), labels, strict=True)), batch_size=8)
-    templates = dict(zip(prompts.names, prompts.filled, strict=True))
+    templates = dict(zip(prompts.names, prompts.class_prompts, strict=True))
     classifier = zero_shot_classifier(adapter, adapter.tokenizer, prompts.names, templates, "cpu", amp=False)
     logits, target = run_classification(adapter, classifier, loader, "cpu", amp=False)  # its `accuracy` needs numpy 1
     for k, metric in ((1, "accuracy"), (5, "top_5_accuracy")):

@@ -16,7 +16,7 @@ from test_checkpoints import Malicious
 from tiny import TINY_TEXT, TINY_VISION, randomise, tiny_config, tiny_tokenizer
 from towers import as_open_clip
 
-from hub_upload.origins import origin
+from hub_upload.origins import read_origin
 from modeling_capivara import CapivaraConfig
 from modeling_capivara import convert_open_clip as conversion
 from modeling_capivara.convert_open_clip import (
@@ -147,7 +147,7 @@ def test_the_source_and_its_licence_are_on_the_first_card(open_clip_folder, tmp_
         "library_name": "transformers",
         "pipeline_tag": "zero-shot-image-classification",
     }
-    of = origin(str(tmp_path / "there"), "model")
+    of = read_origin(str(tmp_path / "there"), "model")
     assert (of["base_model"], of["licenses"]) == (["us/base"], ["mit"])
 
 

@@ -17,7 +17,7 @@ from caption_tars import encoded
 from PIL.PngImagePlugin import PngInfo
 from pyarrow import parquet
 
-from hub_upload.allowed_files import check_data, data_files
+from hub_upload.allowed_files import check_dataset_files, list_data_files
 
 SECRET = "gho_" + "a1B2c3D4e5" * 4
 TEXTS = pyarrow.list_(pyarrow.string())
@@ -33,7 +33,7 @@ def folder(tmp_path):
 
 
 def checked(folder) -> None:
-    check_data(folder, data_files(folder))
+    check_dataset_files(folder, list_data_files(folder))
 
 
 @contextlib.contextmanager
@@ -162,7 +162,7 @@ def test_what_is_no_file_of_the_folder_is_refused_at_once(folder, tmp_path, kind
         targets = {"device": "/dev/zero", "link out": tmp_path / "elsewhere/rows.json", "link of a folder": tmp_path}
         path.symlink_to(targets[kind])
     with pytest.raises(ValueError, match="no regular file" if kind in ("pipe", "socket") else "links to files outside"):
-        data_files(folder)
+        list_data_files(folder)
 
 
 @pytest.mark.parametrize("name", ["a.tar", "d.json", "e.csv"])
@@ -170,12 +170,12 @@ def test_what_hides_its_words_is_refused(folder, name):
     for rows in ("rows.parquet", "rows.arrow"):
         (folder / rows).write_bytes(b"PAR1" * 10)
         with pytest.raises(ValueError, match=rf"{rows} can't be read as a file of rows"):
-            check_data(folder, [Path(rows)])
+            check_dataset_files(folder, [Path(rows)])
     words = f'{{"key": "hf_{"x" * 30}"}}'
     for content in (gzip.compress(words.encode()), bz2.compress(words.encode()), words.encode("utf-16")):
         (folder / "train" / name).write_bytes(content)
         with pytest.raises(ValueError, match=rf"{name} is compressed or no UTF-8"):
-            check_data(folder, [Path("train") / name])
+            check_dataset_files(folder, [Path("train") / name])
 
 
 @pytest.mark.slow

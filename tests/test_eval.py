@@ -12,10 +12,10 @@ from capivara_common.privacy import short_name
 from eval import retrieval
 from eval.capivara_metrics import metrics
 from eval.records import plots
-from eval.records.plots import plot_retrieval_sheet, sheet_queries
+from eval.records.plots import plot_retrieval_sheet, select_sheet_queries
 from eval.records.schema import read_records, write_records
-from eval.records.tables import retrieval_table
-from eval.retrieval import RetrievalEmbeddings, gain_records, retrieval_records
+from eval.records.tables import render_retrieval_table
+from eval.retrieval import RetrievalEmbeddings, compute_gain_records, compute_retrieval_records
 
 FACTS = {"dataset": "d", "split": "test", "language": "pt", "model": "capivara", "model_folder": "."}
 
@@ -30,38 +30,38 @@ def embeddings(seed: int, noise: float) -> RetrievalEmbeddings:
 
 
 def test_records_of_a_perfect_and_a_random_model():
-    perfect = {(r.direction, r.metric): r for r in retrieval_records(embeddings(0, 0.0), **FACTS)}
+    perfect = {(r.direction, r.metric): r for r in compute_retrieval_records(embeddings(0, 0.0), **FACTS)}
     assert all(r.value == 1 for r in perfect.values())  # shares, and the median rank
     assert perfect["text_to_image", "recall@5"].n == 80 and perfect["image_to_text", "recall@5"].n == 40
     assert perfect["text_to_image", "recall@5"].chance == pytest.approx(5 / 40)
     assert perfect["image_to_text", "recall@1"].chance == pytest.approx(2 / 80)
     few = RetrievalEmbeddings(torch.eye(8), torch.eye(8), torch.arange(8))
-    assert {r.metric for r in retrieval_records(few, **FACTS)} == {"recall@1", "recall@5", "median_rank"}, "10 is sure"
+    assert {r.metric for r in compute_retrieval_records(few, **FACTS)} == {"recall@1", "recall@5", "median_rank"}, "10 is sure"
 
 
 def test_figures_of_several_widths_are_not_one():
     """By protocol, so that no table or series takes them for the same."""
     whole = embeddings(0, 1.5)
-    cut = whole.cut(4)
+    cut = whole.truncate(4)
     for sides in ((whole.text_embeds, cut.text_embeds), (whole.image_embeds, cut.image_embeds)):
         torch.testing.assert_close(sides[1], torch.nn.functional.normalize(sides[0][:, :4], dim=-1))
-    assert whole.cut(None) is whole and whole.cut(16) is whole and cut.cut(2).whole_width == 16
-    records = [*retrieval_records(whole, **FACTS), *retrieval_records(cut, **FACTS), *gain_records(cut, cut, **FACTS)]
-    protocols = {(r.dim, r.protocol.removeprefix(retrieval.PROTOCOL)) for r in records}
+    assert whole.truncate(None) is whole and whole.truncate(16) is whole and cut.truncate(2).full_width == 16
+    records = [*compute_retrieval_records(whole, **FACTS), *compute_retrieval_records(cut, **FACTS), *compute_gain_records(cut, cut, **FACTS)]
+    protocols = {(r.dim, r.protocol.removeprefix(retrieval.RETRIEVAL_PROTOCOL)) for r in records}
     assert protocols == {(None, ""), (4, "; first 4 of 16 dimensions")}
     assert len({r.condition for r in records}) == len(records)
-    rows = [line.split("|")[1:4] for line in retrieval_table(records).splitlines() if line.startswith("| pt")]
+    rows = [line.split("|")[1:4] for line in render_retrieval_table(records).splitlines() if line.startswith("| pt")]
     assert [row[0].strip() for row in rows] == ["pt", "pt", *["pt, first 4 dimensions"] * 2]
     values = [r.value for r in records if (r.direction, r.metric) == ("text_to_image", "recall@1")]
     assert [float(row[2]) for row in rows[::2]] == [round(100 * value, 1) for value in values]
     with pytest.raises(ValueError, match="dim must be from 1 to the embedding's width, 16, got 17"):
-        whole.cut(17)
+        whole.truncate(17)
 
 
 def test_gain_is_the_difference_of_the_records():
     before, after = embeddings(0, 1.5), embeddings(0, 0.3)
-    values = [{(r.direction, r.metric): r.value for r in retrieval_records(e, **FACTS)} for e in (before, after)]
-    for record in gain_records(before, after, **FACTS):
+    values = [{(r.direction, r.metric): r.value for r in compute_retrieval_records(e, **FACTS)} for e in (before, after)]
+    for record in compute_gain_records(before, after, **FACTS):
         was, now = (of[record.direction, "mean_recall"] for of in values)
         assert record.value == pytest.approx(now - was)
         low, high = record.interval_95
@@ -78,14 +78,14 @@ def test_the_interval_of_a_gain_is_over_images(monkeypatch):
                                 torch.arange(40).repeat_interleave(copies))
             for of in (embeddings(0, 1.5), embeddings(0, 0.3))
         )  # fmt: skip
-        (record,) = (r for r in gain_records(before, after, **FACTS) if r.direction == "text_to_image")
+        (record,) = (r for r in compute_gain_records(before, after, **FACTS) if r.direction == "text_to_image")
         assert record.n == 40 * copies
         widths.append(record.interval_95[1] - record.interval_95[0])
     assert widths[1] == pytest.approx(widths[0]) and widths[0] > 0.01
 
 
 def test_records_survive_json_and_call_a_data_set_as_their_header_does(tmp_path, monkeypatch):
-    records = retrieval_records(embeddings(0, 1.0), **FACTS)
+    records = compute_retrieval_records(embeddings(0, 1.0), **FACTS)
     facts = {"fingerprint": "f", "model": "m", "device": "cpu", "precision": "float32", "seconds": 1.0}
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "openmoji" / "dataset").mkdir(parents=True)
@@ -100,7 +100,7 @@ def test_records_survive_json_and_call_a_data_set_as_their_header_does(tmp_path,
 def test_the_sheet_shows_gains_a_tie_and_a_loss_by_rule():
     before = torch.tensor([5, 5, 0, 3, 9, 1, 4, 2, 8, 7])
     after = torch.tensor([1, 2, 0, 6, 3, 1, 4, 0, 9, 1])
-    chosen = sheet_queries(before, after, seed=0)
+    chosen = select_sheet_queries(before, after, seed=0)
     assert [kind for _, kind in chosen] == ["gain"] * 3 + ["tie", "loss"]
     change = {"gain": -1, "tie": 0, "loss": 1}
     assert all(torch.sign(after[query] - before[query]) == change[kind] for query, kind in chosen)

@@ -8,8 +8,8 @@ import torch
 from towers import other_texts
 
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, recall_at_k
-from eval.retrieval import RetrievalArguments, RetrievalEmbeddings, flat_captions, load_data
-from examples.exchange_text_side import LancePictures, QdrantPictures, main, recalls
+from eval.retrieval import RetrievalArguments, RetrievalEmbeddings, flatten_captions, load_retrieval_data
+from examples.exchange_text_side import LancePictures, QdrantPictures, main, compute_recalls
 from hub_upload import export
 from hub_upload.formats import onnx as onnx_files
 from modeling_capivara.two_towers import load_embedder
@@ -29,7 +29,7 @@ def test_a_store_gives_back_what_lies_in_it_and_the_nearest(store, tmp_path):
     np.testing.assert_allclose(pictures.vectors(), vectors, rtol=0, atol=1e-6)
     query = vectors[3] + 0.1 * vectors[4]
     assert pictures.nearest(query.numpy()) == (vectors @ query).topk(10).indices.tolist()
-    found = recalls(pictures, vectors.numpy(), torch.arange(20).roll(1).tolist())
+    found = compute_recalls(pictures, vectors.numpy(), torch.arange(20).roll(1).tolist())
     assert found["recall@1"] == 0 < found["recall@10"] < 1
     pictures.close()
 
@@ -43,8 +43,8 @@ def test_recall_is_evals_before_and_after(tiny_folder, trained, tiny_dataset_fol
     main([str(flag) for flag in [*flags, "--split", "train", "--output", tmp_path / "out"]])
     found = json.loads((tmp_path / "out/results.json").read_text())
     assert (found["pictures"], found["captions"], found["embedded_again"]) == (12, 18, 0)
-    data = load_data(RetrievalArguments(str(tiny_folder), str(tiny_dataset_folder), tmp_path / "x", split="train"))
-    texts, right = flat_captions(data.captions)
+    data = load_retrieval_data(RetrievalArguments(str(tiny_folder), str(tiny_dataset_folder), tmp_path / "x", split="train"))
+    texts, right = flatten_captions(data.captions)
     images = load_embedder(str(tiny_folder)).embed_images([image for _, image in data.images.decode_images(range(12))])
     for side, folder in (("base", tiny_folder), ("exchanged", trained)):
         ranks = RetrievalEmbeddings(load_embedder(str(folder)).embed_texts(texts), images, right).ranks["text_to_image"]

@@ -18,10 +18,10 @@ from tiny import TINY_TEXT, TINY_VISION, randomise, save_model, tiny_config, tin
 from tokenizers import Tokenizer
 from transformers import TimmWrapperConfig
 
-from hub_upload.export import FORMATS, export
+from hub_upload.export import DEFAULT_FORMATS, export_model
 from hub_upload.formats import open_clip as open_clip_format
-from hub_upload.formats.onnx import ENDINGS, open_graph
-from hub_upload.formats.open_clip import text_config_source
+from hub_upload.formats.onnx import PRECISION_SUFFIXES, open_session
+from hub_upload.formats.open_clip import resolve_text_config
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.convert_open_clip import to_capivara_state_dict, to_open_clip_state_dict
 from modeling_capivara.loading import load_processor
@@ -75,7 +75,7 @@ def source(tmp_path_factory, tiny_processor):
 def repository(source, tmp_path_factory):
     """That model in every format."""
     folder = tmp_path_factory.mktemp("repository") / "all"
-    export(source, folder, FORMATS, text_config="us/text")
+    export_model(source, folder, DEFAULT_FORMATS, text_config="us/text")
     return folder
 
 
@@ -88,7 +88,7 @@ def embeddings_of(source: Path) -> dict[str, np.ndarray]:
 
 def quick(source: Path, output: Path, **arguments) -> list[tuple[str, int]]:
     """An export without ONNX."""
-    return export(source, output, FORMATS[:3], **{"text_config": "us/text", **arguments})
+    return export_model(source, output, DEFAULT_FORMATS[:3], **{"text_config": "us/text", **arguments})
 
 
 def nothing_left(output: Path) -> bool:
@@ -159,7 +159,7 @@ def embeds(repository, precision: str, images=(), texts=()) -> list[torch.Tensor
     processor, found = load_processor(repository), []
     for kind, given in (("vision", {"images": images}), ("text", {"text": texts})):
         if len(*given.values()):
-            graph = open_graph(repository / "onnx" / f"{kind}_model{ENDINGS[precision]}.onnx")
+            graph = open_session(repository / "onnx" / f"{kind}_model{PRECISION_SUFFIXES[precision]}.onnx")
             found.append(torch.from_numpy(graph.run(None, dict(processor(**given, return_tensors="np")))[0]))
     return found
 
@@ -206,12 +206,12 @@ def test_graphs_say_nothing_of_this_machine(repository):
 
 def test_the_tokenizer_file_alone_reads_curly_quotes_as_our_code_does(source, tmp_path):
     """For programs that do not run the code of the folder; an export of an export adds nothing."""
-    export(source, tmp_path / "repository", ["transformers"])
+    export_model(source, tmp_path / "repository", ["transformers"])
     ours = load_processor(source).tokenizer
     alone = Tokenizer.from_file(str(tmp_path / "repository" / "tokenizer.json"))
     for text in ("“um gato”", "‘uma’ casa d’água", "„casa‟"):
         assert alone.encode(text).ids == ours(text)["input_ids"] != ours.without_cleaning()(text)["input_ids"]
-    export(tmp_path / "repository", tmp_path / "again", ["transformers"])
+    export_model(tmp_path / "repository", tmp_path / "again", ["transformers"])
     files = [(tmp_path / name / "tokenizer.json").read_text(encoding="utf-8") for name in ("repository", "again")]
     assert files[0] == files[1]
 
@@ -296,12 +296,12 @@ def open_clip_embeddings(repository: Path) -> dict[str, np.ndarray]:
 
 
 def test_published_architecture_takes_its_text_tower_from_the_hub():
-    assert text_config_source(CapivaraConfig(), None) == "FacebookAI/xlm-roberta-base"
-    assert text_config_source(CapivaraConfig(), "FacebookAI/xlm-roberta-base") == "FacebookAI/xlm-roberta-base"
+    assert resolve_text_config(CapivaraConfig(), None) == "FacebookAI/xlm-roberta-base"
+    assert resolve_text_config(CapivaraConfig(), "FacebookAI/xlm-roberta-base") == "FacebookAI/xlm-roberta-base"
     changed = CapivaraConfig(text_config={"layer_norm_eps": 1e-6})
-    assert text_config_source(changed, None) is None
+    assert resolve_text_config(changed, None) is None
     with pytest.raises(ValueError, match=r"layer_norm_eps is 1e-05, not 1e-06"):
-        text_config_source(changed, "FacebookAI/xlm-roberta-base")
+        resolve_text_config(changed, "FacebookAI/xlm-roberta-base")
 
 
 @pytest.mark.parametrize(

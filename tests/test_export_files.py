@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from test_layout import MODEL_FILES
 
 from hub_upload import export as export_module
-from hub_upload.allowed_files import ALLOWED_FILES, MODEL_CODE, allowed_files, check_contents, files_to_send
-from hub_upload.export import FORMATS, export, main
+from hub_upload.allowed_files import ALLOWED_FILES, MODEL_CODE, list_allowed_files, check_model_files, list_files_to_send
+from hub_upload.export import DEFAULT_FORMATS, export_model, main
 
 TOKEN = "hf_" + "a1B2c3" * 6
 STRAY = [
@@ -54,7 +54,7 @@ def run_folder(tiny_folder):
 
 
 def exported(folder: Path, output: Path, **arguments) -> list[str]:
-    return [name for name, _ in export(folder, output, ["transformers"], **arguments)]
+    return [name for name, _ in export_model(folder, output, ["transformers"], **arguments)]
 
 
 def test_only_files_of_the_list_are_written(run_folder, tmp_path):
@@ -70,10 +70,10 @@ def test_only_files_of_the_list_are_written(run_folder, tmp_path):
         "tokenizer_config.json",
     ]
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "repository").rglob("*") if path.is_file()} == {0o644}
-    assert set(map(str, allowed_files(tmp_path / "repository"))) == set(names)
+    assert set(map(str, list_allowed_files(tmp_path / "repository"))) == set(names)
     (run_folder / "special_tokens_map.json").symlink_to(run_folder / "trainer.log")
     for name in (*STRAY, "special_tokens_map.json"):  # the run's own folder, were it sent as it is
-        assert Path(name) not in allowed_files(run_folder)
+        assert Path(name) not in list_allowed_files(run_folder)
 
 
 def test_paths_in_records_are_made_relative(run_folder, tmp_path):
@@ -119,11 +119,11 @@ def test_a_path_or_a_token_in_a_text_is_refused_by_file_and_line(run_folder, tmp
 
 def test_a_path_in_a_binary_file_is_noticed(tiny_folder):
     path = str(Path.cwd() / "modeling.py").encode()
-    check_contents(tiny_folder)
+    check_model_files(tiny_folder)
     (tiny_folder / "onnx").mkdir()
     (tiny_folder / "onnx/text_model.onnx").write_bytes(b"\0" * 100 + path)
     with pytest.raises(ValueError, match=r"onnx/text_model\.onnx names a place on this machine"):
-        check_contents(tiny_folder)
+        check_model_files(tiny_folder)
 
 
 @pytest.mark.parametrize("text", ["ghp_" + "a1B2" * 9, "seen at\n/data1/maria/x"])
@@ -131,21 +131,21 @@ def test_words_in_a_binary_file_are_searched(tiny_folder, text):
     weights, found = load_file(tiny_folder / "model.safetensors"), "holds|names a place"
     save_file(weights, tiny_folder / "model.safetensors", metadata={"note": text})
     with pytest.raises(ValueError, match=rf"model\.safetensors, its header, ({found})"):
-        check_contents(tiny_folder)
+        check_model_files(tiny_folder)
     save_file(weights, tiny_folder / "model.safetensors")
     for is_compressed in (False, True):
         comment = PngInfo()
         comment.add_text("Comment", text, zip=is_compressed)
         PIL.Image.new("RGB", (2, 2)).save(tiny_folder / "curves.png", pnginfo=comment)
         with pytest.raises(ValueError, match=rf"curves\.png, .*({found})"):
-            check_contents(tiny_folder)
+            check_model_files(tiny_folder)
 
 
 @pytest.mark.parametrize("content", [b"", (2000).to_bytes(8, "little") + b"{}"])
 def test_a_damaged_header_is_named(tiny_folder, content):
     (tiny_folder / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"model\.safetensors is no whole safetensors file"):
-        check_contents(tiny_folder)
+        check_model_files(tiny_folder)
 
 
 def test_the_list_names_the_model_files_of_the_package():
@@ -225,7 +225,7 @@ def test_the_model_itself_is_not_overwritten(tiny_folder):
 def test_a_missing_extra_says_how_to_get_it(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("capivara_common.environment.find_spec", lambda name: None if name == "onnxscript" else True)
     with pytest.raises(ImportError, match=r'needs onnxscript, .*: pip install -e "\.\[onnx\]"$'):
-        export(tiny_folder, tmp_path / "repository", FORMATS)
+        export_model(tiny_folder, tmp_path / "repository", DEFAULT_FORMATS)
     assert not (tmp_path / "repository").exists()
 
 
@@ -234,4 +234,4 @@ def test_a_push_sends_the_files_of_the_list_alone(tiny_folder, tmp_path):
     for name in STRAY:
         (tmp_path / "repository" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "repository" / name).write_bytes(b"private")
-    assert set(map(str, files_to_send(tmp_path / "repository", "model"))) == set(names)
+    assert set(map(str, list_files_to_send(tmp_path / "repository", "model"))) == set(names)

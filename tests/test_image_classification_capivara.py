@@ -132,7 +132,7 @@ def test_half_precision_keeps_the_head_in_float32(classifier, classifier_folder,
 @pytest.mark.slow
 def test_example_with_the_digits(tiny_folder, tmp_path, capsys):
     out = tmp_path / "out"
-    splits = fine_tune_classifier.digits([str(digit) for digit in range(10)], seed=0)
+    splits = fine_tune_classifier.make_digits_dataset([str(digit) for digit in range(10)], seed=0)
     assert [len(splits["train"]), len(splits["test"])] == [1347, 450]
     assert set(np.bincount(splits["test"]["labels"])) <= {43, 44, 45, 46}, "split evenly"
     fine_tune_classifier.main(["--model", str(tiny_folder), "--output_dir", str(out)])

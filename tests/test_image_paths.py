@@ -33,7 +33,7 @@ from captions.generate import main as generate
 from captions.score import main as score
 from captions.select import main as select
 from eval.classification import main as classify
-from examples.openmoji.dataset import load_embedded
+from examples.openmoji.dataset import load_dataset_with_images
 
 MARK = b"SENTINEL-0f3a9c"  # stands in every file that must not be read
 MAGENTA = (255, 0, 255)  # of the private photo, all of it; no other picture has it
@@ -480,4 +480,4 @@ def test_an_example_embeds_no_file_that_a_row_names(tmp_path, hostile):
     content = json.loads(info.read_text(encoding="utf-8"))
     info.write_text(json.dumps(content | {"features": FEATURES.to_dict()}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"split 'test': 1 of its images lie outside of its tables"):
-        load_embedded(tmp_path / "saved")
+        load_dataset_with_images(tmp_path / "saved")

@@ -166,7 +166,7 @@ def test_a_damaged_shard_is_made_anew_and_said(
     assert shards(folder) == whole
     said = ("shard-00001.arrow is damaged; it is made", f"{folder.parent} has embeddings of an earlier version, *.npy")
     assert len([line for line in caplog.messages if any(part in line for part in said)]) == 1
-    EmbeddingCache(folder, split_rows(12, 6)).write(1, np.zeros((5, 2), np.float16), {})
+    EmbeddingCache(folder, split_rows(12, 6)).write_shard(1, np.zeros((5, 2), np.float16), {})
     with pytest.raises(ValueError, match=r"shard-00001\.arrow should have 6 rows, it has 5\. Remove it"):
         cache_of(tiny_model, pairs, tmp_path)
 
@@ -307,8 +307,8 @@ def test_the_processes_of_a_launch_share_the_pass(tmp_path, monkeypatch):
     for rank in (1, 0):
         state = SimpleNamespace(process_index=rank, num_processes=2, wait_for_everyone=lambda: waited.append(1))
         monkeypatch.setattr("eval.embeddings.process_state", lambda state=state: state)
-        cache.make(range(4), lambda own: made.append(own) or ((np.ones((3, 2), np.float16), {}) for _ in own))
-    assert made == [[2, 3], [0, 1]] and len(waited) == 2 and len(cache.table()) == 12
+        cache.make_shards(range(4), lambda own: made.append(own) or ((np.ones((3, 2), np.float16), {}) for _ in own))
+    assert made == [[2, 3], [0, 1]] and len(waited) == 2 and len(cache.load_table()) == 12
 
 
 def test_an_augmentation_is_a_function_of_image_seed_and_view(tiny_processor, tiny_dataset_folder):

@@ -15,10 +15,10 @@ from tiny import TINY_TEXT, randomise, tiny_config
 from towers import TOWER, gemma_like, other_texts, siglip2
 from transformers import SiglipConfig
 
-from benchmarks.timing import made_captions
+from benchmarks.timing import make_captions
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_tokenizer
-from hub_upload.export import export
-from hub_upload.formats.immich import NAMES
+from hub_upload.export import export_model
+from hub_upload.formats.immich import IMMICH_MODEL_NAMES
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
@@ -60,7 +60,7 @@ def test_the_pages_exchange_keeps_the_original_when_it_is_repeated(tmp_path):
 # --- The export -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=IMMICH_MODEL_NAMES)
 def kind(request):
     return request.param
 
@@ -71,7 +71,7 @@ def source(kind, tmp_path_factory):
     is random. SigLIP's: narrow towers, and beside it, in `base`, one with another text side."""
     folder = tmp_path_factory.mktemp("source") / "model"
     if kind == "siglip":
-        tokenizer = gemma_like([*ODD_TEXTS.values(), *made_captions(500)], 600)
+        tokenizer = gemma_like([*ODD_TEXTS.values(), *make_captions(500)], 600)
         text = TOWER | {"vocab_size": len(tokenizer), "pad_token_id": 0, "projection_size": 64}
         vision = TOWER | {"hidden_size": 64, "image_size": 224, "patch_size": 16}
         siglip2(folder.with_name("base"), tokenizer, SiglipConfig(text_config=text, vision_config=vision))
@@ -93,17 +93,17 @@ def exported(kind, source, tmp_path_factory):
     has it. Else it is read by the layout as published.
     """
     cache, url = os.environ.get("IMMICH_CACHE"), os.environ.get("IMMICH_URL")
-    folder = (Path(cache) / "clip" if cache else tmp_path_factory.mktemp("immich")) / NAMES[kind]
+    folder = (Path(cache) / "clip" if cache else tmp_path_factory.mktemp("immich")) / IMMICH_MODEL_NAMES[kind]
     read = (lambda: ServiceReader(folder, url)) if url else lambda: LayoutReader(folder)
     if kind == "capivara":
-        export(source, folder, ["immich"])
+        export_model(source, folder, ["immich"])
         return folder, read(), None
-    export(source.with_name("base"), folder, ["immich"])
+    export_model(source.with_name("base"), folder, ["immich"])
     settings = json.loads((folder / "config.json").read_text())
     settings["text_cfg"]["tokenizer_kwargs"] = {"clean": "canonicalize"}  # as Immich's own has it
     (folder / "config.json").write_text(json.dumps(settings))
     visual, before = (folder / "visual/model.onnx").read_bytes(), read().picture(pictures()[0])
-    export(source, folder.parent / "new", ["immich"], base=str(source.with_name("base")))
+    export_model(source, folder.parent / "new", ["immich"], base=str(source.with_name("base")))
     assert files(folder.parent / "new") == {name for name in FILES if not name.startswith("visual/")}
     shutil.copytree(folder.parent / "new", folder, dirs_exist_ok=True)
     assert (folder / "visual/model.onnx").read_bytes() == visual
@@ -119,7 +119,7 @@ def own(source):
 @pytest.mark.slow
 def test_two_hundred_sentences_embed_as_the_models_own(kind, own, exported):
     (model, processor), (_, reader, _) = own, exported
-    texts = made_captions(200)
+    texts = make_captions(200)
     assert len(set(texts)) == 200
     texts += [text for name, text in ODD_TEXTS.items() if name not in REPAIRED]
     texts += [""] * (not isinstance(reader, ServiceReader))  # which refuses it (3.1)

@@ -7,12 +7,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from eval.linear_probe import Features, few_of_each, held_out, main, probe_scores
+from eval.linear_probe import LabeledFeatures, sample_few_shot, make_validation_fold, main, fit_and_score
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
-def blobs(number: int, seed: int, classes: int = 4) -> Features:
+def blobs(number: int, seed: int, classes: int = 4) -> LabeledFeatures:
     generator = np.random.default_rng(seed)
     labels = np.arange(number) % classes
     centres = np.random.default_rng(99).normal(size=(classes, 8))
@@ -23,19 +23,19 @@ def test_separable_classes_are_learnt_and_unseen_ones_never_chosen():
     """Also two alone, but not one."""
     for classes in (4, 2):
         train, test = (blobs(20 * classes, seed, classes) for seed in range(2))
-        scores, penalty = probe_scores(train, None, test, classes=6, generator=np.random.default_rng(0))
+        scores, penalty = fit_and_score(train, None, test, class_count=6, rng=np.random.default_rng(0))
         assert (scores.argmax(1).numpy() == test[1]).mean() > 0.9 and penalty > 0
         assert (scores[:, classes:] == -1e9).all()
     train = (np.zeros((3, 2), dtype=np.float32), np.zeros(3, dtype=int))
     with pytest.raises(ValueError, match="at least two classes"):
-        probe_scores(train, None, train, 2, np.random.default_rng(0))
+        fit_and_score(train, None, train, 2, np.random.default_rng(0))
 
 
 def test_few_of_each_class():
     labels = np.array([0] * 5 + [1] * 2 + [2])
-    rows = few_of_each(labels, 2, np.random.default_rng(0))
+    rows = sample_few_shot(labels, 2, np.random.default_rng(0))
     assert sorted(labels[rows]) == [0, 0, 1, 1, 2]
-    fold = held_out(labels, np.random.default_rng(0))
+    fold = make_validation_fold(labels, np.random.default_rng(0))
     assert set(fold) == {-1, 0} and sorted(labels[fold == 0]) == [0, 1]
 
 

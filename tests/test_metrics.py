@@ -27,7 +27,7 @@ from eval.capivara_metrics.metrics import (
     median_rank,
     paired_bootstrap,
     per_class_accuracy,
-    ranks_of_scores,
+    ranks_from_scores,
     recall_at_k,
     retrieval_ranks,
     roc_auc,
@@ -48,8 +48,8 @@ def unit(rows: int, width: int, seed: int) -> torch.Tensor:
 @pytest.fixture
 def blocks(monkeypatch):
     """Sets how many queries are scored at once."""
-    monkeypatch.setattr(metrics, "BLOCK_ELEMENTS", 0)
-    return lambda size: monkeypatch.setattr(metrics, "BLOCK_QUERIES", size)
+    monkeypatch.setattr(metrics, "BLOCK_SCORES", 0)
+    return lambda size: monkeypatch.setattr(metrics, "MIN_BLOCK_QUERIES", size)
 
 
 def test_ranks_by_hand():
@@ -175,7 +175,7 @@ FAULTS = [
     (lambda: top_k_accuracy(SCORES, LABELS + 1), r"Labels \[7\] are outside the 7 classes"),
     (lambda: roc_auc(SCORES[:, 0], torch.ones(200)), "only one of them occurs"),
     (lambda: eleven_point_map(SCORES, TARGETS[:, :3]), "same shape"),
-    (lambda: ranks_of_scores(SCORES[:1], [[]]), "no right item"),
+    (lambda: ranks_from_scores(SCORES[:1], [[]]), "no right item"),
 ]
 
 
@@ -187,8 +187,8 @@ def test_bad_input_is_named(call, message):
 
 RIGHT = [[int(label)] for label in LABELS]
 CASES = {
-    "recall_at_k": (SCORES, RIGHT, {"k": 2}, recall_at_k(ranks_of_scores(SCORES, RIGHT), 2)),
-    "median_rank": (SCORES, RIGHT, {}, median_rank(ranks_of_scores(SCORES, RIGHT))),
+    "recall_at_k": (SCORES, RIGHT, {"k": 2}, recall_at_k(ranks_from_scores(SCORES, RIGHT), 2)),
+    "median_rank": (SCORES, RIGHT, {}, median_rank(ranks_from_scores(SCORES, RIGHT))),
     "top_k_accuracy": (SCORES, LABELS.tolist(), {"k": 3}, top_k_accuracy(SCORES, LABELS, 3)),
     "eleven_point_map": (SCORES, TARGETS.tolist(), {}, eleven_point_map(SCORES, TARGETS)),
     "roc_auc": (SCORES[:, 0], TARGETS[:, 0].tolist(), {}, roc_auc(SCORES[:, 0], TARGETS[:, 0])),

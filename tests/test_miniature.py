@@ -17,7 +17,7 @@ from capivara_common.hub_cache import is_complete_model
 from capivara_search import miniature
 from capivara_search.miniature import PROJECTION_FILE
 from capivara_search.models import find_model
-from examples.openmoji.prepare import both_ways_recall
+from examples.openmoji.prepare import bidirectional_recall
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
@@ -71,9 +71,9 @@ def test_put_together_once_by_two_at_once_and_killed_before(tmp_path):
 
 @pytest.mark.slow
 def test_it_finds_photographs_in_portuguese():
-    from examples.openmoji.proxies import photographs
+    from examples.openmoji.proxies import load_photographs
 
-    model, photos = find_model("miniature", device="cpu"), photographs()
+    model, photos = find_model("miniature", device="cpu"), load_photographs()
     assert (model.width, model.image_size, model.name) == (384, 224, "miniature") and 1 < model.logit_scale < 100
     assert "miniatura" in model.get_notice("pt") and "--model hiaac-nlp/CAPIVARA" in model.get_notice("en")
     images = model.embed_images(photos["image"][:])
@@ -84,6 +84,6 @@ def test_it_finds_photographs_in_portuguese():
         assert name in [names[number] for number in best], text
     measured = json.loads((ROOT / "benchmarks" / "results" / "miniature.json").read_text())["measured"]["miniature"]
     texts = model.embed_texts([captions[0] for captions in photos["captions-pt"]])
-    found = 100 * both_ways_recall(torch.from_numpy(images), torch.from_numpy(texts))
+    found = 100 * bidirectional_recall(torch.from_numpy(images), torch.from_numpy(texts))
     expected = np.mean([measured["photo_names_pt"][way] for way in ("text_to_image", "image_to_text")])
     assert found == pytest.approx(expected, abs=2)  # the committed figures are of the committed projection

@@ -27,7 +27,7 @@ SENTENCES += ('person gesturing "OK"', "it's a ½ ﬁlm reel", "UP! button")
 
 @pytest.fixture(scope="module")
 def rows():
-    return concepts.concept_rows()
+    return concepts.load_concepts()
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_held_out_splits_have_one_neutral_picture_a_concept(rows, splits):
 
 
 def test_split_depends_on_the_seed_alone(rows, splits):
-    assert concepts.split_concepts(concepts.concept_rows(), seed=0) == splits
+    assert concepts.split_concepts(concepts.load_concepts(), seed=0) == splits
     other = concepts.split_concepts(rows, seed=1)
     assert {picture.concept for picture in other["test"]} != {picture.concept for picture in splits["test"]}
     with pytest.raises(ValueError, match="500 concepts are to be held out"):
@@ -133,7 +133,7 @@ def test_captions_are_text(rows):
     ],
 )
 def test_names_become_natural_text(name, language, text):
-    assert concepts.natural_text(name, language) == text
+    assert concepts.to_natural_text(name, language) == text
 
 
 def test_pictures_are_drawn_on_white(rows):
@@ -149,7 +149,7 @@ def test_pictures_are_drawn_on_white(rows):
 
 @pytest.fixture(scope="module")
 def small_dataset(splits) -> DatasetDict:
-    return dataset.rendered(
+    return dataset.render_splits(
         {name: pictures[:size] for (name, pictures), size in zip(splits.items(), (5, 2, 3), strict=True)}
     )
 

@@ -12,7 +12,7 @@ from transformers import AutoProcessor, CLIPModel, SiglipConfig, SiglipModel
 from whole_batch_process import CAPTIONS, gradients_of
 
 import train_accelerate
-from hub_upload.export import export
+from hub_upload.export import export_model
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.trim_vocabulary import frequent_words, trim, word_variants
@@ -135,7 +135,7 @@ def test_siglip2_of_full_width_is_read_by_open_clip_and_sentence_transformers(tm
     texts = [*random_texts(), "Uma FOTO, de um_gato!"]  # made small by each, and nothing else
     said = trim(tmp_path / "base", tmp_path / "small", ["pt", "en"], words=[5_000])
     assert said[0].endswith(" of 30,000 word pieces are kept.")
-    export(tmp_path / "small", folder, ["transformers", "open_clip", "sentence_transformers"])
+    export_model(tmp_path / "small", folder, ["transformers", "open_clip", "sentence_transformers"])
     ours = load_embedder(str(folder), "cpu")
     model, preprocess = open_clip.create_model_from_pretrained(name := f"local-dir:{folder}")
     tokenise_theirs = open_clip.get_tokenizer(name)

@@ -20,8 +20,8 @@ from towers import MAKERS, gemma_like, siglip2
 from capivara_common.files import read_json
 from capivara_common.image_encoder_digest import image_encoder_digest
 from eval import report, retrieval, suite
-from hub_upload.card import check, write_card
-from hub_upload.export import export, main
+from hub_upload.card import find_card_faults, write_card
+from hub_upload.export import export_model, main
 from modeling_capivara.loading import load_processor
 from modeling_capivara.two_towers import load_embedder, random_images, random_texts, tokenize
 
@@ -43,7 +43,7 @@ def run(request, tmp_path_factory, tiny_dataset_folder):
 @pytest.fixture(scope="module")
 def own(run, tmp_path_factory) -> Path:
     """What a push exports of it; tests change copies."""
-    export(run, folder := tmp_path_factory.mktemp("own") / "made", OWN.split(","))
+    export_model(run, folder := tmp_path_factory.mktemp("own") / "made", OWN.split(","))
     return folder
 
 
@@ -51,7 +51,7 @@ def own(run, tmp_path_factory) -> Path:
 def graphs(run, tmp_path_factory) -> Path:
     """Its export for a browser, with a card."""
     pytest.importorskip("onnxscript")
-    export(run, folder := tmp_path_factory.mktemp("graphs") / "made", ["transformers", "transformers_js"])
+    export_model(run, folder := tmp_path_factory.mktemp("graphs") / "made", ["transformers", "transformers_js"])
     write_card(folder)
     return folder
 
@@ -72,7 +72,7 @@ def printed(code: str, folder: Path) -> str:
 def test_the_card_is_of_the_models_class(run, own, kind, language, tmp_path):
     for source, name in ((run, "run"), (own, "made")):
         write_card(folder := shutil.copytree(source, tmp_path / name), language=language)
-        assert check(folder) == []
+        assert find_card_faults(folder) == []
     data, body = split_card(card_of(tmp_path / "made"))
     assert kind in data["tags"] and "sentence-transformers" in data["tags"]
     assert not re.search(r"trust_remote_code|modeling_capivara|XLM|examples\.caption|get_text_features|MIT licen", body)
@@ -174,7 +174,7 @@ def test_the_card_and_the_report_have_what_was_published_of_the_base(run, kind, 
     (folder / "results" / "xm3600.json").write_text(json.dumps(content), encoding="utf-8")
     for language, figure in {"en": "published of the base: 77.54", "pt": "publicado do modelo de base: 77,54"}.items():
         write_card(folder, language=language)
-        assert check(folder) == []
+        assert find_card_faults(folder) == []
         line = re.search(rf"^\| [^\n]* \|\n(\n?)- [^|\n]*, {figure} \(\[\w+\]\(https://", card_of(folder), re.MULTILINE)
         assert bool(line) == (kind == "siglip")
     report.main([str(tmp_path / "results"), "--output", str(tmp_path / "page")])
@@ -185,11 +185,11 @@ def test_the_card_and_the_report_have_what_was_published_of_the_base(run, kind, 
 
 def test_graphs_are_the_model(run, graphs, kind, tmp_path):
     """Texts of SigLIP are 64 ids without a mask; alone or beside a longer one, a text is the same."""
-    from hub_upload.formats.onnx import open_graph
+    from hub_upload.formats.onnx import open_session
 
     folder = shutil.copytree(graphs, tmp_path / "made")
-    assert check(folder) == []
-    text, vision, both = (open_graph(folder / f"onnx/{name}.onnx") for name in ("text_model", "vision_model", "model"))
+    assert find_card_faults(folder) == []
+    text, vision, both = (open_session(folder / f"onnx/{name}.onnx") for name in ("text_model", "vision_model", "model"))
     inputs = {one.name: one.shape for one in text.get_inputs()}
     assert ("attention_mask" in inputs) == (kind == "clip")
     assert (inputs["input_ids"][1] == 64) == (kind == "siglip")

@@ -211,7 +211,7 @@ def test_both_languages_say_the_same():
 
 def test_every_word_is_used_and_every_used_word_is_there():
     """In the page with a server and in that without."""
-    scripts = "".join(path.read_text("utf-8") for path in (*(PAGE / "static").glob("*.js"), static_page.SOURCE))
+    scripts = "".join(path.read_text("utf-8") for path in (*(PAGE / "static").glob("*.js"), static_page.SOURCE_SCRIPT))
     page, source = (
         (PAGE / "page.html").read_text("utf-8"),
         "".join(path.read_text("utf-8") for path in PAGE.glob("*.py")),

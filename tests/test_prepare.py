@@ -19,7 +19,7 @@ def test_ridge_finds_the_pictures_of_its_captions(tiny_processor):
     features = torch.rand(6, 48, generator=torch.Generator().manual_seed(0))
     penalty, prepare.RIDGE_PENALTY = prepare.RIDGE_PENALTY, 1e-4
     try:
-        prepare.start_by_ridge(model, tiny_processor, features, captions)
+        prepare.initialize_projections(model, tiny_processor, features, captions)
     finally:
         prepare.RIDGE_PENALTY = penalty
     texts = embed_texts(model, tiny_processor, captions)
@@ -40,21 +40,21 @@ def test_the_alignment_ends_at_its_best(tiny_processor, monkeypatch):
     def run():
         config = tiny_config(text_projection_type="linear", projection_dim=TINY_TEXT["hidden_size"])
         model = randomise(CapivaraModel(config))
-        return model, prepare.align(model, tiny_processor, dataset, {"train": pixels, "validation": pixels})
+        return model, prepare.align_towers(model, tiny_processor, dataset, {"train": pixels, "validation": pixels})
 
     (model, curve), (again, same_curve) = run(), run()
     recalls = [point["validation_mean_recall"] for point in curve]
     assert len(curve) > 2 and recalls[-1] < max(recalls) > recalls[0] and same_curve == curve
-    assert prepare.validation_recall(model, tiny_processor, dataset["validation"], pixels) == max(recalls)
+    assert prepare.compute_validation_recall(model, tiny_processor, dataset["validation"], pixels) == max(recalls)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("loss", prepare.LOSSES)
+@pytest.mark.parametrize("loss", prepare.LOSS_CONFIGS)
 def test_a_step_is_of_the_loss_that_the_model_starts_for(loss, tiny_processor, monkeypatch):
     monkeypatch.setattr(prepare, "BATCH_SIZE", 4)
-    config = tiny_config(text_projection_type="linear", projection_dim=TINY_TEXT["hidden_size"], **prepare.LOSSES[loss])
+    config = tiny_config(text_projection_type="linear", projection_dim=TINY_TEXT["hidden_size"], **prepare.LOSS_CONFIGS[loss])
     model = randomise(CapivaraModel(config))
-    optimizer, _ = prepare._optimizer(model)
+    optimizer, _ = prepare._build_optimizer(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     pixels = torch.rand(4, 48, generator=torch.Generator().manual_seed(0))
     captions = [["um gato"], ["são"], ["água"], ["pão"]]
@@ -73,7 +73,7 @@ def test_what_is_there_is_left_alone(tmp_path, monkeypatch, file):
     monkeypatch.setattr(prepare, "build_dataset", lambda: pytest.fail("the data set was made again"))
     monkeypatch.setattr(prepare, "build_base", lambda *_: pytest.fail("the base was made again"))
     for dataset in (tmp_path / "data", tmp_path / "data" / file):
-        prepare.prepare(dataset, tmp_path / "base")
+        prepare.prepare_base(dataset, tmp_path / "base")
     assert [(path.name, path.read_text()) for path in (tmp_path / "data").iterdir()] == [(file, "kept")]
     assert (tmp_path / "base" / "config.json").read_text() == "kept"
 
@@ -84,10 +84,10 @@ def test_word_counts_are_kept_for_the_next_run(tmp_path, tiny_processor, monkeyp
     counted = []
     monkeypatch.setattr(prepare, "select_token_ids", lambda processor, languages, words, texts: counted.append(texts) or [1, 2])
     dataset = {"train": Dataset.from_dict({"captions-en": [["a cat"]], "captions-pt": [["um gato"]]})}
-    assert prepare.word_piece_ids(dataset, tiny_processor) == prepare.word_piece_ids(dataset, tiny_processor) == [1, 2]
+    assert prepare.select_vocabulary_ids(dataset, tiny_processor) == prepare.select_vocabulary_ids(dataset, tiny_processor) == [1, 2]
     assert counted == [["a cat", "um gato"]]
-    monkeypatch.setattr(prepare, "DEFAULT_WORD_COUNTS", (10, 10))
-    prepare.word_piece_ids(dataset, tiny_processor)
+    monkeypatch.setattr(prepare, "VOCABULARY_WORD_COUNTS", (10, 10))
+    prepare.select_vocabulary_ids(dataset, tiny_processor)
     assert len(counted) == 2
 
 
@@ -97,10 +97,10 @@ def test_it_says_what_it_will_take_before_it_begins(tmp_path, monkeypatch, caplo
 
     monkeypatch.setattr(prepare, "build_dataset", stop)
     with caplog.at_level("INFO", "capivara"), pytest.raises(KeyboardInterrupt):
-        prepare.prepare(tmp_path / "data", tmp_path / "base")
-    assert prepare.DATASET_NEEDS in caplog.text
+        prepare.prepare_base(tmp_path / "data", tmp_path / "base")
+    assert prepare.DATASET_COST_NOTE in caplog.text
     (tmp_path / "data").mkdir(), (tmp_path / "data" / "made").touch()
-    monkeypatch.setattr(prepare, "load_embedded", stop)
+    monkeypatch.setattr(prepare, "load_dataset_with_images", stop)
     with caplog.at_level("INFO", "capivara"), pytest.raises(KeyboardInterrupt):
-        prepare.prepare(tmp_path / "data", tmp_path / "base")
-    assert prepare.BASE_NEEDS in caplog.text and not (tmp_path / "base").exists()
+        prepare.prepare_base(tmp_path / "data", tmp_path / "base")
+    assert prepare.BASE_COST_NOTE in caplog.text and not (tmp_path / "base").exists()

@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 
-from eval.prompts import FOLDER, assignments, benchmarks, fill, load_prompts
+from eval.prompts import PROMPTS_FOLDER, parse_assignments, list_benchmarks, fill_template, load_prompts
 
 # SHA-256, its first 16 digits, of the English names in the order of the labels, a line each: the twenty as ELEVATER
 # publishes them, ImageNet-1k as open_clip does. Computed from those lists, not from the files in pt/.
@@ -26,11 +26,11 @@ PLACEHOLDER = re.compile(r"\{(nome|um|o|do|no)\}")
 
 
 def data(name: str) -> dict:
-    return json.loads((FOLDER / "pt" / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((PROMPTS_FOLDER / "pt" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def test_all_sets_are_there():
-    assert set(benchmarks()) == set(ORDERS)
+    assert set(list_benchmarks()) == set(ORDERS)
     counts = {name: len(data(name)["classes"]) for name in ORDERS}
     assert sum(counts.values()) - counts["imagenet-1k"] == 1151, "ELEVATER's twenty sets"
 
@@ -50,9 +50,9 @@ def test_names_and_templates_are_well_formed_and_in_the_order_of_the_labels(name
         assert entry.get("article", False) is False
     for template in content["templates"]:
         assert len(PLACEHOLDER.findall(template)) == template.count("{") == 1, template
-    english = "\n".join(load_prompts(name).names_en)
+    english = "\n".join(load_prompts(name).english_names)
     assert hashlib.sha256(english.encode()).hexdigest()[:16] == ORDERS[name], "a class was moved or renamed"
-    for prompts in load_prompts(name).filled:
+    for prompts in load_prompts(name).class_prompts:
         assert len(set(prompts)) == len(prompts) == len(content["templates"]) and "{" not in "".join(prompts)
 
 
@@ -60,11 +60,11 @@ def test_articles_agree():
     forms, cat = ["{nome}", "{um}", "{o}", "{do}", "{no}"], {"pt": "gato", "gender": "m", "number": "s"}
     houses = {"pt": "casas", "gender": "f", "number": "p"}
     cuba = {"pt": "Cuba", "gender": "f", "number": "s", "article": False}
-    assert [fill(f, cat) for f in forms] == ["gato", "um gato", "o gato", "do gato", "no gato"]
-    assert [fill(f, houses) for f in forms] == ["casas", "umas casas", "as casas", "das casas", "nas casas"]
-    assert [fill(f, cuba) for f in forms] == ["Cuba", "Cuba", "Cuba", "de Cuba", "em Cuba"]
+    assert [fill_template(f, cat) for f in forms] == ["gato", "um gato", "o gato", "do gato", "no gato"]
+    assert [fill_template(f, houses) for f in forms] == ["casas", "umas casas", "as casas", "das casas", "nas casas"]
+    assert [fill_template(f, cuba) for f in forms] == ["Cuba", "Cuba", "Cuba", "de Cuba", "em Cuba"]
     with pytest.raises(ValueError, match=r"needs the class's name in place of {}, {nome}, {um}, "):
-        fill("uma foto de {} {cor}", cat)
+        fill_template("uma foto de {} {cor}", cat)
 
 
 # --- One's own classes -----------------------------------------------------------------------------------------------
@@ -78,22 +78,22 @@ def own(path, **content):
 
 def test_names_alone_and_an_empty_placeholder(tmp_path):
     prompts = own(tmp_path / "cores.json", classes=["azul", {"pt": "Cuba"}], templates=["cor {}", "{um}!"])
-    assert prompts.filled == [["cor azul", "azul!"], ["cor Cuba", "Cuba!"]], "no gender, no article"
-    assert prompts.names == prompts.names_en == ["azul", "Cuba"] and prompts.benchmark == "cores"
+    assert prompts.class_prompts == [["cor azul", "azul!"], ["cor Cuba", "Cuba!"]], "no gender, no article"
+    assert prompts.names == prompts.english_names == ["azul", "Cuba"] and prompts.benchmark == "cores"
     assert (prompts.language, prompts.protocol, prompts.metric) == ("pt", "own", "accuracy")
 
 
 def test_the_file_in_the_docs_is_one(tmp_path):
-    page = (FOLDER.parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    page = (PROMPTS_FOLDER.parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
     prompts = own(tmp_path / "a.json", **json.loads(re.search(r"```json\n(.*?)```", page, re.DOTALL)[1]))
-    assert prompts.language == "es" and prompts.filled[1] == ["una imagen de color azul", "algo de color azul"]
+    assert prompts.language == "es" and prompts.class_prompts[1] == ["una imagen de color azul", "algo de color azul"]
 
 
 def test_classes_of_another_language(tmp_path):
     classes = ["rojo", {"es": "azul", "en": "blue"}, {"es": "azul", "en": "navy"}]
     prompts = own(tmp_path / "a.json", dataset="colores", language="es", classes=classes, templates=["color {}"])
-    assert prompts.names == ["rojo", "azul", "azul"] and prompts.names_en == ["rojo", "blue", "navy"]
-    assert (prompts.benchmark, prompts.language, prompts.filled[0]) == ("colores", "es", ["color rojo"])
+    assert prompts.names == ["rojo", "azul", "azul"] and prompts.english_names == ["rojo", "blue", "navy"]
+    assert (prompts.benchmark, prompts.language, prompts.class_prompts[0]) == ("colores", "es", ["color rojo"])
     assert prompts.notes == ("1 names stand for several classes, whose images count as wrong: azul.",)
     assert load_prompts(str(tmp_path / "a.json"), language="es") == prompts
     with pytest.raises(ValueError, match="are in 'es'; leave out --language pt"):
@@ -119,7 +119,7 @@ def test_a_slip_shows_a_whole_file_that_works(slip, tmp_path):
     with pytest.raises(ValueError, match=OWN_SLIPS[slip][1]) as error:
         own(tmp_path / "a.json", **content)
     shown = json.loads(str(error.value).partition("Such a file works: ")[2])
-    assert "\n" not in str(error.value) and own(tmp_path / "b.json", **shown).filled[0] == ["una imagen de color rojo"]
+    assert "\n" not in str(error.value) and own(tmp_path / "b.json", **shown).class_prompts[0] == ["una imagen de color rojo"]
 
 
 PLAIN = '''
@@ -135,7 +135,7 @@ template_map = {"cifar-10": a_templates, "food-101": a_templates}
 def test_the_authors_file_is_parsed(tmp_path):
     (tmp_path / "prompts.py").write_text(PLAIN, encoding="utf-8")
     prompts = load_prompts("cifar-10", "authors", authors_file=str(tmp_path / "prompts.py"))
-    assert prompts.filled[0] == ["uma foto de avião.", "um desenho de avião."] and not prompts.notes
+    assert prompts.class_prompts[0] == ["uma foto de avião.", "um desenho de avião."] and not prompts.notes
     (note,) = load_prompts("food-101", "authors", authors_file=str(tmp_path / "prompts.py")).notes
     assert "tacos" in note
 
@@ -145,12 +145,12 @@ def test_the_authors_file_is_parsed(tmp_path):
 )
 def test_code_in_the_authors_file_is_refused(text):
     with pytest.raises(ValueError, match="plain assignments"):
-        assignments(text)
+        parse_assignments(text)
 
 
 def test_babel_names_a_part_of_imagenet():
     hindi = load_prompts("imagenet-1k", "babel", language="hi")
-    assert len(hindi.names) == len(hindi.filled) == 342 and "342 of the 1000" in hindi.notes[0]
+    assert len(hindi.names) == len(hindi.class_prompts) == 342 and "342 of the 1000" in hindi.notes[0]
 
 
 def test_slips_are_named(tmp_path):
@@ -167,10 +167,10 @@ def test_slips_are_named(tmp_path):
 
 
 def test_the_second_reading_is_recorded():
-    review = json.loads((FOLDER / "pt" / "review.json").read_text(encoding="utf-8"))
+    review = json.loads((PROMPTS_FOLDER / "pt" / "review.json").read_text(encoding="utf-8"))
     assert set(review) == set(ORDERS) and sum(map(len, review.values())) > 50
     for name, entries in review.items():
         prompts = load_prompts(name)
         for entry in entries:
-            assert prompts.names_en[entry["index"]] == entry["en"] and prompts.names[entry["index"]] == entry["kept"]
+            assert prompts.english_names[entry["index"]] == entry["en"] and prompts.names[entry["index"]] == entry["kept"]
             assert entry["why"]

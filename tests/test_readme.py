@@ -36,37 +36,37 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", readme.pages())
+@pytest.mark.parametrize("page", readme.find_pages())
 def test_figures_are_those_of_the_json(page):
-    assert readme.filled(page, TEXTS[page]) == TEXTS[page], "run `python -m benchmarks.readme`"
+    assert readme.fill_blocks(page, TEXTS[page]) == TEXTS[page], "run `python -m benchmarks.readme`"
 
 
 def test_every_table_is_on_a_page():
-    made = {name for name in vars(readme.template().module) if not name.startswith("_")} - {"on"}
-    assert made == {name for text in TEXTS.values() for _, name, _ in readme.BLOCK.findall(text)}
+    made = {name for name in vars(readme.load_template().module) if not name.startswith("_")} - {"on"}
+    assert made == {name for text in TEXTS.values() for _, name, _ in readme.BLOCK_RE.findall(text)}
     with pytest.raises(ValueError, match="has the block 'no_such', which"):
-        readme.filled("README.md", TEXTS["README.md"].replace("demo_summary", "no_such"))
+        readme.fill_blocks("README.md", TEXTS["README.md"].replace("demo_summary", "no_such"))
 
 
 def test_a_changed_digit_is_noticed_and_a_new_commit_shown(monkeypatch, tmp_path):
-    for name in readme.pages():
+    for name in readme.find_pages():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         changed = re.sub(r"(captions per second, float32 \|) \d", r"\1 x", TEXTS[name])
         (tmp_path / name).write_text(changed, encoding="utf-8")
-    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(readme, "CODE_ROOT", tmp_path)
     with pytest.raises(SystemExit, match=r"docs/benchmarks\.md is not what benchmarks/results says"):
         readme.main(["--check"])
     readme.main([])
-    assert all((tmp_path / name).read_text(encoding="utf-8") == TEXTS[name] for name in readme.pages())
+    assert all((tmp_path / name).read_text(encoding="utf-8") == TEXTS[name] for name in readme.find_pages())
     readme.main(["--check"])
-    found = readme.results("recipe") | {"commit": "0123abc", "date": "2026-11-28"}
-    monkeypatch.setattr(readme, "results", lambda name: found)
-    assert "commit 0123abc, 2026-11-28" in readme.template().module.demo_summary(False)
+    found = readme.load_results("recipe") | {"commit": "0123abc", "date": "2026-11-28"}
+    monkeypatch.setattr(readme, "load_results", lambda name: found)
+    assert "commit 0123abc, 2026-11-28" in readme.load_template().module.demo_summary(False)
 
 
 def test_pictures_are_small():
     for path in (ROOT / "docs").glob("*.png"):
-        assert path.stat().st_size < 400_000, f"{path.name}: save it by benchmarks.readme.save_small_picture"
+        assert path.stat().st_size < 400_000, f"{path.name}: save it by benchmarks.readme.save_small_image"
 
 
 def test_the_readme_is_read_in_a_minute():

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 
 import train_accelerate
-from benchmarks.recipe import SHARES
+from benchmarks.recipe import TRAINED_SHARES
 from capivara_common.cli import parse_arguments, read_yaml_config
 from modeling_capivara.loading import load_model, load_processor
 from training.arguments import RunArguments
@@ -50,7 +50,7 @@ def test_our_recipe_is_part_of_the_way_to_the_paper_s():
     """At full size, and in the embedded default as docs/recipe.md has chosen it."""
     for name in ("capivara", "openmoji"):
         paper, plus = (read_yaml_config(ROOT / "configs" / f"{name}{suffix}.yaml") for suffix in ("", "_plus"))
-        assert plus == paper | {"interpolate": str(SHARES["interpolate-0.7"])}
+        assert plus == paper | {"interpolate": str(TRAINED_SHARES["interpolate-0.7"])}
 
 
 def test_the_augmentation_is_the_published_one():

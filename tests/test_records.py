@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from eval.records.schema import Record, ResultFile, parse_result, read_object, read_records
-from eval.records.tables import pairs_of, points, records_frame, values_of
+from eval.records.schema import Record, ResultFile, parse_result, read_json_object, read_records
+from eval.records.tables import pair_with_baselines, format_points, build_records_frame, average_over_seeds
 
 RECORD = Record(
     task="retrieval", dataset="d", split="test", language="pt", protocol="p", direction="text_to_image",
@@ -59,7 +59,7 @@ def test_a_wrong_file_is_named_with_the_place_in_it(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         read_records(tmp_path / "r.json")
     with pytest.raises(ValueError, match="is no regular file"):
-        read_object(tmp_path)
+        read_json_object(tmp_path)
 
 
 def file_of(*records: Record, name: str = "a.json", **header) -> ResultFile:
@@ -68,18 +68,18 @@ def file_of(*records: Record, name: str = "a.json", **header) -> ResultFile:
 
 def test_seeds_are_one_value_in_their_order():
     seeds = [replace(RECORD, seed=seed, value=value) for seed, value in ((2, 0.7), (0, 0.5))]
-    frame = records_frame([file_of(*seeds, skipped_rows=3, dataset_fingerprint="f")])
-    (value,) = values_of(frame, "precision")
+    frame = build_records_frame([file_of(*seeds, skipped_rows=3, dataset_fingerprint="f")])
+    (value,) = average_over_seeds(frame, "precision")
     assert value.mean == pytest.approx(0.6) and round(value.deviation, 3) == 0.141 and value.seeds == 2
     expected = [("a.json#/records/1", 0.5), ("a.json#/records/0", 0.7)]
     assert [(one.source, one.value) for one in value.measured] == expected
     assert value.data == {"f"} and value.measured[1].record == seeds[0] and set(frame["skipped_rows"]) == {3}
-    (single,) = values_of(records_frame([file_of(RECORD)]), "precision")
+    (single,) = average_over_seeds(build_records_frame([file_of(RECORD)]), "precision")
     assert single.deviation is None and single.chance == 0.25
 
 
 def test_a_gain_is_model_minus_baseline():
     baseline = replace(RECORD, model="baseline", seed=None, value=0.4, model_folder="base")
-    (pair,) = pairs_of(values_of(records_frame([file_of(baseline, RECORD)]), "folder"))
-    assert pair["gain"] == pytest.approx(0.1) and points(pair["gain"]) == "+10.0" and not pair["doubts"]
-    assert points(-0.0312) == "−3.1" and points(0.0001) == "0.0" and points(None) == "–"
+    (pair,) = pair_with_baselines(average_over_seeds(build_records_frame([file_of(baseline, RECORD)]), "folder"))
+    assert pair["gain"] == pytest.approx(0.1) and format_points(pair["gain"]) == "+10.0" and not pair["doubts"]
+    assert format_points(-0.0312) == "−3.1" and format_points(0.0001) == "0.0" and format_points(None) == "–"

@@ -13,9 +13,9 @@ from browser import open_browser
 from PIL import Image
 
 from capivara_common.files import read_json, write_json
-from eval.records.schema import GAIN, Record, write_records
-from eval.records.tables import folder_and_seed, pairs_of, records_frame, values_of
-from eval.report import TEMPLATE, main, read_folder, write_report
+from eval.records.schema import GAIN_METRIC, Record, write_records
+from eval.records.tables import get_folder_and_seed, pair_with_baselines, build_records_frame, average_over_seeds
+from eval.report import PAGE_TEMPLATE, main, read_results_folder, write_report
 
 PLACE = {"task": "classification", "dataset": "d", "split": "test", "language": "pt", "protocol": "ours"}
 PLACE |= {"direction": "", "metric": "accuracy", "value": 0.5, "n": 10}
@@ -114,7 +114,7 @@ def test_pictures_lie_beside_the_page_and_text_from_data_is_text(report):
     assert set(re.findall(r"<([a-z]\w*)", text)) <= TAGS and not re.search(r"<[^>]*\son\w+\s*=", text)
     assert all(re.fullmatch(r"#table-\d+|\d+\.(png|jpg)", source) for source in sources(text))
     assert text.count(html.escape(ATTACK)) > 4
-    assert not re.search(r"\|\s*safe|%\s*autoescape", TEMPLATE.read_text(encoding="utf-8"))
+    assert not re.search(r"\|\s*safe|%\s*autoescape", PAGE_TEMPLATE.read_text(encoding="utf-8"))
     files = sorted(path.name for path in report.iterdir())
     shown = {source for source in sources(text) if not source.startswith("#")}
     assert sorted({"index.html", *shown}) == files and {Path(name).suffix for name in shown} == {".png", ".jpg"}
@@ -134,7 +134,7 @@ def test_numbers_are_those_of_the_records(results, report):
             where = r["dataset"] if r["task"] == "retrieval" else r["protocol"]
             heading = f"{r['task'].replace('_', ' ').capitalize()}, {where}, in {r['language']}, "
             what = r["direction"].replace("_to_", " → ") or r["dataset"]
-            if r["metric"] == GAIN:
+            if r["metric"] == GAIN_METRIC:
                 numbers = row(page, heading, f"{what}, seed {r['seed']}")
                 assert numbers == pytest.approx([r["value"], *r["interval_95"]], abs=1e-6)
                 checked += 1
@@ -153,8 +153,8 @@ def test_numbers_are_those_of_the_records(results, report):
 
 
 def pairs(folder: Path) -> list[dict]:
-    frame = records_frame(read_folder(folder).results)
-    return pairs_of(values_of(frame[frame["metric"] != GAIN], "folder"))
+    frame = build_records_frame(read_results_folder(folder).results)
+    return pair_with_baselines(average_over_seeds(frame[frame["metric"] != GAIN_METRIC], "folder"))
 
 
 @pytest.mark.parametrize("differs", ["dataset", "split", "language", "protocol", "direction", "metric"])
@@ -177,7 +177,7 @@ def test_only_equal_conditions_are_paired(tmp_path, differs):
     ],
 )
 def test_whose_figure_it_is(folder, seed, file, expected):
-    assert folder_and_seed(Record(**MODEL | {"model_folder": folder, "seed": seed}), file) == expected
+    assert get_folder_and_seed(Record(**MODEL | {"model_folder": folder, "seed": seed}), file) == expected
 
 
 def test_two_models_stay_apart_and_a_contradiction_is_stated(tmp_path):
@@ -220,7 +220,7 @@ def test_what_is_no_result_is_named_with_its_reason(tmp_path):
     write_json(tmp_path / "suite.json", {"summary_version": 1, "records": [MODEL]})
     for number, text in enumerate(WRONG):
         (tmp_path / f"wrong-{number}.json").write_text(text, encoding="utf-8")
-    found = read_folder(tmp_path)
+    found = read_results_folder(tmp_path)
     assert [result.name for result in found.results] == ["results/good.json"] and len(found.faults) == len(WRONG)
     assert all(reason in said for reason, (_, said) in zip(WRONG.values(), found.faults, strict=True))
 

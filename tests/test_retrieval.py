@@ -14,7 +14,7 @@ import modeling_capivara.two_towers
 from caption_data.pairs import build_pair_table, pairs_fingerprint
 from caption_data.sources import open_split
 from eval.records.schema import Record, read_records
-from eval.retrieval import RetrievalArguments, _chosen, evaluate, load_data, main
+from eval.retrieval import RetrievalArguments, _select_captions, evaluate, load_retrieval_data, main
 from modeling_capivara import CapivaraModel
 
 NUMBER = 14
@@ -66,7 +66,7 @@ def flags(model, dataset, output, *more) -> list[str]:
 def measure(model: Path, dataset: Path, output: Path, **more) -> list[Record]:
     """The records, as they are written; without the sheet of queries, which takes most of the time."""
     values = {"caption_column": "legendas", **more}
-    evaluate(RetrievalArguments(str(model), str(dataset), output, **values), pictures=False)
+    evaluate(RetrievalArguments(str(model), str(dataset), output, **values), draw_sheet=False)
     return read_records(output)
 
 
@@ -151,7 +151,7 @@ def test_an_interrupted_run_goes_on(saved_tiny_folder, made, measured, tmp_path,
 
 def test_positions():
     captions = ["a", "b", "c"]
-    found = {name: _chosen(captions, "captions-pt", name, 0) for name in ("all", "first", "even", "odd")}
+    found = {name: _select_captions(captions, "captions-pt", name, 0) for name in ("all", "first", "even", "odd")}
     assert found == {"all": captions, "first": ["a"], "even": ["a", "c"], "odd": ["b"]}
 
 
@@ -212,9 +212,9 @@ def test_training_gives_the_same_data_the_same_fingerprint(made, tiny_dataset_fo
         source = open_split(str(dataset), "test", "image")
         table = build_pair_table(source, [column], lambda row, name=column: row[name], {"captions": column})
         arguments = RetrievalArguments("m", str(dataset), tmp_path, caption_column=column)
-        assert load_data(arguments).fingerprint() == pairs_fingerprint(table)
-    first = load_data(arguments).fingerprint()
-    assert first != load_data(replace(arguments, language="en", caption_column="captions-{language}")).fingerprint()
+        assert load_retrieval_data(arguments).fingerprint() == pairs_fingerprint(table)
+    first = load_retrieval_data(arguments).fingerprint()
+    assert first != load_retrieval_data(replace(arguments, language="en", caption_column="captions-{language}")).fingerprint()
 
 
 def test_googles_captions_in_bf16_of_a_folder_that_the_user_names(saved_tiny_folder, folder, tmp_path):

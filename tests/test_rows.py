@@ -19,7 +19,7 @@ from caption_data import pairs
 from caption_data.pairs import check_bad_share, build_pair_table, pairs_fingerprint, list_skipped_rows, drop_invalid
 from caption_data.rows import SkippedRow, normalize_captions, write_skipped_rows
 from caption_data.sources import open_split
-from eval.retrieval import _chosen
+from eval.retrieval import _select_captions
 
 
 def plain(row: dict) -> list[str]:
@@ -191,7 +191,7 @@ def test_a_table_that_is_damaged_in_the_cache_is_made_anew_and_an_old_one_is_rem
 def test_captions_are_read_the_same_everywhere(tmp_path):
     """By the caption stages, in training and in evaluation: one text, a list, None, a lone surrogate; texts alone."""
     for value, expected in (("one", ["one"]), (["a", "b"], ["a", "b"]), (["\ud800"], ["?"])):
-        assert normalize_captions(value, "captions-pt") == _chosen(value, "captions-pt", "all", 0) == expected
+        assert normalize_captions(value, "captions-pt") == _select_captions(value, "captions-pt", "all", 0) == expected
         members = [("a.jpg", PICTURES[0]), ("a.json", json.dumps({"captions-pt": value}).encode())]
         assert table_of(tar_source(tmp_path, members), [])["captions"][:] == [expected]
     assert normalize_captions(["a", None], "captions-pt") == ["a", ""] and normalize_captions(None, "captions-pt") == []
@@ -199,7 +199,7 @@ def test_captions_are_read_the_same_everywhere(tmp_path):
         with pytest.raises(BadRow, match="captions-pt"):
             normalize_captions(value, "captions-pt")
         with pytest.raises(ValueError, match="Row 3 has captions that are no text"):
-            _chosen(value, "captions-pt", "all", 3)
+            _select_captions(value, "captions-pt", "all", 3)
 
 
 def test_of_several_processes_one_makes_the_table(tmp_path, monkeypatch):

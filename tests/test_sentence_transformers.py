@@ -15,10 +15,10 @@ from towers import MAKERS, as_published, gemma_like, siglip2
 
 from capivara_search.miniature import get_miniature_folder
 from eval.retrieval import RetrievalArguments, evaluate
-from examples.openmoji.concepts import concept_rows, split_concepts
+from examples.openmoji.concepts import load_concepts, split_concepts
 from examples.openmoji.dataset import render_png
-from examples.tune_sentence_transformers import clip_loss_of, main, pairs, recall_evaluator
-from hub_upload.export import export
+from examples.tune_sentence_transformers import build_clip_loss, main, load_pairs, build_recall_evaluator
+from hub_upload.export import export_model
 from hub_upload.formats import open_clip
 from hub_upload.formats.open_clip import write_sentence_transformers
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
@@ -32,7 +32,7 @@ TEXTS = ["um gato", "uma foto de cachorro na água", "SÃ£o JoÃ£o &amp; cia",
 def folder(saved_tiny_folder, tmp_path_factory):
     """A tiny model, exported for transformers and sentence-transformers."""
     made = tmp_path_factory.mktemp("exported") / "repository"
-    export(saved_tiny_folder, made, ["transformers", "sentence_transformers"])
+    export_model(saved_tiny_folder, made, ["transformers", "sentence_transformers"])
     return made
 
 
@@ -79,7 +79,7 @@ def test_encode_takes_texts_pictures_and_dictionaries(folder, encoder, pictures)
 @pytest.mark.parametrize("mini_batch_size", [2, 5, 64])
 def test_its_loss_is_clips(encoder, tiny_dataset_folder, mini_batch_size):
     """Loss and every gradient, of a batch that is embedded in parts."""
-    rows = pairs(tiny_dataset_folder, "train", "pt")
+    rows = load_pairs(tiny_dataset_folder, "train", "pt")
     model = encoder[0].auto_model
     columns = [encoder.preprocess(list(rows[column])) for column in ("text", "image")]
     embeds = [encoder(dict(features))["sentence_embedding"] for features in columns]
@@ -88,7 +88,7 @@ def test_its_loss_is_clips(encoder, tiny_dataset_folder, mini_batch_size):
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert {"logit_scale", "text_projection.0.weight"} <= gradients.keys()
     encoder.zero_grad()
-    found = clip_loss_of(encoder, mini_batch_size)(columns, None)
+    found = build_clip_loss(encoder, mini_batch_size)(columns, None)
     found.backward()
     torch.testing.assert_close(found.detach(), expected.detach(), atol=1e-6, rtol=0)
     for name, parameter in model.named_parameters():
@@ -105,11 +105,11 @@ def test_a_caption_that_is_an_address_or_a_file_is_a_text(encoder, tmp_path, pic
         train=Dataset.from_dict(rows, Features({"image": Images(), "captions-pt": Value("string")}))
     ).save_to_disk(tmp_path / "data")
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a request left the machine"))
-    found = pairs(tmp_path / "data", "train", "pt")
+    found = load_pairs(tmp_path / "data", "train", "pt")
     texts = encoder.encode(list(found["text"]))
     np.testing.assert_allclose(texts, encoder.encode([{"text": text} for text in captions]))
     assert abs(texts[1] - encoder.encode(pictures[:1])[0]).max() > 1e-3
-    assert set(recall_evaluator(found)(encoder)) >= {"cosine_accuracy@1"}
+    assert set(build_recall_evaluator(found)(encoder)) >= {"cosine_accuracy@1"}
 
 
 @pytest.mark.slow
@@ -177,7 +177,7 @@ def test_texts_of_other_bases_are_embedded_as_in_training(kind, tmp_path):
     from sentence_transformers import SentenceTransformer
 
     OTHER_BASES[kind](tmp_path / "model")
-    export(tmp_path / "model", tmp_path / "repository", ["sentence_transformers"])
+    export_model(tmp_path / "model", tmp_path / "repository", ["sentence_transformers"])
     texts = [*TEXTS, "Uma FOTO de um Gato", "gato " * 600]
     expected = embed_texts(load_model(tmp_path / "model").eval(), load_processor(tmp_path / "model"), texts)
     found = SentenceTransformer(str(tmp_path / "repository"), device="cpu").encode(texts, batch_size=1)
@@ -190,7 +190,7 @@ def test_an_export_with_other_text_embeddings_is_refused(tmp_path, monkeypatch):
     siglip2(tmp_path / "model", gemma_like(TEXTS, 320))
     monkeypatch.setattr(open_clip, "pads_to_max_length", lambda _: False)  # texts are padded to the longest of the batch
     with pytest.raises(ValueError, match=r"sentence-transformers differ by \d"):
-        export(tmp_path / "model", tmp_path / "repository", ["sentence_transformers"])
+        export_model(tmp_path / "model", tmp_path / "repository", ["sentence_transformers"])
     assert not (tmp_path / "repository").exists()
 
 
@@ -207,7 +207,7 @@ configs:
 def write_xm3600(folder: Path, pictures: int) -> Path:
     """OpenMoji's pictures with a name of their own, two Portuguese captions each, as mteb's XM3600 is published."""
     found = {}
-    for picture in split_concepts(concept_rows(), 0)["test"]:
+    for picture in split_concepts(load_concepts(), 0)["test"]:
         found.setdefault(picture.captions_pt[0], picture.emoji)
     names = list(found)[:pictures]
     captions = [[name, f"um desenho que mostra {name}"] for name in names]
@@ -233,7 +233,7 @@ def test_mteb_measures_an_export_as_we_do(kind, tmp_path, monkeypatch):
     if kind == "siglip":  # its texts are 64 tokens without a mask; of random weights, which find a few
         captions = [text for row in Dataset.from_parquet(str(data / "pt.parquet"))["captions"] for text in row]
         siglip2(tmp_path / "model", gemma_like(captions, 500))
-        export(tmp_path / "model", tmp_path / "repository", ["transformers", "sentence_transformers"])
+        export_model(tmp_path / "model", tmp_path / "repository", ["transformers", "sentence_transformers"])
     else:
         for path in get_miniature_folder().iterdir():  # a model that finds things
             (tmp_path / "repository").mkdir(exist_ok=True)

@@ -15,7 +15,7 @@ from tiny import draw_nothing, save_model
 import train_accelerate
 from captions.build import BuildArguments, ManualStepRequired, build_dataset, main
 from captions.translate import escape_cell, unescape_cell
-from hub_upload.card import check, write_card
+from hub_upload.card import find_card_faults, write_card
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE = (ROOT / "docs" / "your_language.md").read_text(encoding="utf-8")
@@ -87,7 +87,7 @@ def test_forty_images_lead_to_a_model(config, tiny_processor):
         ("pt", "traduzidas por pessoas", "máquina"),
     ):
         text = write_card(run, None, language).read_text(encoding="utf-8")
-        assert who in text and machine not in text and check(run) == []
+        assert who in text and machine not in text and find_card_faults(run) == []
     with pytest.raises(ValueError, match=r"got 41: .* --effective_batch_size 40\."):
         train_accelerate.main([*words, "--effective_batch_size", "41", "--output_dir", "runs/larger"])
     # The largest batch is named at once, as it is after the selection of captions.

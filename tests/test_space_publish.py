@@ -20,7 +20,7 @@ pytest.importorskip("uvicorn", reason="the page needs uvicorn: pip install -e '.
 
 from capivara_search.index import PictureIndex
 from hub_upload.space.__main__ import main
-from hub_upload.space.publish_space import credit_of, publish_index
+from hub_upload.space.publish_space import read_credit, publish_index
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = "---\nlicense: cc-by-sa-4.0\n---\n"
@@ -40,10 +40,10 @@ def flags(tiny_folder, tmp_path):
 
 
 def test_whose_pictures_they_are(flags, tmp_path):
-    credit = credit_of(tmp_path / "areas")
+    credit = read_credit(tmp_path / "areas")
     assert (credit.name, credit.license, credit.attribution) == ("Áreas", "cc-by-sa-4.0", "Made here")
     (tmp_path / "areas" / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")  # no YAML
-    assert (credit_of(tmp_path / "areas").name, credit_of(tmp_path / "areas").license) == ("areas", "")
+    assert (read_credit(tmp_path / "areas").name, read_credit(tmp_path / "areas").license) == ("areas", "")
 
 
 def test_a_published_index_names_no_place(saved_tiny_folder, tmp_path):

@@ -19,12 +19,12 @@ pytest.importorskip("uvicorn", reason="hub_upload.space needs uvicorn: pip insta
 from capivara_search.index import PictureIndex
 from capivara_search.miniature import get_miniature_folder
 from capivara_search.page import server
-from examples.openmoji.concepts import concept_rows
+from examples.openmoji.concepts import load_concepts
 from examples.openmoji.dataset import render_png
-from examples.real_images import PHOTOS, photo
+from examples.real_images import CLASS_PHOTOGRAPHS, load_photo
 from hub_upload.space import static_page
 from hub_upload.space.__main__ import main
-from hub_upload.space.static_page import SOURCE, page_html, write_static_page
+from hub_upload.space.static_page import SOURCE_SCRIPT, render_static_page, write_static_page
 
 ATTACK = "<img src=x onerror=alert(1)>.png"
 DRAWINGS = ["1F34C", "1F415", "1F692", "2708", "1F333", "1F34E", "1F422", "1F997", "1F6B2", "1F3B8"]
@@ -36,13 +36,13 @@ MODEL = {"id": "0123456789abcdef", "name": "<b>m</b>", "megabytes": 5, "side": 2
 
 
 def test_the_page_may_ask_no_other_host():
-    page = page_html("pt", MODEL)
+    page = render_static_page("pt", MODEL)
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', page)[1]
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     assert rules["default-src"] == "'none'" and rules["connect-src"] == "'self'" and "http" not in policy
-    for text in (page, SOURCE.read_text("utf-8")):
+    for text in (page, SOURCE_SCRIPT.read_text("utf-8")):
         assert not re.search(r"https?://|innerHTML|eval\(", text)
-    assert "<b>m</b>" not in page and '<html lang="en">' in page_html("en", MODEL)
+    assert "<b>m</b>" not in page and '<html lang="en">' in render_static_page("en", MODEL)
 
 
 @pytest.mark.parametrize(
@@ -81,9 +81,9 @@ def test_the_folder(page, library, tmp_path):
     assert known["own_model"]["side"] == 224
     scripts = {path.name for path in (server.PAGE_FOLDER / "static").iterdir()}
     assert {path.name for path in (page / "static").iterdir()} == scripts
-    assert (page / "static" / "source.js").read_bytes() == SOURCE.read_bytes()
+    assert (page / "static" / "source.js").read_bytes() == SOURCE_SCRIPT.read_bytes()
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert names == set(static_page.MODEL_FILES), "nothing else of the model is published"
+    assert names == set(static_page.PAGE_MODEL_FILES), "nothing else of the model is published"
     about = yaml.safe_load((page / "README.md").read_text("utf-8").split("---\n")[1])
     assert about["sdk"] == "static" and about["custom_headers"]["cross-origin-opener-policy"] == "same-origin"
     assert "models" not in about and "O modelo: cc-by-sa-4.0." in (page / "README.md").read_text("utf-8")
@@ -108,13 +108,13 @@ def test_the_folder(page, library, tmp_path):
 def fotos(tmp_path_factory) -> Path:
     """Fifty pictures: photographs of scikit-image as JPEG, one of them lying, and drawings of OpenMoji as PNG."""
     folder = tmp_path_factory.mktemp("fotos")
-    for name in PHOTOS:
-        image, exif = photo(name).convert("RGB"), Image.Exif()
+    for name in CLASS_PHOTOGRAPHS:
+        image, exif = load_photo(name).convert("RGB"), Image.Exif()
         if name == "chelsea":
             image, exif[0x0112] = image.transpose(Image.Transpose.ROTATE_90), 6
         image.save(folder / f"{name}.jpg", quality=92, exif=exif)
-    emoji = [*DRAWINGS, *(pictures[0].emoji for pictures in concept_rows().values())]
-    for code in list(dict.fromkeys(emoji))[: NUMBER - len(PHOTOS) - 1]:
+    emoji = [*DRAWINGS, *(pictures[0].emoji for pictures in load_concepts().values())]
+    for code in list(dict.fromkeys(emoji))[: NUMBER - len(CLASS_PHOTOGRAPHS) - 1]:
         (folder / f"{code}.png").write_bytes(render_png(code))
     transparent = Image.new("RGBA", (300, 200))
     transparent.paste((200, 30, 40, 255), (60, 40, 240, 160))
@@ -204,8 +204,8 @@ def looks_closely(visitor: Visitor) -> None:
     page = visitor.page
     visitor.finds("um gato")
     page.click(".tile[title='chelsea.jpg']")
-    page.wait_for_function(f"document.getElementById('viewer-picture').naturalWidth === {photo('chelsea').width}")
-    width, height = photo("chelsea").size
+    page.wait_for_function(f"document.getElementById('viewer-picture').naturalWidth === {load_photo('chelsea').width}")
+    width, height = load_photo("chelsea").size
     facts = page.locator("#viewer-facts").inner_text()
     assert "kB" in facts and "(arquivo)" in facts and f"{width} × {height} pixels" in facts, "turned upright"
     assert page.locator("#download").is_hidden(), "it is the visitor's own"

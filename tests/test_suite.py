@@ -18,10 +18,10 @@ from towers import gemma_like, siglip2
 
 from capivara_common.files import read_json
 from eval import suite
-from eval.benchmarks import FOLDER, read_benchmark
+from eval.benchmarks import BENCHMARKS_FOLDER, read_benchmark
 from eval.prompts import load_prompts
 from eval.records.schema import read_records
-from eval.suite import main, suite_rows
+from eval.suite import main, build_suite_rows
 from modeling_capivara.loading import load_model
 
 
@@ -62,7 +62,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_every_benchmark_on_its_layout(models, data, tmp_path, capsys, monkeypatch):
     """By one template of each class: embedding all would take most of the time."""
-    few = lambda prompts: replace(prompts, filled=[filled[:1] for filled in prompts.filled])  # noqa: E731
+    few = lambda prompts: replace(prompts, class_prompts=[filled[:1] for filled in prompts.class_prompts])  # noqa: E731
     monkeypatch.setattr("eval.classification.load_prompts", lambda *words: few(load_prompts(*words)))
     keys = [key for key in BENCHMARKS if key != "babel-imagenet"]  # has a test of its own
     for key in keys:
@@ -182,14 +182,14 @@ def test_a_suite_that_was_stopped_continues_to_the_same_table(models, data, tmp_
     given |= {"protocol": "authors", "authors_file": tmp_path / "prompts.py"}
     given = flags(tmp_path / "out", "--only", "hateful-memes", "mnist", **given)
     main([*given, "--cache_dir", "off", "--output", str(tmp_path / "whole")])
-    measure = suite.measure
+    measure = suite.run_measurement
 
     def measure_and_stop(*arguments):
         measure(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(suite, "measure", measure_and_stop)
+        patch.setattr(suite, "run_measurement", measure_and_stop)
         main(given)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")}
     assert kept and not (tmp_path / "out" / "suite.json").exists()
@@ -225,22 +225,22 @@ def measured(benchmark, role: str, run: int, value: float, n: int) -> dict:
 
 
 def test_the_average_needs_all_twenty_of_every_model():
-    average = read_benchmark(FOLDER / "elevater.json")
+    average = read_benchmark(BENCHMARKS_FOLDER / "elevater.json")
     pairs, runs = [(BENCHMARKS[key], "pt") for key in ELEVATER], {"baseline": 1, "capivara": 2}
     of_runs = [(role, run) for role, number in runs.items() for run in range(number)]
     values = [measured(b, *one, (place + one[1]) / 100, 5) for place, (b, _) in enumerate(pairs) for one in of_runs]
-    rows, left_out = suite_rows(pairs, values, runs, protocol="authors")
+    rows, left_out = build_suite_rows(pairs, values, runs, protocol="authors")
     assert [row["benchmark"] for row in rows] == [*ELEVATER, average.key] and not left_out
     row = rows[-1]
     assert row["baseline"]["measured"]["mean"] == pytest.approx(9.5) and row["metric"] == "average"
     assert row["capivara"]["measured"] == {"mean": pytest.approx(10.0), "std": pytest.approx(0.5**0.5), "runs": 2}
     assert row["capivara"]["published"] == {"mean": 57.51, "std": 0.02} and row["images"] is None
     assert row["like_for_like"] is all(other["like_for_like"] for other in rows[:-1])
-    rows, left_out = suite_rows(pairs, values[1:], runs)
+    rows, left_out = build_suite_rows(pairs, values[1:], runs)
     assert average.key not in {row["benchmark"] for row in rows} and left_out[0].startswith("ELEVATER average: left")
     row = next(row for row in rows if row["benchmark"] == values[0]["benchmark"])
     assert row[values[0]["role"]]["measured"] is None, "a mean of fewer runs would mislead"
-    rows, left_out = suite_rows(pairs[:19], values, runs)
+    rows, left_out = build_suite_rows(pairs[:19], values, runs)
     assert average.key not in {row["benchmark"] for row in rows} and "since 19 of its 20 sets ran" in left_out[0]
 
 
@@ -250,7 +250,7 @@ def test_what_is_like_for_like():
     cases += [("dtd", "pt", 1879, "authors", False), ("babel-imagenet", "xh", 3, "ours", True)]
     for key, language, images, protocol, expected in cases:
         values = [measured(BENCHMARKS[key], "capivara", 0, 0.5, images) | {"language": language}]
-        ((row,), _) = suite_rows([(BENCHMARKS[key], language)], values, {"capivara": 1}, protocol=protocol)
+        ((row,), _) = build_suite_rows([(BENCHMARKS[key], language)], values, {"capivara": 1}, protocol=protocol)
         assert row["like_for_like"] is expected
         assert row["capivara"]["difference"] == (pytest.approx(50 - 42.34) if key == "dtd" else None)
 
@@ -296,10 +296,10 @@ def test_two_processes_give_the_bits_of_one(models, data, tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_babel_takes_the_images_of_imagenet(models, tmp_path, monkeypatch):
-    few = lambda prompts: replace(prompts, filled=[filled[:1] for filled in prompts.filled])  # noqa: E731
+    few = lambda prompts: replace(prompts, class_prompts=[filled[:1] for filled in prompts.class_prompts])  # noqa: E731
     monkeypatch.setattr("eval.classification.load_prompts", lambda *words: few(load_prompts(*words)))
     prompts = load_prompts("imagenet-1k", "babel", language="xh")
-    known = [name for place in prompts.indices if "/" not in (name := prompts.names_en[place])][:3]
+    known = [name for place in prompts.class_indices if "/" not in (name := prompts.english_names[place])][:3]
     for number, name in enumerate([*known, "tench", "goldfish"]):  # which Xhosa has no names for
         (tmp_path / "imagenet-1k" / name).mkdir(parents=True)
         picture(number).save(tmp_path / "imagenet-1k" / name / "0.png")

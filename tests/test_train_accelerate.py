@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import train_accelerate
 from capivara_common.files import RUN_MARKER, lock_folder
 from eval.retrieval import main as evaluate
-from hub_upload.card import check
+from hub_upload.card import find_card_faults
 from modeling_capivara.loading import load_model, load_processor
 from training.interpolate import main as interpolate
 
@@ -70,7 +70,7 @@ def test_a_run_and_all_that_it_leaves(finished, tiny_dataset_folder):
     table = (out / "table.md").read_text(encoding="utf-8")
     assert "Baseline" in table and "CAPIVARA" in table and "| – | – |" in table and "95 % interval" not in table
     assert "R@5" in (card := (out / "README.md").read_text(encoding="utf-8")) and "R@10" not in card
-    assert check(out) == [] and '"repo_id": null' in card and not (out / RUN_MARKER).exists()
+    assert find_card_faults(out) == [] and '"repo_id": null' in card and not (out / RUN_MARKER).exists()
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from transformers import SiglipConfig
 
 from benchmarks import timing
 from benchmarks import train_step as bench
-from benchmarks.train_step import PEER, PRECISIONS, PROGRAMS, Engine, TrainStepArguments, measure_ours
+from benchmarks.train_step import PEER_PROGRAM, PRECISION_NAMES, PROGRAMS, TrainingEngine, TrainStepArguments, measure_ours
 
 SIGLIP = SiglipConfig(text_config=TOWER | {"vocab_size": 300, "projection_size": 32}, vision_config=VISION)
 
@@ -20,7 +20,7 @@ SIGLIP = SiglipConfig(text_config=TOWER | {"vocab_size": 300, "projection_size":
 def config(monkeypatch):
     """Toy widths of both architectures."""
     monkeypatch.setattr(
-        bench, "published_config", lambda args: {"capivara": tiny_config(), "siglip2": SIGLIP}[args.model]
+        bench, "build_published_config", lambda args: {"capivara": tiny_config(), "siglip2": SIGLIP}[args.model]
     )
 
 
@@ -51,7 +51,7 @@ def test_a_run_of_ours(program, changes):
 
 def test_texts_are_padded_to_the_longest_of_a_micro_batch():
     config = tiny_config()
-    ids, (texts, _) = bench.random_texts(config, 200), bench.random_batch(config, worker(pairs=200, micro=16))
+    ids, (texts, _) = bench.make_random_texts(config, 200), bench.make_random_batch(config, worker(pairs=200, micro=16))
     lengths = (ids != 1).sum(dim=1)
     assert ids.shape == (200, 77) and abs(lengths.float().mean() - 20) < 1 and lengths.tolist() == sorted(lengths)
     for batch, of in zip(texts, lengths.split(16), strict=True):
@@ -62,7 +62,7 @@ def test_texts_are_padded_to_the_longest_of_a_micro_batch():
 @pytest.mark.parametrize("cached", [True, False])
 def test_the_text_tower_alone_is_trained_with_dropout(cached):
     config, args = tiny_config(), worker("cache" if cached else "no_cache")
-    engine, batch = Engine(config, args), bench.random_batch(config, args)
+    engine, batch = TrainingEngine(config, args), bench.make_random_batch(config, args)
     assert batch[1].ndim == (2 if cached else 4)
     engine.args.learning_rate, engine.args.min_learning_rate = 1e-3, 1e-3
     before = weights_of(engine.model)
@@ -76,7 +76,7 @@ def test_the_text_tower_alone_is_trained_with_dropout(cached):
 
 def test_siglip_is_trained_under_its_own_loss():
     args = worker("no_cache", model="siglip2")
-    engine, batch = Engine(SIGLIP, args), bench.random_batch(SIGLIP, args)
+    engine, batch = TrainingEngine(SIGLIP, args), bench.make_random_batch(SIGLIP, args)
     texts = torch.cat([part.input_ids for part in batch[0]])
     assert texts.shape == (7, 64) and [part.attention_mask for part in batch[0]] == [None] * 3
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_the_real_trainer_trains_the_text_tower_alone(monkeypatch, accum, precis
     monkeypatch.setattr(convert_open_clip, "build_open_clip_model", built)
     # No warm-up: the weights move.
     monkeypatch.setattr(open_clip_train.scheduler, "cosine_lr", lambda optimizer, *_: lambda step: None)
-    args = worker(PEER, pairs=2 * accum, peer_micro=2, precision=precision, steps=4)
+    args = worker(PEER_PROGRAM, pairs=2 * accum, peer_micro=2, precision=precision, steps=4)
     results = bench.measure_open_clip(args)
     ((model, before),) = seen
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -131,10 +131,10 @@ def test_the_real_trainer_trains_siglip(monkeypatch):
     monkeypatch.setattr(open_clip_train.scheduler, "cosine_lr", lambda optimizer, *_: lambda step: None)
     config = SiglipConfig(text_config=SIGLIP.text_config, vision_config=VISION | {"image_size": 160})
     before = weights_of(model)
-    args = worker(PEER, model="siglip2", pairs=4, peer_micro=2, precision="bf16")
-    theirs = bench.open_clip_arguments(args)
+    args = worker(PEER_PROGRAM, model="siglip2", pairs=4, peer_micro=2, precision="bf16")
+    theirs = bench.parse_open_clip_arguments(args)
     assert theirs.siglip and theirs.accum_freq == 2 and theirs.lock_image and theirs.grad_checkpointing
-    monkeypatch.setattr(bench, "published_config", lambda args: config)
+    monkeypatch.setattr(bench, "build_published_config", lambda args: config)
     results = bench.measure_open_clip(args)
     trained = moved(model, before)
     assert {"logit_bias", "text.token_embedding.weight"} <= trained, "the bias is in its loss alone"
@@ -143,13 +143,13 @@ def test_the_real_trainer_trains_siglip(monkeypatch):
 
 
 def test_open_clips_arguments_and_optimizer_are_those_of_its_command():
-    theirs = bench.open_clip_arguments(TrainStepArguments(pairs=12, peer_micro=4, precision="bf16"))
+    theirs = bench.parse_open_clip_arguments(TrainStepArguments(pairs=12, peer_micro=4, precision="bf16"))
     assert (theirs.batch_size, theirs.accum_freq, theirs.precision) == (4, 3, "amp_bfloat16")
     assert theirs.lock_image and theirs.grad_checkpointing and theirs.world_size == 1
     assert (theirs.beta1, theirs.beta2, theirs.eps, theirs.wd) == (0.9, 0.98, 1e-6, 0.2), "open_clip's for a ViT"
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "ln": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
     model["b"].requires_grad_(False)
-    free, decayed = bench.open_clip_optimizer(model, theirs).param_groups
+    free, decayed = bench.build_open_clip_optimizer(model, theirs).param_groups
     assert [id(p) for p in decayed["params"]] == [id(model["a"].weight)] and decayed["weight_decay"] == 0.2
     assert len(free["params"]) == 3 and free["weight_decay"] == 0.0, "matrices alone decay"
 
@@ -163,18 +163,18 @@ def test_programs_alternate_and_the_ratio_is_the_median_of_the_rounds(beside, mo
     seen, ours = [], {"no_cache": 4.0, "cache": 6.0, "cache_recomputed": 5.0}
 
     def run(module, root, worker, **flags):
-        seen.append((worker, root != timing.ROOT))
+        seen.append((worker, root != timing.CODE_ROOT))
         slower = 1 + ((len(seen) - 1) // (10 if beside else 9) == 1)
-        rate = (1.0 if worker == PEER else ours[worker]) / slower / (1 + (root != timing.ROOT))
+        rate = (1.0 if worker == PEER_PROGRAM else ours[worker]) / slower / (1 + (root != timing.CODE_ROOT))
         return {"pairs_per_second": rate, "peak_memory_bytes": 5 * 2**30}
 
-    monkeypatch.setattr(timing, "in_own_process", run)
+    monkeypatch.setattr(timing, "run_in_process", run)
     flags = ["--pairs", "8", "--micro", "4", "--peer_micro", "4", "--runs", "3", *["--beside", str(tmp_path)] * beside]
     bench.main([*flags, "--output", str(tmp_path / "o.json")])
     results = json.loads((tmp_path / "o.json").read_text())
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == results, "JSON is the last line"
     measured = results["measured"]["float32"]
-    assert set(results["measured"]) == set(PRECISIONS.values())
+    assert set(results["measured"]) == set(PRECISION_NAMES.values())
     assert results["recipe"]["step_s"] == 2816 / 5.0 and results["recipe"]["peak_memory_bytes"] == 5 * 2**30
     assert measured["cache"]["pairs_per_second"] == {"median": 6.0, "slowest": 3.0, "fastest": 6.0}
     if beside:
@@ -183,4 +183,4 @@ def test_programs_alternate_and_the_ratio_is_the_median_of_the_rounds(beside, mo
     else:
         assert [worker for worker, _ in seen] == ["cache_recomputed", *PROGRAMS, *PROGRAMS] * 3
         assert measured["no_cache"]["ratio"] == 4.0 and measured["cache"]["ratio"] == 6.0
-        assert results["peer_accum"] == 2 and measured[PEER]["ratio"] == 1.0 and set(measured) == set(PROGRAMS)
+        assert results["peer_accum"] == 2 and measured[PEER_PROGRAM]["ratio"] == 1.0 and set(measured) == set(PROGRAMS)

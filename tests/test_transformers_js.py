@@ -22,8 +22,8 @@ from tiny import TINY_VISION, randomise, tiny_config
 from tokenizers import Tokenizer, normalizers
 from transformers import AutoProcessor, pipeline
 
-from hub_upload.export import export, main
-from hub_upload.formats.transformers_js import write_tokenizer
+from hub_upload.export import export_model, main
+from hub_upload.formats.transformers_js import write_converted_tokenizer
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clean_text
 
 pytestmark = pytest.mark.slow
@@ -46,7 +46,7 @@ def source(tmp_path_factory, tiny_processor):
 @pytest.fixture(scope="module")
 def repository(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("js") / "repository"
-    export(source, folder, ["transformers", "transformers_js"])
+    export_model(source, folder, ["transformers", "transformers_js"])
     return folder
 
 
@@ -126,7 +126,7 @@ def test_tokens_are_the_same(xlmr, packages, tmp_path):
     processor = xlmr[0]
     processor.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "capivara"}')
-    write_tokenizer(tmp_path)
+    write_converted_tokenizer(tmp_path)
     given = [text for text in (*PLAIN, *AWKWARD, *LONG.values(), *TYPED) if len(text) < 20_000]
     texts = [text for text in given if text.isascii() or not any(unicodedata.category(c) == "Cs" for c in text)]
     texts += [clean_text(text) for text in texts]

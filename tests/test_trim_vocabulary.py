@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from capivara_common.image_encoder_digest import image_encoder_digest
 from capivara_search.models import load_text_tower
-from examples.openmoji.concepts import concept_rows
+from examples.openmoji.concepts import load_concepts
 from modeling_capivara import CapivaraConfig, CapivaraModel, CapivaraProcessor, CapivaraTokenizer
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.trim_vocabulary import check_tokenization, trim_tokenizer, main, trim
@@ -174,7 +174,7 @@ def test_ten_thousand_sentences_with_the_real_vocabulary(xlmr, tmp_path):
     ids, pieces = whole.tokenizer.get_vocab(), small.tokenizer.get_vocab()
     assert len(ids) == 250_002 and 20_000 < len(pieces) < 60_000
     order = [ids[piece] for piece in sorted(pieces, key=pieces.get)]
-    pictures = [picture for found in concept_rows().values() for picture in found]
+    pictures = [picture for found in load_concepts().values() for picture in found]
     names = {caption for picture in pictures for caption in (*picture.captions_pt, *picture.captions_en)}
     patterns = ("uma foto de {}", "vemos {} ao pôr do sol", "two people and {}")
     texts = [pattern.format(name) for name in sorted(names) for pattern in patterns]
@@ -192,17 +192,17 @@ def test_ten_thousand_sentences_with_the_real_vocabulary(xlmr, tmp_path):
 def test_every_export_that_a_smaller_vocabulary_allows(trimmed, tmp_path, caplog):
     import open_clip
 
-    from hub_upload.export import export
-    from hub_upload.formats.onnx import open_graph
+    from hub_upload.export import export_model
+    from hub_upload.formats.onnx import open_session
 
     caplog.set_level("INFO", "capivara")
-    export(trimmed, tmp_path / "repository")
+    export_model(trimmed, tmp_path / "repository")
     said = [line for line in caplog.messages if "open_clip" in line]
     assert len(said) == 1 and said[0].startswith("open_clip is left out") and "trimmed to" in said[0]
     expected = embeds(trimmed, KEPT[:3])
     torch.testing.assert_close(embeds(tmp_path / "repository", KEPT[:3]), expected, atol=1e-6, rtol=0)
     assert CapivaraConfig.from_pretrained(tmp_path / "repository").trimmed_vocabulary["of"] == 300
-    graph = open_graph(tmp_path / "repository/onnx/text_model.onnx")
+    graph = open_session(tmp_path / "repository/onnx/text_model.onnx")
     (found,) = graph.run(None, dict(load_processor(trimmed)(text=KEPT[:3], return_tensors="np")))
     torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=0)
     name = f"local-dir:{tmp_path / 'open_clip'}"  # of open_clip alone, with the text tower's configuration

@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from hub_upload.formats.open_clip import save_state
+from hub_upload.formats.open_clip import save_state_dict
 from modeling_capivara.convert_open_clip import to_open_clip_model_cfg, to_open_clip_state_dict, to_preprocess_cfg
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import IMAGE_ENCODER_PREFIXES
@@ -169,5 +169,5 @@ def as_open_clip(source: Path, folder: Path) -> Path:
     model_cfg = to_open_clip_model_cfg(model.config, str(folder / "text"), processor.image_processor.size["shortest_edge"])
     settings = {"model_cfg": model_cfg, "preprocess_cfg": pixels}
     (folder / "open_clip_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    save_state(to_open_clip_state_dict(model), folder / "open_clip_model.safetensors")
+    save_state_dict(to_open_clip_state_dict(model), folder / "open_clip_model.safetensors")
     return folder

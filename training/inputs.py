@@ -33,7 +33,7 @@ from capivara_common.tasks import split_rows
 from caption_data.pairs import check_bad_share, missing_columns, build_pair_table, pairs_fingerprint, list_skipped_rows, drop_invalid
 from caption_data.rows import SkippedRow, json_digest
 from caption_data.sources import Split, open_split
-from eval.embeddings import FILES_VERSION, Bad, EmbeddingCache, vectors_of
+from eval.embeddings import EMBEDDING_FORMAT_VERSION, BadRows, EmbeddingCache, vectors_to_array
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import (
     IMAGE_ENCODER_PREFIXES,
@@ -157,7 +157,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
         vectors = embed_images(base, processor, validation, args.embedding_batch_size, "Images, validation")
     else:
         _check_no_bad_rows(validation := cached(validation))
-        vectors = torch.from_numpy(vectors_of(validation.table.data.table).astype(np.float32))
+        vectors = torch.from_numpy(vectors_to_array(validation.table.data.table).astype(np.float32))
         training = list(map(cached, training))
     training, skipped = drop_invalid_pairs(training, args)
     return TrainingInputs(
@@ -273,7 +273,7 @@ def load_cached_embeds(training: list[PairDataset], plan: StepPlan) -> Tensor:
     places = [np.flatnonzero(plan.dataset_indices == number) for number in range(len(training))]
     found = []
     for pairs, own in zip(training, places, strict=True):
-        vectors = vectors_of(pairs.vectors[plan.rows[own]]).reshape(len(own), pairs.augmented_views, -1)
+        vectors = vectors_to_array(pairs.vectors[plan.rows[own]]).reshape(len(own), pairs.augmented_views, -1)
         found.append(vectors[np.arange(len(own)), plan.views[own]])
     return torch.from_numpy(np.concatenate(found)[np.argsort(np.concatenate(places))].astype(np.float32))
 
@@ -341,7 +341,7 @@ def open_image_cache(model: PreTrainedModel, pairs: PairDataset, root: Path, pre
         images.update("".join(digest or "-" for digest in chunk["digest"]).encode())
     parts = {
         "version": PIXELS_VERSION,
-        "files": FILES_VERSION,
+        "files": EMBEDDING_FORMAT_VERSION,
         "tower_weights": weights_digest(model, IMAGE_ENCODER_PREFIXES),
         "tower_config": hashlib.blake2b(model.config.vision_config.to_json_string().encode()).hexdigest()[:32],
         "preprocessing": json.loads(pairs.processor.image_processor.to_json_string()),
@@ -366,7 +366,7 @@ def add_vectors(
     """
     cache = open_image_cache(model, pairs, root, accelerator.mixed_precision)
     views, width = row = (pairs.augmented_views, embedding_width(model.config))
-    missing, is_usable = cache.missing(), np.asarray(pc.equal(pairs.table.data.column("reason"), ""))
+    missing, is_usable = cache.find_missing(), np.asarray(pc.equal(pairs.table.data.column("reason"), ""))
     if missing and accelerator.is_main_process:
         size = len(pairs) * views * width * 2 / 1e6
         logger.info(f"Image-embedding cache: {len(pairs):,} images x {views} views, {size:,.1f} MB in {cache.folder}.")
@@ -375,8 +375,8 @@ def add_vectors(
         items = [(0, pair, view) for pair in part if is_usable[pair] for view in range(views)]
         return [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
 
-    def embedded(numbers: list[int]) -> Iterator[tuple[np.ndarray, Bad]]:
-        own = [cache.parts[number] for number in numbers]
+    def embedded(numbers: list[int]) -> Iterator[tuple[np.ndarray, BadRows]]:
+        own = [cache.shards[number] for number in numbers]
         # One set of workers for all shards: opening them anew costs seconds.
         ahead = prefetch_pixels([pairs], (batch for part in own for batch in batches_of(part)), workers)
         bar = {"desc": f"Images, {pairs.source.display_name}", "unit": "image", "disable": not accelerator.is_main_process}
@@ -398,8 +398,8 @@ def add_vectors(
                     progress.update(len(batch) / views)
                 yield embeds, bad
 
-    cache.make(missing, embedded)
-    made, table = cache.table(), pairs.table.data.table
+    cache.make_shards(missing, embedded)
+    made, table = cache.load_table(), pairs.table.data.table
     for name in ("reason", "detail"):  # a row has that of the table or that of the cache, never both
         both = pc.binary_join_element_wise(table[name], made[name], "")
         table = table.set_column(table.column_names.index(name), name, both)

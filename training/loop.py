@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from capivara_common.image_files import BadImage
 from caption_data.pairs import check_bad_share
 from caption_data.rows import SkippedRow, write_skipped_rows
-from eval.retrieval import embed_captions, validation_measures
+from eval.retrieval import embed_captions, compute_validation_metrics
 from modeling_capivara.two_towers import embedding_width, uses_sigmoid_loss
 from training.arguments import RunArguments
 from training.checkpoints import Checkpoints, TrainingState, handle_signals
@@ -245,5 +245,5 @@ class TrainingLoop:
             embeddings = embed_captions(*split)
             own = torch.arange(len(embeddings.image_embeds))
             loss = lambda texts, images: select_loss(self.model)(texts, images, self.model.logit_scale, own)  # noqa: E731
-            measures = [validation_measures(embeddings, loss)]
+            measures = [compute_validation_metrics(embeddings, loss)]
         return broadcast_object_list(measures)[0]

@@ -1,7 +1,7 @@
 """Benchmarks as data: a JSON file each says where the data come from, how they are measured and what was published.
 
     flickr = load_benchmarks()["flickr30k-pt"]
-    flickr.published_figure("baseline", "text_to_image")  # {"mean": 76.23}, per cent
+    flickr.get_published_figure("baseline", "text_to_image")  # {"mean": 76.23}, per cent
 
 Published figures are those of CAPIVARA's model card and paper, and of others where `protocol_note` says so, in per
 cent; what was not published is absent. A Hub id that was not looked up is null: such data are taken from a local path
@@ -16,8 +16,8 @@ from typing import Any
 from capivara_common.files import read_json
 from eval.records.schema import DIRECTIONS
 
-FOLDER = Path(__file__).resolve().parent
-OWN_CLASSES = ("CapivaraModel", "CustomTextCLIP")  # CAPIVARA's, and open_clip's of the same towers
+BENCHMARKS_FOLDER = Path(__file__).resolve().parent
+CAPIVARA_CLASSES = ("CapivaraModel", "CustomTextCLIP")  # CAPIVARA's, and open_clip's of the same towers
 SUITES = ("paper", "elevater", "beyond", "retrieval", "classification")  # "paper" has all of them
 
 
@@ -58,7 +58,7 @@ class Benchmark:
         return (self.language, *self.other_languages)
 
     @property
-    def all_languages(self) -> tuple[str, ...]:
+    def available_languages(self) -> tuple[str, ...]:
         """Codes of the languages that may be asked for."""
         return self.known_languages or self.languages
 
@@ -67,7 +67,7 @@ class Benchmark:
         """Of retrieval both, else an empty one, as in records."""
         return DIRECTIONS if self.task == "retrieval" else ("",)
 
-    def published_figure(self, model: str, direction: str = "") -> dict[str, float] | None:
+    def get_published_figure(self, model: str, direction: str = "") -> dict[str, float] | None:
         """`mean`, and `std` where it was published, in per cent, of the benchmark's metric and language."""
         figure = (self.published | self.bases).get(model)
         return figure.get(direction) if figure and self.task == "retrieval" else figure
@@ -81,22 +81,22 @@ def load_benchmarks() -> dict[str, Benchmark]:
         suite = benchmark.suite
         return "beyond" in suite, benchmark.task != "retrieval", "elevater" not in suite, benchmark.title.casefold()
 
-    found = sorted(map(read_benchmark, FOLDER.glob("*.json")), key=order)
+    found = sorted(map(read_benchmark, BENCHMARKS_FOLDER.glob("*.json")), key=order)
     return {benchmark.key: benchmark for benchmark in found if benchmark.task != "average"}
 
 
-def published_as(name: str, role: str, model_class: str, loss: str) -> str | None:
-    """What `published_figure` knows a model by: a base's own name, else its role if it is of CAPIVARA's kind."""
+def find_published_name(name: str, role: str, model_class: str, loss: str) -> str | None:
+    """What `get_published_figure` knows a model by: a base's own name, else its role if it is of CAPIVARA's kind."""
     base = Path(name).name.casefold()
     if any(base in benchmark.bases for benchmark in load_benchmarks().values()):
         return base
-    return role if (model_class in OWN_CLASSES and loss == "contrastive") else None
+    return role if (model_class in CAPIVARA_CLASSES and loss == "contrastive") else None
 
 
-def published_base(pair: dict[str, Any]) -> tuple[float, str] | None:
+def get_published_base(pair: dict[str, Any]) -> tuple[float, str] | None:
     """What was published of a pair's base, a share, and its source; None where that is not what was measured.
 
-    `pair` is of `eval.records.tables.pairs_of`.
+    `pair` is of `eval.records.tables.pair_with_baselines`.
     """
     value, benchmark = pair["baseline"], load_benchmarks().get(pair["dataset"])
     if not value or not benchmark or pair["dim"]:
@@ -104,7 +104,7 @@ def published_base(pair: dict[str, Any]) -> tuple[float, str] | None:
     name = Path(str(value.measured[0].file.content.get("model"))).name.casefold()
     measured = pair["language"], pair["metric"], pair["n"]
     same = measured == (benchmark.language, benchmark.metric, benchmark.test_images)
-    figure = benchmark.published_figure(name, pair["direction"]) if same and name in benchmark.bases else None
+    figure = benchmark.get_published_figure(name, pair["direction"]) if same and name in benchmark.bases else None
     return figure and (figure["mean"] / 100, benchmark.bases_from)
 
 
@@ -117,7 +117,7 @@ def read_benchmark(path: Path) -> Benchmark:
         raise ValueError(f"{path.name} is no benchmark: {error}.") from error
 
 
-def locate(benchmark: Benchmark, folder: Path | None) -> dict[str, Any]:
+def locate_data(benchmark: Benchmark, folder: Path | None) -> dict[str, Any]:
     """Where the data of a benchmark are: in `folder` under its key, or on the Hub.
 
     That is `data`, a path or Hub id, whether it is `local`, and the `reason` why there are none, or "".

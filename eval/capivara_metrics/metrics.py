@@ -10,33 +10,33 @@ from sklearn.metrics import precision_recall_curve, roc_auc_score
 from torch import Tensor
 
 RECALL_CUTOFFS = (1, 5, 10)  # CAPIVARA (arXiv 2310.13683) reports the mean of these three
-BLOCK_ELEMENTS = 2**22  # scores of a block, 16 MiB in float32: so small, their memory is taken from the last block's
-KEPT_ELEMENTS = 2**27  # scores that both directions are counted in, 512 MiB in float32; more are computed twice
-COMPARED_ELEMENTS = 2**20  # scores at once where they are there: they stay in a processor's cache
-BLOCK_QUERIES = 32  # at least, however many items there are: fewer would read all items for hardly any scores
+BLOCK_SCORES = 2**22  # scores of a block, 16 MiB in float32: so small, their memory is taken from the last block's
+MAX_STORED_SCORES = 2**27  # scores that both directions are counted in, 512 MiB in float32; more are computed twice
+COMPARISON_BLOCK_SCORES = 2**20  # scores at once where they are there: they stay in a processor's cache
+MIN_BLOCK_QUERIES = 32  # at least, however many items there are: fewer would read all items for hardly any scores
 
 
-def ranks_of(scores: Tensor, right: Tensor) -> Tensor:
+def ranks_from_mask(scores: Tensor, is_relevant: Tensor) -> Tensor:
     """(queries,), how many wrong items score at least as high as the best right one: 0 is a hit at rank 1.
 
     Of scores (queries, items) and of which items are right (queries, items); a tie counts against the query.
     """
-    wrong = ~right
+    wrong = ~is_relevant
     best = scores.masked_fill(wrong, -torch.inf).amax(dim=1, keepdim=True)
     return ((scores >= best) & wrong).sum(dim=1, dtype=torch.int32).long()
 
 
 @torch.no_grad()
 def retrieval_ranks(query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor) -> Tensor:
-    """(queries,), `ranks_of` unit-length embeddings (queries, width) among (items, width).
+    """(queries,), `ranks_from_mask` unit-length embeddings (queries, width) among (items, width).
 
     An item is right when its group, of (items,), is the query's, of (queries,): an image and its captions share one.
     ValueError where a query has no right item, or an embedding is not finite.
     """
     _check_embeddings(query_embeds, item_embeds, query_groups, item_groups)
-    block_size = max(BLOCK_QUERIES, BLOCK_ELEMENTS // len(item_embeds))
+    block_size = max(MIN_BLOCK_QUERIES, BLOCK_SCORES // len(item_embeds))
     blocks = zip(query_embeds.split(block_size), query_groups.split(block_size), strict=True)
-    return torch.cat([ranks_of(queries @ item_embeds.T, groups[:, None] == item_groups) for queries, groups in blocks])
+    return torch.cat([ranks_from_mask(queries @ item_embeds.T, groups[:, None] == item_groups) for queries, groups in blocks])
 
 
 @torch.no_grad()
@@ -46,18 +46,18 @@ def cross_modal_ranks(
     """`retrieval_ranks` of the queries among the items (queries,), and of the items among the queries (items,)."""
     there = query_embeds, item_embeds, query_groups, item_groups
     back = item_embeds, query_embeds, item_groups, query_groups
-    if len(query_embeds) * len(item_embeds) > KEPT_ELEMENTS:
+    if len(query_embeds) * len(item_embeds) > MAX_STORED_SCORES:
         return retrieval_ranks(*there), retrieval_ranks(*back)
     _check_embeddings(*there)
     _check_embeddings(*back)
-    scores, block_size = query_embeds @ item_embeds.T, max(1, COMPARED_ELEMENTS // len(item_embeds))
+    scores, block_size = query_embeds @ item_embeds.T, max(1, COMPARISON_BLOCK_SCORES // len(item_embeds))
 
     def blocks() -> Iterator[tuple[Tensor, Tensor]]:
         for block, groups in zip(scores.split(block_size), query_groups.split(block_size), strict=True):
             yield block, groups[:, None] == item_groups
 
-    of_queries = torch.cat([ranks_of(block, right) for block, right in blocks()])
-    # Blocks of items would be read across the rows: of each item, `ranks_of` in two passes over all queries.
+    of_queries = torch.cat([ranks_from_mask(block, right) for block, right in blocks()])
+    # Blocks of items would be read across the rows: of each item, `ranks_from_mask` in two passes over all queries.
     best = torch.stack([block.masked_fill(~right, -torch.inf).amax(dim=0) for block, right in blocks()]).amax(dim=0)
     return of_queries, sum(((block >= best) & ~right).sum(dim=0) for block, right in blocks())
 
@@ -135,19 +135,19 @@ def paired_bootstrap(
     return difference.mean().item(), low, high
 
 
-def ranks_of_scores(scores: Tensor, right_items: Sequence[Sequence[int]]) -> Tensor:
-    """(queries,), `ranks_of` scores (queries, items) by the indices of each query's right items, at least one."""
+def ranks_from_scores(scores: Tensor, relevant_items: Sequence[Sequence[int]]) -> Tensor:
+    """(queries,), `ranks_from_mask` scores (queries, items) by the indices of each query's right items, at least one."""
     _check_finite(scores)
-    if len(scores) != len(right_items):
-        raise ValueError(f"There are {len(scores)} rows of scores for {len(right_items)} queries.")
+    if len(scores) != len(relevant_items):
+        raise ValueError(f"There are {len(scores)} rows of scores for {len(relevant_items)} queries.")
     right = torch.zeros(scores.shape, dtype=torch.bool)
-    for query, items in enumerate(right_items):
+    for query, items in enumerate(relevant_items):
         if not len(items):
             raise ValueError(f"Query {query} has no right item to find.")
         if not all(0 <= item < scores.shape[1] for item in items):
             raise ValueError(f"Query {query} has a right item outside the {scores.shape[1]} items: {list(items)}.")
         right[query, list(items)] = True
-    return ranks_of(scores, right)
+    return ranks_from_mask(scores, right)
 
 
 def median_rank(ranks: Tensor) -> float:

@@ -23,17 +23,17 @@ from capivara_common.privacy import hide_paths, short_name
 
 SCHEMA_VERSION = 2  # of result files and of run.json
 MAX_JSON_BYTES = 64 * 2**20  # a 1000 x 1000 confusion matrix takes 12 MB, indented
-MODEL_NAMES = {"baseline": "Baseline", "capivara": "CAPIVARA"}  # role -> as tables show it
+ROLE_NAMES = {"baseline": "Baseline", "capivara": "CAPIVARA"}  # role -> as tables show it
 TASKS = ("retrieval", "classification", "linear_probe")
 DIRECTIONS = ("text_to_image", "image_to_text")
 RANK_METRICS = ("median_rank",)  # ranks from 1, the lower the better; every other metric is a share
-GAIN = "mean_recall_gain"  # model minus baseline, from -1 to 1
-METRICS = {  # metric -> the task that reports it; beside `recall@k` of any k
-    **dict.fromkeys(("mean_recall", "median_rank", GAIN), "retrieval"),
+GAIN_METRIC = "mean_recall_gain"  # model minus baseline, from -1 to 1
+METRIC_TASKS = {  # metric -> the task that reports it; beside `recall@k` of any k
+    **dict.fromkeys(("mean_recall", "median_rank", GAIN_METRIC), "retrieval"),
     **dict.fromkeys(("accuracy", "mean_per_class_accuracy", "top_5_accuracy", "11point_mAP", "roc_auc"), "classes"),
 }
-LARGEST_K = 10  # of the mean recall
-ROUNDING = 1e-9  # that a computed share may lie outside of its range
+LARGEST_RECALL_CUTOFF = 10  # of the mean recall
+ROUNDING_TOLERANCE = 1e-9  # that a computed share may lie outside of its range
 
 
 # What two figures must share to be compared: fields of `Record`.
@@ -74,20 +74,20 @@ class Record:
         pair = isinstance(ends, tuple) and len(ends) == 2 and all(map(is_number, ends)) and ends[0] <= ends[1]
         self._check("interval_95", ends is None or pair, "two numbers, the low end first")
         self._check("task", self.task in TASKS, f"one of {', '.join(TASKS)}")
-        self._check("model", self.model in MODEL_NAMES, f"one of {', '.join(MODEL_NAMES)}")
+        self._check("model", self.model in ROLE_NAMES, f"one of {', '.join(ROLE_NAMES)}")
         rule = f"one of {', '.join(DIRECTIONS)}" if is_retrieval else "empty"
         self._check("direction", self.direction in (DIRECTIONS if is_retrieval else ("",)), f"{rule} for {self.task}")
         recall = re.fullmatch(r"recall@([1-9]\d{0,8})", self.metric)
-        kind = "retrieval" if recall else METRICS.get(self.metric)
+        kind = "retrieval" if recall else METRIC_TASKS.get(self.metric)
         self._check("metric", kind is not None and (kind == "retrieval") == is_retrieval, f"one of {self.task}")
         low, of = -1 if self.is_gain else 0, f" for {self.metric}"
-        is_share = low - ROUNDING <= self.value <= 1 + ROUNDING
+        is_share = low - ROUNDING_TOLERANCE <= self.value <= 1 + ROUNDING_TOLERANCE
         rule = "a rank from 1" if self.is_rank else f"a share from {low} to 1"
         self._check("value", self.value >= 1 if self.is_rank else is_share, rule, of)
-        self._check("chance", self.chance is None or -ROUNDING <= self.chance <= 1 + ROUNDING, "a share from 0 to 1")
+        self._check("chance", self.chance is None or -ROUNDING_TOLERANCE <= self.chance <= 1 + ROUNDING_TOLERANCE, "a share from 0 to 1")
         for name in ("n", "dim"):
             self._check(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
-        k = int(recall[1]) if recall else LARGEST_K if self.metric.startswith("mean_recall") else 0
+        k = int(recall[1]) if recall else LARGEST_RECALL_CUTOFF if self.metric.startswith("mean_recall") else 0
         # Among so few every query would be a hit.
         self._check("n", not k or self.n > k, f"above {k} for {self.metric}", ": among so few it has no meaning")
 
@@ -104,11 +104,11 @@ class Record:
     @property
     def is_gain(self) -> bool:
         """Whether the value is a difference of two models."""
-        return self.metric == GAIN
+        return self.metric == GAIN_METRIC
 
-    def _check(self, name: str, holds: bool, rule: str, rest: str = "") -> None:
-        if not holds:
-            raise ValueError(f"{name} must be {rule}, got {reprlib.repr(getattr(self, name))}{rest}")
+    def _check(self, name: str, is_valid: bool, rule: str, suffix: str = "") -> None:
+        if not is_valid:
+            raise ValueError(f"{name} must be {rule}, got {reprlib.repr(getattr(self, name))}{suffix}")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class ResultFile:
 
 def write_records(
     path: Path, records: list[Record], *, dataset: str, fingerprint: str | None, model: str, name: str | None = None,
-    skipped: dict[Any, str] | None = None, **parts: Any,
+    skipped: dict[Any, str] | None = None, **metadata: Any,
 ) -> None:  # fmt: skip
     """Write a result file in one piece: what its figures depend on, the records, and further `parts` of the file.
 
@@ -136,10 +136,10 @@ def write_records(
     content = {
         "schema_version": SCHEMA_VERSION,
         "dataset": short_name(name or dataset),
-        "dataset_revision": hub_revision(dataset, "dataset"),
+        "dataset_revision": find_hub_revision(dataset, "dataset"),
         "dataset_fingerprint": fingerprint,
         "model": hide_paths(model),
-        "model_revision": hub_revision(model, "model"),
+        "model_revision": find_hub_revision(model, "model"),
         "versions": package_versions(),
         "seconds": None,
         "skipped_rows": len(skipped),
@@ -147,13 +147,13 @@ def write_records(
         "records": listed,
         "skipped": skipped,
     }
-    write_json(path, content | parts)
+    write_json(path, content | metadata)
 
 
 def read_records(path: Path) -> list[Record]:
     """The records of a result file; ValueError names file, place, value and rule where it has another form."""
     try:
-        content, _ = read_object(path)
+        content, _ = read_json_object(path)
     except ValueError as error:
         raise ValueError(f"{path} {error}.") from error
     try:
@@ -182,7 +182,7 @@ def parse_result(content: dict[str, Any], name: str) -> ResultFile:
     return ResultFile(name, tuple(records), content)
 
 
-def read_object(path: Path) -> tuple[dict[str, Any], bytes]:
+def read_json_object(path: Path) -> tuple[dict[str, Any], bytes]:
     """A JSON object out of a file that may be anybody's, and the file's bytes, for a digest or a search in them.
 
     ValueError, to follow the file's name, where it is no regular file, too large or no JSON object in UTF-8, a number
@@ -194,7 +194,7 @@ def read_object(path: Path) -> tuple[dict[str, Any], bytes]:
         raise ValueError(f"is larger than {MAX_JSON_BYTES // 2**20} MiB")
     data = path.read_bytes()
     try:
-        content = json.loads(data.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_distinct_keys)
+        content = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_check_distinct_keys)
     except RecursionError as error:
         raise ValueError("is no JSON that can be read: it nests too deep") from error
     except ValueError as error:  # also text that is not UTF-8
@@ -209,7 +209,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
 
 
-def hub_revision(name: str, repo_type: str) -> str | None:
+def find_hub_revision(name: str, repo_type: str) -> str | None:
     """Commit of a model or data set that was loaded from the Hub, as its cache tells; None for a local one."""
     if Path(name).exists() or name.count("/") != 1:
         return None
@@ -218,11 +218,11 @@ def hub_revision(name: str, repo_type: str) -> str | None:
     return reference.read_text(encoding="ascii").strip() if reference.is_file() else None
 
 
-def _no_constant(name: str) -> None:
+def _refuse_constant(name: str) -> None:
     raise ValueError(f"it holds {name}")
 
 
-def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _check_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         raise ValueError("a key stands twice in an object")

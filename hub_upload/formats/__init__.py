@@ -17,7 +17,7 @@ from modeling_capivara.text_cleaning_capivara import CONTEXT_LENGTH
 # The part of the text cleaning that typed text needs, for programs that do not run the code of a folder. It follows
 # ftfy, so that it leaves a cleaned text as it is (except for curly quotes from HTML entities beside a "<", where ftfy
 # leaves entities alone). The vocabulary's own normalizer does the rest, except for what only damaged text needs.
-PLAIN_QUOTES = [
+PLAIN_QUOTE_STEPS = [
     {"type": "NFC"},
     *(
         {"type": "Replace", "pattern": {"Regex": marks}, "content": mark}
@@ -26,12 +26,12 @@ PLAIN_QUOTES = [
 ]
 
 
-def text_length(processor: ProcessorMixin) -> int:
+def max_text_tokens(processor: ProcessorMixin) -> int:
     """Tokens of the longest text."""
     return CONTEXT_LENGTH if isinstance(processor, CapivaraProcessor) else processor.tokenizer.model_max_length
 
 
-def base_of(model: Path, base: str) -> Path:
+def resolve_base_folder(model: Path, base: str) -> Path:
     """The folder of the base, a folder or Hub id, whose embeddings of pictures stay with the text side of a model.
 
     Raises ValueError where the two embed pictures otherwise.
@@ -45,11 +45,11 @@ def base_of(model: Path, base: str) -> Path:
     return folder
 
 
-def write_tokenizer(folder: Path, content: dict[str, Any], is_own: bool) -> None:
+def write_tokenizer_json(folder: Path, content: dict[str, Any], is_capivara: bool) -> None:
     """Write a tokenizer.json; CAPIVARA's then reads curly quotes as straight ones, and normalizes accents (NFC)."""
     normalizer = content["normalizer"] or {}
-    if is_own and normalizer.get("normalizers", [])[: len(PLAIN_QUOTES)] != PLAIN_QUOTES:  # not yet, as in an export
-        steps = [*PLAIN_QUOTES, *([normalizer] if normalizer else [])]
+    if is_capivara and normalizer.get("normalizers", [])[: len(PLAIN_QUOTE_STEPS)] != PLAIN_QUOTE_STEPS:  # not yet, as in an export
+        steps = [*PLAIN_QUOTE_STEPS, *([normalizer] if normalizer else [])]
         content = content | {"normalizer": {"type": "Sequence", "normalizers": steps}}
     write_text(folder / "tokenizer.json", json.dumps(content, ensure_ascii=False))
 

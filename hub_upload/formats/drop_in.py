@@ -24,9 +24,9 @@ from capivara_common.image_encoder_digest import image_encoder_digest
 from capivara_common.privacy import short_name
 from capivara_common.weight_file import find_weight_files
 from hub_upload import formats
-from hub_upload.card_values import LICENCES, MARKDOWN_TEMPLATES, code, code_examples, escaped
-from hub_upload.formats import onnx, open_clip, text_length
-from hub_upload.formats.open_clip import check_tensors, digests, save_state
+from hub_upload.card_values import HUB_LICENSES, MARKDOWN_TEMPLATES, to_code, select_code_examples, to_markdown
+from hub_upload.formats import onnx, open_clip, max_text_tokens
+from hub_upload.formats.open_clip import check_tensors, compute_tensor_digests, save_state_dict
 from modeling_capivara.convert_open_clip import (
     BASE_TEXT_MODEL,
     to_capivara_state_dict,
@@ -36,30 +36,30 @@ from modeling_capivara.convert_open_clip import (
 from modeling_capivara.loading import WEIGHTS_FILE, read_card_metadata, load_processor, load_mapped_model, load_mapped_tensors
 from modeling_capivara.two_towers import embedding_width
 
-FACTS, OPEN_CLIP_TEXT = "drop_in.json", "open_clip_text.safetensors"
-TEXT_SIDE = ("text_model.", "text_projection.")
+METADATA_FILE, OPEN_CLIP_TEXT_FILE = "drop_in.json", "open_clip_text.safetensors"
+TEXT_ENCODER_PREFIXES = ("text_model.", "text_projection.")
 # Names of before version 6, which reads them, too (tried: 3.4, 4.1, 5.0, 5.2, 6.2).
-MODULES = "sentence_transformers.models"
-BETWEEN, LAST = "torch.nn.modules.activation.GELU", "torch.nn.modules.linear.Identity"  # what follows a matrix
+SENTENCE_TRANSFORMERS_MODELS = "sentence_transformers.models"
+HIDDEN_ACTIVATION, OUTPUT_ACTIVATION = "torch.nn.modules.activation.GELU", "torch.nn.modules.linear.Identity"  # what follows a matrix
 logger = logging.getLogger("capivara")
 
 
-def write(source: Path, folder: Path, config: PreTrainedConfig, base: str, repo_id: str | None = None) -> None:
+def write_drop_in(source: Path, folder: Path, config: PreTrainedConfig, base: str, repo_id: str | None = None) -> None:
     """Write the text side of the model in `source`, CAPIVARA's or SigLIP's, into an empty folder.
 
     Raises ValueError where the model embeds pictures otherwise than the base (the first tensor or setting that differs
     is named), its text side is the base's, too, or one of the two is damaged.
     """
-    base_folder = formats.base_of(source, base)
-    if digests(_text_side(source)) == digests(_text_side(base_folder)):
+    base_folder = formats.resolve_base_folder(source, base)
+    if compute_tensor_digests(_load_text_tensors(source)) == compute_tensor_digests(_load_text_tensors(base_folder)):
         raise ValueError(f"The text side of {source} is that of {base}, to the bit: there is nothing to exchange.")
     model, processor, is_own = load_mapped_model(source, config), load_processor(source), config.model_type == "capivara"
-    about = {"is_own": is_own, "length": text_length(processor)}
-    denses = _write_tower(model, folder)
+    about = {"is_own": is_own, "length": max_text_tokens(processor)}
+    denses = _write_text_tower(model, folder)
     if is_own:
-        _write_modules(model, folder, denses)
+        _write_sentence_transformers(model, folder, denses)
     about["open_clip"] = _write_open_clip(model, source, base_folder, folder)
-    _write_tokenizer(processor.tokenizer, folder, text_length(processor), is_own)
+    _write_tokenizer(processor.tokenizer, folder, max_text_tokens(processor), is_own)
     del model
     onnx.write_onnx(folder, source, ["text_model"])
     facts = {
@@ -70,18 +70,18 @@ def write(source: Path, folder: Path, config: PreTrainedConfig, base: str, repo_
         "distance": "cosine",
         "unit_length": True,
     }
-    write_json(folder / FACTS, facts)
-    write_text(folder / "README.md", _card(source, folder, facts, repo_id, **about))
+    write_json(folder / METADATA_FILE, facts)
+    write_text(folder / "README.md", _render_card(source, folder, facts, repo_id, **about))
     if (source / "LICENSE").is_file():
         shutil.copyfile(source / "LICENSE", folder / "LICENSE")
 
 
-def _text_side(folder: Path) -> dict[str, Tensor]:
+def _load_text_tensors(folder: Path) -> dict[str, Tensor]:
     tensors = load_mapped_tensors(find_weight_files(folder))
-    return {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_SIDE)}
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_ENCODER_PREFIXES)}
 
 
-def _write_tower(model: PreTrainedModel, folder: Path) -> list[str]:
+def _write_text_tower(model: PreTrainedModel, folder: Path) -> list[str]:
     """The tower, and each matrix of the projection in a folder of its own, compared with the model; their names."""
     model.text_model.save_pretrained(folder)
     written = {f"text_model.{name}": tensor for name, tensor in load_mapped_tensors([folder / WEIGHTS_FILE]).items()}
@@ -90,24 +90,24 @@ def _write_tower(model: PreTrainedModel, folder: Path) -> list[str]:
     denses = [f"{number}_Dense" for number in range(2, 2 + len(matrices))]
     for dense, (name, matrix) in zip(denses, matrices.items(), strict=True):
         settings = {"in_features": matrix.in_features, "out_features": matrix.out_features, "bias": False}
-        settings["activation_function"] = LAST if dense == denses[-1] else BETWEEN
+        settings["activation_function"] = OUTPUT_ACTIVATION if dense == denses[-1] else HIDDEN_ACTIVATION
         write_json(folder / dense / "config.json", settings)
-        save_state({"linear.weight": matrix.weight}, folder / dense / WEIGHTS_FILE)
+        save_state_dict({"linear.weight": matrix.weight}, folder / dense / WEIGHTS_FILE)
         written[f"{name}.weight"] = load_mapped_tensors([folder / dense / WEIGHTS_FILE])["linear.weight"]
-    expected = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(TEXT_SIDE)}
-    check_tensors(folder / WEIGHTS_FILE, written, digests(expected))
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(TEXT_ENCODER_PREFIXES)}
+    check_tensors(folder / WEIGHTS_FILE, written, compute_tensor_digests(expected))
     return denses
 
 
-def _write_modules(model: PreTrainedModel, folder: Path, denses: list[str]) -> None:
+def _write_sentence_transformers(model: PreTrainedModel, folder: Path, dense_folders: list[str]) -> None:
     """What sentence-transformers makes of CAPIVARA's tower and matrices; of SigLIP's tower it makes nothing."""
     modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
     pooling = {"word_embedding_dimension": model.config.text_config.hidden_size}
     pooling |= {f"pooling_mode_{mode}": mode == "mean_tokens" for mode in modes}
     write_json(folder / "1_Pooling/config.json", pooling)
-    kinds = {"": "Transformer", "1_Pooling": "Pooling", **dict.fromkeys(denses, "Dense")}
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", **dict.fromkeys(dense_folders, "Dense")}
     kinds[f"{len(kinds)}_Normalize"] = "Normalize"
-    open_clip.write_modules(folder, [(path, f"{MODULES}.{kind}") for path, kind in kinds.items()])
+    open_clip.write_sentence_modules(folder, [(path, f"{SENTENCE_TRANSFORMERS_MODELS}.{kind}") for path, kind in kinds.items()])
     # transformers' own encoders come with a pooler that mean pooling leaves unused, and would draw one at random.
     kwargs = {"model_args": {"add_pooling_layer": False}} if hasattr(model.text_model, "pooler") else {}
     settings = {"max_seq_length": formats.CONTEXT_LENGTH, "do_lower_case": False} | kwargs
@@ -122,45 +122,45 @@ def _write_open_clip(model: PreTrainedModel, source: Path, base: Path, folder: P
             to_open_clip_model_cfg(model.config, BASE_TEXT_MODEL)
             state = to_open_clip_state_dict(model)
         else:
-            open_clip.check_siglip(model.config)
+            open_clip.check_siglip_supported(model.config)
             with TemporaryDirectory(dir=folder) as place:  # the whole model, with which it is compared
-                state = open_clip.write_siglip(source, Path(place), short_name(str(source)))
+                state = open_clip.write_open_clip_siglip(source, Path(place), short_name(str(source)))
     except (ValueError, ImportError) as error:
         logger.info("open_clip is left out: %s", error)
         return False
     ours = {name: tensor for name, tensor in state.items() if not name.startswith("visual.")}
-    save_state(ours, folder / OPEN_CLIP_TEXT)
+    save_state_dict(ours, folder / OPEN_CLIP_TEXT_FILE)
     if is_own:
-        written = to_capivara_state_dict(state | load_mapped_tensors([folder / OPEN_CLIP_TEXT]))
-        check_tensors(folder / OPEN_CLIP_TEXT, written, digests(model.state_dict()))
+        written = to_capivara_state_dict(state | load_mapped_tensors([folder / OPEN_CLIP_TEXT_FILE]))
+        check_tensors(folder / OPEN_CLIP_TEXT_FILE, written, compute_tensor_digests(model.state_dict()))
     return True
 
 
-def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, length: int, is_own: bool) -> None:
+def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, length: int, is_capivara: bool) -> None:
     """The tokenizer for texts alone; CAPIVARA's with its code, without which curly quotation marks are plain, too."""
     tokenizer.model_max_length = min(tokenizer.model_max_length, length)
     settings = formats.save_tokenizer(tokenizer, folder)
     settings.pop("processor_class", None)
-    if is_own:
-        formats.write_tokenizer(folder, read_json(folder / "tokenizer.json"), is_own)
+    if is_capivara:
+        formats.write_tokenizer_json(folder, read_json(folder / "tokenizer.json"), is_capivara)
         settings["auto_map"] = {"AutoTokenizer": settings["auto_map"]["AutoTokenizer"]}
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def _card(source: Path, folder: Path, facts: dict[str, Any], repo_id: str | None, **values: Any) -> str:
+def _render_card(source: Path, folder: Path, metadata: dict[str, Any], repo_id: str | None, **values: Any) -> str:
     """README.md: for which indexes it holds, and how each program opens it. Its figures have been measured just now."""
     known, language = read_card_metadata(source / "README.md"), "pt"  # of a model that doesn't say in which it was trained
     if (source / "run.json").is_file():
         language = read_json(source / "run.json", config=dict)["config"]["language"]
     library, *tags = ["sentence-transformers", "clip"] if values["is_own"] else ["transformers", "siglip"]
     tags += ["sentence-transformers"] * values["is_own"] + ["onnx"] + ["open_clip"] * values["open_clip"]
-    licence = known["license"] if known.get("license") in LICENCES else None
+    licence = known["license"] if known.get("license") in HUB_LICENSES else None
     about = {"library_name": library, "license": licence, "tags": ["capivara", *tags]}
-    texts = [f"{number} text in {escaped(language)}" for number in ("a", "another")]
+    texts = [f"{number} text in {to_markdown(language)}" for number in ("a", "another")]
     return MARKDOWN_TEMPLATES.get_template("drop_in.md.j2").render(
-        **facts | {name: code(facts[name]) for name in ("model", "base", "image_digest")},
+        **metadata | {name: to_code(metadata[name]) for name in ("model", "base", "image_digest")},
         **values,
         metadata=ModelCardData(pipeline_tag="feature-extraction", **about),
         repo_id=repo_id,
-        examples=code_examples(language, texts)["texts"],
+        examples=select_code_examples(language, texts)["texts"],
     )

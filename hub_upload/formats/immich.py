@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from capivara_common.files import write_json
-from hub_upload.formats import base_of, text_length, write_tokenizer
-from hub_upload.formats.onnx import check_difference, data_file, open_graph, write_graph
+from hub_upload.formats import resolve_base_folder, max_text_tokens, write_tokenizer_json
+from hub_upload.formats.onnx import check_difference, weights_file, open_session, export_graph
 from modeling_capivara.convert_open_clip import to_preprocess_cfg
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import (
@@ -34,11 +34,11 @@ from modeling_capivara.two_towers import (
 )
 
 # In Immich's list, the published architecture of each kind.
-NAMES = {"capivara": "XLM-Roberta-Base-ViT-B-32__laion5b_s13b_b90k", "siglip": "ViT-B-16-SigLIP2__webli"}
+IMMICH_MODEL_NAMES = {"capivara": "XLM-Roberta-Base-ViT-B-32__laion5b_s13b_b90k", "siglip": "ViT-B-16-SigLIP2__webli"}
 logger = logging.getLogger("capivara")
 
 
-class Tower(nn.Module):
+class ImmichTower(nn.Module):
     """A tower as Immich asks it."""
 
     def __init__(self, model: PreTrainedModel, pad_id: int | None):
@@ -53,43 +53,43 @@ class Tower(nn.Module):
         return compute_text_embeds(self.model, ids, None if self.pad_id is None else (ids != self.pad_id).long())
 
 
-def write(source: Path, folder: Path, config: PreTrainedConfig, base: str | None = None) -> None:
+def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str | None = None) -> None:
     """Write both towers of the model in `source` to `folder`; where there is a `base`, the text side alone.
 
     Raises ValueError where the model is damaged or can't be expressed, a tower has 2 GB, its graph differs by more than
     `TOLERANCE`, or its image side is not the base's.
     """
     if base is not None:
-        base_of(source, base)
+        resolve_base_folder(source, base)
     processor, is_own = load_processor(source), config.model_type == "capivara"
     # Nothing else is read of it. Of a SigLIP, Immich's own asks for punctuation to be taken away, which ours reads.
-    about = {"embed_dim": embedding_width(config), "text_cfg": {"context_length": text_length(processor)}}
+    about = {"embed_dim": embedding_width(config), "text_cfg": {"context_length": max_text_tokens(processor)}}
     write_json(folder / "config.json", about)
     ids = _write_tokenizer(processor, folder / "textual", is_own)
     model = load_model(source).eval()
-    tower = Tower(model, None if pads_to_max_length(processor) else processor.tokenizer.pad_token_id)
-    _write_graph(tower, "text", ids, folder / "textual/model.onnx")
+    tower = ImmichTower(model, None if pads_to_max_length(processor) else processor.tokenizer.pad_token_id)
+    _write_tower_graph(tower, "text", ids, folder / "textual/model.onnx")
     if base is None:
         steps = to_preprocess_cfg(processor.image_processor)
         pictures = [image.convert("RGB") for image in random_images()]
         pixels = processor(images=pictures, return_tensors="np")["pixel_values"]
         write_json(folder / "visual/preprocess_cfg.json", {"size": [*pixels.shape[2:]], "mode": "RGB", **steps})
-        _write_graph(tower, "image", [image[None] for image in pixels], folder / "visual/model.onnx")
+        _write_tower_graph(tower, "image", [image[None] for image in pixels], folder / "visual/model.onnx")
     logger.info(
         "Immich reads it as clip/NAME of its cache: NAME is one of its own list, with embeddings of %d numbers, and %s "
-        "for the published architecture.", embedding_width(config), NAMES[config.model_type],
+        "for the published architecture.", embedding_width(config), IMMICH_MODEL_NAMES[config.model_type],
     )  # fmt: skip
 
 
-def _write_tokenizer(processor: ProcessorMixin, textual: Path, is_own: bool) -> list[np.ndarray]:
+def _write_tokenizer(processor: ProcessorMixin, textual: Path, is_capivara: bool) -> list[np.ndarray]:
     """Write the tokenizer; returns (1, tokens) ids of texts as Immich reads them by it, which are the model's own."""
     from tokenizers import Tokenizer
 
-    tokenizer, length = processor.tokenizer, text_length(processor)
+    tokenizer, length = processor.tokenizer, max_text_tokens(processor)
     if not tokenizer.is_fast:
         raise ValueError(f"A {type(tokenizer).__name__} has no tokenizer.json, which Immich reads.")
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    write_tokenizer(textual, content | {"padding": None, "truncation": None}, is_own)
+    write_tokenizer_json(textual, content | {"padding": None, "truncation": None}, is_capivara)
     write_json(textual / "tokenizer_config.json", {"pad_token": tokenizer.pad_token})
     written, texts = Tokenizer.from_file(str(textual / "tokenizer.json")), ["um gato", *random_texts()]
     written.enable_padding(length=length, pad_token=tokenizer.pad_token, pad_id=tokenizer.pad_token_id)
@@ -104,15 +104,15 @@ def _write_tokenizer(processor: ProcessorMixin, textual: Path, is_own: bool) -> 
     return ids
 
 
-def _write_graph(tower: Tower, name: str, examples: list[np.ndarray], path: Path) -> None:
+def _write_tower_graph(tower: ImmichTower, input_name: str, examples: list[np.ndarray], path: Path) -> None:
     """Write a tower as one file with its weights, and compare it with the model on examples of its input `name`."""
     import onnx
 
     with torch.inference_mode():
-        expected = np.concatenate([tower(**{name: torch.from_numpy(example)}).numpy() for example in examples])
-    write_graph(tower, {name: torch.from_numpy(examples[0])}, [f"{name}_embeds"], path)
+        expected = np.concatenate([tower(**{input_name: torch.from_numpy(example)}).numpy() for example in examples])
+    export_graph(tower, {input_name: torch.from_numpy(examples[0])}, [f"{input_name}_embeds"], path)
     onnx.save(onnx.load(path), path)  # its external data, too
-    data_file(path).unlink()
-    session = open_graph(path)
-    found = np.concatenate([session.run(None, {name: example})[0] for example in examples])
+    weights_file(path).unlink()
+    session = open_session(path)
+    found = np.concatenate([session.run(None, {input_name: example})[0] for example in examples])
     check_difference(path, float(np.abs(found - expected).max()))

@@ -32,29 +32,29 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-TOLERANCE = 1e-4  # of an embedding's numbers between model and float32 graph; they differ by some 1e-7
+EMBEDDING_TOLERANCE = 1e-4  # of an embedding's numbers between model and float32 graph; they differ by some 1e-7
 SCORE_TOLERANCE = 1e-3  # of scores, which are cosines times the temperature, up to 100
 # Rounded are matrix products, and embeddings, most of a multilingual text tower. Convolutions stay float32: in 8 bits
 # they lose the image (lowest cosine 0.56 with EfficientNet-Lite0, whose weights are 16 MB).
-BLOCK = 128  # numbers of a weight's row that share a scale and a zero point
+QUANTIZATION_BLOCK_SIZE = 128  # numbers of a weight's row that share a scale and a zero point
 # Blocks, not one scale for all activations of a batch, as `quantize_dynamic` has it for MatMul: of the same bytes and
 # speed, but its mean cosine on Portuguese captions is 0.986, that of the blocks 0.998 (text tower of the demo).
-METHOD = (
-    f"by onnxruntime: weights of matrix products in 8 bits, with a scale and a zero point for {BLOCK} numbers, their "
+QUANTIZATION_METHOD = (
+    f"by onnxruntime: weights of matrix products in 8 bits, with a scale and a zero point for {QUANTIZATION_BLOCK_SIZE} numbers, their "
     "activations too (MatMulNBits, onnxruntime from 1.22); embeddings in 8 bits with a scale and a zero point a column"
 )
-ENDINGS = {"float32": "", "float16": "_fp16", "int8": "_quantized"}  # of a graph's name
-IMAGES, TEXTS = ("pixel_values",), ("input_ids", "attention_mask")
-SCORES = ("logits_per_image", "logits_per_text")
-GRAPHS = {  # name -> inputs, outputs
-    "vision_model": (IMAGES, ("image_embeds",)),
-    "text_model": (TEXTS, ("text_embeds",)),
-    "model": ((*TEXTS, *IMAGES), (*SCORES, "text_embeds", "image_embeds")),
+PRECISION_SUFFIXES = {"float32": "", "float16": "_fp16", "int8": "_quantized"}  # of a graph's name
+IMAGE_INPUTS, TEXT_INPUTS = ("pixel_values",), ("input_ids", "attention_mask")
+SCORE_OUTPUTS = ("logits_per_image", "logits_per_text")
+GRAPH_SIGNATURES = {  # name -> inputs, outputs
+    "vision_model": (IMAGE_INPUTS, ("image_embeds",)),
+    "text_model": (TEXT_INPUTS, ("text_embeds",)),
+    "model": ((*TEXT_INPUTS, *IMAGE_INPUTS), (*SCORE_OUTPUTS, "text_embeds", "image_embeds")),
 }
-TOWERS = ("vision_model", "text_model")
+TOWER_GRAPHS = ("vision_model", "text_model")
 
 
-class Graph(nn.Module):
+class EmbeddingGraph(nn.Module):
     """Images, tokens or both to embeddings of unit length, and scores; float32 in and out for any weights."""
 
     def __init__(self, model: PreTrainedModel, outputs: Sequence[str]):
@@ -81,13 +81,13 @@ class Graph(nn.Module):
 def write_onnx(
     folder: Path,
     source: Path | None = None,
-    graphs: Sequence[str] = TOWERS,
+    graphs: Sequence[str] = TOWER_GRAPHS,
     precisions: Sequence[str] = ("float32", "int8"),
 ) -> None:
     """Write `graphs` of the model in `source`, else in `folder`, to `onnx/` there, and `quantisation.json` about them.
 
-    `precisions` are of `ENDINGS`: int8, which is made of float32, after it, and float16 last. Raises ValueError where a
-    float32 graph differs from the model by more than `TOLERANCE` or `SCORE_TOLERANCE`.
+    `precisions` are of `PRECISION_SUFFIXES`: int8, which is made of float32, after it, and float16 last. Raises ValueError where a
+    float32 graph differs from the model by more than `EMBEDDING_TOLERANCE` or `SCORE_TOLERANCE`.
     """
     model, processor, onnx = load_model(source or folder).eval(), load_processor(source or folder), folder / "onnx"
     # Six of each, and one of each alone: both of other sizes than the exporter sees.
@@ -101,8 +101,8 @@ def write_onnx(
         expected = [model(**batch) for batch in batches]
     images, texts, tokens = (torch.export.Dim(name, min=1) for name in ("images", "texts", "tokens"))
     length = {} if pads_to_max_length(processor) else {1: tokens}
-    shapes = {key: {0: images} if key in IMAGES else {0: texts} | length for key in batches[0]}
-    example = {key: of[:3] if key in IMAGES else of[:2, : 7 if length else None] for key, of in batches[0].items()}
+    shapes = {key: {0: images} if key in IMAGE_INPUTS else {0: texts} | length for key in batches[0]}
+    example = {key: of[:3] if key in IMAGE_INPUTS else of[:2, : 7 if length else None] for key, of in batches[0].items()}
     onnx.mkdir()
     paths = []
     for precision in precisions:
@@ -112,20 +112,20 @@ def write_onnx(
             for key, value in exact.items():
                 getattr(model, key).data = value
         for name in graphs:
-            inputs, outputs = GRAPHS[name]
-            paths.append(onnx / f"{name}{ENDINGS[precision]}.onnx")
+            inputs, outputs = GRAPH_SIGNATURES[name]
+            paths.append(onnx / f"{name}{PRECISION_SUFFIXES[precision]}.onnx")
             if precision == "int8":
-                _round_weights(onnx / f"{name}.onnx", paths[-1])
+                _quantize_weights(onnx / f"{name}.onnx", paths[-1])
                 continue
             given, dims = ({key: of[key] for key in inputs if key in of} for of in (example, shapes))
-            write_graph(Graph(model, outputs), given, outputs, paths[-1], dims)
+            export_graph(EmbeddingGraph(model, outputs), given, outputs, paths[-1], dims)
     del model  # before graphs are in memory, whole
-    found = {path.name: _facts(path, batches, expected) for path in paths}
+    found = {path.name: _measure_graph(path, batches, expected) for path in paths}
     versions = {**package_versions(), **{name: version(name) for name in ONNX_PACKAGES}}
-    write_json(onnx / "quantisation.json", {"method": METHOD, "graphs": found, "versions": versions})
+    write_json(onnx / "quantisation.json", {"method": QUANTIZATION_METHOD, "graphs": found, "versions": versions})
 
 
-def open_graph(path: Path) -> "InferenceSession":
+def open_session(path: Path) -> "InferenceSession":
     """A graph in onnxruntime, on the CPU."""
     import onnxruntime
 
@@ -134,26 +134,26 @@ def open_graph(path: Path) -> "InferenceSession":
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def data_file(graph: Path) -> Path:
+def weights_file(graph: Path) -> Path:
     """Where the weights of a graph lie."""
     return graph.with_name(f"{graph.name}_data")
 
 
-def write_graph(
+def export_graph(
     module: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str], path: Path, shapes: dict | None = None
 ) -> None:
     """Export a module with example `inputs`, weights beside it; dimensions without a name in `shapes` are fixed."""
-    with _quiet(), torch.no_grad():
+    with _silence_logging(), torch.no_grad():
         # In evaluation mode: the exporter restores what it finds, and would leave dropout on.
         program = torch.onnx.export(
             module.eval(), (), kwargs=inputs, dynamo=True, dynamic_shapes=shapes, verbose=False,
             input_names=list(inputs), output_names=list(outputs),
         )  # fmt: skip
         program.save(path, external_data=True)
-    _strip(path)
+    _strip_exporter_notes(path)
 
 
-def _strip(path: Path) -> None:
+def _strip_exporter_notes(path: Path) -> None:
     """Take the exporter's notes out of a graph: they hold the stack of every operation, with this machine's paths.
 
     The weights get the name that transformers.js looks for.
@@ -166,15 +166,15 @@ def _strip(path: Path) -> None:
     for owner in [*owners, *parts, *(item for part in parts for item in (*part.node, *part.value_info))]:
         owner.ClearField("metadata_props")
         owner.ClearField("doc_string")
-    data = path.with_name(f"{path.name}.data").replace(data_file(path))
+    data = path.with_name(f"{path.name}.data").replace(weights_file(path))
     for entry in (entry for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"):
         entry.value = data.name
     onnx.save(model, path)
 
 
-def _round_weights(source: Path, target: Path) -> None:
+def _quantize_weights(source: Path, target: Path) -> None:
     """Make the int8 graph of a float32 one."""
-    with _quiet():
+    with _silence_logging():
         import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
@@ -183,15 +183,15 @@ def _round_weights(source: Path, target: Path) -> None:
         quantize_dynamic(source, target, op_types_to_quantize=["Gather"], **unsigned)
         # Level 4 is arithmetic in 8 bits.
         quantiser = MatMulNBitsQuantizer(
-            onnx.load(target), bits=8, block_size=BLOCK, accuracy_level=4, op_types_to_quantize=("MatMul",)
+            onnx.load(target), bits=8, block_size=QUANTIZATION_BLOCK_SIZE, accuracy_level=4, op_types_to_quantize=("MatMul",)
         )
         quantiser.process()
-        onnx.save(quantiser.model.model, target, save_as_external_data=True, location=data_file(target).name)
+        onnx.save(quantiser.model.model, target, save_as_external_data=True, location=weights_file(target).name)
 
 
-def _facts(path: Path, batches: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> dict[str, float]:
+def _measure_graph(path: Path, batches: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> dict[str, float]:
     """Bytes of a graph and its weights, and how far it is from the model on some inputs."""
-    session, size = open_graph(path), sum(part.stat().st_size for part in (path, data_file(path)))
+    session, size = open_session(path), sum(part.stat().st_size for part in (path, weights_file(path)))
     inputs, outputs = ([one.name for one in ends] for ends in (session.get_inputs(), session.get_outputs()))
     differences, cosines = [], []
     for batch, wanted in zip(batches, expected, strict=True):
@@ -199,16 +199,16 @@ def _facts(path: Path, batches: list[dict[str, Tensor]], expected: list[dict[str
         ours = {name: wanted[name].numpy() for name in outputs}
         differences.append(float(np.abs(found[outputs[0]] - ours[outputs[0]]).max()))
         cosines += [float((found[k] * ours[k]).sum(axis=-1).min()) for k in outputs if k.endswith("_embeds")]
-    is_float32, has_scores = path.stem in GRAPHS, outputs[0] in SCORES
+    is_float32, has_scores = path.stem in GRAPH_SIGNATURES, outputs[0] in SCORE_OUTPUTS
     if is_float32:
-        check_difference(path, max(differences), SCORE_TOLERANCE if has_scores else TOLERANCE)
+        check_difference(path, max(differences), SCORE_TOLERANCE if has_scores else EMBEDDING_TOLERANCE)
     facts = {"bytes": size, "lowest_cosine": min(cosines)}
     if has_scores:
         return facts | {"largest_score_difference": max(differences)}
     return {"bytes": size, "largest_difference": max(differences)} if is_float32 else facts
 
 
-def check_difference(graph: Path, difference: float, tolerance: float = TOLERANCE) -> None:
+def check_difference(graph: Path, difference: float, tolerance: float = EMBEDDING_TOLERANCE) -> None:
     """Raise ValueError where a graph differs from the model by more than a tolerance, or by what is no number."""
     if not difference <= tolerance:
         raise ValueError(
@@ -218,7 +218,7 @@ def check_difference(graph: Path, difference: float, tolerance: float = TOLERANC
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _silence_logging() -> Iterator[None]:
     """Without the exporter's and the quantiser's remarks on their own workings, one of which sets up all logging."""
     root = logging.root
     disabled, level, handlers = root.manager.disable, root.level, root.handlers[:]

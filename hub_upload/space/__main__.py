@@ -15,7 +15,7 @@ from typing import ClassVar
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.environment import require_packages
 
-NPM = "npm install --ignore-scripts @huggingface/transformers"
+NPM_COMMAND = "npm install --ignore-scripts @huggingface/transformers"
 INDEX = "make the index by `capivara index`, and name it by --pictures"
 
 
@@ -31,7 +31,7 @@ class SpaceArguments:
         "Write a page without a server here instead: it searches the pictures that a visitor chooses, in the visitor's "
         "own browser, and takes none of --pictures. Any file server serves the folder.",
     )
-    library: Path | None = flag(None, f"Of --static: the node_modules of `{NPM}`, version 4.3 or later.")
+    library: Path | None = flag(None, f"Of --static: the node_modules of `{NPM_COMMAND}`, version 4.3 or later.")
     gone: ClassVar = {
         "compare": "a Space shows one model; make two Spaces",
         **dict.fromkeys(("cache_dir", "device", "batch_size", "image_roots", "max_pixels"), INDEX),
@@ -45,7 +45,7 @@ class SpaceArguments:
         if self.space and not self.pictures:
             raise ValueError("--space FOLDER needs --pictures, an index of pictures; `capivara index` makes it.")
         if self.static and not self.library:
-            raise ValueError(f"--static FOLDER needs --library, the node_modules of `{NPM}`.")
+            raise ValueError(f"--static FOLDER needs --library, the node_modules of `{NPM_COMMAND}`.")
 
 
 def main(argv: list[str] | None = None) -> None:
