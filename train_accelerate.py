@@ -24,14 +24,20 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
 from capivara_common.cli import parse_arguments, run_command
-from capivara_common.environment import describe_device, package_versions, process_state, require_packages, resolve_precision
+from capivara_common.environment import (
+    describe_device,
+    package_versions,
+    process_state,
+    require_packages,
+    resolve_precision,
+)
 from capivara_common.files import RUN_MARKER, finish_folder, partial_folder, read_json, write_json, write_text
 from capivara_common.privacy import short_name
 from caption_data.pairs import pairs_fingerprint
 from eval.records.plots import plot_retrieval_sheet, plot_training_curves
 from eval.records.schema import SCHEMA_VERSION, write_records
 from eval.records.tables import render_retrieval_table
-from eval.retrieval import embed_captions, compute_gain_records, compute_retrieval_records
+from eval.retrieval import compute_gain_records, compute_retrieval_records, embed_captions
 from hub_upload.card import write_card
 from hub_upload.origins import read_origins
 from hub_upload.push import check_push_access, publish_run
@@ -111,7 +117,9 @@ def create_accelerator(args: RunArguments, output_dir: Path) -> Accelerator:
         require_packages("--lora_rank", "lora", "peft")
     tracker = {}
     if args.tracker != "none":
-        require_packages(f"--tracker {args.tracker}", "trackers" if args.tracker == "tensorboard" else None, args.tracker)
+        require_packages(
+            f"--tracker {args.tracker}", "trackers" if args.tracker == "tensorboard" else None, args.tracker
+        )
         tracker = {"log_with": args.tracker, "project_dir": str(partial_folder(output_dir) / "trackers")}
     return Accelerator(mixed_precision=args.mixed_precision, **tracker)
 
@@ -156,8 +164,12 @@ def evaluate_models(args: RunArguments, inputs: TrainingInputs, accelerator: Acc
         }
         facts = {"dataset": short_name(args.evaluation_dataset), "split": args.test_split, "language": language}
         trained = facts | {"model": "capivara", "model_folder": ".", "seed": args.seed}
-        records = compute_retrieval_records(both["baseline"], **facts, model="baseline", model_folder=args.model, seed=None)
-        records += compute_retrieval_records(both["capivara"], **trained) + compute_gain_records(*both.values(), **trained)
+        records = compute_retrieval_records(
+            both["baseline"], **facts, model="baseline", model_folder=args.model, seed=None
+        )
+        records += compute_retrieval_records(both["capivara"], **trained) + compute_gain_records(
+            *both.values(), **trained
+        )
         name = f"retrieval_{facts['dataset'].replace('/', '_')}_{args.test_split}_{language}.json"
         write_records(
             folder / "results" / name, records, dataset=args.evaluation_dataset, model=".", precision="float32",

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import Blip2Config, Blip2ForConditionalGeneration, BlipImageProcessor, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
-from benchmarks.timing import describe_conditions, write_results, median_ratio, summarize_rates, time_alternating
+from benchmarks.timing import describe_conditions, median_ratio, summarize_rates, time_alternating, write_results
 from capivara_common.cli import flag, parse_arguments, run_command
 from captions.generate import PREFIXES_FILE, Captioner, read_prefixes
 

@@ -27,7 +27,13 @@ from PIL import Image
 from benchmarks.timing import RESULTS_FOLDER, describe_conditions, write_results
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_search import PictureIndex
-from capivara_search.duplicates import SIGNATURE_BYTES, FLOAT16_TOLERANCE, add_color_signatures, find_duplicate_groups, pairwise_similarity
+from capivara_search.duplicates import (
+    FLOAT16_TOLERANCE,
+    SIGNATURE_BYTES,
+    add_color_signatures,
+    find_duplicate_groups,
+    pairwise_similarity,
+)
 from capivara_search.results import DUPLICATE_MIN_SIMILARITY
 from capivara_search.table import COLOR_SIGNATURE_COLUMN
 from examples.openmoji.concepts import load_concepts
@@ -37,7 +43,9 @@ from examples.real_images import PHOTOGRAPHS, load_photo
 DRAWINGS = ("colorwheel", "horse")  # of `PHOTOGRAPHS`, that are no photographs; they are cut, not copied
 CUT_CORNERS = {f"cut {x} {y}": (x, y) for x in range(3) for y in range(3)}  # corner, in quarters of a picture
 COPIED_ICON_STEP = 31  # every so many of the icons are copied
-SAME_DRAWING_MAX_DIFFERENCE = 0.35  # mean absolute difference of pixels, of 255, up to which two icons are the same drawing
+SAME_DRAWING_MAX_DIFFERENCE = (
+    0.35  # mean absolute difference of pixels, of 255, up to which two icons are the same drawing
+)
 ORIGINAL_KIND = "original"
 
 CopyRecipe = tuple[Callable[[Image.Image], Image.Image], dict[str, Any]]  # how a copy is made, and options of its file
@@ -130,7 +138,9 @@ def overlap_share(one: str, other: str) -> float:
     return (1 - abs(x - right) / 2) * (1 - abs(y - down) / 2)
 
 
-def compute_copy_recall(names: list[tuple[str, str]], found: np.ndarray, kinds: dict[str, CopyRecipe]) -> dict[str, float]:
+def compute_copy_recall(
+    names: list[tuple[str, str]], found: np.ndarray, kinds: dict[str, CopyRecipe]
+) -> dict[str, float]:
     """Return the share of copies of each kind that are found, by (files, files) of what is nearly the same."""
     place = {own: number for number, own in enumerate(names)}
     copies = {kind: [(name, kind) for name, own in names if own == kind] for kind in kinds}
@@ -142,7 +152,10 @@ def compute_copy_recall(names: list[tuple[str, str]], found: np.ndarray, kinds: 
 
 def find_wrong_photographs(names: list[tuple[str, str]], found: np.ndarray) -> dict[str, list[int]]:
     """Return how many pairs that are no copies are found, and of how many."""
-    place, whole = {own: number for number, own in enumerate(names)}, [own for own in names if own[1] not in CUT_CORNERS]
+    place, whole = (
+        {own: number for number, own in enumerate(names)},
+        [own for own in names if own[1] not in CUT_CORNERS],
+    )
     others = {"different photographs": [(a, b) for a, b in combinations(whole, 2) if a[0] != b[0]]}
     for part, title in ((0, "cuts of one that share nothing"), (0.25, "cuts of one that share a quarter")):
         cuts = [pair for pair in combinations(CUT_CORNERS, 2) if overlap_share(*pair) == part]
@@ -202,8 +215,14 @@ def main(argv: list[str] | None = None) -> None:
         vectors = index.vectors(paths)
         rows = index._table.rows(["path", COLOR_SIGNATURE_COLUMN])
         looks = dict(zip(rows["path"].to_pylist(), rows[COLOR_SIGNATURE_COLUMN].to_pylist(), strict=True))
-        alone, both = (add_color_signatures(vectors, known) for known in ([None] * len(paths), [looks[path] for path in paths]))
-        rules = {"vectors alone, strict": (alone, 0.97), "vectors alone": (alone, 0.8), "both": (both, DUPLICATE_MIN_SIMILARITY)}
+        alone, both = (
+            add_color_signatures(vectors, known) for known in ([None] * len(paths), [looks[path] for path in paths])
+        )
+        rules = {
+            "vectors alone, strict": (alone, 0.97),
+            "vectors alone": (alone, 0.8),
+            "both": (both, DUPLICATE_MIN_SIMILARITY),
+        }
         same = find_same_drawings([path for (_, kind), path in icons.items() if kind == ORIGINAL_KIND])
         flat = [len(looks[path]) > SIGNATURE_BYTES for path in paths]
         found = {
@@ -213,7 +232,9 @@ def main(argv: list[str] | None = None) -> None:
             "copied_icons": sum(kind == "reduced to 64 pixels" for _, kind in icons),
             "flat": {"photographs": sum(flat[: len(photos)]), "icons": sum(flat[len(photos) :])},
             "same_drawings": len(same),
-            "rules": {name: measure_rule(one, photos, icons, same, threshold) for name, (one, threshold) in rules.items()},
+            "rules": {
+                name: measure_rule(one, photos, icons, same, threshold) for name, (one, threshold) in rules.items()
+            },
         }
     write_results(describe_conditions() | found, args.output)
 

@@ -19,7 +19,14 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.timing import describe_conditions, write_results, make_captions, median_ratio, summarize_rates, time_alternating
+from benchmarks.timing import (
+    describe_conditions,
+    make_captions,
+    median_ratio,
+    summarize_rates,
+    time_alternating,
+    write_results,
+)
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_search.miniature_encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
@@ -83,7 +90,9 @@ def build_encoders(args: EncodeArguments) -> dict[str, dict[str, Callable[[], Te
     }
 
 
-def compare_encoders(encoders: dict[str, Callable[[], Tensor]], item_count: int, precision: str, runs: int) -> dict[str, Any]:
+def compare_encoders(
+    encoders: dict[str, Callable[[], Tensor]], item_count: int, precision: str, runs: int
+) -> dict[str, Any]:
     """Rates of both programs for `number` items, the ratio run by run, and the largest difference of the embeddings."""
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
     with torch.inference_mode(), autocast:

@@ -87,7 +87,10 @@ def compute_clip_benchmark_recalls(image_embeds: Tensor, text_embeds: Tensor, im
 
 def compare_recalls(embeddings: tuple[Tensor, Tensor, Tensor], runs: int) -> dict[str, Any]:
     """Median seconds of both, the ratio run by run, and how far their recalls are apart."""
-    steps = {"clip_benchmark": lambda: compute_clip_benchmark_recalls(*embeddings), "ours": lambda: compute_our_recalls(*embeddings)}
+    steps = {
+        "clip_benchmark": lambda: compute_clip_benchmark_recalls(*embeddings),
+        "ours": lambda: compute_our_recalls(*embeddings),
+    }
     theirs, ours = (recalls() for recalls in steps.values())  # and the warm-up of both
     seconds = timing.time_alternating(steps, runs, "Alternating runs")
     return {

@@ -10,11 +10,22 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.timing import describe_conditions, write_results, run_in_process, peak_resident_bytes, save_random_model, time_call
+from benchmarks.timing import (
+    describe_conditions,
+    peak_resident_bytes,
+    run_in_process,
+    save_random_model,
+    time_call,
+    write_results,
+)
 from capivara_common.cli import flag, parse_arguments, run_command
 from hub_upload.export import export_model
 
-EXPORTED_FORMATS = ("transformers", "open_clip", "sentence_transformers")  # ONNX loads the model, and is not measured here
+EXPORTED_FORMATS = (
+    "transformers",
+    "open_clip",
+    "sentence_transformers",
+)  # ONNX loads the model, and is not measured here
 
 
 @dataclass

@@ -18,12 +18,19 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from benchmarks.timing import RESULTS_FOLDER, CODE_ROOT, describe_conditions, write_results
+from benchmarks.timing import CODE_ROOT, RESULTS_FOLDER, describe_conditions, write_results
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import write_json
-from capivara_search.query import RELEVANCE_AUC_FILE, NEUTRAL_SENTENCES, FEEDBACK_STRENGTH, background_z_score, z_score, apply_feedback
 from capivara_search.models import SearchModel, find_model
 from capivara_search.picture_files import find_pictures, open_query_picture
+from capivara_search.query import (
+    FEEDBACK_STRENGTH,
+    NEUTRAL_SENTENCES,
+    RELEVANCE_AUC_FILE,
+    apply_feedback,
+    background_z_score,
+    z_score,
+)
 from examples.real_images import PHOTOGRAPHS, load_photo
 
 TOP_K, FEEDBACK_WEIGHTS, BOOTSTRAP_RESAMPLES = 10, (0.25, 0.5, 1.0, 2.0), 1000
@@ -51,7 +58,9 @@ def auc(present: np.ndarray, absent: np.ndarray) -> float:
 def measure_separation(present: np.ndarray, absent: np.ndarray) -> dict[str, object]:
     """AUC of a statistic of sentences of both kinds, its interval, and that of each half of them, by turns."""
     dice = np.random.default_rng(0)
-    drawn = [auc(dice.choice(present, len(present)), dice.choice(absent, len(absent))) for _ in range(BOOTSTRAP_RESAMPLES)]
+    drawn = [
+        auc(dice.choice(present, len(present)), dice.choice(absent, len(absent))) for _ in range(BOOTSTRAP_RESAMPLES)
+    ]
     halves = [auc(present[start::2], absent[start::2]) for start in (0, 1)]
     return {"auc": auc(present, absent), "interval_95": np.quantile(drawn, [0.025, 0.975]).tolist(), "halves": halves}
 
@@ -59,10 +68,14 @@ def measure_separation(present: np.ndarray, absent: np.ndarray) -> dict[str, obj
 def read_box_classes(path: Path, class_names: dict[int, str]) -> set[str]:
     """The classes of a picture's boxes; none where it has no such file."""
     labels = Path(str(path).replace("/images/", "/object_detection/labels/")).with_suffix(".txt")
-    return {class_names[int(line.split()[0])] for line in labels.read_text().splitlines()} if labels.is_file() else set()
+    return (
+        {class_names[int(line.split()[0])] for line in labels.read_text().splitlines()} if labels.is_file() else set()
+    )
 
 
-def measure_feedback(model: SearchModel, feedback_queries: list[dict], images: np.ndarray, classes: list[set[str]]) -> Iterator[dict]:
+def measure_feedback(
+    model: SearchModel, feedback_queries: list[dict], images: np.ndarray, classes: list[set[str]]
+) -> Iterator[dict]:
     """Of each weight and kind of pull: means of all queries, before and after, and how often none is left."""
     cases = [(one["text"], *pull, set(one["wanted"])) for one in feedback_queries for pull in one["each"].items()]
     queries, words = (model.embed_texts([case[place] for case in cases]) for place in (0, 2))
@@ -91,12 +104,19 @@ def main(argv: list[str] | None = None) -> None:
     model, pictures = find_model(args.model), [open_query_picture(path) for path in files]
     pictures += [load_photo(name) for name in PHOTOGRAPHS if given.get("photographs")]
     images, neutral_texts = model.embed_images(pictures), model.embed_texts(NEUTRAL_SENTENCES)
-    scores = {kind: model.embed_texts(given[kind]) @ images.T for kind in ("there", "absent", "nonsense") if given.get(kind)}
+    scores = {
+        kind: model.embed_texts(given[kind]) @ images.T for kind in ("there", "absent", "nonsense") if given.get(kind)
+    }
     counts = {"pictures": len(images), "sentences": {kind: len(found) for kind, found in scores.items()}}
     best = {kind: np.array([z_score(own.max(), own) for own in found]) for kind, found in scores.items()}
     told = measure_separation(best["there"], best["absent"])
     line = background_z_score(images, neutral_texts, (neutral_texts @ images.T).max(axis=1))
-    results = describe_conditions() | {"model": model.name, **counts, "chosen": CHOSEN_STATISTIC, "statistics": {CHOSEN_STATISTIC: told}}
+    results = describe_conditions() | {
+        "model": model.name,
+        **counts,
+        "chosen": CHOSEN_STATISTIC,
+        "statistics": {CHOSEN_STATISTIC: told},
+    }
     results["auc"] = told["auc"]
     results["above_the_line"] = {kind: float((found >= line).mean()) for kind, found in best.items()}
     config = args.pictures.parent / "object_detection" / "config.yaml"

@@ -15,7 +15,7 @@ from typing import Any
 import PIL.Image
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from benchmarks.timing import RESULTS_FOLDER, CODE_ROOT, describe_conditions
+from benchmarks.timing import CODE_ROOT, RESULTS_FOLDER, describe_conditions
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import read_json, write_json, write_text
 from eval.records.schema import DIRECTIONS, Record, read_records
@@ -55,9 +55,20 @@ def load_template() -> Template:
     """`tables.md.j2`, a macro a block, with all that it calls."""
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), extensions=["jinja2.ext.do"], **options)
-    environment.filters |= {"fixed": format_number, "points": format_points, "median": statistics.median, "mean": statistics.mean}
+    environment.filters |= {
+        "fixed": format_number,
+        "points": format_points,
+        "median": statistics.median,
+        "mean": statistics.mean,
+    }
     environment.filters["percent"] = lambda shares: format_percent([shares] if isinstance(shares, float) else shares)
-    environment.globals |= {"results": load_results, "table": format_table, "versions": format_versions, "ms": format_milliseconds, "zip": zip}
+    environment.globals |= {
+        "results": load_results,
+        "table": format_table,
+        "versions": format_versions,
+        "ms": format_milliseconds,
+        "zip": zip,
+    }
     environment.globals |= {
         "recalls": mean_recalls,
         "retrieval_table": lambda rows: render_retrieval_table([Record(**r) for r in rows]),

@@ -16,24 +16,36 @@ import torch
 from torch import Tensor
 
 import train_accelerate
-from benchmarks.timing import RESULTS_FOLDER, CODE_ROOT, describe_conditions
+from benchmarks.timing import CODE_ROOT, RESULTS_FOLDER, describe_conditions
 from capivara_common.cli import flag, parse_arguments, read_yaml_config, run_command
 from capivara_common.files import read_json, write_json
 from caption_data.rows import json_digest
 from eval.capivara_metrics.metrics import mean_hits, paired_bootstrap
 from eval.embeddings import EmbeddingStore
 from eval.records.schema import DIRECTIONS
-from eval.retrieval import RetrievalArguments, RetrievalData, RetrievalEmbeddings, load_retrieval_data, compute_retrieval_records
+from eval.retrieval import (
+    RetrievalArguments,
+    RetrievalData,
+    RetrievalEmbeddings,
+    compute_retrieval_records,
+    load_retrieval_data,
+)
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import build_embedder
 from training.trainable import interpolate_weights
 
 REFERENCE_ROW = "paper"  # what the others are compared with: all of the way
-TRAINED_SHARES = {REFERENCE_ROW: 1.0, "interpolate-0.5": 0.5, "interpolate-0.7": 0.7}  # of the trained weights, the rest the base's
+TRAINED_SHARES = {
+    REFERENCE_ROW: 1.0,
+    "interpolate-0.5": 0.5,
+    "interpolate-0.7": 0.7,
+}  # of the trained weights, the rest the base's
 DRAWING_SETS = ("openmoji", "twemoji", "noto")  # whose conditions get an interval; the photographs are too few
 EVALUATION_SPLITS = [*((name, split) for name in DRAWING_SETS for split in ("validation", "test")), ("photos", "test")]
-HitsByCondition = dict[str, Tensor]  # such as "noto/test/pt/text_to_image" -> each query's mean hit at 1, 5 and 10, 0 to 1
+HitsByCondition = dict[
+    str, Tensor
+]  # such as "noto/test/pt/text_to_image" -> each query's mean hit at 1, 5 and 10, 0 to 1
 
 
 @dataclass
@@ -78,7 +90,9 @@ def find_or_train_run(seed: int, args: RecipeArguments, base_digest: str) -> Pat
     return folder
 
 
-def build_row(name: str, hits: list[HitsByCondition], reference: list[HitsByCondition], groups: dict[str, Tensor]) -> dict[str, Any]:
+def build_row(
+    name: str, hits: list[HitsByCondition], reference: list[HitsByCondition], groups: dict[str, Tensor]
+) -> dict[str, Any]:
     """By condition each seed's mean recall, a share from 0 to 1, and how far the means of the seeds are above the
     reference's, with the 95 % interval of a bootstrap over `groups`: the index of the picture of each query."""
 
@@ -108,7 +122,9 @@ def main(argv: list[str] | None = None) -> None:
 
     groups, chance = {}, {}
     for key, of in embedded(base).items():
-        for record in compute_retrieval_records(of, dataset=key, split="", language="", model="baseline", model_folder=""):
+        for record in compute_retrieval_records(
+            of, dataset=key, split="", language="", model="baseline", model_folder=""
+        ):
             if record.metric == "mean_recall":
                 condition = f"{key}/{record.direction}"
                 groups[condition], chance[condition] = of.query_groups(record.direction), record.chance
@@ -123,7 +139,11 @@ def main(argv: list[str] | None = None) -> None:
     about = {"seeds": args.seeds, "seconds": seconds}
     rows = [build_row("base", before, before, groups)]
     rows += [build_row(name, found, hits[REFERENCE_ROW], groups) | about for name, found in hits.items()]
-    facts = {"config": read_yaml_config(args.config), "n": {key: len(of) for key, of in groups.items()}, "chance": chance}
+    facts = {
+        "config": read_yaml_config(args.config),
+        "n": {key: len(of) for key, of in groups.items()},
+        "chance": chance,
+    }
     write_json(args.output, describe_conditions() | facts | {"rows": rows})
     print(f"Results: {args.output}. `python -m benchmarks.readme` takes README's short table from them.")
 

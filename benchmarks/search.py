@@ -32,7 +32,11 @@ from capivara_search import PictureIndex
 from capivara_search.page.answers import PageAnswers, Question
 from capivara_search.table import MAX_EXACT_ROWS, schema, vector_column
 
-EMBEDDING_WIDTH, CLUSTER_COUNT, NOISE_SPREAD = 512, 2000, 1.0  # numbers of a vector; clusters; noise beside a centre of length 1
+EMBEDDING_WIDTH, CLUSTER_COUNT, NOISE_SPREAD = (
+    512,
+    2000,
+    1.0,
+)  # numbers of a vector; clusters; noise beside a centre of length 1
 QUERY_COUNT, K = 200, 10
 WRITE_BATCH_ROWS = 100_000
 ADDED_COUNTS = (1, 1000)  # pictures; a thousand to the largest index alone
@@ -70,7 +74,9 @@ def main(argv: list[str] | None = None) -> None:
     else:
         found = search_follow.measure_following(args.work, args.followed, args.runs)
     name = "search.json" if args.parts == "index" else "search_follow.json"
-    timing.write_results(timing.describe_conditions("lancedb") | {"runs": args.runs} | found, args.output or timing.RESULTS_FOLDER / name)
+    timing.write_results(
+        timing.describe_conditions("lancedb") | {"runs": args.runs} | found, args.output or timing.RESULTS_FOLDER / name
+    )
 
 
 def measure_indexes(args: SearchArguments) -> dict[str, Any]:
@@ -171,7 +177,9 @@ def make_rows(vectors: np.ndarray, start: int, digest: str) -> pa.Table:
         "width": [4000] * count,
         "height": [3000] * count,
         "model": [digest] * count,
-        vector_column(EMBEDDING_WIDTH): pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), EMBEDDING_WIDTH),
+        vector_column(EMBEDDING_WIDTH): pa.FixedSizeListArray.from_arrays(
+            pa.array(vectors.reshape(-1)), EMBEDDING_WIDTH
+        ),
     }
     arrays = [pa.array(columns.get(one.name, [None] * count), one.type) for one in schema(EMBEDDING_WIDTH)]
     return pa.Table.from_arrays(arrays, schema=schema(EMBEDDING_WIDTH))
@@ -182,7 +190,9 @@ def measure_index(args: SearchArguments) -> dict[str, Any]:
     known = np.load(args.work / f"answers-{args.rows}.npz")
     index = PictureIndex.open(index_path(args.work, args.rows), model=str(args.work / "model"))
     found: list[set[str]] = []
-    timed = time_calls(lambda query: found.append({hit.path for hit in index.search_vector(query, K)}), known["queries"])
+    timed = time_calls(
+        lambda query: found.append({hit.path for hit in index.search_vector(query, K)}), known["queries"]
+    )
     measured = {"vector_ms": timed, "memory_bytes": timing.peak_resident_bytes()}
     nearest = [{picture_path(row) for row in rows} for rows in known["nearest"]]
     measured["recall"] = statistics.mean(len(a & b) / K for a, b in zip(nearest, found[-QUERY_COUNT:], strict=True))

@@ -31,7 +31,11 @@ from capivara_search import PictureIndex
 from examples.real_images import CLASS_PHOTOGRAPHS, load_photo
 
 PHOTO_SIZE, PIXEL_NOISE = (640, 480), 3.0  # pixels of a photograph; standard deviation of a pixel, of 255
-INDEXING_SHARES = {"first": (0, 0.6), "second": (0.6, 0.8), "resumed": (0.8, 1)}  # of the photographs, which come run by run
+INDEXING_SHARES = {
+    "first": (0, 0.6),
+    "second": (0.6, 0.8),
+    "resumed": (0.8, 1),
+}  # of the photographs, which come run by run
 INTERRUPTION_SHARE = 0.4  # of the last share: so many are done when it is interrupted
 ESTIMATE_START_S = 5  # from here on an estimate is asked for
 POLL_INTERVAL_S = 0.25  # between two looks at what an indexing says of itself

@@ -62,9 +62,16 @@ RECIPE_SIZES = {"pairs": 2816, "micro": 64}  # CAPIVARA, arXiv 2310.13683, appen
 # --model -> what open_clip's trainer is told of it: its name of the architecture, and the loss
 OPEN_CLIP_FLAGS = {"capivara": "--model xlm-roberta-base-ViT-B-32", "siglip2": "--model ViT-B-16-SigLIP2 --siglip"}
 CAPTION_TOKENS = {"capivara": 20, "siglip2": 64}  # of a caption, on average; of SigLIP 2's, which are always filled up
-SIGLIP_VOCABULARY_SIZE, DRAWN_TOKEN_COUNT = 256_000, 2000  # of its vocabulary, all drawn; of XLM-R's about as many as the demo's names have
+SIGLIP_VOCABULARY_SIZE, DRAWN_TOKEN_COUNT = (
+    256_000,
+    2000,
+)  # of its vocabulary, all drawn; of XLM-R's about as many as the demo's names have
 PAD_TOKEN_ID, PEER_CONTEXT_LENGTH = 1, 77  # XLM-R's padding; what open_clip fills up to
-LENGTH_SPREAD, MIN_LENGTH_TOKENS, MAX_LENGTH_TOKENS = 0.25, 7, 70  # of the lengths: standard deviation over the mean, and limits, in tokens
+LENGTH_SPREAD, MIN_LENGTH_TOKENS, MAX_LENGTH_TOKENS = (
+    0.25,
+    7,
+    70,
+)  # of the lengths: standard deviation over the mean, and limits, in tokens
 OPEN_CLIP_PRECISIONS = {"no": "fp32", "bf16": "amp_bfloat16"}
 
 
@@ -178,7 +185,9 @@ def build_published_config(args: TrainStepArguments) -> PreTrainedConfig:
     """Of the architecture that `--model` names: CAPIVARA's, or SigLIP 2's B/16 at 224 pixels."""
     if args.model == "capivara":
         return CapivaraConfig()
-    return SiglipConfig(text_config={"vocab_size": SIGLIP_VOCABULARY_SIZE, "max_position_embeddings": CAPTION_TOKENS[args.model]})
+    return SiglipConfig(
+        text_config={"vocab_size": SIGLIP_VOCABULARY_SIZE, "max_position_embeddings": CAPTION_TOKENS[args.model]}
+    )
 
 
 def make_random_texts(config: PreTrainedConfig, pairs: int) -> Tensor:
@@ -189,7 +198,10 @@ def make_random_texts(config: PreTrainedConfig, pairs: int) -> Tensor:
     ids = torch.randint(PAD_TOKEN_ID + 1, pieces, shape, generator=dice)
     if not siglip:
         lengths = CAPTION_TOKENS["capivara"] * (1 + LENGTH_SPREAD * torch.randn(pairs, 1, generator=dice))
-        ids[torch.arange(PEER_CONTEXT_LENGTH) >= lengths.round().clamp(MIN_LENGTH_TOKENS, MAX_LENGTH_TOKENS).sort(dim=0).values] = PAD_TOKEN_ID
+        ids[
+            torch.arange(PEER_CONTEXT_LENGTH)
+            >= lengths.round().clamp(MIN_LENGTH_TOKENS, MAX_LENGTH_TOKENS).sort(dim=0).values
+        ] = PAD_TOKEN_ID
     return ids
 
 
@@ -329,7 +341,9 @@ def build_open_clip_optimizer(model: nn.Module, open_clip_args: Any) -> torch.op
         {"params": [p for n, p in trained if n in gain_or_bias], "weight_decay": 0.0},
         {"params": [p for n, p in trained if n not in gain_or_bias], "weight_decay": open_clip_args.wd},
     ]
-    return torch.optim.AdamW(groups, lr=open_clip_args.lr, betas=(open_clip_args.beta1, open_clip_args.beta2), eps=open_clip_args.eps)
+    return torch.optim.AdamW(
+        groups, lr=open_clip_args.lr, betas=(open_clip_args.beta1, open_clip_args.beta2), eps=open_clip_args.eps
+    )
 
 
 if __name__ == "__main__":

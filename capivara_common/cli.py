@@ -23,7 +23,9 @@ class UsageError(ValueError):
     """A command line that can't be: an unknown flag, a value that breaks its type or rule. The command ends with 2."""
 
 
-def coded_error(error_type: Callable[[str], Exception], code: str | None, template: str, /, **values: object) -> Exception:
+def coded_error(
+    error_type: Callable[[str], Exception], code: str | None, template: str, /, **values: object
+) -> Exception:
     """An error of a text with `{name}` for each of the values, and a code: the key of `capivara_search/words.yaml`."""
     error = error_type(template.format(**values))
     error.code, error.values = code, values
@@ -47,7 +49,9 @@ def run_command(main: Callable[[], object], resumable: bool = False) -> None:
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
-def parse_arguments(arguments_type: type[T], description: str | None, argv: list[str] | None = None, config: bool = False) -> T:
+def parse_arguments(
+    arguments_type: type[T], description: str | None, argv: list[str] | None = None, config: bool = False
+) -> T:
     """The arguments of a command line.
 
     Args:
@@ -92,7 +96,11 @@ def _build_parser(arguments_type: Any, description: str | None) -> argparse.Argu
                 if re.fullmatch(r"--?[A-Za-z][\w-]*", name) and name not in self._option_string_actions:
                     if instead := getattr(arguments_type, "gone", {}).get(name.lstrip("-").replace("-", "_")):
                         self.error(f"`{name}` is gone: {instead}.")
-                    self.error(unknown_name_message(name, "flag", [a.option_strings[0] for a in self._actions if a.option_strings]))
+                    self.error(
+                        unknown_name_message(
+                            name, "flag", [a.option_strings[0] for a in self._actions if a.option_strings]
+                        )
+                    )
             found, left = super().parse_known_args(args, namespace)
             return (found, left) if not left else self.error("There is a value without a flag")
 
@@ -171,7 +179,9 @@ def config_to_flags(content: dict[str, Any], arguments_type: type, subject: str)
             continue
         for word in map(str, value):
             if word.startswith("-") and not re.fullmatch(r"-(\d+|\d*\.\d+)", word):  # argparse's numbers
-                raise ValueError(f"{subject}: `{key}` lists {word!r}, which would be a flag; no value may begin with -.")
+                raise ValueError(
+                    f"{subject}: `{key}` lists {word!r}, which would be a flag; no value may begin with -."
+                )
         flags += [f"--{key}", *map(str, value)]
     return flags
 

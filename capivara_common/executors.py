@@ -33,7 +33,7 @@ from datatrove.utils.logging import add_task_logger, close_task_logger
 
 from capivara_common.environment import require_packages
 from capivara_common.files import write_text
-from capivara_common.progress import disable_progress_bars, configure_progress_bars
+from capivara_common.progress import configure_progress_bars, disable_progress_bars
 from capivara_common.tasks import ExecutorArguments, Phase
 
 CODE_ROOT = Path(__file__).resolve().parents[1]  # that tasks on other machines import the code from
@@ -102,7 +102,9 @@ def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
         ended = run_local(work, own) if args.executor == "local" else run_on_ray(work, own)
         if failed := ended.get_incomplete_ranks(skip_completed=True):
             said = failure_reasons(work.log_folder)
-            named = "".join(f"\n  task {rank}: {said.get(rank, UNKNOWN_OUTCOME_MESSAGE)}" for rank in failed[:MAX_NAMED_FAILURES])
+            named = "".join(
+                f"\n  task {rank}: {said.get(rank, UNKNOWN_OUTCOME_MESSAGE)}" for rank in failed[:MAX_NAMED_FAILURES]
+            )
             raise ValueError(
                 f"{work}: {len(failed)} tasks have failed:{named}\n"
                 f"Logs: {work.log_folder}. The same command does what is missing."
@@ -155,7 +157,9 @@ def _run_rank_sequence(executor: LocalPipelineExecutor, ranks: range) -> None:
             close_task_logger(log)
 
 
-def _run_worker(executor: LocalPipelineExecutor, worker_index: int, worker_count: int, gpu: str, environment: dict[str, str]) -> None:
+def _run_worker(
+    executor: LocalPipelineExecutor, worker_index: int, worker_count: int, gpu: str, environment: dict[str, str]
+) -> None:
     """Each `workers`-th rank from `number` on, in a process that ends with the one that has started it."""
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the parent hears
@@ -202,7 +206,9 @@ def run_on_ray(step: PhaseStep, args: ExecutorArguments) -> RayPipelineExecutor:
     return executor
 
 
-def submit_to_slurm(step: PhaseStep, args: ExecutorArguments, previous: SlurmPipelineExecutor | None) -> SlurmPipelineExecutor:
+def submit_to_slurm(
+    step: PhaseStep, args: ExecutorArguments, previous: SlurmPipelineExecutor | None
+) -> SlurmPipelineExecutor:
     """Submit a job array, which starts when the one before is done. ValueError: there is no sbatch, or it refuses."""
     if shutil.which("sbatch") is None:
         raise ValueError("--executor slurm needs sbatch, which this machine lacks. Run it where jobs are submitted.")

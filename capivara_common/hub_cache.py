@@ -20,7 +20,7 @@ from huggingface_hub.utils import WeakFileLock
 
 from capivara_common.cli import coded_error
 from capivara_common.environment import cache_home
-from capivara_common.files import read_json, atomic_folder, write_json, write_text
+from capivara_common.files import atomic_folder, read_json, write_json, write_text
 from capivara_common.weight_file import find_weight_files
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -36,7 +36,10 @@ SUPPORTED_MODEL_TYPES = {
     "altclip": "AltCLIP",
     "metaclip_2": "MetaCLIP 2",
 }
-PROCESSOR_CONFIG_FILES = ("processor_config.json", "preprocessor_config.json")  # the second as older versions of transformers wrote
+PROCESSOR_CONFIG_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+)  # the second as older versions of transformers wrote
 SMALL_FILE_PATTERNS = ["*.json", "*.model", "*.txt"]
 MODEL_FILE_PATTERNS = [*SMALL_FILE_PATTERNS, "model*.safetensors"]
 HUB_TIMEOUT_S = 5  # of each step to learn whether the Hub is there, and has a model

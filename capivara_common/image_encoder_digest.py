@@ -21,14 +21,45 @@ DIGEST_CHUNK_BYTES = 1 << 24
 # without them. Of other kinds of towers, all fields but `NEUTRAL` count.
 CLIP_VISION_FIELDS = ("model_type", "hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "image_size")
 TIMM_VISION_FIELDS = ("model_type", "architecture", "model_args", "do_pooling")
-CAPIVARA_VISION_DEFAULTS = {"model_type": "clip_vision_model", "hidden_act": "gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12}
+CAPIVARA_VISION_DEFAULTS = {
+    "model_type": "clip_vision_model",
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "num_attention_heads": 12,
+}
 CAPIVARA_VISION_DEFAULTS |= {"patch_size": 32, "image_size": 224, "do_pooling": True, "model_args": None}
 # Of models of transformers itself: what a published one leaves out, and one that was loaded and saved states.
 CLIP_VISION_DEFAULTS = CAPIVARA_VISION_DEFAULTS | {"hidden_act": "quick_gelu"}
-SIGLIP_VISION_DEFAULTS = CAPIVARA_VISION_DEFAULTS | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "patch_size": 16}
-IMAGE_PROCESSOR_DEFAULTS = {"do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
-IGNORED_CONFIG_FIELDS = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "id2label", "label2id", "label_names"}
-IMAGE_PROCESSOR_FIELDS = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor")
+SIGLIP_VISION_DEFAULTS = CAPIVARA_VISION_DEFAULTS | {
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "patch_size": 16,
+}
+IMAGE_PROCESSOR_DEFAULTS = {
+    "do_resize": True,
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+}
+IGNORED_CONFIG_FIELDS = {
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "_name_or_path",
+    "id2label",
+    "label2id",
+    "label_names",
+}
+IMAGE_PROCESSOR_FIELDS = (
+    "do_resize",
+    "size",
+    "resample",
+    "do_center_crop",
+    "crop_size",
+    "do_rescale",
+    "rescale_factor",
+)
 IMAGE_PROCESSOR_FIELDS += ("do_normalize", "image_mean", "image_std")
 
 
@@ -102,7 +133,12 @@ def _cached_weights_digest(folder: Path) -> str:
 
 
 def _compute_weights_digest(paths: list[Path]) -> str:
-    tensors = {name: file for file in map(WeightFile, paths) for name in file.tensors if name.startswith(IMAGE_ENCODER_PREFIXES)}
+    tensors = {
+        name: file
+        for file in map(WeightFile, paths)
+        for name in file.tensors
+        if name.startswith(IMAGE_ENCODER_PREFIXES)
+    }
     tensors.pop("vision_model.embeddings.position_ids", None)  # a constant that older files of CLIP have
     if not tensors:
         raise ValueError(f"The weights of {paths[0].parent} hold no image tower.")

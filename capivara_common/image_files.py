@@ -63,7 +63,9 @@ class BadRow(ValueError):
     """A row that can't be used, with the reason and detail of its `Skipped`."""
 
     def __init__(self, reason: str, detail: str):
-        super().__init__(reason, detail[:MAX_DETAIL_CHARACTERS])  # by both it is pickled, as a result of a worker process
+        super().__init__(
+            reason, detail[:MAX_DETAIL_CHARACTERS]
+        )  # by both it is pickled, as a result of a worker process
         self.reason, self.detail = self.args
 
     def __str__(self) -> str:
@@ -83,7 +85,9 @@ class BadImage(BadRow):
 class ImageAccess:
     """Which images of a data set's rows may be opened."""
 
-    allowed_folders: AllowedFolders | None = None  # where local files may lie; None: no path is followed, a row must hold the bytes
+    allowed_folders: AllowedFolders | None = (
+        None  # where local files may lie; None: no path is followed, a row must hold the bytes
+    )
     max_pixels: int = MAX_IMAGE_PIXELS
 
 
@@ -251,7 +255,9 @@ def check_byte_count(data: bytes, name: str) -> bytes:
     return data
 
 
-def _read_file_bytes(allowed_folders: AllowedFolders | None, path: str, offset: int = 0, size: int = MAX_IMAGE_BYTES + 1) -> bytes:
+def _read_file_bytes(
+    allowed_folders: AllowedFolders | None, path: str, offset: int = 0, size: int = MAX_IMAGE_BYTES + 1
+) -> bytes:
     """The regular file within `bounds` that a path leads to, or a piece of it; at most one byte too many, which
     `bounded` sees. A relative path is one of the data set's folder, or else of the current one."""
     try:
@@ -259,7 +265,11 @@ def _read_file_bytes(allowed_folders: AllowedFolders | None, path: str, offset: 
             raise PermissionError("a path of a row that should hold the bytes")
         if "://" in path:
             raise PermissionError("an address, which is not fetched")
-        inside = [file for file in (*(folder / path for folder in allowed_folders.folders), Path(path)) if allowed_folders.contains(file)]
+        inside = [
+            file
+            for file in (*(folder / path for folder in allowed_folders.folders), Path(path))
+            if allowed_folders.contains(file)
+        ]
         if not inside:
             raise PermissionError("lies outside of the data set's folder; --image_roots names others that may be read")
         found = next((file for file in inside if file.is_file()), inside[0])

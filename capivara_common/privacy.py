@@ -39,7 +39,9 @@ _TOKEN_PATTERN, _LABELED_SECRET_PATTERN = (
     for forms in (_TOKEN_PATTERNS, _LABELED_SECRET_PATTERNS)
 )
 # No letter stands before the others, but for the last one of an escape: `\n` and `\u201c` of JSON, `%3D` of addresses.
-SECRET_RE2 = rf"(?:^|[^A-Za-z0-9]|\\[bfnrt]|\\u[0-9A-Fa-f]{{4}}|%[0-9A-Fa-f]{{2}})(?:{_TOKEN_PATTERN})|{_LABELED_SECRET_PATTERN}"
+SECRET_RE2 = (
+    rf"(?:^|[^A-Za-z0-9]|\\[bfnrt]|\\u[0-9A-Fa-f]{{4}}|%[0-9A-Fa-f]{{2}})(?:{_TOKEN_PATTERN})|{_LABELED_SECRET_PATTERN}"
+)
 _WORD_START = r"(?:(?<![A-Za-z0-9])|(?<=\\[bfnrt])|(?<=\\u[0-9A-Fa-f]{4})|(?<=%[0-9A-Fa-f]{2}))"
 SECRET_RE = re.compile(rf"{_WORD_START}(?:{_TOKEN_PATTERN})|{_LABELED_SECRET_PATTERN}", re.ASCII)
 _SECRET_BYTES_RE = re.compile(SECRET_RE.pattern.encode())
@@ -134,7 +136,9 @@ def redact(text: str) -> str:
 def escape_control_characters(text: str) -> str:
     """A text of somebody else's, in one line, with nothing in it that a terminal obeys."""
     # \udcXX is a byte that is no UTF-8, as Python keeps it in a name.
-    return UNSAFE_CHARACTER_RE.sub(lambda found: found[0].encode("unicode_escape").decode().replace("\\udc", "\\x"), text)
+    return UNSAFE_CHARACTER_RE.sub(
+        lambda found: found[0].encode("unicode_escape").decode().replace("\\udc", "\\x"), text
+    )
 
 
 def make_printable(text: str) -> str:
@@ -192,7 +196,9 @@ def _path_pattern() -> re.Pattern[str]:
     ours = "|".join(map(re.escape, local_paths()))
     own = rf"(?:{ours})(?![\w.-])"
     site = rf"{_SITE_PATH}(?!{own})[^\s\"'<>`|;,)\]]*"
-    return re.compile(rf"{'|'.join(_URL_PATTERNS)}|{site}|(?P<path>{_PATH_START}{own}{_PATH_TAIL}|{'|'.join(_PATH_PATTERNS)})")
+    return re.compile(
+        rf"{'|'.join(_URL_PATTERNS)}|{site}|(?P<path>{_PATH_START}{own}{_PATH_TAIL}|{'|'.join(_PATH_PATTERNS)})"
+    )
 
 
 def _hide_path(path: str) -> str:

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from capivara_common.cli import check_at_least, flag
 
-TASK_SHARING_HINT = "rows are shared out by --tasks and --workers on one machine, and by --executor slurm or ray on many"
+TASK_SHARING_HINT = (
+    "rows are shared out by --tasks and --workers on one machine, and by --executor slurm or ray on many"
+)
 
 
 @dataclass(kw_only=True)

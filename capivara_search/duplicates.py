@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capivara_search.results import DUPLICATE_MIN_SIMILARITY
-from capivara_search.table import COLOR_SIGNATURE_COLUMN, to_array, l2_normalize, vector_column
+from capivara_search.table import COLOR_SIGNATURE_COLUMN, l2_normalize, to_array, vector_column
 
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
@@ -37,7 +37,9 @@ MIN_FLAT_PIXEL_SHARE = 0.2
 MAX_CONSTANT_STD = 4.0  # standard deviation of the pixels, of 255, below which a picture is flat, too
 DETAIL_SIDES = (18, 6, 6)  # pixels of the luma and both chroma planes (YCbCr) that flat pictures are compared by
 DETAIL_BYTES = sum(side * side for side in DETAIL_SIDES)
-DUPLICATE_DETAIL_RMS = 1.2  # root mean square difference of details, of 255, at which the similarity of flat pictures is `SAME`
+DUPLICATE_DETAIL_RMS = (
+    1.2  # root mean square difference of details, of 255, at which the similarity of flat pictures is `SAME`
+)
 DETAIL_COLUMNS = slice(-DETAIL_BYTES, None)  # the columns of details in `compared`
 
 
@@ -75,7 +77,9 @@ def add_color_signatures(vectors: np.ndarray, signatures: Sequence[bytes | None]
         (rows, width + `LOOK_BYTES` + `DETAIL_BYTES`), float32. The last columns, `DETAILS`, are zeros unless the
         picture is flat.
     """
-    pixels = np.frombuffer(b"".join((look or bytes(SIGNATURE_BYTES))[:SIGNATURE_BYTES] for look in signatures), np.uint8)
+    pixels = np.frombuffer(
+        b"".join((look or bytes(SIGNATURE_BYTES))[:SIGNATURE_BYTES] for look in signatures), np.uint8
+    )
     pixels = pixels.reshape(len(signatures), SIGNATURE_SIDE * SIGNATURE_SIDE, 3).astype(np.float32)
     pixels -= (pixels.mean(axis=1, keepdims=True) + pixels.mean(axis=(1, 2), keepdims=True)) / 2
     pixels = pixels.reshape(len(signatures), SIGNATURE_BYTES)
@@ -106,7 +110,11 @@ def pairwise_similarity(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
     lengths, other_lengths = ((one**2).sum(axis=1) for one in (details, other_details))
     squares = (lengths[:, None] + other_lengths - 2 * (details @ other_details.T)) / DETAIL_BYTES
     alike = vectors[:, : DETAIL_COLUMNS.start] @ others[:, : DETAIL_COLUMNS.start].T
-    return np.where(np.outer(lengths, other_lengths) > 0, 1 - (1 - DUPLICATE_MIN_SIMILARITY) / DUPLICATE_DETAIL_RMS**2 * squares, alike)
+    return np.where(
+        np.outer(lengths, other_lengths) > 0,
+        1 - (1 - DUPLICATE_MIN_SIMILARITY) / DUPLICATE_DETAIL_RMS**2 * squares,
+        alike,
+    )
 
 
 def get_model_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
@@ -120,7 +128,9 @@ def get_model_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
 
 def get_comparison_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
     """`compared` of rows."""
-    looks = rows[COLOR_SIGNATURE_COLUMN].to_pylist() if COLOR_SIGNATURE_COLUMN in rows.column_names else [None] * len(rows)
+    looks = (
+        rows[COLOR_SIGNATURE_COLUMN].to_pylist() if COLOR_SIGNATURE_COLUMN in rows.column_names else [None] * len(rows)
+    )
     return add_color_signatures(get_model_vectors(model, rows), looks)
 
 
@@ -162,7 +172,9 @@ def is_duplicate(vectors: np.ndarray, others: np.ndarray, threshold: float = DUP
     return pairwise_similarity(vectors, others) >= threshold - FLOAT16_TOLERANCE
 
 
-def leaders(vectors: np.ndarray, threshold: float = DUPLICATE_MIN_SIMILARITY, max_groups: int | None = None) -> np.ndarray:
+def leaders(
+    vectors: np.ndarray, threshold: float = DUPLICATE_MIN_SIMILARITY, max_groups: int | None = None
+) -> np.ndarray:
     """(rows,): of each vector, the row of the first one that it is nearly the same as and that leads, or its own.
 
     Vectors (rows, width) are as `compared` makes them. Where `most` lead, it ends, and later ones may keep their own.
@@ -179,13 +191,17 @@ def leaders(vectors: np.ndarray, threshold: float = DUPLICATE_MIN_SIMILARITY, ma
         if max_groups and np.sum(first[: start + BLOCK_ROWS] == rows[: start + BLOCK_ROWS]) >= max_groups:
             break
         for place in range(start + BLOCK_ROWS, len(vectors) if len(own) else 0, LATER_BLOCK_ROWS):
-            others = place + np.flatnonzero(first[place : place + LATER_BLOCK_ROWS] == rows[place : place + LATER_BLOCK_ROWS])
+            others = place + np.flatnonzero(
+                first[place : place + LATER_BLOCK_ROWS] == rows[place : place + LATER_BLOCK_ROWS]
+            )
             near = is_duplicate(block, vectors[others], threshold)
             first[others] = np.where(near.any(axis=0), own[near.argmax(axis=0)], others)
     return first
 
 
-def find_duplicate_groups(vectors: np.ndarray, threshold: float = DUPLICATE_MIN_SIMILARITY, max_groups: int | None = None) -> list[np.ndarray]:
+def find_duplicate_groups(
+    vectors: np.ndarray, threshold: float = DUPLICATE_MIN_SIMILARITY, max_groups: int | None = None
+) -> list[np.ndarray]:
     """Row numbers of each group, rising, those of one row among them; by their first rows. Arguments: of `leaders`."""
     first = leaders(vectors, threshold, max_groups)
     order = np.argsort(first, kind="stable")

@@ -11,9 +11,18 @@ from hashlib import blake2b
 from pathlib import Path
 
 from capivara_common.files import read_json, write_json
-from capivara_search.picture_files import IgnoreRules, to_absolute_path
-from capivara_search.table import METADATA_TABLE, FOLDER_KEY_PREFIX, SKIPPED_FILES_TABLE, PICTURES_TABLE, RULES_KEY, PictureTable, quote_sql, folders_clause
 from capivara_search.messages import localized_error, log_message
+from capivara_search.picture_files import IgnoreRules, to_absolute_path
+from capivara_search.table import (
+    FOLDER_KEY_PREFIX,
+    METADATA_TABLE,
+    PICTURES_TABLE,
+    RULES_KEY,
+    SKIPPED_FILES_TABLE,
+    PictureTable,
+    folders_clause,
+    quote_sql,
+)
 
 
 def requested_folders(table: PictureTable) -> dict[str, str]:
@@ -27,7 +36,9 @@ def requested_folders(table: PictureTable) -> dict[str, str]:
     return {}
 
 
-def record_requested_folders(table: PictureTable, folders: Mapping[str | Path, str], moved_from: Path | None = None) -> None:
+def record_requested_folders(
+    table: PictureTable, folders: Mapping[str | Path, str], moved_from: Path | None = None
+) -> None:
     """Add folders to this machine's record of an index.
 
     Args:
@@ -35,7 +46,11 @@ def record_requested_folders(table: PictureTable, folders: Mapping[str | Path, s
         folders: folder -> its real path, resolved when the user named the folder and not again.
         left: folders in it are removed from the record.
     """
-    asked = {one: real for one, real in requested_folders(table).items() if not moved_from or not Path(one).is_relative_to(moved_from)}
+    asked = {
+        one: real
+        for one, real in requested_folders(table).items()
+        if not moved_from or not Path(one).is_relative_to(moved_from)
+    }
     asked |= {str(folder): real for folder, real in folders.items()}
     try:
         write_json(_record_path(table), {"index": table.where, "folders": asked})
@@ -86,7 +101,11 @@ def folders_to_add(
         if away := sorted(set(known) - set(map(str, paths))):
             log_message("folders_away", ", ".join(away), level=logging.WARNING)
     for place in map(to_absolute_path, include):
-        if rules.find_forgotten_parent(str(place)) and place.is_dir() and not any(map(place.is_relative_to, [*asked, *paths])):
+        if (
+            rules.find_forgotten_parent(str(place))
+            and place.is_dir()
+            and not any(map(place.is_relative_to, [*asked, *paths]))
+        ):
             paths[place] = os.path.realpath(place)
     if not paths:
         raise localized_error(ValueError, "no_known_folder")
@@ -113,11 +132,15 @@ def is_available(folder: str | Path, real_path: str, allow_empty: bool = False) 
 def forget_folder(table: PictureTable, path: Path) -> int:
     """`PictureIndex.forget`, of an absolute path."""
     with table.locked():
-        removed, failed = (table.delete_matching(folders_clause(path), name) for name in (PICTURES_TABLE, SKIPPED_FILES_TABLE))
+        removed, failed = (
+            table.delete_matching(folders_clause(path), name) for name in (PICTURES_TABLE, SKIPPED_FILES_TABLE)
+        )
         if removed or failed or os.path.lexists(path):
             rules = load_rules(table)
             save_rules(table, replace(rules, forgotten=rules.forgotten | {str(path)}))
-        table.delete_paths([FOLDER_KEY_PREFIX + one for one in table.folders() if Path(one).is_relative_to(path)], METADATA_TABLE)
+        table.delete_paths(
+            [FOLDER_KEY_PREFIX + one for one in table.folders() if Path(one).is_relative_to(path)], METADATA_TABLE
+        )
         table.purge()
     return removed
 
@@ -134,7 +157,9 @@ def move_folder(table: PictureTable, old: Path, new: Path) -> tuple[int, int]:
             raise localized_error(ValueError, "move_nothing", path=old)
         there = sum(os.path.isfile(_moved_path(path, old, new)) for path in paths)
         if paths and not there:
-            raise localized_error(ValueError, "move_not_there", path=old, total=len(paths), example=_moved_path(paths[0], old, new))
+            raise localized_error(
+                ValueError, "move_not_there", path=old, total=len(paths), example=_moved_path(paths[0], old, new)
+            )
         for name in (PICTURES_TABLE, SKIPPED_FILES_TABLE):
             _move_rows(table, name, old, new)
         within_old = [one for one in rules.forgotten if Path(one).is_relative_to(old)]
@@ -147,7 +172,9 @@ def move_folder(table: PictureTable, old: Path, new: Path) -> tuple[int, int]:
         # What an index says of itself may lead out of the folder that was named.
         real_paths = {one: os.path.realpath(one) for one in table.folders()}
         inside_new = Path(os.path.realpath(new))
-        record_requested_folders(table, {one: real for one, real in real_paths.items() if Path(real).is_relative_to(inside_new)}, old)
+        record_requested_folders(
+            table, {one: real for one, real in real_paths.items() if Path(real).is_relative_to(inside_new)}, old
+        )
         table.delete_paths(inside, METADATA_TABLE)
         table.purge()
     return len(paths), there

@@ -15,13 +15,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capivara_search import query
 from capivara_search import folders as known_folders
-from capivara_search.indexing import IndexWriter, StoredRows, start_indexing, embed_files, finish_indexing
-from capivara_search.duplicates import CachedRows, newest_first_order, get_comparison_vectors, find_duplicate_groups, is_duplicate, pairwise_similarity
-from capivara_search.estimates import read_progress, estimate_for
-from capivara_search.picture_files import FileState, to_absolute_path, find_pictures, open_query_picture
-from capivara_search.results import DUPLICATE_MIN_SIMILARITY, DEFAULT_LABEL_TEMPLATE, IndexReport, Classification, Hit, SkippedFile, IndexStatus
+from capivara_search import query
+from capivara_search.duplicates import (
+    CachedRows,
+    find_duplicate_groups,
+    get_comparison_vectors,
+    is_duplicate,
+    newest_first_order,
+    pairwise_similarity,
+)
+from capivara_search.estimates import estimate_for, read_progress
+from capivara_search.indexing import IndexWriter, StoredRows, embed_files, finish_indexing, start_indexing
+from capivara_search.messages import localized_error, log_message
+from capivara_search.picture_files import FileState, find_pictures, open_query_picture, to_absolute_path
+from capivara_search.results import (
+    DEFAULT_LABEL_TEMPLATE,
+    DUPLICATE_MIN_SIMILARITY,
+    Classification,
+    Hit,
+    IndexReport,
+    IndexStatus,
+    SkippedFile,
+)
 from capivara_search.storage import DamagedIndexError
 from capivara_search.table import (
     HIT_COLUMNS,
@@ -29,17 +45,16 @@ from capivara_search.table import (
     SKIPPED_FILES_TABLE,
     THUMBNAIL_COLUMN,
     PictureTable,
-    join_clauses,
-    to_array,
     comparison_columns,
-    quote_sql,
     date_clauses,
-    to_hits,
-    l2_normalize,
-    vector_column,
     folders_clause,
+    join_clauses,
+    l2_normalize,
+    quote_sql,
+    to_array,
+    to_hits,
+    vector_column,
 )  # fmt: skip
-from capivara_search.messages import localized_error, log_message
 
 if TYPE_CHECKING:
     from threading import Event
@@ -274,7 +289,10 @@ class PictureIndex:
         """The cosine with a sentence's vector (width,) above which a picture is better than the background."""
 
         def background() -> float:
-            neutral, nearest = self.model.embed_texts(query.NEUTRAL_SENTENCES), self._make_nearest(join_clauses(self._model_clauses()))
+            neutral, nearest = (
+                self.model.embed_texts(query.NEUTRAL_SENTENCES),
+                self._make_nearest(join_clauses(self._model_clauses())),
+            )
             best = [nearest(vector, 1)["score"][0].as_py() for vector in neutral]
             return query.background_z_score(self._sample_vectors(), neutral, best)
 
@@ -307,7 +325,11 @@ class PictureIndex:
         hits = self._group_hits(k, nearest, clause) if group_duplicates else to_hits(nearest(k))
         if not is_text_query or not hits:
             return hits
-        if query.supports_relevance_threshold(self.model.folder) if self.relevance_threshold is None else self.relevance_threshold:
+        if (
+            query.supports_relevance_threshold(self.model.folder)
+            if self.relevance_threshold is None
+            else self.relevance_threshold
+        ):
             line = self._compute_relevance_threshold(vector)
             hits = [replace(hit, above_threshold=hit.score >= line) for hit in hits]
         own = self.model.scale_scores(np.array([hit.score for hit in hits]))
@@ -346,13 +368,17 @@ class PictureIndex:
         hits = zip(to_hits(rows.take(shown)), numbers, strict=True)
         return [replace(hit, copies=max(0, int(number))) for hit, number in hits]
 
-    def copies(self, path: str, k: int = 240, folder: FolderFilter = None, since: DateFilter = None, until: DateFilter = None) -> list[Hit]:
+    def copies(
+        self, path: str, k: int = 240, folder: FolderFilter = None, since: DateFilter = None, until: DateFilter = None
+    ) -> list[Hit]:
         """The other pictures that are nearly the same as one of the index, most similar first.
 
         Arguments are those of `search`. Raises KeyError where the picture has no vector of this model.
         """
         vector, clause = self.vectors([path])[0], join_clauses(_filter_clauses(folder, since, until))
-        own = get_comparison_vectors(self.model, self._table.rows_of_paths(comparison_columns(self.model.width), [path]))
+        own = get_comparison_vectors(
+            self.model, self._table.rows_of_paths(comparison_columns(self.model.width), [path])
+        )
         held = self._load_cached_rows(clause)
         rows = held.rows if held else self._table.nearest(vector, DUPLICATE_OVERFETCH * k, clause)
         others = held.comparison_vectors if held else get_comparison_vectors(self.model, rows)
@@ -361,7 +387,12 @@ class PictureIndex:
         return sorted((hit for hit in hits if hit.path != path), key=lambda hit: (-hit.score, hit.path))[:k]
 
     def newest(
-        self, k: int = 12, folder: FolderFilter = None, since: DateFilter = None, until: DateFilter = None, group_duplicates: bool = False
+        self,
+        k: int = 12,
+        folder: FolderFilter = None,
+        since: DateFilter = None,
+        until: DateFilter = None,
+        group_duplicates: bool = False,
     ) -> list[Hit]:
         """The pictures of the latest `date`, latest first; of copies, the latest. Arguments are those of `search`."""
         clause = join_clauses(_filter_clauses(folder, since, until))
@@ -389,7 +420,9 @@ class PictureIndex:
         others = self._table.count_other_models(digest)
         if total and (others == total or self.model.width not in self._table.widths()):
             known = (self._table.model() or {}).get("name")
-            raise localized_error(ValueError, "other_model", model=self.model.name, path=self.where, known=known, total=total)
+            raise localized_error(
+                ValueError, "other_model", model=self.model.name, path=self.where, known=known, total=total
+            )
         return [f"model = {quote_sql(digest)}"] if others else []
 
     def duplicates(self, threshold: float = DUPLICATE_MIN_SIMILARITY) -> list[list[Hit]]:

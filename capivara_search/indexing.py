@@ -26,31 +26,31 @@ import pyarrow as pa
 from capivara_common.cli import coded_error
 from capivara_common.image_files import DECODER_THREADS, BadImage
 from capivara_search.duplicates import color_signature
-from capivara_search.estimates import RateEstimator, ProgressCallback
+from capivara_search.estimates import ProgressCallback, RateEstimator
 from capivara_search.folders import load_rules, record_requested_folders, save_rules
+from capivara_search.messages import log_message
 from capivara_search.picture_files import (
     RETRYABLE_REASONS,
     FileState,
-    Picture,
     IgnoreRules,
+    Picture,
     find_pictures,
     read_picture,
 )
 from capivara_search.results import IndexReport, SkippedFile
 from capivara_search.table import (
-    TABLE_SCHEMAS,
-    FOLDER_KEY_PREFIX,
-    SKIPPED_FILES_TABLE,
     COLOR_SIGNATURE_COLUMN,
+    FOLDER_KEY_PREFIX,
     PICTURES_TABLE,
+    SKIPPED_FILES_TABLE,
+    TABLE_SCHEMAS,
     PictureTable,
-    in_clause,
-    to_array,
-    quote_sql,
-    vector_column,
     folders_clause,
+    in_clause,
+    quote_sql,
+    to_array,
+    vector_column,
 )
-from capivara_search.messages import log_message
 
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
@@ -132,7 +132,11 @@ def make_plan(
     columns = ["path", "size", "mtime_ns", "digest", "model"]
     known = StoredRows(table.rows(columns, clause), image_digest)
     left_out = table.rows([*columns[:3], "reason"], clause, SKIPPED_FILES_TABLE).to_pylist()
-    broken = {FileState(*list(row.values())[:3]) for row in left_out if SkippedFile.from_row(row).code not in RETRYABLE_REASONS}
+    broken = {
+        FileState(*list(row.values())[:3])
+        for row in left_out
+        if SkippedFile.from_row(row).code not in RETRYABLE_REASONS
+    }
     todo = [file for file in found if not known.is_done(file)]
     broken &= set(todo)
     there = {file.path for file in found} | {one.path for one in unseen}
@@ -187,14 +191,22 @@ class IndexWriter:
     def run(self) -> IndexReport:
         """Do it."""
         files = self.plan.files
-        read = partial(read_picture, image_size=self.model.image_size, resize_filter=self.model.resize_filter, folders=self.plan.roots)
+        read = partial(
+            read_picture,
+            image_size=self.model.image_size,
+            resize_filter=self.model.resize_filter,
+            folders=self.plan.roots,
+        )
         self.progress(0, len(files))
         try:
             with closing(prefetch_pictures(files, read, self.batch_size)) as batches:
                 for batch in batches:
                     self._embed_batch(batch)
                     self._report()
-                    if len(self.rows) + len(self.skipped_files) >= COMMIT_ROWS or time.monotonic() - self.commit_start > COMMIT_INTERVAL_S:
+                    if (
+                        len(self.rows) + len(self.skipped_files) >= COMMIT_ROWS
+                        or time.monotonic() - self.commit_start > COMMIT_INTERVAL_S
+                    ):
                         self.commit()
         finally:  # what was embedded is kept, by Ctrl-C, too
             self.commit()
@@ -260,7 +272,11 @@ class IndexWriter:
         """Add the row of a picture, and count what it is."""
         digest, known = picture.digest, self.plan.stored_rows[file.path]
         values = {name: value for name, value in vars(picture).items() if name != "image"}
-        values |= {COLOR_SIGNATURE_COLUMN: color_signature(picture.image), "model": self.image_digest, self.column: np.float16(vector)}
+        values |= {
+            COLOR_SIGNATURE_COLUMN: color_signature(picture.image),
+            "model": self.image_digest,
+            self.column: np.float16(vector),
+        }
         self.rows[file.path] = values | asdict(file)  # as it was found: what has changed since is read again
         self.vectors_by_digest[digest] = vector
         if known is None:
@@ -319,7 +335,12 @@ def finish_indexing(table: PictureTable, model: "SearchModel", plan: IndexPlan, 
     report.removed += len(plan.removed_paths) - report.moved
     report.ignored_counts = dict(sum(plan.ignored_counts.values(), Counter()))
     if plan.covers_folders:
-        table.set_metadata({FOLDER_KEY_PREFIX + one: json.dumps(numbers, sort_keys=True) for one, numbers in plan.ignored_counts.items()})
+        table.set_metadata(
+            {
+                FOLDER_KEY_PREFIX + one: json.dumps(numbers, sort_keys=True)
+                for one, numbers in plan.ignored_counts.items()
+            }
+        )
     report.skipped_files = _update_skipped_files(table, plan, {one.path for one in report.skipped_files})
     if len(table.widths()) > 1 and not table.count_other_models(model.image_digest):
         columns = [vector_column(width) for width in table.widths() if width != model.width]
@@ -345,7 +366,9 @@ def _update_skipped_files(table: PictureTable, plan: IndexPlan, new_paths: Colle
 def embed_files(model: "SearchModel", files: Sequence[FileState], folder: Path) -> dict[str, np.ndarray]:
     """Path -> vector, of files of a place that can be read; nothing is written."""
     found = {}
-    read = partial(read_picture, image_size=model.image_size, resize_filter=model.resize_filter, folders=[os.path.realpath(folder)])
+    read = partial(
+        read_picture, image_size=model.image_size, resize_filter=model.resize_filter, folders=[os.path.realpath(folder)]
+    )
     for batch in prefetch_pictures(files, read, BATCH_SIZE):
         pictures = {file.path: one for file, one in batch if isinstance(one, Picture)}
         found |= dict(zip(pictures, model.embed_images([one.image for one in pictures.values()]), strict=True))

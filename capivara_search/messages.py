@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from capivara_common.cli import coded_error
-from capivara_common.privacy import redact, escape_control_characters
+from capivara_common.privacy import escape_control_characters, redact
 
 # English name of a command -> its Portuguese name; both work in both languages.
 COMMAND_NAMES = dict(
@@ -39,7 +39,11 @@ class Messages:
     def reason(self, code: str | None, text: object = None) -> str:
         """Why a file was left out: in English as it was said, or its code; in other languages by its code."""
         key = f"reason.{code}"
-        return self(key) if self.language != "en" and self.has(key) else escape_control_characters(str(code if text is None else text))
+        return (
+            self(key)
+            if self.language != "en" and self.has(key)
+            else escape_control_characters(str(code if text is None else text))
+        )
 
     def __call__(self, key: str, *places: object, **values: object) -> str:
         """The text with its `{0}` or `{name}` filled in."""
@@ -79,7 +83,9 @@ def _load_messages() -> dict[str, dict[str, str | list[str]]]:
 
 def localized_error(error_type: Callable[[str], Exception], code: str, **values: object) -> Exception:
     """Return an error with words in each language, `error.CODE`, and no secret; its own text is the English one."""
-    return coded_error(error_type, code, Messages("en").raw(f"error.{code}"), **{name: _redacted(one) for name, one in values.items()})
+    return coded_error(
+        error_type, code, Messages("en").raw(f"error.{code}"), **{name: _redacted(one) for name, one in values.items()}
+    )
 
 
 def log_message(code: str, *values: object, level: int = logging.INFO) -> None:

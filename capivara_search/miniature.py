@@ -11,7 +11,7 @@ from pathlib import Path
 
 from capivara_common.environment import cache_home, require_packages
 from capivara_common.files import atomic_folder, write_text
-from capivara_common.hub_cache import is_complete_model, cache_folder_lock
+from capivara_common.hub_cache import cache_folder_lock, is_complete_model
 from capivara_search.messages import log_message
 
 PROJECTION_FILE = Path(__file__).with_name("miniature.safetensors")

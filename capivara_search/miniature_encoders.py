@@ -34,7 +34,9 @@ IMAGE_STD = (128 / 255,) * 3
 MAX_TEXT_TOKENS = 77  # as CAPIVARA, arXiv 2310.13683
 FILE_MAGIC = b"E5S1"
 FLOAT32_TYPE = 0  # the type byte of a tensor in the file; 1: blocks of 4 bits
-QUANTIZED_BLOCK_DTYPE = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])  # 32 items, two a byte: the low nibbles, then the high ones
+QUANTIZED_BLOCK_DTYPE = np.dtype(
+    [("scale", "<f2"), ("nibbles", "u1", 16)]
+)  # 32 items, two a byte: the low nibbles, then the high ones
 POSITION_OFFSET = 2  # XLM-R numbers positions from pad_token_id + 1, BERT from 0
 # Beginning of a name in the file -> the same of an XLMRobertaModel; of `{}`, the number of a layer.
 MODULE_NAMES = {"emb.ln": "embeddings.LayerNorm"} | {

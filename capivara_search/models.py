@@ -25,9 +25,9 @@ from capivara_common.files import read_json
 from capivara_common.hub_cache import find_cached_model, is_reachable, resolve_model_folder
 from capivara_common.image_encoder_digest import image_encoder_digest, image_processor_settings
 from capivara_common.weight_file import WeightFile, read_scalar
+from capivara_search.messages import Messages, localized_error, log_message
 from capivara_search.model_files.checks_capivara import NOT_FINITE, check_sizes, wrap_tokenizer_errors
 from capivara_search.model_files.text_cleaning_capivara import CONTEXT_LENGTH, check_texts, clean_text
-from capivara_search.messages import Messages, localized_error, log_message
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -253,7 +253,9 @@ class TextTower:
     pad_token_id: int | None
 
     @classmethod
-    def prepare_tokenizer(cls, tokenizer: Tokenizer, settings: dict[str, Any], text: dict[str, Any]) -> Tokenizer | None:
+    def prepare_tokenizer(
+        cls, tokenizer: Tokenizer, settings: dict[str, Any], text: dict[str, Any]
+    ) -> Tokenizer | None:
         """As transformers makes it; None where it would take another, or pad otherwise than the tower."""
         is_own = settings.get("tokenizer_class") == "CapivaraTokenizer"
         pad = tokenizer.token_to_id(_token_text(settings["pad_token"]))  # None outside of the vocabulary
@@ -271,7 +273,9 @@ class TextTower:
         with wrap_tokenizer_errors(f"The tokenizer beside {self.weights.path}"):
             ids = [found.ids for found in self.tokenizer.encode_batch_fast([self.CLEAN_TEXT(text) for text in texts])]
         order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
-        batches = [[ids[n] for n in order[start : start + TEXTS_PER_BATCH]] for start in range(0, len(ids), TEXTS_PER_BATCH)]
+        batches = [
+            [ids[n] for n in order[start : start + TEXTS_PER_BATCH]] for start in range(0, len(ids), TEXTS_PER_BATCH)
+        ]
         with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count() or 1) as executor:
             embeds = np.concatenate(list(executor.map(self._embed_ids, batches)))[np.argsort(order)]
         if not np.isfinite(embeds).all():
@@ -285,7 +289,9 @@ class TextTower:
         mask = tokens != self.pad_token_id  # (texts, tokens); also of the padding tokens that a text spells
         if not mask.any(axis=1).all():
             raise ValueError("Every text needs at least one token; the tokenizer gives none for an empty one.")
-        positions = np.where(mask, mask.cumsum(axis=1) + self.pad_token_id, self.pad_token_id)  # XLM-R numbers them from pad + 1
+        positions = np.where(
+            mask, mask.cumsum(axis=1) + self.pad_token_id, self.pad_token_id
+        )  # XLM-R numbers them from pad + 1
         hidden = self._embed_tokens(f"{EMBEDDINGS_PREFIX}word_embeddings.weight", tokens)
         hidden = hidden + self.weights.array(f"{EMBEDDINGS_PREFIX}token_type_embeddings.weight")[0]
         hidden = hidden + self.weights.array(f"{EMBEDDINGS_PREFIX}position_embeddings.weight")[positions]
@@ -343,7 +349,9 @@ class SiglipTextTower(TextTower):
     CLEAN_TEXT = str
 
     @classmethod
-    def prepare_tokenizer(cls, tokenizer: Tokenizer, settings: dict[str, Any], text: dict[str, Any]) -> Tokenizer | None:
+    def prepare_tokenizer(
+        cls, tokenizer: Tokenizer, settings: dict[str, Any], text: dict[str, Any]
+    ) -> Tokenizer | None:
         """As `Siglip2Tokenizer` makes it of the file's pieces, padded to one length; None where it is another."""
         if settings.get("tokenizer_class") not in ("Siglip2Tokenizer", "GemmaTokenizer", "GemmaTokenizerFast"):
             return None

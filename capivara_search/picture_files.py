@@ -25,19 +25,19 @@ from PIL.Image import Resampling
 
 from capivara_common.cli import coded_error
 from capivara_common.image_files import (
+    IMAGE_SUFFIXES,
+    LARGE_IMAGE_LOCK,
     MAX_IMAGE_BYTES,
     MAX_IMAGE_PIXELS,
-    LARGE_IMAGE_LOCK,
-    IMAGE_SUFFIXES,
     BadImage,
     check_byte_count,
     decode_upright,
+    exif_orientation,
     open_image,
     open_regular_file,
-    exif_orientation,
 )
-from capivara_search.results import SkippedFile
 from capivara_search.messages import localized_error
+from capivara_search.results import SkippedFile
 
 if TYPE_CHECKING:
     from pathspec import GitIgnoreSpec
@@ -46,7 +46,12 @@ if TYPE_CHECKING:
 RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".rw2", ".orf", ".raf", ".pef", ".srw")
 NON_RAW_FILE_STARTS = (b"\xff\xd8\xff", b"\x89PNG")  # how a JPEG and a PNG begin that was given the name of a RAW file
 # Of these nothing is known of the content: the file is tried again each time.
-RETRYABLE_REASONS = ("no permission", "read error", "gone", "needs rawpy")  # the last one of an index that was made before
+RETRYABLE_REASONS = (
+    "no permission",
+    "read error",
+    "gone",
+    "needs rawpy",
+)  # the last one of an index that was made before
 PICTURE_SUFFIXES = (*IMAGE_SUFFIXES, *RAW_SUFFIXES)
 VIDEO_SUFFIXES = (
     *(".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".3gp", ".mts", ".m2ts", ".wmv", ".mpg", ".mpeg", ".flv"),
@@ -108,7 +113,7 @@ class IgnoreRules:
     exclude: tuple[str, ...] = ()  # patterns, as of a `.gitignore` in each folder that is named
     forgotten: frozenset[str] = frozenset()  # paths of folders and pictures
 
-    def updated(self, exclude: Sequence[str] = (), include: Sequence[str | Path] = ()) -> "Rules":
+    def updated(self, exclude: Sequence[str] = (), include: Sequence[str | Path] = ()) -> "IgnoreRules":
         """These with more patterns, and without those of them, and forgotten paths, that are included.
 
         Raises ValueError: `exclude` names what is no pattern, `include` what is left out by none of these rules.
@@ -217,10 +222,14 @@ def find_pictures(
     for root in roots:
         if root in left_out:
             raise localized_error(ValueError, "folder_shut", path=root, reason=left_out[root])
-        ruled = sum(walk.ignored_counts[root][why] for why in ("forgotten", "excluded", "link"))  # then it may well be empty
+        ruled = sum(
+            walk.ignored_counts[root][why] for why in ("forgotten", "excluded", "link")
+        )  # then it may well be empty
         if only_paths is None and not ruled and not _contains_any([*walk.pictures, *left_out], root):
             raise localized_error(ValueError, "no_picture", path=root, ends=", ".join(PICTURE_SUFFIXES))
-    return sorted(walk.pictures.values(), key=lambda file: file.path), sorted(walk.skipped_files, key=lambda one: one.path)
+    return sorted(walk.pictures.values(), key=lambda file: file.path), sorted(
+        walk.skipped_files, key=lambda one: one.path
+    )
 
 
 def _contains_any(paths: Sequence[str], root: str) -> bool:
@@ -238,7 +247,9 @@ class _FolderScan:
         self.rules = IgnoreRules(rules.exclude, rules.forgotten | set(map(_resolve_parent_links, rules.forgotten)))
         self.ignored_counts = {root: Counter[str]() for root in roots}
         self.relevant_paths = {str(one) for path in only_paths or () for one in (path, *Path(path).parents)}
-        self.relevant_prefixes = ("",) if only_paths is None else tuple(os.path.join(one, "") for one in only_paths if os.path.isdir(one))
+        self.relevant_prefixes = (
+            ("",) if only_paths is None else tuple(os.path.join(one, "") for one in only_paths if os.path.isdir(one))
+        )
         self.pictures: dict[str, FileState] = {}
         self.skipped_files: list[SkippedFile] = []
         self.visited_folders: set[tuple[int, int]] = set()  # folders, by device and number
@@ -393,7 +404,9 @@ def read_picture(
     opened, size = _open_undecoded(data, file.path)
     shape = opened.size
     with LARGE_IMAGE_LOCK if shape[0] * shape[1] > MAX_IMAGE_PIXELS else nullcontext():
-        pixels = flatten_on_white(decode_upright(opened, "the file", max(REDUCED_DECODE_FACTOR * image_size, THUMBNAIL_SIDE)))
+        pixels = flatten_on_white(
+            decode_upright(opened, "the file", max(REDUCED_DECODE_FACTOR * image_size, THUMBNAIL_SIDE))
+        )
         if exif_orientation(opened) > 4:  # by a quarter
             size, shape = size[::-1], shape[::-1]
         image = resize_short_side(pixels, shape, image_size, resize_filter)
@@ -412,7 +425,9 @@ def open_query_picture(path: str | Path) -> PIL.Image.Image:
         raise localized_error(ValueError, "bad_picture", path=path, reason=error) from error
 
 
-def decode_picture(data: bytes, name: str, max_pixels: int = MAX_PICTURE_PIXELS, min_short_side: int = 0) -> PIL.Image.Image:
+def decode_picture(
+    data: bytes, name: str, max_pixels: int = MAX_PICTURE_PIXELS, min_short_side: int = 0
+) -> PIL.Image.Image:
     """A picture of a file that was read, upright, RGB, transparent parts white; the rest as `decoded` has it.
 
     The end of its `name` says whether it is RAW; a JPEG or PNG with such a name is opened as what it is.
@@ -441,7 +456,9 @@ def _to_bad_image(error: OSError) -> BadImage:
     return BadImage("read error", error.strerror or str(error))
 
 
-def _open_undecoded(data: bytes, name: str, max_pixels: int = MAX_PICTURE_PIXELS) -> tuple[PIL.Image.Image, tuple[int, int]]:
+def _open_undecoded(
+    data: bytes, name: str, max_pixels: int = MAX_PICTURE_PIXELS
+) -> tuple[PIL.Image.Image, tuple[int, int]]:
     """The image with nothing but its header decoded, of RAW the preview, and the size of the picture itself."""
     is_raw = name.lower().endswith(RAW_SUFFIXES) and not data.startswith(NON_RAW_FILE_STARTS)
     data, size = extract_raw_preview(data) if is_raw else (data, None)
@@ -466,7 +483,9 @@ def limit_long_side(image: PIL.Image.Image, max_side: int) -> PIL.Image.Image:
     return image.resize(size, Resampling.BICUBIC, reducing_gap=2.0)
 
 
-def resize_short_side(image: PIL.Image.Image, size: tuple[int, int], image_size: int, resize_filter: int | None = None) -> PIL.Image.Image:
+def resize_short_side(
+    image: PIL.Image.Image, size: tuple[int, int], image_size: int, resize_filter: int | None = None
+) -> PIL.Image.Image:
     """The short side brought to `side` pixels where it has more, as the model's image processor does.
 
     `size` is that of the image in its file, which decides the shape: of reduced sides, rounded up, it would be another.

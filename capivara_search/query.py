@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from capivara_common.files import read_json
-from capivara_search.results import Classification
 from capivara_search.messages import localized_error
+from capivara_search.results import Classification
 
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 MAX_FEEDBACK_WEIGHT = 4
 FEEDBACK_STRENGTH = 0.5  # of a pull of weight 1; at twice that half of what is looked for goes with what shall sink
 SAMPLE_ROWS = 2000  # vectors of an index
-RELEVANCE_AUC_FILE = "nothing_fits.json"  # in a model's folder: its `auc`, as `benchmarks.nothing_fits --keep` writes it
+RELEVANCE_AUC_FILE = (
+    "nothing_fits.json"  # in a model's folder: its `auc`, as `benchmarks.nothing_fits --keep` writes it
+)
 AUTO_THRESHOLD_MIN_AUC = 0.8  # from which on the line is drawn without being asked for
 NEUTRAL_SENTENCES = (
     *("uma imagem", "uma foto", "uma fotografia de alguma coisa", "isto é uma imagem", "uma imagem qualquer", "algo"),
@@ -42,7 +44,9 @@ def parse_feedback(text: str) -> tuple[float, str]:
     return weight, words
 
 
-def apply_feedback(vector: np.ndarray | None, feedback: Iterable[tuple[float, np.ndarray]], sample: np.ndarray) -> np.ndarray:
+def apply_feedback(
+    vector: np.ndarray | None, feedback: Iterable[tuple[float, np.ndarray]], sample: np.ndarray
+) -> np.ndarray:
     """A query's vector (width,), pulled towards others, or away from them.
 
     Args:
@@ -62,7 +66,9 @@ def z_score(score: float, scores: np.ndarray) -> float:
     return float((score - scores.mean()) / max(scores.std(), 1e-6))
 
 
-def background_z_score(sample: np.ndarray, neutral_vectors: Sequence[np.ndarray], best_cosines: Sequence[float]) -> float:
+def background_z_score(
+    sample: np.ndarray, neutral_vectors: Sequence[np.ndarray], best_cosines: Sequence[float]
+) -> float:
     """How many deviations above the mean the best picture is where there is nothing to find.
 
     By the vectors of neutral sentences, (width,), and the cosine of each with its best picture.

@@ -6,7 +6,9 @@ from datetime import datetime
 from typing import Any
 
 DEFAULT_LABEL_TEMPLATE = "uma imagem de {}"  # of a label, where none is given
-DUPLICATE_MIN_SIMILARITY = 0.84  # least similarity (`duplicates.compared`) of what is nearly the same, docs/benchmarks.md has its table
+DUPLICATE_MIN_SIMILARITY = (
+    0.84  # least similarity (`duplicates.compared`) of what is nearly the same, docs/benchmarks.md has its table
+)
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,9 @@ class Hit:
     longitude: float | None = None
     size: int = 0  # bytes of the file
     modified: datetime | None = None  # when the file was changed last
-    above_threshold: bool | None = None  # False: no better than the index's background for the sentence; None: not asked
+    above_threshold: bool | None = (
+        None  # False: no better than the index's background for the sentence; None: not asked
+    )
     date: datetime | None = None  # wherever one is shown or compared: `taken`, else `modified`
     date_source: str = ""  # "camera" or "file", which of the two that is
     copies: int = 0  # other pictures, nearly the same, that it stands for in an answer that is `stacked`
@@ -39,7 +43,7 @@ class SkippedFile:
     detail: str  # what is wrong, in English
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> "LeftOut":
+    def from_row(cls, row: Mapping[str, Any]) -> "SkippedFile":
         """As a row of the table `left_out` has it, whose `reason` is code and detail in one text."""
         code, _, detail = row["reason"].partition(": ")
         return cls(row["path"], code, detail)

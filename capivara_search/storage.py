@@ -16,10 +16,16 @@ from capivara_search.messages import localized_error
 
 LANCEDB_ERRORS = (RuntimeError, OSError, ValueError)  # what LanceDB raises
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-ENDPOINT_RE = re.compile(r"https?://([\w.~!$&'()*+,;=%:-]+@)?(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~%-]*)?", re.ASCII)
+ENDPOINT_RE = re.compile(
+    r"https?://([\w.~!$&'()*+,;=%:-]+@)?(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~%-]*)?", re.ASCII
+)
 # Of the engine's texts. The rest of them stands for a file that is missing or broken.
-WRITE_CONFLICT_RE = re.compile(r"commit conflict|concurrent (writer|transaction|commit)|Too many concurrent|preempted", re.I)
-LANCE_ERROR_RE = re.compile(r"lance error|LanceError|Encountered corrupt|External error: Not found|appear to be a Lance file")
+WRITE_CONFLICT_RE = re.compile(
+    r"commit conflict|concurrent (writer|transaction|commit)|Too many concurrent|preempted", re.I
+)
+LANCE_ERROR_RE = re.compile(
+    r"lance error|LanceError|Encountered corrupt|External error: Not found|appear to be a Lance file"
+)
 RUST_LOCATION_RE = re.compile(r",?\s*\S+\.rs(:\d+)+")  # of the engine's code, for its developers
 MAX_DETAIL_CHARACTERS = 200  # letters of the engine's own text
 # Code, what the engine says, and number of the error; `no_answer` is of object storage alone.

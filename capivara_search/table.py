@@ -26,9 +26,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capivara_search import storage
+from capivara_search.messages import localized_error, log_message
 from capivara_search.results import Hit
 from capivara_search.storage import LANCEDB_ERRORS, DamagedIndexError
-from capivara_search.messages import localized_error, log_message
 
 if TYPE_CHECKING:
     import lancedb
@@ -36,14 +36,23 @@ if TYPE_CHECKING:
 LAYOUT_VERSION = 1  # of the tables; a later one that this version can't read has a larger number
 LAYOUT_METADATA_KEY = b"capivara.layout"
 PICTURES_TABLE, SKIPPED_FILES_TABLE, METADATA_TABLE = "pictures", "left_out", "about"
-TABLE_KEY_COLUMNS = {SKIPPED_FILES_TABLE: "path", METADATA_TABLE: "key", PICTURES_TABLE: "path"}  # an index is there when its pictures are, the last of them
-FOLDER_KEY_PREFIX = "folder:"  # in `about`, before the path of a folder that was added; JSON of what rules left out of it
+TABLE_KEY_COLUMNS = {
+    SKIPPED_FILES_TABLE: "path",
+    METADATA_TABLE: "key",
+    PICTURES_TABLE: "path",
+}  # an index is there when its pictures are, the last of them
+FOLDER_KEY_PREFIX = (
+    "folder:"  # in `about`, before the path of a folder that was added; JSON of what rules left out of it
+)
 RULES_KEY = "rules"  # JSON of what is left out of all folders
 THUMBNAIL_COLUMN = "thumbnail"
 COLOR_SIGNATURE_COLUMN = "look"  # which an index of before the column has not
 HIT_COLUMNS = ("path", "width", "height", "taken", "latitude", "longitude", "size", "mtime_ns")
 
-EARLIEST_DATE, LATEST_DATE = date(1800, 1, 1), date(2200, 1, 1)  # days that a file's time in nanoseconds can be compared with
+EARLIEST_DATE, LATEST_DATE = (
+    date(1800, 1, 1),
+    date(2200, 1, 1),
+)  # days that a file's time in nanoseconds can be compared with
 # Two who insert the same key at the same time are told apart by it.
 PRIMARY_KEY_METADATA = {b"lance-schema:unenforced-primary-key:position": b"1"}
 
@@ -58,10 +67,16 @@ REFINE_FACTOR = 4  # times the wanted rows
 LEARN_S = 5e-5  # seconds a row that it takes to build: 3.2e-5 of 100,000, 6.9e-5 of 1,000,000 (benchmarks.search)
 MAX_UNINDEXED_ROWS = 10_000  # that are looked at beside the approximate index; more are taken into it
 MAX_SMALL_FRAGMENTS = 24  # of the table; more are put together
-RETRAIN_GROWTH_FACTOR = 2  # the partitions are learnt anew when there are so many times the rows that they were learnt from
-VECTOR_INDEX_CACHE_BYTES = 640 << 20  # of the approximate index in memory; that of 1,000,000 pictures of 512 numbers needs 520 MiB
+RETRAIN_GROWTH_FACTOR = (
+    2  # the partitions are learnt anew when there are so many times the rows that they were learnt from
+)
+VECTOR_INDEX_CACHE_BYTES = (
+    640 << 20
+)  # of the approximate index in memory; that of 1,000,000 pictures of 512 numbers needs 520 MiB
 REMOTE_VERSION_LIFETIME = timedelta(minutes=10)  # on object storage, where others may write at the same time
-REMOTE_READ_CONSISTENCY = timedelta(seconds=1)  # how old what is known of an object storage may be: to ask costs a request
+REMOTE_READ_CONSISTENCY = timedelta(
+    seconds=1
+)  # how old what is known of an object storage may be: to ask costs a request
 MAX_PATHS_PER_CLAUSE = 500  # paths
 MAX_WRITE_ATTEMPTS = 12  # of a write that others' writes get in the way of
 
@@ -168,9 +183,13 @@ class PictureTable:
                     there = not self.is_remote and any(Path(self._table_path(table_name), "data").glob("*"))
                     if "was not found" in str(error) and not there:
                         return None
-                    if isinstance(error, LANCEDB_ERRORS) and (self.is_remote or storage.to_access_error(error, self.where)):
+                    if isinstance(error, LANCEDB_ERRORS) and (
+                        self.is_remote or storage.to_access_error(error, self.where)
+                    ):
                         raise
-                    raise localized_error(DamagedIndexError, "damaged_record", path=self.where, part=self._table_path(table_name)) from error
+                    raise localized_error(
+                        DamagedIndexError, "damaged_record", path=self.where, part=self._table_path(table_name)
+                    ) from error
             if table_name == PICTURES_TABLE:
                 self._check_layout(table.schema)
             self._open_tables[table_name] = table
@@ -222,7 +241,9 @@ class PictureTable:
 
     def cached(self, name: str, compute: Callable[[], T]) -> T:
         """What is made of the pictures, and of a model in use, until they change."""
-        version = 0 if self.open_table(PICTURES_TABLE) is None else self.run_read(PICTURES_TABLE, lambda table: table.version)
+        version = (
+            0 if self.open_table(PICTURES_TABLE) is None else self.run_read(PICTURES_TABLE, lambda table: table.version)
+        )
         if self._cache.get(name, (None,))[0] != version:
             self._cache[name] = version, compute()
         return self._cache[name][1]
@@ -250,7 +271,11 @@ class PictureTable:
     def rows(self, columns: Sequence[str], clause: str | None = None, table: str = PICTURES_TABLE) -> pa.Table:
         """Some columns of all rows, or of those of a clause; empty where the table is not there."""
         if self.open_table(table) is None:
-            return TABLE_SCHEMAS[table].empty_table().select([name for name in columns if name in TABLE_SCHEMAS[table].names])
+            return (
+                TABLE_SCHEMAS[table]
+                .empty_table()
+                .select([name for name in columns if name in TABLE_SCHEMAS[table].names])
+            )
         return self.run_read(table, lambda opened: _build_scan(opened, columns, clause).to_arrow())
 
     def rows_of_paths(self, columns: Sequence[str], paths: Sequence[str]) -> pa.Table:
@@ -270,7 +295,9 @@ class PictureTable:
         if not rows:
             return np.empty((0, width), np.float16)
         places = np.linspace(0, rows - 1, min(rows, max_rows)).astype(int).tolist()
-        found = self.run_read(PICTURES_TABLE, lambda table: table.take_offsets(places).select(["model", column]).to_arrow())
+        found = self.run_read(
+            PICTURES_TABLE, lambda table: table.take_offsets(places).select(["model", column]).to_arrow()
+        )
         return to_array(found.filter(pc.equal(found["model"], image_digest))[column])
 
     def count(self, clause: str | None = None, table: str = PICTURES_TABLE) -> int:
@@ -288,7 +315,9 @@ class PictureTable:
 
     def folders(self) -> list[str]:
         """Those that were added."""
-        return sorted(key.removeprefix(FOLDER_KEY_PREFIX) for key in self.read_metadata() if key.startswith(FOLDER_KEY_PREFIX))
+        return sorted(
+            key.removeprefix(FOLDER_KEY_PREFIX) for key in self.read_metadata() if key.startswith(FOLDER_KEY_PREFIX)
+        )
 
     def model(self) -> dict[str, Any] | None:
         """Source, name, width and image_digest of the model that pictures were added with last."""
@@ -305,7 +334,9 @@ class PictureTable:
         vector is compared.
         """
         quick = not exact and self.has_approximate_index(len(vector))
-        found = self.run_read(PICTURES_TABLE, lambda table: _build_vector_query(table, vector, k, clause, quick).to_arrow())
+        found = self.run_read(
+            PICTURES_TABLE, lambda table: _build_vector_query(table, vector, k, clause, quick).to_arrow()
+        )
         scores = np.clip(l2_normalize(to_array(found[vector_column(len(vector))])) @ vector, -1, 1)
         found = found.append_column("score", pa.array(scores, pa.float64()))
         return found.sort_by([("score", "descending"), ("path", "ascending")])
@@ -338,7 +369,9 @@ class PictureTable:
         """Write rows in one piece, in place of those of the same key."""
 
         def merge(opened: Any) -> None:
-            query = opened.merge_insert(TABLE_KEY_COLUMNS[table]).when_matched_update_all().when_not_matched_insert_all()
+            query = (
+                opened.merge_insert(TABLE_KEY_COLUMNS[table]).when_matched_update_all().when_not_matched_insert_all()
+            )
             query.execute(rows, on_bad_vectors="null")  # rows of another width have none
 
         self.run_write(table, merge)
@@ -408,18 +441,25 @@ class PictureTable:
             start = time.monotonic()
             code = IvfRq(distance_type="cosine", num_bits=BITS_PER_DIMENSION)
             for name, config in (("path", BTree()), (column, code)):
-                self.run_write(PICTURES_TABLE, lambda table, table_name=name, config=config: table.create_index(name, config=config))
+                self.run_write(
+                    PICTURES_TABLE,
+                    lambda table, table_name=name, config=config: table.create_index(name, config=config),
+                )
             self.set_metadata({TRAINED_ROWS_KEY: str(rows)})
             log_message("approximate", rows, time.monotonic() - start)
         behind = max((one.num_unindexed_rows for one in self.indices().values()), default=0)
         small = self.run_read(PICTURES_TABLE, lambda table: table.stats()["fragment_stats"]["num_small_fragments"])
         if small >= MAX_SMALL_FRAGMENTS or behind > MAX_UNINDEXED_ROWS:
-            self.run_write(PICTURES_TABLE, partial(_compact, age=REMOTE_VERSION_LIFETIME if self.is_remote else timedelta(0)))
+            self.run_write(
+                PICTURES_TABLE, partial(_compact, age=REMOTE_VERSION_LIFETIME if self.is_remote else timedelta(0))
+            )
 
     def _must_learn(self, width: int, rows: int) -> bool:
         """Return whether `tidy` builds the approximate index, if the table has so many rows."""
         column = vector_column(width)
-        is_learnt = column in self.indices() and rows < RETRAIN_GROWTH_FACTOR * int(self.read_metadata().get(TRAINED_ROWS_KEY, 0))
+        is_learnt = column in self.indices() and rows < RETRAIN_GROWTH_FACTOR * int(
+            self.read_metadata().get(TRAINED_ROWS_KEY, 0)
+        )
         return rows > MAX_EXACT_ROWS and not is_learnt and width % 8 == 0  # RabitQ codes require a width divisible by 8
 
     def tidy_seconds(self, width: int, rows: int) -> float:
@@ -534,7 +574,9 @@ def join_clauses(clauses: Sequence[str]) -> str | None:
 def folders_clause(*folders: str | Path) -> str:
     """The clause for rows of folders, with the folders in them, or of single files."""
     paths = [str(folder).rstrip(os.sep) for folder in folders]
-    return "(" + " OR ".join(f"path = {quote_sql(p)} OR starts_with(path, {quote_sql(p + os.sep)})" for p in paths) + ")"
+    return (
+        "(" + " OR ".join(f"path = {quote_sql(p)} OR starts_with(path, {quote_sql(p + os.sep)})" for p in paths) + ")"
+    )
 
 
 def date_clauses(since: date | None, until: date | None) -> list[str]:
@@ -542,7 +584,9 @@ def date_clauses(since: date | None, until: date | None) -> list[str]:
     clauses = []
     for day, sign, after in ((since, ">=", 0), (until, "<", 1)):
         if day is not None:
-            start = datetime.combine(min(max(day, EARLIEST_DATE), LATEST_DATE) + timedelta(days=after), datetime.min.time())
+            start = datetime.combine(
+                min(max(day, EARLIEST_DATE), LATEST_DATE) + timedelta(days=after), datetime.min.time()
+            )
             clauses.append(
                 f"((taken IS NOT NULL AND taken {sign} timestamp '{start:%Y-%m-%d %H:%M:%S}')"
                 f" OR (taken IS NULL AND mtime_ns {sign} {int(start.timestamp()) * 10**9}))"

@@ -19,8 +19,8 @@ from urllib.parse import quote
 import click
 
 from capivara_common.privacy import escape_control_characters
-from capivara_search.results import Hit
 from capivara_search.messages import Messages, localized_error
+from capivara_search.results import Hit
 
 # How a cell begins that a spreadsheet would run or compute; a single quote before it makes it a text.
 FORMULA_PATTERN = r"^([=+\-@\t\r])"
@@ -75,7 +75,9 @@ def format_table(rows: Sequence[Sequence[str]], right_aligned: Sequence[int] = (
     widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [
-            " " * (widths[number] - display_width(text)) + text if number in right_aligned else fit_to_columns(text, widths[number])
+            " " * (widths[number] - display_width(text)) + text
+            if number in right_aligned
+            else fit_to_columns(text, widths[number])
             for number, text in enumerate(row[:-1])
         ]
         yield "  ".join([*cells, row[-1]]).rstrip()
@@ -83,7 +85,9 @@ def format_table(rows: Sequence[Sequence[str]], right_aligned: Sequence[int] = (
 
 def format_link(path: str, text: str) -> str:
     """The text, which opens the file where the terminal lets links be clicked; without a link for a strange name."""
-    return f"\x1b]8;;file://{quote(path)}\x1b\\{text}\x1b]8;;\x1b\\" if escape_control_characters(path) == path else text
+    return (
+        f"\x1b]8;;file://{quote(path)}\x1b\\{text}\x1b]8;;\x1b\\" if escape_control_characters(path) == path else text
+    )
 
 
 def supports_true_color(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
@@ -94,10 +98,14 @@ def supports_true_color(stream: TextIO, environment: Mapping[str, str] = os.envi
 
 def supports_pictures(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
     """Whether pictures are shown."""
-    return supports_true_color(stream, environment) and "NO_COLOR" not in environment and "utf" in stream.encoding.lower()
+    return (
+        supports_true_color(stream, environment) and "NO_COLOR" not in environment and "utf" in stream.encoding.lower()
+    )
 
 
-def render_contact_sheet(pictures: Sequence[bytes | None], captions: Sequence[str], width: int, max_lines: int = 10**9) -> str:
+def render_contact_sheet(
+    pictures: Sequence[bytes | None], captions: Sequence[str], width: int, max_lines: int = 10**9
+) -> str:
     """Pictures side by side in rows, each above its caption, as text for a terminal of `width` characters.
 
     A file that is None or broken leaves its place empty. Rows beyond `lines` are left out, but for the first.
@@ -141,11 +149,15 @@ def show_hits(hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], mes
     if supports_pictures(sys.stdout):
         columns, lines = shutil.get_terminal_size()
         thumbnails = [thumbnail(hit.path) for hit in hits]
-        captions = [f"{rank} {escape_control_characters(os.path.basename(hit.path))}" for rank, hit in enumerate(hits, 1)]
+        captions = [
+            f"{rank} {escape_control_characters(os.path.basename(hit.path))}" for rank, hit in enumerate(hits, 1)
+        ]
         click.echo(render_contact_sheet(thumbnails, captions, columns, lines - len(hits) - 3))
     rows = [[messages(f"column.{name}") for name in ("rank", "score", "date", "path")]]
     for rank, hit in enumerate(hits, 1):
-        path = format_link(hit.path, shorten_path(hit.path)) if supports_true_color(sys.stdout) else shorten_path(hit.path)
+        path = (
+            format_link(hit.path, shorten_path(hit.path)) if supports_true_color(sys.stdout) else shorten_path(hit.path)
+        )
         same = f"  ({messages.count('same', hit.copies + 1)})" if hit.copies else ""
         date = messages.date(hit.date) + messages("of_file") * (hit.date_source == "file")
         rows.append([str(rank), messages.score(hit.score), date, path + same])

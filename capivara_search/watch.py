@@ -15,15 +15,26 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from capivara_search.folders import load_rules, is_available
+from capivara_search.folders import is_available, load_rules
+from capivara_search.messages import log_message
 from capivara_search.picture_files import FileState, is_picture_name
 from capivara_search.results import IndexReport
-from capivara_search.messages import log_message
 
 SETTLED_MS = 1000  # without a change, then a burst is over, and a file whole; one that goes on after all is read again
 MAX_BURST_MS = 2000  # between two looks, where changes go on and on
 POLL_INTERVAL_MS = 2000  # between two looks at folders of whose changes the system does not tell
-NETWORK_FILE_SYSTEMS = ("nfs.", "nfs4.", "cifs.", "smb", "9p.", "afs.", "ceph.", "virtiofs.", "vboxsf.", "fuse.")  # kinds, with "."
+NETWORK_FILE_SYSTEMS = (
+    "nfs.",
+    "nfs4.",
+    "cifs.",
+    "smb",
+    "9p.",
+    "afs.",
+    "ceph.",
+    "virtiofs.",
+    "vboxsf.",
+    "fuse.",
+)  # kinds, with "."
 MOUNTINFO_FILE = Path("/proc/self/mountinfo")  # of Linux
 RESTART_DELAY_S = 30  # until one that has ended starts again
 SHUTDOWN_TIMEOUT_S = 15  # for a batch that is under way
@@ -86,7 +97,9 @@ def follow_index(
                         raise
                     log_message("not_followed", error, level=logging.WARNING)
                 is_first, only = False, only or []
-            waiting |= {path: _file_state(path) for change, path in changes for path in _affected_paths(change.name, path)}
+            waiting |= {
+                path: _file_state(path) for change, path in changes for path in _affected_paths(change.name, path)
+            }
 
 
 def pop_settled(waiting: dict[str, FileState | None]) -> list[str]:

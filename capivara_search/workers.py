@@ -18,8 +18,8 @@ from typing import ClassVar
 from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
 from capivara_common.environment import cache_home, require_packages
 from capivara_common.tasks import ExecutorArguments, Phase
-from capivara_search.indexing import IndexWriter, IndexPlan, start_indexing, finish_indexing, make_plan
 from capivara_search.index import PictureIndex
+from capivara_search.indexing import IndexPlan, IndexWriter, finish_indexing, make_plan, start_indexing
 from capivara_search.models import SearchModel
 from capivara_search.results import IndexReport
 from capivara_search.table import PictureTable
@@ -108,7 +108,11 @@ def main(argv: list[str] | None = None) -> None:
     folders = index.folders_to_add(args.folders, args.exclude, args.include)
     args.folders = [*map(str, folders)]
     done = add_with_workers(args, folders)
-    print(f"{len(index)} pictures are in the index." if done else f"Slurm has the jobs; their logs are in {args.log_folder}.")
+    print(
+        f"{len(index)} pictures are in the index."
+        if done
+        else f"Slurm has the jobs; their logs are in {args.log_folder}."
+    )
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from capivara_common.files import check_links_stay_inside
-from capivara_common.image_files import MAX_IMAGE_PIXELS, IMAGE_SUFFIXES, ImageAccess
+from capivara_common.image_files import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, ImageAccess
 from caption_data.rows import json_digest
-from caption_data.sources import Split, dataset_folders, load_data_files, select_split, open_split, disable_decoding
+from caption_data.sources import Split, dataset_folders, disable_decoding, load_data_files, open_split, select_split
 
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # where none is named; cls is WebDataset's
 SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # name of a folder -> split
@@ -83,7 +83,10 @@ def load_labeled_images(
         raise ValueError(f"{source}: labels must be whole numbers or lists of them; there are {sorted(kinds)}.")
     if outside := {x for label in lists for x in label} - mapping.keys():
         raise ValueError(f"{source}: labels {sorted(outside)[:10]} are outside the {len(mapping)} classes with a name.")
-    class_of = {index: number for number, index in enumerate(range(len(class_names)) if class_indices is None else class_indices)}
+    class_of = {
+        index: number
+        for number, index in enumerate(range(len(class_names)) if class_indices is None else class_indices)
+    }
     classes = [[class_of.get(mapping[x]) for x in label] for label in lists]
     kept = [row for row, found in enumerate(classes) if None not in found]
     if not kept:

@@ -23,10 +23,10 @@ from caption_data.rows import (
     NOT_CHOSEN,
     SIMILARITY_COLUMN_RE,
     SkippedRow,
-    normalize_captions,
     json_digest,
-    rows_fingerprint,
+    normalize_captions,
     replace_surrogates,
+    rows_fingerprint,
 )
 from caption_data.sources import Split
 from modeling_capivara import clean_text
@@ -35,7 +35,8 @@ PAIR_TABLE_VERSION = 2  # raise it when a pair of a row becomes another
 MAP_BATCH_ROWS = 128  # whose images are in memory
 UNUSED_TABLE_LIFETIME_S = 30 * 24 * 3600  # that a table which no run reads any more stays on the disk
 PAIR_TABLE_FEATURES = Features(
-    {name: Value("string") for name in ("digest", "reason", "detail")} | {"row": Value("int64"), "captions": CAPTIONS_FEATURE}
+    {name: Value("string") for name in ("digest", "reason", "detail")}
+    | {"row": Value("int64"), "captions": CAPTIONS_FEATURE}
 )
 TEXT_REASONS = ("", NOT_CHOSEN, "no caption")  # the other reasons are of images
 IMAGE_KEYS = ("bytes", "path")  # of an image, one of them at least
@@ -43,7 +44,9 @@ ASCII_ALPHANUMERIC_RE = re.compile("[0-9A-Za-z]")
 ChooseCaptions = Callable[[dict[str, Any]], list[str]]
 
 
-def build_pair_table(split: Split, caption_columns: Sequence[str], choose: ChooseCaptions, settings: dict[str, Any]) -> Dataset:
+def build_pair_table(
+    split: Split, caption_columns: Sequence[str], choose: ChooseCaptions, settings: dict[str, Any]
+) -> Dataset:
     """One pass over the rows: of each its number `row`, the `digest` of its image (hex, BLAKE2b-128 of the file) and
     its `captions`, or the `reason` and `detail` why it can't be used.
 
@@ -82,8 +85,13 @@ def build_pair_table(split: Split, caption_columns: Sequence[str], choose: Choos
         bad = (number for number, reason in enumerate(table["reason"]) if reason not in TEXT_REASONS)
         return any(line(number, split.data[number])["reason"] in TEXT_REASONS for number in bad)
 
-    limits = [split.image_access.max_pixels, split.image_access.allowed_folders and list(map(str, split.image_access.allowed_folders.folders))]
-    key = json_digest([PAIR_TABLE_VERSION, _source_state(split), limits, list(caption_columns), settings], sort_keys=True)
+    limits = [
+        split.image_access.max_pixels,
+        split.image_access.allowed_folders and list(map(str, split.image_access.allowed_folders.folders)),
+    ]
+    key = json_digest(
+        [PAIR_TABLE_VERSION, _source_state(split), limits, list(caption_columns), settings], sort_keys=True
+    )
     path = cache_home() / "pairs" / f"{key}.arrow"
     path.parent.mkdir(parents=True, exist_ok=True)
     return _load_or_make_table(path, made, readable_now)
@@ -105,7 +113,9 @@ def drop_invalid(table: Dataset) -> Dataset:
 def list_skipped_rows(table: Dataset, split: Split) -> list[SkippedRow]:
     """The other rows, and the archives that were damaged."""
     bad = table.select(np.flatnonzero(pc.not_equal(table.data.column("reason"), "")))
-    return [SkippedRow(split.name, split.split, one["row"], one["reason"], one["detail"]) for one in bad] + split.damaged_archives
+    return [
+        SkippedRow(split.name, split.split, one["row"], one["reason"], one["detail"]) for one in bad
+    ] + split.damaged_archives
 
 
 def check_bad_share(skipped: list[SkippedRow], total: int, max_bad_share: float) -> None:
@@ -129,7 +139,9 @@ def pairs_fingerprint(pairs: Dataset) -> str:
     return rows_fingerprint(row for chunk in chunks for row in zip(chunk["digest"], chunk["captions"], strict=True))
 
 
-def _load_or_make_table(path: Path, make_table: Callable[[], Dataset], has_recovered: Callable[[Dataset], bool]) -> Dataset:
+def _load_or_make_table(
+    path: Path, make_table: Callable[[], Dataset], has_recovered: Callable[[Dataset], bool]
+) -> Dataset:
     """The table in the file `path`, by `made` where there is none; anew where it is damaged, or an image that could not
     be read now can: after a fault of the disk, or with another decoder."""
     state = process_state()
@@ -183,7 +195,9 @@ def _source_state(split: Split) -> list[Any]:
     feature = split.data.features[split.image_column]
     for part in () if isinstance(feature, dict) and "archive" in feature else images.iter(10_000):
         outside = part.column(0)
-        if not pa.types.is_struct(outside.type) or (fields := {field.name for field in outside.type}).isdisjoint(IMAGE_KEYS):
+        if not pa.types.is_struct(outside.type) or (fields := {field.name for field in outside.type}).isdisjoint(
+            IMAGE_KEYS
+        ):
             rule = "images are bytes, a path, or an object of both; name theirs by --image_column"
             raise ValueError(f"{split.display_name}: column {split.image_column!r} is of {outside.type}; {rule}.")
         if "bytes" in fields:

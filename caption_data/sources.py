@@ -40,7 +40,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from tqdm.auto import tqdm
 
 from capivara_common.environment import process_state
-from capivara_common.files import AllowedFolders, read_json, check_links_stay_inside
+from capivara_common.files import AllowedFolders, check_links_stay_inside, read_json
 from capivara_common.image_files import (
     MAX_DETAIL_CHARACTERS,
     MAX_IMAGE_PIXELS,
@@ -48,10 +48,17 @@ from capivara_common.image_files import (
     ImageAccess,
     decode_image,
     decode_images,
-    read_image_bytes,
     image_display_path,
+    read_image_bytes,
 )
-from caption_data.rows import CAPTION_COLUMN_RE, CAPTIONS_FEATURE, SIMILARITY_COLUMN_RE, SkippedRow, json_digest, replace_surrogates
+from caption_data.rows import (
+    CAPTION_COLUMN_RE,
+    CAPTIONS_FEATURE,
+    SIMILARITY_COLUMN_RE,
+    SkippedRow,
+    json_digest,
+    replace_surrogates,
+)
 
 FILE_FORM_PATTERNS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^metadata\.jsonl$", r"^metadata\.csv$")
 METADATA_SUFFIXES = (".jsonl", ".csv")  # suffixes of lists of image files
@@ -135,7 +142,9 @@ class Split:
             try:
                 image = read_image_bytes(self.data[row][self.image_column], self.image_access)
             except BadImage as bad:
-                image = self.describe_image_error(row, bad).encode("utf-8", "replace")  # is cached, and must be of this data set
+                image = self.describe_image_error(row, bad).encode(
+                    "utf-8", "replace"
+                )  # is cached, and must be of this data set
             digests.append(blake2b(image, digest_size=16).hexdigest())
         return digests
 
@@ -350,7 +359,9 @@ def open_parquet(path: str | Path, hint: str = "") -> Iterator[pq.ParquetFile]:
 
 def _load_from_hub(dataset: str) -> Any:
     """All splits of a data set of the Hub."""
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset) or any(re.search(form, dataset) for form in FILE_FORM_PATTERNS):
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset) or any(
+        re.search(form, dataset) for form in FILE_FORM_PATTERNS
+    ):
         raise ValueError(f"{dataset} does not exist, and is no Hub id such as 'laicsiifes/flickr30k-pt-br'.")
     subject = f"{dataset} is no path here, and as a Hub id it"
     kept = dataset_folders(dataset).folder, Path(datasets.config.HF_DATASETS_CACHE) / dataset.replace("/", "___")
@@ -384,7 +395,9 @@ def _find_local_files(dataset: str) -> tuple[Path, list[Path]]:
     else:
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
         found = [Path(name) for name in glob.iglob(dataset, recursive=True)]
-    by_form = [sorted(file for file in found if re.search(form, file.name) and file.is_file()) for form in FILE_FORM_PATTERNS]
+    by_form = [
+        sorted(file for file in found if re.search(form, file.name) and file.is_file()) for form in FILE_FORM_PATTERNS
+    ]
     there = list(filter(None, by_form))
     if len(there) != 1:
         raise ValueError(
@@ -502,7 +515,9 @@ def _iter_table_rows(paths: list[Path], image_column: str, features: Features) -
     """Rows of the table; a damage is one, too."""
     for row in _iter_rows(paths, image_column):
         place = {image_column: row.pop(image_column, None)}
-        yield {name: _cast_value(row.get(name), kind) for name, kind in features.items() if name != image_column} | place
+        yield {
+            name: _cast_value(row.get(name), kind) for name, kind in features.items() if name != image_column
+        } | place
 
 
 def _iter_rows(paths: list[Path], image_column: str) -> Iterator[dict[str, Any]]:
@@ -525,7 +540,12 @@ def _iter_tar_rows(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
             image, row = None, {}
             if "image" in sample:
                 name, offset, size = sample["image"]
-                image = {"path": replace_surrogates(name), "archive": os.path.abspath(path), "offset": offset, "size": size}
+                image = {
+                    "path": replace_surrogates(name),
+                    "archive": os.path.abspath(path),
+                    "offset": offset,
+                    "size": size,
+                }
             if "json" in sample:
                 row = _read_json_at(file, *sample["json"][1:])
             if "cls" in sample:  # the number of a class, as clip-benchmark's tars have it
@@ -575,7 +595,9 @@ def _iter_bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
     while line := file.readline(MAX_ROW_JSON_BYTES + 1):
         number += 1
         if len(line) > MAX_ROW_JSON_BYTES:
-            raise ValueError(f"line {number} has more than {MAX_ROW_JSON_BYTES:,} bytes; it and what follows are left out")
+            raise ValueError(
+                f"line {number} has more than {MAX_ROW_JSON_BYTES:,} bytes; it and what follows are left out"
+            )
         yield line
 
 

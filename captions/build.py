@@ -29,9 +29,17 @@ from datasets import Features
 from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm.auto import tqdm
 
-from capivara_common.cli import UsageError, config_to_flags, flag, parse_arguments, read_yaml_config, run_command, unknown_name_message
-from capivara_common.executors import PhaseStep, run_phases, failure_reasons
-from capivara_common.files import read_json, atomic_folder, write_json, write_text
+from capivara_common.cli import (
+    UsageError,
+    config_to_flags,
+    flag,
+    parse_arguments,
+    read_yaml_config,
+    run_command,
+    unknown_name_message,
+)
+from capivara_common.executors import PhaseStep, failure_reasons, run_phases
+from capivara_common.files import atomic_folder, read_json, write_json, write_text
 from capivara_common.privacy import hide_paths
 from capivara_common.tasks import ExecutorArguments, Phase
 from caption_data.rows import CAPTION_COLUMN_RE, NOT_CHOSEN
@@ -43,12 +51,12 @@ from captions.stages import (
     GONE,
     RowStage,
     StageArguments,
+    atomic_parquet,
     check_complete,
     flatten,
     identity_digest,
-    remove_rows,
     read_stage_record,
-    atomic_parquet,
+    remove_rows,
 )
 from captions.translate import QUALITY_FILE, TranslateArguments
 from eval.records.tables import escape_markdown
@@ -106,7 +114,9 @@ class ManualStepRequired(Exception):
     """The build waits for translations that somebody has to write; the text says in which tables."""
 
 
-def read_build_plan(config: Path, executor_flags: dict[str, Any] | None = None, **overrides: str | Path | None) -> BuildPlan:
+def read_build_plan(
+    config: Path, executor_flags: dict[str, Any] | None = None, **overrides: str | Path | None
+) -> BuildPlan:
     """The plan of a config file, whose keys are `CONFIG_KEYS` and the names of `STAGES`.
 
     `executor` are flags of `ExecutorArguments` for all stages; the section of a stage may have its own. What is `given`
@@ -157,7 +167,9 @@ def _plan_steps(content: dict, chain: list[tuple[str, dict]], split: str, execut
         values |= {k: v.replace("{split}", split) if isinstance(v, str) else v for k, v in section.items()}
         values = {"import_file" if key == "import" else key: value for key, value in values.items()}
         if "import_file" in values:
-            values["import_file"] = str(_translation_table_path(Path(str(values["import_file"])), output, output / title))
+            values["import_file"] = str(
+                _translation_table_path(Path(str(values["import_file"])), output, output / title)
+            )
         kind, where = STAGES.get(name, StageArguments), f"{config}, section {name}"
         flags = config_to_flags(values, kind, where)
         try:
@@ -203,7 +215,9 @@ def _as_list(value: Any) -> list[Any]:
 def _check_keys(content: dict[str, Any], known: Sequence[str], where: str) -> None:
     for key in content:
         if key not in known:
-            raise ValueError(unknown_name_message(str(key), f"key in {where}", list(known), f"Known are {', '.join(known)}."))
+            raise ValueError(
+                unknown_name_message(str(key), f"key in {where}", list(known), f"Known are {', '.join(known)}.")
+            )
 
 
 def build_dataset(args: BuildArguments) -> Path | None:
@@ -249,7 +263,10 @@ def build_dataset(args: BuildArguments) -> Path | None:
         logger.info("The jobs are submitted. This command with --dry_run says how far they are.")
         return None
     if waiting:  # the tables of all splits are written, so that they can be translated at once
-        lines = [*(step.request_manual_step() for step in waiting), "Fill the last column, then run the same command again."]
+        lines = [
+            *(step.request_manual_step() for step in waiting),
+            "Fill the last column, then run the same command again.",
+        ]
         raise ManualStepRequired("\n".join(lines))
     return plan.output / DATASET_FOLDER
 

@@ -112,7 +112,10 @@ class Captioner:
     def generate_captions(self, images: Sequence[PIL.Image.Image], prefixes: Sequence[str]) -> list[list[str] | BadRow]:
         """For every image, RGB, one caption a prefix, or why it has none: the prefix, a blank and what goes on from
         it."""
-        return [self._decode_texts(tokens, prefixes) for tokens in self.generate_tokens(self.preprocess_images(images), prefixes)]
+        return [
+            self._decode_texts(tokens, prefixes)
+            for tokens in self.generate_tokens(self.preprocess_images(images), prefixes)
+        ]
 
     def preprocess_images(self, images: Sequence[PIL.Image.Image]) -> Tensor:
         """(images, 3, height, width)."""
@@ -150,7 +153,9 @@ class Captioner:
         self.language_model.base_model(inputs_embeds=blocks, use_cache=True, **{self._cache_name: cache})
         return cache
 
-    def continue_prompts(self, encoded: DynamicCache, images: Tensor, prompts: list[list[int]], **options: Any) -> Tensor:
+    def continue_prompts(
+        self, encoded: DynamicCache, images: Tensor, prompts: list[list[int]], **options: Any
+    ) -> Tensor:
         """Token ids (texts, new tokens) that follow each prompt; `images` is the number of each text's image."""
         own = copy.deepcopy(encoded)
         own.batch_select_indices(images)
@@ -172,7 +177,9 @@ class Captioner:
 
     def _decode_texts(self, tokens: list[Tensor | None], prefixes: Sequence[str]) -> list[str] | BadRow:
         if any(row is None for row in tokens):
-            return BadRow(NOT_FINITE_REASON, "the model's scores were no numbers; bf16 and float32 reach further than fp16")
+            return BadRow(
+                NOT_FINITE_REASON, "the model's scores were no numbers; bf16 and float32 reach further than fp16"
+            )
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [f"{prefix} {text.strip()}".strip() for prefix, text in zip(prefixes, texts, strict=True)]
 
@@ -206,7 +213,9 @@ def read_prefixes(path: Path) -> list[str]:
     return prefixes
 
 
-def caption_rows(captioner: Captioner, prefixes: list[str], rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
+def caption_rows(
+    captioner: Captioner, prefixes: list[str], rows: list[dict[str, Any]]
+) -> list[dict[str, Any] | BadRow]:
     """Rows with an image -> their captions. Raises ValueError where the memory does not suffice."""
     images = [row[DECODED_KEY] for row in rows]
     images = [image.convert("LA") if image.mode == "La" else image for image in images]  # PIL has no way from La to RGB

@@ -59,7 +59,11 @@ class ScoreArguments(StageArguments):
         """Similarities of each row's captions. Raises as `load_embedder` does."""
         embedder = load_embedder(self.model, self.device, True, self.precision)
         settings = {"language": self.language, "model": self.model, "fingerprint": embedder.fingerprint}
-        return {f"similarities-{self.language}": SIMILARITIES_FEATURE}, settings, lambda rows: score_rows(embedder, self, rows)
+        return (
+            {f"similarities-{self.language}": SIMILARITIES_FEATURE},
+            settings,
+            lambda rows: score_rows(embedder, self, rows),
+        )
 
 
 def score_rows(embedder: Embedder, args: ScoreArguments, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
@@ -69,8 +73,12 @@ def score_rows(embedder: Embedder, args: ScoreArguments, rows: list[dict[str, An
     good = [place for place, texts in enumerate(captions) if any(map(str.strip, texts))]
     results = [BadRow("no caption", f"all of {', '.join(columns)} are empty")] * len(rows)
     distinct = sorted({text for place in good for text in captions[place] if text.strip()}, key=len)
-    embeds = dict(zip(distinct, embedder.embed_texts(distinct, 2 * size) if distinct else [], strict=True))  # each (width,)
-    for place, embed in zip(good, embed_row_images(embedder, [rows[place][DECODED_KEY] for place in good], size), strict=True):
+    embeds = dict(
+        zip(distinct, embedder.embed_texts(distinct, 2 * size) if distinct else [], strict=True)
+    )  # each (width,)
+    for place, embed in zip(
+        good, embed_row_images(embedder, [rows[place][DECODED_KEY] for place in good], size), strict=True
+    ):
         results[place] = embed
         if not isinstance(embed, BadRow):
             cosines = [float(embeds[text] @ embed) if text in embeds else None for text in captions[place]]

@@ -35,7 +35,17 @@ from eval.records.tables import to_one_line, write_html_page
 REPORT_PAGE = Path("report") / "index.html"  # in the output; it is written last
 REPORT_TEMPLATE = Path(__file__).parent / "selection_report.html.j2"
 EXAMPLES_PER_SIDE = 6  # on either side of the cut
-SIMILARITY_CUTOFFS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)  # of the table that helps to choose one; CAPIVARA has 0.2
+SIMILARITY_CUTOFFS = (
+    0.0,
+    0.05,
+    0.1,
+    0.15,
+    0.2,
+    0.25,
+    0.3,
+    0.35,
+    0.4,
+)  # of the table that helps to choose one; CAPIVARA has 0.2
 MAX_SHOWN_CHARACTERS = 300  # letters of a caption on the page
 DROPPED_COLOR = "#b9bec6"
 HISTOGRAM_BINS, EXAMPLE_IMAGE_SIDE = 60, 240  # of a histogram; pixels
@@ -74,7 +84,11 @@ class SelectArguments(CaptionChoice, StageArguments):
             "min_similarity": self.strategy_cutoff,
             "min_pair_similarity": self.min_pair_similarity,
         }
-        return {f"captions-{self.language}": CAPTIONS_FEATURE}, settings, lambda rows: [select_row(self, row) for row in rows]
+        return (
+            {f"captions-{self.language}": CAPTIONS_FEATURE},
+            settings,
+            lambda rows: [select_row(self, row) for row in rows],
+        )
 
     def report(self, rank: int = 0, world_size: int = 1) -> None:
         """Write the folder `report` of a selection that is complete, unless it is there."""
@@ -151,7 +165,13 @@ def write_selection_report(args: SelectArguments) -> None:
         plot_similarities(sides, unit, cut, folder / "similarities.png")
     write_json(folder / "selection.json", facts)
     pictures = {path.name for path in folder.glob("row-*.jpg")}
-    write_html_page(REPORT_TEMPLATE, args.output / REPORT_PAGE, facts=facts, pictures=pictures, line=partial(to_one_line, limit=MAX_SHOWN_CHARACTERS))
+    write_html_page(
+        REPORT_TEMPLATE,
+        args.output / REPORT_PAGE,
+        facts=facts,
+        pictures=pictures,
+        line=partial(to_one_line, limit=MAX_SHOWN_CHARACTERS),
+    )
 
 
 def _build_caption_table(args: SelectArguments, source: Split) -> pd.DataFrame:
@@ -202,7 +222,7 @@ def plot_similarities(sides: dict[str, pd.Series], unit: str, cutoff: float | No
     from matplotlib import pyplot as plt  # here: they take long to import, and one task of a selection draws
     from matplotlib.ticker import MaxNLocator
 
-    from eval.records.plots import TEXT_COLOR, MODEL_COLOR, save_figure, style_axis
+    from eval.records.plots import MODEL_COLOR, TEXT_COLOR, save_figure, style_axis
 
     figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
     labels = [f"{name}: {len(values):,}" for name, values in sides.items()]

@@ -35,18 +35,34 @@ from tqdm.auto import tqdm
 from capivara_common.cli import check_at_least, flag, parse_arguments
 from capivara_common.environment import package_versions
 from capivara_common.executors import PhaseStep, run_phases
-from capivara_common.files import read_json, atomic_file, write_json
+from capivara_common.files import atomic_file, read_json, write_json
 from capivara_common.image_files import (
     DECODER_THREADS,
     BadRow,
-    ImageFileArguments,
     ImageAccess,
+    ImageFileArguments,
     decode_image,
     read_image_bytes,
 )
 from capivara_common.tasks import TASK_SHARING_HINT, ExecutorArguments, Phase, split_rows
-from caption_data.rows import CAPTION_COLUMN_RE, CAPTIONS_FEATURE, DATASET_HELP, SkippedRow, normalize_captions, json_digest, write_skipped_rows
-from caption_data.sources import METADATA_SUFFIXES, PARQUET_BATCH_ROWS, STAGE_FILE, Split, open_split, open_parquet, check_finished
+from caption_data.rows import (
+    CAPTION_COLUMN_RE,
+    CAPTIONS_FEATURE,
+    DATASET_HELP,
+    SkippedRow,
+    json_digest,
+    normalize_captions,
+    write_skipped_rows,
+)
+from caption_data.sources import (
+    METADATA_SUFFIXES,
+    PARQUET_BATCH_ROWS,
+    STAGE_FILE,
+    Split,
+    check_finished,
+    open_parquet,
+    open_split,
+)
 
 GONE = {  # flags of earlier versions
     **dict.fromkeys(("shard", "wait_s"), f"{TASK_SHARING_HINT} (docs/cluster.md)"),
@@ -209,7 +225,9 @@ class ParquetSplit(Split):
                     raise ValueError(f"{path} has other columns than {self.paths[0]}; make them alike.")
                 sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             self._row_groups += [(path, group, size) for group, size in enumerate(sizes)]
-        self._row_group_starts = list(itertools.accumulate((size for *_, size in self._row_groups), initial=0))  # and the end
+        self._row_group_starts = list(
+            itertools.accumulate((size for *_, size in self._row_groups), initial=0)
+        )  # and the end
         self._features = Features.from_arrow_schema(schema)
 
     @property
@@ -257,12 +275,12 @@ def source_fingerprint(source: Split) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode("utf-8", "surrogateescape"))
         with path.open("rb") as file:
-            whole = path.suffix in METADATA_SUFFIXES or size <= SAMPLE_COUNT * SAMPLE_BYTES  # the first: a list of captions
+            whole = (
+                path.suffix in METADATA_SUFFIXES or size <= SAMPLE_COUNT * SAMPLE_BYTES
+            )  # the first: a list of captions
             if whole:
                 hashlib.file_digest(file, lambda: digest)
-            for piece in range(
-                0 if whole else SAMPLE_COUNT
-            ):  # the first and the last one included, where footers are
+            for piece in range(0 if whole else SAMPLE_COUNT):  # the first and the last one included, where footers are
                 file.seek((size - SAMPLE_BYTES) * piece // (SAMPLE_COUNT - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
@@ -279,7 +297,9 @@ def output_features(source: Split, args: StageArguments) -> Features:
     for old, feature in source.features.items():
         new = names.get(old, old)
         if new in features or (new != old and new in source.columns and new not in names):
-            raise ValueError(f"{source.display_name}: two columns would be named {new!r}. Rename one with --rename OLD=NEW.")
+            raise ValueError(
+                f"{source.display_name}: two columns would be named {new!r}. Rename one with --rename OLD=NEW."
+            )
         if CAPTION_COLUMN_RE.fullmatch(new):
             features[new] = CAPTIONS_FEATURE
         elif "extension<" not in str(Features({new: feature}).arrow_schema.field(new).type):
@@ -408,12 +428,16 @@ class RowStage:
             if not path.is_file():  # else another process has written the same part meanwhile, and cleaned up
                 raise
 
-    def _process_rows(self, process: ProcessRows, part: range, skipped: list[SkippedRow], bar: tqdm) -> Iterator[dict[str, Any]]:
+    def _process_rows(
+        self, process: ProcessRows, part: range, skipped: list[SkippedRow], bar: tqdm
+    ) -> Iterator[dict[str, Any]]:
         """Those that are not left out, with their new columns."""
         rows = itertools.islice(self.source.rows(part.start), len(part))
         numbered = zip(part, rows, strict=True)  # a source that has become shorter must not lose rows in silence
         while batch := list(itertools.islice(numbered, self.args.batch_rows)):
-            with ThreadPoolExecutor(DECODER_THREADS) as threads:  # ended before a model computes, whose own threads they slow
+            with ThreadPoolExecutor(
+                DECODER_THREADS
+            ) as threads:  # ended before a model computes, whose own threads they slow
                 results = list(threads.map(self._prepare_row, (row for _, row in batch)))
             good = [row for row in results if not isinstance(row, BadRow)]
             done = iter(process([dict(row) for row in good]) if good else [])
@@ -434,7 +458,9 @@ class RowStage:
             row[column] = {"bytes": data, "path": Path(row[column].get("path") or "").name or None}
             if self.args.decodes_images:
                 row[DECODED_KEY] = decode_image(row[column], ImageAccess(max_pixels=self.args.max_pixels))
-            return row | {name: normalize_captions(row[name], name) for name in row if CAPTION_COLUMN_RE.fullmatch(name)}
+            return row | {
+                name: normalize_captions(row[name], name) for name in row if CAPTION_COLUMN_RE.fullmatch(name)
+            }
         except BadRow as bad:
             return bad
 
@@ -488,7 +514,12 @@ def read_stage_record(output: Path | str) -> dict[str, Any]:
     try:
         record = read_json(path, **RECORD_TYPES)
         rows, split, size = record["source"].get("rows"), record["source"].get("split"), record["rows_per_part"]
-        if type(rows) is not int or not 0 <= rows < MAX_ROWS or size < 1 or not re.fullmatch(SPLIT_NAME_PATTERN, str(split)):
+        if (
+            type(rows) is not int
+            or not 0 <= rows < MAX_ROWS
+            or size < 1
+            or not re.fullmatch(SPLIT_NAME_PATTERN, str(split))
+        ):
             raise ValueError(f"{path}: {rows!r} rows of split {split!r}, {size} a part, can't be")
     except ValueError as error:
         raise ValueError(f"{error}. Put back a copy of it, or remove {output} and run its stage again.") from error
@@ -609,7 +640,9 @@ def read_skipped_rows(part: Path) -> list[tuple[int, str]]:
 # The command
 
 
-def run_stage_command(arguments_type: type[StageArguments], description: str, argv: list[str] | None) -> StageArguments | None:
+def run_stage_command(
+    arguments_type: type[StageArguments], description: str, argv: list[str] | None
+) -> StageArguments | None:
     """Parse the flags of a stage, run it, and print what was done.
 
     Returns the arguments; None where the stage waits for a person, or Slurm has taken its jobs.

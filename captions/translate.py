@@ -39,18 +39,18 @@ from capivara_common.environment import require_packages
 from capivara_common.files import read_json, write_json, write_text
 from capivara_common.image_files import BadRow
 from capivara_common.tasks import split_rows
-from caption_data.rows import CAPTIONS_FEATURE, TOKEN_PATTERN, normalize_captions, json_digest
+from caption_data.rows import CAPTIONS_FEATURE, TOKEN_PATTERN, json_digest, normalize_captions
 from caption_data.sources import STAGE_FILE, Split, open_parquet
 from captions.stages import (
     Corrections,
     RowStage,
     StageArguments,
-    describe_differences,
-    batch_by_length,
-    read_skipped_rows,
-    run_stage_command,
-    read_stage_record,
     atomic_parquet,
+    batch_by_length,
+    describe_differences,
+    read_skipped_rows,
+    read_stage_record,
+    run_stage_command,
 )
 from captions.translators import (
     GOOGLE_MAX_CHARACTERS,
@@ -83,7 +83,12 @@ QUALITY_FLAGS = ("empty", "copy", "wrong script", "length", "markup")
 MAX_NAME_WORDS = 3  # so much may be a name: "Rio de Janeiro" is right in every language
 MIN_SCRIPT_SHARE = 0.3  # of the letters; brands and names keep theirs, so that a Hindi caption may be half Latin
 TWO_SCRIPT_LANGUAGES = ("az", "kk", "ku", "pa", "sr", "tk", "ug", "uz")  # languages that may be written in either
-SCRIPT_PATTERNS = {"Hans": r"\p{Hani}", "Hant": r"\p{Hani}", "Jpan": r"\p{Hani}\p{Hira}\p{Kana}", "Kore": r"\p{Hang}\p{Hani}"}
+SCRIPT_PATTERNS = {
+    "Hans": r"\p{Hani}",
+    "Hant": r"\p{Hani}",
+    "Jpan": r"\p{Hani}\p{Hira}\p{Kana}",
+    "Kore": r"\p{Hang}\p{Hani}",
+}
 LETTER_RE, DENSE_SCRIPT_RE = regex.compile(r"\p{L}"), regex.compile(r"[\p{Hani}\p{Hira}\p{Kana}\p{Hang}]")
 # Three times the letters, and a long word beside, say something else, and so does a third of them; "isilwane sasekhaya"
 # for "cat" stays below. One sign of a dense script stands for about three letters of an alphabet.
@@ -406,7 +411,9 @@ def unescape_cell(text: str) -> str:
     try:
         return json.loads('"' + text.replace('"', '\\"') + '"', strict=False)
     except ValueError as error:
-        raise ValueError(f"{text[:MAX_QUOTED_CHARACTERS]!r} has a backslash that begins no escape of JSON; write it twice") from error
+        raise ValueError(
+            f"{text[:MAX_QUOTED_CHARACTERS]!r} has a backslash that begins no escape of JSON; write it twice"
+        ) from error
 
 
 def sentence_id(number: int, sentence: str) -> str:
@@ -440,7 +447,9 @@ def check_table_rows(path: Path, sentences: list[str]) -> None:
     for number, (row, text) in enumerate(itertools.zip_longest(rows, sentences), 1):
         expected = {"id": sentence_id(number, text), "source": text} if text is not None else {}
         if row is None or not expected or any(row.get(name, value) != value for name, value in expected.items()):
-            there, wanted = (one and f"{one['id']} ({one.get('source', '')[:MAX_QUOTED_CHARACTERS]!r})" for one in (row, expected))
+            there, wanted = (
+                one and f"{one['id']} ({one.get('source', '')[:MAX_QUOTED_CHARACTERS]!r})" for one in (row, expected)
+            )
             raise ValueError(
                 f"{path}, line {number + 1}: {there or 'nothing'} in place of {wanted or 'nothing'}. {UNCHANGED_ROWS_HINT}"
             )
@@ -453,7 +462,9 @@ def describe_untranslated(path: Path) -> str:
     """
     _, rows = _read_table(path)
     names = [
-        f"line {line} ({row['id'][:MAX_QUOTED_CHARACTERS]})" for line, row in enumerate(rows, 2) if not row["translation"].strip(BLANK_CHARACTERS)
+        f"line {line} ({row['id'][:MAX_QUOTED_CHARACTERS]})"
+        for line, row in enumerate(rows, 2)
+        if not row["translation"].strip(BLANK_CHARACTERS)
     ]
     more = f", and {len(names) - MAX_NAMED_ROWS} more" if len(names) > MAX_NAMED_ROWS else ""
     said = f"{len(names)} of {len(rows)} sentences have no translation yet: {', '.join(names[:MAX_NAMED_ROWS])}{more}."
@@ -466,7 +477,9 @@ def _read_table(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
         table = pd.read_csv(path, sep="\t", dtype=str, quoting=csv.QUOTE_NONE, na_filter=False, encoding="utf-8-sig")
         stated = {name.strip(): text.strip() for name, _, text in (str(column).partition(":") for column in table)}
         table.columns = list(stated) if len(stated) == len(table.columns) else table.columns
-        rows = [{name: unescape_cell(cell) for name, cell in row.items()} for row in table.fillna("").to_dict("records")]
+        rows = [
+            {name: unescape_cell(cell) for name, cell in row.items()} for row in table.fillna("").to_dict("records")
+        ]
     except ValueError as error:
         said = " ".join(str(error).split())
         raise ValueError(f"{path} can't be read: {said}. It must be UTF-8, columns apart by tabs.") from error
@@ -505,7 +518,9 @@ class TranslationMemory:
             parquet.write_table(pa.table(columns, schema=PAIR_SCHEMA))
 
 
-def translate_sentences(args: TranslateArguments, translator: Any, sentences: set[str], shows_bar: bool) -> dict[str, str]:
+def translate_sentences(
+    args: TranslateArguments, translator: Any, sentences: set[str], shows_bar: bool
+) -> dict[str, str]:
     """Sentence -> translation. Those that are made are in the memory, however it ends."""
     folder = args.memory or args.output.with_name(args.output.name + ".memory")
     memory = TranslationMemory(folder, translator.fingerprint)
@@ -555,7 +570,9 @@ def find_quality_flags(source: str, translation: str, language: str) -> list[str
     if not translation.strip() or (_has_letters(source) and not _has_letters(translation)):
         return ["empty"]
     words, letters = _split_words(source), "".join(LETTER_RE.findall(translation))
-    short, long = sorted(len(text) + (LETTERS_PER_DENSE_SIGN - 1) * len(DENSE_SCRIPT_RE.findall(text)) for text in (source, translation))
+    short, long = sorted(
+        len(text) + (LETTERS_PER_DENSE_SIGN - 1) * len(DENSE_SCRIPT_RE.findall(text)) for text in (source, translation)
+    )
     found = {
         "copy": len(words) > MAX_NAME_WORDS and words == _split_words(translation),
         "wrong script": len(_script_pattern(language).findall(letters)) < MIN_SCRIPT_SHARE * len(letters),

@@ -118,7 +118,11 @@ def translate_in_pieces(
 ) -> list[str]:
     """One translation a sentence, `made_of` `groups` of these `limits`; those of pieces are joined by blanks."""
     pieces = [split_text(sentence, fits) for sentence in sentences]
-    made = (text for some in batch_by_length(itertools.chain.from_iterable(pieces), *group_limits) for text in translate_batch(some))
+    made = (
+        text
+        for some in batch_by_length(itertools.chain.from_iterable(pieces), *group_limits)
+        for text in translate_batch(some)
+    )
     return [" ".join(itertools.islice(made, len(some))).strip() for some in pieces]
 
 
@@ -275,13 +279,18 @@ class GoogleTranslator:
         self._key = os.environ.get(API_KEY_VARIABLE, "").strip()
         self._client = _make_client(endpoint or GOOGLE_ENDPOINT, self._key)
         known = self._retry(lambda: [entry["language"] for entry in self._client.get_languages()])
-        self.code, self._source_code = (find_language_code(code, known, self.name) for code in (language, source_language))
+        self.code, self._source_code = (
+            find_language_code(code, known, self.name) for code in (language, source_language)
+        )
         self.fingerprint = {"backend": "google", "api": "v2", "source": self._source_code, "target": self.code}
 
     def translate(self, sentences: list[str]) -> list[str]:
         """One translation a sentence."""
         limits = (GOOGLE_MAX_CHARACTERS, GOOGLE_MAX_SENTENCES)
-        fits, tried = lambda text: len(text) <= GOOGLE_MAX_CHARACTERS, lambda some: self._retry(lambda: self._request_translations(some))
+        fits, tried = (
+            lambda text: len(text) <= GOOGLE_MAX_CHARACTERS,
+            lambda some: self._retry(lambda: self._request_translations(some)),
+        )
         return translate_in_pieces(sentences, fits, limits, tried)
 
     def _request_translations(self, texts: list[str]) -> list[str]:
@@ -316,7 +325,10 @@ class GoogleTranslator:
         for form in (self._key, urllib.parse.quote(self._key, safe=""), repr(self._key)[1:-1]):
             said = said.replace(form, "<key>")
         if isinstance(error, GoogleAPICallError):
-            return said, error.code in RETRYABLE_STATUS_CODES or "rate limit exceeded" in said.lower()  # 403 is for quotas, too
+            return (
+                said,
+                error.code in RETRYABLE_STATUS_CODES or "rate limit exceeded" in said.lower(),
+            )  # 403 is for quotas, too
         # No answer, none that is JSON, or too short a one: the client's words for that are of its own code.
         garbled = isinstance(error, LookupError | AttributeError | TypeError | ValueError) and not isinstance(
             error, OSError

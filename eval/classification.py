@@ -30,7 +30,9 @@ from eval.embeddings import EmbeddingStore, ModelArguments, open_store, run_eval
 from eval.prompts import Prompts, load_prompts
 from eval.records.schema import Record
 
-CLIP_LOGIT_SCALE = 100  # of cosines before the softmax (CLIP, arXiv 2103.00020, section 2.5: where its scale is clipped)
+CLIP_LOGIT_SCALE = (
+    100  # of cosines before the softmax (CLIP, arXiv 2103.00020, section 2.5: where its scale is clipped)
+)
 CHANCE_DRAWS = 20  # of random scores
 
 

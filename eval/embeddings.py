@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from capivara_common.cli import check_at_least, flag, parse_arguments
 from capivara_common.environment import cache_home, describe_device, process_state
-from capivara_common.files import append_digest, digest_matches, read_json, atomic_file
+from capivara_common.files import append_digest, atomic_file, digest_matches, read_json
 from capivara_common.image_files import DECODER_THREADS, BadImage, ImageFileArguments
 from capivara_common.tasks import split_rows
 from caption_data.rows import json_digest
@@ -53,7 +53,9 @@ class EmbeddingCache:
 
     def __init__(self, folder: Path, shards: list[range], shard_names: Sequence[str] | None = None):
         self.folder, self.shards = folder, shards
-        self.paths = [folder / f"{name}.arrow" for name in shard_names or [f"shard-{n:05d}" for n in range(len(shards))]]
+        self.paths = [
+            folder / f"{name}.arrow" for name in shard_names or [f"shard-{n:05d}" for n in range(len(shards))]
+        ]
 
     def find_missing(self) -> list[int]:
         """Shards that are still to be made, damaged ones among them; the same on all processes of a launch."""
@@ -68,7 +70,9 @@ class EmbeddingCache:
                 logger.warning(text, self.folder.parent)
         return broadcast_object_list(found)[0]
 
-    def make_shards(self, shard_numbers: Sequence[int], embed: Callable[[list[int]], Iterator[tuple[np.ndarray, BadRows]]]) -> None:
+    def make_shards(
+        self, shard_numbers: Sequence[int], embed: Callable[[list[int]], Iterator[tuple[np.ndarray, BadRows]]]
+    ) -> None:
         """Make shards: each process of a launch a run of neighbours, since a source may be read to its end.
 
         `embed` is given their numbers, and yields of each the array (rows, …), and the rows that are bad.
@@ -153,7 +157,9 @@ class EmbeddingStore:
 
     def __post_init__(self) -> None:
         self._temporary = None if self.cache_folder else tempfile.TemporaryDirectory(prefix="capivara-embeddings-")
-        self.cache_folder = self.cache_folder or Path(broadcast_object_list([self._temporary.name])[0])  # the main process's
+        self.cache_folder = self.cache_folder or Path(
+            broadcast_object_list([self._temporary.name])[0]
+        )  # the main process's
 
     def embed_images(self, images: Split, description: str = "Images") -> EmbeddedImages:
         """Embeddings of images, without those that can't be read; ValueError where none can."""
@@ -185,17 +191,30 @@ class EmbeddingStore:
         distinct = sorted(set(texts), key=lambda text: (len(text), text))  # neighbours are padded to one length
 
         def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, BadRows]:
-            return self.embedder.embed_texts(distinct[rows.start : rows.stop], 2 * self.batch_size, bar.update).numpy(), {}
+            return self.embedder.embed_texts(
+                distinct[rows.start : rows.stop], 2 * self.batch_size, bar.update
+            ).numpy(), {}
 
-        table = self._load_or_make_table("texts", self.embedder.fingerprint, distinct, TEXTS_PER_SHARD, embed, description)
+        table = self._load_or_make_table(
+            "texts", self.embedder.fingerprint, distinct, TEXTS_PER_SHARD, embed, description
+        )
         position = {text: number for number, text in enumerate(distinct)}
         return torch.from_numpy(vectors_to_array(table)[[position[text] for text in texts]])
 
     def _load_or_make_table(
-        self, kind: str, model_fingerprint: str, items: list[str], rows_per_shard: int, embed: Callable, description: str
+        self,
+        kind: str,
+        model_fingerprint: str,
+        items: list[str],
+        rows_per_shard: int,
+        embed: Callable,
+        description: str,
     ) -> pa.Table:
         """The cached table of `items` (texts, or digests of images); `embed` makes missing shards, each of its rows."""
-        key = json_digest({"version": EMBEDDING_FORMAT_VERSION, "model": model_fingerprint, "batch_size": self.batch_size}, sort_keys=True)
+        key = json_digest(
+            {"version": EMBEDDING_FORMAT_VERSION, "model": model_fingerprint, "batch_size": self.batch_size},
+            sort_keys=True,
+        )
         parts = split_rows(len(items), rows_per_shard)
         names = [f"{kind}-{json_digest(items[part.start : part.stop])}" for part in parts]
         cache = EmbeddingCache(self.cache_folder / "evaluation" / key, parts, names)
@@ -229,7 +248,10 @@ def write_result(
 
 
 def run_evaluation(
-    arguments_type: type[ModelArguments], doc: str, evaluate: Callable[[Any], list[Record]], argv: list[str] | None = None
+    arguments_type: type[ModelArguments],
+    doc: str,
+    evaluate: Callable[[Any], list[Record]],
+    argv: list[str] | None = None,
 ) -> None:
     """The command of a measurement: read the flags, measure, print the figures and what their reader must know."""
     args = parse_arguments(arguments_type, doc, argv)

@@ -65,7 +65,11 @@ def make_validation_fold(labels: np.ndarray, rng: np.random.Generator) -> np.nda
 
 
 def fit_and_score(
-    train: LabeledFeatures, validation: LabeledFeatures | None, test: LabeledFeatures, class_count: int, rng: np.random.Generator
+    train: LabeledFeatures,
+    validation: LabeledFeatures | None,
+    test: LabeledFeatures,
+    class_count: int,
+    rng: np.random.Generator,
 ) -> tuple[torch.Tensor, float]:
     """(images, classes) of the test images, and the chosen C.
 
@@ -101,7 +105,9 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
         data = load_split(args, name, prompts.english_names)
         if any(isinstance(label, list) for label in data.labels):
             raise ValueError("The linear probe needs one label an image; this data set has lists of labels.")
-        if same := [other for other, known in loaded.items() if known.images.image_digests == data.images.image_digests]:
+        if same := [
+            other for other, known in loaded.items() if known.images.image_digests == data.images.image_digests
+        ]:
             raise ValueError(  # such a figure would be of what was fitted
                 f"The splits {same[0]!r} and {name!r} hold the same images. "
                 "A linear probe needs a folder of splits, such as train/ and test/ with a folder a class in each."

@@ -17,7 +17,7 @@ import pandas
 from PIL import Image
 
 from capivara_common.cli import flag, parse_arguments, run_command
-from capivara_common.files import AllowedFolders, check_inputs_outside, check_output_folder, atomic_folder
+from capivara_common.files import AllowedFolders, atomic_folder, check_inputs_outside, check_output_folder
 from capivara_common.image_files import BadImage, ImageAccess, decode_image
 from capivara_common.privacy import hide_paths
 from eval.benchmarks import get_published_base
@@ -30,7 +30,15 @@ from eval.records.schema import (
     parse_result,
     read_json_object,
 )
-from eval.records.tables import find_conflicts, to_one_line, pair_with_baselines, format_points, build_records_frame, average_over_seeds, write_html_page
+from eval.records.tables import (
+    average_over_seeds,
+    build_records_frame,
+    find_conflicts,
+    format_points,
+    pair_with_baselines,
+    to_one_line,
+    write_html_page,
+)
 
 PAGE_TEMPLATE = Path(__file__).parent / "report.html.j2"
 RUN_SHEET_FILE = "retrieval.png"  # of a run: queries chosen by a rule, with what the base and the trained model find
@@ -125,10 +133,15 @@ def _build_block(rows: pandas.DataFrame, results_folder: ResultsFolder, output: 
     """Table, bars and pictures of the records that belong together, for the template."""
     first, measured = rows.iloc[0], rows[rows["metric"] != GAIN_METRIC]
     is_retrieval = first["task"] == "retrieval"
-    for row in find_conflicts(measured, "folder", REPORT_TOLERANCE).drop_duplicates(["name", "dataset", "folder"]).itertuples():
+    for row in (
+        find_conflicts(measured, "folder", REPORT_TOLERANCE).drop_duplicates(["name", "dataset", "folder"]).itertuples()
+    ):
         fault = f"has other figures of {row.dataset} with {row.folder}; the first ones are shown"
         results_folder.faults.append((row.name, fault))
-    pairs, gains = pair_with_baselines(average_over_seeds(measured, "folder")), rows[rows["metric"] == GAIN_METRIC].to_dict("records")
+    pairs, gains = (
+        pair_with_baselines(average_over_seeds(measured, "folder")),
+        rows[rows["metric"] == GAIN_METRIC].to_dict("records"),
+    )
     for pair in pairs:
         pair["published"] = get_published_base(pair)
         pair["models"] = " against ".join(pair[role].folder for role in ("capivara", "baseline") if pair[role])
@@ -155,14 +168,18 @@ def _build_block(rows: pandas.DataFrame, results_folder: ResultsFolder, output: 
     }  # fmt: skip
 
 
-def _draw_chart(title: str, results_folder: ResultsFolder, output: Path, plot: Callable, *plot_arguments: Any) -> tuple[str, str]:
+def _draw_chart(
+    title: str, results_folder: ResultsFolder, output: Path, plot: Callable, *plot_arguments: Any
+) -> tuple[str, str]:
     """File and title of a chart."""
     results_folder.image_count += 1
     plot(*plot_arguments, output / f"{results_folder.image_count:03d}.png")
     return f"{results_folder.image_count:03d}.png", title
 
 
-def _copy_images(sheets: list[Path], title: str, results_folder: ResultsFolder, output: Path) -> list[tuple[str | None, str]]:
+def _copy_images(
+    sheets: list[Path], title: str, results_folder: ResultsFolder, output: Path
+) -> list[tuple[str | None, str]]:
     """File and title of a copy, on white, of each picture inside of the folder; no file where it can't be shown."""
     copies, files = [], ImageAccess(AllowedFolders(results_folder.folder))
     for inside in (sheet for sheet in sheets if os.path.lexists(results_folder.folder / sheet)):

@@ -124,7 +124,9 @@ def embed_captions(
     return RetrievalEmbeddings(embed_texts(model, processor, texts), image_embeds, image_of_text)
 
 
-def compute_retrieval_records(embeddings: RetrievalEmbeddings, protocol: str = RETRIEVAL_PROTOCOL, **record_fields: Any) -> list[Record]:
+def compute_retrieval_records(
+    embeddings: RetrievalEmbeddings, protocol: str = RETRIEVAL_PROTOCOL, **record_fields: Any
+) -> list[Record]:
     """Recall at 1, 5 and 10, their mean, and the median rank, in both directions, beside chance.
 
     Recall that the images are too few for, so that every query would be a hit, is left out, and so is the mean then.
@@ -136,7 +138,9 @@ def compute_retrieval_records(embeddings: RetrievalEmbeddings, protocol: str = R
         ranks = embeddings.ranks[direction]
         record = partial(Record, "retrieval", direction=direction, n=len(ranks), **record_fields)
         recalls = [
-            record(metric=f"recall@{k}", value=metrics.recall_at_k(ranks, k), chance=embeddings.chance_recall(direction, k))
+            record(
+                metric=f"recall@{k}", value=metrics.recall_at_k(ranks, k), chance=embeddings.chance_recall(direction, k)
+            )
             for k in cutoffs
         ]
         if len(cutoffs) == len(RECALL_CUTOFFS):  # of fewer it would be another figure of the same name
@@ -154,7 +158,9 @@ def describe_truncation(embeddings: RetrievalEmbeddings, protocol: str) -> dict[
 
 
 @torch.no_grad()
-def compute_validation_metrics(embeddings: RetrievalEmbeddings, loss: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
+def compute_validation_metrics(
+    embeddings: RetrievalEmbeddings, loss: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, float]:
     """Mean recall in each direction and of both, 0 to 1, and `loss`: of all images, each with its first caption."""
     measures = pd.Series({direction: metrics.mean_recall(embeddings.ranks[direction]) for direction in DIRECTIONS})
     first = torch.searchsorted(embeddings.image_of_text, torch.arange(len(embeddings.image_embeds)))
@@ -172,7 +178,13 @@ def compute_gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings
     for direction in DIRECTIONS:
         hits = [metrics.mean_hits(embeddings.ranks[direction]) for embeddings in (before, after)]
         gain, *interval = metrics.paired_bootstrap(*hits, after.query_groups(direction))
-        of = {"direction": direction, "metric": GAIN_METRIC, "value": gain, "n": len(hits[0]), "interval_95": tuple(interval)}
+        of = {
+            "direction": direction,
+            "metric": GAIN_METRIC,
+            "value": gain,
+            "n": len(hits[0]),
+            "interval_95": tuple(interval),
+        }
         records.append(Record(task="retrieval", **of, **record_fields))
     return records
 
@@ -203,9 +215,13 @@ def load_retrieval_data(args: RetrievalArguments) -> RetrievalData:
     source = open_split(args.dataset, args.split, args.image_column, **args.image_options())
     column = args.caption_column.replace("{language}", args.language)
     source.check_columns([args.image_column, column])
-    captions = [_select_captions(value, column, args.caption_positions, row) for row, value in enumerate(source.data[column][:])]
+    captions = [
+        _select_captions(value, column, args.caption_positions, row) for row, value in enumerate(source.data[column][:])
+    ]
     if source.damaged_archives:
-        raise ValueError(f"{source.display_name} is damaged: {source.damaged_archives[0].detail}. Fetch or make it again.")
+        raise ValueError(
+            f"{source.display_name} is damaged: {source.damaged_archives[0].detail}. Fetch or make it again."
+        )
     flatten_captions(captions)
     return RetrievalData(source, captions)
 
@@ -225,7 +241,11 @@ def evaluate(args: RetrievalArguments, draw_sheet: bool = True) -> list[Record]:
     name = args.dataset_name or args.dataset
     facts = {"dataset": short_name(name), "split": args.split, "language": args.language}
     facts |= {"seed": args.seed, "model": args.role, "model_folder": args.model}
-    protocol = RETRIEVAL_PROTOCOL if args.caption_positions == "all" else f"{RETRIEVAL_PROTOCOL}; captions: {args.caption_positions}"
+    protocol = (
+        RETRIEVAL_PROTOCOL
+        if args.caption_positions == "all"
+        else f"{RETRIEVAL_PROTOCOL}; captions: {args.caption_positions}"
+    )
     records = compute_retrieval_records(embeddings, protocol, **facts)
     if process_state().is_main_process:
         facts = {"dataset": args.dataset, "name": name, "fingerprint": data.fingerprint(), "skipped": images.skipped}

@@ -25,7 +25,15 @@ from capivara_common.cli import UsageError, flag, parse_arguments, run_command, 
 from capivara_common.environment import package_versions, process_state
 from capivara_common.files import read_json, seed_folders, write_json, write_text
 from capivara_common.privacy import hide_paths
-from eval.benchmarks import BENCHMARKS_FOLDER, SUITES, Benchmark, load_benchmarks, locate_data, find_published_name, read_benchmark
+from eval.benchmarks import (
+    BENCHMARKS_FOLDER,
+    SUITES,
+    Benchmark,
+    find_published_name,
+    load_benchmarks,
+    locate_data,
+    read_benchmark,
+)
 from eval.classification import ClassificationArguments
 from eval.classification import evaluate as evaluate_classification
 from eval.embeddings import EmbeddingArguments
@@ -108,7 +116,9 @@ def load_models(args: SuiteArguments) -> list[dict[str, Any]]:
         one = {"name": name, "role": role, "run": run, "seed": made.get("seed"), "fingerprint": model.fingerprint}
         base = str(made.get("config", {}).get("model", ""))
         one |= {"published": find_published_name(name, role, **model.metadata)}
-        models.append(one | model.metadata | {"base_published": find_published_name(base, "baseline", **model.metadata)})
+        models.append(
+            one | model.metadata | {"base_published": find_published_name(base, "baseline", **model.metadata)}
+        )
     if len({model["fingerprint"] for model in models[-len(runs) :]}) < len(runs):
         raise ValueError("Two of --runs hold the same model, so that their deviation would mean nothing.")
     return models
@@ -185,7 +195,9 @@ def run_suite(args: SuiteArguments) -> dict[str, Any] | None:
     return summary
 
 
-def _build_summary(args: SuiteArguments, models: list[dict[str, Any]], measurements: list[dict[str, Any]]) -> dict[str, Any]:
+def _build_summary(
+    args: SuiteArguments, models: list[dict[str, Any]], measurements: list[dict[str, Any]]
+) -> dict[str, Any]:
     """suite.json: what was asked for, what became of each measurement, and all that the table says, as data."""
     measured = [one for one in measurements if one["status"] == "measured"]
     values = [vars(record) | one for one in measured for record in read_records(args.output / one["file"])]
@@ -218,7 +230,9 @@ def build_suite_rows(
     `values` have the fields of a `Record`, with `benchmark`, `role` and `run`, the number of the model of its role;
     `runs` is role -> number of its models, `published` role -> what they were published as, their role where None.
     """
-    own = pandas.DataFrame([(b.key, language, b.metric) for b, language in pairs], columns=[*GROUP_COLUMNS[:2], "metric"])
+    own = pandas.DataFrame(
+        [(b.key, language, b.metric) for b, language in pairs], columns=[*GROUP_COLUMNS[:2], "metric"]
+    )
     frame = pandas.DataFrame(values, columns=[*GROUP_COLUMNS, "metric", "run", "value", "n"]).merge(own)
     frame["value"] = 100 * frame["value"].astype(float)
     average, left_out = read_benchmark(BENCHMARKS_FOLDER / "elevater.json"), []

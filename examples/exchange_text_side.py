@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 import modeling_capivara  # noqa: F401  registers the tokenizer of the text side: none of its folder's code is run
 from capivara_common.cli import flag, parse_arguments, run_command
-from capivara_common.files import check_inputs_outside, read_json, atomic_folder, write_json
+from capivara_common.files import atomic_folder, check_inputs_outside, read_json, write_json
 from capivara_common.image_encoder_digest import image_encoder_digest
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, mean_recall, recall_at_k
 from examples import describe_run
@@ -35,7 +35,9 @@ from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
 
 COLLECTION_NAME, SEARCH_DEPTH = "pictures", max(RECALL_CUTOFFS)
-VECTOR_TOLERANCE = 1e-6  # of a vector's numbers: Qdrant's local mode scales all to length 1 at every query, which moves last bits
+VECTOR_TOLERANCE = (
+    1e-6  # of a vector's numbers: Qdrant's local mode scales all to length 1 at every query, which moves last bits
+)
 
 
 @dataclass
@@ -57,16 +59,22 @@ class QdrantPictures:
     def __init__(self, folder: Path, vectors: np.ndarray):
         self.client = QdrantClient(path=str(folder))
         self.client.create_collection(COLLECTION_NAME, VectorParams(size=vectors.shape[1], distance=Distance.COSINE))
-        self.client.upsert(COLLECTION_NAME, [PointStruct(id=row, vector=vector.tolist()) for row, vector in enumerate(vectors)])
+        self.client.upsert(
+            COLLECTION_NAME, [PointStruct(id=row, vector=vector.tolist()) for row, vector in enumerate(vectors)]
+        )
         self.close = self.client.close
 
     def nearest(self, query: np.ndarray) -> list[int]:
         """The numbers of the `SEARCH_DEPTH` pictures nearest to (width,), the nearest first."""
-        return [hit.id for hit in self.client.query_points(COLLECTION_NAME, query=query.tolist(), limit=SEARCH_DEPTH).points]
+        return [
+            hit.id for hit in self.client.query_points(COLLECTION_NAME, query=query.tolist(), limit=SEARCH_DEPTH).points
+        ]
 
     def vectors(self) -> np.ndarray:
         """(pictures, width), as they lie in the store."""
-        points, _ = self.client.scroll(COLLECTION_NAME, limit=self.client.count(COLLECTION_NAME).count, with_vectors=True)
+        points, _ = self.client.scroll(
+            COLLECTION_NAME, limit=self.client.count(COLLECTION_NAME).count, with_vectors=True
+        )
         return np.array([point.vector for point in sorted(points, key=lambda point: point.id)], dtype=np.float32)
 
 
@@ -86,7 +94,9 @@ class LancePictures:
         return np.array(self.table.to_arrow().sort_by("id")["vector"].to_pylist(), dtype=np.float32)
 
 
-def compute_recalls(pictures: QdrantPictures | LancePictures, queries: np.ndarray, picture_of_query: list[int]) -> dict[str, float]:
+def compute_recalls(
+    pictures: QdrantPictures | LancePictures, queries: np.ndarray, picture_of_query: list[int]
+) -> dict[str, float]:
     """Recall at each of eval's cut-offs and their mean, by what the store finds; `right` is each query's picture."""
     ranks = []
     for query, number in zip(tqdm(queries, desc="Queries", unit="query"), picture_of_query, strict=True):
@@ -120,7 +130,9 @@ def main(argv: list[str] | None = None) -> None:
         for name, store in {"Qdrant": QdrantPictures, "LanceDB": LancePictures}.items():
             with closing(store(folder / name.lower(), vectors)) as pictures:
                 before = pictures.vectors()
-                facts["recall"][name] = {side: compute_recalls(pictures, asked, right) for side, asked in queries.items()}
+                facts["recall"][name] = {
+                    side: compute_recalls(pictures, asked, right) for side, asked in queries.items()
+                }
                 changed = np.abs(before - pictures.vectors()).max(axis=1) > VECTOR_TOLERANCE
             facts["embedded_again"] = max(facts["embedded_again"], int(changed.sum()))
         about = describe_run(args, "cpu", "qdrant-client", "lancedb", "sentence-transformers")

@@ -110,7 +110,10 @@ def load_splits(args: ClassifierArguments, prompts: Prompts) -> list[Dataset | L
             raise ValueError(f"--benchmark {args.benchmark} needs its images, a folder or data set: give --images.")
         return list(make_digits_dataset(prompts.names, args.seed).values())
     columns = (args.image_column, args.label_column)
-    found = [load_labeled_images(args.images, split, prompts.english_names, *columns) for split in (args.train_split, args.split)]
+    found = [
+        load_labeled_images(args.images, split, prompts.english_names, *columns)
+        for split in (args.train_split, args.split)
+    ]
     if any(isinstance(images.labels[0], list) for images in found):
         raise ValueError(f"{args.images} has several labels an image; this example takes one. Choose another data set.")
     return [LabeledRows(images) for images in found]

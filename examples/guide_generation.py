@@ -32,7 +32,11 @@ from modeling_capivara.two_towers import embed_images, embed_texts
 
 STRIP_IMAGES, STRIP_SIDE = 8, 128  # pictures of the strip of steps; pixels of one of them
 INITIAL_NOISE = 0.02  # spread of the noise that the optimisation starts from
-MAX_ROTATION, MAX_ZOOM, MAX_SHIFT = 0.15, 0.5, 0.25  # of a view, at most: radians, share of the side left out, share of half a side
+MAX_ROTATION, MAX_ZOOM, MAX_SHIFT = (
+    0.15,
+    0.5,
+    0.25,
+)  # of a view, at most: radians, share of the side left out, share of half a side
 VIEW_NOISE = 0.1  # spread of what is added to views: what single pixels say is drowned in it
 OTHER_SENTENCES = ["lua crescente", "coração azul", "coração vermelho", "gato", "carro", "rosto sorridente"]
 
@@ -104,7 +108,9 @@ def main(argv: list[str] | None = None) -> None:
         model.requires_grad_(False)  # gradients flow to the pixels alone
         generator, started = torch.Generator().manual_seed(args.seed), time.perf_counter()
         cells = min(args.cells, args.size)
-        colours = INITIAL_NOISE * torch.randn(1, 3, cells, cells, generator=generator)  # it begins as grey with faint noise
+        colours = INITIAL_NOISE * torch.randn(
+            1, 3, cells, cells, generator=generator
+        )  # it begins as grey with faint noise
         colours = colours.to(model.device).requires_grad_()
 
         def picture() -> Tensor:  # (1, 3, size, size), 0 to 1

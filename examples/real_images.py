@@ -16,14 +16,22 @@ import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
 from capivara_common.cli import flag, parse_arguments, run_command
-from capivara_common.files import read_json, atomic_folder, write_json
+from capivara_common.files import atomic_folder, read_json, write_json
 from eval import classification, linear_probe, prompts, retrieval
 from examples.openmoji.dataset import load_dataset_with_images
 
 # Photographs that install from PyPI, by name: class in English and Portuguese, a sentence in both.
 PHOTOGRAPHS = read_json(Path(__file__).parent / "photographs.json")
-CLASS_PHOTOGRAPHS = {name: entry for name, entry in PHOTOGRAPHS.items() if "gender" in entry}  # scikit-image's, the classes
-PHOTO_TEMPLATES = ["uma foto de {um}.", "uma foto {do}.", "uma imagem de {um}.", "uma imagem que mostra {o}.", "{nome}."]
+CLASS_PHOTOGRAPHS = {
+    name: entry for name, entry in PHOTOGRAPHS.items() if "gender" in entry
+}  # scikit-image's, the classes
+PHOTO_TEMPLATES = [
+    "uma foto de {um}.",
+    "uma foto {do}.",
+    "uma imagem de {um}.",
+    "uma imagem que mostra {o}.",
+    "{nome}.",
+]
 DIGIT_SIDE_PIXELS = 96  # pixels; the pictures have 8, and are enlarged without smoothing
 
 
@@ -41,7 +49,11 @@ class RealImagesArguments:
 
 def prepare_datasets(folder: Path, openmoji: str) -> None:
     """Write the data sets that are not there yet, each with the file of its classes."""
-    for name, make in {"digits": make_digits_dataset, "photos": make_photos_dataset, "concepts": lambda: make_concepts_dataset(openmoji)}.items():
+    for name, make in {
+        "digits": make_digits_dataset,
+        "photos": make_photos_dataset,
+        "concepts": lambda: make_concepts_dataset(openmoji),
+    }.items():
         if not (folder / name).exists():
             with atomic_folder(folder / name) as made:
                 data, classes = make()
@@ -70,8 +82,14 @@ def make_digits_dataset() -> tuple[DatasetDict, dict]:
 def make_photos_dataset() -> tuple[DatasetDict, dict]:
     """scikit-image's photographs, a class each."""
     classes = [{key: entry[key] for key in ("en", "pt", "gender", "number")} for entry in CLASS_PHOTOGRAPHS.values()]
-    data = _build_labeled_dataset([load_photo(name) for name in CLASS_PHOTOGRAPHS], list(range(len(CLASS_PHOTOGRAPHS))), [entry["en"] for entry in classes])
-    return DatasetDict(test=data), _build_classes_file("skimage-photos", "Photographs of scikit-image", classes, PHOTO_TEMPLATES)
+    data = _build_labeled_dataset(
+        [load_photo(name) for name in CLASS_PHOTOGRAPHS],
+        list(range(len(CLASS_PHOTOGRAPHS))),
+        [entry["en"] for entry in classes],
+    )
+    return DatasetDict(test=data), _build_classes_file(
+        "skimage-photos", "Photographs of scikit-image", classes, PHOTO_TEMPLATES
+    )
 
 
 def load_photo(name: str) -> PIL.Image.Image:

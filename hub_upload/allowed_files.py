@@ -13,7 +13,14 @@ from huggingface_hub.utils import validate_repo_id
 
 from capivara_common.files import check_links_stay_inside
 from capivara_common.image_files import IMAGE_FORMATS
-from capivara_common.privacy import SECRET_RE2, find_hub_tokens, find_machine_path, local_paths, make_printable, find_secret
+from capivara_common.privacy import (
+    SECRET_RE2,
+    find_hub_tokens,
+    find_machine_path,
+    find_secret,
+    local_paths,
+    make_printable,
+)
 
 _MODEL_CODE_PARTS = "checks configuration image_processing modeling processing text_cleaning tokenization"
 MODEL_CODE = tuple(f"{part}_capivara.py" for part in _MODEL_CODE_PARTS.split())
@@ -48,7 +55,9 @@ MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # of safetensors; its own reader tak
 def check_repo_id(repo_id: str) -> None:
     """Raise ValueError unless it is `owner/name` as the Hub takes it."""
     if repo_id.count("/") != 1:
-        raise ValueError(f"The repository id must be owner/name, such as my-name/my-model, got {make_printable(repo_id)!r}.")
+        raise ValueError(
+            f"The repository id must be owner/name, such as my-name/my-model, got {make_printable(repo_id)!r}."
+        )
     validate_repo_id(repo_id)
 
 
@@ -57,7 +66,9 @@ def list_files_to_send(folder: Path, repo_type: str) -> list[Path]:
 
     Not `HfApi.upload_folder`: a star of its patterns stands for folders, too, and it follows links out of the folder.
     """
-    paths = sorted(list_allowed_files(folder) if repo_type == "model" else list_data_files(folder, repo_type == "space"))
+    paths = sorted(
+        list_allowed_files(folder) if repo_type == "model" else list_data_files(folder, repo_type == "space")
+    )
     if not paths:
         raise ValueError(f"{folder} holds no file of a {repo_type}.")
     for path in paths:
@@ -126,10 +137,14 @@ def check_secrets(path: Path, name: Path | str) -> None:
     if not path.stat().st_size:
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if (path.suffix not in BINARY_SUFFIXES or path.suffix == ".tar") and content[:6].startswith(UNSEARCHABLE_PREFIXES):
+        if (path.suffix not in BINARY_SUFFIXES or path.suffix == ".tar") and content[:6].startswith(
+            UNSEARCHABLE_PREFIXES
+        ):
             raise ValueError(f"{name} is compressed or no UTF-8, and can't be searched for secrets. Write it plainly.")
         if found := find_secret(content):
-            chunks = (content[at : min(at + SEARCH_CHUNK_BYTES, found[1])] for at in range(0, found[1], SEARCH_CHUNK_BYTES))
+            chunks = (
+                content[at : min(at + SEARCH_CHUNK_BYTES, found[1])] for at in range(0, found[1], SEARCH_CHUNK_BYTES)
+            )
             line = 1 + sum(chunk.count(b"\n") for chunk in chunks)
             where = f"byte {found[1]}" if path.suffix in BINARY_SUFFIXES else f"line {line}"
             raise ValueError(f"{name}, {where}, holds {found[0]}. Remove it, and revoke it if it is real.")
@@ -142,7 +157,9 @@ def check_paths(path: Path, name: Path | str) -> None:
     """Raise ValueError, naming file and line, where a text file holds a path of a machine."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
-            _check_machine_paths(_decode_json_escapes(line) if path.suffix == ".json" else line, f"{name}, line {number},")
+            _check_machine_paths(
+                _decode_json_escapes(line) if path.suffix == ".json" else line, f"{name}, line {number},"
+            )
 
 
 def check_text(text: str, subject: str) -> None:
@@ -208,7 +225,9 @@ def list_data_files(folder: Path, is_space: bool = False) -> list[Path]:
     found = []
     for path in (path for path in folder.rglob("*") if not path.is_dir()):
         name = path.relative_to(folder)
-        is_sent = name.suffix != ".pyc" if is_space else name.suffix in DATASET_SUFFIXES or name.name in DATASET_FILE_NAMES
+        is_sent = (
+            name.suffix != ".pyc" if is_space else name.suffix in DATASET_SUFFIXES or name.name in DATASET_FILE_NAMES
+        )
         if is_sent and not any(part.startswith("." if is_space else (".", "__")) for part in name.parts):
             check_regular_file(path)
             found.append(name)
@@ -228,7 +247,9 @@ def check_dataset_files(folder: Path, names: Sequence[Path]) -> None:
             _check_table(path, name)
         else:  # archives among them: only uncompressed ones are accepted
             check_secrets(path, name)
-            if name.name in DATASET_FILE_NAMES or (name.suffix == ".json" and path.stat().st_size <= MAX_METADATA_JSON_BYTES):
+            if name.name in DATASET_FILE_NAMES or (
+                name.suffix == ".json" and path.stat().st_size <= MAX_METADATA_JSON_BYTES
+            ):
                 check_paths(path, name)
 
 
@@ -284,7 +305,11 @@ def _find_fault(array: Any) -> str | None:
     if "string" not in str(kind) and "binary" not in str(kind):
         return None
     pattern = "|".join([SECRET_RE2, *map(re.escape, find_hub_tokens())])
-    return SECRET_MESSAGE if compute.any(compute.match_substring_regex(array.cast("large_binary"), pattern)).as_py() else None
+    return (
+        SECRET_MESSAGE
+        if compute.any(compute.match_substring_regex(array.cast("large_binary"), pattern)).as_py()
+        else None
+    )
 
 
 def _find_image_fault(contents: Any, paths: Any) -> str | None:

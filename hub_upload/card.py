@@ -27,7 +27,7 @@ from capivara_common.files import seed_folders, write_text
 from eval.records.schema import GAIN_METRIC
 from hub_upload import card_values as values
 from hub_upload.allowed_files import check_repo_id, check_text
-from hub_upload.card_values import TEMPLATE_FOLDER, collect_run_metadata, to_markdown, to_safe_line, find_data_revision
+from hub_upload.card_values import TEMPLATE_FOLDER, collect_run_metadata, find_data_revision, to_markdown, to_safe_line
 
 CARD_FILE = "README.md"
 TEMPLATE_VERSION = 5  # of the templates; a card of another one is checked by its values and digests, not by its words
@@ -154,13 +154,21 @@ def find_card_faults(folder: Path) -> list[str]:
     faults = [*_iter_differences(wanted_front, front)]
     if options["version"] == TEMPLATE_VERSION:
         return [*faults, *_iter_differences(wanted, body, allow_additions=True)]
-    faults += [f"{CARD_FILE}: it says {line[:MAX_SHOWN_CHARACTERS]!r}." for line in body.rstrip().split("\n")[:-1] if "<" in line]
+    faults += [
+        f"{CARD_FILE}: it says {line[:MAX_SHOWN_CHARACTERS]!r}."
+        for line in body.rstrip().split("\n")[:-1]
+        if "<" in line
+    ]
     return [*faults, *_iter_differences(*("\n".join(sorted(CARD_VALUE_RE.findall(part))) for part in (wanted, body)))]
 
 
 def find_generated_card_faults(folder: Path) -> list[str]:
     """The faults of a folder's card, if there is one and `hub_upload.card` made it; others are their writers' word."""
-    return find_card_faults(folder) if (folder / CARD_FILE).is_file() and read_card_options(_read_text(folder / CARD_FILE)) else []
+    return (
+        find_card_faults(folder)
+        if (folder / CARD_FILE).is_file() and read_card_options(_read_text(folder / CARD_FILE))
+        else []
+    )
 
 
 def read_card_options(text: str) -> dict[str, Any] | None:
@@ -185,7 +193,9 @@ def _iter_differences(expected: str, text: str, allow_additions: bool = False) -
         if gone == added:
             continue
         if allow_additions and not gone:
-            added = [line for line in added if REFRAMING_MARKUP_RE.search(line) or any(letter.isnumeric() for letter in line)]
+            added = [
+                line for line in added if REFRAMING_MARKUP_RE.search(line) or any(letter.isnumeric() for letter in line)
+            ]
         yield from (f"{CARD_FILE}: the files give {line[:MAX_SHOWN_CHARACTERS]!r}." for line in gone)
         yield from (f"{CARD_FILE}: it says {line[:MAX_SHOWN_CHARACTERS]!r}." for line in added)
 
@@ -203,7 +213,11 @@ def build_card_data(run_metadata: dict[str, Any], title: str) -> ModelCardData:
     """The front matter. What names no language, licence or Hub id as the Hub knows them is left out."""
     stated = [code.split("-")[0] for code in run_metadata["config"]["eval_languages"] if isinstance(code, str)]
     languages = list(dict.fromkeys(stated))
-    kind = "clip" if run_metadata["model_class"] == values.CAPIVARA_CLASS else run_metadata["architecture"].get("model_type", "clip")
+    kind = (
+        "clip"
+        if run_metadata["model_class"] == values.CAPIVARA_CLASS
+        else run_metadata["architecture"].get("model_type", "clip")
+    )
     tags = ["capivara", kind, "image-text-retrieval", "zero-shot", *["multilingual"] * (len(languages) > 1)]
     model, seed = run_metadata["origins"]["model"], run_metadata["run"]["seed"]
     # The base's own id, or those that the card of a local base names.

@@ -31,11 +31,13 @@ from capivara_common.weight_file import WeightFile
 from eval.benchmarks import get_published_base
 from eval.records import schema
 from eval.records.schema import DIRECTIONS, GAIN_METRIC, RANK_METRICS, TASKS, ResultFile, is_number
-from eval.records.tables import find_conflicts, pair_with_baselines, build_records_frame, average_over_seeds
+from eval.records.tables import average_over_seeds, build_records_frame, find_conflicts, pair_with_baselines
 from hub_upload.allowed_files import RUN_PLOT_FILES
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
-CARD_WORDS = read_json(TEMPLATE_FOLDER / "card_words.json")  # language of a card -> its words for names of the files, and others
+CARD_WORDS = read_json(
+    TEMPLATE_FOLDER / "card_words.json"
+)  # language of a card -> its words for names of the files, and others
 LANGUAGES = tuple(CARD_WORDS)
 # Not HTML but Markdown: texts of others are escaped where they come in. What a template needs and lacks is an error.
 MARKDOWN_TEMPLATES = jinja2.Environment(
@@ -181,7 +183,11 @@ def _average_results(results: list[ResultFile]) -> list[Any]:
     if all(record.dim for result in results for record in result.records):
         raise ValueError("The folder's results hold no measurement, and a card states what was measured.")
     frame = build_records_frame(results)
-    far = (BASELINE_TOLERANCE_QUERIES / frame["n"]).clip(lower=CARD_TOLERANCE).mask(frame["metric"].isin(RANK_METRICS), BASELINE_TOLERANCE_RANKS)
+    far = (
+        (BASELINE_TOLERANCE_QUERIES / frame["n"])
+        .clip(lower=CARD_TOLERANCE)
+        .mask(frame["metric"].isin(RANK_METRICS), BASELINE_TOLERANCE_RANKS)
+    )
     for row in find_conflicts(frame, "precision", far.where(frame["model"] == "baseline", CARD_TOLERANCE)).itertuples():
         raise ValueError(
             f"{row.first_source}/value and {row.source}/value give one figure two values, {row.first:g} and "
@@ -275,7 +281,11 @@ def to_code(value: Any) -> str:
     """A JSON value as code, where it consists of the characters of names; else as text."""
     written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     text = to_safe_line(written)
-    return f"`{text}`" if text == PATH_PREFIX_RE.sub("", written) and PLAIN_CODE_RE.fullmatch(text) else to_markdown(written)
+    return (
+        f"`{text}`"
+        if text == PATH_PREFIX_RE.sub("", written) and PLAIN_CODE_RE.fullmatch(text)
+        else to_markdown(written)
+    )
 
 
 def is_portuguese(language: str) -> bool:
@@ -351,7 +361,12 @@ def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: 
 
     Raises ValueError where a figure is missing.
     """
-    run, config, trained, writer = run_metadata["run"], run_metadata["config"], run_metadata["config"]["language"], CardWriter(language, run_metadata)
+    run, config, trained, writer = (
+        run_metadata["run"],
+        run_metadata["config"],
+        run_metadata["config"]["language"],
+        CardWriter(language, run_metadata),
+    )
     order = lambda group: (TASKS.index(group["task"]), group["first"].language != trained)  # noqa: E731
     groups = sorted(run_metadata["groups"], key=order)
     main = [pair for group in groups for pair in group["main"] if pair["capivara"] and pair["baseline"]]
@@ -359,10 +374,16 @@ def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: 
     curve = [point["validation"] for point in run.get("curve") or () if point.get("validation")]
     architecture, origins = run_metadata["architecture"], run_metadata["origins"]
     return {
-        **run_metadata | {"name": repo_id or run_metadata["model"].relative_to(run_metadata["folder"]).as_posix(), "groups": groups},
+        **run_metadata
+        | {"name": repo_id or run_metadata["model"].relative_to(run_metadata["folder"]).as_posix(), "groups": groups},
         "is_repository": repo_id is not None,
         **{key: getattr(writer, key) for key in dir(writer) if not key.startswith("_")},
-        **{"text": to_markdown, "code": to_code, "published": get_published_base, "revision": partial(find_data_revision, run)},
+        **{
+            "text": to_markdown,
+            "code": to_code,
+            "published": get_published_base,
+            "revision": partial(find_data_revision, run),
+        },
         **{"is_portuguese": is_portuguese(trained), "rank_metrics": RANK_METRICS},
         "is_own": run_metadata["model_class"] == CAPIVARA_CLASS,
         "is_siglip": run_metadata["model_class"] == "SiglipModel",

@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 import modeling_capivara
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.environment import require_packages
-from capivara_common.files import check_inputs_outside, read_json, seed_folders, atomic_folder, write_json
+from capivara_common.files import atomic_folder, check_inputs_outside, read_json, seed_folders, write_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG
 from capivara_common.privacy import hide_paths, short_name
 from hub_upload import allowed_files as allowed
@@ -164,7 +164,12 @@ def read_model_config(folder: Path, formats: Sequence[str] = ()) -> PreTrainedCo
 
 
 def _write_repository(
-    model: Path, folder: Path, config: PreTrainedConfig, formats: list[str], text_config: str | None, repo_id: str | None
+    model: Path,
+    folder: Path,
+    config: PreTrainedConfig,
+    formats: list[str],
+    text_config: str | None,
+    repo_id: str | None,
 ) -> None:
     """The whole model; what a format can't express is said before weights are read."""
     processor, is_own = load_processor(model), isinstance(config, CapivaraConfig)

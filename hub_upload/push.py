@@ -62,7 +62,11 @@ REFUSAL_MESSAGES = {  # status -> why, and the way out; of another one the Hub's
     "see what is there, then with it.",
 }
 REPOSITORY_FOLDER = "repository"  # folder in that of the run, until it is on the Hub
-PUBLISHED_FORMATS = ("transformers", "open_clip", "sentence_transformers")  # onnx takes minutes, and packages of its own
+PUBLISHED_FORMATS = (
+    "transformers",
+    "open_clip",
+    "sentence_transformers",
+)  # onnx takes minutes, and packages of its own
 format_bytes = partial(tqdm.format_sizeof, suffix="B")  # bytes in words, of a thousand each, such as "1.46GB"
 logger = logging.getLogger("capivara")
 
@@ -145,10 +149,16 @@ def main(argv: list[str] | None = None) -> None:
     elif not args.push:
         size = format_bytes(sum(file.upload_info.size for file in planned.added_files))
         known = ", without those that the Hub has already" if planned.unreachable else ""
-        print(f"Nothing was sent. With --push, {len(planned.added_files)} files ({size}) are sent in one commit{known}.")
+        print(
+            f"Nothing was sent. With --push, {len(planned.added_files)} files ({size}) are sent in one commit{known}."
+        )
     else:
         url = push_folder(planned)
-        print(f"Pushed in one commit: {_printable_name(url)}" if url else "All files were there already; no commit was made.")
+        print(
+            f"Pushed in one commit: {_printable_name(url)}"
+            if url
+            else "All files were there already; no commit was made."
+        )
 
 
 # --- What would be sent ----------------------------------------------------------------------------------------------
@@ -385,7 +395,9 @@ def _explain_error(error: BaseException, repo_id: str, again: str) -> str:
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         said = " ".join((error.server_message or str(error)).split()).rstrip(".")
-        text = REFUSAL_MESSAGES.get(status, "The Hub refused ({status}): {said}.") + f" {again}" * (status in RETRYABLE_STATUS_CODES)
+        text = REFUSAL_MESSAGES.get(status, "The Hub refused ({status}): {said}.") + f" {again}" * (
+            status in RETRYABLE_STATUS_CODES
+        )
         tokens = f"{constants.ENDPOINT}/settings/tokens"
         return text.format(repo_id=repo_id, owner=repo_id.split("/")[0], status=status, said=said, tokens=tokens)
     if isinstance(error, errors.HTTPError):
@@ -437,7 +449,9 @@ def publish_run(run: Path, repo_id: str, private: bool = False, card_language: s
         way_out = "Make its repository by `python -m hub_upload.export`, and push that."
         if repository.is_dir():
             way_out = f"Push it later: {shlex.join(words + ['--private'] * private)}"
-        logger.warning("NOT PUSHED to %s: %s\nThe run is complete in %s. %s", repo_id, _error_sentence(error), run, way_out)
+        logger.warning(
+            "NOT PUSHED to %s: %s\nThe run is complete in %s. %s", repo_id, _error_sentence(error), run, way_out
+        )
         return False
     shutil.rmtree(repository, ignore_errors=True)
     logger.info("Pushed to %s.", _printable_name(url)) if url else logger.info("%s has all of it already.", repo_id)

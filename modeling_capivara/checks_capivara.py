@@ -33,7 +33,9 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
 }
 # Text encoders that count positions from the number of the padding token, and can't be without one.
 PADDING_MODEL_TYPES = ("xlm-roberta", "xlm-roberta-xl", "roberta", "camembert", "altclip_text_model")
-NOT_FINITE_MESSAGE = "The embeddings are not finite: weights or settings of the model are damaged. Fetch or save it again."
+NOT_FINITE_MESSAGE = (
+    "The embeddings are not finite: weights or settings of the model are damaged. Fetch or save it again."
+)
 LABEL_KEYS = ("id2label", "label2id")  # whose keys are anybody's words
 
 

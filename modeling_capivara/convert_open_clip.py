@@ -24,18 +24,18 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 
 from capivara_common.cli import flag, parse_arguments, run_command
-from capivara_common.files import read_json, atomic_folder
+from capivara_common.files import atomic_folder, read_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
 
 from .checks_capivara import check_sizes, wrap_tokenizer_errors
 from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
 from .image_processing_capivara import CapivaraImageProcessor
 from .loading import (
+    build_model_from_tensors,
+    format_keys,
     load_config,
     load_model,
     load_processor,
-    build_model_from_tensors,
-    format_keys,
     weights_digest,
     write_origin_card,
 )
@@ -194,25 +194,33 @@ def to_capivara_config(model_cfg: dict) -> CapivaraConfig:
         options = {"projection_dim": model_cfg["embed_dim"], "text_projection_type": kind}
         starts = {name: model_cfg.get(f"init_{name}") for name in ("logit_scale", "logit_bias")}
         options |= {f"{name}_init_value": float(value) for name, value in starts.items() if value is not None}
-        return CapivaraConfig(vision_config=vision, text_config=_load_text_config(text_cfg.get("hf_model_name")), **options)
+        return CapivaraConfig(
+            vision_config=vision, text_config=_load_text_config(text_cfg.get("hf_model_name")), **options
+        )
     except Exception as error:  # fields that are missing or of another kind, and what the data classes raise
         reason = f"{type(error).__name__} " * (not isinstance(error, ValueError)) + " ".join(str(error).split())
         raise ValueError(f"model_cfg of {OPEN_CLIP_CONFIG} can't be: {reason}") from error
 
 
-def to_open_clip_model_cfg(config: CapivaraConfig, text_model_name: str, image_size: int | None = None) -> dict[str, Any]:
+def to_open_clip_model_cfg(
+    config: CapivaraConfig, text_model_name: str, image_size: int | None = None
+) -> dict[str, Any]:
     """The `model_cfg` of an architecture; ValueError where open_clip has no way to state it.
 
     `text_model_name` is a folder or Hub id of the text tower's configuration, `image_size` in pixels a side: None is
     the ViT's own, 224 for a timm model (which does not state it).
     """
     if config.text_config.model_type not in TEXT_MODEL_TYPES:
-        raise_unsupported("text_config.model_type", config.text_config.model_type, f"one of {TEXT_MODEL_TYPES}", "config.json")
+        raise_unsupported(
+            "text_config.model_type", config.text_config.model_type, f"one of {TEXT_MODEL_TYPES}", "config.json"
+        )
     vision, model_cfg = config.vision_config, {"embed_dim": config.projection_dim}
     model_cfg |= {} if config.logit_bias_init_value is None else {"init_logit_bias": config.logit_bias_init_value}
     if not _is_vit(config):
         if vision.model_args or not vision.do_pooling:
-            raise_unsupported("vision_config.model_args", vision.model_args, "none, with do_pooling true", "config.json")
+            raise_unsupported(
+                "vision_config.model_args", vision.model_args, "none, with do_pooling true", "config.json"
+            )
         vision_cfg = {"timm_model_name": vision.architecture, "timm_pool": "", "timm_proj": "linear"}  # its own pooling
         vision_cfg["image_size"] = image_size or 224
     else:
@@ -415,7 +423,9 @@ def write_capivara_model(
     said before its weights are read, where a tensor came back changed, or embeddings of random inputs are none.
     Returned are the model as it was written, and sentences for the person who asked.
     """
-    config = to_capivara_config(open_clip_source.model_cfg) if open_clip_source.model_cfg else config or CapivaraConfig()
+    config = (
+        to_capivara_config(open_clip_source.model_cfg) if open_clip_source.model_cfg else config or CapivaraConfig()
+    )
     image_processor = to_image_processor(open_clip_source.preprocess_cfg, config.vision_config.image_size)
     state, notes = read_open_clip_state_dict(open_clip_source.weights)
     CapivaraProcessor(image_processor, _load_tokenizer(open_clip_source.tokenizer, config)).save_pretrained(folder)

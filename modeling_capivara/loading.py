@@ -22,7 +22,7 @@ from transformers.models.siglip2 import Siglip2Tokenizer
 from capivara_common.cli import coded_error
 from capivara_common.files import read_json
 from capivara_common.hub_cache import check_reachable, is_hub_id, unsupported_reason
-from capivara_common.weight_file import read_scalar, find_weight_files
+from capivara_common.weight_file import find_weight_files, read_scalar
 
 from .checks_capivara import check_sizes, wrap_tokenizer_errors
 from .configuration_capivara import get_sizes
@@ -30,8 +30,16 @@ from .processing_capivara import CapivaraProcessor
 
 WEIGHTS_FILE = "model.safetensors"
 MAX_NAMED_KEYS = 5  # in an error message: a model has hundreds
-INHERITED_CARD_FIELDS = ("license", "license_name", "license_link", "language", "attribution")  # of the source's own card
-ORIGIN_CARD_TEXT = "What the model is, how it was trained and under which licence it may be used is stated where it comes from."
+INHERITED_CARD_FIELDS = (
+    "license",
+    "license_name",
+    "license_link",
+    "language",
+    "attribution",
+)  # of the source's own card
+ORIGIN_CARD_TEXT = (
+    "What the model is, how it was trained and under which licence it may be used is stated where it comes from."
+)
 
 
 def load_config(source: str, **options: Any) -> PreTrainedConfig:
@@ -160,7 +168,9 @@ def load_processor(source: str | Path) -> ProcessorMixin:
     """The processor that was saved beside a model of two towers; ValueError where there is none, or it does not fit."""
     way_out = "save one with `CapivaraProcessor(image_processor, tokenizer).save_pretrained(folder)`"
     older = (Path(source) / "preprocessor_config.json").is_file()  # as transformers' models have it
-    _check_model_folder(source, "tokenizer_config.json" if older else "processor_config.json", f"has no processor; {way_out}")
+    _check_model_folder(
+        source, "tokenizer_config.json" if older else "processor_config.json", f"has no processor; {way_out}"
+    )
     try:
         with wrap_tokenizer_errors("its tokenizer"):
             processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
@@ -266,10 +276,15 @@ def write_origin_card(source: Path, folder: Path, description: str, repo_id: str
     the licence; none where nothing is known. The base is `repo_id` on the Hub, else the one that the card names.
     """
     stated = read_card_metadata(source / "README.md")
-    known = {"base_model": repo_id or stated.get("base_model"), **{key: stated.get(key) for key in INHERITED_CARD_FIELDS}}
+    known = {
+        "base_model": repo_id or stated.get("base_model"),
+        **{key: stated.get(key) for key in INHERITED_CARD_FIELDS},
+    }
     texts = {key: value if isinstance(value, list) else [value] for key, value in known.items() if value}
     known = {key: known[key] for key, found in texts.items() if all(isinstance(text, str) for text in found)}
     if known:
         known |= {"library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"}
         title, metadata = html.escape(repo_id or source.resolve().name), yaml_dump(known, sort_keys=False)
-        (folder / "README.md").write_text(f"---\n{metadata}---\n\n# {title}\n\n{description}\n{ORIGIN_CARD_TEXT}\n", encoding="utf-8")
+        (folder / "README.md").write_text(
+            f"---\n{metadata}---\n\n# {title}\n\n{description}\n{ORIGIN_CARD_TEXT}\n", encoding="utf-8"
+        )

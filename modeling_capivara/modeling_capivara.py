@@ -21,7 +21,11 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .configuration_capivara import CapivaraConfig
 
 TEXT_BATCH_SIZE = 64  # prompts that go through the text tower at once
-SHARED_PARAMETER_PREFIXES = ("vision_model.", "visual_projection.", "logit_scale")  # what both models have, under the same names
+SHARED_PARAMETER_PREFIXES = (
+    "vision_model.",
+    "visual_projection.",
+    "logit_scale",
+)  # what both models have, under the same names
 
 
 @dataclass
@@ -345,7 +349,11 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         config = copy.deepcopy(model.config)
         config.id2label = dict(enumerate(prompts))
         config.label2id = {label: number for number, label in enumerate(prompts)}
-        state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith(SHARED_PARAMETER_PREFIXES)}
+        state = {
+            name: tensor.clone()
+            for name, tensor in model.state_dict().items()
+            if name.startswith(SHARED_PARAMETER_PREFIXES)
+        }
         state["classifier.weight"] = _embed_classes(model, processor, list(prompts.values()))
         state["classifier.bias"] = torch.zeros(len(prompts))
         return cls.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype).to(model.device)

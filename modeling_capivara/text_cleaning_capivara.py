@@ -16,7 +16,9 @@ CONTEXT_LENGTH = 77  # tokens, begin and end included; open_clip's default, kept
 MAX_CHARACTERS, MAX_LINES = 4096, 512
 LONG_WHITESPACE_RE = re.compile(r"\s{6,}")
 MAX_FTFY_ENTITY_SIGNS = 8  # ftfy may need a round for each; with more of them the rounds are counted here
-MAX_ENTITY_NESTING = 4  # entities within entities that are resolved one a round, as ftfy does; the deeper ones all in one
+MAX_ENTITY_NESTING = (
+    4  # entities within entities that are resolved one a round, as ftfy does; the deeper ones all in one
+)
 
 
 def clean_text(text: str) -> str:

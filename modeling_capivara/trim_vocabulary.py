@@ -28,10 +28,17 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from capivara_common.cli import flag, parse_arguments, run_command
-from capivara_common.files import check_output_folder, atomic_folder
+from capivara_common.files import atomic_folder, check_output_folder
 from capivara_common.weight_file import find_weight_files
 
-from .loading import load_config, load_processor, load_mapped_model, load_mapped_tensors, weights_digest, write_origin_card
+from .loading import (
+    load_config,
+    load_mapped_model,
+    load_mapped_tensors,
+    load_processor,
+    weights_digest,
+    write_origin_card,
+)
 
 # Of the first language and of each further one, the most frequent: of long Portuguese sentences one in 400 loses a
 # piece, and the model stays below 215 million parameters. docs/benchmarks.md has other numbers.
@@ -58,7 +65,9 @@ class TrimArguments:
     model: Path = flag(..., "Folder of the model.", positional=True)
     output: Path = flag(..., "Folder to create; must not exist, or be empty.", positional=True)
     languages: list[str] = flag(..., "Keep the pieces of their most frequent words, as wordfreq has them: pt en.")
-    words: list[int] = flag([*DEFAULT_WORD_COUNTS], "Words of each language, in their order; the last is that of all further ones.")
+    words: list[int] = flag(
+        [*DEFAULT_WORD_COUNTS], "Words of each language, in their order; the last is that of all further ones."
+    )
     overwrite_output_dir: bool = flag(False, "Replace the output folder.")
     texts: list[Path] = flag([], "Keep the pieces of these files, too; UTF-8, a text a line.")
 
@@ -187,7 +196,9 @@ def _tokenize(processor: ProcessorMixin, texts: Sequence[str]) -> list[list[int]
     return processor(text=list(texts), padding=False, truncation=True)["input_ids"]
 
 
-def check_tokenization(original: ProcessorMixin, trimmed: ProcessorMixin, kept_ids: Sequence[int], texts: Iterable[str]) -> None:
+def check_tokenization(
+    original: ProcessorMixin, trimmed: ProcessorMixin, kept_ids: Sequence[int], texts: Iterable[str]
+) -> None:
     """Raise ValueError where a text whose pieces are all kept is split otherwise by the small tokenizer."""
     known = set(kept_ids)
     for chunk in _iter_batches(texts):

@@ -33,7 +33,7 @@ from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, 
 from capivara_common.image_encoder_digest import IMAGE_ENCODER_PREFIXES
 
 from .checks_capivara import NOT_FINITE_MESSAGE, check_sizes, wrap_tokenizer_errors
-from .loading import pads_to_max_length, load_model, load_processor, weights_digest
+from .loading import load_model, load_processor, pads_to_max_length, weights_digest
 from .modeling_capivara import l2_normalize
 from .processing_capivara import CapivaraProcessor
 
@@ -236,7 +236,9 @@ def embed_images(
 
 
 @torch.inference_mode()
-def _embed_in_batches(encode: Callable, items: Iterable, batch_size: int = 32, progress: ProgressOption = None) -> Tensor:
+def _embed_in_batches(
+    encode: Callable, items: Iterable, batch_size: int = 32, progress: ProgressOption = None
+) -> Tensor:
     total, title = len(items) if hasattr(items, "__len__") else None, progress if isinstance(progress, str) else None
     embeds, iterator = [], iter(items)
     with tqdm(total=total, desc=title, disable=title is None) as bar:

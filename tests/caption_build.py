@@ -25,7 +25,12 @@ CARD = {
 def write_config(folder: Path, model: Path) -> Path:
     """The config, whose output is FOLDER/built."""
     features = Features(
-        {"picture": Image(), "captions-en": CAPTIONS_FEATURE, "generated-captions-en": CAPTIONS_FEATURE, "url": Value("string")}
+        {
+            "picture": Image(),
+            "captions-en": CAPTIONS_FEATURE,
+            "generated-captions-en": CAPTIONS_FEATURE,
+            "url": Value("string"),
+        }
     )
 
     def split(number: int, broken: bool) -> Dataset:

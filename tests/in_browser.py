@@ -163,4 +163,6 @@ def ask_chromium(request: dict[str, Any], packages: Path) -> dict[str, Any]:
     with open_browser() as opened:
         opened.page.set_default_timeout(900_000)
         opened.page.goto(address)
-        return opened.page.evaluate(ASK, request | {"env": env, "library": f"/npm/{LIBRARY_PACKAGE}/dist/transformers.min.js"})
+        return opened.page.evaluate(
+            ASK, request | {"env": env, "library": f"/npm/{LIBRARY_PACKAGE}/dist/transformers.min.js"}
+        )

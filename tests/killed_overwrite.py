@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from capivara_common.files import check_output_folder, finish_folder, partial_folder, atomic_folder
+from capivara_common.files import atomic_folder, check_output_folder, finish_folder, partial_folder
 
 WATCHED = ("open", "os.", "shutil.", "tempfile.", "fcntl.")
 

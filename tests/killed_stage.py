@@ -42,7 +42,9 @@ def arguments(dataset: str, output: str) -> StageArguments:
 
 def run(dataset: str, output: str, task: tuple[int, int] = (0, 1), process=shout):
     """One task, (rank, world_size), of the stage."""
-    return RowStage(arguments(dataset, output), *task).run({"captions-xx": CAPTIONS_FEATURE}, {"voice": "loud"}, process)
+    return RowStage(arguments(dataset, output), *task).run(
+        {"captions-xx": CAPTIONS_FEATURE}, {"voice": "loud"}, process
+    )
 
 
 def child(call: Callable[[], object], count: int) -> int:

@@ -7,8 +7,8 @@ from tiny import save_model
 
 from capivara_common.files import write_json
 from capivara_search import query
-from capivara_search.query import parse_feedback, apply_feedback
 from capivara_search.index import PictureIndex, l2_normalize
+from capivara_search.query import apply_feedback, parse_feedback
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,9 @@ def test_the_line_is_where_neutral_sentences_end(index):
     index.relevance_threshold = True
     try:
         hits = index.search("gato", k=30)
-        assert [hit.above_threshold for hit in hits] == [hit.score >= line for hit in hits] and not hits[-1].above_threshold
+        assert [hit.above_threshold for hit in hits] == [hit.score >= line for hit in hits] and not hits[
+            -1
+        ].above_threshold
         assert index.search("gato", like=hits[0].path)[0].above_threshold is None, "of sentences alone"
         assert index.search("gato", less=["mar"])[0].above_threshold is None
     finally:

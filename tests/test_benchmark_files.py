@@ -39,7 +39,10 @@ def test_published_figures_are_those_of_the_card():
         found = [BENCHMARKS[key].get_published_figure(model, direction)["mean"] for model in ("baseline", "capivara")]
         assert tuple(found) == means, key
     assert BENCHMARKS["kitti-distance"].get_published_figure("capivara")["std"] == 0.13
-    assert BENCHMARKS["flickr30k-pt"].get_published_figure("capivara_opt", "image_to_text") == {"mean": 89.13, "std": 0.08}
+    assert BENCHMARKS["flickr30k-pt"].get_published_figure("capivara_opt", "image_to_text") == {
+        "mean": 89.13,
+        "std": 0.08,
+    }
     assert BENCHMARKS["babel-imagenet"].get_published_figure("baseline") == {"mean": 47.21}
     assert BENCHMARKS["babel-imagenet"].get_published_figure("capivara") is None, "CAPIVARA's authors published none"
     average = read_benchmark(BENCHMARKS_FOLDER / "elevater.json")

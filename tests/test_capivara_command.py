@@ -31,9 +31,9 @@ from capivara_search import estimates
 from capivara_search.command import SEARCH_MODULES, describe_error, detect_language, main, show_progress_bar
 from capivara_search.exporting import export_rows
 from capivara_search.index import PictureIndex
+from capivara_search.messages import COMMAND_NAMES, Messages
 from capivara_search.storage import to_index_error
 from capivara_search.table import PictureTable
-from capivara_search.messages import COMMAND_NAMES, Messages
 
 HEAVY = {"torch", "transformers", "lancedb", "pyarrow", "numpy", "PIL", "starlette", "datatrove", "huggingface_hub"}
 COLOURS = {"azul": (0, 0, 255), "verde": (0, 255, 0), "vermelho": (255, 0, 0), "branco": (255, 255, 255)}
@@ -398,7 +398,9 @@ def test_open_shows_the_pictures_in_the_viewer_and_starts_nothing_else(
     monkeypatch.setenv("PATH", f"{viewer.parent}:{os.environ['PATH']}")
     other, table = tmp_path / "poly.command", PictureTable(own_index)
     PIL.Image.new("RGB", (8, 8)).save(other, "GIF")  # an index of others may name it
-    table.run_write("pictures", lambda opened: opened.update(values={"path": str(other)}, where="path LIKE '%vermelho%'"))
+    table.run_write(
+        "pictures", lambda opened: opened.update(values={"path": str(other)}, where="path LIKE '%vermelho%'")
+    )
     blue = folder / "2024" / "azul.jpg"
     kept = blue.read_bytes()
     try:

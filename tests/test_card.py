@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from capivara_common.files import RUN_MARKER, write_json
 from hub_upload import push
-from hub_upload.card import find_card_faults, main, find_generated_card_faults, render_card, write_card
-from hub_upload.card_values import FORMAT_FILES, LANGUAGES, TEMPLATE_FOLDER, collect_run_metadata, build_template_values
+from hub_upload.card import find_card_faults, find_generated_card_faults, main, render_card, write_card
+from hub_upload.card_values import FORMAT_FILES, LANGUAGES, TEMPLATE_FOLDER, build_template_values, collect_run_metadata
 from hub_upload.push import PushArguments
 
 SECTIONS = ["How to use", "Model details", "Uses and limits", "Training", "Evaluation", "Licence", "Citation"]
@@ -97,7 +97,8 @@ def test_the_portuguese_card_has_the_same_figures(run):
 def test_a_template_has_all_that_it_names(run, language):
     """Jinja would print nothing for what it is not given, and for a sentence or label that a language lacks."""
     texts = [
-        (TEMPLATE_FOLDER / name).read_text(encoding="utf-8") for name in (f"model_card_{language}.md.j2", "model_card.md.j2")
+        (TEMPLATE_FOLDER / name).read_text(encoding="utf-8")
+        for name in (f"model_card_{language}.md.j2", "model_card.md.j2")
     ]
     trees = [jinja2.Environment().parse(text) for text in texts]
     given = {*build_template_values(collect_run_metadata(run), language, None), "title", "options", "card_data"}

@@ -16,8 +16,8 @@ import training.checkpoints
 from training.arguments import GONE_SINCE, RunArguments
 from training.checkpoints import (
     CHANGEABLE_SETTINGS,
-    STATE_FILE,
     CHECKSUM_FILE,
+    STATE_FILE,
     Checkpoints,
     TrainingState,
     _compute_checksums,
@@ -136,7 +136,9 @@ def flipped(path: Path, place: int, mask: int = 1) -> None:
         file.write(bytes([byte ^ mask]))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", STATE_FILE, CHECKSUM_FILE])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", STATE_FILE, CHECKSUM_FILE]
+)
 def test_a_flipped_byte_is_not_loaded(checkpoints, name):
     checkpoints.save(TrainingState(1))
     one_step(checkpoints)
@@ -218,4 +220,7 @@ def test_a_finished_run_has_its_data_and_one_of_an_earlier_version_is_said_to_be
 
 
 def test_what_may_differ_is_a_setting():
-    assert CHANGEABLE_SETTINGS - GONE_SINCE.keys() <= RunArguments.__dataclass_fields__.keys() - {"seed", "micro_batch_size"}
+    assert CHANGEABLE_SETTINGS - GONE_SINCE.keys() <= RunArguments.__dataclass_fields__.keys() - {
+        "seed",
+        "micro_batch_size",
+    }

@@ -110,7 +110,10 @@ def test_metrics_of_a_data_set():
     several = torch.zeros(2, 10)
     several[0, [0, 3]] = several[1, 2] = 1.0
     assert compute_classification_metrics(several, [[0, 3], [2]], "11point_mAP") == {"11point_mAP": 1.0}
-    assert compute_classification_metrics(scores, labels, "roc_auc") == {"roc_auc": 1.0, "accuracy": pytest.approx(2 / 3)}
+    assert compute_classification_metrics(scores, labels, "roc_auc") == {
+        "roc_auc": 1.0,
+        "accuracy": pytest.approx(2 / 3),
+    }
     found = compute_classification_metrics(scores, labels, "mean-per-class")
     assert found == {"mean_per_class_accuracy": 0.75, "accuracy": pytest.approx(2 / 3)}
 

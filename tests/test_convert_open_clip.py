@@ -21,8 +21,8 @@ from modeling_capivara import CapivaraConfig
 from modeling_capivara import convert_open_clip as conversion
 from modeling_capivara.convert_open_clip import (
     build_open_clip_model,
-    to_capivara_config,
     convert,
+    to_capivara_config,
     to_open_clip_model_cfg,
     to_preprocess_cfg,
 )

@@ -23,7 +23,7 @@ from captions import score, select
 from captions.stages import check_complete
 from eval import retrieval
 from hub_upload import export
-from modeling_capivara.loading import MAX_NAMED_KEYS, load_model, load_mapped_model, load_two_towers_config
+from modeling_capivara.loading import MAX_NAMED_KEYS, load_mapped_model, load_model, load_two_towers_config
 from modeling_capivara.two_towers import load_embedder
 from training import interpolate
 from training.inputs import embed_pixels

@@ -24,7 +24,7 @@ from hub_upload.formats import onnx as onnx_files
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.convert_open_clip import build_open_clip_model, to_open_clip_state_dict
 from modeling_capivara.loading import load_model, load_processor
-from modeling_capivara.two_towers import embed_texts, compute_image_embeds, pad_batch, random_images, tokenize
+from modeling_capivara.two_towers import compute_image_embeds, embed_texts, pad_batch, random_images, tokenize
 
 TEXTS = ["um gato", "uma capivara na água, ao pôr do sol", "SÃ£o JoÃ£o &amp;amp; cia", "", "foto " * 90, "ﬁm ½ ☕"]
 # What a telephone's keyboard types.

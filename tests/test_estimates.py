@@ -11,7 +11,7 @@ from made_index import make_pictures
 from tiny import save_model
 
 from capivara_search import estimates, table
-from capivara_search.estimates import PROGRESS_FILE, RateEstimator, read_progress, estimate_for
+from capivara_search.estimates import PROGRESS_FILE, RateEstimator, estimate_for, read_progress
 from capivara_search.index import PictureIndex
 from capivara_search.models import SearchModel
 from capivara_search.table import PictureTable

@@ -36,7 +36,9 @@ def test_records_of_a_perfect_and_a_random_model():
     assert perfect["text_to_image", "recall@5"].chance == pytest.approx(5 / 40)
     assert perfect["image_to_text", "recall@1"].chance == pytest.approx(2 / 80)
     few = RetrievalEmbeddings(torch.eye(8), torch.eye(8), torch.arange(8))
-    assert {r.metric for r in compute_retrieval_records(few, **FACTS)} == {"recall@1", "recall@5", "median_rank"}, "10 is sure"
+    assert {r.metric for r in compute_retrieval_records(few, **FACTS)} == {"recall@1", "recall@5", "median_rank"}, (
+        "10 is sure"
+    )
 
 
 def test_figures_of_several_widths_are_not_one():
@@ -46,7 +48,11 @@ def test_figures_of_several_widths_are_not_one():
     for sides in ((whole.text_embeds, cut.text_embeds), (whole.image_embeds, cut.image_embeds)):
         torch.testing.assert_close(sides[1], torch.nn.functional.normalize(sides[0][:, :4], dim=-1))
     assert whole.truncate(None) is whole and whole.truncate(16) is whole and cut.truncate(2).full_width == 16
-    records = [*compute_retrieval_records(whole, **FACTS), *compute_retrieval_records(cut, **FACTS), *compute_gain_records(cut, cut, **FACTS)]
+    records = [
+        *compute_retrieval_records(whole, **FACTS),
+        *compute_retrieval_records(cut, **FACTS),
+        *compute_gain_records(cut, cut, **FACTS),
+    ]
     protocols = {(r.dim, r.protocol.removeprefix(retrieval.RETRIEVAL_PROTOCOL)) for r in records}
     assert protocols == {(None, ""), (4, "; first 4 of 16 dimensions")}
     assert len({r.condition for r in records}) == len(records)
@@ -60,7 +66,9 @@ def test_figures_of_several_widths_are_not_one():
 
 def test_gain_is_the_difference_of_the_records():
     before, after = embeddings(0, 1.5), embeddings(0, 0.3)
-    values = [{(r.direction, r.metric): r.value for r in compute_retrieval_records(e, **FACTS)} for e in (before, after)]
+    values = [
+        {(r.direction, r.metric): r.value for r in compute_retrieval_records(e, **FACTS)} for e in (before, after)
+    ]
     for record in compute_gain_records(before, after, **FACTS):
         was, now = (of[record.direction, "mean_recall"] for of in values)
         assert record.value == pytest.approx(now - was)

@@ -9,7 +9,7 @@ from towers import other_texts
 
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, recall_at_k
 from eval.retrieval import RetrievalArguments, RetrievalEmbeddings, flatten_captions, load_retrieval_data
-from examples.exchange_text_side import LancePictures, QdrantPictures, main, compute_recalls
+from examples.exchange_text_side import LancePictures, QdrantPictures, compute_recalls, main
 from hub_upload import export
 from hub_upload.formats import onnx as onnx_files
 from modeling_capivara.two_towers import load_embedder
@@ -43,7 +43,9 @@ def test_recall_is_evals_before_and_after(tiny_folder, trained, tiny_dataset_fol
     main([str(flag) for flag in [*flags, "--split", "train", "--output", tmp_path / "out"]])
     found = json.loads((tmp_path / "out/results.json").read_text())
     assert (found["pictures"], found["captions"], found["embedded_again"]) == (12, 18, 0)
-    data = load_retrieval_data(RetrievalArguments(str(tiny_folder), str(tiny_dataset_folder), tmp_path / "x", split="train"))
+    data = load_retrieval_data(
+        RetrievalArguments(str(tiny_folder), str(tiny_dataset_folder), tmp_path / "x", split="train")
+    )
     texts, right = flatten_captions(data.captions)
     images = load_embedder(str(tiny_folder)).embed_images([image for _, image in data.images.decode_images(range(12))])
     for side, folder in (("base", tiny_folder), ("exchanged", trained)):

@@ -15,13 +15,13 @@ from capivara_common.files import (
     DIGEST_HEX_LENGTH,
     UMASK,
     append_digest,
+    atomic_file,
+    atomic_folder,
     check_output_file,
     check_output_folder,
     digest_matches,
     read_json,
     remove_leftovers,
-    atomic_file,
-    atomic_folder,
     write_json,
 )
 

@@ -21,8 +21,8 @@ from transformers import (
 
 from capivara_common.image_files import BadRow
 from captions.generate import (
-    OUTPUT_COLUMN,
     NOT_FINITE_REASON,
+    OUTPUT_COLUMN,
     PREFIXES_FILE,
     Captioner,
     GenerateArguments,

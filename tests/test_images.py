@@ -28,13 +28,13 @@ import training.inputs
 from capivara_common.files import DIGEST_HEX_LENGTH
 from capivara_common.image_files import BadImage
 from capivara_common.tasks import split_rows
-from caption_data.pairs import build_pair_table, list_skipped_rows, drop_invalid
+from caption_data.pairs import build_pair_table, drop_invalid, list_skipped_rows
 from caption_data.sources import open_split
 from eval.embeddings import EmbeddingCache
 from modeling_capivara import CapivaraProcessor
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import embed_images
-from training.inputs import PairDataset, load_cached_embeds, open_image_cache, add_vectors
+from training.inputs import PairDataset, add_vectors, load_cached_embeds, open_image_cache
 from training.whole_batch import StepPlan, WholeBatch, batch_indices
 
 IMAGES = 12  # of the training split of `tiny_dataset_folder`

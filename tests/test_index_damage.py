@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from made_index import make_pictures, rows_of
 
-from capivara_search import indexing, table
 from capivara_search import index as index_module
+from capivara_search import indexing, table
 from capivara_search.index import PictureIndex
 from capivara_search.storage import DamagedIndexError
-from capivara_search.table import TABLE_SCHEMAS, LAYOUT_METADATA_KEY, schema
+from capivara_search.table import LAYOUT_METADATA_KEY, TABLE_SCHEMAS, schema
 
 ROWS, COMMIT = 24, 8
 

@@ -41,7 +41,15 @@ ALLOWED = {
 # What travels to the Hub: these reach each other by `from .sibling import name` alone.
 MODEL_FILES = [
     f"modeling_capivara/{name}_capivara.py"
-    for name in ("checks", "configuration", "image_processing", "modeling", "processing", "text_cleaning", "tokenization")
+    for name in (
+        "checks",
+        "configuration",
+        "image_processing",
+        "modeling",
+        "processing",
+        "text_cleaning",
+        "tokenization",
+    )
 ]
 # Limits in lines of code: docstrings, comments and blank lines don't count.
 MAX_FILE_CODE_LINES, MAX_FUNCTION_CODE_LINES = 600, 60

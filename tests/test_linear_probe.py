@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from eval.linear_probe import LabeledFeatures, sample_few_shot, make_validation_fold, main, fit_and_score
+from eval.linear_probe import LabeledFeatures, fit_and_score, main, make_validation_fold, sample_few_shot
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

@@ -10,7 +10,7 @@ from tiny import randomise
 from towers import TOWER, VISION
 from transformers import SiglipConfig, SiglipModel
 
-from modeling_capivara.two_towers import freeze_image_encoder, compute_image_embeds
+from modeling_capivara.two_towers import compute_image_embeds, freeze_image_encoder
 from training.arguments import RunArguments
 from training.checkpoints import TrainingState
 from training.loop import TrainingLoop

@@ -64,7 +64,10 @@ def test_put_together_once_by_two_at_once_and_killed_before(tmp_path):
     assert ended[0][0] == ended[1][0]
     assert sum(errors.count("Putting the miniature together") for _, errors in ended) == 1
     folder = Path(ended[0][0].strip())
-    assert is_complete_model(folder) and {p.name for p in folder.parent.iterdir()} == {folder.name, f".{folder.name}.lock"}
+    assert is_complete_model(folder) and {p.name for p in folder.parent.iterdir()} == {
+        folder.name,
+        f".{folder.name}.lock",
+    }
     assert sum(path.stat().st_size for path in folder.iterdir()) < 330_000_000
     assert "CC BY-SA 4.0" in (folder / "README.md").read_text()
 

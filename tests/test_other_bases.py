@@ -18,9 +18,9 @@ from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.trim_vocabulary import frequent_words, trim, word_variants
 from modeling_capivara.two_towers import (
     IMAGE_ENCODER_PREFIXES,
+    compute_image_embeds,
     embed_texts,
     freeze_image_encoder,
-    compute_image_embeds,
     load_embedder,
     random_images,
     random_texts,
@@ -143,10 +143,16 @@ def test_siglip2_of_full_width_is_read_by_open_clip_and_sentence_transformers(tm
         theirs = model.encode_text(tokenise_theirs(texts), normalize=True)
         pictures = model.encode_image(torch.stack(list(map(preprocess, images))), normalize=True)
     torch.testing.assert_close(theirs, ours.embed_texts(texts), rtol=0, atol=1e-4)
-    torch.testing.assert_close(pictures, ours.embed_images(images), rtol=0, atol=1e-3)  # PIL's resizing beside torchvision's
+    torch.testing.assert_close(
+        pictures, ours.embed_images(images), rtol=0, atol=1e-3
+    )  # PIL's resizing beside torchvision's
     sentences = SentenceTransformer(str(folder), device="cpu")
-    torch.testing.assert_close(sentences.encode(texts, convert_to_tensor=True), ours.embed_texts(texts), rtol=0, atol=1e-5)
-    torch.testing.assert_close(sentences.encode(images, convert_to_tensor=True), ours.embed_images(images), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        sentences.encode(texts, convert_to_tensor=True), ours.embed_texts(texts), rtol=0, atol=1e-5
+    )
+    torch.testing.assert_close(
+        sentences.encode(images, convert_to_tensor=True), ours.embed_images(images), rtol=0, atol=1e-5
+    )
 
 
 def test_scale_and_bias_stay_whatever_else_is_frozen(tmp_path):

@@ -189,7 +189,9 @@ def test_graphs_are_the_model(run, graphs, kind, tmp_path):
 
     folder = shutil.copytree(graphs, tmp_path / "made")
     assert find_card_faults(folder) == []
-    text, vision, both = (open_session(folder / f"onnx/{name}.onnx") for name in ("text_model", "vision_model", "model"))
+    text, vision, both = (
+        open_session(folder / f"onnx/{name}.onnx") for name in ("text_model", "vision_model", "model")
+    )
     inputs = {one.name: one.shape for one in text.get_inputs()}
     assert ("attention_mask" in inputs) == (kind == "clip")
     assert (inputs["input_ids"][1] == 64) == (kind == "siglip")

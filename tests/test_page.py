@@ -29,10 +29,10 @@ pytest.importorskip("uvicorn", reason="the page needs uvicorn: pip install -e '.
 from capivara_common.files import write_json
 from capivara_search.estimates import PROGRESS_FILE
 from capivara_search.index import PictureIndex
+from capivara_search.messages import Messages
 from capivara_search.page import server
 from capivara_search.page.server import Credit, create_page_server
 from capivara_search.table import PictureTable
-from capivara_search.messages import Messages
 from modeling_capivara import CapivaraModel
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from capivara_search.index import PictureIndex
 from capivara_search.page import server
-from capivara_search.page.answers import MAX_LABELS, MAX_TEXT_CHARACTERS, MAX_ANSWER_PICTURES, PageAnswers, Question
+from capivara_search.page.answers import MAX_ANSWER_PICTURES, MAX_LABELS, MAX_TEXT_CHARACTERS, PageAnswers, Question
 from capivara_search.page.guard import RequestRefusedError
 from hub_upload.space import static_page
 
@@ -118,7 +118,9 @@ def test_pictures_steer_the_search(answers, index):
     images = index.vectors(paths)
     wanted = index.apply_feedback(index.model.embed_texts(["azul"])[0], [(1.0, images[3]), (-1.0, images[8])])
     found = answers.search(Question.parse({"text": "azul", "more": [paths[3]], "less": [paths[8]]}), None)["hits"]
-    assert [hit["path"] for hit in found] == [hit.path for hit in index.search_vector(wanted, 30, group_duplicates=True)]
+    assert [hit["path"] for hit in found] == [
+        hit.path for hit in index.search_vector(wanted, 30, group_duplicates=True)
+    ]
     alone = answers.search(Question.parse({"more": [paths[3]]}), None)["hits"]
     assert alone[0]["path"] == paths[3] and alone[0]["score"] == pytest.approx(1, abs=1e-3)
     away = answers.search(Question.parse({"less": [paths[3]]}), None)["hits"]

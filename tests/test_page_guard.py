@@ -28,7 +28,13 @@ from uvicorn.server import ServerState
 
 from capivara_common.image_files import BadImage, decode_image
 from capivara_search.page import answers, decoder, guard, server
-from capivara_search.page.guard import SECURITY_HEADERS, MAX_QUESTION_BYTES, MAX_UPLOAD_BYTES, RequestGuard, RequestRefusedError
+from capivara_search.page.guard import (
+    MAX_QUESTION_BYTES,
+    MAX_UPLOAD_BYTES,
+    SECURITY_HEADERS,
+    RequestGuard,
+    RequestRefusedError,
+)
 from capivara_search.page.server import create_page_server
 from capivara_search.picture_files import flatten_on_white
 from capivara_search.table import FOLDER_KEY_PREFIX

@@ -26,6 +26,7 @@ from PIL.ExifTags import GPS, IFD, Base
 from capivara_common import image_files
 from capivara_common.image_files import EXIF_TRANSPOSES, BadImage, open_regular_file
 from capivara_search import picture_files
+from capivara_search.messages import Messages
 from capivara_search.picture_files import (
     REDUCED_DECODE_FACTOR,
     FileState,
@@ -35,7 +36,6 @@ from capivara_search.picture_files import (
     read_exif,
     read_picture,
 )
-from capivara_search.messages import Messages
 from modeling_capivara import CapivaraImageProcessor
 
 SLOW = pytest.mark.slow

@@ -18,9 +18,9 @@ from tiny import save_model
 from towers import as_published, gemma_like, siglip2
 from transformers import AutoProcessor, SiglipModel
 
-from capivara_search import indexing, picture_files, table
 from capivara_search import folders as known_folders
 from capivara_search import index as index_module
+from capivara_search import indexing, picture_files, table
 from capivara_search.index import PictureIndex
 from capivara_search.models import SearchModel, find_model
 from capivara_search.results import SkippedFile
@@ -71,7 +71,9 @@ def index(tmp_path, folder, models):
 def reads(monkeypatch) -> list[str]:
     """The paths whose files are opened from here on."""
     opened, real = [], indexing.read_picture
-    monkeypatch.setattr(indexing, "read_picture", lambda file, **more: (opened.append(file.path), real(file, **more))[1])
+    monkeypatch.setattr(
+        indexing, "read_picture", lambda file, **more: (opened.append(file.path), real(file, **more))[1]
+    )
     return opened
 
 
@@ -411,7 +413,9 @@ def test_ctrl_c_keeps_what_was_embedded(tmp_path, folder, models):
     with pytest.raises(KeyboardInterrupt):
         index.add(folder, batch_size=4, on_progress=interrupt)
     assert len(index) == 12
-    assert index.status().folders == {str(folder): 12} and index.requested_folders(), "the page opens originals meanwhile"
+    assert index.status().folders == {str(folder): 12} and index.requested_folders(), (
+        "the page opens originals meanwhile"
+    )
     assert index.add().embedded == 8
 
 
@@ -644,7 +648,9 @@ def test_a_move_gives_the_page_nothing_outside_of_the_new_folder(index, folder, 
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of another machine"))
     new = shutil.copytree(folder, tmp_path / "novo")
     (new / "link").symlink_to("/etc")
-    index._table.set_metadata({indexing.FOLDER_KEY_PREFIX + f"{folder}/../..": "", indexing.FOLDER_KEY_PREFIX + f"{folder}/link": ""})
+    index._table.set_metadata(
+        {indexing.FOLDER_KEY_PREFIX + f"{folder}/../..": "", indexing.FOLDER_KEY_PREFIX + f"{folder}/link": ""}
+    )
     index.move(folder, new)
     assert index.requested_folders() == {str(new): str(new)}
 
@@ -708,7 +714,10 @@ def test_a_known_folder_that_is_swapped_for_a_link_meanwhile_is_not_read(
         except ValueError as error:
             assert error.code == "folder_swapped" and str(folder) in str(error)
     assert folder.is_symlink() and private.isdisjoint(opened)
-    assert index.requested_folders() == asked == {str(folder): str(folder)} and len(index) in (before, before + len(new))
+    assert index.requested_folders() == asked == {str(folder): str(folder)} and len(index) in (
+        before,
+        before + len(new),
+    )
     with pytest.raises(ValueError, match="No folder was named"):
         index.add()
     assert index.add(folder).embedded == 3, "who names it means it"

@@ -52,7 +52,9 @@ def test_the_alignment_ends_at_its_best(tiny_processor, monkeypatch):
 @pytest.mark.parametrize("loss", prepare.LOSS_CONFIGS)
 def test_a_step_is_of_the_loss_that_the_model_starts_for(loss, tiny_processor, monkeypatch):
     monkeypatch.setattr(prepare, "BATCH_SIZE", 4)
-    config = tiny_config(text_projection_type="linear", projection_dim=TINY_TEXT["hidden_size"], **prepare.LOSS_CONFIGS[loss])
+    config = tiny_config(
+        text_projection_type="linear", projection_dim=TINY_TEXT["hidden_size"], **prepare.LOSS_CONFIGS[loss]
+    )
     model = randomise(CapivaraModel(config))
     optimizer, _ = prepare._build_optimizer(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -82,9 +84,15 @@ def test_word_counts_are_kept_for_the_next_run(tmp_path, tiny_processor, monkeyp
     """As after Ctrl-C during the alignment; other captions or words are counted anew."""
     monkeypatch.setenv("CAPIVARA_CACHE", str(tmp_path))
     counted = []
-    monkeypatch.setattr(prepare, "select_token_ids", lambda processor, languages, words, texts: counted.append(texts) or [1, 2])
+    monkeypatch.setattr(
+        prepare, "select_token_ids", lambda processor, languages, words, texts: counted.append(texts) or [1, 2]
+    )
     dataset = {"train": Dataset.from_dict({"captions-en": [["a cat"]], "captions-pt": [["um gato"]]})}
-    assert prepare.select_vocabulary_ids(dataset, tiny_processor) == prepare.select_vocabulary_ids(dataset, tiny_processor) == [1, 2]
+    assert (
+        prepare.select_vocabulary_ids(dataset, tiny_processor)
+        == prepare.select_vocabulary_ids(dataset, tiny_processor)
+        == [1, 2]
+    )
     assert counted == [["a cat", "um gato"]]
     monkeypatch.setattr(prepare, "VOCABULARY_WORD_COUNTS", (10, 10))
     prepare.select_vocabulary_ids(dataset, tiny_processor)

@@ -9,12 +9,12 @@ import yaml
 
 from capivara_common.privacy import (
     SECRET_RE2,
-    hide_paths,
     find_machine_path,
+    find_secret,
+    hide_paths,
     local_paths,
     make_printable,
     redact,
-    find_secret,
     short_name,
 )
 

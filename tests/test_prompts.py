@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 
-from eval.prompts import PROMPTS_FOLDER, parse_assignments, list_benchmarks, fill_template, load_prompts
+from eval.prompts import PROMPTS_FOLDER, fill_template, list_benchmarks, load_prompts, parse_assignments
 
 # SHA-256, its first 16 digits, of the English names in the order of the labels, a line each: the twenty as ELEVATER
 # publishes them, ImageNet-1k as open_clip does. Computed from those lists, not from the files in pt/.
@@ -119,7 +119,9 @@ def test_a_slip_shows_a_whole_file_that_works(slip, tmp_path):
     with pytest.raises(ValueError, match=OWN_SLIPS[slip][1]) as error:
         own(tmp_path / "a.json", **content)
     shown = json.loads(str(error.value).partition("Such a file works: ")[2])
-    assert "\n" not in str(error.value) and own(tmp_path / "b.json", **shown).class_prompts[0] == ["una imagen de color rojo"]
+    assert "\n" not in str(error.value) and own(tmp_path / "b.json", **shown).class_prompts[0] == [
+        "una imagen de color rojo"
+    ]
 
 
 PLAIN = '''
@@ -172,5 +174,7 @@ def test_the_second_reading_is_recorded():
     for name, entries in review.items():
         prompts = load_prompts(name)
         for entry in entries:
-            assert prompts.english_names[entry["index"]] == entry["en"] and prompts.names[entry["index"]] == entry["kept"]
+            assert (
+                prompts.english_names[entry["index"]] == entry["en"] and prompts.names[entry["index"]] == entry["kept"]
+            )
             assert entry["why"]

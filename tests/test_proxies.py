@@ -24,7 +24,9 @@ def rows(emoji=EMOJI, portuguese=EMOJI_PT, seed=0):
     images = [PIL.Image.new("RGB", (40, 40), tuple(noise.randbytes(3))) for _ in emoji]
     columns = {"captions-en": [[f"thing {i}"] for i in range(len(emoji))], "captions-pt": [[one] for one in portuguese]}
     concepts = [f"thing {i}" for i in range(len(emoji))]
-    return Dataset.from_dict({"image": images, **columns, "concept": concepts, "emoji": emoji}, features=DATASET_FEATURES)
+    return Dataset.from_dict(
+        {"image": images, **columns, "concept": concepts, "emoji": emoji}, features=DATASET_FEATURES
+    )
 
 
 def pixels(png):

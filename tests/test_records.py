@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from eval.records.schema import Record, ResultFile, parse_result, read_json_object, read_records
-from eval.records.tables import pair_with_baselines, format_points, build_records_frame, average_over_seeds
+from eval.records.tables import average_over_seeds, build_records_frame, format_points, pair_with_baselines
 
 RECORD = Record(
     task="retrieval", dataset="d", split="test", language="pt", protocol="p", direction="text_to_image",

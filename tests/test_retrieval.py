@@ -214,7 +214,10 @@ def test_training_gives_the_same_data_the_same_fingerprint(made, tiny_dataset_fo
         arguments = RetrievalArguments("m", str(dataset), tmp_path, caption_column=column)
         assert load_retrieval_data(arguments).fingerprint() == pairs_fingerprint(table)
     first = load_retrieval_data(arguments).fingerprint()
-    assert first != load_retrieval_data(replace(arguments, language="en", caption_column="captions-{language}")).fingerprint()
+    assert (
+        first
+        != load_retrieval_data(replace(arguments, language="en", caption_column="captions-{language}")).fingerprint()
+    )
 
 
 def test_googles_captions_in_bf16_of_a_folder_that_the_user_names(saved_tiny_folder, folder, tmp_path):

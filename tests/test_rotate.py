@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from modeling_capivara import CapivaraConfig, CapivaraModel
 from modeling_capivara.loading import load_model
 from training.interpolate import main as interpolate
-from training.rotate import load_rotation, compute_principal_rotation, rotate_model_, save_rotation
+from training.rotate import compute_principal_rotation, load_rotation, rotate_model_, save_rotation
 from training.rotate import main as rotate
 
 

@@ -16,7 +16,7 @@ from datasets import Image
 from capivara_common import image_files
 from capivara_common.image_files import BadImage, BadRow, decode_image
 from caption_data import pairs
-from caption_data.pairs import check_bad_share, build_pair_table, pairs_fingerprint, list_skipped_rows, drop_invalid
+from caption_data.pairs import build_pair_table, check_bad_share, drop_invalid, list_skipped_rows, pairs_fingerprint
 from caption_data.rows import SkippedRow, normalize_captions, write_skipped_rows
 from caption_data.sources import open_split
 from eval.retrieval import _select_captions

@@ -51,7 +51,9 @@ def test_what_is_left_out_from_the_start_is_counted_by_folder(tmp_path):
 
 def test_what_is_forgotten_stays_out_until_it_or_what_holds_it_is_included(tmp_path):
     made(tmp_path, "a/b/c.jpg", "a/b/d.jpg", "a/e.jpg", "f.jpg", "g.jpg")
-    rules = IgnoreRules(forgotten=frozenset(str(tmp_path / name) for name in ("a/b/c.jpg", "a/e.jpg", "f.jpg", "gone.jpg")))
+    rules = IgnoreRules(
+        forgotten=frozenset(str(tmp_path / name) for name in ("a/b/c.jpg", "a/e.jpg", "f.jpg", "gone.jpg"))
+    )
     assert found(tmp_path, rules=rules) == ({"a/b/d.jpg", "g.jpg"}, {str(tmp_path): {"forgotten": 3}})
     back = {"a/b/c.jpg", "a/b/d.jpg", "a/e.jpg", "g.jpg"}
     assert found(tmp_path, rules=rules.changed(include=[tmp_path / "a"]))[0] == back

@@ -28,7 +28,9 @@ ROWS = [
 
 
 def saved(folder, rows=ROWS, names=("captions-pt", "generated-captions-pt")):
-    return saved_train(folder, {"image": Image(), names[0]: CAPTIONS_FEATURE, names[1]: CAPTIONS_FEATURE}, *zip(*rows, strict=True))
+    return saved_train(
+        folder, {"image": Image(), names[0]: CAPTIONS_FEATURE, names[1]: CAPTIONS_FEATURE}, *zip(*rows, strict=True)
+    )
 
 
 @pytest.fixture
@@ -50,7 +52,9 @@ def test_captions_then_generated_ones_each_against_its_image(arguments):
         image = embedder.embed_images([decode_image(row["image"])])
         for text, similarity in zip(texts, row["similarities-pt"], strict=True):
             if text.strip():
-                torch.testing.assert_close(similarity, (embedder.embed_texts([text]) @ image[0]).item(), rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(
+                    similarity, (embedder.embed_texts([text]) @ image[0]).item(), rtol=1e-4, atol=1e-5
+                )
             else:
                 assert similarity is None
     first = rows[0]["similarities-pt"]

@@ -17,7 +17,7 @@ from capivara_search.miniature import get_miniature_folder
 from eval.retrieval import RetrievalArguments, evaluate
 from examples.openmoji.concepts import load_concepts, split_concepts
 from examples.openmoji.dataset import render_png
-from examples.tune_sentence_transformers import build_clip_loss, main, load_pairs, build_recall_evaluator
+from examples.tune_sentence_transformers import build_clip_loss, build_recall_evaluator, load_pairs, main
 from hub_upload.export import export_model
 from hub_upload.formats import open_clip
 from hub_upload.formats.open_clip import write_sentence_transformers
@@ -188,7 +188,9 @@ def test_texts_of_other_bases_are_embedded_as_in_training(kind, tmp_path):
 @pytest.mark.slow
 def test_an_export_with_other_text_embeddings_is_refused(tmp_path, monkeypatch):
     siglip2(tmp_path / "model", gemma_like(TEXTS, 320))
-    monkeypatch.setattr(open_clip, "pads_to_max_length", lambda _: False)  # texts are padded to the longest of the batch
+    monkeypatch.setattr(
+        open_clip, "pads_to_max_length", lambda _: False
+    )  # texts are padded to the longest of the batch
     with pytest.raises(ValueError, match=r"sentence-transformers differ by \d"):
         export_model(tmp_path / "model", tmp_path / "repository", ["sentence_transformers"])
     assert not (tmp_path / "repository").exists()

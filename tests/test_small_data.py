@@ -58,7 +58,9 @@ def fill(tables: Path) -> None:
     for path in tables.glob("*.tsv"):
         head, *lines = path.read_text(encoding="utf-8").splitlines()
         cells = [line.split("\t")[:2] for line in lines]
-        filled = [f"{name}\t{text}\t{escape_cell(unescape_cell(text).replace('picture', 'picha'))}" for name, text in cells]
+        filled = [
+            f"{name}\t{text}\t{escape_cell(unescape_cell(text).replace('picture', 'picha'))}" for name, text in cells
+        ]
         path.write_text("\n".join([head, *filled]) + "\n", encoding="utf-8")
 
 

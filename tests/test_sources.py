@@ -12,7 +12,7 @@ import pytest
 from caption_tars import CAPTIONS, PICTURES, ROWS, sample, table_of, tar_source, tars_by_name, write_tar
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
-from capivara_common.image_files import decode_image, read_image_bytes, image_display_path
+from capivara_common.image_files import decode_image, image_display_path, read_image_bytes
 from caption_data import sources
 from caption_data.sources import Split, open_split
 from captions.stages import open_in_place

@@ -11,7 +11,15 @@ import pytest
 
 from capivara_search import duplicates
 from capivara_search import index as index_module
-from capivara_search.duplicates import SIGNATURE_BYTES, FLOAT16_TOLERANCE, add_color_signatures, find_duplicate_groups, leaders, color_signature, is_duplicate
+from capivara_search.duplicates import (
+    FLOAT16_TOLERANCE,
+    SIGNATURE_BYTES,
+    add_color_signatures,
+    color_signature,
+    find_duplicate_groups,
+    is_duplicate,
+    leaders,
+)
 from capivara_search.index import PictureIndex, l2_normalize
 from capivara_search.results import DUPLICATE_MIN_SIMILARITY
 from capivara_search.table import vector_column
@@ -31,7 +39,9 @@ def naive_leaders(vectors: np.ndarray, threshold: float) -> list[int]:
     """One vector after the other."""
     first, leading = [], []
     for row, vector in enumerate(vectors.astype(np.float32)):
-        found = next((one for one in leading if vectors[one].astype(np.float32) @ vector >= threshold - FLOAT16_TOLERANCE), row)
+        found = next(
+            (one for one in leading if vectors[one].astype(np.float32) @ vector >= threshold - FLOAT16_TOLERANCE), row
+        )
         first.append(found)
         leading += [row] if found == row else []
     return first
@@ -59,7 +69,9 @@ def vectors() -> np.ndarray:
     """Scenes that differ, with copies that differ little, in no order."""
     dice = np.random.default_rng(0)
     scenes = [vector for vector in l2_normalize(dice.standard_normal((SCENES, WIDTH)))]
-    distance = 0.4 * (2 * (1 - DUPLICATE_MIN_SIMILARITY)) ** 0.5  # from a scene; so all copies of one are nearly the same as one another
+    distance = (
+        0.4 * (2 * (1 - DUPLICATE_MIN_SIMILARITY)) ** 0.5
+    )  # from a scene; so all copies of one are nearly the same as one another
     every = [near(scene, dice, distance) for number, scene in enumerate(scenes) for _ in range(number % 8 + 1)]
     return np.array(every)[dice.permutation(len(every))].astype(np.float16)
 
@@ -78,7 +90,9 @@ def expected(vectors: np.ndarray, order: list[int], k: int) -> list[tuple[int, i
     first = naive_leaders(vectors[order], DUPLICATE_MIN_SIMILARITY)
     lead = [order[place] for place, one in enumerate(first) if place == one][:k]
     exact = vectors.astype(np.float32)
-    return [(row, int(sum(exact[order] @ exact[row] >= DUPLICATE_MIN_SIMILARITY - FLOAT16_TOLERANCE)) - 1) for row in lead]
+    return [
+        (row, int(sum(exact[order] @ exact[row] >= DUPLICATE_MIN_SIMILARITY - FLOAT16_TOLERANCE)) - 1) for row in lead
+    ]
 
 
 def test_groups_are_those_of_one_picture_after_the_other(monkeypatch):
@@ -120,7 +134,11 @@ def test_the_colour_of_all_of_a_picture_makes_no_copy_of_it():
     cuts = [np.uint8(red + dice.integers(-40, 41, 108)).tobytes() for _ in range(2)]
     sheets = [np.uint8(np.roll(red, turn)).tobytes() for turn in (0, 1)]
     vectors = add_color_signatures(np.tile(np.eye(WIDTH)[0], (4, 1)), cuts + sheets)
-    assert is_duplicate(vectors, vectors)[:2, :2].tolist() == is_duplicate(vectors, vectors)[2:, 2:].tolist() == np.eye(2).tolist()
+    assert (
+        is_duplicate(vectors, vectors)[:2, :2].tolist()
+        == is_duplicate(vectors, vectors)[2:, 2:].tolist()
+        == np.eye(2).tolist()
+    )
 
 
 def icon(corner: int, size: int = 96, shade: int = 0) -> PIL.Image.Image:
@@ -218,7 +236,11 @@ def test_a_picture_that_another_model_has_embedded_stands_alone(tmp_path, model)
     digests = [PictureIndex.open(tmp_path / "x", model=model).model.image_digest] * 5
     digests[1] = digests[3] = "of another model"
     index = filled(tmp_path / "i.lance", model, np.tile(np.eye(WIDTH)[0], (5, 1)), model=digests)
-    assert [(number_of(hit.path), hit.copies) for hit in index.newest(9, group_duplicates=True)] == [(4, 2), (3, 0), (1, 0)]
+    assert [(number_of(hit.path), hit.copies) for hit in index.newest(9, group_duplicates=True)] == [
+        (4, 2),
+        (3, 0),
+        (1, 0),
+    ]
 
 
 @pytest.mark.parametrize("held", [0, 10])

@@ -23,7 +23,7 @@ from test_sources import FORMS
 
 from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTIONS_FEATURE, SIMILARITIES_FEATURE
-from caption_data.sources import open_split, find_missing_rows
+from caption_data.sources import find_missing_rows, open_split
 from captions.score import ScoreArguments
 from captions.stages import (
     SAMPLE_BYTES,
@@ -31,8 +31,8 @@ from captions.stages import (
     RowStage,
     StageArguments,
     check_complete,
-    source_fingerprint,
     open_in_place,
+    source_fingerprint,
 )
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,7 +21,7 @@ from eval import suite
 from eval.benchmarks import BENCHMARKS_FOLDER, read_benchmark
 from eval.prompts import load_prompts
 from eval.records.schema import read_records
-from eval.suite import main, build_suite_rows
+from eval.suite import build_suite_rows, main
 from modeling_capivara.loading import load_model
 
 

@@ -13,8 +13,18 @@ import PIL.Image
 
 from capivara_common.privacy import escape_control_characters
 from capivara_search.command import capivara
-from capivara_search.terminal import render_contact_sheet, fit_to_columns, supports_pictures, supports_true_color, format_link, shorten_path, format_table, escape_csv_cell, display_width
 from capivara_search.messages import Messages
+from capivara_search.terminal import (
+    display_width,
+    escape_csv_cell,
+    fit_to_columns,
+    format_link,
+    format_table,
+    render_contact_sheet,
+    shorten_path,
+    supports_pictures,
+    supports_true_color,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = [(255, 0, 0), (0, 160, 0), (0, 0, 255)]
@@ -77,8 +87,15 @@ def test_a_path_is_shown_from_where_its_user_stands(tmp_path, monkeypatch):
 
 def test_columns_stand_below_each_other_whatever_the_letters():
     assert (display_width("日本"), display_width("e\u0301"), display_width("👨‍👩‍👧")) == (4, 1, 6)
-    assert fit_to_columns("abcdef", 4) == "abc…" and fit_to_columns("日本語", 4) == "日… " and fit_to_columns("ab", 4) == "ab  "
-    assert list(format_table([["nº", "é", "x"], ["1", "日本", "y"]], right_aligned=(0,))) == ["nº  é     x", " 1  日本  y"]
+    assert (
+        fit_to_columns("abcdef", 4) == "abc…"
+        and fit_to_columns("日本語", 4) == "日… "
+        and fit_to_columns("ab", 4) == "ab  "
+    )
+    assert list(format_table([["nº", "é", "x"], ["1", "日本", "y"]], right_aligned=(0,))) == [
+        "nº  é     x",
+        " 1  日本  y",
+    ]
 
 
 def test_numbers_are_written_as_the_language_does():

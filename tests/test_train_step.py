@@ -11,7 +11,14 @@ from transformers import SiglipConfig
 
 from benchmarks import timing
 from benchmarks import train_step as bench
-from benchmarks.train_step import PEER_PROGRAM, PRECISION_NAMES, PROGRAMS, TrainingEngine, TrainStepArguments, measure_ours
+from benchmarks.train_step import (
+    PEER_PROGRAM,
+    PRECISION_NAMES,
+    PROGRAMS,
+    TrainingEngine,
+    TrainStepArguments,
+    measure_ours,
+)
 
 SIGLIP = SiglipConfig(text_config=TOWER | {"vocab_size": 300, "projection_size": 32}, vision_config=VISION)
 

@@ -42,7 +42,12 @@ def distinct() -> set[str]:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> str:
     """A saved data set."""
-    features = {"image": Image(), "id": Value("int32"), "captions-en": CAPTIONS_FEATURE, "generated-captions-en": CAPTIONS_FEATURE}
+    features = {
+        "image": Image(),
+        "id": Value("int32"),
+        "captions-en": CAPTIONS_FEATURE,
+        "generated-captions-en": CAPTIONS_FEATURE,
+    }
     columns = [[row[name] for row in rows()] for name in list(features)[2:]]
     return saved_train(
         tmp_path_factory.mktemp("translate") / "data", features, map(picture, range(ROWS)), range(ROWS), *columns

@@ -19,7 +19,7 @@ from capivara_search.models import load_text_tower
 from examples.openmoji.concepts import load_concepts
 from modeling_capivara import CapivaraConfig, CapivaraModel, CapivaraProcessor, CapivaraTokenizer
 from modeling_capivara.loading import load_model, load_processor
-from modeling_capivara.trim_vocabulary import check_tokenization, trim_tokenizer, main, trim
+from modeling_capivara.trim_vocabulary import check_tokenization, main, trim, trim_tokenizer
 from modeling_capivara.two_towers import embed_texts
 
 TABLE = "text_model.embeddings.word_embeddings.weight"

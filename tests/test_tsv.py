@@ -4,7 +4,13 @@ import random
 
 import pytest
 
-from captions.translate import escape_cell, read_translation_table, unescape_cell, describe_untranslated, write_translation_table
+from captions.translate import (
+    describe_untranslated,
+    escape_cell,
+    read_translation_table,
+    unescape_cell,
+    write_translation_table,
+)
 
 NASTY = ["a cat\ton a mat", "she said \"hello\", and 'bye'", '"all of it is quoted"', "two\nlines", "  blanks around  "]
 NASTY += ["Windows\r\nline\rends", "back\\slash \\t \\n \\u0041 \\", "\ufeffa mark at the start", "=HYPERLINK(1)"]

@@ -13,11 +13,11 @@ from capivara_search.models import load_text_tower
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import (
     IMAGE_ENCODER_PREFIXES,
+    compute_image_embeds,
     embed_images,
     embed_texts,
     embedding_width,
     freeze_image_encoder,
-    compute_image_embeds,
     load_embedder,
     tokenize,
 )

@@ -18,7 +18,14 @@ from whole_batch_process import CAPTIONS, MICRO, SEED, STEP, VARIANTS, build, gr
 from modeling_capivara import clip_loss
 from modeling_capivara.two_towers import compute_text_embeds
 from training import whole_batch
-from training.whole_batch import WholeBatch, contrastive_loss, measure_graph_bytes, make_micro_batches, sigmoid_loss, cached_word_rows
+from training.whole_batch import (
+    WholeBatch,
+    cached_word_rows,
+    contrastive_loss,
+    make_micro_batches,
+    measure_graph_bytes,
+    sigmoid_loss,
+)
 
 TESTS = Path(__file__).resolve().parent
 TOLERANCE = {"no": 1e-6, "bf16": 1e-2}
@@ -194,7 +201,9 @@ def test_what_fits_is_kept(monkeypatch):
     assert step._bytes_per_text * len(batches[0].input_ids) == pytest.approx(size, rel=0.1)
     step.budget = None
     enough_for_two = 2.5 * size * max(b.input_ids.numel() for b in batches[:2]) / batches[0].input_ids.numel()
-    monkeypatch.setattr(whole_batch, "available_memory", lambda device: (enough_for_two / 0.6) + step._pending_state_bytes())
+    monkeypatch.setattr(
+        whole_batch, "available_memory", lambda device: (enough_for_two / 0.6) + step._pending_state_bytes()
+    )
     assert 1 <= step(STEP, batches, 7, embeds).graphs_kept <= 3
 
 

@@ -124,7 +124,9 @@ def siglip2(folder: Path, tokenizer: Siglip2Tokenizer, config: SiglipConfig | No
 def other_texts(base: Path, folder: Path) -> Path:
     """A model whose image side is that of the one in `base`, and whose text side is another."""
     model = AutoModel.from_pretrained(base)  # of the type that it was saved in
-    images = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith(IMAGE_ENCODER_PREFIXES)}
+    images = {
+        name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith(IMAGE_ENCODER_PREFIXES)
+    }
     randomise(model, seed=1).load_state_dict(images, strict=False)
     model.save_pretrained(folder)
     load_processor(base).save_pretrained(folder)
@@ -166,7 +168,9 @@ def as_open_clip(source: Path, folder: Path) -> Path:
     processor.tokenizer.without_cleaning().save_pretrained(folder)  # open_clip repairs texts itself
     model.config.text_config.save_pretrained(folder / "text")
     pixels = to_preprocess_cfg(processor.image_processor)
-    model_cfg = to_open_clip_model_cfg(model.config, str(folder / "text"), processor.image_processor.size["shortest_edge"])
+    model_cfg = to_open_clip_model_cfg(
+        model.config, str(folder / "text"), processor.image_processor.size["shortest_edge"]
+    )
     settings = {"model_cfg": model_cfg, "preprocess_cfg": pixels}
     (folder / "open_clip_config.json").write_text(json.dumps(settings), encoding="utf-8")
     save_state_dict(to_open_clip_state_dict(model), folder / "open_clip_model.safetensors")

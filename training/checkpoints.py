@@ -39,7 +39,9 @@ from training.arguments import GONE, GONE_SINCE, RunArguments
 
 BEFORE = "a876dd5"  # the last commit with settings of another step, whose checkpoints have other names, too
 STATE_FILE = "trainer.json"
-CHECKSUM_FILE = "SHA256SUMS"  # of all other files, as sha256sum writes them; processors compute SHA-256 faster than BLAKE2
+CHECKSUM_FILE = (
+    "SHA256SUMS"  # of all other files, as sha256sum writes them; processors compute SHA-256 faster than BLAKE2
+)
 LOADED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pkl", ".json")  # what may be read of a checkpoint
 # Settings that may differ between a run and its continuation: they change no weight.
 CHANGEABLE_SETTINGS = {
@@ -47,7 +49,9 @@ CHANGEABLE_SETTINGS = {
     *("loading_workers", "num_threads", "max_bad_share", "push_to_hub", "hub_model_id", "hub_private"),
     *GONE_SINCE,
 }
-SETTING_DEFAULTS = {known.name: known.default for known in fields(RunArguments)}  # what a run had before there was a setting
+SETTING_DEFAULTS = {
+    known.name: known.default for known in fields(RunArguments)
+}  # what a run had before there was a setting
 logger = logging.getLogger("capivara")
 
 
@@ -192,7 +196,9 @@ def check_same_run(state: TrainingState, config: dict[str, Any], data: dict[str,
 def check_finished_run(folder: Path, config: dict[str, Any], data: dict[str, str]) -> None:
     """Raise ValueError where the finished run in `folder` has other settings, or other `data` of those given."""
     finished = read_json(folder / "run.json", config=dict, dataset_fingerprints=dict)
-    check_same_run(TrainingState(config=finished["config"], data=finished["dataset_fingerprints"]), config, data, folder)
+    check_same_run(
+        TrainingState(config=finished["config"], data=finished["dataset_fingerprints"]), config, data, folder
+    )
 
 
 def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
@@ -218,7 +224,9 @@ def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
         check_output_folder(args.output_dir, args.overwrite_output_dir)
     if args.overwrite_output_dir:
         needed = [args.model, args.evaluation_dataset, *args.dataset]
-        check_inputs_outside(args.output_dir, *needed, *(Path(name).parent for name in needed))  # that of `shards/*.tar`
+        check_inputs_outside(
+            args.output_dir, *needed, *(Path(name).parent for name in needed)
+        )  # that of `shards/*.tar`
     partial = partial_folder(args.output_dir)
     if args.resume is None and not args.overwrite_output_dir and can_resume(partial):
         raise ValueError(

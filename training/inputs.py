@@ -30,7 +30,14 @@ from capivara_common.environment import cache_home
 from capivara_common.files import write_json
 from capivara_common.image_files import BadImage, to_8_bit
 from capivara_common.tasks import split_rows
-from caption_data.pairs import check_bad_share, missing_columns, build_pair_table, pairs_fingerprint, list_skipped_rows, drop_invalid
+from caption_data.pairs import (
+    build_pair_table,
+    check_bad_share,
+    drop_invalid,
+    list_skipped_rows,
+    missing_columns,
+    pairs_fingerprint,
+)
 from caption_data.rows import SkippedRow, json_digest
 from caption_data.sources import Split, open_split
 from eval.embeddings import EMBEDDING_FORMAT_VERSION, BadRows, EmbeddingCache, vectors_to_array
@@ -38,9 +45,9 @@ from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import (
     IMAGE_ENCODER_PREFIXES,
     check_finite,
+    compute_image_embeds,
     embed_images,
     embedding_width,
-    compute_image_embeds,
     split_for_device,
 )
 from training.arguments import RunArguments
@@ -200,7 +207,9 @@ def open_splits(args: RunArguments) -> Splits:
             raise ValueError(f"{str(error).rstrip('.')}. {DATA_FLAGS_HINT}") from error
     sizes = [len(splits[name, args.train_split]) for name in args.dataset]
     if sum(sizes) < args.effective_batch_size:
-        drop_invalid_pairs(load_training_pairs(args, splits), args)  # raises and names the largest batch: few rows, so it is quick
+        drop_invalid_pairs(
+            load_training_pairs(args, splits), args
+        )  # raises and names the largest batch: few rows, so it is quick
     apportion_batch(args.effective_batch_size, sizes)
     return splits
 
@@ -212,7 +221,9 @@ def _training_columns(args: RunArguments) -> list[str]:
     return list(dict.fromkeys([get_caption_column(args, args.language), *others, *similarities]))
 
 
-def load_training_pairs(args: RunArguments, splits: Splits, processor: ProcessorMixin | None = None) -> list[PairDataset]:
+def load_training_pairs(
+    args: RunArguments, splits: Splits, processor: ProcessorMixin | None = None
+) -> list[PairDataset]:
     """Return all rows of every training dataset. Without a processor the pairs can be counted, not trained on."""
     columns = _training_columns(args)
     column, own = get_caption_column(args, args.language), f"captions-{args.language}"
@@ -379,7 +390,11 @@ def add_vectors(
         own = [cache.shards[number] for number in numbers]
         # One set of workers for all shards: opening them anew costs seconds.
         ahead = prefetch_pixels([pairs], (batch for part in own for batch in batches_of(part)), workers)
-        bar = {"desc": f"Images, {pairs.source.display_name}", "unit": "image", "disable": not accelerator.is_main_process}
+        bar = {
+            "desc": f"Images, {pairs.source.display_name}",
+            "unit": "image",
+            "disable": not accelerator.is_main_process,
+        }
         with tqdm(total=sum(map(len, own)), **bar) as progress:
             for part in own:
                 embeds = np.zeros((len(part), *row), dtype=np.float16)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from capivara_common.cli import check_between, flag, parse_arguments, run_command
-from capivara_common.files import check_output_folder, atomic_folder
+from capivara_common.files import atomic_folder, check_output_folder
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import IMAGE_ENCODER_PREFIXES
 from training.rotate import load_rotation, rotate_model_, save_rotation

@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 from capivara_common.image_files import BadImage
 from caption_data.pairs import check_bad_share
 from caption_data.rows import SkippedRow, write_skipped_rows
-from eval.retrieval import embed_captions, compute_validation_metrics
+from eval.retrieval import compute_validation_metrics, embed_captions
 from modeling_capivara.two_towers import embedding_width, uses_sigmoid_loss
 from training.arguments import RunArguments
 from training.checkpoints import Checkpoints, TrainingState, handle_signals
-from training.inputs import TrainingInputs, load_cached_embeds, embed_pixels, resolve_loading_workers, prefetch_pixels
+from training.inputs import TrainingInputs, embed_pixels, load_cached_embeds, prefetch_pixels, resolve_loading_workers
 from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at
 from training.whole_batch import MicroBatch, StepPlan, WholeBatch, select_loss
 
@@ -69,7 +69,11 @@ class TrainingLoop:
             unit_scale=True, disable=not accelerator.is_main_process,
         )  # fmt: skip
         self.received_signals = []
-        with handle_signals(self._handle_stop_signal, signal.SIGTERM, signal.SIGINT), ThreadPoolExecutor(1) as self.executor, bar:
+        with (
+            handle_signals(self._handle_stop_signal, signal.SIGTERM, signal.SIGINT),
+            ThreadPoolExecutor(1) as self.executor,
+            bar,
+        ):
             plans = lru_cache(CACHED_PLANS)(lambda step: self.executor.submit(self.planner, step))
             pixels = self._prefetch_steps(plans)
             while state.step < args.max_steps:
@@ -185,7 +189,9 @@ class TrainingLoop:
                 images = dict(zip(places.tolist(), next(pixels), strict=True))
                 bad += [(place, images.pop(place)) for place in [*images] if isinstance(images[place], BadImage)]
                 if images:
-                    embeds[[*images]] = embed_pixels(self.prepared_model, torch.stack([*images.values()]), self.accelerator)
+                    embeds[[*images]] = embed_pixels(
+                        self.prepared_model, torch.stack([*images.values()]), self.accelerator
+                    )
             bad = dict(sorted(gather_object(bad), key=lambda one: one[0]))  # the same for any number of processes
             if not bad:
                 return plan, self.accelerator.reduce(embeds, "sum")  # the rows of the other processes

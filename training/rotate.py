@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from capivara_common.cli import flag, parse_arguments, run_command
-from capivara_common.files import check_output_folder, atomic_folder, write_bytes
+from capivara_common.files import atomic_folder, check_output_folder, write_bytes
 from capivara_common.image_files import BadImage
 from caption_data.sources import open_split
 from modeling_capivara.configuration_capivara import normalize_matryoshka_dims
@@ -63,7 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     first = list(islice(good, 1))
     embeds = embed_images(model, processor, chain(first, good), progress="Images") if first else torch.empty(0)
     if len(embeds) <= width:
-        raise ValueError(f"{source.display_name} has {len(embeds)} usable images, {width} axes are asked of them. Give more.")
+        raise ValueError(
+            f"{source.display_name} has {len(embeds)} usable images, {width} axes are asked of them. Give more."
+        )
     rotation = compute_principal_rotation(embeds)
     rotate_model_(model, rotation)
     with atomic_folder(args.output) as folder:

@@ -17,7 +17,9 @@ ADAM_BETAS = (0.9, 0.98)  # of Adam, in every recipe of arXiv 2310.13683
 # What is trained as a whole beside adapters: the projection as in arXiv 2310.13683, and what SigLIP has for it
 FULLY_TRAINED_MODULES = ["text_projection", "text_model.head"]
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-_PEFT_INFIX_RE = re.compile(r"\.(base_layer|modules_to_save\.default|lora_[AB]\.default)")  # in names of a wrapped model
+_PEFT_INFIX_RE = re.compile(
+    r"\.(base_layer|modules_to_save\.default|lora_[AB]\.default)"
+)  # in names of a wrapped model
 
 
 def prepare_trainable(model: PreTrainedModel, args: RunArguments) -> nn.Module:
@@ -47,7 +49,11 @@ def prepare_trainable(model: PreTrainedModel, args: RunArguments) -> nn.Module:
 
 def fixed_settings(model: PreTrainedModel) -> dict[str, Any]:
     """What a run states beside its settings, under the names that it had when these were settings."""
-    return {"adam_beta1": ADAM_BETAS[0], "adam_beta2": ADAM_BETAS[1], "lora_modules_to_save": find_fully_trained_modules(model)}
+    return {
+        "adam_beta1": ADAM_BETAS[0],
+        "adam_beta2": ADAM_BETAS[1],
+        "lora_modules_to_save": find_fully_trained_modules(model),
+    }
 
 
 @torch.no_grad()
@@ -71,7 +77,8 @@ def _add_adapters(model: PreTrainedModel, args: RunArguments) -> nn.Module:
     if not _match_names(targets, linear, "lora_targets"):
         raise ValueError(f"lora_targets: {targets!r} matches no linear layer of the text tower, like {linear[-1]!r}.")
     return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, modules_to_save=find_fully_trained_modules(model))
+        model,
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, modules_to_save=find_fully_trained_modules(model)),
     )
 
 

@@ -28,11 +28,22 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import ProcessorMixin
 
-from modeling_capivara.two_towers import embedding_width, compute_image_embeds, uses_sigmoid_loss, pad_batch, compute_text_embeds, tokenize
+from modeling_capivara.two_towers import (
+    compute_image_embeds,
+    compute_text_embeds,
+    embedding_width,
+    pad_batch,
+    tokenize,
+    uses_sigmoid_loss,
+)
 
-CONTAINER_MEMORY_FILE = Path("/sys/fs/cgroup/memory.max")  # in bytes, as a container sees it; other limits are not known
+CONTAINER_MEMORY_FILE = Path(
+    "/sys/fs/cgroup/memory.max"
+)  # in bytes, as a container sees it; other limits are not known
 MAX_TILE_LOGITS = 2**24  # logits at once, 64 MiB in float32
-GRAPH_MEMORY_SHARE = 0.6  # of the memory that is free beside optimiser and gradients; the rest is for one more micro-batch
+GRAPH_MEMORY_SHARE = (
+    0.6  # of the memory that is free beside optimiser and gradients; the rest is for one more micro-batch
+)
 LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # texts, images, logit_scale, own -> scalar
 
 
@@ -57,7 +68,9 @@ class MicroBatch:
         return torch.arange(self.start, self.start + len(self.input_ids))
 
 
-def make_micro_batches(processor: ProcessorMixin, captions: Sequence[str], size: int) -> tuple[list[MicroBatch], list[int]]:
+def make_micro_batches(
+    processor: ProcessorMixin, captions: Sequence[str], size: int
+) -> tuple[list[MicroBatch], list[int]]:
     """Captions tokenised and cut in order of length, each micro-batch padded to its own longest; and the order, of each
     row in them its index in `captions`.
     """
@@ -279,7 +292,9 @@ class WholeBatch:
         if self.budget is None and batches:  # of the first micro-batch: its graph, and what is left beside Adam
             size, texts = measure_graph_bytes(lambda: self._embed(step, batches[0]), self.model), batches[0].input_ids
             self._bytes_per_token, self._bytes_per_text = size / texts.numel(), size / len(texts)
-            self.budget = GRAPH_MEMORY_SHARE * max(available_memory(self.accelerator.device) - self._pending_state_bytes(), 0)
+            self.budget = GRAPH_MEMORY_SHARE * max(
+                available_memory(self.accelerator.device) - self._pending_state_bytes(), 0
+            )
         for batch in reversed(batches):  # the longest texts first: what follows fits into the memory that they leave
             texts = batch.input_ids
             size = max(self._bytes_per_token * texts.numel(), self._bytes_per_text * len(texts))
@@ -339,7 +354,9 @@ def contrastive_loss(text_embeds: Tensor, image_embeds: Tensor, logit_scale: Ten
     texts, images, scale = _upcast(text_embeds, image_embeds, logit_scale)
     with torch.autocast(texts.device.type, enabled=False):
         to_images = _sum_tiles(_cross_entropy, scale.exp() * texts[local_rows], images, local_rows)
-        return (to_images + _sum_tiles(_cross_entropy, scale.exp() * images[local_rows], texts, local_rows)) / (2 * len(texts))
+        return (to_images + _sum_tiles(_cross_entropy, scale.exp() * images[local_rows], texts, local_rows)) / (
+            2 * len(texts)
+        )
 
 
 def sigmoid_loss(

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL.Image
 
-from capivara_search.query import check_labels
 from capivara_search.page.guard import RequestRefusedError
+from capivara_search.query import check_labels
 from capivara_search.results import DEFAULT_LABEL_TEMPLATE, Hit
 
 if TYPE_CHECKING:
@@ -90,7 +90,9 @@ def _check_value(name: str, value: object) -> Any:
             with contextlib.suppress(ValueError):
                 if (day := date.fromisoformat(value)).year < YEAR_LIMIT:
                     return day
-        case (("labels" | "more" | "less"), list()) if all(isinstance(one, str) and _is_encodable(one) for one in value):
+        case (("labels" | "more" | "less"), list()) if all(
+            isinstance(one, str) and _is_encodable(one) for one in value
+        ):
             if name == "labels" or len(value) <= MAX_FEEDBACK_PICTURES:
                 return tuple(value)
         case "language", str():

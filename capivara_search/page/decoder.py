@@ -21,9 +21,11 @@ from pathlib import Path
 import PIL.Image
 
 from capivara_common.image_files import MAX_IMAGE_PIXELS, BadImage
-from capivara_search.picture_files import MAX_PICTURE_PIXELS, limit_long_side, decode_picture
+from capivara_search.picture_files import MAX_PICTURE_PIXELS, decode_picture, limit_long_side
 
-DECODER_PROGRAM = "import sys; from capivara_search.page.decoder import main; main(int(sys.argv[1]), float(sys.argv[2]))"
+DECODER_PROGRAM = (
+    "import sys; from capivara_search.page.decoder import main; main(int(sys.argv[1]), float(sys.argv[2]))"
+)
 ROOT = Path(__file__).resolve().parents[2]
 DECODE_TIMEOUT_S = 10  # a photograph of 50 million pixels takes under 2 s
 MAX_VIEW_SIDE = 1600  # pixels of the longer side; the model sees a few hundred

@@ -75,7 +75,9 @@ class RequestGuard:
 
     def __init__(self, app: ASGIApp, hosts: Collection[str], behind_proxy: bool):
         self.app, self.hosts, self.behind_proxy = app, hosts, behind_proxy
-        self._content_security_policy = CONTENT_SECURITY_POLICY + ("'self' https://huggingface.co" if behind_proxy else "'none'")  # which frames a Space
+        self._content_security_policy = CONTENT_SECURITY_POLICY + (
+            "'self' https://huggingface.co" if behind_proxy else "'none'"
+        )  # which frames a Space
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it with a status and a reason."""

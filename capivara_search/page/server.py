@@ -38,6 +38,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from capivara_common.image_files import BadImage, open_regular_file
+from capivara_search.messages import localized_error
 from capivara_search.page.answers import PageAnswers, Question
 from capivara_search.page.decoder import DecoderProcess
 from capivara_search.page.guard import (
@@ -45,14 +46,13 @@ from capivara_search.page.guard import (
     MAX_LARGE_BODIES,
     QUEUE_TIMEOUT_S,
     LimitedHttpProtocol,
-    RequestGuard,
     QuestionQueue,
+    RequestGuard,
     RequestRefusedError,
     list_allowed_hosts,
     receive_body,
 )
-from capivara_search.picture_files import read_bounded, is_picture_name
-from capivara_search.messages import localized_error
+from capivara_search.picture_files import is_picture_name, read_bounded
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
@@ -168,14 +168,22 @@ class PageSite:
     def __init__(self, answers: PageAnswers, local: bool, language: str, credit: Credit | None):
         self.answers, self.is_local, self.language, self.credit = answers, local, language, credit
         self._decoder = DecoderProcess()
-        self._question_queue, self._view_queue, self._body_slots = QuestionQueue(), QuestionQueue(), asyncio.Semaphore(MAX_LARGE_BODIES)
+        self._question_queue, self._view_queue, self._body_slots = (
+            QuestionQueue(),
+            QuestionQueue(),
+            asyncio.Semaphore(MAX_LARGE_BODIES),
+        )
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
         """Load the model before it is asked; end the process for pictures."""
         # In no turn: words wait for neither torch nor the image tower, and a picture is not given up for them.
-        self._loading_model = asyncio.create_task(QuestionQueue().ask(self.answers.prepare_images, MODEL_LOAD_TIMEOUT_S))
-        preparing = asyncio.create_task(self._question_queue.ask(lambda: self.answers.index.model.embed_texts(["gato"])))
+        self._loading_model = asyncio.create_task(
+            QuestionQueue().ask(self.answers.prepare_images, MODEL_LOAD_TIMEOUT_S)
+        )
+        preparing = asyncio.create_task(
+            self._question_queue.ask(lambda: self.answers.index.model.embed_texts(["gato"]))
+        )
         for task in (self._loading_model, preparing):
             task.add_done_callback(lambda done: done.cancelled() or done.exception())  # each question says so
         yield
@@ -236,7 +244,9 @@ class PageSite:
         file.seek(0)
         size, kind = os.fstat(file.fileno()).st_size, mimetypes.guess_type(path)[0] or "application/octet-stream"
         headers = {"Content-Disposition": f"attachment; filename*=utf-8''{quote(Path(path).name, safe='')}"}
-        return StreamingResponse(_iter_chunks(file, size), media_type=kind, headers=headers | {"Content-Length": str(size)})
+        return StreamingResponse(
+            _iter_chunks(file, size), media_type=kind, headers=headers | {"Content-Length": str(size)}
+        )
 
     # Of the disk: every path is looked up first, and one that is no row gets one answer.
 

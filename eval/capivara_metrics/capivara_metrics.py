@@ -40,16 +40,40 @@ def _with_label_tensor(metric: Callable[..., float]) -> Callable[..., float]:
 
 RETRIEVAL_INPUTS = "predictions: (queries, items), scores. references: for each query, the indices of its right items."
 CLASSIFICATION_INPUTS = "predictions: (images, classes), scores. references: (images,), index of the right class."
-MULTILABEL_INPUTS = "predictions: (images, classes), scores. references: (images, classes), 1 where the image has the class."
-BINARY_INPUTS = "predictions: (images,), higher for the positive class. references: (images,), 1 for positive, 0 for negative."
+MULTILABEL_INPUTS = (
+    "predictions: (images, classes), scores. references: (images, classes), 1 where the image has the class."
+)
+BINARY_INPUTS = (
+    "predictions: (images,), higher for the positive class. references: (images,), 1 for positive, 0 for negative."
+)
 K_DESCRIPTION = " k: how many are looked at, 1 where not given."
 # Name -> formula, what a row of predictions and of references is, and both in words.
 METRIC_DEFINITIONS = {
     "recall_at_k": (_recall_at_k, SCORES_FEATURE, LABELS_FEATURE, RETRIEVAL_INPUTS + K_DESCRIPTION),
-    "mean_recall": (lambda scores, right: mean_recall(ranks_from_scores(scores, right)), SCORES_FEATURE, LABELS_FEATURE, RETRIEVAL_INPUTS),
-    "median_rank": (lambda scores, right: median_rank(ranks_from_scores(scores, right)), SCORES_FEATURE, LABELS_FEATURE, RETRIEVAL_INPUTS),
-    "top_k_accuracy": (_with_label_tensor(top_k_accuracy), SCORES_FEATURE, LABEL_FEATURE, CLASSIFICATION_INPUTS + K_DESCRIPTION),
-    "mean_per_class_accuracy": (_with_label_tensor(mean_per_class_accuracy), SCORES_FEATURE, LABEL_FEATURE, CLASSIFICATION_INPUTS),
+    "mean_recall": (
+        lambda scores, right: mean_recall(ranks_from_scores(scores, right)),
+        SCORES_FEATURE,
+        LABELS_FEATURE,
+        RETRIEVAL_INPUTS,
+    ),
+    "median_rank": (
+        lambda scores, right: median_rank(ranks_from_scores(scores, right)),
+        SCORES_FEATURE,
+        LABELS_FEATURE,
+        RETRIEVAL_INPUTS,
+    ),
+    "top_k_accuracy": (
+        _with_label_tensor(top_k_accuracy),
+        SCORES_FEATURE,
+        LABEL_FEATURE,
+        CLASSIFICATION_INPUTS + K_DESCRIPTION,
+    ),
+    "mean_per_class_accuracy": (
+        _with_label_tensor(mean_per_class_accuracy),
+        SCORES_FEATURE,
+        LABEL_FEATURE,
+        CLASSIFICATION_INPUTS,
+    ),
     "eleven_point_map": (_with_label_tensor(eleven_point_map), SCORES_FEATURE, LABELS_FEATURE, MULTILABEL_INPUTS),
     "roc_auc": (_with_label_tensor(roc_auc), SCORE_FEATURE, LABEL_FEATURE, BINARY_INPUTS),
 }
@@ -60,7 +84,9 @@ class CapivaraMetrics(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in METRIC_DEFINITIONS:
-            raise ValueError(f"Name one of {', '.join(METRIC_DEFINITIONS)} as second argument of load, got {self.config_name!r}.")
+            raise ValueError(
+                f"Name one of {', '.join(METRIC_DEFINITIONS)} as second argument of load, got {self.config_name!r}."
+            )
         _, predictions, references, inputs = METRIC_DEFINITIONS[self.config_name]
         return evaluate.MetricInfo(
             description=CapivaraMetrics.__doc__,

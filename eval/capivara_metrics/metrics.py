@@ -36,7 +36,9 @@ def retrieval_ranks(query_embeds: Tensor, item_embeds: Tensor, query_groups: Ten
     _check_embeddings(query_embeds, item_embeds, query_groups, item_groups)
     block_size = max(MIN_BLOCK_QUERIES, BLOCK_SCORES // len(item_embeds))
     blocks = zip(query_embeds.split(block_size), query_groups.split(block_size), strict=True)
-    return torch.cat([ranks_from_mask(queries @ item_embeds.T, groups[:, None] == item_groups) for queries, groups in blocks])
+    return torch.cat(
+        [ranks_from_mask(queries @ item_embeds.T, groups[:, None] == item_groups) for queries, groups in blocks]
+    )
 
 
 @torch.no_grad()

@@ -18,7 +18,12 @@ from capivara_common.cli import unknown_name_message
 from capivara_common.files import read_json
 
 PROMPTS_FOLDER = Path(__file__).resolve().parent
-PORTUGUESE_ARTICLES = {("m", "s"): ("um", "o"), ("f", "s"): ("uma", "a"), ("m", "p"): ("uns", "os"), ("f", "p"): ("umas", "as")}
+PORTUGUESE_ARTICLES = {
+    ("m", "s"): ("um", "o"),
+    ("f", "s"): ("uma", "a"),
+    ("m", "p"): ("uns", "os"),
+    ("f", "p"): ("umas", "as"),
+}
 DATASET_METRICS = ("accuracy", "mean-per-class", "11point_mAP", "roc_auc")
 # A file of one's own, whole: a class is its name, or an object with "en" where the data call it otherwise.
 CLASSES_FILE_EXAMPLE = (
@@ -42,7 +47,9 @@ class Prompts:
     metric: str  # of `DATASET_METRICS`
     language: str = "pt"  # of `filled`
     notes: tuple[str, ...] = ()  # what a reader of the figure must know
-    class_indices: list[int] | None = None  # class of these prompts -> its index in `english_names`; None where they are the same
+    class_indices: list[int] | None = (
+        None  # class of these prompts -> its index in `english_names`; None where they are the same
+    )
 
 
 def list_benchmarks() -> list[str]:
@@ -136,7 +143,9 @@ def _build_prompts(benchmark: str, protocol: str, data: dict[str, Any]) -> Promp
     classes, language = data["classes"], data["language"]
     filled = [[fill_template(template, entry, language) for template in data["templates"]] for entry in classes]
     names, names_en = ([entry[key] for entry in classes] for key in (language, "en"))
-    return Prompts(benchmark, protocol, names, names_en, filled, data["metric"], language, _describe_shared_names(names))
+    return Prompts(
+        benchmark, protocol, names, names_en, filled, data["metric"], language, _describe_shared_names(names)
+    )
 
 
 def _describe_shared_names(names: list[str]) -> tuple[str, ...]:
@@ -160,7 +169,9 @@ def _load_authors_prompts(own_prompts: Prompts, authors_file: str | None) -> Pro
     names, templates = found
     if lacking := [template for template in templates if "{}" not in template]:
         raise ValueError(f"The authors' templates of {key!r} have no {{}} for the name: {lacking[:3]}.")
-    note = FOOD_101_NOTE if key == "food-101" else f"The list has {len(names)} names for {len(own_prompts.names)} classes."
+    note = (
+        FOOD_101_NOTE if key == "food-101" else f"The list has {len(names)} names for {len(own_prompts.names)} classes."
+    )
     notes = (note,) if len(names) != len(own_prompts.names) else ()
     filled = [[template.replace("{}", name) for template in templates] for name in names]
     return Prompts(key, "authors", names, own_prompts.english_names, filled, own_prompts.metric, notes=notes)
@@ -207,4 +218,6 @@ def _load_babel_prompts(own_prompts: Prompts, language: str) -> Prompts:
     filled = [[template.replace("{}", name) for template in templates.get(key, templates["EN"])] for name in names]
     note = f"Babel-ImageNet names {len(indices)} of the 1000 classes in {language}; only their images are classified."
     notes = (note, *_describe_shared_names(names))
-    return Prompts("imagenet-1k", "babel", names, own_prompts.english_names, filled, "accuracy", language, notes, list(indices))
+    return Prompts(
+        "imagenet-1k", "babel", names, own_prompts.english_names, filled, "accuracy", language, notes, list(indices)
+    )

@@ -104,10 +104,14 @@ def plot_bars(pairs: list[dict[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
-RankedImages = list[tuple[Image.Image | None, bool]]  # pictures, None where one can't be shown, and which is the right one
+RankedImages = list[
+    tuple[Image.Image | None, bool]
+]  # pictures, None where one can't be shown, and which is the right one
 
 
-def plot_gallery(rows: list[list[tuple[str, RankedImages]]], path: Path, headings: Sequence[str] = (), note: str = "") -> None:
+def plot_gallery(
+    rows: list[list[tuple[str, RankedImages]]], path: Path, headings: Sequence[str] = (), note: str = ""
+) -> None:
     """A row a query: a block a model with its title and the pictures that were found best, the right one framed."""
     columns, blocks = max(len(found) for row in rows for _, found in row), len(rows[0])
     above, below = 0.3 + 0.35 * bool(headings), 0.45 * bool(note)  # inches
@@ -146,7 +150,11 @@ def select_sheet_queries(before: "Tensor", after: "Tensor", seed: int) -> list[t
     first that it ranks alike, and the first that it ranks worse.
     """
     order, change = _random_order(len(before), seed), (after - before).sign()
-    return [(q, kind) for kind, (sign, shown) in QUERY_CHANGES.items() for q in order[change[order] == sign][:shown].tolist()]
+    return [
+        (q, kind)
+        for kind, (sign, shown) in QUERY_CHANGES.items()
+        for q in order[change[order] == sign][:shown].tolist()
+    ]
 
 
 def plot_retrieval_sheet(

@@ -18,7 +18,7 @@ import pandas
 
 from capivara_common.files import write_text
 from capivara_common.privacy import hide_paths
-from eval.records.schema import DIRECTIONS, ROLE_NAMES, RANK_METRICS, Condition, Record, ResultFile
+from eval.records.schema import DIRECTIONS, RANK_METRICS, ROLE_NAMES, Condition, Record, ResultFile
 
 CONTROL_CHARACTERS_RE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ue000-\uf8ff]")
 MARKDOWN_CHARACTERS = "\\`*_[]<>|~$#&"
@@ -67,7 +67,9 @@ def get_folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None
     return "this run" if str(folder) == "." else hide_paths(folder.as_posix()), seed
 
 
-def find_conflicts(frame: pandas.DataFrame, group_column: str, tolerance: float | pandas.Series = 0) -> pandas.DataFrame:
+def find_conflicts(
+    frame: pandas.DataFrame, group_column: str, tolerance: float | pandas.Series = 0
+) -> pandas.DataFrame:
     """Rows of `build_records_frame` whose value is not the `first` of its kind, which `first_source` gives.
 
     Of one kind are those of one condition, role, seed and `by` ("folder" or "precision"); differences up to `same`, one

@@ -63,7 +63,9 @@ def fill_tables(tables: list[Path], source: DatasetDict) -> None:
         if table.is_file():
             head, *lines = table.read_text(encoding="utf-8").splitlines()
             cells = (line.split("\t")[:2] for line in lines)
-            filled = [f"{name}\t{sentence}\t{escape_cell(portuguese[unescape_cell(sentence)])}" for name, sentence in cells]
+            filled = [
+                f"{name}\t{sentence}\t{escape_cell(portuguese[unescape_cell(sentence)])}" for name, sentence in cells
+            ]
             write_text(table, "\n".join([head, *filled]) + "\n")
 
 

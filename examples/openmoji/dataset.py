@@ -20,10 +20,10 @@ from caption_data.sources import load_saved_dataset
 from examples.openmoji.concepts import (
     MAX_HELD_OUT_PICTURES,
     EmojiPicture,
+    find_svg_folder,
     load_concepts,
     require_demo_packages,
     split_concepts,
-    find_svg_folder,
 )
 
 IMAGE_SIZE = 224  # pixels, the input of the image encoder
@@ -31,7 +31,13 @@ IMAGE_SIZE = 224  # pixels, the input of the image encoder
 CARD_TEMPLATE_FILE = Path(__file__).parent / "dataset_card.md"
 TEXT_FEATURE = Value("string")
 DATASET_FEATURES = Features(
-    {"image": Image(), "captions-en": List(TEXT_FEATURE), "captions-pt": List(TEXT_FEATURE), "concept": TEXT_FEATURE, "emoji": TEXT_FEATURE}
+    {
+        "image": Image(),
+        "captions-en": List(TEXT_FEATURE),
+        "captions-pt": List(TEXT_FEATURE),
+        "concept": TEXT_FEATURE,
+        "emoji": TEXT_FEATURE,
+    }
 )
 
 

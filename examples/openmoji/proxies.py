@@ -24,7 +24,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.environment import require_packages
 from capivara_common.files import atomic_folder, write_text
-from examples.openmoji.dataset import IMAGE_SIZE, render_svg, load_dataset_with_images
+from examples.openmoji.dataset import IMAGE_SIZE, load_dataset_with_images, render_svg
 from examples.real_images import PHOTOGRAPHS, load_photo
 
 NOTO_FONT_SIZE = 168  # size of the glyphs: three quarters of the picture, as the other artists leave

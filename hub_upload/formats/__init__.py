@@ -48,7 +48,9 @@ def resolve_base_folder(model: Path, base: str) -> Path:
 def write_tokenizer_json(folder: Path, content: dict[str, Any], is_capivara: bool) -> None:
     """Write a tokenizer.json; CAPIVARA's then reads curly quotes as straight ones, and normalizes accents (NFC)."""
     normalizer = content["normalizer"] or {}
-    if is_capivara and normalizer.get("normalizers", [])[: len(PLAIN_QUOTE_STEPS)] != PLAIN_QUOTE_STEPS:  # not yet, as in an export
+    if (
+        is_capivara and normalizer.get("normalizers", [])[: len(PLAIN_QUOTE_STEPS)] != PLAIN_QUOTE_STEPS
+    ):  # not yet, as in an export
         steps = [*PLAIN_QUOTE_STEPS, *([normalizer] if normalizer else [])]
         content = content | {"normalizer": {"type": "Sequence", "normalizers": steps}}
     write_text(folder / "tokenizer.json", json.dumps(content, ensure_ascii=False))

@@ -24,8 +24,8 @@ from capivara_common.image_encoder_digest import image_encoder_digest
 from capivara_common.privacy import short_name
 from capivara_common.weight_file import find_weight_files
 from hub_upload import formats
-from hub_upload.card_values import HUB_LICENSES, MARKDOWN_TEMPLATES, to_code, select_code_examples, to_markdown
-from hub_upload.formats import onnx, open_clip, max_text_tokens
+from hub_upload.card_values import HUB_LICENSES, MARKDOWN_TEMPLATES, select_code_examples, to_code, to_markdown
+from hub_upload.formats import max_text_tokens, onnx, open_clip
 from hub_upload.formats.open_clip import check_tensors, compute_tensor_digests, save_state_dict
 from modeling_capivara.convert_open_clip import (
     BASE_TEXT_MODEL,
@@ -33,14 +33,23 @@ from modeling_capivara.convert_open_clip import (
     to_open_clip_model_cfg,
     to_open_clip_state_dict,
 )
-from modeling_capivara.loading import WEIGHTS_FILE, read_card_metadata, load_processor, load_mapped_model, load_mapped_tensors
+from modeling_capivara.loading import (
+    WEIGHTS_FILE,
+    load_mapped_model,
+    load_mapped_tensors,
+    load_processor,
+    read_card_metadata,
+)
 from modeling_capivara.two_towers import embedding_width
 
 METADATA_FILE, OPEN_CLIP_TEXT_FILE = "drop_in.json", "open_clip_text.safetensors"
 TEXT_ENCODER_PREFIXES = ("text_model.", "text_projection.")
 # Names of before version 6, which reads them, too (tried: 3.4, 4.1, 5.0, 5.2, 6.2).
 SENTENCE_TRANSFORMERS_MODELS = "sentence_transformers.models"
-HIDDEN_ACTIVATION, OUTPUT_ACTIVATION = "torch.nn.modules.activation.GELU", "torch.nn.modules.linear.Identity"  # what follows a matrix
+HIDDEN_ACTIVATION, OUTPUT_ACTIVATION = (
+    "torch.nn.modules.activation.GELU",
+    "torch.nn.modules.linear.Identity",
+)  # what follows a matrix
 logger = logging.getLogger("capivara")
 
 
@@ -53,7 +62,11 @@ def write_drop_in(source: Path, folder: Path, config: PreTrainedConfig, base: st
     base_folder = formats.resolve_base_folder(source, base)
     if compute_tensor_digests(_load_text_tensors(source)) == compute_tensor_digests(_load_text_tensors(base_folder)):
         raise ValueError(f"The text side of {source} is that of {base}, to the bit: there is nothing to exchange.")
-    model, processor, is_own = load_mapped_model(source, config), load_processor(source), config.model_type == "capivara"
+    model, processor, is_own = (
+        load_mapped_model(source, config),
+        load_processor(source),
+        config.model_type == "capivara",
+    )
     about = {"is_own": is_own, "length": max_text_tokens(processor)}
     denses = _write_text_tower(model, folder)
     if is_own:
@@ -107,7 +120,9 @@ def _write_sentence_transformers(model: PreTrainedModel, folder: Path, dense_fol
     write_json(folder / "1_Pooling/config.json", pooling)
     kinds = {"": "Transformer", "1_Pooling": "Pooling", **dict.fromkeys(dense_folders, "Dense")}
     kinds[f"{len(kinds)}_Normalize"] = "Normalize"
-    open_clip.write_sentence_modules(folder, [(path, f"{SENTENCE_TRANSFORMERS_MODELS}.{kind}") for path, kind in kinds.items()])
+    open_clip.write_sentence_modules(
+        folder, [(path, f"{SENTENCE_TRANSFORMERS_MODELS}.{kind}") for path, kind in kinds.items()]
+    )
     # transformers' own encoders come with a pooler that mean pooling leaves unused, and would draw one at random.
     kwargs = {"model_args": {"add_pooling_layer": False}} if hasattr(model.text_model, "pooler") else {}
     settings = {"max_seq_length": formats.CONTEXT_LENGTH, "do_lower_case": False} | kwargs
@@ -149,7 +164,10 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, length: i
 
 def _render_card(source: Path, folder: Path, metadata: dict[str, Any], repo_id: str | None, **values: Any) -> str:
     """README.md: for which indexes it holds, and how each program opens it. Its figures have been measured just now."""
-    known, language = read_card_metadata(source / "README.md"), "pt"  # of a model that doesn't say in which it was trained
+    known, language = (
+        read_card_metadata(source / "README.md"),
+        "pt",
+    )  # of a model that doesn't say in which it was trained
     if (source / "run.json").is_file():
         language = read_json(source / "run.json", config=dict)["config"]["language"]
     library, *tags = ["sentence-transformers", "clip"] if values["is_own"] else ["transformers", "siglip"]

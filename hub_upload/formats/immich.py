@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from capivara_common.files import write_json
-from hub_upload.formats import resolve_base_folder, max_text_tokens, write_tokenizer_json
-from hub_upload.formats.onnx import check_difference, weights_file, open_session, export_graph
+from hub_upload.formats import max_text_tokens, resolve_base_folder, write_tokenizer_json
+from hub_upload.formats.onnx import check_difference, export_graph, open_session, weights_file
 from modeling_capivara.convert_open_clip import to_preprocess_cfg
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import (
+    compute_image_embeds,
+    compute_text_embeds,
     embedding_width,
     pads_to_max_length,
-    compute_image_embeds,
     random_images,
     random_texts,
-    compute_text_embeds,
 )
 
 # In Immich's list, the published architecture of each kind.

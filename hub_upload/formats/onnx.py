@@ -26,7 +26,15 @@ from capivara_common.environment import package_versions
 from capivara_common.files import write_json
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.modeling_capivara import similarity_logits
-from modeling_capivara.two_towers import pads_to_max_length, compute_image_embeds, pad_batch, random_images, random_texts, compute_text_embeds, tokenize
+from modeling_capivara.two_towers import (
+    compute_image_embeds,
+    compute_text_embeds,
+    pad_batch,
+    pads_to_max_length,
+    random_images,
+    random_texts,
+    tokenize,
+)
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -102,7 +110,9 @@ def write_onnx(
     images, texts, tokens = (torch.export.Dim(name, min=1) for name in ("images", "texts", "tokens"))
     length = {} if pads_to_max_length(processor) else {1: tokens}
     shapes = {key: {0: images} if key in IMAGE_INPUTS else {0: texts} | length for key in batches[0]}
-    example = {key: of[:3] if key in IMAGE_INPUTS else of[:2, : 7 if length else None] for key, of in batches[0].items()}
+    example = {
+        key: of[:3] if key in IMAGE_INPUTS else of[:2, : 7 if length else None] for key, of in batches[0].items()
+    }
     onnx.mkdir()
     paths = []
     for precision in precisions:
@@ -183,7 +193,11 @@ def _quantize_weights(source: Path, target: Path) -> None:
         quantize_dynamic(source, target, op_types_to_quantize=["Gather"], **unsigned)
         # Level 4 is arithmetic in 8 bits.
         quantiser = MatMulNBitsQuantizer(
-            onnx.load(target), bits=8, block_size=QUANTIZATION_BLOCK_SIZE, accuracy_level=4, op_types_to_quantize=("MatMul",)
+            onnx.load(target),
+            bits=8,
+            block_size=QUANTIZATION_BLOCK_SIZE,
+            accuracy_level=4,
+            op_types_to_quantize=("MatMul",),
         )
         quantiser.process()
         onnx.save(quantiser.model.model, target, save_as_external_data=True, location=weights_file(target).name)

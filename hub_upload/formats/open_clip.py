@@ -27,20 +27,32 @@ from modeling_capivara.convert_open_clip import (
 )
 from modeling_capivara.loading import (
     WEIGHTS_FILE,
-    load_model,
-    load_processor,
-    load_mapped_model,
-    load_mapped_tensors,
     build_model_from_tensors,
     format_keys,
+    load_mapped_model,
+    load_mapped_tensors,
+    load_model,
+    load_processor,
 )
-from modeling_capivara.two_towers import embed_texts, pads_to_max_length, compute_image_embeds, pad_batch, random_texts, compute_text_embeds, tokenize
+from modeling_capivara.two_towers import (
+    compute_image_embeds,
+    compute_text_embeds,
+    embed_texts,
+    pad_batch,
+    pads_to_max_length,
+    random_texts,
+    tokenize,
+)
 
 OPEN_CLIP_WEIGHTS_FILE = OPEN_CLIP_WEIGHT_FILES[0]
 SENTENCE_TRANSFORMERS_MODULES = "sentence_transformers.base.modules"  # as version 6 writes and reads it
-SENTENCE_EMBEDDING_KEY = "sentence_embedding"  # its name for a finished embedding, which Normalize scales to unit length
+SENTENCE_EMBEDDING_KEY = (
+    "sentence_embedding"  # its name for a finished embedding, which Normalize scales to unit length
+)
 # What changes the tower's output; the rest of its configuration is about training and generation.
-TEXT_CONFIG_FIELDS = "model_type vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
+TEXT_CONFIG_FIELDS = (
+    "model_type vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
+)
 TEXT_CONFIG_FIELDS += "layer_norm_eps max_position_embeddings type_vocab_size pad_token_id"
 # A type whose tokenizer is read as tokenizer.json has it; XLM-R's is rebuilt and loses its own normaliser. Without one
 # open_clip reads config.json first, and asks on the terminal whether to run the code that it names.
@@ -62,7 +74,9 @@ def write_weights(model: Path, folder: Path, config: PreTrainedConfig, with_open
     del mapped
     check_tensors(folder / WEIGHTS_FILE, load_mapped_model(folder, config).state_dict(), expected)
     if with_open_clip:
-        written = to_capivara_state_dict(load_mapped_tensors([folder / OPEN_CLIP_WEIGHTS_FILE]))  # under transformers' names again
+        written = to_capivara_state_dict(
+            load_mapped_tensors([folder / OPEN_CLIP_WEIGHTS_FILE])
+        )  # under transformers' names again
         check_tensors(folder / OPEN_CLIP_WEIGHTS_FILE, written, expected)
         logger.info("transformers and open_clip: %d tensors compared, all equal.", len(written))
 
@@ -211,9 +225,14 @@ def check_siglip_supported(config: PreTrainedConfig) -> None:
     """Raise ValueError where open_clip has no such model, ImportError where it is not installed to be compared with."""
     if config.model_type != "siglip":
         raise ValueError(f"open_clip's layout is written of CAPIVARA and SigLIP alone, not of {config.model_type}.")
-    if _tower_sizes(config) not in TIMM_TOWERS or config.text_config.hidden_size % config.text_config.num_attention_heads:
+    if (
+        _tower_sizes(config) not in TIMM_TOWERS
+        or config.text_config.hidden_size % config.text_config.num_attention_heads
+    ):
         known = ", ".join(map(str, TIMM_TOWERS))
-        raise ValueError(f"open_clip has no SigLIP of width, layers and patch {_tower_sizes(config)}; there are {known}.")
+        raise ValueError(
+            f"open_clip has no SigLIP of width, layers and patch {_tower_sizes(config)}; there are {known}."
+        )
     require_packages("open_clip's format", "open_clip", "open_clip")
 
 
@@ -227,7 +246,10 @@ def write_open_clip_siglip(source: Path, folder: Path, tokenizer_repository: str
     """
     model, processor = load_model(source).eval(), load_processor(source)
     vision, text = model.config.vision_config, model.config.text_config
-    side = {"image_size": vision.image_size, "timm_model_name": f"{TIMM_TOWERS[_tower_sizes(model.config)]}_{vision.image_size}"}
+    side = {
+        "image_size": vision.image_size,
+        "timm_model_name": f"{TIMM_TOWERS[_tower_sizes(model.config)]}_{vision.image_size}",
+    }
     side |= {"timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none"}
     texts = {
         "context_length": text.max_position_embeddings, "vocab_size": text.vocab_size, "width": text.hidden_size,

@@ -46,7 +46,10 @@ def write_configs(folder: Path) -> None:
     ours, kind = processor.image_processor.to_dict(), type(processor.image_processor).__name__
     if isinstance(processor, CapivaraProcessor):
         kind = "CLIPImageProcessor"
-    pixels = {name: ours[name] for name in IMAGE_SETTINGS if name in ours} | {"image_processor_type": kind, "resample": LANCZOS_RESAMPLE}
+    pixels = {name: ours[name] for name in IMAGE_SETTINGS if name in ours} | {
+        "image_processor_type": kind,
+        "resample": LANCZOS_RESAMPLE,
+    }
     write_json(folder / "preprocessor_config.json", pixels)
 
 
@@ -73,7 +76,9 @@ def _convert_normalizer(normalizer: dict[str, Any] | None) -> dict[str, Any] | N
     if normalizer["type"] == "Sequence":
         return normalizer | {"normalizers": [_convert_normalizer(step) for step in normalizer["normalizers"]]}
     if normalizer["type"] == "Nmt":
-        steps = [{"type": "Replace", "pattern": {"Regex": kind}, "content": by} for kind, by in NMT_REPLACEMENTS.items()]
+        steps = [
+            {"type": "Replace", "pattern": {"Regex": kind}, "content": by} for kind, by in NMT_REPLACEMENTS.items()
+        ]
         return {"type": "Sequence", "normalizers": steps}
     if normalizer["type"] not in NORMALIZER_TYPES:
         raise ValueError(

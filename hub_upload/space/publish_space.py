@@ -18,8 +18,8 @@ from huggingface_hub import SpaceCard, SpaceCardData
 
 from capivara_common.files import atomic_folder, write_text
 from capivara_common.privacy import find_secret, short_name
-from capivara_search.indexing import FOLDER_KEY_PREFIX
 from capivara_search.index import PictureIndex
+from capivara_search.indexing import FOLDER_KEY_PREFIX
 from capivara_search.models import find_model
 from capivara_search.page.server import DEFAULT_PORT, Credit
 from capivara_search.table import PictureTable
@@ -37,7 +37,12 @@ SPACE_MODEL_FILES = (
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
 )
 SPACE_TITLE = "CAPIVARA: busca em português"
-SPACE_CARD_STYLE = {"emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "pinned": False}  # of the Hub's list of Spaces
+SPACE_CARD_STYLE = {
+    "emoji": "🐾",
+    "colorFrom": "green",
+    "colorTo": "yellow",
+    "pinned": False,
+}  # of the Hub's list of Spaces
 
 # --- Pictures --------------------------------------------------------------------------------------------------------
 
@@ -117,7 +122,13 @@ def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -
             raise ValueError(f"A picture's name holds {found[0]}. Rename it, and revoke it if it is real.")
         pinned = pin_requirements(model)
         write_text(made / "requirements.txt", "".join(f"{name}=={version}\n" for name, version in pinned.items()))
-        values = {"title": SPACE_TITLE, "model": repr(there), "credit": repr(credit), "port": DEFAULT_PORT, "pinned": pinned}
+        values = {
+            "title": SPACE_TITLE,
+            "model": repr(there),
+            "credit": repr(credit),
+            "port": DEFAULT_PORT,
+            "pinned": pinned,
+        }
         for name in ("app.py", "Dockerfile"):
             template = jinja2.Template((TEMPLATE_FOLDER / f"{name}.jinja").read_text(encoding="utf-8"))
             write_text(made / name, template.render(values) + "\n")

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from capivara_common.environment import require_packages
-from capivara_common.files import read_json, atomic_folder, write_bytes, write_text
+from capivara_common.files import atomic_folder, read_json, write_bytes, write_text
 from capivara_common.privacy import short_name
 from capivara_search.models import find_model
 from capivara_search.page import server
@@ -28,7 +28,10 @@ from hub_upload.formats import onnx, transformers_js
 from hub_upload.space.publish_space import CODE_ROOT, copy_file, read_model_license, write_space_card
 
 SOURCE_SCRIPT = Path(__file__).parent / "static" / "source.js"
-PAGE_FILES = {"pt": ("index.html", "./", "en.html"), "en": ("en.html", "en.html", "./")}  # file, its address, the other's
+PAGE_FILES = {
+    "pt": ("index.html", "./", "en.html"),
+    "en": ("en.html", "en.html", "./"),
+}  # file, its address, the other's
 LIBRARY_PACKAGE = "@huggingface/transformers"  # of npm
 # File of the page -> where it lies in node_modules; the ends of their names are known to every file server.
 LIBRARY_FILES = {
@@ -83,7 +86,10 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
         copy_file(CODE_ROOT / "LICENSE", made / "LICENSE")
         for language, (page, *_) in PAGE_FILES.items():
             write_text(made / page, render_static_page(language, facts))
-        licence, about = read_model_license(source), SPACE_CARD_DATA | {"models": None if Path(model).is_dir() else [facts["name"]]}
+        licence, about = (
+            read_model_license(source),
+            SPACE_CARD_DATA | {"models": None if Path(model).is_dir() else [facts["name"]]},
+        )
         version = read_json(library / LIBRARY_PACKAGE / "package.json", version=str)["version"]
         values = {"name": facts["name"], "model_licence": licence, "version": version}
         write_space_card(made, "static", about | {"license": licence or "other"}, **values)
@@ -101,7 +107,9 @@ def render_static_page(language: str, model: dict[str, str | int]) -> str:
 
 def _write_library(node_modules: Path, target: Path) -> None:
     if missing := [name for name in LIBRARY_FILES.values() if not (node_modules / name).is_file()]:
-        raise ValueError(f"--library {node_modules} has no {missing[0]}. It must be a node_modules with {LIBRARY_PACKAGE} of npm.")
+        raise ValueError(
+            f"--library {node_modules} has no {missing[0]}. It must be a node_modules with {LIBRARY_PACKAGE} of npm."
+        )
     for name, source in LIBRARY_FILES.items():
         write_bytes(target / name, re.sub(rb"(?m)^//# sourceMappingURL=.*$", b"", (node_modules / source).read_bytes()))
     copy_file(node_modules / LIBRARY_PACKAGE / "LICENSE", target / "transformers.js-LICENSE")
