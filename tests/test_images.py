@@ -34,8 +34,9 @@ from eval.embeddings import EmbeddingCache
 from modeling_capivara import CapivaraProcessor
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import embed_images
+from training.batches import StepPlan, batch_indices
 from training.inputs import PairDataset, add_vectors, load_cached_embeds, open_image_cache
-from training.whole_batch import StepPlan, WholeBatch, batch_indices
+from training.whole_batch import WholeBatch
 
 IMAGES = 12  # of the training split of `tiny_dataset_folder`
 NEGATIVE = encoded(PIL.Image.fromarray(np.full((40, 36), -1, dtype=np.int32)), "TIFF")  # PIL reads it, we don't

@@ -12,17 +12,17 @@ from transformers import SiglipConfig, SiglipModel
 
 from modeling_capivara.two_towers import compute_image_embeds, freeze_image_encoder
 from training.arguments import RunArguments
+from training.batches import MicroBatch, StepPlan
 from training.checkpoints import TrainingState
 from training.loop import TrainingLoop
 from training.trainable import build_optimizer
-from training.whole_batch import MicroBatch, StepPlan
 
 
 def trainer_of(model) -> TrainingLoop:
     """A trainer that is ready for a step; it has no data and no checkpoints."""
     args = RunArguments(model="m", dataset=["d"], weight_decay=0.0)
     trainer = TrainingLoop(args, None, model, model, None, TrainingState())
-    trainer.accelerator, trainer.prepared = Accelerator(cpu=True), model
+    trainer.accelerator, trainer.prepared_model = Accelerator(cpu=True), model
     trainer.optimizer = build_optimizer(model, args)
     return trainer
 

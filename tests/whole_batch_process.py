@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, SiglipConfig, SiglipImageProcessor, Si
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.two_towers import freeze_image_encoder
-from training.whole_batch import WholeBatch, make_micro_batches
+from training.batches import make_micro_batches
+from training.whole_batch import WholeBatch
 
 CAPTIONS = ["gato", "uma foto de um gato azul", "a casa", "o carro verde e a árvore", "pão", "são joão", "água"]
 SEED, STEP, MICRO = 5, 3, 2

@@ -51,8 +51,8 @@ from modeling_capivara.two_towers import (
     split_for_device,
 )
 from training.arguments import RunArguments
+from training.batches import BatchPlanner, StepPlan, apportion_batch, derive_seed
 from training.trainable import prepare_trainable
-from training.whole_batch import BatchPlanner, StepPlan, apportion_batch, derive_seed
 
 PIXELS_VERSION = 1  # raise it when preprocessing or augmentation changes what an image becomes
 AUGMENTATION = {"resize": 250, "crop": 224, "scale": [0.9, 1.0], "augmix_severity": 2}  # arXiv 2310.13683, section 4

@@ -23,10 +23,11 @@ from caption_data.rows import SkippedRow, write_skipped_rows
 from eval.retrieval import compute_validation_metrics, embed_captions
 from modeling_capivara.two_towers import embedding_width, uses_sigmoid_loss
 from training.arguments import RunArguments
+from training.batches import MicroBatch, StepPlan
 from training.checkpoints import Checkpoints, TrainingState, handle_signals
 from training.inputs import TrainingInputs, embed_pixels, load_cached_embeds, prefetch_pixels, resolve_loading_workers
 from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at
-from training.whole_batch import MicroBatch, StepPlan, WholeBatch, select_loss
+from training.whole_batch import WholeBatch, select_loss
 
 logger = logging.getLogger("capivara")
 MAX_CONSECUTIVE_OVERFLOWS = 20  # the scaler halves its scale at each; after as many, the loss itself is at fault

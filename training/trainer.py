@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from modeling_capivara.two_towers import IMAGE_ENCODER_PREFIXES
+from training.batches import MicroBatch
 from training.inputs import embed_pixels
-from training.whole_batch import MicroBatch, WholeBatch
+from training.whole_batch import WholeBatch
 
 REQUIRED_INPUTS = ("input_ids", "attention_mask", "pixel_values")
 
