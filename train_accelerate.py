@@ -116,8 +116,8 @@ def join_processes() -> PartialState:
     state = process_state(PROCESS_TIMEOUT)
     if state.num_processes != started:
         raise ValueError(
-            f"{started} processes were started, but Accelerate has connected {state.num_processes}, so each would train "
-            "on a separate batch. Launch with --num_processes 1, or with a file of configs/accelerate/."
+            f"{started} processes were started, but Accelerate has connected {state.num_processes}, so each would "
+            "train on a separate batch. Launch with --num_processes 1, or with a file of configs/accelerate/."
         )
     return state
 

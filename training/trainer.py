@@ -84,8 +84,8 @@ def _micro_batches(samples: Sequence[dict]) -> list[MicroBatch]:
     for sample in samples:
         if missing := [name for name in REQUIRED_INPUTS if name not in sample]:
             raise ValueError(
-                f"A batch must have {', '.join(REQUIRED_INPUTS)}, as CapivaraProcessor returns them. Got "
-                f"{', '.join(sample)} without {', '.join(missing)}. With your own data collator, set "
+                f"A batch must have {', '.join(REQUIRED_INPUTS)}, as CapivaraProcessor returns them; "
+                f"{', '.join(missing)} is missing from {', '.join(sample)}. With your own data collator, set "
                 "remove_unused_columns=False."
             )
         batches.append(MicroBatch(len(batches), start, *(sample[name] for name in REQUIRED_INPUTS)))
