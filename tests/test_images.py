@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from caption_tars import encoded
 from datasets import Dataset, DatasetDict, Image, load_from_disk
 from test_checkpoints import flipped
-from test_train_accelerate import ROOT, flags, refused
+from test_train_accelerate import ROOT, error_of, flags
 
 import train_accelerate
 import training.inputs
@@ -184,7 +184,7 @@ def test_a_bad_image_is_listed_and_left_out(tiny_folder, tiny_dataset_folder, tm
     assert lines[0]["reason"] == "unreadable image" and all(line["reason"] and line["detail"] for line in lines)
     assert all(np.isfinite(losses)) and all(w.isfinite().all() for w in weights.values())
     assert sum(json.loads((out / "run.json").read_text())["skipped_rows"].values()) == 2
-    message = refused(flags(tiny_folder, dataset, tmp_path / "over", max_bad_share=0.1, max_steps=2))
+    message = error_of(flags(tiny_folder, dataset, tmp_path / "over", max_bad_share=0.1, max_steps=2))
     assert re.search(r"2 of 12 rows .* can't be used.*(?s:.*)row 0: unreadable image", message)
     assert not list(tmp_path.glob("over*"))
 
@@ -289,7 +289,7 @@ def test_what_bad_pictures_end_in_one_line(tiny_folder, tiny_dataset_folder, tmp
     """More of them than may be; no pair that is left; one of a split that is measured on, before training."""
 
     def said(dataset, **options) -> str:
-        message = refused(flags(tiny_folder, dataset, tmp_path / "out", image_embedding_cache="off", **options))
+        message = error_of(flags(tiny_folder, dataset, tmp_path / "out", image_embedding_cache="off", **options))
         assert not list(tmp_path.glob("out*"))
         return message
 
