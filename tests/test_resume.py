@@ -31,8 +31,8 @@ from training.loop import TrainingLoop
 from training.whole_batch import WholeBatch
 
 KILL_SEED = int(os.environ.get("CAPIVARA_KILL_SEED", "0"))
-# Phases of `tests/killed_process.py`, and how often each is reached at least. Each process resumes where the one before it
-# was killed.
+# Phases of `tests/killed_process.py`, and how often each is reached at least. Each process resumes where the one before
+# it was killed.
 KILLS = [
     *[("cache-before", 2), ("cache-after", 1), ("forward", 6), ("step-before", 2), ("step-after", 2), ("save", 1)],
     *[("save-state", 1), ("rename-before", 1), ("rename-after", 1), ("forward", 6), ("old", 1), ("end", 1)],
