@@ -19,12 +19,8 @@ class RequiredArguments:
 
     _argument_group_name = "required, as flags or in --config"
 
-    model: str | None = flag(
-        None, "Base checkpoint to fine-tune: folder or Hub id of a CAPIVARA, SigLIP, CLIP or similar model."
-    )
-    dataset: list[str] = flag(
-        [], f"Image-caption pairs to train on: {DATASET_HELP} Several datasets are mixed in every batch."
-    )
+    model: str | None = flag(None, "Base checkpoint: folder or Hub id of a CAPIVARA, SigLIP, CLIP or similar model.")
+    dataset: list[str] = flag([], f"Pairs to train on: {DATASET_HELP} Several datasets are mixed in every batch.")
 
 
 @dataclass
@@ -34,19 +30,13 @@ class DataArguments:
     _argument_group_name = "data"
 
     language: str = flag("pt", "Code of the language to train on; captions are in the column `captions-<language>`.")
-    eval_languages: list[str] = flag(
-        [], "Further languages of the final evaluation, besides the language that is trained."
-    )
-    evaluation_dataset: str | None = flag(
-        None, "Dataset of the validation and test splits. Default: the first of `dataset`."
-    )
+    eval_languages: list[str] = flag([], "Languages of the final evaluation, in addition to `language`.")
+    evaluation_dataset: str | None = flag(None, "Dataset to evaluate on. Default: the first of `dataset`.")
     train_split: str = flag("train", "Name of the training split.")
     validation_split: str = flag("validation", "Name of the validation split, which is evaluated during training.")
     test_split: str = flag("test", "Name of the test split, which the final evaluation uses.")
     image_column: str = flag("image", "Name of the image column.")
-    caption_column: str = flag(
-        "captions-{language}", "Name of the caption column; {language} is replaced by the language code."
-    )
+    caption_column: str = flag("captions-{language}", "Caption column; {language} stands for the language code.")
     max_bad_share: float = flag(
         0.01,
         "Largest share of training rows, 0 to 1, that may be unusable. They are skipped and listed in skipped.jsonl; "
@@ -55,17 +45,10 @@ class DataArguments:
 
 
 @dataclass
-class CaptionArguments(CaptionChoice):
-    """Which captions of an image are trained on."""
+class PairArguments(ImageFileArguments, CaptionChoice):
+    """Which captions of an image are trained on, and which image files may be read."""
 
-    _argument_group_name = "captions"
-
-
-@dataclass
-class ImageArguments(ImageFileArguments):
-    """Which image files may be read."""
-
-    _argument_group_name = "images"
+    _argument_group_name = "captions and images"
 
 
 @dataclass
@@ -74,12 +57,9 @@ class BatchArguments:
 
     _argument_group_name = "batch"
 
-    effective_batch_size: int = flag(
-        2816, "Pairs in a contrastive batch, over all processes. Every other pair of the batch is a negative."
-    )
+    effective_batch_size: int = flag(2816, "Pairs in a contrastive batch; each is a negative for all others.")
     micro_batch_size: int = flag(
-        128,
-        "Captions that go through the text tower together. Fewer need less memory, with the same result.",
+        128, "Captions that go through the text tower at once. Fewer need less memory, with the same result."
     )
     image_embedding_cache: str = flag(
         "auto",
@@ -91,9 +71,7 @@ class BatchArguments:
         "Views of every image. 1: the image itself. V above 1: V fixed augmentations, one of them drawn at every step. "
         "0: a fresh augmentation at every step, as in the paper; requires --image_embedding_cache off.",
     )
-    loading_workers: int | None = flag(
-        None, "Processes that decode images. Default: up to 12 with a GPU, 0 (in the main process) without."
-    )
+    loading_workers: int | None = flag(None, "Processes that decode images. Default: up to 12 with a GPU, otherwise 0.")
     max_steps: int = flag(5863, "Optimizer steps.")
 
 
@@ -103,20 +81,16 @@ class OptimizationArguments:
 
     _argument_group_name = "optimization"
 
-    optimizer: Literal["adam", "adamw"] = flag(
-        "adam", "adam: Adam with coupled L2 regularization, as in the paper. adamw: decoupled weight decay."
-    )
+    optimizer: Literal["adam", "adamw"] = flag("adam", "adam: coupled L2, as in the paper. adamw: decoupled decay.")
     learning_rate: float = flag(5e-7, "Peak learning rate, reached after the warm-up.")
     min_learning_rate: float = flag(
-        1e-7, "Learning rate at the start of the linear warm-up and at the end of the cosine decay."
+        1e-7, "Learning rate at the start of the warm-up and at the end of the cosine decay."
     )
     warmup_steps: int = flag(500, "Steps of the linear warm-up.")
     weight_decay: float = flag(0.2, "L2 penalty of adam, or weight decay of adamw.")
     adam_epsilon: float = flag(1e-8, "Adam's epsilon.")
     seed: int = flag(0, "Seed of the order of the pairs, the choice of captions, augmentation and dropout.")
-    num_threads: int | None = flag(
-        None, "CPU threads. Default: all cores. Another number changes the last bits of the result."
-    )
+    num_threads: int | None = flag(None, "CPU threads. Default: all. Their number affects the last bits of the result.")
     mixed_precision: Literal["no", "bf16", "fp16", "auto"] = flag(
         "auto",
         "Precision of autocast. auto: bf16 if the device supports it natively, otherwise no. fp16 needs a GPU. "
@@ -128,16 +102,15 @@ class OptimizationArguments:
         r"'text_model\.embeddings\..*'. With a sigmoid loss, logit scale and bias are frozen, too, because they fit "
         "the batch size of the base's training; include `none` to train them.",
     )
-    lora_rank: int = flag(
-        0, "Rank of the LoRA adapters (peft), trained together with the text projection. 0: full fine-tuning."
-    )
+    lora_rank: int = flag(0, "Rank of LoRA adapters (peft); the text projection is trained, too. 0: full fine-tuning.")
     lora_alpha: float = flag(8, "LoRA's alpha; updates are scaled by alpha / rank.")
     lora_targets: str = flag(
         r"text_model\..*\.(query|value)",
         "Regular expression for names of linear layers that get an adapter; a whole name must match.",
     )
     interpolate: float = flag(
-        1.0, "Weight of the trained model, 0 to 1, when its weights are interpolated with the base's (WiSE-FT)."
+        1.0,
+        "Share of the trained weights in the saved model, 0 to 1; the rest is the base's (WiSE-FT). 1: none of the base's.",
     )
 
 
@@ -150,9 +123,7 @@ class OutputArguments:
     output_dir: Path | None = flag(None, "Folder of the run. Default: a new numbered folder below runs/.")
     overwrite_output_dir: bool = flag(False, "Replace an existing `output_dir` when the run is complete.")
     eval_steps: int = flag(100, "Steps between evaluations on the validation split.")
-    save_steps: int = flag(
-        100, "Steps between checkpoints. A run with no more than this number of steps writes no checkpoint."
-    )
+    save_steps: int = flag(100, "Steps between checkpoints. A run of at most this many steps writes none.")
     keep_last: int = flag(2, "Latest checkpoints to keep, in addition to the best by validation recall.")
     resume: str | None = flag(
         None,
@@ -174,13 +145,7 @@ class OutputArguments:
 
 @dataclass
 class RunArguments(
-    OutputArguments,
-    OptimizationArguments,
-    BatchArguments,
-    ImageArguments,
-    CaptionArguments,
-    DataArguments,
-    RequiredArguments,
+    OutputArguments, OptimizationArguments, BatchArguments, PairArguments, DataArguments, RequiredArguments
 ):
     """All arguments of a training run.
 
@@ -188,10 +153,7 @@ class RunArguments(
         ValueError: If `model` or `dataset` is missing, or a value breaks its rule.
     """
 
-    groups = (
-        *(RequiredArguments, DataArguments, CaptionArguments, ImageArguments),
-        *(BatchArguments, OptimizationArguments, OutputArguments),
-    )
+    groups = (RequiredArguments, DataArguments, PairArguments, BatchArguments, OptimizationArguments, OutputArguments)
     embedding_batch_size = 32  # images that go through the frozen image tower together
 
     def __post_init__(self) -> None:

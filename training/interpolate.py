@@ -23,7 +23,7 @@ class InterpolateArguments:
 
     base: str = flag(..., "Base model: folder or Hub id.", positional=True)
     trained: str = flag(..., "Model that was fine-tuned from the base: folder or Hub id.", positional=True)
-    output: Path = flag(..., "Folder to write the new model to; it must not exist or be empty.")
+    output: Path = flag(..., "Folder for the new model; it must be new or empty.")
     share: float = flag(0.5, "Weight of the trained model, 0 (base) to 1 (trained).")
 
     def __post_init__(self) -> None:

@@ -38,10 +38,8 @@ class RotateArguments:
 
     model: str = flag(..., "Trained model: folder or Hub id.", positional=True)
     dataset: str = flag(..., "Dataset whose images determine the axes, in any format that training accepts.")
-    output: Path = flag(..., "Folder to write the rotated model to; it must not exist or be empty.")
-    dims: list[int] = flag(
-        ..., "Widths at which truncated embeddings will be used, such as 256 128 64. Each must divide the full width."
-    )
+    output: Path = flag(..., "Folder for the rotated model; it must be new or empty.")
+    dims: list[int] = flag(..., "Widths of truncated embeddings, such as 256 128 64. Each must divide the full width.")
     split: str = flag("train", "Split of the dataset.")
     image_column: str = flag("image", "Name of the image column.")
 
@@ -57,9 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     check_output_folder(args.output)
     model, processor = load_model(args.model).eval(), load_processor(args.model)
     if load_rotation(args.model) is not None:
-        raise ValueError(
-            f"{args.model} has been rotated before: it has a {ROTATION_FILE}. Give the model from before the rotation."
-        )
+        raise ValueError(f"{args.model} has been rotated before: it has a {ROTATION_FILE}. Give the original model.")
     if not hasattr(model, "visual_projection"):
         raise ValueError(
             f"{args.model} is a {model.config.model_type} model, which has no projections to fold a rotation into. "
@@ -108,8 +104,7 @@ def compute_principal_rotation(image_embeds: Tensor) -> Tensor:
     """
     if not len(image_embeds) or not torch.isfinite(image_embeds).all():
         raise ValueError(
-            f"The rotation needs image embeddings without NaN or infinite numbers, got {len(image_embeds)} embeddings. "
-            "Check the model and the images."
+            f"The rotation needs finite image embeddings, got {len(image_embeds)} of them. Check model and images."
         )
     embeds = image_embeds.cpu().double()
     axes = torch.linalg.eigh(embeds.T @ embeds / len(embeds)).eigenvectors.flip(1).T
@@ -130,10 +125,7 @@ def rotate_model_(model: PreTrainedModel, rotation: Tensor) -> None:
     """
     width = model.config.projection_dim
     if rotation.shape != (width, width):
-        raise ValueError(
-            f"The rotation must have as many dimensions as the model's embeddings, {width}, got {len(rotation)}. Use "
-            "the rotation of this model."
-        )
+        raise ValueError(f"The rotation must have the model's {width} dimensions, got {len(rotation)}. Use its own.")
     text = model.text_projection
     for layer in (model.visual_projection, text[-1] if isinstance(text, nn.Sequential) else text):
         layer.weight.copy_(rotation.to(layer.weight.device).double() @ layer.weight.double())
