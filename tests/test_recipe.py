@@ -46,6 +46,12 @@ def test_configs_hold_the_published_recipe(name, published):
     assert {key: getattr(args, key) for key in PUBLISHED | published} == PUBLISHED | published
 
 
+def test_configs_for_one_device_show_commands_without_a_launcher():
+    """On one device, `accelerate launch` only adds warnings, and a traceback after every error."""
+    configs = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "configs").glob("*.yaml")}
+    assert configs and not [name for name, text in configs.items() if "accelerate launch" in text]
+
+
 def test_our_recipe_differs_from_the_paper_only_by_interpolation():
     """At full size and in the demo. docs/recipe.md explains the choice."""
     for name in ("capivara", "openmoji"):

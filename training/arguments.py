@@ -109,8 +109,7 @@ class OptimizationArguments:
         "Regular expression for names of linear layers that get an adapter; a whole name must match.",
     )
     interpolate: float = flag(
-        1.0,
-        "Share of the trained weights in the saved model, 0 to 1; the rest is the base's (WiSE-FT). 1: none of the base's.",
+        1.0, "Share of the trained weights in the saved model, 0 to 1; the rest is the base's (WiSE-FT)."
     )
 
 

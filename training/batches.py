@@ -73,12 +73,14 @@ def apportion_batch(batch_size: int, dataset_sizes: Sequence[int]) -> list[int]:
         Pairs that each dataset contributes to every batch; they sum to `batch_size`.
 
     Raises:
-        ValueError: If all datasets together have fewer pairs than a batch, or a dataset is too small to contribute a
-            pair to every batch.
+        ValueError: If all datasets together have fewer than 2 pairs or fewer than a batch, or a dataset is too small to
+            contribute a pair to every batch.
     """
-    if not (pairs := sum(dataset_sizes)):
+    pairs = sum(dataset_sizes)
+    if pairs < 2:
         raise ValueError(
-            "No usable pair is left: --min_pair_similarity and --caption_strategy excluded all rows. Relax one of them."
+            f"Training needs at least 2 usable pairs, got {pairs}. Add data, or relax --min_pair_similarity and "
+            "--caption_strategy, which leave out rows."
         )
     if batch_size > pairs:
         raise ValueError(

@@ -174,9 +174,8 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> TrainingInputs:
     # Checks the regular expressions of --frozen_parameters and --lora_targets before any long work.
     prepare_trainable(load_model(args.model), args)
     base.to(accelerator.device).eval()
-    validation_split, test_split = (
-        splits[args.evaluation_dataset, name] for name in (args.validation_split, args.test_split)
-    )
+    validation_split = splits[args.evaluation_dataset, args.validation_split]
+    test_split = splits[args.evaluation_dataset, args.test_split]
     validation = load_evaluation_pairs(args, validation_split, [args.language], processor)[args.language]
     test = load_evaluation_pairs(args, test_split, args.eval_languages, processor)
     training = load_training_pairs(args, splits, processor)

@@ -67,9 +67,8 @@ class TrainingLoop:
         """
         args, accelerator = self.args, self.checkpoints.accelerator
         self.accelerator = accelerator
-        self.prepared_model = accelerator.prepare_model(
-            self.wrapped_model, evaluation_mode=True
-        )  # no DDP wrapper, see WholeBatch
+        # evaluation_mode=True: without the DDP wrapper, see `WholeBatch`.
+        self.prepared_model = accelerator.prepare_model(self.wrapped_model, evaluation_mode=True)
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(self.wrapped_model, args))
         if resume:
             self.state = self.checkpoints.load(resume, self.state)
@@ -149,10 +148,7 @@ class TrainingLoop:
         report = self.compute_gradients(plan.step, self._local_batches(plan), len(plan.rows), image_embeds)
         norm = self._update_weights(learning_rate)
         seconds, device = time.perf_counter() - started, self.accelerator.device
-        if device.type == "cuda":
-            memory_bytes = torch.cuda.max_memory_allocated(device)  # the maximum so far
-        else:
-            memory_bytes = psutil.Process().memory_info().rss  # of this process now
+        resident_bytes = psutil.Process().memory_info().rss
         return {
             "step": plan.step + 1,
             "loss": report.loss,
@@ -161,7 +157,8 @@ class TrainingLoop:
             "gradient_norm": norm,
             "pairs_per_second": len(plan.rows) / seconds,
             "data_share_of_time": waited / seconds,
-            "memory_bytes": memory_bytes,
+            # On a GPU, the maximum so far; on a CPU, the memory of this process now.
+            "memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes,
         }
 
     def _update_weights(self, learning_rate: float) -> float | None:
