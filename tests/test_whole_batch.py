@@ -242,13 +242,13 @@ def test_the_loss_of_32768_pairs_costs_under_half_a_gibibyte():
     """
     code = """
 import torch
-from benchmarks.timing import peak_resident_bytes, restart_peak
+from benchmarks.timing import peak_resident_bytes, restart_peak_memory
 from training.whole_batch import contrastive_loss
 torch.manual_seed(0)
 texts, images = torch.nn.functional.normalize(torch.randn(2, 32768, 512), dim=-1)
 texts, scale = texts.requires_grad_(), torch.tensor(4.6, requires_grad=True)
 torch.randn(64, 512) @ torch.randn(512, 64)
-before = restart_peak()
+before = restart_peak_memory()
 contrastive_loss(texts, images, scale, torch.arange(2048)).backward()
 print(peak_resident_bytes() - before)
 """

@@ -132,7 +132,7 @@ def merge_adapters(wrapped: nn.Module, folder: Path | None = None) -> PreTrained
 
 
 def build_optimizer(model: nn.Module, args: RunArguments) -> torch.optim.Optimizer:
-    """Build the optimizer of all trainable parameters.
+    """Build the optimizer for all trainable parameters.
 
     "adam" is Adam with coupled L2 regularization, as in the appendix of CAPIVARA (arXiv 2310.13683); "adamw" decouples
     the weight decay.
