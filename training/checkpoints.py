@@ -232,7 +232,7 @@ def check_same_run(state: TrainingState, config: dict[str, Any], data: dict[str,
     }
     differences |= {f"data {key}": (state.data.get(key), data[key]) for key in data if state.data.get(key) != data[key]}
     if differences:
-        listed = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differences.items())
+        listed = "; ".join(f"{key}: {old!r} in that run, {new!r} now" for key, (old, new) in differences.items())
         raise ValueError(
             f"{path} belongs to a run with other settings. {listed}. Use the same, or another --output_dir."
         )
