@@ -8,7 +8,7 @@ from datasets import DatasetDict, load_from_disk
 from capivara_common.cli import parse_arguments
 from caption_data.pairs import check_bad_share
 from training.arguments import RunArguments
-from training.whole_batch import BatchPlanner, apportion_batch, batch_indices, sample_captions, sample_views
+from training.batches import BatchPlanner, apportion_batch, batch_indices, sample_captions, sample_views
 
 CAPTIONS = [[f"gato {i}", f"uma casa azul {i}"][: 1 + i % 2] for i in range(11)]
 
