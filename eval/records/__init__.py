@@ -1,1 +1,1 @@
-"""Figures out: what was measured, and its tables, plots and pages."""
+"""Result files and what is made of them: tables, plots and HTML pages."""
