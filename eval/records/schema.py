@@ -220,8 +220,8 @@ def read_json_object(path: Path) -> tuple[dict[str, Any], bytes]:
         The object, and the bytes of the file, for a digest or a text search.
 
     Raises:
-        ValueError: If the path is not a regular file, the file is too large or not a JSON object in UTF-8, a number is NaN
-            or infinite, or an object has a duplicate key. The message is meant to follow the file's name.
+        ValueError: If the path is not a regular file, the file is too large or not a JSON object in UTF-8, a number is
+            NaN or infinite, or an object has a duplicate key. The message is meant to follow the file's name.
     """
     if not path.is_file():  # reading a pipe could block forever
         raise ValueError("is not a regular file")
