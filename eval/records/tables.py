@@ -68,7 +68,8 @@ def get_folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None
     """Return the folder that identifies a model, and its training seed.
 
     Runs with several seeds are in the subfolders `seed-0`, `seed-1` and so on of one folder, which identifies the
-    model. The results of a run itself name the model "." or "seed-N", so the folder of the result file tells runs apart.
+    model. The results of a run itself name the model "." or "seed-N"; then the folder of the result file identifies
+    the run.
 
     Args:
         record: The record.
