@@ -101,7 +101,7 @@ def test_classes_may_be_in_another_language(tmp_path):
     (note,) = prompts.notes
     assert "azul" in note and "rojo" not in note, "the name of two classes is stated"
     assert load_prompts(str(tmp_path / "a.json"), language="es") == prompts
-    with pytest.raises(ValueError, match="--language .*'es'.*'pt'"):
+    with pytest.raises(ValueError, match=r"--language .*'es'.*'pt'"):
         load_prompts(str(tmp_path / "a.json"), language="pt")
 
 
