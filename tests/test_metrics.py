@@ -55,8 +55,8 @@ def set_block_size(monkeypatch):
 def test_ranks_equal_hand_counted_ones():
     items = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     queries = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    # For query 0, item 0 (1.0) beats the relevant item 2 (0.6). For query 1 the relevant item is the best, for query 2 it
-    # is the worst.
+    # For query 0, item 0 (1.0) beats the relevant item 2 (0.6). The relevant item is the best for query 1 and the worst
+    # for query 2.
     ranks = retrieval_ranks(queries, items, torch.tensor([2, 1, 0]), torch.tensor([0, 1, 2]))
     assert ranks.tolist() == [1, 0, 2]
     assert recall_at_k(ranks, 1) == pytest.approx(1 / 3)

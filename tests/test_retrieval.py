@@ -162,7 +162,7 @@ def test_captions_are_selected_by_position():
 def test_unreadable_images_are_counted_and_listed_without_private_paths(
     saved_tiny_folder, dataset_copy, tmp_path, capsys, no_pictures
 ):
-    """Images are damaged, missing, oddly named, or outside of the dataset's dataset_copy, where nothing may be read."""
+    """Images are damaged, missing, oddly named, or outside of the dataset's folder, where nothing may be read."""
     (dataset_copy / "test" / "00.png").write_bytes(b"not an image")
     (dataset_copy / "test" / "01.png").rename(tmp_path / "secret.png")
     (dataset_copy / "test" / "01.png").symlink_to(tmp_path / "secret.png")
