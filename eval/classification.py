@@ -42,9 +42,7 @@ class LabeledImageArguments(ModelArguments):
 
     model: str = flag(..., "Folder or Hub id of a CLIP-like model. With --role baseline also a model of open_clip.")
     benchmark: str = flag(
-        ...,
-        "Name of a file in eval/prompts/pt, such as cifar-10, or a JSON file with your own classes (see "
-        "docs/evaluation.md).",
+        ..., "A file in eval/prompts/pt, such as cifar-10, or a JSON file of your own classes (see docs/evaluation.md)."
     )
     images: str = flag(
         ...,
@@ -53,9 +51,7 @@ class LabeledImageArguments(ModelArguments):
     )
     output: Path = flag(..., "JSON file to write the result to.")
     image_column: str | None = flag(None, "Name of the image column. Default: the only column with images.")
-    label_column: str | None = flag(
-        None, f"Name of the column with a label or a list of labels. Default: one of {LABEL_COLUMNS}."
-    )
+    label_column: str | None = flag(None, f"Column with a label or a list of labels. Default: one of {LABEL_COLUMNS}.")
 
 
 @dataclass
@@ -64,12 +60,9 @@ class ClassificationArguments(LabeledImageArguments):
 
     protocol: Literal["ours", "authors", "babel"] = flag(
         "ours",
-        "Source of class names and prompt templates: this project (ours), CAPIVARA's authors (authors) or "
-        "Babel-ImageNet (babel).",
+        "Source of names and prompts: this project (ours), CAPIVARA's authors (authors), Babel-ImageNet (babel).",
     )
-    language: str | None = flag(
-        None, "Language code of the prompts, for protocol babel. The other protocols use the language of their file."
-    )
+    language: str | None = flag(None, "Language code of the class names, for protocol babel. Default: pt.")
     authors_file: str | None = flag(None, "Path of the authors' portuguese_prompts.py. Required for protocol authors.")
     seed: int | None = flag(None, "Seed of the training run, to be written to the records.")
 

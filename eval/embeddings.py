@@ -148,13 +148,9 @@ class EmbeddingArguments(ImageFileArguments):
     """Command-line arguments for embedding images and texts."""
 
     batch_size: int = flag(32, "Images in a batch. A batch of texts is twice as large.")
-    precision: Literal["float32", "bf16"] = flag(
-        "float32", "Precision of the forward pass. bf16 is faster, and its figures differ slightly."
-    )
+    precision: Literal["float32", "bf16"] = flag("float32", "Precision. bf16 is faster; its figures differ slightly.")
     cache_dir: str = flag(
-        "auto",
-        "Folder of the embedding cache: a path, auto ($CAPIVARA_CACHE, or ~/.cache/capivara if it is not set), or off "
-        "(nothing is kept).",
+        "auto", "Folder to store embeddings in; off = nowhere, auto = $CAPIVARA_CACHE or ~/.cache/capivara."
     )
     device: str | None = flag(None, "Device: cpu, cuda, or one GPU such as cuda:1. Default: the GPU if there is one.")
 

@@ -35,15 +35,11 @@ MAX_ITERATIONS = 1000  # iterations of the solver, at most
 class LinearProbeArguments(LabeledImageArguments):
     """Command-line arguments of `eval.linear_probe`."""
 
-    shots: list[int] = flag(
-        [], "Training images per class; several numbers are measured one after another. Default: all images."
-    )
+    shots: list[int] = flag([], "Training images per class, one or several numbers. Default: all images.")
     draws: int = flag(3, "Random draws of training images to average over (with --shots).")
     seed: int = flag(0, "Seed of the draws and of the validation fold.")
     train_split: str = flag("train", "Split to fit the regression to.")
-    validation_split: str | None = flag(
-        None, "Split to select the penalty on. Default: a fifth of the training images."
-    )
+    validation_split: str | None = flag(None, "Split to select the penalty on. Default: a fifth of the train split.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,9 +110,7 @@ def fit_and_score(
         ValueError: If the training images have fewer than two classes.
     """
     if len(np.unique(train[1])) < 2:
-        raise ValueError(
-            f"A linear probe needs training images of at least two classes, got {len(np.unique(train[1]))}."
-        )
+        raise ValueError(f"A linear probe needs at least two training classes, got {len(np.unique(train[1]))}.")
     if validation is None:
         fit_data, fold = train, make_validation_fold(train[1], rng)
     else:

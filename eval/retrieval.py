@@ -46,26 +46,19 @@ class RetrievalArguments(ModelArguments):
 
     model: str = flag(..., "Folder or Hub id of a CLIP-like model. With --role baseline also a model of open_clip.")
     dataset: str = flag(..., DATASET_HELP)
-    output: Path = flag(
-        ..., "JSON file to write the result to. A sheet of queries, OUTPUT.queries.png, is drawn next to it."
-    )
+    output: Path = flag(..., "JSON file to write the result to. Sample queries are drawn in OUTPUT.queries.png.")
     image_column: str = flag("image", "Name of the image column.")
     language: str = flag("pt", "Language code of the captions.")
-    caption_column: str = flag(
-        "captions-{language}", "Name of the column with a caption or a list of captions per image."
-    )
+    caption_column: str = flag("captions-{language}", "Column with a caption or a list of captions per image.")
     caption_positions: Literal["all", "first", "even", "odd"] = flag(
         "all",
-        "Which captions of an image to use, by position. In the paper's datasets with ten captions per image, those "
-        "translated by Marian are even and those translated by Google are odd.",
+        "Captions to use, by position. Of the ten per image in the paper's data, Marian's are even, Google's odd.",
     )
     dim: int | None = flag(
         None, "Compare only the first DIM dimensions of the embeddings, normalized again. Default: all dimensions."
     )
     seed: int | None = flag(None, "Seed of the training run, to be written to the records.")
-    dataset_name: str | None = flag(
-        None, "Name of the dataset in the records. Default: the last parts of its path or Hub id."
-    )
+    dataset_name: str | None = flag(None, "Name of the dataset in the records. Default: the end of its path or Hub id.")
 
 
 @dataclass(frozen=True)
@@ -124,9 +117,7 @@ def flatten_captions(captions: list[list[str]]) -> tuple[list[str], Tensor]:
     """
     for index, texts in enumerate(captions):
         if not texts or any(not (text or "").strip() for text in texts):
-            raise ValueError(
-                f"Every row needs captions that are not empty, got {texts!r} in row {index}. Fill or remove it."
-            )
+            raise ValueError(f"Captions must not be missing or empty, got {texts!r} in row {index}. Fill or remove it.")
     image_of_text = [index for index, texts in enumerate(captions) for _ in texts]
     return [text for texts in captions for text in texts], torch.tensor(image_of_text)
 
@@ -328,8 +319,7 @@ def _select_captions(value: Any, column: str, positions: str, row: int) -> list[
         raise ValueError(f"{fault}. Choose another --caption_column.") from bad
     if captions and not captions[CAPTION_POSITIONS[positions]]:
         raise ValueError(
-            f"Every row needs a caption at the positions {positions!r}, but row {row} has {len(captions)} captions. "
-            "Choose other --caption_positions."
+            f"Row {row} has {len(captions)} captions, none at the --caption_positions {positions!r}. Choose others."
         )
     return captions[CAPTION_POSITIONS[positions]]
 

@@ -58,23 +58,15 @@ class SuiteArguments(EmbeddingArguments):
     suite: str = flag("paper", f"Set of benchmarks to run: {', '.join(SUITES)}.", positional=True, nargs="?")
     model: str | None = flag(None, "Folder or Hub id of a CLIP-like model. With --runs it is the first of the runs.")
     runs: list[str] = flag(
-        [],
-        "Models trained with several seeds, or the folder that contains them. The table shows mean ± standard "
-        "deviation.",
+        [], "Models trained with several seeds, or their folder; shown as mean ± standard deviation."
     )
-    baseline: str | None = flag(
-        None, "Model to compare with: a folder, a Hub id, open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER."
-    )
+    baseline: str | None = flag(None, "As --model, or open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER.")
     output: Path = flag(Path("results/suite"), "Folder to write the result files, suite.json and table.md to.")
     data_dir: Path | None = flag(None, "Folder with local data: one subfolder per benchmark, named by its key.")
     only: list[str] = flag([], "Keys of the benchmarks to run, from any suite. Default: those of the suite.")
-    languages: list[str] = flag(
-        [], "Language codes to run, for benchmarks with several languages. Default: those that each benchmark chooses."
-    )
+    languages: list[str] = flag([], "Language codes to run. Default: those in the file of each benchmark.")
     protocol: Literal["ours", "authors"] = flag(
-        "ours",
-        "Source of class names and prompt templates: this project (ours), or CAPIVARA's authors (authors), as in the "
-        "published figures.",
+        "ours", "Source of names and prompts: this project (ours), or CAPIVARA's authors, as published (authors)."
     )
     authors_file: str | None = flag(None, "Path of the authors' portuguese_prompts.py. Required for protocol authors.")
 

@@ -28,7 +28,7 @@ def test_separable_classes_are_learned_and_unseen_classes_never_predicted():
         assert (scores.argmax(1).numpy() == test[1]).mean() > 0.9 and penalty > 0
         assert (scores[:, classes:] == -1e9).all()
     train = (np.zeros((3, 2), dtype=np.float32), np.zeros(3, dtype=int))
-    with pytest.raises(ValueError, match="two classes, got 1"):
+    with pytest.raises(ValueError, match=r"\b1\.$"):
         fit_and_score(train, None, train, 2, np.random.default_rng(0))
 
 

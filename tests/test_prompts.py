@@ -101,7 +101,7 @@ def test_classes_may_be_in_another_language(tmp_path):
     (note,) = prompts.notes
     assert "azul" in note and "rojo" not in note, "the name of two classes is stated"
     assert load_prompts(str(tmp_path / "a.json"), language="es") == prompts
-    with pytest.raises(ValueError, match=r"--language .*'es'.*'pt'"):
+    with pytest.raises(ValueError, match="'es', not 'pt'"):
         load_prompts(str(tmp_path / "a.json"), language="pt")
 
 
@@ -163,7 +163,7 @@ def test_babel_names_some_classes_of_imagenet():
 def test_invalid_arguments_are_refused(tmp_path):
     for call, message in (
         (lambda: load_prompts("cifar10"), "`cifar10`.*`cifar-10`"),
-        (lambda: load_prompts("cifar-10", language="es"), "--language .*'pt'.*'es'"),
+        (lambda: load_prompts("cifar-10", language="es"), "'pt', not 'es'"),
         (lambda: load_prompts("cifar-10", "authors"), "--authors_file"),
         (lambda: load_prompts("cifar-10", "authors", authors_file=str(tmp_path / "no.py")), "--authors_file.*no.py"),
         (lambda: load_prompts("cifar-10", "babel"), "imagenet-1k.*cifar-10"),

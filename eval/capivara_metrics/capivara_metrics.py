@@ -92,10 +92,8 @@ class CapivaraMetrics(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in METRIC_DEFINITIONS:
-            raise ValueError(
-                f"The second argument of evaluate.load must be one of {', '.join(METRIC_DEFINITIONS)}, "
-                f"got {self.config_name!r}."
-            )
+            names = ", ".join(METRIC_DEFINITIONS)
+            raise ValueError(f"The second argument of load must be one of {names}, got {self.config_name!r}.")
         _, predictions, references, inputs = METRIC_DEFINITIONS[self.config_name]
         return evaluate.MetricInfo(
             description=CapivaraMetrics.__doc__,

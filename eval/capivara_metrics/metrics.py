@@ -121,9 +121,7 @@ def _check_embeddings(query_embeds: Tensor, item_embeds: Tensor, query_groups: T
     for name, embeds in (("query", query_embeds), ("item", item_embeds)):
         # aminmax propagates NaN and, unlike isfinite on all elements, allocates no mask.
         if embeds.numel() and not torch.stack(embeds.aminmax()).isfinite().all():
-            raise ValueError(
-                f"A {name} embedding is NaN or infinite. Check the model's weights, or use --precision float32."
-            )
+            raise ValueError(f"A {name} embedding is NaN or infinite. Check the model's weights and the precision.")
     if missing := (~torch.isin(query_groups, item_groups)).nonzero().flatten()[:10].tolist():
         raise ValueError(f"Every query needs a relevant item, but queries {missing} have none.")
 
@@ -250,18 +248,13 @@ def ranks_from_scores(scores: Tensor, relevant_items: Sequence[Sequence[int]]) -
     """
     _check_finite(scores)
     if len(scores) != len(relevant_items):
-        raise ValueError(
-            f"There must be one row of scores per query, got {len(scores)} for {len(relevant_items)} queries."
-        )
+        raise ValueError(f"scores must have a row per query, got {len(scores)} for {len(relevant_items)} queries.")
     is_relevant = torch.zeros(scores.shape, dtype=torch.bool)
     for query, items in enumerate(relevant_items):
         if not len(items):
             raise ValueError(f"Every query needs a relevant item, but query {query} has none.")
         if not all(0 <= item < scores.shape[1] for item in items):
-            last = scores.shape[1] - 1
-            raise ValueError(
-                f"Indices of relevant items must be from 0 to {last}, got {list(items)} for query {query}."
-            )
+            raise ValueError(f"Items must be from 0 to {scores.shape[1] - 1}, got {list(items)} for query {query}.")
         is_relevant[query, list(items)] = True
     return ranks_from_mask(scores, is_relevant)
 
@@ -345,9 +338,7 @@ def eleven_point_map(scores: Tensor, targets: Tensor) -> float:
         ValueError: If the shapes differ, if a score is not finite, or if no class has an image.
     """
     if scores.shape != targets.shape:
-        raise ValueError(
-            f"scores and targets must have one shape, got {tuple(scores.shape)} and {tuple(targets.shape)}."
-        )
+        raise ValueError(f"Shapes must be equal, got scores {tuple(scores.shape)}, targets {tuple(targets.shape)}.")
     _check_finite(scores)
     if not (present := targets.sum(dim=0).nonzero().flatten().tolist()):
         raise ValueError("At least one class must have an image, but targets has no 1.")
@@ -382,7 +373,7 @@ def roc_auc(scores: Tensor, labels: Tensor) -> float:
 def _class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """Return how many wrong classes score at least as high as the right class, as (images,)."""
     if len(scores) != len(labels):
-        raise ValueError(f"There must be one row of scores per label, got {len(scores)} for {len(labels)} labels.")
+        raise ValueError(f"scores must have a row per label, got {len(scores)} for {len(labels)} labels.")
     _check_finite(scores)
     if outside := labels[(labels < 0) | (labels >= scores.shape[1])].unique().tolist():
         raise ValueError(f"Labels must be from 0 to {scores.shape[1] - 1}, the last named class, got {outside[:10]}.")

@@ -83,7 +83,7 @@ def load_prompts(
     if benchmark.endswith(".json"):
         if protocol != "ours":
             raise ValueError(
-                f"{benchmark} contains its own prompts, so the protocol must be ours (the default), got {protocol!r}."
+                f"{benchmark} has its own prompts, so protocol must be the default, ours; got {protocol!r}."
             )
         prompts = _load_classes_file(Path(benchmark))
     elif benchmark in list_benchmarks():
@@ -98,8 +98,7 @@ def load_prompts(
         prompts = _load_babel_prompts(prompts, language or "pt")
     if language and language != prompts.language:
         raise ValueError(
-            f"--language is only for protocol babel: the prompts of {benchmark} are in {prompts.language!r}, not in "
-            f"{language!r}. Omit --language."
+            f"The prompts of {benchmark} are in {prompts.language!r}, not {language!r}. Omit --language or use babel."
         )
     return prompts
 
@@ -148,9 +147,7 @@ def _load_classes_file(path: Path) -> Prompts:
             raise ValueError(f"metric must be one of {', '.join(DATASET_METRICS)}, got {metric!r}")
         texts = [data["dataset"], *data["templates"]]
         if not data["classes"] or not data["templates"] or not all(isinstance(text, str) for text in texts):
-            raise ValueError(
-                "classes and templates must have at least one entry, and dataset and templates must be text"
-            )
+            raise ValueError("classes and templates must not be empty, and dataset and templates must be texts")
         for number, entry in enumerate(data["classes"]):
             entry = entry if isinstance(entry, dict) else {language: entry}
             name = entry.get(language)
@@ -187,7 +184,7 @@ def _load_authors_prompts(our_prompts: Prompts, authors_file: str | None) -> Pro
     """Load the prompts of CAPIVARA's authors; `our_prompts` provides the English class names and the metric."""
     if not authors_file or not Path(authors_file).is_file():
         raise ValueError(
-            f"Protocol authors requires --authors_file, the path of portuguese_prompts.py; got {authors_file}."
+            f"Protocol authors needs the path of portuguese_prompts.py, --authors_file; got {authors_file}."
         )
     values, key, lists = parse_assignments(Path(authors_file).read_text(encoding="utf-8")), our_prompts.benchmark, []
     for variable in ("class_map", "template_map"):
@@ -203,9 +200,7 @@ def _load_authors_prompts(our_prompts: Prompts, authors_file: str | None) -> Pro
         lists.append(texts)
     names, templates = lists
     if invalid := [template for template in templates if "{}" not in template]:
-        raise ValueError(
-            f"Templates in {authors_file} must have {{}} for the class name, got {invalid[:3]} for {key!r}."
-        )
+        raise ValueError(f"Templates must have {{}} for the name, got {invalid[:3]} for {key!r} in {authors_file}.")
     note = f"The list has {len(names)} names for {len(our_prompts.names)} classes."
     note = FOOD_101_NOTE if key == "food-101" else note
     notes = (note,) if len(names) != len(our_prompts.names) else ()
