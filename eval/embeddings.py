@@ -75,7 +75,7 @@ class EmbeddingCache:
                 missing = [number for number, valid in enumerate(threads.map(digest_matches, self.paths)) if not valid]
             for path in filter(Path.exists, (self.paths[number] for number in missing)):
                 logger.warning("%s is damaged. It will be computed again.", path)
-            if missing and next(self.folder.parent.glob("*/*.npy"), None):  # an earlier version named folders otherwise
+            if missing and next(self.folder.parent.glob("*/*.npy"), None):  # files of an earlier version
                 text = (
                     "%s has embeddings of an earlier version (*.npy), which are not used. You can delete these files."
                 )
@@ -241,7 +241,8 @@ class EmbeddingStore:
         Returns:
             Unit-length embeddings (texts, width), float32.
         """
-        distinct = sorted(set(texts), key=lambda text: (len(text), text))  # little padding in a batch
+        # Texts of similar length are in one batch, so that they need little padding.
+        distinct = sorted(set(texts), key=lambda text: (len(text), text))
 
         def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, BadRows]:
             shard_texts = distinct[rows.start : rows.stop]

@@ -121,7 +121,8 @@ def fit_and_score(
     if can_select:  # GridSearchCV fits the best C again, to training and validation images
         regression = GridSearchCV(regression, {"C": INVERSE_PENALTIES.tolist()}, cv=PredefinedSplit(fold))
     regression.fit(*fit_data)
-    scores = torch.full((len(test[1]), class_count), -1e9, dtype=torch.double)  # -1e9: class without training images
+    # Classes without training images keep -1e9, so that they are never predicted.
+    scores = torch.full((len(test[1]), class_count), -1e9, dtype=torch.double)
     decision = regression.decision_function(test[0])
     if decision.ndim == 1:  # for two classes, scikit-learn returns only the score of the second
         decision = np.stack([-decision, decision], axis=1)

@@ -160,7 +160,7 @@ def _build_block(rows: pandas.DataFrame, results_folder: ResultsFolder, output: 
     for pair in pairs:
         pair["published"] = get_published_base(pair)
         pair["models"] = " against ".join(pair[role].folder for role in ("capivara", "baseline") if pair[role])
-    # The first metric of a classification dataset is its own; the chart shows only this one.
+    # The first metric in a result file is the dataset's own. A chart of classification shows only this metric.
     own_metrics = measured.drop_duplicates("dataset").set_index("dataset")["metric"]
     drawn = [p for p in pairs if not p["is_rank"] and (is_retrieval or p["metric"] == own_metrics[p["dataset"]])]
     has_several_models = len({pair["models"] for pair in pairs}) > 1

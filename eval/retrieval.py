@@ -228,7 +228,7 @@ class RetrievalData:
     """A dataset split whose captions are in memory and whose images are decoded when they are needed."""
 
     images: Split
-    captions: list[list[str]]  # row -> its captions
+    captions: list[list[str]]  # captions of each row
 
     def embed(self, store: EmbeddingStore) -> tuple[RetrievalEmbeddings, EmbeddedImages]:
         """Embed all readable images and their captions.

@@ -72,7 +72,7 @@ class SuiteArguments(EmbeddingArguments):
 
 
 def select_benchmarks(args: SuiteArguments) -> list[Benchmark]:
-    """Return the benchmarks that the arguments select, those of the suite or of --only.
+    """Return the benchmarks that the arguments select: the members of the suite, or the list in --only.
 
     Raises:
         UsageError: If a name is unknown (the message lists the known names), or if arguments contradict each other.
@@ -265,7 +265,7 @@ def build_suite_rows(
     """
     metrics = [(benchmark.key, language, benchmark.metric) for benchmark, language in pairs]
     metrics = pandas.DataFrame(metrics, columns=["benchmark", "language", "metric"])
-    # The merge keeps the published metric of each benchmark.
+    # The merge keeps only the figures in the published metric of each benchmark.
     frame = pandas.DataFrame(values, columns=[*GROUP_COLUMNS, "metric", "run", "value", "n"]).merge(metrics)
     frame["value"] = 100 * frame["value"].astype(float)
     average, averages_left_out = read_benchmark(BENCHMARKS_FOLDER / "elevater.json"), []

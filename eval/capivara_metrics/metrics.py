@@ -342,7 +342,7 @@ def eleven_point_map(scores: Tensor, targets: Tensor) -> float:
     _check_finite(scores)
     if not (present := targets.sum(dim=0).nonzero().flatten().tolist()):
         raise ValueError("At least one class must have an image, but targets has no 1.")
-    points, means = np.linspace(0, 1, 11) - 1e-12, []  # less a rounding error of the recall
+    points, means = np.linspace(0, 1, 11) - 1e-12, []  # the tolerance allows for rounding errors of the recall
     for column in present:
         precision, recall, _ = precision_recall_curve(targets[:, column].numpy(), scores[:, column].numpy())
         precision, recall = precision[:-1], recall[:-1]  # scikit-learn appends a point with precision 1 and recall 0

@@ -47,7 +47,7 @@ class Prompts:
     benchmark: str  # key of the dataset, such as "cifar-10"
     protocol: str  # "ours", "authors", "babel" or "own"
     names: list[str]  # names of the classes, in the order of the labels, as results show them
-    english_names: list[str]  # names of all classes of the dataset, which are matched with those in the data
+    english_names: list[str]  # names of all classes of the dataset, to be matched with the class names in the data
     class_prompts: list[list[str]]  # prompts of each class
     metric: str  # metric of the dataset, from `DATASET_METRICS`
     language: str = "pt"  # language code of `class_prompts`
@@ -190,7 +190,8 @@ def _load_authors_prompts(our_prompts: Prompts, authors_file: str | None) -> Pro
     for variable in ("class_map", "template_map"):
         texts = values[variable].get(key) if isinstance(values.get(variable), dict) else None
         if variable == "class_map" and isinstance(texts, list):
-            texts = [text[0] if isinstance(text, list) and text else text for text in texts]  # the first of synonyms
+            # A class may have a list of synonyms. As in the authors' code, the first one is used.
+            texts = [text[0] if isinstance(text, list) and text else text for text in texts]
         if (
             not isinstance(texts, list)
             or not texts
@@ -231,7 +232,8 @@ def parse_assignments(text: str) -> dict:
             return {evaluate(key): evaluate(item) for key, item in zip(node.keys, node.values, strict=True)}
         if isinstance(node, ast.List | ast.Tuple):
             return [evaluate(item) for item in node.elts]
-        if isinstance(node, ast.Lambda) and isinstance(node.body, ast.JoinedStr):  # lambda c: f"uma foto de {c}."
+        # A template is a lambda with an f-string, such as `lambda c: f"uma foto de {c}."`.
+        if isinstance(node, ast.Lambda) and isinstance(node.body, ast.JoinedStr):
             parts = node.body.values
             return "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)
         return ast.literal_eval(node)

@@ -1,1 +1,1 @@
-"""Result files and what is made of them: tables, plots and HTML pages."""
+"""Result files, and the tables, plots and HTML pages that show them."""

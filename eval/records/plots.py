@@ -36,7 +36,7 @@ IMAGES_PER_QUERY = 5  # highest-scored images that a sheet shows for a query
 QUERIES_PER_END = 4  # best queries, and as many worst queries, on the sheet of one model
 # For the sheet of two models: sign of the change in rank (model minus baseline), and number of such queries to show.
 QUERY_CHANGES = {"gain": (-1, 3), "tie": (0, 1), "loss": (1, 1)}
-# Matplotlib's default font lacks most scripts. Missing letters are taken from those of these fonts that are installed.
+# Matplotlib's default font lacks most scripts. It takes missing letters from these fonts if they are installed.
 FALLBACK_FONTS = ("Noto Sans", "Noto Serif", "FreeSans", "Lohit", "Nirmala UI", "Mangal", "Arial Unicode", "WenQuanYi")
 
 
@@ -117,7 +117,7 @@ def plot_bars(pairs: list[dict[str, Any]], path: Path) -> None:
     axis.set_xticks([tick for tick in axis.get_xticks() if tick <= 100])
     axis.set_yticks(
         range(len(pairs)), [pair["short"] for pair in pairs], parse_math=False, fontsize=9.5
-    )  # a $ is no formula
+    )  # a $ in a label does not start a formula
     axis.set_ylim(len(pairs) - 0.4, -0.6)  # the first pair is at the top
     axis.set_xlabel("percent", color=FAINT_TEXT_COLOR, fontsize=9)
     axis.tick_params(length=0, labelcolor=TEXT_COLOR)

@@ -205,7 +205,7 @@ def parse_result(content: dict[str, Any], name: str) -> ResultFile:
         if not isinstance(entry, dict):
             raise ValueError(f"records/{number} must be an object, got {reprlib.repr(entry)}")
         if missing := [field.name for field in fields(Record) if field.default is MISSING and field.name not in entry]:
-            raise ValueError(f"records/{number} must have the key {missing[0]!r}")
+            raise ValueError(f"records/{number} has no {missing[0]!r}")
         try:
             records.append(Record(**{field.name: entry[field.name] for field in fields(Record) if field.name in entry}))
         except ValueError as error:
