@@ -109,7 +109,7 @@ def find_published_name(name: str, role: str, model_class: str, loss: str) -> st
 
     Returns:
         The model's own name in lowercase if a benchmark lists it in `bases`; the role for a model of CAPIVARA's
-        architecture; otherwise None.
+        architecture with a contrastive loss; otherwise None.
     """
     base = Path(name).name.casefold()
     if any(base in benchmark.bases for benchmark in load_benchmarks().values()):

@@ -115,9 +115,8 @@ def plot_bars(pairs: list[dict[str, Any]], path: Path) -> None:
         axis.plot(*zip(*chances, strict=True), "|", color=TEXT_COLOR, markersize=26, label="chance")
     axis.set_xlim(0, max(1.0, 1.3 * axis.dataLim.x1))  # leave room for the label of the longest bar
     axis.set_xticks([tick for tick in axis.get_xticks() if tick <= 100])
-    axis.set_yticks(
-        range(len(pairs)), [pair["short"] for pair in pairs], parse_math=False, fontsize=9.5
-    )  # a $ in a label does not start a formula
+    # With parse_math=False, a $ in a label does not start a formula.
+    axis.set_yticks(range(len(pairs)), [pair["short"] for pair in pairs], parse_math=False, fontsize=9.5)
     axis.set_ylim(len(pairs) - 0.4, -0.6)  # the first pair is at the top
     axis.set_xlabel("percent", color=FAINT_TEXT_COLOR, fontsize=9)
     axis.tick_params(length=0, labelcolor=TEXT_COLOR)
