@@ -76,9 +76,7 @@ class EmbeddingCache:
             for path in filter(Path.exists, (self.paths[number] for number in missing)):
                 logger.warning("%s is damaged. It will be computed again.", path)
             if missing and next(self.folder.parent.glob("*/*.npy"), None):  # files of an earlier version
-                text = (
-                    "%s has embeddings of an earlier version (*.npy), which are not used. You can delete these files."
-                )
+                text = "%s has embeddings of an earlier version (*.npy), which are not used. You can delete them."
                 logger.warning(text, self.folder.parent)
         return broadcast_object_list([missing])[0]
 
@@ -149,9 +147,7 @@ class EmbeddingArguments(ImageFileArguments):
 
     batch_size: int = flag(32, "Images in a batch. A batch of texts is twice as large.")
     precision: Literal["float32", "bf16"] = flag("float32", "Precision. bf16 is faster; its figures differ slightly.")
-    cache_dir: str = flag(
-        "auto", "Folder to store embeddings in; off = nowhere, auto = $CAPIVARA_CACHE or ~/.cache/capivara."
-    )
+    cache_dir: str = flag("auto", "Cache folder; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = no cache is kept.")
     device: str | None = flag(None, "Device: cpu, cuda, or one GPU such as cuda:1. Default: the GPU if there is one.")
 
     def __post_init__(self) -> None:
@@ -164,9 +160,7 @@ class ModelArguments(EmbeddingArguments):
     """Command-line arguments shared by all evaluation commands."""
 
     role: Literal["baseline", "capivara"] = flag(
-        "capivara",
-        "Role of the model in tables and reports. A baseline may also be a model of open_clip: "
-        "open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER.",
+        "capivara", "Role in tables. A baseline may also be open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER."
     )
     split: str = flag("test", "Split of the dataset to measure.")
 
@@ -248,9 +242,8 @@ class EmbeddingStore:
             shard_texts = distinct[rows.start : rows.stop]
             return self.embedder.embed_texts(shard_texts, 2 * self.batch_size, bar.update).numpy(), {}
 
-        table = self._load_or_make_table(
-            "texts", self.embedder.fingerprint, distinct, TEXTS_PER_SHARD, embed, description
-        )
+        model = self.embedder.fingerprint
+        table = self._load_or_make_table("texts", model, distinct, TEXTS_PER_SHARD, embed, description)
         position = {text: number for number, text in enumerate(distinct)}
         return torch.from_numpy(vectors_to_array(table)[[position[text] for text in texts]])
 
@@ -273,10 +266,8 @@ class EmbeddingStore:
             embed: Function that embeds a range of items, updates the progress bar, and returns embeddings and bad rows.
             description: Label of the progress bar.
         """
-        key = json_digest(
-            {"version": EMBEDDING_FORMAT_VERSION, "model": model_fingerprint, "batch_size": self.batch_size},
-            sort_keys=True,
-        )
+        key = {"version": EMBEDDING_FORMAT_VERSION, "model": model_fingerprint, "batch_size": self.batch_size}
+        key = json_digest(key, sort_keys=True)
         parts = split_rows(len(items), rows_per_shard)
         names = [f"{kind}-{json_digest(items[part.start : part.stop])}" for part in parts]
         cache = EmbeddingCache(self.cache_folder / "evaluation" / key, parts, names)

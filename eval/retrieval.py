@@ -161,11 +161,10 @@ def compute_retrieval_records(
     for direction in DIRECTIONS:
         ranks = embeddings.ranks[direction]
         record = partial(Record, "retrieval", direction=direction, n=len(ranks), **record_fields)
+        chances = {k: embeddings.chance_recall(direction, k) for k in cutoffs}
         recalls = [
-            record(
-                metric=f"recall@{k}", value=metrics.recall_at_k(ranks, k), chance=embeddings.chance_recall(direction, k)
-            )
-            for k in cutoffs
+            record(metric=f"recall@{k}", value=metrics.recall_at_k(ranks, k), chance=chance)
+            for k, chance in chances.items()
         ]
         if len(cutoffs) == len(RECALL_CUTOFFS):  # a mean of fewer recalls would be another metric of the same name
             recalls.append(average_recalls(recalls))
@@ -318,9 +317,8 @@ def _select_captions(value: Any, column: str, positions: str, row: int) -> list[
         fault = f"Captions must be text, got {str(value)[:100]} in row {row} of the column {column!r}"
         raise ValueError(f"{fault}. Choose another --caption_column.") from bad
     if captions and not captions[CAPTION_POSITIONS[positions]]:
-        raise ValueError(
-            f"Row {row} has {len(captions)} captions, none at the --caption_positions {positions!r}. Choose others."
-        )
+        fault = f"Row {row} has {len(captions)} captions, none at the positions {positions!r}"
+        raise ValueError(f"{fault}. Choose other --caption_positions.")
     return captions[CAPTION_POSITIONS[positions]]
 
 

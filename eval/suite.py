@@ -57,9 +57,7 @@ class SuiteArguments(EmbeddingArguments):
 
     suite: str = flag("paper", f"Set of benchmarks to run: {', '.join(SUITES)}.", positional=True, nargs="?")
     model: str | None = flag(None, "Folder or Hub id of a CLIP-like model. With --runs it is the first of the runs.")
-    runs: list[str] = flag(
-        [], "Models trained with several seeds, or their folder; shown as mean ± standard deviation."
-    )
+    runs: list[str] = flag([], "Models trained with several seeds, or their folder. Shown as mean ± deviation.")
     baseline: str | None = flag(None, "As --model, or open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER.")
     output: Path = flag(Path("results/suite"), "Folder to write the result files, suite.json and table.md to.")
     data_dir: Path | None = flag(None, "Folder with local data: one subfolder per benchmark, named by its key.")
@@ -312,13 +310,14 @@ def _build_row(cells: pandas.DataFrame, protocol: str) -> dict[str, Any]:
     # From text to image, `n` is the number of captions, not of images. The average has n = 0.
     image_counts = [int(n) for n in cells["n"] if n > 0 and first["direction"] != "text_to_image"]
     images = image_counts[0] if image_counts else None
-    same_images = benchmark.like_for_like and (
-        None in (benchmark.test_images, images) or images == benchmark.test_images
-    )
+    same_number = None in (benchmark.test_images, images) or images == benchmark.test_images
     same_prompts = benchmark.task == "retrieval" or benchmark.protocol == "babel" or protocol == "authors"
     row = {"benchmark": benchmark.key, "title": title, "section": section, "language": first["language"]}
     row |= {"direction": first["direction"], "metric": benchmark.metric, "images": images}
-    row |= {"test_images": benchmark.test_images, "like_for_like": same_images and same_prompts}
+    row |= {
+        "test_images": benchmark.test_images,
+        "like_for_like": benchmark.like_for_like and same_number and same_prompts,
+    }
     for cell in cells.itertuples():
         std = None if math.isnan(cell.deviation) else cell.deviation
         measured = None if math.isnan(cell.mean) else {"mean": cell.mean, "std": std, "runs": int(cell.seeds)}
@@ -336,9 +335,8 @@ def render_suite_table(summary: dict[str, Any]) -> str:
         if row["images"] and row["test_images"] not in (None, row["images"])
     ]
     for entry in measurements[measurements["skipped"] > 0].itertuples():
-        remarks.append(
-            f"{entry.file.removesuffix('.json')}: {entry.skipped:,} images could not be read and are omitted."
-        )
+        name = entry.file.removesuffix(".json")
+        remarks.append(f"{name}: {entry.skipped:,} images could not be read and are omitted.")
     measured = {row["benchmark"] for row in rows if any(row[role]["measured"] for role in ROLE_NAMES)}
     remarks += [f"{title}: {note}" for key, (title, note) in titles.items() if note and key in measured]
     remarks += summary["averages_left_out"]
@@ -360,7 +358,7 @@ def main(argv: list[str] | None = None) -> None:
         failed = {entry["benchmark"] for entry in entries if entry["status"] == "not run" and entry["local"]}
         if failed:
             sys.exit(
-                f"error: {', '.join(sorted(failed))} failed although --data_dir has the data; see the reasons above."
+                f"error: {', '.join(sorted(failed))} failed although --data_dir has the data. The reasons are above."
             )
 
 

@@ -82,9 +82,7 @@ def load_prompts(
         raise ValueError(f"protocol must be ours, authors or babel, got {protocol!r}.")
     if benchmark.endswith(".json"):
         if protocol != "ours":
-            raise ValueError(
-                f"{benchmark} has its own prompts, so protocol must be the default, ours; got {protocol!r}."
-            )
+            raise ValueError(f"{benchmark} has its own prompts, so protocol must be ours, got {protocol!r}.")
         prompts = _load_classes_file(Path(benchmark))
     elif benchmark in list_benchmarks():
         prompts = _build_prompts(benchmark, "ours", read_json(PROMPTS_FOLDER / "pt" / f"{benchmark}.json"))
@@ -97,9 +95,7 @@ def load_prompts(
     elif protocol == "babel":
         prompts = _load_babel_prompts(prompts, language or "pt")
     if language and language != prompts.language:
-        raise ValueError(
-            f"The prompts of {benchmark} are in {prompts.language!r}, not {language!r}. Omit --language or use babel."
-        )
+        raise ValueError(f"The prompts of {benchmark} are in {prompts.language!r}, not {language!r}. Omit --language.")
     return prompts
 
 
@@ -183,9 +179,7 @@ def _describe_shared_names(names: list[str]) -> tuple[str, ...]:
 def _load_authors_prompts(our_prompts: Prompts, authors_file: str | None) -> Prompts:
     """Load the prompts of CAPIVARA's authors; `our_prompts` provides the English class names and the metric."""
     if not authors_file or not Path(authors_file).is_file():
-        raise ValueError(
-            f"Protocol authors needs the path of portuguese_prompts.py, --authors_file; got {authors_file}."
-        )
+        raise ValueError(f"--authors_file must be the path of portuguese_prompts.py, got {authors_file}.")
     values, key, lists = parse_assignments(Path(authors_file).read_text(encoding="utf-8")), our_prompts.benchmark, []
     for variable in ("class_map", "template_map"):
         texts = values[variable].get(key) if isinstance(values.get(variable), dict) else None

@@ -88,11 +88,8 @@ class Record:
         is_share = low - ROUNDING_TOLERANCE <= self.value <= 1 + ROUNDING_TOLERANCE
         rule = "a rank of at least 1" if self.is_rank else f"a share from {low} to 1"
         self._check("value", self.value >= 1 if self.is_rank else is_share, rule, f" for {self.metric}")
-        self._check(
-            "chance",
-            self.chance is None or -ROUNDING_TOLERANCE <= self.chance <= 1 + ROUNDING_TOLERANCE,
-            "a share from 0 to 1",
-        )
+        is_share = self.chance is None or -ROUNDING_TOLERANCE <= self.chance <= 1 + ROUNDING_TOLERANCE
+        self._check("chance", is_share, "a share from 0 to 1")
         for name in ("n", "dim"):
             self._check(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         k = int(recall[1]) if recall else 0
@@ -229,9 +226,8 @@ def read_json_object(path: Path) -> tuple[dict[str, Any], bytes]:
         raise ValueError(f"is larger than {MAX_JSON_BYTES // 2**20} MiB")
     data = path.read_bytes()
     try:
-        content = json.loads(
-            data.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_check_distinct_keys
-        )
+        text = data.decode("utf-8")
+        content = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_check_distinct_keys)
     except RecursionError as error:
         raise ValueError("is not readable JSON: it is nested too deeply") from error
     except ValueError as error:  # includes UnicodeDecodeError
