@@ -13,7 +13,7 @@ from caption_tars import CAPTIONS, PICTURES, ROWS, sample, table_of, tar_source,
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
 from capivara_common.image_files import decode_image, image_display_path, read_image_bytes
-from caption_data import sources
+from caption_data import file_tables, sources
 from caption_data.sources import Split, open_split
 from captions.stages import open_in_place
 
@@ -255,7 +255,7 @@ def test_a_line_of_a_list_that_does_not_end_is_not_read(tmp_path, line):
     good = b"" if line == "first" else b'{"file_name": "a.png", "captions-pt": ["um gato"]}\n'
     with (tmp_path / "metadata.jsonl").open("wb") as file:
         file.write(good)
-        file.truncate(sources.MAX_ROW_JSON_BYTES * 3)
+        file.truncate(file_tables.MAX_ROW_JSON_BYTES * 3)
     if line == "first":
         with pytest.raises(ValueError, match=r"metadata\.jsonl: line 1 has more than 1,000,000 bytes"):
             open_split(str(tmp_path), "train", "image")
