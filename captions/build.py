@@ -434,8 +434,8 @@ def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
         world_size: Number of tasks.
 
     Raises:
-        ValueError: If the existing dataset was made from other stages, a column has different types in two splits, or no
-            row is left.
+        ValueError: If the existing dataset was made from other stages, two splits have different types for a column, or
+            no row is left.
     """
     output = plan.output / DATASET_FOLDER
     last_stages = {split: steps[-1].output for split, steps in plan.steps.items()}
@@ -592,8 +592,8 @@ def main(argv: list[str] | None = None) -> None:
     if folder is not None:
         quoted = shlex.quote(str(folder))
         print(
-            f"The dataset is in {folder}, with the dataset card README.md. Train on it with --dataset {quoted}. Publish "
-            f"it with: python -m hub_upload.push --model {quoted} --repo_id YOU/NAME --repo_type dataset"
+            f"The dataset is in {folder}, with the dataset card README.md. Train on it with --dataset {quoted}. "
+            f"Publish it with: python -m hub_upload.push --model {quoted} --repo_id YOU/NAME --repo_type dataset"
         )
 
 

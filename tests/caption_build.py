@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 
 from caption_data.rows import CAPTIONS_FEATURE
 from captions.build import BuildArguments, ManualStepRequired, build_dataset
-from captions.translate import escape_cell, unescape_cell
+from captions.translation_tables import escape_cell, unescape_cell
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = {

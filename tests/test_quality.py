@@ -3,7 +3,7 @@
 import pytest
 from langcodes import standardize_tag
 
-from captions.translate import QUALITY_FLAGS, find_quality_flags
+from captions.quality import QUALITY_FLAGS, find_quality_flags
 from captions.translators import find_language_code
 
 GOOD = [

@@ -14,7 +14,7 @@ from tiny import draw_nothing, save_model
 
 import train_accelerate
 from captions.build import BuildArguments, ManualStepRequired, build_dataset, main
-from captions.translate import escape_cell, unescape_cell
+from captions.translation_tables import escape_cell, unescape_cell
 from hub_upload.card import find_card_faults, write_card
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,8 @@ from capivara_common.files import read_json
 from caption_data.rows import CAPTIONS_FEATURE
 from caption_data.sources import open_split
 from captions.stages import check_complete
-from captions.translate import TranslationMemory, main, unescape_cell
+from captions.translate import TranslationMemory, main
+from captions.translation_tables import unescape_cell
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 24

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from captions.translate import (
+from captions.translation_tables import (
     describe_untranslated,
     escape_cell,
     read_translation_table,
