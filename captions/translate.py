@@ -249,7 +249,7 @@ class TranslateArguments(StageArguments):
             logger.info("The cards will state that it was translated %s.", translators[self.translated_by])
         elif read_table(self.import_file)[0]["id"] != stage.record["source"]["fingerprint"]:
             self.check_source_rows(stage)  # before somebody fills the table of another dataset
-        return f"{self.import_file}, the table of {self.title}, is incomplete: {self.pending_manual_step()}"
+        return f"{self.import_file} (stage {self.title}) is incomplete: {self.pending_manual_step()}"
 
     def table_header(self, stage: RowStage) -> list[str]:
         """Return the column names for the first line of the table, with the digest of the source and both languages."""

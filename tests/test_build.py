@@ -1,4 +1,4 @@
-"""The whole chain from a config: checked before it runs, resumable anywhere, ending in a data set with a card."""
+"""Caption builds from a config: checked before they run, resumable at any point, with a dataset card at the end."""
 
 import contextlib
 import errno
@@ -109,25 +109,26 @@ def test_what_is_done_is_not_done_again_and_no_model_is_loaded(finished, monkeyp
 
 
 def test_a_table_waits_until_it_is_filled(config, tmp_path, capsys, caplog):
-    """Neither an error nor a translation: it says how many are missing and where, one way to go on, and ends with 0."""
+    """An incomplete table is not an error: the command prints which translations are missing and ends normally."""
     table = tmp_path / "tables" / "train.tsv"
     text = table.read_text(encoding="utf-8")
-    emptied = text.replace("\tikati 0\n", "\t\n").replace("\tinja\n", "\t \xa0\n")  # as spreadsheets have blanks
+    emptied = text.replace("\tikati 0\n", "\t\n").replace(
+        "\tinja\n", "\t \xa0\n"
+    )  # spreadsheets may write other blanks
     table.write_text(emptied, encoding="utf-8")
     with caplog.at_level("INFO", "capivara"):
         main(["--config", str(config)])
         main(["--config", str(config), "--dry_run"])
     said = capsys.readouterr().out
-    missing = r"2 of 25 sentences have no translation yet: line 2 \(s1_\w+\), line 4 \(s3_\w+\)"
+    missing = r"2 of 25 .*: line 2 \(s1_\w+\), line 4 \(s3_\w+\)"
     assert re.fullmatch(
-        rf"waiting: {table} has the sentences of 1-translate, train: {missing}\.\n"
-        r"Fill the last column, then run the same command again\.\n", said,
+        rf"Manual step: {table}.* 1-translate, train.*: {missing}\.\n.*\n", said,
     )  # fmt: skip
-    assert f"1-translate, train: waits for {table}: 2 of 25 sentences have no translation yet\n" in caplog.text
-    assert "--import " not in caplog.text, "that is the way of another command"
+    assert re.search(rf"1-translate, train: .*{table}: 2 of 25 ", caplog.text)
+    assert "--import " not in caplog.text, "the flag belongs to another command"
     assert not (tmp_path / "built" / "1-translate" / "train").exists() and not (tmp_path / "built" / "dataset").exists()
     table.write_text(text, encoding="utf-8")
-    assert build_dataset(BuildArguments(config)) and "has the sentences" not in capsys.readouterr().out
+    assert build_dataset(BuildArguments(config)) and "1-translate" not in capsys.readouterr().out
 
 
 def test_two_languages_do_not_share_a_table(config, tmp_path, monkeypatch):
@@ -141,9 +142,19 @@ def test_two_languages_do_not_share_a_table(config, tmp_path, monkeypatch):
         assert xhosa.read_text(encoding="utf-8").split("\n")[0].endswith("\ttranslation:xh")
         shutil.copyfile(xhosa, tmp_path / "guarani" / "tables" / xhosa.name)
     for dry_run in (True, False):
-        with pytest.raises(ValueError, match=r"guarani/tables/train\.tsv .*'xh'.*'gn'"):
+        with pytest.raises(ValueError, match=r"guarani/tables/train\.tsv (?=.*'xh').*'gn'"):
             build_dataset(BuildArguments(config, dry_run=dry_run, **flags))
     assert not (tmp_path / "guarani" / "dataset").exists()
+
+
+def test_a_table_in_the_current_folder_is_named(config, tmp_path, monkeypatch, caplog):
+    """Earlier versions wrote it there; a new, empty table must not silently take its place."""
+    monkeypatch.chdir(tmp_path)
+    changed(config, translate={"backend": "file", "import": "tables/{split}.tsv"})
+    with caplog.at_level("WARNING", "capivara"), pytest.raises(ManualStepRequired):
+        build_dataset(BuildArguments(config))
+    for split in ("train", "test"):
+        assert re.search(rf"tables/{split}\.tsv .*{tmp_path}/built/tables/{split}\.tsv", caplog.text)
 
 
 @pytest.mark.slow
@@ -156,7 +167,7 @@ def test_a_corrected_cell_reaches_the_data_set(config, tmp_path, monkeypatch, ca
     table.write_text(table.read_text(encoding="utf-8").replace("\tikati 9\n", "\tikati emnyama\n"), encoding="utf-8")
     with caplog.at_level("INFO", "capivara"):
         build_dataset(BuildArguments(config, dry_run=True))
-    assert "1-translate, train: to be done again where" in caplog.text and "dataset: to be made" in caplog.text
+    assert re.search(rf"1-translate, train: .*{table}", caplog.text) and "dataset: not written yet" in caplog.text
     # Killed in the middle: the correction is found again.
     with monkeypatch.context() as patch:
         patch.setattr("captions.stages.Corrections.apply", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -206,8 +217,8 @@ def test_what_fails_is_named_and_the_same_command_does_the_rest(config, tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(select, "select_row", poisoned)
-        text = r"1 tasks have failed:\n  task 1: ZeroDivisionError: no such row was expected; rows 6 to 10 of train\n"
-        with pytest.raises(ValueError, match=rf"3-select, train: rows: {text}Logs: .*The same command does what is"):
+        message = r"3-select, train: rows: .*\n  task 1: ZeroDivisionError: .*rows 6 to 10 of train\n"
+        with pytest.raises(ValueError, match=message):
             build_dataset(BuildArguments(config, tasks=2))
     parts = [path.name for path in (tmp_path / "built" / "3-select" / "train").glob("*.parquet")]
     assert parts == ["train-000000000-000000006.parquet"] and not (tmp_path / "built" / "dataset").exists()
@@ -222,7 +233,7 @@ def test_what_fails_is_named_and_the_same_command_does_the_rest(config, tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr("captions.build.pa.concat_tables", full)
-        with pytest.raises(OSError, match=r"No space left on the disk while writing .*; nothing was kept"):
+        with pytest.raises(OSError, match=r"built/dataset"):
             main(["--config", str(config)])
     assert not (tmp_path / "built" / "dataset").exists() and not list(logs.glob("failures/*"))
     part = sorted((tmp_path / "built" / "2-score" / "train").glob("*.parquet"))[1]
@@ -281,7 +292,7 @@ def test_slurm_asks_for_a_table_where_it_has_nothing_to_do(finished, monkeypatch
     text = table.read_text(encoding="utf-8")
     table.unlink()
     monkeypatch.setattr("datatrove.executor.slurm.launch_slurm_job", lambda *args: pytest.fail("a job was submitted"))
-    with pytest.raises(ManualStepRequired, match=r"test\.tsv has the sentences of 1-translate, test: 25 of 25"):
+    with pytest.raises(ManualStepRequired, match=r"test\.tsv.*1-translate, test.* 25 of 25"):
         build_dataset(BuildArguments(finished, **SLURM))
     table.write_text(text, encoding="utf-8")
 
@@ -293,7 +304,7 @@ from capivara_common.tasks import Phase
 def run(args, rank, world_size):
     (args.output / f"{rank}-{world_size}").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
 
-PHASE = Phase(run, shared=True)
+PHASE = Phase(run, is_parallel=True)
 """
 
 
@@ -322,22 +333,22 @@ def test_workers_that_die_before_they_say_a_word(executor, monkeypatch, tmp_path
     monkeypatch.setattr("capivara_common.executors.require_packages", lambda *_: None)
     monkeypatch.setattr("capivara_common.executors.RayPipelineExecutor.run", lambda _: None)
     args = StageArguments("no/such", tmp_path / "out", executor=executor, tasks=3, workers=2)
-    works = [PhaseStep(args.phases["rows"], args, tmp_path / name, name) for name in ("first", "second")]
+    steps = [PhaseStep(args.phases["rows"], args, tmp_path / name, name) for name in ("first", "second")]
     (tmp_path / "first" / "completions").mkdir(parents=True)
     (tmp_path / "first" / "completions" / "00001").touch()  # of an earlier start
-    with pytest.raises(ValueError, match=r"first: 3 tasks have failed:(\n  task [012]: has not started, or .*){3}"):
-        run_phases(works, args)
+    with pytest.raises(ValueError, match=r"first: 3 .*(\n  task [012]: .*){3}"):
+        run_phases(steps, args)
     assert not (tmp_path / "second").exists()
 
 
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("partition", "gpu\n#SBATCH --wrap=x", "partition must have letters, digits and"),
-        ("time", "1\x1b", "time must have letters"),
-        ("sbatch", "comment=x $(touch x)", "sbatch must have letters"),
-        ("logging_dir", "a b", "folder of the logs must have letters"),
-        ("output", "50%j", "folder of the logs must have letters"),
+        ("partition", "gpu\n#SBATCH --wrap=x", "partition .*SBATCH"),
+        ("time", "1\x1b", r"time .*x1b"),
+        ("sbatch", "comment=x $(touch x)", r"sbatch .*touch x"),
+        ("logging_dir", "a b", "folder of the logs"),
+        ("output", "50%j", "folder of the logs"),
     ],
 )
 def test_slurm_gets_what_stands_in_its_script_as_it_is(config, tmp_path, monkeypatch, flag, value, message):
@@ -366,7 +377,7 @@ def test_what_the_data_lack_is_said_before_any_stage(config, tmp_path, changes, 
 def test_a_missing_extra_is_said_before_any_stage(config, monkeypatch):
     changed(config, score={"model": "open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k"})
     monkeypatch.setattr("capivara_common.environment.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'The stage score needs open_clip, .*: pip install -e "\.\[open_clip\]"$'):
+    with pytest.raises(ImportError, match=r"score.*\[open_clip\]"):
         build_dataset(BuildArguments(config, dry_run=True))
 
 
@@ -375,7 +386,7 @@ def test_a_dry_run_says_what_it_would_do(config, tmp_path, caplog):
     with caplog.at_level("INFO", "capivara"):
         main(["--config", str(config), "--dry_run"])
     assert files(tmp_path) == before
-    for text in ("1-translate, train: to be done", "python -m captions.score --dataset", "dataset: to be made"):
+    for text in ("1-translate, train: not started", "python -m captions.score --dataset", "dataset: not written yet"):
         assert text in caplog.text
     assert f"--import_file {tmp_path}/tables/test.tsv" in caplog.text and "--rows_per_part 6" in caplog.text
 
@@ -384,10 +395,10 @@ def test_a_dry_run_says_what_it_would_do(config, tmp_path, caplog):
 def test_another_setting_is_another_output(config, tmp_path):
     build_dataset(BuildArguments(config))
     changed(config, select={"caption_strategy": "rank", "caption_count": 1, "rows_per_part": 6})
-    with pytest.raises(ValueError, match=r"settings.caption_count: 2 there, 1 now"):
+    with pytest.raises(ValueError, match=r"settings\.caption_count: 2 .* 1\b"):
         build_dataset(BuildArguments(config))
     shutil.rmtree(tmp_path / "built" / "3-select")
-    with pytest.raises(ValueError, match=r"dataset was made from other stages.*Remove it"):
+    with pytest.raises(ValueError, match=r"built/dataset"):
         build_dataset(BuildArguments(config))
     shutil.rmtree(tmp_path / "built" / "dataset")
     build_dataset(BuildArguments(config))
@@ -410,14 +421,14 @@ def test_stages_may_be_left_out(config, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"langage": "pt"}, r"Unknown key in .*config.yaml: `langage`\. Did you mean `language`"),
-        ({"score": {"modle": "x"}}, r"section score: `modle`\. Did you mean `model`"),
-        ({"dataset": None}, r"lacks `dataset`.*give --dataset"),
-        ({"card": None}, r"lacks `card`.*no data set without its sources"),
-        ({"card": CARD | {"sources": []}}, r"card.sources must list the sources, each with a name and a license"),
-        ({"card": CARD | {"license": "Free for all"}}, r"card.license must be an identifier of the Hub"),
-        ({"evaluation_splits": ["train"]}, r"evaluation_splits has 'train'"),
-        ({"translate": None, "score": None, "select": None}, r"there is nothing to do"),
+        ({"langage": "pt"}, r"config\.yaml.*`langage`.*`language`"),
+        ({"score": {"modle": "x"}}, r"score.*`modle`.*`model`"),
+        ({"dataset": None}, r"`dataset`.*--dataset"),
+        ({"card": None}, r"`card`"),
+        ({"card": CARD | {"sources": []}}, r"card\.sources"),
+        ({"card": CARD | {"license": "Free for all"}}, r"card\.license.*'Free for all'"),
+        ({"evaluation_splits": ["train"]}, r"evaluation_splits.*'train'"),
+        ({"translate": None, "score": None, "select": None}, r"generate, translate, score, select"),
     ],
 )
 def test_slips_in_a_config_are_found_before_any_work(config, tmp_path, changes, message):
@@ -438,7 +449,7 @@ def test_the_papers_configs_are_whole(language, tmp_path):
     assert score.model == "open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k"
     assert (select.caption_strategy, select.caption_count, select.min_pair_similarity) == ("rank", 5, 0.2)
     assert score.dataset == str(tmp_path / "out" / "2-translate" / "train")
-    with pytest.raises(ValueError, match="lacks `dataset`"):
+    with pytest.raises(ValueError, match="`dataset`"):
         read_build_plan(config)
 
 
