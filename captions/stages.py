@@ -87,7 +87,7 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class StageArguments(ImageFileArguments, ExecutorArguments):
-    """Flags of a stage, and what its tasks do. This base class copies the rows; subclasses add columns.
+    """Flags of a stage, and the work of its tasks. This base class copies the rows; subclasses add columns.
 
     Raises ValueError if the value of a flag is invalid.
     """
@@ -185,7 +185,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
             stage: The opened rows.
 
         Returns:
-            Arguments of `RowStage.run`: the new columns, the settings, `process`, and optionally `prepare`.
+            Arguments of `RowStage.run`: new columns, settings, `process`, and optionally `prepare`.
         """
         return {}, {}, lambda rows: [{} for _ in rows]
 
@@ -294,7 +294,7 @@ open_in_place = partial(open_split, parquet_type=ParquetSplit)  # reads parquet 
 
 
 def source_fingerprint(source: Split) -> str:
-    """Return a hex digest (BLAKE2b-128) of the content of a split that does not depend on where its files are.
+    """Return a BLAKE2b-128 hex digest of the content of a split, which does not depend on the folder of its files.
 
     Large files are digested by their size and by `SAMPLE_COUNT` samples. For saved datasets and datasets of the Hub,
     this is the fingerprint of `datasets`.
@@ -363,6 +363,13 @@ class StageReport:
 
 class RowStage:
     """One task of a stage: its opened source, and the parts that it writes.
+
+    Attributes:
+        source: The rows to read.
+        features: Columns that the stage passes on, with their features.
+        record: Content of `stage.json` that is known before a model is loaded.
+        parts: Row ranges of the parts that this task writes.
+        path: Function that returns the path of a part.
 
     Raises ValueError if there is no such dataset, it is the output of an unfinished stage, or it lacks required
     columns.
@@ -613,7 +620,7 @@ def claim_folder(output: Path, record: dict[str, Any]) -> None:
 
 
 def describe_differences(recorded: dict[str, Any], current: dict[str, Any]) -> str:
-    """Name the identity values in which the records of two runs of a stage differ; empty if they agree."""
+    """Describe how two stage records differ in values that must be equal (`IDENTITY_KEYS`); empty if they agree."""
     old, new = flatten(_identity(recorded)), flatten(_identity(json.loads(json.dumps(current))))
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names)

@@ -183,7 +183,7 @@ class TranslateArguments(StageArguments):
         return settings | {"existing": "refuse", "drop_flagged": self.drop_flagged}
 
     def pending_manual_step(self) -> str:
-        """Describe which sentences of the table have no translation yet; empty if none or without a table.
+        """Describe which sentences of the table have no translation yet; empty if all have one.
 
         Raises ValueError if the table states the wrong languages.
         """
@@ -196,7 +196,7 @@ class TranslateArguments(StageArguments):
 
     @property
     def translations(self) -> dict[str, str]:
-        """Who translates into the language, human or machine, for the cards: {language: who}."""
+        """Who makes the translations, "human" or "machine", by language; for the cards."""
         return {self.language: self.translated_by if self.backend == "file" else "machine"}
 
     def check_translator(self) -> None:
