@@ -217,7 +217,7 @@ def _iter_csv_rows(path: Path) -> Iterator[dict[str, str | None]]:
     Raises ValueError if the file is not UTF-8, is not valid CSV, has a line that is too long, or if its first line does
     not name `file_name` or names a column twice.
     """
-    first_line = 1  # of the current row: a quoted cell may span several lines
+    first_line = 1  # line in which the current row begins; a quoted cell may span several lines
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(_iter_bounded_lines(file), strict=True)
         try:
@@ -233,7 +233,7 @@ def _iter_csv_rows(path: Path) -> Iterator[dict[str, str | None]]:
             for cells in rows:
                 if len(cells) > len(names):
                     raise ValueError(f"line {first_line} has more cells than the first line; quote texts with commas")
-                if cells:  # a blank line is no row
+                if cells:  # skip blank lines
                     yield {name: cell or None for name, cell in itertools.zip_longest(names, cells)}
                 first_line = rows.line_num + 1
         except csv.Error as error:
@@ -279,9 +279,8 @@ def _iter_tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
 def _read_json_at(file: BinaryIO, offset: int, length: int) -> Any:
     """Read and parse the JSON value at a position of a file; None if it is invalid or too long."""
     file.seek(offset)
-    return _parse_json(
-        file.read(min(length, MAX_ROW_JSON_BYTES + 1))
-    )  # one byte more, so that `_parse_json` sees that it is too long
+    # Read one byte more than the limit, so that `_parse_json` notices a value that is too long.
+    return _parse_json(file.read(min(length, MAX_ROW_JSON_BYTES + 1)))
 
 
 def _parse_json(data: bytes) -> Any:

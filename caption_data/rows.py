@@ -181,9 +181,8 @@ class CaptionChoice:
         if strategy == "first":
             return _deduplicate(texts)[: len(_deduplicate(captions)) + self.caption_count]
         similarities = _get_similarities(row, language, len(captions), len(texts) - len(captions))
-        ranked = sorted(
-            range(len(texts)), key=lambda i: -similarities[i]
-        )  # a stable sort: ties keep the order of the row
+        # The sort is stable, so ties keep the order of the row.
+        ranked = sorted(range(len(texts)), key=lambda i: -similarities[i])
         if strategy == "rank":
             return _deduplicate(texts[i] for i in ranked)[: self.caption_count]
         passed = _deduplicate(texts[i] for i in ranked if similarities[i] >= self.min_similarity)
@@ -236,9 +235,8 @@ def _select_diverse(ranked: list[str], corpus: list[str], choice: CaptionChoice)
     analyze = vectorizer.build_analyzer()
     if not any(analyze(text) for text in corpus):  # only punctuation: the vectorizer would raise, and nothing overlaps
         return ranked
-    vectors = vectorizer.fit(corpus).transform(
-        ranked
-    )  # (captions, terms); rows have unit length, or are zero if the caption has no term
+    # Shape: (captions, terms). Each row has unit length, or is zero if the caption has no term.
+    vectors = vectorizer.fit(corpus).transform(ranked)
     # Floating-point error can make the cosine of two copies slightly larger than 1, which `max_overlap` 1 must allow.
     overlaps = (vectors @ vectors.T).toarray().round(9)
     kept_indices = []

@@ -140,9 +140,8 @@ class Split:
     def describe_image_error(self, row: int, bad: BadImage) -> str:
         """Return the error of an image without the folder of the file: results contain no paths of a machine."""
         path = image_display_path(self.data[row][self.image_column])
-        folder = path.removesuffix(
-            Path(path).name
-        )  # only the folder: in the error, the file name may be escaped or cut
+        # Remove only the folder: the file name may be escaped or cut in the error.
+        folder = path.removesuffix(Path(path).name)
         return str(bad).replace(folder, "").replace(repr(folder)[1:-1], "")
 
 
@@ -264,12 +263,10 @@ def find_split_files(dataset: str, split: str, image_roots: Sequence[Path] = ())
         "otherwise to train."
     )
     paths = select_split(_group_by_split(root, files, split), dataset, split, rule)
-    folders = (
-        [root] if Path(dataset).exists() else sorted({path.parent for path in paths})
-    )  # a pattern has no folder of its own
-    requested = (
-        [Path(dataset)] if Path(dataset).is_file() else []
-    )  # the user named this file, so it may be a link to anywhere
+    # A pattern has no folder of its own.
+    folders = [root] if Path(dataset).exists() else sorted({path.parent for path in paths})
+    # The user named this file, so it may be a link to anywhere.
+    requested = [Path(dataset)] if Path(dataset).is_file() else []
     allowed_folders = AllowedFolders(folders[0], [*folders[1:], *requested, *image_roots])
     allowed_folders.check(paths)
     return paths, allowed_folders

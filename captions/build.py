@@ -306,7 +306,7 @@ def build_dataset(args: BuildArguments) -> Path | None:
         phases.append(PhaseStep(Phase(write_dataset), plan, logs, "dataset"))
     try:
         is_complete = not phases or run_phases(phases, args)
-    except ValueError:  # the counts help to understand it, for example if a filter has dropped all rows
+    except ValueError:  # the counts help to explain the error, for example if a filter dropped all rows
         log_counts(plan)
         raise
     log_counts(plan)

@@ -85,9 +85,8 @@ class GenerateArguments(StageArguments):
         """
         prefixes, captioner = read_prefixes(self.prefixes), load_captioner(self)
         settings = {
-            "model": Path(self.model).name
-            if Path(self.model).is_dir()
-            else self.model,  # the name alone: the folder may be moved
+            # Only the name of a local folder, so that the folder can be moved.
+            "model": Path(self.model).name if Path(self.model).is_dir() else self.model,
             "revision": getattr(captioner.model.config, "_commit_hash", None),
             "weights": weights_digest(captioner.model),
             "prefixes": prefixes,
@@ -187,9 +186,8 @@ class Captioner:
 
         `pixel_values` has the shape (images, 3, height, width).
         """
-        blocks = self.model.get_image_features(
-            pixel_values=pixel_values
-        ).pooler_output  # (images, queries, width of the language model)
+        # Shape: (images, queries, width of the language model).
+        blocks = self.model.get_image_features(pixel_values=pixel_values).pooler_output
         cache = DynamicCache(config=self.language_model.config)
         self.language_model.base_model(inputs_embeds=blocks, use_cache=True, **{self._cache_name: cache})
         return cache
@@ -212,9 +210,8 @@ class Captioner:
         cache.batch_select_indices(images)
         ids, mask = self.pad_prompts(prompts)
         embeds = self.model.get_input_embeddings()(ids).to(self.language_model.dtype)
-        placeholder = embeds.new_zeros(
-            len(ids), cache.get_seq_length(), embeds.shape[-1]
-        )  # of the query tokens, which the cache holds
+        # Stands for the query tokens; its values are not read, because the cache holds their keys and values.
+        placeholder = embeds.new_zeros(len(ids), cache.get_seq_length(), embeds.shape[-1])
         return self.language_model.generate(
             inputs_embeds=torch.cat([placeholder, embeds], 1),
             attention_mask=torch.cat([mask.new_ones(placeholder.shape[:2]), mask], 1),
@@ -275,9 +272,8 @@ def caption_rows(
 ) -> list[dict[str, Any] | BadRow]:
     """Return the captions of each row's image, or a BadRow. Raises ValueError if the memory is insufficient."""
     images = [row[DECODED_KEY] for row in rows]
-    images = [
-        image.convert("LA") if image.mode == "La" else image for image in images
-    ]  # PIL cannot convert La to RGB directly
+    # PIL cannot convert La to RGB directly.
+    images = [image.convert("LA") if image.mode == "La" else image for image in images]
     try:
         captions = captioner.generate_captions([image.convert("RGB") for image in images], prefixes)
     except (torch.OutOfMemoryError, MemoryError) as error:

@@ -33,9 +33,8 @@ from caption_data.sources import Split
 from captions.stages import RowStage, StageArguments, check_complete, read_skipped_rows, run_stage_command
 from eval.records.tables import to_one_line, write_html_page
 
-REPORT_PAGE = (
-    Path("report") / "index.html"
-)  # in the output folder; written last, so that its existence means that the report is complete
+# In the output folder; written last, so that its existence means that the report is complete.
+REPORT_PAGE = Path("report") / "index.html"
 REPORT_TEMPLATE = Path(__file__).parent / "selection_report.html.j2"
 EXAMPLES_PER_SIDE = 6  # images on the page on each side of the cutoff
 # Cutoffs in the table that helps to choose one. The CAPIVARA authors use 0.2.
@@ -247,9 +246,8 @@ def plot_similarities(sides: dict[str, pd.Series], unit: str, cutoff: float | No
     axis.set(xlabel="cosine similarity of image and caption", ylabel=unit)
     style_axis(axis, "y", "top", "right")
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.legend(
-        frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17)
-    )  # below the axis, where it covers no bar
+    # Put the legend below the axis, where it covers no bar.
+    axis.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))
     save_figure(figure, path)
 
 

@@ -203,9 +203,8 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
             ValueError: If the dataset cannot be used, or the output folder holds the output of another stage or other
                 settings.
         """
-        stage = RowStage(
-            self, rank, world_size
-        )  # before the model is loaded, so that errors in the data appear at once
+        # Open the data before the model is loaded, so that errors in the data appear at once.
+        stage = RowStage(self, rank, world_size)
         return stage.report() if stage.is_done else stage.run(*self.prepare_processing(stage))
 
     def command(self) -> str:
@@ -394,9 +393,8 @@ class RowStage:
             "rows_per_part": args.rows_per_part,
         }
         self.path = partial(part_path, args.output, self.source.split)  # path of a part from its row numbers
-        parts = split_rows(
-            len(self.source), args.rows_per_part
-        )  # each task gets consecutive parts, so that it reads files in order
+        # Each task gets consecutive parts, so that it reads files in order.
+        parts = split_rows(len(self.source), args.rows_per_part)
         self.parts = parts[len(parts) * rank // world_size : len(parts) * (rank + 1) // world_size]
 
     @property
@@ -604,9 +602,8 @@ def claim_folder(output: Path, record: dict[str, Any]) -> None:
         # Several tasks may write this file. If another task has written other settings, the comparison below fails.
         write_json(path, record)
     recorded = read_stage_record(output)
-    is_invalidated = (
-        recorded["source"].get("fingerprint") is None
-    )  # `remove_rows` has deleted the parts with changed rows
+    # `remove_rows` has deleted the parts with changed rows.
+    is_invalidated = recorded["source"].get("fingerprint") is None
     if is_invalidated:
         recorded["source"]["fingerprint"] = record["source"]["fingerprint"]
     if differences := describe_differences(recorded, record):
@@ -649,9 +646,8 @@ class Corrections:
         """
         for path in self.parts:
             path.unlink(missing_ok=True)
-        write_json(
-            self.output / STAGE_FILE, self.record
-        )  # last, so that an interrupted run finds the same corrections again
+        # Write the record last, so that an interrupted run finds the same corrections again.
+        write_json(self.output / STAGE_FILE, self.record)
 
 
 def remove_rows(output: Path, rows: Iterable[int]) -> None:

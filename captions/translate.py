@@ -485,9 +485,8 @@ def translate_sentences(
     # The longest sentences come first, so that insufficient device memory shows at once.
     missing = sorted(sentences - translations.keys(), key=lambda text: (-len(text), text))
     limits = (sys.maxsize, SENTENCES_PER_ROW * args.batch_rows)
-    if (
-        args.backend == "google"
-    ):  # save after each request, so that paid translations are not lost if the next request fails
+    # Save after each request, so that paid translations are not lost if the next request fails.
+    if args.backend == "google":
         limits = (GOOGLE_MAX_CHARACTERS, args.batch_size or 128)
     title = f"Translating with {translator.name}"
     with tqdm(total=len(missing), desc=title, unit="sentence", leave=False, disable=not shows_bar) as bar:

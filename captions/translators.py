@@ -288,9 +288,8 @@ def _language_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int]
     vocabulary = tokenizer.get_vocab()
     source_tokens = {token[2:-2]: number for token, number in vocabulary.items() if SOURCE_TOKEN_RE.fullmatch(token)}
     target_tokens = {token: number for token, number in vocabulary.items() if TARGET_TOKEN_RE.fullmatch(token)}
-    return source_tokens, {} if source_tokens else getattr(
-        tokenizer, "lang_code_to_id", target_tokens
-    )  # the tokenizer of NLLB has no such attribute
+    # The tokenizer of NLLB has no such attribute.
+    return source_tokens, {} if source_tokens else getattr(tokenizer, "lang_code_to_id", target_tokens)
 
 
 def _codes(

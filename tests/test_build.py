@@ -119,10 +119,10 @@ def test_a_table_waits_until_it_is_filled(config, tmp_path, capsys, caplog):
     with caplog.at_level("INFO", "capivara"):
         main(["--config", str(config)])
         main(["--config", str(config), "--dry_run"])
-    said = capsys.readouterr().out
+    output_text = capsys.readouterr().out
     missing = r"2 of 25 .*: line 2 \(s1_\w+\), line 4 \(s3_\w+\)"
     assert re.fullmatch(
-        rf"Manual step: {table}.* 1-translate, train.*: {missing}\.\n.*\n", said,
+        rf"Manual step: {table}.* 1-translate, train.*: {missing}\.\n.*\n", output_text,
     )  # fmt: skip
     assert re.search(rf"1-translate, train: .*{table}: 2 of 25 ", caplog.text)
     assert "--import " not in caplog.text, "the flag belongs to another command"

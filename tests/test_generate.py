@@ -208,8 +208,8 @@ def images_folder(tmp_path) -> Path:
 
 
 def flags(images: Path, output: Path, model: Path, *more: str) -> list[str]:
-    given = ["--dataset", images, "--output", output, "--model", model, "--max_new_tokens", STEPS, "--device", "cpu"]
-    return [*map(str, given), "--batch_rows", "2", "--rows_per_part", "3", *more]
+    words = ["--dataset", images, "--output", output, "--model", model, "--max_new_tokens", STEPS, "--device", "cpu"]
+    return [*map(str, words), "--batch_rows", "2", "--rows_per_part", "3", *more]
 
 
 def rows_of(output: Path) -> dict[str, dict]:

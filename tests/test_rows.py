@@ -129,14 +129,14 @@ def test_too_many_bad_rows_raise():
 
 def test_a_table_is_made_again_if_its_inputs_change(tmp_path):
     """Rows, captions, an image file of the same name or settings change; without a change, the cache is used."""
-    folder, made = tmp_path / "data", []
+    folder, calls = tmp_path / "data", []
 
     def tables(least=0):
         for read in ("tar", "list"):
             split = open_split(str(folder / read), "train", "image")
 
             def choose(row, read=read):
-                made.append(read)
+                calls.append(read)
                 return row["captions-pt"][least:]
 
             yield drop_invalid(build_pair_table(split, ["captions-pt"], choose, {"least": least}))
@@ -146,11 +146,11 @@ def test_a_table_is_made_again_if_its_inputs_change(tmp_path):
     (folder / "list" / "metadata.jsonl").write_text('{"file_name": "a.png", "captions-pt": ["x", "y"]}')
     write_tar(folder / "tar" / "0.tar", sample(1))
     first = list(map(pairs_fingerprint, tables()))
-    assert made == ["tar", "list"] and list(map(pairs_fingerprint, tables())) == first and len(made) == 2
+    assert calls == ["tar", "list"] and list(map(pairs_fingerprint, tables())) == first and len(calls) == 2
     (folder / "list" / "a.png").write_bytes(PICTURES[3])
     write_tar(folder / "tar" / "0.tar", sample(1, data=PICTURES[3]))
-    assert not set(map(pairs_fingerprint, tables())) & set(first) and len(made) == 4
-    assert [table["captions"][:] for table in tables(1)] == [[CAPTIONS[1][1:]], [["y"]]] and len(made) == 6
+    assert not set(map(pairs_fingerprint, tables())) & set(first) and len(calls) == 4
+    assert [table["captions"][:] for table in tables(1)] == [[CAPTIONS[1][1:]], [["y"]]] and len(calls) == 6
 
 
 def test_an_image_that_becomes_readable_is_used(tmp_path, monkeypatch):
@@ -210,17 +210,17 @@ def test_stages_training_and_evaluation_read_captions_alike(tmp_path):
 
 
 def test_one_of_several_processes_makes_the_table(tmp_path, monkeypatch):
-    source, waited, made, results = tar_source(tmp_path, [*bad_rows()[0][1], *sample(0)]), [], [], []
+    source, waited, ranks, results = tar_source(tmp_path, [*bad_rows()[0][1], *sample(0)]), [], [], []
     for rank in range(3):  # one after the other, as in `local_main_process_first`
         state = SimpleNamespace(is_local_main_process=rank == 0)
         state.local_main_process_first = lambda: contextlib.nullcontext(waited.append(1))
         monkeypatch.setattr(pairs, "process_state", lambda state=state: state)
 
         def choose(row, rank=rank):
-            made.append(rank)
+            ranks.append(rank)
             return row["captions-pt"]
 
         table = build_pair_table(source, ["captions-pt"], choose, {"at": f"{tmp_path}"})
         results.append((drop_invalid(table)[:], list_skipped_rows(table, source)))
-    assert len(waited) == 3 and {*made} == {0}
+    assert len(waited) == 3 and {*ranks} == {0}
     assert results[0] == results[1] == results[2] and len(results[0][1]) == 1
