@@ -104,7 +104,9 @@ def load_labeled_images(
     if kinds := {type(x).__name__ for label in label_lists for x in label} - {"int"}:
         raise ValueError(f"{source}: labels must be integers or lists of integers, got {sorted(kinds)}.")
     if outside := {x for label in label_lists for x in label} - mapping.keys():
-        raise ValueError(f"{source}: labels {sorted(outside)[:10]} are not among the {len(mapping)} named classes.")
+        raise ValueError(
+            f"{source}: labels {sorted(outside)[:10]} are outside the {len(mapping)} classes that have a name."
+        )
     selected = range(len(class_names)) if class_indices is None else class_indices
     positions = {index: position for position, index in enumerate(selected)}
     classes = [[positions.get(mapping[x]) for x in label] for label in label_lists]
@@ -165,7 +167,7 @@ def _match_class_names(names: Sequence[str], prompt_names: Sequence[str], source
         )
     matches = [(classes[_normalize_name(name)] or [None]).pop(0) for name in names]
     if surplus := [name for name, number in zip(names, matches, strict=True) if number is None]:
-        raise ValueError(f"{source} repeats class names more often than the prompts: {surplus[:10]}. Rename them.")
+        raise ValueError(f"{source} names classes more often than the prompts do: {surplus[:10]}. Rename them.")
     return dict(enumerate(matches))
 
 

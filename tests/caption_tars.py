@@ -14,8 +14,8 @@ from datasets import Dataset, DatasetDict, Features
 
 from capivara_common.image_files import BadImage, read_image_bytes
 from caption_data.pairs import build_pair_table, drop_invalid, list_skipped_rows
+from caption_data.parquet_split import open_in_place
 from caption_data.sources import open_split
-from captions.stages import open_in_place
 from training.inputs import load_evaluation_pairs, load_training_pairs
 
 CACHE = tempfile.TemporaryDirectory(prefix="capivara-tests-")

@@ -10,9 +10,10 @@ from caption_tars import PICTURES, rows_of, saved_train
 from datasets import Image
 
 from capivara_common.image_files import decode_image
+from caption_data.parquet_split import open_in_place
 from caption_data.rows import CAPTIONS_FEATURE, SIMILARITIES_FEATURE
 from captions.score import ScoreArguments, main
-from captions.stages import open_in_place, read_stage_record
+from captions.stages import read_stage_record
 from modeling_capivara import two_towers
 from modeling_capivara.two_towers import load_embedder
 

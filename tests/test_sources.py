@@ -15,8 +15,8 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
 from capivara_common.image_files import decode_image, image_display_path, read_image_bytes
 from caption_data import file_tables, sources
+from caption_data.parquet_split import open_in_place
 from caption_data.sources import Split, open_split
-from captions.stages import open_in_place
 
 FEATURES = Features({"image": Image(), "captions-pt": List(Value("string"))})
 

@@ -22,17 +22,14 @@ from test_checkpoints import flipped
 from test_sources import FORMS
 
 from capivara_common.image_files import BadRow
+from caption_data.parquet_split import SAMPLE_BYTES, SAMPLE_COUNT, open_in_place, source_fingerprint
 from caption_data.rows import CAPTIONS_FEATURE, SIMILARITIES_FEATURE
 from caption_data.sources import find_missing_rows, open_split
 from captions.score import ScoreArguments
 from captions.stages import (
-    SAMPLE_BYTES,
-    SAMPLE_COUNT,
     RowStage,
     StageArguments,
     check_complete,
-    open_in_place,
-    source_fingerprint,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
