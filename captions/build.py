@@ -121,7 +121,7 @@ class BuildPlan:
 
 
 class ManualStepRequired(Exception):
-    """Raised if a person must fill translation tables before the build can continue; the message names the tables."""
+    """A person must fill translation tables before the build can continue; the message names the tables."""
 
 
 def read_build_plan(

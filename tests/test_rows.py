@@ -85,7 +85,7 @@ def test_reasons_of_images_that_cannot_be_decoded(monkeypatch):
     assert reason(whole) == "absurd image size"
 
 
-def test_image_is_upright_as_datasets_gives_it():
+def test_images_are_upright_as_in_datasets():
     exif = PIL.Image.Exif()
     exif[PIL.Image.ExifTags.Base.Orientation] = 6
     image = {"bytes": encoded(PIL.Image.effect_noise((20, 10), 50), "JPEG", exif=exif), "path": None}

@@ -74,7 +74,7 @@ def read_guide_command(*replaced: tuple[str, str]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_forty_images_lead_to_a_model(config, tiny_processor):
+def test_the_guide_leads_from_forty_images_to_a_model(config, tiny_processor):
     save_model(Path("models/base"), tiny_processor)
     with pytest.raises(ManualStepRequired):
         build_dataset(BuildArguments(config))
@@ -122,7 +122,7 @@ def test_machine_translations_in_a_table_are_recorded_as_such(config, tiny_proce
         ({"select": {"language": "gn"}}, "captions-gn"),
     ],
 )
-def test_a_dry_run_opens_the_data(config, changes, named):
+def test_a_dry_run_checks_the_data(config, changes, named):
     """A dry run checks splits, columns and languages of all stages, and writes nothing."""
     main(["--config", str(config), "--dry_run"])
     changed(config, **changes)
@@ -131,7 +131,7 @@ def test_a_dry_run_opens_the_data(config, changes, named):
     assert not Path("data").exists()
 
 
-def test_a_dry_run_asks_the_translator_for_the_language(config, tmp_path):
+def test_a_dry_run_checks_the_languages_of_the_translator(config, tmp_path):
     model = marian_folder(tmp_path / "m" / "translator")
     changed(config, language="xh", translate={"model": str(model)})
     main(["--config", str(config), "--dry_run"])

@@ -33,7 +33,7 @@ def saved(folder):
 
 
 def parquet_of_datasets(folder):
-    (folder / "set [1]" / "data").mkdir(parents=True)  # as in a clone of a Hub repository; brackets are a pattern's
+    (folder / "set [1]" / "data").mkdir(parents=True)  # as in a clone of a Hub repository; brackets are glob characters
     rows_of_datasets().to_parquet(folder / "set [1]" / "data" / "train-00000-of-00001.parquet")
     Dataset.from_dict({"x": [1]}).to_parquet(folder / "set [1]" / "data" / "test-00000-of-00001.parquet")
     return str(folder / "set [1]")

@@ -141,7 +141,7 @@ def test_image_bytes_of_every_form_do_not_change(tmp_path, form):
     assert loaded[3]["image"].size == (9, 12)
 
 
-def test_a_stage_reads_what_a_stage_wrote_without_a_copy(numbered, undisturbed, tmp_path):
+def test_the_output_of_a_stage_is_read_without_a_copy(numbered, undisturbed, tmp_path):
     run(str(undisturbed), tmp_path / "again")
     assert not (tmp_path / "cache").exists()
     source = open_in_place(str(undisturbed), "train", "image")
@@ -277,7 +277,7 @@ def test_invalid_output_folders_and_columns_are_refused(numbered, undisturbed, t
         RowStage(ScoreArguments(numbered, tmp_path / "x", language="xh", model="m"))
 
 
-def test_a_full_disk_leaves_whole_parts_and_the_command_goes_on(numbered, undisturbed, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_complete_parts_and_the_run_can_resume(numbered, undisturbed, tmp_path, monkeypatch):
     write, left = pq.ParquetWriter.write_table, [3]
 
     def full(*args, **kwargs):

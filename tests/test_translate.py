@@ -168,7 +168,7 @@ def test_languages_and_keys_are_refused_before_any_work(service, dataset, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["marian", "m2m100"])
-def test_a_model_translates_a_data_set(dataset, tmp_path, kind, capsys):
+def test_a_model_translates_a_dataset(dataset, tmp_path, kind, capsys):
     model = marian_folder(tmp_path / "m" / "model") if kind == "marian" else m2m100_folder(tmp_path / "m" / "model")
     flags = ["--dataset", dataset, "--output", str(tmp_path / "xh"), "--language", "xh", "--model", str(model)]
     flags += ["--max_new_tokens", "4", "--batch_size", "16", "--rows_per_part", "10"]
@@ -194,7 +194,7 @@ def file_flags(dataset: str, output: Path, *more: str) -> list[str]:
     ]
 
 
-def test_a_table_goes_out_and_comes_back(dataset, tmp_path, caplog):
+def test_a_table_is_written_filled_and_read(dataset, tmp_path, caplog):
     table = tmp_path / "yo.tsv"
     main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
     assert f"{len(distinct())} sentences" in caplog.text and not (tmp_path / "yo").exists()
@@ -335,6 +335,6 @@ def test_existing_translations_are_not_replaced(service, tmp_path, column):
         (["--num_beams", "5"], "--num_beams"),
     ],
 )
-def test_bad_arguments(dataset, tmp_path, flags, message):
+def test_invalid_flags_are_refused(dataset, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         main(["--dataset", dataset, "--output", str(tmp_path / "pt"), "--language", "pt", *flags])
