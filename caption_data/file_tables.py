@@ -19,13 +19,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
 from capivara_common.image_files import MAX_DETAIL_CHARACTERS
-from caption_data.rows import (
-    CAPTION_COLUMN_RE,
-    CAPTIONS_FEATURE,
-    SIMILARITY_COLUMN_RE,
-    json_digest,
-    replace_surrogates,
-)
+from caption_data.rows import CAPTION_COLUMN_RE, CAPTIONS_FEATURE, SIMILARITY_COLUMN_RE, json_digest, replace_surrogates
 
 METADATA_SUFFIXES = (".jsonl", ".csv")  # files that list images with their captions
 IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}

@@ -125,8 +125,7 @@ class CaptionChoice:
         0.2, "Lowest image-caption cosine that the strategies threshold and diverse accept. Default: 0.2."
     )
     min_pair_similarity: float | None = flag(
-        None,
-        "Leave out images whose cosine with their first caption is lower (pair filter). Default: no pair filter.",
+        None, "Leave out images whose cosine with their first caption is lower (pair filter). Default: no pair filter."
     )
     # Constants of the strategy `diverse`; no flag changes them.
     max_overlap, min_kept = 0.3, 3

@@ -54,12 +54,7 @@ from caption_data.rows import (
     normalize_captions,
     write_skipped_rows,
 )
-from caption_data.sources import (
-    STAGE_FILE,
-    Split,
-    check_finished,
-    open_parquet,
-)
+from caption_data.sources import STAGE_FILE, Split, check_finished, open_parquet
 
 SPLIT_NAME_PATTERN = r"\w+([.-]\w+)*"  # a split name must be valid at the start of a file name
 IMAGE_COLUMN = "image"  # name of the image column in every output, as in the datasets of the CAPIVARA authors

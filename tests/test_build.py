@@ -326,7 +326,7 @@ def test_each_worker_has_its_own_gpu(config, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("executor", ["local", "ray"])
 def test_workers_that_die_at_their_start_are_reported(executor, monkeypatch, tmp_path):
-    """A phase is incomplete until its tasks have ended, and the next phase does not start. Ray only logs such deaths."""
+    """A phase is incomplete until its tasks have ended, and the next phase does not start. Ray only logs a death."""
     monkeypatch.setattr("capivara_common.executors.START_METHOD", "fork")
     monkeypatch.setattr("capivara_common.executors._run_worker", lambda *_: os._exit(1))
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
