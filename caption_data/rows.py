@@ -117,13 +117,11 @@ class CaptionChoice:
         "Captions of an image to use; training draws one of them at every step. none: the original captions. first: "
         "the original captions and the first `caption_count` generated ones. all: original and generated captions. "
         "rank: the `caption_count` captions most similar to the image. threshold: captions with a similarity of at "
-        "least `min_similarity`. diverse: captions of threshold that differ from each other. Default: none.",
+        "least `min_similarity`. diverse: captions of threshold that differ from each other.",
     )
     # The default values are those of the released CAPIVARA models.
-    caption_count: int = flag(5, "Number of captions, for the strategies first and rank. Default: 5.")
-    min_similarity: float = flag(
-        0.2, "Lowest image-caption cosine that the strategies threshold and diverse accept. Default: 0.2."
-    )
+    caption_count: int = flag(5, "Number of captions, for the strategies first and rank.")
+    min_similarity: float = flag(0.2, "Lowest image-caption cosine that the strategies threshold and diverse accept.")
     min_pair_similarity: float | None = flag(
         None, "Leave out images whose cosine with their first caption is lower (pair filter). Default: no pair filter."
     )

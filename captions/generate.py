@@ -51,21 +51,15 @@ class GenerateArguments(StageArguments):
     """Flags of `captions.generate`."""
 
     uses_model = decodes_images = True
-    max_new_tokens: int = flag(50, "Largest number of new tokens per caption. Default: 50.")
+    max_new_tokens: int = flag(50, "Largest number of new tokens per caption.")
     micro_batch_size: int = flag(
-        160, "Captions to generate at the same time. Lower values need less memory and more time. Default: 160."
+        160, "Captions to generate at the same time. Lower values need less memory and more time."
     )
-    model: str = flag(
-        "Salesforce/blip2-opt-2.7b-coco",
-        "Folder or Hub id of a BLIP-2 model of transformers. Default: Salesforce/blip2-opt-2.7b-coco.",
-    )
+    model: str = flag("Salesforce/blip2-opt-2.7b-coco", "Folder or Hub id of a BLIP-2 model of transformers.")
     revision: str | None = flag(None, "Branch, tag or commit on the Hub. Default: the main branch.")
-    prefixes: Path = flag(
-        PREFIXES_FILE,
-        "JSON file of prefixes, in the format of captions/prefixes.json. Default: captions/prefixes.json.",
-    )
+    prefixes: Path = flag(PREFIXES_FILE, "JSON file of prefixes, in the format of captions/prefixes.json.")
     precision: Literal["float32", "bf16", "fp16"] = flag(
-        "float32", "Data type of weights and activations. The CAPIVARA authors used fp16. Default: float32."
+        "float32", "Data type of weights and activations. The CAPIVARA authors used fp16."
     )
     device: str | None = flag(None, "cpu or cuda. Default: cuda if a GPU is available, otherwise cpu.")
 

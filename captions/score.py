@@ -30,17 +30,17 @@ class ScoreArguments(StageArguments):
     """Flags of `captions.score`."""
 
     uses_model = decodes_images = True
-    language: str = flag("pt", "Language code at the end of the names of the caption columns. Default: pt.")
+    language: str = flag("pt", "Language code at the end of the names of the caption columns.")
     model: str | None = flag(
         None,
         "Model to score with (required): folder or Hub id of a CAPIVARA, SigLIP or CLIP model, "
         "open_clip:NAME:PRETRAINED, or open_clip:local-dir:FOLDER.",
     )
     embedding_batch_size: int = flag(
-        32, "Images to embed at the same time, and half the number of captions to embed at the same time. Default: 32."
+        32, "Images to embed at the same time. Captions are embedded in batches of twice this size."
     )
     precision: Literal["float32", "bf16"] = flag(
-        "float32", "Data type of weights and activations. bf16 is faster on most GPUs. Default: float32."
+        "float32", "Data type of weights and activations. bf16 is faster on most GPUs."
     )
     device: str | None = flag(None, "cpu or cuda. Default: cuda if a GPU is available, otherwise cpu.")
 

@@ -49,7 +49,7 @@ EXAMPLE_IMAGE_SIDE = 240  # pixels
 class SelectArguments(CaptionChoice, StageArguments):
     """Flags of `captions.select`."""
 
-    language: str = flag("pt", "Language code at the end of the names of the caption columns. Default: pt.")
+    language: str = flag("pt", "Language code at the end of the names of the caption columns.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -87,13 +87,11 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     import_file = None  # only `captions.translate` has this flag
     dataset: str = flag(..., f"{DATASET_HELP} Can be the output folder of another stage.")
     output: Path = flag(..., "Output folder. To finish an interrupted run, run the same command again.")
-    split: str = flag("train", "Split to read; output files are named after it. Default: train.")
-    image_column: str = flag("image", "Name of the image column. Default: image.")
-    rename: list[str] = flag(
-        [], "Columns to rename, as OLD=NEW, for example caption=captions-en. Default: all columns keep their names."
-    )
-    batch_rows: int = flag(16, "Rows to process at the same time. Default: 16.")
-    rows_per_part: int = flag(500, "Rows per output file. An interrupted task loses at most one file. Default: 500.")
+    split: str = flag("train", "Split to read; output files are named after it.")
+    image_column: str = flag("image", "Name of the image column.")
+    rename: list[str] = flag([], "Columns to rename, as OLD=NEW, for example caption=captions-en.")
+    batch_rows: int = flag(16, "Rows to process at the same time.")
+    rows_per_part: int = flag(500, "Rows per output file. An interrupted task loses at most one file.")
 
     def __post_init__(self) -> None:
         self.dataset, self.output = self.dataset.rstrip("/") or self.dataset, Path(self.output)

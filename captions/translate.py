@@ -91,12 +91,11 @@ class TranslateArguments(StageArguments):
     language: str = flag(
         ..., "Code of the target language, such as pt, hi or zh-Hant; also the end of the names of the new columns."
     )
-    source_language: str = flag("en", "Code of the language of the existing captions. Default: en.")
+    source_language: str = flag("en", "Code of the language of the existing captions.")
     backend: Literal["transformers", "google", "file"] = flag(
         "transformers",
         "What translates. transformers: a model on this machine. google: Google Cloud Translation, which costs money; "
-        "the key comes from the environment variable GOOGLE_API_KEY. file: a table that people fill. Default: "
-        "transformers.",
+        "the key comes from the environment variable GOOGLE_API_KEY. file: a table that people fill.",
     )
     memory: Path | None = flag(
         None, "Folder of finished translations; several builds can share it. Default: OUTPUT.memory."
@@ -108,9 +107,9 @@ class TranslateArguments(StageArguments):
         None, "Sentences to translate at the same time. Default: 32 (transformers), 128 (google)."
     )
     batch_rows: int = flag(
-        256, "Rows to process at the same time. Translations are saved after eight sentences per row. Default: 256."
+        256, "Rows to process at the same time. Translations are saved after eight sentences per row."
     )
-    rows_per_part: int = flag(1024, "Rows per output file. Default: 1024.")
+    rows_per_part: int = flag(1024, "Rows per output file.")
 
     model: str | None = flag(
         None,
@@ -122,7 +121,7 @@ class TranslateArguments(StageArguments):
         None, "Largest number of tokens of a translation (transformers). Default: 512, or the limit of the model."
     )
     precision: Literal["float32", "bf16", "fp16"] = flag(
-        "float32", "Data type of weights and activations (transformers). Default: float32."
+        "float32", "Data type of weights and activations (transformers)."
     )
     device: str | None = flag(None, "cpu or cuda (transformers). Default: cuda if a GPU is available, otherwise cpu.")
 
@@ -132,7 +131,7 @@ class TranslateArguments(StageArguments):
         None, "TSV table of sentences (file). If it does not exist, it is written, to be filled.", aliases=["--import"]
     )
     translated_by: Literal["human", "machine"] = flag(
-        "human", "Who fills the table (file); dataset card and model cards state it. Default: human."
+        "human", "Who fills the table (file); dataset card and model cards state it."
     )
 
     def __post_init__(self) -> None:
