@@ -287,4 +287,5 @@ def _parse_json(data: bytes) -> Any:
 
 def _parse_integer(digits: str) -> int | None:
     """Convert digits to an integer; None if it does not fit into 64 bits."""
-    return number if -(2**63) <= (number := int(digits)) < 2**63 else None
+    number = int(digits)
+    return number if -(2**63) <= number < 2**63 else None

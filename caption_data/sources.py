@@ -371,9 +371,8 @@ def open_parquet(path: str | Path, hint: str = "") -> Iterator[pq.ParquetFile]:
 
 def _load_from_hub(dataset: str) -> Any:
     """Load all splits of a dataset of the Hub. Raises ValueError if it does not exist."""
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset) or any(
-        re.search(form, dataset) for form in FILE_FORM_PATTERNS
-    ):
+    is_file_name = any(re.search(pattern, dataset) for pattern in FILE_FORM_PATTERNS)
+    if is_file_name or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset):
         raise ValueError(f"{dataset} does not exist, and it is not a Hub id such as 'laicsiifes/flickr30k-pt-br'.")
     subject = f"{dataset} is not a path on this machine, and as a Hub id it"
     cached = dataset_folders(dataset).folder, Path(datasets.config.HF_DATASETS_CACHE) / dataset.replace("/", "___")

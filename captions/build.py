@@ -223,7 +223,8 @@ def _translation_table_path(name: Path, output: Path, stage: Path) -> Path:
         logger.warning(
             "%s lies in the current folder. If it is the table of this build, move it to %s and state its languages in "
             "its first line (docs/your_language.md).",
-            *(name, path),
+            name,
+            path,
         )
     return path
 
@@ -387,9 +388,14 @@ def log_counts(plan: BuildPlan) -> None:
                 "WARNING: %s: %s dropped %s of %s %s, more than half. If it dropped good captions, change the setting, "
                 "remove %s, the folders of the stages after it and %s, and run the same command again. A base model "
                 "that was not trained on the language gives low similarities to good captions as well.",
-                *(step.title, filters, f"{dropped:,}", f"{total:,}", unit),
-                *(step.output.parent, plan.output / DATASET_FOLDER),
-            )  # fmt: skip
+                step.title,
+                filters,
+                f"{dropped:,}",
+                f"{total:,}",
+                unit,
+                step.output.parent,
+                plan.output / DATASET_FOLDER,
+            )
 
 
 def describe_plan(plan: BuildPlan) -> list[str]:

@@ -483,13 +483,13 @@ def translate_sentences(
     translations = memory.find(sentences)
     # The longest sentences come first, so that insufficient device memory shows at once.
     missing = sorted(sentences - translations.keys(), key=lambda text: (-len(text), text))
-    limits = (sys.maxsize, SENTENCES_PER_ROW * args.batch_rows)
+    max_characters, max_sentences = sys.maxsize, SENTENCES_PER_ROW * args.batch_rows
     # Save after each request, so that paid translations are not lost if the next request fails.
     if args.backend == "google":
-        limits = (GOOGLE_MAX_CHARACTERS, args.batch_size or 128)
+        max_characters, max_sentences = GOOGLE_MAX_CHARACTERS, args.batch_size or 128
     title = f"Translating with {translator.name}"
     with tqdm(total=len(missing), desc=title, unit="sentence", leave=False, disable=not shows_bar) as bar:
-        for batch in batch_by_length(missing, *limits):
+        for batch in batch_by_length(missing, max_characters, max_sentences):
             new_translations = dict(zip(batch, translator.translate(batch), strict=True))
             memory.add(new_translations)
             translations |= new_translations

@@ -136,22 +136,24 @@ def split_text(text: str, fits: Callable[[str], bool]) -> list[str]:
 def translate_in_pieces(
     sentences: list[str],
     fits: Callable[[str], bool],
-    group_limits: tuple[int, int],
     translate_batch: Callable[[list[str]], list[str]],
+    max_texts: int,
+    max_characters: int = sys.maxsize,
 ) -> list[str]:
     """Translate sentences of any length in batches.
 
     Args:
         sentences: The sentences.
         fits: Tells whether a text is short enough for the translator; longer sentences are split.
-        group_limits: Limits of a batch: total characters, number of texts.
         translate_batch: Returns the translations of a batch of texts.
+        max_texts: Largest number of texts in a batch.
+        max_characters: Largest number of characters in a batch.
 
     Returns:
         One translation per sentence; the translations of pieces are joined with blanks.
     """
     pieces = [split_text(sentence, fits) for sentence in sentences]
-    batches = batch_by_length(itertools.chain.from_iterable(pieces), *group_limits)
+    batches = batch_by_length(itertools.chain.from_iterable(pieces), max_characters, max_texts)
     translations = (text for batch in batches for text in translate_batch(batch))
     return [" ".join(itertools.islice(translations, len(texts))).strip() for texts in pieces]
 
@@ -233,7 +235,7 @@ class Seq2SeqTranslator:
     @torch.inference_mode()
     def translate(self, sentences: list[str]) -> list[str]:
         """Return one translation per sentence. Sentences must not be blank."""
-        return translate_in_pieces(sentences, self._fits, (sys.maxsize, self._batch_size), self._translate_batch)
+        return translate_in_pieces(sentences, self._fits, self._translate_batch, self._batch_size)
 
     def token_ids(self, text: str) -> list[int]:
         """Return the token ids that the encoder reads for a text.
@@ -365,7 +367,6 @@ class GoogleTranslator:
 
     def translate(self, sentences: list[str]) -> list[str]:
         """Return one translation per sentence. Sentences must not be blank."""
-        limits = (GOOGLE_MAX_CHARACTERS, GOOGLE_MAX_SENTENCES)
 
         def fits(text: str) -> bool:
             return len(text) <= GOOGLE_MAX_CHARACTERS
@@ -373,7 +374,7 @@ class GoogleTranslator:
         def translate_batch(texts: list[str]) -> list[str]:
             return self._retry(lambda: self._request_translations(texts))
 
-        return translate_in_pieces(sentences, fits, limits, translate_batch)
+        return translate_in_pieces(sentences, fits, translate_batch, GOOGLE_MAX_SENTENCES, GOOGLE_MAX_CHARACTERS)
 
     def _request_translations(self, texts: list[str]) -> list[str]:
         """Send one request, and return the translations of its texts."""
