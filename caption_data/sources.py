@@ -26,6 +26,7 @@ from typing import Any
 import datasets
 import PIL.Image
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, Image, Value, load_dataset_builder, load_from_disk
 from datasets.packaged_modules.parquet.parquet import Parquet
@@ -304,19 +305,38 @@ def _iter_checked_tables(generate: Callable, files: Sequence[str], **options: An
 def _check_expansion(paths: Sequence[str | Path]) -> None:
     """Decode parquet files a few rows at a time. Raises ValueError if they are damaged or expand too much.
 
-    The sizes in their metadata cannot be used: these do not count values that dictionaries and deltas repeat.
+    The sizes in their metadata are a lower bound: they do not count values that dictionaries and deltas repeat.
     """
-    stored, size = sum(map(os.path.getsize, paths)), 0
+    stored, decoded = sum(map(os.path.getsize, paths)), 0
+    limit = max(UNLIMITED_EXPANSION_BYTES, MAX_PARQUET_EXPANSION * stored)
     for path in paths:
         with open_parquet(path) as file:
-            for batch in file.iter_batches(PARQUET_BATCH_ROWS):
-                size += batch.nbytes
-                if size > max(UNLIMITED_EXPANSION_BYTES, MAX_PARQUET_EXPANSION * stored):
-                    raise ValueError(
-                        f"{path} expands too much: parquet files may expand to at most {MAX_PARQUET_EXPANSION} times "
-                        f"their size, or {UNLIMITED_EXPANSION_BYTES / 1e6:.0f} MB; these files have {stored:,} bytes. "
-                        "If you trust them, write them again without compression and dictionaries."
-                    )
+            groups = (file.metadata.row_group(number) for number in range(file.num_row_groups))
+            sizes = (sum(map(_decoded_bytes, batch.columns)) for batch in file.iter_batches(PARQUET_BATCH_ROWS))
+            is_too_large = sum(group.total_byte_size for group in groups) > limit
+            while not is_too_large and (size := next(sizes, None)) is not None:
+                decoded += size
+                is_too_large = decoded > limit
+            if is_too_large:
+                raise ValueError(
+                    f"{path} expands too much: parquet files may expand to at most {MAX_PARQUET_EXPANSION} times "
+                    f"their size, or {UNLIMITED_EXPANSION_BYTES / 1e6:.0f} MB; these files have {stored:,} bytes. "
+                    "If you trust them, write them again without compression and dictionaries."
+                )
+
+
+def _decoded_bytes(array: pa.Array) -> int:
+    """Return the size of an array in bytes after its dictionaries are replaced by the values that they repeat."""
+    if pa.types.is_dictionary(array.type):
+        values = array.dictionary
+        if pa.types.is_primitive(values.type):
+            return len(array) * values.type.bit_width // 8
+        return pc.sum(pc.take(pc.binary_length(values), array.indices)).as_py() or 0
+    if pa.types.is_struct(array.type):
+        return sum(map(_decoded_bytes, array.flatten()))
+    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+        return _decoded_bytes(array.flatten())
+    return array.nbytes
 
 
 def load_saved_dataset(folder: Path, image_roots: Sequence[Path] = ()) -> DatasetDict:

@@ -303,6 +303,22 @@ def test_a_parquet_file_that_expands_is_not_copied_to_the_cache(tmp_path, encodi
     ), "existing stages remain valid"
 
 
+@pytest.mark.parametrize("is_list", [False, True])
+def test_a_parquet_column_of_dictionary_type_counts_with_its_repeated_values(tmp_path, is_list, monkeypatch):
+    """Arrow stores the type in the file and gives the column back as a dictionary, which is small in memory."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sources, "UNLIMITED_EXPANSION_BYTES", 1_000_000)
+    captions = pa.DictionaryArray.from_arrays(pa.array([0] * 150, pa.int32()), pa.array(["a" * 10_000]))
+    if is_list:
+        captions = pa.ListArray.from_arrays(pa.array(range(151), pa.int32()), captions)
+    path = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"captions-pt": captions, "image": [b""] * 150}), path, compression="zstd")
+    assert path.stat().st_size < 3_000
+    with pytest.raises(ValueError, match=r"train\.parquet.*\b100 .*\b1 MB"):
+        open_split(str(path), "train", "image")
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
 def test_an_error_without_text_is_named_by_its_type():
     with pytest.raises(ValueError, match=r"^x .*MemoryError"):
         sources._call_loader("x", lambda: (_ for _ in ()).throw(MemoryError()))
