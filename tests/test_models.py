@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from towers import MAKERS, as_published, gemma_like, siglip2
 
 from capivara_common import image_encoder_digest as digests
-from capivara_search.models import DEFAULT_MODEL, MIN_TORCH_TEXTS, find_model
+from capivara_search.models import DEFAULT_MODEL, MAX_NUMPY_TEXTS, find_model
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts, embedding_width
 
@@ -96,7 +96,7 @@ def test_embeddings_are_those_of_the_model(tiny_folder, tiny_model, tiny_process
     expected = embed_texts(tiny_model, tiny_processor, texts).numpy()
     for texts_found in (quick, model.embed_texts(texts), model.embed_texts(tuple(texts))):
         np.testing.assert_allclose(texts_found, expected, rtol=0, atol=1e-5)
-    many = find_model(str(tiny_folder), device="cpu").embed_texts(["um gato"] * (MIN_TORCH_TEXTS + 1))
+    many = find_model(str(tiny_folder), device="cpu").embed_texts(["um gato"] * (MAX_NUMPY_TEXTS + 1))
     np.testing.assert_allclose(many, np.tile(expected[0], (len(many), 1)), rtol=0, atol=1e-5)
     assert model.embed_images([]).shape == (0, 24)
 

@@ -16,7 +16,8 @@ from towers import MAKERS, as_published, gemma_like, siglip2
 from transformers import AutoProcessor, SiglipModel
 
 from capivara_common.weight_file import WeightFile
-from capivara_search.models import SearchModel, find_model, load_text_tower
+from capivara_search.models import SearchModel, find_model
+from capivara_search.text_tower import load_text_tower
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_texts
