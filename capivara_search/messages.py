@@ -126,17 +126,17 @@ def localized_error(error_type: Callable[[str], Exception], code: str, **values:
     Args:
         error_type: Class of the error, such as ValueError.
         code: The text is `error.CODE` of `messages.yaml`; the error's own message is the English text.
-        **values: Values of the placeholders. Secrets in them are redacted.
+        **values: Values of the placeholders. Secrets in them are redacted in the message.
 
     Returns:
-        The error, with the attributes `code` and `values`.
+        The error, with the attributes `code` and `values`. The values are not redacted, because code compares them with
+        paths, which may look like secrets.
     """
-    return coded_error(
-        error_type,
-        code,
-        Messages("en").raw(f"error.{code}"),
-        **{name: _redact_text(value) for name, value in values.items()},
-    )
+
+    def create_redacted(text: str) -> Exception:
+        return error_type(redact(text))
+
+    return coded_error(create_redacted, code, Messages("en").raw(f"error.{code}"), **values)
 
 
 def log_message(code: str, *values: object, level: int = logging.INFO) -> None:
@@ -147,11 +147,6 @@ def log_message(code: str, *values: object, level: int = logging.INFO) -> None:
         *values: Values of the numbered placeholders. Secrets in them are redacted.
         level: Level of the log record.
     """
-    values = tuple(map(_redact_text, values))
+    values = tuple(redact(value) if isinstance(value, str) else value for value in values)
     text, extra = Messages("en")(f"note.{code}", *values), {"code": code, "values": values}
     logging.getLogger("capivara").log(level, "%s", text, extra=extra)
-
-
-def _redact_text(value: object) -> object:
-    """Redact secrets in a text, such as the password in an index address; return other values unchanged."""
-    return redact(value) if isinstance(value, str) else value

@@ -42,8 +42,11 @@ def parse_feedback(text: str) -> tuple[float, str]:
     """Split "0.5:pessoas" into the weight 0.5 and the words "pessoas". Without a weight, as in "pessoas", it is 1.
 
     Raises:
-        ValueError: If the weight is not above 0 and at most `MAX_FEEDBACK_WEIGHT`, or no words follow it.
+        ValueError: If the text is empty, the weight is not above 0 and at most `MAX_FEEDBACK_WEIGHT`, or no words
+            follow it.
     """
+    if not text.strip():
+        raise localized_error(ValueError, "empty_feedback")
     weight, words = 1.0, text.strip()
     prefix, colon, rest = text.partition(":")
     if colon:
