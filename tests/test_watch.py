@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from made_index import make_pictures
-from page_process import Asked
+from page_process import PageClient as Asked
 
 pytest.importorskip("watchfiles", reason="folders are followed by watchfiles: pip install -e '.[search]'")
 
