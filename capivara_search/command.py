@@ -113,7 +113,15 @@ def require_search_extra() -> None:
 def index(
     messages: Messages, folders: Sequence[Path], exclude: Sequence[str], include: Sequence[str], batch_size: int
 ) -> None:
-    """Add folders to the index, with a progress bar and a report."""
+    """Add folders to the index, with a progress bar and a report.
+
+    Args:
+        messages: Texts of the user's language.
+        folders: Folders to add; without any, all folders that were added on this machine are updated.
+        exclude: Patterns of files and folders to leave out.
+        include: Patterns that no longer apply, and forgotten paths that come back.
+        batch_size: Pictures that the model embeds at a time.
+    """
     pictures = _open_index()
     pictures.repair()
     real_paths = pictures.folders_to_add(folders, exclude, include)
@@ -213,7 +221,13 @@ def format_ignored_counts(ignored_counts: Mapping[str, int], messages: Messages)
 @argument("folders", nargs=-1, type=cli.EXISTING_FOLDER)
 @add_switches("--poll")
 def watch(messages: Messages, folders: Sequence[Path], poll: bool) -> None:
-    """Follow folders until Ctrl-C and report each update of the index."""
+    """Follow folders until Ctrl-C and report each update of the index.
+
+    Args:
+        messages: Texts of the user's language.
+        folders: Folders to follow; without any, all folders that were added on this machine.
+        poll: Check all files every two seconds, also in folders that are not on the network.
+    """
     pictures = _open_index() if folders else _open_filled_index(allow_indexing=True)
     _print_model(pictures, messages, with_name=True)
     with _run_until_ctrl_c(messages), show_progress_bar(messages, leave=False) as show_progress:
@@ -244,7 +258,31 @@ def search(
     until: date | None, more: Sequence[str], less: Sequence[str], relevance_threshold: str, exact: bool, all: bool,
     open: bool, json: bool, csv: bool,
 ) -> int:  # fmt: skip
-    """Find pictures and print them as a table, as JSON or as CSV."""
+    """Find pictures and print them as a table, as JSON or as CSV.
+
+    Args:
+        messages: Texts of the user's language.
+        query: Words of the sentence.
+        like: File of a picture to find similar pictures to.
+        k: Maximum number of pictures.
+        folder: Folder that pictures must be in.
+        since: First day.
+        until: Last day.
+        more: Words that the search is moved towards, with optional weights.
+        less: Words that the search is moved away from, with optional weights.
+        relevance_threshold: Key of `RELEVANCE_THRESHOLD_VALUES`.
+        exact: Compare with all pictures, also in a large index.
+        all: Show every picture instead of one for each group of near-duplicates.
+        open: Open the pictures in the system's viewer.
+        json: Print JSON.
+        csv: Print CSV.
+
+    Returns:
+        Exit code: 0, or `EXIT_NOTHING_FOUND` if there are no results.
+
+    Raises:
+        click.UsageError: If `since` is after `until`.
+    """
     if since and until and since > until:
         raise click.UsageError(messages("dates_order", since=since, until=until))
     pictures = _open_filled_index(relevance_threshold=relevance_threshold)
@@ -282,7 +320,19 @@ def search(
 @option("--template", default=DEFAULT_LABEL_TEMPLATE)
 @add_switches("--json", "--csv")
 def classify(messages: Messages, path: Path, labels: Sequence[str], template: str, json: bool, csv: bool) -> int:
-    """Print the best label of one picture or of each picture of a folder."""
+    """Print the best label of one picture or of each picture of a folder.
+
+    Args:
+        messages: Texts of the user's language.
+        path: Picture or folder.
+        labels: Labels.
+        template: Sentence with one {} that a label replaces.
+        json: Print JSON.
+        csv: Print CSV.
+
+    Returns:
+        Exit code: 0, or `EXIT_NOTHING_FOUND` if there are no results.
+    """
     from capivara_search.picture_files import open_query_picture
     from capivara_search.query import check_labels
 
@@ -320,7 +370,17 @@ def app(
     no_open: bool,
     watch: bool,
 ) -> None:
-    """Serve the search page until Ctrl-C."""
+    """Serve the search page until Ctrl-C.
+
+    Args:
+        messages: Texts of the user's language.
+        port: Port of the page.
+        host: Address of the page.
+        allow_host: Further names that the page answers to.
+        relevance_threshold: Key of `RELEVANCE_THRESHOLD_VALUES`.
+        no_open: Do not open the browser.
+        watch: Also follow the folders of the index, in another process.
+    """
     from capivara_search.page.guard import list_allowed_hosts
     from capivara_search.page.server import is_loopback, serve_index
     from capivara_search.watch import run_follower
@@ -359,7 +419,13 @@ def app(
 @register_command("status")
 @add_switches("--all", "--json")
 def status(messages: Messages, all: bool, json: bool) -> None:
-    """Print on one screen what the index holds and what was left out."""
+    """Print on one screen what the index holds and what was left out.
+
+    Args:
+        messages: Texts of the user's language.
+        all: Print long lists in full.
+        json: Print JSON.
+    """
     state = _open_filled_index().status()
     if json:
         skipped_files = [{"path": skipped.path, "reason": skipped.reason} for skipped in state.skipped_files]
@@ -407,7 +473,15 @@ def _format_status(state: IndexStatus, messages: Messages) -> dict[str, list[str
 @register_command("forget")
 @argument("path", type=cli.ANY_PATH)
 def forget(messages: Messages, path: Path) -> int:
-    """Remove a folder or a picture from the index and keep it out."""
+    """Remove a folder or a picture from the index and keep it out.
+
+    Args:
+        messages: Texts of the user's language.
+        path: Folder or picture.
+
+    Returns:
+        Exit code: 0, or `EXIT_NOTHING_FOUND` if the index has no picture of it.
+    """
     number, quoted_path = _open_filled_index().forget(path), escape_control_characters(shlex.quote(str(path)))
     key = "stays_out" if os.path.lexists(path) else "nothing_of"
     if number:
@@ -421,7 +495,13 @@ def forget(messages: Messages, path: Path) -> int:
 @argument("old", metavar="old", type=cli.ANY_FOLDER)
 @argument("new", metavar="new", type=cli.EXISTING_FOLDER)
 def move(messages: Messages, old: Path, new: Path) -> None:
-    """Record in the index that the pictures of a folder were moved to another folder."""
+    """Record in the index that the pictures of a folder were moved to another folder.
+
+    Args:
+        messages: Texts of the user's language.
+        old: Folder that the pictures were in.
+        new: Folder that they are in now.
+    """
     row_count, file_count = map(messages.format_number, _open_filled_index().move(old, new))
     click.echo(messages("moved_to", n=row_count, files=file_count, path=shorten_path(str(new))))
 
@@ -429,7 +509,15 @@ def move(messages: Messages, old: Path, new: Path) -> None:
 @register_command("export")
 @argument("file", metavar="file", type=cli.ANY_PATH)
 def export(messages: Messages, file: Path) -> None:
-    """Write the index to a CSV or Parquet file."""
+    """Write the index to a CSV or Parquet file.
+
+    Args:
+        messages: Texts of the user's language.
+        file: File to write, with the extension .csv or .parquet.
+
+    Raises:
+        click.UsageError: If the folder of the file does not exist.
+    """
     if not file.parent.is_dir():
         raise click.UsageError(messages("bad.directory", value=escape_control_characters(str(file.parent))))
     click.echo(messages.format_count("exported", _open_filled_index().export(file), path=shorten_path(str(file))))
@@ -439,7 +527,17 @@ def export(messages: Messages, file: Path) -> None:
 @option("--threshold", type=localized_type(click.FloatRange(0.01, 1)), default=DUPLICATE_MIN_SIMILARITY)
 @add_switches("--json", "--csv")
 def duplicates(messages: Messages, threshold: float, json: bool, csv: bool) -> int:
-    """Print groups of near-duplicate pictures."""
+    """Print groups of near-duplicate pictures.
+
+    Args:
+        messages: Texts of the user's language.
+        threshold: Similarity from which two pictures are near-duplicates, 0.01 to 1.
+        json: Print JSON.
+        csv: Print CSV.
+
+    Returns:
+        Exit code: 0, or `EXIT_NOTHING_FOUND` if there are no results.
+    """
     pictures = _open_filled_index()
     groups = pictures.duplicates(threshold)
     if json:
@@ -462,7 +560,12 @@ def duplicates(messages: Messages, threshold: float, json: bool, csv: bool) -> i
 @register_command("completion")
 @argument("shell", type=localized_type(click.Choice(("bash", "zsh", "fish"))))
 def completion(messages: Messages, shell: str) -> None:
-    """Print the script that lets a shell complete commands and flags."""
+    """Print the script that lets a shell complete commands and flags.
+
+    Args:
+        messages: Texts of the user's language.
+        shell: "bash", "zsh" or "fish".
+    """
     click.echo(get_completion_class(shell)(capivara, {"obj": messages}, "capivara", "_CAPIVARA_COMPLETE").source())
 
 

@@ -151,7 +151,7 @@ def ask_node(request: dict[str, Any], packages: Path) -> dict[str, Any]:
         )
         if done.returncode:
             raise RuntimeError(f"Node ended with {done.returncode}:\n{done.stderr[-3000:]}")
-        return json.loads(done.stdout.strip().splitlines()[-1]) | {"said": done.stderr}
+        return json.loads(done.stdout.strip().splitlines()[-1]) | {"stderr": done.stderr}
 
 
 def ask_chromium(request: dict[str, Any], packages: Path) -> dict[str, Any]:
