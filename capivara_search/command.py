@@ -129,14 +129,8 @@ def index(
     print_notice(messages("looking", folders=", ".join(shorten_path(str(folder)) for folder in real_paths)))
     interrupt.raise_on_interrupt()  # from here on, Ctrl-C lets the index finish or undo what it has begun
     with show_progress_bar(messages) as show_progress:
-        report = pictures.add(
-            *real_paths,
-            on_progress=show_progress,
-            real_paths=real_paths,
-            exclude=exclude,
-            include=include,
-            batch_size=batch_size,
-        )
+        options = {"exclude": exclude, "include": include, "batch_size": batch_size}
+        report = pictures.add(*real_paths, on_progress=show_progress, real_paths=real_paths, **options)
     click.echo("\n".join(format_report(report, len(pictures), messages)))
 
 
@@ -287,18 +281,8 @@ def search(
         raise click.UsageError(messages("dates_order", since=since, until=until))
     pictures = _open_filled_index(relevance_threshold=relevance_threshold)
     _print_model(pictures, messages)
-    hits = pictures.search(
-        " ".join(query),
-        like,
-        k,
-        folder=folder,
-        since=since,
-        until=until,
-        exact=exact,
-        group_duplicates=not all,
-        more=more,
-        less=less,
-    )
+    options = {"exact": exact, "group_duplicates": not all, "more": more, "less": less}
+    hits = pictures.search(" ".join(query), like, k, folder=folder, since=since, until=until, **options)
     if json:
         _write_json([asdict(hit) for hit in hits])
     elif csv:
@@ -391,12 +375,8 @@ def app(
     not_requested = pictures.folders().keys() - pictures.requested_folders().keys()
     if hidden_folders := sorted(filter(os.path.isdir, not_requested)):
         print_notice(messages("thumbnails_only", folders=", ".join(map(shorten_path, hidden_folders))))
-    flag_values = {
-        "index": pictures.where,
-        "model": get_global_value("model"),
-        "device": get_global_value("device"),
-        "lang": messages.language,
-    }
+    flag_values = {"index": pictures.where, "lang": messages.language}
+    flag_values |= {name: get_global_value(name) for name in ("model", "device")}
     follower_flags = [f"--{name}={value}" for name, value in flag_values.items() if value]
 
     def print_address(address: str) -> None:
@@ -405,15 +385,8 @@ def app(
             print_notice(messages("open_to_all", names=names))
 
     with _run_until_ctrl_c(messages), run_follower(*follower_flags) if watch else nullcontext():
-        serve_index(
-            pictures,
-            host,
-            port,
-            on_open=print_address,
-            language=messages.language,
-            allow_hosts=list(allow_host),
-            open_browser=not no_open,
-        )
+        options = {"language": messages.language, "allow_hosts": list(allow_host), "open_browser": not no_open}
+        serve_index(pictures, host, port, on_open=print_address, **options)
 
 
 @register_command("status")
@@ -543,11 +516,8 @@ def duplicates(messages: Messages, threshold: float, json: bool, csv: bool) -> i
     if json:
         _write_json([[asdict(hit) for hit in group] for group in groups])
     elif csv:
-        rows = [
-            {"group": number, "rank": rank} | asdict(hit)
-            for number, group in enumerate(groups, 1)
-            for rank, hit in enumerate(group, 1)
-        ]
+        ranked = [(number, rank, hit) for number, group in enumerate(groups, 1) for rank, hit in enumerate(group, 1)]
+        rows = [{"group": number, "rank": rank} | asdict(hit) for number, rank, hit in ranked]
         write_csv(sys.stdout, ("group", *CSV_COLUMNS), rows)
     else:
         for number, group in enumerate(groups, 1):

@@ -172,13 +172,8 @@ class PageAnswers:
             hits = self.index.newest(question.k, group_duplicates=True, **filters)
         else:
             is_text_query = image is None and not (question.like or question.more or question.less)
-            hits = self.index.search_vector(
-                vector,
-                question.k + bool(question.like),  # the picture itself is found, and left out below
-                is_text_query=is_text_query,
-                group_duplicates=True,
-                **filters,
-            )
+            k = question.k + bool(question.like)  # the query picture is found as well, and left out below
+            hits = self.index.search_vector(vector, k, is_text_query=is_text_query, group_duplicates=True, **filters)
         has_target = question.text.strip() or image is not None or question.like or question.more
         with_score = vector is not None and bool(has_target)
         shown_hits = [hit for hit in hits if hit.path != question.like][: question.k]
@@ -243,13 +238,8 @@ class PageAnswers:
         state, model = self._index_state(), self.index.model
         if self._video_count[0] != state["version"]:
             self._video_count = state["version"], self.index.status().ignored_counts.get("video", 0)
-        return {
-            **state,
-            "model": model.name,
-            "note": model.get_notice(question.language),
-            "progress": self.index.progress(),
-            "videos": self._video_count[1],
-        }
+        values = {"model": model.name, "note": model.get_notice(question.language), "videos": self._video_count[1]}
+        return state | values | {"progress": self.index.progress()}
 
     def _index_state(self) -> dict[str, int]:
         return {"version": self.index.version(), "count": len(self.index)}
@@ -286,8 +276,7 @@ class PageAnswers:
             return self.index.vectors(paths)
         except KeyError:
             is_gone = self.index.get_picture(paths[0]) is None
-            error = RequestRefusedError("gone", 404) if is_gone else RequestRefusedError("not_ready", 503)
-            raise error from None
+            raise (RequestRefusedError("gone", 404) if is_gone else RequestRefusedError("not_ready", 503)) from None
 
 
 def hit_to_dict(hit: Hit, with_score: bool) -> dict[str, Any]:
@@ -298,8 +287,8 @@ def hit_to_dict(hit: Hit, with_score: bool) -> dict[str, Any]:
         with_score: Whether the score has a meaning for the visitor; otherwise it becomes None.
 
     Returns:
-        The fields of `Hit` with times in ISO 8601, the `name` of the file, and `v`: a number that changes with the file,
-        so that browsers do not show an outdated picture.
+        The fields of `Hit` with times in ISO 8601, the `name` of the file, and `v`: a number that changes with the
+        file, so that browsers do not show an outdated picture.
     """
     values = dataclasses.asdict(hit) | {"name": Path(hit.path).stem}
     times = ("taken", "modified", "date")

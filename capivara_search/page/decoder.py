@@ -78,12 +78,9 @@ class DecoderProcess:
         command = [sys.executable, "-c", DECODER_PROGRAM, str(child_connection.fileno()), str(DECODE_TIMEOUT_S)]
         path = os.pathsep.join([str(CODE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         with child_connection:
-            self._process = subprocess.Popen(
-                command,
-                pass_fds=[child_connection.fileno()],
-                env={**os.environ, "PYTHONPATH": path},
-                start_new_session=True,  # Ctrl-C in the terminal must end the page, not the decoder
-            )
+            # In a new session, because Ctrl-C in the terminal must end the page, not the decoder.
+            options = {"env": {**os.environ, "PYTHONPATH": path}, "start_new_session": True}
+            self._process = subprocess.Popen(command, pass_fds=[child_connection.fileno()], **options)
 
 
 def main(descriptor: int, seconds: float) -> None:

@@ -401,8 +401,8 @@ def render_page_html(messages: dict[str, Any], is_static: bool = False, **values
     Args:
         messages: Texts of the page (`load_page_messages`).
         is_static: Render the page without a server.
-        **values: Further variables of the template `page.html`: `here` and `there` (addresses of the page in this and in
-            the other language), `privacy`, `credit`, and `model` for the page without a server.
+        **values: Further variables of the template `page.html`: `here` and `there` (addresses of the page in this and
+            in the other language), `privacy`, `credit`, and `model` for the page without a server.
 
     Returns:
         The HTML.
