@@ -93,10 +93,10 @@ def test_the_time_to_write_the_index_is_part_of_the_estimate(tmp_path, tiny_proc
     """16 s after the last picture: nobody is told that none are left."""
     model = str(save_model(tmp_path / "model", tiny_processor))
     make_pictures(tmp_path / "fotos", 120)
-    monkeypatch.setattr(table, "MAX_EXACT_ROWS", 100), monkeypatch.setattr(table, "LEARN_S", 16 / 120)
+    monkeypatch.setattr(table, "MAX_EXACT_ROWS", 100), monkeypatch.setattr(table, "TRAINING_S_PER_ROW", 16 / 120)
 
     def tidy(self, width: int) -> None:
-        clock.now += 16 * self._must_learn(width, self.count())
+        clock.now += 16 * self._must_train_index(width, self.count())
 
     monkeypatch.setattr(PictureTable, "optimize", tidy)
     index = PictureIndex.open(tmp_path / "i.lance", model=model)

@@ -12,7 +12,7 @@ from capivara_search import index as index_module
 from capivara_search import indexing, table
 from capivara_search.index import PictureIndex
 from capivara_search.storage import DamagedIndexError
-from capivara_search.table import LAYOUT_METADATA_KEY, TABLE_SCHEMAS, schema
+from capivara_search.table import LAYOUT_METADATA_KEY, TABLE_SCHEMAS, pictures_schema
 
 ROWS, COMMIT = 24, 8
 
@@ -161,7 +161,7 @@ def test_a_broken_search_index_is_named_and_built_anew(tmp_path, model, monkeypa
 def test_an_index_of_a_newer_version_or_of_others_is_refused(tmp_path):
     import lancedb
 
-    newer = schema(8).with_metadata({LAYOUT_METADATA_KEY: b"2"})
+    newer = pictures_schema(8).with_metadata({LAYOUT_METADATA_KEY: b"2"})
     lancedb.connect(tmp_path / "newer").create_table("pictures", schema=newer)
     with pytest.raises(ValueError, match=r"has layout 2, this version of capivara reads up to 1. Install a newer one"):
         PictureIndex.open(tmp_path / "newer")
