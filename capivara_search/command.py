@@ -225,7 +225,7 @@ def search(
 @add_switches("--json", "--csv")
 def classify(messages: Messages, place: Path, labels: Sequence[str], template: str, json: bool, csv: bool) -> int:
     """The label of each picture of a folder, or of one picture."""
-    from capivara_search.picture_files import open_query_picture
+    from capivara_search.picture_reading import open_query_picture
     from capivara_search.query import check_labels
 
     labels, pictures = check_labels(labels, template), _open_index()

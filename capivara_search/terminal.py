@@ -173,7 +173,8 @@ def open_pictures(paths: Sequence[str], messages: Messages) -> None:
     An index may be of others, and its paths lead to anything: what is no picture any longer, or has no name of one, is
     not opened, since the system would start what it finds there, by its name. Raises RuntimeError: it has no viewer.
     """
-    from capivara_search.picture_files import is_picture_name, open_query_picture
+    from capivara_search.folder_scan import is_picture_name
+    from capivara_search.picture_reading import open_query_picture
 
     shown = []
     for path in paths[:MAX_OPENED_PICTURES]:
