@@ -164,7 +164,7 @@ def test_a_failed_task_is_named_and_the_same_command_does_what_is_missing(tmp_pa
     arguments.device = "cpu"
     assert add_with_workers(arguments)
     assert len(PictureIndex.open(tmp_path / "i")) == 10
-    with pytest.raises(ValueError, match="is not there"):
+    with pytest.raises(ValueError, match="does not exist"):
         add_with_workers(WorkerArguments(where=str(tmp_path / "i"), **{**options, "folders": [str(tmp_path / "no")]}))
 
 

@@ -18,9 +18,9 @@ from tiny import save_model
 from towers import as_published, gemma_like, siglip2
 from transformers import AutoProcessor, SiglipModel
 
+from capivara_search import folder_scan, indexing, picture_reading, table
 from capivara_search import folders as known_folders
 from capivara_search import index as index_module
-from capivara_search import indexing, picture_files, table
 from capivara_search.index import PictureIndex
 from capivara_search.models import SearchModel, find_model
 from capivara_search.results import SkippedFile
@@ -485,14 +485,14 @@ def test_what_is_forgotten_leaves_no_thumbnail_on_the_disk(index, folder):
 def test_a_file_that_could_not_be_opened_is_tried_again_and_keeps_its_row(index, folder, monkeypatch):
     chosen = sorted(folder.rglob("*.png"))[0]
     os.utime(chosen, ns=(1, 1))
-    opened = picture_files.open_regular_file
+    opened = picture_reading.open_regular_file
 
     def fails(path, *options):
         if path == str(chosen):
             raise OSError(errno.EIO, "the disk: no")
         return opened(path, *options)
 
-    monkeypatch.setattr(picture_files, "open_regular_file", fails)
+    monkeypatch.setattr(picture_reading, "open_regular_file", fails)
     left_out = [SkippedFile(str(chosen), "read error", "the disk: no")]
     assert index.add(folder).skipped_files == index.status().skipped_files == left_out
     assert index.get_picture(str(chosen)) is not None
@@ -693,7 +693,7 @@ def swap_before(patch, owner: object, name: str, folder: Path, private: Path) ->
 @pytest.mark.parametrize(
     ("owner", "step"),
     [(PictureIndex, "add"), (known_folders, "kept_rules"), (indexing, "make_plan"), (indexing, "note_asked"),
-     (indexing, "read_picture"), (picture_files, "_Walk")],
+     (indexing, "read_picture"), (folder_scan, "_FolderScan")],
 )  # fmt: skip
 def test_a_known_folder_that_is_swapped_for_a_link_meanwhile_is_not_read(
     owner, step, index, folder, tmp_path, monkeypatch
@@ -704,8 +704,8 @@ def test_a_known_folder_that_is_swapped_for_a_link_meanwhile_is_not_read(
     asked = index.requested_folders()
     new = make_pictures(folder / "new", 1, seed=7)
     before, opened = len(index), []
-    contents = picture_files.read_bounded
-    monkeypatch.setattr(picture_files, "read_bounded", lambda file: opened.append(contents(file)) or opened[-1])
+    contents = picture_reading.read_bounded
+    monkeypatch.setattr(picture_reading, "read_bounded", lambda file: opened.append(contents(file)) or opened[-1])
     with monkeypatch.context() as patch:
         folders = index.folders_to_add()
         swap_before(patch, owner, step, folder, tmp_path / "private")

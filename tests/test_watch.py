@@ -17,7 +17,7 @@ from page_process import Asked
 
 pytest.importorskip("watchfiles", reason="folders are followed by watchfiles: pip install -e '.[search]'")
 
-from capivara_search import picture_files, watch
+from capivara_search import picture_reading, watch
 from capivara_search.index import PictureIndex
 from capivara_search.results import IndexReport
 
@@ -205,9 +205,9 @@ def test_a_folder_that_is_swapped_for_a_link_is_not_followed(follow, folder, tmp
 @pytest.mark.parametrize("is_named", [True, False])
 def test_a_folder_that_is_swapped_within_a_round_is_not_read(folder, tmp_path, model, monkeypatch, caplog, is_named):
     private = {path.read_bytes() for path in make_pictures(tmp_path / "private", 3, seed=9)}
-    index, opened, contents = PictureIndex.open(tmp_path / "i.lance", model=model), [], picture_files.read_bounded
+    index, opened, contents = PictureIndex.open(tmp_path / "i.lance", model=model), [], picture_reading.read_bounded
     index.add(folder)
-    monkeypatch.setattr(picture_files, "read_bounded", lambda file: opened.append(contents(file)) or opened[-1])
+    monkeypatch.setattr(picture_reading, "read_bounded", lambda file: opened.append(contents(file)) or opened[-1])
     add = index.add
 
     def add_after_swap(*args, **more):
@@ -224,7 +224,7 @@ def test_a_folder_that_is_swapped_within_a_round_is_not_read(folder, tmp_path, m
 
 def test_wrong_folders_are_named_at_once(tmp_path, model, folder):
     index = PictureIndex.open(tmp_path / "i.lance", model=model)
-    for folders, text in ((), "No folder was named"), ([tmp_path / "none"], "is not there"):
+    for folders, text in ((), "No folder was named"), ([tmp_path / "none"], "does not exist"):
         with pytest.raises(ValueError, match=text):
             next(index.watch(*folders))
 
