@@ -229,7 +229,7 @@ def test_another_image_encoder_is_refused_in_search_and_embeds_all_pictures_agai
 
 @pytest.fixture(scope="module")
 def siglips(tmp_path_factory):
-    """A SigLIP 2 as published, and copies with another text encoder and another image encoder, saved by transformers."""
+    """A SigLIP 2 as published, and two copies, saved by transformers, with another text or image encoder."""
     folder = tmp_path_factory.mktemp("siglips")
     siglip2(folder / "base", gemma_like(["um gato azul na praia", "a casa e o carro"] * 3, 400))
     for name, start in (("text", "text_model."), ("other", "vision_model.")):
@@ -497,7 +497,7 @@ def test_a_file_that_can_not_be_opened_keeps_its_row_and_is_tried_again(index, f
     assert index.add(folder).skipped_files == []
 
 
-# --- Ignored files and moved folders -----------------------------------------------------------------------------------
+# --- Ignored files and moved folders ----------------------------------------------------------------------------------
 
 
 def test_forgotten_paths_stay_out_until_they_are_included(index, folder):
@@ -660,7 +660,7 @@ def test_a_move_requests_no_folder_outside_of_the_new_one(index, folder, tmp_pat
     assert index.requested_folders() == {str(new): str(new)}
 
 
-# --- Folders that others change, and indexes from others -------------------------------------------------------------------
+# --- Folders that others change, and indexes from others --------------------------------------------------------------
 
 
 def test_a_file_that_becomes_a_link_while_indexing_is_not_read(tmp_path, models, folder, monkeypatch):
@@ -697,9 +697,11 @@ def swap_before(patch, owner: object, name: str, folder: Path, private: Path) ->
 
 @pytest.mark.parametrize(
     ("owner", "step"),
-    [(PictureIndex, "add"), (known_folders, "load_rules"), (indexing, "make_plan"), (indexing, "record_requested_folders"),
-     (indexing, "read_picture"), (folder_scan, "_FolderScan")],
-)  # fmt: skip
+    [
+        *((PictureIndex, "add"), (known_folders, "load_rules"), (folder_scan, "_FolderScan")),
+        *((indexing, step) for step in ("make_plan", "record_requested_folders", "read_picture")),
+    ],
+)
 def test_a_known_folder_that_becomes_a_link_during_the_run_is_not_read(
     owner, step, index, folder, tmp_path, monkeypatch
 ):
@@ -709,9 +711,12 @@ def test_a_known_folder_that_becomes_a_link_during_the_run_is_not_read(
     requested = index.requested_folders()
     new = make_pictures(folder / "new", 1, seed=7)
     count, contents, read_bounded = len(index), [], picture_reading.read_bounded
-    monkeypatch.setattr(
-        picture_reading, "read_bounded", lambda file: contents.append(read_bounded(file)) or contents[-1]
-    )
+
+    def read_and_record(file):
+        contents.append(read_bounded(file))
+        return contents[-1]
+
+    monkeypatch.setattr(picture_reading, "read_bounded", read_and_record)
     with monkeypatch.context() as patch:
         folders = index.folders_to_add()
         swap_before(patch, owner, step, folder, tmp_path / "private")
