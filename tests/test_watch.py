@@ -324,9 +324,8 @@ def test_the_page_answers_during_an_update_and_follows_folders_afterwards(starte
     shutil.copy(other_pictures[0], folder / "a.png")
     wait_until(lambda: client.ask("status", {"language": "pt"})[1]["count"] == 1501)
     assert client.ask("search", {"text": "", "k": 1})[1]["hits"][0]["path"] == str(folder / "a.png")
-    tasks = Path(
-        f"/proc/{page.pid}/task"
-    ).iterdir()  # the follower is started by a thread, so it is not a child of the main thread
+    # A thread starts the follower, so it is not a child of the main thread.
+    tasks = Path(f"/proc/{page.pid}/task").iterdir()
     children = [child for task in tasks for child in (task / "children").read_text().split()]
     commands = {child: Path(f"/proc/{child}/cmdline").read_text() for child in children}
     follower = int(next(child for child, command in commands.items() if "end_with_parent" in command))
