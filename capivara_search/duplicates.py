@@ -1,10 +1,12 @@
 """Near-duplicate detection: group near-duplicates among hundreds of thousands of pictures.
 
 A model's vector alone says little about whether a picture is a copy: it changes when a picture is reduced, and hardly
-differs between two lawns. Color signatures are therefore compared as well: the colors of the picture at 6 x 6 pixels.
+differs between two lawns. Color signatures are therefore compared as well: the colors of the picture at 6 x 6 pixels, a
+tiny-image descriptor (Torralba et al., 80 Million Tiny Images, 2008).
 
-Each group has a leader, and every other picture of the group is similar to the leader and comes after it. So a chain of
-small differences can't lead from one scene to another, as it would with connected components.
+Groups are formed by sequential leader clustering (Hartigan, Clustering Algorithms, 1975). Each group has a leader, and
+every other picture of the group is similar to the leader and comes after it. So a chain of small differences can't lead
+from one scene to another, as it would with connected components.
 
 Flat pictures, such as icons, charts and blank pages, share most of their pixels with other pictures of their kind, and
 a model hardly distinguishes them. Two flat pictures are compared by their details only, with a far stricter limit.
@@ -236,7 +238,7 @@ def is_duplicate(vectors: np.ndarray, others: np.ndarray, threshold: float = DUP
 def leaders(
     vectors: np.ndarray, threshold: float = DUPLICATE_MIN_SIMILARITY, max_groups: int | None = None
 ) -> np.ndarray:
-    """Assign each row to the leader of its group of near-duplicates.
+    """Assign each row to the leader of its group of near-duplicates (sequential leader clustering).
 
     Rows are processed in order. A row that is similar to no earlier leader becomes a leader; any other row joins the
     first leader that it is similar to.

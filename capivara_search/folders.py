@@ -218,7 +218,8 @@ def move_folder(table: PictureTable, old: Path, new: Path) -> tuple[int, int]:
         save_rules(table, replace(rules, forgotten=(rules.forgotten - {*forgotten_inside}) | moved))
         values = {key.replace(str(old), str(new), 1): metadata[key] for key in old_keys}
         if any(Path(folder) in old.parents for folder in folders) and not any(map(new.is_relative_to, folders)):
-            values[FOLDER_KEY_PREFIX + str(new)] = ""  # it was part of a folder that stays
+            # The old folder was part of an indexed folder that stays, so the new one becomes a folder of its own.
+            values[FOLDER_KEY_PREFIX + str(new)] = ""
         table.set_metadata(values)
         # The index is not trusted: its folders count as requested only if they really lie in the folder that was named.
         real_paths = {folder: os.path.realpath(folder) for folder in table.folders()}

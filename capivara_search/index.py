@@ -94,9 +94,9 @@ class PictureIndex:
     metadata of each of them.
 
     Attributes:
-        relevance_threshold: Whether a search for a sentence sets `Hit.above_threshold`: whether the hit scores better
-            than the index's background, that is, than pictures score for sentences without content. None: only for
-            models for which `query.supports_relevance_threshold` is true.
+        relevance_threshold: Whether a search for a sentence sets `Hit.above_threshold`. The threshold is the score that
+            the best pictures of the index reach for sentences without content. None: only for models that separate
+            relevant from irrelevant pictures well enough (`query.supports_relevance_threshold`).
 
     Example:
         >>> from pathlib import Path
@@ -479,12 +479,12 @@ class PictureIndex:
         return cache[key]
 
     def _make_nearest(self, clause: str | None, exact: bool = False) -> Callable[[np.ndarray, int], pa.Table]:
-        """Return a function of a vector and k that fetches the k nearest rows that match a clause."""
+        """Return a function that takes a vector and k and returns the k nearest rows that match a clause."""
         cached = self._load_cached_rows(clause)
         return cached.nearest if cached else partial(self._table.nearest, clause=clause, exact=exact)
 
     def _group_hits(self, k: int, fetch_ranked: Callable[[int], pa.Table], clause: str | None) -> list[Hit]:
-        """Return the first k hits of a ranking that remain if each hit stands for its near-duplicates.
+        """Return the first k hits of a ranking after grouping near-duplicates: each group keeps its first hit.
 
         `Hit.copies` counts near-duplicates among all rows that match the clause if these are cached in memory,
         otherwise among the rows that were fetched.
@@ -643,7 +643,7 @@ class PictureIndex:
         return np.stack([stored[path] for path in paths]) if stored else np.empty((0, self.model.width), np.float32)
 
     def _stored_vectors(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
-        """Return the vectors of this model that are stored for some paths, by path; other paths are missing."""
+        """Return the stored vectors of this model by path, without paths that have none."""
         column = vector_column(self.model.width)
         if not self._table.exists() or self.model.width not in self._table.widths():
             return {}

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 COMMIT_ROWS = 400  # files per commit; with thumbnails, their rows take about 5 MB
 COMMIT_INTERVAL_S = 20.0
-CLASSIFY_BATCH_SIZE = 32  # pictures per batch if pictures are classified that are not in the index
+CLASSIFY_BATCH_SIZE = 32  # pictures per batch for classifying pictures that are not in the index
 # Pictures in the first batch. Each later batch has twice as many, up to the batch size, so that an estimate of the time
 # left is known early.
 FIRST_BATCH_SIZE = 4
@@ -192,7 +192,7 @@ def _is_emptied(table: PictureTable, folder: Path, removed: Sequence[str], files
 
 
 class IndexWriter:
-    """Reads and embeds the files of a plan in batches and writes their rows in commits.
+    """Worker that reads and embeds the files of a plan in batches and commits their rows.
 
     Args:
         table: Table of the index.
@@ -308,7 +308,7 @@ class IndexWriter:
         self.done_count += len(batch)
 
     def _load_vectors(self, digests: Collection[str]) -> dict[str, np.ndarray]:
-        """Return the vectors of this model that the table has for some contents, by digest."""
+        """Return the vectors of this model that the table has for file contents, by digest."""
         if not digests:
             return {}
         clause = f"{in_clause('digest', digests)} AND model = {quote_sql(self.image_digest)}"

@@ -43,7 +43,7 @@ STORAGE_ERROR_PATTERNS = (
 
 
 class DamagedIndexError(ValueError):
-    """A file of an index is missing or damaged; the message names the part of the index."""
+    """Error for a missing or damaged file of an index; the message names the part of the index."""
 
 
 @contextmanager
@@ -53,6 +53,9 @@ def wrap_storage_errors(where: str, part: str = "") -> Iterator[None]:
     Args:
         where: Folder or address of the index.
         part: Name of the table, for the message.
+
+    Yields:
+        Nothing.
 
     Raises:
         OSError: If there is no space left, no permission, no answer or a refusal of the object storage, or other

@@ -5,8 +5,8 @@ be read, with the reason, and `about` holds key-value metadata of the index. Eve
 table.
 
 Searches compare all vectors in tables of up to `MAX_EXACT_ROWS` rows. Larger tables get an approximate vector index,
-IVF-RQ: an inverted file (IVF) whose vectors are quantized to RabitQ codes. The best candidates are compared again by
-their full vectors, and rows that are not in the vector index yet are compared exactly.
+IVF-RQ: an inverted file (IVF) whose vectors are quantized to RaBitQ codes (arXiv 2405.12497). The best candidates are
+compared again by their full vectors, and rows that are not in the vector index yet are compared exactly.
 """
 
 import fcntl
@@ -72,7 +72,8 @@ MAX_SMALL_FRAGMENTS = 24  # small data files of a table; more are merged
 RETRAIN_GROWTH_FACTOR = 2  # the vector index is trained again when the table has grown by this factor
 # Cache of the vector index in memory. The vector index of 1,000,000 pictures of width 512 needs 520 MiB.
 VECTOR_INDEX_CACHE_BYTES = 640 << 20
-REMOTE_VERSION_LIFETIME = timedelta(minutes=10)  # on object storage, other machines may still read old versions
+# Old versions on object storage are kept for this time, because other machines may still read them.
+REMOTE_VERSION_LIFETIME = timedelta(minutes=10)
 REMOTE_READ_CONSISTENCY = timedelta(seconds=1)  # maximum age of cached state; each check of object storage is a request
 MAX_PATHS_PER_CLAUSE = 500
 MAX_WRITE_ATTEMPTS = 12  # attempts of a write that conflicts with writes of other processes
@@ -382,7 +383,7 @@ class PictureTable:
         return 0 if self.open_table(table) is None else self.run_read(table, lambda opened: opened.count_rows(clause))
 
     def count_other_models(self, image_digest: str) -> int:
-        """Return the number of pictures whose vectors are from other models than this one."""
+        """Return the number of pictures whose vectors come from a model with another digest."""
         return self.cached(image_digest, lambda: self.count(f"model != {quote_sql(image_digest)}"))
 
     def read_metadata(self) -> dict[str, str]:
