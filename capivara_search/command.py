@@ -317,7 +317,7 @@ def classify(messages: Messages, path: Path, labels: Sequence[str], template: st
     Returns:
         Exit code: 0, or `EXIT_NOTHING_FOUND` if there are no results.
     """
-    from capivara_search.picture_files import open_query_picture
+    from capivara_search.picture_reading import open_query_picture
     from capivara_search.query import check_labels
 
     labels, pictures = check_labels(labels, template), _open_index()

@@ -247,7 +247,8 @@ def open_pictures(paths: Sequence[str], messages: Messages) -> None:
     Raises:
         RuntimeError: If the system has no viewer for pictures.
     """
-    from capivara_search.picture_files import is_picture_name, open_query_picture
+    from capivara_search.folder_scan import is_picture_name
+    from capivara_search.picture_reading import open_query_picture
 
     valid_paths = []
     for path in paths[:MAX_OPENED_PICTURES]:

@@ -36,7 +36,7 @@ from capivara_search.page.guard import (
     RequestRefusedError,
 )
 from capivara_search.page.server import create_page_server
-from capivara_search.picture_files import flatten_on_white
+from capivara_search.picture_reading import flatten_on_white
 from capivara_search.table import FOLDER_KEY_PREFIX
 
 DECODE_TIMEOUT_S = 2

@@ -22,7 +22,7 @@ from pathlib import Path
 import PIL.Image
 
 from capivara_common.image_files import MAX_IMAGE_PIXELS, BadImage
-from capivara_search.picture_files import MAX_PICTURE_PIXELS, decode_picture, limit_long_side
+from capivara_search.picture_reading import MAX_PICTURE_PIXELS, decode_picture, limit_long_side
 
 DECODER_PROGRAM = (
     "import sys; from capivara_search.page.decoder import main; main(int(sys.argv[1]), float(sys.argv[2]))"

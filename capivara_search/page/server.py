@@ -39,6 +39,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from capivara_common.image_files import BadImage, open_regular_file
+from capivara_search.folder_scan import is_picture_name
 from capivara_search.messages import localized_error
 from capivara_search.page.answers import PageAnswers, Question
 from capivara_search.page.decoder import DecoderProcess
@@ -53,7 +54,7 @@ from capivara_search.page.guard import (
     list_allowed_hosts,
     receive_body,
 )
-from capivara_search.picture_files import is_picture_name, read_bounded
+from capivara_search.picture_reading import read_bounded
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
