@@ -348,9 +348,9 @@ def test_avif_files_that_declare_too_few_pixels_take_little_memory():
     """Each of the eight files would take 409 MB, if its 16,384 x 12,200 pixels were decoded."""
     program = (
         "import base64, resource, sys, zlib\n"
-        "from capivara_common.image_files import ImageFiles, decode_images\n"
+        "from capivara_common.image_files import ImageAccess, decode_images\n"
         "data = zlib.decompress(base64.b64decode(sys.stdin.read()))\n"
-        "images = list(decode_images(range(8), lambda row: {'bytes': data, 'path': None}, ImageFiles()))\n"
+        "images = list(decode_images(range(8), lambda row: {'bytes': data, 'path': None}, ImageAccess()))\n"
         "print({image.size for _, image in images}, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], input=LYING_AVIF, capture_output=True, text=True, check=True)
