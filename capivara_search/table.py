@@ -609,7 +609,7 @@ class PictureTable:
         except DamagedIndexError:
             manifest = min(folder.glob("_versions/*.manifest"), default=None)  # the newest one has the lowest number
             if manifest is None:
-                return self._set_aside(folder, "?")
+                return self._set_aside(folder, None)
             if manifest.read_bytes().endswith(b"LANC"):  # this marks the end of a complete manifest
                 raise
             # Without the incomplete manifest, the version before it is the newest.
@@ -657,13 +657,16 @@ class PictureTable:
             return False
         return True
 
-    def _set_aside(self, folder: Path, row_count: int | str) -> None:
-        """Rename the folder of a table that can't be repaired, and log its number of rows."""
+    def _set_aside(self, folder: Path, row_count: int | None) -> None:
+        """Rename the folder of a table that can't be repaired, and log its number of rows, None if it is not known."""
         candidates = (Path(f"{folder}.damaged{number or ''}") for number in itertools.count())
         new_folder = next(candidate for candidate in candidates if not os.path.lexists(candidate))
         folder.rename(new_folder)
         del self._connection  # it may have cached the files of the old name
-        log_message("set_aside", folder, row_count, new_folder, level=logging.WARNING)
+        if row_count is None:
+            log_message("set_aside_unknown", folder, new_folder, level=logging.WARNING)
+        else:
+            log_message("set_aside", folder, row_count, new_folder, level=logging.WARNING)
 
 
 def to_array(column: pa.ChunkedArray) -> np.ndarray:
