@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from capivara_search.models import SearchModel
 
 MAX_FEEDBACK_WEIGHT = 4
-# Strength of feedback of weight 1, relative to the query. At twice this value, half of the relevant pictures would sink
-# together with what `less` names.
+# Strength of feedback of weight 1, relative to the query. At twice this value, half of the pictures that match the
+# query would lose their place together with the pictures that `less` names (measured by benchmarks.nothing_fits).
 FEEDBACK_STRENGTH = 0.5
 SAMPLE_ROWS = 2000  # vectors that are drawn from an index
 # In a model's folder, written by `benchmarks.nothing_fits --keep`: its `auc` measures how well the best score tells

@@ -129,8 +129,8 @@ def serve_index(
         if on_open is not None:
             on_open(url)
         if open_browser and (sys.platform == "darwin" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
-            # On other systems, a text browser would take over this terminal. In a thread, because some browsers return
-            # only when they are closed.
+            # Not without a display, where a text browser would take over this terminal. In a thread, because some
+            # browsers return only when they are closed.
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
         while serving.is_alive():
             serving.join(1)
