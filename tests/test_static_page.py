@@ -219,7 +219,7 @@ def looks_closely(visitor: Visitor) -> None:
     page.fill("#text", "um gato")
     visitor.sees("#said", "As mais parecidas com “um gato” e a imagem")
     page.fill("#text", "")
-    page.click("#pulls button")
+    page.click("#feedback button")
     visitor.sees("#said", "As mais recentes")
 
 

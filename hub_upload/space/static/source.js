@@ -1,9 +1,9 @@
 // Where answers and pictures come from on the page without a server: a visitor's own files, by the model in the browser.
 import { AutoImageProcessor, AutoTokenizer, CLIPTextModelWithProjection, CLIPVisionModelWithProjection, RawImage, env } from "../library/transformers.js";
-import { WORDS, drawn, find, reason, say, takeFiles } from "./common.js";
+import { MESSAGES, byId, drawScaled, errorMessage, message, onFiles } from "./common.js";
 
 const [MAX_BYTES, MAX_ASPECT, MAX_THREADS] = [200e6, 50, 8]; // of a file; long by short side, as in Python
-const MODEL = WORDS.own_model; // its id, which is that of its files; the pixels of a side that it sees
+const MODEL = MESSAGES.own_model; // its id, which is that of its files; the pixels of a side that it sees
 const pictures = new Map(); // path -> what is known of a picture, and its file
 const loaded = new Map(); // tower -> promise of it and of what prepares its inputs
 let [version, progress, changed, reading] = [0, null, null, Promise.resolve()];
@@ -57,8 +57,8 @@ const answers = {
 };
 
 export const ask = (name, question) => answers[name](question);
-export const address = (_, { path }) => pictures.get(path)?.thumbnail ?? "";
-export const large = async ({ file }) => file;
+export const imageUrl = (_, { path }) => pictures.get(path)?.thumbnail ?? "";
+export const fetchLargeView = async ({ file }) => file;
 
 // --- Pictures --------------------------------------------------------------------------------------------------------
 
@@ -69,7 +69,7 @@ async function read(file, path) {
   const { width, height } = image;
   const [short, long] = [Math.min(width, height), Math.max(width, height)];
   if (long > MAX_ASPECT * short) throw coded("no_picture");
-  const canvas = drawn(image, MODEL.side / short);
+  const canvas = drawScaled(image, MODEL.side / short);
   image.close();
   const [model, processor] = await part(CLIPVisionModelWithProjection, AutoImageProcessor);
   const { image_embeds } = await model(await processor(RawImage.fromCanvas(canvas)));
@@ -81,7 +81,7 @@ async function read(file, path) {
 /** Reads the pictures among files, one after another; those that are there already are not read again. */
 async function collect(files) {
   const [found, unreadable, before] = [files.filter((file) => file.type.startsWith("image/")), [], pictures.size];
-  if (!found.length) return (find("collected").textContent = say("no_pictures"));
+  if (!found.length) return (byId("collected").textContent = message("no_pictures"));
   let failed = null;
   for (const [done, file] of found.entries()) {
     const path = file.webkitRelativePath || file.name;
@@ -91,7 +91,7 @@ async function collect(files) {
     } catch (error) {
       console.warn(error, error.cause);
       if (error.code !== "no_picture") {
-        failed = reason(error);
+        failed = errorMessage(error);
         break;
       }
       unreadable.push(file.name);
@@ -103,16 +103,16 @@ async function collect(files) {
   progress = null;
   changed();
   const added = pictures.size - before;
-  const said = [failed, added ? say("indexed", { n: added }) : say("indexed_none")];
-  if (unreadable.length) said.push(say("unreadable", { n: unreadable.length, names: unreadable.slice(0, 3).join(", ") }));
-  find("collected").textContent = said.filter(Boolean).join(" ");
+  const said = [failed, added ? message("indexed", { n: added }) : message("indexed_none")];
+  if (unreadable.length) said.push(message("unreadable", { n: unreadable.length, names: unreadable.slice(0, 3).join(", ") }));
+  byId("collected").textContent = said.filter(Boolean).join(" ");
 }
 
 /** Makes the choice of files work; `refresh` shows what has changed. */
-export function start(refresh) {
+export function startBackgroundWork(refresh) {
   changed = () => {
-    find("collect").classList.toggle("empty", !pictures.size);
+    byId("collect").classList.toggle("empty", !pictures.size);
     refresh();
   };
-  takeFiles(document.body, [find("files"), find("own-folder")], (files) => (reading = reading.then(() => collect(files))));
+  onFiles(document.body, [byId("files"), byId("own-folder")], (files) => (reading = reading.then(() => collect(files))));
 }
