@@ -45,7 +45,8 @@ NO_SECRETS = (
     "hf_hub_download of hf_modules", "ghp_", "github_pat_", "AKIA is a name", "https://hf.co/hf_x", "wolf_" + LETTERS,
     "sha256 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08", "-----BEGIN PUBLIC KEY-----",
     "HALFAKIAABCDEFGH12345678", "a capivara hf_ e o gato ghi", "Basic usage of basic Portuguese", "design=3",
-    r"hf\u005fhub_download", "see https://host/x?a=1",
+    r"hf\u005fhub_download", "see https://host/x?a=1", "ring bearer 2024", "basic iPhone", "bearer of news",
+    "the sig: none", "basic JavaScript", "https://h:9000/x", "https://h/a@b", "max_token=5", "bearer: nobody",
 )  # fmt: skip
 
 
@@ -83,6 +84,10 @@ IN_REQUESTS = (
     '"authorization": "Basic {}"', "https://h/x?sig={}&b=1", "?sv=1&SIG={}", "sig={}", "X-Amz-Signature={}",
     "x-amz-signature={}", '"x-amz-security-token": "{}"', "x-amz-credential%3d{}", "secret_access_key: {}",
     "AWS_SECRET_ACCESS_KEY={}", "s3://KEY:{}@bucket/fotos", "https://ana:{}@host:9000/x", "x-goog-signature={}",
+    "s3://KEY:ab/{}@bucket/fotos", "s3://KEY:{}/x?y#z@bucket", 'sig="{}"', "sig='{}'", "Bearer%20{}", "Basic%20{}",
+    "bearer:{}", "https://h/x?token={}", "?access_token={}", "secret-access-key={}", "aws_session_token={}",
+    "Authorization: AWS4-HMAC-SHA256 Credential={}/x/s3/aws4_request,",
+    "AWS4-HMAC-SHA256 Credential={}/20240101/us-east-1/s3/aws4_request,",
 )  # fmt: skip
 
 
@@ -166,7 +171,7 @@ def test_more_forms_of_paths():
     assert hide_paths("--model=/home/maria silva/run one") == "--model=run one"
     assert hide_paths({"a": ["/srv/x/y", {"b": "/gpfs/z.json"}], "/a/c": 3}) == {"a": ["y", {"b": "z.json"}], "c": 3}
     assert hide_paths(f"open_clip:local-dir:{Path.cwd()}/runs/x") == "open_clip:local-dir:runs/x"
-    with pytest.raises(ValueError, match="the same but for their folders"):
+    with pytest.raises(ValueError, match=r"/a/x.*/b/x"):
         hide_paths({"/a/x": 1, "/b/x": 2})
 
 
@@ -201,7 +206,7 @@ def test_one_name_for_a_data_set(monkeypatch, tmp_path):
 
 def test_what_others_say_is_shown_without_secrets_and_without_what_a_terminal_obeys():
     token = "hf_" + "a1B2" * 9
-    assert redact(f"Bearer xyz {token}: https://me:pass@host/x?X-Amz-Signature=ab12&b=1") == (
+    assert redact(f"Bearer {SECRET} {token}: https://me:pass@host/x?X-Amz-Signature=ab12&b=1") == (
         "Bearer *** hf_***: https://***@host/x?X-Amz-Signature=***&b=1"
     )
     assert make_printable(f"pão\x1b[31m\r\u202e\x9b\n{token}") == r"pão\x1b[31m\r\u202e\x9b" + "\nhf_***"
@@ -210,6 +215,7 @@ def test_what_others_say_is_shown_without_secrets_and_without_what_a_terminal_ob
 def test_a_long_text_costs_little():
     started = time.perf_counter()
     texts = ("/a" * 50_000, "//" * 50_000 + "a", "a/" * 50_000, "/" * 100_000, "C:\\" * 30_000, "hf_" * 30_000)
-    for text in (*texts, "\\" * 100_000, "/path/to," * 10_000, "x:" * 50_000 + "/ "):
+    texts += ("\\" * 100_000, "/path/to," * 10_000, "x:" * 50_000 + "/ ", "x://a:" * 20_000, "bearer:" * 20_000)
+    for text in texts:
         find_machine_path(text), hide_paths(text), find_secret(text), redact(text)
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 10, "quadratic time"
