@@ -153,7 +153,7 @@ def test_an_output_file_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="is a file"), atomic_folder(tmp_path / "notes", overwrite=True):
         pass
     faults = {tmp_path: "is a folder", Path("/"): "is a folder"}
-    faults |= {tmp_path / name / "x.json": f"{name} is no folder" for name in ("notes", "link")}
+    faults |= {tmp_path / name / "x.json": f"{name} is not a folder" for name in ("notes", "link")}
     for path, fault in faults.items():
         with pytest.raises(ValueError, match=fault):
             check_output_file(path)
@@ -165,7 +165,7 @@ def test_where_nobody_may_write(place):
     if not place.is_dir():
         pytest.skip(f"there is no {place} here")
     for check, what in ((check_output_file, "file"), (check_output_folder, "folder")):
-        with pytest.raises(ValueError, match=f"The output {what} .* can't be made: {place} can't be written to"):
+        with pytest.raises(ValueError, match=f"The output {what} .* can.t be written: {place} can't be written to"):
             check(place / "new" / "out")
 
 
