@@ -1,4 +1,4 @@
-"""One list of secrets, one way to hide a path: what is found, and what is left alone."""
+"""Detection of secrets and absolute paths: what is found and hidden, and what is left alone."""
 
 import re
 import time
@@ -23,7 +23,7 @@ LETTERS = "a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8s9T0"
 SECRETS = {
     "hf": "hf_" + LETTERS[:34],
     "hf oauth": "hf_oauth_" + LETTERS[:30] + ".x-y_z",
-    "hf organisation": "api_org_" + LETTERS[:34],
+    "hf organization": "api_org_" + LETTERS[:34],
     **{f"gh{kind}": f"gh{kind}_" + LETTERS[:36] for kind in "pousr"},
     "github_pat": "github_pat_11" + LETTERS[:20] + "_" + LETTERS,
     "AWS key": "AKIA" + "ABCDEFGH12345678",
@@ -54,20 +54,20 @@ NO_SECRETS = (
 @pytest.mark.parametrize(
     "around", ["{}", "the key '{}' is mine", '{{"a": "{}"}}', "TOKEN_{}\nand more", "x={}&y", *ESCAPES]
 )
-def test_every_kind_of_secret_is_found_anywhere(kind, around):
+def test_every_kind_of_secret_is_found_in_any_context(kind, around):
     import pyarrow.compute
 
     text = around.format(SECRETS[kind])
-    words, place = find_secret(text)
-    start = re.fullmatch(r"what looks like an access token or key \((.+)…\)", words)[1]
-    assert SECRETS[kind].startswith(start) and len(start) <= 21 and text[place:].startswith(SECRETS[kind])
-    assert find_secret(text.encode()) == (words, place)
+    description, position = find_secret(text)
+    prefix = re.search(r"\((.+)…\)", description)[1]
+    assert SECRETS[kind].startswith(prefix) and len(prefix) <= 21 and text[position:].startswith(SECRETS[kind])
+    assert find_secret(text.encode()) == (description, position)
     assert pyarrow.compute.match_substring_regex(pyarrow.array([text]), SECRET_RE2).to_pylist() == [True]
     assert SECRETS[kind] not in redact(text) and "***" in redact(text)
 
 
 @pytest.mark.parametrize("sign", [r"\u005f", r"\u005F", "%5f"])
-@pytest.mark.parametrize("kind", ["hf", "hf oauth", "hf organisation", "ghp", "github_pat", "AWS secret, without AWS"])
+@pytest.mark.parametrize("kind", ["hf", "hf oauth", "hf organization", "ghp", "github_pat", "AWS secret, without AWS"])
 def test_a_secret_with_an_escaped_underscore_is_found(kind, sign):
     import pyarrow.compute
 
@@ -79,7 +79,7 @@ def test_a_secret_with_an_escaped_underscore_is_found(kind, sign):
 
 
 SECRET = "a1B2c3D4"
-IN_REQUESTS = (
+REQUEST_FORMS = (
     "Authorization: Bearer {}", "authorization: bearer {}", "BEARER {}", "Authorization: Basic {}=", "basic {}",
     '"authorization": "Basic {}"', "https://h/x?sig={}&b=1", "?sv=1&SIG={}", "sig={}", "X-Amz-Signature={}",
     "x-amz-signature={}", '"x-amz-security-token": "{}"', "x-amz-credential%3d{}", "secret_access_key: {}",
@@ -91,21 +91,21 @@ IN_REQUESTS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("form", IN_REQUESTS)
-def test_a_secret_of_a_request_is_in_no_message(form):
-    said = redact(f"It failed: {form.format(SECRET)} and more")
-    assert SECRET not in said and said.startswith("It failed: ") and said.endswith(" and more")
+@pytest.mark.parametrize("form", REQUEST_FORMS)
+def test_secrets_in_urls_and_headers_are_redacted(form):
+    redacted = redact(f"It failed: {form.format(SECRET)} and more")
+    assert SECRET not in redacted and redacted.startswith("It failed: ") and redacted.endswith(" and more")
 
 
 @pytest.mark.parametrize("text", NO_SECRETS)
-def test_what_is_no_secret(text):
+def test_text_without_secrets_is_unchanged(text):
     import pyarrow.compute
 
     assert find_secret(text) is find_secret(text.encode()) is None and redact(text) == text
     assert pyarrow.compute.match_substring_regex(pyarrow.array([text]), SECRET_RE2).to_pylist() == [False]
 
 
-def test_the_token_of_this_machine_is_a_secret_whatever_its_form(monkeypatch):
+def test_the_token_of_this_machine_is_a_secret_in_any_form(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "of-another-form")
     assert find_secret("see of-another-form") == find_secret(b"see of-another-form") == ("a token of this machine", 4)
     assert redact("see of-another-form") == "see hf_***"
@@ -138,7 +138,7 @@ NO_PATHS = (
 @pytest.mark.parametrize("around", ["{}", "see {}, please", "'{}'", "--model={}", "x:{}", "({})", "<code>{}</code>"])
 def test_an_absolute_path_of_any_root_is_found_and_hidden(path, around):
     if path.startswith("//") and around == "x:{}":
-        return  # an address
+        return  # it would be a URL
     text = around.format(path)
     assert find_machine_path(text), text
     hidden = hide_paths(text)
@@ -146,7 +146,7 @@ def test_an_absolute_path_of_any_root_is_found_and_hidden(path, around):
 
 
 @pytest.mark.parametrize("text", NO_PATHS)
-def test_what_is_no_path_of_a_machine(text):
+def test_text_without_absolute_paths_is_unchanged(text):
     assert find_machine_path(text) is None, text
     assert hide_paths(text) in (text, text.rpartition("/")[2]), text
 
@@ -154,12 +154,12 @@ def test_what_is_no_path_of_a_machine(text):
 @pytest.mark.parametrize(
     "around", ["**{}**", "see *{}*", "_{}_", "__{}__", "–{}", "#{}", "&{}", "…{}", "a → {}", "a→{}", "· {}", "[x]({})"]
 )
-def test_a_path_is_found_behind_signs(around):
+def test_a_path_is_found_after_punctuation(around):
     text = around.format("/data1/maria/fotos")
     assert find_machine_path(text) and find_machine_path(hide_paths(text)) is None
 
 
-def test_more_forms_of_paths():
+def test_paths_in_urls_links_and_lists_are_found():
     for text in (
         "file:///tmp/x/y", "sqlite:////gpfs/maria/x.db", "zip://1.jpg::/data1/maria/x.zip", '"/data1"',
         "[a](/docs/../home/maria/x)", "[a](/docs/x, /gpfs/maria/y)", "[a](/home/maria/x)", 'src="/data1/maria/x.png"',
@@ -175,28 +175,27 @@ def test_more_forms_of_paths():
         hide_paths({"/a/x": 1, "/b/x": 2})
 
 
-def test_this_project_and_its_cards_hold_no_path():
-    """No false alarm in all the prose and settings that are here."""
+def test_the_documentation_of_this_project_has_no_false_alarms():
     patterns = ("*.md", "docs/*.md", "configs/*.yaml", "hub_upload/**/*.j2", "modeling_capivara/*.py")
     files = [path for pattern in patterns for path in ROOT.glob(pattern)]
-    found = {path.name: find_machine_path(path.read_text(encoding="utf-8")) for path in files}
-    places = {"immich.md": "/cache", "cluster.md": "/bin/bash"}  # in Immich's container; the first line of a job
-    assert {name: path for name, path in found.items() if path} == places
+    paths = {file.name: find_machine_path(file.read_text(encoding="utf-8")) for file in files}
+    expected = {"immich.md": "/cache", "cluster.md": "/bin/bash"}  # in Immich's container; the first line of a job
+    assert {name: path for name, path in paths.items() if path} == expected
     assert yaml.safe_load((ROOT / "configs/capivara.yaml").read_text(encoding="utf-8"))
 
 
-def test_the_checkout_is_a_folder_of_this_machine(monkeypatch, tmp_path):
+def test_the_checkout_is_a_local_path_but_not_its_parent(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert str(ROOT) in local_paths() and str(ROOT.parent) not in {*local_paths()} - {str(Path.home())}
 
 
-def test_one_name_for_a_data_set(monkeypatch, tmp_path):
+def test_short_names_of_datasets_hide_home_folders(monkeypatch, tmp_path):
     home = tmp_path / "home" / "maria"
     (home / "captions" / "train").mkdir(parents=True)
     monkeypatch.setattr(Path, "home", lambda: home)
-    for here in (tmp_path, tmp_path / "home", home / "captions"):
-        monkeypatch.chdir(here)
-        assert short_name(str(home / "captions")) in ("captions", "."), here
+    for folder in (tmp_path, tmp_path / "home", home / "captions"):
+        monkeypatch.chdir(folder)
+        assert short_name(str(home / "captions")) in ("captions", "."), folder
     monkeypatch.chdir(home)
     assert short_name(str(home / "captions" / "train")) == short_name("captions/train") == "captions/train"
     assert short_name("laicsiifes/flickr30k-pt-br") == "laicsiifes/flickr30k-pt-br"
@@ -204,7 +203,7 @@ def test_one_name_for_a_data_set(monkeypatch, tmp_path):
     assert short_name("../../maria/captions") == "captions" and short_name("a/b/*.parquet") == "b/*.parquet"
 
 
-def test_what_others_say_is_shown_without_secrets_and_without_what_a_terminal_obeys():
+def test_untrusted_text_is_printed_without_secrets_and_control_characters():
     token = "hf_" + "a1B2" * 9
     assert redact(f"Bearer {SECRET} {token}: https://me:pass@host/x?X-Amz-Signature=ab12&b=1") == (
         "Bearer *** hf_***: https://***@host/x?X-Amz-Signature=***&b=1"
@@ -212,7 +211,7 @@ def test_what_others_say_is_shown_without_secrets_and_without_what_a_terminal_ob
     assert make_printable(f"pão\x1b[31m\r\u202e\x9b\n{token}") == r"pão\x1b[31m\r\u202e\x9b" + "\nhf_***"
 
 
-def test_a_long_text_costs_little():
+def test_long_texts_take_linear_time():
     started = time.perf_counter()
     texts = ("/a" * 50_000, "//" * 50_000 + "a", "a/" * 50_000, "/" * 100_000, "C:\\" * 30_000, "hf_" * 30_000)
     texts += ("\\" * 100_000, "/path/to," * 10_000, "x:" * 50_000 + "/ ", "x://a:" * 20_000, "bearer:" * 20_000)
