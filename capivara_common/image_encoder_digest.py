@@ -23,12 +23,9 @@ DIGEST_CHUNK_BYTES = 1 << 24  # 16 MiB hashed at a time, to limit memory
 CLIP_VISION_FIELDS = ("model_type", "hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "image_size")
 TIMM_VISION_FIELDS = ("model_type", "architecture", "model_args", "do_pooling")
 CAPIVARA_VISION_DEFAULTS = {
-    "model_type": "clip_vision_model",
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-5,
-    "num_attention_heads": 12,
-}
-CAPIVARA_VISION_DEFAULTS |= {"patch_size": 32, "image_size": 224, "do_pooling": True, "model_args": None}
+    "model_type": "clip_vision_model", "hidden_act": "gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12,
+    "patch_size": 32, "image_size": 224, "do_pooling": True, "model_args": None,
+}  # fmt: skip
 # Defaults of transformers' own models. Published configs leave them out; configs that were loaded and saved again state
 # them. Both must have the same digest.
 CLIP_VISION_DEFAULTS = CAPIVARA_VISION_DEFAULTS | {"hidden_act": "quick_gelu"}
@@ -38,31 +35,15 @@ SIGLIP_VISION_DEFAULTS = CAPIVARA_VISION_DEFAULTS | {
     "patch_size": 16,
 }
 IMAGE_PROCESSOR_DEFAULTS = {
-    "do_resize": True,
-    "resample": 3,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-}
+    "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+}  # fmt: skip
 IGNORED_CONFIG_FIELDS = {
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "_name_or_path",
-    "id2label",
-    "label2id",
-    "label_names",
+    *("transformers_version", "dtype", "torch_dtype", "_name_or_path", "id2label", "label2id", "label_names"),
 }
 IMAGE_PROCESSOR_FIELDS = (
-    "do_resize",
-    "size",
-    "resample",
-    "do_center_crop",
-    "crop_size",
-    "do_rescale",
-    "rescale_factor",
+    *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
+    *("do_normalize", "image_mean", "image_std"),
 )
-IMAGE_PROCESSOR_FIELDS += ("do_normalize", "image_mean", "image_std")
 
 
 def image_encoder_digest(folder: Path) -> str:

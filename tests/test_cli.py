@@ -53,6 +53,15 @@ def test_help_is_complete_and_an_unknown_flag_is_one_line(command, capsys):
         main(["--no_such_flag", "1"])
 
 
+def test_help_lists_required_flags_first_and_cluster_flags_last(capsys):
+    with pytest.raises(SystemExit):
+        main_of("captions.select")(["--help"])
+    help_text = capsys.readouterr().out.partition("\noptions:\n")[2]
+    positions = [help_text.index(f"  --{name} ") for name in ("dataset", "output", "max_pixels", "tasks", "partition")]
+    assert positions == sorted(positions)
+    assert help_text.index("\ntasks:\n") < positions[3] < help_text.index("\nSlurm and Ray clusters:\n") < positions[4]
+
+
 WRONG_COMMANDS = {  # command -> pattern of the error
     "train_accelerate.py --model m --dataset d --max_steps 0": r"max_steps\b.*\b1\b.*\b0\b",
     "train_accelerate.py --model m --dataset d --towers both": "--towers",
