@@ -33,10 +33,7 @@ class ExecutorArguments:
         group=TASKS,
     )
     workers: int | None = flag(
-        None,
-        "Number of tasks that run at the same time. Default: one per GPU, or 1 without a GPU (local); no limit (slurm, "
-        "ray).",
-        group=TASKS,
+        None, "Tasks to run at the same time. Default: one per GPU, else 1 (local); no limit (slurm, ray).", group=TASKS
     )
     logging_dir: Path | None = flag(
         None, "Folder for task logs. Default: OUTPUT.logs, or OUTPUT/logs for captions.build.", group=TASKS
