@@ -67,7 +67,7 @@ class ExecutorArguments:
             raise ValueError("--executor slurm needs --partition and --time, such as --partition gpu --time 04:00:00.")
         if self.executor == "slurm":  # datatrove writes these values into the job script without quoting
             folder = (self.logging_dir or getattr(self, "output", None) or Path("logs")).absolute()
-            values = [("partition", self.partition), ("time", self.time), ("The log folder", str(folder))]
+            values = [("partition", self.partition), ("time", self.time), ("The folder of the logs", str(folder))]
             for name, value in [*values, *(("sbatch", option) for option in self.sbatch)]:
                 signs = "./+@,=:_-" + "%|&*" * (name == "sbatch")
                 if re.search(rf"[^\w{re.escape(signs)}]", value):

@@ -95,5 +95,5 @@ def publish(argv: list[str]) -> None:
         return is_path or type(value).__name__ in ("ModelCard", "PushPlan")
 
     module = "hub_upload/push.py:"
-    files = trace_files(lambda: publish_run(run, argv[1]), is_of_run, f"{module}publish_run", f"{module}push")
+    files = trace_files(lambda: publish_run(run, argv[1]), is_of_run, f"{module}publish_run", f"{module}push_folder")
     print(json.dumps(sorted(files)))
