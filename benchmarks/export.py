@@ -1,9 +1,9 @@
-"""Memory and seconds of an export at full size.
+"""Measure memory and time of an export of the full-size model.
 
     python -m benchmarks.export --output benchmarks/results/export.json
 
-The published architecture with random weights is exported for transformers, open_clip and sentence-transformers, in a
-process of its own, a worker: its peak of memory is taken after the imports and at the end. JSON is the last line.
+A model of the published size with random weights is exported for transformers, open_clip and sentence-transformers in a
+separate process. Peak memory is read after the imports and at the end.
 """
 
 import tempfile
@@ -21,19 +21,16 @@ from benchmarks.timing import (
 from capivara_common.cli import flag, parse_arguments, run_command
 from hub_upload.export import export_model
 
-EXPORTED_FORMATS = (
-    "transformers",
-    "open_clip",
-    "sentence_transformers",
-)  # ONNX loads the model, and is not measured here
+# The export to ONNX is not measured, because it loads the whole model.
+EXPORTED_FORMATS = ("transformers", "open_clip", "sentence_transformers")
 
 
 @dataclass
 class ExportBenchmarkArguments:
-    """Arguments of `benchmarks.export`."""
+    """Command-line arguments of `benchmarks.export`."""
 
-    output: Path | None = flag(None, "JSON file for the figures.")
-    worker: Path | None = flag(None, "Folder of a model that is exported in this process.")
+    output: Path | None = flag(None, "JSON file for the results.")
+    worker: Path | None = flag(None, "Folder of a model to export in this process (internal).")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,10 +43,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="capivara-export-") as folder:
         weights = save_random_model(Path(folder) / "model")
-        found = run_in_process("benchmarks.export", worker=f"{folder}/model")
-    over = found["peak_bytes"] - found["after_imports_bytes"]
-    found |= {"peak_over_imports_bytes": over, "ratio_to_weights": over / weights}
-    write_results(describe_conditions() | {"weights_bytes": weights, "export": found}, args.output)
+        measured = run_in_process("benchmarks.export", worker=f"{folder}/model")
+    additional = measured["peak_bytes"] - measured["after_imports_bytes"]
+    measured |= {"peak_over_imports_bytes": additional, "ratio_to_weights": additional / weights}
+    write_results(describe_conditions() | {"weights_bytes": weights, "export": measured}, args.output)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""The index at a thousand to a million pictures, and a folder that is followed.
+"""Measure the search index with a thousand to a million pictures, and a followed folder.
 
     python -m benchmarks.search --parts index
     python -m benchmarks.search --parts index --sizes 1000 10000 --output /tmp/search.json
     python -m benchmarks.search --parts follow
 
-Vectors of 512 numbers are made, in clusters; their rows have all columns but a thumbnail. An index is measured in a
-process of its own, so that its peak of memory is its own. The text tower is of the full published size, with random
-weights. `benchmarks/search_follow.py` is the part `follow`. The JSON of the parts lies in benchmarks/results, as
-search.json and search_follow.json; docs/benchmarks.md shows it.
+The indexes contain generated vectors of width 512, in clusters, and all columns except thumbnails. Each index is
+measured in a separate process, which has its own peak memory. The text encoder has the full published size and random
+weights. `benchmarks/search_follow.py` measures the part `follow`. Results are in benchmarks/results/search.json and
+search_follow.json; docs/benchmarks.md shows them.
 """
 
 import json
@@ -32,31 +32,30 @@ from capivara_search import PictureIndex
 from capivara_search.page.answers import PageAnswers, Question
 from capivara_search.table import MAX_EXACT_ROWS, pictures_schema, vector_column
 
-EMBEDDING_WIDTH, CLUSTER_COUNT, NOISE_SPREAD = (
-    512,
-    2000,
-    1.0,
-)  # numbers of a vector; clusters; noise beside a centre of length 1
+EMBEDDING_WIDTH = 512
+CLUSTER_COUNT = 2000
+NOISE_SPREAD = 1.0  # expected length of the noise that is added to a cluster center of length 1
 QUERY_COUNT, K = 200, 10
 WRITE_BATCH_ROWS = 100_000
-ADDED_COUNTS = (1, 1000)  # pictures; a thousand to the largest index alone
+ADDED_COUNTS = (1, 1000)  # pictures added to an index; 1000 only to the largest one
 QUERY_TEXTS = ("um gato dormindo", "cachorro correndo na praia", "bolo de aniversário", "pôr do sol", "rua à noite")
 
 
 @dataclass
 class SearchArguments:
-    """Arguments of `benchmarks.search`."""
+    """Command-line arguments of `benchmarks.search`."""
 
-    gone = {"photographs": "those of 12 megapixels are not measured any more; --parts index and follow are"}
-    parts: Literal["index", "follow"] = flag("index", "What is measured: indexes of all sizes, a folder followed.")
-    sizes: list[int] = flag([1_000, 10_000, 100_000, 1_000_000], "Pictures of the indexes.")
-    followed: int = flag(10_000, "Photographs, of 640 x 480, of the folder that is followed.")
-    runs: int = flag(5, "Repetitions of what is short: one picture added, a new process, a change.")
-    work: Path = flag(Path("runs/search"), "Folder of vectors, indexes, photographs and model; some 10 GB.")
-    output: Path | None = flag(None, "JSON file; search.json or search_follow.json of benchmarks/results if none.")
-    worker: Literal["fill", "index"] | None = flag(None, "Make or measure one index, in this process.")
-    rows: int = flag(1000, "Its pictures.")
-    added: int = flag(1, "How many pictures at most are added at once.")
+    parts: Literal["index", "follow"] = flag("index", "What to measure: indexes of all sizes, or a followed folder.")
+    sizes: list[int] = flag([1_000, 10_000, 100_000, 1_000_000], "Number of pictures of each index.")
+    followed: int = flag(10_000, "Number of photographs in the followed folder, 640 x 480 pixels each.")
+    runs: int = flag(5, "Repetitions of short measurements: adding one picture, a new process, a change.")
+    work: Path = flag(Path("runs/search"), "Folder for vectors, indexes, photographs and model; about 10 GB.")
+    output: Path | None = flag(
+        None, "JSON file for the results. Default: search.json or search_follow.json in benchmarks/results."
+    )
+    worker: Literal["fill", "index"] | None = flag(None, "Fill or measure one index in this process (internal).")
+    rows: int = flag(1000, "Number of pictures of that index (internal).")
+    added: int = flag(1, "Largest number of pictures to add at once (internal).")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,87 +64,90 @@ def main(argv: list[str] | None = None) -> None:
     if args.worker:
         timing.write_results({"fill": fill_index, "index": measure_index}[args.worker](args))
         return
-    from benchmarks import search_follow  # here: a worker does without torch
+    from benchmarks import search_follow  # imported here, because a worker must not load torch
 
     timing.save_random_model(args.work / "model")
     if args.parts == "index":
         search_follow.make_photos(args.work / "photographs", max(ADDED_COUNTS))
-        found = measure_indexes(args) | {"width": EMBEDDING_WIDTH, "k": K, "queries": QUERY_COUNT}
+        results = measure_indexes(args) | {"width": EMBEDDING_WIDTH, "k": K, "queries": QUERY_COUNT}
     else:
-        found = search_follow.measure_following(args.work, args.followed, args.runs)
+        results = search_follow.measure_following(args.work, args.followed, args.runs)
     name = "search.json" if args.parts == "index" else "search_follow.json"
     timing.write_results(
-        timing.describe_conditions("lancedb") | {"runs": args.runs} | found, args.output or timing.RESULTS_FOLDER / name
+        timing.describe_conditions("lancedb") | {"runs": args.runs} | results,
+        args.output or timing.RESULTS_FOLDER / name,
     )
 
 
 def measure_indexes(args: SearchArguments) -> dict[str, Any]:
-    """Our index at all sizes, and the first search of a new process at the largest."""
+    """Measure an index of each size, and the first search of a new process on the largest index."""
     sizes = {}
     for rows in tqdm(args.sizes, desc="Indexes", unit="size"):
         make_vectors(args.work, rows)
         flags = {"rows": rows, "work": args.work, "runs": args.runs, "added": ADDED_COUNTS[rows == max(args.sizes)]}
-        found = [timing.run_in_process("benchmarks.search", worker=name, **flags) for name in ("fill", "index")]
-        sizes[str(rows)] = found[0] | found[1] | {"approximate": rows > MAX_EXACT_ROWS}
+        filled, measured = (
+            timing.run_in_process("benchmarks.search", worker=worker, **flags) for worker in ("fill", "index")
+        )
+        sizes[str(rows)] = filled | measured | {"approximate": rows > MAX_EXACT_ROWS}
     return {"index": sizes, "first_search_s": time_first_searches(args, max(args.sizes))}
 
 
 def time_first_searches(args: SearchArguments, rows: int) -> list[float]:
-    """Seconds of `capivara search` in a new process, from its start to its end."""
+    """Return the seconds of `capivara search` in new processes, each from start to end."""
     words = ["search", QUERY_TEXTS[0], "--index", str(index_path(args.work, rows)), "--model", str(args.work / "model")]
     command = [sys.executable, "-m", "capivara_search", *words, "--json"]
-    if not json.loads(subprocess.check_output(command)):  # which also reads the files from the disk
-        raise RuntimeError(f"{' '.join(command)} has found nothing.")
+    if not json.loads(subprocess.check_output(command)):  # this call also brings the files into the page cache
+        raise RuntimeError(f"{' '.join(command)} found nothing.")
     return [timing.time_call(lambda: subprocess.check_output(command)) for _ in range(args.runs)]
 
 
-# ---- what is searched ----
+# ---- data ----
 
 
 def index_path(work: Path, rows: int) -> Path:
-    """The index of so many pictures."""
+    """Return the folder of the index with so many rows."""
     return work / f"index-{rows}.lance"
 
 
 def make_vectors(work: Path, rows: int) -> None:
-    """Vectors, float16, in files: `vectors-ROWS.npy`; queries, and the rows that are nearest to each by float32."""
+    """Write float16 vectors to `vectors-ROWS.npy`, and queries with their exact nearest rows to `answers-ROWS.npz`."""
     file, answers = work / f"vectors-{rows}.npy", work / f"answers-{rows}.npz"
     if answers.is_file():
         return
     work.mkdir(parents=True, exist_ok=True)
-    dice = np.random.default_rng(0)
-    centres = l2_normalize(dice.standard_normal((CLUSTER_COUNT, EMBEDDING_WIDTH), dtype=np.float32))
+    rng = np.random.default_rng(0)
+    centers = l2_normalize(rng.standard_normal((CLUSTER_COUNT, EMBEDDING_WIDTH), dtype=np.float32))
     vectors = np.lib.format.open_memmap(file, "w+", np.float16, (rows, EMBEDDING_WIDTH))
     starts = range(0, rows, WRITE_BATCH_ROWS)
     for start in starts:
         count = min(WRITE_BATCH_ROWS, rows - start)
-        vectors[start : start + count] = sample_near_centers(centres, count, dice)
-    queries = sample_near_centers(centres, QUERY_COUNT, dice)
+        vectors[start : start + count] = sample_near_centers(centers, count, rng)
+    queries = sample_near_centers(centers, QUERY_COUNT, rng)
     scores = np.concatenate([queries @ vectors[s : s + WRITE_BATCH_ROWS].astype(np.float32).T for s in starts], axis=1)
     np.savez(answers, queries=queries, nearest=np.argsort(-scores, axis=1, kind="stable")[:, :K])
 
 
 def sample_near_centers(centers: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """(count, width) vectors of unit length, each near one of the centres."""
+    """Sample unit vectors of shape (count, width), each near a random cluster center."""
     noise = rng.standard_normal((count, EMBEDDING_WIDTH), dtype=np.float32) * (NOISE_SPREAD / EMBEDDING_WIDTH**0.5)
     return l2_normalize(centers[rng.integers(0, len(centers), count)] + noise)
 
 
 def l2_normalize(vectors: np.ndarray) -> np.ndarray:
-    """(rows, width), of unit length."""
+    """Scale vectors of shape (rows, width) to unit length."""
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def picture_path(row: int) -> str:
-    """The name of a picture that is made; there is no such file."""
+    """Return the path of a generated row; no such file exists."""
     return f"/fotos/{row // 1000:04d}/IMG_{row:07d}.jpg"
 
 
-# ---- one index ----
+# ---- measurement of one index ----
 
 
 def fill_index(args: SearchArguments) -> dict[str, Any]:
-    """Write the rows, and build what the index needs for so many."""
+    """Write the rows of an index and optimize it, as the search would for this number of rows."""
     where, model = index_path(args.work, args.rows), args.work / "model"
     shutil.rmtree(where, ignore_errors=True)
     index = PictureIndex.open(where, model=str(model))
@@ -159,15 +161,20 @@ def fill_index(args: SearchArguments) -> dict[str, Any]:
 
     return {
         "written_s": timing.time_call(write),
-        "optimised_s": timing.time_call(
-            lambda: table.optimize(EMBEDDING_WIDTH)
-        ),  # compaction, and the approximate index if there is one
+        # compaction, and for large indexes the training of the approximate index
+        "optimised_s": timing.time_call(lambda: table.optimize(EMBEDDING_WIDTH)),
         "bytes": sum(path.stat().st_size for path in where.rglob("*") if path.is_file()),
     }
 
 
 def make_rows(vectors: np.ndarray, start: int, digest: str) -> pa.Table:
-    """Rows as `capivara_search.table.pictures_schema` has them."""
+    """Build rows with the schema of the search index; columns without a value are null.
+
+    Args:
+        vectors: Vectors of shape (rows, width).
+        start: Number of the first row.
+        digest: Image encoder digest of the model.
+    """
     numbers, count = range(start, start + len(vectors)), len(vectors)
     columns = {
         "path": [picture_path(number) for number in numbers],
@@ -181,27 +188,28 @@ def make_rows(vectors: np.ndarray, start: int, digest: str) -> pa.Table:
             pa.array(vectors.reshape(-1)), EMBEDDING_WIDTH
         ),
     }
-    arrays = [pa.array(columns.get(one.name, [None] * count), one.type) for one in pictures_schema(EMBEDDING_WIDTH)]
+    arrays = [pa.array(columns.get(field.name, [None] * count), field.type) for field in pictures_schema(EMBEDDING_WIDTH)]
     return pa.Table.from_arrays(arrays, schema=pictures_schema(EMBEDDING_WIDTH))
 
 
 def measure_index(args: SearchArguments) -> dict[str, Any]:
-    """Time of queries, with and without the text tower; memory; recall; and what it costs to add."""
-    known = np.load(args.work / f"answers-{args.rows}.npz")
+    """Measure an index: query time with and without the text encoder, memory, recall, and the time to add pictures."""
+    answers = np.load(args.work / f"answers-{args.rows}.npz")
     index = PictureIndex.open(index_path(args.work, args.rows), model=str(args.work / "model"))
-    found: list[set[str]] = []
-    timed = time_calls(
-        lambda query: found.append({hit.path for hit in index.search_vector(query, K)}), known["queries"]
-    )
-    measured = {"vector_ms": timed, "memory_bytes": timing.peak_resident_bytes()}
-    nearest = [{picture_path(row) for row in rows} for rows in known["nearest"]]
-    measured["recall"] = statistics.mean(len(a & b) / K for a, b in zip(nearest, found[-QUERY_COUNT:], strict=True))
-    words = [QUERY_TEXTS[number % len(QUERY_TEXTS)] + f" {number}" for number in range(QUERY_COUNT)]
-    measured["text_ms"] = time_calls(lambda text: index.search(text, k=K), words)
+    hits: list[set[str]] = []
+
+    def search(query: np.ndarray) -> None:
+        hits.append({hit.path for hit in index.search_vector(query, K)})
+
+    measured = {"vector_ms": time_calls(search, answers["queries"]), "memory_bytes": timing.peak_resident_bytes()}
+    nearest = [{picture_path(row) for row in rows} for rows in answers["nearest"]]
+    measured["recall"] = statistics.mean(len(a & b) / K for a, b in zip(nearest, hits[-QUERY_COUNT:], strict=True))
+    texts = [f"{QUERY_TEXTS[number % len(QUERY_TEXTS)]} {number}" for number in range(QUERY_COUNT)]
+    measured["text_ms"] = time_calls(lambda text: index.search(text, k=K), texts)
     page = PageAnswers(index)
-    measured["page_ms"] = time_calls(lambda text: page.search(Question(text=text), None), words)
-    measured["page_newest_ms"] = time_calls(lambda text: page.search(Question(), None), words[:50])
-    index.model.embed_images([PIL.Image.new("RGB", (64, 64))])  # loads the image tower
+    measured["page_ms"] = time_calls(lambda text: page.search(Question(text=text), None), texts)
+    measured["page_newest_ms"] = time_calls(lambda text: page.search(Question(), None), texts[:50])
+    index.model.embed_images([PIL.Image.new("RGB", (64, 64))])  # loads the image encoder
     first = time_add(args, index, 1)
     median = statistics.median(time_add(args, index, 1) for _ in range(args.runs))
     measured["added_s"] = {"1": {"seconds": median, "first_s": first}}
@@ -211,21 +219,21 @@ def measure_index(args: SearchArguments) -> dict[str, Any]:
 
 
 def time_add(args: SearchArguments, index: PictureIndex, count: int) -> float:
-    """Seconds to add so many pictures of 640 x 480."""
+    """Return the seconds to add so many pictures of 640 x 480 pixels; they are removed again."""
     with tempfile.TemporaryDirectory() as folder:
         for path in sorted((args.work / "photographs").iterdir())[:count]:
             shutil.copy(path, folder)
         seconds = timing.time_call(lambda: index.add(folder))
-        if (new := index.forget(folder)) != count:
-            raise RuntimeError(f"{count} pictures were to be added, {new} were.")
+        if (removed := index.forget(folder)) != count:
+            raise RuntimeError(f"Expected {count} added pictures, got {removed}.")
     return seconds
 
 
 def time_calls(call: Callable[[Any], Any], inputs: Any) -> dict[str, float]:
-    """Median and 95th percentile of milliseconds, after a tenth of the calls that are not counted."""
-    for one in inputs[: len(inputs) // 10]:
-        call(one)
-    milliseconds = [1000 * timing.time_call(lambda one=one: call(one)) for one in inputs]
+    """Return the median and 95th percentile of a call in milliseconds, after warming up with a tenth of the inputs."""
+    for value in inputs[: len(inputs) // 10]:
+        call(value)
+    milliseconds = [1000 * timing.time_call(lambda value=value: call(value)) for value in inputs]
     return {f"p{share}": float(np.percentile(milliseconds, share)) for share in (50, 95)}
 
 

@@ -1,9 +1,12 @@
-"""Long work on datatrove's executors: `execute(Work.of(args, PHASES, "score"), args)`.
+"""Run long work on datatrove's executors: local processes, Slurm or Ray.
 
-Every phase of the work (`Phase` of `tasks.py`) is a pipeline of one step, its `Work`, which starts when the phase
-before is complete. What is done is what lies on the disk: a rank that finds nothing left to do returns at once, in any
-number of tasks. A rank without datatrove's completion file, of this start, has failed or has not ended; why is in
-`failures/RANK.txt` beside its log.
+Example:
+    run_phases(PhaseStep.from_phases(args, PHASES, "score"), args)
+
+Each phase (`Phase` in `tasks.py`) becomes a datatrove pipeline with a single step, `PhaseStep`, and starts when the
+previous phase is complete. Progress is defined by the files on disk: a task whose share is finished returns at once,
+so a run can be resumed with any number of tasks. A task without a completion file from the current start has failed
+or is still running; the reason is in `failures/RANK.txt` next to its log.
 """
 
 import itertools
@@ -23,7 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# loguru would write the values of all variables under a traceback, and one may be a key.
+# loguru would print the values of local variables in tracebacks, and one of them may be an API key.
 os.environ["LOGURU_DIAGNOSE"] = "NO"
 
 import loguru
@@ -36,17 +39,25 @@ from capivara_common.files import write_text
 from capivara_common.progress import configure_progress_bars, disable_progress_bars
 from capivara_common.tasks import ExecutorArguments, Phase
 
-CODE_ROOT = Path(__file__).resolve().parents[1]  # that tasks on other machines import the code from
-MAX_NAMED_FAILURES = 8
-NOT_FINISHED_MESSAGE = "has not ended: it is at work, or it was killed; out of memory?"
-UNKNOWN_OUTCOME_MESSAGE = "has not started, or could not say how it ended"
-START_METHOD = "forkserver"  # of the processes of this machine
+CODE_ROOT = Path(__file__).resolve().parents[1]  # tasks on other machines import the code from this folder
+MAX_NAMED_FAILURES = 8  # failed tasks that an error message lists
+NOT_FINISHED_MESSAGE = "has not ended: it is still running, or it was killed (out of memory?)"
+UNKNOWN_OUTCOME_MESSAGE = "has not started, or could not report how it ended"
+START_METHOD = (
+    "forkserver"  # how local worker processes are started: a fork of this process would copy its threads' locks
+)
 
 
 class PhaseStep(PipelineStep):
-    """One phase of a command's work, called with `args` of the command; `logs` has all that its tasks say.
+    """Pipeline step that runs one phase of a command.
 
-    Other machines find its function by the name of its module, which therefore must not be `__main__`.
+    Tasks on other machines look up the function of the phase by its module name, so the module must not be `__main__`.
+
+    Args:
+        phase: Phase to run.
+        args: The command's arguments, passed to the phase.
+        log_folder: Folder for the logs and failure reasons of all tasks.
+        title: Name for logs and error messages.
     """
 
     def __init__(self, phase: Phase, args: Any, log_folder: Path, title: str):
@@ -59,63 +70,84 @@ class PhaseStep(PipelineStep):
 
     @classmethod
     def from_phases(cls, args: ExecutorArguments, phases: dict[str, Phase], title: str) -> "list[PhaseStep]":
-        """All phases of a command, by their names."""
+        """Create the steps of a command.
+
+        Args:
+            args: The command's arguments.
+            phases: Phases by name, in order. Each gets a log folder of its name.
+            title: Name of the command, for logs and error messages.
+        """
         return [cls(phase, args, args.log_folder / name, f"{title}: {name}") for name, phase in phases.items()]
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        """One rank; what it raises is in the folder of failures, too."""
+        """Run the task of one rank; if it raises, also write the reason to the folder `failures`."""
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        note = self.log_folder / "failures" / f"{rank:05d}.txt"
-        write_text(note, NOT_FINISHED_MESSAGE)
+        failure_file = self.log_folder / "failures" / f"{rank:05d}.txt"
+        write_text(failure_file, NOT_FINISHED_MESSAGE)
         try:
             report = self.phase.run(self.args, rank, world_size)
         except Exception as error:
-            said = "; ".join(line.strip() for line in traceback.format_exception_only(error))
-            with suppress(OSError):  # a full disk, which `error` says
-                write_text(note, f"{said}\n\n{traceback.format_exc()}")
+            reason = "; ".join(line.strip() for line in traceback.format_exception_only(error))
+            with suppress(OSError):  # a full disk must not hide `error`
+                write_text(failure_file, f"{reason}\n\n{traceback.format_exc()}")
             raise
-        note.unlink()
+        failure_file.unlink()
         loguru.logger.debug(f"{self.title}, task {rank} of {world_size}: {report or 'done'}")
 
 
 def failure_reasons(log_folder: Path) -> dict[int, str]:
-    """Rank -> why its task has failed, or that it has not ended."""
+    """Return the failure reason of each task that failed or has not ended, keyed by rank."""
     paths = sorted((log_folder / "failures").glob("*.txt"))
     return {int(path.stem): path.read_text(encoding="utf-8").split("\n\n")[0] for path in paths}
 
 
 def run_phases(steps: Iterable[PhaseStep], args: ExecutorArguments) -> bool:
-    """Run phases one after the other; whether they are complete now: False where Slurm has taken the jobs.
+    """Run phases one after another.
+
+    Args:
+        steps: Steps in order. A step starts only if the previous one is complete.
+        args: Executor flags, used for steps whose own arguments have no executor flags.
+
+    Returns:
+        True if all phases are complete. False if jobs were submitted to Slurm and are still to run.
 
     Raises:
-        ValueError, OSError, ImportError: of a task that is alone; some of several have failed, which are named, and
-            nothing that needs them was started.
+        ValueError: If several tasks failed; the message lists them with their reasons. Later phases are not started.
+        ValueError, OSError, ImportError: If the only task of a phase failed; its own error.
     """
-    before = None
-    for work in steps:
-        for folder in ("failures", "completions"):  # of a start with other tasks, maybe
-            shutil.rmtree(work.log_folder / folder, ignore_errors=True)
-        own = work.args if isinstance(work.args, ExecutorArguments) else args
+    previous = None
+    for step in steps:
+        for folder in ("failures", "completions"):  # left by an earlier start, maybe with another number of tasks
+            shutil.rmtree(step.log_folder / folder, ignore_errors=True)
+        step_args = step.args if isinstance(step.args, ExecutorArguments) else args
         if args.executor == "slurm":
-            before = submit_to_slurm(work, own, before)
+            previous = submit_to_slurm(step, step_args, previous)
             continue
-        ended = run_local(work, own) if args.executor == "local" else run_on_ray(work, own)
-        if failed := ended.get_incomplete_ranks(skip_completed=True):
-            said = failure_reasons(work.log_folder)
-            named = "".join(
-                f"\n  task {rank}: {said.get(rank, UNKNOWN_OUTCOME_MESSAGE)}" for rank in failed[:MAX_NAMED_FAILURES]
+        executor = run_local(step, step_args) if args.executor == "local" else run_on_ray(step, step_args)
+        if failed := executor.get_incomplete_ranks(skip_completed=True):
+            reasons = failure_reasons(step.log_folder)
+            failures = "".join(
+                f"\n  task {rank}: {reasons.get(rank, UNKNOWN_OUTCOME_MESSAGE)}" for rank in failed[:MAX_NAMED_FAILURES]
             )
             raise ValueError(
-                f"{work}: {len(failed)} tasks have failed:{named}\n"
-                f"Logs: {work.log_folder}. The same command does what is missing."
+                f"{step}: {len(failed)} tasks have failed:{failures}\n"
+                f"Logs: {step.log_folder}. Run the same command again to do the rest."
             )
     return args.executor != "slurm"
 
 
 def run_local(step: PhaseStep, args: ExecutorArguments) -> LocalPipelineExecutor:
-    """All ranks on this machine, by `workers` processes, each with a GPU of its own; by this one where there is one.
+    """Run all tasks of a step on this machine.
 
-    datatrove's own pool would wait for ever for a process that was killed. Of one that was, the others go on.
+    Starts `args.workers` processes, each pinned to one GPU; a single worker runs in this process. If a worker is
+    killed, the others continue (datatrove's own pool would wait for it forever).
+
+    Args:
+        step: The step.
+        args: Executor flags; `workers` and `tasks` are used.
+
+    Returns:
+        datatrove's executor, which knows the incomplete ranks.
     """
     loguru.logger.disable("datatrove")  # the terminal is for progress bars and errors
     gpus = _visible_gpus()
@@ -127,10 +159,11 @@ def run_local(step: PhaseStep, args: ExecutorArguments) -> LocalPipelineExecutor
         return executor
     context, main = multiprocessing.get_context(START_METHOD), getattr(sys.modules["__main__"].__spec__, "name", "")
     context.set_forkserver_preload([name for name in sys.modules if name.startswith(step.package) and name != main])
+    # Workers are daemons, so that Ctrl-C ends them. The fork server may be older than this start, so the environment is
+    # passed explicitly.
     processes = [
-        # Ctrl-C ends it. The server that forks it may be of an earlier start, with the environment of then.
-        context.Process(target=_run_worker, args=(executor, number, workers, gpu, dict(os.environ)), daemon=True)
-        for number, gpu in zip(range(workers), itertools.cycle(gpus or [""]), strict=False)
+        context.Process(target=_run_worker, args=(executor, index, workers, gpu, dict(os.environ)), daemon=True)
+        for index, gpu in zip(range(workers), itertools.cycle(gpus or [""]), strict=False)
     ]
     for process in processes:
         process.start()
@@ -140,17 +173,17 @@ def run_local(step: PhaseStep, args: ExecutorArguments) -> LocalPipelineExecutor
 
 
 def _run_rank_sequence(executor: LocalPipelineExecutor, ranks: range) -> None:
-    """One after the other, as `LocalPipelineExecutor.run` does but for the Manager that it forks for each call.
+    """Run ranks one after another in this process. If one of several tasks fails, the others still run.
 
-    That takes 0.2 s, outlives a kill, and is a fork of what lancedb runs. Of several tasks one that fails keeps none of
-    the others from work.
+    Replaces `LocalPipelineExecutor.run`, which forks a Manager process for each call: the Manager takes 0.2 s, survives
+    if this process is killed, and forking is unsafe once lancedb has started its threads.
     """
     for rank in ranks:
-        log = add_task_logger(executor.logging_dir, rank, local_rank=1)  # above 0 it is not shown on the terminal
+        log = add_task_logger(executor.logging_dir, rank, local_rank=1)  # only rank 0 would log to the terminal
         try:
             executor.pipeline[0].run(None, rank, executor.tasks)
             executor.mark_rank_as_completed(rank)
-        except Exception:  # which is in the folder of failures
+        except Exception:  # the step has written the reason to the folder `failures`
             if executor.tasks == 1:
                 raise
         finally:
@@ -160,13 +193,17 @@ def _run_rank_sequence(executor: LocalPipelineExecutor, ranks: range) -> None:
 def _run_worker(
     executor: LocalPipelineExecutor, worker_index: int, worker_count: int, gpu: str, environment: dict[str, str]
 ) -> None:
-    """Each `workers`-th rank from `number` on, in a process that ends with the one that has started it."""
+    """Run every `worker_count`-th rank from `worker_index` on; the entry point of a worker process.
+
+    The process ends when its parent ends. `gpu` is the value for CUDA_VISIBLE_DEVICES, or "" without GPUs.
+    """
     os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the parent hears
-    parent = multiprocessing.parent_process()  # a new start must not meet the tasks of one that was killed
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    parent = multiprocessing.parent_process()
+    # If the parent is killed, this worker must not go on writing files that a new start also writes.
     threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
     loguru.logger.disable("datatrove")
-    logging.basicConfig(format="%(message)s")  # warnings; what each task says of its work is in its log
+    logging.basicConfig(format="%(message)s")  # warnings only; tasks report progress in their logs
     configure_progress_bars() if worker_index == 0 else disable_progress_bars()
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -178,24 +215,41 @@ def _run_worker(
 
 
 def _visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return visible.split(",")
-    import torch  # here: its import takes seconds
+    import torch  # imported here because it takes seconds
 
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
 def _executor_options(step: PhaseStep, args: ExecutorArguments) -> dict[str, Any]:
-    """Of datatrove's executors for clusters."""
-    tasks, gpus = args.tasks if step.phase.is_parallel else 1, args.gpus_per_task if step.phase.uses_model else 0
-    given = {"pipeline": [step], "tasks": tasks, "workers": args.workers or -1, "logging_dir": str(step.log_folder)}
-    machine = {"cpus_per_task": args.cpus_per_task, "mem_per_cpu_gb": args.mem_per_cpu_gb, "gpus_per_task": gpus}
-    return given | machine | {"skip_completed": False}
+    """Return the options that datatrove's Slurm and Ray executors share."""
+    return {
+        "pipeline": [step],
+        "tasks": args.tasks if step.phase.is_parallel else 1,
+        "workers": args.workers or -1,
+        "logging_dir": str(step.log_folder),
+        "cpus_per_task": args.cpus_per_task,
+        "mem_per_cpu_gb": args.mem_per_cpu_gb,
+        "gpus_per_task": args.gpus_per_task if step.phase.uses_model else 0,
+        "skip_completed": False,
+    }
 
 
 def run_on_ray(step: PhaseStep, args: ExecutorArguments) -> RayPipelineExecutor:
-    """On the Ray cluster of RAY_ADDRESS or of this machine; without one, a cluster of this machine alone."""
+    """Run all tasks of a step on Ray.
+
+    Uses the cluster of the environment variable RAY_ADDRESS or one that runs on this machine; otherwise starts a
+    cluster on this machine.
+
+    Args:
+        step: The step.
+        args: Executor flags.
+
+    Returns:
+        datatrove's executor, which knows the incomplete ranks.
+    """
     require_packages("--executor ray", "ray", "ray")
     import ray
 
@@ -209,9 +263,21 @@ def run_on_ray(step: PhaseStep, args: ExecutorArguments) -> RayPipelineExecutor:
 def submit_to_slurm(
     step: PhaseStep, args: ExecutorArguments, previous: SlurmPipelineExecutor | None
 ) -> SlurmPipelineExecutor:
-    """Submit a job array, which starts when the one before is done. ValueError: there is no sbatch, or it refuses."""
+    """Submit a step to Slurm as a job array.
+
+    Args:
+        step: The step.
+        args: Executor flags.
+        previous: Executor of the previous step; the job starts when that step is complete.
+
+    Returns:
+        datatrove's executor, to be passed as `previous` of the next step.
+
+    Raises:
+        ValueError: If this machine has no sbatch, or sbatch refuses the job.
+    """
     if shutil.which("sbatch") is None:
-        raise ValueError("--executor slurm needs sbatch, which this machine lacks. Run it where jobs are submitted.")
+        raise ValueError("--executor slurm needs sbatch, which this machine lacks. Run the command on a login node.")
     paths = {"PATH": Path(sys.executable).parent, "PYTHONPATH": CODE_ROOT}
     executor = SlurmPipelineExecutor(
         time=args.time,
@@ -219,7 +285,7 @@ def submit_to_slurm(
         qos="",
         job_name=re.sub(r"[^\w.-]+", "-", f"{step.package}-{step}"),
         env_command="; ".join(f"export {name}={shlex.quote(str(path))}:${name}" for name, path in paths.items()),
-        # A job whose predecessor has failed would wait for ever.
+        # Without this option, a job whose predecessor failed would wait forever.
         sbatch_args={"kill-on-invalid-dep": "yes"} | dict(option.partition("=")[::2] for option in args.sbatch),
         mail_type="NONE",
         depends=previous,
@@ -227,8 +293,8 @@ def submit_to_slurm(
     )
     try:
         executor.run()
-    except subprocess.CalledProcessError as error:  # sbatch has said why on the terminal
+    except subprocess.CalledProcessError as error:  # sbatch has printed its reason to the terminal
         raise ValueError(
-            f"sbatch has refused {step}, for what it says above. Check --partition, --time and --sbatch."
+            f"sbatch has refused {step}; its message is above. Check --partition, --time and --sbatch."
         ) from error
     return executor

@@ -1,7 +1,8 @@
-"""Which models embed images alike: a digest of the image side, kept so that it is computed once.
+"""Compute a digest of a model's image encoder: models with the same digest embed images in the same way.
 
-An index built with a model stays valid for every model of the same digest, such as one whose text side alone was
-trained further.
+The digest covers the weights of the image tower and its projection, and the preprocessing. A search index stays valid
+for every model with the digest that it was built with, for example if only the text tower was trained further.
+Digests of weights are cached by file metadata.
 """
 
 import hashlib
@@ -14,21 +15,19 @@ from capivara_common.environment import cache_home
 from capivara_common.files import read_json, write_json
 from capivara_common.weight_file import WeightFile, find_weight_files
 
-DIGEST_VERSION = 1  # raise it when the digest covers other things
-IMAGE_ENCODER_PREFIXES = ("vision_model.", "visual_projection.")  # how the names of the image side's parameters begin
-DIGEST_CHUNK_BYTES = 1 << 24
-# What the numbers of an image depend on; the rest of a configuration (names of labels, versions, dropout) changes
-# without them. Of other kinds of towers, all fields but `NEUTRAL` count.
+DIGEST_VERSION = 1  # raise it if the digest covers other things
+IMAGE_ENCODER_PREFIXES = ("vision_model.", "visual_projection.")  # names of the image encoder's parameters
+DIGEST_CHUNK_BYTES = 1 << 24  # 16 MiB hashed at a time, to limit memory
+# Config fields that change the embedding of an image. Other fields, such as label names, versions and dropout, do not.
+# For other kinds of vision towers, all fields except `IGNORED_CONFIG_FIELDS` count.
 CLIP_VISION_FIELDS = ("model_type", "hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "image_size")
 TIMM_VISION_FIELDS = ("model_type", "architecture", "model_args", "do_pooling")
 CAPIVARA_VISION_DEFAULTS = {
-    "model_type": "clip_vision_model",
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-5,
-    "num_attention_heads": 12,
-}
-CAPIVARA_VISION_DEFAULTS |= {"patch_size": 32, "image_size": 224, "do_pooling": True, "model_args": None}
-# Of models of transformers itself: what a published one leaves out, and one that was loaded and saved states.
+    "model_type": "clip_vision_model", "hidden_act": "gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12,
+    "patch_size": 32, "image_size": 224, "do_pooling": True, "model_args": None,
+}  # fmt: skip
+# Defaults of transformers' own models. Published configs leave them out; configs that were loaded and saved again state
+# them. Both must have the same digest.
 CLIP_VISION_DEFAULTS = CAPIVARA_VISION_DEFAULTS | {"hidden_act": "quick_gelu"}
 SIGLIP_VISION_DEFAULTS = CAPIVARA_VISION_DEFAULTS | {
     "hidden_act": "gelu_pytorch_tanh",
@@ -36,61 +35,55 @@ SIGLIP_VISION_DEFAULTS = CAPIVARA_VISION_DEFAULTS | {
     "patch_size": 16,
 }
 IMAGE_PROCESSOR_DEFAULTS = {
-    "do_resize": True,
-    "resample": 3,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-}
+    "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+}  # fmt: skip
 IGNORED_CONFIG_FIELDS = {
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "_name_or_path",
-    "id2label",
-    "label2id",
-    "label_names",
+    *("transformers_version", "dtype", "torch_dtype", "_name_or_path", "id2label", "label2id", "label_names"),
 }
 IMAGE_PROCESSOR_FIELDS = (
-    "do_resize",
-    "size",
-    "resample",
-    "do_center_crop",
-    "crop_size",
-    "do_rescale",
-    "rescale_factor",
+    *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
+    *("do_normalize", "image_mean", "image_std"),
 )
-IMAGE_PROCESSOR_FIELDS += ("do_normalize", "image_mean", "image_std")
 
 
 def image_encoder_digest(folder: Path) -> str:
-    """32 letters, of image tower, its projection and preprocessing. ValueError: files are missing or damaged."""
+    """Return the digest of a model folder's image encoder (BLAKE2b, 32 hexadecimal characters).
+
+    Raises:
+        ValueError: If files of the model are missing or damaged.
+    """
     settings = (json.dumps(part, sort_keys=True) for part in _image_encoder_settings(folder).values())
     return hashlib.blake2b("\0".join([_cached_weights_digest(folder), *settings]).encode(), digest_size=16).hexdigest()
 
 
 def image_processor_settings(folder: Path) -> dict[str, Any]:
-    """What a model's image processor does: its fields `PROCESSOR_FIELDS`. Raises ValueError as `image_side_digest`."""
+    """Return the image processor settings `IMAGE_PROCESSOR_FIELDS` of a model folder.
+
+    Raises:
+        ValueError: If files of the model are missing or damaged.
+    """
     return _image_encoder_settings(folder)["image_processor"]
 
 
 def _image_encoder_settings(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the numbers of an image depend on beside the weights, by its place in the folder's files."""
+    """Return everything except the weights that changes the embedding of an image, by section of the model's files."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         vision, processor = config.get("vision_config") or {}, _read_processor_settings(folder)
         steps = {name: _normalize_setting(name, processor.get(name)) for name in IMAGE_PROCESSOR_FIELDS}
-        if (kind := config.get("model_type", "capivara")) == "capivara":
+        kind = config.get("model_type", "capivara")
+        if kind == "capivara":
             return {"vision_config": _vision_settings(vision), "image_processor": steps}
-        known = (SIGLIP_VISION_DEFAULTS if kind == "siglip" else CLIP_VISION_DEFAULTS) | vision | {"model_type": kind}
+        defaults = SIGLIP_VISION_DEFAULTS if kind == "siglip" else CLIP_VISION_DEFAULTS
+        vision = defaults | vision | {"model_type": kind}
         steps = {name: IMAGE_PROCESSOR_DEFAULTS.get(name) if value is None else value for name, value in steps.items()}
-        return {"vision_config": {name: known[name] for name in CLIP_VISION_FIELDS}, "image_processor": steps}
+        return {"vision_config": {name: vision[name] for name in CLIP_VISION_FIELDS}, "image_processor": steps}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"The settings of the model {folder} can't be read: {error!r}") from error
 
 
 def _read_processor_settings(folder: Path) -> dict[str, Any]:
-    """The settings of the image processor, from the file that transformers takes them from."""
+    """Return the image processor's settings from the file that transformers reads."""
     path = folder / "processor_config.json"
     nested = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     older = folder / "preprocessor_config.json"
@@ -100,7 +93,7 @@ def _read_processor_settings(folder: Path) -> dict[str, Any]:
 
 
 def _normalize_setting(name: str, value: Any) -> Any:
-    """A setting of the image processor as it is saved, also where one number stands for a size. Raises TypeError."""
+    """Return a setting in the form in which it is saved: a size given as one number becomes an object of its sides."""
     if name not in ("size", "crop_size") or isinstance(value, dict | None):
         return value
     if type(value) is not int:
@@ -109,39 +102,42 @@ def _normalize_setting(name: str, value: Any) -> Any:
 
 
 def _vision_settings(vision: dict[str, Any]) -> dict[str, Any]:
-    known = {"clip_vision_model": CLIP_VISION_FIELDS, "timm_wrapper": TIMM_VISION_FIELDS}
-    if fields := known.get(vision.get("model_type", CAPIVARA_VISION_DEFAULTS["model_type"])):
+    """Return the settings of a CAPIVARA vision tower that change the embedding of an image."""
+    fields_by_type = {"clip_vision_model": CLIP_VISION_FIELDS, "timm_wrapper": TIMM_VISION_FIELDS}
+    if fields := fields_by_type.get(vision.get("model_type", CAPIVARA_VISION_DEFAULTS["model_type"])):
         return {name: vision.get(name, CAPIVARA_VISION_DEFAULTS.get(name)) for name in fields}
     return {name: value for name, value in vision.items() if name not in IGNORED_CONFIG_FIELDS}
 
 
 def _cached_weights_digest(folder: Path) -> str:
-    """Of the image side's tensors, from the cache where the files are as they were."""
+    """Return the digest of the image encoder's weights, from the cache if the files are unchanged."""
     paths = find_weight_files(folder)
-    # With the time of change: archives and `cp -p` give another model's file of the same size the same date.
-    marks = [(path.stat(), path) for path in paths]
-    places = [[str(path.resolve()), mark.st_size, mark.st_mtime_ns, mark.st_ctime_ns] for mark, path in marks]
-    name = hashlib.blake2b(json.dumps(places).encode(), digest_size=16).hexdigest()
-    kept = cache_home() / "image_digests" / f"{name}-{DIGEST_VERSION}.json"
-    with suppress(OSError, ValueError):  # not there, or damaged: made anew
-        if len(found := read_json(kept, weights=str)["weights"]) == 32:
-            return found
+    # ctime is included because archives and `cp -p` can give the file of another model the same size and mtime.
+    stats = [(path.stat(), path) for path in paths]
+    metadata = [[str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for stat, path in stats]
+    name = hashlib.blake2b(json.dumps(metadata).encode(), digest_size=16).hexdigest()
+    cache_file = cache_home() / "image_digests" / f"{name}-{DIGEST_VERSION}.json"
+    with suppress(OSError, ValueError):  # if the file is missing or damaged, the digest is computed again
+        cached = read_json(cache_file, weights=str)["weights"]
+        if len(cached) == 32:
+            return cached
     digest = _compute_weights_digest(paths)
-    with suppress(OSError):  # a cache that can't be written to costs seconds, nothing else
-        write_json(kept, {"weights": digest, "files": [Path(place[0]).name for place in places]})
+    with suppress(OSError):  # without a cache, the next call only takes seconds longer
+        write_json(cache_file, {"weights": digest, "files": [Path(entry[0]).name for entry in metadata]})
     return digest
 
 
 def _compute_weights_digest(paths: list[Path]) -> str:
+    """Return the BLAKE2b digest of names, types, shapes and bytes of the image encoder's tensors."""
     tensors = {
         name: file
         for file in map(WeightFile, paths)
         for name in file.tensors
         if name.startswith(IMAGE_ENCODER_PREFIXES)
     }
-    tensors.pop("vision_model.embeddings.position_ids", None)  # a constant that older files of CLIP have
+    tensors.pop("vision_model.embeddings.position_ids", None)  # a constant that older CLIP files contain
     if not tensors:
-        raise ValueError(f"The weights of {paths[0].parent} hold no image tower.")
+        raise ValueError(f"The weights of {paths[0].parent} contain no image tower.")
     digest = hashlib.blake2b(digest_size=16)
     for name, file in sorted(tensors.items()):
         digest.update(f"{name} {file.tensors[name].dtype} {file.tensors[name].shape}".encode())

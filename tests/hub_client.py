@@ -1,4 +1,4 @@
-"""Commands that speak to the stand-in for the Hub, as their users run them, with an eye on the token."""
+"""Run commands against the test server for the Hub, and check that they never print a token."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from hub_server import READ_TOKEN, SIGNATURE, TOKEN, HubServer
 
 @dataclass
 class Done:
-    """How a command ended: exit status, what it printed, and how long it would have waited before each new try."""
+    """Result of a command: exit code, output, and the seconds that it would have waited before each retry."""
 
     code: int
     out: str
@@ -23,7 +23,7 @@ class Done:
 
 
 class HubCommands:
-    """A process (`push_process.py`) that takes a server for the Hub, and runs commands one after the other."""
+    """A process (`push_process.py`) that uses a test server as the Hub and runs commands one after another."""
 
     def __init__(self, hub: HubServer, home: Path):
         self.hub, self.home = hub, home
@@ -48,7 +48,7 @@ class HubCommands:
 
 @contextmanager
 def hub_commands(folder: Path) -> Iterator[HubCommands]:
-    """A server and a process for it, both gone after the block."""
+    """Start a test server and a process for commands, and stop both after the block."""
     with HubServer(folder / "hub") as hub:
         commands = HubCommands(hub, folder / "home")
         try:
