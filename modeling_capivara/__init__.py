@@ -27,8 +27,8 @@ __all__ = [
     "CapivaraOutput",
     "CapivaraProcessor",
     "CapivaraTokenizer",
-    "clip_loss",
     "clean_text",
+    "clip_loss",
 ]
 
 AutoConfig.register("capivara", CapivaraConfig)

@@ -61,6 +61,13 @@ def test_starts_as_the_zero_shot_classifier(classifier, tiny_model, tiny_process
     assert several.config.label2id == {"cat": 0, "house": 1}
 
 
+def test_class_embeddings_are_made_without_dropout_and_the_model_keeps_its_mode(classifier, tiny_model, tiny_processor):
+    tiny_model.train()  # the text tower has dropout of 0.1
+    from_training = CapivaraForImageClassification.from_zero_shot(tiny_model, tiny_processor, LABELS, TEMPLATES)
+    assert tiny_model.training and tiny_model.text_model.training
+    assert torch.equal(from_training.classifier.weight, classifier.classifier.weight)
+
+
 @pytest.mark.parametrize(
     ("labels", "templates", "message"),
     [

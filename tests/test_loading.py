@@ -49,3 +49,12 @@ def test_without_network_every_loader_says_so_within_seconds(tmp_path):
         assert seconds < 10, name  # the libraries alone try for half a minute a file
         assert "Hub can't be reached (ConnectError)" in message and "\n" not in message, name
     assert "Retrying" not in done.stderr
+
+
+@pytest.mark.slow
+def test_loading_a_model_prints_no_report_of_transformers(tiny_folder):
+    """A subprocess, because pytest replaces the streams that the loggers of transformers write to."""
+    program = f"from modeling_capivara.loading import load_model; load_model({str(tiny_folder)!r})"
+    completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert completed.returncode == 0, completed.stderr
+    assert "sharded" not in completed.stderr and "|" not in completed.stdout

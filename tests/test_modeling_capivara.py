@@ -53,6 +53,8 @@ def test_parameters_come_in_the_order_of_clip(tiny_model, batch):
     expected = tiny_model(**batch).logits_per_text
     actual = tiny_model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"])
     torch.testing.assert_close(actual.logits_per_text, expected)
+    text_names = [list(inspect.signature(kind.get_text_features).parameters) for kind in (CapivaraModel, CLIPModel)]
+    assert text_names[0][:4] == text_names[1][:4] == ["self", "input_ids", "attention_mask", "position_ids"]
 
 
 def test_position_ids_reach_the_text_tower_alone(tiny_model, batch):

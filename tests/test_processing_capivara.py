@@ -117,6 +117,16 @@ def test_length_and_padding_of_a_configured_tokenizer_are_kept(tiny_folder, tmp_
         processor = AutoProcessor.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(("model_max_length", "expected_length"), [(40, 40), (512, 77)])
+def test_texts_are_truncated_to_the_shorter_of_the_tokenizers_length_and_77(
+    tiny_folder, model_max_length, expected_length
+):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder, model_max_length=model_max_length)
+    processor, text = CapivaraProcessor(CapivaraImageProcessor(), tokenizer), "um gato " * 50
+    assert len(processor(text=text)["input_ids"]) == len(tokenizer(text)["input_ids"]) == expected_length
+    assert len(processor(text=text, max_length=60)["input_ids"]) == 60
+
+
 def test_token_types_of_bert_tokenizers_are_accepted():
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "um", "gato", "azul"]
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocab)})
