@@ -218,10 +218,8 @@ def to_capivara_config(model_cfg: dict) -> CapivaraConfig:
         vision["num_attention_heads"] = vision["hidden_size"] // vision_cfg.get("head_width", 64)
         vision["intermediate_size"] = int(vision["hidden_size"] * vision_cfg.get("mlp_ratio", 4.0))
         vision["hidden_act"] = "quick_gelu" if model_cfg.get("quick_gelu") else "gelu"
-        options = {
-            "projection_dim": model_cfg["embed_dim"],
-            "text_projection_type": text_cfg.get("hf_proj_type", "mlp"),
-        }
+        projection_type = text_cfg.get("hf_proj_type", "mlp")
+        options = {"projection_dim": model_cfg["embed_dim"], "text_projection_type": projection_type}
         for name in ("logit_scale", "logit_bias"):
             if model_cfg.get(f"init_{name}") is not None:
                 options[f"{name}_init_value"] = float(model_cfg[f"init_{name}"])
@@ -283,12 +281,8 @@ def to_open_clip_model_cfg(
         vision_cfg |= {"head_width": vision.hidden_size // vision.num_attention_heads, "mlp_ratio": ratio}
         if vision.hidden_act == "quick_gelu":
             model_cfg["quick_gelu"] = True
-    text_cfg = {
-        "hf_model_name": text_model_name,
-        "hf_tokenizer_name": BASE_TEXT_MODEL,
-        "hf_proj_type": config.text_projection_type,
-        "hf_pooler_type": "mean_pooler",
-    }
+    text_cfg = {"hf_model_name": text_model_name, "hf_tokenizer_name": BASE_TEXT_MODEL}
+    text_cfg |= {"hf_proj_type": config.text_projection_type, "hf_pooler_type": "mean_pooler"}
     return {**model_cfg, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
 
 
@@ -296,9 +290,8 @@ def _is_vit(config: CapivaraConfig) -> bool:
     """Return whether the image tower is a ViT of open_clip (True) or a timm model (False); others are a ValueError."""
     model_type = config.vision_config.model_type
     if model_type not in ("clip_vision_model", "timm_wrapper"):
-        raise_unsupported(
-            "vision_config.model_type", model_type, '"clip_vision_model" or "timm_wrapper"', "config.json"
-        )
+        supported = "'clip_vision_model' or 'timm_wrapper'"
+        raise_unsupported("vision_config.model_type", model_type, supported, "config.json")
     return model_type == "clip_vision_model"
 
 
@@ -570,12 +563,10 @@ def write_capivara_model(
     model, processor = load_model(folder).eval(), load_processor(folder)
     returned = to_open_clip_state_dict(model)
     # Compared as integers, because NaN is not equal to itself.
-    changed = {
-        name
-        for name in returned.keys() & state.keys()
-        if not torch.equal(returned[name].view(torch.int32), state[name].view(torch.int32))
-    }
-    changed |= returned.keys() ^ state.keys()
+    changed = returned.keys() ^ state.keys()
+    for name in returned.keys() & state.keys():
+        if not torch.equal(returned[name].view(torch.int32), state[name].view(torch.int32)):
+            changed.add(name)
     if changed:
         raise ValueError(f"The conversion changed tensors, so nothing was written: {format_keys(changed)}.")
     for embeds in (embed_images(model, processor, random_images()), embed_texts(model, processor, random_texts())):

@@ -29,7 +29,7 @@ SHARED_PARAMETER_PREFIXES = ("vision_model.", "visual_projection.", "logit_scale
 
 @dataclass
 class CapivaraOutput(ModelOutput):
-    """Output of `CapivaraModel`. Fields that need a modality which was not given are None.
+    """Output of `CapivaraModel`. Fields are None if the modality that they need was not given.
 
     Attributes:
         loss: Contrastive loss in nats, a float32 scalar; only with `return_loss=True`.
@@ -127,9 +127,10 @@ class CapivaraPreTrainedModel(PreTrainedModel):
         return outputs
 
     def _run_image_tower(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Run the image tower alone; `pooler_output` is its pooled output, before the projection."""
         if pixel_values.ndim != 4:
-            shape = f"{tuple(pixel_values.shape)}. `CapivaraImageProcessor` returns this shape"
-            raise ValueError(f"`pixel_values` must be (images, 3, height, width), got shape {shape}.")
+            rule = "`pixel_values` must be (images, 3, height, width), as `CapivaraImageProcessor` returns them"
+            raise ValueError(f"{rule}, got shape {tuple(pixel_values.shape)}.")
         outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
@@ -157,7 +158,7 @@ class CapivaraModel(CapivaraPreTrainedModel):
         >>> import numpy as np
         >>> from PIL import Image
         >>> from modeling_capivara import CapivaraModel, CapivaraProcessor
-        >>> model = CapivaraModel.from_pretrained(folder)  # of a converted model: CapivaraModel.from_open_clip(...)
+        >>> model = CapivaraModel.from_pretrained(folder)  # or from_open_clip("hiaac-nlp/CAPIVARA")
         >>> processor = CapivaraProcessor.from_pretrained(folder)
         >>> image = Image.fromarray(np.zeros((48, 64, 3), np.uint8))
         >>> inputs = processor(text=["uma foto de um gato", "uma casa"], images=image, return_tensors="pt")

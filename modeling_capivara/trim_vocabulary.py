@@ -122,11 +122,9 @@ def trim(
         hint = "Trim the model that it was made from"
         raise ValueError(f"MODEL {model} is already trimmed, to {trimmed_languages}. {hint}.")
     rows = config.text_config.vocab_size
-    tokens_without_row = [
-        token for token in tokenizer_state(processor.tokenizer)["added_tokens"] if token["id"] >= rows
-    ]
-    if tokens_without_row:
-        token = tokens_without_row[0]
+    added_tokens = tokenizer_state(processor.tokenizer)["added_tokens"]
+    token = next((token for token in added_tokens if token["id"] >= rows), None)
+    if token is not None:
         problem = (
             f"The added token {token['content']!r} has the id {token['id']}, but MODEL {model} has only {rows} rows"
         )

@@ -229,16 +229,8 @@ def build_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin,
     fingerprint = _digest_parts(weights_digest(model), config.to_json_string() + image_processor, rules, precision)
     image_weights = weights_digest(model, IMAGE_ENCODER_PREFIXES)
     image_fingerprint = _digest_parts(image_weights, config.vision_config.to_json_string() + image_processor, precision)
-    return Embedder(
-        name,
-        model.device,
-        precision,
-        fingerprint,
-        image_fingerprint,
-        describe_model(model),
-        embed_images=partial(embed_images, model, processor),
-        embed_texts=partial(embed_texts, model, processor),
-    )
+    images, texts = partial(embed_images, model, processor), partial(embed_texts, model, processor)
+    return Embedder(name, model.device, precision, fingerprint, image_fingerprint, describe_model(model), images, texts)
 
 
 def _load_open_clip_embedder(source: str, device: torch.device, precision: str) -> Embedder:
@@ -276,16 +268,9 @@ def _load_open_clip_embedder(source: str, device: torch.device, precision: str) 
         return l2_normalize(model.encode_text(tokenizer(batch).to(device)))
 
     digest = _digest_parts("open_clip", source, weights_digest(model), repr(preprocess), precision)
-    return Embedder(
-        f"open_clip:{source}",
-        device,
-        precision,
-        digest,
-        digest,  # it is not known which parameters the image embeddings depend on
-        describe_model(model),
-        embed_images=partial(_embed_in_batches, encode_images),
-        embed_texts=partial(_embed_in_batches, encode_texts),
-    )
+    images, texts = partial(_embed_in_batches, encode_images), partial(_embed_in_batches, encode_texts)
+    # It is not known which parameters the image embeddings depend on, so both fingerprints are the whole model's.
+    return Embedder(f"open_clip:{source}", device, precision, digest, digest, describe_model(model), images, texts)
 
 
 def _digest_parts(*parts: str) -> str:

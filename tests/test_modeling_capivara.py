@@ -256,7 +256,7 @@ FAULTS = [
     ({"input_ids": ONES, "return_loss": True}, "`return_loss=True`.*`pixel_values`"),
     ({"input_ids": ONES, "attention_mask": ONES * torch.tensor([[1], [0], [1]])}, r"\[1\] of 3"),
     ({"input_ids": ONES, "attention_mask": ONES, "pixel_values": PIXELS[:2], "return_loss": True}, "3 and 2"),
-    ({"pixel_values": PIXELS[0]}, r"pixel_values.*\(3, 32, 32\).*CapivaraImageProcessor"),
+    ({"pixel_values": PIXELS[0]}, r"pixel_values.*CapivaraImageProcessor.*\(3, 32, 32\)"),
     ({"input_ids": ONES[0]}, r"input_ids.*\(texts, tokens\)"),
     ({"input_ids": ONES, "attention_mask": ONES[:1]}, r"attention_mask.*\(3, 7\).*\(1, 7\)"),
     ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, r"\[0, 1\] of 2"),
