@@ -130,7 +130,7 @@ def load_splits(args: ClassifierArguments, prompts: Prompts) -> list[Dataset | L
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, fine-tune, measure again, and save model, processor and figures."""
+    """Run the command: evaluate, fine-tune, evaluate again, and save model, processor and results."""
     args = parse_arguments(ClassifierArguments, __doc__, argv)
     with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:
         prompts = load_prompts(args.benchmark)
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
             per_device_eval_batch_size=args.batch_size,
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=0.1,  # share of all steps
+            warmup_steps=0.1,  # a fraction of all steps
             seed=args.seed,
             remove_unused_columns=False,  # `Trainer` would remove the image column, which only `collate` uses
             save_strategy="no",

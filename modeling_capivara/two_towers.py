@@ -100,7 +100,7 @@ def compute_image_embeds(model: nn.Module, pixel_values: Tensor) -> Tensor:
 
 
 def tokenize(processor: ProcessorMixin, texts: Sequence[str]) -> list[dict[str, list[int]]]:
-    """Tokenize texts one by one, so that they can be sorted by length before they are padded.
+    """Tokenize texts without padding them to each other, so that they can be sorted by length first.
 
     Args:
         processor: Processor from `load_processor`. It truncates the texts.

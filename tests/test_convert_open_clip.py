@@ -31,7 +31,7 @@ from modeling_capivara.two_towers import embed_images, embed_texts, random_image
 
 ARCHITECTURES = {
     "vit_mlp": {},
-    "vit_linear_bias": {"text_projection_type": "linear", "logit_bias_init_value": -9.0},  # of SigLIP's loss
+    "vit_linear_bias": {"text_projection_type": "linear", "logit_bias_init_value": -9.0},  # SigLIP's loss
     # 67 / 48 is not exact in floating point, but open_clip's int(width * ratio) must give 67 again.
     "vit_quick_gelu": {"vision_config": {**TINY_VISION, "hidden_act": "quick_gelu", "intermediate_size": 67}},
 }

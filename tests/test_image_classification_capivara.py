@@ -95,7 +95,7 @@ def test_loads_from_a_folder_of_the_whole_model(tiny_folder, tiny_model, pixels)
 
 
 def test_each_folder_names_its_own_class(tiny_model, tmp_path):
-    shared = CapivaraForImageClassification(tiny_model.config)  # the very same configuration object
+    shared = CapivaraForImageClassification(tiny_model.config)  # shares the configuration object
     classifier = {"AutoConfig", "AutoModelForImageClassification"}
     names = {tiny_model: classifier | {"AutoModel", "AutoModelForZeroShotImageClassification"}, shared: classifier}
     for number, model in enumerate([tiny_model, shared] * 2):

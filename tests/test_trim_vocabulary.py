@@ -214,7 +214,7 @@ def test_every_export_that_a_smaller_vocabulary_allows(trimmed, tmp_path, caplog
     graph = open_session(tmp_path / "repository/onnx/text_model.onnx")
     (found,) = graph.run(None, dict(load_processor(trimmed)(text=KEPT[:3], return_tensors="np")))
     torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=0)
-    name = f"local-dir:{tmp_path / 'open_clip'}"  # of open_clip alone, with the text tower's configuration
+    name = f"local-dir:{tmp_path / 'open_clip'}"  # the format of open_clip, with the configuration of the text tower
     as_open_clip(trimmed, tmp_path / "open_clip")
     model, tokenize = open_clip.create_model(name), open_clip.get_tokenizer(name)
     actual = model.eval().encode_text(tokenize(KEPT[:3]), normalize=True)

@@ -113,7 +113,7 @@ def gemma_like(texts: list[str], size: int, more: Iterable[str] = (), filled: in
 
 
 def siglip2(folder: Path, tokenizer: Siglip2Tokenizer, config: SiglipConfig | None = None) -> None:
-    """SigLIP 2 of fixed resolution: its model is transformers' SigLIP, its tokenizer Gemma's kind."""
+    """Save a SigLIP 2 of fixed resolution, which is transformers' SiglipModel with a tokenizer like Gemma's."""
     text = TOWER | {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "pad_token_id": 0}
     config = config or SiglipConfig(text_config=text | {"projection_size": 32}, vision_config=VISION)
     with no_init_weights():  # initializing a full-size model would take most of the time

@@ -31,7 +31,7 @@ from capivara_common.environment import require_packages
 
 NUM_TEST_CONCEPTS = 350
 NUM_VALIDATION_CONCEPTS = 150
-MAX_HELD_OUT_PICTURES = 3  # a person, a man and a woman
+MAX_HELD_OUT_PICTURES = 3  # a concept may be drawn as a person, a man and a woman
 
 SKIN_TONES_RE = re.compile("[\U0001f3fb-\U0001f3ff]")
 FLAG_LETTERS_RE = re.compile("[\U0001f1e6-\U0001f1ff\U000e0020-\U000e007f]")  # letters of the country codes in flags
@@ -230,4 +230,4 @@ def find_svg_folder() -> Path:
 
 def require_demo_packages(*packages: str) -> None:
     """Raise ImportError with the installation command if packages of the `demo` extra are missing."""
-    require_packages("The embedded default", "demo", *packages)
+    require_packages("The demo", "demo", *packages)

