@@ -202,11 +202,10 @@ def test_a_folder_of_open_clip_is_converted_and_again_when_it_changes(tiny_publi
     state = torch.load(tiny_published / WEIGHTS, weights_only=True)
     state["visual.proj"] = state["visual.proj"] * -1
     torch.save(state, tiny_published / WEIGHTS)
-    again = find_model(str(tiny_published))
-    assert again.image_digest != model.image_digest
-    assert [path.name for path in model.folder.parent.iterdir()] == [
-        again.folder.name
-    ]  # only the latest conversion is kept
+    second = find_model(str(tiny_published))
+    assert second.image_digest != model.image_digest
+    remaining = [path.name for path in model.folder.parent.iterdir()]
+    assert remaining == [second.folder.name], "only the latest conversion is kept"
 
 
 def cache_is_empty(cache: Path) -> bool:

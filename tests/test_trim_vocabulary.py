@@ -212,8 +212,8 @@ def test_every_export_that_a_smaller_vocabulary_allows(trimmed, tmp_path, caplog
     torch.testing.assert_close(embeds(tmp_path / "repository", KEPT[:3]), expected, atol=1e-6, rtol=0)
     assert CapivaraConfig.from_pretrained(tmp_path / "repository").trimmed_vocabulary["of"] == 300
     graph = open_session(tmp_path / "repository/onnx/text_model.onnx")
-    (found,) = graph.run(None, dict(load_processor(trimmed)(text=KEPT[:3], return_tensors="np")))
-    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=0)
+    (onnx_embeds,) = graph.run(None, dict(load_processor(trimmed)(text=KEPT[:3], return_tensors="np")))
+    torch.testing.assert_close(torch.from_numpy(onnx_embeds), expected, atol=1e-4, rtol=0)
     name = f"local-dir:{tmp_path / 'open_clip'}"  # the format of open_clip, with the configuration of the text tower
     as_open_clip(trimmed, tmp_path / "open_clip")
     model, tokenize = open_clip.create_model(name), open_clip.get_tokenizer(name)

