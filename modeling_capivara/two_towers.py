@@ -202,7 +202,8 @@ def load_embedder(
         processor = load_processor(model)
         return build_embedder(model, load_model(model).eval().to(torch_device), processor, precision)
     if not baseline:
-        raise ValueError(f"{model} is a model of open_clip, which needs --role baseline, or eval.suite's --baseline.")
+        hint = "Pass --role baseline, or --baseline of eval.suite"
+        raise ValueError(f"{model} is a model of open_clip, which can only be used as a baseline. {hint}.")
     return _load_open_clip_embedder(open_clip_name, torch_device, precision)
 
 
