@@ -1,4 +1,4 @@
-"""The demo, and worked examples of training, evaluation and search: each a command that reads from top to bottom."""
+"""The demo, and worked examples of training, evaluation and search. Each module is a command."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -10,8 +10,16 @@ from capivara_common.privacy import hide_paths
 
 
 def describe_run(args: Any, device: Any = "cpu", *packages: str) -> dict[str, Any]:
-    """What an example writes beside its figures: `config`, the dataclass of its arguments without paths of this
-    machine, `device` and `versions`, those of `packages` beside the usual ones."""
+    """Describe a run of an example, for its results.json.
+
+    Args:
+        args: Dataclass of the command's arguments.
+        device: Device that the model ran on.
+        *packages: Packages whose versions are recorded in addition to the usual ones.
+
+    Returns:
+        `config` (the arguments, with paths of this machine hidden), `device` and `versions`.
+    """
     config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
     versions = package_versions(*packages)
     return {"config": hide_paths(config), "device": describe_device(device), "versions": versions}

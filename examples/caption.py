@@ -1,10 +1,10 @@
-r"""Captions of pictures in Portuguese: the sentences of a bank that fit best.
+r"""Caption images in Portuguese by retrieval: choose the sentences of a caption bank that fit an image best.
 
     python -m examples.caption --model runs/openmoji-pt-001
     python -m examples.caption --model MODEL --pictures ~/Fotos --bank frases.txt --top_k 3 > legendas.csv
 
-A bank, the lines of a text file or the captions of the training split, names nothing that is not in it. What is printed
-is CSV: picture, cosine with the caption, caption.
+The caption bank is a text file with one sentence per line, or the captions of the training split. Captions are only
+chosen from it, never generated. The output is CSV with the columns picture, score (cosine similarity) and caption.
 """
 
 import csv
@@ -29,24 +29,27 @@ from modeling_capivara.two_towers import embed_images, embed_texts
 
 @dataclass
 class CaptionArguments:
-    """Arguments of `examples.caption`."""
+    """Flags of `examples.caption`."""
 
     model: str = flag("data/openmoji/base", "Folder or Hub id of a CAPIVARA model.")
-    pictures: Path | None = flag(None, "Folder of pictures; those of the test split where none.")
-    dataset: Path = flag(Path("data/openmoji/dataset"), "Saved data set with the columns image and captions-LANGUAGE.")
+    pictures: Path | None = flag(None, "Folder of images to caption. Default: the images of the test split.")
+    dataset: Path = flag(Path("data/openmoji/dataset"), "Saved dataset with the columns image and captions-LANGUAGE.")
     language: str = flag("pt", "Language of the captions.")
-    bank: Path | None = flag(
-        None, "Text file of sentences, a line each; the captions of the training split where none."
-    )
-    top_k: int = flag(3, "Captions a picture.")
-    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
+    bank: Path | None = flag(None, "Text file with one sentence per line. Default: the captions of the training split.")
+    top_k: int = flag(3, "Number of captions per image.")
+    device: str | None = flag(None, "cpu or cuda. Default: the GPU if there is one.")
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "top_k")
 
 
 def iter_pictures(folder: Path, names: list[str]) -> Iterator[PIL.Image.Image]:
-    """The pictures in a folder and below, whose names are added to `names`; those that can't be read are named."""
+    """Yield the images in a folder and its subfolders; images that can't be read are reported on stderr.
+
+    Args:
+        folder: Folder to search.
+        names: List to which the relative path of each yielded image is appended.
+    """
     for file in find_pictures([folder])[0]:
         try:
             image = decode_image({"bytes": Path(file.path).read_bytes(), "path": file.path})
@@ -58,14 +61,15 @@ def iter_pictures(folder: Path, names: list[str]) -> Iterator[PIL.Image.Image]:
 
 
 def list_captions(rows: Dataset, language: str) -> tuple[list[str], list[int]]:
-    """Every caption of a split, and the row that it is of."""
-    lists = ([found] if isinstance(found, str) else found for found in rows[f"captions-{language}"])
-    texts, of = zip(*((text, row) for row, found in enumerate(lists) for text in found), strict=True)
-    return list(texts), list(of)
+    """Return all captions of a dataset split in one language, and the row number of each."""
+    captions = [[cell] if isinstance(cell, str) else cell for cell in rows[f"captions-{language}"]]
+    texts = [text for row_captions in captions for text in row_captions]
+    row_numbers = [row for row, row_captions in enumerate(captions) for _ in row_captions]
+    return texts, row_numbers
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Run the command: print the best captions of each image as CSV."""
     args = parse_arguments(CaptionArguments, __doc__, argv)
     data = None if args.pictures and args.bank else load_dataset_with_images(args.dataset)
     sentences = (
@@ -73,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     bank = list(dict.fromkeys(filter(None, map(str.strip, sentences))))
     if not bank:
-        raise ValueError(f"The bank {args.bank} has no sentence. Write one a line.")
+        raise ValueError(f"The caption bank {args.bank} is empty. Write one sentence per line.")
     model, processor = load_model(args.model).eval().to(resolve_device(args.device)), load_processor(args.model)
     names: list[str] = [] if args.pictures else [f"test/{row}" for row in range(len(data["test"]))]
     pictures = iter_pictures(args.pictures, names) if args.pictures else data["test"]["image"]
@@ -83,8 +87,8 @@ def main(argv: list[str] | None = None) -> None:
     writer.writerow(["picture", "score", "caption"])
     for name, image in zip(names, images, strict=True):
         best = (texts @ image).topk(min(args.top_k, len(bank)))
-        for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            writer.writerow([escape_control_characters(name), f"{score:.4f}", escape_control_characters(bank[place])])
+        for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            writer.writerow([escape_control_characters(name), f"{score:.4f}", escape_control_characters(bank[index])])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-r"""From zero-shot to fine-tuned: an image classifier that starts with Portuguese class names and learns from labels.
+r"""Fine-tune an image classifier that starts as the zero-shot classifier of Portuguese class names.
 
     python -m examples.fine_tune_classifier --image_size 96 --output_dir runs/classifier
     python -m examples.fine_tune_classifier --model MODEL --learning_rate 1e-5 --images DATA --benchmark cifar-10 \
         --output_dir runs/cifar-10
 
-The first command takes scikit-learn's 1,797 handwritten digits and the base that `python -m examples.openmoji.prepare`
-makes. `--images` is a folder of splits with a sub-folder of images a class, a saved HF data set or a Hub id. Then
+The first command uses scikit-learn's 1,797 handwritten digits and the base model that `python -m
+examples.openmoji.prepare` makes. `--images` is a folder of splits with one subfolder of images per class, a saved
+Hugging Face dataset, or a Hub id. Use the result with transformers:
 
     from transformers import pipeline
     import modeling_capivara
@@ -33,8 +34,8 @@ from examples import describe_run
 from modeling_capivara import CapivaraForImageClassification
 from modeling_capivara.loading import load_model, load_processor
 
-DIGITS_BENCHMARK = "mnist"  # benchmark whose names and templates the embedded images have
-TEST_DIGITS = 450  # of 1,797, a quarter
+DIGITS_BENCHMARK = "mnist"  # benchmark whose class names and templates are used for scikit-learn's digits
+TEST_DIGITS = 450  # a quarter of the 1,797 digits
 
 CARD_TEMPLATE = """---
 library_name: transformers
@@ -45,39 +46,47 @@ tags: [capivara]
 
 # Classifier of {benchmark}
 
-`{model}` fine-tuned on the images of {images}; `results.json` has settings and accuracies. It inherits the licences of
+`{model}` fine-tuned on the images of {images}; `results.json` has settings and accuracies. It inherits the licenses of
 that model and of those images.
 """
 
 
 @dataclass
 class ClassifierArguments:
-    """Arguments of `examples.fine_tune_classifier`."""
+    """Flags of `examples.fine_tune_classifier`."""
 
     model: str = flag("data/openmoji/base", "Folder or Hub id of a CAPIVARA model.")
-    benchmark: str = flag(DIGITS_BENCHMARK, "Key in eval/prompts/pt: class names and templates.")
-    images: str | None = flag(None, "Labelled images; scikit-learn's digits where none.")
+    benchmark: str = flag(DIGITS_BENCHMARK, "Name of a file in eval/prompts/pt with class names and templates.")
+    images: str | None = flag(None, "Labeled images: folder, saved dataset or Hub id. Default: scikit-learn's digits.")
     output_dir: Path = flag(Path("runs/classifier"), "Folder for model and processor.")
-    overwrite_output_dir: bool = flag(False, "Replace what is in the output folder.")
-    train_split: str = flag("train", "Split of --images that is learnt from.")
-    split: str = flag("test", "Split of --images that is measured.")
-    image_column: str | None = flag(None, "Name of the image column; found where none.")
-    label_column: str | None = flag(None, "Name of the label column; found where none.")
-    head_only: bool = flag(False, "Keep the image tower as it is.")
+    overwrite_output_dir: bool = flag(False, "Replace the output folder if it exists.")
+    train_split: str = flag("train", "Split of --images for training.")
+    split: str = flag("test", "Split of --images for evaluation.")
+    image_column: str | None = flag(None, "Name of the image column. Default: detected.")
+    label_column: str | None = flag(None, "Name of the label column. Default: detected.")
+    head_only: bool = flag(False, "Freeze the image tower and train only the head.")
     image_size: int | None = flag(
-        None, "Pixels a side, for a convolutional tower, which takes any; the processor's where none."
+        None, "Side of the images in pixels. Only for convolutional towers. Default: the processor's size."
     )
     epochs: float = flag(3.0, "Passes over the training images.")
-    batch_size: int = flag(32, "Images a step.")
-    learning_rate: float = flag(1e-3, "At its height; 1e-5 suits a large ViT better.")
-    seed: int = flag(0, "Seed of the order, and of the digits that are held out.")
+    batch_size: int = flag(32, "Images per optimizer step.")
+    learning_rate: float = flag(1e-3, "Peak learning rate. 1e-5 is better for a large ViT.")
+    seed: int = flag(0, "Seed of the image order and of the split of the digits.")
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "image_size")
 
 
 def make_digits_dataset(names: list[str], seed: int) -> DatasetDict:
-    """scikit-learn's digits, 8 x 8 pixels of 17 greys, as images with `labels`."""
+    """Return scikit-learn's digits (8 x 8 pixels, 17 gray levels) as the splits train and test.
+
+    Args:
+        names: Names of the ten classes.
+        seed: Seed of the split, which is stratified by class.
+
+    Returns:
+        Splits with the columns image and labels.
+    """
     from sklearn.datasets import load_digits
 
     pictures, labels = load_digits(return_X_y=True)
@@ -88,7 +97,7 @@ def make_digits_dataset(names: list[str], seed: int) -> DatasetDict:
 
 
 class LabeledRows:
-    """Images with `labels`, decoded when the trainer asks for them; those that can't be read are left out."""
+    """Labeled images that are decoded on access; images that can't be read are left out."""
 
     def __init__(self, labeled_images: LabeledImages):
         self.labeled_images = labeled_images
@@ -98,29 +107,30 @@ class LabeledRows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, number: int) -> dict:
-        row = self.rows[number]
+    def __getitem__(self, index: int) -> dict:
+        row = self.rows[index]
         return {"image": self.labeled_images.images.load_image(row), "labels": self.labeled_images.labels[row]}
 
 
 def load_splits(args: ClassifierArguments, prompts: Prompts) -> list[Dataset | LabeledRows]:
-    """Training images and held-out ones."""
+    """Return the training images and the test images."""
     if args.images is None:
         if args.benchmark != DIGITS_BENCHMARK:
-            raise ValueError(f"--benchmark {args.benchmark} needs its images, a folder or data set: give --images.")
+            raise ValueError(f"--benchmark {args.benchmark} needs --images: a folder, a saved dataset or a Hub id.")
         return list(make_digits_dataset(prompts.names, args.seed).values())
     columns = (args.image_column, args.label_column)
-    found = [
+    splits = [
         load_labeled_images(args.images, split, prompts.english_names, *columns)
         for split in (args.train_split, args.split)
     ]
-    if any(isinstance(images.labels[0], list) for images in found):
-        raise ValueError(f"{args.images} has several labels an image; this example takes one. Choose another data set.")
-    return [LabeledRows(images) for images in found]
+    if any(isinstance(labeled_images.labels[0], list) for labeled_images in splits):
+        rule = "this example supports one label per image"
+        raise ValueError(f"{args.images} has several labels per image, but {rule}. Choose another dataset.")
+    return [LabeledRows(labeled_images) for labeled_images in splits]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, fine-tune, measure again, and save model, processor and figures."""
+    """Run the command: evaluate, fine-tune, evaluate again, and save model, processor and results."""
     args = parse_arguments(ClassifierArguments, __doc__, argv)
     with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:
         prompts = load_prompts(args.benchmark)
@@ -129,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.image_size:
             processor.image_processor.size = {"shortest_edge": args.image_size}
             processor.image_processor.crop_size = {"height": args.image_size, "width": args.image_size}
-        # The prompts of `prompts` are whole sentences with articles that agree, so the template is the prompt itself.
+        # The class prompts are already complete sentences with the right articles, so the template is just the prompt.
         labels = dict(zip(prompts.names, prompts.class_prompts, strict=True))
         model = CapivaraForImageClassification.from_zero_shot(load_model(args.model).eval(), processor, labels, ["{}"])
         if args.head_only:
@@ -139,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
             pixels = processor(images=[row["image"] for row in rows], return_tensors="pt")["pixel_values"]
             return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
 
-        def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+        def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
             scores, labels = torch.tensor(prediction.predictions), torch.tensor(prediction.label_ids)
             return {"accuracy": top_k_accuracy(scores, labels)}
 
@@ -151,9 +161,9 @@ def main(argv: list[str] | None = None) -> None:
             per_device_eval_batch_size=args.batch_size,
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=0.1,  # share of all steps
+            warmup_steps=0.1,  # a fraction of all steps
             seed=args.seed,
-            remove_unused_columns=False,  # the model takes pixels, `collate` takes the images
+            remove_unused_columns=False,  # `Trainer` would remove the image column, which only `collate` uses
             save_strategy="no",
             logging_steps=10,
             use_cpu=device.type == "cpu",
@@ -161,19 +171,20 @@ def main(argv: list[str] | None = None) -> None:
             dataloader_pin_memory=device.type != "cpu",
             report_to="none",
         )
-        trainer = Trainer(model, training, collate, train, test, compute_metrics=accuracy)
-        found = {"zero_shot": trainer.evaluate()["eval_accuracy"]}
+        trainer = Trainer(model, training, collate, train, test, compute_metrics=compute_accuracy)
+        accuracies = {"zero_shot": trainer.evaluate()["eval_accuracy"]}
         seconds = trainer.train().metrics["train_runtime"]
-        found["fine_tuned"] = trainer.evaluate()["eval_accuracy"]
+        accuracies["fine_tuned"] = trainer.evaluate()["eval_accuracy"]
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        facts = describe_run(args, device) | {"accuracy": found, "training_s": seconds}
-        write_json(folder / "results.json", facts | {"train_images": len(train), "test_images": len(test)})
-        images = facts["config"]["images"] or "scikit-learn's digits"
-        write_text(folder / "README.md", CARD_TEMPLATE.format(**facts["config"] | {"images": images}))
+        run = describe_run(args, device)
+        run |= {"accuracy": accuracies, "training_s": seconds}
+        write_json(folder / "results.json", run | {"train_images": len(train), "test_images": len(test)})
+        images = run["config"]["images"] or "scikit-learn's digits"
+        write_text(folder / "README.md", CARD_TEMPLATE.format(**run["config"] | {"images": images}))
     print(f"{args.benchmark}, accuracy on held-out images")
-    for name, share in found.items():
-        print(f"  {name.replace('_', '-'):10}  {100 * share:6.2f} %")
+    for name, accuracy in accuracies.items():
+        print(f"  {name.replace('_', '-'):10}  {100 * accuracy:6.2f} %")
     print(args.output_dir)
 
 

@@ -1,14 +1,15 @@
-"""Evaluation on real pictures that install from PyPI: what a model can be measured on where no Hub is reached.
+"""Evaluate models on real images from PyPI packages, for machines without access to the Hub.
 
     python -m examples.real_images --baseline data/openmoji/base --model runs/openmoji-pt-001 --output runs/real_images
     python -m eval.report runs/real_images --output report
 
-Retrieval on OpenMoji's test split (Portuguese and English), zero-shot classification of its concepts, of the digits of
-scikit-learn and of the photographs of scikit-image (Portuguese labels), and a linear probe on the digits. Data sets are
-written below `data/real_images`, and a result file a task and model in the output folder.
+The tasks are retrieval on OpenMoji's test split (Portuguese and English), zero-shot classification of its concepts, of
+scikit-learn's digits and of scikit-image's photographs (Portuguese labels), and a linear probe on the digits. Datasets
+are written to `data/real_images` once. The output folder gets one result file per task and model.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,10 @@ from capivara_common.files import atomic_folder, read_json, write_json
 from eval import classification, linear_probe, prompts, retrieval
 from examples.openmoji.dataset import load_dataset_with_images
 
-# Photographs that install from PyPI, by name: class in English and Portuguese, a sentence in both.
+# Photographs in PyPI packages by name, each with a class name and a sentence in English and Portuguese.
 PHOTOGRAPHS = read_json(Path(__file__).parent / "photographs.json")
-CLASS_PHOTOGRAPHS = {
-    name: entry for name, entry in PHOTOGRAPHS.items() if "gender" in entry
-}  # scikit-image's, the classes
+# The photographs of scikit-image, which are the classes of the dataset `photos`.
+CLASS_PHOTOGRAPHS = {name: entry for name, entry in PHOTOGRAPHS.items() if "gender" in entry}
 PHOTO_TEMPLATES = [
     "uma foto de {um}.",
     "uma foto {do}.",
@@ -32,55 +32,65 @@ PHOTO_TEMPLATES = [
     "uma imagem que mostra {o}.",
     "{nome}.",
 ]
-DIGIT_SIDE_PIXELS = 96  # pixels; the pictures have 8, and are enlarged without smoothing
+DIGIT_SIDE_PIXELS = 96  # the digits of 8 x 8 pixels are enlarged to this size without smoothing
 
 
 @dataclass
 class RealImagesArguments:
-    """Arguments of `examples.real_images`."""
+    """Flags of `examples.real_images`."""
 
-    model: str = flag(..., "Folder of the trained model, as a run of configs/openmoji.yaml leaves it.")
-    baseline: str = flag("data/openmoji/base", "What it is compared with.")
-    openmoji: str = flag("data/openmoji/dataset", "OpenMoji data set, as prepared.")
-    data: Path = flag(Path("data/real_images"), "Where the data sets are written, once.")
-    output: Path = flag(Path("runs/real_images"), "Folder of the result files.")
-    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
+    model: str = flag(..., "Folder of the trained model, such as the output of configs/openmoji.yaml.")
+    baseline: str = flag("data/openmoji/base", "Model to compare with.")
+    openmoji: str = flag("data/openmoji/dataset", "OpenMoji dataset that `examples.openmoji.prepare` writes.")
+    data: Path = flag(Path("data/real_images"), "Folder for the datasets; existing ones are reused.")
+    output: Path = flag(Path("runs/real_images"), "Folder for the result files.")
+    device: str | None = flag(None, "cpu or cuda. Default: the GPU if there is one.")
 
 
 def prepare_datasets(folder: Path, openmoji: str) -> None:
-    """Write the data sets that are not there yet, each with the file of its classes."""
-    for name, make in {
+    """Write the datasets that do not exist yet, each with its classes.json.
+
+    Args:
+        folder: Folder for the datasets.
+        openmoji: Folder of the OpenMoji dataset.
+    """
+    makers = {
         "digits": make_digits_dataset,
         "photos": make_photos_dataset,
-        "concepts": lambda: make_concepts_dataset(openmoji),
-    }.items():
+        "concepts": partial(make_concepts_dataset, openmoji),
+    }
+    for name, make_dataset in makers.items():
         if not (folder / name).exists():
-            with atomic_folder(folder / name) as made:
-                data, classes = make()
-                data.save_to_disk(made / "data")
-                write_json(made / "classes.json", classes)
+            with atomic_folder(folder / name) as dataset_folder:
+                data, classes = make_dataset()
+                data.save_to_disk(dataset_folder / "data")
+                write_json(dataset_folder / "classes.json", classes)
 
 
 def make_digits_dataset() -> tuple[DatasetDict, dict]:
-    """scikit-learn's 1,797 handwritten digits, every fourth for the test, and MNIST's names for them."""
+    """Return scikit-learn's 1,797 handwritten digits and their classes.json, with the class names of MNIST.
+
+    Every fourth digit is in the split test, the others are in train.
+    """
     from sklearn.datasets import load_digits
 
-    found = load_digits()
+    digits = load_digits()
     names = prompts.load_prompts("mnist").english_names
-    named = {"dataset": "sklearn-digits", "title": "Digits of scikit-learn"}
-    pixels = np.rint(255 - found.images * (255 / 16)).astype(np.uint8)  # dark on white, as on paper
-    side = (DIGIT_SIDE_PIXELS, DIGIT_SIDE_PIXELS)
-    images = [PIL.Image.fromarray(one).resize(side, PIL.Image.Resampling.NEAREST).convert("RGB") for one in pixels]
-    test = np.arange(len(images)) % 4 == 0
+    pixels = np.rint(255 - digits.images * (255 / 16)).astype(np.uint8)  # dark on white, as on paper
+    size = (DIGIT_SIDE_PIXELS, DIGIT_SIDE_PIXELS)
+    images = [PIL.Image.fromarray(digit).resize(size, PIL.Image.Resampling.NEAREST).convert("RGB") for digit in pixels]
+    is_test = np.arange(len(images)) % 4 == 0
     splits = {
-        name: _build_labeled_dataset([images[i] for i in np.flatnonzero(rows)], found.target[rows].tolist(), names)
-        for name, rows in (("train", ~test), ("test", test))
+        name: _build_labeled_dataset([images[i] for i in np.flatnonzero(rows)], digits.target[rows].tolist(), names)
+        for name, rows in (("train", ~is_test), ("test", is_test))
     }
-    return DatasetDict(splits), read_json(prompts.PROMPTS_FOLDER / "pt" / "mnist.json") | named
+    classes_file = read_json(prompts.PROMPTS_FOLDER / "pt" / "mnist.json")
+    classes_file |= {"dataset": "sklearn-digits", "title": "Digits of scikit-learn"}
+    return DatasetDict(splits), classes_file
 
 
 def make_photos_dataset() -> tuple[DatasetDict, dict]:
-    """scikit-image's photographs, a class each."""
+    """Return scikit-image's photographs, each of which is a class, and their classes.json."""
     classes = [{key: entry[key] for key in ("en", "pt", "gender", "number")} for entry in CLASS_PHOTOGRAPHS.values()]
     data = _build_labeled_dataset(
         [load_photo(name) for name in CLASS_PHOTOGRAPHS],
@@ -93,7 +103,7 @@ def make_photos_dataset() -> tuple[DatasetDict, dict]:
 
 
 def load_photo(name: str) -> PIL.Image.Image:
-    """A photograph of `PHOTOGRAPHS`, RGB: of scikit-image by the name of its function, scikit-learn or matplotlib."""
+    """Load a photograph of `PHOTOGRAPHS` as RGB, from scikit-image, scikit-learn or matplotlib."""
     import skimage.data
 
     if name == "grace_hopper":
@@ -105,13 +115,13 @@ def load_photo(name: str) -> PIL.Image.Image:
 
         return PIL.Image.fromarray(load_sample_image(f"{name}.jpg"))
     pixels = getattr(skimage.data, name)()
-    pixels = pixels[0] if isinstance(pixels, tuple) else pixels  # a stereo pair: the left one
+    pixels = pixels[0] if isinstance(pixels, tuple) else pixels  # the left image of a stereo pair
     pixels = pixels if pixels.dtype == np.uint8 else (255 * (pixels / pixels.max())).astype(np.uint8)
     return PIL.Image.fromarray(pixels).convert("RGB")
 
 
 def make_concepts_dataset(openmoji: str) -> tuple[DatasetDict, dict]:
-    """OpenMoji's test pictures, a class each, named by their first Portuguese caption."""
+    """Return OpenMoji's test images and their classes.json; each is a class named by its first Portuguese caption."""
     rows = load_dataset_with_images(Path(openmoji))["test"]
     classes = [{"en": row["emoji"], "pt": row["captions-pt"][0]} for row in rows.remove_columns("image")]
     data = _build_labeled_dataset(rows["image"], list(range(len(rows))), [entry["en"] for entry in classes])
@@ -119,7 +129,13 @@ def make_concepts_dataset(openmoji: str) -> tuple[DatasetDict, dict]:
 
 
 def evaluate_model(args: RealImagesArguments, model: str, role: str) -> None:
-    """All tasks of one model; a result file each."""
+    """Run retrieval and zero-shot classification for one model, and write a result file for each task.
+
+    Args:
+        args: Flags of the command.
+        model: Folder of the model.
+        role: "baseline" or "capivara".
+    """
     shared = {"role": role, "device": args.device}
     for language in ("pt", "en"):
         output = args.output / f"openmoji-{language}-{role}.json"
@@ -133,7 +149,7 @@ def evaluate_model(args: RealImagesArguments, model: str, role: str) -> None:
 
 
 def run_linear_probe(args: RealImagesArguments) -> None:
-    """Linear probe on the digits; the image tower is frozen in training, so that one model stands for both."""
+    """Run a linear probe on the digits. The base stands for both models, because training freezes the image encoder."""
     classes, images = str(args.data / "digits" / "classes.json"), str(args.data / "digits" / "data")
     shared = {"role": "baseline", "device": args.device}
     for name, shots in (("full", []), ("few", [1, 2, 4, 8, 16])):
@@ -143,23 +159,25 @@ def run_linear_probe(args: RealImagesArguments) -> None:
 
 
 def _build_labeled_dataset(images: list, labels: list[int], names: list[str]) -> Dataset:
+    """Return a dataset with the columns image and label."""
     features = Features({"image": Image(), "label": ClassLabel(names=names)})
     return Dataset.from_dict({"image": images, "label": labels}, features=features)
 
 
 def _build_classes_file(dataset: str, title: str, classes: list[dict], templates: list[str]) -> dict:
+    """Return the content of a classes.json: class names, templates and metric of a dataset, for `eval.prompts`."""
     shared = {"dataset": dataset, "language": "pt", "title": title, "metric": "accuracy"}
     return {**shared, "classes": classes, "templates": templates}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Run the command: write the datasets, then evaluate both models."""
     args = parse_arguments(RealImagesArguments, __doc__, argv)
     prepare_datasets(args.data, args.openmoji)
     evaluate_model(args, args.baseline, "baseline")
     evaluate_model(args, args.model, "capivara")
     run_linear_probe(args)
-    print(f"Results: {args.output}. As a page: python -m eval.report {args.output} --output report")
+    print(f"Results: {args.output}. To make an HTML report: python -m eval.report {args.output} --output report")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-r"""Fine-tuning by sentence-transformers' own trainer, on pictures with captions (extra: sentence_transformers).
+r"""Fine-tune with the trainer of sentence-transformers on images with captions (extra: sentence_transformers).
 
     python -m hub_upload.export --model data/openmoji/base --output repository \
         --formats transformers,sentence_transformers
     python -m examples.tune_sentence_transformers --model repository --dataset data/openmoji/dataset --language pt \
         --output_dir runs/tuned
 
-For whoever trains in that library already. Its loss is CLIP's, exactly, when three options are given (`build_clip_loss`):
-both directions, a softmax each, and the model's own learnt scale in the place of a fixed one; gradients are cached, so
-that a batch of any size fits. What it lacks beside `train_accelerate.py`: the frozen image tower sees every picture
-twice in every epoch, and a picture has one caption for the whole training.
+For users who already train with that library. With three options (see `build_clip_loss`), its loss is exactly CLIP's:
+both directions, one softmax for each, and the model's learned scale instead of a fixed one. Gradient caching
+(GradCache, arXiv 2101.06983) allows batches of any size. Differences from `train_accelerate.py`: the frozen image tower
+encodes every image twice per epoch, and each image has the same caption during the whole training.
 
-The output is a folder for sentence-transformers and `CapivaraModel.from_pretrained` alike, with `results.json`.
+Both sentence-transformers and `CapivaraModel.from_pretrained` load the output folder, which also has `results.json`.
 """
 
 import html
@@ -26,7 +26,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from transformers import TrainerCallback
 
-import modeling_capivara  # noqa: F401  registers CAPIVARA with the Auto classes: no code of the folder is run
+import modeling_capivara  # noqa: F401  registers the Auto classes, so that no code of the model folder is executed
 from capivara_common.cli import check_at_least, flag, parse_arguments, run_command
 from capivara_common.environment import resolve_precision
 from capivara_common.files import atomic_folder, write_json, write_text
@@ -47,27 +47,27 @@ tags: [capivara]
 
 # {model}, fine-tuned
 
-On the pictures and captions of {dataset}; `results.json` has settings and figures. It inherits the licences of that
-model and of those data.
+Fine-tuned on the images and captions of {dataset}; `results.json` has settings and recall. It inherits the licenses of
+that model and of those data.
 """
 
 
 @dataclass
 class SentenceTuningArguments:
-    """Arguments of `examples.tune_sentence_transformers`."""
+    """Flags of `examples.tune_sentence_transformers`."""
 
-    model: Path = flag(..., "Folder of a model that was exported with the format sentence_transformers.")
-    dataset: Path = flag(..., "Saved HF data set with the columns image and captions-LANGUAGE.")
+    model: Path = flag(..., "Folder of a model that was exported in the format sentence_transformers.")
+    dataset: Path = flag(..., "Saved Hugging Face dataset with the columns image and captions-LANGUAGE.")
     language: str = flag("pt", "Language of the captions.")
-    output_dir: Path = flag(Path("runs/tuned"), "Folder for the model and its figures.")
-    overwrite_output_dir: bool = flag(False, "Replace what is in the output folder.")
-    train_split: str = flag("train", "Split that is learnt from.")
-    split: str = flag("test", "Split that is measured, before and after.")
-    epochs: float = flag(3.0, "Passes over the training pictures, each with one caption.")
-    batch_size: int = flag(256, "Pictures, with a caption each, that the loss compares in a step.")
-    mini_batch_size: int = flag(32, "Of them, how many are embedded at once; changes memory, not the result.")
-    learning_rate: float = flag(1e-5, "At its height.")
-    seed: int = flag(0, "Seed of the order and of the captions that are drawn.")
+    output_dir: Path = flag(Path("runs/tuned"), "Folder for the model and results.json.")
+    overwrite_output_dir: bool = flag(False, "Replace the output folder if it exists.")
+    train_split: str = flag("train", "Split for training.")
+    split: str = flag("test", "Split for evaluation, before and after training.")
+    epochs: float = flag(3.0, "Passes over the training images, each with one caption.")
+    batch_size: int = flag(256, "Image-caption pairs that the loss compares in a step.")
+    mini_batch_size: int = flag(32, "Pairs that are encoded at the same time. Changes memory use, not the result.")
+    learning_rate: float = flag(1e-5, "Peak learning rate.")
+    seed: int = flag(0, "Seed of the image order and of the choice of captions.")
 
     def __post_init__(self) -> None:
         check_at_least(self, 2, "batch_size")
@@ -75,12 +75,22 @@ class SentenceTuningArguments:
 
 
 def load_pairs(dataset: Path, split: str, language: str, seed: int = 0) -> Dataset:
-    """A row a picture, `text` before `image` as the loss takes them; of several captions one, by the seed.
+    """Load pairs of a caption and an image, in the column order that the loss requires: text, image.
 
-    A text stands in a dictionary: a bare one that is an address or a file's name sentence-transformers would fetch.
+    Each text is wrapped in a dictionary, because sentence-transformers would download a bare text that looks like a URL
+    or file name.
+
+    Args:
+        dataset: Folder of the saved dataset.
+        split: Split of the dataset.
+        language: Language of the captions.
+        seed: Seed of the random choice among the captions of an image.
+
+    Returns:
+        One row per image.
 
     Raises:
-        ValueError: there is no such split or column (those that are there are named), or a picture has no caption.
+        ValueError: If the dataset has no such split or column, or an image has no caption.
     """
     data = load_dataset_with_images(dataset)
     if split not in data:
@@ -88,22 +98,29 @@ def load_pairs(dataset: Path, split: str, language: str, seed: int = 0) -> Datas
     column = f"captions-{language}"
     if not {"image", column} <= set(data[split].column_names):
         raise ValueError(f"{dataset} needs the columns image and {column}; it has {data[split].column_names}.")
-    captions = [[found] if isinstance(found, str) else found for found in data[split][column]]
-    flatten_captions(captions)  # for its errors
-    draw = random.Random(seed)
-    texts = [{"text": draw.choice(found)} for found in captions]
+    captions = [[cell] if isinstance(cell, str) else cell for cell in data[split][column]]
+    flatten_captions(captions)  # raises ValueError if a caption is missing
+    rng = random.Random(seed)
+    texts = [{"text": rng.choice(image_captions)} for image_captions in captions]
     return data[split].select_columns("image").add_column("text", texts).select_columns(["text", "image"])
 
 
 def build_clip_loss(encoder: SentenceTransformer, mini_batch_size: int) -> CachedMultipleNegativesRankingLoss:
-    """`modeling_capivara.clip_loss` of a whole batch, of which `mini_batch_size` rows are embedded at once.
+    """Build a loss of sentence-transformers that equals `modeling_capivara.clip_loss` of the whole batch.
 
-    Exact on one device without accumulation of gradients, by which the scale's would not be divided. On several, where
-    it would need `gather_across_devices`, it was not tried.
+    It is exact on one device and without gradient accumulation: with accumulation, the gradient of the scale would not
+    be divided. Several devices, which would need `gather_across_devices`, have not been tested.
+
+    Args:
+        encoder: The model.
+        mini_batch_size: Pairs that are encoded at the same time.
+
+    Returns:
+        The loss.
     """
     return CachedMultipleNegativesRankingLoss(
         encoder,
-        scale=1.0,  # in the similarity, where it is learnt
+        scale=1.0,  # the learned scale is part of `similarity_fct`
         similarity_fct=partial(similarity_logits, logit_scale=encoder[0].auto_model.logit_scale),
         directions=("query_to_doc", "doc_to_query"),
         partition_mode="per_direction",
@@ -112,43 +129,51 @@ def build_clip_loss(encoder: SentenceTransformer, mini_batch_size: int) -> Cache
 
 
 def build_recall_evaluator(rows: Dataset) -> InformationRetrievalEvaluator:
-    """Texts find their picture: its accuracy@k is `eval.retrieval`'s recall@k, but for ties."""
-    names = [f"{number:08}" for number in range(len(rows))]
+    """Build an evaluator of text-to-image retrieval.
+
+    Its accuracy@k equals recall@k of `eval.retrieval`, except for ties.
+    """
+    names = [f"{row:08}" for row in range(len(rows))]
     return InformationRetrievalEvaluator(
         dict(zip(names, rows["text"], strict=True)), dict(zip(names, rows["image"], strict=True)),
-        {name: {name} for name in names}, accuracy_at_k=RECALL_CUTOFFS, precision_recall_at_k=RECALL_CUTOFFS, write_csv=False,
+        {name: {name} for name in names}, accuracy_at_k=RECALL_CUTOFFS, precision_recall_at_k=RECALL_CUTOFFS,
+        write_csv=False,
     )  # fmt: skip
 
 
 class ClampLogitScaleCallback(TrainerCallback):
-    """Keeps the learnt scale below CLIP's bound."""
+    """Trainer callback that clamps the learned scale to CLIP's upper bound."""
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        """After every step of the optimiser."""
+        """Clamp the scale after an optimizer step."""
         clamp_logit_scale(model[0].auto_model.logit_scale)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, train, measure again, and save."""
+    """Run the command: evaluate, train, evaluate again, and save."""
     args = parse_arguments(SentenceTuningArguments, __doc__, argv)
     if not (args.model / "modules.json").is_file():
-        raise ValueError(f"{args.model} is no export of the format sentence_transformers (modules.json is missing).")
+        fault = "was not exported in the format sentence_transformers (modules.json is missing)"
+        raise ValueError(f"{args.model} {fault}. Export it with hub_upload.export.")
     rows = load_pairs(args.dataset, args.train_split, args.language, args.seed)
     if len(rows) < args.batch_size:
-        raise ValueError(f"{args.train_split} has {len(rows)} pictures, fewer than a batch: lower --batch_size.")
-    measure = build_recall_evaluator(load_pairs(args.dataset, args.split, args.language))
+        raise ValueError(
+            f"--batch_size must be at most the number of images in the split {args.train_split}, {len(rows)}, "
+            f"got {args.batch_size}."
+        )
+    evaluator = build_recall_evaluator(load_pairs(args.dataset, args.split, args.language))
     with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:
         encoder = SentenceTransformer(str(args.model))
-        encoder[0].auto_model.freeze_image_encoder()  # as in the paper
+        encoder[0].auto_model.freeze_image_encoder()  # as in the CAPIVARA paper (arXiv 2310.13683)
         training = Arguments(
             output_dir=str(folder),
             num_train_epochs=args.epochs,
             per_device_train_batch_size=args.batch_size,
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=0.1,  # share of all steps
+            warmup_steps=0.1,  # a fraction of all steps
             seed=args.seed,
-            dataloader_drop_last=True,  # a last batch of one pair has no wrong answer
+            dataloader_drop_last=True,  # CLIP's loss of a last batch with a single pair would be 0
             save_strategy="no",
             logging_steps=10,
             use_cpu=encoder.device.type == "cpu",
@@ -158,19 +183,20 @@ def main(argv: list[str] | None = None) -> None:
         )
         loss = build_clip_loss(encoder, args.mini_batch_size)
         trainer = SentenceTransformerTrainer(encoder, training, rows, loss=loss, callbacks=[ClampLogitScaleCallback()])
-        before = measure(encoder.eval())
+        metrics = {"before": evaluator(encoder.eval())}
         seconds = trainer.train().metrics["train_runtime"]
+        metrics["after"] = evaluator(encoder.eval())
         recalls = {
-            when: {f"recall@{k}": float(found[f"cosine_accuracy@{k}"]) for k in RECALL_CUTOFFS}
-            for when, found in (("before", before), ("after", measure(encoder.eval())))
+            time: {f"recall@{k}": float(values[f"cosine_accuracy@{k}"]) for k in RECALL_CUTOFFS}
+            for time, values in metrics.items()
         }
         encoder.save_pretrained(str(folder), create_model_card=False)
-        facts = describe_run(args, encoder.device, "sentence-transformers")
-        shown = {name: html.escape(facts["config"][name]) for name in ("model", "dataset", "language")}
-        write_json(folder / "results.json", facts | {"text_to_image": recalls, "training_s": seconds})
-        write_text(folder / "README.md", CARD_TEMPLATE.format(**shown))
-    for when, found in recalls.items():
-        print(f"{when:8}" + "".join(f"{name:>12} {100 * value:6.2f} %" for name, value in found.items()))
+        run = describe_run(args, encoder.device, "sentence-transformers")
+        card_values = {name: html.escape(run["config"][name]) for name in ("model", "dataset", "language")}
+        write_json(folder / "results.json", run | {"text_to_image": recalls, "training_s": seconds})
+        write_text(folder / "README.md", CARD_TEMPLATE.format(**card_values))
+    for time, values in recalls.items():
+        print(f"{time:8}" + "".join(f"{name:>12} {100 * value:6.2f} %" for name, value in values.items()))
     print(args.output_dir)
 
 

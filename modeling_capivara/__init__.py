@@ -1,4 +1,8 @@
-"""CAPIVARA for transformers. Importing the package registers it, so that the Auto classes and pipelines find it."""
+"""CAPIVARA for Hugging Face transformers: configuration, models, processor, tokenizer and image processor.
+
+Importing the package registers the classes with transformers, so that `AutoModel`, `AutoProcessor` and pipelines load
+CAPIVARA models without `trust_remote_code`.
+"""
 
 from transformers import (
     AutoConfig,
@@ -27,22 +31,22 @@ __all__ = [
     "CapivaraOutput",
     "CapivaraProcessor",
     "CapivaraTokenizer",
-    "clip_loss",
     "clean_text",
+    "clip_loss",
 ]
 
 AutoConfig.register("capivara", CapivaraConfig)
 AutoModel.register(CapivaraConfig, CapivaraModel)
 AutoModelForZeroShotImageClassification.register(CapivaraConfig, CapivaraModel)
 AutoModelForImageClassification.register(CapivaraConfig, CapivaraForImageClassification)
-# One class, in both places: asking for either of transformers' two backends is right.
+# transformers has two backends for image processors. CAPIVARA has one class, which is registered for both.
 AutoImageProcessor.register(
     CapivaraConfig, image_processor_classes={"pil": CapivaraImageProcessor, "torchvision": CapivaraImageProcessor}
 )
 AutoTokenizer.register(CapivaraConfig, CapivaraTokenizer)
 AutoProcessor.register(CapivaraConfig, CapivaraProcessor)
 
-# From here on `save_pretrained` copies the model files into the folder, for users without the package.
+# Makes `save_pretrained` copy the model files into the folder, for users without the package.
 CapivaraConfig.register_for_auto_class()
 CapivaraModel.register_for_auto_class("AutoModel")
 CapivaraForImageClassification.register_for_auto_class("AutoModelForImageClassification")

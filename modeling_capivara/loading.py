@@ -1,4 +1,8 @@
-"""Model folders, loaded with every weight accounted for and errors that say what is wrong."""
+"""Load models and processors of any supported type from folders or the Hub.
+
+In contrast to transformers, which only warns, every missing, unexpected or mismatched weight is an error. Files are
+validated before they are used, and errors are one line that names the problem.
+"""
 
 import hashlib
 import html
@@ -29,72 +33,84 @@ from .configuration_capivara import get_sizes
 from .processing_capivara import CapivaraProcessor
 
 WEIGHTS_FILE = "model.safetensors"
-MAX_NAMED_KEYS = 5  # in an error message: a model has hundreds
-INHERITED_CARD_FIELDS = (
-    "license",
-    "license_name",
-    "license_link",
-    "language",
-    "attribution",
-)  # of the source's own card
-ORIGIN_CARD_TEXT = (
-    "What the model is, how it was trained and under which licence it may be used is stated where it comes from."
-)
+MAX_NAMED_KEYS = 5  # weights named in an error message; a model has hundreds
+# Metadata that a converted model takes over from the card of its source.
+INHERITED_CARD_FIELDS = ("license", "license_name", "license_link", "language", "attribution")
+ORIGIN_CARD_TEXT = "For a description, the training data and the license, see the card of the original model."
 
 
 def load_config(source: str, **options: Any) -> PreTrainedConfig:
-    """The configuration of any model of transformers; ValueError where it is damaged, or a size is outside of `LIMITS`.
+    """Load and validate the configuration of any transformers model.
 
-    `options` are those of `AutoConfig`. OSError where there is none.
+    Args:
+        source: Folder or Hub id.
+        **options: Options of `AutoConfig.from_pretrained`, such as `revision`. `trust_remote_code` is False by default.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        OSError: If there is no configuration.
+        ValueError: If the configuration is damaged, or a size is outside the limits in `checks_capivara.py`.
     """
     try:
         check_sizes(PreTrainedConfig.get_config_dict(source, revision=options.get("revision"))[0])
         config = AutoConfig.from_pretrained(source, **{"trust_remote_code": False, **options})
-        check_sizes(get_sizes(config))  # also of kinds with names of their own
+        check_sizes(get_sizes(config))  # finds sizes that a model type stores under its own names
     except OSError:
         raise
-    except Exception as error:  # RecursionError among them, and what transformers and its data classes raise
+    except Exception as error:  # damaged files make transformers raise many types, even RecursionError
         raise ValueError(f"The config.json of {source} can't be used: {' '.join(str(error).split())}") from error
     return config
 
 
 def load_model(source: str | Path) -> PreTrainedModel:
-    """A model of two towers out of a folder or from the Hub, in float32.
+    """Load a two-tower model from a folder or the Hub, in float32.
 
-    transformers only warns of missing weights and leaves them random; here they are a ValueError, as surplus ones, a
-    broken file and another kind of model are.
+    Raises:
+        ValueError: If there is no such model, a file is damaged, the model is not a supported two-tower model, or
+            weights are missing, unexpected or of the wrong shape (transformers only warns and leaves missing weights
+            random).
     """
-    _check_model_folder(source, "config.json", "is no model folder")
+    _check_model_folder(source, "config.json", "is not a model folder")
     try:
         if Path(source).is_dir():
-            for name in ("logit_scale", "logit_bias"):  # transformers tells of another shape after loading, in a table
+            for name in ("logit_scale", "logit_bias"):  # a clear error, before transformers loads all weights
                 read_scalar(Path(source), name)
         options = {"dtype": "float32", "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
-        options |= {"ignore_mismatched_sizes": True}  # they are in the report, as the missing ones are
+        options["ignore_mismatched_sizes"] = True  # mismatches are then listed in the report, as missing weights are
         with _silence_load_report():
             model, report = AutoModel.from_pretrained(source, config=load_two_towers_config(source), **options)
     except Exception as error:
         raise ValueError(f"The model {source} can't be loaded: {' '.join(str(error).split())}") from error
-    faults = [report[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")]
-    _check_keys(f"The weights of {source}", *faults)
+    _check_keys(
+        f"The weights of {source}", report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"]
+    )
     check_sizes({"logit_scale": model.logit_scale.item()}, f"{source}: ")
     return model
 
 
 @contextmanager
 def _silence_load_report() -> Iterator[None]:
-    """Keep transformers from printing every key that does not fit; the error of `_check_keys` names the first ones."""
-    printer = logging.getLogger("transformers.modeling_utils")
-    level = printer.level
-    printer.setLevel(logging.ERROR)
+    """Keep transformers from printing every key that does not fit; the error of `_check_keys` names the first ones.
+
+    The logger is disabled, because at a level of WARNING or higher transformers prints a plan of sharded layers
+    instead.
+    """
+    transformers_logger = logging.getLogger("transformers.modeling_utils")
+    was_disabled, transformers_logger.disabled = transformers_logger.disabled, True
     try:
         yield
     finally:
-        printer.setLevel(level)
+        transformers_logger.disabled = was_disabled
 
 
 def load_mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
-    """All tensors of safetensors files, as views of them: the system reads each when it is used. Raises ValueError."""
+    """Return all tensors of safetensors files as memory-mapped views, so that each is read only when it is used.
+
+    Raises:
+        ValueError: If a file can't be read.
+    """
     tensors = {}
     for file in files:
         try:
@@ -105,10 +121,20 @@ def load_mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
 
 
 def load_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
-    """Return the model of a folder with its weights as views of the folder's files, by `model_of_tensors`.
+    """Load a model whose weights are memory-mapped views of its files.
 
     transformers renames the weights of some model types while loading (AltCLIP's `layer.0` to `layers.0`). If the names
-    of another type's weights do not fit, the model is loaded by `load_model` instead, into memory and in float32.
+    in the files do not fit and the model is not CAPIVARA, `load_model` loads it into memory instead, in float32.
+
+    Args:
+        folder: Folder with the weights.
+        config: Configuration of the model.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ValueError: If the weights can't be read or do not fit the configuration.
     """
     tensors = load_mapped_tensors(find_weight_files(folder))
     try:
@@ -122,17 +148,29 @@ def load_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrainedModel
 
 
 def build_model_from_tensors(tensors: Mapping[str, Tensor], config: PreTrainedConfig, subject: str) -> PreTrainedModel:
-    """A model whose weights are these tensors, not copies, to be saved and not to be run.
+    """Build a model that uses the given tensors as its weights, without copying them.
 
-    Raises ValueError if some are missing, unexpected or of another shape; the message begins with `name` and names the
-    first of them.
+    The model is meant to be saved. It can't be run, because values that are computed instead of loaded are missing.
+
+    Args:
+        tensors: Weights by name.
+        config: Configuration of the model.
+        subject: Name of the weights, the subject of error messages.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ValueError: If tensors are missing, unexpected or of the wrong shape. The message names the first of them.
     """
     with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=torch.float32)
     expected = model.state_dict()
     shapes = [(key, tensors[key].shape, expected[key].shape) for key in tensors.keys() & expected.keys()]
-    # torch itself loads a tensor of shape [1] as a scalar.
-    mismatched = [shape for shape in shapes if shape[1] != shape[2] and shape[1:] != ((1,), ())]
+    # PyTorch loads a tensor of shape [1] into a scalar, so this is not a mismatch.
+    mismatched = [
+        (key, actual, needed) for key, actual, needed in shapes if actual != needed and (actual, needed) != ((1,), ())
+    ]
     _check_keys(subject, expected.keys() - tensors.keys(), tensors.keys() - expected.keys(), mismatched)
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval()
@@ -141,51 +179,75 @@ def build_model_from_tensors(tensors: Mapping[str, Tensor], config: PreTrainedCo
 def _check_keys(
     name: str, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[tuple[str, Sequence, Sequence]]
 ) -> None:
-    """Raise ValueError if the keys of weights do not fit their config; at most `MAX_NAMED_KEYS` keys are named.
+    """Check that the keys of weights fit a model's configuration.
 
     Args:
-        name: What the weights are called, the subject of the message.
+        name: Name of the weights, the subject of the error message.
         missing: Keys that the model needs and the weights lack.
         unexpected: Keys of the weights that the model does not have.
-        mismatched: Key, shape in the weights and shape in the model, of keys whose shapes differ.
+        mismatched: Keys whose shapes differ, each with the shape in the weights and the shape in the model.
+
+    Raises:
+        ValueError: If there is any such key. The message names at most `MAX_NAMED_KEYS` keys.
     """
-    shapes = [f"{key} {list(found)}, not {list(expected)}" for key, found, expected in mismatched]
-    faults = {"missing": missing, "unexpected": unexpected, "mismatched": shapes}
-    if faults := {kind: keys for kind, keys in faults.items() if keys}:
-        most = MAX_NAMED_KEYS // len(faults)
-        named = [f"{kind} keys: {format_keys(keys, most)}" for kind, keys in faults.items()]
-        raise ValueError(f"{name} do not fit its config; {'; '.join(named)}.")
+    shapes = [f"{key} {list(actual)}, not {list(expected)}" for key, actual, expected in mismatched]
+    all_faults = {"missing": missing, "unexpected": unexpected, "mismatched": shapes}
+    faults = {kind: keys for kind, keys in all_faults.items() if keys}
+    if faults:
+        max_keys = MAX_NAMED_KEYS // len(faults)
+        descriptions = [f"{kind} keys: {format_keys(keys, max_keys)}" for kind, keys in faults.items()]
+        raise ValueError(f"{name} do not fit its config; {'; '.join(descriptions)}.")
 
 
 def format_keys(keys: Iterable[str], max_keys: int = MAX_NAMED_KEYS) -> str:
-    """Return the first `most` keys in alphabetical order, separated by commas, and the number of further keys."""
+    """Join keys for an error message.
+
+    Args:
+        keys: Names of weights.
+        max_keys: Number of keys to name.
+
+    Returns:
+        The first keys in alphabetical order, separated by commas, and the number of further keys.
+    """
     keys = sorted(keys)
     more = f" and {len(keys) - max_keys} more" if len(keys) > max_keys else ""
     return ", ".join(keys[:max_keys]) + more
 
 
 def load_processor(source: str | Path) -> ProcessorMixin:
-    """The processor that was saved beside a model of two towers; ValueError where there is none, or it does not fit."""
-    way_out = "save one with `CapivaraProcessor(image_processor, tokenizer).save_pretrained(folder)`"
-    older = (Path(source) / "preprocessor_config.json").is_file()  # as transformers' models have it
-    _check_model_folder(
-        source, "tokenizer_config.json" if older else "processor_config.json", f"has no processor; {way_out}"
-    )
+    """Load the processor that is saved with a two-tower model.
+
+    Args:
+        source: Folder or Hub id.
+
+    Returns:
+        A `CapivaraProcessor`, or the transformers processor of the model, whose tokenizer is limited to the number of
+        tokens that the model accepts.
+
+    Raises:
+        ValueError: If there is no processor, a file is damaged, or the processor belongs to another model.
+    """
+    hint = "save one with `CapivaraProcessor(image_processor, tokenizer).save_pretrained(folder)`"
+    # Older processors of transformers are stored in two files instead of processor_config.json.
+    in_two_files = (Path(source) / "preprocessor_config.json").is_file()
+    required_file = "tokenizer_config.json" if in_two_files else "processor_config.json"
+    _check_model_folder(source, required_file, f"has no processor; {hint}")
     try:
         with wrap_tokenizer_errors("its tokenizer"):
             processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
         if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
-            raise ValueError(f"it is a {type(processor).__name__}, not one of texts and images")
-        if isinstance(processor.tokenizer, GemmaTokenizer):  # of a published SigLIP 2, trained in small letters
+            raise ValueError(f"it is a {type(processor).__name__}, which does not process both texts and images")
+        # Published SigLIP 2 models name Gemma's tokenizer, but were trained on lowercase texts.
+        if isinstance(processor.tokenizer, GemmaTokenizer):
             processor.tokenizer = Siglip2Tokenizer.from_pretrained(source)
         check_sizes(processor.image_processor.to_dict())
         config = load_config(str(source))
-        padding, rows = processor.tokenizer.pad_token_id, config.text_config.vocab_size
-        if padding is not None and padding >= rows:
+        pad_token_id, vocab_size = processor.tokenizer.pad_token_id, config.text_config.vocab_size
+        if pad_token_id is not None and pad_token_id >= vocab_size:
             raise ValueError(
-                f"its padding token {processor.tokenizer.pad_token!r} is outside of the {rows} tokens known"
+                f"its padding token {processor.tokenizer.pad_token!r} is not among the model's {vocab_size} tokens"
             )
-        if not isinstance(processor, CapivaraProcessor):  # which has a rule of its own
+        if not isinstance(processor, CapivaraProcessor):  # a CapivaraProcessor truncates to 77 tokens by itself
             _fit_processor(processor, config)
     except Exception as error:
         raise ValueError(f"The processor of {source} can't be loaded: {' '.join(str(error).split())}") from error
@@ -193,65 +255,88 @@ def load_processor(source: str | Path) -> ProcessorMixin:
 
 
 def pads_to_max_length(processor: ProcessorMixin) -> bool:
-    """Whether texts are filled up to one length without a mask, and padding is read as any token: SigLIP's are."""
+    """Return whether texts are always padded to the maximum length and not masked, which SigLIP's models require."""
     return type(processor).__name__.startswith("Siglip")
 
 
 def _fit_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
-    """ValueError where transformers' processor is that of another model, whose figures would mean nothing.
+    """Check that a transformers processor belongs to the model, and limit its tokenizer to the model's text length.
 
-    Its tokenizer gives no more tokens than the model has positions for, also one that was saved without a limit.
+    Raises:
+        ValueError: If the processor's type, image size or vocabulary is that of another model.
     """
-    tokenizer, side, kind = processor.tokenizer, config.vision_config.image_size, type(processor).__name__
-    steps = processor.image_processor.to_dict()
-    size = dict((steps.get("crop_size") if steps.get("do_center_crop") else steps.get("size")) or {})
-    if pads_to_max_length(processor) != (config.model_type == "siglip") or "max_num_patches" in steps:
-        raise ValueError(f"a {kind} is none of the model's kind, {config.model_type!r}")
-    if (size.get("height"), size.get("width")) != (side, side):
-        raise ValueError(f"its images have {size}, the image tower takes {side} x {side} pixels")
+    tokenizer, image_size = processor.tokenizer, config.vision_config.image_size
+    settings = processor.image_processor.to_dict()
+    size = dict((settings.get("crop_size") if settings.get("do_center_crop") else settings.get("size")) or {})
+    if pads_to_max_length(processor) != (config.model_type == "siglip") or "max_num_patches" in settings:
+        raise ValueError(f"a {type(processor).__name__} does not fit a model of the type {config.model_type!r}")
+    if (size.get("height"), size.get("width")) != (image_size, image_size):
+        raise ValueError(f"its images have {size}, but the image tower takes {image_size} x {image_size} pixels")
     if len(tokenizer) > config.text_config.vocab_size or tokenizer.pad_token is None:
-        known = f"{len(tokenizer)} tokens, {tokenizer.pad_token!r} for padding"
-        raise ValueError(f"its tokenizer has {known}; the model knows {config.text_config.vocab_size}")
+        vocabulary = f"{len(tokenizer)} tokens and the padding token {tokenizer.pad_token!r}"
+        raise ValueError(f"its tokenizer has {vocabulary}, but the model has {config.text_config.vocab_size} tokens")
     positions = config.text_config.max_position_embeddings
-    if config.model_type == "altclip":  # as RoBERTa, it counts positions from behind the padding's number
+    if config.model_type == "altclip":  # like RoBERTa, it numbers positions from `pad_token_id` + 1
         positions -= config.text_config.pad_token_id + 1
-    if pads_to_max_length(processor):  # the model attends to padding, so no caller may get a mask by default
+    if pads_to_max_length(processor):  # the model attends to padding, so tokenizers must not return a mask by default
         tokenizer.model_input_names = ["input_ids"]
-    own = getattr(processor, "text_kwargs", {}).get("max_length", positions)  # Siglip2Processor's, say
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions, own)
+    # Siglip2Processor, for instance, sets its own maximum length.
+    processor_max_length = getattr(processor, "text_kwargs", {}).get("max_length", positions)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions, processor_max_length)
 
 
 def _check_model_folder(source: str | Path, required_file: str, fault: str) -> None:
-    """A path that looks local must be a folder with the needed file; anything else may be a Hub id."""
+    """Check that `source` is a model folder with the required file, or a Hub id whose file is cached or reachable.
+
+    Args:
+        source: Folder or Hub id.
+        required_file: Name of the file.
+        fault: What is wrong if a folder lacks the file, the predicate of the error message.
+
+    Raises:
+        ValueError: If the check fails.
+    """
     folder = Path(source)
     if not folder.is_dir():
         if not is_hub_id(str(source)):
             raise coded_error(ValueError, "no_model", "The model folder {model} does not exist.", model=source)
         return check_reachable(source, required_file)
     if (folder / "config.json").is_file():
-        load_two_towers_config(folder)  # transformers' message about a wrong one would not name it
+        load_two_towers_config(folder)  # transformers' own error would not name the folder
     if not (folder / required_file).is_file():
         text = "The folder {model} {fault} ({file} is missing)."
         raise coded_error(ValueError, "not_a_model", text, model=source, fault=fault, file=required_file)
 
 
 def load_two_towers_config(source: str | Path) -> PreTrainedConfig:
-    """The configuration of a folder or Hub id; ValueError where it is damaged, or of no model of two towers."""
+    """Load the configuration of a two-tower model from a folder or the Hub.
+
+    Raises:
+        ValueError: If the configuration is missing or damaged, or the model is not a supported two-tower model.
+    """
     try:
-        if Path(source).is_dir():  # transformers' message would list all the kinds that it knows
+        if Path(source).is_dir():  # transformers' error about a missing `model_type` would list all types that it knows
             read_json(Path(source) / "config.json", model_type=str)
         config = load_config(str(source))
         if fault := unsupported_reason(config.model_type):
             raise ValueError(fault)
         return config
-    except Exception as error:  # RecursionError among them
+    except Exception as error:  # damaged files make transformers raise many types, even RecursionError
         reason = " ".join(str(error).split())
-        text = "The config.json of {model} is of no model of two towers: {reason}"
+        text = "The config.json of {model} does not describe a two-tower model: {reason}"
         raise coded_error(ValueError, "no_two_towers", text, model=source, reason=reason) from error
 
 
 def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
-    """Hex digest of the tensors of a model whose name starts with one of `prefixes`."""
+    """Compute the BLAKE2b digest of a model's tensors (names, dtypes, shapes and values).
+
+    Args:
+        model: The model.
+        prefixes: Only tensors whose names start with one of these are included. Default: all.
+
+    Returns:
+        32 hexadecimal digits.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(prefixes):
@@ -261,30 +346,35 @@ def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) ->
 
 
 def read_card_metadata(card: Path) -> dict[str, Any]:
-    """The metadata of a model's or data set's card; empty where it has none, or none that can be read."""
+    """Return the YAML metadata of a model or dataset card; empty if there is none or it can't be read."""
     try:
-        # Not `metadata_load`, which gives up a card for one byte of its text that is no UTF-8.
+        # huggingface_hub's `metadata_load` would reject the whole card for a single byte that is not UTF-8.
         block = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8-sig", errors="replace"))
-        found = yaml.safe_load(block[2]) if block else None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # ValueError: a date that can't be
+        metadata = yaml.safe_load(block[2]) if block else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # PyYAML raises ValueError for impossible dates
         return {}
-    return found if isinstance(found, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def write_origin_card(source: Path, folder: Path, description: str, repo_id: str | None = None) -> None:
-    """Write the README.md of a model that is `made`, a sentence, from that of the folder `source`, whose card states
-    the licence; none where nothing is known. The base is `repo_id` on the Hub, else the one that the card names.
+    """Write the README.md of a model that was converted or trimmed, with license and attribution of its source.
+
+    Nothing is written if neither `repo_id` nor the card of the source gives any metadata.
+
+    Args:
+        source: Folder of the source model, whose card is read.
+        folder: Folder of the new model.
+        description: Sentence that says how the new model was made.
+        repo_id: Hub id of the source, for `base_model`. Default: the `base_model` of the source's card.
     """
-    stated = read_card_metadata(source / "README.md")
-    known = {
-        "base_model": repo_id or stated.get("base_model"),
-        **{key: stated.get(key) for key in INHERITED_CARD_FIELDS},
-    }
-    texts = {key: value if isinstance(value, list) else [value] for key, value in known.items() if value}
-    known = {key: known[key] for key, found in texts.items() if all(isinstance(text, str) for text in found)}
-    if known:
-        known |= {"library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"}
-        title, metadata = html.escape(repo_id or source.resolve().name), yaml_dump(known, sort_keys=False)
+    source_metadata = read_card_metadata(source / "README.md")
+    metadata = {"base_model": repo_id or source_metadata.get("base_model")}
+    metadata |= {key: source_metadata.get(key) for key in INHERITED_CARD_FIELDS}
+    values = {key: value if isinstance(value, list) else [value] for key, value in metadata.items() if value}
+    metadata = {key: metadata[key] for key, items in values.items() if all(isinstance(item, str) for item in items)}
+    if metadata:
+        metadata |= {"library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"}
+        title, yaml_block = html.escape(repo_id or source.resolve().name), yaml_dump(metadata, sort_keys=False)
         (folder / "README.md").write_text(
-            f"---\n{metadata}---\n\n# {title}\n\n{description}\n{ORIGIN_CARD_TEXT}\n", encoding="utf-8"
+            f"---\n{yaml_block}---\n\n# {title}\n\n{description}\n{ORIGIN_CARD_TEXT}\n", encoding="utf-8"
         )

@@ -1,12 +1,12 @@
-"""Models of two towers of any kind, of this package, of transformers or open_clip, behind one protocol.
+"""Embed texts and images with any two-tower model: CAPIVARA, the CLIP-like models of transformers, or open_clip.
 
     model, processor = load_model(folder), load_processor(folder)
     embed_texts(model, processor, ["uma foto de um gato"])  # (texts, width), unit length, float32, on the CPU
     load_embedder("open_clip:ViT-B-32:openai", baseline=True).embed_texts(["a photo of a cat"])
 
-The classes are transformers' own, without a wrapper: `get_text_features` and `get_image_features`, whose
-`pooler_output` is the embedding before it is scaled to unit length, `logit_scale`, and `logit_bias` where the loss is
-SigLIP's (arXiv 2303.15343, section 3).
+Models of transformers are used without a wrapper. Needed are `get_text_features` and `get_image_features`, whose
+`pooler_output` is the embedding before normalization, `logit_scale`, and for models with SigLIP's loss (arXiv
+2303.15343, section 3) `logit_bias`.
 """
 
 import hashlib
@@ -37,29 +37,33 @@ from .loading import load_model, load_processor, pads_to_max_length, weights_dig
 from .modeling_capivara import l2_normalize
 from .processing_capivara import CapivaraProcessor
 
-# Title of a bar, or what is called after each batch with its size; None for neither
+# Title of a progress bar, or a function that is called with the size of each finished batch. None: no progress.
 ProgressOption = str | Callable[[int], object] | None
-# Images that go through the tower at once: activations of more are new memory at every layer, half of the time.
+# Images per forward pass on the CPU. With more, every layer allocates new memory for its activations, which doubles the
+# time.
 CPU_CHUNK_IMAGES = 4
 
 
 def uses_sigmoid_loss(model: nn.Module) -> bool:
-    """Whether the loss of its training is SigLIP's, over pairs, and not CLIP's, over rows."""
+    """Return whether the model is trained with SigLIP's sigmoid loss instead of CLIP's softmax loss."""
     return getattr(model, "logit_bias", None) is not None
 
 
 def describe_model(model: nn.Module) -> dict[str, str]:
-    """What records and cards say of a model: its `model_class`, and its `loss`, "sigmoid" or "contrastive"."""
+    """Return `model_class` and `loss` ("sigmoid" or "contrastive"), which result files and model cards state."""
     return {"model_class": type(model).__name__, "loss": "sigmoid" if uses_sigmoid_loss(model) else "contrastive"}
 
 
 def embedding_width(config: PreTrainedConfig) -> int:
-    """Numbers of one embedding."""
+    """Return the number of dimensions of an embedding."""
     return config.text_config.projection_size if config.model_type == "siglip" else config.projection_dim
 
 
 def freeze_image_encoder(model: PreTrainedModel) -> None:
-    """Let the image tower and its projection get no gradient; CAPIVARA's also stays in evaluation mode, then."""
+    """Freeze the image tower and its projection: they get no gradient.
+
+    The image tower of a CAPIVARA model also stays in evaluation mode after `train()`.
+    """
     if hasattr(model, "freeze_image_encoder"):
         return model.freeze_image_encoder()
     for name, parameter in model.named_parameters():
@@ -68,35 +72,64 @@ def freeze_image_encoder(model: PreTrainedModel) -> None:
 
 
 def compute_text_embeds(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """(texts, width), unit length, float32, of a model or a wrapper that has its methods, as peft's.
+    """Compute normalized text embeddings of tokens.
 
-    `input_ids` and `attention_mask` are (texts, tokens), as `pad` gives them; without a mask padding is read as tokens.
+    Args:
+        model: Two-tower model, or a wrapper with its methods, such as a PEFT model.
+        input_ids: (texts, tokens), as `pad_batch` returns them.
+        attention_mask: (texts, tokens), 1 for a token and 0 for padding. Default: the model decides; SigLIP's models
+            attend to padding.
+
+    Returns:
+        (texts, width), unit length, float32.
     """
     return l2_normalize(model.get_text_features(input_ids, attention_mask=attention_mask).pooler_output)
 
 
 def compute_image_embeds(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """(images, width), unit length, float32, of `pixel_values`, (images, 3, height, width)."""
+    """Compute normalized image embeddings, (images, width), float32, of pixels.
+
+    Args:
+        model: Two-tower model, or a wrapper with its methods, such as a PEFT model.
+        pixel_values: (images, 3, height, width), as the model's processor returns them.
+
+    Returns:
+        (images, width), unit length, float32.
+    """
     return l2_normalize(model.get_image_features(pixel_values).pooler_output)
 
 
 def tokenize(processor: ProcessorMixin, texts: Sequence[str]) -> list[dict[str, list[int]]]:
-    """`input_ids` of each text, and its `attention_mask` but for SigLIP, each of its own length.
+    """Tokenize texts without padding them to each other, so that they can be sorted by length first.
 
-    Texts are cut, and SigLIP's filled up, as the processor that `loading.load_processor` gives does it.
+    Args:
+        processor: Processor from `load_processor`. It truncates the texts.
+        texts: At least one text.
+
+    Returns:
+        For each text its `input_ids` and `attention_mask`, of its own length. For SigLIP's models only `input_ids`,
+        padded to the maximum length.
     """
-    rule: dict[str, Any] = {"padding": False}  # of CAPIVARA's processor, which cuts by itself
+    options: dict[str, Any] = {"padding": False}  # a CapivaraProcessor truncates by default
     if not isinstance(processor, CapivaraProcessor):
-        # SigLIP reads the last token of a text that was filled up, unmasked; transformers' own pipeline asks for it.
+        # SigLIP's embedding is the state of the last token of a text that is padded to the maximum length.
         padding = "max_length" if pads_to_max_length(processor) else False
-        rule = {"padding": padding, "truncation": True, "max_length": processor.tokenizer.model_max_length}
-    tokens = processor(text=list(texts), **rule)
+        options = {"padding": padding, "truncation": True, "max_length": processor.tokenizer.model_max_length}
+    tokens = processor(text=list(texts), **options)
     names = ["input_ids"] if pads_to_max_length(processor) else ["input_ids", "attention_mask"]
     return [{name: list(tokens[name][i]) for name in names} for i in range(len(texts))]
 
 
 def pad_batch(processor: ProcessorMixin, tokenized: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
-    """Rows of `tokenise` as one batch, (texts, tokens) each, padded to its longest."""
+    """Pad tokenized texts to the longest of them.
+
+    Args:
+        processor: Processor that `tokenize` was called with.
+        tokenized: Rows that `tokenize` returned.
+
+    Returns:
+        `input_ids` and, unless the model is SigLIP's, `attention_mask`: each (texts, tokens).
+    """
     if pads_to_max_length(processor):
         return {"input_ids": torch.tensor([row["input_ids"] for row in tokenized])}
     return dict(processor.tokenizer.pad([dict(row) for row in tokenized], return_tensors="pt"))
@@ -104,15 +137,29 @@ def pad_batch(processor: ProcessorMixin, tokenized: Sequence[Mapping[str, list[i
 
 @dataclass
 class Embedder:
-    """A model of any kind."""
+    """A loaded two-tower model of any library, with functions that embed images and texts.
 
-    name: str  # as it was asked for
+    Attributes:
+        name: Name that the model was loaded by.
+        device: Device of the model.
+        precision: "float32", or "bf16" for autocast to bfloat16.
+        fingerprint: Digest of everything that the embeddings depend on: weights, settings, tokenizer, precision.
+        image_fingerprint: Digest of everything that image embeddings depend on. Models with the same image encoder have
+            the same value. For open_clip models it equals `fingerprint`.
+        metadata: `model_class` and `loss`, from `describe_model`.
+        embed_images: Function of an iterable of PIL images, `batch_size` and `progress`. Returns (images, width), unit
+            length, float32, on the CPU.
+        embed_texts: Function of a sequence of texts, `batch_size` and `progress`. Returns (texts, width), unit length,
+            float32, on the CPU.
+    """
+
+    name: str
     device: torch.device
-    precision: str  # "float32", or "bf16" for autocast
-    fingerprint: str  # digest of all that the embeddings depend on
-    image_fingerprint: str  # of what those of images do; models that share their image tower share it
-    metadata: dict[str, str]  # of `class_and_loss`
-    embed_images: Callable[..., Tensor]  # embeds PIL images; then how many at once, and `Progress`
+    precision: str
+    fingerprint: str
+    image_fingerprint: str
+    metadata: dict[str, str]
+    embed_images: Callable[..., Tensor]
     embed_texts: Callable[..., Tensor]
 
     def __post_init__(self) -> None:
@@ -123,53 +170,87 @@ class Embedder:
 def load_embedder(
     model: str, device: str | None = None, baseline: bool = False, precision: str = "float32"
 ) -> Embedder:
-    """A model by its folder or Hub id; a `baseline` may be open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER.
+    """Load a two-tower model for embedding texts and images.
 
-    Without a device it is on the process's GPU, else on the CPU; `precision` is "float32", or "bf16" for autocast.
-    ValueError where it is no such model.
+    Args:
+        model: Folder or Hub id of a CAPIVARA model or of a CLIP-like model of transformers. With `baseline`, also an
+            open_clip model: "open_clip:NAME:PRETRAINED", "open_clip:hf-hub:OWNER/NAME" or "open_clip:local-dir:FOLDER".
+        device: "cpu" or "cuda". Default: the GPU of this process if there is one, otherwise the CPU.
+        baseline: Allow open_clip models. They can be measured, but not trained.
+        precision: "float32", or "bf16" for autocast to bfloat16.
+
+    Returns:
+        The model in evaluation mode, with functions to embed images and texts.
+
+    Raises:
+        ValueError: If there is no such model, or it can't be loaded or is not a two-tower model.
+        ImportError: If an open_clip model is requested and open_clip is not installed.
+
+    Example:
+        >>> from modeling_capivara.two_towers import load_embedder
+        >>> embedder = load_embedder(folder, device="cpu")
+        >>> texts = embedder.embed_texts(["uma foto de um gato", "uma casa"])
+        >>> len(texts)
+        2
+        >>> similarities = texts @ texts.T  # cosines, because embeddings have unit length
     """
-    where = resolve_device(device) if device else process_state().device
-    kind, _, rest = model.partition(":")
-    if kind == "clip" and rest:
-        raise ValueError(f"{model}: models of transformers are named as they are, {rest}, without `clip:`.")
-    if kind != "open_clip" or not rest:
+    torch_device = resolve_device(device) if device else process_state().device
+    library, _, open_clip_name = model.partition(":")
+    if library == "clip" and open_clip_name:
+        raise ValueError(f"Models of transformers have no prefix: use {open_clip_name} instead of {model}.")
+    if library != "open_clip" or not open_clip_name:
         processor = load_processor(model)
-        return build_embedder(model, load_model(model).eval().to(where), processor, precision)
+        return build_embedder(model, load_model(model).eval().to(torch_device), processor, precision)
     if not baseline:
-        raise ValueError(f"{model} is a model of open_clip, which needs --role baseline, or eval.suite's --baseline.")
-    return _load_open_clip_embedder(rest, where, precision)
+        hint = "Pass --role baseline, or --baseline of eval.suite"
+        raise ValueError(f"{model} is a model of open_clip, which can only be used as a baseline. {hint}.")
+    return _load_open_clip_embedder(open_clip_name, torch_device, precision)
 
 
 def build_embedder(name: str, model: PreTrainedModel, processor: ProcessorMixin, precision: str) -> Embedder:
-    """A model that is loaded, in evaluation mode."""
+    """Wrap a loaded transformers model as an `Embedder`.
+
+    Args:
+        name: Name of the model, as the user gave it.
+        model: The model, in evaluation mode and on its device.
+        processor: The model's processor.
+        precision: "float32", or "bf16" for autocast to bfloat16.
+
+    Returns:
+        The embedder, with digests of the model's weights and settings.
+    """
     config, image_processor = model.config, processor.image_processor.to_json_string()
     tokenizer = processor.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)  # none of the first SigLIP's, which is sentencepiece's
-    plain = [] if backend else [tokenizer.get_vocab(), getattr(tokenizer, "do_lower_case", None)]
-    rules = (backend.to_str() if backend else json.dumps(plain, sort_keys=True)) + str(tokenizer.model_max_length)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend:
+        rules = backend.to_str()
+    else:  # the slow tokenizer of the first SigLIP, based on sentencepiece
+        rules = json.dumps([tokenizer.get_vocab(), getattr(tokenizer, "do_lower_case", None)], sort_keys=True)
+    rules += str(tokenizer.model_max_length)
     fingerprint = _digest_parts(weights_digest(model), config.to_json_string() + image_processor, rules, precision)
-    image_side = weights_digest(model, IMAGE_ENCODER_PREFIXES)
-    image_fingerprint = _digest_parts(image_side, config.vision_config.to_json_string() + image_processor, precision)
-    towers = partial(embed_images, model, processor), partial(embed_texts, model, processor)
-    return Embedder(name, model.device, precision, fingerprint, image_fingerprint, describe_model(model), *towers)
+    image_weights = weights_digest(model, IMAGE_ENCODER_PREFIXES)
+    image_fingerprint = _digest_parts(image_weights, config.vision_config.to_json_string() + image_processor, precision)
+    images, texts = partial(embed_images, model, processor), partial(embed_texts, model, processor)
+    return Embedder(name, model.device, precision, fingerprint, image_fingerprint, describe_model(model), images, texts)
 
 
 def _load_open_clip_embedder(source: str, device: torch.device, precision: str) -> Embedder:
     try:
         import open_clip
     except ImportError as error:
-        fault = f"open_clip:{source} needs open_clip, not installed yet"
-        raise ImportError(f"{fault}: pip install open_clip_torch") from error
+        problem = f"open_clip:{source} needs the package open_clip, which is not installed"
+        raise ImportError(f"{problem}: pip install open_clip_torch") from error
     name, pretrained, repository = source, None, ""
     if source.startswith("hf-hub:"):
         repository = source.removeprefix("hf-hub:")
     elif not source.startswith("local-dir:"):
         name, _, pretrained = source.partition(":")
-        if not pretrained:  # open_clip would draw random weights
-            known = open_clip.list_pretrained_tags_by_model(name)
-            raise ValueError(f"open_clip:{source} names no weights; say open_clip:{name}:TAG, with a tag of {known}.")
+        if not pretrained:  # open_clip would initialize the weights randomly
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+            raise ValueError(f"open_clip:{source} names no weights; say open_clip:{name}:TAG. Tags of {name}: {tags}.")
         repository = open_clip.get_pretrained_cfg(name, pretrained).get("hf_hub", "").strip("/")
-    check_reachable(repository, OPEN_CLIP_CONFIG, *OPEN_CLIP_WEIGHT_FILES)  # one of them will be in the cache
+    # If the model has been downloaded before, one of these files is in the cache, and no network is needed.
+    check_reachable(repository, OPEN_CLIP_CONFIG, *OPEN_CLIP_WEIGHT_FILES)
     try:
         if pretrained is None:
             folder = source.removeprefix("local-dir:")
@@ -178,20 +259,23 @@ def _load_open_clip_embedder(source: str, device: torch.device, precision: str) 
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
         with wrap_tokenizer_errors("its tokenizer"):
             model, tokenizer = model.eval().to(device), open_clip.get_tokenizer(name)
-    except Exception as error:  # a name or tag that open_clip does not know, or a damaged folder
+    except Exception as error:  # open_clip raises many types for unknown names or tags and damaged folders
         raise ValueError(f"open_clip can't load {source!r}: {' '.join(str(error).split())}") from error
 
     def encode_images(batch: list[Image.Image]) -> Tensor:
         return l2_normalize(model.encode_image(torch.stack([preprocess(image) for image in batch]).to(device)))
 
-    images = partial(_embed_in_batches, encode_images)
-    texts = partial(_embed_in_batches, lambda batch: l2_normalize(model.encode_text(tokenizer(batch).to(device))))
+    def encode_texts(batch: list[str]) -> Tensor:
+        return l2_normalize(model.encode_text(tokenizer(batch).to(device)))
+
     digest = _digest_parts("open_clip", source, weights_digest(model), repr(preprocess), precision)
-    # Which part of it the images need is not known: their fingerprint is that of the whole model.
+    images, texts = partial(_embed_in_batches, encode_images), partial(_embed_in_batches, encode_texts)
+    # It is not known which parameters the image embeddings depend on, so both fingerprints are the whole model's.
     return Embedder(f"open_clip:{source}", device, precision, digest, digest, describe_model(model), images, texts)
 
 
 def _digest_parts(*parts: str) -> str:
+    """Return the BLAKE2b digest of texts as 32 hexadecimal digits."""
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -202,10 +286,20 @@ def embed_texts(
     batch_size: int = 64,
     progress: ProgressOption = None,
 ) -> Tensor:
-    """(texts, width), unit length, float32, on the CPU, of at least one text, `batch_size` at once.
+    """Embed texts in batches of similar length, so that short texts need little padding.
 
-    They are batched by length, so that short ones are not padded to the longest. The caller has put the model in
-    evaluation mode; `processor` is its own.
+    Args:
+        model: Two-tower model in evaluation mode.
+        processor: The model's processor, from `load_processor`.
+        texts: At least one text.
+        batch_size: Number of texts per forward pass.
+        progress: Title of a progress bar, or a function that is called with the size of each finished batch.
+
+    Returns:
+        (texts, width), unit length, float32, on the CPU, in the order of `texts`.
+
+    Raises:
+        ValueError: If the tokenizer is damaged or an embedding is not finite.
     """
     with wrap_tokenizer_errors("The model's tokenizer"):
         tokens = tokenize(processor, texts)
@@ -226,7 +320,21 @@ def embed_images(
     batch_size: int = 32,
     progress: ProgressOption = None,
 ) -> Tensor:
-    """(images, width), as `embed_texts`, of anything that yields PIL images; they are read batch by batch."""
+    """Embed images in batches.
+
+    Args:
+        model: Two-tower model in evaluation mode.
+        processor: The model's processor, from `load_processor`.
+        images: At least one PIL image; an iterator is read batch by batch.
+        batch_size: Number of images that are preprocessed at once.
+        progress: Title of a progress bar, or a function that is called with the size of each finished batch.
+
+    Returns:
+        (images, width), unit length, float32, on the CPU, in the order of `images`.
+
+    Raises:
+        ValueError: If an image is invalid or an embedding is not finite.
+    """
 
     def encode(batch: list[Image.Image]) -> Tensor:
         pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
@@ -239,7 +347,9 @@ def embed_images(
 def _embed_in_batches(
     encode: Callable, items: Iterable, batch_size: int = 32, progress: ProgressOption = None
 ) -> Tensor:
-    total, title = len(items) if hasattr(items, "__len__") else None, progress if isinstance(progress, str) else None
+    """Apply `encode` to batches of items and concatenate the embeddings on the CPU, in float32."""
+    total = len(items) if hasattr(items, "__len__") else None
+    title = progress if isinstance(progress, str) else None
     embeds, iterator = [], iter(items)
     with tqdm(total=total, desc=title, disable=title is None) as bar:
         while batch := list(islice(iterator, batch_size)):
@@ -249,29 +359,41 @@ def _embed_in_batches(
 
 
 def check_finite(embeds: Tensor) -> Tensor:
-    """Return the embeddings. Raises ValueError if one is not finite, of which every score would be meaningless."""
+    """Return the embeddings unchanged if all numbers are finite.
+
+    Raises:
+        ValueError: If a number is NaN or infinite, because every score would be meaningless.
+    """
     if not embeds.isfinite().all():
         raise ValueError(NOT_FINITE_MESSAGE)
     return embeds
 
 
 def split_for_device(pixel_values: Tensor, device: torch.device) -> Sequence[Tensor]:
-    """`pixel_values`, (images, 3, height, width), on the device, in the parts and memory order that are fast there."""
+    """Move pixels to a device in the memory format and chunks that are fastest there.
+
+    Args:
+        pixel_values: (images, 3, height, width).
+        device: Device of the model.
+
+    Returns:
+        Chunks of `pixel_values` in channels-last format: `CPU_CHUNK_IMAGES` images each on a CPU, all images otherwise.
+    """
     pixel_values = pixel_values.to(device, memory_format=torch.channels_last)
     return pixel_values.split(CPU_CHUNK_IMAGES if device.type == "cpu" else max(len(pixel_values), 1))
 
 
 def random_images(seed: int = 0) -> list[Image.Image]:
-    """Colour images of odd sizes, smaller and larger than towers take, one in grey and one with transparency."""
-    numbers = np.random.default_rng(seed)
+    """Return six images of random pixels and odd sizes for consistency checks: four RGB, one gray, one RGBA."""
+    rng = np.random.default_rng(seed)
     shapes = [(37, 61, 3), (301, 199, 3), (224, 227, 3), (97, 450, 3), (130, 131), (259, 225, 4)]
-    return [Image.fromarray(numbers.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
+    return [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
 
 
 def random_texts(seed: int = 0) -> list[str]:
-    """Portuguese-looking texts of 1 to 120 words: far below and above the length that is kept."""
-    numbers = random.Random(seed)
+    """Return six Portuguese-looking texts of 1 to 120 words for consistency checks; the longest is truncated."""
+    rng = random.Random(seed)
     syllables = ("ca", "pi", "va", "ra", "ção", "ões", "nha", "lho", "ba", "tu", "gue", "mar", "é", "ão", "sol", "que")
     lengths = (1, 2, 5, 9, 30, 120)
-    words = [["".join(numbers.choices(syllables, k=numbers.randint(1, 4))) for _ in range(n)] for n in lengths]
-    return [" ".join(text) for text in words]
+    texts = [["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(length)] for length in lengths]
+    return [" ".join(words) for words in texts]

