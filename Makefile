@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --maxprocesses 4 --dist load
 
 demo: .venv/demo  ## prepare, train and measure the embedded default
 	$(BIN)/python -m examples.openmoji.prepare
-	$(BIN)/accelerate launch train_accelerate.py --config configs/openmoji.yaml $(DEMO_ARGS)
+	$(BIN)/python train_accelerate.py --config configs/openmoji.yaml $(DEMO_ARGS)
 
 test: .venv/test  ## all tests; PYTEST_ARGS='-m "not slow"' for fewer
 	$(PYTEST) -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) $(PYTEST_ARGS)

@@ -49,9 +49,10 @@ from capivara_common.files import read_json
 from modeling_capivara import CapivaraConfig, CapivaraModel, convert_open_clip
 from modeling_capivara.two_towers import embedding_width, uses_sigmoid_loss
 from training.arguments import RunArguments
+from training.batches import MicroBatch
 from training.inputs import embed_pixels
 from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at, prepare_trainable
-from training.whole_batch import MicroBatch, StepReport, WholeBatch
+from training.whole_batch import StepReport, WholeBatch
 
 PRECISION_NAMES = {"no": "float32", "bf16": "bfloat16"}  # Accelerate's names -> those of the results
 PEER_PROGRAM = "open_clip"

@@ -1,7 +1,7 @@
-"""Labelled images for classification, in every form that `datasets` has for them.
+"""Labeled images for the classification benchmarks.
 
-A data set is a folder with a sub-folder of images a class, a saved data set, a folder of parquet files or of WebDataset
-tars (with `classnames.txt`, a name a line), or a Hub id.
+A dataset is a folder with one sub-folder of images per class, a saved Hugging Face dataset, a folder of parquet files
+or of WebDataset tars (with `classnames.txt`, one class name per line), or a Hub id.
 """
 
 import re
@@ -19,20 +19,25 @@ from capivara_common.image_files import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, ImageA
 from caption_data.rows import json_digest
 from caption_data.sources import Split, dataset_folders, disable_decoding, load_data_files, open_split, select_split
 
-LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # where none is named; cls is WebDataset's
+LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # default names of the label column; cls is that of WebDataset
 SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # name of a folder -> split
 SPLIT_FOLDERS |= {"training": "train", "testing": "test"} | dict.fromkeys(("valid", "val", "dev"), "validation")
 
 
 @dataclass
 class LabeledImages:
-    """Images with their classes."""
+    """Images of a classification dataset with their classes.
+
+    Attributes:
+        images: The split, without the images that are left out.
+        labels: One entry per image: a class index, or a list of class indices if an image can have several classes.
+    """
 
     images: Split
-    labels: list[int] | list[list[int]]  # of each row, a class or a list of classes
+    labels: list[int] | list[list[int]]
 
     def fingerprint(self) -> str:
-        """Hex digest of images and labels."""
+        """Return a hex digest of the images and their labels."""
         images = blake2b(bytes.fromhex("".join(self.images.image_digests)), digest_size=16).hexdigest()
         return json_digest([images, self.labels])
 
@@ -47,78 +52,98 @@ def load_labeled_images(
     image_roots: Sequence[Path] = (),
     max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> LabeledImages:
-    """Labelled images, their classes in the order of `names_en`, which are those of all classes of the data set.
+    """Load labeled images and map their labels to the classes of the prompts.
 
-    A data set that names its classes is matched by name, since orders differ; one of plain numbers is taken to have
-    that order. `source` and `split` are as `--images` and `--split` take them, columns are found where None, and
-    `image_roots` and `max_pixels` those of `open_split`. `indices`, in `names_en`, are of the classes that are
-    distinguished, all where None: images of others are left out (Babel-ImageNet names a part of ImageNet).
+    If the dataset names its classes, they are matched with `class_names` by name, because datasets order classes
+    differently. Otherwise its label numbers are taken as indices into `class_names`.
 
-    Raises ValueError where split or column is missing, or the class names do not match; those that differ are named.
+    Args:
+        source: Folder or Hub id, as in `--images`.
+        split: Name of the split, as in `--split`.
+        class_names: English names of all classes of the dataset, in the order of the prompts.
+        image_column: Name of the image column. Default: the only column of images.
+        label_column: Name of the label column. Default: the first of `LABEL_COLUMNS` that exists.
+        class_indices: Indices into `class_names` of the classes to distinguish; images of other classes are left out
+            (Babel-ImageNet names only a part of ImageNet's classes). Default: all classes.
+        image_roots: Folders outside of the dataset that image paths and links may lead to.
+        max_pixels: Images with more pixels (width x height) count as bad.
+
+    Returns:
+        The images. A label is the position of its class in `class_indices`.
+
+    Raises:
+        ValueError: If the split or a column is missing, a label is invalid, no image is left, or the class names do not
+            match; the message names the classes that differ.
     """
     path = Path(source)
     tables = ("**/*.tar", "**/*.parquet", "**/metadata.jsonl", "dataset_dict.json")
     if path.is_dir() and not any(file for pattern in tables for file in path.glob(pattern)):
-        column, files = image_column or "image", ImageAccess(dataset_folders(source, image_roots), max_pixels)
+        column, access = image_column or "image", ImageAccess(dataset_folders(source, image_roots), max_pixels)
         rows = load_data_files("imagefolder", _find_image_files(path, split), source)
-        opened = Split(source, split, column, disable_decoding(rows, column), files)
+        opened = Split(source, split, column, disable_decoding(rows, column), access)
     else:
         opened = open_split(source, split, image_column or "image", image_roots, max_pixels)
     rows = opened.data
     if image_column is None:
-        of_images = [name for name, feature in rows.features.items() if isinstance(feature, Image) or name == "image"]
-        if len(of_images) != 1:
+        image_columns = [
+            name for name, feature in rows.features.items() if isinstance(feature, Image) or name == "image"
+        ]
+        if len(image_columns) != 1:
             raise ValueError(
-                f"{source} has {len(of_images)} columns of images, {rows.column_names}; say --image_column."
+                f"{source} has {len(image_columns)} image columns among {rows.column_names}; choose one with "
+                "--image_column."
             )
-        image_column = of_images[0]
+        image_column = image_columns[0]
     label_column = label_column or next((name for name in LABEL_COLUMNS if name in rows.column_names), "label")
     opened.check_columns([image_column, label_column])
     feature = getattr(rows.features[label_column], "feature", rows.features[label_column])
     names = feature.names if isinstance(feature, ClassLabel) else _read_class_names(source)
     mapping = _match_class_names(names, class_names, source) if names else dict(enumerate(range(len(class_names))))
     labels = rows[label_column][:]
-    lists = [label if isinstance(label, list) else [label] for label in labels]
-    if kinds := {type(x).__name__ for label in lists for x in label} - {"int"}:
-        raise ValueError(f"{source}: labels must be whole numbers or lists of them; there are {sorted(kinds)}.")
-    if outside := {x for label in lists for x in label} - mapping.keys():
-        raise ValueError(f"{source}: labels {sorted(outside)[:10]} are outside the {len(mapping)} classes with a name.")
-    class_of = {
-        index: number
-        for number, index in enumerate(range(len(class_names)) if class_indices is None else class_indices)
-    }
-    classes = [[class_of.get(mapping[x]) for x in label] for label in lists]
-    kept = [row for row, found in enumerate(classes) if None not in found]
-    if not kept:
-        raise ValueError(f"{source} has no image of the {len(class_of)} classes that have a name.")
-    images = replace(opened, image_column=image_column, data=rows.select(kept))
-    return LabeledImages(images, [classes[row] if isinstance(labels[row], list) else classes[row][0] for row in kept])
+    label_lists = [label if isinstance(label, list) else [label] for label in labels]
+    if kinds := {type(x).__name__ for label in label_lists for x in label} - {"int"}:
+        raise ValueError(f"{source}: labels must be integers or lists of integers, got {sorted(kinds)}.")
+    if outside := {x for label in label_lists for x in label} - mapping.keys():
+        raise ValueError(
+            f"{source}: labels {sorted(outside)[:10]} are outside the {len(mapping)} classes that have a name."
+        )
+    selected = range(len(class_names)) if class_indices is None else class_indices
+    positions = {index: position for position, index in enumerate(selected)}
+    classes = [[positions.get(mapping[x]) for x in label] for label in label_lists]
+    kept_rows = [row for row, row_classes in enumerate(classes) if None not in row_classes]
+    if not kept_rows:
+        raise ValueError(f"{source} has no image of the {len(positions)} classes to distinguish.")
+    images = replace(opened, image_column=image_column, data=rows.select(kept_rows))
+    kept_labels = [classes[row] if isinstance(labels[row], list) else classes[row][0] for row in kept_rows]
+    return LabeledImages(images, kept_labels)
 
 
 def _find_image_files(folder: Path, split: str) -> list[Path]:
-    """The pictures of a folder, a sub-folder a class, below one of the split where its folders are named for splits.
+    """Return the image files of a folder that has one sub-folder per class.
 
-    By name, neither hidden ones nor links that lead out: `datasets` would unpack an archive among them, and open
-    whatever a list names.
+    If all its folders are named for splits, the classes are in the folder of the split.
+
+    Only files with an image extension are returned: `datasets` would unpack archives in the folder, and open any path
+    that a metadata file names. Hidden files are left out. Raises ValueError if a link leads out of the folder.
     """
     check_links_stay_inside(folder)
-    root, names = folder, [inner.name for inner in folder.iterdir() if inner.is_dir()]
+    root, names = folder, [child.name for child in folder.iterdir() if child.is_dir()]
     if names and all(name.casefold() in SPLIT_FOLDERS for name in names):
         root = select_split({SPLIT_FOLDERS[name.casefold()]: folder / name for name in names}, str(folder), split)
     files = sorted(file for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts)]
     if not files:
-        raise ValueError(f"{root} holds no picture; names of pictures end in {', '.join(IMAGE_SUFFIXES)}.")
+        raise ValueError(f"{root} holds no image file. Names must end in {', '.join(IMAGE_SUFFIXES)}.")
     return files
 
 
 def _read_class_names(source: str) -> list[str]:
-    """Of `classnames.txt`, a line a label, which clip-benchmark's copies have; empty where there is none."""
+    """Read `classnames.txt` (one class name per label), as clip-benchmark has it; [] without such a file."""
     path = Path(source) / "classnames.txt"
     if not Path(source).is_dir():
         try:
             path = Path(hf_hub_download(source, path.name, repo_type="dataset"))
-        except LocalEntryNotFoundError:  # offline: whether there is one is not known, and the order must not be guessed
+        except LocalEntryNotFoundError:  # offline: the file may exist, and guessing the order would be wrong
             raise
         except EntryNotFoundError:
             return []
@@ -126,7 +151,10 @@ def _read_class_names(source: str) -> list[str]:
 
 
 def _match_class_names(names: Sequence[str], prompt_names: Sequence[str], source: str) -> dict[int, int]:
-    """Label of the data set -> class of the prompts; a name that occurs twice, as in ImageNet, first to first."""
+    """Map each label of the dataset to the index of the prompt class with the same name.
+
+    Names that occur twice, as in ImageNet, are matched in order. Raises ValueError if the names do not match.
+    """
     classes: dict[str, list[int]] = {}
     for number, name in enumerate(prompt_names):
         classes.setdefault(_normalize_name(name), []).append(number)
@@ -134,15 +162,15 @@ def _match_class_names(names: Sequence[str], prompt_names: Sequence[str], source
         missing = [name for name in prompt_names if _normalize_name(name) not in set(map(_normalize_name, names))]
         raise ValueError(
             f"{source} has {len(names)} classes, the prompts {len(prompt_names)}, and they don't match by name: "
-            f"{unknown[:10]} are unknown, {missing[:10]} are missing. Rename the folders, "
-            "choose another benchmark, or give the names of the data under `en` in a file of your own."
+            f"{unknown[:10]} are unknown, {missing[:10]} are missing. Rename the folders, choose another benchmark, or "
+            "write a prompt file with the class names of the dataset under `en`."
         )
-    found = [(classes[_normalize_name(name)] or [None]).pop(0) for name in names]
-    if twice := [name for name, number in zip(names, found, strict=True) if number is None]:
-        raise ValueError(f"{source} names classes more often than the prompts do: {twice[:10]}. Rename them.")
-    return dict(enumerate(found))
+    matches = [(classes[_normalize_name(name)] or [None]).pop(0) for name in names]
+    if surplus := [name for name, number in zip(names, matches, strict=True) if number is None]:
+        raise ValueError(f"{source} names classes more often than the prompts do: {surplus[:10]}. Rename them.")
+    return dict(enumerate(matches))
 
 
 def _normalize_name(name: str) -> str:
-    """Case, and the signs that stand for others in names of files, don't tell classes apart."""
+    """Return a class name without case and without the punctuation that file names use in place of blanks."""
     return " ".join(re.sub(r"[_/-]", " ", name.casefold()).split())

@@ -1,3 +1,3 @@
-"""Builds the caption data set: which captions of an image are used, and which pairs."""
+"""Build caption datasets: generate, translate, score and select captions."""
 
 import capivara_common.interrupt  # noqa: F401

@@ -1,13 +1,13 @@
-"""How similar every caption is to its image: cosines under a CAPIVARA model, or a CLIP of open_clip or transformers.
+r"""Score captions: the cosine similarity of each caption and its image under a model with two towers.
 
     python -m captions.score --dataset data/translated --output data/scored --language pt --model data/openmoji/base
-    python -m captions.score --dataset data/translated --output data/scored --language pt --workers 2 \\
+    python -m captions.score --dataset data/translated --output data/scored --language pt --workers 2 \
         --model open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k
 
-Every row gets `similarities-<language>`: a number for each of `captions-<language>`, then for each of
-`generated-captions-<language>`, in their order; none where a caption is empty. `captions.select` and the caption
-strategies of the training go by them. Rows whose image can't be used, or without any caption, are left out and listed.
-The same command does what is missing.
+Each row gets the column `similarities-<language>`: one number for each text in `captions-<language>`, then for each
+text in `generated-captions-<language>`; None for an empty caption. `captions.select` and the caption strategies of
+training use it. Rows without captions, or whose image cannot be used, are left out and listed. The same command
+finishes an interrupted run.
 """
 
 from collections.abc import Collection
@@ -27,36 +27,46 @@ from modeling_capivara.two_towers import Embedder, load_embedder
 
 @dataclass
 class ScoreArguments(StageArguments):
-    """Arguments of `captions.score`."""
+    """Flags of `captions.score`."""
 
     uses_model = decodes_images = True
-    language: str = flag("pt", "Language of the captions, the end of their columns' names.")
+    language: str = flag("pt", "Language code at the end of the names of the caption columns.")
     model: str | None = flag(
         None,
-        "Required: folder or Hub id of a CAPIVARA, SigLIP, CLIP …; open_clip:NAME:PRETRAINED; open_clip:local-dir:X.",
+        "Model to score with (required): folder or Hub id of a CAPIVARA, SigLIP or CLIP model, "
+        "open_clip:NAME:PRETRAINED, or open_clip:local-dir:FOLDER.",
     )
-    embedding_batch_size: int = flag(32, "Images that go through at once; twice as many captions.")
-    precision: Literal["float32", "bf16"] = flag("float32", "bf16 is faster on most GPUs.")
-    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
+    embedding_batch_size: int = flag(
+        32, "Images to embed at the same time. Captions are embedded in batches of twice this size."
+    )
+    precision: Literal["float32", "bf16"] = flag(
+        "float32", "Data type of weights and activations. bf16 is faster on most GPUs."
+    )
+    device: str | None = flag(None, "cpu or cuda. Default: cuda if a GPU is available, otherwise cpu.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.model:
-            raise ValueError("model is missing: give the model whose similarities are wanted, such as the base model.")
+            raise ValueError(
+                "--model is missing. Choose the model to score with, for example the base model of the training."
+            )
         check_at_least(self, 1, "embedding_batch_size")
         if self.model.startswith("open_clip:"):
             require_packages("The stage score", "open_clip", "open_clip")
 
     def required_columns(self) -> list[str]:
-        """Columns of captions, of which one must be there."""
+        """Return the columns of captions; the dataset must have at least one of them."""
         return [f"captions-{self.language}", f"generated-captions-{self.language}"]
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
-        """Return the column of similarities. Raises ValueError if there is no column of captions."""
+        """Return the name of the new column. Raises ValueError if there is no column of captions."""
         return [*super().check_columns(columns, where), f"similarities-{self.language}"]
 
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
-        """Similarities of each row's captions. Raises as `load_embedder` does."""
+        """Load the model.
+
+        Raises ValueError, OSError or ImportError if the model cannot be loaded.
+        """
         embedder = load_embedder(self.model, self.device, True, self.precision)
         settings = {"language": self.language, "model": self.model, "fingerprint": embedder.fingerprint}
         return (
@@ -67,27 +77,34 @@ class ScoreArguments(StageArguments):
 
 
 def score_rows(embedder: Embedder, args: ScoreArguments, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
-    """The new column of each row, or what is wrong with the row."""
-    columns, size = args.required_columns(), args.embedding_batch_size  # columns in the order of the similarities
+    """Score the captions of rows; each distinct caption is embedded once.
+
+    Args:
+        embedder: The model.
+        args: Flags of the command.
+        rows: Rows with captions and their decoded image.
+
+    Returns:
+        The new column of each row, or a BadRow if the row has no caption or its image cannot be used.
+    """
+    columns, size = args.required_columns(), args.embedding_batch_size  # the order of columns is that of similarities
     captions = [[text for column in columns for text in row.get(column) or []] for row in rows]
-    good = [place for place, texts in enumerate(captions) if any(map(str.strip, texts))]
+    captioned = [number for number, texts in enumerate(captions) if any(map(str.strip, texts))]
     results = [BadRow("no caption", f"all of {', '.join(columns)} are empty")] * len(rows)
-    distinct = sorted({text for place in good for text in captions[place] if text.strip()}, key=len)
-    embeds = dict(
-        zip(distinct, embedder.embed_texts(distinct, 2 * size) if distinct else [], strict=True)
-    )  # each (width,)
-    for place, embed in zip(
-        good, embed_row_images(embedder, [rows[place][DECODED_KEY] for place in good], size), strict=True
-    ):
-        results[place] = embed
+    distinct = sorted({text for number in captioned for text in captions[number] if text.strip()}, key=len)
+    embeds = embedder.embed_texts(distinct, 2 * size) if distinct else []
+    text_embeds = dict(zip(distinct, embeds, strict=True))  # each (width,)
+    image_embeds = embed_row_images(embedder, [rows[number][DECODED_KEY] for number in captioned], size)
+    for number, embed in zip(captioned, image_embeds, strict=True):
+        results[number] = embed
         if not isinstance(embed, BadRow):
-            cosines = [float(embeds[text] @ embed) if text in embeds else None for text in captions[place]]
-            results[place] = {f"similarities-{args.language}": cosines}
+            cosines = [float(text_embeds[text] @ embed) if text in text_embeds else None for text in captions[number]]
+            results[number] = {f"similarities-{args.language}": cosines}
     return results
 
 
 def embed_row_images(embedder: Embedder, images: list[PIL.Image.Image], batch_size: int) -> list[Tensor | BadRow]:
-    """(width,) of each image; one that the model refuses must not end the work on all others."""
+    """Embed each image to a vector (width,). An image that the model refuses becomes a BadImage; the others do not."""
     try:
         return list(embedder.embed_images(images, batch_size)) if images else []
     except ValueError as error:
@@ -97,11 +114,11 @@ def embed_row_images(embedder: Embedder, images: list[PIL.Image.Image], batch_si
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Run the command line."""
     run_stage_command(ScoreArguments, __doc__, argv)
 
 
 if __name__ == "__main__":
-    from captions import score  # by its name, as other machines find it
+    from captions import score  # as a named module, so that other processes can unpickle its classes
 
     run_command(score.main, resumable=True)

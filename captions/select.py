@@ -1,14 +1,15 @@
-"""Keep the captions that a strategy picks and the images whose caption fits them, and show what that does.
+r"""Select captions and images with a caption strategy and the pair filter, and write a report about the selection.
 
-    python -m captions.select --dataset data/scored --output data/selected --language pt \\
+    python -m captions.select --dataset data/scored --output data/selected --language pt \
         --caption_strategy rank --caption_count 5 --min_pair_similarity 0.2
 
-The strategies and the pair filter are those of the training (`caption_data.rows`), under its names for them:
-here the choice is made once, can be looked at, and makes the data set small. In the output `captions-<language>`
-holds what was picked, in the order of the strategy, `similarities-<language>` belongs to it, and
-`generated-captions-<language>` is empty; other languages stay as they were. Images that are left with nothing are left
-out and listed. The folder `report` in the output has `index.html` to look at, with the counts, the histograms and the
-pictures at the cut, and `selection.json` with every number of it.
+Strategies, pair filter and their flags are those of training (`caption_data.rows`). Selecting once makes the dataset
+smaller, and the selection can be inspected. In the output, `captions-<language>` holds the selected captions in the
+order of the strategy, `similarities-<language>` holds their similarities, and `generated-captions-<language>` is empty;
+columns of other languages do not change. Images without a selected caption are left out and listed.
+
+The folder `report` in the output has a page, `index.html`, with counts, histograms and the images closest to the
+cutoff, and all its numbers in `selection.json`.
 """
 
 import itertools
@@ -32,30 +33,23 @@ from caption_data.sources import Split
 from captions.stages import RowStage, StageArguments, check_complete, read_skipped_rows, run_stage_command
 from eval.records.tables import to_one_line, write_html_page
 
-REPORT_PAGE = Path("report") / "index.html"  # in the output; it is written last
+# In the output folder; written last, so that its existence means that the report is complete.
+REPORT_PAGE = Path("report") / "index.html"
 REPORT_TEMPLATE = Path(__file__).parent / "selection_report.html.j2"
-EXAMPLES_PER_SIDE = 6  # on either side of the cut
-SIMILARITY_CUTOFFS = (
-    0.0,
-    0.05,
-    0.1,
-    0.15,
-    0.2,
-    0.25,
-    0.3,
-    0.35,
-    0.4,
-)  # of the table that helps to choose one; CAPIVARA has 0.2
-MAX_SHOWN_CHARACTERS = 300  # letters of a caption on the page
+EXAMPLES_PER_SIDE = 6  # images on the page on each side of the cutoff
+# Cutoffs in the table that helps to choose one. The CAPIVARA authors use 0.2.
+SIMILARITY_CUTOFFS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
+MAX_SHOWN_CHARACTERS = 300  # characters of a caption on the page
 DROPPED_COLOR = "#b9bec6"
-HISTOGRAM_BINS, EXAMPLE_IMAGE_SIDE = 60, 240  # of a histogram; pixels
+HISTOGRAM_BINS = 60
+EXAMPLE_IMAGE_SIDE = 240  # pixels
 
 
 @dataclass
 class SelectArguments(CaptionChoice, StageArguments):
-    """Arguments of `captions.select`."""
+    """Flags of `captions.select`."""
 
-    language: str = flag("pt", "Language of the captions, the end of their columns' names.")
+    language: str = flag("pt", "Language code at the end of the names of the caption columns.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,20 +57,20 @@ class SelectArguments(CaptionChoice, StageArguments):
 
     @property
     def strategy_cutoff(self) -> float | None:
-        """The similarity that the strategy asks of every caption; None where it asks for none."""
+        """Lowest similarity that the strategy accepts for a caption; None if the strategy has no cutoff."""
         return self.min_similarity if self.caption_strategy in ("threshold", "diverse") else None
 
     def columns(self) -> list[str]:
-        """What the choice looks at: captions, generated ones, similarities."""
+        """Return the names of the columns of captions, generated captions and similarities."""
         return [f"{name}-{self.language}" for name in ("captions", "generated-captions", "similarities")]
 
     def required_columns(self) -> list[str]:
-        """Columns of captions, and of similarities where they decide, of which one must be there."""
+        """Return alternative columns, of which the dataset needs one: similarities if they are used, else captions."""
         scored = self.caption_strategy in SIMILARITY_STRATEGIES or self.min_pair_similarity is not None
         return self.columns()[2:] if scored else self.columns()[:2]
 
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
-        """The choice of each row."""
+        """Return the settings of the selection and the function that selects."""
         settings = {
             "language": self.language,
             "caption_strategy": self.caption_strategy,
@@ -91,16 +85,24 @@ class SelectArguments(CaptionChoice, StageArguments):
         )
 
     def report(self, rank: int = 0, world_size: int = 1) -> None:
-        """Write the folder `report` of a selection that is complete, unless it is there."""
+        """Write the folder `report` of a complete selection, unless it exists."""
         if not (self.output / REPORT_PAGE).is_file():
             write_selection_report(self)
 
 
 def choose_with_similarities(args: SelectArguments, row: dict[str, Any]) -> tuple[dict[str, float | None], list[str]]:
-    """The distinct captions of a row in their order, with the similarity of each, None where there is none; and those
-    that are kept, none where the image is left out. A column that the row lacks counts as empty.
+    """Choose the captions of a row.
 
-    Raises BadRow where the row has no caption, or other than one similarity for each.
+    Args:
+        args: Flags of the command.
+        row: A row; a missing column counts as empty.
+
+    Returns:
+        A dict from each distinct caption to its similarity (None if unknown) in the order of the row, and the list of
+        chosen captions, which is empty if the image is left out.
+
+    Raises:
+        BadRow: If the row has no caption, or the number of similarities differs from the number of captions.
     """
     captions, generated, similarities = args.columns()
     row = {captions: [], generated: [], **row}
@@ -117,7 +119,7 @@ def choose_with_similarities(args: SelectArguments, row: dict[str, Any]) -> tupl
 
 
 def select_row(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any] | BadRow:
-    """The new columns of a row, or what is wrong with it."""
+    """Return the new columns of a row, or a BadRow if no caption is selected."""
     try:
         scored, chosen = choose_with_similarities(args, row)
     except BadRow as bad:
@@ -127,31 +129,32 @@ def select_row(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any] | B
     return dict(zip(args.columns(), (chosen, [], [scored[text] for text in chosen]), strict=True))
 
 
-# The report: of one pass over the captions, without the images, so that it says the same however the selection was
-# shared out, killed or resumed.
+# The report. A single pass over the captions makes it, so that it does not depend on how the selection was split into
+# tasks, or whether it was interrupted.
 
 
 def write_selection_report(args: SelectArguments) -> None:
-    """The folder `report`; its page is written last."""
+    """Write the folder `report` of a complete selection; its page is written last."""
     folder, source = args.output / REPORT_PAGE.parent, args.source()
     folder.mkdir(exist_ok=True)
     captions = _build_caption_table(args, source)
-    images = captions.groupby("row")["kept"].any()
-    known = captions.dropna(subset="similarity")
-    first = known[known["first"]].assign(kept=lambda table: table["row"].map(images).astype(bool))
-    # Of the pair filter's cut the first captions are shown: `rank` drops captions of images that fit well, and they
-    # would hide those that the filter has dropped.
+    is_image_kept = captions.groupby("row")["kept"].any()
+    kept_count = int(is_image_kept.sum())
+    scored = captions.dropna(subset="similarity")
+    first = scored[scored["first"]].assign(kept=lambda table: table["row"].map(is_image_kept).astype(bool))
+    # If only the pair filter has a cutoff, show the first captions: `rank` also drops captions of images that fit well,
+    # and these would hide the captions that the filter has dropped.
     by_first = args.min_pair_similarity is not None and args.strategy_cutoff is None
-    shown, unit = (first, "images, by their first caption") if by_first else (known, "captions")
+    shown, unit = (first, "images, by their first caption") if by_first else (scored, "captions")
     settings = ("split", "language", "caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
     unusable = {reason: n for reason, n in check_complete(args.output).skipped.items() if reason != NOT_CHOSEN}
     sides = {"dropped": shown[~shown["kept"]]["similarity"], "kept": shown[shown["kept"]]["similarity"]}
-    facts = {
+    metadata = {
         "dataset": short_name(args.dataset),
         **{name: getattr(args, name) for name in settings},
-        "images": {"kept": int(images.sum()), "not chosen": int((~images).sum()), "can't be used": unusable},
+        "images": {"kept": kept_count, "not chosen": len(is_image_kept) - kept_count, "can't be used": unusable},
         "captions": {"of these images": len(captions), "kept": int(captions["kept"].sum())},
-        "images_passing": {f"{cut:g}": int((first["similarity"] >= cut).sum()) for cut in SIMILARITY_CUTOFFS},
+        "images_passing": {f"{cutoff:g}": int((first["similarity"] >= cutoff).sum()) for cutoff in SIMILARITY_CUTOFFS},
         "shown": unit,
         "similarities": {
             side: {"count": len(values), **values.agg(["mean", "min", "max"]).to_dict()}
@@ -161,65 +164,76 @@ def write_selection_report(args: SelectArguments) -> None:
         "examples": _write_examples(args, source, shown, folder),
     }
     if len(shown):
-        cut = args.min_pair_similarity if by_first else args.strategy_cutoff
-        plot_similarities(sides, unit, cut, folder / "similarities.png")
-    write_json(folder / "selection.json", facts)
-    pictures = {path.name for path in folder.glob("row-*.jpg")}
+        cutoff = args.min_pair_similarity if by_first else args.strategy_cutoff
+        plot_similarities(sides, unit, cutoff, folder / "similarities.png")
+    write_json(folder / "selection.json", metadata)
     write_html_page(
         REPORT_TEMPLATE,
         args.output / REPORT_PAGE,
-        facts=facts,
-        pictures=pictures,
-        line=partial(to_one_line, limit=MAX_SHOWN_CHARACTERS),
+        metadata=metadata,
+        image_files={path.name for path in folder.glob("row-*.jpg")},
+        shorten=partial(to_one_line, limit=MAX_SHOWN_CHARACTERS),
     )
 
 
 def _build_caption_table(args: SelectArguments, source: Split) -> pd.DataFrame:
-    """A row a distinct caption of the images that could be used: number of the image and place in it, whether it is the
-    image's first original one, whether it is kept, similarity. Texts of tens of millions are not held."""
+    """Return a table with one row per distinct caption of the usable images.
+
+    Columns: number of the row (row), position of the caption in it (place), whether it is the first original caption
+    (first), whether it is kept (kept), and its similarity. It holds no texts, since there may be tens of millions.
+    """
     present = [old for old in source.columns if args.column_renames().get(old, old) in args.columns()]
     parts = args.output.glob(f"{args.split}-*.parquet")
     unusable = {row for part in parts for row, reason in read_skipped_rows(part) if reason != NOT_CHOSEN}
+    # Arrays of C numbers: lists of Python objects would need several times the memory.
     table = {"row": array("q"), "place": array("i"), "first": array("b"), "kept": array("b"), "similarity": array("d")}
     for number, row in enumerate(source.rows(column_names=present)):
         if number not in unusable:
             row = _normalize_row(args, row)
-            scored, chosen = choose_with_similarities(args, row)
-            for place, (text, value) in enumerate(scored.items()):
-                first, known = place == 0 and bool(row.get(args.columns()[0])), value is not None and text.strip()
-                values = (number, place, first, text in chosen, value if known else math.nan)
-                for column, one in zip(table.values(), values, strict=True):
-                    column.append(one)
-    return pd.DataFrame({name: np.asarray(column) for name, column in table.items()}).astype(
-        {"first": bool, "kept": bool}
-    )
+            similarities, chosen = choose_with_similarities(args, row)
+            for place, (text, similarity) in enumerate(similarities.items()):
+                is_first = place == 0 and bool(row.get(args.columns()[0]))
+                is_scored = similarity is not None and text.strip()
+                values = (number, place, is_first, text in chosen, similarity if is_scored else math.nan)
+                for column, value in zip(table.values(), values, strict=True):
+                    column.append(value)
+    captions = pd.DataFrame({name: np.asarray(column) for name, column in table.items()})
+    return captions.astype({"first": bool, "kept": bool})
 
 
 def _normalize_row(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the source under the names of the output, its captions as lists of texts."""
+    """Return a row of the source with the column names of the output, and its captions as lists of texts."""
     row = {args.column_renames().get(old, old): value for old, value in row.items()}
     return row | {name: normalize_captions(row[name], name) for name in args.columns()[:2] if name in row}
 
 
 def _write_examples(args: SelectArguments, source: Split, captions: pd.DataFrame, folder: Path) -> list[dict[str, Any]]:
-    """The captions that are nearest to the other side of the cut, the nearest first; their pictures are written."""
+    """Write the images closest to the cutoff on each side, and return their captions, the closest first."""
     examples = []
     for kept in (False, True):
         side = captions[captions["kept"] == kept].sort_values("similarity", ascending=kept, kind="stable")
-        for one in side.head(EXAMPLES_PER_SIDE).itertuples():
-            row = source.row(one.row)
-            text = list(choose_with_similarities(args, _normalize_row(args, row))[0])[one.place]
-            examples.append({"row": one.row, "caption": text, "similarity": one.similarity, "kept": kept})
-            with suppress(BadRow):
+        for example in side.head(EXAMPLES_PER_SIDE).itertuples():
+            row = source.row(example.row)
+            similarities, _ = choose_with_similarities(args, _normalize_row(args, row))
+            text = list(similarities)[example.place]
+            examples.append({"row": example.row, "caption": text, "similarity": example.similarity, "kept": kept})
+            with suppress(BadRow):  # an example without an image is still shown
                 image = decode_image(row[args.image_column], source.image_access).convert("RGB")
                 image.thumbnail((EXAMPLE_IMAGE_SIDE, EXAMPLE_IMAGE_SIDE))
-                image.save(folder / f"row-{one.row}.jpg")
+                image.save(folder / f"row-{example.row}.jpg")
     return examples
 
 
 def plot_similarities(sides: dict[str, pd.Series], unit: str, cutoff: float | None, path: Path) -> None:
-    """What was kept over what was dropped, stacked, with the cut as a line."""
-    from matplotlib import pyplot as plt  # here: they take long to import, and one task of a selection draws
+    """Draw a stacked histogram of the similarities of kept and dropped captions, with the cutoff as a line.
+
+    Args:
+        sides: Similarities of the "dropped" and "kept" captions.
+        unit: Label of the y axis: what is counted.
+        cutoff: Lowest similarity that is kept; None for no line.
+        path: PNG file to write.
+    """
+    from matplotlib import pyplot as plt  # slow to import, and only one task draws
     from matplotlib.ticker import MaxNLocator
 
     from eval.records.plots import MODEL_COLOR, TEXT_COLOR, save_figure, style_axis
@@ -228,22 +242,23 @@ def plot_similarities(sides: dict[str, pd.Series], unit: str, cutoff: float | No
     labels = [f"{name}: {len(values):,}" for name, values in sides.items()]
     axis.hist(list(sides.values()), HISTOGRAM_BINS, stacked=True, color=[DROPPED_COLOR, MODEL_COLOR], label=labels)
     if cutoff is not None:
-        axis.axvline(cutoff, color=TEXT_COLOR, linewidth=1.2, linestyle="--", label=f"cut: {cutoff:g}")
-    axis.set(xlabel="similarity of image and caption (cosine, lowest to highest)", ylabel=unit)
+        axis.axvline(cutoff, color=TEXT_COLOR, linewidth=1.2, linestyle="--", label=f"cutoff: {cutoff:g}")
+    axis.set(xlabel="cosine similarity of image and caption", ylabel=unit)
     style_axis(axis, "y", "top", "right")
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))  # no bar is below
+    # Put the legend below the axis, where it covers no bar.
+    axis.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))
     save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; says where the report is."""
+    """Run the command line, and print where the report is."""
     args = run_stage_command(SelectArguments, __doc__, argv)
     if args is not None:
-        print(f"Report with pictures: {args.output / REPORT_PAGE}")
+        print(f"Report with images: {args.output / REPORT_PAGE}")
 
 
 if __name__ == "__main__":
-    from captions import select  # by its name, as other machines find it
+    from captions import select  # as a named module, so that other processes can unpickle its classes
 
     run_command(select.main, resumable=True)

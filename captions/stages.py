@@ -1,16 +1,15 @@
-"""One stage of building a caption data set: rows in, the same rows with more columns out, in parts written whole.
+"""Base of all stages of a caption build: read rows, write the same rows with more columns.
 
-    StageArguments("images", Path("read")).rows()  # a kind of its own for every stage: its flags, and its `process`
+Example:
+    StageArguments("images", Path("read")).write_rows()  # copies the rows; subclasses add columns
 
-A part is a parquet file of consecutive rows of the source, named by their numbers, with a list of the rows that were
-left out beside it. Tasks share the parts out by `rank` and `world_size`, with nothing between them but the file system:
-the names of whole files alone say what is done, so that a task that was killed is run again, in any number of tasks,
-and no row is doubled or lost. The parts of a folder are one data set for the next stage. Parquet files are read where
-they lie: `datasets` would copy them to its cache first, which for a large set is as much disk again a stage.
+A stage writes parts. A part is a parquet file of consecutive rows of the source, named for their numbers, with a JSON
+Lines file of the skipped rows next to it. Each task writes the parts of its share (`rank` of `world_size`). Parts
+appear under their name only when they are complete, and the names alone say what is done: a killed task can be
+repeated, with any number of tasks, and no row is lost or doubled. The folder of a stage is the dataset of the next
+stage. Its parquet files are read in place, because `datasets` would first copy each of them to its cache.
 """
 
-import bisect
-import hashlib
 import itertools
 import json
 import logging
@@ -44,7 +43,8 @@ from capivara_common.image_files import (
     decode_image,
     read_image_bytes,
 )
-from capivara_common.tasks import TASK_SHARING_HINT, ExecutorArguments, Phase, split_rows
+from capivara_common.tasks import ExecutorArguments, Phase, split_rows
+from caption_data.parquet_split import open_in_place, source_fingerprint
 from caption_data.rows import (
     CAPTION_COLUMN_RE,
     CAPTIONS_FEATURE,
@@ -54,41 +54,21 @@ from caption_data.rows import (
     normalize_captions,
     write_skipped_rows,
 )
-from caption_data.sources import (
-    METADATA_SUFFIXES,
-    PARQUET_BATCH_ROWS,
-    STAGE_FILE,
-    Split,
-    check_finished,
-    open_parquet,
-    open_split,
-)
+from caption_data.sources import STAGE_FILE, Split, check_finished, open_parquet
 
-GONE = {  # flags of earlier versions
-    **dict.fromkeys(("shard", "wait_s"), f"{TASK_SHARING_HINT} (docs/cluster.md)"),
-    "source_prefix": "models without codes of languages are not taken",
-    "existing": "columns that are there get another name by --rename OLD=NEW",
-    "export": "--import FILE.tsv writes the table where it is not there",
-    "num_beams": "the search is as the model's generation_config says",
-    **dict.fromkeys(("sampling", "temperature", "top_p", "seed"), "a caption is the model's likeliest text"),
-    **dict.fromkeys(
-        ("price_per_million", "max_cost", "characters_per_second", "max_tries", "first_wait_s", "timeout_s"),
-        "a quota of characters, in the service's console, limits what it costs; after a refusal pauses double",
-    ),
-}
-SPLIT_NAME_PATTERN = r"\w+([.-]\w+)*"  # names of files begin with it
-IMAGE_COLUMN = "image"  # the authors' name, which the image column has in every output
-DECODED_KEY = "decoded image"  # of a row that is worked on
-STAGE_VERSION = 1  # of the folder's form; raise it when parts change
-IDENTITY_KEYS = ("version", "source", "rows_per_part", "settings", "columns")  # what parts of one folder have in common
-IGNORED_SOURCE_KEYS = ("name", "damaged")  # of the source: another machine may reach it by another path
+SPLIT_NAME_PATTERN = r"\w+([.-]\w+)*"  # a split name must be valid at the start of a file name
+IMAGE_COLUMN = "image"  # name of the image column in every output, as in the datasets of the CAPIVARA authors
+DECODED_KEY = "decoded image"  # key of the decoded image in a row that a stage processes
+STAGE_VERSION = 1  # version of the folder's format; increase it when the format of parts changes
+IDENTITY_KEYS = ("version", "source", "rows_per_part", "settings", "columns")  # must be equal for all parts of a folder
+IGNORED_SOURCE_KEYS = ("name", "damaged")  # may differ: another machine may reach the source by another path
+# Types of the values in `stage.json`.
 RECORD_TYPES = {"version": int, "command": str, "source": dict, "rows_per_part": int}
 RECORD_TYPES |= {"settings": dict, "columns": dict, "versions": dict}
-MAX_ROWS = 10**9  # names of parts have nine digits
-ROWS_PER_GROUP = 16  # of a parquet file: what a reader of one row reads
-MAX_PREPARED_ROWS = 50_000  # whose translations are in memory at once
-SAMPLE_COUNT, SAMPLE_BYTES = 64, 4096  # of a file, evenly spread, for the fingerprint of a split
-# What a stage does with some rows: for each, its new columns, or why it is left out.
+MAX_ROWS = 10**9  # row numbers in the names of parts have nine digits
+ROWS_PER_GROUP = 16  # rows of a parquet row group, the smallest unit that a reader decodes
+MAX_PREPARED_ROWS = 50_000  # rows whose translations are in memory at the same time
+# Processes a batch of rows: returns the new columns of each row, or a BadRow if it must be skipped.
 ProcessRows = Callable[[list[dict[str, Any]]], list[dict[str, Any] | BadRow]]
 
 S = TypeVar("S", bound=Sized)
@@ -97,105 +77,139 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class StageArguments(ImageFileArguments, ExecutorArguments):
-    """A stage: its flags, and what its tasks do. This one passes rows on as they are.
+    """Flags of a stage, and the work of its tasks. This base class copies the rows; subclasses add columns.
 
-    Raises ValueError where a value breaks its rule.
+    Raises ValueError if the value of a flag is invalid.
     """
 
-    gone = GONE
-    uses_model = decodes_images = False  # whether a task needs a GPU, and images decoded
-    import_file = None  # a flag of `captions.translate` alone
-    dataset: str = flag(..., f"{DATASET_HELP} The output of another stage is such a folder.")
-    output: Path = flag(..., "Folder of the parts; the same command finishes an unfinished one.")
-    split: str = flag("train", "Split that is read, and that the parts are named by.")
+    uses_model = False  # True: tasks need a GPU
+    decodes_images = False  # True: rows have the decoded image in `DECODED_KEY`
+    import_file = None  # only `captions.translate` has this flag
+    dataset: str = flag(..., f"{DATASET_HELP} Can be the output folder of another stage.")
+    output: Path = flag(..., "Output folder. To finish an interrupted run, run the same command again.")
+    split: str = flag("train", "Split to read; output files are named after it.")
     image_column: str = flag("image", "Name of the image column.")
-    rename: list[str] = flag([], "Columns that get another name, as OLD=NEW: caption=captions-en for most data sets.")
-    batch_rows: int = flag(16, "Rows that are worked on at once.")
-    rows_per_part: int = flag(500, "Rows of a file: at most what a kill loses, at least what a task takes.")
+    rename: list[str] = flag([], "Columns to rename, as OLD=NEW, for example caption=captions-en.")
+    batch_rows: int = flag(16, "Rows to process at the same time.")
+    rows_per_part: int = flag(500, "Rows per output file. An interrupted task loses at most one file.")
 
     def __post_init__(self) -> None:
         self.dataset, self.output = self.dataset.rstrip("/") or self.dataset, Path(self.output)
         check_at_least(self, 1, "batch_rows", "rows_per_part")
         if not re.fullmatch(SPLIT_NAME_PATTERN, self.split):
-            raise ValueError(f"split must be a name such as train, got {self.split!r}.")
+            raise ValueError(
+                "split must be letters, digits and underscores, with single dots or dashes in between, got "
+                f"{self.split!r}."
+            )
         folder, output = Path(self.dataset).resolve(), self.output.resolve()
-        if Path(self.dataset).exists() and folder in (output, output.parent):  # its parts would be rows of the data set
-            raise ValueError(f"The output folder {self.output} is the data set or lies in it. Choose another one.")
+        if Path(self.dataset).exists() and folder in (output, output.parent):  # the output would become input
+            raise ValueError(
+                f"The output folder {self.output} must not be the dataset folder or lie in it. Choose another --output."
+            )
         self.column_renames()
         self.check_image_files()
         self.check_executor()
 
     def column_renames(self) -> dict[str, str]:
-        """Old name -> new name, of `rename`."""
+        """Return `rename` as a dict from old to new names. Raises ValueError if it is invalid."""
         pairs = [pair.split("=") for pair in self.rename]
         names = dict(pair for pair in pairs if len(pair) == 2 and all(pair))
         if len(names) < len(pairs) or len(set(names.values())) < len(names) or self.image_column in names:
             raise ValueError(
-                f"rename must be different OLD=NEW such as caption=captions-en, none of the images, got {self.rename}."
+                f"rename must be OLD=NEW pairs such as caption=captions-en, with different names and without the image "
+                f"column, got {self.rename}."
             )
         return names
 
     def required_columns(self) -> list[str]:
-        """Of which the data set must have one, by their names in the output."""
+        """Return alternative columns, by their names in the output; the dataset must have at least one of them."""
         return []
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
-        """Return the names of the columns that it adds to those of its source, `columns` by their names in the output.
+        """Check that the dataset has a required column.
 
-        Raises ValueError, which begins with `where`, if none of the columns that it needs is there.
+        Args:
+            columns: Columns of the dataset, by their names in the output.
+            where: Start of the error message; names the dataset.
+
+        Returns:
+            The names of the columns that the stage adds.
+
+        Raises:
+            ValueError: If all columns that the stage could work on are missing.
         """
         needed = self.required_columns()
         if needed and set(columns).isdisjoint(needed):
             raise ValueError(
-                f"{where} has no column {' or '.join(needed)}; there are {list(columns)}. A column of another name "
-                f"becomes one by --rename OLD={needed[0]}."
+                f"{where} has no column {' or '.join(needed)}; there are {list(columns)}. If the column has another "
+                f"name, rename it with --rename OLD={needed[0]}."
             )
         return []
 
     def known_settings(self) -> dict[str, Any]:
-        """Of the settings of `process`, those that are known before it is made."""
+        """Return the settings of the stage that are known before a model is loaded."""
         return {}
 
     def source(self) -> Split:
-        """The rows that it reads. Raises ValueError as `open_split` does."""
+        """Open the split to read. Raises ValueError if it does not exist or cannot be read."""
         return open_in_place(self.dataset, self.split, self.image_column, **self.image_options())
 
     def pending_manual_step(self) -> str:
-        """What a person has to do before it can run; empty where it can."""
+        """Describe what a person must do before the stage can run; empty if nothing."""
         return ""
 
     def is_corrected(self) -> bool:
-        """Tell whether an input that people may correct has changed since the parts were made."""
+        """Tell whether an input that people may correct has changed since the parts were written."""
         return False
 
     def corrections(self) -> "Corrections | None":
-        """Find what a corrected input changes in the parts that are there; None if nothing was corrected."""
+        """Return what a corrected input changes in the written parts; None if no input was corrected."""
         return None
 
     def prepare_processing(self, stage: "RowStage") -> tuple[Any, ...]:
-        """What `RowStage.run` is given: new columns, settings, what makes them; a model is loaded here."""
+        """Load what the stage needs to process rows, for example a model.
+
+        Args:
+            stage: The opened rows.
+
+        Returns:
+            Arguments of `RowStage.run`: new columns, settings, `process`, and optionally `prepare`.
+        """
         return {}, {}, lambda rows: [{} for _ in rows]
 
     def write_rows(self, rank: int = 0, world_size: int = 1) -> "StageReport":
-        """Write the parts of one task that are missing. Raises as `RowStage` and `process` do."""
-        stage = RowStage(self, rank, world_size)  # before the model: what is wrong with the data is said at once
+        """Write the missing parts of one task.
+
+        Args:
+            rank: Number of the task, from 0.
+            world_size: Number of tasks.
+
+        Returns:
+            The counts of the rows of the task.
+
+        Raises:
+            ValueError: If the dataset cannot be used, or the output folder holds the output of another stage or other
+                settings.
+        """
+        # Open the data before the model is loaded, so that errors in the data appear at once.
+        stage = RowStage(self, rank, world_size)
         return stage.report() if stage.is_done else stage.run(*self.prepare_processing(stage))
 
     def command(self) -> str:
-        """The command line, for a shell, without defaults and without where its tasks run."""
-        words, elsewhere = ["python", "-m", type(self).__module__], vars(ExecutorArguments())
-        for known in fields(self):
-            value = getattr(self, known.name)
-            default = known.default_factory() if known.default_factory is not MISSING else known.default
-            if known.name in elsewhere or value == default or value is None or value is False:
+        """Return the shell command of the stage, without default values and without executor flags."""
+        words, executor_flags = ["python", "-m", type(self).__module__], vars(ExecutorArguments())
+        for argument in fields(self):
+            value = getattr(self, argument.name)
+            default = argument.default_factory() if argument.default_factory is not MISSING else argument.default
+            if argument.name in executor_flags or value == default or value is None or value is False:
                 continue
             values = value if isinstance(value, list) else [value]
-            words += [f"--{known.name}", *([] if value is True else map(str, values))]
+            words += [f"--{argument.name}", *([] if value is True else map(str, values))]
         return shlex.join(words)
 
     @property
     def phases(self) -> dict[str, Phase]:
-        """The work of a stage: its rows, shared out; then its report, where it has one."""
+        """Phases of the stage by name: `rows`, split over all tasks, then `report` if the stage has one."""
         rows = Phase(StageArguments.write_rows, is_parallel=True, uses_model=self.uses_model)
         return {"rows": rows} | ({"report": Phase(type(self).report)} if hasattr(self, "report") else {})
 
@@ -205,91 +219,11 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         return f"{self.output.parent.name}, {self.split}"
 
 
-# What is read
-
-
-@dataclass(eq=False)
-class ParquetSplit(Split):
-    """A split of parquet files, read a few rows at a time: good for few passes in order, slow for rows here and there.
-
-    No row is read when it is opened, so that damage in the first ones is told by whoever reads them.
-    """
-
-    def __post_init__(self) -> None:
-        self._row_groups: list[tuple[Path, int, int]] = []  # file, number and rows of each row group
-        schema = None
-        for path in tqdm(self.paths, desc=f"Parquet files, {self.display_name}", unit="file", leave=False):
-            with open_parquet(path) as file:
-                schema = file.schema_arrow if schema is None else schema
-                if not file.schema_arrow.equals(schema):
-                    raise ValueError(f"{path} has other columns than {self.paths[0]}; make them alike.")
-                sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            self._row_groups += [(path, group, size) for group, size in enumerate(sizes)]
-        self._row_group_starts = list(
-            itertools.accumulate((size for *_, size in self._row_groups), initial=0)
-        )  # and the end
-        self._features = Features.from_arrow_schema(schema)
-
-    @property
-    def features(self) -> Features:
-        """Of the schema of the files."""
-        return self._features
-
-    def __len__(self) -> int:
-        return self._row_group_starts[-1]
-
-    def row(self, index: int) -> dict[str, Any]:
-        """Row `index`, from 0."""
-        return next(self.rows(index))
-
-    def rows(self, start: int = 0, column_names: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-        """The rows from row `start` on, with none but the columns `only`."""
-        if start >= len(self):
-            return
-        first = bisect.bisect_right(self._row_group_starts, start) - 1
-        surplus = start - self._row_group_starts[first]  # rows of the first group that come before
-        for path, some in itertools.groupby(self._row_groups[first:], key=lambda group: group[0]):
-            numbers, columns = [number for _, number, _ in some], None if column_names is None else list(column_names)
-            with open_parquet(path) as file:
-                for batch in file.iter_batches(PARQUET_BATCH_ROWS, row_groups=numbers, columns=columns):
-                    rows = batch.slice(min(surplus, len(batch))).to_pylist()
-                    surplus -= len(batch) - len(rows)
-                    for row in rows:
-                        image = row.get(self.image_column)
-                        if isinstance(image, bytes | str):  # of files that others wrote
-                            kind = "path" if isinstance(image, str) else "bytes"
-                            row[self.image_column] = {"bytes": None, "path": None, kind: image}
-                        yield row
-
-
-open_in_place = partial(open_split, parquet_type=ParquetSplit)  # parquet files without a copy
-
-
-def source_fingerprint(source: Split) -> str:
-    """Hex digest of the content, the same wherever files lie: of a large one by its size and pieces all over it; of
-    a data set of `datasets` the fingerprint that the library keeps."""
-    if not source.paths:
-        return str(source.data._fingerprint)
-    digest = hashlib.blake2b(digest_size=16)
-    for path in tqdm(source.paths, desc="Fingerprint", unit="file", leave=False):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode("utf-8", "surrogateescape"))
-        with path.open("rb") as file:
-            whole = (
-                path.suffix in METADATA_SUFFIXES or size <= SAMPLE_COUNT * SAMPLE_BYTES
-            )  # the first: a list of captions
-            if whole:
-                hashlib.file_digest(file, lambda: digest)
-            for piece in range(0 if whole else SAMPLE_COUNT):  # the first and the last one included, where footers are
-                file.seek((size - SAMPLE_BYTES) * piece // (SAMPLE_COUNT - 1))
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
 def output_features(source: Split, args: StageArguments) -> Features:
-    """The columns that a stage passes on, by their names in its output: all but those without a plain type of Arrow.
+    """Return the features of the columns that a stage passes on, by their names in its output.
 
-    Raises ValueError where there are no images or none of the columns that it needs, or a name stands for two columns.
+    Columns without a plain Arrow type are dropped. Raises ValueError if the images or all required columns are missing,
+    or two columns would get the same name.
     """
     names = args.column_renames() | {args.image_column: IMAGE_COLUMN}
     source.check_columns(names)
@@ -298,7 +232,7 @@ def output_features(source: Split, args: StageArguments) -> Features:
         new = names.get(old, old)
         if new in features or (new != old and new in source.columns and new not in names):
             raise ValueError(
-                f"{source.display_name}: two columns would be named {new!r}. Rename one with --rename OLD=NEW."
+                f"{source.display_name}: two columns would be named {new!r}. Rename one of them with --rename OLD=NEW."
             )
         if CAPTION_COLUMN_RE.fullmatch(new):
             features[new] = CAPTIONS_FEATURE
@@ -308,34 +242,49 @@ def output_features(source: Split, args: StageArguments) -> Features:
     return Features(features | {IMAGE_COLUMN: Image()})
 
 
-# What is written
+# Writing
 
 
 @dataclass(frozen=True)
 class StageReport:
-    """What of a stage is done."""
+    """Counts of a stage, or of one task of it.
 
-    rows: int  # that were written
-    skipped: dict[str, int]  # reason -> number of the rows that were left out
+    Attributes:
+        rows: Rows written.
+        skipped: Number of skipped rows by reason.
+    """
+
+    rows: int
+    skipped: dict[str, int]
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.skipped.items())
-        return f"{self.rows:,} rows written, {sum(self.skipped.values()):,} left out" + f" ({reasons})" * bool(reasons)
+        return f"{self.rows:,} rows written, {sum(self.skipped.values()):,} left out" + (
+            f" ({reasons})" if reasons else ""
+        )
 
 
 class RowStage:
-    """The rows that a stage reads, opened and checked, and what its task `rank` of `world_size` writes of them.
+    """One task of a stage: its opened source, and the parts that it writes.
 
-    Raises ValueError where there is no such data set, it is an unfinished stage, or lacks the images or the columns.
+    Attributes:
+        source: The rows to read.
+        features: Columns that the stage passes on, with their features.
+        record: Content of `stage.json` that is known before a model is loaded.
+        parts: Row ranges of the parts that this task writes.
+        path: Function that returns the path of a part.
+
+    Raises ValueError if there is no such dataset, it is the output of an unfinished stage, or it lacks required
+    columns.
     """
 
     def __init__(self, args: StageArguments, rank: int = 0, world_size: int = 1):
         self.args, self.source, self.rank = args, args.source(), rank
         for damage in self.source.damaged_archives:
-            logger.warning("A damaged archive, read up to there: %s", damage.detail)
-        next(self.source.rows(), None)  # damage in the first rows is told before a model is loaded, or paid for
+            logger.warning("Damaged archive; only the rows before the damage are read: %s", damage.detail)
+        next(self.source.rows(), None)  # report damage in the first rows before a model is loaded or a service is paid
         self.features = output_features(self.source, args)
-        self.record = {  # what of `stage.json` is known before a model is loaded
+        self.record = {  # the keys of `stage.json` that are known before a model is loaded
             "version": STAGE_VERSION,
             "command": args.command(),
             "source": {
@@ -347,21 +296,29 @@ class RowStage:
             },
             "rows_per_part": args.rows_per_part,
         }
-        self.path = partial(part_path, args.output, self.source.split)  # of the rows of a part
-        parts = split_rows(len(self.source), args.rows_per_part)  # a task has neighbours: files are read in order
+        self.path = partial(part_path, args.output, self.source.split)  # path of a part from its row numbers
+        # Each task gets consecutive parts, so that it reads files in order.
+        parts = split_rows(len(self.source), args.rows_per_part)
         self.parts = parts[len(parts) * rank // world_size : len(parts) * (rank + 1) // world_size]
 
     @property
     def is_done(self) -> bool:
-        """Whether the task has nothing left to do, by the names of its files. Parts of another command, of other rows
-        or settings don't count: `run` then says what differs."""
+        """True if all parts of the task are written, judged by the names of the files.
+
+        False if the folder was written with another command, other rows or other settings; `run` then names the
+        differences.
+        """
         if not (self.args.output / STAGE_FILE).is_file():
             return False
-        there = read_stage_record(self.args.output)
-        now = self.record | {"settings": there["settings"] | self.args.known_settings()}
-        # Flags in any order: earlier versions had another one.
-        there, now = ({**record, "command": set(record["command"].split(" --"))} for record in (there, now))
-        return all(there[key] == now[key] for key in now) and all(self.path(part).is_file() for part in self.parts)
+        recorded = read_stage_record(self.args.output)
+        current = self.record | {"settings": recorded["settings"] | self.args.known_settings()}
+        # Compare flags in any order, because earlier versions recorded them in another order.
+        recorded, current = (
+            {**record, "command": set(record["command"].split(" --"))} for record in (recorded, current)
+        )
+        return all(recorded[key] == current[key] for key in current) and all(
+            self.path(part).is_file() for part in self.parts
+        )
 
     def run(
         self,
@@ -370,18 +327,23 @@ class RowStage:
         process: ProcessRows,
         prepare: Callable[[list[range]], None] = lambda parts: None,
     ) -> StageReport:
-        """Write the parts of the task that are missing, whole or not, each with a list of its rows that were left out.
+        """Write the missing parts of the task. A part is written completely or not at all.
 
         Args:
-            columns: new column -> its feature of `datasets`; it replaces one of the same name.
-            settings: what the new columns depend on; a folder holds parts of the same ones only.
-            process: called with at most `args.batch_rows` rows, on which its results must not depend. Their image is
-                `{"bytes", "path"}`, and decoded in `DECODED` where `args.decodes`; captions are lists of texts.
-            prepare: called before some neighbouring parts, `PREPARED_ROWS` rows at most, are made.
+            columns: Feature of each new column. A new column replaces an existing column of the same name.
+            settings: Everything that the new columns depend on; all parts of a folder must have the same settings.
+            process: Function that returns the new columns of at most `args.batch_rows` rows; results must not depend on
+                how rows are batched. The image of a row is `{"bytes", "path"}`, and decoded in `DECODED_KEY` if
+                `args.decodes_images`; captions are lists of texts.
+            prepare: Function that is called with the next parts (`MAX_PREPARED_ROWS` rows at most) before they are
+                written.
+
+        Returns:
+            The counts of the rows of the task.
 
         Raises:
-            ValueError: the folder is of other settings or another source; what differs is named.
-            OSError: the disk is full; the same command makes the parts that are missing.
+            ValueError: If the folder has other settings or another source; the message names the differences.
+            OSError: If the disk is full. The same command then writes the missing parts.
         """
         features = Features(self.features | columns)
         added = {
@@ -405,52 +367,54 @@ class RowStage:
         return self.report()
 
     def report(self) -> StageReport:
-        """What of the task is done; removes what killed runs left of parts that are there by now."""
-        for path in self.args.output.glob(".*.parquet.*.tmp"):  # others may be of tasks at work
+        """Count the rows of the task, and delete temporary files of killed runs whose parts have been written since."""
+        for path in self.args.output.glob(".*.parquet.*.tmp"):  # other temporary files may belong to running tasks
             if path.with_name(re.sub(r"\.[^.]+\.tmp$", "", path.name[1:])).is_file():
                 path.unlink(missing_ok=True)
         return summarize_parts(self.args.output, self.record, self.parts)
 
     def _write_part(self, part: range, schema: pa.Schema, process: ProcessRows, bar: tqdm) -> None:
+        """Write one part and the list of its skipped rows."""
         path, skipped = self.path(part), []
         try:
             with atomic_parquet(path, schema) as parquet:
                 rows = self._process_rows(process, part, skipped, bar)
-                while group := list(itertools.islice(rows, ROWS_PER_GROUP)):
-                    for row in group:
+                while row_group := list(itertools.islice(rows, ROWS_PER_GROUP)):
+                    for row in row_group:
                         row[IMAGE_COLUMN] = row[self.args.image_column]
-                    parquet.write_table(pa.Table.from_pylist(group, schema=schema))
+                    parquet.write_table(pa.Table.from_pylist(row_group, schema=schema))
                 if skipped:
                     write_skipped_rows(skipped_path(path), skipped)
                 else:
-                    skipped_path(path).unlink(missing_ok=True)  # of a killed run that left out others
+                    skipped_path(path).unlink(missing_ok=True)  # a killed run may have left a list
         except FileNotFoundError:
-            if not path.is_file():  # else another process has written the same part meanwhile, and cleaned up
+            if not path.is_file():  # otherwise another process wrote the same part and removed our temporary file
                 raise
 
     def _process_rows(
         self, process: ProcessRows, part: range, skipped: list[SkippedRow], bar: tqdm
     ) -> Iterator[dict[str, Any]]:
-        """Those that are not left out, with their new columns."""
+        """Iterate over the valid rows of a part with their new columns; append the other rows to `skipped`."""
         rows = itertools.islice(self.source.rows(part.start), len(part))
-        numbered = zip(part, rows, strict=True)  # a source that has become shorter must not lose rows in silence
+        numbered = zip(part, rows, strict=True)  # `strict` raises if the source has lost rows
         while batch := list(itertools.islice(numbered, self.args.batch_rows)):
-            with ThreadPoolExecutor(
-                DECODER_THREADS
-            ) as threads:  # ended before a model computes, whose own threads they slow
+            # The threads end before the model computes, because they would slow down its own threads.
+            with ThreadPoolExecutor(DECODER_THREADS) as threads:
                 results = list(threads.map(self._prepare_row, (row for _, row in batch)))
-            good = [row for row in results if not isinstance(row, BadRow)]
-            done = iter(process([dict(row) for row in good]) if good else [])
+            valid_rows = [row for row in results if not isinstance(row, BadRow)]
+            processed = iter(process([dict(row) for row in valid_rows]) if valid_rows else [])
             for (number, _), row in zip(batch, results, strict=True):
-                new = row if isinstance(row, BadRow) else next(done)
-                if isinstance(new, BadRow):
-                    skipped.append(SkippedRow(self.source.name, self.source.split, number, new.reason, new.detail))
+                result = row if isinstance(row, BadRow) else next(processed)
+                if isinstance(result, BadRow):
+                    skipped.append(
+                        SkippedRow(self.source.name, self.source.split, number, result.reason, result.detail)
+                    )
                 else:
-                    yield row | new
+                    yield row | result
             bar.update(len(batch))
 
     def _prepare_row(self, row: dict[str, Any]) -> dict[str, Any] | BadRow:
-        """A row of the source with the bytes of its image, its captions as lists of texts; or what is wrong with it."""
+        """Return a row with the bytes of its image and its captions as lists of texts, or a BadRow if it is invalid."""
         names, column = self.args.column_renames(), self.args.image_column
         row = {names.get(old, old): value for old, value in row.items()}
         try:
@@ -467,12 +431,12 @@ class RowStage:
 
 @contextmanager
 def atomic_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """A writer of a parquet file that gets its name when the block ends, and vanishes when it fails.
+    """Open a parquet writer whose file gets its name when the block ends, and is deleted if the block fails.
 
-    Raises OSError where the disk is full.
+    Raises OSError if the disk is full.
     """
-    with atomic_file(path) as new, new.open("wb") as file:
-        # No dictionary and no statistics: of images they cost time and serve nobody.
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        # Dictionaries and statistics of image bytes cost time and have no use.
         with pq.ParquetWriter(file, schema, use_dictionary=False, write_statistics=False) as parquet:
             yield parquet
         file.flush()
@@ -480,7 +444,10 @@ def atomic_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
 
 
 def batch_by_length(items: Iterable[S], max_length: int, max_items: int = sys.maxsize) -> Iterator[list[S]]:
-    """Items in their order, at most `size` at once and together no longer than `total`, but for a single one."""
+    """Group items in order. A group has at most `max_items` items with a total length of at most `max_length`.
+
+    An item that is longer than `max_length` is a group of its own.
+    """
     group: list[S] = []
     length = 0
     for item in items:
@@ -493,90 +460,107 @@ def batch_by_length(items: Iterable[S], max_length: int, max_items: int = sys.ma
         yield group
 
 
-# The folder
+# The output folder
 
 
 def part_path(output: Path, split: str, part: range) -> Path:
-    """The file of the rows of a part."""
+    """Return the path of the parquet file of a part."""
     return output / f"{split}-{part.start:09d}-{part.stop:09d}.parquet"
 
 
 def skipped_path(path: Path) -> Path:
-    """Where the rows that a part goes without are listed; there is no file where there is none."""
+    """Return the path of the list of skipped rows of a part; the file exists only if rows were skipped."""
     return path.with_suffix(".skipped.jsonl")
 
 
 def read_stage_record(output: Path | str) -> dict[str, Any]:
-    """`stage.json` of a folder. Raises ValueError where there is none, or it is not what a stage has written."""
+    """Read the `stage.json` of a folder. Raises ValueError if it is missing or was not written by a stage."""
     path = Path(output) / STAGE_FILE
     if not path.is_file():
-        raise ValueError(f"{output} is no output of a stage, it has no {STAGE_FILE}.")
+        raise ValueError(f"{output} is not the output of a stage: it has no {STAGE_FILE}.")
     try:
         record = read_json(path, **RECORD_TYPES)
         rows, split, size = record["source"].get("rows"), record["source"].get("split"), record["rows_per_part"]
-        if (
-            type(rows) is not int
-            or not 0 <= rows < MAX_ROWS
-            or size < 1
-            or not re.fullmatch(SPLIT_NAME_PATTERN, str(split))
-        ):
-            raise ValueError(f"{path}: {rows!r} rows of split {split!r}, {size} a part, can't be")
+        is_valid = type(rows) is int and 0 <= rows < MAX_ROWS and size >= 1
+        if not is_valid or not re.fullmatch(SPLIT_NAME_PATTERN, str(split)):
+            raise ValueError(f"{path} has invalid values: {rows!r} rows of split {split!r}, {size} rows per part")
     except ValueError as error:
-        raise ValueError(f"{error}. Put back a copy of it, or remove {output} and run its stage again.") from error
+        raise ValueError(f"{error}. Restore the file, or remove {output} and run its stage again.") from error
     return record
 
 
 def claim_folder(output: Path, record: dict[str, Any]) -> None:
-    """Make `output` the folder of this stage, or check that it is.
+    """Write `stage.json` into a new folder, or check that an existing folder belongs to the same stage and settings.
 
-    Raises ValueError where it is of another stage, and what differs is named, or holds other parquet files.
+    Raises ValueError, which names the differences, if the folder has other settings, or if it holds other parquet
+    files.
     """
     path = output / STAGE_FILE
     if not path.is_file():
         if output.exists() and not output.is_dir():
-            raise ValueError(f"The output folder {output} is a file. Choose another name.")
+            raise ValueError(f"The output folder {output} is a file. Choose another --output.")
         if any(output.glob("*.parquet")):
-            raise ValueError(f"{output} holds parquet files but no {STAGE_FILE}. Choose another --output.")
-        write_json(path, record)  # several tasks write the same; else the comparison below fails
-    there = read_stage_record(output)
-    invalidated = there["source"].get("fingerprint") is None  # `remove_rows` has removed the parts of other rows
-    if invalidated:
-        there["source"]["fingerprint"] = record["source"]["fingerprint"]
-    if named := describe_differences(there, record):
+            raise ValueError(
+                f"{output} holds parquet files but no {STAGE_FILE}: no stage wrote them. Choose another --output."
+            )
+        # Several tasks may write this file. If another task has written other settings, the comparison below fails.
+        write_json(path, record)
+    recorded = read_stage_record(output)
+    # `remove_rows` has deleted the parts with changed rows.
+    is_invalidated = recorded["source"].get("fingerprint") is None
+    if is_invalidated:
+        recorded["source"]["fingerprint"] = record["source"]["fingerprint"]
+    if differences := describe_differences(recorded, record):
         raise ValueError(
-            f"{output} was made from {there['source'].get('name')} with other settings, and parts of two kinds must "
-            f"not mix. {named}. Give these as they were, choose another --output, or remove this folder and what "
-            "was made from it."
+            f"{output} was made from {recorded['source'].get('name')} with other settings, and all parts of a folder "
+            f"must have the same settings. {differences}. Use the old values, choose another --output, or remove this "
+            "folder and everything that was made from it."
         )
-    if invalidated:
-        write_json(path, there)
+    if is_invalidated:
+        write_json(path, recorded)
 
 
-def describe_differences(there: dict[str, Any], now: dict[str, Any]) -> str:
-    """Name what the records of two runs of a stage must have in common and have not; empty if they agree."""
-    old, new = flatten(_identity(there)), flatten(_identity(json.loads(json.dumps(now))))
+def describe_differences(recorded: dict[str, Any], current: dict[str, Any]) -> str:
+    """Describe how two stage records differ in values that must be equal (`IDENTITY_KEYS`); empty if they agree."""
+    old, new = flatten(_identity(recorded)), flatten(_identity(json.loads(json.dumps(current))))
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names)
 
 
 @dataclass(frozen=True)
 class Corrections:
-    """What a corrected input changes in a stage that was made from it."""
+    """Effect of a corrected input on a stage that was made from it.
 
-    output: Path  # folder of the stage
-    record: dict[str, Any]  # its `stage.json`, with the input as it is now
-    parts: list[Path]  # files with a row that changes
-    rows: list[int]  # numbers of the rows that change, among the rows that the stage has written
+    Attributes:
+        output: Folder of the stage.
+        record: Its new `stage.json`, with the corrected input.
+        parts: Parquet files that hold a changed row.
+        rows: Numbers of the changed rows, counted in the output of the stage.
+    """
+
+    output: Path
+    record: dict[str, Any]
+    parts: list[Path]
+    rows: list[int]
 
     def apply(self) -> None:
-        """Remove the parts, which the stage then makes again. Their lists of skipped rows stay: they do not change."""
+        """Delete the changed parts, so that the stage writes them again.
+
+        Lists of skipped rows stay, because corrections do not change them.
+        """
         for path in self.parts:
             path.unlink(missing_ok=True)
-        write_json(self.output / STAGE_FILE, self.record)  # last: until then a repeated run finds the same corrections
+        # Write the record last, so that an interrupted run finds the same corrections again.
+        write_json(self.output / STAGE_FILE, self.record)
 
 
 def remove_rows(output: Path, rows: Iterable[int]) -> None:
-    """Remove the parts of a stage that hold these rows of its source, and let `claim` accept a changed source."""
+    """Delete the parts that hold changed rows of the source, and let `claim_folder` accept the changed source.
+
+    Args:
+        output: Folder of the stage.
+        rows: Numbers of the changed rows in the source.
+    """
     record = read_stage_record(output)
     write_json(output / STAGE_FILE, record | {"source": record["source"] | {"fingerprint": None}})
     size, total = record["rows_per_part"], record["source"]["rows"]
@@ -586,17 +570,20 @@ def remove_rows(output: Path, rows: Iterable[int]) -> None:
 
 
 def identity_digest(record: dict[str, Any]) -> str:
-    """Of what two runs of a stage must have in common."""
+    """Return a digest of the values that all parts of a folder must share."""
     return json_digest(_identity(record), sort_keys=True)
 
 
 def _identity(record: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: record.get(key) for key in IDENTITY_KEYS}
-    return kept | {"source": {key: value for key, value in record["source"].items() if key not in IGNORED_SOURCE_KEYS}}
+    """Return the values of a `stage.json` that all parts of a folder must share."""
+    identity = {key: record.get(key) for key in IDENTITY_KEYS}
+    return identity | {
+        "source": {key: value for key, value in record["source"].items() if key not in IGNORED_SOURCE_KEYS}
+    }
 
 
 def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of objects within objects, by names with points between."""
+    """Flatten nested dicts; the keys of the levels are joined with dots."""
     leaves: dict[str, Any] = {}
     for key, value in data.items():
         leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -604,57 +591,70 @@ def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_complete(output: Path | str) -> StageReport:
-    """Of a stage that is done. Raises ValueError, with the command that goes on, where parts are missing or broken."""
+    """Count the rows of a complete stage.
+
+    Raises ValueError, with the command that continues, if parts are missing or damaged.
+    """
     output, record = Path(output), read_stage_record(output)
     check_finished(output)
     return summarize_parts(output, record, split_rows(record["source"]["rows"], record["rows_per_part"]))
 
 
 def summarize_parts(output: Path, record: dict[str, Any], parts: Iterable[range]) -> StageReport:
-    """What of some parts is done. Raises ValueError where one is broken, or has lost rows."""
-    rows, skipped, again = 0, Counter(), f"and run again: {record['command']}"
+    """Count the rows of parts. Raises ValueError if a part is damaged or has lost rows."""
+    rows, skipped, retry = 0, Counter(), f"and run again: {record['command']}"
     for part in parts:
         path = part_path(output, record["source"]["split"], part)
-        with open_parquet(path, f". Remove it, {again}") as file:
+        with open_parquet(path, f". Remove it, {retry}") as file:
             written = file.metadata.num_rows
         reasons = Counter(reason for _, reason in read_skipped_rows(path))
         if written + sum(reasons.values()) != len(part):
             raise ValueError(
-                f"{path} has {written} rows and a list of {sum(reasons.values())} that were left out, of "
-                f"{len(part)}. Remove both, {again}"
+                f"{path} has {written} rows and lists {sum(reasons.values())} skipped rows; together there must be "
+                f"{len(part)}. Remove both files, {retry}"
             )
         rows, skipped = rows + written, skipped + reasons
     return StageReport(rows, dict(skipped.most_common()))
 
 
 def read_skipped_rows(part: Path) -> list[tuple[int, str]]:
-    """Number and reason of the rows that a part goes without. Raises ValueError where the list is broken."""
+    """Return the number and reason of each skipped row of a part. Raises ValueError if the list is damaged."""
     path = skipped_path(part)
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         return [(int(line["row"]), str(line["reason"])) for line in map(json.loads, lines)]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}). Remove it and the part beside it, and go on.") from error
+        raise ValueError(
+            f"{path} is damaged ({error}). Remove it and its parquet file, and run the stage again."
+        ) from error
 
 
-# The command
+# The command line
 
 
 def run_stage_command(
     arguments_type: type[StageArguments], description: str, argv: list[str] | None
 ) -> StageArguments | None:
-    """Parse the flags of a stage, run it, and print what was done.
+    """Parse the flags of a stage, run it, and print the counts.
 
-    Returns the arguments; None where the stage waits for a person, or Slurm has taken its jobs.
+    Args:
+        arguments_type: Class of the stage's flags.
+        description: Text of `--help`.
+        argv: Command-line words. Default: those of the process.
+
+    Returns:
+        The flags; None if the stage needs a manual step first, or if its jobs were submitted to Slurm.
     """
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     args = parse_arguments(arguments_type, description, argv)
     if args.pending_manual_step():
-        logger.info("waiting: %s Fill the last column, then run the same command again.", args.request_manual_step())
+        logger.info(
+            "Manual step: %s Fill its last column, then run the same command again.", args.request_manual_step()
+        )
         return None
     if corrections := args.corrections():
-        logger.info("%s was corrected: %s rows change.", args.import_file, f"{len(corrections.rows):,}")
+        logger.info("%s was corrected: %s rows are written again.", args.import_file, f"{len(corrections.rows):,}")
         corrections.apply()
     if not run_phases(PhaseStep.from_phases(args, args.phases, arguments_type.__module__.rpartition(".")[2]), args):
         return None

@@ -1,14 +1,15 @@
-r"""Zero-shot classification: an image takes the class whose prompts lie nearest to it.
+r"""Zero-shot classification: assign each image the class whose text embedding is most similar.
 
     python -m eval.classification --model data/openmoji/base --benchmark cifar-10 --images FOLDER \
         --output results/cifar-10.json
     python -m eval.classification --model MODEL --benchmark food-101 --images DATA --protocol authors \
         --authors_file portuguese_prompts.py --output results/food_authors.json
 
-A class is the normalised mean of the normalised embeddings of its filled templates (CAPIVARA, arXiv 2310.13683,
-section 4, after CLIP, arXiv 2103.00020, section 3.1.4).
+The embedding of a class is the normalized mean of the normalized embeddings of its prompts, the templates filled with
+the class name (prompt ensembling: CLIP, arXiv 2103.00020, section 3.1.4; CAPIVARA, arXiv 2310.13683, section 4).
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,50 +31,66 @@ from eval.embeddings import EmbeddingStore, ModelArguments, open_store, run_eval
 from eval.prompts import Prompts, load_prompts
 from eval.records.schema import Record
 
-CLIP_LOGIT_SCALE = (
-    100  # of cosines before the softmax (CLIP, arXiv 2103.00020, section 2.5: where its scale is clipped)
-)
-CHANCE_DRAWS = 20  # of random scores
+# Factor of the cosines before the softmax: the limit of CLIP's learned logit scale (arXiv 2103.00020, section 2.5).
+CLIP_LOGIT_SCALE = 100
+CHANCE_DRAWS = 20  # sets of random scores whose mean estimates the 11-point mAP of chance
 
 
 @dataclass
 class LabeledImageArguments(ModelArguments):
-    """What classification and linear probe have in common."""
+    """Command-line arguments shared by zero-shot classification and the linear probe."""
 
-    gone = {"form": "a folder of pictures holds no table, list or tar; keep the pictures in a folder of their own"}
-    model: str = flag(..., "Folder or Hub id of a model of two towers; open_clip's with --role baseline.")
+    model: str = flag(..., "Folder or Hub id of a CLIP-like model. With --role baseline also a model of open_clip.")
     benchmark: str = flag(
-        ...,
-        "Key in eval/prompts/pt, such as cifar-10, or a JSON file of your own classes (docs/evaluation.md has one).",
+        ..., "A file in eval/prompts/pt, such as cifar-10, or a JSON file of your own classes (see docs/evaluation.md)."
     )
     images: str = flag(
-        ..., "Folder of a folder a class, a saved HF data set, parquet files, tars with classnames.txt, or a Hub id."
+        ...,
+        "Labeled images: a folder with one subfolder per class, a saved Hugging Face dataset, parquet files, tars with "
+        "classnames.txt, or a Hub id.",
     )
-    output: Path = flag(..., "JSON file for the result.")
-    image_column: str | None = flag(None, "Name of the image column; the only one of images where none is given.")
-    label_column: str | None = flag(None, f"Name of the column of a label or a list of labels; one of {LABEL_COLUMNS}.")
+    output: Path = flag(..., "JSON file to write the result to.")
+    image_column: str | None = flag(None, "Name of the image column. Default: the only column with images.")
+    label_column: str | None = flag(None, f"Column with a label or a list of labels. Default: one of {LABEL_COLUMNS}.")
 
 
 @dataclass
 class ClassificationArguments(LabeledImageArguments):
-    """Flags of `eval.classification`."""
+    """Command-line arguments of `eval.classification`."""
 
-    protocol: Literal["ours", "authors", "babel"] = flag("ours", "Names and templates: ours, the authors', or babel's.")
-    language: str | None = flag(None, "Language of the protocol babel; else it is that of the benchmark's prompts.")
-    authors_file: str | None = flag(None, "Path of the authors' portuguese_prompts.py, for protocol authors.")
-    seed: int | None = flag(None, "Seed of the training run, for the records.")
+    protocol: Literal["ours", "authors", "babel"] = flag(
+        "ours",
+        "Source of names and prompts: this project (ours), CAPIVARA's authors (authors), Babel-ImageNet (babel).",
+    )
+    language: str | None = flag(None, "Language code of the class names, for protocol babel. Default: pt.")
+    authors_file: str | None = flag(None, "Path of the authors' portuguese_prompts.py. Required for protocol authors.")
+    seed: int | None = flag(None, "Seed of the training run, to be written to the records.")
 
 
 def load_split(
     args: LabeledImageArguments, split: str, class_names: Sequence[str], class_indices: Sequence[int] | None = None
 ) -> LabeledImages:
-    """A split of the images of the arguments; `load_images` has the rest."""
+    """Load a split of the labeled images that the arguments name.
+
+    Args:
+        args: Command-line arguments: the dataset, its columns and the options for reading image files.
+        split: Name of the split.
+        class_names: English names of all classes, in the order of the labels.
+        class_indices: Indices into `class_names` of the classes to keep, for prompts that name only some classes.
+
+    Returns:
+        The images, which are decoded when they are needed, with their labels.
+    """
     columns = (args.image_column, args.label_column)
     return load_labeled_images(args.images, split, class_names, *columns, class_indices, **args.image_options())
 
 
 def embed_classes(store: EmbeddingStore, prompts: Prompts) -> Tensor:
-    """(classes, width), unit length: the mean of each class's embedded prompts."""
+    """Embed the classes of a zero-shot classifier.
+
+    Returns:
+        Unit-length embeddings (classes, width): the normalized mean of each class's prompt embeddings.
+    """
     texts = [text for filled in prompts.class_prompts for text in filled]
     embeds = store.embed_texts(texts, "Prompts")
     means = [part.mean(dim=0) for part in embeds.split([len(filled) for filled in prompts.class_prompts])]
@@ -81,34 +98,53 @@ def embed_classes(store: EmbeddingStore, prompts: Prompts) -> Tensor:
 
 
 def compute_classification_metrics(scores: Tensor, labels: list, metric: str) -> dict[str, float]:
-    """The data set's own metric, of `METRICS`, first, then top-1 and top-5 where they make sense.
+    """Compute the dataset's own metric, then top-1 and top-5 accuracy if they apply.
 
-    Of cosines (images, classes), and a class, or a list of classes, an image.
+    Args:
+        scores: Cosine similarities (images, classes).
+        labels: For each image its class index, or a list of class indices.
+        metric: Metric of the dataset, from `eval.prompts.DATASET_METRICS`.
+
+    Returns:
+        Metric name, as in `Record.metric` -> value from 0 to 1.
+
+    Raises:
+        ValueError: If the metric needs one label per image and there are lists, or the other way around.
     """
-    several = isinstance(labels[0], list)
-    if several != (metric == "11point_mAP"):
-        wanted = "one label" if several else "a list of labels"
-        raise ValueError(f"{metric} needs {wanted} an image; look at --label_column.")
+    is_multilabel = isinstance(labels[0], list)
+    if is_multilabel != (metric == "11point_mAP"):
+        expected, actual = ("one label", "a list") if is_multilabel else ("a list of labels", "one label")
+        raise ValueError(f"{metric} needs {expected} per image, got {actual}. Check --label_column.")
     if metric == "11point_mAP":
         targets = torch.zeros(scores.shape)
         for row, classes in enumerate(labels):
             targets[row, classes] = 1
-        # of each image's probabilities, as published: cosines of different images are not compared as they are
+        # As in the published figures, images are ranked by their class probabilities, since cosines of different images
+        # are not on one scale.
         return {"11point_mAP": metrics.eleven_point_map((CLIP_LOGIT_SCALE * scores).softmax(dim=-1), targets)}
-    right = torch.tensor(labels)
-    values = {"accuracy": metrics.top_k_accuracy(scores, right)}
+    label_tensor = torch.tensor(labels)
+    values = {"accuracy": metrics.top_k_accuracy(scores, label_tensor)}
     if metric == "roc_auc":
-        return {"roc_auc": metrics.roc_auc(scores[:, 1] - scores[:, 0], right)} | values
+        return {"roc_auc": metrics.roc_auc(scores[:, 1] - scores[:, 0], label_tensor)} | values
     if metric == "mean-per-class":
-        values = {"mean_per_class_accuracy": metrics.mean_per_class_accuracy(scores, right)} | values
+        values = {"mean_per_class_accuracy": metrics.mean_per_class_accuracy(scores, label_tensor)} | values
     if scores.shape[1] > 5:
-        values["top_5_accuracy"] = metrics.top_k_accuracy(scores, right, 5)
+        values["top_5_accuracy"] = metrics.top_k_accuracy(scores, label_tensor, 5)
     return values
 
 
 def compute_chance(metric: str, labels: list, class_count: int) -> float:
-    """Expected value of random scores for a metric of `compute_classification_metrics`."""
-    if metric == "11point_mAP":  # interpolation has no formula: the mean of draws
+    """Return the value that random scores are expected to reach.
+
+    Args:
+        metric: A metric name that `compute_classification_metrics` returns.
+        labels: For each image its class index, or a list of class indices.
+        class_count: Number of classes.
+
+    Returns:
+        Expected value, from 0 to 1.
+    """
+    if metric == "11point_mAP":  # the interpolated precision has no closed form, so it is estimated
         generator = torch.Generator().manual_seed(0)
         draws = [torch.rand(len(labels), class_count, generator=generator) for _ in range(CHANCE_DRAWS)]
         return float(np.mean([compute_classification_metrics(scores, labels, metric)[metric] for scores in draws]))
@@ -116,7 +152,7 @@ def compute_chance(metric: str, labels: list, class_count: int) -> float:
 
 
 def evaluate(args: ClassificationArguments) -> list[Record]:
-    """Measure and write; returns the records."""
+    """Measure zero-shot classification, write the result file, and return the records."""
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark, args.protocol, args.language, args.authors_file)
     data = load_split(args, args.split, prompts.english_names, prompts.class_indices)
@@ -125,7 +161,7 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     images = store.embed_images(data.images)
     scores = images.embeds @ embed_classes(store, prompts).T
     labels = [data.labels[row] for row in images.rows.tolist()]
-    # Classes that the list has no name for can't be predicted: they score below any cosine.
+    # The authors' list may lack a name for the last classes. They can't be predicted, so they score below any cosine.
     unnamed = max(0, len(prompts.english_names) - len(prompts.names)) if prompts.class_indices is None else 0
     scores = F.pad(scores, (0, unnamed), value=-2.0)
     values = compute_classification_metrics(scores, labels, prompts.metric)
@@ -137,12 +173,12 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
         for name, value in values.items()
     ]
     if process_state().is_main_process:
-        parts = {"classes": [*prompts.names, *["(sem nome)"] * unnamed], "notes": list(prompts.notes)}
-        if not isinstance(labels[0], list):  # else no image has one right class
-            right = torch.tensor(labels)
-            shares = metrics.per_class_accuracy(scores, right).tolist()
-            parts["per_class_accuracy"] = [None if share != share else share for share in shares]
-            parts["confusion_matrix"] = metrics.confusion_matrix(scores, right).tolist()
+        parts = {"classes": prompts.names + ["(sem nome)"] * unnamed, "notes": list(prompts.notes)}
+        if not isinstance(labels[0], list):  # with several classes per image, these two are not defined
+            label_tensor = torch.tensor(labels)
+            accuracies = metrics.per_class_accuracy(scores, label_tensor).tolist()
+            parts["per_class_accuracy"] = [None if math.isnan(accuracy) else accuracy for accuracy in accuracies]
+            parts["confusion_matrix"] = metrics.confusion_matrix(scores, label_tensor).tolist()
         parts |= {"dataset": args.images, "fingerprint": data.fingerprint(), "skipped": images.skipped}
         write_result(args, records, store, started, **parts)
     return records

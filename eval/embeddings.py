@@ -1,13 +1,15 @@
-"""What all measurements share: embeddings of a data set, the result file, and what a command prints.
+"""Cached embeddings, and the command line shared by all evaluation commands.
 
     store = EmbeddingStore(load_embedder("data/openmoji/base"), cache_home(), batch_size=32)
     images = store.embed_images(open_split("data/openmoji/dataset", "test", "image"))
     text_embeds = store.embed_texts(["uma foto de um gato"])
 
-Embeddings are computed once, and kept in files by what they depend on; training keeps its own so, too. Rows go through
-in shards: an interrupted run continues at the first one that is missing or damaged, and the processes of a launch share
-them out. No batch has rows of two shards, so that a shard depends neither on who makes it nor on which others are made.
-One of a measurement is named by its own images or texts: a data set that has grown has its first shards.
+The cache is divided into shards, files with the embeddings of some hundreds of rows. An interrupted run computes only
+the shards that are missing or damaged, and the processes of a distributed launch divide the shards among themselves. No
+batch crosses the border of a shard, so a shard has the same bits whichever process computes it.
+
+In evaluation, the name of a shard is a digest of its images or texts: if rows are appended to a dataset, its full
+shards stay valid. Training (`training.inputs`) uses `EmbeddingCache` with names of its own.
 """
 
 import logging
@@ -38,17 +40,25 @@ from caption_data.sources import Split
 from eval.records.schema import Record, write_records
 from modeling_capivara.two_towers import Embedder, load_embedder
 
-IMAGES_PER_SHARD, TEXTS_PER_SHARD = 256, 2048  # what an interruption loses, and processes share out
-EMBEDDING_FORMAT_VERSION = 2  # of what the embeddings depend on; raise it when that changes
-BadRows = dict[int, tuple[str, str]]  # place of a row in its shard -> reason and detail
+# Rows of a shard. An interruption loses at most one shard per process.
+IMAGES_PER_SHARD = 256
+TEXTS_PER_SHARD = 2048
+EMBEDDING_FORMAT_VERSION = 2  # part of the cache key; increase it if the same inputs give other embeddings
+BadRows = dict[int, tuple[str, str]]  # position of a row in its shard -> reason and detail
 logger = logging.getLogger("capivara")
 
 
 class EmbeddingCache:
-    """Embeddings of rows, an Arrow table a shard: `vectors`, an empty list where a row is bad, `reason` and `detail`.
+    """Embeddings of the rows of a dataset, stored as one Arrow table per shard.
 
-    The names of the folder and its files, `paths`, depend on all that the embeddings do; a file ends with a digest, and
-    is there whole or not at all. `parts` are the rows of each shard.
+    A table has the columns `vectors` (an empty list if the row is bad), `reason` and `detail` (both empty unless it is
+    bad). The names of the folder and of the files must identify everything that the embeddings depend on. A file ends
+    with a digest and is written atomically, so an incomplete or damaged file is detected.
+
+    Args:
+        folder: Folder of the shards.
+        shards: Rows of each shard.
+        shard_names: File names without extension. Default: `shard-00000`, `shard-00001` and so on.
     """
 
     def __init__(self, folder: Path, shards: list[range], shard_names: Sequence[str] | None = None):
@@ -58,36 +68,48 @@ class EmbeddingCache:
         ]
 
     def find_missing(self) -> list[int]:
-        """Shards that are still to be made, damaged ones among them; the same on all processes of a launch."""
-        found: list[Any] = [None]
+        """Return the numbers of the shards that are missing or damaged, the same on all processes of a launch."""
+        missing: list[int] | None = None
         if process_state().is_main_process:
             with ThreadPoolExecutor(DECODER_THREADS) as threads:
-                found = [[number for number, good in enumerate(threads.map(digest_matches, self.paths)) if not good]]
-            for path in filter(Path.exists, (self.paths[number] for number in found[0])):
-                logger.warning("%s is damaged; it is made anew.", path)
-            if found[0] and next(self.folder.parent.glob("*/*.npy"), None):  # their folders may have other names
-                text = "%s has embeddings of an earlier version, *.npy: they are made anew, the files can be removed."
+                missing = [number for number, valid in enumerate(threads.map(digest_matches, self.paths)) if not valid]
+            for path in filter(Path.exists, (self.paths[number] for number in missing)):
+                logger.warning("%s is damaged. It will be computed again.", path)
+            if missing and next(self.folder.parent.glob("*/*.npy"), None):  # files of an earlier version
+                text = "%s has embeddings of an earlier version (*.npy), which are not used. You can delete them."
                 logger.warning(text, self.folder.parent)
-        return broadcast_object_list(found)[0]
+        return broadcast_object_list([missing])[0]
 
     def make_shards(
         self, shard_numbers: Sequence[int], embed: Callable[[list[int]], Iterator[tuple[np.ndarray, BadRows]]]
     ) -> None:
-        """Make shards: each process of a launch a run of neighbours, since a source may be read to its end.
+        """Compute and write shards, divided among the processes of a launch.
 
-        `embed` is given their numbers, and yields of each the array (rows, …), and the rows that are bad.
+        Each process gets consecutive shards, since some sources can only be read in order.
+
+        Args:
+            shard_numbers: Numbers of all shards to make.
+            embed: Function that gets the shard numbers of this process. It yields, for each shard, its embeddings
+                (rows, …) and its bad rows.
         """
         state = process_state()
-        own = np.array_split(np.array(shard_numbers, dtype=int), state.num_processes)[state.process_index].tolist()
-        for number, (embeds, bad) in zip(own, embed(own), strict=True):
-            self.write_shard(number, embeds, bad)
+        chunks = np.array_split(np.array(shard_numbers, dtype=int), state.num_processes)
+        local_numbers = chunks[state.process_index].tolist()
+        for number, (embeds, bad_rows) in zip(local_numbers, embed(local_numbers), strict=True):
+            self.write_shard(number, embeds, bad_rows)
         state.wait_for_everyone()
 
     def write_shard(self, shard_number: int, embeds: np.ndarray, bad_rows: BadRows) -> None:
-        """Write a shard whole; what `embeds` has in bad rows is left out."""
-        good = np.array([place not in bad_rows for place in range(len(embeds))])
+        """Write one shard atomically.
+
+        Args:
+            shard_number: Number of the shard.
+            embeds: Embeddings (rows, …). The values at the positions of bad rows are ignored.
+            bad_rows: Position in the shard -> reason and detail.
+        """
+        good = np.array([position not in bad_rows for position in range(len(embeds))])
         ends = np.cumsum(good * embeds[0].size)
-        faults = zip(*(bad_rows.get(place, ("", "")) for place in range(len(embeds))), strict=True)
+        faults = zip(*(bad_rows.get(position, ("", "")) for position in range(len(embeds))), strict=True)
         vectors = pa.LargeListArray.from_arrays(np.insert(ends, 0, 0), embeds[good].ravel())
         table = pa.table([vectors, *map(pa.array, faults)], ["vectors", "reason", "detail"])
         with atomic_file(self.paths[shard_number]) as path:
@@ -96,32 +118,37 @@ class EmbeddingCache:
             append_digest(path)
 
     def load_table(self) -> pa.Table:
-        """All shards, left on the disk, memory-mapped. Raises ValueError where one is of other rows."""
+        """Load all shards as one memory-mapped table.
+
+        Raises:
+            ValueError: If a file is not an Arrow table, or has another number of rows than its shard.
+        """
         tables = []
         for path, part in zip(self.paths, self.shards, strict=True):
             try:
                 tables.append(pa.ipc.open_stream(pa.memory_map(str(path))).read_all())
             except pa.ArrowInvalid as error:
-                raise ValueError(f"{path} is no table of embeddings ({error}). Remove it.") from error
+                raise ValueError(f"{path} is not a table of embeddings ({error}). Delete it and run again.") from error
             if len(tables[-1]) != len(part):
-                raise ValueError(f"{path} should have {len(part)} rows, it has {len(tables[-1])}. Remove it.")
+                rows = len(tables[-1])
+                raise ValueError(f"{path} must have {len(part)} rows, but has {rows}. Delete it and run again.")
         return pa.concat_tables(tables)
 
 
 def vectors_to_array(table: pa.Table) -> np.ndarray:
-    """(rows, numbers), read-only, of a table whose rows all have `vectors`, at least one."""
+    """Return the `vectors` of a table as a read-only array (rows, values per row). Every row must have a vector."""
     vectors = table.column("vectors").combine_chunks()
     return vectors.flatten().to_numpy().reshape(len(vectors), -1)
 
 
 @dataclass(kw_only=True)
 class EmbeddingArguments(ImageFileArguments):
-    """How images and texts are embedded."""
+    """Command-line arguments for embedding images and texts."""
 
-    batch_size: int = flag(32, "Images that go through at once; twice as many captions.")
-    precision: Literal["float32", "bf16"] = flag("float32", "bf16 is faster; its figures differ a little.")
-    cache_dir: str = flag("auto", "Folder of embeddings; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = none.")
-    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
+    batch_size: int = flag(32, "Images in a batch. A batch of texts is twice as large.")
+    precision: Literal["float32", "bf16"] = flag("float32", "Precision. bf16 is faster; its figures differ slightly.")
+    cache_dir: str = flag("auto", "Cache folder; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = no cache is kept.")
+    device: str | None = flag(None, "Device: cpu, cuda, or one GPU such as cuda:1. Default: the GPU if there is one.")
 
     def __post_init__(self) -> None:
         self.check_image_files()
@@ -130,74 +157,93 @@ class EmbeddingArguments(ImageFileArguments):
 
 @dataclass(kw_only=True)
 class ModelArguments(EmbeddingArguments):
-    """What every measurement of a model takes."""
+    """Command-line arguments shared by all evaluation commands."""
 
     role: Literal["baseline", "capivara"] = flag(
-        "capivara", "What records call it. A baseline may be open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER."
+        "capivara", "Role in tables. A baseline may also be open_clip:NAME:PRETRAINED or open_clip:local-dir:FOLDER."
     )
-    split: str = flag("test", "Split that is measured.")
+    split: str = flag("test", "Split of the dataset to measure.")
 
 
 @dataclass(frozen=True)
 class EmbeddedImages:
-    """Images of a data set in the shared space."""
+    """Embeddings of the readable images of a dataset."""
 
-    embeds: Tensor  # (kept images, width), unit length, float32
-    rows: Tensor  # (kept images,), the row of each
-    skipped: dict[int, str]  # row -> why its image is left out
+    embeds: Tensor  # (readable images, width), unit length, float32
+    rows: Tensor  # (readable images,), row of each image in the dataset, ascending
+    skipped: dict[int, str]  # row of each unreadable image -> reason
 
 
 @dataclass
 class EmbeddingStore:
-    """A model whose embeddings are kept in files."""
+    """A model with a cache of its embeddings on disk."""
 
     embedder: Embedder
-    cache_folder: Path | None = None  # folder of all caches; None for a temporary one that lasts as long as this object
-    batch_size: int = 32  # images that go through at once; twice as many texts
+    cache_folder: Path | None = None  # folder of all caches; None: a temporary folder that is deleted with this object
+    batch_size: int = 32  # images in a batch; a batch of texts is twice as large
 
     def __post_init__(self) -> None:
         self._temporary = None if self.cache_folder else tempfile.TemporaryDirectory(prefix="capivara-embeddings-")
-        self.cache_folder = self.cache_folder or Path(
-            broadcast_object_list([self._temporary.name])[0]
-        )  # the main process's
+        if self.cache_folder is None:  # all processes use the temporary folder of the main process
+            self.cache_folder = Path(broadcast_object_list([self._temporary.name])[0])
 
     def embed_images(self, images: Split, description: str = "Images") -> EmbeddedImages:
-        """Embeddings of images, without those that can't be read; ValueError where none can."""
+        """Embed the images of a dataset split, or load their embeddings from the cache.
+
+        Args:
+            images: The split.
+            description: Label of the progress bar.
+
+        Returns:
+            Embeddings of the images that can be read, and the reasons why others can't.
+
+        Raises:
+            ValueError: If no image can be read.
+        """
 
         def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, BadRows]:
-            embeds, bad, decoded = np.zeros((len(rows), 0), dtype=np.float32), {}, images.decode_images(rows)
-            while chunk := list(islice(decoded, self.batch_size)):  # by row, so that a bad one moves no other
-                good = {row - rows.start: image for row, image in chunk if not isinstance(image, BadImage)}
-                faults = ((row, why) for row, why in chunk if isinstance(why, BadImage))
-                bad |= {row - rows.start: (why.reason, images.describe_image_error(row, why)) for row, why in faults}
+            embeds, bad_rows, decoded = np.zeros((len(rows), 0), dtype=np.float32), {}, images.decode_images(rows)
+            # Batches are cut by row, so that a bad image does not move the others to other batches.
+            while batch := list(islice(decoded, self.batch_size)):
+                good = {row - rows.start: image for row, image in batch if not isinstance(image, BadImage)}
+                for row, error in batch:
+                    if isinstance(error, BadImage):
+                        bad_rows[row - rows.start] = (error.reason, images.describe_image_error(row, error))
                 if good:
-                    found = self.embedder.embed_images([*good.values()], self.batch_size).numpy()
-                    embeds = embeds if embeds.size else np.zeros((len(rows), found.shape[1]), np.float32)
-                    embeds[[*good]] = found
-                bar.update(len(chunk))
-            return embeds, bad
+                    batch_embeds = self.embedder.embed_images([*good.values()], self.batch_size).numpy()
+                    embeds = embeds if embeds.size else np.zeros((len(rows), batch_embeds.shape[1]), np.float32)
+                    embeds[[*good]] = batch_embeds
+                bar.update(len(batch))
+            return embeds, bad_rows
 
         model = self.embedder.image_fingerprint
         table = self._load_or_make_table("images", model, images.image_digests, IMAGES_PER_SHARD, embed, description)
-        skipped = {row: why for row, why in enumerate(table["detail"].to_pylist()) if why}
+        skipped = {row: detail for row, detail in enumerate(table["detail"].to_pylist()) if detail}
         if len(skipped) == len(images):
-            raise ValueError(f"None of the {len(images)} images can be read: {skipped[0]}.")
+            raise ValueError(f"At least one image must be readable, but none of {len(images)} is. First: {skipped[0]}.")
         good = np.setdiff1d(np.arange(len(images)), [*skipped])
         embeds = vectors_to_array(table.filter(pc.equal(table["reason"], "")))
         return EmbeddedImages(torch.from_numpy(embeds.copy()), torch.from_numpy(good), skipped)
 
     def embed_texts(self, texts: Sequence[str], description: str = "Texts") -> Tensor:
-        """(texts, width), unit length, float32. Equal texts are embedded once."""
-        distinct = sorted(set(texts), key=lambda text: (len(text), text))  # neighbours are padded to one length
+        """Embed texts, or load their embeddings from the cache. Equal texts are embedded once.
+
+        Args:
+            texts: The texts.
+            description: Label of the progress bar.
+
+        Returns:
+            Unit-length embeddings (texts, width), float32.
+        """
+        # Texts of similar length are in one batch, so that they need little padding.
+        distinct = sorted(set(texts), key=lambda text: (len(text), text))
 
         def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, BadRows]:
-            return self.embedder.embed_texts(
-                distinct[rows.start : rows.stop], 2 * self.batch_size, bar.update
-            ).numpy(), {}
+            shard_texts = distinct[rows.start : rows.stop]
+            return self.embedder.embed_texts(shard_texts, 2 * self.batch_size, bar.update).numpy(), {}
 
-        table = self._load_or_make_table(
-            "texts", self.embedder.fingerprint, distinct, TEXTS_PER_SHARD, embed, description
-        )
+        model = self.embedder.fingerprint
+        table = self._load_or_make_table("texts", model, distinct, TEXTS_PER_SHARD, embed, description)
         position = {text: number for number, text in enumerate(distinct)}
         return torch.from_numpy(vectors_to_array(table)[[position[text] for text in texts]])
 
@@ -210,41 +256,62 @@ class EmbeddingStore:
         embed: Callable,
         description: str,
     ) -> pa.Table:
-        """The cached table of `items` (texts, or digests of images); `embed` makes missing shards, each of its rows."""
-        key = json_digest(
-            {"version": EMBEDDING_FORMAT_VERSION, "model": model_fingerprint, "batch_size": self.batch_size},
-            sort_keys=True,
-        )
+        """Load the cached embeddings of all items, after making the shards that are missing.
+
+        Args:
+            kind: "images" or "texts".
+            model_fingerprint: Digest of the weights and settings of the encoder.
+            items: The texts, or the digests of the images.
+            rows_per_shard: Number of items per shard.
+            embed: Function that embeds a range of items, updates the progress bar, and returns embeddings and bad rows.
+            description: Label of the progress bar.
+        """
+        key = {"version": EMBEDDING_FORMAT_VERSION, "model": model_fingerprint, "batch_size": self.batch_size}
+        key = json_digest(key, sort_keys=True)
         parts = split_rows(len(items), rows_per_shard)
         names = [f"{kind}-{json_digest(items[part.start : part.stop])}" for part in parts]
         cache = EmbeddingCache(self.cache_folder / "evaluation" / key, parts, names)
 
         def embed_all(numbers: list[int]) -> Iterator[tuple[np.ndarray, BadRows]]:
-            rows, quiet = sum(len(parts[number]) for number in numbers), not process_state().is_main_process
-            with tqdm(total=rows, desc=description, unit=kind[:-1], disable=quiet or not numbers) as bar:
+            rows, hidden = sum(len(parts[number]) for number in numbers), not process_state().is_main_process
+            with tqdm(total=rows, desc=description, unit=kind[:-1], disable=hidden or not numbers) as bar:
                 for number in numbers:
                     yield embed(parts[number], bar)
 
         cache.make_shards(cache.find_missing(), embed_all)
         table = cache.load_table()
-        process_state().wait_for_everyone()  # the temporary folder goes with the store of the main process
+        process_state().wait_for_everyone()  # the main process may delete the temporary folder after this
         return table
 
 
 def open_store(args: ModelArguments) -> EmbeddingStore:
-    """The model of the arguments, its embeddings kept in their cache folder; raises as `load_embedder`."""
+    """Load the model that the arguments name, with its embedding cache.
+
+    Raises:
+        ValueError, OSError, ImportError: If `load_embedder` can't load the model.
+    """
     embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision)
-    root = None if args.cache_dir == "off" else cache_home() if args.cache_dir == "auto" else Path(args.cache_dir)
-    return EmbeddingStore(embedder, root, args.batch_size)
+    if args.cache_dir == "off":
+        return EmbeddingStore(embedder, None, args.batch_size)
+    return EmbeddingStore(embedder, cache_home() if args.cache_dir == "auto" else Path(args.cache_dir), args.batch_size)
 
 
 def write_result(
     args: ModelArguments, records: list[Record], store: EmbeddingStore, start_time: float, **metadata: Any
 ) -> None:
-    """Write the result file of a command; `started`: `time.perf_counter()` before the first embedding."""
+    """Write the result file of an evaluation command.
+
+    Args:
+        args: Command-line arguments, among them the path of the file.
+        records: The measured figures.
+        store: The model that was measured.
+        start_time: Value of `time.perf_counter()` before the first embedding.
+        metadata: Other arguments of `write_records`, such as dataset, fingerprint and skipped, and further keys of the
+            result file.
+    """
     seconds, device = time.perf_counter() - start_time, describe_device(store.embedder.device)
-    known = {"model": args.model, "device": device, "precision": args.precision, "seconds": seconds}
-    write_records(args.output, records, **known, **store.embedder.metadata, **metadata)
+    shared = {"model": args.model, "device": device, "precision": args.precision, "seconds": seconds}
+    write_records(args.output, records, **shared, **store.embedder.metadata, **metadata)
 
 
 def run_evaluation(
@@ -253,18 +320,25 @@ def run_evaluation(
     evaluate: Callable[[Any], list[Record]],
     argv: list[str] | None = None,
 ) -> None:
-    """The command of a measurement: read the flags, measure, print the figures and what their reader must know."""
+    """Run an evaluation command: parse the arguments, measure, and print figures and notes.
+
+    Args:
+        arguments_type: Dataclass of the command's arguments.
+        doc: Module docstring, shown by --help.
+        evaluate: Function that measures and writes the result file.
+        argv: Command-line arguments. Default: those of the program.
+    """
     args = parse_arguments(arguments_type, doc, argv)
     records = evaluate(args)
     if not process_state().is_main_process:
         return
     for record in records:
-        what = record.direction or f"{record.dataset} {record.protocol}"
+        label = record.direction or f"{record.dataset} {record.protocol}"
         value = f"{record.value:8.1f}" if record.is_rank else f"{100 * record.value:6.2f} %"
         chance = "" if record.chance is None else f"   chance {100 * record.chance:.2f} %"
-        print(f"{what:28} {record.metric:24} {value}{chance}")
+        print(f"{label:28} {record.metric:24} {value}{chance}")
     content = read_json(args.output)
     for note in content.get("notes", []):
         print(note)
     if skipped := len(content["skipped"]):
-        print(f"{skipped} images could not be read and are not in these figures; {args.output} lists them.")
+        print(f"{skipped} images could not be read and are not included in these figures. {args.output} lists them.")

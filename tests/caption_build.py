@@ -1,4 +1,4 @@
-"""A small build of captions: thirteen images, two of which can't be used, and a table that is there and filled."""
+"""A small caption build for tests: thirteen images, two of them unusable, and filled translation tables."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 
 from caption_data.rows import CAPTIONS_FEATURE
 from captions.build import BuildArguments, ManualStepRequired, build_dataset
-from captions.translate import escape_cell, unescape_cell
+from captions.translation_tables import escape_cell, unescape_cell
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = {
@@ -23,7 +23,7 @@ CARD = {
 
 
 def write_config(folder: Path, model: Path) -> Path:
-    """The config, whose output is FOLDER/built."""
+    """Write a config with the output FOLDER/built, its dataset and its filled tables; return the path of the config."""
     features = Features(
         {
             "picture": Image(),
@@ -60,14 +60,14 @@ def write_config(folder: Path, model: Path) -> Path:
     content["translate"] |= {"rows_per_part": 2, "batch_rows": 4}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
-    with pytest.raises(ManualStepRequired, match=r"train\.tsv has the sentences of 1-translate, train.*\n.*test\.tsv"):
+    with pytest.raises(ManualStepRequired, match=r"train\.tsv.*1-translate, train.*\n.*test\.tsv"):
         build_dataset(BuildArguments(path))
     fill(folder / "tables")
     return path
 
 
 def openmoji_config(folder: Path, model: Path) -> Path:
-    """The config of examples.openmoji.captions, whose output is FOLDER/built, for a toy."""
+    """Write the config of examples.openmoji.captions for a tiny model, with the output FOLDER/built."""
     content = yaml.safe_load((ROOT / "configs" / "openmoji_captions.yaml").read_text(encoding="utf-8"))
     content |= {"dataset": str(folder / "english"), "output": str(folder / "built")}
     content["translate"] |= {"import": str(folder / "tables" / "{split}.tsv"), "rows_per_part": 2}
@@ -78,6 +78,7 @@ def openmoji_config(folder: Path, model: Path) -> Path:
 
 
 def fill(tables: Path) -> None:
+    """Translate all tables in a folder."""
     for path in tables.glob("*.tsv"):
         head, *lines = path.read_text(encoding="utf-8").splitlines()
         rows = [line.split("\t")[:2] for line in lines]
@@ -90,18 +91,19 @@ def xhosa(text: str) -> str:
 
 
 def changed(path: Path, **changes) -> Path:
+    """Change keys of a config; None removes a key."""
     content = yaml.safe_load(path.read_text(encoding="utf-8")) | changes
     path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}), encoding="utf-8")
     return path
 
 
 def files(folder: Path) -> dict[str, str]:
-    """Name -> digest of all files but the logs."""
+    """Return the digest of each file except the logs, by path."""
     paths = [path for path in folder.rglob("*") if path.is_file() and "logs" not in path.relative_to(folder).parts]
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def surroundings() -> dict:
-    """Of a process with as many threads as this one: with others a model rounds otherwise."""
+    """Return options for a subprocess with as many threads as this process; rounding depends on their number."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}

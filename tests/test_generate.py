@@ -1,7 +1,6 @@
-"""Generated captions: the real BLIP-2 at toy width goes on from every prefix as in its plain call."""
+"""Generated captions: a tiny BLIP-2 continues every prefix exactly like its plain `generate` call."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,7 @@ SIDE, QUERIES, IMAGE_TOKEN, STEPS = 28, 4, 299, 9
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION |= {"image_size": SIDE, "patch_size": 14}
 QFORMER = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-# 12 ends a text: a likely token of these weights, so that texts of a batch end at different steps.
+# Token 12 ends a text. It is likely with these weights, so that texts of a batch end at different steps.
 OPT = {"model_type": "opt", "vocab_size": 300, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64}
 OPT |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128, "bos_token_id": 2}
 OPT |= {"eos_token_id": 12, "pad_token_id": 1, "tie_word_embeddings": False}
@@ -45,7 +44,7 @@ TEN = read_prefixes(PREFIXES_FILE)
 
 
 def opt_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 299 pieces that begins a text with </s>, as OPT's does, and knows no <image>."""
+    """Train a byte-level BPE of 299 tokens that begins texts with </s>, like that of OPT, and has no <image> token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -65,7 +64,7 @@ def image_processor() -> BlipImageProcessor:
 
 
 def tiny_blip2() -> Blip2ForConditionalGeneration:
-    """Weights that are large enough for texts to depend on image and prefix."""
+    """Make a model whose weights are large enough that texts depend on image and prefix."""
     config = Blip2Config(
         vision_config=VISION, qformer_config=QFORMER, text_config=OPT, num_query_tokens=QUERIES,
         image_token_index=IMAGE_TOKEN,
@@ -86,28 +85,28 @@ def captioner_of(model, **options) -> Captioner:
 
 
 def until_end(tokens, model) -> list[int]:
-    """Without what a batch pads behind the end of a text."""
+    """Remove the padding after the end of a text."""
     tokens, end = [int(token) for token in tokens], model.config.text_config.eos_token_id
     return tokens[: tokens.index(end) + 1] if end in tokens else tokens
 
 
 def new_tokens(captioner: Captioner, images: list) -> list[list[list[int]]]:
-    found = captioner.generate_tokens(captioner.preprocess_images(images), TEN)
-    return [[until_end(row, captioner.model) for row in rows] for rows in found]
+    tokens = captioner.generate_tokens(captioner.preprocess_images(images), TEN)
+    return [[until_end(row, captioner.model) for row in rows] for rows in tokens]
 
 
 def plain_tokens(model, images: list) -> list[list[list[int]]]:
-    """Token ids by processor and plain call, every image encoded once a prefix."""
+    """Generate token ids with the processor and plain `generate` calls, which encode each image once per prefix."""
     tokenizer = opt_tokenizer()
     tokenizer.padding_side = "left"
     processor = Blip2Processor(image_processor(), tokenizer, num_query_tokens=QUERIES)
     assert tokenizer.convert_tokens_to_ids("<image>") == IMAGE_TOKEN
-    found = []
+    tokens = []
     for image in images:
         inputs = processor(images=[image] * len(TEN), text=TEN, return_tensors="pt", padding=True)
         output = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False)
-        found.append([until_end(row, model) for row in output[:, inputs["input_ids"].shape[1] :]])
-    return found
+        tokens.append([until_end(row, model) for row in output[:, inputs["input_ids"].shape[1] :]])
+    return tokens
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +122,7 @@ def blip2_folder(blip2, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 7, 160])  # alone; a remainder; all at once
+@pytest.mark.parametrize("micro_batch_size", [1, 7, 160])  # one at a time; with a remainder; all together
 def test_tokens_equal_those_of_the_plain_call(blip2, micro_batch_size):
     expected = plain_tokens(blip2, pictures(3))
     texts = [tuple(row) for rows in expected for row in rows]
@@ -135,13 +134,13 @@ def test_tokens_equal_those_of_the_plain_call(blip2, micro_batch_size):
 def test_every_image_is_encoded_once(blip2):
     rows = {"vision": 0, "qformer": 0, "block": 0}
 
-    def count(name, of):
+    def count(name, count_rows):
         def hook(module, args, kwargs):
-            rows[name] += of(args, kwargs)
+            rows[name] += count_rows(args, kwargs)
 
         return hook
 
-    def block(args, kwargs):  # the language model reads the query block, which no prefix is shorter than
+    def block(args, kwargs):  # calls of the language model with the query tokens; all prefixes are longer
         embeds = kwargs.get("inputs_embeds")
         return 0 if embeds is None or embeds.shape[1] != QUERIES else len(embeds)
 
@@ -157,7 +156,7 @@ def test_every_image_is_encoded_once(blip2):
     assert rows == {"vision": 3, "qformer": 3, "block": 3}
 
 
-def test_scores_that_are_no_numbers_cost_one_row_its_captions(blip2, monkeypatch):
+def test_nan_scores_only_affect_their_own_row(blip2, monkeypatch):
     captioner, images = captioner_of(blip2), pictures(3)
     expected = captioner.generate_captions(images, TEN)
     pixels = captioner.preprocess_images(images)
@@ -178,11 +177,11 @@ def test_half_precision(blip2_folder, precision):
     assert [caption.startswith(prefix) for prefix, caption in zip(TEN, captions, strict=True)] == [True] * len(TEN)
 
 
-def test_an_unknown_kind_is_refused(tiny_folder, tmp_path):
+def test_other_model_types_are_refused(tiny_folder, tmp_path):
     config = {"model_type": "blip-2", "text_config": {"model_type": "t5"}}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for folder, kind in ((tiny_folder, "capivara"), (tmp_path, "blip-2")):
-        with pytest.raises(ValueError, match=rf"of the kind '{kind}', captions.generate takes BLIP-2 over a decoder"):
+        with pytest.raises(ValueError, match=f"'{kind}'"):
             load_captioner(arguments(folder))
 
 
@@ -195,7 +194,7 @@ def arguments(model: Path, **options) -> GenerateArguments:
 
 @pytest.fixture
 def images_folder(tmp_path) -> Path:
-    """Seven rows: a broken image at 2, none at 4."""
+    """An image folder with seven rows: row 2 has a broken image, row 4 has none."""
     folder = tmp_path / "images" / "train"
     folder.mkdir(parents=True)
     lines = []
@@ -209,8 +208,8 @@ def images_folder(tmp_path) -> Path:
 
 
 def flags(images: Path, output: Path, model: Path, *more: str) -> list[str]:
-    given = ["--dataset", images, "--output", output, "--model", model, "--max_new_tokens", STEPS, "--device", "cpu"]
-    return [*map(str, given), "--batch_rows", "2", "--rows_per_part", "3", *more]
+    words = ["--dataset", images, "--output", output, "--model", model, "--max_new_tokens", STEPS, "--device", "cpu"]
+    return [*map(str, words), "--batch_rows", "2", "--rows_per_part", "3", *more]
 
 
 def rows_of(output: Path) -> dict[str, dict]:
@@ -222,8 +221,8 @@ def rows_of(output: Path) -> dict[str, dict]:
 def test_the_command(images_folder, blip2_folder, tmp_path, capsys):
     output = tmp_path / "generated"
     main(flags(images_folder, output, blip2_folder))
-    said = capsys.readouterr().out
-    assert "5 rows written, 2 left out" in said and "unreadable image" in said and "no image" in said
+    output_text = capsys.readouterr().out
+    assert "5 rows written, 2 left out" in output_text and "1 unreadable image" in output_text
     rows = rows_of(output)
     captioner = load_captioner(arguments(blip2_folder, max_new_tokens=STEPS))
     for number in (0, 1, 3, 5, 6):
@@ -240,7 +239,7 @@ def test_the_command(images_folder, blip2_folder, tmp_path, capsys):
     assert rows_of(output) == rows, "what is missing is made again"
 
 
-def test_own_prefixes(images_folder, blip2_folder, tmp_path):
+def test_prefixes_from_a_file(images_folder, blip2_folder, tmp_path):
     (tmp_path / "own.json").write_text('{"prefixes": ["a drawing of ", "here we see"]}')
     main(flags(images_folder, tmp_path / "out", blip2_folder, "--prefixes", str(tmp_path / "own.json")))
     for row in rows_of(tmp_path / "out").values():
@@ -248,36 +247,36 @@ def test_own_prefixes(images_folder, blip2_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("prefixes", "said"),
-    [([], "one at least"), (["a", None], r"must hold .*\[texts\]"), (["a", " "], "none blank"), (["a", "a "], "twice")],
+    ("prefixes", "values"),
+    [([], r"\[\]"), (["a", None], r"\['a', None\]"), (["a", " "], r"\['a', ' '\]"), (["a", "a "], r"\['a', 'a '\]")],
 )
-def test_prefixes_that_are_none(prefixes, said, tmp_path):
+def test_invalid_prefixes_are_refused(prefixes, values, tmp_path):
     (tmp_path / "p.json").write_text(json.dumps({"prefixes": prefixes}))
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=rf"p\.json.*{values}"):
         read_prefixes(tmp_path / "p.json")
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
-        (["--max_new_tokens", "0"], "max_new_tokens must be at least 1, got 0"),
-        (["--model", "no/such/folder"], "Repo id must be in the form"),
-        (["--executor", "slurm"], "--executor slurm needs --tasks"),
+        (["--max_new_tokens", "0"], r"max_new_tokens.*\b0\b"),
+        (["--model", "no/such/folder"], "no/such/folder"),
+        (["--executor", "slurm"], "--tasks"),
     ],
 )
-def test_the_command_refuses_in_one_line(images_folder, blip2_folder, tmp_path, more, said):
-    with pytest.raises((ValueError, OSError), match=re.escape(said)):
+def test_the_command_refuses_invalid_flags(images_folder, blip2_folder, tmp_path, more, message):
+    with pytest.raises((ValueError, OSError), match=message):
         main(flags(images_folder, tmp_path / "out", blip2_folder, *more))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_too_little_memory_names_the_flags_that_need_less(blip2_folder, monkeypatch):
+def test_an_out_of_memory_error_names_the_flags_to_lower(blip2_folder, monkeypatch):
     captioner = load_captioner(arguments(blip2_folder))
 
     def no_memory(*args):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(captioner, "generate_captions", no_memory)
-    with pytest.raises(ValueError, match=r"1 images and 160 captions at once.*--micro_batch_size"):
+    with pytest.raises(ValueError, match=r"\b1 images.*\b160 captions.*--micro_batch_size"):
         caption_rows(captioner, TEN, [{DECODED_KEY: pictures(1)[0]}])

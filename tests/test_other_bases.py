@@ -27,8 +27,8 @@ from modeling_capivara.two_towers import (
     tokenize,
 )
 from training.arguments import RunArguments
+from training.batches import make_micro_batches
 from training.trainable import prepare_trainable
-from training.whole_batch import make_micro_batches
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 TWELVE = [f"{caption} {ending}" for caption in CAPTIONS[:6] for ending in ("azul", "e uma casa verde")]

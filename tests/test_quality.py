@@ -1,9 +1,9 @@
-"""What looks wrong in a translation, and what people write and must not be called wrong."""
+"""Quality flags find typical failures of translators, and accept what people write. Language codes are matched."""
 
 import pytest
 from langcodes import standardize_tag
 
-from captions.translate import QUALITY_FLAGS, find_quality_flags
+from captions.quality import QUALITY_FLAGS, find_quality_flags
 from captions.translators import find_language_code
 
 GOOD = [
@@ -26,7 +26,7 @@ GOOD = [
 
 
 @pytest.mark.parametrize(("source", "translation", "language"), GOOD)
-def test_what_people_write_gets_no_flag(source, translation, language):
+def test_good_translations_get_no_flag(source, translation, language):
     assert find_quality_flags(source, translation, language) == []
 
 
@@ -48,7 +48,7 @@ def test_what_people_write_gets_no_flag(source, translation, language):
         ("a cat", "um ⁇ gato", "pt", ["markup"]),
     ],
 )
-def test_what_translators_do_when_they_fail(source, translation, language, expected):
+def test_failed_translations_are_flagged(source, translation, language, expected):
     assert find_quality_flags(source, translation, language) == expected
     assert set(expected) <= set(QUALITY_FLAGS)
 
@@ -86,9 +86,9 @@ def test_the_code_of_a_language(language, codes, expected):
 def test_unknown_languages_and_those_of_a_real_model():
     from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
 
-    with pytest.raises(ValueError, match=r"does not know the language 'pr'; of its 3 codes the nearest are pt"):
+    with pytest.raises(ValueError, match=r"'pr'.*\b3\b.*\bpt\b"):
         find_language_code("pr", ["pt", "es", "hi"])
-    with pytest.raises(ValueError, match=r"does not know the language 'zh-Hant'"):
+    with pytest.raises(ValueError, match=r"'zh-Hant'.*zho_Hans"):
         find_language_code("zh-Hant", ["zho_Hans"])
     with pytest.raises(ValueError, match=r"'portuguese'.*por_Latn"):
         find_language_code("portuguese", FAIRSEQ_LANGUAGE_CODES)

@@ -1,3 +1,3 @@
-"""The training of CAPIVARA: arguments, data, the step, the optimiser. `train_accelerate.py` puts them in sequence."""
+"""Fine-tuning of CAPIVARA models: arguments, data, training loop. The command is `train_accelerate.py`."""
 
 import capivara_common.interrupt  # noqa: F401

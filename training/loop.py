@@ -1,4 +1,4 @@
-"""The loop over optimiser steps: plan, images, gradients, optimiser, measurement, checkpoint."""
+"""Training loop: plan a step, load its images, compute gradients, update the weights, evaluate, save a checkpoint."""
 
 import logging
 import math
@@ -23,42 +23,57 @@ from caption_data.rows import SkippedRow, write_skipped_rows
 from eval.retrieval import compute_validation_metrics, embed_captions
 from modeling_capivara.two_towers import embedding_width, uses_sigmoid_loss
 from training.arguments import RunArguments
+from training.batches import MicroBatch, StepPlan
 from training.checkpoints import Checkpoints, TrainingState, handle_signals
 from training.inputs import TrainingInputs, embed_pixels, load_cached_embeds, prefetch_pixels, resolve_loading_workers
 from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at
-from training.whole_batch import MicroBatch, StepPlan, WholeBatch, select_loss
+from training.whole_batch import WholeBatch, select_loss
 
 logger = logging.getLogger("capivara")
-MAX_CONSECUTIVE_OVERFLOWS = 20  # the scaler halves its scale at each; after as many, the loss itself is at fault
-CACHED_PLANS = 16  # steps whose plan is drawn once, though the images of several are read ahead
+# Steps in a row whose gradients may overflow in fp16. The scaler halves its scale at each of them; if gradients still
+# overflow after 20 steps, the loss itself has diverged.
+MAX_CONSECUTIVE_OVERFLOWS = 20
+# Plans kept in memory: workers read the images of several future steps, and the loop needs the same plans again.
+CACHED_PLANS = 16
 
 
 @dataclass
 class TrainingLoop:
-    """The training of one model."""
+    """Training of one model from the first or a resumed step to the last."""
 
     args: RunArguments
-    inputs: TrainingInputs  # pairs, their images, and the validation split
-    model: PreTrainedModel  # the plain model; its adapters, where there are any, are in it
-    wrapped_model: nn.Module  # what is trained: the model, or peft's wrapper around it
-    checkpoints: Checkpoints  # of the run, with its device, precision and processes
-    state: TrainingState  # where the run is
-    overflows: int = field(default=0, init=False)  # in a row, of fp16
+    inputs: TrainingInputs  # pairs with their images, and the validation split
+    model: PreTrainedModel  # the model itself; if there are adapters, its linear layers contain them
+    wrapped_model: nn.Module  # peft's wrapper around the model if there are adapters, otherwise the model
+    checkpoints: Checkpoints  # also gives access to device, precision and processes
+    state: TrainingState  # progress of the run
+    overflows: int = field(default=0, init=False)  # steps in a row whose gradients overflowed in fp16
 
     def train(self, resume: Path | None = None) -> TrainingState:
-        """Train to `max_steps`.
+        """Train until `args.max_steps`.
 
-        Raises KeyboardInterrupt at SIGTERM and Ctrl-C, with its number and what to say, a checkpoint being written;
-        FloatingPointError, with the step, where loss or gradient is not finite; OSError as of `Checkpoints.save`.
+        Args:
+            resume: Checkpoint to resume from, or None to start from the model as it is.
+
+        Returns:
+            The state after the last step.
+
+        Raises:
+            KeyboardInterrupt: After SIGTERM or Ctrl-C, once the step is complete and saved. Its arguments are the
+                number of the signal and a message.
+            FloatingPointError: If the loss, a gradient or an embedding is not finite. The message names the step.
+            ValueError: If the checkpoint does not belong to this run, or too many images can't be used.
+            OSError: If a checkpoint can't be written.
         """
         args, accelerator = self.args, self.checkpoints.accelerator
         self.accelerator = accelerator
-        self.prepared_model = accelerator.prepare_model(self.wrapped_model, evaluation_mode=True)  # see WholeBatch
+        # evaluation_mode=True: without the DDP wrapper, see `WholeBatch`.
+        self.prepared_model = accelerator.prepare_model(self.wrapped_model, evaluation_mode=True)
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(self.wrapped_model, args))
         if resume:
             self.state = self.checkpoints.load(resume, self.state)
         state, self.planner = self.state, self.inputs.make_planner(args)
-        self.inputs.skipped += [SkippedRow(**line) for line in state.skipped]
+        self.inputs.skipped += [SkippedRow(**row) for row in state.skipped]
         self._write_skipped()
         self.compute_gradients = WholeBatch(self.prepared_model, accelerator, args.seed)
         if not state.curve:
@@ -79,30 +94,31 @@ class TrainingLoop:
             while state.step < args.max_steps:
                 started = time.perf_counter()
                 plan = plans(state.step).result()
-                plans(min(state.step + 1, args.max_steps - 1))  # drawn while this step computes
+                plans(min(state.step + 1, args.max_steps - 1))  # starts planning the next step in the other thread
                 try:
                     point = self._run_step(plan, pixels, started)
                     bar.set_postfix(loss=f"{point['loss']:.3f}", lr=f"{point['learning_rate']:.1e}")
                     bar.update(size)
                     self._finish_step(point)
                 except FloatingPointError as error:
-                    way_out = "Lower the learning rate or use --mixed_precision no."
-                    raise FloatingPointError(f"Step {plan.step + 1}: {error} {way_out}") from error
+                    hint = "Lower the learning rate or use --mixed_precision no."
+                    raise FloatingPointError(f"Step {plan.step + 1}: {error} {hint}") from error
                 if self.received_signals:
                     accelerator.set_trigger()
-                if accelerator.check_trigger():  # of any process: all stop after the same step
+                if accelerator.check_trigger():  # set by any process, so that all stop after the same step
                     self.checkpoints.save(state)
                     number = self.received_signals[0][0] if self.received_signals else signal.SIGTERM
-                    raise KeyboardInterrupt(number, f"Stopped at step {state.step}, which is saved.")
-        # Without Accelerate's autocast around `forward`: base and result are measured in the same precision.
+                    raise KeyboardInterrupt(number, f"Stopped after step {state.step}, which is saved.")
+        # Remove Accelerate's autocast from `forward`, so that base and trained model are evaluated in one precision.
         accelerator.unwrap_model(self.prepared_model, keep_fp32_wrapper=False).eval()
         accelerator.free_memory()
         return state
 
     def _handle_stop_signal(self, number: int, frame: object) -> None:
-        """SIGTERM and Ctrl-C end the run after its step, a second Ctrl-C at once.
+        """Stop the run after the current step; a second Ctrl-C stops it immediately.
 
-        A launcher passes on what the terminal has sent already: what comes within a second is the same Ctrl-C.
+        Ctrl-C in a terminal reaches a process twice, from the terminal and from its launcher. A second signal within
+        one second of the first is therefore ignored.
         """
         self.received_signals.append((number, time.monotonic()))
         if len(self.received_signals) == 1:
@@ -111,16 +127,28 @@ class TrainingLoop:
             raise KeyboardInterrupt
 
     def _run_step(self, plan: StepPlan, pixels: Iterator[list] | None, started: float) -> dict:
-        """One optimiser step, whose plan was awaited from `started` on; returns its entry of the curve."""
+        """Run one optimizer step.
+
+        Args:
+            plan: Plan of the step.
+            pixels: Iterator over preloaded images, see `_prefetch_steps`; None with a cache.
+            started: Value of `time.perf_counter()` from before the plan was requested.
+
+        Returns:
+            The entry of the step in the training curve.
+
+        Raises:
+            FloatingPointError: If the loss, a gradient or an embedding is not finite.
+        """
         plan, image_embeds = self._load_image_embeds(plan, pixels)
         waited = time.perf_counter() - started
-        self.wrapped_model.train()  # the image tower, whose batch norms would be moved, is not run in it
+        self.wrapped_model.train()  # only now: the image tower, which may have batch norms, must run in evaluation mode
         self.optimizer.zero_grad(set_to_none=False)
         learning_rate = learning_rate_at(plan.step, self.args)
         report = self.compute_gradients(plan.step, self._local_batches(plan), len(plan.rows), image_embeds)
         norm = self._update_weights(learning_rate)
         seconds, device = time.perf_counter() - started, self.accelerator.device
-        held = psutil.Process().memory_info().rss  # by this process; on a GPU, the most that it has held
+        resident_bytes = psutil.Process().memory_info().rss
         return {
             "step": plan.step + 1,
             "loss": report.loss,
@@ -129,13 +157,21 @@ class TrainingLoop:
             "gradient_norm": norm,
             "pairs_per_second": len(plan.rows) / seconds,
             "data_share_of_time": waited / seconds,
-            "memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else held,
+            # On a GPU, the maximum so far; on a CPU, the memory of this process now.
+            "memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes,
         }
 
     def _update_weights(self, learning_rate: float) -> float | None:
-        """The optimiser's step and the clamp; returns the norm of the gradient.
+        """Apply the gradients with the optimizer, then clamp the logit scale.
 
-        Raises FloatingPointError where it is not finite, and there is no scaler that leaves such a step out.
+        Args:
+            learning_rate: Learning rate of this step.
+
+        Returns:
+            The norm of the gradient, or None if fp16 overflowed and the scaler skipped the step.
+
+        Raises:
+            FloatingPointError: If the norm is not finite without fp16, or for too many steps in a row with fp16.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -147,23 +183,32 @@ class TrainingLoop:
         if self.overflows and self.accelerator.scaler is None:
             raise FloatingPointError(f"The norm of the gradient is {norm}.")
         if self.overflows > MAX_CONSECUTIVE_OVERFLOWS:
-            raise FloatingPointError(f"The gradient overflowed fp16 at {self.overflows} steps in a row.")
-        self.optimizer.step()  # the scaler leaves out one of a norm that is not finite
-        if self.model.logit_scale.requires_grad and not uses_sigmoid_loss(self.model):  # SigLIP's is above 100
+            raise FloatingPointError(f"The gradient overflowed in fp16 for {self.overflows} steps in a row.")
+        self.optimizer.step()  # with fp16, the scaler skips the step if a gradient is not finite
+        if self.model.logit_scale.requires_grad and not uses_sigmoid_loss(self.model):  # SigLIP's scale exceeds 100
             clamp_logit_scale(self.model.logit_scale)
         return None if self.overflows else norm
 
     def _finish_step(self, point: dict) -> None:
-        """Measure, keep the curve, write a checkpoint where one is due."""
+        """Evaluate if it is due, append `point` to the training curve, and save a checkpoint if it is due.
+
+        Args:
+            point: Entry of the step in the training curve; results of an evaluation are added to it.
+
+        Raises:
+            FloatingPointError: If the evaluation fails because embeddings are not finite.
+            OSError: If a checkpoint can't be written.
+        """
         args, state = self.args, self.state
         state.step = point["step"]
         last = state.step == args.max_steps
-        checkpointed = args.max_steps > args.save_steps  # a shorter run has none
+        checkpointed = args.max_steps > args.save_steps  # shorter runs write no checkpoints
         due = checkpointed and (last or state.step % args.save_steps == 0)
         if last or state.step % args.eval_steps == 0:
             try:
                 point["validation"] = measures = self._measure_validation()
-            except ValueError as error:  # of numbers: the same measurement was taken before the first step
+            except ValueError as error:
+                # The same evaluation succeeded before the first step, so the weights must have become NaN or infinite.
                 raise FloatingPointError(str(error)) from error
             recall = measures["mean_recall"]
             if checkpointed and (state.best_recall is None or recall > state.best_recall):
@@ -177,7 +222,20 @@ class TrainingLoop:
             self.checkpoints.save(state)
 
     def _load_image_embeds(self, plan: StepPlan, pixels: Iterator[list] | None) -> tuple[StepPlan, Tensor]:
-        """(pairs, width) on the device, by the frozen image tower; and the plan, spares where images can't be used."""
+        """Get the image embeddings of a step from the cache, or by the frozen image tower.
+
+        Pairs whose image can't be used are replaced until every image of the batch is usable.
+
+        Args:
+            plan: Plan of the step.
+            pixels: Iterator over preloaded images; None with a cache.
+
+        Returns:
+            The plan with its replacements, and the embeddings, (pairs, width), on the device.
+
+        Raises:
+            ValueError: If more than `max_bad_share` of the images can't be used, or no replacement is left.
+        """
         if pixels is None:
             return plan, load_cached_embeds(self.inputs.training, plan).to(self.accelerator.device)
         self.model.vision_model.eval()
@@ -192,41 +250,62 @@ class TrainingLoop:
                     embeds[[*images]] = embed_pixels(
                         self.prepared_model, torch.stack([*images.values()]), self.accelerator
                     )
-            bad = dict(sorted(gather_object(bad), key=lambda one: one[0]))  # the same for any number of processes
+            # Sorted by place, so that replacements do not depend on the number of processes.
+            bad = dict(sorted(gather_object(bad), key=lambda item: item[0]))
             if not bad:
-                return plan, self.accelerator.reduce(embeds, "sum")  # the rows of the other processes
+                # Each process has filled its own rows; all other rows are zero.
+                return plan, self.accelerator.reduce(embeds, "sum")
             self._record_bad_images(plan, bad)
             plan = self.executor.submit(self.planner.replace_pairs, plan, [*bad]).result()
             parts = self._local_places(plan, bad)
             pixels = prefetch_pixels(self.inputs.training, map(plan.items, parts), 0)
 
     def _record_bad_images(self, plan: StepPlan, bad: dict[int, BadImage]) -> None:
-        """List rows of a batch, once in a run. Raises ValueError where they are more than `max_bad_share` by now."""
-        inputs, known = self.inputs, self.state.skipped
+        """List bad rows in skipped.jsonl, each once per run.
+
+        Args:
+            plan: Plan of the step.
+            bad: Position in the batch -> bad image.
+
+        Raises:
+            ValueError: If more than `max_bad_share` of the rows are bad. The run is saved before.
+        """
+        inputs, recorded = self.inputs, self.state.skipped
         for place, image in bad.items():
             pairs = inputs.training[plan.dataset_indices[place]]
             row = pairs.table[int(plan.rows[place])]["row"]
-            line = SkippedRow(pairs.source.name, pairs.source.split, row, image.reason, image.detail)
-            if asdict(line) not in known:
-                known.append(asdict(line))
-                inputs.skipped.append(line)
-                logger.warning("%s, row %d: %s. Other pairs take its place.", pairs.source.display_name, row, image)
+            skipped = SkippedRow(pairs.source.name, pairs.source.split, row, image.reason, image.detail)
+            if asdict(skipped) not in recorded:
+                recorded.append(asdict(skipped))
+                inputs.skipped.append(skipped)
+                logger.warning("%s, row %d: %s. Other pairs replace it.", pairs.source.display_name, row, image)
         self._write_skipped()
-        rows = sum(map(len, inputs.training)) + len(inputs.skipped) - len(known)
+        # `inputs.training` still counts the rows recorded here as usable.
+        rows = sum(map(len, inputs.training)) + len(inputs.skipped) - len(recorded)
         try:
             check_bad_share(inputs.skipped, rows, self.args.max_bad_share)
         except ValueError as error:
             if not self.state.step:
                 raise
             self.checkpoints.save(self.state)
-            raise ValueError(f"{error} Step {self.state.step} is saved, which a larger share goes on from.") from error
+            raise ValueError(
+                f"{error} Step {self.state.step} is saved; resume from it with a larger --max_bad_share."
+            ) from error
 
     def _write_skipped(self) -> None:
+        """Write skipped.jsonl into the folder of the run."""
         if self.accelerator.is_main_process:
             write_skipped_rows(self.checkpoints.folder.parent / "skipped.jsonl", self.inputs.skipped)
 
     def _prefetch_steps(self, plans: Callable[[int], Future]) -> Iterator[list[Tensor | BadImage]] | None:
-        """The pixels of all steps to come, as they go through the tower at once; None with a cache."""
+        """Start loading the images of all remaining steps.
+
+        Args:
+            plans: Function that returns the future plan of a step.
+
+        Returns:
+            An iterator over batches of images, or None if the embeddings are cached.
+        """
         if self.inputs.training[0].vectors is not None:
             return None
         steps = (plans(step).result() for step in range(self.state.step, self.args.max_steps))
@@ -234,22 +313,39 @@ class TrainingLoop:
         return prefetch_pixels(self.inputs.training, items, resolve_loading_workers(self.args, self.accelerator))
 
     def _local_places(self, plan: StepPlan, among: Container[int] | None = None) -> Sequence[Tensor]:
-        """This process's places in the batch, or those `among` some, as many at once as go through the tower."""
-        own = [place for batch in self._local_batches(plan) for place in batch.positions.tolist()]
-        own = torch.tensor(own if among is None else [place for place in own if place in among])
-        return own.split(self.args.embedding_batch_size) if len(own) else []
+        """Return the positions in the whole batch whose images this process embeds.
+
+        Args:
+            plan: Plan of the step.
+            among: If given, only positions in this container are returned.
+
+        Returns:
+            Positions in groups of `embedding_batch_size`, which go through the image tower together.
+        """
+        local = [place for batch in self._local_batches(plan) for place in batch.positions.tolist()]
+        if among is not None:
+            local = [place for place in local if place in among]
+        return torch.tensor(local).split(self.args.embedding_batch_size) if local else []
 
     def _local_batches(self, plan: StepPlan) -> list[MicroBatch]:
-        """Every n-th micro-batch: all processes get short and long ones."""
+        """Return the micro-batches of this process: every n-th, so that all processes get short and long texts."""
         return plan.batches[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def _measure_validation(self) -> dict[str, float]:
-        """Of the validation split: mean recall in each direction and of both, shares from 0 to 1; the loss in nats."""
+        """Evaluate the model on the validation split, in the main process.
+
+        Returns:
+            Mean recall of each direction and of both, from 0 to 1, and the loss in nats; the same on all processes.
+        """
         measures, inputs = [None], self.inputs
         if self.accelerator.is_main_process:
-            split = self.model.eval(), inputs.processor, inputs.validation.captions(), inputs.validation_embeds
-            embeddings = embed_captions(*split)
-            own = torch.arange(len(embeddings.image_embeds))
-            loss = lambda texts, images: select_loss(self.model)(texts, images, self.model.logit_scale, own)  # noqa: E731
+            embeddings = embed_captions(
+                self.model.eval(), inputs.processor, inputs.validation.captions(), inputs.validation_embeds
+            )
+            all_rows = torch.arange(len(embeddings.image_embeds))
+
+            def loss(texts: Tensor, images: Tensor) -> Tensor:
+                return select_loss(self.model)(texts, images, self.model.logit_scale, all_rows)
+
             measures = [compute_validation_metrics(embeddings, loss)]
         return broadcast_object_list(measures)[0]

@@ -1,4 +1,4 @@
-"""What of the model is trained and by which steps: layers or adapters, optimiser, schedule, and the way back."""
+"""Trainable parameters of a model, LoRA adapters, optimizer, learning-rate schedule and weight interpolation."""
 
 import math
 import re
@@ -12,20 +12,28 @@ from transformers import PreTrainedModel
 from modeling_capivara.two_towers import IMAGE_ENCODER_PREFIXES, freeze_image_encoder, uses_sigmoid_loss
 from training.arguments import RunArguments
 
-MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: logits are scaled by 100 at most
-ADAM_BETAS = (0.9, 0.98)  # of Adam, in every recipe of arXiv 2310.13683
-# What is trained as a whole beside adapters: the projection as in arXiv 2310.13683, and what SigLIP has for it
+MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: logits are multiplied by at most 100
+ADAM_BETAS = (0.9, 0.98)  # in every recipe of CAPIVARA (arXiv 2310.13683)
+# Modules trained in full next to adapters: the text projection, as in CAPIVARA (arXiv 2310.13683), and SigLIP's
+# counterpart.
 FULLY_TRAINED_MODULES = ["text_projection", "text_model.head"]
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-_PEFT_INFIX_RE = re.compile(
-    r"\.(base_layer|modules_to_save\.default|lora_[AB]\.default)"
-)  # in names of a wrapped model
+# What peft inserts into the parameter names of a model that it wraps.
+_PEFT_INFIX_RE = re.compile(r"\.(base_layer|modules_to_save\.default|lora_[AB]\.default)")
 
 
 def prepare_trainable(model: PreTrainedModel, args: RunArguments) -> nn.Module:
-    """Freeze what is not trained; with `lora_rank`, put adapters on the model and return peft's wrapper around it.
+    """Freeze the image encoder and `args.frozen_parameters`, and add LoRA adapters if `args.lora_rank` is above 0.
 
-    Raises ValueError where an expression matches nothing, or nothing is left to train.
+    Args:
+        model: Model with two encoders; it is changed in place.
+        args: Arguments of the run.
+
+    Returns:
+        The model, or peft's wrapper around it if it has adapters.
+
+    Raises:
+        ValueError: If a regular expression is invalid or matches no parameter, or no parameter is left to train.
     """
     freeze_image_encoder(model)
     names, frozen = [name for name, _ in model.named_parameters()], args.frozen_parameters
@@ -34,21 +42,21 @@ def prepare_trainable(model: PreTrainedModel, args: RunArguments) -> nn.Module:
     frozen = [expression for expression in frozen if expression != "none"]
     for expression in frozen:
         if not _match_names(expression, names, "frozen_parameters"):
-            some = names[:: max(1, len(names) // 6)]
+            examples = names[:: max(1, len(names) // 6)]
             raise ValueError(
-                f"frozen_parameters: {expression!r} matches no parameter. There are, among others, {some}."
+                f"frozen_parameters must match names of parameters, got {expression!r}. Examples: {examples}."
             )
     wrapped = _add_adapters(model, args) if args.lora_rank else model
-    for name, parameter in model.named_parameters():  # also what peft has made trainable
+    for name, parameter in model.named_parameters():  # after adding adapters, because peft makes its modules trainable
         if any(re.fullmatch(expression, _PEFT_INFIX_RE.sub("", name)) for expression in frozen):
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("Nothing is left to train: frozen_parameters match everything that is not frozen already.")
+        raise ValueError("No parameter is left to train: frozen_parameters matches all of them. Use fewer expressions.")
     return wrapped
 
 
 def fixed_settings(model: PreTrainedModel) -> dict[str, Any]:
-    """What a run states beside its settings, under the names that it had when these were settings."""
+    """Return the fixed hyperparameters that run.json records next to the settings, under the names used there."""
     return {
         "adam_beta1": ADAM_BETAS[0],
         "adam_beta2": ADAM_BETAS[1],
@@ -58,9 +66,14 @@ def fixed_settings(model: PreTrainedModel) -> dict[str, Any]:
 
 @torch.no_grad()
 def interpolate_weights(model: PreTrainedModel, base: dict[str, Tensor], share: float) -> None:
-    """Move the weights of a trained model back, in place: `share` (0 to 1) of them, the rest of the base's state.
+    """Interpolate the weights of a trained model with those of its base, in place (WiSE-FT).
 
-    Source: Wortsman et al., Robust fine-tuning of zero-shot models (WiSE-FT, arXiv 2109.01903), section 3.
+    Source: Wortsman et al., Robust fine-tuning of zero-shot models (arXiv 2109.01903), section 3.
+
+    Args:
+        model: Trained model.
+        base: State dict of the base model, with the same names and shapes.
+        share: Weight of the trained model, from 0 (base) to 1 (unchanged).
     """
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
@@ -68,14 +81,20 @@ def interpolate_weights(model: PreTrainedModel, base: dict[str, Tensor], share: 
 
 
 def _add_adapters(model: PreTrainedModel, args: RunArguments) -> nn.Module:
-    """peft's wrapper; of itself it would train adapters of the image tower alone, which is not run in training."""
+    """Add LoRA adapters to the text encoder, and return peft's wrapper. The image encoder never gets adapters.
+
+    Raises:
+        ValueError: If `args.lora_targets` matches no linear layer of the text encoder.
+    """
     from peft import LoraConfig, get_peft_model
 
     rank, alpha, targets = args.lora_rank, args.lora_alpha, args.lora_targets
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     linear = [name for name in linear if not name.startswith(IMAGE_ENCODER_PREFIXES)]
     if not _match_names(targets, linear, "lora_targets"):
-        raise ValueError(f"lora_targets: {targets!r} matches no linear layer of the text tower, like {linear[-1]!r}.")
+        raise ValueError(
+            f"lora_targets must match linear layers of the text tower, got {targets!r}. Example: {linear[-1]!r}."
+        )
     return get_peft_model(
         model,
         LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, modules_to_save=find_fully_trained_modules(model)),
@@ -83,21 +102,27 @@ def _add_adapters(model: PreTrainedModel, args: RunArguments) -> nn.Module:
 
 
 def find_fully_trained_modules(model: PreTrainedModel) -> list[str]:
-    """Names of the modules that are trained as a whole beside adapters."""
+    """Return the names of the modules that are trained in full when the rest of the model has adapters."""
     return [name for name, _ in model.named_modules() if name in FULLY_TRAINED_MODULES]
 
 
 def _match_names(expression: str, names: list[str], key: str) -> list[str]:
+    """Return the names that a regular expression matches in full. `key` is the argument that an error names."""
     try:
         return [name for name in names if re.fullmatch(expression, name)]
     except re.error as error:
-        raise ValueError(f"{key}: {expression!r} is no regular expression ({error}).") from error
+        raise ValueError(f"{key} must be a valid regular expression, got {expression!r} ({error}).") from error
 
 
 def merge_adapters(wrapped: nn.Module, folder: Path | None = None) -> PreTrainedModel:
-    """The plain model with the adapters' updates in its weights; the model itself where it has no adapters.
+    """Merge LoRA adapters into the weights of the model.
 
-    In `folder`, if it is given, they are kept in peft's own format, safetensors.
+    Args:
+        wrapped: peft's wrapper, or a model without adapters.
+        folder: If given, the adapters are also saved in `folder/adapter`, in peft's format.
+
+    Returns:
+        The plain model.
     """
     if not hasattr(wrapped, "peft_config"):
         return wrapped
@@ -107,9 +132,10 @@ def merge_adapters(wrapped: nn.Module, folder: Path | None = None) -> PreTrained
 
 
 def build_optimizer(model: nn.Module, args: RunArguments) -> torch.optim.Optimizer:
-    """The optimiser over everything that is trained.
+    """Build the optimizer for all trainable parameters.
 
-    "adam" is the paper's: Adam with coupled L2 (CAPIVARA, arXiv 2310.13683, appendix); "adamw" decouples it.
+    "adam" is Adam with coupled L2 regularization, as in the appendix of CAPIVARA (arXiv 2310.13683); "adamw" decouples
+    the weight decay.
     """
     return OPTIMIZERS[args.optimizer](
         [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -117,12 +143,15 @@ def build_optimizer(model: nn.Module, args: RunArguments) -> torch.optim.Optimiz
         betas=ADAM_BETAS,
         eps=args.adam_epsilon,
         weight_decay=args.weight_decay,
-        fused=True,  # one pass over the 190 million word embeddings instead of ten
+        fused=True,  # one pass over the 190 million numbers of the token embeddings instead of ten
     )
 
 
 def learning_rate_at(step: int, args: RunArguments) -> float:
-    """Learning rate of a step (counted from 0): linear from the floor to the top, then cosine back to the floor."""
+    """Return the learning rate of a step, counted from 0: linear warm-up to the peak, then cosine decay.
+
+    Both start and end at `args.min_learning_rate`.
+    """
     low, high = args.min_learning_rate, args.learning_rate
     if step < args.warmup_steps:
         return low + (high - low) * step / args.warmup_steps
@@ -132,5 +161,5 @@ def learning_rate_at(step: int, args: RunArguments) -> float:
 
 @torch.no_grad()
 def clamp_logit_scale(logit_scale: Tensor) -> None:
-    """Keep the scale from 0 to ln 100, after every optimiser step."""
+    """Clamp the logarithm of the logit scale to the range 0 to ln 100, in place. Called after every optimizer step."""
     logit_scale.clamp_(0, MAX_LOGIT_SCALE)

@@ -1,11 +1,10 @@
-"""Benchmarks as data: a JSON file each says where the data come from, how they are measured and what was published.
+"""Benchmarks as JSON files: where each dataset comes from, how it is measured, and which figures were published.
 
     flickr = load_benchmarks()["flickr30k-pt"]
-    flickr.get_published_figure("baseline", "text_to_image")  # {"mean": 76.23}, per cent
+    flickr.get_published_figure("baseline", "text_to_image")  # {"mean": 76.23}, in percent
 
-Published figures are those of CAPIVARA's model card and paper, and of others where `protocol_note` says so, in per
-cent; what was not published is absent. A Hub id that was not looked up is null: such data are taken from a local path
-alone.
+Published figures are in percent. They come from CAPIVARA's model card and paper, unless `protocol_note` names another
+source; a figure that was not published is absent. A dataset whose `hub_id` is null is only read from a local folder.
 """
 
 from dataclasses import dataclass, field
@@ -17,76 +16,101 @@ from capivara_common.files import read_json
 from eval.records.schema import DIRECTIONS
 
 BENCHMARKS_FOLDER = Path(__file__).resolve().parent
-CAPIVARA_CLASSES = ("CapivaraModel", "CustomTextCLIP")  # CAPIVARA's, and open_clip's of the same towers
-SUITES = ("paper", "elevater", "beyond", "retrieval", "classification")  # "paper" has all of them
+# Model classes to which CAPIVARA's published figures apply: ours, and open_clip's class with the same two towers.
+CAPIVARA_CLASSES = ("CapivaraModel", "CustomTextCLIP")
+SUITES = ("paper", "elevater", "beyond", "retrieval", "classification")  # "paper" includes all benchmarks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """What is measured on which data; or, of the task "average", a published mean over others."""
+    """A dataset with its protocol and published figures, or, for task "average", a published mean over benchmarks."""
 
-    key: str  # name of the file, and of the data in --data_dir
-    title: str  # as tables show it
+    key: str  # name of the JSON file, and of the folder in --data_dir
+    title: str  # name that tables show
     task: str  # "retrieval", "classification" or "average"
-    suite: tuple[str, ...]  # the suites that it belongs to, of `SUITES`
-    metric: str  # of records, that the published figures are in; "average"
+    suite: tuple[str, ...]  # suites that include the benchmark, from `SUITES`
+    metric: str  # metric of the published figures, as in `Record.metric`; "average" for a mean over benchmarks
     protocol_note: str  # what a reader of the figures must know
-    # "baseline", "capivara" or "capivara_opt" -> `mean` and `std` in per cent, of retrieval by direction
+    # "baseline", "capivara" or "capivara_opt" -> `mean` and `std` in percent; for retrieval, direction -> these two
     published: dict[str, dict[str, Any]]
-    bases: dict[str, dict[str, Any]] = field(default_factory=dict)  # last part of a base's Hub id -> the same of it
-    bases_from: str = ""  # address of their source
-    language: str = "pt"  # that the published figures are of
-    # `hub_id` (None where it was not looked up), `local_layout` in words, and `url` of where people get it
+    # Published figures of other base models, as in `published`: last part of the model's Hub id, lowercase -> figures.
+    bases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    bases_from: str = ""  # URL of the source of `bases`
+    language: str = "pt"  # language of the published figures
+    # `hub_id` (None if unknown), `local_layout` (description of the local folder) and `url` (download page)
     source: dict[str, str | None] = field(default_factory=dict)
-    split: str = ""  # that is measured
-    protocol: str = ""  # "ours" or "babel" for names and prompts; "captions" for retrieval
-    test_images: int | None = None  # of the published split where known; on other numbers figures are not like for like
-    image_column: str | None = None  # None for the only column of images
-    label_column: str | None = None  # None for one of the usual names
-    caption_column: str = ""  # of retrieval, a pattern with `{language}`
-    caption_positions: str = "all"  # of retrieval, as `eval.retrieval` takes them
-    prompts: str | None = None  # of classification, key in `eval/prompts/pt`
-    other_languages: tuple[str, ...] = ()  # that are measured, too
-    known_languages: tuple[str, ...] = ()  # that may be asked for; those above where empty
-    data_of: str | None = None  # key of the benchmark whose local data serve where there are none of this key
-    like_for_like: bool = True  # whether the published figures are of the same texts and images
-    count: int = 0  # of an average: how many benchmarks of the suite of its key must have been measured
+    split: str = ""  # split to measure
+    protocol: str = ""  # "ours" or "babel" (source of class names and prompts); "captions" for retrieval
+    test_images: int | None = None  # size of the published split; None if unknown
+    image_column: str | None = None  # None: the only column with images
+    label_column: str | None = None  # None: the first column with a usual name
+    caption_column: str = ""  # retrieval: column name, a pattern with `{language}`
+    caption_positions: str = "all"  # retrieval: value of --caption_positions of `eval.retrieval`
+    prompts: str | None = None  # classification: name of the file in `eval/prompts/pt`
+    other_languages: tuple[str, ...] = ()  # languages that are measured by default besides `language`
+    known_languages: tuple[str, ...] = ()  # languages that --languages accepts; empty: `languages`
+    data_of: str | None = None  # key of the benchmark whose local folder is used if this one has none
+    like_for_like: bool = True  # whether the published figures were measured on the same texts and images
+    count: int = 0  # task "average": number of benchmarks that must be measured before the mean is shown
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """Those that are measured where none are asked for."""
+        """Language codes that are measured by default."""
         return (self.language, *self.other_languages)
 
     @property
     def available_languages(self) -> tuple[str, ...]:
-        """Codes of the languages that may be asked for."""
+        """Language codes that --languages accepts."""
         return self.known_languages or self.languages
 
     @property
     def directions(self) -> tuple[str, ...]:
-        """Of retrieval both, else an empty one, as in records."""
+        """Values of `Record.direction` that have a figure: both directions for retrieval, otherwise only ""."""
         return DIRECTIONS if self.task == "retrieval" else ("",)
 
     def get_published_figure(self, model: str, direction: str = "") -> dict[str, float] | None:
-        """`mean`, and `std` where it was published, in per cent, of the benchmark's metric and language."""
+        """Return the published figure of a model, in percent, for the benchmark's metric and language.
+
+        Args:
+            model: "baseline", "capivara", "capivara_opt", or a key of `bases`.
+            direction: Retrieval direction; ignored for classification.
+
+        Returns:
+            `mean`, and `std` if it was published. None if the figure was not published.
+        """
         figure = (self.published | self.bases).get(model)
         return figure.get(direction) if figure and self.task == "retrieval" else figure
 
 
 @cache
 def load_benchmarks() -> dict[str, Benchmark]:
-    """All but the average, in the order of tables: retrieval, ELEVATER, ImageNet, those beyond the paper."""
+    """Read all benchmarks, in the order of tables: retrieval, ELEVATER, ImageNet, then those beyond the paper.
 
-    def order(benchmark: Benchmark) -> tuple:
+    Returns:
+        Key -> benchmark. The average (`elevater.json`) is not included.
+    """
+
+    def table_order(benchmark: Benchmark) -> tuple:
         suite = benchmark.suite
         return "beyond" in suite, benchmark.task != "retrieval", "elevater" not in suite, benchmark.title.casefold()
 
-    found = sorted(map(read_benchmark, BENCHMARKS_FOLDER.glob("*.json")), key=order)
-    return {benchmark.key: benchmark for benchmark in found if benchmark.task != "average"}
+    benchmarks = sorted(map(read_benchmark, BENCHMARKS_FOLDER.glob("*.json")), key=table_order)
+    return {benchmark.key: benchmark for benchmark in benchmarks if benchmark.task != "average"}
 
 
 def find_published_name(name: str, role: str, model_class: str, loss: str) -> str | None:
-    """What `get_published_figure` knows a model by: a base's own name, else its role if it is of CAPIVARA's kind."""
+    """Return the name under which the figures of a model were published, for `get_published_figure`.
+
+    Args:
+        name: Folder or Hub id of the model.
+        role: "baseline" or "capivara".
+        model_class: Class of the model, for example "CapivaraModel".
+        loss: "contrastive" or "sigmoid".
+
+    Returns:
+        The model's own name in lowercase if a benchmark lists it in `bases`; the role for a model of CAPIVARA's
+        architecture with a contrastive loss; otherwise None.
+    """
     base = Path(name).name.casefold()
     if any(base in benchmark.bases for benchmark in load_benchmarks().values()):
         return base
@@ -94,38 +118,53 @@ def find_published_name(name: str, role: str, model_class: str, loss: str) -> st
 
 
 def get_published_base(pair: dict[str, Any]) -> tuple[float, str] | None:
-    """What was published of a pair's base, a share, and its source; None where that is not what was measured.
+    """Return the published figure of a pair's baseline model.
 
-    `pair` is of `eval.records.tables.pair_with_baselines`.
+    Args:
+        pair: An element of the result of `eval.records.tables.pair_with_baselines`.
+
+    Returns:
+        The figure, from 0 to 1, and the URL of its source. None if nothing was published for this model, or if the
+        published figure has another language, metric, number of images or embedding width.
     """
     value, benchmark = pair["baseline"], load_benchmarks().get(pair["dataset"])
     if not value or not benchmark or pair["dim"]:
         return None
     name = Path(str(value.measured[0].file.content.get("model"))).name.casefold()
     measured = pair["language"], pair["metric"], pair["n"]
-    same = measured == (benchmark.language, benchmark.metric, benchmark.test_images)
-    figure = benchmark.get_published_figure(name, pair["direction"]) if same and name in benchmark.bases else None
+    if name not in benchmark.bases or measured != (benchmark.language, benchmark.metric, benchmark.test_images):
+        return None
+    figure = benchmark.get_published_figure(name, pair["direction"])
     return figure and (figure["mean"] / 100, benchmark.bases_from)
 
 
 def read_benchmark(path: Path) -> Benchmark:
-    """The benchmark, or average, of a file. Raises ValueError where it has other keys than the class here."""
+    """Read one benchmark, or average, from a JSON file.
+
+    Raises:
+        ValueError: If the file is not JSON, lacks a required field of `Benchmark`, or has an unknown field.
+    """
     try:
         data = read_json(path)
         return Benchmark(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
     except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path.name} is no benchmark: {error}.") from error
+        raise ValueError(f"{path.name} is not a valid benchmark file: {error}.") from error
 
 
 def locate_data(benchmark: Benchmark, folder: Path | None) -> dict[str, Any]:
-    """Where the data of a benchmark are: in `folder` under its key, or on the Hub.
+    """Find the data of a benchmark: first in a local folder, then on the Hub.
 
-    That is `data`, a path or Hub id, whether it is `local`, and the `reason` why there are none, or "".
+    Args:
+        benchmark: The benchmark.
+        folder: Folder with one entry per benchmark key (--data_dir), or None.
+
+    Returns:
+        `data` (a path or Hub id), `local` (whether it is a path), and `reason` (why there are no data, otherwise "").
     """
     for key in filter(None, (benchmark.key, benchmark.data_of)):
         if folder and (folder / key).exists():
             return {"data": str(folder / key), "local": True, "reason": ""}
     identity, url = benchmark.source["hub_id"] or "", benchmark.source["url"]
-    way = f"put them into --data_dir as {benchmark.key}{f', from {url}' if url else ''}"
-    reason = "" if identity else f"no local data, and no Hub id is known; {way}"
-    return {"data": identity, "local": False, "reason": reason}
+    source = f" (download: {url})" if url else ""
+    hint = f"there are no local data, and no Hub id is known. Put the data into --data_dir as {benchmark.key}{source}"
+    return {"data": identity, "local": False, "reason": "" if identity else hint}

@@ -1,1 +1,1 @@
-"""A folder that Hugging Face's `evaluate` loads: the formulas in `metrics.py`, its module in `capivara_metrics.py`."""
+"""Folder that `evaluate.load` can load: functions in `metrics.py`, the metric module in `capivara_metrics.py`."""

@@ -1,8 +1,11 @@
-"""The formulas of `metrics.py` as a module of Hugging Face's `evaluate`; its second argument names the metric.
+"""Metric module for Hugging Face's `evaluate` that computes the metrics of `metrics.py`.
+
+The second argument of `evaluate.load` selects the metric, a key of `METRIC_DEFINITIONS`:
 
     evaluate.load("/path/to/eval/capivara_metrics", "recall_at_k").compute(predictions=..., references=..., k=5)
 
-The folder may be copied anywhere under its name, or uploaded to a Space of that name.
+The folder depends on no other file of the project. It can be copied anywhere, or uploaded to a Space, if it keeps its
+name.
 """
 
 from collections.abc import Callable
@@ -23,41 +26,46 @@ from .metrics import (
     top_k_accuracy,
 )
 
-SCORE_FEATURE, LABEL_FEATURE = datasets.Value("float32"), datasets.Value("int64")
-SCORES_FEATURE, LABELS_FEATURE = datasets.Sequence(SCORE_FEATURE), datasets.Sequence(LABEL_FEATURE)
+SCORE_FEATURE = datasets.Value("float32")
+LABEL_FEATURE = datasets.Value("int64")
+SCORES_FEATURE = datasets.Sequence(SCORE_FEATURE)
+LABELS_FEATURE = datasets.Sequence(LABEL_FEATURE)
 
 
 def _recall_at_k(scores: Tensor, relevant_items: list[list[int]], k: int = 1) -> float:
+    """Return recall@k of scores, with k at most the number of items."""
     if k > scores.shape[1]:
         raise ValueError(f"k must be at most the number of items, {scores.shape[1]}, got {k}.")
     return recall_at_k(ranks_from_scores(scores, relevant_items), k)
 
 
 def _with_label_tensor(metric: Callable[..., float]) -> Callable[..., float]:
-    """`metric` of labels that come as a list."""
+    """Wrap a metric so that it takes labels as a list, which is what `evaluate` passes."""
     return lambda scores, labels, **options: metric(scores, torch.tensor(labels), **options)
 
 
-RETRIEVAL_INPUTS = "predictions: (queries, items), scores. references: for each query, the indices of its right items."
-CLASSIFICATION_INPUTS = "predictions: (images, classes), scores. references: (images,), index of the right class."
+RETRIEVAL_INPUTS = (
+    "predictions: scores (queries, items). references: for each query, the indices of its relevant items."
+)
+CLASSIFICATION_INPUTS = "predictions: scores (images, classes). references: index of the right class (images,)."
 MULTILABEL_INPUTS = (
-    "predictions: (images, classes), scores. references: (images, classes), 1 where the image has the class."
+    "predictions: scores (images, classes). references: 1 if the image has the class, else 0 (images, classes)."
 )
 BINARY_INPUTS = (
-    "predictions: (images,), higher for the positive class. references: (images,), 1 for positive, 0 for negative."
+    "predictions: scores (images,), higher for the positive class. references: 1 if positive, else 0 (images,)."
 )
-K_DESCRIPTION = " k: how many are looked at, 1 where not given."
-# Name -> formula, what a row of predictions and of references is, and both in words.
+K_DESCRIPTION = " k: number of highest-scored items or classes that count, by default 1."
+# Name -> (function, feature of a row of predictions, feature of a row of references, description of both).
 METRIC_DEFINITIONS = {
     "recall_at_k": (_recall_at_k, SCORES_FEATURE, LABELS_FEATURE, RETRIEVAL_INPUTS + K_DESCRIPTION),
     "mean_recall": (
-        lambda scores, right: mean_recall(ranks_from_scores(scores, right)),
+        lambda scores, relevant_items: mean_recall(ranks_from_scores(scores, relevant_items)),
         SCORES_FEATURE,
         LABELS_FEATURE,
         RETRIEVAL_INPUTS,
     ),
     "median_rank": (
-        lambda scores, right: median_rank(ranks_from_scores(scores, right)),
+        lambda scores, relevant_items: median_rank(ranks_from_scores(scores, relevant_items)),
         SCORES_FEATURE,
         LABELS_FEATURE,
         RETRIEVAL_INPUTS,
@@ -80,13 +88,12 @@ METRIC_DEFINITIONS = {
 
 
 class CapivaraMetrics(evaluate.Metric):
-    """One of `METRIC_DEFINITIONS`, by its name. Ties count against the query; in `roc_auc` half."""
+    """Retrieval and classification metrics of CAPIVARA. Ties count against the query; in `roc_auc` they count half."""
 
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in METRIC_DEFINITIONS:
-            raise ValueError(
-                f"Name one of {', '.join(METRIC_DEFINITIONS)} as second argument of load, got {self.config_name!r}."
-            )
+            names = ", ".join(METRIC_DEFINITIONS)
+            raise ValueError(f"The second argument of load must be one of {names}, got {self.config_name!r}.")
         _, predictions, references, inputs = METRIC_DEFINITIONS[self.config_name]
         return evaluate.MetricInfo(
             description=CapivaraMetrics.__doc__,

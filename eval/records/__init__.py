@@ -1,1 +1,1 @@
-"""Figures out: what was measured, and its tables, plots and pages."""
+"""Result files, and the tables, plots and HTML pages that show them."""

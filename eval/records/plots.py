@@ -1,4 +1,4 @@
-"""Charts of measured values, and sheets of pictures with what queries find: each one PNG."""
+"""Charts of measured values, and sheets of queries with the images found for them, as PNG files."""
 
 import io
 import warnings
@@ -14,48 +14,63 @@ from capivara_common.image_files import BadImage
 from eval.records.schema import ROLE_NAMES
 from eval.records.tables import to_one_line
 
-matplotlib.use("Agg")  # files only; a screen is not needed
+matplotlib.use("Agg")  # draws into files, so that no screen is needed
 
 from matplotlib import font_manager
 from matplotlib import pyplot as plt
 
-if TYPE_CHECKING:  # a report of captions draws without it
+if TYPE_CHECKING:  # reports draw charts without importing torch
     from torch import Tensor
 
-BASELINE_COLOR, MODEL_COLOR, CHANCE_COLOR = "#8a8f98", "#1b7f5c", "#c9c9c9"
+BASELINE_COLOR = "#8a8f98"
+MODEL_COLOR = "#1b7f5c"
+CHANCE_COLOR = "#c9c9c9"
 DIRECTION_COLORS = {"text_to_image": "#1b7f5c", "image_to_text": "#d98324"}
-TEXT_COLOR, FAINT_TEXT_COLOR = "#1f2933", "#6b7280"
-BARS_WIDTH_INCHES = 5.2  # inches: narrow, so that the letters stay readable on a phone
-PLOT_LABELS = read_json(Path(__file__).with_name("words.json"))  # of curves and sheets, in both languages
-RELEVANT_COLOR, OTHER_COLOR = "#1b7f5c", "#d0d3d8"
-IMAGES_PER_QUERY, QUERIES_PER_END = 5, 4  # pictures that a model ranks first; best queries of a sheet, and worst ones
-# Of a sheet of two models: sign of the difference of ranks, model minus baseline, and how many such queries are shown.
+TEXT_COLOR = "#1f2933"
+FAINT_TEXT_COLOR = "#6b7280"
+BARS_WIDTH_INCHES = 5.2  # narrow, so that the letters stay readable on a phone
+PLOT_LABELS = read_json(Path(__file__).with_name("words.json"))  # labels of curves and sheets in English and Portuguese
+RELEVANT_COLOR = "#1b7f5c"
+OTHER_COLOR = "#d0d3d8"
+IMAGES_PER_QUERY = 5  # highest-scored images that a sheet shows for a query
+QUERIES_PER_END = 4  # best queries, and as many worst queries, on the sheet of one model
+# For the sheet of two models: sign of the change in rank (model minus baseline), and number of such queries to show.
 QUERY_CHANGES = {"gain": (-1, 3), "tie": (0, 1), "loss": (1, 1)}
-# Matplotlib's own font has no letters of most scripts; of these, where they are installed, it takes what is missing.
+# Matplotlib's default font lacks most scripts. It takes missing letters from these fonts if they are installed.
 FALLBACK_FONTS = ("Noto Sans", "Noto Serif", "FreeSans", "Lohit", "Nirmala UI", "Mangal", "Arial Unicode", "WenQuanYi")
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
-    """Write a figure to a PNG of 130 dots per inch, whole or not at all, and close it."""
+    """Write a figure atomically to a PNG file of 130 dots per inch, and close it."""
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"(?s)Glyph .* missing from font")  # a text in another script
+        warnings.filterwarnings("ignore", message=r"(?s)Glyph .* missing from font")  # no installed font has the script
         figure.savefig(file, dpi=130, format="png")
     plt.close(figure)
     write_bytes(path, file.getvalue())
 
 
 def style_axis(axis: plt.Axes, grid: str, *hidden_sides: str) -> None:
-    """Faint lines of a grid ("x", "y" or "both") behind what is drawn, and no frame at some sides."""
+    """Draw a faint grid behind the data and hide the frame on some sides.
+
+    Args:
+        axis: The axis.
+        grid: Lines of the grid: "x", "y" or "both".
+        hidden_sides: Sides without frame: "top", "right", "bottom" or "left".
+    """
     axis.spines[list(hidden_sides)].set_visible(False)
     axis.grid(axis=grid, alpha=0.25)
     axis.set_axisbelow(True)
 
 
 def plot_training_curves(curve: list[dict], language: str, path: Path, label_language: str = "en") -> None:
-    """Loss and learning rate of every step, recall of the validation split, by the `curve` of run.json.
+    """Plot loss and learning rate per step, and the recall on the validation split.
 
-    `language` is that of the validation captions, `words` that of the labels, "pt" or another one for English.
+    Args:
+        curve: The `curve` of run.json.
+        language: Language code of the validation captions.
+        path: PNG file to write.
+        label_language: Language of the labels, "pt" or "en"; any other is treated as "en".
     """
     labels = PLOT_LABELS.get(label_language, PLOT_LABELS["en"])["curves"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
@@ -67,9 +82,9 @@ def plot_training_curves(curve: list[dict], language: str, path: Path, label_lan
     rate.set_ylabel(labels["rate"])
     rate.set_ylim(bottom=0)
     measured = [point for point in curve if "validation" in point]
-    for direction, colour in DIRECTION_COLORS.items():
+    for direction, color in DIRECTION_COLORS.items():
         values = [100 * p["validation"][direction] for p in measured]
-        right.plot([p["step"] for p in measured], values, "o-", color=colour, label=labels[direction])
+        right.plot([p["step"] for p in measured], values, "o-", color=color, label=labels[direction])
     right.set(xlabel=labels["step"], ylabel=labels["recall"], title=labels["recall_title"].format(language=language))
     right.legend(frameon=False)
     for axis in (left, right):
@@ -78,25 +93,32 @@ def plot_training_curves(curve: list[dict], language: str, path: Path, label_lan
 
 
 def plot_bars(pairs: list[dict[str, Any]], path: Path) -> None:
-    """Baseline against model, a pair of bars a row of `pair_with_baselines` with a `short` label, a mark where chance is."""
+    """Plot baseline against model as pairs of horizontal bars, with a mark at the chance level.
+
+    Args:
+        pairs: Elements of the result of `pair_with_baselines`, each with a label in `short`.
+        path: PNG file to write.
+    """
     figure, axis = plt.subplots(figsize=(BARS_WIDTH_INCHES, 1.2 + 0.46 * len(pairs)), layout="constrained")
-    for role, offset, colour in (("baseline", -0.2, BASELINE_COLOR), ("capivara", 0.2, MODEL_COLOR)):
-        if found := [(height + offset, pair[role]) for height, pair in enumerate(pairs) if pair[role]]:
-            heights, values = zip(*found, strict=True)
-            errors = [100 * (of.deviation or 0) for of in values]
-            options = {"color": colour, "ecolor": TEXT_COLOR, "label": ROLE_NAMES[role]}
-            bars = axis.barh(heights, [100 * of.mean for of in values], 0.36, xerr=errors, **options)
-            notes = [f" ± {error:.1f}" * bool(error) for error in errors]
-            labels = [f"{100 * of.mean:.1f}{note}" for of, note in zip(values, notes, strict=True)]
+    for role, offset, color in (("baseline", -0.2, BASELINE_COLOR), ("capivara", 0.2, MODEL_COLOR)):
+        heights = [height + offset for height, pair in enumerate(pairs) if pair[role]]
+        if heights:
+            values = [pair[role] for pair in pairs if pair[role]]
+            errors = [100 * (value.deviation or 0) for value in values]
+            options = {"color": color, "ecolor": TEXT_COLOR, "label": ROLE_NAMES[role]}
+            bars = axis.barh(heights, [100 * value.mean for value in values], 0.36, xerr=errors, **options)
+            notes = [f" ± {error:.1f}" if error else "" for error in errors]
+            labels = [f"{100 * value.mean:.1f}{note}" for value, note in zip(values, notes, strict=True)]
             axis.bar_label(bars, labels, padding=4, fontsize=9, color=TEXT_COLOR)
     chances = [(100 * pair["chance"], height) for height, pair in enumerate(pairs) if pair["chance"] is not None]
     if chances:
         axis.plot(*zip(*chances, strict=True), "|", color=TEXT_COLOR, markersize=26, label="chance")
-    axis.set_xlim(0, max(1.0, 1.3 * axis.dataLim.x1))  # room beside the longest bar
+    axis.set_xlim(0, max(1.0, 1.3 * axis.dataLim.x1))  # leave room for the label of the longest bar
     axis.set_xticks([tick for tick in axis.get_xticks() if tick <= 100])
-    axis.set_yticks(range(len(pairs)), [pair["short"] for pair in pairs], parse_math=False, fontsize=9.5)  # no formulas
-    axis.set_ylim(len(pairs) - 0.4, -0.6)  # the first at the top
-    axis.set_xlabel("per cent", color=FAINT_TEXT_COLOR, fontsize=9)
+    # With parse_math=False, a $ in a label does not start a formula.
+    axis.set_yticks(range(len(pairs)), [pair["short"] for pair in pairs], parse_math=False, fontsize=9.5)
+    axis.set_ylim(len(pairs) - 0.4, -0.6)  # the first pair is at the top
+    axis.set_xlabel("percent", color=FAINT_TEXT_COLOR, fontsize=9)
     axis.tick_params(length=0, labelcolor=TEXT_COLOR)
     style_axis(axis, "x", "top", "right", "left")
     if axis.get_legend_handles_labels()[0]:
@@ -104,36 +126,43 @@ def plot_bars(pairs: list[dict[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
-RankedImages = list[
-    tuple[Image.Image | None, bool]
-]  # pictures, None where one can't be shown, and which is the right one
+# Images by falling score (None if one can't be shown), each with whether it is the right one.
+RankedImages = list[tuple[Image.Image | None, bool]]
 
 
 def plot_gallery(
     rows: list[list[tuple[str, RankedImages]]], path: Path, headings: Sequence[str] = (), note: str = ""
 ) -> None:
-    """A row a query: a block a model with its title and the pictures that were found best, the right one framed."""
-    columns, blocks = max(len(found) for row in rows for _, found in row), len(rows[0])
-    above, below = 0.3 + 0.35 * bool(headings), 0.45 * bool(note)  # inches
-    height = 1.45 * len(rows) + above + below
+    """Draw a grid of images: a row per query, and in it a block per model. The right image is framed.
+
+    Args:
+        rows: For each query and model, a title and the images with the highest scores.
+        path: PNG file to write.
+        headings: Headings of the blocks.
+        note: Text below the grid.
+    """
+    columns, blocks = max(len(images) for row in rows for _, images in row), len(rows[0])
+    top_margin, bottom_margin = 0.3 + 0.35 * bool(headings), 0.45 * bool(note)  # inches
+    height = 1.45 * len(rows) + top_margin + bottom_margin
     installed = {font.name for font in font_manager.fontManager.ttflist}
-    others = sorted(name for name in installed if name.startswith(FALLBACK_FONTS))
-    with plt.rc_context({"font.family": ["DejaVu Sans", *others]}):
+    fallbacks = sorted(name for name in installed if name.startswith(FALLBACK_FONTS))
+    with plt.rc_context({"font.family": ["DejaVu Sans", *fallbacks]}):
         figure = plt.figure(figsize=(1.3 * columns * blocks + 0.3 * (blocks - 1), height))
         grid = figure.add_gridspec(
             len(rows), columns * blocks + blocks - 1, wspace=0.08, hspace=0.3, left=0.01, right=0.99,
             width_ratios=([1] * columns + [0.25]) * (blocks - 1) + [1] * columns,
-            top=1 - above / height, bottom=max(0.01, below / height),
+            top=1 - top_margin / height, bottom=max(0.01, bottom_margin / height),
         )  # fmt: skip
         for number, row in enumerate(rows):
-            for block, (title, found) in enumerate(row):
-                for column, (image, right) in enumerate(found):
+            for block, (title, images) in enumerate(row):
+                for column, (image, is_relevant) in enumerate(images):
                     axis = figure.add_subplot(grid[number, block * (columns + 1) + column])
                     axis.imshow(image or Image.new("RGB", (8, 8), "#e5e7eb"))
-                    # At the top of its place, so that the title above a wide one is not under the picture beside it.
+                    # Anchored at the top ("N"), so that the title stays close to a wide image.
                     axis.set(xticks=[], yticks=[], anchor="N")
                     for spine in axis.spines.values():
-                        spine.set(color=RELEVANT_COLOR if right else OTHER_COLOR, linewidth=3.5 if right else 0.8)
+                        frame_color = RELEVANT_COLOR if is_relevant else OTHER_COLOR
+                        spine.set(color=frame_color, linewidth=3.5 if is_relevant else 0.8)
                     if column == 0:
                         axis.set_title(title, loc="left", fontsize=8.5, parse_math=False)
         for block, heading in enumerate(headings):
@@ -144,10 +173,18 @@ def plot_gallery(
 
 
 def select_sheet_queries(before: "Tensor", after: "Tensor", seed: int) -> list[tuple[int, str]]:
-    """Queries for a sheet of two models by their ranks (queries,), and "gain", "tie" or "loss" of each, by a rule.
+    """Select the queries that illustrate the change from baseline to trained model, without cherry-picking.
 
-    Of the queries in an order that is drawn with the seed, the first three that the trained model ranks better, the
-    first that it ranks alike, and the first that it ranks worse.
+    Draws a random order of the queries, and takes from it the first three that the trained model ranks better, the
+    first with an equal rank, and the first that it ranks worse.
+
+    Args:
+        before: Rank of each query with the baseline (queries,).
+        after: Rank of each query with the trained model (queries,).
+        seed: Seed of the random order.
+
+    Returns:
+        Indices of the queries, each with "gain", "tie" or "loss".
     """
     order, change = _random_order(len(before), seed), (after - before).sign()
     return [
@@ -165,52 +202,61 @@ def plot_retrieval_sheet(
     seed: int = 0,
     language: str = "en",
 ) -> None:
-    """Queries, each with the five pictures that a model ranks first.
+    """Draw queries, each with the five images that a model ranks first.
 
-    Of two models they are those of `select_sheet_queries`; of one its best and its worst, of equal ones those drawn first, and
-    beside each its right picture, too. `image` opens a picture by its index, of which none is shown where it raises
-    BadImage; `embeddings` are of "baseline", "capivara" or both, as `eval.retrieval` has them.
+    For two models, the queries are those of `select_sheet_queries`. For one model, they are its four best and four
+    worst queries (at equal ranks in random order), and the right image is added if it is not among the five.
+
+    Args:
+        path: PNG file to write.
+        open_image: Function that opens an image by its index. An image for which it raises BadImage is shown as gray.
+        queries: Texts of all queries.
+        embeddings: Role ("baseline", "capivara" or both) -> `eval.retrieval.RetrievalEmbeddings`.
+        seed: Seed of the random order.
+        language: Language of the labels, "pt" or "en"; any other is treated as "en".
     """
-    words, rows, note = PLOT_LABELS.get(language, PLOT_LABELS["en"])["sheet"], [], ""
-    ranks = {role: of_model.ranks["text_to_image"] for role, of_model in embeddings.items()}
-    first, *others = ranks.values()
-    if others:
-        chosen = select_sheet_queries(ranks["baseline"], ranks["capivara"], seed)
+    labels, rows, note = PLOT_LABELS.get(language, PLOT_LABELS["en"])["sheet"], [], ""
+    ranks = {role: split.ranks["text_to_image"] for role, split in embeddings.items()}
+    is_comparison = len(ranks) > 1
+    if is_comparison:
+        selected = select_sheet_queries(ranks["baseline"], ranks["capivara"], seed)
         change = (ranks["capivara"] - ranks["baseline"]).sign()
         counts = {kind: int((change == sign).sum()) for kind, (sign, _) in QUERY_CHANGES.items()}
-        note = words["rule"].format(seed=seed, **counts)
+        note = labels["rule"].format(seed=seed, **counts)
     else:
-        order = _random_order(len(first), seed)
-        order = order[first[order].argsort(stable=True)].tolist()
-        chosen = [(query, "") for query in dict.fromkeys(order[:QUERIES_PER_END] + order[-QUERIES_PER_END:])]
-    for query, kind in chosen:
+        (model_ranks,) = ranks.values()
+        order = _random_order(len(model_ranks), seed)
+        order = order[model_ranks[order].argsort(stable=True)].tolist()
+        selected = [(query, "") for query in dict.fromkeys(order[:QUERIES_PER_END] + order[-QUERIES_PER_END:])]
+    for query, kind in selected:
         row = []
-        for role, of_model in embeddings.items():
-            scores, right = of_model.image_embeds @ of_model.text_embeds[query], int(of_model.image_of_text[query])
+        for role, split in embeddings.items():
+            scores, relevant = split.image_embeds @ split.text_embeds[query], int(split.image_of_text[query])
             best = scores.argsort(descending=True, stable=True)[:IMAGES_PER_QUERY].tolist()
-            best += [] if others or right in best else [right]
-            title = f"“{to_one_line(queries[query], 40)}”   {words['rank'].format(rank=int(ranks[role][query]) + 1)}"
-            title += f" ({words[kind]})" if kind and role == "capivara" else ""
-            found = []
+            if not is_comparison and relevant not in best:
+                best.append(relevant)
+            title = f"“{to_one_line(queries[query], 40)}”   {labels['rank'].format(rank=int(ranks[role][query]) + 1)}"
+            title += f" ({labels[kind]})" if kind and role == "capivara" else ""
+            images = []
             for index in best:
                 try:
-                    found.append((_shrink(open_image(index)), index == right))
-                except BadImage:  # it has changed since it was embedded: no reason to lose what was measured
-                    found.append((None, index == right))
-            row.append((title, found))
+                    images.append((_shrink(open_image(index)), index == relevant))
+                except BadImage:  # a file that changed after it was embedded must not end a finished measurement
+                    images.append((None, index == relevant))
+            row.append((title, images))
         rows.append(row)
-    plot_gallery(rows, path, [words[role] for role in ranks] if others else (), note)
+    plot_gallery(rows, path, [labels[role] for role in ranks] if is_comparison else (), note)
 
 
 def _shrink(image: Image.Image) -> Image.Image:
-    """A copy: a photograph of 20 million pixels would be drawn at 200, and a sheet holds 48 of them."""
+    """Return a small RGB copy. A sheet holds up to 48 images and draws each about 200 pixels wide."""
     image = image.convert("RGB")
     image.thumbnail((400, 400))
     return image
 
 
 def _random_order(query_count: int, seed: int) -> "Tensor":
-    """(queries,), in an order that is drawn."""
+    """Return the indices of all queries in random order (queries,)."""
     import torch
 
     return torch.randperm(query_count, generator=torch.Generator().manual_seed(seed))

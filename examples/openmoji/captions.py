@@ -17,7 +17,7 @@ from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import atomic_folder, write_text
 from captions.build import BuildArguments, ManualStepRequired, build_dataset, read_build_plan
 from captions.select import REPORT_PAGE
-from captions.translate import escape_cell, unescape_cell
+from captions.translation_tables import escape_cell, unescape_cell
 from examples.openmoji.dataset import load_dataset_with_images
 
 

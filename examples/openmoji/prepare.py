@@ -32,8 +32,9 @@ from examples.openmoji.dataset import build_dataset, load_dataset_with_images, s
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.trim_vocabulary import select_token_ids, trim_tokenizer
 from modeling_capivara.two_towers import embed_texts, split_for_device, uses_sigmoid_loss
+from training.batches import batch_indices, make_micro_batches, sample_captions
 from training.trainable import clamp_logit_scale
-from training.whole_batch import batch_indices, cached_word_rows, make_micro_batches, sample_captions
+from training.whole_batch import cached_word_rows
 
 # Chosen on the validation concepts, English captions; the test split played no part.
 RIDGE_PENALTY = 3.0  # times the number of training pictures
