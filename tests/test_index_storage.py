@@ -174,7 +174,7 @@ def test_a_failed_task_is_reported_and_the_same_command_does_the_rest(tmp_path, 
         ("lance error: Retryable commit conflict for version 3", "conflict", "s3://b/403"),
         ("lance error: Error performing GET in 1.403s, 403 bytes: tcp connect error", "no_answer", "s3://b/403"),
         ("lance error: Client error with status 403 Forbidden", "no_answer", "403 Forbidden"),
-        ("lance error: Encountered corrupt file", "damaged_remote", "about"),
+        ("lance error: Encountered corrupt file after 1403 ms", "damaged_remote", "about"),
     ],
 )
 def test_errors_of_a_storage_are_distinguished(text, code, pattern):
