@@ -19,7 +19,15 @@ from huggingface_hub.utils import yaml_dump
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.models.gemma import GemmaTokenizer
 from transformers.models.siglip2 import Siglip2Tokenizer
 
@@ -242,16 +250,26 @@ def load_processor(source: str | Path) -> ProcessorMixin:
             processor.tokenizer = Siglip2Tokenizer.from_pretrained(source)
         check_sizes(processor.image_processor.to_dict())
         config = load_config(str(source))
-        pad_token_id, vocab_size = processor.tokenizer.pad_token_id, config.text_config.vocab_size
-        if pad_token_id is not None and pad_token_id >= vocab_size:
-            raise ValueError(
-                f"its padding token {processor.tokenizer.pad_token!r} is not among the model's {vocab_size} tokens"
-            )
+        _check_padding(processor.tokenizer, config)
         if not isinstance(processor, CapivaraProcessor):  # a CapivaraProcessor truncates to 77 tokens by itself
             _fit_processor(processor, config)
     except Exception as error:
         raise ValueError(f"The processor of {source} can't be loaded: {' '.join(str(error).split())}") from error
     return processor
+
+
+def _check_padding(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Raise ValueError if a tokenizer has no padding token, or one that the model does not know as padding."""
+    token, token_id, vocab_size = tokenizer.pad_token, tokenizer.pad_token_id, config.text_config.vocab_size
+    if token_id is None:
+        raise ValueError("its tokenizer has no padding token")
+    if token_id >= vocab_size:
+        raise ValueError(f"its padding token {token!r} is not among the model's {vocab_size} tokens")
+    # Positions of CAPIVARA's text tower are counted from the padding token's id.
+    if config.model_type == "capivara" and token_id != config.text_config.pad_token_id:
+        raise ValueError(
+            f"its padding token {token!r} has the id {token_id}, but the model's has the id {config.text_config.pad_token_id}"
+        )
 
 
 def pads_to_max_length(processor: ProcessorMixin) -> bool:
