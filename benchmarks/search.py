@@ -188,7 +188,9 @@ def make_rows(vectors: np.ndarray, start: int, digest: str) -> pa.Table:
             pa.array(vectors.reshape(-1)), EMBEDDING_WIDTH
         ),
     }
-    arrays = [pa.array(columns.get(field.name, [None] * count), field.type) for field in pictures_schema(EMBEDDING_WIDTH)]
+    arrays = [
+        pa.array(columns.get(field.name, [None] * count), field.type) for field in pictures_schema(EMBEDDING_WIDTH)
+    ]
     return pa.Table.from_arrays(arrays, schema=pictures_schema(EMBEDDING_WIDTH))
 
 

@@ -243,6 +243,15 @@ INVALID_CONFIGS = {
 }
 
 
+@pytest.mark.parametrize(("pad_token", "named"), [("<nowhere>", "<nowhere>"), ("", "id 3"), (None, "padding token")])
+def test_a_padding_token_that_is_not_the_models_is_refused_in_one_line(tiny_folder, pad_token, named):
+    """The embedding table has more rows than the tokenizer has tokens, so that an added token would be in range."""
+    path = tiny_folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": pad_token}))
+    with pytest.raises(ValueError, match=rf"^[^\n]*{named}[^\n]*$"):
+        load_processor(tiny_folder)
+
+
 def test_an_unknown_padding_token_is_named_in_one_line(tiny_folder):
     processor, path = load_processor(tiny_folder), tiny_folder / "tokenizer_config.json"
     rows = json.loads((tiny_folder / "config.json").read_text())["text_config"]["vocab_size"]
