@@ -45,12 +45,12 @@ class ExportArguments:
         ",".join(DEFAULT_FORMATS),
         f"Formats to write, separated by commas: {', '.join(DEFAULT_FORMATS)}, transformers_js. transformers is always "
         "written. onnx needs the extra `onnx` and takes minutes for a full-size model. transformers_js, for browsers "
-        "and Node.js, includes onnx. Two formats can't be combined with others: drop_in, the text encoder for images that "
-        "were embedded with --base, and immich, a folder for the machine-learning service of Immich.",
+        "and Node.js, includes onnx. Two formats can't be combined with others: drop_in, the text encoder for images "
+        "that were embedded with --base, and immich, a folder for the machine-learning service of Immich.",
     )
     base: str | None = flag(
         None,
-        "Base model that the images were embedded with: a folder (for CAPIVARA also in open_clip's format) or a Hub id. "
+        "Base model that the images were embedded with: a folder (CAPIVARA also in open_clip's format) or a Hub id. "
         "Its image encoder must be bit-identical to the model's. Required for drop_in; with immich, only the text "
         "encoder is written.",
     )

@@ -430,7 +430,7 @@ def _explain_error(error: BaseException, repo_id: str, again: str) -> str:
     )
 
 
-# --- Push of a training run--------------------------------------------------------------------------------------------
+# --- Push of a training run ------------------------------------------------------------------------------------------
 
 
 def check_push_access(repo_id: str, private: bool = False) -> None:

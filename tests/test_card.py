@@ -230,7 +230,7 @@ def test_the_command_writes_and_checks_cards_and_refuses_wrong_flags(run, tmp_pa
             main(argv)
 
 
-# --- Sources: each figure comes from a file, several seeds are averaged, Hub ids only if loaded from the Hub ----------
+# --- Sources: each figure comes from a file, several seeds are averaged, Hub ids only if loaded from the Hub ---------
 
 
 WRONG_FILES = {

@@ -108,8 +108,8 @@ def check_tensors(file: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
     """
     if wrong := {name for name, _ in compute_tensor_digests(tensors).items() ^ expected.items()}:
         raise ValueError(
-            f"The export was removed, because {file.name} differs from the model in {format_keys(wrong)}. Run it again, and "
-            "report the error if it persists."
+            f"The export was removed, because {file.name} differs from the model in {format_keys(wrong)}. Run it "
+            "again, and report the error if it persists."
         )
 
 

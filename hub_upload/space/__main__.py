@@ -1,7 +1,7 @@
 """Write the search page as a folder for a Space: the program, the model and an index of pictures.
 
     python -m hub_upload.space --model runs/mine --pictures pictures.lance --space demo
-    python -m hub_upload.space --model runs/mine --static page --library node_modules  # visitors search their own pictures
+    python -m hub_upload.space --model runs/mine --static page --library node_modules  # searches visitors' own files
     python -m hub_upload.push --model demo --repo_id org/demo --repo_type space --push     # uploads either folder
 
 The Space shows thumbnails. The picture files, the names of their folders and the places where they were taken are not
@@ -26,8 +26,8 @@ class SpaceArguments:
     space: Path | None = flag(None, "Folder to write: a Space with a server, the model and an index.")
     static: Path | None = flag(
         None,
-        "Folder to write: a page without a server, which any file server can serve. Visitors choose pictures on their own "
-        "device and search them in the browser. --pictures is not used.",
+        "Folder to write: a page without a server, which any file server can serve. Visitors choose pictures on their "
+        "own device and search them in the browser. --pictures is not used.",
     )
     library: Path | None = flag(
         None, f"Folder node_modules that `{NPM_COMMAND}` creates, version 4.3 or later (required for --static)."
