@@ -42,7 +42,7 @@ REFRAMING_MARKUP_RE = re.compile(r"<|^\s*(```|~~~|\||#|=+$|-+$)|\]\((?!https?://
 CARD_VALUE_RE = re.compile(
     r"(?<=\| )(?:\*\*)?[-+]?\d[\d.,e-]*(?: ± [\d.,]+)?(?:\*\*)?(?= \|)|(?<=[ ])[-+]\d+[.,]\d+|`[0-9a-f]{32}`"
 )
-MAX_SHOWN_CHARACTERS = 120  # of a card line that a message quotes
+MAX_SHOWN_CHARACTERS = 120  # characters of a card line that a message shows
 # (task, direction) -> id and name of the task in the model index. The Hub has no retrieval task, so the two directions
 # get names of our own.
 HUB_TASKS = {

@@ -51,6 +51,7 @@ FORMAT_FILES = {  # tag on the Hub -> files that a folder with this format has
     "onnx": ("onnx/text_model.onnx", "onnx/vision_model.onnx"),
     "transformers.js": ("onnx/model.onnx", "preprocessor_config.json"),
 }
+# owner/name as the Hub accepts it: at most 96 characters each, without "--" and "..".
 HUB_ID_RE = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?<![.-])", re.ASCII)
 CAPIVARA_CLASS = "CapivaraModel"
 CARD_TOLERANCE = 5e-5  # smallest difference of shares that is visible in a card, which rounds to 0.01 %
@@ -58,11 +59,13 @@ CARD_TOLERANCE = 5e-5  # smallest difference of shares that is visible in a card
 BASELINE_TOLERANCE_QUERIES = 3  # queries whose hits may differ
 BASELINE_TOLERANCE_RANKS = 1  # allowed difference of a median rank
 MAX_LINE_CHARACTERS = 300  # length at which a text from a file is cut
+# Texts that can stand in Markdown code without escaping: ASCII letters, digits and characters of names and paths.
 PLAIN_CODE_RE = re.compile(r"[A-Za-z0-9][\w./@:+=,() -]*", re.ASCII)
 # The folders of an absolute path (Unix, home or Windows), without its last part. URLs don't match.
 PATH_PREFIX_RE = re.compile(r"(?<![\w.:/])~?/(?:[^\s/'\"<>]+/)+|\b[A-Za-z]:\\(?:[^\s\\]+\\)+")
 # Texts and labels in the code examples of a card, which use a red and a blue image.
 PORTUGUESE_EXAMPLES = {"texts": ["um quadrado vermelho", "um céu azul"], "labels": ["vermelho", "azul", "verde"]}
+# Hyperparameters that a card shows, in this order.
 _SETTING_NAMES = (
     "effective_batch_size micro_batch_size max_steps optimizer learning_rate min_learning_rate warmup_steps "
     "weight_decay adam_beta1 adam_beta2 adam_epsilon mixed_precision frozen_parameters gradient_checkpointing "
@@ -112,9 +115,8 @@ def _read_run_metadata(folder: Path) -> dict[str, Any]:
     paths = [path for run_folder in run_folders for path in sorted((run_folder / "results").glob("*.json"))]
     results = [_read_result(path, folder, digests) for path in paths]
     values = _average_results([result for result in results if result])
-    from modeling_capivara.processing_capivara import (
-        CONTEXT_LENGTH,
-    )  # not at the top: it imports torch, slow for --help
+    # Not at the top of the file, because it imports torch, which would slow down --help.
+    from modeling_capivara.processing_capivara import CONTEXT_LENGTH
 
     tokens, model_class = CONTEXT_LENGTH, run.get("model_class", CAPIVARA_CLASS)
     if model_class != CAPIVARA_CLASS:
@@ -157,12 +159,16 @@ def _read_runs(folder: Path, digests: dict[str, str]) -> tuple[Path, dict[str, A
     """
     paths = [path for path in (parent / "run.json" for parent in (folder, *seed_folders(folder))) if path.is_file()]
     if not paths:
-        raise ValueError(f"{folder} has no run.json, also not in seed-*/. Give the folder of a finished training run.")
+        raise ValueError(
+            f"There is no run.json in {folder} or its folders seed-*. Give the folder of a finished training run."
+        )
     folders_and_runs = []
     for path in paths:
         run = _read_json(path, folder, digests)
         if (version := run["schema_version"]) != schema.SCHEMA_VERSION:
-            raise ValueError(f"{path} has schema version {version!r:.20}, not {schema.SCHEMA_VERSION}.")
+            raise ValueError(
+                f"The schema version of {path} must be {schema.SCHEMA_VERSION}, got {version!r:.20}. Train again."
+            )
         folders_and_runs.append((path.parent, run))
     model, run = folders_and_runs[0]
     if model != folder:
@@ -233,7 +239,7 @@ def find_data_revision(run: dict[str, Any], measurement: Any) -> str | None:
 
     Args:
         run: Content of `run.json`.
-        measurement: Row of the records frame, see `build_records_frame`.
+        measurement: Measurement of one seed, from the `measured` list of a row of `average_over_seeds`.
     """
     header, dataset = measurement.file.content, measurement.dataset
     commit, fingerprint = header.get("dataset_revision"), header.get("dataset_fingerprint")
@@ -340,7 +346,7 @@ def select_code_examples(language: str, fallback_texts: Sequence[str]) -> dict[s
 
 
 class CardWriter:
-    """Format values from the files of a run in the language of a card. Templates call the methods as functions."""
+    """Formatter of values from a run's files in the language of a card. Templates call its methods as functions."""
 
     def __init__(self, language: str, run_metadata: dict[str, Any]):
         self.run_metadata, self.words, self.names = run_metadata, CARD_WORDS[language], CARD_WORDS[language]["names"]

@@ -7,7 +7,7 @@
     python -m hub_upload.export --model MODEL --output immich --formats immich   # with --base: text encoder only
 
 Weights are stored once for all formats that can read the same file. They are memory-mapped, not loaded. The folder
-contains only files that `ALLOWED_FILES` names.
+contains only files that `ALLOWED_FILES` of `hub_upload/allowed_files.py` names.
 """
 
 import logging
@@ -56,8 +56,8 @@ class ExportArguments:
     )
     text_config: str | None = flag(
         None,
-        "Hub id with the configuration of the text tower, for open_clip. Only needed if the text tower is not "
-        "XLM-RoBERTa base; in this case, open_clip is left out without it.",
+        "Hub id from which open_clip loads the configuration of the text tower. Default: XLM-RoBERTa base. If the text "
+        "tower is another one and this flag is missing, open_clip is left out.",
     )
     repo_id: str | None = flag(
         None,
@@ -100,8 +100,8 @@ def export_model(
         model: Folder of a two-tower model.
         output: Folder to write.
         formats: Formats from `KNOWN_FORMATS`.
-        text_config: Hub id with the configuration of the text tower, for open_clip. Only needed if the text tower is
-            not XLM-RoBERTa base.
+        text_config: Hub id from which open_clip loads the configuration of the text tower. None: XLM-RoBERTa base; if
+            the text tower is another one, open_clip is left out.
         overwrite: Whether to replace `output` if it exists.
         repo_id: Hub id under which the folder will be published.
         base: Folder or Hub id of the base model whose image encoder is bit-identical, for "drop_in" and "immich".

@@ -1,4 +1,4 @@
-"""Upload the folder of a model, dataset or Space to the Hugging Face Hub in one commit. Without --push, only show it.
+"""Upload the folder of a model, dataset or Space to the Hugging Face Hub in one commit (with --push) or preview it.
 
     python -m hub_upload.export --model runs/mine --output repository   # writes the folder to upload
     python -m hub_upload.push --model repository --repo_id my-name/my-model
@@ -8,8 +8,8 @@
     python -m hub_upload.push --model demo --repo_id my-name/my-demo --repo_type space --push   # from hub_upload.space
 
 The token is the one that huggingface_hub uses: HF_TOKEN, or the token saved by `hf auth login`. Only files that belong
-to a model, dataset or Space are uploaded. Other files on the Hub stay as they are. One exception: if a Space is pushed
-again, old files in the uploaded folders are deleted. Use the `hf` command to create tags or delete files. If the
+to a model, dataset or Space are uploaded. Other files on the Hub stay as they are, with one exception: if a Space is
+pushed again, old files in the uploaded folders are deleted. Use the `hf` command to create tags or delete files. If the
 connection breaks, run the same command again.
 """
 
@@ -48,7 +48,7 @@ from hub_upload.card import CARD_FILE, find_generated_card_faults, write_card
 # Seconds without an answer before a call fails. The client has no timeout, so a dead connection would block forever.
 HUB_TIMEOUT_S = 300
 RETRY_DELAY_S = 2  # seconds to wait before a failed call is repeated
-NO_TOKEN_MESSAGE = "No token found. Save one with write access using `hf auth login`, or set HF_TOKEN."
+NO_TOKEN_MESSAGE = "There is no token. Save one with write access using `hf auth login`, or set HF_TOKEN."
 RETRY_HINT = (
     "Run the same command again; files that have already arrived are not sent again. If you used --pull_request, first "
     "check on the repository's page whether the pull request exists already."
@@ -92,7 +92,7 @@ class PushArguments:
     revision: str = flag("main", "Branch to commit to. It is created from main if it does not exist.")
     pull_request: bool = flag(False, "Open a pull request to main instead of committing to it.")
     private: bool = flag(False, "Create the repository as private. Fails if the repository exists and is public.")
-    message: str | None = flag(None, "Title of the commit. Default: the number of files, or the name of a single file.")
+    message: str | None = flag(None, "Title of the commit. Default: generated from the files, for example Add 4 files.")
 
     def __post_init__(self) -> None:
         for name in ("repo_id", "revision", "message"):
@@ -144,8 +144,9 @@ def main(argv: list[str] | None = None) -> None:
         print("The Hub already has all files; there is nothing to send.")
     elif not args.push:
         size = format_bytes(sum(file.upload_info.size for file in plan.added_files))
-        known = ", except those that the Hub already has" if plan.unreachable else ""
-        print(f"Nothing was sent. With --push, {len(plan.added_files)} files ({size}) are sent in one commit{known}.")
+        exception = ", except those that the Hub already has" if plan.unreachable else ""
+        count = len(plan.added_files)
+        print(f"Nothing was sent. With --push, {count} files ({size}) are sent in one commit{exception}.")
     elif url := push_folder(plan):
         print(f"Pushed in one commit: {_printable_name(url)}")
     else:
@@ -252,7 +253,7 @@ def describe_push(plan: PushPlan) -> str:
 
 
 def _printable_name(text: str) -> str:
-    """Return a foreign text on one line, with control characters escaped, so that it is safe to print."""
+    """Escape line feeds and control characters in a text, so that it is safe to print on one line."""
     return make_printable(text.replace("\n", "\\n"))
 
 
@@ -425,7 +426,7 @@ def _explain_error(error: BaseException, repo_id: str, again: str) -> str:
     if isinstance(error, OSError) or type(error) is RuntimeError:  # Xet, the Hub's storage, raises RuntimeError
         return str(error) or type(error).__name__
     return (
-        f"The answer of {constants.ENDPOINT} is not one of the Hub ({type(error).__name__}: {error}). A proxy or a "
+        f"{constants.ENDPOINT} did not answer like the Hub ({type(error).__name__}: {error}). A proxy or a "
         "login page may have answered instead. Check HF_ENDPOINT and the network, then run the same command again."
     )
 
