@@ -32,7 +32,7 @@ from hub_upload.card_values import TEMPLATE_FOLDER, collect_run_metadata, find_d
 CARD_FILE = "README.md"
 # Version of the templates. Increase it when the text of the templates changes. A card of another version is checked by
 # its values and digests only, because its sentences can't be rendered again.
-TEMPLATE_VERSION = 5
+TEMPLATE_VERSION = 6
 # An HTML comment in the card with the options it was rendered with, for `--check`. Version 1 did not name its version.
 OPTIONS_COMMENT_RE = re.compile(r"<!-- made by hub_upload\.card with (\{[^\n]*\}) -->")
 # Markup that could hide the lines around it or change their meaning: HTML, code blocks, tables, headings, and links to

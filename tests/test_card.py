@@ -16,11 +16,18 @@ from safetensors.numpy import load_file, save_file
 
 from capivara_common.files import RUN_MARKER, write_json
 from hub_upload import push
-from hub_upload.card import find_card_faults, find_generated_card_faults, main, render_card, write_card
+from hub_upload.card import (
+    TEMPLATE_VERSION,
+    find_card_faults,
+    find_generated_card_faults,
+    main,
+    render_card,
+    write_card,
+)
 from hub_upload.card_values import FORMAT_FILES, LANGUAGES, TEMPLATE_FOLDER, build_template_values, collect_run_metadata
 from hub_upload.push import PushArguments
 
-SECTIONS = ["How to use", "Model details", "Uses and limits", "Training", "Evaluation", "Licence", "Citation"]
+SECTIONS = ["How to use", "Model details", "Uses and limits", "Training", "Evaluation", "License", "Citation"]
 MARKER = "## Citation\n"  # tests add lines before this heading
 HUB_DATA = "laicsiifes/flickr30k-pt-br"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -114,7 +121,7 @@ def test_a_card_from_an_older_template_is_checked_by_its_values(run, capsys):
     text = card_of(run).replace("random scores would give", "dice would give")
     (run / "README.md").write_text(text, encoding="utf-8")
     assert any("dice" in fault for fault in find_card_faults(run))
-    text = text.replace(', "version": 5', "")
+    text = text.replace(f', "version": {TEMPLATE_VERSION}', "")
     (run / "README.md").write_text(text, encoding="utf-8")
     main(["--check", str(run)])
     output = capsys.readouterr().out
@@ -368,11 +375,11 @@ def test_a_license_can_be_stated_only_if_base_and_data_leave_it_open(run, tmp_pa
         write_card(run, license="mit")
     change(run / "run.json", lambda content: content["origins"].update(license=None))
     write_card(run)
-    assert "license" not in split_card(card_of(run))[0] and "No licence is stated" in card_of(run)
+    assert "license" not in split_card(card_of(run))[0] and "No license is stated" in card_of(run)
     main(["--model", str(run), "--license", "cc-by-4.0"])
     text = card_of(run)
     assert split_card(text)[0]["license"] == "cc-by-4.0" and find_card_faults(run) == []
-    assert "licensed **`cc-by-4.0`**, as whoever publishes it states" in text and "No licence is stated" not in text
+    assert "licensed **`cc-by-4.0`**, as stated by its publisher" in text and "No license is stated" not in text
     write_card(run, language="pt", license="cc-by-4.0")
     assert "sob a licença **`cc-by-4.0`**, indicada por quem o publica" in card_of(run) and find_card_faults(run) == []
     (run / "README.md").write_text(text.replace("cc-by-4.0", "mine"), encoding="utf-8")
@@ -439,7 +446,7 @@ def test_classification_and_linear_probe_get_a_table(run):
     text = card_of(run)
     assert "| `cifar-10` | `ours` | accuracy | 100 | **50.00** | 45.00 | -5.00 |" in text
     assert "| `cifar-10` | `16 shots` | accuracy | 100 | – | 75.00 | – | – |" in text
-    assert "It does worse than the baseline on:\n  - accuracy, `cifar-10`, `ours`: 45.00, baseline 50.00" in text
+    assert "The model is worse than the baseline on:\n  - accuracy, `cifar-10`, `ours`: 45.00, baseline 50.00" in text
     assert find_card_faults(run) == []
 
 

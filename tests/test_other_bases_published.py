@@ -187,7 +187,7 @@ def test_card_and_report_show_the_published_figure_of_the_base(run, kind, tmp_pa
     xm3600 = {"dataset": "xm3600-first", "n": 3600}
     content["records"] = [record | xm3600 for record in content["records"] if record["metric"] == "mean_recall"]
     (folder / "results" / "xm3600.json").write_text(json.dumps(content), encoding="utf-8")
-    for language, figure in {"en": "published of the base: 77.54", "pt": "publicado do modelo de base: 77,54"}.items():
+    for language, figure in {"en": "published for the base: 77.54", "pt": "publicado do modelo de base: 77,54"}.items():
         write_card(folder, language=language)
         assert find_card_faults(folder) == []
         line = re.search(rf"^\| [^\n]* \|\n(\n?)- [^|\n]*, {figure} \(\[\w+\]\(https://", card_of(folder), re.MULTILINE)
