@@ -1,11 +1,11 @@
 // Replaces the server on the static page: reads a visitor's own files and searches them with the model in the browser.
 import { AutoImageProcessor, AutoTokenizer, CLIPTextModelWithProjection, CLIPVisionModelWithProjection, RawImage, env } from "../library/transformers.js";
-import { WORDS, drawn, find, reason, say, takeFiles } from "./common.js";
+import { MESSAGES, byId, drawScaled, errorMessage, message, onFiles } from "./common.js";
 
 const MAX_BYTES = 200e6; // largest file that is read
 const MAX_ASPECT = 50; // largest ratio of long to short side, as in Python
 const MAX_THREADS = 8; // WebAssembly threads
-const MODEL = WORDS.own_model; // id (folder name of its files), name, and side (image size in pixels)
+const MODEL = MESSAGES.own_model; // id (folder name of its files), name, and side (image size in pixels)
 const pictures = new Map(); // path -> picture as returned by `read`
 const loaded = new Map(); // tower class -> promise of the tower and the processor of its inputs
 let [version, progress, changed, reading] = [0, null, null, Promise.resolve()];
@@ -61,8 +61,8 @@ const answers = {
 };
 
 export const ask = (name, question) => answers[name](question);
-export const address = (_, { path }) => pictures.get(path)?.thumbnail ?? "";
-export const large = async ({ file }) => file;
+export const imageUrl = (_, { path }) => pictures.get(path)?.thumbnail ?? "";
+export const fetchLargeView = async ({ file }) => file;
 
 // --- Pictures --------------------------------------------------------------------------------------------------------
 
@@ -75,7 +75,7 @@ async function read(file, path) {
   const { width, height } = image;
   const [short, long] = [Math.min(width, height), Math.max(width, height)];
   if (long > MAX_ASPECT * short) throw errorWithCode("no_picture");
-  const canvas = drawn(image, MODEL.side / short);
+  const canvas = drawScaled(image, MODEL.side / short);
   image.close();
   const [model, processor] = await loadTower(CLIPVisionModelWithProjection, AutoImageProcessor);
   const { image_embeds } = await model(await processor(RawImage.fromCanvas(canvas)));
@@ -87,7 +87,7 @@ async function read(file, path) {
 /** Reads the pictures among files, one after another. Pictures that were read before and have not changed are skipped. */
 async function collect(files) {
   const [images, unreadable, before] = [files.filter((file) => file.type.startsWith("image/")), [], pictures.size];
-  if (!images.length) return (find("collected").textContent = say("no_pictures"));
+  if (!images.length) return (byId("collected").textContent = message("no_pictures"));
   let failed = null;
   for (const [done, file] of images.entries()) {
     const path = file.webkitRelativePath || file.name;
@@ -97,7 +97,7 @@ async function collect(files) {
     } catch (error) {
       console.warn(error, error.cause);
       if (error.code !== "no_picture") {
-        failed = reason(error);
+        failed = errorMessage(error);
         break;
       }
       unreadable.push(file.name);
@@ -109,16 +109,16 @@ async function collect(files) {
   progress = null;
   changed();
   const added = pictures.size - before;
-  const messages = [failed, added ? say("indexed", { n: added }) : say("indexed_none")];
-  if (unreadable.length) messages.push(say("unreadable", { n: unreadable.length, names: unreadable.slice(0, 3).join(", ") }));
-  find("collected").textContent = messages.filter(Boolean).join(" ");
+  const messages = [failed, added ? message("indexed", { n: added }) : message("indexed_none")];
+  if (unreadable.length) messages.push(message("unreadable", { n: unreadable.length, names: unreadable.slice(0, 3).join(", ") }));
+  byId("collected").textContent = messages.filter(Boolean).join(" ");
 }
 
 /** Connects the file inputs of the page; `refresh` updates the page when pictures were added. */
-export function start(refresh) {
+export function startBackgroundWork(refresh) {
   changed = () => {
-    find("collect").classList.toggle("empty", !pictures.size);
+    byId("collect").classList.toggle("empty", !pictures.size);
     refresh();
   };
-  takeFiles(document.body, [find("files"), find("own-folder")], (files) => (reading = reading.then(() => collect(files))));
+  onFiles(document.body, [byId("files"), byId("own-folder")], (files) => (reading = reading.then(() => collect(files))));
 }
