@@ -21,8 +21,9 @@ import yaml
 from benchmarks.timing import CODE_ROOT, RESULTS_FOLDER, describe_conditions, write_results
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_common.files import write_json
+from capivara_search.folder_scan import find_pictures
 from capivara_search.models import SearchModel, find_model
-from capivara_search.picture_files import find_pictures, open_query_picture
+from capivara_search.picture_reading import open_query_picture
 from capivara_search.query import (
     FEEDBACK_STRENGTH,
     NEUTRAL_SENTENCES,

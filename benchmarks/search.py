@@ -30,7 +30,7 @@ from benchmarks import timing
 from capivara_common.cli import flag, parse_arguments, run_command
 from capivara_search import PictureIndex
 from capivara_search.page.answers import PageAnswers, Question
-from capivara_search.table import MAX_EXACT_ROWS, schema, vector_column
+from capivara_search.table import MAX_EXACT_ROWS, pictures_schema, vector_column
 
 EMBEDDING_WIDTH, CLUSTER_COUNT, NOISE_SPREAD = (
     512,
@@ -167,7 +167,7 @@ def fill_index(args: SearchArguments) -> dict[str, Any]:
 
 
 def make_rows(vectors: np.ndarray, start: int, digest: str) -> pa.Table:
-    """Rows as `capivara_search.table.schema` has them."""
+    """Rows as `capivara_search.table.pictures_schema` has them."""
     numbers, count = range(start, start + len(vectors)), len(vectors)
     columns = {
         "path": [picture_path(number) for number in numbers],
@@ -181,8 +181,8 @@ def make_rows(vectors: np.ndarray, start: int, digest: str) -> pa.Table:
             pa.array(vectors.reshape(-1)), EMBEDDING_WIDTH
         ),
     }
-    arrays = [pa.array(columns.get(one.name, [None] * count), one.type) for one in schema(EMBEDDING_WIDTH)]
-    return pa.Table.from_arrays(arrays, schema=schema(EMBEDDING_WIDTH))
+    arrays = [pa.array(columns.get(one.name, [None] * count), one.type) for one in pictures_schema(EMBEDDING_WIDTH)]
+    return pa.Table.from_arrays(arrays, schema=pictures_schema(EMBEDDING_WIDTH))
 
 
 def measure_index(args: SearchArguments) -> dict[str, Any]:

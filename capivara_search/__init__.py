@@ -1,8 +1,9 @@
-"""Search your own pictures by a sentence: an index that grows, the command `capivara`, and its page.
+"""Search your own pictures by a sentence: an index that grows with your folders, the command `capivara` and its page.
 
-index = PictureIndex.open("fotos.lance", model="hiaac-nlp/CAPIVARA")
-index.add("~/Fotos")
-paths = [hit.path for hit in index.search("um gato dormindo", k=5)]
+Example:
+    index = PictureIndex.open("fotos.lance", model="hiaac-nlp/CAPIVARA")
+    index.add("~/Fotos")
+    paths = [hit.path for hit in index.search("um gato dormindo", k=5)]
 """
 
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What the package offers, imported when it is asked for: `capivara --help` waits for none of it."""
+    """Import a public name of the package on first use, so that `capivara --help` does not wait for the imports."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from capivara_search import index, models, results

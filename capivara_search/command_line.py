@@ -1,15 +1,18 @@
-"""`capivara` by click, in two languages: two names a command, flags of all commands, help, and what is wrong.
+"""The bilingual command line of `capivara`, built on click: command names, shared flags, help and usage errors.
 
-A context's `obj` is the `Words` of a language. They have `about.NAME` of each command, whose first paragraph stands in
-the list of commands, too, `flag.NAME.FLAG` or, of several commands, `flag.FLAG`, `metavar.KEY`, what stands for a value
-in the help (by its type, where a flag names no KEY), and `bad.TYPE`, what a value must be.
+`obj` of a click context is a `Messages` object. Its keys for this module:
+
+    about.COMMAND                      description of a command; the list of commands has its first paragraph
+    flag.COMMAND.FLAG or flag.FLAG     help of a flag, for one command or for all commands
+    metavar.KEY                        placeholder of a value in the help; KEY is the flag's metavar or its type
+    bad.TYPE                           error of a value that the type rejects
 """
 
 import os
 from calendar import monthrange
 from collections.abc import Callable
 from datetime import date
-from functools import partial, reduce
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -27,13 +30,12 @@ CONTEXT_SETTINGS = {
 
 
 def localized_type(param_type: click.ParamType) -> click.ParamType:
-    """A type of click's, which says in the words of a language what a value must be."""
+    """Make a click type report rejected values in the user's language (`bad.TYPE`); changes and returns the type."""
     convert = param_type.convert
 
-    def checked(value: Any, param: click.Parameter | None, ctx: click.Context) -> Any:
-        value = (
-            os.path.expanduser(value) if isinstance(param_type, click.Path) else value
-        )  # as no shell does after --flag=
+    def convert_value(value: Any, param: click.Parameter | None, ctx: click.Context) -> Any:
+        if isinstance(param_type, click.Path):
+            value = os.path.expanduser(value)  # a shell does not expand "~" after `--flag=`
         try:
             return convert(value, param, ctx)
         except click.BadParameter as error:
@@ -41,18 +43,32 @@ def localized_type(param_type: click.ParamType) -> click.ParamType:
                 "value": escape_control_characters(str(value)),
                 "choices": ", ".join(getattr(param_type, "choices", ())),
             }
-            values |= {name: ctx.obj.number(one, 2) for name, one in values.items() if isinstance(one, float)}
+            values |= {
+                name: ctx.obj.format_number(number, 2) for name, number in values.items() if isinstance(number, float)
+            }
             raise click.BadParameter(ctx.obj(f"bad.{param_type.name}", **values)) from error
 
-    param_type.convert = checked
+    param_type.convert = convert_value
     return param_type
 
 
 class DateType(click.DateTime):
-    """A day; of a month or a year its first one, of `--until` its last one."""
+    """A day. A month or year stands for its first day, or for its last day if the flag is `--until`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> date:
-        """The day. Raises click.BadParameter."""
+        """Parse a date.
+
+        Args:
+            value: Text of the flag, such as "2024-06".
+            param: The flag.
+            ctx: Context of the command.
+
+        Returns:
+            The day.
+
+        Raises:
+            click.BadParameter: If the text is not a date.
+        """
         day = super().convert(value, param, ctx).date()
         if param.name == "until" and len(value) < len("2024-1-1"):
             month = day.month if "-" in value else 12
@@ -74,18 +90,24 @@ DATE = localized_type(DateType(["%Y", "%Y-%m", "%Y-%m-%d", "%d/%m/%Y"]))
 
 
 def add_switches(*names: str) -> Callable[[Callable], Callable]:
-    """Flags without a value."""
-    return lambda function: reduce(lambda given, name: click.option(name, is_flag=True)(given), names[::-1], function)
+    """Return a decorator that adds flags without a value, such as `--json`, to the function of a command."""
+
+    def add(function: Callable) -> Callable:
+        for name in reversed(names):  # click shows flags in the reverse order of their decorators
+            function = click.option(name, is_flag=True)(function)
+        return function
+
+    return add
 
 
 def _store_global_value(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    """Of a flag that may stand before the command and after it, where it wins."""
+    """Store the value of a flag that may stand before or after the command name; the later one wins."""
     if value is not None:
         ctx.meta[param.name] = value
 
 
 def get_global_value(name: str) -> str | None:
-    """The value of a flag of all commands."""
+    """Return the value of a flag that all commands have (`index`, `model` or `device`); None if it was not given."""
     return click.get_current_context().meta.get(name)
 
 
@@ -94,13 +116,18 @@ GLOBAL_OPTIONS = [
     click.Option(["--index"], expose_value=False, callback=_store_global_value, **_folder_option_kwargs),
     click.Option(["--model"], expose_value=False, callback=_store_global_value, **_folder_option_kwargs),
     click.Option(["--device"], expose_value=False, callback=_store_global_value),
-    # `command.language_of` has read it:
+    # `command.detect_language` has read its value before click parses the command line.
     click.Option(["--lang"], expose_value=False, type=localized_type(click.Choice(("pt", "en")))),
 ]
 
 
 class LocalizedCommand(click.Command):
-    """click's, with the flags of all commands, and its help in the words of a language."""
+    """A click command with the flags that all commands share, and with help in the user's language.
+
+    Args:
+        *names: Positional arguments of `click.Command`.
+        **options: Keyword arguments of `click.Command`.
+    """
 
     allow_extra_args = True
 
@@ -109,15 +136,26 @@ class LocalizedCommand(click.Command):
         self.params += GLOBAL_OPTIONS
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """`--labels a b` becomes `--labels a --labels b`. Raises click.UsageError, which names what is left over."""
-        found, several = list[str](), False
+        """Parse a command line, in which `--labels a b` means `--labels a --labels b`.
+
+        Args:
+            ctx: Context of the command.
+            args: Words of the command line.
+
+        Returns:
+            The words that are left for a subcommand.
+
+        Raises:
+            click.UsageError: If a word is left over, or both `--json` and `--csv` are given.
+        """
+        words, in_labels = list[str](), False
         for word in args:
             if word.startswith("-"):
-                several = word == "--labels"
-            elif several and found[-1] != "--labels":
-                found.append("--labels")
-            found.append(word)
-        rest = super().parse_args(ctx, found)
+                in_labels = word == "--labels"
+            elif in_labels and words[-1] != "--labels":
+                words.append("--labels")
+            words.append(word)
+        rest = super().parse_args(ctx, words)
         if rest and not isinstance(self, click.Group) and not ctx.resilient_parsing:
             raise click.UsageError(ctx.obj("left_over", name=escape_control_characters(rest[0])))
         if ctx.params.get("json") and ctx.params.get("csv"):
@@ -125,32 +163,54 @@ class LocalizedCommand(click.Command):
         return rest
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Usage, description, flags, commands and exit codes."""
-        words, is_group, order = ctx.obj, isinstance(self, click.Group), 1 if ctx.obj.language == "en" else -1
+        """Write the help: usage, description, flags, and for the group its commands and the exit codes.
+
+        Args:
+            ctx: Context of the command.
+            formatter: Receives the text.
+        """
+        messages, is_group = ctx.obj, isinstance(self, click.Group)
         arguments, flags = [], []
         for param in self.get_params(ctx):
             (flags if isinstance(param, click.Option) else arguments).append(describe_parameter(param, ctx))
-        usage = [words("metavar.flags"), *(name for name, _ in arguments), words("metavar.command") * is_group]
-        formatter.write_usage(ctx.command_path, " ".join(usage), words("usage"))
-        for piece in words(f"about.{self.name}").split("\n\n"):
-            lines = piece if piece.startswith(" ") else click.wrap_text(" ".join(piece.split()), formatter.width)
-            formatter.write(f"\n{lines}\n")
-        with formatter.section(words("options")):
+        usage = [messages("metavar.flags"), *(name for name, _ in arguments), messages("metavar.command") * is_group]
+        formatter.write_usage(ctx.command_path, " ".join(usage), messages("usage"))
+        for paragraph in messages(f"about.{self.name}").split("\n\n"):
+            is_example = paragraph.startswith(" ")
+            text = paragraph if is_example else click.wrap_text(" ".join(paragraph.split()), formatter.width)
+            formatter.write(f"\n{text}\n")
+        with formatter.section(messages("options")):
             formatter.write_dl(flags)
         if is_group:
-            first = {names: words(f"about.{names[0]}").partition("\n\n")[0] for names in COMMAND_NAMES.items()}
-            with formatter.section(words("commands")):
-                formatter.write_dl([(", ".join(names[::order]), text) for names, text in first.items()])
-            formatter.write(f"\n{click.wrap_text(words('exit_codes'), formatter.width)}\n")
+            order = 1 if messages.language == "en" else -1  # the user's language first
+            entries = [
+                (", ".join(names[::order]), messages(f"about.{names[0]}").partition("\n\n")[0])
+                for names in COMMAND_NAMES.items()
+            ]
+            with formatter.section(messages("commands")):
+                formatter.write_dl(entries)
+            formatter.write(f"\n{click.wrap_text(messages('exit_codes'), formatter.width)}\n")
 
 
 class LocalizedGroup(LocalizedCommand, click.Group):
-    """All commands."""
+    """The group `capivara`, which holds all commands."""
 
     command_class = LocalizedCommand
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        """Raises click.UsageError, which names the nearest command; of a sentence, the search for it."""
+        """Find the command that the first word names.
+
+        Args:
+            ctx: Context of the group.
+            args: Words of the command line.
+
+        Returns:
+            Name, command and remaining words, as click expects them.
+
+        Raises:
+            click.UsageError: If no command has this name. The error suggests the nearest name or, for a sentence, the
+                search for it.
+        """
         if not self.get_command(ctx, args[0]) and not ctx.resilient_parsing:
             error = click.NoSuchOption(args[0], possibilities=self.list_commands(ctx))
             sentence = escape_control_characters(" ".join(takewhile(lambda word: not word.startswith("-"), args)))
@@ -161,27 +221,43 @@ class LocalizedGroup(LocalizedCommand, click.Group):
 
 
 def describe_parameter(param: click.Parameter, ctx: click.Context) -> tuple[str, str]:
-    """A flag or an argument, with what stands for its value, and what the help says of a flag."""
-    words, name = ctx.obj, param.opts[0].lstrip("-").replace("-", "_")
-    value = ""
+    """Describe a flag or an argument for the help.
+
+    Args:
+        param: Flag or argument.
+        ctx: Context of its command.
+
+    Returns:
+        Its name with a placeholder for its value, such as "--index FOLDER", and the help of a flag, "" for an argument.
+    """
+    messages, name = ctx.obj, param.opts[0].lstrip("-").replace("-", "_")
+    placeholder = ""
     if not getattr(param, "is_flag", False):
-        value = "|".join(getattr(param.type, "choices", ())) or words(f"metavar.{param.metavar or param.type.name}")
+        choices = "|".join(getattr(param.type, "choices", ()))
+        placeholder = choices or messages(f"metavar.{param.metavar or param.type.name}")
     if isinstance(param, click.Argument):
-        value += " …" * (param.nargs == -1)
-        return value if param.required else f"[{value}]", ""
-    own = f"flag.{ctx.command.name}.{name}"
-    return f"{', '.join(param.opts)} {value}".rstrip(), words(own if words.has(own) else f"flag.{name}")
+        placeholder += " …" * (param.nargs == -1)
+        return placeholder if param.required else f"[{placeholder}]", ""
+    command_key = f"flag.{ctx.command.name}.{name}"
+    key = command_key if messages.has(command_key) else f"flag.{name}"
+    return f"{', '.join(param.opts)} {placeholder}".rstrip(), messages(key)
 
 
 def describe_usage_error(error: click.UsageError, messages: Messages) -> str:
-    """What click says, or a command, in the words of a language."""
+    """Describe an error of the command line in the user's language.
+
+    Args:
+        error: Error of click, or of a command.
+        messages: Texts of the language.
+
+    Returns:
+        One line, with the name of the flag if a flag is wrong.
+    """
     option = isinstance(getattr(error, "param", None), click.Option) and error.param.opts[-1]
     match error:
-        case click.NoSuchOption(option_name=name) if messages.has(f"gone.{name[2:]}"):
-            return messages("gone", name=name, text=messages(f"gone.{name[2:]}"))
         case click.NoSuchOption():
-            near = "".join(messages("nearest", name=one) for one in (error.possibilities or [])[:1])
-            return messages("unknown", name=escape_control_characters(error.option_name)) + near
+            suggestion = "".join(messages("nearest", name=name) for name in (error.possibilities or [])[:1])
+            return messages("unknown", name=escape_control_characters(error.option_name)) + suggestion
         case click.MissingParameter():
             return messages("missing", name=describe_parameter(error.param, error.ctx)[0])
         case click.BadOptionUsage():

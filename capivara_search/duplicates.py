@@ -1,12 +1,15 @@
-"""Pictures that are nearly the same: groups of them among hundreds of thousands, and each group once in an answer.
+"""Near-duplicate detection: group near-duplicates among hundreds of thousands of pictures.
 
-What a model sees in two pictures says little of whether one is a copy: its vector changes when a picture is reduced,
-and hardly from one lawn to another. So their looks are compared, too: the colours of a few pixels. A picture leads its
-group; every other one of it is similar to that one, and comes after it. So no chain of small differences leads from one
-scene to another.
+A model's vector alone says little about whether a picture is a copy: it changes when a picture is reduced, and hardly
+differs between two lawns. Color signatures are therefore compared as well: the colors of the picture at 6 x 6 pixels, a
+tiny-image descriptor (Torralba et al., 80 Million Tiny Images, 2008).
+
+Groups are formed by sequential leader clustering (Hartigan, Clustering Algorithms, 1975). Each group has a leader, and
+every other picture of the group is similar to the leader and comes after it. So a chain of small differences can't lead
+from one scene to another, as it would with connected components.
 
 Flat pictures, such as icons, charts and blank pages, share most of their pixels with other pictures of their kind, and
-a model hardly tells them apart. Two flat pictures are compared by their details alone, and far more strictly.
+a model hardly distinguishes them. Two flat pictures are compared by their details only, with a far stricter limit.
 """
 
 import time
@@ -25,37 +28,48 @@ from capivara_search.table import COLOR_SIGNATURE_COLUMN, l2_normalize, to_array
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
 
-BLOCK_ROWS, LATER_BLOCK_ROWS = 512, 2048  # vectors that are compared with one another, and with later ones, at once
-FLOAT16_TOLERANCE = 1e-3  # of float16
-SIGNATURE_SIDE = 6  # pixels of a look; chosen as `SAME` was, among others (docs/benchmarks.md)
-SIGNATURE_WEIGHT = 2 / 3  # of the similarity
-MIN_SIGNATURE_STD = 2.0  # standard deviation of the colours, of 255, below which a picture has no look
+BLOCK_ROWS = 512  # vectors that are compared with each other at once
+LATER_BLOCK_ROWS = 2048  # later vectors that a block is compared with at once
+FLOAT16_TOLERANCE = 1e-3  # vectors are stored as float16; the threshold is lowered by their rounding error
+SIGNATURE_SIDE = 6  # pixels; chosen like `DUPLICATE_MIN_SIMILARITY` (docs/benchmarks.md)
+SIGNATURE_WEIGHT = 2 / 3  # share of the color signature in the similarity; the rest is the cosine of the vectors
+MIN_SIGNATURE_STD = 2.0  # standard deviation of the colors (0 to 255) below which a color signature is ignored
 SIGNATURE_BYTES = 3 * SIGNATURE_SIDE * SIGNATURE_SIDE
 # A picture is flat if this share of its pixels has exactly the same color. Of the pictures of `benchmarks.duplicates`,
 # icons have 0.21 and more, and photographs at most 0.18.
 MIN_FLAT_PIXEL_SHARE = 0.2
-MAX_CONSTANT_STD = 4.0  # standard deviation of the pixels, of 255, below which a picture is flat, too
+MAX_CONSTANT_STD = 4.0  # standard deviation of the pixels (0 to 255) below which a picture is flat, too
 DETAIL_SIDES = (18, 6, 6)  # pixels of the luma and both chroma planes (YCbCr) that flat pictures are compared by
 DETAIL_BYTES = sum(side * side for side in DETAIL_SIDES)
-DUPLICATE_DETAIL_RMS = (
-    1.2  # root mean square difference of details, of 255, at which the similarity of flat pictures is `SAME`
-)
-DETAIL_COLUMNS = slice(-DETAIL_BYTES, None)  # the columns of details in `compared`
+# Root mean square difference of the details (0 to 255) at which two flat pictures have `DUPLICATE_MIN_SIMILARITY`.
+DUPLICATE_DETAIL_RMS = 1.2
+DETAIL_COLUMNS = slice(-DETAIL_BYTES, None)  # columns of the details in the result of `add_color_signatures`
 
 
 def color_signature(image: PIL.Image.Image) -> bytes:
-    """Return the colors of a picture in `SIDE` x `SIDE` pixels, RGB; of a flat picture, its details after them."""
+    """Return the color signature of a picture.
+
+    It is the picture at `SIGNATURE_SIDE` x `SIGNATURE_SIDE` pixels, RGB (`SIGNATURE_BYTES`). The signature of a flat
+    picture also has its details (`DETAIL_BYTES`): the planes of YCbCr at `DETAIL_SIDES`.
+    """
     image = image.convert("RGB")
     colors = image.resize((SIGNATURE_SIDE, SIGNATURE_SIDE), PIL.Image.Resampling.BOX).tobytes()
     if not is_flat(np.asarray(image)):
         return colors
     planes = zip(image.convert("YCbCr").split(), DETAIL_SIDES, strict=True)
-    # Unlike BOX, HAMMING weighs pixels on the edge of a cell, so that an enlarged or reduced copy has the same details.
-    return colors + b"".join(plane.resize((n, n), PIL.Image.Resampling.HAMMING).tobytes() for plane, n in planes)
+    # Unlike BOX, HAMMING weights the pixels on the border of a cell, so that an enlarged or reduced copy has the same
+    # details.
+    return colors + b"".join(
+        plane.resize((side, side), PIL.Image.Resampling.HAMMING).tobytes() for plane, side in planes
+    )
 
 
 def is_flat(pixels: np.ndarray) -> bool:
-    """Return whether pixels (height, width, 3) are nearly constant, or many of them have exactly the same color."""
+    """Return whether a picture is flat: nearly constant, or with many pixels of exactly the same color.
+
+    Args:
+        pixels: (height, width, 3), 0 to 255.
+    """
     if pixels.std(axis=(0, 1)).max() < MAX_CONSTANT_STD:
         return True
     red, green, blue = pixels.reshape(-1, 3).astype(np.int32).T
@@ -64,145 +78,217 @@ def is_flat(pixels: np.ndarray) -> bool:
 
 
 def add_color_signatures(vectors: np.ndarray, signatures: Sequence[bytes | None]) -> np.ndarray:
-    """Return what pictures are compared by: a third the cosine of their vectors, two thirds the cosine of their looks.
+    """Return the vectors that pictures are compared by (`pairwise_similarity`).
 
-    The color that a picture has all over counts half, else any two cuts of a red one look alike. Where there is no
-    look, or that of a grey picture, pictures are compared by their vectors alone. `similarity` compares the result.
+    They are scaled so that a dot product is one third the cosine of the model's vectors plus two thirds the cosine of
+    the color signatures. In a signature, half of the picture's mean color is subtracted, otherwise any two crops of a
+    red picture would be similar. Pictures without a signature, or with the signature of a uniform picture, are compared
+    by the model's vectors alone.
 
     Args:
         vectors: (rows, width), unit length.
-        looks: of `look_of`; None if the row has none.
+        signatures: Results of `color_signature`; None if the row has none.
 
     Returns:
-        (rows, width + `LOOK_BYTES` + `DETAIL_BYTES`), float32. The last columns, `DETAILS`, are zeros unless the
-        picture is flat.
+        (rows, width + `SIGNATURE_BYTES` + `DETAIL_BYTES`), float32. The columns of the details (`DETAIL_COLUMNS`) are
+        zeros unless the picture is flat.
     """
     pixels = np.frombuffer(
-        b"".join((look or bytes(SIGNATURE_BYTES))[:SIGNATURE_BYTES] for look in signatures), np.uint8
+        b"".join((signature or bytes(SIGNATURE_BYTES))[:SIGNATURE_BYTES] for signature in signatures), np.uint8
     )
     pixels = pixels.reshape(len(signatures), SIGNATURE_SIDE * SIGNATURE_SIDE, 3).astype(np.float32)
     pixels -= (pixels.mean(axis=1, keepdims=True) + pixels.mean(axis=(1, 2), keepdims=True)) / 2
     pixels = pixels.reshape(len(signatures), SIGNATURE_BYTES)
     norms = np.linalg.norm(pixels, axis=1, keepdims=True)
-    flat = norms < MIN_SIGNATURE_STD * SIGNATURE_BYTES**0.5
-    pixels *= np.where(flat, 0, SIGNATURE_WEIGHT**0.5 / np.maximum(norms, 1)).astype(np.float32)
-    own = np.where(flat, 1, (1 - SIGNATURE_WEIGHT) ** 0.5).astype(np.float32)
-    return np.concatenate([vectors * own, pixels, _decode_details(signatures)], axis=1, dtype=np.float32)
+    is_uniform = norms < MIN_SIGNATURE_STD * SIGNATURE_BYTES**0.5
+    pixels *= np.where(is_uniform, 0, SIGNATURE_WEIGHT**0.5 / np.maximum(norms, 1)).astype(np.float32)
+    vector_scale = np.where(is_uniform, 1, (1 - SIGNATURE_WEIGHT) ** 0.5).astype(np.float32)
+    return np.concatenate([vectors * vector_scale, pixels, _decode_details(signatures)], axis=1, dtype=np.float32)
 
 
 def _decode_details(signatures: Sequence[bytes | None]) -> np.ndarray:
-    """Return the details of looks as (rows, `DETAIL_BYTES`), -127 to 128; zeros if a look has none."""
-    found = np.zeros((len(signatures), DETAIL_BYTES), np.float32)
-    for row, look in enumerate(signatures):
-        if look and len(look) == SIGNATURE_BYTES + DETAIL_BYTES:
-            found[row] = np.frombuffer(look, np.uint8, offset=SIGNATURE_BYTES) - np.float32(127)
-    return found
+    """Return the details of flat pictures as (rows, `DETAIL_BYTES`), -127 to 128; zeros for other pictures."""
+    details = np.zeros((len(signatures), DETAIL_BYTES), np.float32)
+    for row, signature in enumerate(signatures):
+        if signature and len(signature) == SIGNATURE_BYTES + DETAIL_BYTES:
+            details[row] = np.frombuffer(signature, np.uint8, offset=SIGNATURE_BYTES) - np.float32(127)
+    return details
 
 
 def pairwise_similarity(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return how similar pictures are, as (rows, others), at most 1, by what `compared` made of them.
+    """Return the similarity of each picture to each other picture.
 
-    Of two flat pictures it is 1 minus the mean square of the differences of their details, scaled by `DETAIL_RMS`.
+    The similarity of two flat pictures is 1 minus the mean squared difference of their details, scaled so that a root
+    mean square difference of `DUPLICATE_DETAIL_RMS` has the similarity `DUPLICATE_MIN_SIMILARITY`. The similarity of
+    all other pairs is the dot product of their vectors.
+
+    Args:
+        vectors: (rows, columns), result of `add_color_signatures`.
+        others: (others, columns), likewise.
+
+    Returns:
+        (rows, others), at most 1.
     """
-    vectors, others = (np.asarray(one, np.float32) for one in (vectors, others))
+    vectors, others = np.asarray(vectors, np.float32), np.asarray(others, np.float32)
     details, other_details = vectors[:, DETAIL_COLUMNS], others[:, DETAIL_COLUMNS]
-    # float32 holds these whole numbers exactly: they are below 2**24.
-    lengths, other_lengths = ((one**2).sum(axis=1) for one in (details, other_details))
-    squares = (lengths[:, None] + other_lengths - 2 * (details @ other_details.T)) / DETAIL_BYTES
-    alike = vectors[:, : DETAIL_COLUMNS.start] @ others[:, : DETAIL_COLUMNS.start].T
-    return np.where(
-        np.outer(lengths, other_lengths) > 0,
-        1 - (1 - DUPLICATE_MIN_SIMILARITY) / DUPLICATE_DETAIL_RMS**2 * squares,
-        alike,
-    )
+    # These are integers below 2**24, so float32 is exact.
+    square_sums, other_square_sums = (details**2).sum(axis=1), (other_details**2).sum(axis=1)
+    mean_squares = (square_sums[:, None] + other_square_sums - 2 * (details @ other_details.T)) / DETAIL_BYTES
+    products = vectors[:, : DETAIL_COLUMNS.start] @ others[:, : DETAIL_COLUMNS.start].T
+    flat_similarities = 1 - (1 - DUPLICATE_MIN_SIMILARITY) / DUPLICATE_DETAIL_RMS**2 * mean_squares
+    return np.where(np.outer(square_sums, other_square_sums) > 0, flat_similarities, products)
 
 
 def get_model_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
-    """Vectors (rows, width) of unit length; that of a picture that has none of this model's is zeros."""
+    """Return the vectors of rows.
+
+    Args:
+        model: Model in use.
+        rows: Rows with the columns `comparison_columns`.
+
+    Returns:
+        (rows, width), unit length; zeros for a row without a vector of this model.
+    """
     vectors, name = np.zeros((len(rows), model.width), np.float32), vector_column(model.width)
     if name in rows.column_names:
-        own = pc.and_(rows[name].is_valid(), pc.equal(rows["model"], model.image_digest))
-        vectors[own.to_numpy()] = l2_normalize(to_array(rows[name].filter(own)))
+        has_vector = pc.and_(rows[name].is_valid(), pc.equal(rows["model"], model.image_digest))
+        vectors[has_vector.to_numpy()] = l2_normalize(to_array(rows[name].filter(has_vector)))
     return vectors
 
 
 def get_comparison_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
-    """`compared` of rows."""
-    looks = (
-        rows[COLOR_SIGNATURE_COLUMN].to_pylist() if COLOR_SIGNATURE_COLUMN in rows.column_names else [None] * len(rows)
-    )
-    return add_color_signatures(get_model_vectors(model, rows), looks)
+    """Return the vectors that pictures are compared by, from the model's vectors and the color signatures of rows.
+
+    Args:
+        model: Model in use.
+        rows: Rows with the columns `comparison_columns`; the color signatures may be missing.
+
+    Returns:
+        Result of `add_color_signatures`.
+    """
+    signatures = [None] * len(rows)
+    if COLOR_SIGNATURE_COLUMN in rows.column_names:
+        signatures = rows[COLOR_SIGNATURE_COLUMN].to_pylist()
+    return add_color_signatures(get_model_vectors(model, rows), signatures)
 
 
 def newest_first_order(rows: pa.Table) -> pa.Array:
-    """The order of rows by when a picture was taken, else its file's time, latest first; of equal ones by path."""
-    here = time.localtime().tm_gmtoff * 10**9  # cameras tell the time of the place
-    modified = ((rows["mtime_ns"].to_numpy() + here) // 1000).astype("datetime64[us]")
+    """Return the indices that sort rows by date, latest first, then by path.
+
+    The date is the EXIF date, otherwise the modification time of the file.
+    """
+    offset_ns = time.localtime().tm_gmtoff * 10**9  # cameras record local time, so file times are converted to it
+    modified = ((rows["mtime_ns"].to_numpy() + offset_ns) // 1000).astype("datetime64[us]")
     dated = pa.table({"path": rows["path"], "date": pc.coalesce(rows["taken"], pa.array(modified))})
     return pc.sort_indices(dated, [("date", "descending"), ("path", "ascending")])
 
 
 class CachedRows:
-    """All rows of an index, or of a part of it, in memory, by path: of `compared_columns`."""
+    """Rows of an index or of a part of it in memory, sorted by path, for exact search and duplicate detection.
+
+    Args:
+        model: Model in use.
+        rows: Rows with the columns `comparison_columns`.
+    """
 
     def __init__(self, model: "SearchModel", rows: pa.Table):
         self.rows, self._model = rows.sort_by("path"), model
         self._vectors = get_model_vectors(model, self.rows)
-        self._without_vector = ~self._vectors.any(axis=1)  # which the model does not know
+        self._without_vector = ~self._vectors.any(axis=1)  # rows whose vectors are of other models
 
     @cached_property
     def comparison_vectors(self) -> np.ndarray:
-        """`compared_rows` of all."""
+        """Vectors that the rows are compared by (`get_comparison_vectors`)."""
         return get_comparison_vectors(self._model, self.rows)
 
     def nearest(self, vector: np.ndarray, k: int) -> pa.Table:
-        """`PictureTable.nearest`, among these rows."""
+        """Return the rows whose vectors are nearest to a query vector, comparing all of them.
+
+        Args:
+            vector: (width,), unit length.
+            k: Maximum number of rows.
+
+        Returns:
+            Rows with their cosine in the column `score`, best first; rows of equal score are sorted by path.
+        """
         scores = np.clip(self._vectors @ vector, -1, 1)
         order = np.argsort(np.where(self._without_vector, np.inf, -scores), kind="stable")
         order = order[: min(k, len(order) - self._without_vector.sum())]
         return self.rows.take(order).append_column("score", pa.array(scores[order], pa.float64()))
 
     def newest(self, k: int) -> pa.Table:
-        """The k rows of the latest date, latest first."""
+        """Return the k newest rows, latest first."""
         return self.rows.take(newest_first_order(self.rows)[:k])
 
 
 def is_duplicate(vectors: np.ndarray, others: np.ndarray, threshold: float = DUPLICATE_MIN_SIMILARITY) -> np.ndarray:
-    """Whether each of (rows, width) is nearly the same as each of (others, width): (rows, others)."""
+    """Return whether each picture is a near-duplicate of each other picture.
+
+    Args:
+        vectors: (rows, columns), result of `add_color_signatures`.
+        others: (others, columns), likewise.
+        threshold: Minimum similarity.
+
+    Returns:
+        (rows, others), boolean.
+    """
     return pairwise_similarity(vectors, others) >= threshold - FLOAT16_TOLERANCE
 
 
 def leaders(
     vectors: np.ndarray, threshold: float = DUPLICATE_MIN_SIMILARITY, max_groups: int | None = None
 ) -> np.ndarray:
-    """(rows,): of each vector, the row of the first one that it is nearly the same as and that leads, or its own.
+    """Assign each row to the leader of its group of near-duplicates (sequential leader clustering).
 
-    Vectors (rows, width) are as `compared` makes them. Where `most` lead, it ends, and later ones may keep their own.
+    Rows are processed in order. A row that is similar to no earlier leader becomes a leader; any other row joins the
+    first leader that it is similar to.
+
+    Args:
+        vectors: (rows, columns), result of `add_color_signatures`.
+        threshold: Minimum similarity of a row to its leader.
+        max_groups: Stop as soon as this number of leaders is known. Later rows may then be their own leaders although
+            they are near-duplicates. None: process all rows.
+
+    Returns:
+        (rows,), row number of each row's leader; a leader has its own number.
     """
     rows = np.arange(len(vectors))
-    first = rows.copy()
+    leader_of = rows.copy()
     for start in range(0, len(vectors), BLOCK_ROWS):
-        own = start + np.flatnonzero(first[start : start + BLOCK_ROWS] == rows[start : start + BLOCK_ROWS])
-        block = vectors[own].astype(np.float32)
-        for row, near in zip(own, is_duplicate(block, block, threshold), strict=True):
-            if first[row] == row:
-                first[own[near & (own > row) & (first[own] == own)]] = row
-        block, own = block[first[own] == own], own[first[own] == own]
-        if max_groups and np.sum(first[: start + BLOCK_ROWS] == rows[: start + BLOCK_ROWS]) >= max_groups:
+        end = start + BLOCK_ROWS
+        block_rows = start + np.flatnonzero(leader_of[start:end] == rows[start:end])  # no earlier leader is similar
+        block = vectors[block_rows].astype(np.float32)
+        for row, similar in zip(block_rows, is_duplicate(block, block, threshold), strict=True):
+            if leader_of[row] == row:
+                is_follower = similar & (block_rows > row) & (leader_of[block_rows] == block_rows)
+                leader_of[block_rows[is_follower]] = row
+        is_leader = leader_of[block_rows] == block_rows
+        block, block_rows = block[is_leader], block_rows[is_leader]
+        if max_groups and np.sum(leader_of[:end] == rows[:end]) >= max_groups:
             break
-        for place in range(start + BLOCK_ROWS, len(vectors) if len(own) else 0, LATER_BLOCK_ROWS):
-            others = place + np.flatnonzero(
-                first[place : place + LATER_BLOCK_ROWS] == rows[place : place + LATER_BLOCK_ROWS]
-            )
-            near = is_duplicate(block, vectors[others], threshold)
-            first[others] = np.where(near.any(axis=0), own[near.argmax(axis=0)], others)
-    return first
+        for later_start in range(end, len(vectors) if len(block_rows) else 0, LATER_BLOCK_ROWS):
+            later_end = later_start + LATER_BLOCK_ROWS
+            is_unassigned = leader_of[later_start:later_end] == rows[later_start:later_end]
+            later_rows = later_start + np.flatnonzero(is_unassigned)
+            similar = is_duplicate(block, vectors[later_rows], threshold)
+            leader_of[later_rows] = np.where(similar.any(axis=0), block_rows[similar.argmax(axis=0)], later_rows)
+    return leader_of
 
 
 def find_duplicate_groups(
     vectors: np.ndarray, threshold: float = DUPLICATE_MIN_SIMILARITY, max_groups: int | None = None
 ) -> list[np.ndarray]:
-    """Row numbers of each group, rising, those of one row among them; by their first rows. Arguments: of `leaders`."""
-    first = leaders(vectors, threshold, max_groups)
-    order = np.argsort(first, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(first[order])) + 1)[:max_groups] if len(order) else []
+    """Group near-duplicates.
+
+    Args:
+        vectors: (rows, columns), result of `add_color_signatures`.
+        threshold: Minimum similarity of a row to the leader of its group.
+        max_groups: Return the first groups only, at most this number. None: all groups.
+
+    Returns:
+        The row numbers of each group in ascending order, sorted by the first row, which is the leader. A row without
+        near-duplicates is a group of its own.
+    """
+    leader_of = leaders(vectors, threshold, max_groups)
+    order = np.argsort(leader_of, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(leader_of[order])) + 1)[:max_groups] if len(order) else []

@@ -1,4 +1,9 @@
-"""The folders of an index: which were named on this machine, what is left out of them, and where they went."""
+"""The folders of an index: which of them the user added on this machine, their rules, and moving or forgetting them.
+
+An index may come from another machine, and its list of folders can't be trusted: a folder "/" would give access to
+every picture of this machine. Originals are therefore read only in folders that the user has named on this machine.
+These folders are recorded outside the index, with the real path that they had at that time.
+"""
 
 import json
 import logging
@@ -11,8 +16,9 @@ from hashlib import blake2b
 from pathlib import Path
 
 from capivara_common.files import read_json, write_json
+from capivara_search.folder_scan import to_absolute_path
+from capivara_search.ignore_rules import IgnoreRules
 from capivara_search.messages import localized_error, log_message
-from capivara_search.picture_files import IgnoreRules, to_absolute_path
 from capivara_search.table import (
     FOLDER_KEY_PREFIX,
     METADATA_TABLE,
@@ -26,169 +32,218 @@ from capivara_search.table import (
 
 
 def requested_folders(table: PictureTable) -> dict[str, str]:
-    """Folder -> its real path, of those that `add` was told of on this machine.
-
-    What an index says of itself may be somebody else's word: "/" would make every picture of the machine one of its.
-    """
+    """Return the folders that were added to an index on this machine, each with its recorded real path."""
     with suppress(OSError, ValueError):
-        asked = read_json(_record_path(table), folders=dict)["folders"]
-        return {folder: real for folder, real in asked.items() if isinstance(real, str)}
+        recorded = read_json(_record_path(table), folders=dict)["folders"]
+        return {folder: real for folder, real in recorded.items() if isinstance(real, str)}
     return {}
 
 
 def record_requested_folders(
     table: PictureTable, folders: Mapping[str | Path, str], moved_from: Path | None = None
 ) -> None:
-    """Add folders to this machine's record of an index.
+    """Add folders to the record of the folders that were added to an index on this machine.
 
     Args:
-        table: the index.
-        folders: folder -> its real path, resolved when the user named the folder and not again.
-        left: folders in it are removed from the record.
+        table: Table of the index.
+        folders: Path -> real path of each folder. The real path was resolved when the user named the folder.
+        moved_from: Folders inside this one are removed from the record.
     """
-    asked = {
-        one: real
-        for one, real in requested_folders(table).items()
-        if not moved_from or not Path(one).is_relative_to(moved_from)
-    }
-    asked |= {str(folder): real for folder, real in folders.items()}
+    recorded = requested_folders(table)
+    if moved_from:
+        recorded = {path: real for path, real in recorded.items() if not Path(path).is_relative_to(moved_from)}
+    recorded |= {str(folder): real for folder, real in folders.items()}
     try:
-        write_json(_record_path(table), {"index": table.where, "folders": asked})
+        write_json(_record_path(table), {"index": table.where, "folders": recorded})
     except OSError as error:
         log_message("thumbnails_alone", _record_path(table), error)
 
 
 def _record_path(table: PictureTable) -> Path:
-    """Not beside the index, which may have come whole from elsewhere, nor in a cache, which may be emptied."""
+    """Return the path of the record: neither in the index, which may come from elsewhere, nor in a cache."""
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     where = table.where if table.is_remote else os.path.realpath(table.where)
     return Path(state, "capivara", "folders", f"{blake2b(where.encode(), digest_size=16).hexdigest()}.json")
 
 
 def load_rules(table: PictureTable) -> IgnoreRules:
-    """What is left out of the folders of an index."""
-    known = json.loads(table.read_metadata().get(RULES_KEY, "{}"))
-    return IgnoreRules(tuple(known.get("exclude", ())), frozenset(known.get("forgotten", ())))
+    """Return the rules for ignoring files that an index stores."""
+    stored = json.loads(table.read_metadata().get(RULES_KEY, "{}"))
+    return IgnoreRules(tuple(stored.get("exclude", ())), frozenset(stored.get("forgotten", ())))
 
 
 def save_rules(table: PictureTable, rules: IgnoreRules) -> None:
-    """Keep rules with an index, in place of those that it has."""
+    """Store rules in an index in place of its current rules.
+
+    Args:
+        table: Table of the index.
+        rules: The new rules.
+    """
     if rules != load_rules(table):
-        kept = {"exclude": rules.exclude, "forgotten": sorted(rules.forgotten)}
-        table.set_metadata({RULES_KEY: json.dumps(kept, ensure_ascii=False)})
+        values = {"exclude": rules.exclude, "forgotten": sorted(rules.forgotten)}
+        table.set_metadata({RULES_KEY: json.dumps(values, ensure_ascii=False)})
 
 
 def load_ignored_counts(table: PictureTable) -> Counter[str]:
-    """`Added.skipped`, of all folders of an index."""
+    """Return the number of ignored entries in all folders of an index, by reason, as of the latest full run."""
     counts = Counter[str]()
     for key, value in table.read_metadata().items():
         if key.startswith(FOLDER_KEY_PREFIX):
-            with suppress(ValueError, AttributeError):  # older versions have kept nothing there
-                counts.update({why: n for why, n in json.loads(value).items() if type(n) is int})
+            with suppress(ValueError, AttributeError):  # the value is empty until a run ends, and in older indexes
+                counts.update({reason: n for reason, n in json.loads(value).items() if type(n) is int})
     return counts
 
 
 def folders_to_add(
     table: PictureTable, folders: Mapping[Path, str], exclude: Sequence[str] = (), include: Sequence[str | Path] = ()
 ) -> dict[Path, str]:
-    """`PictureIndex.folders_to_add`, of absolute paths with their real paths."""
+    """Return the folders that an update of the index scans, each with its real path.
+
+    Args:
+        table: Table of the index.
+        folders: Absolute path -> real path of each folder that the user names. Empty: all folders that were added on
+            this machine and are available; a warning lists the others.
+        exclude: Patterns of files and folders to ignore.
+        include: Stored patterns to remove, and forgotten paths to index again. A forgotten folder outside of all other
+            folders is scanned, too.
+
+    Returns:
+        Absolute path -> real path of each folder.
+
+    Raises:
+        ValueError: If there is no folder to scan, a pattern is invalid or not stored, or `exclude` contains the path
+            of a file instead of a pattern.
+    """
     rules = load_rules(table)
-    rules.updated(exclude, include)  # says now what is wrong with them
+    rules.updated(exclude, include)  # raises errors of the patterns now
     known, paths = table.folders(), dict(folders)
-    asked = {one: real for one, real in requested_folders(table).items() if one in known}
+    recorded = {folder: real for folder, real in requested_folders(table).items() if folder in known}
     if not folders:
-        paths = {Path(one): real for one, real in asked.items() if is_available(one, real)}
-        if away := sorted(set(known) - set(map(str, paths))):
-            log_message("folders_away", ", ".join(away), level=logging.WARNING)
-    for place in map(to_absolute_path, include):
-        if (
-            rules.find_forgotten_parent(str(place))
-            and place.is_dir()
-            and not any(map(place.is_relative_to, [*asked, *paths]))
-        ):
-            paths[place] = os.path.realpath(place)
+        paths = {Path(folder): real for folder, real in recorded.items() if is_available(folder, real)}
+        if unavailable := sorted(set(known) - set(map(str, paths))):
+            log_message("folders_away", ", ".join(unavailable), level=logging.WARNING)
+    for path in map(to_absolute_path, include):
+        is_inside = any(map(path.is_relative_to, [*recorded, *paths]))
+        if not is_inside and path.is_dir() and rules.find_forgotten_parent(str(path)):
+            paths[path] = os.path.realpath(path)
     if not paths:
         raise localized_error(ValueError, "no_known_folder")
-    if wrong := [one for one in exclude if _is_mistaken_path(one, {*map(Path, known), *paths})]:
-        raise localized_error(ValueError, "path_excluded", pattern=wrong[0])
+    if mistaken := [pattern for pattern in exclude if _is_mistaken_path(pattern, {*map(Path, known), *paths})]:
+        raise localized_error(ValueError, "path_excluded", pattern=mistaken[0])
     return paths
 
 
 def _is_mistaken_path(pattern: str, folders: Iterable[Path]) -> bool:
-    """Whether a pattern is a path from here into one of these folders, and leaves nothing out, unlike what is meant."""
-    place = Path(os.path.abspath(os.path.expanduser(pattern)))
-    inside = [one for one in folders if place.is_relative_to(one)] if "/" in pattern.rstrip("/") else []
-    excluded = (IgnoreRules((pattern,)).reason(str(place), str(one), place.is_dir()) for one in inside)
-    return bool(inside) and os.path.lexists(place) and not any(excluded)
+    """Return whether a pattern is the path of an existing file in one of the folders, but does not match this file.
+
+    The user has then written a path relative to the working directory, although patterns are relative to the folders.
+    """
+    path = Path(os.path.abspath(os.path.expanduser(pattern)))
+    parents = [folder for folder in folders if path.is_relative_to(folder)] if "/" in pattern.rstrip("/") else []
+    matches = (IgnoreRules((pattern,)).reason(str(path), str(parent), path.is_dir()) for parent in parents)
+    return bool(parents) and os.path.lexists(path) and not any(matches)
 
 
 def is_available(folder: str | Path, real_path: str, allow_empty: bool = False) -> bool:
-    """Return whether a folder has this real path and holds something, which an unmounted disk does not."""
+    """Return whether a folder can be read where it was recorded; a disk that is not mounted leaves an empty folder.
+
+    Args:
+        folder: Path of the folder.
+        real_path: Recorded real path that the folder must still have.
+        allow_empty: Whether an empty folder counts as available.
+
+    Returns:
+        Whether the folder is available.
+    """
     with suppress(OSError), os.scandir(folder) as entries:
         return os.path.realpath(folder) == real_path and (allow_empty or next(entries, None) is not None)
     return False
 
 
 def forget_folder(table: PictureTable, path: Path) -> int:
-    """`PictureIndex.forget`, of an absolute path."""
+    """Remove a folder or file from an index, and add it to the paths that stay out of it.
+
+    Args:
+        table: Table of the index.
+        path: Absolute path of the folder or file.
+
+    Returns:
+        The number of removed pictures.
+    """
     with table.locked():
-        removed, failed = (
-            table.delete_matching(folders_clause(path), name) for name in (PICTURES_TABLE, SKIPPED_FILES_TABLE)
-        )
-        if removed or failed or os.path.lexists(path):
+        removed = table.delete_matching(folders_clause(path), PICTURES_TABLE)
+        skipped = table.delete_matching(folders_clause(path), SKIPPED_FILES_TABLE)
+        if removed or skipped or os.path.lexists(path):
             rules = load_rules(table)
             save_rules(table, replace(rules, forgotten=rules.forgotten | {str(path)}))
-        table.delete_paths(
-            [FOLDER_KEY_PREFIX + one for one in table.folders() if Path(one).is_relative_to(path)], METADATA_TABLE
-        )
+        folders_inside = [folder for folder in table.folders() if Path(folder).is_relative_to(path)]
+        table.delete_paths([FOLDER_KEY_PREFIX + folder for folder in folders_inside], METADATA_TABLE)
         table.purge()
     return removed
 
 
 def move_folder(table: PictureTable, old: Path, new: Path) -> tuple[int, int]:
-    """`PictureIndex.move`. What is interrupted goes on by the same call: the rows come first, in one version."""
+    """Rewrite the paths of a folder that was moved.
+
+    The rows change first, in one version per table, so a call that was interrupted can be repeated.
+
+    Args:
+        table: Table of the index.
+        old: Absolute path of the folder before the move.
+        new: Absolute path of the folder now.
+
+    Returns:
+        The number of rows of the folder, and the number of files that exist in the new folder.
+
+    Raises:
+        ValueError: If one folder lies in the other, the index knows nothing of the old folder, or none of its files
+            exists in the new one.
+    """
     if old == new or old in new.parents or new in old.parents:
         raise localized_error(ValueError, "move_nested", old=old, new=new)
     with table.locked():
         paths = table.rows(["path"], folders_clause(old))["path"].to_pylist()
-        folders, about, rules = table.folders(), table.read_metadata(), load_rules(table)
-        inside = [FOLDER_KEY_PREFIX + one for one in folders if Path(one).is_relative_to(old)]
-        if not paths and not inside:
+        folders, metadata, rules = table.folders(), table.read_metadata(), load_rules(table)
+        old_keys = [FOLDER_KEY_PREFIX + folder for folder in folders if Path(folder).is_relative_to(old)]
+        if not paths and not old_keys:
             raise localized_error(ValueError, "move_nothing", path=old)
-        there = sum(os.path.isfile(_moved_path(path, old, new)) for path in paths)
-        if paths and not there:
-            raise localized_error(
-                ValueError, "move_not_there", path=old, total=len(paths), example=_moved_path(paths[0], old, new)
-            )
+        existing = sum(os.path.isfile(_moved_path(path, old, new)) for path in paths)
+        if paths and not existing:
+            example = _moved_path(paths[0], old, new)
+            raise localized_error(ValueError, "move_not_there", path=old, total=len(paths), example=example)
         for name in (PICTURES_TABLE, SKIPPED_FILES_TABLE):
             _move_rows(table, name, old, new)
-        within_old = [one for one in rules.forgotten if Path(one).is_relative_to(old)]
-        moved = frozenset(_moved_path(one, old, new) for one in within_old)
-        save_rules(table, replace(rules, forgotten=(rules.forgotten - {*within_old}) | moved))
-        values = {key.replace(str(old), str(new), 1): about[key] for key in inside}
-        if any(Path(one) in old.parents for one in folders) and not any(map(new.is_relative_to, folders)):
-            values[FOLDER_KEY_PREFIX + str(new)] = ""  # it was part of a folder that stays
+        forgotten_inside = [path for path in rules.forgotten if Path(path).is_relative_to(old)]
+        moved = frozenset(_moved_path(path, old, new) for path in forgotten_inside)
+        save_rules(table, replace(rules, forgotten=(rules.forgotten - {*forgotten_inside}) | moved))
+        values = {key.replace(str(old), str(new), 1): metadata[key] for key in old_keys}
+        if any(Path(folder) in old.parents for folder in folders) and not any(map(new.is_relative_to, folders)):
+            # The old folder was part of an indexed folder that stays, so the new one becomes a folder of its own.
+            values[FOLDER_KEY_PREFIX + str(new)] = ""
         table.set_metadata(values)
-        # What an index says of itself may lead out of the folder that was named.
-        real_paths = {one: os.path.realpath(one) for one in table.folders()}
-        inside_new = Path(os.path.realpath(new))
-        record_requested_folders(
-            table, {one: real for one, real in real_paths.items() if Path(real).is_relative_to(inside_new)}, old
-        )
-        table.delete_paths(inside, METADATA_TABLE)
+        # The index is not trusted: its folders count as requested only if they really lie in the folder that was named.
+        real_paths = {folder: os.path.realpath(folder) for folder in table.folders()}
+        real_new = Path(os.path.realpath(new))
+        requested = {folder: real for folder, real in real_paths.items() if Path(real).is_relative_to(real_new)}
+        record_requested_folders(table, requested, old)
+        table.delete_paths(old_keys, METADATA_TABLE)
         table.purge()
-    return len(paths), there
+    return len(paths), existing
 
 
 def _moved_path(path: str, old: Path, new: Path) -> str:
+    """Return a path inside the folder `old` as a path inside the folder `new`."""
     return str(new) + path[len(str(old)) :]
 
 
 def _move_rows(table: PictureTable, name: str, old: Path, new: Path) -> None:
-    """Rewrite the paths of a table; rows that are at the new place already are the newer ones."""
-    clause, taken = folders_clause(old), set(table.rows(["path"], folders_clause(new), name)["path"].to_pylist())
+    """Rewrite the paths of a table. If a file was indexed at its new path already, that row is newer and stays."""
+    clause, existing_paths = (
+        folders_clause(old),
+        set(table.rows(["path"], folders_clause(new), name)["path"].to_pylist()),
+    )
     paths = table.rows(["path"], clause, name)["path"].to_pylist()
-    table.delete_paths([path for path in paths if _moved_path(path, old, new) in taken], name)
-    moved = f"concat({quote_sql(str(new))}, substr(path, {len(str(old)) + 1}))"
+    table.delete_paths([path for path in paths if _moved_path(path, old, new) in existing_paths], name)
+    moved_path_sql = f"concat({quote_sql(str(new))}, substr(path, {len(str(old)) + 1}))"
     if paths:
-        table.run_write(name, lambda opened: opened.update(where=clause, values_sql={"path": moved}))
+        table.run_write(name, lambda opened: opened.update(where=clause, values_sql={"path": moved_path_sql}))

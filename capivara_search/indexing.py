@@ -1,9 +1,13 @@
-"""Folders into the table of an index: what is new is embedded, what is known stays, what is gone goes.
+"""Update the table of an index from folders: plan the work, then read, embed and write.
 
-A file whose size and time are those of its row is not read again, nor is one that was no picture then; what only could
-not be opened is tried again. A picture whose content is known, of a file that was moved, copied or touched, keeps its
-vector. Rows are written in commits of `COMMIT_ROWS` pictures or `COMMIT_S` seconds, and what is gone is removed at the
-end: a kill at any moment loses no more than the last commit, and the next run does what is missing.
+`PictureIndex.add` runs `start_indexing`, which plans the work and prepares the table, `IndexWriter.run`, which embeds
+pictures and writes rows, and `finish_indexing`, which removes rows and optimizes the table.
+
+A file whose size and modification time have not changed is not read again, even if it could not be decoded; files that
+could not be opened (`RETRYABLE_REASONS`) are tried again. A file whose content is in the index already, because it was
+moved, copied or touched, reuses the stored vector. Rows are committed every `COMMIT_ROWS` files or `COMMIT_INTERVAL_S`
+seconds and removed only at the end, so a killed run loses at most its last commit, and the next run continues from
+there.
 """
 
 import json
@@ -27,16 +31,11 @@ from capivara_common.cli import coded_error
 from capivara_common.image_files import DECODER_THREADS, BadImage
 from capivara_search.duplicates import color_signature
 from capivara_search.estimates import ProgressCallback, RateEstimator
+from capivara_search.folder_scan import RETRYABLE_REASONS, FileState, find_pictures
 from capivara_search.folders import load_rules, record_requested_folders, save_rules
+from capivara_search.ignore_rules import IgnoreRules
 from capivara_search.messages import log_message
-from capivara_search.picture_files import (
-    RETRYABLE_REASONS,
-    FileState,
-    IgnoreRules,
-    Picture,
-    find_pictures,
-    read_picture,
-)
+from capivara_search.picture_reading import Picture, read_picture
 from capivara_search.results import IndexReport, SkippedFile
 from capivara_search.table import (
     COLOR_SIGNATURE_COLUMN,
@@ -55,53 +54,60 @@ from capivara_search.table import (
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
 
-COMMIT_ROWS = 400  # pictures; with their thumbnails some 5 MB
-COMMIT_INTERVAL_S = 20.0  # seconds
-BATCH_SIZE = 32  # pictures that are classified at once
-FIRST_BATCH_SIZE = 4  # pictures; each later one has twice as many
+COMMIT_ROWS = 400  # files per commit; with thumbnails, their rows take about 5 MB
+COMMIT_INTERVAL_S = 20.0
+CLASSIFY_BATCH_SIZE = 32  # pictures per batch for classifying pictures that are not in the index
+# Pictures in the first batch. Each later batch has twice as many, up to the batch size, so that an estimate of the time
+# left is known early.
+FIRST_BATCH_SIZE = 4
 
 ReadResult = tuple[FileState, Picture | Exception]
 
-# --- what there is to do ---------------------------------------------------------------------------------------------
+# --- Planning --------------------------------------------------------------------------------------------------------
 
 
 class StoredRows:
-    """What the table says of some paths, held in little memory: path -> (digest, is_current).
+    """Compact copy of table rows: path -> (digest, is_current).
 
-    `is_current`: the vector is of the model in use.
+    `is_current` says whether the vector of the row is from the model in use.
+
+    Args:
+        rows: Rows with the columns path, size, mtime_ns, digest and model.
+        image_digest: Digest of the model in use (`SearchModel.image_digest`).
     """
 
     def __init__(self, rows: pa.Table, image_digest: str):
         self.sizes, self.times = rows["size"].to_numpy(), rows["mtime_ns"].to_numpy()
         self.digests = rows["digest"].combine_chunks()
         self.is_current = np.equal(rows["model"].to_numpy(zero_copy_only=False), image_digest)
-        self.positions = {path: place for place, path in enumerate(rows["path"].to_pylist())}
+        self.positions = {path: position for position, path in enumerate(rows["path"].to_pylist())}
 
     def __getitem__(self, path: str) -> tuple[str, bool] | None:
-        place = self.positions.get(path)
-        return None if place is None else (self.digests[place].as_py(), bool(self.is_current[place]))
+        position = self.positions.get(path)
+        return None if position is None else (self.digests[position].as_py(), bool(self.is_current[position]))
 
     def is_done(self, file: FileState) -> bool:
-        """Whether a file has the size and time that its row says, and its vector is of the model in use."""
-        place = self.positions.get(file.path)
-        is_as = place is not None and (self.sizes[place], self.times[place]) == (file.size, file.mtime_ns)
-        return is_as and bool(self.is_current[place])
+        """Return whether a file is unchanged since its row was written, with a vector of the model in use."""
+        position = self.positions.get(file.path)
+        if position is None or (self.sizes[position], self.times[position]) != (file.size, file.mtime_ns):
+            return False
+        return bool(self.is_current[position])
 
 
 @dataclass
 class IndexPlan:
-    """What there is to do."""
+    """The work of one run: which files to read, which rows to remove."""
 
-    clause: str  # for the rows of what was looked at
-    covers_folders: bool  # whether these are all rows of the folders
-    roots: Sequence[str]  # real paths of the folders; nothing is read outside of them
-    files: list[FileState]  # to be read: new and changed ones, and those whose vector is of another model
+    clause: str  # SQL clause for the rows of all files that were compared
+    covers_folders: bool  # whether whole folders were compared, instead of single paths in them
+    roots: Sequence[str]  # real paths of the folders; no file outside of them is read
+    files: list[FileState]  # files to read: new, changed, or with a vector of another model
     stored_rows: StoredRows
-    removed_paths: list[str]  # paths of rows whose file is no longer there, or left out
-    unchanged: int  # rows that stay as they are
-    unreadable: list[SkippedFile]  # could not even be looked at
-    known_bad_files: set[FileState]  # could not be read an earlier time, and are as they were
-    ignored_counts: dict[str, Counter[str]]  # of what rules leave out, by folder, as `find_pictures` fills them in
+    removed_paths: list[str]  # paths of rows to remove: the file is gone or ignored now
+    unchanged: int  # number of rows that stay as they are
+    unreadable: list[SkippedFile]  # files and folders whose metadata could not be read
+    known_bad_files: set[FileState]  # files that could not be decoded in an earlier run and have not changed since
+    ignored_counts: dict[str, Counter[str]]  # number of ignored entries, by folder and reason
 
 
 def make_plan(
@@ -111,58 +117,94 @@ def make_plan(
     rules: IgnoreRules | None = None,
     only_paths: Collection[str] | None = None,
 ) -> IndexPlan:
-    """Compare folders, absolute paths with their real paths, with the table.
+    """Compare the files in folders with the rows of the table.
 
-    `rules`, by default the index's own, leave out some; of paths that are not in `only` nothing is said. Raises
-    ValueError where a folder is not there, or holds no picture; where all are known, as without named ones, and others
-    are left, a line of the log says so.
+    If one of several folders fails although the index knows it, for example because its disk is not mounted, and all
+    folders are known, a warning is logged and the others are planned.
+
+    Args:
+        table: Table of the index.
+        image_digest: Digest of the model in use (`SearchModel.image_digest`).
+        folders: Absolute path -> real path of each folder.
+        rules: Rules for ignoring files. None: the rules that the index stores.
+        only_paths: Absolute paths of files and folders inside the folders; only these are compared. None: all.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: If a folder does not exist, can't be opened, was forgotten, has another real path than the recorded
+            one, or contains no picture.
     """
     clause, counts = folders_clause(*folders if only_paths is None else only_paths), dict[str, Counter[str]]()
     try:
-        found, unseen = find_pictures(folders, rules or load_rules(table), counts, only_paths)
+        files, unreadable = find_pictures(folders, rules or load_rules(table), counts, only_paths)
     except ValueError as error:
-        others = {one: real for one, real in folders.items() if str(one) != error.values["path"]}
-        if others and {*map(str, folders)} <= {*table.folders()}:
+        other_folders = {folder: real for folder, real in folders.items() if str(folder) != error.values["path"]}
+        if other_folders and {*map(str, folders)} <= {*table.folders()}:
             log_message("left_as_it_is", error, level=logging.WARNING)
-            return make_plan(table, image_digest, others, rules, only_paths)
-        if kept := table.count(folders_clause(error.values["path"])):
-            text = "{error} The index keeps its {kept} pictures of this folder; `forget` removes them."
-            raise coded_error(ValueError, error.code, text, error=error, kept=kept, **error.values) from error
+            return make_plan(table, image_digest, other_folders, rules, only_paths)
+        if number := table.count(folders_clause(error.values["path"])):
+            text = "{error} The index keeps its {number} pictures of this folder; `forget` removes them."
+            raise coded_error(ValueError, error.code, text, error=error, number=number, **error.values) from error
         raise
     columns = ["path", "size", "mtime_ns", "digest", "model"]
-    known = StoredRows(table.rows(columns, clause), image_digest)
-    left_out = table.rows([*columns[:3], "reason"], clause, SKIPPED_FILES_TABLE).to_pylist()
-    broken = {
-        FileState(*list(row.values())[:3])
-        for row in left_out
+    stored = StoredRows(table.rows(columns, clause), image_digest)
+    todo = [file for file in files if not stored.is_done(file)]
+    known_bad_files = {
+        FileState(row["path"], row["size"], row["mtime_ns"])
+        for row in table.rows([*columns[:3], "reason"], clause, SKIPPED_FILES_TABLE).to_pylist()
         if SkippedFile.from_row(row).code not in RETRYABLE_REASONS
-    }
-    todo = [file for file in found if not known.is_done(file)]
-    broken &= set(todo)
-    there = {file.path for file in found} | {one.path for one in unseen}
-    inside, unread = tuple(os.path.join(one, "") for one in folders), tuple(one.path + os.sep for one in unseen)
-    missing = (path for path in known.positions if path not in there and path.startswith(inside))
-    gone = [path for path in missing if not path.startswith(unread)]  # in such folders it may be there
-    if only_paths is not None and any(_is_emptied(table, folder, gone, found) for folder in folders):
-        return make_plan(table, image_digest, folders, rules)  # which refuses it
-    files = [file for file in todo if file not in broken]
-    roots = [*folders.values()]
-    unchanged = len(found) - len(todo)
-    return IndexPlan(clause, only_paths is None, roots, files, known, gone, unchanged, unseen, broken, counts)
+    } & set(todo)
+    present = {file.path for file in files} | {skipped.path for skipped in unreadable}
+    folder_prefixes = tuple(os.path.join(folder, "") for folder in folders)
+    # A file in a folder that can't be read may still exist, so its row stays.
+    unreadable_prefixes = tuple(skipped.path + os.sep for skipped in unreadable)
+    missing = (path for path in stored.positions if path not in present and path.startswith(folder_prefixes))
+    removed = [path for path in missing if not path.startswith(unreadable_prefixes)]
+    if only_paths is not None and any(_is_emptied(table, folder, removed, files) for folder in folders):
+        return make_plan(table, image_digest, folders, rules)  # planning whole folders refuses an empty folder
+    unchanged = len(files) - len(todo)
+    files = [file for file in todo if file not in known_bad_files]
+    return IndexPlan(
+        clause=clause,
+        covers_folders=only_paths is None,
+        roots=[*folders.values()],
+        files=files,
+        stored_rows=stored,
+        removed_paths=removed,
+        unchanged=unchanged,
+        unreadable=unreadable,
+        known_bad_files=known_bad_files,
+        ignored_counts=counts,
+    )
 
 
-def _is_emptied(table: PictureTable, folder: Path, gone: Sequence[str], found: Sequence[FileState]) -> bool:
-    """Whether all rows of a folder would go, as of a disk that was taken away."""
-    inside = os.path.join(folder, "")
-    number = sum(path.startswith(inside) for path in gone)
-    return 0 < number == table.count(folders_clause(folder)) and not any(file.path.startswith(inside) for file in found)
+def _is_emptied(table: PictureTable, folder: Path, removed: Sequence[str], files: Sequence[FileState]) -> bool:
+    """Return whether a plan would remove all rows of a folder, as it would for a disk that was unmounted."""
+    prefix = os.path.join(folder, "")
+    number = sum(path.startswith(prefix) for path in removed)
+    has_files = any(file.path.startswith(prefix) for file in files)
+    return 0 < number == table.count(folders_clause(folder)) and not has_files
 
 
-# --- reading, embedding, writing -------------------------------------------------------------------------------------
+# --- Reading, embedding, writing -------------------------------------------------------------------------------------
 
 
 class IndexWriter:
-    """Reads and embeds the files of a plan, a batch at once, and writes their rows in commits."""
+    """Worker that reads and embeds the files of a plan in batches and commits their rows.
+
+    Args:
+        table: Table of the index.
+        model: Model that embeds the pictures.
+        plan: Files to read.
+        batch_size: Number of pictures per batch.
+        progress: Called with the number of processed files and the total.
+
+    Attributes:
+        report: What has been done so far.
+        reported: Number of processed files in the last call of `progress`.
+    """
 
     def __init__(
         self,
@@ -178,8 +220,9 @@ class IndexWriter:
         self.report, self.done_count, self.reported = IndexReport(unchanged=plan.unchanged), 0, 0
         self.estimate, self.write_s = RateEstimator(), 0.0
         new = sum(plan.stored_rows[file.path] is None for file in plan.files)
-        self.tidy_s = table.tidy_seconds(model.width, table.count() + new)
-        self.removed_digests = Counter(plan.stored_rows[path][0] for path in plan.removed_paths)  # digests
+        self.optimize_s = table.estimate_optimize_seconds(model.width, table.count() + new)
+        # Contents of files that are gone. A new file with one of these contents was moved.
+        self.removed_digests = Counter(plan.stored_rows[path][0] for path in plan.removed_paths)
         self._start_commit()
 
     def _start_commit(self) -> None:
@@ -189,7 +232,7 @@ class IndexWriter:
         self.commit_start = time.monotonic()
 
     def run(self) -> IndexReport:
-        """Do it."""
+        """Process all files of the plan and return the report. On an exception, finished files are still committed."""
         files = self.plan.files
         read = partial(
             read_picture,
@@ -203,65 +246,69 @@ class IndexWriter:
                 for batch in batches:
                     self._embed_batch(batch)
                     self._report()
-                    if (
-                        len(self.rows) + len(self.skipped_files) >= COMMIT_ROWS
-                        or time.monotonic() - self.commit_start > COMMIT_INTERVAL_S
-                    ):
+                    is_late = time.monotonic() - self.commit_start > COMMIT_INTERVAL_S
+                    if len(self.rows) + len(self.skipped_files) >= COMMIT_ROWS or is_late:
                         self.commit()
-        finally:  # what was embedded is kept, by Ctrl-C, too
+        finally:  # Ctrl-C, too, must not lose pictures that are embedded
             self.commit()
         return self.report
 
     def _report(self) -> None:
-        """Report progress. What is left after the last picture, writing and `tidy`, counts as pictures of its time."""
+        """Report progress to the caller.
+
+        The last commit and `PictureTable.optimize` follow the last picture. Their expected duration is converted to a
+        number of pictures, so that the reported number reaches the total only when they are done.
+        """
         self.estimate.update(self.done_count)
-        total, after = len(self.plan.files), (self.write_s + self.tidy_s) * (self.estimate.rate or 0)
-        reported = int(self.done_count * total / (total + after))
-        if reported > self.reported:  # the same number again would say that a model was loaded
+        total, remaining_s = len(self.plan.files), self.write_s + self.optimize_s
+        reported = int(self.done_count * total / (total + remaining_s * (self.estimate.rate or 0)))
+        if reported > self.reported:  # reporting the same number twice means that a model was loaded
             self.reported = reported
             self.progress(reported, total)
 
     def commit(self) -> None:
-        """Write what was collected. A row whose file can't be read goes, but where it only could not be opened."""
+        """Write the collected rows and skipped files to the table.
+
+        If a file can't be decoded any more, its old row is removed. If it only could not be opened, the row stays.
+        """
         start = time.monotonic()
         if self.rows:
             self.table.upsert(pa.Table.from_pylist(list(self.rows.values()), self.columns))
         if self.skipped_files:
-            rows = [asdict(file) | {"reason": one.reason} for file, one in self.skipped_files.items()]
+            rows = [asdict(file) | {"reason": skipped.reason} for file, skipped in self.skipped_files.items()]
             self.table.upsert(pa.Table.from_pylist(rows, TABLE_SCHEMAS[SKIPPED_FILES_TABLE]), SKIPPED_FILES_TABLE)
-            bad = [one.path for one in self.skipped_files.values() if one.code not in RETRYABLE_REASONS]
-            self.table.delete_paths(bad)
-            self.report.removed += sum(path in self.plan.stored_rows.positions for path in bad)
+            undecodable = [skipped for skipped in self.skipped_files.values() if skipped.code not in RETRYABLE_REASONS]
+            self.table.delete_paths([skipped.path for skipped in undecodable])
+            self.report.removed += sum(skipped.path in self.plan.stored_rows.positions for skipped in undecodable)
         self._start_commit()
         self.write_s = time.monotonic() - start
 
     def _embed_batch(self, batch: Sequence[ReadResult]) -> None:
-        """Embed pictures whose content is not known yet, and make the rows of all."""
+        """Embed the pictures of a batch whose contents have no vector yet, and collect the rows of all of them."""
         pictures = dict[FileState, Picture]()
-        for file, picture in batch:
-            if isinstance(picture, Picture):
-                pictures[file] = picture
-            elif not isinstance(picture, BadImage):
-                raise picture
-            elif picture.reason != "gone":  # else since it was found: the next run sees that
-                self.skipped_files[file] = SkippedFile(file.path, picture.reason, picture.detail)
+        for file, result in batch:
+            if isinstance(result, Picture):
+                pictures[file] = result
+            elif not isinstance(result, BadImage):
+                raise result
+            elif result.reason != "gone":  # deleted since the scan: the next run removes its row
+                self.skipped_files[file] = SkippedFile(file.path, result.reason, result.detail)
                 self.report.skipped_files.append(self.skipped_files[file])
-        known = self._load_vectors({one.digest for one in pictures.values()}) | self.vectors_by_digest
-        new = {one.digest: one.image for one in pictures.values() if one.digest not in known}
+        vectors = self._load_vectors({picture.digest for picture in pictures.values()}) | self.vectors_by_digest
+        new = {picture.digest: picture.image for picture in pictures.values() if picture.digest not in vectors}
         if new and not self.report.embedded:
             self.model.prepare_images()
             self.estimate.update(self.done_count)
-            self.progress(
-                self.reported, len(self.plan.files)
-            )  # again: the seconds until here are not those of pictures
-        known |= dict(zip(new, self.model.embed_images(list(new.values()), self.batch_size), strict=True))
+            # Reporting the same number again excludes the time for loading the model from the estimated rate.
+            self.progress(self.reported, len(self.plan.files))
+        vectors |= dict(zip(new, self.model.embed_images(list(new.values()), self.batch_size), strict=True))
         self.report.embedded += len(new)
         for file, picture in pictures.items():
-            self._add_row(file, picture, known[picture.digest])
+            self._add_row(file, picture, vectors[picture.digest])
         self.done_count += len(batch)
 
     def _load_vectors(self, digests: Collection[str]) -> dict[str, np.ndarray]:
-        """Digest -> vector, of contents that have one of this model's in the table."""
+        """Return the vectors of this model that the table has for file contents, by digest."""
         if not digests:
             return {}
         clause = f"{in_clause('digest', digests)} AND model = {quote_sql(self.image_digest)}"
@@ -269,20 +316,24 @@ class IndexWriter:
         return dict(zip(rows["digest"].to_pylist(), to_array(rows[self.column]), strict=True))
 
     def _add_row(self, file: FileState, picture: Picture, vector: np.ndarray) -> None:
-        """Add the row of a picture, and count what it is."""
-        digest, known = picture.digest, self.plan.stored_rows[file.path]
+        """Collect the row of a picture, and count it as new, moved, changed, unchanged or reembedded."""
+        digest, stored = picture.digest, self.plan.stored_rows[file.path]
         values = {name: value for name, value in vars(picture).items() if name != "image"}
         values |= {
             COLOR_SIGNATURE_COLUMN: color_signature(picture.image),
             "model": self.image_digest,
             self.column: np.float16(vector),
         }
-        self.rows[file.path] = values | asdict(file)  # as it was found: what has changed since is read again
+        self.rows[file.path] = values | asdict(
+            file
+        )  # the state from the scan: if the file has changed since, the next run reads it
         self.vectors_by_digest[digest] = vector
-        if known is None:
+        if stored is None:
             kind = "moved" if self.removed_digests[digest] > 0 else "new"
+        elif stored[0] != digest:
+            kind = "changed"
         else:
-            kind = "changed" if known[0] != digest else "unchanged" if known[1] else "again"
+            kind = "unchanged" if stored[1] else "reembedded"
         self.removed_digests[digest] -= kind == "moved"
         setattr(self.report, kind, getattr(self.report, kind) + 1)
 
@@ -296,91 +347,142 @@ def start_indexing(
     only_paths: Collection[str] | None = None,
     progress: ProgressCallback | None = None,
 ) -> IndexPlan:
-    """What there is to do, and a table for it.
+    """Plan the work, and create or update the tables for it.
 
-    Where there is a `progress`, of a run on this machine alone, another model is loaded. Raises ValueError as
-    `make_plan`, or of the model or the rules: no table is left, nor one that names it.
+    Args:
+        table: Table of the index.
+        model: Model that embeds the pictures.
+        folders: Absolute path -> real path of each folder.
+        exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`; the index stores them.
+        include: Stored patterns to remove, and forgotten paths to index again.
+        only_paths: Absolute paths of files and folders inside the folders; only these are updated. None: all.
+        progress: Called with the number of processed files and the total. If given, a model that is new to the index
+            is loaded now, so that it fails early; tasks on a cluster load it on their own.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: If a folder does not exist, can't be opened, was forgotten, has another real path than the recorded
+            one or contains no picture, if a pattern is invalid or not stored, or if the model can't embed pictures. A
+            new index is not created then, and an existing one keeps its model.
     """
-    _ = model.image_size  # before anything else, where its image processor does not fit
+    _ = model.image_size  # raises an error now if the search does not support the model's image processor
     rules = load_rules(table).updated(exclude, include)
     plan = make_plan(table, model.image_digest, folders, rules=rules, only_paths=only_paths)
-    known = table.model()
-    if progress and plan.files and (known is None or known["image_digest"] != model.image_digest):
-        progress(0, len(plan.files))  # of a new index the page knows nothing yet
-        model.prepare_images()  # says what else does not fit
+    stored_model = table.model()
+    if progress and plan.files and (stored_model is None or stored_model["image_digest"] != model.image_digest):
+        progress(0, len(plan.files))  # the page shows a new index only once there is progress
+        model.prepare_images()  # raises all other errors of the model
     table.create(model.width)
     record_requested_folders(table, folders)
     save_rules(table, rules)
-    if plan.covers_folders:  # now, so that they are known when this run is interrupted; `finish` knows more
-        table.set_metadata({FOLDER_KEY_PREFIX + one: "" for one in plan.ignored_counts.keys() - set(table.folders())})
+    if plan.covers_folders:
+        # Recorded now, so that the folders are known if this run is interrupted; `finish_indexing` adds the counts.
+        new_folders = plan.ignored_counts.keys() - set(table.folders())
+        table.set_metadata({FOLDER_KEY_PREFIX + folder: "" for folder in new_folders})
     record_model(table, model, plan)
     return plan
 
 
 def record_model(table: PictureTable, model: "SearchModel", plan: IndexPlan) -> None:
-    """Say what the model means for pictures that another one has embedded, then write that the index is of it."""
-    before, others = table.model(), table.count_other_models(model.image_digest)
-    facts = {"source": model.source, "name": model.name, "width": model.width, "image_digest": model.image_digest}
-    again = sum(row is not None and not row[1] for row in (plan.stored_rows[file.path] for file in plan.files))
-    if others and (again or (before or {}).get("image_digest") != model.image_digest):
-        log_message("image_side", model.name, again, others)
-    elif before and before != facts and table.count():
-        log_message("text_exchanged", model.name, before.get("name"))
-    table.set_metadata({"model": json.dumps(facts)})
+    """Store the model in the index, and log what a change of the model means for pictures that are indexed already.
+
+    Args:
+        table: Table of the index.
+        model: Model in use from now on.
+        plan: Files to read; some of them may have vectors of another model.
+    """
+    stored_model, other_count = table.model(), table.count_other_models(model.image_digest)
+    metadata = {"source": model.source, "name": model.name, "width": model.width, "image_digest": model.image_digest}
+    stored_rows = [plan.stored_rows[file.path] for file in plan.files]
+    to_reembed = sum(row is not None and not row[1] for row in stored_rows)
+    is_new_image_encoder = (stored_model or {}).get("image_digest") != model.image_digest
+    if other_count and (to_reembed or is_new_image_encoder):
+        log_message("image_side", model.name, to_reembed, other_count)
+    elif stored_model and stored_model != metadata and table.count():
+        log_message("text_exchanged", model.name, stored_model.get("name"))
+    table.set_metadata({"model": json.dumps(metadata)})
 
 
 def finish_indexing(table: PictureTable, model: "SearchModel", plan: IndexPlan, report: IndexReport) -> None:
-    """Remove what is gone by a plan, note the folders and what was left out, and tidy up; fill in what was `added`."""
+    """Remove rows, record folders and skipped files, and optimize the table.
+
+    Args:
+        table: Table of the index.
+        model: Model that has embedded the pictures.
+        plan: Plan of the run.
+        report: Report of `IndexWriter.run`; removed, ignored and skipped files are filled in.
+    """
     table.delete_paths(plan.removed_paths)
     report.removed += len(plan.removed_paths) - report.moved
     report.ignored_counts = dict(sum(plan.ignored_counts.values(), Counter()))
     if plan.covers_folders:
-        table.set_metadata(
-            {
-                FOLDER_KEY_PREFIX + one: json.dumps(numbers, sort_keys=True)
-                for one, numbers in plan.ignored_counts.items()
-            }
-        )
-    report.skipped_files = _update_skipped_files(table, plan, {one.path for one in report.skipped_files})
+        counts = {folder: json.dumps(numbers, sort_keys=True) for folder, numbers in plan.ignored_counts.items()}
+        table.set_metadata({FOLDER_KEY_PREFIX + folder: text for folder, text in counts.items()})
+    report.skipped_files = _update_skipped_files(table, plan, {skipped.path for skipped in report.skipped_files})
     if len(table.widths()) > 1 and not table.count_other_models(model.image_digest):
+        # No row uses the vectors of earlier models any more.
         columns = [vector_column(width) for width in table.widths() if width != model.width]
         table.run_write(PICTURES_TABLE, lambda opened: opened.drop_columns(columns))
     table.optimize(model.width)
 
 
 def _update_skipped_files(table: PictureTable, plan: IndexPlan, new_paths: Collection[str]) -> list[SkippedFile]:
-    """What was left out of the folders; the table of it is brought up to date."""
+    """Update the table of skipped files and return its entries for the paths that were compared.
+
+    `new_paths` are the files of this run that could not be read; their rows are in the table already.
+    """
     columns = ["path", "size", "mtime_ns", "reason"]
     rows = table.rows(columns, plan.clause, SKIPPED_FILES_TABLE).to_pylist()
-    known = {FileState(*list(row.values())[:3]): row for row in rows}
-    true = {file.path: row for file, row in known.items() if file.path in new_paths or file in plan.known_bad_files}
-    for one in plan.unreadable:  # without size and time, so that they are looked at each time
-        path = one.path.encode("utf-8", "replace").decode()  # of a name that is no text
-        true[path] = {"path": path, "size": -1, "mtime_ns": -1, "reason": one.reason}
-    table.delete_paths([row["path"] for row in rows if row["path"] not in true], SKIPPED_FILES_TABLE)
-    if unknown := [row for row in true.values() if row not in rows]:
-        table.upsert(pa.Table.from_pylist(unknown, TABLE_SCHEMAS[SKIPPED_FILES_TABLE]), SKIPPED_FILES_TABLE)
-    return [SkippedFile.from_row(true[path]) for path in sorted(true)]
+    rows_by_file = {FileState(row["path"], row["size"], row["mtime_ns"]): row for row in rows}
+    valid_rows = {
+        file.path: row for file, row in rows_by_file.items() if file.path in new_paths or file in plan.known_bad_files
+    }
+    for skipped in plan.unreadable:
+        path = skipped.path.encode("utf-8", "replace").decode()  # the name may not be valid UTF-8
+        # Without size and time, no file matches this row, so the file is tried again in each run.
+        valid_rows[path] = {"path": path, "size": -1, "mtime_ns": -1, "reason": skipped.reason}
+    table.delete_paths([row["path"] for row in rows if row["path"] not in valid_rows], SKIPPED_FILES_TABLE)
+    if new_rows := [row for row in valid_rows.values() if row not in rows]:
+        table.upsert(pa.Table.from_pylist(new_rows, TABLE_SCHEMAS[SKIPPED_FILES_TABLE]), SKIPPED_FILES_TABLE)
+    return [SkippedFile.from_row(valid_rows[path]) for path in sorted(valid_rows)]
 
 
 def embed_files(model: "SearchModel", files: Sequence[FileState], folder: Path) -> dict[str, np.ndarray]:
-    """Path -> vector, of files of a place that can be read; nothing is written."""
-    found = {}
+    """Embed pictures without writing anything.
+
+    Args:
+        model: Model that embeds the pictures.
+        files: Files to read.
+        folder: Folder that the files lie in, or the file itself. A file whose real path is not in it is not read.
+
+    Returns:
+        Path -> vector (width,) of the files that can be read.
+    """
+    vectors = {}
     read = partial(
         read_picture, image_size=model.image_size, resize_filter=model.resize_filter, folders=[os.path.realpath(folder)]
     )
-    for batch in prefetch_pictures(files, read, BATCH_SIZE):
-        pictures = {file.path: one for file, one in batch if isinstance(one, Picture)}
-        found |= dict(zip(pictures, model.embed_images([one.image for one in pictures.values()]), strict=True))
-    return found
+    for batch in prefetch_pictures(files, read, CLASSIFY_BATCH_SIZE):
+        pictures = {file.path: result for file, result in batch if isinstance(result, Picture)}
+        embeddings = model.embed_images([picture.image for picture in pictures.values()])
+        vectors |= dict(zip(pictures, embeddings, strict=True))
+    return vectors
 
 
 def prefetch_pictures(
     files: Iterable[FileState], read: Callable[[FileState], Picture], batch_size: int
 ) -> Iterator[list[ReadResult]]:
-    """Pictures, or what was wrong with them, in the order of their files, in batches; threads `read` while others work.
+    """Read files in background threads while the caller works on earlier batches.
 
-    The first batches are smaller, which says how long all take.
+    Args:
+        files: Files to read.
+        read: Reads one file, for example `read_picture`.
+        batch_size: Number of files per batch. The first batches are smaller (`FIRST_BATCH_SIZE`).
+
+    Yields:
+        Batches of pairs of a file and the result of `read`, or the exception that it raised, in the order of the files.
     """
     files, waiting = iter(files), deque[tuple[FileState, Future[Picture]]]()
     size = min(FIRST_BATCH_SIZE, batch_size)

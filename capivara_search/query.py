@@ -1,7 +1,9 @@
-"""What a question is made of beside its sentence: what pulls at it, and what no picture answers; labels for pictures.
+"""Arithmetic of queries: relevance feedback, the relevance threshold, and classification with free labels.
 
-`sample` are vectors of the index. Steering is arithmetic with vectors, and excludes nothing. Both were chosen by what
-`python -m benchmarks.nothing_fits` measures (docs/search.md).
+Feedback moves the vector of a query towards or away from words or pictures (Rocchio relevance feedback) and excludes
+nothing. The threshold is the score below which pictures are no closer to the sentence than to sentences without
+content. The constants were chosen by `python -m benchmarks.nothing_fits` (docs/search.md). `sample` is always an array
+of vectors that were drawn from the index.
 """
 
 from collections import Counter
@@ -20,83 +22,123 @@ if TYPE_CHECKING:
     from capivara_search.models import SearchModel
 
 MAX_FEEDBACK_WEIGHT = 4
-FEEDBACK_STRENGTH = 0.5  # of a pull of weight 1; at twice that half of what is looked for goes with what shall sink
-SAMPLE_ROWS = 2000  # vectors of an index
-RELEVANCE_AUC_FILE = (
-    "nothing_fits.json"  # in a model's folder: its `auc`, as `benchmarks.nothing_fits --keep` writes it
-)
-AUTO_THRESHOLD_MIN_AUC = 0.8  # from which on the line is drawn without being asked for
-NEUTRAL_SENTENCES = (
+# Strength of feedback of weight 1, relative to the query. At twice this value, half of the pictures that match the
+# query would lose their place together with the pictures that `less` names (measured by benchmarks.nothing_fits).
+FEEDBACK_STRENGTH = 0.5
+SAMPLE_ROWS = 2000  # vectors that are drawn from an index
+# In a model's folder, written by `benchmarks.nothing_fits --keep`: its `auc` measures how well the best score tells
+# sentences that fit a picture of the index from sentences that fit none.
+RELEVANCE_AUC_FILE = "nothing_fits.json"
+AUTO_THRESHOLD_MIN_AUC = 0.8  # from this AUC on, the threshold is used without being asked for
+NEUTRAL_SENTENCES = (  # sentences without content, in Portuguese like the captions that CAPIVARA was trained on
     *("uma imagem", "uma foto", "uma fotografia de alguma coisa", "isto é uma imagem", "uma imagem qualquer", "algo"),
     *("uma foto comum", "uma imagem sem nada de especial", "o que se vê aqui", "imagem"),
 )
-BACKGROUND_QUANTILE = 0.25  # of the neutral sentences: low, for what fits and stands below the line is the worse error
+# Quantile over the neutral sentences. It is low, because a relevant picture below the threshold is the worse error.
+BACKGROUND_QUANTILE = 0.25
 
 
 def parse_feedback(text: str) -> tuple[float, str]:
-    """Weight and words of "0.5:pessoas", or of "pessoas", whose weight is 1. Raises ValueError."""
+    """Split "0.5:pessoas" into the weight 0.5 and the words "pessoas". Without a weight, as in "pessoas", it is 1.
+
+    Raises:
+        ValueError: If the text is empty, the weight is not above 0 and at most `MAX_FEEDBACK_WEIGHT`, or no words
+            follow it.
+    """
+    if not text.strip():
+        raise localized_error(ValueError, "empty_feedback")
     weight, words = 1.0, text.strip()
-    before, colon, rest = text.partition(":")
-    with suppress(ValueError):  # a word stands before the colon
-        weight, words = (float(before.replace(",", ".")), rest.strip()) if colon else (weight, words)
+    prefix, colon, rest = text.partition(":")
+    if colon:
+        with suppress(ValueError):  # the text before the colon is not a number but words
+            weight, words = float(prefix.replace(",", ".")), rest.strip()
     if not (words and 0 < weight <= MAX_FEEDBACK_WEIGHT):
-        raise localized_error(ValueError, "bad_pull", text=text, most=MAX_FEEDBACK_WEIGHT)
+        raise localized_error(ValueError, "bad_feedback", text=text, most=MAX_FEEDBACK_WEIGHT)
     return weight, words
 
 
 def apply_feedback(
     vector: np.ndarray | None, feedback: Iterable[tuple[float, np.ndarray]], sample: np.ndarray
 ) -> np.ndarray:
-    """A query's vector (width,), pulled towards others, or away from them.
+    """Move a query vector towards or away from other vectors (Rocchio relevance feedback).
+
+    Each vector is divided by the standard deviation of its cosines with the sample. Pictures differ much more in their
+    cosine with another picture than in their cosine with a sentence, so that a picture would outweigh a sentence
+    otherwise.
 
     Args:
-        vector: (width,), of a sentence or picture; None where the pulls alone decide.
-        pulls: weights, below 0 for away, and vectors (width,), of sentences or pictures.
-        sample: (pictures, width), unit length. Each vector counts by how far it tells these apart: a picture does so
-            much further than a sentence, and would drown it.
+        vector: Query (width,), of a sentence or a picture; None if the feedback alone makes the query.
+        feedback: Weights and vectors (width,) of sentences or pictures. A negative weight moves the query away.
+        sample: Vectors (pictures, width) of the index, of unit length.
+
+    Returns:
+        The new query vector (width,), not normalized.
     """
-    together = [(FEEDBACK_STRENGTH * weight, pull) for weight, pull in feedback]
-    together += [] if vector is None else [(1.0, vector)]
-    spread = [max((sample @ one).std(), 1e-6) if len(sample) else 1.0 for _, one in together]
-    return sum(weight * one / much for (weight, one), much in zip(together, spread, strict=True))
+    weighted_vectors = [(FEEDBACK_STRENGTH * weight, direction) for weight, direction in feedback]
+    weighted_vectors += [] if vector is None else [(1.0, vector)]
+    spreads = [max((sample @ other).std(), 1e-6) if len(sample) else 1.0 for _, other in weighted_vectors]
+    return sum(weight * other / spread for (weight, other), spread in zip(weighted_vectors, spreads, strict=True))
 
 
 def z_score(score: float, scores: np.ndarray) -> float:
-    """How many standard deviations a score is above the mean of others."""
+    """Return how many standard deviations a score is above the mean of other scores.
+
+    Args:
+        score: The score.
+        scores: The other scores (pictures,).
+
+    Returns:
+        The standard score; negative if the score is below the mean.
+    """
     return float((score - scores.mean()) / max(scores.std(), 1e-6))
 
 
 def background_z_score(
     sample: np.ndarray, neutral_vectors: Sequence[np.ndarray], best_cosines: Sequence[float]
 ) -> float:
-    """How many deviations above the mean the best picture is where there is nothing to find.
+    """Return the standard score that the best picture reaches for a sentence without content.
 
-    By the vectors of neutral sentences, (width,), and the cosine of each with its best picture.
+    Args:
+        sample: Vectors (pictures, width) of the index, of unit length.
+        neutral_vectors: Vectors (width,) of the neutral sentences.
+        best_cosines: Cosine of each neutral sentence with its best picture in the whole index.
+
+    Returns:
+        The quantile `BACKGROUND_QUANTILE` of the standard scores over the neutral sentences.
     """
-    found = [z_score(one, sample @ vector) for vector, one in zip(neutral_vectors, best_cosines, strict=True)]
-    return float(np.quantile(found, BACKGROUND_QUANTILE))
+    z_scores = [z_score(best, sample @ vector) for vector, best in zip(neutral_vectors, best_cosines, strict=True)]
+    return float(np.quantile(z_scores, BACKGROUND_QUANTILE))
 
 
 def supports_relevance_threshold(folder: Path) -> bool:
-    """Whether a model, by its folder, was measured to tell well enough what is not there."""
-    with suppress(OSError, ValueError, TypeError, KeyError):  # not there, or damaged
+    """Return whether the model in a folder was measured to recognize sentences that fit no picture of an index."""
+    with suppress(OSError, ValueError, TypeError, KeyError):  # the file is missing or damaged
         return read_json(folder / RELEVANCE_AUC_FILE)["auc"] >= AUTO_THRESHOLD_MIN_AUC
     return False
 
 
 def check_labels(labels: Sequence[str], template: str) -> list[str]:
-    """The labels, without blanks around them.
+    """Check the labels and the sentence of a classification.
 
-    Raises ValueError: there is none, one is empty or there twice, or the template has no place for one.
+    Args:
+        labels: Labels, one or more.
+        template: Sentence with one {} that a label replaces.
+
+    Returns:
+        The labels without superfluous blanks.
+
+    Raises:
+        ValueError: If `labels` is a single text or empty, a label is empty or occurs twice, or the template does not
+            have exactly one {}.
     """
     if isinstance(labels, str):
         raise ValueError(f"labels must be a list of words, got the text {labels[:80]!r}. Write [{labels[:80]!r}].")
     labels = [" ".join(str(label).split()) for label in labels]
-    times = Counter(label.casefold() for label in labels)
+    counts = Counter(label.casefold() for label in labels)
     if not labels or not all(labels):
         raise localized_error(ValueError, "empty_label")
-    if twice := [label for label in labels if times[label.casefold()] > 1]:
-        raise localized_error(ValueError, "label_twice", label=twice[0])
+    if repeated := [label for label in labels if counts[label.casefold()] > 1]:
+        raise localized_error(ValueError, "label_twice", label=repeated[0])
     if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
         raise localized_error(ValueError, "bad_template", template=template)
     return labels
@@ -105,20 +147,29 @@ def check_labels(labels: Sequence[str], template: str) -> list[str]:
 def classify_vectors(
     model: "SearchModel", paths: Sequence[str], vectors: np.ndarray, labels: Sequence[str], template: str
 ) -> list[Classification]:
-    """The best label of each picture, by its vector (pictures, width), of unit length; none where `NEUTRAL` fits best.
+    """Find the label that describes each picture best (zero-shot classification).
 
-    `labels` are as `checked_labels` returns them; in the sentence `template` they stand at `{}`.
+    Args:
+        model: Model that embedded the pictures.
+        paths: Paths of the pictures.
+        vectors: Vectors (pictures, width) of the pictures, of unit length.
+        labels: Labels, as `check_labels` returns them.
+        template: Sentence with one {} that a label replaces.
+
+    Returns:
+        One classification per picture. Its label is None if the first neutral sentence fits better than all labels.
     """
     texts = model.embed_texts([*(template.replace("{}", label) for label in labels), NEUTRAL_SENTENCES[0]])
     cosines = np.asarray(vectors, np.float32) @ texts.T  # (pictures, labels + 1)
     if model.logit_bias is None:
-        own = model.logit_scale * (cosines[:, :-1] - cosines[:, :-1].max(axis=1, keepdims=True))
-        shares = np.exp(own) / np.exp(own).sum(axis=1, keepdims=True)
+        logits = model.logit_scale * (cosines[:, :-1] - cosines[:, :-1].max(axis=1, keepdims=True))
+        shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     else:
         shares = model.scale_scores(cosines[:, :-1])
-    found = []
-    for path, row, share in zip(paths, cosines, shares, strict=True):
-        best = int(row.argmax())
+    results = []
+    for path, picture_cosines, picture_shares in zip(paths, cosines, shares, strict=True):
+        best = int(picture_cosines.argmax())
         label = labels[best] if best < len(labels) else None
-        found.append(Classification(path, label, dict(zip(labels, share.tolist(), strict=True))))
-    return found
+        shares_by_label = dict(zip(labels, picture_shares.tolist(), strict=True))
+        results.append(Classification(path, label, shares_by_label))
+    return results

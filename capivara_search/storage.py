@@ -1,7 +1,7 @@
-"""What a disk or an object storage says when it fails, as one line for people: which index, which part, what to do.
+"""Convert errors of LanceDB, the disk and object storage to one-line messages: which index, which part, what to do.
 
-LanceDB raises the errors of its engine as RuntimeError or ValueError, with a text for developers over many lines; an
-object storage's answers stand somewhere in it.
+LanceDB raises the errors of its Rust code as RuntimeError or ValueError, with texts for developers over many lines. The
+answers of an object storage are part of these texts.
 """
 
 import errno
@@ -14,25 +14,25 @@ from functools import partial
 from capivara_common.privacy import redact
 from capivara_search.messages import localized_error
 
-LANCEDB_ERRORS = (RuntimeError, OSError, ValueError)  # what LanceDB raises
+LANCEDB_ERRORS = (RuntimeError, OSError, ValueError)  # errors that LanceDB raises
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 ENDPOINT_RE = re.compile(
     r"https?://([\w.~!$&'()*+,;=%:-]+@)?(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~%-]*)?", re.ASCII
 )
-# Of the engine's texts. The rest of them stands for a file that is missing or broken.
+# Patterns in LanceDB's error texts. A text that matches only `LANCE_ERROR_RE` means a missing or damaged file.
 WRITE_CONFLICT_RE = re.compile(
     r"commit conflict|concurrent (writer|transaction|commit)|Too many concurrent|preempted", re.I
 )
 LANCE_ERROR_RE = re.compile(
     r"lance error|LanceError|Encountered corrupt|External error: Not found|appear to be a Lance file"
 )
-RUST_LOCATION_RE = re.compile(r",?\s*\S+\.rs(:\d+)+")  # of the engine's code, for its developers
-MAX_DETAIL_CHARACTERS = 200  # letters of the engine's own text
-# Code, what the engine says, and number of the error; `no_answer` is of object storage alone.
+RUST_LOCATION_RE = re.compile(r",?\s*\S+\.rs(:\d+)+")  # source locations, which are of use to LanceDB's developers only
+MAX_DETAIL_CHARACTERS = 200  # characters of LanceDB's text in our message
+# Error code of our message, pattern in LanceDB's text, and errno. "no_answer" applies only to object storage.
 STORAGE_ERROR_PATTERNS = (
     ("index_full", r"No space left|os error 28|StorageFull|InsufficientCapacity", errno.ENOSPC),
     ("too_many_files", r"Too many open files|os error 24", errno.EMFILE),
-    # Without the number of a status alone, which may be one of milliseconds.
+    # A status code counts only after the word "status": a bare 403 may be a number of milliseconds.
     ("no_answer", r"NoSuchBucket|(?i:bucket does not exist)|Forbidden|AccessDenied|Unauthorized|status:? 40[13]"
                   r"|InvalidAccessKeyId|SignatureDoesNotMatch|Permission denied|error sending request|tcp connect"
                   r"|dns error|Connection refused|operation timed out|kind: (Connect|Timeout|Request|Unknown)|BadScheme"
@@ -43,15 +43,24 @@ STORAGE_ERROR_PATTERNS = (
 
 
 class DamagedIndexError(ValueError):
-    """A part of an index can't be read; the text names the part."""
+    """Error for a missing or damaged file of an index; the message names the part of the index."""
 
 
 @contextmanager
 def wrap_storage_errors(where: str, part: str = "") -> Iterator[None]:
-    """Let what LanceDB raises, of an index and one of its tables, become one line.
+    """Convert errors of LanceDB in the block to errors with one-line messages.
 
-    Raises OSError: no space left, no permission, a refusal of the object storage, no answer, or others who write.
-    DamagedIndex: a file of the index is missing or broken.
+    Args:
+        where: Folder or address of the index.
+        part: Name of the table, for the message.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OSError: If there is no space left, no permission, no answer or a refusal of the object storage, or other
+            processes kept writing at the same time.
+        DamagedIndexError: If a file of the index is missing or damaged.
     """
     try:
         yield
@@ -62,38 +71,63 @@ def wrap_storage_errors(where: str, part: str = "") -> Iterator[None]:
 
 
 def to_index_error(error: Exception, where: str, part: str = "") -> Exception:
-    """The error in our words, with a code and values; itself where it is none of the known ones."""
+    """Convert an error of LanceDB to an error with a code and a one-line message.
+
+    Args:
+        error: Error of LanceDB.
+        where: Folder or address of the index.
+        part: Name of the table, for the message.
+
+    Returns:
+        The new error; the error itself if it is of no known kind and contains no credentials.
+    """
     if hasattr(error, "code"):
         return error
-    if refused := to_access_error(error, where):
-        return refused
+    if access_error := to_access_error(error, where):
+        return access_error
     if is_write_conflict(error):
         return localized_error(partial(OSError, errno.EAGAIN), "conflict", path=where)
     if isinstance(error, RuntimeError | ValueError) and LANCE_ERROR_RE.search(str(error)):
         code = "damaged_remote" if "://" in where else "damaged"
         detail = redact(" ".join(RUST_LOCATION_RE.sub("", str(error)).split()))[:MAX_DETAIL_CHARACTERS]
         return localized_error(DamagedIndexError, code, path=where, part=part or "tables", detail=detail)
-    hidden = redact(str(error))
-    return error if hidden == str(error) else OSError(errno.EIO, hidden)
+    redacted = redact(str(error))
+    return error if redacted == str(error) else OSError(errno.EIO, redacted)
 
 
 def is_write_conflict(error: Exception) -> bool:
-    """Whether another process has written at the same moment, so that the same call may succeed now."""
+    """Return whether a write failed because another process wrote at the same time, so that a retry may succeed."""
     return bool(WRITE_CONFLICT_RE.search(str(error)))
 
 
 def to_access_error(error: Exception, where: str) -> OSError | None:
-    """What the disk or the object storage of an index has refused, in our words: what lies there may be whole."""
-    # Without the name of the index, which may say anything.
+    """Convert a refusal of the disk or the object storage to an OSError, or return None if it is another error.
+
+    A refusal says nothing about the state of the index, which may be intact.
+
+    Args:
+        error: Error of LanceDB.
+        where: Folder or address of the index.
+
+    Returns:
+        An error with a code and a one-line message, or None.
+    """
+    # The location of the index is removed, because its name could match a pattern.
     text = redact(" ".join(RUST_LOCATION_RE.sub("", str(error).replace(where, "")).split()))
     for code, pattern, number in STORAGE_ERROR_PATTERNS:
         if ("://" in where or code != "no_answer") and re.search(pattern, text):
-            # OSError makes a PermissionError of its number.
+            # OSError(errno, ...) returns the subclass for the number, such as PermissionError.
             return localized_error(partial(OSError, number), code, path=where, text=text[:MAX_DETAIL_CHARACTERS])
     return None
 
 
 def check_endpoints() -> None:
-    """Raise ValueError where the storage's address is none, of which its driver panics; a password may stand in it."""
+    """Validate the endpoint addresses of object storage in environment variables.
+
+    LanceDB's driver panics on an invalid address.
+
+    Raises:
+        ValueError: If an address is invalid. The message does not contain it, because it may include a password.
+    """
     if not all(ENDPOINT_RE.fullmatch(os.environ.get(name) or "http://none") for name in ENDPOINT_VARIABLES):
         raise localized_error(ValueError, "storage_address", example="https://host:9000")

@@ -1,6 +1,7 @@
-"""What a terminal is shown: paths, tables, links, and pictures where it can show them.
+"""Terminal output of `capivara`: paths, tables, links, CSV, and pictures drawn with colored characters.
 
-print(contact_sheet(thumbnails, ["1 praia.jpg", "2 mar.jpg"], 80), end="")
+Example:
+    print(render_contact_sheet(thumbnails, ["1 praia.jpg", "2 mar.jpg"], 80), end="")
 """
 
 import csv
@@ -22,47 +23,64 @@ from capivara_common.privacy import escape_control_characters
 from capivara_search.messages import Messages, localized_error
 from capivara_search.results import Hit
 
-# How a cell begins that a spreadsheet would run or compute; a single quote before it makes it a text.
+# First characters of a cell that a spreadsheet would compute as a formula. A single quote before them makes it a text.
 FORMULA_PATTERN = r"^([=+\-@\t\r])"
-MAX_OPENED_PICTURES = 12  # pictures, by --open, as its help says: more windows at once are of no use
-print_notice = partial(click.echo, err=True)  # beside the results: what is no result goes to stderr
-MIN_TILE_COLUMNS = 34  # least width of a picture: two pixels of a block are one character
-TILE_ROWS_PER_COLUMN = 0.375  # rows by columns: 4 by 3, of characters that are twice as high as wide
+MAX_OPENED_PICTURES = 12  # of --open, as its help says: nobody can look at more windows at once
+print_notice = partial(click.echo, err=True)  # stdout holds results only; everything else goes to stderr
+MIN_TILE_COLUMNS = 34  # characters; a character shows two pixels, one above the other
+TILE_ROWS_PER_COLUMN = 0.375  # tiles of 4:3, with characters that are twice as high as wide
 
 
 def escape_csv_cell(text: str) -> str:
-    """A text of somebody else's as a cell of CSV, which neither a terminal nor a spreadsheet obeys."""
+    """Return a text as a CSV cell that neither a terminal nor a spreadsheet acts on."""
     return re.sub(FORMULA_PATTERN, r"'\1", escape_control_characters(text))
 
 
 def write_csv(file: TextIO, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write rows with a head, texts as `text_cell` has them and times in ISO 8601; returns how many there are."""
-    writer, number = csv.writer(file, lineterminator="\n"), 0
+    """Write rows as CSV with a header. Texts are escaped by `escape_csv_cell`, and times are in ISO 8601.
+
+    Args:
+        file: Open text file.
+        columns: Keys of the cells, in the order of the columns.
+        rows: Rows by column; further keys are ignored.
+
+    Returns:
+        Number of rows written.
+    """
+    writer, row_count = csv.writer(file, lineterminator="\n"), 0
     writer.writerow(map(escape_csv_cell, columns))
     for row in rows:
-        number += 1
+        row_count += 1
         cells = [row[name].isoformat() if isinstance(row[name], datetime) else row[name] for name in columns]
         writer.writerow([escape_csv_cell(cell) if isinstance(cell, str) else cell for cell in cells])
-    file.flush()  # says now that a reader has gone
-    return number
+    file.flush()  # raises here, rather than at the exit of Python, if the reader of a pipe has gone
+    return row_count
 
 
 def shorten_path(path: str) -> str:
-    """A path from the current folder where it lies below it, else from ~, else whole; `visible`."""
-    for folder, name in ((os.getcwd(), ""), (os.path.expanduser("~"), "~/")):
+    """Return a path relative to the current folder, or from `~`, or absolute, with control characters escaped."""
+    for folder, prefix in ((os.getcwd(), ""), (os.path.expanduser("~"), "~/")):
         if folder != "/" and path.startswith(folder.rstrip("/") + "/"):
-            return escape_control_characters(name + path[len(folder.rstrip("/")) + 1 :])
+            return escape_control_characters(prefix + path[len(folder.rstrip("/")) + 1 :])
     return escape_control_characters(path)
 
 
 def display_width(text: str) -> int:
-    """Columns that a text without control characters takes: none for a combining mark, two for a wide letter."""
+    """Return the columns that a text takes on a terminal: combining marks take none, wide East Asian letters two."""
     drawn = (c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf"))
     return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in drawn)
 
 
 def fit_to_columns(text: str, columns: int) -> str:
-    """The text in exactly so many columns: padded, or ended by "…"."""
+    """Pad a text with blanks to a width on the terminal, or shorten it to that width with "…" at the end.
+
+    Args:
+        text: Text without control characters.
+        columns: Width in columns of the terminal.
+
+    Returns:
+        A text of exactly this width.
+    """
     if display_width(text) > columns:
         while text and display_width(text) >= columns:
             text = text[:-1]
@@ -71,7 +89,15 @@ def fit_to_columns(text: str, columns: int) -> str:
 
 
 def format_table(rows: Sequence[Sequence[str]], right_aligned: Sequence[int] = ()) -> Iterator[str]:
-    """Lines of a table, all columns but the last of one width; the columns `right` are flush right."""
+    """Format a table with aligned columns.
+
+    Args:
+        rows: Cells of each row. The last column is not padded.
+        right_aligned: Numbers of the columns that are aligned to the right.
+
+    Yields:
+        One line per row.
+    """
     widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [
@@ -84,20 +110,44 @@ def format_table(rows: Sequence[Sequence[str]], right_aligned: Sequence[int] = (
 
 
 def format_link(path: str, text: str) -> str:
-    """The text, which opens the file where the terminal lets links be clicked; without a link for a strange name."""
-    return (
-        f"\x1b]8;;file://{quote(path)}\x1b\\{text}\x1b]8;;\x1b\\" if escape_control_characters(path) == path else text
-    )
+    """Return a text that terminals show as a link to a file (escape sequence OSC 8).
+
+    Args:
+        path: Absolute path of the file.
+        text: Text of the link.
+
+    Returns:
+        The link, or the plain text if the path holds control characters.
+    """
+    if escape_control_characters(path) != path:
+        return text
+    return f"\x1b]8;;file://{quote(path)}\x1b\\{text}\x1b]8;;\x1b\\"
 
 
 def supports_true_color(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether a stream is a terminal of all colours, by the variables that it has set; links come with it."""
-    known = environment.get("TERM", "dumb") != "dumb" and environment.get("COLORTERM") in ("truecolor", "24bit")
-    return stream.isatty() and known
+    """Return whether a stream is a terminal with 24-bit colors; such terminals also support links.
+
+    Args:
+        stream: Output stream.
+        environment: Environment variables; TERM and COLORTERM are used.
+
+    Returns:
+        True if the stream is a terminal and its variables announce 24-bit colors.
+    """
+    has_colors = environment.get("TERM", "dumb") != "dumb" and environment.get("COLORTERM") in ("truecolor", "24bit")
+    return stream.isatty() and has_colors
 
 
 def supports_pictures(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether pictures are shown."""
+    """Return whether pictures can be drawn on a stream.
+
+    Args:
+        stream: Output stream.
+        environment: Environment variables; TERM, COLORTERM and NO_COLOR are used.
+
+    Returns:
+        True for a UTF-8 terminal with 24-bit colors, unless NO_COLOR is set.
+    """
     return (
         supports_true_color(stream, environment) and "NO_COLOR" not in environment and "utf" in stream.encoding.lower()
     )
@@ -106,17 +156,24 @@ def supports_pictures(stream: TextIO, environment: Mapping[str, str] = os.enviro
 def render_contact_sheet(
     pictures: Sequence[bytes | None], captions: Sequence[str], width: int, max_lines: int = 10**9
 ) -> str:
-    """Pictures side by side in rows, each above its caption, as text for a terminal of `width` characters.
+    """Draw pictures side by side in rows, each above its caption, as text for a terminal.
 
-    A file that is None or broken leaves its place empty. Rows beyond `lines` are left out, but for the first.
+    Args:
+        pictures: Image files. None or a damaged file leaves an empty place.
+        captions: One caption per picture.
+        width: Columns of the terminal.
+        max_lines: Lines that the text may take. Further rows of pictures are left out, except for the first row.
+
+    Returns:
+        Text with escape sequences for 24-bit colors.
     """
-    across = max(1, (width - 1) // MIN_TILE_COLUMNS)
-    columns = min((width - 1) // across, 60)
+    pictures_per_row = max(1, (width - 1) // MIN_TILE_COLUMNS)
+    columns = min((width - 1) // pictures_per_row, 60)
     rows = max(1, round(columns * TILE_ROWS_PER_COLUMN))
-    shown = max(1, max_lines // (rows + 1)) * across
+    shown = max(1, max_lines // (rows + 1)) * pictures_per_row
     text = ""
-    for start in range(0, min(shown, len(pictures)), across):
-        row = slice(start, min(start + across, shown))
+    for start in range(0, min(shown, len(pictures)), pictures_per_row):
+        row = slice(start, min(start + pictures_per_row, shown))
         for parts in zip(*(_render_picture(data, columns, rows) for data in pictures[row]), strict=True):
             text += "".join(parts) + "\n"
         text += "".join(fit_to_columns(f" {caption}", columns) for caption in captions[row]).rstrip() + "\n"
@@ -124,7 +181,10 @@ def render_contact_sheet(
 
 
 def _render_picture(data: bytes | None, columns: int, rows: int) -> list[str]:
-    """The lines of a picture in its place, as large as fits: two pixels a character, its colour and its ground's."""
+    """Draw a picture as large as fits into `columns` x `rows` characters.
+
+    Each character is an upper half block: its foreground color is the upper pixel and its background the lower one.
+    """
     import numpy as np
     import PIL.Image
 
@@ -135,17 +195,23 @@ def _render_picture(data: bytes | None, columns: int, rows: int) -> list[str]:
     except BadImage:
         return [" " * columns] * rows
     scale = min((columns - 1) / picture.width, 2 * rows / picture.height)
-    wide, high = max(1, round(picture.width * scale)), max(2, round(picture.height * scale) // 2 * 2)
-    picture = picture.resize((wide, high), PIL.Image.Resampling.LANCZOS)
+    width, height = max(1, round(picture.width * scale)), max(2, round(picture.height * scale) // 2 * 2)
+    picture = picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
     lines = []
-    for upper, lower in np.asarray(picture).reshape(-1, 2, wide, 3).tolist():
+    for upper, lower in np.asarray(picture).reshape(-1, 2, width, 3).tolist():
         cells = ("\x1b[38;2;{};{};{};48;2;{};{};{}m▀".format(*a, *b) for a, b in zip(upper, lower, strict=True))
-        lines.append(f" {''.join(cells)}\x1b[0m{' ' * (columns - 1 - wide)}")
-    return [" " * columns] * (rows - len(lines)) + lines  # above the first letter of its caption
+        lines.append(f" {''.join(cells)}\x1b[0m{' ' * (columns - 1 - width)}")
+    return [" " * columns] * (rows - len(lines)) + lines  # at the bottom of its place, next to its caption
 
 
 def show_hits(hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], messages: Messages) -> None:
-    """Hits as a table; in a terminal that can, above it as many as pictures as fit in the window."""
+    """Print hits as a table, and above it, if the terminal supports pictures, as many thumbnails as fit.
+
+    Args:
+        hits: Hits, best first.
+        thumbnail: Function that returns the thumbnail file of a path, None if there is none.
+        messages: Texts of the user's language.
+    """
     if supports_pictures(sys.stdout):
         columns, lines = shutil.get_terminal_size()
         thumbnails = [thumbnail(hit.path) for hit in hits]
@@ -155,32 +221,41 @@ def show_hits(hits: Sequence[Hit], thumbnail: Callable[[str], bytes | None], mes
         click.echo(render_contact_sheet(thumbnails, captions, columns, lines - len(hits) - 3))
     rows = [[messages(f"column.{name}") for name in ("rank", "score", "date", "path")]]
     for rank, hit in enumerate(hits, 1):
-        path = (
-            format_link(hit.path, shorten_path(hit.path)) if supports_true_color(sys.stdout) else shorten_path(hit.path)
-        )
-        same = f"  ({messages.count('same', hit.copies + 1)})" if hit.copies else ""
-        date = messages.date(hit.date) + messages("of_file") * (hit.date_source == "file")
-        rows.append([str(rank), messages.score(hit.score), date, path + same])
+        path = shorten_path(hit.path)
+        if supports_true_color(sys.stdout):
+            path = format_link(hit.path, path)
+        duplicates = f"  ({messages.format_count('duplicate_count', hit.copies + 1)})" if hit.copies else ""
+        date = messages.format_date(hit.date) + messages("of_file") * (hit.date_source == "file")
+        rows.append([str(rank), messages.format_score(hit.score), date, path + duplicates])
     lines = list(format_table(rows, right_aligned=(0, 1)))
-    if below := [place for place, hit in enumerate(hits, 1) if hit.above_threshold is False]:
-        lines.insert(below[0], f"-- {messages('line')} --")
+    below_threshold = [rank for rank, hit in enumerate(hits, 1) if hit.above_threshold is False]
+    if below_threshold:
+        lines.insert(below_threshold[0], f"-- {messages('relevance_threshold')} --")
     click.echo("\n".join(lines))
 
 
 def open_pictures(paths: Sequence[str], messages: Messages) -> None:
-    """Open pictures in the system's viewer.
+    """Open the first `MAX_OPENED_PICTURES` pictures in the system's viewer.
 
-    An index may be of others, and its paths lead to anything: what is no picture any longer, or has no name of one, is
-    not opened, since the system would start what it finds there, by its name. Raises RuntimeError: it has no viewer.
+    An index may come from other people, and its paths may lead to any file. The system would start a program that it
+    finds there. So a file is opened only if it has the name of a picture and can be read as a picture.
+
+    Args:
+        paths: Absolute paths of pictures.
+        messages: Texts of the user's language.
+
+    Raises:
+        RuntimeError: If the system has no viewer for pictures.
     """
-    from capivara_search.picture_files import is_picture_name, open_query_picture
+    from capivara_search.folder_scan import is_picture_name
+    from capivara_search.picture_reading import open_query_picture
 
-    shown = []
+    valid_paths = []
     for path in paths[:MAX_OPENED_PICTURES]:
         with suppress(ValueError):
             if is_picture_name(path) and open_query_picture(path):
-                shown.append(path)
+                valid_paths.append(path)
                 continue
         print_notice(messages("not_opened", path=shorten_path(path)))
-    if any(map(click.launch, shown)):
+    if any(map(click.launch, valid_paths)):
         raise localized_error(RuntimeError, "no_viewer")

@@ -21,7 +21,7 @@ from capivara_common.cli import check_at_least, flag, parse_arguments, run_comma
 from capivara_common.environment import resolve_device
 from capivara_common.image_files import BadImage, decode_image
 from capivara_common.privacy import escape_control_characters
-from capivara_search.picture_files import find_pictures
+from capivara_search.folder_scan import find_pictures
 from examples.openmoji.dataset import load_dataset_with_images
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import captions, search, timing, train_step
 from capivara_common.files import write_json
 from capivara_search.miniature_encoders import load_tokenizer
-from capivara_search.table import schema
+from capivara_search.table import pictures_schema
 
 
 @pytest.mark.slow
@@ -131,4 +131,4 @@ def test_the_answers_are_the_nearest_vectors(tmp_path, monkeypatch):
 
 def test_made_rows_are_rows_of_the_index():
     rows = search.make_rows(np.zeros((3, search.EMBEDDING_WIDTH), np.float16), 7, "0" * 32)
-    assert rows.schema == schema(search.EMBEDDING_WIDTH) and rows["path"][0].as_py() == search.picture_path(7)
+    assert rows.schema == pictures_schema(search.EMBEDDING_WIDTH) and rows["path"][0].as_py() == search.picture_path(7)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from hub_client import hub_commands
 from made_pictures import CAPTIONS, made_index, png, save_folder
-from page_process import Asked
+from page_process import PageClient as Asked
 from PIL import Image
 
 pytest.importorskip("uvicorn", reason="the page needs uvicorn: pip install -e '.[search]'")

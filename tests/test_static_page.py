@@ -229,7 +229,7 @@ def check_picture_view(visitor: Visitor) -> None:
     page.fill("#text", "um gato")
     visitor.sees("#said", "As mais parecidas com “um gato” e a imagem")
     page.fill("#text", "")
-    page.click("#pulls button")
+    page.click("#feedback button")
     visitor.sees("#said", "As mais recentes")
 
 

@@ -15,7 +15,7 @@ from towers import as_open_clip
 from transformers import PreTrainedTokenizerFast
 
 from capivara_common.image_encoder_digest import image_encoder_digest
-from capivara_search.models import load_text_tower
+from capivara_search.text_tower import load_text_tower
 from examples.openmoji.concepts import load_concepts
 from modeling_capivara import CapivaraConfig, CapivaraModel, CapivaraProcessor, CapivaraTokenizer
 from modeling_capivara.loading import load_model, load_processor

@@ -9,7 +9,7 @@ from PIL import Image
 from towers import MAKERS, as_published, gemma_like, siglip2
 from transformers import AutoModel, AutoProcessor
 
-from capivara_search.models import load_text_tower
+from capivara_search.text_tower import load_text_tower
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import (
     IMAGE_ENCODER_PREFIXES,

@@ -1,10 +1,11 @@
-"""What stands before the page: who may ask, with how much and in what time; nothing outside of this machine is fetched.
+"""Protect the page: who may ask, how much a request may send, how long it may take, and how many connections there are.
 
-    app = Guard(app, allowed_hosts("127.0.0.1"), behind_proxy=False)
-    uvicorn.Config(app, http=Connection, backlog=BACKLOG)
-    answer = await Queue().ask(lambda: index.search("um gato"))
+Example:
+    app = RequestGuard(app, list_allowed_hosts("127.0.0.1"), behind_proxy=False)
+    uvicorn.Config(app, http=LimitedHttpProtocol, backlog=BACKLOG)
+    answer = await QuestionQueue().ask(lambda: index.search("um gato"))
 
-A question is a POST whose body is a line of JSON and, after it, the bytes of a picture or nothing.
+A question is a POST request. Its body is a line of JSON, followed by the bytes of a picture or by nothing.
 """
 
 import asyncio
@@ -28,20 +29,20 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from capivara_search.messages import localized_error
 
-MAX_UPLOAD_BYTES = 20_000_000  # of a picture; photographs of telephones have under 15 MB
-MAX_QUESTION_BYTES = 200_000  # of its line of JSON; one has under 10 kB
-MAX_LARGE_BODIES = 8  # bodies over MAX_QUESTION_BYTES in memory, until they are answered; others wait
-BODY_SLOT_TIMEOUT_S = 30  # for one of these places
-BODY_TIMEOUT_S = 30  # for a body; the page makes large pictures smaller before it sends them
-HEADER_TIMEOUT_S = 10  # for the head of a request, of a new connection or after an answer
-READ_TIMEOUT_S = 60  # for a visitor to read what is buffered for him: 64 KiB to 320 KiB, beside what the system holds
+MAX_UPLOAD_BYTES = 20_000_000  # of a picture; photographs of phones have under 15 MB
+MAX_QUESTION_BYTES = 200_000  # of the line of JSON; a usual question has under 10 kB
+MAX_LARGE_BODIES = 8  # bodies above MAX_QUESTION_BYTES that are in memory until they are answered; others wait
+BODY_SLOT_TIMEOUT_S = 30  # wait of a large body for one of these slots
+BODY_TIMEOUT_S = 30  # to receive a body; the page shrinks large pictures before it sends them
+HEADER_TIMEOUT_S = 10  # to receive the headers of a request, on a new connection or after an answer
+READ_TIMEOUT_S = 60  # for a visitor to read the buffered part of an answer: 64 to 320 KiB, plus the system's buffer
 MAX_CONNECTIONS = 400
-RESERVED_DESCRIPTORS = 128  # of the index, the model, and connections that were just accepted
-BACKLOG = 64  # connections that are accepted at a time, before any of them is looked at
-QUESTION_TIMEOUT_S = 20  # of a question, which takes well under 1 s; then it is given up, and the next one is answered
-QUEUE_TIMEOUT_S = 30  # for the questions before it
-MAX_QUEUED_QUESTIONS = 64  # questions in a queue, the current one included; others are refused at once
-MAX_ABANDONED_THREADS = 3  # threads of questions that were given up and still run, as no thread can be ended
+RESERVED_DESCRIPTORS = 128  # file descriptors of the index, the model and connections that were just accepted
+BACKLOG = 64  # connections that the system accepts before asyncio handles the first of them
+QUESTION_TIMEOUT_S = 20  # for one question, which usually takes well under 1 s; then the next question is answered
+QUEUE_TIMEOUT_S = 30  # wait of a question for its turn
+MAX_QUEUED_QUESTIONS = 64  # including the one that is being answered; further questions are refused at once
+MAX_ABANDONED_THREADS = 3  # of questions that took too long and still run, because a thread can't be ended
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors "
@@ -49,7 +50,7 @@ CONTENT_SECURITY_POLICY = (
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    # Another page can neither show a picture of this one nor learn, by trying, which paths there are.
+    # Other websites can neither show a picture of this page nor find out by trying which paths exist.
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
@@ -58,7 +59,13 @@ logger = logging.getLogger("capivara")
 
 
 class RequestRefusedError(ValueError):
-    """A request that is not answered: code of the reason, whose text `page/words` has, status of HTTP, values of it."""
+    """A request that is not answered.
+
+    Args:
+        code: Code of the reason; `page/words` has its text under `errors`.
+        status: HTTP status of the response.
+        **values: Values of the placeholders of the text.
+    """
 
     def __init__(self, code: str, status: int = 400, **values: object):
         super().__init__(code)
@@ -66,21 +73,32 @@ class RequestRefusedError(ValueError):
 
 
 class RequestGuard:
-    """ASGI middleware before all others: refuses what is not the page's, and puts its headers on every answer.
+    """ASGI middleware that validates the Host and Origin headers and adds security headers to every response.
 
-    The name of a host that a header says was asked of a proxy is believed only `behind_proxy`, and where it is one of
-    `hosts`. A request by another name is refused: a foreign page whose own name resolves to this machine would pass for
-    this one, and read the pictures.
+    A request with an unknown Host header is refused. This prevents DNS rebinding: otherwise a foreign website whose own
+    name resolves to this machine could read the pictures. `X-Forwarded-Host` is trusted only if `behind_proxy` is set
+    and its value is in `hosts`.
+
+    Args:
+        app: Application that answers the valid requests.
+        hosts: Names and addresses that the page answers to; "*" allows all.
+        behind_proxy: Whether the page is open to other machines, and so may be behind a proxy, for example as a
+            Hugging Face Space, whose site may then show it in a frame.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str], behind_proxy: bool):
         self.app, self.hosts, self.behind_proxy = app, hosts, behind_proxy
-        self._content_security_policy = CONTENT_SECURITY_POLICY + (
-            "'self' https://huggingface.co" if behind_proxy else "'none'"
-        )  # which frames a Space
+        frame_ancestors = "'self' https://huggingface.co" if behind_proxy else "'none'"
+        self._content_security_policy = CONTENT_SECURITY_POLICY + frame_ancestors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or refuse it with a status and a reason."""
+        """Answer a request, or refuse it with an HTTP status and a code.
+
+        Args:
+            scope: ASGI scope of the request.
+            receive: ASGI function that returns the parts of the request.
+            send: ASGI function that sends the parts of the response.
+        """
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -100,14 +118,14 @@ class RequestGuard:
             self._check_origin(scope)
             await self.app(scope, receive, send_guarded)
             return
-        except ClientDisconnect:  # nobody is left to be answered
+        except ClientDisconnect:  # there is nobody to answer
             return
         except RequestRefusedError as error:
             refusal = error
         except Exception:
             logger.exception("A request to %s has failed.", scope["path"])
             refusal = RequestRefusedError("failed", 500)
-        if not started:  # the page has the words of its code in each language
+        if not started:  # otherwise a part of another response was sent already
             answer = JSONResponse({"error": refusal.code, "values": refusal.values}, refusal.status)
             await answer(scope, receive, send_guarded)
 
@@ -115,27 +133,39 @@ class RequestGuard:
         return "*" in self.hosts or parse_host(host) in self.hosts
 
     def _check_host(self, scope: Scope) -> None:
-        """Raise Refusal where the page is asked for by a name that it does not have."""
+        """Raise RequestRefusedError if the Host header has neither an allowed name nor this machine's address."""
         host = Headers(scope=scope).get("host", "")
-        address = (scope.get("server") or ("",))[0]  # of this machine, to which the visitor has connected
+        address = (scope.get("server") or ("",))[0]  # address of this machine that the visitor has connected to
         if not self._is_allowed_host(host) and (not host or parse_host(host) != address):
             raise RequestRefusedError("unknown_host", 400, host=host, flag=f"--allow-host {parse_host(host)}")
 
     def _check_origin(self, scope: Scope) -> None:
-        """Raise Refusal where another page asks. It may only lead to this one, by a link."""
+        """Raise RequestRefusedError if another website makes the request. It may only link to the page."""
         headers = Headers(scope=scope)
         forwarded = headers.get("x-forwarded-host", "") if self.behind_proxy else ""
         hosts = {host.strip().lower() for host in forwarded.split(",") if self._is_allowed_host(host.strip())}
         hosts.add(headers.get("host", "").strip().lower())
         if any(origin.partition("://")[2].lower() not in hosts for origin in headers.getlist("origin")):
             raise RequestRefusedError("foreign", 403)
+        # Browsers send no Origin header for a picture that another website embeds, but they send Sec-Fetch-Site.
         if scope["path"] != "/" and headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
-            raise RequestRefusedError("foreign", 403)  # a picture of this page in another one comes without an origin
+            raise RequestRefusedError("foreign", 403)
 
 
 @asynccontextmanager
 async def acquire_slot(slots: asyncio.Semaphore, seconds: float) -> AsyncIterator[None]:
-    """One of some places, for as long as it is needed. Raises Refusal where none is free in time."""
+    """Hold a slot of a semaphore while the block runs.
+
+    Args:
+        slots: The semaphore.
+        seconds: Time to wait for a free slot.
+
+    Yields:
+        None.
+
+    Raises:
+        RequestRefusedError: If no slot becomes free in time ("busy").
+    """
     try:
         async with asyncio.timeout(seconds):
             await slots.acquire()
@@ -149,8 +179,20 @@ async def acquire_slot(slots: asyncio.Semaphore, seconds: float) -> AsyncIterato
 
 @asynccontextmanager
 async def receive_body(request: Request, slots: asyncio.Semaphore) -> AsyncIterator[bytearray]:
-    """Receive the body of a question, and keep its place while it is answered if it is large. Raises Refusal."""
-    length = request.headers.get("content-length", "")  # a server holds a body to that
+    """Receive the body of a question. A large body holds a slot while the block answers the question.
+
+    Args:
+        request: The request.
+        slots: Semaphore that limits the large bodies in memory.
+
+    Yields:
+        The body.
+
+    Raises:
+        RequestRefusedError: If the body has no stated length, is too large or comes too slowly, or if no slot becomes
+            free in time.
+    """
+    length = request.headers.get("content-length", "")  # uvicorn does not read beyond this length
     if "transfer-encoding" in request.headers or not length.isdecimal():
         raise RequestRefusedError("no_length", 411)
     if int(length) > MAX_UPLOAD_BYTES + MAX_QUESTION_BYTES:
@@ -165,7 +207,7 @@ async def receive_body(request: Request, slots: asyncio.Semaphore) -> AsyncItera
 
 
 async def _read_body(request: Request) -> bytearray:
-    """Receive a body, and stop if its line of JSON exceeds `MAX_QUESTION_BYTES`. Raises Refusal."""
+    """Receive a body. Raise RequestRefusedError if its line of JSON is longer than `MAX_QUESTION_BYTES`."""
     body = bytearray()
     async for part in request.stream():
         body += part
@@ -175,11 +217,11 @@ async def _read_body(request: Request) -> bytearray:
 
 
 class LimitedHttpProtocol(H11Protocol):
-    """HTTP protocol of uvicorn with a connection limit and deadlines for visitors who neither ask nor read.
+    """HTTP protocol of uvicorn with a connection limit, and with deadlines for visitors who do not send or read.
 
-    At the limit, the connection that has waited longest for its visitor is closed: for the head of a request, or for
-    the visitor to read an answer. If new connections were refused instead, whoever holds all of them could keep
-    everybody out; if all were accepted, file descriptors would run out.
+    At the limit, the connection that has waited longest for its visitor is closed: for the headers of a request, or for
+    the visitor to read an answer. If new connections were refused instead, a visitor who holds all connections could
+    keep everybody else out. Without a limit, the process would run out of file descriptors.
     """
 
     _deadline: asyncio.TimerHandle | None = None
@@ -189,74 +231,89 @@ class LimitedHttpProtocol(H11Protocol):
         super().connection_made(transport)
         self._restart_deadline()
         if len(self.connections) > connection_limit():
-            longest = min((one for one in self.connections if one.is_waiting()), key=lambda one: one._since)
+            waiting = (connection for connection in self.connections if connection.is_waiting())
+            longest = min(waiting, key=lambda connection: connection._waiting_since)
             self.connections.discard(longest)
             longest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
+        """Cancel the deadline of a closed connection, which would keep this object in memory."""
         if self._deadline is not None:
-            self._deadline.cancel()  # it would keep this object in memory for its time
+            self._deadline.cancel()
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
-        """Wait for the next request."""
+        """Start the deadline for the next request when a response is complete."""
         self._restart_deadline()
         super().on_response_complete()
 
     def pause_writing(self) -> None:
-        """Wait for the visitor to read."""
+        """Start the deadline for reading when the buffer for the visitor is full."""
         super().pause_writing()
         self._restart_deadline()
 
     def resume_writing(self) -> None:
-        """Wait anew, because the visitor has read most of what was buffered."""
+        """Restart the deadline when the visitor has read most of the buffer."""
         super().resume_writing()
         self._restart_deadline()
 
     def is_waiting(self) -> bool:
-        """Whether the visitor has to act: no request has come since the last answer, or an answer is not read."""
+        """Return whether the visitor must act next: send a request, or read an answer."""
         return self.flow.write_paused or self.cycle is None or self.cycle.response_complete
 
     def _restart_deadline(self) -> None:
-        """Start the deadline again."""
         if self._deadline is not None:
             self._deadline.cancel()
         self._waiting_since = self.loop.time()
         seconds = READ_TIMEOUT_S if self.transport.get_write_buffer_size() else HEADER_TIMEOUT_S
-        self._deadline = self.loop.call_later(seconds, self._close_if_idle)
+        self._deadline = self.loop.call_later(seconds, self._close_if_waiting)
 
-    def _close_if_idle(self) -> None:
+    def _close_if_waiting(self) -> None:
         if self.is_waiting():
             self.transport.abort()
 
 
 def connection_limit() -> int:
-    """How many there may be: a download takes two descriptors, and the process needs some beside."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    most = MAX_CONNECTIONS if limit == resource.RLIM_INFINITY else (limit - RESERVED_DESCRIPTORS) // 2
-    return max(1, min(MAX_CONNECTIONS, most))
+    """Return how many connections the page accepts, from 1 to `MAX_CONNECTIONS`.
+
+    A download needs two file descriptors, and the process needs `RESERVED_DESCRIPTORS` for everything else.
+    """
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if descriptors == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return max(1, min(MAX_CONNECTIONS, (descriptors - RESERVED_DESCRIPTORS) // 2))
 
 
 def list_allowed_hosts(host: str, extra_hosts: Sequence[str] = ()) -> list[str]:
-    """The names that a page answers to, beside the addresses of this machine: those of `host`, which it is bound to.
+    """Return the names and addresses that the page answers to.
 
-    Raises ValueError where one of `more`, other names of the machine or of a proxy before it or "*" for any, is none.
+    Args:
+        host: Address that the page is bound to. For 0.0.0.0 and ::, the name of this machine is allowed, too.
+        extra_hosts: Further names of this machine or of a proxy before it; "*" allows all names.
+
+    Returns:
+        Distinct lowercase names and addresses; those of the local machine (localhost, 127.0.0.1, ::1) come first.
+
+    Raises:
+        ValueError: If a value of `extra_hosts` is neither a name nor an address.
     """
-    own = ["localhost", "127.0.0.1", "::1", host.lower()]
-    names = own + [name if name == "*" else parse_host(name) for name in extra_hosts]
+    names = ["localhost", "127.0.0.1", "::1", host.lower()]
+    names += [name if name == "*" else parse_host(name) for name in extra_hosts]
     if "" in names:
-        wrong = (name for name in extra_hosts if name != "*" and not parse_host(name))
-        raise localized_error(ValueError, "bad_host", value=", ".join(wrong))
+        invalid_hosts = (name for name in extra_hosts if name != "*" and not parse_host(name))
+        raise localized_error(ValueError, "bad_host", value=", ".join(invalid_hosts))
     if host in ("0.0.0.0", "::"):
         machine = socket.gethostname().lower()
-        names += [machine, f"{machine.partition('.')[0]}.local"]  # as a network without a server of names finds it
+        names += [
+            machine,
+            f"{machine.partition('.')[0]}.local",
+        ]  # NAME.local is the name in networks without DNS (mDNS)
     return list(dict.fromkeys(names))
 
 
 def parse_host(host: str) -> str:
-    """The name or address in a Host header, without its port; "" where there is none."""
-    with suppress(ValueError):  # an address of IPv6 as people write it
+    """Return the lowercase name or address in a Host header, without the port; "" if the header is invalid."""
+    with suppress(ValueError):  # an IPv6 address without brackets, as people write it
         return str(ipaddress.IPv6Address(host))
     with suppress(ValueError):
         parts = urlsplit(f"//{host}")
@@ -266,9 +323,9 @@ def parse_host(host: str) -> str:
 
 
 class QuestionQueue:
-    """Questions one after another, each within a stated time: tokenizers are no good in two threads at once.
+    """Answer questions one at a time, because tokenizers must not be used by two threads at once.
 
-    A question is answered in a thread that is left to itself where it takes too long.
+    Each question runs in a thread of its own. If it takes too long, it is refused and its thread is abandoned.
     """
 
     def __init__(self) -> None:
@@ -276,15 +333,24 @@ class QuestionQueue:
         self._queued_count = self._abandoned_count = 0
 
     async def ask(self, question: Callable[[], Any], seconds: float | None = None) -> Any:
-        """The answer to a question, when its turn has come; it is given up after `seconds`, or else `QUERY_S`.
+        """Wait for the turn of a question and answer it.
 
-        Raises Refusal where `MAX_ASKED` are here already, its turn does not come within `WAIT_S`, or it took too long.
+        Args:
+            question: Function that computes the answer.
+            seconds: Time for the answer, without the wait for its turn; None for `QUESTION_TIMEOUT_S`.
+
+        Returns:
+            What `question` returns.
+
+        Raises:
+            RequestRefusedError: If `MAX_QUEUED_QUESTIONS` are waiting, `MAX_ABANDONED_THREADS` still run, the turn does
+                not come within `QUEUE_TIMEOUT_S` ("busy"), or the answer takes too long ("too_slow").
         """
         if self._abandoned_count >= MAX_ABANDONED_THREADS or self._queued_count >= MAX_QUEUED_QUESTIONS:
             raise RequestRefusedError("busy", 503)
         answer: Future[Any] = Future()
 
-        def work() -> None:
+        def run_question() -> None:
             try:
                 answer.set_result(question())
             except BaseException as error:
@@ -293,17 +359,17 @@ class QuestionQueue:
         self._queued_count += 1
         try:
             async with acquire_slot(self._turn, QUEUE_TIMEOUT_S):
-                waited = asyncio.wrap_future(answer)
-                # A thread of its own, which, unlike those of a pool, no end of a process awaits.
-                threading.Thread(target=work, daemon=True).start()
-                if (await asyncio.wait([waited], timeout=seconds or QUESTION_TIMEOUT_S))[0]:
-                    return waited.result()
+                waiter = asyncio.wrap_future(answer)
+                # A daemon thread instead of a thread pool: Python would wait for the threads of a pool when it exits.
+                threading.Thread(target=run_question, daemon=True).start()
+                if (await asyncio.wait([waiter], timeout=seconds or QUESTION_TIMEOUT_S))[0]:
+                    return waiter.result()
         finally:
             self._queued_count -= 1
         self._abandoned_count += 1
-        waited.add_done_callback(self._release_abandoned)
+        waiter.add_done_callback(self._release_abandoned)
         raise RequestRefusedError("too_slow", 503)
 
     def _release_abandoned(self, answered: asyncio.Future) -> None:
-        answered.exception()  # nobody waits for it any more
+        answered.exception()  # asyncio would log an exception that nobody has retrieved
         self._abandoned_count -= 1

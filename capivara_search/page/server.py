@@ -1,8 +1,9 @@
-"""The page: search and classification of one's own pictures in a browser, served to this machine alone.
+"""Serve the search page: search and classification of your own pictures in a browser, by default on this machine only.
 
+Example:
     serve_index(PictureIndex.open("fotos.lance"))  # until Ctrl-C
 
-A small Starlette application of files and JSON: every route stands below, nothing else is answered.
+The page is a small Starlette application of static files and JSON. `PageSite.routes` lists everything that it answers.
 """
 
 import asyncio
@@ -38,6 +39,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from capivara_common.image_files import BadImage, open_regular_file
+from capivara_search.folder_scan import is_picture_name
 from capivara_search.messages import localized_error
 from capivara_search.page.answers import PageAnswers, Question
 from capivara_search.page.decoder import DecoderProcess
@@ -52,7 +54,7 @@ from capivara_search.page.guard import (
     list_allowed_hosts,
     receive_body,
 )
-from capivara_search.picture_files import is_picture_name, read_bounded
+from capivara_search.picture_reading import read_bounded
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
@@ -60,26 +62,32 @@ if TYPE_CHECKING:
 PAGE_FOLDER = Path(__file__).parent
 LANGUAGES = ("pt", "en")
 DEFAULT_PORT = 7860
-MODEL_LOAD_TIMEOUT_S = 600  # for torch and the model, on a slow machine
-SHUTDOWN_TIMEOUT_S = 3  # for open connections, when the page ends
-DOWNLOAD_CHUNK_BYTES = 2**18  # of a file that is downloaded
-VIEW_JPEG_QUALITY = 88  # of the JPEG of a large picture
-BROWSER_CACHE_S = 3600  # by a browser, of a picture; its address changes with the file
+MODEL_LOAD_TIMEOUT_S = 600  # to import torch and load the model on a slow machine
+SHUTDOWN_TIMEOUT_S = 3  # for open connections when the page ends
+DOWNLOAD_CHUNK_BYTES = 2**18
+VIEW_JPEG_QUALITY = 88  # of the large view of a picture
+BROWSER_CACHE_S = 3600  # a browser may keep a picture this long; the address of the picture changes with its file
 
 
 @dataclass(frozen=True)
 class Credit:
-    """Whose pictures they are, as a page says that is open to others."""
+    """Source and license of the pictures, shown on a page that is open to other people.
 
-    name: str  # of the data set
-    license: str = ""  # identifier, such as "cc-by-sa-4.0"; "" where none is stated
-    attribution: str = ""  # the sentence that the licence asks for; "" where it asks for none
+    Attributes:
+        name: Name of the dataset.
+        license: Identifier of the license, such as "cc-by-sa-4.0"; "" if the dataset states none.
+        attribution: Sentence that the license requires; "" if it requires none.
+    """
+
+    name: str
+    license: str = ""
+    attribution: str = ""
 
     @property
     def license_url(self) -> str:
-        """Address of a Creative Commons licence that asks to be linked to; "" of others."""
-        known = re.fullmatch(r"cc-(by[a-z-]*)-(\d\.\d)", self.license, re.ASCII)
-        return f"https://creativecommons.org/licenses/{known[1]}/{known[2]}/" if known else ""
+        """Address of a Creative Commons license that requires a link; "" for other licenses."""
+        match = re.fullmatch(r"cc-(by[a-z-]*)-(\d\.\d)", self.license, re.ASCII)
+        return f"https://creativecommons.org/licenses/{match[1]}/{match[2]}/" if match else ""
 
 
 def serve_index(
@@ -92,23 +100,26 @@ def serve_index(
     on_open: Callable[[str], None] | None = None,
     allow_hosts: Sequence[str] = (),
 ) -> None:
-    """Serve the page of an index, which may grow meanwhile, until Ctrl-C.
+    """Serve the page of an index until Ctrl-C. The index may grow meanwhile.
 
     Args:
-        host: address of the page; any but that of this machine itself opens it, without a login, to a network.
-        port: of the page. Where the default one is taken, a free one is.
-        open_browser: whether the visitor's browser is opened.
-        language: "pt" or "en"; `?lang=` in the address of the page chooses the other one.
-        credit: whose pictures they are, for a page that is open to others.
-        on_open: is called with the address when the page is open.
-        allow_hosts: names that the page answers to, beside those of `allowed_hosts`.
+        index: The index.
+        host: Address of the page. With any address but one of this machine itself, the page is open to the network,
+            without a password.
+        port: Port of the page. If the default port is taken, a free port is used.
+        open_browser: Open the page in the visitor's browser.
+        language: "pt" or "en"; `?lang=` in the address of the page selects the other language.
+        credit: Source and license of the pictures, for a page that is open to other people.
+        on_open: Called with the address when the page is open.
+        allow_hosts: Names that the page answers to, in addition to those of `list_allowed_hosts`.
 
     Raises:
-        OSError: the port is taken, there is no such host, or the page did not open.
-        ValueError: there is no such language, a name is none, or a model does not fit its index.
+        OSError: If the port is taken, the host does not exist, or the page did not start.
+        ValueError: If the language or a name of `allow_hosts` is invalid, or the model does not match the index.
     """
     server, listening, url = create_page_server(index, host, port, language, credit, allow_hosts)
-    serving = threading.Thread(target=server.run, args=([listening],), daemon=True)  # here a notebook's loop may run
+    # In a thread, because a notebook's event loop may run in this thread already.
+    serving = threading.Thread(target=server.run, args=([listening],), daemon=True)
     serving.start()
     try:
         while not server.started:
@@ -118,7 +129,8 @@ def serve_index(
         if on_open is not None:
             on_open(url)
         if open_browser and (sys.platform == "darwin" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
-            # Elsewhere it would be one that fills this terminal. Some return when they are closed.
+            # Not without a display, where a text browser would take over this terminal. In a thread, because some
+            # browsers return only when they are closed.
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
         while serving.is_alive():
             serving.join(1)
@@ -137,12 +149,30 @@ def create_page_server(
     credit: Credit | None = None,
     allow_hosts: Sequence[str] = (),
 ) -> tuple[uvicorn.Server, socket.socket, str]:
-    """What serves the page when it is run, the socket for it, and its address; arguments, errors: `serve_index`."""
+    """Create the server of a page without running it.
+
+    Args:
+        index: The index.
+        host: Address of the page.
+        port: Port of the page. If the default port is taken, a free port is used.
+        language: "pt" or "en".
+        credit: Source and license of the pictures; None to show none.
+        allow_hosts: Names that the page answers to, in addition to those of `list_allowed_hosts`.
+
+    Returns:
+        The server, the listening socket to run it with, and the address of the page.
+
+    Raises:
+        OSError: If the port is taken or the host does not exist.
+        ValueError: If the language or a name of `allow_hosts` is invalid, or the model does not match the index.
+    """
     if language not in LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}.")
     hosts = list_allowed_hosts(host, allow_hosts)
     if len(index):
-        index.search_vector(np.ones(index.model.width, np.float32), k=1)  # says now where the model does not fit
+        index.search_vector(
+            np.ones(index.model.width, np.float32), k=1
+        )  # raises the error of a model that does not match
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family)
@@ -155,72 +185,89 @@ def create_page_server(
     guard = Middleware(RequestGuard, hosts=hosts, behind_proxy=not site.is_local)
     config = uvicorn.Config(
         Starlette(routes=site.routes(), middleware=[guard], lifespan=site.lifespan),
-        http=LimitedHttpProtocol, backlog=BACKLOG, ws="none", lifespan="on", timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
-        log_level="error", access_log=False,  # visitors could fill a log with warnings
+        http=LimitedHttpProtocol, backlog=BACKLOG, ws="none", lifespan="on",
+        timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
+        log_level="error", access_log=False,  # visitors could fill the disk with warnings
         server_header=False, proxy_headers=False,
     )  # fmt: skip
     return uvicorn.Server(config), listening, f"http://{name}:{listening.getsockname()[1]}"
 
 
 class PageSite:
-    """What is answered at each address."""
+    """The routes of the page.
 
-    def __init__(self, answers: PageAnswers, local: bool, language: str, credit: Credit | None):
-        self.answers, self.is_local, self.language, self.credit = answers, local, language, credit
+    Args:
+        answers: Answers of the index.
+        is_local: Whether only this machine can reach the page.
+        language: Default language, "pt" or "en".
+        credit: Source and license of the pictures; None to show none.
+    """
+
+    def __init__(self, answers: PageAnswers, is_local: bool, language: str, credit: Credit | None):
+        self.answers, self.is_local, self.language, self.credit = answers, is_local, language, credit
         self._decoder = DecoderProcess()
-        self._question_queue, self._view_queue, self._body_slots = (
-            QuestionQueue(),
-            QuestionQueue(),
-            asyncio.Semaphore(MAX_LARGE_BODIES),
-        )
+        self._question_queue, self._view_queue = QuestionQueue(), QuestionQueue()
+        self._body_slots = asyncio.Semaphore(MAX_LARGE_BODIES)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """Load the model before it is asked; end the process for pictures."""
-        # In no turn: words wait for neither torch nor the image tower, and a picture is not given up for them.
+        """Load the model when the page starts, and end the decoder process when it ends.
+
+        Args:
+            app: The application; not used, but Starlette passes it.
+        """
+        # In a queue of its own: questions of text do not wait for torch and the image encoder.
         self._loading_model = asyncio.create_task(
             QuestionQueue().ask(self.answers.prepare_images, MODEL_LOAD_TIMEOUT_S)
         )
-        preparing = asyncio.create_task(
+        embedding_text = asyncio.create_task(
             self._question_queue.ask(lambda: self.answers.index.model.embed_texts(["gato"]))
         )
-        for task in (self._loading_model, preparing):
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # each question says so
+        for task in (self._loading_model, embedding_text):
+            # Retrieve the exception, or asyncio would log it; each question that needs the model raises it again.
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
         yield
         self._loading_model.cancel()
-        preparing.cancel()
+        embedding_text.cancel()
         self._decoder.close()
 
     def routes(self) -> list[Route]:
-        """All that is answered."""
-        asked = {name: getattr(self.answers, name) for name in ("search", "classify", "copies", "folders")}
-        asked["status"] = lambda question, _: self.answers.status(question) | {"local": self.is_local}
+        """Return all routes; nothing else is answered."""
+        questions = {name: getattr(self.answers, name) for name in ("search", "classify", "copies", "folders")}
+        questions["status"] = lambda question, _: self.answers.status(question) | {"local": self.is_local}
         return [
             Route("/", self.page),
             Mount("/static", StaticFiles(directory=PAGE_FOLDER / "static")),
-            *(Route(f"/api/{name}", self._make_endpoint(ask), methods=["POST"]) for name, ask in asked.items()),
+            *(Route(f"/api/{name}", self._make_endpoint(ask), methods=["POST"]) for name, ask in questions.items()),
             Route("/thumbnail", self.thumbnail),
             Route("/picture", self.picture),
             Route("/download", self.download),
         ]
 
     async def page(self, request: Request) -> Response:
-        """The page itself, in the language that its address names."""
+        """Return the HTML page in the language of `?lang=`, or else in the default language."""
         language = request.query_params.get("lang", "")
         html = _render_page(language if language in LANGUAGES else self.language, self.is_local, self.credit)
         return Response(html, media_type="text/html")
 
     def _make_endpoint(self, ask: Callable[[Question, Any], dict[str, Any]]) -> Callable[[Request], Any]:
+        """Return a route that answers questions with `ask(question, image)`."""
+
         async def answer(request: Request) -> Response:
             async with receive_body(request, self._body_slots) as body:
-                question, upload = await run_in_threadpool(_parse_body, body)  # the loop answers others meanwhile
+                # In a thread, so that the event loop answers other visitors meanwhile.
+                question, upload = await run_in_threadpool(_parse_body, body)
                 image = await self._decode_upload(upload) if upload else None
                 return JSONResponse(await self._question_queue.ask(lambda: ask(question, image)))
 
         return answer
 
     async def _decode_upload(self, upload: bytearray) -> PIL.Image.Image:
-        """A picture of a visitor, in a turn of its own, for which no question of words waits. Raises Refusal."""
+        """Decode a picture of a visitor, in another queue than questions of text, and wait for the model.
+
+        Raises:
+            RequestRefusedError: If the picture can't be decoded, or the model is still being loaded.
+        """
         try:
             image = await self._view_queue.ask(lambda: self._decoder.decode(upload))
         except BadImage as bad:
@@ -230,15 +277,15 @@ class PageSite:
         return image
 
     async def thumbnail(self, request: Request) -> Response:
-        """The thumbnail of a row."""
+        """Return the thumbnail of a picture of the index."""
         return _cached_response(await run_in_threadpool(self._load_thumbnail, _path_parameter(request)), "image/webp")
 
     async def picture(self, request: Request) -> Response:
-        """A row's picture, large; its thumbnail where the file is not there, or can't be read."""
+        """Return a large view of a picture of the index, or its thumbnail if the file is missing or can't be read."""
         return _cached_response(*await self._view_queue.ask(partial(self._render_view, _path_parameter(request))))
 
     async def download(self, request: Request) -> Response:
-        """A row's file as it is."""
+        """Return the original file of a picture of the index."""
         path = _path_parameter(request)
         file, _ = await self._view_queue.ask(lambda: self._open_original(path))
         file.seek(0)
@@ -248,32 +295,41 @@ class PageSite:
             _iter_chunks(file, size), media_type=kind, headers=headers | {"Content-Length": str(size)}
         )
 
-    # Of the disk: every path is looked up first, and one that is no row gets one answer.
+    # A path of a request is looked up in the index before the disk is touched. All unknown paths get the same answer,
+    # so that a visitor can't find out which files exist.
 
     def _load_thumbnail(self, path: str) -> bytes:
-        """WebP. Raises Refusal where there is no such row."""
-        if path and (found := self.answers.index.thumbnail(path)):
-            return found
+        """Return the thumbnail of a picture in WebP. Raise RequestRefusedError if the picture is not in the index."""
+        if path and (thumbnail := self.answers.index.thumbnail(path)):
+            return thumbnail
         raise RequestRefusedError("gone", 404)
 
     def _open_original(self, path: str) -> tuple[BinaryIO, PIL.Image.Image]:
-        """The open file of a row, below a folder that `add` was told of on this machine, and its image.
+        """Open and decode the file of a picture of the index.
 
-        Raises Refusal where it can't be shown: what is decoded and what is sent are one open file.
+        The file must be below a folder that `add` was given on this machine, because the paths of an index from other
+        people may lead anywhere. The open file is returned, so that the file that is sent is the one that was checked.
+
+        Raises:
+            RequestRefusedError: If the index does not have the picture, or its file can't be shown.
         """
         if not path or self.answers.index.get_picture(path) is None:
             raise RequestRefusedError("gone", 404)
-        with contextlib.ExitStack() as opened, contextlib.suppress(BadImage, OSError, ValueError):
-            if is_picture_name(path):  # the rows of an index of others may name any file
+        with contextlib.ExitStack() as stack, contextlib.suppress(BadImage, OSError, ValueError):
+            if is_picture_name(path):
                 folders = list(self.answers.index.requested_folders().values())
-                file = opened.enter_context(open_regular_file(path, repr(path), folders))
+                file = stack.enter_context(open_regular_file(path, repr(path), folders))
                 image = self._decoder.decode(read_bounded(file), path)
-                opened.pop_all()
+                stack.pop_all()  # keeps the file open
                 return file, image
         raise RequestRefusedError("no_original", 404)
 
     def _render_view(self, path: str) -> tuple[bytes, str]:
-        """A JPEG, or WebP of the thumbnail, and its media type. Raises Refusal where there is no such row."""
+        """Return a large view as JPEG, or else the thumbnail as WebP, with its media type.
+
+        Raises:
+            RequestRefusedError: If the index does not have the picture.
+        """
         try:
             file, image = self._open_original(path)
         except RequestRefusedError:
@@ -284,17 +340,22 @@ class PageSite:
 
 
 def _parse_body(body: bytearray) -> tuple[Question, bytearray]:
-    """A question, and the picture that came with it. Raises Refusal."""
+    """Split a body into the question and the picture that follows it (may be empty).
+
+    Raises:
+        RequestRefusedError: If the first line is not valid JSON, or not a valid question.
+    """
     line, _, upload = body.partition(b"\n")
     try:
-        values = json.loads(line, parse_constant=int)  # which raises ValueError for NaN and Infinity, that are no JSON
+        # `int` raises ValueError for NaN and Infinity, which Python accepts although JSON does not have them.
+        values = json.loads(line, parse_constant=int)
     except (ValueError, RecursionError) as error:
         raise RequestRefusedError("bad_question") from error
     return Question.parse(values), upload
 
 
 def _iter_chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
-    """A file in parts, as long as it was when it was opened."""
+    """Yield a file in chunks, up to the size that it had when it was opened."""
     with file:
         while size > 0 and (chunk := file.read(min(DOWNLOAD_CHUNK_BYTES, size))):
             size -= len(chunk)
@@ -310,30 +371,53 @@ def _cached_response(data: bytes, kind: str) -> Response:
 
 
 @cache
-def _render_page(language: str, local: bool, credit: Credit | None) -> str:
-    words = load_page_messages(language)
-    here, there = (f"?lang={one}" for one in (language, words["other"]))
-    privacy = words["privacy_here" if local else "privacy_there"]
-    return render_page_html(words, here=here, there=there, privacy=privacy, credit=credit)
+def _render_page(language: str, is_local: bool, credit: Credit | None) -> str:
+    messages = load_page_messages(language)
+    here, there = f"?lang={language}", f"?lang={messages['other']}"
+    privacy = messages["privacy_here" if is_local else "privacy_there"]
+    return render_page_html(messages, here=here, there=there, privacy=privacy, credit=credit)
 
 
 def load_page_messages(language: str, is_static: bool = False) -> dict[str, Any]:
-    """What the page says, "pt" or "en", or, with `own`, that of `hub_upload.space`, which has no server."""
-    words = json.loads((PAGE_FOLDER / "words" / f"{language}.json").read_text(encoding="utf-8"))
-    ours = words.pop("own")
-    return words | ours | {"errors": words["errors"] | ours["errors"]} if is_static else words
+    """Load the texts of the page.
+
+    Args:
+        language: "pt" or "en".
+        is_static: Return the texts of the page without a server (`hub_upload.space`): those of the section `static`
+            replace those of the page with a server.
+
+    Returns:
+        Texts by key; `errors` holds the texts of errors by code.
+    """
+    messages = json.loads((PAGE_FOLDER / "words" / f"{language}.json").read_text(encoding="utf-8"))
+    static_messages = messages.pop("static")
+    if not is_static:
+        return messages
+    return messages | static_messages | {"errors": messages["errors"] | static_messages["errors"]}
 
 
 def render_page_html(messages: dict[str, Any], is_static: bool = False, **values: object) -> str:
-    """The page in the words of a language, with a server or, `own`, without."""
-    strict = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    strict.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
-    template = strict.from_string((PAGE_FOLDER / "page.html").read_text(encoding="utf-8"))
-    return template.render({"t": messages, "own": is_static, "credit": None, **values})
+    """Render the HTML of the page.
+
+    Args:
+        messages: Texts of the page (`load_page_messages`).
+        is_static: Render the page without a server.
+        **values: Further variables of the template `page.html`: `here` and `there` (addresses of the page in this and
+            in the other language), `privacy`, `credit`, and `model` for the page without a server.
+
+    Returns:
+        The HTML.
+    """
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    template = environment.from_string((PAGE_FOLDER / "page.html").read_text(encoding="utf-8"))
+    return template.render({"t": messages, "is_static": is_static, "credit": None, **values})
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address or name is that of this machine alone."""
+    """Return whether a host name or address can be reached from this machine only."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
