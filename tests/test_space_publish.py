@@ -13,7 +13,7 @@ import pytest
 import yaml
 from hub_client import hub_commands
 from made_pictures import CAPTIONS, made_index, png, save_folder
-from page_process import PageClient as Asked
+from page_process import PageClient
 from PIL import Image
 
 pytest.importorskip("uvicorn", reason="the page needs uvicorn: pip install -e '.[search]'")
@@ -121,7 +121,7 @@ def test_a_space_runs_without_the_files_it_was_made_from(flags, tmp_path):
     command = ["timeout", "-k", "5", "300", sys.executable, "app.py"]
     server = subprocess.Popen(command, cwd=tmp_path / "space", env=environment, stdout=subprocess.PIPE, text=True)
     try:
-        client = Asked(server.stdout.readline().strip())
+        client = PageClient(server.stdout.readline().strip())
         assert "Imagens: Áreas, licença" in client.get("")[2].decode()
         status, answer = client.ask("search", {"text": "azul", "k": 3}, png(4))
         assert status == 200 and answer["count"] == 30 and answer["hits"][0]["name"].removesuffix(".png") in CAPTIONS
