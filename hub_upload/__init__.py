@@ -1,3 +1,3 @@
-"""Publishing: the model card, the export, the upload, and the demo page."""
+"""Publish a model: export to other libraries, model card, upload to the Hugging Face Hub, and demo pages."""
 
 import capivara_common.interrupt  # noqa: F401

@@ -1,5 +1,8 @@
-"""What may leave this machine: an allow-list of the files of a model or data set, and a look into them for what must
-stay here."""
+"""Decide which files may be published, and check them before they leave this machine.
+
+An allow-list names the files of a model; datasets and Spaces have rules of their own. The checks refuse access tokens
+and keys, paths of a machine, damaged files and links that lead out of the folder.
+"""
 
 import io
 import mmap
@@ -28,8 +31,9 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt"),
 )
-RUN_PLOT_FILES = ("curves.png", "retrieval.png")  # of a training run
-# A star stands for any part of one name, never for a folder. Export and upload know no other list.
+RUN_PLOT_FILES = ("curves.png", "retrieval.png")  # plots that a training run writes
+# The only list of files that an export writes and an upload sends. A star matches any part of one file or folder name,
+# but never a slash.
 ALLOWED_FILES = (
     *("config.json", "processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES, *MODEL_CODE),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "rotation.safetensors"),
@@ -38,41 +42,52 @@ ALLOWED_FILES = (
     *("1_Pooling/config.json", "*_Dense/config.json", "*_Dense/model.safetensors"),
     *("open_clip_text.safetensors", "drop_in.json"),
     *("onnx/*.onnx", "onnx/*.onnx.data", "onnx/*.onnx_data", "onnx/*.onnx_data_*", "onnx/quantisation.json"),
-    *("textual/model.onnx", "textual/tokenizer.json", "textual/tokenizer_config.json"),  # Immich's
+    *("textual/model.onnx", "textual/tokenizer.json", "textual/tokenizer_config.json"),  # read by Immich
     *("visual/model.onnx", "visual/preprocess_cfg.json"),
     *("README.md", "LICENSE", "run.json", "results/*.json", *RUN_PLOT_FILES),
 )
-# Pieces of a vocabulary may look like paths.
+# Tokens of a vocabulary may look like paths, so these files are searched for secrets only.
 VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
 BINARY_SUFFIXES = (
     *(".safetensors", ".onnx", ".data", ".onnx_data", ".onnx_data_1", ".model"),
     *(".png", ".jpg", ".jpeg", ".webp", ".tar"),
 )
-SEARCH_CHUNK_BYTES = 2**24
-MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # of safetensors; its own reader takes no more
+SEARCH_CHUNK_BYTES = 2**24  # bytes in which line feeds are counted at a time, to limit memory
+MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # limit of the safetensors library
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise ValueError unless it is `owner/name` as the Hub takes it."""
+    """Raise ValueError unless `repo_id` is a valid repository id, `owner/name`."""
     if repo_id.count("/") != 1:
         raise ValueError(
-            f"The repository id must be owner/name, such as my-name/my-model, got {make_printable(repo_id)!r}."
+            f"The repository id must be owner/name, for example my-name/my-model, got {make_printable(repo_id)!r}."
         )
     validate_repo_id(repo_id)
 
 
 def list_files_to_send(folder: Path, repo_type: str) -> list[Path]:
-    """The files of a folder that may leave this machine, relative to it, in order; no secret is in them.
+    """List and check the files of a folder that may be uploaded.
 
-    Not `HfApi.upload_folder`: a star of its patterns stands for folders, too, and it follows links out of the folder.
+    `HfApi.upload_folder` is not used because a star in its patterns also matches slashes, and because it follows links
+    that lead out of the folder.
+
+    Args:
+        folder: Folder of a model, dataset or Space.
+        repo_type: "model", "dataset" or "space".
+
+    Returns:
+        Sorted paths relative to `folder`.
+
+    Raises:
+        ValueError: If there is no file to upload, or a file must not be published (its name is in the message).
     """
     paths = sorted(
         list_allowed_files(folder) if repo_type == "model" else list_data_files(folder, repo_type == "space")
     )
     if not paths:
-        raise ValueError(f"{folder} holds no file of a {repo_type}.")
+        raise ValueError(f"{folder} contains no files of a {repo_type}. Check the folder and --repo_type.")
     for path in paths:
-        check_text(path.as_posix(), "The name of a file")
+        check_text(path.as_posix(), "A file name")
         if repo_type == "space":
             check_secrets(folder / path, path)
     if repo_type == "dataset":
@@ -81,58 +96,70 @@ def list_files_to_send(folder: Path, repo_type: str) -> list[Path]:
         try:
             check_model_files(folder)
         except ValueError as error:
-            raise ValueError(f"{error} `python -m hub_upload.export` makes a folder that can be sent.") from error
+            raise ValueError(f"{error} `python -m hub_upload.export` writes a folder that can be uploaded.") from error
     return paths
 
 
 def list_allowed_files(folder: Path) -> list[Path]:
-    """The files of a repository's folder that may be uploaded, relative to it, in order; no links.
+    """Return the sorted paths, relative to `folder`, of the files that match `ALLOWED_FILES`. Links are left out.
 
-    Raises ValueError where one is no regular file.
+    Raises ValueError if a matching path is not a regular file.
     """
-    found = []
+    names = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         depth = len(name.parts) - 1
         if not path.is_symlink() and any(rule.count("/") == depth and name.match(rule) for rule in ALLOWED_FILES):
             check_regular_file(path)
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def check_regular_file(path: Path) -> None:
-    """Raise ValueError unless it is a file with content of its own: no folder, and no pipe, which is waited for."""
+    """Raise ValueError if `path` is not a regular file. It may be a folder, or a pipe, which would block a reader."""
     if not path.is_file():
-        raise ValueError(f"{path} is no regular file. Remove it.")
+        raise ValueError(f"{path} is not a regular file. Remove it.")
 
 
 def check_model_files(folder: Path) -> None:
-    """Raise ValueError, naming file and line, where an allowed file holds a path of a machine or an access token, or
-    is no whole safetensors file.
+    """Check the content of all allowed files of a model folder.
 
-    Weights are searched in their header alone, vocabularies and the data of ONNX for tokens, ONNX graphs for this
-    machine's paths, and pictures in their texts, too.
+    Text files are searched for secrets and for paths of any machine. Of weights, only the header is searched.
+    Vocabularies and binary files are searched for secrets, ONNX graphs also for paths of this machine, and PNG images
+    also in their text fields.
+
+    Raises:
+        ValueError: If a file contains a secret or a path, or a safetensors file or image is damaged. The message names
+            the file and, if possible, the line.
     """
     for name in list_allowed_files(folder):
         path = folder / name
         if name.suffix == ".safetensors":
-            check_text(_decode_json_escapes(_read_safetensors_header(path)), f"{name}, its header,")
+            check_text(_decode_json_escapes(_read_safetensors_header(path)), f"{name}, in its header,")
             continue
         check_secrets(path, name)
         if name.suffix == ".png":
-            check_text(_read_image_texts(path, name), f"{name}, a text in it,")
+            check_text(_read_image_texts(path, name), f"{name}, in a text field,")
         elif name.suffix not in BINARY_SUFFIXES and name.name not in VOCABULARY_FILES:
             check_paths(path, name)
 
 
-# How files begin that hide what they say: gzip, bzip2, xz, zstandard, zip, UTF-16.
+# First bytes of files whose content can't be searched for secrets: gzip, bzip2, xz, zstandard, zip and UTF-16 (LE, BE).
 UNSEARCHABLE_PREFIXES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04", b"\xff\xfe", b"\xfe\xff")
 
 
 def check_secrets(path: Path, name: Path | str) -> None:
-    """Raise ValueError, naming file and line or byte, where a file of any size and form holds a token or key.
+    """Search a file of any type and size for access tokens and keys, without loading it into memory.
 
-    Graphs and vocabularies that are no text may not name a folder of this machine, either.
+    ONNX graphs and binary vocabularies are also searched for folders of this machine.
+
+    Args:
+        path: File to search.
+        name: Name of the file in messages.
+
+    Raises:
+        ValueError: If the file contains a secret or such a folder, or if it can't be searched because it is compressed
+            or UTF-16. The message names the file and the line (text files) or byte (binary files) of a secret.
     """
     if not path.stat().st_size:
         return
@@ -140,89 +167,111 @@ def check_secrets(path: Path, name: Path | str) -> None:
         if (path.suffix not in BINARY_SUFFIXES or path.suffix == ".tar") and content[:6].startswith(
             UNSEARCHABLE_PREFIXES
         ):
-            raise ValueError(f"{name} is compressed or no UTF-8, and can't be searched for secrets. Write it plainly.")
-        if found := find_secret(content):
-            chunks = (
-                content[at : min(at + SEARCH_CHUNK_BYTES, found[1])] for at in range(0, found[1], SEARCH_CHUNK_BYTES)
+            raise ValueError(
+                f"{name} is compressed or UTF-16, so it can't be searched for secrets. Store it as plain UTF-8."
             )
+        if secret := find_secret(content):
+            description, offset = secret
+            starts = range(0, offset, SEARCH_CHUNK_BYTES)
+            chunks = (content[start : min(start + SEARCH_CHUNK_BYTES, offset)] for start in starts)
             line = 1 + sum(chunk.count(b"\n") for chunk in chunks)
-            where = f"byte {found[1]}" if path.suffix in BINARY_SUFFIXES else f"line {line}"
-            raise ValueError(f"{name}, {where}, holds {found[0]}. Remove it, and revoke it if it is real.")
-        places = local_paths() if path.suffix in (".onnx", ".model") else ()
-        if place := next((place for place in places if content.find(f"{place}/".encode()) >= 0), None):
-            raise ValueError(f"{name} names a place on this machine, {place!r}. Make the file anew without it.")
+            position = f"byte {offset}" if path.suffix in BINARY_SUFFIXES else f"line {line}"
+            raise ValueError(f"{name}, {position}, contains {description}. Remove it, and revoke it if it is real.")
+        for local_path in local_paths() if path.suffix in (".onnx", ".model") else ():
+            if content.find(f"{local_path}/".encode()) >= 0:
+                raise ValueError(
+                    f"{name} contains a path of this machine, {local_path!r}. Write the file again without it."
+                )
 
 
 def check_paths(path: Path, name: Path | str) -> None:
-    """Raise ValueError, naming file and line, where a text file holds a path of a machine."""
+    """Raise ValueError if a text file contains an absolute path of a machine. The message has file name and line."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
-            _check_machine_paths(
-                _decode_json_escapes(line) if path.suffix == ".json" else line, f"{name}, line {number},"
-            )
+            text = _decode_json_escapes(line) if path.suffix == ".json" else line
+            _check_machine_paths(text, f"{name}, line {number},")
 
 
 def check_text(text: str, subject: str) -> None:
-    """Raise ValueError where a text holds an access token or key, or a path of a machine."""
-    if found := find_secret(text):
-        raise ValueError(f"{subject} holds {found[0]}. Remove it, and revoke it if it is real.")
+    """Raise ValueError if a text contains a secret or an absolute path of a machine.
+
+    Args:
+        text: Text to search.
+        subject: Start of the message: where the text comes from.
+    """
+    if secret := find_secret(text):
+        raise ValueError(f"{subject} contains {secret[0]}. Remove it, and revoke it if it is real.")
     _check_machine_paths(text, subject)
 
 
 def _check_machine_paths(text: str, subject: str) -> None:
     if path := find_machine_path(text):
-        raise ValueError(f"{subject} names a place on a machine, {path!r}. Write it relative, or leave it out.")
+        raise ValueError(f"{subject} contains an absolute path, {path!r}. Make it relative, or leave it out.")
 
 
 def _read_image_texts(file: Path | BinaryIO, name: Path | str) -> str:
-    """What a picture says in words before its pixels, which are not read, such as comments of PNG, compressed or not.
+    """Return the text fields of an image file, such as PNG comments. Pixels are not decoded.
 
-    ValueError where it is no picture.
+    Raises ValueError if the file is not an image.
     """
     PIL.Image.init()
     try:
         with PIL.Image.open(file, formats=[form for form in IMAGE_FORMATS if form in PIL.Image.OPEN]) as image:
             return "\n".join(f"{key}: {text}" for key, text in image.info.items() if isinstance(text, str))
-    except Exception:  # PIL raises a dozen kinds
-        raise ValueError(f"{name} is no picture that can be read. Remove it.") from None
+    except Exception:  # PIL raises many types of errors for damaged files
+        raise ValueError(f"{name} can't be read as an image. Remove it.") from None
 
 
 def _decode_json_escapes(line: str) -> str:
-    """A line of JSON with its escapes decoded: `\\/` is a slash, `\\u2192` an arrow; `\\n` becomes a blank."""
+    r"""Decode the escapes in a line of JSON: `\/` becomes a slash, `\u2192` an arrow, `\n` a space."""
 
-    def read(found: re.Match[str]) -> str:
-        return chr(int(found[2], 16)) if found[2] else found[1] if found[1] in '"\\/' else " "
+    def decode(escape: re.Match[str]) -> str:
+        if escape[2]:
+            return chr(int(escape[2], 16))
+        return escape[1] if escape[1] in '"\\/' else " "
 
-    return re.sub(r"\\(u([0-9a-fA-F]{4})|.)", read, line)
+    return re.sub(r"\\(u([0-9a-fA-F]{4})|.)", decode, line)
 
 
 def _read_safetensors_header(path: Path) -> str:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if not 0 < size <= min(MAX_SAFETENSORS_HEADER_BYTES, path.stat().st_size - 8):
-            raise ValueError(f"{path} is no whole safetensors file: its header can't be read. Make it anew.")
+            raise ValueError(f"{path} is not a complete safetensors file: its header can't be read. Write it again.")
         return file.read(size).decode(errors="replace")
 
 
-# --- Data sets: rows, images, card and licence -----------------------------------------------------------------------
+# --- Datasets: rows, images, card and license ------------------------------------------------------------------------
 
 DATASET_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 DATASET_SUFFIXES = DATASET_IMAGE_SUFFIXES | {".parquet", ".tar", ".arrow", ".json", ".jsonl", ".csv", ".tsv"}
 DATASET_FILE_NAMES = {"README.md", "LICENSE", "LICENSE.txt", "LICENSE.md"}
-MAX_METADATA_JSON_BYTES = 2**21  # JSON files that are not larger say how a data set was made; larger ones are rows
-BATCH_ROWS = 256  # that are looked at together: some megabytes, also of pictures
-PARQUET_BUFFER_BYTES = 2**20  # of a column that is read at once
-OUTSIDE_PATH_PATTERN = r"^(/|~|[A-Za-z]:[\\/]|file:)|(^|/)\.\.(/|$)"  # of the path of a picture
-SECRET_MESSAGE = "holds what looks like an access token or key. Take it out, and revoke it if it is real"
+# JSON files up to this size describe a dataset, so they are searched for paths. Larger ones hold rows, whose texts may
+# look like paths.
+MAX_METADATA_JSON_BYTES = 2**21
+BATCH_ROWS = 256  # rows checked at a time; a few megabytes even if they contain images
+PARQUET_BUFFER_BYTES = 2**20  # bytes of a column read at a time
+OUTSIDE_PATH_PATTERN = r"^(/|~|[A-Za-z]:[\\/]|file:)|(^|/)\.\.(/|$)"  # image paths that lead out of the dataset
+SECRET_MESSAGE = "contains what looks like an access token or key. Remove it, and revoke it if it is real"
 
 
 def list_data_files(folder: Path, is_space: bool = False) -> list[Path]:
-    """Files of a data set, or all of a Space, relative to their folder; hidden ones stay here, and whatever else.
+    """List the files to upload of a dataset (rows, images, card and license) or of a Space (everything but bytecode).
 
-    Raises ValueError where a link leads out of the folder, or a file that would be sent is no regular file.
+    Hidden files are left out; of a dataset, names that begin with two underscores too.
+
+    Args:
+        folder: Folder of the dataset or Space.
+        is_space: Whether it is a Space.
+
+    Returns:
+        Paths relative to `folder`.
+
+    Raises:
+        ValueError: If a link leads out of the folder, or a file to upload is not a regular file.
     """
     check_links_stay_inside(folder)
-    found = []
+    names = []
     for path in (path for path in folder.rglob("*") if not path.is_dir()):
         name = path.relative_to(folder)
         is_sent = (
@@ -230,13 +279,20 @@ def list_data_files(folder: Path, is_space: bool = False) -> list[Path]:
         )
         if is_sent and not any(part.startswith("." if is_space else (".", "__")) for part in name.parts):
             check_regular_file(path)
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def check_dataset_files(folder: Path, names: Sequence[Path]) -> None:
-    """Raise ValueError, naming file, column and row but no secret, where a text, however nested, holds a token or key,
-    an image path leads out of the folder, or image bytes are no image.
+    """Check the content of the files of a dataset.
+
+    Args:
+        folder: Folder of the dataset.
+        names: Files to check, relative to `folder`.
+
+    Raises:
+        ValueError: If a text (also in nested columns) contains a secret, an image path leads out of the folder, or
+            image bytes can't be read. The message names the file, column and row, but does not repeat the secret.
     """
     for name in names:
         path = folder / name
@@ -245,7 +301,7 @@ def check_dataset_files(folder: Path, names: Sequence[Path]) -> None:
             check_secrets(path, name)
         elif name.suffix in (".parquet", ".arrow"):
             _check_table(path, name)
-        else:  # archives among them: only uncompressed ones are accepted
+        else:  # tar archives too; `check_secrets` refuses compressed ones
             check_secrets(path, name)
             if name.name in DATASET_FILE_NAMES or (
                 name.suffix == ".json" and path.stat().st_size <= MAX_METADATA_JSON_BYTES
@@ -254,24 +310,27 @@ def check_dataset_files(folder: Path, names: Sequence[Path]) -> None:
 
 
 def _check_table(path: Path, name: Path) -> None:
+    """Raise ValueError if the schema or a row of a Parquet or Arrow file must not be published."""
     import pyarrow
 
-    first = 0
+    first_row = 0
     try:
         for batch in _iter_batches(path):
-            if not first and find_secret(f"{batch.schema} {batch.schema.metadata}"):
-                raise ValueError(f"{name}, its header, {SECRET_MESSAGE}.")
+            if not first_row and find_secret(f"{batch.schema} {batch.schema.metadata}"):
+                raise ValueError(f"{name}, in its header, {SECRET_MESSAGE}.")
             for column, array in zip(batch.schema.names, batch.columns, strict=True):
-                if _find_fault(array):
-                    row, fault = next((n, bad) for n in range(len(array)) if (bad := _find_fault(array[n : n + 1])))
-                    raise ValueError(f"{name}, column {column!r}, row {first + row}, {fault}.")
-            first += len(batch)
+                if not _find_fault(array):
+                    continue
+                faults = (_find_fault(array[row : row + 1]) for row in range(len(array)))
+                row, fault = next((row, fault) for row, fault in enumerate(faults, start=first_row) if fault)
+                raise ValueError(f"{name}, column {column!r}, row {row}, {fault}.")
+            first_row += len(batch)
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{name} can't be read as a file of rows: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{name} can't be read as Parquet or Arrow: {' '.join(str(error).split())}") from None
 
 
 def _iter_batches(path: Path) -> Iterator[Any]:
-    """The rows of a file, some at a time; the first may be none."""
+    """Yield the record batches of a Parquet or Arrow file. The first batch of a Parquet file is empty (schema only)."""
     import pyarrow
     from pyarrow import parquet
 
@@ -285,7 +344,7 @@ def _iter_batches(path: Path) -> Iterator[Any]:
 
 
 def _find_fault(array: Any) -> str | None:
-    """What must not be sent of the values of an array of pyarrow, however nested, in words; None where all may."""
+    """Return why a pyarrow array must not be published, or None if it may be. Nested values are checked too."""
     from pyarrow import ExtensionArray, ListArray, compute, types
 
     kind = array.type
@@ -298,28 +357,26 @@ def _find_fault(array: Any) -> str | None:
         fault = _find_image_fault(parts["bytes"], parts["path"]) if set(parts) == {"bytes", "path"} else None
         return fault or next(filter(None, map(_find_fault, parts.values())), None)
     if types.is_map(kind):
-        halves = [ListArray.from_arrays(array.offsets, half) for half in (array.keys, array.items)]
-        return next(filter(None, map(_find_fault, halves)), None)
+        keys_and_items = [ListArray.from_arrays(array.offsets, values) for values in (array.keys, array.items)]
+        return next(filter(None, map(_find_fault, keys_and_items)), None)
     if types.is_nested(kind):
         return _find_fault(array.flatten())
     if "string" not in str(kind) and "binary" not in str(kind):
         return None
     pattern = "|".join([SECRET_RE2, *map(re.escape, find_hub_tokens())])
-    return (
-        SECRET_MESSAGE
-        if compute.any(compute.match_substring_regex(array.cast("large_binary"), pattern)).as_py()
-        else None
-    )
+    has_secret = compute.any(compute.match_substring_regex(array.cast("large_binary"), pattern)).as_py()
+    return SECRET_MESSAGE if has_secret else None
 
 
 def _find_image_fault(contents: Any, paths: Any) -> str | None:
+    """Return why the images of a `datasets.Image` column must not be published, or None if they may be."""
     from pyarrow import compute, types
 
     if types.is_string(paths.type) and compute.any(compute.match_substring_regex(paths, OUTSIDE_PATH_PATTERN)).as_py():
-        return "names the file of a picture by a path outside of the data set. Put the picture into it"
+        return "has an image path that leads out of the dataset. Store the image inside the dataset"
     try:
         for content in (content for content in contents if content.is_valid):
             _read_image_texts(io.BytesIO(content.as_buffer()), "")
     except ValueError:
-        return "has bytes that are no picture that can be read. Take the row out"
+        return "has bytes that can't be read as an image. Remove the row"
     return None

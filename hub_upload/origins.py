@@ -1,4 +1,4 @@
-"""Where a model comes from: what the cards of its base and data say, and the licence that it inherits."""
+"""Read the cards of a model's base and training data, and infer the license that the model inherits."""
 
 import re
 from collections.abc import Sequence
@@ -11,19 +11,26 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from capivara_common.privacy import short_name
 from modeling_capivara.loading import read_card_metadata
 
-# Licences that let what is made of several works carry the licence of the other ones, their notices kept.
+# Licenses that allow derived works to carry another license, as long as their notices are kept.
 PERMISSIVE_LICENSES = {"apache-2.0", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0", "isc", "mit", "ncsa", "pddl"}
 PERMISSIVE_LICENSES |= {"postgresql", "unlicense", "zlib"}
 
 
 def read_origins(model: str, datasets: Sequence[str], evaluation_dataset: str) -> dict[str, Any]:
-    """What the base and the data sets say of themselves on their own cards, as `origin` has it.
+    """Read the cards of the base model and the datasets.
 
-    Under "license" is what the model inherits from all of them, as `infer_license` has it.
+    Args:
+        model: Folder or Hub id of the base model.
+        datasets: Training datasets: folders, file patterns or Hub ids.
+        evaluation_dataset: Dataset of the evaluation.
+
+    Returns:
+        "license", the license that the model inherits (see `infer_license`), and the metadata from `read_origin`
+        under "model", "datasets" (a list) and "evaluation_dataset".
     """
     base, data = read_origin(model, "model"), [read_origin(name, "dataset") for name in datasets]
     return {
-        "license": infer_license([work["licenses"] for work in (base, *data)]),
+        "license": infer_license([origin["licenses"] for origin in (base, *data)]),
         "model": base,
         "datasets": data,
         "evaluation_dataset": read_origin(evaluation_dataset, "dataset"),
@@ -31,55 +38,73 @@ def read_origins(model: str, datasets: Sequence[str], evaluation_dataset: str) -
 
 
 def infer_license(stated_licenses: list[list[str]]) -> str | None:
-    """The one licence that binds a model made from works of the `stated` licences each; None where one states none, or
-    several bind it."""
+    """Return the license of a model that is derived from several works.
+
+    Permissive licenses give way to others, for example mit and cc-by-4.0 result in cc-by-4.0.
+
+    Args:
+        stated_licenses: Licenses of each work.
+
+    Returns:
+        The license, or None if a work states no license or if more than one license remains.
+    """
     if not all(stated_licenses):
         return None
-    named = {licence for licences in stated_licenses for licence in licences}
-    binding = named - PERMISSIVE_LICENSES or named
+    all_licenses = {license for licenses in stated_licenses for license in licenses}
+    binding = all_licenses - PERMISSIVE_LICENSES or all_licenses
     return binding.pop() if len(binding) == 1 else None
 
 
 def read_origin(name: str, repo_type: str) -> dict[str, Any]:
-    """What the card of a model or data set states; `name` is a folder, a pattern of files, or a Hub id.
+    """Read the metadata of a model or dataset from its card.
 
-    Returns its `short_name`, `title`, `hub_id` and `revision` (of one that was loaded from the Hub), `base_model` (Hub
-    ids), `licenses`, `attribution`, `translations` (language -> human or machine, of captions that `captions.build` had
-    translated); None or an empty list or dictionary for what it does not state.
+    Args:
+        name: Folder, file, file pattern or Hub id.
+        repo_type: "model" or "dataset".
+
+    Returns:
+        "name" (short name), "title", "hub_id" and "revision" (if loaded from the Hub), "base_model" (Hub ids),
+        "licenses", "attribution", and "translations" (language -> "human" or "machine", for captions translated by
+        `captions.build`). Values that the card does not state are None or empty.
     """
-    of_hub = not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    is_of_files = not Path(name).is_dir() and "/" in name  # one file, or a pattern: its card lies beside it
-    folder = Path(name).parent if is_of_files else Path(name)
-    path = _fetch_card(name, repo_type) if of_hub else folder / "README.md"
+    is_on_hub = not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    is_file_or_pattern = not Path(name).is_dir() and "/" in name
+    folder = Path(name).parent if is_file_or_pattern else Path(name)
+    path = _fetch_card(name, repo_type) if is_on_hub else folder / "README.md"
     card = read_card_metadata(path) if path else {}
-    stated = card.get("translations")
+    default_title = name if is_on_hub else _read_heading(path) or PurePosixPath(name).name
+    translations = card.get("translations")
+    translators = translations if isinstance(translations, dict) else {}
     return {
         "name": short_name(name),
-        "title": str(card.get("pretty_name") or (name if of_hub else _read_heading(path) or PurePosixPath(name).name)),
-        "hub_id": name if path and of_hub else None,
-        "revision": path.parent.name if path and of_hub else None,
+        "title": str(card.get("pretty_name") or default_title),
+        "hub_id": name if path and is_on_hub else None,
+        "revision": path.parent.name if path and is_on_hub else None,
         "base_model": _as_texts(card.get("base_model")),
         "licenses": _as_texts(card.get("license")),
         "attribution": str(card["attribution"]) if card.get("attribution") else None,
-        "translations": {str(code): str(who) for code, who in stated.items()} if isinstance(stated, dict) else {},
+        "translations": {str(code): str(translator) for code, translator in translators.items()},
     }
 
 
-@cache  # a data set that is trained on is often measured on, too
+@cache  # training and evaluation often use the same dataset
 def _fetch_card(name: str, repo_type: str) -> Path | None:
-    """The card of what was loaded from the Hub before; None where it has none, or the Hub can't be reached."""
+    """Return the path of a card from the Hub. None if there is no card or the Hub can't be reached."""
     try:
-        cached = try_to_load_from_cache(name, "README.md", repo_type=repo_type)  # of the commit that was loaded
+        # The cache is first, because it has the card of the commit that was loaded.
+        cached = try_to_load_from_cache(name, "README.md", repo_type=repo_type)
         return Path(cached if isinstance(cached, str) else hf_hub_download(name, "README.md", repo_type=repo_type))
     except (OSError, ValueError):
         return None
 
 
 def _as_texts(value: Any) -> list[str]:
+    """Return a value or list from YAML as a list of texts, without empty ones."""
     return [str(text) for text in (value if isinstance(value, list) else [value]) if text]
 
 
 def _read_heading(card: Path) -> str | None:
+    """Return the first heading of level 1 in a card."""
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    found = re.search(r"^# +(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else None
+    heading = re.search(r"^# +(.+)$", text, re.MULTILINE)
+    return heading[1].strip() if heading else None

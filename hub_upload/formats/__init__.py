@@ -1,4 +1,4 @@
-"""Formats of an export, a file each, and what those share that bring a text side to other programs."""
+"""Export formats, one module each. This module has what they share: tokenizer files and the check of the base model."""
 
 import json
 from pathlib import Path
@@ -14,9 +14,10 @@ from modeling_capivara import CapivaraProcessor
 from modeling_capivara.convert_open_clip import convert_to_folder
 from modeling_capivara.text_cleaning_capivara import CONTEXT_LENGTH
 
-# The part of the text cleaning that typed text needs, for programs that do not run the code of a folder. It follows
-# ftfy, so that it leaves a cleaned text as it is (except for curly quotes from HTML entities beside a "<", where ftfy
-# leaves entities alone). The vocabulary's own normalizer does the rest, except for what only damaged text needs.
+# Normalizer steps for programs that read tokenizer.json but don't run the text cleaning code of a model. They do the
+# part of the cleaning that typed text needs (straight quotes, NFC), in the same way as ftfy, so a text that is already
+# cleaned does not change. (Exception: ftfy leaves HTML entities next to "<" alone, and these may stand for curly
+# quotes.) The vocabulary's own normalizer does the rest, except the repair of damaged text.
 PLAIN_QUOTE_STEPS = [
     {"type": "NFC"},
     *(
@@ -27,40 +28,51 @@ PLAIN_QUOTE_STEPS = [
 
 
 def max_text_tokens(processor: ProcessorMixin) -> int:
-    """Tokens of the longest text."""
+    """Return the maximum number of tokens in a text; longer texts are cut."""
     return CONTEXT_LENGTH if isinstance(processor, CapivaraProcessor) else processor.tokenizer.model_max_length
 
 
 def resolve_base_folder(model: Path, base: str) -> Path:
-    """The folder of the base, a folder or Hub id, whose embeddings of pictures stay with the text side of a model.
+    """Return the folder of the base model, after checking that it has the same image encoder as the model.
 
-    Raises ValueError where the two embed pictures otherwise.
+    Args:
+        model: Folder of the model.
+        base: Folder or Hub id of the base model.
+
+    Raises:
+        ValueError: If the image encoders are not bit-identical, so image embeddings of the base don't fit the model.
     """
     folder = resolve_model_folder(base, convert_to_folder)
     if image_encoder_digest(model) != image_encoder_digest(folder):
         raise ValueError(
-            f"{model} embeds pictures otherwise than {base}. Pictures embedded with that base must be embedded anew, "
-            "by both towers of this model. Or name the base that it was trained from, its image tower frozen."
+            f"The image encoder of {model} differs from that of {base}, so images embedded with this base must be "
+            "embedded again: export both towers. Otherwise, give the base from which the model was trained with a "
+            "frozen image tower."
         )
     return folder
 
 
 def write_tokenizer_json(folder: Path, content: dict[str, Any], is_capivara: bool) -> None:
-    """Write a tokenizer.json; CAPIVARA's then reads curly quotes as straight ones, and normalizes accents (NFC)."""
+    """Write tokenizer.json, for CAPIVARA with steps that straighten curly quotes and normalize accents (NFC).
+
+    Args:
+        folder: Folder to write to.
+        content: Content of a tokenizer.json.
+        is_capivara: Whether to add the steps `PLAIN_QUOTE_STEPS`. Steps that are already there are not added again.
+    """
     normalizer = content["normalizer"] or {}
-    if (
-        is_capivara and normalizer.get("normalizers", [])[: len(PLAIN_QUOTE_STEPS)] != PLAIN_QUOTE_STEPS
-    ):  # not yet, as in an export
+    has_steps = normalizer.get("normalizers", [])[: len(PLAIN_QUOTE_STEPS)] == PLAIN_QUOTE_STEPS
+    if is_capivara and not has_steps:
         steps = [*PLAIN_QUOTE_STEPS, *([normalizer] if normalizer else [])]
         content = content | {"normalizer": {"type": "Sequence", "normalizers": steps}}
     write_text(folder / "tokenizer.json", json.dumps(content, ensure_ascii=False))
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
-    """Write the files of a tokenizer as it is configured now, without paths of this machine.
+    """Write the files of a tokenizer with its current settings, without paths of this machine.
 
     Returns:
-        The content of tokenizer_config.json, which names the inputs that the tokenizer gives (`model_input_names`).
+        The content of tokenizer_config.json, including `model_input_names`.
     """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"

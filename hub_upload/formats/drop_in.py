@@ -1,12 +1,12 @@
-"""The text side alone, for whoever has pictures embedded with the base: these stay, and better sentences find them.
+"""Export only the text encoder, for users who have already embedded images with the base model and want to keep them.
 
-    config.json, model.safetensors, tokenizer  the text tower, which transformers opens; of SigLIP the whole text side
-    modules.json, 1_Pooling/, 2_Dense/, ...    CAPIVARA's: with it the whole text side, for sentence-transformers
+    config.json, model.safetensors, tokenizer  text tower, for transformers (SigLIP: the whole text encoder)
+    modules.json, 1_Pooling/, 2_Dense/, ...    CAPIVARA only: the whole text encoder, for sentence-transformers
     open_clip_text.safetensors                 `text.*`, `logit_scale` and `logit_bias`, under open_clip's names
-    onnx/text_model.onnx                       input_ids, CAPIVARA's attention_mask -> text_embeds (texts, width)
-    drop_in.json, README.md                    which pictures it is for
+    onnx/text_model.onnx                       input_ids, attention_mask (CAPIVARA only) -> text_embeds (texts, width)
+    drop_in.json, README.md                    base model and digest of its image encoder
 
-Before anything is written it is proved that the model embeds pictures as the base does, to the bit.
+Before anything is written, the image encoders of model and base are compared; they must be bit-identical.
 """
 
 import logging
@@ -42,40 +42,42 @@ from modeling_capivara.loading import (
 )
 from modeling_capivara.two_towers import embedding_width
 
-METADATA_FILE, OPEN_CLIP_TEXT_FILE = "drop_in.json", "open_clip_text.safetensors"
+METADATA_FILE = "drop_in.json"
+OPEN_CLIP_TEXT_FILE = "open_clip_text.safetensors"
 TEXT_ENCODER_PREFIXES = ("text_model.", "text_projection.")
-# Names of before version 6, which reads them, too (tried: 3.4, 4.1, 5.0, 5.2, 6.2).
+# Package of the modules before version 6. Version 6 still reads these names (tried: 3.4, 4.1, 5.0, 5.2, 6.2).
 SENTENCE_TRANSFORMERS_MODELS = "sentence_transformers.models"
-HIDDEN_ACTIVATION, OUTPUT_ACTIVATION = (
-    "torch.nn.modules.activation.GELU",
-    "torch.nn.modules.linear.Identity",
-)  # what follows a matrix
+HIDDEN_ACTIVATION = "torch.nn.modules.activation.GELU"  # after a hidden layer of the text projection
+OUTPUT_ACTIVATION = "torch.nn.modules.linear.Identity"  # after its last layer
 logger = logging.getLogger("capivara")
 
 
 def write_drop_in(source: Path, folder: Path, config: PreTrainedConfig, base: str, repo_id: str | None = None) -> None:
-    """Write the text side of the model in `source`, CAPIVARA's or SigLIP's, into an empty folder.
+    """Write the text encoder of a CAPIVARA or SigLIP model.
 
-    Raises ValueError where the model embeds pictures otherwise than the base (the first tensor or setting that differs
-    is named), its text side is the base's, too, or one of the two is damaged.
+    Args:
+        source: Folder of the model.
+        folder: Empty folder to write to.
+        config: Configuration of the model.
+        base: Folder or Hub id of the base model that embedded the images.
+        repo_id: Hub id under which the folder will be published, for the code examples of the card.
+
+    Raises:
+        ValueError: If the image encoders differ, the text encoders are equal, or a model is damaged.
     """
     base_folder = formats.resolve_base_folder(source, base)
     if compute_tensor_digests(_load_text_tensors(source)) == compute_tensor_digests(_load_text_tensors(base_folder)):
-        raise ValueError(f"The text side of {source} is that of {base}, to the bit: there is nothing to exchange.")
-    model, processor, is_own = (
-        load_mapped_model(source, config),
-        load_processor(source),
-        config.model_type == "capivara",
-    )
-    about = {"is_own": is_own, "length": max_text_tokens(processor)}
-    denses = _write_text_tower(model, folder)
-    if is_own:
-        _write_sentence_transformers(model, folder, denses)
-    about["open_clip"] = _write_open_clip(model, source, base_folder, folder)
-    _write_tokenizer(processor.tokenizer, folder, max_text_tokens(processor), is_own)
-    del model
+        raise ValueError(f"The text encoders of {source} and {base} are bit-identical, so there is nothing to replace.")
+    model, processor = load_mapped_model(source, config), load_processor(source)
+    is_capivara, length = config.model_type == "capivara", max_text_tokens(processor)
+    dense_folders = _write_text_tower(model, folder)
+    if is_capivara:
+        _write_sentence_transformers(model, folder, dense_folders)
+    has_open_clip = _write_open_clip(model, source, base_folder, folder)
+    _write_tokenizer(processor.tokenizer, folder, length, is_capivara)
+    del model  # frees memory before the ONNX export loads the model
     onnx.write_onnx(folder, source, ["text_model"])
-    facts = {
+    metadata = {
         "model": short_name(str(source)),
         "base": short_name(base),
         "image_digest": image_encoder_digest(source),
@@ -83,76 +85,97 @@ def write_drop_in(source: Path, folder: Path, config: PreTrainedConfig, base: st
         "distance": "cosine",
         "unit_length": True,
     }
-    write_json(folder / METADATA_FILE, facts)
-    write_text(folder / "README.md", _render_card(source, folder, facts, repo_id, **about))
+    write_json(folder / METADATA_FILE, metadata)
+    card = _render_card(
+        source, folder, metadata, repo_id, is_capivara=is_capivara, length=length, open_clip=has_open_clip
+    )
+    write_text(folder / "README.md", card)
     if (source / "LICENSE").is_file():
         shutil.copyfile(source / "LICENSE", folder / "LICENSE")
 
 
 def _load_text_tensors(folder: Path) -> dict[str, Tensor]:
+    """Load the tensors of a model's text encoder (tower and projection), memory-mapped."""
     tensors = load_mapped_tensors(find_weight_files(folder))
     return {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_ENCODER_PREFIXES)}
 
 
 def _write_text_tower(model: PreTrainedModel, folder: Path) -> list[str]:
-    """The tower, and each matrix of the projection in a folder of its own, compared with the model; their names."""
+    """Write the text tower, and each linear layer of the projection to a folder of its own.
+
+    Returns the names of these folders. Raises ValueError if a written tensor differs from the model.
+    """
     model.text_model.save_pretrained(folder)
     written = {f"text_model.{name}": tensor for name, tensor in load_mapped_tensors([folder / WEIGHTS_FILE]).items()}
-    matrices = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
-    matrices = {name: part for name, part in matrices.items() if name.startswith("text_projection")}
-    denses = [f"{number}_Dense" for number in range(2, 2 + len(matrices))]
-    for dense, (name, matrix) in zip(denses, matrices.items(), strict=True):
-        settings = {"in_features": matrix.in_features, "out_features": matrix.out_features, "bias": False}
-        settings["activation_function"] = OUTPUT_ACTIVATION if dense == denses[-1] else HIDDEN_ACTIVATION
-        write_json(folder / dense / "config.json", settings)
-        save_state_dict({"linear.weight": matrix.weight}, folder / dense / WEIGHTS_FILE)
-        written[f"{name}.weight"] = load_mapped_tensors([folder / dense / WEIGHTS_FILE])["linear.weight"]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = {name: layer for name, layer in layers.items() if name.startswith("text_projection")}
+    dense_folders = [f"{number}_Dense" for number in range(2, 2 + len(layers))]
+    for dense_folder, (name, layer) in zip(dense_folders, layers.items(), strict=True):
+        is_last = dense_folder == dense_folders[-1]
+        settings = {"in_features": layer.in_features, "out_features": layer.out_features, "bias": False}
+        settings["activation_function"] = OUTPUT_ACTIVATION if is_last else HIDDEN_ACTIVATION
+        write_json(folder / dense_folder / "config.json", settings)
+        save_state_dict({"linear.weight": layer.weight}, folder / dense_folder / WEIGHTS_FILE)
+        written[f"{name}.weight"] = load_mapped_tensors([folder / dense_folder / WEIGHTS_FILE])["linear.weight"]
     expected = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(TEXT_ENCODER_PREFIXES)}
     check_tensors(folder / WEIGHTS_FILE, written, compute_tensor_digests(expected))
-    return denses
+    return dense_folders
 
 
 def _write_sentence_transformers(model: PreTrainedModel, folder: Path, dense_folders: list[str]) -> None:
-    """What sentence-transformers makes of CAPIVARA's tower and matrices; of SigLIP's tower it makes nothing."""
+    """Write the files of sentence-transformers for a CAPIVARA model. It can't load the text encoder of SigLIP alone."""
     modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
     pooling = {"word_embedding_dimension": model.config.text_config.hidden_size}
     pooling |= {f"pooling_mode_{mode}": mode == "mean_tokens" for mode in modes}
     write_json(folder / "1_Pooling/config.json", pooling)
-    kinds = {"": "Transformer", "1_Pooling": "Pooling", **dict.fromkeys(dense_folders, "Dense")}
-    kinds[f"{len(kinds)}_Normalize"] = "Normalize"
-    open_clip.write_sentence_modules(
-        folder, [(path, f"{SENTENCE_TRANSFORMERS_MODELS}.{kind}") for path, kind in kinds.items()]
-    )
-    # transformers' own encoders come with a pooler that mean pooling leaves unused, and would draw one at random.
+    classes = {"": "Transformer", "1_Pooling": "Pooling", **dict.fromkeys(dense_folders, "Dense")}
+    classes[f"{len(classes)}_Normalize"] = "Normalize"
+    modules = [(path, f"{SENTENCE_TRANSFORMERS_MODELS}.{name}") for path, name in classes.items()]
+    open_clip.write_sentence_modules(folder, modules)
+    # Mean pooling does not use the pooler of transformers' encoders, which would be initialized at random.
     kwargs = {"model_args": {"add_pooling_layer": False}} if hasattr(model.text_model, "pooler") else {}
     settings = {"max_seq_length": formats.CONTEXT_LENGTH, "do_lower_case": False} | kwargs
     write_json(folder / "sentence_bert_config.json", settings)
 
 
 def _write_open_clip(model: PreTrainedModel, source: Path, base: Path, folder: Path) -> bool:
-    """The text side for open_clip's model of the base, compared with the model; False where it does not fit there."""
+    """Write the text encoder for open_clip's model of the base, and compare it with the model.
+
+    Returns False (with a log message) if open_clip can't represent it or its tensors don't fit the base.
+    """
     try:
-        load_mapped_model(base, model.config)  # as without the same tensors no state dict can be exchanged
-        if is_own := model.config.model_type == "capivara":
+        load_mapped_model(base, model.config)  # raises ValueError if the base has other tensor names or shapes
+        is_capivara = model.config.model_type == "capivara"
+        if is_capivara:
             to_open_clip_model_cfg(model.config, BASE_TEXT_MODEL)
             state = to_open_clip_state_dict(model)
         else:
             open_clip.check_siglip_supported(model.config)
-            with TemporaryDirectory(dir=folder) as place:  # the whole model, with which it is compared
-                state = open_clip.write_open_clip_siglip(source, Path(place), short_name(str(source)))
+            # Writes the whole model to a temporary folder, because the comparison with open_clip needs both towers.
+            with TemporaryDirectory(dir=folder) as temporary:
+                state = open_clip.write_open_clip_siglip(source, Path(temporary), short_name(str(source)))
     except (ValueError, ImportError) as error:
         logger.info("open_clip is left out: %s", error)
         return False
-    ours = {name: tensor for name, tensor in state.items() if not name.startswith("visual.")}
-    save_state_dict(ours, folder / OPEN_CLIP_TEXT_FILE)
-    if is_own:
+    text_state = {name: tensor for name, tensor in state.items() if not name.startswith("visual.")}
+    save_state_dict(text_state, folder / OPEN_CLIP_TEXT_FILE)
+    if is_capivara:
         written = to_capivara_state_dict(state | load_mapped_tensors([folder / OPEN_CLIP_TEXT_FILE]))
         check_tensors(folder / OPEN_CLIP_TEXT_FILE, written, compute_tensor_digests(model.state_dict()))
     return True
 
 
 def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, length: int, is_capivara: bool) -> None:
-    """The tokenizer for texts alone; CAPIVARA's with its code, without which curly quotation marks are plain, too."""
+    """Write the tokenizer without its processor.
+
+    CAPIVARA's tokenizer comes with its text cleaning code. Programs that don't run the code still get straight quotes.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        folder: Folder to write to.
+        length: Maximum number of tokens in a text.
+        is_capivara: Whether it is CAPIVARA's own tokenizer.
+    """
     tokenizer.model_max_length = min(tokenizer.model_max_length, length)
     settings = formats.save_tokenizer(tokenizer, folder)
     settings.pop("processor_class", None)
@@ -163,22 +186,27 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, length: i
 
 
 def _render_card(source: Path, folder: Path, metadata: dict[str, Any], repo_id: str | None, **values: Any) -> str:
-    """README.md: for which indexes it holds, and how each program opens it. Its figures have been measured just now."""
-    known, language = (
-        read_card_metadata(source / "README.md"),
-        "pt",
-    )  # of a model that doesn't say in which it was trained
+    """Render README.md, which tells which image embeddings the text encoder fits and how each program loads it.
+
+    Args:
+        source: Folder of the model, whose card has the license.
+        folder: Folder of the export.
+        metadata: Content of drop_in.json.
+        repo_id: Hub id that the code examples load; None if they load the folder they are run in.
+        values: Further variables of the template: is_capivara, length and open_clip.
+    """
+    model_card, language = read_card_metadata(source / "README.md"), "pt"  # default for models without run.json
     if (source / "run.json").is_file():
         language = read_json(source / "run.json", config=dict)["config"]["language"]
-    library, *tags = ["sentence-transformers", "clip"] if values["is_own"] else ["transformers", "siglip"]
-    tags += ["sentence-transformers"] * values["is_own"] + ["onnx"] + ["open_clip"] * values["open_clip"]
-    licence = known["license"] if known.get("license") in HUB_LICENSES else None
-    about = {"library_name": library, "license": licence, "tags": ["capivara", *tags]}
+    library, *tags = ["sentence-transformers", "clip"] if values["is_capivara"] else ["transformers", "siglip"]
+    tags += ["sentence-transformers"] * values["is_capivara"] + ["onnx"] + ["open_clip"] * values["open_clip"]
+    license = model_card["license"] if model_card.get("license") in HUB_LICENSES else None
+    card_data = {"library_name": library, "license": license, "tags": ["capivara", *tags]}
     texts = [f"{number} text in {to_markdown(language)}" for number in ("a", "another")]
     return MARKDOWN_TEMPLATES.get_template("drop_in.md.j2").render(
         **metadata | {name: to_code(metadata[name]) for name in ("model", "base", "image_digest")},
         **values,
-        metadata=ModelCardData(pipeline_tag="feature-extraction", **about),
+        metadata=ModelCardData(pipeline_tag="feature-extraction", **card_data),
         repo_id=repo_id,
         examples=select_code_examples(language, texts)["texts"],
     )

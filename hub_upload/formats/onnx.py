@@ -1,12 +1,12 @@
-"""ONNX's part of a repository: each tower as a graph of its own, in float32 and in int8, compared with the model.
+"""Export a model to ONNX graphs in float32, int8 and float16, and compare them with the model.
 
     onnx/vision_model.onnx  pixel_values (images, 3, side, side)               -> image_embeds (images, width)
     onnx/text_model.onnx    input_ids, attention_mask (texts, tokens), int64   -> text_embeds (texts, width)
-                            of SigLIP, input_ids (texts, 64) alone
-    onnx/model.onnx         all of these -> logits_per_image (images, texts), logits_per_text, text_embeds, image_embeds
+                            SigLIP: only input_ids (texts, 64)
+    onnx/model.onnx         all inputs -> logits_per_image (images, texts), logits_per_text, text_embeds, image_embeds
 
-Embeddings have unit length. Weights lie beside their graph in `.onnx_data`; int8 graphs end in `_quantized`, those of
-float16 in `_fp16`: the names that transformers.js looks for.
+Embeddings have unit length. The weights of a graph are in `.onnx_data` next to it. The names of int8 graphs end in
+`_quantized`, those of float16 graphs in `_fp16`, because transformers.js expects these names.
 """
 
 import logging
@@ -40,18 +40,20 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-EMBEDDING_TOLERANCE = 1e-4  # of an embedding's numbers between model and float32 graph; they differ by some 1e-7
-SCORE_TOLERANCE = 1e-3  # of scores, which are cosines times the temperature, up to 100
-# Rounded are matrix products, and embeddings, most of a multilingual text tower. Convolutions stay float32: in 8 bits
-# they lose the image (lowest cosine 0.56 with EfficientNet-Lite0, whose weights are 16 MB).
-QUANTIZATION_BLOCK_SIZE = 128  # numbers of a weight's row that share a scale and a zero point
-# Blocks, not one scale for all activations of a batch, as `quantize_dynamic` has it for MatMul: of the same bytes and
-# speed, but its mean cosine on Portuguese captions is 0.986, that of the blocks 0.998 (text tower of the demo).
+# Largest allowed difference of an embedding component between model and float32 graph. Typical differences are 1e-7.
+EMBEDDING_TOLERANCE = 1e-4
+SCORE_TOLERANCE = 1e-3  # largest allowed difference of scores (cosines times the temperature, which may be up to 100)
+# int8 applies to matrix products and token embeddings, which are most of a multilingual text tower. Convolutions stay
+# float32: in int8, embeddings of EfficientNet-Lite0 become unusable (lowest cosine 0.56), and it has only 16 MB.
+QUANTIZATION_BLOCK_SIZE = 128  # weights in a row that share a scale and a zero point
+# Scales per block, not one scale for all activations of a batch as in `quantize_dynamic` for MatMul. With the same size
+# and speed, the mean cosine on Portuguese captions is 0.998 instead of 0.986 (text tower of the demo).
 QUANTIZATION_METHOD = (
-    f"by onnxruntime: weights of matrix products in 8 bits, with a scale and a zero point for {QUANTIZATION_BLOCK_SIZE} numbers, their "
-    "activations too (MatMulNBits, onnxruntime from 1.22); embeddings in 8 bits with a scale and a zero point a column"
+    "by onnxruntime: weights of matrix products in 8 bits, with a scale and a zero point for "
+    f"{QUANTIZATION_BLOCK_SIZE} numbers, their activations too (MatMulNBits, onnxruntime from 1.22); embeddings in 8 "
+    "bits with a scale and a zero point a column"
 )
-PRECISION_SUFFIXES = {"float32": "", "float16": "_fp16", "int8": "_quantized"}  # of a graph's name
+PRECISION_SUFFIXES = {"float32": "", "float16": "_fp16", "int8": "_quantized"}  # ends of the graphs' names
 IMAGE_INPUTS, TEXT_INPUTS = ("pixel_values",), ("input_ids", "attention_mask")
 SCORE_OUTPUTS = ("logits_per_image", "logits_per_text")
 GRAPH_SIGNATURES = {  # name -> inputs, outputs
@@ -63,7 +65,7 @@ TOWER_GRAPHS = ("vision_model", "text_model")
 
 
 class EmbeddingGraph(nn.Module):
-    """Images, tokens or both to embeddings of unit length, and scores; float32 in and out for any weights."""
+    """Module to export: unit-length embeddings of images, texts or both, and scores. Inputs and outputs are float32."""
 
     def __init__(self, model: PreTrainedModel, outputs: Sequence[str]):
         super().__init__()
@@ -72,18 +74,24 @@ class EmbeddingGraph(nn.Module):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """The outputs, in their order."""
-        model, found = self.model, {}
+        """Compute the outputs in the order of `self.outputs`.
+
+        Args:
+            input_ids: Token ids (texts, tokens).
+            attention_mask: 1 for tokens, 0 for padding (texts, tokens).
+            pixel_values: Preprocessed images (images, 3, height, width).
+        """
+        model, results = self.model, {}
         if pixel_values is not None:
             pixel_values = pixel_values.to(next(model.vision_model.parameters()).dtype)
-            found["image_embeds"] = compute_image_embeds(model, pixel_values)
+            results["image_embeds"] = compute_image_embeds(model, pixel_values)
         if input_ids is not None:
-            found["text_embeds"] = compute_text_embeds(model, input_ids, attention_mask)
-        if len(found) == 2:
-            scale = model.logit_scale, getattr(model, "logit_bias", None)
-            found["logits_per_text"] = similarity_logits(found["text_embeds"], found["image_embeds"], *scale)
-            found["logits_per_image"] = found["logits_per_text"].T
-        return tuple(found[name].float() for name in self.outputs)
+            results["text_embeds"] = compute_text_embeds(model, input_ids, attention_mask)
+        if len(results) == 2:
+            scale, bias = model.logit_scale, getattr(model, "logit_bias", None)
+            results["logits_per_text"] = similarity_logits(results["text_embeds"], results["image_embeds"], scale, bias)
+            results["logits_per_image"] = results["logits_per_text"].T
+        return tuple(results[name].float() for name in self.outputs)
 
 
 def write_onnx(
@@ -92,14 +100,21 @@ def write_onnx(
     graphs: Sequence[str] = TOWER_GRAPHS,
     precisions: Sequence[str] = ("float32", "int8"),
 ) -> None:
-    """Write `graphs` of the model in `source`, else in `folder`, to `onnx/` there, and `quantisation.json` about them.
+    """Write ONNX graphs to `folder/onnx`, and `quantisation.json` with the size and accuracy of each graph.
 
-    `precisions` are of `PRECISION_SUFFIXES`: int8, which is made of float32, after it, and float16 last. Raises ValueError where a
-    float32 graph differs from the model by more than `EMBEDDING_TOLERANCE` or `SCORE_TOLERANCE`.
+    Args:
+        folder: Folder to write to.
+        source: Folder of the model; None if it is in `folder`.
+        graphs: Names from `GRAPH_SIGNATURES`.
+        precisions: Names from `PRECISION_SUFFIXES`. "int8" must follow "float32", from which it is quantized, and
+            "float16" must be last, because it converts the model.
+
+    Raises:
+        ValueError: If a float32 graph differs from the model by more than `EMBEDDING_TOLERANCE` or `SCORE_TOLERANCE`.
     """
     model, processor, onnx = load_model(source or folder).eval(), load_processor(source or folder), folder / "onnx"
-    # Six of each, and one of each alone: both of other sizes than the exporter sees.
-    pictures = [image.convert("RGB") for image in random_images()]  # not every processor does it
+    # Batches of six and one, because graphs must also work for batch sizes that the exporter has not seen.
+    pictures = [image.convert("RGB") for image in random_images()]  # some processors don't convert to RGB
     batches = [
         pad_batch(processor, tokenize(processor, random_texts()[:n]))
         | {"pixel_values": processor(images=pictures[:n], return_tensors="pt")["pixel_values"]}
@@ -111,15 +126,19 @@ def write_onnx(
     length = {} if pads_to_max_length(processor) else {1: tokens}
     shapes = {key: {0: images} if key in IMAGE_INPUTS else {0: texts} | length for key in batches[0]}
     example = {
-        key: of[:3] if key in IMAGE_INPUTS else of[:2, : 7 if length else None] for key, of in batches[0].items()
+        key: values[:3] if key in IMAGE_INPUTS else values[:2, : 7 if length else None]
+        for key, values in batches[0].items()
     }
     onnx.mkdir()
     paths = []
     for precision in precisions:
         if precision == "float16":
-            exact = {name: value.data.clone() for name, value in model.named_parameters() if name.startswith("logit_")}
+            # Scale and bias of the scores stay float32, because rounding them would change all scores.
+            scalars = {
+                name: value.data.clone() for name, value in model.named_parameters() if name.startswith("logit_")
+            }
             model.half()
-            for key, value in exact.items():
+            for key, value in scalars.items():
                 getattr(model, key).data = value
         for name in graphs:
             inputs, outputs = GRAPH_SIGNATURES[name]
@@ -127,16 +146,19 @@ def write_onnx(
             if precision == "int8":
                 _quantize_weights(onnx / f"{name}.onnx", paths[-1])
                 continue
-            given, dims = ({key: of[key] for key in inputs if key in of} for of in (example, shapes))
-            export_graph(EmbeddingGraph(model, outputs), given, outputs, paths[-1], dims)
-    del model  # before graphs are in memory, whole
-    found = {path.name: _measure_graph(path, batches, expected) for path in paths}
+            example_inputs = {key: example[key] for key in inputs if key in example}
+            dynamic_shapes = {key: shapes[key] for key in inputs if key in shapes}
+            export_graph(EmbeddingGraph(model, outputs), example_inputs, outputs, paths[-1], dynamic_shapes)
+    del model  # frees memory before the graphs are loaded
+    measurements = {path.name: _measure_graph(path, batches, expected) for path in paths}
     versions = {**package_versions(), **{name: version(name) for name in ONNX_PACKAGES}}
-    write_json(onnx / "quantisation.json", {"method": QUANTIZATION_METHOD, "graphs": found, "versions": versions})
+    write_json(
+        onnx / "quantisation.json", {"method": QUANTIZATION_METHOD, "graphs": measurements, "versions": versions}
+    )
 
 
 def open_session(path: Path) -> "InferenceSession":
-    """A graph in onnxruntime, on the CPU."""
+    """Load a graph with onnxruntime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -145,16 +167,24 @@ def open_session(path: Path) -> "InferenceSession":
 
 
 def weights_file(graph: Path) -> Path:
-    """Where the weights of a graph lie."""
+    """Return the path of a graph's weights."""
     return graph.with_name(f"{graph.name}_data")
 
 
 def export_graph(
     module: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str], path: Path, shapes: dict | None = None
 ) -> None:
-    """Export a module with example `inputs`, weights beside it; dimensions without a name in `shapes` are fixed."""
+    """Export a module as an ONNX graph. The weights are written to a separate file.
+
+    Args:
+        module: Module to export.
+        inputs: Example inputs by name.
+        outputs: Names of the outputs.
+        path: File of the graph.
+        shapes: Dynamic dimensions of each input, as for `torch.onnx.export`. All other dimensions are fixed.
+    """
     with _silence_logging(), torch.no_grad():
-        # In evaluation mode: the exporter restores what it finds, and would leave dropout on.
+        # The exporter keeps the mode of the module, so without `eval()` dropout would stay active in the graph.
         program = torch.onnx.export(
             module.eval(), (), kwargs=inputs, dynamo=True, dynamic_shapes=shapes, verbose=False,
             input_names=list(inputs), output_names=list(outputs),
@@ -164,9 +194,9 @@ def export_graph(
 
 
 def _strip_exporter_notes(path: Path) -> None:
-    """Take the exporter's notes out of a graph: they hold the stack of every operation, with this machine's paths.
+    """Remove the exporter's metadata from a graph and rename its weights to the name that transformers.js expects.
 
-    The weights get the name that transformers.js looks for.
+    The metadata contains stack traces of every operation, with paths of this machine.
     """
     import onnx
 
@@ -183,7 +213,7 @@ def _strip_exporter_notes(path: Path) -> None:
 
 
 def _quantize_weights(source: Path, target: Path) -> None:
-    """Make the int8 graph of a float32 one."""
+    """Write the int8 version of a float32 graph."""
     with _silence_logging():
         import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -191,49 +221,65 @@ def _quantize_weights(source: Path, target: Path) -> None:
 
         unsigned = {"per_channel": True, "weight_type": QuantType.QUInt8}
         quantize_dynamic(source, target, op_types_to_quantize=["Gather"], **unsigned)
-        # Level 4 is arithmetic in 8 bits.
-        quantiser = MatMulNBitsQuantizer(
+        # Accuracy level 4 computes with 8-bit integers.
+        quantizer = MatMulNBitsQuantizer(
             onnx.load(target),
             bits=8,
             block_size=QUANTIZATION_BLOCK_SIZE,
             accuracy_level=4,
             op_types_to_quantize=("MatMul",),
         )
-        quantiser.process()
-        onnx.save(quantiser.model.model, target, save_as_external_data=True, location=weights_file(target).name)
+        quantizer.process()
+        onnx.save(quantizer.model.model, target, save_as_external_data=True, location=weights_file(target).name)
 
 
 def _measure_graph(path: Path, batches: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Bytes of a graph and its weights, and how far it is from the model on some inputs."""
+    """Return the size of a graph with its weights in bytes, and its differences from the model's outputs.
+
+    Args:
+        path: File of the graph.
+        batches: Inputs by name.
+        expected: Outputs of the model for each batch.
+
+    Raises:
+        ValueError: If a float32 graph differs by more than the tolerance.
+    """
     session, size = open_session(path), sum(part.stat().st_size for part in (path, weights_file(path)))
-    inputs, outputs = ([one.name for one in ends] for ends in (session.get_inputs(), session.get_outputs()))
+    inputs, outputs = ([node.name for node in nodes] for nodes in (session.get_inputs(), session.get_outputs()))
     differences, cosines = [], []
-    for batch, wanted in zip(batches, expected, strict=True):
-        found = dict(zip(outputs, session.run(None, {name: batch[name].numpy() for name in inputs}), strict=True))
-        ours = {name: wanted[name].numpy() for name in outputs}
-        differences.append(float(np.abs(found[outputs[0]] - ours[outputs[0]]).max()))
-        cosines += [float((found[k] * ours[k]).sum(axis=-1).min()) for k in outputs if k.endswith("_embeds")]
+    for batch, model_outputs in zip(batches, expected, strict=True):
+        values = session.run(None, {name: batch[name].numpy() for name in inputs})
+        theirs, ours = dict(zip(outputs, values, strict=True)), {name: model_outputs[name].numpy() for name in outputs}
+        differences.append(float(np.abs(theirs[outputs[0]] - ours[outputs[0]]).max()))
+        cosines += [float((theirs[k] * ours[k]).sum(axis=-1).min()) for k in outputs if k.endswith("_embeds")]
     is_float32, has_scores = path.stem in GRAPH_SIGNATURES, outputs[0] in SCORE_OUTPUTS
     if is_float32:
         check_difference(path, max(differences), SCORE_TOLERANCE if has_scores else EMBEDDING_TOLERANCE)
-    facts = {"bytes": size, "lowest_cosine": min(cosines)}
     if has_scores:
-        return facts | {"largest_score_difference": max(differences)}
-    return {"bytes": size, "largest_difference": max(differences)} if is_float32 else facts
+        return {"bytes": size, "lowest_cosine": min(cosines), "largest_score_difference": max(differences)}
+    if is_float32:
+        return {"bytes": size, "largest_difference": max(differences)}
+    return {"bytes": size, "lowest_cosine": min(cosines)}
 
 
 def check_difference(graph: Path, difference: float, tolerance: float = EMBEDDING_TOLERANCE) -> None:
-    """Raise ValueError where a graph differs from the model by more than a tolerance, or by what is no number."""
+    """Raise ValueError if a graph differs from the model by more than `tolerance` or by NaN.
+
+    Args:
+        graph: File of the graph, for the message.
+        difference: Largest difference of an output.
+        tolerance: Largest allowed difference.
+    """
     if not difference <= tolerance:
         raise ValueError(
-            f"The graph {graph.parent.name}/{graph.name} differs from the model by {difference:.3g}, above "
-            f"{tolerance:g}; nothing was kept. Leave its format out of --formats."
+            f"The export was removed, because the graph {graph.parent.name}/{graph.name} differs from the model by "
+            f"{difference:.3g}, more than {tolerance:g}. Leave its format out of --formats."
         )
 
 
 @contextmanager
 def _silence_logging() -> Iterator[None]:
-    """Without the exporter's and the quantiser's remarks on their own workings, one of which sets up all logging."""
+    """Hide log messages and warnings of exporter and quantizer, and undo the logging setup that one of them makes."""
     root = logging.root
     disabled, level, handlers = root.manager.disable, root.level, root.handlers[:]
     logging.disable(logging.WARNING)

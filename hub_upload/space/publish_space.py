@@ -1,8 +1,8 @@
-"""The page as a Space: a folder with the program, an index of pictures and the model.
+"""Write the search page as a Docker Space: a folder with the program, an index of pictures and the model.
 
-Whose the pictures are is read from the README of their folder, where that is there. The index is copied without the
-names of this machine's folders and the places where pictures were taken; thumbnails stand for the pictures.
-Requirements are pinned to the versions that built it. The Space is one of Docker.
+The copy of the index has thumbnails only. It does not contain the names of this machine's folders, or the places where
+pictures were taken. Owner and license of the pictures come from the README.md of their folder. Requirements are pinned
+to the installed versions.
 """
 
 import json
@@ -26,152 +26,198 @@ from capivara_search.table import PictureTable
 from hub_upload.allowed_files import TOKENIZER_FILES, check_model_files, check_paths, check_secrets
 from modeling_capivara.loading import read_card_metadata
 
-CODE_ROOT, TEMPLATE_FOLDER = Path(__file__).resolve().parents[2], Path(__file__).parent / "templates"
+CODE_ROOT = Path(__file__).resolve().parents[2]
+TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 PROGRAM_PACKAGES = ("capivara_common", "capivara_search", "modeling_capivara")
 PROGRAM_SUFFIXES = (".py", ".html", ".css", ".js", ".svg", ".json", ".txt", ".yaml")
-STORAGE_PREFIXES = ("s3://", "gs://", "az://")  # how addresses of indexes begin
-# Of the page, beside those of the model.
+STORAGE_PREFIXES = ("s3://", "gs://", "az://")  # URIs of indexes in cloud storage
+# Packages that the page needs in addition to those of the model.
 PAGE_PACKAGES = ("jinja2", "lancedb", "pillow-heif", "starlette", "threadpoolctl", "uvicorn")
 SPACE_MODEL_FILES = (
     *("config.json", "processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
 )
 SPACE_TITLE = "CAPIVARA: busca em português"
-SPACE_CARD_STYLE = {
-    "emoji": "🐾",
-    "colorFrom": "green",
-    "colorTo": "yellow",
-    "pinned": False,
-}  # of the Hub's list of Spaces
+# Appearance in the Hub's list of Spaces.
+SPACE_CARD_STYLE = {"emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "pinned": False}
 
 # --- Pictures --------------------------------------------------------------------------------------------------------
 
 
 def open_index(pictures: str, model: str) -> tuple[PictureIndex, Credit]:
-    """An index of pictures, and whose they are. Raises ValueError where there is no such index, or no such model."""
+    """Open an index of pictures.
+
+    Args:
+        pictures: Path or URI of the index.
+        model: Folder or Hub id of the model.
+
+    Returns:
+        The index, and the credit for its pictures.
+
+    Raises:
+        ValueError: If the index or the model does not exist.
+    """
     if not Path(pictures, "pictures.lance").is_dir() and not pictures.startswith(STORAGE_PREFIXES):
-        raise ValueError(f"--pictures {pictures} is no index. Make one: capivara index FOLDER --index pictures.lance")
+        raise ValueError(
+            f"--pictures {pictures} is not an index. Create one: capivara index FOLDER --index pictures.lance"
+        )
     index = PictureIndex.open(pictures, model)
     return index, read_credit(Path(next(iter(index.folders()), pictures)))
 
 
 def read_credit(folder: Path) -> Credit:
-    """Whose the pictures of a folder are, as its README says."""
-    found = read_card_metadata(folder / "README.md")
+    """Read name, license and attribution of the pictures in a folder from its README.md."""
+    metadata = read_card_metadata(folder / "README.md")
     keys = ("pretty_name", "license", "attribution")
-    name, licence, attribution = (value if isinstance(value := found.get(key), str) else "" for key in keys)
-    return Credit(name or folder.resolve().name, licence, attribution)
+    values = [metadata.get(key) for key in keys]
+    name, license, attribution = (value if isinstance(value, str) else "" for value in values)
+    return Credit(name or folder.resolve().name, license, attribution)
 
 
 def publish_index(index: PictureIndex, output: Path, model: str, title: str = "") -> int:
     """Copy an index without the names of this machine's folders, and without the places where pictures were taken.
 
     Args:
-        index: with rows.
-        where: folder of the copy, which is not there yet.
-        model: where the Space finds the model: a folder relative to the Space's, or a Hub id.
-        title: name of the folder that stands for the one that was added, where it is only one.
+        index: Index to copy.
+        output: Folder of the copy. It must not exist.
+        model: Folder of the model relative to the Space, or its Hub id.
+        title: Name to show for the folder of pictures, if the index has only one.
 
-    Returns the number of pictures. Raises ValueError where the index's model has embedded none.
+    Returns:
+        Number of pictures.
+
+    Raises:
+        ValueError: If the model of the index has not embedded any picture.
     """
-    names: dict[str, str] = {}  # folder that was added -> name in its place, the innermost first
-    for folder in sorted(folders := list(index.folders()), key=len, reverse=True):
-        name = "/" + ((title if len(folders) == 1 else "") or PurePath(folder).name or "pictures").replace("/", "-")
+    names: dict[str, str] = {}  # indexed folder -> public name; inner folders first, so that they are found first
+    folders = sorted(index.folders(), key=len, reverse=True)
+    for folder in folders:
+        public_name = (title if len(folders) == 1 else "") or PurePath(folder).name or "pictures"
+        name = "/" + public_name.replace("/", "-")
         while name in names.values():
             name += "-"
         names[folder] = name
     source, target, width = PictureTable(index.where), PictureTable(output), index.model.width
     target.create(width)
-    kept, digest, copied = target.pictures.schema, index.model.image_digest, 0
-    for batch in source.batches(kept.names, f"model = '{digest}'"):
-        rows, nowhere = pa.Table.from_batches([batch]), pa.nulls(len(batch), pa.float64())
-        renamed = pa.array([_anonymize_path(path, names) for path in rows["path"].to_pylist()], pa.string())
-        changed: dict[str, Any] = {"path": renamed, "latitude": nowhere, "longitude": nowhere}
-        target.upsert(pa.Table.from_arrays([changed.get(name, rows[name]) for name in kept.names], schema=kept))
+    schema, digest, copied = target.pictures.schema, index.model.image_digest, 0
+    for batch in source.batches(schema.names, f"model = '{digest}'"):
+        rows, nulls = pa.Table.from_batches([batch]), pa.nulls(len(batch), pa.float64())
+        paths = pa.array([_anonymize_path(path, names) for path in rows["path"].to_pylist()], pa.string())
+        changed: dict[str, Any] = {"path": paths, "latitude": nulls, "longitude": nulls}
+        target.upsert(pa.Table.from_arrays([changed.get(name, rows[name]) for name in schema.names], schema=schema))
         copied += len(rows)
     if not copied:
-        raise ValueError(f"The index {index.where} has no picture that {index.model.name} has embedded.")
-    facts = {"source": model, "name": index.model.name, "width": width, "image_digest": digest}
-    target.set_metadata({"model": json.dumps(facts), **{FOLDER_KEY_PREFIX + name: "" for name in names.values()}})
+        raise ValueError(
+            f"The index {index.where} has no pictures embedded with {index.model.name}. Create it with this model."
+        )
+    model_metadata = {"source": model, "name": index.model.name, "width": width, "image_digest": digest}
+    folder_keys = {FOLDER_KEY_PREFIX + name: "" for name in names.values()}
+    target.set_metadata({"model": json.dumps(model_metadata), **folder_keys})
     return copied
 
 
 def _anonymize_path(path: str, new_names: dict[str, str]) -> str:
+    """Replace the folder of a picture's path with its public name.
+
+    Args:
+        path: Absolute path of a picture.
+        new_names: Indexed folder -> public name, inner folders first.
+    """
     for folder, name in new_names.items():
         if PurePath(path).is_relative_to(folder):
             return str(PurePath(name, PurePath(path).relative_to(folder)))
-    return str(PurePath("/", PurePath(path).name))  # of a folder that is no longer listed
+    return str(PurePath("/", PurePath(path).name))  # the folder was removed from the list of the index
 
 
-# --- The folder -----------------------------------------------------------------------------------------------------
+# --- Folder of the Space ---------------------------------------------------------------------------------------------
 
 
 def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -> None:
-    """Write the folder of a Space; of the model, a folder is copied, and a Hub id left to the Space to fetch.
+    """Write the folder of a Space.
 
-    Raises ValueError where the folder is not empty, or a file names a path of this machine or a token.
+    Args:
+        index: Index of pictures to copy.
+        credit: Name, license and attribution of the pictures.
+        model: Folder of the model, which is copied, or a Hub id, which the Space downloads.
+        folder: Folder to write.
+
+    Raises:
+        ValueError: If `folder` is not empty, or a file contains an absolute path or a token.
     """
-    with atomic_folder(folder) as made:
+    with atomic_folder(folder) as output:
         program = (path for package in PROGRAM_PACKAGES for path in (CODE_ROOT / package).rglob("*"))
         for path in (CODE_ROOT / "LICENSE", *(path for path in program if path.suffix in PROGRAM_SUFFIXES)):
-            copy_file(path, made / path.relative_to(CODE_ROOT))
-        there = _copy_model(model, made)
-        publish_index(index, made / "index.lance", there, credit.name)
-        names = "\n".join(PictureTable(made / "index.lance").rows(["path"])["path"].to_pylist())
-        if found := find_secret(names):
-            raise ValueError(f"A picture's name holds {found[0]}. Rename it, and revoke it if it is real.")
+            copy_file(path, output / path.relative_to(CODE_ROOT))
+        model_location = _copy_model(model, output)
+        publish_index(index, output / "index.lance", model_location, credit.name)
+        names = "\n".join(PictureTable(output / "index.lance").rows(["path"])["path"].to_pylist())
+        if secret := find_secret(names):
+            raise ValueError(
+                f"The file name of a picture contains {secret[0]}. Rename it, and revoke it if it is real."
+            )
         pinned = pin_requirements(model)
-        write_text(made / "requirements.txt", "".join(f"{name}=={version}\n" for name, version in pinned.items()))
+        write_text(output / "requirements.txt", "".join(f"{name}=={version}\n" for name, version in pinned.items()))
         values = {
             "title": SPACE_TITLE,
-            "model": repr(there),
+            "model": repr(model_location),
             "credit": repr(credit),
             "port": DEFAULT_PORT,
             "pinned": pinned,
         }
         for name in ("app.py", "Dockerfile"):
             template = jinja2.Template((TEMPLATE_FOLDER / f"{name}.jinja").read_text(encoding="utf-8"))
-            write_text(made / name, template.render(values) + "\n")
-        licence = read_model_license(Path(model))
-        known = {one for one in (credit.license, licence) if one}
-        about = {"sdk": "docker", "app_port": DEFAULT_PORT, "license": known.pop() if len(known) == 1 else "other"}
-        about |= {"title": SPACE_TITLE, "short_description": "Busca de imagens com palavras em português"}
-        about["models"] = None if Path(model).is_dir() else [model]
-        write_space_card(made, "space", about, name=short_name(model), credit=credit, model_licence=licence)
-        for name in ("README.md", "app.py"):  # what a stranger's card is called
-            check_secrets(made / name, name)
-            check_paths(made / name, name)
+            write_text(output / name, template.render(values) + "\n")
+        model_license = read_model_license(Path(model))
+        licenses = {credit.license, model_license} - {""}
+        card_data = {"sdk": "docker", "app_port": DEFAULT_PORT}
+        card_data["license"] = licenses.pop() if len(licenses) == 1 else "other"
+        card_data |= {"title": SPACE_TITLE, "short_description": "Busca de imagens com palavras em português"}
+        card_data["models"] = None if Path(model).is_dir() else [model]
+        write_space_card(output, "space", card_data, name=short_name(model), credit=credit, model_license=model_license)
+        for name in ("README.md", "app.py"):  # they contain texts from the cards of model and pictures
+            check_secrets(output / name, name)
+            check_paths(output / name, name)
 
 
 def write_space_card(folder: Path, template: str, card_data: dict[str, Any], **values: Any) -> None:
-    """Write the README.md of a Space, of "space" or "static"; `about` is what the Hub reads."""
+    """Write the README.md of a Space.
+
+    Args:
+        folder: Folder of the Space.
+        template: "space" (with a server) or "static".
+        card_data: Front matter, which the Hub reads.
+        values: Variables of the template.
+    """
     path = TEMPLATE_FOLDER / f"{template}.md.jinja"
     card = SpaceCard.from_template(SpaceCardData(**card_data, **SPACE_CARD_STYLE), template_path=str(path), **values)
     write_text(folder / "README.md", f"{card}\n")
 
 
 def read_model_license(model: Path) -> str:
-    """What the card of a model in a folder says; the Hub shows that of others."""
+    """Read the license from the card in a model folder. Empty if there is none, or if `model` is a Hub id."""
     return str(read_card_metadata(model / "README.md").get("license") or "")
 
 
 def pin_requirements(model: str) -> dict[str, str]:
-    """What the page and its model need: package -> version, that which is installed."""
-    needed = [line for line in metadata.requires("modeling-capivara") if "extra ==" not in line]
-    names = [*(re.match(r"[\w.-]+", line)[0] for line in needed), *PAGE_PACKAGES]
+    """Return the packages that the page and its model need, with the installed versions."""
+    requirements = [line for line in metadata.requires("modeling-capivara") if "extra ==" not in line]
+    names = [*(re.match(r"[\w.-]+", line)[0] for line in requirements), *PAGE_PACKAGES]
     if "timm_wrapper" in (find_model(model).folder / "config.json").read_text("utf-8"):
         names.append("timm")
     return {name: metadata.version(name).partition("+")[0] for name in names}
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file into a folder, which is made."""
+    """Copy a file, and create its folder if necessary."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
 
 
 def _copy_model(model: str, space_folder: Path) -> str:
-    """Where the Space finds a model: an id stays one, a folder is copied, without what only training needs."""
+    """Copy the model to the folder of the Space, without files that only training needs.
+
+    Returns the folder of the copy relative to the Space. A Hub id is returned unchanged, and nothing is copied.
+    """
     source = Path(model)
     if not source.is_dir():
         return model

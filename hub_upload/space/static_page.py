@@ -1,15 +1,15 @@
-"""A page without a server: the search of one's own pictures in the browser, as a folder of plain files.
+"""Write the search page as static files: visitors search pictures on their own device, in the browser.
 
     npm install --ignore-scripts @huggingface/transformers          # version 4.3 or later
     python -m hub_upload.space --static page --model runs/mine --library node_modules
     cd page && python -m http.server
 
     index.html, en.html    the page, in Portuguese and in English
-    static/                those of capivara_search's page, with our source.js in place of the server's
-    library/               transformers.js and its onnxruntime, as npm gives them
-    model/<digest>/        both towers in 8 bits, tokenizer and settings, as `hub_upload.export` makes them for it
+    static/                scripts of capivara_search's page, with our source.js, which replaces the server
+    library/               transformers.js and onnxruntime, from npm
+    model/<digest>/        both towers in int8, tokenizer and settings, as `hub_upload.export` writes them
 
-Nothing is asked of another host: the page's own policy forbids it.
+The page's Content-Security-Policy forbids requests to other hosts.
 """
 
 import hashlib
@@ -28,12 +28,10 @@ from hub_upload.formats import onnx, transformers_js
 from hub_upload.space.publish_space import CODE_ROOT, copy_file, read_model_license, write_space_card
 
 SOURCE_SCRIPT = Path(__file__).parent / "static" / "source.js"
-PAGE_FILES = {
-    "pt": ("index.html", "./", "en.html"),
-    "en": ("en.html", "en.html", "./"),
-}  # file, its address, the other's
-LIBRARY_PACKAGE = "@huggingface/transformers"  # of npm
-# File of the page -> where it lies in node_modules; the ends of their names are known to every file server.
+# Language -> file of the page, its relative URL, and the URL of the page in the other language.
+PAGE_FILES = {"pt": ("index.html", "./", "en.html"), "en": ("en.html", "en.html", "./")}
+LIBRARY_PACKAGE = "@huggingface/transformers"  # npm package
+# File in `library/` -> file in node_modules. `.mjs` is renamed to `.js`, because some file servers don't know its type.
 LIBRARY_FILES = {
     "transformers.js": "@huggingface/transformers/dist/transformers.min.js",
     "onnxruntime.js": "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.mjs",
@@ -41,10 +39,11 @@ LIBRARY_FILES = {
 }
 MODEL_GRAPHS = tuple(f"onnx/{kind}_model_quantized.onnx{end}" for kind in ("text", "vision") for end in ("", "_data"))
 PAGE_MODEL_FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", *MODEL_GRAPHS)
-SPACE_CARD_DATA = {  # of the page as a Space
+# Front matter of the page as a Space.
+SPACE_CARD_DATA = {
     "title": "CAPIVARA: busca nas suas imagens",
     "sdk": "static",
-    # With these two the browser gives the page several threads.
+    # Browsers allow WebAssembly threads only for pages with these headers.
     "custom_headers": {"cross-origin-embedder-policy": "require-corp", "cross-origin-opener-policy": "same-origin"},
     "short_description": "Busca nas suas imagens, no seu navegador",
 }
@@ -54,61 +53,76 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
     """Write the folder of the page.
 
     Args:
-        model: folder or Hub id of a CAPIVARA model. A folder that `hub_upload.export` has made for transformers.js is
-            taken as it is; of others the graphs are made, which takes minutes at full size.
-        folder: where to; missing or empty.
-        library: a `node_modules` that has `LIBRARY_PACKAGE`.
+        model: Folder or Hub id of a CAPIVARA model. If the folder is an export for transformers.js, its graphs are
+            copied. Otherwise they are exported, which takes minutes for a full-size model.
+        folder: Folder to write. It must not exist or must be empty.
+        library: Folder node_modules with `LIBRARY_PACKAGE`.
 
-    Raises ValueError where transformers.js can't express the model, the library is not there, or a file names a path of
-    this machine or a token; ImportError where a package that ONNX needs is missing.
+    Raises:
+        ValueError: If transformers.js can't represent the model, the library is missing, or a file contains an absolute
+            path or a token.
+        ImportError: If a package that the ONNX export needs is missing.
     """
     require_packages("A page without a server", "onnx", *onnx.ONNX_PACKAGES)
-    with atomic_folder(folder) as made, tempfile.TemporaryDirectory() as work:
+    with atomic_folder(folder) as output, tempfile.TemporaryDirectory() as temporary:
         source = find_model(model).folder
-        _write_library(library, made / "library")
+        _write_library(library, output / "library")
         repository = source
         if not all((source / name).is_file() for name in PAGE_MODEL_FILES):
-            repository = Path(work, "repository")
+            repository = Path(temporary, "repository")
             export_model(source, repository, ["transformers"])
             transformers_js.write_converted_tokenizer(repository)
-            onnx.write_onnx(repository)  # of transformers.js's nine graphs those that lead to the two of the page
+            onnx.write_onnx(repository)  # float32 and int8 graphs of both towers; the page uses the int8 ones
             transformers_js.write_configs(repository)
         check_model_files(repository)
         digests = [hashlib.sha256((repository / name).read_bytes()).digest() for name in PAGE_MODEL_FILES]
-        digest = hashlib.sha256(b"".join(digests)).hexdigest()[:16]  # browsers keep a model under its address
+        digest = hashlib.sha256(b"".join(digests)).hexdigest()[
+            :16
+        ]  # a new model needs a new URL, or browsers use the cached one
         for name in PAGE_MODEL_FILES:
-            copy_file(repository / name, made / "model" / digest / name)
-        size = sum(path.stat().st_size for path in (*made.glob("model/**/*.*"), made / "library" / "onnxruntime.wasm"))
-        facts = {"id": digest, "name": short_name(model), "megabytes": round(size / 1e6)}
-        facts["side"] = read_json(repository / "preprocessor_config.json")["size"]["shortest_edge"]
-        for path in (server.PAGE_FOLDER / "static").iterdir():
-            copy_file(SOURCE_SCRIPT if path.name == SOURCE_SCRIPT.name else path, made / "static" / path.name)
-        copy_file(CODE_ROOT / "LICENSE", made / "LICENSE")
-        for language, (page, *_) in PAGE_FILES.items():
-            write_text(made / page, render_static_page(language, facts))
-        licence, about = (
-            read_model_license(source),
-            SPACE_CARD_DATA | {"models": None if Path(model).is_dir() else [facts["name"]]},
+            copy_file(repository / name, output / "model" / digest / name)
+        size = sum(
+            path.stat().st_size for path in (*output.glob("model/**/*.*"), output / "library" / "onnxruntime.wasm")
         )
+        page_model = {"id": digest, "name": short_name(model), "megabytes": round(size / 1e6)}
+        page_model["side"] = read_json(repository / "preprocessor_config.json")["size"]["shortest_edge"]
+        for path in (server.PAGE_FOLDER / "static").iterdir():
+            copy_file(SOURCE_SCRIPT if path.name == SOURCE_SCRIPT.name else path, output / "static" / path.name)
+        copy_file(CODE_ROOT / "LICENSE", output / "LICENSE")
+        for language, (page, *_) in PAGE_FILES.items():
+            write_text(output / page, render_static_page(language, page_model))
+        license = read_model_license(source)
+        models = None if Path(model).is_dir() else [page_model["name"]]
         version = read_json(library / LIBRARY_PACKAGE / "package.json", version=str)["version"]
-        values = {"name": facts["name"], "model_licence": licence, "version": version}
-        write_space_card(made, "static", about | {"license": licence or "other"}, **values)
-        for path in (*made.glob("*.*"), *made.glob("static/*")):
+        card_data = SPACE_CARD_DATA | {"models": models, "license": license or "other"}
+        values = {"name": page_model["name"], "model_license": license, "version": version}
+        write_space_card(output, "static", card_data, **values)
+        for path in (*output.glob("*.*"), *output.glob("static/*")):
             check_secrets(path, path.name)
             check_paths(path, path.name)
 
 
 def render_static_page(language: str, model: dict[str, str | int]) -> str:
-    """The page in a language, "pt" or "en", with what it says and needs to know of its model."""
+    """Render the page.
+
+    Args:
+        language: "pt" or "en".
+        model: What the page's script needs: id, name, megabytes and side (image size in pixels).
+
+    Returns:
+        HTML of the page.
+    """
     words = server.load_page_messages(language, is_static=True) | {"own_model": model}
-    _, here, there = PAGE_FILES[language]
-    return server.render_page_html(words, is_static=True, here=here, there=there, model=model)
+    _, url, other_url = PAGE_FILES[language]
+    return server.render_page_html(words, is_static=True, here=url, there=other_url, model=model)
 
 
 def _write_library(node_modules: Path, target: Path) -> None:
+    """Copy transformers.js and onnxruntime. Their source maps are not published, so references to them are removed."""
     if missing := [name for name in LIBRARY_FILES.values() if not (node_modules / name).is_file()]:
         raise ValueError(
-            f"--library {node_modules} has no {missing[0]}. It must be a node_modules with {LIBRARY_PACKAGE} of npm."
+            f"--library {node_modules} contains no {missing[0]}. It must be a node_modules folder in which npm has "
+            f"installed {LIBRARY_PACKAGE}."
         )
     for name, source in LIBRARY_FILES.items():
         write_bytes(target / name, re.sub(rb"(?m)^//# sourceMappingURL=.*$", b"", (node_modules / source).read_bytes()))
