@@ -127,7 +127,7 @@ def test_two_workers_fill_one_table_as_one_does(storage, tmp_path, model):
     alone.add(folder, batch_size=1, exclude=["d4/"])
     check_same()
     assert len(filled) == 23
-    assert filled.status().skipped == alone.status().skipped == {"excluded": 1, "forgotten": 1}
+    assert filled.status().skipped == alone.status().skipped == {"excluded": 8, "forgotten": 8}
 
 
 @pytest.mark.slow
