@@ -260,16 +260,14 @@ def load_processor(source: str | Path) -> ProcessorMixin:
 
 def _check_padding(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     """Raise ValueError if a tokenizer has no padding token, or one that the model does not know as padding."""
-    token, token_id, vocab_size = tokenizer.pad_token, tokenizer.pad_token_id, config.text_config.vocab_size
+    token, token_id, text_config = tokenizer.pad_token, tokenizer.pad_token_id, config.text_config
     if token_id is None:
         raise ValueError("its tokenizer has no padding token")
-    if token_id >= vocab_size:
-        raise ValueError(f"its padding token {token!r} is not among the model's {vocab_size} tokens")
-    # Positions of CAPIVARA's text tower are counted from the padding token's id.
-    if config.model_type == "capivara" and token_id != config.text_config.pad_token_id:
-        raise ValueError(
-            f"its padding token {token!r} has the id {token_id}, but the model's has the id {config.text_config.pad_token_id}"
-        )
+    if token_id >= text_config.vocab_size:
+        raise ValueError(f"its padding token {token!r} is not among the model's {text_config.vocab_size} tokens")
+    # CAPIVARA's text tower counts positions from the id of the padding token.
+    if config.model_type == "capivara" and token_id != text_config.pad_token_id:
+        raise ValueError(f"its padding token {token!r} has the id {token_id}, not {text_config.pad_token_id}")
 
 
 def pads_to_max_length(processor: ProcessorMixin) -> bool:
