@@ -501,6 +501,20 @@ def test_a_secret_in_the_address_of_an_index_is_not_printed(capivara, address):
     assert code and "s3gredo" not in out + error
 
 
+@pytest.mark.parametrize(
+    "address",
+    ["s3://KEY:ab/s3gredo@bucket/fotos", "s3:/KEY:ab/s3gredo@bucket/fotos", "s3:/bucket/fotos", "s3://my bucket/fotos"],
+)
+def test_an_invalid_address_of_an_index_does_not_become_a_local_folder(capivara, address, tmp_path, monkeypatch):
+    """LanceDB takes an address that is not a URL for a relative path, so the secret would become a folder name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Fotos").mkdir()
+    code, out, error = capivara("--lang", "en", "--index", address, "index", "Fotos")
+    assert (code, out) == (2, "") and re.match("error: " + message_pattern("en", "error.index_address"), error), error
+    assert "s3gredo" not in error and "KEY:" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["Fotos"]
+
+
 @pytest.mark.parametrize("address", [*map(SECRET.format, ("/", " ", '"é')), "127.0.0.1:9", "http://"])
 def test_an_invalid_storage_address_is_a_usage_error(capivara, address, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", address)
