@@ -326,8 +326,8 @@ def test_status_fits_on_a_screen_with_long_lists(capivara, tmp_path, saved_tiny_
     assert "more;" not in full_text
     values = json.loads(capivara("status", "--json", *flags)[1])
     assert values["exclude"] == ["*.tmp", "*.gif"] and len(values["forgotten"]) == 6
-    assert len(values["skipped_files"]) == 12
-    assert values["ignored_counts"] == {"excluded": 9, "hidden": 9, "link": 9, "video": 9}
+    assert len(values["left_out"]) == 12
+    assert values["skipped"] == {"excluded": 9, "hidden": 9, "link": 9, "video": 9}
 
 
 def test_index_without_a_folder_updates_all_folders_of_this_machine(capivara, own_index, folder, tmp_path):
