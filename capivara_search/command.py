@@ -57,6 +57,8 @@ RELEVANCE_THRESHOLD_OPTION = option(
 MAX_SHOWN_SKIPPED_FILES = 5  # in the report of `index`; `status --all` lists all of them
 IGNORE_REASONS = ("forgotten", "excluded", "hidden", "system", "link", "video")
 MAX_STATUS_LINES = 4  # of each list of `status`, so that all lists fit on a screen of 24 lines
+# Fields of `IndexStatus` whose keys in `status --json` differ from their names, because scripts read these keys.
+STATUS_JSON_KEYS = {"skipped_files": "left_out", "ignored_counts": "skipped"}
 CSV_COLUMNS = (
     *("rank", "score", "path", "taken", "width", "height", "latitude", "longitude", "size", "modified"),
     *("date", "date_source", "copies", "above_threshold"),
@@ -402,7 +404,8 @@ def status(messages: Messages, all: bool, json: bool) -> None:
     state = _open_filled_index().status()
     if json:
         skipped_files = [{"path": skipped.path, "reason": skipped.reason} for skipped in state.skipped_files]
-        _write_json(asdict(state) | {"skipped_files": skipped_files})
+        values = asdict(state) | {"skipped_files": skipped_files}
+        _write_json({STATUS_JSON_KEYS.get(name, name): value for name, value in values.items()})
         return
     lines = []
     for name, texts in _format_status(state, messages).items():

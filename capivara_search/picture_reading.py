@@ -33,6 +33,7 @@ from capivara_search.messages import localized_error
 
 # First bytes of JPEG and PNG files. A file that starts so is no RAW file, even if its name has the suffix of one.
 NON_RAW_FILE_STARTS = (b"\xff\xd8\xff", b"\x89PNG")
+TIFF_SUBFILE_TYPE = 254  # TIFF tag; its lowest bit marks a thumbnail of another image in the file
 # Maximum size of a picture; the best camera phones take 16,320 x 12,240 pixels. Pictures above `MAX_IMAGE_PIXELS` are
 # decoded one at a time and reduced at once.
 MAX_PICTURE_PIXELS = 200_000_000
@@ -121,7 +122,8 @@ def decode_picture(
 
     Args:
         data: Content of the file.
-        name: File name. The suffix of a RAW format selects RAW decoding, unless the file is a JPEG or PNG.
+        name: File name. The suffix of a RAW format selects RAW decoding, unless the content is another image, such as
+            a JPEG or TIFF.
         max_pixels: Maximum number of pixels.
         min_short_side: A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if its short side keeps this many pixels.
             0: full size.
@@ -157,15 +159,24 @@ def _open_undecoded(
 ) -> tuple[PIL.Image.Image, tuple[int, int]]:
     """Return the image with only its header read, and the size of the picture. A RAW file yields its JPEG preview."""
     is_raw = name.lower().endswith(RAW_SUFFIXES) and not data.startswith(NON_RAW_FILE_STARTS)
-    data, size = extract_raw_preview(data) if is_raw else (data, None)
-    image = open_image(data, "the file", max_pixels, hint="")
+    preview, size = (extract_raw_preview(data) if is_raw else None) or (data, None)
+    image = open_image(preview, "the file", max_pixels, hint="")
+    if is_raw and size is None and image.format == "TIFF" and image.tag_v2.get(TIFF_SUBFILE_TYPE, 0) & 1:
+        # A damaged RAW file, or one of a camera that LibRaw does not know, begins with a thumbnail of the picture.
+        raise BadImage("unreadable image", "the RAW file is damaged, or of an unknown camera; export it as JPEG")
     return image, size or image.size
 
 
-def extract_raw_preview(data: bytes) -> tuple[bytes, tuple[int, int]]:
+def extract_raw_preview(data: bytes) -> tuple[bytes, tuple[int, int]] | None:
     """Return the largest JPEG preview of a RAW file, and (width, height) of the RAW picture before rotation.
 
     LibRaw adds EXIF data to a preview that has none.
+
+    Args:
+        data: Content of the file.
+
+    Returns:
+        Preview and size. None if LibRaw does not recognize the file as RAW: it may be another image, such as a TIFF.
 
     Raises:
         BadImage: If there is no such preview.
@@ -175,8 +186,13 @@ def extract_raw_preview(data: bytes) -> tuple[bytes, tuple[int, int]]:
     try:
         with rawpy.imread(io.BytesIO(data)) as raw:
             sizes, thumb = raw.sizes, raw.extract_thumb()
+    except rawpy.LibRawFileUnsupportedError:
+        return None
     except Exception as error:  # LibRaw raises its own errors, and errors of memory and files
-        detail = f"the RAW file has no preview that can be read: {error}"
+        reason = error.args[0] if error.args else error
+        if isinstance(reason, bytes):  # errors of LibRaw
+            reason = reason.decode(errors="replace")
+        detail = f"the RAW file has no preview that can be read: {reason}"
         raise BadImage("unreadable image", detail) from error
     if thumb.format != rawpy.ThumbFormat.JPEG:
         raise BadImage("unreadable image", "the RAW file has no JPEG preview; export it as JPEG")

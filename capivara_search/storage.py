@@ -19,6 +19,9 @@ ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 ENDPOINT_RE = re.compile(
     r"https?://([\w.~!$&'()*+,;=%:-]+@)?(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~%-]*)?", re.ASCII
 )
+# A path that looks like an address, and the addresses that LanceDB accepts. It takes any other one for a folder.
+SCHEME_RE = re.compile(r"[A-Za-z][\w+.-]+:/", re.ASCII)
+ADDRESS_RE = re.compile(r"[A-Za-z][\w+.-]+://([^/@\s]*@)?[\w.%-]*(:\d{1,5})?([/?#].*)?", re.ASCII)
 # Patterns in LanceDB's error texts. A text that matches only `LANCE_ERROR_RE` means a missing or damaged file.
 WRITE_CONFLICT_RE = re.compile(
     r"commit conflict|concurrent (writer|transaction|commit)|Too many concurrent|preempted", re.I
@@ -119,6 +122,17 @@ def to_access_error(error: Exception, where: str) -> OSError | None:
             # OSError(errno, ...) returns the subclass for the number, such as PermissionError.
             return localized_error(partial(OSError, number), code, path=where, text=text[:MAX_DETAIL_CHARACTERS])
     return None
+
+
+def check_address(where: str) -> None:
+    """Raise ValueError if the location of an index begins like an address, such as `s3:/x`, but is not a valid one.
+
+    LanceDB would create a local folder, whose name would repeat the keys in the address.
+    """
+    if SCHEME_RE.match(where) and not ADDRESS_RE.fullmatch(where):
+        # `redact` finds the keys only after "://".
+        address = redact(re.sub(":/+", "://", where, count=1))
+        raise localized_error(ValueError, "index_address", path=address, example="s3://bucket/fotos")
 
 
 def check_endpoints() -> None:

@@ -134,12 +134,14 @@ class PictureTable:
         where: Folder, or address on object storage such as s3://bucket/fotos. Nothing needs to exist yet.
 
     Raises:
-        ValueError: If there is a file at this path, or a folder with something other than an index.
+        ValueError: If the address is invalid, there is a file at this path, or a folder with something other than an
+            index.
         OSError: If the folder may not be read.
     """
 
     def __init__(self, where: str | Path):
         self.where = str(where)
+        storage.check_address(self.where)
         self.is_remote = "://" in self.where
         if not self.is_remote:
             self.where = str(Path(self.where).expanduser().absolute())

@@ -395,6 +395,7 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         ValueError: If the image tower of `config` does not take `pixel_values` or has no `pooler_output`.
 
     Example:
+        >>> import torch
         >>> from modeling_capivara import CapivaraForImageClassification, CapivaraModel, CapivaraProcessor
         >>> model, processor = CapivaraModel.from_pretrained(folder), CapivaraProcessor.from_pretrained(folder)
         >>> classifier = CapivaraForImageClassification.from_zero_shot(

@@ -16,7 +16,7 @@ from captions.translation_tables import escape_cell, unescape_cell
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = {
-    "pretty_name": "Squares | *of* <colour>",
+    "pretty_name": "Squares | *of* <color>",
     "license": "cc-by-4.0",
     "sources": [{"name": "Noise", "url": "https://example.org/noise", "license": "CC BY 4.0"}],
 }

@@ -32,11 +32,11 @@ def pytest_collection_finish():
 
 @pytest.fixture
 def tiny_model():
-    from tiny import randomise, tiny_config
+    from tiny import randomize, tiny_config
 
     from modeling_capivara import CapivaraModel
 
-    return randomise(CapivaraModel(tiny_config())).eval()
+    return randomize(CapivaraModel(tiny_config())).eval()
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image as Pictures
-from tiny import randomise, tiny_config
+from tiny import randomize, tiny_config
 
 from capivara_search.index import PictureIndex
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 
-COLOURS = {
+COLORS = {
     "azul": (20, 40, 230), "verde": (20, 200, 40), "vermelho": (230, 20, 30), "branco": (250, 250, 250),
     "preto": (10, 10, 10), "amarelo": (240, 230, 20),
 }  # fmt: skip
@@ -22,14 +22,14 @@ PLACES = {  # area of the color on a gray background: left, top, right, bottom
     "inteiro": (0, 0, 32, 32), "em cima": (0, 0, 32, 16), "embaixo": (0, 16, 32, 32), "na esquerda": (0, 0, 16, 32),
     "na direita": (16, 0, 32, 32),
 }  # fmt: skip
-CAPTIONS = [f"{color} {place}" for color in COLOURS for place in PLACES]
+CAPTIONS = [f"{color} {place}" for color in COLORS for place in PLACES]
 STEPS = 260
 
 
 def made_pictures() -> list[Pictures.Image]:
     """Return one picture for each caption."""
     pictures = []
-    for color in COLOURS.values():
+    for color in COLORS.values():
         for place in PLACES.values():
             picture = Pictures.new("RGB", (32, 32), (128, 128, 128))
             picture.paste(color, place)
@@ -75,7 +75,7 @@ def bomb() -> bytes:
 def save_trained_model(folder: Path, processor: CapivaraProcessor) -> None:
     """Train a tiny model until it finds each picture by its caption, and save it."""
     torch.manual_seed(0)
-    model = randomise(CapivaraModel(tiny_config())).train()
+    model = randomize(CapivaraModel(tiny_config())).train()
     texts = processor(text=CAPTIONS, return_tensors="pt")
     pixel_values = processor(images=made_pictures(), return_tensors="pt")["pixel_values"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from tiny import randomise
+from tiny import randomize
 from transformers import (
     M2M100Config,
     M2M100ForConditionalGeneration,
@@ -82,7 +82,7 @@ def m2m100_folder(folder: Path, tokenizer_kind: type = M2M100Tokenizer) -> Path:
 
 def with_strong_attention(model: torch.nn.Module, seed: int = 5) -> torch.nn.Module:
     """Set random weights with strong attention, so that different sentences get different translations."""
-    for name, tensor in randomise(model, seed).named_parameters():
+    for name, tensor in randomize(model, seed).named_parameters():
         if "attn" in name and tensor.ndim == 2:
             tensor.data *= 8
     return model

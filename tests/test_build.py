@@ -86,7 +86,7 @@ def test_a_build_writes_a_dataset_with_its_card(finished):
     assert meta["configs"][0]["data_files"] == [
         {"split": "train", "path": "data/train-*"}, {"split": "test", "path": "data/test-*"},
     ]  # fmt: skip
-    assert "# Squares \\| \\*of\\* \\<colour\\>" in card and "[Noise](<https://example.org/noise>) | CC BY 4.0" in card
+    assert "# Squares \\| \\*of\\* \\<color\\>" in card and "[Noise](<https://example.org/noise>) | CC BY 4.0" in card
     assert meta["translations"] == {"xh": "human"} and "human-translated" in meta["tags"], (
         "the table was filled by people"
     )

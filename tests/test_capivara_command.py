@@ -326,8 +326,8 @@ def test_status_fits_on_a_screen_with_long_lists(capivara, tmp_path, saved_tiny_
     assert "more;" not in full_text
     values = json.loads(capivara("status", "--json", *flags)[1])
     assert values["exclude"] == ["*.tmp", "*.gif"] and len(values["forgotten"]) == 6
-    assert len(values["skipped_files"]) == 12
-    assert values["ignored_counts"] == {"excluded": 9, "hidden": 9, "link": 9, "video": 9}
+    assert len(values["left_out"]) == 12
+    assert values["skipped"] == {"excluded": 9, "hidden": 9, "link": 9, "video": 9}
 
 
 def test_index_without_a_folder_updates_all_folders_of_this_machine(capivara, own_index, folder, tmp_path):
@@ -499,6 +499,20 @@ def test_a_secret_in_the_address_of_an_index_is_not_printed(capivara, address):
             assert "s3gredo" not in message
     code, out, error = capivara("search", "x", "--index", address.replace("s3:", "nada:"))
     assert code and "s3gredo" not in out + error
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["s3://KEY:ab/s3gredo@bucket/fotos", "s3:/KEY:ab/s3gredo@bucket/fotos", "s3:/bucket/fotos", "s3://my bucket/fotos"],
+)
+def test_an_invalid_address_of_an_index_does_not_become_a_local_folder(capivara, address, tmp_path, monkeypatch):
+    """LanceDB takes an address that is not a URL for a relative path, so the secret would become a folder name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Fotos").mkdir()
+    code, out, error = capivara("--lang", "en", "--index", address, "index", "Fotos")
+    assert (code, out) == (2, "") and re.match("error: " + message_pattern("en", "error.index_address"), error), error
+    assert "s3gredo" not in error and "KEY:" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["Fotos"]
 
 
 @pytest.mark.parametrize("address", [*map(SECRET.format, ("/", " ", '"é')), "127.0.0.1:9", "http://"])

@@ -115,7 +115,7 @@ def test_the_schema_and_metadata_of_a_file_are_searched(folder):
 def test_text_files_archives_and_json_records_are_searched(folder):
     (folder / "metadata.jsonl").write_text('{"text": "homem /mulher/criança"}\n' * 9, encoding="utf-8")
     (folder / "1.png").write_bytes(png())
-    (folder / "record.json").write_text('{"licence": "mit", "share": "1/2"}', encoding="utf-8")
+    (folder / "record.json").write_text('{"license": "mit", "share": "1/2"}', encoding="utf-8")
     with tarfile.open(folder / "rows.tar", "w") as tar:
         tar.add(folder / "1.png", "1.png")
         tar.add(folder / "metadata.jsonl", "1.json")

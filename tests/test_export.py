@@ -14,7 +14,7 @@ import torch
 import transformers
 from hub_server import HubServer
 from safetensors.torch import load_file
-from tiny import TINY_TEXT, TINY_VISION, randomise, save_model, tiny_config, tiny_tokenizer
+from tiny import TINY_TEXT, TINY_VISION, randomize, save_model, tiny_config, tiny_tokenizer
 from tokenizers import Tokenizer
 from transformers import TimmWrapperConfig
 
@@ -229,7 +229,7 @@ def test_tokenizer_json_reads_curly_quotes_like_the_code_of_the_model(source, tm
 @pytest.mark.parametrize(("dtype", "shard"), [("float32", "5GB"), ("float32", "40KB"), ("bfloat16", "5GB")])
 def test_every_tensor_is_equal_in_both_weight_files(tmp_path, tiny_processor, dtype, shard, caplog, monkeypatch):
     monkeypatch.setattr(CapivaraModel, "from_pretrained", None)  # weights must be memory-mapped, not loaded
-    model = randomise(CapivaraModel(tiny_config())).to(getattr(torch, dtype))
+    model = randomize(CapivaraModel(tiny_config())).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "model", max_shard_size=shard)
     tiny_processor.save_pretrained(tmp_path / "model")
     caplog.set_level("INFO")
@@ -272,7 +272,7 @@ def test_a_wrong_tensor_is_named_and_the_export_is_removed(source, tmp_path, mon
 @pytest.mark.slow
 def test_a_timm_tower_gives_the_same_embeddings_in_open_clip(inputs, tmp_path):
     config = tiny_config(vision_config=TimmWrapperConfig(architecture="tf_efficientnet_lite0"))
-    randomise(CapivaraModel(config)).save_pretrained(tmp_path / "model")
+    randomize(CapivaraModel(config)).save_pretrained(tmp_path / "model")
     size = {"shortest_edge": 32}, {"height": 32, "width": 32}
     processor = CapivaraImageProcessor(size=size[0], crop_size=size[1], image_mean=[0.5] * 3)
     CapivaraProcessor(processor, tiny_tokenizer()).save_pretrained(tmp_path / "model")

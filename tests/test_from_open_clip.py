@@ -13,7 +13,7 @@ import pytest
 import torch
 from hub_server import HubServer
 from safetensors.torch import load_file
-from tiny import randomise, tiny_config, tiny_tokenizer
+from tiny import randomize, tiny_config, tiny_tokenizer
 from towers import MAKERS, as_open_clip
 from transformers.initialization import no_init_weights
 
@@ -76,7 +76,7 @@ def published(folder: Path, config: CapivaraConfig, tokenizer, text_model: str) 
     """Write a repository as users of open_clip publish it: configuration, pickled weights, tokenizer, card."""
     folder.mkdir()
     with no_init_weights():
-        state = randomise(build_open_clip_model(config), seed=1).state_dict()
+        state = randomize(build_open_clip_model(config), seed=1).state_dict()
     # Older versions of transformers, with which such models were trained, saved this constant.
     state[POSITION_IDS] = torch.arange(config.text_config.max_position_embeddings)[None]
     torch.save(state, folder / WEIGHTS)

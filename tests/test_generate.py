@@ -8,7 +8,7 @@ import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny import randomise
+from tiny import randomize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     Blip2Config,
@@ -69,7 +69,7 @@ def tiny_blip2() -> Blip2ForConditionalGeneration:
         vision_config=VISION, qformer_config=QFORMER, text_config=OPT, num_query_tokens=QUERIES,
         image_token_index=IMAGE_TOKEN,
     )  # fmt: skip
-    model = randomise(Blip2ForConditionalGeneration(config)).eval()
+    model = randomize(Blip2ForConditionalGeneration(config)).eval()
     for parameter in model.language_model.parameters():
         parameter.data.mul_(3 if parameter.ndim == 2 else 1)
     return model

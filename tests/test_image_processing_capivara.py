@@ -239,7 +239,7 @@ BAD_SETTINGS = {
     "no conversion": ({"do_convert_rgb": False}, "do_convert_rgb"),
     "channels last": ({"data_format": "channels_last"}, "data_format"),
     "wrong layout": ({"input_data_format": "channels_first"}, r"\(30, 20, 3\).*channels_first"),
-    "misspelt": ({"do_normalise": False}, "do_normalise"),
+    "misspelled": ({"do_normalise": False}, "do_normalise"),
 }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from immich_reader import ODD_TEXTS, LayoutReader, ServiceReader, is_cropped_beside, pictures
-from tiny import TINY_TEXT, randomise, tiny_config
+from tiny import TINY_TEXT, randomize, tiny_config
 from towers import TOWER, gemma_like, other_texts, siglip2
 from transformers import SiglipConfig
 
@@ -81,7 +81,7 @@ def source(kind, tmp_path_factory):
         siglip2(folder.with_name("base"), tokenizer, SiglipConfig(text_config=text, vision_config=vision))
         return other_texts(folder.with_name("base"), folder)
     vision, text = load_image_encoder(), {**TINY_TEXT, "vocab_size": 250_002}
-    model = randomise(CapivaraModel(tiny_config(vision_config=vision.config, text_config=text, projection_dim=64)))
+    model = randomize(CapivaraModel(tiny_config(vision_config=vision.config, text_config=text, projection_dim=64)))
     model.vision_model.load_state_dict(vision.state_dict())
     model.save_pretrained(folder)
     pixels = CapivaraImageProcessor(image_mean=list(IMAGE_MEAN), image_std=list(IMAGE_STD))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import randomise
+from tiny import randomize
 from towers import TOWER, VISION
 from transformers import SiglipConfig, SiglipModel
 
@@ -42,7 +42,7 @@ def test_images_of_a_step_are_embedded_without_dropout():
     """`train()` of transformers' own models puts a frozen image tower into training mode, too."""
     text = TOWER | {"vocab_size": 300, "projection_size": 32, "bos_token_id": 0, "eos_token_id": 1}
     config = SiglipConfig(text_config=text, vision_config=VISION | {"attention_dropout": 0.5})
-    model, pixels = randomise(SiglipModel(config)).eval(), torch.randn(3, 3, 32, 32)
+    model, pixels = randomize(SiglipModel(config)).eval(), torch.randn(3, 3, 32, 32)
     freeze_image_encoder(model)
     with torch.no_grad():
         expected = compute_image_embeds(model, pixels)

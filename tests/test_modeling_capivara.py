@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 from sampling import one_in
-from tiny import randomise, tiny_config
+from tiny import randomize, tiny_config
 from transformers import CLIPModel
 
 from modeling_capivara import (
@@ -102,7 +102,7 @@ def test_text_features_take_either_ids_or_embeddings(tiny_model, batch, kind):
 @pytest.mark.parametrize("bias", [None, -1.0])
 def test_loss_of_a_single_pair(batch, bias):
     """CLIP's loss is 0, because there is no wrong answer; SigLIP's loss is that of the single pair."""
-    model = randomise(CapivaraModel(tiny_config(logit_bias_init_value=bias))).eval()
+    model = randomize(CapivaraModel(tiny_config(logit_bias_init_value=bias))).eval()
     output = model(**{name: values[:1] for name, values in batch.items()}, return_loss=True)
     expected = torch.zeros(()) if bias is None else -torch.nn.functional.logsigmoid(output.logits_per_text).sum()
     torch.testing.assert_close(output.loss, expected)
@@ -209,7 +209,7 @@ TEXT_TOWERS = {
 @pytest.mark.parametrize("kind", one_in(3, [*VISION_TOWERS, *TEXT_TOWERS]))
 def test_other_towers(kind, tmp_path, batch):
     towers = {"vision_config": VISION_TOWERS[kind]} if kind in VISION_TOWERS else {"text_config": TEXT_TOWERS[kind]}
-    model = randomise(CapivaraModel(tiny_config(**towers))).eval()
+    model = randomize(CapivaraModel(tiny_config(**towers))).eval()
     expected = model(**batch)
     assert expected.text_embeds.shape == expected.image_embeds.shape == (3, 24)
     model.save_pretrained(tmp_path)

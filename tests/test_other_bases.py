@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from test_train_accelerate import flags
-from tiny import TINY_TEXT, randomise, tiny_config
+from tiny import TINY_TEXT, randomize, tiny_config
 from towers import MAKERS, gemma_like, siglip2
 from transformers import AutoProcessor, CLIPModel, SiglipConfig, SiglipModel
 from whole_batch_process import CAPTIONS, gradients_of
@@ -42,7 +42,7 @@ def kind(request, tmp_path, tiny_processor):
         MAKERS[request.param](tmp_path / "base")
     else:
         text = TINY_TEXT | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        randomise(CapivaraModel(tiny_config(text_config=text, logit_bias_init_value=-10.0))).save_pretrained(
+        randomize(CapivaraModel(tiny_config(text_config=text, logit_bias_init_value=-10.0))).save_pretrained(
             tmp_path / "base"
         )
         tiny_processor.save_pretrained(tmp_path / "base")

@@ -23,7 +23,7 @@ from in_browser import AXE, required_packages, serious_faults
 from made_pictures import CAPTIONS, bomb, made_index, png, save_folder
 from page_process import fetch, running, served
 from PIL import Image
-from tiny import randomise, tiny_config
+from tiny import randomize, tiny_config
 
 pytest.importorskip("uvicorn", reason="the page needs uvicorn: pip install -e '.[search]'")
 
@@ -77,7 +77,7 @@ def test_a_model_that_does_not_match_the_index_is_refused_before_the_page_opens(
     plain_index, saved_tiny_folder, tmp_path
 ):
     other = shutil.copytree(saved_tiny_folder, tmp_path / "outro")
-    randomise(CapivaraModel(tiny_config()), seed=5).save_pretrained(other)
+    randomize(CapivaraModel(tiny_config()), seed=5).save_pretrained(other)
     with pytest.raises(ValueError, match="outro") as caught:
         create_page_server(PictureIndex.open(plain_index.where, str(other)), port=0)
     assert caught.value.code == "other_model"

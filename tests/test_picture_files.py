@@ -385,9 +385,10 @@ def test_raw_files_are_read_by_their_preview(orientation, tmp_path):
         assert whole.size == image.size and is_upright(whole)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_a_jpeg_or_png_with_the_suffix_of_a_raw_file_is_read(kind, tmp_path):
-    file = write_file(tmp_path / "DSC01.ARW", encode(corners((64, 48)), kind))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "BMP"])
+@pytest.mark.parametrize("suffix", ["ARW", "nef"])
+def test_an_image_with_the_suffix_of_a_raw_file_is_read(kind, suffix, tmp_path):
+    file = write_file(tmp_path / f"DSC01.{suffix}", encode(corners((64, 48)), kind))
     picture = read_picture(file)
     assert (picture.width, picture.height) == (64, 48) and is_upright(picture.image)
     assert open_query_picture(file.path).size == (64, 48)
@@ -401,11 +402,12 @@ def test_raw_files_without_a_readable_preview_are_skipped(tmp_path):
         ("none.dng", made_dng(None), "unreadable image: "),
         ("cut.nef", whole[:3000], "unreadable image: "),
         ("text.cr2", b"a text" * 100, "unreadable image: "),
+        ("thumbnail.nef", encode(corners(), "TIFF", tiffinfo={254: 1}), "unreadable image: "),
         ("bomb.dng", bomb, "absurd image size"),
     ):
         write_file(tmp_path / name, data)
-        assert reason(tmp_path / name).startswith(expected)
-    assert len(find_pictures([tmp_path])[0]) == 4, "unreadable files are found by their suffix, too"
+        assert reason(tmp_path / name).startswith(expected) and "b'" not in reason(tmp_path / name)
+    assert len(find_pictures([tmp_path])[0]) == 5, "unreadable files are found by their suffix, too"
 
 
 # --- EXIF ------------------------------------------------------------------------------------------------------------

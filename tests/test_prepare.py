@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from tiny import TINY_TEXT, randomise, tiny_config
+from tiny import TINY_TEXT, randomize, tiny_config
 
 from eval.capivara_metrics.metrics import recall_at_k, retrieval_ranks
 from examples.openmoji import prepare
@@ -14,7 +14,7 @@ from modeling_capivara.two_towers import embed_texts
 def test_ridge_regression_finds_the_image_of_each_caption(tiny_processor):
     """With more features than images and almost no penalty, every caption finds its own image."""
     config = tiny_config(text_projection_type="linear", projection_dim=TINY_TEXT["hidden_size"])
-    model = randomise(CapivaraModel(config)).eval()
+    model = randomize(CapivaraModel(config)).eval()
     captions = ["um gato", "a casa verde", "pão", "água azul", "são joão", "carro"]
     features = torch.rand(6, 48, generator=torch.Generator().manual_seed(0))
     penalty, prepare.RIDGE_PENALTY = prepare.RIDGE_PENALTY, 1e-4
@@ -39,7 +39,7 @@ def test_the_alignment_returns_the_weights_of_the_highest_recall(tiny_processor,
 
     def run():
         config = tiny_config(text_projection_type="linear", projection_dim=TINY_TEXT["hidden_size"])
-        model = randomise(CapivaraModel(config))
+        model = randomize(CapivaraModel(config))
         return model, prepare.align_towers(model, tiny_processor, dataset, {"train": pixels, "validation": pixels})
 
     (model, curve), (second_model, second_curve) = run(), run()
@@ -55,7 +55,7 @@ def test_a_step_trains_with_the_loss_of_the_configuration(loss, tiny_processor, 
     config = tiny_config(
         text_projection_type="linear", projection_dim=TINY_TEXT["hidden_size"], **prepare.LOSS_CONFIGS[loss]
     )
-    model = randomise(CapivaraModel(config))
+    model = randomize(CapivaraModel(config))
     optimizer, _ = prepare._build_optimizer(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     pixels = torch.rand(4, 48, generator=torch.Generator().manual_seed(0))

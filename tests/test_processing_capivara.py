@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from tiny import randomise, tiny_config, tiny_tokenizer
+from tiny import randomize, tiny_config, tiny_tokenizer
 from transformers import AutoProcessor, AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
@@ -135,7 +135,7 @@ def test_token_types_of_bert_tokenizers_are_accepted():
     processor = CapivaraProcessor(CapivaraImageProcessor(size=32, crop_size=32), tokenizer)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     text_config = {"model_type": "bert", "vocab_size": len(vocab), **sizes}
-    model, texts = randomise(CapivaraModel(tiny_config(text_config=text_config))).eval(), ["um gato azul", "gato"]
+    model, texts = randomize(CapivaraModel(tiny_config(text_config=text_config))).eval(), ["um gato azul", "gato"]
     types = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=True)
     assert "token_type_ids" in types
     assert torch.equal(model(**types).text_embeds, model(**processor(text=texts, return_tensors="pt")).text_embeds)

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from datasets import Image as ImageFeature
 from PIL import Image
-from tiny import randomise, tiny_config
+from tiny import randomize, tiny_config
 from torch.nn.functional import normalize
 
 from modeling_capivara import CapivaraConfig, CapivaraModel
@@ -40,7 +40,7 @@ def test_the_rotation_is_orthogonal_and_sorts_axes_by_variance():
 
 @pytest.mark.parametrize("kind", ["mlp", "linear"])
 def test_a_rotated_model_has_the_same_cosines(kind, tiny_processor, tmp_path):
-    model = randomise(CapivaraModel(tiny_config(text_projection_type=kind))).eval()
+    model = randomize(CapivaraModel(tiny_config(text_projection_type=kind))).eval()
     inputs = tiny_processor(text=["um gato", "a casa azul"], return_tensors="pt")
     inputs["pixel_values"] = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     rotated, rotation = copy.deepcopy(model), compute_principal_rotation(random_embeds())

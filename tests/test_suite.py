@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from made_benchmarks import BENCHMARKS, ELEVATER, IMAGES, make_data, make_image, make_readable, make_releases
-from tiny import randomise, save_model
+from tiny import randomize, save_model
 from towers import gemma_like, siglip2
 
 from capivara_common.files import read_json
@@ -112,7 +112,7 @@ def test_another_base_is_compared_with_its_own_published_figures(models, data, t
     siglip2(base, gemma_like(["um gato azul", "a casa"] * 3, 320))
     shutil.copytree(base, tmp_path / "run")
     weights = load_model(base)
-    randomise(weights, 1).save_pretrained(tmp_path / "run")
+    randomize(weights, 1).save_pretrained(tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text(json.dumps({"seed": 0, "config": {"model": str(base)}}))
     for name, options in {"without-baseline": {}, "with-baseline": {"baseline": base}}.items():
         selection = ["--only", "xm3600-first", "mnist", "--languages", "pt"]

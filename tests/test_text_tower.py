@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TINY_TEXT, randomise, tiny_config, tiny_tokenizer
+from tiny import TINY_TEXT, randomize, tiny_config, tiny_tokenizer
 from towers import MAKERS, as_published, gemma_like, siglip2
 from transformers import AutoProcessor, SiglipModel
 
@@ -58,7 +58,7 @@ def change(path: Path, **fields) -> None:
 
 def save(folder: Path, config: CapivaraConfig) -> Path:
     image_processor = CapivaraImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    randomise(CapivaraModel(config)).save_pretrained(folder)
+    randomize(CapivaraModel(config)).save_pretrained(folder)
     CapivaraProcessor(image_processor, tiny_tokenizer()).save_pretrained(folder)
     return folder
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import TINY_TEXT, randomise, tiny_config
+from tiny import TINY_TEXT, randomize, tiny_config
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_capivara import CapivaraModel
@@ -22,7 +22,7 @@ def pairs() -> list[dict]:
 def build(frozen: bool) -> CapivaraModel:
     """Build a model without dropout, so that the whole batch can be compared with one forward pass."""
     config = tiny_config(text_config={**TINY_TEXT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
-    model = randomise(CapivaraModel(config))
+    model = randomize(CapivaraModel(config))
     if frozen:
         model.freeze_image_encoder()
     return model.train()

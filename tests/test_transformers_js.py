@@ -18,7 +18,7 @@ from in_browser import LABELS, NAME, TEMPLATE, compared, inputs_and_outputs, ser
 from test_drop_in import TYPED
 from test_text_tower import AWKWARD, PLAIN
 from test_tokenization_capivara import LONG
-from tiny import TINY_VISION, randomise, tiny_config
+from tiny import TINY_VISION, randomize, tiny_config
 from tokenizers import Tokenizer, normalizers
 from transformers import AutoProcessor, pipeline
 
@@ -38,7 +38,7 @@ PROBABILITIES = {"fp32": 1e-4, "fp16": 1e-3, "q8": 0.03}
 def source(tmp_path_factory, tiny_processor):
     """A small model for images of 224 x 224 pixels."""
     folder = tmp_path_factory.mktemp("source") / "model"
-    randomise(CapivaraModel(tiny_config(vision_config=VISION))).save_pretrained(folder)
+    randomize(CapivaraModel(tiny_config(vision_config=VISION))).save_pretrained(folder)
     CapivaraProcessor(CapivaraImageProcessor(), tiny_processor.tokenizer).save_pretrained(folder)
     return folder
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TINY_TEXT, randomise, tiny_config
+from tiny import TINY_TEXT, randomize, tiny_config
 from tokenizers import Tokenizer, models
 from towers import as_open_clip
 from transformers import PreTrainedTokenizerFast
@@ -175,7 +175,7 @@ def test_ten_thousand_sentences_with_the_real_vocabulary(xlmr, tmp_path):
     """Portuguese and English texts, with a narrow tower and the 250,002 tokens of XLM-R."""
     processor, _ = xlmr
     config = tiny_config(text_config={**TINY_TEXT, "vocab_size": 250_002})
-    randomise(CapivaraModel(config)).save_pretrained(tmp_path / "model")
+    randomize(CapivaraModel(config)).save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     trim(tmp_path / "model", tmp_path / "small", ["pt", "en"], [20_000])
     original, trimmed_processor = (load_processor(tmp_path / name) for name in ("model", "small"))

@@ -26,7 +26,7 @@ def tiny_config(**overrides) -> CapivaraConfig:
     return CapivaraConfig(**{"vision_config": TINY_VISION, "text_config": TINY_TEXT, "projection_dim": 24, **overrides})
 
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Set every tensor to non-trivial random values, including biases and norms, so that swapped layers are noticed."""
     generator = torch.Generator().manual_seed(seed)
     saved = model.state_dict().keys()  # other buffers, such as rotary frequencies, are computed
@@ -49,9 +49,9 @@ def save_model(
     folder: Path, processor: CapivaraProcessor, seed: int = 0, text_seed: int | None = None, **overrides
 ) -> Path:
     """Save a tiny model with random weights and its processor; `text_seed` sets other weights of the text tower."""
-    model = randomise(CapivaraModel(tiny_config(**overrides)), seed)
+    model = randomize(CapivaraModel(tiny_config(**overrides)), seed)
     if text_seed is not None:
-        randomise(model.text_model, text_seed)
+        randomize(model.text_model, text_seed)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tiny import randomise, tiny_tokenizer
+from tiny import randomize, tiny_tokenizer
 from tokenizers import Tokenizer, models, normalizers, trainers
 from transformers import (
     AltCLIPConfig,
@@ -45,7 +45,7 @@ SIDE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
 
 def save(folder: Path, config: type, model: type, text: dict, processor: object, **sizes) -> None:
     model_config = config(text_config=TOWER | text, vision_config=VISION, **sizes)
-    randomise(model(model_config)).save_pretrained(folder)
+    randomize(model(model_config)).save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
@@ -117,7 +117,7 @@ def siglip2(folder: Path, tokenizer: Siglip2Tokenizer, config: SiglipConfig | No
     text = TOWER | {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "pad_token_id": 0}
     config = config or SiglipConfig(text_config=text | {"projection_size": 32}, vision_config=VISION)
     with no_init_weights():  # initializing a full-size model would take most of the time
-        randomise(SiglipModel(config)).save_pretrained(folder)
+        randomize(SiglipModel(config)).save_pretrained(folder)
     side = config.vision_config.image_size
     SiglipProcessor(SiglipImageProcessor(size={"height": side, "width": side}), tokenizer).save_pretrained(folder)
 
@@ -128,7 +128,7 @@ def other_texts(base: Path, folder: Path) -> Path:
     image_encoder = {
         name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith(IMAGE_ENCODER_PREFIXES)
     }
-    randomise(model, seed=1).load_state_dict(image_encoder, strict=False)
+    randomize(model, seed=1).load_state_dict(image_encoder, strict=False)
     model.save_pretrained(folder)
     load_processor(base).save_pretrained(folder)
     return folder

@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import torch
 from accelerate import Accelerator
-from tiny import randomise, tiny_config, tiny_tokenizer
+from tiny import randomize, tiny_config, tiny_tokenizer
 from transformers import PreTrainedModel, SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipProcessor
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
@@ -37,7 +37,7 @@ VARIANTS |= {"none": (True, 0, False), "sigmoid": (False, None, True), "sigmoid,
 
 def build(trained_images: bool, checkpointing: bool = False, siglip: bool = False) -> PreTrainedModel:
     """Build a tiny model with random weights, in training mode."""
-    model = randomise(SiglipModel(SIGLIP).double() if siglip else CapivaraModel(tiny_config()))
+    model = randomize(SiglipModel(SIGLIP).double() if siglip else CapivaraModel(tiny_config()))
     if not trained_images:
         freeze_image_encoder(model)
     if checkpointing:
