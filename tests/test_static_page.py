@@ -180,7 +180,7 @@ def check_indexing(visitor: Visitor, files: list[Path]) -> None:
     page.set_input_files("#files", broken)
     visitor.sees("#collected", "Nenhuma imagem nova. 3 não puderam ser lidas: ilegivel.png, bomba.png, fio.png")
     page.set_input_files("#files", [{"name": "notas.txt", "mimeType": "text/plain", "buffer": b"nada"}])
-    visitor.sees("#collected", "Não há imagens entre os arquivos")
+    visitor.sees("#collected", "Nenhum dos arquivos escolhidos é uma imagem")
     visitor.picks(files)
     visitor.sees("#collected", f"{NUMBER - 25} imagens novas.")
     assert page.locator("#work").is_hidden()
