@@ -153,7 +153,7 @@ def save_dataset(dataset: DatasetDict, folder: str | Path) -> None:
 
 
 def render_dataset_card(dataset: DatasetDict) -> str:
-    """Write the text of the dataset card (README.md) of the OpenMoji dataset.
+    """Return the text of the dataset card (README.md) of the OpenMoji dataset.
 
     Args:
         dataset: The dataset, from `build_dataset`. The numbers of images, concepts and captions in the card are counted
