@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         def draw_picture() -> Tensor:  # (1, 3, size, size), from 0 to 1
             return F.interpolate(colors, size=(args.size, args.size), mode="bicubic").sigmoid()
 
-        # Cloned, because tensors that were made in inference mode can't be used in a backward pass.
+        # The embedding is cloned, because a tensor that was made in inference mode can't be used in a backward pass.
         target = embed_texts(model, processor, [args.sentence]).clone().to(model.device)
         optimizer = torch.optim.Adam([colors], lr=args.learning_rate)
         pictures = [to_image(draw_picture())]

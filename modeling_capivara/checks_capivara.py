@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-# Names of the same setting in the configurations of transformers, timm and open_clip.
+# Each tuple lists the names that one setting has in the configurations of transformers, timm and open_clip.
 LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers", "layers", "depth", "depths")
 HEAD_KEYS = ("num_attention_heads", "n_heads", "n_head", "num_heads", "heads", "encoder_attention_heads")
 WIDTH_KEYS = ("hidden_size", "hidden_sizes", "intermediate_size", "hidden_dim", "dim", "d_model", "d_ff", "embed_dim")
@@ -21,7 +21,7 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(LAYER_KEYS, (0, 1000)),
     **dict.fromkeys(HEAD_KEYS, (1, 1000)),
     **dict.fromkeys((*WIDTH_KEYS, "head_width"), (1, 100_000)),
-    "projection_dim": (0, 100_000),  # 0 means no projection, in some relatives of BERT
+    "projection_dim": (0, 100_000),  # in some variants of BERT, 0 means that there is no projection
     "vocab_size": (1, 10**7),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "type_vocab_size"), (0, 10**6)),
     **dict.fromkeys(("image_size", "img_size", "patch_size", "num_channels"), (1, 10_000)),

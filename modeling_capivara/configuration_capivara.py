@@ -13,7 +13,7 @@ from .checks_capivara import SIZE_LIMITS, check_sizes
 # The ViT-B/32 of open_clip's `xlm-roberta-base-ViT-B-32` uses exact GELU; the default of CLIPVisionConfig is QuickGELU.
 VISION_DEFAULTS = {"model_type": "clip_vision_model", "hidden_act": "gelu"}
 
-# XLM-RoBERTa base. The defaults of XLMRobertaConfig are BERT's values.
+# Values of XLM-RoBERTa base. They are necessary because the defaults of XLMRobertaConfig are the values of BERT.
 TEXT_DEFAULTS = {
     "model_type": "xlm-roberta",
     "vocab_size": 250002,
@@ -76,7 +76,7 @@ class CapivaraConfig(PreTrainedConfig):
     """
 
     model_type = "capivara"
-    # `Trainer` gathers all other outputs during evaluation.
+    # transformers' `Trainer` gathers all outputs during evaluation except these two, which are large.
     keys_to_ignore_at_inference = ["text_model_output", "vision_model_output"]
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(AutoConfig, "clip_vision_model", VISION_DEFAULTS),
@@ -167,7 +167,7 @@ def _build_tower_config(name: str, config: dict | PreTrainedConfig | None, defau
         config = {**defaults, **config}
     if model_type == "timm_wrapper":
         config.setdefault("num_classes", 0)  # `from_dict` requires the key, and a tower has no classifier
-    # `from_dict` instead of the constructor, because only the former restores the labels of a TimmWrapperConfig.
+    # The constructor is not used, because only `from_dict` restores the labels of a TimmWrapperConfig.
     return _build_tower_config(name, CONFIG_MAPPING[model_type].from_dict(config), defaults)
 
 

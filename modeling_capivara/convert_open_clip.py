@@ -150,7 +150,7 @@ def to_open_clip_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     for name, tensor in state.items():
         open_clip_name = _rename_parameter(name, names)
         if match := ATTENTION_PROJECTION_RE.fullmatch(name):
-            if match[2] == "q":  # the first of three; the other two are read here as well
+            if match[2] == "q":  # the query projection; the key and value projections are added to the same tensor
                 projections = [state[f"{match[1]}{letter}_proj.{match[3]}"] for letter in "qkv"]
                 result[_rename_parameter(f"{match[1]}in_proj_{match[3]}", names)] = torch.cat(projections)
         elif is_vit and name == "visual_projection.weight":
@@ -679,7 +679,7 @@ def write_capivara_model(
         write_origin_card(open_clip_source.folder, folder, description, open_clip_source.repo_id)
     model, processor = load_model(folder).eval(), load_processor(folder)
     returned = to_open_clip_state_dict(model)
-    # Compared as integers, because NaN is not equal to itself.
+    # The floats are compared as integers, because NaN is not equal to itself.
     changed = returned.keys() ^ state.keys()
     for name in returned.keys() & state.keys():
         if not torch.equal(returned[name].view(torch.int32), state[name].view(torch.int32)):

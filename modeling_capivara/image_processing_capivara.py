@@ -147,7 +147,7 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
                 mean, std = (image_pixels.new_tensor(value).reshape(-1, 1, 1) for value in (image_mean, image_std))
                 image_pixels = image_pixels.sub_(mean).div_(std)
             pixels.append(image_pixels)
-        if len({image_pixels.shape for image_pixels in pixels}) == 1:  # otherwise it stays a list of images
+        if len({image_pixels.shape for image_pixels in pixels}) == 1:  # images of different sizes stay a list
             pixels = torch.stack(pixels)  # (images, 3, height, width)
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 

@@ -290,7 +290,7 @@ def _check_padding(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig)
         raise ValueError("its tokenizer has no padding token")
     if token_id >= text_config.vocab_size:
         raise ValueError(f"its padding token {token!r} is not among the model's {text_config.vocab_size} tokens")
-    # CAPIVARA's text tower counts positions from the id of the padding token.
+    # CAPIVARA's text tower numbers positions from the id of the padding token, so another id would shift them.
     if config.model_type == "capivara" and token_id != text_config.pad_token_id:
         raise ValueError(f"its padding token {token!r} has the id {token_id}, not {text_config.pad_token_id}")
 

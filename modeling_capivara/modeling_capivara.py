@@ -279,8 +279,8 @@ class CapivaraModel(CapivaraPreTrainedModel):
     ) -> tuple | BaseModelOutputWithPooling:
         """Encode texts with the text tower and its projection.
 
-        The first three arguments have the same order as in transformers' `CLIPModel.get_text_features`: `input_ids`,
-        `attention_mask`, `position_ids`. Pass all others by keyword.
+        The first three parameters are `input_ids`, `attention_mask` and `position_ids`, in the order that transformers'
+        `CLIPModel.get_text_features` uses. Pass all others by keyword.
 
         Args:
             input_ids: (texts, tokens). Give either `input_ids` or `inputs_embeds`.
@@ -369,7 +369,7 @@ class CapivaraModel(CapivaraPreTrainedModel):
     ) -> tuple | CapivaraOutput:
         """Embed texts, images or both. If both are given, also compute the similarity of every text to every image.
 
-        The arguments have the same order as in transformers' `CLIPModel.forward`.
+        The positional order is the same as in transformers' `CLIPModel.forward`.
 
         Args:
             input_ids: (texts, tokens), or None to embed only images.

@@ -58,7 +58,7 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
     @classmethod
     def _from_pretrained(cls, *args, **kwargs):
         tokenizer = super()._from_pretrained(*args, **kwargs)
-        # Earlier versions saved the length of the last call, which transformers would read as a setting.
+        # Earlier versions of this class saved the length of the last call, which transformers would read as a setting.
         backend = tokenizer.backend_tokenizer
         last_call_lengths = (backend.truncation or {}).get("max_length"), (backend.padding or {}).get("length")
         if "max_length" not in kwargs and tokenizer.init_kwargs.get("max_length") in last_call_lengths:
