@@ -1,4 +1,4 @@
-"""The demo, and worked examples of training, evaluation and search. Each module is a command."""
+"""Demo of CAPIVARA on OpenMoji, and worked examples of training, evaluation and search. Each module is a command."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -10,15 +10,16 @@ from capivara_common.privacy import hide_paths
 
 
 def describe_run(args: Any, device: Any = "cpu", *packages: str) -> dict[str, Any]:
-    """Describe a run of an example, for its results.json.
+    """Describe how an example was run, for the example's results.json.
 
     Args:
-        args: Dataclass of the command's arguments.
+        args: Dataclass instance with the command's arguments.
         device: Device that the model ran on.
-        *packages: Packages whose versions are recorded in addition to the usual ones.
+        *packages: Names of packages whose versions are recorded in addition to the default ones of `package_versions`.
 
     Returns:
-        `config` (the arguments, with paths of this machine hidden), `device` and `versions`.
+        Dictionary with `config` (values of the arguments by name; paths that would reveal folders of this machine are
+        hidden), `device` (description of the device) and `versions` (package versions by name).
     """
     config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
     versions = package_versions(*packages)

@@ -3,8 +3,9 @@ r"""Caption images in Portuguese by retrieval: choose the sentences of a caption
     python -m examples.caption --model runs/openmoji-pt-001
     python -m examples.caption --model MODEL --pictures ~/Fotos --bank frases.txt --top_k 3 > legendas.csv
 
-The caption bank is a text file with one sentence per line, or the captions of the training split. Captions are only
-chosen from it, never generated. The output is CSV with the columns picture, score (cosine similarity) and caption.
+The caption bank is the collection of sentences to choose from: a text file with one sentence per line, or the captions
+of a dataset's training split. Captions are only chosen from the bank, never generated. The output is CSV with the
+columns picture (path of the image), score (cosine similarity of image and caption) and caption.
 """
 
 import csv
@@ -29,7 +30,7 @@ from modeling_capivara.two_towers import embed_images, embed_texts
 
 @dataclass
 class CaptionArguments:
-    """Flags of `examples.caption`."""
+    """Command-line flags of `python -m examples.caption`."""
 
     model: str = flag("data/openmoji/base", "Folder or Hub id of a CAPIVARA model.")
     pictures: Path | None = flag(None, "Folder of images to caption. Default: the images of the test split.")
@@ -44,11 +45,13 @@ class CaptionArguments:
 
 
 def iter_pictures(folder: Path, names: list[str]) -> Iterator[PIL.Image.Image]:
-    """Yield the images in a folder and its subfolders; images that can't be read are reported on stderr.
+    """Yield the decoded images in a folder and its subfolders.
+
+    An image that can't be read is reported on stderr and skipped.
 
     Args:
         folder: Folder to search.
-        names: List to which the relative path of each yielded image is appended.
+        names: Output argument: list to which the path of each yielded image, relative to `folder`, is appended.
     """
     for file in find_pictures([folder])[0]:
         try:
@@ -61,7 +64,15 @@ def iter_pictures(folder: Path, names: list[str]) -> Iterator[PIL.Image.Image]:
 
 
 def list_captions(rows: Dataset, language: str) -> tuple[list[str], list[int]]:
-    """Return all captions of a dataset split in one language, and the row number of each."""
+    """List all captions of a dataset split in one language.
+
+    Args:
+        rows: Dataset split with the column captions-LANGUAGE, whose cells are a caption or a list of captions.
+        language: Code of the language, such as "pt".
+
+    Returns:
+        The captions, and for each caption the number of the row (image) that it belongs to.
+    """
     captions = [[cell] if isinstance(cell, str) else cell for cell in rows[f"captions-{language}"]]
     texts = [text for row_captions in captions for text in row_captions]
     row_numbers = [row for row, row_captions in enumerate(captions) for _ in row_captions]
@@ -69,7 +80,11 @@ def list_captions(rows: Dataset, language: str) -> tuple[list[str], list[int]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: print the best captions of each image as CSV."""
+    """Run the command: print the most similar captions of each image as CSV.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
     args = parse_arguments(CaptionArguments, __doc__, argv)
     data = None if args.pictures and args.bank else load_dataset_with_images(args.dataset)
     sentences = (

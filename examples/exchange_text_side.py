@@ -1,13 +1,15 @@
-r"""Improve Portuguese search in existing vector stores by replacing only the text encoder.
+r"""Improve Portuguese search in existing vector stores by replacing only the text encoder of the model.
 
     python -m hub_upload.export --model runs/openmoji-pt-001 --output text_side --formats drop_in \
         --base data/openmoji/base
     python -m examples.exchange_text_side --text_side text_side
 
-The example fills a Qdrant collection (local mode) and a LanceDB table with the embeddings of the test images, computed
-by the base model. It then searches both with the Portuguese captions, embedded by the base model's text encoder and by
-the exported one (loaded with sentence-transformers), and reports recall@k. The stored vectors are compared before and
-after the searches, to show that no image was embedded again. The output folder has the stores and `results.json`.
+The first command exports the text encoder of a fine-tuned model. The second command runs the example. It fills a Qdrant
+collection (local mode) and a LanceDB table with the embeddings of the test images, computed by the base model. It then
+searches both stores twice with the Portuguese captions: embedded by the text encoder of the base model, and embedded by
+the exported text encoder (loaded with sentence-transformers). It reports recall@k of each search. The stored vectors
+are compared before and after the searches, to show that no image was embedded again. The output folder gets the two
+stores and `results.json`.
 """
 
 from contextlib import closing
@@ -36,14 +38,14 @@ from modeling_capivara.two_towers import embed_images, embed_texts
 
 COLLECTION_NAME = "pictures"
 SEARCH_DEPTH = max(RECALL_CUTOFFS)  # number of images retrieved per query
-# Largest difference of two equal vectors. Qdrant's local mode normalizes the stored vectors at every query, which
-# changes their last bits.
+# Two vectors are considered equal if no number differs by more than this. Qdrant's local mode normalizes the stored
+# vectors at every query, which changes the last bits of their numbers.
 VECTOR_TOLERANCE = 1e-6
 
 
 @dataclass
 class ExchangeArguments:
-    """Flags of `examples.exchange_text_side`."""
+    """Command-line flags of `python -m examples.exchange_text_side`."""
 
     text_side: Path = flag(..., "Folder with a text encoder, written by `hub_upload.export --formats drop_in`.")
     base: str = flag("data/openmoji/base", "Folder of the model that embeds the images.")
@@ -55,7 +57,12 @@ class ExchangeArguments:
 
 
 class QdrantPictures:
-    """Image vectors in a local Qdrant collection; the id of a vector is its row number."""
+    """Vector store of image embeddings: a Qdrant collection in local mode, stored in a folder.
+
+    Args:
+        folder: Folder to create the collection in.
+        vectors: (images, width), image embeddings. The row number of an image becomes the id of its vector.
+    """
 
     def __init__(self, folder: Path, vectors: np.ndarray):
         self.client = QdrantClient(path=str(folder))
@@ -80,14 +87,19 @@ class QdrantPictures:
 
 
 class LancePictures:
-    """Image vectors in a LanceDB table, with the same methods as `QdrantPictures`."""
+    """Vector store of image embeddings: a LanceDB table in a folder, with the same methods as `QdrantPictures`.
+
+    Args:
+        folder: Folder to create the table in.
+        vectors: (images, width), image embeddings. The row number of an image becomes the id of its vector.
+    """
 
     def __init__(self, folder: Path, vectors: np.ndarray):
         rows = [{"id": row, "vector": vector} for row, vector in enumerate(vectors)]
         self.table = lancedb.connect(folder).create_table(COLLECTION_NAME, rows)
 
     def close(self) -> None:
-        """Do nothing; the table needs no cleanup."""
+        """Do nothing. The method exists because a Qdrant store must be closed, and a LanceDB table needs no cleanup."""
 
     def nearest(self, query: np.ndarray) -> list[int]:
         """Return the row numbers of the `SEARCH_DEPTH` images nearest to a query vector (width,), the nearest first."""
@@ -101,15 +113,15 @@ class LancePictures:
 def compute_recalls(
     pictures: QdrantPictures | LancePictures, queries: np.ndarray, picture_of_query: list[int]
 ) -> dict[str, float]:
-    """Search a store with all queries and compute recall@k.
+    """Search a vector store with all queries and compute recall@k.
 
     Args:
-        pictures: The store.
+        pictures: Vector store of image embeddings.
         queries: (queries, width), text embeddings.
-        picture_of_query: Row number of the relevant image of each query.
+        picture_of_query: For each query, the row number of the only image that is relevant.
 
     Returns:
-        Recall at each of `RECALL_CUTOFFS`, and their mean.
+        Recall from 0 to 1, by name: "recall@k" for each k in `RECALL_CUTOFFS`, and their mean as "mean_recall".
     """
     ranks = []
     for query, row in zip(tqdm(queries, desc="Queries", unit="query"), picture_of_query, strict=True):
@@ -120,7 +132,11 @@ def compute_recalls(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: fill the stores, search them with both text encoders and report recall."""
+    """Run the command: fill both vector stores, search them with both text encoders, and report recall.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
     args = parse_arguments(ExchangeArguments, __doc__, argv)
     check_inputs_outside(args.output, args.text_side, args.base, args.dataset)
     if not (args.text_side / "drop_in.json").is_file():

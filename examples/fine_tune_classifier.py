@@ -5,8 +5,8 @@ r"""Fine-tune an image classifier that starts as the zero-shot classifier of Por
         --output_dir runs/cifar-10
 
 The first command uses scikit-learn's 1,797 handwritten digits and the base model that `python -m
-examples.openmoji.prepare` makes. `--images` is a folder of splits with one subfolder of images per class, a saved
-Hugging Face dataset, or a Hub id. Use the result with transformers:
+examples.openmoji.prepare` makes. The value of `--images` is a saved Hugging Face dataset, a Hub id, or a folder that
+has one subfolder per split, each with one subfolder of images per class. Use the fine-tuned model with transformers:
 
     from transformers import pipeline
     import modeling_capivara
@@ -53,7 +53,7 @@ that model and of those images.
 
 @dataclass
 class ClassifierArguments:
-    """Flags of `examples.fine_tune_classifier`."""
+    """Command-line flags of `python -m examples.fine_tune_classifier`."""
 
     model: str = flag("data/openmoji/base", "Folder or Hub id of a CAPIVARA model.")
     benchmark: str = flag(DIGITS_BENCHMARK, "Name of a file in eval/prompts/pt with class names and templates.")
@@ -78,14 +78,15 @@ class ClassifierArguments:
 
 
 def make_digits_dataset(names: list[str], seed: int) -> DatasetDict:
-    """Return scikit-learn's digits (8 x 8 pixels, 17 gray levels) as the splits train and test.
+    """Build a dataset of scikit-learn's handwritten digits (8 x 8 pixels, 17 gray levels).
 
     Args:
-        names: Names of the ten classes.
-        seed: Seed of the split, which is stratified by class.
+        names: Names of the ten classes, from digit 0 to digit 9.
+        seed: Seed of the random split, which is stratified by class.
 
     Returns:
-        Splits with the columns image and labels.
+        Dataset with the splits train and test (`TEST_DIGITS` images). Both have the columns image and labels (class
+        index).
     """
     from sklearn.datasets import load_digits
 
@@ -97,7 +98,14 @@ def make_digits_dataset(names: list[str], seed: int) -> DatasetDict:
 
 
 class LabeledRows:
-    """Labeled images that are decoded on access; images that can't be read are left out."""
+    """Dataset for transformers' `Trainer` that decodes each labeled image when it is accessed.
+
+    An item is a dictionary with `image` (PIL image) and `labels` (class index). Images that can't be read are left out.
+
+    Args:
+        labeled_images: Images with their labels, from `load_labeled_images`. All images are decoded once, to find those
+            that can't be read.
+    """
 
     def __init__(self, labeled_images: LabeledImages):
         self.labeled_images = labeled_images
@@ -113,7 +121,18 @@ class LabeledRows:
 
 
 def load_splits(args: ClassifierArguments, prompts: Prompts) -> list[Dataset | LabeledRows]:
-    """Return the training images and the test images."""
+    """Load the labeled images for training and for evaluation.
+
+    Args:
+        args: Flags of the command, which name the images, the splits and the columns.
+        prompts: Class names of the benchmark.
+
+    Returns:
+        List of two datasets: the training images and the test images. Their items have the keys image and labels.
+
+    Raises:
+        ValueError: If `--images` is missing for a benchmark other than the digits, or an image has several labels.
+    """
     if args.images is None:
         if args.benchmark != DIGITS_BENCHMARK:
             raise ValueError(f"--benchmark {args.benchmark} needs --images: a folder, a saved dataset or a Hub id.")
@@ -130,7 +149,11 @@ def load_splits(args: ClassifierArguments, prompts: Prompts) -> list[Dataset | L
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: evaluate, fine-tune, evaluate again, and save model, processor and results."""
+    """Run the command: measure accuracy, fine-tune, measure accuracy again, and save model, processor and results.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
     args = parse_arguments(ClassifierArguments, __doc__, argv)
     with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:
         prompts = load_prompts(args.benchmark)

@@ -3,11 +3,13 @@
     python -m examples.guide_generation --sentence "sol amarelo" --output_dir runs/guided
 
 The image starts as faint noise. If every pixel is optimized (`--cells` equal to `--size`, `--views 0`), the result is
-an adversarial example: noise that only the model takes for the sentence. Coarse cells and random noisy views at each
-step sometimes give shapes that people recognize too, but hardly a natural image, because there is no generative model.
+an adversarial example: the model finds it similar to the sentence, but people see only noise. Coarse color cells and
+random noisy views of the image at each step sometimes give shapes that people recognize too. The result is hardly ever
+a natural image, because there is no generative model.
 
-The output folder gets `picture.png`, `steps.png` and `results.json`: the cosine similarities of the image with the
-sentence and with other sentences, before and after, measured on the saved image.
+The output folder gets `picture.png` (the optimized image), `steps.png` (images during the optimization, side by side)
+and `results.json`. The JSON file has the cosine similarities of the image to the sentence and to other sentences,
+before and after the optimization, measured on 8-bit images as they are saved.
 """
 
 import time
@@ -33,17 +35,21 @@ from modeling_capivara.two_towers import embed_images, embed_texts
 STRIP_IMAGES = 8  # images in steps.png
 STRIP_SIDE = 128  # side of each of these images in pixels
 INITIAL_NOISE = 0.02  # standard deviation of the initial values, before the sigmoid
-# Largest random changes of a view.
+# Largest random changes in a view, which is a randomly transformed copy of the image.
 MAX_ROTATION = 0.15  # radians
-MAX_ZOOM = 0.5  # share of the side that is cropped away
-MAX_SHIFT = 0.25  # share of half a side
-VIEW_NOISE = 0.1  # standard deviation of the noise on views; it hides patterns of single pixels
+MAX_ZOOM = 0.5  # fraction of the image's side that is cropped away
+MAX_SHIFT = 0.25  # shift of the crop, as a fraction of half the image's side
+VIEW_NOISE = 0.1  # standard deviation of the noise that is added to a view to hide patterns of single pixels
 OTHER_SENTENCES = ["lua crescente", "coração azul", "coração vermelho", "gato", "carro", "rosto sorridente"]
 
 
 @dataclass
 class GuideArguments:
-    """Flags of `examples.guide_generation`. Raises ValueError if a value is out of range or the sentence is empty."""
+    """Command-line flags of `python -m examples.guide_generation`.
+
+    Raises:
+        ValueError: If a value is out of range or the sentence is empty.
+    """
 
     sentence: str = flag(..., "What the image should show, in Portuguese.")
     model: str = flag("data/openmoji/base", "Folder or Hub id of a CAPIVARA model.")
@@ -68,15 +74,17 @@ class GuideArguments:
 
 
 def make_random_views(pixels: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Make random views of an image: rotated, cropped, resized to the original size, and with noise.
+    """Make randomly transformed copies (views) of an image: rotated, cropped, resized to the original size, with noise.
+
+    The operation is differentiable, so that gradients flow from the views to the image.
 
     Args:
-        pixels: (1, 3, side, side), from 0 to 1.
+        pixels: The image, (1, 3, side, side), values from 0 to 1.
         count: Number of views.
         generator: Random number generator.
 
     Returns:
-        (count, 3, side, side), from 0 to 1.
+        The views, (count, 3, side, side), values from 0 to 1.
     """
 
     def uniform(bound: float) -> Tensor:  # (count,), from -bound to bound
@@ -93,16 +101,17 @@ def make_random_views(pixels: Tensor, count: int, generator: torch.Generator) ->
 
 
 def to_pixel_values(pixels: Tensor, image_processor: CapivaraImageProcessor) -> Tensor:
-    """Preprocess square images like the model's image processor, but differentiably.
+    """Preprocess square images like the model's image processor, but with differentiable operations.
 
-    The resize is PyTorch's antialiased bicubic one. It equals PIL's except that values are not rounded to 8 bits.
+    PyTorch's antialiased bicubic resize replaces PIL's. Both give the same result, except that PyTorch does not round
+    values to 8 bits.
 
     Args:
-        pixels: (images, 3, side, side), from 0 to 1.
-        image_processor: The model's image processor.
+        pixels: Images, (images, 3, side, side), values from 0 to 1.
+        image_processor: The model's image processor, which gives size, crop, mean and standard deviation.
 
     Returns:
-        (images, 3, height, width), normalized.
+        Normalized pixels, (images, 3, height, width), the model's input.
     """
     side, crop = image_processor.size["shortest_edge"], image_processor.crop_size
     pixels = functional.resize(pixels, [side], functional.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
@@ -111,13 +120,21 @@ def to_pixel_values(pixels: Tensor, image_processor: CapivaraImageProcessor) -> 
 
 
 def to_image(pixels: Tensor) -> PIL.Image.Image:
-    """Convert (1, 3, height, width), from 0 to 1, to an 8-bit PIL image."""
+    """Convert a tensor to an 8-bit PIL image.
+
+    Args:
+        pixels: (1, 3, height, width), values from 0 to 1.
+    """
     array = (255 * pixels[0].detach()).round().clamp(0, 255).to(torch.uint8)
     return PIL.Image.fromarray(array.permute(1, 2, 0).cpu().numpy())
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: optimize the image, then save it and its similarities."""
+    """Run the command: optimize the image, then save the image and its similarities to the sentences.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
     args = parse_arguments(GuideArguments, __doc__, argv)
     with atomic_folder(args.output_dir, args.overwrite_output_dir) as folder:
         model, processor = load_model(args.model).eval().to(resolve_device(args.device)), load_processor(args.model)
@@ -130,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         def draw_picture() -> Tensor:  # (1, 3, size, size), from 0 to 1
             return F.interpolate(colors, size=(args.size, args.size), mode="bicubic").sigmoid()
 
-        # Cloned, because tensors that were made in inference mode can't be used in a backward pass.
+        # The embedding is cloned, because a tensor that was made in inference mode can't be used in a backward pass.
         target = embed_texts(model, processor, [args.sentence]).clone().to(model.device)
         optimizer = torch.optim.Adam([colors], lr=args.learning_rate)
         pictures = [to_image(draw_picture())]

@@ -3,9 +3,15 @@
     python -m examples.real_images --baseline data/openmoji/base --model runs/openmoji-pt-001 --output runs/real_images
     python -m eval.report runs/real_images --output report
 
-The tasks are retrieval on OpenMoji's test split (Portuguese and English), zero-shot classification of its concepts, of
-scikit-learn's digits and of scikit-image's photographs (Portuguese labels), and a linear probe on the digits. Datasets
-are written to `data/real_images` once. The output folder gets one result file per task and model.
+The evaluation has three kinds of tasks:
+
+- retrieval on OpenMoji's test split, in Portuguese and in English;
+- zero-shot classification with Portuguese class names, of OpenMoji's test images, of scikit-learn's digits and of
+  scikit-image's photographs;
+- a linear probe on scikit-learn's digits.
+
+The first run writes the datasets to `data/real_images`, and later runs reuse them. The output folder gets one result
+file per task and model.
 """
 
 from dataclasses import dataclass
@@ -21,9 +27,9 @@ from capivara_common.files import atomic_folder, read_json, write_json
 from eval import classification, linear_probe, prompts, retrieval
 from examples.openmoji.dataset import load_dataset_with_images
 
-# Photographs in PyPI packages by name, each with a class name and a sentence in English and Portuguese.
+# Photographs that PyPI packages contain, by name. Each has a short name and a sentence in English and Portuguese.
 PHOTOGRAPHS = read_json(Path(__file__).parent / "photographs.json")
-# The photographs of scikit-image, which are the classes of the dataset `photos`.
+# The photographs of scikit-image. In the dataset `photos`, each of them is a class.
 CLASS_PHOTOGRAPHS = {name: entry for name, entry in PHOTOGRAPHS.items() if "gender" in entry}
 PHOTO_TEMPLATES = [
     "uma foto de {um}.",
@@ -32,12 +38,12 @@ PHOTO_TEMPLATES = [
     "uma imagem que mostra {o}.",
     "{nome}.",
 ]
-DIGIT_SIDE_PIXELS = 96  # the digits of 8 x 8 pixels are enlarged to this size without smoothing
+DIGIT_SIDE_PIXELS = 96  # side to which scikit-learn's digits (8 x 8 pixels) are enlarged, without smoothing
 
 
 @dataclass
 class RealImagesArguments:
-    """Flags of `examples.real_images`."""
+    """Command-line flags of `python -m examples.real_images`."""
 
     model: str = flag(..., "Folder of the trained model, such as the output of configs/openmoji.yaml.")
     baseline: str = flag("data/openmoji/base", "Model to compare with.")
@@ -48,11 +54,13 @@ class RealImagesArguments:
 
 
 def prepare_datasets(folder: Path, openmoji: str) -> None:
-    """Write the datasets that do not exist yet, each with its classes.json.
+    """Write the datasets digits, photos and concepts if they do not exist yet.
+
+    Each is written to a subfolder with the images (`data`) and the class names and templates (classes.json).
 
     Args:
-        folder: Folder for the datasets.
-        openmoji: Folder of the OpenMoji dataset.
+        folder: Folder for the three subfolders.
+        openmoji: Folder of the OpenMoji dataset, from which the dataset concepts is made.
     """
     makers = {
         "digits": make_digits_dataset,
@@ -68,9 +76,11 @@ def prepare_datasets(folder: Path, openmoji: str) -> None:
 
 
 def make_digits_dataset() -> tuple[DatasetDict, dict]:
-    """Return scikit-learn's 1,797 handwritten digits and their classes.json, with the class names of MNIST.
+    """Make a dataset of scikit-learn's 1,797 handwritten digits.
 
-    Every fourth digit is in the split test, the others are in train.
+    Returns:
+        The dataset, in which every fourth digit is in the split test and the others are in train, and the content of
+        classes.json with the class names and templates of MNIST.
     """
     from sklearn.datasets import load_digits
 
@@ -90,7 +100,11 @@ def make_digits_dataset() -> tuple[DatasetDict, dict]:
 
 
 def make_photos_dataset() -> tuple[DatasetDict, dict]:
-    """Return scikit-image's photographs, each of which is a class, and their classes.json."""
+    """Make a dataset of scikit-image's photographs, each of which is a class of its own.
+
+    Returns:
+        The dataset with the single split test, and the content of classes.json.
+    """
     classes = [{key: entry[key] for key in ("en", "pt", "gender", "number")} for entry in CLASS_PHOTOGRAPHS.values()]
     data = _build_labeled_dataset(
         [load_photo(name) for name in CLASS_PHOTOGRAPHS],
@@ -103,7 +117,14 @@ def make_photos_dataset() -> tuple[DatasetDict, dict]:
 
 
 def load_photo(name: str) -> PIL.Image.Image:
-    """Load a photograph of `PHOTOGRAPHS` as RGB, from scikit-image, scikit-learn or matplotlib."""
+    """Load a photograph that scikit-image, scikit-learn or matplotlib contains.
+
+    Args:
+        name: Name of the photograph, a key of `PHOTOGRAPHS`.
+
+    Returns:
+        The photograph in RGB.
+    """
     import skimage.data
 
     if name == "grace_hopper":
@@ -121,7 +142,16 @@ def load_photo(name: str) -> PIL.Image.Image:
 
 
 def make_concepts_dataset(openmoji: str) -> tuple[DatasetDict, dict]:
-    """Return OpenMoji's test images and their classes.json; each is a class named by its first Portuguese caption."""
+    """Make a classification dataset of OpenMoji's test images, each of which is a class of its own.
+
+    The Portuguese name of a class is the first Portuguese caption of its image.
+
+    Args:
+        openmoji: Folder of the OpenMoji dataset.
+
+    Returns:
+        The dataset with the single split test, and the content of classes.json.
+    """
     rows = load_dataset_with_images(Path(openmoji))["test"]
     classes = [{"en": row["emoji"], "pt": row["captions-pt"][0]} for row in rows.remove_columns("image")]
     data = _build_labeled_dataset(rows["image"], list(range(len(rows))), [entry["en"] for entry in classes])
@@ -129,12 +159,12 @@ def make_concepts_dataset(openmoji: str) -> tuple[DatasetDict, dict]:
 
 
 def evaluate_model(args: RealImagesArguments, model: str, role: str) -> None:
-    """Run retrieval and zero-shot classification for one model, and write a result file for each task.
+    """Evaluate one model on retrieval and zero-shot classification, and write a result file for each task.
 
     Args:
-        args: Flags of the command.
+        args: Flags of the command, which name the datasets, the output folder and the device.
         model: Folder of the model.
-        role: "baseline" or "capivara".
+        role: Role of the model in the comparison: "baseline" or "capivara" (the trained model).
     """
     shared = {"role": role, "device": args.device}
     for language in ("pt", "en"):
@@ -149,7 +179,14 @@ def evaluate_model(args: RealImagesArguments, model: str, role: str) -> None:
 
 
 def run_linear_probe(args: RealImagesArguments) -> None:
-    """Run a linear probe on the digits. The base stands for both models, because training freezes the image encoder."""
+    """Evaluate the base model with a linear probe on scikit-learn's digits, and write the result files.
+
+    The result is also valid for the trained model, because CAPIVARA's training freezes the image encoder and a linear
+    probe does not use the text encoder.
+
+    Args:
+        args: Flags of the command, which name the base model, the datasets, the output folder and the device.
+    """
     classes, images = str(args.data / "digits" / "classes.json"), str(args.data / "digits" / "data")
     shared = {"role": "baseline", "device": args.device}
     for name, shots in (("full", []), ("few", [1, 2, 4, 8, 16])):
@@ -159,19 +196,40 @@ def run_linear_probe(args: RealImagesArguments) -> None:
 
 
 def _build_labeled_dataset(images: list, labels: list[int], names: list[str]) -> Dataset:
-    """Return a dataset with the columns image and label."""
+    """Build a dataset of labeled images with the columns image and label.
+
+    Args:
+        images: PIL images.
+        labels: Class index of each image.
+        names: Class names, in the order of the class indices.
+    """
     features = Features({"image": Image(), "label": ClassLabel(names=names)})
     return Dataset.from_dict({"image": images, "label": labels}, features=features)
 
 
 def _build_classes_file(dataset: str, title: str, classes: list[dict], templates: list[str]) -> dict:
-    """Return the content of a classes.json: class names, templates and metric of a dataset, for `eval.prompts`."""
+    """Build the content of a classes.json, which tells `eval.prompts` how to make the prompts of a dataset.
+
+    Args:
+        dataset: Identifier of the dataset.
+        title: Title of the dataset in reports.
+        classes: For each class a dictionary with its English name (`en`) and its Portuguese name (`pt`). Templates that
+            contain an article also need `gender` and `number`.
+        templates: Portuguese prompt templates, such as "uma foto de {um}.".
+
+    Returns:
+        The content of the file. The metric is accuracy.
+    """
     shared = {"dataset": dataset, "language": "pt", "title": title, "metric": "accuracy"}
     return {**shared, "classes": classes, "templates": templates}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: write the datasets, then evaluate both models."""
+    """Run the command: write the datasets, then evaluate the base model and the trained model.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
     args = parse_arguments(RealImagesArguments, __doc__, argv)
     prepare_datasets(args.data, args.openmoji)
     evaluate_model(args, args.baseline, "baseline")

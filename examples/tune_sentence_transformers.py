@@ -1,16 +1,19 @@
-r"""Fine-tune with the trainer of sentence-transformers on images with captions (extra: sentence_transformers).
+r"""Fine-tune a CAPIVARA model with the trainer of sentence-transformers, on images with captions.
 
     python -m hub_upload.export --model data/openmoji/base --output repository \
         --formats transformers,sentence_transformers
     python -m examples.tune_sentence_transformers --model repository --dataset data/openmoji/dataset --language pt \
         --output_dir runs/tuned
 
-For users who already train with that library. With three options (see `build_clip_loss`), its loss is exactly CLIP's:
-both directions, one softmax for each, and the model's learned scale instead of a fixed one. Gradient caching
-(GradCache, arXiv 2101.06983) allows batches of any size. Differences from `train_accelerate.py`: the frozen image tower
-encodes every image twice per epoch, and each image has the same caption during the whole training.
+This example is for users who already train with sentence-transformers. It needs the extra `sentence_transformers` of
+this package. Three options (see `build_clip_loss`) make the loss of sentence-transformers equal to CLIP's loss: both
+retrieval directions, a separate softmax for each direction, and the model's learned scale instead of a fixed scale.
+Gradient caching (GradCache, arXiv 2101.06983) allows batches of any size. There are two differences from
+`train_accelerate.py`: the frozen image tower encodes every image twice per epoch, and each image has the same caption
+during the whole training.
 
-Both sentence-transformers and `CapivaraModel.from_pretrained` load the output folder, which also has `results.json`.
+Both sentence-transformers and `CapivaraModel.from_pretrained` can load the output folder, which also has
+`results.json`.
 """
 
 import html
@@ -54,7 +57,7 @@ that model and of those data.
 
 @dataclass
 class SentenceTuningArguments:
-    """Flags of `examples.tune_sentence_transformers`."""
+    """Command-line flags of `python -m examples.tune_sentence_transformers`."""
 
     model: Path = flag(..., "Folder of a model that was exported in the format sentence_transformers.")
     dataset: Path = flag(..., "Saved Hugging Face dataset with the columns image and captions-LANGUAGE.")
@@ -75,19 +78,18 @@ class SentenceTuningArguments:
 
 
 def load_pairs(dataset: Path, split: str, language: str, seed: int = 0) -> Dataset:
-    """Load pairs of a caption and an image, in the column order that the loss requires: text, image.
-
-    Each text is wrapped in a dictionary, because sentence-transformers would download a bare text that looks like a URL
-    or file name.
+    """Load the images of a dataset split, each with one randomly chosen caption.
 
     Args:
         dataset: Folder of the saved dataset.
         split: Split of the dataset.
-        language: Language of the captions.
+        language: Code of the captions' language, such as "pt".
         seed: Seed of the random choice among the captions of an image.
 
     Returns:
-        One row per image.
+        Dataset with one row per image and the columns text and image, in the order that the loss requires. A text is
+        a dictionary `{"text": caption}`, because sentence-transformers would try to open a plain string that looks like
+        a URL or file name.
 
     Raises:
         ValueError: If the dataset has no such split or column, or an image has no caption.
@@ -108,15 +110,16 @@ def load_pairs(dataset: Path, split: str, language: str, seed: int = 0) -> Datas
 def build_clip_loss(encoder: SentenceTransformer, mini_batch_size: int) -> CachedMultipleNegativesRankingLoss:
     """Build a loss of sentence-transformers that equals `modeling_capivara.clip_loss` of the whole batch.
 
-    It is exact on one device and without gradient accumulation: with accumulation, the gradient of the scale would not
-    be divided. Several devices, which would need `gather_across_devices`, have not been tested.
+    The loss is equal on a single device without gradient accumulation. With gradient accumulation, the gradient of the
+    learned scale would not be divided by the number of accumulation steps. Training on several devices, which would
+    need the option `gather_across_devices`, has not been tested.
 
     Args:
-        encoder: The model.
-        mini_batch_size: Pairs that are encoded at the same time.
+        encoder: CAPIVARA model that sentence-transformers has loaded.
+        mini_batch_size: Number of caption-image pairs that are encoded at the same time.
 
     Returns:
-        The loss.
+        The loss, which uses gradient caching.
     """
     return CachedMultipleNegativesRankingLoss(
         encoder,
@@ -129,9 +132,12 @@ def build_clip_loss(encoder: SentenceTransformer, mini_batch_size: int) -> Cache
 
 
 def build_recall_evaluator(rows: Dataset) -> InformationRetrievalEvaluator:
-    """Build an evaluator of text-to-image retrieval.
+    """Build an evaluator of text-to-image retrieval, in which each caption must find its image.
 
-    Its accuracy@k equals recall@k of `eval.retrieval`, except for ties.
+    The evaluator's accuracy@k equals the recall@k of `eval.retrieval`, unless two images have the same similarity.
+
+    Args:
+        rows: Dataset with the columns text and image, from `load_pairs`.
     """
     names = [f"{row:08}" for row in range(len(rows))]
     return InformationRetrievalEvaluator(
@@ -142,15 +148,19 @@ def build_recall_evaluator(rows: Dataset) -> InformationRetrievalEvaluator:
 
 
 class ClampLogitScaleCallback(TrainerCallback):
-    """Trainer callback that clamps the learned scale to CLIP's upper bound."""
+    """Trainer callback that keeps the learned scale of the logits within CLIP's upper bound (100)."""
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        """Clamp the scale after an optimizer step."""
+        """Clamp `logit_scale` of the model after each optimizer step. transformers' `Trainer` calls this method."""
         clamp_logit_scale(model[0].auto_model.logit_scale)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: evaluate, train, evaluate again, and save."""
+    """Run the command: measure recall, fine-tune, measure recall again, and save the model and the results.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
     args = parse_arguments(SentenceTuningArguments, __doc__, argv)
     if not (args.model / "modules.json").is_file():
         fault = "was not exported in the format sentence_transformers (modules.json is missing)"

@@ -1,6 +1,6 @@
 """CAPIVARA for Hugging Face transformers: configuration, models, processor, tokenizer and image processor.
 
-Importing the package registers the classes with transformers, so that `AutoModel`, `AutoProcessor` and pipelines load
+Importing this package registers its classes with transformers, so that `AutoModel`, `AutoProcessor` and pipelines load
 CAPIVARA models without `trust_remote_code`.
 """
 
@@ -46,7 +46,8 @@ AutoImageProcessor.register(
 AutoTokenizer.register(CapivaraConfig, CapivaraTokenizer)
 AutoProcessor.register(CapivaraConfig, CapivaraProcessor)
 
-# Makes `save_pretrained` copy the model files into the folder, for users without the package.
+# After this registration, `save_pretrained` copies the source files of the classes into the model folder, so that users
+# without this package can load the model with `trust_remote_code=True`.
 CapivaraConfig.register_for_auto_class()
 CapivaraModel.register_for_auto_class("AutoModel")
 CapivaraForImageClassification.register_for_auto_class("AutoModelForImageClassification")

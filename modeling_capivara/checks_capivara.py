@@ -1,14 +1,14 @@
-"""Validation of a model's files before a model is built from them, because they may come from a stranger.
+"""Validation of a model's configuration and tokenizer before they are used, because the files may be malicious.
 
-Imports neither torch nor transformers, so that the search, which runs without both, applies the same checks as
-`CapivaraConfig`.
+This module imports neither torch nor transformers, so that `capivara_search`, which works without these packages,
+applies the same checks as `CapivaraConfig`.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-# Names of the same setting in the configurations of transformers, timm and open_clip.
+# Each tuple lists the names that one setting has in the configurations of transformers, timm and open_clip.
 LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers", "layers", "depth", "depths")
 HEAD_KEYS = ("num_attention_heads", "n_heads", "n_head", "num_heads", "heads", "encoder_attention_heads")
 WIDTH_KEYS = ("hidden_size", "hidden_sizes", "intermediate_size", "hidden_dim", "dim", "d_model", "d_ff", "embed_dim")
@@ -21,7 +21,7 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(LAYER_KEYS, (0, 1000)),
     **dict.fromkeys(HEAD_KEYS, (1, 1000)),
     **dict.fromkeys((*WIDTH_KEYS, "head_width"), (1, 100_000)),
-    "projection_dim": (0, 100_000),  # 0 means no projection, in some relatives of BERT
+    "projection_dim": (0, 100_000),  # in some variants of BERT, 0 means that there is no projection
     "vocab_size": (1, 10**7),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "type_vocab_size"), (0, 10**6)),
     **dict.fromkeys(("image_size", "img_size", "patch_size", "num_channels"), (1, 10_000)),
@@ -33,20 +33,21 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
     # Natural logarithms. The published values are 4.8 (SigLIP after training) and at most 4.6 (CLIP).
     **dict.fromkeys(("logit_scale", "logit_scale_init_value", "init_logit_scale"), (-20, 20)),
 }
-# Text towers that number positions from `pad_token_id` + 1, so they need a padding token.
+# Model types of text towers that number positions from `pad_token_id` + 1, so these towers need a padding token.
 PADDING_MODEL_TYPES = ("xlm-roberta", "xlm-roberta-xl", "roberta", "camembert", "altclip_text_model")
 NOT_FINITE_MESSAGE = (
     "The embeddings are not finite: weights or settings of the model are damaged. Fetch or save it again."
 )
-LABEL_KEYS = ("id2label", "label2id")  # dictionaries whose keys may be any words, so their names are not checked
+# Dictionaries of class names. Their keys may be any words, also names of settings, so their values are not checked.
+LABEL_KEYS = ("id2label", "label2id")
 
 
 def check_sizes(values: Mapping[str, Any], section: str = "") -> None:
-    """Check the numbers of a configuration against `SIZE_LIMITS`, and its padding token against its vocabulary.
+    """Check that the numbers of a configuration are within `SIZE_LIMITS` and that its padding token is valid.
 
     Args:
-        values: The configuration as a dictionary; nested dictionaries are checked too.
-        section: Prefix of the names in error messages, such as "text_config.".
+        values: The configuration as a dictionary from setting names to values. Nested dictionaries are checked too.
+        section: Prefix of the setting names in error messages, such as "text_config.".
 
     Raises:
         ValueError: If a value is outside its limits, the padding token is not in the vocabulary, or a required tower or
@@ -73,10 +74,16 @@ def check_sizes(values: Mapping[str, Any], section: str = "") -> None:
 
 @contextmanager
 def wrap_tokenizer_errors(name: str) -> Iterator[None]:
-    """Convert errors of the tokenizers library, plain `Exception`s and Rust panics, to a ValueError of one line.
+    """Return a context manager that converts errors of the tokenizers library to a ValueError of one line.
+
+    The tokenizers library raises plain `Exception`s and Rust panics. All other errors pass through unchanged.
 
     Args:
-        name: The tokenizer, as the subject of the error message.
+        name: Description of the tokenizer, which becomes the subject of the error message, such as "The tokenizer of
+            MODEL".
+
+    Raises:
+        ValueError: If the code inside the `with` statement raises an error of the tokenizers library.
     """
     try:
         yield

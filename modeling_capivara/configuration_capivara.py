@@ -1,4 +1,4 @@
-"""Configuration of CAPIVARA models: both towers, the shared embedding space, and the scale of the logits."""
+"""Configuration class of CAPIVARA models: image tower, text tower, shared embedding space, and scale of the logits."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from .checks_capivara import SIZE_LIMITS, check_sizes
 # The ViT-B/32 of open_clip's `xlm-roberta-base-ViT-B-32` uses exact GELU; the default of CLIPVisionConfig is QuickGELU.
 VISION_DEFAULTS = {"model_type": "clip_vision_model", "hidden_act": "gelu"}
 
-# XLM-RoBERTa base. The defaults of XLMRobertaConfig are BERT's values.
+# Values of XLM-RoBERTa base. They are necessary because the defaults of XLMRobertaConfig are the values of BERT.
 TEXT_DEFAULTS = {
     "model_type": "xlm-roberta",
     "vocab_size": 250002,
@@ -22,8 +22,8 @@ TEXT_DEFAULTS = {
     "layer_norm_eps": 1e-5,
 }
 
-# Keys and types of `trimmed_vocabulary`. `tokenizer` and `table` are digests of the original tokenizer and of its
-# embedding table, and `of` is the number of rows of that table.
+# Keys of `trimmed_vocabulary` and the types of their values. `tokenizer` and `table` are digests of the original
+# vocabulary and of the original embedding table, and `of` is the number of rows of the original table.
 TRIM_RECORD_TYPES = {"languages": list, "words": list, "tokenizer": str, "table": str, "of": int}
 
 
@@ -50,8 +50,10 @@ class CapivaraConfig(PreTrainedConfig):
         matryoshka_dims: Numbers of leading dimensions for which the embeddings were trained to be useful on their own
             (Matryoshka representation learning, arXiv 2205.13147). Each must divide `projection_dim`; they are stored
             in descending order. Embeddings can be truncated to any width, but these widths lose less recall.
-        trimmed_vocabulary: Record of `modeling_capivara.trim_vocabulary`: the languages whose tokens were kept, and
-            digests of the original vocabulary. None if the vocabulary is complete.
+        trimmed_vocabulary: Record that `modeling_capivara.trim_vocabulary` writes when it removes tokens. It is a
+            dictionary with the keys of `TRIM_RECORD_TYPES`: the languages whose tokens were kept, the number of most
+            frequent words for each language, and digests and size of the original vocabulary. None if the vocabulary
+            is complete.
 
     Raises:
         ValueError: If a size or the scale is outside the limits in `checks_capivara.py`, the model type of a tower is
@@ -74,7 +76,7 @@ class CapivaraConfig(PreTrainedConfig):
     """
 
     model_type = "capivara"
-    # `Trainer` gathers all other outputs during evaluation.
+    # transformers' `Trainer` gathers all outputs during evaluation except these two, which are large.
     keys_to_ignore_at_inference = ["text_model_output", "vision_model_output"]
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(AutoConfig, "clip_vision_model", VISION_DEFAULTS),
@@ -107,10 +109,10 @@ class CapivaraConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict:
-        """Convert the configuration to a dictionary, as transformers does.
+        """Convert the configuration to a dictionary that can be saved as JSON.
 
-        `logit_bias_init_value` is left out if it is None, because digests of configurations from before this field
-        existed must stay valid.
+        `logit_bias_init_value` is left out if it is None. Older configurations do not have this field, and digests that
+        were computed from them must stay valid.
         """
         omitted = {"logit_bias_init_value"} if self.logit_bias_init_value is None else set()
         return {key: value for key, value in super().to_dict().items() if key not in omitted}
@@ -124,7 +126,7 @@ def normalize_matryoshka_dims(dims: Sequence[int], projection_dim: int) -> list[
         projection_dim: Width of a full embedding.
 
     Returns:
-        The widths, each once, the largest first.
+        The distinct widths, in descending order.
 
     Raises:
         ValueError: If a width does not divide `projection_dim`.
@@ -138,7 +140,20 @@ def normalize_matryoshka_dims(dims: Sequence[int], projection_dim: int) -> list[
 
 
 def _build_tower_config(name: str, config: dict | PreTrainedConfig | None, defaults: dict) -> PreTrainedConfig:
-    """Return a tower's configuration object; a dictionary of the default model type is completed with `defaults`."""
+    """Validate the configuration of one tower and return it as an object.
+
+    Args:
+        name: Field of `CapivaraConfig` for error messages: "vision_config" or "text_config".
+        config: Configuration object, dictionary of its values, or None for the default tower.
+        defaults: Values of the default tower with its `model_type`. They complete a dictionary that has the same
+            `model_type` or none.
+
+    Returns:
+        The configuration object of the tower.
+
+    Raises:
+        ValueError: If a size is outside `SIZE_LIMITS`, or transformers does not know the model type.
+    """
     if isinstance(config, PreTrainedConfig):
         check_sizes(get_sizes(config), f"{name}.")
         return config
@@ -152,12 +167,20 @@ def _build_tower_config(name: str, config: dict | PreTrainedConfig | None, defau
         config = {**defaults, **config}
     if model_type == "timm_wrapper":
         config.setdefault("num_classes", 0)  # `from_dict` requires the key, and a tower has no classifier
-    # `from_dict` instead of the constructor, because only the former restores the labels of a TimmWrapperConfig.
+    # The constructor is not used, because only `from_dict` restores the labels of a TimmWrapperConfig.
     return _build_tower_config(name, CONFIG_MAPPING[model_type].from_dict(config), defaults)
 
 
 def get_sizes(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the values that `check_sizes` examines, from a configuration object and its nested configurations."""
+    """Collect the values that `check_sizes` checks from a configuration object.
+
+    Args:
+        config: Configuration of any transformers model.
+
+    Returns:
+        Values by setting name (None if the configuration does not have the setting). A nested configuration, such as
+        `text_config`, is a nested dictionary.
+    """
     nested = {name: getattr(config, name, None) for name in config.sub_configs}
     sizes = {key: getattr(config, key, None) for key in (*SIZE_LIMITS, "model_args", "model_type")}
     return sizes | {name: get_sizes(value) for name, value in nested.items() if isinstance(value, PreTrainedConfig)}

@@ -2,11 +2,12 @@
 
     python -m modeling_capivara.convert_open_clip hf-hub:hiaac-nlp/CAPIVARA capivara-transformers
 
-The command writes a folder that transformers loads. It does not need open_clip, reads only tensors (no code of a file
-is executed), and verifies the result. `CapivaraModel.from_open_clip` does the same, with a cache instead of a folder.
+The command writes a folder that transformers can load, and verifies the converted model. It does not need the package
+open_clip. It reads only tensors, so no code in a checkpoint file is executed. `CapivaraModel.from_open_clip` does the
+same conversion, but writes to a cache instead of a given folder.
 
-The functions that rename tensors and translate configurations exist in both directions: `hub_upload.export` uses them
-to write open_clip's format.
+This module also has the functions for the opposite direction, from a `CapivaraModel` to open_clip's format, which
+`hub_upload.export` uses.
 """
 
 import re
@@ -49,7 +50,8 @@ from .two_towers import embed_images, embed_texts, random_images, random_texts
 BASE_TEXT_MODEL = "FacebookAI/xlm-roberta-base"
 BASE_TEXT_NAMES = (BASE_TEXT_MODEL, "xlm-roberta-base")
 
-# Parameter names, or prefixes that end with "." or "_": open_clip's -> CapivaraModel's. {} is the index of a block.
+# Parameter names of open_clip and the corresponding names in `CapivaraModel`. A name that ends with "." or "_" is a
+# prefix of several parameter names. {} stands for the index of a transformer block.
 PARAMETER_NAMES = {
     "logit_scale": "logit_scale",
     "logit_bias": "logit_bias",
@@ -68,7 +70,8 @@ PARAMETER_NAMES = {
     "visual.transformer.resblocks.{}.mlp.c_fc.": "vision_model.encoder.layers.{}.mlp.fc1.",
     "visual.transformer.resblocks.{}.mlp.c_proj.": "vision_model.encoder.layers.{}.mlp.fc2.",
 }
-# The same for transformers' SiglipModel, whose image tower is timm's ViT with attention pooling in open_clip.
+# Parameter names of open_clip and the corresponding names in transformers' SiglipModel, in the same format. In
+# open_clip, the image tower of SigLIP is timm's ViT with attention pooling.
 SIGLIP_PARAMETER_NAMES = {
     "logit_": "logit_",
     "visual.trunk.patch_embed.proj.": "vision_model.embeddings.patch_embedding.",
@@ -98,14 +101,21 @@ BLOCK_NUMBER_RE = re.compile(r"(?<=resblocks\.)\d+|(?<=trunk\.blocks\.)\d+|(?<=_
 # open_clip stores the query, key and value projections of an attention layer in one tensor (in_proj_weight,
 # in_proj_bias); transformers has three.
 ATTENTION_PROJECTION_RE = re.compile(r"(.*_model\.encoder\.layers\.\d+\.self_attn\.)([qkv])_proj\.(weight|bias)")
-# A constant (0, 1, 2, ...) that transformers before 4.31 saved with every text encoder. No model reads it.
+# A constant tensor (0, 1, 2, ...) that transformers before 4.31 saved with every text encoder. No model needs it.
 POSITION_IDS_NAME = "text.transformer.embeddings.position_ids"
 
 
 def to_capivara_state_dict(open_clip_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert open_clip's state dict to that of a `CapivaraModel`; values and dtypes stay.
+    """Convert the state dict of an open_clip model to the state dict of a `CapivaraModel`.
 
-    An unknown name is kept, so that `load_state_dict(strict=True)` refuses it.
+    Tensors are renamed, split or transposed, but their numbers and dtypes do not change. An unknown name is kept, so
+    that `load_state_dict(strict=True)` refuses it.
+
+    Args:
+        open_clip_state: Tensors by their name in open_clip.
+
+    Returns:
+        Tensors by their name in `CapivaraModel`.
     """
     result = {}
     for open_clip_name, tensor in open_clip_state.items():
@@ -123,7 +133,13 @@ def to_capivara_state_dict(open_clip_state: Mapping[str, Tensor]) -> dict[str, T
 
 
 def to_open_clip_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Convert the state dict of a `CapivaraModel` or `SiglipModel` to open_clip's names.
+    """Convert the state dict of a model to the state dict of the same model in open_clip.
+
+    Args:
+        model: A `CapivaraModel`, or a `SiglipModel` of transformers.
+
+    Returns:
+        Tensors by their name in open_clip.
 
     Raises:
         ValueError: If open_clip has no image tower of this type.
@@ -134,7 +150,7 @@ def to_open_clip_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     for name, tensor in state.items():
         open_clip_name = _rename_parameter(name, names)
         if match := ATTENTION_PROJECTION_RE.fullmatch(name):
-            if match[2] == "q":  # the first of three; the other two are read here as well
+            if match[2] == "q":  # the query projection; the key and value projections are added to the same tensor
                 projections = [state[f"{match[1]}{letter}_proj.{match[3]}"] for letter in "qkv"]
                 result[_rename_parameter(f"{match[1]}in_proj_{match[3]}", names)] = torch.cat(projections)
         elif is_vit and name == "visual_projection.weight":
@@ -154,7 +170,16 @@ def to_open_clip_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _rename_parameter(name: str, names: dict[str, str]) -> str:
-    """Rename a parameter by the first entry of `names` that equals it or is its prefix; otherwise keep the name."""
+    """Rename a parameter by the first entry of `names` that matches it.
+
+    Args:
+        name: Parameter name.
+        names: New names by old names, in the format of `PARAMETER_NAMES`: an old name that ends with "." or "_" also
+            matches as a prefix, and `{}` stands for the index of a transformer block.
+
+    Returns:
+        The new name, or `name` itself if no entry matches.
+    """
     block, pattern = BLOCK_NUMBER_RE.search(name), BLOCK_NUMBER_RE.sub("{}", name)
     for old, new in names.items():
         if pattern == old or (old.endswith((".", "_")) and pattern.startswith(old)):
@@ -163,7 +188,20 @@ def _rename_parameter(name: str, names: dict[str, str]) -> str:
 
 
 def build_open_clip_model(config: CapivaraConfig) -> nn.Module:
-    """Build open_clip's model of this architecture with random weights, in evaluation mode, without any download."""
+    """Build the open_clip model that corresponds to a CAPIVARA configuration, with random weights.
+
+    Nothing is downloaded. The package open_clip must be installed.
+
+    Args:
+        config: Architecture of the model.
+
+    Returns:
+        An `open_clip.model.CustomTextCLIP` in evaluation mode.
+
+    Raises:
+        ImportError: If open_clip is not installed.
+        ValueError: If open_clip can't represent the architecture.
+    """
     from open_clip.model import CustomTextCLIP
 
     with tempfile.TemporaryDirectory() as folder:
@@ -174,15 +212,16 @@ def build_open_clip_model(config: CapivaraConfig) -> nn.Module:
 
 
 TEXT_MODEL_TYPES = ("xlm-roberta", "roberta", "bert")  # text towers that open_clip 3.3 can use with mean pooling
-# Fields of a ViT in open_clip: name in transformers, and open_clip's default.
+# Configuration fields of a ViT in open_clip, each with the name of the field in transformers and open_clip's default.
 VIT_FIELDS = {
     "layers": ("num_hidden_layers", 12),
     "width": ("hidden_size", 768),
     "patch_size": ("patch_size", 16),
     "image_size": ("image_size", 224),
 }
-# Supported values of the open_clip fields that change the result without changing a tensor. A missing field has a
-# supported value. All other fields change names or shapes of tensors, so a mistake is noticed when they are loaded.
+# Supported values of those open_clip fields that change the embeddings without changing names or shapes of tensors.
+# The default of each field is supported, so a field may be missing. All other fields change names or shapes of tensors,
+# so an unsupported value causes an error when the tensors are loaded.
 SUPPORTED_VALUES: dict[str, tuple] = {
     "vision_cfg.pool_type": ("tok",),
     "vision_cfg.final_ln_after_pool": (False, None),
@@ -200,7 +239,13 @@ SUPPORTED_VALUES: dict[str, tuple] = {
 
 
 def to_capivara_config(model_cfg: dict) -> CapivaraConfig:
-    """Convert open_clip's `model_cfg` to a `CapivaraConfig`.
+    """Convert the `model_cfg` section of open_clip_config.json to a `CapivaraConfig`.
+
+    Args:
+        model_cfg: Content of the section, with the keys `embed_dim`, `vision_cfg` and `text_cfg`.
+
+    Returns:
+        The configuration.
 
     Raises:
         ValueError: If a field is missing, has the wrong type, or describes an architecture that is not supported.
@@ -287,7 +332,11 @@ def to_open_clip_model_cfg(
 
 
 def _is_vit(config: CapivaraConfig) -> bool:
-    """Return whether the image tower is a ViT of open_clip (True) or a timm model (False); others are a ValueError."""
+    """Return whether the image tower is a ViT that open_clip implements itself (True) or a timm model (False).
+
+    Raises:
+        ValueError: If the image tower is of another type, which open_clip can't represent.
+    """
     model_type = config.vision_config.model_type
     if model_type not in ("clip_vision_model", "timm_wrapper"):
         supported = "'clip_vision_model' or 'timm_wrapper'"
@@ -296,7 +345,17 @@ def _is_vit(config: CapivaraConfig) -> bool:
 
 
 def _load_text_config(name: Any) -> PreTrainedConfig:
-    """Load the text tower's configuration that `text_cfg.hf_model_name` names."""
+    """Load the configuration of the text tower from the folder or Hub id in `text_cfg.hf_model_name`.
+
+    Args:
+        name: Value of that field. It may have any type, because the file may be damaged.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: If there is no configuration, or the text tower is not of a supported type.
+    """
     if name in BASE_TEXT_NAMES:
         return CapivaraConfig().text_config  # the same values, without a download
     try:
@@ -311,12 +370,12 @@ def _load_text_config(name: Any) -> PreTrainedConfig:
 
 
 def to_image_processor(preprocess_cfg: dict, size: int) -> CapivaraImageProcessor:
-    """Convert open_clip's `preprocess_cfg` to an image processor.
+    """Convert the `preprocess_cfg` section of open_clip_config.json to an image processor.
 
     Args:
-        preprocess_cfg: Section of open_clip_config.json; missing fields have open_clip's defaults.
-        size: Side of the square input images in pixels. The `size` of `preprocess_cfg` is ignored, because open_clip
-            also uses the size of the image tower.
+        preprocess_cfg: Content of the section. Missing fields have open_clip's defaults.
+        size: Side of the square input images in pixels. The `size` in `preprocess_cfg` is ignored, because open_clip
+            ignores it as well and uses the image size of the image tower.
 
     Returns:
         The image processor.
@@ -335,7 +394,13 @@ def to_image_processor(preprocess_cfg: dict, size: int) -> CapivaraImageProcesso
 
 
 def to_preprocess_cfg(processor: BaseImageProcessor) -> dict[str, Any]:
-    """Convert CAPIVARA's or SigLIP's image processor to open_clip's `preprocess_cfg`.
+    """Convert an image processor to the `preprocess_cfg` section of open_clip_config.json.
+
+    Args:
+        processor: Image processor of a CAPIVARA or SigLIP model.
+
+    Returns:
+        Content of the section.
 
     Raises:
         ValueError: If open_clip can't do the same preprocessing.
@@ -355,7 +420,15 @@ def to_preprocess_cfg(processor: BaseImageProcessor) -> dict[str, Any]:
 
 
 def _check_supported(section: str, fields: dict) -> None:
-    """Raise ValueError if a field of a section of open_clip_config.json has a value that is not supported."""
+    """Check that the values of a section of open_clip_config.json are among the `SUPPORTED_VALUES`.
+
+    Args:
+        section: Name of the section, such as "vision_cfg".
+        fields: Content of the section.
+
+    Raises:
+        ValueError: If a field has a value that can't be converted.
+    """
     for name, value in fields.items():
         supported = SUPPORTED_VALUES.get(f"{section}.{name}", (value,))
         if value not in supported:
@@ -363,13 +436,13 @@ def _check_supported(section: str, fields: dict) -> None:
 
 
 def raise_unsupported(field: str, value: Any, supported: str, file: str = OPEN_CLIP_CONFIG) -> NoReturn:
-    """Raise the error for a setting that can't be converted.
+    """Raise a ValueError for a setting that can't be converted.
 
     Args:
         field: Name of the setting with its section, such as "vision_cfg.pool_type".
-        value: Its value.
-        supported: Description of the supported values.
-        file: File that has the setting.
+        value: Value of the setting.
+        supported: Description of the supported values, for the error message.
+        file: Name of the file that contains the setting, for the error message.
 
     Raises:
         ValueError: Always.
@@ -377,22 +450,25 @@ def raise_unsupported(field: str, value: Any, supported: str, file: str = OPEN_C
     raise ValueError(f"{field} of {file} is {value!r}, which cannot be converted; supported: {supported}.")
 
 
-# Endings of the files that are downloaded besides the weights, and names that show that a folder has a tokenizer.
+# Suffixes of the configuration and tokenizer files, which are downloaded together with the weights.
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt")
+# A folder that contains one of these files has its own tokenizer.
 VOCABULARY_FILES = ("tokenizer.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "vocab.txt")
 
 
 @dataclass
 class OpenClipSource:
-    """Locations and settings of an open_clip model whose weights have not been read yet.
+    """Files and settings of an open_clip model whose weights have not been read yet.
+
+    A bare checkpoint file is a file of weights that was given without a folder and without open_clip_config.json.
 
     Attributes:
-        model_cfg: Section of open_clip_config.json. None for a bare checkpoint file.
-        preprocess_cfg: Section of open_clip_config.json; empty for a bare checkpoint file.
-        weights: Checkpoint file.
+        model_cfg: Section `model_cfg` of open_clip_config.json. None for a bare checkpoint file.
+        preprocess_cfg: Section `preprocess_cfg` of open_clip_config.json. Empty for a bare checkpoint file.
+        weights: Path of the checkpoint file.
         tokenizer: Folder or Hub id of the tokenizer.
         folder: Folder of the model. None for a bare checkpoint file.
-        repo_id: Hub id, if the model was downloaded from the Hub.
+        repo_id: Hub id of the model. None if the model was not downloaded from the Hub.
     """
 
     model_cfg: dict | None
@@ -407,15 +483,16 @@ def find_open_clip_model(source: str, tokenizer: str | None = None, revision: st
     """Find an open_clip model, and download its files if it is on the Hub.
 
     Args:
-        source: "hf-hub:OWNER/NAME", folder or checkpoint file.
-        tokenizer: Folder or Hub id, used if `source` neither contains nor names a tokenizer. Default: XLM-RoBERTa base.
+        source: "hf-hub:OWNER/NAME", folder of a model, or path of a checkpoint file.
+        tokenizer: Folder or Hub id of a tokenizer. It is used only if `source` neither contains a tokenizer nor names
+            one in its configuration. Default: the tokenizer of XLM-RoBERTa base.
         revision: Branch, tag or commit on the Hub. Default: the main branch.
 
     Returns:
-        Locations and settings of the model; its weights have not been read yet.
+        Files and settings of the model. The weights have not been read yet.
 
     Raises:
-        ValueError: If there is no open_clip model, its configuration is damaged, or it can't be downloaded.
+        ValueError: If there is no open_clip model in `source`, its configuration is damaged, or it can't be downloaded.
     """
     repo_id = source.removeprefix("hf-hub:") if source.startswith("hf-hub:") else None
     folder = _download_model(repo_id, revision) if repo_id else Path(source.removeprefix("local-dir:"))
@@ -441,12 +518,26 @@ def find_open_clip_model(source: str, tokenizer: str | None = None, revision: st
 
 
 def first_error_line(error: BaseException) -> str:
-    """Return the first line of an error's message, because some libraries append pages of advice."""
+    """Return the first line of an error's message, because some libraries append pages of advice.
+
+    If the message is empty, the name of the error's type is returned.
+    """
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _download_model(repo_id: str, revision: str | None) -> Path:
-    """Download configuration, tokenizer, card and one weight file of an open_clip model; return the snapshot folder."""
+    """Download an open_clip model from the Hub: configuration, tokenizer, model card and a single weight file.
+
+    Args:
+        repo_id: Hub id of the model.
+        revision: Branch, tag or commit. None for the main branch.
+
+    Returns:
+        Folder of the downloaded files in the cache of huggingface_hub.
+
+    Raises:
+        ValueError: If the files can't be downloaded.
+    """
     try:
         patterns = ["README.md", *(f"*{end}" for end in TOKENIZER_SUFFIXES), OPEN_CLIP_WEIGHT_FILES[0]]
         folder = Path(snapshot_download(repo_id, allow_patterns=patterns, revision=revision))
@@ -463,10 +554,14 @@ def _download_model(repo_id: str, revision: str | None) -> Path:
 def read_open_clip_state_dict(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Read the tensors of an open_clip model from a checkpoint file.
 
-    The names may have a common prefix, for example that of a PyTorch Lightning module; it is removed.
+    The tensor names may have a common prefix, for example the attribute name of the model in a PyTorch Lightning
+    module. The prefix is removed.
+
+    Args:
+        path: Checkpoint file in the format of safetensors or of `torch.save`.
 
     Returns:
-        The tensors in float32, and sentences for the user about entries that were ignored.
+        Tensors by name, in float32, and a list of sentences that tell the user which entries were ignored.
 
     Raises:
         ValueError: If the file can't be read, contains objects other than tensors, or does not contain exactly one
@@ -494,7 +589,17 @@ def read_open_clip_state_dict(path: Path) -> tuple[dict[str, Tensor], list[str]]
 
 
 def _load_checkpoint(path: Path) -> Any:
-    """Load a checkpoint file without executing any code of it; every failure is a ValueError."""
+    """Load a checkpoint file without executing code that it contains.
+
+    Args:
+        path: Checkpoint file in the format of safetensors or of `torch.save`.
+
+    Returns:
+        The content of the file, usually a dictionary of tensors.
+
+    Raises:
+        ValueError: If the file can't be read, or contains Python objects other than tensors and plain containers.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -512,7 +617,18 @@ def _load_checkpoint(path: Path) -> Any:
 
 
 def _load_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBase:
-    """Load a tokenizer and check that its vocabulary and padding token fit the text tower."""
+    """Load a tokenizer and check that it fits the text tower.
+
+    Args:
+        name: Folder or Hub id of the tokenizer.
+        config: Configuration of the model.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: If the tokenizer can't be loaded, has more tokens than the text tower, or has another padding token.
+    """
     # "xlm-roberta-base" is an old name, which the Hub redirects.
     source = BASE_TEXT_MODEL if name in BASE_TEXT_NAMES and not Path(name).is_dir() else name
     try:
@@ -532,20 +648,21 @@ def _load_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBas
 def write_capivara_model(
     open_clip_source: OpenClipSource, folder: Path, config: CapivaraConfig | None = None
 ) -> tuple[CapivaraModel, list[str]]:
-    """Convert an open_clip model to a folder for transformers, in float32, and verify the result.
+    """Convert an open_clip model to a folder that transformers can load, in float32, and verify the converted model.
 
     Args:
-        open_clip_source: The model, from `find_open_clip_model`.
+        open_clip_source: Files and settings of the model, from `find_open_clip_model`.
         folder: Empty folder to write to.
-        config: Architecture of a bare checkpoint file. Default: the published architecture. Ignored if the model has
-            its own configuration.
+        config: Architecture of a checkpoint file that has no configuration. Default: the architecture of the published
+            CAPIVARA model. Ignored if the model has its own configuration.
 
     Returns:
-        The model as it was read back from the folder, and sentences for the user.
+        The converted model, read back from the folder, and a list of sentences that tell the user which files were used
+        and which entries were ignored.
 
     Raises:
-        ValueError: If the model can't be converted (checked before its weights are read), a tensor was changed by the
-            conversion, or embeddings of random inputs are not finite or all equal.
+        ValueError: If the configuration can't be converted (checked before the weights are read), the conversion
+            changed a tensor, or the embeddings of random inputs are not finite or are equal to each other.
     """
     config = (
         to_capivara_config(open_clip_source.model_cfg) if open_clip_source.model_cfg else config or CapivaraConfig()
@@ -562,7 +679,7 @@ def write_capivara_model(
         write_origin_card(open_clip_source.folder, folder, description, open_clip_source.repo_id)
     model, processor = load_model(folder).eval(), load_processor(folder)
     returned = to_open_clip_state_dict(model)
-    # Compared as integers, because NaN is not equal to itself.
+    # The floats are compared as integers, because NaN is not equal to itself.
     changed = returned.keys() ^ state.keys()
     for name in returned.keys() & state.keys():
         if not torch.equal(returned[name].view(torch.int32), state[name].view(torch.int32)):
@@ -578,15 +695,15 @@ def write_capivara_model(
 
 
 def convert_to_folder(source: str, folder: Path, revision: str | None) -> str:
-    """Convert an open_clip model to a folder, for the cache (`capivara_common.hub_cache`).
+    """Convert an open_clip model to a folder. `capivara_common.hub_cache` calls this to fill its cache.
 
     Args:
-        source: "hf-hub:OWNER/NAME", folder or checkpoint file.
+        source: "hf-hub:OWNER/NAME", folder of a model, or path of a checkpoint file.
         folder: Empty folder to write to.
-        revision: Branch, tag or commit on the Hub. Default: the main branch.
+        revision: Branch, tag or commit on the Hub. None for the main branch.
 
     Returns:
-        Digest of the weights.
+        Digest of the weights, 32 hexadecimal digits.
     """
     return weights_digest(write_capivara_model(find_open_clip_model(source, revision=revision), folder)[0])
 
@@ -596,7 +713,7 @@ def convert_to_folder(source: str, folder: Path, revision: str | None) -> str:
 
 @dataclass
 class ConvertArguments:
-    """Flags of `modeling_capivara.convert_open_clip`."""
+    """Command-line flags of `python -m modeling_capivara.convert_open_clip`."""
 
     source: str = flag(
         ...,
@@ -613,7 +730,11 @@ class ConvertArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: convert a model and print what was done."""
+    """Run the command: convert a model and print which files were used and where the result is.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
     args = parse_arguments(ConvertArguments, __doc__, argv)
     print(*convert(**vars(args)), f"Written: {args.output}", sep="\n")
 
@@ -628,14 +749,16 @@ def convert(
     """Convert an open_clip model to a new folder. If the conversion fails, the folder is not created.
 
     Args:
-        source: "hf-hub:OWNER/NAME", folder or checkpoint file.
-        output: Folder to create. If it exists, it must be empty.
-        tokenizer: Folder or Hub id, used if `source` neither contains nor names a tokenizer. Default: XLM-RoBERTa base.
+        source: "hf-hub:OWNER/NAME", folder of a model, or path of a checkpoint file.
+        output: Folder to create. If it exists, it must be empty, unless `overwrite_output_dir` is set.
+        tokenizer: Folder or Hub id of a tokenizer. It is used only if `source` neither contains a tokenizer nor names
+            one in its configuration. Default: the tokenizer of XLM-RoBERTa base.
         overwrite_output_dir: Replace `output` if it exists.
-        config: Architecture of a bare checkpoint file. Default: the published architecture.
+        config: Architecture of a checkpoint file that has no configuration. Default: the architecture of the published
+            CAPIVARA model.
 
     Returns:
-        Sentences for the user about the files that were used.
+        Sentences that tell the user which files were used and which entries were ignored.
 
     Raises:
         ValueError: If there is no such model, it can't be converted, or `output` has files.

@@ -1,4 +1,4 @@
-"""Image processor whose `pixel_values` are bit-identical to those of open_clip 3.3's evaluation transform."""
+"""Image processor of CAPIVARA models. Its `pixel_values` are bit-identical to open_clip 3.3's evaluation transform."""
 
 import os
 
@@ -10,19 +10,19 @@ from transformers.image_utils import ChannelDimension, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
-# Pixels of an image after the resize: 64 million, or 256 MB in memory. Photos of usual shapes need less than a million,
-# but a strip of 1 x 20,000 pixels would need a billion.
+# Largest number of pixels of an image after the resize: 64 million, or 256 MB in memory. Photos of usual shapes have
+# less than a million pixels after the resize, but a strip of 1 x 20,000 pixels would have a billion.
 MAX_RESIZED_PIXELS = 2**26
 
 CHANNEL_COUNTS = (1, 2, 3, 4)  # gray, gray with alpha, RGB, RGB with alpha
 
 
 class CapivaraImageProcessorKwargs(ImagesKwargs, total=False):
-    """Options of `CapivaraImageProcessor` in addition to those of transformers' image processors.
+    """Options of `CapivaraImageProcessor` that transformers' image processors do not have.
 
     max_resized_pixels (`int`, *optional*, defaults to 67,108,864):
-        Largest width times height of a resized image. If an image would exceed it, a ValueError is raised before the
-        resize.
+        Largest number of pixels (width times height) of a resized image. If an image would have more, a ValueError is
+        raised before the resize.
     """
 
     max_resized_pixels: int
@@ -31,22 +31,30 @@ class CapivaraImageProcessorKwargs(ImagesKwargs, total=False):
 class CapivaraImageProcessor(CLIPImageProcessorPil):
     """CLIP's image processor with the exact steps of open_clip 3.3's evaluation transform.
 
-    The steps are: PIL's bicubic resize in the image's own mode (gray, palette, …), center crop with the offset
-    `round(margin / 2)`, conversion to RGB, normalization. transformers' CLIP image processors convert to RGB first, and
-    their crop differs by one pixel if the margin is 3 modulo 4.
+    The steps are: PIL's bicubic resize in the image's own color mode (gray, palette, …), center crop with the offset
+    `round(margin / 2)`, conversion to RGB, normalization. The margin is the number of pixels that the crop removes from
+    a side. transformers' CLIP image processors convert to RGB before the resize, and the position of their crop differs
+    by one pixel if the margin is 3 modulo 4.
 
     An array or tensor gives the same result as a PIL image with the same pixels (see `array_to_pil`). 16-bit images are
-    scaled to 8 bits; PIL alone would clip them to white. Images from files keep their own mode and are rotated
-    according to their EXIF data. Images from URLs are converted to RGB when they are loaded.
+    scaled to 8 bits, because PIL alone would clip them to white. Images from files keep their color mode and are
+    rotated according to their EXIF data. Images from URLs are converted to RGB when they are loaded.
     """
 
     valid_kwargs = CapivaraImageProcessorKwargs
     max_resized_pixels = MAX_RESIZED_PIXELS
 
     def fetch_images(self, image_url_or_urls) -> Image.Image | np.ndarray | torch.Tensor | list:
-        """Load images from paths and URLs; images that are already loaded are returned unchanged.
+        """Load images from paths and URLs. Images that are already loaded are returned unchanged.
 
-        Unlike transformers, local files are not converted to RGB, because the resize must happen in their own mode.
+        In contrast to transformers, this method does not convert local files to RGB, because the resize must happen in
+        the image's own color mode.
+
+        Args:
+            image_url_or_urls: A path, URL, PIL image, array or tensor, or a list of them (also nested).
+
+        Returns:
+            The loaded image, or a list with the structure of the given list.
         """
         source = image_url_or_urls
         if isinstance(source, (list, tuple)):
@@ -82,19 +90,22 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
     def process_image(
         self, image, input_data_format: str | ChannelDimension | None = None, **kwargs: Unpack[ImagesKwargs]
     ) -> Image.Image:
-        """Convert an image of any type to a PIL image with 8 bits per channel, in its own mode.
+        """Convert an image of any type to a PIL image with 8 bits per channel.
+
+        The color mode is kept (gray, palette, RGB, …), because the resize happens in this mode.
 
         Args:
             image: PIL image, array or tensor.
             input_data_format: "channels_first" or "channels_last", for arrays and tensors. Default: inferred from the
                 shape.
-            **kwargs: Ignored; transformers passes all options of the call.
+            **kwargs: Ignored. transformers passes all options of the call.
 
         Returns:
             The PIL image.
 
         Raises:
-            ValueError: If the shape or a value of an array is not that of an image.
+            ValueError: If an array or tensor does not have the shape of an image, or a value is out of range (see
+                `to_uint8`).
         """
         if not isinstance(image, Image.Image):
             return array_to_pil(image, input_data_format)
@@ -136,27 +147,27 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
                 mean, std = (image_pixels.new_tensor(value).reshape(-1, 1, 1) for value in (image_mean, image_std))
                 image_pixels = image_pixels.sub_(mean).div_(std)
             pixels.append(image_pixels)
-        if len({image_pixels.shape for image_pixels in pixels}) == 1:  # otherwise it stays a list of images
+        if len({image_pixels.shape for image_pixels in pixels}) == 1:  # images of different sizes stay a list
             pixels = torch.stack(pixels)  # (images, 3, height, width)
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
 
 def resize_short_side(image: Image.Image, short_side: int, resample: int, max_pixels: int) -> Image.Image:
-    """Resize an image so that its shorter side has a given length, keeping the aspect ratio.
+    """Resize an image so that its shorter side has a given length, and keep the aspect ratio.
 
-    The length of the longer side is rounded down, as torchvision does.
+    The length of the longer side is rounded down, as in torchvision.
 
     Args:
         image: The image.
         short_side: Length of the shorter side of the result, in pixels.
-        resample: Filter of the resize, a value of `PIL.Image.Resampling`.
-        max_pixels: Largest allowed width times height of the result.
+        resample: Resampling filter, a value of `PIL.Image.Resampling`.
+        max_pixels: Largest allowed number of pixels (width times height) of the result.
 
     Returns:
         The resized image, or `image` itself if it already has the right size.
 
     Raises:
-        ValueError: If the result would have more than `max_pixels` pixels, or the image has none.
+        ValueError: If the result would have more than `max_pixels` pixels, or the image has no pixels.
     """
     width, height = image.size
     if not width or not height:
@@ -171,7 +182,7 @@ def resize_short_side(image: Image.Image, short_side: int, resample: int, max_pi
 
 
 def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Crop the center of an image; a smaller image is padded with black, as torchvision does.
+    """Crop the center of an image. An image that is smaller than the crop is padded with black, as in torchvision.
 
     Args:
         image: The image.
@@ -186,9 +197,16 @@ def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def _crop_offset(length: int, crop_length: int) -> int:
-    """Return the first pixel of a centered crop, negative if the image is smaller than the crop.
+    """Return the offset of a centered crop along one side of an image, as torchvision computes it.
 
-    For larger images `round` rounds half to even, as torchvision's center crop does.
+    Halves are rounded to the nearest even number if the image is larger than the crop.
+
+    Args:
+        length: Length of the image's side in pixels.
+        crop_length: Length of the crop's side in pixels.
+
+    Returns:
+        Index of the first pixel of the crop; negative if the image is smaller than the crop.
     """
     margin = length - crop_length
     return round(margin / 2) if margin >= 0 else -(-margin // 2)
@@ -198,15 +216,16 @@ def array_to_pil(image: np.ndarray | torch.Tensor, input_data_format: str | None
     """Convert an array or tensor to a PIL image with the same pixels.
 
     Args:
-        image: (height, width), or with 1 to 4 channels: (height, width, channels) for arrays, (channels, height, width)
-            for tensors, or the other order if only that one fits the shape. Values are converted by `to_uint8`.
-        input_data_format: "channels_first" or "channels_last". Default: inferred as above.
+        image: Pixels, (height, width), or with 1 to 4 channels, (height, width, channels) or (channels, height, width).
+            Values are converted by `to_uint8`.
+        input_data_format: "channels_first" or "channels_last". Default: inferred from the shape. If both orders are
+            possible, the channels of a tensor are first and the channels of an array are last.
 
     Returns:
-        An image of the mode L, LA, RGB or RGBA.
+        An image in the PIL mode L, LA, RGB or RGBA.
 
     Raises:
-        ValueError: If the shape is not that of an image, or a value is out of range (see `to_uint8`).
+        ValueError: If the shape is none of these, or a value is out of range (see `to_uint8`).
     """
     is_tensor = isinstance(image, torch.Tensor)
     array = image.detach().cpu().float().numpy() if is_tensor and image.is_floating_point() else image
@@ -220,13 +239,19 @@ def array_to_pil(image: np.ndarray | torch.Tensor, input_data_format: str | None
 
 
 def to_uint8(array: np.ndarray) -> np.ndarray:
-    """Convert pixels of any dtype to uint8.
+    """Convert pixels of any dtype to uint8 values from 0 to 255.
 
-    - uint8 stays as it is.
-    - uint16 is divided by 257 (65535 becomes 255).
-    - Other integers are taken as 8-bit values if none exceeds 255, otherwise as 16-bit values.
+    - uint8 values are not changed.
+    - uint16 values are divided by 257, so 65535 becomes 255.
+    - Other integers are interpreted as 8-bit values if none exceeds 255, otherwise as 16-bit values.
     - Booleans become 0 and 255.
-    - Floats are taken as values from 0 to 1, or from 0 to 255 if one of them exceeds 1.
+    - Floats are interpreted as values from 0 to 1 if none exceeds 1, otherwise as values from 0 to 255.
+
+    Args:
+        array: Pixels in any shape.
+
+    Returns:
+        Array of the same shape with dtype uint8.
 
     Raises:
         ValueError: If a value is negative, too large or not finite, or the dtype is not numeric.
@@ -253,7 +278,20 @@ def to_uint8(array: np.ndarray) -> np.ndarray:
 
 
 def _to_channels_last(array: np.ndarray, is_tensor: bool, input_data_format: str | None) -> np.ndarray:
-    """Return a three-dimensional array as (height, width, channels); see `array_to_pil` for the rules."""
+    """Move the channels of an image array to the last dimension.
+
+    Args:
+        array: Pixels, (height, width, channels) or (channels, height, width), with 1 to 4 channels.
+        is_tensor: Whether the pixels come from a tensor. If both orders are possible, the channels of a tensor are
+            first and the channels of an array are last.
+        input_data_format: "channels_first" or "channels_last". None infers the order from the shape.
+
+    Returns:
+        The array as (height, width, channels).
+
+    Raises:
+        ValueError: If the dimension of the channels does not have a size from 1 to 4.
+    """
     first_fits, last_fits = array.shape[0] in CHANNEL_COUNTS, array.shape[-1] in CHANNEL_COUNTS
     if input_data_format is not None:
         channels_first = ChannelDimension(input_data_format) == ChannelDimension.FIRST
@@ -267,7 +305,11 @@ def _to_channels_last(array: np.ndarray, is_tensor: bool, input_data_format: str
 
 
 def _flatten_images(images) -> list:
-    """Return a single image, a four-dimensional batch, or nested lists of both as one flat list of images."""
+    """Convert the images of a call to a flat list of single images.
+
+    Args:
+        images: A single image, a batch as a four-dimensional array or tensor, or nested lists of both.
+    """
     if isinstance(images, (list, tuple)):
         return [image for item in images for image in _flatten_images(item)]
     return list(images) if getattr(images, "ndim", 3) == 4 else [images]

@@ -1,7 +1,7 @@
-"""Load models and processors of any supported type from folders or the Hub.
+"""Load two-tower models (CAPIVARA and CLIP-like models of transformers) and their processors from folders or the Hub.
 
-In contrast to transformers, which only warns, every missing, unexpected or mismatched weight is an error. Files are
-validated before they are used, and errors are one line that names the problem.
+If a weight is missing, unexpected or has the wrong shape, transformers only warns; the functions of this module raise
+ValueError. They validate files before using them, and each error message is a single line that names the problem.
 """
 
 import hashlib
@@ -41,8 +41,8 @@ from .configuration_capivara import get_sizes
 from .processing_capivara import CapivaraProcessor
 
 WEIGHTS_FILE = "model.safetensors"
-MAX_NAMED_KEYS = 5  # weights named in an error message; a model has hundreds
-# Metadata that a converted model takes over from the card of its source.
+MAX_NAMED_KEYS = 5  # largest number of weights that an error message names, because a model has hundreds of weights
+# Metadata fields that the card of a converted or trimmed model copies from the card of the original model.
 INHERITED_CARD_FIELDS = ("license", "license_name", "license_link", "language", "attribution")
 ORIGIN_CARD_TEXT = "For a description, the training data and the license, see the card of the original model."
 
@@ -73,12 +73,18 @@ def load_config(source: str, **options: Any) -> PreTrainedConfig:
 
 
 def load_model(source: str | Path) -> PreTrainedModel:
-    """Load a two-tower model from a folder or the Hub, in float32.
+    """Load a two-tower model in float32.
+
+    Args:
+        source: Folder or Hub id.
+
+    Returns:
+        The model, as transformers' `AutoModel` returns it.
 
     Raises:
         ValueError: If there is no such model, a file is damaged, the model is not a supported two-tower model, or
-            weights are missing, unexpected or of the wrong shape (transformers only warns and leaves missing weights
-            random).
+            weights are missing, unexpected or of the wrong shape. (transformers itself would only warn and initialize
+            missing weights randomly.)
     """
     _check_model_folder(source, "config.json", "is not a model folder")
     try:
@@ -86,7 +92,7 @@ def load_model(source: str | Path) -> PreTrainedModel:
             for name in ("logit_scale", "logit_bias"):  # a clear error, before transformers loads all weights
                 read_scalar(Path(source), name)
         options = {"dtype": "float32", "use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
-        options["ignore_mismatched_sizes"] = True  # mismatches are then listed in the report, as missing weights are
+        options["ignore_mismatched_sizes"] = True  # lists mismatched weights in the report instead of raising an error
         with _silence_load_report():
             model, report = AutoModel.from_pretrained(source, config=load_two_towers_config(source), **options)
     except Exception as error:
@@ -100,10 +106,11 @@ def load_model(source: str | Path) -> PreTrainedModel:
 
 @contextmanager
 def _silence_load_report() -> Iterator[None]:
-    """Keep transformers from printing every key that does not fit; the error of `_check_keys` names the first ones.
+    """Return a context manager that keeps transformers from printing a report of weights that do not fit the model.
 
-    The logger is disabled, because at a level of WARNING or higher transformers prints a plan of sharded layers
-    instead.
+    The report is not needed, because the error of `_check_keys` names the first of these weights. The logger is
+    disabled instead of setting its level, because at a level of WARNING or higher transformers prints a plan of sharded
+    layers instead of the report.
     """
     transformers_logger = logging.getLogger("transformers.modeling_utils")
     was_disabled, transformers_logger.disabled = transformers_logger.disabled, True
@@ -114,7 +121,13 @@ def _silence_load_report() -> Iterator[None]:
 
 
 def load_mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
-    """Return all tensors of safetensors files as memory-mapped views, so that each is read only when it is used.
+    """Load all tensors of safetensors files as memory-mapped views, so that a tensor is read only when it is used.
+
+    Args:
+        files: Paths of the safetensors files, for example all shards of a model.
+
+    Returns:
+        Tensors by name.
 
     Raises:
         ValueError: If a file can't be read.
@@ -131,8 +144,9 @@ def load_mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
 def load_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
     """Load a model whose weights are memory-mapped views of its files.
 
-    transformers renames the weights of some model types while loading (AltCLIP's `layer.0` to `layers.0`). If the names
-    in the files do not fit and the model is not CAPIVARA, `load_model` loads it into memory instead, in float32.
+    For some model types, transformers renames weights while it loads them (for example AltCLIP's `layer.0` to
+    `layers.0`), so the names in the files do not fit the model. Such a model is not memory-mapped: `load_model` loads
+    it into memory, in float32. For CAPIVARA models, names that do not fit are an error.
 
     Args:
         folder: Folder with the weights.
@@ -158,18 +172,20 @@ def load_mapped_model(folder: Path, config: PreTrainedConfig) -> PreTrainedModel
 def build_model_from_tensors(tensors: Mapping[str, Tensor], config: PreTrainedConfig, subject: str) -> PreTrainedModel:
     """Build a model that uses the given tensors as its weights, without copying them.
 
-    The model is meant to be saved. It can't be run, because values that are computed instead of loaded are missing.
+    The model is meant to be saved. It can't be run, because its non-persistent buffers, which are not among the
+    weights, are not initialized.
 
     Args:
         tensors: Weights by name.
         config: Configuration of the model.
-        subject: Name of the weights, the subject of error messages.
+        subject: Description of the weights, which becomes the subject of error messages, such as "The weights of
+            FOLDER".
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        ValueError: If tensors are missing, unexpected or of the wrong shape. The message names the first of them.
+        ValueError: If tensors are missing, unexpected or of the wrong shape. The message names some of them.
     """
     with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=torch.float32)
@@ -187,16 +203,16 @@ def build_model_from_tensors(tensors: Mapping[str, Tensor], config: PreTrainedCo
 def _check_keys(
     name: str, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[tuple[str, Sequence, Sequence]]
 ) -> None:
-    """Check that the keys of weights fit a model's configuration.
+    """Raise an error if a comparison of weights with a model's configuration found differences.
 
     Args:
-        name: Name of the weights, the subject of the error message.
-        missing: Keys that the model needs and the weights lack.
-        unexpected: Keys of the weights that the model does not have.
-        mismatched: Keys whose shapes differ, each with the shape in the weights and the shape in the model.
+        name: Description of the weights, which becomes the subject of the error message.
+        missing: Names of weights that the model needs but the files do not contain.
+        unexpected: Names of weights in the files that the model does not have.
+        mismatched: Weights with a wrong shape: name, shape in the files, and shape in the model.
 
     Raises:
-        ValueError: If there is any such key. The message names at most `MAX_NAMED_KEYS` keys.
+        ValueError: If any of the three is not empty. The message names at most `MAX_NAMED_KEYS` weights.
     """
     shapes = [f"{key} {list(actual)}, not {list(expected)}" for key, actual, expected in mismatched]
     all_faults = {"missing": missing, "unexpected": unexpected, "mismatched": shapes}
@@ -208,14 +224,14 @@ def _check_keys(
 
 
 def format_keys(keys: Iterable[str], max_keys: int = MAX_NAMED_KEYS) -> str:
-    """Join keys for an error message.
+    """Format names of weights for an error message.
 
     Args:
         keys: Names of weights.
-        max_keys: Number of keys to name.
+        max_keys: Largest number of names in the result.
 
     Returns:
-        The first keys in alphabetical order, separated by commas, and the number of further keys.
+        The first names in alphabetical order, separated by commas, and the number of further names: "a, b and 3 more".
     """
     keys = sorted(keys)
     more = f" and {len(keys) - max_keys} more" if len(keys) > max_keys else ""
@@ -229,8 +245,8 @@ def load_processor(source: str | Path) -> ProcessorMixin:
         source: Folder or Hub id.
 
     Returns:
-        A `CapivaraProcessor`, or the transformers processor of the model, whose tokenizer is limited to the number of
-        tokens that the model accepts.
+        A `CapivaraProcessor` for a CAPIVARA model, otherwise the processor of transformers for this model type. Its
+        tokenizer truncates texts to the number of tokens that the model accepts.
 
     Raises:
         ValueError: If there is no processor, a file is damaged, or the processor belongs to another model.
@@ -259,27 +275,44 @@ def load_processor(source: str | Path) -> ProcessorMixin:
 
 
 def _check_padding(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Raise ValueError if a tokenizer has no padding token, or one that the model does not know as padding."""
+    """Check that the padding token of a tokenizer is valid for a model.
+
+    Args:
+        tokenizer: Tokenizer of the model's processor.
+        config: Configuration of the model.
+
+    Raises:
+        ValueError: If the tokenizer has no padding token, the token is not in the model's vocabulary, or its id is not
+            the `pad_token_id` of a CAPIVARA model.
+    """
     token, token_id, text_config = tokenizer.pad_token, tokenizer.pad_token_id, config.text_config
     if token_id is None:
         raise ValueError("its tokenizer has no padding token")
     if token_id >= text_config.vocab_size:
         raise ValueError(f"its padding token {token!r} is not among the model's {text_config.vocab_size} tokens")
-    # CAPIVARA's text tower counts positions from the id of the padding token.
+    # CAPIVARA's text tower numbers positions from the id of the padding token, so another id would shift them.
     if config.model_type == "capivara" and token_id != text_config.pad_token_id:
         raise ValueError(f"its padding token {token!r} has the id {token_id}, not {text_config.pad_token_id}")
 
 
 def pads_to_max_length(processor: ProcessorMixin) -> bool:
-    """Return whether texts are always padded to the maximum length and not masked, which SigLIP's models require."""
+    """Return whether the model requires texts that are padded to the maximum length, without an attention mask.
+
+    This is true for processors of SigLIP models, which were trained with such texts.
+    """
     return type(processor).__name__.startswith("Siglip")
 
 
 def _fit_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
-    """Check that a transformers processor belongs to the model, and limit its tokenizer to the model's text length.
+    """Check that a processor fits a model, and limit the processor's tokenizer to the model's maximum text length.
+
+    Args:
+        processor: Processor of transformers. The `model_max_length` of its tokenizer is changed. For a SigLIP model,
+            the tokenizer is also changed to return no attention mask.
+        config: Configuration of the model.
 
     Raises:
-        ValueError: If the processor's type, image size or vocabulary is that of another model.
+        ValueError: If the type, the image size or the vocabulary of the processor does not fit the model.
     """
     tokenizer, image_size = processor.tokenizer, config.vision_config.image_size
     settings = processor.image_processor.to_dict()
@@ -302,15 +335,16 @@ def _fit_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
 
 
 def _check_model_folder(source: str | Path, required_file: str, fault: str) -> None:
-    """Check that `source` is a model folder with the required file, or a Hub id whose file is cached or reachable.
+    """Check that a model and one of its files exist before transformers loads them, to give clear errors.
 
     Args:
-        source: Folder or Hub id.
+        source: Folder or Hub id. A file of a Hub id must be in the cache, or the Hub must be reachable.
         required_file: Name of the file.
-        fault: What is wrong if a folder lacks the file, the predicate of the error message.
+        fault: Predicate of the error message if the folder does not contain the file, such as "is not a model folder".
 
     Raises:
-        ValueError: If the check fails.
+        ValueError: If the folder does not exist or lacks the file, its configuration is damaged, or the Hub can't be
+            reached.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -325,7 +359,13 @@ def _check_model_folder(source: str | Path, required_file: str, fault: str) -> N
 
 
 def load_two_towers_config(source: str | Path) -> PreTrainedConfig:
-    """Load the configuration of a two-tower model from a folder or the Hub.
+    """Load and validate the configuration of a two-tower model.
+
+    Args:
+        source: Folder or Hub id.
+
+    Returns:
+        The configuration.
 
     Raises:
         ValueError: If the configuration is missing or damaged, or the model is not a supported two-tower model.
@@ -344,11 +384,11 @@ def load_two_towers_config(source: str | Path) -> PreTrainedConfig:
 
 
 def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
-    """Compute the BLAKE2b digest of a model's tensors (names, dtypes, shapes and values).
+    """Compute the BLAKE2b digest of a model's state dict (names, dtypes, shapes and values of its tensors).
 
     Args:
         model: The model.
-        prefixes: Only tensors whose names start with one of these are included. Default: all.
+        prefixes: Prefixes of tensor names. Only tensors whose names start with one of them are included. Default: all.
 
     Returns:
         32 hexadecimal digits.
@@ -362,7 +402,14 @@ def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) ->
 
 
 def read_card_metadata(card: Path) -> dict[str, Any]:
-    """Return the YAML metadata of a model or dataset card; empty if there is none or it can't be read."""
+    """Read the YAML metadata block of a model card or dataset card.
+
+    Args:
+        card: Path of the card, a README.md.
+
+    Returns:
+        Values by field name. Empty if there is no card or no metadata block, or it can't be read.
+    """
     try:
         # huggingface_hub's `metadata_load` would reject the whole card for a single byte that is not UTF-8.
         block = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8-sig", errors="replace"))
@@ -373,15 +420,16 @@ def read_card_metadata(card: Path) -> dict[str, Any]:
 
 
 def write_origin_card(source: Path, folder: Path, description: str, repo_id: str | None = None) -> None:
-    """Write the README.md of a model that was converted or trimmed, with license and attribution of its source.
+    """Write the model card of a converted or trimmed model, with the license and attribution of the original model.
 
-    Nothing is written if neither `repo_id` nor the card of the source gives any metadata.
+    No card is written if `repo_id` is None and the card of the original model has none of the needed metadata.
 
     Args:
-        source: Folder of the source model, whose card is read.
-        folder: Folder of the new model.
-        description: Sentence that says how the new model was made.
-        repo_id: Hub id of the source, for `base_model`. Default: the `base_model` of the source's card.
+        source: Folder of the original model, whose README.md is read.
+        folder: Folder of the new model, to which README.md is written.
+        description: Sentence for the card that says how the new model was made.
+        repo_id: Hub id of the original model, for the metadata field `base_model`. Default: the `base_model` in the
+            card of the original model.
     """
     source_metadata = read_card_metadata(source / "README.md")
     metadata = {"base_model": repo_id or source_metadata.get("base_model")}

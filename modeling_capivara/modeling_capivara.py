@@ -1,8 +1,8 @@
 """PyTorch models of CAPIVARA: a CLIP-like dual encoder with a multilingual text tower, and an image classifier.
 
 `CapivaraModel` embeds texts and images into one space and computes the contrastive loss.
-`CapivaraForImageClassification` is its image encoder with a linear head, which starts as the zero-shot classifier of
-the given labels.
+`CapivaraForImageClassification` combines the image encoder of a `CapivaraModel` with a linear classification head. Its
+`from_zero_shot` initializes the head as the zero-shot classifier of given labels.
 """
 
 import copy
@@ -29,7 +29,7 @@ SHARED_PARAMETER_PREFIXES = ("vision_model.", "visual_projection.", "logit_scale
 
 @dataclass
 class CapivaraOutput(ModelOutput):
-    """Output of `CapivaraModel`. Fields are None if the modality that they need was not given.
+    """Output of `CapivaraModel`. A field is None if it needs texts or images that were not given.
 
     Attributes:
         loss: Contrastive loss in nats, a float32 scalar; only with `return_loss=True`.
@@ -41,7 +41,7 @@ class CapivaraOutput(ModelOutput):
         text_model_output: Output of the text tower in its own dtype. Its `pooler_output`, (texts, text width), is the
             mean of the token states, before the projection.
         vision_model_output: Output of the image tower in its own dtype. Its `pooler_output`, (images, image width), is
-            not projected yet.
+            the pooled output of the tower, before the projection.
         pooler_output: Same as `image_embeds` if only images were given, otherwise None. transformers' pipeline
             "image-feature-extraction" reads this field.
     """
@@ -56,14 +56,15 @@ class CapivaraOutput(ModelOutput):
     pooler_output: Tensor | None = None
 
     def to_tuple(self) -> tuple:
-        """Return the fields that are not None as a tuple, with the towers' outputs as nested tuples."""
+        """Return the fields that are not None as a tuple, in their order. Outputs of the towers are nested tuples."""
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
 class CapivaraPreTrainedModel(PreTrainedModel):
-    """Base class of the CAPIVARA models: initialization, image features, and freezing of the image encoder.
+    """Base class of the CAPIVARA models, with the code that all models with an image encoder share.
 
-    Subclasses define `vision_model`, `visual_projection`, `logit_scale` and `image_encoder_frozen`.
+    It initializes weights, computes image features and freezes the image encoder. Subclasses must define the attributes
+    `vision_model` (image tower), `visual_projection`, `logit_scale` and `image_encoder_frozen` (bool).
     """
 
     config_class = CapivaraConfig
@@ -85,8 +86,8 @@ class CapivaraPreTrainedModel(PreTrainedModel):
     def freeze_image_encoder(self) -> None:
         """Freeze the image tower and its projection.
 
-        Their parameters get no gradient, and the tower stays in evaluation mode even after `train()`. Gradients still
-        flow through it to `pixel_values`.
+        The parameters of both get no gradient, and the image tower stays in evaluation mode even after `train()`.
+        Gradients still flow through both to `pixel_values`.
         """
         self.image_encoder_frozen = True
         self.vision_model.requires_grad_(False)
@@ -94,7 +95,14 @@ class CapivaraPreTrainedModel(PreTrainedModel):
         self.vision_model.eval()
 
     def train(self, mode: bool = True) -> "CapivaraPreTrainedModel":
-        """Set training mode (or evaluation mode with `mode=False`); a frozen image tower stays in evaluation mode."""
+        """Set the model to training mode. An image tower that is frozen stays in evaluation mode.
+
+        Args:
+            mode: True for training mode, False for evaluation mode.
+
+        Returns:
+            The model itself.
+        """
         super().train(mode)
         if self.image_encoder_frozen:
             self.vision_model.eval()  # batch norm would update its statistics, and dropout would be applied
@@ -114,8 +122,8 @@ class CapivaraPreTrainedModel(PreTrainedModel):
                 `return_dict=False` a tuple is returned.
 
         Returns:
-            The output of the image tower, whose `pooler_output` is the projected embedding, (images, truncate_dim or
-            projection_dim), not normalized.
+            The output of the image tower. Its `pooler_output` is replaced by the projected embedding, (images, width),
+            which is not normalized. The width is `truncate_dim` if given, otherwise `projection_dim`.
 
         Raises:
             ValueError: If `pixel_values` does not have four dimensions, or `truncate_dim` is not from 1 to
@@ -127,7 +135,18 @@ class CapivaraPreTrainedModel(PreTrainedModel):
         return outputs
 
     def _run_image_tower(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """Run the image tower alone; `pooler_output` is its pooled output, before the projection."""
+        """Run the image tower without the projection.
+
+        Args:
+            pixel_values: (images, 3, height, width), as `CapivaraImageProcessor` returns them.
+            **kwargs: Options of the image tower, such as `output_hidden_states`.
+
+        Returns:
+            The output of the image tower. Its `pooler_output`, (images, image width), is not projected.
+
+        Raises:
+            ValueError: If `pixel_values` does not have four dimensions, or the tower returns no `pooler_output`.
+        """
         if pixel_values.ndim != 4:
             rule = "`pixel_values` must be (images, 3, height, width), as `CapivaraImageProcessor` returns them"
             raise ValueError(f"{rule}, got shape {tuple(pixel_values.shape)}.")
@@ -143,8 +162,9 @@ class CapivaraPreTrainedModel(PreTrainedModel):
 class CapivaraModel(CapivaraPreTrainedModel):
     """CAPIVARA model (arXiv 2310.13683, section 3): an image tower and a text tower with projections to a shared space.
 
-    A text embedding is the mean of the token states that the attention mask keeps, projected. An image embedding is the
-    image tower's pooled output, projected. The outputs equal those of open_clip's `CustomTextCLIP` with a mean pooler.
+    A text embedding is the projection of the mean of the text's token states; padding is excluded from the mean. An
+    image embedding is the projection of the image tower's pooled output. The outputs equal those of open_clip's
+    `CustomTextCLIP` with a mean pooler.
 
     Args:
         config: Architecture of the model. The weights are random; use `from_pretrained` or `from_open_clip` to load
@@ -188,15 +208,15 @@ class CapivaraModel(CapivaraPreTrainedModel):
     def from_open_clip(cls, source: str, revision: str | None = None, **kwargs) -> "CapivaraModel":
         """Load a model that is stored in open_clip's format. The package open_clip is not needed.
 
-        The first call downloads the model, converts it, verifies the conversion and stores the result in
-        `$CAPIVARA_CACHE` (default: ~/.cache/capivara). Later calls read it from there, and need no network unless
-        `revision` is a branch or tag. Load the matching processor with
+        The first call downloads the model, converts it, verifies the conversion and stores the converted model in the
+        cache `$CAPIVARA_CACHE` (default: ~/.cache/capivara). Later calls read the converted model from the cache. They
+        need no network unless `revision` is a branch or tag. Load the matching processor with
         `AutoProcessor.from_pretrained(model.name_or_path)`.
 
         Args:
-            source: Hub id such as "hiaac-nlp/CAPIVARA", folder, or checkpoint file.
-            revision: Branch, tag or commit on the Hub. Default: the cached conversion if there is one, otherwise the
-                main branch.
+            source: Hub id such as "hiaac-nlp/CAPIVARA", folder of a model, or path of a checkpoint file.
+            revision: Branch, tag or commit on the Hub. Default: the converted model in the cache if there is one,
+                otherwise the main branch.
             **kwargs: Options of `from_pretrained`, such as `dtype`.
 
         Returns:
@@ -204,11 +224,11 @@ class CapivaraModel(CapivaraPreTrainedModel):
 
         Raises:
             ValueError: If there is no such model, it can't be converted, or the Hub can't be reached.
-            ImportError: If the package modeling-capivara is not installed, because this file was loaded from a model
-                folder with `trust_remote_code=True`.
+            ImportError: If the package modeling-capivara is not installed. This happens if the class was loaded from a
+                model folder with `trust_remote_code=True`.
         """
-        # `save_pretrained` copies this file into model folders together with all modules that it imports by statement.
-        # The cache and the converter must not be copied, so they are imported by name.
+        # `save_pretrained` copies this file into model folders, together with all modules that an import statement in
+        # it names. The modules of the cache and of the converter must not be copied, so `import_module` imports them.
         from importlib import import_module
 
         try:
@@ -223,13 +243,16 @@ class CapivaraModel(CapivaraPreTrainedModel):
         return cls.from_pretrained(folder, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Save the model, and register the image classification classes in the folder's `auto_map`.
+        """Save the model so that `AutoModel` and the Auto classes for image classification can load it.
+
+        `AutoModelForZeroShotImageClassification` and `AutoModelForImageClassification` are added to `auto_map` in
+        config.json.
 
         Args:
             save_directory: Folder to write to; it is created if necessary.
             **kwargs: Options of transformers' `PreTrainedModel.save_pretrained`.
         """
-        # transformers itself registers only one Auto class, `AutoModel`.
+        # transformers itself writes only one Auto class, `AutoModel`, to `auto_map`.
         names = {"ZeroShotImage": "CapivaraModel", "Image": "CapivaraForImageClassification"}
         auto_map = {f"AutoModelFor{task}Classification": f"modeling_capivara.{name}" for task, name in names.items()}
         self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | auto_map
@@ -240,7 +263,7 @@ class CapivaraModel(CapivaraPreTrainedModel):
         return self.text_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embedding layer of the text tower."""
+        """Replace the token embedding layer of the text tower by `value`."""
         self.text_model.set_input_embeddings(value)
 
     @can_return_tuple
@@ -256,14 +279,14 @@ class CapivaraModel(CapivaraPreTrainedModel):
     ) -> tuple | BaseModelOutputWithPooling:
         """Encode texts with the text tower and its projection.
 
-        The positional order is the same as in transformers' `CLIPModel.get_text_features`: `input_ids`,
-        `attention_mask`, `position_ids`. Pass everything else by keyword.
+        The first three parameters are `input_ids`, `attention_mask` and `position_ids`, in the order that transformers'
+        `CLIPModel.get_text_features` uses. Pass all others by keyword.
 
         Args:
             input_ids: (texts, tokens). Give either `input_ids` or `inputs_embeds`.
-            attention_mask: (texts, tokens), 1 for a token and 0 for padding. Default: padding tokens of `input_ids` are
-                masked; with `inputs_embeds` nothing is masked, because an embedding does not show whether it is
-                padding.
+            attention_mask: (texts, tokens), 1 for a token and 0 for padding. Default: padding tokens in `input_ids` are
+                masked. With `inputs_embeds` the default masks nothing, because an embedding does not show whether its
+                token is padding.
             position_ids: (texts, tokens), positions of the tokens. Default: the text tower counts them.
             token_type_ids: Ignored. Accepted because BERT's tokenizers return them; a single text has only one type.
             inputs_embeds: (texts, tokens, text width), token embeddings instead of `input_ids`.
@@ -273,13 +296,12 @@ class CapivaraModel(CapivaraPreTrainedModel):
                 `return_dict=False` a tuple is returned.
 
         Returns:
-            The output of the text tower, whose `pooler_output` is the projected embedding, (texts, truncate_dim or
-            projection_dim), not normalized.
+            The output of the text tower. Its `pooler_output` is the projected embedding, (texts, width), which is not
+            normalized. The width is `truncate_dim` if given, otherwise `projection_dim`.
 
         Raises:
-            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, the attention mask keeps no
-                token of a text (checked on the CPU only), a shape is wrong, or `truncate_dim` is not from 1 to
-                `projection_dim`.
+            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, the attention mask of a text is
+                all 0 (checked on the CPU only), a shape is wrong, or `truncate_dim` is not from 1 to `projection_dim`.
         """
         check_truncate_dim(truncate_dim, self.config.projection_dim)
         outputs = self._run_text_tower(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
@@ -294,7 +316,24 @@ class CapivaraModel(CapivaraPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """Run the text tower alone; `pooler_output` is the masked mean of the token states, before the projection."""
+        """Run the text tower and average its token states, without the projection.
+
+        Args:
+            input_ids: (texts, tokens), or None if `inputs_embeds` is given.
+            attention_mask: (texts, tokens), 1 for a token and 0 for padding. None masks the padding tokens of
+                `input_ids`, or nothing with `inputs_embeds`.
+            position_ids: (texts, tokens), positions of the tokens. None lets the text tower count them.
+            inputs_embeds: (texts, tokens, text width), token embeddings instead of `input_ids`.
+            **kwargs: Options of the text tower, such as `output_hidden_states`.
+
+        Returns:
+            The output of the text tower. Its `pooler_output`, (texts, text width), is the mean of the token states
+            that are not masked.
+
+        Raises:
+            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, the attention mask of a text is
+                all 0 (checked on the CPU only), or a shape is wrong.
+        """
         _check_tokens(input_ids, inputs_embeds)
         if inputs_embeds is not None:
             tokens, kwargs["inputs_embeds"] = inputs_embeds[..., 0], inputs_embeds
@@ -302,7 +341,7 @@ class CapivaraModel(CapivaraPreTrainedModel):
         else:
             tokens, kwargs["input_ids"] = input_ids, input_ids
             pad = self.config.text_config.pad_token_id
-            # Some towers have no padding token. No token has the id -1, so nothing is masked then.
+            # Some towers have no padding token. Comparing with -1 then masks nothing, because no token has this id.
             default_mask = (input_ids != (-1 if pad is None else pad)).long()
         attention_mask = default_mask if attention_mask is None else attention_mask
         _check_attention_mask(attention_mask, tokens)
@@ -328,7 +367,7 @@ class CapivaraModel(CapivaraPreTrainedModel):
         token_type_ids: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | CapivaraOutput:
-        """Embed texts, images or both. If both are given, compare every text with every image.
+        """Embed texts, images or both. If both are given, also compute the similarity of every text to every image.
 
         The positional order is the same as in transformers' `CLIPModel.forward`.
 
@@ -337,18 +376,19 @@ class CapivaraModel(CapivaraPreTrainedModel):
             pixel_values: (images, 3, height, width), or None to embed only texts.
             attention_mask: (texts, tokens), 1 for a token and 0 for padding. Default: padding tokens are masked.
             position_ids: (texts, tokens), positions of the tokens. Default: the text tower counts them.
-            return_loss: Also compute the contrastive loss. Text i must belong to image i.
+            return_loss: Whether to compute the contrastive loss. Text i must belong to image i.
             token_type_ids: Ignored. Accepted because BERT's tokenizers return them; a single text has only one type.
             **kwargs: Options of both towers, such as `output_hidden_states` and `output_attentions`. With
                 `return_dict=False` a tuple is returned.
 
         Returns:
-            The embeddings, the logits if both modalities are given, the loss if requested, and the towers' outputs.
+            The normalized embeddings of the given texts and images, the logits if both are given, the loss if
+            requested, and the outputs of the towers; see `CapivaraOutput`.
 
         Raises:
-            ValueError: If neither modality is given, the loss is requested with a single modality or with unequal
-                numbers of texts and images, a shape is wrong, or the attention mask keeps no token of a text (checked
-                on the CPU only).
+            ValueError: If neither texts nor images are given, the loss is requested without both or with unequal
+                numbers of texts and images, a shape is wrong, or the attention mask of a text is all 0 (checked on the
+                CPU only).
         """
         if input_ids is None and pixel_values is None:
             raise ValueError("Give `input_ids`, `pixel_values` or both; got neither.")
@@ -381,12 +421,13 @@ class CapivaraModel(CapivaraPreTrainedModel):
 class CapivaraForImageClassification(CapivaraPreTrainedModel):
     """CAPIVARA's image encoder with a linear classification head, for fine-tuning on labeled images.
 
-    The head is applied to unit-length image embeddings times exp(`logit_scale`). With class embeddings as its rows,
-    which is how `from_zero_shot` starts, it is the zero-shot classifier (CLIP, arXiv 2103.00020, section 3.1.2). The
-    scale is not folded into the rows: they would be up to a hundred times longer, and the steps of Adam would hardly
-    turn them.
+    The head is applied to unit-length image embeddings times exp(`logit_scale`). `from_zero_shot` initializes the rows
+    of the head's weight matrix with the text embeddings of the classes, so that the model starts as the zero-shot
+    classifier (CLIP, arXiv 2103.00020, section 3.1.2). The rows are not multiplied by the scale: they would be up to a
+    hundred times longer, and Adam's steps would hardly change their direction.
 
-    `from_pretrained` also accepts the folder of a `CapivaraModel`: it ignores the text encoder and creates a new head.
+    `from_pretrained` also accepts the folder of a `CapivaraModel`. It then ignores the text encoder and creates a head
+    with random weights.
 
     Args:
         config: Architecture of the model; `num_labels` is the number of classes.
@@ -423,8 +464,8 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         check_main_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
         self.visual_projection = nn.Linear(infer_vision_width(config.vision_config), config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
-        # `from_config(config, dtype=torch.bfloat16)` ignores `_keep_in_fp32_modules_strict`, so at least float32 is
-        # requested here.
+        # `from_config(config, dtype=torch.bfloat16)` ignores `_keep_in_fp32_modules_strict`, so the head is created
+        # explicitly in float32, or in float64 if that is the default dtype.
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.classifier = nn.Linear(config.projection_dim, config.num_labels, dtype=dtype)
         self.image_encoder_frozen = False
@@ -441,20 +482,22 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
     ) -> "CapivaraForImageClassification":
         """Build a classifier whose softmax equals the zero-shot probabilities of a `CapivaraModel`.
 
-        The embedding of a class is the normalized mean of the normalized embeddings of its prompts, which are all
-        templates filled with the class (prompt ensembling; CLIP, arXiv 2103.00020, section 3.1.4).
+        The prompts of a class are all templates, each filled with the class name. The embedding of a class is the
+        normalized mean of the normalized embeddings of its prompts (prompt ensembling; CLIP, arXiv 2103.00020, section
+        3.1.4).
 
         Args:
             model: A `CapivaraModel`. It is not changed, and the classifier shares no weights with it.
             processor: The model's `CapivaraProcessor`.
-            labels: Names of at least two classes, in the order of the logits. Or a dictionary from each name to the
-                text or texts that replace it in the templates: `{"0": ["o número 0", "o algarismo zero"], ...}`.
-            templates: Texts in which `{}` is replaced by the label, such as "uma foto de {}.". Use `["{}"]` if `labels`
-                has complete sentences.
+            labels: Names of at least two classes, in the order of the logits. Or a dictionary from each class name to
+                the text or list of texts that are inserted into the templates instead of the name:
+                `{"0": ["o número 0", "o algarismo zero"], ...}`.
+            templates: Texts in which `{}` is replaced by the class name, such as "uma foto de {}.". Use `["{}"]` if the
+                texts in `labels` are complete sentences.
 
         Returns:
-            The classifier in evaluation mode, with the device and dtype of `model` (the head is in float32). Nothing is
-            frozen.
+            The classifier in evaluation mode, on the device of `model`. The image encoder has the dtype of `model`, the
+            head is in float32. No parameter is frozen.
 
         Raises:
             ValueError: If there are fewer than two labels, a label is blank or repeated, there is no template, or a
@@ -474,7 +517,9 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         return cls.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype).to(model.device)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Save the classifier, without `CapivaraModel` in the folder's `auto_map`: its text encoder is not saved.
+        """Save the classifier. The saved folder can't be loaded as a `CapivaraModel`, because it has no text encoder.
+
+        `auto_map` in config.json therefore does not name `CapivaraModel`.
 
         Args:
             save_directory: Folder to write to; it is created if necessary.
@@ -502,13 +547,13 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         Args:
             pixel_values: (images, 3, height, width), as `CapivaraImageProcessor` returns them.
             labels: (images,), integer class indices, for cross-entropy. Or (images, num_labels), floats 0.0 or 1.0, for
-                binary cross-entropy with several labels per image. `config.problem_type` selects the loss; if it is
-                None, the dtype of the first `labels` sets it.
+                binary cross-entropy with several labels per image. `config.problem_type` selects the loss. If it is
+                None, the first call with `labels` sets it according to their dtype.
             **kwargs: Options of the image tower, such as `output_hidden_states` and `output_attentions`. With
                 `return_dict=False` a tuple is returned.
 
         Returns:
-            The logits, (images, num_labels), float32, and the loss in nats if `labels` are given.
+            An output with `logits`, (images, num_labels), float32, and `loss` in nats (None without `labels`).
 
         Raises:
             ValueError: If `pixel_values` does not have four dimensions, or the shape of `labels` does not fit.
@@ -529,16 +574,16 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
 def similarity_logits(
     text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
 ) -> Tensor:
-    """Compute the logits of all pairs of texts and images: scaled cosine similarities, in float32 even under autocast.
+    """Compute the logits of all pairs of a text and an image: scaled cosine similarities, in float32 even in autocast.
 
     Args:
         text_embeds: (texts, projection_dim), unit length.
         image_embeds: (images, projection_dim), unit length.
-        logit_scale: Scalar, natural logarithm of the scale.
+        logit_scale: Scalar, natural logarithm of the factor that multiplies the cosines.
         logit_bias: Scalar, added to the scaled cosines (SigLIP). Default: no bias.
 
     Returns:
-        (texts, images), float32.
+        Logits, (texts, images), float32.
     """
     with torch.autocast(text_embeds.device.type, enabled=False):
         logits = logit_scale.float().exp() * text_embeds.float() @ image_embeds.float().T
@@ -548,20 +593,20 @@ def similarity_logits(
 def clip_loss(
     text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
 ) -> Tensor:
-    """Compute the contrastive loss of a batch of pairs.
+    """Compute the contrastive loss of a batch of text-image pairs.
 
-    Without a bias this is the loss of CLIP (arXiv 2103.00020, section 2.3, figure 3): the mean of the cross-entropies
-    of choosing the image for each text and the text for each image. With a bias it is the sigmoid loss of SigLIP
-    (arXiv 2303.15343, algorithm 1).
+    Without `logit_bias` this is CLIP's loss (arXiv 2103.00020, section 2.3, figure 3): the mean of two cross-entropies,
+    one for choosing the right image for each text and one for choosing the right text for each image. With `logit_bias`
+    it is SigLIP's sigmoid loss (arXiv 2303.15343, algorithm 1).
 
     Args:
         text_embeds: (pairs, projection_dim), unit length.
         image_embeds: (pairs, projection_dim), unit length. Row i belongs to row i of `text_embeds`.
-        logit_scale: Scalar, natural logarithm of the scale.
+        logit_scale: Scalar, natural logarithm of the factor that multiplies the cosines.
         logit_bias: Scalar, SigLIP's bias. Default: None, for CLIP's loss.
 
     Returns:
-        The loss in nats, a float32 scalar. CLIP's loss of a single pair is 0, because there is no wrong answer.
+        The loss in nats, a float32 scalar. CLIP's loss of a single pair is 0, because there is no wrong pair.
 
     Raises:
         ValueError: If the numbers of texts and images differ, or both are 0.
@@ -579,14 +624,14 @@ def clip_loss(
 
 
 def mean_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
-    """Average the token states of each text that the attention mask keeps.
+    """Average the token states of each text, without those of padding.
 
     Args:
-        last_hidden_state: (texts, tokens, width), output of the text tower.
+        last_hidden_state: Token states, (texts, tokens, width), output of the text tower.
         attention_mask: (texts, tokens), 1 for a token and 0 for padding.
 
     Returns:
-        (texts, width), float32. The row of a text whose mask is all 0 is NaN.
+        Mean token state of each text, (texts, width), float32. If the mask of a text is all 0, its row is NaN.
     """
     mask = attention_mask.unsqueeze(-1).float()  # (texts, tokens, 1)
     return (last_hidden_state.float() * mask).sum(dim=1) / mask.sum(dim=1)
@@ -608,8 +653,8 @@ def _check_attention_mask(attention_mask: Tensor, tokens: Tensor) -> None:
         raise ValueError(
             f"`attention_mask` must have the shape of the tokens, {shapes}. Pass both as the processor returns them."
         )
-    # Reading values on a GPU would force a synchronization, so they are checked on the CPU only. On a GPU, the
-    # embedding of a text that consists of padding is NaN.
+    # Reading values from a GPU would force a synchronization, so the values are checked on the CPU only. On a GPU, the
+    # embedding of a text that consists only of padding is NaN.
     if attention_mask.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if empty := (attention_mask.sum(dim=1) == 0).nonzero().flatten().tolist():
@@ -618,7 +663,10 @@ def _check_attention_mask(attention_mask: Tensor, tokens: Tensor) -> None:
 
 
 def _pooler_kwargs(text_config: PreTrainedConfig) -> dict[str, bool]:
-    """Return arguments that build the text tower without its own pooler, because mean pooling does not use it."""
+    """Return keyword arguments for `AutoModel.from_config` that build the text tower without its own pooling layer.
+
+    Mean pooling does not use this layer. The dictionary is empty if the model type has no such option.
+    """
     model_class = MODEL_MAPPING.get(type(text_config), object)  # for unknown types, AutoModel raises a clear error
     has_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     return {"add_pooling_layer": False} if has_pooler else {}
@@ -634,7 +682,16 @@ def _build_text_projection(config: CapivaraConfig) -> nn.Module:
 
 
 def _embed_classes(model: PreTrainedModel, processor: ProcessorMixin, prompts: list[list[str]]) -> Tensor:
-    """Return the normalized mean embedding of each class's prompts, (classes, projection_dim), float32."""
+    """Compute the embedding of each class: the normalized mean of the embeddings of its prompts.
+
+    Args:
+        model: A `CapivaraModel`.
+        processor: The model's processor.
+        prompts: Prompts of each class.
+
+    Returns:
+        (classes, projection_dim), unit length, float32.
+    """
     texts, was_training = [text for class_prompts in prompts for text in class_prompts], model.training
     model.eval()  # dropout would add noise to the class embeddings
     try:
@@ -650,7 +707,19 @@ def _embed_classes(model: PreTrainedModel, processor: ProcessorMixin, prompts: l
 def _fill_templates(
     labels: Sequence[str] | Mapping[str, str | Sequence[str]], templates: Sequence[str]
 ) -> dict[str, list[str]]:
-    """Return the prompts of each label: every template filled with the label or with its texts."""
+    """Return the prompts of each class: every template, filled with the class name or with the texts of the class.
+
+    Args:
+        labels: Class names, or a dictionary from each class name to the text or texts that replace it in the templates.
+        templates: Texts in which `{}` is replaced.
+
+    Returns:
+        Prompts by class name, in the order of `labels`.
+
+    Raises:
+        ValueError: If there are fewer than two labels, a label is blank or repeated, there is no template, or a
+            template has no `{}`.
+    """
     if isinstance(labels, str) or len(labels) < 2:
         raise ValueError(f"`labels` must be a list of at least 2 names, got {labels!r}.")
     if isinstance(templates, str) or not templates or not all("{}" in template for template in templates):
@@ -670,16 +739,19 @@ def _fill_templates(
 
 
 def l2_normalize(features: Tensor) -> Tensor:
-    """Scale each row of `features`, (rows, width), to Euclidean length 1. Returns float32, or float64 for float64."""
+    """Scale each row of `features`, (rows, width), to Euclidean length 1.
+
+    The result is float64 if `features` are float64, otherwise float32.
+    """
     return nn.functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
 def check_truncate_dim(dim: int | None, width: int, name: str = "truncate_dim") -> None:
-    """Check a number of leading dimensions to keep.
+    """Check that an embedding can be truncated to its first `dim` dimensions.
 
     Args:
-        dim: The number; None keeps all dimensions.
-        width: Width of a full embedding.
+        dim: Number of leading dimensions to keep. None keeps all dimensions and is always valid.
+        width: Number of dimensions of a full embedding.
         name: Name of the argument, for the error message.
 
     Raises:
@@ -690,16 +762,16 @@ def check_truncate_dim(dim: int | None, width: int, name: str = "truncate_dim") 
 
 
 def check_main_input(name: str, tower: PreTrainedModel, expected: str, example: str) -> None:
-    """Check that a tower takes the expected kind of input.
+    """Check that a tower takes the expected input: pixels for an image tower, token ids for a text tower.
 
     Args:
         name: Field of the configuration, for the error message: "vision_config" or "text_config".
-        tower: The tower.
-        expected: Name of the input that the tower must take: "pixel_values" or "input_ids".
-        example: Model type that takes this input, for the error message.
+        tower: The image or text tower.
+        expected: Name of the main input that the tower must take: "pixel_values" or "input_ids".
+        example: Model type that takes the expected input, suggested in the error message.
 
     Raises:
-        ValueError: If the tower takes another input.
+        ValueError: If the main input of the tower has another name.
     """
     main_input = tower.main_input_name
     if main_input != expected:
@@ -711,8 +783,14 @@ def check_main_input(name: str, tower: PreTrainedModel, expected: str, example: 
 def infer_vision_width(config: PreTrainedConfig) -> int:
     """Return the width of the image tower's `pooler_output`.
 
-    This is `hidden_size` if the configuration has it. Convolutional towers do not; for them a model without memory for
-    weights (device "meta") is run to see its output's shape.
+    The width is `hidden_size` if the configuration has this field. Configurations of convolutional towers do not have
+    it. For such a tower, a model on the device "meta", which allocates no memory, is run to get the output's shape.
+
+    Args:
+        config: Configuration of the image tower.
+
+    Raises:
+        ValueError: If the tower returns no `pooler_output`.
     """
     if getattr(config, "hidden_size", None):
         return config.hidden_size
@@ -725,7 +803,15 @@ def infer_vision_width(config: PreTrainedConfig) -> int:
 
 
 def _get_pooler_output(outputs: ModelOutput, config: PreTrainedConfig) -> Tensor:
-    """Return the image tower's pooled output, (images, width)."""
+    """Return the image tower's pooled output as (images, width).
+
+    Args:
+        outputs: Output of the image tower.
+        config: Configuration of the image tower, for the error message.
+
+    Raises:
+        ValueError: If the tower returns no `pooler_output`.
+    """
     pooled = getattr(outputs, "pooler_output", None)
     if pooled is None:
         hint = "Use a tower that does, such as 'clip_vision_model', 'vit' or 'timm_wrapper'"

@@ -9,16 +9,16 @@ __all__ = ["CONTEXT_LENGTH", "CapivaraProcessor", "clean_text"]
 
 
 class CapivaraProcessor(ProcessorMixin):
-    """Processor that combines an image processor and a tokenizer.
+    """Processor of CAPIVARA models, which combines an image processor and a tokenizer.
 
     The token ids equal those of open_clip's `HFTokenizer`. Texts are cleaned, truncated to 77 tokens (or to the
     tokenizer's `model_max_length`, if that is smaller) and padded to the longest text of the batch. Embeddings do not
-    depend on the padding. `max_length`, `padding` and `truncation` of a call override these defaults, and so do the
-    settings that the tokenizer was loaded with:
+    depend on the padding. The arguments `max_length`, `padding` and `truncation` of a call override these defaults.
+    Settings that were passed when the tokenizer was loaded override them too, for example
     `AutoTokenizer.from_pretrained(folder, max_length=32, padding="max_length")`.
 
     transformers' `pipeline(task, model=folder)` finds the processor in the folder. If the model is already loaded, pass
-    the two parts by name, because pipelines ignore `processor=`:
+    the tokenizer and the image processor by name, because pipelines ignore `processor=`:
 
         pipeline("zero-shot-image-classification", model=model, tokenizer=processor.tokenizer,
                  image_processor=processor.image_processor)
@@ -27,7 +27,8 @@ class CapivaraProcessor(ProcessorMixin):
     Args:
         image_processor: A `CapivaraImageProcessor`.
         tokenizer: A fast tokenizer. It is converted to a `CapivaraTokenizer`, which also cleans texts when it is called
-            without the processor. Vocabulary and rules are kept; the length and padding of its last call are not.
+            without the processor. The conversion keeps the vocabulary and the rules, but not the `max_length` and
+            `padding` that the tokenizers library stores from the last call.
         **kwargs: Options of transformers' `ProcessorMixin`.
 
     Example:
@@ -58,8 +59,8 @@ class CapivaraProcessor(ProcessorMixin):
                 `return_tensors`.
 
         Returns:
-            `input_ids` and `attention_mask`, (texts, tokens), if `text` is given, and `pixel_values`,
-            (images, 3, height, width), if `images` are given.
+            A dictionary-like `BatchFeature`. If `text` is given, it has `input_ids` and `attention_mask`, each
+            (texts, tokens). If `images` are given, it has `pixel_values`, (images, 3, height, width).
 
         Raises:
             ValueError: If a text is not a string, the list of texts is empty, neither images nor texts are given, or an

@@ -1,6 +1,6 @@
-"""Text cleaning and length limits applied before tokenization, equal to those of open_clip's tokenizer.
+"""Text cleaning and length limits that are applied before tokenization, as open_clip's tokenizer does.
 
-Imports neither torch nor transformers, so that the search can use it without them.
+This module imports neither torch nor transformers, so that `capivara_search` can use it without these packages.
 """
 
 import html
@@ -11,25 +11,32 @@ import ftfy
 from ftfy.fixes import unescape_html
 
 CONTEXT_LENGTH = 77  # tokens, including the begin and end tokens; open_clip's default, which CAPIVARA uses
-# Only this much of a text is read, after long white space is shortened. 77 tokens need a quarter of it even if every
-# letter is written as an HTML entity. The limits are necessary because the time of ftfy grows with the square of the
-# length, and with the number of lines.
+# Only this many characters and lines of a text are read, after long white space is shortened. 77 tokens need a quarter
+# of the characters even if every letter is written as an HTML entity. The limits are necessary because the time of ftfy
+# grows with the square of the number of characters, and with the number of lines.
 MAX_CHARACTERS = 4096
 MAX_LINES = 512
 LONG_WHITESPACE_RE = re.compile(r"\s{6,}")
-# ftfy may need one pass for each "&" or ";". A text with more of them is cleaned by `_fix_line`, which limits the
-# passes.
+# ftfy may need one pass for each "&" or ";". A text with more than this number of these characters is cleaned by
+# `_fix_line`, which limits the number of passes.
 MAX_FTFY_ENTITY_SIGNS = 8
-# Nested entities ("&amp;amp;") up to this depth are resolved one level per pass, as ftfy does it. All deeper levels are
-# resolved in the last pass.
+# Nested entities ("&amp;amp;") up to this depth are resolved one level per pass, as in ftfy. All deeper levels are
+# resolved together in the last pass.
 MAX_ENTITY_NESTING = 4
 
 
 def clean_text(text: str) -> str:
-    """Repair mojibake, resolve HTML entities (also nested ones such as "&amp;amp;") and collapse white space.
+    """Clean a text: repair mojibake (wrongly decoded characters), resolve HTML entities and collapse white space.
 
-    The steps equal the `whitespace` cleaning of open_clip 3.3's `HFTokenizer`. Only the first 4096 characters and 512
-    lines are read; a run of white space counts as at most five characters.
+    Nested entities such as "&amp;amp;" are resolved too. The steps equal the `whitespace` cleaning of open_clip 3.3's
+    `HFTokenizer`. Only the first 4096 characters and 512 lines are read. A run of white space counts as at most five
+    of these characters.
+
+    Args:
+        text: Text of any length.
+
+    Returns:
+        The cleaned text on a single line, with single spaces between words.
 
     Raises:
         ValueError: If `text` is not a string.
@@ -41,8 +48,8 @@ def clean_text(text: str) -> str:
 
 
 def _truncate_text(text: str) -> str:
-    """Shorten long white space, then return the first `MAX_CHARACTERS` and `MAX_LINES` of the text."""
-    # Each replacement leaves at least four characters, so more than `MAX_CHARACTERS` of them can't be needed.
+    """Shorten each long run of white space, then return the first `MAX_CHARACTERS` characters and `MAX_LINES` lines."""
+    # Each replacement leaves at least four characters, so more than `MAX_CHARACTERS` replacements can't be needed.
     shortened = LONG_WHITESPACE_RE.sub(_shorten_whitespace, text, count=MAX_CHARACTERS)
     truncated = "\n".join(shortened[:MAX_CHARACTERS].split("\n")[:MAX_LINES])
     if truncated == shortened:
@@ -54,14 +61,20 @@ def _truncate_text(text: str) -> str:
 
 
 def _shorten_whitespace(match: re.Match) -> str:
-    """Return the first and last two characters of a run of white space, and a line break if the run has one."""
+    r"""Return a shortened run of white space: its first two and its last two characters.
+
+    If the run contains a line break, "\n" is inserted between them, so that the text keeps its lines.
+
+    Args:
+        match: Match of `LONG_WHITESPACE_RE`.
+    """
     return match[0][:2] + "\n" * ("\n" in match[0]) + match[0][-2:]
 
 
 def _fix_text(text: str) -> str:
-    """Apply `ftfy.fix_text` with a limited number of passes.
+    """Return the same result as `ftfy.fix_text`, but limit the number of passes over the text.
 
-    ftfy itself makes one pass for each level of nested entities, so its time is quadratic in the length of the text.
+    ftfy makes one pass for each level of nested entities, so its time may be quadratic in the length of the text.
     """
     if sum(map(text.count, "&;＆；")) <= MAX_FTFY_ENTITY_SIGNS:
         return ftfy.fix_text(text)
@@ -71,7 +84,7 @@ def _fix_text(text: str) -> str:
 
 
 def _fix_line(line: str) -> str:
-    """Resolve entities and repair mojibake in one line, in at most `MAX_ENTITY_NESTING` + 1 passes."""
+    """Resolve HTML entities and repair mojibake in one line of text, in at most `MAX_ENTITY_NESTING` + 1 passes."""
     for level in range(MAX_ENTITY_NESTING + 1):
         before, line = line, unescape_html(line)
         if level == MAX_ENTITY_NESTING:  # the last pass resolves all remaining levels
@@ -90,7 +103,13 @@ def _unescape_all_levels(line: str) -> str:
 
 
 def check_texts(text: str | Iterable[str]) -> str | list[str]:
-    """Return a single text unchanged and several texts as a list.
+    """Check that `text` is a string or contains only strings.
+
+    Args:
+        text: One text, or an iterable of texts.
+
+    Returns:
+        A single text unchanged, or the texts of an iterable as a list.
 
     Raises:
         ValueError: If a text is not a string, or there is no text.

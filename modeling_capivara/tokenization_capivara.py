@@ -11,27 +11,34 @@ from .text_cleaning_capivara import CONTEXT_LENGTH, check_texts, clean_text
 
 
 class CapivaraTokenizer(PreTrainedTokenizerFast):
-    """Fast tokenizer that returns the token ids of open_clip's `HFTokenizer`, alone and inside `CapivaraProcessor`.
+    """Fast tokenizer that returns the same token ids as open_clip's `HFTokenizer`.
 
-    Every text is cleaned (`clean_text`) and truncated to 77 tokens, or to `model_max_length` if that is smaller;
-    `max_length` and `truncation` override this as in transformers. `pad_to_multiple_of` applies after truncation, so
-    it changes only the padding: with 8, texts of 77 tokens are padded to 80. The attention mask is also 0 for padding
-    tokens that a text itself contains ("<pad>"), because open_clip derives its mask from the ids.
+    The tokenizer can be used alone or inside `CapivaraProcessor`. Every text is cleaned (`clean_text`) and truncated to
+    77 tokens, or to `model_max_length` if that is smaller. The arguments `max_length` and `truncation` of a call
+    override this limit, as in transformers. `pad_to_multiple_of` applies after truncation, so it changes only the
+    padding: with 8, texts of 77 tokens are padded to 80. The attention mask is also 0 where a text itself contains the
+    padding token ("<pad>"), because open_clip computes its mask from the token ids.
 
-    The tokenizers library stores the length and padding of the last call in `tokenizer.json`; this class neither saves
-    nor loads them. A `max_length` and `padding` passed to `from_pretrained` are defaults for `CapivaraProcessor`.
+    The tokenizers library stores the `max_length` and `padding` of the last call in `tokenizer.json`. This class
+    neither saves nor loads these two values. If `max_length` or `padding` is passed to `from_pretrained`, it becomes a
+    default of `CapivaraProcessor`.
     """
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "CapivaraTokenizer":
-        """Convert a fast tokenizer to this class, with the same vocabulary and rules.
+        """Convert a fast tokenizer to a `CapivaraTokenizer` with the same vocabulary and rules.
 
-        A tokenizer that is already of this class is returned unchanged.
+        Args:
+            tokenizer: Fast tokenizer of any class.
+
+        Returns:
+            The converted tokenizer, or `tokenizer` itself if it is already a `CapivaraTokenizer`.
 
         Raises:
             ValueError: If `tokenizer` is not a fast tokenizer.
         """
-        # By name, because the class may come from a model folder's copy of this file (`trust_remote_code=True`).
+        # The classes are compared by name, because the tokenizer's class may come from the copy of this file in a model
+        # folder (`trust_remote_code=True`).
         if type(tokenizer).__name__ == cls.__name__:
             return tokenizer
         if not tokenizer.is_fast:
@@ -42,13 +49,16 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
         return converted
 
     def without_cleaning(self) -> PreTrainedTokenizerFast:
-        """Return a plain fast tokenizer with the same vocabulary, for programs that clean texts themselves."""
+        """Return a `PreTrainedTokenizerFast` with the same vocabulary that does not clean texts.
+
+        It is meant for programs that clean texts themselves, such as open_clip.
+        """
         return PreTrainedTokenizerFast(**_tokenizer_kwargs(self))
 
     @classmethod
     def _from_pretrained(cls, *args, **kwargs):
         tokenizer = super()._from_pretrained(*args, **kwargs)
-        # Earlier versions saved the length of the last call, which transformers would read as a setting.
+        # Earlier versions of this class saved the length of the last call, which transformers would read as a setting.
         backend = tokenizer.backend_tokenizer
         last_call_lengths = (backend.truncation or {}).get("max_length"), (backend.padding or {}).get("length")
         if "max_length" not in kwargs and tokenizer.init_kwargs.get("max_length") in last_call_lengths:
@@ -81,14 +91,25 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
 
 
 def _tokenizer_kwargs(tokenizer: PreTrainedTokenizerBase) -> dict:
-    """Return constructor arguments for a fast tokenizer with the same vocabulary, rules and settings."""
+    """Return constructor arguments that build a fast tokenizer with the same vocabulary, rules and settings.
+
+    Args:
+        tokenizer: Fast tokenizer to copy.
+
+    Returns:
+        Keyword arguments of `PreTrainedTokenizerFast` by name. The vocabulary is shared with `tokenizer`, not copied.
+    """
     names = ("model_max_length", "model_input_names", "padding_side", "truncation_side", "extra_special_tokens")
     settings = {name: getattr(tokenizer, name) for name in names}
     return {"tokenizer_object": tokenizer.backend_tokenizer, **tokenizer.special_tokens_map, **settings}
 
 
 def _clean(text: str | Iterable) -> str | list | tuple:
-    """Clean a text, a list of texts, pairs of texts, or texts that are split into words."""
+    """Clean all strings in a tokenizer's input with `clean_text`, and return the input in the same structure.
+
+    Args:
+        text: A text, a list of texts, a list of pairs of texts, or a list of texts that are split into lists of words.
+    """
     if isinstance(text, list | tuple) and any(isinstance(part, list | tuple) for part in text):
         return [type(part)(_clean(part)) if isinstance(part, list | tuple) else _clean(part) for part in text]
     text = check_texts(text)
@@ -96,7 +117,16 @@ def _clean(text: str | Iterable) -> str | list | tuple:
 
 
 def _mask_padding(input_ids: list | np.ndarray | Tensor, mask: list | np.ndarray | Tensor, pad_token_id: int):
-    """Return the attention mask with 0 for every padding token, also for those that a text contains."""
+    """Return the attention mask with 0 for every padding token, also for a padding token that is part of a text.
+
+    Args:
+        input_ids: Token ids of one text, (tokens,), or of several texts, (texts, tokens).
+        mask: Attention mask in the same shape, 1 for a token and 0 for padding.
+        pad_token_id: Id of the padding token.
+
+    Returns:
+        The new mask, in the same shape. It is a list if `input_ids` is a list.
+    """
     if not isinstance(input_ids, list):
         return mask * (input_ids != pad_token_id)
     if input_ids and isinstance(input_ids[0], list):

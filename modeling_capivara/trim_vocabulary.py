@@ -1,17 +1,17 @@
-"""Remove the tokens that some chosen languages do not use from a multilingual model.
+"""Trim the vocabulary of a multilingual model: remove the tokens that the given languages do not use.
 
     python -m modeling_capivara.trim_vocabulary MODEL OUTPUT --languages pt en
     python -m modeling_capivara.trim_vocabulary MODEL OUTPUT --languages pt en --texts chosen.txt
 
-Most parameters of a multilingual text tower are token embeddings of other languages. Trimming removes tokens from the
-tokenizer and their rows from the embedding table. Nothing else changes, so image indexes stay valid, and a text whose
-tokens are all kept has the same embedding as before:
+Most parameters of a multilingual text tower are embeddings of tokens that a single language never uses. Trimming
+removes tokens from the tokenizer and their rows from the embedding table. Nothing else changes, so image indexes stay
+valid. A text has the same embedding as before if all its tokens are kept:
 
-- A Unigram tokenizer (XLM-R) splits a text into the tokens with the highest sum of scores. Removing other tokens can't
-  make a better split. A letter without a token scores 10 less than the lowest score of the vocabulary, so the token
-  with that score is kept as well.
-- A BPE tokenizer (SigLIP 2, which uses Gemma's) merges tokens in the order of a list and falls back to bytes. For every
-  kept token, all merges that lead to it are kept, so they are applied in the same order as before.
+- A Unigram tokenizer (XLM-R) splits a text into the tokens with the highest sum of scores. Removing tokens that this
+  split does not use can't make another split better. A letter without a token gets the lowest score of the vocabulary
+  minus 10. The token with the lowest score is kept too, so that this value does not change.
+- A BPE tokenizer (SigLIP 2 uses the one of Gemma) applies a list of merges in order and falls back to bytes. For every
+  kept token, all merges that produce the token are kept, so they are applied in the same order as before.
 """
 
 import hashlib
@@ -43,15 +43,16 @@ from .loading import (
     write_origin_card,
 )
 
-# Number of most frequent words of the first language and of each further language. With these numbers, one in 400 long
-# Portuguese sentences contains a removed token, and the model has less than 215 million parameters. docs/benchmarks.md
-# compares other numbers.
+# Number of most frequent words whose tokens are kept, for the first language and for each further language. With these
+# numbers, one in 400 long Portuguese sentences contains a removed token, and the model has less than 215 million
+# parameters. docs/benchmarks.md compares other numbers.
 DEFAULT_WORD_COUNTS = (150_000, 50_000)
-MAX_CHECKED_WORDS = 10_000  # words per language on which the two tokenizers are compared
+MAX_CHECKED_WORDS = 10_000  # words per language on which the trimmed tokenizer is compared with the original one
 TOKENIZER_BATCH_SIZE = 10_000  # texts per call of a tokenizer
 WORD_START_MARKER = "▁"  # first character of a token that starts a word
 BYTE_TOKEN_PATTERN = "<0x[0-9A-F]{2}>"  # token of a single byte
-# Files that are copied to the trimmed model. Result files are not copied, because they belong to the original model.
+# Files that are copied to the trimmed model if they exist. Files of evaluation results are not copied, because the
+# results were measured with the original model.
 COPIED_FILES = ("LICENSE", "run.json", "rotation.safetensors")
 ORIGIN_SENTENCE = (
     "Made by `python -m modeling_capivara.trim_vocabulary`: only the embeddings of tokens that {languages} use were "
@@ -61,7 +62,7 @@ ORIGIN_SENTENCE = (
 
 @dataclass
 class TrimArguments:
-    """Flags of `modeling_capivara.trim_vocabulary`."""
+    """Command-line flags of `python -m modeling_capivara.trim_vocabulary`."""
 
     model: Path = flag(..., "Folder of the model.", positional=True)
     output: Path = flag(..., "Folder to create. If it exists, it must be empty.", positional=True)
@@ -78,7 +79,11 @@ class TrimArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: trim a model and print what was done."""
+    """Run the command: trim a model, and print its numbers of tokens and parameters before and after.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
     args = parse_arguments(TrimArguments, __doc__, argv)
     print(*trim(**vars(args)), f"Written: {args.output}", sep="\n")
 
@@ -91,24 +96,24 @@ def trim(
     texts: Sequence[Path] = (),
     overwrite_output_dir: bool = False,
 ) -> list[str]:
-    """Write a copy of a CAPIVARA or SigLIP model that has only the tokens of some languages.
+    """Write a copy of a CAPIVARA or SigLIP model that has only the tokens of the given languages.
 
     Args:
         model: Folder of the model.
-        output: Folder to create. If it exists, it must be empty.
+        output: Folder to create. If it exists, it must be empty, unless `overwrite_output_dir` is set.
         languages: Language codes of the package wordfreq, such as "pt".
         words: Number of most frequent words of each language whose tokens are kept, in the order of `languages`. The
             last number is used for all further languages.
-        texts: UTF-8 files with one text per line, whose tokens are kept as well.
+        texts: UTF-8 files with one text per line. All tokens of these texts are kept too.
         overwrite_output_dir: Replace `output` if it exists.
 
     Returns:
-        Lines for the user: numbers of tokens and parameters, and sizes of the weights.
+        Sentences for the user with the numbers of tokens and parameters and the sizes of the weights.
 
     Raises:
         ValueError: If the model is already trimmed or damaged, its tokenizer is of an unsupported type, an added token
             has no row in the embedding table, wordfreq has no word list of a language, a file has no text, a number of
-            words is below 1, or `output` has files.
+            words is below 1, or `output` has files and may not be replaced.
         ImportError: If wordfreq is not installed.
     """
     check_output_folder(output, overwrite_output_dir)
@@ -159,13 +164,24 @@ def _weights_megabytes(folder: Path) -> float:
 def _write_trimmed_model(
     source: Path, config: PreTrainedConfig, folder: Path, kept_ids: Sequence[int], record: dict
 ) -> tuple[int, int]:
-    """Write the model with only the rows `kept_ids` of its embedding table, and verify the file that was written.
+    """Write the model without the embeddings of removed tokens, and verify the file that was written.
 
-    The other weights are memory-mapped and never copied. The number of rows and the digest of the original table are
-    added to `record`, which becomes `trimmed_vocabulary` of the configuration.
+    The other weights are memory-mapped, so they are never copied in memory.
+
+    Args:
+        source: Folder of the original model.
+        config: Configuration of the original model. It is changed to that of the trimmed model.
+        folder: Folder to write to.
+        kept_ids: Ids of the tokens to keep, in ascending order. Row i of the new embedding table is row `kept_ids[i]`
+            of the original one.
+        record: Dictionary that becomes `trimmed_vocabulary` of the configuration. The number of rows of the original
+            table ("of") and its digest ("table") are added to it.
 
     Returns:
         Number of parameters before and after.
+
+    Raises:
+        ValueError: If a written weight differs from the model's weight.
     """
     model = load_mapped_model(source, config)
     embedding = model.text_model.get_input_embeddings()
@@ -188,16 +204,17 @@ def _write_trimmed_model(
 def select_token_ids(
     processor: ProcessorMixin, languages: Sequence[str], words: Sequence[int], texts: Iterable[str] = ()
 ) -> list[int]:
-    """Select the tokens to keep: those of frequent words and of texts, and those that any text may need.
+    """Select the tokens to keep when a vocabulary is trimmed.
 
-    Words count in lower case, in upper case and as a title.
+    These are the tokens of the most frequent words of each language (in lower case, in upper case and with a capital
+    letter), the tokens of the given texts, and tokens that any text may need, such as digits and punctuation.
 
     Args:
-        processor: Processor whose vocabulary is trimmed.
+        processor: Processor with the original tokenizer.
         languages: Language codes of the package wordfreq, such as "pt".
         words: Number of most frequent words of each language, in the order of `languages`. The last number is used for
             all further languages.
-        texts: Texts whose tokens are kept as well.
+        texts: Further texts whose tokens are kept.
 
     Returns:
         Token ids in ascending order.
@@ -241,19 +258,26 @@ def frequent_words(language: str, number: int) -> list[str]:
 
 
 def word_variants(word: str) -> str:
-    """Return a text with a word in lower case, as a title and in upper case, each after a space and after a bracket."""
+    """Return a text that contains a word in several spellings, because each spelling may have other tokens.
+
+    The word is given in lower case, with a capital letter and in upper case, each after a space and after a bracket:
+    "gato (gato Gato (Gato GATO (GATO".
+
+    Args:
+        word: Word in lower case.
+    """
     return " ".join(f"{form} ({form}" for form in dict.fromkeys((word, word.title(), word.upper())))
 
 
 def used_token_ids(processor: ProcessorMixin, texts: Iterable[str]) -> set[int]:
-    """Collect the ids of all tokens of some texts.
+    """Collect the ids of all tokens that occur in the given texts.
 
     Args:
         processor: Processor that tokenizes the texts.
         texts: Any number of texts.
 
     Returns:
-        Ids, including those of the begin, end and padding tokens.
+        Token ids, including those of the begin, end and padding tokens.
     """
     ids = {processor.tokenizer.pad_token_id}
     for batch in _iter_batches(texts):
@@ -268,16 +292,18 @@ def _tokenize(processor: ProcessorMixin, texts: Sequence[str]) -> list[list[int]
 def check_tokenization(
     original: ProcessorMixin, trimmed: ProcessorMixin, kept_ids: Sequence[int], texts: Iterable[str]
 ) -> None:
-    """Check that the trimmed tokenizer splits texts like the original one if all their tokens were kept.
+    """Check that the trimmed tokenizer splits texts into the same tokens as the original tokenizer.
+
+    A text that contains a removed token is not compared.
 
     Args:
-        original: Processor before the trim.
-        trimmed: Processor after the trim.
-        kept_ids: Original id of each token of the trimmed tokenizer.
-        texts: Texts to compare.
+        original: Processor with the original tokenizer.
+        trimmed: Processor with the trimmed tokenizer.
+        kept_ids: Original id of each token of the trimmed tokenizer, in the order of its new ids.
+        texts: Texts to tokenize with both.
 
     Raises:
-        ValueError: If a text is split differently.
+        ValueError: If the two tokenizers split a text differently.
     """
     id_set = set(kept_ids)
     for batch in _iter_batches(texts):
@@ -288,7 +314,7 @@ def check_tokenization(
 
 
 def _iter_batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Yield lists of at most `TOKENIZER_BATCH_SIZE` texts."""
+    """Split texts into batches, and yield each batch as a list of at most `TOKENIZER_BATCH_SIZE` texts."""
     remaining = iter(texts)
     while batch := list(islice(remaining, TOKENIZER_BATCH_SIZE)):
         yield batch
@@ -296,6 +322,9 @@ def _iter_batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def read_lines(path: Path) -> list[str]:
     """Read the lines of a text file, without blank lines.
+
+    Args:
+        path: UTF-8 file with one text per line.
 
     Raises:
         ValueError: If the file can't be read as UTF-8 or has no text.
@@ -310,16 +339,20 @@ def read_lines(path: Path) -> list[str]:
 
 
 def _required_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the ids of tokens that any text may need.
+    """Return the ids of tokens that are always kept, because any text may need them.
 
-    These are added tokens, tokens of a single letter, tokens without letters, and all tokens up to the last special
-    token, so that the ids of the special tokens do not change. Single Chinese characters and Korean syllables are not
-    included, because there are ten thousand of them; the words of those languages add the ones that are needed.
+    These are added tokens, tokens of a single letter, and tokens without letters. All tokens up to the last special
+    token are included too, so that the ids of the special tokens do not change. For a Unigram tokenizer, the token with
+    the lowest score is included. Tokens of a single Chinese character or Korean syllable are not included, because
+    there are ten thousand of them. If Chinese or Korean is kept, its frequent words add the tokens that are needed.
+
+    Args:
+        tokenizer: The original tokenizer.
     """
     state = tokenizer_state(tokenizer)
     special_ids = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     ids = {*range(max(special_ids - {None}) + 1), *(token["id"] for token in state["added_tokens"])}
-    if state["model"]["type"] == "Unigram":  # the score of unknown letters depends on the lowest score
+    if state["model"]["type"] == "Unigram":  # the score of a letter without a token depends on the lowest score
         scores = [score for _, score in state["model"]["vocab"]]
         ids.add(min(range(len(scores)), key=scores.__getitem__))
     for token_id, token in enumerate(_tokens_by_id(state)):
@@ -331,7 +364,10 @@ def _required_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict:
-    """Return the content of a tokenizer's tokenizer.json.
+    """Return the content of a tokenizer's tokenizer.json as a dictionary, for example with `model` and `added_tokens`.
+
+    Args:
+        tokenizer: Tokenizer of any type.
 
     Raises:
         ValueError: If the tokenizer is of a type that can't be trimmed.
@@ -348,7 +384,11 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict:
 
 
 def _tokens_by_id(state: dict) -> list[str]:
-    """Return the tokens of a tokenizer's state in the order of their ids, without added tokens."""
+    """Return the tokens of a vocabulary in the order of their ids, without added tokens.
+
+    Args:
+        state: Content of tokenizer.json, from `tokenizer_state`.
+    """
     vocabulary = state["model"]["vocab"]  # Unigram: list of tokens with scores; BPE: dictionary from token to id
     return (
         [token for token, _ in vocabulary] if isinstance(vocabulary, list) else sorted(vocabulary, key=vocabulary.get)
@@ -356,7 +396,15 @@ def _tokens_by_id(state: dict) -> list[str]:
 
 
 def _add_merge_parts(tokenizer: PreTrainedTokenizerBase, token_ids: set[int]) -> set[int]:
-    """Add the tokens that the given tokens of a BPE are merged from, directly or over several merges."""
+    """Add the shorter tokens from which a BPE tokenizer merges the given tokens, directly or over several merges.
+
+    Args:
+        tokenizer: Tokenizer of a supported type.
+        token_ids: Ids of the tokens.
+
+    Returns:
+        The given ids and the added ids. For a Unigram tokenizer, which has no merges, the given ids.
+    """
     state = tokenizer_state(tokenizer)
     if state["model"]["type"] != "BPE":
         return token_ids
@@ -371,16 +419,21 @@ def _add_merge_parts(tokenizer: PreTrainedTokenizerBase, token_ids: set[int]) ->
 
 
 def _merges(state: dict) -> list[tuple[str, str]]:
-    """Return the merges of a BPE in their order; older files store each as a text with a space between the parts."""
+    """Return the merges of a BPE tokenizer in their order, each as a pair of tokens that are joined.
+
+    Args:
+        state: Content of tokenizer.json, from `tokenizer_state`. Older files store a merge as a string with a space
+            between the two tokens, newer files as a list of two tokens.
+    """
     return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in state["model"]["merges"]]
 
 
 def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept_ids: Sequence[int]) -> PreTrainedTokenizerBase:
-    """Build a tokenizer that has only some tokens of another one.
+    """Build a tokenizer whose vocabulary contains only the given tokens of another tokenizer.
 
     Args:
-        tokenizer: The original tokenizer.
-        kept_ids: Ids of the tokens to keep, in ascending order. The token `kept_ids[i]` gets the id i.
+        tokenizer: The original tokenizer. It is not changed.
+        kept_ids: Ids of the tokens to keep, in ascending order. The token `kept_ids[i]` gets the new id i.
 
     Returns:
         The trimmed tokenizer, of the same class.

@@ -4,9 +4,9 @@
     embed_texts(model, processor, ["uma foto de um gato"])  # (texts, width), unit length, float32, on the CPU
     load_embedder("open_clip:ViT-B-32:openai", baseline=True).embed_texts(["a photo of a cat"])
 
-Models of transformers are used without a wrapper. Needed are `get_text_features` and `get_image_features`, whose
-`pooler_output` is the embedding before normalization, `logit_scale`, and for models with SigLIP's loss (arXiv
-2303.15343, section 3) `logit_bias`.
+Models of transformers are used without a wrapper. They must have the methods `get_text_features` and
+`get_image_features`, which return an output whose `pooler_output` is the embedding before normalization, and the
+parameter `logit_scale`. Models with SigLIP's loss (arXiv 2303.15343, section 3) also have the parameter `logit_bias`.
 """
 
 import hashlib
@@ -37,10 +37,11 @@ from .loading import load_model, load_processor, pads_to_max_length, weights_dig
 from .modeling_capivara import l2_normalize
 from .processing_capivara import CapivaraProcessor
 
-# Title of a progress bar, or a function that is called with the size of each finished batch. None: no progress.
+# How progress is reported: a string is the title of a progress bar, a function is called with the number of items in
+# each finished batch, and None reports nothing.
 ProgressOption = str | Callable[[int], object] | None
-# Images per forward pass on the CPU. With more, every layer allocates new memory for its activations, which doubles the
-# time.
+# Images per forward pass on the CPU. With larger batches, every layer allocates new memory for its activations, which
+# doubles the time.
 CPU_CHUNK_IMAGES = 4
 
 
@@ -50,19 +51,31 @@ def uses_sigmoid_loss(model: nn.Module) -> bool:
 
 
 def describe_model(model: nn.Module) -> dict[str, str]:
-    """Return `model_class` and `loss` ("sigmoid" or "contrastive"), which result files and model cards state."""
+    """Describe a model for result files and model cards.
+
+    Args:
+        model: A two-tower model.
+
+    Returns:
+        Dictionary with `model_class` (name of the Python class) and `loss` ("sigmoid" for SigLIP's loss, "contrastive"
+        for CLIP's loss).
+    """
     return {"model_class": type(model).__name__, "loss": "sigmoid" if uses_sigmoid_loss(model) else "contrastive"}
 
 
 def embedding_width(config: PreTrainedConfig) -> int:
-    """Return the number of dimensions of an embedding."""
+    """Return the number of dimensions of the embeddings of a two-tower model with the given configuration."""
     return config.text_config.projection_size if config.model_type == "siglip" else config.projection_dim
 
 
 def freeze_image_encoder(model: PreTrainedModel) -> None:
-    """Freeze the image tower and its projection: they get no gradient.
+    """Freeze the image tower and its projection, so that their parameters get no gradient.
 
-    The image tower of a CAPIVARA model also stays in evaluation mode after `train()`.
+    The frozen image tower of a CAPIVARA model also stays in evaluation mode after `train()`. The image towers of other
+    models do not.
+
+    Args:
+        model: Two-tower model, which is changed.
     """
     if hasattr(model, "freeze_image_encoder"):
         return model.freeze_image_encoder()
@@ -72,43 +85,45 @@ def freeze_image_encoder(model: PreTrainedModel) -> None:
 
 
 def compute_text_embeds(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Compute normalized text embeddings of tokens.
+    """Compute the normalized embeddings of tokenized texts.
 
     Args:
-        model: Two-tower model, or a wrapper with its methods, such as a PEFT model.
-        input_ids: (texts, tokens), as `pad_batch` returns them.
-        attention_mask: (texts, tokens), 1 for a token and 0 for padding. Default: the model decides; SigLIP's models
-            attend to padding.
+        model: Two-tower model, or a wrapper with the same methods, such as a PEFT model.
+        input_ids: Token ids, (texts, tokens), as `pad_batch` returns them.
+        attention_mask: (texts, tokens), 1 for a token and 0 for padding. Default: the default of the model. CAPIVARA
+            models mask padding, SigLIP models attend to it.
 
     Returns:
-        (texts, width), unit length, float32.
+        Embeddings, (texts, width), unit length, float32.
     """
     return l2_normalize(model.get_text_features(input_ids, attention_mask=attention_mask).pooler_output)
 
 
 def compute_image_embeds(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Compute normalized image embeddings, (images, width), float32, of pixels.
+    """Compute the normalized embeddings of preprocessed images.
 
     Args:
-        model: Two-tower model, or a wrapper with its methods, such as a PEFT model.
+        model: Two-tower model, or a wrapper with the same methods, such as a PEFT model.
         pixel_values: (images, 3, height, width), as the model's processor returns them.
 
     Returns:
-        (images, width), unit length, float32.
+        Embeddings, (images, width), unit length, float32.
     """
     return l2_normalize(model.get_image_features(pixel_values).pooler_output)
 
 
 def tokenize(processor: ProcessorMixin, texts: Sequence[str]) -> list[dict[str, list[int]]]:
-    """Tokenize texts without padding them to each other, so that they can be sorted by length first.
+    """Tokenize texts without padding them to a common length.
+
+    The caller can then sort the texts by length before it pads them with `pad_batch`.
 
     Args:
-        processor: Processor from `load_processor`. It truncates the texts.
+        processor: Processor from `load_processor`. Texts are truncated to its maximum length.
         texts: At least one text.
 
     Returns:
-        For each text its `input_ids` and `attention_mask`, of its own length. For SigLIP's models only `input_ids`,
-        padded to the maximum length.
+        For each text a dictionary with `input_ids` and `attention_mask`, lists with one entry per token. SigLIP models
+        require padding, so for them the dictionary has only `input_ids`, padded to the maximum length.
     """
     options: dict[str, Any] = {"padding": False}  # a CapivaraProcessor truncates by default
     if not isinstance(processor, CapivaraProcessor):
@@ -121,14 +136,15 @@ def tokenize(processor: ProcessorMixin, texts: Sequence[str]) -> list[dict[str, 
 
 
 def pad_batch(processor: ProcessorMixin, tokenized: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
-    """Pad tokenized texts to the longest of them.
+    """Pad tokenized texts to the length of the longest one, and convert them to tensors.
 
     Args:
         processor: Processor that `tokenize` was called with.
-        tokenized: Rows that `tokenize` returned.
+        tokenized: Tokenized texts, as `tokenize` returns them.
 
     Returns:
-        `input_ids` and, unless the model is SigLIP's, `attention_mask`: each (texts, tokens).
+        Dictionary with `input_ids` and `attention_mask`, each (texts, tokens). For a SigLIP model it has only
+        `input_ids`.
     """
     if pads_to_max_length(processor):
         return {"input_ids": torch.tensor([row["input_ids"] for row in tokenized])}
@@ -137,20 +153,20 @@ def pad_batch(processor: ProcessorMixin, tokenized: Sequence[Mapping[str, list[i
 
 @dataclass
 class Embedder:
-    """A loaded two-tower model of any library, with functions that embed images and texts.
+    """A loaded two-tower model of transformers or open_clip, with functions that embed images and texts.
 
     Attributes:
-        name: Name that the model was loaded by.
+        name: Folder, Hub id or open_clip name that the model was loaded from.
         device: Device of the model.
         precision: "float32", or "bf16" for autocast to bfloat16.
         fingerprint: Digest of everything that the embeddings depend on: weights, settings, tokenizer, precision.
         image_fingerprint: Digest of everything that image embeddings depend on. Models with the same image encoder have
             the same value. For open_clip models it equals `fingerprint`.
-        metadata: `model_class` and `loss`, from `describe_model`.
-        embed_images: Function of an iterable of PIL images, `batch_size` and `progress`. Returns (images, width), unit
-            length, float32, on the CPU.
-        embed_texts: Function of a sequence of texts, `batch_size` and `progress`. Returns (texts, width), unit length,
-            float32, on the CPU.
+        metadata: Dictionary with `model_class` and `loss`, from `describe_model`.
+        embed_images: Function that embeds images. Its arguments are an iterable of PIL images, `batch_size` (int) and
+            `progress` (see `ProgressOption`). It returns (images, width), unit length, float32, on the CPU.
+        embed_texts: Function that embeds texts. Its arguments are a sequence of texts, `batch_size` (int) and
+            `progress` (see `ProgressOption`). It returns (texts, width), unit length, float32, on the CPU.
     """
 
     name: str
@@ -176,7 +192,7 @@ def load_embedder(
         model: Folder or Hub id of a CAPIVARA model or of a CLIP-like model of transformers. With `baseline`, also an
             open_clip model: "open_clip:NAME:PRETRAINED", "open_clip:hf-hub:OWNER/NAME" or "open_clip:local-dir:FOLDER".
         device: "cpu" or "cuda". Default: the GPU of this process if there is one, otherwise the CPU.
-        baseline: Allow open_clip models. They can be measured, but not trained.
+        baseline: Allow open_clip models, which can be evaluated as a baseline but not trained.
         precision: "float32", or "bf16" for autocast to bfloat16.
 
     Returns:
@@ -270,12 +286,13 @@ def _load_open_clip_embedder(source: str, device: torch.device, precision: str) 
 
     digest = _digest_parts("open_clip", source, weights_digest(model), repr(preprocess), precision)
     images, texts = partial(_embed_in_batches, encode_images), partial(_embed_in_batches, encode_texts)
-    # It is not known which parameters the image embeddings depend on, so both fingerprints are the whole model's.
+    # It is not known which parameters the image embeddings depend on, so both fingerprints are the digest of the whole
+    # model.
     return Embedder(f"open_clip:{source}", device, precision, digest, digest, describe_model(model), images, texts)
 
 
 def _digest_parts(*parts: str) -> str:
-    """Return the BLAKE2b digest of texts as 32 hexadecimal digits."""
+    """Return the BLAKE2b digest of several strings as 32 hexadecimal digits."""
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -347,7 +364,20 @@ def embed_images(
 def _embed_in_batches(
     encode: Callable, items: Iterable, batch_size: int = 32, progress: ProgressOption = None
 ) -> Tensor:
-    """Apply `encode` to batches of items and concatenate the embeddings on the CPU, in float32."""
+    """Embed items in batches.
+
+    Args:
+        encode: Function from a list of items to their embeddings, (items, width).
+        items: Items to embed, such as images or texts; at least one.
+        batch_size: Number of items per call of `encode`.
+        progress: Title of a progress bar, or a function that is called with the size of each finished batch.
+
+    Returns:
+        Embeddings, (items, width), float32, on the CPU, in the order of `items`.
+
+    Raises:
+        ValueError: If an embedding is not finite.
+    """
     total = len(items) if hasattr(items, "__len__") else None
     title = progress if isinstance(progress, str) else None
     embeds, iterator = [], iter(items)
@@ -359,10 +389,13 @@ def _embed_in_batches(
 
 
 def check_finite(embeds: Tensor) -> Tensor:
-    """Return the embeddings unchanged if all numbers are finite.
+    """Check that all numbers of embeddings are finite, and return the embeddings unchanged.
+
+    Args:
+        embeds: Embeddings in any shape.
 
     Raises:
-        ValueError: If a number is NaN or infinite, because every score would be meaningless.
+        ValueError: If a number is NaN or infinite. Similarities to such an embedding would be meaningless.
     """
     if not embeds.isfinite().all():
         raise ValueError(NOT_FINITE_MESSAGE)
@@ -370,28 +403,42 @@ def check_finite(embeds: Tensor) -> Tensor:
 
 
 def split_for_device(pixel_values: Tensor, device: torch.device) -> Sequence[Tensor]:
-    """Move pixels to a device in the memory format and chunks that are fastest there.
+    """Move preprocessed images to a device, in the memory format and batch size that are fastest on this device.
 
     Args:
         pixel_values: (images, 3, height, width).
         device: Device of the model.
 
     Returns:
-        Chunks of `pixel_values` in channels-last format: `CPU_CHUNK_IMAGES` images each on a CPU, all images otherwise.
+        Chunks of `pixel_values` in channels-last memory format. On a CPU a chunk has at most `CPU_CHUNK_IMAGES` images.
+        On other devices there is a single chunk with all images.
     """
     pixel_values = pixel_values.to(device, memory_format=torch.channels_last)
     return pixel_values.split(CPU_CHUNK_IMAGES if device.type == "cpu" else max(len(pixel_values), 1))
 
 
 def random_images(seed: int = 0) -> list[Image.Image]:
-    """Return six images of random pixels and odd sizes for consistency checks: four RGB, one gray, one RGBA."""
+    """Return six images with random pixels, on which a converted model can be compared with the original one.
+
+    The images have unusual sizes. Four are RGB, one is gray, and one is RGBA.
+
+    Args:
+        seed: Seed of the random numbers.
+    """
     rng = np.random.default_rng(seed)
     shapes = [(37, 61, 3), (301, 199, 3), (224, 227, 3), (97, 450, 3), (130, 131), (259, 225, 4)]
     return [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
 
 
 def random_texts(seed: int = 0) -> list[str]:
-    """Return six Portuguese-looking texts of 1 to 120 words for consistency checks; the longest is truncated."""
+    """Return six random texts, on which a converted model can be compared with the original one.
+
+    The texts consist of Portuguese syllables and have 1 to 120 words. The longest has more than 77 tokens, so the
+    tokenizer truncates it.
+
+    Args:
+        seed: Seed of the random choices.
+    """
     rng = random.Random(seed)
     syllables = ("ca", "pi", "va", "ra", "ção", "ões", "nha", "lho", "ba", "tu", "gue", "mar", "é", "ão", "sol", "que")
     lengths = (1, 2, 5, 9, 30, 120)

