@@ -78,7 +78,7 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
             transformers_js.write_configs(repository)
         check_model_files(repository)
         digests = [hashlib.sha256((repository / name).read_bytes()).digest() for name in PAGE_MODEL_FILES]
-        # The URL of the model contains the digest, because otherwise browsers would use the cached files of an old model.
+        # The URL of the model contains the digest. Otherwise, browsers would use the cached files of an old model.
         digest = hashlib.sha256(b"".join(digests)).hexdigest()[:16]
         for name in PAGE_MODEL_FILES:
             copy_file(repository / name, output / "model" / digest / name)
