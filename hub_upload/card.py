@@ -57,7 +57,7 @@ HUB_TASKS = {
 
 @dataclass
 class CardArguments:
-    """Command-line arguments of `hub_upload.card`."""
+    """Command-line arguments of `python -m hub_upload.card`, which writes or checks a model card."""
 
     model: Path | None = flag(None, "Folder of a finished run, or an export of it. Its card is written.")
     repo_id: str | None = flag(

@@ -120,7 +120,16 @@ def collect_run_metadata(folder: Path) -> dict[str, Any]:
 
 
 def _read_run_metadata(folder: Path) -> dict[str, Any]:
-    """Read the values that `collect_run_metadata` returns. Malformed files may raise any error, such as KeyError."""
+    """Read the values that `collect_run_metadata` returns.
+
+    Errors of any type, such as KeyError, may be raised if a file is malformed. `collect_run_metadata` converts them.
+
+    Args:
+        folder: Folder of a run with one or several seeds, or an export of the run.
+
+    Returns:
+        Values by name. The comments in the `return` statement describe them.
+    """
     digests: dict[str, str] = {}
     model, run, runs = _read_runs(folder, digests)
     run_folders = (folder, *seed_folders(folder))
@@ -410,7 +419,7 @@ def to_code(value: Any) -> str:
 
 
 def is_portuguese(language: str) -> bool:
-    """Return whether a language code means Portuguese, for example "pt" or "pt-BR"."""
+    """Return whether a language code stands for Portuguese, as "pt", "pt-BR" and "por" do."""
     return re.split("[-_]", language)[0] in ("pt", "por")
 
 
@@ -474,7 +483,11 @@ class CardWriter:
         return self.number(100 * share if is_number(share) else share, 2, sign)
 
     def duration(self, seconds: Any) -> str:
-        """Format a duration, given in seconds, in hours, minutes or seconds, whichever fits, with the unit."""
+        """Format a duration with its unit, in the number format of the card's language.
+
+        Args:
+            seconds: Duration in seconds. It is written in hours from 90 minutes on, and in minutes from 90 seconds on.
+        """
         if seconds < 90:
             return f"{self.number(seconds, 1 if seconds >= 1 else 2)} s"
         unit, part = ("h", 3600) if seconds >= 5400 else ("min", 60)

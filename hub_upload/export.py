@@ -38,7 +38,7 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class ExportArguments:
-    """Command-line arguments of `hub_upload.export`."""
+    """Command-line arguments of `python -m hub_upload.export`, which exports a model for other libraries."""
 
     model: Path = flag(..., "Folder of a two-tower model, written by a training run or `save_pretrained`.")
     output: Path = flag(..., "Folder to write. It must not exist or must be empty.")

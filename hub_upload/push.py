@@ -85,7 +85,7 @@ class HubUnreachableError(PushError):
 
 @dataclass
 class PushArguments:
-    """Command-line arguments of `hub_upload.push`."""
+    """Command-line arguments of `python -m hub_upload.push`, which uploads a folder to the Hub."""
 
     model: Path = flag(..., "Folder to upload: a model or, with --repo_type, a dataset or Space.")
     repo_id: str = flag(..., "Repository on the Hub, owner/name. It is created if it does not exist.")
@@ -110,7 +110,10 @@ class PushArguments:
 
 @dataclass
 class RemoteRepository:
-    """State of a repository on the Hub. A repository that the token is not allowed to see does not exist here."""
+    """State of a repository on the Hub.
+
+    A private repository that the access token may not see is described as if it did not exist.
+    """
 
     exists: bool = False
     is_private: bool = False
@@ -225,7 +228,15 @@ def check_card_is_current(args: PushArguments) -> None:
 
 
 def describe_push(plan: PushPlan) -> str:
-    """Describe the planned changes for the user: a line for the repository, a line for each file, and notes."""
+    """Describe a push for the user, before it is made.
+
+    Args:
+        plan: Result of `plan_push`.
+
+    Returns:
+        A text of several lines: a line for the repository, a line for each file that is added, changed, deleted or only
+        on the Hub, the number of unchanged files, and notes on the license, the card and the token.
+    """
     args, remote, remote_files = plan.args, plan.remote, plan.remote.files
     state = f"does not exist, will be created{' as private' * args.private}"
     if remote.exists:
@@ -279,7 +290,16 @@ def _is_on_hub(file: CommitOperationAdd, remote_file: RepoFile | None) -> bool:
 
 
 def _check_visibility(repo_id: str, remote: RemoteRepository, private: bool) -> None:
-    """Raise PushError if `private` is set but the repository on the Hub exists and is public."""
+    """Check that a push that must be private does not go to a public repository.
+
+    Args:
+        repo_id: Repository on the Hub, owner/name, for the error message.
+        remote: State of the repository.
+        private: Whether the repository must be private.
+
+    Raises:
+        PushError: If `private` is set, and the repository exists and is public.
+    """
     if private and remote.exists and not remote.is_private:
         raise PushError(
             f"{repo_id} is public, and --private only applies to new repositories. Make it private in its settings on "
@@ -543,7 +563,7 @@ def publish_run(run: Path, repo_id: str, private: bool = False, card_language: s
 
 
 def _error_sentence(error: BaseException) -> str:
-    """Return the message of an error as one sentence that ends in a full stop, with secrets masked."""
+    """Return the message of any exception as one sentence with a full stop, and with access tokens and keys masked."""
     if isinstance(error, KeyboardInterrupt):
         return "Stopped."
     kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "

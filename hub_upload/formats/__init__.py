@@ -33,7 +33,7 @@ PLAIN_QUOTE_STEPS = [
 
 
 def max_text_tokens(processor: ProcessorMixin) -> int:
-    """Return the maximum number of tokens in a text for a processor. Longer texts are truncated."""
+    """Return the maximum number of tokens to which a model's processor truncates texts."""
     return CONTEXT_LENGTH if isinstance(processor, CapivaraProcessor) else processor.tokenizer.model_max_length
 
 

@@ -101,7 +101,14 @@ def write_drop_in(source: Path, folder: Path, config: PreTrainedConfig, base: st
 
 
 def _load_text_tensors(folder: Path) -> dict[str, Tensor]:
-    """Load the tensors of a model's text encoder (tower and projection), memory-mapped. Returns tensors by name."""
+    """Load the tensors of a model's text encoder (text tower and text projection), memory-mapped.
+
+    Args:
+        folder: Folder of the whole model.
+
+    Returns:
+        Tensors by name.
+    """
     tensors = load_mapped_tensors(find_weight_files(folder))
     return {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_ENCODER_PREFIXES)}
 

@@ -330,7 +330,7 @@ def check_siglip_supported(config: PreTrainedConfig) -> None:
 
 
 def _tower_sizes(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Return width, number of layers and patch size of the image tower."""
+    """Return (width, number of layers, patch size in pixels) of the image tower in a SigLIP configuration."""
     return config.vision_config.hidden_size, config.vision_config.num_hidden_layers, config.vision_config.patch_size
 
 

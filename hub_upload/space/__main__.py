@@ -21,7 +21,7 @@ NPM_COMMAND = "npm install --ignore-scripts @huggingface/transformers"
 
 @dataclass
 class SpaceArguments:
-    """Command-line arguments of `hub_upload.space`."""
+    """Command-line arguments of `python -m hub_upload.space`, which writes the search page as a Space (web demo)."""
 
     model: str = flag(..., "Folder or Hub id of a CAPIVARA model.")
     pictures: str | None = flag(None, "Index of pictures, created by `capivara index` (required for --space).")
