@@ -253,7 +253,7 @@ def _write_repository(
 
 
 def _write_processor(model: Path, folder: Path, processor: ProcessorMixin) -> None:
-    """Write the files of the processor, without paths of this machine, and CAPIVARA's Python code if it is needed.
+    """Write the files of the processor, without paths of this machine, and for CAPIVARA also the model's Python code.
 
     Programs that don't run Python code from the Hub read only tokenizer.json. It gives them the same tokens as the
     processor, except for damaged texts, which only the text cleaning code repairs.

@@ -1,7 +1,7 @@
 """Writers of the export formats, one module for each format.
 
-This module has the functions that several formats share: writing tokenizer files, and checking that the image encoder
-of the base model is the model's.
+This module has the functions that several formats share. They write tokenizer files, and check that a model and its
+base model have the same image encoder.
 """
 
 import json

@@ -239,7 +239,7 @@ def write_sentence_transformers(folder: Path, processor: ProcessorMixin) -> None
 
 
 def check_sentence_transformers(source: Path, folder: Path) -> None:
-    """Compare the text embeddings that Sentence Transformers computes with an exported model with the model's own.
+    """Compare the text embeddings of an export, computed by Sentence Transformers, with those of the original model.
 
     If Sentence Transformers is not installed, the comparison is skipped, and a message is logged.
 
