@@ -1,3 +1,3 @@
-"""Publish a model: export to other libraries, model card, upload to the Hugging Face Hub, and demo pages."""
+"""Publish a model: export it for other libraries, write its model card, upload it to the Hub, and build demo pages."""
 
 import capivara_common.interrupt  # noqa: F401

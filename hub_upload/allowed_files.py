@@ -1,7 +1,8 @@
 """Decide which files may be published, and check them before they leave this machine.
 
-An allow-list names the files of a model; datasets and Spaces have rules of their own. The checks refuse access tokens
-and keys, paths of a machine, damaged files and links that lead out of the folder.
+Model folders have an allow-list of file names, `ALLOWED_FILES`. Dataset and Space folders are filtered by suffix and
+name in `list_data_files`. The checks refuse files that contain access tokens, keys or absolute paths, damaged files,
+and links that lead out of the folder.
 """
 
 import io
@@ -32,8 +33,8 @@ TOKENIZER_FILES = (
     *("sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt"),
 )
 RUN_PLOT_FILES = ("curves.png", "retrieval.png")  # plots that a training run writes
-# The only list of files that an export writes and an upload sends. A star matches any part of one file or folder name,
-# but never a slash.
+# Patterns of all model files that `hub_upload.export` may write and `hub_upload.push` may upload, relative to the model
+# folder. A star matches any characters of one file or folder name, but never a slash.
 ALLOWED_FILES = (
     *("config.json", "processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES, *MODEL_CODE),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "rotation.safetensors"),
@@ -52,12 +53,12 @@ BINARY_SUFFIXES = (
     *(".safetensors", ".onnx", ".data", ".onnx_data", ".onnx_data_1", ".model"),
     *(".png", ".jpg", ".jpeg", ".webp", ".tar"),
 )
-SEARCH_CHUNK_BYTES = 2**24  # bytes in which line feeds are counted at a time, to limit memory
+SEARCH_CHUNK_BYTES = 2**24  # line feeds are counted in chunks of this size, to limit memory use
 MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # limit of the safetensors library
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise ValueError unless `repo_id` is a valid repository id, `owner/name`."""
+    """Raise ValueError unless `repo_id` is a valid Hub repository id of the form `owner/name`."""
     if repo_id.count("/") != 1:
         raise ValueError(
             f"The repository id must be owner/name, for example my-name/my-model, got {make_printable(repo_id)!r}."
@@ -79,7 +80,7 @@ def list_files_to_send(folder: Path, repo_type: str) -> list[Path]:
         Sorted paths relative to `folder`.
 
     Raises:
-        ValueError: If there is no file to upload, or a file must not be published (its name is in the message).
+        ValueError: If there is no file to upload, or a file must not be published. The message names the file.
     """
     paths = sorted(
         list_allowed_files(folder) if repo_type == "model" else list_data_files(folder, repo_type == "space")
@@ -101,9 +102,13 @@ def list_files_to_send(folder: Path, repo_type: str) -> list[Path]:
 
 
 def list_allowed_files(folder: Path) -> list[Path]:
-    """Return the sorted paths, relative to `folder`, of the files that match `ALLOWED_FILES`. Links are left out.
+    """List the files of a model folder that match a pattern of `ALLOWED_FILES`. Symbolic links are left out.
 
-    Raises ValueError if a matching path is not a regular file.
+    Returns:
+        Sorted paths relative to `folder`.
+
+    Raises:
+        ValueError: If a matching path is not a regular file.
     """
     names = []
     for path in sorted(folder.rglob("*")):
@@ -116,17 +121,23 @@ def list_allowed_files(folder: Path) -> list[Path]:
 
 
 def check_regular_file(path: Path) -> None:
-    """Raise ValueError if `path` is not a regular file. It may be a folder, or a pipe, which would block a reader."""
+    """Raise ValueError if `path` is not a regular file, for example a folder, or a pipe, which would block a reader."""
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file. Remove it.")
 
 
 def check_model_files(folder: Path) -> None:
-    """Check the content of all allowed files of a model folder.
+    """Check the content of all files in a model folder that match `ALLOWED_FILES`.
 
-    Text files are searched for secrets and for paths of any machine. Of weights, only the header is searched.
-    Vocabularies and binary files are searched for secrets, ONNX graphs also for paths of this machine, and PNG images
-    also in their text fields.
+    A secret is an access token or a key. What is searched depends on the type of the file:
+
+    - Text files: secrets and absolute paths of any machine.
+    - Safetensors files: secrets and absolute paths in the header. The weights are not searched.
+    - Vocabularies and binary files: secrets. ONNX graphs and `.model` files also: folders of this machine.
+    - PNG images: secrets, and in addition absolute paths in the text fields of the image.
+
+    Args:
+        folder: Folder of the model.
 
     Raises:
         ValueError: If a file contains a secret or a path, or a safetensors file or image is damaged. The message names
@@ -144,22 +155,24 @@ def check_model_files(folder: Path) -> None:
             check_paths(path, name)
 
 
-# First bytes of files whose content can't be searched for secrets: gzip, bzip2, xz, zstandard, zip and UTF-16 (LE, BE).
+# First bytes of files whose content can't be searched for secrets: gzip, bzip2, xz, zstandard and zip archives, and
+# text in UTF-16 (little-endian, then big-endian).
 UNSEARCHABLE_PREFIXES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04", b"\xff\xfe", b"\xfe\xff")
 
 
 def check_secrets(path: Path, name: Path | str) -> None:
-    """Search a file of any type and size for access tokens and keys, without loading it into memory.
+    """Search a file of any type and size for secrets (access tokens and keys), without loading it into memory.
 
-    ONNX graphs and binary vocabularies are also searched for folders of this machine.
+    ONNX graphs and binary vocabularies (`.model`) are also searched for folders of this machine, such as the home
+    folder.
 
     Args:
         path: File to search.
-        name: Name of the file in messages.
+        name: Name of the file in error messages.
 
     Raises:
-        ValueError: If the file contains a secret or such a folder, or if it can't be searched because it is compressed
-            or UTF-16. The message names the file and the line (text files) or byte (binary files) of a secret.
+        ValueError: If the file contains a secret or a folder of this machine, or if it can't be searched because it is
+            compressed or UTF-16. For a secret, the message names the line (text files) or byte (binary files).
     """
     if not path.stat().st_size:
         return
@@ -185,7 +198,15 @@ def check_secrets(path: Path, name: Path | str) -> None:
 
 
 def check_paths(path: Path, name: Path | str) -> None:
-    """Raise ValueError if a text file contains an absolute path of a machine. The message has file name and line."""
+    """Check that a text file contains no absolute path. In JSON files, escapes are decoded before the search.
+
+    Args:
+        path: File to search.
+        name: Name of the file in error messages.
+
+    Raises:
+        ValueError: If a line contains an absolute path. The message names the file and the line.
+    """
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             text = _decode_json_escapes(line) if path.suffix == ".json" else line
@@ -193,11 +214,11 @@ def check_paths(path: Path, name: Path | str) -> None:
 
 
 def check_text(text: str, subject: str) -> None:
-    """Raise ValueError if a text contains a secret or an absolute path of a machine.
+    """Raise ValueError if a text contains a secret (access token or key) or an absolute path.
 
     Args:
         text: Text to search.
-        subject: Start of the message: where the text comes from.
+        subject: Source of the text, such as "A file name". It is the grammatical subject of the error message.
     """
     if secret := find_secret(text):
         raise ValueError(f"{subject} contains {secret[0]}. Remove it, and revoke it if it is real.")
@@ -210,9 +231,17 @@ def _check_machine_paths(text: str, subject: str) -> None:
 
 
 def _read_image_texts(file: Path | BinaryIO, name: Path | str) -> str:
-    """Return the text fields of an image file, such as PNG comments. Pixels are not decoded.
+    """Return the text fields of an image file, such as PNG comments, without decoding pixels.
 
-    Raises ValueError if the file is not an image.
+    Args:
+        file: Path of the image, or its content as a binary stream.
+        name: Name of the file in error messages.
+
+    Returns:
+        One line `key: text` for each text field.
+
+    Raises:
+        ValueError: If the file can't be read as an image.
     """
     PIL.Image.init()
     try:
@@ -223,7 +252,10 @@ def _read_image_texts(file: Path | BinaryIO, name: Path | str) -> str:
 
 
 def _decode_json_escapes(line: str) -> str:
-    r"""Decode the escapes in a line of JSON: `\/` becomes a slash, `\u2192` an arrow, `\n` a space."""
+    r"""Decode JSON escapes in a line, so that paths in it can be found.
+
+    For example, `\/` becomes a slash and `\u2192` an arrow. Control escapes such as `\n` become a space.
+    """
 
     def decode(escape: re.Match[str]) -> str:
         if escape[2]:
@@ -246,23 +278,24 @@ def _read_safetensors_header(path: Path) -> str:
 DATASET_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 DATASET_SUFFIXES = DATASET_IMAGE_SUFFIXES | {".parquet", ".tar", ".arrow", ".json", ".jsonl", ".csv", ".tsv"}
 DATASET_FILE_NAMES = {"README.md", "LICENSE", "LICENSE.txt", "LICENSE.md"}
-# JSON files up to this size describe a dataset, so they are searched for paths. Larger ones hold rows, whose texts may
-# look like paths.
+# JSON files up to this size are searched for absolute paths, because they describe a dataset. Larger JSON files are
+# not, because they hold the rows of the dataset, and texts in rows may look like paths.
 MAX_METADATA_JSON_BYTES = 2**21
-BATCH_ROWS = 256  # rows checked at a time; a few megabytes even if they contain images
-PARQUET_BUFFER_BYTES = 2**20  # bytes of a column read at a time
+BATCH_ROWS = 256  # rows that are checked at a time; a few megabytes even if the rows contain images
+PARQUET_BUFFER_BYTES = 2**20  # bytes of a column that are read at a time
 OUTSIDE_PATH_PATTERN = r"^(/|~|[A-Za-z]:[\\/]|file:)|(^|/)\.\.(/|$)"  # image paths that lead out of the dataset
 SECRET_MESSAGE = "contains what looks like an access token or key. Remove it, and revoke it if it is real"
 
 
 def list_data_files(folder: Path, is_space: bool = False) -> list[Path]:
-    """List the files to upload of a dataset (rows, images, card and license) or of a Space (everything but bytecode).
+    """List the files of a dataset or Space that may be uploaded.
 
-    Hidden files are left out; of a dataset, names that begin with two underscores too.
+    For a dataset, these are rows, images, card and license. For a Space, these are all files except Python bytecode.
+    Hidden files and folders are left out. For a dataset, names that begin with two underscores are left out, too.
 
     Args:
         folder: Folder of the dataset or Space.
-        is_space: Whether it is a Space.
+        is_space: Whether `folder` is a Space; otherwise it is a dataset.
 
     Returns:
         Paths relative to `folder`.
@@ -291,8 +324,10 @@ def check_dataset_files(folder: Path, names: Sequence[Path]) -> None:
         names: Files to check, relative to `folder`.
 
     Raises:
-        ValueError: If a text (also in nested columns) contains a secret, an image path leads out of the folder, or
-            image bytes can't be read. The message names the file, column and row, but does not repeat the secret.
+        ValueError: If a text, also one in a nested column, contains a secret (access token or key), an image path leads
+            out of the folder, image bytes can't be read, or a file that describes the dataset (card, license or small
+            JSON file) contains an absolute path. For tables, the message names the file, column and row. The message
+            does not repeat the secret.
     """
     for name in names:
         path = folder / name
@@ -310,7 +345,16 @@ def check_dataset_files(folder: Path, names: Sequence[Path]) -> None:
 
 
 def _check_table(path: Path, name: Path) -> None:
-    """Raise ValueError if the schema or a row of a Parquet or Arrow file must not be published."""
+    """Check the schema and all rows of a Parquet or Arrow file.
+
+    Args:
+        path: File to check.
+        name: Name of the file in error messages.
+
+    Raises:
+        ValueError: If the file can't be read, its schema or a row contains a secret (access token or key), or an image
+            must not be published (see `_find_image_fault`). The message names the column and row.
+    """
     import pyarrow
 
     first_row = 0
@@ -330,7 +374,10 @@ def _check_table(path: Path, name: Path) -> None:
 
 
 def _iter_batches(path: Path) -> Iterator[Any]:
-    """Yield the record batches of a Parquet or Arrow file. The first batch of a Parquet file is empty (schema only)."""
+    """Yield the pyarrow record batches of a Parquet or Arrow file.
+
+    For a Parquet file, the first batch has no rows, so that the schema is checked even if the file has none.
+    """
     import pyarrow
     from pyarrow import parquet
 
@@ -344,7 +391,11 @@ def _iter_batches(path: Path) -> Iterator[Any]:
 
 
 def _find_fault(array: Any) -> str | None:
-    """Return why a pyarrow array must not be published, or None if it may be. Nested values are checked too."""
+    """Return the reason why a pyarrow array must not be published, or None if it may be published.
+
+    Texts and binary values are searched for secrets (access tokens and keys), at any depth of nested arrays. Structs
+    with the fields `bytes` and `path` are images, which `_find_image_fault` checks, too.
+    """
     from pyarrow import ExtensionArray, ListArray, compute, types
 
     kind = array.type
@@ -369,7 +420,12 @@ def _find_fault(array: Any) -> str | None:
 
 
 def _find_image_fault(contents: Any, paths: Any) -> str | None:
-    """Return why the images of a `datasets.Image` column must not be published, or None if they may be."""
+    """Return the reason why the images of a `datasets.Image` column must not be published, or None.
+
+    Args:
+        contents: pyarrow array with the bytes of each image file, or null.
+        paths: pyarrow array with the path of each image file. A path must not lead out of the dataset.
+    """
     from pyarrow import compute, types
 
     if types.is_string(paths.type) and compute.any(compute.match_substring_regex(paths, OUTSIDE_PATH_PATTERN)).as_py():

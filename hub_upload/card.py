@@ -1,13 +1,13 @@
-"""Write or check the model card (README.md) of a training run or export. All figures come from the files in its folder.
+"""Write or check the model card (README.md) of a training run or export.
 
     python -m hub_upload.card --model runs/openmoji-pt-001
     python -m hub_upload.card --model runs/openmoji-pt-001 --repo_id my-name/my-model --language pt
     python -m hub_upload.card --model runs/mine --license cc-by-4.0    # if base and data don't determine a license
     python -m hub_upload.card --check runs/openmoji-pt-001
 
-`--check` renders the card again and prints each line that differs. You may add sentences without figures to a card;
-they are lost when the card is written again. Write the card after `hub_upload.export`, which rewrites the files, and
-before `hub_upload.push`.
+All numbers in a card come from the files in the folder of the run or export. `--check` renders the card again from
+these files and prints each line that differs. You may add sentences without numbers to a card; they are lost when the
+card is written again. Write the card after `hub_upload.export`, which rewrites the files, and before `hub_upload.push`.
 """
 
 import difflib
@@ -30,21 +30,23 @@ from hub_upload.allowed_files import check_repo_id, check_text
 from hub_upload.card_values import TEMPLATE_FOLDER, collect_run_metadata, find_data_revision, to_markdown, to_safe_line
 
 CARD_FILE = "README.md"
-# Version of the templates. Increase it when the text of the templates changes. A card of another version is checked by
-# its values and digests only, because its sentences can't be rendered again.
+# Version of the card templates. Increase it when the text of a template changes. `--check` compares only the numbers
+# and file digests of a card from another template version, because its sentences can't be rendered again.
 TEMPLATE_VERSION = 6
-# An HTML comment in the card with the options it was rendered with, for `--check`. Version 1 did not name its version.
+# HTML comment in which a card stores, as JSON, the options that it was rendered with, so that `--check` can render it
+# again. Cards of template version 1 store no version.
 OPTIONS_COMMENT_RE = re.compile(r"<!-- made by hub_upload\.card with (\{[^\n]*\}) -->")
-# Markup that could hide the lines around it or change their meaning: HTML, code blocks, tables, headings, and links to
-# anything but web pages.
+# Markup that a user's own lines in a card must not contain, because it could hide other lines or change their meaning:
+# HTML, code blocks, tables, headings, and links to anything but web pages.
 REFRAMING_MARKUP_RE = re.compile(r"<|^\s*(```|~~~|\||#|=+$|-+$)|\]\((?!https?://)")
-# Values in a card of any version: table cells with numbers, signed numbers in lists, and digests of files.
+# Values that can be recognized in a card of any template version: table cells with numbers, signed numbers in lists,
+# and digests of files (32 hexadecimal digits).
 CARD_VALUE_RE = re.compile(
     r"(?<=\| )(?:\*\*)?[-+]?\d[\d.,e-]*(?: ± [\d.,]+)?(?:\*\*)?(?= \|)|(?<=[ ])[-+]\d+[.,]\d+|`[0-9a-f]{32}`"
 )
 MAX_SHOWN_CHARACTERS = 120  # characters of a card line that a message shows
-# (task, direction) -> id and name of the task in the model index. The Hub has no retrieval task, so the two directions
-# get names of our own.
+# (task, direction) of a record -> (id, name) of the task in the model index, the metrics in a card's front matter. The
+# Hub defines no image-text retrieval task, so this project chose ids and names for the two directions of retrieval.
 HUB_TASKS = {
     ("retrieval", "text_to_image"): ("text-to-image-retrieval", "Text-to-image retrieval"),
     ("retrieval", "image_to_text"): ("image-to-text-retrieval", "Image-to-text retrieval"),
@@ -55,7 +57,7 @@ HUB_TASKS = {
 
 @dataclass
 class CardArguments:
-    """Command-line arguments of `hub_upload.card`."""
+    """Command-line arguments of `python -m hub_upload.card`, which writes or checks a model card."""
 
     model: Path | None = flag(None, "Folder of a finished run, or an export of it. Its card is written.")
     repo_id: str | None = flag(
@@ -80,20 +82,22 @@ class CardArguments:
 def render_card(
     run_metadata: dict[str, Any], language: str = "en", repo_id: str | None = None, license: str | None = None
 ) -> ModelCard:
-    """Render the model card of a run or export.
+    """Render the model card of a run or export from the values in its files.
 
     Args:
         run_metadata: Values from `collect_run_metadata`.
         language: Language of the card, "en" or "pt".
-        repo_id: Hub id that the code examples load. None: they load the folder they are run in.
-        license: License of the model. Only if base and data don't determine it.
+        repo_id: Hub id of the model that the code examples in the card load. None: the examples load the current
+            folder.
+        license: License of the model, a Hub identifier. Needed only if the licenses of base model and training data
+            don't determine it.
 
     Returns:
         The card with front matter and text.
 
     Raises:
-        ValueError: If an argument is wrong, `license` contradicts the license of base and data, a figure is missing, or
-            the card would contain an absolute path or a secret.
+        ValueError: If an argument is wrong, `license` contradicts the license that base model and training data
+            require, a number is missing in the files, or the card would contain an absolute path or a secret.
     """
     if language not in values.LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(values.LANGUAGES)}, got {language!r}.")
@@ -136,14 +140,16 @@ def write_card(
     output: Path | None = None,
     license: str | None = None,
 ) -> Path:
-    """Write the model card of a run or export.
+    """Write the model card of a run or export to a file.
 
     Args:
         folder: Folder of the run or export.
-        repo_id: Hub id that the code examples load. None: they load the folder they are run in.
+        repo_id: Hub id of the model that the code examples in the card load. None: the examples load the current
+            folder.
         language: Language of the card, "en" or "pt".
         output: File to write. None: README.md in `folder`.
-        license: License of the model. Only if base and data don't determine it.
+        license: License of the model, a Hub identifier. Needed only if the licenses of base model and training data
+            don't determine it.
 
     Returns:
         Path of the card.
@@ -161,19 +167,23 @@ def write_card(
 
 
 def find_card_faults(folder: Path) -> list[str]:
-    """Compare the card of a folder with the files of the folder.
+    """Compare the model card of a run or export with the files in its folder.
 
-    The card is rendered again with the options that it names, and compared line by line. It may contain additional
-    lines if these have no numbers and no markup that could hide or change other lines. If the card was rendered from
-    an older template, only front matter, values and digests are compared, and it must not contain HTML.
+    The card is rendered again with the options that its last comment stores, and the two texts are compared line by
+    line. The card may contain additional lines if these have no numbers and no markup that could hide or change other
+    lines. If the card was rendered from another template version, only its front matter, numbers and file digests are
+    compared, and it must not contain HTML.
+
+    Args:
+        folder: Folder of the run or export, with the card README.md.
 
     Returns:
-        One message for each difference. Empty if card and files agree.
+        One message for each difference. The list is empty if the card and the files agree.
 
     Raises:
-        ValueError: If the folder has no card.
+        ValueError: If the folder has no card, or the run is not finished.
     """
-    seed_folders(folder)  # raises an error if the run is not finished
+    seed_folders(folder)  # raises ValueError if the run is not finished
     if not (folder / CARD_FILE).is_file():
         raise ValueError(f"{folder} has no {CARD_FILE}. Write it with `python -m hub_upload.card --model {folder}`.")
     text = _read_text(folder / CARD_FILE)
@@ -197,7 +207,14 @@ def find_card_faults(folder: Path) -> list[str]:
 
 
 def find_generated_card_faults(folder: Path) -> list[str]:
-    """Return the faults of a folder's card if `hub_upload.card` wrote it. A missing or handwritten card has none."""
+    """Compare the card in a model folder with the folder's files, but only if `hub_upload.card` wrote the card.
+
+    Args:
+        folder: Folder of a model, with or without a card.
+
+    Returns:
+        The messages of `find_card_faults`. The list is empty if the folder has no card or a handwritten one.
+    """
     return (
         find_card_faults(folder)
         if (folder / CARD_FILE).is_file() and read_card_options(_read_text(folder / CARD_FILE))
@@ -206,7 +223,15 @@ def find_generated_card_faults(folder: Path) -> list[str]:
 
 
 def read_card_options(text: str) -> dict[str, Any] | None:
-    """Return the options that a card was rendered with, or None if the text does not name them."""
+    """Read the options that a card was rendered with from the HTML comment at its end.
+
+    Args:
+        text: Text of the card.
+
+    Returns:
+        The options "version" (of the template), "language", "repo_id" and, if one was given, "license". None if the
+        text has no such comment, for example because the card was written by hand.
+    """
     with suppress(ValueError, TypeError, IndexError):
         options = {"version": 1} | json.loads(OPTIONS_COMMENT_RE.findall(text)[-1])
         return options if {"language", "repo_id"} <= options.keys() else None
@@ -214,7 +239,7 @@ def read_card_options(text: str) -> dict[str, Any] | None:
 
 
 def _split_front_matter(text: str) -> tuple[str, str]:
-    """Return the YAML front matter and the body of a card."""
+    """Split the text of a card into its YAML front matter and the Markdown text that follows."""
     end = text.find("\n---\n", 1) + 1
     return text[:end], text[end:]
 
@@ -222,7 +247,11 @@ def _split_front_matter(text: str) -> tuple[str, str]:
 def _iter_differences(expected: str, text: str, allow_additions: bool = False) -> Iterator[str]:
     """Yield a message for each line of `text` that is not expected, and for each expected line that is missing.
 
-    With `allow_additions`, lines without numbers and without risky markup may be added.
+    Args:
+        expected: Text rendered from the files.
+        text: Text of the card in the folder. Blank lines and trailing spaces are ignored.
+        allow_additions: Accept additional lines in `text` that have no numbers and no markup that could hide or change
+            other lines.
     """
     wanted, actual = ([line.rstrip() for line in part.split("\n") if line.strip()] for part in (expected, text))
     for _, start, end, first, last in difflib.SequenceMatcher(None, wanted, actual, autojunk=False).get_opcodes():
@@ -241,16 +270,21 @@ def _read_text(path: Path) -> str:
 
 # --- Front matter with the model index -------------------------------------------------------------------------------
 
-# The format is described in modelcard.md of https://github.com/huggingface/hub-docs. Metric values are shares (0 to 1),
-# as in the JSON files.
+# modelcard.md in https://github.com/huggingface/hub-docs describes the format of the front matter. Metric values in it
+# are shares from 0 to 1, as in the result files.
 
 
 def build_card_data(run_metadata: dict[str, Any], title: str) -> ModelCardData:
-    """Build the front matter of a card. Languages, licenses and Hub ids that the Hub does not know are left out.
+    """Build the front matter of a card, with the metrics of the model (the Hub's "model index").
+
+    Languages, licenses and Hub ids that the Hub does not accept are left out.
 
     Args:
         run_metadata: Values from `collect_run_metadata`.
         title: Name of the model in the model index.
+
+    Returns:
+        The front matter.
     """
     codes = [code.split("-")[0] for code in run_metadata["config"]["eval_languages"] if isinstance(code, str)]
     languages = list(dict.fromkeys(codes))
@@ -259,7 +293,8 @@ def build_card_data(run_metadata: dict[str, Any], title: str) -> ModelCardData:
         model_type = "clip"
     tags = ["capivara", model_type, "image-text-retrieval", "zero-shot", *["multilingual"] * (len(languages) > 1)]
     model, seed = run_metadata["origins"]["model"], run_metadata["run"]["seed"]
-    # A local base has no Hub id, but its card may name the models that it was made from.
+    # A base model in a local folder has no Hub id, but its card may name the models on the Hub that it was derived
+    # from.
     base = filter_hub_ids([model["hub_id"]] if model.get("hub_id") else model.get("base_model") or ())
     results = [value for value in run_metadata["values"] if value.model == "capivara" and value.metric != GAIN_METRIC]
     # If several seeds were measured, the model index shows the seed of the weights in the folder.
@@ -283,12 +318,17 @@ def build_card_data(run_metadata: dict[str, Any], title: str) -> ModelCardData:
 
 
 def filter_hub_ids(names: Any) -> list[str]:
-    """Return the names that are valid Hub ids."""
+    """Return the elements of `names` that are strings and valid Hub ids (owner/name), in the same order."""
     return [name for name in names if isinstance(name, str) and values.HUB_ID_RE.fullmatch(name)]
 
 
 def _build_eval_result(run_metadata: dict[str, Any], measurement: Any) -> EvalResult:
-    """Return a measurement as an entry of the model index. huggingface_hub groups the entries by task and dataset."""
+    """Convert a measurement to an entry of the model index. huggingface_hub groups the entries by task and dataset.
+
+    Args:
+        run_metadata: Values from `collect_run_metadata`.
+        measurement: Measurement of one seed, from the `measured` field of an `average_over_seeds` result.
+    """
     record, commit = measurement.record, find_data_revision(run_metadata["run"], measurement)
     task_type, task_name = HUB_TASKS[record.task, record.direction]
     arguments = {"protocol": to_safe_line(record.protocol), "precision": to_safe_line(measurement.precision)}
@@ -309,7 +349,7 @@ def _build_eval_result(run_metadata: dict[str, Any], measurement: Any) -> EvalRe
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line: write a card or, with --check, compare a card with its files."""
+    """Run the command line: write a model card or, with --check, compare a card with the files in its folder."""
     args = parse_arguments(CardArguments, __doc__, argv)
     if args.check is None:
         path = write_card(args.model, args.repo_id, args.language, args.output, args.license)

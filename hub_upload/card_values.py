@@ -3,10 +3,10 @@
     run_metadata = collect_run_metadata(Path("runs/openmoji-pt-001"))
     run_metadata["config"]["learning_rate"]
 
-The values come from `run.json` and `results/*.json` (also those in `seed-*/`), `config.json`, the header of
-`model.safetensors`, and `onnx/quantisation.json`. If they lack a value that the card requires, an error is raised;
-optional values are left out. Texts from files are escaped, so that they can't add Markdown or HTML to the card. Numbers
-get the decimal separator of the card's language.
+The values come from `run.json` and `results/*.json` (for a run with several seeds, also from those in `seed-*/`),
+`config.json`, the headers of the safetensors files, and `onnx/quantisation.json`. If these files lack a value that the
+card requires, an error is raised. Missing optional values are left out of the card. Texts from files are escaped, so
+that they can't add Markdown or HTML to the card. Numbers get the decimal separator of the card's language.
 """
 
 import hashlib
@@ -35,7 +35,8 @@ from eval.records.tables import average_over_seeds, build_records_frame, find_co
 from hub_upload.allowed_files import RUN_PLOT_FILES
 
 TEMPLATE_FOLDER = Path(__file__).parent / "templates"
-# Language of a card -> names of languages and metrics, and translations of texts in result files.
+# Language of a card ("en" or "pt") -> names of languages and metrics in that language, and translations of the texts in
+# result files.
 CARD_WORDS = read_json(TEMPLATE_FOLDER / "card_words.json")
 LANGUAGES = tuple(CARD_WORDS)
 # The output is Markdown, so Jinja's HTML escaping is off; `to_markdown` and `to_code` escape texts from files instead.
@@ -45,7 +46,7 @@ MARKDOWN_TEMPLATES = jinja2.Environment(
 )  # fmt: skip
 # Identifiers from https://huggingface.co/docs/hub/repositories-licenses, without "unknown" and "other".
 HUB_LICENSES = frozenset((Path(__file__).parent / "licenses.txt").read_text(encoding="utf-8").split())
-FORMAT_FILES = {  # tag on the Hub -> files that a folder with this format has
+FORMAT_FILES = {  # tag of an export format on the Hub -> files that exist if a folder has this format
     "open_clip": ("open_clip_config.json", "open_clip_model.safetensors"),
     "sentence-transformers": ("modules.json",),
     "onnx": ("onnx/text_model.onnx", "onnx/vision_model.onnx"),
@@ -54,16 +55,20 @@ FORMAT_FILES = {  # tag on the Hub -> files that a folder with this format has
 # owner/name as the Hub accepts it: at most 96 characters each, without "--" and "..".
 HUB_ID_RE = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?<![.-])", re.ASCII)
 CAPIVARA_CLASS = "CapivaraModel"
-CARD_TOLERANCE = 5e-5  # smallest difference of shares that is visible in a card, which rounds to 0.01 %
-# Every seed measures the base again, possibly on another device, where rounding may change the ranks of some queries.
-BASELINE_TOLERANCE_QUERIES = 3  # queries whose hits may differ
+# Two shares that differ by more than this contradict each other: a card rounds to 0.01 %, so it would show the
+# difference.
+CARD_TOLERANCE = 5e-5
+# The base model is evaluated again with every seed, possibly on another device, where rounding may change the ranks of
+# some queries. So larger differences are allowed between evaluations of the base model.
+BASELINE_TOLERANCE_QUERIES = 3  # number of queries whose results may differ
 BASELINE_TOLERANCE_RANKS = 1  # allowed difference of a median rank
-MAX_LINE_CHARACTERS = 300  # length at which a text from a file is cut
-# Texts that can stand in Markdown code without escaping: ASCII letters, digits and characters of names and paths.
+MAX_LINE_CHARACTERS = 300  # longer texts from files are truncated to this length
+# Texts that can be written as Markdown code without escaping: ASCII letters, digits and characters of names and paths.
 PLAIN_CODE_RE = re.compile(r"[A-Za-z0-9][\w./@:+=,() -]*", re.ASCII)
-# The folders of an absolute path (Unix, home or Windows), without its last part. URLs don't match.
+# The folders of an absolute path without the file name. Unix paths, paths from the home folder (~) and Windows paths
+# match; URLs don't match.
 PATH_PREFIX_RE = re.compile(r"(?<![\w.:/])~?/(?:[^\s/'\"<>]+/)+|\b[A-Za-z]:\\(?:[^\s\\]+\\)+")
-# Texts and labels in the code examples of a card, which use a red and a blue image.
+# Texts and labels in the code examples of a Portuguese model's card. The examples use a red and a blue image.
 PORTUGUESE_EXAMPLES = {"texts": ["um quadrado vermelho", "um céu azul"], "labels": ["vermelho", "azul", "verde"]}
 # Hyperparameters that a card shows, in this order.
 _SETTING_NAMES = (
@@ -79,7 +84,14 @@ _SETTING_NAMES = (
 
 @contextmanager
 def wrap_format_errors(folder: Path) -> Iterator[None]:
-    """Turn errors that malformed values raise, such as TypeError or KeyError, into a ValueError with the folder."""
+    """Convert errors that malformed values raise, such as TypeError or KeyError, to ValueError.
+
+    Args:
+        folder: Folder of the files that are read, for the error message.
+
+    Raises:
+        ValueError: If the block raises such an error.
+    """
     try:
         yield
     except (TypeError, LookupError, AttributeError, ArithmeticError, jinja2.UndefinedError) as error:
@@ -87,17 +99,17 @@ def wrap_format_errors(folder: Path) -> Iterator[None]:
 
 
 def collect_run_metadata(folder: Path) -> dict[str, Any]:
-    """Read and check all values that the card of a run may state.
+    """Read and check all values that the model card of a training run may state.
 
     Args:
-        folder: Folder of a run with one or several seeds, or an export of it.
+        folder: Folder of a run with one or several seeds, or an export of the run.
 
     Returns:
-        Values for `render_card`.
+        Values by name, for `render_card`. The comments at the end of `_read_run_metadata` describe them.
 
     Raises:
-        ValueError: If a file is missing or malformed, two records give different values for the same figure, or a file
-            contains an access token.
+        ValueError: If a file is missing or malformed, two results for the same metric and data contradict each other,
+            or a file contains an access token.
     """
     if not folder.is_dir():
         raise ValueError(
@@ -108,14 +120,23 @@ def collect_run_metadata(folder: Path) -> dict[str, Any]:
 
 
 def _read_run_metadata(folder: Path) -> dict[str, Any]:
-    """Return the values described in `collect_run_metadata`. Malformed files may raise any error."""
+    """Read the values that `collect_run_metadata` returns.
+
+    Errors of any type, such as KeyError, may be raised if a file is malformed. `collect_run_metadata` converts them.
+
+    Args:
+        folder: Folder of a run with one or several seeds, or an export of the run.
+
+    Returns:
+        Values by name. The comments in the `return` statement describe them.
+    """
     digests: dict[str, str] = {}
     model, run, runs = _read_runs(folder, digests)
     run_folders = (folder, *seed_folders(folder))
     paths = [path for run_folder in run_folders for path in sorted((run_folder / "results").glob("*.json"))]
     results = [_read_result(path, folder, digests) for path in paths]
     values = _average_results([result for result in results if result])
-    # Not at the top of the file, because it imports torch, which would slow down --help.
+    # Imported here and not at the top of the file, because this module imports torch, which would slow down --help.
     from modeling_capivara.processing_capivara import CONTEXT_LENGTH
 
     tokens, model_class = CONTEXT_LENGTH, run.get("model_class", CAPIVARA_CLASS)
@@ -129,33 +150,43 @@ def _read_run_metadata(folder: Path) -> dict[str, Any]:
     origins = run["origins"]  # metadata from the cards of base and data
     evaluation_dataset, license = origins["evaluation_dataset"], str(origins["license"])
     return {
-        "folder": folder,  # of the run or export
-        "model": model,  # folder with the weights
-        "run": run,  # `run.json` of these weights; if each seed has its own folder, that of the lowest seed
-        "runs": runs,  # every `run.json`, sorted by seed
+        "folder": folder,  # folder of the run or export
+        "model": model,  # folder with the weights: `folder`, or the lowest `seed-*` if each seed has its own folder
+        "run": run,  # content of the `run.json` that belongs to these weights
+        "runs": runs,  # contents of the `run.json` files of all seeds, sorted by seed
         "config": run["config"],
-        "model_class": model_class,  # early runs did not store it; they trained CAPIVARA's own class
+        "model_class": model_class,  # class of the model; runs that did not store it trained `CapivaraModel`
         "loss": run.get("loss", "contrastive"),
         "origins": origins,
-        "titles": {evaluation_dataset["name"]: evaluation_dataset["title"]},  # dataset -> title on its own card
+        "titles": {evaluation_dataset["name"]: evaluation_dataset["title"]},  # dataset name -> title on its card
         "license": license if license in HUB_LICENSES else None,
         "is_inherited": license in HUB_LICENSES,
-        "values": [value for value in values if not value.dim],  # rows of `average_over_seeds`, full embeddings only
+        "values": [value for value in values if not value.dim],  # from `average_over_seeds`, full width only
         "groups": _group_values(values),
-        "tokens": tokens,  # maximum length of a text; the processor cuts longer ones
-        "architecture": contents.get("config.json", {}),  # `config.json` of the model; empty if there is none
+        "tokens": tokens,  # maximum number of tokens in a text; the processor truncates longer texts
+        "architecture": contents.get("config.json", {}),  # content of `config.json`; empty if the file is missing
         "parameters": sum(math.prod(tensor.shape) for file in weights for tensor in file.tensors.values()),
         "graphs": contents.get("onnx/quantisation.json", {}).get("graphs", {}),  # size and accuracy of each ONNX graph
         "formats": [tag for tag, files in FORMAT_FILES.items() if all((folder / file).is_file() for file in files)],
-        "pictures": pictures,  # relative paths of the files in `RUN_PLOT_FILES` that exist
-        "digests": dict(sorted(digests.items())),  # relative path -> SHA-256 of each file that the card is based on
+        "pictures": pictures,  # relative paths of the plots in `RUN_PLOT_FILES` that exist
+        "digests": dict(sorted(digests.items())),  # relative path -> SHA-256 of each file that was read for the card
     }
 
 
 def _read_runs(folder: Path, digests: dict[str, str]) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
-    """Read every `run.json` of a run.
+    """Read every `run.json` of a training run: one in its folder, and one in each folder `seed-*`.
 
-    Returns the folder with the weights, the `run.json` of these weights, and the content of all files sorted by seed.
+    Args:
+        folder: Folder of the run or export.
+        digests: Relative path -> SHA-256 of each file that was read. The files read here are added.
+
+    Returns:
+        The folder with the weights, the content of the `run.json` that belongs to these weights, and the contents of
+        all `run.json` files, sorted by seed. If the weights are in folders `seed-*`, the folder of the lowest seed is
+        chosen.
+
+    Raises:
+        ValueError: If there is no `run.json`, or a file is malformed or has another schema version.
     """
     paths = [path for path in (parent / "run.json" for parent in (folder, *seed_folders(folder))) if path.is_file()]
     if not paths:
@@ -178,7 +209,19 @@ def _read_runs(folder: Path, digests: dict[str, str]) -> tuple[Path, dict[str, A
 
 
 def _read_json(path: Path, folder: Path, digests: dict[str, str]) -> dict[str, Any]:
-    """Return the object in a JSON file, and add the file's digest to `digests` under its path relative to `folder`."""
+    """Read the object in a JSON file and record the SHA-256 of the file.
+
+    Args:
+        path: File to read.
+        folder: Folder of the run or export.
+        digests: Relative path -> SHA-256 of each file that was read. The file is added, relative to `folder`.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        ValueError: If the file is malformed or contains an access token or key.
+    """
     name = path.relative_to(folder).as_posix()
     try:
         content, data = schema.read_json_object(path)
@@ -191,7 +234,14 @@ def _read_json(path: Path, folder: Path, digests: dict[str, str]) -> dict[str, A
 
 
 def _read_result(path: Path, folder: Path, digests: dict[str, str]) -> ResultFile | None:
-    """Return a parsed result file, or None for another JSON file, such as the summary of a suite."""
+    """Read a result file and record its SHA-256 in `digests`, as `_read_json` does.
+
+    Returns:
+        The parsed result file. None for a JSON file without `records`, such as the summary of an evaluation suite.
+
+    Raises:
+        ValueError: If the file is malformed or contains an access token or key.
+    """
     content, name = _read_json(path, folder, digests), path.relative_to(folder).as_posix()
     try:
         return schema.parse_result(content, name) if "records" in content else None
@@ -203,10 +253,17 @@ def _read_result(path: Path, folder: Path, digests: dict[str, str]) -> ResultFil
 
 
 def _average_results(results: list[ResultFile]) -> list[Any]:
-    """Average each figure over the seeds, and return the rows of `average_over_seeds`.
+    """Check that the result files of a run agree, and average each metric over the seeds.
 
-    Raises ValueError if there are no measurements, two files contradict each other, or a file names no seed although
-    others do.
+    Args:
+        results: All result files of the run.
+
+    Returns:
+        The named tuples of `average_over_seeds`, one for each metric, model and measured data.
+
+    Raises:
+        ValueError: If there are no measurements with full-width embeddings, two files contradict each other, or a file
+            names no seed although other files do.
     """
     if all(record.dim for result in results for record in result.records):
         raise ValueError(
@@ -232,14 +289,17 @@ def _average_results(results: list[ResultFile]) -> list[Any]:
 
 
 def find_data_revision(run: dict[str, Any], measurement: Any) -> str | None:
-    """Return the commit on the Hub of the dataset that was measured, or None if the dataset is not from the Hub.
+    """Find the Hub commit of the dataset that a model was evaluated on.
 
-    The result file names the commit, except for evaluations by the training run itself. For these, which have the
-    dataset fingerprint of the run, it is in `run.json`.
+    The result file names the commit, unless the training run evaluated the model itself. In that case, the result file
+    has the same dataset fingerprint as the run, and the commit is in `run.json`.
 
     Args:
         run: Content of `run.json`.
-        measurement: Measurement of one seed, from the `measured` list of a row of `average_over_seeds`.
+        measurement: Measurement of one seed, from the `measured` field of an `average_over_seeds` result.
+
+    Returns:
+        The commit hash, or None if the dataset is not from the Hub.
     """
     header, dataset = measurement.file.content, measurement.dataset
     commit, fingerprint = header.get("dataset_revision"), header.get("dataset_fingerprint")
@@ -251,11 +311,21 @@ def find_data_revision(run: dict[str, Any], measurement: Any) -> str | None:
 
 
 def _group_values(values: list[Any]) -> list[dict[str, Any]]:
-    """Group values with the same dataset, protocol and precision, in the order of the files.
+    """Group results that a card shows in one table: those with the same dataset, protocol and precision.
 
-    Each group has these keys: "task"; "first", its first value; "pairs" of baseline and model, sorted by direction;
-    "main", the most important pairs (mean recalls, or the first metric of a classification); "gains"; "texts" and
-    "images", their numbers; and "widths", pairs for full and truncated embeddings in decreasing width.
+    Args:
+        values: Results of `average_over_seeds`, also for truncated embeddings.
+
+    Returns:
+        One dict per group, in the order of the files, with these keys:
+
+        - "task": "retrieval", "classification" or "linear_probe".
+        - "first": the first result of the group.
+        - "pairs": pairs of baseline and model with full-width embeddings (see `_pair_by_direction`).
+        - "main": the pairs with the most important metric: mean recall for retrieval, otherwise the first metric.
+        - "gains": results of the metric `GAIN_METRIC`.
+        - "texts" and "images": numbers of texts and images that were evaluated, or None.
+        - "widths": pairs for full and truncated embeddings, in decreasing width (see `_compare_widths`).
     """
     values_by_key: dict[tuple, list[Any]] = {}
     for value in sorted(values, key=lambda value: bool(value.dim)):
@@ -275,7 +345,15 @@ def _group_values(values: list[Any]) -> list[dict[str, Any]]:
 
 
 def _pair_by_direction(values: Iterable[Any]) -> list[dict[str, Any]]:
-    """Pair the values of baseline and model, sorted by direction, with "is_worse" in each pair. Gains are left out."""
+    """Pair the results of the baseline and the trained model. Results of the metric `GAIN_METRIC` are left out.
+
+    Args:
+        values: Results of `average_over_seeds`.
+
+    Returns:
+        The dicts of `pair_with_baselines`, sorted by retrieval direction, each with the additional key "is_worse":
+        whether the model is worse than the baseline.
+    """
     pairs = pair_with_baselines(value for value in values if value.metric != GAIN_METRIC)
     for pair in pairs:
         pair["is_worse"] = bool(pair["gain"]) and (pair["gain"] > 0) == pair["is_rank"]
@@ -283,9 +361,16 @@ def _pair_by_direction(values: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def _compare_widths(group: list[Any]) -> list[dict[str, Any]]:
-    """Return the pairs of a group at each embedding width: mean recall, or R@1 if there are too few images for it.
+    """Compare baseline and model at each embedding width (full and truncated embeddings).
 
-    "recall_share" is the model's recall divided by its recall with full embeddings; None for full embeddings.
+    The metric is mean recall, or recall@1 if the group has no mean recall because there are too few images.
+
+    Args:
+        group: Results of `average_over_seeds` that have the same dataset, protocol and precision.
+
+    Returns:
+        The dicts of `_pair_by_direction`, sorted by direction and decreasing width. Each has the additional key
+        "recall_share": the model's recall divided by the model's recall with full embeddings; None for full embeddings.
     """
     metric = "mean_recall" if any(value.metric == "mean_recall" for value in group) else "recall@1"
     pairs = _pair_by_direction(value for value in group if value.metric == metric)
@@ -300,22 +385,33 @@ def _compare_widths(group: list[Any]) -> list[dict[str, Any]]:
 
 
 def to_safe_line(value: Any) -> str:
-    """Return a text from a file on one line, without invisible characters and without the folders of absolute paths."""
+    """Convert a value from a file to one line of text that is safe to publish.
+
+    Invisible characters and the folders of absolute paths are removed. A line longer than `MAX_LINE_CHARACTERS` is
+    truncated.
+    """
     line = " ".join(str(value).split())
-    line = "".join(letter for letter in line if unicodedata.category(letter)[0] != "C")  # control, bidi, private
+    # Category C of Unicode: control characters, text direction marks, private use.
+    line = "".join(letter for letter in line if unicodedata.category(letter)[0] != "C")
     line = PATH_PREFIX_RE.sub("", line)
     return line if len(line) <= MAX_LINE_CHARACTERS else line[: MAX_LINE_CHARACTERS - 1] + "…"
 
 
 def to_markdown(value: Any) -> str:
-    """Escape a text from a config or dataset, so that Markdown shows it as it is, without markup or HTML."""
+    """Escape a text from a file, so that Markdown shows it literally, without interpreting markup or HTML."""
     line = re.sub(r"([\\`*_\[\]|~$!#])", r"\\\1", to_safe_line(value))
-    line = re.sub(r"^([-+=]|\d+(?=[.)](\s|$)))", r"\\\1" if line[:1] in "-+=" else r"\1\\", line)  # lists and headings
+    # At the start of a line, these characters and numbers would begin a list or mark a heading.
+    line = re.sub(r"^([-+=]|\d+(?=[.)](\s|$)))", r"\\\1" if line[:1] in "-+=" else r"\1\\", line)
     return html.escape(line, quote=False)
 
 
 def to_code(value: Any) -> str:
-    """Return a JSON value as Markdown code if it has only characters of names, otherwise as escaped text."""
+    """Format a JSON value for Markdown.
+
+    Returns:
+        The value in backticks if it has only characters of names and paths (`PLAIN_CODE_RE`), otherwise as escaped
+        text.
+    """
     written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     text = to_safe_line(written)
     is_plain = text == PATH_PREFIX_RE.sub("", written) and PLAIN_CODE_RE.fullmatch(text)
@@ -323,19 +419,20 @@ def to_code(value: Any) -> str:
 
 
 def is_portuguese(language: str) -> bool:
-    """Return whether a language code means Portuguese, for example "pt" or "pt-BR"."""
+    """Return whether a language code stands for Portuguese, as "pt", "pt-BR" and "por" do."""
     return re.split("[-_]", language)[0] in ("pt", "por")
 
 
 def select_code_examples(language: str, fallback_texts: Sequence[str]) -> dict[str, str]:
-    """Return the texts for the code examples of a card, as Python source.
+    """Choose the texts for the code examples of a card.
 
     Args:
         language: Language code of the model.
-        fallback_texts: Texts to use if the language is not Portuguese.
+        fallback_texts: Texts to use as example texts and labels if the language is not Portuguese.
 
     Returns:
-        "texts" and "labels" (lists), "template" (a prompt) and "picture" (a file name).
+        A dict of strings: "texts" and "labels" (Python source of lists), "template" (a prompt with the placeholder {})
+        and "picture" (the file name of an image).
     """
     texts, template, picture = PORTUGUESE_EXAMPLES, "uma imagem de cor {}", "foto.jpg"
     if not is_portuguese(language):
@@ -346,14 +443,19 @@ def select_code_examples(language: str, fallback_texts: Sequence[str]) -> dict[s
 
 
 class CardWriter:
-    """Formatter of values from a run's files in the language of a card. Templates call its methods as functions."""
+    """Formatter of numbers, durations and names in the language of a card. Card templates call its methods by name.
+
+    Args:
+        language: Language of the card, "en" or "pt".
+        run_metadata: Values from `collect_run_metadata`.
+    """
 
     def __init__(self, language: str, run_metadata: dict[str, Any]):
         self.run_metadata, self.words, self.names = run_metadata, CARD_WORDS[language], CARD_WORDS[language]["names"]
         self.separators = str.maketrans(",.", ".," if language == "pt" else ",.")
 
     def number(self, value: Any, digits: int = 0, sign: bool = False, kind: str = "f") -> str:
-        """Format a number.
+        """Format a number with the thousands and decimal separators of the card's language.
 
         Args:
             value: Number from a file.
@@ -369,48 +471,67 @@ class CardWriter:
         return f"{value:{'+' if sign else ''},.{digits}{kind}}".translate(self.separators)
 
     def percent(self, share: Any, sign: bool = False) -> str:
-        """Format a share as a percentage, or a difference of shares in percentage points, without the unit."""
+        """Format a share (0 to 1) as a percentage with two decimals, but without a percent sign.
+
+        Args:
+            share: Share, or difference of two shares; a difference is formatted in percentage points.
+            sign: Whether to write a plus sign.
+
+        Raises:
+            ValueError: If `share` is not a number.
+        """
         return self.number(100 * share if is_number(share) else share, 2, sign)
 
     def duration(self, seconds: Any) -> str:
-        """Format seconds as hours, minutes or seconds, with the unit."""
+        """Format a duration with its unit, in the number format of the card's language.
+
+        Args:
+            seconds: Duration in seconds. It is written in hours from 90 minutes on, and in minutes from 90 seconds on.
+        """
         if seconds < 90:
             return f"{self.number(seconds, 1 if seconds >= 1 else 2)} s"
         unit, part = ("h", 3600) if seconds >= 5400 else ("min", 60)
         return f"{self.number(seconds / part, 1)} {unit}"
 
     def language(self, key: str) -> str:
-        """Return the name of a language from its code. Unknown codes are returned as they are."""
+        """Return the name of a language in the card's language. An unknown language code is returned, escaped.
+
+        Args:
+            key: Language code, such as "pt".
+        """
         return self.words["languages"].get(key) or to_markdown(key)
 
     def dataset(self, name: str) -> str:
-        """Return the title of a dataset if its card has one, otherwise its name as code."""
+        """Return the title of a dataset if its card states one, otherwise its name, formatted as Markdown code."""
         titles = self.run_metadata["titles"]
         return to_code(name) if titles.get(name) is None else to_markdown(titles[name])
 
     def phrase(self, text: str) -> str:
-        """Translate a text that this project writes into result files, such as a protocol, from English."""
+        """Translate an English text from a result file, such as a protocol, to the card's language, and escape it."""
         for english, translation in self.words["phrases"].items():
             text = text.replace(english, translation)
         return to_markdown(text)
 
     def each(self, name: str, write: Callable[..., str], *more: Any) -> str:
-        """Format the same value of every run, in the order of seeds. Equal values are written once.
+        """Format a value of `run.json` for all seeds of a run, separated by semicolons in the order of seeds.
 
         Args:
             name: Key in `run.json`; a dot separates nested keys, for example "seconds.training".
-            write: Function that formats the value.
+            write: Function that formats a value.
             more: Further arguments of `write`.
+
+        Returns:
+            The formatted values. If the values of all seeds are equal, the value is written once.
         """
         texts = [write(reduce(getitem, name.split("."), run), *more) for run in self.run_metadata["runs"]]
         return texts[0] if len(set(texts)) == 1 else "; ".join(texts)
 
     def linked(self, origin: dict[str, Any], kind: str) -> str:
-        """Return the title of a base model or dataset, with a link if it is on the Hub.
+        """Format the title of a base model or dataset as a link to the Hub, or in italics if it is not on the Hub.
 
         Args:
             origin: Metadata from `read_origin`.
-            kind: Start of the path on the Hub, "datasets/" or empty for a model.
+            kind: Start of the path on the Hub: "datasets/" for a dataset, "" for a model.
         """
         hub_id, title = origin.get("hub_id"), to_markdown(origin["title"])
         return f"[{title}](https://huggingface.co/{kind}{hub_id})" if HUB_ID_RE.fullmatch(str(hub_id)) else f"*{title}*"
@@ -420,18 +541,19 @@ class CardWriter:
 
 
 def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: str | None) -> dict[str, Any]:
-    """Build all values that a template needs, except the title and the options.
+    """Build all variables of the card template, except the title, the options and the front matter.
 
     Args:
         run_metadata: Values from `collect_run_metadata`.
         language: Language of the card, "en" or "pt".
-        repo_id: Hub id that the code examples load. None: they load the folder they are run in.
+        repo_id: Hub id of the model that the code examples in the card load. None: the examples load the current
+            folder.
 
     Returns:
-        Variables and functions of the template by name.
+        Values and functions by their name in the template.
 
     Raises:
-        ValueError: If a figure is missing.
+        ValueError: If a value that the card requires is missing.
     """
     run, config = run_metadata["run"], run_metadata["config"]
     trained_language, writer = config["language"], CardWriter(language, run_metadata)
@@ -484,7 +606,14 @@ def build_template_values(run_metadata: dict[str, Any], language: str, repo_id: 
 
 
 def _find_gains_including_zero(gains: list[Any]) -> list[tuple[Any, list[Any]]]:
-    """Return the gains with a confidence interval that includes zero, each with the measurements (seeds) concerned."""
+    """Find the gains over the baseline that are not significant: their 95 % confidence interval includes zero.
+
+    Args:
+        gains: Results of `average_over_seeds` for the metric `GAIN_METRIC`.
+
+    Returns:
+        Pairs of a gain and its measurements (one per seed) whose interval includes zero. Other gains are left out.
+    """
     measurements = [
         (gain, [row for row in gain.measured if row.interval_95 and row.interval_95[0] <= 0 <= row.interval_95[1]])
         for gain in gains
@@ -493,17 +622,29 @@ def _find_gains_including_zero(gains: list[Any]) -> list[tuple[Any, list[Any]]]:
 
 
 def _describe_translators(datasets: list[dict[str, Any]], language: str) -> str:
-    """Return who translated the training captions: human, machine, mixed, or an empty text if no dataset states it."""
+    """Return who translated the training captions.
+
+    Args:
+        datasets: Metadata of the training datasets, from `read_origin`.
+        language: Language code of the captions.
+
+    Returns:
+        "human", "machine", "mixed" if the datasets differ, or "" if no dataset states it.
+    """
     stated = {origin.get("translations", {}).get(language, "") for origin in datasets} & {"human", "machine"}
     return "mixed" if len(stated) > 1 else "".join(stated)
 
 
 def _select_settings(config: dict[str, Any], fixed: dict[str, Any]) -> dict[str, Any]:
-    """Return the hyperparameters that the card shows. Settings without effect in this run are left out.
+    """Select the hyperparameters in `_SETTING_NAMES` that the card shows. Those without effect in the run are left out.
 
     Args:
-        config: Settings of the run.
-        fixed: Values that are the same in every run of this version.
+        config: Settings of the run, "config" in `run.json`.
+        fixed: Hyperparameters that are not settings, because they are fixed in the training code; "fixed" in
+            `run.json`.
+
+    Returns:
+        Values by name.
     """
     settings = {key: config.get(key, fixed.get(key)) for key in _SETTING_NAMES.split()}
     if not config["lora_rank"]:

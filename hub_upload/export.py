@@ -6,8 +6,8 @@
     python -m hub_upload.export --model MODEL --output text_side --formats drop_in --base data/openmoji/base
     python -m hub_upload.export --model MODEL --output immich --formats immich   # with --base: text encoder only
 
-Weights are stored once for all formats that can read the same file. They are memory-mapped, not loaded. The folder
-contains only files that `ALLOWED_FILES` of `hub_upload/allowed_files.py` names.
+Formats that can read the same weight file share it. To save memory, the weights are memory-mapped and not loaded as a
+whole. The folder contains only files that match a pattern of `ALLOWED_FILES` in `hub_upload/allowed_files.py`.
 """
 
 import logging
@@ -30,14 +30,15 @@ from modeling_capivara import CapivaraConfig, CapivaraProcessor
 from modeling_capivara.loading import load_processor, load_two_towers_config
 
 DEFAULT_FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")
-KNOWN_FORMATS = (*DEFAULT_FORMATS, "transformers_js", "drop_in", "immich")  # the last two need a folder of their own
+# drop_in (only the text encoder) and immich (for the Immich photo server) can't share a folder with other formats.
+KNOWN_FORMATS = (*DEFAULT_FORMATS, "transformers_js", "drop_in", "immich")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", *allowed.TOKENIZER_FILES)
 logger = logging.getLogger("capivara")
 
 
 @dataclass
 class ExportArguments:
-    """Command-line arguments of `hub_upload.export`."""
+    """Command-line arguments of `python -m hub_upload.export`, which exports a model for other libraries."""
 
     model: Path = flag(..., "Folder of a two-tower model, written by a training run or `save_pretrained`.")
     output: Path = flag(..., "Folder to write. It must not exist or must be empty.")
@@ -94,24 +95,25 @@ def export_model(
     repo_id: str | None = None,
     base: str | None = None,
 ) -> list[tuple[str, int]]:
-    """Export a model to a folder. If the export fails, nothing is written.
+    """Export a model to a folder, in formats for several libraries. If the export fails, nothing is written.
 
     Args:
-        model: Folder of a two-tower model.
+        model: Folder of a two-tower model, written by a training run or `save_pretrained`.
         output: Folder to write.
         formats: Formats from `KNOWN_FORMATS`.
-        text_config: Hub id from which open_clip loads the configuration of the text tower. None: XLM-RoBERTa base; if
-            the text tower is another one, open_clip is left out.
+        text_config: Hub id from which open_clip loads the configuration of the text tower. None: open_clip uses
+            XLM-RoBERTa base; if the model has another text tower, the format open_clip is left out.
         overwrite: Whether to replace `output` if it exists.
-        repo_id: Hub id under which the folder will be published.
-        base: Folder or Hub id of the base model whose image encoder is bit-identical, for "drop_in" and "immich".
+        repo_id: Hub id under which the folder will be published. open_clip's `hf-hub:` loads the tokenizer from there.
+        base: Folder or Hub id of the base model that the images were embedded with, for "drop_in" and "immich". Its
+            image encoder must be bit-identical to the model's.
 
     Returns:
         Relative path and size in bytes of each file, sorted by path.
 
     Raises:
-        ValueError: If an argument is wrong, the model is damaged, a format can't represent it, or a file contains an
-            absolute path or an access token.
+        ValueError: If an argument is wrong, the model is damaged, a format can't represent the model, or a written file
+            contains an absolute path or an access token.
         ImportError: If a package that a format needs is missing.
     """
     formats = _check_formats(formats, text_config, base)
@@ -129,9 +131,19 @@ def export_model(
 
 
 def _check_formats(formats: Sequence[str], text_config: str | None, base: str | None) -> list[str]:
-    """Return the cleaned list of formats, with "onnx" added if "transformers_js" needs it.
+    """Check the formats and the arguments that depend on them.
 
-    Raises ValueError if formats or arguments don't fit together, and ImportError if a package for ONNX is missing.
+    Args:
+        formats: Names of formats as the user gave them, possibly with spaces around them.
+        text_config: Value of --text_config, or None.
+        base: Value of --base, or None.
+
+    Returns:
+        The formats without spaces and empty names. "onnx" is added if "transformers_js" needs it.
+
+    Raises:
+        ValueError: If a format is unknown, or the formats and the other arguments can't be combined.
+        ImportError: If a format needs ONNX and a package for it is missing.
     """
     formats = [name.strip() for name in formats if name.strip()]
     if not formats:
@@ -149,7 +161,7 @@ def _check_formats(formats: Sequence[str], text_config: str | None, base: str | 
             f"--base {base} with --formats {','.join(formats)}."
         )
     if "transformers_js" in formats and "onnx" not in formats:
-        formats.append("onnx")  # transformers.js reads its graphs and weights
+        formats.append("onnx")  # transformers.js reads the ONNX graphs and their weights
     if standalone or "onnx" in formats:
         purpose = f"{standalone[0]} in --formats" if standalone else "onnx in --formats (which you can leave out)"
         require_packages(purpose, "onnx", *onnx.ONNX_PACKAGES)
@@ -157,18 +169,18 @@ def _check_formats(formats: Sequence[str], text_config: str | None, base: str | 
 
 
 def read_model_config(folder: Path, formats: Sequence[str] = ()) -> PreTrainedConfig:
-    """Return the configuration of a model folder.
+    """Read the configuration of a model folder, and check that the export formats support the model.
 
     Args:
         folder: Folder of a two-tower model.
-        formats: Formats to write. "drop_in" and "immich" support CAPIVARA and SigLIP only.
+        formats: Names of the formats to write. "drop_in" and "immich" support CAPIVARA and SigLIP only.
 
     Returns:
         The configuration.
 
     Raises:
-        ValueError: If the folder holds no two-tower model, or a format does not support it. For a run with several
-            seeds, the message names the folders of the seeds.
+        ValueError: If the folder holds no two-tower model, or a format does not support the model. For a run with
+            several seeds, the message names the folders of the seeds.
     """
     if not folder.is_dir():
         raise ValueError(f"The model folder {folder} does not exist.")
@@ -194,7 +206,18 @@ def _write_repository(
     text_config: str | None,
     repo_id: str | None,
 ) -> None:
-    """Write the whole model in all formats. Unsupported formats are refused before the weights are read."""
+    """Write both towers of the model in all requested formats except drop_in and immich.
+
+    Unsupported formats are refused before the weights are read, so that the user learns of them at once.
+
+    Args:
+        model: Folder of the model.
+        folder: Folder to write to.
+        config: Configuration of the model.
+        formats: Names of formats, checked by `_check_formats`.
+        text_config: Hub id from which open_clip loads the configuration of the text tower, or None.
+        repo_id: Hub id under which the folder will be published, or None.
+    """
     processor, is_capivara = load_processor(model), isinstance(config, CapivaraConfig)
     if text_config and not is_capivara:
         raise ValueError(
@@ -230,10 +253,15 @@ def _write_repository(
 
 
 def _write_processor(model: Path, folder: Path, processor: ProcessorMixin) -> None:
-    """Write the files of the processor, without paths of this machine, and the code that a CAPIVARA model needs.
+    """Write the files of the processor, without paths of this machine, and for CAPIVARA also the model's Python code.
 
-    Programs that don't run this code read tokenizer.json. It gives them the same tokens as in training, except for
-    texts that need cleaning by code.
+    Programs that don't run Python code from the Hub read only tokenizer.json. It gives them the same tokens as the
+    processor, except for damaged texts, which only the text cleaning code repairs.
+
+    Args:
+        model: Folder of the model.
+        folder: Folder to write to.
+        processor: Processor of the model, from `load_processor`.
     """
     for name in PROCESSOR_FILES:
         if not (model / name).is_file():
@@ -244,8 +272,9 @@ def _write_processor(model: Path, folder: Path, processor: ProcessorMixin) -> No
             for loading_option in ("is_local", "local_files_only"):
                 settings.pop(loading_option, None)
             write_json(folder / name, settings)
-    if not isinstance(processor, CapivaraProcessor):  # a class of transformers, which needs no code in the folder
-        # Not a copy of the files: `load_processor` has corrected the text length, the inputs and the letter case.
+    if not isinstance(processor, CapivaraProcessor):  # a processor of transformers, which needs no code in the folder
+        # The tokenizer files are not copied but written again, because `load_processor` has corrected the maximum text
+        # length, the model inputs and the handling of capital letters.
         save_tokenizer(processor.tokenizer, folder)
         return
     write_tokenizer_json(folder, read_json(folder / "tokenizer.json"), is_capivara=True)
@@ -255,10 +284,17 @@ def _write_processor(model: Path, folder: Path, processor: ProcessorMixin) -> No
 
 
 def _copy_card_files(model: Path, folder: Path) -> None:
-    """Copy the files that the card is based on, if they exist. Absolute paths in them become relative."""
+    """Copy the files that the model card needs: the card, license, run.json, results, plots and rotation.
+
+    Missing files are skipped. Absolute paths in JSON files are shortened by `hide_paths`.
+
+    Args:
+        model: Folder of the model. If it is a folder `seed-*`, the results of all seeds are copied.
+        folder: Folder to write to.
+    """
     results = model / "results"
     if not results.is_dir() and model.name.startswith("seed-"):
-        results = model.parent / "results"  # the results of all seeds of the run
+        results = model.parent / "results"  # results of all seeds, in the folder of the run
     records = {f"results/{path.name}": path for path in sorted(results.glob("*.json"))}
     if (model / "run.json").is_file():
         records["run.json"] = model / "run.json"

@@ -1,4 +1,4 @@
-"""Read the cards of a model's base and training data, and infer the license that the model inherits."""
+"""Read the cards (README.md) of a model's base model and training datasets, and infer the license of the model."""
 
 import re
 from collections.abc import Sequence
@@ -11,13 +11,14 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from capivara_common.privacy import short_name
 from modeling_capivara.loading import read_card_metadata
 
-# Licenses that allow derived works to carry another license, as long as their notices are kept.
+# Hub identifiers of licenses that allow derived works to carry another license, as long as the copyright notices are
+# kept.
 PERMISSIVE_LICENSES = {"apache-2.0", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0", "isc", "mit", "ncsa", "pddl"}
 PERMISSIVE_LICENSES |= {"postgresql", "unlicense", "zlib"}
 
 
 def read_origins(model: str, datasets: Sequence[str], evaluation_dataset: str) -> dict[str, Any]:
-    """Read the cards of the base model and the datasets.
+    """Read the cards (README.md) of a model's base model and of the datasets for training and evaluation.
 
     Args:
         model: Folder or Hub id of the base model.
@@ -25,8 +26,9 @@ def read_origins(model: str, datasets: Sequence[str], evaluation_dataset: str) -
         evaluation_dataset: Dataset of the evaluation.
 
     Returns:
-        "license", the license that the model inherits (see `infer_license`), and the metadata from `read_origin`
-        under "model", "datasets" (a list) and "evaluation_dataset".
+        A dict with four keys. "license" is the license that the model inherits from the base model and the training
+        datasets, or None (see `infer_license`). "model", "datasets" (a list) and "evaluation_dataset" hold the metadata
+        that `read_origin` returns.
     """
     base, data = read_origin(model, "model"), [read_origin(name, "dataset") for name in datasets]
     return {
@@ -40,13 +42,14 @@ def read_origins(model: str, datasets: Sequence[str], evaluation_dataset: str) -
 def infer_license(stated_licenses: list[list[str]]) -> str | None:
     """Return the license of a model that is derived from several works.
 
-    Permissive licenses give way to others, for example mit and cc-by-4.0 result in cc-by-4.0.
+    Any other license takes precedence over `PERMISSIVE_LICENSES`: "mit" and "cc-by-4.0" result in "cc-by-4.0".
 
     Args:
-        stated_licenses: Licenses of each work.
+        stated_licenses: For each work, the Hub identifiers of the licenses that its card states.
 
     Returns:
-        The license, or None if a work states no license or if more than one license remains.
+        The Hub identifier of the license. None if a work states no license, or if the works require several different
+        licenses, for example "cc-by-4.0" and "gpl-3.0".
     """
     if not all(stated_licenses):
         return None
@@ -56,16 +59,23 @@ def infer_license(stated_licenses: list[list[str]]) -> str | None:
 
 
 def read_origin(name: str, repo_type: str) -> dict[str, Any]:
-    """Read the metadata of a model or dataset from its card.
+    """Read the metadata of a base model or dataset from its card (README.md), locally or from the Hub.
 
     Args:
         name: Folder, file, file pattern or Hub id.
         repo_type: "model" or "dataset".
 
     Returns:
-        "name" (short name), "title", "hub_id" and "revision" (if loaded from the Hub), "base_model" (Hub ids),
-        "licenses", "attribution", and "translations" (language -> "human" or "machine", for captions translated by
-        `captions.build`). Values that the card does not state are None or empty.
+        A dict with these keys. Values that the card does not state are None or empty.
+
+        - "name": name without the folders of this machine.
+        - "title": title on the card; if the card has none, the Hub id or the last part of the path.
+        - "hub_id" and "revision": Hub id and commit. None if the card does not come from the Hub.
+        - "base_model": list of the Hub ids that the card names as base models.
+        - "licenses": list of license identifiers.
+        - "attribution": sentence that the license requires.
+        - "translations": language code -> "human" or "machine", who translated the captions of this language. Cards
+          written by `captions.build` state it.
     """
     is_on_hub = not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
     is_file_or_pattern = not Path(name).is_dir() and "/" in name
@@ -87,11 +97,19 @@ def read_origin(name: str, repo_type: str) -> dict[str, Any]:
     }
 
 
-@cache  # training and evaluation often use the same dataset
+@cache  # training and evaluation often use the same dataset, whose card is then fetched once
 def _fetch_card(name: str, repo_type: str) -> Path | None:
-    """Return the path of a card from the Hub. None if there is no card or the Hub can't be reached."""
+    """Return the local path of a card from the Hub. Downloads the card if it is not in the cache.
+
+    Args:
+        name: Hub id.
+        repo_type: "model" or "dataset".
+
+    Returns:
+        Path of README.md in the Hub's cache. None if there is no card or the Hub can't be reached.
+    """
     try:
-        # The cache is first, because it has the card of the commit that was loaded.
+        # The cache is tried first, because it holds the card of the commit that was loaded for training.
         cached = try_to_load_from_cache(name, "README.md", repo_type=repo_type)
         return Path(cached if isinstance(cached, str) else hf_hub_download(name, "README.md", repo_type=repo_type))
     except (OSError, ValueError):
@@ -99,12 +117,12 @@ def _fetch_card(name: str, repo_type: str) -> Path | None:
 
 
 def _as_texts(value: Any) -> list[str]:
-    """Return a value or list from YAML as a list of texts, without empty ones."""
+    """Convert a value from YAML, or a list of values, to a list of strings. Empty values and None are left out."""
     return [str(text) for text in (value if isinstance(value, list) else [value]) if text]
 
 
 def _read_heading(card: Path) -> str | None:
-    """Return the first heading of level 1 in a card."""
+    """Return the text of the first level-1 heading (`# Title`) in a Markdown file, or None if there is none."""
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     heading = re.search(r"^# +(.+)$", text, re.MULTILINE)
     return heading[1].strip() if heading else None

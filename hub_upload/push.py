@@ -1,16 +1,17 @@
-"""Upload the folder of a model, dataset or Space to the Hugging Face Hub in one commit (with --push) or preview it.
+"""Upload the folder of a model, dataset or Space to the Hugging Face Hub in one commit, or preview the upload.
 
     python -m hub_upload.export --model runs/mine --output repository   # writes the folder to upload
-    python -m hub_upload.push --model repository --repo_id my-name/my-model
+    python -m hub_upload.push --model repository --repo_id my-name/my-model   # previews the upload
     python -m hub_upload.push --model repository --repo_id my-name/my-model --push --private
     python -m hub_upload.push --model repository --repo_id an-org/its-model --push --pull_request
     python -m hub_upload.push --model data/mine --repo_id my-name/my-data --repo_type dataset --push
     python -m hub_upload.push --model demo --repo_id my-name/my-demo --repo_type space --push   # from hub_upload.space
 
-The token is the one that huggingface_hub uses: HF_TOKEN, or the token saved by `hf auth login`. Only files that belong
-to a model, dataset or Space are uploaded. Other files on the Hub stay as they are, with one exception: if a Space is
-pushed again, old files in the uploaded folders are deleted. Use the `hf` command to create tags or delete files. If the
-connection breaks, run the same command again.
+Without --push, nothing is changed on the Hub. The access token is the one that huggingface_hub uses: HF_TOKEN, or the
+token saved by `hf auth login`. Only files that belong to a model, dataset or Space are uploaded (see
+`hub_upload/allowed_files.py`). Files that are only on the Hub stay there, with one exception: if a Space is pushed
+again, files in the uploaded subfolders that the local folder no longer has are deleted. Use the `hf` command to create
+tags or delete files. If the connection breaks, run the same command again.
 """
 
 import inspect
@@ -45,7 +46,8 @@ from capivara_common.privacy import make_printable
 from hub_upload.allowed_files import check_repo_id, check_text, list_files_to_send
 from hub_upload.card import CARD_FILE, find_generated_card_faults, write_card
 
-# Seconds without an answer before a call fails. The client has no timeout, so a dead connection would block forever.
+# Seconds without an answer before a call to the Hub fails. huggingface_hub sets no timeout by default, so a dead
+# connection would block forever.
 HUB_TIMEOUT_S = 300
 RETRY_DELAY_S = 2  # seconds to wait before a failed call is repeated
 NO_TOKEN_MESSAGE = "There is no token. Save one with write access using `hf auth login`, or set HF_TOKEN."
@@ -53,8 +55,8 @@ RETRY_HINT = (
     "Run the same command again; files that have already arrived are not sent again. If you used --pull_request, first "
     "check on the repository's page whether the pull request exists already."
 )
-RETRYABLE_STATUS_CODES = {408, 429, 500, 502, 503, 504}
-# HTTP status -> error message. For other status codes, the message contains the Hub's own explanation.
+RETRYABLE_STATUS_CODES = {408, 429, 500, 502, 503, 504}  # HTTP statuses of failures that may be temporary
+# HTTP status -> error message. For all other statuses, the error message quotes the explanation that the Hub gave.
 REFUSAL_MESSAGES = {
     401: "The Hub rejected the token (401): it is wrong or has expired. Create one with write access at {tokens}, then "
     "save it with `hf auth login` or set HF_TOKEN.",
@@ -71,19 +73,19 @@ logger = logging.getLogger("capivara")
 
 
 class PushError(OSError):
-    """A push that failed. The message is a single line with the reason and a hint, and never contains a token."""
+    """Error of a failed push. The message is a single line with the reason and a hint, and never contains a token."""
 
     def __init__(self, message: str):
         super().__init__(" ".join(make_printable(message).split()))
 
 
 class HubUnreachableError(PushError):
-    """A push that failed because the Hub did not answer, or because offline mode is on."""
+    """Error of a push that failed because the Hub did not answer, or because huggingface_hub's offline mode is on."""
 
 
 @dataclass
 class PushArguments:
-    """Command-line arguments of `hub_upload.push`."""
+    """Command-line arguments of `python -m hub_upload.push`, which uploads a folder to the Hub."""
 
     model: Path = flag(..., "Folder to upload: a model or, with --repo_type, a dataset or Space.")
     repo_id: str = flag(..., "Repository on the Hub, owner/name. It is created if it does not exist.")
@@ -108,7 +110,10 @@ class PushArguments:
 
 @dataclass
 class RemoteRepository:
-    """State of a repository on the Hub, as far as the token may see it."""
+    """State of a repository on the Hub.
+
+    A private repository that the access token may not see is described as if it did not exist.
+    """
 
     exists: bool = False
     is_private: bool = False
@@ -119,23 +124,23 @@ class RemoteRepository:
 
 @dataclass
 class PushPlan:
-    """Changes that a push would make on the Hub."""
+    """Comparison of a local folder with a repository on the Hub: the changes that a push would make there."""
 
     args: PushArguments
     user: str | None  # name of the token's owner; None without a token
     remote: RemoteRepository
-    metadata: dict[str, Any] | None  # front matter of the card; None if there is no card
+    metadata: dict[str, Any] | None  # front matter of the card (README.md); None if there is no card
     added_files: list[CommitOperationAdd]  # files that the commit adds or changes
-    unchanged_paths: list[str]  # files of the folder that the Hub already has
+    unchanged_paths: list[str]  # files in the folder that the Hub already has with the same content
     deleted_paths: list[str]  # files of an earlier version of a Space, which the commit deletes
-    unreachable: str = ""  # in a preview: why the Hub could not be reached; empty if it was
+    unreachable: str = ""  # reason why the Hub could not be reached for a preview; empty if it was reached
 
     def __post_init__(self) -> None:
         self.creates_branch = self.remote.exists and self.remote.branch_head is None
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line: print the planned changes and, with --push, upload them."""
+    """Run the command line: print the changes that the push makes on the Hub and, with --push, upload them."""
     args = parse_arguments(PushArguments, __doc__, argv)
     plan = plan_push(args)
     print(describe_push(plan), flush=True)
@@ -157,9 +162,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def plan_push(args: PushArguments) -> PushPlan:
-    """Compare a folder with a repository on the Hub. Nothing is changed.
+    """Compare a folder with a repository on the Hub, and plan the push. Nothing is changed on the Hub.
 
-    Without `args.push` the Hub need not be reachable; in that case the plan's `unreachable` states the reason.
+    If `args.push` is not set, the plan is only a preview, and the Hub need not be reachable. If the Hub can't be
+    reached, all files count as added, and the field `unreachable` of the plan states the reason.
 
     Args:
         args: Folder, repository and options of the push.
@@ -191,7 +197,7 @@ def plan_push(args: PushArguments) -> PushPlan:
     added = [file for file in files if file.path_in_repo not in unchanged]
     deleted = []
     if args.repo_type == "space":
-        # Files of an earlier version of the Space, such as fragments of its index, would take up space forever.
+        # Without deletion, files of earlier versions of the Space, such as fragments of its index, would stay forever.
         ours, folders = {path.as_posix() for path in paths}, {path.parts[0] for path in paths}
         deleted = [path for path in remote.files if path not in ours and path.partition("/")[0] in folders]
     _check_visibility(args.repo_id, remote, args.private)
@@ -203,10 +209,13 @@ def plan_push(args: PushArguments) -> PushPlan:
 
 
 def check_card_is_current(args: PushArguments) -> None:
-    """Warn if the values of a generated card differ from the files of its folder.
+    """Print a warning if the model card was written by `hub_upload.card` but no longer agrees with the model's files.
+
+    Args:
+        args: Folder, repository type and options of the push. Datasets and Spaces are not checked.
 
     Raises:
-        ValueError: If they differ and `args.push` is set.
+        ValueError: If card and files differ and `args.push` is set, so that the outdated card is not uploaded.
     """
     faults = find_generated_card_faults(args.model) if args.repo_type == "model" else []
     if not faults:
@@ -219,7 +228,15 @@ def check_card_is_current(args: PushArguments) -> None:
 
 
 def describe_push(plan: PushPlan) -> str:
-    """Return the plan as text for the user: a line for the repository, one for each file, and notes."""
+    """Describe a push for the user, before it is made.
+
+    Args:
+        plan: Result of `plan_push`.
+
+    Returns:
+        A text of several lines: a line for the repository, a line for each file that is added, changed, deleted or only
+        on the Hub, the number of unchanged files, and notes on the license, the card and the token.
+    """
     args, remote, remote_files = plan.args, plan.remote, plan.remote.files
     state = f"does not exist, will be created{' as private' * args.private}"
     if remote.exists:
@@ -258,7 +275,12 @@ def _printable_name(text: str) -> str:
 
 
 def _is_on_hub(file: CommitOperationAdd, remote_file: RepoFile | None) -> bool:
-    """Return whether a remote file has the same content as a local one. Compares hashes; nothing is downloaded."""
+    """Return whether the Hub already has a file with the same content. Only hashes are compared, nothing is downloaded.
+
+    Args:
+        file: Local file.
+        remote_file: File with the same path on the Hub, or None if there is none.
+    """
     if remote_file is None or remote_file.size != file.upload_info.size:
         return False
     if remote_file.lfs:
@@ -268,7 +290,16 @@ def _is_on_hub(file: CommitOperationAdd, remote_file: RepoFile | None) -> bool:
 
 
 def _check_visibility(repo_id: str, remote: RemoteRepository, private: bool) -> None:
-    """Raise PushError if the push must be private but the repository is public."""
+    """Check that a push that must be private does not go to a public repository.
+
+    Args:
+        repo_id: Repository on the Hub, owner/name, for the error message.
+        remote: State of the repository.
+        private: Whether the repository must be private.
+
+    Raises:
+        PushError: If `private` is set, and the repository exists and is public.
+    """
     if private and remote.exists and not remote.is_private:
         raise PushError(
             f"{repo_id} is public, and --private only applies to new repositories. Make it private in its settings on "
@@ -282,8 +313,11 @@ def _check_visibility(repo_id: str, remote: RemoteRepository, private: bool) -> 
 def push_folder(plan: PushPlan) -> str | None:
     """Upload the planned changes in one commit. Creates the repository and the branch if they don't exist.
 
+    Args:
+        plan: Result of `plan_push`.
+
     Returns:
-        URL of the commit or pull request. None if the Hub already has all files, so that no commit was made.
+        URL of the commit or pull request. None if no commit was made, because the Hub already has all files.
 
     Raises:
         PushError: If there is no token, the Hub refuses the push or the connection breaks.
@@ -302,9 +336,17 @@ def push_folder(plan: PushPlan) -> str | None:
 
 
 def _create_commit(plan: PushPlan, parent: str) -> str:
-    """Commit the planned changes on top of the commit `parent`, and return the URL of the new commit.
+    """Commit the planned changes on top of an existing commit.
 
-    If the answer of the Hub is lost, the commit is sent once more. A pull request is not, because it could open twice.
+    If the answer of the Hub is lost, the commit is sent once more. A pull request is sent only once, because otherwise
+    two pull requests might be opened.
+
+    Args:
+        plan: Result of `plan_push`.
+        parent: Hash of the last commit of the branch. The Hub refuses the new commit if the branch has changed since.
+
+    Returns:
+        URL of the new commit or pull request.
     """
     args = plan.args
     operations = [*plan.added_files, *(CommitOperationDelete(path, is_folder=False) for path in plan.deleted_paths)]
@@ -319,8 +361,9 @@ def _create_commit(plan: PushPlan, parent: str) -> str:
     try:
         return send() if args.pull_request else _retry_once(send)
     except errors.HfHubHTTPError as error:
-        # 412: `parent` is no longer the last commit. If the first of two calls has already made our commit and only its
-        # answer was lost, the files on the Hub are equal to ours, and the push has succeeded.
+        # Status 412 means that `parent` is no longer the last commit of the branch. Perhaps the first call to `send`
+        # made our commit and only the answer was lost. In that case, the files on the Hub equal ours: the push has
+        # succeeded.
         if error.response.status_code != 412:
             raise
         remote = _read_remote(args.repo_id, args.repo_type, args.revision)
@@ -342,7 +385,13 @@ def _default_commit_title(plan: PushPlan) -> str:
 
 
 def _read_remote(repo_id: str, repo_type: str, revision: str) -> RemoteRepository:
-    """Read the state of a repository and its branch `revision` from the Hub."""
+    """Read the state of a repository and of one of its branches from the Hub.
+
+    Args:
+        repo_id: Repository on the Hub, owner/name.
+        repo_type: "model", "dataset" or "space".
+        revision: Name of the branch. If the branch does not exist, the files of main are listed.
+    """
     api = HfApi()
     try:
         info = _retry_once(lambda: api.repo_info(repo_id, repo_type=repo_type))
@@ -359,7 +408,17 @@ def _read_remote(repo_id: str, repo_type: str, revision: str) -> RemoteRepositor
 
 
 def _retry_once(call: Callable[[], Any]) -> Any:
-    """Return the result of `call`; repeat it once if the connection breaks or the Hub has a temporary problem."""
+    """Return the result of `call()`. If the connection breaks or the Hub has a temporary problem, call it once more.
+
+    Args:
+        call: Function without arguments that sends a request to the Hub.
+
+    Returns:
+        The result of the first call that succeeds.
+
+    Raises:
+        HTTPError: If both calls fail, or the Hub refuses the first call for a reason that is not temporary.
+    """
     try:
         return call()
     except errors.HTTPError as error:
@@ -372,11 +431,11 @@ def _retry_once(call: Callable[[], Any]) -> Any:
 
 @contextmanager
 def wrap_hub_errors(repo_id: str, again: str = RETRY_HINT) -> Iterator[None]:
-    """Turn errors of calls to the Hub into PushError. While active, secrets are masked in all log messages.
+    """Convert all errors of calls to the Hub in a block to PushError. Secrets are masked in all log messages meanwhile.
 
     Args:
-        repo_id: Repository to name in messages.
-        again: Hint for failures that may be temporary.
+        repo_id: Repository to name in error messages.
+        again: Hint that is added to the error message if a failure may be temporary.
 
     Raises:
         HubUnreachableError: If the Hub did not answer.
@@ -387,7 +446,8 @@ def wrap_hub_errors(repo_id: str, again: str = RETRY_HINT) -> Iterator[None]:
 
     def create_masked_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = create_record(*args, **kwargs)
-        with suppress(TypeError, ValueError):  # the arguments don't fit the message; logging reports that itself
+        # If the arguments don't fit the message, the record stays as it is, because logging itself reports the error.
+        with suppress(TypeError, ValueError):
             record.msg, record.args = make_printable(record.getMessage()), None
         return record
 
@@ -395,14 +455,14 @@ def wrap_hub_errors(repo_id: str, again: str = RETRY_HINT) -> Iterator[None]:
     logging.captureWarnings(True)
     try:
         yield
-    except Exception as error:  # of any type, for example if a proxy answers with a page of its own
+    except Exception as error:  # any type of error, because a proxy may answer with an HTML page that can't be parsed
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # otherwise the message would continue the line of the progress bar
         if isinstance(error, PushError):
             raise
         logger.debug("A call to the Hub failed.", exc_info=True)
         while isinstance(error, RuntimeError) and error.__cause__ is not None:
-            error = error.__cause__  # the client wraps errors of uploads in a RuntimeError
+            error = error.__cause__  # huggingface_hub wraps errors of uploads in a RuntimeError
         has_answer = isinstance(error, errors.HfHubHTTPError)
         is_unreachable = isinstance(error, errors.OfflineModeIsEnabled | errors.HTTPError) and not has_answer
         error_type = HubUnreachableError if is_unreachable else PushError
@@ -413,7 +473,13 @@ def wrap_hub_errors(repo_id: str, again: str = RETRY_HINT) -> Iterator[None]:
 
 
 def _explain_error(error: BaseException, repo_id: str, again: str) -> str:
-    """Return why a call to the Hub failed and what to do about it."""
+    """Return an error message that says why a call to the Hub failed and what the user can do about it.
+
+    Args:
+        error: Error that the call raised.
+        repo_id: Repository to name in the message.
+        again: Hint that is added if the failure may be temporary.
+    """
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         reason = " ".join((error.server_message or str(error)).split()).rstrip(".")
@@ -435,7 +501,7 @@ def _explain_error(error: BaseException, repo_id: str, again: str) -> str:
 
 
 def check_push_access(repo_id: str, private: bool = False) -> None:
-    """Check that a model can be pushed, before a long training run. Creates the repository if it does not exist.
+    """Check before a long training run that the model can be pushed. Creates the repository if it does not exist.
 
     Args:
         repo_id: Repository on the Hub, owner/name.
@@ -443,7 +509,8 @@ def check_push_access(repo_id: str, private: bool = False) -> None:
 
     Raises:
         ValueError: If `repo_id` is not a valid repository id.
-        PushError: If there is no token, it has no write access, or the repository is public although `private` is set.
+        PushError: If there is no token, the token has no write access, the repository is public although `private` is
+            set, or the Hub can't be reached.
     """
     check_repo_id(repo_id)
     api = HfApi()
@@ -459,15 +526,15 @@ def check_push_access(repo_id: str, private: bool = False) -> None:
 
 
 def publish_run(run: Path, repo_id: str, private: bool = False, card_language: str = "en") -> bool:
-    """Export a finished run with its model card, and push it to the Hub.
+    """Export a finished training run with its model card, and push it to the Hub.
 
-    A failed push does not raise, because the run itself is complete. It is logged with a hint, and the exported folder
-    is kept.
+    If the push fails, no error is raised, because the run itself is complete. Instead, a warning with the reason and a
+    hint is logged, and the exported folder is kept for a later push.
 
     Args:
         run: Folder of the training run.
         repo_id: Repository on the Hub, owner/name.
-        private: Whether a new repository is private.
+        private: Whether the repository is created as private.
         card_language: Language of the model card, "en" or "pt".
 
     Returns:
@@ -481,7 +548,8 @@ def publish_run(run: Path, repo_id: str, private: bool = False, card_language: s
         export_model(run, repository, PUBLISHED_FORMATS, overwrite=True, repo_id=repo_id)
         write_card(repository, repo_id, card_language)
         url = push_folder(plan_push(PushArguments(repository, repo_id, push=True, private=private)))
-    except (Exception, KeyboardInterrupt) as error:  # any failure: the run is complete and must not appear to fail
+    # Every failure is caught, because the training run is complete and must not appear to have failed.
+    except (Exception, KeyboardInterrupt) as error:
         hint = "Export it with `python -m hub_upload.export`, then push the exported folder."
         if repository.is_dir():
             hint = f"Push it later: {shlex.join(words + ['--private'] * private)}"
@@ -495,7 +563,7 @@ def publish_run(run: Path, repo_id: str, private: bool = False, card_language: s
 
 
 def _error_sentence(error: BaseException) -> str:
-    """Return the message of an error as one sentence that ends in a full stop, with secrets masked."""
+    """Return the message of any exception as one sentence with a full stop, and with access tokens and keys masked."""
     if isinstance(error, KeyboardInterrupt):
         return "Stopped."
     kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "

@@ -1,4 +1,4 @@
-"""Fixtures shared by many tests. Heavy packages are imported where they are used."""
+"""Fixtures shared by many tests. Heavy packages are imported inside the fixtures, so that collection is fast."""
 
 import gc
 import os
@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a request to the Hub would wait for a time-out
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # without a network, a request to the Hub would wait for a time-out
 HERE = Path(__file__).resolve().parent
-# Processes that tests start import this project, and run sitecustomize.py first.
+# Processes that tests start can import this project from these folders, and run tests/sitecustomize.py first.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH")]))
 
-gc.disable()  # garbage collection would take a fifth of the time of imports, whose objects stay in memory anyway
+gc.disable()  # it would take a fifth of the import time, although imported objects stay in memory anyway
 
 
-LONGEST = ("test_executors.py", "test_static_page.py", "test_watch.py")  # these take minutes each, so they start first
+LONGEST = ("test_executors.py", "test_static_page.py", "test_watch.py")  # each takes minutes, so they start first
 
 
 def pytest_collection_modifyitems(items):
@@ -25,9 +25,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    gc.freeze()  # later collections skip the imported objects, too; a process ends a second earlier
+    gc.freeze()  # garbage collections during the tests skip the imported objects; a process ends a second earlier
     gc.enable()
-    gc.set_threshold(700)  # Python's default, which sitecustomize.py changes
+    gc.set_threshold(700)  # Python's default threshold, which tests/sitecustomize.py has changed
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def tiny_processor():
 
 @pytest.fixture(scope="session")
 def xlmr(tmp_path_factory):
-    """A processor with the real XLM-R vocabulary, and open_clip's tokenizer with the same vocabulary."""
+    """Tuple of a CAPIVARA processor with the real XLM-R vocabulary and open_clip's tokenizer for this vocabulary."""
     from open_clip.tokenizer import HFTokenizer
 
     from capivara_search.miniature_encoders import load_tokenizer
@@ -72,19 +72,22 @@ def saved_tiny_folder(tmp_path_factory, tiny_processor):
 
 @pytest.fixture(scope="session")
 def model(saved_tiny_folder):
-    """Path of `saved_tiny_folder` as text, for command lines; tests must not change the folder."""
+    """Path of `saved_tiny_folder` as a string, for command lines. All tests share the folder: none may change it."""
     return str(saved_tiny_folder)
 
 
 @pytest.fixture
 def tiny_folder(saved_tiny_folder, tmp_path):
-    """Folder with a saved tiny model and its processor; the weights equal those of `tiny_model`."""
+    """Folder with a tiny model and its processor, a copy that the test may change. The weights equal `tiny_model`'s."""
     return shutil.copytree(saved_tiny_folder, tmp_path / "model")
 
 
 @pytest.fixture(scope="session")
 def tiny_dataset_folder(tmp_path_factory):
-    """Saved DatasetDict of colored squares: 12, 6 and 8 images with one or two captions in two languages."""
+    """Folder with a saved DatasetDict: 12 train, 6 validation and 8 test images, all colored squares.
+
+    Each image has one or two Portuguese captions and one English caption.
+    """
     import numpy as np
     import PIL.Image
     from datasets import Dataset, DatasetDict, Features, Image, List, Value
@@ -116,7 +119,7 @@ def no_pictures(monkeypatch):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 1 MB, for tests of full disks."""
+    """Folder with a mounted file system of 1 MB, for tests of full disks. The test is skipped if mounting fails."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
@@ -128,7 +131,7 @@ def small_disk(tmp_path):
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
-    """Keep caches and state of tests apart from those of the user."""
+    """Use temporary folders for caches and state, so that tests do not touch the user's."""
     os.environ["CAPIVARA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
 

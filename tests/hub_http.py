@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-CHUNK = 2**20  # bytes
+CHUNK = 2**20  # bytes that are read at a time
 
 
 class Dropped(Exception):
-    """Raised after the server has closed a connection in the middle of a request."""
+    """Raised by the server after it has deliberately closed a connection in the middle of a request."""
 
 
 class HttpHandler(http.server.BaseHTTPRequestHandler):
@@ -31,7 +31,7 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the body of the request in chunks."""
+        """Yield the body of the request in chunks of at most `CHUNK` bytes."""
         remaining = int(self.headers.get("Content-Length", 0))
         while remaining:
             chunk = self.rfile.read(min(CHUNK, remaining))
@@ -47,13 +47,13 @@ class HttpHandler(http.server.BaseHTTPRequestHandler):
         raise Dropped
 
     def log_message(self, *args) -> None:
-        """Log nothing."""
+        """Log nothing, so that requests do not appear in the output of tests."""
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
     daemon_threads, block_on_close = True, False
 
     def handle_error(self, request, client_address) -> None:
-        """Ignore errors that mean that the client closed the connection."""
+        """Report an error of a request, unless it only means that the client has closed the connection."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)

@@ -4,7 +4,8 @@
         hub.store("us/model", folder)
         subprocess.run(command, env={**os.environ, **hub.environment(tmp_path / "home")})
 
-It supports the calls of huggingface_hub 2.4 without Xet and stores the real bytes. It stops at the end of the block.
+The server supports the calls that huggingface_hub 2.4 makes without Xet (the Hub's storage protocol), and stores the
+uploaded files. It stops at the end of the `with` block.
 """
 
 import json
@@ -20,13 +21,13 @@ from pathlib import Path, PurePosixPath
 from hub_http import CHUNK, Dropped, HttpHandler, HttpServer
 from hub_storage import Faults, Refused, Repo, Storage
 
-TOKEN = "hf_" + "AnaMayWriteToUs" * 2 + "0000"  # of the user ana in the organization us; has the form of a real token
-READ_TOKEN = "hf_" + "BobMayReadOnly0" * 2 + "0000"
-SIGNATURE = "5162ed" * 8  # part of upload URLs, as on the Hub
+TOKEN = "hf_" + "AnaMayWriteToUs" * 2 + "0000"  # of the user ana, who may write to "us"; looks like a real token
+READ_TOKEN = "hf_" + "BobMayReadOnly0" * 2 + "0000"  # of the user bob, who may not write to "us"
+SIGNATURE = "5162ed" * 8  # secret in the upload URLs, as on the Hub; commands must never print it
 PROJECT = Path(__file__).resolve().parents[1]
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".arrow", ".tar", ".onnx", ".data")
-SILENCE_S = 10  # delay of a silent upload, longer than the clients' time-out
-LFS_BYTES = 10 * 2**20  # larger files go to LFS, whatever their name
+SILENCE_S = 10  # seconds until the server answers a silent upload; longer than the time-out of clients in the tests
+LFS_BYTES = 10 * 2**20  # files larger than this are stored in LFS, whatever their name
 QUOTA = "Private repository storage limit reached, please upgrade your plan to increase your private storage limit."
 FILES = r"/(?P<kind>datasets/|spaces/)?(?P<name>[^/]+/[^/]+)"
 REPO = r"/api/(?P<kind>models|datasets|spaces)/(?P<name>[^/]+/[^/]+)"
@@ -52,18 +53,18 @@ ROUTES = [
 
 
 class HubServer:
-    """A running test server.
+    """A test server for the Hub, which runs in a thread while its `with` block is active.
 
     Attributes:
         url: URL of the server, for `HF_ENDPOINT`.
-        storage: Repositories and objects.
+        storage: Repositories, and the contents of their files.
         faults: Failures to simulate; may be changed at any time.
         users: Token -> user name.
         writable: User name -> namespaces that the user may write to.
         requests: (method, path) of all requests, in order.
         uploaded: Bytes received by PUT requests, including interrupted ones.
         fetched: "owner/name/path" of all downloaded files.
-        page_size: Entries of a tree per response.
+        page_size: Number of files in one response to a request for the files of a repository.
     """
 
     def __init__(self, folder: Path):
@@ -93,7 +94,7 @@ class HubServer:
         return variables | {"HF_TOKEN": token or ""}
 
     def store(self, name: str, folder: Path, kind: str = "models") -> Repo:
-        """Store the files of a folder as a repository, without HTTP."""
+        """Create a repository with the files of a folder directly in the storage, without HTTP."""
         repo = self.storage.create(kind, name, private=False)
         files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
         added = {path: self.storage.add(data, is_lfs(path, data[:512], len(data))) for path, data in files.items()}
@@ -104,22 +105,25 @@ class HubServer:
         return self.storage.repos[kind, name]
 
     def files(self, name: str, revision: str = "main", kind: str = "models") -> dict[str, bytes]:
-        """Return path -> content of a revision, without the Hub's `.gitattributes`."""
+        """Return the contents of a repository's files by path, without the `.gitattributes` that the Hub creates."""
         files = self.repo(name, kind).at(revision).files
         return {path: self.storage.path(blob).read_bytes() for path, blob in files.items() if path != ".gitattributes"}
 
     def commits(self, name: str, revision: str = "main", kind: str = "models") -> list[str]:
-        """Return the titles of the commits, newest first, without the Hub's initial commit."""
+        """Return the titles of a repository's commits, newest first, without the initial commit that the Hub makes."""
         return [commit.title for commit in self.repo(name, kind).history(revision)][:-1]
 
 
 def is_lfs(path: str, sample: bytes, size: int) -> bool:
-    """Return whether the Hub stores a file in LFS instead of git."""
+    """Return whether the Hub stores a file in LFS instead of git, depending on name, first bytes and size."""
     return size > LFS_BYTES or path.endswith(LFS_SUFFIXES) or b"\0" in sample
 
 
 class _Handler(HttpHandler):
-    """Handler of one connection. Each public method below answers one call of the protocol, or raises `Refused`."""
+    """Handler of one connection.
+
+    Each method that `ROUTES` names answers one call of the Hub's protocol, or raises `Refused`.
+    """
 
     def answer(self) -> None:
         self.hub: HubServer = self.server.hub
@@ -137,14 +141,14 @@ class _Handler(HttpHandler):
             with self.hub.lock:
                 getattr(self, action)(**groups)
         except Refused as refused:
-            for _ in self.unread:  # the body must be read, because the connection is used again
+            for _ in self.unread:  # the body must be read, because the client reuses the connection
                 pass
             self.json({"error": refused.message, **refused.more}, refused.status, refused.headers())
         except (ConnectionError, Dropped):
             self.close_connection = True
 
     def canned(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        """Send a fixed response, as from a proxy or a broken Hub."""
+        """Send a fixed response, to simulate the response of a proxy or of a broken Hub."""
         for _ in self.unread:
             pass
         self.head(status, headers, len(body))
@@ -292,7 +296,10 @@ class _Handler(HttpHandler):
         self.json({})
 
     def _counted(self, limit: int | None):
-        """Yield the body in chunks and count its bytes; close the connection after `limit` bytes."""
+        """Yield the request body in chunks, and count its bytes in `HubServer.uploaded`.
+
+        If `limit` is not None, the connection is closed after `limit` bytes.
+        """
         received = 0
         for chunk in self.unread:
             received += len(chunk)

@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Refused(Exception):
-    """An error response, with the content that the Hub sends in headers and body."""
+    """Raised to send an error response, with the same content in headers and body as a response of the Hub."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **more: Any):
         super().__init__(message)
@@ -28,14 +28,16 @@ class Faults:
     Attributes:
         fail_upload_after_bytes: Bytes of an upload (PUT) after which the connection is closed.
         silent_uploads: Number of uploads that are answered so late that clients should time out.
-        quota_bytes: Limit for the size of all LFS objects; above it, the response is `quota_status`.
-        quota_status: HTTP status for an exceeded quota.
+        quota_bytes: Limit for the total size of all LFS files in bytes. An upload that would exceed it is refused with
+            `quota_status`. None: no limit.
+        quota_status: HTTP status of the response if the quota is exceeded.
         concurrent_commit: Whether another user commits to the branch just before the next commit.
-        commit_statuses: HTTP statuses of the next commits, which are not made.
-        commit_message: Error message of these responses.
+        commit_statuses: HTTP error statuses with which the next commits are refused, one per commit.
+        commit_message: Error message of the responses with `commit_statuses`.
         lost_commit_replies: Number of commits that are made, but whose response is lost.
-        late_commit: Whether an earlier attempt of the next commit arrives first, so that the commit itself is refused.
-        answers: Call, such as "info" or "commit" -> status, headers and body of a fixed response.
+        late_commit: Whether the next commit is made but answered with status 412, as if an earlier attempt of the
+            client had arrived late and had made the commit.
+        answers: Name of a call, such as "info" or "commit" -> (status, headers, body) of a fixed response.
     """
 
     fail_upload_after_bytes: int | None = None
@@ -52,14 +54,20 @@ class Faults:
 
 @dataclass(frozen=True)
 class Blob:
-    """A version of a file: git hash of the file or of its LFS pointer, size, and `sha256` if it is in LFS."""
+    """A version of a file.
+
+    Attributes:
+        oid: Git hash of the file or, if the file is in LFS, of its LFS pointer.
+        size: Size of the file in bytes.
+        sha256: SHA-256 of the file if it is in LFS, otherwise None.
+    """
 
     oid: str
     size: int
     sha256: str | None = None
 
     def entry(self, path: str) -> dict[str, Any]:
-        """Return the entry of the file in the listing of a tree."""
+        """Return the JSON object that describes the file in the Hub's list of the files of a repository."""
         entry: dict[str, Any] = {"type": "file", "path": path, "oid": self.oid, "size": self.size}
         if self.sha256:
             entry["lfs"] = {"oid": self.sha256, "size": self.size, "pointerSize": 134}
@@ -76,7 +84,14 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A repository. `branches` and `pulls` map names to commits; the name of a pull request is such as `refs/pr/1`."""
+    """A repository.
+
+    Attributes:
+        private: Whether the repository is private.
+        commits_by_oid: Hash -> commit.
+        branches: Name of a branch -> hash of its last commit.
+        pulls: Name of a pull request, such as `refs/pr/1` -> hash of its last commit.
+    """
 
     private: bool
     commits_by_oid: dict[str, Commit] = field(default_factory=dict)
@@ -102,13 +117,13 @@ class Repo:
         return commit
 
     def open_pull(self, revision: str) -> str:
-        """Open a pull request that starts at a revision, and return its name."""
+        """Open a pull request that starts at `revision` (a branch or commit hash), and return its name."""
         name = f"refs/pr/{len(self.pulls) + 1}"
         self.pulls[name] = self.at(revision).oid
         return name
 
     def history(self, revision: str) -> list[Commit]:
-        """Return the commits of a revision, newest first."""
+        """Return the commits of a branch, pull request or commit hash, newest first."""
         commits = [self.at(revision)]
         while commits[-1].parent:
             commits.append(self.commits_by_oid[commits[-1].parent])
@@ -125,7 +140,12 @@ class Repo:
 
 
 class Storage:
-    """Objects in `folder`, named by hash, and repositories by kind and "owner/name"."""
+    """Files and repositories of the test server.
+
+    Attributes:
+        folder: Folder with the content of all files, named by hash: `lfs/` for LFS files, `git/` for others.
+        repos: (kind, "owner/name") -> repository; the kind is "models", "datasets" or "spaces".
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -134,7 +154,7 @@ class Storage:
         self.repos: dict[tuple[str, str], Repo] = {}
 
     def create(self, kind: str, name: str, private: bool) -> Repo:
-        """Create an empty repository, which on the Hub contains the file .gitattributes."""
+        """Create a repository with only the file .gitattributes, as the Hub does."""
         repo = self.repos[kind, name] = Repo(private)
         repo.start({".gitattributes": self.add(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n", lfs=False)})
         return repo
@@ -149,7 +169,7 @@ class Storage:
         return blob
 
     def receive(self, sha256: str, chunks: Iterable[bytes]) -> None:
-        """Store an object while its bytes arrive; refuse it if they have another hash."""
+        """Store an uploaded LFS file in chunks as they arrive. Raises Refused if its SHA-256 is not `sha256`."""
         digest = hashlib.sha256()
         with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
             for chunk in chunks:
@@ -161,7 +181,11 @@ class Storage:
         Path(file.name).rename(self.folder / "lfs" / sha256)
 
     def blobs_of(self, lines: list[dict[str, Any]]) -> dict[str, Blob]:
-        """Return path -> object for the operations of a commit."""
+        """Return the files that a commit request adds, by path.
+
+        Args:
+            lines: Lines of the request body, each a JSON object with "key" (type of the operation) and "value".
+        """
         blobs = {}
         for line in lines:
             value = line["value"]

@@ -1,4 +1,8 @@
-"""Export formats, one module each. This module has what they share: tokenizer files and the check of the base model."""
+"""Writers of the export formats, one module for each format.
+
+This module has the functions that several formats share. They write tokenizer files, and check that a model and its
+base model have the same image encoder.
+"""
 
 import json
 from pathlib import Path
@@ -14,10 +18,11 @@ from modeling_capivara import CapivaraProcessor
 from modeling_capivara.convert_open_clip import convert_to_folder
 from modeling_capivara.text_cleaning_capivara import CONTEXT_LENGTH
 
-# Normalizer steps for programs that read tokenizer.json but don't run the text cleaning code of a model. They do the
-# part of the cleaning that typed text needs (straight quotes, NFC), in the same way as ftfy, so a text that is already
-# cleaned does not change. (Exception: ftfy leaves HTML entities next to "<" alone, and these may stand for curly
-# quotes.) The vocabulary's own normalizer does the rest, except the repair of damaged text.
+# Normalizer steps for programs that read tokenizer.json but don't run CAPIVARA's text cleaning code. The steps make
+# curly quotes straight and normalize accents (NFC), which typed text needs. They do this in the same way as ftfy, which
+# the cleaning code uses, so they don't change a text that is already cleaned. (Exception: ftfy leaves HTML entities
+# next to "<" alone, and these may stand for curly quotes.) The tokenizer's own normalizer does the rest of the
+# cleaning, except the repair of damaged text, which needs the code.
 PLAIN_QUOTE_STEPS = [
     {"type": "NFC"},
     *(
@@ -28,19 +33,23 @@ PLAIN_QUOTE_STEPS = [
 
 
 def max_text_tokens(processor: ProcessorMixin) -> int:
-    """Return the maximum number of tokens in a text; longer texts are cut."""
+    """Return the maximum number of tokens to which a model's processor truncates texts."""
     return CONTEXT_LENGTH if isinstance(processor, CapivaraProcessor) else processor.tokenizer.model_max_length
 
 
 def resolve_base_folder(model: Path, base: str) -> Path:
-    """Return the folder of the base model, after checking that it has the same image encoder as the model.
+    """Find the folder of the base model, and check that the base model has the same image encoder as the model.
 
     Args:
         model: Folder of the model.
         base: Folder or Hub id of the base model.
 
+    Returns:
+        Local folder of the base model. If the base is on the Hub, the base is downloaded.
+
     Raises:
-        ValueError: If the image encoders are not bit-identical, so image embeddings of the base don't fit the model.
+        ValueError: If the image encoders are not bit-identical, so that the model's text embeddings can't be compared
+            with image embeddings of the base.
     """
     folder = resolve_model_folder(base, convert_to_folder)
     if image_encoder_digest(model) != image_encoder_digest(folder):
@@ -53,12 +62,14 @@ def resolve_base_folder(model: Path, base: str) -> Path:
 
 
 def write_tokenizer_json(folder: Path, content: dict[str, Any], is_capivara: bool) -> None:
-    """Write tokenizer.json, for CAPIVARA with steps that straighten curly quotes and normalize accents (NFC).
+    """Write tokenizer.json.
+
+    For CAPIVARA, add normalizer steps that straighten curly quotes and normalize accents (NFC).
 
     Args:
         folder: Folder to write to.
         content: Content of a tokenizer.json.
-        is_capivara: Whether to add the steps `PLAIN_QUOTE_STEPS`. Steps that are already there are not added again.
+        is_capivara: Whether to add `PLAIN_QUOTE_STEPS`. They are not added twice if `content` already has them.
     """
     normalizer = content["normalizer"] or {}
     has_steps = normalizer.get("normalizers", [])[: len(PLAIN_QUOTE_STEPS)] == PLAIN_QUOTE_STEPS
@@ -71,8 +82,12 @@ def write_tokenizer_json(folder: Path, content: dict[str, Any], is_capivara: boo
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
     """Write the files of a tokenizer with its current settings, without paths of this machine.
 
+    Args:
+        tokenizer: Tokenizer to write.
+        folder: Folder to write to.
+
     Returns:
-        The content of tokenizer_config.json, including `model_input_names`.
+        The content of the written tokenizer_config.json, including `model_input_names`.
     """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"

@@ -1,12 +1,16 @@
-"""Export only the text encoder, for users who have already embedded images with the base model and want to keep them.
+"""Export only the text encoder of a model.
+
+This format is for users who have embedded their images with the base model and want to keep these image embeddings. The
+text encoder replaces the text encoder of the base model. These files are written:
 
     config.json, model.safetensors, tokenizer  text tower, for transformers (SigLIP: the whole text encoder)
     modules.json, 1_Pooling/, 2_Dense/, ...    CAPIVARA only: the whole text encoder, for sentence-transformers
-    open_clip_text.safetensors                 `text.*`, `logit_scale` and `logit_bias`, under open_clip's names
+    open_clip_text.safetensors                 text encoder, `logit_scale` and `logit_bias`, under open_clip's names
     onnx/text_model.onnx                       input_ids, attention_mask (CAPIVARA only) -> text_embeds (texts, width)
-    drop_in.json, README.md                    base model and digest of its image encoder
+    drop_in.json                               names of model and base, and digest of their common image encoder
+    README.md                                  card with code examples
 
-Before anything is written, the image encoders of model and base are compared; they must be bit-identical.
+Before anything is written, the image encoders of the model and the base model are compared. They must be bit-identical.
 """
 
 import logging
@@ -44,26 +48,28 @@ from modeling_capivara.two_towers import embedding_width
 
 METADATA_FILE = "drop_in.json"
 OPEN_CLIP_TEXT_FILE = "open_clip_text.safetensors"
-TEXT_ENCODER_PREFIXES = ("text_model.", "text_projection.")
-# Package of the modules before version 6. Version 6 still reads these names (tried: 3.4, 4.1, 5.0, 5.2, 6.2).
+TEXT_ENCODER_PREFIXES = ("text_model.", "text_projection.")  # start of the tensor names of the text encoder
+# Python package that held the module classes of Sentence Transformers before its version 6. Version 6 still accepts
+# these old class names in modules.json, so they work in all versions (tested with 3.4, 4.1, 5.0, 5.2 and 6.2).
 SENTENCE_TRANSFORMERS_MODELS = "sentence_transformers.models"
-HIDDEN_ACTIVATION = "torch.nn.modules.activation.GELU"  # after a hidden layer of the text projection
-OUTPUT_ACTIVATION = "torch.nn.modules.linear.Identity"  # after its last layer
+HIDDEN_ACTIVATION = "torch.nn.modules.activation.GELU"  # follows each hidden layer of the text projection
+OUTPUT_ACTIVATION = "torch.nn.modules.linear.Identity"  # follows the last layer of the text projection
 logger = logging.getLogger("capivara")
 
 
 def write_drop_in(source: Path, folder: Path, config: PreTrainedConfig, base: str, repo_id: str | None = None) -> None:
-    """Write the text encoder of a CAPIVARA or SigLIP model.
+    """Write the text encoder of a CAPIVARA or SigLIP model, in all formats that the module docstring lists.
 
     Args:
         source: Folder of the model.
         folder: Empty folder to write to.
         config: Configuration of the model.
         base: Folder or Hub id of the base model that embedded the images.
-        repo_id: Hub id under which the folder will be published, for the code examples of the card.
+        repo_id: Hub id under which the folder will be published, for the code examples in the card.
 
     Raises:
-        ValueError: If the image encoders differ, the text encoders are equal, or a model is damaged.
+        ValueError: If the image encoders of model and base differ, their text encoders are equal, or one of the two
+            models is damaged.
     """
     base_folder = formats.resolve_base_folder(source, base)
     if compute_tensor_digests(_load_text_tensors(source)) == compute_tensor_digests(_load_text_tensors(base_folder)):
@@ -95,15 +101,32 @@ def write_drop_in(source: Path, folder: Path, config: PreTrainedConfig, base: st
 
 
 def _load_text_tensors(folder: Path) -> dict[str, Tensor]:
-    """Load the tensors of a model's text encoder (tower and projection), memory-mapped."""
+    """Load the tensors of a model's text encoder (text tower and text projection), memory-mapped.
+
+    Args:
+        folder: Folder of the whole model.
+
+    Returns:
+        Tensors by name.
+    """
     tensors = load_mapped_tensors(find_weight_files(folder))
     return {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_ENCODER_PREFIXES)}
 
 
 def _write_text_tower(model: PreTrainedModel, folder: Path) -> list[str]:
-    """Write the text tower, and each linear layer of the projection to a folder of its own.
+    """Write the text tower for transformers, and its projection as Dense modules of Sentence Transformers.
 
-    Returns the names of these folders. Raises ValueError if a written tensor differs from the model.
+    Each linear layer of the projection is written to a separate subfolder, such as `2_Dense`.
+
+    Args:
+        model: Whole model. SigLIP has no separate text projection, so no Dense module is written.
+        folder: Folder to write to.
+
+    Returns:
+        Names of the subfolders of the linear layers, in the order of execution.
+
+    Raises:
+        ValueError: If a written tensor differs from the model.
     """
     model.text_model.save_pretrained(folder)
     written = {f"text_model.{name}": tensor for name, tensor in load_mapped_tensors([folder / WEIGHTS_FILE]).items()}
@@ -123,7 +146,15 @@ def _write_text_tower(model: PreTrainedModel, folder: Path) -> list[str]:
 
 
 def _write_sentence_transformers(model: PreTrainedModel, folder: Path, dense_folders: list[str]) -> None:
-    """Write the files of sentence-transformers for a CAPIVARA model. It can't load the text encoder of SigLIP alone."""
+    """Write the configuration files with which Sentence Transformers loads the text encoder of a CAPIVARA model.
+
+    There is no such function for SigLIP, because Sentence Transformers can't load SigLIP's text encoder alone.
+
+    Args:
+        model: Whole model.
+        folder: Folder to write to.
+        dense_folders: Subfolders with the layers of the text projection, from `_write_text_tower`.
+    """
     modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
     pooling = {"word_embedding_dimension": model.config.text_config.hidden_size}
     pooling |= {f"pooling_mode_{mode}": mode == "mean_tokens" for mode in modes}
@@ -132,16 +163,27 @@ def _write_sentence_transformers(model: PreTrainedModel, folder: Path, dense_fol
     classes[f"{len(classes)}_Normalize"] = "Normalize"
     modules = [(path, f"{SENTENCE_TRANSFORMERS_MODELS}.{name}") for path, name in classes.items()]
     open_clip.write_sentence_modules(folder, modules)
-    # Mean pooling does not use the pooler of transformers' encoders, which would be initialized at random.
+    # The encoder is loaded without the pooler layer of transformers: mean pooling does not use it, and it would be
+    # initialized at random, because the export has no weights for it.
     kwargs = {"model_args": {"add_pooling_layer": False}} if hasattr(model.text_model, "pooler") else {}
     settings = {"max_seq_length": formats.CONTEXT_LENGTH, "do_lower_case": False} | kwargs
     write_json(folder / "sentence_bert_config.json", settings)
 
 
 def _write_open_clip(model: PreTrainedModel, source: Path, base: Path, folder: Path) -> bool:
-    """Write the text encoder for open_clip's model of the base, and compare it with the model.
+    """Write the text encoder under open_clip's tensor names, for loading into the base model in open_clip.
 
-    Returns False (with a log message) if open_clip can't represent it or its tensors don't fit the base.
+    The written tensors are compared with the model.
+
+    Args:
+        model: Whole model.
+        source: Folder of the model.
+        base: Folder of the base model.
+        folder: Folder to write to.
+
+    Returns:
+        Whether the file was written. False, with a log message, if open_clip can't represent the model, or if the model
+        and the base have different tensor names or shapes.
     """
     try:
         load_mapped_model(base, model.config)  # raises ValueError if the base has other tensor names or shapes
@@ -166,9 +208,10 @@ def _write_open_clip(model: PreTrainedModel, source: Path, base: Path, folder: P
 
 
 def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, length: int, is_capivara: bool) -> None:
-    """Write the tokenizer without its processor.
+    """Write the files of the tokenizer, so that it can be loaded without the processor of the model.
 
-    CAPIVARA's tokenizer comes with its text cleaning code. Programs that don't run the code still get straight quotes.
+    CAPIVARA's tokenizer refers to its Python code for text cleaning. For programs that don't run this code, normalizer
+    steps in tokenizer.json at least straighten curly quotes and normalize accents.
 
     Args:
         tokenizer: Tokenizer of the model.
@@ -186,14 +229,18 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, length: i
 
 
 def _render_card(source: Path, folder: Path, metadata: dict[str, Any], repo_id: str | None, **values: Any) -> str:
-    """Render README.md, which tells which image embeddings the text encoder fits and how each program loads it.
+    """Render README.md. It says which image embeddings the text encoder fits, and how each library loads it.
 
     Args:
-        source: Folder of the model, whose card has the license.
+        source: Folder of the model. Its card states the license, and its run.json the language.
         folder: Folder of the export.
         metadata: Content of drop_in.json.
-        repo_id: Hub id that the code examples load; None if they load the folder they are run in.
-        values: Further variables of the template: is_capivara, length and open_clip.
+        repo_id: Hub id that the code examples load. None: the examples load the current folder.
+        values: Further variables of the template: `is_capivara`, `length` (maximum number of tokens in a text) and
+            `open_clip` (whether the file for open_clip was written).
+
+    Returns:
+        The text of the card.
     """
     model_card, language = read_card_metadata(source / "README.md"), "pt"  # default for models without run.json
     if (source / "run.json").is_file():

@@ -1,14 +1,16 @@
-"""Export a model for the machine-learning service of Immich, as an OpenCLIP model (tried with 1.134 and 2.5).
+"""Export a model for the machine-learning service of the photo server Immich (tested with Immich 1.134 and 2.5).
 
-    config.json                                   text_cfg: maximum tokens of a text, and how it is cleaned
+Immich loads the folder as one of the OpenCLIP models in its list. These files are written:
+
+    config.json                                   embedding width, and maximum number of tokens in a text
     textual/model.onnx                            text (1, tokens), int32 -> embedding (1, width), unit length
     textual/tokenizer.json, tokenizer_config.json tokenizer and its pad_token; texts are padded to the full length
     visual/model.onnx                             image (1, 3, side, side), float32 -> embedding (1, width)
     visual/preprocess_cfg.json                    size, interpolation, mean, std, resize_mode
 
-Copy the folder to clip/NAME in Immich's model cache, where NAME is a name that Immich knows. With a base, `visual/` is
-not written, and the other files replace those of the base. All graphs are compared with the model. docs/immich.md has
-the steps.
+Copy the folder to clip/NAME in Immich's model cache, where NAME is the name of a model in Immich's list. If a base
+model is given, `visual/` is not written, and the other files replace the files of the base model in the cache. The
+outputs of all ONNX graphs are compared with the outputs of the model. docs/immich.md describes the steps.
 """
 
 import json
@@ -34,20 +36,27 @@ from modeling_capivara.two_towers import (
     random_texts,
 )
 
-# Model type -> the model name in Immich's list that has the same architecture.
+# Model type in config.json -> name of the model in Immich's list that has the same architecture.
 IMMICH_MODEL_NAMES = {"capivara": "XLM-Roberta-Base-ViT-B-32__laion5b_s13b_b90k", "siglip": "ViT-B-16-SigLIP2__webli"}
 logger = logging.getLogger("capivara")
 
 
 class ImmichTower(nn.Module):
-    """A tower with the inputs that Immich provides: padded text without a mask, or pixels."""
+    """Module to export to ONNX: a text or image encoder with the inputs that Immich provides.
+
+    Immich provides padded texts without an attention mask, and pixels of images.
+
+    Args:
+        model: Model with both towers.
+        pad_id: Token id of padding, from which the attention mask is computed. None: the model uses no mask.
+    """
 
     def __init__(self, model: PreTrainedModel, pad_id: int | None):
         super().__init__()
         self.model, self.pad_id = model, pad_id
 
     def forward(self, text: Tensor | None = None, image: Tensor | None = None) -> Tensor:
-        """Embed texts or images.
+        """Embed texts or images. Exactly one of the two arguments is given.
 
         Args:
             text: Padded token ids (texts, tokens), int32.
@@ -63,7 +72,7 @@ class ImmichTower(nn.Module):
 
 
 def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str | None = None) -> None:
-    """Write the folder of a CAPIVARA or SigLIP model.
+    """Write a CAPIVARA or SigLIP model in the layout that Immich reads (see the module docstring).
 
     Args:
         source: Folder of the model.
@@ -72,14 +81,15 @@ def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str
         base: Folder or Hub id of the base model. If given, only the text encoder is written.
 
     Raises:
-        ValueError: If the model is damaged or can't be represented, a tower exceeds 2 GB (the limit of an ONNX file), a
-            graph differs from the model, or the image encoder differs from that of the base.
+        ValueError: If the model is damaged or can't be represented, a tower exceeds 2 GB (the limit of an ONNX file),
+            the outputs of a graph differ from the model's, or the image encoder differs from the base model's.
     """
     if base is not None:
         resolve_base_folder(source, base)
     processor, is_capivara = load_processor(source), config.model_type == "capivara"
-    # Immich reads nothing else from it. For SigLIP, Immich's own config.json also asks to remove punctuation
-    # (`"clean": "canonicalize"`). Ours does not, because the model was trained with punctuation.
+    # Immich reads only these settings from config.json. For SigLIP, Immich's own config.json also requests the removal
+    # of punctuation (`"clean": "canonicalize"`). This config.json does not, because the model was trained with
+    # punctuation.
     settings = {"embed_dim": embedding_width(config), "text_cfg": {"context_length": max_text_tokens(processor)}}
     write_json(folder / "config.json", settings)
     ids = _write_tokenizer(processor, folder / "textual", is_capivara)
@@ -100,18 +110,18 @@ def write_immich(source: Path, folder: Path, config: PreTrainedConfig, base: str
 
 
 def _write_tokenizer(processor: ProcessorMixin, textual: Path, is_capivara: bool) -> list[np.ndarray]:
-    """Write the tokenizer, and compare its token ids with the model's.
+    """Write the tokenizer for Immich, and compare its token ids of example texts with the model's.
 
     Args:
         processor: Processor of the model.
-        textual: Folder to write to.
+        textual: Folder to write to, `textual/` of the export.
         is_capivara: Whether it is CAPIVARA's own tokenizer.
 
     Returns:
         Token ids of example texts, each (1, tokens), int32.
 
     Raises:
-        ValueError: If the tokenizer has no tokenizer.json, or Immich would read a text differently.
+        ValueError: If the tokenizer can't be written as tokenizer.json, or Immich would tokenize a text differently.
     """
     from tokenizers import Tokenizer
 
@@ -135,16 +145,16 @@ def _write_tokenizer(processor: ProcessorMixin, textual: Path, is_capivara: bool
 
 
 def _write_tower_graph(tower: ImmichTower, input_name: str, examples: list[np.ndarray], path: Path) -> None:
-    """Write a tower as an ONNX file that includes its weights, and compare it with the model.
+    """Write a tower as an ONNX file that includes the weights, and compare the outputs of the file with the tower's.
 
     Args:
         tower: Tower to export.
         input_name: "text" or "image".
-        examples: Inputs for the comparison. The first one is also used for the export.
+        examples: Input arrays for the comparison. The first array is also the example input of the export.
         path: File to write.
 
     Raises:
-        ValueError: If the outputs differ by more than the tolerance.
+        ValueError: If an output differs by more than `EMBEDDING_TOLERANCE` of `hub_upload/formats/onnx.py`.
     """
     import onnx
 

@@ -1,12 +1,12 @@
-"""Export a model to ONNX graphs in float32, int8 and float16, and compare them with the model.
+"""Export a model to ONNX graphs in float32, int8 and float16, and compare their outputs with the model's.
 
     onnx/vision_model.onnx  pixel_values (images, 3, side, side)               -> image_embeds (images, width)
     onnx/text_model.onnx    input_ids, attention_mask (texts, tokens), int64   -> text_embeds (texts, width)
                             SigLIP: only input_ids (texts, 64)
     onnx/model.onnx         all inputs -> logits_per_image (images, texts), logits_per_text, text_embeds, image_embeds
 
-Embeddings have unit length. The weights of a graph are in `.onnx_data` next to it. The names of int8 graphs end in
-`_quantized`, those of float16 graphs in `_fp16`, because transformers.js expects these names.
+Embeddings have unit length. The weights of a graph are in a file with the suffix `.onnx_data` next to the graph. The
+names of int8 graphs end in `_quantized` and the names of float16 graphs in `_fp16`, as transformers.js expects.
 """
 
 import logging
@@ -40,23 +40,25 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-# Largest allowed difference of an embedding component between model and float32 graph. Typical differences are 1e-7.
+# Largest allowed difference between the embeddings of model and float32 graph, in any component. Typical: 1e-7.
 EMBEDDING_TOLERANCE = 1e-4
-SCORE_TOLERANCE = 1e-3  # largest allowed difference of scores (cosines times the temperature, which may be up to 100)
-# int8 applies to matrix products and token embeddings, which are most of a multilingual text tower. Convolutions stay
-# float32: in int8, embeddings of EfficientNet-Lite0 become unusable (lowest cosine 0.56), and it has only 16 MB.
-QUANTIZATION_BLOCK_SIZE = 128  # weights in a row that share a scale and a zero point
-# Scales per block, not one scale for all activations of a batch as in `quantize_dynamic` for MatMul. With the same size
-# and speed, the mean cosine on Portuguese captions is 0.998 instead of 0.986 (text tower of the demo).
+SCORE_TOLERANCE = 1e-3  # largest allowed difference of scores (cosines times the logit scale, which may be up to 100)
+# Only matrix products and token embeddings are quantized to int8; they are most of a multilingual text tower.
+# Convolutions stay float32: with int8 convolutions, embeddings of EfficientNet-Lite0 become unusable (lowest cosine
+# with the float32 embeddings 0.56), and quantization would save little, because this image tower has only 16 MB.
+QUANTIZATION_BLOCK_SIZE = 128  # consecutive weights that share a scale and a zero point
+# MatMulNBits uses a scale per block. `quantize_dynamic`, which uses one scale for all activations of a batch in MatMul,
+# would be less accurate at the same size and speed: on Portuguese captions, the mean cosine with the float32 embeddings
+# is 0.998 with MatMulNBits and 0.986 with `quantize_dynamic` (text tower of the demo model).
 QUANTIZATION_METHOD = (
     "by onnxruntime: weights of matrix products in 8 bits, with a scale and a zero point for "
     f"{QUANTIZATION_BLOCK_SIZE} numbers, their activations too (MatMulNBits, onnxruntime from 1.22); embeddings in 8 "
     "bits with a scale and a zero point a column"
 )
-PRECISION_SUFFIXES = {"float32": "", "float16": "_fp16", "int8": "_quantized"}  # ends of the graphs' names
+PRECISION_SUFFIXES = {"float32": "", "float16": "_fp16", "int8": "_quantized"}  # precision -> end of a graph's name
 IMAGE_INPUTS, TEXT_INPUTS = ("pixel_values",), ("input_ids", "attention_mask")
 SCORE_OUTPUTS = ("logits_per_image", "logits_per_text")
-GRAPH_SIGNATURES = {  # name -> inputs, outputs
+GRAPH_SIGNATURES = {  # name of a graph -> (names of its inputs, names of its outputs)
     "vision_model": (IMAGE_INPUTS, ("image_embeds",)),
     "text_model": (TEXT_INPUTS, ("text_embeds",)),
     "model": ((*TEXT_INPUTS, *IMAGE_INPUTS), (*SCORE_OUTPUTS, "text_embeds", "image_embeds")),
@@ -65,7 +67,14 @@ TOWER_GRAPHS = ("vision_model", "text_model")
 
 
 class EmbeddingGraph(nn.Module):
-    """Module to export: unit-length embeddings of images, texts or both, and scores. Inputs and outputs are float32."""
+    """Module to export to ONNX: computes unit-length embeddings of images, texts or both, and their similarity scores.
+
+    Pixels and outputs are float32, also if the model is float16.
+
+    Args:
+        model: Model with both towers.
+        outputs: Names of the outputs to compute, from `GRAPH_SIGNATURES`.
+    """
 
     def __init__(self, model: PreTrainedModel, outputs: Sequence[str]):
         super().__init__()
@@ -74,12 +83,12 @@ class EmbeddingGraph(nn.Module):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """Compute the outputs in the order of `self.outputs`.
+        """Compute the outputs named in `self.outputs`, in this order.
 
         Args:
-            input_ids: Token ids (texts, tokens).
-            attention_mask: 1 for tokens, 0 for padding (texts, tokens).
-            pixel_values: Preprocessed images (images, 3, height, width).
+            input_ids: Token ids (texts, tokens). None if no output needs texts.
+            attention_mask: 1 for tokens, 0 for padding (texts, tokens). None if the model uses no mask.
+            pixel_values: Preprocessed images (images, 3, height, width). None if no output needs images.
         """
         model, results = self.model, {}
         if pixel_values is not None:
@@ -100,20 +109,21 @@ def write_onnx(
     graphs: Sequence[str] = TOWER_GRAPHS,
     precisions: Sequence[str] = ("float32", "int8"),
 ) -> None:
-    """Write ONNX graphs to `folder/onnx`, and `quantisation.json` with the size and accuracy of each graph.
+    """Write ONNX graphs of a model to `folder/onnx`, and `quantisation.json` with the size and accuracy of each graph.
 
     Args:
         folder: Folder to write to.
-        source: Folder of the model; None if it is in `folder`.
+        source: Folder of the model. None: the model is in `folder`.
         graphs: Names from `GRAPH_SIGNATURES`.
         precisions: Names from `PRECISION_SUFFIXES`. "int8" must follow "float32", from which it is quantized, and
-            "float16" must be last, because it converts the model.
+            "float16" must be last, because the export converts the model to float16 in place.
 
     Raises:
         ValueError: If a float32 graph differs from the model by more than `EMBEDDING_TOLERANCE` or `SCORE_TOLERANCE`.
     """
     model, processor, onnx = load_model(source or folder).eval(), load_processor(source or folder), folder / "onnx"
-    # Batches of six and one, because graphs must also work for batch sizes that the exporter has not seen.
+    # The graphs are compared on batches of six and one, because they must also work for batch sizes other than those of
+    # the example inputs that the exporter sees (three images, two texts).
     pictures = [image.convert("RGB") for image in random_images()]  # some processors don't convert to RGB
     batches = [
         pad_batch(processor, tokenize(processor, random_texts()[:n]))
@@ -133,7 +143,7 @@ def write_onnx(
     paths = []
     for precision in precisions:
         if precision == "float16":
-            # Scale and bias of the scores stay float32, because rounding them would change all scores.
+            # The logit scale and bias stay float32, because rounding them would change all scores.
             scalars = {
                 name: value.data.clone() for name, value in model.named_parameters() if name.startswith("logit_")
             }
@@ -158,7 +168,7 @@ def write_onnx(
 
 
 def open_session(path: Path) -> "InferenceSession":
-    """Load a graph with onnxruntime on the CPU."""
+    """Load an ONNX graph with onnxruntime on the CPU, with as many threads as PyTorch uses."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -167,24 +177,25 @@ def open_session(path: Path) -> "InferenceSession":
 
 
 def weights_file(graph: Path) -> Path:
-    """Return the path of a graph's weights."""
+    """Return the path of the file with the weights of an ONNX graph: `text_model.onnx` -> `text_model.onnx_data`."""
     return graph.with_name(f"{graph.name}_data")
 
 
 def export_graph(
     module: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str], path: Path, shapes: dict | None = None
 ) -> None:
-    """Export a module as an ONNX graph. The weights are written to a separate file.
+    """Export a module as an ONNX graph, with the weights in a separate file next to it (see `weights_file`).
 
     Args:
         module: Module to export.
         inputs: Example inputs by name.
         outputs: Names of the outputs.
         path: File of the graph.
-        shapes: Dynamic dimensions of each input, as for `torch.onnx.export`. All other dimensions are fixed.
+        shapes: `dynamic_shapes` of `torch.onnx.export`: for each input, the dimensions that may vary, by index. All
+            other dimensions have the size of the example inputs. None: no dimension may vary.
     """
     with _silence_logging(), torch.no_grad():
-        # The exporter keeps the mode of the module, so without `eval()` dropout would stay active in the graph.
+        # The exporter keeps the mode of the module. Without `eval()`, dropout would therefore stay active in the graph.
         program = torch.onnx.export(
             module.eval(), (), kwargs=inputs, dynamo=True, dynamic_shapes=shapes, verbose=False,
             input_names=list(inputs), output_names=list(outputs),
@@ -194,9 +205,13 @@ def export_graph(
 
 
 def _strip_exporter_notes(path: Path) -> None:
-    """Remove the exporter's metadata from a graph and rename its weights to the name that transformers.js expects.
+    """Remove the exporter's metadata from a graph file, and rename its weight file as transformers.js expects.
 
-    The metadata contains stack traces of every operation, with paths of this machine.
+    The metadata must not be published, because it contains a stack trace of every operation, with paths of this
+    machine.
+
+    Args:
+        path: File of the graph, which is rewritten.
     """
     import onnx
 
@@ -213,7 +228,12 @@ def _strip_exporter_notes(path: Path) -> None:
 
 
 def _quantize_weights(source: Path, target: Path) -> None:
-    """Write the int8 version of a float32 graph."""
+    """Write the int8 version of a float32 graph. Only matrix products and token embeddings are quantized.
+
+    Args:
+        source: File of the float32 graph.
+        target: File of the int8 graph. The weights are written next to it.
+    """
     with _silence_logging():
         import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -221,7 +241,7 @@ def _quantize_weights(source: Path, target: Path) -> None:
 
         unsigned = {"per_channel": True, "weight_type": QuantType.QUInt8}
         quantize_dynamic(source, target, op_types_to_quantize=["Gather"], **unsigned)
-        # Accuracy level 4 computes with 8-bit integers.
+        # With accuracy level 4, activations are quantized, too, so that products are computed with 8-bit integers.
         quantizer = MatMulNBitsQuantizer(
             onnx.load(target),
             bits=8,
@@ -234,15 +254,20 @@ def _quantize_weights(source: Path, target: Path) -> None:
 
 
 def _measure_graph(path: Path, batches: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Return the size of a graph with its weights in bytes, and its differences from the model's outputs.
+    """Measure the size of an ONNX graph, and how much its outputs differ from the model's.
 
     Args:
         path: File of the graph.
-        batches: Inputs by name.
-        expected: Outputs of the model for each batch.
+        batches: Model inputs by name, one dict per batch.
+        expected: Model outputs by name, one dict per batch.
+
+    Returns:
+        "bytes", the size of graph and weights, and the differences as far as they apply to the graph: "lowest_cosine"
+        between embeddings of graph and model, "largest_difference" of an embedding component, and
+        "largest_score_difference".
 
     Raises:
-        ValueError: If a float32 graph differs by more than the tolerance.
+        ValueError: If a float32 graph differs by more than `EMBEDDING_TOLERANCE` or `SCORE_TOLERANCE`.
     """
     session, size = open_session(path), sum(part.stat().st_size for part in (path, weights_file(path)))
     inputs, outputs = ([node.name for node in nodes] for nodes in (session.get_inputs(), session.get_outputs()))
@@ -263,11 +288,11 @@ def _measure_graph(path: Path, batches: list[dict[str, Tensor]], expected: list[
 
 
 def check_difference(graph: Path, difference: float, tolerance: float = EMBEDDING_TOLERANCE) -> None:
-    """Raise ValueError if a graph differs from the model by more than `tolerance` or by NaN.
+    """Raise ValueError if the difference between a graph's and a model's outputs is above `tolerance` or is NaN.
 
     Args:
-        graph: File of the graph, for the message.
-        difference: Largest difference of an output.
+        graph: File of the graph, for the error message.
+        difference: Largest absolute difference of an output.
         tolerance: Largest allowed difference.
     """
     if not difference <= tolerance:
@@ -279,7 +304,10 @@ def check_difference(graph: Path, difference: float, tolerance: float = EMBEDDIN
 
 @contextmanager
 def _silence_logging() -> Iterator[None]:
-    """Hide log messages and warnings of exporter and quantizer, and undo the logging setup that one of them makes."""
+    """Hide log messages and warnings in a block, and restore the configuration of the root logger afterwards.
+
+    The ONNX exporter and the quantizer log much, and one of them changes the configuration of the root logger.
+    """
     root = logging.root
     disabled, level, handlers = root.manager.disable, root.level, root.handlers[:]
     logging.disable(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Write the files that transformers, open_clip and sentence-transformers read, and compare them with the model."""
+"""Export a model for transformers, open_clip and Sentence Transformers, and compare the export with the model."""
 
 import hashlib
 import logging
@@ -45,24 +45,27 @@ from modeling_capivara.two_towers import (
 )
 
 OPEN_CLIP_WEIGHTS_FILE = OPEN_CLIP_WEIGHT_FILES[0]
-SENTENCE_TRANSFORMERS_MODULES = "sentence_transformers.base.modules"  # package of the modules since version 6
-SENTENCE_EMBEDDING_KEY = "sentence_embedding"  # key under which sentence-transformers passes embeddings between modules
-# Configuration fields that change the output of the text tower. The others concern training and generation.
+# Python package of Sentence Transformers' module classes since its version 6, for the class names in modules.json.
+SENTENCE_TRANSFORMERS_MODULES = "sentence_transformers.base.modules"
+SENTENCE_EMBEDDING_KEY = "sentence_embedding"  # key under which Sentence Transformers passes embeddings between modules
+# Fields of the text tower's configuration that change its output. Other fields concern training and text generation.
 TEXT_CONFIG_FIELDS = (
     "model_type vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
 )
 TEXT_CONFIG_FIELDS += "layer_norm_eps max_position_embeddings type_vocab_size pad_token_id"
-# For this tokenizer type, open_clip uses tokenizer.json as it is. For XLM-R it would rebuild the tokenizer without its
-# normalizer. Without a type, open_clip reads config.json and asks on the terminal whether to run the code named there.
+# With the tokenizer type "xlm-roberta-xl", open_clip uses tokenizer.json as it is. With "xlm-roberta", it would build
+# the tokenizer again without the normalizer. Without a type, open_clip reads config.json and asks on the terminal
+# whether to run the Python code that config.json names.
 TOKENIZER_SETTINGS = {"tokenizer_type": "xlm-roberta-xl"}
 EMBEDDING_TOLERANCE = 1e-4  # largest allowed difference of a component of unit-length float32 embeddings
 logger = logging.getLogger("capivara")
 
 
 def write_weights(model: Path, folder: Path, config: PreTrainedConfig, with_open_clip: bool) -> None:
-    """Write configuration, code and weights for transformers and open_clip, and compare each tensor with the model.
+    """Write configuration and weights for transformers, and optionally weights for open_clip.
 
-    The weights are memory-mapped, so that memory never holds more than one copy.
+    Each written tensor is compared with the model. The weights are memory-mapped, so that memory never holds more than
+    one copy of them.
 
     Args:
         model: Folder of the model.
@@ -87,24 +90,39 @@ def write_weights(model: Path, folder: Path, config: PreTrainedConfig, with_open
 
 
 def save_state_dict(state_dict: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors to a safetensors file. Only tensors that are not contiguous are copied."""
+    """Write tensors to a safetensors file. To save memory, only tensors that are not contiguous are copied.
+
+    Args:
+        state_dict: Tensors by name.
+        path: File to write.
+    """
     tensors = {name: tensor.detach().contiguous() for name, tensor in state_dict.items()}
     save_file(tensors, path, metadata={"format": "pt"})
 
 
 def compute_tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
-    """Return dtype, shape and SHA-256 of each tensor, to compare tensors without keeping them in memory."""
+    """Compute digests of tensors, so that tensors can be compared later without keeping them in memory.
+
+    Args:
+        tensors: Tensors by name.
+
+    Returns:
+        A tuple (dtype, shape, SHA-256 of the values) for each name.
+    """
     raw = {name: tensor.contiguous().reshape(-1).view(torch.uint8).numpy() for name, tensor in tensors.items()}
     return {name: (tensor.dtype, tensor.shape, hashlib.sha256(raw[name]).digest()) for name, tensor in tensors.items()}
 
 
 def check_tensors(file: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple]) -> None:
-    """Raise ValueError if tensors differ from the model.
+    """Check that the tensors in a written file are bit-identical to the model's.
 
     Args:
-        file: File that the tensors were read from, for the message.
+        file: File that the tensors were read from, for the error message.
         tensors: Tensors by name.
         expected: Digests of the model's tensors, from `compute_tensor_digests`.
+
+    Raises:
+        ValueError: If a tensor is missing, is not expected, or differs.
     """
     if wrong := {name for name, _ in compute_tensor_digests(tensors).items() ^ expected.items()}:
         raise ValueError(
@@ -114,7 +132,7 @@ def check_tensors(file: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
 
 
 def resolve_text_config(config: CapivaraConfig, text_config: str | None) -> str | None:
-    """Return the Hub id from which open_clip loads the configuration of the text tower.
+    """Choose the Hub id from which open_clip loads the configuration of the text tower, and check that it fits.
 
     Args:
         config: Configuration of the model.
@@ -124,8 +142,8 @@ def resolve_text_config(config: CapivaraConfig, text_config: str | None) -> str 
         The Hub id. None if no id is given and the text tower is not XLM-RoBERTa base.
 
     Raises:
-        ValueError: If `text_config` is not a Hub id with a configuration, or its text tower differs from the model's
-            (the message names the fields).
+        ValueError: If `text_config` is not a Hub id with a configuration, or that configuration differs from the
+            model's text tower. In this case, the message names the fields that differ.
     """
     base = CapivaraConfig().text_config  # the default is XLM-RoBERTa base, so no network is needed
     if text_config is None:
@@ -146,15 +164,17 @@ def resolve_text_config(config: CapivaraConfig, text_config: str | None) -> str 
 def build_open_clip_config(
     config: CapivaraConfig, image_processor: CapivaraImageProcessor, text_config: str | None, repo_id: str | None
 ) -> dict[str, Any] | None:
-    """Build open_clip's configuration of a CAPIVARA model, without reading weights.
+    """Build the content of open_clip_config.json for a CAPIVARA model, without reading weights.
 
-    If open_clip is installed, its model is built on the meta device to compare names and shapes of all tensors.
+    If open_clip is installed, it builds the model on PyTorch's meta device (without memory for weights), so that names
+    and shapes of all tensors can be compared.
 
     Args:
         config: Configuration of the model.
         image_processor: Image processor of the model.
         text_config: Hub id with the configuration of the text tower; None for XLM-RoBERTa base.
-        repo_id: Hub id under which the model will be published, if known; open_clip loads the tokenizer from there.
+        repo_id: Hub id under which the model will be published, from which open_clip loads the tokenizer. None:
+            open_clip loads the tokenizer from the same Hub id as the configuration of the text tower.
 
     Returns:
         Content of open_clip_config.json. None (with a log message) if the text tower is not XLM-RoBERTa base and
@@ -178,9 +198,10 @@ def build_open_clip_config(
             with torch.device("meta"):
                 tensors = to_capivara_state_dict(build_open_clip_model(config).state_dict())
                 build_model_from_tensors(tensors, config, "Its tensors")
-        except (RuntimeError, ValueError) as error:  # open_clip gives the head of a few timm models another width
+        except (RuntimeError, ValueError) as error:  # for a few timm models, open_clip's head has another width
             raise ValueError(f"open_clip can't build this model: {' '.join(str(error).split())}") from error
-    # For `hf-hub:` names, open_clip loads the tokenizer from this id; for `local-dir:` names, from the folder itself.
+    # open_clip loads the tokenizer from this Hub id if the model is loaded with a `hf-hub:` name. If it is loaded with
+    # a `local-dir:` name, open_clip loads the tokenizer from the local folder.
     tokenizer = model_cfg["text_cfg"]["hf_tokenizer_name"] = repo_id or source
     model_cfg["text_cfg"]["tokenizer_kwargs"] = TOKENIZER_SETTINGS
     logger.info("open_clip: configuration of the text tower from %s, tokenizer from %s.", source, tokenizer)
@@ -188,19 +209,28 @@ def build_open_clip_config(
 
 
 def write_sentence_transformers(folder: Path, processor: ProcessorMixin) -> None:
-    """Write the files of sentence-transformers: the whole model as a Transformer module, followed by Normalize."""
+    """Write the configuration files with which Sentence Transformers loads the exported model.
+
+    It loads the whole model, with both towers, as a Transformer module. A Normalize module follows.
+
+    Args:
+        folder: Folder of the export, which already has the files for transformers.
+        processor: Processor of the model.
+    """
     modules = [("", "transformer.Transformer"), ("1_Normalize", "normalize.Normalize")]
     write_sentence_modules(folder, [(path, f"{SENTENCE_TRANSFORMERS_MODULES}.{name}") for path, name in modules])
     settings = {
         "transformer_task": "feature-extraction",
-        # Without these entries, sentence-transformers 6 would silently treat the model as a text encoder.
+        # Without these entries, Sentence Transformers 6 would silently treat the model as a text encoder.
         "modality_config": {
             "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
             "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
         },
         "module_output_name": SENTENCE_EMBEDDING_KEY,
     }
-    if pads_to_max_length(processor):  # for example SigLIP; sentence-transformers would pad to the longest text only
+    if pads_to_max_length(processor):
+        # Some models, such as SigLIP, need texts of the full length. By default, Sentence Transformers would pad texts
+        # only to the longest text of a batch.
         rule = {"padding": "max_length", "max_length": processor.tokenizer.model_max_length}
         settings["processing_kwargs"] = {"text": rule}
     write_json(folder / "sentence_bert_config.json", settings)
@@ -209,9 +239,9 @@ def write_sentence_transformers(folder: Path, processor: ProcessorMixin) -> None
 
 
 def check_sentence_transformers(source: Path, folder: Path) -> None:
-    """Compare text embeddings computed by sentence-transformers from an export with those of the model.
+    """Compare the text embeddings of an export, computed by Sentence Transformers, with those of the original model.
 
-    Skipped, with a log message, if sentence-transformers is not installed.
+    If Sentence Transformers is not installed, the comparison is skipped, and a message is logged.
 
     Args:
         source: Folder of the model.
@@ -227,45 +257,63 @@ def check_sentence_transformers(source: Path, folder: Path) -> None:
         return
     from sentence_transformers import SentenceTransformer
 
-    texts = [*random_texts(), "Uma FOTO de São João"]  # of all lengths, and with capital letters
+    texts = [*random_texts(), "Uma FOTO de São João"]  # texts of several lengths, and a text with capital letters
     ours = embed_texts(load_model(source).eval(), load_processor(source), texts)
-    # Batches of one: in a larger batch, the long text would hide that short texts are not padded to the full length.
+    # Each batch has one text, because in a larger batch the longest text could hide an error: if short texts are not
+    # padded to the full length, they are at least padded to the longest text.
     theirs = SentenceTransformer(str(folder), device="cpu").encode(texts, batch_size=1, show_progress_bar=False)
     _check_difference("sentence-transformers", [(ours, torch.from_numpy(theirs))])
 
 
 def write_sentence_modules(folder: Path, module_types: list[tuple[str, str]]) -> None:
-    """Write modules.json of sentence-transformers.
+    """Write modules.json and config_sentence_transformers.json, from which Sentence Transformers builds its pipeline.
 
     Args:
         folder: Folder to write to.
-        module_types: Subfolder and class name of each module, in the order of execution.
+        module_types: A tuple (subfolder, full class name) for each module, in the order of execution.
     """
     modules = [
         {"idx": index, "name": str(index), "path": path, "type": class_name}
         for index, (path, class_name) in enumerate(module_types)
     ]
     write_json(folder / "modules.json", modules)
-    # Library versions are left out, because an older sentence-transformers 6 would warn about a newer version.
+    # Library versions are left out. Otherwise, users with an older release of Sentence Transformers 6 would see a
+    # warning.
     settings = {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine", "prompts": {}}
     write_json(folder / "config_sentence_transformers.json", settings)
 
 
 def _config_differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[str]:
-    """Describe the differences of two text tower configurations in the fields that change the output."""
+    """Compare two configurations of text towers in the fields that change the output (`TEXT_CONFIG_FIELDS`).
+
+    Args:
+        ours: Configuration of the model's text tower.
+        theirs: Configuration that open_clip would load.
+
+    Returns:
+        A description of each field that differs, such as "vocab_size is 250002, not 50000".
+    """
     pairs = {name: (getattr(ours, name, None), getattr(theirs, name, None)) for name in TEXT_CONFIG_FIELDS.split()}
     return [f"{name} is {theirs!r}, not {ours!r}" for name, (ours, theirs) in pairs.items() if ours != theirs]
 
 
 # --- SigLIP in the layout of open_clip's ViT-…-SigLIP2 ---------------------------------------------------------------
 
-# (width, layers, patch size) -> name of timm's SigLIP tower without the image size, which follows in the full name.
+# (width, layers, patch size) -> start of the name of timm's SigLIP image tower. The full name ends in the image size.
 TIMM_TOWERS = {(768, 12, 16): "vit_base_patch16_siglip", (768, 12, 32): "vit_base_patch32_siglip"}
 TIMM_TOWERS |= {(1024, 24, 16): "vit_large_patch16_siglip", (1152, 27, 14): "vit_so400m_patch14_siglip"}
 
 
 def check_siglip_supported(config: PreTrainedConfig) -> None:
-    """Raise ValueError if open_clip has no such SigLIP model, and ImportError if open_clip is not installed."""
+    """Check that open_clip can represent a SigLIP model.
+
+    Args:
+        config: Configuration of the model.
+
+    Raises:
+        ValueError: If the model is not a SigLIP model, or open_clip has no SigLIP model of this architecture.
+        ImportError: If open_clip is not installed.
+    """
     if config.model_type != "siglip":
         raise ValueError(
             f"open_clip's format supports CAPIVARA and SigLIP only, but this is a {config.model_type} model."
@@ -282,7 +330,7 @@ def check_siglip_supported(config: PreTrainedConfig) -> None:
 
 
 def _tower_sizes(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Return width, number of layers and patch size of the image tower."""
+    """Return (width, number of layers, patch size in pixels) of the image tower in a SigLIP configuration."""
     return config.vision_config.hidden_size, config.vision_config.num_hidden_layers, config.vision_config.patch_size
 
 
@@ -295,7 +343,7 @@ def write_open_clip_siglip(source: Path, folder: Path, tokenizer_repository: str
         tokenizer_repository: Hub id from which open_clip loads the tokenizer.
 
     Returns:
-        Tensors of the model under open_clip's names.
+        The model's tensors by open_clip's names.
 
     Raises:
         ValueError: If open_clip can't build the model, or its embeddings differ from the model's.
@@ -324,7 +372,16 @@ def write_open_clip_siglip(source: Path, folder: Path, tokenizer_repository: str
 
 @torch.inference_mode()
 def _compare_embeddings(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
-    """Raise ValueError if open_clip's embeddings of the same pixels and tokens differ by more than rounding."""
+    """Compare the embeddings that open_clip and the model compute from the same pixels and token ids.
+
+    Args:
+        model: SigLIP model.
+        processor: Processor of the model.
+        folder: Folder of the export, from which open_clip loads the model.
+
+    Raises:
+        ValueError: If open_clip can't build the model, or an embedding differs by `EMBEDDING_TOLERANCE` or more.
+    """
     import open_clip
 
     try:
@@ -343,8 +400,8 @@ def _check_difference(program: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> N
     """Raise ValueError if embeddings differ by `EMBEDDING_TOLERANCE` or more.
 
     Args:
-        program: Name of the other program.
-        pairs: Embeddings of the model and of the other program.
+        program: Name of the library that computed embeddings with the export, for the error message.
+        pairs: Tuples (embeddings of the model, embeddings computed by the library), each (rows, width).
     """
     difference = max((ours - theirs).abs().max().item() for ours, theirs in pairs)
     if not difference < EMBEDDING_TOLERANCE:

@@ -1,9 +1,10 @@
-"""Write the files that transformers.js needs in addition to the ONNX graphs of `formats/onnx.py`.
+"""Write the files that transformers.js needs in addition to the ONNX graphs from `hub_upload/formats/onnx.py`.
 
     onnx/model.onnx, onnx/*_fp16.onnx     both towers with their scores, and every graph in float16
     config.json                           transformers.js_config: number of weight files of each graph
     preprocessor_config.json              image processor, with a class name that transformers.js knows
-    tokenizer.json, tokenizer_config.json tokenizer with normalizer steps that it knows, and the maximum text length
+    tokenizer.json                        tokenizer with only those normalizer steps that transformers.js knows
+    tokenizer_config.json                 maximum number of tokens in a text
 
 The file names and settings follow `models/session.js` and `utils/model-loader.js` of transformers.js 4.3.
 """
@@ -18,31 +19,37 @@ from modeling_capivara.processing_capivara import CapivaraProcessor
 from modeling_capivara.text_cleaning_capivara import CONTEXT_LENGTH
 
 CONFIG_KEY = "transformers.js_config"  # key in config.json that transformers.js reads
-# Settings of an image processor that transformers.js supports.
+# Settings of image processors that transformers.js supports. Other settings are left out of preprocessor_config.json.
 IMAGE_SETTINGS = (
     *("do_resize", "size", "do_center_crop", "crop_size", "do_convert_rgb", "do_rescale", "rescale_factor"),
     *("do_normalize", "image_mean", "image_std"),
 )
-# Normalizer types that transformers.js supports.
+# Types of normalizer steps in tokenizer.json that transformers.js supports.
 NORMALIZER_TYPES = (
     *("BertNormalizer", "Precompiled", "Sequence", "Replace", "NFC", "NFD", "NFKC", "NFKD"),
     *("Strip", "StripAccents", "Lowercase", "Prepend"),
 )
-# Replacement for the type `Nmt`, which it lacks: remove control characters, and turn other white space into spaces, as
-# `do_nmt` does in normalizers/unicode.rs of the tokenizers library.
+# Replacements for the normalizer type `Nmt`, which transformers.js does not support: pattern -> replacement. They
+# remove control characters and turn other white space into spaces, as `do_nmt` does in normalizers/unicode.rs of the
+# tokenizers library.
 NMT_REPLACEMENTS = {
     r"[\u0001-\u0008\u000B\u000E-\u001F\u007F\u008F\u009F]": "",
     r"[\u0009\u000A\u000C\u000D\u1680\u200B-\u200F\u2028\u2029\u2581\uFEFF\uFFFD]": " ",
 }
-# PIL's number of the LANCZOS filter. The bicubic filter of transformers.js skips pixels when it makes images smaller;
-# LANCZOS does not, and its result is closest to ours. In a browser, the canvas resizes and ignores this setting.
+# PIL's number of the LANCZOS resize filter. The bicubic filter of transformers.js skips pixels when it makes images
+# smaller. The LANCZOS filter does not, and its result is closest to that of the model's image processor in Python. In a
+# browser, this setting has no effect, because the canvas resizes the images.
 LANCZOS_RESAMPLE = 1
 
 
 def write_configs(folder: Path) -> None:
     """Add the settings of transformers.js to config.json, and write preprocessor_config.json.
 
-    Python ignores both: it reads the other keys of config.json, and the image processor from processor_config.json.
+    The transformers library for Python ignores both: it reads only the other keys of config.json, and it reads the
+    settings of the image processor from processor_config.json.
+
+    Args:
+        folder: Folder of the export, which already has the ONNX graphs and the files for transformers.
     """
     weight_files = {path.name: 1 for path in sorted((folder / "onnx").glob("*.onnx"))}
     settings: dict[str, Any] = read_json(folder / "config.json")
@@ -57,30 +64,51 @@ def write_configs(folder: Path) -> None:
 
 
 def convert_tokenizer(folder: Path) -> dict[str, Any]:
-    """Return the content of a tokenizer.json with normalizer steps that transformers.js supports.
+    """Convert a tokenizer.json, so that it has only normalizer steps that transformers.js supports.
 
-    Raises ValueError if a step can't be converted.
+    Args:
+        folder: Folder with the tokenizer.json to convert. The file is not changed.
+
+    Returns:
+        The converted content.
+
+    Raises:
+        ValueError: If a normalizer step can't be converted.
     """
     tokenizer = read_json(folder / "tokenizer.json")
     return tokenizer | {"normalizer": _convert_normalizer(tokenizer["normalizer"])}
 
 
 def write_converted_tokenizer(folder: Path) -> None:
-    """Rewrite the tokenizer files of a folder, so that transformers.js can read them and gives the same token ids.
+    """Rewrite the tokenizer files of an export, so that transformers.js can read them and gives the same token ids.
 
-    CAPIVARA: the ids are those of cleaned texts.
+    For a CAPIVARA model, the token ids are the same for texts that CAPIVARA's Python code has already cleaned.
+
+    Args:
+        folder: Folder of the export, with config.json and the tokenizer files.
     """
     is_capivara = read_json(folder / "config.json")["model_type"] == "capivara"
     formats.write_tokenizer_json(folder, convert_tokenizer(folder), is_capivara)
     if is_capivara:
-        # In Python, CAPIVARA's text cleaning removes superfluous white space; transformers.js needs a setting for that.
+        # In Python, CAPIVARA's text cleaning code removes superfluous white space. transformers.js does not run this
+        # code, but its setting `remove_space` has the same effect.
         settings = read_json(folder / "tokenizer_config.json")
         max_length = min(settings.get("model_max_length", CONTEXT_LENGTH), CONTEXT_LENGTH)
         write_json(folder / "tokenizer_config.json", settings | {"model_max_length": max_length, "remove_space": True})
 
 
 def _convert_normalizer(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Replace `Nmt` steps in a normalizer. Raises ValueError if transformers.js does not support another step."""
+    """Replace the normalizer steps of type `Nmt`, also inside of sequences, by steps that transformers.js supports.
+
+    Args:
+        normalizer: Value of "normalizer" in tokenizer.json; None if the tokenizer has no normalizer.
+
+    Returns:
+        The converted value.
+
+    Raises:
+        ValueError: If transformers.js does not support a step of another type.
+    """
     if normalizer is None:
         return None
     if normalizer["type"] == "Sequence":

@@ -1,11 +1,13 @@
-"""Write the search page as a folder for a Space: the program, the model and an index of pictures.
+"""Write the search page as a folder that can be pushed to the Hub as a Space (web demo).
 
     python -m hub_upload.space --model runs/mine --pictures pictures.lance --space demo
-    python -m hub_upload.space --model runs/mine --static page --library node_modules  # searches visitors' own files
+    python -m hub_upload.space --model runs/mine --static page --library node_modules  # page without a server
     python -m hub_upload.push --model demo --repo_id org/demo --repo_type space --push     # uploads either folder
 
-The Space shows thumbnails. The picture files, the names of their folders and the places where they were taken are not
-published. To search on this machine only, use `capivara app`.
+With --space, the folder holds the program with its server, the model and an index of your pictures. The Space shows
+thumbnails of the pictures. The picture files, the full paths of their folders and the GPS coordinates at which pictures
+were taken are not published. With --static, the folder holds a page on which users search the pictures on their own
+device. To search on this machine only, use `capivara app`.
 """
 
 from dataclasses import dataclass
@@ -19,14 +21,14 @@ NPM_COMMAND = "npm install --ignore-scripts @huggingface/transformers"
 
 @dataclass
 class SpaceArguments:
-    """Command-line arguments of `hub_upload.space`."""
+    """Command-line arguments of `python -m hub_upload.space`, which writes the search page as a Space (web demo)."""
 
     model: str = flag(..., "Folder or Hub id of a CAPIVARA model.")
     pictures: str | None = flag(None, "Index of pictures, created by `capivara index` (required for --space).")
     space: Path | None = flag(None, "Folder to write: a Space with a server, the model and an index.")
     static: Path | None = flag(
         None,
-        "Folder to write: a page without a server, which any file server can serve. Visitors choose pictures on their "
+        "Folder to write: a page without a server, which any file server can serve. Users choose pictures on their "
         "own device and search them in the browser. --pictures is not used.",
     )
     library: Path | None = flag(
@@ -45,7 +47,7 @@ class SpaceArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line: write the folder of the Space or of the page without a server."""
+    """Run the command line: write the folder of a Space with a server (--space) or of a static page (--static)."""
     args = parse_arguments(SpaceArguments, __doc__, argv)
     require_packages("A Space", "search", "lancedb", "starlette", "uvicorn")
     from hub_upload.space.publish_space import open_index, write_space
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 
     folder = args.static or args.space
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        # Checked first, because reading the index and exporting the model may take an hour.
+        # The folder is checked first, because reading the index and exporting the model may take an hour.
         raise ValueError(f"{folder} is a file or a folder that is not empty. Choose another folder, or remove it.")
     if args.static:
         write_static_page(args.model, folder, args.library)

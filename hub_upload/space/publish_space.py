@@ -1,8 +1,8 @@
-"""Write the search page as a Docker Space: a folder with the program, an index of pictures and the model.
+"""Write the search page as a Docker Space of the Hub: a folder with the program, an index of pictures and the model.
 
-The copy of the index has thumbnails only. It does not contain the names of this machine's folders, or the places where
-pictures were taken. Owner and license of the pictures come from the README.md of their folder. Requirements are pinned
-to the installed versions.
+The published index is a copy that has only thumbnails of the pictures. It contains neither the paths of this machine's
+folders nor the GPS coordinates at which pictures were taken. Owner and license of the pictures come from the README.md
+of the folder with the pictures. The Python requirements are pinned to the installed versions.
 """
 
 import json
@@ -31,28 +31,28 @@ TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 PROGRAM_PACKAGES = ("capivara_common", "capivara_search", "modeling_capivara")
 PROGRAM_SUFFIXES = (".py", ".html", ".css", ".js", ".svg", ".json", ".txt", ".yaml")
 STORAGE_PREFIXES = ("s3://", "gs://", "az://")  # URIs of indexes in cloud storage
-# Packages that the page needs in addition to those of the model.
+# Python packages that the search page needs in addition to the packages that the model needs.
 PAGE_PACKAGES = ("jinja2", "lancedb", "pillow-heif", "starlette", "threadpoolctl", "uvicorn")
 SPACE_MODEL_FILES = (
     *("config.json", "processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
 )
 SPACE_TITLE = "CAPIVARA: busca em português"
-# Appearance in the Hub's list of Spaces.
+# Front matter of the Space's README.md that sets its appearance in the Hub's list of Spaces.
 SPACE_CARD_STYLE = {"emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "pinned": False}
 
 # --- Pictures --------------------------------------------------------------------------------------------------------
 
 
 def open_index(pictures: str, model: str) -> tuple[PictureIndex, Credit]:
-    """Open an index of pictures.
+    """Open an index of pictures, and read who must be credited for the pictures.
 
     Args:
         pictures: Path or URI of the index.
         model: Folder or Hub id of the model.
 
     Returns:
-        The index, and the credit for its pictures.
+        The index, and name, license and attribution of its pictures (see `read_credit`).
 
     Raises:
         ValueError: If the index or the model does not exist.
@@ -66,7 +66,15 @@ def open_index(pictures: str, model: str) -> tuple[PictureIndex, Credit]:
 
 
 def read_credit(folder: Path) -> Credit:
-    """Read name, license and attribution of the pictures in a folder from its README.md."""
+    """Read the credit for the pictures in a folder from the front matter of the folder's README.md.
+
+    Args:
+        folder: Folder with the pictures.
+
+    Returns:
+        Name, license and attribution of the pictures. If README.md states no name, the name of the folder is used. A
+        license or attribution that is not stated is "".
+    """
     metadata = read_card_metadata(folder / "README.md")
     keys = ("pretty_name", "license", "attribution")
     values = [metadata.get(key) for key in keys]
@@ -75,7 +83,10 @@ def read_credit(folder: Path) -> Credit:
 
 
 def publish_index(index: PictureIndex, output: Path, model: str, title: str = "") -> int:
-    """Copy an index without the names of this machine's folders, and without the places where pictures were taken.
+    """Copy an index of pictures for publication.
+
+    In the copy, the paths of this machine's folders are replaced by public names, and the GPS coordinates at which
+    pictures were taken are removed.
 
     Args:
         index: Index to copy.
@@ -84,12 +95,14 @@ def publish_index(index: PictureIndex, output: Path, model: str, title: str = ""
         title: Name to show for the folder of pictures, if the index has only one.
 
     Returns:
-        Number of pictures.
+        Number of copied pictures. Only pictures that the model of the index has embedded are copied.
 
     Raises:
         ValueError: If the model of the index has not embedded any picture.
     """
-    names: dict[str, str] = {}  # indexed folder -> public name; inner folders first, so that they are found first
+    # Indexed folder -> public name. Subfolders are before their parents, because `_anonymize_path` uses the first
+    # match.
+    names: dict[str, str] = {}
     folders = sorted(index.folders(), key=len, reverse=True)
     for folder in folders:
         public_name = (title if len(folders) == 1 else "") or PurePath(folder).name or "pictures"
@@ -121,24 +134,29 @@ def _anonymize_path(path: str, new_names: dict[str, str]) -> str:
 
     Args:
         path: Absolute path of a picture.
-        new_names: Indexed folder -> public name, inner folders first.
+        new_names: Indexed folder -> public name. Subfolders must be before their parents, because the first folder that
+            contains the picture is used.
+
+    Returns:
+        The path with the public name. If no folder contains the picture, only the file name is kept.
     """
     for folder, name in new_names.items():
         if PurePath(path).is_relative_to(folder):
             return str(PurePath(name, PurePath(path).relative_to(folder)))
-    return str(PurePath("/", PurePath(path).name))  # the folder was removed from the list of the index
+    return str(PurePath("/", PurePath(path).name))  # the folder is no longer listed in the index
 
 
 # --- Folder of the Space ---------------------------------------------------------------------------------------------
 
 
 def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -> None:
-    """Write the folder of a Space.
+    """Write the folder of a Space that shows the search page: program, model, index, requirements and card.
 
     Args:
         index: Index of pictures to copy.
         credit: Name, license and attribution of the pictures.
-        model: Folder of the model, which is copied, or a Hub id, which the Space downloads.
+        model: Folder or Hub id of the model. A folder is copied to the Space. With a Hub id, the Space downloads the
+            model.
         folder: Folder to write.
 
     Raises:
@@ -180,12 +198,12 @@ def write_space(index: PictureIndex, credit: Credit, model: str, folder: Path) -
 
 
 def write_space_card(folder: Path, template: str, card_data: dict[str, Any], **values: Any) -> None:
-    """Write the README.md of a Space.
+    """Write README.md, the card of a Space.
 
     Args:
         folder: Folder of the Space.
-        template: "space" (with a server) or "static".
-        card_data: Front matter, which the Hub reads.
+        template: "space" for a Space with a server, "static" for a page without a server.
+        card_data: Front matter of the card, from which the Hub reads the settings of the Space.
         values: Variables of the template.
     """
     path = TEMPLATE_FOLDER / f"{template}.md.jinja"
@@ -194,12 +212,26 @@ def write_space_card(folder: Path, template: str, card_data: dict[str, Any], **v
 
 
 def read_model_license(model: Path) -> str:
-    """Read the license from the card in a model folder. Empty if there is none, or if `model` is a Hub id."""
+    """Read the license that the card in a model folder states.
+
+    Args:
+        model: Folder of the model. A Hub id is accepted, but its card is not read.
+
+    Returns:
+        Identifier of the license, such as "mit". "" if no license is stated, or `model` is a Hub id.
+    """
     return str(read_card_metadata(model / "README.md").get("license") or "")
 
 
 def pin_requirements(model: str) -> dict[str, str]:
-    """Return the packages that the page and its model need, with the installed versions."""
+    """Return the Python packages that the search page and a model need, with their installed versions.
+
+    Args:
+        model: Folder or Hub id of the model. Only some models need timm.
+
+    Returns:
+        Package name -> version, without local suffixes such as "+cu128".
+    """
     requirements = [line for line in metadata.requires("modeling-capivara") if "extra ==" not in line]
     names = [*(re.match(r"[\w.-]+", line)[0] for line in requirements), *PAGE_PACKAGES]
     if "timm_wrapper" in (find_model(model).folder / "config.json").read_text("utf-8"):
@@ -208,15 +240,23 @@ def pin_requirements(model: str) -> dict[str, str]:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file, and create its folder if necessary."""
+    """Copy the file `source` to the path `target`. The folder of `target` is created if it does not exist."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
 
 
 def _copy_model(model: str, space_folder: Path) -> str:
-    """Copy the model to the folder of the Space, without files that only training needs.
+    """Copy a model to the folder of a Space, without the files that search does not need, and check the copy.
 
-    Returns the folder of the copy relative to the Space. A Hub id is returned unchanged, and nothing is copied.
+    Args:
+        model: Folder or Hub id of the model.
+        space_folder: Folder of the Space.
+
+    Returns:
+        Folder of the copy relative to the Space. A Hub id is returned unchanged, and nothing is copied.
+
+    Raises:
+        ValueError: If a copied file contains an absolute path or an access token.
     """
     source = Path(model)
     if not source.is_dir():

@@ -1,15 +1,16 @@
-"""Write the search page as static files: visitors search pictures on their own device, in the browser.
+"""Write the search page as static files, which need no server program. Users search their own pictures in the browser.
 
     npm install --ignore-scripts @huggingface/transformers          # version 4.3 or later
     python -m hub_upload.space --static page --model runs/mine --library node_modules
     cd page && python -m http.server
 
     index.html, en.html    the page, in Portuguese and in English
-    static/                scripts of capivara_search's page, with our source.js, which replaces the server
+    static/                scripts and styles of capivara_search's page; source.js is replaced by this package's
     library/               transformers.js and onnxruntime, from npm
     model/<digest>/        both towers in int8, tokenizer and settings, as `hub_upload.export` writes them
 
-The page's Content-Security-Policy forbids requests to other hosts.
+This package's source.js runs the model in the browser; capivara_search's source.js sends requests to a server. The
+page's Content-Security-Policy forbids requests to other hosts.
 """
 
 import hashlib
@@ -31,7 +32,8 @@ SOURCE_SCRIPT = Path(__file__).parent / "static" / "source.js"
 # Language -> file of the page, its relative URL, and the URL of the page in the other language.
 PAGE_FILES = {"pt": ("index.html", "./", "en.html"), "en": ("en.html", "en.html", "./")}
 LIBRARY_PACKAGE = "@huggingface/transformers"  # npm package
-# File in `library/` -> file in node_modules. `.mjs` is renamed to `.js`, because some file servers don't know its type.
+# File in `library/` -> file in node_modules. `.mjs` files are renamed to `.js`, because some file servers send `.mjs`
+# files with a media type that browsers don't run.
 LIBRARY_FILES = {
     "transformers.js": "@huggingface/transformers/dist/transformers.min.js",
     "onnxruntime.js": "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.mjs",
@@ -39,7 +41,7 @@ LIBRARY_FILES = {
 }
 MODEL_GRAPHS = tuple(f"onnx/{kind}_model_quantized.onnx{end}" for kind in ("text", "vision") for end in ("", "_data"))
 PAGE_MODEL_FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", *MODEL_GRAPHS)
-# Front matter of the page as a Space.
+# Front matter of README.md, from which the Hub reads the settings of the page if it is published as a Space.
 SPACE_CARD_DATA = {
     "title": "CAPIVARA: busca nas suas imagens",
     "sdk": "static",
@@ -50,17 +52,17 @@ SPACE_CARD_DATA = {
 
 
 def write_static_page(model: str, folder: Path, library: Path) -> None:
-    """Write the folder of the page.
+    """Write the folder of the search page without a server.
 
     Args:
         model: Folder or Hub id of a CAPIVARA model. If the folder is an export for transformers.js, its graphs are
             copied. Otherwise they are exported, which takes minutes for a full-size model.
         folder: Folder to write. It must not exist or must be empty.
-        library: Folder node_modules with `LIBRARY_PACKAGE`.
+        library: Folder node_modules in which npm has installed `LIBRARY_PACKAGE` (transformers.js).
 
     Raises:
-        ValueError: If transformers.js can't represent the model, the library is missing, or a file contains an absolute
-            path or a token.
+        ValueError: If transformers.js can't represent the model, `library` does not contain the package, or a file to
+            publish contains an absolute path or an access token.
         ImportError: If a package that the ONNX export needs is missing.
     """
     require_packages("A page without a server", "onnx", *onnx.ONNX_PACKAGES)
@@ -76,9 +78,8 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
             transformers_js.write_configs(repository)
         check_model_files(repository)
         digests = [hashlib.sha256((repository / name).read_bytes()).digest() for name in PAGE_MODEL_FILES]
-        digest = hashlib.sha256(b"".join(digests)).hexdigest()[
-            :16
-        ]  # a new model needs a new URL, or browsers use the cached one
+        # The URL of the model contains the digest. Otherwise, browsers would use the cached files of an old model.
+        digest = hashlib.sha256(b"".join(digests)).hexdigest()[:16]
         for name in PAGE_MODEL_FILES:
             copy_file(repository / name, output / "model" / digest / name)
         size = sum(
@@ -103,11 +104,12 @@ def write_static_page(model: str, folder: Path, library: Path) -> None:
 
 
 def render_static_page(language: str, model: dict[str, str | int]) -> str:
-    """Render the page.
+    """Render the HTML of the search page without a server.
 
     Args:
-        language: "pt" or "en".
-        model: What the page's script needs: id, name, megabytes and side (image size in pixels).
+        language: Language of the page, "pt" or "en".
+        model: Properties of the model that the scripts of the page need: "id" (name of the subfolder of `model/`),
+            "name", "megabytes" (size of the download) and "side" (height and width of the model's images in pixels).
 
     Returns:
         HTML of the page.
@@ -118,7 +120,17 @@ def render_static_page(language: str, model: dict[str, str | int]) -> str:
 
 
 def _write_library(node_modules: Path, target: Path) -> None:
-    """Copy transformers.js and onnxruntime. Their source maps are not published, so references to them are removed."""
+    """Copy the scripts of transformers.js and onnxruntime, and the license of transformers.js.
+
+    References to source maps are removed from the scripts, because the source maps are not published.
+
+    Args:
+        node_modules: Folder in which npm has installed `LIBRARY_PACKAGE`.
+        target: Folder to write to.
+
+    Raises:
+        ValueError: If a script is missing.
+    """
     if missing := [name for name in LIBRARY_FILES.values() if not (node_modules / name).is_file()]:
         raise ValueError(
             f"--library {node_modules} contains no {missing[0]}. It must be a node_modules folder in which npm has "
