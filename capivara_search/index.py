@@ -847,7 +847,7 @@ class PictureIndex:
             source: Absolute path of the picture or folder.
 
         Returns:
-            The paths of the pictures, sorted, and their vectors (paths, width), float32.
+            The paths of the pictures, sorted, and their vectors (paths, width), of unit length.
         """
         files = [FileState.of(str(source))] if source.is_file() else find_pictures([source])[0]
         rows = self._table.rows(["path", "size", "mtime_ns", "digest", "model"], folders_clause(source))
