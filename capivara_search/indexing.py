@@ -71,8 +71,8 @@ ReadResult = tuple[FileState, Picture | Exception]
 class StoredRows:
     """Rows of the table `pictures` in memory, for looking up what the index knows about a path.
 
-    `stored_rows[path]` is None if the path has no row, otherwise a tuple (digest, is_current). `digest` is the digest of
-    the file's content as a hexadecimal string. `is_current` says whether the stored vector was made with the model in
+    `stored_rows[path]` is None if the path has no row, otherwise a tuple (digest, is_current). `digest` is the
+    hexadecimal digest of the file's content. `is_current` says whether the stored vector was made with the model in
     use. Rows are stored in arrays to save memory.
 
     Args:
@@ -333,7 +333,7 @@ class IndexWriter:
                 raise result
             elif (
                 result.reason != "gone"
-            ):  # a file that was deleted since the scan is ignored; the next update removes it
+            ):  # files deleted since the scan are ignored; the next update removes their rows
                 self.skipped_files[file] = SkippedFile(file.path, result.reason, result.detail)
                 self.report.skipped_files.append(self.skipped_files[file])
         vectors = self._load_vectors({picture.digest for picture in pictures.values()}) | self.vectors_by_digest
@@ -450,8 +450,8 @@ def start_indexing(
 def record_model(table: PictureTable, model: "SearchModel", plan: IndexPlan) -> None:
     """Store in the index which model it uses.
 
-    If the index used another model before, a message is logged. It says whether pictures must be embedded again, because
-    the image encoder is different, or not, because only the text encoder is different.
+    If the index used another model before, a message is logged. It says whether pictures must be embedded again because
+    the image encoder is different, or whether only the text encoder is different.
 
     Args:
         table: Table of the index.
