@@ -331,9 +331,7 @@ class IndexWriter:
                 pictures[file] = result
             elif not isinstance(result, BadImage):
                 raise result
-            elif (
-                result.reason != "gone"
-            ):  # files deleted since the scan are ignored; the next update removes their rows
+            elif result.reason != "gone":  # a file deleted since the scan is no error; the next update removes its row
                 self.skipped_files[file] = SkippedFile(file.path, result.reason, result.detail)
                 self.report.skipped_files.append(self.skipped_files[file])
         vectors = self._load_vectors({picture.digest for picture in pictures.values()}) | self.vectors_by_digest

@@ -38,8 +38,8 @@ NON_RAW_FILE_STARTS = (b"\xff\xd8\xff", b"\x89PNG")
 # more than `MAX_IMAGE_PIXELS` pixels are decoded one at a time, to limit the memory, and reduced immediately.
 MAX_PICTURE_PIXELS = 200_000_000
 # To save time, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if its short side is then still at least this many
-# times as long as the side of the model's input. The embedding then has a cosine of 0.999 with the embedding of the full-size
-# picture. With a factor of 3, one photograph of 40 has a cosine of only 0.997.
+# times as long as the side of the model's input. The embedding then has a cosine of 0.999 with the embedding of the
+# full-size picture. With a factor of 3, one photograph of 40 has a cosine of only 0.997.
 REDUCED_DECODE_FACTOR = 4
 THUMBNAIL_SIDE = 256  # pixels of the longer side
 # The web page searches with thumbnails, so the embedding of a thumbnail must be close to the embedding of its picture.
