@@ -76,10 +76,12 @@ def color_signature(image: PIL.Image.Image) -> bytes:
 
 
 def is_flat(pixels: np.ndarray) -> bool:
-    """Return whether a picture is flat: nearly constant, or with many pixels of exactly the same color.
+    """Return whether a picture is flat: nearly one color, or with many pixels of exactly the same color.
+
+    The limits are `MAX_CONSTANT_STD` and `MIN_FLAT_PIXEL_SHARE`.
 
     Args:
-        pixels: (height, width, 3), 0 to 255.
+        pixels: RGB array (height, width, 3) with values from 0 to 255.
     """
     if pixels.std(axis=(0, 1)).max() < MAX_CONSTANT_STD:
         return True

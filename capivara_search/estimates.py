@@ -72,6 +72,7 @@ def estimate_for(where: str, progress: ProgressCallback) -> Iterator[ProgressCal
     file, estimate, last_write = Path(where, PROGRESS_FILE), RateEstimator(), float("-inf")
 
     def report_progress(done: int, total: int) -> None:
+        """Call `progress`, and write the progress file if the last write is `WRITE_INTERVAL_S` seconds ago."""
         nonlocal last_write
         progress(done, total)
         estimate.update(done)

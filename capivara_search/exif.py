@@ -1,4 +1,4 @@
-"""Read the date and the position of a photograph from its EXIF data."""
+"""Read from the EXIF data of a photograph when and where it was taken."""
 
 import re
 from contextlib import suppress

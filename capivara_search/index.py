@@ -806,7 +806,7 @@ class PictureIndex:
         )
 
     def version(self) -> int:
-        """Return a number that grows whenever the index changes."""
+        """Return a number that grows whenever the index changes, so that callers can tell if cached results are old."""
         return self._table.version()
 
     def __len__(self) -> int:

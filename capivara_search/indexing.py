@@ -87,6 +87,7 @@ class StoredRows:
         self.positions = {path: position for position, path in enumerate(rows["path"].to_pylist())}
 
     def __getitem__(self, path: str) -> tuple[str, bool] | None:
+        """Return (digest, is_current) of the row of a path, or None if the path has no row."""
         position = self.positions.get(path)
         return None if position is None else (self.digests[position].as_py(), bool(self.is_current[position]))
 

@@ -287,7 +287,7 @@ class PictureTable:
             self.run_write(PICTURES_TABLE, lambda table: None if width in self.widths() else table.add_columns(column))
 
     def columns(self) -> pa.Schema:
-        """Return the current schema of the table `pictures`."""
+        """Return the current schema of the table `pictures`: the names and types of its columns."""
         return self.run_read(PICTURES_TABLE, lambda table: table.schema)
 
     def widths(self) -> list[int]:
@@ -669,7 +669,10 @@ class PictureTable:
         return TRAINING_S_PER_ROW * row_count if self._must_train_index(width, row_count) else 0.0
 
     def purge(self) -> None:
-        """Remove the data of deleted rows, for example their thumbnails, from the disk."""
+        """Remove the data of deleted rows, for example thumbnails of forgotten pictures, from the disk for good.
+
+        LanceDB only marks deleted rows. This method rewrites the tables and removes all old versions.
+        """
         for name in TABLE_KEY_COLUMNS:
             if self.open_table(name) is not None:
                 self.run_write(name, partial(_compact, age=timedelta(0)))
