@@ -1,15 +1,19 @@
-"""Near-duplicate detection: group near-duplicates among hundreds of thousands of pictures.
+"""Near-duplicate detection: find pictures that are resized, re-encoded or slightly edited copies of each other.
 
-A model's vector alone says little about whether a picture is a copy: it changes when a picture is reduced, and hardly
-differs between two lawns. Color signatures are therefore compared as well: the colors of the picture at 6 x 6 pixels, a
+It works for hundreds of thousands of pictures.
+
+The model's vectors alone don't show reliably whether one picture is a copy of another. The vector of a picture changes
+when the picture is reduced, whereas photographs of two different lawns have almost the same vector. Therefore color
+signatures are compared as well. A color signature contains the colors of the picture at 6 x 6 pixels; this is a
 tiny-image descriptor (Torralba et al., 80 Million Tiny Images, 2008).
 
-Groups are formed by sequential leader clustering (Hartigan, Clustering Algorithms, 1975). Each group has a leader, and
-every other picture of the group is similar to the leader and comes after it. So a chain of small differences can't lead
-from one scene to another, as it would with connected components.
+Groups are formed by sequential leader clustering (Hartigan, Clustering Algorithms, 1975). The first picture of a group
+is its leader, and every other picture of the group is similar to the leader. With connected components instead, a chain
+of small differences could put pictures of different scenes into one group.
 
-Flat pictures, such as icons, charts and blank pages, share most of their pixels with other pictures of their kind, and
-a model hardly distinguishes them. Two flat pictures are compared by their details only, with a far stricter limit.
+Flat pictures are pictures such as icons, charts and blank pages, in which many pixels have exactly the same color. Two
+different flat pictures may share most of their pixels, and the model hardly distinguishes them. Two flat pictures are
+therefore compared by their details only (a larger version of the picture in YCbCr), with a much stricter limit.
 """
 
 import time
@@ -28,47 +32,56 @@ from capivara_search.table import COLOR_SIGNATURE_COLUMN, l2_normalize, to_array
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
 
-BLOCK_ROWS = 512  # vectors that are compared with each other at once
-LATER_BLOCK_ROWS = 2048  # later vectors that a block is compared with at once
-FLOAT16_TOLERANCE = 1e-3  # vectors are stored as float16; the threshold is lowered by their rounding error
-SIGNATURE_SIDE = 6  # pixels; chosen like `DUPLICATE_MIN_SIMILARITY` (docs/benchmarks.md)
-SIGNATURE_WEIGHT = 2 / 3  # share of the color signature in the similarity; the rest is the cosine of the vectors
-MIN_SIGNATURE_STD = 2.0  # standard deviation of the colors (0 to 255) below which a color signature is ignored
-SIGNATURE_BYTES = 3 * SIGNATURE_SIDE * SIGNATURE_SIDE
-# A picture is flat if this share of its pixels has exactly the same color. Of the pictures of `benchmarks.duplicates`,
-# icons have 0.21 and more, and photographs at most 0.18.
+BLOCK_ROWS = 512  # number of vectors that are compared with each other in one step
+LATER_BLOCK_ROWS = 2048  # number of later vectors that a block is compared with in one step
+FLOAT16_TOLERANCE = 1e-3  # thresholds are lowered by this value, because vectors are rounded to float16 when stored
+SIGNATURE_SIDE = 6  # side of a color signature in pixels; chosen like `DUPLICATE_MIN_SIMILARITY` (docs/benchmarks.md)
+SIGNATURE_WEIGHT = 2 / 3  # weight of the color signatures in the similarity; the model's vectors have the weight 1/3
+MIN_SIGNATURE_STD = 2.0  # a color signature is ignored if the standard deviation of its colors (0 to 255) is lower
+SIGNATURE_BYTES = 3 * SIGNATURE_SIDE * SIGNATURE_SIDE  # size of a color signature without details
+# A picture is flat if at least this share of its pixels has exactly the same color. In the pictures of
+# `benchmarks.duplicates`, this share is 0.21 and more for icons, and at most 0.18 for photographs.
 MIN_FLAT_PIXEL_SHARE = 0.2
-MAX_CONSTANT_STD = 4.0  # standard deviation of the pixels (0 to 255) below which a picture is flat, too
-DETAIL_SIDES = (18, 6, 6)  # pixels of the luma and both chroma planes (YCbCr) that flat pictures are compared by
-DETAIL_BYTES = sum(side * side for side in DETAIL_SIDES)
-# Root mean square difference of the details (0 to 255) at which two flat pictures have `DUPLICATE_MIN_SIMILARITY`.
+# A picture is also flat if the standard deviation of its pixels (0 to 255) is lower than this in each color channel.
+MAX_CONSTANT_STD = 4.0
+# The details of a flat picture are its luma plane and its two chroma planes (YCbCr), resized to these sides in pixels.
+DETAIL_SIDES = (18, 6, 6)
+DETAIL_BYTES = sum(side * side for side in DETAIL_SIDES)  # size of the details of a flat picture
+# Two flat pictures whose details (0 to 255) have this root mean square difference have the similarity
+# `DUPLICATE_MIN_SIMILARITY`.
 DUPLICATE_DETAIL_RMS = 1.2
 DETAIL_COLUMNS = slice(-DETAIL_BYTES, None)  # columns of the details in the result of `add_color_signatures`
 
 
 def color_signature(image: PIL.Image.Image) -> bytes:
-    """Return the color signature of a picture.
+    """Compute the color signature of a picture, which is compared to find near-duplicates.
 
-    It is the picture at `SIGNATURE_SIDE` x `SIGNATURE_SIDE` pixels, RGB (`SIGNATURE_BYTES`). The signature of a flat
-    picture also has its details (`DETAIL_BYTES`): the planes of YCbCr at `DETAIL_SIDES`.
+    Args:
+        image: The picture, in any mode.
+
+    Returns:
+        The RGB values (one byte each) of the picture at `SIGNATURE_SIDE` x `SIGNATURE_SIDE` pixels. For a flat picture,
+        its details follow: the values of its Y, Cb and Cr planes, resized to the sides in `DETAIL_SIDES`.
     """
     image = image.convert("RGB")
     colors = image.resize((SIGNATURE_SIDE, SIGNATURE_SIDE), PIL.Image.Resampling.BOX).tobytes()
     if not is_flat(np.asarray(image)):
         return colors
     planes = zip(image.convert("YCbCr").split(), DETAIL_SIDES, strict=True)
-    # Unlike BOX, HAMMING weights the pixels on the border of a cell, so that an enlarged or reduced copy has the same
-    # details.
+    # HAMMING gives pixels on the border of a cell less weight than pixels in its middle, unlike BOX, which weights all
+    # pixels equally. So an enlarged or reduced copy of the picture has the same details.
     return colors + b"".join(
         plane.resize((side, side), PIL.Image.Resampling.HAMMING).tobytes() for plane, side in planes
     )
 
 
 def is_flat(pixels: np.ndarray) -> bool:
-    """Return whether a picture is flat: nearly constant, or with many pixels of exactly the same color.
+    """Return whether a picture is flat: nearly one color, or with many pixels of exactly the same color.
+
+    The limits are `MAX_CONSTANT_STD` and `MIN_FLAT_PIXEL_SHARE`.
 
     Args:
-        pixels: (height, width, 3), 0 to 255.
+        pixels: RGB array (height, width, 3) with values from 0 to 255.
     """
     if pixels.std(axis=(0, 1)).max() < MAX_CONSTANT_STD:
         return True
@@ -78,20 +91,20 @@ def is_flat(pixels: np.ndarray) -> bool:
 
 
 def add_color_signatures(vectors: np.ndarray, signatures: Sequence[bytes | None]) -> np.ndarray:
-    """Return the vectors that pictures are compared by (`pairwise_similarity`).
+    """Combine the model's vectors and the color signatures of pictures into vectors for near-duplicate detection.
 
-    They are scaled so that a dot product is one third the cosine of the model's vectors plus two thirds the cosine of
-    the color signatures. In a signature, half of the picture's mean color is subtracted, otherwise any two crops of a
-    red picture would be similar. Pictures without a signature, or with the signature of a uniform picture, are compared
-    by the model's vectors alone.
+    `pairwise_similarity` compares the result. The dot product of two combined vectors (without details) is one third of
+    the cosine of the model's vectors plus two thirds of the cosine of the color signatures. Before, half of the
+    picture's mean color is subtracted from its signature. Otherwise any two crops of a red picture would be similar. If
+    a picture has no signature, or a uniform color, its combined vector contains only the model's vector.
 
     Args:
-        vectors: (rows, width), unit length.
-        signatures: Results of `color_signature`; None if the row has none.
+        vectors: The model's vector of each picture: array (rows, width), of unit length.
+        signatures: The color signature of each picture (`color_signature`), or None if the picture has no signature.
 
     Returns:
-        (rows, width + `SIGNATURE_BYTES` + `DETAIL_BYTES`), float32. The columns of the details (`DETAIL_COLUMNS`) are
-        zeros unless the picture is flat.
+        Array (rows, width + `SIGNATURE_BYTES` + `DETAIL_BYTES`), float32. The last columns (`DETAIL_COLUMNS`) contain
+        the details of flat pictures and are zeros for other pictures.
     """
     pixels = np.frombuffer(
         b"".join((signature or bytes(SIGNATURE_BYTES))[:SIGNATURE_BYTES] for signature in signatures), np.uint8
@@ -107,7 +120,14 @@ def add_color_signatures(vectors: np.ndarray, signatures: Sequence[bytes | None]
 
 
 def _decode_details(signatures: Sequence[bytes | None]) -> np.ndarray:
-    """Return the details of flat pictures as (rows, `DETAIL_BYTES`), -127 to 128; zeros for other pictures."""
+    """Extract the details of flat pictures from color signatures.
+
+    Args:
+        signatures: The color signature of each picture, or None if the picture has no signature.
+
+    Returns:
+        Array (rows, `DETAIL_BYTES`), float32, with values from -127 to 128. Rows of other pictures are zeros.
+    """
     details = np.zeros((len(signatures), DETAIL_BYTES), np.float32)
     for row, signature in enumerate(signatures):
         if signature and len(signature) == SIGNATURE_BYTES + DETAIL_BYTES:
@@ -116,22 +136,22 @@ def _decode_details(signatures: Sequence[bytes | None]) -> np.ndarray:
 
 
 def pairwise_similarity(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return the similarity of each picture to each other picture.
+    """Return the similarity of each picture of one set to each picture of another set.
 
-    The similarity of two flat pictures is 1 minus the mean squared difference of their details, scaled so that a root
-    mean square difference of `DUPLICATE_DETAIL_RMS` has the similarity `DUPLICATE_MIN_SIMILARITY`. The similarity of
-    all other pairs is the dot product of their vectors.
+    The similarity of two flat pictures is 1 minus the scaled mean squared difference of their details. The scale is
+    chosen so that a root mean square difference of `DUPLICATE_DETAIL_RMS` gives the similarity
+    `DUPLICATE_MIN_SIMILARITY`. The similarity of all other pairs is the dot product of their vectors without details.
 
     Args:
-        vectors: (rows, columns), result of `add_color_signatures`.
-        others: (others, columns), likewise.
+        vectors: First set: array (rows, columns), a result of `add_color_signatures`.
+        others: Second set: array (others, columns), a result of `add_color_signatures`.
 
     Returns:
-        (rows, others), at most 1.
+        Array (rows, others). Similarities are at most 1.
     """
     vectors, others = np.asarray(vectors, np.float32), np.asarray(others, np.float32)
     details, other_details = vectors[:, DETAIL_COLUMNS], others[:, DETAIL_COLUMNS]
-    # These are integers below 2**24, so float32 is exact.
+    # All sums are integers below 2**24, so they are exact in float32.
     square_sums, other_square_sums = (details**2).sum(axis=1), (other_details**2).sum(axis=1)
     mean_squares = (square_sums[:, None] + other_square_sums - 2 * (details @ other_details.T)) / DETAIL_BYTES
     products = vectors[:, : DETAIL_COLUMNS.start] @ others[:, : DETAIL_COLUMNS.start].T
@@ -140,14 +160,14 @@ def pairwise_similarity(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def get_model_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
-    """Return the vectors of rows.
+    """Return the model's vectors of rows of the table `pictures`.
 
     Args:
         model: Model in use.
-        rows: Rows with the columns `comparison_columns`.
+        rows: Rows with the columns that `table.comparison_columns` lists.
 
     Returns:
-        (rows, width), unit length; zeros for a row without a vector of this model.
+        Array (rows, width), float32, of unit length. A row that was embedded with another model has zeros.
     """
     vectors, name = np.zeros((len(rows), model.width), np.float32), vector_column(model.width)
     if name in rows.column_names:
@@ -157,14 +177,14 @@ def get_model_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
 
 
 def get_comparison_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
-    """Return the vectors that pictures are compared by, from the model's vectors and the color signatures of rows.
+    """Return the vectors of rows for near-duplicate detection, made of the model's vectors and color signatures.
 
     Args:
         model: Model in use.
-        rows: Rows with the columns `comparison_columns`; the color signatures may be missing.
+        rows: Rows with the columns that `table.comparison_columns` lists. The column of color signatures is optional.
 
     Returns:
-        Result of `add_color_signatures`.
+        Array (rows, columns), the result of `add_color_signatures`.
     """
     signatures = [None] * len(rows)
     if COLOR_SIGNATURE_COLUMN in rows.column_names:
@@ -173,43 +193,55 @@ def get_comparison_vectors(model: "SearchModel", rows: pa.Table) -> np.ndarray:
 
 
 def newest_first_order(rows: pa.Table) -> pa.Array:
-    """Return the indices that sort rows by date, latest first, then by path.
+    """Return the order of rows by date, latest first. Rows with the same date are sorted by path.
 
-    The date is the EXIF date, otherwise the modification time of the file.
+    The date of a row is its EXIF date if it has one, otherwise the modification time of the file.
+
+    Args:
+        rows: Rows with the columns path, taken and mtime_ns.
+
+    Returns:
+        Indices of the rows in this order, for `rows.take`.
     """
-    offset_ns = time.localtime().tm_gmtoff * 10**9  # cameras record local time, so file times are converted to it
+    # Cameras record local time, so the modification times of files (UTC) are converted to local time.
+    offset_ns = time.localtime().tm_gmtoff * 10**9
     modified = ((rows["mtime_ns"].to_numpy() + offset_ns) // 1000).astype("datetime64[us]")
     dated = pa.table({"path": rows["path"], "date": pc.coalesce(rows["taken"], pa.array(modified))})
     return pc.sort_indices(dated, [("date", "descending"), ("path", "ascending")])
 
 
 class CachedRows:
-    """Rows of an index or of a part of it in memory, sorted by path, for exact search and duplicate detection.
+    """Rows of the table `pictures` that are kept in memory, for exact search and near-duplicate detection.
 
     Args:
         model: Model in use.
-        rows: Rows with the columns `comparison_columns`.
+        rows: All rows of an index, or the rows that match the filters of a search, with the columns that
+            `table.comparison_columns` lists.
+
+    Attributes:
+        rows: The rows, sorted by path.
     """
 
     def __init__(self, model: "SearchModel", rows: pa.Table):
         self.rows, self._model = rows.sort_by("path"), model
         self._vectors = get_model_vectors(model, self.rows)
-        self._without_vector = ~self._vectors.any(axis=1)  # rows whose vectors are of other models
+        self._without_vector = ~self._vectors.any(axis=1)  # True for rows that were embedded with other models
 
     @cached_property
     def comparison_vectors(self) -> np.ndarray:
-        """Vectors that the rows are compared by (`get_comparison_vectors`)."""
+        """Vectors (rows, columns) of the rows for near-duplicate detection, the result of `get_comparison_vectors`."""
         return get_comparison_vectors(self._model, self.rows)
 
     def nearest(self, vector: np.ndarray, k: int) -> pa.Table:
-        """Return the rows whose vectors are nearest to a query vector, comparing all of them.
+        """Return the rows whose vectors are nearest to a query vector. All vectors are compared.
 
         Args:
-            vector: (width,), unit length.
+            vector: Query vector (width,), of unit length.
             k: Maximum number of rows.
 
         Returns:
-            Rows with their cosine in the column `score`, best first; rows of equal score are sorted by path.
+            Rows with an additional column `score`, the cosine of the row's vector with the query vector. Rows are
+            sorted by score, best first, then by path.
         """
         scores = np.clip(self._vectors @ vector, -1, 1)
         order = np.argsort(np.where(self._without_vector, np.inf, -scores), kind="stable")
@@ -217,20 +249,20 @@ class CachedRows:
         return self.rows.take(order).append_column("score", pa.array(scores[order], pa.float64()))
 
     def newest(self, k: int) -> pa.Table:
-        """Return the k newest rows, latest first."""
+        """Return the k rows with the latest dates, latest first (`newest_first_order`)."""
         return self.rows.take(newest_first_order(self.rows)[:k])
 
 
 def is_duplicate(vectors: np.ndarray, others: np.ndarray, threshold: float = DUPLICATE_MIN_SIMILARITY) -> np.ndarray:
-    """Return whether each picture is a near-duplicate of each other picture.
+    """Return whether each picture of one set is a near-duplicate of each picture of another set.
 
     Args:
-        vectors: (rows, columns), result of `add_color_signatures`.
-        others: (others, columns), likewise.
-        threshold: Minimum similarity.
+        vectors: First set: array (rows, columns), a result of `add_color_signatures`.
+        others: Second set: array (others, columns), a result of `add_color_signatures`.
+        threshold: Minimum similarity of near-duplicates (`pairwise_similarity`).
 
     Returns:
-        (rows, others), boolean.
+        Boolean array (rows, others).
     """
     return pairwise_similarity(vectors, others) >= threshold - FLOAT16_TOLERANCE
 
@@ -240,23 +272,24 @@ def leaders(
 ) -> np.ndarray:
     """Assign each row to the leader of its group of near-duplicates (sequential leader clustering).
 
-    Rows are processed in order. A row that is similar to no earlier leader becomes a leader; any other row joins the
-    first leader that it is similar to.
+    Rows are processed in order. If a row is similar to an earlier leader, it joins the group of the first such leader.
+    Otherwise it becomes a leader itself.
 
     Args:
-        vectors: (rows, columns), result of `add_color_signatures`.
-        threshold: Minimum similarity of a row to its leader.
-        max_groups: Stop as soon as this number of leaders is known. Later rows may then be their own leaders although
-            they are near-duplicates. None: process all rows.
+        vectors: Array (rows, columns), a result of `add_color_signatures`.
+        threshold: Minimum similarity of a row to its leader (`pairwise_similarity`).
+        max_groups: Stop as soon as this number of leaders is known. Rows that were not processed may then be listed as
+            their own leaders, although they are near-duplicates of earlier rows. None: process all rows.
 
     Returns:
-        (rows,), row number of each row's leader; a leader has its own number.
+        Array (rows,) with the row number of each row's leader. For a leader, it is its own row number.
     """
     rows = np.arange(len(vectors))
     leader_of = rows.copy()
     for start in range(0, len(vectors), BLOCK_ROWS):
         end = start + BLOCK_ROWS
-        block_rows = start + np.flatnonzero(leader_of[start:end] == rows[start:end])  # no earlier leader is similar
+        # Rows of this block that are not similar to the leaders of earlier blocks.
+        block_rows = start + np.flatnonzero(leader_of[start:end] == rows[start:end])
         block = vectors[block_rows].astype(np.float32)
         for row, similar in zip(block_rows, is_duplicate(block, block, threshold), strict=True):
             if leader_of[row] == row:
@@ -278,16 +311,15 @@ def leaders(
 def find_duplicate_groups(
     vectors: np.ndarray, threshold: float = DUPLICATE_MIN_SIMILARITY, max_groups: int | None = None
 ) -> list[np.ndarray]:
-    """Group near-duplicates.
+    """Divide pictures into groups of near-duplicates. A picture without near-duplicates is a group by itself.
 
     Args:
-        vectors: (rows, columns), result of `add_color_signatures`.
-        threshold: Minimum similarity of a row to the leader of its group.
-        max_groups: Return the first groups only, at most this number. None: all groups.
+        vectors: Array (rows, columns), a result of `add_color_signatures`.
+        threshold: Minimum similarity of a row to the leader of its group, which is the first row of the group.
+        max_groups: Maximum number of groups. Only the first groups are returned. None: all groups.
 
     Returns:
-        The row numbers of each group in ascending order, sorted by the first row, which is the leader. A row without
-        near-duplicates is a group of its own.
+        For each group, an array of its row numbers in ascending order. Groups are sorted by their first row number.
     """
     leader_of = leaders(vectors, threshold, max_groups)
     order = np.argsort(leader_of, kind="stable")

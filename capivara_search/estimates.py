@@ -1,7 +1,8 @@
-"""Progress of an update of an index, and the estimated time left.
+"""Measure and publish the progress of an index update, with an estimate of the time left.
 
-The process that updates an index writes a small file into the folder of the index while it holds the lock. Other
-processes, such as the page, read it. Indexes on object storage have no such file.
+The process that updates an index holds the lock of the index and writes its progress to a small file in the folder of
+the index. Other processes, such as the server of the web page, read this file. Indexes on object storage have no
+progress file.
 """
 
 import fcntl
@@ -16,24 +17,27 @@ from pathlib import Path
 from capivara_common.files import read_json, write_json
 
 PROGRESS_FILE = ".progress.json"
-WRITE_INTERVAL_S = 0.5  # minimum time between two writes of the file
-# The rate is measured over the second half of the elapsed time, but at most over this time.
+WRITE_INTERVAL_S = 0.5  # minimum time between two writes of the progress file
+# The rate is measured over the second half of the elapsed time, but at most over the last `RATE_WINDOW_S` seconds.
 RATE_WINDOW_S = 120.0
 
-ProgressCallback = Callable[[int, int], None]  # (processed files, total)
+ProgressCallback = Callable[[int, int], None]  # arguments: number of processed files, total number of files
 
 
 class RateEstimator:
-    """Recent number of processed pictures per second."""
+    """Estimator of the current speed of an update, in pictures per second."""
 
     def __init__(self) -> None:
         self._measurements: list[tuple[float, int]] = []  # (time in seconds, pictures processed so far)
 
     def update(self, done: int) -> None:
-        """Record the number of processed pictures.
+        """Record how many pictures have been processed up to now.
 
-        If it has not grown, the measurement starts again, because the time was spent on something else, such as loading
-        the model.
+        If the number is the same as in the previous call, earlier measurements are discarded, because the time since
+        then was spent on something else, such as loading the model.
+
+        Args:
+            done: Number of pictures that have been processed since the start of the update.
         """
         if self._measurements and done <= self._measurements[-1][1]:
             self._measurements.clear()
@@ -41,7 +45,7 @@ class RateEstimator:
 
     @property
     def rate(self) -> float | None:
-        """Pictures per second, or None if there are not enough measurements."""
+        """Pictures per second over the recent past, or None if there are fewer than two measurements."""
         if len(self._measurements) < 2:
             return None
         end, done = self._measurements[-1]
@@ -53,21 +57,22 @@ class RateEstimator:
 
 @contextmanager
 def estimate_for(where: str, progress: ProgressCallback) -> Iterator[ProgressCallback]:
-    """Extend a progress callback so that it also writes the progress file of an index, for `read_progress`.
+    """Extend a progress callback so that each call also updates the progress file of an index.
 
-    The file is removed at the end of the block. Nothing is written for an index on object storage. The caller must hold
-    the lock of the index.
+    Other processes read the file with `read_progress`. The file is removed at the end of the `with` block. Nothing is
+    written for an index on object storage. The caller must hold the lock of the index.
 
     Args:
         where: Folder or address of the index.
-        progress: Callback with the number of processed pictures and the total.
+        progress: Callback that takes the number of processed pictures and the total number.
 
     Yields:
-        The extended callback.
+        A callback with the same arguments, which calls `progress` and writes the file.
     """
     file, estimate, last_write = Path(where, PROGRESS_FILE), RateEstimator(), float("-inf")
 
     def report_progress(done: int, total: int) -> None:
+        """Call `progress`, and write the progress file if the last write is `WRITE_INTERVAL_S` seconds ago."""
         nonlocal last_write
         progress(done, total)
         estimate.update(done)
@@ -75,7 +80,7 @@ def estimate_for(where: str, progress: ProgressCallback) -> Iterator[ProgressCal
         if total and now - last_write >= WRITE_INTERVAL_S and "://" not in where:
             rate = estimate.rate
             left_s = round((total - done) / rate) if rate else None
-            with suppress(OSError):  # if the disk is full, writing the pictures raises the error
+            with suppress(OSError):  # an error such as a full disk is reported when the rows of pictures are written
                 write_json(file, {"done": done, "total": total, "left_s": left_s})
                 last_write = now
 
@@ -87,12 +92,17 @@ def estimate_for(where: str, progress: ProgressCallback) -> Iterator[ProgressCal
 
 
 def read_progress(where: str) -> dict[str, int | None] | None:
-    """Read the progress of the update of an index that is running, or return None if none is running.
+    """Return the progress of an index update that is running in any process.
 
-    A process that was killed leaves its progress file, but not the lock of the index.
+    A progress file alone does not prove that an update is running, because a killed process leaves its file behind.
+    Therefore the lock of the index is checked, too: the operating system releases the lock of a killed process.
+
+    Args:
+        where: Folder or address of the index.
 
     Returns:
-        `done` and `total`, numbers of pictures, and `left_s`, the estimated seconds left (None: not known yet).
+        Dictionary with the keys `done` (number of processed pictures), `total` (number of pictures to process) and
+        `left_s` (estimated seconds left, None if not known yet). None if no update is running.
     """
     with suppress(OSError, ValueError):
         progress = read_json(Path(where, PROGRESS_FILE), done=int, total=int)
@@ -100,7 +110,7 @@ def read_progress(where: str) -> dict[str, int | None] | None:
         try:
             fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            # The lock is held, so an update is running. The file is some seconds old by now.
+            # The lock is held, so an update is running. The age of the file is subtracted from the estimate in it.
             left_s, age_s = progress.get("left_s"), round(time.time() - os.stat(Path(where, PROGRESS_FILE)).st_mtime)
             left_s = max(0, left_s - max(0, age_s)) if type(left_s) is int else None
             return {"done": progress["done"], "total": progress["total"], "left_s": left_s}

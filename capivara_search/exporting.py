@@ -1,6 +1,7 @@
-"""Export the rows of an index to a Parquet or CSV file for other programs, without thumbnails.
+"""Export the rows of an index to a Parquet or CSV file for other programs.
 
-In CSV, texts that a spreadsheet would run as formulas are written behind a single quote.
+Thumbnails and color signatures are not exported. In CSV files, texts that a spreadsheet would run as formulas are
+prefixed with a single quote.
 """
 
 from datetime import datetime
@@ -18,14 +19,17 @@ from capivara_search.terminal import write_csv
 
 
 def export_rows(table: PictureTable, path: str | Path) -> int:
-    """Write all rows of an index to a file. An existing file is replaced only when the new one is complete.
+    """Write all rows of an index to a Parquet or CSV file.
+
+    An existing file is replaced only when the new file is complete.
 
     Args:
         table: Table of the index.
-        path: Path of the file. The suffix selects the format: .parquet, with vectors, or .csv, without.
+        path: Path of the file to write. The suffix selects the format: .parquet for Parquet with vectors, .csv for CSV
+            without vectors.
 
     Returns:
-        The number of rows.
+        The number of rows that were written.
 
     Raises:
         ValueError: If the suffix is neither .parquet nor .csv, or the file can't be created.
@@ -51,10 +55,18 @@ def export_rows(table: PictureTable, path: str | Path) -> int:
 
 
 def _to_export_rows(rows: pa.Table | pa.RecordBatch, as_csv: bool) -> pa.Table | pa.RecordBatch:
-    """Convert rows to the columns of an export.
+    """Convert rows of an index to the columns of an exported file.
 
-    The modification time becomes a timestamp, and `date` and `date_source` are added, as in `Hit`. In Parquet, vectors
-    become float32, because not every reader supports float16. In CSV, timestamps become texts and vectors are dropped.
+    The column `mtime_ns` (nanoseconds) is replaced by `modified` (timestamp). The columns `date` and `date_source` are
+    added, with the same meaning as in `Hit`. In Parquet, vectors become float32, because not every reader supports
+    float16. In CSV, timestamps become strings, and vectors are dropped.
+
+    Args:
+        rows: Rows with columns of the table `pictures`, at least `mtime_ns` and `taken`.
+        as_csv: Whether the file is a CSV file. Otherwise it is a Parquet file.
+
+    Returns:
+        The same rows with the columns of the file.
     """
     modified = pa.array([datetime.fromtimestamp(ns // 10**9) for ns in rows["mtime_ns"].to_pylist()], pa.timestamp("s"))
     rows = rows.set_column(rows.schema.get_field_index("mtime_ns"), "modified", modified)

@@ -1,6 +1,6 @@
-"""Find the picture files in the user's folders, and report the files that can't be read.
+"""Find the picture files in the user's folders, and report files and folders that can't be read.
 
-Files are recognized by the suffix of their name. Nothing is opened here: `picture_reading` does that.
+Picture files are recognized by the suffix of their name. They are not opened here; `picture_reading` opens them.
 """
 
 import os
@@ -18,35 +18,38 @@ from capivara_search.ignore_rules import SYSTEM_NAMES, IgnoreRules, resolve_pare
 from capivara_search.messages import localized_error
 from capivara_search.results import SkippedFile
 
-# RAW files of Adobe and phones, Canon, Nikon, Sony, Panasonic, Olympus, Fujifilm, Pentax and Samsung.
+# Suffixes of RAW files of Adobe and phones, Canon, Nikon, Sony, Panasonic, Olympus, Fujifilm, Pentax and Samsung.
 RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".rw2", ".orf", ".raf", ".pef", ".srw")
 PICTURE_SUFFIXES = (*IMAGE_SUFFIXES, *RAW_SUFFIXES)
 VIDEO_SUFFIXES = (
     *(".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".3gp", ".mts", ".m2ts", ".wmv", ".mpg", ".mpeg", ".flv"),
 )
-# Files that were skipped for these reasons are tried again in each run, because their content was never seen. Indexes
-# of earlier versions may contain "needs rawpy".
+# Files that were skipped for these reasons are tried again in each update, because they could not even be opened. The
+# reason "needs rawpy" is no longer given, but old indexes may contain it.
 RETRYABLE_REASONS = ("no permission", "read error", "gone", "needs rawpy")
 
 
 @dataclass(frozen=True)
 class FileState:
-    """Path, size and modification time of a file when it was last seen. A file is read again if they change."""
+    """Path, size and modification time of a file at a certain moment.
+
+    A file is read again only if its size or modification time has changed since the index stored its state.
+    """
 
     path: str  # absolute
     size: int  # bytes
-    mtime_ns: int  # last change, in nanoseconds since 1970
+    mtime_ns: int  # modification time, in nanoseconds since 1970
 
     @classmethod
     def of(cls, path: str, state: os.stat_result | None = None) -> "FileState":
-        """Create the state of a file.
+        """Create the state of a file from its path.
 
         Args:
             path: Absolute path of the file.
-            state: Result of `os.stat` for the path. None: it is called now.
+            state: Result of `os.stat` for the path. None: `os.stat` is called now.
 
         Returns:
-            The state.
+            The current state of the file.
 
         Raises:
             OSError: If `os.stat` fails.
@@ -56,7 +59,12 @@ class FileState:
 
 
 def to_absolute_path(folder: str | Path) -> Path:
-    """Return the absolute path of a folder, with `~` and `..` resolved and symbolic links left as they are.
+    """Return the absolute path of a folder or file.
+
+    `~` and `..` are resolved. Symbolic links are not resolved.
+
+    Args:
+        folder: Absolute path, or path relative to the working directory.
 
     Raises:
         ValueError: If the path is not valid UTF-8.
@@ -77,22 +85,24 @@ def find_pictures(
 ) -> tuple[list[FileState], list[SkippedFile]]:
     """Find the picture files in folders and their subfolders.
 
-    Symbolic links are not followed, except if one is named as a folder.
+    A symbolic link is followed only if it is one of `folders`. Links inside the folders are not followed.
 
     Args:
-        folders: Folders to scan. In a mapping, the value is the real path that the folder must still have.
-        rules: Rules for ignoring files. None: only hidden files and system names are ignored.
-        ignored_counts: Filled in with the number of ignored entries, by folder and reason. The reasons "forgotten" and
-            "excluded" count pictures, "hidden" and "system" count pictures and folders, "link" counts symbolic links
-            and "video" counts video files.
-        only_paths: Absolute paths of files and folders. Nothing else is scanned, and it is no error to find no picture.
+        folders: Folders to scan: a list of paths, or a mapping from each path to its expected real path. A folder whose
+            real path differs from the expected real path is refused.
+        rules: Rules for ignoring files. None: only hidden files and the names in `SYSTEM_NAMES` are ignored.
+        ignored_counts: Dictionary that this function fills in: folder -> reason -> number of ignored files and folders.
+            The reasons "forgotten" and "excluded" count pictures, "hidden" and "system" count pictures and folders,
+            "link" counts symbolic links and "video" counts video files. None: the numbers are not returned.
+        only_paths: Absolute paths of files and folders inside `folders`. Only these are scanned, and finding no picture
+            in them is not an error. None: everything in the folders is scanned.
 
     Returns:
-        The picture files, and the files and folders that could not be read, each sorted by path.
+        Two lists, each sorted by path: the picture files, and the files and folders that could not be read.
 
     Raises:
-        ValueError: If a folder does not exist, can't be opened, was forgotten, has another real path than the recorded
-            one, or contains no picture although no rule ignores anything in it.
+        ValueError: If a folder does not exist, can't be opened, was forgotten (`IgnoreRules.forgotten`), has another
+            real path than expected, or contains no picture although no rule ignores anything in it.
     """
     roots = [str(to_absolute_path(folder)) for folder in folders]
     for root in roots:
@@ -108,7 +118,8 @@ def find_pictures(
     for root in roots:
         scan.scan_folder(root)
     for folder, real_path in folders.items() if isinstance(folders, Mapping) else ():
-        # Checked after the scan: a folder that was replaced meanwhile may have led the scan into another folder.
+        # The real path is checked after the scan, because a folder that was replaced by a link during the scan may have
+        # led the scan into another folder.
         if os.path.realpath(folder) != real_path:
             raise localized_error(ValueError, "folder_swapped", path=str(folder), real=real_path)
     if ignored_counts is not None:
@@ -117,7 +128,7 @@ def find_pictures(
     for root in roots:
         if root in skipped_files:
             raise localized_error(ValueError, "folder_shut", path=root, reason=skipped_files[root])
-        # A folder may well contain no picture if rules ignore something in it.
+        # If rules ignore something in a folder, it is not an error that no picture is left.
         ignored_count = sum(scan.ignored_counts[root][reason] for reason in ("forgotten", "excluded", "link"))
         if only_paths is None and not ignored_count and not _contains_any([*scan.pictures, *skipped_files], root):
             raise localized_error(ValueError, "no_picture", path=root, ends=", ".join(PICTURE_SUFFIXES))
@@ -126,19 +137,41 @@ def find_pictures(
 
 
 def _contains_any(paths: Sequence[str], root: str) -> bool:
-    """Return whether one of the paths lies in a folder, by its path or its real path."""
+    """Return whether at least one of the paths lies inside a folder.
+
+    Both the paths and the folder are compared as they are given and with symbolic links resolved.
+
+    Args:
+        paths: Absolute paths of files.
+        root: Absolute path of the folder.
+    """
     if any(path.startswith(os.path.join(root, "")) for path in paths):
         return True
-    # The scan visits each folder once, so its pictures may be listed under another root that leads to the same folder.
+    # The scan visits each folder only once. If two roots lead to the same folder, its pictures are listed under one of
+    # the roots, so real paths are compared as well.
     real = Path(os.path.realpath(root))
     return any(Path(os.path.realpath(folder)).is_relative_to(real) for folder in {os.path.dirname(p) for p in paths})
 
 
 class _FolderScan:
-    """One pass over folders that visits each folder once, even if several roots lead to it."""
+    """Scan of folders for pictures, which collects pictures, skipped files and numbers of ignored files.
+
+    Each folder is visited only once, even if it can be reached from several roots.
+
+    Args:
+        roots: Absolute paths of the folders to scan.
+        rules: Rules for ignoring files.
+        only_paths: Absolute paths of files and folders inside the roots. Only these are scanned. None: everything.
+
+    Attributes:
+        ignored_counts: Root -> reason -> number of ignored files and folders.
+        pictures: Path of each picture that was found -> state of its file.
+        skipped_files: Files and folders that can't be read.
+    """
 
     def __init__(self, roots: Sequence[str], rules: IgnoreRules, only_paths: Collection[str] | None):
-        # A root that is a symbolic link gives forgotten files other names, so their resolved paths are added.
+        # A forgotten path may have been recorded under a root that is a symbolic link. The scan may reach the same file
+        # by its resolved path, so this path is added to the rules.
         self.rules = IgnoreRules(rules.exclude, rules.forgotten | set(map(resolve_parent_links, rules.forgotten)))
         self.ignored_counts = {root: Counter[str]() for root in roots}
         self.relevant_paths = {str(entry) for path in only_paths or () for entry in (path, *Path(path).parents)}
@@ -150,7 +183,11 @@ class _FolderScan:
         self.visited_folders: set[tuple[int, int]] = set()  # device and inode of each folder
 
     def scan_folder(self, root: str) -> None:
-        """Scan a folder and its subfolders."""
+        """Scan one root and its subfolders, and add what is found to the attributes.
+
+        Args:
+            root: Absolute path of the folder, one of the roots.
+        """
         waiting = [root]
         while waiting:
             folder = waiting.pop()
@@ -179,7 +216,11 @@ class _FolderScan:
                 self.skip_file(folder, to_bad_image(error))
 
     def add_file(self, path: str) -> None:
-        """Add a file with the name of a picture to the pictures, or to the skipped files if it can't be read."""
+        """Add a file to `pictures`, or to `skipped_files` if it can't be read.
+
+        Args:
+            path: Absolute path of the file. Its name has the suffix of a picture.
+        """
         try:
             state = os.stat(path)
         except OSError as error:  # for example, the file was deleted since its folder was listed
@@ -194,13 +235,25 @@ class _FolderScan:
             self.pictures[path] = FileState.of(path, state)
 
     def skip_file(self, path: str, fault: BadImage) -> None:
-        """Record a file or folder that can't be read, and why."""
+        """Add a file or folder that can't be read to `skipped_files`.
+
+        Args:
+            path: Absolute path of the file or folder. It need not be valid UTF-8.
+            fault: Reason why it can't be read.
+        """
         printable_path = path.encode(errors="surrogateescape").decode(errors="replace")
         self.skipped_files.append(SkippedFile(printable_path, fault.reason, fault.detail))
 
 
 def count_pictures(folder: str) -> int:
-    """Count the pictures in a folder and its subfolders by their suffix, without links, hidden and system files."""
+    """Return the number of files in a folder and its subfolders that have the suffix of a picture.
+
+    Hidden files and folders, the names in `SYSTEM_NAMES` and symbolic links are not counted. Folders that can't be read
+    count as empty.
+
+    Args:
+        folder: Path of the folder.
+    """
     number, waiting = 0, [folder]
     while waiting:
         with suppress(OSError), os.scandir(waiting.pop()) as entries:
@@ -215,12 +268,19 @@ def count_pictures(folder: str) -> int:
 
 
 def is_picture_name(name: str) -> bool:
-    """Return whether a file name has the suffix of a picture."""
+    """Return whether a file name or path has the suffix of a picture (`PICTURE_SUFFIXES`), in any case."""
     return name.lower().endswith(PICTURE_SUFFIXES)
 
 
 def to_bad_image(error: OSError) -> BadImage:
-    """Convert an error of reading a file to a reason for skipping it."""
+    """Convert an operating system error for a file to a BadImage, whose `reason` says why the file is skipped.
+
+    Args:
+        error: Error raised when the file was opened or read.
+
+    Returns:
+        A BadImage with the reason "gone", "no permission" or "read error", for the caller to raise or to record.
+    """
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return BadImage("gone", "the file does not exist")
     if isinstance(error, PermissionError):

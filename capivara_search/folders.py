@@ -1,8 +1,9 @@
-"""The folders of an index: which of them the user added on this machine, their rules, and moving or forgetting them.
+"""Manage the folders of an index: record them, load their rules for ignoring files, move them and forget them.
 
-An index may come from another machine, and its list of folders can't be trusted: a folder "/" would give access to
-every picture of this machine. Originals are therefore read only in folders that the user has named on this machine.
-These folders are recorded outside the index, with the real path that they had at that time.
+The list of folders that an index stores can't be trusted, because the index may come from another machine. A malicious
+index could list the folder "/" and so give access to every picture on this machine. Therefore picture files are read
+only in folders that the user has named on this machine. These folders are recorded in a file outside the index,
+together with the real path (with symbolic links resolved) that each folder had when the user named it.
 """
 
 import json
@@ -32,7 +33,14 @@ from capivara_search.table import (
 
 
 def requested_folders(table: PictureTable) -> dict[str, str]:
-    """Return the folders that were added to an index on this machine, each with its recorded real path."""
+    """Return the folders that the user has added to an index on this machine.
+
+    Args:
+        table: Table of the index.
+
+    Returns:
+        Path of each folder -> real path that it had when it was added. Empty if there is no record on this machine.
+    """
     with suppress(OSError, ValueError):
         recorded = read_json(_record_path(table), folders=dict)["folders"]
         return {folder: real for folder, real in recorded.items() if isinstance(real, str)}
@@ -42,12 +50,13 @@ def requested_folders(table: PictureTable) -> dict[str, str]:
 def record_requested_folders(
     table: PictureTable, folders: Mapping[str | Path, str], moved_from: Path | None = None
 ) -> None:
-    """Add folders to the record of the folders that were added to an index on this machine.
+    """Record on this machine that the user has added folders to an index. If the record can't be written, log it.
 
     Args:
         table: Table of the index.
-        folders: Path -> real path of each folder. The real path was resolved when the user named the folder.
-        moved_from: Folders inside this one are removed from the record.
+        folders: Path of each folder -> real path that it had when the user named it.
+        moved_from: Old path of a folder that was moved. This folder and the folders inside it are removed from the
+            record. None: nothing is removed.
     """
     recorded = requested_folders(table)
     if moved_from:
@@ -60,24 +69,28 @@ def record_requested_folders(
 
 
 def _record_path(table: PictureTable) -> Path:
-    """Return the path of the record: neither in the index, which may come from elsewhere, nor in a cache."""
+    """Return the path of the JSON file that records the folders of an index on this machine.
+
+    The file is in the user's state directory. It is not in the index, which may come from another machine, and not in a
+    cache, which may be emptied.
+    """
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     where = table.where if table.is_remote else os.path.realpath(table.where)
     return Path(state, "capivara", "folders", f"{blake2b(where.encode(), digest_size=16).hexdigest()}.json")
 
 
 def load_rules(table: PictureTable) -> IgnoreRules:
-    """Return the rules for ignoring files that an index stores."""
+    """Return the rules for ignoring files and folders that an index stores."""
     stored = json.loads(table.read_metadata().get(RULES_KEY, "{}"))
     return IgnoreRules(tuple(stored.get("exclude", ())), frozenset(stored.get("forgotten", ())))
 
 
 def save_rules(table: PictureTable, rules: IgnoreRules) -> None:
-    """Store rules in an index in place of its current rules.
+    """Replace the rules for ignoring files and folders that an index stores.
 
     Args:
         table: Table of the index.
-        rules: The new rules.
+        rules: The new rules. Nothing is written if they are equal to the stored rules.
     """
     if rules != load_rules(table):
         values = {"exclude": rules.exclude, "forgotten": sorted(rules.forgotten)}
@@ -85,11 +98,19 @@ def save_rules(table: PictureTable, rules: IgnoreRules) -> None:
 
 
 def load_ignored_counts(table: PictureTable) -> Counter[str]:
-    """Return the number of ignored entries in all folders of an index, by reason, as of the latest full run."""
+    """Return how many files and folders the latest update of whole folders has ignored in all folders of an index.
+
+    Args:
+        table: Table of the index.
+
+    Returns:
+        Reason -> number of ignored files and folders. `IndexReport.ignored_counts` explains the reasons.
+    """
     counts = Counter[str]()
     for key, value in table.read_metadata().items():
         if key.startswith(FOLDER_KEY_PREFIX):
-            with suppress(ValueError, AttributeError):  # the value is empty until a run ends, and in older indexes
+            # The value is empty until the first update of the folder ends, and in indexes of older versions.
+            with suppress(ValueError, AttributeError):
                 counts.update({reason: n for reason, n in json.loads(value).items() if type(n) is int})
     return counts
 
@@ -97,25 +118,25 @@ def load_ignored_counts(table: PictureTable) -> Counter[str]:
 def folders_to_add(
     table: PictureTable, folders: Mapping[Path, str], exclude: Sequence[str] = (), include: Sequence[str | Path] = ()
 ) -> dict[Path, str]:
-    """Return the folders that an update of the index scans, each with its real path.
+    """Return the folders that an update of the index has to scan.
 
     Args:
         table: Table of the index.
-        folders: Absolute path -> real path of each folder that the user names. Empty: all folders that were added on
-            this machine and are available; a warning lists the others.
-        exclude: Patterns of files and folders to ignore.
-        include: Stored patterns to remove, and forgotten paths to index again. A forgotten folder outside of all other
-            folders is scanned, too.
+        folders: Absolute path of each folder that the user names -> its real path. Empty: all folders that were added
+            on this machine and are available (`is_available`). A warning in the log lists the other folders.
+        exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`.
+        include: Stored patterns to remove, and forgotten paths (`IgnoreRules.forgotten`) to index again. A forgotten
+            folder that lies outside of all other folders is scanned, too.
 
     Returns:
-        Absolute path -> real path of each folder.
+        Absolute path of each folder to scan -> its real path.
 
     Raises:
-        ValueError: If there is no folder to scan, a pattern is invalid or not stored, or `exclude` contains the path
-            of a file instead of a pattern.
+        ValueError: If there is no folder to scan, a pattern is invalid, an entry of `include` is neither a stored
+            pattern nor a forgotten path, or `exclude` contains the path of a file instead of a pattern.
     """
     rules = load_rules(table)
-    rules.updated(exclude, include)  # raises errors of the patterns now
+    rules.updated(exclude, include)  # called only to raise the errors of invalid patterns now
     known, paths = table.folders(), dict(folders)
     recorded = {folder: real for folder, real in requested_folders(table).items() if folder in known}
     if not folders:
@@ -134,9 +155,14 @@ def folders_to_add(
 
 
 def _is_mistaken_path(pattern: str, folders: Iterable[Path]) -> bool:
-    """Return whether a pattern is the path of an existing file in one of the folders, but does not match this file.
+    """Return whether the user has probably confused a pattern with a path.
 
-    The user has then written a path relative to the working directory, although patterns are relative to the folders.
+    This is the case if the pattern, read as a path relative to the working directory, names an existing file or folder
+    inside one of the folders, but does not match this file as a pattern. Patterns are relative to the indexed folders.
+
+    Args:
+        pattern: Pattern in the syntax of `.gitignore`.
+        folders: Absolute paths of the indexed folders.
     """
     path = Path(os.path.abspath(os.path.expanduser(pattern)))
     parents = [folder for folder in folders if path.is_relative_to(folder)] if "/" in pattern.rstrip("/") else []
@@ -145,15 +171,14 @@ def _is_mistaken_path(pattern: str, folders: Iterable[Path]) -> bool:
 
 
 def is_available(folder: str | Path, real_path: str, allow_empty: bool = False) -> bool:
-    """Return whether a folder can be read where it was recorded; a disk that is not mounted leaves an empty folder.
+    """Return whether a folder exists, can be read, and still has its recorded real path.
+
+    An empty folder counts as unavailable by default, because the mount point of a disk that is not mounted is empty.
 
     Args:
         folder: Path of the folder.
-        real_path: Recorded real path that the folder must still have.
+        real_path: Real path that the folder had when the user added it.
         allow_empty: Whether an empty folder counts as available.
-
-    Returns:
-        Whether the folder is available.
     """
     with suppress(OSError), os.scandir(folder) as entries:
         return os.path.realpath(folder) == real_path and (allow_empty or next(entries, None) is not None)
@@ -161,14 +186,14 @@ def is_available(folder: str | Path, real_path: str, allow_empty: bool = False) 
 
 
 def forget_folder(table: PictureTable, path: Path) -> int:
-    """Remove a folder or file from an index, and add it to the paths that stay out of it.
+    """Remove a folder or file from an index, and add its path to the rules so that later updates ignore it.
 
     Args:
         table: Table of the index.
         path: Absolute path of the folder or file.
 
     Returns:
-        The number of removed pictures.
+        The number of pictures that were removed from the index.
     """
     with table.locked():
         removed = table.delete_matching(folders_clause(path), PICTURES_TABLE)
@@ -183,9 +208,9 @@ def forget_folder(table: PictureTable, path: Path) -> int:
 
 
 def move_folder(table: PictureTable, old: Path, new: Path) -> tuple[int, int]:
-    """Rewrite the paths of a folder that was moved.
+    """Rewrite the paths in an index after the user has moved or renamed a folder of pictures.
 
-    The rows change first, in one version per table, so a call that was interrupted can be repeated.
+    If the call is interrupted, it can be repeated: the rows change first, those of each table in a single commit.
 
     Args:
         table: Table of the index.
@@ -193,11 +218,12 @@ def move_folder(table: PictureTable, old: Path, new: Path) -> tuple[int, int]:
         new: Absolute path of the folder now.
 
     Returns:
-        The number of rows of the folder, and the number of files that exist in the new folder.
+        The number of pictures that the index had in the old folder, and the number of these pictures whose files exist
+        in the new folder.
 
     Raises:
-        ValueError: If one folder lies in the other, the index knows nothing of the old folder, or none of its files
-            exists in the new one.
+        ValueError: If one folder lies inside the other, the index has no entry for the old folder, or none of its
+            pictures exists in the new folder.
     """
     if old == new or old in new.parents or new in old.parents:
         raise localized_error(ValueError, "move_nested", old=old, new=new)
@@ -218,10 +244,12 @@ def move_folder(table: PictureTable, old: Path, new: Path) -> tuple[int, int]:
         save_rules(table, replace(rules, forgotten=(rules.forgotten - {*forgotten_inside}) | moved))
         values = {key.replace(str(old), str(new), 1): metadata[key] for key in old_keys}
         if any(Path(folder) in old.parents for folder in folders) and not any(map(new.is_relative_to, folders)):
-            # The old folder was part of an indexed folder that stays, so the new one becomes a folder of its own.
+            # The old folder was inside an indexed folder. The new folder is outside of all indexed folders, so it is
+            # added to the index as a folder of its own.
             values[FOLDER_KEY_PREFIX + str(new)] = ""
         table.set_metadata(values)
-        # The index is not trusted: its folders count as requested only if they really lie in the folder that was named.
+        # The list of folders in the index is not trusted. A folder is recorded as added by the user only if its real
+        # path is inside the real path of the new folder, which the user has named.
         real_paths = {folder: os.path.realpath(folder) for folder in table.folders()}
         real_new = Path(os.path.realpath(new))
         requested = {folder: real for folder, real in real_paths.items() if Path(real).is_relative_to(real_new)}
@@ -232,12 +260,21 @@ def move_folder(table: PictureTable, old: Path, new: Path) -> tuple[int, int]:
 
 
 def _moved_path(path: str, old: Path, new: Path) -> str:
-    """Return a path inside the folder `old` as a path inside the folder `new`."""
+    """Return the path that a file or folder inside `old` has after `old` was moved to `new`."""
     return str(new) + path[len(str(old)) :]
 
 
 def _move_rows(table: PictureTable, name: str, old: Path, new: Path) -> None:
-    """Rewrite the paths of a table. If a file was indexed at its new path already, that row is newer and stays."""
+    """Rewrite the paths of one table after a folder was moved.
+
+    If the table already has a row for a new path, this row is kept because it is newer, and the old row is deleted.
+
+    Args:
+        table: Table of the index.
+        name: Name of the LanceDB table to change.
+        old: Absolute path of the folder before the move.
+        new: Absolute path of the folder now.
+    """
     clause, existing_paths = (
         folders_clause(old),
         set(table.rows(["path"], folders_clause(new), name)["path"].to_pylist()),

@@ -1,4 +1,4 @@
-"""Rules that decide which files and folders of the user's folders are ignored."""
+"""Rules that decide which files and subfolders of the indexed folders are ignored."""
 
 import os
 import shlex
@@ -14,8 +14,8 @@ from capivara_search.messages import localized_error
 if TYPE_CHECKING:
     from pathspec import GitIgnoreSpec
 
-# Names that file systems, NAS boxes, zip files made on a Mac and programming tools put between pictures. Files and
-# folders with these names are ignored, as hidden ones are.
+# Names of files and folders that are not the user's own. File systems, network storage devices, zip files made on a Mac
+# and programming tools create them. They are ignored, as hidden files are.
 SYSTEM_NAMES = {
     *("@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "node_modules")
 }
@@ -23,32 +23,35 @@ SYSTEM_NAMES = {
 
 @dataclass(frozen=True)
 class IgnoreRules:
-    """The user's rules for ignoring files and folders, which an index stores (`folders.load_rules`).
+    """Rules for the files and folders that an index ignores. The index stores them (`folders.load_rules`).
 
-    Hidden files and `SYSTEM_NAMES` are ignored in addition.
+    Besides these rules of the user, hidden files and the names in `SYSTEM_NAMES` are always ignored.
 
     Attributes:
-        exclude: Patterns in the syntax of `.gitignore`, relative to each indexed folder.
-        forgotten: Paths of folders and pictures that the user has removed from the index.
+        exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`. The patterns are relative to
+            each indexed folder.
+        forgotten: Absolute paths of folders and pictures that the user has removed from the index
+            (`PictureIndex.forget`).
     """
 
     exclude: tuple[str, ...] = ()
     forgotten: frozenset[str] = frozenset()
 
     def updated(self, exclude: Sequence[str] = (), include: Sequence[str | Path] = ()) -> "IgnoreRules":
-        """Return a copy of the rules with patterns added, and patterns and forgotten paths removed.
+        """Return a copy of the rules in which some patterns are added, and other patterns or forgotten paths removed.
 
         Args:
             exclude: Patterns to add.
-            include: Patterns to remove, or paths. A forgotten path that is one of these paths, or lies in one of them,
-                is removed.
+            include: What to stop ignoring. Each entry is a pattern of `self.exclude`, or a path. For a path, all
+                forgotten paths that are equal to it or lie inside it are removed from the rules.
 
         Returns:
             The new rules.
 
         Raises:
-            ValueError: If `exclude` contains an invalid or negated pattern, or `include` contains an entry that no rule
-                ignores, or a path inside a forgotten folder, which has to be included as a whole.
+            ValueError: If `exclude` contains an invalid or negated pattern, or `include` contains an entry that is
+                neither a pattern nor a forgotten path of the rules. A path inside a forgotten folder is refused, too,
+                because the folder can only be included as a whole.
         """
         for pattern in exclude:
             if pattern.startswith("!") and pattern != "!":
@@ -69,9 +72,16 @@ class IgnoreRules:
         return IgnoreRules(tuple(pattern for pattern in patterns if pattern not in removed), forgotten)
 
     def find_forgotten_parent(self, path: str) -> str | None:
-        """Return the outermost forgotten path that is this path or a parent of it, or None.
+        """Return the forgotten path that makes a path ignored.
 
-        The path is compared as it is given and as its real path.
+        The path is compared both as it is given and with its symbolic links resolved.
+
+        Args:
+            path: Absolute path of a file or folder.
+
+        Returns:
+            The forgotten path that is equal to this path or a parent folder of it; the outermost such path if there are
+            several. None if there is none.
         """
         names = {str(parent) for name in (path, os.path.realpath(path)) for parent in (Path(name), *Path(name).parents)}
         matches = (forgotten for forgotten in self.forgotten if names & {forgotten, resolve_parent_links(forgotten)})
@@ -81,12 +91,13 @@ class IgnoreRules:
         """Return why a file or folder is ignored.
 
         Args:
-            path: Path of the file or folder.
-            root: Indexed folder that it lies in; patterns are relative to it.
-            is_folder: Whether the path is a folder; some patterns match only folders.
+            path: Absolute path of the file or folder.
+            root: Indexed folder that contains the path. Patterns are relative to this folder.
+            is_folder: Whether the path is a folder. Some patterns match only folders.
 
         Returns:
-            "forgotten", "hidden", "system" or "excluded"; None if it is not ignored.
+            "forgotten" (the user removed the path), "hidden" (the name starts with a dot), "system" (the name is in
+            `SYSTEM_NAMES`) or "excluded" (a pattern matches). None if the path is not ignored.
         """
         name = os.path.basename(path)
         if path in self.forgotten:
@@ -100,17 +111,22 @@ class IgnoreRules:
 
     @cached_property
     def _gitignore_spec(self) -> "GitIgnoreSpec":
-        from pathspec import GitIgnoreSpec  # imported late: only users with patterns need it
+        """The patterns of `exclude`, compiled by the package pathspec."""
+        from pathspec import GitIgnoreSpec  # imported late because only users with patterns need it
 
         return GitIgnoreSpec.from_lines(self.exclude)
 
 
 def _is_valid_pattern(pattern: str) -> bool:
+    """Return whether a text is a valid `.gitignore` pattern; comments and blank lines are not."""
     with suppress(ValueError):
         return any(parsed.include is not None for parsed in IgnoreRules((pattern,))._gitignore_spec.patterns)
     return False
 
 
 def resolve_parent_links(path: str) -> str:
-    """Return a path with the symbolic links in its parent folders resolved; the path itself may be a link."""
+    """Return a path with the symbolic links in its parent folders resolved.
+
+    If the last component of the path is itself a symbolic link, it is not resolved.
+    """
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))

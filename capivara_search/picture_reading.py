@@ -1,7 +1,7 @@
-"""Read picture files: decode them upright, with their metadata and a thumbnail.
+"""Read picture files: decode them, rotate them upright, read their metadata and make a thumbnail.
 
-Each file is opened once, by `capivara_common.image_files`, which checks it and limits its size. A file that can't be
-read raises BadImage, "reason: detail", whose reasons messages.yaml translates.
+Each file is opened only once, by `capivara_common.image_files`, which validates the file and limits its size. If a file
+can't be read, BadImage is raised. Its text is "reason: detail", and messages.yaml translates the reason.
 """
 
 import io
@@ -31,36 +31,40 @@ from capivara_search.exif import read_exif
 from capivara_search.folder_scan import RAW_SUFFIXES, FileState, to_absolute_path, to_bad_image
 from capivara_search.messages import localized_error
 
-# First bytes of JPEG and PNG files. A file that starts so is no RAW file, even if its name has the suffix of one.
+# First bytes of JPEG and PNG files. A file with these first bytes is not decoded as a RAW file, even if its name has
+# the suffix of a RAW format.
 NON_RAW_FILE_STARTS = (b"\xff\xd8\xff", b"\x89PNG")
 TIFF_SUBFILE_TYPE = 254  # TIFF tag; its lowest bit marks a thumbnail of another image in the file
-# Maximum size of a picture; the best camera phones take 16,320 x 12,240 pixels. Pictures above `MAX_IMAGE_PIXELS` are
-# decoded one at a time and reduced at once.
+# Maximum number of pixels of a picture. It allows for phones whose cameras take 16,320 x 12,240 pixels. Pictures with
+# more than `MAX_IMAGE_PIXELS` pixels are decoded one at a time, to limit the memory, and reduced immediately.
 MAX_PICTURE_PIXELS = 200_000_000
-# A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if its short side then still has this many times the pixels of the
-# model's input. Embeddings then have a cosine of 0.999 with those of the full size; with a factor of 3, one photograph
-# of 40 has only 0.997.
+# To save time, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if its short side is then still at least this many
+# times as long as the side of the model's input. The embedding then has a cosine of 0.999 with the embedding of the
+# full-size picture. With a factor of 3, one photograph of 40 has a cosine of only 0.997.
 REDUCED_DECODE_FACTOR = 4
 THUMBNAIL_SIDE = 256  # pixels of the longer side
-# Measured on pictures of OpenMoji with the demo model: WebP at quality 90 takes 4.0 kB, and the embedding of the
-# thumbnail has a cosine of 0.994 with that of the picture. JPEG at quality 85 takes 7.3 kB and reaches 0.950. The page
-# searches with thumbnails, so a thumbnail has to find its picture.
+# The web page searches with thumbnails, so the embedding of a thumbnail must be close to the embedding of its picture.
+# Measured on pictures of OpenMoji with the demo model: WebP at quality 90 takes 4.0 kB, and the cosine between both
+# embeddings is 0.994. JPEG at quality 85 takes 7.3 kB, and the cosine is 0.950.
 THUMBNAIL_QUALITY = 90
-# Encoder effort of WebP. A photograph takes 2.5 ms; the default of 4 takes 16 ms and saves only 1 % of the bytes.
+# Effort of the WebP encoder, from 0 to 6. With 2, encoding the thumbnail of a photograph takes 2.5 ms. The default of 4
+# takes 16 ms and saves only 1 % of the bytes.
 THUMBNAIL_WEBP_METHOD = 2
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture with its metadata."""
+    """A decoded picture file: resized image for the model, thumbnail and metadata."""
 
-    digest: str  # BLAKE2b-128 digest of the file, in hexadecimal
-    width: int  # pixels, after rotating the picture upright; of a RAW file: of the RAW picture, not of its preview
+    digest: str  # BLAKE2b-128 digest of the file's content, in hexadecimal
+    # Width and height in pixels after rotating the picture upright. For a RAW file, the size of the RAW picture, not of
+    # the preview in the file.
+    width: int
     height: int
-    taken: datetime | None  # from the EXIF data, in the camera's local time
-    latitude: float | None  # degrees
-    longitude: float | None
-    image: PIL.Image.Image  # RGB, upright, on a white background, for the model's image processor
+    taken: datetime | None  # EXIF date, in the camera's local time
+    latitude: float | None  # degrees, from the EXIF data; south is negative
+    longitude: float | None  # degrees, from the EXIF data; west is negative
+    image: PIL.Image.Image  # resized for the model's image processor: RGB, upright, on a white background
     thumbnail: bytes  # WebP file, upright, longer side at most `THUMBNAIL_SIDE` pixels
 
 
@@ -70,22 +74,23 @@ def read_picture(
     resize_filter: int | None = None,
     folders: Sequence[str | Path] | None = None,
 ) -> Picture:
-    """Read a picture file once: digest, size, EXIF data, resized image and thumbnail. Thread-safe.
+    """Read a picture file: compute its digest, decode it, resize it for the model, and read its EXIF data.
 
-    A JPEG is decoded at reduced size if it is large enough (`REDUCED_DECODE_FACTOR`).
+    This function is thread-safe. A large JPEG is decoded at reduced size (`REDUCED_DECODE_FACTOR`).
 
     Args:
-        file: A file found by `find_pictures`.
-        image_size: Side of the model's input in pixels. The image is resized as the model's image processor does it.
-        resize_filter: PIL filter of an image processor that resizes both sides to `image_size`. None: the short side is
-            resized to `image_size`, with the bicubic filter.
-        folders: Real paths of folders. The real path of the file must lie in one of them. None: no check.
+        file: State of a file that `find_pictures` has found.
+        image_size: Side of the model's input in pixels. The image is resized as the model's image processor would do.
+        resize_filter: PIL filter, for an image processor that resizes both sides to `image_size`. None: the short side
+            is resized to `image_size` with the bicubic filter, and the proportions are kept.
+        folders: Real paths of the folders that may be read. The real path of the file must lie in one of them. None:
+            the location of the file is not checked.
 
     Returns:
-        The picture.
+        The decoded picture.
 
     Raises:
-        BadImage: If the file can't be read, is damaged, too large or no longer exists.
+        BadImage: If the file can't be read, is damaged, is too large or no longer exists.
     """
     data = _read_picture_bytes(file.path, folders)
     opened, size = _open_undecoded(data, file.path)
@@ -103,7 +108,13 @@ def read_picture(
 
 
 def open_query_picture(path: str | Path) -> PIL.Image.Image:
-    """Decode a picture to search with: full size, upright, RGB, on a white background.
+    """Read and decode a picture that is used as the query of a search.
+
+    Args:
+        path: Path of the picture file.
+
+    Returns:
+        The image at full size, upright, RGB, on a white background.
 
     Raises:
         ValueError: If the picture can't be read; the message names the path and the reason.
@@ -118,26 +129,35 @@ def open_query_picture(path: str | Path) -> PIL.Image.Image:
 def decode_picture(
     data: bytes, name: str, max_pixels: int = MAX_PICTURE_PIXELS, min_short_side: int = 0
 ) -> PIL.Image.Image:
-    """Decode the bytes of a picture file to upright RGB on a white background.
+    """Decode the bytes of a picture file to an upright RGB image on a white background.
 
     Args:
         data: Content of the file.
-        name: File name. The suffix of a RAW format selects RAW decoding, unless the content is another image, such as
-            a JPEG or TIFF.
-        max_pixels: Maximum number of pixels.
-        min_short_side: A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if its short side keeps this many pixels.
-            0: full size.
+        name: File name. If it has the suffix of a RAW format, the file is decoded as a RAW file, unless its content is
+            another image, such as a JPEG or TIFF.
+        max_pixels: Maximum number of pixels. A larger picture is refused.
+        min_short_side: Allows to decode a JPEG at 1/2, 1/4 or 1/8 of its size if its short side still has at least this
+            many pixels. 0: decode at full size.
 
     Returns:
         The image.
 
     Raises:
-        BadImage: If the file is damaged, too large or no picture.
+        BadImage: If the content is damaged, too large or not a picture.
     """
     return flatten_on_white(decode_upright(_open_undecoded(data, name, max_pixels)[0], "the file", min_short_side))
 
 
 def _read_picture_bytes(path: str | Path, folders: Sequence[str | Path] | None = None) -> bytes:
+    """Read the content of a picture file.
+
+    Args:
+        path: Path of the file.
+        folders: Real paths of the folders that may be read. None: the location of the file is not checked.
+
+    Raises:
+        BadImage: If the file can't be read, is empty or too large, or lies outside of the folders.
+    """
     try:
         with open_regular_file(path, "it", folders) as file:
             return read_bounded(file)
@@ -146,7 +166,13 @@ def _read_picture_bytes(path: str | Path, folders: Sequence[str | Path] | None =
 
 
 def read_bounded(file: BinaryIO) -> bytes:
-    """Read an open file.
+    """Read an open file whole, if its size is acceptable.
+
+    Args:
+        file: The file, opened in binary mode.
+
+    Returns:
+        The content of the file.
 
     Raises:
         BadImage: If the file is empty or has more than `MAX_IMAGE_BYTES` bytes.
@@ -157,7 +183,20 @@ def read_bounded(file: BinaryIO) -> bytes:
 def _open_undecoded(
     data: bytes, name: str, max_pixels: int = MAX_PICTURE_PIXELS
 ) -> tuple[PIL.Image.Image, tuple[int, int]]:
-    """Return the image with only its header read, and the size of the picture. A RAW file yields its JPEG preview."""
+    """Open a picture without decoding its pixels.
+
+    Args:
+        data: Content of the file.
+        name: File name. Its suffix tells RAW files.
+        max_pixels: Maximum number of pixels. A larger picture is refused.
+
+    Returns:
+        The image, of which only the header has been read, and the (width, height) of the picture before rotation. For a
+        RAW file, the image is its JPEG preview, and the size is the size of the RAW picture.
+
+    Raises:
+        BadImage: If the content is damaged, too large or not a picture.
+    """
     is_raw = name.lower().endswith(RAW_SUFFIXES) and not data.startswith(NON_RAW_FILE_STARTS)
     preview, size = (extract_raw_preview(data) if is_raw else None) or (data, None)
     image = open_image(preview, "the file", max_pixels, hint="")
@@ -168,7 +207,7 @@ def _open_undecoded(
 
 
 def extract_raw_preview(data: bytes) -> tuple[bytes, tuple[int, int]] | None:
-    """Return the largest JPEG preview of a RAW file, and (width, height) of the RAW picture before rotation.
+    """Extract the largest JPEG preview from a RAW file.
 
     LibRaw adds EXIF data to a preview that has none.
 
@@ -176,12 +215,13 @@ def extract_raw_preview(data: bytes) -> tuple[bytes, tuple[int, int]] | None:
         data: Content of the file.
 
     Returns:
-        Preview and size. None if LibRaw does not recognize the file as RAW: it may be another image, such as a TIFF.
+        The JPEG file of the preview, and the (width, height) of the RAW picture before rotation. None if LibRaw does not
+        recognize the file as RAW: it may be another image, such as a TIFF.
 
     Raises:
-        BadImage: If there is no such preview.
+        BadImage: If the file can't be decoded or contains no JPEG preview.
     """
-    import rawpy  # imported late: only users with RAW files need it
+    import rawpy  # imported late because only users with RAW files need it
 
     try:
         with rawpy.imread(io.BytesIO(data)) as raw:
@@ -200,9 +240,10 @@ def extract_raw_preview(data: bytes) -> tuple[bytes, tuple[int, int]] | None:
 
 
 def flatten_on_white(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Convert an image to RGB on a white background, as people see it.
+    """Convert an image to RGB, with a white background behind transparent pixels.
 
-    The image processor alone would show the model a black square for a transparent logo.
+    Without the white background, transparent pixels would become black, and the model would see a black logo on a
+    transparent background as a black square.
     """
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -211,14 +252,14 @@ def flatten_on_white(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def limit_long_side(image: PIL.Image.Image, max_side: int) -> PIL.Image.Image:
-    """Reduce an image so that its longer side has at most `max_side` pixels.
+    """Reduce an image so that its longer side has at most `max_side` pixels. Its proportions are kept.
 
     Args:
         image: The image.
         max_side: Maximum length of the longer side, in pixels.
 
     Returns:
-        The reduced image; the image itself if it is small enough.
+        The reduced image, or the image itself if it is small enough.
     """
     long = max(image.size)
     if long <= max_side:
@@ -230,23 +271,23 @@ def limit_long_side(image: PIL.Image.Image, max_side: int) -> PIL.Image.Image:
 def resize_short_side(
     image: PIL.Image.Image, size: tuple[int, int], image_size: int, resize_filter: int | None = None
 ) -> PIL.Image.Image:
-    """Resize an image as the model's image processor does; a small image is returned unchanged.
+    """Resize an image as the model's image processor would do.
 
     Args:
-        image: The image, decoded at full or reduced size.
-        size: (width, height) of the image in its file. It determines the proportions, because the sides of an image
-            that was decoded at reduced size are rounded up.
-        image_size: Length of the short side in pixels. Images whose short side is not longer are returned unchanged.
-        resize_filter: PIL filter of an image processor that resizes both sides to `image_size`. None: only the short
-            side gets this length, with the bicubic filter.
+        image: The image, which was decoded at full or reduced size.
+        size: (width, height) of the image in its file. The proportions are computed from it, because the JPEG decoder
+            rounds the sides of an image up when it reduces the image.
+        image_size: Length of the short side of the result in pixels.
+        resize_filter: PIL filter, for an image processor that resizes both sides to `image_size`. None: the short side
+            is resized to `image_size` with the bicubic filter, and the proportions are kept.
 
     Returns:
-        The resized image.
+        The resized image. If its short side in the file has at most `image_size` pixels, the image itself.
     """
     short, long = min(size), max(size)
     if short <= image_size:
         return image
-    long_side = int(image_size * long / short)  # truncated, as the image processor does
+    long_side = int(image_size * long / short)  # truncated, because the image processor truncates it, too
     new_size, resample = (
         ((image_size, long_side) if size[0] <= size[1] else (long_side, image_size)),
         Resampling.BICUBIC,

@@ -1,11 +1,14 @@
-"""Records that an index returns: plain dataclasses, used by the command, the page and callers of `PictureIndex`."""
+"""Dataclasses that the methods of `PictureIndex` return, such as hits of a search and the report of an update.
+
+The command line and the web page use them, too.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-# Sentence around a label in zero-shot classification; `{}` stands for the label.
+# Default sentence around a label in zero-shot classification. The label replaces `{}`.
 DEFAULT_LABEL_TEMPLATE = "uma imagem de {}"
 # Pictures with at least this similarity (`duplicates.pairwise_similarity`, at most 1) are near-duplicates. Chosen by
 # `python -m benchmarks.duplicates`; docs/benchmarks.md has the table.
@@ -14,7 +17,7 @@ DUPLICATE_MIN_SIMILARITY = 0.84
 
 @dataclass(frozen=True)
 class Hit:
-    """A picture in the answer of a search."""
+    """A picture that a search found, with its score and metadata."""
 
     path: str  # absolute path of the file
     # Cosine similarity to the query, from -1 to 1. For a sentence and a SigLIP model: the probability, from 0 to 1,
@@ -22,35 +25,42 @@ class Hit:
     score: float
     width: int  # pixels, after rotating the picture upright
     height: int
-    taken: datetime | None = None  # from the EXIF data, in the camera's local time
-    latitude: float | None = None  # degrees, from the EXIF data
-    longitude: float | None = None
-    size: int = 0  # bytes of the file
-    modified: datetime | None = None  # last change of the file
+    taken: datetime | None = None  # when the picture was taken, from the EXIF data, in the camera's local time
+    latitude: float | None = None  # degrees, from the EXIF data; south is negative
+    longitude: float | None = None  # degrees, from the EXIF data; west is negative
+    size: int = 0  # size of the file in bytes
+    modified: datetime | None = None  # modification time of the file, in this machine's local time
     # Whether the score reaches the relevance threshold of the sentence. None if no threshold was applied.
     above_threshold: bool | None = None
-    date: datetime | None = None  # the date to show and to compare: `taken`, otherwise `modified`
+    date: datetime | None = None  # date for display, sorting and date filters: `taken`, or `modified` if that is None
     date_source: str = ""  # where `date` comes from: "camera" (`taken`) or "file" (`modified`)
-    copies: int = 0  # number of near-duplicates that this hit stands for if duplicates are grouped
+    copies: int = 0  # number of near-duplicates of this hit, if the search groups them; otherwise 0
 
 
 @dataclass(frozen=True)
 class SkippedFile:
     """A file that could not be indexed, with the reason."""
 
-    path: str
-    code: str  # the reason in short; messages.yaml translates it under the key `reason.CODE`
-    detail: str  # the reason in full, in English
+    path: str  # absolute path of the file, or of a folder that could not be read
+    code: str  # the reason in a few words, such as "no permission"; messages.yaml translates it under `reason.CODE`
+    detail: str  # explanation of the reason, in English
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "SkippedFile":
-        """Create a skipped file from a row of the table `left_out`, whose `reason` is the text "code: detail"."""
+        """Create a skipped file from a row of the table of skipped files (`left_out` on disk).
+
+        Args:
+            row: Values of the row by column name: `path`, and `reason` in the form "code: detail".
+
+        Returns:
+            The skipped file.
+        """
         code, _, detail = row["reason"].partition(": ")
         return cls(row["path"], code, detail)
 
     @property
     def reason(self) -> str:
-        """The reason as the table stores it and messages show it: "code: detail"."""
+        """The reason in the form "code: detail", as the index stores it and messages show it."""
         return f"{self.code}: {self.detail}"
 
     def __str__(self) -> str:
@@ -59,45 +69,48 @@ class SkippedFile:
 
 @dataclass
 class IndexReport:
-    """What `PictureIndex.add` has done, as numbers of pictures."""
+    """Result of an update of an index by `PictureIndex.add`. Its integers are numbers of pictures."""
 
-    embedded: int = 0  # processed by the image encoder
-    new: int = 0  # added to the index, including copies of pictures that it had already
-    changed: int = 0  # the content of the file has changed
-    moved: int = 0  # same content under another path; the vector was reused
-    reembedded: int = 0  # same content, embedded again because the index had a vector of another model
-    unchanged: int = 0  # not read again
-    removed: int = 0  # removed from the index: the file is gone, became unreadable or is now ignored by a rule
-    skipped_files: list[SkippedFile] = field(default_factory=list)  # unreadable files, found in this run or earlier
-    # Number of ignored entries by reason. "forgotten" and "excluded" count pictures, "hidden" and "system" count
-    # pictures and folders, "link" counts symbolic links and "video" counts video files.
+    embedded: int = 0  # pictures that the image encoder processed
+    new: int = 0  # pictures that were added to the index, including copies of pictures that are already in it
+    changed: int = 0  # pictures whose file content has changed since the last update
+    moved: int = 0  # pictures that have moved to another path; their stored vectors were reused
+    reembedded: int = 0  # unchanged pictures that were embedded again, because their vectors were of another model
+    unchanged: int = 0  # pictures whose rows were kept
+    removed: int = 0  # rows that were removed, because the file is gone, became unreadable or is now ignored by a rule
+    skipped_files: list[SkippedFile] = field(default_factory=list)  # unreadable files of this and earlier updates
+    # Number of ignored files and folders, by reason. "forgotten" (removed by the user) and "excluded" (matched a
+    # pattern) count pictures, "hidden" and "system" count pictures and folders, "link" counts symbolic links and
+    # "video" counts video files.
     ignored_counts: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0  # duration of the call
+    seconds: float = 0.0  # duration of the update
 
 
 @dataclass(frozen=True)
 class Classification:
-    """A picture with its best label."""
+    """Result of the zero-shot classification of one picture."""
 
-    path: str
-    label: str | None  # None if a sentence without content fits better than every label
-    # Share of each label, from 0 to 1. The shares sum to 1, except for SigLIP models, which rate each label on its own.
+    path: str  # path of the picture; empty if the picture was given as an image
+    label: str | None  # the best label; None if a neutral sentence such as "uma imagem" fits better than every label
+    # Probability of each label, from 0 to 1. The probabilities sum to 1 (softmax), except for SigLIP models, which rate
+    # each label on its own (sigmoid).
     shares: dict[str, float]
 
 
 @dataclass(frozen=True)
 class IndexStatus:
-    """Summary of an index."""
+    """Summary of the contents of an index."""
 
     where: str  # folder or address of the index
-    pictures: int
-    skipped_files: list[SkippedFile]
-    folders: dict[str, int]  # indexed folder -> number of pictures in it and its subfolders
+    pictures: int  # number of indexed pictures
+    skipped_files: list[SkippedFile]  # files that could not be indexed
+    folders: dict[str, int]  # path of each indexed folder -> number of pictures in the folder and its subfolders
     model: str | None  # name of the model of the latest run of `PictureIndex.add`
-    bytes: int | None = None  # size on disk; None on object storage
+    bytes: int | None = None  # size on disk in bytes; None on object storage
     approximate: bool = False  # whether searches use an approximate vector index (`table.MAX_EXACT_ROWS`)
-    first: datetime | None = None  # date of the oldest picture; pictures without an EXIF date do not count
-    last: datetime | None = None  # date of the newest picture, likewise
-    exclude: list[str] = field(default_factory=list)  # patterns of ignored files and folders
-    forgotten: list[str] = field(default_factory=list)  # paths that the user removed from the index
-    ignored_counts: dict[str, int] = field(default_factory=dict)  # ignored entries by reason, from the latest full run
+    first: datetime | None = None  # earliest EXIF date of all pictures; pictures without an EXIF date do not count
+    last: datetime | None = None  # latest EXIF date of all pictures
+    exclude: list[str] = field(default_factory=list)  # patterns of ignored files and folders, in .gitignore syntax
+    forgotten: list[str] = field(default_factory=list)  # paths that the user removed from the index (`forget`)
+    # Number of ignored files and folders by reason, as in `IndexReport`, from the latest update of whole folders.
+    ignored_counts: dict[str, int] = field(default_factory=dict)

@@ -1,7 +1,8 @@
-"""Convert errors of LanceDB, the disk and object storage to one-line messages: which index, which part, what to do.
+"""Convert errors of LanceDB, the disk and object storage to one-line messages for users.
 
-LanceDB raises the errors of its Rust code as RuntimeError or ValueError, with texts for developers over many lines. The
-answers of an object storage are part of these texts.
+A message says which index and which table has the problem, and what the user can do. LanceDB raises the errors of its
+Rust code as RuntimeError or ValueError. Their texts are written for developers, have many lines, and include the
+responses of an object storage. Therefore errors are recognized by patterns in these texts.
 """
 
 import errno
@@ -14,7 +15,8 @@ from functools import partial
 from capivara_common.privacy import redact
 from capivara_search.messages import localized_error
 
-LANCEDB_ERRORS = (RuntimeError, OSError, ValueError)  # errors that LanceDB raises
+LANCEDB_ERRORS = (RuntimeError, OSError, ValueError)  # types of the errors that LanceDB raises
+# Environment variables with the address of an object storage, and the form of a valid address.
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 ENDPOINT_RE = re.compile(
     r"https?://([\w.~!$&'()*+,;=%:-]+@)?(\[[\da-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~%-]*)?", re.ASCII
@@ -22,20 +24,23 @@ ENDPOINT_RE = re.compile(
 # A path that looks like an address, and the addresses that LanceDB accepts. It takes any other one for a folder.
 SCHEME_RE = re.compile(r"[A-Za-z][\w+.-]+:/", re.ASCII)
 ADDRESS_RE = re.compile(r"[A-Za-z][\w+.-]+://([^/@\s]*@)?[\w.%-]*(:\d{1,5})?([/?#].*)?", re.ASCII)
-# Patterns in LanceDB's error texts. A text that matches only `LANCE_ERROR_RE` means a missing or damaged file.
+# Patterns in LanceDB's error texts. If a text matches `LANCE_ERROR_RE` and no other pattern of this module, a file of
+# the index is missing or damaged.
 WRITE_CONFLICT_RE = re.compile(
     r"commit conflict|concurrent (writer|transaction|commit)|Too many concurrent|preempted", re.I
 )
 LANCE_ERROR_RE = re.compile(
     r"lance error|LanceError|Encountered corrupt|External error: Not found|appear to be a Lance file"
 )
-RUST_LOCATION_RE = re.compile(r",?\s*\S+\.rs(:\d+)+")  # source locations, which are of use to LanceDB's developers only
-MAX_DETAIL_CHARACTERS = 200  # characters of LanceDB's text in our message
-# Error code of our message, pattern in LanceDB's text, and errno. "no_answer" applies only to object storage.
+# Locations in LanceDB's source code. They are removed from messages, because they help only LanceDB's developers.
+RUST_LOCATION_RE = re.compile(r",?\s*\S+\.rs(:\d+)+")
+MAX_DETAIL_CHARACTERS = 200  # maximum number of characters of LanceDB's text that a message quotes
+# Each entry has the key of a message in messages.yaml, a pattern in LanceDB's text, and the errno of the new OSError.
+# The first matching entry counts. "no_answer" applies only to object storage.
 STORAGE_ERROR_PATTERNS = (
     ("index_full", r"No space left|os error 28|StorageFull|InsufficientCapacity", errno.ENOSPC),
     ("too_many_files", r"Too many open files|os error 24", errno.EMFILE),
-    # A status code counts only after the word "status": a bare 403 may be a number of milliseconds.
+    # A status code must follow the word "status", because a 403 alone may be a number of milliseconds.
     ("no_answer", r"NoSuchBucket|(?i:bucket does not exist)|Forbidden|AccessDenied|Unauthorized|status:? 40[13]"
                   r"|InvalidAccessKeyId|SignatureDoesNotMatch|Permission denied|error sending request|tcp connect"
                   r"|dns error|Connection refused|operation timed out|kind: (Connect|Timeout|Request|Unknown)|BadScheme"
@@ -46,23 +51,23 @@ STORAGE_ERROR_PATTERNS = (
 
 
 class DamagedIndexError(ValueError):
-    """Error for a missing or damaged file of an index; the message names the part of the index."""
+    """Error for a missing or damaged file of an index. The message names the damaged table."""
 
 
 @contextmanager
 def wrap_storage_errors(where: str, part: str = "") -> Iterator[None]:
-    """Convert errors of LanceDB in the block to errors with one-line messages.
+    """Convert LanceDB errors that are raised in the `with` block to errors with one-line messages.
 
     Args:
         where: Folder or address of the index.
-        part: Name of the table, for the message.
+        part: Name of the table, for the message. Empty: the message says "tables".
 
     Yields:
-        Nothing.
+        None.
 
     Raises:
-        OSError: If there is no space left, no permission, no answer or a refusal of the object storage, or other
-            processes kept writing at the same time.
+        OSError: If there is no disk space left, there is no permission, the object storage refuses access or does not
+            answer, or a write conflicts with writes of other processes.
         DamagedIndexError: If a file of the index is missing or damaged.
     """
     try:
@@ -74,15 +79,16 @@ def wrap_storage_errors(where: str, part: str = "") -> Iterator[None]:
 
 
 def to_index_error(error: Exception, where: str, part: str = "") -> Exception:
-    """Convert an error of LanceDB to an error with a code and a one-line message.
+    """Convert an error that LanceDB raised to an error with an error code and a one-line message.
 
     Args:
-        error: Error of LanceDB.
+        error: The error.
         where: Folder or address of the index.
-        part: Name of the table, for the message.
+        part: Name of the table, for the message. Empty: the message says "tables".
 
     Returns:
-        The new error; the error itself if it is of no known kind and contains no credentials.
+        The new error. An error that was converted before is returned unchanged. An error of an unknown kind is returned
+        unchanged, too, unless its text contains credentials; these are removed in a new OSError.
     """
     if hasattr(error, "code"):
         return error
@@ -99,27 +105,34 @@ def to_index_error(error: Exception, where: str, part: str = "") -> Exception:
 
 
 def is_write_conflict(error: Exception) -> bool:
-    """Return whether a write failed because another process wrote at the same time, so that a retry may succeed."""
+    """Return whether a write failed because another process wrote at the same time.
+
+    If so, the write may succeed when it is tried again.
+
+    Args:
+        error: Error that LanceDB raised.
+    """
     return bool(WRITE_CONFLICT_RE.search(str(error)))
 
 
 def to_access_error(error: Exception, where: str) -> OSError | None:
-    """Convert a refusal of the disk or the object storage to an OSError, or return None if it is another error.
+    """Convert an error to an OSError if the disk or the object storage refused access.
 
-    A refusal says nothing about the state of the index, which may be intact.
+    Examples are a full disk, a missing permission and an object storage that does not answer. Such an error does not
+    mean that the index is damaged.
 
     Args:
-        error: Error of LanceDB.
+        error: Error that LanceDB raised.
         where: Folder or address of the index.
 
     Returns:
-        An error with a code and a one-line message, or None.
+        An error with an error code and a one-line message. None if the error has another cause.
     """
-    # The location of the index is removed, because its name could match a pattern.
+    # The location of the index is removed from the text, because the name of a folder could match a pattern.
     text = redact(" ".join(RUST_LOCATION_RE.sub("", str(error).replace(where, "")).split()))
     for code, pattern, number in STORAGE_ERROR_PATTERNS:
         if ("://" in where or code != "no_answer") and re.search(pattern, text):
-            # OSError(errno, ...) returns the subclass for the number, such as PermissionError.
+            # OSError(errno, ...) creates an instance of the matching subclass, such as PermissionError for EACCES.
             return localized_error(partial(OSError, number), code, path=where, text=text[:MAX_DETAIL_CHARACTERS])
     return None
 
@@ -136,12 +149,12 @@ def check_address(where: str) -> None:
 
 
 def check_endpoints() -> None:
-    """Validate the endpoint addresses of object storage in environment variables.
+    """Validate the addresses of object storage in the environment variables `ENDPOINT_VARIABLES`.
 
-    LanceDB's driver panics on an invalid address.
+    Without this check, LanceDB's Rust code would panic on an invalid address.
 
     Raises:
-        ValueError: If an address is invalid. The message does not contain it, because it may include a password.
+        ValueError: If an address is invalid. The message does not quote the address, because it may include a password.
     """
     if not all(ENDPOINT_RE.fullmatch(os.environ.get(name) or "http://none") for name in ENDPOINT_VARIABLES):
         raise localized_error(ValueError, "storage_address", example="https://host:9000")

@@ -1,12 +1,13 @@
 """Storage of an index: LanceDB tables in a folder of this machine or on object storage.
 
-The table `pictures` has one row per picture. Two small tables accompany it: `left_out` lists the files that could not
-be read, with the reason, and `about` holds key-value metadata of the index. Every call reads the newest version of a
-table.
+An index has three tables. `pictures` has one row per picture. `left_out` lists the files that could not be read, with
+the reason. `about` contains key-value metadata of the index. LanceDB writes a new version of a table for each change;
+every call in this module reads the newest version.
 
-Searches compare all vectors in tables of up to `MAX_EXACT_ROWS` rows. Larger tables get an approximate vector index,
-IVF-RQ: an inverted file (IVF) whose vectors are quantized to RaBitQ codes (arXiv 2405.12497). The best candidates are
-compared again by their full vectors, and rows that are not in the vector index yet are compared exactly.
+Searches compare all vectors in tables of up to `MAX_EXACT_ROWS` rows. Larger tables get an approximate vector index of
+the type IVF-RQ: an inverted file (IVF) whose vectors are quantized to RaBitQ codes (arXiv 2405.12497). A search
+compares the best candidates of the vector index again by their full vectors. Rows that are not in the vector index yet
+are compared exactly.
 """
 
 import fcntl
@@ -37,66 +38,75 @@ from capivara_search.storage import LANCEDB_ERRORS, DamagedIndexError
 if TYPE_CHECKING:
     import lancedb
 
-# Version of the tables' layout. Raise it if the layout changes so that this version of the code can't read it.
+# Version of the layout of the tables. Raise it if the layout changes in such a way that older code can't read it.
 LAYOUT_VERSION = 1
 LAYOUT_METADATA_KEY = b"capivara.layout"
 PICTURES_TABLE, SKIPPED_FILES_TABLE, METADATA_TABLE = "pictures", "left_out", "about"
 # Key column of each table, in the order in which the tables are created. `pictures` is the last one, so an index with
 # this table is complete.
 TABLE_KEY_COLUMNS = {SKIPPED_FILES_TABLE: "path", METADATA_TABLE: "key", PICTURES_TABLE: "path"}
-# Keys of the metadata table. The key of a folder is this prefix and its path; the value is JSON with the number of its
-# ignored entries by reason.
+# Keys of the metadata table. Each indexed folder has the key `FOLDER_KEY_PREFIX` + path. The value is a JSON object
+# with the number of ignored files and folders in this folder, by reason.
 FOLDER_KEY_PREFIX = "folder:"
-RULES_KEY = "rules"  # JSON of the rules for ignoring files, for all folders
+RULES_KEY = "rules"  # the value is JSON: the rules for ignoring files, which apply to all folders
 TRAINED_ROWS_KEY = "approximate_rows"  # number of rows that the approximate vector index was trained on
 THUMBNAIL_COLUMN = "thumbnail"
-COLOR_SIGNATURE_COLUMN = "look"  # missing in indexes of earlier versions
+COLOR_SIGNATURE_COLUMN = "look"  # indexes that were made before this column existed do not have it
+# Columns that `to_hits` converts to a `Hit`.
 HIT_COLUMNS = ("path", "width", "height", "taken", "latitude", "longitude", "size", "mtime_ns")
 # Dates are limited to this range, because a file's time is stored in nanoseconds as a 64-bit integer.
 EARLIEST_DATE, LATEST_DATE = date(1800, 1, 1), date(2200, 1, 1)
-# With a primary key, two processes that insert the same key at the same time conflict, instead of writing two rows.
+# Makes a column the primary key. If two processes then insert the same key at the same time, one of the writes fails
+# and is repeated. Without a primary key, both writes would succeed and leave two rows with this key.
 PRIMARY_KEY_METADATA = {b"lance-schema:unenforced-primary-key:position": b"1"}
 
 MAX_EXACT_ROWS = 50_000  # tables with more rows get an approximate vector index
 # Settings of the approximate vector index, measured on 1,000,000 clustered vectors of width 512 on two busy cores:
-# recall@10 of 0.999 for sentences (cosine 0.37) and 1.0 for pictures (cosine 0.99), median 17 ms, 95th percentile
-# 21 ms, 0.55 GB of memory. IVF_SQ takes 23 ms and 0.85 GB, codes of one bit reach a recall of 0.985 with 200 probes,
-# and IVF_HNSW_SQ takes 3 minutes to build for 200,000 vectors.
+# recall@10 is 0.999 for queries like sentences (cosine 0.37 to their picture) and 1.0 for queries like pictures (cosine
+# 0.99). A search has a median of 17 ms and a 95th percentile of 21 ms, and needs 0.55 GB of memory. The alternatives
+# are worse: IVF_SQ takes 23 ms and 0.85 GB, codes of one bit reach a recall of 0.985 with 200 probed partitions, and
+# IVF_HNSW_SQ takes 3 minutes to build for 200,000 vectors.
 BITS_PER_DIMENSION = 4
-PROBED_PARTITIONS = 64  # partitions that a search compares; each has about 8,192 vectors
-REFINE_FACTOR = 4  # candidates per wanted row that are compared by their full vectors
-# Time to build the vector index, per row: 3.2e-5 s for 100,000 rows, 6.9e-5 s for 1,000,000 (`benchmarks.search`).
+PROBED_PARTITIONS = 64  # partitions that a search compares; each partition has about 8,192 vectors
+REFINE_FACTOR = 4  # candidates per requested row that are compared by their full vectors
+# Time to build the vector index, in seconds per row. Measured: 3.2e-5 s per row of 100,000 rows, 6.9e-5 s per row of
+# 1,000,000 rows (`benchmarks.search`).
 TRAINING_S_PER_ROW = 5e-5
-MAX_UNINDEXED_ROWS = 10_000  # rows outside the vector index that a search compares; more are added to the index
-MAX_SMALL_FRAGMENTS = 24  # small data files of a table; more are merged
+MAX_UNINDEXED_ROWS = 10_000  # if more rows are outside the vector index, `PictureTable.optimize` adds them to it
+MAX_SMALL_FRAGMENTS = 24  # if a table has at least this many small data files, `PictureTable.optimize` merges them
 RETRAIN_GROWTH_FACTOR = 2  # the vector index is trained again when the table has grown by this factor
-# Cache of the vector index in memory. The vector index of 1,000,000 pictures of width 512 needs 520 MiB.
+# Size of the cache for the vector index in memory. The vector index of 1,000,000 vectors of width 512 needs 520 MiB.
 VECTOR_INDEX_CACHE_BYTES = 640 << 20
-# Old versions on object storage are kept for this time, because other machines may still read them.
+# Old versions of tables on object storage are kept for this time, because other machines may still read them.
 REMOTE_VERSION_LIFETIME = timedelta(minutes=10)
-REMOTE_READ_CONSISTENCY = timedelta(seconds=1)  # maximum age of cached state; each check of object storage is a request
-MAX_PATHS_PER_CLAUSE = 500
+# Maximum age of LanceDB's cached state of a table on object storage, where each check for a newer version is a request.
+REMOTE_READ_CONSISTENCY = timedelta(seconds=1)
+MAX_PATHS_PER_CLAUSE = 500  # maximum number of paths in one SQL condition
 MAX_WRITE_ATTEMPTS = 12  # attempts of a write that conflicts with writes of other processes
 
 T = TypeVar("T")
 
 
 def pictures_schema(width: int) -> pa.Schema:
-    """Return the schema of the table `pictures` with vectors of one width."""
+    """Return the schema of the table `pictures` for a model.
+
+    Args:
+        width: Width of the model's vectors, which determines the name and type of the vector column.
+    """
     return pa.schema(
         [
             pa.field("path", pa.string(), False, PRIMARY_KEY_METADATA),  # absolute
             pa.field("size", pa.int64(), False),  # bytes
             pa.field("mtime_ns", pa.int64(), False),  # nanoseconds since 1970
-            pa.field("digest", pa.string(), False),  # BLAKE2b-128 digest of the file, in hexadecimal
+            pa.field("digest", pa.string(), False),  # BLAKE2b-128 digest of the file's content, in hexadecimal
             pa.field("width", pa.int32(), False),  # pixels, after rotating the picture upright
-            pa.field("height", pa.int32(), False),
-            pa.field("taken", pa.timestamp("us")),  # in the camera's local time
+            pa.field("height", pa.int32(), False),  # pixels
+            pa.field("taken", pa.timestamp("us")),  # EXIF date, in the camera's local time
             pa.field("latitude", pa.float64()),  # degrees
-            pa.field("longitude", pa.float64()),
-            pa.field(THUMBNAIL_COLUMN, pa.binary()),  # WebP
-            pa.field(COLOR_SIGNATURE_COLUMN, pa.binary()),  # `duplicates.color_signature`
-            pa.field("model", pa.string(), False),  # digest of the model of the vector (`SearchModel.image_digest`)
+            pa.field("longitude", pa.float64()),  # degrees
+            pa.field(THUMBNAIL_COLUMN, pa.binary()),  # WebP file
+            pa.field(COLOR_SIGNATURE_COLUMN, pa.binary()),  # result of `duplicates.color_signature`
+            pa.field("model", pa.string(), False),  # digest of the model that made the vector (`image_digest`)
             pa.field(vector_column(width), pa.list_(pa.float16(), width)),  # unit length
         ],
         metadata={LAYOUT_METADATA_KEY: str(LAYOUT_VERSION).encode()},
@@ -104,12 +114,22 @@ def pictures_schema(width: int) -> pa.Schema:
 
 
 def vector_column(width: int) -> str:
-    """Return the name of the column with vectors of one width. Models of other widths have columns of their own."""
+    """Return the name of the column that contains vectors of a given width.
+
+    Vectors of models with different widths are stored in different columns.
+
+    Args:
+        width: Number of values per vector.
+    """
     return f"vector_{width}"
 
 
 def comparison_columns(width: int) -> list[str]:
-    """Return the columns that `duplicates.get_comparison_vectors` and hits need, for models of one width."""
+    """Return the names of the columns that are needed to make hits and to compare pictures for near-duplicates.
+
+    Args:
+        width: Width of the model's vectors.
+    """
     return [*HIT_COLUMNS, vector_column(width), "model", COLOR_SIGNATURE_COLUMN]
 
 
@@ -128,15 +148,16 @@ TABLE_SCHEMAS = {
 
 
 class PictureTable:
-    """The tables of one index.
+    """The LanceDB tables of one index: methods to read, search, write, optimize and repair them.
 
     Args:
-        where: Folder, or address on object storage such as s3://bucket/fotos. Nothing needs to exist yet.
+        where: Folder of the index, or an address on object storage such as s3://bucket/fotos. The index need not exist
+            yet.
 
     Raises:
-        ValueError: If the address is invalid, there is a file at this path, or a folder with something other than an
+        ValueError: If the address is invalid, or the path is a file, or a folder that contains something other than an
             index.
-        OSError: If the folder may not be read.
+        OSError: If there is no permission to read the folder.
     """
 
     def __init__(self, where: str | Path):
@@ -150,11 +171,14 @@ class PictureTable:
         self._cache: dict[str, tuple[int, Any]] = {}
 
     def _check_folder(self) -> None:
-        """Raise an error if the location is a file, a broken link, or a folder with something other than an index."""
+        """Raise ValueError if the path of the index can't be used for an index.
+
+        This is the case for a file, a broken symbolic link, and a folder that contains something other than an index.
+        """
         folder = Path(self.where)
         if os.path.isfile(folder) or (os.path.islink(folder) and not os.path.exists(folder)):
             raise localized_error(ValueError, "index_is_file", path=folder)
-        if not os.path.isdir(folder):  # also if a parent folder may not be read; opening a table reports that
+        if not os.path.isdir(folder):  # this includes a parent folder without permission; `open_table` reports that
             return
         with storage.wrap_storage_errors(self.where):
             names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
@@ -163,7 +187,9 @@ class PictureTable:
 
     @cached_property
     def _connection(self) -> "lancedb.DBConnection":
-        os.environ.setdefault("LANCEDB_LOG", "error")  # `log_message` reports what matters of LanceDB's warnings
+        """LanceDB's connection to the folder or address of the index, opened on first access."""
+        # LanceDB's own warnings are turned off, because this module reports the important ones with `log_message`.
+        os.environ.setdefault("LANCEDB_LOG", "error")
         import lancedb  # imported late because the import takes a second
 
         if self.is_remote:
@@ -177,14 +203,21 @@ class PictureTable:
             )
 
     def _table_path(self, name: str) -> str:
+        """Return the folder or address of a table, such as /home/ana/pictures.lance/about.lance for "about"."""
         return f"{self.where.rstrip('/')}/{name}.lance"
 
     def open_table(self, table_name: str) -> Any:
-        """Open a table, or return None if it does not exist.
+        """Open a table of the index. Later calls return the same object.
+
+        Args:
+            table_name: Name of the table, a key of `TABLE_KEY_COLUMNS`.
+
+        Returns:
+            LanceDB's table, or None if the table does not exist.
 
         Raises:
-            ValueError: If the table is damaged (DamagedIndexError), was made by a newer version, or was not made by
-                this project.
+            ValueError: If the table is damaged (DamagedIndexError), was made by a newer version of this package, or was
+                not made by this package.
             OSError: If the storage refuses access or does not answer.
         """
         if table_name not in self._open_tables:
@@ -196,7 +229,7 @@ class PictureTable:
                     if not table.schema.names:
                         # A power cut may leave a manifest of zeros, which LanceDB reads as a table without columns.
                         raise RuntimeError("LanceError: the newest record of its files holds zeros")
-                except Exception as error:  # LanceDB's RustPanic, for example, is not one of `LANCEDB_ERRORS`
+                except Exception as error:  # some errors, such as LanceDB's RustPanic, are not in `LANCEDB_ERRORS`
                     # If there are data files, the table does exist, and only its manifest is missing.
                     has_data = not self.is_remote and any(Path(self._table_path(table_name), "data").glob("*"))
                     if "was not found" in str(error) and not has_data:
@@ -213,7 +246,11 @@ class PictureTable:
         return self._open_tables[table_name]
 
     def _check_layout(self, schema: pa.Schema) -> None:
-        """Raise ValueError if a table was not made by this project, or was made by a newer version of it."""
+        """Raise ValueError if the table `pictures` was not made by this package, or by a newer version of it.
+
+        Args:
+            schema: Schema of the table. Its metadata contains the version of the layout.
+        """
         number = (schema.metadata or {}).get(LAYOUT_METADATA_KEY, b"").decode(errors="replace")
         if not number.isdigit():
             raise localized_error(ValueError, "other_table", path=self.where)
@@ -222,10 +259,10 @@ class PictureTable:
 
     @property
     def pictures(self) -> Any:
-        """The table `pictures`.
+        """LanceDB's table `pictures`.
 
         Raises:
-            ValueError: If there is no index.
+            ValueError: If the index does not exist.
         """
         table = self.open_table(PICTURES_TABLE)
         if table is None:
@@ -237,7 +274,11 @@ class PictureTable:
         return self.open_table(PICTURES_TABLE) is not None
 
     def create(self, width: int) -> None:
-        """Create the tables that do not exist yet, and the column for vectors of this width."""
+        """Create the tables and the vector column if they do not exist yet.
+
+        Args:
+            width: Width of the model's vectors.
+        """
         for name in TABLE_KEY_COLUMNS:
             if self.open_table(name) is None:
                 columns = pictures_schema(width) if name == PICTURES_TABLE else TABLE_SCHEMAS[name]
@@ -248,27 +289,27 @@ class PictureTable:
             self.run_write(PICTURES_TABLE, lambda table: None if width in self.widths() else table.add_columns(column))
 
     def columns(self) -> pa.Schema:
-        """Return the current schema of the table `pictures`."""
+        """Return the current schema of the table `pictures`: the names and types of its columns."""
         return self.run_read(PICTURES_TABLE, lambda table: table.schema)
 
     def widths(self) -> list[int]:
-        """Return the widths of the vector columns."""
+        """Return the width of each vector column of the table `pictures`."""
         return [column.type.list_size for column in self.columns() if pa.types.is_fixed_size_list(column.type)]
 
     def version(self) -> int:
-        """Return a number that grows with every change of a table."""
+        """Return a number that grows with every change of the index: the sum of the versions of its tables."""
         with storage.wrap_storage_errors(self.where):
             return sum(table.version for name in TABLE_KEY_COLUMNS if (table := self.open_table(name)) is not None)
 
     def cached(self, name: str, compute: Callable[[], T]) -> T:
-        """Return a value computed from the pictures, cached until the table `pictures` changes.
+        """Return a value that is computed from the table `pictures`, and cache it until this table changes.
 
         Args:
-            name: Key in the cache.
-            compute: Computes the value.
+            name: Key of the value in the cache.
+            compute: Function that computes the value. It is called only if the cache has no current value.
 
         Returns:
-            The value.
+            The cached or computed value.
         """
         version = 0
         if self.open_table(PICTURES_TABLE) is not None:
@@ -286,17 +327,20 @@ class PictureTable:
     # --- Reading
 
     def run_read(self, table_name: str, operation: Callable[[Any], T]) -> T:
-        """Run a read operation on a table. It is run again if another process has removed files meanwhile.
+        """Run a read operation on the newest version of a table.
+
+        If the operation fails, it is run once more, because another process may have merged and removed the files that
+        it was reading.
 
         Args:
             table_name: Name of the table.
-            operation: Function of the open table.
+            operation: Function that takes LanceDB's table and returns a result.
 
         Returns:
             The result of the operation.
 
         Raises:
-            ValueError: If there is no index, or a file of it is damaged (DamagedIndexError).
+            ValueError: If the index does not exist, or one of its files is damaged (DamagedIndexError).
             OSError: If the storage refuses access or does not answer.
         """
         table = self.pictures if table_name == PICTURES_TABLE else self.open_table(table_name)
@@ -310,15 +354,15 @@ class PictureTable:
                 return operation(table)
 
     def rows(self, columns: Sequence[str], clause: str | None = None, table: str = PICTURES_TABLE) -> pa.Table:
-        """Return columns of the rows that match a clause.
+        """Read the rows of a table that match an SQL condition.
 
         Args:
-            columns: Names of columns; those that the table does not have are left out.
+            columns: Names of the columns to read. Names that the table does not have are ignored.
             clause: SQL condition. None: all rows.
             table: Name of the table.
 
         Returns:
-            The rows; no rows if the table does not exist.
+            The rows, in any order. No rows if the table does not exist.
         """
         if self.open_table(table) is None:
             names = [name for name in columns if name in TABLE_SCHEMAS[table].names]
@@ -326,11 +370,11 @@ class PictureTable:
         return self.run_read(table, lambda opened: _build_scan(opened, columns, clause).to_arrow())
 
     def rows_of_paths(self, columns: Sequence[str], paths: Sequence[str]) -> pa.Table:
-        """Return columns of the pictures with the given paths.
+        """Read the rows of the pictures with the given paths.
 
         Args:
-            columns: Names of columns; those that the table does not have are left out.
-            paths: Absolute paths. Paths without a row are ignored.
+            columns: Names of the columns to read. Names that the table does not have are ignored.
+            paths: Absolute paths of pictures. Paths that are not in the index are ignored.
 
         Returns:
             The rows, in any order.
@@ -340,28 +384,31 @@ class PictureTable:
         return pa.concat_tables(tables) if tables else self.rows(columns, "false")
 
     def batches(self, columns: Sequence[str], clause: str | None = None) -> Iterator[pa.RecordBatch]:
-        """Iterate over columns of the pictures that match a clause, in batches of one version of the table.
+        """Iterate over the rows of the table `pictures` that match an SQL condition.
+
+        All batches are read from the same version of the table, even if it is changed during the iteration.
 
         Args:
-            columns: Names of columns; those that the table does not have are left out.
+            columns: Names of the columns to read. Names that the table does not have are ignored.
             clause: SQL condition. None: all rows.
 
         Yields:
             Batches of rows.
         """
-        with storage.wrap_storage_errors(self.where, PICTURES_TABLE):  # reading continues during the iteration
+        # `run_read` only starts the scan. Errors during the iteration must be converted, too.
+        with storage.wrap_storage_errors(self.where, PICTURES_TABLE):
             yield from self.run_read(PICTURES_TABLE, lambda table: _build_scan(table, columns, clause).to_batches())
 
     def sample(self, width: int, image_digest: str, max_rows: int) -> np.ndarray:
-        """Return vectors of pictures that are spread evenly over the table.
+        """Read the vectors of pictures that are spread evenly over the table.
 
         Args:
-            width: Width of the vectors.
-            image_digest: Only vectors of this model (`SearchModel.image_digest`).
-            max_rows: Maximum number of rows to read.
+            width: Width of the model's vectors.
+            image_digest: Digest of the model (`SearchModel.image_digest`). Vectors of other models are left out.
+            max_rows: Maximum number of rows to read, including rows with vectors of other models.
 
         Returns:
-            (rows, width), float16.
+            Array (rows, width), float16.
         """
         row_count, column = self.count(), vector_column(width)
         if not row_count:
@@ -373,23 +420,27 @@ class PictureTable:
         return to_array(rows.filter(pc.equal(rows["model"], image_digest))[column])
 
     def count(self, clause: str | None = None, table: str = PICTURES_TABLE) -> int:
-        """Return the number of rows that match a clause.
+        """Return the number of rows of a table that match an SQL condition.
 
         Args:
             clause: SQL condition. None: all rows.
             table: Name of the table.
 
         Returns:
-            The number of rows; 0 if the table does not exist.
+            The number of rows, which is 0 if the table does not exist.
         """
         return 0 if self.open_table(table) is None else self.run_read(table, lambda opened: opened.count_rows(clause))
 
     def count_other_models(self, image_digest: str) -> int:
-        """Return the number of pictures whose vectors come from a model with another digest."""
+        """Return the number of pictures that were embedded with other models than the given model.
+
+        Args:
+            image_digest: Digest of the given model (`SearchModel.image_digest`).
+        """
         return self.cached(image_digest, lambda: self.count(f"model != {quote_sql(image_digest)}"))
 
     def read_metadata(self) -> dict[str, str]:
-        """Return the metadata of the index."""
+        """Return the key-value metadata of the index (the table `about`)."""
         rows = self.rows(["key", "value"], table=METADATA_TABLE)
         return dict(zip(rows["key"].to_pylist(), rows["value"].to_pylist(), strict=True))
 
@@ -399,7 +450,12 @@ class PictureTable:
         return sorted(key.removeprefix(FOLDER_KEY_PREFIX) for key in keys)
 
     def model(self) -> dict[str, Any] | None:
-        """Return `source`, `name`, `width` and `image_digest` of the model of the latest run, or None."""
+        """Return the model that the latest update of the index used.
+
+        Returns:
+            Dictionary with the keys `source` (folder or Hub id), `name`, `width` (of its vectors) and `image_digest`
+            (`SearchModel.image_digest`). None if the index has no model yet.
+        """
         with suppress(KeyError, json.JSONDecodeError):
             return json.loads(self.read_metadata()["model"])
         return None
@@ -410,14 +466,14 @@ class PictureTable:
         """Return the pictures whose vectors are nearest to a query vector.
 
         Args:
-            vector: (width,), unit length.
+            vector: Query vector (width,), of unit length.
             k: Maximum number of rows.
-            clause: SQL condition. None: all rows.
+            clause: SQL condition that the rows must match. None: all rows.
             exact: Compare every vector, even if there is an approximate vector index.
 
         Returns:
-            Rows with the columns `comparison_columns` and `score`, their cosine with the vector. The best row comes
-            first; rows of equal score are sorted by path.
+            Rows with the columns that `comparison_columns` lists, and the column `score` with the cosine of each row's
+            vector with the query vector. Rows are sorted by score, best first, then by path.
         """
         approximate = not exact and self.has_approximate_index(len(vector))
         rows = self.run_read(
@@ -428,29 +484,36 @@ class PictureTable:
         return rows.sort_by([("score", "descending"), ("path", "ascending")])
 
     def has_approximate_index(self, width: int) -> bool:
-        """Return whether there is an approximate vector index for vectors of this width."""
+        """Return whether the table `pictures` has an approximate vector index for vectors of this width."""
         return vector_column(width) in self.indices()
 
     def indices(self) -> dict[str, Any]:
-        """Return LanceDB's description of each index of the table `pictures`, by column."""
+        """Return the LanceDB indexes of the table `pictures`.
+
+        Returns:
+            Name of the indexed column -> LanceDB's description of the index.
+        """
         indices = self.cached("indices", lambda: self.run_read(PICTURES_TABLE, lambda table: table.list_indices()))
         return {index.columns[0]: index for index in indices}
 
     # --- Writing
 
     def run_write(self, table_name: str, operation: Callable[[Any], T]) -> T:
-        """Run a write operation on a table. It is run again if it conflicts with a write of another process.
+        """Run a write operation on a table.
+
+        If the operation conflicts with a write of another process, it is run again, up to `MAX_WRITE_ATTEMPTS` times.
 
         Args:
             table_name: Name of the table.
-            operation: Function of the open table, or of None if the table does not exist.
+            operation: Function that takes LanceDB's table, or None if the table does not exist.
 
         Returns:
             The result of the operation.
 
         Raises:
             ValueError: If a file of the index is damaged (DamagedIndexError).
-            OSError: If there is no space left, no permission, no answer of the object storage, or the conflict lasts.
+            OSError: If there is no disk space left, there is no permission, the object storage does not answer, or the
+                last attempt conflicts, too.
         """
         with storage.wrap_storage_errors(self.where, table_name):
             for attempt in itertools.count(1):
@@ -464,25 +527,26 @@ class PictureTable:
                     self._open_tables[table_name].checkout_latest()
 
     def upsert(self, rows: pa.Table, table: str = PICTURES_TABLE) -> None:
-        """Insert rows, or replace those with the same key, in one commit.
+        """Insert rows into a table in one commit. Existing rows with the same keys are replaced.
 
         Args:
-            rows: Rows in the schema of the table.
-            table: Name of the table.
+            rows: Rows to insert, with the columns of the table.
+            table: Name of the table. `TABLE_KEY_COLUMNS` says which column is its key.
         """
 
         def merge(opened: Any) -> None:
+            """Insert or replace the rows in LanceDB's table."""
             query = opened.merge_insert(TABLE_KEY_COLUMNS[table])
             query = query.when_matched_update_all().when_not_matched_insert_all()
-            query.execute(rows, on_bad_vectors="null")  # vectors of other widths are missing in the rows
+            query.execute(rows, on_bad_vectors="null")  # the rows have no values for vector columns of other widths
 
         self.run_write(table, merge)
 
     def delete_paths(self, paths: Sequence[str], table: str = PICTURES_TABLE) -> None:
-        """Delete the rows with the given keys, which are paths in most tables.
+        """Delete the rows with the given paths.
 
         Args:
-            paths: Keys of the rows.
+            paths: Paths of the rows to delete. For the metadata table, whose rows have no path: their keys.
             table: Name of the table.
         """
         for start in range(0, len(paths), MAX_PATHS_PER_CLAUSE):
@@ -490,7 +554,7 @@ class PictureTable:
             self.run_write(table, lambda opened, clause=clause: opened.delete(clause))
 
     def delete_matching(self, clause: str, table: str = PICTURES_TABLE) -> int:
-        """Delete the rows that match a clause.
+        """Delete the rows of a table that match an SQL condition.
 
         Args:
             clause: SQL condition.
@@ -504,7 +568,11 @@ class PictureTable:
         return number
 
     def set_metadata(self, values: dict[str, str]) -> None:
-        """Set keys of the index metadata; keys with unchanged values are not written."""
+        """Set entries of the key-value metadata of the index (the table `about`).
+
+        Args:
+            values: Key -> new value. Entries that already have this value are not written again.
+        """
         stored = self.read_metadata()
         if changed := {key: value for key, value in values.items() if stored.get(key) != value}:
             columns = {"key": list(changed), "value": list(changed.values())}
@@ -512,21 +580,27 @@ class PictureTable:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock of the index, so that one process at a time writes to it. A second process logs that it waits.
+        """Hold the lock of the index during the `with` block, so that only one process at a time writes to the index.
 
-        There is no lock on object storage, where the primary key prevents two rows of one path.
+        If another process holds the lock, a warning is logged, and the call waits. Indexes on object storage have no
+        lock; there, the primary key prevents that two processes write two rows for the same path.
         """
         lock = None if self.is_remote else self._acquire_lock()
         try:
             yield
         finally:
             if lock is not None:
-                with suppress(OSError):  # removes the folder if nothing was created in it; otherwise it is not empty
+                with suppress(OSError):  # removes the folder if no table was created; fails if it is not empty
                     Path(self.where).rmdir()
                 os.close(lock)
 
     def _acquire_lock(self) -> int | None:
-        """Create the folder if it is missing, lock it and return its descriptor; None if the disk has no locks."""
+        """Lock the folder of the index, which is created if it does not exist.
+
+        Returns:
+            File descriptor of the folder, which holds the lock until it is closed. None if the file system does not
+            support locks.
+        """
         folder = Path(self.where)
         while True:
             with storage.wrap_storage_errors(self.where):
@@ -548,7 +622,13 @@ class PictureTable:
     # --- Maintenance
 
     def optimize(self, width: int) -> None:
-        """Merge small files, update the approximate vector index, and remove old versions, each only if it is due."""
+        """Merge small data files, train or update the approximate vector index, and remove old versions of the table.
+
+        Each of these is done only if it is worthwhile, according to the constants of this module.
+
+        Args:
+            width: Width of the model's vectors.
+        """
         from lancedb.index import BTree, IvfRq
 
         column, row_count = vector_column(width), self.count()
@@ -567,35 +647,43 @@ class PictureTable:
             self.run_write(PICTURES_TABLE, partial(_compact, age=max_age))
 
     def _must_train_index(self, width: int, row_count: int) -> bool:
-        """Return whether `optimize` trains the approximate vector index if the table has this number of rows."""
+        """Return whether `optimize` would train the approximate vector index.
+
+        Args:
+            width: Width of the model's vectors.
+            row_count: Number of rows of the table `pictures`.
+        """
         if row_count <= MAX_EXACT_ROWS or width % 8:  # IVF-RQ requires a width divisible by 8
             return False
         trained_rows = int(self.read_metadata().get(TRAINED_ROWS_KEY, 0))
         return vector_column(width) not in self.indices() or row_count >= RETRAIN_GROWTH_FACTOR * trained_rows
 
     def estimate_optimize_seconds(self, width: int, row_count: int) -> float:
-        """Estimate the duration of `optimize`.
+        """Estimate how long `optimize` will take.
 
         Args:
-            width: Width of the vectors.
-            row_count: Number of rows that the table will have.
+            width: Width of the model's vectors.
+            row_count: Number of rows that the table will have then.
 
         Returns:
-            Seconds; 0 if the approximate vector index need not be trained.
+            Seconds. The estimate is 0 if the approximate vector index need not be trained.
         """
         return TRAINING_S_PER_ROW * row_count if self._must_train_index(width, row_count) else 0.0
 
     def purge(self) -> None:
-        """Remove the data of deleted rows, for example their thumbnails, from the disk."""
+        """Remove the data of deleted rows, for example thumbnails of forgotten pictures, from the disk for good.
+
+        LanceDB only marks deleted rows. This method rewrites the tables and removes all old versions.
+        """
         for name in TABLE_KEY_COLUMNS:
             if self.open_table(name) is not None:
                 self.run_write(name, partial(_compact, age=timedelta(0)))
 
     def repair(self) -> None:
-        """Restore the newest readable version of each damaged table and log what is lost.
+        """Restore the newest readable version of each damaged table, and log what is lost.
 
-        A table without a readable version is moved aside, so that it is created again. Indexes on object storage are
-        not repaired. The caller must hold the lock (`locked`).
+        The folder of a table without a readable version is renamed, so that `create` makes the table again. Indexes on
+        object storage are not repaired. The caller must hold the lock (`locked`).
 
         Raises:
             DamagedIndexError: If the newest manifest of a table is complete but can't be read, for example because a
@@ -605,16 +693,18 @@ class PictureTable:
             self._repair_table(name)
 
     def _repair_table(self, name: str) -> None:
+        """Restore the newest readable version of one table; see `repair`."""
         folder = Path(self._table_path(name))
         try:
             table = self.open_table(name)
         except DamagedIndexError:
-            manifest = min(folder.glob("_versions/*.manifest"), default=None)  # the newest one has the lowest number
+            # LanceDB names manifests by descending numbers, so the newest manifest has the lowest number.
+            manifest = min(folder.glob("_versions/*.manifest"), default=None)
             if manifest is None:
                 return self._set_aside(folder, None)
             if manifest.read_bytes().endswith(b"LANC"):  # this marks the end of a complete manifest
                 raise
-            # Without the incomplete manifest, the version before it is the newest.
+            # After the incomplete manifest is renamed, LanceDB opens the version before it.
             manifest.rename(manifest.with_name(f"{manifest.name}.damaged"))
             manifest.with_name("latest_version_hint.json").unlink(missing_ok=True)
             self._repair_table(name)
@@ -624,7 +714,7 @@ class PictureTable:
         if table is None or self._is_readable(table):
             return None
         row_count = table.count_rows()
-        for index in table.list_indices():  # `optimize` creates them again
+        for index in table.list_indices():  # an index may be the damaged part; `optimize` creates the indexes again
             self.run_write(name, methodcaller("drop_index", index.name))
         for version in sorted((entry["version"] for entry in table.list_versions()), reverse=True):
             with suppress(*LANCEDB_ERRORS):
@@ -640,8 +730,11 @@ class PictureTable:
     def _is_readable(self, table: Any) -> bool:
         """Return whether the current version of a table can be read.
 
-        All columns except the thumbnails are read; in a large table, only one column. One partition of a vector index
-        is searched.
+        To find out, all columns except the thumbnails are read. In a table of more than `MAX_EXACT_ROWS` rows, only one
+        column is read. If there is a vector index, one of its partitions is searched.
+
+        Args:
+            table: LanceDB's table.
         """
         names = [name for name in table.schema.names if name != THUMBNAIL_COLUMN]
         try:
@@ -660,11 +753,16 @@ class PictureTable:
         return True
 
     def _set_aside(self, folder: Path, row_count: int | None) -> None:
-        """Rename the folder of a table that can't be repaired, and log its number of rows, None if it is not known."""
+        """Rename the folder of a table that can't be repaired to a free name ending in `.damaged`, and log a warning.
+
+        Args:
+            folder: Folder of the table.
+            row_count: Number of rows of the table, for the warning. None if it is not known.
+        """
         candidates = (Path(f"{folder}.damaged{number or ''}") for number in itertools.count())
         new_folder = next(candidate for candidate in candidates if not os.path.lexists(candidate))
         folder.rename(new_folder)
-        del self._connection  # it may have cached the files of the old name
+        del self._connection  # the connection is opened again, because it may have cached files of the old folder
         if row_count is None:
             log_message("set_aside_unknown", folder, new_folder, level=logging.WARNING)
         else:
@@ -672,17 +770,24 @@ class PictureTable:
 
 
 def to_array(column: pa.ChunkedArray) -> np.ndarray:
-    """Convert a column of vectors without missing values to (rows, width), float16."""
+    """Convert a vector column to a NumPy array.
+
+    Args:
+        column: Vectors, float16, without missing values.
+
+    Returns:
+        Array (rows, width), float16.
+    """
     column = column.combine_chunks()
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
 
 
 def to_hits(rows: pa.Table, scores: Sequence[float] | None = None) -> list[Hit]:
-    """Convert rows to hits.
+    """Convert rows of the table `pictures` to hits.
 
     Args:
-        rows: Rows with the columns `HIT_COLUMNS`.
-        scores: Scores of the hits. None: the column `score` if there is one, otherwise 0.
+        rows: Rows with the columns that `HIT_COLUMNS` lists.
+        scores: Score of each hit. None: the values of the column `score` if the rows have it, otherwise 0.
 
     Returns:
         Hits in the order of the rows.
@@ -699,49 +804,54 @@ def to_hits(rows: pa.Table, scores: Sequence[float] | None = None) -> list[Hit]:
 
 
 def quote_sql(text: str) -> str:
-    """Return a text as an SQL string literal."""
+    """Return a text as an SQL string literal: in single quotes, with single quotes inside doubled."""
     return "'" + text.replace("'", "''") + "'"
 
 
 def in_clause(column: str, values: Iterable[str]) -> str:
-    """Return the SQL clause for rows with certain values in a column.
+    """Return the SQL condition that a column has one of several values.
 
     Args:
         column: Name of the column.
         values: Accepted values.
 
     Returns:
-        The clause.
+        The condition, such as "path IN ('/a.jpg', '/b.jpg')".
     """
     return f"{column} IN ({', '.join(map(quote_sql, values))})"
 
 
 def join_clauses(clauses: Sequence[str]) -> str | None:
-    """Join clauses with AND; return None if there is none."""
+    """Join SQL conditions with AND. Return None, which means no condition, if the list is empty."""
     return " AND ".join(clauses) or None
 
 
 def folders_clause(*folders: str | Path) -> str:
-    """Return the SQL clause for the rows of files and of folders, including their subfolders."""
+    """Return the SQL condition for rows whose path is one of the given paths or lies inside one of them.
+
+    Args:
+        *folders: Absolute paths of folders or files, at least one.
+    """
     paths = [str(folder).rstrip(os.sep) for folder in folders]
     clauses = [f"path = {quote_sql(path)} OR starts_with(path, {quote_sql(path + os.sep)})" for path in paths]
     return "(" + " OR ".join(clauses) + ")"
 
 
 def date_clauses(since: date | None, until: date | None) -> list[str]:
-    """Return the SQL clauses for pictures of a range of days.
+    """Return the SQL conditions for pictures of a range of days.
 
-    The date of a picture is its EXIF date, otherwise the modification time of its file.
+    The date of a picture is its EXIF date if there is one, otherwise the modification time of its file.
 
     Args:
-        since: First day of the range. None: no limit.
-        until: Last day of the range, included. None: no limit.
+        since: First day of the range. None: no first day.
+        until: Last day of the range, which is included. None: no last day.
 
     Returns:
-        No, one or two clauses.
+        A list with one condition per given day. The caller joins the conditions with AND.
     """
     clauses = []
-    for day, sign, offset in ((since, ">=", 0), (until, "<", 1)):  # "until" ends before the start of the next day
+    # To include the whole last day, dates are compared with the start of the next day.
+    for day, sign, offset in ((since, ">=", 0), (until, "<", 1)):
         if day is not None:
             first_day = min(max(day, EARLIEST_DATE), LATEST_DATE) + timedelta(days=offset)
             start = datetime.combine(first_day, datetime.min.time())
@@ -753,26 +863,59 @@ def date_clauses(since: date | None, until: date | None) -> list[str]:
 
 
 def l2_normalize(vectors: np.ndarray) -> np.ndarray:
-    """Scale vectors (..., width) to unit length, float32."""
+    """Scale vectors to unit length (L2 norm of 1).
+
+    Args:
+        vectors: Array (..., width) of any float type.
+
+    Returns:
+        Array (..., width), float32.
+    """
     vectors = np.asarray(vectors, np.float32)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def _compact(table: Any, age: timedelta) -> None:
-    """Merge the files of a table and remove versions older than `age`."""
-    with warnings.catch_warnings():  # LanceDB warns that readers of removed versions fail; `run_read` reads again
+    """Merge the small data files of a LanceDB table, and remove old versions.
+
+    Args:
+        table: LanceDB's table.
+        age: Versions that are older than this are removed.
+    """
+    # LanceDB warns that reading a removed version fails. `run_read` handles this, so the warning is hidden.
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         table.optimize(cleanup_older_than=age)
 
 
 def _build_scan(table: Any, columns: Sequence[str], clause: str | None = None) -> Any:
-    """Build the LanceDB query for columns of the rows that match a clause."""
+    """Build a LanceDB query that reads the rows matching an SQL condition.
+
+    Args:
+        table: LanceDB's table.
+        columns: Names of the columns to read. Names that the table does not have are ignored.
+        clause: SQL condition. None: all rows.
+
+    Returns:
+        LanceDB's query, which has not been run yet.
+    """
     query = table.search().select([name for name in columns if name in table.schema.names])
     return query.where(clause) if clause else query
 
 
 def _build_vector_query(table: Any, vector: np.ndarray, k: int, clause: str | None, approximate: bool = False) -> Any:
-    """Build the LanceDB query for the k rows nearest to a vector, by the approximate vector index or exactly."""
+    """Build a LanceDB query for the rows whose vectors are nearest to a vector.
+
+    Args:
+        table: LanceDB's table `pictures`.
+        vector: Query vector (width,).
+        k: Maximum number of rows.
+        clause: SQL condition that the rows must match. None: all rows.
+        approximate: Whether to use the approximate vector index. If False, all vectors are compared.
+
+    Returns:
+        LanceDB's query, which has not been run yet.
+    """
     column, columns = vector_column(len(vector)), comparison_columns(len(vector))
     query = table.search(np.asarray(vector, np.float32), vector_column_name=column).distance_type("cosine").limit(k)
     query = query.select([*(name for name in columns if name in table.schema.names), "_distance"])
@@ -780,6 +923,6 @@ def _build_vector_query(table: Any, vector: np.ndarray, k: int, clause: str | No
     if not approximate:
         return query.bypass_vector_index()
     query = query.refine_factor(REFINE_FACTOR)
-    # With a clause, more partitions are probed until there are enough rows. Without a clause, this would take 1.5 times
-    # as long.
+    # With an SQL condition, the probed partitions may contain too few matching rows, so LanceDB may probe more
+    # partitions until it has k rows. Without a condition, this setting would make the search take 1.5 times as long.
     return query.minimum_nprobes(PROBED_PARTITIONS).maximum_nprobes(0) if clause else query.nprobes(PROBED_PARTITIONS)

@@ -1,8 +1,8 @@
-"""Follow folders and keep an index up to date, within seconds of a change.
+"""Watch folders of pictures and update an index within seconds of a change.
 
-The package watchfiles reports changed paths in bursts. A path waits until its size and modification time have stayed
-the same from one burst to the next, so that no file is read while it is still being copied. `PictureIndex.add` then
-updates these paths only.
+The package watchfiles reports changed paths in bursts. A changed file is not read immediately, because it may still be
+copied. Its path waits until the size and modification time of the file are the same in two successive bursts.
+`PictureIndex.add` then updates only the paths that have settled in this way.
 """
 
 import logging
@@ -21,16 +21,20 @@ from capivara_search.folders import is_available, load_rules
 from capivara_search.messages import log_message
 from capivara_search.results import IndexReport
 
-# A burst of changes ends after this time without a change. A file that changes later is read again.
+# A burst of changes ends after this time without a change. If a file changes after its burst, it is read again.
 SETTLED_MS = 1000
-MAX_BURST_MS = 2000  # longest burst if changes never stop
-POLL_INTERVAL_MS = 2000  # time between two scans of folders for which the system reports no changes
-# File system types of /proc/self/mountinfo on which Linux reports no changes made by other machines. They are compared
-# after adding a dot, so "nfs." is the type nfs alone and "fuse." also any subtype such as fuse.sshfs.
+MAX_BURST_MS = 2000  # maximum length of a burst, even if changes never stop
+# Time between two scans of folders for which the operating system reports no changes.
+POLL_INTERVAL_MS = 2000
+# Types of file systems for which Linux does not report changes that other machines make. A dot is added to a type of
+# /proc/self/mountinfo, then the type must start with one of these texts. So "nfs." matches only the type nfs, whereas
+# "fuse." also matches subtypes such as fuse.sshfs.
 NETWORK_FILE_SYSTEMS = (*("nfs.", "nfs4.", "cifs.", "smb", "9p.", "afs.", "ceph.", "virtiofs.", "vboxsf.", "fuse."),)
 MOUNTINFO_FILE = Path("/proc/self/mountinfo")  # exists on Linux only
-RESTART_DELAY_S = 30  # time before a follower process that has ended is started again
-SHUTDOWN_TIMEOUT_S = 15  # time for a follower process to finish its batch
+# The follower is a process that runs `capivara watch` for the server of the web page.
+RESTART_DELAY_S = 30  # time before a follower that has ended is started again
+SHUTDOWN_TIMEOUT_S = 15  # time that a follower gets to finish its batch before it is killed
+# Python program of the follower.
 FOLLOWER_PROGRAM = "from capivara_search import command, watch; watch.end_with_parent(); command.run()"
 
 
@@ -41,29 +45,34 @@ def follow_index(
     stop: threading.Event | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> Iterator[IndexReport]:
-    """Update an index from folders, then follow the folders until `stop` is set (`PictureIndex.watch`).
+    """Update an index from folders, then watch the folders and index changes (see `PictureIndex.watch`).
 
     Args:
-        index: The PictureIndex.
-        named_folders: Absolute paths of the folders to follow. Empty: those that were added on this machine.
+        index: The PictureIndex to update.
+        named_folders: Absolute paths of the folders to watch. Empty: the folders that were added on this machine.
         poll: Whether to scan the folders every two seconds instead of waiting for events of the operating system.
-            None: only if a folder is on a network file system.
-        stop: Ends the loop when it is set. None: the loop ends by Ctrl-C only.
-        on_progress: Called with the number of processed pictures and the total.
+            None: scan only if a folder is on a network file system, which reports no events.
+        stop: Event that ends the iteration when it is set. None: only an interrupt such as Ctrl-C ends the iteration.
+        on_progress: Callback that takes the number of processed pictures and the total number.
 
     Yields:
-        A report of the update of all folders, then one per burst of changes.
+        One report for the initial update of all folders, then one report per burst of changes.
 
     Raises:
-        ValueError: If a folder does not exist, was forgotten or contains no picture at the start. Later, such an error
-            is logged, and the index keeps the rows.
-        OSError: If the index can't be written, or there are too many folders for the operating system to follow.
+        ValueError: If a folder does not exist, was forgotten or contains no picture when the function starts. If this
+            happens later, for example because a disk was unmounted, a warning is logged, and the index keeps its rows.
+        OSError: If the index can't be written, or there are too many folders for the operating system to watch.
         ImportError: If watchfiles is not installed.
     """
     from watchfiles import watch  # imported late because only this function needs it
 
     def known_folders() -> dict[Path, str]:
-        """Return the folders to follow, each with its real path: recorded, or resolved when this call named them."""
+        """Return the folders to watch.
+
+        Returns:
+            Path -> real path. For named folders, the real path was resolved when `follow_index` was called. For other
+            folders, it is the real path that the folder had when the user added it.
+        """
         if not named_folders:
             return {Path(folder): real for folder, real in index.requested_folders().items()}
         if is_first:
@@ -72,9 +81,11 @@ def follow_index(
         return {folder: real for folder, real in named_paths.items() if not rules.find_forgotten_parent(str(folder))}
 
     def available_folders(folders: Mapping[Path, str]) -> dict[Path, tuple[int, int]]:
+        """Return the folders that exist and can be read, each with its device and inode."""
         return _available_folders(folders, allow_empty=bool(named_folders))
 
     def add(paths: Iterable[Path], only_paths: Collection[str] | None) -> IndexReport:
+        """Update the index from some folders (`paths`), or only from some paths inside them (`only_paths`)."""
         report = index.add(*paths, only_paths=only_paths, on_progress=on_progress, real_paths=folders)
         index.model.prepare_images()  # loads the model now, so that the first change need not wait for it
         return report
@@ -83,7 +94,8 @@ def follow_index(
     named_paths = {folder: os.path.realpath(folder) for folder in named_folders}
     folders = known_folders()
     if not (available_folders(folders) if named_folders else folders):
-        # Raises an error that says what is wrong, unless another process is adding the first folders at the moment.
+        # No folder is available, so this update raises an error that says why. It succeeds only if another process adds
+        # the first folders at this moment.
         yield add(folders, None)
         is_first = False
     while not stop.is_set():
@@ -102,16 +114,15 @@ def follow_index(
         )  # fmt: skip
         for changes in all_changes:
             if available_folders(folders) != followed or known_folders() != folders:
-                break  # for example, a disk was mounted or unmounted: follow the new set of folders
-            is_full_update = (
-                only_paths is None
-            )  # the first update comes after the start of `watch`, so it misses nothing
+                break  # the set of folders has changed, for example because a disk was mounted: watch the new set
+            # All folders are updated once. This happens after `watch` has started, so that no change is missed.
+            is_full_update = only_paths is None
             if not is_full_update:
                 only_paths = pop_settled(waiting)
             if is_full_update or only_paths:
                 try:
                     yield add(followed, only_paths)
-                except ValueError as error:  # for example, a folder was emptied: the index keeps its rows
+                except ValueError as error:  # for example because a folder was emptied; the index keeps its rows
                     if is_first:
                         raise
                     log_message("not_followed", error, level=logging.WARNING)
@@ -121,13 +132,14 @@ def follow_index(
 
 
 def pop_settled(waiting: dict[str, FileState | None]) -> list[str]:
-    """Remove and return the paths whose files have not changed since the previous call; update the others.
+    """Remove the paths whose files have not changed since the previous call, and return them.
 
     Args:
-        waiting: Path -> state of its file, None if there is no file.
+        waiting: Path -> state of its file in the previous call, None if there was no file. The dictionary is changed in
+            place: settled paths are removed, and the states of the other paths are updated.
 
     Returns:
-        The settled paths.
+        The settled paths, which were removed from `waiting`.
     """
     states = {path: _file_state(path) for path in waiting}
     settled = [path for path, state in states.items() if state == waiting[path]]
@@ -138,15 +150,19 @@ def pop_settled(waiting: dict[str, FileState | None]) -> list[str]:
 
 
 def _affected_paths(change_type: str, path: str) -> Iterator[str]:
-    """Yield the paths that a change affects, if they are pictures, or are gone and may have been pictures or folders.
+    """Yield the paths that must be updated in the index after a change of a file or folder.
 
     Args:
-        change_type: Name of the change in watchfiles: "added", "modified" or "deleted".
-        path: Changed path.
+        change_type: Type of the change as watchfiles names it: "added", "modified" or "deleted".
+        path: Path of the changed file or folder.
+
+    Yields:
+        Paths with the suffix of a picture, and paths that no longer exist and may have been folders. For a new folder,
+        the paths of the pictures inside it.
     """
     paths = [path]
     if change_type == "added" and os.path.isdir(path):
-        # Files may have been created in a new folder before it was watched.
+        # Files may have been created in a new folder before watchfiles started to watch it.
         paths = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
     for candidate in paths:
         is_gone = not (os.path.lexists(candidate) or os.path.basename(candidate).startswith("."))
@@ -155,16 +171,22 @@ def _affected_paths(change_type: str, path: str) -> Iterator[str]:
 
 
 def _file_state(path: str) -> FileState | None:
-    """Return the state of a file, or None if it does not exist."""
+    """Return the current size and modification time of a file, or None if the file does not exist."""
     with suppress(OSError):
         return FileState.of(path)
     return None
 
 
 def _available_folders(folders: Mapping[Path, str], allow_empty: bool) -> dict[Path, tuple[int, int]]:
-    """Return the folders that are available, each with device and inode.
+    """Return the folders that exist, can be read and still have their recorded real path.
 
-    Device and inode change if a disk is unmounted and another folder appears in its place.
+    Args:
+        folders: Path of each folder -> its recorded real path.
+        allow_empty: Whether an empty folder counts as available.
+
+    Returns:
+        Path of each available folder -> its device and inode. If a disk is mounted or unmounted, the path has another
+        device and inode afterwards, so the caller can notice the change.
     """
     available = {}
     for folder, real in folders.items():
@@ -176,7 +198,13 @@ def _available_folders(folders: Mapping[Path, str], allow_empty: bool) -> dict[P
 
 
 def is_network_folder(folder: Path) -> bool:
-    """Return whether a folder is on a network file system; always False on systems other than Linux."""
+    """Return whether a folder is on a network file system (`NETWORK_FILE_SYSTEMS`).
+
+    On operating systems other than Linux, the answer is always False.
+
+    Args:
+        folder: Path of the folder.
+    """
     with suppress(OSError):
         device = os.stat(folder).st_dev
         for line in MOUNTINFO_FILE.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -186,29 +214,31 @@ def is_network_folder(folder: Path) -> bool:
     return False
 
 
-# --- Follower process of the page ------------------------------------------------------------------------------------
+# --- Follower process of the web page --------------------------------------------------------------------------------
 
 
 @contextmanager
 def run_follower(*flags: str) -> Iterator[None]:
-    """Run `capivara watch` in a separate process during the block.
+    """Run `capivara watch` in a separate process, the follower, during the `with` block.
 
-    A process that ends earlier, for example because of an error, is started again. It ends with this process, too.
+    If the follower ends before the block does, for example because of an error, it is started again after
+    `RESTART_DELAY_S` seconds. If this process ends, the follower ends, too.
 
     Args:
-        *flags: Flags of `capivara watch`.
+        *flags: Command-line flags of `capivara watch`.
     """
-    # The follower has a process group of its own, because Ctrl-C is meant for the page. It stays in the session of the
-    # page: Linux shares the CPU equally between sessions, whatever their nice values are, so in another session the
-    # follower would delay the page by a second while it reads pictures.
+    # The follower has its own process group, because Ctrl-C in the terminal is meant for the web page's server. But it
+    # stays in the same session as the server. Linux shares the CPU equally between sessions, whatever their nice values
+    # are, so a follower in another session would delay the server by a second while it reads pictures.
     stopping, command = threading.Event(), [sys.executable, "-c", FOLLOWER_PROGRAM, "watch", *flags]
 
     def keep_running() -> None:
+        """Start the follower, and start it again whenever it ends, until `stopping` is set."""
         while not stopping.is_set():
             process = subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)
             while not stopping.wait(0.2) and process.poll() is None:
                 pass
-            process.stdin.close()  # asks the follower to end (`end_with_parent`)
+            process.stdin.close()  # tells the follower to end (`end_with_parent`)
             try:
                 process.wait(SHUTDOWN_TIMEOUT_S)
             except subprocess.TimeoutExpired:
@@ -227,10 +257,14 @@ def run_follower(*flags: str) -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Lower the priority of this process, and interrupt it as Ctrl-C does when its parent closes stdin or ends."""
+    """Make this process end together with its parent process, and lower its CPU priority.
+
+    When the parent closes the standard input of this process, or ends, this process receives SIGINT, as by Ctrl-C.
+    """
 
     def wait() -> None:
-        os.read(0, 1)  # returns when the other end of the pipe is closed
+        """Wait until the standard input is closed, then send SIGINT to this process."""
+        os.read(0, 1)  # returns when the parent's end of the pipe is closed
         os.kill(os.getpid(), signal.SIGINT)
 
     os.nice(10)

@@ -3,8 +3,9 @@ r"""Build one index with many tasks, on this machine, a Slurm cluster or a Ray c
     python -m capivara_search.workers --where s3://bucket/fotos --folders ~/Fotos --executor slurm --tasks 100 \
         --partition gpu --time 04:00:00 --logging_dir ~/logs
 
-Each task embeds its share of the files and writes the rows to the index. A final task removes rows of missing files and
-optimizes the tables. If a task is killed, its rows stay, and running the same command again does the rest.
+Each task embeds its share of the picture files and writes their rows to the index. A final task removes the rows of
+deleted files and optimizes the tables. If a task is killed, the rows that it has written stay in the index. Run the
+same command again to do the rest.
 """
 
 import os
@@ -27,9 +28,13 @@ from capivara_search.table import PictureTable
 
 @dataclass(kw_only=True)
 class WorkerArguments(ExecutorArguments):
-    """Flags of the command. All machines must see the same folders under the same paths and real paths."""
+    """Command-line flags of `capivara_search.workers`.
 
-    # Path -> real path of `folders`, resolved once, before any task starts.
+    All machines must have the same folders of pictures, with the same paths and the same real paths.
+    """
+
+    # Absolute path of each folder -> its real path. `add_with_workers` sets it before any task starts, so that all
+    # tasks use the same real paths.
     real_paths: ClassVar[Mapping[Path, str]] = {}
 
     where: str = flag(..., "Folder or address of the index. All machines must be able to reach it.")
@@ -48,25 +53,25 @@ class WorkerArguments(ExecutorArguments):
 
     @property
     def log_folder(self) -> Path:
-        """Folder that holds the logs of all tasks."""
+        """Folder for the logs of all tasks: `logging_dir` if it is given, otherwise a folder in the cache."""
         name = blake2b(self.where.encode(), digest_size=8).hexdigest()
         return self.logging_dir or cache_home() / "index_logs" / name
 
 
 def add_with_workers(arguments: WorkerArguments, real_paths: Mapping[Path, str] | None = None) -> bool:
-    """Update an index from folders, as `PictureIndex.add` does, with several tasks.
+    """Update an index from folders as `PictureIndex.add` does, but with several tasks that run in parallel.
 
     Args:
-        arguments: Flags of the command.
-        real_paths: Absolute path -> real path of its folders, from `PictureIndex.folders_to_add`. None: the real paths
-            are resolved now.
+        arguments: Command-line flags. The fields `real_paths` and `model` are set by this function.
+        real_paths: Absolute path of each folder in `arguments.folders` -> its real path, as
+            `PictureIndex.folders_to_add` returns them. None: the real paths are resolved now.
 
     Returns:
-        True if the index is up to date. False if jobs were submitted to Slurm and are still to run.
+        True if the index is up to date. False if jobs were submitted to Slurm and have not run yet.
 
     Raises:
-        ValueError: If a folder does not exist, was forgotten or contains no picture, a pattern is invalid, or tasks
-            have failed; the message lists the failed tasks.
+        ValueError: If a folder does not exist, was forgotten or contains no picture, if a pattern is invalid, or if
+            tasks have failed. In the last case, the message lists the failed tasks.
         OSError: If the index can't be written.
         ImportError: If datatrove is not installed.
     """
@@ -82,51 +87,67 @@ def add_with_workers(arguments: WorkerArguments, real_paths: Mapping[Path, str] 
 
 
 def _load_plan(arguments: WorkerArguments) -> tuple[PictureTable, SearchModel, IndexPlan]:
-    """Return the table, the model and the plan of the work that is still to do."""
+    """Open an index and plan the work that remains to be done.
+
+    Args:
+        arguments: Command-line flags, after `add_with_workers` has set the real paths of the folders.
+
+    Returns:
+        The table of the index, the model, and the plan.
+    """
     index = PictureIndex.open(arguments.where, arguments.model, arguments.device)
     plan = make_plan(index._table, index.model.image_digest, arguments.real_paths)
     return index._table, index.model, plan
 
 
 def embed_share(arguments: WorkerArguments, rank: int, world_size: int) -> str:
-    """Embed the files of one task and write their rows.
+    """Embed one task's share of the picture files and write their rows to the index.
 
     Args:
-        arguments: Flags of the command.
+        arguments: Command-line flags.
         rank: Number of the task, from 0.
-        world_size: Number of tasks.
+        world_size: Number of tasks that share the files.
 
     Returns:
-        A summary for the log.
+        A sentence for the log: the number of embedded pictures.
     """
     table, model, plan = _load_plan(arguments)
-    # Files are assigned by a checksum of their path, so that tasks agree even if they see different lists of files.
+    # A checksum of its path decides which task embeds a file. So each file belongs to exactly one task, even if the
+    # tasks find different lists of files, because files were added or embedded in the meantime.
     plan.files = [file for file in plan.files if zlib.crc32(file.path.encode()) % world_size == rank]
     report = IndexWriter(table, model, plan, arguments.batch_size).run()
     return f"{report.embedded} pictures embedded"
 
 
 def finish_index(arguments: WorkerArguments, rank: int, world_size: int) -> str:
-    """Remove rows of missing files and optimize the tables. The command holds the lock of the index.
+    """Remove the rows of deleted files from the index, and optimize the tables.
+
+    Only one task runs this function, after all other tasks. It does not lock the index, because the process that
+    started the tasks holds the lock.
 
     Args:
-        arguments: Flags of the command.
-        rank: Number of the task; there is only one.
-        world_size: Number of tasks, 1.
+        arguments: Command-line flags.
+        rank: Number of the task, always 0.
+        world_size: Number of tasks, always 1.
 
     Returns:
-        A summary for the log.
+        A sentence for the log: the number of removed rows.
     """
     report = IndexReport()
     finish_indexing(*_load_plan(arguments), report)
     return f"{report.removed} rows removed"
 
 
+# Phases of the command, in the order in which they run.
 PHASES = {"embed": Phase(run=embed_share, is_parallel=True, uses_model=True), "end": Phase(run=finish_index)}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
+    """Update an index with several tasks, as the command-line flags say, and print the result.
+
+    Args:
+        argv: Command-line arguments without the program name. None: the arguments of this process.
+    """
     args = parse_arguments(WorkerArguments, __doc__, argv)
     index = PictureIndex.open(args.where, args.model, args.device)
     index.repair()
@@ -139,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from capivara_search import workers  # imported by name, because other machines can't unpickle `__main__`
+    # The module is imported under its name, because tasks on other machines can't unpickle functions of `__main__`.
+    from capivara_search import workers
 
     run_command(workers.main, resumable=True)
