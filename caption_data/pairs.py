@@ -189,9 +189,9 @@ def _load_or_make_table(
 ) -> Dataset:
     """Load a pair table from its cache file, or build it.
 
-    The table is built again if the cache file is damaged. It is also built again if an image that could not be read when
-    the table was built can be read now, for example after a disk fault. Other tables in the folder that no run has used for
-    `UNUSED_TABLE_LIFETIME_S` are deleted.
+    The table is built again if the cache file is damaged. It is also built again if an image that could not be read
+    when the table was built can be read now, for example after a disk fault. Other tables in the folder are deleted if
+    no run has used them for `UNUSED_TABLE_LIFETIME_S`.
 
     Args:
         path: Cache file of the table.
@@ -250,8 +250,8 @@ def _choose_captions(row: dict[str, Any], columns: Sequence[str], choose: Choose
 
 def _has_content(text: str) -> bool:
     """Return True if a text is not empty after text cleaning (`clean_text`)."""
-    # Cleaning takes most of the time that a pass over the rows needs. It is skipped for printable texts with a letter or
-    # digit and without HTML entities, because cleaning never removes letters and digits from such a text.
+    # Cleaning takes most of the time that a pass over the rows needs. It is skipped for printable texts with a letter
+    # or digit and without HTML entities, because cleaning never removes letters and digits from such a text.
     is_plain = text.isprintable() and "&" not in text and ASCII_ALPHANUMERIC_RE.search(text)
     return bool(is_plain or clean_text(text))
 
@@ -266,7 +266,7 @@ def _source_state(split: Split) -> list[Any]:
     states = [(name, state.st_size, state.st_mtime_ns) for name, state in tables]
     digest, images = blake2b(digest_size=16), split.data.select_columns([split.image_column]).with_format("arrow")
     feature = split.data.features[split.image_column]
-    # Images in tars need no separate check: the fingerprint of their table depends on size and time of each tar.
+    # Images in tars need no separate check, because the fingerprint of their table covers size and time of each tar.
     for batch in () if isinstance(feature, dict) and "archive" in feature else images.iter(10_000):
         stored = batch.column(0)
         fields = {field.name for field in stored.type} if pa.types.is_struct(stored.type) else set()

@@ -61,8 +61,8 @@ FILE_FORM_PATTERNS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^me
 # Names of files and folders that are recognized as the name of a split.
 SPLIT_NAMES = ("train", "training", "restval", "validation", "valid", "val", "dev", "test", "testing")
 STAGE_FILE = "stage.json"  # file in each folder that a stage of `captions` writes
-# Row numbers in the file name of a part (a parquet file that a stage of `captions` writes): the number of its first row,
-# and the number of its last row plus 1.
+# Row numbers in the file name of a part (a parquet file that a stage of `captions` writes): the number of its first
+# row, and the number of its last row plus 1.
 PART_NAME_RE = re.compile(r"-(\d{9})-(\d{9})$")
 DATASET_INFO_TIMEOUT_S = 20  # seconds to wait for the Hub to answer whether a dataset exists
 PARQUET_BATCH_ROWS = 16  # rows that are decoded at the same time
