@@ -83,7 +83,7 @@ TARGET_FILE_BYTES = 300_000_000  # approximate size of a file of the dataset; th
 BUILD_FILE = "build.json"  # JSON file in the dataset with all values of the dataset card
 SIMILARITY_PLOT_FILE = "similarities.png"  # histogram of similarities, from the report of `captions.select`
 CARD_TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"
-# Settings that the dataset card does not show, because they are digests, long lists or shown elsewhere.
+# Settings that the dataset card does not show: digests, long lists, and values that do not help a reader.
 HIDDEN_SETTINGS_RE = re.compile(r"(^|\.)(fingerprint|sha256|generation|prefixes|existing|target)(\.|$)")
 logger = logging.getLogger("capivara")
 
@@ -221,9 +221,9 @@ def _plan_steps(content: dict, chain: list[tuple[str, dict]], split: str, execut
 def _translation_table_path(name: Path, output: Path, stage: Path) -> Path:
     """Return the path of a translation table, for the path that the config states.
 
-    A relative path is taken relative to the folder of the build, so that builds of two languages never share a table. An
-    absolute path does not change. Earlier versions of the program read relative paths from the current folder; if such a
-    version has begun the stage, the table is still read from there.
+    A relative path is taken relative to the folder of the build, so that builds of two languages never share a table.
+    An absolute path does not change. Earlier versions of the program took relative paths relative to the current
+    folder. If such a version has begun the stage, the table in the current folder is still used.
 
     Args:
         name: Path of the table in the config.
@@ -307,7 +307,8 @@ def build_dataset(args: BuildArguments) -> Path | None:
 
     Raises:
         ManualStepRequired: If a person must fill a translation table.
-        ValueError: If the config is invalid, the output folder of a stage was made with other settings, or tasks failed.
+        ValueError: If the config is invalid, the output folder of a stage was made with other settings, or tasks
+            failed.
         ImportError: If a stage needs a package that is not installed.
         OSError: If the disk is full; the same command then continues.
     """
@@ -326,7 +327,8 @@ def build_dataset(args: BuildArguments) -> Path | None:
         return None
     for steps in plan.steps.values():
         apply_corrections(steps, plan.output / DATASET_FOLDER)
-    # For each split, `runnable` gets the stages before the first stage with a manual step, and `waiting` gets that stage.
+    # For each split, `runnable` gets the stages before the first stage with a manual step, and `waiting` gets the stage
+    # with the manual step.
     runnable, waiting = [], []
     for steps in plan.steps.values():
         ready = list(itertools.takewhile(lambda step: not step.pending_manual_step(), steps))
@@ -479,9 +481,9 @@ def _describe_state(step: StageArguments) -> str:
     return f"the corrected rows of {step.import_file} are written again" if step.is_corrected() else "done"
 
 
-# The dataset. Its folder is ready for the Hub, holds the rows of the last stage of each split, and is written completely
-# or not at all. All splits have the same columns, because `datasets` requires it. If a split has skipped a stage, the
-# columns of this stage are empty in the split.
+# The dataset. Its folder is ready for the Hub, holds the rows of the last stage of each split, and is written
+# completely or not at all. All splits have the same columns, because `datasets` requires it. If a split has skipped a
+# stage, the columns of this stage are empty in the split.
 
 
 def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
@@ -672,7 +674,8 @@ def _describe_settings(settings: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the command with command-line arguments `argv` (default: `sys.argv[1:]`).
 
-    If a person must fill translation tables, print which ones, and return without an error.
+    If a person must fill translation tables, print which ones, and return without an error. If tasks failed, exit with
+    status 1.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

@@ -176,8 +176,8 @@ def write_selection_report(args: SelectArguments) -> None:
     kept_count = int(is_image_kept.sum())
     scored = captions.dropna(subset="similarity")
     first = scored[scored["first"]].assign(kept=lambda table: table["row"].map(is_image_kept).astype(bool))
-    # If only the pair filter has a cutoff, show only the first caption of each image, because the filter reads only these
-    # captions. Captions that the strategy drops, for example `rank`, would hide captions that the filter has dropped.
+    # If only the pair filter has a cutoff, show only the first caption of each image, because the filter reads no other.
+    # Captions that a strategy such as `rank` drops would hide the captions that the filter has dropped.
     by_first = args.min_pair_similarity is not None and args.strategy_cutoff is None
     shown, unit = (first, "images, by their first caption") if by_first else (scored, "captions")
     settings = ("split", "language", "caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
