@@ -49,7 +49,7 @@ class ParquetSplit(Split):
 
     @property
     def features(self) -> Features:
-        """Types of the columns by name, from the schema of the parquet files."""
+        """Types of the columns, as a dict from column name to feature of `datasets`."""
         return self._features
 
     def __len__(self) -> int:

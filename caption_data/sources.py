@@ -101,12 +101,12 @@ class Split:
 
     @property
     def features(self) -> Features:
-        """Types of the columns, by name."""
+        """Types of the columns, as a dict from column name to feature of `datasets`."""
         return self.data.features
 
     @property
     def columns(self) -> list[str]:
-        """Names of all columns."""
+        """Names of all columns of the split, in order."""
         return list(self.features)
 
     def check_columns(self, names: Iterable[str]) -> None:
@@ -502,7 +502,14 @@ def open_parquet(path: str | Path, hint: str = "") -> Iterator[pq.ParquetFile]:
 
 
 def _load_from_hub(dataset: str) -> Any:
-    """Load all splits of a dataset of the Hub, given its Hub id. Raises ValueError if the dataset can't be loaded."""
+    """Load all splits of a dataset of the Hub, as a `DatasetDict`.
+
+    Args:
+        dataset: Hub id such as "laicsiifes/flickr30k-pt-br".
+
+    Raises:
+        ValueError: If the Hub id is invalid, or the dataset can't be loaded.
+    """
     is_file_name = any(re.search(pattern, dataset) for pattern in FILE_FORM_PATTERNS)
     if is_file_name or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset):
         raise ValueError(f"{dataset} does not exist, and it is not a Hub id such as 'laicsiifes/flickr30k-pt-br'.")

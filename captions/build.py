@@ -90,7 +90,7 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class BuildArguments(ExecutorArguments):
-    """Flags of `captions.build`."""
+    """Command-line flags of `captions.build`, the command that runs all stages of a caption dataset."""
 
     config: Path = flag(..., "YAML config of the build, for example configs/captions_pt.yaml.")
     dataset: str | None = flag(None, f"{DATASET_HELP} Default: the value in the config.")
@@ -672,10 +672,13 @@ def _describe_settings(settings: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command with command-line arguments `argv` (default: `sys.argv[1:]`).
+    """Run the command `captions.build`.
 
     If a person must fill translation tables, print which ones, and return without an error. If tasks failed, exit with
     status 1.
+
+    Args:
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

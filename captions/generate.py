@@ -50,7 +50,7 @@ PREFIXES_FILE = Path(__file__).parent / "prefixes.json"
 
 @dataclass
 class GenerateArguments(StageArguments):
-    """Flags of `captions.generate`."""
+    """Command-line flags of `captions.generate`, the stage that generates captions of images with BLIP-2."""
 
     uses_model = decodes_images = True
     max_new_tokens: int = flag(50, "Largest number of new tokens per caption.")
@@ -156,7 +156,11 @@ class Captioner:
         ]
 
     def preprocess_images(self, images: Sequence[PIL.Image.Image]) -> Tensor:
-        """Preprocess images to pixel values (images, 3, height, width) in the data type of the language model."""
+        """Convert RGB images to the pixel values that the model reads.
+
+        Returns:
+            A tensor (images, 3, height, width) on the device and in the data type of the model.
+        """
         pixels = self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
         return pixels.to(self.device, self.language_model.dtype)
 
@@ -179,6 +183,7 @@ class Captioner:
             batch = pairs[start : start + self.micro_batch_size]
             has_nan = torch.zeros(len(batch), dtype=torch.bool, device=self.device)
 
+            # `generate` calls this function at every step with the scores of all tokens (texts, vocabulary).
             def record_nan(ids: Tensor, scores: Tensor, has_nan: Tensor = has_nan) -> Tensor:
                 has_nan |= scores.isnan().any(-1)
                 return scores
@@ -330,7 +335,11 @@ def caption_rows(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command with command-line arguments `argv` (default: `sys.argv[1:]`)."""
+    """Run the command `captions.generate`.
+
+    Args:
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
+    """
     run_stage_command(GenerateArguments, __doc__, argv)
 
 

@@ -29,7 +29,7 @@ from modeling_capivara.two_towers import Embedder, load_embedder
 
 @dataclass
 class ScoreArguments(StageArguments):
-    """Flags of `captions.score`."""
+    """Command-line flags of `captions.score`, the stage that computes similarities of captions to their images."""
 
     uses_model = decodes_images = True
     language: str = flag("pt", "Language code at the end of the names of the caption columns.")
@@ -145,7 +145,11 @@ def embed_row_images(embedder: Embedder, images: list[PIL.Image.Image], batch_si
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command with command-line arguments `argv` (default: `sys.argv[1:]`)."""
+    """Run the command `captions.score`.
+
+    Args:
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
+    """
     run_stage_command(ScoreArguments, __doc__, argv)
 
 

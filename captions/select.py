@@ -50,7 +50,7 @@ EXAMPLE_IMAGE_SIDE = 240  # longest side of the example images, in pixels
 
 @dataclass
 class SelectArguments(CaptionChoice, StageArguments):
-    """Flags of `captions.select`."""
+    """Command-line flags of `captions.select`, the stage that selects captions and images."""
 
     language: str = flag("pt", "Language code at the end of the names of the caption columns.")
 
@@ -64,7 +64,7 @@ class SelectArguments(CaptionChoice, StageArguments):
         return self.min_similarity if self.caption_strategy in ("threshold", "diverse") else None
 
     def columns(self) -> list[str]:
-        """Return the names of the columns of captions, generated captions and similarities."""
+        """Return the names of three columns of the language: captions, generated captions and similarities."""
         return [f"{name}-{self.language}" for name in ("captions", "generated-captions", "similarities")]
 
     def required_columns(self) -> list[str]:
@@ -176,8 +176,8 @@ def write_selection_report(args: SelectArguments) -> None:
     kept_count = int(is_image_kept.sum())
     scored = captions.dropna(subset="similarity")
     first = scored[scored["first"]].assign(kept=lambda table: table["row"].map(is_image_kept).astype(bool))
-    # If only the pair filter has a cutoff, show only the first caption of each image, because the filter reads no other.
-    # Captions that a strategy such as `rank` drops would hide the captions that the filter has dropped.
+    # If only the pair filter has a cutoff, show only the first caption of each image, because the filter reads only
+    # that caption. Captions that a strategy such as `rank` drops would hide those that the filter drops.
     by_first = args.min_pair_similarity is not None and args.strategy_cutoff is None
     shown, unit = (first, "images, by their first caption") if by_first else (scored, "captions")
     settings = ("split", "language", "caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
@@ -313,7 +313,11 @@ def plot_similarities(sides: dict[str, pd.Series], unit: str, cutoff: float | No
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command with the arguments `argv` (default: `sys.argv[1:]`), and print the path of the report."""
+    """Run the command `captions.select`, and print the path of the report.
+
+    Args:
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
+    """
     args = run_stage_command(SelectArguments, __doc__, argv)
     if args is not None:
         print(f"Report with images: {args.output / REPORT_PAGE}")

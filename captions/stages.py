@@ -155,7 +155,10 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         return []
 
     def known_settings(self) -> dict[str, Any]:
-        """Return those settings of the stage that are known before a model is loaded, as a dict for `stage.json`."""
+        """Return the settings for `stage.json` that are known before a model is loaded.
+
+        They are compared with the recorded settings of a complete stage, without loading the model.
+        """
         return {}
 
     def source(self) -> Split:

@@ -91,7 +91,7 @@ logger = logging.getLogger("capivara")
 
 @dataclass(kw_only=True)
 class TranslateArguments(StageArguments):
-    """Flags of `captions.translate`."""
+    """Command-line flags of `captions.translate`, the stage that translates captions into another language."""
 
     uses_model = True
     language: str = flag(
@@ -597,7 +597,7 @@ def translate_row(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command, and print how many translations have each quality flag.
+    """Run the command `captions.translate`, and print how many translations have each quality flag.
 
     Args:
         argv: Command-line arguments. Default: `sys.argv[1:]`.

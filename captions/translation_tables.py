@@ -125,7 +125,10 @@ def check_table_rows(path: Path, sentences: list[str]) -> None:
 
 
 def _describe_cells(row: dict[str, str] | None) -> str:
-    """Return the id and the beginning of the sentence of a table row, for messages; "no row" if there is no row."""
+    """Return the id of a table row and the beginning of its sentence, for error messages.
+
+    Returns "no row" if `row` is None or empty.
+    """
     return f"{row['id']} ({row.get('source', '')[:MAX_QUOTED_CHARACTERS]!r})" if row else "no row"
 
 
