@@ -45,7 +45,7 @@ PAIR_TABLE_FEATURES = Features(
     {name: Value("string") for name in ("digest", "reason", "detail")}
     | {"row": Value("int64"), "captions": CAPTIONS_FEATURE}
 )
-TEXT_REASONS = ("", NOT_CHOSEN, "no caption")  # no problem, or a problem of the captions; other reasons: the image
+TEXT_REASONS = ("", NOT_CHOSEN, "no caption")  # no image problem; all other reasons concern the image
 IMAGE_KEYS = ("bytes", "path")  # keys of an encoded image in a row; at least one must be present
 ASCII_ALPHANUMERIC_RE = re.compile("[0-9A-Za-z]")
 ChooseCaptions = Callable[[dict[str, Any]], list[str]]  # returns the captions to use from a row
@@ -213,7 +213,7 @@ def _load_or_make_table(
         if state.is_local_main_process:
             os.utime(path)
             for old in path.parent.iterdir():  # includes temporary files of killed runs
-                with suppress(OSError):  # another run may delete the same file; folders are not ours
+                with suppress(OSError):  # another run may delete the same file, and `unlink` fails for folders
                     if time.time() - old.stat().st_mtime > UNUSED_TABLE_LIFETIME_S:
                         old.unlink()
     return table

@@ -43,7 +43,7 @@ class ParquetSplit(Split):
                     raise ValueError(f"{path} and {self.paths[0]} must have the same columns and types.")
                 sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             self._row_groups += [(path, group, size) for group, size in enumerate(sizes)]
-        # First row of each row group, and the end of the last group.
+        # Number of the first row of each row group, followed by the total number of rows.
         self._row_group_starts = list(itertools.accumulate((size for *_, size in self._row_groups), initial=0))
         self._features = Features.from_arrow_schema(schema)
 
@@ -109,7 +109,7 @@ def source_fingerprint(source: Split) -> str:
             is_whole = path.suffix in METADATA_SUFFIXES or size <= SAMPLE_COUNT * SAMPLE_BYTES
             if is_whole:
                 hashlib.file_digest(file, lambda: digest)
-            for number in range(0 if is_whole else SAMPLE_COUNT):  # the last sample includes the footer of the file
+            for number in range(0 if is_whole else SAMPLE_COUNT):  # the last sample covers the parquet footer
                 file.seek((size - SAMPLE_BYTES) * number // (SAMPLE_COUNT - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()

@@ -116,7 +116,8 @@ def replace_surrogates(text: str) -> str:
 
 def write_skipped_rows(path: Path, skipped: list[SkippedRow]) -> None:
     """Write skipped rows to a JSON Lines file. If the list is empty, no file is written."""
-    if skipped:  # `json.dumps` escapes all other characters than ASCII: names of archive members need not be UTF-8
+    # `json.dumps` escapes all non-ASCII characters, because names of archive members may contain invalid UTF-8.
+    if skipped:
         write_text(path, "".join(json.dumps(asdict(row)) + "\n" for row in skipped))
 
 

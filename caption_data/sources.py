@@ -294,7 +294,7 @@ def _without_decoding(feature: Any) -> Any:
     """Return a feature (column type of `datasets`) in which decoding is turned off, also in nested features."""
     if isinstance(feature, dict):
         return {name: _without_decoding(field_feature) for name, field_feature in feature.items()}
-    if hasattr(feature, "feature"):  # List and LargeList
+    if hasattr(feature, "feature"):  # the column types List and LargeList
         return replace(feature, feature=_without_decoding(feature.feature))
     return replace(feature, decode=False) if getattr(feature, "decode", False) else feature
 
@@ -322,7 +322,7 @@ def find_split_files(dataset: str, split: str, image_roots: Sequence[Path] = ())
     paths = select_split(_group_by_split(root, files, split), dataset, split, rule)
     # For a glob pattern, images may lie in the folders of all matching files.
     folders = [root] if Path(dataset).exists() else sorted({path.parent for path in paths})
-    # The user named this file, so it may be a link to anywhere.
+    # If the dataset is a single file, the user chose it explicitly, so it may be a link to any folder.
     requested = [Path(dataset)] if Path(dataset).is_file() else []
     allowed_folders = AllowedFolders(folders[0], [*folders[1:], *requested, *image_roots])
     allowed_folders.check(paths)
@@ -535,7 +535,7 @@ def _call_loader(subject: str, load: Callable, *args: Any, **options: Any) -> An
     """
     try:
         return load(*args, **options)
-    except Exception as error:  # datasets, pyarrow, fsspec and the HTTP client raise many types
+    except Exception as error:  # `datasets` and its libraries raise many types of errors
         raise ValueError(f"{subject} can't be loaded: {_error_line(error)}") from error
 
 

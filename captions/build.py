@@ -333,8 +333,8 @@ def build_dataset(args: BuildArguments) -> Path | None:
     for steps in plan.steps.values():
         ready = list(itertools.takewhile(lambda step: not step.pending_manual_step(), steps))
         runnable, waiting = runnable + ready, waiting + steps[len(ready) :][:1]
-    # Complete stages are run as well, and return at once. If a stage waits for a translation table, complete stages are
-    # left out, so that the table is requested as soon as nothing else is left to do.
+    # Complete stages are run as well, and return at once. But if a stage waits for a translation table, complete stages
+    # are left out, so that the table is requested as soon as nothing else is left to do.
     left = [step for step in runnable if not waiting or _describe_state(step) != "done"]
     logs = (args.logging_dir or plan.output / "logs") / "dataset"
     phases = [phase for step in left for phase in PhaseStep.from_phases(step, step.phases, step.title)]
@@ -695,6 +695,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from captions import build as module  # as a named module, so that other processes can unpickle its classes
+    # Import this file as a named module, so that other processes can unpickle its classes.
+    from captions import build as module
 
     run_command(module.main, resumable=True)

@@ -100,7 +100,7 @@ class GenerateArguments(StageArguments):
             "prefixes": prefixes,
             "max_new_tokens": self.max_new_tokens,
             "precision": self.precision,
-            "sampling": None,  # earlier versions of the program could sample and recorded this key; keeps folders valid
+            "sampling": None,  # earlier versions of the program recorded this key; it keeps their folders valid
         }
         return {OUTPUT_COLUMN: CAPTIONS_FEATURE}, settings, lambda rows: caption_rows(captioner, prefixes, rows)
 
@@ -138,7 +138,7 @@ class Captioner:
         if config.pad_token_id is None:  # padding is needed because the texts of a batch end at different steps
             config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         parameters = inspect.signature(self.language_model.forward).parameters
-        self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # transformers before 5.24
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # name before transformers 5.24
 
     def generate_captions(self, images: Sequence[PIL.Image.Image], prefixes: Sequence[str]) -> list[list[str] | BadRow]:
         """Generate one caption per prefix for each image.
@@ -178,7 +178,7 @@ class Captioner:
         """
         encoded, prompts = self.encode_images(pixel_values), self.tokenizer(list(prefixes))["input_ids"]
         continuations: list[Tensor | None] = []
-        pairs = list(itertools.product(range(len(pixel_values)), prompts))  # number of the image, tokens of the prefix
+        pairs = list(itertools.product(range(len(pixel_values)), prompts))  # (index of image, token ids of prefix)
         for start in range(0, len(pairs), self.micro_batch_size):
             batch = pairs[start : start + self.micro_batch_size]
             has_nan = torch.zeros(len(batch), dtype=torch.bool, device=self.device)
@@ -344,6 +344,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from captions import generate  # as a named module, so that other processes can unpickle its classes
+    # Import this file as a named module, so that other processes can unpickle its classes.
+    from captions import generate
 
     run_command(generate.main, resumable=True)

@@ -113,7 +113,7 @@ def score_rows(embedder: Embedder, args: ScoreArguments, rows: list[dict[str, An
     results = [BadRow("no caption", f"all of {', '.join(columns)} are empty")] * len(rows)
     distinct = sorted({text for number in captioned for text in captions[number] if text.strip()}, key=len)
     embeds = embedder.embed_texts(distinct, 2 * size) if distinct else []
-    text_embeds = dict(zip(distinct, embeds, strict=True))  # each (width,)
+    text_embeds = dict(zip(distinct, embeds, strict=True))  # shape of each embedding: (width,)
     image_embeds = embed_row_images(embedder, [rows[number][DECODED_KEY] for number in captioned], size)
     for number, embed in zip(captioned, image_embeds, strict=True):
         results[number] = embed
@@ -154,6 +154,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from captions import score  # as a named module, so that other processes can unpickle its classes
+    # Import this file as a named module, so that other processes can unpickle its classes.
+    from captions import score
 
     run_command(score.main, resumable=True)

@@ -324,6 +324,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from captions import select  # as a named module, so that other processes can unpickle its classes
+    # Import this file as a named module, so that other processes can unpickle its classes.
+    from captions import select
 
     run_command(select.main, resumable=True)

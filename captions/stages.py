@@ -107,7 +107,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
                 f"{self.split!r}."
             )
         folder, output = Path(self.dataset).resolve(), self.output.resolve()
-        if Path(self.dataset).exists() and folder in (output, output.parent):  # the output would become input
+        if Path(self.dataset).exists() and folder in (output, output.parent):  # the stage would read its own output
             raise ValueError(
                 f"The output folder {self.output} must not be the dataset folder or lie in it. Choose another --output."
             )
@@ -346,7 +346,7 @@ class RowStage:
             return False
         recorded = read_stage_record(self.args.output)
         current = self.record | {"settings": recorded["settings"] | self.args.known_settings()}
-        # Compare flags in any order, because earlier versions recorded them in another order.
+        # Compare the flags as sets, because earlier versions of the program recorded them in another order.
         recorded, current = (
             {**record, "command": set(record["command"].split(" --"))} for record in (recorded, current)
         )

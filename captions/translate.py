@@ -473,7 +473,7 @@ def distinct_sentences(args: TranslateArguments, source: Split, parts: Iterable[
     """
     names = {args.column_renames().get(name, name): name for name in source.columns}
     columns = [names[column] for column in translated_columns(names, source.display_name, args)]
-    seen: set[bytes] = set()  # digests of sentences, because tens of millions of sentences need ten times the memory
+    seen: set[bytes] = set()  # digests of sentences; the sentences would need ten times the memory
     for part in parts:
         rows = itertools.islice(source.rows(part.start, column_names=columns), len(part))
         for row, column in ((row, column) for row in rows for column in columns):
@@ -612,6 +612,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from captions import translate  # as a named module, so that other processes can unpickle its classes
+    # Import this file as a named module, so that other processes can unpickle its classes.
+    from captions import translate
 
     run_command(translate.main, resumable=True)
