@@ -1,7 +1,8 @@
-"""Tables of the rows of WebDataset tars and of image folders with a metadata file, which are read in place.
+"""Build tables of the rows of WebDataset tars and of image folders with a metadata file.
 
-`open_split` builds such a table for each split. It holds the columns of the JSON or CSV and the position of each image;
-the cache of `datasets` keeps it until a file changes.
+`open_split` builds one table per split. The table holds the columns of the JSON or CSV files, and for each image its
+path, or its offset and size in a tar. The image bytes stay in the original files and are read from there when needed.
+The cache of `datasets` stores the table until one of the files changes.
 """
 
 import csv
@@ -21,35 +22,40 @@ from datasets import Dataset, Features, List, Value
 from capivara_common.image_files import MAX_DETAIL_CHARACTERS
 from caption_data.rows import CAPTION_COLUMN_RE, CAPTIONS_FEATURE, SIMILARITY_COLUMN_RE, json_digest, replace_surrogates
 
-METADATA_SUFFIXES = (".jsonl", ".csv")  # files that list images with their captions
+METADATA_SUFFIXES = (".jsonl", ".csv")  # suffixes of the metadata files, which list images with their captions
 IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
-MAX_ROW_JSON_BYTES = 1_000_000  # limit for one row; twenty captions with similarities need less than 10 kB
+MAX_ROW_JSON_BYTES = 1_000_000  # largest size of one row; twenty captions with similarities need less than 10 kB
 JSON_FEATURES = {str: Value("string"), bool: Value("bool"), int: Value("int64"), float: Value("float64")}
-SCHEMA_SAMPLE_ROWS = 100  # rows that the types of columns are inferred from, because no schema declares them
-# Part of the fingerprint of a table. Increase it when the code makes other rows from the same files.
+SCHEMA_SAMPLE_ROWS = 100  # number of rows from which column types are inferred, because JSON and CSV have no schema
+# Version in the fingerprint of a table. Increase it if a code change makes different rows from the same files, so that
+# cached tables are built again.
 FILE_TABLE_VERSION = 3
-# Column of the table for a row that stands for the rest of a damaged archive; it says what is wrong.
+# If an archive is damaged, the table has one additional row after the last readable row of the archive. This column
+# holds the description of the damage in that row, and is null in all other rows.
 DAMAGE_COLUMN = "damaged archive"
 IMAGE_FIELDS = {"bytes": Value("binary"), "path": Value("string")}  # an image that `datasets` has not decoded
-# Where the image is in a plain tar; offset and size in bytes.
+# Additional fields of an image in a plain tar: path of the tar, and offset and size of the image in bytes.
 ARCHIVE_FIELDS = {"archive": Value("string"), "offset": Value("int64"), "size": Value("int64")}
 
 
 def build_file_table(paths: list[Path], image_column: str) -> tuple[Dataset, list[tuple[int, str]]]:
     """Build the table of rows of tars, or of image folders with a metadata file.
 
-    The columns are those of the JSON or CSV; the image column holds the position of the image. The types of the columns
-    are inferred from the first rows; a value of another type counts as missing.
+    The table has the columns of the JSON or CSV files, and an image column with the path of each image or its position
+    in a tar. Column types are inferred from the first `SCHEMA_SAMPLE_ROWS` rows. A value of another type is replaced by
+    None.
 
     Args:
-        paths: Plain tars, or metadata files of one form.
+        paths: Files of one form: plain tars, `metadata.jsonl` files or `metadata.csv` files.
         image_column: Name of the image column in the table.
 
     Returns:
-        The rows, and for each archive that ends too early: the number of rows before the damage, and what is wrong.
+        The table, and a list with one tuple (number of rows of the table before the damage, description of the damage)
+        for each damaged file.
 
     Raises:
-        ValueError: If a tar is compressed. Its members cannot be read by their offset.
+        ValueError: If a tar is compressed, because the members of a compressed tar cannot be read by their offset, or
+            if a CSV file has an error.
     """
     if compressed := [path for path in paths if path.suffix not in (".tar", *METADATA_SUFFIXES)]:
         raise ValueError(
@@ -81,17 +87,18 @@ def build_file_table(paths: list[Path], image_column: str) -> tuple[Dataset, lis
 def iter_samples(path: Path) -> Iterator[dict[str, tuple[str, int, int]]]:
     """Iterate over the samples of a WebDataset tar.
 
-    Consecutive members with the same folder, and the same name up to the first dot, are one sample. A repeated
-    extension begins a new sample.
+    A sample is a group of consecutive members that have the same folder and the same file name up to the first dot. A
+    member whose extension is already in the sample begins a new sample.
 
     Args:
         path: A plain tar.
 
     Yields:
-        The members "image", "json" and "cls" of a sample, as far as they exist, each as (name, offset, size) in bytes.
+        A dict for each sample, with the keys "image", "json" and "cls" of the members that exist. A value is the tuple
+        (name of the member, offset in bytes, size in bytes).
 
     Raises:
-        tarfile.ReadError: If the archive is damaged, after the samples before the damage.
+        tarfile.ReadError: If the archive is damaged. The samples before the damage are yielded first.
     """
     key, extensions, sample = None, set(), {}
     try:
@@ -105,7 +112,8 @@ def iter_samples(path: Path) -> Iterator[dict[str, tuple[str, int, int]]]:
                 key, extensions, sample = (folder, stem), set(), {}
             extensions.add(extension)
             kind = "image" if extension in IMAGE_EXTENSIONS else extension
-            if stem and kind in ("image", "json", "cls"):  # files without a stem are hidden files, for example of macOS
+            # A file without a stem is hidden, for example `._a.jpg` of macOS.
+            if stem and kind in ("image", "json", "cls"):
                 sample.setdefault(kind, (name, offset, size))
     except tarfile.TarError:
         if len(sample) > 1:
@@ -116,9 +124,17 @@ def iter_samples(path: Path) -> Iterator[dict[str, tuple[str, int, int]]]:
 
 
 def _infer_feature(name: str, values: list[Any]) -> Any:
-    """Return the feature of a column, from its name or the most common type of its values.
+    """Return the feature (column type of `datasets`) of a column.
 
-    Returns None if the type cannot be stored. A column with a list in any row is a column of lists.
+    Caption and similarity columns are recognized by their name. The other columns get the most common type of their
+    values, or a list of that type if any value is a list.
+
+    Args:
+        name: Name of the column.
+        values: Values of the column in the sample rows.
+
+    Returns:
+        The feature; None if the most common type is not a text, number or bool, so that the column is left out.
     """
     if CAPTION_COLUMN_RE.fullmatch(name):
         return CAPTIONS_FEATURE
@@ -132,7 +148,14 @@ def _infer_feature(name: str, values: list[Any]) -> Any:
 
 
 def _cast_value(value: Any, feature: Any) -> Any:
-    """Convert a JSON value to the feature of its column; None if it has another type."""
+    """Return a JSON value in the type of its column, or None if the value has another type.
+
+    A single text becomes a list with one text if the column holds lists.
+
+    Args:
+        value: Value from a JSON or CSV file.
+        feature: Feature (column type of `datasets`) of the column.
+    """
     if isinstance(feature, List):
         values = [value] if isinstance(value, str) else value
         return [_cast_value(item, feature.feature) for item in values] if isinstance(values, list) else None
@@ -142,7 +165,10 @@ def _cast_value(value: Any, feature: Any) -> Any:
 
 
 def _iter_table_rows(paths: list[Path], image_column: str, features: Features) -> Iterator[dict[str, Any]]:
-    """Iterate over the rows of the table, including the rows that stand for damage."""
+    """Iterate over the rows of the table, with the values in the types of their columns.
+
+    A row that describes a damaged file has the description in `DAMAGE_COLUMN` and no other value.
+    """
     for row in _iter_rows(paths, image_column):
         image = row.pop(image_column, None)
         values = {name: _cast_value(row.get(name), kind) for name, kind in features.items() if name != image_column}
@@ -150,25 +176,35 @@ def _iter_table_rows(paths: list[Path], image_column: str, features: Features) -
 
 
 def _iter_rows(paths: list[Path], image_column: str) -> Iterator[dict[str, Any]]:
-    """Iterate over the rows of all files. A damaged tar or JSON file ends with a row that holds the damage.
+    """Iterate over the rows of all files, as dicts of JSON values by column name.
 
-    Raises ValueError if a CSV file has an error.
+    The value of `image_column` is a dict with the path of the image (in a tar also the tar, offset and size), or None.
+    If a tar or JSON Lines file is damaged, its last row is a dict with the single key `DAMAGE_COLUMN`, which describes
+    the damage. Raises ValueError if a CSV file has an error.
     """
     for path in paths:
         read = _iter_metadata_rows if path.suffix in METADATA_SUFFIXES else _iter_tar_rows
         try:
             for row, image in read(path):
-                row = row if isinstance(row, dict) else {}  # otherwise all columns count as missing
+                row = row if isinstance(row, dict) else {}  # a JSON value that is not an object has no columns
                 yield {name: row[name] for name in row if name != DAMAGE_COLUMN} | {image_column: image}
-        except (tarfile.TarError, ValueError, LookupError, OverflowError) as error:  # tarfile, for a damaged header
-            if path.suffix == ".csv":  # people write these files: a typo must not silently drop the rest of the dataset
+        # For a damaged header, `tarfile` also raises ValueError, LookupError and OverflowError.
+        except (tarfile.TarError, ValueError, LookupError, OverflowError) as error:
+            # People write CSV files by hand, and a typo must not silently drop all rows after it.
+            if path.suffix == ".csv":
                 raise ValueError(f"{path}: {error}.") from None
             ending = "; this line and all later lines are left out" if path.suffix == ".jsonl" else ""
             yield {DAMAGE_COLUMN: replace_surrogates(f"{path}: {error}{ending}"[:MAX_DETAIL_CHARACTERS])}
 
 
 def _iter_tar_rows(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
-    """Iterate over the JSON value and the image position of each sample of a tar."""
+    """Iterate over the samples of a plain tar.
+
+    Yields:
+        The tuple (row, image) for each sample. `row` is the JSON value of the sample, with the class index of the
+        sample under "cls" if the sample has one. `image` is a dict with the keys "path", "archive", "offset" and
+        "size" (both in bytes); None if the sample has no image.
+    """
     with path.open("rb") as file:
         for sample in iter_samples(path):
             image, row = None, {}
@@ -188,28 +224,35 @@ def _iter_tar_rows(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
 
 
 def _iter_metadata_rows(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
-    """Iterate over the rows of a metadata file with their images.
+    """Iterate over the rows of a `metadata.jsonl` or `metadata.csv` file.
 
-    `file_name` is the path of the image, relative to the folder of the metadata file.
+    Yields:
+        The tuple (row, image) for each row. `row` is the row without its value `file_name`, which is the path of the
+        image relative to the folder of the metadata file. `image` is {"path": absolute path or URL}; None if the row
+        has no `file_name`.
     """
     for row in (_iter_csv_rows if path.suffix == ".csv" else _iter_json_rows)(path):
         image, name = None, row.pop("file_name", None) if isinstance(row, dict) else None
-        if isinstance(name, str):  # keep a URL as it is; opening it is refused later
+        if isinstance(name, str):  # a URL stays as it is; opening it is refused later
             image = {"path": replace_surrogates(name if "://" in name else os.path.abspath(path.parent / name))}
         yield row, image
 
 
 def _iter_json_rows(path: Path) -> Iterator[Any]:
-    """Iterate over the JSON value of each line. Raises ValueError if a line is too long."""
+    """Iterate over the JSON values of the lines of a JSON Lines file; an invalid line gives None.
+
+    Blank lines are skipped. Raises ValueError if a line is longer than `MAX_ROW_JSON_BYTES`.
+    """
     with path.open("rb") as file:
         yield from map(_parse_json, filter(bytes.strip, _iter_bounded_lines(file)))
 
 
 def _iter_csv_rows(path: Path) -> Iterator[dict[str, str | None]]:
-    """Iterate over the rows of a CSV file as dicts by column name; an empty cell is None.
+    """Iterate over the rows of a CSV file as dicts from column name to text; an empty cell is None.
 
-    Raises ValueError if the file is not UTF-8, is not valid CSV, has a line that is too long, or if its first line does
-    not name `file_name` or names a column twice.
+    Raises:
+        ValueError: If the file is not UTF-8 or not valid CSV, a line is too long, a row has more cells than the first
+            line, or the first line does not name the column `file_name` or names a column twice.
     """
     first_line = 1  # line in which the current row begins; a quoted cell may span several lines
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -217,16 +260,20 @@ def _iter_csv_rows(path: Path) -> Iterator[dict[str, str | None]]:
         try:
             names = next(rows, [])
             if "file_name" not in names:
-                raise ValueError(f"the first line must name the column file_name, columns apart by commas, got {names}")
+                raise ValueError(
+                    f"the first line must name the columns, separated by commas, and one must be file_name, got {names}"
+                )
             if repeated := [name for name, number in Counter(names).items() if number > 1]:
                 raise ValueError(
-                    f"the first line names the column {repeated[0]!r} more than once; a cell holds one caption, use "
-                    "metadata.jsonl for several captions per image"
+                    f"the first line names the column {repeated[0]!r} more than once; a cell holds one caption, so "
+                    "use metadata.jsonl for several captions per image"
                 )
             first_line = rows.line_num + 1
             for cells in rows:
                 if len(cells) > len(names):
-                    raise ValueError(f"line {first_line} has more cells than the first line; quote texts with commas")
+                    raise ValueError(
+                        f"line {first_line} has more cells than the first line; quote texts that contain commas"
+                    )
                 if cells:  # skip blank lines
                     yield {name: cell or None for name, cell in itertools.zip_longest(names, cells)}
                 first_line = rows.line_num + 1
@@ -240,9 +287,10 @@ def _iter_csv_rows(path: Path) -> Iterator[dict[str, str | None]]:
 
 
 def _iter_bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
-    """Iterate over the lines of a metadata file.
+    """Iterate over the lines of an open text or binary file.
 
-    Raises ValueError if a line is longer than `MAX_ROW_JSON_BYTES`: a sparse file could otherwise fill the memory.
+    Raises ValueError if a line is longer than `MAX_ROW_JSON_BYTES`, so that a file with an endless line, for example a
+    sparse file, cannot fill the memory.
     """
     number = 0
     while line := file.readline(MAX_ROW_JSON_BYTES + 1):
@@ -253,14 +301,15 @@ def _iter_bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
 
 
 def _iter_tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Iterate over (name, offset, size) of the regular files of a tar. Raises tarfile.ReadError if the tar is damaged.
+    """Iterate over the regular files of a plain tar, each as (name, offset in bytes, size in bytes).
 
-    `tarfile` alone takes most kinds of damage for the end of the archive.
+    Raises tarfile.ReadError if the tar is damaged. The check is needed because `tarfile` mistakes most kinds of damage
+    for the end of the archive.
     """
     length = path.stat().st_size
     with tarfile.open(path, "r:") as tar:
         while (member := tar.next()) is not None:
-            tar.members.clear()  # tarfile would keep all of them in memory
+            tar.members.clear()  # tarfile would keep all members in memory
             if not member.offset_data <= member.offset_data + member.size <= length:
                 raise tarfile.ReadError(f"cut off at byte {length}, within {member.name!r}")
             if member.isreg() and not member.issparse():
@@ -271,14 +320,26 @@ def _iter_tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
 
 
 def _read_json_at(file: BinaryIO, offset: int, length: int) -> Any:
-    """Read and parse the JSON value at a position of a file; None if it is invalid or too long."""
+    """Read and parse a JSON value that is stored inside a file, for example a member of a tar.
+
+    Args:
+        file: The file, opened in binary mode.
+        offset: Position of the first byte of the value.
+        length: Number of bytes of the value.
+
+    Returns:
+        The value; None if it is not valid JSON or longer than `MAX_ROW_JSON_BYTES`.
+    """
     file.seek(offset)
     # Read one byte more than the limit, so that `_parse_json` notices a value that is too long.
     return _parse_json(file.read(min(length, MAX_ROW_JSON_BYTES + 1)))
 
 
 def _parse_json(data: bytes) -> Any:
-    """Parse a JSON value; None if it is invalid or too long. Integers beyond 64 bits count as missing."""
+    """Parse a JSON value. An integer that does not fit into 64 bits becomes None.
+
+    Returns None if the value is not valid JSON or longer than `MAX_ROW_JSON_BYTES`.
+    """
     try:
         return json.loads(data, parse_int=_parse_integer) if len(data) <= MAX_ROW_JSON_BYTES else None
     except (ValueError, RecursionError):
@@ -286,6 +347,6 @@ def _parse_json(data: bytes) -> Any:
 
 
 def _parse_integer(digits: str) -> int | None:
-    """Convert digits to an integer; None if it does not fit into 64 bits."""
+    """Convert decimal digits to an integer; return None if it does not fit into 64 bits, which Arrow requires."""
     number = int(digits)
     return number if -(2**63) <= number < 2**63 else None

@@ -1,7 +1,8 @@
-"""Labeled images for the classification benchmarks.
+"""Load images with class labels for the classification benchmarks.
 
-A dataset is a folder with one sub-folder of images per class, a saved Hugging Face dataset, a folder of parquet files
-or of WebDataset tars (with `classnames.txt`, one class name per line), or a Hub id.
+A dataset has one of these forms: a folder with one sub-folder of images per class, a saved Hugging Face dataset, a
+folder of parquet files, a folder of WebDataset tars, or a Hub id. If the labels are plain numbers, the file
+`classnames.txt` of the dataset can name the classes, one class name per line.
 """
 
 import re
@@ -19,8 +20,8 @@ from capivara_common.image_files import IMAGE_SUFFIXES, MAX_IMAGE_PIXELS, ImageA
 from caption_data.rows import json_digest
 from caption_data.sources import Split, dataset_folders, disable_decoding, load_data_files, open_split, select_split
 
-LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # default names of the label column; cls is that of WebDataset
-SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # name of a folder -> split
+LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # names that the label column may have; WebDataset uses cls
+SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # from the name of a folder to its split
 SPLIT_FOLDERS |= {"training": "train", "testing": "test"} | dict.fromkeys(("valid", "val", "dev"), "validation")
 
 
@@ -29,15 +30,16 @@ class LabeledImages:
     """Images of a classification dataset with their classes.
 
     Attributes:
-        images: The split, without the images that are left out.
-        labels: One entry per image: a class index, or a list of class indices if an image can have several classes.
+        images: Split with the images of the selected classes.
+        labels: One entry per image. An entry is a class index, or a list of class indices if the dataset allows several
+            classes per image.
     """
 
     images: Split
     labels: list[int] | list[list[int]]
 
     def fingerprint(self) -> str:
-        """Return a hex digest of the images and their labels."""
+        """Return a BLAKE2b-128 hex digest of all image files and labels. Reads all image files on the first call."""
         images = blake2b(bytes.fromhex("".join(self.images.image_digests)), digest_size=16).hexdigest()
         return json_digest([images, self.labels])
 
@@ -52,28 +54,29 @@ def load_labeled_images(
     image_roots: Sequence[Path] = (),
     max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> LabeledImages:
-    """Load labeled images and map their labels to the classes of the prompts.
+    """Load labeled images and map their labels to the classes of a prompt file.
 
-    If the dataset names its classes, they are matched with `class_names` by name, because datasets order classes
-    differently. Otherwise its label numbers are taken as indices into `class_names`.
+    If the dataset has class names, they are matched with `class_names` by name, because datasets order classes
+    differently. If the dataset has only label numbers, these are used as indices into `class_names`.
 
     Args:
-        source: Folder or Hub id, as in `--images`.
-        split: Name of the split, as in `--split`.
-        class_names: English names of all classes of the dataset, in the order of the prompts.
-        image_column: Name of the image column. Default: the only column of images.
+        source: Folder, glob pattern or Hub id of the dataset.
+        split: Name of the split.
+        class_names: English names of all classes of the dataset, in the order of the prompt file.
+        image_column: Name of the image column. Default: the image column, if the dataset has exactly one.
         label_column: Name of the label column. Default: the first of `LABEL_COLUMNS` that exists.
-        class_indices: Indices into `class_names` of the classes to distinguish; images of other classes are left out
-            (Babel-ImageNet names only a part of ImageNet's classes). Default: all classes.
-        image_roots: Folders outside of the dataset that image paths and links may lead to.
-        max_pixels: Images with more pixels (width x height) count as bad.
+        class_indices: Indices into `class_names` of the classes to distinguish. Images of other classes are left out
+            (for example, Babel-ImageNet translates only some of ImageNet's classes). Default: all classes.
+        image_roots: Folders outside of the dataset in which images may lie. Image paths and links to all other folders
+            are refused.
+        max_pixels: Largest number of pixels (width x height); larger images count as bad.
 
     Returns:
-        The images. A label is the position of its class in `class_indices`.
+        The images with their labels. A label is the position of its class in `class_indices`.
 
     Raises:
-        ValueError: If the split or a column is missing, a label is invalid, no image is left, or the class names do not
-            match; the message names the classes that differ.
+        ValueError: If the split or a column is missing, a label is invalid, no image is left, or the class names of the
+            dataset and of the prompts differ. The message then lists the classes that differ.
     """
     path = Path(source)
     tables = ("**/*.tar", "**/*.parquet", "**/metadata.jsonl", "dataset_dict.json")
@@ -119,12 +122,18 @@ def load_labeled_images(
 
 
 def _find_image_files(folder: Path, split: str) -> list[Path]:
-    """Return the image files of a folder that has one sub-folder per class.
+    """Return the image files of a classification dataset with one sub-folder per class.
 
-    If all its folders are named for splits, the classes are in the folder of the split.
+    Only files with an image extension are returned, without hidden files. With other files, `datasets` would unpack
+    archives, and open any path in a metadata file.
 
-    Only files with an image extension are returned: `datasets` would unpack archives in the folder, and open any path
-    that a metadata file names. Hidden files are left out. Raises ValueError if a link leads out of the folder.
+    Args:
+        folder: Folder with one sub-folder per class, or with one sub-folder per split (for example `train` and `val`),
+            each with one sub-folder per class.
+        split: Name of the split. Ignored if the folder has no sub-folders for splits.
+
+    Raises:
+        ValueError: If there is no such split, no image file, or a link leads out of the folder.
     """
     check_links_stay_inside(folder)
     root, names = folder, [child.name for child in folder.iterdir() if child.is_dir()]
@@ -138,12 +147,23 @@ def _find_image_files(folder: Path, split: str) -> list[Path]:
 
 
 def _read_class_names(source: str) -> list[str]:
-    """Read `classnames.txt` (one class name per label), as clip-benchmark has it; [] without such a file."""
+    """Read the class names of a dataset from its file `classnames.txt`, a convention of clip-benchmark.
+
+    Args:
+        source: Folder or Hub id of the dataset.
+
+    Returns:
+        One class name per label, in the order of the labels; empty if the dataset has no such file.
+
+    Raises:
+        LocalEntryNotFoundError: If the Hub cannot be reached and the file is not in the cache.
+    """
     path = Path(source) / "classnames.txt"
     if not Path(source).is_dir():
         try:
             path = Path(hf_hub_download(source, path.name, repo_type="dataset"))
-        except LocalEntryNotFoundError:  # offline: the file may exist, and guessing the order would be wrong
+        # Without a connection, the file may exist on the Hub. Guessing the order of classes could give wrong labels.
+        except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError:
             return []
@@ -151,9 +171,17 @@ def _read_class_names(source: str) -> list[str]:
 
 
 def _match_class_names(names: Sequence[str], prompt_names: Sequence[str], source: str) -> dict[int, int]:
-    """Map each label of the dataset to the index of the prompt class with the same name.
+    """Map each label number of a dataset to the index of the prompt class with the same name.
 
-    Names that occur twice, as in ImageNet, are matched in order. Raises ValueError if the names do not match.
+    Case and punctuation are ignored. If a name occurs twice, as in ImageNet, its occurrences are matched in order.
+
+    Args:
+        names: Class names of the dataset, in the order of its labels.
+        prompt_names: Class names of the prompt file.
+        source: Name of the dataset, for errors.
+
+    Raises:
+        ValueError: If a name of the dataset does not exist in the prompt file, or occurs there less often.
     """
     classes: dict[str, list[int]] = {}
     for number, name in enumerate(prompt_names):
@@ -172,5 +200,5 @@ def _match_class_names(names: Sequence[str], prompt_names: Sequence[str], source
 
 
 def _normalize_name(name: str) -> str:
-    """Return a class name without case and without the punctuation that file names use in place of blanks."""
+    """Return a class name in lowercase, with blanks instead of `_`, `/` and `-`, so that spellings can be compared."""
     return " ".join(re.sub(r"[_/-]", " ", name.casefold()).split())

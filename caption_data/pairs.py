@@ -1,7 +1,8 @@
-"""Pair tables: the captions that a run uses of each row, and the digest of its image.
+"""Build pair tables, which hold the chosen captions and the image digest of each row of a split.
 
-Training and evaluation build a pair table with a single pass over a split. It is a memory-mapped Arrow file in the
-cache folder, so that a second run with the same data and settings starts immediately.
+A pair is an image with the captions that a training or evaluation run uses. The table is built with a single pass over
+the split. It is a memory-mapped Arrow file in the cache folder, so that a second run with the same data and settings
+starts immediately.
 """
 
 import os
@@ -35,18 +36,19 @@ from caption_data.rows import (
 from caption_data.sources import Split
 from modeling_capivara import clean_text
 
-# Part of the cache key. Increase it when the code makes other pairs from the same rows.
+# Version in the cache key. Increase it if a code change makes different pairs from the same rows, so that cached tables
+# are built again.
 PAIR_TABLE_VERSION = 2
-MAP_BATCH_ROWS = 128  # rows whose images are in memory at the same time
-UNUSED_TABLE_LIFETIME_S = 30 * 24 * 3600  # seconds; a table that no run has read for longer is deleted
+MAP_BATCH_ROWS = 128  # number of rows whose image files are in memory at the same time
+UNUSED_TABLE_LIFETIME_S = 30 * 24 * 3600  # seconds after which a table that no run has read is deleted
 PAIR_TABLE_FEATURES = Features(
     {name: Value("string") for name in ("digest", "reason", "detail")}
     | {"row": Value("int64"), "captions": CAPTIONS_FEATURE}
 )
-TEXT_REASONS = ("", NOT_CHOSEN, "no caption")  # all other reasons concern the image
-IMAGE_KEYS = ("bytes", "path")  # keys of an image; at least one must be present
+TEXT_REASONS = ("", NOT_CHOSEN, "no caption")  # no image problem; all other reasons concern the image
+IMAGE_KEYS = ("bytes", "path")  # keys of an encoded image in a row; at least one must be present
 ASCII_ALPHANUMERIC_RE = re.compile("[0-9A-Za-z]")
-ChooseCaptions = Callable[[dict[str, Any]], list[str]]
+ChooseCaptions = Callable[[dict[str, Any]], list[str]]  # returns the captions to use from a row
 
 
 def build_pair_table(
@@ -54,20 +56,24 @@ def build_pair_table(
 ) -> Dataset:
     """Build the pair table of a split, or load it from the cache.
 
-    The cache key covers everything that the table depends on. On each machine, one process of a distributed launch
-    builds the table, and the others wait.
+    The table is built again if the rows, the image files, the rules for images or the settings change. On each machine,
+    one process of a distributed launch builds the table while the other processes wait.
 
     Args:
         split: The rows.
-        caption_columns: Columns that `choose` reads. Texts become lists of one text. A missing column becomes empty
-            lists if another column of captions exists.
-        choose: Returns the captions to use from a row without its image. May raise ValueError.
-        settings: Everything that `choose` depends on, as JSON values; part of the cache key.
+        caption_columns: Columns that `choose` reads. Before `choose` is called, a caption that is not in a list is
+            converted to a list with one text. A missing column becomes a column of empty lists if the split has another
+            column of captions.
+        choose: Function that returns the captions to use from a row without its image. It may raise ValueError.
+        settings: Everything that the result of `choose` depends on, as JSON values; part of the cache key.
 
     Returns:
-        One row per row of the split: its number `row`, the `digest` of its image file (BLAKE2b-128, hex) and its
-            `captions`;
-        or the `reason` and `detail` why it cannot be used.
+        A table with one row per row of the split, and these columns:
+            row: Number of the row in the split, counted from 0.
+            digest: BLAKE2b-128 hex digest of the image file; "" if the row cannot be used.
+            captions: List of the chosen captions; empty if the row cannot be used.
+            reason: Why the row cannot be used, as in `SkippedRow`; "" if it can be used.
+            detail: Description of the problem; "" if the row can be used.
 
     Raises:
         ValueError: If the split lacks a required column. The message lists the columns of the split.
@@ -111,9 +117,14 @@ def build_pair_table(
 
 
 def missing_columns(columns: Sequence[str], present: Iterable[str]) -> list[str]:
-    """Return the names in `columns` that are required but not `present`.
+    """Return the names of required columns that a dataset lacks.
 
-    A single column of captions is enough: if one is present, the others are not required.
+    One column of captions is enough: if any caption column in `columns` is present, the other caption columns are not
+    required. All other columns are always required.
+
+    Args:
+        columns: Names of the columns that a strategy reads.
+        present: Names of the columns of the dataset.
     """
     caption_columns = [name for name in columns if not SIMILARITY_COLUMN_RE.fullmatch(name)]
     optional = set() if set(caption_columns).isdisjoint(present) else set(caption_columns)
@@ -121,13 +132,18 @@ def missing_columns(columns: Sequence[str], present: Iterable[str]) -> list[str]
 
 
 def drop_invalid(table: Dataset) -> Dataset:
-    """Return the valid pairs of a pair table: the rows whose `reason` is empty."""
+    """Return the rows of a pair table that can be used, which are the rows with an empty `reason`."""
     valid_rows = np.flatnonzero(pc.equal(table.data.column("reason"), ""))
     return table if len(valid_rows) == len(table) else table.select(valid_rows)
 
 
 def list_skipped_rows(table: Dataset, split: Split) -> list[SkippedRow]:
-    """Return the invalid rows of a pair table and the damaged archives of its split."""
+    """Return one record for each row of a pair table that cannot be used, then one for each damaged archive.
+
+    Args:
+        table: Pair table from `build_pair_table`.
+        split: Split from which the table was built.
+    """
     invalid = table.select(np.flatnonzero(pc.not_equal(table.data.column("reason"), "")))
     return [
         SkippedRow(split.name, split.split, row["row"], row["reason"], row["detail"]) for row in invalid
@@ -135,15 +151,16 @@ def list_skipped_rows(table: Dataset, split: Split) -> list[SkippedRow]:
 
 
 def check_bad_share(skipped: list[SkippedRow], total: int, max_bad_share: float) -> None:
-    """Check that not too many rows are bad.
+    """Raise an error if too many rows of a split have a missing or invalid image or caption.
 
     Args:
-        skipped: Rows that are left out. Rows with the reason "not chosen" do not count as bad.
+        skipped: Rows that are left out. Rows with the reason "not chosen" do not count as bad, because they are valid.
         total: Number of rows in the split.
-        max_bad_share: Largest share of bad rows, from 0 to 1.
+        max_bad_share: Largest accepted share of bad rows, from 0 to 1.
 
     Raises:
-        ValueError: If more rows are bad. The message counts the reasons and quotes the first three rows.
+        ValueError: If the share of bad rows is larger than `max_bad_share`. The message states the number of rows for
+            each reason, and describes the first three bad rows.
     """
     bad = [row for row in skipped if row.reason != NOT_CHOSEN]
     share = len(bad) / max(total, 1)
@@ -159,7 +176,10 @@ def check_bad_share(skipped: list[SkippedRow], total: int, max_bad_share: float)
 
 
 def pairs_fingerprint(pairs: Dataset) -> str:
-    """Return a hex digest of the images, captions and order of pairs; it does not depend on where the files are."""
+    """Return a hex digest of a pair table: of its image digests and captions, in order.
+
+    The digest does not depend on the paths of the files.
+    """
     chunks = pairs.select_columns(["digest", "captions"]).iter(1000)
     return rows_fingerprint(row for chunk in chunks for row in zip(chunk["digest"], chunk["captions"], strict=True))
 
@@ -167,15 +187,20 @@ def pairs_fingerprint(pairs: Dataset) -> str:
 def _load_or_make_table(
     path: Path, make_table: Callable[[], Dataset], has_recovered: Callable[[Dataset], bool]
 ) -> Dataset:
-    """Load the table in the file `path`, or make it.
+    """Load a pair table from its cache file, or build it.
 
-    It is made again if the file is damaged, or if `has_recovered` says that an image can be read now that could not be
-    read when the table was made (for example after a disk fault, or with another decoder). Tables that no run has used
-    for `UNUSED_TABLE_LIFETIME_S` are deleted.
+    The table is built again if the cache file is damaged. It is also built again if an image that could not be read
+    when the table was built can be read now, for example after a disk fault. Other tables in the folder are deleted if
+    no run has used them for `UNUSED_TABLE_LIFETIME_S`.
+
+    Args:
+        path: Cache file of the table.
+        make_table: Function that loads the table from `path` if the file exists, and otherwise builds it there.
+        has_recovered: Function that tells whether any image that the table lists as bad can be read now.
     """
     state = process_state()
     with state.local_main_process_first():
-        # Only the first process checks the file; the others read what it leaves.
+        # Only the first process of this machine checks the file. The other processes then read the valid file.
         is_valid = not state.is_local_main_process or digest_matches(path)
         if not is_valid:
             path.unlink(missing_ok=True)
@@ -188,14 +213,24 @@ def _load_or_make_table(
         if state.is_local_main_process:
             os.utime(path)
             for old in path.parent.iterdir():  # includes temporary files of killed runs
-                with suppress(OSError):  # another run may delete the same file; folders are not ours
+                with suppress(OSError):  # another run may delete the same file, and `unlink` fails for folders
                     if time.time() - old.stat().st_mtime > UNUSED_TABLE_LIFETIME_S:
                         old.unlink()
     return table
 
 
 def _choose_captions(row: dict[str, Any], columns: Sequence[str], choose: ChooseCaptions) -> list[str]:
-    """Return the captions that `choose` picks from a row. Raises BadRow if there is none."""
+    """Return the captions to use from a row, without captions that are empty after text cleaning.
+
+    Args:
+        row: A row without its image. Its caption columns are converted in place to lists of texts.
+        columns: Names of the caption and similarity columns.
+        choose: Function that returns the chosen captions of the row.
+
+    Raises:
+        BadRow: If no caption is chosen (reason "not chosen"), or if the row has no valid caption or `choose` fails
+            (reason "no caption").
+    """
     for column in columns:
         if SIMILARITY_COLUMN_RE.fullmatch(column):
             row[column] = row.get(column) or []
@@ -214,23 +249,24 @@ def _choose_captions(row: dict[str, Any], columns: Sequence[str], choose: Choose
 
 
 def _has_content(text: str) -> bool:
-    """Tell whether cleaning a text leaves anything."""
-    # Cleaning takes most of the time of a pass. Skip it if the result is known: it never removes the letters and digits
-    # of a printable text without HTML entities.
+    """Return True if a text is not empty after text cleaning (`clean_text`)."""
+    # Cleaning takes most of the time that a pass over the rows needs. It is skipped for printable texts with a letter
+    # or digit and without HTML entities, because cleaning never removes letters and digits from such a text.
     is_plain = text.isprintable() and "&" not in text and ASCII_ALPHANUMERIC_RE.search(text)
     return bool(is_plain or clean_text(text))
 
 
 def _source_state(split: Split) -> list[Any]:
-    """Return values that change if the rows or image files of a split change; part of the cache key.
+    """Return JSON values that change if the rows or image files of a split change; part of the cache key.
 
-    Raises ValueError if the image column holds neither bytes nor paths.
+    Image files are compared by path, size and modification time. Raises ValueError if the image column holds neither
+    bytes nor paths.
     """
     tables = [(file["filename"], os.stat(file["filename"])) for file in split.data.cache_files]
     states = [(name, state.st_size, state.st_mtime_ns) for name, state in tables]
     digest, images = blake2b(digest_size=16), split.data.select_columns([split.image_column]).with_format("arrow")
     feature = split.data.features[split.image_column]
-    # Images in tars need no check of their own: the table of the tars depends on size and time of each archive.
+    # Images in tars need no separate check, because the fingerprint of their table covers size and time of each tar.
     for batch in () if isinstance(feature, dict) and "archive" in feature else images.iter(10_000):
         stored = batch.column(0)
         fields = {field.name for field in stored.type} if pa.types.is_struct(stored.type) else set()

@@ -1,9 +1,14 @@
-"""Columns of caption rows, the choice of captions, and the record of rows that cannot be used.
+"""Define the columns of caption rows, choose captions, and record rows that cannot be used.
 
-A row is a dict with `captions-<language>` (list of original captions), `generated-captions-<language>` (list of
-captions written by a model) and `similarities-<language>` (list of image-caption cosines under the base model: first
-those of the original captions, then those of the generated captions). The caption strategies and their constants are
-those of CAPIVARA, arXiv 2310.13683.
+A row of a caption dataset is a dict with these keys:
+
+- `captions-<language>`: list of the original captions.
+- `generated-captions-<language>`: list of the captions that a model wrote.
+- `similarities-<language>`: list of cosine similarities between the image and each caption under the base model, first
+  of the original captions, then of the generated captions.
+
+A caption strategy is a rule that selects captions of a row. The strategies and their constants come from CAPIVARA,
+arXiv 2310.13683.
 """
 
 import json
@@ -29,25 +34,28 @@ DATASET_HELP = (
     "Dataset: a saved Hugging Face dataset, a folder or glob pattern of parquet files or WebDataset tars, a folder of "
     "images with metadata.jsonl or metadata.csv, or a Hub id."
 )
-# Reason of a row that the pair filter or the caption strategy leaves out. Such a row does not count as bad.
+# Reason in `SkippedRow` of a row that the pair filter or the caption strategy leaves out. Such a row does not count as
+# bad, because its data is valid.
 NOT_CHOSEN = "not chosen"
 STRATEGIES = ("none", "first", "all", "rank", "threshold", "diverse")
-SIMILARITY_STRATEGIES = ("rank", "threshold", "diverse")
-# A token is a run of characters other than white space and punctuation; a single letter is a token. `\w+` would split
-# Hindi words at their vowel signs, which Python does not count as word characters.
+SIMILARITY_STRATEGIES = ("rank", "threshold", "diverse")  # strategies that read the column of similarities
+# A token is one or more characters other than white space and punctuation. The pattern `\w+` would split Hindi words at
+# their vowel signs, because Python does not count vowel signs as word characters.
 TOKEN_PATTERN = r"[^\s!-/:-@\[-`{-~\u00a1\u00ab\u00b7\u00bb\u00bf\u0964\u0965\u2010-\u2027\u2030-\u205e\u3000-\u303f]+"
 
 
 @dataclass(frozen=True)
 class SkippedRow:
-    """One line of `skipped.jsonl`: a row, or the rest of a damaged archive, that is left out.
+    """Record of a row that is left out; one line of `skipped.jsonl`.
+
+    A record with the reason "damaged archive" stands for all rows of the archive after the damage.
 
     Attributes:
-        source: Name of the dataset.
+        source: Path, pattern or Hub id of the dataset.
         split: Name of the split.
-        row: Number of the row in the split, from 0.
+        row: Number of the row in the split, counted from 0.
         reason: "not chosen", "no image", "unreadable image", "absurd image size", "no caption" or "damaged archive".
-        detail: What is wrong, in words.
+        detail: Description of the problem for people.
     """
 
     source: str
@@ -58,20 +66,20 @@ class SkippedRow:
 
 
 def normalize_captions(value: Any, column: str) -> list[str]:
-    """Convert the captions of a row, in any form that a dataset may have, to a list of texts.
+    """Convert the value of a caption column to a list of texts.
 
-    Each caption keeps its position, so that similarities stay next to their captions. Lone surrogates are replaced:
-    JSON can hold them, but no tokenizer or Arrow file accepts them.
+    Each caption keeps its position in the list, because similarities belong to captions by position. Lone surrogates
+    are replaced by "?", because JSON can hold them, but no tokenizer or Arrow file accepts them.
 
     Args:
         value: A text, a list of texts and None, or None.
-        column: Name of the column, for the error.
+        column: Name of the column, for the error message.
 
     Returns:
-        One text per caption, "" for None.
+        One text per caption. A caption that is None becomes "".
 
     Raises:
-        BadRow: If the value is something else than texts.
+        BadRow: If the value has another type.
     """
     values = [value] if isinstance(value, str) else value or []
     if not isinstance(values, list) or any(not isinstance(text, str | None) for text in values):
@@ -80,12 +88,21 @@ def normalize_captions(value: Any, column: str) -> list[str]:
 
 
 def json_digest(value: Any, sort_keys: bool = False) -> str:
-    """Return the BLAKE2b-128 hex digest of a JSON value."""
+    """Return the BLAKE2b-128 hex digest of a value that is written as JSON.
+
+    Args:
+        value: Any value that `json.dumps` accepts.
+        sort_keys: Make the digest independent of the order of dict keys.
+    """
     return blake2b(json.dumps(value, sort_keys=sort_keys).encode(), digest_size=16).hexdigest()
 
 
 def rows_fingerprint(rows: Iterable[tuple[str, list[str]]]) -> str:
-    """Return a hex digest of rows and their order; a row is the hex digest of its image and its captions."""
+    """Return a BLAKE2b-128 hex digest of rows in their order.
+
+    Args:
+        rows: The tuple (hex digest of the image, list of captions) for each row.
+    """
     digest = blake2b(digest_size=16)
     for row in rows:
         digest.update(json.dumps(row).encode() + b"\n")
@@ -93,23 +110,25 @@ def rows_fingerprint(rows: Iterable[tuple[str, list[str]]]) -> str:
 
 
 def replace_surrogates(text: str) -> str:
-    """Replace lone surrogates by "?"; JSON can hold them, but no Arrow file accepts them."""
+    """Replace lone surrogates in a text by "?", because JSON can hold them, but no Arrow file accepts them."""
     return text.encode("utf-8", "replace").decode()
 
 
 def write_skipped_rows(path: Path, skipped: list[SkippedRow]) -> None:
-    """Write skipped rows as JSON lines. An empty list writes no file."""
-    if skipped:  # names of archive members need not be UTF-8: `json.dumps` escapes them
+    """Write skipped rows to a JSON Lines file. If the list is empty, no file is written."""
+    # `json.dumps` escapes all non-ASCII characters, because names of archive members may contain invalid UTF-8.
+    if skipped:
         write_text(path, "".join(json.dumps(asdict(row)) + "\n" for row in skipped))
 
 
 @dataclass(kw_only=True)
 class CaptionChoice:
-    """Choice of the captions of a row: the flags of every command that selects captions.
+    """Flags that choose the captions of an image, shared by all commands that select captions.
 
-    The strategy `diverse` takes the captions of `threshold` from the most to the least similar, and keeps a caption if
-    its TF-IDF cosine with each caption kept before is at most `max_overlap`. If fewer than `min_kept` captions remain,
-    it adds the most similar of the dropped captions.
+    The strategy `diverse` starts with the captions that pass `threshold`, ordered from the most to the least similar to
+    the image. It keeps a caption if the TF-IDF cosine between this caption and each caption that is already kept is at
+    most `max_overlap`. If fewer than `min_kept` captions remain, it also keeps the most similar of the dropped
+    captions, up to `min_kept` in total.
     """
 
     caption_strategy: Literal["none", "first", "all", "rank", "threshold", "diverse"] = flag(
@@ -136,7 +155,10 @@ class CaptionChoice:
         check_between(self, -1, 1, "min_similarity", "min_pair_similarity")
 
     def strategy_columns(self, language: str) -> list[str]:
-        """Return the names of the columns that the strategy reads."""
+        """Return the names of the columns that the strategy reads, for example `captions-pt` for the language "pt".
+
+        The column of similarities that the pair filter (`min_pair_similarity`) reads is not included.
+        """
         names = [f"captions-{language}"]
         if self.caption_strategy != "none":
             names.append(f"generated-captions-{language}")
@@ -145,16 +167,18 @@ class CaptionChoice:
         return names
 
     def choose_captions(self, row: dict, language: str) -> list[str]:
-        """Return the captions of a row that the strategy and the pair filter choose.
+        """Return the captions of a row that pass the pair filter and the strategy.
 
-        A repeated caption counts once, at its first position. `none`, `first` and `all` keep the order of the row, with
-        the generated captions after the original ones. The other strategies put the most similar captions first; ties
-        keep the order of the row, and NaN ranks lowest.
+        The pair filter rejects the image if the similarity of its first original caption is below
+        `min_pair_similarity`. A repeated caption is returned once. The strategies `none`, `first` and `all` keep the
+        order of the row, with the generated captions after the original captions. The other strategies return the
+        captions with the highest similarity first. Captions with equal similarities keep the order of the row, and
+        captions without a similarity (NaN or None) come last.
 
         Args:
-            row: A row with the columns of `strategy_columns(language)`, and the similarities if `min_pair_similarity`
-                is set.
-            language: Language code at the end of the names of the columns.
+            row: A row with the columns of `strategy_columns(language)`. If `min_pair_similarity` is set, it must also
+                have the column of similarities.
+            language: Language code at the end of the column names.
 
         Returns:
             The captions in the order of the strategy. Empty if no caption passes, or if the similarity of the first
@@ -189,7 +213,7 @@ class CaptionChoice:
 
 
 def _get_list_column(row: dict, name: str) -> list:
-    """Return the list in a column. Raises ValueError if there is none."""
+    """Return the list in the column `name` of a row. Raises ValueError if the column is missing, None or a text."""
     if isinstance(row.get(name), str | None):
         raise ValueError(
             f"The column {name!r} must hold a list, got {row.get(name)!r} in a row with the columns {sorted(row)}. Add "
@@ -200,9 +224,20 @@ def _get_list_column(row: dict, name: str) -> list:
 
 
 def _get_similarities(row: dict, language: str, caption_count: int, generated_count: int | None) -> list[float]:
-    """Return one similarity per caption, with NaN and None as minus infinity.
+    """Return the similarities of a row, with minus infinity instead of NaN and None.
 
-    If `generated_count` is None, the number of generated captions is unknown, and there may be more similarities.
+    Args:
+        row: A row with the column `similarities-<language>`.
+        language: Language code at the end of the column name.
+        caption_count: Number of original captions of the row.
+        generated_count: Number of generated captions of the row. None if the number is unknown; the row may then have
+            more similarities than original captions.
+
+    Returns:
+        First the similarities of the original captions, then the similarities of the generated captions.
+
+    Raises:
+        ValueError: If the column is missing, or it does not hold one similarity per caption.
     """
     name = f"similarities-{language}"
     similarities, needed = _get_list_column(row, name), caption_count + (generated_count or 0)
@@ -221,16 +256,22 @@ def _deduplicate(texts: Iterable[str]) -> list[str]:
 
 
 def _select_diverse(ranked: list[str], corpus: list[str], choice: CaptionChoice) -> list[str]:
-    """Return the captions that differ from each other, for the strategy `diverse` of `CaptionChoice`.
+    """Return captions that differ from each other, for the strategy `diverse` (see `CaptionChoice`).
 
-    `ranked` are the candidates, the most similar to the image first. The TF-IDF weights are those of `corpus`, all
-    captions of the row.
+    Args:
+        ranked: Distinct captions to choose from, the most similar to the image first.
+        corpus: All distinct captions of the row, from which the TF-IDF weights are computed.
+        choice: Flags; their constants `max_overlap` and `min_kept` are used.
+
+    Returns:
+        The chosen captions, in the order of `ranked`.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     vectorizer = TfidfVectorizer(token_pattern=TOKEN_PATTERN)
     analyze = vectorizer.build_analyzer()
-    if not any(analyze(text) for text in corpus):  # only punctuation: the vectorizer would raise, and nothing overlaps
+    # The vectorizer raises an error if no text has a token. Texts without tokens do not overlap, so all are returned.
+    if not any(analyze(text) for text in corpus):
         return ranked
     # Shape: (captions, terms). Each row has unit length, or is zero if the caption has no term.
     vectors = vectorizer.fit(corpus).transform(ranked)

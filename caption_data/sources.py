@@ -1,14 +1,22 @@
 """Open caption datasets of every supported form as a `Split`, with the images still encoded.
 
-A dataset is a saved `DatasetDict`, a folder of parquet files, folders of images with a `metadata.jsonl` or
-`metadata.csv` (the column `file_name` names the image; a text becomes a list with one caption), WebDataset tars in the
-layout of the CAPIVARA authors (`jpg|png` and `json`), or a Hub id. Parquet files and datasets of the Hub are copied to
-the cache of `datasets`, which maps them into memory. Tars and image folders are read in place: the cache holds a table
-of their rows, which is made again if a file changes in size or time. Nothing is extracted, and nothing is unpickled.
+A dataset has one of these forms:
 
-A file belongs to the split that its innermost folder names, or else the start of its file name: one of `SPLIT_NAMES`,
-or the requested split. If no file names a split, all files belong to "train", as on the Hub. They are not used as
-"test" as well, because a model would then be evaluated on its training data.
+- a saved `DatasetDict`;
+- a folder of parquet files;
+- folders of images with a `metadata.jsonl` or `metadata.csv`, in which the column `file_name` is the path of the image,
+  and a single caption becomes a list with one caption;
+- WebDataset tars in the layout of the CAPIVARA authors, with one image (`jpg` or `png`) and one `json` per sample;
+- a Hub id.
+
+Parquet files and datasets of the Hub are copied to the cache of `datasets`, which maps them into memory. Tars and image
+folders are read in place: the cache holds only a table of their rows, which is built again if the size or the
+modification time of a file changes. Nothing is extracted, and nothing is unpickled.
+
+Names decide to which split a file belongs. If a folder of the file has the name of a split, the innermost such folder
+decides. Otherwise the start of the file name decides, for example `test-0001.parquet`. The names of splits are
+`SPLIT_NAMES` and the name of the requested split. If no file has the name of a split, all files belong to "train", as
+on the Hub. Such files are not also used as "test", because a model would then be evaluated on its training data.
 """
 
 import glob
@@ -48,18 +56,20 @@ from capivara_common.image_files import (
 from caption_data.file_tables import build_file_table
 from caption_data.rows import SkippedRow
 
-# File names of the supported forms; a dataset holds files of one form.
+# Regular expressions for the file names of each supported form. All files of a dataset must have the same form.
 FILE_FORM_PATTERNS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^metadata\.jsonl$", r"^metadata\.csv$")
-# Split names that a file or folder name may state.
+# Names of files and folders that are recognized as the name of a split.
 SPLIT_NAMES = ("train", "training", "restval", "validation", "valid", "val", "dev", "test", "testing")
 STAGE_FILE = "stage.json"  # file in each folder that a stage of `captions` writes
-PART_NAME_RE = re.compile(r"-(\d{9})-(\d{9})$")  # first row and end of a part, in its file name
-DATASET_INFO_TIMEOUT_S = 20  # seconds
+# Row numbers in the file name of a part (a parquet file that a stage of `captions` writes): the number of its first
+# row, and the number of its last row plus 1.
+PART_NAME_RE = re.compile(r"-(\d{9})-(\d{9})$")
+DATASET_INFO_TIMEOUT_S = 20  # seconds to wait for the Hub to answer whether a dataset exists
 PARQUET_BATCH_ROWS = 16  # rows that are decoded at the same time
-# Parquet stores a repeated value once, so a file of 1 kB can expand to gigabytes of text. Captions compress about
-# tenfold, images hardly at all.
+# Parquet stores a repeated value once, so a malicious file of 1 kB can expand to gigabytes of text. Parquet reduces the
+# size of captions to about a tenth, and hardly reduces the size of images, so valid files stay far below this limit.
 MAX_PARQUET_EXPANSION = 100  # decoded bytes per byte of the parquet files
-UNLIMITED_EXPANSION_BYTES = 100_000_000  # decoded bytes that files of any size may expand to
+UNLIMITED_EXPANSION_BYTES = 100_000_000  # up to this number of decoded bytes, the limit above does not apply
 
 
 @dataclass(eq=False)
@@ -70,10 +80,10 @@ class Split:
         name: Path, pattern or Hub id of the dataset.
         split: Name of the split.
         image_column: Name of the image column.
-        data: The rows; None in subclasses that read them in another way.
-        image_access: Which image files may be opened, and how large images may be.
-        paths: Files that hold the rows; empty for saved datasets and datasets of the Hub.
-        damaged_archives: Archives that end too early.
+        data: The rows. None in subclasses that read the rows without `datasets`.
+        image_access: Rules for the image files: folders in which they may lie, and largest number of pixels.
+        paths: Files that hold the rows. Empty for saved datasets and datasets of the Hub.
+        damaged_archives: One record for each tar or JSON Lines file whose rows after a damaged place are missing.
     """
 
     name: str
@@ -86,21 +96,21 @@ class Split:
 
     @property
     def display_name(self) -> str:
-        """Name of dataset and split, for messages."""
+        """Name of the dataset and of the split, for messages."""
         return f"{self.name}, split {self.split!r}"
 
     @property
     def features(self) -> Features:
-        """Types of the columns, by name."""
+        """Types of the columns, as a dict from column name to feature of `datasets`."""
         return self.data.features
 
     @property
     def columns(self) -> list[str]:
-        """Names of all columns."""
+        """Names of all columns of the split, in order."""
         return list(self.features)
 
     def check_columns(self, names: Iterable[str]) -> None:
-        """Raise ValueError if a column is missing; the message lists the columns of the split."""
+        """Raise ValueError if the split lacks a column in `names`. The message lists the columns of the split."""
         for name in names:
             if name not in self.columns:
                 raise ValueError(f"{self.display_name} has no column {name!r}; there are {self.columns}.")
@@ -109,39 +119,57 @@ class Split:
         return len(self.data)
 
     def rows(self, start: int = 0, column_names: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-        """Iterate over the rows from row `start` on, with only the columns `column_names` (default: all columns)."""
+        """Iterate over the rows as dicts, with images not decoded.
+
+        Args:
+            start: Number of the first row, counted from 0.
+            column_names: Columns to read. Default: all columns.
+        """
         data = self.data if column_names is None else self.data.select_columns(list(column_names))
         return iter(data.skip(start) if start < len(data) else ())
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return row `index`, counted from 0."""
+        """Return the row with number `index`, counted from 0, as a dict. The image is not decoded."""
         return self.data[index]
 
     def load_image(self, row: int) -> PIL.Image.Image:
-        """Decode the image of a row. Raises BadImage if it cannot be used."""
+        """Decode the image of the row with number `row`. Raises BadImage if the image is missing or invalid."""
         return decode_image(self.data[row][self.image_column], self.image_access)
 
     def decode_images(self, rows: range) -> Iterator[tuple[int, PIL.Image.Image | BadImage]]:
-        """Iterate over (row, image) in order, decoded by several threads; a bad image is a BadImage."""
+        """Decode the images of rows with several threads.
+
+        Yields:
+            The tuple (number of the row, image) for each row, in order. For a missing or invalid image, the second
+            value is a BadImage.
+        """
         return decode_images(rows, lambda row: self.data[row][self.image_column], self.image_access)
 
     @cached_property
     def image_digests(self) -> list[str]:
-        """BLAKE2b-128 hex digest of each image file, or of its error for a bad image. Reads all image files."""
+        """BLAKE2b-128 hex digest of each image file, one per row. The first access reads all image files.
+
+        For a missing or invalid image, the digest is computed from the error message.
+        """
         digests, quiet = [], not process_state().is_main_process
         for row in tqdm(range(len(self)), desc="Reading images", unit="image", disable=quiet):
             try:
                 image = read_image_bytes(self.data[row][self.image_column], self.image_access)
             except BadImage as bad:
-                # Without the folder of the image, so that the digest is the same on every machine.
+                # The message does not contain the folder of the image, so that the digest is the same on every machine.
                 image = self.describe_image_error(row, bad).encode("utf-8", "replace")
             digests.append(blake2b(image, digest_size=16).hexdigest())
         return digests
 
     def describe_image_error(self, row: int, bad: BadImage) -> str:
-        """Return the error of an image without the folder of the file: results contain no paths of a machine."""
+        """Return the message of an image error without the folder of the image file, for use in published results.
+
+        Args:
+            row: Number of the row with the image.
+            bad: The error.
+        """
         path = image_display_path(self.data[row][self.image_column])
-        # Remove only the folder: the file name may be escaped or cut in the error.
+        # Remove only the folder, because the file name may be escaped or shortened in the error.
         folder = path.removesuffix(Path(path).name)
         return str(bad).replace(folder, "").replace(repr(folder)[1:-1], "")
 
@@ -154,24 +182,29 @@ def open_split(
     max_pixels: int = MAX_IMAGE_PIXELS,
     parquet_type: type[Split] | None = None,
 ) -> Split:
-    """Open one split of a dataset in any form that the module's docstring lists.
+    """Open one split of a dataset.
+
+    The dataset can be a saved `DatasetDict`, a folder of parquet files, folders of images with a `metadata.jsonl` or
+    `metadata.csv`, WebDataset tars, or a Hub id.
 
     Args:
         dataset: Folder, file, glob pattern or Hub id.
         split: Name of the split.
-        image_column: Name of the image column. In tars and image folders, the images get this name.
-        image_roots: Folders outside of the dataset that image paths and links may lead to.
-        max_pixels: Images with more pixels (width x height) count as bad.
-        parquet_type: Subclass of `Split` that reads parquet files in place, from `paths`. Default: copy them to the
-            cache.
+        image_column: Name of the image column. For tars and image folders, which have no such column, this is the name
+            that the image column gets.
+        image_roots: Folders outside of the dataset in which images may lie. Image paths and links to all other folders
+            are refused.
+        max_pixels: Largest number of pixels (width x height); larger images count as bad.
+        parquet_type: Subclass of `Split` that reads the parquet files `paths` in place. Default: copy parquet files to
+            the cache of `datasets`.
 
     Returns:
         The split, with at least one row.
 
     Raises:
-        ValueError: If there is no such dataset or split (the message lists the splits), it is empty, its tars are
-            compressed, its images are positions in tars that are not part of the dataset, a link leads out of the
-            dataset, or it is the output of an unfinished stage.
+        ValueError: If the dataset or the split does not exist (the message lists the splits), the split is empty, a tar
+            is compressed, the images of a saved or parquet dataset are stored as positions in tars, a link leads out of
+            the dataset, or the dataset is the output of an unfinished stage of a caption build.
     """
     path, paths, damages, data = Path(dataset), [], [], None
     check_finished(path)
@@ -207,10 +240,16 @@ def open_split(
 
 
 def find_missing_rows(folder: Path) -> tuple[int, str]:
-    """Return how many rows of a stage are not written yet, and the command that writes them.
+    """Count the rows that a stage of a caption build has not written yet, by the names of its parquet files.
 
-    The names of the parquet files in the stage's folder say which rows are written. Raises ValueError if its
-    `stage.json` is damaged.
+    Args:
+        folder: Output folder of the stage, with a `stage.json`.
+
+    Returns:
+        The number of missing rows, and the shell command that writes them.
+
+    Raises:
+        ValueError: If the `stage.json` is damaged.
     """
     matches = map(PART_NAME_RE.search, (path.stem for path in folder.glob("*.parquet")))
     written = sum(int(match[2]) - int(match[1]) for match in matches if match)
@@ -223,7 +262,10 @@ def find_missing_rows(folder: Path) -> tuple[int, str]:
 
 
 def check_finished(folder: Path) -> None:
-    """Raise ValueError, with the command that continues, if a folder is the output of an unfinished stage."""
+    """Raise ValueError if a folder is the output of an unfinished stage of a caption build.
+
+    The message contains the command that finishes the stage. A folder without `stage.json` is accepted.
+    """
     missing, command = find_missing_rows(folder) if (folder / STAGE_FILE).is_file() else (0, "")
     if missing > 0:
         raise ValueError(
@@ -233,30 +275,44 @@ def check_finished(folder: Path) -> None:
 
 
 def disable_decoding(data: Dataset, image_column: str) -> Dataset:
-    """Turn off the decoding of images, audio and video at any depth; `datasets` would open any path in them."""
+    """Return a dataset that does not decode its images, audio and video, even if they are nested in other columns.
+
+    This is a safety measure, because `datasets` opens any path in the data for decoding. An image column of plain bytes
+    or paths becomes a column of images that are not decoded.
+    """
     plain = Features({name: _without_decoding(feature) for name, feature in data.features.items()})
-    if isinstance(plain.get(image_column), Value):  # parquet files of other tools hold plain bytes or paths
+    if isinstance(plain.get(image_column), Value):  # parquet files of other programs hold plain bytes or paths
         plain[image_column] = Image(decode=False)
     fingerprint = data._fingerprint
     for column in [name for name in plain if plain[name] != data.features[name]]:
         data = data.cast_column(column, plain[column])
-    data._fingerprint = fingerprint  # the rows are the same, and existing builds have recorded it
+    data._fingerprint = fingerprint  # the rows are unchanged, and existing builds record this value
     return data
 
 
 def _without_decoding(feature: Any) -> Any:
-    """Return a feature with decoding turned off at any depth."""
+    """Return a feature (column type of `datasets`) in which decoding is turned off, also in nested features."""
     if isinstance(feature, dict):
         return {name: _without_decoding(field_feature) for name, field_feature in feature.items()}
-    if hasattr(feature, "feature"):  # List and LargeList
+    if hasattr(feature, "feature"):  # the column types List and LargeList
         return replace(feature, feature=_without_decoding(feature.feature))
     return replace(feature, decode=False) if getattr(feature, "decode", False) else feature
 
 
 def find_split_files(dataset: str, split: str, image_roots: Sequence[Path] = ()) -> tuple[list[Path], AllowedFolders]:
-    """Return the files of a split, all of one form, and the folders that the files and their images may lie in.
+    """Find the data files of a split on this machine.
 
-    Raises ValueError if there is no such file, there are several forms of files, or a link leads out of the folder.
+    Args:
+        dataset: Folder, file or glob pattern.
+        split: Name of the split.
+        image_roots: Folders outside of the dataset in which files and images may lie.
+
+    Returns:
+        The files, and the folders in which these files and their images may lie.
+
+    Raises:
+        ValueError: If no file belongs to the split, the dataset has files of several forms (for example parquet and
+            tar), or a link leads out of the allowed folders.
     """
     root, files = _find_local_files(dataset)
     rule = (
@@ -264,9 +320,9 @@ def find_split_files(dataset: str, split: str, image_roots: Sequence[Path] = ())
         "otherwise to train."
     )
     paths = select_split(_group_by_split(root, files, split), dataset, split, rule)
-    # A pattern has no folder of its own.
+    # For a glob pattern, images may lie in the folders of all matching files.
     folders = [root] if Path(dataset).exists() else sorted({path.parent for path in paths})
-    # The user named this file, so it may be a link to anywhere.
+    # If the dataset is a single file, the user chose it explicitly, so it may be a link to any folder.
     requested = [Path(dataset)] if Path(dataset).is_file() else []
     allowed_folders = AllowedFolders(folders[0], [*folders[1:], *requested, *image_roots])
     allowed_folders.check(paths)
@@ -274,21 +330,42 @@ def find_split_files(dataset: str, split: str, image_roots: Sequence[Path] = ())
 
 
 def load_data_files(form: str, paths: Sequence[Path], dataset: str) -> Dataset:
-    """Load files with the loader `form` of `datasets`, for example "parquet".
+    """Load data files with a loader of `datasets`.
 
-    The files are passed by name, because a README in their folder may name any file or address.
+    The files are passed one by one. With a folder, `datasets` would follow its README, which may name any other file or
+    URL.
+
+    Args:
+        form: Name of the loader, for example "parquet" or "imagefolder".
+        paths: Files to load.
+        dataset: Name of the dataset, for errors.
+
+    Returns:
+        The rows of all files.
+
+    Raises:
+        ValueError: If a file cannot be loaded, or parquet files expand too much.
     """
     names = {"train": [glob.escape(str(path)) for path in paths]}
     try:
         return _call_loader(dataset, _prepare_dataset, form, data_files=names, split="train")
     except ValueError:
         if form == "parquet":
-            _check_expansion(paths)  # its error names the damaged file
+            _check_expansion(paths)  # raises an error that names the damaged file; the current error does not
         raise
 
 
 def _prepare_dataset(*args: Any, split: str | None = None, **options: Any) -> Dataset | DatasetDict:
-    """Load a dataset like `datasets.load_dataset`. Raises ValueError if parquet files expand too much."""
+    """Load a dataset like `datasets.load_dataset`, but check the size of parquet files before they are decoded.
+
+    Args:
+        *args: Positional arguments of `load_dataset_builder`.
+        split: Split to load. Default: all splits, as a `DatasetDict`.
+        **options: Keyword arguments of `load_dataset_builder`.
+
+    Raises:
+        ValueError: If parquet files expand too much (`MAX_PARQUET_EXPANSION`).
+    """
     builder = load_dataset_builder(*args, **options)
     if isinstance(builder, Parquet):  # `_generate_tables` only runs for files that are not cached
         builder._generate_tables = partial(_iter_checked_tables, builder._generate_tables)
@@ -297,15 +374,26 @@ def _prepare_dataset(*args: Any, split: str | None = None, **options: Any) -> Da
 
 
 def _iter_checked_tables(generate: Callable, files: Sequence[str], **options: Any) -> Iterator[tuple[Any, pa.Table]]:
-    """Check the size of parquet files, then generate their tables."""
+    """Check the decoded size of parquet files, then generate their tables.
+
+    Args:
+        generate: Method `_generate_tables` of the parquet builder of `datasets`.
+        files: Paths of the parquet files.
+        **options: Other arguments of `generate`.
+
+    Yields:
+        The tuples of key and table that `generate` yields.
+    """
     _check_expansion(files)
     yield from generate(files=files, **options)
 
 
 def _check_expansion(paths: Sequence[str | Path]) -> None:
-    """Decode parquet files a few rows at a time. Raises ValueError if they are damaged or expand too much.
+    """Raise ValueError if a parquet file is damaged, or if the files together are too large after decoding.
 
-    The sizes in their metadata are a lower bound: they do not count values that dictionaries and deltas repeat.
+    The limit is the larger of `UNLIMITED_EXPANSION_BYTES` and `MAX_PARQUET_EXPANSION` times the size of the files. The
+    files are decoded a few rows at a time, because the sizes in their metadata are only a lower bound: a value that
+    dictionary or delta encoding stores once counts once there, even if many rows repeat it.
     """
     stored, decoded = sum(map(os.path.getsize, paths)), 0
     limit = max(UNLIMITED_EXPANSION_BYTES, MAX_PARQUET_EXPANSION * stored)
@@ -326,7 +414,7 @@ def _check_expansion(paths: Sequence[str | Path]) -> None:
 
 
 def _decoded_bytes(array: pa.Array) -> int:
-    """Return the size of an array in bytes after its dictionaries are replaced by the values that they repeat."""
+    """Return the size in bytes that an array has without dictionary encoding, so that repeated values are counted."""
     if pa.types.is_dictionary(array.type):
         values = array.dictionary
         if pa.types.is_primitive(values.type):
@@ -340,9 +428,14 @@ def _decoded_bytes(array: pa.Array) -> int:
 
 
 def load_saved_dataset(folder: Path, image_roots: Sequence[Path] = ()) -> DatasetDict:
-    """Load a saved `DatasetDict` whose tables lie in its folder or in `image_roots`.
+    """Load a `DatasetDict` that was saved with `save_to_disk`.
 
-    Raises ValueError if a link or path leads out of these folders, or the dataset can't be loaded.
+    Args:
+        folder: Folder of the dataset.
+        image_roots: Other folders in which the Arrow files of the dataset may lie.
+
+    Raises:
+        ValueError: If a link or path leads out of these folders, or the dataset can't be loaded.
     """
     check_links_stay_inside(folder)
     allowed_folders = AllowedFolders(folder, image_roots)
@@ -363,9 +456,14 @@ def load_saved_dataset(folder: Path, image_roots: Sequence[Path] = ()) -> Datase
 
 
 def dataset_folders(dataset: str, image_roots: Sequence[Path] = ()) -> AllowedFolders:
-    """Return the folders that the files of a folder or Hub id may lie in.
+    """Return the folders in which the files of a dataset may lie.
 
-    These are the folder or its Hub cache, `image_roots`, and the folder into which `datasets` unpacks archives.
+    These are the folder of the dataset (for a Hub id, its folder in the Hub cache), the folders `image_roots`, and the
+    folder into which `datasets` unpacks archives.
+
+    Args:
+        dataset: Folder or Hub id.
+        image_roots: Additional folders.
     """
     cached = Path(HF_HUB_CACHE) / f"datasets--{dataset.replace('/', '--')}"
     folder = Path(dataset) if Path(dataset).exists() else cached
@@ -373,7 +471,17 @@ def dataset_folders(dataset: str, image_roots: Sequence[Path] = ()) -> AllowedFo
 
 
 def select_split(splits: dict[str, Any], dataset: str, split: str, hint: str = "") -> Any:
-    """Return a split by name. Raises ValueError, which ends with `hint`, if it does not exist."""
+    """Return the value of a split in a dict by split name.
+
+    Args:
+        splits: Values by split name, for example a `DatasetDict`.
+        dataset: Name of the dataset, for the error message.
+        split: Name of the split to return.
+        hint: Text at the end of the error message.
+
+    Raises:
+        ValueError: If the split does not exist. The message lists the existing splits.
+    """
     if split not in splits:
         raise ValueError(f"{dataset} has no split {split!r}; there are {sorted(splits)}.{hint}")
     return splits[split]
@@ -381,7 +489,11 @@ def select_split(splits: dict[str, Any], dataset: str, split: str, hint: str = "
 
 @contextmanager
 def open_parquet(path: str | Path, hint: str = "") -> Iterator[pq.ParquetFile]:
-    """Open a parquet file. Raises ValueError, which names the file and ends with `hint`, if it is damaged."""
+    """Open a parquet file for reading, as a context manager.
+
+    Raises ValueError if the file is missing or damaged, also while its rows are read. The message names the file and
+    ends with the text `hint`.
+    """
     try:
         with pq.ParquetFile(path) as file:
             yield file
@@ -390,7 +502,14 @@ def open_parquet(path: str | Path, hint: str = "") -> Iterator[pq.ParquetFile]:
 
 
 def _load_from_hub(dataset: str) -> Any:
-    """Load all splits of a dataset of the Hub. Raises ValueError if it does not exist."""
+    """Load all splits of a dataset of the Hub, as a `DatasetDict`.
+
+    Args:
+        dataset: Hub id such as "laicsiifes/flickr30k-pt-br".
+
+    Raises:
+        ValueError: If the Hub id is invalid, or the dataset can't be loaded.
+    """
     is_file_name = any(re.search(pattern, dataset) for pattern in FILE_FORM_PATTERNS)
     if is_file_name or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset):
         raise ValueError(f"{dataset} does not exist, and it is not a Hub id such as 'laicsiifes/flickr30k-pt-br'.")
@@ -403,23 +522,41 @@ def _load_from_hub(dataset: str) -> Any:
 
 
 def _call_loader(subject: str, load: Callable, *args: Any, **options: Any) -> Any:
-    """Call `load`. Raises ValueError, which begins with `subject`, if it fails."""
+    """Call a function that loads data, and convert all its errors to ValueError.
+
+    Args:
+        subject: What is loaded, for example the name of a dataset; the error message begins with it.
+        load: The function.
+        *args: Positional arguments of the function.
+        **options: Keyword arguments of the function.
+
+    Returns:
+        The result of the function.
+    """
     try:
         return load(*args, **options)
-    except Exception as error:  # datasets, pyarrow, fsspec and the HTTP client raise many types
+    except Exception as error:  # `datasets` and its libraries raise many types of errors
         raise ValueError(f"{subject} can't be loaded: {_error_line(error)}") from error
 
 
 def _error_line(error: BaseException) -> str:
-    """Return the message of an error on one line; pyarrow and `datasets` use several lines."""
+    """Return the message of an error, or of the error that caused it, on a single line."""
     cause = error.__cause__ or error
     return " ".join(str(cause).split()) or type(cause).__name__  # MemoryError has no text
 
 
 def _find_local_files(dataset: str) -> tuple[Path, list[Path]]:
-    """Return the data files of a local dataset, and the folder below which names decide the split.
+    """Find all data files of a dataset on this machine.
 
-    Raises ValueError unless all data files have the same form.
+    Args:
+        dataset: Folder, file or glob pattern. In a folder, files are searched directly and one level below.
+
+    Returns:
+        The root folder and the sorted data files. Only the names of folders below the root can state the split of a
+        file.
+
+    Raises:
+        ValueError: If there are no data files, or the data files have different forms (for example parquet and tar).
     """
     path = Path(dataset)
     if path.is_dir():
@@ -444,7 +581,21 @@ def _find_local_files(dataset: str) -> tuple[Path, list[Path]]:
 
 
 def _group_by_split(root: Path, files: list[Path], split: str) -> dict[str, list[Path]]:
-    """Group files by the split that they belong to; the rule is in the module's docstring."""
+    """Group data files by the split to which they belong.
+
+    The innermost folder with the name of a split decides, otherwise the start of the file name. Names of splits are
+    `SPLIT_NAMES` and the requested split. A file without such a name is grouped under the name of its folder, or under
+    the first word of its file name. If no file has the name of a split, all files belong to the split whose name the
+    root folder has, or to "train" if the root folder has another name.
+
+    Args:
+        root: Folder below which the names of folders count.
+        files: Data files below `root`.
+        split: Name of the requested split.
+
+    Returns:
+        The files of each split, by split name.
+    """
     split_names = [split, *SPLIT_NAMES]
     by_split: dict[str, list[Path]] = {}
     for file in files:

@@ -1,3 +1,3 @@
-"""Build caption datasets: generate, translate, score and select captions."""
+"""Build caption datasets: generate captions, translate them, score them against their images, and select the best."""
 
 import capivara_common.interrupt  # noqa: F401

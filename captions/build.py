@@ -6,10 +6,13 @@
     python -m captions.build … --executor slurm --tasks 400 --partition gpu --gpus_per_task 1 --time 04:00:00
     python -m captions.build … --executor ray --tasks 64 --gpus_per_task 1
 
-The stages generate, translate, score and select run in this order, if the config has a section for them. Each stage
-writes OUTPUT/<number>-<stage>/<split>, and the rows of the last stage become OUTPUT/dataset: parquet files with a
-dataset card. An interrupted build continues with the same command. docs/your_language.md describes the config,
-docs/cluster.md the executors.
+A build has up to four stages: generate captions, translate them, score them against their images, and select the best.
+The stages run in this order. A stage runs only if the config has a section for it. Each stage writes the folder
+OUTPUT/<number>-<stage>/<split>. The rows of the last stage are written to OUTPUT/dataset, as parquet files with a
+dataset card.
+
+To continue an interrupted build, run the same command again. docs/your_language.md describes the config, and
+docs/cluster.md describes the executors.
 """
 
 import itertools
@@ -68,26 +71,26 @@ STAGES = {
     "score": ScoreArguments,
     "select": SelectArguments,
 }
-READ_STAGE = "read"  # name of the stage that copies a split that no other stage processes
-# Keys of a config; docs/your_language.md describes them.
+READ_STAGE = "read"  # name of the stage that copies the rows of a split that needs no other stage
+# Keys of a config besides the stages, and keys of its section `card`. docs/your_language.md describes them.
 REQUIRED_KEYS = ("dataset", "output", "language")
 CONFIG_KEYS = (*REQUIRED_KEYS, "source_language", "split", "evaluation_splits", "image_column", "rename", "card")
 CARD_KEYS = ("pretty_name", "description", "license", "license_name", "license_link", "sources", "attribution")
 SOURCE_KEYS = ("name", "url", "license")
 
 DATASET_FOLDER = "dataset"
-TARGET_FILE_BYTES = 300_000_000  # approximate size of a file; the Hub recommends some hundred megabytes
-BUILD_FILE = "build.json"  # all values of the dataset card
-SIMILARITY_PLOT_FILE = "similarities.png"  # plot in the report of `captions.select`
+TARGET_FILE_BYTES = 300_000_000  # approximate size of a file of the dataset; the Hub recommends some hundred megabytes
+BUILD_FILE = "build.json"  # JSON file in the dataset with all values of the dataset card
+SIMILARITY_PLOT_FILE = "similarities.png"  # histogram of similarities, from the report of `captions.select`
 CARD_TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"
-# Settings that the card does not show: digests and long lists.
+# Settings that the dataset card does not show: digests, long lists, and values that do not help a reader.
 HIDDEN_SETTINGS_RE = re.compile(r"(^|\.)(fingerprint|sha256|generation|prefixes|existing|target)(\.|$)")
 logger = logging.getLogger("capivara")
 
 
 @dataclass
 class BuildArguments(ExecutorArguments):
-    """Flags of `captions.build`."""
+    """Command-line flags of `captions.build`, the command that runs all stages of a caption dataset."""
 
     config: Path = flag(..., "YAML config of the build, for example configs/captions_pt.yaml.")
     dataset: str | None = flag(None, f"{DATASET_HELP} Default: the value in the config.")
@@ -101,13 +104,13 @@ class BuildArguments(ExecutorArguments):
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """All stages of a build.
+    """Plan of a build: the stages to run for each split, and the values for the dataset card.
 
     Attributes:
-        steps: The stages of each split, in order.
+        steps: Dict from the name of each split to the flags of its stages, in the order in which they run.
         output: Folder of the build.
         language: Language code of the captions.
-        card: The `card` section of the config, with what only people know about the dataset.
+        card: Section `card` of the config, with information that the program cannot find out, such as the license.
     """
 
     steps: dict[str, list[StageArguments]]
@@ -116,29 +119,30 @@ class BuildPlan:
     card: dict[str, Any]
 
     def all_steps(self) -> list[StageArguments]:
-        """Return the stages of all splits, in the order in which they run."""
+        """Return the flags of all stages of all splits, in the order in which they run."""
         return [step for steps in self.steps.values() for step in steps]
 
 
 class ManualStepRequired(Exception):
-    """A person must fill translation tables before the build can continue; the message names the tables."""
+    """Exception that stops a build until a person has filled translation tables. The message names the tables."""
 
 
 def read_build_plan(
     config: Path, executor_flags: dict[str, Any] | None = None, **overrides: str | Path | None
 ) -> BuildPlan:
-    """Read a config file and make the plan of its build.
+    """Read the config file of a build, and return the plan of the build.
 
     Args:
         config: YAML file with the keys `CONFIG_KEYS` and one section per stage.
-        executor_flags: Executor flags for all stages; the section of a stage overrides them.
-        **overrides: Values that replace those of the config, unless they are None.
+        executor_flags: Flags of `ExecutorArguments` by name, for all stages. Values in the section of a stage take
+            precedence.
+        **overrides: Values that replace the config's value of the same key. None keeps the value of the config.
 
     Returns:
         The plan.
 
     Raises:
-        ValueError: If a key is unknown or missing, or a value is invalid.
+        ValueError: If a key of the config is unknown or missing, or a value is invalid.
     """
     content = {key: value for key, value in read_yaml_config(config).items() if value not in ("", "~", "null")}
     content |= {key: str(value) for key, value in overrides.items() if value is not None}
@@ -157,7 +161,8 @@ def read_build_plan(
     train, evaluation = content.get("split", "train"), _as_list(content.get("evaluation_splits", []))
     if train in evaluation:
         raise ValueError(f"{config}: evaluation_splits must not contain {train!r}, the split to build.")
-    # Evaluation splits are only translated: a model that scores and selects captions would change what is measured.
+    # Evaluation splits are only translated, because captions that a model generates or selects would change what an
+    # evaluation measures.
     translations = [(title, section) for title, section in chain if title.endswith("translate")]
     translations = translations or [(f"0-{READ_STAGE}", {})]
     steps = {train: _plan_steps(content, chain, train, executor_flags or {}, config)}
@@ -166,17 +171,21 @@ def read_build_plan(
 
 
 def _plan_steps(content: dict, chain: list[tuple[str, dict]], split: str, executor_flags: dict, config: Path) -> list:
-    """Return the flags of the stages of a split; each stage reads the output of the stage before it.
+    """Return the flags of the stages of a split. Each stage reads the output of the stage before it.
 
     Args:
-        content: The config.
-        chain: Folder name and section of each stage.
+        content: Content of the config.
+        chain: The tuple (folder name, section of the config) for each stage, in order; a folder name is for example
+            "2-translate".
         split: Name of the split.
-        executor_flags: Executor flags for all stages.
+        executor_flags: Flags of `ExecutorArguments` by name, for all stages.
         config: Path of the config, for errors.
 
+    Returns:
+        One object of a subclass of `StageArguments` per stage, in order.
+
     Raises:
-        ValueError: If a key is unknown or a value is invalid.
+        ValueError: If a key in the section of a stage is unknown, or a value is invalid.
     """
     steps: list[StageArguments] = []
     dataset, output = content["dataset"], Path(content["output"])
@@ -184,7 +193,7 @@ def _plan_steps(content: dict, chain: list[tuple[str, dict]], split: str, execut
         name, folder = title.partition("-")[2], output / title / split
         logs = Path(executor_flags.get("logging_dir", output / "logs")) / title / split
         values = {**executor_flags, "dataset": dataset, "output": str(folder), "split": split, "logging_dir": str(logs)}
-        if not steps:  # later stages read columns that have their final names
+        if not steps:  # the first stage renames the columns for all later stages
             values |= {key: content[key] for key in ("image_column", "rename") if key in content}
         if name in ("translate", "score", "select"):
             values["language"] = content["language"]
@@ -210,9 +219,16 @@ def _plan_steps(content: dict, chain: list[tuple[str, dict]], split: str, execut
 
 
 def _translation_table_path(name: Path, output: Path, stage: Path) -> Path:
-    """Return the path of a translation table: below `output`, so that builds of two languages never share a table.
+    """Return the path of a translation table, for the path that the config states.
 
-    An absolute path does not change. If an earlier version has begun the stage, its table stays in the current folder.
+    A relative path is taken relative to the folder of the build, so that builds of two languages never share a table.
+    An absolute path does not change. Earlier versions of the program took relative paths relative to the current
+    folder. If such a version has begun the stage, the table in the current folder is still used.
+
+    Args:
+        name: Path of the table in the config.
+        output: Folder of the build.
+        stage: Folder of the translation stage.
     """
     path = output / name
     if name.is_relative_to(output) or name.is_absolute():
@@ -230,7 +246,18 @@ def _translation_table_path(name: Path, output: Path, stage: Path) -> Path:
 
 
 def _check_card(card: Any, config: Path) -> dict[str, Any]:
-    """Validate the `card` section: license and sources, without which a dataset must not be published."""
+    """Validate the section `card` of a config, which must state the license and the sources of the dataset.
+
+    Args:
+        card: Value of the section.
+        config: Path of the config, for errors.
+
+    Returns:
+        The section, with its sources as a list of dicts.
+
+    Raises:
+        ValueError: If a key is unknown, or the license or a source is missing or invalid.
+    """
     if not isinstance(card, dict):
         raise ValueError(
             f"{config} lacks the section `card`, which must state the license and the sources of the dataset."
@@ -250,12 +277,18 @@ def _check_card(card: Any, config: Path) -> dict[str, Any]:
 
 
 def _as_list(value: Any) -> list[Any]:
-    """Return lists as they are, and wrap other values in a list."""
+    """Return the value itself if it is a list, otherwise a list with the value as its only element."""
     return value if isinstance(value, list) else [value]
 
 
 def _check_keys(content: dict[str, Any], known: Sequence[str], where: str) -> None:
-    """Raise ValueError if a key is unknown; the message suggests the closest known key."""
+    """Raise ValueError if a dict has an unknown key. The message suggests the most similar known key.
+
+    Args:
+        content: The dict.
+        known: Names of the known keys.
+        where: Description of the dict for the message, for example the path of the config.
+    """
     for key in content:
         if key not in known:
             raise ValueError(
@@ -264,7 +297,7 @@ def _check_keys(content: dict[str, Any], known: Sequence[str], where: str) -> No
 
 
 def build_dataset(args: BuildArguments) -> Path | None:
-    """Run all stages that are not complete, and write the dataset.
+    """Run all stages of a build that are not complete, and write the dataset.
 
     Args:
         args: Flags of the command.
@@ -273,19 +306,20 @@ def build_dataset(args: BuildArguments) -> Path | None:
         Folder of the dataset; None after a dry run, or if the jobs were submitted to Slurm.
 
     Raises:
-        ManualStepRequired: If a translation table must be filled.
-        ValueError: If the config is invalid, a folder has other settings, or tasks failed.
+        ManualStepRequired: If a person must fill a translation table.
+        ValueError: If the config is invalid, the output folder of a stage was made with other settings, or tasks
+            failed.
         ImportError: If a stage needs a package that is not installed.
         OSError: If the disk is full; the same command then continues.
     """
     overrides = {name: getattr(args, name) for name in REQUIRED_KEYS}
     try:
         plan = read_build_plan(args.config, args.executor_flags(), **overrides)
-    except ValueError as error:  # an invalid config counts as an invalid flag
+    except ValueError as error:  # report an invalid config like an invalid flag
         raise UsageError(str(error)) from error
     for steps in plan.steps.values():
         if _describe_state(steps[0]) != "done":
-            check_columns(steps)  # before a model is downloaded or loaded
+            check_columns(steps)  # raises errors before a model is downloaded or loaded
     for line in describe_plan(plan):
         logger.info("%s", line)
     if args.dry_run:
@@ -293,13 +327,14 @@ def build_dataset(args: BuildArguments) -> Path | None:
         return None
     for steps in plan.steps.values():
         apply_corrections(steps, plan.output / DATASET_FOLDER)
-    # Of each split, the stages up to the first that needs a manual step, and that stage.
+    # For each split, `runnable` gets the stages before the first stage with a manual step, and `waiting` gets the stage
+    # with the manual step.
     runnable, waiting = [], []
     for steps in plan.steps.values():
         ready = list(itertools.takewhile(lambda step: not step.pending_manual_step(), steps))
         runnable, waiting = runnable + ready, waiting + steps[len(ready) :][:1]
-    # Complete stages run as well and return at once. While a table is missing, only incomplete stages run, so that the
-    # table is requested as soon as nothing else is left to do.
+    # Complete stages are run as well, and return at once. But if a stage waits for a translation table, complete stages
+    # are left out, so that the table is requested as soon as nothing else is left to do.
     left = [step for step in runnable if not waiting or _describe_state(step) != "done"]
     logs = (args.logging_dir or plan.output / "logs") / "dataset"
     phases = [phase for step in left for phase in PhaseStep.from_phases(step, step.phases, step.title)]
@@ -307,7 +342,7 @@ def build_dataset(args: BuildArguments) -> Path | None:
         phases.append(PhaseStep(Phase(write_dataset), plan, logs, "dataset"))
     try:
         is_complete = not phases or run_phases(phases, args)
-    except ValueError:  # the counts help to explain the error, for example if a filter dropped all rows
+    except ValueError:  # the row counts can explain the error, for example if a filter dropped all rows
         log_counts(plan)
         raise
     log_counts(plan)
@@ -323,10 +358,14 @@ def build_dataset(args: BuildArguments) -> Path | None:
 
 
 def check_columns(steps: list[StageArguments]) -> None:
-    """Open the dataset of a split, and check the columns that each stage reads and adds.
+    """Check, before anything runs, that each stage of a split has the columns that it needs.
 
-    Raises ValueError if the dataset or split is missing, a stage lacks a required column or would write an existing
-    column, or a translation model on this machine does not know a language.
+    Args:
+        steps: Flags of the stages of the split, in order.
+
+    Raises:
+        ValueError: If the dataset or the split does not exist, a stage lacks a required column or would overwrite an
+            existing column, or a translation model that is on this machine does not know a language.
     """
     first, *later = steps
     stage = RowStage(first)
@@ -338,11 +377,15 @@ def check_columns(steps: list[StageArguments]) -> None:
 
 
 def apply_corrections(steps: list[StageArguments], dataset: Path) -> None:
-    """Delete the outputs that depend on corrected cells of a translation table, so that the build makes them again.
+    """Delete outputs that depend on corrected rows of a translation table, so that the build makes them again.
 
-    The translate stage loses the parts with a changed row. So does a score stage right after it, because it has the
-    same rows. Later stages and the dataset are deleted. The record of the table is updated last, so that an interrupted
-    run finds the same corrections again.
+    In the translate stage, the parquet files with a changed row are deleted. If the next stage is score, the same
+    happens there, because both stages have the same rows. All later stages and the dataset are deleted completely. The
+    digest of the table is recorded last, so that an interrupted run finds the same corrections again.
+
+    Args:
+        steps: Flags of the stages of a split, in order.
+        dataset: Folder of the built dataset.
     """
     for number, step in enumerate(steps):
         if step.pending_manual_step():
@@ -369,7 +412,11 @@ def apply_corrections(steps: list[StageArguments], dataset: Path) -> None:
 
 
 def log_counts(plan: BuildPlan) -> None:
-    """Log how many rows each complete stage read and wrote, and warn if a filter dropped more than half of them."""
+    """Log the numbers of rows that each complete stage has read and written.
+
+    Log a warning if the selection dropped more than half of the rows of a stage, or if `drop_flagged` dropped more than
+    half of the translations.
+    """
     for step in (step for step in plan.all_steps() if _describe_state(step) == "done"):
         report, rows = check_complete(step.output), read_stage_record(step.output)["source"]["rows"]
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in report.skipped.items())
@@ -399,10 +446,14 @@ def log_counts(plan: BuildPlan) -> None:
 
 
 def describe_plan(plan: BuildPlan) -> list[str]:
-    """Describe the state of each stage, its failed tasks and the dataset, one line each."""
+    """Return lines that describe the progress of a build.
+
+    For each stage, they contain its state, the command that runs it, and the reasons of its failed tasks. The last line
+    describes the state of the dataset.
+    """
     lines, all_done = [], (plan.output / DATASET_FOLDER).is_dir()
     for steps in plan.steps.values():
-        is_current = True  # True if all earlier stages are complete, so that this stage has read their final rows
+        is_current = True  # True if all earlier stages of the split are complete, so that their rows are final
         for step in steps:
             state = _describe_state(step)
             is_done = state == "done"
@@ -416,7 +467,10 @@ def describe_plan(plan: BuildPlan) -> list[str]:
 
 
 def _describe_state(step: StageArguments) -> str:
-    """Describe the state of a stage; "done" if it is complete and its inputs have not been corrected."""
+    """Return a short description of the state of a stage.
+
+    The description is "done" if all rows are written and the translation table, if any, has not been corrected since.
+    """
     if request := step.pending_manual_step():
         return f"needs the translations in {step.import_file}: {request.partition(':')[0]}"
     if not (step.output / STAGE_FILE).is_file():
@@ -427,21 +481,24 @@ def _describe_state(step: StageArguments) -> str:
     return f"the corrected rows of {step.import_file} are written again" if step.is_corrected() else "done"
 
 
-# The dataset: the rows of the last stage of each split, in one folder for the Hub, written completely or not at all.
-# All splits have the same columns, because `datasets` requires it. A column is empty in a split that skipped its stage.
+# The dataset. Its folder is ready for the Hub, holds the rows of the last stage of each split, and is written
+# completely or not at all. All splits have the same columns, because `datasets` requires it. If a split has skipped a
+# stage, the columns of this stage are empty in the split.
 
 
 def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
-    """Write the dataset of a build whose stages are complete. A dataset that exists already does not change.
+    """Write the folder of the dataset from the last stage of each split.
+
+    All stages must be complete. If the dataset exists already, it does not change.
 
     Args:
-        plan: The build.
-        rank: Number of the task; there is only one.
-        world_size: Number of tasks.
+        plan: Plan of the build.
+        rank: Number of the task; not used, because a single task writes the dataset.
+        world_size: Number of tasks; not used.
 
     Raises:
-        ValueError: If the existing dataset was made from other stages, two splits have different types for a column, or
-            no row is left.
+        ValueError: If a stage is not complete, the existing dataset was made with other settings or data, a column has
+            different types in two splits, or no row is left.
     """
     output = plan.output / DATASET_FOLDER
     last_stages = {split: steps[-1].output for split, steps in plan.steps.items()}
@@ -470,9 +527,18 @@ def write_dataset(plan: BuildPlan, rank: int = 0, world_size: int = 1) -> None:
 
 
 def _group_parts(split: str, stage: Path) -> list[list[Path]]:
-    """Group the non-empty parts of a split into files of about `TARGET_FILE_BYTES`.
+    """Decide which parts (parquet files of a stage) each file of the dataset contains.
 
-    Raises ValueError if no row is left.
+    Args:
+        split: Name of the split.
+        stage: Output folder of the last stage of the split.
+
+    Returns:
+        For each file of the dataset, the paths of its parts, with a total size of about `TARGET_FILE_BYTES`. Parts
+        without rows are left out.
+
+    Raises:
+        ValueError: If the stage is not complete, or no row is left.
     """
     check_complete(stage)
     parts = [path for path in sorted(stage.glob(f"{split}-*.parquet")) if pq.read_metadata(path).num_rows]
@@ -484,7 +550,10 @@ def _group_parts(split: str, stage: Path) -> list[list[Path]]:
 
 
 def _common_schema(parts: Iterable[Path]) -> pa.Schema:
-    """Return a schema with the columns of all parts. Raises ValueError if a column has two types."""
+    """Return a schema with all columns that occur in any of the parquet files.
+
+    Raises ValueError if a column has different types in two files.
+    """
     features = Features()
     for part in parts:
         for name, feature in Features.from_arrow_schema(pq.read_schema(part)).items():
@@ -496,9 +565,15 @@ def _common_schema(parts: Iterable[Path]) -> pa.Schema:
 
 
 def _write_parquet_file(path: Path, parts: list[Path], schema: pa.Schema) -> Counter[str]:
-    """Write one file from parts, with the columns of `schema`; a column that a part lacks is empty.
+    """Write one parquet file of the dataset.
 
-    Returns the number of "rows", and for each column of captions the number of captions that are not blank.
+    Args:
+        path: File to write.
+        parts: Parquet files of a stage, whose rows are written in order.
+        schema: Columns of the file. If a part lacks a column, the column is null in its rows.
+
+    Returns:
+        The number of rows under the key "rows", and for each caption column the number of captions that are not blank.
     """
     counts = Counter()
     with atomic_parquet(path, schema) as parquet:
@@ -515,7 +590,12 @@ def _write_parquet_file(path: Path, parts: list[Path], schema: pa.Schema) -> Cou
 
 
 def _step_metadata(step: StageArguments) -> dict[str, Any]:
-    """Return the name, settings, counts and versions of a stage for the dataset card."""
+    """Return information about a complete stage for the dataset card.
+
+    Returns:
+        A dict with the name of the stage, its settings, the numbers of rows read, written and left out (by reason), the
+        numbers of translations and of flagged translations, who translated, and the versions of packages.
+    """
     record, report, quality = read_stage_record(step.output), check_complete(step.output), step.output / QUALITY_FILE
     quality_counts = None
     if quality.is_file():
@@ -534,11 +614,12 @@ def _step_metadata(step: StageArguments) -> dict[str, Any]:
 
 
 def render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str:
-    """Render the README.md of the dataset.
+    """Return the text of the dataset card (README.md) of a dataset.
 
     Args:
-        metadata: Content of `build.json`.
-        plot_file: Name of the plot of similarities in the folder of the dataset; None if there is none.
+        metadata: Content of `build.json`: the section `card` of the config, the language, and information about splits
+            and stages.
+        plot_file: Name of the histogram of similarities in the folder of the dataset; None if there is no histogram.
     """
     card, language, splits = metadata["card"], metadata["language"], metadata["splits"].values()
     stages = {step["name"] for split in splits for step in split["steps"]}
@@ -554,12 +635,12 @@ def render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str:
     translators = sorted(set(translations.values()))
     tags = ["translated", *(f"{translator}-translated" for translator in translators)] if translators else []
     data = DatasetCardData(
-        # The Hub only accepts ISO 639 codes: `zh` for `zh-Hant`, `por` for `por_Latn`.
+        # The Hub only accepts ISO 639 codes without script or region: `zh` for `zh-Hant`, `por` for `por_Latn`.
         language=list(dict.fromkeys(re.split(r"[-_]", code)[0].lower() for code in languages)),
         **{key: card.get(key) for key in ("license", "license_name", "license_link", "pretty_name")},
         task_categories=["image-to-text", "zero-shot-image-classification"],
         tags=["capivara", "image-text", *tags],
-        translations=translations or None,  # also copied to the cards of models trained on the dataset
+        translations=translations or None,  # training copies this value to model cards
         configs=[{"config_name": "default", "data_files": files}],
     )
     text = DatasetCard.from_template(
@@ -572,7 +653,7 @@ def render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str:
         stages=stages,
         translators=translators,
         plot_file=plot_file,
-        escape=escape_markdown,  # for all texts that we did not write
+        escape=escape_markdown,  # used for all texts that come from the config or the data
         code=lambda name: "`" + re.sub(r"[`|\s]", "_", name) + "`",
         link=lambda name, url: f"[{name}](<{url}>)" if re.fullmatch(r"https?://[^\s<>]+", url) else name,
         settings=_describe_settings,
@@ -581,19 +662,29 @@ def render_dataset_card(metadata: dict[str, Any], plot_file: str | None) -> str:
 
 
 def _describe_settings(settings: dict[str, Any]) -> str:
-    """Describe settings in one line, the model first, without digests and long lists."""
+    """Return the settings of a stage as one line for the dataset card, for example "model openmoji, language pt".
+
+    The model comes first. Settings without a value, digests and long lists are left out.
+    """
     leaves = sorted(flatten(settings).items(), key=lambda leaf: not leaf[0].endswith("model"))
     shown = [(k, v) for k, v in leaves if v is not None and v is not False and not HIDDEN_SETTINGS_RE.search(k)]
     return ", ".join(f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in shown)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line. Exits with 1 if tasks failed."""
+    """Run the command `captions.build`.
+
+    If a person must fill translation tables, print which ones, and return without an error. If tasks failed, exit with
+    status 1.
+
+    Args:
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         folder = build_dataset(parse_arguments(BuildArguments, __doc__, argv))
     except ManualStepRequired as required:
-        print(f"Manual step: {required}")  # not an error: everything else is done
+        print(f"Manual step: {required}")  # this is not an error, because everything else is done
         return
     if folder is not None:
         quoted = shlex.quote(str(folder))
@@ -604,6 +695,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from captions import build as module  # as a named module, so that other processes can unpickle its classes
+    # Import this file as a named module, so that other processes can unpickle its classes.
+    from captions import build as module
 
     run_command(module.main, resumable=True)

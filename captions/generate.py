@@ -1,12 +1,14 @@
-"""Generate captions with BLIP-2: one caption per image and prefix.
+"""Generate captions of images with BLIP-2: for each image, one caption per prefix.
 
     python -m captions.generate --dataset data/images --output data/generated
     python -m captions.generate --dataset data/images --output data/generated --precision fp16 --workers 4
 
-Each row gets the column `generated-captions-en`. A caption is the prefix, a blank and the model's greedy continuation.
-The ten prefixes of the CAPIVARA authors are in captions/prefixes.json; `--prefixes` takes another file of the same
-format. Rows whose image cannot be used are left out and listed. The same command finishes an interrupted run, with the
-same captions.
+A prefix is the beginning of a caption, for example "a photo of". The model continues it by greedy decoding, and the
+caption is the prefix followed by the continuation. The file captions/prefixes.json has the ten prefixes of the CAPIVARA
+authors; `--prefixes` selects another file of the same format.
+
+The captions are written to the column `generated-captions-en`. Rows whose image cannot be used are left out, and listed
+in *.skipped.jsonl files. To finish an interrupted run, run the same command again; the captions do not change.
 """
 
 import copy
@@ -41,14 +43,14 @@ from captions.translators import DTYPES
 from modeling_capivara.loading import load_config, weights_digest
 
 OUTPUT_COLUMN = "generated-captions-en"
-# Reason of a `BadRow` whose image gave NaN scores.
+# Reason in the `BadRow` of an image for which the scores of the language model were NaN.
 NOT_FINITE_REASON = "no finite scores"
 PREFIXES_FILE = Path(__file__).parent / "prefixes.json"
 
 
 @dataclass
 class GenerateArguments(StageArguments):
-    """Flags of `captions.generate`."""
+    """Command-line flags of `captions.generate`, the stage that generates captions of images with BLIP-2."""
 
     uses_model = decodes_images = True
     max_new_tokens: int = flag(50, "Largest number of new tokens per caption.")
@@ -69,24 +71,36 @@ class GenerateArguments(StageArguments):
         self.prefixes = Path(self.prefixes)
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
-        """Return the name of the new column; any dataset with images can be captioned."""
+        """Return the name of the column that the stage adds. No column besides the image column is required.
+
+        Args:
+            columns: Names of the columns of the dataset.
+            where: Name of the dataset; not used, because no check can fail.
+        """
         return [*super().check_columns(columns, where), OUTPUT_COLUMN]
 
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
-        """Load the prefixes and the model.
+        """Load the prefixes and the BLIP-2 model.
 
-        Raises ValueError or OSError if the file of prefixes is invalid, or the model cannot be loaded.
+        Args:
+            stage: The opened rows; not used.
+
+        Returns:
+            The positional arguments of `RowStage.run`: columns, settings, and the function that captions rows.
+
+        Raises:
+            ValueError, OSError: If the file of prefixes is invalid, or the model cannot be loaded.
         """
         prefixes, captioner = read_prefixes(self.prefixes), load_captioner(self)
         settings = {
-            # Only the name of a local folder, so that the folder can be moved.
+            # For a local folder, only its name is recorded, so that the folder can be moved.
             "model": Path(self.model).name if Path(self.model).is_dir() else self.model,
             "revision": getattr(captioner.model.config, "_commit_hash", None),
             "weights": weights_digest(captioner.model),
             "prefixes": prefixes,
             "max_new_tokens": self.max_new_tokens,
             "precision": self.precision,
-            "sampling": None,  # recorded by earlier versions, which could sample
+            "sampling": None,  # earlier versions of the program recorded this key; it keeps their folders valid
         }
         return {OUTPUT_COLUMN: CAPTIONS_FEATURE}, settings, lambda rows: caption_rows(captioner, prefixes, rows)
 
@@ -96,16 +110,17 @@ class GenerateArguments(StageArguments):
 
 @dataclass
 class Captioner:
-    """A BLIP-2 model that encodes each image once for all its prefixes.
+    """A BLIP-2 model that encodes each image only once, although it generates one caption per prefix.
 
-    Vision encoder and Q-Former run once per image. The language model then reads the query tokens of the image, and
-    their keys and values are cached. Since it is causal, these do not depend on the prefix, so all prefixes share the
-    cache. The tokens are the same as those of the plain `generate` call.
+    Vision encoder and Q-Former run once per image. The language model then reads the query tokens of the image, and the
+    keys and values of these tokens are cached. The language model is causal, so the keys and values do not depend on
+    the prefix that follows, and all prefixes share the cache. The generated tokens are the same as with a separate call
+    of `generate` for each prefix.
 
     Attributes:
         model: BLIP-2 with a decoder-only language model, in evaluation mode.
-        image_processor: The model's image processor.
-        tokenizer: The tokenizer of the language model.
+        image_processor: Image processor of the model.
+        tokenizer: Tokenizer of the language model.
         max_new_tokens: Largest number of tokens after a prefix.
         micro_batch_size: Number of captions that are generated at the same time.
     """
@@ -119,21 +134,21 @@ class Captioner:
     def __post_init__(self) -> None:
         self.device, self.language_model, tokenizer = self.model.device, self.model.language_model, self.tokenizer
         config = self.language_model.generation_config
-        config.max_length = None  # otherwise each call of `generate` warns about two limits
-        if config.pad_token_id is None:  # texts of a batch end at different steps and are padded
+        config.max_length = None  # with it, each call of `generate` would warn that `max_new_tokens` is set too
+        if config.pad_token_id is None:  # padding is needed because the texts of a batch end at different steps
             config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         parameters = inspect.signature(self.language_model.forward).parameters
-        self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # transformers before 5.24
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # name before transformers 5.24
 
     def generate_captions(self, images: Sequence[PIL.Image.Image], prefixes: Sequence[str]) -> list[list[str] | BadRow]:
         """Generate one caption per prefix for each image.
 
         Args:
             images: RGB images.
-            prefixes: Beginnings of the captions.
+            prefixes: Beginnings of the captions, for example "a photo of".
 
         Returns:
-            For each image, a list of captions in the order of the prefixes, or a BadRow if the model's scores were NaN.
+            For each image, a list with one caption per prefix, or a BadRow if a score of the language model was NaN.
         """
         return [
             self._decode_texts(tokens, prefixes)
@@ -141,7 +156,11 @@ class Captioner:
         ]
 
     def preprocess_images(self, images: Sequence[PIL.Image.Image]) -> Tensor:
-        """Preprocess images to pixel values (images, 3, height, width) in the data type of the language model."""
+        """Convert RGB images to the pixel values that the model reads.
+
+        Returns:
+            A tensor (images, 3, height, width) on the device and in the data type of the model.
+        """
         pixels = self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
         return pixels.to(self.device, self.language_model.dtype)
 
@@ -154,15 +173,17 @@ class Captioner:
             prefixes: Beginnings of the captions.
 
         Returns:
-            For each image and prefix, token ids (steps,) with end token and padding, or None if a score was NaN.
+            A list with one list per image, which holds one element per prefix: the token ids (steps,) of the
+            continuation, with end token and padding, or None if a score of the language model was NaN.
         """
         encoded, prompts = self.encode_images(pixel_values), self.tokenizer(list(prefixes))["input_ids"]
         continuations: list[Tensor | None] = []
-        pairs = list(itertools.product(range(len(pixel_values)), prompts))  # number of the image, tokens of the prefix
+        pairs = list(itertools.product(range(len(pixel_values)), prompts))  # (index of image, token ids of prefix)
         for start in range(0, len(pairs), self.micro_batch_size):
             batch = pairs[start : start + self.micro_batch_size]
             has_nan = torch.zeros(len(batch), dtype=torch.bool, device=self.device)
 
+            # `generate` calls this function at every step with the scores of all tokens (texts, vocabulary).
             def record_nan(ids: Tensor, scores: Tensor, has_nan: Tensor = has_nan) -> Tensor:
                 has_nan |= scores.isnan().any(-1)
                 return scores
@@ -176,9 +197,13 @@ class Captioner:
         return [continuations[first : first + count] for first in range(0, len(continuations), count)]
 
     def encode_images(self, pixel_values: Tensor) -> DynamicCache:
-        """Encode images, and return the keys and values of the language model at their query tokens.
+        """Encode images for the language model.
 
-        `pixel_values` has the shape (images, 3, height, width).
+        Args:
+            pixel_values: Preprocessed images (images, 3, height, width).
+
+        Returns:
+            A cache with the keys and values of the language model for the query tokens of all images.
         """
         # Shape: (images, queries, width of the language model).
         blocks = self.model.get_image_features(pixel_values=pixel_values).pooler_output
@@ -192,19 +217,20 @@ class Captioner:
         """Generate the continuation of each prompt.
 
         Args:
-            encoded: Keys and values of all images, from `encode_images`.
-            images: Number of the image of each prompt (texts,).
+            encoded: Cache with keys and values of all images, from `encode_images`.
+            images: For each prompt, the index of its image in `encoded` (prompts,).
             prompts: Token ids of each prompt.
-            **options: Options of `generate`.
+            **options: Keyword arguments of `generate`.
 
         Returns:
-            Token ids (texts, new tokens), without the prompts.
+            Token ids of the continuations (prompts, new tokens).
         """
         cache = copy.deepcopy(encoded)
         cache.batch_select_indices(images)
         ids, mask = self.pad_prompts(prompts)
         embeds = self.model.get_input_embeddings()(ids).to(self.language_model.dtype)
-        # Stands for the query tokens; its values are not read, because the cache holds their keys and values.
+        # `generate` needs embeddings for all positions. The values for the query tokens are not read, because the cache
+        # holds their keys and values.
         placeholder = embeds.new_zeros(len(ids), cache.get_seq_length(), embeds.shape[-1])
         return self.language_model.generate(
             inputs_embeds=torch.cat([placeholder, embeds], 1),
@@ -214,13 +240,28 @@ class Captioner:
         )
 
     def pad_prompts(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Pad prompts on the left. Returns token ids and attention mask, both (texts, tokens)."""
+        """Pad prompts on the left to the same length.
+
+        Args:
+            prompts: Token ids of each prompt.
+
+        Returns:
+            Token ids and attention mask, both of shape (prompts, tokens).
+        """
         rows = [torch.tensor(prompt, device=self.device) for prompt in prompts]
         mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")
         return pad_sequence(rows, True, self.language_model.generation_config.pad_token_id, "left"), mask
 
     def _decode_texts(self, tokens: list[Tensor | None], prefixes: Sequence[str]) -> list[str] | BadRow:
-        """Decode the continuations of an image to captions; a BadRow if a score was NaN."""
+        """Convert the continuations of one image to captions.
+
+        Args:
+            tokens: Token ids of the continuation of each prefix, or None if a score of the language model was NaN.
+            prefixes: Beginnings of the captions.
+
+        Returns:
+            One caption per prefix, or a BadRow if any element of `tokens` is None.
+        """
         if any(row is None for row in tokens):
             return BadRow(NOT_FINITE_REASON, "the model's scores were NaN; bf16 and float32 overflow less than fp16")
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -228,7 +269,7 @@ class Captioner:
 
 
 def load_captioner(args: GenerateArguments) -> Captioner:
-    """Load the model of the flags.
+    """Load the BLIP-2 model that the flags name.
 
     Raises ValueError or OSError if the model does not exist, or is not a BLIP-2 model with a decoder-only language
     model.
@@ -252,7 +293,10 @@ def load_captioner(args: GenerateArguments) -> Captioner:
 
 
 def read_prefixes(path: Path) -> list[str]:
-    """Read prefixes from a JSON file. Raises ValueError if there are none, or a prefix is blank or repeated."""
+    """Read the beginnings of captions from a JSON file with the content `{"prefixes": [texts]}`.
+
+    Raises ValueError if the file has no prefixes, or a prefix is blank or repeated.
+    """
     values = read_json(path, prefixes=list)["prefixes"]
     prefixes = [prefix.strip() for prefix in values if isinstance(prefix, str)]
     if not prefixes or not all(prefixes) or len(set(prefixes)) < len(values):
@@ -264,9 +308,21 @@ def read_prefixes(path: Path) -> list[str]:
 def caption_rows(
     captioner: Captioner, prefixes: list[str], rows: list[dict[str, Any]]
 ) -> list[dict[str, Any] | BadRow]:
-    """Return the captions of each row's image, or a BadRow. Raises ValueError if the memory is insufficient."""
+    """Generate the captions of the images of rows.
+
+    Args:
+        captioner: The BLIP-2 model.
+        prefixes: Beginnings of the captions.
+        rows: Rows with a decoded image under the key `DECODED_KEY`.
+
+    Returns:
+        For each row, a dict with the new column, or a BadRow if no captions could be generated.
+
+    Raises:
+        ValueError: If the memory of the GPU or CPU is insufficient.
+    """
     images = [row[DECODED_KEY] for row in rows]
-    # PIL cannot convert La to RGB directly.
+    # PIL cannot convert the mode La (grayscale with premultiplied alpha) to RGB directly.
     images = [image.convert("LA") if image.mode == "La" else image for image in images]
     try:
         captions = captioner.generate_captions([image.convert("RGB") for image in images], prefixes)
@@ -279,11 +335,16 @@ def caption_rows(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
+    """Run the command `captions.generate`.
+
+    Args:
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
+    """
     run_stage_command(GenerateArguments, __doc__, argv)
 
 
 if __name__ == "__main__":
-    from captions import generate  # as a named module, so that other processes can unpickle its classes
+    # Import this file as a named module, so that other processes can unpickle its classes.
+    from captions import generate
 
     run_command(generate.main, resumable=True)

@@ -1,7 +1,7 @@
-"""Quality flags of translations: heuristics that find translations that look wrong.
+"""Find translations that look wrong, with simple heuristics. A quality flag is the name of such a problem.
 
-The thresholds accept what people write, and detect how translators fail. They detect repetition loops only by their
-length.
+The thresholds are chosen to accept translations by people, and to detect typical failures of translation models.
+Endless repetitions are detected only by the length of the translation.
 """
 
 import re
@@ -13,11 +13,13 @@ from caption_data.rows import TOKEN_PATTERN
 from captions.translators import parse_language
 
 QUALITY_FLAGS = ("empty", "copy", "wrong script", "length", "markup")
-MAX_NAME_WORDS = 3  # an equal translation of up to 3 words may be a name, for example "Rio de Janeiro"
-# Share of letters in the script of the language. Brands and names keep their script: a Hindi caption may be half Latin.
+# Up to this number of words, a translation may be equal to the source, because it may be a name ("Rio de Janeiro").
+MAX_NAME_WORDS = 3
+# Smallest share of letters that must be in the script of the language. The share is low because brands and names keep
+# their script, so that half of the letters of a Hindi caption may be Latin.
 MIN_SCRIPT_SHARE = 0.3
 TWO_SCRIPT_LANGUAGES = ("az", "kk", "ku", "pa", "sr", "tk", "ug", "uz")  # languages that are written in several scripts
-# Unicode scripts of the script codes that combine several of them.
+# Unicode scripts, as regular expressions, of the ISO 15924 script codes that stand for a variant or several scripts.
 SCRIPT_PATTERNS = {
     "Hans": r"\p{Hani}",
     "Hant": r"\p{Hani}",
@@ -25,12 +27,13 @@ SCRIPT_PATTERNS = {
     "Kore": r"\p{Hang}\p{Hani}",
 }
 LETTER_RE, DENSE_SCRIPT_RE = regex.compile(r"\p{L}"), regex.compile(r"[\p{Hani}\p{Hira}\p{Kana}\p{Hang}]")
-# A translation has a wrong length if it has more than 3 times the letters of the source plus 20, or the reverse. The
-# slack of 20 letters allows "isilwane sasekhaya" for "cat". A character of Chinese, Japanese or Korean counts as 3
-# letters.
+# The length of a translation looks wrong if the longer of source and translation has more than
+# `3 * characters of the shorter + 20` characters. The additional 20 characters allow the Zulu "isilwane sasekhaya" for
+# "cat". A character of Chinese, Japanese or Korean counts as 3.
 MAX_LENGTH_RATIO, LENGTH_SLACK_LETTERS, LETTERS_PER_DENSE_SIGN = 3, 20, 3
-# HTML entities and tags, and what translation models write when they fail: the unknown token of SentencePiece, its mark
-# for a blank, the replacement character, and language tokens.
+# Markup that must not occur in a translation: HTML entities and tags, and symbols that translation models write if they
+# fail. These symbols are SentencePiece's symbols for an unknown token and for a blank, the replacement character of
+# Unicode, and language tokens.
 MARKUP_RE = re.compile(
     r"&(?:[a-zA-Z][a-zA-Z0-9]{1,9}|#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6});|</?[a-zA-Z][a-zA-Z0-9]*(?:\s[^<>]*)?/?>|<!--"
     r"|\u2047|\u2581|\ufffd|>>[\w-]+<<|__[a-z]{2,3}__"
@@ -38,15 +41,20 @@ MARKUP_RE = re.compile(
 
 
 def find_quality_flags(source: str, translation: str, language: str) -> list[str]:
-    """Find signs that a translation is wrong.
+    """Return the names of the problems that a translation seems to have.
 
     Args:
-        source: The sentence.
-        translation: Its translation.
-        language: Code of the language of the translation.
+        source: Sentence that was translated.
+        translation: Translation of the sentence.
+        language: Code of the language of the translation, for example "pt".
 
     Returns:
-        Names from `QUALITY_FLAGS`; empty if the translation looks right, or if the source is blank.
+        A list of quality flags, which is empty if the translation looks right or the source is blank:
+            empty: The translation is blank, or has no letter or digit although the source has one.
+            copy: The translation has the same words as the source, and more than `MAX_NAME_WORDS`.
+            wrong script: Less than `MIN_SCRIPT_SHARE` of the letters are in the script of the language.
+            length: The translation is much longer or shorter than the source.
+            markup: The translation contains HTML, or symbols that translation models write if they fail.
     """
     if not source.strip():
         return []
@@ -66,18 +74,22 @@ def find_quality_flags(source: str, translation: str, language: str) -> list[str
 
 
 def _split_words(text: str) -> list[str]:
-    """Split a text into lowercase words."""
+    """Return the words of a text in lowercase, without punctuation."""
     return re.findall(TOKEN_PATTERN, text.lower())
 
 
 def _has_letters(text: str) -> bool:
-    """Tell whether a text has a letter or digit."""
+    """Return True if a text contains at least one letter or digit."""
     return any(map(str.isalnum, text))
 
 
 @lru_cache
 def _script_pattern(language: str) -> regex.Pattern:
-    """Return a pattern for the letters of a language's script; any letter if the script is not known."""
+    """Return a regular expression for one letter of the script in which a language is written.
+
+    If the code is invalid, or the language is written in several scripts and the code names none of them, the pattern
+    matches any letter.
+    """
     parsed = parse_language(language)
     if parsed is None or (parsed.language in TWO_SCRIPT_LANGUAGES and not parsed.script):
         return LETTER_RE

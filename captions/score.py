@@ -1,13 +1,15 @@
-r"""Score captions: the cosine similarity of each caption and its image under a model with two towers.
+r"""Score captions by their cosine similarity to the image, computed with a model of an image and a text encoder.
 
     python -m captions.score --dataset data/translated --output data/scored --language pt --model data/openmoji/base
     python -m captions.score --dataset data/translated --output data/scored --language pt --workers 2 \
         --model open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k
 
-Each row gets the column `similarities-<language>`: one number for each text in `captions-<language>`, then for each
-text in `generated-captions-<language>`; None for an empty caption. `captions.select` and the caption strategies of
-training use it. Rows without captions, or whose image cannot be used, are left out and listed. The same command
-finishes an interrupted run.
+Each row gets the column `similarities-<language>`. It holds one number for each caption in `captions-<language>`, and
+then one number for each caption in `generated-captions-<language>`. The number is None if the caption is empty.
+`captions.select` and the caption strategies of training use this column.
+
+Rows without captions, and rows whose image cannot be used, are left out and listed in *.skipped.jsonl files. To finish
+an interrupted run, run the same command again.
 """
 
 from collections.abc import Collection
@@ -27,7 +29,7 @@ from modeling_capivara.two_towers import Embedder, load_embedder
 
 @dataclass
 class ScoreArguments(StageArguments):
-    """Flags of `captions.score`."""
+    """Command-line flags of `captions.score`, the stage that computes similarities of captions to their images."""
 
     uses_model = decodes_images = True
     language: str = flag("pt", "Language code at the end of the names of the caption columns.")
@@ -55,17 +57,35 @@ class ScoreArguments(StageArguments):
             require_packages("The stage score", "open_clip", "open_clip")
 
     def required_columns(self) -> list[str]:
-        """Return the columns of captions; the dataset must have at least one of them."""
+        """Return the names of the caption columns of the language. The dataset must have at least one of them."""
         return [f"captions-{self.language}", f"generated-captions-{self.language}"]
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
-        """Return the name of the new column. Raises ValueError if there is no column of captions."""
+        """Check that the dataset has a caption column of the language.
+
+        Args:
+            columns: Names of the columns of the dataset, after the flag `rename`.
+            where: Name of the dataset, with which the error message begins.
+
+        Returns:
+            The name of the column that the stage adds.
+
+        Raises:
+            ValueError: If the dataset has no caption column of the language.
+        """
         return [*super().check_columns(columns, where), f"similarities-{self.language}"]
 
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
-        """Load the model.
+        """Load the model that scores captions.
 
-        Raises ValueError, OSError or ImportError if the model cannot be loaded.
+        Args:
+            stage: The opened rows; not used.
+
+        Returns:
+            The positional arguments of `RowStage.run`: columns, settings, and the function that scores rows.
+
+        Raises:
+            ValueError, OSError, ImportError: If the model cannot be loaded.
         """
         embedder = load_embedder(self.model, self.device, True, self.precision)
         settings = {"language": self.language, "model": self.model, "fingerprint": embedder.fingerprint}
@@ -77,23 +97,23 @@ class ScoreArguments(StageArguments):
 
 
 def score_rows(embedder: Embedder, args: ScoreArguments, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
-    """Score the captions of rows; each distinct caption is embedded once.
+    """Compute the similarities of the captions of rows to their images. Each distinct caption is embedded once.
 
     Args:
-        embedder: The model.
+        embedder: Model that embeds texts and images.
         args: Flags of the command.
-        rows: Rows with captions and their decoded image.
+        rows: Rows with captions, and a decoded image under the key `DECODED_KEY`.
 
     Returns:
-        The new column of each row, or a BadRow if the row has no caption or its image cannot be used.
+        For each row, a dict with the new column, or a BadRow if the row has no caption or its image cannot be used.
     """
-    columns, size = args.required_columns(), args.embedding_batch_size  # the order of columns is that of similarities
+    columns, size = args.required_columns(), args.embedding_batch_size  # similarities have this order
     captions = [[text for column in columns for text in row.get(column) or []] for row in rows]
     captioned = [number for number, texts in enumerate(captions) if any(map(str.strip, texts))]
     results = [BadRow("no caption", f"all of {', '.join(columns)} are empty")] * len(rows)
     distinct = sorted({text for number in captioned for text in captions[number] if text.strip()}, key=len)
     embeds = embedder.embed_texts(distinct, 2 * size) if distinct else []
-    text_embeds = dict(zip(distinct, embeds, strict=True))  # each (width,)
+    text_embeds = dict(zip(distinct, embeds, strict=True))  # shape of each embedding: (width,)
     image_embeds = embed_row_images(embedder, [rows[number][DECODED_KEY] for number in captioned], size)
     for number, embed in zip(captioned, image_embeds, strict=True):
         results[number] = embed
@@ -104,7 +124,18 @@ def score_rows(embedder: Embedder, args: ScoreArguments, rows: list[dict[str, An
 
 
 def embed_row_images(embedder: Embedder, images: list[PIL.Image.Image], batch_size: int) -> list[Tensor | BadRow]:
-    """Embed each image to a vector (width,). An image that the model refuses becomes a BadImage; the others do not."""
+    """Embed images in batches.
+
+    If the model raises an error for a batch, its images are embedded one by one, so that only bad images fail.
+
+    Args:
+        embedder: Model that embeds images.
+        images: Decoded images.
+        batch_size: Largest number of images in a batch.
+
+    Returns:
+        For each image, its embedding (width,), or a BadImage if the model cannot embed it.
+    """
     try:
         return list(embedder.embed_images(images, batch_size)) if images else []
     except ValueError as error:
@@ -114,11 +145,16 @@ def embed_row_images(embedder: Embedder, images: list[PIL.Image.Image], batch_si
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
+    """Run the command `captions.score`.
+
+    Args:
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
+    """
     run_stage_command(ScoreArguments, __doc__, argv)
 
 
 if __name__ == "__main__":
-    from captions import score  # as a named module, so that other processes can unpickle its classes
+    # Import this file as a named module, so that other processes can unpickle its classes.
+    from captions import score
 
     run_command(score.main, resumable=True)

@@ -3,13 +3,16 @@ r"""Select captions and images with a caption strategy and the pair filter, and 
     python -m captions.select --dataset data/scored --output data/selected --language pt \
         --caption_strategy rank --caption_count 5 --min_pair_similarity 0.2
 
-Strategies, pair filter and their flags are those of training (`caption_data.rows`). Selecting once makes the dataset
-smaller, and the selection can be inspected. In the output, `captions-<language>` holds the selected captions in the
-order of the strategy, `similarities-<language>` holds their similarities, and `generated-captions-<language>` is empty;
-columns of other languages do not change. Images without a selected caption are left out and listed.
+A caption strategy is a rule that selects captions of an image. The pair filter leaves out images whose first caption
+has a low similarity. Training has the same strategies, pair filter and flags (`caption_data.rows`). Selecting captions
+before training makes the dataset smaller, and the selection can be inspected.
 
-The folder `report` in the output has a page, `index.html`, with counts, histograms and the images closest to the
-cutoff, and all its numbers in `selection.json`.
+In the output, `captions-<language>` holds the selected captions in the order of the strategy, `similarities-<language>`
+holds the similarities of these captions, and `generated-captions-<language>` is empty. Columns of other languages do
+not change. Images without a selected caption are left out, and listed in *.skipped.jsonl files.
+
+The folder `report` in the output has an HTML page, `index.html`, with counts, a histogram and the images whose
+similarity is closest to the cutoff. The file `selection.json` has all numbers of the page.
 """
 
 import itertools
@@ -33,21 +36,21 @@ from caption_data.sources import Split
 from captions.stages import RowStage, StageArguments, check_complete, read_skipped_rows, run_stage_command
 from eval.records.tables import to_one_line, write_html_page
 
-# In the output folder; written last, so that its existence means that the report is complete.
+# Path of the HTML page in the output folder. The page is written last, so that the report is complete if it exists.
 REPORT_PAGE = Path("report") / "index.html"
 REPORT_TEMPLATE = Path(__file__).parent / "selection_report.html.j2"
-EXAMPLES_PER_SIDE = 6  # images on the page on each side of the cutoff
-# Cutoffs in the table that helps to choose one. The CAPIVARA authors use 0.2.
+EXAMPLES_PER_SIDE = 6  # number of dropped examples, and of kept examples, on the HTML page
+# Cutoffs for which the page shows how many images would be kept. The CAPIVARA authors use 0.2.
 SIMILARITY_CUTOFFS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
-MAX_SHOWN_CHARACTERS = 300  # characters of a caption on the page
-DROPPED_COLOR = "#b9bec6"
+MAX_SHOWN_CHARACTERS = 300  # longer captions are shortened on the HTML page
+DROPPED_COLOR = "#b9bec6"  # color of dropped captions in the histogram
 HISTOGRAM_BINS = 60
-EXAMPLE_IMAGE_SIDE = 240  # pixels
+EXAMPLE_IMAGE_SIDE = 240  # longest side of the example images, in pixels
 
 
 @dataclass
 class SelectArguments(CaptionChoice, StageArguments):
-    """Flags of `captions.select`."""
+    """Command-line flags of `captions.select`, the stage that selects captions and images."""
 
     language: str = flag("pt", "Language code at the end of the names of the caption columns.")
 
@@ -61,16 +64,27 @@ class SelectArguments(CaptionChoice, StageArguments):
         return self.min_similarity if self.caption_strategy in ("threshold", "diverse") else None
 
     def columns(self) -> list[str]:
-        """Return the names of the columns of captions, generated captions and similarities."""
+        """Return the names of three columns of the language: captions, generated captions and similarities."""
         return [f"{name}-{self.language}" for name in ("captions", "generated-captions", "similarities")]
 
     def required_columns(self) -> list[str]:
-        """Return alternative columns, of which the dataset needs one: similarities if they are used, else captions."""
+        """Return the names of columns that the selection can work on. The dataset must have at least one of them.
+
+        If the strategy or the pair filter reads similarities, the only name is the column of similarities. Otherwise,
+        the names are the columns of captions and generated captions.
+        """
         scored = self.caption_strategy in SIMILARITY_STRATEGIES or self.min_pair_similarity is not None
         return self.columns()[2:] if scored else self.columns()[:2]
 
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
-        """Return the settings of the selection and the function that selects."""
+        """Return the settings of the selection, and the function that selects captions.
+
+        Args:
+            stage: The opened rows; not used.
+
+        Returns:
+            The positional arguments of `RowStage.run`: columns, settings, and the function that processes rows.
+        """
         settings = {
             "language": self.language,
             "caption_strategy": self.caption_strategy,
@@ -85,21 +99,26 @@ class SelectArguments(CaptionChoice, StageArguments):
         )
 
     def report(self, rank: int = 0, world_size: int = 1) -> None:
-        """Write the folder `report` of a complete selection, unless it exists."""
+        """Write the report about the selection into the folder `report` of the output, unless it exists already.
+
+        Args:
+            rank: Number of the task; not used, because a single task writes the report.
+            world_size: Number of tasks; not used.
+        """
         if not (self.output / REPORT_PAGE).is_file():
             write_selection_report(self)
 
 
 def choose_with_similarities(args: SelectArguments, row: dict[str, Any]) -> tuple[dict[str, float | None], list[str]]:
-    """Choose the captions of a row.
+    """Choose the captions of a row, and look up the similarities of all captions of the row.
 
     Args:
         args: Flags of the command.
-        row: A row; a missing column counts as empty.
+        row: A row of the dataset. A missing column of captions counts as empty.
 
     Returns:
-        A dict from each distinct caption to its similarity (None if unknown) in the order of the row, and the list of
-        chosen captions, which is empty if the image is left out.
+        A dict from each distinct caption of the row, in order, to its similarity (None if unknown), and the list of
+        chosen captions. The list is empty if the image must be left out.
 
     Raises:
         BadRow: If the row has no caption, or the number of similarities differs from the number of captions.
@@ -119,7 +138,16 @@ def choose_with_similarities(args: SelectArguments, row: dict[str, Any]) -> tupl
 
 
 def select_row(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any] | BadRow:
-    """Return the new columns of a row, or a BadRow if no caption is selected."""
+    """Select the captions of a row.
+
+    Args:
+        args: Flags of the command.
+        row: A row of the dataset.
+
+    Returns:
+        A dict with the new values of the columns of captions, generated captions and similarities, or a BadRow if no
+        caption is selected.
+    """
     try:
         scored, chosen = choose_with_similarities(args, row)
     except BadRow as bad:
@@ -129,12 +157,18 @@ def select_row(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any] | B
     return dict(zip(args.columns(), (chosen, [], [scored[text] for text in chosen]), strict=True))
 
 
-# The report. A single pass over the captions makes it, so that it does not depend on how the selection was split into
-# tasks, or whether it was interrupted.
+# The report. It is computed by an additional pass over all captions, so that it does not depend on how the selection
+# was split into tasks, or on whether the selection was interrupted.
 
 
 def write_selection_report(args: SelectArguments) -> None:
-    """Write the folder `report` of a complete selection; its page is written last."""
+    """Write the report about a complete selection into the folder `report` of the output.
+
+    The folder gets a histogram, example images, `selection.json` with all numbers, and the HTML page `index.html`. The
+    page is written last, so that a report with a page is complete.
+
+    Raises ValueError if the selection is not complete.
+    """
     folder, source = args.output / REPORT_PAGE.parent, args.source()
     folder.mkdir(exist_ok=True)
     captions = _build_caption_table(args, source)
@@ -142,8 +176,8 @@ def write_selection_report(args: SelectArguments) -> None:
     kept_count = int(is_image_kept.sum())
     scored = captions.dropna(subset="similarity")
     first = scored[scored["first"]].assign(kept=lambda table: table["row"].map(is_image_kept).astype(bool))
-    # If only the pair filter has a cutoff, show the first captions: `rank` also drops captions of images that fit well,
-    # and these would hide the captions that the filter has dropped.
+    # If only the pair filter has a cutoff, show only the first caption of each image, because the filter reads only
+    # that caption. Captions that a strategy such as `rank` drops would hide those that the filter drops.
     by_first = args.min_pair_similarity is not None and args.strategy_cutoff is None
     shown, unit = (first, "images, by their first caption") if by_first else (scored, "captions")
     settings = ("split", "language", "caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
@@ -177,15 +211,26 @@ def write_selection_report(args: SelectArguments) -> None:
 
 
 def _build_caption_table(args: SelectArguments, source: Split) -> pd.DataFrame:
-    """Return a table with one row per distinct caption of the usable images.
+    """Return a table of all distinct captions of the valid rows.
 
-    Columns: number of the row (row), position of the caption in it (place), whether it is the first original caption
-    (first), whether it is kept (kept), and its similarity. It holds no texts, since there may be tens of millions.
+    The table does not contain the texts of the captions, because there may be tens of millions.
+
+    Args:
+        args: Flags of the command.
+        source: The rows that the selection has read.
+
+    Returns:
+        A table with one row per distinct caption of an image, and these columns:
+            row: Number of the image's row in the source, counted from 0.
+            place: Index of the caption among the distinct captions of the image.
+            first: True for the first original caption of the image.
+            kept: True if the caption is selected.
+            similarity: Cosine similarity of image and caption; NaN if unknown.
     """
     present = [old for old in source.columns if args.column_renames().get(old, old) in args.columns()]
     parts = args.output.glob(f"{args.split}-*.parquet")
     unusable = {row for part in parts for row, reason in read_skipped_rows(part) if reason != NOT_CHOSEN}
-    # Arrays of C numbers: lists of Python objects would need several times the memory.
+    # Use arrays of C numbers, because lists of Python objects would need several times the memory.
     table = {"row": array("q"), "place": array("i"), "first": array("b"), "kept": array("b"), "similarity": array("d")}
     for number, row in enumerate(source.rows(column_names=present)):
         if number not in unusable:
@@ -202,13 +247,29 @@ def _build_caption_table(args: SelectArguments, source: Split) -> pd.DataFrame:
 
 
 def _normalize_row(args: SelectArguments, row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of the source with the column names of the output, and its captions as lists of texts."""
+    """Return a row of the source with the column names of the output, and with captions as lists of texts.
+
+    Args:
+        args: Flags of the command; `rename` is applied.
+        row: A row of the source.
+    """
     row = {args.column_renames().get(old, old): value for old, value in row.items()}
     return row | {name: normalize_captions(row[name], name) for name in args.columns()[:2] if name in row}
 
 
 def _write_examples(args: SelectArguments, source: Split, captions: pd.DataFrame, folder: Path) -> list[dict[str, Any]]:
-    """Write the images closest to the cutoff on each side, and return their captions, the closest first."""
+    """Find the examples closest to the cutoff, and write their images as JPEG files.
+
+    Args:
+        args: Flags of the command.
+        source: The rows that the selection has read.
+        captions: Table of captions from `_build_caption_table`.
+        folder: Folder for the images.
+
+    Returns:
+        First the `EXAMPLES_PER_SIDE` dropped captions with the highest similarities, then the same number of kept
+        captions with the lowest similarities, each as a dict with the keys "row", "caption", "similarity" and "kept".
+    """
     examples = []
     for kept in (False, True):
         side = captions[captions["kept"] == kept].sort_values("similarity", ascending=kept, kind="stable")
@@ -217,7 +278,7 @@ def _write_examples(args: SelectArguments, source: Split, captions: pd.DataFrame
             similarities, _ = choose_with_similarities(args, _normalize_row(args, row))
             text = list(similarities)[example.place]
             examples.append({"row": example.row, "caption": text, "similarity": example.similarity, "kept": kept})
-            with suppress(BadRow):  # an example without an image is still shown
+            with suppress(BadRow):  # if the image is invalid, the page shows only the caption
                 image = decode_image(row[args.image_column], source.image_access).convert("RGB")
                 image.thumbnail((EXAMPLE_IMAGE_SIDE, EXAMPLE_IMAGE_SIDE))
                 image.save(folder / f"row-{example.row}.jpg")
@@ -225,12 +286,12 @@ def _write_examples(args: SelectArguments, source: Split, captions: pd.DataFrame
 
 
 def plot_similarities(sides: dict[str, pd.Series], unit: str, cutoff: float | None, path: Path) -> None:
-    """Draw a stacked histogram of the similarities of kept and dropped captions, with the cutoff as a line.
+    """Draw a stacked histogram of the similarities of kept and dropped captions, with a line at the cutoff.
 
     Args:
-        sides: Similarities of the "dropped" and "kept" captions.
-        unit: Label of the y axis: what is counted.
-        cutoff: Lowest similarity that is kept; None for no line.
+        sides: Similarities under the keys "dropped" and "kept".
+        unit: Label of the y axis, for example "captions".
+        cutoff: Lowest similarity that the selection accepts; None to draw no line.
         path: PNG file to write.
     """
     from matplotlib import pyplot as plt  # slow to import, and only one task draws
@@ -252,13 +313,18 @@ def plot_similarities(sides: dict[str, pd.Series], unit: str, cutoff: float | No
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line, and print where the report is."""
+    """Run the command `captions.select`, and print the path of the report.
+
+    Args:
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
+    """
     args = run_stage_command(SelectArguments, __doc__, argv)
     if args is not None:
         print(f"Report with images: {args.output / REPORT_PAGE}")
 
 
 if __name__ == "__main__":
-    from captions import select  # as a named module, so that other processes can unpickle its classes
+    # Import this file as a named module, so that other processes can unpickle its classes.
+    from captions import select
 
     run_command(select.main, resumable=True)

@@ -1,13 +1,15 @@
-"""Base of all stages of a caption build: read rows, write the same rows with more columns.
+"""Define the base class of all stages of a caption build. A stage reads rows, and writes them with more columns.
 
 Example:
     StageArguments("images", Path("read")).write_rows()  # copies the rows; subclasses add columns
 
-A stage writes parts. A part is a parquet file of consecutive rows of the source, named for their numbers, with a JSON
-Lines file of the skipped rows next to it. Each task writes the parts of its share (`rank` of `world_size`). Parts
-appear under their name only when they are complete, and the names alone say what is done: a killed task can be
-repeated, with any number of tasks, and no row is lost or doubled. The folder of a stage is the dataset of the next
-stage. Its parquet files are read in place, because `datasets` would first copy each of them to its cache.
+A stage writes its output in parts. A part is a parquet file of consecutive rows of the source. The file name contains
+the row numbers, and rows that cannot be used are listed in a JSON Lines file next to the part. The parts are divided
+among the tasks of the stage; task `rank` of `world_size` tasks writes its share.
+
+A part gets its final name only when it is complete, so the file names alone show which rows are done. A killed task can
+be run again, also with another number of tasks, and no row is lost or written twice. The output folder of a stage is
+the dataset of the next stage. Its parquet files are read in place, without a copy in the cache of `datasets`.
 """
 
 import itertools
@@ -56,19 +58,22 @@ from caption_data.rows import (
 )
 from caption_data.sources import STAGE_FILE, Split, check_finished, open_parquet
 
-SPLIT_NAME_PATTERN = r"\w+([.-]\w+)*"  # a split name must be valid at the start of a file name
+SPLIT_NAME_PATTERN = r"\w+([.-]\w+)*"  # valid split names; file names of parts begin with the split name
 IMAGE_COLUMN = "image"  # name of the image column in every output, as in the datasets of the CAPIVARA authors
 DECODED_KEY = "decoded image"  # key of the decoded image in a row that a stage processes
-STAGE_VERSION = 1  # version of the folder's format; increase it when the format of parts changes
-IDENTITY_KEYS = ("version", "source", "rows_per_part", "settings", "columns")  # must be equal for all parts of a folder
-IGNORED_SOURCE_KEYS = ("name", "damaged")  # may differ: another machine may reach the source by another path
-# Types of the values in `stage.json`.
+STAGE_VERSION = 1  # version of the format of output folders; increase it if the format of parts changes
+# Keys of `stage.json` whose values must be equal for all parts of a folder.
+IDENTITY_KEYS = ("version", "source", "rows_per_part", "settings", "columns")
+# Keys of "source" in `stage.json` whose values may differ, because the path of the source depends on the machine.
+IGNORED_SOURCE_KEYS = ("name", "damaged")
+# Types of the values in `stage.json`, by key.
 RECORD_TYPES = {"version": int, "command": str, "source": dict, "rows_per_part": int}
 RECORD_TYPES |= {"settings": dict, "columns": dict, "versions": dict}
 MAX_ROWS = 10**9  # row numbers in the names of parts have nine digits
-ROWS_PER_GROUP = 16  # rows of a parquet row group, the smallest unit that a reader decodes
-MAX_PREPARED_ROWS = 50_000  # rows whose translations are in memory at the same time
-# Processes a batch of rows: returns the new columns of each row, or a BadRow if it must be skipped.
+ROWS_PER_GROUP = 16  # number of rows in a parquet row group, the smallest unit that a reader decodes
+MAX_PREPARED_ROWS = 50_000  # number of rows whose translations are in memory at the same time
+# Function that processes a batch of rows. For each row, it returns a dict with the values of the new columns, or a
+# BadRow if the row must be skipped.
 ProcessRows = Callable[[list[dict[str, Any]]], list[dict[str, Any] | BadRow]]
 
 S = TypeVar("S", bound=Sized)
@@ -77,14 +82,14 @@ logger = logging.getLogger("capivara")
 
 @dataclass
 class StageArguments(ImageFileArguments, ExecutorArguments):
-    """Flags of a stage, and the work of its tasks. This base class copies the rows; subclasses add columns.
+    """Flags of a stage, with methods that run the stage. This base class copies rows; subclasses add columns.
 
     Raises ValueError if the value of a flag is invalid.
     """
 
-    uses_model = False  # True: tasks need a GPU
-    decodes_images = False  # True: rows have the decoded image in `DECODED_KEY`
-    import_file = None  # only `captions.translate` has this flag
+    uses_model = False  # True if tasks need a GPU
+    decodes_images = False  # True if the stage needs the decoded image of each row, under the key `DECODED_KEY`
+    import_file = None  # translation table; a flag of `captions.translate` only
     dataset: str = flag(..., f"{DATASET_HELP} Can be the output folder of another stage.")
     output: Path = flag(..., "Output folder. To finish an interrupted run, run the same command again.")
     split: str = flag("train", "Split to read; output files are named after it.")
@@ -102,7 +107,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
                 f"{self.split!r}."
             )
         folder, output = Path(self.dataset).resolve(), self.output.resolve()
-        if Path(self.dataset).exists() and folder in (output, output.parent):  # the output would become input
+        if Path(self.dataset).exists() and folder in (output, output.parent):  # the stage would read its own output
             raise ValueError(
                 f"The output folder {self.output} must not be the dataset folder or lie in it. Choose another --output."
             )
@@ -111,7 +116,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         self.check_executor()
 
     def column_renames(self) -> dict[str, str]:
-        """Return `rename` as a dict from old to new names. Raises ValueError if it is invalid."""
+        """Return the flag `rename` as a dict from old to new column names. Raises ValueError if the flag is invalid."""
         pairs = [pair.split("=") for pair in self.rename]
         names = dict(pair for pair in pairs if len(pair) == 2 and all(pair))
         if len(names) < len(pairs) or len(set(names.values())) < len(names) or self.image_column in names:
@@ -122,21 +127,24 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         return names
 
     def required_columns(self) -> list[str]:
-        """Return alternative columns, by their names in the output; the dataset must have at least one of them."""
+        """Return the names of columns that the stage can work on. The dataset must have at least one of these columns.
+
+        The names apply after the flag `rename`. An empty list means that no column is required.
+        """
         return []
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
-        """Check that the dataset has a required column.
+        """Check that the dataset has a column that the stage can work on.
 
         Args:
-            columns: Columns of the dataset, by their names in the output.
-            where: Start of the error message; names the dataset.
+            columns: Names of the columns of the dataset, after the flag `rename`.
+            where: Name of the dataset, with which the error message begins.
 
         Returns:
             The names of the columns that the stage adds.
 
         Raises:
-            ValueError: If all columns that the stage could work on are missing.
+            ValueError: If the dataset has none of the columns `required_columns()`.
         """
         needed = self.required_columns()
         if needed and set(columns).isdisjoint(needed):
@@ -147,56 +155,64 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         return []
 
     def known_settings(self) -> dict[str, Any]:
-        """Return the settings of the stage that are known before a model is loaded."""
+        """Return the settings for `stage.json` that are known before a model is loaded.
+
+        They are compared with the recorded settings of a complete stage, without loading the model.
+        """
         return {}
 
     def source(self) -> Split:
-        """Open the split to read. Raises ValueError if it does not exist or cannot be read."""
+        """Open the dataset split that the stage reads. Raises ValueError if the split does not exist or is damaged."""
         return open_in_place(self.dataset, self.split, self.image_column, **self.image_options())
 
     def pending_manual_step(self) -> str:
-        """Describe what a person must do before the stage can run; empty if nothing."""
+        """Return a description of what a person must do before the stage can run; "" if there is nothing to do."""
         return ""
 
     def is_corrected(self) -> bool:
-        """Tell whether an input that people may correct has changed since the parts were written."""
+        """Return True if a translation table was corrected after the parts of the stage were written from it."""
         return False
 
     def corrections(self) -> "Corrections | None":
-        """Return what a corrected input changes in the written parts; None if no input was corrected."""
+        """Return the rows and parts that a corrected translation table changes; None if no table was corrected."""
         return None
 
     def prepare_processing(self, stage: "RowStage") -> tuple[Any, ...]:
-        """Load what the stage needs to process rows, for example a model.
+        """Load everything that the stage needs to process rows, for example a model.
 
         Args:
             stage: The opened rows.
 
         Returns:
-            Arguments of `RowStage.run`: new columns, settings, `process`, and optionally `prepare`.
+            The positional arguments of `RowStage.run`: `columns` (dict from new columns to features), `settings`
+            (dict), `process` (function that processes a batch of rows), and optionally `prepare` (function that is
+            called before parts are written).
         """
         return {}, {}, lambda rows: [{} for _ in rows]
 
     def write_rows(self, rank: int = 0, world_size: int = 1) -> "StageReport":
-        """Write the missing parts of one task.
+        """Write those output files of one task that do not exist yet.
 
         Args:
-            rank: Number of the task, from 0.
+            rank: Number of the task, counted from 0.
             world_size: Number of tasks.
 
         Returns:
-            The counts of the rows of the task.
+            The numbers of written and skipped rows of the task.
 
         Raises:
-            ValueError: If the dataset cannot be used, or the output folder holds the output of another stage or other
-                settings.
+            ValueError: If the dataset cannot be used, or the output folder belongs to another stage or was written with
+                other settings.
         """
         # Open the data before the model is loaded, so that errors in the data appear at once.
         stage = RowStage(self, rank, world_size)
         return stage.report() if stage.is_done else stage.run(*self.prepare_processing(stage))
 
     def command(self) -> str:
-        """Return the shell command of the stage, without default values and without executor flags."""
+        """Return the shell command that runs the stage, without flags that have their default value.
+
+        Flags that choose where tasks run (`ExecutorArguments`) are also left out.
+        """
         words, executor_flags = ["python", "-m", type(self).__module__], vars(ExecutorArguments())
         for argument in fields(self):
             value = getattr(self, argument.name)
@@ -209,21 +225,34 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
 
     @property
     def phases(self) -> dict[str, Phase]:
-        """Phases of the stage by name: `rows`, split over all tasks, then `report` if the stage has one."""
+        """Phases of the stage by name, in the order in which they run.
+
+        The phase "rows" is divided among all tasks. The phase "report", which a single task runs, exists only if the
+        class has a method `report`.
+        """
         rows = Phase(StageArguments.write_rows, is_parallel=True, uses_model=self.uses_model)
         return {"rows": rows} | ({"report": Phase(type(self).report)} if hasattr(self, "report") else {})
 
     @property
     def title(self) -> str:
-        """Stage and split of a build, for messages."""
+        """Name of the stage and the split for messages, for example "2-translate, train"."""
         return f"{self.output.parent.name}, {self.split}"
 
 
 def output_features(source: Split, args: StageArguments) -> Features:
-    """Return the features of the columns that a stage passes on, by their names in its output.
+    """Return the columns that a stage copies from its source to its output.
 
-    Columns without a plain Arrow type are dropped. Raises ValueError if the images or all required columns are missing,
-    or two columns would get the same name.
+    Columns with an Arrow extension type are left out.
+
+    Args:
+        source: The rows to read.
+        args: Flags of the stage; `rename` and `image_column` are applied.
+
+    Returns:
+        Feature (column type of `datasets`) of each column, by its name in the output.
+
+    Raises:
+        ValueError: If the image column or all required columns are missing, or two columns would get the same name.
     """
     names = args.column_renames() | {args.image_column: IMAGE_COLUMN}
     source.check_columns(names)
@@ -247,11 +276,11 @@ def output_features(source: Split, args: StageArguments) -> Features:
 
 @dataclass(frozen=True)
 class StageReport:
-    """Counts of a stage, or of one task of it.
+    """Numbers of written and skipped rows of a stage, or of one task of a stage.
 
     Attributes:
-        rows: Rows written.
-        skipped: Number of skipped rows by reason.
+        rows: Number of written rows.
+        skipped: Number of skipped rows by reason, the most frequent reason first.
     """
 
     rows: int
@@ -265,24 +294,29 @@ class StageReport:
 
 
 class RowStage:
-    """One task of a stage: its opened source, and the parts that it writes.
+    """One task of a stage, which reads rows of the source and writes them as parts (parquet files).
+
+    Args:
+        args: Flags of the stage.
+        rank: Number of the task, counted from 0.
+        world_size: Number of tasks.
 
     Attributes:
         source: The rows to read.
-        features: Columns that the stage passes on, with their features.
-        record: Content of `stage.json` that is known before a model is loaded.
+        features: Feature (column type of `datasets`) of each column that is copied from the source to the output.
+        record: The values of `stage.json` that are known before a model is loaded.
         parts: Row ranges of the parts that this task writes.
-        path: Function that returns the path of a part.
+        path: Function that returns the path of a part for its row range.
 
-    Raises ValueError if there is no such dataset, it is the output of an unfinished stage, or it lacks required
-    columns.
+    Raises:
+        ValueError: If the dataset does not exist, is the output of an unfinished stage, or lacks required columns.
     """
 
     def __init__(self, args: StageArguments, rank: int = 0, world_size: int = 1):
         self.args, self.source, self.rank = args, args.source(), rank
         for damage in self.source.damaged_archives:
             logger.warning("Damaged archive; only the rows before the damage are read: %s", damage.detail)
-        next(self.source.rows(), None)  # report damage in the first rows before a model is loaded or a service is paid
+        next(self.source.rows(), None)  # raises an error for damaged rows before a model is loaded or a service is paid
         self.features = output_features(self.source, args)
         self.record = {  # the keys of `stage.json` that are known before a model is loaded
             "version": STAGE_VERSION,
@@ -303,16 +337,16 @@ class RowStage:
 
     @property
     def is_done(self) -> bool:
-        """True if all parts of the task are written, judged by the names of the files.
+        """True if all parts of the task are written.
 
-        False if the folder was written with another command, other rows or other settings; `run` then names the
-        differences.
+        The parts are found by their file names and are not opened. False also if the folder was written with another
+        command, other rows or other settings. In this case, `run` raises an error that names the differences.
         """
         if not (self.args.output / STAGE_FILE).is_file():
             return False
         recorded = read_stage_record(self.args.output)
         current = self.record | {"settings": recorded["settings"] | self.args.known_settings()}
-        # Compare flags in any order, because earlier versions recorded them in another order.
+        # Compare the flags as sets, because earlier versions of the program recorded them in another order.
         recorded, current = (
             {**record, "command": set(record["command"].split(" --"))} for record in (recorded, current)
         )
@@ -327,19 +361,22 @@ class RowStage:
         process: ProcessRows,
         prepare: Callable[[list[range]], None] = lambda parts: None,
     ) -> StageReport:
-        """Write the missing parts of the task. A part is written completely or not at all.
+        """Write the parts of the task that do not exist yet. A part is written completely or not at all.
 
         Args:
-            columns: Feature of each new column. A new column replaces an existing column of the same name.
-            settings: Everything that the new columns depend on; all parts of a folder must have the same settings.
-            process: Function that returns the new columns of at most `args.batch_rows` rows; results must not depend on
-                how rows are batched. The image of a row is `{"bytes", "path"}`, and decoded in `DECODED_KEY` if
-                `args.decodes_images`; captions are lists of texts.
-            prepare: Function that is called with the next parts (`MAX_PREPARED_ROWS` rows at most) before they are
-                written.
+            columns: Feature (column type of `datasets`) of each new column. A new column replaces an existing column of
+                the same name.
+            settings: Everything that the values of the new columns depend on, as JSON values for `stage.json`. All
+                parts of a folder must have the same settings.
+            process: Function that takes a list of at most `args.batch_rows` rows and returns a list with a dict of the
+                new columns, or a BadRow, for each row. Results must not depend on how rows are batched. In a row, the
+                image is a dict with the keys "bytes" and "path", and captions are lists of texts. If
+                `args.decodes_images` is True, the decoded image is under the key `DECODED_KEY`.
+            prepare: Function that is called with the row ranges of the next parts, with at most `MAX_PREPARED_ROWS`
+                rows in total, before these parts are written.
 
         Returns:
-            The counts of the rows of the task.
+            The numbers of written and skipped rows of the task.
 
         Raises:
             ValueError: If the folder has other settings or another source; the message names the differences.
@@ -367,14 +404,24 @@ class RowStage:
         return self.report()
 
     def report(self) -> StageReport:
-        """Count the rows of the task, and delete temporary files of killed runs whose parts have been written since."""
+        """Count the rows of the task, and clean up after killed runs.
+
+        Temporary files of killed runs are deleted if their part has been written by a later run.
+        """
         for path in self.args.output.glob(".*.parquet.*.tmp"):  # other temporary files may belong to running tasks
             if path.with_name(re.sub(r"\.[^.]+\.tmp$", "", path.name[1:])).is_file():
                 path.unlink(missing_ok=True)
         return summarize_parts(self.args.output, self.record, self.parts)
 
     def _write_part(self, part: range, schema: pa.Schema, process: ProcessRows, bar: tqdm) -> None:
-        """Write one part and the list of its skipped rows."""
+        """Write the parquet file of one part, and the list of its skipped rows if any row was skipped.
+
+        Args:
+            part: Row range of the part.
+            schema: Columns of the parquet file.
+            process: Function that returns the new columns of a batch of rows.
+            bar: Progress bar, which counts rows.
+        """
         path, skipped = self.path(part), []
         try:
             with atomic_parquet(path, schema) as parquet:
@@ -386,19 +433,27 @@ class RowStage:
                 if skipped:
                     write_skipped_rows(skipped_path(path), skipped)
                 else:
-                    skipped_path(path).unlink(missing_ok=True)  # a killed run may have left a list
+                    skipped_path(path).unlink(missing_ok=True)  # a killed run may have left an old list
         except FileNotFoundError:
-            if not path.is_file():  # otherwise another process wrote the same part and removed our temporary file
+            # If the part exists, another process wrote the same part and removed the temporary file of this process.
+            if not path.is_file():
                 raise
 
     def _process_rows(
         self, process: ProcessRows, part: range, skipped: list[SkippedRow], bar: tqdm
     ) -> Iterator[dict[str, Any]]:
-        """Iterate over the valid rows of a part with their new columns; append the other rows to `skipped`."""
+        """Iterate over the rows of a part with their new columns, without rows that cannot be used.
+
+        Args:
+            process: Function that returns the new columns of a batch of rows.
+            part: Row range of the part.
+            skipped: List to which a record of each row that cannot be used is appended.
+            bar: Progress bar, which counts rows.
+        """
         rows = itertools.islice(self.source.rows(part.start), len(part))
         numbered = zip(part, rows, strict=True)  # `strict` raises if the source has lost rows
         while batch := list(itertools.islice(numbered, self.args.batch_rows)):
-            # The threads end before the model computes, because they would slow down its own threads.
+            # The decoder threads end before the model computes, because they would slow down the threads of the model.
             with ThreadPoolExecutor(DECODER_THREADS) as threads:
                 results = list(threads.map(self._prepare_row, (row for _, row in batch)))
             valid_rows = [row for row in results if not isinstance(row, BadRow)]
@@ -414,7 +469,11 @@ class RowStage:
             bar.update(len(batch))
 
     def _prepare_row(self, row: dict[str, Any]) -> dict[str, Any] | BadRow:
-        """Return a row with the bytes of its image and its captions as lists of texts, or a BadRow if it is invalid."""
+        """Convert a row of the source to the form that `process` of `run` receives.
+
+        The columns are renamed, the image file is read (and decoded if the stage needs it), and captions become lists
+        of texts. Returns a BadRow if the image or the captions are invalid.
+        """
         names, column = self.args.column_renames(), self.args.image_column
         row = {names.get(old, old): value for old, value in row.items()}
         try:
@@ -431,12 +490,20 @@ class RowStage:
 
 @contextmanager
 def atomic_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """Open a parquet writer whose file gets its name when the block ends, and is deleted if the block fails.
+    """Open a parquet writer as a context manager that writes the file completely or not at all.
 
-    Raises OSError if the disk is full.
+    The rows are written to a temporary file. It is renamed to `path` at the end of the `with` block, or deleted if the
+    block raises an error.
+
+    Args:
+        path: Parquet file to write.
+        schema: Columns of the file.
+
+    Raises:
+        OSError: If the disk is full.
     """
     with atomic_file(path) as temporary, temporary.open("wb") as file:
-        # Dictionaries and statistics of image bytes cost time and have no use.
+        # Parquet dictionaries and statistics of image bytes cost time and have no benefit.
         with pq.ParquetWriter(file, schema, use_dictionary=False, write_statistics=False) as parquet:
             yield parquet
         file.flush()
@@ -444,9 +511,15 @@ def atomic_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
 
 
 def batch_by_length(items: Iterable[S], max_length: int, max_items: int = sys.maxsize) -> Iterator[list[S]]:
-    """Group items in order. A group has at most `max_items` items with a total length of at most `max_length`.
+    """Group items in order into batches of limited length. An item longer than `max_length` becomes a batch by itself.
 
-    An item that is longer than `max_length` is a group of its own.
+    Args:
+        items: Items with a length, for example texts or ranges.
+        max_length: Largest sum of the lengths of the items in a batch.
+        max_items: Largest number of items in a batch.
+
+    Yields:
+        The batches, as non-empty lists of items.
     """
     group: list[S] = []
     length = 0
@@ -464,17 +537,26 @@ def batch_by_length(items: Iterable[S], max_length: int, max_items: int = sys.ma
 
 
 def part_path(output: Path, split: str, part: range) -> Path:
-    """Return the path of the parquet file of a part."""
+    """Return the path of the parquet file of a part.
+
+    Args:
+        output: Output folder of the stage.
+        split: Name of the split.
+        part: Row range of the part.
+    """
     return output / f"{split}-{part.start:09d}-{part.stop:09d}.parquet"
 
 
 def skipped_path(path: Path) -> Path:
-    """Return the path of the list of skipped rows of a part; the file exists only if rows were skipped."""
+    """Return the path of the list of skipped rows for the parquet file `path` of a part.
+
+    The list exists only if rows of the part were skipped.
+    """
     return path.with_suffix(".skipped.jsonl")
 
 
 def read_stage_record(output: Path | str) -> dict[str, Any]:
-    """Read the `stage.json` of a folder. Raises ValueError if it is missing or was not written by a stage."""
+    """Read the file `stage.json` in the output folder of a stage. Raises ValueError if it is missing or damaged."""
     path = Path(output) / STAGE_FILE
     if not path.is_file():
         raise ValueError(f"{output} is not the output of a stage: it has no {STAGE_FILE}.")
@@ -490,10 +572,15 @@ def read_stage_record(output: Path | str) -> dict[str, Any]:
 
 
 def claim_folder(output: Path, record: dict[str, Any]) -> None:
-    """Write `stage.json` into a new folder, or check that an existing folder belongs to the same stage and settings.
+    """Write `stage.json` into a new output folder, or check that an existing folder was made with the same settings.
 
-    Raises ValueError, which names the differences, if the folder has other settings, or if it holds other parquet
-    files.
+    Args:
+        output: Output folder of the stage.
+        record: Content of `stage.json` for the current run.
+
+    Raises:
+        ValueError: If the folder was made with other settings (the message names the differences), or if it holds
+            parquet files that no stage wrote.
     """
     path = output / STAGE_FILE
     if not path.is_file():
@@ -503,10 +590,11 @@ def claim_folder(output: Path, record: dict[str, Any]) -> None:
             raise ValueError(
                 f"{output} holds parquet files but no {STAGE_FILE}: no stage wrote them. Choose another --output."
             )
-        # Several tasks may write this file. If another task has written other settings, the comparison below fails.
+        # Several tasks may write this file at the same time. If another task wrote other settings, the comparison below
+        # raises an error.
         write_json(path, record)
     recorded = read_stage_record(output)
-    # `remove_rows` has deleted the parts with changed rows.
+    # The fingerprint is None if `remove_rows` has deleted the parts with changed rows. The new source is then accepted.
     is_invalidated = recorded["source"].get("fingerprint") is None
     if is_invalidated:
         recorded["source"]["fingerprint"] = record["source"]["fingerprint"]
@@ -521,7 +609,15 @@ def claim_folder(output: Path, record: dict[str, Any]) -> None:
 
 
 def describe_differences(recorded: dict[str, Any], current: dict[str, Any]) -> str:
-    """Describe how two stage records differ in values that must be equal (`IDENTITY_KEYS`); empty if they agree."""
+    """Describe the differences between two stage records in the values that all parts of a folder must share.
+
+    Args:
+        recorded: Content of `stage.json` of the existing folder.
+        current: Content of `stage.json` for the current run.
+
+    Returns:
+        The differing values, for example "settings.model: 'a' there, 'b' now"; "" if there are none.
+    """
     old, new = flatten(_identity(recorded)), flatten(_identity(json.loads(json.dumps(current))))
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names)
@@ -529,13 +625,13 @@ def describe_differences(recorded: dict[str, Any], current: dict[str, Any]) -> s
 
 @dataclass(frozen=True)
 class Corrections:
-    """Effect of a corrected input on a stage that was made from it.
+    """Effect of a corrected translation table on a translation stage that was made from the table.
 
     Attributes:
-        output: Folder of the stage.
-        record: Its new `stage.json`, with the corrected input.
-        parts: Parquet files that hold a changed row.
-        rows: Numbers of the changed rows, counted in the output of the stage.
+        output: Output folder of the stage.
+        record: New content of `stage.json`, with the digest of the corrected table.
+        parts: Parquet files of the stage with at least one changed row.
+        rows: Numbers of the changed rows in the output of the stage, counted from 0.
     """
 
     output: Path
@@ -544,9 +640,9 @@ class Corrections:
     rows: list[int]
 
     def apply(self) -> None:
-        """Delete the changed parts, so that the stage writes them again.
+        """Delete the parquet files with changed rows, so that the stage writes them again.
 
-        Lists of skipped rows stay, because corrections do not change them.
+        Lists of skipped rows are not deleted, because corrections do not change which rows are skipped.
         """
         for path in self.parts:
             path.unlink(missing_ok=True)
@@ -555,10 +651,12 @@ class Corrections:
 
 
 def remove_rows(output: Path, rows: Iterable[int]) -> None:
-    """Delete the parts that hold changed rows of the source, and let `claim_folder` accept the changed source.
+    """Delete the parts (parquet files) of a stage that were made from changed rows, so that they are written again.
+
+    The fingerprint of the source is removed from `stage.json`, so that `claim_folder` accepts the changed source.
 
     Args:
-        output: Folder of the stage.
+        output: Output folder of the stage.
         rows: Numbers of the changed rows in the source.
     """
     record = read_stage_record(output)
@@ -570,12 +668,15 @@ def remove_rows(output: Path, rows: Iterable[int]) -> None:
 
 
 def identity_digest(record: dict[str, Any]) -> str:
-    """Return a digest of the values that all parts of a folder must share."""
+    """Return a hex digest of a stage record (content of `stage.json`), from the values that identify the output.
+
+    Values that may differ between parts, such as the path of the source, are not included.
+    """
     return json_digest(_identity(record), sort_keys=True)
 
 
 def _identity(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of a `stage.json` that all parts of a folder must share."""
+    """Return the values of a stage record (content of `stage.json`) that must be equal for all parts of a folder."""
     identity = {key: record.get(key) for key in IDENTITY_KEYS}
     return identity | {
         "source": {key: value for key, value in record["source"].items() if key not in IGNORED_SOURCE_KEYS}
@@ -583,7 +684,12 @@ def _identity(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested dicts; the keys of the levels are joined with dots."""
+    """Flatten nested dicts to one dict, for example `{"a": {"b": 1}}` to `{"a.b": 1}`.
+
+    Args:
+        data: The nested dict.
+        prefix: Text that is put before each key.
+    """
     leaves: dict[str, Any] = {}
     for key, value in data.items():
         leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -591,9 +697,10 @@ def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_complete(output: Path | str) -> StageReport:
-    """Count the rows of a complete stage.
+    """Check that the output folder of a stage is complete, and count its written and skipped rows.
 
-    Raises ValueError, with the command that continues, if parts are missing or damaged.
+    Raises ValueError if parts (parquet files) are missing or damaged. The message contains the command that writes the
+    missing rows.
     """
     output, record = Path(output), read_stage_record(output)
     check_finished(output)
@@ -601,7 +708,16 @@ def check_complete(output: Path | str) -> StageReport:
 
 
 def summarize_parts(output: Path, record: dict[str, Any], parts: Iterable[range]) -> StageReport:
-    """Count the rows of parts. Raises ValueError if a part is damaged or has lost rows."""
+    """Count the written and skipped rows of parts (parquet files) of a stage.
+
+    Args:
+        output: Output folder of the stage.
+        record: Content of `stage.json`.
+        parts: Row ranges of the parts.
+
+    Raises:
+        ValueError: If a part is damaged, or its written and skipped rows do not add up to the length of its range.
+    """
     rows, skipped, retry = 0, Counter(), f"and run again: {record['command']}"
     for part in parts:
         path = part_path(output, record["source"]["split"], part)
@@ -618,7 +734,10 @@ def summarize_parts(output: Path, record: dict[str, Any], parts: Iterable[range]
 
 
 def read_skipped_rows(part: Path) -> list[tuple[int, str]]:
-    """Return the number and reason of each skipped row of a part. Raises ValueError if the list is damaged."""
+    """Return the tuple (row number, reason) for each skipped row of a part.
+
+    `part` is the path of the parquet file of the part. Raises ValueError if the list of skipped rows is damaged.
+    """
     path = skipped_path(part)
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -635,15 +754,15 @@ def read_skipped_rows(part: Path) -> list[tuple[int, str]]:
 def run_stage_command(
     arguments_type: type[StageArguments], description: str, argv: list[str] | None
 ) -> StageArguments | None:
-    """Parse the flags of a stage, run it, and print the counts.
+    """Run a stage as a command: parse its flags, run its phases, and print the numbers of written and skipped rows.
 
     Args:
         arguments_type: Class of the stage's flags.
         description: Text of `--help`.
-        argv: Command-line words. Default: those of the process.
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
 
     Returns:
-        The flags; None if the stage needs a manual step first, or if its jobs were submitted to Slurm.
+        The flags; None if a person must first fill a translation table, or if the jobs were submitted to Slurm.
     """
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)

@@ -6,11 +6,15 @@ r"""Translate captions into another language with a model, with Google's service
     python -m captions.translate --dataset data/generated --output data/hi --language hi --backend google
     python -m captions.translate --dataset data/generated --output data/yo --language yo --backend file --import yo.tsv
 
-`captions-en` is translated to `captions-pt`, and `generated-captions-en` to `generated-captions-pt`, in the same order.
-Each distinct sentence is translated once: finished translations are stored in the folder `--memory` (parquet files that
-never change), and any later run with the same settings uses them. Only if two tasks meet a sentence at the same moment,
-both translate it. Translations that look wrong are listed in the column `quality-pt`, and counted in
-OUTPUT/quality.json. The same command finishes an interrupted run.
+With the language pt, the column `captions-en` is translated to `captions-pt`, and `generated-captions-en` to
+`generated-captions-pt`. The order of the captions stays the same.
+
+Each distinct sentence is translated only once. Finished translations are stored in the folder `--memory`, as parquet
+files that never change, and any later run with the same settings uses them. A sentence is translated twice only if two
+tasks need it at the same moment.
+
+Translations that look wrong are listed in the column `quality-pt` and counted in OUTPUT/quality.json. To finish an
+interrupted run, run the same command again.
 """
 
 import hashlib
@@ -65,17 +69,19 @@ from captions.translators import (
     parse_language,
 )
 
-PAPER_MODEL = "Helsinki-NLP/opus-mt-tc-big-en-pt"  # model of CAPIVARA, arXiv 2310.13683; only English to Portuguese
-CAPTION_KINDS = ("captions", "generated-captions")  # column names of the CAPIVARA authors, without the language
+PAPER_MODEL = "Helsinki-NLP/opus-mt-tc-big-en-pt"  # English-Portuguese model of the CAPIVARA paper, arXiv 2310.13683
+CAPTION_KINDS = ("captions", "generated-captions")  # names of caption columns, without the language code at the end
+# Columns of the parquet files of a translation memory: a sentence and its translation.
 PAIR_SCHEMA = pa.schema({"source": pa.string(), "translation": pa.string()})
-MEMORY_BATCH_ROWS = 10_000  # sentences of a memory file that are read at the same time
-SENTENCES_PER_ROW = 8  # translations are saved after this many sentences per row of `batch_rows`
+MEMORY_BATCH_ROWS = 10_000  # sentences of a translation memory that are read at the same time
+SENTENCES_PER_ROW = 8  # translations are saved after every `SENTENCES_PER_ROW * batch_rows` sentences
 
 QUALITY_FILE = "quality.json"
 EXAMPLES_PER_FLAG = 5  # examples per flag in quality.json
-MAX_EXAMPLE_CHARACTERS = 200  # a sentence may be very long
-# The column `quality-<language>`: number of translated captions, and the captions that look wrong. `position` counts
-# the captions of the source column.
+MAX_EXAMPLE_CHARACTERS = 200  # longer examples are shortened, because a sentence may be very long
+# Type of the column `quality-<language>`. `captions` is the number of translated captions of the row. `flagged` lists
+# the translations that look wrong. In an entry of `flagged`, `column` is the column of the translation, `position` is
+# the index of the caption in the column that was translated, and `flags` says what looks wrong.
 _FLAGGED_FEATURES = {"column": Value("string"), "position": Value("int32"), "flags": List(Value("string"))}
 _FLAGGED_FEATURES |= {"source": Value("string"), "translation": Value("string")}
 QUALITY_FEATURES = {"captions": Value("int32"), "flagged": List(_FLAGGED_FEATURES)}
@@ -85,7 +91,7 @@ logger = logging.getLogger("capivara")
 
 @dataclass(kw_only=True)
 class TranslateArguments(StageArguments):
-    """Flags of `captions.translate`."""
+    """Command-line flags of `captions.translate`, the stage that translates captions into another language."""
 
     uses_model = True
     language: str = flag(
@@ -160,31 +166,51 @@ class TranslateArguments(StageArguments):
             require_packages("--backend google", "google", *GOOGLE_MODULES)
 
     def required_columns(self) -> list[str]:
-        """Return the columns of captions in the source language; the dataset must have at least one of them."""
+        """Return the names of the caption columns in the source language. The dataset must have at least one."""
         return [f"{kind}-{self.source_language}" for kind in CAPTION_KINDS]
 
     def check_columns(self, columns: Collection[str], where: str) -> list[str]:
-        """Return the names of the new columns. Raises ValueError if one of them exists already."""
+        """Check the columns of the dataset.
+
+        Args:
+            columns: Names of the columns of the dataset, after the flag `rename`.
+            where: Name of the dataset, with which error messages begin.
+
+        Returns:
+            The names of the columns that the stage adds: translations and `quality-<language>`.
+
+        Raises:
+            ValueError: If the dataset has no captions in the source language, or already has a column of translations.
+        """
         added = super().check_columns(columns, where)
         return [*added, *translated_columns(columns, where, self).values(), f"quality-{self.language}"]
 
     def known_settings(self) -> dict[str, Any]:
-        """Return the settings of the table, if there is one, to compare them with a complete stage."""
+        """Return the settings that are known before a translator is loaded.
+
+        With a translation table, these are the target language and the SHA-256 digest of the table. Otherwise, the dict
+        is empty.
+        """
         if self.backend != "file":
             return {}
         digest = hashlib.sha256(self.import_file.read_bytes()).hexdigest()
         return {"translator": {"backend": "file", "target": self.language, "sha256": digest}}
 
     def settings(self, translator: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings for `stage.json`, given the fingerprint of the translator."""
+        """Return the settings of the stage for `stage.json`.
+
+        Args:
+            translator: Fingerprint of the translator: everything besides the sentence that a translation depends on.
+        """
         settings = {"translator": translator, "language": self.language, "source_language": self.source_language}
-        # `existing` was a flag of earlier versions; its value keeps their folders valid.
+        # `existing` was a flag of earlier versions of the program. With it, their output folders stay valid.
         return settings | {"existing": "refuse", "drop_flagged": self.drop_flagged}
 
     def pending_manual_step(self) -> str:
-        """Describe which sentences of the table have no translation yet; empty if all have one.
+        """Describe which sentences of the translation table have no translation yet; "" if all have a translation.
 
-        Raises ValueError if the table states the wrong languages.
+        Also returns "" if the stage uses no table. Raises ValueError if the languages in the table differ from the
+        flags.
         """
         if self.import_file is None:
             return ""
@@ -195,22 +221,23 @@ class TranslateArguments(StageArguments):
 
     @property
     def translations(self) -> dict[str, str]:
-        """Who makes the translations, "human" or "machine", by language; for the cards."""
+        """Dict from the target language to who translates ("human" or "machine"), for dataset and model cards."""
         return {self.language: self.translated_by if self.backend == "file" else "machine"}
 
     def check_translator(self) -> None:
-        """Raise ValueError if the model does not know the languages.
+        """Raise ValueError if the translation model does not know the source or target language.
 
-        A model that is not downloaded yet is not checked.
+        A model that is not on this machine yet is not checked.
         """
         if self.backend == "transformers":
             check_languages(self.model or PAPER_MODEL, self.revision, self.language, self.source_language)
 
     def check_table(self) -> None:
-        """Check the languages that the first line of the table states.
+        """Check that the first line of the translation table states the source and target languages of the flags.
 
-        Tables of earlier versions state no languages. They are accepted if a stage next to this one was made from such
-        a table.
+        Earlier versions of the program wrote tables without languages. Such a table is accepted if a stage in the same
+        folder as the output (for example the same stage of another split) was made from a table for the target
+        language.
 
         Raises:
             ValueError: If the table states other languages, or does not state the language of the translations.
@@ -234,9 +261,9 @@ class TranslateArguments(StageArguments):
             )
 
     def request_manual_step(self) -> str:
-        """Write the table if it does not exist, and return a description of what is missing in it.
+        """Write the translation table if it does not exist, and return a message that asks a person to fill it.
 
-        Raises ValueError if the table exists and has other sentences than the source.
+        Raises ValueError if the table exists, but does not have the sentences of the dataset.
         """
         stage = RowStage(self)
         if not self.import_file.is_file():
@@ -247,20 +274,27 @@ class TranslateArguments(StageArguments):
             translators = {"human": "by people (to change this, set translated_by: machine)", "machine": "by machine"}
             logger.info("The cards will state that it was translated %s.", translators[self.translated_by])
         elif read_table(self.import_file)[0]["id"] != stage.record["source"]["fingerprint"]:
-            self.check_source_rows(stage)  # before somebody fills the table of another dataset
+            self.check_source_rows(stage)  # raises an error before somebody fills a table of another dataset
         return f"{self.import_file} (stage {self.title}) is incomplete: {self.pending_manual_step()}"
 
     def table_header(self, stage: RowStage) -> list[str]:
-        """Return the column names for the first line of the table, with the digest of the source and both languages."""
+        """Return the column names for the first line of the translation table, for example "translation:pt".
+
+        The column `id` is followed by the fingerprint of the dataset, the columns `source` and `translation` by their
+        language.
+        """
         stated = (stage.record["source"]["fingerprint"], self.source_language, self.language)
         return [f"{column}:{text}" for column, text in zip(TABLE_COLUMNS, stated, strict=True)]
 
     def sentences(self, stage: RowStage) -> list[str]:
-        """Return the distinct sentences of all rows, in the order of the table."""
+        """Return the distinct captions of all rows, in the order in which the translation table lists them."""
         return list(distinct_sentences(self, stage.source, [range(len(stage.source))]))
 
     def check_source_rows(self, stage: RowStage) -> list[str]:
-        """Return the sentences of the source. Raises ValueError if the table has other rows."""
+        """Return the distinct captions of the dataset, after a check that the translation table has the same sentences.
+
+        Raises ValueError if the table has other sentences or another order, or states other languages.
+        """
         self.check_table()
         sentences, source_digest = self.sentences(stage), stage.record["source"]["fingerprint"]
         try:
@@ -276,19 +310,20 @@ class TranslateArguments(StageArguments):
         return sentences
 
     def is_corrected(self) -> bool:
-        """Tell whether the table has changed since the parts were written."""
+        """Return True if the translation table has changed after the output of the stage was written from it."""
         if self.backend != "file" or not (self.output / STAGE_FILE).is_file():
             return False
         return self.known_settings()["translator"] != read_stage_record(self.output)["settings"].get("translator")
 
     def corrections(self) -> Corrections | None:
-        """Compare the written parts with the table.
+        """Find the written rows whose translations differ from the translation table.
 
         Returns:
-            The effect of the corrections; None if the table has not changed, or if other settings have changed too.
+            The changed rows and the files that hold them. None if the table has not changed, or if other settings have
+            changed as well, so that the output folder is not valid for the current settings.
 
         Raises:
-            ValueError: If the table does not have the sentences of the source, or a sentence has no translation.
+            ValueError: If the table does not have the sentences of the dataset, or a sentence has no translation.
         """
         if not self.is_corrected():
             return None
@@ -299,7 +334,7 @@ class TranslateArguments(StageArguments):
         }
         record = recorded | {"settings": recorded["settings"] | table}
         if describe_differences(record, stage.record | current):
-            return None  # `claim_folder` refuses the folder and names the differences
+            return None  # `claim_folder` will raise an error that names the differences
         translations = read_translation_table(self.import_file, self.check_source_rows(stage))
         columns, rows, parts, written = translated_columns(stage.features, stage.source.display_name, self), [], [], 0
         new_columns = [*columns.values(), f"quality-{self.language}"]
@@ -319,12 +354,19 @@ class TranslateArguments(StageArguments):
         return Corrections(self.output, record, parts, rows)
 
     def prepare_processing(self, stage: RowStage) -> tuple[Any, ...]:
-        """Load the translator, or read the table.
+        """Load the translator, or read the translation table.
 
-        Raises ValueError, OSError or ImportError if the translator cannot be loaded, or the table is incomplete.
+        Args:
+            stage: The opened rows.
+
+        Returns:
+            The positional arguments of `RowStage.run`: columns, settings, and the functions `process` and `prepare`.
+
+        Raises:
+            ValueError, OSError, ImportError: If the translator cannot be loaded, or the table is incomplete.
         """
         columns = translated_columns(stage.features, stage.source.display_name, self)
-        translations: dict[str, str] = {}  # of the sentences of the next parts, or of all sentences of a table
+        translations: dict[str, str] = {}  # by sentence; for the next parts only, or for all rows if there is a table
         if self.backend == "file":
             identity = self.known_settings()["translator"]
             translations.update(read_translation_table(self.import_file, self.check_source_rows(stage)))
@@ -345,7 +387,10 @@ class TranslateArguments(StageArguments):
         return new_columns, self.settings(identity), process, prepare
 
     def load_translator(self) -> Seq2SeqTranslator | GoogleTranslator:
-        """Load the translator. Raises ValueError, OSError or ImportError if it cannot be used."""
+        """Load the translation model, or connect to Google's service, as the flag `backend` says.
+
+        Raises ValueError, OSError or ImportError if the translator cannot be used.
+        """
         languages = (self.language, self.source_language)
         if self.backend == "google":
             return GoogleTranslator(*languages, self.google_endpoint)
@@ -360,7 +405,12 @@ class TranslateArguments(StageArguments):
         )
 
     def report(self, rank: int = 0, world_size: int = 1) -> None:
-        """Write `quality.json`: the counts of all parts, and the first examples of each flag."""
+        """Write `quality.json`, with the numbers of flagged translations and a few examples for each quality flag.
+
+        Args:
+            rank: Number of the task; not used, because a single task writes the file.
+            world_size: Number of tasks; not used.
+        """
         column = f"quality-{self.language}"
         flag_reports = {name: {"captions": 0, "examples": []} for name in QUALITY_FLAGS}
         report = {"language": self.language, "rows": 0, "captions": 0, "flagged": 0, "flags": flag_reports}
@@ -382,15 +432,20 @@ class TranslateArguments(StageArguments):
 
 
 def translated_columns(present: Collection[str], where: str, args: TranslateArguments) -> dict[str, str]:
-    """Map each column of captions to the column of its translations.
+    """Return the caption columns to translate and the columns of their translations.
 
     Args:
-        present: Columns of the dataset, by their names in the output.
-        where: Start of the error message; names the dataset.
+        present: Names of the columns of the dataset, after the flag `rename`.
+        where: Name of the dataset, with which the error message begins.
         args: Flags of the command.
 
+    Returns:
+        A dict from the name of each caption column to the name of the new column, for example from "captions-en" to
+        "captions-pt".
+
     Raises:
-        ValueError: If a column of translations or their similarities exists already.
+        ValueError: If the dataset already has a column of translations, or the column of similarities of the target
+            language.
     """
     columns = {f"{kind}-{args.source_language}": f"{kind}-{args.language}" for kind in CAPTION_KINDS}
     columns = {column: target for column, target in columns.items() if column in present}
@@ -404,24 +459,26 @@ def translated_columns(present: Collection[str], where: str, args: TranslateArgu
 
 
 def distinct_sentences(args: TranslateArguments, source: Split, parts: Iterable[range]) -> Iterator[str]:
-    """Iterate over the distinct sentences in the captions of parts, in their order. Images are not read if possible.
+    """Iterate over the distinct captions in ranges of rows, without blank captions, in the order of the rows.
+
+    Only the caption columns are requested from the source, so that most datasets do not read the images.
 
     Args:
         args: Flags of the command.
         source: The rows.
-        parts: Ranges of rows.
+        parts: Ranges of row numbers.
 
     Raises:
-        ValueError: If a column of translations exists already.
+        ValueError: If the dataset already has a column of translations.
     """
     names = {args.column_renames().get(name, name): name for name in source.columns}
     columns = [names[column] for column in translated_columns(names, source.display_name, args)]
-    seen: set[bytes] = set()  # digests need a tenth of the memory of tens of millions of sentences
+    seen: set[bytes] = set()  # digests of sentences; the sentences would need ten times the memory
     for part in parts:
         rows = itertools.islice(source.rows(part.start, column_names=columns), len(part))
         for row, column in ((row, column) for row in rows for column in columns):
             texts: list[str] = []
-            with suppress(BadRow):  # every stage skips such a row
+            with suppress(BadRow):  # a row with invalid captions is skipped when the parts are written
                 texts = normalize_captions(row.get(column), column)
             for sentence in filter(str.strip, texts):
                 digest = hashlib.blake2b(sentence.encode(), digest_size=16).digest()
@@ -434,18 +491,22 @@ def distinct_sentences(args: TranslateArguments, source: Split, parts: Iterable[
 
 
 class TranslationMemory:
-    """Finished translations of one translator, shared by all runs and tasks.
+    """Store of finished translations of one translator on disk, shared by all runs and tasks.
 
     Args:
-        folder: Folder of all memories; each translator has a sub-folder.
-        fingerprint: Everything besides the sentence that a translation depends on.
+        folder: Folder with the translation memories of all translators. Each translator has a sub-folder.
+        fingerprint: Everything besides the sentence that a translation depends on (translator, languages, options), as
+            JSON values. Its digest is the name of the sub-folder.
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]):
         self.folder, self.fingerprint = folder / json_digest(fingerprint, sort_keys=True), fingerprint
 
     def find(self, sentences: Iterable[str]) -> dict[str, str]:
-        """Return the known translations among sentences. Each call reads all files, so pass many sentences."""
+        """Return a dict from sentence to translation for those of the given sentences that have been translated.
+
+        Each call reads all files of the memory, so a single call with many sentences is faster than many calls.
+        """
         wanted, known = set(sentences), {}
         for path in sorted(self.folder.glob("*.parquet")) if wanted else ():
             with open_parquet(path, ". Remove it; its sentences are then translated again") as file:
@@ -455,7 +516,10 @@ class TranslationMemory:
         return known
 
     def add(self, translations: dict[str, str]) -> None:
-        """Store translations in a new file, all or none of them. Raises OSError if the disk is full."""
+        """Store translations, given by sentence, in a new file. The file is written completely or not at all.
+
+        Raises OSError if the disk is full.
+        """
         if not (self.folder / "translator.json").is_file():
             write_json(self.folder / "translator.json", self.fingerprint)
         columns = {"source": list(translations), "translation": list(translations.values())}
@@ -467,21 +531,23 @@ class TranslationMemory:
 def translate_sentences(
     args: TranslateArguments, translator: Any, sentences: set[str], shows_bar: bool
 ) -> dict[str, str]:
-    """Translate sentences that are not in the memory, and store their translations there, even if a later batch fails.
+    """Translate sentences, and use the translation memory for sentences that have been translated before.
+
+    New translations are stored in the memory after each batch, so that they are not lost if a later batch fails.
 
     Args:
         args: Flags of the command.
-        translator: The translator.
-        sentences: Sentences that are not blank.
+        translator: A `Seq2SeqTranslator` or `GoogleTranslator`.
+        sentences: Sentences to translate; none may be blank.
         shows_bar: Show a progress bar.
 
     Returns:
-        The translation of each sentence.
+        A dict from each sentence to its translation.
     """
     folder = args.memory or args.output.with_name(args.output.name + ".memory")
     memory = TranslationMemory(folder, translator.fingerprint)
     translations = memory.find(sentences)
-    # The longest sentences come first, so that insufficient device memory shows at once.
+    # The longest sentences come first, so that an out-of-memory error appears at the start.
     missing = sorted(sentences - translations.keys(), key=lambda text: (-len(text), text))
     max_characters, max_sentences = sys.maxsize, SENTENCES_PER_ROW * args.batch_rows
     # Save after each request, so that paid translations are not lost if the next request fails.
@@ -500,13 +566,17 @@ def translate_sentences(
 def translate_row(
     args: TranslateArguments, row: dict[str, Any], columns: dict[str, str], translations: dict[str, str]
 ) -> dict[str, Any]:
-    """Return the columns of translations of a row, and its column `quality-<language>`.
+    """Return the new columns of a row: its translated captions, and `quality-<language>`.
 
     Args:
         args: Flags of the command.
         row: A row with captions.
-        columns: Map from columns of captions to columns of translations.
-        translations: Translation of each sentence.
+        columns: Dict from the name of each caption column to the name of the column of its translations.
+        translations: Dict from each sentence to its translation.
+
+    Returns:
+        A dict from column name to value. The value of `quality-<language>` holds the number of translated captions and
+        the list of translations that look wrong.
     """
     new_columns, caption_count, flagged = {}, 0, []
     for column, target in columns.items():
@@ -527,7 +597,11 @@ def translate_row(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line, and print the counts of the quality report."""
+    """Run the command `captions.translate`, and print how many translations have each quality flag.
+
+    Args:
+        argv: Command-line arguments. Default: `sys.argv[1:]`.
+    """
     args = run_stage_command(TranslateArguments, __doc__, argv)
     if args is not None:
         report = read_json(args.output / QUALITY_FILE)
@@ -538,6 +612,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from captions import translate  # as a named module, so that other processes can unpickle its classes
+    # Import this file as a named module, so that other processes can unpickle its classes.
+    from captions import translate
 
     run_command(translate.main, resumable=True)

@@ -1,7 +1,7 @@
-"""Translation tables: TSV files of sentences that people, or another program, translate.
+"""Write and read translation tables: TSV files of sentences that people, or another program, translate.
 
-`write_translation_table` writes the sentences with an empty last column. `read_translation_table` reads the filled
-table, and checks that each translation still belongs to its sentence.
+`write_translation_table` writes the sentences, with an empty last column for the translations. After people have filled
+this column, `read_translation_table` reads the table, and checks that each translation still belongs to its sentence.
 """
 
 import csv
@@ -16,33 +16,38 @@ import pandas as pd
 
 from capivara_common.files import write_text
 
-# In the first line of a table, each name is followed by `:` and a value, see `TranslateArguments.table_header`.
+# Column names. In the first line of a table, a name can be followed by `:` and a value, for example `translation:pt`.
 TABLE_COLUMNS = ("id", "source", "translation")
-MAX_NAMED_ROWS = 5  # rows without a translation that a message names
+MAX_NAMED_ROWS = 5  # largest number of rows without a translation that a message lists
 BLANK_CHARACTERS = " \xa0\u3000"  # a cell with only these characters looks empty
-MAX_QUOTED_CHARACTERS = 40  # characters of a sentence that an error quotes
+MAX_QUOTED_CHARACTERS = 40  # largest number of characters of a sentence in an error message
 UNCHANGED_ROWS_HINT = (
     "All rows must be the ones that were written, in the same order. Restore missing rows, sort by the number in the "
     "id, and import the file into a spreadsheet without a text delimiter, which would change the source column."
 )
-# Characters to escape in addition to those of JSON: the start of a spreadsheet formula, which could open a URL or start
-# a program; line separators of other systems; byte-order marks, which editors drop; lone surrogates, which are not
-# UTF-8.
+# Characters that are escaped in addition to the escapes of JSON:
+# - `=`, `+`, `@` and `-` at the start of a cell, because a spreadsheet would run the cell as a formula;
+# - control characters and line separators, because some programs take them for the end of a line;
+# - byte-order marks, because editors remove them;
+# - lone surrogates, because UTF-8 cannot represent them.
 UNSAFE_CELL_RE = re.compile("^[=+@-]|[\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
 
 
 def escape_cell(text: str) -> str:
-    """Escape a text like a JSON string, but with bare quotes.
+    """Escape a text for a cell of a table, with the escapes of JSON strings. Quotes are not escaped.
 
-    The result has no tab and no line break, and a spreadsheet does not take it for a formula.
+    The result has no tab and no line break, and a spreadsheet does not read it as a formula.
     """
     text = json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', '"')
-    # All these characters have at most four hex digits.
+    # Four digits are enough, because the code point of each of these characters has at most four hex digits.
     return UNSAFE_CELL_RE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def unescape_cell(text: str) -> str:
-    """Undo `escape_cell`. Raises ValueError if a backslash does not begin a JSON escape."""
+    """Return the original text of a cell that `escape_cell` has escaped.
+
+    Raises ValueError if a backslash in the cell does not begin a JSON escape.
+    """
     try:
         return json.loads('"' + text.replace('"', '\\"') + '"', strict=False)
     except ValueError as error:
@@ -52,36 +57,45 @@ def unescape_cell(text: str) -> str:
 
 
 def sentence_id(number: int, sentence: str) -> str:
-    """Return the id of a sentence: its number, counted from 1, and the start of its SHA-256 digest.
+    """Return the id of a sentence in a table, for example "s1_2cf24dba".
 
-    The id begins with a letter, because spreadsheets convert other values to dates and times.
+    The id contains the number of the sentence and the first 8 hex digits of its SHA-256 digest. It begins with a
+    letter, because spreadsheets would convert some other ids to dates or times.
+
+    Args:
+        number: Number of the sentence in the table, counted from 1.
+        sentence: The sentence.
     """
     return f"s{number}_{hashlib.sha256(sentence.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 def write_translation_table(path: Path, sentences: list[str], header: Sequence[str] = TABLE_COLUMNS) -> None:
-    """Write a table to be translated: UTF-8, one sentence per line, columns separated by tabs, without quoting.
+    """Write a table of sentences to be translated.
 
-    The last column is empty. The digests in the ids prevent that a translation is assigned to another sentence.
+    The file is UTF-8, with one sentence per line and columns separated by tabs, without quoting. The last column, for
+    the translations, is empty. The id of a sentence contains its digest, so that no translation is assigned to a wrong
+    sentence later.
 
     Args:
         path: TSV file to write.
-        sentences: The sentences.
-        header: Names of the columns.
+        sentences: Sentences, in the order of the lines.
+        header: Names of the columns for the first line; each name can be followed by `:` and a value.
     """
     lines = [f"{sentence_id(number, text)}\t{escape_cell(text)}\t" for number, text in enumerate(sentences, 1)]
     write_text(path, "\n".join(["\t".join(header), *lines]) + "\n")
 
 
 def read_translation_table(path: Path, sentences: list[str]) -> dict[str, str]:
-    """Read a filled table: UTF-8 with or without byte-order mark, with any line endings.
+    """Read the translations from a table in which people have filled the last column.
+
+    The file must be UTF-8, with or without a byte-order mark, and can have any line endings.
 
     Args:
         path: TSV file.
-        sentences: The sentences that were written to it.
+        sentences: The sentences that were written to the table, in the same order.
 
     Returns:
-        The translation of each sentence.
+        A dict from each sentence to its translation.
 
     Raises:
         ValueError: If the rows do not match the sentences, or a sentence has no translation.
@@ -93,7 +107,13 @@ def read_translation_table(path: Path, sentences: list[str]) -> dict[str, str]:
 
 
 def check_table_rows(path: Path, sentences: list[str]) -> None:
-    """Raise ValueError unless the table has exactly these sentences, in the same order, with their ids."""
+    """Check that the rows of a table belong to the given sentences, in the same order.
+
+    Ids are always compared, sentences only if the table has the column `source`.
+
+    Raises:
+        ValueError: If a row is missing, added or changed. The message names the first such line.
+    """
     _, rows = read_table(path)
     for number, (row, text) in enumerate(itertools.zip_longest(rows, sentences), 1):
         expected = {"id": sentence_id(number, text), "source": text} if text is not None else {}
@@ -105,14 +125,17 @@ def check_table_rows(path: Path, sentences: list[str]) -> None:
 
 
 def _describe_cells(row: dict[str, str] | None) -> str:
-    """Return the id and the beginning of the source of a row, for messages."""
+    """Return the id of a table row and the beginning of its sentence, for error messages.
+
+    Returns "no row" if `row` is None or empty.
+    """
     return f"{row['id']} ({row.get('source', '')[:MAX_QUOTED_CHARACTERS]!r})" if row else "no row"
 
 
 def describe_untranslated(path: Path) -> str:
-    """Describe which rows of a table have no translation yet, in one sentence; empty if all have one.
+    """Return a sentence that counts the rows of a table without a translation, and lists the first of them.
 
-    Raises ValueError if the file is not a translation table.
+    Returns "" if all rows have a translation. Raises ValueError if the file is not a translation table.
     """
     _, rows = read_table(path)
     names = [
@@ -126,9 +149,17 @@ def describe_untranslated(path: Path) -> str:
 
 
 def read_table(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Return the values that the first line states for the columns, and the rows.
+    """Read a translation table.
 
-    Raises ValueError if the file is not a table.
+    Args:
+        path: TSV file.
+
+    Returns:
+        A dict from column name to the value that follows it in the first line (for the header "translation:pt",
+        {"translation": "pt"}; "" if there is no value), and the list of rows as dicts from column name to text.
+
+    Raises:
+        ValueError: If the file is not a translation table.
     """
     try:
         table = pd.read_csv(path, sep="\t", dtype=str, quoting=csv.QUOTE_NONE, na_filter=False, encoding="utf-8-sig")
