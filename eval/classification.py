@@ -88,6 +88,10 @@ def load_split(
 def embed_classes(store: EmbeddingStore, prompts: Prompts) -> Tensor:
     """Embed the classes of a zero-shot classifier.
 
+    Args:
+        store: The model with its embedding cache.
+        prompts: Prompts of each class.
+
     Returns:
         Unit-length embeddings (classes, width): the normalized mean of each class's prompt embeddings.
     """
@@ -98,18 +102,21 @@ def embed_classes(store: EmbeddingStore, prompts: Prompts) -> Tensor:
 
 
 def compute_classification_metrics(scores: Tensor, labels: list, metric: str) -> dict[str, float]:
-    """Compute the dataset's own metric, then top-1 and top-5 accuracy if they apply.
+    """Compute the metric that is usual for the dataset, and also top-1 and top-5 accuracy.
+
+    Accuracies are only computed if each image has one label, and top-5 accuracy only for more than five classes.
 
     Args:
         scores: Cosine similarities (images, classes).
-        labels: For each image its class index, or a list of class indices.
-        metric: Metric of the dataset, from `eval.prompts.DATASET_METRICS`.
+        labels: For each image its class index, or for images with several classes a list of class indices.
+        metric: Metric of the dataset: "accuracy", "mean-per-class", "11point_mAP" or "roc_auc".
 
     Returns:
-        Metric name, as in `Record.metric` -> value from 0 to 1.
+        Metric name, as in `Record.metric` -> value from 0 to 1. The dataset's metric comes first.
 
     Raises:
-        ValueError: If the metric needs one label per image and there are lists, or the other way around.
+        ValueError: If labels are lists and the metric is not "11point_mAP", or if the metric is "11point_mAP" and
+            labels are not lists.
     """
     is_multilabel = isinstance(labels[0], list)
     if is_multilabel != (metric == "11point_mAP"):
@@ -134,11 +141,11 @@ def compute_classification_metrics(scores: Tensor, labels: list, metric: str) ->
 
 
 def compute_chance(metric: str, labels: list, class_count: int) -> float:
-    """Return the value that random scores are expected to reach.
+    """Return the chance level of a metric: the value that random scores are expected to reach.
 
     Args:
         metric: A metric name that `compute_classification_metrics` returns.
-        labels: For each image its class index, or a list of class indices.
+        labels: For each image its class index, or for images with several classes a list of class indices.
         class_count: Number of classes.
 
     Returns:
@@ -152,7 +159,17 @@ def compute_chance(metric: str, labels: list, class_count: int) -> float:
 
 
 def evaluate(args: ClassificationArguments) -> list[Record]:
-    """Measure zero-shot classification, write the result file, and return the records."""
+    """Measure zero-shot classification, and write the result file.
+
+    Args:
+        args: Command-line arguments.
+
+    Returns:
+        One record per metric.
+
+    Raises:
+        ValueError: If the data, the prompts, the model or an argument is invalid.
+    """
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark, args.protocol, args.language, args.authors_file)
     data = load_split(args, args.split, prompts.english_names, prompts.class_indices)
