@@ -96,9 +96,9 @@ def compute_principal_rotation(image_embeds: Tensor) -> Tensor:
     """Compute the rotation to the principal axes of image embeddings by uncentered PCA.
 
     The axes are the eigenvectors of the matrix of second moments, sorted by falling eigenvalue. For any k, the first k
-    axes keep more of the embeddings' squared length than any other k orthogonal axes (Eckart-Young theorem). The mean
-    is not subtracted, because cosines are measured from the origin. The sign of each axis is chosen so that the
-    coordinate with the largest absolute value is positive; the same images therefore always give the same matrix.
+    axes keep at least as much of the embeddings' squared length as any other k orthogonal axes (Eckart-Young theorem).
+    The mean is not subtracted, because cosines are measured from the origin. The sign of each axis is chosen so that
+    the coordinate with the largest absolute value is positive; the same images therefore always give the same matrix.
 
     Args:
         image_embeds: Unit-length embeddings, (images, width). There should be more images than dimensions.

@@ -80,7 +80,7 @@ def fixed_settings(model: PreTrainedModel) -> dict[str, Any]:
 
 @torch.no_grad()
 def interpolate_weights(model: PreTrainedModel, base: dict[str, Tensor], share: float) -> None:
-    """Replace the weights of a trained model with a weighted mean of its own and its base model's weights (WiSE-FT).
+    """Set the weights of a trained model to the weighted mean of trained and base weights (WiSE-FT).
 
     Source: Wortsman et al., Robust fine-tuning of zero-shot models (arXiv 2109.01903), section 3.
 
@@ -95,7 +95,14 @@ def interpolate_weights(model: PreTrainedModel, base: dict[str, Tensor], share: 
 
 
 def _add_adapters(model: PreTrainedModel, args: RunArguments) -> nn.Module:
-    """Add LoRA adapters to the text encoder, and return peft's wrapper. The image encoder never gets adapters.
+    """Add LoRA adapters to linear layers of the text encoder. The image encoder never gets adapters.
+
+    Args:
+        model: The model. It is changed in place.
+        args: Arguments of the run; `lora_rank`, `lora_alpha` and `lora_targets` are used.
+
+    Returns:
+        peft's wrapper around the model.
 
     Raises:
         ValueError: If `args.lora_targets` matches no linear layer of the text encoder.
@@ -116,7 +123,7 @@ def _add_adapters(model: PreTrainedModel, args: RunArguments) -> nn.Module:
 
 
 def find_fully_trained_modules(model: PreTrainedModel) -> list[str]:
-    """Return the names of the modules that are trained in full when the rest of the model has adapters."""
+    """Return the names of the model's modules that are trained in full while other layers get LoRA adapters."""
     return [name for name, _ in model.named_modules() if name in FULLY_TRAINED_MODULES]
 
 
