@@ -5,8 +5,9 @@ r"""Zero-shot classification: assign each image the class whose text embedding i
     python -m eval.classification --model MODEL --benchmark food-101 --images DATA --protocol authors \
         --authors_file portuguese_prompts.py --output results/food_authors.json
 
-The embedding of a class is the normalized mean of the normalized embeddings of its prompts, the templates filled with
-the class name (prompt ensembling: CLIP, arXiv 2103.00020, section 3.1.4; CAPIVARA, arXiv 2310.13683, section 4).
+The prompts of a class are templates filled with the name of the class. The embedding of a class is the normalized mean
+of the normalized embeddings of its prompts. This is called prompt ensembling (CLIP, arXiv 2103.00020, section 3.1.4;
+CAPIVARA, arXiv 2310.13683, section 4).
 """
 
 import math
@@ -31,9 +32,10 @@ from eval.embeddings import EmbeddingStore, ModelArguments, open_store, run_eval
 from eval.prompts import Prompts, load_prompts
 from eval.records.schema import Record
 
-# Factor of the cosines before the softmax: the limit of CLIP's learned logit scale (arXiv 2103.00020, section 2.5).
+# Factor by which cosines are multiplied before the softmax. It is the upper limit of CLIP's learned logit scale (arXiv
+# 2103.00020, section 2.5).
 CLIP_LOGIT_SCALE = 100
-CHANCE_DRAWS = 20  # sets of random scores whose mean estimates the 11-point mAP of chance
+CHANCE_DRAWS = 20  # number of random score matrices; the mean of their 11-point mAPs estimates the chance level
 
 
 @dataclass
@@ -70,13 +72,14 @@ class ClassificationArguments(LabeledImageArguments):
 def load_split(
     args: LabeledImageArguments, split: str, class_names: Sequence[str], class_indices: Sequence[int] | None = None
 ) -> LabeledImages:
-    """Load a split of the labeled images that the arguments name.
+    """Load a split of the dataset of labeled images that the arguments name.
 
     Args:
         args: Command-line arguments: the dataset, its columns and the options for reading image files.
         split: Name of the split.
         class_names: English names of all classes, in the order of the labels.
-        class_indices: Indices into `class_names` of the classes to keep, for prompts that name only some classes.
+        class_indices: Indices into `class_names` of the classes to keep. Given if the prompts name only some of the
+            classes; None keeps all classes.
 
     Returns:
         The images, which are decoded when they are needed, with their labels.

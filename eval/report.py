@@ -275,7 +275,11 @@ def _to_words(name: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line: write the report, and print its path and the files that are not shown."""
+    """Run the command line: write the report, and print its path and the names of the files that are not shown.
+
+    Args:
+        argv: Command-line arguments; the arguments of the program if None.
+    """
     args = parse_arguments(ReportArguments, __doc__, argv)
     content = write_report(args.results, args.output, args.overwrite_output_dir)
     for name, reason in content.faults:
