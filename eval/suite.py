@@ -48,7 +48,8 @@ from eval.retrieval import evaluate as evaluate_retrieval
 from modeling_capivara.two_towers import load_embedder
 
 SUMMARY_VERSION = 1
-GROUP_COLUMNS = ["benchmark", "language", "direction", "role"]  # a table cell is the mean over runs with equal values
+# A cell of the table is the mean over all runs that have equal values in these columns.
+GROUP_COLUMNS = ["benchmark", "language", "direction", "role"]
 TABLE_TEMPLATE = Path(__file__).parent / "suite.md.j2"
 
 

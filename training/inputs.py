@@ -489,7 +489,7 @@ def open_image_cache(model: PreTrainedModel, pairs: PairDataset, root: Path, pre
 
     Args:
         model: Model whose image tower is frozen and in evaluation mode.
-        pairs: Dataset with all rows, also unusable ones.
+        pairs: Dataset with all rows, including unusable rows.
         root: Folder that holds all caches.
         precision: Mixed precision, as named by Accelerate: "no", "bf16" or "fp16".
 
@@ -526,7 +526,7 @@ def add_vectors(
 
     Args:
         model: Model whose image tower is frozen and in evaluation mode.
-        pairs: Dataset with all rows, also unusable ones.
+        pairs: Dataset with all rows, including unusable rows.
         root: Folder that holds all caches.
         batch_size: Images that go through the image tower together.
         workers: Processes that decode images.
